@@ -1,0 +1,27 @@
+"""Sparse-update training: select the weights that matter, and train them for the price of that subset.
+
+Two operations carry everything: `topk_delta` (which weights moved most between two versions of a model) and `masked_adamw_`
+(one AdamW step over a ticket, with state for the active entries only).
+"""
+
+__version__ = "0.1.0"
+
+from ltp_sparse.backends import available_backends, use_backend
+from ltp_sparse.delta import SparseDelta
+from ltp_sparse.names import canonical_parameters
+from ltp_sparse.ops import masked_adamw_, topk_delta
+from ltp_sparse.optim import MaskedAdamW
+from ltp_sparse.selection import select
+from ltp_sparse.ticket import Ticket
+
+__all__ = [
+    "MaskedAdamW",
+    "SparseDelta",
+    "Ticket",
+    "available_backends",
+    "canonical_parameters",
+    "masked_adamw_",
+    "select",
+    "topk_delta",
+    "use_backend",
+]

@@ -1,0 +1,231 @@
+"""The one door to compiled code and kernels: which backends there are, why one is missing, and which one serves a call.
+
+* ``reference``: plain PyTorch, every device.
+* ``compiled``:  C++ (`csrc/`), CPU tensors.
+* ``triton``:    Triton kernels (`kernels/`), GPU tensors; CPU tensors under TRITON_INTERPRET=1.
+
+``auto`` takes the fastest that serves the device and can say why; an explicit choice is obeyed or refused.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ltp_sparse import reference
+
+ENVIRONMENT = "LTP_SPARSE_BACKEND"
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Codes of the dtypes that `_C` reads."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A set of implementations under the signatures of `reference.py`."""
+
+    name: str
+    masked_adamw_: Callable[..., None]
+    masked_sum_squares: Callable[..., Tensor]
+    delta_histogram: Callable[..., None]
+    delta_band: Callable[..., None]
+
+
+class BackendUnavailable(RuntimeError):
+    """An explicitly chosen backend cannot serve the call."""
+
+
+@cache
+def _extension() -> ModuleType | str:
+    """The compiled module, or why it is missing."""
+    try:
+        return importlib.import_module("ltp_sparse._C")
+    except ImportError as error:
+        return f"ltp_sparse._C is not built ({error}); install with a C++ compiler, LTP_SPARSE_EXT=cpu says what fails"
+
+
+@cache
+def _kernels() -> ModuleType | str:
+    """The Triton kernels, or why they are missing."""
+    try:
+        return importlib.import_module("ltp_sparse.kernels")
+    except ImportError as error:
+        return f"the Triton kernels cannot be imported ({error}); pip install triton"
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.data_ptr() if tensor.numel() else 0 for tensor in tensors]
+
+
+def _codes(tensors: Sequence[Tensor]) -> list[int]:
+    return [DTYPES[tensor.dtype] for tensor in tensors]
+
+
+@cache
+def _compiled() -> Backend:
+    """`_C` takes addresses and sizes; these adaptors take them from the tensors of the same call."""
+    c = _extension()
+    assert isinstance(c, ModuleType)
+
+    def masked_adamw_(params, grads, exp_avg, exp_avg_sq, tiles, words, ranks, positions, coefficients, anchor):
+        c.masked_adamw_(
+            _addresses(params),
+            _addresses(grads),
+            exp_avg.data_ptr(),
+            exp_avg_sq.data_ptr(),
+            tiles.data_ptr(),
+            tiles.shape[0],
+            words.data_ptr(),
+            positions.data_ptr(),
+            coefficients.data_ptr(),
+            anchor.data_ptr() if anchor.numel() else 0,
+            torch.get_num_threads(),
+        )
+
+    def masked_sum_squares(params, grads, tiles, words, ranks, positions, coefficients, anchor):
+        out = torch.empty(tiles.shape[0], dtype=torch.float64)
+        c.masked_sum_squares(
+            _addresses(params),
+            _addresses(grads),
+            tiles.data_ptr(),
+            tiles.shape[0],
+            words.data_ptr(),
+            positions.data_ptr(),
+            coefficients.data_ptr(),
+            anchor.data_ptr() if anchor.numel() else 0,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
+
+    def delta_histogram(initial, tuned, groups, prefixes, histogram, nonfinite):
+        nonfinite |= c.delta_histogram(
+            _addresses(initial),
+            _addresses(tuned),
+            _codes(initial),
+            _codes(tuned),
+            [t.numel() for t in tuned],
+            list(groups),
+            [] if prefixes is None else prefixes.tolist(),
+            histogram.data_ptr(),
+            histogram.shape[0],
+            torch.get_num_threads(),
+        )
+
+    def delta_band(
+        initial, tuned, groups, low, high, words, word_offsets,
+        above, inside, take, keys, positions, offsets, cursor, nonfinite,
+    ):  # fmt: skip
+        nonfinite |= c.delta_band(
+            _addresses(initial),
+            _addresses(tuned),
+            _codes(initial),
+            _codes(tuned),
+            [t.numel() for t in tuned],
+            list(groups),
+            low.tolist(),
+            high.tolist(),
+            words.data_ptr(),
+            list(word_offsets),
+            above.data_ptr(),
+            inside.data_ptr(),
+            0 if take is None else take.data_ptr(),
+            keys.data_ptr(),
+            positions.data_ptr(),
+            keys.numel(),
+            offsets.data_ptr(),
+            cursor.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+    return Backend("compiled", masked_adamw_, masked_sum_squares, delta_histogram, delta_band)
+
+
+@cache
+def _triton() -> Backend:
+    kernels = _kernels()
+    assert isinstance(kernels, ModuleType)
+    return Backend(
+        "triton",
+        kernels.masked_adamw_,
+        kernels.masked_sum_squares,
+        reference.delta_histogram,  # Triton has no histogram that beats torch's at 32,768 bins; the sampled route avoids it
+        kernels.delta_band,
+    )
+
+
+_reference = Backend(
+    "reference",
+    reference.masked_adamw_,
+    reference.masked_sum_squares,
+    reference.delta_histogram,
+    reference.delta_band,
+)
+
+
+def unavailable_reason(name: str, device: torch.device) -> str | None:
+    """Why a backend cannot serve tensors on `device`; None if it can."""
+    if name == "reference":
+        return None
+    if name == "compiled":
+        if isinstance(reason := _extension(), str):
+            return reason
+        return None if device.type == "cpu" else f"it serves CPU tensors, not {device.type}"
+    if isinstance(reason := _kernels(), str):
+        return reason
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton serves GPU tensors; on the CPU only in its interpreter (TRITON_INTERPRET=1, for tests)"
+    return None
+
+
+NAMES = ("reference", "compiled", "triton")
+_ORDER = {"cpu": ("compiled", "reference"), "cuda": ("triton", "reference")}
+_chosen: str | None = None
+
+
+def use_backend(name: str | None) -> None:
+    """Chooses the backend of all later calls: "reference", "compiled", "triton", or "auto" (also None).
+
+    The environment variable LTP_SPARSE_BACKEND does the same where this was not called.
+    """
+    global _chosen
+    if name not in (None, "auto", *NAMES):
+        raise ValueError(f"use_backend: expected one of auto, {', '.join(NAMES)}, got {name!r}")
+    if name in NAMES and all(unavailable_reason(name, torch.device(d)) for d in ("cpu", "cuda")):
+        raise BackendUnavailable(f"use_backend: {name} cannot be used: {unavailable_reason(name, torch.device('cuda'))}")
+    _chosen = None if name == "auto" else name
+
+
+def resolve(device: torch.device) -> Backend:
+    """The backend that serves tensors on `device`.
+
+    Raises:
+        BackendUnavailable: the chosen backend cannot.
+    """
+    name = _chosen or os.environ.get(ENVIRONMENT) or "auto"
+    if name not in ("auto", *NAMES):
+        raise ValueError(f"{ENVIRONMENT}: expected one of auto, {', '.join(NAMES)}, got {name!r}")
+    if name == "auto":
+        name = next(n for n in _ORDER.get(device.type, ("reference",)) if unavailable_reason(n, device) is None)
+    elif reason := unavailable_reason(name, device):
+        raise BackendUnavailable(
+            f'the backend {name} was asked for and cannot serve {device}: {reason}. use_backend("auto") falls back'
+        )
+    return {"reference": lambda: _reference, "compiled": _compiled, "triton": _triton}[name]()
+
+
+def available_backends(device: torch.device | str = "cpu") -> dict[str, str]:
+    """Backend -> "ok", or the reason why it cannot serve tensors on `device`."""
+    return {name: unavailable_reason(name, torch.device(device)) or "ok" for name in NAMES}
+
+
+def isa() -> str | None:
+    """The instruction set that the compiled backend chose for this processor, e.g. "avx512"."""
+    extension = _extension()
+    return extension.isa() if isinstance(extension, ModuleType) else None

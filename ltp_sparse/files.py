@@ -1,0 +1,109 @@
+"""Safe, atomic, checksummed files: safetensors with one metadata key of sorted JSON.
+
+Nothing here unpickles. A file is written beside its destination and moved there in one step, so that an interrupted run leaves
+either the old file or the new one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+KEY = "ltp_sparse"
+FORMAT_VERSION = 1
+
+
+def hash_tensor(sha: hashlib._Hash, tensor: Tensor) -> None:
+    """Feeds the bits of a tensor, row-major, into a hash; dtype and shape are the caller's."""
+    for piece in tensor.detach().reshape(-1).split(1 << 22):  # bounded copies from other devices
+        host = piece.cpu().contiguous()
+        if host.nbytes:
+            sha.update((ctypes.c_char * host.nbytes).from_address(host.data_ptr()))
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path in the folder of `path`; on success it is moved there in one step, on failure removed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
+    sha = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        hash_tensor(sha, tensor)
+    return sha.hexdigest()
+
+
+def save(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Writes `tensors` and `metadata` (JSON values) as a file of the given kind, e.g. "ticket"."""
+    metadata = {**metadata, "kind": kind, "format": FORMAT_VERSION}
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = json.dumps({**metadata, "checksum": _checksum(contiguous, metadata)}, sort_keys=True)
+    with atomic_path(path) as temporary:
+        save_file(contiguous, temporary, metadata={KEY: header})
+
+
+def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads a file written by `save`, verified against its checksum.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, damaged, of another kind or of a newer format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a {kind} written by ltp_sparse")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get(KEY)
+            # clones: a view of the mapped file would change, or fault, when the file is replaced
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError, RuntimeError, OSError, KeyError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error}); it may be truncated, copy it again") from error
+    if header is None:
+        raise ValueError(f"{path}: a safetensors file, but not one of ltp_sparse; expected a {kind}")
+    try:
+        metadata = json.loads(header)
+        checksum = metadata.pop("checksum")
+        found, version = metadata["kind"], metadata["format"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: its metadata is damaged ({error!r}); copy the file again") from error
+    if _checksum(tensors, metadata) != checksum:
+        raise ValueError(f"{path}: the checksum does not match its content; the file is damaged, copy it again")
+    if found != kind:
+        raise ValueError(f"{path}: expected a {kind}, got a {found}")
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path}: format {version} is not the format {FORMAT_VERSION} of this version; update ltp_sparse")
+    return tensors, metadata

@@ -1,0 +1,287 @@
+"""The two operations: checked once here, registered once with torch.library, served by a backend.
+
+`topk_delta` and `masked_adamw_` are functional, on lists of tensors; `select` and `MaskedAdamW` are what most people use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ltp_sparse import backends
+from ltp_sparse.encoding import IndexSet, TileTable, bitmap_words
+from ltp_sparse.reference import Coefficient
+from ltp_sparse.topk import Selection, TensorSource, select_topk
+
+_library = torch.library.Library("ltp_sparse", "DEF")  # noqa: TOR901 (kept for the life of the process)
+
+_library.define(
+    "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor tiles, "
+    "Tensor words, Tensor ranks, Tensor positions, Tensor coefficients, Tensor anchor) -> ()"
+)
+_library.define(
+    "masked_sum_squares(Tensor[] params, Tensor[] grads, Tensor tiles, Tensor words, Tensor ranks, Tensor positions, "
+    "Tensor coefficients, Tensor anchor) -> Tensor"
+)
+_library.define("topk_delta(Tensor[] initial, Tensor[] tuned, int[] groups, int[] k) -> (Tensor, Tensor, Tensor)")
+
+
+@torch.library.impl(_library, "masked_adamw_", "CompositeExplicitAutograd")
+def _masked_adamw_(params, grads, exp_avg, exp_avg_sq, tiles, words, ranks, positions, coefficients, anchor):
+    with torch.no_grad():
+        contiguous = [param if param.is_contiguous() else param.contiguous() for param in params]
+        backends.resolve(exp_avg.device).masked_adamw_(
+            contiguous,
+            [grad.contiguous() for grad in grads],
+            exp_avg,
+            exp_avg_sq,
+            tiles,
+            words,
+            ranks,
+            positions,
+            coefficients,
+            anchor,
+        )
+        for param, updated in zip(params, contiguous, strict=True):
+            if param is not updated:
+                param.copy_(updated)
+
+
+@torch.library.impl(_library, "masked_sum_squares", "CompositeExplicitAutograd")
+def _masked_sum_squares(params, grads, tiles, words, ranks, positions, coefficients, anchor):
+    with torch.no_grad():
+        return backends.resolve(tiles.device).masked_sum_squares(
+            [param.contiguous() for param in params],
+            [grad.contiguous() for grad in grads],
+            tiles,
+            words,
+            ranks,
+            positions,
+            coefficients,
+            anchor,
+        )
+
+
+@torch.library.impl(_library, "topk_delta", "CompositeExplicitAutograd")
+def _topk_delta(initial, tuned, groups, k):
+    with torch.no_grad():
+        source = TensorSource(initial, tuned)
+        selection = select_topk(backends.resolve(source.device), source, list(groups), list(k))
+        return selection.words, selection.counts, selection.thresholds
+
+
+@torch.library.register_fake("ltp_sparse::masked_adamw_", lib=_library)
+def _(params, grads, exp_avg, exp_avg_sq, tiles, words, ranks, positions, coefficients, anchor):
+    return None
+
+
+@torch.library.register_fake("ltp_sparse::masked_sum_squares", lib=_library)
+def _(params, grads, tiles, words, ranks, positions, coefficients, anchor):
+    return tiles.new_empty(tiles.shape[0], dtype=torch.float64)
+
+
+@torch.library.register_fake("ltp_sparse::topk_delta", lib=_library)
+def _(initial, tuned, groups, k):
+    words = sum(bitmap_words(t.numel()) for t in tuned)
+    return (
+        tuned[0].new_empty(words, dtype=torch.int32),
+        tuned[0].new_empty(len(tuned), dtype=torch.int64),
+        torch.empty(len(k), dtype=torch.float32),
+    )
+
+
+def masked_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    table: TileTable,
+    coefficients: Tensor,
+    anchor: Tensor | None = None,
+) -> None:
+    """One AdamW step on the active entries of `params`; all others keep their bits, whatever their gradients hold.
+
+    Args:
+        params: float32, any shapes; updated in place at the active entries only.
+        grads: float32, of the shapes of `params`; None: the parameter is skipped, moments included.
+        exp_avg: float32 [table.k], first moments in slot order; updated in place.
+        exp_avg_sq: float32 [table.k], second moments; updated in place.
+        table: the active entries, `TileTable.build([index set per parameter])`.
+        coefficients: float64 [P, 10], a row per parameter: `adamw_coefficients(...)`.
+        anchor: float32 [table.k], values that the pull of the coefficients draws to, or None.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or devices do not fit.
+    """
+    _check_update(params, grads, table, coefficients, anchor, exp_avg, exp_avg_sq)
+    torch.ops.ltp_sparse.masked_adamw_(
+        list(params), _gradients(params, grads), exp_avg, exp_avg_sq,
+        table.tiles, table.words, table.ranks, table.positions, coefficients, _anchor(anchor, exp_avg),
+    )  # fmt: skip
+
+
+def masked_sum_squares(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    table: TileTable,
+    coefficients: Tensor,
+    anchor: Tensor | None = None,
+) -> Tensor:
+    """float64 [T]: per tile of `table`, the sum of squares of the active gradient entries, scaled and pulled as in the update.
+
+    Arguments as for `masked_adamw_`.
+    """
+    _check_update(params, grads, table, coefficients, anchor)
+    return torch.ops.ltp_sparse.masked_sum_squares(
+        list(params), _gradients(params, grads),
+        table.tiles, table.words, table.ranks, table.positions, coefficients, _anchor(anchor, coefficients),
+    )  # fmt: skip
+
+
+def _gradients(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
+    return [param.new_empty(0) if grad is None else grad for param, grad in zip(params, grads, strict=True)]
+
+
+def _anchor(anchor: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0, dtype=torch.float32) if anchor is None else anchor
+
+
+def _check_update(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    table: TileTable,
+    coefficients: Tensor,
+    anchor: Tensor | None,
+    *moments: Tensor,
+) -> None:
+    if not len(params) == len(grads) == len(table.counts):
+        raise ValueError(
+            f"masked_adamw_: expected as many gradients and index sets as parameters, got {len(params)} parameters, "
+            f"{len(grads)} gradients and a table of {len(table.counts)}"
+        )
+    if coefficients.shape != (len(params), Coefficient.COUNT) or coefficients.dtype != torch.float64:
+        raise ValueError(
+            f"masked_adamw_: coefficients must be float64 [{len(params)}, {Coefficient.COUNT}], "
+            f"got {coefficients.dtype} {list(coefficients.shape)}"
+        )
+    device = table.tiles.device
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        for what, tensor in (("parameter", param), ("gradient", grad)):
+            if tensor is None:
+                continue
+            if tensor.dtype != torch.float32 or tensor.layout != torch.strided:
+                raise TypeError(
+                    f"masked_adamw_: {what} {i} must be a dense float32 tensor, got {tensor.dtype} ({tensor.layout})"
+                )
+            if tensor.device != device:
+                raise ValueError(f"masked_adamw_: {what} {i} is on {tensor.device}, the tile table on {device}")
+        if grad is not None and grad.shape != param.shape:
+            raise ValueError(
+                f"masked_adamw_: gradient {i} has shape {list(grad.shape)}, its parameter {list(param.shape)}"
+            )
+    for tensor in (*moments, *([] if anchor is None else [anchor])):
+        if tensor.dtype != torch.float32 or tensor.shape != (table.k,) or tensor.device != device:
+            raise ValueError(
+                f"masked_adamw_: packed buffers must be float32 [{table.k}] on {device}, "
+                f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            )
+
+
+def adamw_coefficients(
+    steps: Tensor,
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    pull: float = 0.0,
+) -> Tensor:
+    """float64 [P, 10] coefficients of `masked_adamw_` for parameters that have taken `steps` steps, this one included.
+
+    Args:
+        steps: [P], >= 1.
+        lr: step size; the others as in torch.optim.AdamW.
+        pull: weight of sign(param - anchor), added to the gradient.
+    """
+    step = steps.to(torch.float64)
+    beta1, beta2 = betas
+    table = torch.zeros(step.numel(), Coefficient.COUNT, dtype=torch.float64, device=step.device)
+    table[:, Coefficient.APPLY] = 1.0
+    table[:, Coefficient.GRAD_FACTOR] = 1.0
+    table[:, Coefficient.DECAY] = 1.0 - lr * weight_decay
+    table[:, Coefficient.ONE_MINUS_BETA1] = 1.0 - beta1
+    table[:, Coefficient.BETA2] = beta2
+    table[:, Coefficient.ONE_MINUS_BETA2] = 1.0 - beta2
+    table[:, Coefficient.STEP_SIZE] = lr / (1.0 - beta1**step)
+    table[:, Coefficient.INV_SQRT_BC2] = (1.0 - beta2**step).rsqrt()
+    table[:, Coefficient.EPS] = eps
+    table[:, Coefficient.PULL] = pull
+    return table
+
+
+def topk_delta(
+    initial: Sequence[Tensor],
+    tuned: Sequence[Tensor],
+    k: int | Sequence[int],
+    *,
+    groups: Sequence[int] | None = None,
+) -> tuple[list[IndexSet], Tensor]:
+    """The k entries of largest |tuned - initial| over all tensors, exactly; the earliest (tensor, flat index) wins a tie.
+
+    Args:
+        initial: float32, bfloat16 or float16 tensors, any contiguity; an empty list stands for zeros, which ranks |tuned|.
+        tuned: of the same shapes; dtypes of a pair may differ, deltas are taken in float32.
+        k: entries to select; with `groups`, a number per group.
+        groups: the group of every tensor, 0, 1, ...; default: all in one.
+
+    Returns:
+        An index set per tensor, and float32 [G], the smallest selected |delta| of every group (infinite: none selected).
+        Entries whose delta is zero are never selected, so that fewer than k may come.
+
+    Raises:
+        NonFiniteDelta (a ValueError): a delta is NaN or infinite.
+        TypeError, ValueError: shapes, dtypes, devices or counts do not fit.
+    """
+    groups = [0] * len(tuned) if groups is None else list(groups)
+    ks = [k] if isinstance(k, int) else list(k)
+    _check_selection(initial, tuned, ks, groups)
+    if not tuned:
+        return [], torch.full((len(ks),), torch.inf)
+    words, counts, thresholds = torch.ops.ltp_sparse.topk_delta(list(initial), list(tuned), groups, ks)
+    return index_sets(Selection(words, counts, thresholds), [t.numel() for t in tuned]), thresholds
+
+
+def index_sets(selection: Selection, sizes: Sequence[int]) -> list[IndexSet]:
+    """The index set of every tensor, cut from the flat bitmap of a selection."""
+    return [
+        IndexSet.from_bitmap(words, n)
+        for words, n in zip(selection.words.split([bitmap_words(n) for n in sizes]), sizes, strict=True)
+    ]
+
+
+def _check_selection(initial: Sequence[Tensor], tuned: Sequence[Tensor], ks: list[int], groups: list[int]) -> None:
+    if initial and len(initial) != len(tuned):
+        raise ValueError(f"topk_delta: expected as many initial as tuned tensors, got {len(initial)} and {len(tuned)}")
+    for i, tensors in enumerate(zip(initial, tuned, strict=True) if initial else ((t,) for t in tuned)):
+        for tensor in tensors:
+            if tensor.dtype not in backends.DTYPES:
+                raise TypeError(
+                    f"topk_delta: tensor {i} must be float32, bfloat16 or float16, got {tensor.dtype}; convert it"
+                )
+            if tensor.shape != tensors[0].shape:
+                raise ValueError(
+                    f"topk_delta: tensor {i} has initial shape {list(tensors[0].shape)}, tuned {list(tensor.shape)}"
+                )
+            if tensor.device != tuned[0].device:
+                raise ValueError(f"topk_delta: tensor {i} is on {tensor.device}, the first on {tuned[0].device}")
+    if len(groups) != len(tuned) or any(not 0 <= g < len(ks) for g in groups):
+        raise ValueError(f"topk_delta: groups must name one of {len(ks)} groups for each of {len(tuned)} tensors")
+    pools = [0] * len(ks)
+    for tensor, group in zip(tuned, groups, strict=True):
+        pools[group] += tensor.numel()
+    for group, (k, pool) in enumerate(zip(ks, pools, strict=True)):
+        if not 0 <= k <= pool:
+            where = f" in group {group}" if len(ks) > 1 else ""
+            raise ValueError(f"topk_delta: k must be in [0, {pool}] for a pool of {pool} entries{where}, got {k}")

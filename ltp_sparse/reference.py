@@ -1,0 +1,195 @@
+"""The two operations in plain PyTorch: what they mean, and the fallback where nothing faster is there.
+
+Written to be read. Works on every device; the update also in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ltp_sparse.encoding import TILE, WORDS_PER_TILE, Column, bitmap_words, pack_bits, tile_indices, to_uint16_bits
+
+NONFINITE_KEY = 0x7F800000
+"""The smallest key of an infinity or a NaN."""
+
+
+# --- masked AdamW ------------------------------------------------------------------------------------------------------------
+
+
+class Coefficient:
+    """Columns of the `coefficients` of `masked_adamw_`: float64 [P, 10], a row per parameter."""
+
+    APPLY = 0  # 1: update, 0: leave everything of this parameter as it is
+    GRAD_FACTOR = 1  # clip factor / loss scale, negative to maximize
+    DECAY = 2  # 1 - lr * weight_decay
+    ONE_MINUS_BETA1 = 3
+    BETA2 = 4
+    ONE_MINUS_BETA2 = 5
+    STEP_SIZE = 6  # lr / (1 - beta1 ** step)
+    INV_SQRT_BC2 = 7  # 1 / sqrt(1 - beta2 ** step)
+    EPS = 8
+    PULL = 9  # weight of sign(param - anchor) in the gradient
+    COUNT = 10
+
+
+def _tiles(tiles: Tensor, grads: Sequence[Tensor]) -> Iterator[tuple[int, list[int]]]:
+    """(position in the table, row) of every tile whose parameter has a gradient."""
+    for position, tile in enumerate(tiles.tolist()):
+        if grads[tile[Column.PARAM]].numel():
+            yield position, tile
+
+
+def _gradient(param: Tensor, grad: Tensor, indices: Tensor, c: Tensor, anchor: Tensor) -> Tensor:
+    gradient = grad.view(-1)[indices] * c[Coefficient.GRAD_FACTOR]
+    if anchor.numel():
+        gradient = gradient + c[Coefficient.PULL] * torch.sign(param.view(-1)[indices] - anchor)
+    return gradient
+
+
+def masked_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    tiles: Tensor,
+    words: Tensor,
+    ranks: Tensor,
+    positions: Tensor,
+    coefficients: Tensor,
+    anchor: Tensor,
+) -> None:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) on the active entries, in the order of operations of torch.optim.AdamW."""
+    rounded = coefficients.to(exp_avg.dtype)
+    for _, tile in _tiles(tiles, grads):
+        param = params[tile[Column.PARAM]]
+        indices = tile_indices(tile, words, positions)
+        slots = slice(tile[Column.SLOT], tile[Column.SLOT] + tile[Column.ACTIVE])
+        c = rounded[tile[Column.PARAM]]
+
+        g = _gradient(param, grads[tile[Column.PARAM]], indices, c, anchor[slots])
+        p = param.view(-1)[indices] * c[Coefficient.DECAY]
+        m = exp_avg[slots] + c[Coefficient.ONE_MINUS_BETA1] * (g - exp_avg[slots])
+        v = exp_avg_sq[slots] * c[Coefficient.BETA2] + c[Coefficient.ONE_MINUS_BETA2] * (g * g)
+        p = p - c[Coefficient.STEP_SIZE] * (m / (v.sqrt() * c[Coefficient.INV_SQRT_BC2] + c[Coefficient.EPS]))
+
+        # a select, not a branch on the host: on a GPU the flag stays on the device
+        apply = c[Coefficient.APPLY] != 0
+        param.view(-1)[indices] = torch.where(apply, p, param.view(-1)[indices])
+        exp_avg[slots] = torch.where(apply, m, exp_avg[slots])
+        exp_avg_sq[slots] = torch.where(apply, v, exp_avg_sq[slots])
+
+
+def masked_sum_squares(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    tiles: Tensor,
+    words: Tensor,
+    ranks: Tensor,
+    positions: Tensor,
+    coefficients: Tensor,
+    anchor: Tensor,
+) -> Tensor:
+    """float64 [T]: per tile, the sum of squares of the active gradient entries as `masked_adamw_` would see them."""
+    sums = torch.zeros(tiles.shape[0], dtype=torch.float64, device=tiles.device)
+    for position, tile in _tiles(tiles, grads):
+        param, grad = params[tile[Column.PARAM]], grads[tile[Column.PARAM]]
+        slots = slice(tile[Column.SLOT], tile[Column.SLOT] + tile[Column.ACTIVE])
+        c = coefficients[tile[Column.PARAM]].to(grad.dtype)
+        g = _gradient(param, grad, tile_indices(tile, words, positions), c, anchor[slots])
+        sums[position] = g.double().square().sum()
+    return sums
+
+
+# --- top-k delta selection: the two passes that `topk.py` drives -------------------------------------------------------------
+
+_STRIDE = 4 * TILE  # entries keyed at a time: keeps the temporaries to a few megabytes
+
+
+def delta_keys(initial: Tensor | None, tuned: Tensor) -> Tensor:
+    """int32 keys bits(|float32(tuned) - float32(initial)|): ordered like the absolute delta; `initial` None stands for zeros."""
+    delta = tuned.float() if initial is None else tuned.float() - initial.float()
+    return delta.abs().view(torch.int32)
+
+
+def _key_pieces(initial: Sequence[Tensor], tuned: Sequence[Tensor]) -> Iterator[tuple[int, int, Tensor]]:
+    """(tensor, first entry, keys) over all tensors."""
+    for tensor, t in enumerate(tuned):
+        for start in range(0, t.numel(), _STRIDE):
+            piece = slice(start, start + _STRIDE)
+            yield tensor, start, delta_keys(initial[tensor].view(-1)[piece] if initial else None, t.view(-1)[piece])
+
+
+def delta_histogram(
+    initial: Sequence[Tensor],
+    tuned: Sequence[Tensor],
+    groups: Sequence[int],
+    prefixes: Tensor | None,
+    histogram: Tensor,
+    nonfinite: Tensor,
+) -> None:
+    """Counts digits of the non-zero keys of each group into `histogram` (int64, added to).
+
+    prefixes None:      [G, 32768] by the upper 15 bits.
+    prefixes int64 [G]: [G, 65536] by the lower 16 bits, of the keys whose upper bits are the group's prefix.
+    nonfinite:          int64 [1], set to 1 if an infinity or a NaN was seen
+    """
+    for tensor, _, keys in _key_pieces(initial, tuned):
+        group = groups[tensor]
+        nonfinite |= (keys >= NONFINITE_KEY).any()
+        keys = keys[keys > 0]
+        digits = keys >> 16 if prefixes is None else keys[(keys >> 16) == prefixes[group]] & 0xFFFF
+        histogram[group] += torch.bincount(digits, minlength=histogram.shape[1])
+
+
+def delta_band(
+    initial: Sequence[Tensor],
+    tuned: Sequence[Tensor],
+    groups: Sequence[int],
+    low: Tensor,
+    high: Tensor,
+    words: Tensor,
+    word_offsets: Sequence[int],
+    above: Tensor,
+    inside: Tensor,
+    take: Tensor | None,
+    keys: Tensor,
+    positions: Tensor,
+    offsets: Tensor,
+    cursor: Tensor,
+    nonfinite: Tensor,
+) -> None:
+    """Marks the entries above a band of keys, counts, and stores the candidates inside the band.
+
+    low, high:       int64 [G], 1 <= low <= high
+    words:           int32, every word of every tensor is written: the bits of keys >= high
+    above, inside:   int64 [T], per tile the number of keys >= high, and of low <= key < high
+    take:            int64 [T] or None: also set the bits of each tile's first `take` entries inside the band
+    keys, positions: int32 [C] and int16 [C] (uint16 bits): the candidates, each tile's contiguous and ascending
+    offsets:         int64 [T], where a tile's candidates start; -1: not stored, no room
+    cursor:          int64 [1], candidates stored so far, or wanted where it exceeds C
+    nonfinite:       int64 [1], set to 1 if an infinity or a NaN was seen
+    """
+    tile = 0
+    for tensor, start, piece in _key_pieces(initial, tuned):
+        group = groups[tensor]
+        nonfinite |= (piece >= NONFINITE_KEY).any()
+        is_above = piece >= high[group]
+        is_inside = (piece >= low[group]) & ~is_above
+        for first in range(0, piece.numel(), TILE):
+            mask, band = is_above[first : first + TILE], is_inside[first : first + TILE]
+            found = band.nonzero().view(-1)
+            above[tile], inside[tile] = mask.sum(), found.numel()
+            if take is not None:
+                mask[found[: int(take[tile])]] = True
+            offset = word_offsets[tensor] + (start + first) // TILE * WORDS_PER_TILE
+            words[offset : offset + bitmap_words(mask.numel())] = pack_bits(mask)
+            stored, end = int(cursor), int(cursor) + found.numel()
+            offsets[tile] = stored if end <= keys.numel() else -1
+            if end <= keys.numel():
+                keys[stored:end] = piece[first : first + TILE][found]
+                positions[stored:end] = to_uint16_bits(found)
+            cursor += found.numel()
+            tile += 1

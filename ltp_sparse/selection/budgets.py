@@ -1,0 +1,61 @@
+"""Budgets: how many entries are taken, and from which group of parameters."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+
+from torch import Size
+
+from ltp_sparse.names import layer_of
+from ltp_sparse.topk import entries_for
+
+Budget = str | Mapping[str, float]
+"""How k is shared: "global", "layer", "tensor", or shares of k for regular expressions over names."""
+
+
+def share_out(
+    shapes: Mapping[str, Size], budget: Budget, *, density: float | None, k: int | None
+) -> tuple[list[str], list[int], list[str], list[int]]:
+    """Splits a budget over groups of parameters.
+
+    "global": one group. "layer", "tensor": every layer (embeddings, layer 0, ...) or parameter at the same density,
+    floor(density * its entries). Shares: group g takes floor(share * k) of its own entries; every parameter belongs to the first
+    expression found in its name, the others are not in the pool (SC-SFT, METHODS 6).
+
+    Returns:
+        names of the pool, the group of each, the groups' labels, and the entries to take from each.
+    """
+    sizes = {name: shape.numel() for name, shape in shapes.items()}
+    if isinstance(budget, Mapping):
+        matched = {name: next((p for p in budget if re.search(p, name)), None) for name in sizes}
+        label_of = {name: pattern for name, pattern in matched.items() if pattern is not None}
+        for pattern in budget:
+            if pattern not in label_of.values():
+                raise ValueError(f"budget: the expression {pattern!r} is found in no parameter of the pool")
+        if sum(budget.values()) > 1 + 1e-9:
+            raise ValueError(f"budget: the shares must not exceed 1, got {sum(budget.values())}")
+    elif budget == "global":
+        label_of = dict.fromkeys(sizes, "all")
+    elif budget == "layer":
+        label_of = {name: layer_of(name) for name in sizes}
+    elif budget == "tensor":
+        label_of = {name: name for name in sizes}
+    else:
+        raise ValueError(f"budget must be global, layer, tensor or shares by expression, got {budget!r}")
+
+    labels = list(dict.fromkeys(label_of.values()))
+    pools = {label: sum(sizes[name] for name, at in label_of.items() if at == label) for label in labels}
+    total = entries_for(sum(sizes.values()), density=density, k=k)
+    if isinstance(budget, Mapping):
+        ks = [math.floor(Fraction(str(budget[label])) * total) for label in labels]
+    else:
+        part = Fraction(total, sum(sizes.values())) if density is None else Fraction(str(density))
+        ks = [total] if budget == "global" else [math.floor(part * pools[label]) for label in labels]
+    for label, wanted in zip(labels, ks, strict=True):
+        if wanted > pools[label]:
+            raise ValueError(f"budget: {wanted:,} entries are asked of {label!r}, which has {pools[label]:,}")
+    names = list(label_of)
+    return names, [labels.index(label_of[name]) for name in names], labels, ks

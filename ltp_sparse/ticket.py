@@ -1,0 +1,353 @@
+"""`Ticket`: which entries of a model are active."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Size, Tensor, nn
+
+from ltp_sparse import files
+from ltp_sparse.encoding import Encoding, IndexSet
+from ltp_sparse.names import (
+    canonical_tensors,
+    closest,
+    fingerprint,
+    layer_of,
+    match_names,
+    matches,
+    module_of,
+    parameter_order,
+)
+from ltp_sparse.random_sets import random_sets
+
+Pool = Callable[[str], bool] | Iterable[str] | None
+"""Which parameters may be selected: a predicate on names, regular expressions, or None for all."""
+
+
+def in_pool(names: Iterable[str], pool: Pool) -> list[str]:
+    """The names that a pool lets through, in canonical order; an error if there is none."""
+    names = list(names)
+    if pool is None:
+        kept = names
+    elif callable(pool):
+        kept = [name for name in names if pool(name)]
+    else:
+        patterns = list(pool)
+        kept = [name for name in names if matches(name, patterns)]
+    if not kept:
+        raise ValueError(f"the pool holds none of the {len(names)} parameters, e.g. {names[:3]}; check its names")
+    return parameter_order(kept)
+
+
+class Ticket:
+    """Which entries of which parameters are active, with what is known about their origin.
+
+    A ticket lists every parameter of its pool, also those without an active entry, under canonical names and in canonical order.
+    Make one with `select`, `Ticket.random`, `Ticket.full`, `Ticket.from_masks` or `Ticket.from_indices`; combine tickets with
+    ``&``, ``|``, ``-``, ``^`` and ``~``.
+
+    Args:
+        sets: index set of every parameter.
+        shapes: shape of every parameter.
+        metadata: anything JSON can hold: method, density, requested k, threshold, ...
+        fingerprint: name -> digest of the base model's tensor, for the parameters with active entries; may be empty.
+    """
+
+    def __init__(
+        self,
+        sets: Mapping[str, IndexSet],
+        shapes: Mapping[str, Sequence[int]],
+        metadata: Mapping[str, Any] | None = None,
+        fingerprint: Mapping[str, str] | None = None,
+    ) -> None:
+        self.sets = {name: sets[name] for name in parameter_order(sets)}
+        self.shapes = {name: Size(shapes[name]) for name in self.sets}
+        self.metadata = dict(metadata or {})
+        self.fingerprint = dict(fingerprint or {})
+        for name, index_set in self.sets.items():
+            if index_set.n != self.shapes[name].numel():
+                raise ValueError(
+                    f"Ticket: {name!r} has shape {list(self.shapes[name])}, its index set covers {index_set.n} entries"
+                )
+
+    # --- making ------------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def full(cls, model: nn.Module | Mapping[str, Any], pool: Pool = None) -> Ticket:
+        """All entries active. `model`: a module, or a mapping from names to tensors or shapes."""
+        shapes = _shapes(model, pool)
+        return cls({name: IndexSet.full(shape.numel()) for name, shape in shapes.items()}, shapes, {"method": "full"})
+
+    @classmethod
+    def from_masks(cls, masks: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> Ticket:
+        """masks: name -> bool tensor in the parameter's shape, True for active entries."""
+        for name, mask in masks.items():
+            if mask.dtype != torch.bool:
+                raise TypeError(f"Ticket.from_masks: the mask of {name!r} must be bool, got {mask.dtype}")
+        sets = {name: IndexSet.from_mask(mask.cpu()).compact() for name, mask in canonical_tensors(masks).items()}
+        return cls(sets, _shapes(masks, None), metadata)
+
+    @classmethod
+    def from_indices(
+        cls,
+        indices: Mapping[str, Tensor],
+        shapes: Mapping[str, Sequence[int]],
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Ticket:
+        """indices: name -> integers [k], flat row-major positions, unique, any order; shapes: name -> shape."""
+        if missing := [name for name in indices if name not in shapes]:
+            raise ValueError(f"Ticket.from_indices: no shape for {missing[0]!r}")
+        sets = {
+            name: IndexSet.from_indices(flat.cpu().sort().values, Size(shapes[name]).numel()).compact()
+            for name, flat in indices.items()
+        }
+        return cls(sets, {name: shapes[name] for name in indices}, metadata)
+
+    @classmethod
+    def random(
+        cls,
+        model: nn.Module | Mapping[str, Any],
+        *,
+        density: float | None = None,
+        k: int | None = None,
+        seed: int = 0,
+        pool: Pool = None,
+        like: Ticket | None = None,
+        bernoulli: bool = False,
+    ) -> Ticket:
+        """A random ticket: exactly k entries, uniform over the pool.
+
+        Args:
+            model: a module, or a mapping from names to tensors or shapes.
+            density, k: active share of the pool, or active entries; one of them, or `like`.
+            seed: the same seed gives the same ticket on every machine.
+            pool: which parameters may be selected.
+            like: a ticket whose count per parameter is matched, which makes the layer-matched control (METHODS 4.3 b).
+            bernoulli: draw every entry with probability `density` instead (SC-SFT's text, METHODS 7).
+        """
+        shapes = like.shapes if like is not None else _shapes(model, pool)
+        per_parameter = None if like is None else {name: s.k for name, s in like.sets.items()}
+        sets = random_sets(shapes, density=density, k=k, seed=seed, per_parameter=per_parameter, bernoulli=bernoulli)
+        ticket = cls(sets, shapes)
+        ticket.metadata = {
+            "method": "random matched" if like is not None else "random bernoulli" if bernoulli else "random",
+            "seed": seed,
+            "density": ticket.density if density is None else density,
+        }
+        return ticket
+
+    # --- reading -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters of the pool, in canonical order."""
+        return list(self.sets)
+
+    @property
+    def active_names(self) -> list[str]:
+        """The parameters with at least one active entry."""
+        return [name for name, index_set in self.sets.items() if index_set.k]
+
+    @property
+    def n(self) -> int:
+        """Entries of the pool."""
+        return sum(index_set.n for index_set in self.sets.values())
+
+    @property
+    def k(self) -> int:
+        """Active entries."""
+        return sum(index_set.k for index_set in self.sets.values())
+
+    @property
+    def density(self) -> float:
+        return self.k / self.n if self.n else 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the encoded index."""
+        return sum(index_set.nbytes for index_set in self.sets.values())
+
+    def _set(self, name: str) -> IndexSet:
+        if name not in self.sets:
+            raise KeyError(f"Ticket: no parameter {name!r}; closest: {closest(name, self.sets)}")
+        return self.sets[name]
+
+    def mask(self, name: str) -> Tensor:
+        """bool tensor in the parameter's shape, True for active entries."""
+        return self._set(name).mask().view(self.shapes[name])
+
+    def indices(self, name: str) -> Tensor:
+        """int64 [k], flat row-major positions of the active entries, ascending."""
+        return self._set(name).indices()
+
+    def rows(self, name: str, start: int, stop: int) -> IndexSet:
+        """The active entries inside rows start..stop of a parameter, for row-sharded parameters."""
+        shape = self.shapes[name]
+        return self._set(name).rows(start, stop, shape.numel() // max(shape[0], 1))
+
+    def counts(self, by: str = "layer") -> dict[str, tuple[int, int]]:
+        """(active entries, entries) by "layer", "module" (attention, feed-forward, ...) or "parameter"."""
+        if by not in ("layer", "module", "parameter"):
+            raise ValueError(f"Ticket.counts: by must be layer, module or parameter, got {by!r}")
+        group = {"layer": layer_of, "module": module_of, "parameter": str}[by]
+        counts: dict[str, tuple[int, int]] = {}
+        for name, index_set in self.sets.items():
+            k, n = counts.get(group(name), (0, 0))
+            counts[group(name)] = (k + index_set.k, n + index_set.n)
+        return counts
+
+    def digest(self) -> str:
+        """A hash of the active entries and shapes: equal tickets have equal digests, however they are encoded."""
+        content = {name: [list(self.shapes[name]), s.digest()] for name, s in self.sets.items() if s.k}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Ticket) and self.digest() == other.digest()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        method = f", {self.metadata['method']}" if self.metadata.get("method") else ""
+        return (
+            f"Ticket({self.k:,} of {self.n:,} entries active ({100 * self.density:.4g} %) "
+            f"in {len(self.active_names)} of {len(self.sets)} parameters{method}, {self.nbytes:,} bytes)"
+        )
+
+    # --- algebra -----------------------------------------------------------------------------------------------------------
+
+    def _combine(self, other: Ticket, operation: str) -> Ticket:
+        if not isinstance(other, Ticket):
+            raise TypeError(f"Ticket: can only be combined with a ticket, got {type(other).__name__}")
+        shapes = {**self.shapes, **other.shapes}
+        for name in set(self.sets) & set(other.sets):
+            if self.shapes[name] != other.shapes[name]:
+                raise ValueError(
+                    f"Ticket: {name!r} has shape {list(self.shapes[name])} in one ticket and "
+                    f"{list(other.shapes[name])} in the other; they belong to different models"
+                )
+        empty = {name: IndexSet.from_indices(torch.empty(0), shape.numel()) for name, shape in shapes.items()}
+        sets = {
+            name: self.sets.get(name, empty[name]).combine(other.sets.get(name, empty[name]), operation)
+            for name in shapes
+        }
+        return Ticket(sets, shapes, {"method": f"({self._method()} {operation} {other._method()})"})
+
+    def _method(self) -> str:
+        return str(self.metadata.get("method") or "ticket")
+
+    def __and__(self, other: Ticket) -> Ticket:
+        return self._combine(other, "&")
+
+    def __or__(self, other: Ticket) -> Ticket:
+        return self._combine(other, "|")
+
+    def __sub__(self, other: Ticket) -> Ticket:
+        return self._combine(other, "-")
+
+    def __xor__(self, other: Ticket) -> Ticket:
+        return self._combine(other, "^")
+
+    def __invert__(self) -> Ticket:
+        sets = {name: index_set.complement() for name, index_set in self.sets.items()}
+        return Ticket(sets, self.shapes, {"method": f"~{self._method()}"}, self.fingerprint)
+
+    def jaccard(self, other: Ticket) -> float:
+        """Overlap: shared active entries over all active entries of both; 1 for two empty tickets."""
+        union = (self | other).k
+        return (self & other).k / union if union else 1.0
+
+    def fingerprinted(self, model: nn.Module | Mapping[str, Tensor]) -> Ticket:
+        """The same ticket, tied to a base model by the digests of its tensors."""
+        tensors = canonical_tensors(model)
+        names = match_names(self.active_names, tensors, what="Ticket.fingerprinted", where="the model")
+        return Ticket(self.sets, self.shapes, self.metadata, fingerprint({name: tensors[name] for name in names}))
+
+    def restrict(self, pool: Pool) -> Ticket:
+        """The same ticket over fewer parameters."""
+        names = in_pool(self.sets, pool)
+        fingerprint = {name: self.fingerprint[name] for name in names if name in self.fingerprint}
+        return Ticket({n: self.sets[n] for n in names}, self.shapes, self.metadata, fingerprint)
+
+    # --- files -------------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file, atomically, each parameter in its smallest encoding."""
+        tensors, description = pack_sets(self.sets, self.shapes)
+        files.save(
+            path,
+            "ticket",
+            tensors,
+            {
+                "parameters": description,
+                "fingerprint": self.fingerprint,
+                "metadata": self.metadata,
+                "k": self.k,
+                "n": self.n,
+            },
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Ticket:
+        """Reads and verifies a file written by `save`; a damaged or foreign file is a ValueError."""
+        tensors, metadata = files.load(path, "ticket")
+        sets, shapes = unpack_sets(tensors, metadata["parameters"], str(path))
+        return cls(sets, shapes, metadata["metadata"], metadata["fingerprint"])
+
+
+def _shapes(model: nn.Module | Mapping[str, Any], pool: Pool) -> dict[str, Size]:
+    tensors: Mapping[str, Any] = model if isinstance(model, Mapping) else canonical_tensors(model)
+    if isinstance(model, Mapping) and model and isinstance(next(iter(model.values())), Tensor):
+        tensors = canonical_tensors(model)
+    return {name: Size(getattr(tensors[name], "shape", tensors[name])) for name in in_pool(tensors, pool)}
+
+
+def pack_sets(sets: Mapping[str, IndexSet], shapes: Mapping[str, Size]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and a JSON description of index sets, for a file."""
+    tensors, description = {}, {}
+    for name, index_set in sets.items():
+        index_set = index_set.compact()
+        description[name] = {
+            "shape": list(shapes[name]),
+            "encoding": index_set.encoding.name.lower(),
+            "k": index_set.k,
+        }
+        if index_set.encoding is Encoding.BITMAP:
+            tensors[f"{name}.bitmap"] = index_set.data
+        elif index_set.encoding is Encoding.LIST16 and index_set.k:
+            tensors[f"{name}.list16"] = index_set.data.view(torch.uint16)
+            tensors[f"{name}.tile_counts"] = index_set.tile_counts.to(torch.int32)
+    return tensors, description
+
+
+def unpack_sets(
+    tensors: Mapping[str, Tensor], description: Mapping[str, Any], where: str
+) -> tuple[dict[str, IndexSet], dict[str, Size]]:
+    """The inverse of `pack_sets`; every index is checked, since kernels trust it."""
+    sets: dict[str, IndexSet] = {}
+    shapes: dict[str, Size] = {}
+    for name, entry in description.items():
+        shapes[name] = Size(entry["shape"])
+        n, k, encoding = shapes[name].numel(), entry["k"], entry["encoding"]
+        try:
+            if encoding == "full":
+                sets[name] = IndexSet.full(n)
+            elif encoding == "bitmap":
+                sets[name] = IndexSet.from_bitmap(tensors[f"{name}.bitmap"], n)
+            elif encoding == "list16" and k == 0:
+                sets[name] = IndexSet.from_indices(torch.empty(0), n)
+            elif encoding == "list16":
+                sets[name] = IndexSet.from_list16(
+                    tensors[f"{name}.list16"].view(torch.int16), tensors[f"{name}.tile_counts"].to(torch.int64), n
+                )
+            else:
+                raise ValueError(f"unknown encoding {encoding!r}")
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{where}: the index of {name!r} is damaged: {error}") from error
+        if sets[name].k != k:
+            raise ValueError(f"{where}: the index of {name!r} holds {sets[name].k} entries, its description says {k}")
+    return sets, shapes

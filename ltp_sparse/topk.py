@@ -1,0 +1,487 @@
+"""The routes of `topk_delta`: exact global top-k of |tuned - initial| in one or two readings of the weights.
+
+Every entry has a key, the 31 bits of its absolute delta in float32, which order like the delta itself. The k-th largest key is
+found in one of three ways, each exact:
+
+* sampled bracket: half a million sampled keys give a narrow band that holds the k-th key almost surely; one pass marks what lies
+  above it and collects the candidates inside. The counts verify it; otherwise
+* histogram: one pass counts the keys by their upper 15 bits, the second is the band pass over the bin that holds the k-th key;
+* ties: where the band overflows the room for candidates (many equal deltas), a second histogram gives the exact key, and two band
+  passes give the entries at that key to the earliest.
+
+The passes are a backend's (`reference.py` says what they do). Temporary memory: the bitmap that is the result (n/8 bytes), and
+candidates of at most n/156 entries at 6 bytes, worked off in pieces.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ltp_sparse.encoding import TILE, WORDS_PER_TILE, bitmap_words
+from ltp_sparse.reference import NONFINITE_KEY, delta_keys
+
+SAMPLES = 1 << 19
+"""Sampled keys; a bracket of +-4.5 standard deviations then holds at most 0.62 % of the entries."""
+
+DEVIATIONS = 4.5
+SAMPLE_FROM = 1 << 22
+"""Entries from which on the sample pays; below, the histogram costs less."""
+
+_SPARE_CANDIDATES = 1 << 18
+_PIECE = 1 << 16  # candidates worked off at a time
+
+
+def entries_for(pool: int, *, density: float | None = None, k: int | None = None) -> int:
+    """floor(density * pool) in exact decimals (0.2 means one fifth), or k; at most the pool.
+
+    Raises:
+        ValueError: neither or both are given, or they do not fit the pool.
+    """
+    if (density is None) == (k is None):
+        raise ValueError(f"give either density= or k=, got density={density} and k={k}")
+    if density is not None:
+        if not 0 <= density <= 1:
+            raise ValueError(f"density must be in [0, 1], got {density}")
+        return math.floor(Fraction(str(density)) * pool)
+    assert k is not None
+    if not 0 <= k <= pool:
+        raise ValueError(f"k must be in [0, {pool:,}], the entries of the pool, got {k:,}")
+    return k
+
+
+class Passes(Protocol):
+    """What a backend provides; see `reference.py`."""
+
+    delta_histogram: Callable[..., None]
+    delta_band: Callable[..., None]
+
+
+class NonFiniteDelta(ValueError):
+    """A delta is NaN or infinite. `tensor` is the position of its tensor."""
+
+    def __init__(self, tensor: int, what: str) -> None:
+        super().__init__(f"topk_delta: the delta of {what} holds NaN or infinite values; a ranking needs finite weights")
+        self.tensor = tensor
+
+
+@dataclass
+class Chunk:
+    """Whole tiles of consecutive tensors that are in memory at once.
+
+    tensors:      positions of the tensors
+    initial:      contiguous pieces, or nothing: zeros
+    tuned:        contiguous pieces
+    word_offsets: where the bitmap of each piece starts
+    tiles:        the tiles of all pieces, in order
+    """
+
+    tensors: list[int]
+    initial: list[Tensor]
+    tuned: list[Tensor]
+    word_offsets: list[int]
+    tiles: slice
+
+
+class Source(Protocol):
+    """Pairs of tensors to select from, in memory or not."""
+
+    sizes: list[int]
+    device: torch.device
+
+    def chunks(self) -> Iterator[Chunk]: ...
+    def sample(self, tensor: int, indices: Tensor) -> Tensor: ...
+
+
+class Layout:
+    """Where the tiles and words of tensors of given sizes lie in the flat arrays of a selection."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes = list(sizes)
+        self.tile_offsets = [0]
+        self.word_offsets = [0]
+        for n in sizes:
+            self.tile_offsets.append(self.tile_offsets[-1] + -(-n // TILE))
+            self.word_offsets.append(self.word_offsets[-1] + bitmap_words(n))
+
+    @property
+    def tiles(self) -> int:
+        return self.tile_offsets[-1]
+
+    @property
+    def words(self) -> int:
+        return self.word_offsets[-1]
+
+
+class TensorSource:
+    """Tensors in memory. Those that are not contiguous are copied piece by piece, never whole."""
+
+    PIECE = 8 * TILE
+
+    def __init__(self, initial: Sequence[Tensor], tuned: Sequence[Tensor]) -> None:
+        self.initial, self.tuned = list(initial), list(tuned)
+        self.sizes = [t.numel() for t in tuned]
+        self.device = tuned[0].device if tuned else torch.device("cpu")
+        self.layout = Layout(self.sizes)
+
+    def chunks(self) -> Iterator[Chunk]:
+        run: list[int] = []
+        for tensor, pair in enumerate(zip(self.initial or self.tuned, self.tuned, strict=True)):
+            if all(t.is_contiguous() for t in pair):
+                run.append(tensor)
+                continue
+            if run:
+                yield self._whole(run)
+                run = []
+            yield from self._pieces(tensor)
+        if run:
+            yield self._whole(run)
+
+    def _whole(self, tensors: list[int]) -> Chunk:
+        layout = self.layout
+        return Chunk(
+            tensors,
+            [self.initial[t] for t in tensors] if self.initial else [],
+            [self.tuned[t] for t in tensors],
+            [layout.word_offsets[t] for t in tensors],
+            slice(layout.tile_offsets[tensors[0]], layout.tile_offsets[tensors[-1] + 1]),
+        )
+
+    def _pieces(self, tensor: int) -> Iterator[Chunk]:
+        return piecewise(
+            self.layout,
+            tensor,
+            self.PIECE,
+            (lambda a, b: flat_piece(self.initial[tensor], a, b)) if self.initial else None,
+            lambda a, b: flat_piece(self.tuned[tensor], a, b),
+        )
+
+    def sample(self, tensor: int, indices: Tensor) -> Tensor:
+        initial = _at(self.initial[tensor], indices) if self.initial else None
+        return delta_keys(initial, _at(self.tuned[tensor], indices))
+
+
+def piecewise(
+    layout: Layout,
+    tensor: int,
+    size: int,
+    initial: Callable[[int, int], Tensor] | None,
+    tuned: Callable[[int, int], Tensor],
+) -> Iterator[Chunk]:
+    """Chunks of `size` entries (whole tiles) of one tensor, read by functions of (first entry, last entry + 1)."""
+    n = layout.sizes[tensor]
+    for start in range(0, n, size):
+        stop = min(start + size, n)
+        first = layout.tile_offsets[tensor] + start // TILE
+        yield Chunk(
+            [tensor],
+            [initial(start, stop)] if initial else [],
+            [tuned(start, stop)],
+            [layout.word_offsets[tensor] + start // TILE * WORDS_PER_TILE],
+            slice(first, first + -(-(stop - start) // TILE)),
+        )
+
+
+def flat_piece(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Entries start..stop of the row-major order of any tensor, copying the rows that hold them and no more."""
+    if tensor.is_contiguous() or tensor.dim() < 2:
+        return tensor.reshape(-1)[start:stop]
+    row = tensor[0].numel()
+    first = start // row
+    rows = tensor[first : -(-stop // row)].reshape(-1)
+    return rows[start - first * row : stop - first * row]
+
+
+def _at(tensor: Tensor, indices: Tensor) -> Tensor:
+    return tensor.view(-1)[indices] if tensor.is_contiguous() else tensor[torch.unravel_index(indices, tensor.shape)]
+
+
+@dataclass
+class Selection:
+    """The result of `topk_delta`.
+
+    words:      int32, the bitmaps of all tensors, 2 * ceil(n / 64) words each
+    counts:     int64 [P], active entries of every tensor
+    thresholds: float32 [G], the smallest selected |delta| of each group; infinite where nothing was selected
+    """
+
+    words: Tensor
+    counts: Tensor
+    thresholds: Tensor
+
+
+class _Band:
+    """The arrays of a band pass, and what can be told from them."""
+
+    def __init__(self, source: Source, layout: Layout, groups: list[int], ks: list[int]) -> None:
+        device = source.device
+        self.source, self.layout, self.groups, self.ks = source, layout, groups, ks
+        tiles_of = torch.tensor(layout.tile_offsets).diff()
+        self.tile_tensor = torch.repeat_interleave(torch.arange(len(groups)), tiles_of).to(device)
+        self.tile_group = torch.tensor(groups, device=device)[self.tile_tensor]
+        self.tile_word = torch.tensor(layout.word_offsets[:-1], device=device)[self.tile_tensor] + WORDS_PER_TILE * (
+            torch.arange(layout.tiles, device=device) - torch.tensor(layout.tile_offsets[:-1], device=device)[self.tile_tensor]
+        )
+        capacity = sum(layout.sizes) // 156 + _SPARE_CANDIDATES
+        self.words = torch.empty(layout.words, dtype=torch.int32, device=device)
+        self.above, self.inside, self.offsets = (
+            torch.empty(layout.tiles, dtype=torch.int64, device=device) for _ in range(3)
+        )
+        self.keys = torch.empty(capacity, dtype=torch.int32, device=device)
+        self.positions = torch.empty(capacity, dtype=torch.int16, device=device)
+        self.stored = 0
+
+    def run(self, passes: Passes, low: list[int], high: list[int], take: Tensor | None = None, store: bool = True) -> None:
+        device = self.words.device
+        self.low, self.high = low, high
+        bounds = torch.tensor([low, high], dtype=torch.int64, device=device)
+        cursor, nonfinite = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
+        capacity = self.keys.numel() if store else 0
+        for chunk in self.source.chunks():
+            passes.delta_band(
+                chunk.initial,
+                chunk.tuned,
+                [self.groups[t] for t in chunk.tensors],
+                bounds[0],
+                bounds[1],
+                self.words,
+                chunk.word_offsets,
+                self.above[chunk.tiles],
+                self.inside[chunk.tiles],
+                None if take is None else take[chunk.tiles],
+                self.keys[:capacity],
+                self.positions[:capacity],
+                self.offsets[chunk.tiles],
+                cursor,
+                nonfinite,
+            )
+        if int(nonfinite):
+            raise_nonfinite(self.source)
+        self.stored = int(cursor)
+
+    def per_group(self, per_tile: Tensor) -> list[int]:
+        """Sums of a count over the tiles of every group."""
+        sums = torch.zeros(len(self.ks), dtype=torch.int64, device=per_tile.device)
+        return sums.index_add_(0, self.tile_group, per_tile).tolist()
+
+    @property
+    def overflowed(self) -> bool:
+        return self.stored > self.keys.numel()
+
+    def missing(self) -> list[int]:
+        """Per group, how many entries of the band are to be taken.
+
+        A band that starts at the smallest key holds all there is: then fewer than k entries have moved, and all are taken.
+        """
+        above, inside = self.per_group(self.above), self.per_group(self.inside)
+        return [
+            min(k - a, i) if low == 1 else k - a for k, a, i, low in zip(self.ks, above, inside, self.low, strict=True)
+        ]
+
+    def holds(self) -> bool:
+        """Whether the k-th largest key of every group lies inside its band."""
+        inside = self.per_group(self.inside)
+        return all(k == 0 or 1 <= m <= i for k, m, i in zip(self.ks, self.missing(), inside, strict=True))
+
+    def _stored_pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(tile, key, position in tile) of the stored candidates, some tiles at a time."""
+        tiles = (self.inside > 0).nonzero().view(-1)
+        tiles = tiles[self.offsets[tiles].argsort()]
+        ends = self.inside[tiles].cumsum(0)
+        start = first = 0
+        while start < tiles.numel():
+            stop = max(start + 1, int(torch.searchsorted(ends, first + _PIECE, right=True)))
+            last = int(ends[stop - 1])
+            yield (
+                torch.repeat_interleave(tiles[start:stop], self.inside[tiles[start:stop]]),
+                self.keys[first:last],
+                self.positions[first:last].to(torch.int64) & 0xFFFF,
+            )
+            start, first = stop, last
+
+    def threshold(self, group: int, rank: int) -> int:
+        """The rank-th largest candidate key of a group (rank >= 1), digit by digit."""
+        low, high = self.low[group], self.high[group]
+        while high - low > 1:
+            shift = max(0, (high - low - 1).bit_length() - 14)
+            histogram = torch.zeros(((high - low - 1) >> shift) + 1, dtype=torch.int64, device=self.keys.device)
+            for tile, keys, _ in self._stored_pieces():
+                keys = keys[(self.tile_group[tile] == group) & (keys >= low) & (keys < high)]
+                histogram += torch.bincount((keys - low) >> shift, minlength=histogram.numel())
+            digit, rank = _bin_of_rank(histogram, rank)
+            low, high = low + (digit << shift), min(high, low + ((digit + 1) << shift))
+        return low
+
+    def finish(self) -> Selection:
+        """Takes the missing entries from the stored candidates: larger keys first, then the earliest at the threshold."""
+        missing = self.missing()
+        thresholds = [self.threshold(g, m) if m else NONFINITE_KEY for g, m in enumerate(missing)]
+        cut = torch.tensor(thresholds, device=self.words.device)
+        taken, ties = (torch.zeros_like(self.above) for _ in range(2))
+        for tile, keys, positions in self._stored_pieces():
+            over = keys > cut[self.tile_group[tile]]
+            self._set_bits(tile[over], positions[over])
+            taken.index_add_(0, tile[over], torch.ones_like(tile[over]))
+            equal = tile[keys == cut[self.tile_group[tile]]]
+            ties.index_add_(0, equal, torch.ones_like(equal))
+        open_ties = [m - t for m, t in zip(missing, self.per_group(taken), strict=True)]
+        take = self.share_ties(ties, open_ties)
+        for tile, keys, positions in self._stored_pieces():
+            equal = keys == cut[self.tile_group[tile]]
+            tile, positions = tile[equal], positions[equal]
+            order = torch.arange(tile.numel(), device=tile.device)
+            rank = order - torch.searchsorted(order_key := _runs(tile), order_key)  # place among the ties of its tile
+            chosen = rank < take[tile]
+            self._set_bits(tile[chosen], positions[chosen])
+        return self.selection(self.above + taken + take, thresholds)
+
+    def share_ties(self, ties: Tensor, open_ties: list[int]) -> Tensor:
+        """int64 [T]: how many ties each tile takes when the earliest tiles of a group are served first."""
+        take = torch.zeros_like(ties)
+        for group, wanted in enumerate(open_ties):
+            mine = self.tile_group == group
+            before = ties[mine].cumsum(0) - ties[mine]
+            take[mine] = torch.minimum((wanted - before).clamp(min=0), ties[mine])
+        return take
+
+    def _set_bits(self, tile: Tensor, positions: Tensor) -> None:
+        # every bit is set once, so adding is or-ing
+        bits = torch.ones_like(positions, dtype=torch.int32) << (positions & 31).to(torch.int32)
+        self.words.index_add_(0, self.tile_word[tile] + (positions >> 5), bits)
+
+    def selection(self, per_tile: Tensor, thresholds: list[int]) -> Selection:
+        counts = torch.zeros(len(self.groups), dtype=torch.int64, device=per_tile.device)
+        counts.index_add_(0, self.tile_tensor, per_tile)
+        bits = torch.tensor(thresholds, dtype=torch.int32)
+        return Selection(self.words, counts, bits.view(torch.float32))
+
+
+def _runs(tile: Tensor) -> Tensor:
+    """Numbers the runs of equal values 0, 1, 2, ..."""
+    return torch.cat([tile.new_zeros(min(1, tile.numel())), (tile[1:] != tile[:-1]).to(tile.dtype).cumsum(0)])
+
+
+def _bin_of_rank(histogram: Tensor, rank: int) -> tuple[int, int]:
+    """(bin that holds the rank-th largest, its rank inside the bin); rank >= 1."""
+    from_top = histogram.flip(0).cumsum(0)
+    at = int(torch.searchsorted(from_top, rank))
+    inside = rank - (int(from_top[at - 1]) if at else 0)
+    return histogram.numel() - 1 - at, inside
+
+
+def raise_nonfinite(source: Source) -> None:
+    """Raises `NonFiniteDelta` for the first tensor that holds one."""
+    for chunk in source.chunks():
+        for position, tensor in enumerate(chunk.tensors):
+            for start in range(0, chunk.tuned[position].numel(), _PIECE):
+                pair = [None, *(side[position].view(-1)[start : start + _PIECE] for side in (chunk.initial, chunk.tuned) if side)]
+                if bool((delta_keys(*pair[-2:]) >= NONFINITE_KEY).any()):
+                    raise NonFiniteDelta(tensor, f"tensor {tensor}")
+
+
+def sampled_bracket(source: Source, groups: list[int], ks: list[int]) -> tuple[list[int], list[int]]:
+    """Per group a band [low, high) of keys that holds the k-th largest key almost surely."""
+    total = sum(source.sizes)
+    generator = torch.Generator().manual_seed(0)  # chooses the route only, never the result
+    samples: list[list[Tensor]] = [[] for _ in ks]
+    for tensor, n in enumerate(source.sizes):
+        count = min(n, -(-n * SAMPLES // total))
+        # one entry of each of `count` strata: in memory order, and without aligning with rows
+        edges = torch.arange(count, dtype=torch.float64) * (n / count) if count else torch.empty(0, dtype=torch.float64)
+        jitter = torch.rand(count, generator=generator, dtype=torch.float64) * (n / max(count, 1))
+        indices = (edges + jitter).long().clamp(max=max(n - 1, 0))
+        samples[groups[tensor]].append(source.sample(tensor, indices.to(source.device)))
+    low, high = [], []
+    for group, k in enumerate(ks):
+        n = sum(size for size, g in zip(source.sizes, groups, strict=True) if g == group)
+        keys = torch.cat(samples[group]) if samples[group] else torch.empty(0, dtype=torch.int32)
+        rank = k * keys.numel() / max(n, 1)
+        margin = DEVIATIONS * math.sqrt(max(rank * (1 - k / max(n, 1)), 1)) + 2
+        top = _kth_largest(keys, math.floor(rank - margin))
+        bottom = _kth_largest(keys, math.ceil(rank + margin))
+        low.append(max(1, bottom))
+        high.append(max(low[-1], top) if top > low[-1] else low[-1] + 1)
+    return low, high
+
+
+def _kth_largest(keys: Tensor, rank: int) -> int:
+    """The rank-th largest key; beyond the ends, a key that bounds all finite ones."""
+    if rank < 1:
+        return NONFINITE_KEY
+    if rank > keys.numel():
+        return 0
+    digit, rank = _bin_of_rank(torch.bincount(keys >> 16, minlength=1 << 15), rank)
+    low, _ = _bin_of_rank(torch.bincount(keys[(keys >> 16) == digit] & 0xFFFF, minlength=1 << 16), rank)
+    return (digit << 16) + low
+
+
+def _digit_pass(passes: Passes, source: Source, groups: list[int], ks: list[int], prefixes: list[int] | None) -> Tensor:
+    histogram = torch.zeros(len(ks), 1 << (15 if prefixes is None else 16), dtype=torch.int64, device=source.device)
+    nonfinite = torch.zeros(1, dtype=torch.int64, device=source.device)
+    wanted = None if prefixes is None else torch.tensor(prefixes, dtype=torch.int64, device=source.device)
+    for chunk in source.chunks():
+        passes.delta_histogram(
+            chunk.initial, chunk.tuned, [groups[t] for t in chunk.tensors], wanted, histogram, nonfinite
+        )
+    if int(nonfinite):
+        raise_nonfinite(source)
+    return histogram.cpu()
+
+
+def select_topk(
+    passes: Passes, source: Source, groups: list[int], ks: list[int], *, route: str = "auto"
+) -> Selection:
+    """The `ks[g]` entries of largest |tuned - initial| of every group of tensors: exact, the earliest first among ties.
+
+    Entries whose delta is zero are never selected: a group may then hold fewer than its k.
+
+    Args:
+        passes: the backend.
+        source: the pairs of tensors.
+        groups: the group of every tensor.
+        ks: entries wanted from every group.
+        route: "sample", "histogram" or "auto"; all give the same bits.
+
+    Raises:
+        NonFiniteDelta: a delta is NaN or infinite.
+    """
+    layout = Layout(source.sizes)
+    if not layout.tiles or not ks:
+        counts = torch.zeros(len(groups), dtype=torch.int64, device=source.device)
+        none = torch.full((len(ks),), torch.inf)
+        return Selection(torch.zeros(layout.words, dtype=torch.int32, device=source.device), counts, none)
+    band = _Band(source, layout, groups, ks)
+    if route == "sample" or route == "auto" and sum(source.sizes) >= SAMPLE_FROM:
+        band.run(passes, *sampled_bracket(source, groups, ks))
+        if band.holds() and not band.overflowed:
+            return band.finish()
+
+    histogram = _digit_pass(passes, source, groups, ks, None)
+    band.ks = [min(k, moved) for k, moved in zip(ks, histogram.sum(1).tolist(), strict=True)]
+    digits, ranks = [], []
+    for group, k in enumerate(band.ks):
+        digit, rank = _bin_of_rank(histogram[group], k) if k else (NONFINITE_KEY >> 16, 0)
+        digits.append(digit)
+        ranks.append(rank)
+    band.run(passes, [max(1, d << 16) for d in digits], [(d + 1) << 16 for d in digits])
+    if not band.overflowed:
+        return band.finish()
+
+    histogram = _digit_pass(passes, source, groups, ks, digits)
+    thresholds, ties = [], []
+    for group, rank in enumerate(ranks):
+        digit, rank = _bin_of_rank(histogram[group], rank) if rank else (0, 0)
+        thresholds.append(max(1, (digits[group] << 16) + digit))
+        ties.append(rank)
+    bounds = thresholds, [t + 1 for t in thresholds]
+    band.run(passes, *bounds, store=False)
+    take = band.share_ties(band.inside, ties)
+    above = band.above.clone()
+    band.run(passes, *bounds, take=take, store=False)
+    return band.selection(above + take, thresholds)
