@@ -19,7 +19,9 @@ def _version(package: str) -> str:
 
 def main() -> None:
     print(f"ltp_sparse {__version__}, Python {platform.python_version()}, {torch.get_num_threads()} threads")
-    print(", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "transformers", "datasets", "safetensors")))
+    print(
+        ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "transformers", "datasets", "safetensors"))
+    )
     if isa := backends.isa():
         print(f"compiled for {isa} on this processor")
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

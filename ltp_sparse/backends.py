@@ -198,7 +198,9 @@ def use_backend(name: str | None) -> None:
     if name not in (None, "auto", *NAMES):
         raise ValueError(f"use_backend: expected one of auto, {', '.join(NAMES)}, got {name!r}")
     if name in NAMES and all(unavailable_reason(name, torch.device(d)) for d in ("cpu", "cuda")):
-        raise BackendUnavailable(f"use_backend: {name} cannot be used: {unavailable_reason(name, torch.device('cuda'))}")
+        raise BackendUnavailable(
+            f"use_backend: {name} cannot be used: {unavailable_reason(name, torch.device('cuda'))}"
+        )
     _chosen = None if name == "auto" else name
 
 
@@ -217,7 +219,9 @@ def resolve(device: torch.device) -> Backend:
         raise BackendUnavailable(
             f'the backend {name} was asked for and cannot serve {device}: {reason}. use_backend("auto") falls back'
         )
-    return {"reference": lambda: _reference, "compiled": _compiled, "triton": _triton}[name]()
+    if name == "reference":
+        return _reference
+    return _compiled() if name == "compiled" else _triton()
 
 
 def available_backends(device: torch.device | str = "cpu") -> dict[str, str]:

@@ -124,8 +124,8 @@ class SparseDelta:
 
         Args:
             model: the base model, possibly with other deltas applied by this method.
-            dtype: "same", or "cast" to accept the same base in another dtype (the fingerprint is then taken of the base's
-                bits only where dtypes agree).
+            dtype: "same", or "cast" to accept the same base in another dtype (compared there by the delta's original values,
+                since a fingerprint is one of bits).
             strict: False accepts any base whose names and shapes fit, and warns.
 
         Raises:
@@ -142,6 +142,11 @@ class SparseDelta:
                 raise ValueError(
                     f"SparseDelta.apply: the model has no tensor {name!r} of shape {list(tensor.shape)}; "
                     f"closest: {closest(name, tensors)}"
+                )
+            if strict and dtype == "same" and tensors[name].dtype != tensor.dtype:
+                raise ValueError(
+                    f"SparseDelta.apply: {name!r} is {tensors[name].dtype} in the model and {tensor.dtype} in the delta; "
+                    'pass dtype="cast" to convert it'
                 )
         stack = applied_deltas(model)
         if strict:
@@ -182,36 +187,36 @@ class SparseDelta:
         return torch.where(untouched, values.to(current.dtype), added)
 
     def _check_base(self, tensors: Mapping[str, Tensor], stack: list[Applied], dtype: str) -> None:
-        """Compares the model, as it was before any delta, with the fingerprint."""
-        wanted = self.ticket.fingerprint
+        """Compares the model, as it was before any delta, with the base of this one."""
         for name, tensor in tensors.items():
-            if name in self.originals and dtype == "same" and tensor.dtype != self.values[name].dtype:
+            cast = tensor.dtype != self.values[name].dtype
+            if cast and dtype == "same":
                 raise ValueError(
                     f"SparseDelta.apply: {name!r} is {tensor.dtype} in the model and {self.values[name].dtype} in the delta; "
                     'pass dtype="cast" if it is the same base in another dtype'
                 )
-        before = {name: tensor for name, tensor in tensors.items() if name in wanted}
-        if dtype == "cast":
-            self._check_cast(before, stack)
-            return
-        for name, tensor in before.items():
+            if cast and name not in self.originals:
+                raise ValueError(
+                    f"SparseDelta.apply: {name!r} in {tensor.dtype} cannot be compared with the base of this delta, which was "
+                    "made without originals; strict=False applies it all the same"
+                )
             for applied in reversed(stack):
                 if name in applied.displaced:
                     tensor = tensor.clone()
                     scatter_(tensor, applied.delta.ticket.sets[name], applied.displaced[name])
-            if fingerprint({name: tensor})[name] != wanted[name]:
-                raise ValueError(
-                    f"SparseDelta.apply: {name!r} is not the tensor this delta was made from (fingerprints differ). Load the "
-                    'base model first; dtype="cast" accepts it in another dtype, strict=False any model'
+            if cast:
+                # in another dtype only the delta's own original values can be compared
+                same = torch.equal(
+                    gather(tensor, self.ticket.sets[name]), self.originals[name].to(tensor.device, tensor.dtype)
                 )
-
-    def _check_cast(self, tensors: Mapping[str, Tensor], stack: list[Applied]) -> None:
-        """In another dtype only the delta's own original values can be compared."""
-        for name, tensor in tensors.items():
-            if name in self.originals and not any(_touches(a, name, self.ticket.sets[name]) for a in stack):
-                current = gather(tensor, self.ticket.sets[name])
-                if not torch.equal(current, self.originals[name].to(current.device, current.dtype)):
-                    raise ValueError(f"SparseDelta.apply: {name!r} is not the base of this delta, also after casting")
+            else:
+                wanted = self.ticket.fingerprint.get(name)
+                same = wanted is None or fingerprint({name: tensor})[name] == wanted
+            if not same:
+                raise ValueError(
+                    f"SparseDelta.apply: {name!r} is not the tensor this delta was made from. Load the base model first; "
+                    'dtype="cast" accepts it in another dtype, strict=False any model'
+                )
 
     def revert(self, model: nn.Module) -> None:
         """Undoes the latest `apply` of this delta, bit for bit.
@@ -261,13 +266,14 @@ class SparseDelta:
     def load(cls, path: str | os.PathLike[str]) -> SparseDelta:
         """Reads and verifies a file written by `save`; a damaged or foreign file is a ValueError."""
         tensors, metadata = files.load(path, "delta")
-        sets, shapes = unpack_sets(tensors, metadata["parameters"], str(path))
-        ticket = Ticket(sets, shapes, metadata["ticket"], metadata["fingerprint"])
         parts = {
             part: {n.removeprefix(f"{part}/"): t for n, t in tensors.items() if n.startswith(f"{part}/")}
             for part in ("values", "originals", "dense")
         }
-        return cls(ticket, parts["values"], parts["originals"], parts["dense"], metadata["metadata"])
+        with files.understanding(path, "delta"):
+            sets, shapes = unpack_sets(tensors, metadata["parameters"])
+            ticket = Ticket(sets, shapes, metadata["ticket"], metadata["fingerprint"])
+            return cls(ticket, parts["values"], parts["originals"], parts["dense"], metadata["metadata"])
 
 
 def gather(tensor: Tensor, index_set: IndexSet) -> Tensor:

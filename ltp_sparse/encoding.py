@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
@@ -113,6 +113,8 @@ class IndexSet:
             )
         if n % 64 and bool(unpack_bits(words[-2:])[n % 64 :].any()):
             raise ValueError(f"IndexSet: the bitmap has bits set past its {n} entries")
+        if n == 0:
+            return cls.full(0, words.device)
         counts = torch.zeros(-(-n // TILE), dtype=torch.int64, device=words.device)
         for first, piece in zip(range(0, counts.numel(), 16), words.split(16 * WORDS_PER_TILE), strict=True):
             per_word = popcount(piece)
@@ -121,7 +123,7 @@ class IndexSet:
             counts[first : first + whole] = per_word[: whole * WORDS_PER_TILE].view(whole, WORDS_PER_TILE).sum(1)
             if tail.numel():
                 counts[first + whole] = tail.sum()
-        if n and int(counts.sum()) == n:
+        if int(counts.sum()) == n:
             return cls.full(n, words.device)
         return cls(n, Encoding.BITMAP, words, counts)
 
@@ -228,8 +230,10 @@ class IndexSet:
         """The same set in another encoding."""
         if encoding is self.encoding:
             return self
-        if encoding is Encoding.FULL or self.encoding is Encoding.FULL and self.n == 0:
-            raise ValueError(f"IndexSet: {self!r} cannot be stored as {encoding.name}")
+        if encoding is Encoding.FULL:
+            if self.k < self.n:
+                raise ValueError(f"IndexSet: {self!r} cannot be stored as {encoding.name}")
+            return IndexSet.full(self.n, self.data.device)
         if encoding is Encoding.BITMAP:
             return IndexSet(self.n, Encoding.BITMAP, self.bitmap(), self.tile_counts)
         positions = torch.empty(self.k, dtype=torch.int16, device=self.data.device)
@@ -247,7 +251,7 @@ class IndexSet:
     def digest(self) -> str:
         """A hash of the set itself: the same for every encoding and device."""
         sha = hashlib.sha256(f"{self.n} ".encode())
-        if self.encoding is Encoding.FULL:
+        if self.k == self.n:
             sha.update(b"full")
         else:
             hash_tensor(sha, self.bitmap())
@@ -295,6 +299,7 @@ class TileTable:
     ranks:     int16 [W / 2] with uint16 bits, active entries of the tile before each 64-entry group; empty if not built
     positions: int16 [L] with uint16 bits, the lists
     counts:    active entries of every parameter
+    sizes:     entries of every parameter
     """
 
     tiles: Tensor
@@ -302,6 +307,7 @@ class TileTable:
     ranks: Tensor
     positions: Tensor
     counts: tuple[int, ...]
+    sizes: tuple[int, ...]
 
     @classmethod
     def build(cls, sets: Sequence[IndexSet], *, device: torch.device | str = "cpu", ranks: bool = False) -> TileTable:
@@ -311,33 +317,34 @@ class TileTable:
         for param, index_set in enumerate(sets):
             index_set = index_set.compact()
             counts = index_set.tile_counts.cpu()
-            table = torch.empty(counts.numel(), len(Column), dtype=torch.int64)
-            table[:, Column.PARAM] = param
-            table[:, Column.START] = TILE * torch.arange(counts.numel())
-            table[:, Column.LENGTH] = (index_set.n - table[:, Column.START]).clamp(max=TILE)
-            table[:, Column.ACTIVE] = counts
-            table[:, Column.SLOT] = slot + counts.cumsum(0) - counts
-            table[:, Column.ENCODING] = index_set.encoding
+            rows = torch.empty(counts.numel(), len(Column), dtype=torch.int64)
+            rows[:, Column.PARAM] = param
+            rows[:, Column.START] = TILE * torch.arange(counts.numel())
+            rows[:, Column.LENGTH] = (index_set.n - rows[:, Column.START]).clamp(max=TILE)
+            rows[:, Column.ACTIVE] = counts
+            rows[:, Column.SLOT] = slot + counts.cumsum(0) - counts
+            rows[:, Column.ENCODING] = index_set.encoding
             if index_set.encoding is Encoding.FULL:
-                table[:, Column.INDEX] = 0
+                rows[:, Column.INDEX] = 0
             elif index_set.encoding is Encoding.BITMAP:
                 occupied = [w for w, c in zip(index_set.data.split(WORDS_PER_TILE), counts.tolist(), strict=True) if c]
-                lengths = (table[:, Column.LENGTH] + 63) // 64 * 2 * (counts > 0)
-                table[:, Column.INDEX] = n_words + lengths.cumsum(0) - lengths
+                lengths = (rows[:, Column.LENGTH] + 63) // 64 * 2 * (counts > 0)
+                rows[:, Column.INDEX] = n_words + lengths.cumsum(0) - lengths
                 words += [w.to(device) for w in occupied]
                 n_words += int(lengths.sum())
             else:
-                table[:, Column.INDEX] = n_positions + counts.cumsum(0) - counts
+                rows[:, Column.INDEX] = n_positions + counts.cumsum(0) - counts
                 positions.append(index_set.data.to(device))
                 n_positions += index_set.data.numel()
             slot += int(counts.sum())
-            tiles.append(table[counts > 0])
+            tiles.append(rows[counts > 0])
         table = cls(
             tiles=torch.cat([torch.empty(0, len(Column), dtype=torch.int64), *tiles]).to(device),
             words=torch.cat([torch.empty(0, dtype=torch.int32, device=device), *words]),
             ranks=torch.empty(0, dtype=torch.int16, device=device),
             positions=torch.cat([torch.empty(0, dtype=torch.int16, device=device), *positions]),
             counts=tuple(index_set.k for index_set in sets),
+            sizes=tuple(index_set.n for index_set in sets),
         )
         return table.with_ranks() if ranks else table
 
@@ -350,7 +357,7 @@ class TileTable:
         bitmap = self.tiles[self.tiles[:, Column.ENCODING] == Encoding.BITMAP]
         groups = (bitmap[:, Column.LENGTH] + 63) // 64
         ranks = before - torch.repeat_interleave(before[bitmap[:, Column.INDEX] // 2], groups)
-        return TileTable(self.tiles, self.words, to_uint16_bits(ranks), self.positions, self.counts)
+        return replace(self, ranks=to_uint16_bits(ranks))
 
     @property
     def k(self) -> int:

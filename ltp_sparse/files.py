@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,7 +26,10 @@ FORMAT_VERSION = 1
 
 def hash_tensor(sha: hashlib._Hash, tensor: Tensor) -> None:
     """Feeds the bits of a tensor, row-major, into a hash; dtype and shape are the caller's."""
-    for piece in tensor.detach().reshape(-1).split(1 << 22):  # bounded copies from other devices
+    tensor = tensor.detach()
+    # in blocks, so that copies of strided tensors and from other devices stay small
+    blocks = [tensor] if tensor.is_contiguous() else tensor.split(max(1, (len(tensor) << 20) // tensor.numel()))
+    for piece in (piece for block in blocks for piece in block.reshape(-1).split(1 << 20)):
         host = piece.cpu().contiguous()
         if host.nbytes:
             sha.update((ctypes.c_char * host.nbytes).from_address(host.data_ptr()))
@@ -91,7 +93,9 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
             # clones: a view of the mapped file would change, or fault, when the file is replaced
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError, RuntimeError, OSError, KeyError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error}); it may be truncated, copy it again") from error
+        raise ValueError(
+            f"{path}: not a readable safetensors file ({error}); it may be truncated, copy it again"
+        ) from error
     if header is None:
         raise ValueError(f"{path}: a safetensors file, but not one of ltp_sparse; expected a {kind}")
     try:
@@ -105,5 +109,16 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
     if found != kind:
         raise ValueError(f"{path}: expected a {kind}, got a {found}")
     if version != FORMAT_VERSION:
-        raise ValueError(f"{path}: format {version} is not the format {FORMAT_VERSION} of this version; update ltp_sparse")
+        raise ValueError(
+            f"{path}: format {version} is not the format {FORMAT_VERSION} of this version; update ltp_sparse"
+        )
     return tensors, metadata
+
+
+@contextmanager
+def understanding(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
+    """Turns what goes wrong while the content of an intact file is taken apart into one kind of error, a ValueError."""
+    try:
+        yield
+    except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its content is not that of a {kind} of ltp_sparse ({error!r})") from error

@@ -45,12 +45,14 @@ def parameter_order(names: Iterable[str]) -> list[str]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DDP, torch.compile and similar wrappers."""
+    """The model inside DDP, DataParallel and torch.compile."""
     while True:
-        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
-        if not isinstance(inner, nn.Module):
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
             return model
-        model = inner
 
 
 def canonical_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -65,10 +67,12 @@ def canonical_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         aliases.setdefault(id(parameter), []).append(strip_wrappers(name))
         parameters[id(parameter)] = parameter
     prefix = getattr(unwrapped(model), "base_model_prefix", "") or "roberta"
-    canonical = {
-        min(names, key=lambda name: (not name.startswith(prefix + "."), natural_key(name))): parameters[key]
-        for key, names in aliases.items()
-    }
+    canonical: dict[str, nn.Parameter] = {}
+    for key, names in aliases.items():
+        name = min(names, key=lambda name: (not name.startswith(prefix + "."), natural_key(name)))
+        if name in canonical:
+            raise ValueError(f"two parameters of the model are called {name!r} once wrapping prefixes are taken off")
+        canonical[name] = parameters[key]
     return {name: canonical[name] for name in parameter_order(canonical)}
 
 

@@ -167,7 +167,12 @@ def _check_update(
             f"got {coefficients.dtype} {list(coefficients.shape)}"
         )
     device = table.tiles.device
-    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+    for i, (param, grad, size) in enumerate(zip(params, grads, table.sizes, strict=True)):
+        if param.numel() != size:
+            raise ValueError(
+                f"masked_adamw_: parameter {i} has {param.numel()} entries, its index set covers {size}; "
+                "a parameter must keep its shape"
+            )
         for what, tensor in (("parameter", param), ("gradient", grad)):
             if tensor is None:
                 continue

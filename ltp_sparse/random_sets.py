@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Size, Tensor
@@ -17,7 +18,7 @@ _PIECE = 1 << 19
 
 
 class RandomScores:
-    """A source of uniform scores in (0, 1), made piece by piece from (seed, name, start): nothing of size n is ever stored."""
+    """A source of uniform scores, integers below 2^24, made piece by piece from (seed, name, start): nothing of size n is ever stored."""
 
     def __init__(self, shapes: Mapping[str, Size], seed: int) -> None:
         self.names, self.seed = list(shapes), seed
@@ -29,11 +30,11 @@ class RandomScores:
         key = hashlib.sha256(f"{self.seed} {self.names[tensor]} {start}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
         # at least one unit, since an entry with a score of zero could not be selected
-        return (torch.randint(1, 1 << 24, (stop - start,), generator=generator, dtype=torch.int32)).float()
+        return torch.randint(1, 1 << 24, (stop - start,), generator=generator, dtype=torch.int32).float()
 
     def chunks(self) -> Iterator[Chunk]:
         for tensor in range(len(self.sizes)):
-            yield from piecewise(self.layout, tensor, _PIECE, None, lambda a, b, t=tensor: self.piece(t, a, b))
+            yield from piecewise(self.layout, tensor, _PIECE, None, partial(self.piece, tensor))
 
     def sample(self, tensor: int, indices: Tensor) -> Tensor:
         raise RuntimeError("random scores are selected by the histogram route, which takes no sample")
@@ -51,8 +52,10 @@ def random_sets(
     """Random index sets over parameters of the given shapes; see `Ticket.random`."""
     source = RandomScores(shapes, seed)
     if bernoulli:
-        if density is None:
-            raise ValueError("Ticket.random: bernoulli=True takes a density, the probability of every entry")
+        if density is None or not 0 <= density <= 1:
+            raise ValueError(
+                f"Ticket.random: bernoulli=True takes density=, the probability of every entry in [0, 1], got {density}"
+            )
         threshold = density * ((1 << 24) - 1)
         sets = {}
         for tensor, name in enumerate(shapes):
@@ -70,4 +73,4 @@ def random_sets(
 
 
 def _pieces(source: RandomScores, tensor: int) -> Iterator[Chunk]:
-    return piecewise(source.layout, tensor, _PIECE, None, lambda a, b: source.piece(tensor, a, b))
+    return piecewise(source.layout, tensor, _PIECE, None, partial(source.piece, tensor))

@@ -25,6 +25,8 @@ from ltp_sparse.names import (
 )
 from ltp_sparse.random_sets import random_sets
 
+_MOST_ENTRIES = 1 << 40  # of a parameter in a file: a larger claim is an error, not an allocation
+
 Pool = Callable[[str], bool] | Iterable[str] | None
 """Which parameters may be selected: a predicate on names, regular expressions, or None for all."""
 
@@ -130,6 +132,10 @@ class Ticket:
             like: a ticket whose count per parameter is matched, which makes the layer-matched control (METHODS 4.3 b).
             bernoulli: draw every entry with probability `density` instead (SC-SFT's text, METHODS 7).
         """
+        if like is not None and (density is not None or k is not None or pool is not None or bernoulli):
+            raise ValueError(
+                "Ticket.random: like= brings pool and counts; leave density=, k=, pool= and bernoulli= out"
+            )
         shapes = like.shapes if like is not None else _shapes(model, pool)
         per_parameter = None if like is None else {name: s.k for name, s in like.sets.items()}
         sets = random_sets(shapes, density=density, k=k, seed=seed, per_parameter=per_parameter, bernoulli=bernoulli)
@@ -194,7 +200,8 @@ class Ticket:
         """(active entries, entries) by "layer", "module" (attention, feed-forward, ...) or "parameter"."""
         if by not in ("layer", "module", "parameter"):
             raise ValueError(f"Ticket.counts: by must be layer, module or parameter, got {by!r}")
-        group = {"layer": layer_of, "module": module_of, "parameter": str}[by]
+        groups: dict[str, Callable[[str], str]] = {"layer": layer_of, "module": module_of, "parameter": str}
+        group = groups[by]
         counts: dict[str, tuple[int, int]] = {}
         for name, index_set in self.sets.items():
             k, n = counts.get(group(name), (0, 0))
@@ -295,8 +302,9 @@ class Ticket:
     def load(cls, path: str | os.PathLike[str]) -> Ticket:
         """Reads and verifies a file written by `save`; a damaged or foreign file is a ValueError."""
         tensors, metadata = files.load(path, "ticket")
-        sets, shapes = unpack_sets(tensors, metadata["parameters"], str(path))
-        return cls(sets, shapes, metadata["metadata"], metadata["fingerprint"])
+        with files.understanding(path, "ticket"):
+            sets, shapes = unpack_sets(tensors, metadata["parameters"])
+            return cls(sets, shapes, metadata["metadata"], metadata["fingerprint"])
 
 
 def _shapes(model: nn.Module | Mapping[str, Any], pool: Pool) -> dict[str, Size]:
@@ -325,7 +333,7 @@ def pack_sets(sets: Mapping[str, IndexSet], shapes: Mapping[str, Size]) -> tuple
 
 
 def unpack_sets(
-    tensors: Mapping[str, Tensor], description: Mapping[str, Any], where: str
+    tensors: Mapping[str, Tensor], description: Mapping[str, Any]
 ) -> tuple[dict[str, IndexSet], dict[str, Size]]:
     """The inverse of `pack_sets`; every index is checked, since kernels trust it."""
     sets: dict[str, IndexSet] = {}
@@ -333,21 +341,20 @@ def unpack_sets(
     for name, entry in description.items():
         shapes[name] = Size(entry["shape"])
         n, k, encoding = shapes[name].numel(), entry["k"], entry["encoding"]
-        try:
-            if encoding == "full":
-                sets[name] = IndexSet.full(n)
-            elif encoding == "bitmap":
-                sets[name] = IndexSet.from_bitmap(tensors[f"{name}.bitmap"], n)
-            elif encoding == "list16" and k == 0:
-                sets[name] = IndexSet.from_indices(torch.empty(0), n)
-            elif encoding == "list16":
-                sets[name] = IndexSet.from_list16(
-                    tensors[f"{name}.list16"].view(torch.int16), tensors[f"{name}.tile_counts"].to(torch.int64), n
-                )
-            else:
-                raise ValueError(f"unknown encoding {encoding!r}")
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{where}: the index of {name!r} is damaged: {error}") from error
+        if any(size < 0 for size in shapes[name]) or n > _MOST_ENTRIES:
+            raise ValueError(f"{name!r} cannot have the shape {list(shapes[name])}")
+        if encoding == "full":
+            sets[name] = IndexSet.full(n)
+        elif encoding == "bitmap":
+            sets[name] = IndexSet.from_bitmap(tensors[f"{name}.bitmap"], n)
+        elif encoding == "list16" and k == 0:
+            sets[name] = IndexSet.from_indices(torch.empty(0), n)
+        elif encoding == "list16":
+            sets[name] = IndexSet.from_list16(
+                tensors[f"{name}.list16"].view(torch.int16), tensors[f"{name}.tile_counts"].to(torch.int64), n
+            )
+        else:
+            raise ValueError(f"{name!r} has the unknown encoding {encoding!r}")
         if sets[name].k != k:
-            raise ValueError(f"{where}: the index of {name!r} holds {sets[name].k} entries, its description says {k}")
+            raise ValueError(f"the index of {name!r} holds {sets[name].k} entries, its description says {k}")
     return sets, shapes

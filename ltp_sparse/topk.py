@@ -35,7 +35,7 @@ SAMPLE_FROM = 1 << 22
 """Entries from which on the sample pays; below, the histogram costs less."""
 
 _SPARE_CANDIDATES = 1 << 18
-_PIECE = 1 << 16  # candidates worked off at a time
+_PIECE = 1 << 15  # samples or candidates worked off at a time
 
 
 def entries_for(pool: int, *, density: float | None = None, k: int | None = None) -> int:
@@ -59,15 +59,19 @@ def entries_for(pool: int, *, density: float | None = None, k: int | None = None
 class Passes(Protocol):
     """What a backend provides; see `reference.py`."""
 
-    delta_histogram: Callable[..., None]
-    delta_band: Callable[..., None]
+    @property
+    def delta_histogram(self) -> Callable[..., None]: ...
+    @property
+    def delta_band(self) -> Callable[..., None]: ...
 
 
 class NonFiniteDelta(ValueError):
     """A delta is NaN or infinite. `tensor` is the position of its tensor."""
 
     def __init__(self, tensor: int, what: str) -> None:
-        super().__init__(f"topk_delta: the delta of {what} holds NaN or infinite values; a ranking needs finite weights")
+        super().__init__(
+            f"topk_delta: the delta of {what} holds NaN or infinite values; a ranking needs finite weights"
+        )
         self.tensor = tensor
 
 
@@ -189,17 +193,23 @@ def piecewise(
 
 
 def flat_piece(tensor: Tensor, start: int, stop: int) -> Tensor:
-    """Entries start..stop of the row-major order of any tensor, copying the rows that hold them and no more."""
+    """Entries start..stop of the row-major order of any tensor, contiguous, copying the rows that hold them and no more."""
     if tensor.is_contiguous() or tensor.dim() < 2:
-        return tensor.reshape(-1)[start:stop]
+        return tensor.reshape(-1)[start:stop].contiguous()  # a strided vector stays strided under reshape
     row = tensor[0].numel()
     first = start // row
     rows = tensor[first : -(-stop // row)].reshape(-1)
-    return rows[start - first * row : stop - first * row]
+    return rows[start - first * row : stop - first * row].contiguous()
 
 
 def _at(tensor: Tensor, indices: Tensor) -> Tensor:
-    return tensor.view(-1)[indices] if tensor.is_contiguous() else tensor[torch.unravel_index(indices, tensor.shape)]
+    if tensor.is_contiguous():
+        return tensor.view(-1)[indices]
+    coordinates: list[Tensor] = []  # torch.unravel_index would import 30 MB of modules
+    for size in reversed(tensor.shape):
+        coordinates.insert(0, indices % size)
+        indices = indices // size
+    return tensor[tuple(coordinates)]
 
 
 @dataclass
@@ -226,7 +236,8 @@ class _Band:
         self.tile_tensor = torch.repeat_interleave(torch.arange(len(groups)), tiles_of).to(device)
         self.tile_group = torch.tensor(groups, device=device)[self.tile_tensor]
         self.tile_word = torch.tensor(layout.word_offsets[:-1], device=device)[self.tile_tensor] + WORDS_PER_TILE * (
-            torch.arange(layout.tiles, device=device) - torch.tensor(layout.tile_offsets[:-1], device=device)[self.tile_tensor]
+            torch.arange(layout.tiles, device=device)
+            - torch.tensor(layout.tile_offsets[:-1], device=device)[self.tile_tensor]
         )
         capacity = sum(layout.sizes) // 156 + _SPARE_CANDIDATES
         self.words = torch.empty(layout.words, dtype=torch.int32, device=device)
@@ -237,7 +248,9 @@ class _Band:
         self.positions = torch.empty(capacity, dtype=torch.int16, device=device)
         self.stored = 0
 
-    def run(self, passes: Passes, low: list[int], high: list[int], take: Tensor | None = None, store: bool = True) -> None:
+    def run(
+        self, passes: Passes, low: list[int], high: list[int], take: Tensor | None = None, store: bool = True
+    ) -> None:
         device = self.words.device
         self.low, self.high = low, high
         bounds = torch.tensor([low, high], dtype=torch.int64, device=device)
@@ -378,10 +391,12 @@ def _bin_of_rank(histogram: Tensor, rank: int) -> tuple[int, int]:
 def raise_nonfinite(source: Source) -> None:
     """Raises `NonFiniteDelta` for the first tensor that holds one."""
     for chunk in source.chunks():
-        for position, tensor in enumerate(chunk.tensors):
-            for start in range(0, chunk.tuned[position].numel(), _PIECE):
-                pair = [None, *(side[position].view(-1)[start : start + _PIECE] for side in (chunk.initial, chunk.tuned) if side)]
-                if bool((delta_keys(*pair[-2:]) >= NONFINITE_KEY).any()):
+        for at, tensor in enumerate(chunk.tensors):
+            initial, tuned = chunk.initial[at].view(-1) if chunk.initial else None, chunk.tuned[at].view(-1)
+            for start in range(0, tuned.numel(), _PIECE):
+                piece = slice(start, start + _PIECE)
+                keys = delta_keys(None if initial is None else initial[piece], tuned[piece])
+                if bool((keys >= NONFINITE_KEY).any()):
                     raise NonFiniteDelta(tensor, f"tensor {tensor}")
 
 
@@ -389,18 +404,18 @@ def sampled_bracket(source: Source, groups: list[int], ks: list[int]) -> tuple[l
     """Per group a band [low, high) of keys that holds the k-th largest key almost surely."""
     total = sum(source.sizes)
     generator = torch.Generator().manual_seed(0)  # chooses the route only, never the result
-    samples: list[list[Tensor]] = [[] for _ in ks]
-    for tensor, n in enumerate(source.sizes):
-        count = min(n, -(-n * SAMPLES // total))
-        # one entry of each of `count` strata: in memory order, and without aligning with rows
-        edges = torch.arange(count, dtype=torch.float64) * (n / count) if count else torch.empty(0, dtype=torch.float64)
-        jitter = torch.rand(count, generator=generator, dtype=torch.float64) * (n / max(count, 1))
-        indices = (edges + jitter).long().clamp(max=max(n - 1, 0))
-        samples[groups[tensor]].append(source.sample(tensor, indices.to(source.device)))
+    counts = [min(n, -(-n * SAMPLES // total)) for n in source.sizes]
+    drawn = [sum(c for c, g in zip(counts, groups, strict=True) if g == group) for group in range(len(ks))]
+    samples = [torch.empty(count, dtype=torch.int32, device=source.device) for count in drawn]
+    filled = [0] * len(ks)
+    for tensor, (n, count, group) in enumerate(zip(source.sizes, counts, groups, strict=True)):
+        for indices in _one_of_each_stratum(n, count, generator):
+            start, filled[group] = filled[group], filled[group] + indices.numel()
+            samples[group][start : filled[group]] = source.sample(tensor, indices.to(source.device))
     low, high = [], []
     for group, k in enumerate(ks):
         n = sum(size for size, g in zip(source.sizes, groups, strict=True) if g == group)
-        keys = torch.cat(samples[group]) if samples[group] else torch.empty(0, dtype=torch.int32)
+        keys = samples[group]
         rank = k * keys.numel() / max(n, 1)
         margin = DEVIATIONS * math.sqrt(max(rank * (1 - k / max(n, 1)), 1)) + 2
         top = _kth_largest(keys, math.floor(rank - margin))
@@ -410,14 +425,27 @@ def sampled_bracket(source: Source, groups: list[int], ks: list[int]) -> tuple[l
     return low, high
 
 
+def _one_of_each_stratum(n: int, count: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """A random index out of each of `count` equal parts of 0..n-1, some at a time: in memory order, not aligned with rows."""
+    for start in range(0, count, _PIECE):
+        stratum = torch.arange(start, min(start + _PIECE, count), dtype=torch.float64)
+        stratum += torch.rand(stratum.numel(), generator=generator, dtype=torch.float64)
+        yield (stratum * (n / count)).long().clamp_(max=n - 1)
+
+
 def _kth_largest(keys: Tensor, rank: int) -> int:
     """The rank-th largest key; beyond the ends, a key that bounds all finite ones."""
     if rank < 1:
         return NONFINITE_KEY
     if rank > keys.numel():
         return 0
-    digit, rank = _bin_of_rank(torch.bincount(keys >> 16, minlength=1 << 15), rank)
-    low, _ = _bin_of_rank(torch.bincount(keys[(keys >> 16) == digit] & 0xFFFF, minlength=1 << 16), rank)
+    upper, lower = (torch.zeros(bins, dtype=torch.int64, device=keys.device) for bins in (1 << 15, 1 << 16))
+    for piece in keys.split(_PIECE):
+        upper += torch.bincount(piece >> 16, minlength=upper.numel())
+    digit, rank = _bin_of_rank(upper, rank)
+    for piece in keys.split(_PIECE):
+        lower += torch.bincount(piece[(piece >> 16) == digit] & 0xFFFF, minlength=lower.numel())
+    low, _ = _bin_of_rank(lower, rank)
     return (digit << 16) + low
 
 
@@ -434,9 +462,7 @@ def _digit_pass(passes: Passes, source: Source, groups: list[int], ks: list[int]
     return histogram.cpu()
 
 
-def select_topk(
-    passes: Passes, source: Source, groups: list[int], ks: list[int], *, route: str = "auto"
-) -> Selection:
+def select_topk(passes: Passes, source: Source, groups: list[int], ks: list[int], *, route: str = "auto") -> Selection:
     """The `ks[g]` entries of largest |tuned - initial| of every group of tensors: exact, the earliest first among ties.
 
     Entries whose delta is zero are never selected: a group may then hold fewer than its k.

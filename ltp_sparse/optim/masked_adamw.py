@@ -51,11 +51,8 @@ class _Launch:
     def state(self, position: int) -> dict[str, Tensor]:
         """The state of one parameter, as views of the packed buffers."""
         slots = self.slots[position]
-        return {
-            "step": self.steps[position],
-            "exp_avg": self.exp_avg[slots],
-            "exp_avg_sq": self.exp_avg_sq[slots],
-        }
+        state = {"step": self.steps[position], "exp_avg": self.exp_avg[slots], "exp_avg_sq": self.exp_avg_sq[slots]}
+        return state if self.anchor is None else {**state, "anchor": self.anchor[slots]}
 
     def keep_anchor(self) -> None:
         """Keeps the current values of the active entries: what the pull draws to."""
@@ -96,7 +93,8 @@ class MaskedAdamW(Optimizer):
         ValueError: no name of the ticket is in the model (the closest are listed), a shape differs, or an option is out of range.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler hands us its scale and found_inf; a skipped step is decided on the device
+    # GradScaler hands us its scale and found_inf; whether a step is skipped is then decided on the device
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -130,7 +128,9 @@ class MaskedAdamW(Optimizer):
         groups: list[dict[str, Any]] = [{"params": [named[name] for name in names], "pull": pull}] if names else []
         groups += _dense_groups(dense)
         if not groups:
-            raise ValueError("MaskedAdamW: the ticket has no active entry and `dense` is empty; there is nothing to train")
+            raise ValueError(
+                "MaskedAdamW: the ticket has no active entry and `dense` is empty; there is nothing to train"
+            )
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, pull=0.0)
         super().__init__(groups, defaults)
         self._build()
@@ -145,10 +145,12 @@ class MaskedAdamW(Optimizer):
         """Adds parameters that are updated in full."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        _check_group(group)
+        try:
+            _check_group(group)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
         for param in group["params"]:
-            if param.dtype != torch.float32:
-                raise TypeError(f"MaskedAdamW: parameters must be float32, got {param.dtype}; keep weights in float32")
             self._sets.setdefault(param, IndexSet.full(param.numel()))
         if self._launches:
             self._build()
@@ -156,18 +158,14 @@ class MaskedAdamW(Optimizer):
     def _build(self) -> None:
         """Lays parameters out, a launch per device, and carries the state over."""
         before = {param: dict(state) for param, state in self.state.items()}
-        anchors = {
-            param: launch.anchor[slots]
-            for launch in self._launches
-            if launch.anchor is not None
-            for param, slots in zip(launch.params, launch.slots, strict=True)
-        }
         members: dict[torch.device, list[tuple[nn.Parameter, int]]] = {}
         for index, group in enumerate(self.param_groups):
             for param in group["params"]:
                 members.setdefault(param.device, []).append((param, index))
         self._launches = [
-            _Launch([p for p, _ in pairs], [i for _, i in pairs], [self._sets[p] for p, _ in pairs], len(self.param_groups))
+            _Launch(
+                [p for p, _ in pairs], [i for _, i in pairs], [self._sets[p] for p, _ in pairs], len(self.param_groups)
+            )
             for pairs in members.values()
         ]
         for launch in self._launches:
@@ -177,8 +175,6 @@ class MaskedAdamW(Optimizer):
                 state = launch.state(position)
                 for key, value in before.get(param, {}).items():
                     state[key].copy_(value)
-                if launch.anchor is not None and param in anchors:
-                    launch.anchor[launch.slots[position]] = anchors[param].to(launch.device)
                 self.state[param] = state
         self.update_hyperparameters()
 
@@ -187,6 +183,10 @@ class MaskedAdamW(Optimizer):
         call this before replaying one, so that a scheduler's learning rate reaches it."""
         for launch in self._launches:
             for index, group in enumerate(self.param_groups):
+                if group["pull"] and launch.anchor is None:
+                    raise ValueError(
+                        "MaskedAdamW: pull must be set at construction, which keeps the values it draws to"
+                    )
                 lr = group["lr"]
                 sign = -1.0 if group["maximize"] else 1.0
                 values = [float(lr) if not isinstance(lr, Tensor) else 0.0, *group["betas"], group["eps"]]
@@ -218,7 +218,10 @@ class MaskedAdamW(Optimizer):
                 loss = closure()
         if any(p.device != launch.device for launch in self._launches for p in launch.params):
             self._build()
-        if any(isinstance(group["lr"], Tensor) for group in self.param_groups) or self._hyper_known != self._hyper_key():
+        if (
+            any(isinstance(group["lr"], Tensor) for group in self.param_groups)
+            or self._hyper_known != self._hyper_key()
+        ):
             self.update_hyperparameters()
 
         prepared = []
@@ -230,7 +233,7 @@ class MaskedAdamW(Optimizer):
                 launch.known_grads = present
             prepared.append((launch, grads, self._coefficients(launch)))
         if self.max_grad_norm is not None:
-            self._clip(prepared)
+            self._clip(prepared, self.max_grad_norm)
         for launch, grads, coefficients in prepared:
             ops.masked_adamw_(
                 launch.params, grads, launch.exp_avg, launch.exp_avg_sq, launch.table, coefficients, launch.anchor
@@ -262,15 +265,15 @@ class MaskedAdamW(Optimizer):
         }
         return torch.stack([columns[i] for i in range(Coefficient.COUNT)], dim=1)
 
-    def _clip(self, prepared: list[tuple[_Launch, list[Tensor | None], Tensor]]) -> None:
-        """Scales gradients and pull so that the norm over active and dense entries is at most `max_grad_norm`."""
+    def _clip(self, prepared: list[tuple[_Launch, list[Tensor | None], Tensor]], max_norm: float) -> None:
+        """Scales gradients and pull so that the norm over active and dense entries is at most `max_norm`."""
         sums = [
             ops.masked_sum_squares(launch.params, grads, launch.table, coefficients, launch.anchor).sum()
             for launch, grads, coefficients in prepared
         ]
         total = torch.stack([s.to(sums[0].device) for s in sums]).sum().sqrt()
         self.grad_norm = total
-        factor = (self.max_grad_norm / (total + 1e-6)).clamp(max=1.0)
+        factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
         for launch, _, coefficients in prepared:
             coefficients[:, [Coefficient.GRAD_FACTOR, Coefficient.PULL]] *= factor.to(launch.device)
 
@@ -295,9 +298,13 @@ class MaskedAdamW(Optimizer):
         """
         extra = state_dict.get(_DIGESTS)
         if extra is None:
-            raise ValueError("MaskedAdamW: the state was not saved by MaskedAdamW; its moments cannot be matched to a ticket")
+            raise ValueError(
+                "MaskedAdamW: the state was not saved by MaskedAdamW; its moments cannot be matched to a ticket"
+            )
         if extra["version"] != 1:
-            raise ValueError(f"MaskedAdamW: state of version {extra['version']}, this one reads version 1; update ltp_sparse")
+            raise ValueError(
+                f"MaskedAdamW: state of version {extra['version']}, this one reads version 1; update ltp_sparse"
+            )
         if extra["index_sets"] != self._digests():
             raise ValueError(
                 "MaskedAdamW: the state was saved for another ticket, or for other parameters in another order; "
@@ -317,6 +324,11 @@ class MaskedAdamW(Optimizer):
                 for key, value in saved.get(param, {}).items():
                     self.state[param][key].copy_(value)
         self.update_hyperparameters()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles carry; torch's own would leave the packed buffers behind."""
+        own = ("max_grad_norm", "grad_norm", "_sets", "_launches", "_hyper_known")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -388,3 +400,6 @@ def _check_group(group: dict[str, Any]) -> None:
     ):
         if not valid:
             raise ValueError(f"MaskedAdamW: {what}, got {value}")
+    for param in group["params"]:
+        if param.dtype != torch.float32:
+            raise TypeError(f"MaskedAdamW: parameters must be float32, got {param.dtype}; keep weights in float32")

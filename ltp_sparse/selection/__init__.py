@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
 from ltp_sparse import backends, ops
+from ltp_sparse.encoding import IndexSet
 from ltp_sparse.names import canonical_tensors, closest, digest, fingerprint
 from ltp_sparse.selection import pools
 from ltp_sparse.selection.budgets import Budget, share_out
@@ -118,21 +120,25 @@ def _common(base: Mapping[str, Readable], scored: Mapping[str, Readable]) -> lis
     return common
 
 
-def _topk(before, after, groups, ks, progress):  # type: ignore[no-untyped-def]
-    tensors = [*before.values(), *after.values()]
-    if not any(isinstance(t, CheckpointTensor) for t in tensors):
-        return ops.topk_delta(list(before.values()), list(after.values()), ks, groups=groups)
+def _topk(
+    before: Mapping[str, Readable], after: Mapping[str, Readable], groups: list[int], ks: list[int], progress: bool
+) -> tuple[list[IndexSet], Tensor]:
+    """An index set per tensor and the thresholds: in memory by the operation, from disk by streaming."""
+    initial = [t for t in before.values() if isinstance(t, Tensor)]
+    tuned = [t for t in after.values() if isinstance(t, Tensor)]
+    if len(initial) == len(before) and len(tuned) == len(after):
+        return ops.topk_delta(initial, tuned, ks, groups=groups)
     source = StreamSource(before, after)
-    backend = backends.resolve(source.device)
-    if not progress:
-        selection = select_topk(backend, source, groups, ks, route="histogram")
-    else:
-        from tqdm.auto import tqdm
-
-        with tqdm(total=2 * source.nbytes, desc="select", unit="B", unit_scale=True) as bar:
-            source.progress = bar
-            selection = select_topk(backend, source, groups, ks, route="histogram")
+    with progress_bar(2 * source.nbytes, "select") if progress else nullcontext() as source.progress:
+        selection = select_topk(backends.resolve(source.device), source, groups, ks, route="histogram")
     return ops.index_sets(selection, source.sizes), selection.thresholds
+
+
+def progress_bar(nbytes: int, what: str) -> Any:
+    """A bar over bytes that are read."""
+    from tqdm.auto import tqdm
+
+    return tqdm(total=nbytes, desc=what, unit="B", unit_scale=True)
 
 
 def _fingerprint(tensors: Mapping[str, Readable]) -> dict[str, str]:

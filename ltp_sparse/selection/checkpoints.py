@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ltp_sparse.names import parameter_order, strip_wrappers
 from ltp_sparse.topk import Chunk, Layout, flat_piece, piecewise
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_BUFFERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}  # position ids and the like: no weights
 _INDEX = "model.safetensors.index.json"
 _PIECE = 1 << 19  # entries read at a time: 2 MB of each float32 checkpoint
 
@@ -52,14 +54,20 @@ class CheckpointTensor:
 def open_checkpoint(path: str | os.PathLike[str]) -> dict[str, CheckpointTensor]:
     """Canonical name -> tensor of a safetensors file, or of a folder with one file or shards and their index.
 
+    Integer tensors are left out: they are buffers, not weights.
+
     Raises:
         FileNotFoundError: nothing of that kind is there.
         ValueError: a file is damaged, or a shard is missing.
     """
     path = Path(path)
+    weight_map: dict[str, str] = {}
     if path.is_dir() and (path / _INDEX).is_file():
-        shards = json.loads((path / _INDEX).read_text())["weight_map"]
-        paths = sorted({path / shard for shard in shards.values()})
+        try:
+            weight_map = json.loads((path / _INDEX).read_text())["weight_map"]
+            paths = sorted({path / shard for shard in weight_map.values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path / _INDEX}: not an index of shards ({error!r})") from error
     elif path.is_dir() and (path / "model.safetensors").is_file():
         paths = [path / "model.safetensors"]
     elif path.is_file():
@@ -70,12 +78,17 @@ def open_checkpoint(path: str | os.PathLike[str]) -> dict[str, CheckpointTensor]
             "Pickled checkpoints (.bin) are not read; convert them with save_pretrained(safe_serialization=True)"
         )
     tensors: dict[str, CheckpointTensor] = {}
+    stored: set[str] = set()
     for shard in paths:
         try:
             file = safe_open(shard, framework="pt")
-            tensors |= {strip_wrappers(name): CheckpointTensor(file, name, shard) for name in file.keys()}  # noqa: SIM118
+            stored |= set(file.keys())
+            weights = [name for name in file.keys() if file.get_slice(name).get_dtype() not in _BUFFERS]  # noqa: SIM118
+            tensors |= {strip_wrappers(name): CheckpointTensor(file, name, shard) for name in weights}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{shard}: not a readable safetensors file ({error})") from error
+    if missing := sorted(set(weight_map) - stored):
+        raise ValueError(f"{path}: the index names {missing[0]!r}, which none of its shards holds; copy them again")
     return {name: tensors[name] for name in parameter_order(tensors)}
 
 
@@ -107,8 +120,8 @@ class StreamSource:
                 self.layout,
                 tensor,
                 _PIECE,
-                (lambda a, b, t=tensor: read_piece(self.initial[t], a, b)) if self.initial else None,
-                lambda a, b, t=tensor: read_piece(self.tuned[t], a, b),
+                partial(read_piece, self.initial[tensor]) if self.initial else None,
+                partial(read_piece, self.tuned[tensor]),
             )
             for chunk in pieces:
                 yield chunk

@@ -1,0 +1,72 @@
+# `make demo` and `make test` need Linux, Python >= 3.11 and nothing else: they make their own environment in .venv.
+#   make test VENV=path             another environment
+#   make test TORCH=torch           the torch build of your package index (on a GPU machine) in place of the CPU build
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0+cpu
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# With a compiler a failing build is an error; without one the library runs on its other backends.
+LTP_SPARSE_EXT ?= $(if $(shell command -v c++),cpu,auto)
+export LTP_SPARSE_EXT
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install --no-compile --constraint constraints.txt
+BASE := $(VENV)/.installed-torch
+TRAIN := $(VENV)/.installed-train
+TEST := $(VENV)/.installed-test
+CPP := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*.cpp)
+
+.PHONY: help demo test bench lint format clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+
+demo: $(TRAIN)  ## the whole job on generated data, offline: ticket, LTP, controls, report in demo-report/
+	$(BIN)/ltp-sparse demo --output demo-report
+
+test: $(TEST)  ## all tests (narrow them with ARGS="-k name")
+	$(BIN)/pytest --durations=15 $(ARGS)
+
+bench: $(TEST)  ## CPU benchmarks: CSV, table and plots in benchmarks/results/cpu (about 24 GB of memory, half an hour)
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+lint: $(TEST)  ## ruff, mypy, clang-format: check only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: $(TEST)  ## the same tools, repairing
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+clean:  ## remove builds, caches and the demo's report; keep the environment
+	rm -rf build dist *.egg-info demo-report .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f ltp_sparse/*.so $(TRAIN) $(TEST)
+	find benchmarks csrc kernels ltp_sparse tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The CPU build of torch comes first and by its exact name, so that no later step pulls gigabytes of CUDA libraries: from the
+# configured package sources where they have it, else from PyTorch's own index.
+$(BASE): constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, $(PYTHON) is " + sys.version)'
+	@echo "[setup] $(TORCH) into $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) pybind11 setuptools wheel
+	@$(PIP) "$(TORCH)" 2>/dev/null || $(PIP) "$(TORCH)" --extra-index-url $(TORCH_INDEX)
+	@touch $@
+
+$(TRAIN): $(BASE) pyproject.toml setup.py $(CPP)
+	@echo "[setup] ltp_sparse with its training extra (compiled extension: LTP_SPARSE_EXT=$(LTP_SPARSE_EXT))"
+	@$(PIP) --no-build-isolation -e '.[train]'
+	@touch $@
+
+$(TEST): $(TRAIN)
+	@echo "[setup] tools for tests, benchmarks and lint"
+	@$(PIP) --no-build-isolation -e '.[train,triton,test,bench,dev]'
+	@touch $@

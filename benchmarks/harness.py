@@ -1,0 +1,224 @@
+"""Rows, interleaved timing, peak memory, and where it all ran. Nothing is timed before its result was verified."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import ctypes
+import datetime
+import gc
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import ltp_sparse as ls
+from ltp_sparse.testing import xlmr_shapes
+
+RESULTS = Path(__file__).parent / "results"
+
+MODELS = {
+    "tiny": xlmr_shapes(layers=2, hidden=128, intermediate=512, vocabulary=5000),
+    "encoder": xlmr_shapes(embeddings=False),
+    "base": xlmr_shapes(),
+}
+"""The maskable tensors of a small model (to try a benchmark), of XLM-R-base without and with its embeddings."""
+
+
+class WrongResult(RuntimeError):
+    """A provider's result differs from the expected one: there is nothing to time."""
+
+
+@dataclass
+class Provider:
+    """One way to do the same thing.
+
+    run:    does it once; what it returns is kept alive until it is measured
+    verify: raises `WrongResult`
+    bytes:  memory traffic of one run, or None where it is not modelled
+    """
+
+    name: str
+    run: Callable[[], object]
+    verify: Callable[[], None]
+    bytes: int | None = None
+
+
+@dataclass
+class Row:
+    """One line of a results file.
+
+    k:             active entries
+    p50, p20, p80: percentiles over the rounds, in `unit`
+    bytes, gbps:   memory traffic of one run, and 1e9 bytes per second of it at p50
+    share_of_copy: gbps in parts of what a plain copy reached in the same run
+    ratio:         p50 of the baseline provider in the same run / p50
+    """
+
+    op: str
+    provider: str
+    dtype: str
+    n: int
+    k: int
+    metric: str
+    unit: str
+    p50: float
+    p20: float
+    p80: float
+    bytes: int | None = None
+    gbps: float | None = None
+    share_of_copy: float | None = None
+    ratio: float | None = None
+    device: str = ""
+    versions: str = ""
+    commit: str = ""
+    time: str = ""
+
+
+def copy_provider(n: int) -> Provider:
+    """A plain copy of n float32 entries: the speed of light of anything that streams memory."""
+    source, target = torch.zeros(n), torch.empty(n)
+
+    def verify() -> None:
+        if not torch.equal(target.copy_(source), source):
+            raise WrongResult("copy")
+
+    return Provider("copy", lambda: target.copy_(source), verify, 8 * n)
+
+
+def interleaved(providers: Sequence[Provider], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Provider -> seconds per run. Every round runs each provider once, so that drift of the machine hits all alike."""
+    seconds: dict[str, list[float]] = {provider.name: [] for provider in providers}
+    for number in range(warmup + rounds):
+        shift = number % len(providers)
+        for provider in (*providers[shift:], *providers[:shift]):
+            start = time.perf_counter()
+            result = provider.run()
+            elapsed = time.perf_counter() - start
+            del result
+            if number >= warmup:
+                seconds[provider.name].append(elapsed)
+    return seconds
+
+
+def time_rows(op: str, providers: Sequence[Provider], *, n: int, k: int, rounds: int, baseline: str) -> list[Row]:
+    """Verifies, then times all providers beside a copy of n entries; one row each, the copy's among them."""
+    for provider in providers:
+        provider.verify()
+    copy = copy_provider(n)
+    everyone = [*providers, copy]
+    seconds = interleaved(everyone, rounds)
+    copy_gbps = 8 * n / statistics.median(seconds["copy"]) / 1e9
+    rows = []
+    for provider in everyone:
+        times = seconds[provider.name]
+        p20, p50, p80 = np.percentile(times, [20, 50, 80])
+        gbps = provider.bytes / p50 / 1e9 if provider.bytes else None
+        rows.append(
+            Row(
+                op, provider.name, "float32", n, k, "time", "ms", *(1e3 * t for t in (p50, p20, p80)), provider.bytes,
+                gbps, gbps / copy_gbps if gbps else None, statistics.median(seconds[baseline]) / p50,
+            )
+        )  # fmt: skip
+        print(f"  {provider.name:<34}{1e3 * p50:>11.3f} ms   {rows[-1].ratio:>7.2f} x", flush=True)
+    return rows
+
+
+def value_row(op: str, provider: str, n: int, k: int, metric: str, unit: str, value: float) -> Row:
+    """A row of something counted, not timed."""
+    print(f"  {provider:<34}{value:>11.4f} {unit}", flush=True)
+    return Row(op, provider, "float32", n, k, metric, unit, value, value, value)
+
+
+def peak_memory(run: Callable[[], object]) -> int:
+    """Bytes by which the resident size of the process grew, at its highest, while `run` ran (Linux)."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator kept would hide what the run takes
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    before = _status("VmRSS")
+    result = run()
+    peak = _status("VmHWM")
+    del result
+    return peak - before
+
+
+def _status(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key + ":"))
+    return 1024 * int(line.split()[1])
+
+
+def instruction_sets() -> list[str]:
+    """The instruction sets of the compiled backend that this processor runs, best first."""
+    from ltp_sparse import _C
+
+    chosen, runnable = _C.isa(), []
+    for name in ("avx512", "avx2", "generic"):
+        try:
+            _C.set_isa(name)
+        except ValueError:
+            continue
+        runnable.append(name)
+    _C.set_isa(chosen)
+    return runnable
+
+
+def with_isa(name: str, run: Callable[[], object]) -> Callable[[], object]:
+    """`run` under one instruction set of the compiled backend."""
+    from ltp_sparse import _C
+
+    def run_with_isa() -> object:
+        _C.set_isa(name)
+        return run()
+
+    return run_with_isa
+
+
+def environment() -> dict[str, str]:
+    """The columns device, versions, commit and time."""
+    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return {
+        "device": f"{cpu.partition(':')[2].strip() or platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": f"ltp_sparse {ls.__version__}, torch {torch.__version__}, numpy {np.__version__}, "
+        f"Python {platform.python_version()}",
+        "commit": commit.stdout.strip() or "unknown",
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def write_csv(path: Path, rows: Iterable[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    where = environment()
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer.writeheader()
+        for row in rows:
+            cells = {**asdict(row), **where}
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in cells.items()})
+    print(f"wrote {path}")
+
+
+def arguments(description: str, csv_name: str, densities: Sequence[float]) -> argparse.Namespace:
+    """The command line that all benchmarks share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["encoder", "base"], help="sizes to measure")
+    parser.add_argument("--densities", nargs="+", type=float, default=densities, help="shares of active entries")
+    parser.add_argument("--rounds", type=int, default=9, help="timed runs of every provider")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=RESULTS / "cpu" / csv_name, help="CSV file")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    reason = ls.available_backends()["compiled"]
+    if reason != "ok":
+        sys.exit(f"the benchmarks time the compiled backend: {reason}")
+    ls.use_backend("compiled")
+    return args

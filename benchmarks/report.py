@@ -1,0 +1,144 @@
+"""Turns the CSV files of a results folder into `README.md` (tables, and the bars of the project) and PNG plots."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+Rows = list[dict[str, str]]
+
+SELECTION_BYTES = 0.205, 8e6
+"""Temporary memory of a selection: bytes per entry, and a constant (DESIGN.md, contract 2)."""
+
+
+def read(folder: Path) -> Rows:
+    rows: Rows = []
+    for path in sorted(folder.glob("*.csv")):
+        with path.open(newline="") as file:
+            rows += csv.DictReader(file)
+    return rows
+
+
+def pick(rows: Rows, **wanted: object) -> Rows:
+    return [row for row in rows if all(row[key] == str(value) for key, value in wanted.items())]
+
+
+def unique(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))
+
+
+def share(row: dict[str, str]) -> str:
+    """The density of a row, e.g. "20 %"."""
+    return f"{100 * int(row['k']) / int(row['n']):.2g} %".replace("1e+02", "100")
+
+
+def cell(row: dict[str, str]) -> str:
+    if row["metric"] != "time":
+        return f"{float(row['p50']):.4g}"
+    copied = f", {100 * float(row['share_of_copy']):.0f} % of copy" if row["share_of_copy"] else ""
+    return f"{float(row['p50']):.4g} ms ({float(row['ratio']):.2f}x{copied})"
+
+
+def table(rows: Rows) -> str:
+    """Providers down, densities across."""
+    shares = unique(share(row) for row in rows)
+    lines = ["| | " + " | ".join(shares) + " |", "|---" * (len(shares) + 1) + "|"]
+    for provider in unique(row["provider"] for row in rows):
+        cells = {share(row): cell(row) for row in pick(rows, provider=provider)}
+        lines.append(f"| {provider} | " + " | ".join(cells.get(s, "") for s in shares) + " |")
+    return "\n".join(lines)
+
+
+def bars(rows: Rows) -> str:
+    """Every bar of the project whose rows are there, beside what was measured."""
+    lines = ["| bar | entries | required | measured | |", "|---|---|---|---|---|"]
+    times = pick(rows, metric="time")
+
+    def best(prefix: str, group: Rows) -> dict[str, str] | None:
+        return next((row for row in group if row["provider"].startswith(prefix)), None)
+
+    def compare(op: str, density: str, prefix: str, peer: str, bar: float, *, slower: bool = False) -> None:
+        """`bar`: how many times faster than the peer at least, or, with `slower`, how many times slower at most."""
+        for n in unique(row["n"] for row in pick(times, op=op)):
+            group = [row for row in pick(times, op=op, n=n) if share(row) == density]
+            mine, other = best(prefix, group), best(peer, group)
+            if mine and other:
+                faster = float(other["p50"]) / float(mine["p50"])
+                found, met = (1 / faster, 1 / faster <= bar) if slower else (faster, faster >= bar)
+                required = f"at most {bar:g}x slower" if slower else f"{bar:g}x faster"
+                what = f"{mine['provider']} against {other['provider']}, {density}"
+                lines.append(f"| {what} | {int(n):,} | {required} | {found:.2f}x | {'met' if met else '**missed**'} |")
+
+    compare("topk_delta", "20 %", "topk_delta, sampled", "abs + torch.topk", 20)
+    compare("topk_delta", "20 %", "topk_delta, sampled", "abs + np.partition", 5)
+    for density, minimum in (("20 %", 1.8), ("5 %", 2.3), ("1 %", 7.0), ("75 %", 1.0)):
+        compare("masked_adamw_", density, "MaskedAdamW", "torch AdamW(fused=True)", minimum)
+    compare("masked_adamw_", "20 %", "MaskedAdamW", "index_select", 2.5)
+    compare("masked_adamw_", "20 %", "MaskedAdamW", "torch AdamW()", 10)
+    for op, density, ours in (("masked_adamw_", "20 %", "MaskedAdamW"), ("topk_delta", "20 %", "topk_delta, sampled")):
+        compare(op, density, f"{ours} (generic)", f"{ours} (avx512)", 1.8, slower=True)
+
+    for row in rows:
+        if row["metric"] == "state" and row["provider"] == "MaskedAdamW" and share(row) == "20 %":
+            lines.append(limit("optimizer state, 20 %", row, 1.76))
+        if row["metric"] == "temporary memory" and row["provider"].startswith("topk_delta"):
+            per_entry, constant = SELECTION_BYTES
+            what = f"temporary memory, {row['provider'].partition(', ')[2]}, {share(row)}"
+            lines.append(limit(what, row, per_entry + constant / int(row["n"])))
+    return "\n".join(lines)
+
+
+def limit(what: str, row: dict[str, str], most: float) -> str:
+    found = float(row["p50"])
+    verdict = "met" if found <= most else "**missed**"
+    return f"| {what} | {int(row['n']):,} | at most {most:.3f} bytes/entry | {found:.3f} | {verdict} |"
+
+
+def plot(op: str, rows: Rows, path: Path) -> None:
+    """Milliseconds over density, a panel per size."""
+    from matplotlib.figure import Figure
+
+    sizes = unique(row["n"] for row in rows)
+    figure = Figure(figsize=(5.5 * len(sizes), 4.5), layout="constrained")
+    for axes, n in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
+        for provider in unique(row["provider"] for row in pick(rows, n=n)):
+            points = sorted((int(row["k"]) / int(n), float(row["p50"])) for row in pick(rows, n=n, provider=provider))
+            style = {"color": "black", "linestyle": "--"} if provider == "copy" else {"marker": "o", "markersize": 4}
+            axes.plot(*zip(*points, strict=True), label=provider, **style)
+        axes.set(xscale="log", yscale="log", xlabel="density", title=f"{op}, {int(n):,} float32 entries")
+    figure.axes[0].set_ylabel("ms")
+    figure.axes[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path, dpi=120)
+
+
+def write(folder: Path) -> Path:
+    """Writes the report of a results folder; returns its path."""
+    rows = read(folder)
+    first = rows[0]
+    parts = [
+        f"# Benchmarks: {folder.name}\n\nMade by `make bench` ({first['device']}; {first['versions']}; commit "
+        f"{first['commit']}, {first['time'][:10]}). Medians; all providers of a table ran interleaved in one process, "
+        "after their results had been verified. In brackets: how many times faster than the baseline (the provider at "
+        "1.00x), and the modelled memory traffic per second in parts of a plain copy's.\n\n## Bars\n",
+        bars(rows),
+    ]
+    for op in unique(row["op"] for row in rows):
+        mine = pick(rows, op=op)
+        for n in unique(row["n"] for row in mine):
+            for metric in unique(row["metric"] for row in mine):
+                group = pick(mine, n=n, metric=metric)
+                parts += [f"\n## {op}: {metric} ({group[0]['unit']}), {int(n):,} entries\n", table(group)]
+        timed = pick(mine, metric="time")
+        if len(unique(row["k"] for row in pick(timed, n=timed[0]["n"]))) > 1:
+            name = f"{op.rstrip('_')}.png"
+            plot(op, timed, folder / name)
+            parts.append(f"\n![{op}]({name})")
+    path = folder / "README.md"
+    path.write_text("\n".join(parts) + "\n")
+    return path
+
+
+if __name__ == "__main__":
+    print(write(Path(sys.argv[1])))

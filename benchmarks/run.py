@@ -1,0 +1,28 @@
+"""Runs all CPU benchmarks, each in a process of its own, and writes tables and plots: `make bench`.
+
+Options go to every benchmark, e.g. `make bench ARGS="--models encoder --rounds 7"`; see `bench_*.py --help`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import report
+from harness import RESULTS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=RESULTS / "cpu", help="where CSV files, tables and plots go")
+    args, options = parser.parse_known_args()
+    for benchmark in sorted(Path(__file__).parent.glob("bench_*.py")):
+        out = args.folder / f"{benchmark.stem.removeprefix('bench_')}.csv"
+        subprocess.run([sys.executable, benchmark, "--out", out, *options], check=True)
+    print(report.write(args.folder))
+
+
+if __name__ == "__main__":
+    main()

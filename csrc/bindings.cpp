@@ -1,0 +1,100 @@
+// The module ltp_sparse._C: CPU kernels over addresses and sizes. Shapes and dtypes are checked in Python, at the door.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/kernels.h"
+#include "cpu/masked_adamw.h"
+#include "cpu/topk_delta.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Addresses = std::vector<uintptr_t>;
+
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+void check_threads(int64_t threads) {
+    if (threads < 1) throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
+}
+
+ltp::MaskedAdamW table_of(Addresses params, Addresses grads, uintptr_t tiles, int64_t n_tiles, uintptr_t words,
+                          uintptr_t positions, uintptr_t coefficients, uintptr_t anchor) {
+    if (params.size() != grads.size()) {
+        throw std::invalid_argument("expected one gradient address (or 0) per parameter, got " +
+                                    std::to_string(grads.size()) + " for " + std::to_string(params.size()));
+    }
+    return {std::move(params),
+            std::move(grads),
+            at<const int64_t>(tiles),
+            n_tiles,
+            at<const int32_t>(words),
+            at<const uint16_t>(positions),
+            at<const double>(coefficients),
+            at<const float>(anchor)};
+}
+
+void masked_adamw_(Addresses params, Addresses grads, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t tiles,
+                   int64_t n_tiles, uintptr_t words, uintptr_t positions, uintptr_t coefficients, uintptr_t anchor,
+                   int64_t threads) {
+    check_threads(threads);
+    ltp::masked_adamw_(
+        table_of(std::move(params), std::move(grads), tiles, n_tiles, words, positions, coefficients, anchor),
+        at<float>(exp_avg), at<float>(exp_avg_sq), threads);
+}
+
+void masked_sum_squares(Addresses params, Addresses grads, uintptr_t tiles, int64_t n_tiles, uintptr_t words,
+                        uintptr_t positions, uintptr_t coefficients, uintptr_t anchor, uintptr_t out, int64_t threads) {
+    check_threads(threads);
+    ltp::masked_sum_squares(
+        table_of(std::move(params), std::move(grads), tiles, n_tiles, words, positions, coefficients, anchor),
+        at<double>(out), threads);
+}
+
+bool delta_histogram(Addresses initial, Addresses tuned, std::vector<int> initial_dtypes, std::vector<int> tuned_dtypes,
+                     std::vector<int64_t> sizes, std::vector<int64_t> groups, std::vector<int64_t> prefixes,
+                     uintptr_t histogram, int64_t n_groups, int64_t threads) {
+    check_threads(threads);
+    return ltp::delta_histogram({std::move(initial), std::move(tuned), std::move(initial_dtypes),
+                                 std::move(tuned_dtypes), std::move(sizes), std::move(groups)},
+                                prefixes, at<int64_t>(histogram), n_groups, threads);
+}
+
+bool delta_band(Addresses initial, Addresses tuned, std::vector<int> initial_dtypes, std::vector<int> tuned_dtypes,
+                std::vector<int64_t> sizes, std::vector<int64_t> groups, std::vector<int64_t> low,
+                std::vector<int64_t> high, uintptr_t words, std::vector<int64_t> word_offsets, uintptr_t above,
+                uintptr_t inside, uintptr_t take, uintptr_t keys, uintptr_t positions, int64_t capacity,
+                uintptr_t offsets, uintptr_t cursor, int64_t threads) {
+    check_threads(threads);
+    return ltp::delta_band({std::move(initial), std::move(tuned), std::move(initial_dtypes), std::move(tuned_dtypes),
+                            std::move(sizes), std::move(groups)},
+                           {std::move(low), std::move(high), at<int32_t>(words), std::move(word_offsets),
+                            at<int64_t>(above), at<int64_t>(inside), at<const int64_t>(take), at<int32_t>(keys),
+                            at<uint16_t>(positions), capacity, at<int64_t>(offsets), at<int64_t>(cursor)},
+                           threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+    using py::arg;
+    const auto release = py::call_guard<py::gil_scoped_release>();
+    module.doc() = "CPU kernels of ltp_sparse. Arguments are addresses of contiguous memory; see csrc/cpu/*.h.";
+    module.def("masked_adamw_", masked_adamw_, arg("params"), arg("grads"), arg("exp_avg"), arg("exp_avg_sq"),
+               arg("tiles"), arg("n_tiles"), arg("words"), arg("positions"), arg("coefficients"), arg("anchor"),
+               arg("threads"), release);
+    module.def("masked_sum_squares", masked_sum_squares, arg("params"), arg("grads"), arg("tiles"), arg("n_tiles"),
+               arg("words"), arg("positions"), arg("coefficients"), arg("anchor"), arg("out"), arg("threads"), release);
+    module.def("delta_histogram", delta_histogram, arg("initial"), arg("tuned"), arg("initial_dtypes"),
+               arg("tuned_dtypes"), arg("sizes"), arg("groups"), arg("prefixes"), arg("histogram"), arg("n_groups"),
+               arg("threads"), release);
+    module.def("delta_band", delta_band, arg("initial"), arg("tuned"), arg("initial_dtypes"), arg("tuned_dtypes"),
+               arg("sizes"), arg("groups"), arg("low"), arg("high"), arg("words"), arg("word_offsets"), arg("above"),
+               arg("inside"), arg("take"), arg("keys"), arg("positions"), arg("capacity"), arg("offsets"),
+               arg("cursor"), arg("threads"), release);
+    module.def("isa", [] { return ltp::kernels().name; }, "The instruction set in use: avx512, avx2 or generic.");
+    module.def("set_isa", ltp::use_isa, arg("name"), "Switches the instruction set; ValueError if not supported.");
+}

@@ -1,0 +1,22 @@
+// What every source of the extensions shares: the host/device marker, the tile size, the codes of encodings and dtypes.
+#pragma once
+
+#include <cstdint>
+
+// Marks a function of csrc/common. Always inlined: a copy compiled for a newer instruction set must never become the
+// one the linker keeps for all objects.
+#if defined(__CUDACC__)
+#define LTP_HD __host__ __device__ __forceinline__
+#else
+#define LTP_HD inline __attribute__((always_inline))
+#endif
+
+namespace ltp {
+
+constexpr int64_t kTile = 65536;  // entries; a position inside a tile fits 16 bits
+
+enum class Encoding : int64_t { kFull = 0, kBitmap = 1, kList16 = 2 };
+
+enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+}  // namespace ltp

@@ -1,0 +1,71 @@
+// The tile kernels, compiled once per instruction set from the same sources, and the choice among them.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "../common/adamw.h"
+#include "../common/platform.h"
+
+namespace ltp {
+
+// One tile of one parameter, addresses already resolved to the tile's first entry or slot.
+struct AdamWTile {
+    Encoding encoding;
+    int64_t length;             // entries, 1 .. kTile
+    int64_t active;             // active entries, 1 .. length
+    float* param;               // [length] updated at active entries only
+    const float* grad;          // [length]
+    float* exp_avg;             // [active] updated
+    float* exp_avg_sq;          // [active] updated
+    const float* anchor;        // [active], or null: no pull
+    const int32_t* words;       // kBitmap: [2 * ceil(length / 64)]
+    const uint16_t* positions;  // kList16: [active] ascending
+    AdamWCoefficients coefficients;
+};
+
+// One tile of a pair of tensors to compare. `initial` null: the key is that of |tuned|.
+struct DeltaTile {
+    const void* initial;  // [length] of initial_dtype, from `start` on
+    const void* tuned;    // [length] of tuned_dtype, from `start` on
+    Dtype initial_dtype, tuned_dtype;
+    int64_t length;  // entries, 1 .. kTile
+};
+
+struct BandCounts {
+    int64_t above, inside;  // entries in either bitmap
+    int32_t largest;        // largest key seen
+};
+
+struct Kernels {
+    const char* name;
+
+    // Updates the tile's active entries and their state.
+    void (*adamw)(const AdamWTile& tile);
+
+    // Sum over the active entries, in a fixed order that depends on neither encoding nor instruction set, of the
+    // squared effective gradient. Reads param, grad and anchor only.
+    double (*sum_squares)(const AdamWTile& tile);
+
+    // Adds the tile's keys, zero keys excepted, to bins[32768] by key >> 16. Returns the largest key.
+    int32_t (*histogram_high)(const DeltaTile& tile, uint32_t* bins);
+
+    // Adds the keys with key >> 16 == prefix, zero keys excepted, to bins[65536] by key & 0xFFFF. Returns the largest
+    // key.
+    int32_t (*histogram_low)(const DeltaTile& tile, int32_t prefix, uint32_t* bins);
+
+    // Writes two bitmaps of ceil(length / 64) groups of 64 entries: key > upper to `words`, lower < key <= upper to
+    // `inside`; bits past length are 0.
+    BandCounts (*band)(const DeltaTile& tile, int32_t lower, int32_t upper, int32_t* words, uint64_t* inside);
+
+    // Stores key and position of every entry whose bit is set in `selected`, ascending.
+    void (*collect)(const DeltaTile& tile, const uint64_t* selected, int32_t* keys, uint16_t* positions);
+};
+
+// The kernels in use: the newest instruction set this machine runs, or the one asked for by LTP_SPARSE_ISA or use_isa.
+const Kernels& kernels();
+
+// Switches to "generic", "avx2" or "avx512"; throws std::invalid_argument if unknown or not supported here.
+void use_isa(const std::string& name);
+
+}  // namespace ltp

@@ -1,0 +1,9 @@
+#include "lanes_avx2.h"
+#include "masked_adamw_tile.h"
+#include "topk_delta_tile.h"
+
+namespace ltp {
+
+extern const Kernels kernels_avx2 = {"avx2", adamw, sum_squares, histogram_high, histogram_low, band, collect};
+
+}  // namespace ltp

@@ -1,0 +1,9 @@
+#include "lanes_avx512.h"
+#include "masked_adamw_tile.h"
+#include "topk_delta_tile.h"
+
+namespace ltp {
+
+extern const Kernels kernels_avx512 = {"avx512", adamw, sum_squares, histogram_high, histogram_low, band, collect};
+
+}  // namespace ltp

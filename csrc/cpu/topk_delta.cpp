@@ -1,0 +1,185 @@
+#include "topk_delta.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "../common/delta_key.h"
+#include "kernels.h"
+#include "thread_pool.h"
+#include "tile_queue.h"
+
+namespace ltp {
+namespace {
+
+void require(bool holds, const std::string& message) {
+    if (!holds) throw std::invalid_argument(message);
+}
+
+// The tiles of the pairs, checked and queued.
+class PairTiles {
+  public:
+    PairTiles(const char* op, const DeltaPairs& pairs, int64_t n_groups) : pairs_(pairs) {
+        const std::string name(op);
+        const size_t n = pairs.tuned.size();
+        require((pairs.initial.empty() || pairs.initial.size() == n) &&
+                    pairs.initial_dtypes.size() == pairs.initial.size() && pairs.tuned_dtypes.size() == n &&
+                    pairs.sizes.size() == n && pairs.groups.size() == n,
+                name + ": the lists must have an item for each of the " + std::to_string(n) + " tensors");
+        for (size_t i = 0; i < n; ++i) {
+            const int codes[2] = {pairs.tuned_dtypes[i], pairs.initial.empty() ? 0 : pairs.initial_dtypes[i]};
+            for (const int code : codes) {
+                require(code >= 0 && code <= 2, name + ": dtype codes are 0, 1 and 2, got " + std::to_string(code));
+            }
+            require(pairs.sizes[i] >= 0, name + ": negative size");
+            require(pairs.groups[i] >= 0 && pairs.groups[i] < n_groups,
+                    name + ": group " + std::to_string(pairs.groups[i]) + " of " + std::to_string(n_groups));
+            for (int64_t start = 0; start < pairs.sizes[i]; start += kTile) {
+                tiles_.push_back({int64_t(i), start});
+                queue_.add(std::min(kTile, pairs.sizes[i] - start));
+            }
+        }
+    }
+
+    int64_t size() const { return int64_t(tiles_.size()); }
+    int64_t threads(int64_t asked) const { return std::min(asked, queue_.groups()); }
+
+    // Calls body(number, pair, start, tile) for tiles that the calling thread takes, until none is left.
+    template <class Body>
+    void for_each(Body body) {
+        for (int64_t begin, end; queue_.take(begin, end);) {
+            for (int64_t t = begin; t < end; ++t) body(t, tiles_[t].pair, tiles_[t].start, tile(tiles_[t]));
+        }
+    }
+
+  private:
+    struct Place {
+        int64_t pair, start;
+    };
+
+    DeltaTile tile(const Place& place) const {
+        const auto address = [&](uintptr_t base, int dtype) {
+            return reinterpret_cast<const void*>(base + uintptr_t(place.start) * (dtype == 0 ? 4 : 2));
+        };
+        DeltaTile tile = {};
+        tile.tuned_dtype = Dtype(pairs_.tuned_dtypes[place.pair]);
+        tile.tuned = address(pairs_.tuned[place.pair], pairs_.tuned_dtypes[place.pair]);
+        if (!pairs_.initial.empty()) {
+            tile.initial_dtype = Dtype(pairs_.initial_dtypes[place.pair]);
+            tile.initial = address(pairs_.initial[place.pair], pairs_.initial_dtypes[place.pair]);
+        }
+        tile.length = std::min(kTile, pairs_.sizes[place.pair] - place.start);
+        return tile;
+    }
+
+    const DeltaPairs& pairs_;
+    std::vector<Place> tiles_;
+    TileQueue queue_;
+};
+
+// One thread's bins of one group at a time, in 32 bits so that they stay in the cache.
+class ThreadBins {
+  public:
+    ThreadBins(int64_t bins, int64_t* histogram) : bins_(bins), histogram_(histogram) {}
+
+    // The bins for `entries` more entries of `group`.
+    uint32_t* bins(int64_t group, int64_t entries) {
+        if (group != group_ || entries_ > INT32_MAX) flush();
+        group_ = group;
+        entries_ += entries;
+        return bins_.data();
+    }
+
+    void flush() {
+        if (entries_ == 0) return;
+        int64_t* row = histogram_ + group_ * int64_t(bins_.size());
+        for (size_t bin = 0; bin < bins_.size(); ++bin) {
+            if (bins_[bin] != 0) __atomic_fetch_add(row + bin, int64_t(bins_[bin]), __ATOMIC_RELAXED);
+        }
+        std::fill(bins_.begin(), bins_.end(), 0);
+        entries_ = 0;
+    }
+
+  private:
+    std::vector<uint32_t> bins_;
+    int64_t* histogram_;
+    int64_t group_ = 0, entries_ = 0;
+};
+
+// Sets in words the bits of the first `count` entries of `selected`.
+void set_first(const uint64_t* selected, int64_t count, int32_t* words) {
+    for (int64_t group = 0; count > 0; ++group) {
+        uint64_t word;
+        memcpy(&word, words + 2 * group, sizeof word);
+        for (uint64_t bits = selected[group]; bits != 0 && count > 0; bits &= bits - 1, --count) word |= bits & -bits;
+        memcpy(words + 2 * group, &word, sizeof word);
+    }
+}
+
+}  // namespace
+
+bool delta_histogram(const DeltaPairs& pairs, const std::vector<int64_t>& prefixes, int64_t* histogram,
+                     int64_t n_groups, int64_t threads) {
+    require(
+        prefixes.empty() || int64_t(prefixes.size()) == n_groups,
+        "delta_histogram: expected " + std::to_string(n_groups) + " prefixes, got " + std::to_string(prefixes.size()));
+    for (const int64_t prefix : prefixes) {
+        require(prefix >= 0 && prefix < 32768,
+                "delta_histogram: prefix must be in [0, 32768), got " + std::to_string(prefix));
+    }
+    PairTiles tiles("delta_histogram", pairs, n_groups);
+    const Kernels& kernel = kernels();
+    const int64_t workers = tiles.threads(threads);
+    std::vector<ThreadBins> thread_bins(std::max<int64_t>(workers, 1),
+                                        ThreadBins(prefixes.empty() ? 32768 : 65536, histogram));
+    std::atomic<bool> nonfinite{false};
+    run_parallel(workers, [&](int64_t worker) {
+        ThreadBins& own = thread_bins[worker];
+        tiles.for_each([&](int64_t, int64_t pair, int64_t, const DeltaTile& tile) {
+            const int64_t group = pairs.groups[pair];
+            uint32_t* bins = own.bins(group, tile.length);
+            const int32_t largest = prefixes.empty() ? kernel.histogram_high(tile, bins)
+                                                     : kernel.histogram_low(tile, int32_t(prefixes[group]), bins);
+            if (largest >= kFirstNonfinite) nonfinite = true;
+        });
+        own.flush();
+    });
+    return nonfinite;
+}
+
+bool delta_band(const DeltaPairs& pairs, const DeltaBand& band, int64_t threads) {
+    const int64_t n_groups = int64_t(band.low.size());
+    require(band.high.size() == band.low.size(), "delta_band: low and high must have one item per group");
+    for (int64_t g = 0; g < n_groups; ++g) {
+        require(1 <= band.low[g] && band.low[g] <= band.high[g], "delta_band: expected 1 <= low <= high, got " +
+                                                                     std::to_string(band.low[g]) + " and " +
+                                                                     std::to_string(band.high[g]));
+    }
+    require(band.word_offsets.size() == pairs.tuned.size(), "delta_band: word_offsets must have one item per tensor");
+    PairTiles tiles("delta_band", pairs, n_groups);
+    const Kernels& kernel = kernels();
+    std::atomic<bool> nonfinite{false};
+    run_parallel(tiles.threads(threads), [&](int64_t) {
+        uint64_t inside[kTile / 64];
+        tiles.for_each([&](int64_t t, int64_t pair, int64_t start, const DeltaTile& tile) {
+            const int64_t group = pairs.groups[pair];
+            int32_t* words = band.words + band.word_offsets[pair] + start / 32;
+            // No key is above 2^31 - 1, so any larger bound means the same as 2^31.
+            const auto bound = [](int64_t key) { return int32_t(std::min<int64_t>(key - 1, INT32_MAX)); };
+            const BandCounts counts = kernel.band(tile, bound(band.low[group]), bound(band.high[group]), words, inside);
+            band.above[t] = counts.above;
+            band.inside[t] = counts.inside;
+            if (counts.largest >= kFirstNonfinite) nonfinite = true;
+            if (band.take != nullptr) set_first(inside, std::min(band.take[t], counts.inside), words);
+            const int64_t offset = __atomic_fetch_add(band.cursor, counts.inside, __ATOMIC_RELAXED);
+            const bool fits = counts.inside == 0 || (offset >= 0 && offset + counts.inside <= band.capacity);
+            band.offsets[t] = fits ? offset : -1;
+            if (fits && counts.inside > 0) kernel.collect(tile, inside, band.keys + offset, band.positions + offset);
+        });
+    });
+    return nonfinite;
+}
+
+}  // namespace ltp

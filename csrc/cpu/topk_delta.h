@@ -1,0 +1,43 @@
+// The two passes of topk_delta over pairs of tensors. The key of an entry is defined in common/delta_key.h; keys of 0
+// are never counted and never selected. Tiles are every 65,536 entries of each tensor, in order, T in all.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../common/platform.h"
+
+namespace ltp {
+
+// M pairs of tensors of equal numel, at addresses of contiguous memory, which the caller keeps alive.
+struct DeltaPairs {
+    std::vector<uintptr_t> initial;                 // M addresses, or empty: the key is that of |tuned|
+    std::vector<uintptr_t> tuned;                   // M addresses
+    std::vector<int> initial_dtypes, tuned_dtypes;  // codes of Dtype
+    std::vector<int64_t> sizes;                     // entries
+    std::vector<int64_t> groups;                    // budget group of each pair
+};
+
+// Adds to histogram, int64. prefixes empty: [n_groups, 32768] by key >> 16. Else prefixes has n_groups items, and the
+// keys with key >> 16 == prefixes[group] go to [n_groups, 65536] by key & 0xFFFF. Returns whether a key was NaN or inf.
+bool delta_histogram(const DeltaPairs& pairs, const std::vector<int64_t>& prefixes, int64_t* histogram,
+                     int64_t n_groups, int64_t threads);
+
+struct DeltaBand {
+    std::vector<int64_t> low, high;     // per group, 1 <= low <= high
+    int32_t* words;                     // out: bit set where key >= high, and for the entries of `take`
+    std::vector<int64_t> word_offsets;  // per pair: first of its 2 * ceil(n / 64) words
+    int64_t* above;                     // out [T]: entries with key >= high
+    int64_t* inside;                    // out [T]: entries with low <= key < high
+    const int64_t* take;                // [T] bits set for the first take[t] entries inside, or null
+    int32_t* keys;                      // out [capacity]: candidates, the entries inside
+    uint16_t* positions;                // out [capacity]: their positions in their tiles
+    int64_t capacity;
+    int64_t* offsets;  // out [T]: where the tile's candidates stand, ascending; -1: they did not fit
+    int64_t* cursor;   // [1]: candidates so far, kept or not; advanced
+};
+
+// Writes every out field. Returns whether a key was NaN or inf (these count as >= high).
+bool delta_band(const DeltaPairs& pairs, const DeltaBand& band, int64_t threads);
+
+}  // namespace ltp

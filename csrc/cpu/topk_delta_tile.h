@@ -1,0 +1,154 @@
+// Tile kernels of delta_histogram and delta_band, over the primitives of a lanes_*.h included before.
+//
+// Keys are computed a block at a time into a buffer in the L1 cache; whatever follows does not depend on dtypes.
+#pragma once
+
+#include <cstring>
+
+#include "../common/delta_key.h"
+#include "kernels.h"
+
+namespace ltp {
+namespace {
+
+constexpr int64_t kBlock = 1024;  // entries; a multiple of 64
+
+template <class Initial, class Tuned>
+void pair_keys(const void* initial, const void* tuned, int64_t begin, int64_t count, int32_t* __restrict keys) {
+    const Initial* a = static_cast<const Initial*>(initial) + begin;
+    const Tuned* b = static_cast<const Tuned*>(tuned) + begin;
+    for (int64_t i = 0; i < count; ++i) keys[i] = delta_key(to_float32(b[i]) - to_float32(a[i]));
+}
+
+template <class Tuned>
+void single_keys(const void*, const void* tuned, int64_t begin, int64_t count, int32_t* __restrict keys) {
+    const Tuned* b = static_cast<const Tuned*>(tuned) + begin;
+    for (int64_t i = 0; i < count; ++i) keys[i] = delta_key(to_float32(b[i]));
+}
+
+using KeyFunction = void (*)(const void* initial, const void* tuned, int64_t begin, int64_t count, int32_t* keys);
+
+template <class Tuned>
+KeyFunction key_function(const DeltaTile& tile) {
+    if (tile.initial == nullptr) return single_keys<Tuned>;
+    switch (tile.initial_dtype) {
+        case Dtype::kBFloat16:
+            return pair_keys<BFloat16, Tuned>;
+        case Dtype::kFloat16:
+            return pair_keys<Float16, Tuned>;
+        case Dtype::kFloat32:
+            break;
+    }
+    return pair_keys<float, Tuned>;
+}
+
+// Computes the keys of a tile, block by block.
+class TileKeys {
+  public:
+    explicit TileKeys(const DeltaTile& tile) : tile_(tile), function_(choose(tile)) {}
+
+    // The keys of entries begin .. min(begin + count, length) - 1, count <= kBlock; the rest of the last group of 64
+    // is filled with zero keys.
+    const int32_t* at(int64_t begin, int64_t count) {
+        const int64_t left = tile_.length - begin;
+        if (count > left) {
+            count = left;
+            memset(keys_ + count / 64 * 64, 0, 64 * sizeof(int32_t));
+        }
+        function_(tile_.initial, tile_.tuned, begin, count, keys_);
+        return keys_;
+    }
+
+  private:
+    static KeyFunction choose(const DeltaTile& tile) {
+        switch (tile.tuned_dtype) {
+            case Dtype::kBFloat16:
+                return key_function<BFloat16>(tile);
+            case Dtype::kFloat16:
+                return key_function<Float16>(tile);
+            case Dtype::kFloat32:
+                break;
+        }
+        return key_function<float>(tile);
+    }
+
+    const DeltaTile& tile_;
+    KeyFunction function_;
+    alignas(64) int32_t keys_[kBlock];
+};
+
+// Calls visit(keys of 64 entries, number of the group) for every group of the tile.
+template <class Visit>
+inline void for_each_group(const DeltaTile& tile, Visit visit) {
+    TileKeys keys(tile);
+    for (int64_t begin = 0; begin < tile.length; begin += kBlock) {
+        const int32_t* block = keys.at(begin, kBlock);
+        const int64_t end = begin + kBlock < tile.length ? begin + kBlock : tile.length;
+        for (int64_t first = begin; first < end; first += 64) visit(block + (first - begin), first / 64);
+    }
+}
+
+inline int32_t largest_key(const int32_t* keys, int32_t largest) {
+    for (int j = 0; j < 64; ++j) largest = keys[j] > largest ? keys[j] : largest;
+    return largest;
+}
+
+int32_t histogram_high(const DeltaTile& tile, uint32_t* bins) {
+    int32_t largest = 0;
+    uint32_t zeros = 0;  // counted with the others and taken off again: cheaper than a branch for each
+    for_each_group(tile, [&](const int32_t* keys, int64_t) {
+        largest = largest_key(keys, largest);
+        const uint64_t moved = greater(keys, 0);
+        zeros += uint32_t(64 - count_bits(moved));
+        if (moved == 0) {
+            bins[0] += 64;
+            return;
+        }
+        for (int j = 0; j < 64; ++j) ++bins[keys[j] >> 16];
+    });
+    bins[0] -= zeros;
+    return largest;
+}
+
+int32_t histogram_low(const DeltaTile& tile, int32_t prefix, uint32_t* bins) {
+    int32_t largest = 0;
+    const int32_t lower = (prefix << 16) - 1, upper = (prefix << 16) + 0xFFFF;
+    for_each_group(tile, [&](const int32_t* keys, int64_t) {
+        largest = largest_key(keys, largest);
+        const int32_t above_zero = lower < 0 ? 0 : lower;
+        for (uint64_t bits = greater(keys, above_zero) & ~greater(keys, upper); bits != 0; bits &= bits - 1) {
+            ++bins[keys[__builtin_ctzll(bits)] & 0xFFFF];
+        }
+    });
+    return largest;
+}
+
+BandCounts band(const DeltaTile& tile, int32_t lower, int32_t upper, int32_t* words, uint64_t* inside) {
+    BandCounts counts = {0, 0, 0};
+    for_each_group(tile, [&](const int32_t* keys, int64_t group) {
+        counts.largest = largest_key(keys, counts.largest);
+        const uint64_t above = greater(keys, upper);
+        const uint64_t between = greater(keys, lower) & ~above;
+        memcpy(words + 2 * group, &above, sizeof above);
+        inside[group] = between;
+        counts.above += count_bits(above);
+        counts.inside += count_bits(between);
+    });
+    return counts;
+}
+
+void collect(const DeltaTile& tile, const uint64_t* selected, int32_t* keys, uint16_t* positions) {
+    TileKeys tile_keys(tile);
+    for (int64_t first = 0; first < tile.length; first += 64) {
+        uint64_t bits = selected[first / 64];
+        if (bits == 0) continue;
+        const int32_t* group = tile_keys.at(first, 64);
+        for (; bits != 0; bits &= bits - 1) {
+            *keys++ = group[__builtin_ctzll(bits)];
+            *positions++ = uint16_t(first + __builtin_ctzll(bits));
+        }
+    }
+}
+
+}  // namespace
+}  // namespace ltp

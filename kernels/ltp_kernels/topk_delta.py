@@ -1,0 +1,201 @@
+"""`delta_band`, the pass of `topk_delta` that marks, counts and collects; `kernels/README.md` explains the design.
+
+    key = bits(|float32(tuned) - float32(initial)|)
+    key >= high:        bit set in the bitmap, counted as above
+    low <= key < high:  counted as inside, stored among the candidates of its tile
+
+There is no histogram pass: Triton has no shared-memory atomics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 65_536
+
+_ROWS = 128  # words of 32 entries that a program reads at a time
+_NUM_WARPS = 8
+_PROGRAMS_PER_PROCESSOR = 2
+
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+# columns of the rows that the launcher makes, one a tile
+_INITIAL = tl.constexpr(0)  # address of the tile's first entry
+_TUNED = tl.constexpr(1)
+_WORD = tl.constexpr(2)  # first word of its bitmap
+_LENGTH = tl.constexpr(3)
+_GROUP = tl.constexpr(4)
+_TILE = tl.constexpr(5)  # its place in above, inside, take and offsets
+_COLUMNS = tl.constexpr(6)
+
+_WORDS = tl.constexpr(TILE // 32)
+_CANDIDATES = tl.constexpr(256)  # candidates collected at a time
+_NONFINITE_KEY = tl.constexpr(0x7F800000)
+_LARGEST_KEY = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit
+def _pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    if ALIGNED:
+        # Alignment by construction: a hint on `address` itself would hold for every use of it.
+        return tl.multiple_of((address // 16 * 16).to(tl.pointer_type(DTYPE)), 16)
+    return address.to(tl.pointer_type(DTYPE))
+
+
+@triton.jit
+def _keys(initial_ptr, tuned_ptr, entry, mask, HAS_INITIAL: tl.constexpr):
+    """int32 keys; 0, which no band contains, where `mask` is False."""
+    other: tl.constexpr = None if mask is None else 0.0
+    delta = tl.load(tuned_ptr + entry, mask, other).to(tl.float32)
+    if HAS_INITIAL:
+        delta -= tl.load(initial_ptr + entry, mask, other).to(tl.float32)
+    return delta.to(tl.int32, bitcast=True) & _LARGEST_KEY
+
+
+@triton.jit
+def _popcount(word):
+    """int32 number of set bits of uint32 words; compiles to POPC."""
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    return ((word * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _bit_of_rank(word, rank):
+    """Position 0..31 of the set bit of uint32 `word` that has `rank` set bits below it; rank < _popcount(word)."""
+    position = tl.zeros_like(rank)
+    for log_width in tl.static_range(4, -1, -1):
+        width = 1 << log_width
+        lower = _popcount(word & ((1 << width) - 1))
+        skip = rank >= lower
+        rank = tl.where(skip, rank - lower, rank)
+        position = tl.where(skip, position + width, position)
+        word = tl.where(skip, word >> width, word)
+    return position
+
+
+@triton.jit
+def _pack(flags, lane):
+    """bool [ROWS, 32] -> uint32 words [ROWS], lane 0 in the lowest bit."""
+    return tl.sum(flags.to(tl.uint32) << lane, 1)
+
+
+@triton.jit
+def _mark_block(
+    initial_ptr, tuned_ptr, above_ptr, inside_ptr, first, length, low, high, largest, n_above, n_inside,
+    HAS_INITIAL: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Keys ROWS words of entries, writes their two bitmaps; returns largest keys [ROWS, 32] and counts [ROWS] so far."""
+    row = tl.arange(0, ROWS)
+    lane = tl.arange(0, 32)[None, :]
+    entry = first + row[:, None] * 32 + lane
+    word = first // 32 + row
+    # A mask against a bound from memory rules out vector loads: only the last block of a tile has one.
+    key = _keys(initial_ptr, tuned_ptr, entry, entry < length if MASKED else None, HAS_INITIAL)
+    exists = word < (length + 63) // 64 * 2 if MASKED else None
+    above = _pack(key >= high, lane)
+    inside = _pack((key >= low) & (key < high), lane)
+    tl.store(above_ptr + word, above.to(tl.int32, bitcast=True), exists)
+    tl.store(inside_ptr + word, inside.to(tl.int32, bitcast=True))
+    return tl.maximum(largest, key), n_above + _popcount(above), n_inside + _popcount(inside)
+
+
+@triton.jit(do_not_specialize=["n_tiles", "capacity"])
+def _delta_band_kernel(
+    row_ptr, n_tiles, low_ptr, high_ptr, words_ptr, above_ptr, inside_ptr, take_ptr, key_ptr, position_ptr, capacity,
+    offset_ptr, cursor_ptr, nonfinite_ptr, inside_words_ptr, before_ptr,
+    INITIAL: tl.constexpr, TUNED: tl.constexpr, ALIGNED: tl.constexpr, HAS_TAKE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """A program works off every num_programs-th tile. INITIAL, TUNED: dtypes of the inputs; INITIAL None stands for zeros."""
+    HAS_INITIAL: tl.constexpr = INITIAL is not None
+    BLOCK: tl.constexpr = ROWS * 32
+    inside_words_ptr += tl.program_id(0) * _WORDS
+    before_ptr += tl.program_id(0) * _WORDS
+    index = tl.program_id(0)
+    while index < n_tiles:
+        row = row_ptr + index * _COLUMNS
+        length = tl.load(row + _LENGTH).to(tl.int32)
+        tile = tl.load(row + _TILE)
+        group = tl.load(row + _GROUP)
+        low = tl.load(low_ptr + group).to(tl.int32)
+        high = tl.minimum(tl.load(high_ptr + group), _LARGEST_KEY).to(tl.int32)
+        tile_words_ptr = words_ptr + tl.load(row + _WORD)
+        tuned_ptr = _pointer(tl.load(row + _TUNED), TUNED, ALIGNED)
+        initial_ptr = _pointer(tl.load(row + _INITIAL), INITIAL, ALIGNED) if HAS_INITIAL else tuned_ptr
+
+        largest = tl.zeros([ROWS, 32], tl.int32)
+        row_above = tl.zeros([ROWS], tl.int32)
+        row_inside = tl.zeros([ROWS], tl.int32)
+        first = 0
+        while first + BLOCK <= length:
+            largest, row_above, row_inside = _mark_block(
+                initial_ptr, tuned_ptr, tile_words_ptr, inside_words_ptr, tl.multiple_of(first, BLOCK), length,
+                low, high, largest, row_above, row_inside, HAS_INITIAL, False, ROWS,
+            )  # fmt: skip
+            first += BLOCK
+        if first < length:
+            largest, row_above, row_inside = _mark_block(
+                initial_ptr, tuned_ptr, tile_words_ptr, inside_words_ptr, tl.multiple_of(first, BLOCK), length,
+                low, high, largest, row_above, row_inside, HAS_INITIAL, True, ROWS,
+            )  # fmt: skip
+        n_inside = tl.sum(row_inside)
+        tl.store(above_ptr + tile, tl.sum(row_above).to(tl.int64))
+        tl.store(inside_ptr + tile, n_inside.to(tl.int64))
+        if tl.max(tl.max(largest, 1), 0) >= _NONFINITE_KEY:
+            tl.store(nonfinite_ptr, tl.full([], 1, tl.int64))
+
+        offset = tl.full([], 0, tl.int64)
+        if n_inside > 0:
+            tl.debug_barrier()  # other threads of the program wrote the words
+            word = tl.arange(0, _WORDS)
+            exists = word < (length + 63) // 64 * 2
+            inside = tl.load(inside_words_ptr + word, exists, 0).to(tl.uint32, bitcast=True)
+            count = _popcount(inside)
+            before = tl.cumsum(count) - count
+            if HAS_TAKE:
+                wanted = tl.maximum(tl.load(take_ptr + tile).to(tl.int32) - before, 0)
+                end = _bit_of_rank(inside, wanted).to(tl.uint32)
+                taken = tl.where(wanted < count, inside & ((tl.full([], 1, tl.uint32) << end) - 1), inside)
+                marked = tl.load(tile_words_ptr + word, exists)
+                tl.store(tile_words_ptr + word, marked | taken.to(tl.int32, bitcast=True), exists)
+            offset = tl.atomic_add(cursor_ptr, n_inside.to(tl.int64))
+            if offset + n_inside > capacity:
+                offset = tl.full([], -1, tl.int64)
+            else:
+                tl.store(before_ptr + word, before.to(tl.int16))
+                tl.debug_barrier()
+                first = 0
+                while first < n_inside:
+                    _collect(
+                        initial_ptr, tuned_ptr, inside_words_ptr, before_ptr, key_ptr + offset, position_ptr + offset,
+                        first + tl.arange(0, _CANDIDATES), n_inside, HAS_INITIAL,
+                    )  # fmt: skip
+                    first += _CANDIDATES
+            tl.debug_barrier()  # the next tile overwrites the words
+        tl.store(offset_ptr + tile, offset)
+        index += tl.num_programs(0)
+
+
+@triton.jit
+def _collect(
+    initial_ptr, tuned_ptr, inside_words_ptr, before_ptr, key_ptr, position_ptr, rank, n_inside, HAS_INITIAL: tl.constexpr
+):  # fmt: skip
+    """Stores the candidates numbered `rank`: finds each one's word by bisection, its bit by popcounts, and reads it again."""
+    mask = rank < n_inside
+    word = tl.zeros_like(rank)
+    for log_step in tl.static_range(10, -1, -1):  # down to the last word that has at most `rank` candidates before it
+        probe = word + (1 << log_step)
+        before = tl.load(before_ptr + probe).to(tl.uint16, bitcast=True).to(tl.int32)
+        word = tl.where(before <= rank, probe, word)
+    before = tl.load(before_ptr + word).to(tl.uint16, bitcast=True).to(tl.int32)
+    inside = tl.load(inside_words_ptr + word).to(tl.uint32, bitcast=True)
+    position = word * 32 + _bit_of_rank(inside, rank - before)
+    tl.store(key_ptr + rank, _keys(initial_ptr, tuned_ptr, position, mask, HAS_INITIAL), mask)
+    tl.store(position_ptr + rank, position.to(tl.int16), mask)

@@ -1,0 +1,7 @@
+"""`python -m ltp_sparse.cli`."""
+
+import sys
+
+from ltp_sparse.cli import main
+
+sys.exit(main())

@@ -1,0 +1,66 @@
+"""`ltp-sparse evaluate`: accuracy per language, over the seeds of a run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ltp_sparse.cli.options import add_computing, add_data, need
+
+HELP = "evaluate a trained run per language: mean and standard deviation over its seeds, as a table"
+EXAMPLES = """\
+  ltp-sparse evaluate runs/ltp-4
+  ltp-sparse evaluate runs/ltp-4 --task americasnli --languages aym quy --plot aym-quy.png
+  from the original files
+    ltp-sparse evaluate runs/ltp-4 --data data/xnli"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", nargs="?", type=Path, help="a run of ltp-sparse train")
+    parser.add_argument("--task", default="xnli", help="labelled pairs to test on (default: xnli)")
+    parser.add_argument("--split", default="test", help="default: test")
+    parser.add_argument("--languages", nargs="+", help="default: all languages of the task")
+    parser.add_argument("--limit", type=int, help="at most so many pairs per language, the first ones")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: all that are trained")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--plot", type=Path, help="also draw bars per language")
+    add_data(parser)
+    add_computing(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    need(options, "folder")
+    import torch
+
+    from ltp_sparse.cli.runs import RESULTS, Run, finished_seeds, load_seed
+    from ltp_sparse.tasks import languages, load_pairs
+    from ltp_sparse.training.evaluation import append_row, evaluate, markdown_table, result_row, summarize
+
+    made = Run.load(options.folder)
+    pairs = {
+        language: load_pairs(options.task, options.split, language, data=options.data)[: options.limit]
+        for language in options.languages or languages(options.task)
+    }
+    rows = []
+    for seed in options.seeds or finished_seeds(options.folder):
+        model, encode, delta = load_seed(made, options.folder, seed)
+        accuracies = evaluate(
+            model,
+            encode,
+            pairs,
+            batch_size=options.batch_size,
+            dtype=torch.bfloat16 if options.bf16 else None,
+            progress=not options.quiet,
+        )
+        facts = dict(method=made.method, shots=made.shots, language=made.language, seed=seed, task=options.task)
+        facts |= dict(split=options.split, limit=options.limit, epoch=delta.metadata["epoch"], k=delta.ticket.k)
+        rows.append(result_row(accuracies, **facts))
+        append_row(options.folder / RESULTS, rows[-1])
+    summaries = summarize(rows)
+    print(markdown_table(summaries))
+    print(f"rows added to {options.folder / RESULTS}")
+    if options.plot is not None:
+        from ltp_sparse.report.plots import plot_accuracy
+
+        bars = {s["method"]: {name: mean for name, (mean, _) in s["accuracy"].items()} for s in summaries}
+        print(f"plot written to {plot_accuracy(bars, options.plot, chance=1 / 3)}")

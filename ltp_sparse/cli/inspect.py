@@ -1,0 +1,55 @@
+"""`ltp-sparse inspect`: where a ticket lives."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ltp_sparse.cli.options import need
+
+HELP = "show where a ticket lives: per layer, per module type, as a plot, and against another ticket"
+EXAMPLES = """\
+  ltp-sparse inspect en.safetensors
+  ltp-sparse inspect en.safetensors --by parameter --plot en.png
+  ltp-sparse inspect en.safetensors --compare hi.safetensors"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ticket", nargs="?", type=Path, help="a ticket, or a delta that was trained on one")
+    parser.add_argument("--by", nargs="+", choices=("layer", "module", "parameter"), default=["layer", "module"])
+    parser.add_argument("--plot", type=Path, help="also draw the distribution over layers (.png, .pdf, .svg)")
+    parser.add_argument("--compare", type=Path, help="another ticket: overlap by layer")
+
+
+def run(options: argparse.Namespace) -> None:
+    from ltp_sparse.report.plots import plot_ticket
+
+    need(options, "ticket")
+    ticket = _load(options.ticket)
+    print(ticket)
+    for key, value in ticket.metadata.items():
+        print(f"  {key}: {value}")
+    for by in options.by:
+        print(f"\n{by:<60} {'active':>13} {'of':>13} {'density':>8} {'share':>7}")
+        for place, (k, n) in ticket.counts(by).items():
+            print(f"{place:<60} {k:>13,} {n:>13,} {k / max(n, 1):>8.2%} {k / max(ticket.k, 1):>7.2%}")
+    if options.compare is not None:
+        other = _load(options.compare)
+        shared = ticket & other
+        print(f"\nshared with {options.compare}: {shared.k:,} entries, Jaccard overlap {ticket.jaccard(other):.4f}")
+        union = (ticket | other).counts("layer")
+        for place, (k, _) in shared.counts("layer").items():
+            print(f"{place:<60} {k:>13,} of {union[place][0]:>13,} in either")
+    if options.plot is not None:
+        print(f"\nplot written to {plot_ticket(ticket, options.plot)}")
+
+
+def _load(path: Path):  # type: ignore[no-untyped-def]
+    import ltp_sparse as ls
+
+    try:
+        return ls.Ticket.load(path)
+    except ValueError as error:
+        if "expected a ticket, got a delta" not in str(error):
+            raise
+        return ls.SparseDelta.load(path).ticket

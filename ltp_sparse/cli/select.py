@@ -1,0 +1,134 @@
+"""`ltp-sparse select`: a ticket, from MLM tuning (stage 1 of LTP) or from two checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ltp_sparse.cli.options import CommandError, add_computing, add_model, need
+
+HELP = "select a ticket: tune a masked language model on text, or compare two checkpoints"
+EXAMPLES = """\
+  LTP's ticket: tune XLM-R on English text, keep the 20 % of its weights that moved most
+    ltp-sparse select --model xlm-roberta-base --text wiki.en.txt --density 0.2 --output en.safetensors
+  the same from a Hub data set, the middle third of the layers only
+    ltp-sparse select --model xlm-roberta-base --hub-text wikimedia/wikipedia --hub-config 20231101.en --max-lines 300000 \\
+        --segment middle --output en-middle.safetensors
+  two versions of any model, streamed from disk
+    ltp-sparse select --initial base/ --tuned tuned/ --density 0.05 --output ticket.safetensors"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument(
+        "--text", nargs="+", type=Path, help="text files (.txt, .tsv, .jsonl, also .gz) or folders of them"
+    )
+    parser.add_argument("--hub-text", help="Hub data set to take the text from")
+    parser.add_argument("--hub-config", help="configuration of the Hub data set")
+    parser.add_argument("--hub-column", default="text", help="its column (default: text)")
+    parser.add_argument("--max-lines", type=int, help="take at most so many lines, drawn with --seed")
+    parser.add_argument("--initial", type=Path, help="instead of tuning: checkpoint of the initial weights")
+    parser.add_argument("--tuned", type=Path, help="checkpoint of the tuned weights")
+    parser.add_argument("--density", type=float, default=0.2, help="share of the maskable weights (default: 0.2)")
+    parser.add_argument(
+        "--budget", choices=("global", "layer", "tensor"), default="global", help="how it is shared out"
+    )
+    parser.add_argument(
+        "--strategy",
+        choices=("decoupled", "vanilla", "frozen_embedding"),
+        default="decoupled",
+        help="what moves in tuning: the input embedding alone (default), both tied ones, or neither",
+    )
+    parser.add_argument(
+        "--segment", choices=("lower", "middle", "upper"), help="select in one third of the layers only"
+    )
+    parser.add_argument("--intersect", action="store_true", help="with --segment: cut the global ticket instead")
+    parser.add_argument("--epochs", type=float, default=3.0)
+    parser.add_argument("--max-steps", type=int, default=-1, help="stop after so many updates")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--length", type=int, default=256, help="tokens of a block (default: 256)")
+    parser.add_argument("--line-by-line", action="store_true", help="one line per example instead of packed blocks")
+    parser.add_argument("--eval-steps", type=int, default=1000, help="updates between evaluations (default: 1000)")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--run-dir", type=Path, help="folder for checkpoints; with it, --save-every and --resume work")
+    parser.add_argument("--save-every", type=int, help="updates between checkpoints")
+    parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint of --run-dir")
+    parser.add_argument("--output", type=Path, help="the ticket, a .safetensors file")
+    add_computing(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    need(options, "output")
+    if (options.initial is None) != (options.tuned is None):
+        raise CommandError("select: --initial and --tuned go together")
+    ticket = _from_checkpoints(options) if options.initial is not None else _from_text(options)
+    ticket.save(options.output)
+    print(ticket)
+    print(f"written to {options.output}; look at it with: ltp-sparse inspect {options.output}")
+
+
+def _from_checkpoints(options: argparse.Namespace):  # type: ignore[no-untyped-def]
+    import ltp_sparse as ls
+
+    return ls.select(
+        options.initial, options.tuned, density=options.density, budget=options.budget, progress=not options.quiet
+    )
+
+
+def _from_text(options: argparse.Namespace):  # type: ignore[no-untyped-def]
+    need(options, "model")
+    if (options.text is None) == (options.hub_text is None):
+        raise CommandError("select: give either --text files or --hub-text NAME")
+    if (options.resume or options.save_every) and options.run_dir is None:
+        raise CommandError("select: --save-every and --resume need a --run-dir")
+    from ltp_sparse.tasks import read_hub_text, read_text
+    from ltp_sparse.training.backbone import load_backbone
+    from ltp_sparse.training.mlm import MLMSettings, find_ticket, tune_mlm
+
+    if options.text is not None:
+        texts = read_text(options.text, max_lines=options.max_lines, seed=options.seed)
+    else:
+        texts = read_hub_text(
+            options.hub_text,
+            options.hub_config,
+            column=options.hub_column,
+            max_lines=options.max_lines,
+            seed=options.seed,
+        )
+    model, tokenizer = load_backbone(
+        options.model, decoupled=options.strategy == "decoupled", tokenizer=options.tokenizer
+    )
+    settings = MLMSettings(
+        strategy=options.strategy,
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        length=options.length,
+        line_by_line=options.line_by_line,
+        eval_steps=options.eval_steps,
+        max_steps=options.max_steps,
+        seed=options.seed,
+        bf16=options.bf16,
+        save_steps=options.save_every or 0,
+    )
+    result = tune_mlm(
+        model,
+        tokenizer,
+        texts,
+        settings,
+        output_dir=options.run_dir,
+        resume=options.resume,
+        progress=not options.quiet,
+    )
+    print(f"tuned for {result.metadata['steps']} updates, best validation loss {result.metadata['validation_loss']:.4f}")
+    return find_ticket(
+        result.initial,
+        result.model,
+        strategy=options.strategy,
+        density=options.density,
+        budget=options.budget,
+        segment=options.segment,
+        intersect=options.intersect,
+        metadata=result.metadata,
+    )

@@ -1,0 +1,18 @@
+"""Prompts for masked language models: templates, verbalizers, prompt encoders and the prompted model."""
+
+from ltp_sparse.prompting.model import PromptedMaskedLM
+from ltp_sparse.prompting.prompt_encoder import PromptEncoder, vocabulary_rows
+from ltp_sparse.prompting.templates import CLASSES, Template, collator, soft_template
+from ltp_sparse.prompting.verbalizers import WORDS, Verbalizer
+
+__all__ = [
+    "CLASSES",
+    "WORDS",
+    "PromptEncoder",
+    "PromptedMaskedLM",
+    "Template",
+    "Verbalizer",
+    "collator",
+    "soft_template",
+    "vocabulary_rows",
+]

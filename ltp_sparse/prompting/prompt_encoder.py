@@ -1,0 +1,66 @@
+"""The prompt encoder g_phi: n learned vectors become the n embeddings of the soft prompt (METHODS.md 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+KINDS = ("bilstm", "mlp", "none")
+
+
+class PromptEncoder(nn.Module):
+    """P = MLP(BiLSTM(X)), P = MLP(X) or P = X for learned rows X [n, H].
+
+    bilstm: one layer, H units per direction, then 2H -> H -> H with a ReLU between and biases (n=4, H=768: 11,223,552
+            parameters)
+    mlp:    H -> H -> H, likewise
+    none:   the rows themselves
+    rows:   initial X [n, H]; drawn from N(0, 1) when not given
+    """
+
+    def __init__(self, n: int, hidden: int, kind: str = "bilstm", *, rows: Tensor | None = None) -> None:
+        super().__init__()
+        if n < 1 or hidden < 1:
+            raise ValueError(f"PromptEncoder: n and hidden must be at least 1, got {n} and {hidden}")
+        if kind not in KINDS:
+            raise ValueError(f"PromptEncoder: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+        if rows is not None and rows.shape != (n, hidden):
+            raise ValueError(f"PromptEncoder: expected initial rows of shape {(n, hidden)}, got {tuple(rows.shape)}")
+        self.kind = kind
+        self.rows = nn.Parameter(torch.randn(n, hidden) if rows is None else rows.detach().clone())
+        if kind == "bilstm":
+            self.lstm = nn.LSTM(hidden, hidden, bidirectional=True, batch_first=True)
+        if kind != "none":
+            width = 2 * hidden if kind == "bilstm" else hidden
+            self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden))
+
+    def forward(self) -> Tensor:
+        """The prompt P [n, H].
+
+        It is computed in the type of the weights also under autocast: n rows cost nothing, and a baked prompt then is
+        the prompt that was evaluated.
+        """
+        rows = self.rows
+        with torch.autocast(rows.device.type, enabled=False):
+            if self.kind == "bilstm":
+                rows = self.lstm(rows.unsqueeze(0))[0].squeeze(0)
+            return rows if self.kind == "none" else self.mlp(rows)
+
+    @torch.no_grad()
+    def bake(self) -> Tensor:
+        """A copy of the prompt [n, H]: all that inference needs; `PromptEncoder(n, H, "none", rows=P)` gives it."""
+        return self().detach().clone()
+
+
+def vocabulary_rows(embedding: Tensor, n: int, seed: int, exclude: tuple[int, ...] = ()) -> Tensor:
+    """Initial prompt rows [n, H]: n different rows of the word embedding [V, H], drawn with a generator of their own.
+
+    exclude: token ids never drawn (the special tokens).
+    """
+    allowed = torch.ones(embedding.shape[0], dtype=torch.bool)
+    allowed[list(exclude)] = False
+    candidates = allowed.nonzero().squeeze(1)
+    if n > len(candidates):
+        raise ValueError(f"vocabulary_rows: n must be in [1, {len(candidates)}] for this vocabulary, got {n}")
+    order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
+    return embedding.detach()[candidates[order[:n]].to(embedding.device)].float().clone()

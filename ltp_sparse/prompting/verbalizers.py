@@ -1,0 +1,101 @@
+"""Verbalizers: the word that stands for each class at `<mask>` (METHODS.md 3)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ltp_sparse.prompting.templates import CLASSES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_WORD_START = "\u2581"
+"""SentencePiece's mark of a word-initial piece."""
+
+WORDS: dict[str, tuple[str, str, str]] = {
+    "ar": ("لا", "نعم", "يمكن"),
+    "bg": ("не", "да", "можеби"),
+    "de": ("Nein", "Ja", "vielleicht"),
+    "el": ("όχι", "Nαί", "μπορεί"),
+    "en": ("wrong", "right", "maybe"),
+    "es": ("no", "sí", "talvez"),
+    "fr": ("non", "oui", "possible"),
+    "hi": ("झूठ", "सच", "शायद"),
+    "ru": ("нет", "да", "возможно"),
+    "sw": ("hasi", "ndio", "labda"),
+    "th": ("ไม่", "ใช่", "อาจจะ"),
+    "tr": ("hiçbir", "Evet", "belki"),
+    "ur": ("نہیں", "ہاں", "شاید"),
+    "vi": ("Không", "dạ", "lẽ"),
+    "zh": ("否", "是", "也许"),
+}
+"""Language -> words of contradiction, entailment, neutral (Zhao & Schütze 2021, Latin N of the Greek word included)."""
+
+
+@dataclass(frozen=True)
+class Verbalizer:
+    """Token ids of the words of each class, in the order of `CLASSES`; a class scores the mean of its words' logits."""
+
+    token_ids: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) < 2 or not all(self.token_ids):
+            raise ValueError(f"Verbalizer: expected at least two classes with a token each, got {self.token_ids}")
+
+    @classmethod
+    def for_language(cls, tokenizer: PreTrainedTokenizerBase, language: str = "en") -> Verbalizer:
+        """The verbalizer of one of the 15 languages of XNLI.
+
+        Raises ValueError for another language (use `from_words`), and when an English word is not a single piece: then
+        the tokenizer is not XLM-R's.
+        """
+        if language not in WORDS:
+            raise ValueError(
+                f"Verbalizer.for_language: words are known for {', '.join(WORDS)}, got {language!r}; give your own to "
+                "Verbalizer.from_words"
+            )
+        words = dict(zip(CLASSES, WORDS[language], strict=True))
+        return cls.from_words(tokenizer, words, strict=language == "en")
+
+    @classmethod
+    def from_words(
+        cls, tokenizer: PreTrainedTokenizerBase, words: Mapping[str, str | Sequence[str]], *, strict: bool = False
+    ) -> Verbalizer:
+        """A verbalizer from label -> word or words.
+
+        A word should be one word-initial piece of the tokenizer. Of another one the last piece is taken, as Zhao &
+        Schütze do, with a warning that names it; `strict` makes it an error. Raises ValueError for missing labels,
+        unknown words, and words that are the same token.
+        """
+        if set(words) != set(CLASSES):
+            raise ValueError(
+                f"Verbalizer.from_words: expected words for {', '.join(CLASSES)}, got {', '.join(words) or 'none'}"
+            )
+        ids = []
+        for label in CLASSES:
+            given = words[label]
+            given = [given] if isinstance(given, str) else given
+            ids.append(tuple(_word_id(tokenizer, word, strict) for word in given))
+        flat = [token for tokens in ids for token in tokens]
+        if len(set(flat)) != len(flat):
+            raise ValueError(
+                f"Verbalizer.from_words: expected words of different tokens, two of {dict(words)} are the same token; "
+                "choose other words"
+            )
+        return cls(tuple(ids))
+
+
+def _word_id(tokenizer: PreTrainedTokenizerBase, word: str, strict: bool) -> int:
+    ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    if not ids or ids[-1] in tokenizer.all_special_ids:
+        raise ValueError(f"Verbalizer: the tokenizer has no piece for {word!r} , only {pieces}; choose another")
+    if len(ids) > 1 or not pieces[0].startswith(_WORD_START):
+        found = f"Verbalizer: expected {word!r} to be one word-initial piece of the tokenizer, got {pieces}"
+        if strict:
+            raise ValueError(f"{found}; use the tokenizer of the model, or choose another word")
+        warnings.warn(f"{found}; its last piece {pieces[-1]!r} stands for it", stacklevel=3)
+    return ids[-1]

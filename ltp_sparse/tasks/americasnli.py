@@ -1,0 +1,66 @@
+"""AmericasNLI (Ebrahimi et al. 2022): ten indigenous languages of the Americas, from original files or the Hub."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ltp_sparse.tasks.files import existing, read_table
+from ltp_sparse.tasks.hub import hub_pairs
+from ltp_sparse.tasks.pairs import LABELS, Pair, checked_label
+
+LANGUAGES = ("aym", "bzd", "cni", "gn", "hch", "nah", "oto", "quy", "shp", "tar")
+HUB_NAME = "nala-cub/americas_nli"
+
+_SPLITS = ("train", "dev", "test")
+_DRAW_SEED = 0
+
+
+def americasnli(split: str, language: str, shots: int | None, data: Path | None, *, revised: bool = True) -> list[Pair]:
+    """Pairs of one language.
+
+    split: "dev" and "test" are the released sets. With `shots`, "train" and "dev" are two disjoint draws of `shots` pairs per
+        class from the released dev set, always the same (METHODS 2).
+    data: the folder with `dev.tsv`, `test.tsv` and `revised/`, or None: the Hub.
+    revised: the later release of the dev set (LTP reads it), or the first one (the SFT papers).
+    """
+    if split not in _SPLITS or (split == "train" and shots is None):
+        raise ValueError(f"americasnli: split must be dev or test, or train or dev with shots, got {split!r}")
+    if split == "test" or shots is None:
+        return _released(split, language, data, revised)
+    released = _released("dev", language, data, revised)
+    draws = random.Random(_DRAW_SEED)
+    chosen: list[Pair] = []
+    for label in LABELS:
+        of_label = [pair for pair in released if pair.label == label]
+        if len(of_label) < 2 * shots:
+            raise ValueError(
+                f"americasnli: {language} has {len(of_label)} dev pairs of {label}; two draws of {shots} need {2 * shots}"
+            )
+        drawn = draws.sample(of_label, 2 * shots)
+        chosen += drawn[:shots] if split == "train" else drawn[shots:]
+    return chosen
+
+
+def _released(split: str, language: str, data: Path | None, revised: bool) -> list[Pair]:
+    if data is None:
+        return hub_pairs(HUB_NAME, language, {"dev": "validation", "test": "test"}[split], language)
+    folder = data / "americasnli" if (data / "americasnli").is_dir() else data
+    if split == "dev" and revised:
+        path = existing(folder / "revised" / "anli.dev.tsv.gz", folder / "revised" / "anli.dev.tsv")
+    else:
+        path = existing(folder / f"{split}.tsv", folder / f"{split}.tsv.gz")
+    pairs = _pairs(read_table(path, ("language", "premise", "hypothesis", "label")), language)
+    if not pairs:
+        raise ValueError(f"{path}: no row of language {language!r} in column language")
+    return pairs
+
+
+def _pairs(rows: Iterable[tuple[str, dict[str, Any]]], language: str) -> list[Pair]:
+    return [
+        Pair(row["premise"], row["hypothesis"], checked_label(row["label"], where), language)
+        for where, row in rows
+        if row["language"] == language
+    ]

@@ -1,0 +1,29 @@
+"""Labelled pairs from the Hub (or a local copy of a Hub data set) by name."""
+
+from __future__ import annotations
+
+from ltp_sparse.tasks.pairs import LABELS, Pair
+
+
+def hub_pairs(name: str, config: str, split: str, language: str) -> list[Pair]:
+    """One split of a data set with the columns premise, hypothesis and label (its number or its word).
+
+    name: Hub name, or a folder that `datasets.load_dataset` reads.
+    """
+    from datasets import ClassLabel, load_dataset
+
+    data = load_dataset(name, config, split=split)
+    if missing := {"premise", "hypothesis", "label"} - set(data.column_names):
+        raise ValueError(f"{name} ({config}, {split}): no column {sorted(missing)[0]!r}, only {data.column_names}")
+    feature = data.features["label"]
+    names = tuple(feature.names) if isinstance(feature, ClassLabel) else LABELS
+    if set(names) != set(LABELS):
+        raise ValueError(f"{name}: expected the labels {', '.join(LABELS)}, got {', '.join(names)}")
+    pairs = []
+    for number, row in enumerate(data):
+        label = row["label"]
+        word = label if isinstance(label, str) else names[label] if 0 <= label < len(names) else None
+        if word not in LABELS:
+            raise ValueError(f"{name} ({config}, {split}), row {number}: expected a label, got {label!r}")
+        pairs.append(Pair(row["premise"], row["hypothesis"], word, language))
+    return pairs

@@ -1,0 +1,60 @@
+"""A labelled sentence pair, and the files of one's own pairs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ltp_sparse.tasks.files import read_jsonl, read_table
+
+LABELS = ("entailment", "neutral", "contradiction")
+"""The labels, in the order of their numbers in XNLI and AmericasNLI."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A premise, a hypothesis, one of `LABELS` (None: not labelled), and the language of both ("en", "aym", ...)."""
+
+    premise: str
+    hypothesis: str
+    label: str | None
+    language: str
+
+
+def checked_label(label: str, where: str) -> str:
+    """The label, if it is one; otherwise an error that says where it stands."""
+    if label not in LABELS:
+        raise ValueError(f"{where}: expected one of {', '.join(LABELS)} in column label, got {label!r}")
+    return label
+
+
+def check_balance(pairs: Iterable[Pair], per_class: int, where: str) -> None:
+    """Raises unless every label occurs `per_class` times."""
+    labels = [pair.label for pair in pairs]
+    counts = {label: labels.count(label) for label in LABELS}
+    if any(count != per_class for count in counts.values()):
+        raise ValueError(f"{where}: expected {per_class} pairs of each label, got {counts}; the file is not the original")
+
+
+def read_pairs(path: str | os.PathLike[str], language: str = "") -> list[Pair]:
+    """Pairs of a .tsv, .csv or .jsonl file (also .gz) with premise and hypothesis by name, and label where known.
+
+    Raises:
+        ValueError: a column is missing, a row is short or a label unknown; file and row are named.
+    """
+    path = Path(path)
+    suffix = path.name.removesuffix(".gz").rsplit(".", 1)[-1]
+    if suffix not in ("tsv", "csv", "jsonl"):
+        raise ValueError(f"{path}: expected a .tsv, .csv or .jsonl file, got .{suffix}")
+    rows = read_jsonl(path) if suffix == "jsonl" else read_table(path, quoted=suffix == "csv", comma=suffix == "csv")
+    pairs = []
+    for where, row in rows:
+        for column in ("premise", "hypothesis"):
+            if not isinstance(row.get(column), str):
+                raise ValueError(f"{where}: no text in column {column!r}; columns: {', '.join(row)}")
+        label = row.get("label") or None
+        label = None if label is None else checked_label(label, where)
+        pairs.append(Pair(row["premise"], row["hypothesis"], label, language))
+    return pairs

@@ -1,0 +1,84 @@
+"""Plain text for masked-language-model tuning, from local files or the Hub."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from ltp_sparse.tasks.files import read_jsonl, read_lines
+
+_SUFFIXES = ("txt", "tsv", "jsonl")
+
+
+def read_text(
+    paths: Sequence[str | os.PathLike[str]], *, max_lines: int | None = None, seed: int = 0
+) -> list[str]:
+    """Non-blank lines of text files.
+
+    paths: .txt (a text a line), .tsv (the first column) and .jsonl (the key "text") files, also .gz, or folders of them.
+    max_lines: at most so many, drawn at random without replacement in one pass, in the order of the files.
+    """
+    files = [file for path in paths for file in _files(Path(path))]
+    return _sample((line for file in files for line in _lines(file)), max_lines, seed, ", ".join(map(str, paths)))
+
+
+def read_hub_text(
+    name: str,
+    config: str | None = None,
+    *,
+    column: str = "text",
+    split: str = "train",
+    max_lines: int | None = None,
+    seed: int = 0,
+) -> list[str]:
+    """Non-blank lines of a column of a Hub data set, streamed; arguments as in `read_text`."""
+    from datasets import load_dataset
+
+    rows = load_dataset(name, config, split=split, streaming=True)
+    if rows.column_names is not None and column not in rows.column_names:
+        raise ValueError(f"{name}: no column {column!r}; it has {', '.join(rows.column_names)}")
+    texts = (line for row in rows for line in str(row[column]).splitlines())
+    return _sample(texts, max_lines, seed, name)
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if _suffix(p) in _SUFFIXES and p.is_file())
+        if not found:
+            raise FileNotFoundError(f"{path}: no .txt, .tsv or .jsonl file (or .gz of one) in this folder")
+        return found
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such text file or folder")
+    if _suffix(path) not in _SUFFIXES:
+        raise ValueError(f"{path}: expected a .txt, .tsv or .jsonl file (or .gz of one), or a folder")
+    return [path]
+
+
+def _suffix(path: Path) -> str:
+    return path.name.removesuffix(".gz").rsplit(".", 1)[-1]
+
+
+def _lines(path: Path) -> Iterator[str]:
+    if _suffix(path) == "jsonl":
+        return (str(row["text"]) for _, row in read_jsonl(path, ("text",)))
+    lines = read_lines(path)
+    return (line.split("\t", 1)[0] for line in lines) if _suffix(path) == "tsv" else lines
+
+
+def _sample(lines: Iterable[str], max_lines: int | None, seed: int, where: str) -> list[str]:
+    texts = (line for line in (raw.strip() for raw in lines) if line)
+    if max_lines is None:
+        kept = list(texts)
+    else:
+        draws, reservoir = random.Random(seed), []
+        for number, text in enumerate(texts):
+            if number < max_lines:
+                reservoir.append((number, text))
+            elif (at := draws.randint(0, number)) < max_lines:
+                reservoir[at] = (number, text)
+        kept = [text for _, text in sorted(reservoir)]
+    if not kept:
+        raise ValueError(f"{where}: no text in it")
+    return kept

@@ -1,0 +1,83 @@
+"""XNLI (Conneau et al. 2018) and its K-shot samples (Zhao & Schütze 2021), from original files or the Hub."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from ltp_sparse.tasks.files import existing, read_columns, read_jsonl, read_table
+from ltp_sparse.tasks.hub import hub_pairs
+from ltp_sparse.tasks.pairs import Pair, check_balance, checked_label
+
+LANGUAGES = ("ar", "bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh")
+SHOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+HUB_NAME = "facebook/xnli"
+
+_ROWS = {"dev": 2490, "test": 5010}
+_FAULTY_ARABIC_FROM = 382_175
+"""Arabic training rows from this MultiNLI index on have the hypothesis of another example."""
+
+
+class FaultyRows(UserWarning):
+    """Rows of a data set that are known to be wrong."""
+
+
+def few_shot(split: str, language: str, shots: int | None, data: Path | None) -> list[Pair]:
+    """The sample of `shots` pairs per class; there is one sample for every K, the same for all seeds (METHODS 2).
+
+    split: "train" (MultiNLI and its translations) or "dev" (from XNLI dev).
+    data: the folder with `train/` and `dev/` of the original files; they are not on the Hub.
+    """
+    if split not in ("train", "dev"):
+        raise ValueError(f"xnli-fewshot: split must be train or dev, got {split!r}; test on the task xnli")
+    if shots not in SHOTS:
+        raise ValueError(f"xnli-fewshot: shots must be one of {', '.join(map(str, SHOTS))}, got {shots}")
+    if data is None:
+        raise ValueError(
+            "xnli-fewshot: the K-shot samples are not on the Hub; pass the folder common_datasets of the repository "
+            "mprompting/xlmrprompt as the data folder"
+        )
+    base = _inside(data, "xnli_fewshot") / split
+    name = f"en/{split}_split,{shots}.jsonl" if language == "en" else f"rest/{split}_split,{language},{shots}.jsonl"
+    path = existing(base / name, base / f"{name}.gz")
+    pairs, faulty = [], 0
+    for where, row in read_jsonl(path, ("lang", "sentence1", "sentence2", "gold")):
+        if row["lang"] != language:
+            raise ValueError(f"{where}: expected language {language!r} in column lang, got {row['lang']!r}")
+        faulty += language == "ar" and split == "train" and row["file_idx"] >= _FAULTY_ARABIC_FROM
+        pairs.append(Pair(row["sentence1"], row["sentence2"], checked_label(row["gold"], where), language))
+    check_balance(pairs, shots, str(path))
+    if faulty:
+        warnings.warn(
+            f"{path}: {faulty} of {len(pairs)} Arabic rows have the hypothesis of another example (a known fault of the "
+            "original file); they are kept",
+            FaultyRows,
+            stacklevel=2,
+        )
+    return pairs
+
+
+def xnli(split: str, language: str, shots: int | None, data: Path | None) -> list[Pair]:
+    """XNLI dev or test of one language; `data` is the folder with `dev/`, `test/` and `test-labels.tsv`, or None: the Hub."""
+    if split not in _ROWS:
+        raise ValueError(f"xnli: split must be dev or test, got {split!r}; train on xnli-fewshot")
+    if data is None:
+        return hub_pairs(HUB_NAME, language, {"dev": "validation", "test": "test"}[split], language)
+    data = _inside(data, "xnli")
+    path = existing(data / split / f"{split}-{language}.tsv.gz", data / split / f"{split}-{language}.tsv")
+    if split == "dev":
+        rows = list(read_columns(path, ("premise", "hypothesis", "label")))
+        labels = [checked_label(row["label"], where) for where, row in rows]
+    else:
+        rows = list(read_columns(path, ("premise", "hypothesis")))
+        labels_path = existing(data / "test-labels.tsv")
+        labels = [checked_label(row["label"], where) for where, row in read_table(labels_path, ("label",))]
+    if not len(rows) == len(labels) == _ROWS[split]:
+        raise ValueError(f"{path}: expected {_ROWS[split]} pairs and labels, got {len(rows)} and {len(labels)}")
+    pairs = zip(rows, labels, strict=True)
+    return [Pair(row["premise"], row["hypothesis"], label, language) for (_, row), label in pairs]
+
+
+def _inside(data: Path, folder: str) -> Path:
+    """`data` itself, or its folder of that name where several data sets lie side by side."""
+    return data / folder if (data / folder).is_dir() else data

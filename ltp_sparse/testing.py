@@ -1,0 +1,110 @@
+"""Inputs that tests and benchmarks share: the tensor shapes of XLM-R, weights before and after tuning, gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Size, Tensor
+
+from ltp_sparse.encoding import TileTable
+from ltp_sparse.ops import adamw_coefficients
+from ltp_sparse.ticket import Ticket
+
+
+def xlmr_shapes(
+    *,
+    layers: int = 12,
+    hidden: int = 768,
+    intermediate: int = 3072,
+    vocabulary: int = 250_002,
+    positions: int = 514,
+    embeddings: bool = True,
+) -> dict[str, Size]:
+    """Canonical name -> shape of the maskable parameters (METHODS 1.1): the base model without LayerNorms and pooler.
+
+    The defaults are XLM-R-base: 147 tensors of 277,414,656 entries, 85,017,600 of them outside the embeddings.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    if embeddings:
+        shapes["roberta.embeddings.word_embeddings.weight"] = (vocabulary, hidden)
+        shapes["roberta.embeddings.position_embeddings.weight"] = (positions, hidden)
+        shapes["roberta.embeddings.token_type_embeddings.weight"] = (1, hidden)
+    for layer in range(layers):
+        linears = {
+            "attention.self.query": (hidden, hidden),
+            "attention.self.key": (hidden, hidden),
+            "attention.self.value": (hidden, hidden),
+            "attention.output.dense": (hidden, hidden),
+            "intermediate.dense": (intermediate, hidden),
+            "output.dense": (hidden, intermediate),
+        }
+        for linear, shape in linears.items():
+            shapes[f"roberta.encoder.layer.{layer}.{linear}.weight"] = shape
+            shapes[f"roberta.encoder.layer.{layer}.{linear}.bias"] = shape[:1]
+    return {name: Size(shape) for name, shape in shapes.items()}
+
+
+def random_weights(shapes: Mapping[str, Sequence[int]], *, seed: int = 0, scale: float = 0.02) -> dict[str, Tensor]:
+    """Name -> float32 tensor, normal with standard deviation `scale` (XLM-R's initialisation)."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(tuple(shape), generator=generator).mul_(scale) for name, shape in shapes.items()}
+
+
+def tuned_weights(
+    initial: Mapping[str, Tensor], *, seed: int = 1, scale: float = 1e-3, untouched_rows: float = 0.0
+) -> dict[str, Tensor]:
+    """Name -> weights after a tuning run: normal deltas of standard deviation `scale`, in the dtype of `initial`.
+
+    untouched_rows: share of the rows of every embedding matrix that keep their values, as those of absent words do.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tuned = {}
+    for name, tensor in initial.items():
+        delta = torch.randn(tensor.shape, generator=generator).mul_(scale)
+        if untouched_rows and "embeddings" in name:
+            delta[torch.rand(len(delta), generator=generator) < untouched_rows] = 0
+        tuned[name] = delta.add_(tensor).to(tensor.dtype)
+    return tuned
+
+
+@dataclass
+class UpdateProblem:
+    """The arguments of one `masked_adamw_` call, moments at zero, and the ticket they stand for."""
+
+    ticket: Ticket
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    table: TileTable
+    coefficients: Tensor
+
+    def args(self) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, TileTable, Tensor]:
+        return self.params, self.grads, self.exp_avg, self.exp_avg_sq, self.table, self.coefficients
+
+    def slots(self) -> list[slice]:
+        """The slots of every parameter in the packed buffers."""
+        ends = list(accumulate(self.table.counts))
+        return [slice(end - count, end) for end, count in zip(ends, self.table.counts, strict=True)]
+
+
+def update_problem(
+    shapes: Mapping[str, Sequence[int]], *, density: float, seed: int = 0, lr: float = 2e-5, weight_decay: float = 0.01
+) -> UpdateProblem:
+    """A first update of random weights on a uniformly random ticket of exactly floor(density * n) entries."""
+    ticket = Ticket.full(shapes) if density == 1 else Ticket.random(shapes, density=density, seed=seed)
+    params = random_weights({name: ticket.shapes[name] for name in ticket.sets}, seed=seed)
+    grads = random_weights(ticket.shapes, seed=seed + 1, scale=1e-3)
+    table = TileTable.build(list(ticket.sets.values()))
+    return UpdateProblem(
+        ticket,
+        list(params.values()),
+        list(grads.values()),
+        torch.zeros(table.k),
+        torch.zeros(table.k),
+        table,
+        adamw_coefficients(torch.ones(len(params)), lr=lr, weight_decay=weight_decay),
+    )

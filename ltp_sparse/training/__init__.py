@@ -1,0 +1,1 @@
+"""Training on `transformers.Trainer`, evaluation and export. Needs `pip install "ltp-sparse[train]"`."""

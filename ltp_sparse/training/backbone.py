@@ -1,0 +1,144 @@
+"""XLM-R masked-LM backbones: loading, random weights, and the decoupled LM head (METHODS.md 1.1, trap 2)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ltp_sparse.names import unwrapped
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, XLMRobertaConfig, XLMRobertaForMaskedLM
+
+_DECODER_BIAS = "lm_head.decoder.bias"
+
+
+def load_backbone(
+    name_or_path: str | os.PathLike[str],
+    *,
+    decoupled: bool = True,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: str | os.PathLike[str] | None = None,
+) -> tuple[XLMRobertaForMaskedLM, PreTrainedTokenizerBase]:
+    """An `XLMRobertaForMaskedLM` and its tokenizer, from a local folder or by Hub name (only then is it downloaded).
+
+    decoupled: give the LM head its own frozen copy of the word embedding (`decouple`). A folder that was saved
+               decoupled stays so whatever this says.
+    dtype:     of the weights. Deltas of about 1e-4 vanish in bfloat16: train float32 weights, under autocast if wanted.
+    tokenizer: folder or Hub name of the tokenizer when it is not beside the weights.
+    Raises ValueError for a missing folder, another architecture, or a tokenizer that does not fit the model.
+    """
+    from transformers import AutoConfig, AutoTokenizer, XLMRobertaForMaskedLM
+
+    source, local = _resolve(name_or_path)
+    config = AutoConfig.from_pretrained(source, local_files_only=local)
+    if config.model_type != "xlm-roberta":
+        raise ValueError(
+            f"load_backbone: expected an XLM-R masked language model (model_type 'xlm-roberta'), got "
+            f"{config.model_type!r} in {source!r}; pass a folder or Hub name such as 'FacebookAI/xlm-roberta-base'"
+        )
+    model = XLMRobertaForMaskedLM.from_pretrained(source, config=config, dtype=dtype, local_files_only=local)
+    if decoupled or not config.tie_word_embeddings:
+        decouple(model)
+    source, local = _resolve(name_or_path if tokenizer is None else tokenizer)
+    loaded = AutoTokenizer.from_pretrained(source, local_files_only=local)
+    _check_tokenizer(loaded, model.config)
+    return model, loaded
+
+
+def backbone_from_config(
+    config: XLMRobertaConfig, *, decoupled: bool = True, dtype: torch.dtype = torch.float32
+) -> XLMRobertaForMaskedLM:
+    """An `XLMRobertaForMaskedLM` with random weights from torch's global generator; works on the meta device, too."""
+    from transformers import XLMRobertaForMaskedLM
+
+    # The config is copied because decoupling writes into it and callers reuse theirs.
+    model = XLMRobertaForMaskedLM(type(config).from_dict(config.to_dict())).to(dtype)
+    return decouple(model) if decoupled else model
+
+
+def decouple(model: XLMRobertaForMaskedLM) -> XLMRobertaForMaskedLM:
+    """Unties the LM head in place: `lm_head.decoder.weight` becomes a frozen copy of the word embedding.
+
+    `lm_head.bias` stays one parameter with `decoder.bias`. An already separate decoder keeps its values and is frozen:
+    call this again after `resize_token_embeddings`, which splits the bias of an untied model.
+    `config.tie_word_embeddings` becomes False, without which saving, loading and resizing would tie the two again.
+    transformers 5 then no longer ties the bias either, so a saved folder gets both bias names and loads anywhere.
+    Returns the model.
+    """
+    head, embedding = model.lm_head, model.get_input_embeddings()
+    if head.decoder.weight is embedding.weight:
+        head.decoder.weight = nn.Parameter(embedding.weight.detach().clone())
+    head.decoder.weight.requires_grad_(False)
+    if head.decoder.bias.shape == head.bias.shape:
+        head.decoder.bias = head.bias
+    else:  # resize_token_embeddings of an untied model resizes the decoder and leaves lm_head.bias behind
+        head.bias = head.decoder.bias
+    model.config.tie_word_embeddings = False
+    # tie_weights(recompute_mapping=False) reads this public record instead of the config.
+    model.all_tied_weights_keys = {}
+    if not getattr(model, "saves_both_biases", False):
+        model.register_state_dict_post_hook(_save_both_biases)
+        model.saves_both_biases = True
+    return model
+
+
+def is_decoupled(model: Any) -> bool:
+    """Whether the LM head reads another tensor than the word embedding."""
+    return model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+
+
+@contextmanager
+def logits_only_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
+    """Within this context the LM head runs at selected positions only; `model(...).logits` is [positions, vocabulary].
+
+    model:     a masked-LM model, possibly wrapped (DDP, torch.compile): call the wrapper, its hooks see nothing of this
+    positions: bool [batch, length]; rows of the logits come in row-major order. All logits of a 32 x 256 batch of XLM-R
+               would be 8.2 GB, those of its masked positions are 1.2 GB.
+    """
+    head: Any = unwrapped(model).lm_head
+    handle = head.register_forward_pre_hook(lambda module, inputs: (inputs[0][positions], *inputs[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _save_both_biases(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
+    # Shared tensors are saved under one name only, and a loader that does not tie leaves the other one zero.
+    name = prefix + _DECODER_BIAS
+    if name in state_dict:
+        state_dict[name] = state_dict[name].clone()
+
+
+def _resolve(name_or_path: str | os.PathLike[str]) -> tuple[str, bool]:
+    """The source for `from_pretrained` and whether it is local, so that a mistyped folder never becomes a download."""
+    text = os.path.expanduser(os.fspath(name_or_path))
+    if Path(text).is_dir():
+        return text, True
+    if isinstance(name_or_path, os.PathLike) or text.startswith((".", os.sep)) or text.count("/") > 1:
+        raise ValueError(
+            f"load_backbone: expected a folder or a Hub name ('owner/name'), got {text!r}, which does not exist"
+        )
+    return text, False
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: XLMRobertaConfig) -> None:
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"load_backbone: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size} embedding rows; "
+            "pass the tokenizer that the model was trained with"
+        )
+    if tokenizer.mask_token_id is None or tokenizer.pad_token_id != config.pad_token_id:
+        raise ValueError(
+            f"load_backbone: expected a tokenizer with a mask token and pad id {config.pad_token_id}, got mask id "
+            f"{tokenizer.mask_token_id} and pad id {tokenizer.pad_token_id}; pass an XLM-R tokenizer"
+        )
+    # Positions of `inputs_embeds` count from the left and ignore padding (METHODS.md 1.1, trap 4).
+    tokenizer.padding_side = "right"

@@ -1,0 +1,166 @@
+"""Accuracy per language, its mean and spread over seeds, and tables of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltp_sparse.prompting import PromptedMaskedLM, collator
+from ltp_sparse.prompting.templates import IGNORED_LABEL, Example, Pair
+
+Encode = Callable[[Sequence[Pair]], list[Example]]
+"""Turns pairs into model inputs, e.g. `functools.partial(soft_template().encode, tokenizer)`."""
+
+AVERAGE = "AVG"
+_GROUP = ("method", "shots")
+
+
+@torch.no_grad()
+def predict(
+    model: PromptedMaskedLM,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 64,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int], Any] | None = None,
+) -> Tensor:
+    """Predicted class of every example, int64 [N] on the CPU, in the order given.
+
+    dtype:    compute under autocast in this type (torch.bfloat16); None computes in the type of the weights.
+    progress: called with the number of examples done after each batch.
+    The model is put into evaluation mode for the call. Batches hold examples of similar length, so little is padding.
+    """
+    device = model.word_ids.device
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]), reverse=True)
+    collate = collator(model.config.pad_token_id)
+    was_training = model.training
+    model.eval()
+    predicted = []
+    try:
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            for start in range(0, len(order), batch_size):
+                batch = collate([examples[i] for i in order[start : start + batch_size]])
+                del batch["labels"]
+                logits = model(**{name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()})[
+                    "logits"
+                ]
+                predicted.append(logits.argmax(-1))
+                if progress is not None:
+                    progress(len(logits))
+    finally:
+        model.train(was_training)
+    result = torch.empty(len(examples), dtype=torch.long)
+    if predicted:
+        result[order] = torch.cat(predicted).cpu()
+    return result
+
+
+def evaluate(
+    model: PromptedMaskedLM,
+    encode: Encode,
+    pairs: Mapping[str, Sequence[Pair]],
+    *,
+    batch_size: int = 64,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> dict[str, float]:
+    """Accuracy (0 to 1) per language over labelled pairs, language -> pairs.
+
+    Raises ValueError for a pair without a label and for a language without pairs.
+    """
+    from tqdm.auto import tqdm
+
+    accuracies = {}
+    with tqdm(total=sum(map(len, pairs.values())), unit="pair", disable=not progress) as bar:
+        for language, of_language in pairs.items():
+            bar.set_description(f"evaluate {language}")
+            examples = encode(of_language)
+            labels = torch.tensor([example["labels"] for example in examples], dtype=torch.long)
+            if not examples or bool((labels == IGNORED_LABEL).any()):
+                raise ValueError(f"evaluate: expected labelled pairs in {language!r}, got none or some without a label")
+            predicted = predict(model, examples, batch_size=batch_size, dtype=dtype, progress=bar.update)
+            accuracies[language] = (predicted == labels).double().mean().item()
+    return accuracies
+
+
+def result_row(accuracies: Mapping[str, float], **facts: Any) -> dict[str, Any]:
+    """One run as a plain dict: the facts (method, shots, seed, ...), "accuracy" per language, "mean" over languages."""
+    return {**facts, "accuracy": dict(accuracies), "mean": statistics.fmean(accuracies.values())}
+
+
+def append_row(path: str | os.PathLike[str], row: Mapping[str, Any]) -> None:
+    """Adds a row to a file of JSON lines."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n")
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines."""
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.strip()]
+
+
+def summarize(rows: Iterable[Mapping[str, Any]], by: Sequence[str] = _GROUP) -> list[dict[str, Any]]:
+    """Rows that differ in nothing of `by` (so, in their seed) become one, in order of appearance.
+
+    It has the facts of `by`, "runs", and in "accuracy", per language and for "AVG" (the mean over languages), the pair
+    (mean, standard deviation) over runs; the deviation is that of a sample, NaN for a single run.
+    Raises ValueError when the runs of a group were evaluated on different languages.
+    """
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(fact) for fact in by), []).append(row)
+    summaries = []
+    for facts, members in groups.items():
+        languages = list(members[0]["accuracy"])
+        if any(set(member["accuracy"]) != set(languages) for member in members):
+            raise ValueError(f"summarize: the runs of {dict(zip(by, facts, strict=True))} have different languages")
+        values = {language: [member["accuracy"][language] for member in members] for language in languages}
+        values[AVERAGE] = [statistics.fmean(member["accuracy"].values()) for member in members]
+        summaries.append(
+            {
+                **dict(zip(by, facts, strict=True)),
+                "runs": len(members),
+                "accuracy": {
+                    name: (statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else float("nan"))
+                    for name, v in values.items()
+                },
+            }
+        )
+    return summaries
+
+
+def markdown_table(
+    summaries: Sequence[Mapping[str, Any]],
+    *,
+    by: Sequence[str] = _GROUP,
+    reference: Mapping[tuple[Any, ...], Mapping[str, float]] | None = None,
+) -> str:
+    """A Markdown table of summaries: one column per language, then their mean with its deviation; in percent.
+
+    reference: facts of `by` -> column -> percent as printed in a paper; such a row comes below its own.
+    """
+    languages = sorted({name for summary in summaries for name in summary["accuracy"]} - {AVERAGE})
+    columns = [*languages, AVERAGE]
+    lines = [[*by, "runs", *columns], ["---"] * len(by) + ["---:"] * (1 + len(columns))]
+    for summary in summaries:
+        facts = tuple(summary[fact] for fact in by)
+        cells = [_percent(*summary["accuracy"][name]) if name in summary["accuracy"] else "" for name in columns]
+        lines.append([*map(str, facts), str(summary["runs"]), *cells])
+        if reference and facts in reference:
+            printed = reference[facts]
+            cells = [f"{printed[name]:.2f}" if name in printed else "" for name in columns]
+            lines.append([f"{facts[0]} (paper)", *map(str, facts[1:]), "", *cells])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _percent(mean: float, deviation: float) -> str:
+    return f"{100 * mean:.2f}" if deviation != deviation else f"{100 * mean:.2f} ± {100 * deviation:.2f}"

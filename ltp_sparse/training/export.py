@@ -1,0 +1,112 @@
+"""Export: the trained weights merged, the prompt baked into the vocabulary, as a folder for transformers alone.
+
+The n prompt rows become n new tokens, so that an input is plain text and the model a plain masked language model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ltp_sparse.delta import SparseDelta
+from ltp_sparse.prompting.templates import CLASSES, soft_template
+from ltp_sparse.training.backbone import load_backbone
+from ltp_sparse.training.prompt_learning import load_prompted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SCRIPT = '''"""Labels a sentence pair with this model: python predict.py PREMISE HYPOTHESIS. Needs torch and transformers only."""
+
+import json
+import string
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+FOLDER = Path(__file__).resolve().parent
+PROMPT = json.loads((FOLDER / "prompt.json").read_text(encoding="utf-8"))
+
+
+def encode(tokenizer, premise, hypothesis):
+    """Token ids: every part of the template on its own, joined between <s> and </s>."""
+    texts = {"{premise}": premise, "{hypothesis}": hypothesis}
+    ids = [tokenizer.cls_token_id]
+    for part in PROMPT["parts"]:
+        if part == "{prompt}":
+            ids += tokenizer.convert_tokens_to_ids(PROMPT["tokens"])
+        elif part == "{mask}":
+            ids.append(tokenizer.mask_token_id)
+        else:
+            text = texts.get(part, part)
+            if part in texts:
+                text = text.rstrip(string.punctuation) or text
+            ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+    return [*ids, tokenizer.sep_token_id]
+
+
+def predict(model, tokenizer, premise, hypothesis):
+    """label -> score, the mean logit of its words at <mask>."""
+    ids = torch.tensor([encode(tokenizer, premise, hypothesis)])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, (ids[0] == tokenizer.mask_token_id).nonzero()[0, 0]]
+    return {label: logits[words].mean().item() for label, words in PROMPT["verbalizer"].items()}
+
+
+if __name__ == "__main__":
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    model = AutoModelForMaskedLM.from_pretrained(FOLDER).eval()
+    scores = predict(model, tokenizer, *sys.argv[1:3])
+    print(max(scores, key=scores.get), scores)
+'''
+
+
+def export(
+    model: str | os.PathLike[str],
+    delta: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    tokenizer: str | os.PathLike[str] | None = None,
+) -> None:
+    """Writes config, merged weights, tokenizer, `prompt.json` and a `predict.py` that needs transformers alone.
+
+    Args:
+        model: folder or Hub name of the base model.
+        delta: the baked delta of a run (`PromptResult.baked`).
+        output: the folder to write.
+        tokenizer: folder or Hub name of the tokenizer, where it is not beside the model.
+    """
+    trained = SparseDelta.load(delta)
+    language_model, pieces = load_backbone(model, decoupled=trained.metadata["decoupled"], tokenizer=tokenizer)
+    prompted, _ = load_prompted(language_model, pieces, trained)
+    prompt = prompted.prompt_encoder.bake()
+    tokens = _prompt_tokens(pieces, len(prompt))
+    first = language_model.config.vocab_size
+    pieces.add_tokens(tokens, special_tokens=True)
+    ids = pieces.convert_tokens_to_ids(tokens)
+    if max(ids) >= first:  # rows past the vocabulary may already exist as padding of the matrix
+        language_model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    with torch.no_grad():
+        language_model.get_input_embeddings().weight[ids] = prompt.to(language_model.dtype)
+    output = Path(output)
+    language_model.save_pretrained(output)
+    pieces.save_pretrained(output)
+    verbalizer = dict(zip(CLASSES, trained.metadata["verbalizer"], strict=True))
+    parts = soft_template(len(tokens)).parts
+    description = {"parts": parts, "tokens": tokens, "verbalizer": verbalizer, "method": trained.metadata["method"]}
+    (output / "prompt.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    (output / "predict.py").write_text(_SCRIPT, encoding="utf-8")
+
+
+def _prompt_tokens(tokenizer: PreTrainedTokenizerBase, n: int) -> list[str]:
+    taken = set(tokenizer.get_vocab())
+    tokens = [f"<p{i + 1}>" for i in range(n)]
+    if taken & set(tokens):
+        raise ValueError(f"export: the tokenizer already has the tokens {sorted(taken & set(tokens))}")
+    return tokens

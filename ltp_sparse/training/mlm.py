@@ -1,0 +1,496 @@
+"""Stage 1 of LTP: masked-language-model tuning, and the winning ticket of what it moved (METHODS 4.1).
+
+result = tune_mlm(model, tokenizer, texts, MLMSettings(strategy="decoupled"))
+ticket = find_ticket(result.initial, result.model, density=0.2, metadata=result.metadata)
+result.reset()                     # back to the initial weights, bit for bit, for stage 2
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+from ltp_sparse.names import canonical_parameters, canonical_tensors, layer_of
+from ltp_sparse.selection import Weights, pools, select
+from ltp_sparse.selection.budgets import Budget
+from ltp_sparse.selection.checkpoints import open_checkpoint
+from ltp_sparse.ticket import Ticket
+from ltp_sparse.topk import entries_for
+from ltp_sparse.training.backbone import is_decoupled, logits_only_at
+from ltp_sparse.training.trainer import KeepBest, SparseTrainer, last_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM
+
+IGNORED = -100
+_TOKENIZER_BATCH = 1000
+
+STRATEGIES: dict[str, Callable[[str], bool]] = {
+    "vanilla": pools.maskable,
+    "decoupled": pools.maskable,
+    "frozen_embedding": pools.without_embeddings,
+}
+"""What may move in tuning and be selected. "vanilla" wants a tied LM head, "decoupled" a decoupled one."""
+
+
+@dataclass(frozen=True)
+class MLMSettings:
+    """How stage 1 tunes. The defaults are the paper's, or where it is silent those of LT-SFT, whose settings it shares.
+
+    strategy:      "vanilla", "decoupled" or "frozen_embedding"
+    batch_size:    sequences per update, over all processes and accumulation steps
+    accumulation:  micro-batches per update
+    l1:            pull to the initial weights; divided by the number of all model parameters
+    length:        tokens per sequence
+    line_by_line:  one text per sequence, instead of texts joined and cut into full blocks
+    validation:    share of the texts held out; evaluated every `eval_steps` updates and at the end
+    max_steps:     if positive, updates, instead of epochs
+    bf16:          compute under bfloat16 autocast; weights stay float32
+    save_steps:    updates between resumable checkpoints, 0: none. All weights train here, so one of XLM-R-base is 6 GB
+    """
+
+    strategy: str = "decoupled"
+    epochs: float = 3
+    batch_size: int = 32
+    accumulation: int = 1
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    l1: float = 0.1
+    length: int = 256
+    line_by_line: bool = False
+    mask_probability: float = 0.15
+    validation: float = 0.1
+    eval_steps: int = 1000
+    max_steps: int = -1
+    seed: int = 42
+    bf16: bool = False
+    save_steps: int = 0
+    save_total_limit: int = 1
+
+
+@dataclass
+class MLMResult:
+    """A tuned model and what it was before.
+
+    model:    the model that was passed in, with the weights of the best validation loss
+    initial:  canonical name -> initial values of everything that was trained, the LM head included; on the CPU
+    metadata: strategy, steps, step and loss of the best evaluation, data hash and settings: for the ticket
+    history:  the log of the run, as `TrainerState.log_history`
+    """
+
+    model: XLMRobertaForMaskedLM
+    initial: dict[str, Tensor]
+    metadata: dict[str, Any]
+    history: list[dict[str, Any]]
+
+    @torch.no_grad()
+    def reset(self) -> XLMRobertaForMaskedLM:
+        """Puts the initial weights back, bit for bit, those of the LM head included; returns the model."""
+        parameters = canonical_parameters(self.model)
+        for name, tensor in self.initial.items():
+            parameters[name].copy_(tensor)
+        return self.model
+
+
+def tune_mlm(
+    model: XLMRobertaForMaskedLM,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    settings: MLMSettings | None = None,
+    *,
+    output_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
+    **arguments: Any,
+) -> MLMResult:
+    """Tunes `model` in place as a masked language model and leaves it at its best validation loss.
+
+    Everything in the strategy's pool trains, and the LM head's dense, layer_norm and bias (never selected; `reset`
+    takes them back); LayerNorms and a decoupled output embedding stay fixed. All of it is one `MaskedAdamW` with the L1
+    pull fused in. Logits are made at masked positions only.
+
+    Args:
+        model: tied for "vanilla", decoupled for "decoupled": `load_backbone(..., decoupled=...)`.
+        texts: one sentence or paragraph each.
+        output_dir: folder for checkpoints; None: a temporary one.
+        resume: continue from the latest checkpoint in `output_dir`, if there is one.
+        progress: show bars and the log.
+        arguments: further `transformers.TrainingArguments`, e.g. logging_steps=10.
+
+    Raises:
+        ValueError: unknown strategy, a model tied where it must not be or the reverse, too little text.
+    """
+    settings = settings or MLMSettings()
+    _check(model, settings, output_dir, resume)
+    parameters = canonical_parameters(model)
+    pull = settings.l1 / sum(parameter.numel() for parameter in parameters.values())
+    head = {
+        name: parameter
+        for name, parameter in parameters.items()
+        if name.startswith("lm_head.") and name != "lm_head.decoder.weight"
+    }
+    initial_head = {name: parameter.detach().cpu().clone() for name, parameter in head.items()}
+
+    def dataset(part: Sequence[str], seed: int) -> MaskedTexts:
+        return MaskedTexts(
+            part,
+            tokenizer,
+            length=settings.length,
+            packed=not settings.line_by_line,
+            probability=settings.mask_probability,
+            seed=seed,
+            progress=progress,
+        )
+
+    training, validation = split_texts(texts, settings.validation, settings.seed)
+    train_dataset, eval_dataset = dataset(training, settings.seed), dataset(validation, settings.seed + 1)
+    device = next(model.parameters()).device
+    with ExitStack() as stack:
+        folder = os.fspath(output_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="ltp_sparse-mlm-")))
+        trainer = MLMTrainer(
+            model,
+            _training_arguments(settings, folder, progress, arguments),
+            Ticket.full(model, pool=STRATEGIES[settings.strategy]),
+            dense=[{"params": list(head.values()), "pull": pull}],
+            pull=pull,
+            keep_best=(keep_best := KeepBest("loss", on_disk=False)),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=PadRight(tokenizer.pad_token_id),
+            callbacks=[_Epochs(train_dataset), _EvaluateAtEnd(), *callbacks],
+        )
+        if not progress:
+            trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder) if resume else None)
+    model.to(device).eval()
+    shapes = trainer.ticket.shapes
+    initial = {name: values.view(shapes[name]) for name, values in trainer.base.originals.items()}
+    best = keep_best.delta().metadata
+    metadata = {
+        "stage": "mlm",
+        "strategy": settings.strategy,
+        "step": best["step"],
+        "validation_loss": best["value"],
+        "steps": trainer.state.global_step,
+        "training_sequences": len(train_dataset),
+        "data_hash": text_hash(texts),
+        "settings": asdict(settings),
+    }
+    return MLMResult(model, {**initial, **initial_head}, metadata, trainer.state.log_history)
+
+
+def find_ticket(
+    initial: Weights,
+    tuned: Weights,
+    *,
+    strategy: str = "decoupled",
+    density: float = 0.2,
+    budget: Budget = "global",
+    segment: str | None = None,
+    intersect: bool = False,
+    metadata: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> Ticket:
+    """The winning ticket: the entries of the strategy's pool that tuning moved most.
+
+    With the global budget, `density` counts against all maskable entries (277,414,656 of XLM-R-base) for every
+    strategy, so that "20 %" is the same number of entries; in a segment, and for the other budgets, against the pool.
+
+    Args:
+        initial, tuned: modules, mappings from names to tensors, or safetensors checkpoints; at least one of them must
+            hold the whole base model.
+        strategy: that of the tuning.
+        budget: "global" (across layers), "layer" (layer separate), "tensor", or shares, see `select`.
+        segment: "lower", "middle" or "upper" third of the layers only.
+        intersect: with `segment`: the part of the whole model's ticket that lies in the segment.
+        metadata: added to the ticket's, e.g. `MLMResult.metadata`.
+
+    Raises:
+        ValueError: unknown strategy or segment, or a budget above its pool (both are named).
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"find_ticket: strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    if intersect and segment is None:
+        raise ValueError("find_ticket: intersect=True keeps the part inside a segment; pass segment=, too")
+    sizes = [_sizes(source) for source in (initial, tuned)]
+    maskable = max(sum(n for name, n in of.items() if pools.maskable(name)) for of in sizes)
+    num_layers = len({layer_of(name) for of in sizes for name in of} - {"embeddings", "other"})
+    in_segment = None if segment is None else pools.segment(segment, num_layers)
+    pool = STRATEGIES[strategy] if in_segment is None or intersect else in_segment
+    of_model = budget == "global" and pool is not in_segment
+    ticket = select(
+        initial,
+        tuned,
+        k=entries_for(maskable, density=density, k=None) if of_model else None,
+        density=None if of_model else density,
+        budget=budget,
+        pool=pool,
+        method="ltp",
+        metadata=metadata,
+        progress=progress,
+    )
+    if intersect:
+        ticket = ticket.restrict(in_segment)
+    ticket.metadata |= {"strategy": strategy, "density": density, "maskable": maskable, "k": ticket.k}
+    if segment is not None:
+        ticket.metadata |= {"segment": segment, "intersect": intersect}
+    return ticket
+
+
+def _sizes(source: Weights) -> dict[str, int]:
+    tensors = open_checkpoint(source) if isinstance(source, str | os.PathLike) else canonical_tensors(source)
+    return {name: tensor.numel() for name, tensor in tensors.items()}
+
+
+def _check(model: nn.Module, settings: MLMSettings, output_dir: str | os.PathLike[str] | None, resume: bool) -> None:
+    strategy = settings.strategy
+    if strategy not in STRATEGIES:
+        raise ValueError(f"tune_mlm: strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    if strategy != "frozen_embedding" and is_decoupled(model) != (strategy == "decoupled"):
+        wanted, found = ("decoupled", "tied") if strategy == "decoupled" else ("tied", "decoupled")
+        raise ValueError(
+            f"tune_mlm: strategy {strategy!r} needs a {wanted} LM head, this model's is {found}; "
+            f"load it with load_backbone(..., decoupled={strategy == 'decoupled'})"
+        )
+    if (resume or settings.save_steps) and output_dir is None:
+        raise ValueError("tune_mlm: checkpoints need a folder that stays; pass output_dir=")
+
+
+def _training_arguments(
+    settings: MLMSettings, folder: str, progress: bool, more: Mapping[str, Any]
+) -> TrainingArguments:
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    per_device, rest = divmod(settings.batch_size, settings.accumulation * processes)
+    if rest or not per_device:
+        raise ValueError(
+            f"tune_mlm: a batch of {settings.batch_size} sequences cannot be split into {settings.accumulation} "
+            f"accumulation steps on {processes} processes; take a multiple of {settings.accumulation * processes}"
+        )
+    options: dict[str, Any] = {
+        "output_dir": folder,
+        "num_train_epochs": settings.epochs,
+        "max_steps": settings.max_steps,
+        "per_device_train_batch_size": per_device,
+        "per_device_eval_batch_size": per_device,
+        "gradient_accumulation_steps": settings.accumulation,
+        "learning_rate": settings.learning_rate,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "lr_scheduler_type": "linear",
+        "eval_strategy": "steps",
+        "eval_steps": settings.eval_steps,
+        "logging_steps": 50,
+        "save_strategy": "steps" if settings.save_steps else "no",
+        "save_steps": settings.save_steps or 1,
+        "save_total_limit": settings.save_total_limit,
+        "seed": settings.seed,
+        "bf16": settings.bf16,
+        "remove_unused_columns": False,
+        "report_to": [],
+        "disable_tqdm": not progress,
+    }
+    return TrainingArguments(**{**options, **more})
+
+
+class MLMTrainer(SparseTrainer):
+    """A `SparseTrainer` on masked tokens: logits at masked positions only, and an evaluation loss per masked token.
+
+    Datasets give what `PadRight` collates. The training loss is the mean over the masked tokens of an update, over all
+    its micro-batches and processes; `eval_loss` is that over all masked tokens of the set, whatever the batch size.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, compute_loss_func=masked_token_loss, compute_metrics=_token_mean, **kwargs)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The loss of a micro-batch, see `masked_token_loss`."""
+        with logits_only_at(model, inputs["labels"] != IGNORED):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    @torch.no_grad()
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[None, Tensor, Tensor]:
+        """Sum of losses (float64 [B]) and number of masked tokens (int64 [B]) of every sequence, for `_token_mean`."""
+        labels = inputs["labels"]
+        masked = labels != IGNORED
+        with logits_only_at(model, masked):
+            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        losses = F.cross_entropy(logits.float(), labels[masked], reduction="none")
+        sums = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
+        return None, sums.index_add_(0, masked.nonzero()[:, 0], losses.double()), masked.sum(1)
+
+
+def masked_token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """Sum of cross-entropies over the masked tokens, divided by their number in the whole update (or in this batch).
+
+    outputs: with logits [masked tokens, vocabulary]; labels: int64 [B, L], -100 where not masked.
+    """
+    targets = labels[labels != IGNORED]
+    count = torch.as_tensor(len(targets) if num_items_in_batch is None else num_items_in_batch)
+    return F.cross_entropy(outputs.logits.float(), targets, reduction="sum") / count.clamp(min=1).to(targets.device)
+
+
+def _token_mean(prediction: Any) -> dict[str, float]:
+    loss = float(prediction.predictions.sum() / max(prediction.label_ids.sum(), 1))
+    return {"loss": loss, "perplexity": float(np.exp(loss))}
+
+
+class _Epochs(TrainerCallback):
+    """Tells a dataset the epoch. (The dataloader of a distributed run tells only its sampler.)"""
+
+    def __init__(self, dataset: MaskedTexts) -> None:
+        self.dataset = dataset
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.dataset.set_epoch(int(state.epoch or 0))
+
+
+class _EvaluateAtEnd(TrainerCallback):
+    """Makes the last weights a candidate, too."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+
+def split_texts(texts: Sequence[str], share: float, seed: int) -> tuple[list[str], list[str]]:
+    """Training and validation texts: a random `share`, at least one text, is held out; the order of texts is kept."""
+    if not 0 < share < 1 or len(texts) < 2:
+        raise ValueError(
+            f"split_texts: expected a share in (0, 1) and at least 2 texts, got {share} and {len(texts)} texts"
+        )
+    held_out = max(1, round(share * len(texts)))
+    chosen = set(torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))[:held_out].tolist())
+    return (
+        [text for i, text in enumerate(texts) if i not in chosen],
+        [text for i, text in enumerate(texts) if i in chosen],
+    )
+
+
+def text_hash(texts: Iterable[str]) -> str:
+    """What a ticket records of its data: SHA-256 (128 bits kept) of the texts in order."""
+    sha = hashlib.sha256()
+    for text in texts:
+        sha.update(text.encode() + b"\n")
+    return sha.hexdigest()[:32]
+
+
+class MaskedTexts(Dataset):
+    """Token sequences that are masked anew in every epoch.
+
+    packed: all texts, each between `<s>` and `</s>`, joined and cut into blocks of `length` tokens; the last,
+            incomplete block is dropped. Otherwise one text, cut to `length`, per example.
+    Each token but `<s>`, `</s>` and padding is chosen with `probability`; of the chosen 80 % become `<mask>`, 10 % a
+    random token of the whole vocabulary, 10 % stay. Items are {"input_ids", "labels"}, int64 [tokens], labels -100
+    where nothing was chosen.
+
+    The choice is a counter-based function of (seed, epoch, example), so it does not depend on batches, workers, ranks
+    or on what else draws random numbers: a resumed run sees the masks of the uninterrupted one. `set_epoch` changes it;
+    a dataset whose epoch is never set is masked the same way every time, which is what evaluation wants.
+    """
+
+    def __init__(
+        self,
+        texts: Iterable[str],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        length: int = 256,
+        packed: bool = True,
+        probability: float = 0.15,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> None:
+        self.tokens, self.offsets = _tokenize(texts, tokenizer, None if packed else length, progress)
+        if packed:
+            blocks = len(self.tokens) // length
+            self.offsets = np.arange(blocks + 1, dtype=np.int64) * length
+        if len(self) == 0:
+            raise ValueError(
+                f"MaskedTexts: {len(self.tokens)} tokens give no example"
+                + (
+                    f" of {length} tokens; give more text or line_by_line=True"
+                    if packed
+                    else "; give texts that are not empty"
+                )
+            )
+        self.probability, self.seed = probability, seed
+        self.vocabulary, self.mask_id = len(tokenizer), tokenizer.mask_token_id
+        self.special = np.unique(
+            [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id,
+                         tokenizer.pad_token_id) if i is not None]
+        )  # fmt: skip
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by running dataloader workers
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch.fill_(epoch)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        tokens = self.tokens[self.offsets[index] : self.offsets[index + 1]].astype(np.int64)
+        counter = np.array([0, 0, index, int(self.epoch)], dtype=np.uint64)
+        draws = np.random.Philox(key=self.seed, counter=counter).random_raw(2 * len(tokens)).reshape(2, -1)
+        uniform = (draws[0] >> np.uint64(11)) * 2.0**-53  # [0, 1): chosen below `probability`, then split 80 : 10 : 10
+        chosen = (uniform < self.probability) & ~np.isin(tokens, self.special)
+        kind = uniform / self.probability
+        random_tokens = (draws[1] % np.uint64(self.vocabulary)).astype(np.int64)
+        masked = np.where(kind < 0.8, self.mask_id, np.where(kind < 0.9, random_tokens, tokens))
+        return {
+            "input_ids": torch.from_numpy(np.where(chosen, masked, tokens)),
+            "labels": torch.from_numpy(np.where(chosen, tokens, IGNORED)),
+        }
+
+
+def _tokenize(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int | None, progress: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """All tokens, int32 [T], and where each non-empty text starts, int64 [texts + 1]."""
+    lines = [text for text in (raw.strip() for raw in texts) if text]
+    pieces, lengths = [], [0]
+    for start in tqdm(range(0, len(lines), _TOKENIZER_BATCH), "tokenize", disable=not progress, unit="k lines"):
+        batch = tokenizer(
+            lines[start : start + _TOKENIZER_BATCH],
+            truncation=length is not None,
+            max_length=length,
+            return_attention_mask=False,
+            verbose=False,  # the model never sees a sequence longer than `length`, packed lines may well be
+        )["input_ids"]
+        pieces += [np.asarray(ids, dtype=np.int32) for ids in batch]
+        lengths += [len(ids) for ids in batch]
+    return np.concatenate([np.empty(0, np.int32), *pieces]), np.cumsum(lengths, dtype=np.int64)
+
+
+class PadRight:
+    """Collates examples of `MaskedTexts`: pads to the longest; adds the attention mask. All int64 [batch, longest]."""
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        def padded(key: str, value: int) -> Tensor:
+            return torch.nn.utils.rnn.pad_sequence([e[key] for e in examples], batch_first=True, padding_value=value)
+
+        input_ids = padded("input_ids", self.pad_id)
+        lengths = torch.tensor([len(e["input_ids"]) for e in examples])
+        attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": padded("labels", IGNORED)}

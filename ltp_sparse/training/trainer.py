@@ -1,0 +1,368 @@
+"""`SparseTrainer`: `transformers.Trainer` that trains a ticket, and keeps and resumes only what the ticket holds.
+
+Built on public overrides and callbacks alone. Every file of a run is O(k): a checkpoint holds a `SparseDelta`, the
+packed optimizer state and the random states instead of the model, and the best evaluation is a `SparseDelta`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+from ltp_sparse.delta import SparseDelta, gather, scatter_
+from ltp_sparse.files import atomic_path
+from ltp_sparse.names import canonical_parameters, fingerprint, match_names
+from ltp_sparse.optim import MaskedAdamW
+from ltp_sparse.ticket import Ticket
+
+DELTA_FILE = "delta.safetensors"
+BEST_FILE = "best.safetensors"
+_STATE_FILE = "trainer_state.json"
+_PLACEHOLDER_FILE = "model.safetensors"
+
+Dense = nn.Module | Iterable[nn.Parameter] | Iterable[Mapping[str, Any]]
+"""Parameters updated in full beside the ticket: a module, parameters, or optimizer parameter groups."""
+
+
+class SparseTrainer(Trainer):
+    """A Trainer whose optimizer is `MaskedAdamW` over a ticket.
+
+    Args:
+        model: the base model; its weights at construction are what deltas are measured from. It is trained in place.
+        args: learning rate, betas, eps, weight decay, clipping and schedule are taken from here. `max_grad_norm` clips
+            the norm over active and dense entries inside the optimizer; that norm is logged as `grad_norm`.
+        ticket: the entries to train.
+        dense: parameters of the model to train in full: a module, parameters or parameter groups.
+        pull: factor of the L1 pull of the ticket's entries to the base weights, see `MaskedAdamW`.
+        keep_best: a `KeepBest`, to end with the weights of the best evaluation.
+        optimizer_options: further arguments of `MaskedAdamW`.
+        kwargs: further arguments of `transformers.Trainer`.
+
+    During `train`, parameters without an active entry have `requires_grad` off. Checkpoints (`save_strategy`,
+    `save_steps`, `save_total_limit` of `args`) take O(k) bytes and resume bit for bit on the same base model;
+    `train(resume_from_checkpoint=True)` takes the latest complete one. `save_model(folder)` writes the whole model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        ticket: Ticket,
+        *,
+        dense: Dense = (),
+        pull: float = 0.0,
+        keep_best: KeepBest | None = None,
+        optimizer_options: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.optimizer: Any = None
+        if args.load_best_model_at_end:
+            raise ValueError(
+                "SparseTrainer: load_best_model_at_end needs checkpoints of the whole model; "
+                "pass keep_best=KeepBest(metric) instead"
+            )
+        args = copy.copy(args)
+        self.clip = args.max_grad_norm or None
+        args.max_grad_norm = 0.0  # the Trainer would clip over all gradients, those of inactive entries, too
+        if args.data_seed is None:
+            args.data_seed = args.seed  # else the order of examples follows whatever seeded torch last
+        super().__init__(model=model, args=args, **kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or args.n_gpu > 1:
+            raise ValueError(
+                "SparseTrainer: FSDP, DeepSpeed and nn.DataParallel are not supported; "
+                "run one process per device (torchrun), or make one device visible"
+            )
+        # Even without clipping the Trainer takes the norm of all gradients and multiplies them by a factor made of it,
+        # so that a NaN of an inactive entry would spread. Our norm exists after the step only; `log` adds it.
+        self.accelerator.clip_grad_norm_ = lambda *args, **kwargs: None
+        self.ticket, self.pull, self.optimizer_options = ticket, pull, dict(optimizer_options or {})
+        self.dense = _dense_list(dense)
+        self.base = _Base(self.model, ticket, self.dense)
+        self.resumed_from: Path | None = None
+        self.keep_best = keep_best
+        if keep_best is not None:
+            keep_best.trainer = self
+            self.add_callback(keep_best)
+
+    # --- the optimizer ---------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """`MaskedAdamW` over the ticket; on resuming, also writes the checkpoint's weights into the model.
+
+        That comes after the optimizer is made, which takes the anchor of the pull from the base weights, and before its
+        state is loaded.
+        """
+        if self.optimizer is None:
+            args = self.args
+            self.optimizer = MaskedAdamW(
+                self.model,
+                self.ticket,
+                lr=args.learning_rate,
+                betas=(args.adam_beta1, args.adam_beta2),
+                eps=args.adam_epsilon,
+                weight_decay=args.weight_decay,
+                dense=self.dense,
+                max_grad_norm=self.clip,
+                pull=self.pull,
+                freeze=True,
+                **self.optimizer_options,
+            )
+        if self.resumed_from is not None:
+            self.base.restore(self.model, SparseDelta.load(self.resumed_from / DELTA_FILE))
+        return self.optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the norm that clipping saw to the training logs."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+        if "loss" in logs and optimizer is not None and optimizer.grad_norm is not None:
+            logs["grad_norm"] = float(optimizer.grad_norm)
+        super().log(logs, start_time)
+
+    # --- training and checkpoints ----------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, **kwargs: Any) -> Any:
+        """As `Trainer.train`; True resumes from the latest complete checkpoint of the output folder."""
+        self.resumed_from = self._checkpoint(resume_from_checkpoint)
+        flags = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
+        # The Trainer loads the placeholder of a checkpoint and would report every parameter as missing.
+        hook = self.model.register_load_state_dict_post_hook(lambda module, keys: keys.missing_keys.clear())
+        try:
+            return super().train(
+                resume_from_checkpoint=None if self.resumed_from is None else str(self.resumed_from), **kwargs
+            )
+        finally:
+            hook.remove()
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
+
+    def _checkpoint(self, resume_from_checkpoint: str | os.PathLike[str] | bool | None) -> Path | None:
+        if not resume_from_checkpoint:
+            return None
+        if resume_from_checkpoint is True:
+            latest = last_checkpoint(self.args.output_dir)
+            if latest is None:
+                raise ValueError(f"SparseTrainer: no complete checkpoint in {self.args.output_dir!r} to resume from")
+            return latest
+        folder = Path(resume_from_checkpoint)
+        if not (folder / DELTA_FILE).is_file():
+            raise ValueError(f"SparseTrainer: {str(folder)!r} is not one of its checkpoints: it has no {DELTA_FILE}")
+        return folder
+
+    def delta(self, metadata: Mapping[str, Any] | None = None) -> SparseDelta:
+        """What training has changed so far, against the base model."""
+        return self.base.delta(self.model, metadata)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the whole model, as `Trainer.save_model`; into the Trainer's own checkpoints, what has changed."""
+        if not _internal_call:
+            super().save_model(output_dir)
+        elif self.args.should_save:
+            folder = Path(str(output_dir))
+            self.base.delta(self.model, originals=False).save(
+                folder / DELTA_FILE
+            )  # the base itself is there on resuming
+            if self.keep_best is not None:
+                self.keep_best.save_into(folder)
+            save_file({}, folder / _PLACEHOLDER_FILE, metadata={"note": f"the weights are in {DELTA_FILE}"})
+
+
+class KeepBest(TrainerCallback):
+    """Keeps the delta of the best evaluation and puts it into the model when training ends; of equals, the first wins.
+
+    Args:
+        metric: name of an evaluation metric, with or without "eval_".
+        greater_is_better: by default True, but for losses.
+        on_disk: keep it as `best.safetensors` in the output folder, replaced atomically, so that it survives a kill
+            (one process writes it, all read it); otherwise in memory (checkpoints hold it all the same).
+
+    Attributes:
+        best: {"metric", "value", "step", "epoch"} of the best evaluation so far, or None; the metadata of its delta.
+    """
+
+    trainer: SparseTrainer
+
+    def __init__(self, metric: str = "loss", *, greater_is_better: bool | None = None, on_disk: bool = True) -> None:
+        self.metric = metric if metric.startswith("eval_") else f"eval_{metric}"
+        self.greater_is_better = not metric.endswith("loss") if greater_is_better is None else greater_is_better
+        self.on_disk = on_disk
+        self.best: dict[str, Any] | None = None
+        self._delta: SparseDelta | None = None
+        self._training = False
+        self._seen: set[str] = set()
+
+    @property
+    def path(self) -> Path:
+        """Where the best delta lies if it is kept on disk."""
+        return Path(self.trainer.args.output_dir) / BEST_FILE
+
+    def delta(self) -> SparseDelta:
+        """The best delta; a ValueError before the first evaluation."""
+        if self.best is None:
+            raise ValueError(
+                f"KeepBest: no evaluation has given a number for {self.metric!r}; metrics seen: {sorted(self._seen)}. "
+                "Set eval_strategy in the training arguments and check the name"
+            )
+        return self._delta if self._delta is not None else SparseDelta.load(self.path)
+
+    def save_into(self, folder: Path) -> None:
+        """Puts the best delta so far into a checkpoint folder; from disk, without a copy where the file system can."""
+        if self._delta is not None:
+            self._delta.save(folder / BEST_FILE)
+        elif self.best is not None:
+            _link(self.path, folder / BEST_FILE)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # The best of an earlier run, or of steps that are about to be trained again, must not decide this run.
+        self.best, self._delta, self._training = None, None, True
+        saved = None if self.trainer.resumed_from is None else self.trainer.resumed_from / BEST_FILE
+        if saved is not None and saved.is_file():
+            delta = SparseDelta.load(saved)
+            self.best = delta.metadata
+            if not self.on_disk:
+                self._delta = delta
+            elif state.is_world_process_zero:
+                _link(saved, self.path)
+        elif self.on_disk and state.is_world_process_zero:
+            self.path.unlink(missing_ok=True)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        metrics = metrics or {}
+        self._seen |= set(metrics)
+        if not self._training or self.metric not in metrics:
+            return
+        value = float(metrics[self.metric])
+        sign = 1 if self.greater_is_better else -1
+        if value != value or (self.best is not None and not sign * value > sign * self.best["value"]):
+            return
+        self.best = {"metric": self.metric, "value": value, "step": state.global_step, "epoch": state.epoch}
+        if not self.on_disk:
+            self._delta = self.trainer.delta(self.best)
+        elif state.is_world_process_zero:
+            self.trainer.delta(self.best).save(self.path)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._training = False
+        self.trainer.accelerator.wait_for_everyone()  # one process writes the file, all read it
+        self.trainer.base.restore(self.trainer.model, self.delta())
+
+
+class _Base:
+    """The trained entries as they were before training: O(k), and enough to make deltas and to return to one."""
+
+    def __init__(self, model: nn.Module, ticket: Ticket, dense: Iterable[Any]) -> None:
+        parameters = canonical_parameters(model)
+        names = match_names(ticket.active_names, parameters, what="SparseTrainer", where="the model")
+        self.dense = _dense_names(parameters, dense)
+        if frozen := [name for name in [*names, *self.dense] if not parameters[name].requires_grad]:
+            raise ValueError(
+                f"SparseTrainer: {frozen[0]!r} is to be trained but has requires_grad off ({len(frozen)} parameters in "
+                "all); turn it on, or leave the parameter out of the ticket and of dense"
+            )
+        digests = fingerprint({name: parameters[name].detach() for name in names})
+        if moved := [name for name in names if ticket.fingerprint.get(name, digests[name]) != digests[name]]:
+            warnings.warn(
+                f"SparseTrainer: the ticket was selected on another base model than this one ({moved[0]!r} differs, "
+                f"{len(moved)} tensors in all); load the initial weights unless this is meant",
+                UserWarning,
+                stacklevel=3,
+            )
+        self.ticket = Ticket(ticket.sets, ticket.shapes, ticket.metadata, digests)
+        self.originals = {name: gather(parameters[name], ticket.sets[name]).cpu() for name in names}
+
+    def delta(
+        self, model: nn.Module, metadata: Mapping[str, Any] | None = None, *, originals: bool = True
+    ) -> SparseDelta:
+        parameters = canonical_parameters(model)
+        values = {name: gather(parameters[name], self.ticket.sets[name]).cpu() for name in self.originals}
+        dense = {name: parameters[name].detach().cpu().clone() for name in self.dense}
+        return SparseDelta(self.ticket, values, self.originals if originals else None, dense, metadata)
+
+    def restore(self, model: nn.Module, delta: SparseDelta) -> None:
+        """Writes a delta's values into the trained entries, whatever they hold now."""
+        if delta.ticket != self.ticket or delta.ticket.fingerprint != self.ticket.fingerprint:
+            raise ValueError(
+                f"SparseTrainer: {delta!r} was saved for another ticket or another base model; "
+                "resume with those of the interrupted run"
+            )
+        if set(delta.dense) != set(self.dense):
+            raise ValueError(
+                f"SparseTrainer: expected the dense parameters {sorted(self.dense)}, the saved run has "
+                f"{sorted(delta.dense)}; resume with those of the interrupted run"
+            )
+        parameters = canonical_parameters(model)
+        with torch.no_grad():
+            for name, values in delta.values.items():
+                scatter_(parameters[name].detach(), self.ticket.sets[name], values)
+            for name, tensor in delta.dense.items():
+                parameters[name].copy_(tensor)
+
+
+def _dense_list(dense: Dense) -> list[Any]:
+    """Parameters, or parameter groups with lists: a form that can be read more than once."""
+    items = dense.parameters() if isinstance(dense, nn.Module) else dense
+    return [{**item, "params": list(item["params"])} if isinstance(item, Mapping) else item for item in items]
+
+
+def _dense_names(parameters: Mapping[str, nn.Parameter], dense: Iterable[Any]) -> list[str]:
+    wanted: list[Tensor] = []
+    for item in dense:
+        wanted += item["params"] if isinstance(item, Mapping) else [item]
+    name_of = {id(parameter): name for name, parameter in parameters.items()}
+    if foreign := [parameter for parameter in wanted if id(parameter) not in name_of]:
+        raise ValueError(
+            f"SparseTrainer: {len(foreign)} parameters of dense are not part of the model, the first of shape "
+            f"{list(foreign[0].shape)}; make their module a part of the model"
+        )
+    return list(dict.fromkeys(name_of[id(parameter)] for parameter in wanted))
+
+
+def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
+    """The checkpoint of most steps in an output folder, of those written to their end; None if there is none."""
+    found = sorted(Path(folder).glob("checkpoint-*"), key=_steps, reverse=True)
+    return next((path for path in found if _complete(path)), None)
+
+
+def _steps(checkpoint: Path) -> int:
+    number = checkpoint.name.removeprefix("checkpoint-")
+    return int(number) if number.isdigit() else -1
+
+
+def _complete(checkpoint: Path) -> bool:
+    # The Trainer writes this file last, but not atomically: it may be cut off.
+    try:
+        return json.loads((checkpoint / _STATE_FILE).read_text())["global_step"] == _steps(checkpoint)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _link(source: Path, target: Path) -> None:
+    """Gives a file a second name, atomically; a copy where hard links are not possible."""
+    with atomic_path(target) as temporary:
+        temporary.unlink()
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)

@@ -1,0 +1,61 @@
+"""Settings that hold for every test: no downloads, fixed seeds, poisoned scratch memory, Triton without a GPU."""
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+# These are read once, when the libraries are imported, which the test modules do after this file.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+torch.set_num_threads(2)
+
+settings.register_profile("ltp_sparse", deadline=None, derandomize=True, database=None, print_blob=True)
+settings.load_profile("ltp_sparse")
+
+SEED = 20_240_611
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test starts from the same global random state, whatever ran before it."""
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_scratch():
+    """`torch.empty` and its relatives return NaN (floats) or the largest integer, so that unwritten output fails."""
+    mode = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(mode, warn_only=warn_only)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    """A generator of its own for tests that make random inputs."""
+    return torch.Generator().manual_seed(SEED)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data: LTP_SPARSE_DATA, or `shared/data` beside the repository."""
+    default = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("LTP_SPARSE_DATA") or default)
+    if not folder.is_dir():
+        pytest.skip(f"needs real data: {folder} is no folder; set LTP_SPARSE_DATA to the folder that holds it")
+    return folder

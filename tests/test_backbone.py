@@ -1,0 +1,209 @@
+"""Backbones: the tied matrix's name, the decoupled LM head, and what loading refuses (METHODS 1.1, traps 1 to 3)."""
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaForMaskedLM
+
+from ltp_sparse import Ticket, canonical_parameters
+from ltp_sparse.names import is_layer_norm
+from ltp_sparse.selection import pools
+from ltp_sparse.topk import entries_for
+from ltp_sparse.training.backbone import backbone_from_config, decouple, is_decoupled, load_backbone, logits_only_at
+
+E_IN, E_OUT = "roberta.embeddings.word_embeddings.weight", "lm_head.decoder.weight"
+
+
+def tiny_config(vocab_size=60):
+    return XLMRobertaConfig(
+        vocab_size=vocab_size, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=20, type_vocab_size=1,
+    )  # fmt: skip
+
+
+def tiny_model(*, decoupled=True):
+    model = backbone_from_config(tiny_config(), decoupled=decoupled).eval()
+    with torch.no_grad():  # a bias that is seen when it is lost
+        model.lm_head.bias.normal_()
+    return model
+
+
+def tiny_tokenizer(words=50, pad_token="<pad>"):
+    special = ["<s>", pad_token, "</s>", "<unk>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *(f"w{i}" for i in range(words)), "<mask>"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", pad_token=pad_token, eos_token="</s>", unk_token="<unk>",
+        mask_token="<mask>", padding_side="left",
+    )  # fmt: skip
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(4, 16).view(2, 6)).logits
+
+
+@pytest.fixture(scope="module")
+def base_config():
+    """XLM-R-base; used on the meta device only."""
+    return XLMRobertaConfig(
+        vocab_size=250_002, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
+        max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("decoupled", "total"), [(False, 278_295_186), (True, 470_296_722)], ids=["tied", "decoupled"])
+def test_xlm_r_base_has_the_known_sizes(base_config, decoupled, total):
+    """Trap 1: newer transformers list the tied matrix as lm_head.decoder.weight only."""
+    with torch.device("meta"):
+        model = backbone_from_config(base_config, decoupled=decoupled)
+    parameters = canonical_parameters(model)
+    assert sum(p.numel() for p in parameters.values()) == total
+    assert (E_OUT in parameters) == decoupled
+    ticket = Ticket.full(model, pool=pools.maskable)
+    assert (ticket.n, len(ticket.names)) == (277_414_656, 147)
+    assert entries_for(ticket.n, density=0.2) == 55_482_931
+    assert entries_for(ticket.n, density=0.75) == 208_060_992
+    assert Ticket.full(model, pool=pools.without_embeddings).n == 85_017_600
+    assert {Ticket.full(model, pool=pools.segment(s, 12)).n for s in ("lower", "middle", "upper")} == {28_339_200}
+    assert sum(p.numel() for name, p in parameters.items() if is_layer_norm(name)) == 38_400
+
+
+def test_layer_norm_of_the_head_is_not_a_frozen_layer_norm():
+    """Trap 3: the rule is the substring LayerNorm."""
+    parameters = canonical_parameters(tiny_model())
+    assert not is_layer_norm("lm_head.layer_norm.weight") and "lm_head.layer_norm.weight" in parameters
+    assert not any(name.startswith("lm_head.") for name in parameters if pools.maskable(name))
+
+
+def test_decoupling_copies_and_freezes():
+    model = tiny_model(decoupled=False)
+    assert not is_decoupled(model)
+    before, config = logits(model), model.config
+    assert decouple(model) is model and model.config is config and config.tie_word_embeddings is False
+    assert is_decoupled(model)
+    assert torch.equal(model.lm_head.decoder.weight, model.roberta.embeddings.word_embeddings.weight)
+    assert not model.lm_head.decoder.weight.requires_grad
+    assert model.roberta.embeddings.word_embeddings.weight.requires_grad
+    assert model.lm_head.decoder.bias is model.lm_head.bias and model.lm_head.bias.requires_grad
+    assert torch.equal(logits(model), before)
+
+
+def test_config_of_the_caller_is_not_touched():
+    config = tiny_config()
+    assert backbone_from_config(config).config.tie_word_embeddings is False
+    assert config.tie_word_embeddings is True
+
+
+def test_output_embedding_gets_no_gradient_of_the_input_embedding():
+    model = tiny_model()
+    model(input_ids=torch.arange(4, 10)[None], labels=torch.arange(4, 10)[None]).loss.backward()
+    seen = model.roberta.embeddings.word_embeddings.weight.grad.abs().sum(1) > 0
+    assert seen.nonzero().flatten().tolist() == list(range(4, 10))  # tied, every row would get a gradient
+    assert model.lm_head.decoder.weight.grad is None
+
+
+@pytest.mark.parametrize("retie", ["tie_weights", "init_weights", "save", "copy", "resize"])
+def test_nothing_ties_it_again(retie, tmp_path):
+    """Trap 2: transformers ties again in saving, loading, resizing and initialising."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.roberta.embeddings.word_embeddings.weight += 1
+    e_in, e_out = (module.weight.detach().clone() for module in (model.get_input_embeddings(), model.lm_head.decoder))
+    if retie == "save":
+        model.save_pretrained(tmp_path)
+    elif retie == "copy":
+        model = copy.deepcopy(model)
+    elif retie == "resize":
+        model.resize_token_embeddings(70, mean_resizing=False)
+        decouple(model)
+        assert model.lm_head.decoder.bias is model.lm_head.bias and len(model.lm_head.bias) == 70
+    else:
+        getattr(model, retie)()
+    assert is_decoupled(model)
+    assert torch.equal(model.get_input_embeddings().weight[:60], e_in)
+    assert torch.equal(model.lm_head.decoder.weight[:60], e_out)
+    assert not model.lm_head.decoder.weight.requires_grad
+
+
+@pytest.mark.parametrize("loader", ["load_backbone", "transformers"])
+@pytest.mark.parametrize("decoupled", [True, False], ids=["decoupled", "tied"])
+def test_saved_folder_gives_the_same_model(decoupled, loader, tmp_path):
+    """Also without this library: an untied folder must hold the bias under both names."""
+    model = tiny_model(decoupled=decoupled)
+    if decoupled:
+        with torch.no_grad():
+            model.roberta.embeddings.word_embeddings.weight += 1
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    if loader == "load_backbone":
+        loaded, _ = load_backbone(tmp_path, decoupled=decoupled)
+        assert loaded.lm_head.decoder.bias is loaded.lm_head.bias
+        assert loaded.lm_head.decoder.weight.requires_grad != decoupled
+    else:
+        loaded = XLMRobertaForMaskedLM.from_pretrained(tmp_path)
+    assert is_decoupled(loaded) == decoupled
+    assert torch.equal(logits(loaded.eval()), logits(model))
+    before, after = canonical_parameters(model), canonical_parameters(loaded)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_loading(tmp_path):
+    tiny_model(decoupled=False).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    model, tokenizer = load_backbone(tmp_path / "model", tokenizer=tmp_path / "tokenizer", dtype=torch.bfloat16)
+    assert is_decoupled(model) and model.dtype is torch.bfloat16
+    assert tokenizer.padding_side == "right"  # trap 4
+
+
+def test_loading_refuses(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        load_backbone(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="does not exist"):
+        load_backbone("./nothing")
+    folder = tmp_path / "model"
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer(words=100).save_pretrained(folder)
+    with pytest.raises(ValueError, match="105 tokens, the model 60"):
+        load_backbone(folder)
+    wrong_pad = tiny_tokenizer()
+    wrong_pad.pad_token = "<s>"
+    wrong_pad.save_pretrained(folder)
+    with pytest.raises(ValueError, match="pad id 1, got mask id 54 and pad id 0"):
+        load_backbone(folder)
+    from transformers import BertConfig
+
+    BertConfig().save_pretrained(folder)
+    with pytest.raises(ValueError, match="got 'bert'"):
+        load_backbone(folder)
+
+
+def test_logits_only_at():
+    model = tiny_model()
+    ids = torch.arange(4, 16).view(2, 6)
+    positions = torch.zeros(2, 6, dtype=torch.bool)
+    positions[0, 2] = positions[1, 0] = positions[1, 5] = True
+    whole = model(input_ids=ids).logits
+    with logits_only_at(model, positions):
+        some = model(input_ids=ids).logits
+    torch.testing.assert_close(some, whole[positions], rtol=1e-5, atol=1e-6)
+    assert torch.equal(model(input_ids=ids).logits, whole)  # the hook is gone
+    with pytest.raises(RuntimeError, match="stop"), logits_only_at(model, positions):
+        raise RuntimeError("stop")
+    assert torch.equal(model(input_ids=ids).logits, whole)
+    with logits_only_at(model, torch.zeros_like(positions)):
+        assert model(input_ids=ids).logits.shape == (0, 60)
+
+
+def test_real_tokenizer_fits(shared_data, tmp_path):
+    config = tiny_config(vocab_size=250_002)
+    backbone_from_config(config).save_pretrained(tmp_path)
+    _, tokenizer = load_backbone(tmp_path, tokenizer=shared_data / "tokenizers" / "xlm_roberta_base")
+    assert tokenizer.mask_token_id == 250_001
+    assert [len(tokenizer.tokenize(f" {word}")) for word in ("right", "wrong", "maybe", "the")] == [1, 1, 1, 1]

@@ -1,0 +1,144 @@
+"""The door: an explicit backend obeys or raises, auto falls back and says why; every operator passes opcheck."""
+
+import runpy
+
+import pytest
+import torch
+from cases import ALL_BACKENDS, using
+
+import ltp_sparse as ls
+from ltp_sparse import backends, ops, topk
+from ltp_sparse.testing import random_weights, tuned_weights, update_problem
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def _no_choice(monkeypatch):
+    monkeypatch.delenv(backends.ENVIRONMENT, raising=False)
+    yield
+    ls.use_backend(None)
+
+
+@pytest.fixture
+def no_extension(monkeypatch):
+    """An installation without a compiler."""
+    monkeypatch.setattr(backends, "_extension", lambda: "ltp_sparse._C is not built (no compiler)")
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    monkeypatch.setattr(backends, "_kernels", lambda: "the Triton kernels cannot be imported (no triton)")
+
+
+@pytest.mark.parametrize("name", ALL_BACKENDS)
+def test_explicit_backend_obeys(name, monkeypatch):
+    """Contract 8."""
+    ls.use_backend(name)
+    assert backends.resolve(CPU).name == name
+    ls.use_backend("auto")
+    monkeypatch.setenv(backends.ENVIRONMENT, name)
+    assert backends.resolve(CPU).name == name
+
+
+def test_explicit_backend_that_is_missing_raises_with_the_reason(no_extension, no_kernels):
+    """Contract 8."""
+    for name, reason in (("compiled", "no compiler"), ("triton", "no triton")):
+        with pytest.raises(backends.BackendUnavailable, match=reason):
+            ls.use_backend(name)
+    assert backends.resolve(CPU).name == "reference", "a refused choice must not stay"
+
+
+def test_explicit_backend_is_refused_where_it_cannot_serve_the_device(monkeypatch):
+    monkeypatch.setattr(backends, "_extension", lambda: backends)  # any module: it is there
+    monkeypatch.setattr(backends, "_kernels", lambda: backends)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for name, device, reason in (("compiled", CUDA, "CPU tensors, not cuda"), ("triton", CPU, "TRITON_INTERPRET")):
+        ls.use_backend(name)
+        with pytest.raises(backends.BackendUnavailable, match=f"{name} was asked for.*{reason}"):
+            backends.resolve(device)
+
+
+def test_explicit_choice_by_environment_is_refused_in_the_call(no_extension, monkeypatch):
+    monkeypatch.setenv(backends.ENVIRONMENT, "compiled")
+    with pytest.raises(backends.BackendUnavailable, match="no compiler"):
+        ls.topk_delta([], [torch.ones(3)], 1)
+
+
+def test_auto_falls_back_and_says_why(no_extension, no_kernels):
+    """Contract 8."""
+    assert backends.resolve(CPU).name == backends.resolve(CUDA).name == "reference"
+    assert backends.available_backends("cpu") == {
+        "reference": "ok",
+        "compiled": "ltp_sparse._C is not built (no compiler)",
+        "triton": "the Triton kernels cannot be imported (no triton)",
+    }
+    sets, _ = ls.topk_delta([], [torch.tensor([1.0, 3.0, 2.0])], 1)
+    assert sets[0].indices().tolist() == [1]
+
+
+def test_auto_takes_the_fastest_for_the_device(monkeypatch):
+    monkeypatch.setattr(backends, "_extension", lambda: backends)
+    monkeypatch.setattr(backends, "_kernels", lambda: backends)
+    assert backends._ORDER == {"cpu": ("compiled", "reference"), "cuda": ("triton", "reference")}
+    assert backends.unavailable_reason("compiled", CPU) is None
+    assert backends.unavailable_reason("triton", CUDA) is None
+    assert backends.resolve(torch.device("meta")).name == "reference"
+
+
+def test_unknown_names_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="expected one of auto, reference, compiled, triton, got 'cuda'"):
+        ls.use_backend("cuda")
+    monkeypatch.setenv(backends.ENVIRONMENT, "gpu")
+    with pytest.raises(ValueError, match="LTP_SPARSE_BACKEND.*got 'gpu'"):
+        backends.resolve(CPU)
+
+
+def test_module_prints_versions_and_the_table_with_reasons(no_kernels, capsys):
+    runpy.run_module("ltp_sparse", run_name="__main__")
+    printed = capsys.readouterr().out
+    assert ls.__version__ in printed and torch.__version__ in printed
+    for line in ("reference  ok", "triton     the Triton kernels cannot be imported (no triton)", "<- used"):
+        assert line in printed
+
+
+# --- contract 9: every operator is registered with torch.library, with schema, fake and mutation declared ---
+
+
+@pytest.mark.parametrize("with_anchor", [False, True], ids=["plain", "pull"])
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+def test_opcheck_masked_adamw(backend, with_anchor):
+    problem = update_problem({"a": (40, 7), "b": (90,), "c": (5,)}, density=0.3)
+    table, k = problem.table, problem.table.k
+    index = (table.tiles, table.words, table.with_ranks().ranks, table.positions, problem.coefficients)
+    anchor = torch.zeros(k if with_anchor else 0)
+    grads = [problem.grads[0], torch.empty(0), problem.grads[2]]
+    with using(backend):
+        torch.library.opcheck(
+            torch.ops.ltp_sparse.masked_adamw_.default,
+            (problem.params, grads, problem.exp_avg, problem.exp_avg_sq, *index, anchor),
+        )
+        torch.library.opcheck(
+            torch.ops.ltp_sparse.masked_sum_squares.default, (problem.params, grads, *index, anchor)
+        )
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+def test_opcheck_topk_delta(backend):
+    initial = random_weights({"a": (30, 9), "b": (70,)})
+    tuned = list(tuned_weights(initial).values())
+    with using(backend):
+        for before in (list(initial.values()), []):
+            torch.library.opcheck(torch.ops.ltp_sparse.topk_delta.default, (before, tuned, [0, 1], [100, 9]))
+
+
+def test_every_operator_is_checked_above():
+    defined = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("ltp_sparse::")}
+    assert defined == {"masked_adamw_", "masked_sum_squares", "topk_delta"}
+
+
+@pytest.mark.parametrize("module", [ops, topk, backends], ids=lambda m: m.__name__)
+def test_only_the_door_imports_compiled_code(module):
+    """STYLE 4."""
+    source = open(module.__file__).read()
+    assert ("ltp_sparse._C" in source or "ltp_sparse.kernels" in source) == (module is backends)

@@ -1,0 +1,234 @@
+"""The wheel holds everything and imports alone; imports point one way (DESIGN 3, STYLE 3, 4, 6, 21)."""
+
+import ast
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "ltp_sparse"
+KERNELS = ROOT / "kernels" / "ltp_kernels"
+
+# Lower layers know nothing of higher ones; modules of one layer may use each other.
+LAYERS = [
+    {"kernels", "_C"},
+    {"files", "names", "encoding", "reference", "topk"},
+    {"backends"},
+    {"ops", "random_sets", "ticket", "delta"},
+    {"optim", "selection", "prompting", "tasks", "report", "testing"},
+    {"training", "methods"},
+    {"demo", "cli", "__main__"},
+]
+LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
+
+HEAVY = ["transformers", "datasets", "accelerate", "matplotlib"]
+LIGHT = [  # must import without any of HEAVY
+    *["files", "names", "encoding", "reference", "topk", "backends", "ops", "random_sets", "ticket", "delta"],
+    *["optim", "selection", "prompting", "tasks", "report", "testing", "cli"],
+]
+
+
+def sources() -> dict[str, Path]:
+    """Path inside the wheel -> file of the tree, code and data."""
+    found = {}
+    for folder, target in ((PACKAGE, "ltp_sparse"), (KERNELS, "ltp_sparse/kernels")):
+        for path in folder.rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts and path.suffix not in (".so", ".pyc"):
+                found[f"{target}/{path.relative_to(folder)}"] = path
+    return found
+
+
+def module_name(path: str) -> str:
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def imports(path: Path, module: str) -> set[str]:
+    """Absolute names of all that a file imports, at any depth, except for type checkers only."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    found = set()
+    pending: list[ast.AST] = [ast.parse(path.read_text())]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            pending += node.orelse
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = importlib.util.resolve_name("." * node.level + base, package)
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and node.args:
+            found |= {a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)}
+        pending += ast.iter_child_nodes(node)
+    return found
+
+
+def parts(names: set[str]) -> set[str]:
+    """The first names inside ltp_sparse among absolute names: "ltp_sparse.optim.x" -> "optim"."""
+    return {name.split(".")[1] for name in names if name.startswith("ltp_sparse.")}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel, built from a copy of the tree without the extension: what an install without a compiler gives."""
+    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
+    skip = shutil.ignore_patterns("*.so", "__pycache__")
+    for folder in ("csrc", "kernels", "ltp_sparse"):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=skip)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", out, tree]
+    run = subprocess.run(command, env={**os.environ, "LTP_SPARSE_EXT": "off"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return next(out.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def unpacked(wheel, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("unpacked")
+    zipfile.ZipFile(wheel).extractall(folder)
+    return folder
+
+
+def python(unpacked: Path, code: str) -> str:
+    """Standard output of `code` where only the unpacked wheel and its dependencies can be imported.
+
+    -S leaves out the .pth files, through which an editable install of the tree would fill gaps of the wheel.
+    """
+    setup = f"import sys; sys.path[:0] = [{str(unpacked)!r}]; sys.path.append({sysconfig.get_path('purelib')!r})\n"
+    run = subprocess.run(
+        [sys.executable, "-I", "-S", "-W", "ignore", "-c", setup + code], capture_output=True, text=True, cwd=unpacked
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_wheel_holds_every_file_of_the_tree(wheel):
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    assert sorted(set(sources()) - inside) == [], "list the package, or its data, in pyproject.toml"
+
+
+def test_wheel_has_one_top_level_package(wheel):
+    top = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"ltp_sparse"}
+
+
+@pytest.mark.parametrize("path", ["kernels/__init__.py", "tests/__init__.py", "conftest.py"])
+def test_no_file_puts_the_root_on_the_path(path):
+    assert not (ROOT / path).exists()
+
+
+def test_the_root_has_no_scripts():
+    assert {path.name for path in ROOT.glob("*.py")} == {"setup.py"}
+
+
+def test_every_module_of_the_wheel_imports(wheel, unpacked):
+    if any(importlib.util.find_spec(name) is None for name in ("triton", *HEAVY)):
+        pytest.skip("needs the extras train and triton, to import what depends on them")
+    names = [n for n in zipfile.ZipFile(wheel).namelist() if n.endswith(".py") and not n.endswith("__main__.py")]
+    modules = sorted(module_name(name) for name in names)
+    code = f"""
+import importlib, traceback
+for module in {modules!r}:
+    try:
+        found = importlib.import_module(module)
+        assert found.__file__.startswith({str(unpacked)!r}), found.__file__
+    except BaseException:
+        print(module, traceback.format_exc())
+"""
+    assert python(unpacked, code) == ""
+    assert "ltp_sparse.kernels" in modules and "ltp_sparse.optim" in modules
+
+
+def test_core_modules_need_no_training_libraries(unpacked):
+    code = f"""
+import importlib, json
+for module in {LIGHT!r}:
+    importlib.import_module("ltp_sparse." + module)
+print(json.dumps(sorted({{name.split(".")[0] for name in sys.modules}} & {set(HEAVY)!r})))
+"""
+    assert json.loads(python(unpacked, code)) == []
+
+
+def test_importing_does_no_work(unpacked):
+    code = """
+import random, numpy, torch, contextlib, io
+def state():
+    return [
+        random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist(),
+        torch.get_num_threads(), torch.get_default_dtype(), torch.cuda.is_initialized(),
+    ]
+before = state()
+out = io.StringIO()
+with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+    import ltp_sparse, ltp_sparse.testing, ltp_sparse.cli
+assert out.getvalue() == "", out.getvalue()
+assert state() == before
+"""
+    python(unpacked, code)
+
+
+def test_without_an_extension_the_table_says_so(unpacked):
+    printed = python(unpacked, "import runpy; runpy.run_module('ltp_sparse', run_name='__main__')")
+    assert "ltp_sparse._C is not built" in printed
+    lines = {line.split()[0]: line for line in printed.splitlines() if line.startswith("  ")}
+    assert lines["reference"].endswith("<- used")
+
+
+def test_the_command_is_there(wheel, unpacked):
+    entry_points = next(unpacked.glob("*.dist-info/entry_points.txt")).read_text()
+    assert "ltp-sparse = ltp_sparse.cli:main" in entry_points
+    code = """
+from ltp_sparse.cli import main
+sys.argv = ["ltp-sparse", "--help"]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+"""
+    assert "select" in python(unpacked, code)
+
+
+def test_one_version(wheel):
+    import ltp_sparse
+
+    assert wheel.name.split("-")[1] == ltp_sparse.__version__
+
+
+def test_one_door_to_compiled_code():
+    users = {
+        name
+        for name, path in sources().items()
+        if name.endswith(".py")
+        and not name.startswith("ltp_sparse/kernels/")
+        and parts(imports(path, module_name(name))) & {"_C", "_C_cuda", "kernels"}
+    }
+    assert users == {"ltp_sparse/backends.py"}
+
+
+def test_kernels_import_nothing_of_ours():
+    for name, path in sources().items():
+        if name.startswith("ltp_sparse/kernels/") and path.suffix == ".py":
+            assert parts(imports(path, module_name(name))) <= {"kernels"}, name
+
+
+def test_imports_point_one_way():
+    wrong = []
+    for name, path in sources().items():
+        if path.suffix != ".py" or name in ("ltp_sparse/__init__.py",):
+            continue
+        part = module_name(name).split(".")[1]
+        assert part in LAYER_OF, f"{name} belongs to no layer: add it to LAYERS"
+        known = parts(imports(path, module_name(name))) & set(LAYER_OF)
+        wrong += [f"{name} imports {used}" for used in known if LAYER_OF[used] > LAYER_OF[part]]
+    assert wrong == []

@@ -1,0 +1,363 @@
+"""`SparseTrainer` and `KeepBest`: what moves, what is kept on disk, and that a resumed run is the uninterrupted one."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers")
+
+from transformers import TrainerCallback, TrainingArguments, XLMRobertaConfig, XLMRobertaForSequenceClassification
+
+from ltp_sparse import SparseDelta, Ticket, canonical_parameters
+from ltp_sparse.selection import pools
+from ltp_sparse.training.trainer import BEST_FILE, DELTA_FILE, KeepBest, SparseTrainer, last_checkpoint
+
+EXAMPLES, BATCH, EPOCHS = 24, 4, 3
+STEPS_PER_EPOCH = EXAMPLES // BATCH
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Models this small only lose by threads, very much so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def build_model(dropout=0.1):
+    torch.manual_seed(0)
+    config = XLMRobertaConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=16, type_vocab_size=1, num_labels=3,
+        hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+    )  # fmt: skip
+    return XLMRobertaForSequenceClassification(config)
+
+
+def dataset(size, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, 40, (size, 10), generator=generator)
+    return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row[0] % 3} for row in ids]
+
+
+def arguments(folder, **options):
+    defaults = {
+        "output_dir": str(folder), "num_train_epochs": EPOCHS, "per_device_train_batch_size": BATCH,
+        "learning_rate": 5e-3, "lr_scheduler_type": "linear", "max_grad_norm": 0.5, "seed": 7,
+        "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 1, "save_strategy": "no",
+        "report_to": [], "use_cpu": True, "disable_tqdm": True,
+    }  # fmt: skip
+    return TrainingArguments(**{**defaults, **options})
+
+
+def ticket_of(model):
+    return Ticket.random(model, density=0.2, seed=3, pool=pools.maskable)
+
+
+def build(folder, *, model=None, trainer_options=None, **options):
+    model = model or build_model()
+    return SparseTrainer(
+        model,
+        arguments(folder, **options),
+        ticket_of(model),
+        dense=model.classifier,
+        train_dataset=dataset(EXAMPLES),
+        eval_dataset=dataset(8, seed=2),
+        **{"keep_best": KeepBest(), **(trainer_options or {})},
+    )
+
+
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in canonical_parameters(model).items()}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+class Kill(TrainerCallback):
+    """Stops a run as a kill would, at the end of a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+class Snapshots(TrainerCallback):
+    """The weights at every evaluation, by step."""
+
+    def __init__(self):
+        self.at = {}
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        self.at[state.global_step] = weights(model)
+
+
+def test_only_active_and_dense_entries_move(tmp_path):
+    trainer = build(tmp_path, trainer_options={"keep_best": None})
+    before, ticket = weights(trainer.model), trainer.ticket
+    flags = [p.requires_grad for p in trainer.model.parameters()]
+    trainer.train()
+    after = weights(trainer.model)
+    for name in before:
+        moved = before[name] != after[name]
+        if name.startswith("classifier."):
+            assert moved.any(), name
+        elif name in ticket.names:
+            assert moved.any() and not moved[~ticket.mask(name)].any(), name
+        else:
+            assert not moved.any(), name
+    assert [p.requires_grad for p in trainer.model.parameters()] == flags
+
+
+def test_observed_norm_and_schedule_are_logged(tmp_path):
+    """The logged norm is that of active and dense entries before clipping, recomputed here from the raw gradients."""
+    trainer = build(tmp_path, trainer_options={"keep_best": None})
+    norms = []
+
+    class Norm(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            total = 0.0
+            for name, p in canonical_parameters(model).items():
+                if name.startswith("classifier."):
+                    total += float(p.grad.double().square().sum())
+                elif name in trainer.ticket.active_names:
+                    total += float(p.grad[trainer.ticket.mask(name)].double().square().sum())
+            norms.append(total**0.5)
+
+    trainer.add_callback(Norm())
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == EPOCHS * STEPS_PER_EPOCH
+    assert [entry["grad_norm"] for entry in logs] == pytest.approx(norms, rel=1e-6)
+    assert max(norms) > 0.5  # the limit was reached, so what is logged is the norm before clipping
+    total = EPOCHS * STEPS_PER_EPOCH
+    assert [entry["learning_rate"] for entry in logs] == pytest.approx([5e-3 * (1 - s / total) for s in range(total)])
+
+
+def test_nan_gradients_of_inactive_entries_do_not_spread(tmp_path):
+    trainer = build(tmp_path, trainer_options={"keep_best": None})
+    before, ticket = weights(trainer.model), trainer.ticket
+    for name in ticket.active_names:
+        mask = ticket.mask(name)
+        canonical_parameters(trainer.model)[name].register_hook(lambda g, m=mask: g.masked_fill(~m, torch.nan))
+    trainer.train()
+    for name, parameter in canonical_parameters(trainer.model).items():
+        assert parameter.isfinite().all(), name
+        if name in ticket.names:
+            assert torch.equal(parameter[~ticket.mask(name)], before[name][~ticket.mask(name)]), name
+
+
+@pytest.mark.parametrize(
+    ("save_steps", "killed_at", "options"),
+    [
+        pytest.param(5, 8, {}, id="mid-epoch"),
+        pytest.param(6, 7, {}, id="epoch-boundary"),
+        pytest.param(2, 5, {"gradient_accumulation_steps": 2}, id="accumulation"),
+        pytest.param(5, 12, {"bf16": True}, id="bf16"),
+    ],
+)
+def test_resumed_run_is_the_uninterrupted_run(tmp_path, save_steps, killed_at, options):
+    options = {"save_strategy": "steps", "save_steps": save_steps, **options}
+    extra = {"pull": 1e-3}
+    whole = build(tmp_path / "whole", trainer_options=extra, **options)
+    whole.train()
+
+    killed = build(tmp_path / "killed", trainer_options={**extra, "callbacks": [Kill(killed_at)]}, **options)
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    resumed = build(tmp_path / "killed", trainer_options=extra, **options)
+    torch.manual_seed(123)  # whatever state the new process happens to be in
+    resumed.train(resume_from_checkpoint=True)
+
+    assert resumed.resumed_from.name == f"checkpoint-{killed_at // save_steps * save_steps}"
+    assert_same(weights(whole.model), weights(resumed.model))
+    assert whole.keep_best.best == resumed.keep_best.best
+    one, two = whole.optimizer.state_dict()["state"], resumed.optimizer.state_dict()["state"]
+    assert one.keys() == two.keys() and one
+    for index in one:
+        assert_same(one[index], two[index])
+    # The wall clock is the only difference between the two histories.
+    histories = [
+        [{k: v for k, v in e.items() if not k.endswith(("_runtime", "_per_second"))} for e in t.state.log_history[:-1]]
+        for t in (whole, resumed)
+    ]
+    assert histories[0] == histories[1]
+
+
+def test_checkpoints_hold_what_has_changed_only(tmp_path):
+    trainer = build(tmp_path, save_strategy="steps", save_steps=6, save_total_limit=1)
+    trainer.train()
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    k = trainer.ticket.k + sum(p.numel() for p in trainer.model.classifier.parameters())
+    tensors = sum((checkpoint / name).stat().st_size for name in (DELTA_FILE, BEST_FILE, "optimizer.pt"))
+    n = sum(p.numel() for p in trainer.model.parameters())
+    assert tensors < (8 + 8 + 8) * k + n // 4 + 40_000  # delta, best delta, moments; indices; headers of many tensors
+    assert (checkpoint / "model.safetensors").stat().st_size < 200
+    assert not list(checkpoint.glob("*.bin"))
+    assert (checkpoint / BEST_FILE).samefile(tmp_path / BEST_FILE)
+
+
+class Scripted:
+    """Metrics in a given order, whatever the model says."""
+
+    def __init__(self, values):
+        self.values = iter(values)
+
+    def __call__(self, prediction):
+        return {"accuracy": next(self.values)}
+
+
+def test_first_best_wins_and_is_restored(tmp_path):
+    values = [0.3, float("nan"), 0.7, 0.5, 0.7, 0.1]
+    seen = Snapshots()
+    keep = KeepBest("accuracy")
+    options = {"keep_best": keep, "compute_metrics": Scripted(values), "callbacks": [seen]}
+    trainer = build(tmp_path, trainer_options=options, eval_steps=3)
+    base = weights(trainer.model)
+    trainer.train()
+    assert keep.best == {"metric": "eval_accuracy", "value": 0.7, "step": 9, "epoch": 1.5}
+    assert_same(weights(trainer.model), seen.at[9])
+    assert any(not torch.equal(seen.at[9][name], seen.at[18][name]) for name in base)
+
+    delta = SparseDelta.load(tmp_path / BEST_FILE)  # a file that works without the trainer
+    assert delta.metadata == keep.best
+    fresh = build_model()
+    delta.apply(fresh)
+    assert_same(weights(fresh), seen.at[9])
+    delta.revert(fresh)
+    assert_same(weights(fresh), base)
+
+
+def test_losses_are_minimised_by_default():
+    assert KeepBest().greater_is_better is False and KeepBest("eval_loss").metric == "eval_loss"
+    assert KeepBest("f1").greater_is_better is True and KeepBest("f1").metric == "eval_f1"
+
+
+def test_best_in_memory_writes_no_file(tmp_path):
+    seen, keep = Snapshots(), KeepBest("accuracy", on_disk=False)
+    options = {"keep_best": keep, "compute_metrics": Scripted([0.1, 0.9, 0.2]), "callbacks": [seen]}
+    trainer = build(tmp_path, trainer_options=options, eval_steps=6)
+    trainer.train()
+    assert not (tmp_path / BEST_FILE).exists()
+    assert_same(weights(trainer.model), seen.at[12])
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_best_of_abandoned_steps_does_not_decide(tmp_path, on_disk):
+    """Killed after a lucky evaluation that no checkpoint holds; the resumed run takes another course."""
+    options = {"save_strategy": "steps", "save_steps": 6, "eval_steps": 3}
+
+    def trainer(values, *callbacks):
+        keep = KeepBest("accuracy", on_disk=on_disk)
+        extra = {"keep_best": keep, "compute_metrics": Scripted(values), "callbacks": list(callbacks)}
+        return build(tmp_path, trainer_options=extra, **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer([0.2, 0.4, 0.9], Kill(10)).train()
+    resumed = trainer([0.3, 0.5, 0.1, 0.1])
+    resumed.train(resume_from_checkpoint=True)
+    assert (resumed.keep_best.best["value"], resumed.keep_best.best["step"]) == (0.5, 12)
+
+    fresh = trainer([0.1, 0.2, 0.1, 0.1, 0.1, 0.1])
+    fresh.train()
+    assert fresh.keep_best.best["value"] == 0.2
+
+
+def test_metric_that_never_comes_is_an_error(tmp_path):
+    trainer = build(tmp_path, trainer_options={"keep_best": KeepBest("accuracy")}, max_steps=2)
+    with pytest.raises(
+        ValueError, match=r"no evaluation has given a number for 'eval_accuracy'; metrics seen: .*eval_loss"
+    ):
+        trainer.train()
+
+
+def test_evaluation_outside_training_is_not_kept(tmp_path):
+    trainer = build(tmp_path, trainer_options={"keep_best": KeepBest("accuracy")})
+    trainer.compute_metrics = Scripted([0.4] * 9 + [1.0])
+    trainer.train()
+    trainer.evaluate()
+    assert trainer.keep_best.best["value"] == 0.4
+
+
+def test_incomplete_checkpoints_are_passed_over(tmp_path):
+    trainer = build(tmp_path, save_strategy="steps", save_steps=6)
+    trainer.train()
+    assert last_checkpoint(tmp_path).name == "checkpoint-18"
+    state = tmp_path / "checkpoint-18" / "trainer_state.json"
+    state.write_text(state.read_text()[:50])
+    assert last_checkpoint(tmp_path).name == "checkpoint-12"
+    (tmp_path / "checkpoint-12" / "trainer_state.json").unlink()
+    assert last_checkpoint(tmp_path).name == "checkpoint-6"
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    assert last_checkpoint(tmp_path) is None
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        build(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_resuming_on_other_weights_or_from_other_files_is_refused(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 6}
+    build(tmp_path, **options).train()
+    other = build_model()
+    with torch.no_grad():
+        other.roberta.embeddings.word_embeddings.weight[0, 0] += 1
+    before = weights(other)
+    with pytest.raises(ValueError, match="another ticket or another base model"):
+        build(tmp_path, model=other, **options).train(resume_from_checkpoint=True)
+    assert_same(weights(other), before)
+    (tmp_path / "checkpoint-6" / DELTA_FILE).unlink()
+    with pytest.raises(ValueError, match=f"it has no {DELTA_FILE}"):
+        build(tmp_path, **options).train(resume_from_checkpoint=tmp_path / "checkpoint-6")
+
+
+def test_arguments_are_not_touched(tmp_path):
+    model, args = build_model(), arguments(tmp_path, eval_strategy="no")
+    trainer = SparseTrainer(model, args, ticket_of(model), train_dataset=dataset(4))
+    assert args.max_grad_norm == 0.5
+    assert trainer.create_optimizer().max_grad_norm == 0.5
+
+
+def test_refusals(tmp_path):
+    model = build_model()
+    best = arguments(tmp_path, load_best_model_at_end=True, save_strategy="steps", save_steps=2)
+    with pytest.raises(ValueError, match="pass keep_best"):
+        SparseTrainer(model, best, ticket_of(model))
+    with pytest.raises(ValueError, match="not part of the model"):
+        SparseTrainer(model, arguments(tmp_path, eval_strategy="no"), ticket_of(model), dense=nn.Linear(2, 2))
+    model.roberta.encoder.layer[0].output.dense.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"'roberta.encoder.layer.0.output.dense.weight' .* requires_grad off"):
+        SparseTrainer(model, arguments(tmp_path, eval_strategy="no"), ticket_of(model))
+
+
+def test_ticket_of_another_base_warns(tmp_path):
+    model = build_model()
+    ticket = ticket_of(model)
+    ticket.fingerprint = {ticket.active_names[0]: "0" * 32}
+    with pytest.warns(UserWarning, match="selected on another base model"):
+        SparseTrainer(model, arguments(tmp_path, eval_strategy="no"), ticket)
+
+
+def test_whole_model_can_still_be_saved(tmp_path):
+    trainer = build(tmp_path, trainer_options={"keep_best": None}, max_steps=2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "whole"))
+    loaded = XLMRobertaForSequenceClassification.from_pretrained(tmp_path / "whole")
+    assert_same(weights(loaded), weights(trainer.model))
+
+
+def test_checkpoint_records_are_plain_json(tmp_path):
+    trainer = build(tmp_path, save_strategy="steps", save_steps=6)
+    trainer.train()
+    state = json.loads((Path(last_checkpoint(tmp_path)) / "trainer_state.json").read_text())
+    assert state["global_step"] == 18
+    assert SparseDelta.load(last_checkpoint(tmp_path) / BEST_FILE).metadata["step"] == trainer.keep_best.best["step"]
