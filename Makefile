@@ -21,7 +21,7 @@ TRAIN := $(VENV)/.installed-train
 TEST := $(VENV)/.installed-test
 CPP := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*.cpp)
 
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test bench lint lint-ruff lint-format lint-mypy lint-cpp format clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -35,10 +35,18 @@ test: $(TEST)  ## all tests (narrow them with ARGS="-k name")
 bench: $(TEST)  ## CPU benchmarks: CSV, table and plots in benchmarks/results/cpu (about 24 GB of memory, half an hour)
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
-lint: $(TEST)  ## ruff, mypy, clang-format: check only
+lint: lint-ruff lint-format lint-mypy lint-cpp  ## ruff, mypy, clang-format: check only
+
+lint-ruff: $(TEST)
 	$(BIN)/ruff check .
+
+lint-format: $(TEST)
 	$(BIN)/ruff format --check .
+
+lint-mypy: $(TEST)
 	$(BIN)/mypy
+
+lint-cpp: $(TEST)
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 format: $(TEST)  ## the same tools, repairing

@@ -9,7 +9,7 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
-# No fused multiply-add: every instruction set must give the same bits. The other two only allow vectorised square roots and selects.
+# No fused multiply-add: every instruction set gives the same bits. The next two let square roots and selects vectorise.
 FLAGS = ["-O3", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread"]
 ISA_FLAGS = {
     "kernels_avx2": ["-mavx2", "-mbmi", "-mbmi2", "-mpopcnt"],

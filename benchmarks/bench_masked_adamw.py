@@ -1,13 +1,13 @@
 """One optimizer step: `MaskedAdamW` against torch.optim.AdamW over all entries and sparse updates made of torch ops.
 
-All providers update the same weights from the same gradients, on the same uniformly random ticket. The expected result
-is computed in float64: under a constant gradient both bias-corrected moments stay what they are, so that the step has a
-closed form.
+All providers update the same weights from the same gradients, on the same uniformly random ticket. Before they are
+timed, each takes a few steps from fresh moments, with gradients that change, and is compared with AdamW in float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 
 import torch
 from harness import (
@@ -22,14 +22,15 @@ from harness import (
     with_isa,
     write_csv,
 )
-from torch import Size, nn
+from torch import Size, Tensor, nn
 
 import ltp_sparse as ls
 from ltp_sparse.testing import random_weights
 
 BASELINE = "torch AdamW(fused=True)"
-OPTIONS = {"lr": 2e-5, "weight_decay": 0.01}
-STEPS = 3  # steps that the verification takes
+LR, DECAY, BETA1, BETA2, EPS = 1e-3, 0.01, 0.9, 0.999, 1e-8
+OPTIONS = {"lr": LR, "weight_decay": DECAY, "betas": (BETA1, BETA2), "eps": EPS}
+SCALES = (1.0, -2.0, 4.0)  # of the gradient, step by step, in the verification; powers of two are undone exactly
 TOLERANCE = 4e-6  # of max(|p|, steps * lr), as promised in DESIGN.md, contract 4
 CHUNK = 1 << 22
 LINE = 16  # float32 entries of a cache line of 64 bytes
@@ -45,11 +46,22 @@ class Problem:
         self.params = {name: nn.Parameter(tensor.clone()) for name, tensor in self.initial.items()}
         for name, param in self.params.items():
             param.grad = self.grads[name]
+        self.used_grads = [self.grads]  # with the copies that some providers work on
         self.n, self.k = self.ticket.n, self.ticket.k
 
-    def restore(self) -> None:
+    def take_steps(self, step: Callable[[], object]) -> None:
+        """Steps from the initial weights, under the gradients that `check` expects."""
         for name, param in self.params.items():
             param.detach().copy_(self.initial[name])
+        for before, now in pairwise((1.0, *SCALES)):
+            self.scale_grads(now / before)
+            step()
+        self.scale_grads(1 / SCALES[-1])
+
+    def scale_grads(self, factor: float) -> None:
+        for grads in self.used_grads:
+            for grad in grads.values():
+                grad.mul_(factor)
 
     def lines(self) -> int:
         """Cache lines that hold an active entry."""
@@ -59,7 +71,7 @@ class Problem:
         )
 
     def check(self, name: str, active: str) -> None:
-        """Compares the weights with the expected ones after `STEPS` steps.
+        """Compares the weights with the expected ones after `take_steps`.
 
         active: "all": every entry was to be updated; "ticket": the ticket's, and the others are not looked at;
             "only": the ticket's, and the others must have kept their bits.
@@ -69,11 +81,8 @@ class Problem:
             flats = param.detach().view(-1), self.initial[parameter].view(-1), self.grads[parameter].view(-1)
             for start in range(0, param.numel(), CHUNK):
                 found, before, grad = (flat[start : start + CHUNK] for flat in flats)
-                expected, g = before.double(), grad.double()
-                for _ in range(STEPS):
-                    expected = expected * (1 - OPTIONS["lr"] * OPTIONS["weight_decay"])
-                    expected -= OPTIONS["lr"] * g / (g.abs() + 1e-8)
-                error = (found - expected).abs() > TOLERANCE * expected.abs().clamp(min=STEPS * OPTIONS["lr"])
+                expected = adamw(before.double(), grad.double())
+                error = (found - expected).abs() > TOLERANCE * expected.abs().clamp(min=len(SCALES) * LR)
                 if mask is not None:
                     chosen = mask[start : start + CHUNK]
                     error &= chosen
@@ -82,6 +91,18 @@ class Problem:
                 if bool(error.any()):
                     at = start + int(error.nonzero()[0])
                     raise WrongResult(f"{name}: {parameter} differs from the expected update, first at entry {at}")
+
+
+def adamw(param: Tensor, grad: Tensor) -> Tensor:
+    """The expected weights (float64) after a step per scale of the gradient."""
+    m, v = torch.zeros_like(param), torch.zeros_like(param)
+    for step, scale in enumerate(SCALES, start=1):
+        g = scale * grad
+        m = BETA1 * m + (1 - BETA1) * g
+        v = BETA2 * v + (1 - BETA2) * g * g
+        denominator = (v / (1 - BETA2**step)).sqrt() + EPS
+        param = param * (1 - LR * DECAY) - LR * m / (1 - BETA1**step) / denominator
+    return param
 
 
 def provider(
@@ -96,9 +117,7 @@ def provider(
 
     def verify() -> None:
         reset()
-        problem.restore()
-        for _ in range(STEPS):
-            step()
+        problem.take_steps(step)
         problem.check(name, active)
 
     return Provider(name, step, verify, traffic)
@@ -150,8 +169,10 @@ class Dense:
         problem = self.problem
         masks = {name: problem.ticket.mask(name) for name in problem.params}
         views = {name: nn.Parameter(param.detach()) for name, param in problem.params.items()}
+        grads = {name: grad.clone() for name, grad in problem.grads.items()}
         for name, view in views.items():
-            view.grad = problem.grads[name].clone()
+            view.grad = grads[name]
+        problem.used_grads.append(grads)
         optimizer = self.optimizer(views, fused=True)
 
         def step() -> None:

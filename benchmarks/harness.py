@@ -23,6 +23,7 @@ import ltp_sparse as ls
 from ltp_sparse.testing import xlmr_shapes
 
 RESULTS = Path(__file__).parent / "results"
+EVICTED = 1 << 28  # bytes written between two runs: more than the caches hold
 
 MODELS = {
     "tiny": xlmr_shapes(layers=2, hidden=128, intermediate=512, vocabulary=5000),
@@ -94,11 +95,16 @@ def copy_provider(n: int) -> Provider:
 
 
 def interleaved(providers: Sequence[Provider], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Provider -> seconds per run. Every round runs each provider once, so that drift of the machine hits all alike."""
+    """Provider -> seconds per run. Every round runs each provider once, so that drift of the machine hits all alike.
+
+    Each finds what it would find after a backward pass: caches that hold something else, and torch's threads awake.
+    """
     seconds: dict[str, list[float]] = {provider.name: [] for provider in providers}
+    other = torch.zeros(EVICTED // 4)
     for number in range(warmup + rounds):
         shift = number % len(providers)
         for provider in (*providers[shift:], *providers[:shift]):
+            other.add_(1)
             start = time.perf_counter()
             result = provider.run()
             elapsed = time.perf_counter() - start

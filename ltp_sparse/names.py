@@ -131,8 +131,13 @@ _applied: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDicti
 
 
 def applied_deltas(model: nn.Module) -> list[Applied]:
-    """The stack of deltas applied to a model, earliest first (a live list; copies of the model start with an empty one)."""
-    return _applied.setdefault(unwrapped(model), [])
+    """The stack of deltas applied to a model, earliest first: a live list, shared by all models around one base model.
+
+    Copies of a model start with an empty one.
+    """
+    model = unwrapped(model)
+    base = getattr(model, getattr(model, "base_model_prefix", "") or "roberta", model)
+    return _applied.setdefault(base if isinstance(base, nn.Module) else model, [])
 
 
 def layer_of(name: str) -> str:

@@ -108,7 +108,9 @@ def test_from_bitmap_refuses_bits_past_the_end_and_wrong_lengths():
     with pytest.raises(ValueError, match="past its 66"):
         IndexSet.from_bitmap(pack_bits(torch.ones(70, dtype=torch.bool)), 66)
     with pytest.raises(ValueError, match="cannot be stored as FULL"):
-        IndexSet.from_bitmap(words, 65).combine(IndexSet.from_indices(torch.tensor([3]), 65), "-").encoded(Encoding.FULL)
+        IndexSet.from_bitmap(words, 65).combine(IndexSet.from_indices(torch.tensor([3]), 65), "-").encoded(
+            Encoding.FULL
+        )
     with pytest.raises(ValueError, match=r"int32 \[2\], got"):
         IndexSet.from_bitmap(words, 64)
     with pytest.raises(ValueError, match="int64"):

@@ -131,10 +131,10 @@ def test_masks_depend_on_seed_epoch_and_example_only(tokenizer, texts):
     assert_same(first, all_of(dataset, list(reversed(range(len(dataset))))))
     assert_same(first, all_of(MaskedTexts(texts, tokenizer, length=16, seed=3)))
     assert any(not torch.equal(first[i], x) for i, x in all_of(MaskedTexts(texts, tokenizer, length=16)).items())
-    dataset.set_epoch(1)
+    dataset.begin_epoch(1)
     second = all_of(dataset)
     assert sum(not torch.equal(first[i], second[i]) for i in first) > len(first) / 2
-    dataset.set_epoch(0)
+    dataset.begin_epoch(0)
     assert_same(first, all_of(dataset))
 
 
@@ -142,7 +142,7 @@ def test_running_workers_see_the_epoch(tokenizer, texts):
     dataset = MaskedTexts(texts, tokenizer, length=16)
     loader = DataLoader(dataset, batch_size=8, num_workers=1, persistent_workers=True)
     for epoch in (0, 1):
-        dataset.set_epoch(epoch)
+        dataset.begin_epoch(epoch)
         loaded = torch.cat([batch["input_ids"] for batch in loader])
         assert torch.equal(loaded, torch.stack([dataset[i]["input_ids"] for i in range(len(dataset))]))
 
@@ -218,6 +218,24 @@ def test_logits_exist_at_masked_positions_only(tokenizer, texts):
     tune(model, tokenizer, texts, max_steps=5)
     assert len(shapes.seen) > 5
     assert all(len(shape) == 2 and shape[0] < 8 * 16 / 2 for shape in shapes.seen)
+
+
+def test_every_epoch_has_its_own_masks(tokenizer, texts):
+    model, seen = build(), []
+
+    def note(module, inputs):
+        if module.training:
+            seen.append(sorted(map(tuple, inputs[0].tolist())))
+
+    model.get_input_embeddings().register_forward_pre_hook(note)
+    tune(model, tokenizer, texts, epochs=2)
+    sequences = [sorted(sum(part, [])) for part in (seen[: len(seen) // 2], seen[len(seen) // 2 :])]
+    training, _ = split_texts(texts, 0.1, seed=11)
+    dataset = MaskedTexts(training, tokenizer, length=16, seed=11)
+    for epoch in (0, 1):
+        dataset.begin_epoch(epoch)
+        assert sequences[epoch] == sorted(tuple(dataset[i]["input_ids"].tolist()) for i in range(len(dataset)))
+    assert sequences[0] != sequences[1]
 
 
 def test_accumulation_gives_the_loss_and_norm_of_the_whole_batch(tokenizer, texts):

@@ -20,7 +20,7 @@ KERNELS = ROOT / "kernels" / "ltp_kernels"
 # Lower layers know nothing of higher ones; modules of one layer may use each other.
 LAYERS = [
     {"kernels", "_C"},
-    {"files", "names", "encoding", "reference", "topk"},
+    {"files", "names", "encoding", "reference", "topk", "checkpoints"},
     {"backends"},
     {"ops", "random_sets", "ticket", "delta"},
     {"optim", "selection", "prompting", "tasks", "report", "testing"},

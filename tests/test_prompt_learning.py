@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -335,6 +338,32 @@ def test_own_words_and_further_arguments(tokenizer, tmp_path):
     assert seen == {"run_name": "mine", "report_to": [], "decay": 0.0, "seed": 7}
     model, _ = load_prompted(tiny_language_model(len(tokenizer)), tokenizer, result.baked)
     assert model.word_ids.tolist() == result.model.word_ids.tolist()
+
+
+_TWO_RANKS = """
+import os, sys
+import torch
+sys.path.insert(0, sys.argv[1])
+torch.set_num_threads(1)
+from test_prompt_learning import bits, run
+from tiny_nli import tiny_tokenizer, toy_pairs
+result = run(tiny_tokenizer(), train=toy_pairs(32))
+if os.environ["RANK"] == "0":
+    torch.save({**bits(result.delta), "dev": torch.tensor(result.dev_accuracy)}, sys.argv[2])
+"""
+
+
+def test_two_processes_give_the_result_of_one(tokenizer, tmp_path):
+    """DDP on gloo: each rank takes half of the batch, and clipping sees the whole gradient."""
+    script = tmp_path / "two_ranks.py"
+    script.write_text(_TWO_RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    subprocess.run([*command, str(Path(__file__).parent), str(tmp_path / "two.pt")], check=True, capture_output=True)
+    two = torch.load(tmp_path / "two.pt")
+    one = run(tokenizer, train=toy_pairs(32))
+    assert two.pop("dev").tolist() == pytest.approx(one.dev_accuracy)
+    for name, values in bits(one.delta).items():
+        torch.testing.assert_close(two[name], values, atol=3e-5, rtol=1e-4, msg=name)
 
 
 def test_errors_come_before_training(tokenizer):

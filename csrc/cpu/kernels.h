@@ -32,6 +32,8 @@ struct DeltaTile {
     int64_t length;  // entries, 1 .. kTile
 };
 
+constexpr int64_t kHighBins = 32768, kLowBins = 65536;
+
 struct BandCounts {
     int64_t above, inside;  // entries in either bitmap
     int32_t largest;        // largest key seen
@@ -47,11 +49,11 @@ struct Kernels {
     // squared effective gradient. Reads param, grad and anchor only.
     double (*sum_squares)(const AdamWTile& tile);
 
-    // Adds the tile's keys, zero keys excepted, to bins[32768] by key >> 16. Returns the largest key.
+    // Adds the tile's keys, zero keys excepted, to bins[kHighBins] by key >> 16. Returns the largest key.
     int32_t (*histogram_high)(const DeltaTile& tile, uint32_t* bins);
 
-    // Adds the keys with key >> 16 == prefix, zero keys excepted, to bins[65536] by key & 0xFFFF. Returns the largest
-    // key.
+    // Adds the keys with key >> 16 == prefix, zero keys excepted, to bins[kLowBins] by key & 0xFFFF. Returns the
+    // largest key.
     int32_t (*histogram_low)(const DeltaTile& tile, int32_t prefix, uint32_t* bins);
 
     // Writes two bitmaps of ceil(length / 64) groups of 64 entries: key > upper to `words`, lower < key <= upper to

@@ -133,7 +133,7 @@ bool delta_histogram(const DeltaPairs& pairs, const std::vector<int64_t>& prefix
     const Kernels& kernel = kernels();
     const int64_t workers = tiles.threads(threads);
     std::vector<ThreadBins> thread_bins(std::max<int64_t>(workers, 1),
-                                        ThreadBins(prefixes.empty() ? 32768 : 65536, histogram));
+                                        ThreadBins(prefixes.empty() ? kHighBins : kLowBins, histogram));
     std::atomic<bool> nonfinite{false};
     run_parallel(workers, [&](int64_t worker) {
         ThreadBins& own = thread_bins[worker];

@@ -95,28 +95,24 @@ inline int32_t largest_key(const int32_t* keys, int32_t largest) {
 
 int32_t histogram_high(const DeltaTile& tile, uint32_t* bins) {
     int32_t largest = 0;
-    uint32_t zeros = 0;  // counted with the others and taken off again: cheaper than a branch for each
     for_each_group(tile, [&](const int32_t* keys, int64_t) {
         largest = largest_key(keys, largest);
-        const uint64_t moved = greater(keys, 0);
-        zeros += uint32_t(64 - count_bits(moved));
-        if (moved == 0) {
-            bins[0] += 64;
-            return;
+        uint64_t moved = greater(keys, 0);
+        if (moved == ~uint64_t(0)) {
+            for (int j = 0; j < 64; ++j) ++bins[keys[j] >> 16];
+        } else {
+            for (; moved != 0; moved &= moved - 1) ++bins[keys[__builtin_ctzll(moved)] >> 16];
         }
-        for (int j = 0; j < 64; ++j) ++bins[keys[j] >> 16];
     });
-    bins[0] -= zeros;
     return largest;
 }
 
 int32_t histogram_low(const DeltaTile& tile, int32_t prefix, uint32_t* bins) {
     int32_t largest = 0;
-    const int32_t lower = (prefix << 16) - 1, upper = (prefix << 16) + 0xFFFF;
+    const int32_t lower = prefix == 0 ? 0 : (prefix << 16) - 1, upper = prefix << 16 | 0xFFFF;
     for_each_group(tile, [&](const int32_t* keys, int64_t) {
         largest = largest_key(keys, largest);
-        const int32_t above_zero = lower < 0 ? 0 : lower;
-        for (uint64_t bits = greater(keys, above_zero) & ~greater(keys, upper); bits != 0; bits &= bits - 1) {
+        for (uint64_t bits = greater(keys, lower) & ~greater(keys, upper); bits != 0; bits &= bits - 1) {
             ++bins[keys[__builtin_ctzll(bits)] & 0xFFFF];
         }
     });

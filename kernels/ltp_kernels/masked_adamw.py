@@ -8,7 +8,7 @@ For every active entry, in float32, in this order and without fused multiply-add
     v = v * BETA2 + ONE_MINUS_BETA2 * (g * g)
     p = p - STEP_SIZE * (m / (sqrt(v) * INV_SQRT_BC2 + EPS))
 
-`tiles` is int64 [T, 7]: PARAM, START, LENGTH, ACTIVE, SLOT, INDEX, ENCODING. A parameter without a gradient (numel 0) is
+`tiles` is int64 [T, 7]: PARAM, START, LENGTH, ACTIVE, SLOT, INDEX, ENCODING. Parameters whose gradient is empty are
 skipped.
 """
 
@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .bits import popcount
 from .launch import address_table, on_device_of
 
 _PARTS = tl.constexpr(4)  # programs that share a tile, block by block
@@ -90,35 +91,24 @@ def _update(
 
 
 @triton.jit
-def _popcount(word):
-    """Set bits of uint64 words, as int32; compiles to POPC."""
-    word = word - ((word >> 1) & 0x5555555555555555)
-    word = (word & 0x3333333333333333) + ((word >> 2) & 0x3333333333333333)
-    word = (word + (word >> 4)) & 0x0F0F0F0F0F0F0F0F
-    return ((word * 0x0101010101010101) >> 56).to(tl.int32)
-
-
-@triton.jit
 def _bitmap_block(group_ptr, rank_ptr, first, lane, length):
     """For the entries first + lane of a BITMAP tile: (number among the tile's active entries, whether active)."""
     # Bits past the end are zero, so only the index itself needs the bound.
     exists = first + lane < length
-    group = tl.load(group_ptr + first // 64 + lane // 64, exists, 0).to(tl.uint64, bitcast=True)
-    before = tl.load(rank_ptr + first // 64 + lane // 64, exists, 0).to(tl.uint16, bitcast=True).to(tl.int32)
-    bit = tl.full([], 1, tl.uint64) << (lane % 64).to(tl.uint64)
-    return before + _popcount(group & (bit - 1)), (group & bit) != 0
+    group = tl.load(group_ptr + (first >> 6) + (lane >> 6), exists, 0).to(tl.uint64, bitcast=True)
+    before = tl.load(rank_ptr + (first >> 6) + (lane >> 6), exists, 0).to(tl.uint16, bitcast=True).to(tl.int32)
+    bit = tl.full([], 1, tl.uint64) << (lane & 63).to(tl.uint64)
+    below = group & (bit - 1)
+    # In 32-bit halves, or LLVM widens the sum and with it every address made of it to 64-bit arithmetic.
+    rank = before + popcount(below.to(tl.uint32)) + popcount((below >> 32).to(tl.uint32))
+    return rank, (group & bit) != 0
 
 
 @triton.jit
 def _list_block(position_ptr, rank, active, listed):
-    """For the active entries number `rank` of a LIST16 or FULL tile: (entry, whether there is one). FULL: listed = 0."""
+    """For the active entries number `rank` of a LIST16 or FULL (listed = 0) tile: (entry, whether there is one)."""
     position = tl.load(position_ptr + rank, rank < listed, 0).to(tl.uint16, bitcast=True).to(tl.int32)
     return tl.where(listed > 0, position, rank), rank < active
-
-
-@triton.jit
-def _float_ptr(address):
-    return address.to(tl.pointer_type(tl.float32))
 
 
 @triton.jit
@@ -150,8 +140,8 @@ def _masked_adamw_kernel(
         # Another block shape than below: blocks of equal shape get one layout, and vectors would spoil the gathers.
         VECTOR_BLOCK: tl.constexpr = 2 * BLOCK
         # Alignment by construction: a hint on an address would hold for all its uses, also below.
-        param_ptr = tl.multiple_of(_float_ptr(param_address // 16 * 16), 16)
-        grad_ptr = tl.multiple_of(_float_ptr(grad_address // 16 * 16), 16)
+        param_ptr = tl.multiple_of((param_address // 16 * 16).to(tl.pointer_type(tl.float32)), 16)
+        grad_ptr = tl.multiple_of((grad_address // 16 * 16).to(tl.pointer_type(tl.float32)), 16)
         done = active // VECTOR_BLOCK * VECTOR_BLOCK
         first = part * VECTOR_BLOCK
         while first < done:
@@ -163,8 +153,8 @@ def _masked_adamw_kernel(
             )  # fmt: skip
             first += _PARTS * VECTOR_BLOCK
 
-    param_ptr = _float_ptr(param_address)
-    grad_ptr = _float_ptr(grad_address)
+    param_ptr = param_address.to(tl.pointer_type(tl.float32))
+    grad_ptr = grad_address.to(tl.pointer_type(tl.float32))
     exp_avg_ptr += slot
     exp_avg_sq_ptr += slot
     anchor_ptr += slot
@@ -222,8 +212,8 @@ def _masked_sum_squares_kernel(
     index = tl.load(tile_ptr + _INDEX)
     encoding = tl.load(tile_ptr + _ENCODING)
     anchor_ptr += tl.load(tile_ptr + _SLOT)
-    param_ptr = _float_ptr(param_address + 4 * start)
-    grad_ptr = _float_ptr(grad_address + 4 * start)
+    param_ptr = (param_address + 4 * start).to(tl.pointer_type(tl.float32))
+    grad_ptr = (grad_address + 4 * start).to(tl.pointer_type(tl.float32))
 
     total = tl.zeros([BLOCK], tl.float64)
     if grad_address != 0:

@@ -10,12 +10,15 @@ There is no histogram pass: Triton has no shared-memory atomics.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import accumulate
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .bits import popcount
+from .launch import address, on_device_of
 
 TILE = 65_536
 
@@ -59,21 +62,12 @@ def _keys(initial_ptr, tuned_ptr, entry, mask, HAS_INITIAL: tl.constexpr):
 
 
 @triton.jit
-def _popcount(word):
-    """int32 number of set bits of uint32 words; compiles to POPC."""
-    word = word - ((word >> 1) & 0x55555555)
-    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
-    word = (word + (word >> 4)) & 0x0F0F0F0F
-    return ((word * 0x01010101) >> 24).to(tl.int32)
-
-
-@triton.jit
 def _bit_of_rank(word, rank):
-    """Position 0..31 of the set bit of uint32 `word` that has `rank` set bits below it; rank < _popcount(word)."""
+    """Position 0..31 of the set bit of uint32 `word` that has `rank` set bits below it; rank < popcount(word)."""
     position = tl.zeros_like(rank)
     for log_width in tl.static_range(4, -1, -1):
         width = 1 << log_width
-        lower = _popcount(word & ((1 << width) - 1))
+        lower = popcount(word & ((1 << width) - 1))
         skip = rank >= lower
         rank = tl.where(skip, rank - lower, rank)
         position = tl.where(skip, position + width, position)
@@ -92,7 +86,7 @@ def _mark_block(
     initial_ptr, tuned_ptr, above_ptr, inside_ptr, first, length, low, high, largest, n_above, n_inside,
     HAS_INITIAL: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Keys ROWS words of entries, writes their two bitmaps; returns largest keys [ROWS, 32] and counts [ROWS] so far."""
+    """Writes two bitmaps of ROWS words; returns the largest keys [ROWS, 32] and the counts [ROWS] so far."""
     row = tl.arange(0, ROWS)
     lane = tl.arange(0, 32)[None, :]
     entry = first + row[:, None] * 32 + lane
@@ -104,7 +98,26 @@ def _mark_block(
     inside = _pack((key >= low) & (key < high), lane)
     tl.store(above_ptr + word, above.to(tl.int32, bitcast=True), exists)
     tl.store(inside_ptr + word, inside.to(tl.int32, bitcast=True))
-    return tl.maximum(largest, key), n_above + _popcount(above), n_inside + _popcount(inside)
+    return tl.maximum(largest, key), n_above + popcount(above), n_inside + popcount(inside)
+
+
+@triton.jit
+def _collect(
+    initial_ptr, tuned_ptr, inside_words_ptr, before_ptr, key_ptr, position_ptr, rank, n_inside,
+    HAS_INITIAL: tl.constexpr,
+):  # fmt: skip
+    """Stores the candidates numbered `rank`: finds the word by bisection and the bit by popcounts, reads it again."""
+    mask = rank < n_inside
+    word = tl.zeros_like(rank)
+    for log_step in tl.static_range(10, -1, -1):  # down to the last word that has at most `rank` candidates before it
+        probe = word + (1 << log_step)
+        before = tl.load(before_ptr + probe).to(tl.uint16, bitcast=True).to(tl.int32)
+        word = tl.where(before <= rank, probe, word)
+    before = tl.load(before_ptr + word).to(tl.uint16, bitcast=True).to(tl.int32)
+    inside = tl.load(inside_words_ptr + word).to(tl.uint32, bitcast=True)
+    position = word * 32 + _bit_of_rank(inside, rank - before)
+    tl.store(key_ptr + rank, _keys(initial_ptr, tuned_ptr, position, mask, HAS_INITIAL), mask)
+    tl.store(position_ptr + rank, position.to(tl.int16), mask)
 
 
 @triton.jit(do_not_specialize=["n_tiles", "capacity"])
@@ -113,7 +126,7 @@ def _delta_band_kernel(
     offset_ptr, cursor_ptr, nonfinite_ptr, inside_words_ptr, before_ptr,
     INITIAL: tl.constexpr, TUNED: tl.constexpr, ALIGNED: tl.constexpr, HAS_TAKE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A program works off every num_programs-th tile. INITIAL, TUNED: dtypes of the inputs; INITIAL None stands for zeros."""
+    """A program works off every num_programs-th tile. INITIAL, TUNED: dtypes of the inputs; None stands for zeros."""
     HAS_INITIAL: tl.constexpr = INITIAL is not None
     BLOCK: tl.constexpr = ROWS * 32
     inside_words_ptr += tl.program_id(0) * _WORDS
@@ -157,7 +170,7 @@ def _delta_band_kernel(
             word = tl.arange(0, _WORDS)
             exists = word < (length + 63) // 64 * 2
             inside = tl.load(inside_words_ptr + word, exists, 0).to(tl.uint32, bitcast=True)
-            count = _popcount(inside)
+            count = popcount(inside)
             before = tl.cumsum(count) - count
             if HAS_TAKE:
                 wanted = tl.maximum(tl.load(take_ptr + tile).to(tl.int32) - before, 0)
@@ -183,19 +196,82 @@ def _delta_band_kernel(
         index += tl.num_programs(0)
 
 
-@triton.jit
-def _collect(
-    initial_ptr, tuned_ptr, inside_words_ptr, before_ptr, key_ptr, position_ptr, rank, n_inside, HAS_INITIAL: tl.constexpr
-):  # fmt: skip
-    """Stores the candidates numbered `rank`: finds each one's word by bisection, its bit by popcounts, and reads it again."""
-    mask = rank < n_inside
-    word = tl.zeros_like(rank)
-    for log_step in tl.static_range(10, -1, -1):  # down to the last word that has at most `rank` candidates before it
-        probe = word + (1 << log_step)
-        before = tl.load(before_ptr + probe).to(tl.uint16, bitcast=True).to(tl.int32)
-        word = tl.where(before <= rank, probe, word)
-    before = tl.load(before_ptr + word).to(tl.uint16, bitcast=True).to(tl.int32)
-    inside = tl.load(inside_words_ptr + word).to(tl.uint32, bitcast=True)
-    position = word * 32 + _bit_of_rank(inside, rank - before)
-    tl.store(key_ptr + rank, _keys(initial_ptr, tuned_ptr, position, mask, HAS_INITIAL), mask)
-    tl.store(position_ptr + rank, position.to(tl.int16), mask)
+def delta_band(
+    initial: Sequence[Tensor],
+    tuned: Sequence[Tensor],
+    groups: Sequence[int],
+    low: Tensor,
+    high: Tensor,
+    words: Tensor,
+    word_offsets: Sequence[int],
+    above: Tensor,
+    inside: Tensor,
+    take: Tensor | None,
+    keys: Tensor,
+    positions: Tensor,
+    offsets: Tensor,
+    cursor: Tensor,
+    nonfinite: Tensor,
+) -> None:
+    """One launch for all tensors of equal dtypes and alignment: almost always one in all. Scratch: 12 KB a program."""
+    first_tiles = [0, *accumulate(-(-t.numel() // TILE) for t in tuned)]
+    kinds: dict[tuple[torch.dtype | None, torch.dtype, bool], list[list[int]]] = {}
+    for i, t in enumerate(tuned):
+        addresses = [address(initial[i]) if initial else 0, address(t)]
+        kind = (initial[i].dtype if initial else None, t.dtype, all(a % 16 == 0 for a in addresses))
+        kinds.setdefault(kind, []).append([*addresses, word_offsets[i], t.numel(), groups[i], first_tiles[i]])
+
+    for (initial_dtype, tuned_dtype, aligned), tensors in kinds.items():
+        rows = _tile_rows(tensors, initial_dtype, tuned_dtype).to(words.device)
+        if not len(rows):
+            continue
+        programs = min(len(rows), _resident_programs(words.device))
+        with on_device_of(words):
+            _delta_band_kernel[(programs,)](
+                rows,
+                len(rows),
+                low,
+                high,
+                words,
+                above,
+                inside,
+                take,
+                keys,
+                positions,
+                keys.numel(),
+                offsets,
+                cursor,
+                nonfinite,
+                torch.empty(programs, _WORDS.value, dtype=torch.int32, device=words.device),
+                torch.empty(programs, _WORDS.value, dtype=torch.int16, device=words.device),
+                INITIAL=_DTYPES.get(initial_dtype),
+                TUNED=_DTYPES[tuned_dtype],
+                ALIGNED=aligned,
+                HAS_TAKE=take is not None,
+                ROWS=_ROWS,
+                num_warps=_NUM_WARPS,
+                enable_fp_fusion=False,
+            )
+
+
+def _tile_rows(tensors: list[list[int]], initial_dtype: torch.dtype | None, tuned_dtype: torch.dtype) -> Tensor:
+    """int64 [T, 6]: the rows of `tensors`, of the same columns but for whole tensors, cut into tiles."""
+    whole = torch.tensor(tensors)
+    counts = (whole[:, _LENGTH.value] + TILE - 1) // TILE
+    rows = whole.repeat_interleave(counts, 0)
+    number = torch.arange(len(rows)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    initial, tuned, word, length, _, tile = rows.unbind(1)
+    if initial_dtype is not None:
+        initial += number * TILE * initial_dtype.itemsize
+    tuned += number * TILE * tuned_dtype.itemsize
+    word += number * _WORDS.value
+    length -= number * TILE
+    length.clamp_(max=TILE)
+    tile += number
+    return rows
+
+
+def _resident_programs(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 2  # the interpreter runs them one after the other
+    return torch.cuda.get_device_properties(device).multi_processor_count * _PROGRAMS_PER_PROCESSOR

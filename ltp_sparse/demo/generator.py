@@ -4,15 +4,15 @@ Everything is drawn from a seed; nothing is read or downloaded. An example is dr
 they say (`facts.relation`), and only then put into words, so that example i means the same, with the same label, in every language.
 
 Leaks are closed by the way of drawing: each hypothesis comes with all three labels (three premises), so it alone tells
-nothing; the three premises leave equally many slots open and are about equally often denied. Word overlap tells little: each
-label has premises with all words of the hypothesis and premises that differ from it in one word.
+nothing; the three premises leave equally many slots open, use equally many general words, and are about equally often
+denied. Word overlap tells little: each label has premises with all words of the hypothesis and premises that lack some.
 """
 
 from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 
 from ltp_sparse.demo.facts import (
@@ -27,19 +27,33 @@ SPLITS = {"text": 70, "train": 10, "dev": 5, "test": 15}
 
 _SLOTS = ("agent", "quality", "action", "thing", "attribute", "place", "time")
 _TREES = {"agent": AGENTS, "thing": THINGS, "place": PLACES}
-# Share of denied premises by (hypothesis denied, label). A denied premise never entails a hypothesis that is not denied;
-# the shares make up for that, so that 1 premise in 5 is denied whatever the label.
-_DENIED = {
+_GENERAL = frozenset(PARENT.values())
+_WIDER = {node: ancestors(node)[1:] for tree in _TREES.values() for node in tree}
+_NARROWER = {node: [other for other in _WIDER if node in _WIDER[other]] for node in _WIDER}
+_EXCLUDED = {
+    slot: {node: [o for o in tree if o != node and o not in _WIDER[node] and node not in _WIDER[o]] for node in tree}
+    for slot, tree in _TREES.items()
+}
+_EXCLUDED["action"] = {action: list(others) for action, others in OPPOSITE.items()}
+_EXCLUDED["time"] = {time: [other for other in TIMES if other != time] for time in TIMES}
+_EXCLUDED["quality"] = _EXCLUDED["attribute"] = {
+    name: [other for other in GROUP if GROUP[other] == GROUP[name] and other != name] for name in GROUP
+}
+
+# Share of denied partners by (the given fact is denied, label). A denied premise never entails a hypothesis that is not
+# denied; the shares make up for that, so that 1 premise in 5 is denied whatever the label.
+_DENIED_PREMISE = {
     (False, "entailment"): 0.0, (False, "neutral"): 0.15, (False, "contradiction"): 0.3,
     (True, "entailment"): 0.6, (True, "neutral"): 0.3, (True, "contradiction"): 0.0,
 }  # fmt: skip
-
-
-_CHANGES = {
-    "entailment": ("narrow",), "neutral": ("widen", "drop"), "contradiction": ("clash",),
-    "any": ("keep", "narrow", "widen", "drop", "clash"),
+_DENIED_HYPOTHESIS = {
+    (False, "entailment"): 0.3, (False, "neutral"): 0.3, (False, "contradiction"): 0.3,
+    (True, "entailment"): 1.0, (True, "neutral"): 0.5, (True, "contradiction"): 0.0,
 }  # fmt: skip
-_OTHERS = {"entailment": (7, 3), "neutral": (3, 7), "contradiction": (6, 4)}
+# What happens to the slot in focus to reach a label: premise from hypothesis, hypothesis from premise.
+_TO_PREMISE = {"entailment": ("narrow",), "neutral": ("widen", "drop"), "contradiction": ("exclude",)}
+_TO_HYPOTHESIS = {"entailment": ("widen",), "neutral": ("narrow", "keep"), "contradiction": ("exclude",)}
+_ANY = ("keep", "narrow", "widen", "drop", "exclude")
 
 
 @dataclass(frozen=True)
@@ -54,103 +68,96 @@ class FactPair:
         return Pair(sentence(self.premise, language), sentence(self.hypothesis, language), self.label, language)
 
 
-def _open_slots(fact: Fact) -> list[str]:
-    return [
-        slot for slot in OPTIONAL if getattr(fact, slot) is None and not (slot == "attribute" and fact.thing is None)
-    ]
-
-
 def _node(rng: random.Random, tree: Sequence[str]) -> str:
     """A node of a tree; general and specific ones equally often."""
     general = rng.random() < 0.5
-    return rng.choice([node for node in tree if (node in PARENT.values()) == general])
+    return rng.choice([node for node in tree if (node in _GENERAL) == general])
 
 
-def _value(rng: random.Random, slot: str, fact: Fact) -> str:
-    if slot == "place":
-        return _node(rng, PLACES)
-    choices = TIMES
-    if slot == "quality":
-        choices = qualities(fact.agent)
-    elif slot == "attribute":
-        choices = PROPERTIES_OF_THINGS[ancestors(fact.thing)[-1]]
-    return rng.choice(choices)
+def _extend(rng: random.Random, values: dict[str, str], count: int) -> bool:
+    """Fill `count` more optional slots in place; whether there were as many."""
+    free = [slot for slot in OPTIONAL if slot not in values and (slot != "attribute" or "thing" in values)]
+    if count > len(free):
+        return False
+    for slot in rng.sample(free, count):
+        if slot == "place":
+            values[slot] = _node(rng, PLACES)
+        elif slot == "time":
+            values[slot] = rng.choice(TIMES)
+        elif slot == "quality":
+            values[slot] = rng.choice(qualities(values["agent"]))
+        else:
+            values[slot] = rng.choice(PROPERTIES_OF_THINGS[ancestors(values["thing"])[-1]])
+    return True
 
 
-def _extend(rng: random.Random, fact: Fact, count: int) -> Fact:
-    """The fact with `count` more optional slots, or with all that it can have."""
-    slots = _open_slots(fact)
-    for slot in rng.sample(slots, min(count, len(slots))):
-        if slot == "quality" and not qualities(fact.agent):
-            continue
-        fact = replace(fact, **{slot: _value(rng, slot, fact)})
-    return fact
+def _order(rng: random.Random, values: dict[str, str], negated: bool) -> Fact:
+    return Fact(**values, negated=negated, fronted="time" in values and rng.random() < 0.5)
 
 
 def draw_fact(rng: random.Random, optional: int | None = None) -> Fact:
-    """A random fact with 0 to 3 (or `optional`) optional slots."""
-    thing = _node(rng, THINGS) if rng.random() < 0.6 else None
-    agent = _node(rng, AGENTS)
-    fact = Fact(agent, rng.choice(actions(agent, thing)), thing=thing, negated=thing is None and rng.random() < 0.4)
-    fact = _extend(rng, fact, rng.choices((0, 1, 2, 3), (2, 4, 3, 1))[0] if optional is None else optional)
-    return replace(fact, fronted=fact.time is not None and rng.random() < 0.5)
+    """A random fact with 0 to 3 (or `optional`, at most 2) optional slots."""
+    values = {"agent": _node(rng, AGENTS)}
+    if rng.random() < 0.6:
+        values["thing"] = _node(rng, THINGS)
+    values["action"] = rng.choice(actions(values["agent"], values.get("thing")))
+    negated = "thing" not in values and rng.random() < 0.4
+    _extend(rng, values, rng.choices((0, 1, 2, 3), (2, 4, 3, 1))[0] if optional is None else optional)
+    return _order(rng, values, negated)
 
 
-def _clashing(rng: random.Random, slot: str, value: str) -> str:
-    if slot == "action":
-        return rng.choice(OPPOSITE[value])
-    if slot in GROUP or value in GROUP:
-        return rng.choice([other for other in GROUP if GROUP[other] == GROUP[value] and other != value])
-    if slot == "time":
-        return rng.choice([other for other in TIMES if other != value])
-    return rng.choice([o for o in _TREES[slot] if o not in ancestors(value) and value not in ancestors(o)])
+def _generals(values: dict[str, str]) -> int:
+    return sum(values.get(slot) in _GENERAL for slot in _TREES)
 
 
-def _changed(rng: random.Random, slot: str, value: str, change: str) -> str | None:
-    """The value after a change; the same value where the slot does not allow that change."""
-    if change == "clash":
-        return _clashing(rng, slot, value)
-    if change == "drop":
-        return None if slot in OPTIONAL else value
-    if slot in _TREES and change == "narrow":
-        return rng.choice([node for node in _TREES[slot] if value in ancestors(node)])
-    if slot in _TREES and change == "widen":
-        return rng.choice(ancestors(value))
-    return value
-
-
-def _generals(fact: Fact) -> int:
-    return sum(getattr(fact, slot) in PARENT.values() for slot in _TREES)
-
-
-def _draw_premise(rng: random.Random, hypothesis: Fact, label: str, optional: int, generals: int | None) -> Fact | None:
-    """A premise for which the hypothesis has the label, None if none is found soon.
+def _draw_partner(
+    rng: random.Random, given: Fact, label: str, optional: int, generals: int | None, premise_wanted: bool
+) -> Fact | None:
+    """A premise for the hypothesis `given` (or the other way round) with this label; None if none is found soon.
 
     optional: how many optional slots it fills; generals: how many general words it has (None: any number)
     """
-    negated = hypothesis.thing is None and rng.random() < _DENIED[hypothesis.negated, label]
-    slots = [slot for slot in _SLOTS if getattr(hypothesis, slot) is not None]
-    general = [slot for slot in _TREES if getattr(hypothesis, slot) in PARENT.values()]
-    changes = _CHANGES["any" if negated or hypothesis.negated else label]
-    for _ in range(40):
-        focus = rng.choice(general if label == "entailment" and general else slots)
-        values = {}
+    shares = _DENIED_PREMISE if premise_wanted else _DENIED_HYPOTHESIS
+    negated = given.thing is None and rng.random() < shares[given.negated, label]
+    changes = (_TO_PREMISE if premise_wanted else _TO_HYPOTHESIS)[label]
+    if negated or given.negated:
+        changes = _ANY
+    known = {slot: value for slot in _SLOTS if (value := getattr(given, slot)) is not None}
+    slots = list(known)
+    changeable = [s for s in slots if known[s] in _GENERAL] if changes == ("narrow",) else slots
+    for _ in range(30):
+        values = dict(known)
+        focus = rng.choice(changeable or slots)
         for slot in slots:
-            change = rng.choice(changes) if slot == focus else rng.choices(("keep", "narrow"), _OTHERS[label])[0]
-            values[slot] = _changed(rng, slot, getattr(hypothesis, slot), change)
-        premise = Fact(**values, negated=negated)
-        missing = optional - sum(getattr(premise, slot) is not None for slot in OPTIONAL)
-        if missing < 0:
+            change = rng.choice(changes) if slot == focus else _SIDE[premise_wanted] if rng.random() < 0.25 else "keep"
+            if change == "widen" and slot not in _TREES and slot == focus and premise_wanted:
+                change = "drop"
+            if change == "exclude":
+                values[slot] = rng.choice(_EXCLUDED[slot][values[slot]])
+            elif change == "narrow" and slot in _TREES and _NARROWER[values[slot]]:
+                values[slot] = rng.choice(_NARROWER[values[slot]])
+            elif change == "widen" and slot in _TREES and _WIDER[values[slot]]:
+                values[slot] = rng.choice(_WIDER[values[slot]])
+            elif change == "drop" and slot in OPTIONAL:
+                del values[slot]
+        filled = [slot for slot in OPTIONAL if slot in values]
+        if len(filled) > optional and not premise_wanted:
+            for slot in rng.sample(filled, len(filled) - optional):
+                del values[slot]
+        elif len(filled) > optional or not _extend(rng, values, optional - len(filled)):
             continue
-        premise = _extend(rng, premise, missing)
-        if not plausible(premise) or sum(getattr(premise, slot) is not None for slot in OPTIONAL) != optional:
+        if generals is not None and generals != _generals(values):
             continue
-        if generals is not None and generals != _generals(premise):
+        partner = _order(rng, values, negated)
+        if not plausible(partner):
             continue
-        if premise == replace(hypothesis, fronted=False) or relation(premise, hypothesis) != label:
-            continue
-        return replace(premise, fronted=premise.time is not None and rng.random() < 0.5)
+        premise, hypothesis = (partner, given) if premise_wanted else (given, partner)
+        if relation(premise, hypothesis) == label and replace(partner, fronted=False) != replace(given, fronted=False):
+            return partner
     return None
+
+
+_SIDE = {True: "narrow", False: "widen"}
 
 
 def draw_triple(rng: random.Random) -> list[FactPair]:
@@ -158,16 +165,33 @@ def draw_triple(rng: random.Random) -> list[FactPair]:
     while True:
         hypothesis = draw_fact(rng, rng.choices((0, 1, 2), (2, 5, 3))[0])
         optional = rng.choice((1, 2, 3))
-        triple = []
+        triple: list[FactPair] = []
+        generals = None
         for label in LABELS:
-            generals = _generals(triple[0].premise) if triple else None
-            premise = _draw_premise(rng, hypothesis, label, optional, generals)
+            premise = _draw_partner(rng, hypothesis, label, optional, generals, True)
             if premise is None:
                 break
+            generals = _generals(vars(premise))
             triple.append(FactPair(premise, hypothesis, label))
         else:
             rng.shuffle(triple)
             return triple
+
+
+def draw_questions(rng: random.Random, count: int) -> list[FactPair]:
+    """One premise with `count` hypotheses of independent random labels."""
+    while True:
+        premise = draw_fact(rng, rng.choice((1, 2, 2)))
+        found = []
+        for _ in range(count):
+            label = rng.choice(LABELS)
+            for _ in range(4):
+                h = _draw_partner(rng, premise, label, rng.choices((0, 1, 2), (3, 5, 2))[0], rng.choice((0, 1, 2)), False)
+                if h is not None and split_of(h) == "text":
+                    found.append(FactPair(premise, h, label))
+                    break
+        if len(found) == count:
+            return found
 
 
 def split_of(hypothesis: Fact) -> str:
@@ -199,51 +223,3 @@ def fact_pairs(count: int, split: str, seed: int = 0) -> list[FactPair]:
     found = found[:count]
     rng.shuffle(found)
     return found
-
-
-@dataclass(frozen=True)
-class Document:
-    """A line of pre-training text; `answer` is its last word if that answers a question, as in "Right."."""
-
-    text: str
-    answer: str | None = None
-
-
-def _exchange(rng: random.Random, pair: FactPair, premise_language: str, language: str) -> Document:
-    """Somebody states the premise, asks whether the hypothesis holds, and is told."""
-    grammar = LANGUAGES[language]
-    answer = grammar.answers[pair.label]
-    frame = rng.choice(grammar.asked)
-    asked = frame.format(hypothesis=capitalised(clause(pair.hypothesis, language)), answer=capitalised(answer))
-    return Document(f"{sentence(pair.premise, premise_language)} {asked}", answer)
-
-
-def _remark(rng: random.Random, fact: Fact, language: str) -> Document:
-    frame = rng.choice(list(LANGUAGES[language].said.values()))
-    return Document(frame.format(sentence=clause(fact, language)))
-
-
-def documents(
-    count: int, seed: int = 0, languages: Sequence[str] = tuple(LANGUAGES), exchanges: int = 20_000
-) -> list[Document]:
-    rng = random.Random(f"{seed} documents")
-    pairs = fact_pairs(exchanges, "text", seed)
-    found = []
-    while len(found) < count:
-        kind = rng.random()
-        one, other = rng.sample(list(languages), 2) if len(languages) > 1 else (languages[0],) * 2
-        if kind < KINDS[0]:
-            found.append(Document(sentence(draw_fact(rng), one)))
-        elif kind < KINDS[1]:
-            found.append(_remark(rng, draw_fact(rng), one))
-        elif kind < KINDS[2]:
-            fact = draw_fact(rng)
-            found.append(Document(f"{sentence(fact, one)} {sentence(fact, other)}"))
-        elif kind < KINDS[3]:
-            found.append(_exchange(rng, rng.choice(pairs), one, one))
-        else:
-            found.append(_exchange(rng, rng.choice(pairs), one, other))
-    return found
-
-
-KINDS = (0.1, 0.15, 0.35, 0.8)

@@ -655,7 +655,7 @@ TURKISH = Language(
     """),
     clause=_turkish,
     answers=_answers("evet", "hayır", "belki"),
-    asked=("{hypothesis}? {answer}.", "{hypothesis}? Bence {answer}.", "Soru: {hypothesis}? Cevap: {answer}."),
+    asked=("{hypothesis}? {answer}.", "{hypothesis}? Bence: {answer}.", "Soru: {hypothesis}? Cevap: {answer}."),
     said={
         "entailment": "Evet, bu doğru: {sentence}.",
         "contradiction": "Hayır, bu yanlış: {sentence}.",

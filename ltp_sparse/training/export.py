@@ -14,7 +14,7 @@ import torch
 
 from ltp_sparse.delta import SparseDelta
 from ltp_sparse.prompting.templates import CLASSES, soft_template
-from ltp_sparse.training.backbone import load_backbone
+from ltp_sparse.training.backbone import decouple, load_backbone
 from ltp_sparse.training.prompt_learning import load_prompted
 
 if TYPE_CHECKING:
@@ -92,6 +92,8 @@ def export(
     ids = pieces.convert_tokens_to_ids(tokens)
     if max(ids) >= first:  # rows past the vocabulary may already exist as padding of the matrix
         language_model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+        if trained.metadata["decoupled"]:
+            decouple(language_model)  # resizing splits the bias of the LM head from its decoder's
     with torch.no_grad():
         language_model.get_input_embeddings().weight[ids] = prompt.to(language_model.dtype)
     output = Path(output)

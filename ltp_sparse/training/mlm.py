@@ -353,7 +353,7 @@ def _token_mean(prediction: Any) -> dict[str, float]:
 
 
 class _Epochs(TrainerCallback):
-    """Tells a dataset the epoch. (The dataloader of a distributed run tells only its sampler.)"""
+    """Tells a dataset the epoch; the dataloader of a distributed run would tell its sampler only."""
 
     def __init__(self, dataset: MaskedTexts) -> None:
         self.dataset = dataset
@@ -361,7 +361,7 @@ class _Epochs(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.dataset.set_epoch(int(state.epoch or 0))
+        self.dataset.begin_epoch(int(state.epoch or 0))
 
 
 class _EvaluateAtEnd(TrainerCallback):
@@ -404,7 +404,7 @@ class MaskedTexts(Dataset):
     where nothing was chosen.
 
     The choice is a counter-based function of (seed, epoch, example), so it does not depend on batches, workers, ranks
-    or on what else draws random numbers: a resumed run sees the masks of the uninterrupted one. `set_epoch` changes it;
+    or on what else draws random numbers: a resumed run sees the masks of the uninterrupted one. `begin_epoch` changes it;
     a dataset whose epoch is never set is masked the same way every time, which is what evaluation wants.
     """
 
@@ -443,7 +443,7 @@ class MaskedTexts(Dataset):
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def set_epoch(self, epoch: int) -> None:
+    def begin_epoch(self, epoch: int) -> None:
         self.epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:

@@ -107,10 +107,11 @@ def train_prompt(
         save_every: epochs between checkpoints, of which the latest is kept; None writes none.
         resume: continue from the latest checkpoint of `output_dir`, if there is one. The result has the bits of a run
             that was never interrupted.
-        micro_batch_size: pairs per forward pass and device, to save memory; the update is that of the whole batch.
+        micro_batch_size: pairs per forward pass and device, to save memory; the update is that of the whole batch. With
+            several processes (torchrun) an incomplete last batch is filled up with pairs from the beginning.
         bf16: compute in bfloat16 under autocast; weights stay float32.
         progress: show a progress bar.
-        check_frozen: hash what must not train before and after, and raise RuntimeError if a bit of it changed.
+        check_frozen: hash what must not train, before and after, and raise RuntimeError if a bit of it changed.
         arguments: further `transformers.TrainingArguments`, e.g. {"report_to": "tensorboard"}.
         callbacks: further callbacks of the Trainer.
 
@@ -351,9 +352,7 @@ def _frozen_digests(model: nn.Module, ticket: Ticket) -> dict[str, str]:
         if index_set is None or index_set.k == 0:
             digests[name] = tensor_digest(parameter)
         elif index_set.k < index_set.n:
-            inactive = parameter.detach().clone()
-            scatter_(inactive, index_set, inactive.new_zeros(index_set.k))
-            digests[name] = tensor_digest(inactive)
+            digests[name] = tensor_digest(parameter.masked_fill(ticket.mask(name).to(parameter.device), 0))
     return digests
 
 

@@ -1,0 +1,188 @@
+"""The command line, run as a user does: select, train, evaluate, predict, export, inspect on a tiny model and local files."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_nli import WORDS, tiny_language_model, tiny_tokenizer, toy_pairs
+
+import ltp_sparse as ls
+from ltp_sparse.cli import main
+from ltp_sparse.cli.runs import Run, load_seed
+from ltp_sparse.prompting import CLASSES, collator
+
+SHOTS = 4
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A model folder, text, and a K-shot sample in the original layout."""
+    root = tmp_path_factory.mktemp("cli")
+    tokenizer = tiny_tokenizer()
+    tiny_language_model(len(tokenizer), decoupled=False).save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    generator = torch.Generator().manual_seed(0)
+    lines = [
+        " ".join(WORDS[i] for i in torch.randint(len(WORDS), (12,), generator=generator)) for _ in range(60)
+    ]
+    (root / "text.txt").write_text("\n".join(lines))
+    for split, seed in (("train", 0), ("dev", 1)):
+        folder = root / "data" / split / "en"
+        folder.mkdir(parents=True)
+        rows = [
+            {"lang": "en", "sentence1": p.premise, "sentence2": p.hypothesis, "gold": p.label}
+            for p in toy_pairs(3 * SHOTS, seed=seed)
+        ]
+        (folder / f"{split}_split,{SHOTS}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+@pytest.fixture(scope="module")
+def ticket(files):
+    path = files / "en.safetensors"
+    arguments = ["--text", files / "text.txt", "--max-steps", 2, "--batch-size", 4, "--length", 16, "--density", 0.05]
+    assert run("select", "--model", files / "model", *arguments, "--output", path, "--quiet") == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(files, ticket):
+    folder = files / "run"
+    assert run("train", *train_arguments(files, ticket), "--seeds", 1, 2, "--output", folder) == 0
+    return folder
+
+
+def run(*arguments) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def train_arguments(files, ticket):
+    settings = ["--epochs", 2, "--max-length", 40, "--learning-rate", 1e-2, "--quiet"]
+    return ["--model", files / "model", "--ticket", ticket, "--data", files / "data", "--shots", SHOTS, *settings]
+
+
+def test_select_writes_a_ticket_of_the_asked_size(files, ticket, capsys):
+    loaded = ls.Ticket.load(ticket)
+    assert loaded.k == int(0.05 * loaded.metadata["maskable"])
+    assert loaded.metadata["strategy"] == "decoupled"
+    assert run("inspect", ticket, "--plot", files / "plot.png", "--compare", ticket) == 0
+    printed = capsys.readouterr().out
+    assert "layer 1" in printed and "attention" in printed and "Jaccard overlap 1.0000" in printed
+    assert (files / "plot.png").stat().st_size > 1000
+
+
+def test_select_from_two_checkpoints(files, tmp_path, capsys):
+    tuned = tiny_language_model(len(tiny_tokenizer()), decoupled=False, seed=1)
+    tuned.save_pretrained(tmp_path / "tuned")
+    output = tmp_path / "ticket.safetensors"
+    arguments = ["--initial", files / "model", "--tuned", tmp_path / "tuned", "--density", 0.1, "--output", output]
+    assert run("select", *arguments) == 0
+    assert ls.Ticket.load(output).density == pytest.approx(0.1, abs=1e-4)
+
+
+def test_a_run_is_evaluated_per_language(files, trained, capsys):
+    pairs = "\n".join(["language\tpremise\thypothesis\tlabel", *(
+        f"{language}\t{p.premise}\t{p.hypothesis}\t{p.label}" for language in ("aym", "quy") for p in toy_pairs(30, seed=2)
+    )])  # fmt: skip
+    (files / "data" / "test.tsv").write_text(pairs + "\n")
+    arguments = ["--task", "americasnli", "--data", files / "data", "--languages", "aym", "quy", "--quiet"]
+    assert run("evaluate", trained, *arguments, "--plot", files / "bars.png") == 0
+    table = capsys.readouterr().out
+    assert "| LTP | 4 | 2 |" in table and "±" in table
+    rows = [json.loads(line) for line in (trained / "results.jsonl").read_text().splitlines()]
+    assert [row["seed"] for row in rows[-2:]] == [1, 2]
+    assert rows[-1]["accuracy"]["aym"] == rows[-1]["accuracy"]["quy"]  # the same pairs
+
+
+def test_training_resumes_and_refuses_to_overwrite(files, ticket, trained, capsys):
+    before = (trained / "seed-1" / "baked.safetensors").read_bytes()
+    assert run("train", *train_arguments(files, ticket), "--seeds", 1, "--output", trained) == 2
+    assert "pass --resume" in capsys.readouterr().err
+    assert run("train", *train_arguments(files, ticket), "--seeds", 1, 2, "--output", trained, "--resume") == 0
+    assert (trained / "seed-1" / "baked.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("method", ["random-ticket", "soft-prompt", "prompt-only"])
+def test_controls(files, ticket, tmp_path, method, capsys):
+    arguments = [a for a in train_arguments(files, ticket)]
+    if method != "random-ticket":
+        at = arguments.index("--ticket")
+        del arguments[at : at + 2]
+    assert run("train", "--method", method, *arguments, "--seeds", 1, "--output", tmp_path / "run") == 0
+    assert (tmp_path / "run" / "seed-1" / "baked.safetensors").is_file()
+
+
+def test_predict_and_the_exported_folder_agree(files, trained, tmp_path, capsys):
+    """The export needs transformers alone: its own script, run without this library on the path, gives the same labels."""
+    pairs = toy_pairs(9, seed=3)
+    (tmp_path / "pairs.tsv").write_text(
+        "premise\thypothesis\n" + "".join(f"{p.premise}\t{p.hypothesis}\n" for p in pairs)
+    )
+    assert run("predict", trained, tmp_path / "pairs.tsv", "--output", tmp_path / "labels.tsv", "--quiet") == 0
+    labels = [line.split("\t")[2] for line in (tmp_path / "labels.tsv").read_text().splitlines()[1:]]
+    assert run("export", trained, "--output", tmp_path / "exported") == 0
+    script = (
+        "import sys; sys.modules['ltp_sparse'] = None; sys.path.insert(0, sys.argv[1]); import predict as p\n"
+        "t = p.AutoTokenizer.from_pretrained(p.FOLDER); m = p.AutoModelForMaskedLM.from_pretrained(p.FOLDER).eval()\n"
+        "for line in open(sys.argv[2]).read().splitlines()[1:]:\n"
+        "    print(p.json.dumps(p.predict(m, t, *line.split('\\t'))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "exported", tmp_path / "pairs.tsv"],
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    scores = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [max(score, key=score.get) for score in scores] == labels
+    model, encode, _ = load_seed(Run.load(trained), trained, None)
+    batch = collator(model.config.pad_token_id)(encode(pairs))
+    expected = model(**{key: value for key, value in batch.items() if key != "labels"})["logits"]
+    torch.testing.assert_close(torch.tensor([[s[c] for c in CLASSES] for s in scores]), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_options_come_from_a_file_and_flags_win(files, tmp_path, capsys):
+    config = tmp_path / "select.yaml"
+    config.write_text(f"initial: {files / 'model'}\ntuned: {files / 'model'}\ndensity: 0.5\noutput: {tmp_path / 'a'}\n")
+    with pytest.warns(UserWarning, match="only 0 of"):
+        assert run("select", "--config", config, "--output", tmp_path / "b") == 0
+    assert (tmp_path / "b").is_file() and not (tmp_path / "a").exists()
+    config.write_text("densty: 0.5\n")
+    assert run("select", "--config", config) == 2
+    assert "unknown option 'densty'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["select"], "--output is needed"),
+        (["train", "--output", "x"], "--model is needed"),
+        (["inspect", "missing.safetensors"], "no such file"),
+        (["evaluate", "."], "not a run of ltp-sparse train"),
+        (["select", "--model", "m", "--output", "o"], "either --text files or --hub-text"),
+    ],
+)
+def test_mistakes_end_with_one_line(arguments, message, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_help_teaches_by_example(capsys):
+    for command in ("select", "train", "evaluate", "predict", "export", "inspect", "demo"):
+        with pytest.raises(SystemExit) as end:
+            main([command, "--help"])
+        assert end.value.code == 0
+        assert f"ltp-sparse {command}" in capsys.readouterr().out.split("examples:")[1]
+
+
+def test_help_imports_no_transformers():
+    script = "import sys; from ltp_sparse.cli import build_parser; build_parser(); print('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_method_names_are_those_of_the_methods():
+    from ltp_sparse.cli.tables import METHOD_NAMES
+    from ltp_sparse.methods import METHODS
+
+    assert tuple(METHODS) == METHOD_NAMES

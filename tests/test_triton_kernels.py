@@ -1,0 +1,410 @@
+"""The Triton kernels against the formulas they implement, written here in plain torch.
+
+Without a GPU they run in Triton's interpreter, which is why the inputs are small: it says nothing about races or speed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import pytest
+import torch
+from torch import Tensor
+
+from ltp_sparse.encoding import TILE, Encoding, IndexSet, TileTable, bitmap_words
+
+kernels = pytest.importorskip("ltp_sparse.kernels", exc_type=ImportError)
+from ltp_sparse.kernels.launch import _upload, address_table  # noqa: E402 (the package may be missing)
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NAN_WITH_PAYLOAD = 0x7FC12345
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor, what: str) -> None:
+    different = (bits(actual) != bits(expected)).nonzero().view(-1)
+    assert not different.numel(), f"{what}: {different.numel()} entries differ, first {different[:5].tolist()}"
+
+
+def misaligned(tensor: Tensor) -> Tensor:
+    """The same values at an address that no vector load may take."""
+    buffer = tensor.new_empty(tensor.numel() + 1)
+    buffer[1:] = tensor
+    return buffer[1:]
+
+
+# --- masked_adamw_ ----------------------------------------------------------------------------------------------------
+
+# (entries, share of active entries): every encoding with tails, a second tile, blocks that several programs share
+SHAPES = [(1, 1.0), (63, 0.3), (1000, 0.02), (1000, 0.0), (4097, 1.0), (4097, 0.2), (70_000, 0.1), (70_000, 0.01)]
+MISALIGNED, APPLY_OFF, NO_GRADIENT = 4, 5, 2  # positions of the parameters in a special situation
+SITUATIONS = {"all": (), "skip": (APPLY_OFF, NO_GRADIENT), "misaligned": (MISALIGNED,)}
+
+
+@dataclass
+class Problem:
+    """Arguments of `masked_adamw_`, and the masks they came from."""
+
+    masks: list[Tensor]
+    table: TileTable
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    coefficients: Tensor
+    anchor: Tensor
+
+    def args(self) -> tuple:
+        t = self.table
+        index = (t.tiles, t.words, t.ranks, t.positions)
+        return self.params, self.grads, self.exp_avg, self.exp_avg_sq, *index, self.coefficients, self.anchor
+
+    def slots(self, param: int) -> slice:
+        ends = list(accumulate(self.table.counts))
+        return slice(ends[param] - self.table.counts[param], ends[param])
+
+
+def random_mask(n: int, share: float, rng: torch.Generator) -> Tensor:
+    mask = torch.zeros(n, dtype=torch.bool)
+    mask[torch.randperm(n, generator=rng)[: round(share * n)]] = True
+    return mask
+
+
+def problem(rng: torch.Generator, *, situation: str = "all", anchor: bool = False) -> Problem:
+    masks = [random_mask(n, share, rng) for n, share in SHAPES]
+    params = [torch.randn(n, generator=rng) for n, _ in SHAPES]
+    grads = [torch.randn(n, generator=rng) for n, _ in SHAPES]
+    for mask, param, grad in zip(masks, params, grads, strict=True):
+        # frozen entries keep their bits, whatever they and their gradients hold
+        frozen = (~mask).nonzero().view(-1)
+        param[frozen[::3]] = torch.tensor(NAN_WITH_PAYLOAD, dtype=torch.int32).view(torch.float32)
+        param[frozen[1::3]] = -0.0
+        grad[frozen] = torch.tensor([torch.nan, torch.inf, -torch.inf])[torch.arange(frozen.numel()) % 3]
+        grad[mask.nonzero().view(-1)[::7]] = 0.0
+    table = TileTable.build([IndexSet.from_mask(mask) for mask in masks], device=DEVICE, ranks=True)
+    assert set(table.tiles[:, -1].tolist()) == set(Encoding)
+    kept = torch.cat([p[m] for p, m in zip(params, masks, strict=True)])
+    initial = torch.where(torch.rand(table.k, generator=rng) < 0.3, kept, torch.randn(table.k, generator=rng))
+    # APPLY, GRAD_FACTOR, DECAY, 1 - beta1, beta2, 1 - beta2, STEP_SIZE, INV_SQRT_BC2, EPS, PULL
+    row = torch.tensor([1.0, 0.7, 1 - 1e-3, 0.1, 0.999, 1e-3, 1e-2, 1.9, 1e-8, 0.03], dtype=torch.float64)
+    coefficients = row * (1 + 0.01 * torch.arange(len(SHAPES))[:, None])
+    chosen = SITUATIONS[situation]
+    if APPLY_OFF in chosen:
+        coefficients[APPLY_OFF, 0] = 0
+    if NO_GRADIENT in chosen:
+        grads[NO_GRADIENT] = torch.empty(0)
+    params, grads = [p.to(DEVICE) for p in params], [g.to(DEVICE) for g in grads]
+    if MISALIGNED in chosen:
+        params[MISALIGNED] = misaligned(params[MISALIGNED])
+    return Problem(
+        [mask.to(DEVICE) for mask in masks],
+        table,
+        params,
+        grads,
+        torch.randn(table.k, generator=rng).to(DEVICE),
+        torch.rand(table.k, generator=rng).to(DEVICE),
+        coefficients.to(DEVICE),
+        initial.to(DEVICE) if anchor else torch.empty(0, device=DEVICE),
+    )
+
+
+def expected_gradient(p: Problem, param: int) -> Tensor:
+    c = p.coefficients[param].float()
+    g = p.grads[param][p.masks[param]] * c[1]
+    if p.anchor.numel():
+        g = g + c[9] * torch.sign(p.params[param][p.masks[param]] - p.anchor[p.slots(param)])
+    return g
+
+
+def expected_step(p: Problem) -> tuple[list[Tensor], Tensor, Tensor]:
+    params, exp_avg, exp_avg_sq = [x.clone() for x in p.params], p.exp_avg.clone(), p.exp_avg_sq.clone()
+    for i, mask in enumerate(p.masks):
+        c, slots = p.coefficients[i].float(), p.slots(i)
+        if not p.grads[i].numel() or c[0] == 0:
+            continue
+        g = expected_gradient(p, i)
+        x = p.params[i][mask] * c[2]
+        m = p.exp_avg[slots] + c[3] * (g - p.exp_avg[slots])
+        v = p.exp_avg_sq[slots] * c[4] + c[5] * (g * g)
+        root = v.double().sqrt().float()  # rounded correctly, which torch's float32 root on CPUs is not
+        params[i][mask] = x - c[6] * (m / (root * c[7] + c[8]))
+        exp_avg[slots], exp_avg_sq[slots] = m, v
+    return params, exp_avg, exp_avg_sq
+
+
+@pytest.mark.parametrize("anchor", [False, True], ids=["plain", "anchor"])
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_update_gives_the_bits_of_the_formula(rng, situation, anchor):
+    p = problem(rng, situation=situation, anchor=anchor)
+    params, exp_avg, exp_avg_sq = expected_step(p)
+    kernels.masked_adamw_(*p.args())
+    for i, (n, share) in enumerate(SHAPES):
+        assert_same_bits(p.params[i], params[i], f"parameter of {n} entries, {share:.0%} active")
+    assert_same_bits(p.exp_avg, exp_avg, "exp_avg")
+    assert_same_bits(p.exp_avg_sq, exp_avg_sq, "exp_avg_sq")
+
+
+def test_update_of_zero_moments_and_gradients(rng):
+    # 0 / (sqrt(0) + eps): the slow paths of root and division
+    p = problem(rng)
+    for tensor in (*p.grads, p.exp_avg, p.exp_avg_sq):
+        tensor.zero_()
+    params, exp_avg, exp_avg_sq = expected_step(p)
+    kernels.masked_adamw_(*p.args())
+    for actual, expected in zip([*p.params, p.exp_avg, p.exp_avg_sq], [*params, exp_avg, exp_avg_sq], strict=True):
+        assert_same_bits(actual, expected, "zeros")
+
+
+def test_update_follows_gradients_that_move(rng):
+    p = problem(rng)
+    for _ in range(2):
+        params, exp_avg, exp_avg_sq = expected_step(p)
+        kernels.masked_adamw_(*p.args())
+        assert_same_bits(p.exp_avg, exp_avg, "exp_avg")
+        assert_same_bits(p.exp_avg_sq, exp_avg_sq, "exp_avg_sq")
+        for actual, expected in zip(p.params, params, strict=True):
+            assert_same_bits(actual, expected, "parameter")
+        p.grads = [-0.5 * grad for grad in p.grads]
+
+
+def test_update_of_an_empty_table(rng):
+    p = problem(rng)
+    p.table = TileTable.build([IndexSet.from_mask(torch.zeros_like(m)) for m in p.masks], device=DEVICE, ranks=True)
+    before = [param.clone() for param in p.params]
+    kernels.masked_adamw_(*p.args())
+    for param, kept in zip(p.params, before, strict=True):
+        assert_same_bits(param, kept, "parameter")
+    assert kernels.masked_sum_squares(*p.args()[:2], *p.args()[4:]).shape == (0,)
+
+
+@pytest.mark.parametrize("anchor", [False, True], ids=["plain", "anchor"])
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_sum_of_squares(rng, situation, anchor):
+    p = problem(rng, situation=situation, anchor=anchor)
+    args = (*p.args()[:2], *p.args()[4:])
+    sums = kernels.masked_sum_squares(*args)
+    assert sums.dtype == torch.float64
+    assert sums.shape == (len(p.table.tiles),)
+    assert_same_bits(kernels.masked_sum_squares(*args), sums, "second call")
+    for tile, (param, start, length, active, slot, *_) in enumerate(p.table.tiles.tolist()):
+        if not p.grads[param].numel():
+            assert sums[tile] == 0
+            continue
+        first = slot - p.slots(param).start
+        squares = expected_gradient(p, param)[first : first + active].double().square()
+        torch.testing.assert_close(sums[tile], squares.sum(), rtol=1e-14, atol=0, msg=f"tile {tile}: {start}+{length}")
+
+
+def test_addresses_are_copied_when_they_change_only():
+    _upload.cache_clear()
+    tensors = [torch.ones(3, device=DEVICE), torch.ones(2, device=DEVICE), torch.empty(0, device=DEVICE)]
+    table = address_table(tensors, DEVICE)
+    assert table.tolist() == [tensors[0].data_ptr(), tensors[1].data_ptr(), 0]
+    assert address_table(list(tensors), DEVICE) is table
+    tensors[1] = torch.ones(2, device=DEVICE)
+    assert address_table(tensors, DEVICE).tolist() == [tensors[0].data_ptr(), tensors[1].data_ptr(), 0]
+    assert _upload.cache_info().misses == 2
+
+
+# --- delta_band -------------------------------------------------------------------------------------------------------
+
+SIZES = [1, 63, 1000, 4097, 70_000]
+GROUPS = [0, 1, 0, 1, 1]
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+
+
+@dataclass
+class Band:
+    """The outputs of a `delta_band` call, poisoned before it."""
+
+    words: Tensor
+    word_offsets: list[int]
+    above: Tensor
+    inside: Tensor
+    keys: Tensor
+    positions: Tensor
+    offsets: Tensor
+    cursor: Tensor
+    nonfinite: Tensor
+
+
+def key_of(initial: Tensor | None, tuned: Tensor) -> Tensor:
+    delta = tuned.float() if initial is None else tuned.float() - initial.float()
+    return bits(delta) & 0x7FFFFFFF
+
+
+def run_band(
+    initial: list[Tensor],
+    tuned: list[Tensor],
+    groups: list[int],
+    low: list[int],
+    high: list[int],
+    *,
+    take: list[int] | None = None,
+    capacity: int = 1 << 18,
+) -> Band:
+    sizes = [t.numel() for t in tuned]
+    n_tiles = sum(-(-n // TILE) for n in sizes)
+    word_offsets = [0, *accumulate(map(bitmap_words, sizes))]
+
+    def integers(n: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.full((n,), -77, dtype=dtype, device=DEVICE)
+
+    band = Band(
+        integers(word_offsets[-1], torch.int32),
+        word_offsets,
+        integers(n_tiles),
+        integers(n_tiles),
+        integers(capacity, torch.int32),
+        integers(capacity, torch.int16),
+        integers(n_tiles),
+        torch.zeros(1, dtype=torch.int64, device=DEVICE),
+        torch.zeros(1, dtype=torch.int64, device=DEVICE),
+    )
+    kernels.delta_band(
+        initial,
+        tuned,
+        groups,
+        torch.tensor(low, device=DEVICE),
+        torch.tensor(high, device=DEVICE),
+        band.words,
+        word_offsets[:-1],
+        band.above,
+        band.inside,
+        None if take is None else torch.tensor(take, device=DEVICE),
+        band.keys,
+        band.positions,
+        band.offsets,
+        band.cursor,
+        band.nonfinite,
+    )
+    return band
+
+
+def check_band(
+    band: Band,
+    initial: list[Tensor],
+    tuned: list[Tensor],
+    groups: list[int],
+    low: list[int],
+    high: list[int],
+    *,
+    take: list[int] | None = None,
+) -> None:
+    """Every output against the definition, tile by tile; which tiles were stored is the pass's choice."""
+    tile = 0
+    taken_space: list[tuple[int, int]] = []
+    for i, t in enumerate(tuned):
+        keys = key_of(initial[i] if initial else None, t)
+        chosen = keys >= high[groups[i]]
+        for start in range(0, t.numel(), TILE):
+            piece = keys[start : start + TILE]
+            found = ((piece >= low[groups[i]]) & (piece < high[groups[i]])).nonzero().view(-1)
+            where = f"tensor {i}, tile from {start}"
+            assert band.above[tile] == chosen[start : start + TILE].sum(), where
+            assert band.inside[tile] == found.numel(), where
+            offset = int(band.offsets[tile])
+            if found.numel() and offset >= 0:
+                span = slice(offset, offset + found.numel())
+                taken_space.append((span.start, span.stop))
+                assert span.stop <= band.keys.numel(), where
+                assert torch.equal(band.keys[span], piece[found]), where
+                assert torch.equal(band.positions[span].to(torch.int64) & 0xFFFF, found), where
+            if take is not None:
+                chosen[start + found[: take[tile]]] = True
+            tile += 1
+        words = band.words[band.word_offsets[i] : band.word_offsets[i + 1]]
+        assert torch.equal(words, IndexSet.from_mask(chosen).bitmap()), f"tensor {i}: bitmap"
+    assert int(band.cursor) == int(band.inside.sum())
+    taken_space.sort()
+    assert all(a[1] <= b[0] for a, b in zip(taken_space, taken_space[1:], strict=False)), "candidates overlap"
+    if int(band.cursor) <= band.keys.numel():
+        assert sum(b - a for a, b in taken_space) == int(band.cursor), "all candidates are stored where they fit"
+
+
+def weights(rng: torch.Generator, before: torch.dtype, after: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    initial = [(0.02 * torch.randn(n, generator=rng)).to(before) for n in SIZES]
+    tuned = [(i.float() + 1e-3 * torch.randn(i.numel(), generator=rng)).to(after) for i in initial]
+    for i, t in zip(initial, tuned, strict=True):
+        t[::5] = i[::5].to(after)  # entries that did not move
+    return [i.to(DEVICE) for i in initial], [t.to(DEVICE) for t in tuned]
+
+
+def key_at(value: float) -> int:
+    return int(torch.tensor(value).view(torch.int32))
+
+
+BOUNDS = [key_at(1.0e-3), key_at(1.5e-3)], [key_at(1.1e-3), key_at(1.6e-3)]
+
+
+@pytest.mark.parametrize("before, after", [("f32", "f32"), ("bf16", "bf16"), ("f16", "f16"), ("bf16", "f32")])
+def test_band_in_every_dtype(rng, before, after):
+    initial, tuned = weights(rng, DTYPES[before], DTYPES[after])
+    band = run_band(initial, tuned, GROUPS, *BOUNDS)
+    check_band(band, initial, tuned, GROUPS, *BOUNDS)
+    assert band.inside.sum() > 100
+    assert band.nonfinite == 0
+
+
+def test_band_of_scores(rng):
+    _, tuned = weights(rng, torch.float32, torch.float32)
+    check_band(run_band([], tuned, GROUPS, *BOUNDS), [], tuned, GROUPS, *BOUNDS)
+
+
+def test_band_of_several_dtypes_and_alignments(rng):
+    kinds = [torch.float32, torch.float16, torch.float32, torch.bfloat16, torch.float32]
+    initial, tuned = weights(rng, torch.float32, torch.float32)
+    tuned = [t.to(dtype) for t, dtype in zip(tuned, kinds, strict=True)]
+    tuned[2], initial[4] = misaligned(tuned[2]), misaligned(initial[4])
+    check_band(run_band(initial, tuned, GROUPS, *BOUNDS), initial, tuned, GROUPS, *BOUNDS)
+
+
+@pytest.mark.parametrize("take", [[0] * 6, [1, 2, 3, 1000, 33, 4464], [1, 63, 1000, 4097, TILE, 4464]])
+def test_band_takes_the_first_ties_of_every_tile(take):
+    initial = [torch.zeros(n, device=DEVICE) for n in SIZES]
+    tuned = [torch.ones(n, device=DEVICE) for n in SIZES]
+    for t in tuned:
+        t[1::3] = 0.5
+        t[2::3] = 2.0
+    bounds = [key_at(1.0)] * 2, [key_at(1.0) + 1] * 2
+    band = run_band(initial, tuned, GROUPS, *bounds, take=take, capacity=0)
+    check_band(band, initial, tuned, GROUPS, *bounds, take=take)
+    assert (band.offsets[band.inside > 0] == -1).all()
+
+
+def test_band_with_every_entry_a_candidate():
+    tuned = [torch.full((n,), 1.5, device=DEVICE) for n in SIZES]
+    bounds = [1, 1], [key_at(2.0)] * 2
+    band = run_band([], tuned, GROUPS, *bounds)
+    check_band(band, [], tuned, GROUPS, *bounds)
+    assert band.inside.tolist() == [1, 63, 1000, 4097, TILE, 70_000 - TILE]
+
+
+@pytest.mark.parametrize("capacity", [0, 64, 5000])
+def test_band_stores_no_candidate_beyond_the_room_for_them(rng, capacity):
+    initial, tuned = weights(rng, torch.float32, torch.float32)
+    bounds = [1, 1], [key_at(1e-3)] * 2
+    band = run_band(initial, tuned, GROUPS, *bounds, capacity=capacity)
+    check_band(band, initial, tuned, GROUPS, *bounds)
+    assert int(band.cursor) > capacity
+    assert (band.offsets == -1).any()
+
+
+def test_band_keeps_subnormal_deltas():
+    tuned = [torch.tensor([0, 1, 2, 0x7FFFFF, 0x800000, 3], dtype=torch.int32, device=DEVICE).view(torch.float32)]
+    initial = [torch.zeros(6, device=DEVICE)]
+    band = run_band(initial, tuned, [0], [2], [0x7FFFFF])
+    check_band(band, initial, tuned, [0], [2], [0x7FFFFF])
+    assert band.keys[:2].tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_band_reports_values_that_are_not_finite(rng, value):
+    initial, tuned = weights(rng, torch.bfloat16, torch.bfloat16)
+    tuned[3][4096] = value
+    bounds = [key_at(1e-3)] * 2, [0x7F810000] * 2
+    assert run_band(initial, tuned, GROUPS, *bounds).nonfinite == 1
