@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ltp_sparse import files
 from ltp_sparse.encoding import IndexSet
 from ltp_sparse.names import applied_deltas, canonical_parameters, canonical_tensors, closest, fingerprint, match_names
-from ltp_sparse.selection.checkpoints import Readable, open_checkpoint, read_piece
+from ltp_sparse.checkpoints import Readable, open_checkpoint, read_piece
 from ltp_sparse.ticket import Ticket, pack_sets, unpack_sets
 
 
@@ -79,7 +79,8 @@ class SparseDelta:
         """The delta from one version of a model to another, on the ticket's entries.
 
         Args:
-            initial: the base: a module, name -> tensor, or a safetensors checkpoint.
+            initial: the base: a module, name -> tensor, or a safetensors checkpoint. Deltas that are applied to a module
+                belong to it; the fingerprint is that of the model below them.
             tuned: the tuned version.
             ticket: the entries to keep; what moved outside it is not looked at.
             dense: whole tensors to carry along, e.g. a task head or a prompt.
@@ -96,7 +97,8 @@ class SparseDelta:
             _check_shapes(ticket, tensors, side)
         digests = ticket.fingerprint
         if any(name not in digests for name in names):
-            digests = fingerprint({name: _whole(base[name]) for name in names})
+            stack = applied_deltas(initial) if isinstance(initial, nn.Module) else []
+            digests = fingerprint({name: _before(name, _whole(base[name]), stack) for name in names})
         carrier = Ticket(ticket.sets, ticket.shapes, ticket.metadata, digests)
         return cls(
             carrier,
@@ -172,19 +174,21 @@ class SparseDelta:
         stack.append(entry)
 
     def _moved(self, name: str, current: Tensor, overlaps: bool) -> Tensor:
-        """[k] new values of the active entries, given the current ones."""
+        """[k] new values of the active entries, given the current ones.
+
+        They are the tuned bits where the current ones are the original bits, else the current value plus the delta.
+        """
         values = self.values[name].to(current.device)
-        if not overlaps:
-            return values.to(current.dtype)
-        if name not in self.originals:
+        if name in self.originals:
+            originals = self.originals[name].to(current.device)
+            added = (current.float() + (values.float() - originals.float())).to(current.dtype)
+            return torch.where(current == originals.to(current.dtype), values.to(current.dtype), added)
+        if overlaps:
             raise ValueError(
-                f"SparseDelta.apply: another delta has moved entries of {name!r} that this one moves too, and this one was "
-                "made without originals; make it with originals=True to compose"
+                f"SparseDelta.apply: another delta has moved entries of {name!r} that this one moves too, and this one "
+                "was made without originals; make it with originals=True to compose"
             )
-        originals = self.originals[name].to(current.device)
-        added = (current.float() + (values.float() - originals.float())).to(current.dtype)
-        untouched = current == originals.to(current.dtype)
-        return torch.where(untouched, values.to(current.dtype), added)
+        return values.to(current.dtype)
 
     def _check_base(self, tensors: Mapping[str, Tensor], stack: list[Applied], dtype: str) -> None:
         """Compares the model, as it was before any delta, with the base of this one."""
@@ -200,10 +204,7 @@ class SparseDelta:
                     f"SparseDelta.apply: {name!r} in {tensor.dtype} cannot be compared with the base of this delta, which was "
                     "made without originals; strict=False applies it all the same"
                 )
-            for applied in reversed(stack):
-                if name in applied.displaced:
-                    tensor = tensor.clone()
-                    scatter_(tensor, applied.delta.ticket.sets[name], applied.displaced[name])
+            tensor = _before(name, tensor, stack)
             if cast:
                 # in another dtype only the delta's own original values can be compared
                 same = torch.equal(
@@ -293,6 +294,15 @@ def scatter_(tensor: Tensor, index_set: IndexSet, packed: Tensor) -> None:
         flat[indices] = packed[slot : slot + indices.numel()]
     if flat.data_ptr() != tensor.data_ptr():
         tensor.copy_(flat.view(tensor.shape))
+
+
+def _before(name: str, tensor: Tensor, stack: list[Applied]) -> Tensor:
+    """The tensor as it was before any delta of the stack was applied."""
+    for applied in reversed(stack):
+        if name in applied.displaced:
+            tensor = tensor.clone()
+            scatter_(tensor, applied.delta.ticket.sets[name], applied.displaced[name])
+    return tensor
 
 
 def _touches(applied: Applied, name: str, index_set: IndexSet) -> bool:

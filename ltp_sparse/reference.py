@@ -73,7 +73,8 @@ def masked_adamw_(
         p = param.view(-1)[indices] * c[Coefficient.DECAY]
         m = exp_avg[slots] + c[Coefficient.ONE_MINUS_BETA1] * (g - exp_avg[slots])
         v = exp_avg_sq[slots] * c[Coefficient.BETA2] + c[Coefficient.ONE_MINUS_BETA2] * (g * g)
-        p = p - c[Coefficient.STEP_SIZE] * (m / (v.sqrt() * c[Coefficient.INV_SQRT_BC2] + c[Coefficient.EPS]))
+        root = v.double().sqrt().to(v.dtype)  # rounded as IEEE 754 says; torch's own in float32 may be off by a bit
+        p = p - c[Coefficient.STEP_SIZE] * (m / (root * c[Coefficient.INV_SQRT_BC2] + c[Coefficient.EPS]))
 
         # a select, not a branch on the host: on a GPU the flag stays on the device
         apply = c[Coefficient.APPLY] != 0

@@ -22,6 +22,7 @@ from ltp_sparse.names import (
     matches,
     module_of,
     parameter_order,
+    strip_wrappers,
 )
 from ltp_sparse.random_sets import random_sets
 
@@ -102,6 +103,7 @@ class Ticket:
         metadata: Mapping[str, Any] | None = None,
     ) -> Ticket:
         """indices: name -> integers [k], flat row-major positions, unique, any order; shapes: name -> shape."""
+        indices, shapes = canonical_tensors(indices), {strip_wrappers(name): shape for name, shape in shapes.items()}
         if missing := [name for name in indices if name not in shapes]:
             raise ValueError(f"Ticket.from_indices: no shape for {missing[0]!r}")
         sets = {
@@ -193,8 +195,11 @@ class Ticket:
 
     def rows(self, name: str, start: int, stop: int) -> IndexSet:
         """The active entries inside rows start..stop of a parameter, for row-sharded parameters."""
-        shape = self.shapes[name]
-        return self._set(name).rows(start, stop, shape.numel() // max(shape[0], 1))
+        index_set, shape = self._set(name), self.shapes[name]
+        rows = shape[:1].numel()
+        if not 0 <= start <= stop <= rows:
+            raise ValueError(f"Ticket.rows: {name!r} has {rows} rows, expected 0 <= start <= stop, got {start} to {stop}")
+        return index_set.rows(start, stop, shape[1:].numel())
 
     def counts(self, by: str = "layer") -> dict[str, tuple[int, int]]:
         """(active entries, entries) by "layer", "module" (attention, feed-forward, ...) or "parameter"."""

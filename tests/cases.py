@@ -78,7 +78,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 class TiedModel(nn.Module):
-    """Embedding and LM head that share their weight, as in XLM-R; the head is registered first, which must not matter."""
+    """Embedding and LM head share their weight, as in XLM-R; the head is registered first, which must not matter."""
 
     base_model_prefix = "roberta"
 

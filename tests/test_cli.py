@@ -24,9 +24,7 @@ def files(tmp_path_factory):
     tiny_language_model(len(tokenizer), decoupled=False).save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
     generator = torch.Generator().manual_seed(0)
-    lines = [
-        " ".join(WORDS[i] for i in torch.randint(len(WORDS), (12,), generator=generator)) for _ in range(60)
-    ]
+    lines = [" ".join(WORDS[i] for i in torch.randint(len(WORDS), (12,), generator=generator)) for _ in range(60)]
     (root / "text.txt").write_text("\n".join(lines))
     for split, seed in (("train", 0), ("dev", 1)):
         folder = root / "data" / split / "en"

@@ -47,7 +47,7 @@ def test_strip_wrappers(name, canonical):
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_wrapped_models_have_the_names_and_tensors_of_the_bare_one(wrap):
-    """DESIGN 6: module., _orig_mod. and base_model.model. are taken off; a tied parameter appears once, under roberta."""
+    """DESIGN 6: module., _orig_mod. and base_model.model. come off; a tied parameter appears once, under roberta."""
     model = TiedModel()
     found = ls.canonical_parameters(wrap(model))
     assert list(found) == [

@@ -103,9 +103,7 @@ def test_a_short_row_and_a_bad_encoding_are_named(tmp_path):
 
 
 def americas_folder(tmp_path, per_class=3):
-    rows = [
-        f"aym\tp{label}{i}\th{i}\t{label}" for i in range(per_class) for label in LABELS
-    ]
+    rows = [f"aym\tp{label}{i}\th{i}\t{label}" for i in range(per_class) for label in LABELS]
     text = "\n".join(["language\tpremise\thypothesis\tlabel", *rows, "quy\tp\th\tneutral"]) + "\n"
     for name in ("dev.tsv", "test.tsv", "revised/anli.dev.tsv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

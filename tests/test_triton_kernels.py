@@ -39,8 +39,9 @@ def misaligned(tensor: Tensor) -> Tensor:
 
 # --- masked_adamw_ ----------------------------------------------------------------------------------------------------
 
-# (entries, share of active entries): every encoding with tails, a second tile, blocks that several programs share
-SHAPES = [(1, 1.0), (63, 0.3), (1000, 0.02), (1000, 0.0), (4097, 1.0), (4097, 0.2), (70_000, 0.1), (70_000, 0.01)]
+# (entries, share of active entries): every encoding with tails, blocks that several programs share, a second tile
+SHAPES = [(1, 1.0), (63, 0.3), (1000, 0.02), (1000, 0.0), (4097, 1.0), (4097, 0.2), (70_000, 0.01)]
+TWO_TILES_OF_BITMAP = (70_000, 0.1)  # slow in the interpreter
 MISALIGNED, APPLY_OFF, NO_GRADIENT = 4, 5, 2  # positions of the parameters in a special situation
 SITUATIONS = {"all": (), "skip": (APPLY_OFF, NO_GRADIENT), "misaligned": (MISALIGNED,)}
 
@@ -75,9 +76,10 @@ def random_mask(n: int, share: float, rng: torch.Generator) -> Tensor:
 
 
 def problem(rng: torch.Generator, *, situation: str = "all", anchor: bool = False) -> Problem:
-    masks = [random_mask(n, share, rng) for n, share in SHAPES]
-    params = [torch.randn(n, generator=rng) for n, _ in SHAPES]
-    grads = [torch.randn(n, generator=rng) for n, _ in SHAPES]
+    shapes = [*SHAPES, TWO_TILES_OF_BITMAP] if situation == "all" and anchor else SHAPES
+    masks = [random_mask(n, share, rng) for n, share in shapes]
+    params = [torch.randn(n, generator=rng) for n, _ in shapes]
+    grads = [torch.randn(n, generator=rng) for n, _ in shapes]
     for mask, param, grad in zip(masks, params, grads, strict=True):
         # frozen entries keep their bits, whatever they and their gradients hold
         frozen = (~mask).nonzero().view(-1)
@@ -91,7 +93,7 @@ def problem(rng: torch.Generator, *, situation: str = "all", anchor: bool = Fals
     initial = torch.where(torch.rand(table.k, generator=rng) < 0.3, kept, torch.randn(table.k, generator=rng))
     # APPLY, GRAD_FACTOR, DECAY, 1 - beta1, beta2, 1 - beta2, STEP_SIZE, INV_SQRT_BC2, EPS, PULL
     row = torch.tensor([1.0, 0.7, 1 - 1e-3, 0.1, 0.999, 1e-3, 1e-2, 1.9, 1e-8, 0.03], dtype=torch.float64)
-    coefficients = row * (1 + 0.01 * torch.arange(len(SHAPES))[:, None])
+    coefficients = row * (1 + 0.01 * torch.arange(len(shapes))[:, None])
     chosen = SITUATIONS[situation]
     if APPLY_OFF in chosen:
         coefficients[APPLY_OFF, 0] = 0
@@ -142,8 +144,8 @@ def test_update_gives_the_bits_of_the_formula(rng, situation, anchor):
     p = problem(rng, situation=situation, anchor=anchor)
     params, exp_avg, exp_avg_sq = expected_step(p)
     kernels.masked_adamw_(*p.args())
-    for i, (n, share) in enumerate(SHAPES):
-        assert_same_bits(p.params[i], params[i], f"parameter of {n} entries, {share:.0%} active")
+    for i, (actual, expected) in enumerate(zip(p.params, params, strict=True)):
+        assert_same_bits(actual, expected, f"parameter {i} of {actual.numel()} entries")
     assert_same_bits(p.exp_avg, exp_avg, "exp_avg")
     assert_same_bits(p.exp_avg_sq, exp_avg_sq, "exp_avg_sq")
 
@@ -377,11 +379,11 @@ def test_band_takes_the_first_ties_of_every_tile(take):
 
 
 def test_band_with_every_entry_a_candidate():
-    tuned = [torch.full((n,), 1.5, device=DEVICE) for n in SIZES]
-    bounds = [1, 1], [key_at(2.0)] * 2
-    band = run_band([], tuned, GROUPS, *bounds)
-    check_band(band, [], tuned, GROUPS, *bounds)
-    assert band.inside.tolist() == [1, 63, 1000, 4097, TILE, 70_000 - TILE]
+    tuned = [torch.full((n,), 1.5, device=DEVICE) for n in (TILE, 63)]
+    bounds = [1], [key_at(2.0)]
+    band = run_band([], tuned, [0, 0], *bounds)
+    check_band(band, [], tuned, [0, 0], *bounds)
+    assert band.inside.tolist() == [TILE, 63]
 
 
 @pytest.mark.parametrize("capacity", [0, 64, 5000])
@@ -406,5 +408,5 @@ def test_band_keeps_subnormal_deltas():
 def test_band_reports_values_that_are_not_finite(rng, value):
     initial, tuned = weights(rng, torch.bfloat16, torch.bfloat16)
     tuned[3][4096] = value
-    bounds = [key_at(1e-3)] * 2, [0x7F810000] * 2
+    bounds = [key_at(1.0)] * 2, [0x7F800000] * 2
     assert run_band(initial, tuned, GROUPS, *bounds).nonfinite == 1

@@ -38,7 +38,7 @@ _TILE = tl.constexpr(5)  # its place in above, inside, take and offsets
 _COLUMNS = tl.constexpr(6)
 
 _WORDS = tl.constexpr(TILE // 32)
-_CANDIDATES = tl.constexpr(256)  # candidates collected at a time
+_CANDIDATES = tl.constexpr(512)  # candidates collected at a time
 _NONFINITE_KEY = tl.constexpr(0x7F800000)
 _LARGEST_KEY = tl.constexpr(0x7FFFFFFF)
 

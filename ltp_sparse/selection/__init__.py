@@ -15,7 +15,7 @@ from ltp_sparse.encoding import IndexSet
 from ltp_sparse.names import canonical_tensors, closest, digest, fingerprint
 from ltp_sparse.selection import pools
 from ltp_sparse.selection.budgets import Budget, share_out
-from ltp_sparse.selection.checkpoints import CheckpointTensor, Readable, StreamSource, open_checkpoint
+from ltp_sparse.checkpoints import CheckpointTensor, Readable, StreamSource, open_checkpoint
 from ltp_sparse.ticket import Pool, Ticket, in_pool
 from ltp_sparse.topk import NonFiniteDelta, select_topk
 

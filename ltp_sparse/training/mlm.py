@@ -27,7 +27,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from ltp_sparse.names import canonical_parameters, canonical_tensors, layer_of
 from ltp_sparse.selection import Weights, pools, select
 from ltp_sparse.selection.budgets import Budget
-from ltp_sparse.selection.checkpoints import open_checkpoint
+from ltp_sparse.checkpoints import open_checkpoint
 from ltp_sparse.ticket import Ticket
 from ltp_sparse.topk import entries_for
 from ltp_sparse.training.backbone import is_decoupled, logits_only_at
@@ -404,8 +404,8 @@ class MaskedTexts(Dataset):
     where nothing was chosen.
 
     The choice is a counter-based function of (seed, epoch, example), so it does not depend on batches, workers, ranks
-    or on what else draws random numbers: a resumed run sees the masks of the uninterrupted one. `begin_epoch` changes it;
-    a dataset whose epoch is never set is masked the same way every time, which is what evaluation wants.
+    or on what else draws random numbers: a resumed run sees the masks of the uninterrupted one. `begin_epoch` changes
+    it; without it the masks are the same every time, which is what evaluation wants.
     """
 
     def __init__(
