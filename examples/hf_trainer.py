@@ -1,6 +1,6 @@
 """MaskedAdamW inside the Hugging Face Trainer: a small XLM-R classifier learns with 20 % of its encoder and its head.
 
-    python examples/hf_trainer.py
+python examples/hf_trainer.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Writes an XLM-R of random weights with a real tokenizer: to try everything without downloading a model.
 
-    python examples/random_xlmr.py --tokenizer ../shared/data/tokenizers/xlm_roberta_base --size small --output small-xlmr
+python examples/random_xlmr.py --tokenizer ../shared/data/tokenizers/xlm_roberta_base --size small --output
+small-xlmr
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from transformers import AutoTokenizer, XLMRobertaConfig
 from ltp_sparse.training.backbone import backbone_from_config
 
 SIZES = {
-    "small": dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256),
-    "base": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
+    "small": {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 256},
+    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
 }
 
 

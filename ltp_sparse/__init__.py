@@ -1,7 +1,7 @@
 """Sparse-update training: select the weights that matter, and train them for the price of that subset.
 
-Two operations carry everything: `topk_delta` (which weights moved most between two versions of a model) and `masked_adamw_`
-(one AdamW step over a ticket, with state for the active entries only).
+Two operations carry everything: `topk_delta` (which weights moved most between two versions of a model) and
+`masked_adamw_` (one AdamW step over a ticket, with state for the active entries only).
 """
 
 __version__ = "0.1.0"

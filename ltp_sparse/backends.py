@@ -35,6 +35,7 @@ class Backend:
     masked_sum_squares: Callable[..., Tensor]
     delta_histogram: Callable[..., None]
     delta_band: Callable[..., None]
+    needs_ranks: bool = False  # reads the rank directory of a tile table
 
 
 class BackendUnavailable(RuntimeError):
@@ -155,8 +156,9 @@ def _triton() -> Backend:
         "triton",
         kernels.masked_adamw_,
         kernels.masked_sum_squares,
-        reference.delta_histogram,  # Triton has no histogram that beats torch's at 32,768 bins; the sampled route avoids it
+        reference.delta_histogram,  # Triton has none that beats torch's at 32,768 bins; the sampled route avoids it
         kernels.delta_band,
+        needs_ranks=True,
     )
 
 

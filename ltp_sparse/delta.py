@@ -1,4 +1,4 @@
-"""`SparseDelta`: what a training run changed, on a ticket; applied to a model, composed with others, and taken back bit for bit."""
+"""`SparseDelta`: what a training run changed on a ticket; applied to a model, composed, taken back bit for bit."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ltp_sparse import files
+from ltp_sparse.checkpoints import Readable, open_checkpoint, read_piece
 from ltp_sparse.encoding import IndexSet
 from ltp_sparse.names import applied_deltas, canonical_parameters, canonical_tensors, closest, fingerprint, match_names
-from ltp_sparse.checkpoints import Readable, open_checkpoint, read_piece
 from ltp_sparse.ticket import Ticket, pack_sets, unpack_sets
 
 
@@ -32,15 +32,17 @@ class Applied:
 
 
 class SparseDelta:
-    """The new values of a ticket's entries (LT-SFT calls it an SFT), with the original ones, and whole tensors such as a head.
+    """The new and original values of a ticket's entries (LT-SFT calls it an SFT), and whole tensors such as a head.
 
-    On the base it was made from, `apply` gives the tuned bits. On top of other deltas it adds: an entry that another delta has
-    moved becomes current + (tuned - original), in float32 (LT-SFT's composition). `revert` gives back the bits of before.
+    On the base it was made from, `apply` gives the tuned bits. On top of other deltas it adds: an entry that another
+    delta has moved becomes current + (tuned - original), in float32 (LT-SFT's composition). `revert` gives back the
+    bits of before.
 
     Args:
         ticket: the active entries, with the fingerprint of the base.
         values: name -> [k] tuned values in slot order, in the dtype of the model.
-        originals: name -> [k] values of the base, or empty: the delta can then not be composed with one that overlaps it.
+        originals: name -> [k] values of the base, or empty: the delta can then not be composed with one that overlaps
+            it.
         dense: name -> whole tensors that replace the model's.
         metadata: anything JSON can hold.
     """
@@ -79,8 +81,8 @@ class SparseDelta:
         """The delta from one version of a model to another, on the ticket's entries.
 
         Args:
-            initial: the base: a module, name -> tensor, or a safetensors checkpoint. Deltas that are applied to a module
-                belong to it; the fingerprint is that of the model below them.
+            initial: the base: a module, name -> tensor, or a safetensors checkpoint. Deltas that are applied to a
+                module belong to it; the fingerprint is that of the model below them.
             tuned: the tuned version.
             ticket: the entries to keep; what moved outside it is not looked at.
             dense: whole tensors to carry along, e.g. a task head or a prompt.
@@ -126,8 +128,8 @@ class SparseDelta:
 
         Args:
             model: the base model, possibly with other deltas applied by this method.
-            dtype: "same", or "cast" to accept the same base in another dtype (compared there by the delta's original values,
-                since a fingerprint is one of bits).
+            dtype: "same", or "cast" to accept the same base in another dtype (compared there by the delta's original
+                values, since a fingerprint is one of bits).
             strict: False accepts any base whose names and shapes fit, and warns.
 
         Raises:
@@ -147,7 +149,7 @@ class SparseDelta:
                 )
             if strict and dtype == "same" and tensors[name].dtype != tensor.dtype:
                 raise ValueError(
-                    f"SparseDelta.apply: {name!r} is {tensors[name].dtype} in the model and {tensor.dtype} in the delta; "
+                    f"SparseDelta.apply: {name!r} is {tensors[name].dtype} in the model, {tensor.dtype} in the delta; "
                     'pass dtype="cast" to convert it'
                 )
         stack = applied_deltas(model)
@@ -196,13 +198,13 @@ class SparseDelta:
             cast = tensor.dtype != self.values[name].dtype
             if cast and dtype == "same":
                 raise ValueError(
-                    f"SparseDelta.apply: {name!r} is {tensor.dtype} in the model and {self.values[name].dtype} in the delta; "
+                    f"SparseDelta.apply: {name!r} is {tensor.dtype} in the model, {self.values[name].dtype} in the delta; "
                     'pass dtype="cast" if it is the same base in another dtype'
                 )
             if cast and name not in self.originals:
                 raise ValueError(
-                    f"SparseDelta.apply: {name!r} in {tensor.dtype} cannot be compared with the base of this delta, which was "
-                    "made without originals; strict=False applies it all the same"
+                    f"SparseDelta.apply: {name!r} in {tensor.dtype} cannot be compared with the base of this delta, which "
+                    "was made without originals; strict=False applies it all the same"
                 )
             tensor = _before(name, tensor, stack)
             if cast:
@@ -215,7 +217,7 @@ class SparseDelta:
                 same = wanted is None or fingerprint({name: tensor})[name] == wanted
             if not same:
                 raise ValueError(
-                    f"SparseDelta.apply: {name!r} is not the tensor this delta was made from. Load the base model first; "
+                    f"SparseDelta.apply: {name!r} is not the tensor this delta was made from. Load the base model; "
                     'dtype="cast" accepts it in another dtype, strict=False any model'
                 )
 
@@ -235,7 +237,7 @@ class SparseDelta:
             shared += [name for name in entry.dense if name in later.dense]
             if shared:
                 raise ValueError(
-                    f"SparseDelta.revert: {later.delta!r} was applied later and overlaps in {shared[0]!r}; revert it first"
+                    f"SparseDelta.revert: {later.delta!r} was applied later and overlaps in {shared[0]!r}: revert it"
                 )
         parameters = canonical_parameters(model)
         tensors = {**parameters, **dict(model.named_buffers())}
@@ -318,5 +320,6 @@ def _check_shapes(ticket: Ticket, tensors: Mapping[str, Any], where: str) -> Non
     for name in ticket.active_names:
         if tensors[name].shape != ticket.shapes[name]:
             raise ValueError(
-                f"{where}: {name!r} has shape {list(tensors[name].shape)}, the ticket was made for {list(ticket.shapes[name])}"
+                f"{where}: {name!r} has shape {list(tensors[name].shape)}, "
+                f"the ticket was made for {list(ticket.shapes[name])}"
             )

@@ -7,7 +7,8 @@ An `IndexSet` says which entries of one parameter are active, in one of three en
 * ``LIST16`` a uint16 position inside its 65,536-entry tile per active entry.
 
 A `TileTable` lays the index sets of many parameters out so that one launch covers all of them.
-Everything is plain torch and independent of the device. int16 tensors hold uint16 bits, since torch computes little in uint16.
+Everything is plain torch and independent of the device. int16 tensors hold uint16 bits, since torch computes little in
+uint16.
 """
 
 from __future__ import annotations
@@ -377,7 +378,8 @@ class TileTable:
         return sum(t.nbytes for t in (self.tiles, self.words, self.ranks, self.positions))
 
     def __repr__(self) -> str:
-        return f"TileTable({self.k:,} active entries of {len(self.counts)} parameters, {len(self.tiles):,} tiles, {self.nbytes:,} bytes)"
+        where = f"{len(self.counts)} parameters, {len(self.tiles):,} tiles"
+        return f"TileTable({self.k:,} active entries of {where}, {self.nbytes:,} bytes)"
 
 
 def tile_indices(tile: Sequence[int], words: Tensor, positions: Tensor) -> Tensor:

@@ -58,8 +58,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def canonical_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Canonical name -> parameter, in canonical order; a tied parameter appears once.
 
-    Of the names of a tied parameter, the one inside the base model wins ("roberta.embeddings.word_embeddings.weight", never
-    "lm_head.decoder.weight"), whichever the model class happens to register first.
+    Of the names of a tied parameter, the one inside the base model wins ("roberta.embeddings.word_embeddings.weight",
+    never "lm_head.decoder.weight"), whichever the model class happens to register first.
     """
     aliases: dict[int, list[str]] = {}
     parameters: dict[int, nn.Parameter] = {}
@@ -159,7 +159,7 @@ def module_of(name: str) -> str:
 
 
 def is_layer_norm(name: str) -> bool:
-    """Whether a parameter belongs to a LayerNorm module; the LM head's `layer_norm` does not count (METHODS 1.1, trap 3)."""
+    """Whether a parameter belongs to a LayerNorm module; the LM head's `layer_norm` does not count, as in LT-SFT."""
     return "LayerNorm" in name
 
 

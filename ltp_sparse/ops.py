@@ -1,6 +1,7 @@
 """The two operations: checked once here, registered once with torch.library, served by a backend.
 
-`topk_delta` and `masked_adamw_` are functional, on lists of tensors; `select` and `MaskedAdamW` are what most people use.
+`topk_delta` and `masked_adamw_` are functional, on lists of tensors; `select` and `MaskedAdamW` are what most people
+use.
 """
 
 from __future__ import annotations
@@ -28,11 +29,18 @@ _library.define(
 _library.define("topk_delta(Tensor[] initial, Tensor[] tuned, int[] groups, int[] k) -> (Tensor, Tensor, Tensor)")
 
 
+def _update_backend(words: Tensor, ranks: Tensor) -> backends.Backend:
+    backend = backends.resolve(words.device)
+    if backend.needs_ranks and ranks.numel() != words.numel() // 2:
+        raise ValueError(f"masked_adamw_: the {backend.name} backend needs a table with ranks: TileTable.with_ranks()")
+    return backend
+
+
 @torch.library.impl(_library, "masked_adamw_", "CompositeExplicitAutograd")
 def _masked_adamw_(params, grads, exp_avg, exp_avg_sq, tiles, words, ranks, positions, coefficients, anchor):
     with torch.no_grad():
         contiguous = [param if param.is_contiguous() else param.contiguous() for param in params]
-        backends.resolve(exp_avg.device).masked_adamw_(
+        _update_backend(words, ranks).masked_adamw_(
             contiguous,
             [grad.contiguous() for grad in grads],
             exp_avg,
@@ -52,7 +60,7 @@ def _masked_adamw_(params, grads, exp_avg, exp_avg_sq, tiles, words, ranks, posi
 @torch.library.impl(_library, "masked_sum_squares", "CompositeExplicitAutograd")
 def _masked_sum_squares(params, grads, tiles, words, ranks, positions, coefficients, anchor):
     with torch.no_grad():
-        return backends.resolve(tiles.device).masked_sum_squares(
+        return _update_backend(words, ranks).masked_sum_squares(
             [param.contiguous() for param in params],
             [grad.contiguous() for grad in grads],
             tiles,
@@ -116,6 +124,7 @@ def masked_adamw_(
         TypeError, ValueError: dtypes, shapes or devices do not fit.
     """
     _check_update(params, grads, table, coefficients, anchor, exp_avg, exp_avg_sq)
+    table = _readable(table)
     torch.ops.ltp_sparse.masked_adamw_(
         list(params), _gradients(params, grads), exp_avg, exp_avg_sq,
         table.tiles, table.words, table.ranks, table.positions, coefficients, _anchor(anchor, exp_avg),
@@ -129,15 +138,21 @@ def masked_sum_squares(
     coefficients: Tensor,
     anchor: Tensor | None = None,
 ) -> Tensor:
-    """float64 [T]: per tile of `table`, the sum of squares of the active gradient entries, scaled and pulled as in the update.
+    """float64 [T]: per tile, the sum of squares of the active gradient entries, scaled and pulled as in the update.
 
     Arguments as for `masked_adamw_`.
     """
     _check_update(params, grads, table, coefficients, anchor)
+    table = _readable(table)
     return torch.ops.ltp_sparse.masked_sum_squares(
         list(params), _gradients(params, grads),
         table.tiles, table.words, table.ranks, table.positions, coefficients, _anchor(anchor, coefficients),
     )  # fmt: skip
+
+
+def _readable(table: TileTable) -> TileTable:
+    """With the rank directory where the backend reads it; build the table with `ranks=True` to save the work."""
+    return table.with_ranks() if backends.resolve(table.tiles.device).needs_ranks else table
 
 
 def _gradients(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
@@ -233,17 +248,18 @@ def topk_delta(
     *,
     groups: Sequence[int] | None = None,
 ) -> tuple[list[IndexSet], Tensor]:
-    """The k entries of largest |tuned - initial| over all tensors, exactly; the earliest (tensor, flat index) wins a tie.
+    """The k entries of largest |tuned - initial| over all tensors, exactly; ties go to the earliest (tensor, index).
 
     Args:
-        initial: float32, bfloat16 or float16 tensors, any contiguity; an empty list stands for zeros, which ranks |tuned|.
+        initial: float32, bfloat16 or float16 tensors, any contiguity; an empty list stands for zeros, which ranks
+            |tuned|.
         tuned: of the same shapes; dtypes of a pair may differ, deltas are taken in float32.
         k: entries to select; with `groups`, a number per group.
         groups: the group of every tensor, 0, 1, ...; default: all in one.
 
     Returns:
-        An index set per tensor, and float32 [G], the smallest selected |delta| of every group (infinite: none selected).
-        Entries whose delta is zero are never selected, so that fewer than k may come.
+        An index set per tensor, and float32 [G], the smallest selected |delta| of every group (infinite: none
+        selected). Entries whose delta is zero are never selected, so that fewer than k may come.
 
     Raises:
         NonFiniteDelta (a ValueError): a delta is NaN or infinite.

@@ -18,7 +18,9 @@ _PIECE = 1 << 19
 
 
 class RandomScores:
-    """A source of uniform scores, integers below 2^24, made piece by piece from (seed, name, start): nothing of size n is ever stored."""
+    """A source of uniform scores, integers below 2^24, made piece by piece from (seed, name, start): nothing of size n
+    is ever stored.
+    """
 
     def __init__(self, shapes: Mapping[str, Size], seed: int) -> None:
         self.names, self.seed = list(shapes), seed

@@ -16,9 +16,6 @@ NONFINITE_KEY = 0x7F800000
 """The smallest key of an infinity or a NaN."""
 
 
-# --- masked AdamW ------------------------------------------------------------------------------------------------------------
-
-
 class Coefficient:
     """Columns of the `coefficients` of `masked_adamw_`: float64 [P, 10], a row per parameter."""
 
@@ -61,7 +58,7 @@ def masked_adamw_(
     coefficients: Tensor,
     anchor: Tensor,
 ) -> None:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) on the active entries, in the order of operations of torch.optim.AdamW."""
+    """AdamW (arXiv 1711.05101) on the active entries, in the order of operations of torch.optim.AdamW."""
     rounded = coefficients.to(exp_avg.dtype)
     for _, tile in _tiles(tiles, grads):
         param = params[tile[Column.PARAM]]
@@ -104,13 +101,11 @@ def masked_sum_squares(
     return sums
 
 
-# --- top-k delta selection: the two passes that `topk.py` drives -------------------------------------------------------------
-
 _STRIDE = 4 * TILE  # entries keyed at a time: keeps the temporaries to a few megabytes
 
 
 def delta_keys(initial: Tensor | None, tuned: Tensor) -> Tensor:
-    """int32 keys bits(|float32(tuned) - float32(initial)|): ordered like the absolute delta; `initial` None stands for zeros."""
+    """int32 keys bits(|float32(tuned) - float32(initial)|), which order like the deltas; `initial` None: zeros."""
     delta = tuned.float() if initial is None else tuned.float() - initial.float()
     return delta.abs().view(torch.int32)
 

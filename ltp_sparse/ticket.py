@@ -50,9 +50,9 @@ def in_pool(names: Iterable[str], pool: Pool) -> list[str]:
 class Ticket:
     """Which entries of which parameters are active, with what is known about their origin.
 
-    A ticket lists every parameter of its pool, also those without an active entry, under canonical names and in canonical order.
-    Make one with `select`, `Ticket.random`, `Ticket.full`, `Ticket.from_masks` or `Ticket.from_indices`; combine tickets with
-    ``&``, ``|``, ``-``, ``^`` and ``~``.
+    A ticket lists every parameter of its pool, also those without an active entry, under canonical names and in
+    canonical order. Make one with `select`, `Ticket.random`, `Ticket.full`, `Ticket.from_masks` or
+    `Ticket.from_indices`; combine tickets with ``&``, ``|``, ``-``, ``^`` and ``~``.
 
     Args:
         sets: index set of every parameter.
@@ -77,8 +77,6 @@ class Ticket:
                 raise ValueError(
                     f"Ticket: {name!r} has shape {list(self.shapes[name])}, its index set covers {index_set.n} entries"
                 )
-
-    # --- making ------------------------------------------------------------------------------------------------------------
 
     @classmethod
     def full(cls, model: nn.Module | Mapping[str, Any], pool: Pool = None) -> Ticket:
@@ -149,8 +147,6 @@ class Ticket:
         }
         return ticket
 
-    # --- reading -----------------------------------------------------------------------------------------------------------
-
     @property
     def names(self) -> list[str]:
         """The parameters of the pool, in canonical order."""
@@ -198,7 +194,9 @@ class Ticket:
         index_set, shape = self._set(name), self.shapes[name]
         rows = shape[:1].numel()
         if not 0 <= start <= stop <= rows:
-            raise ValueError(f"Ticket.rows: {name!r} has {rows} rows, expected 0 <= start <= stop, got {start} to {stop}")
+            raise ValueError(
+                f"Ticket.rows: {name!r} has {rows} rows, expected 0 <= start <= stop, got {start} to {stop}"
+            )
         return index_set.rows(start, stop, shape[1:].numel())
 
     def counts(self, by: str = "layer") -> dict[str, tuple[int, int]]:
@@ -229,8 +227,6 @@ class Ticket:
             f"Ticket({self.k:,} of {self.n:,} entries active ({100 * self.density:.4g} %) "
             f"in {len(self.active_names)} of {len(self.sets)} parameters{method}, {self.nbytes:,} bytes)"
         )
-
-    # --- algebra -----------------------------------------------------------------------------------------------------------
 
     def _combine(self, other: Ticket, operation: str) -> Ticket:
         if not isinstance(other, Ticket):
@@ -284,8 +280,6 @@ class Ticket:
         names = in_pool(self.sets, pool)
         fingerprint = {name: self.fingerprint[name] for name in names if name in self.fingerprint}
         return Ticket({n: self.sets[n] for n in names}, self.shapes, self.metadata, fingerprint)
-
-    # --- files -------------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file, atomically, each parameter in its smallest encoding."""

@@ -1,16 +1,17 @@
 """The routes of `topk_delta`: exact global top-k of |tuned - initial| in one or two readings of the weights.
 
-Every entry has a key, the 31 bits of its absolute delta in float32, which order like the delta itself. The k-th largest key is
-found in one of three ways, each exact:
+Every entry has a key, the 31 bits of its absolute delta in float32, which order like the delta itself. The k-th largest
+key is found in one of three ways, each exact:
 
-* sampled bracket: half a million sampled keys give a narrow band that holds the k-th key almost surely; one pass marks what lies
-  above it and collects the candidates inside. The counts verify it; otherwise
-* histogram: one pass counts the keys by their upper 15 bits, the second is the band pass over the bin that holds the k-th key;
-* ties: where the band overflows the room for candidates (many equal deltas), a second histogram gives the exact key, and two band
-  passes give the entries at that key to the earliest.
+* sampled bracket: half a million sampled keys give a narrow band that holds the k-th key almost surely; one pass marks
+  what lies above it and collects the candidates inside. The counts verify it; otherwise
+* histogram: one pass counts the keys by their upper 15 bits, the second is the band pass over the bin that holds the
+  k-th key;
+* ties: where the band overflows the room for candidates (many equal deltas), a second histogram gives the exact key,
+  and two band passes give the entries at that key to the earliest.
 
-The passes are a backend's (`reference.py` says what they do). Temporary memory: the bitmap that is the result (n/8 bytes), and
-candidates of at most n/156 entries at 6 bytes, worked off in pieces.
+The passes are a backend's (`reference.py` says what they do). Temporary memory: the bitmap that is the result (n/8
+bytes), and candidates of at most n/156 entries at 6 bytes, worked off in pieces.
 """
 
 from __future__ import annotations
@@ -193,7 +194,7 @@ def piecewise(
 
 
 def flat_piece(tensor: Tensor, start: int, stop: int) -> Tensor:
-    """Entries start..stop of the row-major order of any tensor, contiguous, copying the rows that hold them and no more."""
+    """Entries start..stop of the row-major order of any tensor, contiguous; copies no more than their rows."""
     if tensor.is_contiguous() or tensor.dim() < 2:
         return tensor.reshape(-1)[start:stop].contiguous()  # a strided vector stays strided under reshape
     row = tensor[0].numel()
@@ -290,7 +291,8 @@ class _Band:
     def missing(self) -> list[int]:
         """Per group, how many entries of the band are to be taken.
 
-        A band that starts at the smallest key holds all there is: then fewer than k entries have moved, and all are taken.
+        A band that starts at the smallest key holds all there is: then fewer than k entries have moved, and all are
+        taken.
         """
         above, inside = self.per_group(self.above), self.per_group(self.inside)
         return [
@@ -332,7 +334,7 @@ class _Band:
         return low
 
     def finish(self) -> Selection:
-        """Takes the missing entries from the stored candidates: larger keys first, then the earliest at the threshold."""
+        """Takes the missing entries from the candidates: larger keys first, then the earliest at the threshold."""
         missing = self.missing()
         thresholds = [self.threshold(g, m) if m else NONFINITE_KEY for g, m in enumerate(missing)]
         cut = torch.tensor(thresholds, device=self.words.device)
@@ -426,7 +428,7 @@ def sampled_bracket(source: Source, groups: list[int], ks: list[int]) -> tuple[l
 
 
 def _one_of_each_stratum(n: int, count: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """A random index out of each of `count` equal parts of 0..n-1, some at a time: in memory order, not aligned with rows."""
+    """A random index out of each of `count` equal parts of 0..n-1: in memory order, not aligned with rows."""
     for start in range(0, count, _PIECE):
         stratum = torch.arange(start, min(start + _PIECE, count), dtype=torch.float64)
         stratum += torch.rand(stratum.numel(), generator=generator, dtype=torch.float64)

@@ -104,7 +104,7 @@ def test_training_resumes_and_refuses_to_overwrite(files, ticket, trained, capsy
 
 @pytest.mark.parametrize("method", ["random-ticket", "soft-prompt", "prompt-only"])
 def test_controls(files, ticket, tmp_path, method, capsys):
-    arguments = [a for a in train_arguments(files, ticket)]
+    arguments = list(train_arguments(files, ticket))
     if method != "random-ticket":
         at = arguments.index("--ticket")
         del arguments[at : at + 2]

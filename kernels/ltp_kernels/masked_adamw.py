@@ -185,11 +185,11 @@ def _masked_adamw_kernel(
 
 @triton.jit
 def _square(grad_ptr, param_ptr, anchor_ptr, mask, grad_factor, pull, HAS_ANCHOR: tl.constexpr):
-    """float64 squares of the gradients that the update would see, 0 where not `mask`."""
+    """float64 squares of the gradients that the update would see; lanes outside `mask` read zeros and give 0."""
     g = tl.load(grad_ptr, mask, 0.0) * grad_factor
     if HAS_ANCHOR:
         g = _pull(g, tl.load(param_ptr, mask, 0.0), tl.load(anchor_ptr, mask, 0.0), pull)
-    g = tl.where(mask, g, 0.0).to(tl.float64)
+    g = g.to(tl.float64)
     return g * g
 
 

@@ -52,8 +52,14 @@ def run(options: argparse.Namespace) -> None:
             dtype=torch.bfloat16 if options.bf16 else None,
             progress=not options.quiet,
         )
-        facts = dict(method=made.method, shots=made.shots, language=made.language, seed=seed, task=options.task)
-        facts |= dict(split=options.split, limit=options.limit, epoch=delta.metadata["epoch"], k=delta.ticket.k)
+        facts = {
+            "method": made.method,
+            "shots": made.shots,
+            "language": made.language,
+            "seed": seed,
+            "task": options.task,
+        }
+        facts |= {"split": options.split, "limit": options.limit, "epoch": delta.metadata["epoch"], "k": delta.ticket.k}
         rows.append(result_row(accuracies, **facts))
         append_row(options.folder / RESULTS, rows[-1])
     summaries = summarize(rows)

@@ -27,4 +27,7 @@ def run(options: argparse.Namespace) -> None:
     made = Run.load(options.folder)
     seed = finished_seeds(options.folder)[0] if options.seed is None else options.seed
     export(made.model, options.folder / f"seed-{seed}" / "baked.safetensors", options.output, tokenizer=made.tokenizer)
-    print(f"seed {seed} of {made.method} written to {options.output}; try: python {options.output}/predict.py PREMISE HYPOTHESIS")
+    print(
+        f"seed {seed} of {made.method} written to {options.output}; "
+        f"try: python {options.output}/predict.py PREMISE HYPOTHESIS"
+    )

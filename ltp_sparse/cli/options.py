@@ -16,7 +16,7 @@ class CommandError(Exception):
 
 
 class Parser:
-    """The parser of all commands. A command is a module of this package with `HELP`, `EXAMPLES`, `add_options` and `run`."""
+    """The parser of all commands: modules of this package with `HELP`, `EXAMPLES`, `add_options` and `run`."""
 
     def __init__(self) -> None:
         self.parser = argparse.ArgumentParser(

@@ -19,7 +19,9 @@ EXAMPLES = """\
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", nargs="?", type=Path, help="a run of ltp-sparse train")
-    parser.add_argument("pairs", nargs="?", type=Path, help="the pairs: .tsv, .csv or .jsonl with premise and hypothesis")
+    parser.add_argument(
+        "pairs", nargs="?", type=Path, help="the pairs: .tsv, .csv or .jsonl with premise and hypothesis"
+    )
     parser.add_argument("--seed", type=int, help="default: the first that is trained")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--output", type=Path, help="a .tsv file (default: the screen)")

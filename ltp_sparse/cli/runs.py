@@ -1,9 +1,9 @@
 """The folder of a trained run: what `train` leaves and `evaluate`, `predict` and `export` read.
 
-    run.json                  model, method, task, shots, languages: how the run was made
-    seed-1/trained.safetensors  a SparseDelta: ticket entries and the prompt encoder at the best epoch
-    seed-1/baked.safetensors    the same with the prompt in place of its encoder: all that inference needs
-    results.jsonl             rows of `evaluate`
+run.json                  model, method, task, shots, languages: how the run was made
+seed-1/trained.safetensors  a SparseDelta: ticket entries and the prompt encoder at the best epoch
+seed-1/baked.safetensors    the same with the prompt in place of its encoder: all that inference needs
+results.jsonl             rows of `evaluate`
 """
 
 from __future__ import annotations

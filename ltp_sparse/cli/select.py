@@ -12,8 +12,8 @@ EXAMPLES = """\
   LTP's ticket: tune XLM-R on English text, keep the 20 % of its weights that moved most
     ltp-sparse select --model xlm-roberta-base --text wiki.en.txt --density 0.2 --output en.safetensors
   the same from a Hub data set, the middle third of the layers only
-    ltp-sparse select --model xlm-roberta-base --hub-text wikimedia/wikipedia --hub-config 20231101.en --max-lines 300000 \\
-        --segment middle --output en-middle.safetensors
+    ltp-sparse select --model xlm-roberta-base --hub-text wikimedia/wikipedia --hub-config 20231101.en \\
+        --max-lines 300000 --segment middle --output en-middle.safetensors
   two versions of any model, streamed from disk
     ltp-sparse select --initial base/ --tuned tuned/ --density 0.05 --output ticket.safetensors"""
 
@@ -121,7 +121,9 @@ def _from_text(options: argparse.Namespace):  # type: ignore[no-untyped-def]
         resume=options.resume,
         progress=not options.quiet,
     )
-    print(f"tuned for {result.metadata['steps']} updates, best validation loss {result.metadata['validation_loss']:.4f}")
+    print(
+        f"tuned for {result.metadata['steps']} updates, best validation loss {result.metadata['validation_loss']:.4f}"
+    )
     return find_ticket(
         result.initial,
         result.model,

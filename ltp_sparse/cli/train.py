@@ -15,10 +15,10 @@ EXAMPLES = """\
     ltp-sparse train --model xlm-roberta-base --ticket en.safetensors --shots 4 --output runs/ltp-4
   the controls
     ltp-sparse train --model xlm-roberta-base --method soft-prompt --shots 4 --output runs/sp-4
-    ltp-sparse train --model xlm-roberta-base --method random-ticket --ticket en.safetensors --shots 4 --output runs/random-4
+    ltp-sparse train --model xlm-roberta-base --method random-ticket --ticket en.safetensors --shots 4 --output runs/rand
   from the original files, in Swahili, stopped and resumed
-    ltp-sparse train --model xlm-roberta-base --ticket en.safetensors --data data/xnli_fewshot --language sw --shots 16 \\
-        --output runs/sw --save-every 10 --resume"""
+    ltp-sparse train --model xlm-roberta-base --ticket en.safetensors --data data/xnli_fewshot --language sw \\
+        --shots 16 --output runs/sw --save-every 10 --resume"""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
     add_model(parser)
     parser.add_argument("--method", choices=METHOD_NAMES, default="ltp")
-    parser.add_argument("--match", choices=("pool", "layers"), default="pool", help="random-ticket: what the draw keeps")
+    parser.add_argument(
+        "--match", choices=("pool", "layers"), default="pool", help="random-ticket: what the draw keeps"
+    )
     parser.add_argument("--ticket", type=Path, help="the ticket of ltp-sparse select (ltp and random-ticket need one)")
     parser.add_argument("--task", default="xnli-fewshot", help="labelled pairs to train on (default: xnli-fewshot)")
     parser.add_argument("--shots", type=int, help="examples per class")
@@ -73,7 +75,9 @@ def run(options: argparse.Namespace) -> None:
     seeds = options.seeds or list(method.settings.seeds)
     todo = [s for s in seeds if not (options.output / f"seed-{s}" / BAKED).is_file()]
     if len(todo) < len(seeds) and not options.resume:
-        raise CommandError(f"train: {options.output} already holds trained seeds; pass --resume to keep them, or another --output")
+        raise CommandError(
+            f"train: {options.output} already holds trained seeds; pass --resume to keep them, or another --output"
+        )
     model, tokenizer = load_backbone(options.model, decoupled=kind is not SoftPrompt, tokenizer=options.tokenizer)
     verbalizer = Verbalizer.for_language(tokenizer, options.verbalizer or options.language)
     options.output.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
 """The small world of the demo: what a sentence says, and when one fact follows from another or clashes with it.
 
-A fact is about one event: who does what, to which thing, where and when. As in SNLI, premise and hypothesis speak of the *same*
-event, so "finds an apple" clashes with "finds a doll", and "in the kitchen" with "in the garden". Nothing here knows a language.
+A fact is about one event: who does what, to which thing, where and when. As in SNLI, premise and hypothesis speak of
+the *same* event, so "finds an apple" clashes with "finds a doll", and "in the kitchen" with "in the garden". Nothing
+here knows a language.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ TIMES = ("morning", "night")
 
 # Properties clash within their group and say nothing about another group.
 GROUP = {
-    "big": "size", "small": "size", "happy": "mood", "sad": "mood", "red": "colour", "white": "colour", "new": "age", "old": "age",
+    "big": "size", "small": "size", "happy": "mood", "sad": "mood", "red": "colour", "white": "colour", "new": "age",
+    "old": "age",
 }  # fmt: skip
 PROPERTIES_OF_THINGS = {
     "fruit": ("big", "small"),
@@ -34,13 +36,13 @@ PROPERTIES_OF_THINGS = {
     "tool": ("big", "small", "new", "old"),
 }
 
-# Actions without an object (of persons, and of animals), and with one. Only the listed pairs exclude each other; a pair such as
-# eat and work, which might be done at once, is never compared.
+# Actions without an object (of persons, and of animals), and with one. Only the listed pairs exclude each other; a pair
+# such as eat and work, which might be done at once, is never compared.
 PERSON_ACTIVITIES = ("sleep", "eat", "run", "work", "play")
 ANIMAL_ACTIVITIES = ("sleep", "eat", "run", "play")
 OPPOSITE = {
-    "find": ("lose",), "lose": ("find",), "buy": ("sell",), "sell": ("buy",), "break": ("repair",), "repair": ("break",),
-    "sleep": ("eat", "run", "work", "play"), "eat": ("sleep", "run"), "run": ("sleep", "eat"),
+    "find": ("lose",), "lose": ("find",), "buy": ("sell",), "sell": ("buy",), "break": ("repair",), "repair":
+    ("break",), "sleep": ("eat", "run", "work", "play"), "eat": ("sleep", "run"), "run": ("sleep", "eat"),
     "work": ("sleep", "play"), "play": ("sleep", "work"),
 }  # fmt: skip
 DEEDS = ("find", "lose", "buy", "sell", "break", "repair")
@@ -49,9 +51,11 @@ OPTIONAL = ("quality", "attribute", "place", "time")
 
 @dataclass(frozen=True)
 class Fact:
-    """What one sentence says. A slot that is None is left open; `fronted` (time phrase first) is word order, not meaning.
+    """What one sentence says. A slot that is None is left open; `fronted` (time phrase first) is word order, not
+    meaning.
 
-    negated: "does not"; it denies action, place and time together, never the subject. Only facts without a thing are negated.
+    negated: "does not"; it denies action, place and time together, never the subject. Only facts without a thing are
+        negated.
     """
 
     agent: str

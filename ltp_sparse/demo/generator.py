@@ -16,8 +16,22 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 
 from ltp_sparse.demo.facts import (
-    AGENTS, GROUP, LABELS, OPPOSITE, OPTIONAL, PARENT, PLACES, PROPERTIES_OF_THINGS, THINGS, TIMES, Fact, actions, ancestors,
-    plausible, qualities, relation,
+    AGENTS,
+    GROUP,
+    LABELS,
+    OPPOSITE,
+    OPTIONAL,
+    PARENT,
+    PLACES,
+    PROPERTIES_OF_THINGS,
+    THINGS,
+    TIMES,
+    Fact,
+    actions,
+    ancestors,
+    plausible,
+    qualities,
+    relation,
 )  # fmt: skip
 from ltp_sparse.demo.languages import LANGUAGES, capitalised, clause, sentence
 from ltp_sparse.tasks.pairs import Pair
@@ -186,7 +200,9 @@ def draw_questions(rng: random.Random, count: int) -> list[FactPair]:
         for _ in range(count):
             label = rng.choice(LABELS)
             for _ in range(4):
-                h = _draw_partner(rng, premise, label, rng.choices((0, 1, 2), (3, 5, 2))[0], rng.choice((0, 1, 2)), False)
+                h = _draw_partner(
+                    rng, premise, label, rng.choices((0, 1, 2), (3, 5, 2))[0], rng.choice((0, 1, 2)), False
+                )
                 if h is not None and split_of(h) == "text":
                     found.append(FactPair(premise, h, label))
                     break

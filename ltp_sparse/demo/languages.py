@@ -1,8 +1,8 @@
 """The eight languages of the demo: word forms, and one small grammar each that turns a fact into a sentence.
 
-Only what the demo's sentences need is here: the present tense, definite subjects in the singular, indefinite objects, agreement of
-adjectives by gender or noun class, the accusative where a language marks it, and negation. Words are listed in the form in
-which they are used, so that nothing has to be derived by rules that have exceptions.
+Only what the demo's sentences need is here: the present tense, definite subjects in the singular, indefinite objects,
+agreement of adjectives by gender or noun class, the accusative where a language marks it, and negation. Words are
+listed in the form in which they are used, so that nothing has to be derived by rules that have exceptions.
 """
 
 from __future__ import annotations
@@ -72,9 +72,6 @@ def _circumstances(language: Language, fact: Fact, clause: str, comma: str = "")
     """Place and time after the clause, or the time before it."""
     place, time = _place(language, fact), _time(language, fact)
     return _join(f"{time}{comma}", clause, place) if fact.fronted else _join(clause, place, time)
-
-
-# English -----------------------------------------------------------------------------------------------------------------
 
 
 def _english(language: Language, fact: Fact) -> str:
@@ -150,7 +147,6 @@ ENGLISH = Language(
     },
 )
 
-# German ------------------------------------------------------------------------------------------------------------------
 
 _GERMAN_ARTICLES = {"m": ("der", "einen", "en"), "f": ("die", "eine", "e"), "n": ("das", "ein", "es")}
 
@@ -254,13 +250,12 @@ GERMAN = Language(
     },
 )
 
-# French ------------------------------------------------------------------------------------------------------------------
 
 _FRENCH_BEFORE_NOUN = ("big", "small", "new", "old")
 
 
 def _french_noun_phrase(language: Language, article: str, noun: str, gender: str, name: str | None) -> str:
-    """article: "le" for the definite, "un" for the indefinite one; both in the gender of the noun, elided where they must be."""
+    """article: "le" (definite) or "un" (indefinite), in the gender of the noun, elided where it must be."""
     vowel = noun[0] in "aeiouéh"  # no noun here has an aspirated h
     before = after = None
     if name:
@@ -368,8 +363,6 @@ FRENCH = Language(
     },
 )
 
-# Spanish -----------------------------------------------------------------------------------------------------------------
-
 
 def _spanish(language: Language, fact: Fact) -> str:
     def phrase(articles: tuple[str, str], noun: str, gender: str, name: str | None) -> str:
@@ -467,7 +460,6 @@ SPANISH = Language(
     },
 )
 
-# Russian -----------------------------------------------------------------------------------------------------------------
 
 _RUSSIAN_NOMINATIVE = {"m": 0, "f": 1, "n": 3}
 _RUSSIAN_ACCUSATIVE = {"m": 0, "f": 2, "n": 3}  # of inanimate nouns
@@ -568,8 +560,6 @@ RUSSIAN = Language(
     },
 )
 
-# Turkish -----------------------------------------------------------------------------------------------------------------
-
 
 def _turkish(language: Language, fact: Fact) -> str:
     subject = _join(fact.quality and language.properties[fact.quality][0], language.agents[fact.agent][0])
@@ -662,8 +652,6 @@ TURKISH = Language(
         "neutral": "Belki {sentence}.",
     },
 )
-
-# Swahili -----------------------------------------------------------------------------------------------------------------
 
 
 def _swahili(language: Language, fact: Fact) -> str:
@@ -759,8 +747,6 @@ SWAHILI = Language(
         "neutral": "Labda {sentence}.",
     },
 )
-
-# Indonesian --------------------------------------------------------------------------------------------------------------
 
 
 def _indonesian(language: Language, fact: Fact) -> str:
@@ -858,7 +844,8 @@ INDONESIAN = Language(
 )
 
 LANGUAGES: dict[str, Language] = {
-    "en": ENGLISH, "de": GERMAN, "fr": FRENCH, "es": SPANISH, "ru": RUSSIAN, "tr": TURKISH, "sw": SWAHILI, "id": INDONESIAN,
+    "en": ENGLISH, "de": GERMAN, "fr": FRENCH, "es": SPANISH, "ru": RUSSIAN, "tr": TURKISH, "sw": SWAHILI,
+    "id": INDONESIAN,
 }  # fmt: skip
 
 

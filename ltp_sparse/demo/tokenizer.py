@@ -21,9 +21,9 @@ _FALLBACK = 10.0  # how much less likely, in nats, a single character is than th
 def build_tokenizer(texts: Iterable[str], words: int = 2000) -> PreTrainedTokenizerFast:
     """A tokenizer whose pieces are the most frequent `words` words of the texts, and every character as a fallback.
 
-    Text is lower-cased. Words keep their `▁`; punctuation is a word of its own and an apostrophe ends one, so that "." is the
-    same piece after a word and alone, as a template uses it. With so few texts the usual training of a Unigram model
-    splits most words; here each word is one piece whose score is its log frequency.
+    Text is lower-cased. Words keep their `▁`; punctuation is a word of its own and an apostrophe ends one, so that "."
+    is the same piece after a word and alone, as a template uses it. With so few texts the usual training of a Unigram
+    model splits most words; here each word is one piece whose score is its log frequency.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -64,6 +64,6 @@ def build_tokenizer(texts: Iterable[str], words: int = 2000) -> PreTrainedTokeni
         single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", cls_token="<s>", eos_token="</s>", sep_token="</s>", pad_token="<pad>",
-        unk_token="<unk>", mask_token="<mask>", model_max_length=512, padding_side="right",
+        tokenizer_object=backend, bos_token="<s>", cls_token="<s>", eos_token="</s>", sep_token="</s>",
+        pad_token="<pad>", unk_token="<unk>", mask_token="<mask>", model_max_length=512, padding_side="right",
     )  # fmt: skip

@@ -67,30 +67,34 @@ class _Launch:
 class MaskedAdamW(Optimizer):
     """AdamW that updates the active entries of a ticket and leaves every other entry bitwise as it is.
 
-    The moments, and nothing else of the model's size, are held: 8 bytes per active entry, plus the index. The arithmetic is that of
-    torch.optim.AdamW (decoupled weight decay, bias correction, one step count per parameter); a parameter whose gradient is None
-    is skipped altogether. Weight decay, too, acts on active entries only. One call of `masked_adamw_` serves all parameters of a
-    device. Works with learning-rate schedulers, `torch.amp.GradScaler`, accelerate, the Hugging Face Trainer and DDP.
+    The moments, and nothing else of the model's size, are held: 8 bytes per active entry, plus the index. The
+    arithmetic is that of torch.optim.AdamW (decoupled weight decay, bias correction, one step count per parameter); a
+    parameter whose gradient is None is skipped altogether. Weight decay, too, acts on active entries only. One call of
+    `masked_adamw_` serves all parameters of a device. Works with learning-rate schedulers, `torch.amp.GradScaler`,
+    accelerate, the Hugging Face Trainer and DDP.
 
     Args:
         model: a module, or a mapping from names to parameters.
-        ticket: the active entries, by canonical name. Parameters of the model that are neither in it nor in `dense` are left out.
+        ticket: the active entries, by canonical name. Parameters of the model that are neither in it nor in `dense` are
+            left out.
         lr: step size, a number or a 0-dim tensor.
         betas, eps, weight_decay, maximize: as in torch.optim.AdamW.
-        dense: parameters updated in full in the same launch, such as a prompt encoder or a task head: a module, parameters, or
-            parameter groups with their own options (`[{"params": head.parameters(), "lr": 1e-3}]`).
-        max_grad_norm: clips the gradient of active and dense entries to this norm inside the step. Framework clipping of
-            `model.parameters()` would count frozen entries: leave it off.
-        pull: adds pull * sign(param - initial) to the gradient of the ticket's entries, before norm, clip and moments: the L1 term
-            that draws them to their values at construction. Holds a float32 copy of them.
-        freeze: turns `requires_grad` off for parameters without an active entry (see `freeze`). The constructor changes nothing
-            else in the model.
+        dense: parameters updated in full in the same launch, such as a prompt encoder or a task head: a module,
+            parameters, or parameter groups with their own options (`[{"params": head.parameters(), "lr": 1e-3}]`).
+        max_grad_norm: clips the gradient of active and dense entries to this norm inside the step. Framework clipping
+            of `model.parameters()` would count frozen entries: leave it off.
+        pull: adds pull * sign(param - initial) to the gradient of the ticket's entries, before norm, clip and moments:
+            the L1 term that draws them to their values at construction. Holds a float32 copy of them.
+        freeze: turns `requires_grad` off for parameters without an active entry (see `freeze`). The constructor changes
+            nothing else in the model.
 
     Attributes:
-        grad_norm: 0-dim float64 tensor, the last norm over active and dense entries before clipping; None without `max_grad_norm`.
+        grad_norm: 0-dim float64 tensor, the last norm over active and dense entries before clipping; None without
+            `max_grad_norm`.
 
     Raises:
-        ValueError: no name of the ticket is in the model (the closest are listed), a shape differs, or an option is out of range.
+        ValueError: no name of the ticket is in the model (the closest are listed), a shape differs, or an option is out
+            of range.
     """
 
     # GradScaler hands us its scale and found_inf; whether a step is skipped is then decided on the device
@@ -131,15 +135,14 @@ class MaskedAdamW(Optimizer):
             raise ValueError(
                 "MaskedAdamW: the ticket has no active entry and `dense` is empty; there is nothing to train"
             )
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, pull=0.0)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        defaults["pull"] = 0.0
         super().__init__(groups, defaults)
         self._build()
         if freeze:
             if not isinstance(model, nn.Module):
                 raise ValueError("MaskedAdamW: freeze=True needs the module, not a mapping of its parameters")
             _freeze(model, {p for group in self.param_groups for p in group["params"]})
-
-    # --- layout ------------------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters that are updated in full."""
@@ -179,8 +182,11 @@ class MaskedAdamW(Optimizer):
         self.update_hyperparameters()
 
     def update_hyperparameters(self) -> None:
-        """Copies the hyperparameters of `param_groups` to the devices. `step` does so itself, except in a captured CUDA graph:
-        call this before replaying one, so that a scheduler's learning rate reaches it."""
+        """Copies the hyperparameters of `param_groups` to the devices.
+
+        `step` does so itself, except in a captured CUDA graph: call this before replaying one, so that a scheduler's
+        learning rate reaches it.
+        """
         for launch in self._launches:
             for index, group in enumerate(self.param_groups):
                 if group["pull"] and launch.anchor is None:
@@ -199,8 +205,6 @@ class MaskedAdamW(Optimizer):
     def _hyper_key(self) -> list[tuple[Any, ...]]:
         keys = ("lr", "betas", "eps", "weight_decay", "maximize", "pull")
         return [tuple(group[key] for key in keys) for group in self.param_groups]
-
-    # --- step --------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -277,13 +281,11 @@ class MaskedAdamW(Optimizer):
         for launch, _, coefficients in prepared:
             coefficients[:, [Coefficient.GRAD_FACTOR, Coefficient.PULL]] *= factor.to(launch.device)
 
-    # --- state -------------------------------------------------------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
         """The packed state and the parameter groups, with a digest of every index set.
 
-        The moments are in slot order, which depends neither on backend, device nor encoding. Index sets are not stored: the ticket
-        that makes the optimizer brings them.
+        The moments are in slot order, which depends neither on backend, device nor encoding. Index sets are not stored:
+        the ticket that makes the optimizer brings them.
         """
         return {**super().state_dict(), _DIGESTS: {"version": 1, "index_sets": self._digests()}}
 
@@ -294,7 +296,8 @@ class MaskedAdamW(Optimizer):
         """Loads what `state_dict` gave, onto any device.
 
         Raises:
-            ValueError: it belongs to another ticket, other parameters, or is of a newer version; nothing is changed then.
+            ValueError: it belongs to another ticket, other parameters, or is of a newer version; nothing is changed
+                then.
         """
         extra = state_dict.get(_DIGESTS)
         if extra is None:
@@ -335,8 +338,6 @@ class MaskedAdamW(Optimizer):
         for group in self.param_groups:
             group.setdefault("pull", 0.0)
             group.setdefault("maximize", False)
-
-    # --- looking at it -----------------------------------------------------------------------------------------------------
 
     @property
     def active_entries(self) -> int:
@@ -380,12 +381,15 @@ def _freeze(model: nn.Module, trained: set[nn.Parameter]) -> None:
 
 def _dense_groups(dense: nn.Module | Iterable[Any]) -> list[dict[str, Any]]:
     """Parameter groups from a module, parameters, or parameter groups."""
+    if isinstance(dense, Tensor):
+        dense = [dense]
     items = list(dense.parameters() if isinstance(dense, nn.Module) else dense)
     if all(isinstance(item, Tensor) for item in items):
         return [{"params": items}] if items else []
     if not all(isinstance(item, dict) for item in items):
         raise TypeError("MaskedAdamW: dense must be a module, parameters, or parameter groups, not a mixture")
-    return [{**group, "params": list(group["params"])} for group in items]
+    alone = [isinstance(group["params"], Tensor) for group in items]
+    return [{**g, "params": [g["params"]] if one else list(g["params"])} for g, one in zip(items, alone, strict=True)]
 
 
 def _check_group(group: dict[str, Any]) -> None:

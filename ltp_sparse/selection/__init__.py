@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ltp_sparse import backends, ops
+from ltp_sparse.checkpoints import CheckpointTensor, Readable, StreamSource, open_checkpoint
 from ltp_sparse.encoding import IndexSet
 from ltp_sparse.names import canonical_tensors, closest, digest, fingerprint
 from ltp_sparse.selection import pools
 from ltp_sparse.selection.budgets import Budget, share_out
-from ltp_sparse.checkpoints import CheckpointTensor, Readable, StreamSource, open_checkpoint
 from ltp_sparse.ticket import Pool, Ticket, in_pool
 from ltp_sparse.topk import NonFiniteDelta, select_topk
 
@@ -45,8 +45,8 @@ def select(
     """The ticket of the entries that moved most from `initial` to `tuned`: exactly k, ties to the earliest.
 
     Args:
-        initial: the base model, as a module, a mapping from names to tensors, or the path of a safetensors checkpoint, which is
-            read from disk piece by piece.
+        initial: the base model, as a module, a mapping from names to tensors, or the path of a safetensors checkpoint,
+            which is read from disk piece by piece.
         tuned: the tuned model, likewise.
         density: share of the pool, floor(density * entries) in exact decimals; or
         k: number of entries.
@@ -58,8 +58,8 @@ def select(
         progress: show a bar while checkpoints are read.
 
     Returns:
-        A ticket over the pool; its metadata hold the requested and the real k and the thresholds (smallest selected score by
-        group), its fingerprint the digests of the initial tensors.
+        A ticket over the pool; its metadata hold the requested and the real k and the thresholds (smallest selected
+        score by group), its fingerprint the digests of the initial tensors.
 
     Warns:
         ShortTicket: fewer entries than k have moved at all; those that did are the ticket.

@@ -22,8 +22,8 @@ def share_out(
     """Splits a budget over groups of parameters.
 
     "global": one group. "layer", "tensor": every layer (embeddings, layer 0, ...) or parameter at the same density,
-    floor(density * its entries). Shares: group g takes floor(share * k) of its own entries; every parameter belongs to the first
-    expression found in its name, the others are not in the pool (SC-SFT, METHODS 6).
+    floor(density * its entries). Shares: group g takes floor(share * k) of its own entries; every parameter belongs to
+    the first expression found in its name, the others are not in the pool (SC-SFT, METHODS 6).
 
     Returns:
         names of the pool, the group of each, the groups' labels, and the entries to take from each.

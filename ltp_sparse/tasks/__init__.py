@@ -52,7 +52,8 @@ def load_pairs(
     """Labelled pairs of a task.
 
     Args:
-        task: "xnli" (dev, test), "xnli-fewshot" (train, dev; needs shots), "americasnli" (dev, test; with shots also train).
+        task: "xnli" (dev, test), "xnli-fewshot" (train, dev; needs shots), "americasnli" (dev, test; with shots also
+            train).
         split: "train", "dev" or "test".
         language: one of `languages(task)`.
         shots: pairs per class.

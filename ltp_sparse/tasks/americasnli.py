@@ -21,8 +21,8 @@ _DRAW_SEED = 0
 def americasnli(split: str, language: str, shots: int | None, data: Path | None, *, revised: bool = True) -> list[Pair]:
     """Pairs of one language.
 
-    split: "dev" and "test" are the released sets. With `shots`, "train" and "dev" are two disjoint draws of `shots` pairs per
-        class from the released dev set, always the same (METHODS 2).
+    split: "dev" and "test" are the released sets. With `shots`, "train" and "dev" are two disjoint draws of `shots`
+        pairs per class from the released dev set, always the same (METHODS 2).
     data: the folder with `dev.tsv`, `test.tsv` and `revised/`, or None: the Hub.
     revised: the later release of the dev set (LTP reads it), or the first one (the SFT papers).
     """
@@ -37,7 +37,8 @@ def americasnli(split: str, language: str, shots: int | None, data: Path | None,
         of_label = [pair for pair in released if pair.label == label]
         if len(of_label) < 2 * shots:
             raise ValueError(
-                f"americasnli: {language} has {len(of_label)} dev pairs of {label}; two draws of {shots} need {2 * shots}"
+                f"americasnli: {language} has {len(of_label)} dev pairs of {label}; "
+                f"two draws of {shots} need {2 * shots}"
             )
         drawn = draws.sample(of_label, 2 * shots)
         chosen += drawn[:shots] if split == "train" else drawn[shots:]

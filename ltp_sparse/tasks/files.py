@@ -16,8 +16,8 @@ def existing(*candidates: Path) -> Path:
         if path.is_file():
             return path
     raise FileNotFoundError(
-        f"none of these files is there: {', '.join(map(str, candidates))}. Pass the folder of the original files as the "
-        "data folder, or none to load from the Hub by name"
+        f"none of these files is there: {', '.join(map(str, candidates))}. Pass the folder of the original files as "
+        "the data folder, or none to load from the Hub by name"
     )
 
 

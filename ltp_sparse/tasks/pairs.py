@@ -35,7 +35,9 @@ def check_balance(pairs: Iterable[Pair], per_class: int, where: str) -> None:
     labels = [pair.label for pair in pairs]
     counts = {label: labels.count(label) for label in LABELS}
     if any(count != per_class for count in counts.values()):
-        raise ValueError(f"{where}: expected {per_class} pairs of each label, got {counts}; the file is not the original")
+        raise ValueError(
+            f"{where}: expected {per_class} pairs of each label, got {counts}; the file is not the original"
+        )
 
 
 def read_pairs(path: str | os.PathLike[str], language: str = "") -> list[Pair]:

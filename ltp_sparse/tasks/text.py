@@ -12,12 +12,11 @@ from ltp_sparse.tasks.files import read_jsonl, read_lines
 _SUFFIXES = ("txt", "tsv", "jsonl")
 
 
-def read_text(
-    paths: Sequence[str | os.PathLike[str]], *, max_lines: int | None = None, seed: int = 0
-) -> list[str]:
+def read_text(paths: Sequence[str | os.PathLike[str]], *, max_lines: int | None = None, seed: int = 0) -> list[str]:
     """Non-blank lines of text files.
 
-    paths: .txt (a text a line), .tsv (the first column) and .jsonl (the key "text") files, also .gz, or folders of them.
+    paths: .txt (a text a line), .tsv (the first column) and .jsonl (the key "text") files, also .gz, or folders of
+        them.
     max_lines: at most so many, drawn at random without replacement in one pass, in the order of the files.
     """
     files = [file for path in paths for file in _files(Path(path))]

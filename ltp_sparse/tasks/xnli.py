@@ -49,8 +49,8 @@ def few_shot(split: str, language: str, shots: int | None, data: Path | None) ->
     check_balance(pairs, shots, str(path))
     if faulty:
         warnings.warn(
-            f"{path}: {faulty} of {len(pairs)} Arabic rows have the hypothesis of another example (a known fault of the "
-            "original file); they are kept",
+            f"{path}: {faulty} of {len(pairs)} Arabic rows have the hypothesis of another example (a known fault of "
+            "the original file); they are kept",
             FaultyRows,
             stacklevel=2,
         )
@@ -58,7 +58,7 @@ def few_shot(split: str, language: str, shots: int | None, data: Path | None) ->
 
 
 def xnli(split: str, language: str, shots: int | None, data: Path | None) -> list[Pair]:
-    """XNLI dev or test of one language; `data` is the folder with `dev/`, `test/` and `test-labels.tsv`, or None: the Hub."""
+    """XNLI dev or test of one language; `data`: the folder of `dev/`, `test/`, `test-labels.tsv`, or None: the Hub."""
     if split not in _ROWS:
         raise ValueError(f"xnli: split must be dev or test, got {split!r}; train on xnli-fewshot")
     if data is None:

@@ -20,7 +20,7 @@ from ltp_sparse.training.prompt_learning import load_prompted
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_SCRIPT = '''"""Labels a sentence pair with this model: python predict.py PREMISE HYPOTHESIS. Needs torch and transformers only."""
+_SCRIPT = '''"""Labels a sentence pair with torch and transformers alone: python predict.py PREMISE HYPOTHESIS."""
 
 import json
 import string

@@ -24,10 +24,10 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+from ltp_sparse.checkpoints import open_checkpoint
 from ltp_sparse.names import canonical_parameters, canonical_tensors, layer_of
 from ltp_sparse.selection import Weights, pools, select
 from ltp_sparse.selection.budgets import Budget
-from ltp_sparse.checkpoints import open_checkpoint
 from ltp_sparse.ticket import Ticket
 from ltp_sparse.topk import entries_for
 from ltp_sparse.training.backbone import is_decoupled, logits_only_at
@@ -302,6 +302,7 @@ def _training_arguments(
         "seed": settings.seed,
         "bf16": settings.bf16,
         "remove_unused_columns": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
         "report_to": [],
         "disable_tqdm": not progress,
     }

@@ -96,8 +96,6 @@ class SparseTrainer(Trainer):
             keep_best.trainer = self
             self.add_callback(keep_best)
 
-    # --- the optimizer ---------------------------------------------------------------------------------------------
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """`MaskedAdamW` over the ticket; on resuming, also writes the checkpoint's weights into the model.
 
@@ -129,8 +127,6 @@ class SparseTrainer(Trainer):
         if "loss" in logs and optimizer is not None and optimizer.grad_norm is not None:
             logs["grad_norm"] = float(optimizer.grad_norm)
         super().log(logs, start_time)
-
-    # --- training and checkpoints ----------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, **kwargs: Any) -> Any:
         """As `Trainer.train`; True resumes from the latest complete checkpoint of the output folder."""
