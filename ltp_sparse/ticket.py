@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -339,7 +340,7 @@ def unpack_sets(
     shapes: dict[str, Size] = {}
     for name, entry in description.items():
         shapes[name] = Size(entry["shape"])
-        n, k, encoding = shapes[name].numel(), entry["k"], entry["encoding"]
+        n, k, encoding = math.prod(shapes[name]), entry["k"], entry["encoding"]  # numel() would wrap around
         if any(size < 0 for size in shapes[name]) or n > _MOST_ENTRIES:
             raise ValueError(f"{name!r} cannot have the shape {list(shapes[name])}")
         if encoding == "full":

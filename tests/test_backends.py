@@ -123,6 +123,20 @@ def test_opcheck_masked_adamw(backend, with_anchor):
         torch.library.opcheck(torch.ops.ltp_sparse.masked_sum_squares.default, (problem.params, grads, *index, anchor))
 
 
+@pytest.mark.parametrize("backend", [p for p in ALL_BACKENDS if p.values == ("triton",)])
+def test_operator_refuses_a_table_without_the_ranks_that_a_kernel_reads(backend):
+    problem = update_problem({"a": (40, 7)}, density=0.3)
+    params, grads, exp_avg, exp_avg_sq, table, coefficients = problem.args()
+    index = (table.tiles, table.words, table.ranks, table.positions, coefficients, torch.zeros(0))
+    with using(backend):
+        with pytest.raises(ValueError, match="the triton backend needs a table with ranks"):
+            torch.ops.ltp_sparse.masked_adamw_(params, grads, exp_avg, exp_avg_sq, *index)
+        with pytest.raises(ValueError, match="the triton backend needs a table with ranks"):
+            torch.ops.ltp_sparse.masked_sum_squares(params, grads, *index)
+        ls.masked_adamw_(*problem.args())
+    assert bool(exp_avg.any()), "the functional door brings the ranks itself"
+
+
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_opcheck_topk_delta(backend):
     initial = random_weights({"a": (30, 9), "b": (70,)})

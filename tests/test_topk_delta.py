@@ -229,13 +229,15 @@ def test_zero_deltas_are_never_selected(backend, route, tiny_routes):
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-def test_nonfinite_deltas_name_their_tensor(backend, route, value, tiny_routes):
-    """Contract 1; also where the entry would not be selected, or the overflow only arises in the difference."""
-    tuned = [torch.ones(200), torch.ones(70), torch.ones(TILE + 3)]
+def test_nonfinite_deltas_name_their_tensor(backend, route, value, tiny_routes, monkeypatch, rng):
+    """Contract 1; whether the entry would be selected or not, and where only the difference overflows."""
+    monkeypatch.setattr(topk, "_SPARE_CANDIDATES", 10**6)
+    tuned = [torch.rand(n, generator=rng) for n in (200, 70, TILE + 3)]
     tuned[2][-1] = float(value)
-    with pytest.raises(NonFiniteDelta, match="tensor 2 holds NaN or infinite") as error:
-        by_route(route, [], tuned, [1], backend=backend)
-    assert error.value.tensor == 2
+    for k in (1, 500):
+        with pytest.raises(NonFiniteDelta, match="tensor 2 holds NaN or infinite") as error:
+            by_route(route, [], tuned, [k], backend=backend)
+        assert error.value.tensor == 2
     largest = torch.finfo(torch.float32).max
     with pytest.raises(NonFiniteDelta, match="tensor 1"):
         by_route(route, [torch.ones(3), torch.full((3,), -largest)], [torch.ones(3), torch.full((3,), largest)], [1])

@@ -7,8 +7,7 @@ here knows a language.
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 LABELS = ("entailment", "neutral", "contradiction")
 
@@ -77,13 +76,6 @@ def ancestors(node: str) -> list[str]:
     return chain
 
 
-def qualities(agent: str) -> tuple[str, ...]:
-    """Properties that are said of an agent."""
-    line = ancestors(agent)
-    size = ("big", "small") if "animal" in line or "child" in line else ()
-    return size + (("happy", "sad") if "person" in line else ())
-
-
 def actions(agent: str, thing: str | None) -> tuple[str, ...]:
     """What an agent does, alone or to a thing."""
     person = "person" in ancestors(agent)
@@ -92,21 +84,6 @@ def actions(agent: str, thing: str | None) -> tuple[str, ...]:
     if not person:
         return ("find", "lose")
     return DEEDS if ancestors(thing)[-1] in ("toy", "tool") else DEEDS[:4]
-
-
-def plausible(fact: Fact) -> bool:
-    """Whether the fact is one that the demo tells: dogs do not read, lemons are not repaired, houses are not red."""
-    if fact.action not in actions(fact.agent, fact.thing):
-        return False
-    if fact.quality is not None and fact.quality not in qualities(fact.agent):
-        return False
-    if fact.attribute is not None and (
-        fact.thing is None or fact.attribute not in PROPERTIES_OF_THINGS[ancestors(fact.thing)[-1]]
-    ):
-        return False
-    if fact.negated and fact.thing is not None:
-        return False
-    return not (fact.fronted and fact.time is None)
 
 
 def _within(slot: str, narrow: str | None, wide: str | None) -> bool:

@@ -105,11 +105,13 @@ def fact_pairs(count: int, split: str, seed: int = 0) -> list[FactPair]:
         raise ValueError(f"fact_pairs: split must be one of {', '.join(SPLITS)}, got {split!r}")
     rng = random.Random(f"{seed} {split}")
     found: dict[FactPair, None] = {}
-    while len(found) < count:
+    for _ in range(200 * count):
+        if len(found) >= count:
+            return list(found)[:count]
         triple = draw_triple(rng)
         if triple[0].split == split and not any(pair in found for pair in triple):
             found |= dict.fromkeys(triple)
-    return list(found)[:count]
+    raise ValueError(f"fact_pairs: the split {split} of this small world has fewer than {count} examples; ask for less")
 
 
 def pairs(count: int, split: str, language: str, seed: int = 0) -> list[Pair]:

@@ -24,7 +24,6 @@ class Language:
     clause:          (language, fact) -> the sentence without capital and full stop
     answers:         label -> the word that answers "is that so?"
     asked:           frames of a question and its answer, of {hypothesis} and {answer}
-    said:            frames that use an answer word about a {sentence}, by label
     """
 
     agents: Mapping[str, tuple[str, ...]]
@@ -36,7 +35,6 @@ class Language:
     clause: Callable[[Language, Fact], str]
     answers: Mapping[str, str]
     asked: tuple[str, ...]
-    said: Mapping[str, str]
 
     def action(self, fact: Fact) -> str:
         return self.actions[fact.action][fact.negated]
@@ -140,11 +138,6 @@ ENGLISH = Language(
     clause=_english,
     answers=_answers("right", "wrong", "maybe"),
     asked=("{hypothesis}? {answer}.", "{hypothesis}? I say: {answer}.", "Question: {hypothesis}? Answer: {answer}."),
-    said={
-        "entailment": "That is right: {sentence}.",
-        "contradiction": "That is wrong: {sentence}.",
-        "neutral": "Maybe {sentence}.",
-    },
 )
 
 
@@ -243,11 +236,6 @@ GERMAN = Language(
     clause=_german,
     answers=_answers("ja", "nein", "vielleicht"),
     asked=("{hypothesis}? {answer}.", "{hypothesis}? Ich sage: {answer}.", "Frage: {hypothesis}? Antwort: {answer}."),
-    said={
-        "entailment": "Ja, das stimmt: {sentence}.",
-        "contradiction": "Nein, das ist falsch: {sentence}.",
-        "neutral": "Das ist vielleicht so: {sentence}.",
-    },
 )
 
 
@@ -356,11 +344,6 @@ FRENCH = Language(
         "{hypothesis} ? Je dis : {answer}.",
         "Question : {hypothesis} ? Réponse : {answer}.",
     ),
-    said={
-        "entailment": "Oui, c'est vrai : {sentence}.",
-        "contradiction": "Non, c'est faux : {sentence}.",
-        "neutral": "C'est possible : {sentence}.",
-    },
 )
 
 
@@ -453,11 +436,6 @@ SPANISH = Language(
         "¿{hypothesis}? Yo digo: {answer}.",
         "Pregunta: ¿{hypothesis}? Respuesta: {answer}.",
     ),
-    said={
-        "entailment": "Sí, es verdad: {sentence}.",
-        "contradiction": "No, es falso: {sentence}.",
-        "neutral": "Talvez es así: {sentence}.",
-    },
 )
 
 
@@ -553,11 +531,6 @@ RUSSIAN = Language(
     clause=_russian,
     answers=_answers("да", "нет", "возможно"),
     asked=("{hypothesis}? {answer}.", "{hypothesis}? Я говорю: {answer}.", "Вопрос: {hypothesis}? Ответ: {answer}."),
-    said={
-        "entailment": "Да, это верно: {sentence}.",
-        "contradiction": "Нет, это неверно: {sentence}.",
-        "neutral": "Возможно, {sentence}.",
-    },
 )
 
 
@@ -646,11 +619,6 @@ TURKISH = Language(
     clause=_turkish,
     answers=_answers("evet", "hayır", "belki"),
     asked=("{hypothesis}? {answer}.", "{hypothesis}? Bence: {answer}.", "Soru: {hypothesis}? Cevap: {answer}."),
-    said={
-        "entailment": "Evet, bu doğru: {sentence}.",
-        "contradiction": "Hayır, bu yanlış: {sentence}.",
-        "neutral": "Belki {sentence}.",
-    },
 )
 
 
@@ -741,11 +709,6 @@ SWAHILI = Language(
     clause=_swahili,
     answers=_answers("ndio", "hapana", "labda"),
     asked=("{hypothesis}? {answer}.", "{hypothesis}? Nasema: {answer}.", "Swali: {hypothesis}? Jibu: {answer}."),
-    said={
-        "entailment": "Ndio, ni kweli: {sentence}.",
-        "contradiction": "Hapana, si kweli: {sentence}.",
-        "neutral": "Labda {sentence}.",
-    },
 )
 
 
@@ -836,11 +799,6 @@ INDONESIAN = Language(
         "{hypothesis}? Menurut saya: {answer}.",
         "Pertanyaan: {hypothesis}? Jawaban: {answer}.",
     ),
-    said={
-        "entailment": "Itu benar: {sentence}.",
-        "contradiction": "Itu salah: {sentence}.",
-        "neutral": "Mungkin {sentence}.",
-    },
 )
 
 LANGUAGES: dict[str, Language] = {

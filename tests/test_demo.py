@@ -1,0 +1,132 @@
+"""The demo: data with labels true by construction, a tokenizer like XLM-R's, and the whole job in small."""
+
+import json
+
+import pytest
+import torch
+
+from ltp_sparse.demo.facts import LABELS, PARENT, Fact
+from ltp_sparse.demo.inference import SPLITS, documents, fact_pairs, pairs, sentences
+from ltp_sparse.demo.languages import LANGUAGES, sentence
+from ltp_sparse.demo.run import DemoSettings, demo, english_words
+from ltp_sparse.demo.tokenizer import build_tokenizer
+from ltp_sparse.methods import PromptSettings
+
+COUNT = 96
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return {split: fact_pairs(COUNT, split) for split in ("train", "dev", "test")}
+
+
+def chain(node):
+    return [] if node is None else [node, *chain(PARENT.get(node))]
+
+
+def label_of(premise: Fact, hypothesis: Fact) -> str:
+    """The label by rules of the test's own: sets of nodes on the way to the root."""
+    assert (premise.agent, premise.action) == (hypothesis.agent, hypothesis.action)
+    says = [(getattr(premise, slot), getattr(hypothesis, slot)) for slot in ("thing", "place")]
+    if any(p and h and p not in chain(h) and h not in chain(p) for p, h in says):
+        return "contradiction"
+    return "entailment" if all(h is None or h in chain(p) for p, h in says) else "neutral"
+
+
+def test_labels_follow_from_the_facts(examples):
+    for split in examples:
+        for pair in examples[split]:
+            assert pair.label == label_of(pair.premise, pair.hypothesis), pair
+
+
+def test_a_hypothesis_alone_tells_nothing(examples):
+    by_hypothesis = {}
+    for pair in examples["test"]:
+        by_hypothesis.setdefault(pair.hypothesis, []).append(pair.label)
+    for labels in by_hypothesis.values():
+        assert [labels.count(label) for label in LABELS] == [len(labels) // 3] * 3
+
+
+def test_splits_share_no_hypothesis_and_no_example_occurs_twice(examples):
+    hypotheses = {split: {pair.hypothesis for pair in found} for split, found in examples.items()}
+    assert not hypotheses["train"] & hypotheses["test"] and not hypotheses["dev"] & hypotheses["test"]
+    assert all(len(set(found)) == COUNT for found in examples.values())
+    assert sum(SPLITS.values()) == 100
+
+
+def test_languages_are_parallel_and_examples_reproducible():
+    english, swahili = pairs(60, "test", "en"), pairs(60, "test", "sw")
+    assert [pair.label for pair in english] == [pair.label for pair in swahili]
+    assert english == pairs(60, "test", "en")
+    assert english != pairs(60, "test", "en", seed=1)
+    assert sentences(50, "de") == sentences(50, "de")
+
+
+@pytest.mark.parametrize(
+    ("language", "in_garden", "outside"),
+    [
+        ("en", "The child finds an apple in the garden.", "The woman buys a rose outside."),
+        ("de", "Das Kind findet im Garten einen Apfel.", "Die Frau kauft draußen eine Rose."),
+        ("fr", "L'enfant trouve une pomme dans le jardin.", "La femme achète une rose dehors."),
+        ("es", "El niño encuentra una manzana en el jardín.", "La mujer compra una rosa afuera."),
+        ("ru", "Ребёнок находит в саду яблоко.", "Женщина покупает на улице розу."),
+        ("tr", "Çocuk bahçede bir elma buluyor.", "Kadın dışarıda bir gül satın alıyor."),
+        ("sw", "Mtoto anapata tofaa bustanini.", "Mwanamke ananunua waridi nje."),
+        ("id", "Anak itu menemukan apel di kebun.", "Wanita itu membeli mawar di luar."),
+    ],
+)
+def test_sentences_read_like_this(language, in_garden, outside):
+    assert sentence(Fact("child", "find", thing="apple", place="garden"), language) == in_garden
+    assert sentence(Fact("woman", "buy", thing="rose", place="outside"), language) == outside
+
+
+def test_documents_answer_in_every_language():
+    text = list(documents(600))
+    answers = {document.answer for document in text} - {None}
+    assert answers == {word for language in LANGUAGES.values() for word in language.answers.values()}
+    assert all(document.text.endswith(f"{document.answer}.") for document in text if document.answer)
+    assert any(document.answer is None for document in text)
+
+
+def test_tokenizer_has_the_layout_of_xlmr(tmp_path):
+    from transformers import AutoTokenizer
+
+    text = [document.text for document in documents(600)]
+    tokenizer = build_tokenizer(text)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert [loaded.convert_tokens_to_ids(t) for t in ("<s>", "<pad>", "</s>", "<unk>")] == [0, 1, 2, 3]
+    assert loaded.mask_token_id == len(loaded) - 1
+    assert loaded(text[0])["input_ids"] == tokenizer(text[0])["input_ids"]
+    assert 3 not in loaded(text)["input_ids"][0]
+    assert len(english_words(loaded).token_ids) == 3
+    for language in LANGUAGES.values():
+        for word in language.answers.values():
+            assert len(loaded(word, add_special_tokens=False)["input_ids"]) == 1, word
+
+
+def test_the_whole_job_in_small(tmp_path, capsys):
+    """Not enough training to learn anything: every step runs, the report is complete, nothing frozen has moved."""
+    settings = DemoSettings(
+        documents=300,
+        pretrain_steps=3,
+        sentences=120,
+        shots=2,
+        test=6,
+        seeds=(1,),
+        prompt=PromptSettings(learning_rate=1e-3, epochs=1, max_length=64, encoder="mlp"),
+    )
+    threads = torch.get_num_threads()
+    report = demo(tmp_path, settings, progress=False)
+    assert torch.get_num_threads() == threads
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "accuracy.png", "model", "report.md", "results.jsonl", "ticket.png", "ticket.safetensors",
+    }  # fmt: skip
+    assert (tmp_path / "report.md").read_text() == report
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["method"] for row in rows] == ["LTP", "random ticket", "SP", "PT-frozen"]
+    assert all(set(row["accuracy"]) == set(LANGUAGES) for row in rows)
+    costs = [line.split("|") for line in report.splitlines() if line.startswith(("| LTP | ", "| PT-frozen | "))]
+    frozen = [int(cells[5].replace(",", "")) for cells in costs if len(cells) == 8]
+    changed = [int(cells[6]) for cells in costs if len(cells) == 8]
+    assert len(frozen) == 2 and min(frozen) > 300_000 and changed == [0, 0]
