@@ -1,6 +1,6 @@
 # `make demo` and `make test` need Linux, Python >= 3.11 and nothing else: they make their own environment in .venv.
 #   make test VENV=path             another environment
-#   make test TORCH=torch           the torch build of your package index (on a GPU machine) in place of the CPU build
+#   make test TORCH=torch           another torch build (on a GPU machine)
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -8,8 +8,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV ?= .venv
-TORCH ?= torch==2.13.0+cpu
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH ?= torch==2.13.0
 # With a compiler a failing build is an error; without one the library runs on its other backends.
 LTP_SPARSE_EXT ?= $(if $(shell command -v c++),cpu,auto)
 export LTP_SPARSE_EXT
@@ -59,14 +58,14 @@ clean:  ## remove builds, caches and the demo's report; keep the environment
 	rm -f ltp_sparse/*.so $(TRAIN) $(TEST)
 	find benchmarks csrc kernels ltp_sparse tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The CPU build of torch comes first and by its exact name, so that no later step pulls gigabytes of CUDA libraries: from the
-# configured package sources where they have it, else from PyTorch's own index.
+# torch comes first and by its exact version, so that no later step replaces it. Where the package sources have a CPU build
+# of that version (`torch==2.13.0+cpu` there, or a wheel that pip finds), it is taken; else the default build.
 $(BASE): constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, $(PYTHON) is " + sys.version)'
 	@echo "[setup] $(TORCH) into $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) pybind11 setuptools wheel
-	@$(PIP) "$(TORCH)" 2>/dev/null || $(PIP) "$(TORCH)" --extra-index-url $(TORCH_INDEX)
+	@$(PIP) "$(TORCH)"
 	@touch $@
 
 $(TRAIN): $(BASE) pyproject.toml setup.py $(CPP)

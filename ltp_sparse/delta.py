@@ -198,13 +198,14 @@ class SparseDelta:
             cast = tensor.dtype != self.values[name].dtype
             if cast and dtype == "same":
                 raise ValueError(
-                    f"SparseDelta.apply: {name!r} is {tensor.dtype} in the model, {self.values[name].dtype} in the delta; "
+                    f"SparseDelta.apply: {name!r} is {tensor.dtype} in the model, "
+                    f"{self.values[name].dtype} in the delta; "
                     'pass dtype="cast" if it is the same base in another dtype'
                 )
             if cast and name not in self.originals:
                 raise ValueError(
-                    f"SparseDelta.apply: {name!r} in {tensor.dtype} cannot be compared with the base of this delta, which "
-                    "was made without originals; strict=False applies it all the same"
+                    f"SparseDelta.apply: {name!r} in {tensor.dtype} cannot be compared with the base of this delta, "
+                    "which was made without originals; strict=False applies it all the same"
                 )
             tensor = _before(name, tensor, stack)
             if cast:

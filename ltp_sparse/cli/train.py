@@ -15,7 +15,8 @@ EXAMPLES = """\
     ltp-sparse train --model xlm-roberta-base --ticket en.safetensors --shots 4 --output runs/ltp-4
   the controls
     ltp-sparse train --model xlm-roberta-base --method soft-prompt --shots 4 --output runs/sp-4
-    ltp-sparse train --model xlm-roberta-base --method random-ticket --ticket en.safetensors --shots 4 --output runs/rand
+    ltp-sparse train --model xlm-roberta-base --method random-ticket --ticket en.safetensors --shots 4 \\
+        --output runs/random-4
   from the original files, in Swahili, stopped and resumed
     ltp-sparse train --model xlm-roberta-base --ticket en.safetensors --data data/xnli_fewshot --language sw \\
         --shots 16 --output runs/sw --save-every 10 --resume"""

@@ -242,8 +242,9 @@ GERMAN = Language(
 _FRENCH_BEFORE_NOUN = ("big", "small", "new", "old")
 
 
-def _french_noun_phrase(language: Language, article: str, noun: str, gender: str, name: str | None) -> str:
+def _french_noun_phrase(language: Language, article: str, entry: tuple[str, ...], name: str | None) -> str:
     """article: "le" (definite) or "un" (indefinite), in the gender of the noun, elided where it must be."""
+    noun, gender = entry
     vowel = noun[0] in "aeiouéh"  # no noun here has an aspirated h
     before = after = None
     if name:
@@ -258,10 +259,10 @@ def _french_noun_phrase(language: Language, article: str, noun: str, gender: str
 
 
 def _french(language: Language, fact: Fact) -> str:
-    subject = _french_noun_phrase(language, "le", *language.agents[fact.agent], fact.quality)
+    subject = _french_noun_phrase(language, "le", language.agents[fact.agent], fact.quality)
     thing = None
     if fact.thing:
-        thing = _french_noun_phrase(language, "un", *language.things[fact.thing], fact.attribute)
+        thing = _french_noun_phrase(language, "un", language.things[fact.thing], fact.attribute)
     return _circumstances(language, fact, _join(subject, language.action(fact), thing), ",")
 
 
@@ -348,12 +349,13 @@ FRENCH = Language(
 
 
 def _spanish(language: Language, fact: Fact) -> str:
-    def phrase(articles: tuple[str, str], noun: str, gender: str, name: str | None) -> str:
+    def phrase(articles: tuple[str, str], entry: tuple[str, ...], name: str | None) -> str:
+        noun, gender = entry
         feminine = gender == "f"
         return _join(articles[feminine], noun, name and language.properties[name][feminine])
 
-    subject = phrase(("el", "la"), *language.agents[fact.agent], fact.quality)
-    thing = phrase(("un", "una"), *language.things[fact.thing], fact.attribute) if fact.thing else None
+    subject = phrase(("el", "la"), language.agents[fact.agent], fact.quality)
+    thing = phrase(("un", "una"), language.things[fact.thing], fact.attribute) if fact.thing else None
     return _circumstances(language, fact, _join(subject, language.action(fact), thing))
 
 
@@ -624,11 +626,12 @@ TURKISH = Language(
 
 def _swahili(language: Language, fact: Fact) -> str:
     # Living beings agree in class 1, things in their own class (3, 5, 7, 9); a doll counts as a living being.
-    def phrase(noun: str, noun_class: str, name: str | None) -> str:
+    def phrase(entry: tuple[str, ...], name: str | None) -> str:
+        noun, noun_class = entry
         return _join(noun, name and language.properties[name][_SWAHILI_CLASSES.index(noun_class)])
 
-    subject = phrase(language.agents[fact.agent][0], "1", fact.quality)
-    thing = phrase(*language.things[fact.thing], fact.attribute) if fact.thing else None
+    subject = phrase((language.agents[fact.agent][0], "1"), fact.quality)
+    thing = phrase(language.things[fact.thing], fact.attribute) if fact.thing else None
     return _circumstances(language, fact, _join(subject, language.action(fact), thing))
 
 

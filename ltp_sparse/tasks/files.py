@@ -49,9 +49,10 @@ def read_table(
 
     columns: must be in the header. quoted: cells may be in double quotes and hold line breaks. comma: instead of tabs.
     """
-    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     lines = (line + "\n" for line in read_lines(path))
-    reader = csv.reader(lines, delimiter="," if comma else "\t", quoting=quoting)
+    reader = csv.reader(
+        lines, delimiter="," if comma else "\t", quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    )
     header = next(reader, [])
     if missing := [column for column in columns if column not in header]:
         raise ValueError(f"{path}: expected a header with {', '.join(columns)}; {missing[0]!r} is not in {header}")
