@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -114,8 +114,8 @@ class StreamSource:
         """Bytes of one pass."""
         return sum(t.numel() * t.dtype.itemsize for side in (self.initial, self.tuned) for t in side)
 
-    def chunks(self) -> Iterator[Chunk]:
-        for tensor in range(len(self.sizes)):
+    def chunks(self, tensors: Sequence[int]) -> Iterator[Chunk]:
+        for tensor in tensors:
             pieces = piecewise(
                 self.layout,
                 tensor,

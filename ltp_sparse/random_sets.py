@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -34,8 +34,8 @@ class RandomScores:
         # at least one unit, since an entry with a score of zero could not be selected
         return torch.randint(1, 1 << 24, (stop - start,), generator=generator, dtype=torch.int32).float()
 
-    def chunks(self) -> Iterator[Chunk]:
-        for tensor in range(len(self.sizes)):
+    def chunks(self, tensors: Sequence[int]) -> Iterator[Chunk]:
+        for tensor in tensors:
             yield from piecewise(self.layout, tensor, _PIECE, None, partial(self.piece, tensor))
 
     def sample(self, tensor: int, indices: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ SAMPLE_FROM = 1 << 22
 
 _SPARE_CANDIDATES = 1 << 18
 _PIECE = 1 << 15  # samples or candidates worked off at a time
+_HISTOGRAMS = 1 << 18  # bins held at a time, of as many groups as they serve
 
 
 def entries_for(pool: int, *, density: float | None = None, k: int | None = None) -> int:
@@ -100,7 +101,7 @@ class Source(Protocol):
     sizes: list[int]
     device: torch.device
 
-    def chunks(self) -> Iterator[Chunk]: ...
+    def chunks(self, tensors: Sequence[int]) -> Iterator[Chunk]: ...
     def sample(self, tensor: int, indices: Tensor) -> Tensor: ...
 
 
@@ -135,16 +136,19 @@ class TensorSource:
         self.device = tuned[0].device if tuned else torch.device("cpu")
         self.layout = Layout(self.sizes)
 
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self, tensors: Sequence[int]) -> Iterator[Chunk]:
+        """The given tensors, in ascending order: runs of neighbours at once, strided ones in pieces."""
         run: list[int] = []
-        for tensor, pair in enumerate(zip(self.initial or self.tuned, self.tuned, strict=True)):
-            if all(t.is_contiguous() for t in pair):
-                run.append(tensor)
-                continue
-            if run:
+        for tensor in tensors:
+            sides = (self.initial, self.tuned) if self.initial else (self.tuned,)
+            whole = all(side[tensor].is_contiguous() for side in sides)
+            if run and not (whole and tensor == run[-1] + 1):
                 yield self._whole(run)
                 run = []
-            yield from self._pieces(tensor)
+            if whole:
+                run.append(tensor)
+            else:
+                yield from self._pieces(tensor)
         if run:
             yield self._whole(run)
 
@@ -257,7 +261,7 @@ class _Band:
         bounds = torch.tensor([low, high], dtype=torch.int64, device=device)
         cursor, nonfinite = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
         capacity = self.keys.numel() if store else 0
-        for chunk in self.source.chunks():
+        for chunk in self.source.chunks(range(len(self.groups))):
             passes.delta_band(
                 chunk.initial,
                 chunk.tuned,
@@ -392,7 +396,7 @@ def _bin_of_rank(histogram: Tensor, rank: int) -> tuple[int, int]:
 
 def raise_nonfinite(source: Source) -> None:
     """Raises `NonFiniteDelta` for the first tensor that holds one."""
-    for chunk in source.chunks():
+    for chunk in source.chunks(range(len(source.sizes))):
         for at, tensor in enumerate(chunk.tensors):
             initial, tuned = chunk.initial[at].view(-1) if chunk.initial else None, chunk.tuned[at].view(-1)
             for start in range(0, tuned.numel(), _PIECE):
@@ -451,17 +455,36 @@ def _kth_largest(keys: Tensor, rank: int) -> int:
     return (digit << 16) + low
 
 
-def _digit_pass(passes: Passes, source: Source, groups: list[int], ks: list[int], prefixes: list[int] | None) -> Tensor:
-    histogram = torch.zeros(len(ks), 1 << (15 if prefixes is None else 16), dtype=torch.int64, device=source.device)
+def _digit_pass(
+    passes: Passes, source: Source, groups: list[int], ranks: list[int], prefixes: list[int] | None
+) -> tuple[list[int], list[int], list[int]]:
+    """Per group the digit of the rank-th largest key, its rank among the keys of that digit, and the rank asked for.
+
+    The digit is the upper 15 bits or, given these as `prefixes`, the lower 16. Where a group has fewer keys, their
+    number is the rank; where it is 0, the digit is that of no finite key.
+    """
+    bins = 1 << (15 if prefixes is None else 16)
+    at_once = _HISTOGRAMS // bins
     nonfinite = torch.zeros(1, dtype=torch.int64, device=source.device)
-    wanted = None if prefixes is None else torch.tensor(prefixes, dtype=torch.int64, device=source.device)
-    for chunk in source.chunks():
-        passes.delta_histogram(
-            chunk.initial, chunk.tuned, [groups[t] for t in chunk.tensors], wanted, histogram, nonfinite
-        )
+    digits, inside, asked = [], [], []
+    for first in range(0, len(ranks), at_once):
+        batch = range(first, min(first + at_once, len(ranks)))
+        histogram = torch.zeros(len(batch), bins, dtype=torch.int64, device=source.device)
+        wanted = None
+        if prefixes is not None:
+            wanted = torch.tensor([prefixes[g] for g in batch], dtype=torch.int64, device=source.device)
+        for chunk in source.chunks([tensor for tensor, group in enumerate(groups) if group in batch]):
+            of_batch = [groups[t] - first for t in chunk.tensors]
+            passes.delta_histogram(chunk.initial, chunk.tuned, of_batch, wanted, histogram, nonfinite)
+        for group, row in zip(batch, histogram.cpu(), strict=True):
+            rank = min(ranks[group], int(row.sum()))
+            digit, rest = _bin_of_rank(row, rank) if rank else (NONFINITE_KEY >> 16, 0)
+            digits.append(digit)
+            inside.append(rest)
+            asked.append(rank)
     if int(nonfinite):
         raise_nonfinite(source)
-    return histogram.cpu()
+    return digits, inside, asked
 
 
 def select_topk(passes: Passes, source: Source, groups: list[int], ks: list[int], *, route: str = "auto") -> Selection:
@@ -490,23 +513,15 @@ def select_topk(passes: Passes, source: Source, groups: list[int], ks: list[int]
         if band.holds() and not band.overflowed:
             return band.finish()
 
-    histogram = _digit_pass(passes, source, groups, ks, None)
-    band.ks = [min(k, moved) for k, moved in zip(ks, histogram.sum(1).tolist(), strict=True)]
-    digits, ranks = [], []
-    for group, k in enumerate(band.ks):
-        digit, rank = _bin_of_rank(histogram[group], k) if k else (NONFINITE_KEY >> 16, 0)
-        digits.append(digit)
-        ranks.append(rank)
+    digits, ranks, band.ks = _digit_pass(passes, source, groups, ks, None)
     band.run(passes, [max(1, d << 16) for d in digits], [(d + 1) << 16 for d in digits])
     if not band.overflowed:
         return band.finish()
 
-    histogram = _digit_pass(passes, source, groups, ks, digits)
-    thresholds, ties = [], []
-    for group, rank in enumerate(ranks):
-        digit, rank = _bin_of_rank(histogram[group], rank) if rank else (0, 0)
-        thresholds.append(max(1, (digits[group] << 16) + digit))
-        ties.append(rank)
+    lower, ties, _ = _digit_pass(passes, source, groups, ranks, digits)
+    thresholds = [
+        max(1, (high << 16) + low) if m else NONFINITE_KEY for high, low, m in zip(digits, lower, ties, strict=True)
+    ]
     bounds = thresholds, [t + 1 for t in thresholds]
     band.run(passes, *bounds, store=False)
     take = band.share_ties(band.inside, ties)

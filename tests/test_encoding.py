@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from cases import threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +25,12 @@ from ltp_sparse.encoding import (
 
 SMALL = itertools.product((0, 1, 31, 32, 63, 64, 65, 1000, 4097), (0.0, 0.05, 0.97, 1.0))
 LARGE = itertools.product((TILE - 1, TILE, TILE + 1, 2 * TILE + 77), (0.004, 0.3, 1.0))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    with threads(1):
+        yield
 
 
 def random_mask(n: int, density: float, seed: int = 0) -> torch.Tensor:
