@@ -100,6 +100,7 @@ def _(initial, tuned, groups, k):
     )
 
 
+@torch.no_grad()
 def masked_adamw_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor | None],
@@ -131,6 +132,7 @@ def masked_adamw_(
     )  # fmt: skip
 
 
+@torch.no_grad()
 def masked_sum_squares(
     params: Sequence[Tensor],
     grads: Sequence[Tensor | None],
@@ -241,6 +243,7 @@ def adamw_coefficients(
     return table
 
 
+@torch.no_grad()
 def topk_delta(
     initial: Sequence[Tensor],
     tuned: Sequence[Tensor],

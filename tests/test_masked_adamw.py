@@ -261,6 +261,14 @@ def test_sum_of_squares_is_that_of_the_active_gradients(backend, with_anchor):
         assert sums[problem.table.tiles[:, Column.PARAM] == i].sum().item() == pytest.approx(wanted, rel=1e-12)
 
 
+def test_parameters_that_require_gradients_are_updated_outside_the_graph():
+    problem = update_problem({"a": (40, 7)}, density=0.3)
+    problem.params[0].requires_grad_()
+    ls.masked_adamw_(*problem.args())
+    sums = masked_sum_squares(problem.params, problem.grads, problem.table, problem.coefficients)
+    assert problem.params[0].grad_fn is None and not sums.requires_grad
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_table_without_active_entries(backend):
     """k = 0; also an empty parameter."""
