@@ -227,7 +227,11 @@ def measure(model: str, density: float, rounds: int) -> list[Row]:
 
 def main() -> None:
     args = arguments(__doc__, "masked_adamw.csv", [0.0005, 0.01, 0.05, 0.2, 0.5, 0.75, 1.0])
-    write_csv(args.out, [row for m in args.models for d in args.densities for row in measure(m, d, args.rounds)])
+    rows: list[Row] = []
+    for model in args.models:
+        for density in args.densities:
+            rows += measure(model, density, args.rounds)
+            write_csv(args.out, rows)  # after every case: an interrupted run keeps what it has measured
 
 
 if __name__ == "__main__":

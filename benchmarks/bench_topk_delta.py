@@ -136,10 +136,13 @@ def measure(model: str, density: float, rounds: int, untouched: float = 0.0) -> 
 
 def main() -> None:
     args = arguments(__doc__, "topk_delta.csv", [0.01, 0.2, 0.5])
-    rows = [row for model in args.models for d in args.densities for row in measure(model, d, args.rounds)]
+    cases: list[tuple] = [(model, density, args.rounds) for model in args.models for density in args.densities]
     if "base" in args.models:
-        rows += measure("base", 0.2, args.rounds, UNTOUCHED)
-    write_csv(args.out, rows)
+        cases.append(("base", 0.2, args.rounds, UNTOUCHED))
+    rows = []
+    for case in cases:
+        rows += measure(*case)
+        write_csv(args.out, rows)  # after every case: an interrupted run keeps what it has measured
 
 
 if __name__ == "__main__":
