@@ -1,4 +1,4 @@
-"""The command line, run as a user does: select, train, evaluate, predict, export, inspect on a tiny model and local files."""
+"""The command line, run as a user does, on a tiny model and local files."""
 
 import json
 import subprocess
@@ -81,10 +81,10 @@ def test_select_from_two_checkpoints(files, tmp_path, capsys):
 
 
 def test_a_run_is_evaluated_per_language(files, trained, capsys):
-    pairs = "\n".join(["language\tpremise\thypothesis\tlabel", *(
-        f"{language}\t{p.premise}\t{p.hypothesis}\t{p.label}" for language in ("aym", "quy") for p in toy_pairs(30, seed=2)
-    )])  # fmt: skip
-    (files / "data" / "test.tsv").write_text(pairs + "\n")
+    lines = ["language\tpremise\thypothesis\tlabel"]
+    for language in ("aym", "quy"):
+        lines += [f"{language}\t{p.premise}\t{p.hypothesis}\t{p.label}" for p in toy_pairs(30, seed=2)]
+    (files / "data" / "test.tsv").write_text("\n".join([*lines, ""]))
     arguments = ["--task", "americasnli", "--data", files / "data", "--languages", "aym", "quy", "--quiet"]
     assert run("evaluate", trained, *arguments, "--plot", files / "bars.png") == 0
     table = capsys.readouterr().out
@@ -113,7 +113,7 @@ def test_controls(files, ticket, tmp_path, method, capsys):
 
 
 def test_predict_and_the_exported_folder_agree(files, trained, tmp_path, capsys):
-    """The export needs transformers alone: its own script, run without this library on the path, gives the same labels."""
+    """The exported folder needs transformers alone: its own script, without this library, gives the same scores."""
     pairs = toy_pairs(9, seed=3)
     (tmp_path / "pairs.tsv").write_text(
         "premise\thypothesis\n" + "".join(f"{p.premise}\t{p.hypothesis}\n" for p in pairs)

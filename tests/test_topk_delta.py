@@ -361,6 +361,7 @@ def test_same_bits_on_threads_instruction_sets_and_runs(compiled, rng):  # noqa:
 MEMORY = """
 import gc, sys, torch
 import ltp_sparse as ls
+from ltp_sparse import topk
 
 def status():
     lines = (line.split() for line in open("/proc/self/status") if line.startswith(("Vm", "Rss")))
@@ -373,7 +374,8 @@ def weights(n, parts, dtype, strided):
     return {str(i): t.view(-1, 4000).t() if strided else t for i, t in enumerate(tensors)}
 
 ls.select({"a": torch.zeros(5_000_000)}, {"a": torch.rand(5_000_000)}, density=0.2)  # code and pools that stay
-for n, parts, name, strided, budget in eval(sys.argv[1]):
+for n, parts, name, strided, budget, sampled in eval(sys.argv[1]):
+    topk.SAMPLE_FROM = 0 if sampled else n + 1
     initial, tuned = (weights(n, parts, getattr(torch, name), strided) for _ in range(2))
     gc.collect()
     open("/proc/self/clear_refs", "w").write("5")  # VmHWM counts from here
@@ -391,13 +393,14 @@ for n, parts, name, strided, budget in eval(sys.argv[1]):
 def test_temporary_memory(compiled, monkeypatch):  # noqa: F811
     """Contract 2: under 0.205 n bytes + 8 MB, ticket included, whatever the tensors are."""
     cases = [
-        # entries, tensors, dtype, strided, budget
-        (30_000_000, 1, "float32", False, "global"),
-        (30_000_000, 150, "float32", False, "global"),
-        (30_000_000, 150, "bfloat16", False, "global"),
-        (30_000_000, 150, "bfloat16", False, "tensor"),
-        (30_000_000, 1, "float32", True, "global"),
-        (4_500_000, 1, "float32", False, "global"),
+        # entries, tensors, dtype, strided, budget, sampled
+        (30_000_000, 1, "float32", False, "global", True),
+        (30_000_000, 150, "float32", False, "global", False),
+        (30_000_000, 150, "bfloat16", False, "global", True),
+        (30_000_000, 150, "bfloat16", False, "tensor", False),
+        (30_000_000, 1, "float32", True, "global", True),
+        (4_500_000, 1, "float32", False, "global", True),
+        (4_500_000, 1, "float32", False, "global", False),
     ]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     # freed memory goes back to the system at once: what malloc keeps of it depends on its mood
