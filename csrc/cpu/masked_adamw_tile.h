@@ -17,9 +17,9 @@ namespace {
 constexpr int64_t kPackedPiece = 192;  // active entries, at most
 constexpr int64_t kListPiece = 32;
 
-// A bitmap with more than this many entries per active one is sparse: turned into a list, which leaves the cache lines
-// without active entries alone.
-constexpr int64_t kSparse = 8;
+// A bitmap with at least this many entries per active one is sparse: turned into a list, which leaves the cache lines
+// without active entries alone. Up to there reading on through memory costs less than skipping lines.
+constexpr int64_t kSparse = 24;
 
 enum class Access { kUpdate, kReadGrads, kReadBoth };
 
