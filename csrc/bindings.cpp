@@ -4,6 +4,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/masked_adamw.h"
+#include "cpu/thread_pool.h"
 #include "cpu/topk_delta.h"
 
 namespace py = pybind11;
@@ -95,6 +96,9 @@ PYBIND11_MODULE(_C, module) {
                arg("sizes"), arg("groups"), arg("low"), arg("high"), arg("words"), arg("word_offsets"), arg("above"),
                arg("inside"), arg("take"), arg("keys"), arg("positions"), arg("capacity"), arg("offsets"),
                arg("cursor"), arg("threads"), release);
+    module.def(
+        "use_openmp", ltp::use_openmp, arg("gomp_parallel"),
+        "Runs kernels on the threads of the OpenMP runtime whose GOMP_parallel is at this address; 0: on own threads.");
     module.def("isa", [] { return ltp::kernels().name; }, "The instruction set in use: avx512, avx2 or generic.");
     module.def("set_isa", ltp::use_isa, arg("name"), "Switches the instruction set; ValueError if not supported.");
 }

@@ -9,11 +9,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -46,9 +48,20 @@ class BackendUnavailable(RuntimeError):
 def _extension() -> ModuleType | str:
     """The compiled module, or why it is missing."""
     try:
-        return importlib.import_module("ltp_sparse._C")
+        extension = importlib.import_module("ltp_sparse._C")
     except ImportError as error:
         return f"ltp_sparse._C is not built ({error}); install with a C++ compiler, LTP_SPARSE_EXT=cpu says what fails"
+    extension.use_openmp(_gomp_parallel())
+    return extension
+
+
+def _gomp_parallel() -> int:
+    """Address of GOMP_parallel in the OpenMP runtime that torch itself runs on; 0 if torch was built without."""
+    try:
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p).value or 0
+    except (OSError, AttributeError):
+        return 0
 
 
 @cache

@@ -573,6 +573,12 @@ FORK = """
 import os, sys
 import numpy as np
 import ltp_sparse._C as c
+from ltp_sparse import backends
+
+if sys.argv[1] == "openmp":
+    address = backends._gomp_parallel()
+    assert address != 0
+    c.use_openmp(address)
 
 def count(tuned, threads):
     bins = np.zeros(32768, np.int64)
@@ -652,12 +658,13 @@ print("in bounds")
 """
 
 
-def run_script(script: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+def run_script(script: str, *args: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, timeout=120)
 
 
-def test_a_forked_child_has_threads_of_its_own():
-    result = run_script(FORK)
+@pytest.mark.parametrize("runtime", ["openmp", "threads"])
+def test_a_forked_child_has_threads_of_its_own(runtime):
+    result = run_script(FORK, runtime)
     assert (result.returncode, result.stdout) == (0, "forked\n"), result.stderr
 
 

@@ -57,8 +57,8 @@ template <class Body>
 void for_each_tile(const MaskedAdamW& table, int64_t threads, Body body) {
     TileQueue queue;
     queue_tiles(table, queue);
-    run_parallel(std::min(threads, queue.groups()), [&](int64_t) {
-        for (int64_t begin, end; queue.take(begin, end);) {
+    run_parallel(queue.split(threads), [&](int64_t worker) {
+        for (int64_t begin, end; queue.take(worker, begin, end);) {
             for (int64_t t = begin; t < end; ++t) body(t, row_of(table, t));
         }
     });

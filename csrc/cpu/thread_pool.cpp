@@ -98,9 +98,37 @@ Pool& pool() {
     return *found;
 }
 
+// The ABI of GNU OpenMP, which LLVM's and Intel's runtimes export as well: function, its argument, threads, flags.
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+std::atomic<GompParallel> openmp{nullptr};
+std::atomic<pid_t> openmp_owner{0};
+
+struct Region {
+    const Body& body;
+    std::atomic<int64_t> next{0};
+
+    static void enter(void* region) {
+        const DefaultFloatEnvironment environment;
+        Region& self = *static_cast<Region*>(region);
+        self.body(self.next++);
+    }
+};
+
 }  // namespace
 
+void use_openmp(uintptr_t gomp_parallel) {
+    openmp_owner = getpid();
+    openmp = reinterpret_cast<GompParallel>(gomp_parallel);
+}
+
 void run_parallel(int64_t threads, const Body& body) {
+    const GompParallel parallel = openmp;
+    if (threads > 1 && parallel != nullptr && openmp_owner == getpid()) {
+        Region region{body};
+        parallel(Region::enter, &region, unsigned(threads), 0);
+        return;
+    }
     const DefaultFloatEnvironment environment;
     if (threads > 1) {
         pool().run(threads, body);

@@ -44,12 +44,12 @@ class PairTiles {
     }
 
     int64_t size() const { return int64_t(tiles_.size()); }
-    int64_t threads(int64_t asked) const { return std::min(asked, queue_.groups()); }
+    int64_t split(int64_t workers) { return queue_.split(workers); }
 
-    // Calls body(number, pair, start, tile) for tiles that the calling thread takes, until none is left.
+    // Calls body(number, pair, start, tile) for tiles that this worker takes, until none is left.
     template <class Body>
-    void for_each(Body body) {
-        for (int64_t begin, end; queue_.take(begin, end);) {
+    void for_each(int64_t worker, Body body) {
+        for (int64_t begin, end; queue_.take(worker, begin, end);) {
             for (int64_t t = begin; t < end; ++t) body(t, tiles_[t].pair, tiles_[t].start, tile(tiles_[t]));
         }
     }
@@ -131,13 +131,13 @@ bool delta_histogram(const DeltaPairs& pairs, const std::vector<int64_t>& prefix
     }
     PairTiles tiles("delta_histogram", pairs, n_groups);
     const Kernels& kernel = kernels();
-    const int64_t workers = tiles.threads(threads);
+    const int64_t workers = tiles.split(threads);
     std::vector<ThreadBins> thread_bins(std::max<int64_t>(workers, 1),
                                         ThreadBins(prefixes.empty() ? kHighBins : kLowBins, histogram));
     std::atomic<bool> nonfinite{false};
     run_parallel(workers, [&](int64_t worker) {
         ThreadBins& own = thread_bins[worker];
-        tiles.for_each([&](int64_t, int64_t pair, int64_t, const DeltaTile& tile) {
+        tiles.for_each(worker, [&](int64_t, int64_t pair, int64_t, const DeltaTile& tile) {
             const int64_t group = pairs.groups[pair];
             uint32_t* bins = own.bins(group, tile.length);
             const int32_t largest = prefixes.empty() ? kernel.histogram_high(tile, bins)
@@ -161,9 +161,9 @@ bool delta_band(const DeltaPairs& pairs, const DeltaBand& band, int64_t threads)
     PairTiles tiles("delta_band", pairs, n_groups);
     const Kernels& kernel = kernels();
     std::atomic<bool> nonfinite{false};
-    run_parallel(tiles.threads(threads), [&](int64_t) {
+    run_parallel(tiles.split(threads), [&](int64_t worker) {
         uint64_t inside[kTile / 64];
-        tiles.for_each([&](int64_t t, int64_t pair, int64_t start, const DeltaTile& tile) {
+        tiles.for_each(worker, [&](int64_t t, int64_t pair, int64_t start, const DeltaTile& tile) {
             const int64_t group = pairs.groups[pair];
             int32_t* words = band.words + band.word_offsets[pair] + start / 32;
             // No key is above 2^31 - 1, so any larger bound means the same as 2^31.
