@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ltp_sparse.files import hash_tensor
+from ltp_sparse.quantization import state_blocks
 
 TILE = 65_536
 """Entries of a tile: the largest block whose positions fit in 16 bits."""
@@ -294,18 +295,21 @@ class Column(IntEnum):
     SLOT = 4
     INDEX = 5
     ENCODING = 6
+    BLOCK = 7
 
 
 @dataclass(frozen=True, eq=False)
 class TileTable:
     """The run-time view of index sets over a list of parameters: what a kernel launch reads.
 
-    tiles:     int64 [T, 7], ordered by (parameter, start), columns `Column`. Tiles without active entries do not exist.
+    tiles:     int64 [T, 8], ordered by (parameter, start), columns `Column`. Tiles without active entries do not exist.
                INDEX counts words (BITMAP) or positions (LIST16) from the start of the shared arrays; SLOT is the tile's
-               first slot in the packed buffers, which are ordered by (parameter, flat index)
+               first slot in the packed buffers, which are ordered by (parameter, flat index); BLOCK its first block of
+               8-bit moments
     words:     int32 [W], the bitmaps
     ranks:     int16 [W / 2] with uint16 bits, active entries of the tile before each 64-entry group; empty if not built
     positions: int16 [L] with uint16 bits, the lists
+    blocks:    blocks of 8-bit moments
     counts:    active entries of every parameter
     sizes:     entries of every parameter
     """
@@ -314,6 +318,7 @@ class TileTable:
     words: Tensor
     ranks: Tensor
     positions: Tensor
+    blocks: int
     counts: tuple[int, ...]
     sizes: tuple[int, ...]
 
@@ -346,11 +351,15 @@ class TileTable:
                 n_positions += index_set.data.numel()
             slot += int(counts.sum())
             tiles.append(rows[counts > 0])
+        rows = torch.cat([torch.empty(0, len(Column), dtype=torch.int64), *tiles])
+        blocks = state_blocks(rows[:, Column.ACTIVE])
+        rows[:, Column.BLOCK] = blocks.cumsum(0) - blocks
         table = cls(
-            tiles=torch.cat([torch.empty(0, len(Column), dtype=torch.int64), *tiles]).to(device),
+            tiles=rows.to(device),
             words=torch.cat([torch.empty(0, dtype=torch.int32, device=device), *words]),
             ranks=torch.empty(0, dtype=torch.int16, device=device),
             positions=torch.cat([torch.empty(0, dtype=torch.int16, device=device), *positions]),
+            blocks=int(blocks.sum()),
             counts=tuple(index_set.k for index_set in sets),
             sizes=tuple(index_set.n for index_set in sets),
         )
@@ -384,7 +393,7 @@ class TileTable:
 
 def tile_indices(tile: Sequence[int], words: Tensor, positions: Tensor) -> Tensor:
     """int64 [ACTIVE]: flat indices of the active entries of one row of `TileTable.tiles` (as Python integers)."""
-    _, start, length, active, _, index, encoding = tile
+    _, start, length, active, _, index, encoding, _ = tile
     if encoding == Encoding.FULL:
         return torch.arange(start, start + length, device=words.device)
     if encoding == Encoding.BITMAP:

@@ -19,12 +19,13 @@ from ltp_sparse.topk import Selection, TensorSource, select_topk
 _library = torch.library.Library("ltp_sparse", "DEF")  # noqa: TOR901 (kept for the life of the process)
 
 _library.define(
-    "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor tiles, "
-    "Tensor words, Tensor ranks, Tensor positions, Tensor coefficients, Tensor anchor) -> ()"
+    "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
+    "Tensor(d!) scales, Tensor(e!) master, Tensor tiles, Tensor words, Tensor ranks, Tensor positions, "
+    "Tensor coefficients, Tensor anchor, bool stochastic) -> ()"
 )
 _library.define(
-    "masked_sum_squares(Tensor[] params, Tensor[] grads, Tensor tiles, Tensor words, Tensor ranks, Tensor positions, "
-    "Tensor coefficients, Tensor anchor) -> Tensor"
+    "masked_sum_squares(Tensor[] params, Tensor[] grads, Tensor master, Tensor tiles, Tensor words, Tensor ranks, "
+    "Tensor positions, Tensor coefficients, Tensor anchor) -> Tensor"
 )
 _library.define("topk_delta(Tensor[] initial, Tensor[] tuned, int[] groups, int[] k) -> (Tensor, Tensor, Tensor)")
 
@@ -37,39 +38,27 @@ def _update_backend(words: Tensor, ranks: Tensor) -> backends.Backend:
 
 
 @torch.library.impl(_library, "masked_adamw_", "CompositeExplicitAutograd")
-def _masked_adamw_(params, grads, exp_avg, exp_avg_sq, tiles, words, ranks, positions, coefficients, anchor):
+def _masked_adamw_(
+    params, grads, exp_avg, exp_avg_sq, scales, master, tiles, words, ranks, positions, coefficients, anchor, stochastic
+):
     with torch.no_grad():
         contiguous = [param if param.is_contiguous() else param.contiguous() for param in params]
         _update_backend(words, ranks).masked_adamw_(
-            contiguous,
-            [grad.contiguous() for grad in grads],
-            exp_avg,
-            exp_avg_sq,
-            tiles,
-            words,
-            ranks,
-            positions,
-            coefficients,
-            anchor,
-        )
+            contiguous, [grad.contiguous() for grad in grads], exp_avg, exp_avg_sq, scales, master,
+            tiles, words, ranks, positions, coefficients, anchor, stochastic,
+        )  # fmt: skip
         for param, updated in zip(params, contiguous, strict=True):
             if param is not updated:
                 param.copy_(updated)
 
 
 @torch.library.impl(_library, "masked_sum_squares", "CompositeExplicitAutograd")
-def _masked_sum_squares(params, grads, tiles, words, ranks, positions, coefficients, anchor):
+def _masked_sum_squares(params, grads, master, tiles, words, ranks, positions, coefficients, anchor):
     with torch.no_grad():
         return _update_backend(words, ranks).masked_sum_squares(
-            [param.contiguous() for param in params],
-            [grad.contiguous() for grad in grads],
-            tiles,
-            words,
-            ranks,
-            positions,
-            coefficients,
-            anchor,
-        )
+            [param.contiguous() for param in params], [grad.contiguous() for grad in grads], master,
+            tiles, words, ranks, positions, coefficients, anchor,
+        )  # fmt: skip
 
 
 @torch.library.impl(_library, "topk_delta", "CompositeExplicitAutograd")
@@ -81,12 +70,14 @@ def _topk_delta(initial, tuned, groups, k):
 
 
 @torch.library.register_fake("ltp_sparse::masked_adamw_", lib=_library)
-def _(params, grads, exp_avg, exp_avg_sq, tiles, words, ranks, positions, coefficients, anchor):
+def _(
+    params, grads, exp_avg, exp_avg_sq, scales, master, tiles, words, ranks, positions, coefficients, anchor, stochastic
+):
     return None
 
 
 @torch.library.register_fake("ltp_sparse::masked_sum_squares", lib=_library)
-def _(params, grads, tiles, words, ranks, positions, coefficients, anchor):
+def _(params, grads, master, tiles, words, ranks, positions, coefficients, anchor):
     return tiles.new_empty(tiles.shape[0], dtype=torch.float64)
 
 
@@ -109,26 +100,51 @@ def masked_adamw_(
     table: TileTable,
     coefficients: Tensor,
     anchor: Tensor | None = None,
+    *,
+    scales: Tensor | None = None,
+    master: Tensor | None = None,
+    stochastic: bool = False,
 ) -> None:
     """One AdamW step on the active entries of `params`; all others keep their bits, whatever their gradients hold.
 
     Args:
-        params: float32, any shapes; updated in place at the active entries only.
-        grads: float32, of the shapes of `params`; None: the parameter is skipped, moments included.
-        exp_avg: float32 [table.k], first moments in slot order; updated in place.
-        exp_avg_sq: float32 [table.k], second moments; updated in place.
+        params: all float32, bfloat16 or float16, any shapes; updated in place at the active entries only, in float32
+            arithmetic, and rounded to nearest.
+        grads: of the shapes of `params`, all of their dtype or all float32; None: the parameter is skipped, moments
+            included.
+        exp_avg: [table.k], first moments in slot order; updated in place. float32, or with `scales` int8 codes.
+        exp_avg_sq: [table.k], second moments; updated in place. float32, or with `scales` uint8 codes.
         table: the active entries, `TileTable.build([index set per parameter])`.
-        coefficients: float64 [P, 10], a row per parameter: `adamw_coefficients(...)`.
+        coefficients: float64 [P, 11], a row per parameter: `adamw_coefficients(...)`.
         anchor: float32 [table.k], values that the pull of the coefficients draws to, or None.
+        scales: bfloat16 [table.blocks, 2], of the 8-bit moments (see `quantization.py`); updated in place. Zeros, with
+            codes of zero, are moments of zero.
+        master: float32 [table.k], the exact values of the active entries; updated in place, and rounded into `params`.
+        stochastic: rounds bfloat16 parameters stochastically, keyed by the coefficients' ROUNDING_KEY.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices do not fit.
     """
-    _check_update(params, grads, table, coefficients, anchor, exp_avg, exp_avg_sq)
+    _check_parameters(params, grads, table, coefficients)
+    empty = coefficients.new_empty(0, dtype=torch.float32)
+    moments = (torch.float32, torch.float32) if scales is None else (torch.int8, torch.uint8)
+    _check_packed("exp_avg", exp_avg, moments[0], table)
+    _check_packed("exp_avg_sq", exp_avg_sq, moments[1], table)
+    _check_packed("anchor", anchor, torch.float32, table)
+    _check_packed("master", master, torch.float32, table)
+    if scales is not None and (scales.dtype != torch.bfloat16 or scales.shape != (table.blocks, 2)):
+        raise ValueError(
+            f"masked_adamw_: scales must be bfloat16 [{table.blocks}, 2], got {scales.dtype} {list(scales.shape)}"
+        )
+    if stochastic and (master is not None or any(param.dtype != torch.bfloat16 for param in params)):
+        raise ValueError(
+            "masked_adamw_: stochastic rounding is for bfloat16 parameters without a master; "
+            "float16 needs a master, float32 is not rounded"
+        )
     table = _readable(table)
     torch.ops.ltp_sparse.masked_adamw_(
-        list(params), _gradients(params, grads), exp_avg, exp_avg_sq,
-        table.tiles, table.words, table.ranks, table.positions, coefficients, _anchor(anchor, exp_avg),
+        list(params), _gradients(params, grads), exp_avg, exp_avg_sq, _or(scales, empty), _or(master, empty),
+        table.tiles, table.words, table.ranks, table.positions, coefficients, _or(anchor, empty), stochastic,
     )  # fmt: skip
 
 
@@ -139,16 +155,21 @@ def masked_sum_squares(
     table: TileTable,
     coefficients: Tensor,
     anchor: Tensor | None = None,
+    *,
+    master: Tensor | None = None,
 ) -> Tensor:
     """float64 [T]: per tile, the sum of squares of the active gradient entries, scaled and pulled as in the update.
 
     Arguments as for `masked_adamw_`.
     """
-    _check_update(params, grads, table, coefficients, anchor)
+    _check_parameters(params, grads, table, coefficients)
+    _check_packed("anchor", anchor, torch.float32, table)
+    _check_packed("master", master, torch.float32, table)
+    empty = coefficients.new_empty(0, dtype=torch.float32)
     table = _readable(table)
     return torch.ops.ltp_sparse.masked_sum_squares(
-        list(params), _gradients(params, grads),
-        table.tiles, table.words, table.ranks, table.positions, coefficients, _anchor(anchor, coefficients),
+        list(params), _gradients(params, grads), _or(master, empty),
+        table.tiles, table.words, table.ranks, table.positions, coefficients, _or(anchor, empty),
     )  # fmt: skip
 
 
@@ -161,17 +182,12 @@ def _gradients(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list
     return [param.new_empty(0) if grad is None else grad for param, grad in zip(params, grads, strict=True)]
 
 
-def _anchor(anchor: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0, dtype=torch.float32) if anchor is None else anchor
+def _or(tensor: Tensor | None, empty: Tensor) -> Tensor:
+    return empty if tensor is None else tensor
 
 
-def _check_update(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    table: TileTable,
-    coefficients: Tensor,
-    anchor: Tensor | None,
-    *moments: Tensor,
+def _check_parameters(
+    params: Sequence[Tensor], grads: Sequence[Tensor | None], table: TileTable, coefficients: Tensor
 ) -> None:
     if not len(params) == len(grads) == len(table.counts):
         raise ValueError(
@@ -193,9 +209,10 @@ def _check_update(
         for what, tensor in (("parameter", param), ("gradient", grad)):
             if tensor is None:
                 continue
-            if tensor.dtype != torch.float32 or tensor.layout != torch.strided:
+            if tensor.dtype not in backends.DTYPES or tensor.layout != torch.strided:
                 raise TypeError(
-                    f"masked_adamw_: {what} {i} must be a dense float32 tensor, got {tensor.dtype} ({tensor.layout})"
+                    f"masked_adamw_: {what} {i} must be a dense float32, bfloat16 or float16 tensor, "
+                    f"got {tensor.dtype} ({tensor.layout})"
                 )
             if tensor.device != device:
                 raise ValueError(f"masked_adamw_: {what} {i} is on {tensor.device}, the tile table on {device}")
@@ -203,12 +220,26 @@ def _check_update(
             raise ValueError(
                 f"masked_adamw_: gradient {i} has shape {list(grad.shape)}, its parameter {list(param.shape)}"
             )
-    for tensor in (*moments, *([] if anchor is None else [anchor])):
-        if tensor.dtype != torch.float32 or tensor.shape != (table.k,) or tensor.device != device:
-            raise ValueError(
-                f"masked_adamw_: packed buffers must be float32 [{table.k}] on {device}, "
-                f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-            )
+    param_dtypes = {param.dtype for param in params}
+    grad_dtypes = {grad.dtype for grad in grads if grad is not None}
+    if len(param_dtypes) > 1 or len(grad_dtypes) > 1 or not grad_dtypes <= {*param_dtypes, torch.float32}:
+        raise TypeError(
+            "masked_adamw_: expected parameters of one dtype, and gradients of that dtype or of float32, "
+            f"got parameters of {_names(param_dtypes)} and gradients of {_names(grad_dtypes)}; make a call per dtype"
+        )
+
+
+def _names(dtypes: set[torch.dtype]) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) or "none"
+
+
+def _check_packed(what: str, tensor: Tensor | None, dtype: torch.dtype, table: TileTable) -> None:
+    device = table.tiles.device
+    if tensor is not None and (tensor.dtype != dtype or tensor.shape != (table.k,) or tensor.device != device):
+        raise ValueError(
+            f"masked_adamw_: {what} must be {dtype} [{table.k}] on {device}, "
+            f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        )
 
 
 def adamw_coefficients(
@@ -220,7 +251,7 @@ def adamw_coefficients(
     weight_decay: float = 1e-2,
     pull: float = 0.0,
 ) -> Tensor:
-    """float64 [P, 10] coefficients of `masked_adamw_` for parameters that have taken `steps` steps, this one included.
+    """float64 [P, 11] coefficients of `masked_adamw_` for parameters that have taken `steps` steps, this one included.
 
     Args:
         steps: [P], >= 1.

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from ltp_sparse.encoding import TILE, WORDS_PER_TILE, Column, bitmap_words, pack_bits, tile_indices, to_uint16_bits
+from ltp_sparse.quantization import dequantize, exact_sqrt, quantize, state_blocks
+from ltp_sparse.rounding import random16, round_stochastically
 
 NONFINITE_KEY = 0x7F800000
 """The smallest key of an infinity or a NaN."""
 
 
 class Coefficient:
-    """Columns of the `coefficients` of `masked_adamw_`: float64 [P, 10], a row per parameter."""
+    """Columns of the `coefficients` of `masked_adamw_`: float64 [P, 11], a row per parameter."""
 
     APPLY = 0  # 1: update, 0: leave everything of this parameter as it is
     GRAD_FACTOR = 1  # clip factor / loss scale, negative to maximize
@@ -29,7 +31,8 @@ class Coefficient:
     INV_SQRT_BC2 = 7  # 1 / sqrt(1 - beta2 ** step)
     EPS = 8
     PULL = 9  # weight of sign(param - anchor) in the gradient
-    COUNT = 10
+    ROUNDING_KEY = 10  # 32 bits, for stochastic rounding: `rounding_keys`
+    COUNT = 11
 
 
 def _tiles(tiles: Tensor, grads: Sequence[Tensor]) -> Iterator[tuple[int, list[int]]]:
@@ -39,10 +42,22 @@ def _tiles(tiles: Tensor, grads: Sequence[Tensor]) -> Iterator[tuple[int, list[i
             yield position, tile
 
 
-def _gradient(param: Tensor, grad: Tensor, indices: Tensor, c: Tensor, anchor: Tensor) -> Tensor:
-    gradient = grad.view(-1)[indices] * c[Coefficient.GRAD_FACTOR]
+def _slots(tile: list[int]) -> slice:
+    return slice(tile[Column.SLOT], tile[Column.SLOT] + tile[Column.ACTIVE])
+
+
+def _values(param: Tensor, master: Tensor, indices: Tensor, slots: slice) -> Tensor:
+    """The active entries in the precision they are updated in."""
+    if master.numel():
+        return master[slots]
+    values = param.view(-1)[indices]
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _gradient(values: Tensor, grad: Tensor, indices: Tensor, c: Tensor, anchor: Tensor) -> Tensor:
+    gradient = grad.view(-1)[indices].to(values.dtype) * c[Coefficient.GRAD_FACTOR]
     if anchor.numel():
-        gradient = gradient + c[Coefficient.PULL] * torch.sign(param.view(-1)[indices] - anchor)
+        gradient = gradient + c[Coefficient.PULL] * torch.sign(values - anchor)
     return gradient
 
 
@@ -51,38 +66,58 @@ def masked_adamw_(
     grads: Sequence[Tensor],
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
+    scales: Tensor,
+    master: Tensor,
     tiles: Tensor,
     words: Tensor,
     ranks: Tensor,
     positions: Tensor,
     coefficients: Tensor,
     anchor: Tensor,
+    stochastic: bool,
 ) -> None:
-    """AdamW (arXiv 1711.05101) on the active entries, in the order of operations of torch.optim.AdamW."""
-    rounded = coefficients.to(exp_avg.dtype)
+    """AdamW (arXiv 1711.05101) on the active entries, in the order of operations of torch.optim.AdamW.
+
+    Optional tensors are empty where they are not used: `scales` (moments are then not quantised), `master`, `anchor`.
+    """
     for _, tile in _tiles(tiles, grads):
         param = params[tile[Column.PARAM]]
-        indices = tile_indices(tile, words, positions)
-        slots = slice(tile[Column.SLOT], tile[Column.SLOT] + tile[Column.ACTIVE])
-        c = rounded[tile[Column.PARAM]]
+        indices, slots = tile_indices(tile, words, positions), _slots(tile)
+        old = _values(param, master, indices, slots)
+        key, c = (
+            coefficients[tile[Column.PARAM], Coefficient.ROUNDING_KEY],
+            coefficients[tile[Column.PARAM]].to(old.dtype),
+        )
+        blocks = slice(tile[Column.BLOCK], tile[Column.BLOCK] + state_blocks(tile[Column.ACTIVE]))
+        m, v = exp_avg[slots], exp_avg_sq[slots]
+        if scales.numel():
+            m, v = dequantize(m, v, scales[blocks])
 
-        g = _gradient(param, grads[tile[Column.PARAM]], indices, c, anchor[slots])
-        p = param.view(-1)[indices] * c[Coefficient.DECAY]
-        m = exp_avg[slots] + c[Coefficient.ONE_MINUS_BETA1] * (g - exp_avg[slots])
-        v = exp_avg_sq[slots] * c[Coefficient.BETA2] + c[Coefficient.ONE_MINUS_BETA2] * (g * g)
-        root = v.double().sqrt().to(v.dtype)  # rounded as IEEE 754 says; torch's own in float32 may be off by a bit
-        p = p - c[Coefficient.STEP_SIZE] * (m / (root * c[Coefficient.INV_SQRT_BC2] + c[Coefficient.EPS]))
+        g = _gradient(old, grads[tile[Column.PARAM]], indices, c, anchor[slots])
+        p = old * c[Coefficient.DECAY]
+        m = m + c[Coefficient.ONE_MINUS_BETA1] * (g - m)
+        v = v * c[Coefficient.BETA2] + c[Coefficient.ONE_MINUS_BETA2] * (g * g)
+        denominator = exact_sqrt(v) * c[Coefficient.INV_SQRT_BC2] + c[Coefficient.EPS]
+        p = p - c[Coefficient.STEP_SIZE] * (m / denominator)
 
+        written = [(exp_avg, slots, m), (exp_avg_sq, slots, v)]
+        if scales.numel():
+            first, second, block_scales = quantize(m, v)
+            written = [(exp_avg, slots, first), (exp_avg_sq, slots, second), (scales, blocks, block_scales)]
+        if master.numel():
+            written.append((master, slots, p))
+        stored = round_stochastically(p, random16(key, indices)) if stochastic else p.to(param.dtype)
+        written.append((param.view(-1), indices, stored))
         # a select, not a branch on the host: on a GPU the flag stays on the device
         apply = c[Coefficient.APPLY] != 0
-        param.view(-1)[indices] = torch.where(apply, p, param.view(-1)[indices])
-        exp_avg[slots] = torch.where(apply, m, exp_avg[slots])
-        exp_avg_sq[slots] = torch.where(apply, v, exp_avg_sq[slots])
+        for target, where, values in written:
+            target[where] = torch.where(apply, values, target[where])
 
 
 def masked_sum_squares(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
+    master: Tensor,
     tiles: Tensor,
     words: Tensor,
     ranks: Tensor,
@@ -93,10 +128,10 @@ def masked_sum_squares(
     """float64 [T]: per tile, the sum of squares of the active gradient entries as `masked_adamw_` would see them."""
     sums = torch.zeros(tiles.shape[0], dtype=torch.float64, device=tiles.device)
     for position, tile in _tiles(tiles, grads):
-        param, grad = params[tile[Column.PARAM]], grads[tile[Column.PARAM]]
-        slots = slice(tile[Column.SLOT], tile[Column.SLOT] + tile[Column.ACTIVE])
-        c = coefficients[tile[Column.PARAM]].to(grad.dtype)
-        g = _gradient(param, grad, tile_indices(tile, words, positions), c, anchor[slots])
+        indices, slots = tile_indices(tile, words, positions), _slots(tile)
+        values = _values(params[tile[Column.PARAM]], master, indices, slots)
+        c = coefficients[tile[Column.PARAM]].to(values.dtype)
+        g = _gradient(values, grads[tile[Column.PARAM]], indices, c, anchor[slots])
         sums[position] = g.double().square().sum()
     return sums
 

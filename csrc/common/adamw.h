@@ -10,7 +10,7 @@ namespace ltp {
 
 // One parameter's row of the float64 `coefficients` table, rounded to float32.
 struct AdamWCoefficients {
-    static constexpr int kColumns = 10;  // column 0 is APPLY, the others stand below in their order
+    static constexpr int kColumns = 11;  // column 0 is APPLY, the others stand below in their order
 
     float grad_factor, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bias_correction2, eps, pull;
 

@@ -1,0 +1,71 @@
+// The storage types: conversion to float32 and rounding back.
+#pragma once
+
+#include <cstring>
+
+#include "platform.h"
+
+namespace ltp {
+
+// float32 is itself.
+struct BFloat16 {
+    uint16_t bits;
+};
+struct Float16 {
+    uint16_t bits;
+};
+
+LTP_HD float float_from_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+LTP_HD uint32_t bits_of_float(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+LTP_HD float to_float32(float value) { return value; }
+
+LTP_HD float to_float32(BFloat16 value) { return float_from_bits(uint32_t(value.bits) << 16); }
+
+// Exact for every value. Branch-free, so that it vectorises, and free of denormal arithmetic, which is slow on some
+// CPUs.
+LTP_HD float to_float32(Float16 value) {
+    const uint32_t magnitude = uint32_t(value.bits & 0x7FFF) << 13;
+    const uint32_t rebias = uint32_t(127 - 15) << 23;
+    const uint32_t smallest_normal = uint32_t(1) << 23;
+    const uint32_t infinity = uint32_t(31) << 23;
+    // A denormal reads as 2^-14 + its value; the subtraction is exact and normalises it.
+    const float denormal =
+        float_from_bits(magnitude + rebias + smallest_normal) - float_from_bits(rebias + smallest_normal);
+    const uint32_t normal = magnitude + rebias + (magnitude >= infinity ? rebias : 0);
+    const uint32_t bits = magnitude < smallest_normal ? bits_of_float(denormal) : normal;
+    return float_from_bits(bits | uint32_t(value.bits & 0x8000) << 16);
+}
+
+// Rounds to the nearest, ties to even; NaN becomes the quiet NaN of positive sign, overflow infinity.
+LTP_HD void round_to(float value, float& out) { out = value; }
+
+LTP_HD void round_to(float value, BFloat16& out) {
+    const uint32_t bits = bits_of_float(value);
+    const uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    out.bits = uint16_t((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+}
+
+LTP_HD void round_to(float value, Float16& out) {
+    const uint32_t bits = bits_of_float(value);
+    const uint32_t magnitude = bits & 0x7FFFFFFF;
+    // The unit in the last place of 0.5 is that of a float16 denormal, so the addition rounds as it should.
+    const uint32_t denormal = bits_of_float(float_from_bits(magnitude) + 0.5f) - bits_of_float(0.5f);
+    const uint32_t normal = (magnitude - (uint32_t(127 - 15) << 23) + 0xFFF + (magnitude >> 13 & 1)) >> 13;
+    const uint32_t first_normal = 0x38800000, first_overflow = 0x477FF000, infinity = 0x7F800000;
+    const uint32_t finite = magnitude < first_normal ? denormal : normal;
+    const uint32_t large = magnitude > infinity ? 0x7E00 : 0x7C00;
+    const uint32_t sign = magnitude > infinity ? 0 : bits >> 16 & 0x8000;
+    out.bits = uint16_t(sign | (magnitude >= first_overflow ? large : finite));
+}
+
+}  // namespace ltp

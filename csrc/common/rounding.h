@@ -1,0 +1,36 @@
+// Stochastic rounding to bfloat16. The random bits of an entry depend on (seed, step, parameter, flat index) alone, so
+// that neither encoding nor tiling nor device changes a result. `ltp_sparse/rounding.py` is the same in torch and makes
+// the key of a parameter's step from the first three.
+#pragma once
+
+#include "dtypes.h"
+
+namespace ltp {
+
+// A bijection of 32-bit words that flips every bit with a chance of one half (constants: C. Wellons, hash-prospector).
+LTP_HD uint32_t mix32(uint32_t x) {
+    x ^= x >> 16;
+    x *= 0x7FEB352Du;
+    x ^= x >> 15;
+    x *= 0x846CA68Bu;
+    return x ^ x >> 16;
+}
+
+// The key of a tile: its first entry is a multiple of 65,536, so the upper half of an index is the same all through it.
+LTP_HD uint32_t tile_key(uint32_t rounding_key, int64_t start) {
+    return mix32(rounding_key + uint32_t(start >> 32) * 0x9E3779B9u);
+}
+
+// 16 random bits for the entry with this flat index.
+LTP_HD uint32_t random16(uint32_t tile_key, uint32_t index) { return mix32(tile_key ^ index) >> 16; }
+
+// Rounds away from zero with the probability that makes the mean exact. What is not finite is rounded to nearest.
+LTP_HD BFloat16 round_stochastically(float value, uint32_t random16) {
+    const uint32_t bits = bits_of_float(value);
+    BFloat16 out;
+    round_to(value, out);
+    if ((bits & 0x7F800000) != 0x7F800000) out.bits = uint16_t((bits + random16) >> 16);
+    return out;
+}
+
+}  // namespace ltp

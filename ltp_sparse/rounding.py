@@ -1,0 +1,51 @@
+"""Stochastic rounding to bfloat16, in torch; `csrc/common/rounding.h` is the same for the compiled kernels.
+
+The random bits of an entry depend on (seed, step, parameter, flat index) alone: neither encoding, tiling, backend nor
+device changes a result. Words of 32 bits are held in int64 tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_GOLDEN = 0x9E3779B9
+
+
+def _mix32(x: Tensor) -> Tensor:
+    """A bijection of 32-bit words that flips every bit with a chance of one half (C. Wellons, hash-prospector)."""
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & _MASK
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & _MASK
+    return x ^ (x >> 16)
+
+
+def rounding_keys(seed: int, steps: Tensor) -> Tensor:
+    """float64 [P]: a 32-bit key per parameter, for the `coefficients` of its next update. No host synchronisation.
+
+    Args:
+        seed: of the run, 0 <= seed < 2^63.
+        steps: [P], steps taken, this one included. A parameter's number is its position here.
+    """
+    step = steps.to(torch.int64)
+    number = torch.arange(steps.numel(), device=steps.device)
+    key = _mix32(torch.full_like(step, seed & _MASK))
+    for word in (torch.full_like(step, seed >> 32), step & _MASK, number):
+        key = _mix32((key + word * _GOLDEN) & _MASK)
+    return key.to(torch.float64)
+
+
+def random16(key: Tensor, indices: Tensor) -> Tensor:
+    """int64: 16 random bits per flat index; key: 0-dim, one of `rounding_keys`."""
+    tile_key = _mix32((key.to(torch.int64) + (indices >> 32) * _GOLDEN) & _MASK)
+    return _mix32(tile_key ^ (indices & _MASK)) >> 16
+
+
+def round_stochastically(values: Tensor, random16: Tensor) -> Tensor:
+    """float32 -> bfloat16, away from zero with the probability that makes the mean exact; not finite: to nearest."""
+    bits = values.view(torch.int32).to(torch.int64) & _MASK
+    rounded = ((bits + random16) & _MASK) >> 16
+    rounded = torch.where(rounded >= 0x8000, rounded - 0x10000, rounded).to(torch.int16).view(torch.bfloat16)
+    return torch.where(values.isfinite(), rounded, values.to(torch.bfloat16))
