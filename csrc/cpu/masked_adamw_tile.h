@@ -15,7 +15,8 @@ namespace ltp {
 namespace {
 
 constexpr int64_t kPackedPiece = 192;  // active entries, at most
-constexpr int64_t kListPiece = 32;
+constexpr int64_t kListPiece = 16;
+constexpr int64_t kListAhead = 32;  // entries from a piece to the one that is fetched meanwhile
 
 // A bitmap with at least this many entries per active one is sparse: turned into a list, which leaves the cache lines
 // without active entries alone. Up to there reading on through memory costs less than skipping lines.
@@ -42,10 +43,11 @@ void for_each_listed_piece(const AdamWTile& tile, const uint16_t* positions, Bod
         const uint16_t* const piece = positions + rank;
         const int64_t left = tile.active - rank;
         const int64_t count = left < kListPiece ? left : kListPiece;
-        // The next piece's lines, all at once: a gather alone keeps too few on the way.
-        for (int64_t i = count; i < left && i < count + kListPiece; ++i) {
-            if (ACCESS != Access::kReadGrads) __builtin_prefetch(tile.param + piece[i]);
-            __builtin_prefetch(tile.grad + piece[i]);
+        // The lines of a piece to come: a gather alone keeps too few on the way. The hint "not needed again" keeps the
+        // processor from fetching the neighbours of these lines too, which often hold nothing active.
+        for (int64_t i = kListAhead; i < left && i < kListAhead + kListPiece; ++i) {
+            if (ACCESS != Access::kReadGrads) __builtin_prefetch(tile.param + piece[i], 0, 0);
+            __builtin_prefetch(tile.grad + piece[i], 0, 0);
         }
         if (ACCESS != Access::kReadGrads) gather(tile.param, piece, count, buffers.params);
         gather(tile.grad, piece, count, buffers.grads);
