@@ -6,6 +6,7 @@ compand, as in FlashOptim (arXiv 2602.23349): softsign for the first moment, the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -65,6 +66,23 @@ def quantize(exp_avg: Tensor, exp_avg_sq: Tensor) -> tuple[Tensor, Tensor, Tenso
     # what is not zero stays above zero, or the next step would divide by eps alone
     second = torch.where((x > 0) & (x * 255 < 1), 1.0, torch.round(255 * x))
     return first.to(torch.int8), second.to(torch.uint8), scales
+
+
+def quantize_tiles(exp_avg: Tensor, exp_avg_sq: Tensor, active: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantize` over consecutive tiles with these numbers of active entries."""
+    pieces = [quantize(m, v) for m, v in zip(exp_avg.split(active), exp_avg_sq.split(active), strict=True)]
+    first, second, scales = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    return first, second, scales
+
+
+def dequantize_tiles(
+    exp_avg: Tensor, exp_avg_sq: Tensor, scales: Tensor, active: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """`dequantize` over consecutive tiles with these numbers of active entries."""
+    blocks = [state_blocks(count) for count in active]
+    tiles = zip(exp_avg.split(active), exp_avg_sq.split(active), scales.split(blocks), strict=True)
+    first, second = (torch.cat(parts) for parts in zip(*(dequantize(*tile) for tile in tiles), strict=True))
+    return first, second
 
 
 def dequantize(exp_avg: Tensor, exp_avg_sq: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:

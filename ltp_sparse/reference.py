@@ -84,10 +84,8 @@ def masked_adamw_(
         param = params[tile[Column.PARAM]]
         indices, slots = tile_indices(tile, words, positions), _slots(tile)
         old = _values(param, master, indices, slots)
-        key, c = (
-            coefficients[tile[Column.PARAM], Coefficient.ROUNDING_KEY],
-            coefficients[tile[Column.PARAM]].to(old.dtype),
-        )
+        row = coefficients[tile[Column.PARAM]]
+        c = row.to(old.dtype)
         blocks = slice(tile[Column.BLOCK], tile[Column.BLOCK] + state_blocks(tile[Column.ACTIVE]))
         m, v = exp_avg[slots], exp_avg_sq[slots]
         if scales.numel():
@@ -100,13 +98,15 @@ def masked_adamw_(
         denominator = exact_sqrt(v) * c[Coefficient.INV_SQRT_BC2] + c[Coefficient.EPS]
         p = p - c[Coefficient.STEP_SIZE] * (m / denominator)
 
-        written = [(exp_avg, slots, m), (exp_avg_sq, slots, v)]
+        written: list[tuple[Tensor, slice | Tensor, Tensor]] = [(exp_avg, slots, m), (exp_avg_sq, slots, v)]
         if scales.numel():
             first, second, block_scales = quantize(m, v)
             written = [(exp_avg, slots, first), (exp_avg_sq, slots, second), (scales, blocks, block_scales)]
         if master.numel():
             written.append((master, slots, p))
-        stored = round_stochastically(p, random16(key, indices)) if stochastic else p.to(param.dtype)
+        stored = p.to(param.dtype)
+        if stochastic:
+            stored = round_stochastically(p, random16(row[Coefficient.ROUNDING_KEY], indices))
         written.append((param.view(-1), indices, stored))
         # a select, not a branch on the host: on a GPU the flag stays on the device
         apply = c[Coefficient.APPLY] != 0

@@ -22,17 +22,17 @@ def _mix32(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def rounding_keys(seed: int, steps: Tensor) -> Tensor:
+def rounding_keys(seed: int, steps: Tensor, numbers: Tensor) -> Tensor:
     """float64 [P]: a 32-bit key per parameter, for the `coefficients` of its next update. No host synchronisation.
 
     Args:
         seed: of the run, 0 <= seed < 2^63.
-        steps: [P], steps taken, this one included. A parameter's number is its position here.
+        steps: [P], steps taken, this one included.
+        numbers: int64 [P], the numbers that tell the parameters apart.
     """
     step = steps.to(torch.int64)
-    number = torch.arange(steps.numel(), device=steps.device)
     key = _mix32(torch.full_like(step, seed & _MASK))
-    for word in (torch.full_like(step, seed >> 32), step & _MASK, number):
+    for word in (torch.full_like(step, seed >> 32), step & _MASK, numbers):
         key = _mix32((key + word * _GOLDEN) & _MASK)
     return key.to(torch.float64)
 

@@ -9,69 +9,23 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ltp_sparse import ops
-from ltp_sparse.delta import gather
-from ltp_sparse.encoding import IndexSet, TileTable
+from ltp_sparse.backends import DTYPES
+from ltp_sparse.encoding import IndexSet
 from ltp_sparse.names import canonical_parameters, match_names
-from ltp_sparse.reference import Coefficient
+from ltp_sparse.optim.launch import Launch, Precision
 from ltp_sparse.ticket import Ticket
 
 _DIGESTS = "ltp_sparse"
 
 
-class _Launch:
-    """The parameters of one device: what one launch updates, and the packed state it holds.
-
-    params:      the parameters, in the order of the parameter groups
-    group:       index of the parameter group of each
-    table:       their active entries
-    exp_avg:     float32 [K], first moments in slot order; exp_avg_sq the second ones
-    anchor:      float32 [K], initial values for the pull, or None
-    steps:       float64 [P], updates each parameter has taken
-    hyper:       float64 [G, 7], the hyperparameters of every parameter group
-    """
-
-    HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "sign", "pull")
-
-    def __init__(self, params: list[nn.Parameter], group: list[int], sets: list[IndexSet], groups: int) -> None:
-        self.params = params
-        self.device = params[0].device
-        self.sets = sets
-        self.table = TileTable.build(sets, device=self.device, ranks=self.device.type != "cpu")
-        self.exp_avg, self.exp_avg_sq = (torch.zeros(self.table.k, device=self.device) for _ in range(2))
-        self.anchor: Tensor | None = None
-        self.steps = torch.zeros(len(params), dtype=torch.float64, device=self.device)
-        self.group = torch.tensor(group, device=self.device)
-        self.hyper = torch.zeros(groups, len(self.HYPER), dtype=torch.float64, device=self.device)
-        self.has_grad = torch.zeros(len(params), dtype=torch.float64, device=self.device)
-        self.known_grads: list[bool] | None = None
-        starts = torch.tensor([0, *self.table.counts]).cumsum(0).tolist()
-        self.slots = [slice(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
-
-    def state(self, position: int) -> dict[str, Tensor]:
-        """The state of one parameter, as views of the packed buffers."""
-        slots = self.slots[position]
-        state = {"step": self.steps[position], "exp_avg": self.exp_avg[slots], "exp_avg_sq": self.exp_avg_sq[slots]}
-        return state if self.anchor is None else {**state, "anchor": self.anchor[slots]}
-
-    def keep_anchor(self) -> None:
-        """Keeps the current values of the active entries: what the pull draws to."""
-        self.anchor = torch.cat([gather(p, s).float() for p, s in zip(self.params, self.sets, strict=True)])
-
-    def tensors(self) -> list[Tensor]:
-        table = self.table
-        state = [self.exp_avg, self.exp_avg_sq, table.tiles, table.words, table.ranks, table.positions]
-        return [*state, *([] if self.anchor is None else [self.anchor])]
-
-
 class MaskedAdamW(Optimizer):
     """AdamW that updates the active entries of a ticket and leaves every other entry bitwise as it is.
 
-    The moments, and nothing else of the model's size, are held: 8 bytes per active entry, plus the index. The
-    arithmetic is that of torch.optim.AdamW (decoupled weight decay, bias correction, one step count per parameter); a
-    parameter whose gradient is None is skipped altogether. Weight decay, too, acts on active entries only. One call of
-    `masked_adamw_` serves all parameters of a device. Works with learning-rate schedulers, `torch.amp.GradScaler`,
-    accelerate, the Hugging Face Trainer and DDP.
+    The moments, and nothing else of the model's size, are held: 8 bytes per active entry, plus the index. Parameters
+    may be float32, bfloat16 or float16; the arithmetic is float32, and that of torch.optim.AdamW (decoupled weight
+    decay, bias correction, one step count per parameter). A parameter whose gradient is None is skipped altogether.
+    Weight decay, too, acts on active entries only. One call of `masked_adamw_` serves all parameters of a device and
+    dtype. Works with learning-rate schedulers, `torch.amp.GradScaler`, accelerate, the Hugging Face Trainer and DDP.
 
     Args:
         model: a module, or a mapping from names to parameters.
@@ -87,6 +41,14 @@ class MaskedAdamW(Optimizer):
             the L1 term that draws them to their values at construction. Holds a float32 copy of them.
         freeze: turns `requires_grad` off for parameters without an active entry (see `freeze`). The constructor changes
             nothing else in the model.
+        states: "float32", or "8bit": moments in 1 byte each, with a scale per 256 active entries and moment (see
+            `quantization.py`).
+        master: keeps the exact value of every active entry of bfloat16 and float16 parameters in float32, 4 bytes each,
+            and rounds it into the weight. Default: yes, unless `rounding` is stochastic. What others write into the
+            weights is taken over at the next step, as far as torch counts it (edits through `.data` are not).
+        rounding: "nearest", or "stochastic" for bfloat16 parameters without a master: up or down with probabilities
+            that make the mean exact, so that small updates are not lost.
+        seed: of the stochastic rounding, whose bits depend on (seed, step, parameter, index) alone.
 
     Attributes:
         grad_norm: 0-dim float64 tensor, the last norm over active and dense entries before clipping; None without
@@ -114,6 +76,10 @@ class MaskedAdamW(Optimizer):
         pull: float = 0.0,
         maximize: bool = False,
         freeze: bool = False,
+        states: str = "float32",
+        master: bool | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
     ) -> None:
         named = canonical_parameters(model) if isinstance(model, nn.Module) else dict(model)
         names = match_names(ticket.active_names, named, what="MaskedAdamW", where="the model")
@@ -125,10 +91,11 @@ class MaskedAdamW(Optimizer):
                 )
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"MaskedAdamW: max_grad_norm must be above 0 or None, got {max_grad_norm}")
+        self.precision = Precision(states, master, rounding, seed)
         self.max_grad_norm = max_grad_norm
         self.grad_norm: Tensor | None = None
         self._sets = {named[name]: ticket.sets[name] for name in names}  # all other parameters are dense
-        self._launches: list[_Launch] = []
+        self._launches: list[Launch] = []
         groups: list[dict[str, Any]] = [{"params": [named[name] for name in names], "pull": pull}] if names else []
         groups += _dense_groups(dense)
         if not groups:
@@ -149,7 +116,7 @@ class MaskedAdamW(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_group(group)
+            _check_group(group, self.precision)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -159,21 +126,28 @@ class MaskedAdamW(Optimizer):
             self._build()
 
     def _build(self) -> None:
-        """Lays parameters out, a launch per device, and carries the state over."""
+        """Lays parameters out, a launch per device and dtype, and carries the state over."""
         before = {param: dict(state) for param, state in self.state.items()}
-        members: dict[torch.device, list[tuple[nn.Parameter, int]]] = {}
-        for index, group in enumerate(self.param_groups):
-            for param in group["params"]:
-                members.setdefault(param.device, []).append((param, index))
-        self._launches = [
-            _Launch(
-                [p for p, _ in pairs], [i for _, i in pairs], [self._sets[p] for p, _ in pairs], len(self.param_groups)
+        members: dict[tuple[torch.device, torch.dtype], list[tuple[nn.Parameter, int, int]]] = {}
+        params = [(param, index) for index, group in enumerate(self.param_groups) for param in group["params"]]
+        for number, (param, index) in enumerate(params):
+            members.setdefault((param.device, param.dtype), []).append((param, number, index))
+        self._launches = []
+        for triples in members.values():
+            own = [param for param, _, _ in triples]
+            self._launches.append(
+                Launch(
+                    own,
+                    numbers=[number for _, number, _ in triples],
+                    group=[index for _, _, index in triples],
+                    sets=[self._sets[param] for param in own],
+                    groups=len(self.param_groups),
+                    precision=self.precision,
+                )
             )
-            for pairs in members.values()
-        ]
         for launch in self._launches:
             if any(group["pull"] for group in self.param_groups):
-                launch.keep_anchor()
+                launch.anchor = launch.values()
             for position, param in enumerate(launch.params):
                 state = launch.state(position)
                 for key, value in before.get(param, {}).items():
@@ -188,18 +162,7 @@ class MaskedAdamW(Optimizer):
         learning rate reaches it.
         """
         for launch in self._launches:
-            for index, group in enumerate(self.param_groups):
-                if group["pull"] and launch.anchor is None:
-                    raise ValueError(
-                        "MaskedAdamW: pull must be set at construction, which keeps the values it draws to"
-                    )
-                lr = group["lr"]
-                sign = -1.0 if group["maximize"] else 1.0
-                values = [float(lr) if not isinstance(lr, Tensor) else 0.0, *group["betas"], group["eps"]]
-                row = torch.tensor([*values, group["weight_decay"], sign, group["pull"]], dtype=torch.float64)
-                launch.hyper[index].copy_(row)
-                if isinstance(lr, Tensor):
-                    launch.hyper[index, 0].copy_(lr)
+            launch.set_hyperparameters(self.param_groups)
         self._hyper_known = self._hyper_key()
 
     def _hyper_key(self) -> list[tuple[Any, ...]]:
@@ -220,6 +183,8 @@ class MaskedAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for launch in self._launches:
+            launch.check_dtypes()
         if any(p.device != launch.device for launch in self._launches for p in launch.params):
             self._build()
         if (
@@ -228,64 +193,31 @@ class MaskedAdamW(Optimizer):
         ):
             self.update_hyperparameters()
 
-        prepared = []
-        for launch in self._launches:
-            grads = [p.grad for p in launch.params]
-            present = [grad is not None for grad in grads]
-            if present != launch.known_grads:
-                launch.has_grad.copy_(torch.tensor(present, dtype=torch.float64))
-                launch.known_grads = present
-            prepared.append((launch, grads, self._coefficients(launch)))
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        grads = [[p.grad for p in launch.params] for launch in self._launches]
+        for launch, own in zip(self._launches, grads, strict=True):
+            launch.refresh_masters()
+            launch.begin_step(own, found_inf, grad_scale)
         if self.max_grad_norm is not None:
-            self._clip(prepared, self.max_grad_norm)
-        for launch, grads, coefficients in prepared:
-            ops.masked_adamw_(
-                launch.params, grads, launch.exp_avg, launch.exp_avg_sq, launch.table, coefficients, launch.anchor
-            )
+            self._clip(grads, self.max_grad_norm)
+        for launch, own in zip(self._launches, grads, strict=True):
+            launch.update(own)
         return loss
 
-    def _coefficients(self, launch: _Launch) -> Tensor:
-        """float64 [P, 10]: what `masked_adamw_` needs of hyperparameters and step counts; all on the device."""
-        apply = launch.has_grad
-        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found_inf is not None:
-            apply = apply * (found_inf.to(launch.device, torch.float64) == 0)
-        launch.steps += apply
-        lr, beta1, beta2, eps, weight_decay, sign, pull = launch.hyper[launch.group].unbind(1)
-        # a parameter that has never been updated has no bias correction yet; its row is not applied
-        steps = launch.steps.clamp(min=1)
-        factor = sign if grad_scale is None else sign / grad_scale.to(launch.device, torch.float64)
-        columns = {
-            Coefficient.APPLY: apply,
-            Coefficient.GRAD_FACTOR: factor,
-            Coefficient.DECAY: 1 - lr * weight_decay,
-            Coefficient.ONE_MINUS_BETA1: 1 - beta1,
-            Coefficient.BETA2: beta2,
-            Coefficient.ONE_MINUS_BETA2: 1 - beta2,
-            Coefficient.STEP_SIZE: lr / (1 - beta1**steps),
-            Coefficient.INV_SQRT_BC2: (1 - beta2**steps).rsqrt(),
-            Coefficient.EPS: eps,
-            Coefficient.PULL: pull,
-        }
-        return torch.stack([columns[i] for i in range(Coefficient.COUNT)], dim=1)
-
-    def _clip(self, prepared: list[tuple[_Launch, list[Tensor | None], Tensor]], max_norm: float) -> None:
+    def _clip(self, grads: list[list[Tensor | None]], max_norm: float) -> None:
         """Scales gradients and pull so that the norm over active and dense entries is at most `max_norm`."""
-        sums = [
-            ops.masked_sum_squares(launch.params, grads, launch.table, coefficients, launch.anchor).sum()
-            for launch, grads, coefficients in prepared
-        ]
+        sums = [launch.sum_squares(own) for launch, own in zip(self._launches, grads, strict=True)]
         total = torch.stack([s.to(sums[0].device) for s in sums]).sum().sqrt()
         self.grad_norm = total
         factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
-        for launch, _, coefficients in prepared:
-            coefficients[:, [Coefficient.GRAD_FACTOR, Coefficient.PULL]] *= factor.to(launch.device)
+        for launch in self._launches:
+            launch.clip(factor.to(launch.device))
 
     def state_dict(self) -> dict[str, Any]:
         """The packed state and the parameter groups, with a digest of every index set.
 
-        The moments are in slot order, which depends neither on backend, device nor encoding. Index sets are not stored:
-        the ticket that makes the optimizer brings them.
+        The moments are in slot order, which depends neither on backend, device nor encoding; those of an optimizer
+        with other `states` load as well. Index sets are not stored: the ticket that makes the optimizer brings them.
         """
         return {**super().state_dict(), _DIGESTS: {"version": 1, "index_sets": self._digests()}}
 
@@ -315,22 +247,19 @@ class MaskedAdamW(Optimizer):
             )
         params = [param for group in self.param_groups for param in group["params"]]
         saved = {params[index]: state for index, state in state_dict["state"].items()}
-        for param, state in saved.items():
-            for key, value in state.items():
-                if key not in self.state[param] or value.shape != self.state[param][key].shape:
-                    raise ValueError(f"MaskedAdamW: {key!r} of shape {list(value.shape)} does not fit the packed state")
+        places = [(launch, position) for launch in self._launches for position in range(len(launch.params))]
+        for launch, position in places:
+            launch.check(position, saved.get(launch.params[position], {}))
         # the base class would cast every tensor to the dtype of its parameter, so it gets the groups alone
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        for launch in self._launches:
-            for position, param in enumerate(launch.params):
-                self.state[param] = launch.state(position)
-                for key, value in saved.get(param, {}).items():
-                    self.state[param][key].copy_(value)
+        for launch, position in places:
+            self.state[launch.params[position]] = launch.state(position)
+            launch.load(position, saved.get(launch.params[position], {}))
         self.update_hyperparameters()
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles carry; torch's own would leave the packed buffers behind."""
-        own = ("max_grad_norm", "grad_norm", "_sets", "_launches", "_hyper_known")
+        own = ("max_grad_norm", "grad_norm", "precision", "_sets", "_launches", "_hyper_known")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -392,7 +321,7 @@ def _dense_groups(dense: nn.Module | Iterable[Any]) -> list[dict[str, Any]]:
     return [{**g, "params": [g["params"]] if one else list(g["params"])} for g, one in zip(items, alone, strict=True)]
 
 
-def _check_group(group: dict[str, Any]) -> None:
+def _check_group(group: dict[str, Any], precision: Precision) -> None:
     beta1, beta2 = group["betas"]
     lr = group["lr"]
     for what, value, valid in (
@@ -405,5 +334,9 @@ def _check_group(group: dict[str, Any]) -> None:
         if not valid:
             raise ValueError(f"MaskedAdamW: {what}, got {value}")
     for param in group["params"]:
-        if param.dtype != torch.float32:
-            raise TypeError(f"MaskedAdamW: parameters must be float32, got {param.dtype}; keep weights in float32")
+        if param.dtype not in DTYPES:
+            raise TypeError(
+                f"MaskedAdamW: parameters must be {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}, "
+                f"got {param.dtype}"
+            )
+        precision.is_stochastic(param.dtype)

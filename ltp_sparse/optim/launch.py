@@ -1,0 +1,253 @@
+"""What one launch of `masked_adamw_` updates: parameters of one device and dtype, and their packed state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ltp_sparse import ops
+from ltp_sparse.delta import gather
+from ltp_sparse.encoding import Column, IndexSet, TileTable
+from ltp_sparse.quantization import dequantize_tiles, quantize_tiles, state_blocks
+from ltp_sparse.reference import Coefficient
+from ltp_sparse.rounding import rounding_keys
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How parameters are rounded and moments are stored; see `MaskedAdamW`."""
+
+    states: str = "float32"
+    master: bool | None = None
+    rounding: str = "nearest"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.states not in ("float32", "8bit"):
+            raise ValueError(f'MaskedAdamW: states must be "float32" or "8bit", got {self.states!r}')
+        if self.rounding not in ("nearest", "stochastic"):
+            raise ValueError(f'MaskedAdamW: rounding must be "nearest" or "stochastic", got {self.rounding!r}')
+        if self.rounding == "stochastic" and self.master:
+            raise ValueError('MaskedAdamW: a master is exact; rounding="stochastic" is for weights without one')
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"MaskedAdamW: seed must be in [0, 2^63), got {self.seed}")
+
+    def keeps_master(self, dtype: torch.dtype) -> bool:
+        if dtype == torch.float32:
+            return False
+        return self.rounding == "nearest" if self.master is None else self.master
+
+    def is_stochastic(self, dtype: torch.dtype) -> bool:
+        if self.rounding == "stochastic" and dtype == torch.float16:
+            raise TypeError(
+                "MaskedAdamW: stochastic rounding is for bfloat16 parameters, got float16; use master=True for these"
+            )
+        return self.rounding == "stochastic" and dtype == torch.bfloat16
+
+
+class Launch:
+    """The parameters of one device and dtype, in the order of the parameter groups.
+
+    table:        their active entries
+    exp_avg:      [K], first moments in slot order: float32, or int8 codes; exp_avg_sq: the second ones, or uint8 codes
+    scales:       bfloat16 [B, 2], of the 8-bit moments, or None
+    master:       float32 [K], the exact values of the active entries, or None
+    anchor:       float32 [K], initial values for the pull, or None
+    steps:        float64 [P], updates each parameter has taken
+    hyper:        float64 [G, 7], the hyperparameters of every parameter group; rows: [P, 7], those of every parameter
+    coefficients: float64 [P, 11], those of the step being taken
+    """
+
+    HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "sign", "pull")
+
+    def __init__(
+        self,
+        params: list[nn.Parameter],
+        numbers: list[int],
+        group: list[int],
+        sets: list[IndexSet],
+        groups: int,
+        precision: Precision,
+    ) -> None:
+        """numbers: tell the parameters apart in stochastic rounding; group: the parameter group of each."""
+        self.params, self.sets = params, sets
+        self.device, self.dtype = params[0].device, params[0].dtype
+        self.table = TileTable.build(sets, device=self.device, ranks=self.device.type != "cpu")
+        self.exp_avg, self.exp_avg_sq, self.scales = self._zero_moments(precision.states == "8bit")
+        self.stochastic = precision.is_stochastic(self.dtype)
+        self.seed = precision.seed
+        self.master = self.values() if precision.keeps_master(self.dtype) else None
+        self.master_of = [_identity(param) for param in params]
+        self.anchor: Tensor | None = None
+        self.steps = torch.zeros(len(params), dtype=torch.float64, device=self.device)
+        self.numbers = torch.tensor(numbers, device=self.device)
+        self.group = torch.tensor(group, device=self.device)
+        self.hyper = torch.zeros(groups, len(self.HYPER), dtype=torch.float64, device=self.device)
+        self.rows = torch.zeros(len(params), len(self.HYPER), dtype=torch.float64, device=self.device)
+        self.has_grad = torch.zeros(len(params), dtype=torch.float64, device=self.device)
+        self.known_grads: list[bool] | None = None
+        self.coefficients = torch.zeros(len(params), Coefficient.COUNT, dtype=torch.float64, device=self.device)
+
+        starts = torch.tensor([0, *self.table.counts]).cumsum(0).tolist()
+        self.slots = [slice(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        tiles = self.table.tiles[:, [Column.PARAM, Column.ACTIVE]].tolist()
+        self.active: list[list[int]] = [[] for _ in params]  # of every tile of each parameter
+        for position, active in tiles:
+            self.active[position].append(active)
+        ends = torch.tensor([0, *(sum(map(state_blocks, active)) for active in self.active)]).cumsum(0).tolist()
+        self.blocks = [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+
+    def _zero_moments(self, coded: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+
+        k = self.table.k
+        if coded:
+            scales = zeros(torch.bfloat16, self.table.blocks, 2)
+            return zeros(torch.int8, k), zeros(torch.uint8, k), scales
+        return zeros(torch.float32, k), zeros(torch.float32, k), None
+
+    def values(self) -> Tensor:
+        """float32 [K], the active entries of the parameters."""
+        return torch.cat([gather(p, s).float() for p, s in zip(self.params, self.sets, strict=True)])
+
+    def state(self, position: int) -> dict[str, Tensor]:
+        """The state of one parameter, as views of the packed buffers."""
+        slots = self.slots[position]
+        state = {"step": self.steps[position], "exp_avg": self.exp_avg[slots], "exp_avg_sq": self.exp_avg_sq[slots]}
+        if self.scales is not None:
+            state["scales"] = self.scales[self.blocks[position]]
+        if self.master is not None:
+            state["master"] = self.master[slots]
+        if self.anchor is not None:
+            state["anchor"] = self.anchor[slots]
+        return state
+
+    def check(self, position: int, saved: Mapping[str, Tensor]) -> None:
+        """Raises ValueError unless `load` can take the state."""
+        k, blocks = self.table.counts[position], self.blocks[position]
+        packed = dict.fromkeys(("exp_avg", "exp_avg_sq", "master", "anchor"), (k,))
+        shapes = {"step": (), "scales": (blocks.stop - blocks.start, 2), **packed}
+        for key, value in saved.items():
+            if value.shape != shapes.get(key) or (key == "anchor" and self.anchor is None):
+                raise ValueError(f"MaskedAdamW: {key!r} of shape {list(value.shape)} does not fit the packed state")
+
+    def load(self, position: int, saved: Mapping[str, Tensor]) -> None:
+        """Takes the state of one parameter, saved in whatever precision of moments."""
+        saved = dict(saved)
+        if saved and ("scales" in saved) != (self.scales is not None):
+            saved |= self._converted(saved, self.active[position])
+        own = self.state(position)
+        for key in saved.keys() & own.keys():
+            own[key].copy_(saved[key])
+
+    @staticmethod
+    def _converted(saved: Mapping[str, Tensor], active: Sequence[int]) -> dict[str, Tensor]:
+        moments = saved["exp_avg"], saved["exp_avg_sq"]
+        if not active:
+            return {}
+        if "scales" in saved:
+            first, second = dequantize_tiles(*moments, saved["scales"], active)
+            return {"exp_avg": first, "exp_avg_sq": second}
+        return dict(zip(("exp_avg", "exp_avg_sq", "scales"), quantize_tiles(*moments, active), strict=True))
+
+    def set_hyperparameters(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Copies them to the device, and into the coefficients that do not depend on the step."""
+        for index, group in enumerate(groups):
+            if group["pull"] and self.anchor is None:
+                raise ValueError("MaskedAdamW: pull must be set at construction, which keeps the values it draws to")
+            lr = group["lr"]
+            values = [0.0 if isinstance(lr, Tensor) else float(lr), *group["betas"], group["eps"]]
+            sign = -1.0 if group["maximize"] else 1.0
+            row = torch.tensor([*values, group["weight_decay"], sign, group["pull"]], dtype=torch.float64)
+            self.hyper[index].copy_(row)
+            if isinstance(lr, Tensor):
+                self.hyper[index, 0].copy_(lr)
+        torch.index_select(self.hyper, 0, self.group, out=self.rows)
+        lr, beta1, beta2, eps, weight_decay, _, _ = self.rows.unbind(1)
+        columns = {
+            Coefficient.DECAY: 1 - lr * weight_decay,
+            Coefficient.ONE_MINUS_BETA1: 1 - beta1,
+            Coefficient.BETA2: beta2,
+            Coefficient.ONE_MINUS_BETA2: 1 - beta2,
+            Coefficient.EPS: eps,
+        }
+        self._set(columns)
+
+    def check_dtypes(self) -> None:
+        for param in self.params:
+            if param.dtype != self.dtype:
+                raise TypeError(
+                    f"MaskedAdamW: a parameter of {self.dtype} has become {param.dtype}; "
+                    "cast the model before making the optimizer"
+                )
+
+    def begin_step(self, grads: Sequence[Tensor | None], found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
+        """Counts the step and computes the coefficients that depend on it; all on the device."""
+        present = [grad is not None for grad in grads]
+        if present != self.known_grads:
+            self.has_grad.copy_(torch.tensor(present, dtype=torch.float64))
+            self.known_grads = present
+        apply = self.has_grad
+        if found_inf is not None:
+            apply = apply * (found_inf.to(self.device, torch.float64) == 0)
+        self.steps += apply
+        lr, _, _, _, _, sign, pull = self.rows.unbind(1)
+        # a parameter that has never been updated has no bias correction yet; its row is not applied
+        corrections = 1 - self.rows[:, 1:3] ** self.steps.clamp(min=1)[:, None]
+        columns = {
+            Coefficient.APPLY: apply,
+            Coefficient.GRAD_FACTOR: sign if grad_scale is None else sign / grad_scale.to(self.device, torch.float64),
+            Coefficient.STEP_SIZE: lr / corrections[:, 0],
+            Coefficient.INV_SQRT_BC2: corrections[:, 1].rsqrt(),
+            Coefficient.PULL: pull,
+        }
+        if self.stochastic:
+            columns[Coefficient.ROUNDING_KEY] = rounding_keys(self.seed, self.steps, self.numbers)
+        self._set(columns)
+
+    def _set(self, columns: Mapping[int, Tensor]) -> None:
+        for column, values in columns.items():
+            self.coefficients[:, column] = values
+
+    def clip(self, factor: Tensor) -> None:
+        """Multiplies gradients and pull."""
+        for column in (Coefficient.GRAD_FACTOR, Coefficient.PULL):
+            self.coefficients[:, column] *= factor
+
+    def sum_squares(self, grads: Sequence[Tensor | None]) -> Tensor:
+        """0-dim float64, over the active entries of the gradients."""
+        return ops.masked_sum_squares(
+            self.params, grads, self.table, self.coefficients, self.anchor, master=self.master
+        ).sum()
+
+    def update(self, grads: Sequence[Tensor | None]) -> None:
+        ops.masked_adamw_(
+            self.params, grads, self.exp_avg, self.exp_avg_sq, self.table, self.coefficients, self.anchor,
+            scales=self.scales, master=self.master, stochastic=self.stochastic,
+        )  # fmt: skip
+        if self.master is not None:
+            self.master_of = [_identity(param) for param in self.params]
+
+    def refresh_masters(self) -> None:
+        """Takes over what others wrote into the weights since the last update (torch counts in-place edits)."""
+        if self.master is None:
+            return
+        for position, param in enumerate(self.params):
+            if _identity(param) != self.master_of[position]:
+                self.master[self.slots[position]] = gather(param, self.sets[position]).float()
+
+    def tensors(self) -> list[Tensor]:
+        """All that is held on top of weights and gradients, but for a few numbers per parameter."""
+        table = self.table
+        optional = (self.scales, self.master, self.anchor)
+        state = [self.exp_avg, self.exp_avg_sq, *(tensor for tensor in optional if tensor is not None)]
+        return [*state, table.tiles, table.words, table.ranks, table.positions]
+
+
+def _identity(param: Tensor) -> tuple[int, int]:
+    return param.data_ptr(), param._version
