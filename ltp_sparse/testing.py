@@ -9,8 +9,11 @@ from itertools import accumulate
 import torch
 from torch import Size, Tensor
 
+from ltp_sparse.delta import gather
 from ltp_sparse.encoding import TileTable
-from ltp_sparse.ops import adamw_coefficients
+from ltp_sparse.ops import adamw_coefficients, masked_adamw_
+from ltp_sparse.reference import Coefficient
+from ltp_sparse.rounding import rounding_keys
 from ltp_sparse.ticket import Ticket
 
 
@@ -81,9 +84,24 @@ class UpdateProblem:
     exp_avg_sq: Tensor
     table: TileTable
     coefficients: Tensor
+    scales: Tensor | None = None
+    master: Tensor | None = None
+    stochastic: bool = False
 
     def args(self) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, TileTable, Tensor]:
         return self.params, self.grads, self.exp_avg, self.exp_avg_sq, self.table, self.coefficients
+
+    def step(self, coefficients: Tensor | None = None, anchor: Tensor | None = None) -> None:
+        """One update, with other coefficients where they are given."""
+        masked_adamw_(
+            *self.args()[:5], self.coefficients if coefficients is None else coefficients, anchor,
+            scales=self.scales, master=self.master, stochastic=self.stochastic,
+        )  # fmt: skip
+
+    def tensors(self) -> list[Tensor]:
+        """All that an update writes."""
+        optional = (self.scales, self.master)
+        return [*self.params, self.exp_avg, self.exp_avg_sq, *(tensor for tensor in optional if tensor is not None)]
 
     def slots(self) -> list[slice]:
         """The slots of every parameter in the packed buffers."""
@@ -92,19 +110,41 @@ class UpdateProblem:
 
 
 def update_problem(
-    shapes: Mapping[str, Sequence[int]], *, density: float, seed: int = 0, lr: float = 2e-5, weight_decay: float = 0.01
+    shapes: Mapping[str, Sequence[int]],
+    *,
+    density: float,
+    seed: int = 0,
+    lr: float = 2e-5,
+    weight_decay: float = 0.01,
+    dtype: torch.dtype = torch.float32,
+    grad_dtype: torch.dtype | None = None,
+    states: str = "float32",
+    master: bool = False,
+    stochastic: bool = False,
 ) -> UpdateProblem:
-    """A first update of random weights on a uniformly random ticket of exactly floor(density * n) entries."""
+    """A first update of random weights on a uniformly random ticket of exactly floor(density * n) entries.
+
+    dtype, grad_dtype (default: as dtype), states, master, stochastic: as in `MaskedAdamW`.
+    """
     ticket = Ticket.full(shapes) if density == 1 else Ticket.random(shapes, density=density, seed=seed)
     params = random_weights({name: ticket.shapes[name] for name in ticket.sets}, seed=seed)
     grads = random_weights(ticket.shapes, seed=seed + 1, scale=1e-3)
     table = TileTable.build(list(ticket.sets.values()))
+    coded = states == "8bit"
+    rounded = [param.to(dtype) for param in params.values()]
+    coefficients = adamw_coefficients(torch.ones(len(params)), lr=lr, weight_decay=weight_decay)
+    coefficients[:, Coefficient.ROUNDING_KEY] = rounding_keys(seed, torch.ones(len(params)), torch.arange(len(params)))
     return UpdateProblem(
         ticket,
-        list(params.values()),
-        list(grads.values()),
-        torch.zeros(table.k),
-        torch.zeros(table.k),
+        rounded,
+        [grad.to(grad_dtype or dtype) for grad in grads.values()],
+        torch.zeros(table.k, dtype=torch.int8 if coded else torch.float32),
+        torch.zeros(table.k, dtype=torch.uint8 if coded else torch.float32),
         table,
-        adamw_coefficients(torch.ones(len(params)), lr=lr, weight_decay=weight_decay),
+        coefficients,
+        torch.zeros(table.blocks, 2, dtype=torch.bfloat16) if coded else None,
+        torch.cat([gather(p, s).float() for p, s in zip(rounded, ticket.sets.values(), strict=True)])
+        if master
+        else None,
+        stochastic,
     )

@@ -239,11 +239,11 @@ def test_tile_table_ranks_count_the_entries_before_each_group_of_64():
     ids="d{}".format,
 )
 def test_index_bytes_are_those_of_the_formula(density, per_entry):
-    """Contract 5, PERFORMANCE section 4: u16 2d, bitmap 1/8, full nothing; and a row of 56 bytes per tile."""
+    """Contract 5, PERFORMANCE section 4: u16 2d, bitmap 1/8, full nothing; and a row of 64 bytes per tile."""
     n = 10 * TILE
     step = round(n * density)
     mask = torch.zeros(n, dtype=torch.bool)
     mask[torch.randperm(n, generator=torch.Generator().manual_seed(0))[:step]] = True
     table = TileTable.build([IndexSet.from_mask(mask)])
-    assert table.nbytes == round(per_entry * n if density not in (0.0005, 0.05) else 2 * step) + 56 * 10
+    assert table.nbytes == round(per_entry * n if density not in (0.0005, 0.05) else 2 * step) + 64 * 10
     assert table.with_ranks().nbytes - table.nbytes == table.words.nbytes // 4  # 1/32 byte per entry
