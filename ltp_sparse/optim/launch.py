@@ -234,12 +234,17 @@ class Launch:
             self.master_of = [_identity(param) for param in self.params]
 
     def refresh_masters(self) -> None:
-        """Takes over what others wrote into the weights since the last update (torch counts in-place edits)."""
+        """Takes over what others wrote into the weights since the last update (torch counts in-place edits).
+
+        An entry whose weight is still the rounding of its master keeps the master: loading a checkpoint writes weights
+        that the loaded masters know more exactly.
+        """
         if self.master is None:
             return
         for position, param in enumerate(self.params):
             if _identity(param) != self.master_of[position]:
-                self.master[self.slots[position]] = gather(param, self.sets[position]).float()
+                weights, masters = gather(param, self.sets[position]), self.master[self.slots[position]]
+                masters.copy_(torch.where(masters.to(self.dtype) == weights, masters, weights.float()))
 
     def tensors(self) -> list[Tensor]:
         """All that is held on top of weights and gradients, but for a few numbers per parameter."""
