@@ -35,6 +35,7 @@ class Backend:
     name: str
     masked_adamw_: Callable[..., None]
     masked_sum_squares: Callable[..., Tensor]
+    masked_pack_: Callable[..., None]
     delta_histogram: Callable[..., None]
     delta_band: Callable[..., None]
     needs_ranks: bool = False  # reads the rank directory of a tile table
@@ -158,7 +159,7 @@ def _compiled() -> Backend:
             torch.get_num_threads(),
         )
 
-    return Backend("compiled", masked_adamw_, masked_sum_squares, delta_histogram, delta_band)
+    return Backend("compiled", masked_adamw_, masked_sum_squares, reference.masked_pack_, delta_histogram, delta_band)
 
 
 @cache
@@ -169,6 +170,7 @@ def _triton() -> Backend:
         "triton",
         kernels.masked_adamw_,
         kernels.masked_sum_squares,
+        reference.masked_pack_,
         reference.delta_histogram,  # Triton has none that beats torch's at 32,768 bins; the sampled route avoids it
         kernels.delta_band,
         needs_ranks=True,
@@ -179,6 +181,7 @@ _reference = Backend(
     "reference",
     reference.masked_adamw_,
     reference.masked_sum_squares,
+    reference.masked_pack_,
     reference.delta_histogram,
     reference.delta_band,
 )

@@ -21,11 +21,15 @@ _library = torch.library.Library("ltp_sparse", "DEF")  # noqa: TOR901 (kept for 
 _library.define(
     "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
     "Tensor(d!) scales, Tensor(e!) master, Tensor tiles, Tensor words, Tensor ranks, Tensor positions, "
-    "Tensor coefficients, Tensor anchor, bool stochastic) -> ()"
+    "Tensor coefficients, Tensor anchor, bool stochastic, bool packed) -> ()"
 )
 _library.define(
     "masked_sum_squares(Tensor[] params, Tensor[] grads, Tensor master, Tensor tiles, Tensor words, Tensor ranks, "
-    "Tensor positions, Tensor coefficients, Tensor anchor) -> Tensor"
+    "Tensor positions, Tensor coefficients, Tensor anchor, bool packed) -> Tensor"
+)
+_library.define(
+    "masked_pack_(Tensor[] grads, Tensor(a!) out, Tensor tiles, Tensor words, Tensor ranks, Tensor positions, "
+    "bool accumulate) -> ()"
 )
 _library.define("topk_delta(Tensor[] initial, Tensor[] tuned, int[] groups, int[] k) -> (Tensor, Tensor, Tensor)")
 
@@ -39,13 +43,14 @@ def _update_backend(words: Tensor, ranks: Tensor) -> backends.Backend:
 
 @torch.library.impl(_library, "masked_adamw_", "CompositeExplicitAutograd")
 def _masked_adamw_(
-    params, grads, exp_avg, exp_avg_sq, scales, master, tiles, words, ranks, positions, coefficients, anchor, stochastic
-):
+    params, grads, exp_avg, exp_avg_sq, scales, master, tiles, words, ranks, positions, coefficients, anchor,
+    stochastic, packed,
+):  # fmt: skip
     with torch.no_grad():
         contiguous = [param if param.is_contiguous() else param.contiguous() for param in params]
         _update_backend(words, ranks).masked_adamw_(
             contiguous, [grad.contiguous() for grad in grads], exp_avg, exp_avg_sq, scales, master,
-            tiles, words, ranks, positions, coefficients, anchor, stochastic,
+            tiles, words, ranks, positions, coefficients, anchor, stochastic, *([True] if packed else []),
         )  # fmt: skip
         for param, updated in zip(params, contiguous, strict=True):
             if param is not updated:
@@ -53,12 +58,20 @@ def _masked_adamw_(
 
 
 @torch.library.impl(_library, "masked_sum_squares", "CompositeExplicitAutograd")
-def _masked_sum_squares(params, grads, master, tiles, words, ranks, positions, coefficients, anchor):
+def _masked_sum_squares(params, grads, master, tiles, words, ranks, positions, coefficients, anchor, packed):
     with torch.no_grad():
         return _update_backend(words, ranks).masked_sum_squares(
             [param.contiguous() for param in params], [grad.contiguous() for grad in grads], master,
-            tiles, words, ranks, positions, coefficients, anchor,
+            tiles, words, ranks, positions, coefficients, anchor, *([True] if packed else []),
         )  # fmt: skip
+
+
+@torch.library.impl(_library, "masked_pack_", "CompositeExplicitAutograd")
+def _masked_pack_(grads, out, tiles, words, ranks, positions, accumulate):
+    with torch.no_grad():
+        _update_backend(words, ranks).masked_pack_(
+            [grad.contiguous() for grad in grads], out, tiles, words, ranks, positions, accumulate
+        )
 
 
 @torch.library.impl(_library, "topk_delta", "CompositeExplicitAutograd")
@@ -71,14 +84,20 @@ def _topk_delta(initial, tuned, groups, k):
 
 @torch.library.register_fake("ltp_sparse::masked_adamw_", lib=_library)
 def _(
-    params, grads, exp_avg, exp_avg_sq, scales, master, tiles, words, ranks, positions, coefficients, anchor, stochastic
-):
+    params, grads, exp_avg, exp_avg_sq, scales, master, tiles, words, ranks, positions, coefficients, anchor,
+    stochastic, packed,
+):  # fmt: skip
     return None
 
 
 @torch.library.register_fake("ltp_sparse::masked_sum_squares", lib=_library)
-def _(params, grads, master, tiles, words, ranks, positions, coefficients, anchor):
+def _(params, grads, master, tiles, words, ranks, positions, coefficients, anchor, packed):
     return tiles.new_empty(tiles.shape[0], dtype=torch.float64)
+
+
+@torch.library.register_fake("ltp_sparse::masked_pack_", lib=_library)
+def _(grads, out, tiles, words, ranks, positions, accumulate):
+    return None
 
 
 @torch.library.register_fake("ltp_sparse::topk_delta", lib=_library)
@@ -94,7 +113,7 @@ def _(initial, tuned, groups, k):
 @torch.no_grad()
 def masked_adamw_(
     params: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None] | Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     table: TileTable,
@@ -111,7 +130,7 @@ def masked_adamw_(
         params: all float32, bfloat16 or float16, any shapes; updated in place at the active entries only, in float32
             arithmetic, and rounded to nearest.
         grads: of the shapes of `params`, all of their dtype or all float32; None: the parameter is skipped, moments
-            included.
+            included. Or packed gradients: one float32 tensor [table.k] in slot order, as `masked_pack_` makes them.
         exp_avg: [table.k], first moments in slot order; updated in place. float32, or with `scales` int8 codes.
         exp_avg_sq: [table.k], second moments; updated in place. float32, or with `scales` uint8 codes.
         table: the active entries, `TileTable.build([index set per parameter])`.
@@ -145,13 +164,14 @@ def masked_adamw_(
     torch.ops.ltp_sparse.masked_adamw_(
         list(params), _gradients(params, grads), exp_avg, exp_avg_sq, _or(scales, empty), _or(master, empty),
         table.tiles, table.words, table.ranks, table.positions, coefficients, _or(anchor, empty), stochastic,
+        isinstance(grads, Tensor),
     )  # fmt: skip
 
 
 @torch.no_grad()
 def masked_sum_squares(
     params: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None] | Tensor,
     table: TileTable,
     coefficients: Tensor,
     anchor: Tensor | None = None,
@@ -170,6 +190,41 @@ def masked_sum_squares(
     return torch.ops.ltp_sparse.masked_sum_squares(
         list(params), _gradients(params, grads), _or(master, empty),
         table.tiles, table.words, table.ranks, table.positions, coefficients, _or(anchor, empty),
+        isinstance(grads, Tensor),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def masked_pack_(grads: Sequence[Tensor | None], out: Tensor, table: TileTable, *, accumulate: bool = False) -> None:
+    """Copies the active entries of dense gradients to their slots; what is not active is dropped, NaN included.
+
+    Args:
+        grads: of the sizes that the table was built for, all of one dtype; None: its slots stay as they are.
+        out: float32 [table.k], in slot order; written in place.
+        table: the active entries.
+        accumulate: adds to `out` instead.
+
+    Raises:
+        TypeError, ValueError: dtypes, sizes or devices do not fit.
+    """
+    _check_packed("out", out, torch.float32, table)
+    for i, (grad, size) in enumerate(zip(grads, table.sizes, strict=True)):
+        if grad is None:
+            continue
+        if grad.dtype not in backends.DTYPES or grad.layout != torch.strided:
+            raise TypeError(
+                f"masked_pack_: gradient {i} must be a dense float32, bfloat16 or float16 tensor, "
+                f"got {grad.dtype} ({grad.layout})"
+            )
+        if grad.numel() != size or grad.device != out.device:
+            raise ValueError(
+                f"masked_pack_: gradient {i} must have {size} entries on {out.device}, "
+                f"got {grad.numel()} on {grad.device}"
+            )
+    table = _readable(table)
+    torch.ops.ltp_sparse.masked_pack_(
+        [out.new_empty(0) if grad is None else grad for grad in grads], out,
+        table.tiles, table.words, table.ranks, table.positions, accumulate,
     )  # fmt: skip
 
 
@@ -178,7 +233,9 @@ def _readable(table: TileTable) -> TileTable:
     return table.with_ranks() if backends.resolve(table.tiles.device).needs_ranks else table
 
 
-def _gradients(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
+def _gradients(params: Sequence[Tensor], grads: Sequence[Tensor | None] | Tensor) -> list[Tensor]:
+    if isinstance(grads, Tensor):
+        return [grads]
     return [param.new_empty(0) if grad is None else grad for param, grad in zip(params, grads, strict=True)]
 
 
@@ -187,8 +244,11 @@ def _or(tensor: Tensor | None, empty: Tensor) -> Tensor:
 
 
 def _check_parameters(
-    params: Sequence[Tensor], grads: Sequence[Tensor | None], table: TileTable, coefficients: Tensor
+    params: Sequence[Tensor], grads: Sequence[Tensor | None] | Tensor, table: TileTable, coefficients: Tensor
 ) -> None:
+    if isinstance(grads, Tensor):
+        _check_packed("packed gradients", grads, torch.float32, table)
+        grads = [None] * len(params)
     if not len(params) == len(grads) == len(table.counts):
         raise ValueError(
             f"masked_adamw_: expected as many gradients and index sets as parameters, got {len(params)} parameters, "

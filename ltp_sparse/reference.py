@@ -35,10 +35,10 @@ class Coefficient:
     COUNT = 11
 
 
-def _tiles(tiles: Tensor, grads: Sequence[Tensor]) -> Iterator[tuple[int, list[int]]]:
+def _tiles(tiles: Tensor, grads: Sequence[Tensor], packed: bool) -> Iterator[tuple[int, list[int]]]:
     """(position in the table, row) of every tile whose parameter has a gradient."""
     for position, tile in enumerate(tiles.tolist()):
-        if grads[tile[Column.PARAM]].numel():
+        if packed or grads[tile[Column.PARAM]].numel():
             yield position, tile
 
 
@@ -54,8 +54,12 @@ def _values(param: Tensor, master: Tensor, indices: Tensor, slots: slice) -> Ten
     return values if values.dtype == torch.float64 else values.float()
 
 
-def _gradient(values: Tensor, grad: Tensor, indices: Tensor, c: Tensor, anchor: Tensor) -> Tensor:
-    gradient = grad.view(-1)[indices].to(values.dtype) * c[Coefficient.GRAD_FACTOR]
+def _active_gradient(grads: Sequence[Tensor], packed: bool, tile: list[int], indices: Tensor) -> Tensor:
+    return grads[0][_slots(tile)] if packed else grads[tile[Column.PARAM]].view(-1)[indices]
+
+
+def _gradient(values: Tensor, grad: Tensor, c: Tensor, anchor: Tensor) -> Tensor:
+    gradient = grad.to(values.dtype) * c[Coefficient.GRAD_FACTOR]
     if anchor.numel():
         gradient = gradient + c[Coefficient.PULL] * torch.sign(values - anchor)
     return gradient
@@ -75,12 +79,14 @@ def masked_adamw_(
     coefficients: Tensor,
     anchor: Tensor,
     stochastic: bool,
+    packed: bool = False,
 ) -> None:
     """AdamW (arXiv 1711.05101) on the active entries, in the order of operations of torch.optim.AdamW.
 
     Optional tensors are empty where they are not used: `scales` (moments are then not quantised), `master`, `anchor`.
+    packed: `grads` is one tensor, float32 [K] in slot order; whether a parameter is updated, APPLY alone says.
     """
-    for _, tile in _tiles(tiles, grads):
+    for _, tile in _tiles(tiles, grads, packed):
         param = params[tile[Column.PARAM]]
         indices, slots = tile_indices(tile, words, positions), _slots(tile)
         old = _values(param, master, indices, slots)
@@ -91,7 +97,7 @@ def masked_adamw_(
         if scales.numel():
             m, v = dequantize(m, v, scales[blocks])
 
-        g = _gradient(old, grads[tile[Column.PARAM]], indices, c, anchor[slots])
+        g = _gradient(old, _active_gradient(grads, packed, tile, indices), c, anchor[slots])
         p = old * c[Coefficient.DECAY]
         m = m + c[Coefficient.ONE_MINUS_BETA1] * (g - m)
         v = v * c[Coefficient.BETA2] + c[Coefficient.ONE_MINUS_BETA2] * (g * g)
@@ -124,16 +130,33 @@ def masked_sum_squares(
     positions: Tensor,
     coefficients: Tensor,
     anchor: Tensor,
+    packed: bool = False,
 ) -> Tensor:
     """float64 [T]: per tile, the sum of squares of the active gradient entries as `masked_adamw_` would see them."""
     sums = torch.zeros(tiles.shape[0], dtype=torch.float64, device=tiles.device)
-    for position, tile in _tiles(tiles, grads):
+    for position, tile in _tiles(tiles, grads, packed):
         indices, slots = tile_indices(tile, words, positions), _slots(tile)
         values = _values(params[tile[Column.PARAM]], master, indices, slots)
         c = coefficients[tile[Column.PARAM]].to(values.dtype)
-        g = _gradient(values, grads[tile[Column.PARAM]], indices, c, anchor[slots])
+        g = _gradient(values, _active_gradient(grads, packed, tile, indices), c, anchor[slots])
         sums[position] = g.double().square().sum()
     return sums
+
+
+def masked_pack_(
+    grads: Sequence[Tensor],
+    out: Tensor,
+    tiles: Tensor,
+    words: Tensor,
+    ranks: Tensor,
+    positions: Tensor,
+    accumulate: bool,
+) -> None:
+    """Copies the active entries of `grads` to their slots of `out` (float32 [K]), or adds them to what is there."""
+    for _, tile in _tiles(tiles, grads, packed=False):
+        values = grads[tile[Column.PARAM]].view(-1)[tile_indices(tile, words, positions)].float()
+        slots = _slots(tile)
+        out[slots] = out[slots] + values if accumulate else values
 
 
 _STRIDE = 4 * TILE  # entries keyed at a time: keeps the temporaries to a few megabytes
