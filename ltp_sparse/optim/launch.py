@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ltp_sparse import ops
 from ltp_sparse.delta import gather
 from ltp_sparse.encoding import Column, IndexSet, TileTable
+from ltp_sparse.optim.packed_gradients import PackedGradients
 from ltp_sparse.quantization import dequantize_tiles, quantize_tiles, state_blocks
 from ltp_sparse.reference import Coefficient
 from ltp_sparse.rounding import rounding_keys
@@ -72,9 +73,13 @@ class Launch:
         sets: list[IndexSet],
         groups: int,
         precision: Precision,
+        members: list[nn.Parameter] | None = None,
     ) -> None:
-        """numbers: tell the parameters apart in stochastic rounding; group: the parameter group of each."""
+        """numbers: tell the parameters apart in stochastic rounding; group: the parameter group of each; members: what
+        stands for each in the optimizer, if not the parameter itself: the carriers of packed gradients."""
         self.params, self.sets = params, sets
+        self.members = params if members is None else members
+        self.packed: PackedGradients | None = None
         self.device, self.dtype = params[0].device, params[0].dtype
         self.table = TileTable.build(sets, device=self.device, ranks=self.device.type != "cpu")
         self.exp_avg, self.exp_avg_sq, self.scales = self._zero_moments(precision.states == "8bit")
@@ -186,9 +191,14 @@ class Launch:
                     "cast the model before making the optimizer"
                 )
 
-    def begin_step(self, grads: Sequence[Tensor | None], found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
+    def gradients(self) -> list[Tensor | None] | Tensor:
+        return self.packed.buffer if self.packed is not None else [param.grad for param in self.params]
+
+    def begin_step(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
         """Counts the step and computes the coefficients that depend on it; all on the device."""
-        present = [grad is not None for grad in grads]
+        present = [member.grad is not None for member in self.members]
+        if self.packed is not None:
+            self.packed.clear_absent()
         if present != self.known_grads:
             self.has_grad.copy_(torch.tensor(present, dtype=torch.float64))
             self.known_grads = present
@@ -219,19 +229,21 @@ class Launch:
         for column in (Coefficient.GRAD_FACTOR, Coefficient.PULL):
             self.coefficients[:, column] *= factor
 
-    def sum_squares(self, grads: Sequence[Tensor | None]) -> Tensor:
+    def sum_squares(self) -> Tensor:
         """0-dim float64, over the active entries of the gradients."""
         return ops.masked_sum_squares(
-            self.params, grads, self.table, self.coefficients, self.anchor, master=self.master
+            self.params, self.gradients(), self.table, self.coefficients, self.anchor, master=self.master
         ).sum()
 
-    def update(self, grads: Sequence[Tensor | None]) -> None:
+    def update(self) -> None:
         ops.masked_adamw_(
-            self.params, grads, self.exp_avg, self.exp_avg_sq, self.table, self.coefficients, self.anchor,
+            self.params, self.gradients(), self.exp_avg, self.exp_avg_sq, self.table, self.coefficients, self.anchor,
             scales=self.scales, master=self.master, stochastic=self.stochastic,
         )  # fmt: skip
         if self.master is not None:
             self.master_of = [_identity(param) for param in self.params]
+        if self.packed is not None:
+            self.packed.consume()
 
     def refresh_masters(self) -> None:
         """Takes over what others wrote into the weights since the last update (torch counts in-place edits).
@@ -251,6 +263,8 @@ class Launch:
         table = self.table
         optional = (self.scales, self.master, self.anchor)
         state = [self.exp_avg, self.exp_avg_sq, *(tensor for tensor in optional if tensor is not None)]
+        if self.packed is not None:
+            state += self.packed.tensors()
         return [*state, table.tiles, table.words, table.ranks, table.positions]
 
 

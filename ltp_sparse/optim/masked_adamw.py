@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from ltp_sparse.backends import DTYPES
 from ltp_sparse.encoding import IndexSet
 from ltp_sparse.names import canonical_parameters, match_names
 from ltp_sparse.optim.launch import Launch, Precision
+from ltp_sparse.optim.packed_gradients import PackedGradients, carrier_of
 from ltp_sparse.ticket import Ticket
 
 _DIGESTS = "ltp_sparse"
@@ -49,6 +51,12 @@ class MaskedAdamW(Optimizer):
         rounding: "nearest", or "stochastic" for bfloat16 parameters without a master: up or down with probabilities
             that make the mean exact, so that small updates are not lost.
         seed: of the stochastic rounding, whose bits depend on (seed, step, parameter, index) alone.
+        gradients: "dense" reads the `.grad` of the parameters. "packed" replaces the gradient of every parameter of the
+            ticket by its active entries as soon as backward has made it: 4 bytes per active entry are held, and of
+            dense gradients at most one at a time. The parameter groups then hold a stand-in per parameter whose `.grad`
+            is the packed gradient; later micro-batches add to it, a step consumes it, skipped or not, and `zero_grad`
+            is not needed. Embeddings become `sparse=True`. Make the optimizer before wrapping the model in DDP, which
+            then leaves these parameters to us. `remove()` undoes the hooks.
 
     Attributes:
         grad_norm: 0-dim float64 tensor, the last norm over active and dense entries before clipping; None without
@@ -80,6 +88,7 @@ class MaskedAdamW(Optimizer):
         master: bool | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        gradients: str = "dense",
     ) -> None:
         named = canonical_parameters(model) if isinstance(model, nn.Module) else dict(model)
         names = match_names(ticket.active_names, named, what="MaskedAdamW", where="the model")
@@ -96,7 +105,18 @@ class MaskedAdamW(Optimizer):
         self.grad_norm: Tensor | None = None
         self._sets = {named[name]: ticket.sets[name] for name in names}  # all other parameters are dense
         self._launches: list[Launch] = []
-        groups: list[dict[str, Any]] = [{"params": [named[name] for name in names], "pull": pull}] if names else []
+        members = [named[name] for name in names]
+        self._dense_of: dict[nn.Parameter, nn.Parameter] = {}
+        if gradients == "packed":
+            if not isinstance(model, nn.Module):
+                raise ValueError('MaskedAdamW: gradients="packed" needs the module, not a mapping of its parameters')
+            carriers = [carrier_of(param, self._sets[param].k) for param in members]
+            self._dense_of = dict(zip(carriers, members, strict=True))
+            self._sets |= {carrier: self._sets[param] for carrier, param in self._dense_of.items()}
+            members = carriers
+        elif gradients != "dense":
+            raise ValueError(f'MaskedAdamW: gradients must be "dense" or "packed", got {gradients!r}')
+        groups: list[dict[str, Any]] = [{"params": members, "pull": pull}] if names else []
         groups += _dense_groups(dense)
         if not groups:
             raise ValueError(
@@ -106,13 +126,18 @@ class MaskedAdamW(Optimizer):
         defaults["pull"] = 0.0
         super().__init__(groups, defaults)
         self._build()
+        for launch in self._launches:
+            if launch.members is not launch.params:
+                assert isinstance(model, nn.Module)
+                launch.packed = PackedGradients(model, launch.params, launch.members, launch.sets, launch.table)
         if freeze:
             if not isinstance(model, nn.Module):
                 raise ValueError("MaskedAdamW: freeze=True needs the module, not a mapping of its parameters")
-            _freeze(model, {p for group in self.param_groups for p in group["params"]})
+            _freeze(model, {self._dense_of.get(p, p) for group in self.param_groups for p in group["params"]})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters that are updated in full."""
+        self._refuse_if_packed()
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -125,34 +150,44 @@ class MaskedAdamW(Optimizer):
         if self._launches:
             self._build()
 
+    def _refuse_if_packed(self) -> None:
+        if self._launches and self._dense_of:
+            raise ValueError(
+                'MaskedAdamW: gradients="packed" keeps to the parameters and devices of its construction; pass all '
+                "parameters in `dense`, and move the model before making the optimizer"
+            )
+
     def _build(self) -> None:
         """Lays parameters out, a launch per device and dtype, and carries the state over."""
         before = {param: dict(state) for param, state in self.state.items()}
-        members: dict[tuple[torch.device, torch.dtype], list[tuple[nn.Parameter, int, int]]] = {}
-        params = [(param, index) for index, group in enumerate(self.param_groups) for param in group["params"]]
-        for number, (param, index) in enumerate(params):
-            members.setdefault((param.device, param.dtype), []).append((param, number, index))
+        placed: dict[tuple[torch.device, torch.dtype, bool], list[tuple[nn.Parameter, int, int]]] = {}
+        members = [(member, index) for index, group in enumerate(self.param_groups) for member in group["params"]]
+        for number, (member, index) in enumerate(members):
+            param = self._dense_of.get(member, member)
+            placed.setdefault((param.device, param.dtype, param is member), []).append((member, number, index))
         self._launches = []
-        for triples in members.values():
-            own = [param for param, _, _ in triples]
+        for (_, _, direct), triples in placed.items():
+            own = [member for member, _, _ in triples]
+            params = [self._dense_of.get(member, member) for member in own]
             self._launches.append(
                 Launch(
-                    own,
+                    params,
                     numbers=[number for _, number, _ in triples],
                     group=[index for _, _, index in triples],
-                    sets=[self._sets[param] for param in own],
+                    sets=[self._sets[member] for member in own],
                     groups=len(self.param_groups),
                     precision=self.precision,
+                    members=None if direct else own,
                 )
             )
         for launch in self._launches:
             if any(group["pull"] for group in self.param_groups):
                 launch.anchor = launch.values()
-            for position, param in enumerate(launch.params):
+            for position, member in enumerate(launch.members):
                 state = launch.state(position)
-                for key, value in before.get(param, {}).items():
+                for key, value in before.get(member, {}).items():
                     state[key].copy_(value)
-                self.state[param] = state
+                self.state[member] = state
         self.update_hyperparameters()
 
     def update_hyperparameters(self) -> None:
@@ -186,6 +221,7 @@ class MaskedAdamW(Optimizer):
         for launch in self._launches:
             launch.check_dtypes()
         if any(p.device != launch.device for launch in self._launches for p in launch.params):
+            self._refuse_if_packed()
             self._build()
         if (
             any(isinstance(group["lr"], Tensor) for group in self.param_groups)
@@ -194,19 +230,18 @@ class MaskedAdamW(Optimizer):
             self.update_hyperparameters()
 
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        grads = [[p.grad for p in launch.params] for launch in self._launches]
-        for launch, own in zip(self._launches, grads, strict=True):
+        for launch in self._launches:
             launch.refresh_masters()
-            launch.begin_step(own, found_inf, grad_scale)
+            launch.begin_step(found_inf, grad_scale)
         if self.max_grad_norm is not None:
-            self._clip(grads, self.max_grad_norm)
-        for launch, own in zip(self._launches, grads, strict=True):
-            launch.update(own)
+            self._clip(self.max_grad_norm)
+        for launch in self._launches:
+            launch.update()
         return loss
 
-    def _clip(self, grads: list[list[Tensor | None]], max_norm: float) -> None:
+    def _clip(self, max_norm: float) -> None:
         """Scales gradients and pull so that the norm over active and dense entries is at most `max_norm`."""
-        sums = [launch.sum_squares(own) for launch, own in zip(self._launches, grads, strict=True)]
+        sums = [launch.sum_squares() for launch in self._launches]
         total = torch.stack([s.to(sums[0].device) for s in sums]).sum().sqrt()
         self.grad_norm = total
         factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
@@ -247,19 +282,24 @@ class MaskedAdamW(Optimizer):
             )
         params = [param for group in self.param_groups for param in group["params"]]
         saved = {params[index]: state for index, state in state_dict["state"].items()}
-        places = [(launch, position) for launch in self._launches for position in range(len(launch.params))]
+        places = [(launch, position) for launch in self._launches for position in range(len(launch.members))]
         for launch, position in places:
-            launch.check(position, saved.get(launch.params[position], {}))
+            launch.check(position, saved.get(launch.members[position], {}))
         # the base class would cast every tensor to the dtype of its parameter, so it gets the groups alone
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         for launch, position in places:
-            self.state[launch.params[position]] = launch.state(position)
-            launch.load(position, saved.get(launch.params[position], {}))
+            self.state[launch.members[position]] = launch.state(position)
+            launch.load(position, saved.get(launch.members[position], {}))
         self.update_hyperparameters()
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles carry; torch's own would leave the packed buffers behind."""
-        own = ("max_grad_norm", "grad_norm", "precision", "_sets", "_launches", "_hyper_known")
+        if self._dense_of:
+            raise TypeError(
+                'MaskedAdamW: gradients="packed" hooks into its model and cannot be copied; make an optimizer for the '
+                "copy of the model and load the state_dict"
+            )
+        own = ("max_grad_norm", "grad_norm", "precision", "_dense_of", "_sets", "_launches", "_hyper_known")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -267,6 +307,18 @@ class MaskedAdamW(Optimizer):
         for group in self.param_groups:
             group.setdefault("pull", 0.0)
             group.setdefault("maximize", False)
+
+    def average_gradients(self, group: ProcessGroup | None = None) -> None:
+        """Averages packed gradients over the ranks, for loops without DDP; call it after the last micro-batch."""
+        for launch in self._launches:
+            if launch.packed is not None:
+                launch.packed.average(group)
+
+    def remove(self) -> None:
+        """Takes the hooks of packed gradients away; the optimizer is of no use after that."""
+        for launch in self._launches:
+            if launch.packed is not None:
+                launch.packed.remove()
 
     @property
     def active_entries(self) -> int:
@@ -278,7 +330,7 @@ class MaskedAdamW(Optimizer):
         return sum(tensor.nbytes for launch in self._launches for tensor in launch.tensors())
 
     def __repr__(self) -> str:
-        n = sum(p.numel() for group in self.param_groups for p in group["params"])
+        n = sum(param.numel() for launch in self._launches for param in launch.params)
         lines = [f"{self.__class__.__name__} ("]
         lines.append(f"  {self.active_entries:,} of {n:,} entries train, {self.state_bytes():,} bytes of state")
         for index, group in enumerate(self.param_groups):

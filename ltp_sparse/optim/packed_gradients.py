@@ -1,0 +1,195 @@
+"""Packed gradients: of a dense gradient only the active entries are kept, from the moment backward has made it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.distributed import ProcessGroup
+from torch.nn.parallel import DistributedDataParallel
+
+from ltp_sparse import ops
+from ltp_sparse.encoding import Column, IndexSet, TileTable, unpack_bits
+
+# DDP leaves the parameters named here alone; it has no public name for it.
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
+
+
+def carrier_of(param: nn.Parameter, k: int) -> nn.Parameter:
+    """A parameter [k] that stands for the active entries of `param` in an optimizer: `.grad` is the packed gradient.
+
+    It has no values of its own: all its entries are one zero.
+    """
+    return nn.Parameter(torch.zeros(1, device=param.device).expand(k))
+
+
+class _Rows:
+    """Where the active entries of each row of a matrix are, to pack gradients that hold some rows only."""
+
+    def __init__(self, index_set: IndexSet, columns: int, device: torch.device) -> None:
+        self.words = index_set.bitmap().to(device)
+        self.columns = columns
+        counts = torch.zeros(index_set.n // columns, dtype=torch.int64)
+        for _, indices in index_set.chunks():
+            rows = indices.cpu() // columns
+            counts.index_add_(0, rows, torch.ones_like(rows))
+        self.starts = (counts.cumsum(0) - counts).to(device)
+
+    def pack_(self, grad: Tensor, out: Tensor) -> None:
+        """Adds the active entries of a coalesced sparse gradient to `out`."""
+        rows, values = grad.indices()[0], grad.values()
+        # a row that does not start at a word boundary is read with the words around it
+        first = rows * self.columns
+        span = self.columns // 32 + 2
+        words = (first // 32)[:, None] + torch.arange(span, device=rows.device)
+        bits = unpack_bits(self.words[words.clamp(max=len(self.words) - 1)].view(-1)).view(len(rows), -1)
+        columns = (first % 32)[:, None] + torch.arange(self.columns, device=rows.device)
+        active = bits.gather(1, columns)
+        slots = self.starts[rows][:, None] + active.cumsum(1) - 1
+        out.index_add_(0, slots[active], values[active].float())
+
+
+class PackedGradients:
+    """Hooks that replace the gradient of each parameter by its active entries, in float32, and free it.
+
+    The gradients of the parameters are views of one flat buffer in slot order, and the `.grad` of the carriers. Until a
+    step consumes them, later micro-batches add to them. An `nn.Embedding` among the parameters is set to `sparse=True`,
+    so that its gradient holds the rows of the batch only and is never a matrix of the vocabulary's size.
+
+    Inside DistributedDataParallel its reducer leaves these parameters alone; instead the buffer is averaged over the
+    ranks at the end of backward: `density` times the bytes. `no_sync()` is heeded.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Sequence[nn.Parameter],
+        carriers: Sequence[nn.Parameter],
+        sets: Sequence[IndexSet],
+        table: TileTable,
+    ) -> None:
+        """table: lays `sets` out, a parameter's tiles together."""
+        self.params, self.carriers, self.table = list(params), list(carriers), table
+        self.buffer = torch.zeros(table.k, device=params[0].device)
+        ends = torch.tensor(table.counts).cumsum(0).tolist()
+        self.views = [self.buffer[end - count : end] for end, count in zip(ends, table.counts, strict=True)]
+        self._tables = _single_tables(table)
+        self._rows: dict[int, _Rows] = {}
+        self._ddp: weakref.ref[DistributedDataParallel] | None = None
+        self._averaging = False
+        self._handles: list[Any] = [model.register_forward_pre_hook(self._before_forward)]
+        self._model, self._ignored = model, getattr(model, _IGNORED, [])
+        self._embeddings = []
+
+        numbers = {param: number for number, param in enumerate(params)}
+        for module in model.modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(module, nn.Embedding) and weight in numbers and not module.sparse:
+                module.sparse = True
+                self._embeddings.append(module)
+                self._rows[numbers[weight]] = _Rows(sets[numbers[weight]], weight.shape[1], weight.device)
+        names = [name for name, param in model.named_parameters(remove_duplicate=False) if param in numbers]
+        setattr(model, _IGNORED, [*self._ignored, *names])
+        for number, param in enumerate(params):
+            self._handles.append(param.register_post_accumulate_grad_hook(self._hook(number)))
+
+    def _hook(self, number: int) -> Any:
+        def pack(param: Tensor) -> None:
+            self._pack(number, param)
+
+        return pack
+
+    @torch.no_grad()
+    def _pack(self, number: int, param: Tensor) -> None:
+        grad, out, carrier = param.grad, self.views[number], self.carriers[number]
+        if grad is None:
+            return
+        fresh = carrier.grad is None
+        if grad.is_sparse and number in self._rows:
+            if fresh:
+                out.zero_()
+            self._rows[number].pack_(grad.coalesce(), out)
+        else:
+            ops.masked_pack_([grad], out, self._tables[number], accumulate=not fresh)
+        if fresh:
+            carrier.grad = out
+        param.grad = None
+        ddp = self._ddp() if self._ddp is not None else None
+        if ddp is not None and ddp.require_backward_grad_sync and not self._averaging:
+            self._averaging = True
+            Variable._execution_engine.queue_callback(lambda: self._end_backward(ddp.process_group))
+
+    def _before_forward(self, *_: object) -> None:
+        """Notes whether the model runs inside DDP, and that DDP leaves its parameters to us."""
+        if not torch.is_grad_enabled():
+            return
+        ddp = DistributedDataParallel._get_active_ddp_module()
+        self._ddp = None if ddp is None else weakref.ref(ddp)  # it must not outlive its process group
+        self._averaging = False  # a backward that failed may have left it set
+        if ddp is not None:
+            own = set(map(id, self.params))
+            if any(id(param) in own for param in ddp._module_parameters):
+                raise ValueError(
+                    'MaskedAdamW: gradients="packed" must be set up before the model is wrapped in '
+                    "DistributedDataParallel; make the optimizer first"
+                )
+
+    def _end_backward(self, group: ProcessGroup) -> None:
+        self._averaging = False
+        self.average(group)
+
+    @torch.no_grad()
+    def average(self, group: ProcessGroup | None = None) -> None:
+        """Averages over the ranks of a group. A parameter that has a gradient on some rank has one on all then."""
+        present = torch.tensor([carrier.grad is not None for carrier in self.carriers], dtype=torch.int32)
+        for here, view in zip(present.tolist(), self.views, strict=True):
+            if not here:
+                view.zero_()
+        present = present.to(self.buffer.device)
+        torch.distributed.all_reduce(present, torch.distributed.ReduceOp.MAX, group)
+        self.buffer /= torch.distributed.get_world_size(group)
+        torch.distributed.all_reduce(self.buffer, group=group)
+        for there, carrier, view in zip(present.tolist(), self.carriers, self.views, strict=True):
+            if there and carrier.grad is None:
+                carrier.grad = view
+
+    def clear_absent(self) -> None:
+        """Zeros where no gradient has come, so that a norm does not count what an earlier step left."""
+        for carrier, view in zip(self.carriers, self.views, strict=True):
+            if carrier.grad is None:
+                view.zero_()
+
+    def tensors(self) -> list[Tensor]:
+        return [self.buffer, *(tensor for rows in self._rows.values() for tensor in (rows.words, rows.starts))]
+
+    def consume(self) -> None:
+        """The next backward overwrites."""
+        for carrier in self.carriers:
+            carrier.grad = None
+
+    def remove(self) -> None:
+        """Takes the hooks away and makes the embeddings dense again."""
+        for handle in self._handles:
+            handle.remove()
+        for module in self._embeddings:
+            module.sparse = False
+        setattr(self._model, _IGNORED, self._ignored)
+
+
+def _single_tables(table: TileTable) -> list[TileTable]:
+    """A table for each parameter alone, over the shared index; slots count from the parameter's first."""
+    of = table.tiles[:, Column.PARAM].contiguous().cpu()
+    tables, slot = [], 0
+    for number, (count, size) in enumerate(zip(table.counts, table.sizes, strict=True)):
+        low, high = torch.searchsorted(of, torch.tensor([number, number + 1])).tolist()
+        tiles = table.tiles[low:high].clone()
+        tiles[:, Column.PARAM] = 0
+        tiles[:, Column.SLOT] -= slot
+        tables.append(replace(table, tiles=tiles, counts=(count,), sizes=(size,)))
+        slot += count
+    return tables

@@ -1,0 +1,334 @@
+"""Packed gradients: of a dense gradient only the active entries are kept, and nothing else changes."""
+
+import copy
+
+import pytest
+import torch
+from cases import BACKENDS, DTYPES, TiedModel, same_bits, threads, using
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import ltp_sparse as ls
+from ltp_sparse import MaskedAdamW, Ticket
+from ltp_sparse.ops import masked_pack_
+from ltp_sparse.testing import update_problem
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    with threads(1):
+        yield
+
+
+class Untied(nn.Module):
+    """An embedding that only looks up, layers, and a head outside the ticket."""
+
+    def __init__(self, vocabulary=300, hidden=20, reentrant=False):
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, hidden)
+        self.layers = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(2))
+        self.unused = nn.Linear(hidden, hidden)
+        self.head = nn.Linear(hidden, 5)
+        self.reentrant = reentrant
+
+    def forward(self, tokens):
+        hidden = self.embedding(tokens)
+        for layer in self.layers:
+            if self.reentrant:
+                hidden = checkpoint(lambda h, layer=layer: torch.tanh(layer(h)), hidden, use_reentrant=True)
+            else:
+                hidden = torch.tanh(layer(hidden))
+        if self.reentrant:  # the first layer once more: its gradient comes in two parts
+            hidden = checkpoint(lambda h: torch.tanh(self.layers[0](h)), hidden, use_reentrant=True)
+        return self.head(hidden.mean(1))
+
+
+def batch(step, vocabulary=300):
+    g = torch.Generator().manual_seed(step)
+    return torch.randint(vocabulary, (6, 7), generator=g), torch.randint(5, (6,), generator=g)
+
+
+def backward(model, step, scale=1.0):
+    tokens, labels = batch(step)
+    (scale * nn.functional.cross_entropy(model(tokens), labels)).backward()
+
+
+def pair(density=0.3, *, reentrant=False, **options):
+    """The same model, ticket and optimizer with dense and with packed gradients."""
+    torch.manual_seed(0)
+    dense = Untied(reentrant=reentrant)
+    packed = copy.deepcopy(dense)
+    names = ["embedding", "layers", "unused"]
+    ticket = Ticket.random(dense, density=density, seed=1).restrict(names)
+    made = []
+    for model, gradients in ((dense, "dense"), (packed, "packed")):
+        optimizer = MaskedAdamW(model, ticket, lr=1e-2, dense=model.head, gradients=gradients, **options)
+        made.append((model, optimizer))
+    return made
+
+
+def assert_same_model(a, b):
+    for (name, x), y in zip(a.named_parameters(), b.parameters(), strict=True):
+        assert same_bits(x, y), name
+
+
+# --- the operation ---
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packing_copies_or_adds_the_active_entries(backend, dtype):
+    shapes = {"a": (300, 250), "b": (63,), "c": (4097,), "d": (5,)}
+    for density in (0.01, 0.3, 0.95, 1.0):
+        problem = update_problem(shapes, density=density, dtype=dtype)
+        out = torch.full((problem.table.k,), 7.0)
+        grads = [None if i == 1 else grad for i, grad in enumerate(problem.grads)]
+        active = [
+            grad[problem.ticket.mask(name)] for name, grad in zip(problem.ticket.names, problem.grads, strict=True)
+        ]
+        for name, grad in zip(problem.ticket.names, problem.grads, strict=True):
+            grad[~problem.ticket.mask(name)] = float("nan")
+        with using(backend):
+            masked_pack_(grads, out, problem.table)
+            for i, (slots, values) in enumerate(zip(problem.slots(), active, strict=True)):
+                assert same_bits(out[slots], torch.full_like(out[slots], 7.0) if i == 1 else values.float())
+            before = out.clone()
+            masked_pack_(grads, out, problem.table, accumulate=True)
+        for i, (slots, values) in enumerate(zip(problem.slots(), active, strict=True)):
+            assert same_bits(out[slots], before[slots] if i == 1 else before[slots] + values.float())
+
+
+@pytest.mark.parametrize("mode", [{}, {"states": "8bit"}, {"master": True}, {"stochastic": True}], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_update_is_that_of_dense_gradients(backend, mode):
+    dtype = torch.bfloat16 if mode and "states" not in mode else torch.float32
+    shapes = {"a": (300, 250), "b": (63,), "c": (4097,), "d": (5,), "e": (70_000,)}
+    for density in (0.03, 0.3, 1.0):
+        dense, packed = (update_problem(shapes, density=density, dtype=dtype, **mode) for _ in range(2))
+        flat = torch.empty(packed.table.k)
+        with using(backend):
+            masked_pack_(packed.grads, flat, packed.table)
+            packed.grads = flat
+            for problem in (dense, packed):
+                problem.step()
+            arguments = dense.table, dense.coefficients
+            sums = [
+                ls.ops.masked_sum_squares(problem.params, problem.grads, *arguments, master=problem.master)
+                for problem in (dense, packed)
+            ]
+        assert all(map(torch.equal, dense.tensors(), packed.tensors()))
+        assert same_bits(*sums)
+
+
+def test_bad_arguments():
+    problem = update_problem({"a": (30, 9)}, density=0.5)
+    with pytest.raises(ValueError, match="out must be torch.float32"):
+        masked_pack_(problem.grads, torch.zeros(3), problem.table)
+    with pytest.raises(ValueError, match=r"gradient 0 must have 270 entries on cpu, got 5 on cpu"):
+        masked_pack_([torch.zeros(5)], torch.zeros(problem.table.k), problem.table)
+    with pytest.raises(TypeError, match="gradient 0 must be a dense float32"):
+        masked_pack_([problem.grads[0].double()], torch.zeros(problem.table.k), problem.table)
+    with pytest.raises(ValueError, match="packed gradients must be torch.float32"):
+        ls.masked_adamw_(problem.params, torch.zeros(3), *problem.args()[2:])
+    with pytest.raises(ValueError, match='gradients must be "dense" or "packed"'):
+        MaskedAdamW(Untied(), Ticket.random(Untied(), density=0.5), gradients="sparse")
+
+
+# --- the optimizer ---
+
+OPTIONS = {"plain": {}, "clip": {"max_grad_norm": 0.05}, "8bit": {"states": "8bit"}, "pull": {"pull": 0.01}}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_training_has_the_bits_of_dense_gradients(backend, options):
+    """A row of an embedding whose token occurs several times is summed in the same order."""
+    (dense, first), (packed, second) = pair(**options)
+    with using(backend):
+        for step in range(6):
+            for model, optimizer in ((dense, first), (packed, second)):
+                optimizer.zero_grad()
+                backward(model, step)
+                optimizer.step()
+            if "max_grad_norm" in options:
+                assert first.grad_norm.item() == pytest.approx(second.grad_norm.item(), rel=1e-12)
+    assert_same_model(dense, packed)
+
+
+@pytest.mark.parametrize("zero_grad", [True, False])
+def test_micro_batches_accumulate_until_a_step_consumes_them(zero_grad):
+    (dense, first), (packed, second) = pair()
+    for step in range(4):
+        first.zero_grad()
+        if zero_grad:
+            second.zero_grad()
+        packed.head.zero_grad()
+        for model in (dense, packed):
+            for part in range(3):
+                backward(model, 3 * step + part, scale=1 / 3)
+        assert all(param.grad is None for name, param in packed.named_parameters() if not name.startswith("head"))
+        first.step()
+        second.step()
+    for (name, x), y in zip(dense.named_parameters(), packed.parameters(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6, msg=name)  # float32 sums in another order
+
+
+def test_gradients_are_freed_as_backward_makes_them():
+    """At most one dense gradient lives at a time, and none of the embedding's size at all."""
+    _, (packed, optimizer) = pair()
+    alive, seen = [], []
+    for name, param in packed.named_parameters():
+        if not name.startswith("head"):
+
+            def look(param, name=name):
+                alive.append(sum(p.grad is not None for n, p in packed.named_parameters() if not n.startswith("head")))
+
+            param.register_post_accumulate_grad_hook(look)  # runs after ours
+    packed.embedding.weight.register_hook(lambda grad: seen.append((grad.is_sparse, grad._nnz())))
+    backward(packed, 0)
+    assert alive and set(alive) == {0}
+    assert seen == [(True, 6 * 7)]
+    held = [p for group in optimizer.param_groups[:1] for p in group["params"]]
+    assert [p.grad is not None for p in held].count(False) == 2, "the unused layer's weight and bias have none"
+    assert all(p.grad.dtype == torch.float32 and p.grad.shape == p.shape for p in held if p.grad is not None)
+
+
+def test_tied_embedding_is_counted_once():
+    torch.manual_seed(0)
+    dense = TiedModel()
+    packed = copy.deepcopy(dense)
+    ticket = Ticket.random(dense, density=0.4, seed=1)
+    for model, gradients in ((dense, "dense"), (packed, "packed")):
+        optimizer = MaskedAdamW(model, ticket, lr=1e-2, gradients=gradients, max_grad_norm=0.1)
+        for step in range(4):
+            tokens = torch.randint(40, (4, 6), generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
+            optimizer.step()
+    for x, y in zip(dense.parameters(), packed.parameters(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_reentrant_checkpointing_fires_hooks_twice():
+    (dense, first), (packed, second) = pair(reentrant=True)
+    for step in range(3):
+        for model, optimizer in ((dense, first), (packed, second)):
+            optimizer.zero_grad()
+            backward(model, step)
+            optimizer.step()
+    for (name, x), y in zip(dense.named_parameters(), packed.named_parameters(), strict=True):
+        torch.testing.assert_close(x, y[1] if isinstance(y, tuple) else y, rtol=1e-5, atol=1e-6, msg=str(name))
+
+
+def test_a_skipped_step_consumes_the_gradients():
+    """PEERS section 8: a GradScaler that meets an infinity; the buffers after it, and the steps that follow."""
+    (dense, first), (packed, second) = pair(max_grad_norm=0.1)
+    scalers = [torch.amp.GradScaler("cpu", init_scale=64.0) for _ in range(2)]
+    for step in range(5):
+        for model, optimizer, scaler in ((dense, first, scalers[0]), (packed, second, scalers[1])):
+            optimizer.zero_grad()
+            tokens, labels = batch(step)
+            loss = scaler.scale(nn.functional.cross_entropy(model(tokens), labels))
+            if step == 2:
+                loss = loss * float("inf")
+            loss.backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert all(p.grad is None for p in second.param_groups[0]["params"])
+    assert [scaler.get_scale() for scaler in scalers] == [32.0, 32.0]
+    assert {int(state["step"]) for state in second.state.values()} == {0, 4}  # 0: the unused layer
+    assert_same_model(dense, packed)
+
+
+def test_unscaling_and_schedulers_see_ordinary_gradients():
+    (_, _), (packed, optimizer) = pair()
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    tokens, labels = batch(0)
+    scaler.scale(nn.functional.cross_entropy(packed(tokens), labels)).backward()
+    carriers = [p for p in optimizer.param_groups[0]["params"] if p.grad is not None]
+    before = [p.grad.clone() for p in carriers]
+    scaler.unscale_(optimizer)
+    assert all(torch.equal(p.grad, old / 8) for p, old in zip(carriers, before, strict=True))
+    norm = torch.nn.utils.clip_grad_norm_(carriers, 1e-3)
+    assert norm > 1e-3 and torch.cat([p.grad for p in carriers]).norm().item() == pytest.approx(1e-3, rel=1e-3)
+    scaler.step(optimizer)
+    scaler.update()
+    schedule.step()
+
+
+def test_states_move_between_gradient_modes():
+    (dense, first), (packed, second) = pair()
+    for model, optimizer in ((dense, first), (packed, second)):
+        backward(model, 0)
+        optimizer.step()
+    first.load_state_dict(second.state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for model, optimizer in ((dense, first), (packed, second)):
+        optimizer.zero_grad()
+        backward(model, 1)
+        optimizer.step()
+    assert_same_model(dense, packed)
+
+
+def test_a_closure_and_evaluation_in_between():
+    (dense, first), (packed, second) = pair()
+
+    def closure(model, optimizer):
+        def run():
+            optimizer.zero_grad()
+            backward(model, 0)
+            with torch.no_grad():
+                model(batch(9)[0])
+            return torch.tensor(1.0)
+
+        return run
+
+    for model, optimizer in ((dense, first), (packed, second)):
+        optimizer.step(closure(model, optimizer))
+    assert_same_model(dense, packed)
+
+
+def test_remove_undoes_everything():
+    torch.manual_seed(0)
+    model = Untied()
+    optimizer = MaskedAdamW(model, Ticket.random(model, density=0.3), gradients="packed")
+    assert model.embedding.sparse
+    optimizer.remove()
+    backward(model, 0)
+    assert not model.embedding.sparse and model.embedding.weight.grad.layout == torch.strided
+    assert all(p.grad is not None for name, p in model.named_parameters() if not name.startswith("unused"))
+    assert not model._ddp_params_and_buffers_to_ignore and not model._forward_pre_hooks
+
+
+def test_frozen_parameters_get_no_gradient_and_end_backward():
+    """Below the lowest active entry nothing is propagated."""
+    torch.manual_seed(0)
+    model = Untied()
+    ticket = Ticket.random(model, density=0.3, seed=1).restrict(["layers.1"])
+    optimizer = MaskedAdamW(model, ticket, gradients="packed", freeze=True)
+    reached = []
+    model.layers[0].register_full_backward_hook(lambda *_: reached.append(0))
+    backward(model, 0)
+    optimizer.step()
+    assert not reached and all(p.grad is None for p in model.parameters())
+
+
+def test_what_cannot_be_is_refused():
+    (_, _), (packed, optimizer) = pair()
+    with pytest.raises(TypeError, match="cannot be copied"):
+        copy.deepcopy(optimizer)
+    with pytest.raises(ValueError, match="keeps to the parameters and devices of its construction"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    assert len(optimizer.param_groups) == 2
+    ticket = Ticket.random(packed, density=0.3)
+    with pytest.raises(ValueError, match="needs the module"):
+        MaskedAdamW(dict(packed.named_parameters()), ticket, gradients="packed")
+
+
+def test_bytes_held_are_those_of_the_active_entries():
+    (dense, first), (_, second) = pair()
+    n = dense.embedding.weight.numel()
+    ticket_k = sum(launch.table.k for launch in second._launches if launch.packed is not None)
+    rows = 8 * -(-n // 64) + 8 * dense.embedding.num_embeddings  # bitmap, and first slots of the embedding's rows
+    assert second.state_bytes() == first.state_bytes() + 4 * ticket_k + rows
