@@ -22,37 +22,62 @@ void check_threads(int64_t threads) {
     if (threads < 1) throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
 }
 
-ltp::MaskedAdamW table_of(Addresses params, Addresses grads, uintptr_t tiles, int64_t n_tiles, uintptr_t words,
-                          uintptr_t positions, uintptr_t coefficients, uintptr_t anchor) {
-    if (params.size() != grads.size()) {
-        throw std::invalid_argument("expected one gradient address (or 0) per parameter, got " +
-                                    std::to_string(grads.size()) + " for " + std::to_string(params.size()));
+ltp::Dtype dtype_of(int code) {
+    if (code < 0 || code > 2) throw std::invalid_argument("dtype codes are 0, 1 and 2, got " + std::to_string(code));
+    return ltp::Dtype(code);
+}
+
+ltp::MaskedAdamW table_of(Addresses params, Addresses grads, int param_dtype, int grad_dtype, bool packed,
+                          uintptr_t tiles, int64_t n_tiles, uintptr_t words, uintptr_t positions,
+                          uintptr_t coefficients, uintptr_t anchor, uintptr_t master) {
+    const ltp::Dtype param = dtype_of(param_dtype), grad = dtype_of(grad_dtype);
+    if (packed ? grads.size() != 1 : !params.empty() && params.size() != grads.size()) {
+        throw std::invalid_argument(
+            "expected one gradient address (or 0) per parameter, or one in all if packed, got " +
+            std::to_string(grads.size()) + " for " + std::to_string(params.size()));
+    }
+    if (!packed && grad != ltp::Dtype::kFloat32 && grad != param) {
+        throw std::invalid_argument("expected gradients of the parameters' dtype or of float32");
     }
     return {std::move(params),
             std::move(grads),
+            param,
+            grad,
+            packed,
             at<const int64_t>(tiles),
             n_tiles,
             at<const int32_t>(words),
             at<const uint16_t>(positions),
             at<const double>(coefficients),
-            at<const float>(anchor)};
+            at<const float>(anchor),
+            at<float>(master)};
 }
 
-void masked_adamw_(Addresses params, Addresses grads, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t tiles,
-                   int64_t n_tiles, uintptr_t words, uintptr_t positions, uintptr_t coefficients, uintptr_t anchor,
+void masked_adamw_(Addresses params, Addresses grads, int param_dtype, int grad_dtype, bool packed, uintptr_t exp_avg,
+                   uintptr_t exp_avg_sq, uintptr_t scales, uintptr_t master, uintptr_t tiles, int64_t n_tiles,
+                   uintptr_t words, uintptr_t positions, uintptr_t coefficients, uintptr_t anchor, bool stochastic,
                    int64_t threads) {
     check_threads(threads);
-    ltp::masked_adamw_(
-        table_of(std::move(params), std::move(grads), tiles, n_tiles, words, positions, coefficients, anchor),
-        at<float>(exp_avg), at<float>(exp_avg_sq), threads);
+    ltp::masked_adamw_(table_of(std::move(params), std::move(grads), param_dtype, grad_dtype, packed, tiles, n_tiles,
+                                words, positions, coefficients, anchor, master),
+                       {exp_avg, exp_avg_sq, at<ltp::BFloat16>(scales)}, stochastic, threads);
 }
 
-void masked_sum_squares(Addresses params, Addresses grads, uintptr_t tiles, int64_t n_tiles, uintptr_t words,
-                        uintptr_t positions, uintptr_t coefficients, uintptr_t anchor, uintptr_t out, int64_t threads) {
+void masked_sum_squares(Addresses params, Addresses grads, int param_dtype, int grad_dtype, bool packed,
+                        uintptr_t master, uintptr_t tiles, int64_t n_tiles, uintptr_t words, uintptr_t positions,
+                        uintptr_t coefficients, uintptr_t anchor, uintptr_t out, int64_t threads) {
     check_threads(threads);
-    ltp::masked_sum_squares(
-        table_of(std::move(params), std::move(grads), tiles, n_tiles, words, positions, coefficients, anchor),
-        at<double>(out), threads);
+    ltp::masked_sum_squares(table_of(std::move(params), std::move(grads), param_dtype, grad_dtype, packed, tiles,
+                                     n_tiles, words, positions, coefficients, anchor, master),
+                            at<double>(out), threads);
+}
+
+void masked_pack_(Addresses grads, int grad_dtype, uintptr_t out, uintptr_t tiles, int64_t n_tiles, uintptr_t words,
+                  uintptr_t positions, bool accumulate, int64_t threads) {
+    check_threads(threads);
+    ltp::masked_pack_(
+        table_of({}, std::move(grads), grad_dtype, grad_dtype, false, tiles, n_tiles, words, positions, 0, 0, 0),
+        at<float>(out), accumulate, threads);
 }
 
 bool delta_histogram(Addresses initial, Addresses tuned, std::vector<int> initial_dtypes, std::vector<int> tuned_dtypes,
@@ -84,11 +109,15 @@ PYBIND11_MODULE(_C, module) {
     using py::arg;
     const auto release = py::call_guard<py::gil_scoped_release>();
     module.doc() = "CPU kernels of ltp_sparse. Arguments are addresses of contiguous memory; see csrc/cpu/*.h.";
-    module.def("masked_adamw_", masked_adamw_, arg("params"), arg("grads"), arg("exp_avg"), arg("exp_avg_sq"),
-               arg("tiles"), arg("n_tiles"), arg("words"), arg("positions"), arg("coefficients"), arg("anchor"),
+    module.def("masked_adamw_", masked_adamw_, arg("params"), arg("grads"), arg("param_dtype"), arg("grad_dtype"),
+               arg("packed"), arg("exp_avg"), arg("exp_avg_sq"), arg("scales"), arg("master"), arg("tiles"),
+               arg("n_tiles"), arg("words"), arg("positions"), arg("coefficients"), arg("anchor"), arg("stochastic"),
                arg("threads"), release);
-    module.def("masked_sum_squares", masked_sum_squares, arg("params"), arg("grads"), arg("tiles"), arg("n_tiles"),
-               arg("words"), arg("positions"), arg("coefficients"), arg("anchor"), arg("out"), arg("threads"), release);
+    module.def("masked_sum_squares", masked_sum_squares, arg("params"), arg("grads"), arg("param_dtype"),
+               arg("grad_dtype"), arg("packed"), arg("master"), arg("tiles"), arg("n_tiles"), arg("words"),
+               arg("positions"), arg("coefficients"), arg("anchor"), arg("out"), arg("threads"), release);
+    module.def("masked_pack_", masked_pack_, arg("grads"), arg("grad_dtype"), arg("out"), arg("tiles"), arg("n_tiles"),
+               arg("words"), arg("positions"), arg("accumulate"), arg("threads"), release);
     module.def("delta_histogram", delta_histogram, arg("initial"), arg("tuned"), arg("initial_dtypes"),
                arg("tuned_dtypes"), arg("sizes"), arg("groups"), arg("prefixes"), arg("histogram"), arg("n_groups"),
                arg("threads"), release);

@@ -74,8 +74,17 @@ def _kernels() -> ModuleType | str:
         return f"the Triton kernels cannot be imported ({error}); pip install triton"
 
 
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr() if tensor.numel() else 0
+
+
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     return [tensor.data_ptr() if tensor.numel() else 0 for tensor in tensors]
+
+
+def _grad_code(grads: Sequence[Tensor]) -> int:
+    """The code of the dtype of the gradients that there are."""
+    return next((DTYPES[grad.dtype] for grad in grads if grad.numel()), 0)
 
 
 def _codes(tensors: Sequence[Tensor]) -> list[int]:
@@ -88,36 +97,66 @@ def _compiled() -> Backend:
     c = _extension()
     assert isinstance(c, ModuleType)
 
-    def masked_adamw_(params, grads, exp_avg, exp_avg_sq, tiles, words, ranks, positions, coefficients, anchor):
+    def masked_adamw_(
+        params, grads, exp_avg, exp_avg_sq, scales, master,
+        tiles, words, ranks, positions, coefficients, anchor, stochastic, packed,
+    ):  # fmt: skip
+        if not params:
+            return
         c.masked_adamw_(
             _addresses(params),
             _addresses(grads),
+            DTYPES[params[0].dtype],
+            _grad_code(grads),
+            packed,
             exp_avg.data_ptr(),
             exp_avg_sq.data_ptr(),
+            _address(scales),
+            _address(master),
             tiles.data_ptr(),
             tiles.shape[0],
             words.data_ptr(),
             positions.data_ptr(),
             coefficients.data_ptr(),
-            anchor.data_ptr() if anchor.numel() else 0,
+            _address(anchor),
+            stochastic,
             torch.get_num_threads(),
         )
 
-    def masked_sum_squares(params, grads, tiles, words, ranks, positions, coefficients, anchor):
-        out = torch.empty(tiles.shape[0], dtype=torch.float64)
+    def masked_sum_squares(params, grads, master, tiles, words, ranks, positions, coefficients, anchor, packed):
+        out = torch.zeros(tiles.shape[0], dtype=torch.float64)
+        if not params:
+            return out
         c.masked_sum_squares(
             _addresses(params),
             _addresses(grads),
+            DTYPES[params[0].dtype],
+            _grad_code(grads),
+            packed,
+            _address(master),
             tiles.data_ptr(),
             tiles.shape[0],
             words.data_ptr(),
             positions.data_ptr(),
             coefficients.data_ptr(),
-            anchor.data_ptr() if anchor.numel() else 0,
+            _address(anchor),
             out.data_ptr(),
             torch.get_num_threads(),
         )
         return out
+
+    def masked_pack_(grads, out, tiles, words, ranks, positions, accumulate):
+        c.masked_pack_(
+            _addresses(grads),
+            _grad_code(grads),
+            out.data_ptr(),
+            tiles.data_ptr(),
+            tiles.shape[0],
+            words.data_ptr(),
+            positions.data_ptr(),
+            accumulate,
+            torch.get_num_threads(),
+        )
 
     def delta_histogram(initial, tuned, groups, prefixes, histogram, nonfinite):
         nonfinite |= c.delta_histogram(
@@ -159,7 +198,7 @@ def _compiled() -> Backend:
             torch.get_num_threads(),
         )
 
-    return Backend("compiled", masked_adamw_, masked_sum_squares, reference.masked_pack_, delta_histogram, delta_band)
+    return Backend("compiled", masked_adamw_, masked_sum_squares, masked_pack_, delta_histogram, delta_band)
 
 
 @cache

@@ -50,7 +50,7 @@ def _masked_adamw_(
         contiguous = [param if param.is_contiguous() else param.contiguous() for param in params]
         _update_backend(words, ranks).masked_adamw_(
             contiguous, [grad.contiguous() for grad in grads], exp_avg, exp_avg_sq, scales, master,
-            tiles, words, ranks, positions, coefficients, anchor, stochastic, *([True] if packed else []),
+            tiles, words, ranks, positions, coefficients, anchor, stochastic, packed,
         )  # fmt: skip
         for param, updated in zip(params, contiguous, strict=True):
             if param is not updated:
@@ -62,7 +62,7 @@ def _masked_sum_squares(params, grads, master, tiles, words, ranks, positions, c
     with torch.no_grad():
         return _update_backend(words, ranks).masked_sum_squares(
             [param.contiguous() for param in params], [grad.contiguous() for grad in grads], master,
-            tiles, words, ranks, positions, coefficients, anchor, *([True] if packed else []),
+            tiles, words, ranks, positions, coefficients, anchor, packed,
         )  # fmt: skip
 
 

@@ -16,6 +16,9 @@ struct AdamWCoefficients {
 
     static LTP_HD bool applies(const double* row) { return row[0] != 0.0; }
 
+    // Column 10: 32 bits that stochastic rounding starts from, see rounding.h.
+    static LTP_HD uint32_t rounding_key(const double* row) { return uint32_t(row[10]); }
+
     static LTP_HD AdamWCoefficients from_row(const double* row) {
         return {float(row[1]), float(row[2]), float(row[3]), float(row[4]), float(row[5]),
                 float(row[6]), float(row[7]), float(row[8]), float(row[9])};

@@ -5,22 +5,28 @@
 #include <string>
 
 #include "../common/adamw.h"
-#include "../common/platform.h"
+#include "../common/dtypes.h"
 
 namespace ltp {
 
-// One tile of one parameter, addresses already resolved to the tile's first entry or slot.
+// One tile of one parameter, addresses already resolved to the tile's first entry, slot or block.
 struct AdamWTile {
     Encoding encoding;
-    int64_t length;             // entries, 1 .. kTile
-    int64_t active;             // active entries, 1 .. length
-    float* param;               // [length] updated at active entries only
-    const float* grad;          // [length]
-    float* exp_avg;             // [active] updated
-    float* exp_avg_sq;          // [active] updated
+    int64_t start, length;  // entries of the parameter before the tile, and in it, 1 .. kTile
+    int64_t active;         // active entries, 1 .. length
+    void* param;            // [length] of param_dtype, updated at active entries only
+    const void* grad;       // [length] of grad_dtype, or packed: [active] float32
+    Dtype param_dtype, grad_dtype;
+    bool packed;
+    void* exp_avg;              // [active] float32, or with scales int8; updated
+    void* exp_avg_sq;           // [active] float32, or with scales uint8; updated
+    BFloat16* scales;           // [ceil(active / 256), 2] of exp_avg and exp_avg_sq, updated; null: no 8-bit moments
+    float* master;              // [active] exact values, updated; null: the parameter's own are exact
     const float* anchor;        // [active], or null: no pull
     const int32_t* words;       // kBitmap: [2 * ceil(length / 64)]
     const uint16_t* positions;  // kList16: [active] ascending
+    bool stochastic;            // rounds bfloat16 parameters stochastically, with the bits of `key`
+    uint32_t key;
     AdamWCoefficients coefficients;
 };
 
@@ -48,6 +54,9 @@ struct Kernels {
     // Sum over the active entries, in a fixed order that depends on neither encoding nor instruction set, of the
     // squared effective gradient. Reads param, grad and anchor only.
     double (*sum_squares)(const AdamWTile& tile);
+
+    // Copies the active entries of grad to out [active], or adds them.
+    void (*pack)(const AdamWTile& tile, float* out, bool accumulate);
 
     // Adds the tile's keys, zero keys excepted, to bins[kHighBins] by key >> 16. Returns the largest key.
     int32_t (*histogram_high)(const DeltaTile& tile, uint32_t* bins);

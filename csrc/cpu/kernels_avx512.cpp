@@ -4,6 +4,7 @@
 
 namespace ltp {
 
-extern const Kernels kernels_avx512 = {"avx512", adamw, sum_squares, histogram_high, histogram_low, band, collect};
+extern const Kernels kernels_avx512 = {"avx512",       adamw,         sum_squares, pack_gradients,
+                                       histogram_high, histogram_low, band,        collect};
 
 }  // namespace ltp

@@ -12,6 +12,13 @@ namespace {
 
 constexpr bool kPacksLanes = true;
 
+// 16-bit items are always gathered by position.
+constexpr bool kPacksHalf = false;
+template <class Half>
+inline void pack(const Half*, uint64_t, Half*) {}
+template <class Half>
+inline void unpack(const Half*, uint64_t, Half*) {}
+
 inline int64_t count_bits(uint64_t bits) { return __builtin_popcountll(bits); }
 
 // For every byte and lane, the number of set bits below the lane: where the lane's value stands in a packed vector.

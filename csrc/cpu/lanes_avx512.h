@@ -38,6 +38,27 @@ inline void unpack(const float* from, uint64_t bits, float* to) {
     }
 }
 
+// The same for 16-bit items, 32 at a time.
+constexpr bool kPacksHalf = true;
+
+template <class Half>
+inline void pack(const Half* from, uint64_t bits, Half* to) {
+    for (int i = 0; i < 2; ++i) {
+        const __m512i values = _mm512_loadu_si512(from + 32 * i);
+        const __m512i packed = _mm512_mask_compress_epi16(values, __mmask32(bits >> (32 * i)), values);
+        _mm512_storeu_si512(to + count_before(bits, 2 * i), packed);
+    }
+}
+
+template <class Half>
+inline void unpack(const Half* from, uint64_t bits, Half* to) {
+    for (int i = 0; i < 2; ++i) {
+        const __m512i packed = _mm512_loadu_si512(from + count_before(bits, 2 * i));
+        const __m512i old = _mm512_loadu_si512(to + 32 * i);
+        _mm512_storeu_si512(to + 32 * i, _mm512_mask_expand_epi16(old, __mmask32(bits >> (32 * i)), packed));
+    }
+}
+
 inline int64_t decode(uint64_t bits, uint16_t first, uint16_t* to) {
     alignas(64) static constexpr uint8_t kIota[64] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
                                                       16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,

@@ -14,6 +14,13 @@ constexpr bool kPacksLanes = false;
 inline void pack(const float*, uint64_t, float*) {}
 inline void unpack(const float*, uint64_t, float*) {}
 
+// 16-bit items are always gathered by position.
+constexpr bool kPacksHalf = false;
+template <class Half>
+inline void pack(const Half*, uint64_t, Half*) {}
+template <class Half>
+inline void unpack(const Half*, uint64_t, Half*) {}
+
 inline int64_t count_bits(uint64_t bits) {
     bits -= (bits >> 1) & 0x5555555555555555u;
     bits = (bits & 0x3333333333333333u) + ((bits >> 2) & 0x3333333333333333u);

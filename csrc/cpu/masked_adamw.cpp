@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../common/rounding.h"
 #include "kernels.h"
 #include "thread_pool.h"
 #include "tile_queue.h"
@@ -15,22 +16,24 @@ namespace {
 struct TileRow {
     int64_t param, start, length, active, slot, index;
     Encoding encoding;
+    int64_t block;
 };
-static_assert(sizeof(TileRow) == 7 * sizeof(int64_t), "a row of the tile table has 7 columns");
+static_assert(sizeof(TileRow) == 8 * sizeof(int64_t), "a row of the tile table has 8 columns");
 
 TileRow row_of(const MaskedAdamW& table, int64_t t) { return reinterpret_cast<const TileRow*>(table.tiles)[t]; }
 
 // Checks the table and queues its tiles.
 void queue_tiles(const MaskedAdamW& table, TileQueue& queue) {
+    const int64_t n_params = std::max(table.params.size(), table.grads.size());  // one of them may be left out
     for (int64_t t = 0; t < table.n_tiles; ++t) {
         const TileRow row = row_of(table, t);
         const bool known =
             row.encoding == Encoding::kFull || row.encoding == Encoding::kBitmap || row.encoding == Encoding::kList16;
-        if (row.param < 0 || row.param >= int64_t(table.params.size()) || row.start < 0 || row.length < 1 ||
-            row.length > kTile || row.active < 1 || row.active > row.length || row.slot < 0 || row.index < 0 ||
-            !known || (row.encoding == Encoding::kFull && row.active != row.length)) {
+        if (row.param < 0 || row.param >= n_params || row.start < 0 || row.length < 1 || row.length > kTile ||
+            row.active < 1 || row.active > row.length || row.slot < 0 || row.index < 0 || row.block < 0 || !known ||
+            (row.encoding == Encoding::kFull && row.active != row.length)) {
             throw std::invalid_argument("masked_adamw_: row " + std::to_string(t) +
-                                        " of the tile table is not a tile of " + std::to_string(table.params.size()) +
+                                        " of the tile table is not a tile of " + std::to_string(n_params) +
                                         " parameters");
         }
         // An entry of a list costs a cache line.
@@ -38,17 +41,38 @@ void queue_tiles(const MaskedAdamW& table, TileQueue& queue) {
     }
 }
 
-AdamWTile resolve(const MaskedAdamW& table, const TileRow& row) {
+int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
+bool has_gradient(const MaskedAdamW& table, const TileRow& row) { return table.packed || table.grads[row.param] != 0; }
+
+const double* coefficients_of(const MaskedAdamW& table, const TileRow& row) {
+    return table.coefficients + AdamWCoefficients::kColumns * row.param;
+}
+
+// Where the tile's gradients and active entries are.
+AdamWTile resolve_gradients(const MaskedAdamW& table, const TileRow& row) {
     AdamWTile tile = {};
     tile.encoding = row.encoding;
+    tile.start = row.start;
     tile.length = row.length;
     tile.active = row.active;
-    tile.param = reinterpret_cast<float*>(table.params[row.param]) + row.start;
-    tile.grad = reinterpret_cast<const float*>(table.grads[row.param]) + row.start;
-    if (table.anchor != nullptr) tile.anchor = table.anchor + row.slot;
+    tile.param_dtype = table.param_dtype;
+    tile.packed = table.packed;
+    tile.grad_dtype = table.packed ? Dtype::kFloat32 : table.grad_dtype;
+    const uintptr_t grad =
+        table.packed ? table.grads[0] + 4 * row.slot : table.grads[row.param] + bytes_of(table.grad_dtype) * row.start;
+    tile.grad = reinterpret_cast<const void*>(grad);
     if (row.encoding == Encoding::kBitmap) tile.words = table.words + row.index;
     if (row.encoding == Encoding::kList16) tile.positions = table.positions + row.index;
-    tile.coefficients = AdamWCoefficients::from_row(table.coefficients + AdamWCoefficients::kColumns * row.param);
+    return tile;
+}
+
+AdamWTile resolve(const MaskedAdamW& table, const TileRow& row) {
+    AdamWTile tile = resolve_gradients(table, row);
+    tile.param = reinterpret_cast<void*>(table.params[row.param] + bytes_of(table.param_dtype) * row.start);
+    if (table.anchor != nullptr) tile.anchor = table.anchor + row.slot;
+    if (table.master != nullptr) tile.master = table.master + row.slot;
+    tile.coefficients = AdamWCoefficients::from_row(coefficients_of(table, row));
     return tile;
 }
 
@@ -66,14 +90,18 @@ void for_each_tile(const MaskedAdamW& table, int64_t threads, Body body) {
 
 }  // namespace
 
-void masked_adamw_(const MaskedAdamW& table, float* exp_avg, float* exp_avg_sq, int64_t threads) {
+void masked_adamw_(const MaskedAdamW& table, const Moments& moments, bool stochastic, int64_t threads) {
     const auto update = kernels().adamw;
+    const int64_t size = moments.scales != nullptr ? 1 : 4;
     for_each_tile(table, threads, [&](int64_t, const TileRow& row) {
-        const double* coefficients = table.coefficients + AdamWCoefficients::kColumns * row.param;
-        if (table.grads[row.param] == 0 || !AdamWCoefficients::applies(coefficients)) return;
+        const double* coefficients = coefficients_of(table, row);
+        if (!has_gradient(table, row) || !AdamWCoefficients::applies(coefficients)) return;
         AdamWTile tile = resolve(table, row);
-        tile.exp_avg = exp_avg + row.slot;
-        tile.exp_avg_sq = exp_avg_sq + row.slot;
+        tile.exp_avg = reinterpret_cast<void*>(moments.exp_avg + size * row.slot);
+        tile.exp_avg_sq = reinterpret_cast<void*>(moments.exp_avg_sq + size * row.slot);
+        if (moments.scales != nullptr) tile.scales = moments.scales + 2 * row.block;
+        tile.stochastic = stochastic;
+        tile.key = tile_key(AdamWCoefficients::rounding_key(coefficients), row.start);
         update(tile);
     });
 }
@@ -81,7 +109,14 @@ void masked_adamw_(const MaskedAdamW& table, float* exp_avg, float* exp_avg_sq, 
 void masked_sum_squares(const MaskedAdamW& table, double* out, int64_t threads) {
     const auto sum_squares = kernels().sum_squares;
     for_each_tile(table, threads, [&](int64_t t, const TileRow& row) {
-        out[t] = table.grads[row.param] == 0 ? 0.0 : sum_squares(resolve(table, row));
+        out[t] = has_gradient(table, row) ? sum_squares(resolve(table, row)) : 0.0;
+    });
+}
+
+void masked_pack_(const MaskedAdamW& table, float* out, bool accumulate, int64_t threads) {
+    const auto pack = kernels().pack;
+    for_each_tile(table, threads, [&](int64_t, const TileRow& row) {
+        if (has_gradient(table, row)) pack(resolve_gradients(table, row), out + row.slot, accumulate);
     });
 }
 

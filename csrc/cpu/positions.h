@@ -22,13 +22,5 @@ struct BytePositions {
 };
 constexpr BytePositions kBytePositions;
 
-inline void gather(const float* from, const uint16_t* positions, int64_t count, float* to) {
-    for (int64_t i = 0; i < count; ++i) to[i] = from[positions[i]];
-}
-
-inline void scatter(const float* from, const uint16_t* positions, int64_t count, float* to) {
-    for (int64_t i = 0; i < count; ++i) to[positions[i]] = from[i];
-}
-
 }  // namespace
 }  // namespace ltp

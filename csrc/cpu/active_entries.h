@@ -1,0 +1,260 @@
+// The walk over the active entries of a tile, whatever its encoding and storage types.
+//
+// Active entries are handled in pieces, each in three phases: bring the piece's values and gradients into float32
+// buffers in the L1 cache, work on these as on a dense array (the compiler vectorises it, and square roots and
+// divisions are spent on active entries only), put the new values back. Working in place, one vector at a time, is
+// slower: each masked load would wait for the masked store before it. Pieces are small, so that the processor reads the
+// memory of the next one while it still works on this one.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "../common/quantization.h"
+#include "../common/rounding.h"
+#include "kernels.h"
+
+namespace ltp {
+namespace {
+
+constexpr int64_t kPackedPiece = 192;  // active entries, at most
+constexpr int64_t kListPiece = 16;
+constexpr int64_t kListAhead = 32;  // entries from a piece to the one that is fetched meanwhile
+
+// A bitmap with at least this many entries per active one is sparse: turned into a list, which leaves the cache lines
+// without active entries alone. Up to there reading on through memory costs less than skipping lines.
+constexpr int64_t kSparse = 24;
+
+enum class Access { kUpdate, kReadGrads, kReadBoth };
+
+inline uint64_t load_group(const int32_t* words, int64_t group) {
+    uint64_t bits;
+    memcpy(&bits, words + 2 * group, sizeof bits);
+    return bits;
+}
+
+// Writes the positions of all active entries of a bitmap.
+inline void decode_tile(const AdamWTile& tile, uint16_t* positions) {
+    for (int64_t group = 0; 64 * group < tile.length; ++group) {
+        const uint64_t bits = load_group(tile.words, group);
+        if (bits != 0) positions += decode(bits, uint16_t(64 * group), positions);
+    }
+}
+
+// The walk for parameters of type Param and gradients of type Grad, or, with PACKED, packed gradients in float32.
+template <class Param, class Grad, bool PACKED>
+class Walk {
+  public:
+    // Calls body(values, grads, rank, count) for pieces of active entries in order: `count` of them from the tile's
+    // active entry `rank` on; with 8-bit moments each piece is one of their blocks. With kUpdate, what body leaves in
+    // values is rounded into the parameters; with kReadGrads, values is not to be read.
+    template <Access ACCESS, class Body>
+    void for_each_piece(const AdamWTile& tile, Body body) const {
+        const bool blocks = tile.scales != nullptr;
+        // Random bits belong to positions, and blocks to whole counts: neither goes with packing lanes.
+        const bool packs_lanes = kPacksBoth && !blocks && !tile.stochastic && kSparse * tile.active > tile.length;
+        if (tile.encoding == Encoding::kFull) {
+            for_each_full_piece<ACCESS>(tile, body);
+        } else if (tile.encoding == Encoding::kList16) {
+            for_each_listed_piece<ACCESS>(tile, tile.positions, body);
+        } else if (packs_lanes) {
+            for_each_packed_piece<ACCESS>(tile, body);
+        } else {
+            uint16_t positions[kTile + 64];
+            decode_tile(tile, positions);
+            for_each_listed_piece<ACCESS>(tile, positions, body);
+        }
+    }
+
+  private:
+    static constexpr bool kPlainParam = std::is_same_v<Param, float>;
+    static constexpr bool kPlainGrad = std::is_same_v<Grad, float>;
+    static constexpr bool kPacksBoth = (kPlainParam && kPlainGrad) ? kPacksLanes : kPacksHalf && kPacksLanes;
+    static constexpr int64_t kLargestPiece = 256;
+    static_assert(kStateBlock <= kLargestPiece && kPackedPiece <= kLargestPiece);
+
+    struct Buffers {
+        // The primitives touch up to 64 items past the piece.
+        alignas(64) float values[kLargestPiece + 64];
+        alignas(64) float grads[kLargestPiece + 64];
+        alignas(64) Param params[kLargestPiece + 64];
+        alignas(64) Grad raw_grads[kLargestPiece + 64];
+    };
+
+    static Param* params_of(const AdamWTile& tile) { return static_cast<Param*>(tile.param); }
+    static const Grad* grads_of(const AdamWTile& tile) { return static_cast<const Grad*>(tile.grad); }
+
+    // Where body finds the values of a piece: in the master, or brought into the buffer.
+    template <Access ACCESS, class Bring>
+    static float* values_of(const AdamWTile& tile, int64_t rank, Buffers& buffers, Bring bring) {
+        if (tile.master != nullptr) return tile.master + rank;
+        if (ACCESS != Access::kReadGrads) bring();
+        return buffers.values;
+    }
+
+    template <class Bring>
+    static const float* grads_of(const AdamWTile& tile, int64_t rank, Buffers& buffers, Bring bring) {
+        if (PACKED) return static_cast<const float*>(tile.grad) + rank;
+        bring();
+        return buffers.grads;
+    }
+
+    template <class Storage>
+    static void widen(const Storage* from, int64_t count, float* to) {
+        for (int64_t i = 0; i < count; ++i) to[i] = to_float32(from[i]);
+    }
+
+    static void round_all(const float* values, int64_t count, Param* to) {
+        for (int64_t i = 0; i < count; ++i) round_to(values[i], to[i]);
+    }
+
+    // Rounds the values of a piece; position(i) is where the i-th of them stands in the tile.
+    template <class Position>
+    static void round_piece(const AdamWTile& tile, const float* values, int64_t count, Position position, Param* to) {
+        if constexpr (std::is_same_v<Param, BFloat16>) {
+            if (tile.stochastic) {
+                for (int64_t i = 0; i < count; ++i) {
+                    to[i] = round_stochastically(values[i], random16(tile.key, uint32_t(tile.start + position(i))));
+                }
+                return;
+            }
+        }
+        round_all(values, count, to);
+    }
+
+    template <Access ACCESS, class Body>
+    static void for_each_full_piece(const AdamWTile& tile, Body body) {
+        Param* const params = params_of(tile);
+        if constexpr (kPlainParam && (kPlainGrad || PACKED)) {
+            if (tile.scales == nullptr && tile.master == nullptr) {
+                body(params, static_cast<const float*>(tile.grad), 0, tile.length);
+                return;
+            }
+        }
+        Buffers buffers;
+        for (int64_t first = 0; first < tile.length; first += kLargestPiece) {
+            const int64_t left = tile.length - first, count = left < kLargestPiece ? left : kLargestPiece;
+            float* values =
+                values_of<ACCESS>(tile, first, buffers, [&] { widen(params + first, count, buffers.values); });
+            const float* grads =
+                grads_of(tile, first, buffers, [&] { widen(grads_of(tile) + first, count, buffers.grads); });
+            body(values, grads, first, count);
+            if (ACCESS == Access::kUpdate) {
+                round_piece(tile, values, count, [&](int64_t i) { return first + i; }, params + first);
+            }
+        }
+    }
+
+    template <Access ACCESS, class Body>
+    static void for_each_listed_piece(const AdamWTile& tile, const uint16_t* positions, Body body) {
+        Buffers buffers;
+        Param* const params = params_of(tile);
+        const bool touches_params =
+            ACCESS == Access::kUpdate || (ACCESS == Access::kReadBoth && tile.master == nullptr);
+        const int64_t size = tile.scales != nullptr ? kStateBlock : kListPiece;
+        for (int64_t rank = 0; rank < tile.active; rank += size) {
+            const uint16_t* const piece = positions + rank;
+            const int64_t left = tile.active - rank;
+            const int64_t count = left < size ? left : size;
+            // The lines of a piece to come: a gather alone keeps too few on the way. The hint "not needed again" keeps
+            // the processor from fetching the neighbours of these lines too, which often hold nothing active.
+            for (int64_t i = kListAhead; i < left && i < kListAhead + size; ++i) {
+                if (touches_params) __builtin_prefetch(params + piece[i], 0, 0);
+                if (!PACKED) __builtin_prefetch(grads_of(tile) + piece[i], 0, 0);
+            }
+            float* values = values_of<ACCESS>(tile, rank, buffers, [&] {
+                for (int64_t i = 0; i < count; ++i) buffers.values[i] = to_float32(params[piece[i]]);
+            });
+            const float* grads = grads_of(tile, rank, buffers, [&] {
+                for (int64_t i = 0; i < count; ++i) buffers.grads[i] = to_float32(grads_of(tile)[piece[i]]);
+            });
+            body(values, grads, rank, count);
+            if (ACCESS == Access::kUpdate) {
+                if constexpr (kPlainParam) {
+                    for (int64_t i = 0; i < count; ++i) params[piece[i]] = values[i];
+                } else {
+                    round_piece(tile, values, count, [&](int64_t i) { return int64_t(piece[i]); }, buffers.params);
+                    for (int64_t i = 0; i < count; ++i) params[piece[i]] = buffers.params[i];
+                }
+            }
+        }
+    }
+
+    template <Access ACCESS, class Body>
+    static void for_each_packed_piece(const AdamWTile& tile, Body body) {
+        Buffers buffers;
+        const int64_t full_groups = tile.length / 64;
+        const bool reads_params = ACCESS != Access::kReadGrads && tile.master == nullptr;
+        int64_t group = 0, rank = 0;
+        while (group < full_groups) {
+            const int64_t first = group;
+            int64_t count = 0;
+            for (; group < full_groups && count <= kPackedPiece - 64; ++group) {
+                const uint64_t bits = load_group(tile.words, group);
+                if (reads_params) pack_any(params_of(tile) + 64 * group, bits, buffers.params, buffers.values, count);
+                if (!PACKED) pack_any(grads_of(tile) + 64 * group, bits, buffers.raw_grads, buffers.grads, count);
+                count += count_bits(bits);
+            }
+            float* values = values_of<ACCESS>(tile, rank, buffers, [&] {
+                if constexpr (!kPlainParam) widen(buffers.params, count, buffers.values);
+            });
+            const float* grads = grads_of(tile, rank, buffers, [&] {
+                if constexpr (!kPlainGrad) widen(buffers.raw_grads, count, buffers.grads);
+            });
+            body(values, grads, rank, count);
+            rank += count;
+            if (ACCESS == Access::kUpdate) {
+                const Param* from = buffers.params;
+                if constexpr (kPlainParam) {
+                    if (tile.master != nullptr) memcpy(buffers.values, values, size_t(count) * sizeof(float));
+                    from = buffers.values;
+                } else {
+                    round_all(values, count, buffers.params);
+                }
+                for (int64_t done = first; done < group; ++done) {
+                    const uint64_t bits = load_group(tile.words, done);
+                    unpack(from, bits, params_of(tile) + 64 * done);
+                    from += count_bits(bits);
+                }
+            }
+        }
+        // The last group, if it is not whole: vectors would reach past the end of the tensor.
+        if (tile.length % 64 != 0) {
+            uint16_t positions[64];
+            AdamWTile rest = tile;
+            rest.active = decode(load_group(tile.words, group), uint16_t(64 * group), positions);
+            if (tile.master != nullptr) rest.master += rank;
+            if (PACKED) rest.grad = static_cast<const float*>(tile.grad) + rank;
+            for_each_listed_piece<ACCESS>(
+                rest, positions,
+                [&](float* values, const float* grads, int64_t at, int64_t n) { body(values, grads, rank + at, n); });
+        }
+    }
+
+    // Packs a group to the `count`-th place of the buffer of its type.
+    static void pack_any(const float* from, uint64_t bits, float*, float* to, int64_t count) {
+        pack(from, bits, to + count);
+    }
+    template <class Half>
+    static void pack_any(const Half* from, uint64_t bits, Half* to, float*, int64_t count) {
+        pack(from, bits, to + count);
+    }
+};
+
+// Calls body(walk) with the walk for the tile's storage types. Gradients are of the parameters' type, float32 or
+// packed.
+template <class Body>
+void with_storage_types(const AdamWTile& tile, Body body) {
+    const auto with_param = [&](auto param) {
+        using Param = decltype(param);
+        if (tile.packed) return body(Walk<Param, float, true>());
+        if (tile.grad_dtype == Dtype::kFloat32) return body(Walk<Param, float, false>());
+        if constexpr (!std::is_same_v<Param, float>) return body(Walk<Param, Param, false>());
+    };
+    if (tile.param_dtype == Dtype::kFloat32) return with_param(0.0f);
+    if (tile.param_dtype == Dtype::kBFloat16) return with_param(BFloat16());
+    return with_param(Float16());
+}
+
+}  // namespace
+}  // namespace ltp
