@@ -93,6 +93,7 @@ class Problem:
             (1 - 0.999**step) ** -0.5,
             1e-8,
             0.01,
+            0,
         ]
         return cls(
             params,
@@ -129,13 +130,13 @@ class Problem:
 
     def update(self, threads: int = 2) -> "Problem":
         """Runs `_C.masked_adamw_`, in place."""
-        state = self.exp_avg.data_ptr(), self.exp_avg_sq.data_ptr()
-        _C.masked_adamw_(*self.addresses(), *state, *self.table_args(), threads)
+        state = self.exp_avg.data_ptr(), self.exp_avg_sq.data_ptr(), 0, 0
+        _C.masked_adamw_(*self.addresses(), 0, 0, False, *state, *self.table_args(), False, threads)
         return self
 
     def sum_squares(self, threads: int = 2) -> Tensor:
         out = torch.full((len(self.tiles),), float("nan"), dtype=torch.float64)
-        _C.masked_sum_squares(*self.addresses(), *self.table_args(), out.data_ptr(), threads)
+        _C.masked_sum_squares(*self.addresses(), 0, 0, False, 0, *self.table_args(), out.data_ptr(), threads)
         return out
 
     def slots(self) -> list[slice]:
@@ -154,7 +155,7 @@ class Problem:
         """The update in eager float32, in the order of operations that the library documents."""
         out = self.clone()
         for i, (mask, slots) in enumerate(zip(self.masks, self.slots(), strict=True)):
-            _, _, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bc2, eps, _ = c = (
+            _, _, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bc2, eps, _, _ = c = (
                 self.coefficients[i].float()
             )
             if self.grads[i] is None or c[0] == 0:
@@ -178,7 +179,7 @@ def tile_table(masks: list[Tensor], encoding: int) -> tuple[Tensor, Tensor, Tens
             if not tile.any():
                 continue
             index = {FULL: 0, BITMAP: sum(map(len, words)), LIST16: sum(map(len, positions))}[encoding]
-            rows.append([param, start, len(tile), int(tile.sum()), slot, index, encoding])
+            rows.append([param, start, len(tile), int(tile.sum()), slot, index, encoding, 0])
             slot += int(tile.sum())
             if encoding == BITMAP:
                 packed = np.packbits(np.pad(tile, (0, -len(tile) % 64)), bitorder="little")
@@ -307,7 +308,7 @@ def test_threads_do_not_change_the_update(isa, rng):
 
 @pytest.mark.parametrize(
     ("column", "value"),
-    [(0, 1), (0, -1), (1, -1), (2, 0), (2, TILE + 1), (3, 0), (3, 101), (4, -1), (5, -1), (6, 3), (6, 0)],
+    [(0, 1), (0, -1), (1, -1), (2, 0), (2, TILE + 1), (3, 0), (3, 101), (4, -1), (5, -1), (6, 3), (6, 0), (7, -1)],
 )
 def test_impossible_tiles_are_refused(rng, column, value):
     problem = Problem.random(rng, [100], density=0.5, encoding=BITMAP)
@@ -624,7 +625,7 @@ for isa in ("generic", "avx2", "avx512"):
     except ValueError:
         pass
 rng = np.random.default_rng(0)
-coefficients = guarded(np.array([1, 1, 1, 0.1, 0.999, 0.001, 0.01, 1, 1e-8, 0.01]))
+coefficients = guarded(np.array([1, 1, 1, 0.1, 0.999, 0.001, 0.01, 1, 1e-8, 0.01, 7]))
 for isa, n, density, encoding in itertools.product(isas, (1, 65, 1000, 4096, 65535), (0.1, 0.6, 1), (0, 1, 2)):
     c.set_isa(isa)
     mask = rng.random(n) < density
@@ -633,15 +634,31 @@ for isa, n, density, encoding in itertools.product(isas, (1, 65, 1000, 4096, 655
         continue
     k = int(mask.sum())
     param, grad = (guarded(rng.standard_normal(n).astype(np.float32)) for _ in range(2))
-    exp_avg, exp_avg_sq, anchor = (guarded(np.zeros(k, np.float32)) for _ in range(3))
+    anchor = guarded(np.zeros(k, np.float32))
     words = guarded(np.packbits(np.pad(mask, (0, -n % 64)), bitorder="little").view(np.int32))
     positions = guarded(np.flatnonzero(mask).astype(np.uint16))
-    tiles, out = guarded(np.array([0, 0, n, k, 0, 0, encoding])), guarded(np.zeros(1))
+    tiles, out = guarded(np.array([0, 0, n, k, 0, 0, encoding, 0])), guarded(np.zeros(1))
     table = [a.ctypes.data for a in (words, positions, coefficients, anchor)]
-    c.masked_sum_squares([param.ctypes.data], [grad.ctypes.data], tiles.ctypes.data, 1, *table, out.ctypes.data, 1)
-    state = exp_avg.ctypes.data, exp_avg_sq.ctypes.data
-    c.masked_adamw_([param.ctypes.data], [grad.ctypes.data], *state, tiles.ctypes.data, 1, *table, 1)
-    assert exp_avg.all()
+    place = tiles.ctypes.data, 1
+    for code, coded, master, packed, stochastic in (
+        (0, 0, 0, 0, 0), (0, 1, 0, 0, 0), (0, 0, 0, 1, 0), (1, 0, 0, 0, 1), (2, 0, 1, 0, 0), (2, 1, 1, 1, 0),
+    ):
+        halves = np.float32 if code == 0 else np.float16
+        weight, dense = guarded(param.astype(halves)), guarded(grad.astype(halves))
+        slots = guarded(np.zeros(k, np.float32))
+        c.masked_pack_([dense.ctypes.data], code, slots.ctypes.data, *place, *table[:2], False, 1)
+        given = slots if packed else dense
+        types = (np.int8, np.uint8) if coded else (np.float32, np.float32)
+        first, second = (guarded(np.zeros(k, dtype)) for dtype in types)
+        scales = guarded(np.zeros(2 * -(-k // 256), np.uint16))
+        exact = guarded(np.ones(k, np.float32))
+        kinds = code, 0 if packed else code, bool(packed)
+        exact_at, scales_at = exact.ctypes.data if master else 0, scales.ctypes.data if coded else 0
+        addresses = [weight.ctypes.data], [given.ctypes.data], *kinds
+        c.masked_sum_squares(*addresses, exact_at, *place, *table, out.ctypes.data, 1)
+        state = first.ctypes.data, second.ctypes.data, scales_at, exact_at
+        c.masked_adamw_(*addresses, *state, *place, *table, bool(stochastic), 1)
+        assert slots.all() and second.any() and scales.all() == bool(coded)
     for code, dtype in ((0, np.float32), (2, np.float16)):
         a, b = guarded(param.astype(dtype)), guarded(grad.astype(dtype))
         bins, counts, cursor = (guarded(np.zeros(size, np.int64)) for size in (32768, 3, 1))
