@@ -37,13 +37,14 @@ def _types(text: str) -> dict[str, str]:
 
 
 _UPDATE = _types(
-    "address_ptr:*i64 exp_avg_ptr:*fp32 exp_avg_sq_ptr:*fp32 tile_ptr:*i64 group_ptr:*i64 rank_ptr:*i16 "
-    "position_ptr:*i16 coefficient_ptr:*fp64 anchor_ptr:*fp32"
+    "address_ptr:*i64 exp_avg_ptr:*fp32 exp_avg_sq_ptr:*fp32 scale_ptr:*bf16 master_ptr:*fp32 tile_ptr:*i64 "
+    "group_ptr:*i64 rank_ptr:*i16 position_ptr:*i16 coefficient_ptr:*fp64 anchor_ptr:*fp32"
 )
 _SQUARES = _types(
-    "address_ptr:*i64 tile_ptr:*i64 group_ptr:*i64 rank_ptr:*i16 position_ptr:*i16 coefficient_ptr:*fp64 "
-    "anchor_ptr:*fp32 sum_ptr:*fp64"
+    "address_ptr:*i64 master_ptr:*fp32 tile_ptr:*i64 group_ptr:*i64 rank_ptr:*i16 position_ptr:*i16 "
+    "coefficient_ptr:*fp64 anchor_ptr:*fp32 sum_ptr:*fp64"
 )
+_PACK = _types("address_ptr:*i64 out_ptr:*fp32 tile_ptr:*i64 group_ptr:*i64 rank_ptr:*i16 position_ptr:*i16")
 _BAND = _types(
     "row_ptr:*i64 n_tiles:i32 low_ptr:*i64 high_ptr:*i64 words_ptr:*i32 above_ptr:*i64 inside_ptr:*i64 take_ptr:*i64 "
     "key_ptr:*i32 position_ptr:*i16 capacity:i32 offset_ptr:*i64 cursor_ptr:*i64 nonfinite_ptr:*i64 "
@@ -67,13 +68,38 @@ def variants() -> Iterator[Variant]:
     """Of each kernel the most used variant first."""
     warps, block = masked_adamw._NUM_WARPS, masked_adamw._BLOCK
     share = block // (32 * warps)
-    for variant, anchor in (("plain", False), ("anchor", True)):
-        constants = {"HAS_ANCHOR": anchor, "BLOCK": block}
-        loops = {"full": 2 * share, "bitmap": share, "list16": share}
-        yield Variant("masked_adamw_", variant, masked_adamw._masked_adamw_kernel, _UPDATE, constants, warps, loops)
-        loops = {"bitmap": share, "list16": share}
+    f32, bf16, f16 = tl.float32, tl.bfloat16, tl.float16
+    every = {"full": 2 * share, "bitmap": share, "list16": share}
+    coded = {"active": masked_adamw._STATE_BLOCK.value // (32 * warps)}
+    for variant, param, grad, modes, loops in (
+        ("plain", f32, f32, "", every),
+        ("anchor", f32, f32, "HAS_ANCHOR", every),
+        ("packed", f32, f32, "PACKED", every),
+        ("8bit", f32, f32, "CODED", coded),
+        ("bfloat16 stochastic", bf16, bf16, "STOCHASTIC", every),
+        ("bfloat16 master", bf16, bf16, "HAS_MASTER", every),
+        ("bfloat16 8bit stochastic", bf16, bf16, "CODED STOCHASTIC", coded),
+        ("float16 master packed", f16, f32, "HAS_MASTER PACKED", every),
+    ):
+        flags = ("PACKED", "CODED", "HAS_MASTER", "HAS_ANCHOR", "STOCHASTIC")
+        constants = {"PARAM": param, "GRAD": grad, **{flag: flag in modes.split() for flag in flags}, "BLOCK": block}
+        types = _UPDATE | ({"exp_avg_ptr": "*i8", "exp_avg_sq_ptr": "*u8"} if "CODED" in modes else {})
+        yield Variant("masked_adamw_", variant, masked_adamw._masked_adamw_kernel, types, constants, warps, loops)
+    loops = {"bitmap": share, "list16": share}
+    for variant, param, anchor in (("plain", f32, False), ("anchor", f32, True), ("bfloat16", bf16, False)):
+        constants = {
+            "PARAM": param,
+            "GRAD": param,
+            "PACKED": False,
+            "HAS_MASTER": False,
+            "HAS_ANCHOR": anchor,
+            "BLOCK": block,
+        }
         function = masked_adamw._masked_sum_squares_kernel
         yield Variant("masked_sum_squares", variant, function, _SQUARES, constants, warps, loops)
+    for variant, grad, accumulate in (("plain", f32, False), ("accumulate", f32, True), ("bfloat16", bf16, False)):
+        constants = {"GRAD": grad, "ACCUMULATE": accumulate, "BLOCK": block}
+        yield Variant("masked_pack_", variant, masked_adamw._masked_pack_kernel, _PACK, constants, warps, {})
     warps, rows = topk_delta._NUM_WARPS, topk_delta._ROWS
     for variant, initial, tuned, take, aligned in (
         ("float32", tl.float32, tl.float32, False, True),
@@ -163,6 +189,7 @@ def counted(v: Variant, target: str) -> dict[str, Any]:
     facts["instructions"] = len(opcodes)
     facts["barriers"] = sum(code.startswith("BAR") for code in opcodes)
     facts["flushes_subnormals"] = len(re.findall(r"\b(?:add|sub)\S*\.ftz\b", result.asm["ptx"]))
+    facts["cvt_rn"] = len(re.findall(r"\bcvt\.rn\.(?:bf16|f16)", result.asm["ptx"]))
     for kind in ("LDG", "STG"):
         for width in (128, 64, 32, 16):
             found = [c for c in opcodes if c.startswith(kind) and _width(c) == width]

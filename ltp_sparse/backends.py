@@ -209,7 +209,7 @@ def _triton() -> Backend:
         "triton",
         kernels.masked_adamw_,
         kernels.masked_sum_squares,
-        reference.masked_pack_,
+        kernels.masked_pack_,
         reference.delta_histogram,  # Triton has none that beats torch's at 32,768 bins; the sampled route avoids it
         kernels.delta_band,
         needs_ranks=True,

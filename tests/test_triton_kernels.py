@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ltp_sparse.encoding import TILE, Encoding, IndexSet, TileTable, bitmap_words
+from ltp_sparse.encoding import TILE, Column, Encoding, IndexSet, TileTable, bitmap_words
 
 kernels = pytest.importorskip("ltp_sparse.kernels", exc_type=ImportError)
 from ltp_sparse.kernels.launch import _upload, address_table  # noqa: E402 (the package may be missing)
@@ -63,7 +63,14 @@ class Problem:
     def args(self) -> tuple:
         t = self.table
         index = (t.tiles, t.words, t.ranks, t.positions)
-        return self.params, self.grads, self.exp_avg, self.exp_avg_sq, *index, self.coefficients, self.anchor
+        empty = self.exp_avg[:0]
+        state = self.exp_avg, self.exp_avg_sq, empty, empty
+        return self.params, self.grads, *state, *index, self.coefficients, self.anchor, False, False
+
+    def norm_args(self) -> tuple:
+        t = self.table
+        index = (t.tiles, t.words, t.ranks, t.positions)
+        return self.params, self.grads, self.exp_avg[:0], *index, self.coefficients, self.anchor, False
 
     def slots(self, param: int) -> slice:
         ends = list(accumulate(self.table.counts))
@@ -89,13 +96,13 @@ def problem(rng: torch.Generator, *, situation: str = "all", anchor: bool = Fals
         grad[frozen] = torch.tensor([torch.nan, torch.inf, -torch.inf])[torch.arange(frozen.numel()) % 3]
         grad[mask.nonzero().view(-1)[::7]] = 0.0
     table = TileTable.build([IndexSet.from_mask(mask) for mask in masks], device=DEVICE, ranks=True)
-    assert set(table.tiles[:, -1].tolist()) == set(Encoding)
+    assert set(table.tiles[:, Column.ENCODING].tolist()) == set(Encoding)
     first_slots = [sum(table.counts[:param]) % 4 for param in (VECTORS, NO_VECTORS)]
     assert first_slots == [0, 1]
     kept = torch.cat([p[m] for p, m in zip(params, masks, strict=True)])
     initial = torch.where(torch.rand(table.k, generator=rng) < 0.3, kept, torch.randn(table.k, generator=rng))
-    # APPLY, GRAD_FACTOR, DECAY, 1 - beta1, beta2, 1 - beta2, STEP_SIZE, INV_SQRT_BC2, EPS, PULL
-    row = torch.tensor([1.0, 0.7, 1 - 1e-3, 0.1, 0.999, 1e-3, 1e-2, 1.9, 1e-8, 0.03], dtype=torch.float64)
+    # APPLY, GRAD_FACTOR, DECAY, 1 - beta1, beta2, 1 - beta2, STEP_SIZE, INV_SQRT_BC2, EPS, PULL, ROUNDING_KEY
+    row = torch.tensor([1.0, 0.7, 1 - 1e-3, 0.1, 0.999, 1e-3, 1e-2, 1.9, 1e-8, 0.03, 0], dtype=torch.float64)
     coefficients = row * (1 + 0.01 * torch.arange(len(shapes))[:, None])
     chosen = SITUATIONS[situation]
     if APPLY_OFF in chosen:
@@ -183,14 +190,14 @@ def test_update_of_an_empty_table(rng):
     kernels.masked_adamw_(*p.args())
     for param, kept in zip(p.params, before, strict=True):
         assert_same_bits(param, kept, "parameter")
-    assert kernels.masked_sum_squares(*p.args()[:2], *p.args()[4:]).shape == (0,)
+    assert kernels.masked_sum_squares(*p.norm_args()).shape == (0,)
 
 
 @pytest.mark.parametrize("anchor", [False, True], ids=["plain", "anchor"])
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_sum_of_squares(rng, situation, anchor):
     p = problem(rng, situation=situation, anchor=anchor)
-    args = (*p.args()[:2], *p.args()[4:])
+    args = p.norm_args()
     sums = kernels.masked_sum_squares(*args)
     assert sums.dtype == torch.float64
     assert sums.shape == (len(p.table.tiles),)

@@ -1,4 +1,5 @@
-"""`masked_adamw_` and `masked_sum_squares`: AdamW on the active entries; `kernels/README.md` explains the design.
+"""`masked_adamw_`, `masked_sum_squares`, `masked_pack_`: AdamW on the active entries, the norm and the packing of their
+gradients; `kernels/README.md` explains the design.
 
 For every active entry, in float32, in this order and without fused multiply-add:
 
@@ -8,8 +9,8 @@ For every active entry, in float32, in this order and without fused multiply-add
     v = v * BETA2 + ONE_MINUS_BETA2 * (g * g)
     p = p - STEP_SIZE * (m / (sqrt(v) * INV_SQRT_BC2 + EPS))
 
-`tiles` is int64 [T, 7]: PARAM, START, LENGTH, ACTIVE, SLOT, INDEX, ENCODING. Parameters whose gradient is empty are
-skipped.
+`tiles` is int64 [T, 8]: PARAM, START, LENGTH, ACTIVE, SLOT, INDEX, ENCODING, BLOCK. Parameters whose gradient is empty
+are skipped.
 """
 
 from __future__ import annotations
@@ -22,12 +23,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bits import popcount
+from .bits import bit_of_rank, popcount
 from .launch import address_table, on_device_of
+from .precision import (
+    block_scale,
+    decode_exp_avg,
+    decode_exp_avg_sq,
+    encode_exp_avg,
+    encode_exp_avg_sq,
+    round_stochastically,
+    round_to,
+    tile_key,
+)
 
 _PARTS = tl.constexpr(4)  # programs that share a tile, block by block
 _BLOCK = 512  # entries of a program's block, where each is looked up
 _NUM_WARPS = 4
+_STATE_BLOCK = tl.constexpr(256)  # active entries that share the scales of 8-bit moments
 
 _PARAM = tl.constexpr(0)
 _START = tl.constexpr(1)
@@ -36,13 +48,17 @@ _ACTIVE = tl.constexpr(3)
 _SLOT = tl.constexpr(4)
 _INDEX = tl.constexpr(5)
 _ENCODING = tl.constexpr(6)
-_TILE_COLUMNS = tl.constexpr(7)
+_FIRST_BLOCK = tl.constexpr(7)
+_TILE_COLUMNS = tl.constexpr(8)
 
 _FULL = tl.constexpr(0)
 _BITMAP = tl.constexpr(1)
 _LIST16 = tl.constexpr(2)
 
-_COEFFICIENTS = tl.constexpr(10)
+_COEFFICIENTS = tl.constexpr(11)
+_ROUNDING_KEY = tl.constexpr(10)
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
@@ -68,26 +84,82 @@ def _pull(grad, param, anchor, pull):
 
 
 @triton.jit
-def _update(
-    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, anchor_ptr, mask, coefficients, HAS_ANCHOR: tl.constexpr
-):  # fmt: skip
-    """AdamW on the entries at the pointers, where `mask`."""
-    grad_factor, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bc2, eps, pull = coefficients
-    # Lanes without an entry compute on ones: zeros or leftovers would take the slow paths of the division and the root.
-    other: tl.constexpr = None if mask is None else 1.0
-    p = tl.load(param_ptr, mask, other)
-    g = tl.load(grad_ptr, mask, other) * grad_factor
-    m = tl.load(exp_avg_ptr, mask, other)
-    v = tl.load(exp_avg_sq_ptr, mask, other)
-    if HAS_ANCHOR:
-        g = _pull(g, p, tl.load(anchor_ptr, mask, other), pull)
+def _adamw(p, g, m, v, coefficients):
+    """The new (p, m, v) and the root of v; g is the effective gradient."""
+    _, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bc2, eps, _ = coefficients
     p = p * decay
     m = m + one_minus_beta1 * (g - m)
     v = v * beta2 + one_minus_beta2 * (g * g)
-    p = p - step_size * tl.div_rn(m, tl.sqrt_rn(v) * inv_sqrt_bc2 + eps)
-    tl.store(param_ptr, p, mask)
+    root = tl.sqrt_rn(v)
+    p = p - step_size * tl.div_rn(m, root * inv_sqrt_bc2 + eps)
+    return p, m, v, root
+
+
+@triton.jit
+def _value_and_gradient(
+    param_ptr, grad_ptr, master_ptr, anchor_ptr, mask, coefficients,
+    HAS_MASTER: tl.constexpr, HAS_ANCHOR: tl.constexpr,
+):  # fmt: skip
+    # Lanes without an entry compute on ones: zeros or leftovers would take the slow paths of the division and the root.
+    other: tl.constexpr = None if mask is None else 1.0
+    grad_factor, _, _, _, _, _, _, _, pull = coefficients
+    p = tl.load(master_ptr, mask, other) if HAS_MASTER else tl.load(param_ptr, mask, other).to(tl.float32)
+    g = tl.load(grad_ptr, mask, other).to(tl.float32) * grad_factor
+    if HAS_ANCHOR:
+        g = _pull(g, p, tl.load(anchor_ptr, mask, other), pull)
+    return p, g
+
+
+@triton.jit
+def _store_value(
+    param_ptr, master_ptr, p, mask, key, index, HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr
+):  # fmt: skip
+    if HAS_MASTER:
+        tl.store(master_ptr, p, mask)
+    if STOCHASTIC:
+        tl.store(param_ptr, round_stochastically(p, key, index), mask)
+    else:
+        tl.store(param_ptr, round_to(p, param_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _update(
+    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, master_ptr, anchor_ptr, mask, key, index, coefficients,
+    HAS_MASTER: tl.constexpr, HAS_ANCHOR: tl.constexpr, STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    """AdamW on the entries at the pointers, where `mask`; index: their flat indices."""
+    other: tl.constexpr = None if mask is None else 1.0
+    p, g = _value_and_gradient(
+        param_ptr, grad_ptr, master_ptr, anchor_ptr, mask, coefficients, HAS_MASTER, HAS_ANCHOR
+    )  # fmt: skip
+    m = tl.load(exp_avg_ptr, mask, other)
+    v = tl.load(exp_avg_sq_ptr, mask, other)
+    p, m, v, _ = _adamw(p, g, m, v, coefficients)
+    _store_value(param_ptr, master_ptr, p, mask, key, index, HAS_MASTER, STOCHASTIC)
     tl.store(exp_avg_ptr, m, mask)
     tl.store(exp_avg_sq_ptr, v, mask)
+
+
+@triton.jit
+def _update_coded(
+    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, scale_ptr, master_ptr, anchor_ptr, mask, key, index, coefficients,
+    HAS_MASTER: tl.constexpr, HAS_ANCHOR: tl.constexpr, STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    """The same for one block of 8-bit moments, whose two scales are at `scale_ptr`."""
+    p, g = _value_and_gradient(
+        param_ptr, grad_ptr, master_ptr, anchor_ptr, mask, coefficients, HAS_MASTER, HAS_ANCHOR
+    )  # fmt: skip
+    m = decode_exp_avg(tl.load(exp_avg_ptr, mask, 0), tl.load(scale_ptr))
+    v = decode_exp_avg_sq(tl.load(exp_avg_sq_ptr, mask, 0), tl.load(scale_ptr + 1))
+    p, m, v, root = _adamw(p, g, m, v, coefficients)
+    _store_value(param_ptr, master_ptr, p, mask, key, index, HAS_MASTER, STOCHASTIC)
+    scale = block_scale(tl.where(mask, m, 0.0))
+    root_scale = block_scale(tl.where(mask, root, 0.0))
+    tl.store(exp_avg_ptr, encode_exp_avg(m, scale), mask)
+    tl.store(exp_avg_sq_ptr, encode_exp_avg_sq(root, root_scale), mask)
+    tl.debug_barrier()  # every thread has read the old scales
+    tl.store(scale_ptr, scale)
+    tl.store(scale_ptr + 1, root_scale)
 
 
 @triton.jit
@@ -112,11 +184,31 @@ def _list_block(position_ptr, rank, active, listed):
 
 
 @triton.jit
+def _entry_of_rank(group_ptr, rank_ptr, rank, groups):
+    """Where in a BITMAP tile of so many 64-entry groups its active entries number `rank` stand."""
+    at = tl.zeros_like(rank)
+    for log_step in tl.static_range(9, -1, -1):  # the last group with at most `rank` active entries before it
+        probe = at + (1 << log_step)
+        before = tl.load(rank_ptr + probe, probe < groups, -1).to(tl.uint16, bitcast=True).to(tl.int32)
+        at = tl.where((probe < groups) & (before <= rank), probe, at)
+    rank -= tl.load(rank_ptr + at).to(tl.uint16, bitcast=True).to(tl.int32)
+    group = tl.load(group_ptr + at).to(tl.uint64, bitcast=True)
+    lower = popcount(group.to(tl.uint32))
+    in_upper = rank >= lower
+    word = tl.where(in_upper, (group >> 32).to(tl.uint32), group.to(tl.uint32))
+    return 64 * at + tl.where(in_upper, 32, 0) + bit_of_rank(word, tl.where(in_upper, rank - lower, rank))
+
+
+@triton.jit
 def _masked_adamw_kernel(
-    address_ptr, exp_avg_ptr, exp_avg_sq_ptr, tile_ptr, group_ptr, rank_ptr, position_ptr, coefficient_ptr, anchor_ptr,
-    HAS_ANCHOR: tl.constexpr, BLOCK: tl.constexpr,
+    address_ptr, exp_avg_ptr, exp_avg_sq_ptr, scale_ptr, master_ptr, tile_ptr, group_ptr, rank_ptr, position_ptr,
+    coefficient_ptr, anchor_ptr,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, PACKED: tl.constexpr, CODED: tl.constexpr, HAS_MASTER: tl.constexpr,
+    HAS_ANCHOR: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`_PARTS` programs a tile. group_ptr: the bitmaps as 64-bit groups; rank_ptr: active entries before each."""
+    PARAM_SIZE: tl.constexpr = PARAM.primitive_bitwidth // 8
+    GRAD_SIZE: tl.constexpr = GRAD.primitive_bitwidth // 8
     part = tl.program_id(0) % _PARTS
     tile_ptr += (tl.program_id(0) // _PARTS).to(tl.int64) * _TILE_COLUMNS
     param = tl.load(tile_ptr + _PARAM)
@@ -132,73 +224,105 @@ def _masked_adamw_kernel(
     slot = tl.load(tile_ptr + _SLOT)
     index = tl.load(tile_ptr + _INDEX)
     encoding = tl.load(tile_ptr + _ENCODING)
-    param_address += 4 * start
-    grad_address += 4 * start
+    param_address += PARAM_SIZE * start
+    grad_address += GRAD_SIZE * (slot if PACKED else start)
+    key = tile_key(tl.load(coefficient_ptr + _ROUNDING_KEY), start) if STOCHASTIC else 0
+    low = start.to(tl.uint32)  # the lower half of the flat index of the tile's first entry
 
     done = 0
-    if (encoding == _FULL) & (((param_address | grad_address | 4 * slot) & 15) == 0):
+    if (encoding == _FULL) & (((param_address | grad_address | 4 * slot) & 15) == 0) & (not CODED):
         # Another block shape than below: blocks of equal shape get one layout, and vectors would spoil the gathers.
         VECTOR_BLOCK: tl.constexpr = 2 * BLOCK
         # Alignment by construction: a hint on an address would hold for all its uses, also below.
-        param_ptr = tl.multiple_of((param_address // 16 * 16).to(tl.pointer_type(tl.float32)), 16)
-        grad_ptr = tl.multiple_of((grad_address // 16 * 16).to(tl.pointer_type(tl.float32)), 16)
+        param_ptr = tl.multiple_of((param_address // 16 * 16).to(tl.pointer_type(PARAM)), 16)
+        grad_ptr = tl.multiple_of((grad_address // 16 * 16).to(tl.pointer_type(GRAD)), 16)
         done = active // VECTOR_BLOCK * VECTOR_BLOCK
         first = part * VECTOR_BLOCK
         while first < done:
             entry = tl.multiple_of(first, VECTOR_BLOCK) + tl.arange(0, VECTOR_BLOCK)
             packed = slot // 4 * 4 + entry
             _update(
-                param_ptr + entry, grad_ptr + entry, exp_avg_ptr + packed, exp_avg_sq_ptr + packed,
-                anchor_ptr + packed, None, coefficients, HAS_ANCHOR,
+                param_ptr + entry, grad_ptr + entry, exp_avg_ptr + packed, exp_avg_sq_ptr + packed, master_ptr + packed,
+                anchor_ptr + packed, None, key, low + entry.to(tl.uint32), coefficients,
+                HAS_MASTER, HAS_ANCHOR, STOCHASTIC,
             )  # fmt: skip
             first += _PARTS * VECTOR_BLOCK
 
-    param_ptr = param_address.to(tl.pointer_type(tl.float32))
-    grad_ptr = grad_address.to(tl.pointer_type(tl.float32))
+    param_ptr = param_address.to(tl.pointer_type(PARAM))
+    grad_ptr = grad_address.to(tl.pointer_type(GRAD))
     exp_avg_ptr += slot
     exp_avg_sq_ptr += slot
+    master_ptr += slot
     anchor_ptr += slot
     first = done + part * BLOCK
-    if encoding == _BITMAP:
+    if CODED:
+        # A program takes whole blocks of active entries, whatever the encoding.
+        scale_ptr += 2 * tl.load(tile_ptr + _FIRST_BLOCK)
+        listed = tl.where(encoding == _LIST16, active, 0)
+        group_ptr += tl.where(encoding == _BITMAP, index // 2, 0)
+        rank_ptr += tl.where(encoding == _BITMAP, index // 2, 0)
+        first = part * _STATE_BLOCK
+        while first < active:
+            rank = first + tl.arange(0, _STATE_BLOCK)
+            if encoding == _BITMAP:
+                entry = _entry_of_rank(group_ptr, rank_ptr, tl.minimum(rank, active - 1), (length + 63) // 64)
+            else:
+                entry, _ = _list_block(position_ptr + index, rank, active, listed)
+            _update_coded(
+                param_ptr + entry, grad_ptr + (rank if PACKED else entry), exp_avg_ptr + rank, exp_avg_sq_ptr + rank,
+                scale_ptr + 2 * (first // _STATE_BLOCK), master_ptr + rank, anchor_ptr + rank, rank < active,
+                key, low + entry.to(tl.uint32), coefficients, HAS_MASTER, HAS_ANCHOR, STOCHASTIC,
+            )  # fmt: skip
+            first += _PARTS * _STATE_BLOCK
+    elif encoding == _BITMAP:
         group_ptr += index // 2
         rank_ptr += index // 2
         while first < length:
-            lane = tl.arange(0, BLOCK)
-            rank, mask = _bitmap_block(group_ptr, rank_ptr, first, lane, length)
+            entry = first + tl.arange(0, BLOCK)
+            rank, mask = _bitmap_block(group_ptr, rank_ptr, first, tl.arange(0, BLOCK), length)
             _update(
-                param_ptr + first + lane, grad_ptr + first + lane, exp_avg_ptr + rank, exp_avg_sq_ptr + rank,
-                anchor_ptr + rank, mask, coefficients, HAS_ANCHOR,
+                param_ptr + entry, grad_ptr + (rank if PACKED else entry), exp_avg_ptr + rank, exp_avg_sq_ptr + rank,
+                master_ptr + rank, anchor_ptr + rank, mask, key, low + entry.to(tl.uint32), coefficients,
+                HAS_MASTER, HAS_ANCHOR, STOCHASTIC,
             )  # fmt: skip
             first += _PARTS * BLOCK
     else:
         position_ptr += index
         listed = tl.where(encoding == _LIST16, active, 0)
         while first < active:
-            lane = tl.arange(0, BLOCK)
-            entry, mask = _list_block(position_ptr, first + lane, active, listed)
+            rank = first + tl.arange(0, BLOCK)
+            entry, mask = _list_block(position_ptr, rank, active, listed)
             _update(
-                param_ptr + entry, grad_ptr + entry, exp_avg_ptr + first + lane, exp_avg_sq_ptr + first + lane,
-                anchor_ptr + first + lane, mask, coefficients, HAS_ANCHOR,
+                param_ptr + entry, grad_ptr + (rank if PACKED else entry), exp_avg_ptr + rank, exp_avg_sq_ptr + rank,
+                master_ptr + rank, anchor_ptr + rank, mask, key, low + entry.to(tl.uint32), coefficients,
+                HAS_MASTER, HAS_ANCHOR, STOCHASTIC,
             )  # fmt: skip
             first += _PARTS * BLOCK
 
 
 @triton.jit
-def _square(grad_ptr, param_ptr, anchor_ptr, mask, grad_factor, pull, HAS_ANCHOR: tl.constexpr):
+def _square(
+    grad_ptr, param_ptr, master_ptr, anchor_ptr, mask, grad_factor, pull,
+    HAS_MASTER: tl.constexpr, HAS_ANCHOR: tl.constexpr,
+):  # fmt: skip
     """float64 squares of the gradients that the update would see; lanes outside `mask` read zeros and give 0."""
-    g = tl.load(grad_ptr, mask, 0.0) * grad_factor
+    g = tl.load(grad_ptr, mask, 0.0).to(tl.float32) * grad_factor
     if HAS_ANCHOR:
-        g = _pull(g, tl.load(param_ptr, mask, 0.0), tl.load(anchor_ptr, mask, 0.0), pull)
+        p = tl.load(master_ptr, mask, 0.0) if HAS_MASTER else tl.load(param_ptr, mask, 0.0).to(tl.float32)
+        g = _pull(g, p, tl.load(anchor_ptr, mask, 0.0), pull)
     g = g.to(tl.float64)
     return g * g
 
 
 @triton.jit
 def _masked_sum_squares_kernel(
-    address_ptr, tile_ptr, group_ptr, rank_ptr, position_ptr, coefficient_ptr, anchor_ptr, sum_ptr,
-    HAS_ANCHOR: tl.constexpr, BLOCK: tl.constexpr,
+    address_ptr, master_ptr, tile_ptr, group_ptr, rank_ptr, position_ptr, coefficient_ptr, anchor_ptr, sum_ptr,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, PACKED: tl.constexpr, HAS_MASTER: tl.constexpr, HAS_ANCHOR: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Writes the sum of every part of every tile: sum_ptr is float64 [T, _PARTS]."""
+    PARAM_SIZE: tl.constexpr = PARAM.primitive_bitwidth // 8
+    GRAD_SIZE: tl.constexpr = GRAD.primitive_bitwidth // 8
     tile_ptr += (tl.program_id(0) // _PARTS).to(tl.int64) * _TILE_COLUMNS
     param = tl.load(tile_ptr + _PARAM)
     param_address = tl.load(address_ptr + 2 * param)
@@ -209,11 +333,13 @@ def _masked_sum_squares_kernel(
     start = tl.load(tile_ptr + _START)
     length = tl.load(tile_ptr + _LENGTH).to(tl.int32)
     active = tl.load(tile_ptr + _ACTIVE).to(tl.int32)
+    slot = tl.load(tile_ptr + _SLOT)
     index = tl.load(tile_ptr + _INDEX)
     encoding = tl.load(tile_ptr + _ENCODING)
-    anchor_ptr += tl.load(tile_ptr + _SLOT)
-    param_ptr = (param_address + 4 * start).to(tl.pointer_type(tl.float32))
-    grad_ptr = (grad_address + 4 * start).to(tl.pointer_type(tl.float32))
+    anchor_ptr += slot
+    master_ptr += slot
+    param_ptr = (param_address + PARAM_SIZE * start).to(tl.pointer_type(PARAM))
+    grad_ptr = (grad_address + GRAD_SIZE * (slot if PACKED else start)).to(tl.pointer_type(GRAD))
 
     total = tl.zeros([BLOCK], tl.float64)
     if grad_address != 0:
@@ -222,25 +348,77 @@ def _masked_sum_squares_kernel(
             group_ptr += index // 2
             rank_ptr += index // 2
             while first < length:
-                lane = tl.arange(0, BLOCK)
-                rank, mask = _bitmap_block(group_ptr, rank_ptr, first, lane, length)
+                entry = first + tl.arange(0, BLOCK)
+                rank, mask = _bitmap_block(group_ptr, rank_ptr, first, tl.arange(0, BLOCK), length)
                 total += _square(
-                    grad_ptr + first + lane, param_ptr + first + lane, anchor_ptr + rank,
-                    mask, grad_factor, pull, HAS_ANCHOR,
+                    grad_ptr + (rank if PACKED else entry), param_ptr + entry, master_ptr + rank, anchor_ptr + rank,
+                    mask, grad_factor, pull, HAS_MASTER, HAS_ANCHOR,
                 )  # fmt: skip
                 first += _PARTS * BLOCK
         else:
             position_ptr += index
             listed = tl.where(encoding == _LIST16, active, 0)
             while first < active:
-                lane = tl.arange(0, BLOCK)
-                entry, mask = _list_block(position_ptr, first + lane, active, listed)
+                rank = first + tl.arange(0, BLOCK)
+                entry, mask = _list_block(position_ptr, rank, active, listed)
                 total += _square(
-                    grad_ptr + entry, param_ptr + entry, anchor_ptr + first + lane,
-                    mask, grad_factor, pull, HAS_ANCHOR,
+                    grad_ptr + (rank if PACKED else entry), param_ptr + entry, master_ptr + rank, anchor_ptr + rank,
+                    mask, grad_factor, pull, HAS_MASTER, HAS_ANCHOR,
                 )  # fmt: skip
                 first += _PARTS * BLOCK
     tl.store(sum_ptr + tl.program_id(0), tl.sum(total))
+
+
+@triton.jit
+def _masked_pack_kernel(
+    address_ptr, out_ptr, tile_ptr, group_ptr, rank_ptr, position_ptr,
+    GRAD: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    GRAD_SIZE: tl.constexpr = GRAD.primitive_bitwidth // 8
+    part = tl.program_id(0) % _PARTS
+    tile_ptr += (tl.program_id(0) // _PARTS).to(tl.int64) * _TILE_COLUMNS
+    grad_address = tl.load(address_ptr + tl.load(tile_ptr + _PARAM))
+    if grad_address == 0:
+        return
+    length = tl.load(tile_ptr + _LENGTH).to(tl.int32)
+    active = tl.load(tile_ptr + _ACTIVE).to(tl.int32)
+    index = tl.load(tile_ptr + _INDEX)
+    encoding = tl.load(tile_ptr + _ENCODING)
+    out_ptr += tl.load(tile_ptr + _SLOT)
+    grad_ptr = (grad_address + GRAD_SIZE * tl.load(tile_ptr + _START)).to(tl.pointer_type(GRAD))
+    first = part * BLOCK
+    if encoding == _BITMAP:
+        while first < length:
+            rank, mask = _bitmap_block(
+                group_ptr + index // 2, rank_ptr + index // 2, first, tl.arange(0, BLOCK), length
+            )  # fmt: skip
+            values = tl.load(grad_ptr + first + tl.arange(0, BLOCK), mask, 0.0).to(tl.float32)
+            if ACCUMULATE:
+                values += tl.load(out_ptr + rank, mask, 0.0)
+            tl.store(out_ptr + rank, values, mask)
+            first += _PARTS * BLOCK
+    else:
+        listed = tl.where(encoding == _LIST16, active, 0)
+        while first < active:
+            rank = first + tl.arange(0, BLOCK)
+            entry, mask = _list_block(position_ptr + index, rank, active, listed)
+            values = tl.load(grad_ptr + entry, mask, 0.0).to(tl.float32)
+            if ACCUMULATE:
+                values += tl.load(out_ptr + rank, mask, 0.0)
+            tl.store(out_ptr + rank, values, mask)
+            first += _PARTS * BLOCK
+
+
+def _addresses(params: Sequence[Tensor], grads: Sequence[Tensor], packed: bool, device: torch.device) -> Tensor:
+    """The addresses of parameter and gradient in turn."""
+    if packed:
+        grads = [grads[0]] * len(params)
+    return address_table(list(chain(*zip(params, grads, strict=True))), device)
+
+
+def _type_of(tensors: Sequence[Tensor]) -> tl.dtype:
+    """Of those that are not empty."""
+    return next((_TYPES[tensor.dtype] for tensor in tensors if tensor.numel()), tl.float32)
 
 
 def masked_adamw_(
@@ -248,28 +426,40 @@ def masked_adamw_(
     grads: Sequence[Tensor],
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
+    scales: Tensor,
+    master: Tensor,
     tiles: Tensor,
     words: Tensor,
     ranks: Tensor,
     positions: Tensor,
     coefficients: Tensor,
     anchor: Tensor,
+    stochastic: bool,
+    packed: bool,
 ) -> None:
     """One launch over all tiles. `ranks` must be there if any tile is a bitmap (`TileTable.with_ranks`)."""
     if not len(tiles):
         return
     with on_device_of(exp_avg):
         _masked_adamw_kernel[(len(tiles) * _PARTS.value,)](
-            address_table(list(chain(*zip(params, grads, strict=True))), tiles.device),
+            _addresses(params, grads, packed, tiles.device),
             exp_avg,
             exp_avg_sq,
+            scales,
+            master,
             tiles,
             words.view(torch.int64),
             ranks,
             positions,
             coefficients,
             anchor,
+            PARAM=_TYPES[params[0].dtype],
+            GRAD=_type_of(grads),
+            PACKED=packed,
+            CODED=scales.numel() > 0,
+            HAS_MASTER=master.numel() > 0,
             HAS_ANCHOR=anchor.numel() > 0,
+            STOCHASTIC=stochastic,
             BLOCK=_BLOCK,
             num_warps=_NUM_WARPS,
             enable_fp_fusion=False,
@@ -279,19 +469,22 @@ def masked_adamw_(
 def masked_sum_squares(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
+    master: Tensor,
     tiles: Tensor,
     words: Tensor,
     ranks: Tensor,
     positions: Tensor,
     coefficients: Tensor,
     anchor: Tensor,
+    packed: bool,
 ) -> Tensor:
     """float64 [T]; each sum is taken in an order that depends on the tile only."""
     sums = torch.empty(len(tiles), _PARTS.value, dtype=torch.float64, device=tiles.device)
     if len(tiles):
         with on_device_of(tiles):
             _masked_sum_squares_kernel[(len(tiles) * _PARTS.value,)](
-                address_table(list(chain(*zip(params, grads, strict=True))), tiles.device),
+                _addresses(params, grads, packed, tiles.device),
+                master,
                 tiles,
                 words.view(torch.int64),
                 ranks,
@@ -299,9 +492,41 @@ def masked_sum_squares(
                 coefficients,
                 anchor,
                 sums,
+                PARAM=_TYPES[params[0].dtype],
+                GRAD=_type_of(grads),
+                PACKED=packed,
+                HAS_MASTER=master.numel() > 0,
                 HAS_ANCHOR=anchor.numel() > 0,
                 BLOCK=_BLOCK,
                 num_warps=_NUM_WARPS,
                 enable_fp_fusion=False,
             )
     return sums.sum(1)
+
+
+def masked_pack_(
+    grads: Sequence[Tensor],
+    out: Tensor,
+    tiles: Tensor,
+    words: Tensor,
+    ranks: Tensor,
+    positions: Tensor,
+    accumulate: bool,
+) -> None:
+    """One launch over the tiles of all gradients that are there."""
+    if not len(tiles):
+        return
+    with on_device_of(out):
+        _masked_pack_kernel[(len(tiles) * _PARTS.value,)](
+            address_table(list(grads), tiles.device),
+            out,
+            tiles,
+            words.view(torch.int64),
+            ranks,
+            positions,
+            GRAD=_type_of(grads),
+            ACCUMULATE=accumulate,
+            BLOCK=_BLOCK,
+            num_warps=_NUM_WARPS,
+            enable_fp_fusion=False,
+        )

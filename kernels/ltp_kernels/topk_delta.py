@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bits import popcount
+from .bits import bit_of_rank, popcount
 from .launch import address, on_device_of
 
 TILE = 65_536
@@ -62,20 +62,6 @@ def _keys(initial_ptr, tuned_ptr, entry, mask, HAS_INITIAL: tl.constexpr):
 
 
 @triton.jit
-def _bit_of_rank(word, rank):
-    """Position 0..31 of the set bit of uint32 `word` that has `rank` set bits below it; rank < popcount(word)."""
-    position = tl.zeros_like(rank)
-    for log_width in tl.static_range(4, -1, -1):
-        width = 1 << log_width
-        lower = popcount(word & ((1 << width) - 1))
-        skip = rank >= lower
-        rank = tl.where(skip, rank - lower, rank)
-        position = tl.where(skip, position + width, position)
-        word = tl.where(skip, word >> width, word)
-    return position
-
-
-@triton.jit
 def _pack(flags, lane):
     """bool [ROWS, 32] -> uint32 words [ROWS], lane 0 in the lowest bit."""
     return tl.sum(flags.to(tl.uint32) << lane, 1)
@@ -115,7 +101,7 @@ def _collect(
         word = tl.where(before <= rank, probe, word)
     before = tl.load(before_ptr + word).to(tl.uint16, bitcast=True).to(tl.int32)
     inside = tl.load(inside_words_ptr + word).to(tl.uint32, bitcast=True)
-    position = word * 32 + _bit_of_rank(inside, rank - before)
+    position = word * 32 + bit_of_rank(inside, rank - before)
     tl.store(key_ptr + rank, _keys(initial_ptr, tuned_ptr, position, mask, HAS_INITIAL), mask)
     tl.store(position_ptr + rank, position.to(tl.int16), mask)
 
@@ -177,7 +163,7 @@ def _delta_band_kernel(
             before = tl.cumsum(count) - count
             if HAS_TAKE:
                 wanted = tl.maximum(tl.load(take_ptr + tile).to(tl.int32) - before, 0)
-                end = _bit_of_rank(inside, wanted).to(tl.uint32)
+                end = bit_of_rank(inside, wanted).to(tl.uint32)
                 taken = tl.where(wanted < count, inside & ((tl.full([], 1, tl.uint32) << end) - 1), inside)
                 marked = tl.load(tile_words_ptr + word, exists)
                 tl.store(tile_words_ptr + word, marked | taken.to(tl.int32, bitcast=True), exists)

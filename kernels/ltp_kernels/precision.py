@@ -1,0 +1,94 @@
+"""Stochastic rounding and 8-bit moments, as in `csrc/common/rounding.h` and `csrc/common/quantization.h`."""
+
+import os
+
+import triton
+import triton.language as tl
+
+# The interpreter (Triton 3.6) truncates where the compiled conversion to bfloat16 rounds to nearest.
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def round_to(value, TYPE: tl.constexpr):
+    """float32 -> TYPE, to the nearest, ties to even."""
+    if _INTERPRETED and TYPE == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
+        is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+        return tl.where(is_nan, 0x7FC0, rounded).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return value.to(TYPE)
+
+
+@triton.jit
+def _mix32(x):
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def tile_key(rounding_key, start):
+    """uint32 key of the tile whose first entry is `start` (int64); rounding_key: the float64 of the coefficients."""
+    upper = (start >> 32).to(tl.uint32)
+    return _mix32(rounding_key.to(tl.int64).to(tl.uint32) + upper * 0x9E3779B9)
+
+
+@triton.jit
+def round_stochastically(value, key, index):
+    """float32 -> bfloat16 with the random bits of the entries `index` (lower 32 bits of their flat indices)."""
+    bits = value.to(tl.uint32, bitcast=True)
+    random = _mix32(key ^ index.to(tl.uint32)) >> 16
+    rounded = ((bits + random) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    finite = (bits & 0x7F800000) != 0x7F800000
+    return tl.where(finite, rounded, round_to(value, tl.bfloat16))
+
+
+@triton.jit
+def _nearest_integer(x):
+    """Ties to even, for |x| < 2^22."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def block_scale(values):
+    """bfloat16 scalar: the scale of a block of values. As bits a NaN is above everything."""
+    largest = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
+    scale = (largest + 0xFFFF) >> 16
+    scale = tl.where(largest >= 0x7F800000, 0x7FC0, scale)
+    scale = tl.where(largest < ((127 - 120) << 23), 0, scale)
+    return scale.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _ratio(values, scale):
+    scale = scale.to(tl.float32)
+    ratio = values * tl.where(scale > 0.0, tl.div_rn(1.0, scale), 0.0)
+    return tl.where(tl.abs(ratio) <= 2.0, ratio, 0.0)  # not finite: 0 times the block's NaN
+
+
+@triton.jit
+def encode_exp_avg(value, scale):
+    x = _ratio(value, scale)
+    return _nearest_integer(127.0 * tl.div_rn(x + x, 1.0 + tl.abs(x))).to(tl.int32).to(tl.int8)
+
+
+@triton.jit
+def decode_exp_avg(code, scale):
+    y = code.to(tl.float32) * 0.007874015718698502  # 1 / 127 in float32
+    return tl.div_rn(y, 2.0 - tl.abs(y)) * scale.to(tl.float32)
+
+
+@triton.jit
+def encode_exp_avg_sq(root, scale):
+    x = _ratio(root, scale)
+    code = _nearest_integer(255.0 * x)
+    return tl.where((x > 0.0) & (code < 1.0), 1.0, code).to(tl.int32).to(tl.uint8)
+
+
+@triton.jit
+def decode_exp_avg_sq(code, scale):
+    root = code.to(tl.float32) * (scale.to(tl.float32) * 0.003921568859368563)  # 1 / 255 in float32
+    return root * root
