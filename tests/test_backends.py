@@ -105,32 +105,46 @@ def test_module_prints_versions_and_the_table_with_reasons(no_kernels, capsys):
 # --- contract 9: every operator is registered with torch.library, with schema, fake and mutation declared ---
 
 
-@pytest.mark.parametrize("with_anchor", [False, True], ids=["plain", "pull"])
+PRECISIONS = {
+    "float32": {},
+    "8bit-master": {"dtype": torch.float16, "states": "8bit", "master": True},
+    "stochastic": {"dtype": torch.bfloat16, "stochastic": True},
+}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
-def test_opcheck_masked_adamw(backend, with_anchor):
-    problem = update_problem({"a": (40, 7), "b": (90,), "c": (5,)}, density=0.3)
-    table, k = problem.table, problem.table.k
-    index = (table.tiles, table.words, table.with_ranks().ranks, table.positions, problem.coefficients)
-    anchor = torch.zeros(k if with_anchor else 0)
-    grads = [problem.grads[0], torch.empty(0), problem.grads[2]]
+def test_opcheck_masked_adamw(backend, precision, packed):
+    problem = update_problem({"a": (40, 7), "b": (90,), "c": (5,)}, density=0.3, **precision)
+    table, k, empty = problem.table, problem.table.k, torch.zeros(0)
+    index = (table.tiles, table.words, table.with_ranks().ranks, table.positions)
+    anchor = torch.zeros(k if packed else 0)
+    grads = [torch.ones(k)] if packed else [problem.grads[0], torch.empty(0), problem.grads[2]]
+    scales, master = (empty if tensor is None else tensor for tensor in (problem.scales, problem.master))
+    state = problem.exp_avg, problem.exp_avg_sq, scales, master
+    last = problem.coefficients, anchor
+    operators = torch.ops.ltp_sparse
     with using(backend):
+        arguments = (problem.params, grads, *state, *index, *last, problem.stochastic, packed)
+        torch.library.opcheck(operators.masked_adamw_.default, arguments)
         torch.library.opcheck(
-            torch.ops.ltp_sparse.masked_adamw_.default,
-            (problem.params, grads, problem.exp_avg, problem.exp_avg_sq, *index, anchor),
+            operators.masked_sum_squares.default, (problem.params, grads, master, *index, *last, packed)
         )
-        torch.library.opcheck(torch.ops.ltp_sparse.masked_sum_squares.default, (problem.params, grads, *index, anchor))
+        torch.library.opcheck(operators.masked_pack_.default, (problem.grads, torch.zeros(k), *index, packed))
 
 
 @pytest.mark.parametrize("backend", [p for p in ALL_BACKENDS if p.values == ("triton",)])
 def test_operator_refuses_a_table_without_the_ranks_that_a_kernel_reads(backend):
     problem = update_problem({"a": (40, 7)}, density=0.3)
     params, grads, exp_avg, exp_avg_sq, table, coefficients = problem.args()
-    index = (table.tiles, table.words, table.ranks, table.positions, coefficients, torch.zeros(0))
+    empty = torch.zeros(0)
+    index = (table.tiles, table.words, table.ranks, table.positions, coefficients, empty)
     with using(backend):
         with pytest.raises(ValueError, match="the triton backend needs a table with ranks"):
-            torch.ops.ltp_sparse.masked_adamw_(params, grads, exp_avg, exp_avg_sq, *index)
+            torch.ops.ltp_sparse.masked_adamw_(params, grads, exp_avg, exp_avg_sq, empty, empty, *index, False, False)
         with pytest.raises(ValueError, match="the triton backend needs a table with ranks"):
-            torch.ops.ltp_sparse.masked_sum_squares(params, grads, *index)
+            torch.ops.ltp_sparse.masked_sum_squares(params, grads, empty, *index, False)
         ls.masked_adamw_(*problem.args())
     assert bool(exp_avg.any()), "the functional door brings the ranks itself"
 
@@ -146,4 +160,4 @@ def test_opcheck_topk_delta(backend):
 
 def test_every_operator_is_checked_above():
     defined = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("ltp_sparse::")}
-    assert defined == {"masked_adamw_", "masked_sum_squares", "topk_delta"}
+    assert defined == {"masked_adamw_", "masked_sum_squares", "masked_pack_", "topk_delta"}

@@ -20,7 +20,7 @@ KERNELS = ROOT / "kernels" / "ltp_kernels"
 # Lower layers know nothing of higher ones; modules of one layer may use each other.
 LAYERS = [
     {"kernels", "_C"},
-    {"files", "names", "encoding", "reference", "topk", "checkpoints"},
+    {"files", "names", "quantization", "rounding", "encoding", "reference", "topk", "checkpoints"},
     {"backends"},
     {"ops", "random_sets", "ticket", "delta"},
     {"optim", "selection", "prompting", "tasks", "report", "testing"},
@@ -31,7 +31,20 @@ LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in 
 
 HEAVY = ["transformers", "datasets", "accelerate", "matplotlib"]
 LIGHT = [  # must import without any of HEAVY
-    *["files", "names", "encoding", "reference", "topk", "backends", "ops", "random_sets", "ticket", "delta"],
+    *[
+        "files",
+        "names",
+        "quantization",
+        "rounding",
+        "encoding",
+        "reference",
+        "topk",
+        "backends",
+        "ops",
+        "random_sets",
+        "ticket",
+        "delta",
+    ],
     *["optim", "selection", "prompting", "tasks", "report", "testing", "cli"],
 ]
 

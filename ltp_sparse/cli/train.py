@@ -41,6 +41,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--learning-rate", type=float, help="default: the method's (LTP: 2e-5)")
     parser.add_argument("--batch-size", type=int, help="pairs per update (default: 32)")
     parser.add_argument("--micro-batch-size", type=int, help="pairs per forward pass, to save memory")
+    parser.add_argument("--states", choices=("float32", "8bit"), default="float32", help="precision of the moments")
+    parser.add_argument(
+        "--gradients", choices=("packed", "dense"), default="packed", help="dense keeps all of every gradient"
+    )
     parser.add_argument("--max-length", type=int, help="tokens of an input (default: 256)")
     parser.add_argument("--n-prompt", type=int, help="prompt embeddings (default: 4)")
     parser.add_argument("--encoder", choices=("bilstm", "mlp", "none"), help="prompt encoder (default: bilstm)")
@@ -108,6 +112,8 @@ def run(options: argparse.Namespace) -> None:
             resume=options.resume,
             micro_batch_size=options.micro_batch_size,
             bf16=options.bf16,
+            states=options.states,
+            gradients=options.gradients,
             progress=not options.quiet,
             arguments={"report_to": options.report_to},
         )

@@ -264,7 +264,7 @@ class Launch:
         optional = (self.scales, self.master, self.anchor)
         state = [self.exp_avg, self.exp_avg_sq, *(tensor for tensor in optional if tensor is not None)]
         if self.packed is not None:
-            state += self.packed.tensors()
+            state += self.packed.index_tensors()
         return [*state, table.tiles, table.words, table.ranks, table.positions]
 
 

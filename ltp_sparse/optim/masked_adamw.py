@@ -105,6 +105,7 @@ class MaskedAdamW(Optimizer):
         self.grad_norm: Tensor | None = None
         self._sets = {named[name]: ticket.sets[name] for name in names}  # all other parameters are dense
         self._launches: list[Launch] = []
+        self._removed = False
         members = [named[name] for name in names]
         self._dense_of: dict[nn.Parameter, nn.Parameter] = {}
         if gradients == "packed":
@@ -214,6 +215,8 @@ class MaskedAdamW(Optimizer):
         Raises:
             ValueError: a gradient is sparse or of another dtype, or a parameter changed its shape or dtype.
         """
+        if self._removed:
+            raise RuntimeError("MaskedAdamW: remove() has taken the hooks of its packed gradients away; make a new one")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -299,7 +302,7 @@ class MaskedAdamW(Optimizer):
                 'MaskedAdamW: gradients="packed" hooks into its model and cannot be copied; make an optimizer for the '
                 "copy of the model and load the state_dict"
             )
-        own = ("max_grad_norm", "grad_norm", "precision", "_dense_of", "_sets", "_launches", "_hyper_known")
+        own = ("max_grad_norm", "grad_norm", "precision", "_removed", "_dense_of", "_sets", "_launches", "_hyper_known")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -315,10 +318,11 @@ class MaskedAdamW(Optimizer):
                 launch.packed.average(group)
 
     def remove(self) -> None:
-        """Takes the hooks of packed gradients away; the optimizer is of no use after that."""
+        """Takes the hooks of packed gradients away; a further step is an error. Without such hooks it does nothing."""
         for launch in self._launches:
             if launch.packed is not None:
                 launch.packed.remove()
+                self._removed = True
 
     @property
     def active_entries(self) -> int:
@@ -326,7 +330,7 @@ class MaskedAdamW(Optimizer):
         return sum(launch.table.k for launch in self._launches)
 
     def state_bytes(self) -> int:
-        """Bytes held on top of weights and gradients: moments, index, and the pull's initial values."""
+        """Bytes held on top of weights and gradients: moments, masters, index, and the pull's initial values."""
         return sum(tensor.nbytes for launch in self._launches for tensor in launch.tensors())
 
     def __repr__(self) -> str:

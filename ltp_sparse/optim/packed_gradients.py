@@ -164,8 +164,9 @@ class PackedGradients:
             if carrier.grad is None:
                 view.zero_()
 
-    def tensors(self) -> list[Tensor]:
-        return [self.buffer, *(tensor for rows in self._rows.values() for tensor in (rows.words, rows.starts))]
+    def index_tensors(self) -> list[Tensor]:
+        """What is held to find the active entries of embedding rows."""
+        return [tensor for rows in self._rows.values() for tensor in (rows.words, rows.starts)]
 
     def consume(self) -> None:
         """The next backward overwrites."""

@@ -88,6 +88,8 @@ def train_prompt(
     resume: bool = False,
     micro_batch_size: int | None = None,
     bf16: bool = False,
+    states: str = "float32",
+    gradients: str = "packed",
     progress: bool = True,
     check_frozen: bool = True,
     arguments: Mapping[str, Any] | None = None,
@@ -110,6 +112,8 @@ def train_prompt(
         micro_batch_size: pairs per forward pass and device, to save memory; the update is that of the whole batch. With
             several processes (torchrun) an incomplete last batch is filled up with pairs from the beginning.
         bf16: compute in bfloat16 under autocast; weights stay float32.
+        states: "float32" or "8bit" moments, see `MaskedAdamW`.
+        gradients: "packed" keeps of every gradient the ticket's entries only, "dense" all of them.
         progress: show a progress bar.
         check_frozen: hash what must not train, before and after, and raise RuntimeError if a bit of it changed.
         arguments: further `transformers.TrainingArguments`, e.g. {"report_to": "tensorboard"}.
@@ -140,6 +144,7 @@ def train_prompt(
             active,
             dense=model.prompt_encoder,
             keep_best=keep_best,
+            optimizer_options={"states": states, "gradients": gradients},
             train_dataset=encode(train),
             eval_dataset=encode(dev),
             data_collator=collator(language_model.config.pad_token_id),
@@ -153,7 +158,10 @@ def train_prompt(
         checkpoint = last_checkpoint(folder) if resume else None
         start = time.perf_counter()
         with _back_to_base_on_failure(trainer):
-            trainer.train(resume_from_checkpoint=checkpoint)
+            try:
+                trainer.train(resume_from_checkpoint=checkpoint)
+            finally:
+                trainer.release_model()
         seconds = time.perf_counter() - start
         best = keep_best.delta()
 

@@ -121,9 +121,18 @@ class SparseTrainer(Trainer):
             self.base.restore(self.model, SparseDelta.load(self.resumed_from / DELTA_FILE))
         return self.optimizer
 
+    def _masked_adamw(self) -> MaskedAdamW | None:
+        return getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+
+    def release_model(self) -> None:
+        """Takes the hooks of packed gradients off the model; nothing can be trained after that."""
+        optimizer = self._masked_adamw()
+        if optimizer is not None:
+            optimizer.remove()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the norm that clipping saw to the training logs."""
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+        optimizer = self._masked_adamw()
         if "loss" in logs and optimizer is not None and optimizer.grad_norm is not None:
             logs["grad_norm"] = float(optimizer.grad_norm)
         super().log(logs, start_time)
