@@ -1,13 +1,19 @@
-"""Builds the compiled extension. LTP_SPARSE_EXT=auto|cpu|cuda|off; everything else stands in pyproject.toml."""
+"""Builds the compiled extensions, `_C` (CPU) and `_C_cuda`; everything else stands in pyproject.toml.
+
+LTP_SPARSE_EXT=auto (what can be built) | cpu | cuda (both; an error without a CUDA toolkit) | off
+"""
 
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 # No fused multiply-add: every instruction set gives the same bits. The next two let square roots and selects vectorise.
 FLAGS = ["-O3", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread"]
@@ -19,14 +25,41 @@ ISA_FLAGS = {
         "-Wno-maybe-uninitialized",  # GCC 12 gives it for its own intrinsics
     ],
 }
+# IEEE arithmetic: the bits of the CPU kernels. Machine code for two generations, PTX for later ones.
+NVCC_FLAGS = [
+    *["-std=c++17", "-O3", "--fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false", "-Xcompiler=-fPIC"],
+    *["-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=[sm_90,compute_90]"],
+]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ROOT = Path(__file__).parent
 
 
+def cuda_home():
+    """The folder of a CUDA toolkit with compiler, headers and static runtime, or None."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc")
+    on_path = [Path(nvcc).resolve().parents[1]] if nvcc else []
+    usual = [Path("/usr/local/cuda"), *sorted(Path("/usr/local").glob("cuda-*"), reverse=True)]
+    needed = ("bin/nvcc", "include/cuda_runtime.h", "lib64/libcudart_static.a")
+    homes = [Path(named)] if named else [*on_path, *usual]
+    return next((home for home in homes if all((home / part).exists() for part in needed)), None)
+
+
 class BuildExtension(build_ext):
-    """Compiles the kernels of each instruction set with its own flags."""
+    """Compiles the kernels of each instruction set with its own flags, and CUDA sources with nvcc."""
 
     def build_extension(self, ext):
+        if ext.name.endswith("_C_cuda"):
+            home, folder = cuda_home(), Path(self.build_temp)
+            folder.mkdir(parents=True, exist_ok=True)
+            for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+                target = folder / f"{source.stem}.cu.o"
+                command = [str(home / "bin" / "nvcc"), *NVCC_FLAGS, "-c", str(source), "-o", str(target)]
+                try:
+                    subprocess.run(command, check=True)
+                except (OSError, subprocess.CalledProcessError) as error:
+                    raise CompileError(f"nvcc failed on {source.name}: {error}") from error
+                ext.extra_objects.append(str(target))
         compile_one = self.compiler._compile
 
         def compile_with_isa_flags(obj, source, extension, cc_args, extra_postargs, pp_opts):
@@ -44,12 +77,13 @@ def extensions():
     wanted = os.environ.get("LTP_SPARSE_EXT", "auto")
     if wanted == "off":
         return []
-    if wanted == "cuda":
-        sys.exit("LTP_SPARSE_EXT=cuda: this version has no CUDA extension; use auto, cpu or off")
-    if wanted not in ("auto", "cpu"):
+    if wanted not in ("auto", "cpu", "cuda"):
         sys.exit(f"LTP_SPARSE_EXT must be auto, cpu, cuda or off, got {wanted!r}")
+    home = cuda_home()
+    if wanted == "cuda" and home is None:
+        sys.exit("LTP_SPARSE_EXT=cuda: no CUDA toolkit; put nvcc on the PATH, or its folder into CUDA_HOME")
     sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("cpu/*.cpp"))
-    return [
+    found = [
         Pybind11Extension(
             "ltp_sparse._C",
             ["csrc/bindings.cpp", *(s for s in sources if X86 or Path(s).stem not in ISA_FLAGS)],
@@ -61,6 +95,20 @@ def extensions():
             optional=wanted == "auto",
         )
     ]
+    if home is not None and wanted in ("auto", "cuda"):
+        library = home / "lib64"
+        found.append(
+            Pybind11Extension(
+                "ltp_sparse._C_cuda",
+                ["csrc/bindings_cuda.cpp"],
+                depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*h")),
+                cxx_std=17,
+                # the static runtime: one module serves every torch, and imports where there is no driver
+                extra_link_args=[f"-L{library}", "-lcudart_static", "-ldl", "-lrt", "-pthread"],
+                optional=wanted == "auto",
+            )
+        )
+    return found
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})

@@ -1,7 +1,7 @@
 """The one door to compiled code and kernels: which backends there are, why one is missing, and which one serves a call.
 
 * ``reference``: plain PyTorch, every device.
-* ``compiled``:  C++ (`csrc/`), CPU tensors.
+* ``compiled``:  C++ for CPU tensors, CUDA for GPU tensors (`csrc/`).
 * ``triton``:    Triton kernels (`kernels/`), GPU tensors; CPU tensors under TRITON_INTERPRET=1.
 
 ``auto`` takes the fastest that serves the device and can say why; an explicit choice is obeyed or refused.
@@ -63,6 +63,17 @@ def _gomp_parallel() -> int:
         return ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p).value or 0
     except (OSError, AttributeError):
         return 0
+
+
+@cache
+def _cuda_extension() -> ModuleType | str:
+    """The compiled CUDA module, or why it cannot serve."""
+    try:
+        extension = importlib.import_module("ltp_sparse._C_cuda")
+    except ImportError as error:
+        return f"ltp_sparse._C_cuda is not built ({error}); LTP_SPARSE_EXT=cuda builds it, or says why not"
+    # its tables of addresses are made by the launchers of the Triton kernels
+    return reason if isinstance(reason := _kernels(), str) else extension
 
 
 @cache
@@ -202,6 +213,100 @@ def _compiled() -> Backend:
 
 
 @cache
+def _compiled_cuda() -> Backend:
+    """`_C_cuda` reads addresses from device memory; the table is compared with the live tensors in every call."""
+    c = _cuda_extension()
+    assert isinstance(c, ModuleType)
+    launch = importlib.import_module("ltp_sparse.kernels.launch")
+
+    def stream(device: torch.device) -> int:
+        return torch.cuda.current_stream(device).cuda_stream
+
+    def parts(active: int, tiles: int) -> int:
+        """Thread blocks a tile: each has some hundred active entries to work on."""
+        return max(1, min(16, -(-active // (512 * tiles))))
+
+    def masked_adamw_(
+        params, grads, exp_avg, exp_avg_sq, scales, master,
+        tiles, words, ranks, positions, coefficients, anchor, stochastic, packed,
+    ):  # fmt: skip
+        if not len(tiles):
+            return
+        with launch.on_device_of(exp_avg):
+            c.masked_adamw_(
+                launch.address_pairs(params, grads, packed, tiles.device).data_ptr(),
+                DTYPES[params[0].dtype],
+                _grad_code(grads),
+                packed,
+                exp_avg.data_ptr(),
+                exp_avg_sq.data_ptr(),
+                _address(scales),
+                _address(master),
+                tiles.data_ptr(),
+                tiles.shape[0],
+                words.data_ptr(),
+                ranks.data_ptr(),
+                positions.data_ptr(),
+                coefficients.data_ptr(),
+                _address(anchor),
+                stochastic,
+                parts(exp_avg.numel(), tiles.shape[0]),
+                stream(tiles.device),
+            )
+
+    def masked_sum_squares(params, grads, master, tiles, words, ranks, positions, coefficients, anchor, packed):
+        shares = 16
+        out = torch.empty(tiles.shape[0], shares, dtype=torch.float64, device=tiles.device)
+        if len(tiles):
+            with launch.on_device_of(tiles):
+                c.masked_sum_squares(
+                    launch.address_pairs(params, grads, packed, tiles.device).data_ptr(),
+                    DTYPES[params[0].dtype],
+                    _grad_code(grads),
+                    packed,
+                    _address(master),
+                    tiles.data_ptr(),
+                    tiles.shape[0],
+                    words.data_ptr(),
+                    ranks.data_ptr(),
+                    positions.data_ptr(),
+                    coefficients.data_ptr(),
+                    _address(anchor),
+                    out.data_ptr(),
+                    shares,
+                    stream(tiles.device),
+                )
+        return out.sum(1)
+
+    def masked_pack_(grads, out, tiles, words, ranks, positions, accumulate):
+        if not len(tiles):
+            return
+        with launch.on_device_of(out):
+            c.masked_pack_(
+                launch.address_table(list(grads), tiles.device).data_ptr(),
+                _grad_code(grads),
+                out.data_ptr(),
+                tiles.data_ptr(),
+                tiles.shape[0],
+                words.data_ptr(),
+                ranks.data_ptr(),
+                positions.data_ptr(),
+                accumulate,
+                parts(out.numel(), tiles.shape[0]),
+                stream(tiles.device),
+            )
+
+    def no_selection(*_: object) -> None:
+        raise BackendUnavailable(
+            'the compiled backend has no selection for CUDA tensors; use_backend("triton"), or "auto"'
+        )
+
+    return Backend(
+        "compiled", masked_adamw_, masked_sum_squares, masked_pack_, no_selection, no_selection, needs_ranks=True
+    )
+
+
+@cache
 def _triton() -> Backend:
     kernels = _kernels()
     assert isinstance(kernels, ModuleType)
@@ -231,9 +336,11 @@ def unavailable_reason(name: str, device: torch.device) -> str | None:
     if name == "reference":
         return None
     if name == "compiled":
-        if isinstance(reason := _extension(), str):
-            return reason
-        return None if device.type == "cpu" else f"it serves CPU tensors, not {device.type}"
+        if device.type not in ("cpu", "cuda"):
+            return f"it serves CPU and CUDA tensors, not {device.type}"
+        return (
+            reason if isinstance(reason := _extension() if device.type == "cpu" else _cuda_extension(), str) else None
+        )
     if isinstance(reason := _kernels(), str):
         return reason
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -242,7 +349,8 @@ def unavailable_reason(name: str, device: torch.device) -> str | None:
 
 
 NAMES = ("reference", "compiled", "triton")
-_ORDER = {"cpu": ("compiled", "reference"), "cuda": ("triton", "reference")}
+# On GPUs Triton stays first until the CUDA kernels have been measured against it.
+_ORDER = {"cpu": ("compiled", "reference"), "cuda": ("triton", "compiled", "reference")}
 _chosen: str | None = None
 
 
@@ -278,7 +386,9 @@ def resolve(device: torch.device) -> Backend:
         )
     if name == "reference":
         return _reference
-    return _compiled() if name == "compiled" else _triton()
+    if name == "triton":
+        return _triton()
+    return _compiled() if device.type == "cpu" else _compiled_cuda()
 
 
 def available_backends(device: torch.device | str = "cpu") -> dict[str, str]:

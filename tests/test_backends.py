@@ -24,6 +24,7 @@ def _no_choice(monkeypatch):
 def no_extension(monkeypatch):
     """An installation without a compiler."""
     monkeypatch.setattr(backends, "_extension", lambda: "ltp_sparse._C is not built (no compiler)")
+    monkeypatch.setattr(backends, "_cuda_extension", lambda: "ltp_sparse._C_cuda is not built (no compiler)")
 
 
 @pytest.fixture
@@ -53,7 +54,13 @@ def test_explicit_backend_is_refused_where_it_cannot_serve_the_device(monkeypatc
     monkeypatch.setattr(backends, "_extension", lambda: backends)  # any module: it is there
     monkeypatch.setattr(backends, "_kernels", lambda: backends)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    for name, device, reason in (("compiled", CUDA, "CPU tensors, not cuda"), ("triton", CPU, "TRITON_INTERPRET")):
+    monkeypatch.setattr(backends, "_cuda_extension", lambda: "ltp_sparse._C_cuda is not built (no nvcc)")
+    meta = torch.device("meta")
+    for name, device, reason in (
+        ("compiled", CUDA, "no nvcc"),
+        ("compiled", meta, "CPU and CUDA tensors, not meta"),
+        ("triton", CPU, "TRITON_INTERPRET"),
+    ):
         ls.use_backend(name)
         with pytest.raises(backends.BackendUnavailable, match=f"{name} was asked for.*{reason}"):
             backends.resolve(device)
@@ -80,7 +87,7 @@ def test_auto_falls_back_and_says_why(no_extension, no_kernels):
 def test_auto_takes_the_fastest_for_the_device(monkeypatch):
     monkeypatch.setattr(backends, "_extension", lambda: backends)
     monkeypatch.setattr(backends, "_kernels", lambda: backends)
-    assert backends._ORDER == {"cpu": ("compiled", "reference"), "cuda": ("triton", "reference")}
+    assert backends._ORDER == {"cpu": ("compiled", "reference"), "cuda": ("triton", "compiled", "reference")}
     assert backends.unavailable_reason("compiled", CPU) is None
     assert backends.unavailable_reason("triton", CUDA) is None
     assert backends.resolve(torch.device("meta")).name == "reference"

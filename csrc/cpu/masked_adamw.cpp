@@ -5,20 +5,13 @@
 #include <string>
 
 #include "../common/rounding.h"
+#include "../common/tile.h"
 #include "kernels.h"
 #include "thread_pool.h"
 #include "tile_queue.h"
 
 namespace ltp {
 namespace {
-
-// A row of the tile table.
-struct TileRow {
-    int64_t param, start, length, active, slot, index;
-    Encoding encoding;
-    int64_t block;
-};
-static_assert(sizeof(TileRow) == 8 * sizeof(int64_t), "a row of the tile table has 8 columns");
 
 TileRow row_of(const MaskedAdamW& table, int64_t t) { return reinterpret_cast<const TileRow*>(table.tiles)[t]; }
 

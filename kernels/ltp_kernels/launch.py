@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -28,6 +29,13 @@ def address_table(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         _captured[addresses, device] = table
     return table
+
+
+def address_pairs(params: Sequence[Tensor], grads: Sequence[Tensor], packed: bool, device: torch.device) -> Tensor:
+    """int64 [2 P]: the addresses of parameter and gradient in turn; packed: of the one gradient tensor every time."""
+    if packed:
+        grads = [grads[0]] * len(params)
+    return address_table(list(chain(*zip(params, grads, strict=True))), device)
 
 
 @lru_cache(maxsize=64)

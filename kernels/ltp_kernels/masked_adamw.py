@@ -16,7 +16,6 @@ are skipped.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 
 import torch
 import triton
@@ -24,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .bits import bit_of_rank, popcount
-from .launch import address_table, on_device_of
+from .launch import address_pairs, address_table, on_device_of
 from .precision import (
     block_scale,
     decode_exp_avg,
@@ -409,13 +408,6 @@ def _masked_pack_kernel(
             first += _PARTS * BLOCK
 
 
-def _addresses(params: Sequence[Tensor], grads: Sequence[Tensor], packed: bool, device: torch.device) -> Tensor:
-    """The addresses of parameter and gradient in turn."""
-    if packed:
-        grads = [grads[0]] * len(params)
-    return address_table(list(chain(*zip(params, grads, strict=True))), device)
-
-
 def _type_of(tensors: Sequence[Tensor]) -> tl.dtype:
     """Of those that are not empty."""
     return next((_TYPES[tensor.dtype] for tensor in tensors if tensor.numel()), tl.float32)
@@ -442,7 +434,7 @@ def masked_adamw_(
         return
     with on_device_of(exp_avg):
         _masked_adamw_kernel[(len(tiles) * _PARTS.value,)](
-            _addresses(params, grads, packed, tiles.device),
+            address_pairs(params, grads, packed, tiles.device),
             exp_avg,
             exp_avg_sq,
             scales,
@@ -483,7 +475,7 @@ def masked_sum_squares(
     if len(tiles):
         with on_device_of(tiles):
             _masked_sum_squares_kernel[(len(tiles) * _PARTS.value,)](
-                _addresses(params, grads, packed, tiles.device),
+                address_pairs(params, grads, packed, tiles.device),
                 master,
                 tiles,
                 words.view(torch.int64),

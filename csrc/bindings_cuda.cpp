@@ -1,0 +1,86 @@
+// The module ltp_sparse._C_cuda: CUDA kernels over device addresses and sizes, on the caller's stream and current
+// device.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cuda/masked_adamw.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+ltp::Dtype dtype_of(int code) {
+    if (code < 0 || code > 2) throw std::invalid_argument("dtype codes are 0, 1 and 2, got " + std::to_string(code));
+    return ltp::Dtype(code);
+}
+
+ltp::CudaTable table_of(uintptr_t addresses, int param_dtype, int grad_dtype, bool packed, uintptr_t tiles,
+                        int64_t n_tiles, uintptr_t words, uintptr_t ranks, uintptr_t positions, int parts) {
+    ltp::CudaTable table = {};
+    table.addresses = at<const int64_t>(addresses);
+    table.param_dtype = dtype_of(param_dtype);
+    table.grad_dtype = dtype_of(grad_dtype);
+    table.packed = packed;
+    table.tiles = at<const ltp::TileRow>(tiles);
+    table.n_tiles = n_tiles;
+    table.words = at<const int32_t>(words);
+    table.ranks = at<const uint16_t>(ranks);
+    table.positions = at<const uint16_t>(positions);
+    table.parts = parts;
+    return table;
+}
+
+void masked_adamw_(uintptr_t addresses, int param_dtype, int grad_dtype, bool packed, uintptr_t exp_avg,
+                   uintptr_t exp_avg_sq, uintptr_t scales, uintptr_t master, uintptr_t tiles, int64_t n_tiles,
+                   uintptr_t words, uintptr_t ranks, uintptr_t positions, uintptr_t coefficients, uintptr_t anchor,
+                   bool stochastic, int parts, uintptr_t stream) {
+    ltp::CudaTable table =
+        table_of(addresses, param_dtype, grad_dtype, packed, tiles, n_tiles, words, ranks, positions, parts);
+    table.coefficients = at<const double>(coefficients);
+    table.anchor = at<const float>(anchor);
+    table.master = at<float>(master);
+    ltp::cuda_masked_adamw_(table, {at<void>(exp_avg), at<void>(exp_avg_sq), at<ltp::BFloat16>(scales)}, stochastic,
+                            at<void>(stream));
+}
+
+void masked_sum_squares(uintptr_t addresses, int param_dtype, int grad_dtype, bool packed, uintptr_t master,
+                        uintptr_t tiles, int64_t n_tiles, uintptr_t words, uintptr_t ranks, uintptr_t positions,
+                        uintptr_t coefficients, uintptr_t anchor, uintptr_t out, int parts, uintptr_t stream) {
+    ltp::CudaTable table =
+        table_of(addresses, param_dtype, grad_dtype, packed, tiles, n_tiles, words, ranks, positions, parts);
+    table.coefficients = at<const double>(coefficients);
+    table.anchor = at<const float>(anchor);
+    table.master = at<float>(master);
+    ltp::cuda_masked_sum_squares(table, at<double>(out), at<void>(stream));
+}
+
+void masked_pack_(uintptr_t addresses, int grad_dtype, uintptr_t out, uintptr_t tiles, int64_t n_tiles, uintptr_t words,
+                  uintptr_t ranks, uintptr_t positions, bool accumulate, int parts, uintptr_t stream) {
+    const ltp::CudaTable table =
+        table_of(addresses, grad_dtype, grad_dtype, false, tiles, n_tiles, words, ranks, positions, parts);
+    ltp::cuda_masked_pack_(table, at<float>(out), accumulate, at<void>(stream));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C_cuda, module) {
+    using py::arg;
+    module.doc() = "CUDA kernels of ltp_sparse. Arguments are device addresses; see csrc/cuda/masked_adamw.h.";
+    module.def("masked_adamw_", masked_adamw_, arg("addresses"), arg("param_dtype"), arg("grad_dtype"), arg("packed"),
+               arg("exp_avg"), arg("exp_avg_sq"), arg("scales"), arg("master"), arg("tiles"), arg("n_tiles"),
+               arg("words"), arg("ranks"), arg("positions"), arg("coefficients"), arg("anchor"), arg("stochastic"),
+               arg("parts"), arg("stream"));
+    module.def("masked_sum_squares", masked_sum_squares, arg("addresses"), arg("param_dtype"), arg("grad_dtype"),
+               arg("packed"), arg("master"), arg("tiles"), arg("n_tiles"), arg("words"), arg("ranks"), arg("positions"),
+               arg("coefficients"), arg("anchor"), arg("out"), arg("parts"), arg("stream"));
+    module.def("masked_pack_", masked_pack_, arg("addresses"), arg("grad_dtype"), arg("out"), arg("tiles"),
+               arg("n_tiles"), arg("words"), arg("ranks"), arg("positions"), arg("accumulate"), arg("parts"),
+               arg("stream"));
+}

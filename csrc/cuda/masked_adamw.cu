@@ -1,0 +1,168 @@
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "masked_adamw_block.cuh"
+
+namespace ltp {
+namespace {
+
+// The threads of a thread block.
+class DeviceThreads {
+  public:
+    template <class T>
+    struct PerThread {
+        T own;
+        __device__ T& operator[](int) { return own; }
+    };
+
+    __device__ explicit DeviceThreads(double* scratch) : scratch_(scratch) {}
+
+    template <class F>
+    __device__ void each(F f) {
+        f(int(threadIdx.x));
+    }
+
+    __device__ void sync() { __syncthreads(); }
+
+    __device__ int largest(PerThread<int>& values) {
+        int* const scratch = reinterpret_cast<int*>(scratch_);
+        const int warp = __reduce_max_sync(0xFFFFFFFF, values.own);
+        __syncthreads();  // the scratch may still be read
+        if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = warp;
+        __syncthreads();
+        int result = scratch[0];
+        for (int i = 1; i < kThreads / 32; ++i) result = max(result, scratch[i]);
+        return result;
+    }
+
+    // Thread 0 has the result; always in the same order.
+    __device__ double sum(PerThread<double>& values) {
+        for (int offset = 16; offset > 0; offset /= 2) {
+            values.own += __shfl_down_sync(0xFFFFFFFF, values.own, offset);
+        }
+        __syncthreads();
+        if (threadIdx.x % 32 == 0) scratch_[threadIdx.x / 32] = values.own;
+        __syncthreads();
+        double result = scratch_[0];
+        for (int i = 1; i < kThreads / 32; ++i) result += scratch_[i];
+        return result;
+    }
+
+  private:
+    double* scratch_;
+};
+
+template <class Param, class Grad, bool PACKED>
+__global__ void __launch_bounds__(kThreads) update_kernel(CudaTable table, CudaMoments moments, bool stochastic) {
+    __shared__ uint16_t listed[kSubTile];
+    __shared__ double scratch[kThreads / 32];
+    DeviceThreads threads(scratch);
+    update_block<Param, Grad, PACKED>(table, moments, stochastic, blockIdx.x, listed, threads);
+}
+
+template <class Param, class Grad, bool PACKED>
+__global__ void __launch_bounds__(kThreads) update_coded_kernel(CudaTable table, CudaMoments moments, bool stochastic) {
+    __shared__ double scratch[kThreads / 32];
+    DeviceThreads threads(scratch);
+    update_coded_block<Param, Grad, PACKED>(table, moments, stochastic, blockIdx.x, threads);
+}
+
+template <class Param, class Grad, bool PACKED>
+__global__ void __launch_bounds__(kThreads) sum_squares_kernel(CudaTable table, double* out) {
+    __shared__ uint16_t listed[kSubTile];
+    __shared__ double scratch[kThreads / 32];
+    DeviceThreads threads(scratch);
+    const double sum = sum_squares_block<Param, Grad, PACKED>(table, blockIdx.x, listed, threads);
+    if (threadIdx.x == 0) out[blockIdx.x] = sum;
+}
+
+template <class Grad>
+__global__ void __launch_bounds__(kThreads) pack_kernel(CudaTable table, float* out, bool accumulate) {
+    __shared__ uint16_t listed[kSubTile];
+    __shared__ double scratch[kThreads / 32];
+    DeviceThreads threads(scratch);
+    pack_block<Grad>(table, out, accumulate, blockIdx.x, listed, threads);
+}
+
+template <class T>
+struct Type {
+    using type = T;
+};
+
+// Calls launch(param type, gradient type, whether gradients are packed), the last as a std::integral_constant.
+template <class Launch>
+void with_types(const CudaTable& table, Launch launch) {
+    const auto with_param = [&](auto param) {
+        using Param = typename decltype(param)::type;
+        if (table.packed) return launch(param, Type<float>(), std::true_type());
+        if (table.grad_dtype == Dtype::kFloat32) return launch(param, Type<float>(), std::false_type());
+        if constexpr (!std::is_same_v<Param, float>) return launch(param, param, std::false_type());
+    };
+    if (table.param_dtype == Dtype::kFloat32) return with_param(Type<float>());
+    if (table.param_dtype == Dtype::kBFloat16) return with_param(Type<BFloat16>());
+    return with_param(Type<Float16>());
+}
+
+unsigned grid_of(const CudaTable& table, const char* op) {
+    const int64_t blocks = table.n_tiles * table.parts;
+    if (table.parts < 1 || blocks > 0x7FFFFFFF) {
+        throw std::invalid_argument(std::string(op) + ": " + std::to_string(blocks) + " thread blocks are too many");
+    }
+    return unsigned(blocks);
+}
+
+void check(const char* op) {
+    const cudaError_t status = cudaGetLastError();
+    if (status != cudaSuccess) {
+        throw std::runtime_error(std::string(op) + ": CUDA error, " + cudaGetErrorString(status));
+    }
+}
+
+}  // namespace
+
+void cuda_masked_adamw_(const CudaTable& table, const CudaMoments& moments, bool stochastic, void* stream) {
+    if (table.n_tiles == 0) return;
+    const unsigned grid = grid_of(table, "masked_adamw_");
+    const auto on = static_cast<cudaStream_t>(stream);
+    with_types(table, [&](auto param, auto grad, auto packed) {
+        using Param = typename decltype(param)::type;
+        using Grad = typename decltype(grad)::type;
+        constexpr bool kPacked = decltype(packed)::value;
+        if (moments.scales != nullptr) {
+            update_coded_kernel<Param, Grad, kPacked><<<grid, kThreads, 0, on>>>(table, moments, stochastic);
+        } else {
+            update_kernel<Param, Grad, kPacked><<<grid, kThreads, 0, on>>>(table, moments, stochastic);
+        }
+    });
+    check("masked_adamw_");
+}
+
+void cuda_masked_sum_squares(const CudaTable& table, double* out, void* stream) {
+    if (table.n_tiles == 0) return;
+    const unsigned grid = grid_of(table, "masked_sum_squares");
+    const auto on = static_cast<cudaStream_t>(stream);
+    with_types(table, [&](auto param, auto grad, auto packed) {
+        using Param = typename decltype(param)::type;
+        using Grad = typename decltype(grad)::type;
+        sum_squares_kernel<Param, Grad, decltype(packed)::value><<<grid, kThreads, 0, on>>>(table, out);
+    });
+    check("masked_sum_squares");
+}
+
+void cuda_masked_pack_(const CudaTable& table, float* out, bool accumulate, void* stream) {
+    if (table.n_tiles == 0) return;
+    const unsigned grid = grid_of(table, "masked_pack_");
+    const auto on = static_cast<cudaStream_t>(stream);
+    if (table.grad_dtype == Dtype::kFloat32) {
+        pack_kernel<float><<<grid, kThreads, 0, on>>>(table, out, accumulate);
+    } else if (table.grad_dtype == Dtype::kBFloat16) {
+        pack_kernel<BFloat16><<<grid, kThreads, 0, on>>>(table, out, accumulate);
+    } else {
+        pack_kernel<Float16><<<grid, kThreads, 0, on>>>(table, out, accumulate);
+    }
+    check("masked_pack_");
+}
+
+}  // namespace ltp

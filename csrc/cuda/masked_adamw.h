@@ -1,0 +1,42 @@
+// masked_adamw_, masked_sum_squares and masked_pack_ on a GPU: one launch over a tile table, on the caller's stream.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/dtypes.h"
+#include "../common/tile.h"
+
+namespace ltp {
+
+// All pointers are device memory; null where something is not used.
+struct CudaTable {
+    const int64_t* addresses;  // [P, 2] of parameter and gradient, 0: none; packed: all gradients are at the same [K]
+    Dtype param_dtype, grad_dtype;
+    bool packed;
+    const TileRow* tiles;  // [T]
+    int64_t n_tiles;
+    const int32_t* words;
+    const uint16_t* ranks;  // the rank directory of the bitmaps
+    const uint16_t* positions;
+    const double* coefficients;  // [P, 11]
+    const float* anchor;         // [K]
+    float* master;               // [K]
+    int parts;                   // thread blocks a tile
+};
+
+struct CudaMoments {
+    void *exp_avg, *exp_avg_sq;  // float32 [K], or with scales int8 [K] and uint8 [K]
+    BFloat16* scales;            // [B, 2]
+};
+
+// As in csrc/cpu/masked_adamw.h. stream: a cudaStream_t. Throw std::runtime_error if the launch fails; they neither
+// allocate nor wait, so that a CUDA graph can capture them.
+void cuda_masked_adamw_(const CudaTable& table, const CudaMoments& moments, bool stochastic, void* stream);
+
+// out: float64 [T, parts], a sum per thread block, each in a fixed order.
+void cuda_masked_sum_squares(const CudaTable& table, double* out, void* stream);
+
+// addresses: [P] of the gradients alone.
+void cuda_masked_pack_(const CudaTable& table, float* out, bool accumulate, void* stream);
+
+}  // namespace ltp

@@ -1,0 +1,241 @@
+// What one thread block does of masked_adamw_, masked_sum_squares and masked_pack_; see active_entries.cuh for
+// `Threads`.
+#pragma once
+
+#include "../common/adamw.h"
+#include "../common/quantization.h"
+#include "../common/rounding.h"
+#include "active_entries.cuh"
+#include "masked_adamw.h"
+
+namespace ltp {
+
+static_assert(kStateBlockSize == kStateBlock && kStateBlock == 2 * kThreads, "two entries of a block a thread");
+
+struct alignas(16) Four {
+    float item[kBatch];
+};
+
+// The share of a thread block: resolved addresses of one tile. PACKED: gradients are float32 in slot order.
+template <class Param, class Grad, bool PACKED>
+struct Share {
+    TileRow tile;
+    Index index;
+    Param* param;
+    const Grad* grad;
+    float* master;
+    const float* anchor;
+    AdamWCoefficients c;
+    uint32_t key;
+    bool stochastic;
+    int part;
+
+    LTP_HD Share(const CudaTable& table, int64_t block) : tile(table.tiles[block / table.parts]) {
+        part = int(block % table.parts);
+        const double* row = table.coefficients + AdamWCoefficients::kColumns * tile.param;
+        index = index_of(table, tile);
+        param = reinterpret_cast<Param*>(table.addresses[2 * tile.param]) + tile.start;
+        grad = reinterpret_cast<const Grad*>(table.addresses[2 * tile.param + 1]) + (PACKED ? tile.slot : tile.start);
+        master = table.master == nullptr ? nullptr : table.master + tile.slot;
+        anchor = table.anchor == nullptr ? nullptr : table.anchor + tile.slot;
+        c = AdamWCoefficients::from_row(row);
+        key = tile_key(AdamWCoefficients::rounding_key(row), tile.start);
+        stochastic = false;
+    }
+
+    static LTP_HD Index index_of(const CudaTable& table, const TileRow& tile) {
+        Index index = {};
+        if (tile.encoding == Encoding::kBitmap) {
+            index.words = table.words + tile.index;
+            index.ranks = table.ranks + tile.index / 2;
+        } else {
+            index.positions = table.positions + tile.index;
+        }
+        return index;
+    }
+
+    static LTP_HD bool has_gradient(const CudaTable& table, int64_t block) {
+        return table.addresses[2 * table.tiles[block / table.parts].param + 1] != 0;
+    }
+
+    LTP_HD float value(int entry, int rank) const {
+        return master != nullptr ? master[rank] : to_float32(param[entry]);
+    }
+
+    LTP_HD float raw_gradient(int entry, int rank) const { return to_float32(grad[PACKED ? rank : entry]); }
+
+    LTP_HD float gradient(float raw, float value, int rank) const {
+        return anchor == nullptr ? effective_gradient<false>(raw, 0.0f, 0.0f, c)
+                                 : effective_gradient<true>(raw, value, anchor[rank], c);
+    }
+
+    LTP_HD void store(float value, int entry, int rank) const {
+        if (master != nullptr) master[rank] = value;
+        param[entry] = rounded(value, entry, Param());
+    }
+
+  private:
+    LTP_HD float rounded(float value, int, float) const { return value; }
+
+    LTP_HD BFloat16 rounded(float value, int entry, BFloat16 out) const {
+        if (stochastic) return round_stochastically(value, random16(key, uint32_t(tile.start + entry)));
+        round_to(value, out);
+        return out;
+    }
+
+    LTP_HD Float16 rounded(float value, int, Float16 out) const {
+        round_to(value, out);
+        return out;
+    }
+};
+
+LTP_HD bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % sizeof(Four) == 0; }
+
+template <class Param, class Grad, bool PACKED, class Threads>
+LTP_HD void update_block(const CudaTable& table, const CudaMoments& moments, bool stochastic, int64_t block,
+                         uint16_t* listed, Threads& threads) {
+    using OwnShare = Share<Param, Grad, PACKED>;
+    const int64_t param = table.tiles[block / table.parts].param;
+    if (!OwnShare::has_gradient(table, block)) return;
+    if (!AdamWCoefficients::applies(table.coefficients + AdamWCoefficients::kColumns * param)) return;
+    OwnShare share(table, block);
+    share.stochastic = stochastic;
+    float* const first = static_cast<float*>(moments.exp_avg) + share.tile.slot;
+    float* const second = static_cast<float*>(moments.exp_avg_sq) + share.tile.slot;
+    const bool plain = sizeof(Param) == 4 && sizeof(Grad) == 4 && share.master == nullptr && share.anchor == nullptr;
+    const bool vectors =
+        plain && is_aligned(share.param) && is_aligned(share.grad) && is_aligned(first) && is_aligned(second);
+    for_each_batch(share.tile, share.index, share.part, table.parts, listed, threads, [&](int, const Batch& batch) {
+        float value[kBatch], raw[kBatch], m[kBatch], v[kBatch];
+        if (vectors && batch.consecutive) {
+            const int at = batch.rank[0];
+            Four p4 = *reinterpret_cast<const Four*>(reinterpret_cast<const char*>(share.param) + 4 * at);
+            const Four g4 = *reinterpret_cast<const Four*>(reinterpret_cast<const char*>(share.grad) + 4 * at);
+            Four m4 = *reinterpret_cast<const Four*>(first + at);
+            Four v4 = *reinterpret_cast<const Four*>(second + at);
+            for (int j = 0; j < kBatch; ++j) {
+                const float g = effective_gradient<false>(g4.item[j], 0.0f, 0.0f, share.c);
+                adamw_update(p4.item[j], g, m4.item[j], v4.item[j], share.c);
+            }
+            *reinterpret_cast<Four*>(reinterpret_cast<char*>(share.param) + 4 * at) = p4;
+            *reinterpret_cast<Four*>(first + at) = m4;
+            *reinterpret_cast<Four*>(second + at) = v4;
+            return;
+        }
+        // All loads come before all stores: the memory of kBatch entries is waited for once.
+        for (int j = 0; j < kBatch; ++j) {
+            if (batch.rank[j] < 0) continue;
+            value[j] = share.value(batch.entry[j], batch.rank[j]);
+            raw[j] = share.raw_gradient(batch.entry[j], batch.rank[j]);
+            m[j] = first[batch.rank[j]];
+            v[j] = second[batch.rank[j]];
+        }
+        for (int j = 0; j < kBatch; ++j) {
+            if (batch.rank[j] < 0) continue;
+            adamw_update(value[j], share.gradient(raw[j], value[j], batch.rank[j]), m[j], v[j], share.c);
+            first[batch.rank[j]] = m[j];
+            second[batch.rank[j]] = v[j];
+            share.store(value[j], batch.entry[j], batch.rank[j]);
+        }
+    });
+}
+
+template <class Param, class Grad, bool PACKED, class Threads>
+LTP_HD void update_coded_block(const CudaTable& table, const CudaMoments& moments, bool stochastic, int64_t block,
+                               Threads& threads) {
+    using OwnShare = Share<Param, Grad, PACKED>;
+    const int64_t param = table.tiles[block / table.parts].param;
+    if (!OwnShare::has_gradient(table, block)) return;
+    if (!AdamWCoefficients::applies(table.coefficients + AdamWCoefficients::kColumns * param)) return;
+    OwnShare share(table, block);
+    share.stochastic = stochastic;
+    int8_t* const first = static_cast<int8_t*>(moments.exp_avg) + share.tile.slot;
+    uint8_t* const second = static_cast<uint8_t*>(moments.exp_avg_sq) + share.tile.slot;
+    BFloat16* const scales = moments.scales + 2 * share.tile.block;
+    const int active = int(share.tile.active);
+
+    for_each_state_block(share.tile, share.part, table.parts, [&](int begin) {
+        BFloat16* const own = scales + 2 * (begin / kStateBlockSize);
+        typename Threads::template PerThread<float[2]> m, root;
+        typename Threads::template PerThread<int> largest_m, largest_root;
+        threads.each([&](int thread) {
+            const float first_scale = to_float32(own[0]), second_scale = to_float32(own[1]);
+            largest_m[thread] = largest_root[thread] = 0;
+            for (int j = 0; j < 2; ++j) {
+                const int rank = begin + j * kThreads + thread;
+                if (rank >= active) continue;
+                const int entry = entry_of(share.tile, share.index, rank);
+                float value = share.value(entry, rank);
+                float mean = decode_exp_avg(first[rank], first_scale);
+                float square = decode_exp_avg_sq(second[rank], second_scale);
+                adamw_update(value, share.gradient(share.raw_gradient(entry, rank), value, rank), mean, square,
+                             share.c);
+                share.store(value, entry, rank);
+                m[thread][j] = mean;
+                root[thread][j] = sqrtf(square);
+                const int mean_bits = int(bits_of_float(mean) & 0x7FFFFFFF);
+                const int root_bits = int(bits_of_float(root[thread][j]) & 0x7FFFFFFF);
+                largest_m[thread] = mean_bits > largest_m[thread] ? mean_bits : largest_m[thread];
+                largest_root[thread] = root_bits > largest_root[thread] ? root_bits : largest_root[thread];
+            }
+        });
+        // Both synchronise, so that every thread has read the old scales.
+        const BFloat16 first_scale = block_scale(float_from_bits(uint32_t(threads.largest(largest_m))));
+        const BFloat16 second_scale = block_scale(float_from_bits(uint32_t(threads.largest(largest_root))));
+        threads.each([&](int thread) {
+            const float first_inverse = inverse_scale(to_float32(first_scale));
+            const float second_inverse = inverse_scale(to_float32(second_scale));
+            for (int j = 0; j < 2; ++j) {
+                const int rank = begin + j * kThreads + thread;
+                if (rank >= active) continue;
+                first[rank] = encode_exp_avg(m[thread][j], first_inverse);
+                second[rank] = encode_exp_avg_sq(root[thread][j], second_inverse);
+            }
+            if (thread == 0) {
+                own[0] = first_scale;
+                own[1] = second_scale;
+            }
+        });
+    });
+}
+
+// The sum of squares of the share's effective gradients; every thread adds its own in a fixed order.
+template <class Param, class Grad, bool PACKED, class Threads>
+LTP_HD double sum_squares_block(const CudaTable& table, int64_t block, uint16_t* listed, Threads& threads) {
+    using OwnShare = Share<Param, Grad, PACKED>;
+    typename Threads::template PerThread<double> sums;
+    threads.each([&](int thread) { sums[thread] = 0.0; });
+    if (OwnShare::has_gradient(table, block)) {
+        const OwnShare share(table, block);
+        for_each_batch(share.tile, share.index, share.part, table.parts, listed, threads,
+                       [&](int thread, const Batch& batch) {
+                           for (int j = 0; j < kBatch; ++j) {
+                               const int rank = batch.rank[j], entry = batch.entry[j];
+                               if (rank < 0) continue;
+                               const float value = share.anchor == nullptr ? 0.0f : share.value(entry, rank);
+                               const double g = share.gradient(share.raw_gradient(entry, rank), value, rank);
+                               sums[thread] += g * g;
+                           }
+                       });
+    }
+    return threads.sum(sums);
+}
+
+template <class Grad, class Threads>
+LTP_HD void pack_block(const CudaTable& table, float* out, bool accumulate, int64_t block, uint16_t* listed,
+                       Threads& threads) {
+    const TileRow tile = table.tiles[block / table.parts];
+    if (table.addresses[tile.param] == 0) return;
+    const Grad* const grad = reinterpret_cast<const Grad*>(table.addresses[tile.param]) + tile.start;
+    const Index index = Share<Grad, Grad, false>::index_of(table, tile);
+    float* const slots = out + tile.slot;
+    for_each_batch(tile, index, int(block % table.parts), table.parts, listed, threads, [&](int, const Batch& batch) {
+        for (int j = 0; j < kBatch; ++j) {
+            if (batch.rank[j] < 0) continue;
+            const float value = to_float32(grad[batch.entry[j]]);
+            slots[batch.rank[j]] = accumulate ? slots[batch.rank[j]] + value : value;
+        }
+    });
+}
+
+}  // namespace ltp
