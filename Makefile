@@ -20,10 +20,10 @@ TRAIN := $(VENV)/.installed-train
 TEST := $(VENV)/.installed-test
 CPP := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*.cpp)
 
-.PHONY: help demo test bench lint lint-ruff lint-format lint-mypy lint-cpp format clean
+.PHONY: help demo test bench gpu gpu-full lint lint-ruff lint-format lint-mypy lint-cpp format clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
 
 demo: $(TRAIN)  ## the whole job on generated data, offline: ticket, LTP, controls, report in demo-report/
 	$(BIN)/ltp-sparse demo --output demo-report
@@ -33,6 +33,12 @@ test: $(TEST)  ## all tests (narrow them with ARGS="-k name")
 
 bench: $(TEST)  ## CPU benchmarks: CSV, table and plots in benchmarks/results/cpu (about 24 GB of memory, half an hour)
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+gpu:  ## on a GPU machine, with its own Python (PYTHON=...): build, tests, sanitizer, core measurements; under 8 minutes
+	$(PYTHON) benchmarks/gpu/run.py $(ARGS)
+
+gpu-full:  ## the rest of the GPU measurements, cell by cell (PART=i/n), resumable
+	$(PYTHON) benchmarks/gpu/run.py --full --part $(or $(PART),1/1) --seconds 480 $(ARGS)
 
 lint: lint-ruff lint-format lint-mypy lint-cpp  ## ruff, mypy, clang-format: check only
 

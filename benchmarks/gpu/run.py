@@ -1,0 +1,159 @@
+"""Everything that is to be known on a GPU, in one command: `make gpu`, `make gpu-full PART=i/n`.
+
+Uses the Python it is started with, needs no network and no `datasets`. Steps: environment, build of the CUDA extension,
+tests, compute-sanitizer, measurements; a step that fails does not hide the later ones, but the exit status tells.
+Results go to `benchmarks/results/<gpu>/`, or to the folder OUT of the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+INSTALLED = ROOT / "build" / "gpu"
+PEERS = ("bitsandbytes", "torchao", "flashoptim")
+
+
+def output_of(*command: str) -> str:
+    """What a command prints; "" where it is missing or fails."""
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def version_of(package: str) -> str | None:
+    if importlib.util.find_spec(package) is None:
+        return None
+    return str(getattr(importlib.import_module(package), "__version__", "unknown"))
+
+
+def environment(device: str) -> dict[str, object]:
+    query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit"
+    found: dict[str, object] = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "nvidia_smi": output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"),
+        "commit": output_of("git", "describe", "--always", "--dirty") or "unknown",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "nvcc": output_of("nvcc", "--version").rpartition("release ")[2].partition(",")[0],
+        "triton": version_of("triton"),
+    }
+    for peer in PEERS:
+        found[peer] = version_of(peer) or "skipped: not installed"
+    return found
+
+
+class Steps:
+    """Runs commands one after the other, and remembers which failed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log = (folder / "log.txt").open("w")
+        self.failed: list[str] = []
+
+    def run(self, name: str, command: list[str], timeout: float) -> None:
+        print(f"== {name}: {' '.join(command)}", flush=True)
+        start = time.perf_counter()
+        python_path = os.pathsep.join(filter(None, [str(INSTALLED), os.environ.get("PYTHONPATH")]))
+        variables = {**os.environ, "PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )  # fmt: skip
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                self.log.write(line)
+                if time.perf_counter() - start > timeout:
+                    process.kill()
+            status = process.wait()
+        finally:
+            process.kill()
+            self.log.flush()
+        took = time.perf_counter() - start
+        print(f"== {name}: {'ok' if status == 0 else f'FAILED ({status})'}, {took:.0f} s", flush=True)
+        if status != 0:
+            self.failed.append(name)
+
+
+def report(folder: Path) -> None:
+    """A table of the measurements, as Markdown."""
+    source = folder / "masked_adamw.csv"
+    if not source.exists():
+        return
+    lines = ["# masked_adamw_ on " + json.loads((folder / "environment.json").read_text())["device"], ""]
+    lines += [
+        "| entries | density | precision | provider | mode | ms | of a copy | against torch fused |",
+        "|---" * 8 + "|",
+    ]
+    with source.open() as file:
+        for row in csv.DictReader(file):
+            share = f"{100 * float(row['share_of_copy']):.0f} %" if row["share_of_copy"] else ""
+            what = f"{int(row['n']):,} | {float(row['density']):g} | {row['precision']}"
+            found = f"{float(row['p50_ms']):.4f} | {share} | {float(row['ratio_to_fused']):.2f}x"
+            lines.append(f"| {what} | {row['provider']} | {row['mode']} | {found} |")
+    (folder / "report.md").write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", help="cpu tries the suite without a GPU, on a tiny model")
+    parser.add_argument("--full", action="store_true", help="the rest of the grid instead of the core")
+    parser.add_argument("--part", default="1/1", help="with --full: i/n")
+    parser.add_argument("--seconds", type=float, default=270, help="for the measurements")
+    parser.add_argument("--folder", type=Path)
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("make gpu: torch sees no CUDA device; --device cpu tries the suite without one")
+    facts = environment(args.device)
+    name = re.sub(r"[^a-z0-9]+", "-", str(facts["device"]).lower()).strip("-")
+    folder = Path(args.folder or os.environ.get("OUT") or ROOT / "benchmarks" / "results" / name)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "environment.json").write_text(json.dumps(facts, indent=2) + "\n")
+    print(json.dumps(facts, indent=2))
+
+    steps, python = Steps(folder), sys.executable
+    grid = ["--grid", "tiny" if args.device == "cpu" else "rest" if args.full else "core", "--part", args.part]
+    if args.device == "cuda":
+        # Installed into a folder of its own: the environment stays as it is.
+        os.environ["LTP_SPARSE_EXT"] = "cuda"
+        target = ["--target", str(INSTALLED), "--upgrade"]
+        build = [python, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--no-index", *target, "."]
+        steps.run("build", build, 300)
+        if not args.full:
+            # -P: not the sources in this folder, which lack the compiled modules
+            tests = [python, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py"]
+            steps.run("tests", tests, 150)
+            if shutil.which("compute-sanitizer"):
+                small = [*tests, "-k", "bitmap and (plain or 8bit) and bf16"]
+                for tool in ("memcheck", "racecheck"):
+                    check = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *small]
+                    steps.run(tool, check, 60)
+            else:
+                print("== skipped: compute-sanitizer is not on the PATH")
+    measure = [python, "benchmarks/gpu/measure.py", "--device", args.device, *grid, "--seconds", str(args.seconds)]
+    if args.device == "cpu":
+        measure += ["--repeats", "4"]
+    steps.run("measure", [*measure, "--out", str(folder / "masked_adamw.csv")], args.seconds + 120)
+    report(folder)
+    print("results:", *sorted(path.name for path in folder.iterdir()), "in", folder)
+    if steps.failed:
+        sys.exit(f"make gpu: failed: {', '.join(steps.failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""What only a GPU can show: both GPU backends against the reference on the CPU, graphs, synchronisation.
+
+`make gpu` runs these; elsewhere they skip.
+"""
+
+import itertools
+
+import pytest
+import torch
+from cases import DTYPES, TiedModel, bits, using
+from torch import Tensor, nn
+
+import ltp_sparse as ls
+from ltp_sparse import MaskedAdamW, Ticket, backends
+from ltp_sparse.encoding import TileTable
+from ltp_sparse.ops import adamw_coefficients, masked_pack_, masked_sum_squares
+from ltp_sparse.reference import Coefficient
+from ltp_sparse.rounding import rounding_keys
+from ltp_sparse.testing import UpdateProblem, random_weights, tuned_weights, update_problem
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+DEVICE = torch.device("cuda")
+GPU_BACKENDS = [
+    pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}"))
+    for name in ("triton", "compiled")
+    for reason in [backends.unavailable_reason(name, DEVICE)]
+]
+SHAPES = {f"p{n}": (n,) for n in (1, 63, 257, 1000, 4096, 4097, 65_537, 300_000)}
+MODES = {
+    "plain": {},
+    "8bit": {"states": "8bit"},
+    "master": {"master": True},
+    "8bit-master": {"states": "8bit", "master": True},
+    "stochastic": {"stochastic": True},
+    "8bit-stochastic": {"states": "8bit", "stochastic": True},
+}
+CASES = [
+    pytest.param(dtype, mode, id=f"{name}-{mode_name}")
+    for (name, dtype), (mode_name, mode) in itertools.product(DTYPES.items(), MODES.items())
+    if (dtype == torch.bfloat16 or not mode.get("stochastic")) and (dtype != torch.float32 or not mode.get("master"))
+]
+
+
+def on_device(problem: UpdateProblem) -> UpdateProblem:
+    table = TileTable.build(list(problem.ticket.sets.values()), device=DEVICE, ranks=True)
+    moved = {
+        name: None if getattr(problem, name) is None else getattr(problem, name).to(DEVICE)
+        for name in ("exp_avg", "exp_avg_sq", "coefficients", "scales", "master")
+    }
+    params = [param.to(DEVICE) for param in problem.params]
+    grads = [grad.to(DEVICE) for grad in problem.grads]
+    return UpdateProblem(problem.ticket, params, grads, table=table, stochastic=problem.stochastic, **moved)
+
+
+def make(density: float, **options) -> UpdateProblem:
+    problem = update_problem(SHAPES, density=density, **options)
+    for name, grad in zip(problem.ticket.names, problem.grads, strict=True):
+        grad[~problem.ticket.mask(name)] = float("nan")
+    return problem
+
+
+def rows_of(problem: UpdateProblem, step: int) -> Tensor:
+    steps = torch.full((len(problem.params),), step)
+    rows = adamw_coefficients(steps, lr=1e-2, weight_decay=0.1, pull=0.3)
+    rows[:, Coefficient.ROUNDING_KEY] = rounding_keys(3, steps, torch.arange(len(rows)))
+    rows[2, Coefficient.APPLY] = 0
+    return rows
+
+
+def run(problem: UpdateProblem, with_anchor: bool, packed: bool) -> list[Tensor]:
+    device = problem.exp_avg.device
+    anchor = torch.linspace(-0.03, 0.03, problem.table.k).to(device) if with_anchor else None
+    found = []
+    if packed:
+        flat = torch.zeros(problem.table.k, device=device)
+        masked_pack_(problem.grads, flat, problem.table)
+        masked_pack_(problem.grads, flat, problem.table, accumulate=True)
+        problem.grads = flat
+    else:
+        problem.grads[1] = None
+    for step in (1, 2, 3):
+        rows = rows_of(problem, step).to(device)
+        found.append(
+            masked_sum_squares(problem.params, problem.grads, problem.table, rows, anchor, master=problem.master)
+        )
+        problem.step(rows, anchor)
+    return [tensor.cpu() for tensor in (*found, *problem.tensors())]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("density", [0.02, 0.3, 1.0], ids=["list16", "bitmap", "full"])
+@pytest.mark.parametrize(("dtype", "mode"), CASES)
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_bits_of_the_reference(backend, dtype, mode, density, packed):
+    with using("reference"):
+        wanted = run(make(density, dtype=dtype, **mode), density == 0.3, packed)
+    with using(backend):
+        found, again = (run(on_device(make(density, dtype=dtype, **mode)), density == 0.3, packed) for _ in range(2))
+    for number, (a, b, c) in enumerate(zip(found, wanted, again, strict=True)):
+        assert torch.equal(*(bits(t) if t.is_floating_point() else t for t in (a, c))), f"{number}: run to run"
+        if a.dtype == torch.float64:
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+        else:
+            assert torch.equal(*(bits(t) if t.is_floating_point() else t for t in (a, b))), number
+
+
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_steps_replay_from_a_graph(backend):
+    """Contract 7: the learning rate and a skipped step reach the graph; the bits are those of eager steps."""
+    outcomes = []
+    for captured in (False, True):
+        torch.manual_seed(0)
+        model = TiedModel().to(DEVICE)
+        ticket = Ticket.random(
+            {name: p.shape for name, p in ls.canonical_parameters(model).items()}, density=0.4, seed=1
+        )
+        for param in model.parameters():
+            param.grad = torch.randn_like(param)
+        with using(backend):
+            optimizer = MaskedAdamW(model, ticket, lr=1e-2, max_grad_norm=1.0)
+            optimizer.found_inf, optimizer.grad_scale = torch.zeros(1, device=DEVICE), torch.ones(1, device=DEVICE)
+            optimizer.step()
+            graph = torch.cuda.CUDAGraph()
+            if captured:
+                torch.cuda.synchronize()
+                with torch.cuda.graph(graph):
+                    optimizer.step()
+            for number in range(4):
+                optimizer.found_inf.fill_(float(number == 2))
+                for group in optimizer.param_groups:
+                    group["lr"] = 1e-2 / (1 + number)
+                if captured:
+                    optimizer.update_hyperparameters()
+                    graph.replay()
+                else:
+                    optimizer.step()
+        steps = {int(state["step"]) for state in optimizer.state.values()}
+        outcomes.append([*(p.detach().cpu() for p in model.parameters()), torch.tensor(sorted(steps))])
+    assert outcomes[0][-1].tolist() == [4]
+    assert all(map(torch.equal, *outcomes))
+
+
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_a_step_waits_for_nothing_and_allocates_nothing_new(backend):
+    model = TiedModel()
+    ticket = Ticket.random(model, density=0.4, seed=1)
+    model.to(DEVICE)
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    with using(backend):
+        optimizer = MaskedAdamW(model, ticket, lr=1e-2, max_grad_norm=1.0)
+        for _ in range(2):
+            optimizer.step()
+        reserved = torch.cuda.memory_reserved()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_reserved() == reserved
+
+
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+@pytest.mark.parametrize("gradients", ["dense", "packed"])
+def test_training_learns(backend, gradients):
+    torch.manual_seed(0)
+    model = TiedModel()
+    ticket = Ticket.random(model, density=0.5, seed=1)
+    model.to(DEVICE)
+    with using(backend):
+        optimizer = MaskedAdamW(model, ticket, lr=3e-3, weight_decay=0.0, gradients=gradients)
+        losses = []
+        for step in range(60):
+            tokens = torch.randint(40, (8, 12), generator=torch.Generator().manual_seed(step)).to(DEVICE)
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_selection_is_that_of_the_cpu(dtype):
+    shapes = {"a": (700, 900), "b": (70_001,), "roberta.embeddings.x": (3000, 64)}
+    initial = {name: tensor.to(dtype) for name, tensor in random_weights(shapes).items()}
+    tuned = list(tuned_weights(initial, untouched_rows=0.6).values())
+    before = list(initial.values())
+    for k in (1, 5000, 300_000):
+        wanted, _ = ls.topk_delta(before, tuned, k)
+        with using("auto"):
+            found, _ = ls.topk_delta([t.to(DEVICE) for t in before], [t.to(DEVICE) for t in tuned], k)
+        assert all(torch.equal(a.indices(), b.indices().cpu()) for a, b in zip(wanted, found, strict=True))
