@@ -22,8 +22,8 @@ from ltp_sparse.names import canonical_parameters
 from ltp_sparse.selection import pools
 from ltp_sparse.tasks import load_pairs, read_text
 from ltp_sparse.training.backbone import decouple
+from ltp_sparse.training.method import train_method
 from ltp_sparse.training.mlm import MLMSettings, find_ticket, tune_mlm
-from ltp_sparse.training.prompt_learning import train_prompt
 
 
 class Table:
@@ -68,7 +68,7 @@ def main() -> None:
 
     train, dev = (load_pairs("xnli-fewshot", split, "en", shots=4, data=options.data) for split in ("train", "dev"))
     method = LTP(settings=PromptSettings(epochs=options.steps))
-    result = train_prompt(method, model, tokenizer, train, dev, ticket=ticket, micro_batch_size=4, progress=False)
+    result = train_method(method, model, tokenizer, train, dev, ticket=ticket, micro_batch_size=4, progress=False)
     dense = 8 * sum(p.numel() for p in model.roberta.parameters())
     table.row(
         f"stage 2, {options.steps} updates of 4-shot XNLI: optimizer state (dense AdamW)",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,8 +99,10 @@ class SparseDelta:
             _check_shapes(ticket, tensors, side)
         digests = ticket.fingerprint
         if any(name not in digests for name in names):
-            stack = applied_deltas(initial) if isinstance(initial, nn.Module) else []
-            digests = fingerprint({name: _before(name, _whole(base[name]), stack) for name in names})
+            if isinstance(initial, nn.Module):
+                digests = base_fingerprint(initial, names)
+            else:
+                digests = fingerprint({name: _whole(base[name]) for name in names})
         carrier = Ticket(ticket.sets, ticket.shapes, ticket.metadata, digests)
         return cls(
             carrier,
@@ -297,6 +299,12 @@ def scatter_(tensor: Tensor, index_set: IndexSet, packed: Tensor) -> None:
         flat[indices] = packed[slot : slot + indices.numel()]
     if flat.data_ptr() != tensor.data_ptr():
         tensor.copy_(flat.view(tensor.shape))
+
+
+def base_fingerprint(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Name -> digest of a model's parameters as they were before any delta was applied."""
+    parameters, stack = canonical_parameters(model), applied_deltas(model)
+    return fingerprint({name: _before(name, parameters[name].detach(), stack) for name in names})
 
 
 def _before(name: str, tensor: Tensor, stack: list[Applied]) -> Tensor:

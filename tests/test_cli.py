@@ -11,7 +11,7 @@ from tiny_nli import WORDS, tiny_language_model, tiny_tokenizer, toy_pairs
 import ltp_sparse as ls
 from ltp_sparse.cli import main
 from ltp_sparse.cli.runs import Run, load_seed
-from ltp_sparse.prompting import CLASSES, collator
+from ltp_sparse.prompting import CLASSES
 
 SHOTS = 4
 
@@ -91,7 +91,7 @@ def test_a_run_is_evaluated_per_language(files, trained, capsys):
     assert "| LTP | 4 | 2 |" in table and "±" in table
     rows = [json.loads(line) for line in (trained / "results.jsonl").read_text().splitlines()]
     assert [row["seed"] for row in rows[-2:]] == [1, 2]
-    assert rows[-1]["accuracy"]["aym"] == rows[-1]["accuracy"]["quy"]  # the same pairs
+    assert rows[-1]["scores"]["aym"] == rows[-1]["scores"]["quy"]  # the same pairs
 
 
 def test_training_resumes_and_refuses_to_overwrite(files, ticket, trained, capsys):
@@ -133,9 +133,9 @@ def test_predict_and_the_exported_folder_agree(files, trained, tmp_path, capsys)
     )  # fmt: skip
     scores = [json.loads(line) for line in done.stdout.splitlines()]
     assert [max(score, key=score.get) for score in scores] == labels
-    model, encode, _ = load_seed(Run.load(trained), trained, None)
-    batch = collator(model.config.pad_token_id)(encode(pairs))
-    expected = model(**{key: value for key, value in batch.items() if key != "labels"})["logits"]
+    setup, _ = load_seed(Run.load(trained), trained, None)
+    batch = setup.collate(setup.encode(pairs))
+    expected = setup.model(**{key: value for key, value in batch.items() if key != "labels"})["logits"]
     torch.testing.assert_close(torch.tensor([[s[c] for c in CLASSES] for s in scores]), expected, atol=1e-5, rtol=1e-4)
 
 

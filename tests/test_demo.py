@@ -125,7 +125,7 @@ def test_the_whole_job_in_small(tmp_path, capsys):
     assert (tmp_path / "report.md").read_text() == report
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [row["method"] for row in rows] == ["LTP", "random ticket", "SP", "PT-frozen"]
-    assert all(set(row["accuracy"]) == set(LANGUAGES) for row in rows)
+    assert all(set(row["scores"]) == set(LANGUAGES) for row in rows)
     costs = [line.split("|") for line in report.splitlines() if line.startswith(("| LTP | ", "| PT-frozen | "))]
     frozen = [int(cells[5].replace(",", "")) for cells in costs if len(cells) == 8]
     changed = [int(cells[6]) for cells in costs if len(cells) == 8]

@@ -16,11 +16,12 @@ from transformers import TrainerCallback
 
 import ltp_sparse as ls
 from ltp_sparse.methods import LTP, PromptOnly, PromptSettings, RandomTicket, SoftPrompt
+from ltp_sparse.methods.prompt_learning import prompt_encoder
 from ltp_sparse.names import canonical_parameters
 from ltp_sparse.prompting import Verbalizer, collator
-from ltp_sparse.training import prompt_learning
+from ltp_sparse.training import fit
 from ltp_sparse.training.evaluation import evaluate
-from ltp_sparse.training.prompt_learning import load_prompted, train_prompt
+from ltp_sparse.training.method import load_trained, train_method
 
 SHORT = PromptSettings(learning_rate=3e-3, epochs=6, max_length=64)
 
@@ -46,7 +47,7 @@ def run(tokenizer, method=None, *, dropout=0.0, model=None, train=None, dev=None
     if method.needs_ticket:
         options.setdefault("ticket", ticket_of(model))
     train, dev = train or toy_pairs(24), dev or toy_pairs(15, seed=1)
-    return train_prompt(method, model, tokenizer, train, dev, **{"progress": False, **options})
+    return train_method(method, model, tokenizer, train, dev, **{"progress": False, **options})
 
 
 def bits(delta: ls.SparseDelta) -> dict[str, torch.Tensor]:
@@ -81,9 +82,9 @@ def test_ltp_learns_the_toy_task_and_transfers(tokenizer):
     method = LTP(settings=dataclasses.replace(SHORT, epochs=10, learning_rate=1e-2))
     result = run(tokenizer, method, model=model, ticket=ticket_of(model, 0.5), train=toy_pairs(48))
     test = {"en": toy_pairs(60, seed=9), "xx": toy_pairs(30, seed=10, language="xx")}
-    accuracies = evaluate(result.model, result.encode, test, progress=False)
+    accuracies = evaluate(result, test, progress=False)
     assert min(accuracies.values()) > 0.9
-    assert len(result.dev_accuracy) == 10
+    assert len(result.dev_scores) == 10
     assert result.seconds > 0
 
 
@@ -104,33 +105,33 @@ def test_one_update_per_batch_and_epoch(tokenizer):
 def test_first_best_epoch_is_kept(tokenizer, monkeypatch, caplog):
     """Strictly better wins; the kept weights are those of that epoch and not live ones (trap 9)."""
     scores = iter([0.2, 0.6, 0.4, 0.6, 0.5, 0.1])
-    monkeypatch.setattr(prompt_learning, "_accuracy", lambda prediction: {"accuracy": next(scores)})
+    monkeypatch.setattr(fit, "_metrics", lambda prediction: {"accuracy": next(scores)})
     with caplog.at_level(logging.INFO, "ltp_sparse"):
         result = run(tokenizer)
     assert result.best_epoch == 2
-    assert result.dev_accuracy == (0.2, 0.6, 0.4, 0.6, 0.5, 0.1)
+    assert result.dev_scores == (0.2, 0.6, 0.4, 0.6, 0.5, 0.1)
     assert result.delta.metadata["epoch"] == 2
-    assert result.delta.metadata["dev_accuracy"] == 0.6
-    assert "LTP: epoch 2 of 6 is kept, dev accuracy 0.6000" in caplog.text
+    assert result.delta.metadata["dev_score"] == 0.6
+    assert "LTP: epoch 2 is kept, dev accuracy 0.6000" in caplog.text
     # a run of two epochs, the second of which is the best, ends with the same bits
     scores = iter([0.2, 0.6])
-    monkeypatch.setattr(prompt_learning, "_accuracy", lambda prediction: {"accuracy": next(scores)})
+    monkeypatch.setattr(fit, "_metrics", lambda prediction: {"accuracy": next(scores)})
     short = run(tokenizer, LTP(settings=dataclasses.replace(SHORT, epochs=2)))
     assert_same_bits(result.delta, short.delta)
 
 
-def test_dev_accuracy_is_that_of_the_kept_model(tokenizer):
+def test_dev_scores_is_that_of_the_kept_model(tokenizer):
     dev = toy_pairs(15, seed=1)
     result = run(tokenizer, dev=dev, dropout=0.1)
-    measured = evaluate(result.model, result.encode, {"dev": dev}, progress=False)["dev"]
-    assert measured == pytest.approx(max(result.dev_accuracy))
-    assert result.dev_accuracy.index(max(result.dev_accuracy)) == result.best_epoch - 1
+    measured = evaluate(result, {"dev": dev}, progress=False)["dev"]
+    assert measured == pytest.approx(max(result.dev_scores))
+    assert result.dev_scores.index(max(result.dev_scores)) == result.best_epoch - 1
 
 
 def test_same_seed_same_bits_and_another_seed_others(tokenizer):
     first, second, other = (run(tokenizer, dropout=0.1, seed=seed) for seed in (1, 1, 2))
     assert_same_bits(first.delta, second.delta)
-    assert first.dev_accuracy == second.dev_accuracy
+    assert first.dev_scores == second.dev_scores
     assert not torch.equal(first.delta.dense["prompt_encoder.rows"], other.delta.dense["prompt_encoder.rows"])
 
 
@@ -146,7 +147,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tokenizer, tmp_path, killed_at):
     resumed = run(tokenizer, method, **options, output_dir=folder, save_every=1, resume=True)
     assert_same_bits(resumed.delta, whole.delta)
     assert_same_bits(resumed.baked, whole.baked)
-    assert resumed.dev_accuracy == whole.dev_accuracy
+    assert resumed.dev_scores == whole.dev_scores
     assert resumed.best_epoch == whole.best_epoch
 
 
@@ -197,11 +198,11 @@ def test_a_saved_result_works_without_the_encoder_and_is_taken_back(tokenizer, t
     assert result.baked.dense["prompt_encoder.rows"].shape == (4, 32)
     for name in ("delta", "baked"):
         delta = ls.SparseDelta.load(tmp_path / f"{name}.safetensors")
-        model, encode = load_prompted(base, tokenizer, delta)
-        assert encode(toy_pairs(12, seed=5)) == examples
+        setup = load_trained(base, tokenizer, delta)
+        assert setup.encode(toy_pairs(12, seed=5)) == examples
         with torch.no_grad():
-            assert torch.equal(model(**batch)["logits"], expected)
-        delta.revert(model)
+            assert torch.equal(setup.model(**batch)["logits"], expected)
+        delta.revert(setup.model)
         assert all(torch.equal(weights(base)[n], before[n]) for n in before)
     if method is not SoftPrompt:
         assert result.baked.nbytes < result.delta.nbytes
@@ -292,9 +293,9 @@ def test_clipping_sees_active_and_prompt_gradients_only(tokenizer):
     result = run(tokenizer, method, model=model, ticket=ticket, train=pairs, callbacks=[Norms()])
     # the same first step by hand
     fresh = tiny_language_model(len(tokenizer))
-    reference, _ = load_prompted(fresh, tokenizer, result.delta)
+    reference = load_trained(fresh, tokenizer, result.delta).model
     result.delta.revert(reference)
-    reference.prompt_encoder = prompt_learning._prompt_encoder(method.settings, fresh, tokenizer, 1)
+    reference.prompt_encoder = prompt_encoder(method.settings, fresh, tokenizer, 1)
     reference(**collator(1)(result.encode(pairs)))["loss"].backward()
     total = sum(float(p.grad.double().square().sum()) for p in reference.prompt_encoder.parameters())
     for name, parameter in canonical_parameters(fresh).items():
@@ -316,7 +317,7 @@ def test_bfloat16_keeps_float32_weights_and_deltas(tokenizer):
 def test_vocabulary_init_starts_from_word_embeddings(tokenizer):
     model = tiny_language_model(len(tokenizer))
     settings = dataclasses.replace(SHORT, init="vocabulary", encoder="none")
-    encoder = prompt_learning._prompt_encoder(settings, model, tokenizer, seed=1)
+    encoder = prompt_encoder(settings, model, tokenizer, seed=1)
     embedding = model.get_input_embeddings().weight
     at = [(embedding == row).all(1).nonzero().item() for row in encoder.rows]
     assert len(set(at)) == 4
@@ -336,7 +337,7 @@ def test_own_words_and_further_arguments(tokenizer, tmp_path):
     result = run(tokenizer, verbalizer=verbalizer, arguments=arguments, callbacks=[Look()], seed=7)
     assert result.delta.metadata["verbalizer"] == [list(ids) for ids in verbalizer.token_ids]
     assert seen == {"run_name": "mine", "report_to": [], "decay": 0.0, "seed": 7}
-    model, _ = load_prompted(tiny_language_model(len(tokenizer)), tokenizer, result.baked)
+    model = load_trained(tiny_language_model(len(tokenizer)), tokenizer, result.baked).model
     assert model.word_ids.tolist() == result.model.word_ids.tolist()
 
 
@@ -349,7 +350,7 @@ from test_prompt_learning import bits, run
 from tiny_nli import tiny_tokenizer, toy_pairs
 result = run(tiny_tokenizer(), train=toy_pairs(32))
 if os.environ["RANK"] == "0":
-    torch.save({**bits(result.delta), "dev": torch.tensor(result.dev_accuracy)}, sys.argv[2])
+    torch.save({**bits(result.delta), "dev": torch.tensor(result.dev_scores)}, sys.argv[2])
 """
 
 
@@ -361,16 +362,16 @@ def test_two_processes_give_the_result_of_one(tokenizer, tmp_path):
     subprocess.run([*command, str(Path(__file__).parent), str(tmp_path / "two.pt")], check=True, capture_output=True)
     two = torch.load(tmp_path / "two.pt")
     one = run(tokenizer, train=toy_pairs(32))
-    assert two.pop("dev").tolist() == pytest.approx(one.dev_accuracy)
+    assert two.pop("dev").tolist() == pytest.approx(one.dev_scores)
     for name, values in bits(one.delta).items():
         torch.testing.assert_close(two[name], values, atol=3e-5, rtol=1e-4, msg=name)
 
 
 def test_errors_come_before_training(tokenizer):
     unlabelled = [TinyPair("word1", "word2", None)]
-    with pytest.raises(ValueError, match="expected labelled pairs in train, got none or some without a label"):
+    with pytest.raises(ValueError, match="expected labelled examples in train, got none or some without a label"):
         run(tokenizer, train=unlabelled)
-    with pytest.raises(ValueError, match="expected labelled pairs in dev"):
+    with pytest.raises(ValueError, match="expected labelled examples in dev"):
         run(tokenizer, dev=unlabelled)
     with pytest.raises(ValueError, match="max_length must be at most 64, the positions of the model, got 256"):
         run(tokenizer, LTP())
@@ -379,7 +380,7 @@ def test_errors_come_before_training(tokenizer):
     with pytest.raises(ValueError, match="save_every must be at least 1"):
         run(tokenizer, output_dir="unused", save_every=-1)
     with pytest.raises(
-        ValueError, match="batch of 32 pairs must be a multiple of micro_batch_size x processes, got 5 x 1"
+        ValueError, match="batch of 32 examples must be a multiple of micro_batch_size x processes, got 5 x 1"
     ):
         run(tokenizer, micro_batch_size=5)
     with pytest.raises(ValueError, match="LTP: expected the ticket of stage 1"):
@@ -389,5 +390,5 @@ def test_errors_come_before_training(tokenizer):
 def test_a_foreign_delta_is_refused(tokenizer):
     model = tiny_language_model(len(tokenizer))
     foreign = ls.SparseDelta.between(model, model, ticket_of(model))
-    with pytest.raises(ValueError, match="expected a delta made by train_prompt, this one has no 'settings'"):
-        load_prompted(model, tokenizer, foreign)
+    with pytest.raises(ValueError, match="expected a delta made by train_method, this one has no 'method'"):
+        load_trained(model, tokenizer, foreign)

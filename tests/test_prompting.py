@@ -11,6 +11,7 @@ import torch
 from tiny_nli import CLUES, TinyPair, tiny_language_model, tiny_tokenizer, toy_pairs
 from torch.nn import functional as F
 
+from ltp_sparse.methods import Setup
 from ltp_sparse.names import canonical_parameters
 from ltp_sparse.prompting import (
     CLASSES,
@@ -471,7 +472,7 @@ def test_predictions_keep_the_order_of_the_pairs(tokenizer):
     examples = soft_template(4).encode(tokenizer, toy_pairs(11))
     with torch.no_grad():  # without this a random model gives the same class to all of them
         model.lm_head.decoder.bias[model.word_ids] -= model(**collator(1)(examples))["logits"].mean(0)
-    together = evaluation.predict(model, examples, batch_size=3)
+    together = evaluation.predict(model, examples, collator(1), batch_size=3)
     assert model.training
     model.eval()
     one_by_one = [model(**collator(1)([example]))["logits"].argmax().item() for example in examples]
@@ -483,16 +484,16 @@ def test_accuracy_per_language(tokenizer, monkeypatch):
     def encode(pairs):
         return soft_template(4).encode(tokenizer, pairs)
 
-    model = prompted(tokenizer)
+    ready = Setup(model=prompted(tokenizer), encode=encode, collate=collator(1))
     answers = {"en": torch.tensor([0, 1, 2, 0]), "sw": torch.tensor([0, 0, 0])}
     replies = iter(answers.values())
     monkeypatch.setattr(evaluation, "predict", lambda *args, **kwargs: next(replies))
     pairs = {"en": toy_pairs(4), "sw": toy_pairs(3, language="sw")}
-    assert evaluation.evaluate(model, encode, pairs, progress=False) == {"en": 1.0, "sw": 1 / 3}
-    with pytest.raises(ValueError, match="labelled pairs in 'sw'"):
-        evaluation.evaluate(model, encode, {"sw": [TinyPair("word1", "word2", None)]}, progress=False)
-    with pytest.raises(ValueError, match="labelled pairs in 'sw'"):
-        evaluation.evaluate(model, encode, {"sw": []}, progress=False)
+    assert evaluation.evaluate(ready, pairs, progress=False) == {"en": 1.0, "sw": 1 / 3}
+    with pytest.raises(ValueError, match="labelled examples in 'sw'"):
+        evaluation.evaluate(ready, {"sw": [TinyPair("word1", "word2", None)]}, progress=False)
+    with pytest.raises(ValueError, match="labelled examples in 'sw'"):
+        evaluation.evaluate(ready, {"sw": []}, progress=False)
 
 
 def test_rows_summaries_and_tables(tmp_path):
@@ -508,10 +509,10 @@ def test_rows_summaries_and_tables(tmp_path):
     assert rows == runs
     summaries = evaluation.summarize(rows)
     assert [(s["method"], s["runs"]) for s in summaries] == [("LTP", 2), ("SP", 1)]
-    mean, deviation = summaries[0]["accuracy"]["AVG"]
+    mean, deviation = summaries[0]["scores"]["AVG"]
     assert mean == pytest.approx(0.375)
     assert deviation == pytest.approx(0.05 / math.sqrt(2))  # of the two averages 0.35 and 0.40
-    assert math.isnan(summaries[1]["accuracy"]["en"][1])
+    assert math.isnan(summaries[1]["scores"]["en"][1])
     table = evaluation.markdown_table(summaries, reference={("SP", 4): {"en": 41.84, "AVG": 39.15}})
     assert table.splitlines() == [
         "| method | shots | runs | en | sw | AVG |",

@@ -43,10 +43,9 @@ def run(options: argparse.Namespace) -> None:
     }
     rows = []
     for seed in options.seeds or finished_seeds(options.folder):
-        model, encode, delta = load_seed(made, options.folder, seed)
-        accuracies = evaluate(
-            model,
-            encode,
+        setup, delta = load_seed(made, options.folder, seed)
+        scores = evaluate(
+            setup,
             pairs,
             batch_size=options.batch_size,
             dtype=torch.bfloat16 if options.bf16 else None,
@@ -60,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
             "task": options.task,
         }
         facts |= {"split": options.split, "limit": options.limit, "epoch": delta.metadata["epoch"], "k": delta.ticket.k}
-        rows.append(result_row(accuracies, **facts))
+        rows.append(result_row(scores, **facts))
         append_row(options.folder / RESULTS, rows[-1])
     summaries = summarize(rows)
     print(markdown_table(summaries))
@@ -68,5 +67,5 @@ def run(options: argparse.Namespace) -> None:
     if options.plot is not None:
         from ltp_sparse.report.plots import plot_accuracy
 
-        bars = {s["method"]: {name: mean for name, (mean, _) in s["accuracy"].items()} for s in summaries}
+        bars = {s["method"]: {name: mean for name, (mean, _) in s["scores"].items()} for s in summaries}
         print(f"plot written to {plot_accuracy(bars, options.plot, chance=1 / 3)}")

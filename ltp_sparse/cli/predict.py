@@ -40,10 +40,13 @@ def run(options: argparse.Namespace) -> None:
     from ltp_sparse.training.evaluation import predict
 
     pairs = read_pairs(options.pairs)
-    model, encode, _ = load_seed(Run.load(options.folder), options.folder, options.seed)
+    setup, _ = load_seed(Run.load(options.folder), options.folder, options.seed)
     dtype = torch.bfloat16 if options.bf16 else None
     with tqdm(total=len(pairs), unit="pair", disable=options.quiet) as bar:
-        labels = predict(model, encode(pairs), batch_size=options.batch_size, dtype=dtype, progress=bar.update)
+        inputs = setup.encode(pairs)
+        labels = predict(
+            setup.model, inputs, setup.collate, batch_size=options.batch_size, dtype=dtype, progress=bar.update
+        )
     rows = [(pair.premise, pair.hypothesis, CLASSES[label]) for pair, label in zip(pairs, labels.tolist(), strict=True)]
     if options.output is None:
         _write(sys.stdout, rows)

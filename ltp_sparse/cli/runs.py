@@ -18,8 +18,7 @@ from ltp_sparse.files import atomic_path
 
 if TYPE_CHECKING:
     from ltp_sparse.delta import SparseDelta
-    from ltp_sparse.prompting import PromptedMaskedLM
-    from ltp_sparse.training.evaluation import Encode
+    from ltp_sparse.methods.base import Setup
 
 TRAINED = "trained.safetensors"
 BAKED = "baked.safetensors"
@@ -59,14 +58,13 @@ def finished_seeds(folder: Path) -> list[int]:
     return seeds
 
 
-def load_seed(run: Run, folder: Path, seed: int | None) -> tuple[PromptedMaskedLM, Encode, SparseDelta]:
-    """The prompted model of one seed (default: the first), the function that encodes pairs for it, and its delta."""
+def load_seed(run: Run, folder: Path, seed: int | None) -> tuple[Setup, SparseDelta]:
+    """The model of one seed (default: the first) with what encodes examples for it, and its delta."""
     import ltp_sparse as ls
     from ltp_sparse.training.backbone import load_backbone
-    from ltp_sparse.training.prompt_learning import load_prompted
+    from ltp_sparse.training.method import load_trained
 
     seed = finished_seeds(folder)[0] if seed is None else seed
     delta = ls.SparseDelta.load(folder / f"seed-{seed}" / BAKED)
     language_model, tokenizer = load_backbone(run.model, decoupled=delta.metadata["decoupled"], tokenizer=run.tokenizer)
-    model, encode = load_prompted(language_model, tokenizer, delta)
-    return model, encode, delta
+    return load_trained(language_model, tokenizer, delta), delta

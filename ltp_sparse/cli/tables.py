@@ -1,3 +1,3 @@
 """Names that `--help` shows without importing transformers."""
 
-METHOD_NAMES = ("ltp", "random-ticket", "soft-prompt", "prompt-only")
+METHOD_NAMES = ("ltp", "all-active", "random-ticket", "discrete-prompt", "soft-prompt", "mixed-prompt", "prompt-only")

@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
     from ltp_sparse.prompting import Verbalizer
     from ltp_sparse.tasks import load_pairs
     from ltp_sparse.training.backbone import load_backbone
-    from ltp_sparse.training.prompt_learning import train_prompt
+    from ltp_sparse.training.method import train_method
 
     kind: Any = METHODS[options.method]
     method = kind(match=options.match) if options.method == "random-ticket" else kind()
@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> None:
     print(f"{method.name}: {len(train)} training and {len(dev)} dev pairs ({options.language}), seeds {seeds}")
     for seed in todo:
         folder = options.output / f"seed-{seed}"
-        result = train_prompt(
+        result = train_method(
             method,
             model,
             tokenizer,
@@ -121,8 +121,8 @@ def run(options: argparse.Namespace) -> None:
         result.baked.save(folder / BAKED)
         result.delta.revert(result.model)
         print(
-            f"seed {seed}: best epoch {result.best_epoch} of {len(result.dev_accuracy)}, "
-            f"dev accuracy {max(result.dev_accuracy):.2%}, {result.seconds:.0f} s, "
+            f"seed {seed}: best epoch {result.best_epoch} of {len(result.dev_scores)}, "
+            f"dev score {max(result.dev_scores):.2%}, {result.seconds:.0f} s, "
             f"{result.optimizer_bytes:,} bytes of optimizer state, every other weight bitwise unchanged"
         )
     print(f"next: ltp-sparse evaluate {options.output} --task xnli")

@@ -19,8 +19,8 @@ from ltp_sparse.prompting import Verbalizer
 from ltp_sparse.report.plots import plot_accuracy, plot_ticket
 from ltp_sparse.training.backbone import load_backbone
 from ltp_sparse.training.evaluation import append_row, evaluate, markdown_table, result_row, summarize
+from ltp_sparse.training.method import Trained, train_method
 from ltp_sparse.training.mlm import MLMSettings, find_ticket, tune_mlm
-from ltp_sparse.training.prompt_learning import PromptResult, train_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, XLMRobertaForMaskedLM
@@ -106,7 +106,7 @@ def _demo(output: Path, settings: DemoSettings, progress: bool) -> str:
     (output / "report.md").write_text(report, encoding="utf-8")
     summaries = summarize(rows)
     plot_accuracy(
-        {s["method"]: {name: mean for name, (mean, _) in s["accuracy"].items()} for s in summaries},
+        {s["method"]: {name: mean for name, (mean, _) in s["scores"].items()} for s in summaries},
         output / "accuracy.png",
         chance=1 / 3,
         title=f"zero-shot accuracy, {settings.shots} English examples per class",
@@ -153,7 +153,7 @@ def _run_method(
     for seed in settings.seeds:
         model, tokenizer = load_backbone(folder, decoupled=not isinstance(method, SoftPrompt))
         before = {name: p.detach().clone() for name, p in canonical_parameters(model).items()}
-        result = train_prompt(
+        result = train_method(
             method,
             model,
             tokenizer,
@@ -164,7 +164,7 @@ def _run_method(
             seed=seed,
             progress=progress,
         )
-        accuracies = evaluate(result.model, result.encode, tests, progress=False)
+        accuracies = evaluate(result, tests, progress=False)
         rows.append(result_row(accuracies, method=method.name, shots=settings.shots, seed=seed))
         print(f"{method.name}, seed {seed}: {rows[-1]['mean']:.1%} over {len(tests)} languages", flush=True)
     return rows, _look(result, model, before)
@@ -175,7 +175,7 @@ def english_words(tokenizer: PreTrainedTokenizerFast) -> Verbalizer:
     return Verbalizer.from_words(tokenizer, LANGUAGES["en"].answers, strict=True)
 
 
-def _look(result: PromptResult, model: XLMRobertaForMaskedLM, before: dict[str, torch.Tensor]) -> _Fact:
+def _look(result: Trained, model: XLMRobertaForMaskedLM, before: dict[str, torch.Tensor]) -> _Fact:
     """Compares every weight with its value before training, bit for bit."""
     frozen = changed = trained = 0
     for name, parameter in canonical_parameters(model).items():

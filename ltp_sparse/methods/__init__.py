@@ -1,7 +1,11 @@
 """Training methods: small classes that say which weights train, which input is built, and which ticket applies."""
 
+from ltp_sparse.methods.base import Context, Method, Settings, Setup
 from ltp_sparse.methods.prompt_learning import (
     LTP,
+    AllActive,
+    DiscretePrompt,
+    MixedPrompt,
     PromptMethod,
     PromptOnly,
     PromptSettings,
@@ -9,12 +13,24 @@ from ltp_sparse.methods.prompt_learning import (
     SoftPrompt,
 )
 
-METHODS: dict[str, type[PromptMethod]] = {
-    "ltp": LTP,
-    "random-ticket": RandomTicket,
-    "soft-prompt": SoftPrompt,
-    "prompt-only": PromptOnly,
+METHODS: dict[str, type[Method]] = {
+    method.key: method for method in (LTP, AllActive, RandomTicket, DiscretePrompt, SoftPrompt, MixedPrompt, PromptOnly)
 }
 """Every method by the name that recipes and the command line use."""
 
-__all__ = ["LTP", "METHODS", "PromptMethod", "PromptOnly", "PromptSettings", "RandomTicket", "SoftPrompt"]
+__all__ = [
+    "LTP",
+    "METHODS",
+    "AllActive",
+    "Context",
+    "DiscretePrompt",
+    "Method",
+    "MixedPrompt",
+    "PromptMethod",
+    "PromptOnly",
+    "PromptSettings",
+    "RandomTicket",
+    "Settings",
+    "Setup",
+    "SoftPrompt",
+]

@@ -1,93 +1,98 @@
-"""Prompt-learning methods: LTP (METHODS.md 4.2), its random controls (4.3 b), SP and the frozen-LM control (3).
+"""Prompt-learning methods: LTP (METHODS.md 4.2) and its controls (4.3), DP, SP and MP (3).
 
-A method says which entries of the language model train beside the prompt encoder, and with which settings. All of them
-read the soft template, score the verbalizer's words, and save a `SparseDelta` over their ticket with the prompt in its
-dense tensors.
+All of them read a cloze template, score the verbalizer's words at `<mask>`, and save a `SparseDelta` over their ticket
+with the prompt in its dense tensors.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
+from ltp_sparse.methods.base import Context, Method, Settings, Setup, nothing
 from ltp_sparse.names import canonical_parameters
+from ltp_sparse.prompting import (
+    PromptedMaskedLM,
+    PromptEncoder,
+    Template,
+    Verbalizer,
+    collator,
+    discrete_template,
+    soft_template,
+    vocabulary_rows,
+)
 from ltp_sparse.selection import pools
 from ltp_sparse.ticket import Ticket
 from ltp_sparse.training.backbone import decouple, is_decoupled
 
 if TYPE_CHECKING:
-    from transformers import XLMRobertaForMaskedLM
+    from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM
+
+BAKED_PROMPT = "prompt_encoder.rows"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptSettings:
+class PromptSettings(Settings):
     """Settings of prompt-learning; the defaults are LTP's (METHODS.md 4.2).
 
-    learning_rate: constant, the same for the language model and the prompt encoder
-    batch_size:    pairs per update
-    max_grad_norm: norm to which the gradient of what trains is clipped
-    n_prompt:      prompt embeddings
-    encoder:       "bilstm", "mlp" or "none"
-    init:          "normal" draws the rows of the prompt encoder from N(0, 1), "vocabulary" copies word embeddings
-    max_length:    tokens of an input
-    truncation:    "longest_first" or "hypothesis_first" (see `Template.encode`)
-    seeds:         those of the repeated runs of an experiment
+    n_prompt:   prompt embeddings
+    encoder:    "bilstm", "mlp" or "none"
+    init:       "normal" draws the rows of the prompt encoder from N(0, 1), "vocabulary" copies word embeddings
+    truncation: "longest_first" or "hypothesis_first" (see `Template.encode`)
     """
 
-    learning_rate: float = 2e-5
-    epochs: int = 70
-    batch_size: int = 32
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    epochs: float = 70
     n_prompt: int = 4
     encoder: str = "bilstm"
     init: str = "normal"
-    max_length: int = 256
     truncation: str = "longest_first"
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "epochs", "batch_size", "max_grad_norm", "n_prompt", "max_length"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"PromptSettings: {name} must be above 0, got {getattr(self, name)}")
+        super().__post_init__()
+        if not self.n_prompt > 0:
+            raise ValueError(f"PromptSettings: n_prompt must be above 0, got {self.n_prompt}")
         if self.init not in ("normal", "vocabulary"):
             raise ValueError(f"PromptSettings: init must be normal or vocabulary, got {self.init!r}")
 
 
+def _zhao_schutze() -> PromptSettings:
+    return PromptSettings(learning_rate=1e-5, epochs=50, l2=0.01)
+
+
 @dataclass(frozen=True, kw_only=True)
-class PromptMethod(ABC):
-    """Which entries of a language model train, and how.
+class PromptMethod(Method):
+    """Which entries of a language model train beside a prompt, and in which template; with the soft one by default."""
 
-    name:         as in tables
-    needs_ticket: whether `ticket` wants one to be given
-    """
-
-    name: ClassVar[str]
-    needs_ticket: ClassVar[bool] = False
     settings: PromptSettings = field(default_factory=PromptSettings)
 
-    @abstractmethod
-    def prepare(self, language_model: XLMRobertaForMaskedLM) -> None:
-        """Brings the LM head, in place, into the state that the method trains with; raises ValueError if it cannot."""
+    def template(self, language: str) -> Template:
+        """The cloze pattern for training examples of a language."""
+        return soft_template(self.settings.n_prompt)
 
-    def ticket(self, language_model: XLMRobertaForMaskedLM, given: Ticket | None = None, *, seed: int = 0) -> Ticket:
-        """The entries of the language model that train.
-
-        given: the ticket of stage 1, for methods that need one; the others refuse it.
-        seed:  that of the run, for methods that draw.
-        """
-        if self.needs_ticket and given is None:
-            raise ValueError(
-                f"{self.name}: expected the ticket of stage 1, got none; select one (ltp_sparse.select) or load one "
-                "(ltp_sparse.Ticket.load)"
-            )
-        if not self.needs_ticket and given is not None:
-            raise ValueError(f"{self.name}: expected no ticket, since it trains a fixed set of weights, got {given!r}")
-        return self._ticket(language_model, given, seed)
-
-    @abstractmethod
-    def _ticket(self, language_model: XLMRobertaForMaskedLM, given: Ticket | None, seed: int) -> Ticket: ...
+    def build(self, language_model: XLMRobertaForMaskedLM, context: Context, *, baked: bool = False) -> Setup:
+        settings, tokenizer = self.settings, context.tokenizer
+        template = self.template(context.language)
+        encoder = None
+        if template.n_prompt and baked:
+            encoder = PromptEncoder(template.n_prompt, language_model.config.hidden_size, "none")
+        elif template.n_prompt:
+            encoder = prompt_encoder(settings, language_model, tokenizer, context.seed)
+        if encoder is not None:
+            encoder.to(language_model.device)
+        verbalizer = context.verbalizer or Verbalizer.for_language(tokenizer, "en")
+        encode = partial(template.encode, tokenizer, max_length=settings.max_length, truncation=settings.truncation)
+        return Setup(
+            model=PromptedMaskedLM(language_model, encoder, verbalizer),
+            encode=encode,
+            collate=collator(language_model.config.pad_token_id),
+            dense=() if encoder is None else (encoder,),
+            bake=None if encoder is None else lambda: {BAKED_PROMPT: encoder.bake().cpu()},
+            facts={"verbalizer": [list(tokens) for tokens in verbalizer.token_ids]},
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +102,7 @@ class LTP(PromptMethod):
     LayerNorms, the LM head and its decoupled output embedding stay as they are.
     """
 
+    key = "ltp"
     name = "LTP"
     needs_ticket = True
 
@@ -120,6 +126,7 @@ class RandomTicket(LTP):
     match: "pool" draws uniformly over the whole pool, "layers" keeps the ticket's count in every parameter
     """
 
+    key = "random-ticket"
     name = "random ticket"
     match: str = "pool"
 
@@ -135,19 +142,36 @@ class RandomTicket(LTP):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AllActive(LTP):
+    """LTP with every maskable entry in its ticket: LayerNorms, LM head and output embedding frozen (4.3 a)."""
+
+    key = "all-active"
+    name = "LTP, all active"
+    needs_ticket = False
+
+    def _ticket(self, language_model: XLMRobertaForMaskedLM, given: Ticket | None, seed: int) -> Ticket:
+        return Ticket.full(language_model, pool=pools.maskable)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SoftPrompt(PromptMethod):
     """SP: the prompt encoder and every weight of the (tied) language model train (Zhao & Schütze 2021).
 
     The default schedule is the original's; `SoftPrompt(settings=PromptSettings())` is SP on LTP's schedule (4.3 c).
     """
 
+    key = "soft-prompt"
     name = "SP"
-    settings: PromptSettings = field(default_factory=lambda: PromptSettings(learning_rate=1e-5, epochs=50))
+    settings: PromptSettings = field(default_factory=_zhao_schutze)
+
+    @property
+    def tied(self) -> bool:
+        return True
 
     def prepare(self, language_model: XLMRobertaForMaskedLM) -> None:
         if is_decoupled(language_model):
             raise ValueError(
-                "SP: expected a language model whose LM head shares the word embedding, got a decoupled one; "
+                f"{self.name}: expected a language model whose LM head shares the word embedding, got a decoupled one; "
                 "load it with load_backbone(..., decoupled=False)"
             )
 
@@ -156,9 +180,32 @@ class SoftPrompt(PromptMethod):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DiscretePrompt(SoftPrompt):
+    """DP: a pattern in words, no prompt embeddings; every weight trains (Zhao & Schütze 2021)."""
+
+    key = "discrete-prompt"
+    name = "DP"
+
+    def template(self, language: str) -> Template:
+        return discrete_template(language)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedPrompt(SoftPrompt):
+    """MP: DP's pattern with SP's prompt after the answer's word (the order of SoftMV; METHODS.md 3)."""
+
+    key = "mixed-prompt"
+    name = "MP"
+
+    def template(self, language: str) -> Template:
+        return discrete_template(language, self.settings.n_prompt)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PromptOnly(PromptMethod):
     """The prompt encoder alone trains; the language model is frozen ("Fixed-LM", the control of METHODS.md 4.3 e)."""
 
+    key = "prompt-only"
     name = "PT-frozen"
     settings: PromptSettings = field(default_factory=lambda: PromptSettings(learning_rate=5e-3))
 
@@ -166,4 +213,17 @@ class PromptOnly(PromptMethod):
         """Frozen, a tied head and a decoupled one are the same."""
 
     def _ticket(self, language_model: XLMRobertaForMaskedLM, given: Ticket | None, seed: int) -> Ticket:
-        return Ticket({}, {}, {"method": "none"})
+        return nothing()
+
+
+def prompt_encoder(
+    settings: PromptSettings, language_model: Any, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> PromptEncoder:
+    """A prompt encoder with initial values of its own generator."""
+    embedding: Tensor = language_model.get_input_embeddings().weight
+    rows = None
+    if settings.init == "vocabulary":
+        rows = vocabulary_rows(embedding, settings.n_prompt, seed, exclude=tuple(tokenizer.all_special_ids)).cpu()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return PromptEncoder(settings.n_prompt, embedding.shape[1], settings.encoder, rows=rows)

@@ -22,16 +22,18 @@ class PromptedMaskedLM(nn.Module):
     The encoder and the LM head of `language_model` are shared, not copied, and keep their names ("roberta.*",
     "lm_head.*"), so a ticket over the language model fits this model, too; the prompt adds "prompt_encoder.*". Both a
     tied and a decoupled LM head work. The LM head runs at `<mask>` only, its decoder for the verbalizer's words only.
+
+    prompt_encoder: None for a discrete prompt, whose inputs have no prompt slot
     """
 
     base_model_prefix = "roberta"
 
     def __init__(
-        self, language_model: XLMRobertaForMaskedLM, prompt_encoder: PromptEncoder, verbalizer: Verbalizer
+        self, language_model: XLMRobertaForMaskedLM, prompt_encoder: PromptEncoder | None, verbalizer: Verbalizer
     ) -> None:
         super().__init__()
         config = language_model.config
-        if prompt_encoder.rows.shape[1] != config.hidden_size:
+        if prompt_encoder is not None and prompt_encoder.rows.shape[1] != config.hidden_size:
             raise ValueError(
                 f"PromptedMaskedLM: expected a prompt encoder of hidden size {config.hidden_size}, that of the "
                 f"language model, got {prompt_encoder.rows.shape[1]}"
@@ -84,12 +86,15 @@ class PromptedMaskedLM(nn.Module):
     def _embed(self, input_ids: Tensor, prompt_positions: Tensor) -> Tensor:
         # Everything is looked up, <mask> included; only the slots are overwritten, so they alone pass no gradient to E.
         embeddings = self.roberta.embeddings.word_embeddings(input_ids)  # [B, L, H]
-        prompt = self.prompt_encoder().to(embeddings.dtype)  # [n, H]
-        if prompt_positions.shape[1] != len(prompt):
+        n = 0 if self.prompt_encoder is None else len(self.prompt_encoder.rows)
+        if prompt_positions.shape[1] != n:
             raise ValueError(
                 f"PromptedMaskedLM: the input has {prompt_positions.shape[1]} prompt slots, the prompt encoder gives "
-                f"{len(prompt)}; make the template with n_prompt={len(prompt)}"
+                f"{n}; make the template with n_prompt={n}"
             )
+        if self.prompt_encoder is None:
+            return embeddings
+        prompt = self.prompt_encoder().to(embeddings.dtype)  # [n, H]
         slots = prompt_positions.unsqueeze(-1).expand(-1, -1, embeddings.shape[-1])  # [B, n, H]
         return embeddings.scatter(1, slots, prompt.expand(len(input_ids), -1, -1))
 

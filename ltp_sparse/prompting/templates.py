@@ -131,9 +131,43 @@ class Template:
         )
 
 
+QUESTIONS: dict[str, tuple[str, str]] = {
+    "ar": ("سؤال:", "إجابه:"),
+    "bg": ("Въпрос:", "Отговор:"),
+    "de": ("Frage:", "Antworten:"),
+    "el": ("Ερώτηση:", "Απάντηση:"),
+    "en": ("Question:", "Answer:"),
+    "es": ("Pregunta:", "Respuesta:"),
+    "fr": ("Question:", "Répondre:"),
+    "hi": ("सवाल:", "उत्तर:"),
+    "ru": ("Вопрос:", "Отвечать:"),
+    "sw": ("Swali:", "Jibu:"),
+    "th": ("คำถาม:", "ตอบ:"),
+    "tr": ("Soru:", "Cevap:"),
+    "ur": ("سوال:", "جواب:"),
+    "vi": ("Câu hỏi:", "Câu trả lời:"),
+    "zh": ("问题：", "答案："),
+}
+"""Language -> words before the hypothesis and before the answer (Zhao & Schütze 2021)."""
+
+
 def soft_template(n_prompt: int = 4) -> Template:
     """`P . H ? p1..pn <mask> .`: the input of SP and LTP (METHODS.md 3 and 4.2)."""
     return Template((PREMISE, ".", HYPOTHESIS, "?", PROMPT, MASK, "."), n_prompt)
+
+
+def discrete_template(language: str = "en", n_prompt: int = 0) -> Template:
+    """`P . Question: H ? Answer: <mask> .` (DP), with `p1..pn` before the mask where n_prompt > 0 (MP; METHODS.md 3).
+
+    Raises ValueError for a language without words in `QUESTIONS`.
+    """
+    if language not in QUESTIONS:
+        raise ValueError(
+            f"discrete_template: words are known for {', '.join(QUESTIONS)}, got {language!r}; make a Template"
+        )
+    question, answer = QUESTIONS[language]
+    prompt = (PROMPT,) if n_prompt else ()
+    return Template((PREMISE, ".", question, HYPOTHESIS, "?", answer, *prompt, MASK, "."), n_prompt)
 
 
 def strip_punctuation(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Accuracy per language, its mean and spread over seeds, and tables of it."""
+"""Scores per language, their mean and spread over seeds, and tables of it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,32 @@ import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ltp_sparse.prompting import PromptedMaskedLM, collator
-from ltp_sparse.prompting.templates import IGNORED_LABEL, Example, Pair
+from ltp_sparse.methods.base import Collate, Encode
+from ltp_sparse.prompting.templates import IGNORED_LABEL
 
-Encode = Callable[[Sequence[Pair]], list[Example]]
-"""Turns pairs into model inputs, e.g. `functools.partial(soft_template().encode, tokenizer)`."""
+
+def accuracy(predicted: Any, labels: Any) -> float:
+    """Share of equal entries of two integer arrays [N]."""
+    return float((predicted == labels).mean())
+
+
+def macro_f1(predicted: Any, labels: Any) -> float:
+    """Unweighted mean of the F1 of every class that occurs in either integer array [N]."""
+    scores = []
+    for label in np.union1d(predicted, labels):
+        hits = int(((predicted == label) & (labels == label)).sum())
+        scores.append(2 * hits / int((predicted == label).sum() + (labels == label).sum()))
+    return float(np.mean(scores))
+
+
+METRICS: dict[str, Callable[[Any, Any], float]] = {"accuracy": accuracy, "macro_f1": macro_f1}
+"""Scores of predictions, 0 to 1."""
 
 AVERAGE = "AVG"
 _GROUP = ("method", "shots")
@@ -24,8 +40,9 @@ _GROUP = ("method", "shots")
 
 @torch.no_grad()
 def predict(
-    model: PromptedMaskedLM,
-    examples: Sequence[Example],
+    model: nn.Module,
+    examples: Sequence[Any],
+    collate: Collate,
     *,
     batch_size: int = 64,
     dtype: torch.dtype | None = None,
@@ -37,9 +54,8 @@ def predict(
     progress: called with the number of examples done after each batch.
     The model is put into evaluation mode for the call. Batches hold examples of similar length, so little is padding.
     """
-    device = model.word_ids.device
+    device = next(model.parameters()).device
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]), reverse=True)
-    collate = collator(model.config.pad_token_id)
     was_training = model.training
     model.eval()
     predicted = []
@@ -47,7 +63,7 @@ def predict(
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             for start in range(0, len(order), batch_size):
                 batch = collate([examples[i] for i in order[start : start + batch_size]])
-                del batch["labels"]
+                batch.pop("labels", None)
                 logits = model(**{name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()})[
                     "logits"
                 ]
@@ -62,37 +78,53 @@ def predict(
     return result
 
 
+class Ready(Protocol):
+    """What can be evaluated: a result of `train_method`, or of `load_trained`."""
+
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def encode(self) -> Encode: ...
+    @property
+    def collate(self) -> Collate: ...
+
+
 def evaluate(
-    model: PromptedMaskedLM,
-    encode: Encode,
-    pairs: Mapping[str, Sequence[Pair]],
+    trained: Ready,
+    examples: Mapping[str, Sequence[Any]],
     *,
+    metric: str = "accuracy",
     batch_size: int = 64,
     dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> dict[str, float]:
-    """Accuracy (0 to 1) per language over labelled pairs, language -> pairs.
+    """Score (0 to 1) per language over labelled examples, language -> examples.
 
-    Raises ValueError for a pair without a label and for a language without pairs.
+    metric: one of `METRICS`
+    Raises ValueError for an example without a label and for a language without examples.
     """
     from tqdm.auto import tqdm
 
-    accuracies = {}
-    with tqdm(total=sum(map(len, pairs.values())), unit="pair", disable=not progress) as bar:
-        for language, of_language in pairs.items():
+    scores = {}
+    with tqdm(total=sum(map(len, examples.values())), unit="example", disable=not progress) as bar:
+        for language, of_language in examples.items():
             bar.set_description(f"evaluate {language}")
-            examples = encode(of_language)
-            labels = torch.tensor([example["labels"] for example in examples], dtype=torch.long)
-            if not examples or bool((labels == IGNORED_LABEL).any()):
-                raise ValueError(f"evaluate: expected labelled pairs in {language!r}, got none or some without a label")
-            predicted = predict(model, examples, batch_size=batch_size, dtype=dtype, progress=bar.update)
-            accuracies[language] = (predicted == labels).double().mean().item()
-    return accuracies
+            encoded = trained.encode(of_language)
+            labels = np.asarray([example["labels"] for example in encoded])
+            if not encoded or bool((labels == IGNORED_LABEL).any()):
+                raise ValueError(
+                    f"evaluate: expected labelled examples in {language!r}, got none or some without a label"
+                )
+            predicted = predict(
+                trained.model, encoded, trained.collate, batch_size=batch_size, dtype=dtype, progress=bar.update
+            )
+            scores[language] = METRICS[metric](predicted.numpy(), labels)
+    return scores
 
 
-def result_row(accuracies: Mapping[str, float], **facts: Any) -> dict[str, Any]:
-    """One run as a plain dict: the facts (method, shots, seed, ...), "accuracy" per language, "mean" over languages."""
-    return {**facts, "accuracy": dict(accuracies), "mean": statistics.fmean(accuracies.values())}
+def result_row(scores: Mapping[str, float], **facts: Any) -> dict[str, Any]:
+    """One run as a plain dict: the facts (method, shots, seed, ...), "scores" by language, and their "mean"."""
+    return {**facts, "scores": dict(scores), "mean": statistics.fmean(scores.values())}
 
 
 def append_row(path: str | os.PathLike[str], row: Mapping[str, Any]) -> None:
@@ -111,7 +143,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def summarize(rows: Iterable[Mapping[str, Any]], by: Sequence[str] = _GROUP) -> list[dict[str, Any]]:
     """Rows that differ in nothing of `by` (so, in their seed) become one, in order of appearance.
 
-    It has the facts of `by`, "runs", and in "accuracy", per language and for "AVG" (the mean over languages), the pair
+    It has the facts of `by`, "runs", and in "scores", per language and for "AVG" (the mean over languages), the pair
     (mean, standard deviation) over runs; the deviation is that of a sample, NaN for a single run.
     Raises ValueError when the runs of a group were evaluated on different languages.
     """
@@ -120,16 +152,16 @@ def summarize(rows: Iterable[Mapping[str, Any]], by: Sequence[str] = _GROUP) -> 
         groups.setdefault(tuple(row.get(fact) for fact in by), []).append(row)
     summaries = []
     for facts, members in groups.items():
-        languages = list(members[0]["accuracy"])
-        if any(set(member["accuracy"]) != set(languages) for member in members):
+        languages = list(members[0]["scores"])
+        if any(set(member["scores"]) != set(languages) for member in members):
             raise ValueError(f"summarize: the runs of {dict(zip(by, facts, strict=True))} have different languages")
-        values = {language: [member["accuracy"][language] for member in members] for language in languages}
-        values[AVERAGE] = [statistics.fmean(member["accuracy"].values()) for member in members]
+        values = {language: [member["scores"][language] for member in members] for language in languages}
+        values[AVERAGE] = [statistics.fmean(member["scores"].values()) for member in members]
         summaries.append(
             {
                 **dict(zip(by, facts, strict=True)),
                 "runs": len(members),
-                "accuracy": {
+                "scores": {
                     name: (statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else float("nan"))
                     for name, v in values.items()
                 },
@@ -148,12 +180,12 @@ def markdown_table(
 
     reference: facts of `by` -> column -> percent as printed in a paper; such a row comes below its own.
     """
-    languages = sorted({name for summary in summaries for name in summary["accuracy"]} - {AVERAGE})
+    languages = sorted({name for summary in summaries for name in summary["scores"]} - {AVERAGE})
     columns = [*languages, AVERAGE]
     lines = [[*by, "runs", *columns], ["---"] * len(by) + ["---:"] * (1 + len(columns))]
     for summary in summaries:
         facts = tuple(summary[fact] for fact in by)
-        cells = [_percent(*summary["accuracy"][name]) if name in summary["accuracy"] else "" for name in columns]
+        cells = [_percent(*summary["scores"][name]) if name in summary["scores"] else "" for name in columns]
         lines.append([*map(str, facts), str(summary["runs"]), *cells])
         if reference and facts in reference:
             printed = reference[facts]

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from ltp_sparse.delta import SparseDelta
+from ltp_sparse.prompting import PromptedMaskedLM
 from ltp_sparse.prompting.templates import CLASSES, soft_template
 from ltp_sparse.training.backbone import decouple, load_backbone
-from ltp_sparse.training.prompt_learning import load_prompted
+from ltp_sparse.training.method import load_trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,14 +79,19 @@ def export(
 
     Args:
         model: folder or Hub name of the base model.
-        delta: the baked delta of a run (`PromptResult.baked`).
+        delta: the baked delta of a run (`Trained.baked`).
         output: the folder to write.
         tokenizer: folder or Hub name of the tokenizer, where it is not beside the model.
     """
     trained = SparseDelta.load(delta)
     language_model, pieces = load_backbone(model, decoupled=trained.metadata["decoupled"], tokenizer=tokenizer)
-    prompted, _ = load_prompted(language_model, pieces, trained)
-    prompt = prompted.prompt_encoder.bake()
+    setup = load_trained(language_model, pieces, trained)
+    model = setup.model
+    if not isinstance(model, PromptedMaskedLM) or model.prompt_encoder is None:
+        raise ValueError(
+            f"export: expected the result of a method with a soft prompt, got {trained.metadata['method']!r}"
+        )
+    prompt = model.prompt_encoder.bake()
     tokens = _prompt_tokens(pieces, len(prompt))
     first = language_model.config.vocab_size
     pieces.add_tokens(tokens, special_tokens=True)

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from ltp_sparse.delta import SparseDelta, gather, scatter_
+from ltp_sparse.delta import SparseDelta, base_fingerprint, gather, scatter_
 from ltp_sparse.files import atomic_path
-from ltp_sparse.names import canonical_parameters, fingerprint, match_names
+from ltp_sparse.names import canonical_parameters, match_names
 from ltp_sparse.optim import MaskedAdamW
 from ltp_sparse.ticket import Ticket
+from ltp_sparse.training.adam_l2 import AdamL2
 
 DELTA_FILE = "delta.safetensors"
 BEST_FILE = "best.safetensors"
@@ -47,6 +48,8 @@ class SparseTrainer(Trainer):
         dense: parameters of the model to train in full: a module, parameters or parameter groups.
         pull: factor of the L1 pull of the ticket's entries to the base weights, see `MaskedAdamW`.
         keep_best: a `KeepBest`, to end with the weights of the best evaluation.
+        l2: if positive, `AdamL2` with this factor trains instead of `MaskedAdamW`; the ticket must then hold all
+            entries of what it names.
         optimizer_options: further arguments of `MaskedAdamW`.
         kwargs: further arguments of `transformers.Trainer`.
 
@@ -64,6 +67,7 @@ class SparseTrainer(Trainer):
         dense: Dense = (),
         pull: float = 0.0,
         keep_best: KeepBest | None = None,
+        l2: float = 0.0,
         optimizer_options: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -87,7 +91,12 @@ class SparseTrainer(Trainer):
         # Even without clipping the Trainer takes the norm of all gradients and multiplies them by a factor made of it,
         # so that a NaN of an inactive entry would spread. Our norm exists after the step only; `log` adds it.
         self.accelerator.clip_grad_norm_ = lambda *args, **kwargs: None
-        self.ticket, self.pull, self.optimizer_options = ticket, pull, dict(optimizer_options or {})
+        if l2 and (partly := [name for name in ticket.active_names if ticket.sets[name].k < ticket.sets[name].n]):
+            raise ValueError(
+                f"SparseTrainer: l2={l2} is coupled and moves whole tensors, the ticket has a part of {partly[0]!r}; "
+                "use weight_decay, which is decoupled"
+            )
+        self.ticket, self.pull, self.l2, self.optimizer_options = ticket, pull, l2, dict(optimizer_options or {})
         self.dense = _dense_list(dense)
         self.base = _Base(self.model, ticket, self.dense)
         self.resumed_from: Path | None = None
@@ -102,8 +111,10 @@ class SparseTrainer(Trainer):
         That comes after the optimizer is made, which takes the anchor of the pull from the base weights, and before its
         state is loaded.
         """
-        if self.optimizer is None:
-            args = self.args
+        args = self.args
+        if self.optimizer is None and self.l2:
+            self.optimizer = self._adam_l2()
+        elif self.optimizer is None:
             self.optimizer = MaskedAdamW(
                 self.model,
                 self.ticket,
@@ -121,18 +132,37 @@ class SparseTrainer(Trainer):
             self.base.restore(self.model, SparseDelta.load(self.resumed_from / DELTA_FILE))
         return self.optimizer
 
-    def _masked_adamw(self) -> MaskedAdamW | None:
+    def _adam_l2(self) -> AdamL2:
+        args, trained = (
+            self.args,
+            {*self.ticket.active_names, *_dense_names(canonical_parameters(self.model), self.dense)},
+        )
+        parameters = {
+            name: parameter for name, parameter in canonical_parameters(self.model).items() if name in trained
+        }
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(any(parameter is other for other in parameters.values()))
+        return AdamL2(
+            parameters,
+            l2=self.l2,
+            max_grad_norm=self.clip,
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+        )
+
+    def _unwrapped_optimizer(self) -> MaskedAdamW | AdamL2 | None:
         return getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
 
     def release_model(self) -> None:
         """Takes the hooks of packed gradients off the model; nothing can be trained after that."""
-        optimizer = self._masked_adamw()
-        if optimizer is not None:
+        optimizer = self._unwrapped_optimizer()
+        if isinstance(optimizer, MaskedAdamW):
             optimizer.remove()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the norm that clipping saw to the training logs."""
-        optimizer = self._masked_adamw()
+        optimizer = self._unwrapped_optimizer()
         if "loss" in logs and optimizer is not None and optimizer.grad_norm is not None:
             logs["grad_norm"] = float(optimizer.grad_norm)
         super().log(logs, start_time)
@@ -286,7 +316,7 @@ class _Base:
                 f"SparseTrainer: {frozen[0]!r} is to be trained but has requires_grad off ({len(frozen)} parameters in "
                 "all); turn it on, or leave the parameter out of the ticket and of dense"
             )
-        digests = fingerprint({name: parameters[name].detach() for name in names})
+        digests = base_fingerprint(model, names)
         if moved := [name for name in names if ticket.fingerprint.get(name, digests[name]) != digests[name]]:
             warnings.warn(
                 f"SparseTrainer: the ticket was selected on another base model than this one ({moved[0]!r} differs, "

@@ -1,0 +1,75 @@
+"""Encoded examples and batches for the modules of this package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ltp_sparse.prompting.templates import IGNORED_LABEL
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SIDES = ("right", "left")
+
+
+class Text(Protocol):
+    """What a text must offer; label is a class of the task, or None when it is to be predicted."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def label(self) -> str | None: ...
+
+
+def collator(pad_token_id: int, side: str = "right") -> Callable[[Sequence[Any]], dict[str, Tensor]]:
+    """A function that pads examples of `encode_pairs`, `encode_texts` or `encode_prompted` into one batch.
+
+    side: "right" or "left", where the padding goes; the modules give the same logits for both.
+    It returns int64 tensors: input_ids, attention_mask [B, L], labels [B] and, where the examples have them,
+    prompt_positions [B, n].
+    """
+    if side not in SIDES:
+        raise ValueError(f"collator: side must be one of {', '.join(SIDES)}, got {side!r}")
+
+    def collate(examples: Sequence[Any]) -> dict[str, Tensor]:
+        sizes = [len(example["input_ids"]) for example in examples]
+        length = max(sizes)
+        starts = [length - size if side == "left" else 0 for size in sizes]
+        input_ids = torch.full((len(examples), length), pad_token_id, dtype=torch.long)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, (example, start, size) in enumerate(zip(examples, starts, sizes, strict=True)):
+            input_ids[row, start : start + size] = torch.tensor(example["input_ids"])
+            attention_mask[row, start : start + size] = 1
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": torch.tensor([example["labels"] for example in examples]),
+        }
+        if "prompt_positions" in examples[0]:
+            positions = torch.tensor([example["prompt_positions"] for example in examples], dtype=torch.long)
+            batch["prompt_positions"] = positions + torch.tensor(starts)[:, None]
+        return batch
+
+    return collate
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of texts, without special tokens: one that a text spells out ("</s>") becomes the unknown token."""
+    if not texts:
+        return []
+    special = set(tokenizer.all_special_ids)
+    encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return [[tokenizer.unk_token_id if token in special else token for token in ids] for ids in encoded]
+
+
+def class_index(label: str | None, classes: Sequence[str]) -> int:
+    """Index of a label in `classes`; `IGNORED_LABEL` for None."""
+    if label is None:
+        return IGNORED_LABEL
+    if label not in classes:
+        raise ValueError(f"class_index: label must be one of {', '.join(classes)}, got {label!r}")
+    return list(classes).index(label)

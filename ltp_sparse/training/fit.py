@@ -1,0 +1,241 @@
+"""One training phase on `transformers.Trainer`: a setup and a ticket in, the delta of the best evaluation out."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import EvalPrediction, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+from ltp_sparse.delta import SparseDelta, scatter_
+from ltp_sparse.methods.base import Settings, Setup
+from ltp_sparse.names import canonical_parameters, tensor_digest
+from ltp_sparse.prompting.templates import IGNORED_LABEL
+from ltp_sparse.ticket import Ticket
+from ltp_sparse.training.evaluation import METRICS
+from ltp_sparse.training.trainer import KeepBest, SparseTrainer, last_checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a run computes, as opposed to what it trains.
+
+    seed:             of initial values, the order of examples, dropout, and what the method draws
+    metric:           of dev that picks the evaluation to keep: "accuracy", "macro_f1", or "loss"
+    output_dir:       keeps the best evaluation so far (`best.safetensors`) and the checkpoints; None: nothing on disk
+    save_every:       epochs between checkpoints, of which the latest is kept; None writes none
+    resume:           continue from the latest checkpoint of `output_dir`, if there is one. The result has the bits of
+                      a run that was never interrupted
+    micro_batch_size: examples per forward pass and device, to save memory; the update is that of the whole batch. With
+                      several processes (torchrun) an incomplete last batch is filled up from the beginning
+    bf16:             compute in bfloat16 under autocast; weights stay float32
+    states:           "float32" or "8bit" moments, see `MaskedAdamW`
+    gradients:        "packed" keeps of every gradient the ticket's entries only, "dense" all of them
+    progress:         show a progress bar
+    check_frozen:     hash what must not train, before and after, and raise RuntimeError if a bit of it changed
+    arguments:        further `transformers.TrainingArguments`, e.g. {"report_to": "tensorboard"}
+    callbacks:        further callbacks of the Trainer
+    """
+
+    seed: int = 1
+    metric: str = "accuracy"
+    output_dir: str | os.PathLike[str] | None = None
+    save_every: int | None = None
+    resume: bool = False
+    micro_batch_size: int | None = None
+    bf16: bool = False
+    states: str = "float32"
+    gradients: str = "packed"
+    progress: bool = True
+    check_frozen: bool = True
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    callbacks: Sequence[TrainerCallback] = ()
+
+    def __post_init__(self) -> None:
+        if self.metric not in (*METRICS, "loss"):
+            raise ValueError(f"train_method: metric must be one of {', '.join(METRICS)}, loss, got {self.metric!r}")
+        if self.output_dir is None and (self.save_every or self.resume):
+            raise ValueError(
+                "train_method: save_every and resume need an output_dir to write to and read from, got None"
+            )
+        if self.save_every is not None and self.save_every < 1:
+            raise ValueError(f"train_method: save_every must be at least 1 epoch or None, got {self.save_every}")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a phase gives; the model is back at its initial bits.
+
+    delta:           ticket entries and dense parameters at the best evaluation
+    scores:          the metric at every evaluation
+    best_epoch:      of that evaluation, counted from 1 (a fraction, evaluated within an epoch); the first of equals
+    seconds:         wall-clock time, evaluation on dev included (of the last part if the run was resumed)
+    optimizer_bytes: state of the optimizer: moments and index
+    """
+
+    delta: SparseDelta
+    scores: tuple[float, ...]
+    best_epoch: float
+    seconds: float
+    optimizer_bytes: int
+
+
+def fit(
+    setup: Setup, settings: Settings, ticket: Ticket, train: Sequence[Any], dev: Sequence[Any], options: Options
+) -> Fit:
+    """Trains the ticket's entries and `setup.dense`; the best evaluation on `dev` counts, the first of the best.
+
+    train, dev: encoded examples.
+    """
+    model, dense = setup.model, setup.dense_parameters()
+    initial_dense = [parameter.detach().clone() for parameter in dense]
+    frozen = frozen_digests(model, ticket, dense) if options.check_frozen else {}
+    folder_given = options.output_dir is not None
+    with nullcontext(options.output_dir) if folder_given else tempfile.TemporaryDirectory() as folder:
+        Path(str(folder)).mkdir(parents=True, exist_ok=True)
+        keep_best = KeepBest(options.metric, on_disk=folder_given)
+        trainer = SparseTrainer(
+            model,
+            _arguments(settings, str(folder), options),
+            ticket,
+            dense=dense,
+            keep_best=keep_best,
+            l2=settings.l2,
+            optimizer_options={"states": options.states, "gradients": options.gradients},
+            train_dataset=train,
+            eval_dataset=dev,
+            data_collator=setup.collate,
+            compute_metrics=_metrics,
+            compute_loss_func=setup.loss or class_loss,
+            callbacks=[*([_SaveEvery(options.save_every)] if options.save_every else []), *options.callbacks],
+        )
+        if not options.progress:
+            trainer.remove_callback(PrinterCallback)
+        checkpoint = last_checkpoint(str(folder)) if options.resume else None
+        start = time.perf_counter()
+        with _back_to_base(trainer, dense, initial_dense):
+            try:
+                trainer.train(resume_from_checkpoint=checkpoint)
+            finally:
+                trainer.release_model()
+            seconds = time.perf_counter() - start
+            if options.check_frozen:
+                after = frozen_digests(model, ticket, dense)
+                if changed := [name for name, digest in after.items() if frozen.get(name, digest) != digest]:
+                    raise RuntimeError(
+                        f"train_method: entries of {changed[0]!r} that must not train have changed; this is a bug"
+                    )
+        delta = keep_best.delta()
+    name = f"eval_{options.metric}"
+    scores = tuple(log[name] for log in trainer.state.log_history if name in log)
+    optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    return Fit(delta, scores, round(delta.metadata["epoch"], 3), seconds, optimizer.state_bytes())
+
+
+def class_loss(outputs: Mapping[str, Tensor], labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
+    """Cross-entropy over the classes, averaged over the whole batch, of which `outputs` may be a part."""
+    if num_items_in_batch is None:
+        return F.cross_entropy(outputs["logits"], labels, ignore_index=IGNORED_LABEL)
+    total = F.cross_entropy(outputs["logits"], labels, ignore_index=IGNORED_LABEL, reduction="sum")
+    return total / num_items_in_batch
+
+
+def _metrics(prediction: EvalPrediction) -> dict[str, float]:
+    predicted = np.asarray(prediction.predictions).argmax(-1)
+    return {name: metric(predicted, np.asarray(prediction.label_ids)) for name, metric in METRICS.items()}
+
+
+@torch.no_grad()
+def frozen_digests(model: nn.Module, ticket: Ticket, dense: Sequence[nn.Parameter]) -> dict[str, str]:
+    """Name -> digest of every parameter that does not train in full, its active entries set to zero."""
+    trained = {id(parameter) for parameter in dense}
+    digests = {}
+    for name, parameter in canonical_parameters(model).items():
+        index_set = ticket.sets.get(name)
+        if id(parameter) in trained:
+            continue
+        if index_set is None or index_set.k == 0:
+            digests[name] = tensor_digest(parameter)
+        elif index_set.k < index_set.n:
+            digests[name] = tensor_digest(parameter.masked_fill(ticket.mask(name).to(parameter.device), 0))
+    return digests
+
+
+class _SaveEvery(TrainerCallback):
+    """Of the Trainer's checkpoints, one per epoch, lets one in `epochs` through, after the epoch's evaluation."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if round(state.epoch or 0) % self.epochs:
+            control.should_save = False
+
+
+def _arguments(settings: Settings, folder: str, options: Options) -> TrainingArguments:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    micro = min(options.micro_batch_size or settings.batch_size // processes, settings.batch_size)
+    if micro < 1 or settings.batch_size % (micro * processes):
+        raise ValueError(
+            f"train_method: the batch of {settings.batch_size} examples must be a multiple of micro_batch_size x "
+            f"processes, got {options.micro_batch_size} x {processes}"
+        )
+    by_steps = settings.eval_steps > 0
+    values: dict[str, Any] = {
+        "output_dir": folder,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": settings.schedule,
+        "warmup_steps": settings.warmup,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "num_train_epochs": settings.epochs,
+        "max_steps": settings.max_steps or -1,
+        "per_device_train_batch_size": micro,
+        "per_device_eval_batch_size": micro,
+        "gradient_accumulation_steps": settings.batch_size // (micro * processes),
+        "eval_strategy": "steps" if by_steps else "epoch",
+        "eval_steps": settings.eval_steps or None,
+        "logging_strategy": "steps" if by_steps else "epoch",
+        "logging_steps": settings.eval_steps or 500,
+        "save_strategy": "epoch" if options.save_every else "no",
+        "save_total_limit": 1,
+        "seed": options.seed,
+        "bf16": options.bf16,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "report_to": "none",
+        "disable_tqdm": not options.progress,
+    }
+    return TrainingArguments(**{**values, **options.arguments})
+
+
+@contextmanager
+def _back_to_base(trainer: SparseTrainer, dense: Sequence[nn.Parameter], initial: Sequence[Tensor]) -> Iterator[None]:
+    """However training ends, an interrupt included, it leaves the model as it was."""
+    flags = {parameter: parameter.requires_grad for parameter in trainer.model.parameters()}
+    try:
+        yield
+    finally:
+        parameters = canonical_parameters(trainer.model)
+        with torch.no_grad():
+            for name, originals in trainer.base.originals.items():
+                scatter_(parameters[name].detach(), trainer.base.ticket.sets[name], originals)
+            for parameter, value in zip(dense, initial, strict=True):
+                parameter.copy_(value)
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)

@@ -1,0 +1,216 @@
+"""Trains any method of `ltp_sparse.methods` on labelled examples, and loads what was trained."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ltp_sparse.delta import SparseDelta, base_fingerprint
+from ltp_sparse.methods import METHODS
+from ltp_sparse.methods.base import Collate, Context, Encode, Method, Setup
+from ltp_sparse.names import applied_deltas, canonical_parameters, match_names
+from ltp_sparse.prompting import CLASSES, Verbalizer
+from ltp_sparse.ticket import Ticket
+from ltp_sparse.training.backbone import decouple, is_decoupled
+from ltp_sparse.training.fit import Fit, Options, fit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_TICKET = "ticket.safetensors"
+
+_trained: weakref.WeakKeyDictionary[nn.Module, SparseDelta] = weakref.WeakKeyDictionary()
+"""Language model -> the delta of its latest run."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run gives.
+
+    model:           with the best weights; `delta.revert(model)` takes the language model back to its initial bits
+    delta:           ticket entries and dense parameters at the best evaluation on dev, applied to `model`
+    baked:           the same as inference needs it (a prompt in place of its encoder): what `load_trained` reads
+    dev_scores:      of every evaluation, 0 to 1 (losses, if the metric is "loss")
+    best_epoch:      counted from 1; the first of equally good ones
+    seconds:         wall-clock time of training, of all phases
+    optimizer_bytes: state of the optimizer in the last phase: moments and index
+    encode, collate: turn examples into inputs of `model`, and inputs into batches
+    """
+
+    model: nn.Module
+    delta: SparseDelta
+    baked: SparseDelta
+    dev_scores: tuple[float, ...]
+    best_epoch: float
+    seconds: float
+    optimizer_bytes: int
+    encode: Encode
+    collate: Collate
+
+
+def train_method(
+    method: Method,
+    language_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Sequence[Any],
+    dev: Sequence[Any],
+    *,
+    ticket: Ticket | None = None,
+    labels: tuple[str, ...] = CLASSES,
+    language: str = "en",
+    verbalizer: Verbalizer | None = None,
+    **options: Any,
+) -> Trained:
+    """Trains what a method trains, on labelled examples.
+
+    Args:
+        method: what trains, and its settings.
+        language_model: at its initial weights, or with language deltas applied. Its parameters are trained in place and
+            end at the best evaluation.
+        tokenizer: that of the language model.
+        train, dev: labelled examples of a task; the score on `dev` picks the weights to keep, the first of the best.
+        ticket: of stage 1, for methods that need one. A ticket that was selected on other initial weights is an error.
+        labels: classes of the task, in the order of the logits.
+        language: of the training examples: that of the words of a pattern.
+        verbalizer: words of the classes, where the method scores words; default: the English ones.
+        options: fields of `Options`: seed, output_dir, save_every, resume, bf16, states, ...
+
+    Raises:
+        ValueError: examples without a label, a ticket that is missing or does not fit, settings that do not fit the
+            model.
+    """
+    run = Options(**options)
+    _check(method, language_model, train, dev)
+    method.prepare(language_model)
+    active = method.ticket(language_model, ticket, seed=run.seed)
+    _check_base(ticket, language_model)
+    context = Context(tokenizer=tokenizer, labels=labels, language=language, verbalizer=verbalizer, seed=run.seed)
+    setup = method.build(language_model, context)
+    encoded = setup.encode(train), setup.encode(dev)
+    phases: list[Fit] = []
+
+    def tune(candidates: Ticket) -> SparseDelta:
+        folder = None if run.output_dir is None else Path(run.output_dir) / f"phase-{len(phases) + 1}"
+        phases.append(fit(setup, method.settings, candidates, *encoded, replace(run, output_dir=folder)))
+        return phases[-1].delta
+
+    active = _chosen(method, active, tune, run)
+    last = fit(setup, method.settings, active, *encoded, run)
+    metadata = {
+        **method.describe(),
+        **setup.facts,
+        "seed": run.seed,
+        "labels": list(labels),
+        "language": language,
+        "decoupled": getattr(language_model, "lm_head", None) is not None and is_decoupled(language_model),
+        "epoch": last.best_epoch,
+        "metric": run.metric,
+        "dev_score": last.delta.metadata["value"],
+    }
+    logger.info("%s: epoch %g is kept, dev %s %.4f", method.name, last.best_epoch, run.metric, metadata["dev_score"])
+    trained = last.delta
+    # From the base the delta is applied as any other, so that the model knows it and can revert it.
+    delta = SparseDelta(trained.ticket, trained.values, trained.originals, trained.dense, metadata)
+    delta = method.finish(setup, delta)
+    delta.apply(setup.model)
+    _trained[language_model] = delta
+    dense = delta.dense if setup.bake is None else setup.bake()
+    return Trained(
+        model=setup.model.eval(),
+        delta=delta,
+        baked=SparseDelta(delta.ticket, delta.values, delta.originals, dense, {**metadata, "baked": True}),
+        dev_scores=last.scores,
+        best_epoch=last.best_epoch,
+        seconds=sum(phase.seconds for phase in (*phases, last)),
+        optimizer_bytes=last.optimizer_bytes,
+        encode=setup.encode,
+        collate=setup.collate,
+    )
+
+
+def load_trained(language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, delta: SparseDelta) -> Setup:
+    """The model of a result of `train_method` (`delta` or `baked`), and what encodes examples for it.
+
+    language_model: at the initial weights of that run, possibly with language deltas applied; the delta is applied to
+        its parameters, `delta.revert(setup.model)` takes it off again.
+    """
+    facts = delta.metadata
+    if missing := [key for key in ("method", "settings", "options", "labels", "decoupled") if key not in facts]:
+        raise ValueError(
+            f"load_trained: expected a delta made by train_method, this one has no {missing[0]!r}: {delta!r}"
+        )
+    if facts["decoupled"]:
+        decouple(language_model)
+    words = facts.get("verbalizer")
+    context = Context(
+        tokenizer=tokenizer,
+        labels=tuple(facts["labels"]),
+        language=facts["language"],
+        verbalizer=None if words is None else Verbalizer(tuple(tuple(tokens) for tokens in words)),
+        seed=facts["seed"],
+    )
+    method = METHODS[facts["method"]].from_description(facts)
+    setup = method.build(language_model, context, baked=facts.get("baked", False))
+    delta.apply(setup.model)
+    setup.model.eval()
+    return setup
+
+
+def _chosen(method: Method, start: Ticket, tune: Any, run: Options) -> Ticket:
+    """The ticket of the last phase; kept on disk, so that a resumed run does not look for it again."""
+    path = None if run.output_dir is None else Path(run.output_dir) / _TICKET
+    if path is not None and run.resume and path.is_file():
+        return Ticket.load(path)
+    chosen = method.choose(start, tune)
+    if path is not None and chosen is not start:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        chosen.save(path)
+    return chosen
+
+
+def _check(method: Method, language_model: PreTrainedModel, train: Sequence[Any], dev: Sequence[Any]) -> None:
+    for what, examples in (("train", train), ("dev", dev)):
+        if not examples or any(example.label is None for example in examples):
+            raise ValueError(f"train_method: expected labelled examples in {what}, got none or some without a label")
+    kind = "pair" if hasattr(train[0], "premise") else "text"
+    if kind not in method.inputs:
+        raise ValueError(
+            f"train_method: {method.name} reads examples of the kind {' or '.join(method.inputs)}, got {kind}; "
+            "choose a method or a task that fits"
+        )
+    earlier = _trained.get(language_model)
+    if earlier is not None and any(entry.delta is earlier for entry in applied_deltas(language_model)):
+        raise ValueError(
+            "train_method: expected a language model at its initial weights, this one has the result of an earlier run "
+            "applied; call result.delta.revert(result.model), or load it again"
+        )
+    config = language_model.config
+    longest = getattr(config, "max_position_embeddings", None)
+    if method.backbone == "masked" and method.settings.max_length > (longest := longest - config.pad_token_id - 1):
+        raise ValueError(
+            f"train_method: max_length must be at most {longest}, the positions of the model, got "
+            f"{method.settings.max_length}"
+        )
+
+
+def _check_base(ticket: Ticket | None, language_model: PreTrainedModel) -> None:
+    """The ticket must have been selected on the weights that are trained: stage 2 starts from the initial ones."""
+    if ticket is None:
+        return
+    names = [name for name in ticket.active_names if name in ticket.fingerprint]
+    digests = base_fingerprint(
+        language_model, match_names(names, canonical_parameters(language_model), what="train_method", where="the model")
+    )
+    if differing := [name for name, digest in digests.items() if ticket.fingerprint[name] != digest]:
+        raise ValueError(
+            f"train_method: the ticket was selected on other initial weights than these: {differing[0]!r} differs "
+            f"({len(differing)} tensors in all); load the initial weights again, or revert the deltas applied to them"
+        )
