@@ -1,6 +1,7 @@
 """Training methods: small classes that say which weights train, which input is built, and which ticket applies."""
 
 from ltp_sparse.methods.base import Context, Method, Settings, Setup
+from ltp_sparse.methods.fine_tuning import LTSFT, SCSFT, BitFit, FineTuning, RandSFT
 from ltp_sparse.methods.prompt_learning import (
     LTP,
     AllActive,
@@ -14,21 +15,30 @@ from ltp_sparse.methods.prompt_learning import (
 )
 
 METHODS: dict[str, type[Method]] = {
-    method.key: method for method in (LTP, AllActive, RandomTicket, DiscretePrompt, SoftPrompt, MixedPrompt, PromptOnly)
-}
+    method.key: method
+    for method in (
+        LTP, AllActive, RandomTicket, DiscretePrompt, SoftPrompt, MixedPrompt, PromptOnly,
+        FineTuning, BitFit, LTSFT, SCSFT, RandSFT,
+    )
+}  # fmt: skip
 """Every method by the name that recipes and the command line use."""
 
 __all__ = [
     "LTP",
+    "LTSFT",
     "METHODS",
+    "SCSFT",
     "AllActive",
+    "BitFit",
     "Context",
     "DiscretePrompt",
+    "FineTuning",
     "Method",
     "MixedPrompt",
     "PromptMethod",
     "PromptOnly",
     "PromptSettings",
+    "RandSFT",
     "RandomTicket",
     "Settings",
     "Setup",

@@ -164,7 +164,7 @@ class Method(ABC):
     @abstractmethod
     def _ticket(self, language_model: PreTrainedModel, given: Ticket | None, seed: int) -> Ticket: ...
 
-    def choose(self, ticket: Ticket, tune: Tune) -> Ticket:
+    def choose(self, setup: Setup, ticket: Ticket, tune: Tune) -> Ticket:
         """The ticket of the last phase, for methods that find it by training: by default the first one."""
         return ticket
 

@@ -1,6 +1,27 @@
 """Model parts that methods put around, into or onto a language model; they know nothing of trainers."""
 
+from ltp_sparse.modules.causal_prompt import (
+    TOPIC_WORDS,
+    TOPICS,
+    CausalPrompt,
+    PromptedCausalLM,
+    encode_prompted,
+    vocabulary_loss,
+    word_tokens,
+)
 from ltp_sparse.modules.classifier import SequenceClassifier, encode_pairs, encode_texts
 from ltp_sparse.modules.inputs import collator
 
-__all__ = ["SequenceClassifier", "collator", "encode_pairs", "encode_texts"]
+__all__ = [
+    "TOPICS",
+    "TOPIC_WORDS",
+    "CausalPrompt",
+    "PromptedCausalLM",
+    "SequenceClassifier",
+    "collator",
+    "encode_pairs",
+    "encode_prompted",
+    "encode_texts",
+    "vocabulary_loss",
+    "word_tokens",
+]

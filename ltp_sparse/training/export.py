@@ -86,12 +86,12 @@ def export(
     trained = SparseDelta.load(delta)
     language_model, pieces = load_backbone(model, decoupled=trained.metadata["decoupled"], tokenizer=tokenizer)
     setup = load_trained(language_model, pieces, trained)
-    model = setup.model
-    if not isinstance(model, PromptedMaskedLM) or model.prompt_encoder is None:
+    prompted = setup.model
+    if not isinstance(prompted, PromptedMaskedLM) or prompted.prompt_encoder is None:
         raise ValueError(
             f"export: expected the result of a method with a soft prompt, got {trained.metadata['method']!r}"
         )
-    prompt = model.prompt_encoder.bake()
+    prompt = prompted.prompt_encoder.bake()
     tokens = _prompt_tokens(pieces, len(prompt))
     first = language_model.config.vocab_size
     pieces.add_tokens(tokens, special_tokens=True)

@@ -13,7 +13,7 @@ from torch import nn
 
 from ltp_sparse.delta import SparseDelta, base_fingerprint
 from ltp_sparse.methods import METHODS
-from ltp_sparse.methods.base import Collate, Context, Encode, Method, Setup
+from ltp_sparse.methods.base import Collate, Context, Encode, Method, Setup, Tune
 from ltp_sparse.names import applied_deltas, canonical_parameters, match_names
 from ltp_sparse.prompting import CLASSES, Verbalizer
 from ltp_sparse.ticket import Ticket
@@ -102,7 +102,7 @@ def train_method(
         phases.append(fit(setup, method.settings, candidates, *encoded, replace(run, output_dir=folder)))
         return phases[-1].delta
 
-    active = _chosen(method, active, tune, run)
+    active = _chosen(method, setup, active, tune, run)
     last = fit(setup, method.settings, active, *encoded, run)
     metadata = {
         **method.describe(),
@@ -164,12 +164,12 @@ def load_trained(language_model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     return setup
 
 
-def _chosen(method: Method, start: Ticket, tune: Any, run: Options) -> Ticket:
+def _chosen(method: Method, setup: Setup, start: Ticket, tune: Tune, run: Options) -> Ticket:
     """The ticket of the last phase; kept on disk, so that a resumed run does not look for it again."""
     path = None if run.output_dir is None else Path(run.output_dir) / _TICKET
     if path is not None and run.resume and path.is_file():
         return Ticket.load(path)
-    chosen = method.choose(start, tune)
+    chosen = method.choose(setup, start, tune)
     if path is not None and chosen is not start:
         path.parent.mkdir(parents=True, exist_ok=True)
         chosen.save(path)

@@ -1,0 +1,243 @@
+"""Fine-tuning with a classification head: all weights (FT, METHODS.md 3), biases (BitFit, 9), the SFT family (5-7)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ltp_sparse.delta import SparseDelta
+from ltp_sparse.methods.base import Context, Encode, Method, Settings, Setup, Tune
+from ltp_sparse.modules import SequenceClassifier, collator, encode_pairs, encode_texts
+from ltp_sparse.names import canonical_parameters, in_base_model, layer_of
+from ltp_sparse.selection import pools, select
+from ltp_sparse.ticket import Pool, Ticket
+
+if TYPE_CHECKING:
+    from transformers import XLMRobertaForMaskedLM
+
+K_TASK = 14_155_776
+"""Entries of a task SFT of XLM-R-base: as many as bottleneck adapters have, 24 x 768^2."""
+
+K_LANGUAGE = 7_667_712
+"""Entries of a language SFT of XLM-R-base, 13 x 768^2."""
+
+_MASKABLE = 277_414_656
+
+SHARES: dict[str, dict[str, float]] = {
+    "nli": {"embeddings": 0.02, "layer -2": 0.02, "layer -1": 0.02, "other layers": 0.94},
+    "sentiment": {"embeddings": 0.005, "layer -2": 0.02, "layer -1": 0.02, "other layers": 0.955},
+    "language": {"embeddings and last two layers": 0.6, "other layers": 0.4},
+}
+"""SC-SFT's shares of the budget by task (METHODS.md 6); layers count from the end."""
+
+
+def scaled_budget(k: int, maskable: int) -> int:
+    """`k` of XLM-R-base's 277,414,656 maskable entries, as the same share of another model's."""
+    return math.floor(Fraction(k, _MASKABLE) * maskable)
+
+
+def encode_for_classifier(tokenizer: Any, labels: tuple[str, ...], max_length: int) -> Encode:
+    """What encodes pairs and single texts for a `SequenceClassifier`."""
+    pairs = partial(encode_pairs, tokenizer, classes=labels, max_length=max_length)
+    texts = partial(encode_texts, tokenizer, classes=labels, max_length=max_length)
+    return lambda examples: (pairs if examples and hasattr(examples[0], "premise") else texts)(examples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierMethod(Method):
+    """A method that trains a classification head on `<s>` in full, beside its share of the encoder."""
+
+    inputs = ("pair", "text")
+
+    def prepare(self, language_model: XLMRobertaForMaskedLM) -> None:
+        """The LM head plays no part."""
+
+    def build(self, language_model: XLMRobertaForMaskedLM, context: Context, *, baked: bool = False) -> Setup:
+        with torch.random.fork_rng():
+            torch.manual_seed(context.seed)
+            model = SequenceClassifier(language_model, len(context.labels))
+        return Setup(
+            model=model,
+            encode=encode_for_classifier(context.tokenizer, context.labels, self.settings.max_length),
+            collate=collator(language_model.config.pad_token_id),
+            dense=(model.classifier,),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuning(ClassifierMethod):
+    """FT: every weight of the encoder and the head train; Adam without decay or clipping (Zhao & Schütze 2021)."""
+
+    key = "fine-tuning"
+    name = "FT"
+    settings: Settings = field(default_factory=lambda: Settings(learning_rate=1e-5, epochs=50, max_grad_norm=0.0))
+
+    def _ticket(self, language_model: XLMRobertaForMaskedLM, given: Ticket | None, seed: int) -> Ticket:
+        return Ticket.full(language_model, pool=in_base_model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitFit(ClassifierMethod):
+    """BitFit: the biases of the encoder, those of LayerNorms included, and the head train (METHODS.md 9)."""
+
+    key = "bitfit"
+    name = "BitFit"
+    settings: Settings = field(default_factory=lambda: Settings(learning_rate=1e-3, max_length=128, schedule="linear"))
+
+    def _ticket(self, language_model: XLMRobertaForMaskedLM, given: Ticket | None, seed: int) -> Ticket:
+        return Ticket.full(language_model, pool=lambda name: in_base_model(name) and "bias" in name)
+
+
+def _task_sft() -> Settings:
+    return Settings(max_length=128, schedule="linear", eval_steps=625, seeds=(42,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LTSFT(ClassifierMethod):
+    """LT-SFT (Ansell et al. 2022; METHODS.md 5): full tuning picks the entries, rewound to the start these are trained.
+
+    LayerNorms stay as they are in both phases; the head trains in both and starts anew in the second.
+
+    k:          entries, as counted on XLM-R-base; a model of another size takes the same share of its own
+    density:    share of the maskable entries, instead of k
+    iterations: of full tuning; each adds k / iterations entries and starts from the sparse tuning of those found before
+    """
+
+    key = "lt-sft"
+    name = "LT-SFT"
+    settings: Settings = field(default_factory=_task_sft)
+    k: int = K_TASK
+    density: float | None = None
+    iterations: int = 1
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise ValueError(f"{type(self).__name__}: iterations must be at least 1, got {self.iterations}")
+
+    def _ticket(self, language_model: XLMRobertaForMaskedLM, given: Ticket | None, seed: int) -> Ticket:
+        return Ticket.full(language_model, pool=pools.maskable)
+
+    def budget(self, maskable: int) -> int:
+        """Entries to train of a model with so many maskable ones."""
+        if self.density is not None:
+            return math.floor(Fraction(str(self.density)) * maskable)
+        return scaled_budget(self.k, maskable)
+
+    def choose(self, setup: Setup, ticket: Ticket, tune: Tune) -> Ticket:
+        k, chosen = self.budget(ticket.n), None
+        for iteration in range(self.iterations):
+            found = tune(chosen) if chosen is not None else None
+            if found is not None:
+                found.apply(setup.model)
+            try:
+                tuned = tune(ticket)
+            finally:
+                if found is not None:
+                    found.revert(setup.model)
+            share = k * (iteration + 1) // self.iterations - (0 if chosen is None else chosen.k)
+            more = most_changed(tuned, chosen, share, self.shares(ticket))
+            chosen = more if chosen is None else chosen | more
+        assert chosen is not None
+        chosen.metadata = {"method": self.key, "k": chosen.k, "requested_k": k}
+        return chosen
+
+    def shares(self, ticket: Ticket) -> Mapping[str, float] | None:
+        """Shares of the budget by regular expression over names; None: one budget for all."""
+        return None
+
+
+def most_changed(tuned: SparseDelta, but: Ticket | None, k: int, shares: Mapping[str, float] | None) -> Ticket:
+    """The k entries that moved most, of those not in the ticket `but`."""
+    shapes = tuned.ticket.shapes
+    initial = {name: values.view(shapes[name]) for name, values in tuned.originals.items()}
+    after = {name: values.view(shapes[name]) for name, values in tuned.values.items()}
+    if but is not None:
+        after = {
+            name: torch.where(but.mask(name), initial[name], values) if name in but.sets else values
+            for name, values in after.items()
+        }
+    ticket = select(initial, after, k=k, budget="global" if shares is None else shares)
+    # the weights may carry deltas: the trainer takes the fingerprint of what lies below them
+    return Ticket(ticket.sets, ticket.shapes, ticket.metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SCSFT(LTSFT):
+    """SC-SFT: LT-SFT with a share of the budget for each group of layers (METHODS.md 6).
+
+    groups: a name of `SHARES`, or shares by regular expression over parameter names
+    """
+
+    key = "sc-sft"
+    name = "SC-SFT"
+    groups: str | Mapping[str, float] = "nli"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.groups, str) and self.groups not in SHARES:
+            raise ValueError(
+                f"SCSFT: groups must be one of {', '.join(SHARES)}, or shares by expression, got {self.groups}"
+            )
+
+    def shares(self, ticket: Ticket) -> Mapping[str, float]:
+        return self.groups if not isinstance(self.groups, str) else group_shares(self.groups, ticket.names)
+
+
+def group_shares(groups: str, names: list[str]) -> dict[str, float]:
+    """Shares by regular expression for a model with these parameters. The first expression found in a name counts."""
+    layers = len({layer_of(name) for name in names} - {"embeddings", "other"})
+    patterns = {
+        "embeddings": r"embeddings\.",
+        "layer -2": rf"layer\.{layers - 2}\.",
+        "layer -1": rf"layer\.{layers - 1}\.",
+        "embeddings and last two layers": rf"embeddings\.|layer\.({layers - 2}|{layers - 1})\.",
+        "other layers": r"layer\.\d+\.",
+    }
+    return {patterns[group]: share for group, share in SHARES[groups].items()}
+
+
+RANDOM_POOLS: dict[str, Pool] = {
+    "all": pools.maskable,
+    "no-embeddings": pools.without_embeddings,
+    "query-value": lambda name: pools.maskable(name) and (".query." in name or ".value." in name),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandSFT(ClassifierMethod):
+    """Rand-SFT: random entries and the head train, in one phase (METHODS.md 7).
+
+    k, density: as in `LTSFT`
+    scope:      pool of the draw: "all", "no-embeddings" or "query-value" (Random Masking's)
+    bernoulli:  draw every entry with probability k / pool, instead of exactly k
+    """
+
+    key = "rand-sft"
+    name = "Rand-SFT"
+    settings: Settings = field(default_factory=_task_sft)
+    k: int = K_TASK
+    density: float | None = None
+    scope: str = "all"
+    bernoulli: bool = False
+
+    def __post_init__(self) -> None:
+        if self.scope not in RANDOM_POOLS:
+            raise ValueError(f"RandSFT: scope must be one of {', '.join(RANDOM_POOLS)}, got {self.scope!r}")
+
+    def _ticket(self, language_model: XLMRobertaForMaskedLM, given: Ticket | None, seed: int) -> Ticket:
+        parameters = canonical_parameters(language_model)
+        maskable = sum(p.numel() for name, p in parameters.items() if pools.maskable(name))
+        k = scaled_budget(self.k, maskable)
+        if self.density is not None:
+            k = math.floor(Fraction(str(self.density)) * maskable)
+        pool = RANDOM_POOLS[self.scope]
+        if not self.bernoulli:
+            return Ticket.random(language_model, k=k, seed=seed, pool=pool)
+        size = Ticket.full(language_model, pool=pool).n
+        return Ticket.random(language_model, density=k / size, seed=seed, pool=pool, bernoulli=True)
