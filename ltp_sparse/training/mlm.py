@@ -8,6 +8,7 @@ result.reset()                     # back to the initial weights, bit for bit, f
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +26,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from ltp_sparse.checkpoints import open_checkpoint
+from ltp_sparse.delta import SparseDelta, gather, scatter_
 from ltp_sparse.names import canonical_parameters, canonical_tensors, layer_of
 from ltp_sparse.selection import Weights, pools, select
 from ltp_sparse.selection.budgets import Budget
@@ -59,6 +61,7 @@ class MLMSettings:
     line_by_line:  one text per sequence, instead of texts joined and cut into full blocks
     validation:    share of the texts held out; evaluated every `eval_steps` updates and at the end
     max_steps:     if positive, updates, instead of epochs
+    step_bounds:   least and most updates, whatever the epochs come to (LT-SFT: 10,000 and 100,000)
     bf16:          compute under bfloat16 autocast; weights stay float32
     save_steps:    updates between resumable checkpoints, 0: none. All weights train here, so one of XLM-R-base is 6 GB
     """
@@ -77,6 +80,7 @@ class MLMSettings:
     validation: float = 0.1
     eval_steps: int = 1000
     max_steps: int = -1
+    step_bounds: tuple[int, int] | None = None
     seed: int = 42
     bf16: bool = False
     save_steps: int = 0
@@ -87,22 +91,42 @@ class MLMSettings:
 class MLMResult:
     """A tuned model and what it was before.
 
-    model:    the model that was passed in, with the weights of the best validation loss
-    initial:  canonical name -> initial values of everything that was trained, the LM head included; on the CPU
-    metadata: strategy, steps, step and loss of the best evaluation, data hash and settings: for the ticket
-    history:  the log of the run, as `TrainerState.log_history`
+    model:         the model that was passed in, with the weights of the best validation loss
+    ticket:        the entries that were trained
+    originals:     canonical name -> [k] initial values of these entries; on the CPU
+    initial_dense: canonical name -> initial values of what trained in full (the LM head); on the CPU
+    metadata:      strategy, steps, step and loss of the best evaluation, data hash and settings: for the ticket
+    history:       the log of the run, as `TrainerState.log_history`
     """
 
     model: XLMRobertaForMaskedLM
-    initial: dict[str, Tensor]
+    ticket: Ticket
+    originals: dict[str, Tensor]
+    initial_dense: dict[str, Tensor]
     metadata: dict[str, Any]
     history: list[dict[str, Any]]
+
+    @property
+    def initial(self) -> dict[str, Tensor]:
+        """Canonical name -> initial values of all tensors that were trained whole, the LM head included; on the CPU."""
+        shapes, sets = self.ticket.shapes, self.ticket.sets
+        whole = {name: v.view(shapes[name]) for name, v in self.originals.items() if sets[name].k == sets[name].n}
+        return {**whole, **self.initial_dense}
+
+    def delta(self) -> SparseDelta:
+        """What training changed: the ticket's entries, and what trained in full."""
+        parameters = canonical_parameters(self.model)
+        values = {name: gather(parameters[name], self.ticket.sets[name]).cpu() for name in self.originals}
+        dense = {name: parameters[name].detach().cpu().clone() for name in self.initial_dense}
+        return SparseDelta(self.ticket, values, self.originals, dense, self.metadata)
 
     @torch.no_grad()
     def reset(self) -> XLMRobertaForMaskedLM:
         """Puts the initial weights back, bit for bit, those of the LM head included; returns the model."""
         parameters = canonical_parameters(self.model)
-        for name, tensor in self.initial.items():
+        for name, values in self.originals.items():
+            scatter_(parameters[name].detach(), self.ticket.sets[name], values)
+        for name, tensor in self.initial_dense.items():
             parameters[name].copy_(tensor)
         return self.model
 
@@ -113,6 +137,8 @@ def tune_mlm(
     texts: Sequence[str],
     settings: MLMSettings | None = None,
     *,
+    ticket: Ticket | None = None,
+    dense: nn.Module | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -128,6 +154,8 @@ def tune_mlm(
     Args:
         model: tied for "vanilla", decoupled for "decoupled": `load_backbone(..., decoupled=...)`.
         texts: one sentence or paragraph each.
+        ticket: the entries to train, instead of all in the strategy's pool.
+        dense: a part of the model to train in full, instead of the LM head's dense, layer_norm and bias.
         output_dir: folder for checkpoints; None: a temporary one.
         resume: continue from the latest checkpoint in `output_dir`, if there is one.
         progress: show bars and the log.
@@ -140,12 +168,13 @@ def tune_mlm(
     _check(model, settings, output_dir, resume)
     parameters = canonical_parameters(model)
     pull = settings.l1 / sum(parameter.numel() for parameter in parameters.values())
-    head = {
-        name: parameter
-        for name, parameter in parameters.items()
-        if name.startswith("lm_head.") and name != "lm_head.decoder.weight"
-    }
-    initial_head = {name: parameter.detach().cpu().clone() for name, parameter in head.items()}
+    if dense is None:
+        is_head = lambda name: name.startswith("lm_head.") and name != "lm_head.decoder.weight"  # noqa: E731
+        head = {name: parameter for name, parameter in parameters.items() if is_head(name)}
+    else:
+        members = {id(parameter) for parameter in dense.parameters()}
+        head = {name: parameter for name, parameter in parameters.items() if id(parameter) in members}
+    initial_dense = {name: parameter.detach().cpu().clone() for name, parameter in head.items()}
 
     def dataset(part: Sequence[str], seed: int) -> MaskedTexts:
         return MaskedTexts(
@@ -165,8 +194,8 @@ def tune_mlm(
         folder = os.fspath(output_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="ltp_sparse-mlm-")))
         trainer = MLMTrainer(
             model,
-            _training_arguments(settings, folder, progress, arguments),
-            Ticket.full(model, pool=STRATEGIES[settings.strategy]),
+            _training_arguments(settings, len(train_dataset), folder, progress, arguments),
+            Ticket.full(model, pool=STRATEGIES[settings.strategy]) if ticket is None else ticket,
             dense=[{"params": list(head.values()), "pull": pull}],
             pull=pull,
             keep_best=(keep_best := KeepBest("loss", on_disk=False)),
@@ -179,8 +208,6 @@ def tune_mlm(
             trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=last_checkpoint(folder) if resume else None)
     model.to(device).eval()
-    shapes = trainer.ticket.shapes
-    initial = {name: values.view(shapes[name]) for name, values in trainer.base.originals.items()}
     best = keep_best.delta().metadata
     metadata = {
         "stage": "mlm",
@@ -192,7 +219,9 @@ def tune_mlm(
         "data_hash": text_hash(texts),
         "settings": asdict(settings),
     }
-    return MLMResult(model, {**initial, **initial_head}, metadata, trainer.state.log_history)
+    return MLMResult(
+        model, trainer.base.ticket, trainer.base.originals, initial_dense, metadata, trainer.state.log_history
+    )
 
 
 def find_ticket(
@@ -273,8 +302,12 @@ def _check(model: nn.Module, settings: MLMSettings, output_dir: str | os.PathLik
 
 
 def _training_arguments(
-    settings: MLMSettings, folder: str, progress: bool, more: Mapping[str, Any]
+    settings: MLMSettings, sequences: int, folder: str, progress: bool, more: Mapping[str, Any]
 ) -> TrainingArguments:
+    max_steps = settings.max_steps
+    if max_steps <= 0 and settings.step_bounds is not None:
+        least, most = settings.step_bounds
+        max_steps = min(max(math.ceil(settings.epochs * sequences / settings.batch_size), least), most)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     per_device, rest = divmod(settings.batch_size, settings.accumulation * processes)
     if rest or not per_device:
@@ -285,7 +318,7 @@ def _training_arguments(
     options: dict[str, Any] = {
         "output_dir": folder,
         "num_train_epochs": settings.epochs,
-        "max_steps": settings.max_steps,
+        "max_steps": max_steps,
         "per_device_train_batch_size": per_device,
         "per_device_eval_batch_size": per_device,
         "gradient_accumulation_steps": settings.accumulation,

@@ -1,0 +1,68 @@
+"""Language SFTs: LT-SFT's two phases on text in one language (METHODS.md 5, 6), and BitFit's for a language (9)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ltp_sparse.delta import SparseDelta
+from ltp_sparse.methods.fine_tuning import K_LANGUAGE, group_shares, most_changed, scaled_budget
+from ltp_sparse.names import in_base_model
+from ltp_sparse.selection import pools
+from ltp_sparse.ticket import Ticket
+from ltp_sparse.training.mlm import MLMSettings, tune_mlm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM
+
+LANGUAGE_SETTINGS = MLMSettings(batch_size=8, epochs=100, step_bounds=(10_000, 100_000), validation=0.05)
+"""Of both phases (METHODS.md 5)."""
+
+KINDS = ("lt-sft", "sc-sft", "bitfit")
+
+
+def train_language(
+    kind: str,
+    model: XLMRobertaForMaskedLM,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    settings: MLMSettings = LANGUAGE_SETTINGS,
+    *,
+    k: int = K_LANGUAGE,
+    density: float | None = None,
+    **options: Any,
+) -> SparseDelta:
+    """The delta of a language, to be applied below a task delta; the model is back at its initial bits.
+
+    Args:
+        kind: "lt-sft" and "sc-sft" tune everything, keep the entries that moved most (of all, or by SC-SFT's shares)
+            and tune these anew; "bitfit" tunes the biases of the encoder.
+        model: with a decoupled LM head, at its initial weights.
+        texts: of the language.
+        settings: of each phase.
+        k: entries, as counted on XLM-R-base; a model of another size takes the same share of its own.
+        density: share of the maskable entries, instead of k.
+        options: further arguments of `tune_mlm`.
+
+    The LM head trains, too, but is left out of the result: composition takes a language's deltas only (METHODS.md 5).
+    """
+    if kind not in KINDS:
+        raise ValueError(f"train_language: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if kind == "bitfit":
+        ticket = Ticket.full(model, pool=lambda name: in_base_model(name) and "bias" in name)
+    else:
+        tuned = tune_mlm(model, tokenizer, texts, settings, **options)
+        moved = tuned.delta()
+        tuned.reset()
+        maskable = sum(s.numel() for name, s in moved.ticket.shapes.items() if pools.maskable(name))
+        budget = int(density * maskable) if density is not None else scaled_budget(k, maskable)
+        shares: Mapping[str, float] | None = None
+        if kind == "sc-sft":
+            shares = group_shares("language", moved.ticket.names)
+        ticket = most_changed(moved, None, budget, shares)
+    tuned = tune_mlm(model, tokenizer, texts, settings, ticket=ticket, **options)
+    delta = tuned.delta()
+    tuned.reset()
+    return SparseDelta(
+        delta.ticket, delta.values, delta.originals, {}, {**delta.metadata, "method": f"{kind} language"}
+    )
