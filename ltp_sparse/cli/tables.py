@@ -2,5 +2,5 @@
 
 METHOD_NAMES = (
     "ltp", "all-active", "random-ticket", "discrete-prompt", "soft-prompt", "mixed-prompt", "prompt-only",
-    "fine-tuning", "bitfit", "lt-sft", "sc-sft", "rand-sft",
+    "deep-prompt", "fine-tuning", "bitfit", "lt-sft", "sc-sft", "rand-sft", "ada-sft", "mad-x", "spt",
 )  # fmt: skip

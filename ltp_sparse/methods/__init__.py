@@ -1,7 +1,10 @@
 """Training methods: small classes that say which weights train, which input is built, and which ticket applies."""
 
+from ltp_sparse.methods.adaptive import AdaSFT
 from ltp_sparse.methods.base import Context, Method, Settings, Setup
+from ltp_sparse.methods.deep_prompt import DeepPromptTuning
 from ltp_sparse.methods.fine_tuning import LTSFT, SCSFT, BitFit, FineTuning, RandSFT
+from ltp_sparse.methods.madx import MADX
 from ltp_sparse.methods.prompt_learning import (
     LTP,
     AllActive,
@@ -13,12 +16,13 @@ from ltp_sparse.methods.prompt_learning import (
     RandomTicket,
     SoftPrompt,
 )
+from ltp_sparse.methods.soft_prompt_tuning import SPT
 
 METHODS: dict[str, type[Method]] = {
     method.key: method
     for method in (
         LTP, AllActive, RandomTicket, DiscretePrompt, SoftPrompt, MixedPrompt, PromptOnly,
-        FineTuning, BitFit, LTSFT, SCSFT, RandSFT,
+        DeepPromptTuning, FineTuning, BitFit, LTSFT, SCSFT, RandSFT, AdaSFT, MADX, SPT,
     )
 }  # fmt: skip
 """Every method by the name that recipes and the command line use."""
@@ -26,11 +30,15 @@ METHODS: dict[str, type[Method]] = {
 __all__ = [
     "LTP",
     "LTSFT",
+    "MADX",
     "METHODS",
     "SCSFT",
+    "SPT",
+    "AdaSFT",
     "AllActive",
     "BitFit",
     "Context",
+    "DeepPromptTuning",
     "DiscretePrompt",
     "FineTuning",
     "Method",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -92,6 +92,7 @@ class Setup:
     loss:    (outputs, labels [B], examples of the whole update or None) -> scalar; None: cross-entropy over the classes
     bake:    dense tensors that inference needs in place of those of `dense`; None: the same ones
     facts:   for the metadata of results
+    undo:    takes what the method attached to the language model off again
     """
 
     model: nn.Module
@@ -101,6 +102,7 @@ class Setup:
     loss: Callable[..., Tensor] | None = None
     bake: Callable[[], dict[str, Tensor]] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    undo: Callable[[], None] = lambda: None
 
     def dense_parameters(self) -> list[nn.Parameter]:
         found: list[nn.Parameter] = []
@@ -109,8 +111,10 @@ class Setup:
         return found
 
 
-Tune = Callable[[Ticket], SparseDelta]
-"""Trains the setup once with a ticket and takes everything back to its initial bits; what it found is the delta."""
+class Tune(Protocol):
+    """Trains a setup once with a ticket and takes everything back to its initial bits; what it found is the delta."""
+
+    def __call__(self, setup: Setup, ticket: Ticket, settings: Settings | None = None) -> SparseDelta: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +126,7 @@ class Method(ABC):
     needs_ticket: whether `ticket` wants one to be given
     backbone:     "masked" (XLM-R) or "causal" (XGLM, BLOOM)
     inputs:       the kinds of examples it reads: "pair", "text"
+    picks:        "loss" where the evaluation of smallest loss on dev is kept; None: that of the best metric
     """
 
     key: ClassVar[str]
@@ -129,6 +134,7 @@ class Method(ABC):
     needs_ticket: ClassVar[bool] = False
     backbone: ClassVar[str] = "masked"
     inputs: ClassVar[tuple[str, ...]] = ("pair",)
+    picks: ClassVar[str | None] = None
     settings: Settings = field(default_factory=Settings)
 
     @property
@@ -164,18 +170,19 @@ class Method(ABC):
     @abstractmethod
     def _ticket(self, language_model: PreTrainedModel, given: Ticket | None, seed: int) -> Ticket: ...
 
-    def choose(self, setup: Setup, ticket: Ticket, tune: Tune) -> Ticket:
-        """The ticket of the last phase, for methods that find it by training: by default the first one."""
-        return ticket
+    def choose(self, setup: Setup, ticket: Ticket, tune: Tune) -> tuple[Setup, Ticket]:
+        """Setup and ticket of the last phase, for methods that find them by training: by default the first ones."""
+        return setup, ticket
 
     def finish(self, setup: Setup, delta: SparseDelta) -> SparseDelta:
-        """The delta to keep, from that of the last phase, which is applied to the model: by default the same."""
+        """The delta to keep, from that of the last phase, with the model at its initial bits: by default the same."""
         return delta
 
     def describe(self) -> dict[str, Any]:
         """What `from_description` needs to make this method again: for metadata, as JSON can hold it."""
         options = asdict(self)
-        return {"method": self.key, "settings": options.pop("settings"), "options": options}
+        settings = options.pop("settings")
+        return {"method": self.key, "settings": {**settings, "seeds": list(settings["seeds"])}, "options": options}
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> Method:

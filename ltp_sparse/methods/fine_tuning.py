@@ -129,14 +129,14 @@ class LTSFT(ClassifierMethod):
             return math.floor(Fraction(str(self.density)) * maskable)
         return scaled_budget(self.k, maskable)
 
-    def choose(self, setup: Setup, ticket: Ticket, tune: Tune) -> Ticket:
+    def choose(self, setup: Setup, ticket: Ticket, tune: Tune) -> tuple[Setup, Ticket]:
         k, chosen = self.budget(ticket.n), None
         for iteration in range(self.iterations):
-            found = tune(chosen) if chosen is not None else None
+            found = tune(setup, chosen) if chosen is not None else None
             if found is not None:
                 found.apply(setup.model)
             try:
-                tuned = tune(ticket)
+                tuned = tune(setup, ticket)
             finally:
                 if found is not None:
                     found.revert(setup.model)
@@ -145,7 +145,7 @@ class LTSFT(ClassifierMethod):
             chosen = more if chosen is None else chosen | more
         assert chosen is not None
         chosen.metadata = {"method": self.key, "k": chosen.k, "requested_k": k}
-        return chosen
+        return setup, chosen
 
     def shares(self, ticket: Ticket) -> Mapping[str, float] | None:
         """Shares of the budget by regular expression over names; None: one budget for all."""

@@ -1,5 +1,6 @@
 """Model parts that methods put around, into or onto a language model; they know nothing of trainers."""
 
+from ltp_sparse.modules.adapters import Adapter, AdapterStack, InvertibleAdapter
 from ltp_sparse.modules.causal_prompt import (
     TOPIC_WORDS,
     TOPICS,
@@ -11,13 +12,20 @@ from ltp_sparse.modules.causal_prompt import (
 )
 from ltp_sparse.modules.classifier import SequenceClassifier, encode_pairs, encode_texts
 from ltp_sparse.modules.inputs import collator
+from ltp_sparse.modules.prefix import DeepPrompt
+from ltp_sparse.modules.soft_masks import SoftMasks
 
 __all__ = [
     "TOPICS",
     "TOPIC_WORDS",
+    "Adapter",
+    "AdapterStack",
     "CausalPrompt",
+    "DeepPrompt",
+    "InvertibleAdapter",
     "PromptedCausalLM",
     "SequenceClassifier",
+    "SoftMasks",
     "collator",
     "encode_pairs",
     "encode_prompted",

@@ -2,7 +2,7 @@
 
 from ltp_sparse.prompting.model import PromptedMaskedLM
 from ltp_sparse.prompting.prompt_encoder import PromptEncoder, vocabulary_rows
-from ltp_sparse.prompting.templates import CLASSES, Template, collator, discrete_template, soft_template
+from ltp_sparse.prompting.templates import CLASSES, Template, cloze_template, collator, discrete_template, soft_template
 from ltp_sparse.prompting.verbalizers import WORDS, Verbalizer
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "PromptedMaskedLM",
     "Template",
     "Verbalizer",
+    "cloze_template",
     "collator",
     "discrete_template",
     "soft_template",

@@ -151,6 +151,11 @@ QUESTIONS: dict[str, tuple[str, str]] = {
 """Language -> words before the hypothesis and before the answer (Zhao & Schütze 2021)."""
 
 
+def cloze_template() -> Template:
+    """`P . H ? <mask> .`: what remains of the soft template without a prompt among the tokens."""
+    return Template((PREMISE, ".", HYPOTHESIS, "?", MASK, "."))
+
+
 def soft_template(n_prompt: int = 4) -> Template:
     """`P . H ? p1..pn <mask> .`: the input of SP and LTP (METHODS.md 3 and 4.2)."""
     return Template((PREMISE, ".", HYPOTHESIS, "?", PROMPT, MASK, "."), n_prompt)

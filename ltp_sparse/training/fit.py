@@ -152,7 +152,8 @@ def class_loss(outputs: Mapping[str, Tensor], labels: Tensor, num_items_in_batch
 
 
 def _metrics(prediction: EvalPrediction) -> dict[str, float]:
-    predicted = np.asarray(prediction.predictions).argmax(-1)
+    logits = prediction.predictions  # of several outputs the first
+    predicted = np.asarray(logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
     return {name: metric(predicted, np.asarray(prediction.label_ids)) for name, metric in METRICS.items()}
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from ltp_sparse.delta import SparseDelta, base_fingerprint
 from ltp_sparse.methods import METHODS
-from ltp_sparse.methods.base import Collate, Context, Encode, Method, Setup, Tune
+from ltp_sparse.methods.base import Collate, Context, Encode, Method, Settings, Setup
 from ltp_sparse.names import applied_deltas, canonical_parameters, match_names
 from ltp_sparse.prompting import CLASSES, Verbalizer
 from ltp_sparse.ticket import Ticket
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_TICKET = "ticket.safetensors"
-
 _trained: weakref.WeakKeyDictionary[nn.Module, SparseDelta] = weakref.WeakKeyDictionary()
 """Language model -> the delta of its latest run."""
 
@@ -35,25 +33,39 @@ _trained: weakref.WeakKeyDictionary[nn.Module, SparseDelta] = weakref.WeakKeyDic
 class Trained:
     """What a run gives.
 
-    model:           with the best weights; `delta.revert(model)` takes the language model back to its initial bits
+    setup:           the model with the best weights, and what encodes examples for it
     delta:           ticket entries and dense parameters at the best evaluation on dev, applied to `model`
     baked:           the same as inference needs it (a prompt in place of its encoder): what `load_trained` reads
     dev_scores:      of every evaluation, 0 to 1 (losses, if the metric is "loss")
     best_epoch:      counted from 1; the first of equally good ones
     seconds:         wall-clock time of training, of all phases
     optimizer_bytes: state of the optimizer in the last phase: moments and index
-    encode, collate: turn examples into inputs of `model`, and inputs into batches
     """
 
-    model: nn.Module
+    setup: Setup
     delta: SparseDelta
     baked: SparseDelta
     dev_scores: tuple[float, ...]
     best_epoch: float
     seconds: float
     optimizer_bytes: int
-    encode: Encode
-    collate: Collate
+
+    @property
+    def model(self) -> nn.Module:
+        return self.setup.model
+
+    @property
+    def encode(self) -> Encode:
+        return self.setup.encode
+
+    @property
+    def collate(self) -> Collate:
+        return self.setup.collate
+
+    def release(self) -> None:
+        """Takes the language model back to its initial bits, and off it what the method attached to it."""
+        self.delta.revert(self.model)
+        self.setup.undo()
 
 
 def train_method(
@@ -88,29 +100,35 @@ def train_method(
             model.
     """
     run = Options(**options)
+    run = replace(run, metric=method.picks or run.metric)
     _check(method, language_model, train, dev)
     method.prepare(language_model)
     active = method.ticket(language_model, ticket, seed=run.seed)
     _check_base(ticket, language_model)
     context = Context(tokenizer=tokenizer, labels=labels, language=language, verbalizer=verbalizer, seed=run.seed)
     setup = method.build(language_model, context)
-    encoded = setup.encode(train), setup.encode(dev)
-    phases: list[Fit] = []
+    try:
+        encoded = setup.encode(train), setup.encode(dev)
+        phases: list[Fit] = []
 
-    def tune(candidates: Ticket) -> SparseDelta:
-        folder = None if run.output_dir is None else Path(run.output_dir) / f"phase-{len(phases) + 1}"
-        phases.append(fit(setup, method.settings, candidates, *encoded, replace(run, output_dir=folder)))
-        return phases[-1].delta
+        def tune(setup: Setup, ticket: Ticket, settings: Settings | None = None) -> SparseDelta:
+            folder = None if run.output_dir is None else Path(run.output_dir) / f"phase-{len(phases) + 1}"
+            options = replace(run, output_dir=folder)
+            phases.append(fit(setup, settings or method.settings, ticket, *encoded, options))
+            return phases[-1].delta
 
-    active = _chosen(method, setup, active, tune, run)
-    last = fit(setup, method.settings, active, *encoded, run)
+        setup, active = method.choose(setup, active, tune)
+        last = fit(setup, method.settings, active, *encoded, run)
+    except BaseException:
+        setup.undo()
+        raise
     metadata = {
         **method.describe(),
         **setup.facts,
         "seed": run.seed,
         "labels": list(labels),
         "language": language,
-        "decoupled": getattr(language_model, "lm_head", None) is not None and is_decoupled(language_model),
+        "decoupled": method.backbone == "masked" and is_decoupled(language_model),
         "epoch": last.best_epoch,
         "metric": run.metric,
         "dev_score": last.delta.metadata["value"],
@@ -121,18 +139,17 @@ def train_method(
     delta = SparseDelta(trained.ticket, trained.values, trained.originals, trained.dense, metadata)
     delta = method.finish(setup, delta)
     delta.apply(setup.model)
+    setup.model.eval()
     _trained[language_model] = delta
     dense = delta.dense if setup.bake is None else setup.bake()
     return Trained(
-        model=setup.model.eval(),
+        setup=setup,
         delta=delta,
-        baked=SparseDelta(delta.ticket, delta.values, delta.originals, dense, {**metadata, "baked": True}),
+        baked=SparseDelta(delta.ticket, delta.values, delta.originals, dense, {**delta.metadata, "baked": True}),
         dev_scores=last.scores,
         best_epoch=last.best_epoch,
         seconds=sum(phase.seconds for phase in (*phases, last)),
         optimizer_bytes=last.optimizer_bytes,
-        encode=setup.encode,
-        collate=setup.collate,
     )
 
 
@@ -162,18 +179,6 @@ def load_trained(language_model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     delta.apply(setup.model)
     setup.model.eval()
     return setup
-
-
-def _chosen(method: Method, setup: Setup, start: Ticket, tune: Tune, run: Options) -> Ticket:
-    """The ticket of the last phase; kept on disk, so that a resumed run does not look for it again."""
-    path = None if run.output_dir is None else Path(run.output_dir) / _TICKET
-    if path is not None and run.resume and path.is_file():
-        return Ticket.load(path)
-    chosen = method.choose(setup, start, tune)
-    if path is not None and chosen is not start:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        chosen.save(path)
-    return chosen
 
 
 def _check(method: Method, language_model: PreTrainedModel, train: Sequence[Any], dev: Sequence[Any]) -> None:

@@ -1,0 +1,86 @@
+"""Deep prompt tuning: learned keys and values in every layer, the language model frozen (METHODS.md 12)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ltp_sparse.methods.base import Context, Encode, Method, Settings, Setup, nothing
+from ltp_sparse.methods.fine_tuning import encode_for_classifier
+from ltp_sparse.modules import DeepPrompt, SequenceClassifier, collator
+from ltp_sparse.prompting import PromptedMaskedLM, Verbalizer, cloze_template
+from ltp_sparse.prompting import collator as prompt_collator
+from ltp_sparse.ticket import Ticket
+
+if TYPE_CHECKING:
+    from transformers import XLMRobertaForMaskedLM
+
+HEADS = ("classifier", "mlm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepPromptTuning(Method):
+    """P-tuning v2: the prompt of every layer trains, and a head.
+
+    n:               rows of the prompt
+    head:            "classifier", a linear layer on `<s>` as in the source, or "mlm": the frozen LM head and the
+                     verbalizer at `<mask>`, for comparison with the other prompts
+    projection:      see `DeepPrompt`
+    position_offset: see `DeepPrompt`
+    """
+
+    key = "deep-prompt"
+    name = "deep prompt"
+    inputs = ("pair", "text")
+    settings: Settings = field(default_factory=lambda: Settings(learning_rate=5e-3, epochs=100))
+    n: int = 128
+    head: str = "classifier"
+    projection: int | None = None
+    position_offset: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.head not in HEADS:
+            raise ValueError(f"DeepPromptTuning: head must be one of {', '.join(HEADS)}, got {self.head!r}")
+
+    def prepare(self, language_model: XLMRobertaForMaskedLM) -> None:
+        """Frozen, a tied head and a decoupled one are the same."""
+
+    def _ticket(self, language_model: XLMRobertaForMaskedLM, given: Ticket | None, seed: int) -> Ticket:
+        return nothing()
+
+    def build(self, language_model: XLMRobertaForMaskedLM, context: Context, *, baked: bool = False) -> Setup:
+        config, tokenizer, facts = language_model.config, context.tokenizer, {}
+        with torch.random.fork_rng():
+            torch.manual_seed(context.seed)
+            if self.head == "classifier":
+                model: nn.Module = SequenceClassifier(language_model, len(context.labels), linear=True)
+            else:
+                verbalizer = context.verbalizer or Verbalizer.for_language(tokenizer, "en")
+                facts = {"verbalizer": [list(tokens) for tokens in verbalizer.token_ids]}
+                model = PromptedMaskedLM(language_model, None, verbalizer)
+            prompt = DeepPrompt(
+                config, self.n, projection=None if baked else self.projection, position_offset=self.position_offset
+            )
+        prompt.to(language_model.device).attach(model)
+        classifier = [model.classifier] if isinstance(model, SequenceClassifier) else []
+
+        def bake() -> dict[str, Tensor]:
+            head = {
+                f"classifier.{name}": p.detach().cpu().clone() for m in classifier for name, p in m.named_parameters()
+            }
+            return {f"{prompt.key}.rows": prompt.bake().cpu(), **head}
+
+        if self.head == "classifier":
+            encode: Encode = encode_for_classifier(tokenizer, context.labels, self.settings.max_length)
+            collate = collator(config.pad_token_id)
+        else:
+            encode = partial(cloze_template().encode, tokenizer, max_length=self.settings.max_length)
+            collate = prompt_collator(config.pad_token_id)
+        return Setup(
+            model=model, encode=encode, collate=collate, dense=(prompt, *classifier), bake=bake, facts=facts,
+            undo=prompt.remove,
+        )  # fmt: skip
