@@ -1,11 +1,12 @@
-"""Checkpoints on disk as sources of a selection: read row block by row block, never whole."""
+"""Checkpoints on disk as sources of a selection: read piece by piece through a mapping, never whole."""
 
 from __future__ import annotations
 
 import json
+import mmap
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +20,63 @@ from ltp_sparse.topk import Chunk, Layout, flat_piece, piecewise
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _BUFFERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}  # position ids and the like: no weights
 _INDEX = "model.safetensors.index.json"
-_PIECE = 1 << 19  # entries read at a time: 2 MB of each float32 checkpoint
+_PIECE = 1 << 19  # entries copied at a time: 2 MB of each float32 tensor
+_VIEW = 1 << 22  # entries looked at at a time where they lie: enough to keep all threads busy
+
+
+class _MappedFile:
+    """A safetensors file, mapped. Its bytes come from the page cache when they are touched.
+
+    Raises:
+        SafetensorError: the file is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with safe_open(path, framework="pt"):
+            pass  # checks the header and the size of the file
+        with path.open("rb") as file:
+            # copy on write, since torch warns of buffers that cannot be written
+            self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.start = 8 + int.from_bytes(self.bytes[:8], "little")
+        self.tensors: dict[str, dict[str, Any]] = json.loads(self.bytes[8 : self.start])
+        self.tensors.pop("__metadata__", None)
 
 
 class CheckpointTensor:
-    """One tensor of a safetensors file; its rows are read when asked for."""
+    """One tensor of a safetensors file; its entries are read when they are looked at."""
 
-    def __init__(self, file: Any, name: str, path: Path) -> None:
-        self._slice = file.get_slice(name)
-        self.shape = Size(self._slice.get_shape())
-        code = self._slice.get_dtype()
-        if code not in _DTYPES:
-            raise ValueError(f"{path}: {name!r} is stored as {code}; expected one of {', '.join(_DTYPES)}")
-        self.dtype = _DTYPES[code]
+    def __init__(self, file: _MappedFile, name: str, path: Path) -> None:
+        entry = file.tensors[name]
+        if entry["dtype"] not in _DTYPES:
+            raise ValueError(f"{path}: {name!r} is stored as {entry['dtype']}; expected one of {', '.join(_DTYPES)}")
+        self.dtype, self.shape = _DTYPES[entry["dtype"]], Size(entry["shape"])
+        self._bytes, self._start = file.bytes, file.start + entry["data_offsets"][0]
 
     def numel(self) -> int:
         return self.shape.numel()
 
     def piece(self, start: int, stop: int) -> Tensor:
-        """Entries start..stop of the row-major order."""
-        if len(self.shape) == 0:
-            return self._slice[...].reshape(1)
-        row = self.shape[1:].numel()
-        first = start // row
-        rows = self._slice[first : -(-stop // row)].reshape(-1)
-        return rows[start - first * row : stop - first * row]
+        """Entries start..stop of the row-major order, as a view of the file."""
+        if start == stop:
+            return torch.empty(0, dtype=self.dtype)
+        offset = self._start + start * self.dtype.itemsize
+        return torch.frombuffer(self._bytes, dtype=self.dtype, count=stop - start, offset=offset)
+
+    def release(self, start: int, stop: int) -> None:
+        """Takes these entries out of this process's memory; looking at them again reads them again."""
+        first = self._start + start * self.dtype.itemsize
+        last = self._start + stop * self.dtype.itemsize
+        first = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = last // mmap.PAGESIZE * mmap.PAGESIZE
+        if first < last:
+            self._bytes.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def pieces(self) -> Iterator[Tensor]:
-        """The tensor in row-major order, some rows at a time."""
-        for start in range(0, self.numel(), _PIECE):
-            yield self.piece(start, min(start + _PIECE, self.numel()))
+        """The tensor in row-major order, some entries at a time."""
+        for start in range(0, self.numel(), _VIEW):
+            stop = min(start + _VIEW, self.numel())
+            yield self.piece(start, stop)
+            self.release(start, stop)
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> dict[str, CheckpointTensor]:
@@ -81,9 +109,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> dict[str, CheckpointTensor]
     stored: set[str] = set()
     for shard in paths:
         try:
-            file = safe_open(shard, framework="pt")
-            stored |= set(file.keys())
-            weights = [name for name in file.keys() if file.get_slice(name).get_dtype() not in _BUFFERS]  # noqa: SIM118
+            file = _MappedFile(shard)
+            stored |= set(file.tensors)
+            weights = [name for name, entry in file.tensors.items() if entry["dtype"] not in _BUFFERS]
             tensors |= {strip_wrappers(name): CheckpointTensor(file, name, shard) for name in weights}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{shard}: not a readable safetensors file ({error})") from error
@@ -99,34 +127,92 @@ def read_piece(tensor: Readable, start: int, stop: int) -> Tensor:
     return tensor.piece(start, stop) if isinstance(tensor, CheckpointTensor) else flat_piece(tensor, start, stop).cpu()
 
 
-class StreamSource:
-    """Pairs of tensors of which at least one lies on disk. `progress` is told the bytes that were read."""
+@dataclass(frozen=True)
+class Reader:
+    """A tensor that is read piece by piece.
 
-    def __init__(self, initial: Mapping[str, Readable], tuned: Mapping[str, Readable], progress: Any = None) -> None:
-        self.initial, self.tuned = list(initial.values()), list(tuned.values())
-        self.sizes = [t.numel() for t in self.tuned]
-        self.device = torch.device("cpu")
+    n:       entries
+    read:    (start, stop) -> these entries of the row-major order, contiguous
+    copies:  whether a piece takes memory of its own
+    release: told (start, stop) when a piece is no longer needed, if given
+    itemsize: bytes of an entry
+    """
+
+    n: int
+    read: Callable[[int, int], Tensor]
+    copies: bool = True
+    release: Callable[[int, int], None] | None = None
+    itemsize: int = 4
+
+    @classmethod
+    def of(cls, tensor: Readable, device: torch.device) -> Reader:
+        """Reads a tensor in memory or on disk to a device."""
+
+        def read(start: int, stop: int) -> Tensor:
+            if isinstance(tensor, CheckpointTensor):
+                return tensor.piece(start, stop).to(device)
+            return flat_piece(tensor, start, stop).to(device)
+
+        if isinstance(tensor, CheckpointTensor):
+            copies, release = device.type != "cpu", tensor.release
+        else:
+            copies, release = not (tensor.is_contiguous() and tensor.device == device), None
+        return cls(tensor.numel(), read, copies, release, tensor.dtype.itemsize)
+
+    def part(self, start: int, stop: int) -> Reader:
+        """Entries start..stop as a tensor of their own."""
+        release = self.release
+        return replace(
+            self,
+            n=stop - start,
+            read=lambda a, b: self.read(start + a, start + b),
+            release=release and (lambda a, b: release(start + a, start + b)),
+        )
+
+
+class StreamSource:
+    """Pairs of tensors that are read piece by piece, anew in every pass.
+
+    Args:
+        initial, tuned: a reader per tensor; `initial` may be empty: zeros.
+        device: where the pieces come from and the passes run.
+        progress: its `update` is told the bytes that were read.
+    """
+
+    def __init__(
+        self,
+        initial: Sequence[Reader],
+        tuned: Sequence[Reader],
+        device: torch.device | str = "cpu",
+        progress: Any = None,
+    ) -> None:
+        self.initial, self.tuned = list(initial), list(tuned)
+        self.sizes = [reader.n for reader in self.tuned]
+        self.device = torch.device(device)
         self.layout = Layout(self.sizes)
         self.progress = progress
 
     @property
     def nbytes(self) -> int:
         """Bytes of one pass."""
-        return sum(t.numel() * t.dtype.itemsize for side in (self.initial, self.tuned) for t in side)
+        return sum(reader.n * reader.itemsize for reader in (*self.initial, *self.tuned))
 
     def chunks(self, tensors: Sequence[int]) -> Iterator[Chunk]:
         for tensor in tensors:
-            pieces = piecewise(
-                self.layout,
-                tensor,
-                _PIECE,
-                partial(read_piece, self.initial[tensor]) if self.initial else None,
-                partial(read_piece, self.tuned[tensor]),
-            )
-            for chunk in pieces:
+            pair = [side[tensor] for side in (self.initial, self.tuned) if side]
+            size = _PIECE if any(reader.copies for reader in pair) else _VIEW
+            start = 0
+            for chunk in piecewise(
+                self.layout, tensor, size, self.initial[tensor].read if self.initial else None, self.tuned[tensor].read
+            ):
                 yield chunk
+                stop = start + chunk.tuned[0].numel()
+                for reader in pair:
+                    if reader.release is not None:
+                        reader.release(start, stop)
+                start = stop
                 if self.progress is not None:
                     self.progress.update(sum(t.nbytes for t in (*chunk.initial, *chunk.tuned)))
 
     def sample(self, tensor: int, indices: Tensor) -> Tensor:
-        raise RuntimeError("checkpoints are selected by the histogram route: single entries are not read from disk")
+        raise RuntimeError("streams are selected by the histogram route: single entries are not read")

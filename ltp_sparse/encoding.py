@@ -84,6 +84,14 @@ def unpack_bits(words: Tensor) -> Tensor:
     return _bits_of_bytes(words.device)[words.view(torch.uint8).to(torch.int64)].view(torch.bool)
 
 
+def shifted_words(words: Tensor, by: int) -> Tensor:
+    """int32 [w] -> int32 [w + 1], every bit moved `by` places up, 0 <= by < 32."""
+    shifted = torch.cat([words << by, words.new_zeros(1)])
+    if by:
+        shifted[1:] |= (words >> (32 - by)) & ((1 << by) - 1)
+    return shifted
+
+
 def to_uint16_bits(positions: Tensor) -> Tensor:
     return torch.where(positions >= 32768, positions - 65536, positions).to(torch.int16)
 
@@ -277,12 +285,24 @@ class IndexSet:
     def complement(self) -> IndexSet:
         return IndexSet.full(self.n, self.data.device).combine(self, "-")
 
+    def entries(self, start: int, stop: int) -> IndexSet:
+        """The entries start..stop of the parameter, as a set over that range."""
+        if (start, stop) == (0, self.n):
+            return self
+        n = stop - start
+        first, shift = divmod(start, 32)
+        words = self.bitmap()[first : -(-stop // 32)]
+        if shift:
+            words = shifted_words(words, 32 - shift)[1:]
+        cut = torch.zeros(bitmap_words(n), dtype=torch.int32, device=words.device)
+        cut[: -(-n // 32)] = words[: -(-n // 32)]
+        if n % 32:
+            cut[n // 32] &= (1 << n % 32) - 1
+        return IndexSet.from_bitmap(cut, n)
+
     def rows(self, start: int, stop: int, row: int) -> IndexSet:
         """The entries of rows start..stop of a parameter with `row` entries a row, as a set over that block."""
-        first, last = start * row, stop * row
-        kept = [indices[(indices >= first) & (indices < last)] - first for _, indices in self.chunks()]
-        empty = torch.empty(0, dtype=torch.int64, device=self.data.device)
-        return IndexSet.from_indices(torch.cat([empty, *kept]), last - first).compact()
+        return self.entries(start * row, stop * row).compact()
 
 
 class Column(IntEnum):

@@ -200,6 +200,16 @@ class Ticket:
             )
         return index_set.rows(start, stop, shape[1:].numel())
 
+    def entries(self, name: str, start: int, stop: int) -> IndexSet:
+        """The active entries among entries start..stop of a parameter's row-major order, for flat shards."""
+        index_set = self._set(name)
+        if not 0 <= start <= stop <= index_set.n:
+            raise ValueError(
+                f"Ticket.entries: {name!r} has {index_set.n} entries, expected 0 <= start <= stop, "
+                f"got {start} to {stop}"
+            )
+        return index_set.entries(start, stop).compact()
+
     def counts(self, by: str = "layer") -> dict[str, tuple[int, int]]:
         """(active entries, entries) by "layer", "module" (attention, feed-forward, ...) or "parameter"."""
         if by not in ("layer", "module", "parameter"):

@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -220,6 +220,25 @@ def _at(tensor: Tensor, indices: Tensor) -> Tensor:
     return tensor[tuple(coordinates)]
 
 
+class Ranks:
+    """The processes that select together, each from its own pieces of the tensors: here, one that has them whole.
+
+    `selection.distributed` knows the others. Every process takes the same route, so these calls pair up.
+    """
+
+    def sum(self, counts: Tensor) -> Tensor:
+        """Sums over the processes; may be written in place."""
+        return counts
+
+    def in_order(self, counts: Tensor) -> Tensor:
+        """int64 [P] of every process -> [P, R], each tensor's pieces in the order of their entries."""
+        return counts[:, None]
+
+    def places(self, tensors: int) -> Tensor:
+        """int64 [P]: the columns of `in_order` that are this process's."""
+        return torch.zeros(tensors, dtype=torch.int64)
+
+
 @dataclass
 class Selection:
     """The result of `topk_delta`.
@@ -237,9 +256,9 @@ class Selection:
 class _Band:
     """The arrays of a band pass, and what can be told from them."""
 
-    def __init__(self, source: Source, layout: Layout, groups: list[int], ks: list[int]) -> None:
+    def __init__(self, source: Source, layout: Layout, groups: list[int], ks: list[int], ranks: Ranks) -> None:
         device = source.device
-        self.source, self.layout, self.groups, self.ks = source, layout, groups, ks
+        self.source, self.layout, self.groups, self.ks, self.ranks = source, layout, groups, ks, ranks
         tiles_of = torch.tensor(layout.tile_offsets).diff()
         self.tile_tensor = torch.repeat_interleave(torch.arange(len(groups)), tiles_of).to(device)
         self.tile_group = torch.tensor(groups, device=device)[self.tile_tensor]
@@ -254,7 +273,7 @@ class _Band:
         )
         self.keys = torch.empty(capacity, dtype=torch.int32, device=device)
         self.positions = torch.empty(capacity, dtype=torch.int16, device=device)
-        self.stored = 0
+        self.overflowed = False
 
     def run(
         self, passes: Passes, low: list[int], high: list[int], take: Tensor | None = None, store: bool = True
@@ -282,18 +301,16 @@ class _Band:
                 cursor,
                 nonfinite,
             )
-        if int(nonfinite):
-            raise_nonfinite(self.source)
-        self.stored = int(cursor)
+        flags = torch.cat([nonfinite, cursor > self.keys.numel()])
+        found, overflowed = self.ranks.sum(flags).tolist()
+        if found:
+            raise_nonfinite(self.source, self.ranks)
+        self.overflowed = overflowed > 0
 
     def per_group(self, per_tile: Tensor) -> list[int]:
         """Sums of a count over the tiles of every group."""
         sums = torch.zeros(len(self.ks), dtype=torch.int64, device=per_tile.device)
-        return sums.index_add_(0, self.tile_group, per_tile).tolist()
-
-    @property
-    def overflowed(self) -> bool:
-        return self.stored > self.keys.numel()
+        return self.ranks.sum(sums.index_add_(0, self.tile_group, per_tile)).tolist()
 
     def missing(self) -> list[int]:
         """Per group, how many entries of the band are to be taken.
@@ -336,7 +353,7 @@ class _Band:
             for tile, keys, _ in self._stored_pieces():
                 keys = keys[(self.tile_group[tile] == group) & (keys >= low) & (keys < high)]
                 histogram += torch.bincount((keys - low) >> shift, minlength=histogram.numel())
-            digit, rank = _bin_of_rank(histogram, rank)
+            digit, rank = _bin_of_rank(self.ranks.sum(histogram), rank)
             low, high = low + (digit << shift), min(high, low + ((digit + 1) << shift))
         return low
 
@@ -365,12 +382,20 @@ class _Band:
 
     def share_ties(self, ties: Tensor, open_ties: list[int]) -> Tensor:
         """int64 [T]: how many ties each tile takes when the earliest tiles of a group are served first."""
-        take = torch.zeros_like(ties)
-        for group, wanted in enumerate(open_ties):
-            mine = self.tile_group == group
-            before = ties[mine].cumsum(0) - ties[mine]
-            take[mine] = torch.minimum((wanted - before).clamp(min=0), ties[mine])
-        return take
+        tensors = len(self.groups)
+        per_tensor = torch.zeros(tensors, dtype=torch.int64, device=ties.device)
+        pieces = self.ranks.in_order(per_tensor.index_add_(0, self.tile_tensor, ties)).cpu()
+        earlier = torch.empty_like(pieces)  # ties of the group in earlier tensors, and in earlier pieces of the tensor
+        for group in range(len(open_ties)):
+            mine = torch.tensor([g == group for g in self.groups])
+            earlier[mine] = (pieces[mine].view(-1).cumsum(0) - pieces[mine].view(-1)).view(-1, pieces.shape[1])
+        earlier = earlier[torch.arange(tensors), self.ranks.places(tensors)]
+
+        before = ties.cumsum(0) - ties  # in earlier tiles of this process
+        at_start = torch.cat([before, before.new_zeros(1)])[torch.tensor(self.layout.tile_offsets[:-1])]
+        before += (earlier.to(ties.device) - at_start)[self.tile_tensor]
+        wanted = torch.tensor(open_ties, device=ties.device)[self.tile_group]
+        return torch.minimum((wanted - before).clamp(min=0), ties)
 
     def _set_bits(self, tile: Tensor, positions: Tensor) -> None:
         # every bit is set once, so adding is or-ing
@@ -397,16 +422,18 @@ def _bin_of_rank(histogram: Tensor, rank: int) -> tuple[int, int]:
     return histogram.numel() - 1 - at, inside
 
 
-def raise_nonfinite(source: Source) -> None:
+def raise_nonfinite(source: Source, ranks: Ranks) -> NoReturn:
     """Raises `NonFiniteDelta` for the first tensor that holds one."""
+    found = torch.zeros(len(source.sizes), dtype=torch.int64)
     for chunk in source.chunks(range(len(source.sizes))):
         for at, tensor in enumerate(chunk.tensors):
             initial, tuned = chunk.initial[at].view(-1) if chunk.initial else None, chunk.tuned[at].view(-1)
             for start in range(0, tuned.numel(), _PIECE):
                 piece = slice(start, start + _PIECE)
                 keys = delta_keys(None if initial is None else initial[piece], tuned[piece])
-                if bool((keys >= NONFINITE_KEY).any()):
-                    raise NonFiniteDelta(tensor, f"tensor {tensor}")
+                found[tensor] |= int((keys >= NONFINITE_KEY).any())
+    first = int(ranks.sum(found).nonzero()[0])
+    raise NonFiniteDelta(first, f"tensor {first}")
 
 
 def sampled_bracket(source: Source, groups: list[int], ks: list[int]) -> tuple[list[int], list[int]]:
@@ -459,7 +486,7 @@ def _kth_largest(keys: Tensor, rank: int) -> int:
 
 
 def _digit_pass(
-    passes: Passes, source: Source, groups: list[int], ranks: list[int], prefixes: list[int] | None
+    passes: Passes, source: Source, groups: list[int], wanted: list[int], prefixes: list[int] | None, ranks: Ranks
 ) -> tuple[list[int], list[int], list[int]]:
     """Per group the digit of the rank-th largest key, its rank among the keys of that digit, and the rank asked for.
 
@@ -470,27 +497,35 @@ def _digit_pass(
     at_once = _HISTOGRAMS // bins
     nonfinite = torch.zeros(1, dtype=torch.int64, device=source.device)
     digits, inside, asked = [], [], []
-    for first in range(0, len(ranks), at_once):
-        batch = range(first, min(first + at_once, len(ranks)))
+    for first in range(0, len(wanted), at_once):
+        batch = range(first, min(first + at_once, len(wanted)))
         histogram = torch.zeros(len(batch), bins, dtype=torch.int64, device=source.device)
-        wanted = None
+        upper = None
         if prefixes is not None:
-            wanted = torch.tensor([prefixes[g] for g in batch], dtype=torch.int64, device=source.device)
+            upper = torch.tensor([prefixes[g] for g in batch], dtype=torch.int64, device=source.device)
         for chunk in source.chunks([tensor for tensor, group in enumerate(groups) if group in batch]):
             of_batch = [groups[t] - first for t in chunk.tensors]
-            passes.delta_histogram(chunk.initial, chunk.tuned, of_batch, wanted, histogram, nonfinite)
-        for group, row in zip(batch, histogram.cpu(), strict=True):
-            rank = min(ranks[group], int(row.sum()))
+            passes.delta_histogram(chunk.initial, chunk.tuned, of_batch, upper, histogram, nonfinite)
+        for group, row in zip(batch, ranks.sum(histogram).cpu(), strict=True):
+            rank = min(wanted[group], int(row.sum()))
             digit, rest = _bin_of_rank(row, rank) if rank else (NONFINITE_KEY >> 16, 0)
             digits.append(digit)
             inside.append(rest)
             asked.append(rank)
-    if int(nonfinite):
-        raise_nonfinite(source)
+    if int(ranks.sum(nonfinite)):
+        raise_nonfinite(source, ranks)
     return digits, inside, asked
 
 
-def select_topk(passes: Passes, source: Source, groups: list[int], ks: list[int], *, route: str = "auto") -> Selection:
+def select_topk(
+    passes: Passes,
+    source: Source,
+    groups: list[int],
+    ks: list[int],
+    *,
+    route: str = "auto",
+    ranks: Ranks | None = None,
+) -> Selection:
     """The `ks[g]` entries of largest |tuned - initial| of every group of tensors: exact, the earliest first among ties.
 
     Entries whose delta is zero are never selected: a group may then hold fewer than its k.
@@ -501,28 +536,34 @@ def select_topk(passes: Passes, source: Source, groups: list[int], ks: list[int]
         groups: the group of every tensor.
         ks: entries wanted from every group.
         route: "sample", "histogram" or "auto"; all give the same bits.
+        ranks: other processes that select together with this one, by the histogram route: the source then has this
+            process's pieces of all tensors, the counts asked for are those of all processes.
 
     Raises:
         NonFiniteDelta: a delta is NaN or infinite.
     """
     layout = Layout(source.sizes)
-    if not layout.tiles or not ks:
+    if ranks is None:
+        ranks = Ranks()
+    elif route != "histogram":
+        raise ValueError(f'select_topk: several processes take the route "histogram", got {route!r}')
+    if not ks or not int(ranks.sum(torch.tensor([layout.tiles]))):
         counts = torch.zeros(len(groups), dtype=torch.int64, device=source.device)
         none = torch.full((len(ks),), torch.inf)
         return Selection(torch.zeros(layout.words, dtype=torch.int32, device=source.device), counts, none)
-    band = _Band(source, layout, groups, ks)
+    band = _Band(source, layout, groups, ks, ranks)
     pays_from = SAMPLE_FROM if source.device.type == "cpu" else SAMPLE_FROM_GPU
     if route == "sample" or route == "auto" and sum(source.sizes) >= pays_from:
         band.run(passes, *sampled_bracket(source, groups, ks))
         if band.holds() and not band.overflowed:
             return band.finish()
 
-    digits, ranks, band.ks = _digit_pass(passes, source, groups, ks, None)
+    digits, inside, band.ks = _digit_pass(passes, source, groups, ks, None, ranks)
     band.run(passes, [max(1, d << 16) for d in digits], [(d + 1) << 16 for d in digits])
     if not band.overflowed:
         return band.finish()
 
-    lower, ties, _ = _digit_pass(passes, source, groups, ranks, digits)
+    lower, ties, _ = _digit_pass(passes, source, groups, inside, digits, ranks)
     thresholds = [
         max(1, (high << 16) + low) if m else NONFINITE_KEY for high, low, m in zip(digits, lower, ties, strict=True)
     ]

@@ -411,3 +411,38 @@ def test_streaming_needs_no_memory_of_the_size_of_the_model(tmp_path):
     digest, peak = done.stdout.split()
     assert digest == ls.select(initial, tuned, density=0.2).digest()
     assert int(peak) <= 0.205 * n + 8e6, f"{int(peak) / 1e6:.1f} MB"
+
+
+RESIDENT = """
+import sys
+import ltp_sparse as ls
+
+def status():
+    lines = (line.split() for line in open("/proc/self/status") if line.startswith("Vm"))
+    return {key: 1024 * int(value) for key, value, *_ in lines}
+
+ls.select(sys.argv[3], sys.argv[3], density=0)  # code and pools that stay
+open("/proc/self/clear_refs", "w").write("5")  # VmHWM counts from here
+before = status()["VmRSS:"]
+ticket = ls.select(sys.argv[1], sys.argv[2], density=0.2)
+print(ticket.digest(), status()["VmHWM:"] - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_pair_of_checkpoints_is_read_through_a_small_window(tmp_path):
+    """All memory, that of the mapped files included, is that of contract 2 and a window of both files."""
+    n = 50_000_000
+    initial = {f"layer.{i}.weight": torch.empty(n // 5000, 1000).normal_() for i in range(5)}
+    folders = [save_sharded(initial, tmp_path / "initial")]
+    tuned = {name: t.add_(torch.empty(t.shape).normal_(), alpha=1e-3) for name, t in initial.items()}
+    folders.append(save_sharded(tuned, tmp_path / "tuned"))
+    small = tmp_path / "small.safetensors"
+    save_file({"a": torch.ones(2_000_000)}, small)
+    command = [sys.executable, "-c", RESIDENT, *map(str, (*folders, small))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    digest, peak = done.stdout.split()
+    assert digest == ls.select(open_checkpoint(folders[0]), tuned, density=0.2).digest()
+    window = 2 * 2 * 4 * checkpoints._VIEW  # the fingerprint is taken by two threads
+    assert int(peak) <= 0.205 * n + 8e6 + window, f"{int(peak) / 1e6:.1f} MB of a pair of {8 * n / 1e6:.0f}"

@@ -27,6 +27,17 @@ METHODS: dict[str, type[Method]] = {
 }  # fmt: skip
 """Every method by the name that recipes and the command line use."""
 
+
+def register(method: type[Method]) -> type[Method]:
+    """Class decorator: makes a method of one's own known by its key, to recipes and to `load_trained`."""
+    if METHODS.get(method.key, method).__qualname__ != method.__qualname__:
+        raise ValueError(
+            f"register: there is a method {method.key!r} already, {METHODS[method.key].__name__}; take another key"
+        )
+    METHODS[method.key] = method
+    return method
+
+
 __all__ = [
     "LTP",
     "LTSFT",
@@ -51,4 +62,5 @@ __all__ = [
     "Settings",
     "Setup",
     "SoftPrompt",
+    "register",
 ]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ltp_sparse.files import atomic_path
+from ltp_sparse.names import natural_key
+from ltp_sparse.report.tables import AVERAGE, Table, make_table
 
 if TYPE_CHECKING:
+    from ltp_sparse.recipes.recipe import Recipe
     from ltp_sparse.ticket import Ticket
 
 
@@ -96,3 +99,116 @@ def _save(figure: Any, path: str | os.PathLike[str]) -> Path:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format=path.suffix.removeprefix(".") or "png", dpi=150)
     return path
+
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def plot_density(rows: Rows, path: Path, recipe: Recipe) -> Path | None:
+    """Average score against the ticket's density, a line per number of shots (LTP, figure 2b)."""
+    table = make_table(rows, ("ticket.density", "shots"))
+    return _lines(table, path, "density of the ticket (%)", lambda density: 100 * float(density), "shots")
+
+
+def plot_shots(rows: Rows, path: Path, recipe: Recipe) -> Path | None:
+    """Average score against the number of shots, a line per label."""
+    return _lines(make_table(rows, ("shots", "label")), path, "examples per class", float, "", log=True)
+
+
+def plot_prompt_length(rows: Rows, path: Path, recipe: Recipe) -> Path | None:
+    """Average score against the length of the prompt, a line per label (SPT, figure 4)."""
+    return _lines(make_table(rows, ("options.n", "label")), path, "prompt embeddings", float, "", log=True)
+
+
+def plot_labels(rows: Rows, path: Path, recipe: Recipe) -> Path | None:
+    """Average score per label, a group of bars per number of shots: strategies and segments (LTP, figure 2a)."""
+    table = make_table(rows, ("label", "shots"))
+    scores: dict[str, dict[str, float]] = {}
+    errors: dict[str, dict[str, float]] = {}
+    for line in table.lines:
+        label, shots = str(line.facts[0]), str(line.facts[1])
+        mean, deviation = line.values[AVERAGE]
+        scores.setdefault(label, {})[shots] = mean / 100
+        errors.setdefault(label, {})[shots] = 0.0 if deviation != deviation else deviation
+    return plot_accuracy(scores, path, errors=errors, title="average over languages, by examples per class")
+
+
+def plot_languages(rows: Rows, path: Path, recipe: Recipe) -> Path | None:
+    """A heat map: lines of the table by language."""
+    table = make_table(rows, recipe.by)
+    names = [" ".join(str(fact) for fact in line.facts if fact is not None) for line in table.lines]
+    grid = [[line.values.get(column, (float("nan"), 0.0))[0] for column in table.columns] for line in table.lines]
+    figure, axes = _figure(len(table.columns) * 1.4)
+    figure.set_size_inches(max(5.0, 0.55 * len(table.columns) + 2), max(2.0, 0.3 * len(names) + 1))
+    image = axes.imshow(grid, aspect="auto", cmap="viridis")
+    axes.set_xticks(range(len(table.columns)), table.columns)
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    for y, line_of_values in enumerate(grid):
+        for x, value in enumerate(line_of_values):
+            if value == value:
+                axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=6, color="white")
+    figure.colorbar(image, label="score (%)")
+    return _save(figure, path)
+
+
+def plot_layers(rows: Rows, path: Path, recipe: Recipe) -> Path | None:
+    """Where the entries of each label's ticket lie: share per layer, attention below and the rest above."""
+    tickets = {str(row["label"]): row["active"] for row in rows if row["k"]}
+    for row in rows:
+        tickets |= {f"language SFT, {language}": active for language, active in row["language_active"].items()}
+    if not tickets:
+        return None
+    places = sorted({p for active in tickets.values() for p in active}, key=natural_key)
+    places.sort(key=lambda place: place != "embeddings")
+    figure, axes = _figure(len(places) * (len(tickets) + 1) / 2)
+    width = 0.8 / len(tickets)
+    for position, (label, active) in enumerate(tickets.items()):
+        total = sum(sum(counts) for counts in active.values())
+        at = [i + (position - (len(tickets) - 1) / 2) * width for i in range(len(places))]
+        attention = [100 * active.get(place, [0, 0])[0] / total for place in places]
+        others = [100 * active.get(place, [0, 0])[1] / total for place in places]
+        color = f"C{position}"
+        axes.bar(at, attention, width, color=color, alpha=0.5)
+        axes.bar(at, others, width, bottom=attention, color=color, label=label)
+    axes.set_xticks(range(len(places)), places)
+    axes.set_ylabel("share of the ticket (%)")
+    axes.set_title("light: attention, full: other parts", fontsize=9)
+    axes.legend(fontsize=7)
+    return _save(figure, path)
+
+
+PLOTS: dict[str, Callable[[Rows, Path, Recipe], Path | None]] = {
+    "density": plot_density,
+    "shots": plot_shots,
+    "prompt-length": plot_prompt_length,
+    "labels": plot_labels,
+    "languages": plot_languages,
+    "layers": plot_layers,
+}
+"""The plots that a recipe can name: (rows, file, recipe) -> the file, or None where there is nothing to draw."""
+
+
+def _lines(
+    table: Table, path: Path, x_label: str, x_of: Callable[[Any], float], group: str, *, log: bool = False
+) -> Path | None:
+    """Average score (y) against the first fact (x), a line per second fact."""
+    points: dict[Any, list[tuple[float, float, float]]] = {}
+    for line in table.lines:
+        if line.facts[0] is not None:
+            mean, deviation = line.values[AVERAGE]
+            spread = 0.0 if deviation != deviation else deviation
+            points.setdefault(line.facts[1], []).append((x_of(line.facts[0]), mean, spread))
+    if not points:
+        return None
+    figure, axes = _figure(8)
+    for name, of_line in points.items():
+        xs, means, spreads = zip(*sorted(of_line), strict=True)
+        axes.errorbar(xs, means, spreads, marker="o", markersize=3, capsize=2, label=f"{name} {group}".strip())
+    if log:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted({x for of_line in points.values() for x, _, _ in of_line}))
+        axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel(x_label)
+    axes.set_ylabel("average over languages (%)")
+    axes.legend(fontsize=7)
+    return _save(figure, path)

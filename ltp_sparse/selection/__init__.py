@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from ltp_sparse import backends, ops
-from ltp_sparse.checkpoints import CheckpointTensor, Readable, StreamSource, open_checkpoint
+from ltp_sparse.checkpoints import Readable, Reader, StreamSource
 from ltp_sparse.encoding import IndexSet
-from ltp_sparse.names import canonical_tensors, closest, digest, fingerprint
-from ltp_sparse.selection import pools
+from ltp_sparse.selection import pools, scores
 from ltp_sparse.selection.budgets import Budget, share_out
+from ltp_sparse.selection.distributed import Shard, TicketShard, select_sharded
+from ltp_sparse.selection.outcome import ShortTicket, describe
+from ltp_sparse.selection.sources import (
+    Score,
+    Weights,
+    check_shape,
+    common_names,
+    device_of,
+    fingerprint,
+    open_weights,
+    score_reader,
+)
 from ltp_sparse.ticket import Pool, Ticket, in_pool
 from ltp_sparse.topk import NonFiniteDelta, select_topk
 
-__all__ = ["ShortTicket", "pools", "select"]
-
-Weights = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
-"""A version of a model: a module, name -> tensor, or a safetensors checkpoint (file or folder)."""
-
-
-class ShortTicket(UserWarning):
-    """Fewer entries have moved than were asked for."""
+__all__ = ["Shard", "ShortTicket", "TicketShard", "Weights", "pools", "scores", "select", "select_sharded"]
 
 
 def select(
@@ -37,7 +40,7 @@ def select(
     k: int | None = None,
     budget: Budget = "global",
     pool: Pool = None,
-    score: Mapping[str, Tensor] | None = None,
+    score: Score | None = None,
     method: str = "delta",
     metadata: Mapping[str, Any] | None = None,
     progress: bool = False,
@@ -52,7 +55,10 @@ def select(
         k: number of entries.
         budget: "global"; "layer" or "tensor" at equal density each; or shares of k by regular expression.
         pool: which parameters may be selected: a predicate on names, regular expressions, or None for all common ones.
-        score: ranks by |score| instead of by |tuned - initial|; name -> tensor of the parameter's shape.
+        score: ranks by |score| instead of by |tuned - initial|. A mapping from names to tensors of the parameters'
+            shapes; or a function of (name, start, stop) that gives the scores of entries start..stop of a parameter's
+            row-major order as a float32, bfloat16 or float16 tensor, the same ones whenever it is asked, so that no
+            tensor of the model's size is needed. `selection.scores` has some.
         method: a word for the metadata.
         metadata: added to the ticket's.
         progress: show a bar while checkpoints are read.
@@ -69,66 +75,57 @@ def select(
     """
     if (tuned is None) == (score is None):
         raise ValueError("select: give either tuned= or score=")
-    base = _readable(initial)
-    scored = canonical_tensors(score) if score is not None else _readable(tuned)  # type: ignore[arg-type]
-    names = in_pool(_common(base, scored), pool)
-    shapes = {name: base[name].shape for name in names}
+    base = open_weights(initial)
+    if callable(score):
+        after = base
+    else:
+        after = open_weights(tuned if score is None else score)  # type: ignore[arg-type]
+    names = in_pool(common_names(base, after), pool)
     for name in names:
-        if scored[name].shape != shapes[name]:
-            raise ValueError(
-                f"select: {name!r} has shape {list(shapes[name])} in the initial model and {list(scored[name].shape)} "
-                "in the other; they must be versions of one model"
-            )
-    names, groups, labels, ks = share_out(shapes, budget, density=density, k=k)
-    before = {} if score is not None else {name: base[name] for name in names}
-    after = {name: scored[name] for name in names}
+        check_shape(name, base[name].shape, after[name].shape)
+    names, groups, labels, ks = share_out({name: base[name].shape for name in names}, budget, density=density, k=k)
+    before = [base[name] for name in names] if score is None else []
     try:
-        sets, thresholds = _topk(before, after, groups, ks, progress)
+        if callable(score):
+            device = device_of(base)
+            scored = [score_reader(score, name, base[name].numel(), device) for name in names]
+            sets, thresholds = _streamed(StreamSource([], scored, device), groups, ks, progress)
+        else:
+            sets, thresholds = _topk(before, [after[name] for name in names], groups, ks, progress)
     except NonFiniteDelta as error:
         raise NonFiniteDelta(error.tensor, repr(names[error.tensor])) from None
 
-    ticket = Ticket(dict(zip(names, sets, strict=True)), {name: shapes[name] for name in names})
-    ticket.fingerprint = _fingerprint({name: base[name] for name in ticket.active_names})
-    ticket.metadata = {
-        "method": method,
-        "density": density if density is not None else sum(ks) / ticket.n,
-        "budget": dict(budget) if isinstance(budget, Mapping) else budget,
-        "requested_k": sum(ks),
-        "k": ticket.k,
-        "thresholds": {label: t for label, t in zip(labels, thresholds.tolist(), strict=True) if t != float("inf")},
-        **(metadata or {}),
-    }
-    if ticket.k < sum(ks):
-        warnings.warn(
-            f"select: {sum(ks):,} entries were asked for, only {ticket.k:,} of {ticket.n:,} have moved; "
-            "the ticket holds these. Tune longer, or lower the density",
-            ShortTicket,
-            stacklevel=2,
-        )
+    ticket = Ticket(dict(zip(names, sets, strict=True)), {name: base[name].shape for name in names})
+    ticket.fingerprint = fingerprint({name: base[name] for name in ticket.active_names})
+    ticket.metadata = describe(
+        ks,
+        labels,
+        thresholds,
+        found=ticket.k,
+        pool=ticket.n,
+        density=density,
+        budget=budget,
+        method=method,
+        metadata=metadata,
+    )
     return ticket
 
 
-def _readable(weights: Weights) -> Mapping[str, Readable]:
-    return open_checkpoint(weights) if isinstance(weights, str | os.PathLike) else canonical_tensors(weights)
-
-
-def _common(base: Mapping[str, Readable], scored: Mapping[str, Readable]) -> list[str]:
-    common = [name for name in base if name in scored]
-    if not common:
-        name = next(iter(scored), "")
-        raise ValueError(f"select: the models share no parameter; {name!r} is closest to {closest(name, base)}")
-    return common
-
-
 def _topk(
-    before: Mapping[str, Readable], after: Mapping[str, Readable], groups: list[int], ks: list[int], progress: bool
+    initial: list[Readable], tuned: list[Readable], groups: list[int], ks: list[int], progress: bool
 ) -> tuple[list[IndexSet], Tensor]:
     """An index set per tensor and the thresholds: in memory by the operation, from disk by streaming."""
-    initial = [t for t in before.values() if isinstance(t, Tensor)]
-    tuned = [t for t in after.values() if isinstance(t, Tensor)]
-    if len(initial) == len(before) and len(tuned) == len(after):
-        return ops.topk_delta(initial, tuned, ks, groups=groups)
-    source = StreamSource(before, after)
+    before = [t for t in initial if isinstance(t, Tensor)]
+    after = [t for t in tuned if isinstance(t, Tensor)]
+    if len(before) == len(initial) and len(after) == len(tuned):
+        return ops.topk_delta(before, after, ks, groups=groups)
+    device = torch.device("cpu")
+    source = StreamSource([Reader.of(t, device) for t in initial], [Reader.of(t, device) for t in tuned], device)
+    return _streamed(source, groups, ks, progress)
+
+
+@torch.no_grad()
+def _streamed(source: StreamSource, groups: list[int], ks: list[int], progress: bool) -> tuple[list[IndexSet], Tensor]:
     with progress_bar(2 * source.nbytes, "select") if progress else nullcontext() as source.progress:
         selection = select_topk(backends.resolve(source.device), source, groups, ks, route="histogram")
     return ops.index_sets(selection, source.sizes), selection.thresholds
@@ -139,11 +136,3 @@ def progress_bar(nbytes: int, what: str) -> Any:
     from tqdm.auto import tqdm
 
     return tqdm(total=nbytes, desc=what, unit="B", unit_scale=True)
-
-
-def _fingerprint(tensors: Mapping[str, Readable]) -> dict[str, str]:
-    in_memory = {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
-    on_disk = {
-        name: digest(t.dtype, t.shape, t.pieces()) for name, t in tensors.items() if isinstance(t, CheckpointTensor)
-    }
-    return {**fingerprint(in_memory), **on_disk}

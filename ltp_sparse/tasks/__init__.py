@@ -1,67 +1,160 @@
-"""Data: labelled sentence pairs of the tasks, and plain text."""
+"""Data: labelled pairs and texts of the tasks, and plain text."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from ltp_sparse.prompting.templates import CLASSES
 from ltp_sparse.tasks import americasnli as _americasnli
+from ltp_sparse.tasks import generated as _generated
+from ltp_sparse.tasks import multinli as _multinli
+from ltp_sparse.tasks import nusax as _nusax
+from ltp_sparse.tasks import sib200 as _sib200
+from ltp_sparse.tasks import smsa as _smsa
 from ltp_sparse.tasks import xnli as _xnli
 from ltp_sparse.tasks.pairs import LABELS, Pair, read_pairs
 from ltp_sparse.tasks.text import read_hub_text, read_text
+from ltp_sparse.tasks.texts import Text
 
-__all__ = ["LABELS", "TASKS", "Pair", "Task", "languages", "load_pairs", "read_hub_text", "read_pairs", "read_text"]
+__all__ = [
+    "LABELS",
+    "TASKS",
+    "Pair",
+    "Task",
+    "Text",
+    "languages",
+    "load_pairs",
+    "read_hub_text",
+    "read_pairs",
+    "read_text",
+    "task",
+]
 
 
 @dataclass(frozen=True)
 class Task:
-    """A data set of labelled pairs: its languages, and a reader of (split, language, shots, data folder)."""
+    """A data set of labelled pairs or texts.
 
+    name:      by which recipes and the command line know it
+    languages: what it has, or, of SIB-200's 205, those that are tested when none are named
+    read:      (split, language, shots, data folder or None, seed) -> examples
+    labels:    classes, in the order of the logits
+    metric:    "accuracy" or "macro_f1"
+    kind:      "pair" or "text"
+    """
+
+    name: str
     languages: tuple[str, ...]
-    read: Callable[[str, str, int | None, Path | None], list[Pair]]
+    read: Callable[[str, str, int | None, Path | None, int], Sequence[Any]]
+    labels: tuple[str, ...] = CLASSES
+    metric: str = "accuracy"
+    kind: str = "pair"
+
+    def load(
+        self,
+        split: str,
+        language: str,
+        *,
+        shots: int | None = None,
+        data: str | os.PathLike[str] | None = None,
+        seed: int = 0,
+    ) -> Sequence[Any]:
+        """Labelled examples: `Pair` or `Text`.
+
+        Args:
+            split: "train", "dev" or "test", of which a task may lack some.
+            language: one of `languages`.
+            shots: examples per class, for tasks with few-shot samples.
+            data: folder of the original files, or one that holds it under the data set's name; None: the Hub by name.
+            seed: of few-shot draws, where a task has no fixed samples.
+
+        Raises:
+            ValueError, FileNotFoundError: unknown names, missing files, or a bad row (file, row and column are named).
+        """
+        if language not in self.languages and self.name != "sib200":
+            raise ValueError(f"{self.name}: language must be one of {', '.join(self.languages)}, got {language!r}")
+        return self.read(split, language, shots, None if data is None else Path(data), seed)
 
 
-TASKS: dict[str, Task] = {
-    "xnli": Task(_xnli.LANGUAGES, _xnli.xnli),
-    "xnli-fewshot": Task(_xnli.LANGUAGES, _xnli.few_shot),
-    "americasnli": Task(_americasnli.LANGUAGES, _americasnli.americasnli),
-}
+_TASKS = (
+    Task("xnli", _xnli.LANGUAGES, lambda split, lang, shots, data, seed: _xnli.xnli(split, lang, shots, data)),
+    Task(
+        "xnli-fewshot", _xnli.LANGUAGES, lambda split, lang, shots, data, seed: _xnli.few_shot(split, lang, shots, data)
+    ),
+    Task(
+        "americasnli",
+        _americasnli.LANGUAGES,
+        lambda split, lang, shots, data, seed: _americasnli.americasnli(split, lang, shots, data),
+    ),
+    Task(
+        "americasnli-first",
+        _americasnli.LANGUAGES,
+        lambda split, lang, shots, data, seed: _americasnli.americasnli(split, lang, shots, data, revised=False),
+    ),
+    Task("multinli", ("en",), lambda split, lang, shots, data, seed: _multinli.multinli(split, data)),
+    Task(
+        "mnli-9k",
+        _multinli.SUBSET_LANGUAGES,
+        lambda split, lang, shots, data, seed: _multinli.multinli_subset(split, lang, data),
+    ),
+    Task(
+        "smsa",
+        ("id",),
+        lambda split, lang, shots, data, seed: _smsa.smsa(split, data),
+        _smsa.LABELS,
+        "macro_f1",
+        "text",
+    ),
+    Task(
+        "smsa-full",
+        ("id",),
+        lambda split, lang, shots, data, seed: _smsa.smsa(split, data, trimmed=False),
+        _smsa.LABELS,
+        "macro_f1",
+        "text",
+    ),
+    Task(
+        "nusax",
+        tuple(_nusax.FOLDERS),
+        lambda split, lang, shots, data, seed: _nusax.nusax(split, lang, data),
+        _smsa.LABELS,
+        "macro_f1",
+        "text",
+    ),
+    Task(
+        "generated",
+        _generated.LANGUAGES,
+        lambda split, lang, shots, data, seed: _generated.generated(split, lang, shots, seed),
+    ),
+    Task("sib200", _sib200.XNLI_LANGUAGES, _sib200.sib200, _sib200.LABELS, "accuracy", "text"),
+)
+
+TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
 
 
-def _task(name: str) -> Task:
+def task(name: str) -> Task:
+    """A task by name; a ValueError lists the known ones."""
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}; expected one of {', '.join(TASKS)}")
     return TASKS[name]
 
 
-def languages(task: str) -> tuple[str, ...]:
+def languages(name: str) -> tuple[str, ...]:
     """The languages of a task."""
-    return _task(task).languages
+    return task(name).languages
 
 
 def load_pairs(
-    task: str,
+    name: str,
     split: str,
     language: str,
     *,
     shots: int | None = None,
     data: str | os.PathLike[str] | None = None,
-) -> list[Pair]:
-    """Labelled pairs of a task.
-
-    Args:
-        task: "xnli" (dev, test), "xnli-fewshot" (train, dev; needs shots), "americasnli" (dev, test; with shots also
-            train).
-        split: "train", "dev" or "test".
-        language: one of `languages(task)`.
-        shots: pairs per class.
-        data: folder of the original files, or one that holds it under the data set's name; None: the Hub by name.
-
-    Raises:
-        ValueError, FileNotFoundError: unknown names, missing files, or a bad row (file, row and column are named).
-    """
-    if language not in languages(task):
-        raise ValueError(f"{task}: language must be one of {', '.join(languages(task))}, got {language!r}")
-    return _task(task).read(split, language, shots, None if data is None else Path(data))
+) -> list[Any]:
+    """`task(name).load(...)`, for tasks whose samples are fixed."""
+    return list(task(name).load(split, language, shots=shots, data=data))

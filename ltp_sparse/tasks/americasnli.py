@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.tasks.files import existing, read_table
+from ltp_sparse.tasks.files import existing, folder_of, read_table
 from ltp_sparse.tasks.hub import hub_pairs
 from ltp_sparse.tasks.pairs import LABELS, Pair, checked_label
 
@@ -48,7 +48,7 @@ def americasnli(split: str, language: str, shots: int | None, data: Path | None,
 def _released(split: str, language: str, data: Path | None, revised: bool) -> list[Pair]:
     if data is None:
         return hub_pairs(HUB_NAME, language, {"dev": "validation", "test": "test"}[split], language)
-    folder = data / "americasnli" if (data / "americasnli").is_dir() else data
+    folder = folder_of(data, "americasnli")
     if split == "dev" and revised:
         path = existing(folder / "revised" / "anli.dev.tsv.gz", folder / "revised" / "anli.dev.tsv")
     else:

@@ -21,6 +21,11 @@ def existing(*candidates: Path) -> Path:
     )
 
 
+def folder_of(data: Path, *names: str) -> Path:
+    """`data` itself, or its folder of one of these names where several data sets lie side by side."""
+    return next((data / name for name in names if (data / name).is_dir()), data)
+
+
 def read_lines(path: Path) -> Iterator[str]:
     """Lines without their line feed. Only a line feed ends a line: other control characters occur inside sentences."""
     opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")

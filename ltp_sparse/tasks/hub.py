@@ -5,7 +5,7 @@ from __future__ import annotations
 from ltp_sparse.tasks.pairs import LABELS, Pair
 
 
-def hub_pairs(name: str, config: str, split: str, language: str) -> list[Pair]:
+def hub_pairs(name: str, config: str | None, split: str, language: str) -> list[Pair]:
     """One split of a data set with the columns premise, hypothesis and label (its number or its word).
 
     name: Hub name, or a folder that `datasets.load_dataset` reads.

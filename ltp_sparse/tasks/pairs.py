@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ltp_sparse.tasks.files import read_jsonl, read_table
 
@@ -23,11 +24,16 @@ class Pair:
     language: str
 
 
+def require_label(label: Any, labels: Sequence[str], where: str, column: str = "label") -> str:
+    """The label, if it is one of `labels`; otherwise an error that says where it stands."""
+    if label not in labels:
+        raise ValueError(f"{where}: expected one of {', '.join(labels)} in column {column}, got {label!r}")
+    return str(label)
+
+
 def checked_label(label: str, where: str) -> str:
-    """The label, if it is one; otherwise an error that says where it stands."""
-    if label not in LABELS:
-        raise ValueError(f"{where}: expected one of {', '.join(LABELS)} in column label, got {label!r}")
-    return label
+    """The label of a pair, if it is one."""
+    return require_label(label, LABELS, where)
 
 
 def check_balance(pairs: Iterable[Pair], per_class: int, where: str) -> None:

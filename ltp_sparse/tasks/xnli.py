@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from ltp_sparse.tasks.files import existing, read_columns, read_jsonl, read_table
+from ltp_sparse.tasks.files import existing, folder_of, read_columns, read_jsonl, read_table
 from ltp_sparse.tasks.hub import hub_pairs
 from ltp_sparse.tasks.pairs import Pair, check_balance, checked_label
 
@@ -37,7 +37,7 @@ def few_shot(split: str, language: str, shots: int | None, data: Path | None) ->
             "xnli-fewshot: the K-shot samples are not on the Hub; pass the folder common_datasets of the repository "
             "mprompting/xlmrprompt as the data folder"
         )
-    base = _inside(data, "xnli_fewshot") / split
+    base = folder_of(data, "xnli_fewshot") / split
     name = f"en/{split}_split,{shots}.jsonl" if language == "en" else f"rest/{split}_split,{language},{shots}.jsonl"
     path = existing(base / name, base / f"{name}.gz")
     pairs, faulty = [], 0
@@ -63,7 +63,7 @@ def xnli(split: str, language: str, shots: int | None, data: Path | None) -> lis
         raise ValueError(f"xnli: split must be dev or test, got {split!r}; train on xnli-fewshot")
     if data is None:
         return hub_pairs(HUB_NAME, language, {"dev": "validation", "test": "test"}[split], language)
-    data = _inside(data, "xnli")
+    data = folder_of(data, "xnli")
     path = existing(data / split / f"{split}-{language}.tsv.gz", data / split / f"{split}-{language}.tsv")
     if split == "dev":
         rows = list(read_columns(path, ("premise", "hypothesis", "label")))
@@ -76,8 +76,3 @@ def xnli(split: str, language: str, shots: int | None, data: Path | None) -> lis
         raise ValueError(f"{path}: expected {_ROWS[split]} pairs and labels, got {len(rows)} and {len(labels)}")
     pairs = zip(rows, labels, strict=True)
     return [Pair(row["premise"], row["hypothesis"], label, language) for (_, row), label in pairs]
-
-
-def _inside(data: Path, folder: str) -> Path:
-    """`data` itself, or its folder of that name where several data sets lie side by side."""
-    return data / folder if (data / folder).is_dir() else data

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from ltp_sparse.names import unwrapped
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, XLMRobertaConfig, XLMRobertaForMaskedLM
+    from transformers import (
+        BloomForCausalLM,
+        PreTrainedTokenizerBase,
+        XGLMForCausalLM,
+        XLMRobertaConfig,
+        XLMRobertaForMaskedLM,
+    )
 
 _DECODER_BIAS = "lm_head.decoder.bias"
 
@@ -50,6 +56,30 @@ def load_backbone(
     loaded = AutoTokenizer.from_pretrained(source, local_files_only=local)
     _check_tokenizer(loaded, model.config)
     return model, loaded
+
+
+def load_causal(
+    name_or_path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: str | os.PathLike[str] | None = None,
+) -> tuple[XGLMForCausalLM | BloomForCausalLM, PreTrainedTokenizerBase]:
+    """An XGLM or BLOOM language model and its tokenizer, from a local folder or by Hub name; as `load_backbone`.
+
+    Raises ValueError for a missing folder or another architecture.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    source, local = _resolve(name_or_path)
+    config = AutoConfig.from_pretrained(source, local_files_only=local)
+    if config.model_type not in ("xglm", "bloom"):
+        raise ValueError(
+            f"load_causal: expected a model of type xglm or bloom, got {config.model_type!r} in {source!r}; pass a "
+            "folder or Hub name such as 'facebook/xglm-564M' or 'bigscience/bloom-560m'"
+        )
+    model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, local_files_only=local)
+    source, local = _resolve(name_or_path if tokenizer is None else tokenizer)
+    return model, AutoTokenizer.from_pretrained(source, local_files_only=local)
 
 
 def backbone_from_config(
@@ -124,7 +154,7 @@ def _resolve(name_or_path: str | os.PathLike[str]) -> tuple[str, bool]:
         return text, True
     if isinstance(name_or_path, os.PathLike) or text.startswith((".", os.sep)) or text.count("/") > 1:
         raise ValueError(
-            f"load_backbone: expected a folder or a Hub name ('owner/name'), got {text!r}, which does not exist"
+            f"expected the folder of a model or a Hub name ('owner/name'), got {text!r}, which does not exist"
         )
     return text, False
 

@@ -25,11 +25,13 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from ltp_sparse.checkpoints import open_checkpoint
+from ltp_sparse.checkpoints import Reader, open_checkpoint
 from ltp_sparse.delta import SparseDelta, gather, scatter_
 from ltp_sparse.names import canonical_parameters, canonical_tensors, layer_of
+from ltp_sparse.reference import delta_keys
 from ltp_sparse.selection import Weights, pools, select
 from ltp_sparse.selection.budgets import Budget
+from ltp_sparse.selection.sources import ScoreFunction, open_weights
 from ltp_sparse.ticket import Ticket
 from ltp_sparse.topk import entries_for
 from ltp_sparse.training.backbone import is_decoupled, logits_only_at
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 _TOKENIZER_BATCH = 1000
+_LARGEST_KEY = 0x7F7FFFFF  # the bits of the largest finite float32
 
 STRATEGIES: dict[str, Callable[[str], bool]] = {
     "vanilla": pools.maskable,
@@ -233,6 +236,7 @@ def find_ticket(
     budget: Budget = "global",
     segment: str | None = None,
     intersect: bool = False,
+    order: str = "most",
     metadata: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Ticket:
@@ -247,6 +251,7 @@ def find_ticket(
         strategy: that of the tuning.
         budget: "global" (across layers), "layer" (layer separate), "tensor", or shares, see `select`.
         segment: "lower", "middle" or "upper" third of the layers only.
+        order: "most" changed, or "least" changed entries, the control of METHODS.md 4.3 (d).
         intersect: with `segment`: the part of the whole model's ticket that lies in the segment.
         metadata: added to the ticket's, e.g. `MLMResult.metadata`.
 
@@ -255,6 +260,8 @@ def find_ticket(
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"find_ticket: strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    if order not in ("most", "least"):
+        raise ValueError(f"find_ticket: order must be most or least, got {order!r}")
     if intersect and segment is None:
         raise ValueError("find_ticket: intersect=True keeps the part inside a segment; pass segment=, too")
     sizes = [_sizes(source) for source in (initial, tuned)]
@@ -265,12 +272,13 @@ def find_ticket(
     of_model = budget == "global" and pool is not in_segment
     ticket = select(
         initial,
-        tuned,
+        tuned if order == "most" else None,
+        score=None if order == "most" else least_changed(initial, tuned),
         k=entries_for(maskable, density=density, k=None) if of_model else None,
         density=None if of_model else density,
         budget=budget,
         pool=pool,
-        method="ltp",
+        method="ltp" if order == "most" else "ltp, least changed",
         metadata=metadata,
         progress=progress,
     )
@@ -280,6 +288,21 @@ def find_ticket(
     if segment is not None:
         ticket.metadata |= {"segment": segment, "intersect": intersect}
     return ticket
+
+
+def least_changed(initial: Weights, tuned: Weights) -> ScoreFunction:
+    """A score for `select` that is the larger the less an entry has moved.
+
+    Its bits are those of the largest finite float32 minus those of |tuned - initial|: exactly the reverse order.
+    """
+    before, after = open_weights(initial), open_weights(tuned)
+    cpu = torch.device("cpu")
+
+    def score(name: str, start: int, stop: int) -> Tensor:
+        pieces = (Reader.of(tensors[name], cpu).read(start, stop) for tensors in (before, after))
+        return (_LARGEST_KEY - delta_keys(*pieces)).view(torch.float32)
+
+    return score
 
 
 def _sizes(source: Weights) -> dict[str, int]:

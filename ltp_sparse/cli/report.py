@@ -1,0 +1,31 @@
+"""`ltp-sparse report`: the table of a recipe's results beside the paper's figures, plots, one HTML page."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ltp_sparse.cli.options import need
+
+HELP = "turn the results of a recipe into tables beside the paper's figures, plots and an HTML page"
+EXAMPLES = """\
+  ltp-sparse report ltp-table-1 results/table-1
+  ltp-sparse report my-recipe.yaml results/mine --output report/"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", nargs="?", help="name of the recipe, or its .yaml file")
+    parser.add_argument("results", nargs="?", type=Path, help="folder that ltp-sparse run wrote")
+    parser.add_argument("--output", type=Path, help="folder of the report (default: the results' folder)")
+
+
+def run(options: argparse.Namespace) -> None:
+    need(options, "recipe", "results")
+    from ltp_sparse.recipes import load_recipe, results
+    from ltp_sparse.report.pages import write_report
+
+    recipe = load_recipe(options.recipe)
+    rows = results.read(options.results / results.RESULTS)
+    files = write_report(recipe, rows, options.output or options.results)
+    print(files[0].read_text(encoding="utf-8"))
+    print("written:", ", ".join(map(str, files)))

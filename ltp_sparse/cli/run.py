@@ -1,0 +1,109 @@
+"""`ltp-sparse run`: a recipe, cell by cell."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from ltp_sparse.cli.options import CommandError, need
+
+HELP = "run a recipe: all cells of a table or figure of the papers, or of your own YAML file"
+EXAMPLES = """\
+  what there is, and what a recipe would do
+    ltp-sparse run --list
+    ltp-sparse run ltp-table-1 --dry-run
+  table 1 of LTP, from the original files, on two GPUs; the same command again goes on where it was stopped
+    ltp-sparse run ltp-table-1 --data data/ --output results/table-1 --devices 0 1 --bf16
+  a part of it, with another model and fewer epochs
+    ltp-sparse run ltp-table-1 --only method=ltp shots=4 --model my-model/ --set settings.epochs=10 --output results/t
+  the table beside the paper's
+    ltp-sparse report ltp-table-1 results/table-1"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", nargs="?", help="name of a recipe, or a .yaml file")
+    parser.add_argument("--list", action="store_true", help="list the recipes that come with the library")
+    parser.add_argument("--dry-run", action="store_true", help="print cells, memory and time, train nothing")
+    parser.add_argument("--model", help="folder or Hub name of the base model, instead of the recipe's")
+    parser.add_argument("--tokenizer", help="folder or Hub name of the tokenizer, where it is not beside the model")
+    parser.add_argument("--data", type=Path, help="folder of the original files; without it, the Hub by name")
+    parser.add_argument("--output", type=Path, help="folder of the results; finished cells in it are not run again")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="for all cells, e.g. settings.epochs=1"
+    )
+    parser.add_argument("--only", nargs="+", default=[], metavar="KEY=VALUE", help="only cells with these facts")
+    parser.add_argument("--cache", type=Path, help="folder of shared artefacts (see ltp-sparse cache)")
+    parser.add_argument("--devices", nargs="+", help="GPUs to share the cells out to, e.g. 0 1 2 3")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument("--save-every", type=int, help="epochs between checkpoints inside a cell")
+    parser.add_argument("--micro-batch-size", type=int, help="examples per forward pass, to save memory")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 under autocast; weights stay float32")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def run(options: argparse.Namespace) -> int:
+    from ltp_sparse.recipes import load_recipe, recipe_names
+
+    if options.list:
+        for name in recipe_names():
+            recipe = load_recipe(name)
+            print(f"{name:<22} {len(recipe.cells):>5} cells  {recipe.title}")
+        return 0
+    need(options, "recipe")
+    recipe = load_recipe(options.recipe, overrides(options))
+    if options.only:
+        recipe = recipe.only([_pair(text) for text in options.only])
+    if options.dry_run:
+        from ltp_sparse.recipes.plan import plan
+
+        print(plan(recipe))
+        return 0
+    need(options, "output")
+    if options.devices and not options.part:
+        from ltp_sparse.recipes.run import run_on_devices
+
+        return run_on_devices([sys.executable, "-m", "ltp_sparse.cli", *sys.argv[1:]], options.devices)
+
+    from ltp_sparse.recipes.cache import Cache, default_cache
+    from ltp_sparse.recipes.cell import Workbench
+    from ltp_sparse.recipes.run import run_recipe, unfinished
+
+    bench = Workbench(
+        data=options.data,
+        cache=Cache(options.cache or default_cache()),
+        bf16=options.bf16,
+        micro_batch_size=options.micro_batch_size,
+    )
+    left = len(unfinished(recipe, options.output))
+    print(f"{recipe.title}: {len(recipe.cells)} cells, {len(recipe.cells) - left} of them finished before")
+    part = tuple(map(int, options.part.split("/"))) if options.part else (1, 1)
+    failed = run_recipe(
+        recipe,
+        options.output,
+        bench,
+        save_every=options.save_every,
+        part=part,  # type: ignore[arg-type]
+        progress=not options.quiet,
+    )
+    if failed:
+        print(f"{failed} cells failed, see {options.output / 'failures.jsonl'}; the same command tries them again")
+        return 1
+    print(f"next: ltp-sparse report {options.recipe} {options.output}")
+    return 0
+
+
+def overrides(options: argparse.Namespace) -> list[tuple[str, Any]]:
+    """--model, --tokenizer and --set as (dotted path, value)."""
+    given = [(key, getattr(options, key)) for key in ("model", "tokenizer") if getattr(options, key) is not None]
+    return [*given, *(_pair(text) for text in options.set)]
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    import yaml
+
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise CommandError(f"run: expected KEY=VALUE, e.g. settings.epochs=1 or shots=[1,2,4], got {text!r}")
+    return key, yaml.safe_load(value)

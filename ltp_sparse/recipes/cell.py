@@ -1,0 +1,393 @@
+"""One cell of a recipe, from data and base model to a row of results."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ltp_sparse import __version__
+from ltp_sparse.delta import SparseDelta
+from ltp_sparse.files import save as save_tensors
+from ltp_sparse.methods import METHODS, Method, Settings
+from ltp_sparse.methods.madx import ADAPTER_SETTINGS, train_language_adapter
+from ltp_sparse.modules import Adapter
+from ltp_sparse.names import canonical_parameters, closest, fingerprint, layer_of, module_of
+from ltp_sparse.prompting import WORDS, Verbalizer
+from ltp_sparse.recipes.cache import Cache
+from ltp_sparse.recipes.corpora import Corpus, corpus
+from ltp_sparse.recipes.recipe import Cell
+from ltp_sparse.tasks import TASKS, Task
+from ltp_sparse.ticket import Ticket
+from ltp_sparse.training.backbone import load_backbone, load_causal
+from ltp_sparse.training.evaluation import evaluate
+from ltp_sparse.training.language import LANGUAGE_SETTINGS, train_language
+from ltp_sparse.training.method import load_trained, train_method
+from ltp_sparse.training.mlm import STRATEGIES, MLMSettings, find_ticket, text_hash, tune_mlm
+
+_STAGE_1_LINES = 300_000
+_LANGUAGE_LINES = 1_000_000
+_TICKET_KEYS = ("strategy", "density", "budget", "segment", "intersect", "order", "language", "lines", "text", "mlm")
+
+
+@dataclass
+class Workbench:
+    """What the cells of a run share: where data and artefacts are, how to compute, and the base model last used.
+
+    data:       folder of the data sets' original files; None: the Hub
+    cache:      of what cells share
+    bf16:       compute in bfloat16 under autocast
+    micro_batch_size: examples per forward pass; None: the whole batch
+    batch_size: examples of a forward pass in evaluation
+    """
+
+    data: Path | None
+    cache: Cache
+    bf16: bool = False
+    micro_batch_size: int | None = None
+    batch_size: int = 64
+    progress: bool = False
+    _key: tuple[Any, ...] = ()
+    _model: Any = None
+    _tokenizer: Any = None
+    _digest: str = ""
+    _corpora: dict[tuple[Any, ...], Corpus] = field(default_factory=dict)
+    _examples: dict[tuple[Any, ...], Sequence[Any]] = field(default_factory=dict)
+
+    def model(self, cell: Cell, method: Method, *, tied: bool | None = None) -> tuple[Any, Any]:
+        """The base model of a cell at its initial weights, and its tokenizer; the same objects while they serve."""
+        tied = method.tied if tied is None else tied
+        key = (cell["model"], cell["tokenizer"], method.backbone, tied)
+        if key != self._key:
+            self.forget()
+            if method.backbone == "causal":
+                self._model, self._tokenizer = load_causal(cell["model"], tokenizer=cell["tokenizer"])
+            else:
+                self._model, self._tokenizer = load_backbone(
+                    cell["model"], decoupled=not tied, tokenizer=cell["tokenizer"]
+                )
+            if torch.cuda.is_available():
+                self._model.to("cuda")
+            parameters = {name: p.detach() for name, p in canonical_parameters(self._model).items()}
+            # a decoupled head repeats the embedding: the same base has one digest
+            parameters.pop("lm_head.decoder.weight", None)
+            self._digest, self._key = hashlib.sha256(repr(fingerprint(parameters)).encode()).hexdigest()[:32], key
+        return self._model, self._tokenizer
+
+    def forget(self) -> None:
+        """Drops the base model: the next cell loads it anew."""
+        self._key, self._model = (), None
+
+    def examples(
+        self, task: str, split: str, language: str, *, shots: int | None = None, seed: int = 0
+    ) -> Sequence[Any]:
+        """Examples of a task; read once for all cells."""
+        key = (task, split, language, shots, seed)
+        if key not in self._examples:
+            self._examples[key] = TASKS[task].load(split, language, shots=shots, data=self.data, seed=seed)
+        return self._examples[key]
+
+    def corpus(self, language: str, spec: Mapping[str, Any], lines: int) -> Corpus:
+        """The text of a language that a stage (`spec`) asks for; read once for all cells."""
+        key = (language, spec.get("lines", lines), spec.get("text"))
+        if key not in self._corpora:
+            self._corpora[key] = corpus(*key[:2], self.data, text=key[2])
+        return self._corpora[key]
+
+    def digest(self) -> str:
+        """Of the base model loaded last."""
+        return self._digest
+
+
+def method_of(cell: Cell) -> Method:
+    """The method of a cell, with its options and settings; a ValueError names what it does not know."""
+    if cell["method"] not in METHODS:
+        raise ValueError(f"unknown method {cell['method']!r}; known: {', '.join(METHODS)}")
+    kind = METHODS[cell["method"]]
+    default = kind()
+    known = [f.name for f in fields(default) if f.name != "settings"]
+    _refuse_unknown(cell["options"], known, f"options of {cell['method']}")
+    _refuse_unknown(cell["settings"], [f.name for f in fields(default.settings)], f"settings of {cell['method']}")
+    settings: Settings = replace(default.settings, **(cell["settings"] or {}))
+    return kind(settings=settings, **(cell["options"] or {}))
+
+
+def run_cell(
+    cell: Cell, bench: Workbench, *, folder: Path | None = None, save_every: int | None = None
+) -> dict[str, Any]:
+    """Trains and evaluates a cell; the base model ends at its initial bits.
+
+    folder: for the checkpoints of an interrupted run, with save_every epochs between them; None keeps none
+
+    Returns the row: the cell's facts, scores by language and their mean, what was trained, and where all came from.
+    """
+    start = time.perf_counter()
+    method = method_of(cell)
+    notes: list[str] = []
+    train_task, language = _training_task(cell, bench, notes), cell["train.language"]
+    draw = {"shots": cell["shots"], "seed": cell["seed"]}
+    train, dev = (bench.examples(train_task.name, split, language, **draw) for split in ("train", "dev"))
+    if (limit := cell["train.limit"]) is not None:
+        train, dev = _sample(train, limit), _sample(dev, limit)
+    tests = test_examples(cell, bench)
+    ticket = ticket_of(cell, bench, notes)
+    sft = LanguageDeltas(cell, bench, notes)
+    source = cell["adapters.source"]
+    if source is not None:
+        method = replace(method, language_adapter=str(adapter_of(source, cell, bench, notes)))  # type: ignore[call-arg]
+    model, tokenizer = bench.model(cell, method)
+    with sft.applied(cell["language_sft.source"], model):
+        trained = train_method(
+            method,
+            model,
+            tokenizer,
+            train,
+            dev,
+            ticket=ticket,
+            labels=train_task.labels,
+            language=language if language in WORDS else "en",
+            verbalizer=_verbalizer(cell, tokenizer),
+            seed=cell["seed"],
+            metric=train_task.metric,
+            output_dir=folder,
+            save_every=save_every,
+            resume=folder is not None,
+            micro_batch_size=bench.micro_batch_size,
+            bf16=bench.bf16,
+            progress=bench.progress,
+        )
+        if cell["language_sft"] is None and source is None:
+            scores = _scores(trained, tests, train_task.metric, bench)
+            trained.release()
+        else:
+            trained.release()
+            scores = {}
+    for test_language in tests if not scores else ():
+        delta = trained.delta
+        if source is not None:
+            path = adapter_of(test_language, cell, bench, notes)
+            options = {**delta.metadata["options"], "language_adapter": str(path)}
+            facts = {**delta.metadata, "options": options}
+            delta = SparseDelta(delta.ticket, delta.values, delta.originals, delta.dense, facts)
+        with sft.applied(test_language if cell["language_sft"] else None, model):
+            setup = load_trained(model, tokenizer, delta)
+            try:
+                scores |= _scores(setup, {test_language: tests[test_language]}, train_task.metric, bench)
+            finally:
+                delta.revert(setup.model)
+                setup.undo()
+    return {
+        "id": cell.id,
+        **cell.facts,
+        "name": method.name,
+        "metric": train_task.metric,
+        "scores": scores,
+        "mean": sum(scores.values()) / len(scores),
+        "dev_score": max(trained.dev_scores) if method.picks != "loss" else min(trained.dev_scores),
+        "epoch": trained.best_epoch,
+        "k": trained.delta.ticket.k,
+        "active": active_by_layer(trained.delta.ticket),
+        "language_active": sft.active,
+        "dense_parameters": sum(tensor.numel() for tensor in trained.delta.dense.values()),
+        "optimizer_bytes": trained.optimizer_bytes,
+        "examples": {"train": len(train), "dev": len(dev), "test": {name: len(of) for name, of in tests.items()}},
+        "notes": notes,
+        "seconds": round(time.perf_counter() - start, 2),
+        "provenance": {
+            "base": bench.digest(),
+            "data": _data_hash([train, dev, *tests.values()]),
+            "settings": method.describe(),
+            "ltp_sparse": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        },
+    }
+
+
+def test_examples(cell: Cell, bench: Workbench) -> dict[str, Sequence[Any]]:
+    """Language -> test examples: all, or `test.limit` random ones, the same for every cell."""
+    task = TASKS[cell["test.task"]]
+    languages = cell["test.languages"] or task.languages
+    if languages == "same":
+        languages = [cell["train.language"]]
+    tests = {}
+    for language in languages:
+        examples = bench.examples(task.name, cell["test.split"] or "test", language)
+        limit = cell["test.limit"]
+        tests[language] = examples if limit is None else _sample(examples, limit)
+    return tests
+
+
+def _sample(examples: Sequence[Any], limit: int) -> Sequence[Any]:
+    """At most `limit` random examples, the same ones for every cell and, where they are parallel, every language."""
+    return examples if limit >= len(examples) else random.Random(0).sample(list(examples), limit)
+
+
+def ticket_of(cell: Cell, bench: Workbench, notes: list[str]) -> Ticket | None:
+    """The ticket of stage 1 that a cell asks for; tuned weights come from the cache."""
+    spec = cell["ticket"]
+    if spec is None:
+        return None
+    _refuse_unknown(spec, _TICKET_KEYS, "ticket")
+    strategy = spec.get("strategy", "decoupled")
+    if strategy not in STRATEGIES:
+        raise ValueError(f"ticket: strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    text = bench.corpus(spec.get("language", "en"), spec, _STAGE_1_LINES)
+    _note(text, notes)
+    settings = MLMSettings(**{"strategy": strategy, "bf16": bench.bf16, **(spec.get("mlm") or {})})
+    model, tokenizer = bench.model(cell, METHODS["ltp"](), tied=strategy == "vanilla")
+
+    def make(path: Path) -> None:
+        result = tune_mlm(model, tokenizer, text.texts, settings, progress=bench.progress)
+        tuned = {name: p.detach() for name, p in canonical_parameters(model).items() if name in result.originals}
+        save_tensors(path, "tuned weights", tuned, {"metadata": result.metadata})
+        result.reset()
+
+    facts = {"base": bench.digest(), "data": text_hash(text.texts), "settings": _plain(settings), "source": text.source}
+    path = bench.cache.get("tuned", facts, make)
+    ticket = find_ticket(
+        model,
+        path,
+        strategy=strategy,
+        density=spec.get("density", 0.2),
+        budget=spec.get("budget", "global"),
+        segment=spec.get("segment"),
+        intersect=spec.get("intersect", False),
+        order=spec.get("order", "most"),
+    )
+    if ticket.k < (requested := ticket.metadata.get("requested_k", ticket.k)):
+        notes.append(f"ticket: {ticket.k:,} of the {requested:,} entries asked for have moved")
+    return ticket
+
+
+class LanguageDeltas:
+    """The language SFTs that a cell composes with, made on demand and kept in the cache.
+
+    active: language -> where the entries of its SFT lie, of those used so far
+    """
+
+    def __init__(self, cell: Cell, bench: Workbench, notes: list[str]) -> None:
+        self.cell, self.bench, self.notes = cell, bench, notes
+        self.active: dict[str, dict[str, list[int]]] = {}
+
+    @contextmanager
+    def applied(self, language: str | None, model: Any) -> Iterator[None]:
+        """The model with a language's SFT below everything else; None: as it is."""
+        if language is None:
+            yield
+            return
+        delta = SparseDelta.load(self._path(language, model))
+        self.active[language] = active_by_layer(delta.ticket)
+        delta.apply(model)
+        try:
+            yield
+        finally:
+            delta.revert(model)
+
+    def _path(self, language: str, model: Any) -> Path:
+        spec = dict(self.cell["language_sft"])
+        kind = spec.get("kind", "lt-sft")
+        text = self.bench.corpus(language, spec, _LANGUAGE_LINES)
+        _note(text, self.notes)
+        settings = replace(LANGUAGE_SETTINGS, bf16=self.bench.bf16, **(spec.get("mlm") or {}))
+        budget = {key: spec[key] for key in ("k", "density") if key in spec}
+
+        def make(path: Path) -> None:
+            _, tokenizer = self.bench._model, self.bench._tokenizer
+            options = {"progress": self.bench.progress, **budget}
+            train_language(kind, model, tokenizer, text.texts, settings, **options).save(path)
+
+        facts = {
+            "base": self.bench.digest(), "data": text_hash(text.texts), "settings": _plain(settings), "kind": kind,
+            "source": text.source, **budget,
+        }  # fmt: skip
+        return self.bench.cache.get("language-sft", facts, make)
+
+
+def adapter_of(language: str, cell: Cell, bench: Workbench, notes: list[str]) -> Path:
+    """The file of a language adapter, from the cache."""
+    spec = cell["adapters"]
+    text = bench.corpus(language, spec, _LANGUAGE_LINES)
+    _note(text, notes)
+    settings = replace(ADAPTER_SETTINGS, bf16=bench.bf16, **(spec.get("mlm") or {}))
+    model, tokenizer = bench.model(cell, METHODS["mad-x"]())
+
+    def make(path: Path) -> None:
+        adapter: Adapter = train_language_adapter(model, tokenizer, text.texts, settings, progress=bench.progress)
+        adapter.save(path)
+
+    facts = {"base": bench.digest(), "data": text_hash(text.texts), "settings": _plain(settings), "source": text.source}
+    return bench.cache.get("adapter", facts, make)
+
+
+def active_by_layer(ticket: Ticket) -> dict[str, list[int]]:
+    """Layer -> active entries of attention matrices, and of everything else."""
+    counts: dict[str, list[int]] = {}
+    for name, index_set in ticket.sets.items():
+        in_attention = module_of(name) == "attention"
+        counts.setdefault(layer_of(name), [0, 0])[not in_attention] += index_set.k
+    return counts
+
+
+def _training_task(cell: Cell, bench: Workbench, notes: list[str]) -> Task:
+    """The training task; where its files are not in the data folder, the one that the recipe names to stand in."""
+    for name in (cell["train.task"], cell["test.task"]):
+        if name not in TASKS:
+            raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
+    name, stand_in = cell["train.task"], cell["train.stand_in"]
+    if bench.data is None or stand_in is None:
+        return TASKS[name]
+    try:
+        bench.examples(name, "train", cell["train.language"], shots=cell["shots"], seed=cell["seed"])
+        return TASKS[name]
+    except FileNotFoundError:
+        notes.append(f"{stand_in} stands in for {name}")
+        return TASKS[stand_in]
+
+
+def _verbalizer(cell: Cell, tokenizer: Any) -> Verbalizer | None:
+    words = cell["verbalizer"]
+    if METHODS[cell["method"]].inputs != ("pair",) and not (cell["options.head"] == "mlm"):
+        return None
+    if isinstance(words, Mapping):
+        return Verbalizer.from_words(tokenizer, words)
+    language = words or cell["train.language"]
+    return Verbalizer.for_language(tokenizer, language if language in WORDS else "en")
+
+
+def _scores(ready: Any, tests: Mapping[str, Sequence[Any]], metric: str, bench: Workbench) -> dict[str, float]:
+    dtype = torch.bfloat16 if bench.bf16 else None
+    return evaluate(ready, tests, metric=metric, batch_size=bench.batch_size, dtype=dtype, progress=bench.progress)
+
+
+def _note(text: Corpus, notes: list[str]) -> None:
+    note = f"text: {text.source} stands in"
+    if text.stand_in and note not in notes:
+        notes.append(note)
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    return {f.name: getattr(settings, f.name) for f in fields(settings)}
+
+
+def _data_hash(parts: Sequence[Sequence[Any]]) -> str:
+    sha = hashlib.sha256()
+    for examples in parts:
+        for example in examples:
+            sha.update(repr(example).encode() + b"\n")
+    return sha.hexdigest()[:32]
+
+
+def _refuse_unknown(given: Mapping[str, Any] | None, known: Sequence[str], what: str) -> None:
+    if unknown := [key for key in given or {} if key not in known]:
+        raise ValueError(f"{what}: unknown {unknown[0]!r}, closest: {closest(unknown[0], known)}")

@@ -1,0 +1,91 @@
+"""Plain text for stage 1, language SFTs and language adapters: a corpus by language, and what stands in for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ltp_sparse.tasks import read_hub_text, read_text
+from ltp_sparse.tasks.generated import generated_text
+
+_WIKIPEDIA = "wikimedia/wikipedia"
+_SNAPSHOT = "20231101"
+_WIKIPEDIAS = {"aym": "ay", "quy": "qu", "jav": "jv", "sun": "su", "bbc": "bbc", "ind": "id", "eng": "en"}
+"""Language of a task -> Wikipedia's code, where they differ."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Sentences of a language.
+
+    source:   where they come from
+    stand_in: whether this is not the corpus that was asked for; rows of results say so
+    """
+
+    texts: tuple[str, ...]
+    source: str
+    stand_in: bool = False
+
+
+def corpus(language: str, lines: int, data: Path | None, *, text: str | None = None, seed: int = 42) -> Corpus:
+    """At most `lines` random lines of a language.
+
+    text: "generated" takes the demo's sentences, None a corpus
+    data: None takes Wikipedia from the Hub. Otherwise a folder: `corpora/{language}` (.txt files or a folder of them)
+        is taken; where it is missing, the nearest text there: WikiText for English, Common Voice sentences or the
+        Bible, and at last the training or dev sentences of a task in that language, without their labels.
+    """
+    if text not in (None, "generated"):
+        raise ValueError(f"text must be generated, or left out, got {text!r}")
+    if text == "generated":
+        return Corpus(tuple(generated_text(lines, language)), "generated sentences")
+    if data is None:
+        config = f"{_SNAPSHOT}.{_WIKIPEDIAS.get(language, language)}"
+        texts = read_hub_text(_WIKIPEDIA, config, max_lines=lines, seed=seed)
+        return Corpus(tuple(texts), f"{_WIKIPEDIA} {config}")
+    for own in (
+        data / "corpora" / language,
+        data / "corpora" / f"{language}.txt",
+        data / "corpora" / f"{language}.txt.gz",
+    ):
+        if own.exists():
+            return Corpus(tuple(read_text([own], max_lines=lines, seed=seed)), f"corpora/{own.name}")
+    for folder in _STAND_INS.get(language, (f"multilingual_text/common_voice/{language}",)):
+        if (data / folder).is_dir():
+            return Corpus(tuple(read_text([data / folder], max_lines=lines, seed=seed)), folder, stand_in=True)
+    sentences, source = _of_a_task(language, data)
+    if not sentences:
+        raise FileNotFoundError(
+            f"no text in {language!r}: put one sentence a line into {data / 'corpora' / (language + '.txt')}, or leave "
+            "the data folder out to take Wikipedia from the Hub"
+        )
+    return Corpus(tuple(sentences[:lines]), source, stand_in=True)
+
+
+_STAND_INS = {"en": ("wikipedia_en/wikitext-2",), "zh": ("multilingual_text/common_voice/zh-CN",)}
+
+
+def _of_a_task(language: str, data: Path) -> tuple[Sequence[str], str]:
+    """Sentences that a task has in a language, labels left out: its training set, else its dev set."""
+    from ltp_sparse.tasks import TASKS
+
+    found: dict[str, Callable[[Any], Sequence[str]]] = {
+        "smsa": lambda example: (example.text,),
+        "nusax": lambda example: (example.text,),
+        "mnli-9k": lambda pair: (pair.premise, pair.hypothesis),
+        "americasnli": lambda pair: (pair.premise, pair.hypothesis),
+        "americasnli-first": lambda pair: (pair.premise, pair.hypothesis),
+    }
+    for name, sentences in found.items():
+        task = TASKS[name]
+        if language in task.languages:
+            split = "dev" if name.startswith("americasnli") else "train"
+            try:
+                examples = task.load(split, language, data=data)
+            except FileNotFoundError:
+                continue
+            texts = dict.fromkeys(text for example in examples for text in sentences(example))
+            return list(texts), f"{name} {split}, unlabelled"
+    return [], ""

@@ -1,0 +1,173 @@
+"""What a recipe would do: cells, trained entries, memory and time, before anything is trained."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ltp_sparse.methods import LTP, LTSFT, AdaSFT, Method
+from ltp_sparse.names import canonical_parameters, layer_of
+from ltp_sparse.recipes.cell import method_of
+from ltp_sparse.recipes.recipe import Cell, Recipe
+from ltp_sparse.selection import pools
+from ltp_sparse.tasks import TASKS
+from ltp_sparse.training.backbone import backbone_from_config
+
+_GPU_FLOPS = 1e14
+"""Assumed of a data-centre GPU in bfloat16: a quarter to a tenth of its printed peak."""
+
+_TRAINING = {"multinli": 392_702, "mnli-9k": 8_100, "smsa": 10_617, "smsa-full": 11_000}
+_TEST = {
+    "xnli": 5010,
+    "americasnli": 749,
+    "americasnli-first": 749,
+    "nusax": 400,
+    "sib200": 204,
+    "smsa": 492,
+    "generated": 300,
+}
+_SIZES = {"base": (768, 12, 12, 3072), "large": (1024, 24, 16, 4096)}
+_STAGE_1 = 3 * 1000 * 32 * 256
+"""Tokens of stage 1: three epochs of 300,000 sentences, packed."""
+
+_LANGUAGE = 2 * 50_000 * 8 * 256
+"""Tokens of a language SFT: two phases, each at the middle of its 10,000 to 100,000 updates."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one cell: active entries of the language model, bytes of optimizer state for them, updates, operations."""
+
+    active: int
+    state: int
+    updates: int
+    flops: float
+
+
+def plan(recipe: Recipe) -> str:
+    """A table of the recipe's cells by label, and the time they take here and on a GPU."""
+    head = f"{'label':<36} {'method':<16} {'cells':>6} {'active entries':>15} {'state':>10} {'updates':>9}"
+    lines = [f"{recipe.title}\n", head]
+    models: dict[Any, Any] = {}
+    shared: dict[str, float] = {}
+    total = 0.0
+    groups: dict[tuple[str, str], list[Estimate]] = {}
+    for cell in recipe.cells:
+        model = models.setdefault(cell["model"], _meta_model(cell["model"]))
+        of_cell = estimate(cell, model)
+        total += of_cell.flops
+        groups.setdefault((cell["label"], cell["method"]), []).append(of_cell)
+        shared |= _shared(cell, model)
+    for (label, method), members in groups.items():
+        active, state, updates = (sorted({getattr(e, f) for e in members}) for f in ("active", "state", "updates"))
+        lines.append(
+            f"{label:<36} {method:<16} {len(members):>6} {_span(active, _count):>15} {_span(state, _bytes):>10} "
+            f"{_span(updates, str):>9}"
+        )
+    total += sum(shared.values())
+    here = _flops_here()
+    hours, hours_here = total / _GPU_FLOPS / 3600, total / here / 3600
+    lines += [
+        "",
+        f"{len(recipe.cells)} cells, and {len(shared)} artefacts that they share (tuned weights, language SFTs, ...).",
+        f"About {total / 1e15:,.1f} PFLOP: {hours:,.1f} hours on a GPU at {_GPU_FLOPS / 1e12:.0f} TFLOP/s, "
+        f"{hours_here:,.0f} hours on this machine's CPU",
+        f"at {here / 1e12:.2f} TFLOP/s (matrix products, measured now). Inputs count at half of their greatest length.",
+        "State is that of the active entries: 8 bytes each, and their index; prompts and heads come on top.",
+    ]
+    return "\n".join(lines)
+
+
+def estimate(cell: Cell, model: Any) -> Estimate:
+    """What a cell costs, given its base model without weights."""
+    method = method_of(cell)
+    active, n = _active(cell, method, model)
+    examples = _TRAINING.get(cell["train.task"], len(TASKS[cell["train.task"]].labels) * (cell["shots"] or 1))
+    settings = method.settings
+    phases = 2 if isinstance(method, LTSFT | AdaSFT) else 1
+    updates = math.ceil(examples / settings.batch_size) * settings.epochs
+    updates = phases * int(min(updates, settings.max_steps) if settings.max_steps else updates)
+    length = settings.max_length / 2
+    body = sum(
+        p.numel() for name, p in canonical_parameters(model).items() if layer_of(name) not in ("embeddings", "other")
+    )
+    languages = cell["test.languages"] or TASKS[cell["test.task"]].languages
+    tests = (1 if languages == "same" else len(languages)) * min(cell["test.limit"] or 10**9, _TEST[cell["test.task"]])
+    tokens = 6 * updates * settings.batch_size * length + 2 * tests * length
+    index = min(n / 8, 2 * active) if 0 < active < n else 0
+    return Estimate(active, int(8 * active + index), updates, tokens * body)
+
+
+def _active(cell: Cell, method: Method, model: Any) -> tuple[int, int]:
+    """(active entries of the language model, entries of its pool)"""
+    if isinstance(method, LTP) and method.needs_ticket:
+        maskable = sum(p.numel() for name, p in canonical_parameters(model).items() if pools.maskable(name))
+        if cell["ticket.segment"] is not None:
+            layers = len({layer_of(name) for name in canonical_parameters(model)} - {"embeddings", "other"})
+            in_segment = pools.segment(cell["ticket.segment"], layers)
+            maskable = sum(p.numel() for name, p in canonical_parameters(model).items() if in_segment(name))
+        return math.floor(Fraction(str(cell["ticket.density"] or 0.2)) * maskable), maskable
+    ticket = method.ticket(model)
+    if isinstance(method, LTSFT):
+        return method.budget(ticket.n), ticket.n
+    return ticket.k, max(ticket.n, 1)
+
+
+def _shared(cell: Cell, model: Any) -> dict[str, float]:
+    """Artefact -> operations of making it."""
+    body = sum(p.numel() for p in model.parameters())
+    found = {}
+    if cell["ticket"] is not None:
+        found[f"{cell['model']} tuned {cell['ticket.strategy'] or 'decoupled'}"] = 6.0 * body * _STAGE_1
+    for stage in ("language_sft", "adapters"):
+        if cell[stage] is not None:
+            languages = cell["test.languages"] or TASKS[cell["test.task"]].languages
+            for language in {cell[f"{stage}.source"], *languages}:
+                found[f"{cell['model']} {stage} {cell[f'{stage}.kind']} {language}"] = 6.0 * body * _LANGUAGE
+    return found
+
+
+def _meta_model(name: str) -> Any:
+    """The base model without weights: from its folder or the Hub, or from the known sizes of XLM-R."""
+    from transformers import AutoConfig, AutoModelForCausalLM, XLMRobertaConfig
+
+    size = next((size for size in _SIZES if name.endswith(f"xlm-roberta-{size}")), None)
+    if size is not None and not Path(name).is_dir():
+        hidden, layers, heads, inner = _SIZES[size]
+        config = XLMRobertaConfig(
+            vocab_size=250002, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+            intermediate_size=inner, max_position_embeddings=514, type_vocab_size=1,
+        )  # fmt: skip
+    else:
+        config = AutoConfig.from_pretrained(name)
+    with torch.device("meta"):
+        if config.model_type == "xlm-roberta":
+            return backbone_from_config(config, decoupled=False)
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _flops_here(size: int = 1024) -> float:
+    matrix = torch.randn(size, size)
+    start = time.perf_counter()
+    for _ in range(8):
+        matrix @ matrix
+    return 8 * 2 * size**3 / (time.perf_counter() - start)
+
+
+def _span(values: list[Any], text: Callable[[Any], str]) -> str:
+    return text(values[0]) if len(values) == 1 else f"{text(values[0])}-{text(values[-1])}"
+
+
+def _count(value: int) -> str:
+    return f"{value / 1e6:.2f}M" if value >= 10_000 else str(value)
+
+
+def _bytes(value: int) -> str:
+    return f"{value / 1e6:.0f} MB"

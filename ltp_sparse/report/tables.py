@@ -1,0 +1,185 @@
+"""Tables of results: mean and standard deviation over seeds, beside a paper's figures; Markdown, CSV and LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ltp_sparse.recipes.recipe import look_up
+
+AVERAGE = "AVG"
+
+
+@dataclass
+class Line:
+    """One row of a table.
+
+    facts:  what makes it a row of its own
+    values: column -> (mean, standard deviation over seeds or NaN), in percent
+    paper:  column -> the printed figure, in percent
+    runs:   seeds
+    notes:  of its runs: stand-ins, shortfalls
+    """
+
+    facts: tuple[Any, ...]
+    values: dict[str, tuple[float, float]]
+    runs: int
+    paper: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class Table:
+    """Lines with common columns.
+
+    by:      names of the facts
+    columns: languages, and their average
+    best:    (facts of a line, column) of the best means: among the lines that differ in the first fact only
+    """
+
+    by: tuple[str, ...]
+    columns: tuple[str, ...]
+    lines: list[Line]
+
+    @property
+    def best(self) -> set[tuple[tuple[Any, ...], str]]:
+        rivals: dict[tuple[Any, ...], list[Line]] = {}
+        for line in self.lines:
+            rivals.setdefault(line.facts[1:], []).append(line)
+        found = set()
+        for group in rivals.values():
+            for column in self.columns if len(group) > 1 else ():
+                present = [line for line in group if column in line.values]
+                top = max((line.values[column][0] for line in present), default=None)
+                found |= {(line.facts, column) for line in present if line.values[column][0] == top}
+        return found
+
+
+def make_table(rows: Iterable[Mapping[str, Any]], by: Sequence[str], paper: Mapping[str, Any] | None = None) -> Table:
+    """Rows of a run as a table.
+
+    by:    facts (dotted paths); rows that agree in them are runs of one line: several seeds, and, where every language
+           was trained on its own, several languages
+    paper: an entry of `papers.yaml`
+    """
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(_plain(look_up(row, path)) for path in by), []).append(row)
+    printed = paper_figures(paper)
+    lines, columns = [], dict.fromkeys((paper or {}).get("columns", []))
+    for facts, members in groups.items():
+        by_seed: dict[Any, dict[str, float]] = {}
+        for row in members:
+            by_seed.setdefault(row["seed"], {}).update(row["scores"])
+        languages = dict.fromkeys(language for scores in by_seed.values() for language in scores)
+        samples = {name: [100 * s[name] for s in by_seed.values() if name in s] for name in languages}
+        samples[AVERAGE] = [100 * statistics.fmean(scores.values()) for scores in by_seed.values()]
+        columns |= dict.fromkeys(languages)
+        notes = dict.fromkeys(note for row in members for note in row.get("notes", ()))
+        values = {name: (statistics.fmean(v), _deviation(v)) for name, v in samples.items()}
+        lines.append(Line(facts, values, len(by_seed), printed.get(facts, {}), tuple(notes)))
+    lines.sort(key=lambda line: [_order(fact) for fact in reversed(line.facts)])
+    columns.pop(AVERAGE, None)
+    return Table(tuple(by), (*columns, AVERAGE), lines)
+
+
+def paper_figures(paper: Mapping[str, Any] | None) -> dict[tuple[Any, ...], dict[str, float]]:
+    """Facts -> column -> figure of an entry of `papers.yaml`."""
+    figures = {}
+    for row in (paper or {}).get("rows", []):
+        columns = paper["columns"]  # type: ignore[index]
+        facts, numbers = row[: -len(columns)], row[-len(columns) :]
+        named = zip(columns, numbers, strict=True)
+        figures[tuple(facts)] = {name: float(number) for name, number in named if number != "-"}
+    return figures
+
+
+def markdown(table: Table) -> str:
+    """Under each line with printed figures these, and the difference."""
+    best = table.best
+    out = [[*table.by, "runs", *table.columns], ["---"] * len(table.by) + ["---:"] * (1 + len(table.columns))]
+    for line in table.lines:
+        cells = []
+        for column in table.columns:
+            text = _number(line.values.get(column))
+            cells.append(f"**{text}**" if (line.facts, column) in best else text)
+        out.append([*map(_text, line.facts), str(line.runs), *cells])
+        if line.paper:
+            out.append(["↳ paper", *[""] * len(table.by), *(_figure(line.paper.get(c)) for c in table.columns)])
+            out.append(["↳ difference", *[""] * len(table.by), *(_difference(line, c) for c in table.columns)])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in out) + "\n"
+
+
+def to_csv(table: Table) -> str:
+    """One line per cell of the table: facts, column, mean, deviation, runs, figure of the paper."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*table.by, "column", "mean", "deviation", "runs", "paper"])
+    for line in table.lines:
+        for column in table.columns:
+            if column in line.values:
+                mean, deviation = line.values[column]
+                spread = "" if deviation != deviation else f"{deviation:.4f}"
+                figures = [f"{mean:.4f}", spread, line.runs, _figure(line.paper.get(column))]
+                writer.writerow([*line.facts, column, *figures])
+    return out.getvalue()
+
+
+def latex(table: Table) -> str:
+    """A booktabs tabular, best means in bold."""
+    best = table.best
+    head = [*table.by, *table.columns]
+    body = []
+    for line in table.lines:
+        cells = []
+        for column in table.columns:
+            text = _number(line.values.get(column)).replace("±", r"$\pm$")
+            cells.append(rf"\textbf{{{text}}}" if (line.facts, column) in best else text)
+        body.append([*map(_text, line.facts), *cells])
+        if line.paper:
+            body.append(["paper", *[""] * (len(table.by) - 1), *(_figure(line.paper.get(c)) for c in table.columns)])
+    lines = [rf"\begin{{tabular}}{{{'l' * len(table.by)}{'r' * len(table.columns)}}}", r"\toprule"]
+    lines += [" & ".join(map(_escaped, head)) + r" \\", r"\midrule"]
+    lines += [" & ".join(map(_escaped, cells)) + r" \\" for cells in body]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else float("nan")
+
+
+def _number(value: tuple[float, float] | None) -> str:
+    if value is None:
+        return ""
+    mean, deviation = value
+    return f"{mean:.2f}" if deviation != deviation else f"{mean:.2f} ± {deviation:.2f}"
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _difference(line: Line, column: str) -> str:
+    if column not in line.paper or column not in line.values:
+        return ""
+    return f"{line.values[column][0] - line.paper[column]:+.2f}"
+
+
+def _text(fact: Any) -> str:
+    return "" if fact is None else str(fact)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("%", r"\%").replace("_", r"\_").replace("&", r"\&")
+
+
+def _plain(fact: Any) -> Any:
+    return str(fact) if isinstance(fact, Mapping | list) else fact
+
+
+def _order(fact: Any) -> tuple[int, Any]:
+    return (0, fact) if isinstance(fact, int | float) else (1, "")

@@ -1,0 +1,394 @@
+"""`select_sharded`: exact global selection by the ranks of a process group, each from its shard of the weights."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Size, Tensor, distributed
+
+from ltp_sparse import backends
+from ltp_sparse.checkpoints import Readable, Reader, StreamSource
+from ltp_sparse.encoding import TILE, IndexSet, bitmap_words, shifted_words
+from ltp_sparse.names import digest, parameter_order
+from ltp_sparse.selection.budgets import Budget, share_out
+from ltp_sparse.selection.outcome import describe
+from ltp_sparse.selection.sources import Score, Weights, check_shape, device_of, open_weights, score_reader
+from ltp_sparse.selection.team import GuardedSource, Team, TeamRanks
+from ltp_sparse.ticket import Pool, Ticket, in_pool
+from ltp_sparse.topk import NonFiniteDelta, Source, TensorSource, select_topk
+
+_PIECE = 1 << 18  # entries sent at a time, or words of a bitmap
+
+
+class Shard(NamedTuple):
+    """What a rank holds of a parameter: entries start..stop of the row-major order of its whole `shape`."""
+
+    start: int
+    stop: int
+    shape: Sequence[int]
+
+
+class _Held(NamedTuple):
+    """A shard and its entries."""
+
+    shard: Shard
+    tensor: Readable
+
+    def reader(self, start: int, stop: int, device: torch.device) -> Reader:
+        """Reads entries start..stop of the whole parameter, which the shard holds."""
+        return Reader.of(self.tensor, device).part(start - self.shard.start, stop - self.shard.start)
+
+
+@dataclass(frozen=True, eq=False)
+class TicketShard:
+    """A rank's part of a ticket.
+
+    local:       ticket of what the rank holds, under the names and shapes of its own tensors
+    shards:      what that is of every parameter of the pool; an empty range where the rank holds nothing
+    metadata:    those of the whole ticket
+    fingerprint: likewise
+    """
+
+    local: Ticket
+    shards: dict[str, Shard]
+    metadata: dict[str, Any]
+    fingerprint: dict[str, str]
+    _team: Team
+    _gives: frozenset[str]  # parameters of which this rank, among those with equal shards, hands in its part
+    _everywhere: frozenset[str]  # parameters that every rank holds whole
+
+    def __repr__(self) -> str:
+        return f"TicketShard(rank {self._team.rank} of {self._team.size}, {self.local!r})"
+
+    def gather(self) -> Ticket:
+        """The whole ticket, the one that `select` gives, on every rank. All ranks call it."""
+        sets = {}
+        for name, shard in self.shards.items():
+            if name in self._everywhere:
+                sets[name] = self.local.sets[name]
+                continue
+            part = self.local.sets[name].bitmap() if name in self._gives else torch.empty(0, dtype=torch.int32)
+            sets[name] = _assembled(self._team, part, shard)
+        shapes = {name: shard.shape for name, shard in self.shards.items()}
+        return Ticket(sets, shapes, self.metadata, self.fingerprint)
+
+
+def select_sharded(
+    initial: Weights,
+    tuned: Weights | None = None,
+    *,
+    shards: Mapping[str, Shard] | None = None,
+    group: distributed.ProcessGroup | None = None,
+    density: float | None = None,
+    k: int | None = None,
+    budget: Budget = "global",
+    pool: Pool = None,
+    score: Score | None = None,
+    method: str = "delta",
+    metadata: Mapping[str, Any] | None = None,
+) -> TicketShard:
+    """`select` by all ranks of a process group: the same ticket, bit for bit, on any number of ranks and any sharding.
+
+    Each rank counts its own entries; the ranks then add up histograms of the keys' digits, and gather how many entries
+    each has at the threshold, so that ties go to the earliest. What several ranks hold alike is shared out among them.
+
+    Args:
+        initial, tuned, score: as in `select`, on every rank. Its DTensors must be sharded by rows (FSDP2) or
+            replicated; its plain tensors and checkpoints hold whole parameters, or
+        shards: the shard that a plain tensor of this name holds: name -> (start, stop, whole shape). A rank may leave
+            out what it does not hold. A rank's part of the ticket is what it has of both `initial` and `tuned`.
+        group: the ranks; default: all. Every one of them calls.
+        density, k, budget, pool, method, metadata: as in `select`, equal on every rank.
+
+    Raises, on every rank:
+        ValueError: as `select` does; the arguments differ between ranks, or the shards do not cover a parameter.
+    """
+    team = Team(group)
+    (base, after), told = team.every(
+        lambda: _sides(initial, tuned, score, shards or {}),
+        lambda sides: ({name: (held.shard, held.tensor.dtype) for name, held in sides[0].items()}, _common(*sides)),
+    )
+    common = [shards for _, shards in told]
+    device = device_of({name: held.tensor for side in (base, after or {}) for name, held in side.items()})
+
+    def plan() -> dict[str, Any]:
+        names = in_pool(parameter_order({name for shards in common for name in shards}), pool)
+        shapes = {name: _check_cover(name, [shards[name] for shards in common if name in shards]) for name in names}
+        _check_dtypes(names, base if score is None else {}, after or {})
+        names, groups, labels, ks = share_out(shapes, budget, density=density, k=k)
+        return {
+            "names of the pool": names, "groups": groups, "labels": labels, "k": ks, "score": score is not None,
+            "density": density, "budget": budget, "method": method, "metadata": metadata,
+        }  # fmt: skip
+
+    agreed, plans = team.every(plan, lambda plan: plan)
+    _check_equal(plans)
+    passes, _ = team.every(lambda: backends.resolve(device))
+    names, groups, ks = agreed["names of the pool"], agreed["groups"], agreed["k"]
+
+    shapes = {name: next(shards[name].shape for shards in common if name in shards) for name in names}
+    held = {name: [shards.get(name, Shard(0, 0, shapes[name])) for shards in common] for name in names}
+    work = {name: _shared_out(parts) for name, parts in held.items()}
+    mine = {name: pieces[team.rank] for name, pieces in work.items()}
+    source = GuardedSource(_source(mine, base, after, score, device))
+    starts = torch.tensor([[start for start, _ in pieces] for pieces in work.values()])
+    try:
+        with torch.no_grad():
+            ranks = TeamRanks(team, starts, source)
+            selection = select_topk(passes, source, groups, ks, route="histogram", ranks=ranks)
+    except NonFiniteDelta as error:
+        raise NonFiniteDelta(error.tensor, repr(names[error.tensor])) from None
+
+    local: dict[str, IndexSet] = {}
+    gives, everywhere = set(), set()
+    for name, words in zip(names, selection.words.split([bitmap_words(n) for n in source.sizes]), strict=True):
+        shard, ranges = held[name][team.rank], [(part.start, part.stop) for part in held[name]]
+        if len(set(ranges)) == 1 and all(name in shards for shards in common):
+            everywhere.add(name)
+        elif shard.start < shard.stop and ranges.index((shard.start, shard.stop)) == team.rank:
+            gives.add(name)
+        if work[name] == ranges:
+            part = IndexSet.from_bitmap(words, shard.stop - shard.start)
+        else:
+            part = _assembled(team, words, Shard(*mine[name], shard.shape)).entries(shard.start, shard.stop)
+        if name in common[team.rank]:
+            local[name] = part
+
+    counts = dict(zip(names, team.sum(selection.counts).tolist(), strict=True))
+    description = describe(
+        ks,
+        agreed["labels"],
+        selection.thresholds,
+        found=sum(counts.values()),
+        pool=sum(Size(shape).numel() for shape in shapes.values()),
+        density=density,
+        budget=budget,
+        method=method,
+        metadata=metadata,
+    )
+    return TicketShard(
+        Ticket(local, {name: _local_shape(name, held[name][team.rank], base, after) for name in local}, description),
+        {name: parts[team.rank] for name, parts in held.items()},
+        description,
+        _fingerprint(team, [name for name in names if counts[name]], base, [shards for shards, _ in told]),
+        team,
+        frozenset(gives),
+        frozenset(everywhere),
+    )
+
+
+def _sides(
+    initial: Weights, tuned: Weights | None, score: Score | None, shards: Mapping[str, Shard]
+) -> tuple[dict[str, _Held], dict[str, _Held] | None]:
+    """What this rank holds of both sides; None for a score function, which has scores of everything."""
+    if (tuned is None) == (score is None):
+        raise ValueError("select_sharded: give either tuned= or score=")
+    base = {name: _held(name, tensor, shards) for name, tensor in open_weights(initial).items()}
+    if callable(score):
+        return base, None
+    other = open_weights(tuned if score is None else score)  # type: ignore[arg-type]
+    return base, {name: _held(name, tensor, shards) for name, tensor in other.items()}
+
+
+def _held(name: str, tensor: Readable, shards: Mapping[str, Shard]) -> _Held:
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(tensor, DTensor):
+        shard = _rows(name, tensor)
+        tensor = tensor.to_local()
+    elif name in shards and isinstance(tensor, Tensor) and tensor.shape != Size(shards[name].shape):
+        shard = Shard(*shards[name])
+    else:
+        shard = Shard(0, tensor.numel(), tensor.shape)
+    n = Size(shard.shape).numel()
+    if not 0 <= shard.start <= shard.stop <= n or tensor.numel() != shard.stop - shard.start:
+        raise ValueError(
+            f"select_sharded: the shard of {name!r} says entries {shard.start} to {shard.stop} of {n}, "
+            f"its tensor has {tensor.numel()}"
+        )
+    return _Held(shard, tensor)
+
+
+def _rows(name: str, tensor: Any) -> Shard:
+    """The row-major range of a DTensor's local part."""
+    from torch.distributed.tensor import Shard as ShardedDim
+
+    rows, mesh = tensor.shape[:1].numel(), tensor.device_mesh
+    start, stop = 0, rows
+    for dim, placement in enumerate(tensor.placements):
+        if placement.is_replicate():
+            continue
+        if type(placement) is not ShardedDim or placement.dim != 0:
+            raise ValueError(
+                f"select_sharded: {name!r} is placed as {placement} over its mesh; expected DTensors that are "
+                "sharded by rows, Shard(0), or replicated; redistribute() it first"
+            )
+        size = -(-(stop - start) // mesh.size(dim))  # as torch.chunk
+        start = min(start + mesh.get_local_rank(dim) * size, stop)
+        stop = min(start + size, stop)
+    row = tensor.shape[1:].numel()
+    return Shard(start * row, stop * row, tensor.shape)
+
+
+def _common(base: dict[str, _Held], after: dict[str, _Held] | None) -> dict[str, Shard]:
+    """What the rank has of both sides."""
+    if after is None:
+        return {name: held.shard for name, held in base.items()}
+    common = {}
+    for name in base:
+        if name in after:
+            one, other = base[name].shard, after[name].shard
+            check_shape(name, one.shape, other.shape)
+            start = max(one.start, other.start)
+            common[name] = Shard(start, max(start, min(one.stop, other.stop)), one.shape)
+    return common
+
+
+def _check_cover(name: str, shards: Sequence[Shard]) -> Size:
+    """The whole shape of a parameter whose shards, as far as they differ, must follow each other without gaps."""
+    shape = Size(shards[0].shape)
+    for shard in shards:
+        if Size(shard.shape) != shape:
+            raise ValueError(
+                f"select_sharded: {name!r} has shape {list(shape)} on one rank and {list(shard.shape)} on another"
+            )
+    ranges = sorted({(shard.start, shard.stop) for shard in shards if shard.start < shard.stop})
+    ends = [0, *(stop for _, stop in ranges)]
+    if [start for start, _ in ranges] != ends[:-1] or ends[-1] != shape.numel():
+        raise ValueError(
+            f"select_sharded: the shards of {name!r} must cover its {shape.numel()} entries without gaps or overlaps "
+            f"(equal ones apart), got {reprlib.repr(ranges)}"
+        )
+    return shape
+
+
+def _check_dtypes(names: Sequence[str], *sides: Mapping[str, _Held]) -> None:
+    for side in sides:
+        for name in names:
+            if name in side and side[name].tensor.dtype not in backends.DTYPES:
+                raise TypeError(
+                    f"select_sharded: {name!r} must be float32, bfloat16 or float16, got {side[name].tensor.dtype}"
+                )
+
+
+def _check_equal(plans: Sequence[Mapping[str, Any]]) -> None:
+    for key, first in plans[0].items():
+        for rank, plan in enumerate(plans):
+            if plan[key] != first:
+                raise ValueError(
+                    f"select_sharded: the arguments must be equal on every rank; {key}: rank 0 has "
+                    f"{reprlib.repr(first)}, rank {rank} has {reprlib.repr(plan[key])}"
+                )
+
+
+def _shared_out(shards: Sequence[Shard]) -> list[tuple[int, int]]:
+    """The ranks' pieces of a parameter: what several hold alike is cut between them, at whole tiles from its start."""
+    holders: dict[tuple[int, int], list[int]] = {}
+    for rank, shard in enumerate(shards):
+        holders.setdefault((shard.start, shard.stop), []).append(rank)
+    pieces = [(0, 0)] * len(shards)
+    for (start, stop), ranks in holders.items():
+        tiles = -(-(stop - start) // TILE)
+        cuts = [min(stop, start + tiles * i // len(ranks) * TILE) for i in range(len(ranks) + 1)]
+        for rank, piece in zip(ranks, zip(cuts, cuts[1:], strict=False), strict=True):
+            pieces[rank] = piece
+    return pieces
+
+
+def _source(
+    pieces: Mapping[str, tuple[int, int]],
+    base: Mapping[str, _Held],
+    after: Mapping[str, _Held] | None,
+    score: Score | None,
+    device: torch.device,
+) -> Source:
+    """This rank's pieces of all tensors, in memory as they are, else as a stream."""
+    nothing = Reader(0, lambda start, stop: torch.empty(0, device=device), copies=False)
+
+    def readers(side: Mapping[str, _Held]) -> list[Reader]:
+        return [side[n].reader(start, stop, device) if start < stop else nothing for n, (start, stop) in pieces.items()]
+
+    if after is None:
+        assert callable(score)
+        whole = {name: score_reader(score, name, stop, device) for name, (_, stop) in pieces.items()}
+        return StreamSource([], [whole[name].part(*piece) for name, piece in pieces.items()], device)
+    initial, tuned = readers(base) if score is None else [], readers(after)
+    if any(reader.copies or reader.release for reader in (*initial, *tuned)):
+        return StreamSource(initial, tuned, device)
+    return TensorSource([r.read(0, r.n) for r in initial], [r.read(0, r.n) for r in tuned])
+
+
+def _assembled(team: Team, words: Tensor, shard: Shard) -> IndexSet:
+    """The index set of a whole parameter, from the bitmaps of disjoint shards on all ranks (empty: none here)."""
+    n = Size(shard.shape).numel()
+    whole = torch.zeros(bitmap_words(n), dtype=torch.int32, device=words.device)
+    if words.numel():
+        first, shift = divmod(shard.start, 32)
+        moved = shifted_words(words, shift) if shift else words
+        there = whole[first : first + moved.numel()]
+        there |= moved[: there.numel()]
+    for piece in whole.split(_PIECE):
+        piece.copy_(team.sum(piece))  # no bit is set twice, so adding is or-ing
+    return IndexSet.from_bitmap(whole, n)
+
+
+def _local_shape(
+    name: str, shard: Shard, base: Mapping[str, _Held], after: Mapping[str, _Held] | None
+) -> Sequence[int]:
+    """The shape of the rank's own tensor, where one is just the shard; else flat."""
+    for side in (after or {}, base):
+        if name in side and side[name].shard[:2] == shard[:2]:
+            return side[name].tensor.shape
+    return (shard.stop - shard.start,)
+
+
+def _fingerprint(
+    team: Team,
+    names: Sequence[str],
+    base: Mapping[str, _Held],
+    of_ranks: Sequence[Mapping[str, tuple[Shard, torch.dtype]]],
+) -> dict[str, str]:
+    """Digests of the whole initial tensors; the ranks take turns in hashing, and are sent what they do not hold."""
+    own = {}
+    for turn, name in enumerate(names):
+        to = turn % team.size
+        shards = [shards[name][0] if name in shards else Shard(0, 0, ()) for shards in of_ranks]
+        shape, dtype = next((shards[name][0].shape, shards[name][1]) for shards in of_ranks if name in shards)
+        pieces = _sent(team, to, base.get(name), shards, Size(shape).numel(), dtype)
+        if team.rank == to:
+            own[name] = digest(dtype, Size(shape), pieces)
+        else:
+            for _ in pieces:
+                pass
+    _, parts = team.every(lambda: own, lambda own: own)
+    digests = {name: value for part in parts for name, value in part.items()}
+    return {name: digests[name] for name in names}
+
+
+def _sent(
+    team: Team, to: int, held: _Held | None, shards: Sequence[Shard], n: int, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """A parameter's entries in order, on rank `to`; the others send theirs when it is their turn."""
+    at = 0
+    while at < n:
+        source = max(range(team.size), key=lambda r: (shards[r].start <= at < shards[r].stop, r == to, shards[r].stop))
+        end = shards[source].stop
+        for start in range(at, end, _PIECE):
+            stop = min(start + _PIECE, end)
+            if team.rank == source:
+                assert held is not None
+                reader = held.reader(start, stop, device_of({"": held.tensor}))
+                piece = reader.read(0, stop - start)
+                if source == to:
+                    yield piece
+                else:
+                    team.send(piece.view(torch.uint8), to)
+                if reader.release is not None:
+                    reader.release(0, stop - start)
+            elif team.rank == to:
+                yield team.receive((stop - start) * dtype.itemsize, source).view(dtype)
+        at = end

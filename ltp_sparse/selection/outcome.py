@@ -1,0 +1,50 @@
+"""What a ticket tells of its selection."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ltp_sparse.selection.budgets import Budget
+
+
+class ShortTicket(UserWarning):
+    """Fewer entries have moved than were asked for."""
+
+
+def describe(
+    ks: Sequence[int],
+    labels: Sequence[str],
+    thresholds: Tensor,
+    *,
+    found: int,
+    pool: int,
+    density: float | None,
+    budget: Budget,
+    method: str,
+    metadata: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The metadata of a ticket that asked for `ks` entries by group and `found` so many in a pool of `pool` entries.
+
+    Warns:
+        ShortTicket: `found` is less.
+    """
+    if found < sum(ks):
+        warnings.warn(
+            f"select: {sum(ks):,} entries were asked for, only {found:,} of {pool:,} have moved; "
+            "the ticket holds these. Tune longer, or lower the density",
+            ShortTicket,
+            stacklevel=3,
+        )
+    return {
+        "method": method,
+        "density": density if density is not None else sum(ks) / pool,
+        "budget": dict(budget) if isinstance(budget, Mapping) else budget,
+        "requested_k": sum(ks),
+        "k": found,
+        "thresholds": {label: t for label, t in zip(labels, thresholds.tolist(), strict=True) if t != float("inf")},
+        **(metadata or {}),
+    }

@@ -1,0 +1,89 @@
+"""Ready-made scores for `select(model, score=...)`, which takes the entries of largest absolute score.
+
+ticket = ls.select(model, score=scores.magnitude(model), density=0.2)
+ticket = ls.select(model, score=scores.fisher(model, (model(**batch).loss for batch in batches)), density=0.005)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ltp_sparse.checkpoints import Reader
+from ltp_sparse.names import canonical_parameters
+from ltp_sparse.selection.sources import ScoreFunction, Weights, device_of, open_weights
+from ltp_sparse.ticket import Pool, in_pool
+
+
+def magnitude(weights: Weights) -> ScoreFunction:
+    """|weight|, read piece by piece from a module, a mapping or a checkpoint (Han et al., NeurIPS 2015)."""
+    tensors = open_weights(weights)
+    device = device_of(tensors)
+    readers = {name: Reader.of(tensor, device) for name, tensor in tensors.items()}
+
+    def score(name: str, start: int, stop: int) -> Tensor:
+        reader = readers[name]
+        piece = reader.read(start, stop)
+        if reader.release is None:
+            return piece
+        piece = piece.clone()
+        reader.release(start, stop)
+        return piece
+
+    return score
+
+
+def gradient_magnitude(model: nn.Module, losses: Iterable[Tensor], pool: Pool = None) -> dict[str, Tensor]:
+    """Sum of |gradient| over losses; see `fisher` for the arguments."""
+    return _accumulated(model, losses, pool, lambda weight, gradient: gradient.abs())
+
+
+def fisher(model: nn.Module, losses: Iterable[Tensor], pool: Pool = None) -> dict[str, Tensor]:
+    """Sum of gradient^2 over losses: the diagonal of the empirical Fisher information (FISH masks: Sung et al.,
+    "Training Neural Networks with Fixed Sparse Masks", NeurIPS 2021), exactly so for losses of one example each.
+
+    Args:
+        model: its weights and `.grad` are left alone.
+        losses: scalars that hang on the model, made one after the other (a generator): their graphs are freed in turn.
+        pool: which parameters are scored; the others need no memory.
+
+    Returns:
+        Canonical name -> float32 tensor in the parameter's shape, zero where no loss depends on it.
+
+    Raises:
+        ValueError: the pool holds no parameter, or one of it does not require a gradient.
+    """
+    return _accumulated(model, losses, pool, lambda weight, gradient: gradient.square())
+
+
+def movement(model: nn.Module, losses: Iterable[Tensor], pool: Pool = None) -> dict[str, Tensor]:
+    """Sum of -weight * gradient over losses, where positive: how far descent moves a weight away from zero.
+
+    Movement pruning (Sanh et al., NeurIPS 2020) keeps the largest of these sums; weights that move towards zero score
+    zero here, which is never selected. See `fisher` for the arguments; to follow a training run, let `losses` step the
+    optimizer between the losses it yields.
+    """
+    totals = _accumulated(model, losses, pool, lambda weight, gradient: -weight * gradient)
+    return {name: total.clamp_(min=0) for name, total in totals.items()}
+
+
+def _accumulated(
+    model: nn.Module, losses: Iterable[Tensor], pool: Pool, term: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, Tensor]:
+    parameters = canonical_parameters(model)
+    parameters = {name: parameters[name] for name in in_pool(parameters, pool)}
+    if frozen := [name for name, parameter in parameters.items() if not parameter.requires_grad]:
+        raise ValueError(
+            f"scores: {frozen[0]!r} does not require a gradient; call requires_grad_(), or leave it out by pool="
+        )
+    totals = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+    for loss in losses:
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        with torch.no_grad():
+            for total, parameter, gradient in zip(totals.values(), parameters.values(), gradients, strict=True):
+                if gradient is not None:
+                    dense = gradient.to_dense() if gradient.is_sparse else gradient
+                    total += term(parameter.float(), dense.float())
+    return totals

@@ -1,0 +1,123 @@
+"""The ranks of a process group as the processes that select together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from ltp_sparse.topk import Chunk, Ranks, Source
+
+T = TypeVar("T")
+
+
+class Team:
+    """The collectives that a selection needs. Every rank makes the same calls in the same order.
+
+    Raises:
+        ValueError: there is no process group, or this process is not in it.
+    """
+
+    def __init__(self, group: distributed.ProcessGroup | None) -> None:
+        if not distributed.is_available() or not distributed.is_initialized():
+            raise ValueError(
+                "select_sharded: expected a process group; call torch.distributed.init_process_group, or use select"
+            )
+        self.group, self.rank = group, distributed.get_rank(group)
+        if self.rank < 0:
+            raise ValueError("select_sharded: this process is not in the group; only its ranks may call")
+        self.size = distributed.get_world_size(group)
+        nccl = distributed.get_backend(group) == "nccl"
+        self.device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+    def sum(self, counts: Tensor) -> Tensor:
+        """Sums over the ranks."""
+        total = counts.to(self.device)
+        if total.numel():
+            distributed.all_reduce(total, group=self.group)
+        return total.to(counts.device)
+
+    def stack(self, counts: Tensor) -> Tensor:
+        """[P] of every rank -> [P, R]."""
+        counts = counts.to(self.device)
+        columns = [torch.empty_like(counts) for _ in range(self.size)]
+        distributed.all_gather(columns, counts, group=self.group)
+        return torch.stack(columns, dim=1)
+
+    def every(self, work: Callable[[], T], tell: Callable[[T], Any] = lambda result: None) -> tuple[T, list[Any]]:
+        """This rank's result, and what every rank tells of its own. An error on one rank is raised on all."""
+        result: Any = None
+        error, told = None, None
+        try:
+            result = work()
+            told = tell(result)
+        except Exception as failure:  # whatever it is, the other ranks must not wait for this one
+            error = failure
+        outcomes: list[Any] = [None] * self.size
+        message = None if error is None else f"{type(error).__name__}: {error}"
+        distributed.all_gather_object(outcomes, (message, told), group=self.group)
+        if error is not None:
+            raise error
+        for rank, (message, _) in enumerate(outcomes):
+            if message is not None:
+                raise ValueError(f"select_sharded: rank {rank} failed: {message}")
+        return result, [told for _, told in outcomes]
+
+    def send(self, tensor: Tensor, to: int) -> None:
+        distributed.send(tensor.to(self.device), group=self.group, group_dst=to)
+
+    def receive(self, nbytes: int, source: int) -> Tensor:
+        """uint8 [nbytes]."""
+        received = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        distributed.recv(received, group=self.group, group_src=source)
+        return received
+
+
+class GuardedSource:
+    """A source that keeps an error to itself until it is asked to `check`, so that no rank leaves the others alone."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.sizes, self.device = source, source.sizes, source.device
+        self.error: Exception | None = None
+
+    def chunks(self, tensors: Sequence[int]) -> Iterator[Chunk]:
+        try:
+            yield from self.source.chunks(tensors)
+        except Exception as error:
+            self.error = error
+
+    def sample(self, tensor: int, indices: Tensor) -> Tensor:
+        return self.source.sample(tensor, indices)
+
+    def check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+class TeamRanks(Ranks):
+    """A team in a selection.
+
+    Args:
+        team: the ranks.
+        starts: int64 [P, R], where each rank's piece of each tensor starts.
+        source: what this rank reads; an error of its pieces is raised on all ranks when they next add up.
+    """
+
+    def __init__(self, team: Team, starts: Tensor, source: GuardedSource) -> None:
+        self.team, self.source = team, source
+        self.order = starts.argsort(dim=1, stable=True)
+
+    def sum(self, counts: Tensor) -> Tensor:
+        failed = counts.new_tensor([self.source.error is not None])
+        total = self.team.sum(torch.cat([counts.reshape(-1), failed]))
+        if int(total[-1]):
+            self.team.every(self.source.check)
+        return total[:-1].view(counts.shape)
+
+    def in_order(self, counts: Tensor) -> Tensor:
+        return self.team.stack(counts).cpu().gather(1, self.order)
+
+    def places(self, tensors: int) -> Tensor:
+        return self.order.argsort(dim=1)[:, self.team.rank]

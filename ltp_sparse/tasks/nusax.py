@@ -1,0 +1,45 @@
+"""NusaX-senti: sentiment in 12 languages of Indonesia, parallel (Winata et al. 2023)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ltp_sparse.tasks.files import existing, folder_of, read_table
+from ltp_sparse.tasks.pairs import require_label
+from ltp_sparse.tasks.smsa import LABELS
+from ltp_sparse.tasks.texts import Text, check_texts, hub_texts
+
+FOLDERS = {
+    "ace": "acehnese",
+    "ban": "balinese",
+    "bjn": "banjarese",
+    "bug": "buginese",
+    "eng": "english",
+    "ind": "indonesian",
+    "jav": "javanese",
+    "mad": "madurese",
+    "min": "minangkabau",
+    "nij": "ngaju",
+    "sun": "sundanese",
+    "bbc": "toba_batak",
+}
+"""ISO 639-3 code -> folder of the original files."""
+
+HUB_NAME = "indonlp/NusaX-senti"
+
+_SPLITS = {"train": "train", "dev": "valid", "test": "test"}
+
+
+def nusax(split: str, language: str, data: Path | None) -> list[Text]:
+    """500, 100 or 400 texts of a language; `data`: the folder with `acehnese/train.csv`, ..., or None: the Hub."""
+    if split not in _SPLITS:
+        raise ValueError(f"nusax: split must be one of {', '.join(_SPLITS)}, got {split!r}")
+    if data is None:
+        return hub_texts(HUB_NAME, language, {"dev": "validation"}.get(split, split), language, LABELS)
+    folder = folder_of(data, "nusax_senti") / FOLDERS[language]
+    path = existing(folder / f"{_SPLITS[split]}.csv", folder / f"{_SPLITS[split]}.csv.gz")
+    # some texts hold line breaks, inside quotes
+    rows = read_table(path, ("id", "text", "label"), quoted=True, comma=True)
+    return check_texts(
+        (Text(row["text"], require_label(row["label"], LABELS, where), language) for where, row in rows), str(path)
+    )

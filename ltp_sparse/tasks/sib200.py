@@ -1,0 +1,69 @@
+"""SIB-200: topics of sentences in 205 languages, parallel (Adelani et al. 2024), and few-shot draws (METHODS.md 11)."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+
+from ltp_sparse.tasks.files import existing, folder_of, read_table
+from ltp_sparse.tasks.pairs import require_label
+from ltp_sparse.tasks.texts import Text, check_texts, hub_texts
+
+LABELS = ("science/technology", "travel", "politics", "sports", "health", "entertainment", "geography")
+"""In the order of the original `labels.txt`."""
+
+HUB_NAME = "Davlan/sib200"
+XNLI_LANGUAGES = (
+    "arb_Arab", "bul_Cyrl", "deu_Latn", "ell_Grek", "eng_Latn", "fra_Latn", "hin_Deva", "rus_Cyrl", "spa_Latn",
+    "swh_Latn", "tha_Thai", "tur_Latn", "urd_Arab", "vie_Latn", "zho_Hans",
+)  # fmt: skip
+"""The languages of XNLI, by FLORES-200 code."""
+
+_SPLITS = {"train": "train", "dev": "dev", "test": "test"}
+_FULL_DEV_FROM = 32
+
+
+def sib200(split: str, language: str, shots: int | None, data: Path | None, seed: int) -> list[Text]:
+    """701, 99 or 204 sentences of a language (a FLORES-200 code).
+
+    shots: of "train" and "dev" a draw with `seed`, the same sentences in every language: both are first undersampled to
+        their smallest class (58 and 8 a class); then `shots` a class of "train", and a quarter of it, rounded up, of
+        "dev" (from 32 shots on all 8)
+    data: the folder with `eng_Latn/train.tsv`, ... (or .gz); None: the Hub
+    """
+    if split not in _SPLITS:
+        raise ValueError(f"sib200: split must be one of {', '.join(_SPLITS)}, got {split!r}")
+    if data is None:
+        split_name = {"dev": "validation"}.get(split, split)
+        texts = hub_texts(HUB_NAME, language, split_name, language, LABELS, label="category")
+    else:
+        folder = folder_of(data, "sib200") / language
+        path = existing(folder / f"{split}.tsv", folder / f"{split}.tsv.gz")
+        rows = read_table(path, ("index_id", "category", "text"), quoted=True)
+        of_row = (
+            Text(row["text"], require_label(row["category"], LABELS, where, "category"), language)
+            for where, row in rows
+        )
+        texts = check_texts(of_row, str(path))
+    return texts if shots is None or split == "test" else _drawn(texts, split, shots, seed)
+
+
+def languages(data: Path | None = None) -> tuple[str, ...]:
+    """The languages whose folders are there; None: those of XNLI, which stand for all 205 in defaults."""
+    if data is None:
+        return XNLI_LANGUAGES
+    folder = folder_of(data, "sib200")
+    return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir()))
+
+
+def _drawn(texts: list[Text], split: str, shots: int, seed: int) -> list[Text]:
+    by_label = {label: [i for i, text in enumerate(texts) if text.label == label] for label in LABELS}
+    smallest = min(map(len, by_label.values()))
+    wanted = shots if split == "train" else smallest if shots >= _FULL_DEV_FROM else math.ceil(shots / 4)
+    if not 1 <= wanted <= smallest:
+        raise ValueError(f"sib200: shots must be in [1, {smallest}], the smallest class of {split}, got {shots}")
+    draws = random.Random(seed)  # sentences are parallel and in one order, so every language gets the same ones
+    chosen = [i for label in LABELS for i in draws.sample(by_label[label], wanted)]
+    draws.shuffle(chosen)
+    return [texts[i] for i in chosen]

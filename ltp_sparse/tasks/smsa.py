@@ -1,0 +1,47 @@
+"""SMSA: sentiment of Indonesian texts (Purwarianti & Crisdayanti 2019), in full and trimmed for NusaX (LT-SFT)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ltp_sparse.tasks.files import existing, folder_of, read_columns, read_table
+from ltp_sparse.tasks.pairs import require_label
+from ltp_sparse.tasks.texts import Text, check_texts, hub_texts
+
+LABELS = ("negative", "neutral", "positive")
+"""In the order of their numbers in the trimmed files."""
+
+HUB_NAME = "indonlp/indonlu"
+
+_FULL = {"train": "train", "dev": "valid", "test": "test"}
+_TRIMMED = {"train": "train", "dev": "validation", "test": "test"}
+
+
+def smsa(split: str, data: Path | None, *, trimmed: bool = True) -> list[Text]:
+    """Texts of a split.
+
+    trimmed: without the texts that occur, nearly the same, in NusaX's test set (10,617, 1,251 and 492 texts): train on
+        it where NusaX is the test. In full: 11,000, 1,260 and 500.
+    data: the folder with `train_preprocess.tsv`, ... and `trimmed/train.tsv`, ...; None: the Hub (the full set only).
+    """
+    names = _TRIMMED if trimmed else _FULL
+    if split not in names:
+        raise ValueError(f"smsa: split must be one of {', '.join(names)}, got {split!r}")
+    if data is None and trimmed:
+        raise ValueError("smsa: the trimmed set is not on the Hub; pass a data folder, or use smsa-full")
+    if data is None:
+        return hub_texts(HUB_NAME, "smsa", {"dev": "validation"}.get(split, split), "id", LABELS)
+    folder = folder_of(data, "smsa")
+    if trimmed:
+        path = existing(folder / "trimmed" / f"{names[split]}.tsv", folder / "trimmed" / f"{names[split]}.tsv.gz")
+        by_number = {str(number): label for number, label in enumerate(LABELS)}
+        rows = (
+            (where, row["text"], by_number.get(row["label"], row["label"]))
+            for where, row in read_table(path, ("text", "label"))
+        )
+    else:
+        path = existing(folder / f"{names[split]}_preprocess.tsv", folder / f"{names[split]}_preprocess.tsv.gz")
+        rows = ((where, row["text"], row["label"]) for where, row in read_columns(path, ("text", "label")))
+    return check_texts(
+        (Text(text, require_label(label, LABELS, where), "id") for where, text, label in rows), str(path)
+    )

@@ -1,0 +1,49 @@
+"""A labelled text, and what its readers share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ltp_sparse.tasks.pairs import require_label
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text, its label (a class of the task; None: not labelled), and its language ("en", "ace", "swh_Latn", ...)."""
+
+    text: str
+    label: str | None
+    language: str
+
+
+def hub_texts(
+    name: str, config: str | None, split: str, language: str, labels: Sequence[str], *, label: str = "label"
+) -> list[Text]:
+    """One split of a Hub data set (or a folder that `datasets.load_dataset` reads) with a text and a label.
+
+    label: the column of the label, its word or, if it is a ClassLabel, its number
+    Raises ValueError for a missing column or an unknown label; the row is named.
+    """
+    from datasets import ClassLabel, load_dataset
+
+    data = load_dataset(name, config, split=split)
+    if missing := {"text", label} - set(data.column_names):
+        raise ValueError(f"{name} ({config}, {split}): no column {sorted(missing)[0]!r}, only {data.column_names}")
+    feature = data.features[label]
+    texts = []
+    for number, row in enumerate(data):
+        value, where = row[label], f"{name} ({config}, {split}), row {number}"
+        if isinstance(feature, ClassLabel):
+            value = feature.names[value] if 0 <= value < len(feature.names) else value
+        texts.append(Text(row["text"], require_label(value, labels, where, label), language))
+    return texts
+
+
+def check_texts(texts: Iterable[Text], where: str) -> list[Text]:
+    """The texts, none of which is empty."""
+    kept = list(texts)
+    for number, text in enumerate(kept, 1):
+        if not text.text.strip():
+            raise ValueError(f"{where}, row {number}: no text in column text; the file is not the original")
+    return kept
