@@ -8,17 +8,20 @@ import itertools
 import shutil
 import subprocess
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from cases import DTYPES, bits, using
+from test_topk_delta import random_case
 from torch import Tensor
 
-from ltp_sparse import backends
+from ltp_sparse import backends, reference, topk
 from ltp_sparse.ops import adamw_coefficients, masked_pack_, masked_sum_squares
 from ltp_sparse.reference import Coefficient
 from ltp_sparse.rounding import rounding_keys
 from ltp_sparse.testing import UpdateProblem, update_problem
+from ltp_sparse.topk import Layout
 
 ROOT = Path(__file__).parents[1]
 SIZES = (1, 63, 257, 1000, 4096, 4097, 65_537, 70_000)
@@ -47,6 +50,7 @@ def library(tmp_path_factory):
         pytest.skip("no C++ compiler")
     path = tmp_path_factory.mktemp("cuda") / "emulation.so"
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-shared", "-fPIC"]
+    flags += ["-fsanitize=alignment,shift", "-fsanitize-undefined-trap-on-error"]  # what a GPU refuses ends the process
     source = Path(__file__).with_name("cuda_emulation.cpp")
     subprocess.run(["c++", *flags, f"-I{ROOT / 'csrc'}", "-o", str(path), str(source)], check=True)
     loaded = ctypes.CDLL(str(path))
@@ -143,3 +147,179 @@ def test_bits_of_the_reference(library, dtype, grad_dtype, mode, density):
                 wanted.step(rows, anchor)
         for number, (a, b) in enumerate(zip(found.tensors(), wanted.tensors(), strict=True)):
             assert torch.equal(*(bits(t) if t.is_floating_point() else t for t in (a, b))), (packed, parts, number)
+
+
+# --- topk_delta: the passes behind the adaptor of the compiled backend, their launches replaced by the emulation ---
+
+PAIRS = ("rows", "n_pairs", "n_tiles", "initial_dtype", "tuned_dtype")
+HISTOGRAM = ("prefixes", "bins", "nonfinite")
+BAND = (
+    "low", "high", "words", "above", "inside", "take", "keys", "positions", "capacity", "offsets", "cursor",
+    "nonfinite",
+)  # fmt: skip
+NUMBERS = dict.fromkeys(("n_pairs", "n_tiles", "capacity"), ctypes.c_int64)
+CODES = dict.fromkeys(("initial_dtype", "tuned_dtype"), ctypes.c_int)
+
+
+def structure(names: tuple[str, ...]) -> type[ctypes.Structure]:
+    """The struct of csrc/cuda/topk_delta.h with these fields; what is no number is a pointer."""
+    fields = [(name, (NUMBERS | CODES).get(name, ctypes.c_void_p)) for name in names]
+    return type("Arguments", (ctypes.Structure,), {"_fields_": fields})
+
+
+@pytest.fixture
+def passes(library, monkeypatch):
+    """The compiled passes of CUDA tensors, on CPU tensors. `passes.launch`: blocks, and bins in shared memory."""
+    pytest.importorskip("triton")  # its package has the helpers of all launches
+    pairs, histogram, band = map(structure, (PAIRS, HISTOGRAM, BAND))
+    module = ModuleType("emulated")
+    shape = SimpleNamespace(blocks=3, bins=32_768)
+
+    def delta_histogram(*args: int) -> None:
+        of_pairs, rest = pairs(*args[:5]), histogram(*args[5:-1])
+        beyond = library.emulated_delta_histogram(ctypes.byref(of_pairs), ctypes.byref(rest), shape.blocks, shape.bins)
+        assert not beyond, "counted beyond the bins in shared memory"
+
+    def delta_band(*args: int) -> None:
+        of_pairs, rest = pairs(*args[:5]), band(*args[5:-1])
+        library.emulated_delta_band(ctypes.byref(of_pairs), ctypes.byref(rest))
+
+    module.delta_histogram, module.delta_band = delta_histogram, delta_band
+    monkeypatch.setattr(backends, "_cuda_extension", lambda: module)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    backends._compiled_cuda.cache_clear()
+    yield SimpleNamespace(launch=shape, **vars(backends._compiled_cuda()))
+    backends._compiled_cuda.cache_clear()
+
+
+SELECTION_SIZES = (1, 31, 0, 32, 33, 65_535, 1024, 65_536, 65_537, 140_000)
+SELECTION_GROUPS = (0, 0, 2, 1, 1, 0, 0, 2, 2, 2)
+KINDS = [
+    pytest.param(before, after, id=f"{before}-{after}") for before, after in itertools.product((None, *DTYPES), DTYPES)
+]
+TAKE = (1, 0, 5, 33, 1000, 0, 70_000, 3, 1, 65_536, 2000, 2)  # of each tile
+
+
+def unaligned(tensor: Tensor) -> Tensor:
+    """The same entries where no vector can be loaded."""
+    return torch.cat([tensor[:1], tensor])[1:]
+
+
+def pairs_of(before: str | None, after: str, rng: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
+    """Tensors whose deltas are normal, tied, denormal and zero; some unaligned."""
+    initial, tuned = [], []
+    for number, n in enumerate(SELECTION_SIZES):
+        base = torch.zeros(n) if before is None else torch.randn(n, generator=rng) * 0.02
+        start = base.to(DTYPES[before or "f32"])
+        end = start.float() + torch.randn(n, generator=rng) * 1e-3
+        end[1::3] = start.float()[1::3] + 2.0**-9
+        end[2::7] = start.float()[2::7]
+        start[4::9], end[4::9] = 0, torch.arange(len(end[4::9])) * 2.0**-149
+        end = end.to(DTYPES[after])
+        initial.append(unaligned(start) if number % 4 == 1 else start)
+        tuned.append(unaligned(end) if number % 4 == 3 else end)
+    return [] if before is None else initial, tuned
+
+
+@pytest.mark.parametrize(("before", "after"), KINDS)
+def test_histogram_of_the_reference(passes, rng, before, after):
+    initial, tuned = pairs_of(before, after, rng)
+    for prefixes, bins, blocks in ((None, 32_768, 3), (None, 16_384, 100), ([0, 0x3B00, 0x3A80], 32_768, 2)):
+        passes.launch.blocks, passes.launch.bins = blocks, bins
+        wanted, found = (torch.full((3, 32_768 if prefixes is None else 65_536), 5) for _ in range(2))
+        flags = torch.zeros(2, 1, dtype=torch.int64)
+        upper = None if prefixes is None else torch.tensor(prefixes)
+        reference.delta_histogram(initial, tuned, SELECTION_GROUPS, upper, wanted, flags[0])
+        passes.delta_histogram(initial, tuned, SELECTION_GROUPS, upper, found, flags[1])
+        assert torch.equal(found, wanted) and (found > 5).any()
+        assert flags.tolist() == [[0], [0]]
+
+
+class BandOutputs:
+    def __init__(self, run, initial, tuned, low, high, take, capacity: int) -> None:
+        layout, device = Layout([t.numel() for t in tuned]), tuned[0].device
+
+        def filled(n: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.full((n,), 77, dtype=dtype, device=device)
+
+        self.words = filled(layout.words, torch.int32)
+        self.above, self.inside, self.offsets = (filled(layout.tiles) for _ in range(3))
+        self.keys, self.positions = filled(capacity, torch.int32), filled(capacity, torch.int16)
+        self.cursor, self.nonfinite = torch.zeros(2, 1, dtype=torch.int64, device=device)
+        bounds = torch.tensor([low, high], device=device)
+        run(
+            initial, tuned, SELECTION_GROUPS, bounds[0], bounds[1], self.words,
+            layout.word_offsets[:-1], self.above, self.inside, take, self.keys, self.positions, self.offsets,
+            self.cursor, self.nonfinite,
+        )  # fmt: skip
+
+    def counts(self) -> list[list[int]]:
+        return [t.tolist() for t in (self.words, self.above, self.inside, self.cursor, self.nonfinite)]
+
+    def candidates(self) -> list[tuple[list[int], list[int]] | None]:
+        """(keys, positions) of every tile, None where they were not stored; wherever they stand."""
+        places = zip(self.offsets.tolist(), self.inside.tolist(), strict=True)
+        spans = [slice(first, first + count) if first >= 0 else None for first, count in places]
+        return [None if span is None else (self.keys[span].tolist(), self.positions[span].tolist()) for span in spans]
+
+
+def key_at(value: float) -> int:
+    return int(torch.tensor(value).view(torch.int32))
+
+
+BANDS = {
+    "narrow": ([key_at(1e-3)] * 3, [key_at(1.02e-3), key_at(1e-3), key_at(1.5e-3)]),
+    "ties": ([key_at(2.0**-9)] * 3, [key_at(2.0**-9) + 1] * 3),
+    "all that moved": ([1, 2, 1], [0x7F800000] * 3),
+    "none": ([0x7F800000] * 3, [0x7F800000, 0x7F810000, 0x7FFFFFFF]),
+}
+
+
+@pytest.mark.parametrize("bounds", BANDS.values(), ids=BANDS)
+@pytest.mark.parametrize(("before", "after"), KINDS)
+def test_band_of_the_reference(passes, rng, before, after, bounds):
+    initial, tuned = pairs_of(before, after, rng)
+    for take in (None, torch.tensor(TAKE)):
+        args = initial, tuned, *bounds, take, sum(SELECTION_SIZES)
+        wanted, found = BandOutputs(reference.delta_band, *args), BandOutputs(passes.delta_band, *args)
+        assert found.counts() == wanted.counts()
+        assert found.candidates() == wanted.candidates()
+
+
+@pytest.mark.parametrize("missing", [0, 1, 200_000, 1 << 20])
+def test_band_stores_what_it_has_room_for(passes, rng, missing):
+    args = *pairs_of("f32", "f32", rng), *BANDS["all that moved"], None
+    wanted = BandOutputs(reference.delta_band, *args, 1 << 20)
+    capacity = max(0, int(wanted.cursor) - missing)
+    found = BandOutputs(passes.delta_band, *args, capacity)
+    assert found.counts() == wanted.counts()
+    stored = found.candidates()
+    assert (None in stored) == (missing > 0)
+    assert all(a is None or a == b for a, b in zip(stored, wanted.candidates(), strict=True))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_that_are_not_finite_are_seen(passes, rng, dtype, value):
+    initial, tuned = pairs_of(dtype, dtype, rng)
+    tuned[8][40_000] = value
+    histogram, nonfinite = torch.zeros(3, 32_768, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    passes.delta_histogram(initial, tuned, SELECTION_GROUPS, None, histogram, nonfinite)
+    assert nonfinite.item() == 1
+    args = initial, tuned, *BANDS["narrow"], None, 1 << 20
+    wanted, found = BandOutputs(reference.delta_band, *args), BandOutputs(passes.delta_band, *args)
+    assert found.counts() == wanted.counts() and found.nonfinite.item() == 1
+
+
+@pytest.mark.parametrize("route", ["sample", "histogram"])
+def test_selection_of_the_reference(passes, monkeypatch, route):
+    """Every route at a few hundred entries, with tensors of several dtypes and budgets in one call."""
+    monkeypatch.setattr(topk, "SAMPLES", 200)
+    monkeypatch.setattr(topk, "_SPARE_CANDIDATES", 40)
+    for seed in range(40):
+        initial, tuned, ks, groups = random_case(seed)
+        wanted, found = (
+            topk.select_topk(p, topk.TensorSource(initial, tuned), groups, ks, route=route) for p in (reference, passes)
+        )
+        for name in ("words", "counts", "thresholds"):
+            assert torch.equal(getattr(found, name), getattr(wanted, name)), f"seed {seed}, {name}"

@@ -59,11 +59,12 @@ class Ranks:
     def __init__(self, group, rank, size, folder):
         self.group, self.rank, self.size, self.folder = group, rank, size, folder
 
-    def cut(self, n, align=1):
-        """This rank's range of n entries, cut unevenly: later ranks have more."""
+    def cut(self, n, backwards=False):
+        """This rank's range of n entries, cut unevenly: later ranges have more. Backwards: rank 0 has the last."""
         total = self.size * (self.size + 1) // 2
-        at = [n * i * (i + 1) // (2 * total) // align * align for i in range(self.size)] + [n]
-        return at[self.rank], at[self.rank + 1]
+        at = [n * i * (i + 1) // (2 * total) for i in range(self.size)] + [n]
+        part = self.size - 1 - self.rank if backwards else self.rank
+        return at[part], at[part + 1]
 
 
 def check(ranks, shard, expected):
@@ -103,7 +104,7 @@ def flat_shards(ranks):
     """Ranges that end anywhere: inside rows, tiles and words; some of them empty."""
     for kind in KINDS:
         initial, tuned = versions(kind)
-        cuts = {name: Shard(*ranks.cut(t.numel()), t.shape) for name, t in initial.items()}
+        cuts = {name: Shard(*ranks.cut(t.numel(), kind == "levels"), t.shape) for name, t in initial.items()}
         mine = [{name: t.view(-1)[slice(*cuts[name][:2])] for name, t in side.items()} for side in (initial, tuned)]
         for budget in BUDGETS:
             expected = ls.select(initial, tuned, k=2000, budget=budget)

@@ -8,10 +8,20 @@ import itertools
 import pytest
 import torch
 from cases import DTYPES, TiedModel, bits, using
+from test_cuda_emulation import (
+    BANDS,
+    KINDS,
+    SELECTION_GROUPS,
+    SELECTION_SIZES,
+    TAKE,
+    BandOutputs,
+    pairs_of,
+    unaligned,
+)
 from torch import Tensor, nn
 
 import ltp_sparse as ls
-from ltp_sparse import MaskedAdamW, Ticket, backends
+from ltp_sparse import MaskedAdamW, Ticket, backends, reference, topk
 from ltp_sparse.encoding import TileTable
 from ltp_sparse.ops import adamw_coefficients, masked_pack_, masked_sum_squares
 from ltp_sparse.reference import Coefficient
@@ -181,14 +191,88 @@ def test_training_learns(backend, gradients):
     assert losses[-1] < 0.7 * losses[0]
 
 
+# --- selection ---
+
+
+def moved(tensors: list[Tensor]) -> list[Tensor]:
+    """On the device; what no vector can be loaded from stays so."""
+    return [unaligned(t.to(DEVICE)) if t.data_ptr() % 16 else t.to(DEVICE) for t in tensors]
+
+
+@pytest.mark.parametrize(("before", "after"), KINDS)
+@pytest.mark.parametrize("backend", [p for p in GPU_BACKENDS if p.values == ("compiled",)])
+def test_selection_passes_give_the_outputs_of_the_reference(backend, before, after, rng):
+    """Every combination of dtypes, in one call with aligned and unaligned tensors."""
+    initial, tuned = pairs_of(before, after, rng)
+    with using(backend):
+        passes = backends.resolve(DEVICE)
+    on_gpu = moved(initial), moved(tuned)
+    flags = torch.zeros(2, 1, dtype=torch.int64)
+    for prefixes in (None, torch.tensor([0, 0x3B00, 0x3A80])):
+        wanted = torch.full((3, 32_768 if prefixes is None else 65_536), 5)
+        found, flag = wanted.to(DEVICE), flags[1].to(DEVICE)
+        reference.delta_histogram(initial, tuned, SELECTION_GROUPS, prefixes, wanted, flags[0])
+        upper = None if prefixes is None else prefixes.to(DEVICE)
+        passes.delta_histogram(*on_gpu, SELECTION_GROUPS, upper, found, flag)
+        assert torch.equal(found.cpu(), wanted) and not flag.item()
+    for bounds, take in itertools.product(BANDS.values(), (None, torch.tensor(TAKE))):
+        room = sum(SELECTION_SIZES)
+        wanted = BandOutputs(reference.delta_band, initial, tuned, *bounds, take, room)
+        on_device = None if take is None else take.to(DEVICE)
+        found = BandOutputs(passes.delta_band, *on_gpu, *bounds, on_device, room)
+        assert found.counts() == wanted.counts()
+        assert found.candidates() == wanted.candidates()
+
+
+@pytest.mark.parametrize("route", ["sample", "histogram"])
+@pytest.mark.parametrize("deltas", ["normal", "levels"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_selection_is_that_of_the_cpu(dtype):
-    shapes = {"a": (700, 900), "b": (70_001,), "roberta.embeddings.x": (3000, 64)}
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_selection_is_that_of_the_cpu(backend, dtype, deltas, route):
+    """Untouched rows, and deltas of few values, whose ties overflow the room for candidates; in budgets."""
+    shapes = {"a": (700, 900), "b": (70_001,), "roberta.embeddings.x": (3000, 64), "bias": (1,)}
     initial = {name: tensor.to(dtype) for name, tensor in random_weights(shapes).items()}
     tuned = list(tuned_weights(initial, untouched_rows=0.6).values())
     before = list(initial.values())
-    for k in (1, 5000, 300_000):
-        wanted, _ = ls.topk_delta(before, tuned, k)
-        with using("auto"):
-            found, _ = ls.topk_delta([t.to(DEVICE) for t in before], [t.to(DEVICE) for t in tuned], k)
-        assert all(torch.equal(a.indices(), b.indices().cpu()) for a, b in zip(wanted, found, strict=True))
+    if deltas == "levels":
+        before = [torch.zeros_like(t) for t in tuned]
+        tuned = [(1e3 * t.float()).round().clamp(-3, 3).to(dtype) for t in tuned]
+    on_gpu = moved(before), moved(tuned)
+    with using(backend):
+        passes = backends.resolve(DEVICE)
+    for groups, ks in (([0, 0, 0, 0], [1]), ([0, 0, 0, 0], [300_000]), ([0, 1, 2, 1], [5000, 69_000, 0])):
+        wanted = topk.select_topk(reference, topk.TensorSource(before, tuned), groups, ks, route="histogram")
+        for _ in range(2):
+            found = topk.select_topk(passes, topk.TensorSource(*on_gpu), groups, ks, route=route)
+            for name in ("words", "counts", "thresholds"):
+                assert torch.equal(getattr(found, name).cpu(), getattr(wanted, name)), name
+
+
+@pytest.mark.parametrize("route", ["sample", "histogram"])
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_selection_names_the_tensor_that_is_not_finite(backend, route):
+    tuned = [torch.ones(5000, device=DEVICE), torch.ones(70_000, device=DEVICE)]
+    tuned[1][69_999] = torch.nan
+    with using(backend):
+        passes = backends.resolve(DEVICE)
+    with pytest.raises(topk.NonFiniteDelta, match="tensor 1 "):
+        topk.select_topk(passes, topk.TensorSource([], tuned), [0, 0], [7], route=route)
+
+
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_selection_beyond_32_bits(backend):
+    """A tensor of more than 2^32 entries; the routes differ in their first pass, so each takes one."""
+    n = (1 << 32) + 70_000
+    if torch.cuda.mem_get_info()[0] < 4 * n:
+        pytest.skip("needs 17 GB of free GPU memory")
+    scores = torch.zeros(n, dtype=torch.bfloat16, device=DEVICE)
+    places = [5, (1 << 31) + 1, (1 << 32) - 1, 1 << 32, n - 1]
+    scores[places] = torch.tensor([3.0, 1.0, 2.0, 1.0, 4.0], dtype=torch.bfloat16, device=DEVICE)
+    with using(backend):
+        passes = backends.resolve(DEVICE)
+    for route in ("sample",) if backend == "triton" else ("sample", "histogram"):
+        found = topk.select_topk(passes, topk.TensorSource([], [scores]), [0], [4], route=route)
+        assert found.counts.tolist() == [4] and found.thresholds.tolist() == [1.0]
+        at = found.words.nonzero().view(-1)
+        bit = found.words[at].to(torch.int64) & 0xFFFFFFFF
+        assert (32 * at + bit.double().log2().long()).tolist() == [p for p in places if p != 1 << 32]

@@ -29,7 +29,17 @@ def test_the_suite_measures_and_goes_on_where_it_stopped(tmp_path):
     ours = [row for row in rows if row["provider"].startswith("MaskedAdamW")]
     assert {row["precision"] for row in ours} == {"float32", "bfloat16", "bfloat16-8bit"}
     assert all(row["verified"] == "True" and float(row["p50_ms"]) > 0 for row in ours)
-    assert "| MaskedAdamW (compiled) |" in (tmp_path / "report.md").read_text()
+    with (tmp_path / "topk_delta.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["dtype"], row["deltas"]) for row in rows} == {("float32", "normal"), ("bfloat16", "untouched")}
+    assert all(row["verified"] == "True" and float(row["gbps"]) > 0 and float(row["share_of_copy"]) > 0 for row in rows)
+    ours = [row for row in rows if row["provider"].startswith("topk_delta")]
+    assert {row["provider"] for row in ours} == {f"topk_delta, {route} (compiled)" for route in ("sample", "histogram")}
+    assert all(float(row[f"ratio_to_{peer}"]) > 0 for row in ours for peer in ("topk", "topk_sorted", "sort"))
+    assert all(bool(row["ratio_to_kthvalue"]) == (row["density"] == "0.2") for row in ours)
+    assert "topk_delta, sample" not in runs[1].stdout
+    report = (tmp_path / "report.md").read_text()
+    assert "| MaskedAdamW (compiled) |" in report and "| topk_delta, sample (compiled) |" in report
 
 
 def test_without_a_gpu_it_says_so(tmp_path):

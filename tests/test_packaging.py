@@ -23,8 +23,10 @@ LAYERS = [
     {"files", "names", "quantization", "rounding", "encoding", "reference", "topk", "checkpoints"},
     {"backends"},
     {"ops", "random_sets", "ticket", "delta"},
-    {"optim", "selection", "prompting", "tasks", "report", "testing"},
+    {"optim", "selection", "prompting", "modules", "generated", "tasks", "testing", "foreign", "frozen", "memory"},
     {"training", "methods"},
+    {"recipes"},
+    {"report"},
     {"demo", "cli", "__main__"},
 ]
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
@@ -45,7 +47,7 @@ LIGHT = [  # must import without any of HEAVY
         "ticket",
         "delta",
     ],
-    *["optim", "selection", "prompting", "tasks", "report", "testing", "cli"],
+    *["optim", "selection", "prompting", "modules", "generated", "tasks", "report", "testing", "foreign", "cli"],
 ]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ltp_sparse.demo.inference import Document
+from ltp_sparse.generated.inference import Document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, XLMRobertaForMaskedLM

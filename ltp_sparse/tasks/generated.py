@@ -13,7 +13,7 @@ _TEST_PER_CLASS = 100
 
 def generated(split: str, language: str, shots: int | None, seed: int) -> list[Pair]:
     """`shots` examples per class (default 32) drawn with `seed`, or the test set, which is always the same."""
-    from ltp_sparse.demo.inference import pairs
+    from ltp_sparse.generated.inference import pairs
 
     if split not in _SPLITS:
         raise ValueError(f"generated: split must be one of {', '.join(_SPLITS)}, got {split!r}")
@@ -24,6 +24,6 @@ def generated(split: str, language: str, shots: int | None, seed: int) -> list[P
 
 def generated_text(lines: int, language: str) -> list[str]:
     """Plain sentences of the same world."""
-    from ltp_sparse.demo.inference import sentences
+    from ltp_sparse.generated.inference import sentences
 
     return sentences(lines, language)

@@ -13,8 +13,8 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 
-from ltp_sparse.demo.facts import AGENTS, LABELS, PARENT, PLACES, THINGS, Fact, actions, relation
-from ltp_sparse.demo.languages import LANGUAGES, capitalised, clause, sentence
+from ltp_sparse.generated.facts import AGENTS, LABELS, PARENT, PLACES, THINGS, Fact, actions, relation
+from ltp_sparse.generated.languages import LANGUAGES, capitalised, clause, sentence
 from ltp_sparse.tasks.pairs import Pair
 
 SPLITS = {"text": 70, "train": 10, "dev": 5, "test": 15}

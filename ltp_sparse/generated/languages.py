@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ltp_sparse.demo.facts import Fact
+from ltp_sparse.generated.facts import Fact
 
 
 @dataclass(frozen=True)
