@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,7 @@ def small(name: str, folders: dict[str, Path], *, thin: bool) -> Recipe:
                 facts["test"] = {**cell["test"], "languages": list(languages)[:2]}
         cells.append(type(cell)(facts))
     unique = {cell.id: cell for cell in cells}
-    return Recipe(
-        recipe.name, recipe.title, tuple(unique.values()), recipe.by, recipe.paper, recipe.plots, recipe.notes
-    )
+    return replace(recipe, cells=tuple(unique.values()))
 
 
 def _first_languages(task: str) -> tuple[str, ...]:

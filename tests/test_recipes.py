@@ -374,3 +374,26 @@ def test_the_method_of_the_documentation(world, tmp_path, capsys):
     assert "queries of the last layer" in report
     rows = {(row["label"], row["shots"]): row for row in results.read(tmp_path / "out" / results.RESULTS)}
     assert rows["queries", 1]["k"] == 2 * rows["queries of the last layer", 1]["k"] == 2 * (32 * 32 + 32)
+
+
+def test_paired_comparisons():
+    from ltp_sparse.report.paired import compare, comparison_table
+
+    scores = {"ref": [0.30, 0.40, 0.50, 0.60], "up": [0.32, 0.43, 0.52, 0.63], "noise": [0.35, 0.35, 0.55, 0.56]}
+    rows = [
+        {"label": label, "shots": 4, "seed": seed, "mean": mean}
+        for label, means in scores.items()
+        for seed, mean in enumerate(means)
+    ]
+    rows.append({"label": "up", "shots": 4, "seed": 99, "mean": 0.9})  # has no partner
+    up, noise = compare(rows, "ref", ["label", "shots"])
+    assert (up.label, up.facts, up.runs) == ("up", (4,), 4)
+    assert up.mean == pytest.approx(2.5)
+    half = 3.182 * (1 / 3) ** 0.5 / 2  # t(3) times the standard error of 2, 3, 2, 3
+    assert up.interval == pytest.approx((2.5 - half, 2.5 + half), abs=1e-3)
+    assert up.p_value == 2 / 16  # of 16 sign patterns only all plus and all minus are as far from 0
+    assert noise.p_value == 1.0 and noise.interval[0] < 0 < noise.interval[1]
+    table = comparison_table([up, noise], "ref", ["label", "shots"])
+    assert "| up | 4 | 4 | **+2.50** | +1.58 to +3.42 | 0.125 |" in table
+    (single,) = compare(rows[:1] + [{**rows[4], "seed": 0}], "ref", ["label", "shots"])
+    assert single.runs == 1 and single.p_value == 1.0

@@ -3,6 +3,7 @@
 title: LTP, table 1
 paper: ltp-table-1              # figures to print beside ours (papers.yaml), optional
 by: [label, shots]              # what makes a row of the table; the other facts are averaged over (the seeds)
+compare: SP                     # a paired comparison of every label with this one, optional
 model: FacebookAI/xlm-roberta-base
 plugins: [my_method.py]         # Python files beside this one, run first: methods of one's own, optional
 defaults:                       # of every cell
@@ -24,7 +25,7 @@ import itertools
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ CELL_KEYS = {
     "tokenizer": "the same of its tokenizer, if it lies elsewhere",
 }
 _STAGES = ("ticket", "language_sft", "adapters")
-_RECIPE_KEYS = ("title", "paper", "by", "model", "plugins", "defaults", "grid", "cells", "plots", "notes")
+_RECIPE_KEYS = ("title", "paper", "by", "model", "plugins", "defaults", "grid", "cells", "compare", "plots", "notes")
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Recipe:
 
     by:    facts (dotted paths) that make a row of the table
     paper: key of printed figures in `papers.yaml`
+    compare: label that the report compares every other one with, in pairs of equal seeds
     plots: names of plots in `ltp_sparse.report`
     """
 
@@ -88,9 +90,9 @@ class Recipe:
     cells: tuple[Cell, ...]
     by: tuple[str, ...] = ("label",)
     paper: str | None = None
+    compare: str | None = None
     plots: tuple[str, ...] = ()
     notes: str = ""
-    source: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def only(self, filters: Iterable[tuple[str, Any]]) -> Recipe:
         """The recipe with the cells in which every dotted path has one of the values given for it."""
@@ -101,7 +103,7 @@ class Recipe:
         if not kept:
             seen = {path: sorted({str(cell[path]) for cell in self.cells}) for path in wanted}
             raise ValueError(f"recipe {self.name}: no cell has {wanted}; values that occur: {seen}")
-        return Recipe(self.name, self.title, kept, self.by, self.paper, self.plots, self.notes, self.source)
+        return replace(self, cells=kept)
 
 
 def recipe_names() -> list[str]:
@@ -146,9 +148,9 @@ def load_recipe(name: str, overrides: Sequence[tuple[str, Any]] = ()) -> Recipe:
         cells=tuple(cells),
         by=tuple(source.get("by", ["label"])),
         paper=source.get("paper"),
+        compare=source.get("compare"),
         plots=tuple(source.get("plots", ())),
         notes=source.get("notes", ""),
-        source=source,
     )
 
 

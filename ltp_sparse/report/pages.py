@@ -10,6 +10,7 @@ from typing import Any
 
 from ltp_sparse.files import atomic_path
 from ltp_sparse.recipes.recipe import Recipe
+from ltp_sparse.report.paired import compare, comparison_table
 from ltp_sparse.report.plots import PLOTS
 from ltp_sparse.report.tables import Table, latex, make_table, markdown, to_csv
 
@@ -36,8 +37,11 @@ def write_report(recipe: Recipe, rows: Sequence[Mapping[str, Any]], folder: Path
     plots = [PLOTS[name](rows, folder / f"{name}.png", recipe) for name in recipe.plots]
     drawn = [path for path in plots if path is not None]
     facts = _facts(recipe, rows)
+    paired = []
+    if recipe.compare is not None:
+        paired = [comparison_table(compare(rows, recipe.compare, recipe.by), recipe.compare, recipe.by)]
     written = {
-        "report.md": _markdown_page(recipe, table, drawn, facts),
+        "report.md": _markdown_page(recipe, table, paired, drawn, facts),
         "report.html": _html_page(recipe, table, drawn, facts),
         "table.csv": to_csv(table),
         "table.tex": latex(table),
@@ -77,9 +81,11 @@ def _facts(recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*facts, *(f"Note: {note}." for note in notes), *([recipe.notes] if recipe.notes else [])]
 
 
-def _markdown_page(recipe: Recipe, table: Table, plots: Sequence[Path], facts: Sequence[str]) -> str:
+def _markdown_page(
+    recipe: Recipe, table: Table, paired: Sequence[str], plots: Sequence[Path], facts: Sequence[str]
+) -> str:
     images = [f"![{path.stem}]({path.name})" for path in plots]
-    return "\n\n".join([f"# {recipe.title}", *facts, markdown(table), *images]) + "\n"
+    return "\n\n".join([f"# {recipe.title}", *facts, markdown(table), *paired, *images]) + "\n"
 
 
 def _html_page(recipe: Recipe, table: Table, plots: Sequence[Path], facts: Sequence[str]) -> str:

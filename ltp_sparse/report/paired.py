@@ -1,0 +1,94 @@
+"""Paired comparisons: every label against a reference label, run by run on the same seed and data."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ltp_sparse.recipes.recipe import look_up
+
+_T_975 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+"""The 97.5 % quantile of Student's t for 1 to 30 degrees of freedom; beyond, the normal one is close enough."""
+
+_EXACT = 15
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A label minus the reference, in points.
+
+    facts:    what both have in common besides the seed (shots, ...)
+    runs:     pairs
+    mean:     of the differences
+    interval: 95 % interval of the mean (Student's t); infinite for a single pair
+    p_value:  two-sided, of the sign-flip permutation test: exact up to 15 pairs
+    """
+
+    label: str
+    facts: tuple[Any, ...]
+    runs: int
+    mean: float
+    interval: tuple[float, float]
+    p_value: float
+
+
+def compare(rows: Sequence[Mapping[str, Any]], reference: str, by: Sequence[str]) -> list[Comparison]:
+    """Every label against `reference`, over seeds; runs of the same facts and seed make a pair.
+
+    by: facts as in the recipe; "label" itself is left out. Labels without such pairs are left out, too.
+    """
+    paths = [path for path in by if path != "label"]
+    runs: dict[str, dict[tuple[Any, ...], dict[Any, float]]] = {}
+    for row in rows:
+        facts = tuple(look_up(row, path) for path in paths)
+        runs.setdefault(str(row["label"]), {}).setdefault(facts, {})[row["seed"]] = row["mean"]
+    found = []
+    for label, of_label in runs.items():
+        for facts, scores in of_label.items():
+            theirs = runs.get(reference, {}).get(facts, {})
+            differences = [100 * (score - theirs[seed]) for seed, score in scores.items() if seed in theirs]
+            if label != reference and differences:
+                found.append(Comparison(label, facts, len(differences), *_statistics(differences)))
+    return found
+
+
+def comparison_table(comparisons: Sequence[Comparison], reference: str, by: Sequence[str]) -> str:
+    """A Markdown table; differences whose interval leaves out 0 are bold."""
+    paths = [path for path in by if path != "label"]
+    out = [["label", *paths, "pairs", f"minus {reference}", "95 % interval", "p"]]
+    out.append(["---"] * (1 + len(paths)) + ["---:"] * 4)
+    for found in comparisons:
+        low, high = found.interval
+        mean = f"{found.mean:+.2f}"
+        text = "" if math.isinf(high) else f"{low:+.2f} to {high:+.2f}"
+        clear = low > 0 or high < 0
+        facts = ["" if fact is None else str(fact) for fact in found.facts]
+        cells = [f"**{mean}**" if clear else mean, text, f"{found.p_value:.3f}"]
+        out.append([found.label, *facts, str(found.runs), *cells])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in out) + "\n"
+
+
+def _statistics(differences: Sequence[float]) -> tuple[float, tuple[float, float], float]:
+    n, mean = len(differences), statistics.fmean(differences)
+    if n == 1:
+        return mean, (-math.inf, math.inf), 1.0
+    half = (_T_975[n - 2] if n - 1 <= len(_T_975) else 1.96) * statistics.stdev(differences) / math.sqrt(n)
+    return mean, (mean - half, mean + half), _sign_flips(differences)
+
+
+def _sign_flips(differences: Sequence[float]) -> float:
+    """Share of sign patterns whose sum is at least as far from 0; above 15 pairs, by the normal approximation."""
+    total = abs(math.fsum(differences))
+    if len(differences) > _EXACT:
+        spread = math.sqrt(math.fsum(d * d for d in differences))
+        return 2 * (1 - statistics.NormalDist().cdf(total / spread)) if spread else 1.0
+    sums = [abs(math.fsum(s * d for s, d in zip(signs, differences, strict=True)))
+            for signs in itertools.product((1, -1), repeat=len(differences))]  # fmt: skip
+    return sum(value >= total - 1e-12 for value in sums) / len(sums)
