@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cuda/masked_adamw.h"
+#include "cuda/topk_delta.h"
 
 namespace py = pybind11;
 
@@ -68,11 +69,44 @@ void masked_pack_(uintptr_t addresses, int grad_dtype, uintptr_t out, uintptr_t 
     ltp::cuda_masked_pack_(table, at<float>(out), accumulate, at<void>(stream));
 }
 
+ltp::CudaPairs pairs_of(uintptr_t pairs, int64_t n_pairs, int64_t n_tiles, int initial_dtype, int tuned_dtype) {
+    if (initial_dtype != -1) dtype_of(initial_dtype);
+    dtype_of(tuned_dtype);
+    return {at<const ltp::DeltaPair>(pairs), n_pairs, n_tiles, initial_dtype, tuned_dtype};
+}
+
+void delta_histogram(uintptr_t pairs, int64_t n_pairs, int64_t n_tiles, int initial_dtype, int tuned_dtype,
+                     uintptr_t prefixes, uintptr_t histogram, uintptr_t nonfinite, uintptr_t stream) {
+    ltp::cuda_delta_histogram(pairs_of(pairs, n_pairs, n_tiles, initial_dtype, tuned_dtype),
+                              {at<const int64_t>(prefixes), at<int64_t>(histogram), at<int64_t>(nonfinite)},
+                              at<void>(stream));
+}
+
+void delta_band(uintptr_t pairs, int64_t n_pairs, int64_t n_tiles, int initial_dtype, int tuned_dtype, uintptr_t low,
+                uintptr_t high, uintptr_t words, uintptr_t above, uintptr_t inside, uintptr_t take, uintptr_t keys,
+                uintptr_t positions, int64_t capacity, uintptr_t offsets, uintptr_t cursor, uintptr_t nonfinite,
+                uintptr_t stream) {
+    ltp::CudaBand band = {};
+    band.low = at<const int64_t>(low);
+    band.high = at<const int64_t>(high);
+    band.words = at<int32_t>(words);
+    band.above = at<int64_t>(above);
+    band.inside = at<int64_t>(inside);
+    band.take = at<const int64_t>(take);
+    band.keys = at<int32_t>(keys);
+    band.positions = at<uint16_t>(positions);
+    band.capacity = capacity;
+    band.offsets = at<int64_t>(offsets);
+    band.cursor = at<int64_t>(cursor);
+    band.nonfinite = at<int64_t>(nonfinite);
+    ltp::cuda_delta_band(pairs_of(pairs, n_pairs, n_tiles, initial_dtype, tuned_dtype), band, at<void>(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C_cuda, module) {
     using py::arg;
-    module.doc() = "CUDA kernels of ltp_sparse. Arguments are device addresses; see csrc/cuda/masked_adamw.h.";
+    module.doc() = "CUDA kernels of ltp_sparse. Arguments are device addresses; see csrc/cuda/*.h.";
     module.def("masked_adamw_", masked_adamw_, arg("addresses"), arg("param_dtype"), arg("grad_dtype"), arg("packed"),
                arg("exp_avg"), arg("exp_avg_sq"), arg("scales"), arg("master"), arg("tiles"), arg("n_tiles"),
                arg("words"), arg("ranks"), arg("positions"), arg("coefficients"), arg("anchor"), arg("stochastic"),
@@ -82,5 +116,11 @@ PYBIND11_MODULE(_C_cuda, module) {
                arg("coefficients"), arg("anchor"), arg("out"), arg("parts"), arg("stream"));
     module.def("masked_pack_", masked_pack_, arg("addresses"), arg("grad_dtype"), arg("out"), arg("tiles"),
                arg("n_tiles"), arg("words"), arg("ranks"), arg("positions"), arg("accumulate"), arg("parts"),
+               arg("stream"));
+    module.def("delta_histogram", delta_histogram, arg("pairs"), arg("n_pairs"), arg("n_tiles"), arg("initial_dtype"),
+               arg("tuned_dtype"), arg("prefixes"), arg("histogram"), arg("nonfinite"), arg("stream"));
+    module.def("delta_band", delta_band, arg("pairs"), arg("n_pairs"), arg("n_tiles"), arg("initial_dtype"),
+               arg("tuned_dtype"), arg("low"), arg("high"), arg("words"), arg("above"), arg("inside"), arg("take"),
+               arg("keys"), arg("positions"), arg("capacity"), arg("offsets"), arg("cursor"), arg("nonfinite"),
                arg("stream"));
 }

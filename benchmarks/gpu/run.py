@@ -90,23 +90,33 @@ class Steps:
             self.failed.append(name)
 
 
+TABLES = {
+    # measurements -> the columns of a cell, and the ratio shown
+    "masked_adamw": (("precision", "provider", "mode"), "ratio_to_fused", "against torch fused"),
+    "topk_delta": (("dtype", "deltas", "provider"), "ratio_to_topk", "against sub + abs + cat + topk"),
+}
+
+
 def report(folder: Path) -> None:
-    """A table of the measurements, as Markdown."""
-    source = folder / "masked_adamw.csv"
-    if not source.exists():
-        return
-    lines = ["# masked_adamw_ on " + json.loads((folder / "environment.json").read_text())["device"], ""]
-    lines += [
-        "| entries | density | precision | provider | mode | ms | of a copy | against torch fused |",
-        "|---" * 8 + "|",
-    ]
-    with source.open() as file:
-        for row in csv.DictReader(file):
-            share = f"{100 * float(row['share_of_copy']):.0f} %" if row["share_of_copy"] else ""
-            what = f"{int(row['n']):,} | {float(row['density']):g} | {row['precision']}"
-            found = f"{float(row['p50_ms']):.4f} | {share} | {float(row['ratio_to_fused']):.2f}x"
-            lines.append(f"| {what} | {row['provider']} | {row['mode']} | {found} |")
-    (folder / "report.md").write_text("\n".join(lines) + "\n")
+    """Tables of the measurements, as Markdown."""
+    device = json.loads((folder / "environment.json").read_text())["device"]
+    lines = []
+    for name, (columns, ratio, title) in TABLES.items():
+        source = folder / f"{name}.csv"
+        if not source.exists():
+            continue
+        heads = ["entries", "density", *columns, "ms", "of a copy", title]
+        lines += [f"# {name} on {device}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        with source.open() as file:
+            for row in csv.DictReader(file):
+                share = f"{100 * float(row['share_of_copy']):.0f} %" if row["share_of_copy"] else ""
+                found = f"{float(row[ratio]):.2f}x" if row[ratio] else ""
+                what = [f"{int(row['n']):,}", f"{float(row['density']):g}", *(row[column] for column in columns)]
+                cells = [*what, f"{float(row['p50_ms']):.4f}", share, found]
+                lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    if lines:
+        (folder / "report.md").write_text("\n".join(lines))
 
 
 def main() -> None:
@@ -114,7 +124,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="cpu tries the suite without a GPU, on a tiny model")
     parser.add_argument("--full", action="store_true", help="the rest of the grid instead of the core")
     parser.add_argument("--part", default="1/1", help="with --full: i/n")
-    parser.add_argument("--seconds", type=float, default=270, help="for the measurements")
+    parser.add_argument("--seconds", type=float, default=240, help="for the measurements")
     parser.add_argument("--folder", type=Path)
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -137,18 +147,20 @@ def main() -> None:
         if not args.full:
             # -P: not the sources in this folder, which lack the compiled modules
             tests = [python, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py"]
-            steps.run("tests", tests, 150)
+            steps.run("tests", tests, 180)
             if shutil.which("compute-sanitizer"):
-                small = [*tests, "-k", "bitmap and (plain or 8bit) and bf16"]
+                small = [*tests, "-k", "bitmap and (plain or 8bit) and bf16 or passes and bf16-bf16"]
                 for tool in ("memcheck", "racecheck"):
                     check = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *small]
                     steps.run(tool, check, 60)
             else:
                 print("== skipped: compute-sanitizer is not on the PATH")
-    measure = [python, "benchmarks/gpu/measure.py", "--device", args.device, *grid, "--seconds", str(args.seconds)]
-    if args.device == "cpu":
-        measure += ["--repeats", "4"]
-    steps.run("measure", [*measure, "--out", str(folder / "masked_adamw.csv")], args.seconds + 120)
+    for name, script, share in (("masked_adamw", "measure", 0.75), ("topk_delta", "measure_topk_delta", 0.25)):
+        seconds = share * args.seconds
+        measure = [python, f"benchmarks/gpu/{script}.py", "--device", args.device, *grid, "--seconds", str(seconds)]
+        if args.device == "cpu":
+            measure += ["--repeats", "4"]
+        steps.run(f"measure {name}", [*measure, "--out", str(folder / f"{name}.csv")], seconds + 120)
     report(folder)
     print("results:", *sorted(path.name for path in folder.iterdir()), "in", folder)
     if steps.failed:

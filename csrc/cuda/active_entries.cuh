@@ -2,11 +2,14 @@
 //
 // Everything is written over a `Threads` policy, so that the same code runs on a GPU and, thread by thread, in the
 // emulation that tests it without one:
-//   threads.each(f)   calls f(thread) on every thread of the block; what the threads did before is not visible to
-//   others
-//                     until threads.sync()
-//   threads.largest(v) the largest of a number per thread, on all threads; synchronises
-//   PerThread<T>      a variable of every thread that outlives each()
+//   each(f)                    calls f(thread) on every thread of the block; what the threads did before is not visible
+//                              to others until sync()
+//   largest(v), sum(v)         of a number per thread, on all threads and on thread 0; synchronise
+//   scan(v)                    replaces a number per thread by the sum of those of earlier threads, returns that of
+//                              all; synchronises
+//   from_lane_xor(v, mask, r)  r of every thread: v of the lane of its warp whose number differs in the bits of mask
+//   count(c), add(c, v)        atomically adds 1 in shared, and v in global memory; the latter returns what was there
+//   PerThread<T>               a variable of every thread that outlives each()
 #pragma once
 
 #include "../common/tile.h"

@@ -3,69 +3,24 @@
 #include <stdexcept>
 #include <string>
 
+#include "device_threads.cuh"
 #include "masked_adamw_block.cuh"
 
 namespace ltp {
 namespace {
 
-// The threads of a thread block.
-class DeviceThreads {
-  public:
-    template <class T>
-    struct PerThread {
-        T own;
-        __device__ T& operator[](int) { return own; }
-    };
-
-    __device__ explicit DeviceThreads(double* scratch) : scratch_(scratch) {}
-
-    template <class F>
-    __device__ void each(F f) {
-        f(int(threadIdx.x));
-    }
-
-    __device__ void sync() { __syncthreads(); }
-
-    __device__ int largest(PerThread<int>& values) {
-        int* const scratch = reinterpret_cast<int*>(scratch_);
-        const int warp = __reduce_max_sync(0xFFFFFFFF, values.own);
-        __syncthreads();  // the scratch may still be read
-        if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = warp;
-        __syncthreads();
-        int result = scratch[0];
-        for (int i = 1; i < kThreads / 32; ++i) result = max(result, scratch[i]);
-        return result;
-    }
-
-    // Thread 0 has the result; always in the same order.
-    __device__ double sum(PerThread<double>& values) {
-        for (int offset = 16; offset > 0; offset /= 2) {
-            values.own += __shfl_down_sync(0xFFFFFFFF, values.own, offset);
-        }
-        __syncthreads();
-        if (threadIdx.x % 32 == 0) scratch_[threadIdx.x / 32] = values.own;
-        __syncthreads();
-        double result = scratch_[0];
-        for (int i = 1; i < kThreads / 32; ++i) result += scratch_[i];
-        return result;
-    }
-
-  private:
-    double* scratch_;
-};
-
 template <class Param, class Grad, bool PACKED>
 __global__ void __launch_bounds__(kThreads) update_kernel(CudaTable table, CudaMoments moments, bool stochastic) {
     __shared__ uint16_t listed[kSubTile];
     __shared__ double scratch[kThreads / 32];
-    DeviceThreads threads(scratch);
+    DeviceThreads<kThreads> threads(scratch);
     update_block<Param, Grad, PACKED>(table, moments, stochastic, blockIdx.x, listed, threads);
 }
 
 template <class Param, class Grad, bool PACKED>
 __global__ void __launch_bounds__(kThreads) update_coded_kernel(CudaTable table, CudaMoments moments, bool stochastic) {
     __shared__ double scratch[kThreads / 32];
-    DeviceThreads threads(scratch);
+    DeviceThreads<kThreads> threads(scratch);
     update_coded_block<Param, Grad, PACKED>(table, moments, stochastic, blockIdx.x, threads);
 }
 
@@ -73,7 +28,7 @@ template <class Param, class Grad, bool PACKED>
 __global__ void __launch_bounds__(kThreads) sum_squares_kernel(CudaTable table, double* out) {
     __shared__ uint16_t listed[kSubTile];
     __shared__ double scratch[kThreads / 32];
-    DeviceThreads threads(scratch);
+    DeviceThreads<kThreads> threads(scratch);
     const double sum = sum_squares_block<Param, Grad, PACKED>(table, blockIdx.x, listed, threads);
     if (threadIdx.x == 0) out[blockIdx.x] = sum;
 }
@@ -82,7 +37,7 @@ template <class Grad>
 __global__ void __launch_bounds__(kThreads) pack_kernel(CudaTable table, float* out, bool accumulate) {
     __shared__ uint16_t listed[kSubTile];
     __shared__ double scratch[kThreads / 32];
-    DeviceThreads threads(scratch);
+    DeviceThreads<kThreads> threads(scratch);
     pack_block<Grad>(table, out, accumulate, blockIdx.x, listed, threads);
 }
 

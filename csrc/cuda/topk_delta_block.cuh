@@ -1,0 +1,340 @@
+// What one thread block does of delta_histogram and delta_band; see active_entries.cuh for `Threads`.
+#pragma once
+
+#include <type_traits>
+
+#include "../common/delta_key.h"
+#include "active_entries.cuh"
+#include "topk_delta.h"
+
+namespace ltp {
+
+// Before a loop: how often nvcc is to unroll it, a constant expression.
+#if defined(__CUDACC__)
+#define LTP_PRAGMA(text) _Pragma(#text)
+#define LTP_UNROLL(times) LTP_PRAGMA(unroll(times))
+#else
+#define LTP_UNROLL(times)
+#endif
+
+constexpr int kHistogramThreads = 1024;
+constexpr int kBandThreads = 256;
+constexpr int kWordsPerTile = int(kTile / 32);
+constexpr int kShare = 32;  // entries of a thread between two exchanges with its warp: one word
+constexpr int kWarpShare = 32 * kShare;
+constexpr int kCollected = 2048;  // candidates whose positions are listed in shared memory at a time
+
+// The storage type of an `initial` that is not there.
+struct Zeros {};
+
+template <class T>
+LTP_HD float widened(T value) {
+    return to_float32(value);
+}
+
+#if defined(__CUDA_ARCH__)
+__device__ __forceinline__ float widened(Float16 value) {  // one instruction, and as exact
+    float result;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+    return result;
+}
+#endif
+
+LTP_HD float delta_of(Zeros, float tuned) { return tuned; }
+
+template <class Initial>
+LTP_HD float delta_of(Initial initial, float tuned) {
+    return tuned - widened(initial);
+}
+
+template <class T, int N>
+struct alignas(sizeof(T) * N) Vector {
+    T item[N];
+};
+
+template <class T, int N>
+LTP_HD Vector<T, N> load_vector(const T* from) {
+#if defined(__CUDA_ARCH__)
+    // Says what the compiler cannot see: global memory, and never written.
+    using Raw = std::conditional_t<sizeof(T) * N == 16, int4, int2>;
+    const Raw raw = __ldg(reinterpret_cast<const Raw*>(from));
+    Vector<T, N> vector;
+    memcpy(&vector, &raw, sizeof vector);
+    return vector;
+#else
+    return *reinterpret_cast<const Vector<T, N>*>(from);
+#endif
+}
+
+// Row of the pair that tile number `tile` belongs to.
+LTP_HD int64_t pair_of(const CudaPairs& pairs, int64_t tile) {
+    int64_t first = 0, count = pairs.n_pairs;
+    while (count > 1) {  // the last row that begins at `tile` or before: a pair without entries never is
+        const int64_t half = count / 2;
+        if (pairs.rows[first + half].tile <= tile) {
+            first += half;
+            count -= half;
+        } else {
+            count = half;
+        }
+    }
+    return first;
+}
+
+LTP_HD bool is_served(const CudaPairs& pairs, const DeltaPair& pair) {
+    return pair.initial_dtype == pairs.initial_dtype && pair.tuned_dtype == pairs.tuned_dtype;
+}
+
+// The entries of one tile of a pair.
+template <class Initial, class Tuned>
+struct PairTile {
+    static constexpr bool kHasInitial = !std::is_same_v<Initial, Zeros>;
+    static constexpr int kVector = sizeof(Initial) == 4 || sizeof(Tuned) == 4 ? 4 : 8;  // entries of 16 bytes
+
+    const Initial* initial;
+    const Tuned* tuned;
+    int length;
+    bool aligned;
+
+    LTP_HD PairTile(const DeltaPair& pair, int64_t number) {
+        const int64_t start = (number - pair.tile) * kTile;
+        initial = kHasInitial ? reinterpret_cast<const Initial*>(pair.initial) + start : nullptr;
+        tuned = reinterpret_cast<const Tuned*>(pair.tuned) + start;
+        length = int(pair.size - start < kTile ? pair.size - start : kTile);
+        aligned = (pair.initial | pair.tuned) % 16 == 0;
+    }
+
+    LTP_HD int32_t key(int entry) const {
+        Initial before = {};
+        if constexpr (kHasInitial) before = initial[entry];
+        return delta_key(delta_of(before, widened(tuned[entry])));
+    }
+
+    // The keys of kVector entries from `entry` on, a multiple of kVector; 0 beyond the end. WHOLE: none is beyond, and
+    // they can be loaded as vectors.
+    template <bool WHOLE>
+    LTP_HD void keys(int entry, int32_t* out) const {
+        if constexpr (WHOLE) {
+            Vector<Initial, kVector> before = {};
+            if constexpr (kHasInitial) before = load_vector<Initial, kVector>(initial + entry);
+            const auto after = load_vector<Tuned, kVector>(tuned + entry);
+            for (int j = 0; j < kVector; ++j) out[j] = delta_key(delta_of(before.item[j], widened(after.item[j])));
+        } else {
+            for (int j = 0; j < kVector; ++j) out[j] = entry + j < length ? key(entry + j) : 0;
+        }
+    }
+
+    // Calls visit(std::true_type or std::false_type), the argument of keys(), for entries first .. end - 1.
+    template <class Visit>
+    LTP_HD void with_loads(int first, int end, Visit visit) const {
+        if (aligned && end <= length) {
+            visit(std::true_type());
+        } else if (first < length) {
+            visit(std::false_type());
+        }
+    }
+};
+
+// The part of the bins that a launch counts, in shared memory: `count` of them from `first` on.
+struct BinRange {
+    int row;           // bins of a group
+    int first, count;  // the range
+    int shift;         // low bits of a key that its bin leaves out
+};
+
+template <class Threads>
+LTP_HD void merge_bins(const BinRange& range, const CudaHistogram& histogram, int64_t group, uint32_t* bins,
+                       Threads& threads) {
+    threads.sync();
+    threads.each([&](int thread) {
+        int64_t* const row = histogram.bins + group * range.row + range.first;
+        for (int bin = thread; bin < range.count; bin += kHistogramThreads) {
+            if (bins[bin] != 0) threads.add(row + bin, bins[bin]);
+            bins[bin] = 0;
+        }
+    });
+    threads.sync();
+}
+
+// Counts the keys of part `block` of `blocks` of the tiles. bins: [range.count] in shared memory; 32 bits do, as no
+// thread block has 2^32 entries of the memory of a device.
+template <class Initial, class Tuned, class Threads>
+LTP_HD void histogram_block(const CudaPairs& pairs, const CudaHistogram& histogram, const BinRange& range,
+                            int64_t block, int64_t blocks, uint32_t* bins, Threads& threads) {
+    using Tile = PairTile<Initial, Tuned>;
+    constexpr int kLoads = 16 / Tile::kVector, kStep = 16 * kHistogramThreads;
+    const int64_t begin = pairs.n_tiles * block / blocks, end = pairs.n_tiles * (block + 1) / blocks;
+    if (begin == end) return;
+    threads.each([&](int thread) {
+        for (int bin = thread; bin < range.count; bin += kHistogramThreads) bins[bin] = 0;
+    });
+    threads.sync();
+    typename Threads::template PerThread<int32_t> largest;
+    threads.each([&](int thread) { largest[thread] = 0; });
+    int64_t at = pair_of(pairs, begin), group = pairs.rows[at].group;
+    for (int64_t number = begin; number < end; ++number) {
+        while (at + 1 < pairs.n_pairs && pairs.rows[at + 1].tile <= number) ++at;
+        const DeltaPair pair = pairs.rows[at];
+        if (!is_served(pairs, pair)) continue;
+        if (pair.group != group) {
+            merge_bins(range, histogram, group, bins, threads);
+            group = pair.group;
+        }
+        const Tile tile(pair, number);
+        const int32_t prefix = histogram.prefixes == nullptr ? 0 : int32_t(histogram.prefixes[group]) << 16;
+        const uint32_t base = uint32_t(prefix + (range.first << range.shift));
+        threads.each([&](int thread) {
+            const auto count = [&](int32_t key) {
+                const uint32_t bin = (uint32_t(key) - base) >> range.shift;  // what is below the range wraps beyond it
+                if (key != 0 && bin < uint32_t(range.count)) threads.count(bins + bin);
+                largest[thread] = key > largest[thread] ? key : largest[thread];
+            };
+            int first = 0;
+            for (; tile.aligned && first + kStep <= tile.length; first += kStep) {
+                // All loads come before the first count: their memory is waited for once.
+                int32_t keys[kLoads][Tile::kVector];
+                for (int load = 0; load < kLoads; ++load) {
+                    tile.template keys<true>(first + (load * kHistogramThreads + thread) * Tile::kVector, keys[load]);
+                }
+                for (int i = 0; i < kLoads * Tile::kVector; ++i) count(keys[i / Tile::kVector][i % Tile::kVector]);
+            }
+            for (int entry = first + thread; entry < tile.length; entry += kHistogramThreads) count(tile.key(entry));
+        });
+    }
+    merge_bins(range, histogram, group, bins, threads);
+    threads.each([&](int thread) {
+        if (largest[thread] >= kFirstNonfinite) *histogram.nonfinite = 1;
+    });
+}
+
+// The shared memory of band_block.
+struct BandScratch {
+    uint32_t inside[kWordsPerTile];  // the bitmap of the candidates
+    uint16_t listed[kCollected];
+    int64_t offset;
+};
+
+// Every thread has bits of 32 / N pieces of its own: piece s, the N bits from N * s on, belongs to N entries of the
+// word number s of its group of 32 / N lanes. After it, lane i of the group has word i.
+template <int N, class Threads>
+LTP_HD void gather_words(typename Threads::template PerThread<uint32_t>& bits, Threads& threads) {
+    typename Threads::template PerThread<uint32_t> other;
+    for (int width = 16; width >= N; width /= 2) {
+        threads.from_lane_xor(bits, width / N, other);
+        threads.each([&](int thread) {
+            const uint32_t low = 0xFFFFFFFFu / ((1u << width) + 1);  // the lower half of every 2 * width bits
+            const uint32_t received = other[thread];
+            bits[thread] = (thread & width / N) == 0 ? (bits[thread] & low) | (received & low) << width
+                                                     : (bits[thread] & ~low) | (received & ~low) >> width;
+        });
+    }
+}
+
+// Marks, counts and collects the entries of one tile.
+template <class Initial, class Tuned, class Threads>
+LTP_HD void band_block(const CudaPairs& pairs, const CudaBand& band, int64_t number, BandScratch& scratch,
+                       Threads& threads) {
+    using Tile = PairTile<Initial, Tuned>;
+    constexpr int kVector = Tile::kVector, kLoads = kShare / kVector;
+    constexpr int kOwnWords = kWordsPerTile / kBandThreads;
+    const DeltaPair pair = pairs.rows[pair_of(pairs, number)];
+    if (!is_served(pairs, pair)) return;
+    const Tile tile(pair, number);
+    const int n_words = 2 * ((tile.length + 63) / 64);
+    int32_t* const words = band.words + pair.word + (number - pair.tile) * kWordsPerTile;
+    // No key is above 2^31 - 1, so any larger bound means the same as 2^31.
+    const auto bound = [](int64_t key) { return int32_t(key - 1 < INT32_MAX ? key - 1 : INT32_MAX); };
+    const int32_t lower = bound(band.low[pair.group]), upper = bound(band.high[pair.group]);
+
+    typename Threads::template PerThread<uint32_t> marked, between;
+    typename Threads::template PerThread<int32_t> largest;
+    typename Threads::template PerThread<int> n_above, n_inside;
+    threads.each([&](int thread) { largest[thread] = n_above[thread] = 0; });
+    for (int begin = 0; begin < 32 * n_words; begin += kBandThreads * kShare) {
+        threads.each([&](int thread) {
+            const int first = begin + thread / 32 * kWarpShare, lane = thread % 32;
+            uint32_t over_upper = 0, over_lower = 0;
+            tile.with_loads(first, first + kWarpShare, [&](auto whole) {
+                LTP_UNROLL(decltype(whole)::value ? 4 : 1)
+                for (int load = 0; load < kLoads; ++load) {
+                    int32_t keys[kVector];
+                    tile.template keys<decltype(whole)::value>(first + (32 * load + lane) * kVector, keys);
+                    uint32_t upper_bits = 0, lower_bits = 0;
+                    for (int j = 0; j < kVector; ++j) {
+                        if (keys[j] > upper) upper_bits |= 1u << j;
+                        if (keys[j] > lower) lower_bits |= 1u << j;
+                        largest[thread] = keys[j] > largest[thread] ? keys[j] : largest[thread];
+                    }
+                    over_upper |= upper_bits << load * kVector;
+                    over_lower |= lower_bits << load * kVector;
+                }
+            });
+            marked[thread] = over_upper;
+            between[thread] = over_lower & ~over_upper;
+        });
+        gather_words<kVector>(marked, threads);
+        gather_words<kVector>(between, threads);
+        threads.each([&](int thread) {
+            const int lane = thread % 32, group = lane / kLoads, load = lane % kLoads;
+            const int word = (begin + thread / 32 * kWarpShare) / 32 + load * kVector + group;
+            scratch.inside[word] = between[thread];
+            if (word < n_words) words[word] = int32_t(marked[thread]);
+            n_above[thread] += count_bits(marked[thread]);
+        });
+    }
+    const int total_above = threads.scan(n_above);  // its synchronisation shows the words to all
+    // From here on, thread t has the words from t * kOwnWords on.
+    threads.each([&](int thread) {
+        n_inside[thread] = 0;
+        for (int word = thread * kOwnWords; word < (thread + 1) * kOwnWords; ++word) {
+            if (word < n_words) n_inside[thread] += count_bits(scratch.inside[word]);
+        }
+    });
+    auto& before = n_inside;  // candidates before the words of a thread
+    const int total = threads.scan(before);
+
+    threads.each([&](int thread) {
+        if (largest[thread] >= kFirstNonfinite) *band.nonfinite = 1;
+        if (thread != 0) return;
+        const int64_t offset = total == 0 ? 0 : threads.add(band.cursor, total);
+        scratch.offset = offset + total <= band.capacity ? offset : -1;
+        band.above[number] = total_above;
+        band.inside[number] = total;
+        band.offsets[number] = scratch.offset;
+    });
+    if (band.take != nullptr) {
+        threads.each([&](int thread) {
+            int64_t left = band.take[number] - before[thread];
+            for (int word = thread * kOwnWords; left > 0 && word < (thread + 1) * kOwnWords && word < n_words; ++word) {
+                for (uint32_t bits = scratch.inside[word]; bits != 0 && left > 0; bits &= bits - 1, --left) {
+                    words[word] |= int32_t(bits & (0u - bits));
+                }
+            }
+        });
+    }
+    threads.sync();
+    if (scratch.offset < 0) return;
+    for (int first = 0; first < total; first += kCollected) {
+        const int count = total - first < kCollected ? total - first : kCollected;
+        threads.each([&](int thread) {
+            int rank = before[thread] - first;
+            for (int word = thread * kOwnWords; word < (thread + 1) * kOwnWords && word < n_words; ++word) {
+                for (uint32_t bits = scratch.inside[word]; bits != 0; bits &= bits - 1, ++rank) {
+                    if (rank < 0 || rank >= count) continue;
+                    scratch.listed[rank] = uint16_t(32 * word + count_bits((bits & (0u - bits)) - 1));
+                }
+            }
+        });
+        threads.sync();
+        threads.each([&](int thread) {
+            for (int i = thread; i < count; i += kBandThreads) {
+                const int64_t slot = scratch.offset + first + i;
+                band.keys[slot] = tile.key(scratch.listed[i]);
+                band.positions[slot] = scratch.listed[i];
+            }
+        });
+        threads.sync();
+    }
+}
+
+}  // namespace ltp
