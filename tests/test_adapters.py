@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ltp_sparse.modules import Adapter, AdapterStack, InvertibleAdapter, SequenceClassifier, collator, encode_pairs
 from ltp_sparse.names import canonical_parameters
-from ltp_sparse.training.backbone import logits_only_at
+from ltp_sparse.training.mlm import token_losses
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -160,8 +160,11 @@ def test_language_modelling_inverts_before_the_decoder(language_model, batch):
     AdapterStack(language, drop_last=False).attach(language_model)
     positions = batch["attention_mask"].bool()
     torch.testing.assert_close(language_model(**encoded(batch)).logits[positions], expected[positions])
-    with logits_only_at(language_model, positions):
-        torch.testing.assert_close(language_model(**encoded(batch)).logits, expected[positions])
+    labels = torch.where(positions, batch["input_ids"], -100)
+    with token_losses(language_model, labels):
+        losses = language_model(**encoded(batch)).logits
+    wanted = F.cross_entropy(expected[positions], labels[positions], reduction="none")
+    torch.testing.assert_close(losses, wanted)
 
 
 def test_new_adapters_change_little(language_model, batch):

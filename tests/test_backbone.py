@@ -14,7 +14,7 @@ from ltp_sparse import Ticket, canonical_parameters
 from ltp_sparse.names import is_layer_norm
 from ltp_sparse.selection import pools
 from ltp_sparse.topk import entries_for
-from ltp_sparse.training.backbone import backbone_from_config, decouple, is_decoupled, load_backbone, logits_only_at
+from ltp_sparse.training.backbone import backbone_from_config, decouple, is_decoupled, load_backbone
 
 E_IN, E_OUT = "roberta.embeddings.word_embeddings.weight", "lm_head.decoder.weight"
 
@@ -182,23 +182,6 @@ def test_loading_refuses(tmp_path):
     BertConfig().save_pretrained(folder)
     with pytest.raises(ValueError, match="got 'bert'"):
         load_backbone(folder)
-
-
-def test_logits_only_at():
-    model = tiny_model()
-    ids = torch.arange(4, 16).view(2, 6)
-    positions = torch.zeros(2, 6, dtype=torch.bool)
-    positions[0, 2] = positions[1, 0] = positions[1, 5] = True
-    whole = model(input_ids=ids).logits
-    with logits_only_at(model, positions):
-        some = model(input_ids=ids).logits
-    torch.testing.assert_close(some, whole[positions], rtol=1e-5, atol=1e-6)
-    assert torch.equal(model(input_ids=ids).logits, whole)  # the hook is gone
-    with pytest.raises(RuntimeError, match="stop"), logits_only_at(model, positions):
-        raise RuntimeError("stop")
-    assert torch.equal(model(input_ids=ids).logits, whole)
-    with logits_only_at(model, torch.zeros_like(positions)):
-        assert model(input_ids=ids).logits.shape == (0, 60)
 
 
 def test_real_tokenizer_fits(shared_data, tmp_path):

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from ltp_sparse import canonical_parameters
 from ltp_sparse.names import is_layer_norm, layer_of
 from ltp_sparse.selection import ShortTicket, pools
+from ltp_sparse.training import mlm
 from ltp_sparse.training.mlm import (
     IGNORED,
     MaskedTexts,
@@ -25,6 +26,7 @@ from ltp_sparse.training.mlm import (
     masked_token_loss,
     split_texts,
     text_hash,
+    token_losses,
     tune_mlm,
 )
 
@@ -180,44 +182,81 @@ def test_too_little_text_is_an_error(tokenizer):
 # --- loss ------------------------------------------------------------------------------------------------------------
 
 
-def test_loss_is_that_of_all_logits(tokenizer, texts):
-    from ltp_sparse.training.backbone import logits_only_at
-
-    model = build().eval()
+@pytest.mark.parametrize("rows", [1, 5, 1000])
+@pytest.mark.parametrize("tied", [True, False])
+def test_loss_is_that_of_all_logits(tokenizer, texts, monkeypatch, rows, tied):
+    """Whatever the number of positions whose logits exist at a time; gradients, too."""
+    model = build(decoupled=not tied).eval()
+    monkeypatch.setattr(mlm, "_LOGITS", rows * model.config.vocab_size)
     dataset = MaskedTexts(texts, tokenizer, length=16)
     batch = PadRight(1)([dataset[i] for i in range(8)])
     labels = batch.pop("labels")
     expected = model(**batch, labels=labels).loss
-    with logits_only_at(model, labels != IGNORED):
+    expected.backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    whole = model(**batch).logits
+    with token_losses(model, labels):
         outputs = model(**batch)
-    torch.testing.assert_close(masked_token_loss(outputs, labels), expected)
+    assert torch.equal(model(**batch).logits, whole)  # the model is as before
+    loss = masked_token_loss(outputs, labels)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if name in wanted:
+            torch.testing.assert_close(parameter.grad, wanted[name], atol=1e-6, rtol=1e-4)
     count = int((labels != IGNORED).sum())
     half = masked_token_loss(outputs, labels, num_items_in_batch=2 * count)
     torch.testing.assert_close(half, expected / 2)
+    with pytest.raises(RuntimeError, match="stop"), token_losses(model, labels):
+        raise RuntimeError("stop")
+    assert torch.equal(model(**batch).logits, whole)
+
+
+def test_few_logits_exist_at_a_time(tokenizer, texts, monkeypatch):
+    model = build()
+    monkeypatch.setattr(mlm, "_LOGITS", 3 * model.config.vocab_size)
+    dataset = MaskedTexts(texts, tokenizer, length=16)
+    batch = PadRight(1)([dataset[i] for i in range(8)])
+    labels = batch.pop("labels")
+    largest = []
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.shape[1:] == (model.config.vocab_size,):
+                largest.extend([len(result)] if len(result) != model.config.hidden_size else [])  # not the weight
+            return result
+
+    with Largest(), token_losses(model, labels):
+        masked_token_loss(model(**batch), labels).backward()
+    assert int((labels != IGNORED).sum()) > 6 and max(largest) == 3
 
 
 def test_batch_without_a_masked_token_has_zero_loss_and_gradient():
-    logits = torch.zeros(0, 7, requires_grad=True)
-    outputs = type("Outputs", (), {"logits": logits})
-    loss = masked_token_loss(outputs, torch.full((2, 3), IGNORED))
+    model, ids = build(), torch.full((2, 3), 5)
+    labels = torch.full((2, 3), IGNORED)
+    with token_losses(model, labels):
+        loss = masked_token_loss(model(input_ids=ids), labels)
     loss.backward()
-    assert loss.item() == 0 and logits.grad.shape == (0, 7)
+    assert loss.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
 class Shapes(TrainerCallback):
-    """Shapes of all logits of a run."""
+    """Shapes of all that the decoder gives in a run: a loss per masked token."""
 
     def __init__(self, model):
         self.seen = []
         model.lm_head.decoder.register_forward_hook(lambda module, inputs, output: self.seen.append(output.shape))
 
 
-def test_logits_exist_at_masked_positions_only(tokenizer, texts):
+def test_the_head_runs_at_masked_positions_only(tokenizer, texts):
     model = build()
     shapes = Shapes(model)
     tune(model, tokenizer, texts, max_steps=5)
     assert len(shapes.seen) > 5
-    assert all(len(shape) == 2 and shape[0] < 8 * 16 / 2 for shape in shapes.seen)
+    assert all(len(shape) == 1 and shape[0] < 8 * 16 / 2 for shape in shapes.seen)
 
 
 def test_every_epoch_has_its_own_masks(tokenizer, texts):

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-
-from ltp_sparse.names import unwrapped
+from torch import nn
 
 if TYPE_CHECKING:
     from transformers import (
@@ -122,22 +118,6 @@ def decouple(model: XLMRobertaForMaskedLM) -> XLMRobertaForMaskedLM:
 def is_decoupled(model: Any) -> bool:
     """Whether the LM head reads another tensor than the word embedding."""
     return model.get_output_embeddings().weight is not model.get_input_embeddings().weight
-
-
-@contextmanager
-def logits_only_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
-    """Within this context the LM head runs at selected positions only; `model(...).logits` is [positions, vocabulary].
-
-    model:     a masked-LM model, possibly wrapped (DDP, torch.compile): call the wrapper, its hooks see nothing of this
-    positions: bool [batch, length]; rows of the logits come in row-major order. All logits of a 32 x 256 batch of XLM-R
-               would be 8.2 GB, those of its masked positions are 1.2 GB.
-    """
-    head: Any = unwrapped(model).lm_head
-    handle = head.register_forward_pre_hook(lambda module, inputs: (inputs[0][positions], *inputs[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _save_both_biases(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:

@@ -11,8 +11,8 @@ import hashlib
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
@@ -27,14 +28,14 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from ltp_sparse.checkpoints import Reader, open_checkpoint
 from ltp_sparse.delta import SparseDelta, gather, scatter_
-from ltp_sparse.names import canonical_parameters, canonical_tensors, layer_of
+from ltp_sparse.names import canonical_parameters, canonical_tensors, layer_of, unwrapped
 from ltp_sparse.reference import delta_keys
 from ltp_sparse.selection import Weights, pools, select
 from ltp_sparse.selection.budgets import Budget
 from ltp_sparse.selection.sources import ScoreFunction, open_weights
 from ltp_sparse.ticket import Ticket
 from ltp_sparse.topk import entries_for
-from ltp_sparse.training.backbone import is_decoupled, logits_only_at
+from ltp_sparse.training.backbone import is_decoupled
 from ltp_sparse.training.trainer import KeepBest, SparseTrainer, last_checkpoint
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 _TOKENIZER_BATCH = 1000
+_LOGITS = 1 << 26  # logits that exist at a time
 _LARGEST_KEY = 0x7F7FFFFF  # the bits of the largest finite float32
 
 STRATEGIES: dict[str, Callable[[str], bool]] = {
@@ -152,7 +154,7 @@ def tune_mlm(
 
     Everything in the strategy's pool trains, and the LM head's dense, layer_norm and bias (never selected; `reset`
     takes them back); LayerNorms and a decoupled output embedding stay fixed. All of it is one `MaskedAdamW` with the L1
-    pull fused in. Logits are made at masked positions only.
+    pull fused in. Logits are made at masked positions only, some at a time.
 
     Args:
         model: tied for "vanilla", decoupled for "decoupled": `load_backbone(..., decoupled=...)`.
@@ -366,7 +368,7 @@ def _training_arguments(
 
 
 class MLMTrainer(SparseTrainer):
-    """A `SparseTrainer` on masked tokens: logits at masked positions only, and an evaluation loss per masked token.
+    """A `SparseTrainer` on masked tokens: the LM head at masked positions only, and a loss per masked token.
 
     Datasets give what `PadRight` collates. The training loss is the mean over the masked tokens of an update, over all
     its micro-batches and processes; `eval_loss` is that over all masked tokens of the set, whatever the batch size.
@@ -377,7 +379,7 @@ class MLMTrainer(SparseTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The loss of a micro-batch, see `masked_token_loss`."""
-        with logits_only_at(model, inputs["labels"] != IGNORED):
+        with token_losses(model, inputs["labels"]):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     @torch.no_grad()
@@ -387,9 +389,8 @@ class MLMTrainer(SparseTrainer):
         """Sum of losses (float64 [B]) and number of masked tokens (int64 [B]) of every sequence, for `_token_mean`."""
         labels = inputs["labels"]
         masked = labels != IGNORED
-        with logits_only_at(model, masked):
-            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-        losses = F.cross_entropy(logits.float(), labels[masked], reduction="none")
+        with token_losses(model, labels):
+            losses = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
         sums = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
         return None, sums.index_add_(0, masked.nonzero()[:, 0], losses.double()), masked.sum(1)
 
@@ -397,11 +398,46 @@ class MLMTrainer(SparseTrainer):
 def masked_token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
     """Sum of cross-entropies over the masked tokens, divided by their number in the whole update (or in this batch).
 
-    outputs: with logits [masked tokens, vocabulary]; labels: int64 [B, L], -100 where not masked.
+    outputs: made within `token_losses`; labels: int64 [B, L], -100 where not masked.
     """
-    targets = labels[labels != IGNORED]
-    count = torch.as_tensor(len(targets) if num_items_in_batch is None else num_items_in_batch)
-    return F.cross_entropy(outputs.logits.float(), targets, reduction="sum") / count.clamp(min=1).to(targets.device)
+    losses: Tensor = outputs.logits
+    count = torch.as_tensor(len(losses) if num_items_in_batch is None else num_items_in_batch)
+    return losses.sum() / count.clamp(min=1).to(losses.device)
+
+
+@contextmanager
+def token_losses(model: nn.Module, labels: Tensor) -> Iterator[None]:
+    """Within this context `model(...).logits` is the cross-entropy of every masked token, float32 [masked tokens].
+
+    model:  a masked-LM model, possibly wrapped (DDP): call the wrapper
+    labels: int64 [B, L], -100 where not masked; losses come in row-major order
+
+    The LM head runs at masked positions only, and its decoder on so many of them at a time that their logits stay
+    below 256 MiB; backward makes them again. All logits of a 32 x 256 batch of XLM-R would be 8.2 GB, those of the
+    masked positions 1.2 GB, and as much again for their gradients.
+    """
+    positions = labels != IGNORED
+    head: Any = unwrapped(model).lm_head
+    decoder, targets = head.decoder, labels[positions]
+    rows = max(1, _LOGITS // decoder.weight.shape[0])
+
+    def losses_of(features: Tensor, targets: Tensor) -> Tensor:
+        logits = F.linear(features, decoder.weight, decoder.bias)
+        return F.cross_entropy(logits.float(), targets, reduction="none")
+
+    def losses(features: Tensor) -> Tensor:
+        if len(features) <= rows:
+            return losses_of(features, targets)
+        pieces = zip(features.split(rows), targets.split(rows), strict=True)
+        return torch.cat([checkpoint(losses_of, *piece, use_reentrant=False) for piece in pieces])
+
+    handle = head.register_forward_pre_hook(lambda module, inputs: (inputs[0][positions], *inputs[1:]))
+    decoder.forward = losses  # of this instance only; its hooks still run
+    try:
+        yield
+    finally:
+        handle.remove()
+        del decoder.forward
 
 
 def _token_mean(prediction: Any) -> dict[str, float]:
