@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install --no-compile
 BASE := $(VENV)/.installed-torch
 TRAIN := $(VENV)/.installed-train
 TEST := $(VENV)/.installed-test
-CPP := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*.cpp)
+CPP := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
 .PHONY: help demo test bench gpu gpu-full lint lint-ruff lint-format lint-mypy lint-cpp format clean
 

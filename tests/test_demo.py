@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
+from ltp_sparse.demo.run import DemoSettings, demo, english_words
+from ltp_sparse.demo.tokenizer import build_tokenizer
 from ltp_sparse.generated.facts import LABELS, PARENT, Fact
 from ltp_sparse.generated.inference import SPLITS, documents, fact_pairs, pairs, sentences
 from ltp_sparse.generated.languages import LANGUAGES, sentence
-from ltp_sparse.demo.run import DemoSettings, demo, english_words
-from ltp_sparse.demo.tokenizer import build_tokenizer
 from ltp_sparse.methods import PromptSettings
 
 COUNT = 96
