@@ -6,6 +6,7 @@ absolute deltas) but build no masks, break ties as they like, and never look for
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -32,6 +33,8 @@ from ltp_sparse.testing import random_weights, tuned_weights
 from ltp_sparse.topk import TensorSource, select_topk
 
 BASELINE = "abs + torch.topk(sorted=False)"
+LT_SFT = "list of floats + np.partition (LT-SFT)"
+_LT_SFT_AT = 0.2
 UNTOUCHED = 0.7  # share of embedding rows that a tuning run leaves alone: words that its text does not hold
 
 
@@ -122,12 +125,29 @@ def providers_of(problem: Problem) -> list[Provider]:
     ]
 
 
+def lt_sft_row(problem: Problem, op: str, baseline: Row) -> Row:
+    """The selection of LT-SFT, which makes a Python list of all deltas; timed once, as it takes so long."""
+    start = time.perf_counter()
+    deltas: list[float] = []
+    for initial, tuned in zip(problem.initial, problem.tuned, strict=True):
+        deltas.extend((tuned - initial).abs_().view(-1).tolist())
+    parted = np.partition(deltas, problem.n - problem.k)
+    seconds = time.perf_counter() - start
+    problem.check_values(LT_SFT, problem.k, float(parted[problem.n - problem.k]))
+    milliseconds = [1e3 * seconds] * 3
+    ratio = baseline.p50 / (1e3 * seconds)
+    print(f"  {LT_SFT:<34}{1e3 * seconds:>11.3f} ms   {ratio:>7.2f} x", flush=True)
+    return Row(op, LT_SFT, "float32", problem.n, problem.k, "time", "ms", *milliseconds, ratio=ratio)
+
+
 def measure(model: str, density: float, rounds: int, untouched: float = 0.0) -> list[Row]:
     problem = Problem(model, density, untouched)
     op = f"topk_delta, {100 * untouched:g} % of embedding rows untouched" if untouched else "topk_delta"
     print(f"\n{op}: {problem.n:,} entries, {100 * density:g} % selected", flush=True)
     providers = providers_of(problem)
     rows = time_rows(op, providers, n=problem.n, k=problem.k, rounds=rounds, baseline=BASELINE)
+    if density == _LT_SFT_AT and not untouched:
+        rows.append(lt_sft_row(problem, op, next(row for row in rows if row.provider == BASELINE)))
     for provider in providers:
         peak = peak_memory(provider.run) / problem.n
         rows.append(value_row(op, provider.name, problem.n, problem.k, "temporary memory", "bytes/entry", peak))
