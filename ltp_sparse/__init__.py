@@ -11,17 +11,20 @@ from ltp_sparse.delta import SparseDelta
 from ltp_sparse.names import canonical_parameters
 from ltp_sparse.ops import masked_adamw_, topk_delta
 from ltp_sparse.optim import MaskedAdamW
-from ltp_sparse.selection import select
+from ltp_sparse.selection import Shard, TicketShard, select, select_sharded
 from ltp_sparse.ticket import Ticket
 
 __all__ = [
     "MaskedAdamW",
+    "Shard",
     "SparseDelta",
     "Ticket",
+    "TicketShard",
     "available_backends",
     "canonical_parameters",
     "masked_adamw_",
     "select",
+    "select_sharded",
     "topk_delta",
     "use_backend",
 ]

@@ -18,7 +18,7 @@ from torch import Size, Tensor
 from ltp_sparse.encoding import IndexSet, bitmap_words, pack_bits
 from ltp_sparse.topk import Layout, entries_for
 
-_PIECE = 1 << 19  # coins tossed at a time
+_PIECE = 1 << 15  # coins tossed at a time: too few for torch to wait for threads
 _DEVIATIONS = 6  # of the number of coins that fall on the right side, left open to be drawn
 
 

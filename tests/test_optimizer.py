@@ -17,7 +17,7 @@ from ltp_sparse.optim import freeze
 from ltp_sparse.selection import pools
 from ltp_sparse.testing import random_weights, xlmr_shapes
 
-TOLERANCE = {"rtol": 2e-6, "atol": 2e-8}
+TOLERANCE = {"rtol": 2e-6, "atol": 2e-7}  # contract 4 allows 4e-6 of steps x lr, here 8e-7
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from torch import Size, Tensor, distributed
 from ltp_sparse import backends
 from ltp_sparse.checkpoints import Readable, Reader, StreamSource
 from ltp_sparse.encoding import TILE, IndexSet, bitmap_words, shifted_words
-from ltp_sparse.names import digest, parameter_order
+from ltp_sparse.names import digest, parameter_order, strip_wrappers
 from ltp_sparse.selection.budgets import Budget, share_out
 from ltp_sparse.selection.outcome import describe
 from ltp_sparse.selection.sources import Score, Weights, check_shape, device_of, open_weights, score_reader
@@ -143,21 +143,9 @@ def select_sharded(
     except NonFiniteDelta as error:
         raise NonFiniteDelta(error.tensor, repr(names[error.tensor])) from None
 
-    local: dict[str, IndexSet] = {}
-    gives, everywhere = set(), set()
-    for name, words in zip(names, selection.words.split([bitmap_words(n) for n in source.sizes]), strict=True):
-        shard, ranges = held[name][team.rank], [(part.start, part.stop) for part in held[name]]
-        if len(set(ranges)) == 1 and all(name in shards for shards in common):
-            everywhere.add(name)
-        elif shard.start < shard.stop and ranges.index((shard.start, shard.stop)) == team.rank:
-            gives.add(name)
-        if work[name] == ranges:
-            part = IndexSet.from_bitmap(words, shard.stop - shard.start)
-        else:
-            part = _assembled(team, words, Shard(*mine[name], shard.shape)).entries(shard.start, shard.stop)
-        if name in common[team.rank]:
-            local[name] = part
-
+    bitmaps = dict(zip(names, selection.words.split([bitmap_words(n) for n in source.sizes]), strict=True))
+    parts = {name: _own_part(team, bitmaps[name], held[name], work[name]) for name in names}
+    local = {name: part for name, part in parts.items() if name in common[team.rank]}
     counts = dict(zip(names, team.sum(selection.counts).tolist(), strict=True))
     description = describe(
         ks,
@@ -172,12 +160,12 @@ def select_sharded(
     )
     return TicketShard(
         Ticket(local, {name: _local_shape(name, held[name][team.rank], base, after) for name in local}, description),
-        {name: parts[team.rank] for name, parts in held.items()},
+        {name: shards[team.rank] for name, shards in held.items()},
         description,
         _fingerprint(team, [name for name in names if counts[name]], base, [shards for shards, _ in told]),
         team,
-        frozenset(gives),
-        frozenset(everywhere),
+        frozenset(name for name in local if _ranges(held[name]).index(held[name][team.rank][:2]) == team.rank),
+        frozenset(n for n in names if len(set(_ranges(held[n]))) == 1 and all(n in shards for shards in common)),
     )
 
 
@@ -187,6 +175,7 @@ def _sides(
     """What this rank holds of both sides; None for a score function, which has scores of everything."""
     if (tuned is None) == (score is None):
         raise ValueError("select_sharded: give either tuned= or score=")
+    shards = {strip_wrappers(name): Shard(*shard) for name, shard in shards.items()}
     base = {name: _held(name, tensor, shards) for name, tensor in open_weights(initial).items()}
     if callable(score):
         return base, None
@@ -201,7 +190,7 @@ def _held(name: str, tensor: Readable, shards: Mapping[str, Shard]) -> _Held:
         shard = _rows(name, tensor)
         tensor = tensor.to_local()
     elif name in shards and isinstance(tensor, Tensor) and tensor.shape != Size(shards[name].shape):
-        shard = Shard(*shards[name])
+        shard = shards[name]
     else:
         shard = Shard(0, tensor.numel(), tensor.shape)
     n = Size(shard.shape).numel()
@@ -256,7 +245,7 @@ def _check_cover(name: str, shards: Sequence[Shard]) -> Size:
             raise ValueError(
                 f"select_sharded: {name!r} has shape {list(shape)} on one rank and {list(shard.shape)} on another"
             )
-    ranges = sorted({(shard.start, shard.stop) for shard in shards if shard.start < shard.stop})
+    ranges = sorted({(start, stop) for start, stop in _ranges(shards) if start < stop})
     ends = [0, *(stop for _, stop in ranges)]
     if [start for start, _ in ranges] != ends[:-1] or ends[-1] != shape.numel():
         raise ValueError(
@@ -334,6 +323,18 @@ def _assembled(team: Team, words: Tensor, shard: Shard) -> IndexSet:
     for piece in whole.split(_PIECE):
         piece.copy_(team.sum(piece))  # no bit is set twice, so adding is or-ing
     return IndexSet.from_bitmap(whole, n)
+
+
+def _own_part(team: Team, words: Tensor, held: Sequence[Shard], work: Sequence[tuple[int, int]]) -> IndexSet:
+    """What this rank holds of a parameter, from the bitmaps of what each rank worked on."""
+    shard = held[team.rank]
+    if work == _ranges(held):
+        return IndexSet.from_bitmap(words, shard.stop - shard.start)
+    return _assembled(team, words, Shard(*work[team.rank], shard.shape)).entries(shard.start, shard.stop)
+
+
+def _ranges(shards: Sequence[Shard]) -> list[tuple[int, int]]:
+    return [(shard.start, shard.stop) for shard in shards]
 
 
 def _local_shape(
