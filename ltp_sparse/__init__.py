@@ -8,23 +8,27 @@ __version__ = "0.1.0"
 
 from ltp_sparse.backends import available_backends, use_backend
 from ltp_sparse.delta import SparseDelta
+from ltp_sparse.frozen import frozen_digests, verify_frozen
 from ltp_sparse.names import canonical_parameters
 from ltp_sparse.ops import masked_adamw_, topk_delta
-from ltp_sparse.optim import MaskedAdamW
+from ltp_sparse.optim import MaskedAdamW, PackedParameters
 from ltp_sparse.selection import Shard, TicketShard, select, select_sharded
 from ltp_sparse.ticket import Ticket
 
 __all__ = [
     "MaskedAdamW",
+    "PackedParameters",
     "Shard",
     "SparseDelta",
     "Ticket",
     "TicketShard",
     "available_backends",
     "canonical_parameters",
+    "frozen_digests",
     "masked_adamw_",
     "select",
     "select_sharded",
     "topk_delta",
     "use_backend",
+    "verify_frozen",
 ]

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ltp_sparse.generated.inference import documents, pairs, sentences
-from ltp_sparse.generated.languages import LANGUAGES
 from ltp_sparse.demo.model import pretrain, small_xlmr
 from ltp_sparse.demo.tokenizer import build_tokenizer
+from ltp_sparse.generated.inference import documents, pairs, sentences
+from ltp_sparse.generated.languages import LANGUAGES
 from ltp_sparse.methods import LTP, PromptMethod, PromptOnly, PromptSettings, RandomTicket, SoftPrompt
 from ltp_sparse.names import canonical_parameters
 from ltp_sparse.prompting import Verbalizer

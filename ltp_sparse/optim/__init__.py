@@ -1,5 +1,6 @@
 """The optimizer."""
 
 from ltp_sparse.optim.masked_adamw import MaskedAdamW, freeze
+from ltp_sparse.optim.packed_parameters import PackedParameters
 
-__all__ = ["MaskedAdamW", "freeze"]
+__all__ = ["MaskedAdamW", "PackedParameters", "freeze"]

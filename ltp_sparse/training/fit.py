@@ -19,8 +19,9 @@ from transformers import EvalPrediction, PrinterCallback, TrainerCallback, Train
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from ltp_sparse.delta import SparseDelta, scatter_
+from ltp_sparse.frozen import frozen_digests, verify_frozen
 from ltp_sparse.methods.base import Settings, Setup
-from ltp_sparse.names import canonical_parameters, tensor_digest
+from ltp_sparse.names import canonical_parameters
 from ltp_sparse.prompting.templates import IGNORED_LABEL
 from ltp_sparse.ticket import Ticket
 from ltp_sparse.training.evaluation import METRICS
@@ -131,11 +132,7 @@ def fit(
                 trainer.release_model()
             seconds = time.perf_counter() - start
             if options.check_frozen:
-                after = frozen_digests(model, ticket, dense)
-                if changed := [name for name, digest in after.items() if frozen.get(name, digest) != digest]:
-                    raise RuntimeError(
-                        f"train_method: entries of {changed[0]!r} that must not train have changed; this is a bug"
-                    )
+                verify_frozen(frozen, model, ticket, dense)
         delta = keep_best.delta()
     name = f"eval_{options.metric}"
     scores = tuple(log[name] for log in trainer.state.log_history if name in log)
@@ -155,22 +152,6 @@ def _metrics(prediction: EvalPrediction) -> dict[str, float]:
     logits = prediction.predictions  # of several outputs the first
     predicted = np.asarray(logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
     return {name: metric(predicted, np.asarray(prediction.label_ids)) for name, metric in METRICS.items()}
-
-
-@torch.no_grad()
-def frozen_digests(model: nn.Module, ticket: Ticket, dense: Sequence[nn.Parameter]) -> dict[str, str]:
-    """Name -> digest of every parameter that does not train in full, its active entries set to zero."""
-    trained = {id(parameter) for parameter in dense}
-    digests = {}
-    for name, parameter in canonical_parameters(model).items():
-        index_set = ticket.sets.get(name)
-        if id(parameter) in trained:
-            continue
-        if index_set is None or index_set.k == 0:
-            digests[name] = tensor_digest(parameter)
-        elif index_set.k < index_set.n:
-            digests[name] = tensor_digest(parameter.masked_fill(ticket.mask(name).to(parameter.device), 0))
-    return digests
 
 
 class _SaveEvery(TrainerCallback):
