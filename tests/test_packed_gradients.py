@@ -336,3 +336,47 @@ def test_bytes_held_are_those_of_the_active_entries():
     assert second.state_bytes() == first.state_bytes() + rows
     buffers = [launch.packed.buffer for launch in second._launches if launch.packed is not None]
     assert sum(buffer.nbytes for buffer in buffers) == 4 * ticket_k
+
+
+@pytest.mark.parametrize("gradients", ["dense", "packed"])
+def test_resuming_in_the_middle_of_an_accumulation(gradients, tmp_path):
+    """Model, optimizer and what two of three micro-batches have given go through a file; the bits go on."""
+
+    def build():
+        torch.manual_seed(0)
+        model = Untied()
+        ticket = Ticket.random(model, density=0.3, seed=1).restrict(["embedding", "layers", "unused"])
+        return model, MaskedAdamW(model, ticket, lr=1e-2, dense=model.head, gradients=gradients, max_grad_norm=0.1)
+
+    def train(model, optimizer, micro_batches):
+        for number in micro_batches:
+            backward(model, number)
+            if number % 3 == 2:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    whole, optimizer = build()
+    train(whole, optimizer, range(12))
+    first, optimizer = build()
+    train(first, optimizer, range(8))
+    torch.save((first.state_dict(), optimizer.state_dict(include_gradients=True)), tmp_path / "saved.pt")
+    train(first, optimizer, range(8, 9))  # what was saved is a copy
+    weights, state = torch.load(tmp_path / "saved.pt")
+    second, optimizer = build()
+    second.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    train(second, optimizer, range(8, 12))
+    for (name, p), q in zip(second.named_parameters(), whole.parameters(), strict=True):
+        assert same_bits(p, q), name
+
+
+def test_gradients_of_the_other_kind_are_refused():
+    (_, first), (packed, second) = pair()
+    backward(packed, 0)
+    saved = second.state_dict(include_gradients=True)
+    before = first.state_dict()
+    with pytest.raises(ValueError, match="the saved gradients were packed and those of this optimizer are dense"):
+        first.load_state_dict(saved)
+    after = first.state_dict()
+    assert str(after["param_groups"]) == str(before["param_groups"])
+    first.load_state_dict(second.state_dict())  # without gradients the two kinds are interchangeable

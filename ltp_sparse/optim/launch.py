@@ -150,6 +150,14 @@ class Launch:
         for key in saved.keys() & own.keys():
             own[key].copy_(saved[key])
 
+    def put_gradient(self, position: int, grad: Tensor | None) -> None:
+        """Takes the gradient that one parameter, or its packed stand-in, had accumulated."""
+        member = self.members[position]
+        if grad is None or self.packed is None:
+            member.grad = None if grad is None else grad.to(member.device, copy=True)
+        else:
+            member.grad = self.packed.views[position].copy_(grad)
+
     @staticmethod
     def _converted(saved: Mapping[str, Tensor], active: Sequence[int]) -> dict[str, Tensor]:
         moments = saved["exp_avg"], saved["exp_avg_sq"]

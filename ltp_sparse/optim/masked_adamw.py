@@ -18,6 +18,7 @@ from ltp_sparse.optim.packed_gradients import PackedGradients, carrier_of
 from ltp_sparse.ticket import Ticket
 
 _DIGESTS = "ltp_sparse"
+_GRADIENTS = "ltp_sparse_gradients"
 
 
 class MaskedAdamW(Optimizer):
@@ -251,13 +252,23 @@ class MaskedAdamW(Optimizer):
         for launch in self._launches:
             launch.clip(factor.to(launch.device))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, include_gradients: bool = False) -> dict[str, Any]:
         """The packed state and the parameter groups, with a digest of every index set.
 
         The moments are in slot order, which depends neither on backend, device nor encoding; those of an optimizer
         with other `states` load as well. Index sets are not stored: the ticket that makes the optimizer brings them.
+
+        include_gradients: also what micro-batches have accumulated so far (copies), to go on in the middle of an
+            accumulation; `load_state_dict` puts it back into an optimizer with the same `gradients`.
         """
-        return {**super().state_dict(), _DIGESTS: {"version": 1, "index_sets": self._digests()}}
+        saved = {**super().state_dict(), _DIGESTS: {"version": 1, "index_sets": self._digests()}}
+        if include_gradients:
+            grads = [member.grad for member in self._members()]
+            saved[_GRADIENTS] = [None if grad is None else grad.detach().clone() for grad in grads]
+        return saved
+
+    def _members(self) -> list[nn.Parameter]:
+        return [member for group in self.param_groups for member in group["params"]]
 
     def _digests(self) -> list[str]:
         return [self._sets[param].digest() for group in self.param_groups for param in group["params"]]
@@ -283,7 +294,15 @@ class MaskedAdamW(Optimizer):
                 "MaskedAdamW: the state was saved for another ticket, or for other parameters in another order; "
                 "make the optimizer with the ticket of that run"
             )
-        params = [param for group in self.param_groups for param in group["params"]]
+        params = self._members()
+        gradients = state_dict.get(_GRADIENTS)
+        if gradients is not None and any(
+            grad is not None and grad.shape != member.shape for grad, member in zip(gradients, params, strict=True)
+        ):
+            raise ValueError(
+                "MaskedAdamW: the saved gradients were packed and those of this optimizer are dense, or the reverse; "
+                "make it with the `gradients` of that run"
+            )
         saved = {params[index]: state for index, state in state_dict["state"].items()}
         places = [(launch, position) for launch in self._launches for position in range(len(launch.members))]
         for launch, position in places:
@@ -294,6 +313,10 @@ class MaskedAdamW(Optimizer):
             self.state[launch.members[position]] = launch.state(position)
             launch.load(position, saved.get(launch.members[position], {}))
         self.update_hyperparameters()
+        if gradients is not None:
+            of_member = dict(zip(params, gradients, strict=True))
+            for launch, position in places:
+                launch.put_gradient(position, of_member[launch.members[position]])
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles carry; torch's own would leave the packed buffers behind."""
