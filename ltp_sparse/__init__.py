@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 from ltp_sparse.backends import available_backends, use_backend
 from ltp_sparse.delta import SparseDelta
 from ltp_sparse.frozen import frozen_digests, verify_frozen
+from ltp_sparse.memory import memory_report
 from ltp_sparse.names import canonical_parameters
 from ltp_sparse.ops import masked_adamw_, topk_delta
 from ltp_sparse.optim import MaskedAdamW, PackedParameters
@@ -26,6 +27,7 @@ __all__ = [
     "canonical_parameters",
     "frozen_digests",
     "masked_adamw_",
+    "memory_report",
     "select",
     "select_sharded",
     "topk_delta",

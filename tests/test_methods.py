@@ -135,16 +135,31 @@ def test_random_ticket_knows_its_two_kinds():
         RandomTicket(match="modules")
 
 
-def test_ltp_decouples_and_sp_wants_the_tied_head(tokenizer):
+def test_sp_wants_the_tied_head(tokenizer):
     """Trap 2."""
-    model = tiny_language_model(len(tokenizer), decoupled=False)
-    SoftPrompt().prepare(model)
-    assert not is_decoupled(model)
-    LTP().prepare(model)
+    SoftPrompt().prepare(tiny_language_model(len(tokenizer), decoupled=False))
+    model = tiny_language_model(len(tokenizer))
     assert is_decoupled(model)
-    assert not model.lm_head.decoder.weight.requires_grad
     with pytest.raises(ValueError, match=r"SP: expected a language model whose LM head shares .* decoupled=False"):
         SoftPrompt().prepare(model)
+
+
+def test_ltp_needs_no_copy_of_the_output_embedding(tokenizer):
+    """Around a tied model the rows of the label words are set aside: the same bits as with a decoupled head."""
+    deltas = []
+    for decoupled in (True, False):
+        model = tiny_language_model(len(tokenizer), decoupled=decoupled)
+        method = LTP(settings=PromptSettings(**FIVE_STEPS))
+        ticket = ticket_of(tiny_language_model(len(tokenizer)), 0.9)
+        result = train_method(
+            method, model, tokenizer, toy_pairs(24), toy_pairs(6, seed=1), ticket=ticket, progress=False
+        )
+        assert is_decoupled(model) == decoupled
+        words = result.model.word_rows
+        assert torch.equal(words, tiny_language_model(len(tokenizer)).lm_head.decoder.weight[result.model.word_ids])
+        assert result.delta.metadata["decoupled"]
+        deltas.append({**result.delta.values, **result.delta.dense})
+    assert all(torch.equal(deltas[0][name], deltas[1][name]) for name in deltas[0])
 
 
 def test_sp_trains_every_entry_once(tokenizer):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-COMMANDS = ("select", "train", "evaluate", "predict", "export", "inspect", "run", "report", "cache", "demo")
+COMMANDS = ("select", "train", "evaluate", "predict", "export", "inspect", "run", "report", "cache", "memory", "demo")
 
 
 class CommandError(Exception):

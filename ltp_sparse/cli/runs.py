@@ -66,5 +66,5 @@ def load_seed(run: Run, folder: Path, seed: int | None) -> tuple[Setup, SparseDe
 
     seed = finished_seeds(folder)[0] if seed is None else seed
     delta = ls.SparseDelta.load(folder / f"seed-{seed}" / BAKED)
-    language_model, tokenizer = load_backbone(run.model, decoupled=delta.metadata["decoupled"], tokenizer=run.tokenizer)
+    language_model, tokenizer = load_backbone(run.model, decoupled=False, tokenizer=run.tokenizer)
     return load_trained(language_model, tokenizer, delta), delta

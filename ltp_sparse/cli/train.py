@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
     need(options, "model", "output")
     import ltp_sparse as ls
     from ltp_sparse.cli.runs import BAKED, TRAINED, Run
-    from ltp_sparse.methods import METHODS, SoftPrompt
+    from ltp_sparse.methods import METHODS
     from ltp_sparse.prompting import Verbalizer
     from ltp_sparse.tasks import load_pairs
     from ltp_sparse.training.backbone import load_backbone
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> None:
         raise CommandError(
             f"train: {options.output} already holds trained seeds; pass --resume to keep them, or another --output"
         )
-    model, tokenizer = load_backbone(options.model, decoupled=kind is not SoftPrompt, tokenizer=options.tokenizer)
+    model, tokenizer = load_backbone(options.model, decoupled=False, tokenizer=options.tokenizer)
     verbalizer = Verbalizer.for_language(tokenizer, options.verbalizer or options.language)
     options.output.mkdir(parents=True, exist_ok=True)
     Run(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from ltp_sparse.prompting import (
 )
 from ltp_sparse.selection import pools
 from ltp_sparse.ticket import Ticket
-from ltp_sparse.training.backbone import decouple, is_decoupled
+from ltp_sparse.training.backbone import is_decoupled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM
@@ -69,6 +69,9 @@ class PromptMethod(Method):
 
     settings: PromptSettings = field(default_factory=PromptSettings)
 
+    freezes_words: ClassVar[bool] = False
+    """Whether the label words are scored by rows of the output embedding that stay as they are."""
+
     def template(self, language: str) -> Template:
         """The cloze pattern for training examples of a language."""
         return soft_template(self.settings.n_prompt)
@@ -86,12 +89,15 @@ class PromptMethod(Method):
         verbalizer = context.verbalizer or Verbalizer.for_language(tokenizer, "en")
         encode = partial(template.encode, tokenizer, max_length=settings.max_length, truncation=settings.truncation)
         return Setup(
-            model=PromptedMaskedLM(language_model, encoder, verbalizer),
+            model=PromptedMaskedLM(language_model, encoder, verbalizer, frozen_words=self.freezes_words),
             encode=encode,
             collate=collator(language_model.config.pad_token_id),
             dense=() if encoder is None else (encoder,),
             bake=None if encoder is None else lambda: {BAKED_PROMPT: encoder.bake().cpu()},
-            facts={"verbalizer": [list(tokens) for tokens in verbalizer.token_ids]},
+            facts={
+                "verbalizer": [list(tokens) for tokens in verbalizer.token_ids],
+                "decoupled": self.freezes_words or is_decoupled(language_model),
+            },
         )
 
 
@@ -99,15 +105,16 @@ class PromptMethod(Method):
 class LTP(PromptMethod):
     """Lottery Ticket Prompt-learning: the ticket's entries and the prompt encoder train, from the initial weights.
 
-    LayerNorms, the LM head and its decoupled output embedding stay as they are.
+    LayerNorms and the LM head stay as they are, and so do the rows of its decoupled output embedding that are used.
     """
 
     key = "ltp"
     name = "LTP"
     needs_ticket = True
+    freezes_words = True
 
     def prepare(self, language_model: XLMRobertaForMaskedLM) -> None:
-        decouple(language_model)
+        """The head may share the word embedding: the rows of the label words are set aside as they are."""
 
     def _ticket(self, language_model: XLMRobertaForMaskedLM, given: Ticket | None, seed: int) -> Ticket:
         assert given is not None  # checked in `ticket`

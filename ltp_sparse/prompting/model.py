@@ -24,12 +24,19 @@ class PromptedMaskedLM(nn.Module):
     tied and a decoupled LM head work. The LM head runs at `<mask>` only, its decoder for the verbalizer's words only.
 
     prompt_encoder: None for a discrete prompt, whose inputs have no prompt slot
+    frozen_words:   score words by a copy of their rows of the output embedding, which stays as it is now: a decoupled
+                    head without a copy of the whole matrix (768 MB for XLM-R-base), also around a tied model
     """
 
     base_model_prefix = "roberta"
 
     def __init__(
-        self, language_model: XLMRobertaForMaskedLM, prompt_encoder: PromptEncoder | None, verbalizer: Verbalizer
+        self,
+        language_model: XLMRobertaForMaskedLM,
+        prompt_encoder: PromptEncoder | None,
+        verbalizer: Verbalizer,
+        *,
+        frozen_words: bool = False,
     ) -> None:
         super().__init__()
         config = language_model.config
@@ -51,6 +58,9 @@ class PromptedMaskedLM(nn.Module):
         self._words_per_label = [len(tokens) for tokens in verbalizer.token_ids]
         self.word_ids: Tensor
         self.register_buffer("word_ids", torch.tensor(ids, device=self.lm_head.bias.device), persistent=False)
+        rows = self.lm_head.decoder.weight.detach()[self.word_ids].clone() if frozen_words else None
+        self.word_rows: Tensor | None
+        self.register_buffer("word_rows", rows, persistent=False)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.roberta.embeddings.word_embeddings
@@ -107,8 +117,10 @@ class PromptedMaskedLM(nn.Module):
         """Mean logit of each class's words from the hidden states at `<mask>` [B, H]."""
         head = self.lm_head
         features = head.layer_norm(F.gelu(head.dense(hidden)))
-        # A lookup instead of an index: tied and sparse, it must give the same kind of gradient as that of the input.
-        sparse = self.roberta.embeddings.word_embeddings.sparse
-        weight = F.embedding(self.word_ids, head.decoder.weight, sparse=sparse)  # [words, H]
+        weight = self.word_rows  # [words, H]
+        if weight is None:
+            # A lookup, not an index: tied and sparse, it must give the same kind of gradient as that of the input.
+            sparse = self.roberta.embeddings.word_embeddings.sparse
+            weight = F.embedding(self.word_ids, head.decoder.weight, sparse=sparse)
         words = F.linear(features, weight, head.decoder.bias[self.word_ids]).float()  # [B, words]
         return torch.stack([part.mean(-1) for part in words.split(self._words_per_label, dim=-1)], dim=-1)

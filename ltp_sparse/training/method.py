@@ -17,7 +17,6 @@ from ltp_sparse.methods.base import Collate, Context, Encode, Method, Settings, 
 from ltp_sparse.names import applied_deltas, canonical_parameters, match_names
 from ltp_sparse.prompting import CLASSES, Verbalizer
 from ltp_sparse.ticket import Ticket
-from ltp_sparse.training.backbone import decouple, is_decoupled
 from ltp_sparse.training.fit import Fit, Options, fit
 
 if TYPE_CHECKING:
@@ -128,7 +127,6 @@ def train_method(
         "seed": run.seed,
         "labels": list(labels),
         "language": language,
-        "decoupled": method.backbone == "masked" and is_decoupled(language_model),
         "epoch": last.best_epoch,
         "metric": run.metric,
         "dev_score": last.delta.metadata["value"],
@@ -160,12 +158,10 @@ def load_trained(language_model: PreTrainedModel, tokenizer: PreTrainedTokenizer
         its parameters, `delta.revert(setup.model)` takes it off again.
     """
     facts = delta.metadata
-    if missing := [key for key in ("method", "settings", "options", "labels", "decoupled") if key not in facts]:
+    if missing := [key for key in ("method", "settings", "options", "labels") if key not in facts]:
         raise ValueError(
             f"load_trained: expected a delta made by train_method, this one has no {missing[0]!r}: {delta!r}"
         )
-    if facts["decoupled"]:
-        decouple(language_model)
     words = facts.get("verbalizer")
     context = Context(
         tokenizer=tokenizer,
