@@ -1,6 +1,7 @@
 """bfloat16 and float16 parameters, float32 masters, stochastic rounding and 8-bit moments: what they promise."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from ltp_sparse import MaskedAdamW, Ticket
 from ltp_sparse.encoding import TILE, IndexSet, TileTable
 from ltp_sparse.ops import adamw_coefficients
 from ltp_sparse.optim.launch import Precision
+from ltp_sparse.optim.masked_adamw import StalledUpdates
 from ltp_sparse.quantization import STATE_BLOCK, dequantize, dequantize_tiles, quantize, quantize_tiles, state_blocks
 from ltp_sparse.reference import Coefficient
 from ltp_sparse.rounding import random16, round_stochastically, rounding_keys
@@ -378,3 +380,34 @@ def test_blocks_of_the_table_are_counted_tile_by_tile():
     mask = torch.arange(3 * TILE) % TILE < 300
     table = TileTable.build([IndexSet.from_mask(mask), IndexSet.full(5)])
     assert table.tiles[:, 7].tolist() == [0, 2, 4, 6] and table.blocks == 7
+
+
+@pytest.mark.parametrize("states", ["float32", "8bit"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_updates_that_round_to_nothing_are_noticed(dtype, states):
+    """The share is that of the entries which the next step leaves as they are."""
+
+    def train(lr, **options):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(60, 50).to(dtype)
+        opt = ls.MaskedAdamW(model, ls.Ticket.full(model), lr=lr, weight_decay=0.0, states=states, **options)
+        x = torch.randn(8, 60).to(dtype)
+        for _ in range(5):
+            opt.zero_grad()
+            model(x).float().square().sum().backward()
+            opt.step()
+        return model, opt, x
+
+    model, opt, x = train(1e-6, master=False)
+    with pytest.warns(StalledUpdates, match="of the active entries round to nothing; train with master=True"):
+        share = opt.stalled_share()
+    before = [p.detach().clone() for p in model.parameters()]
+    opt.step()  # the same gradient once more
+    kept = sum(int((p == b).sum()) for p, b in zip(model.parameters(), before, strict=True))
+    assert share > 0.9 and share == pytest.approx(kept / 3050, abs=0.02)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert train(0.1, master=False)[1].stalled_share() < 0.1
+        assert train(1e-6, master=True)[1].stalled_share() == 0
+        if dtype is torch.bfloat16:
+            assert train(1e-6, rounding="stochastic")[1].stalled_share() == 0

@@ -168,6 +168,23 @@ class Launch:
             return {"exp_avg": first, "exp_avg_sq": second}
         return dict(zip(("exp_avg", "exp_avg_sq", "scales"), quantize_tiles(*moments, active), strict=True))
 
+    def stalled(self) -> int:
+        """Active entries that an update with the moments as they are would round back to what they are now."""
+        if self.dtype == torch.float32 or self.master is not None or self.stochastic:
+            return 0
+        count = 0
+        for position, (param, index_set) in enumerate(zip(self.params, self.sets, strict=True)):
+            state = self.state(position)
+            if "scales" in state:
+                state |= self._converted(state, self.active[position])
+            lr, beta1, beta2, eps, weight_decay, sign, _ = self.rows[position].tolist()
+            step = max(float(self.steps[position]), 1.0)
+            first, second = state["exp_avg"] / (1 - beta1**step), state["exp_avg_sq"] / (1 - beta2**step)
+            values = gather(param, index_set)
+            exact = values.float() * (1 - lr * weight_decay) - sign * lr * first / (second.sqrt() + eps)
+            count += int(((exact.to(self.dtype) == values) & (first != 0)).sum())
+        return count
+
     def set_hyperparameters(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Copies them to the device, and into the coefficients that do not depend on the step."""
         for index, group in enumerate(groups):

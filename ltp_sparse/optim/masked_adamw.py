@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,6 +20,10 @@ from ltp_sparse.ticket import Ticket
 
 _DIGESTS = "ltp_sparse"
 _GRADIENTS = "ltp_sparse_gradients"
+
+
+class StalledUpdates(UserWarning):
+    """Most updates round to nothing."""
 
 
 class MaskedAdamW(Optimizer):
@@ -346,6 +351,26 @@ class MaskedAdamW(Optimizer):
             if launch.packed is not None:
                 launch.packed.remove()
                 self._removed = True
+
+    @torch.no_grad()
+    def stalled_share(self, warn_above: float = 0.5) -> float:
+        """Share of the active entries whose update, with the moments as they are, rounds to nothing.
+
+        That happens to bfloat16 and float16 weights that are rounded to nearest and have no master: their steps are
+        finer than the weights. Call it now and then, e.g. after the first hundred steps; it reads the device.
+
+        Warns:
+            StalledUpdates: the share is above `warn_above`.
+        """
+        share = sum(launch.stalled() for launch in self._launches) / max(self.active_entries, 1)
+        if share > warn_above:
+            warnings.warn(
+                f"MaskedAdamW: the updates of {share:.0%} of the active entries round to nothing; train with "
+                'master=True, with rounding="stochastic" (bfloat16), or at a higher learning rate',
+                StalledUpdates,
+                stacklevel=2,
+            )
+        return share
 
     @property
     def active_entries(self) -> int:
