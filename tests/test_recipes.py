@@ -397,3 +397,27 @@ def test_paired_comparisons():
     assert "| up | 4 | 4 | **+2.50** | +1.58 to +3.42 | 0.125 |" in table
     (single,) = compare(rows[:1] + [{**rows[4], "seed": 0}], "ref", ["label", "shots"])
     assert single.runs == 1 and single.p_value == 1.0
+
+
+def test_reports_hold_paired_comparisons(world, tmp_path):
+    path = tmp_path / "paired.yaml"
+    path.write_text(
+        RECIPE.format(model=world / "model").replace("by: [label, shots]", "by: [label, shots]\ncompare: SP")
+    )
+    recipe = load_recipe(str(path)).only([("shots", 2)])
+    assert run_recipe(recipe, tmp_path / "out", bench(world, tmp_path), progress=False) == 0
+    write_report(recipe, results.read(tmp_path / "out" / results.RESULTS), tmp_path / "out")
+    assert "| LTP | 2 | 2 |" in (tmp_path / "out" / "report.md").read_text().split("minus SP")[1]
+    assert "<h2>Paired comparison</h2>" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_recipes_run_on_real_data(shared_data, tmp_path):
+    """A thin smoke run; `python examples/smoke_recipes.py` without --thin runs all cells of all recipes."""
+    script = Path(__file__).parents[1] / "examples" / "smoke_recipes.py"
+    recipes = ["ltp-figure-3", "sc-sft-table-1", "spt-shots"]
+    command = [sys.executable, script, "--data", shared_data, "--output", tmp_path, "--thin", "--recipes", *recipes]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name, cells in zip(recipes, (3, 5, 2), strict=True):
+        assert len(results.read(tmp_path / name / results.RESULTS)) == cells
+        assert (tmp_path / name / "report.html").is_file()

@@ -161,6 +161,9 @@ def main() -> None:
         if args.device == "cpu":
             measure += ["--repeats", "4"]
         steps.run(f"measure {name}", [*measure, "--out", str(folder / f"{name}.csv")], seconds + 120)
+    if args.full and args.device == "cuda" and args.part.startswith("1/"):
+        step = [python, "benchmarks/bench_train_step.py", "--out", str(folder / "train_step.csv")]
+        steps.run("measure a training step", step, 300)
     report(folder)
     print("results:", *sorted(path.name for path in folder.iterdir()), "in", folder)
     if steps.failed:

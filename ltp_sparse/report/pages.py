@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def write_report(recipe: Recipe, rows: Sequence[Mapping[str, Any]], folder: Path
         paired = [comparison_table(compare(rows, recipe.compare, recipe.by), recipe.compare, recipe.by)]
     written = {
         "report.md": _markdown_page(recipe, table, paired, drawn, facts),
-        "report.html": _html_page(recipe, table, drawn, facts),
+        "report.html": _html_page(recipe, table, paired, drawn, facts),
         "table.csv": to_csv(table),
         "table.tex": latex(table),
     }
@@ -88,17 +89,28 @@ def _markdown_page(
     return "\n\n".join([f"# {recipe.title}", *facts, markdown(table), *paired, *images]) + "\n"
 
 
-def _html_page(recipe: Recipe, table: Table, plots: Sequence[Path], facts: Sequence[str]) -> str:
+def _html_page(recipe: Recipe, table: Table, paired: Sequence[str], plots: Sequence[Path], facts: Sequence[str]) -> str:
     images = "".join(
         f'<img alt="{path.stem}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">\n'
         for path in plots
     )
     paragraphs = "".join(f"<p>{html.escape(fact)}</p>\n" for fact in facts)
+    comparisons = "".join(_from_markdown(text) for text in paired)
     title = html.escape(recipe.title)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{_STYLE}</style></head><body>\n<h1>{title}</h1>\n{paragraphs}{_html_table(table)}{images}</body></html>\n"
+        f"<style>{_STYLE}</style></head><body>\n<h1>{title}</h1>\n{paragraphs}{_html_table(table)}{comparisons}{images}</body></html>\n"
     )
+
+
+def _from_markdown(text: str) -> str:
+    """A Markdown table of ours as HTML."""
+    head, _, *body = [line.strip("| ").split(" | ") for line in text.splitlines()]
+    out = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    for row in body:
+        cells = (re.sub(r"\*\*(.*)\*\*", r"<b>\1</b>", html.escape(cell)) for cell in row)
+        out += "</tr>\n<tr>" + "".join(f"<td>{cell}</td>" for cell in cells)
+    return f"<h2>Paired comparison</h2>\n<table><tr>{out}</tr></table>\n"
 
 
 def _html_table(table: Table) -> str:
