@@ -80,13 +80,13 @@ class Bench:
         return time.perf_counter()
 
 
-def prompted(bench: Bench) -> tuple[Any, dict[str, Tensor]]:
-    """Stage 2's model and a batch of it."""
+def prompted(bench: Bench, *, decoupled: bool = True) -> tuple[Any, dict[str, Tensor]]:
+    """Stage 2's model and a batch; decoupled: with a copy of the output embedding, not of the words' rows alone."""
     from ltp_sparse.prompting import PromptedMaskedLM, PromptEncoder, Verbalizer
 
-    model = language_model(bench.args.model, decoupled=True)
-    encoder = PromptEncoder(4, model.config.hidden_size)
-    whole = PromptedMaskedLM(model, encoder, Verbalizer(tuple((word,) for word in WORDS))).to(bench.device).train()
+    model = language_model(bench.args.model, decoupled=decoupled)
+    encoder, words = PromptEncoder(4, model.config.hidden_size), Verbalizer(tuple((word,) for word in WORDS))
+    whole = PromptedMaskedLM(model, encoder, words, frozen_words=not decoupled).to(bench.device).train()
     ids, rows = bench.batch(model.config.vocab_size), bench.args.batch
     batch = {
         "input_ids": ids,
@@ -101,7 +101,7 @@ def stage_2_ours(bench: Bench, **options: Any) -> Step:
     import ltp_sparse as ls
     from ltp_sparse.selection import pools
 
-    model, batch = prompted(bench)
+    model, batch = prompted(bench, decoupled=False)
     ticket = ls.Ticket.random(model, density=DENSITY, seed=0, pool=pools.maskable)
     opt = ls.MaskedAdamW(
         model, ticket, lr=2e-5, dense=model.prompt_encoder.parameters(), max_grad_norm=1.0, freeze=True, **options
