@@ -61,6 +61,7 @@ def run(options: argparse.Namespace) -> None:
     from ltp_sparse.cli.runs import BAKED, TRAINED, Run
     from ltp_sparse.methods import METHODS
     from ltp_sparse.prompting import Verbalizer
+    from ltp_sparse.prompting.templates import QUESTIONS
     from ltp_sparse.tasks import load_pairs
     from ltp_sparse.training.backbone import load_backbone
     from ltp_sparse.training.method import train_method
@@ -105,6 +106,7 @@ def run(options: argparse.Namespace) -> None:
             train,
             dev,
             ticket=ticket,
+            language=options.language if options.language in QUESTIONS else "en",
             verbalizer=verbalizer,
             seed=seed,
             output_dir=folder,
