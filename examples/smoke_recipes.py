@@ -33,7 +33,7 @@ OVERRIDES: list[tuple[str, Any]] = [
     ("settings.max_steps", 2),
     ("settings.eval_steps", 2),
     ("settings.batch_size", 4),
-    ("settings.max_length", 40),
+    ("settings.max_length", 60),
     ("train.limit", 24),
     ("test.limit", 20),
     *((f"{stage}.mlm", MLM) for stage in ("ticket", "language_sft", "adapters")),

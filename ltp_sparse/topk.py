@@ -328,8 +328,11 @@ class _Band:
         inside = self.per_group(self.inside)
         return all(k == 0 or 1 <= m <= i for k, m, i in zip(self.ks, self.missing(), inside, strict=True))
 
-    def _stored_pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(tile, key, position in tile) of the stored candidates, some tiles at a time."""
+    def _stored_pieces(self, wanted: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(tile, key, position in tile) of the stored candidates, some tiles at a time.
+
+        wanted: bool [T]; pieces without such a tile are passed over
+        """
         tiles = (self.inside > 0).nonzero().view(-1)
         tiles = tiles[self.offsets[tiles].argsort()]
         ends = self.inside[tiles].cumsum(0)
@@ -337,12 +340,17 @@ class _Band:
         while start < tiles.numel():
             stop = max(start + 1, int(torch.searchsorted(ends, first + _PIECE, right=True)))
             last = int(ends[stop - 1])
-            yield (
-                torch.repeat_interleave(tiles[start:stop], self.inside[tiles[start:stop]]),
-                self.keys[first:last],
-                self.positions[first:last].to(torch.int64) & 0xFFFF,
-            )
+            if wanted is None or bool(wanted[tiles[start:stop]].any()):
+                yield (
+                    torch.repeat_interleave(tiles[start:stop], self.inside[tiles[start:stop]]),
+                    self.keys[first:last],
+                    self.positions[first:last].to(torch.int64) & 0xFFFF,
+                )
             start, first = stop, last
+
+    def _of_tile(self, per_group: Tensor, tile: Tensor) -> Tensor:
+        """The value of each tile's group; of a single group without a look-up."""
+        return per_group[0] if len(self.ks) == 1 else per_group[self.tile_group[tile]]
 
     def threshold(self, group: int, rank: int) -> int:
         """The rank-th largest candidate key of a group (rank >= 1), digit by digit."""
@@ -351,7 +359,10 @@ class _Band:
             shift = max(0, (high - low - 1).bit_length() - 14)
             histogram = torch.zeros(((high - low - 1) >> shift) + 1, dtype=torch.int64, device=self.keys.device)
             for tile, keys, _ in self._stored_pieces():
-                keys = keys[(self.tile_group[tile] == group) & (keys >= low) & (keys < high)]
+                if len(self.ks) > 1:
+                    keys = keys[self.tile_group[tile] == group]
+                if (low, high) != (self.low[group], self.high[group]):  # all candidates lie in the band
+                    keys = keys[(keys >= low) & (keys < high)]
                 histogram += torch.bincount((keys - low) >> shift, minlength=histogram.numel())
             digit, rank = _bin_of_rank(self.ranks.sum(histogram), rank)
             low, high = low + (digit << shift), min(high, low + ((digit + 1) << shift))
@@ -364,15 +375,17 @@ class _Band:
         cut = torch.tensor(thresholds, device=self.words.device)
         taken, ties = (torch.zeros_like(self.above) for _ in range(2))
         for tile, keys, positions in self._stored_pieces():
-            over = keys > cut[self.tile_group[tile]]
-            self._set_bits(tile[over], positions[over])
-            taken.index_add_(0, tile[over], torch.ones_like(tile[over]))
-            equal = tile[keys == cut[self.tile_group[tile]]]
+            limit = self._of_tile(cut, tile)
+            over = keys > limit
+            tile_over = tile[over]
+            self._set_bits(tile_over, positions[over])
+            taken.index_add_(0, tile_over, torch.ones_like(tile_over))
+            equal = tile[keys == limit]
             ties.index_add_(0, equal, torch.ones_like(equal))
         open_ties = [m - t for m, t in zip(missing, self.per_group(taken), strict=True)]
         take = self.share_ties(ties, open_ties)
-        for tile, keys, positions in self._stored_pieces():
-            equal = keys == cut[self.tile_group[tile]]
+        for tile, keys, positions in self._stored_pieces(take > 0):
+            equal = keys == self._of_tile(cut, tile)
             tile, positions = tile[equal], positions[equal]
             order = torch.arange(tile.numel(), device=tile.device)
             rank = order - torch.searchsorted(order_key := _runs(tile), order_key)  # place among the ties of its tile
