@@ -9,30 +9,37 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ltp_sparse.encoding import TILE, IndexSet, bitmap_words
+from ltp_sparse.encoding import TILE, IndexSet, bitmap_words, unpack_bits
 from ltp_sparse.names import canonical_parameters, digest
+from ltp_sparse.optim.members import active_names, dense_parameters
 from ltp_sparse.ticket import Ticket
 
 _PIECE = 16 * TILE
 
 
-def frozen_digests(model: nn.Module, ticket: Ticket, dense: Iterable[nn.Parameter] = ()) -> dict[str, str]:
+def frozen_digests(model: nn.Module, ticket: Ticket, dense: nn.Module | Iterable[Any] = ()) -> dict[str, str]:
     """Canonical name -> digest of a parameter's shape, dtype and the bits of its inactive entries.
 
-    dense: parameters that train in full and are left out, as are those without an inactive entry
+    dense: a module, parameters or parameter groups that train in full; they are left out, as are parameters without an
+        inactive entry
 
     Works through pieces of 4 MiB on all threads of torch, so it takes no copy of the model. Parameters on a GPU are
-    copied piece by piece.
+    copied piece by piece. Buffers are not looked at.
+
+    Raises ValueError when the ticket is not of this model.
     """
-    trained = {id(parameter) for parameter in dense}
+    named = canonical_parameters(model)
+    active_names(named, ticket, what="frozen_digests")
+    trained = set(map(id, dense_parameters(dense, what="frozen_digests")))
     sets = ticket.sets
     watched = {
         name: parameter.detach()
-        for name, parameter in canonical_parameters(model).items()
+        for name, parameter in named.items()
         if id(parameter) not in trained and not (name in sets and sets[name].k == sets[name].n)
     }
 
@@ -45,7 +52,7 @@ def frozen_digests(model: nn.Module, ticket: Ticket, dense: Iterable[nn.Paramete
 
 
 def verify_frozen(
-    before: Mapping[str, str], model: nn.Module, ticket: Ticket, dense: Iterable[nn.Parameter] = ()
+    before: Mapping[str, str], model: nn.Module, ticket: Ticket, dense: nn.Module | Iterable[Any] = ()
 ) -> None:
     """Compares `frozen_digests` of now with those of before.
 
@@ -73,5 +80,5 @@ def _inactive(tensor: Tensor, index_set: IndexSet | None) -> Iterator[Tensor]:
     flat, words = tensor.reshape(-1), index_set.bitmap()
     for start in range(0, flat.numel(), _PIECE):
         piece = flat[start : start + _PIECE].cpu().clone()
-        active = IndexSet.from_bitmap(words[start // 32 :][: bitmap_words(piece.numel())], piece.numel())
-        yield piece.masked_fill_(active.mask(), 0)
+        active = unpack_bits(words[start // 32 :][: bitmap_words(piece.numel())])
+        yield piece.masked_fill_(active[: piece.numel()], 0)

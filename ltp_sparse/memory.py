@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from ltp_sparse.encoding import TILE
 from ltp_sparse.names import canonical_parameters
+from ltp_sparse.optim.launch import Precision
+from ltp_sparse.optim.members import active_names, dense_parameters
 from ltp_sparse.ticket import Ticket
 
 _TILE_BYTES = 64
@@ -61,7 +63,7 @@ def memory_report(
     model: nn.Module,
     ticket: Ticket | float,
     *,
-    dense: Iterable[nn.Parameter] = (),
+    dense: nn.Module | Iterable[Any] = (),
     loss: Callable[[], Tensor] | None = None,
     states: str = "float32",
     gradients: str = "packed",
@@ -73,16 +75,23 @@ def memory_report(
         model: in memory, on the meta device, or made under torch's `FakeTensorMode`.
         ticket: the active entries, or the density of a uniform ticket over all parameters that are neither frozen nor
             in `dense`.
-        dense: parameters that train in full.
+        dense: a module, parameters or parameter groups that train in full.
         loss: runs the forward pass and gives the loss; under a `FakeTensorMode` it takes no memory. None: `passing`
             counts the gradients only.
         states, gradients, master: as in `MaskedAdamW`.
+
+    Raises ValueError when the ticket is not of this model or an option is out of range.
     """
-    named, dense = canonical_parameters(model), list(dense)
-    full = set(map(id, dense))
+    if gradients not in ("dense", "packed"):
+        raise ValueError(f'memory_report: gradients must be "dense" or "packed", got {gradients!r}')
+    named, precision = canonical_parameters(model), Precision(states, master)
+    full = set(map(id, dense_parameters(dense, what="memory_report")))
     if isinstance(ticket, Ticket):
         with unset_fake_temporarily():  # the ticket is real, also where the model is not
-            active = {name: ticket.sets[name].k for name in ticket.active_names}
+            names = active_names(named, ticket, what="memory_report")
+            active = {name: ticket.sets[name].k for name in names}
+    elif not 0 <= ticket <= 1:
+        raise ValueError(f"memory_report: the density must be in [0, 1], got {ticket}")
     else:
         names = [name for name, p in named.items() if p.requires_grad and id(p) not in full]
         active = {name: int(ticket * named[name].numel()) for name in names}
@@ -96,12 +105,12 @@ def memory_report(
             continue
         stands_alone = id(parameter) in full or not packed
         held += parameter.numel() * parameter.element_size() if stands_alone else 4 * k
-        keeps_master = parameter.dtype != torch.float32 if master is None else master
         per_entry = 8.0 if states == "float32" else 2.0 + 4 / _BLOCK
-        state += k * (per_entry + 4 * (keeps_master and parameter.dtype != torch.float32))
+        state += k * (per_entry + 4 * precision.keeps_master(parameter.dtype))
         index += _index_bytes(k, parameter.numel())
         if id(parameter) in embeddings and not stands_alone:
-            index += parameter.numel() // 8 + 8 * parameter.shape[0]
+            rows, columns = parameter.shape
+            index += rows * (4 * -(-columns // 32) + 8)
     passing = held
     if loss is not None:
         ticketed = [named[name] for name, k in active.items() if k] if packed else []
@@ -121,10 +130,11 @@ def passing_bytes(
     packed:  those whose gradient is freed as soon as it is made; embeddings among them have row-sparse ones
     """
     packed = list(packed)
-    flags = {p: p.requires_grad for p in model.parameters()}
+    before = {p: (p.requires_grad, p.grad) for p in model.parameters()}
     lookups = [m for m in model.modules() if isinstance(m, nn.Embedding) and any(m.weight is p for p in packed)]
-    paddings = [m.padding_idx for m in lookups]
-    for parameter in flags:
+    options = [(m.sparse, m.padding_idx) for m in lookups]
+    for parameter in before:
+        parameter.grad = None
         parameter.requires_grad_(id(parameter) in trained)
     hooks = [p.register_post_accumulate_grad_hook(_free) for p in packed]
     try:
@@ -136,11 +146,11 @@ def passing_bytes(
     finally:
         for hook in hooks:
             hook.remove()
-        for module, padding in zip(lookups, paddings, strict=True):
-            module.sparse, module.padding_idx = False, padding
-        for parameter, flag in flags.items():
-            parameter.grad = None
+        for module, option in zip(lookups, options, strict=True):
+            module.sparse, module.padding_idx = option
+        for parameter, (flag, grad) in before.items():
             parameter.requires_grad_(flag)
+            parameter.grad = grad
 
 
 class LiveBytes(TorchDispatchMode):

@@ -32,7 +32,13 @@ def run(options: argparse.Namespace) -> None:
     need(options, "model")
     if not 0 < options.density <= 1:
         raise CommandError(f"memory: --density must be in (0, 1], got {options.density}")
-    rows = table(_config(options.model), options.density, options.batch, options.length, options.dtype)
+    if options.batch < 1:
+        raise CommandError(f"memory: --batch must be at least 1, got {options.batch}")
+    config = _config(options.model)
+    longest = config.max_position_embeddings - config.pad_token_id - 1
+    if not 1 <= options.length <= longest:
+        raise CommandError(f"memory: --length must be in [1, {longest}] for {options.model}, got {options.length}")
+    rows = table(config, options.density, options.batch, options.length, options.dtype)
     print(f"{options.model}, {options.density:.2%} of the maskable weights active, {options.dtype} weights,")
     print(f"prompt-learning on batches of {options.batch} x {options.length} tokens; in GB\n")
     columns = ("weights", "gradients", "states", "index", "held", "peak")
@@ -139,4 +145,13 @@ def _config(name: str) -> Any:
             vocab_size=250002, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
             intermediate_size=inner, max_position_embeddings=514, type_vocab_size=1, pad_token_id=1,
         )  # fmt: skip
-    return AutoConfig.from_pretrained(name, local_files_only=Path(name).is_dir())
+    try:
+        config = AutoConfig.from_pretrained(name, local_files_only=Path(name).is_dir())
+    except OSError as error:
+        known = ", ".join(SIZES)
+        raise CommandError(
+            f"memory: no config of {name!r} here or on the Hub; give {known}, a folder with config.json, or a Hub name"
+        ) from error
+    if config.model_type != "xlm-roberta":
+        raise CommandError(f"memory: expected a model of type 'xlm-roberta', {name!r} is of type {config.model_type!r}")
+    return config

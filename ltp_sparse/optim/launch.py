@@ -178,11 +178,16 @@ class Launch:
             if "scales" in state:
                 state |= self._converted(state, self.active[position])
             lr, beta1, beta2, eps, weight_decay, sign, _ = self.rows[position].tolist()
-            step = max(float(self.steps[position]), 1.0)
-            first, second = state["exp_avg"] / (1 - beta1**step), state["exp_avg_sq"] / (1 - beta2**step)
-            values = gather(param, index_set)
-            exact = values.float() * (1 - lr * weight_decay) - sign * lr * first / (second.sqrt() + eps)
-            count += int(((exact.to(self.dtype) == values) & (first != 0)).sum())
+            if lr == 0:  # before a warm-up and after a decay nothing is to move
+                continue
+            step, flat = max(float(self.steps[position]), 1.0), param.detach().reshape(-1)
+            for slot, indices in index_set.to(self.device).chunks():
+                here = slice(slot, slot + indices.numel())
+                first = state["exp_avg"][here] / (1 - beta1**step)
+                second = state["exp_avg_sq"][here] / (1 - beta2**step)
+                values = flat[indices]
+                exact = values.float() * (1 - lr * weight_decay) - sign * lr * first / (second.sqrt() + eps)
+                count += int(((exact.to(self.dtype) == values) & (first != 0)).sum())
         return count
 
     def set_hyperparameters(self, groups: Sequence[Mapping[str, Any]]) -> None:

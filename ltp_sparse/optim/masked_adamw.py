@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 
 from ltp_sparse.backends import DTYPES
 from ltp_sparse.encoding import IndexSet
-from ltp_sparse.names import canonical_parameters, match_names
+from ltp_sparse.names import canonical_parameters
 from ltp_sparse.optim.launch import Launch, Precision
-from ltp_sparse.optim.packed_gradients import PackedGradients, carrier_of
+from ltp_sparse.optim.members import active_names, dense_groups, dense_parameters
+from ltp_sparse.optim.packed_gradients import PackedGradients, carrier_of, check_packable
 from ltp_sparse.ticket import Ticket
 
 _DIGESTS = "ltp_sparse"
@@ -69,8 +70,8 @@ class MaskedAdamW(Optimizer):
             `max_grad_norm`.
 
     Raises:
-        ValueError: no name of the ticket is in the model (the closest are listed), a shape differs, or an option is out
-            of range.
+        ValueError: no name of the ticket is in the model (the closest are listed), a shape differs, an option is out of
+            range, or gradients are to be packed that another optimizer packs already.
     """
 
     # GradScaler hands us its scale and found_inf; whether a step is skipped is then decided on the device
@@ -97,13 +98,7 @@ class MaskedAdamW(Optimizer):
         gradients: str = "dense",
     ) -> None:
         named = canonical_parameters(model) if isinstance(model, nn.Module) else dict(model)
-        names = match_names(ticket.active_names, named, what="MaskedAdamW", where="the model")
-        for name in names:
-            if named[name].shape != ticket.shapes[name]:
-                raise ValueError(
-                    f"MaskedAdamW: {name!r} has shape {list(named[name].shape)} in the model and "
-                    f"{list(ticket.shapes[name])} in the ticket; select the ticket on this model"
-                )
+        names = active_names(named, ticket, what="MaskedAdamW")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"MaskedAdamW: max_grad_norm must be above 0 or None, got {max_grad_norm}")
         self.precision = Precision(states, master, rounding, seed)
@@ -117,6 +112,7 @@ class MaskedAdamW(Optimizer):
         if gradients == "packed":
             if not isinstance(model, nn.Module):
                 raise ValueError('MaskedAdamW: gradients="packed" needs the module, not a mapping of its parameters')
+            check_packable(dict(zip(names, members, strict=True)), what="MaskedAdamW")
             carriers = [carrier_of(param, self._sets[param].k) for param in members]
             self._dense_of = dict(zip(carriers, members, strict=True))
             self._sets |= {carrier: self._sets[param] for carrier, param in self._dense_of.items()}
@@ -124,7 +120,7 @@ class MaskedAdamW(Optimizer):
         elif gradients != "dense":
             raise ValueError(f'MaskedAdamW: gradients must be "dense" or "packed", got {gradients!r}')
         groups: list[dict[str, Any]] = [{"params": members, "pull": pull}] if names else []
-        groups += _dense_groups(dense)
+        groups += dense_groups(dense, what="MaskedAdamW")
         if not groups:
             raise ValueError(
                 "MaskedAdamW: the ticket has no active entry and `dense` is empty; there is nothing to train"
@@ -360,13 +356,14 @@ class MaskedAdamW(Optimizer):
         finer than the weights. Call it now and then, e.g. after the first hundred steps; it reads the device.
 
         Warns:
-            StalledUpdates: the share is above `warn_above`.
+            StalledUpdates: the share is above `warn_above`. The text is always the same, so that Python's default
+                filter shows it once for every place that calls.
         """
         share = sum(launch.stalled() for launch in self._launches) / max(self.active_entries, 1)
         if share > warn_above:
             warnings.warn(
-                f"MaskedAdamW: the updates of {share:.0%} of the active entries round to nothing; train with "
-                'master=True, with rounding="stochastic" (bfloat16), or at a higher learning rate',
+                f"MaskedAdamW: the updates of more than {warn_above:.0%} of the active entries round to nothing; train "
+                'with master=True, with rounding="stochastic" (bfloat16), or at a higher learning rate',
                 StalledUpdates,
                 stacklevel=2,
             )
@@ -397,10 +394,8 @@ def freeze(model: nn.Module, ticket: Ticket, dense: nn.Module | Iterable[Any] = 
     Do so before wrapping the model in DDP, which decides at construction which gradients it waits for.
     """
     named = canonical_parameters(model)
-    names = match_names(ticket.active_names, named, what="freeze", where="the model")
-    trained = {named[name] for name in names}
-    trained |= {param for group in _dense_groups(dense) for param in group["params"]}
-    _freeze(model, trained)
+    trained = {named[name] for name in active_names(named, ticket, what="freeze")}
+    _freeze(model, trained | set(dense_parameters(dense, what="freeze")))
 
 
 def _freeze(model: nn.Module, trained: set[nn.Parameter]) -> None:
@@ -410,19 +405,6 @@ def _freeze(model: nn.Module, trained: set[nn.Parameter]) -> None:
     for param in frozen:
         param.requires_grad_(False)
         param.grad = None
-
-
-def _dense_groups(dense: nn.Module | Iterable[Any]) -> list[dict[str, Any]]:
-    """Parameter groups from a module, parameters, or parameter groups."""
-    if isinstance(dense, Tensor):
-        dense = [dense]
-    items = list(dense.parameters() if isinstance(dense, nn.Module) else dense)
-    if all(isinstance(item, Tensor) for item in items):
-        return [{"params": items}] if items else []
-    if not all(isinstance(item, dict) for item in items):
-        raise TypeError("MaskedAdamW: dense must be a module, parameters, or parameter groups, not a mixture")
-    alone = [isinstance(group["params"], Tensor) for group in items]
-    return [{**g, "params": [g["params"]] if one else list(g["params"])} for g, one in zip(items, alone, strict=True)]
 
 
 def _check_group(group: dict[str, Any], precision: Precision) -> None:

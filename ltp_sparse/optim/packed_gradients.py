@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +12,16 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ltp_sparse import ops
 from ltp_sparse.encoding import Column, IndexSet, TileTable, unpack_bits
+
+# rows of a batch that are packed at a time: bounds the temporaries to a few megabytes
+_ROWS_AT_A_TIME = 512
+
+# parameters whose gradients are packed; a second packer would find nothing left
+_packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 # DDP leaves the parameters named here alone; it has no public name for it.
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
@@ -28,30 +35,63 @@ def carrier_of(param: nn.Parameter, k: int) -> nn.Parameter:
     return nn.Parameter(torch.zeros(1, device=param.device).expand(k))
 
 
+def check_packable(named: Mapping[str, nn.Parameter], *, what: str) -> None:
+    """Raises ValueError if a parameter takes no gradient, or if its gradient is packed already."""
+    for name, param in named.items():
+        if not param.requires_grad:
+            raise ValueError(
+                f"{what}: expected a gradient for each parameter of the ticket, {name!r} takes none; call its "
+                "requires_grad_(), or restrict the ticket"
+            )
+        if param in _packed:
+            raise ValueError(
+                f"{what}: the gradient of {name!r} goes to an earlier MaskedAdamW or PackedParameters; call remove() "
+                "on that one first"
+            )
+
+
 class _Rows:
-    """Where the active entries of each row of a matrix are, to pack gradients that hold some rows only."""
+    """Where the active entries of each row of a matrix are, to pack gradients that hold some rows only.
+
+    words:  int32 [rows, ceil(columns / 32)], a bitmap that starts anew with every row
+    starts: int64 [rows], slot of the first active entry
+    """
 
     def __init__(self, index_set: IndexSet, columns: int, device: torch.device) -> None:
-        self.words = index_set.bitmap().to(device)
         self.columns = columns
-        counts = torch.zeros(index_set.n // columns, dtype=torch.int64)
-        for _, indices in index_set.chunks():
-            rows = indices.cpu() // columns
-            counts.index_add_(0, rows, torch.ones_like(rows))
-        self.starts = (counts.cumsum(0) - counts).to(device)
+        rows, width = index_set.n // columns, -(-columns // 32)
+        if columns % 32 == 0:
+            words = index_set.bitmap()[: rows * width]
+        else:
+            words = torch.zeros(rows * width, dtype=torch.int32, device=index_set.data.device)
+            for _, indices in index_set.chunks():
+                row, column = indices // columns, indices % columns
+                bits = torch.ones_like(row, dtype=torch.int32) << (column % 32).int()
+                words.index_add_(0, row * width + column // 32, bits)
+        self.words = words.to(device).view(rows, width)
+        counts = torch.cat([self._bits(rows).sum(1) for rows in self.words.split(_ROWS_AT_A_TIME)])
+        self.starts = counts.cumsum(0) - counts
+
+    def _bits(self, words: Tensor) -> Tensor:
+        """int32 [R, width] -> bool [R, columns]"""
+        return unpack_bits(words.reshape(-1)).view(len(words), -1)[:, : self.columns]
 
     def pack_(self, grad: Tensor, out: Tensor) -> None:
-        """Adds the active entries of a coalesced sparse gradient to `out`."""
-        rows, values = grad.indices()[0], grad.values()
-        # a row that does not start at a word boundary is read with the words around it
-        first = rows * self.columns
-        span = self.columns // 32 + 2
-        words = (first // 32)[:, None] + torch.arange(span, device=rows.device)
-        bits = unpack_bits(self.words[words.clamp(max=len(self.words) - 1)].view(-1)).view(len(rows), -1)
-        columns = (first % 32)[:, None] + torch.arange(self.columns, device=rows.device)
-        active = bits.gather(1, columns)
-        slots = self.starts[rows][:, None] + active.cumsum(1) - 1
-        out.index_add_(0, slots[active], values[active].float())
+        """Adds the active entries of a sparse gradient, in which a row may occur several times, to `out`."""
+        rows = grad._indices()[0].split(_ROWS_AT_A_TIME)
+        for some, values in zip(rows, grad._values().split(_ROWS_AT_A_TIME), strict=True):
+            bits = self._bits(self.words[some])
+            counts = bits.sum(1)
+            row, column = bits.nonzero(as_tuple=True)
+            # slot of a row's first active entry, less the place of that entry in the list
+            offsets = self.starts[some] - (counts.cumsum(0) - counts)
+            slots = offsets[row].add_(torch.arange(len(row), device=row.device))
+            added = values[row, column].float()
+            # both add in the order of the rows; the other operation of either device is not deterministic
+            if out.is_cpu:
+                out.index_add_(0, slots, added)
+            else:
+                out.index_put_((slots,), added, accumulate=True)
 
 
 class PackedGradients:
@@ -75,6 +115,7 @@ class PackedGradients:
     ) -> None:
         """table: lays `sets` out, a parameter's tiles together."""
         self.params, self.carriers, self.table = list(params), list(carriers), table
+        _packed.update(dict.fromkeys(self.params, True))
         self.buffer = torch.zeros(table.k, device=params[0].device)
         ends = torch.tensor(table.counts).cumsum(0).tolist()
         self.views = [self.buffer[end - count : end] for end, count in zip(ends, table.counts, strict=True)]
@@ -113,7 +154,7 @@ class PackedGradients:
         if grad.is_sparse and number in self._rows:
             if fresh:
                 out.zero_()
-            self._rows[number].pack_(grad.coalesce(), out)
+            self._rows[number].pack_(grad, out)
         else:
             ops.masked_pack_([grad], out, self._tables[number], accumulate=not fresh)
         if fresh:
@@ -179,6 +220,8 @@ class PackedGradients:
             handle.remove()
         for module in self._embeddings:
             module.sparse = False
+        for param in self.params:
+            _packed.pop(param, None)
         setattr(self._model, _IGNORED, self._ignored)
 
 

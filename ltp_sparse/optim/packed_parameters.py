@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TypeVar
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from ltp_sparse.delta import gather, scatter_
 from ltp_sparse.encoding import TileTable
-from ltp_sparse.names import canonical_parameters, match_names
-from ltp_sparse.optim.packed_gradients import PackedGradients
+from ltp_sparse.names import canonical_parameters
+from ltp_sparse.optim.members import active_names, dense_parameters
+from ltp_sparse.optim.packed_gradients import PackedGradients, check_packable
 from ltp_sparse.ticket import Ticket
 
 _Optimizer = TypeVar("_Optimizer", bound=torch.optim.Optimizer)
@@ -25,29 +26,33 @@ class PackedParameters:
     loss.backward(); opt.step(); opt.zero_grad()
 
     Optimizers that work entry by entry (SGD, Adam, RMSprop, schedule-free, 8-bit ones, ...) train the entries as they
-    would train a tensor under a mask. Those that look at a matrix's shape (Muon, Shampoo, Adafactor's factored
-    moments) see vectors here. The float32 values are masters: a model in bfloat16 holds their rounding. For AdamW,
-    `MaskedAdamW` does the same in one pass and without a copy of the values.
+    would train a tensor under a mask. Those that look at a matrix's shape see vectors here: Muon, which is for matrices
+    only, refuses them, and Adafactor does not factor its moments. The float32 values are masters: a model in bfloat16
+    holds their rounding. For AdamW, `MaskedAdamW` does the same in one pass and without a copy of the values.
+
+    The values reach the model after every step of an attached optimizer, and before every forward pass if they have
+    changed since: in a closure that is called several times (LBFGS), or by the `eval()` of a schedule-free optimizer.
+    Call `scatter_()` where neither comes before the weights are read, and `gather_()` after writing weights from
+    outside. Embeddings of the ticket become `sparse=True` until `remove()`.
 
     Args:
         model: the module whose weights train, all of them on one device.
         ticket: the active entries.
+        dense: parameters that train in full, such as a head: a module, parameters or parameter groups. `parameters()`
+            yields them after the packed ones.
 
     Raises:
-        ValueError: no name of the ticket is in the model, a shape differs, or the ticket has no active entry.
+        ValueError: no name of the ticket is in the model, a shape differs, the ticket has no active entry, or another
+            optimizer packs these gradients already; nothing is changed then.
     """
 
-    def __init__(self, model: nn.Module, ticket: Ticket) -> None:
+    def __init__(self, model: nn.Module, ticket: Ticket, *, dense: nn.Module | Iterable[Any] = ()) -> None:
         named = canonical_parameters(model)
-        names = match_names(ticket.active_names, named, what="PackedParameters", where="the model")
+        names = active_names(named, ticket, what="PackedParameters")
         if not names:
             raise ValueError("PackedParameters: expected a ticket with active entries, this one has none")
-        for name in names:
-            if named[name].shape != ticket.shapes[name]:
-                raise ValueError(
-                    f"PackedParameters: {name!r} has shape {list(named[name].shape)} in the model and "
-                    f"{list(ticket.shapes[name])} in the ticket; select the ticket on this model"
-                )
+        check_packable({name: named[name] for name in names}, what="PackedParameters")
+        self._dense = dense_parameters(dense, what="PackedParameters")
         devices = {named[name].device for name in names}
         if len(devices) > 1:
             raise ValueError(f"PackedParameters: expected the model on one device, got {', '.join(map(str, devices))}")
@@ -58,6 +63,9 @@ class PackedParameters:
         table = TileTable.build(list(self._sets.values()), device=device, ranks=device.type != "cpu")
         members = list(self._params.values()), list(self._packed.values()), list(self._sets.values())
         self._gradients = PackedGradients(model, *members, table)
+        self._model_id = id(model)  # a copy of the model carries a copy of the hook, and has weights of its own
+        self._handles: list[Any] = [model.register_forward_pre_hook(self._before_forward)]
+        self._written = self._versions()
 
     def __repr__(self) -> str:
         k = sum(packed.numel() for packed in self._packed.values())
@@ -68,8 +76,9 @@ class PackedParameters:
         yield from self._packed.items()
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The packed parameters; their `.grad` is packed, too."""
+        """The packed parameters, whose `.grad` is packed, too, and the dense ones."""
         yield from self._packed.values()
+        yield from self._dense
 
     @torch.no_grad()
     def scatter_(self) -> None:
@@ -77,23 +86,34 @@ class PackedParameters:
         for name, packed in self._packed.items():
             target = self._params[name]
             scatter_(target.detach(), self._sets[name], packed.detach().to(target.dtype))
+        self._written = self._versions()
 
     @torch.no_grad()
     def gather_(self) -> None:
         """Reads the values from the model, which others have changed."""
         for name, packed in self._packed.items():
             packed.copy_(gather(self._params[name], self._sets[name]))
+        self._written = self._versions()
+
+    def _versions(self) -> list[int]:
+        return [packed._version for packed in self._packed.values()]
+
+    def _before_forward(self, model: nn.Module, _: object) -> None:
+        if id(model) == self._model_id and self._versions() != self._written:
+            self.scatter_()
 
     def attach(self, optimizer: _Optimizer) -> _Optimizer:
         """Writes the values into the model after every step of an optimizer, which it returns."""
-        mine, theirs = set(map(id, self.parameters())), optimizer.param_groups
+        mine, theirs = set(map(id, self._packed.values())), optimizer.param_groups
         if not any(id(param) in mine for group in theirs for param in group["params"]):
             raise ValueError(
                 "PackedParameters.attach: this optimizer has none of the packed parameters; pass them to it"
             )
-        optimizer.register_step_post_hook(lambda *_: self.scatter_())
+        self._handles.append(optimizer.register_step_post_hook(lambda *_: self.scatter_()))
         return optimizer
 
     def remove(self) -> None:
-        """Takes the hooks off the model; its gradients are dense again."""
+        """Takes the hooks off model and optimizers; gradients are dense again, and steps no longer reach the model."""
+        for handle in self._handles:
+            handle.remove()
         self._gradients.remove()
