@@ -21,6 +21,7 @@ from ltp_sparse.encoding import TILE
 from ltp_sparse.names import canonical_parameters
 from ltp_sparse.optim.launch import Precision
 from ltp_sparse.optim.members import active_names, dense_parameters
+from ltp_sparse.optim.packed_gradients import check_unpacked
 from ltp_sparse.ticket import Ticket
 
 _TILE_BYTES = 64
@@ -80,7 +81,8 @@ def memory_report(
             counts the gradients only.
         states, gradients, master: as in `MaskedAdamW`.
 
-    Raises ValueError when the ticket is not of this model or an option is out of range.
+    Raises ValueError when the ticket is not of this model or an option is out of range, and, with `loss`, when an
+    optimizer packs gradients of the model: it would take those of the trial for its own.
     """
     if gradients not in ("dense", "packed"):
         raise ValueError(f'memory_report: gradients must be "dense" or "packed", got {gradients!r}')
@@ -113,6 +115,8 @@ def memory_report(
             index += rows * (4 * -(-columns // 32) + 8)
     passing = held
     if loss is not None:
+        for name, parameter in named.items():
+            check_unpacked(name, parameter, what="memory_report")
         ticketed = [named[name] for name, k in active.items() if k] if packed else []
         packed_bytes = 4 * sum(active.values()) if packed else 0
         trained = {id(named[name]) for name, k in active.items() if k} | full
@@ -133,11 +137,12 @@ def passing_bytes(
     before = {p: (p.requires_grad, p.grad) for p in model.parameters()}
     lookups = [m for m in model.modules() if isinstance(m, nn.Embedding) and any(m.weight is p for p in packed)]
     options = [(m.sparse, m.padding_idx) for m in lookups]
-    for parameter in before:
-        parameter.grad = None
-        parameter.requires_grad_(id(parameter) in trained)
-    hooks = [p.register_post_accumulate_grad_hook(_free) for p in packed]
+    hooks: list[Any] = []
     try:
+        for parameter in before:
+            parameter.grad = None
+            parameter.requires_grad_(id(parameter) in trained)
+        hooks += [p.register_post_accumulate_grad_hook(_free) for p in packed]
         for module in lookups:  # a padding row would make the size of the gradient depend on the tokens
             module.sparse, module.padding_idx = True, None
         with LiveBytes() as live:

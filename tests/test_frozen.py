@@ -83,3 +83,25 @@ def test_half_precision_and_strides(dtype):
         model.weight[~ticket.mask("weight")] *= 2
     with pytest.raises(RuntimeError):
         ls.verify_frozen(before, model, ticket)
+
+
+def test_dense_is_given_as_to_the_optimizer(model, ticket):
+    forms = (model["head"], list(model["head"].parameters()), [{"params": model["head"].parameters(), "lr": 1.0}])
+    for dense in forms:
+        assert set(ls.frozen_digests(model, ticket, dense)) == {"embed.weight", "body.weight", "body.bias"}
+    before = ls.frozen_digests(model, ticket, model["head"])
+    with torch.no_grad():
+        model["head"].bias.add_(1)
+    ls.verify_frozen(before, model, ticket, [{"params": model["head"].parameters()}])
+    with pytest.raises(
+        ValueError, match="'head.bias' is new or gone \\(2 in all\\); give the same model, ticket and dense"
+    ):
+        ls.verify_frozen(before, model, ticket)
+
+
+def test_a_ticket_of_another_model_is_refused(model, ticket):
+    other = nn.ModuleDict({"embed": nn.Embedding(3000, 51), "body": nn.Linear(300, 70)})
+    with pytest.raises(ValueError, match=r"frozen_digests: 'embed.weight' has shape \[3000, 51\] in the model"):
+        ls.frozen_digests(other, ticket)
+    with pytest.raises(ValueError, match="frozen_digests: no name of the ticket is in the model"):
+        ls.verify_frozen({}, nn.Linear(3, 3), ticket)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -93,6 +95,71 @@ def test_any_module_and_bad_arguments():
     assert report.weights == 4 * 60_200 and report.gradients == 4 * 60_000 and report.states == 8 * 60_000
     assert report.held == report.total == report.weights + report.gradients + report.states + report.index
     assert "held 0.001 GB" in repr(report)
+    with pytest.raises(ValueError, match='gradients must be "dense" or "packed", got .sparse.'):
+        ls.memory_report(model, 0.1, gradients="sparse")
+    with pytest.raises(ValueError, match='states must be "float32" or "8bit", got .4bit.'):
+        ls.memory_report(model, 0.1, states="4bit")
+    for density in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=r"the density must be in \[0, 1\], got"):
+            ls.memory_report(model, density)
+    with pytest.raises(
+        ValueError, match=r"memory_report: 'weight' has shape \[200, 300\] in the model and \[200, 301\]"
+    ):
+        ls.memory_report(model, ls.Ticket.random(nn.Linear(301, 200), density=0.1))
+    with pytest.raises(ValueError, match="memory_report: no name of the ticket is in the model"):
+        ls.memory_report(model, ls.Ticket.random(nn.Sequential(nn.Linear(3, 3)), density=0.5))
+
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(50, 20, padding_idx=1)
+        self.sparse = nn.Embedding(50, 20, sparse=True)
+        self.head = nn.Linear(20, 3)
+
+    def forward(self):
+        ids = torch.arange(8)
+        return self.head(self.embed(ids) + self.sparse(ids)).sum()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("gradients", ["packed", "dense"])
+def test_the_model_is_left_as_it_was(gradients, fails):
+    """Also when the loss fails."""
+    model = Words()
+    model.head.bias.requires_grad_(False)
+    pending = torch.randn_like(model.head.weight)
+    model.head.weight.grad = pending
+    value = pending.clone()
+    ticket = ls.Ticket.random(model, density=0.3, pool=["embed", "sparse"])
+
+    def loss():
+        total = model()
+        return total.backward() if fails else total  # a loss that is None
+
+    options = {"dense": [model.head.weight], "gradients": gradients, "loss": loss}
+    if fails:
+        with pytest.raises(AttributeError):
+            ls.memory_report(model, ticket, **options)
+    else:
+        assert ls.memory_report(model, ticket, **options).passing > 0
+    assert [p.requires_grad for p in model.parameters()] == [True, True, True, False]
+    assert model.head.weight.grad is pending and torch.equal(pending, value)
+    assert all(p.grad is None for p in (model.embed.weight, model.sparse.weight, model.head.bias))
+    assert not model.embed.sparse and model.sparse.sparse
+    assert model.embed.padding_idx == 1 and model.sparse.padding_idx is None
+    assert all(not p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_gradients_of_a_running_optimizer_are_not_mixed_with_the_trial():
+    model = Words()
+    ticket = ls.Ticket.random(model, density=0.3)
+    opt = ls.MaskedAdamW(model, ticket, gradients="packed")
+    with pytest.raises(ValueError, match=r"memory_report: the gradient of 'embed.weight' goes to an earlier"):
+        ls.memory_report(model, ticket, loss=model)
+    assert ls.memory_report(model, ticket).held  # counting alone is fine
+    opt.remove()
+    assert ls.memory_report(model, ticket, loss=model).passing
 
 
 @pytest.mark.parametrize(
@@ -127,3 +194,26 @@ def test_the_command_needs_no_download(capsys):
     assert "LoRA, rank 8" in text and "FlashAdamW" in text and "full fine-tuning, AdamW, all logits" in text
     assert main(["memory", "--model", "xlm-roberta-base", "--density", "2"]) == 2
     assert "--density must be in (0, 1]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch", "0"], "--batch must be at least 1, got 0"),
+        (["--length", "513"], "--length must be in [1, 512] for xlm-roberta-base, got 513"),
+        (["--length", "0"], "--length must be in [1, 512]"),
+        (["--model", "no/such/folder"], "no config of an XLM-R model in 'no/such/folder'; give xlm-roberta-base"),
+        (["--model", "{folder}/empty"], "no config of an XLM-R model in"),
+        (["--model", "{folder}/other"], "expected a model of type 'xlm-roberta', '{folder}/other' is of type 'bert'"),
+        (["--model", "{folder}/short", "--length", "31"], "--length must be in [1, 30] for {folder}/short, got 31"),
+    ],
+    ids=str,
+)
+def test_the_command_says_what_does_not_fit(options, message, tmp_path, capsys):
+    short = {"model_type": "xlm-roberta", "max_position_embeddings": 32, "pad_token_id": 1}
+    for name, config in (("empty", {}), ("other", {"model_type": "bert"}), ("short", short)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    options = [option.replace("{folder}", str(tmp_path)) for option in options]
+    assert main(["memory", "--model", "xlm-roberta-base", *options]) == 2
+    assert message.replace("{folder}", str(tmp_path)) in capsys.readouterr().err

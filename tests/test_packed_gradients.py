@@ -380,3 +380,116 @@ def test_gradients_of_the_other_kind_are_refused():
     after = first.state_dict()
     assert str(after["param_groups"]) == str(before["param_groups"])
     first.load_state_dict(second.state_dict())  # without gradients the two kinds are interchangeable
+
+
+# --- one packer per gradient ---
+
+PACKERS = {
+    "optimizer": lambda model, ticket: MaskedAdamW(model, ticket, gradients="packed"),
+    "parameters": ls.PackedParameters,
+}
+
+
+@pytest.mark.parametrize("second", PACKERS)
+@pytest.mark.parametrize("first", PACKERS)
+def test_a_second_packer_of_a_gradient_is_refused_until_the_first_is_removed(first, second):
+    model = Untied()
+    whole = Ticket.random(model, density=0.3, seed=1)
+    earlier = PACKERS[first](model, whole.restrict(["embedding", "layers.0"]))
+    hooks = dict(model._forward_pre_hooks)
+    with pytest.raises(ValueError, match=r"'layers.0.bias' goes to an earlier .*call remove\(\) on that one first"):
+        PACKERS[second](model, whole.restrict(["layers"]))
+    assert model._forward_pre_hooks == hooks
+    other = PACKERS[second](model, whole.restrict(["layers.1"]))  # another gradient
+    other.remove()
+    PACKERS[second](copy.deepcopy(model), whole.restrict(["layers"])).remove()  # a copy has gradients of its own
+    earlier.remove()
+    later = PACKERS[second](model, whole.restrict(["layers"]))
+    backward(model, 0)
+    assert model.layers[0].weight.grad is None and model.embedding.weight.grad is not None
+    later.remove()
+
+
+def test_removing_one_packer_leaves_the_others():
+    """Also when it is removed once more, after another has taken its place."""
+    model = Untied()
+    whole = Ticket.random(model, density=0.3, seed=1)
+    first = MaskedAdamW(model, whole.restrict(["embedding"]), gradients="packed")
+    second = MaskedAdamW(model, whole.restrict(["layers"]), gradients="packed")
+    layers = [name for name, _ in model.named_parameters() if name.startswith("layers")]
+    first.remove()
+    assert model._ddp_params_and_buffers_to_ignore == layers and not model.embedding.sparse
+    third = MaskedAdamW(model, whole.restrict(["embedding"]), gradients="packed")
+    first.remove()
+    assert model._ddp_params_and_buffers_to_ignore == [*layers, "embedding.weight"] and model.embedding.sparse
+    with pytest.raises(ValueError, match="'embedding.weight' goes to an earlier"):
+        ls.PackedParameters(model, whole.restrict(["embedding"]))
+    backward(model, 0)
+    assert model.embedding.weight.grad is None and model.layers[0].weight.grad is None
+    second.remove()
+    third.remove()
+    assert not model._ddp_params_and_buffers_to_ignore and not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("packer", PACKERS)
+def test_a_parameter_without_gradient_is_refused(packer):
+    model = Untied()
+    ticket = Ticket.random(model, density=0.3, seed=1)
+    model.layers[1].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"'layers.1.weight' takes none; call its requires_grad_\(\), or restrict"):
+        PACKERS[packer](model, ticket)
+    assert not model._forward_pre_hooks and not model.embedding.sparse
+    PACKERS[packer](model, ticket.restrict(["embedding", "layers.0"])).remove()
+
+
+@pytest.mark.parametrize("gradients", ["dense", "packed"])
+def test_a_parameter_of_ticket_and_dense_is_refused(gradients):
+    model = Untied()
+    with pytest.raises(ValueError, match="in the ticket and in dense|more than one parameter group"):
+        MaskedAdamW(model, Ticket.random(model, density=0.3), dense=model.head.parameters(), gradients=gradients)
+    assert not model._forward_pre_hooks
+
+
+# --- gradients of embedding rows ---
+
+
+@pytest.mark.parametrize("own_sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("columns", [1, 31, 32, 33, 64, 100])
+@pytest.mark.parametrize("density", [0.02, 0.5, 1.0])
+def test_rows_are_packed_whatever_their_width(columns, density, own_sparse):
+    """A row that starts inside a word of the bitmap, tokens that occur many times, an embedding that was sparse before.
+
+    The sums of a row are taken in the order of the batch.
+    """
+    model = nn.Embedding(700, columns, sparse=own_sparse)  # more rows than are packed at a time, in one batch
+    ticket = Ticket.random(model, density=density, seed=1)
+    packed = ls.PackedParameters(model, ticket)
+    ids = torch.cat([torch.arange(600), torch.randint(700, (900,)), torch.full((50,), 3)])[torch.randperm(1550)]
+    weight = torch.randn(len(ids), columns)
+    dense = torch.zeros(700, columns)
+    for row, value in zip(ids.tolist(), weight, strict=True):
+        dense[row] += value
+    for times in (1, 2):  # the second micro-batch adds
+        (model(ids) * weight).sum().backward()
+        (grad,) = (p.grad for p in packed.parameters())
+        wanted = dense if times == 1 else _added_in_order(dense, ids, weight)
+        assert same_bits(grad, wanted[ticket.mask("weight")])
+    packed.remove()
+    assert model.sparse == own_sparse
+
+
+def _added_in_order(total, ids, values):
+    total = total.clone()
+    for row, value in zip(ids.tolist(), values, strict=True):
+        total[row] += value
+    return total
+
+
+def test_a_batch_without_rows():
+    """The gradient of nothing but padding tokens holds no row."""
+    model = nn.Embedding(50, 20, padding_idx=1)
+    packed = ls.PackedParameters(model, Ticket.random(model, density=0.3))
+    model(torch.ones(4, 3, dtype=torch.long)).sum().backward()
+    assert all(not p.grad.any() for p in packed.parameters())
+    model(torch.empty(0, 3, dtype=torch.long)).sum().backward()
+    assert all(not p.grad.any() for p in packed.parameters())

@@ -150,6 +150,123 @@ def test_remove_makes_gradients_dense_again(model, ticket):
     assert all(p.grad is None for p in packed.parameters())
 
 
+def test_steps_do_not_reach_the_model_after_remove(model, ticket):
+    packed = ls.PackedParameters(model, ticket)
+    opt = packed.attach(torch.optim.SGD(packed.parameters(), lr=0.1))
+    packed.remove()
+    before = copy.deepcopy(model.state_dict())
+    for p in packed.parameters():
+        p.grad = torch.ones_like(p)
+    opt.step()
+    model(batches(1)[0][0])
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not model._forward_pre_hooks
+
+
+def test_dense_parameters_come_last(model, ticket):
+    for dense in (model.head, model.head.parameters(), [{"params": model.head.parameters()}]):
+        packed = ls.PackedParameters(model, ticket, dense=dense)
+        own = [p for _, p in packed.named_parameters()]
+        every = list(packed.parameters())
+        assert len(own) == 3 and all(a is b for a, b in zip(every, [*own, *model.head.parameters()], strict=True))
+        packed.remove()
+    packed = ls.PackedParameters(model, ticket, dense=model.head)
+    opt = packed.attach(torch.optim.SGD(packed.parameters(), lr=0.1))
+    before, ((ids, labels),) = copy.deepcopy(model.state_dict()), batches(1)
+    F.cross_entropy(model(ids), labels).backward()
+    opt.step()
+    for name, tensor in model.state_dict().items():
+        moved = tensor != before[name]
+        assert moved.any()
+        if name in ticket.sets:
+            assert not moved[~ticket.mask(name)].any()
+    packed.remove()
+    with pytest.raises(ValueError, match=r"'body.bias' is in the ticket and in dense"):
+        ls.PackedParameters(model, ticket, dense=model.body)
+
+
+class Composed(nn.Module):
+    """The same network as a function of one small vector per tensor: the active entries, as `base` has the others."""
+
+    def __init__(self, base, ticket):
+        super().__init__()
+        self.base, self.masks = base, {name: ticket.mask(name) for name in ticket.active_names}
+        values = [dict(base.named_parameters())[name].detach()[mask] for name, mask in self.masks.items()]
+        self.values = nn.ParameterList(values)
+
+    def forward(self, ids):
+        weights = {name: p.detach() for name, p in self.base.named_parameters()}
+        for (name, mask), values in zip(self.masks.items(), self.values, strict=True):
+            weights[name] = weights[name].masked_scatter(mask, values)
+        return torch.func.functional_call(self.base, weights, (ids,))
+
+
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_a_closure_is_evaluated_at_the_values_of_the_moment(model, ticket, search):
+    """LBFGS changes the values and asks for the loss again, several times in a step."""
+    small = Composed(copy.deepcopy(model), ticket)
+    packed = ls.PackedParameters(model, ticket)
+    params = {"lr": 0.5, "max_iter": 6, "line_search_fn": search}
+    ours = packed.attach(torch.optim.LBFGS(packed.parameters(), **params))
+    theirs = torch.optim.LBFGS(small.values.parameters(), **params)
+    losses = []
+    for opt, network in ((ours, model), (theirs, small)):
+        for ids, labels in batches(3):
+
+            def closure(opt=opt, network=network, ids=ids, labels=labels):
+                opt.zero_grad()
+                loss = F.cross_entropy(network(ids), labels)
+                loss.backward()
+                losses.append(loss.item())
+                return loss
+
+            opt.step(closure)
+    ours_seen, theirs_seen = losses[: len(losses) // 2], losses[len(losses) // 2 :]
+    assert len(losses) > 2 * 3 * 3 and len(set(ours_seen)) > 6
+    assert ours_seen == pytest.approx(theirs_seen, rel=1e-4)
+    for values, name in zip(small.values, ticket.active_names, strict=True):
+        weight = dict(model.named_parameters())[name]
+        torch.testing.assert_close(weight[ticket.mask(name)], values, atol=1e-4, rtol=1e-3)
+
+
+def test_values_changed_between_steps_reach_the_next_forward(model, ticket):
+    """As the `eval()` of a schedule-free optimizer changes them."""
+    packed = ls.PackedParameters(model, ticket)
+    ids, _ = batches(1)[0]
+    wanted = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, p in wanted.named_parameters():
+            if name in ticket.sets:
+                p[ticket.mask(name)] *= 2
+        for p in packed.parameters():
+            p.mul_(2)
+    with torch.no_grad():
+        assert torch.equal(model(ids), wanted(ids))
+    model.body.weight.data.zero_()  # the hook writes what has changed, not at every forward
+    with torch.no_grad():
+        model(ids)
+    assert not model.body.weight.any()
+
+
+def test_a_copy_of_the_model_keeps_its_own_values(model, ticket):
+    packed = ls.PackedParameters(model, ticket)
+    twin = copy.deepcopy(model)
+    before = copy.deepcopy(twin.state_dict())
+    with torch.no_grad():
+        for p in packed.parameters():
+            p.add_(1)
+        twin(batches(1)[0][0])
+        assert all(torch.equal(before[name], tensor) for name, tensor in twin.state_dict().items())
+        model(batches(1)[0][0])
+    assert not torch.equal(before["body.weight"], model.body.weight)
+    assert all(torch.equal(before[name], tensor) for name, tensor in twin.state_dict().items())
+    with torch.no_grad():  # nor does the copy write into the model
+        saved = copy.deepcopy(model.state_dict())
+        twin.body.weight.zero_()
+        twin(batches(1)[0][0])
+    assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
+
+
 def test_mistakes(model, ticket):
     with pytest.raises(ValueError, match="PackedParameters: no name of the ticket is in the model"):
         ls.PackedParameters(nn.Linear(3, 3), ticket)

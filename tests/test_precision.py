@@ -411,3 +411,28 @@ def test_updates_that_round_to_nothing_are_noticed(dtype, states):
         assert train(1e-6, master=True)[1].stalled_share() == 0
         if dtype is torch.bfloat16:
             assert train(1e-6, rounding="stochastic")[1].stalled_share() == 0
+
+
+def test_a_learning_rate_of_zero_stalls_nothing():
+    """As at the start of a warm-up: nothing is meant to move. The warning's text is the same for every share."""
+    model = torch.nn.Linear(60, 50).to(torch.bfloat16)
+    opt = ls.MaskedAdamW(model, ls.Ticket.full(model), lr=0.0, weight_decay=0.0, master=False)
+    texts = []
+    for lr, dense in ((0.0, None), (1e-6, None), (1e-5, model.bias)):
+        opt.param_groups[0]["lr"] = lr
+        if dense is not None:
+            with torch.no_grad():
+                dense.zero_()  # some updates are seen now
+        opt.zero_grad()
+        model(torch.randn(8, 60).bfloat16()).float().square().sum().backward()
+        opt.step()
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            share = opt.stalled_share()
+        assert [w.category for w in seen] == ([] if lr == 0 else [StalledUpdates])
+        assert share == 0 if lr == 0 else 0.5 < share < 1 + 1e-9
+        texts += [(str(w.message), w.filename, share) for w in seen]
+    assert texts[0][0] == texts[1][0] and texts[0][1] == __file__ and texts[0][2] != texts[1][2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert opt.stalled_share(warn_above=1.0) > 0.5

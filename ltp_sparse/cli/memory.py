@@ -147,10 +147,10 @@ def _config(name: str) -> Any:
         )  # fmt: skip
     try:
         config = AutoConfig.from_pretrained(name, local_files_only=Path(name).is_dir())
-    except OSError as error:
+    except (OSError, ValueError) as error:
         known = ", ".join(SIZES)
         raise CommandError(
-            f"memory: no config of {name!r} here or on the Hub; give {known}, a folder with config.json, or a Hub name"
+            f"memory: no config of an XLM-R model in {name!r}; give {known}, a folder with config.json, or a Hub name"
         ) from error
     if config.model_type != "xlm-roberta":
         raise CommandError(f"memory: expected a model of type 'xlm-roberta', {name!r} is of type {config.model_type!r}")

@@ -71,7 +71,8 @@ class MaskedAdamW(Optimizer):
 
     Raises:
         ValueError: no name of the ticket is in the model (the closest are listed), a shape differs, an option is out of
-            range, or gradients are to be packed that another optimizer packs already.
+            range, a parameter is in the ticket and in `dense`, or gradients are to be packed that another optimizer
+            packs already.
     """
 
     # GradScaler hands us its scale and found_inf; whether a step is skipped is then decided on the device
@@ -108,11 +109,13 @@ class MaskedAdamW(Optimizer):
         self._launches: list[Launch] = []
         self._removed = False
         members = [named[name] for name in names]
+        in_full = dense_groups(dense, what="MaskedAdamW")
         self._dense_of: dict[nn.Parameter, nn.Parameter] = {}
         if gradients == "packed":
             if not isinstance(model, nn.Module):
                 raise ValueError('MaskedAdamW: gradients="packed" needs the module, not a mapping of its parameters')
-            check_packable(dict(zip(names, members, strict=True)), what="MaskedAdamW")
+            ticketed = dict(zip(names, members, strict=True))
+            check_packable(ticketed, (p for group in in_full for p in group["params"]), what="MaskedAdamW")
             carriers = [carrier_of(param, self._sets[param].k) for param in members]
             self._dense_of = dict(zip(carriers, members, strict=True))
             self._sets |= {carrier: self._sets[param] for carrier, param in self._dense_of.items()}
@@ -120,7 +123,7 @@ class MaskedAdamW(Optimizer):
         elif gradients != "dense":
             raise ValueError(f'MaskedAdamW: gradients must be "dense" or "packed", got {gradients!r}')
         groups: list[dict[str, Any]] = [{"params": members, "pull": pull}] if names else []
-        groups += dense_groups(dense, what="MaskedAdamW")
+        groups += in_full
         if not groups:
             raise ValueError(
                 "MaskedAdamW: the ticket has no active entry and `dense` is empty; there is nothing to train"
@@ -129,14 +132,14 @@ class MaskedAdamW(Optimizer):
         defaults["pull"] = 0.0
         super().__init__(groups, defaults)
         self._build()
-        for launch in self._launches:
-            if launch.members is not launch.params:
-                assert isinstance(model, nn.Module)
-                launch.packed = PackedGradients(model, launch.params, launch.members, launch.sets, launch.table)
         if freeze:
             if not isinstance(model, nn.Module):
                 raise ValueError("MaskedAdamW: freeze=True needs the module, not a mapping of its parameters")
             _freeze(model, {self._dense_of.get(p, p) for group in self.param_groups for p in group["params"]})
+        for launch in self._launches:
+            if launch.members is not launch.params:
+                assert isinstance(model, nn.Module)
+                launch.packed = PackedGradients(model, launch.params, launch.members, launch.sets, launch.table)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters that are updated in full."""
@@ -348,7 +351,6 @@ class MaskedAdamW(Optimizer):
                 launch.packed.remove()
                 self._removed = True
 
-    @torch.no_grad()
     def stalled_share(self, warn_above: float = 0.5) -> float:
         """Share of the active entries whose update, with the moments as they are, rounds to nothing.
 
@@ -359,7 +361,8 @@ class MaskedAdamW(Optimizer):
             StalledUpdates: the share is above `warn_above`. The text is always the same, so that Python's default
                 filter shows it once for every place that calls.
         """
-        share = sum(launch.stalled() for launch in self._launches) / max(self.active_entries, 1)
+        with torch.no_grad():  # as a decorator it would take the caller's place in the warning
+            share = sum(launch.stalled() for launch in self._launches) / max(self.active_entries, 1)
         if share > warn_above:
             warnings.warn(
                 f"MaskedAdamW: the updates of more than {warn_above:.0%} of the active entries round to nothing; train "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,19 +35,27 @@ def carrier_of(param: nn.Parameter, k: int) -> nn.Parameter:
     return nn.Parameter(torch.zeros(1, device=param.device).expand(k))
 
 
-def check_packable(named: Mapping[str, nn.Parameter], *, what: str) -> None:
-    """Raises ValueError if a parameter takes no gradient, or if its gradient is packed already."""
+def check_packable(named: Mapping[str, nn.Parameter], dense: Iterable[nn.Parameter], *, what: str) -> None:
+    """Raises ValueError if a parameter takes no gradient, is in `dense`, too, or has its gradient packed already."""
+    in_full = set(map(id, dense))
     for name, param in named.items():
+        if id(param) in in_full:
+            raise ValueError(f"{what}: {name!r} is in the ticket and in dense; leave it out of one of them")
         if not param.requires_grad:
             raise ValueError(
                 f"{what}: expected a gradient for each parameter of the ticket, {name!r} takes none; call its "
                 "requires_grad_(), or restrict the ticket"
             )
-        if param in _packed:
-            raise ValueError(
-                f"{what}: the gradient of {name!r} goes to an earlier MaskedAdamW or PackedParameters; call remove() "
-                "on that one first"
-            )
+        check_unpacked(name, param, what=what)
+
+
+def check_unpacked(name: str, param: nn.Parameter, *, what: str) -> None:
+    """Raises ValueError if the gradient of a parameter is packed already."""
+    if param in _packed:
+        raise ValueError(
+            f"{what}: the gradient of {name!r} goes to an earlier MaskedAdamW or PackedParameters; call remove() on "
+            "that one first"
+        )
 
 
 class _Rows:
@@ -74,7 +82,7 @@ class _Rows:
 
     def _bits(self, words: Tensor) -> Tensor:
         """int32 [R, width] -> bool [R, columns]"""
-        return unpack_bits(words.reshape(-1)).view(len(words), -1)[:, : self.columns]
+        return unpack_bits(words.reshape(-1)).view(len(words), 32 * words.shape[1])[:, : self.columns]
 
     def pack_(self, grad: Tensor, out: Tensor) -> None:
         """Adds the active entries of a sparse gradient, in which a row may occur several times, to `out`."""
@@ -124,18 +132,19 @@ class PackedGradients:
         self._ddp: weakref.ref[DistributedDataParallel] | None = None
         self._averaging = False
         self._handles: list[Any] = [model.register_forward_pre_hook(self._before_forward)]
-        self._model, self._ignored = model, getattr(model, _IGNORED, [])
-        self._embeddings = []
+        self._model, self._embeddings = model, []
 
         numbers = {param: number for number, param in enumerate(params)}
         for module in model.modules():
             weight = getattr(module, "weight", None)
-            if isinstance(module, nn.Embedding) and weight in numbers and not module.sparse:
-                module.sparse = True
-                self._embeddings.append(module)
+            if isinstance(module, nn.Embedding) and weight in numbers:
+                if not module.sparse:
+                    module.sparse = True
+                    self._embeddings.append(module)
                 self._rows[numbers[weight]] = _Rows(sets[numbers[weight]], weight.shape[1], weight.device)
-        names = [name for name, param in model.named_parameters(remove_duplicate=False) if param in numbers]
-        setattr(model, _IGNORED, [*self._ignored, *names])
+        named = model.named_parameters(remove_duplicate=False)
+        self._ignored = [name for name, param in named if param in numbers]
+        setattr(model, _IGNORED, [*getattr(model, _IGNORED, []), *self._ignored])
         for number, param in enumerate(params):
             self._handles.append(param.register_post_accumulate_grad_hook(self._hook(number)))
 
@@ -215,14 +224,17 @@ class PackedGradients:
             carrier.grad = None
 
     def remove(self) -> None:
-        """Takes the hooks away and makes the embeddings dense again."""
+        """Takes the hooks away and makes the embeddings dense again. Once more, it does nothing."""
+        if not self._handles:  # else it would undo those of a later packer
+            return
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
         for module in self._embeddings:
             module.sparse = False
         for param in self.params:
             _packed.pop(param, None)
-        setattr(self._model, _IGNORED, self._ignored)
+        setattr(self._model, _IGNORED, [name for name in getattr(self._model, _IGNORED) if name not in self._ignored])
 
 
 def _single_tables(table: TileTable) -> list[TileTable]:

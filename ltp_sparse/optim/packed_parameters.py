@@ -42,8 +42,9 @@ class PackedParameters:
             yields them after the packed ones.
 
     Raises:
-        ValueError: no name of the ticket is in the model, a shape differs, the ticket has no active entry, or another
-            optimizer packs these gradients already; nothing is changed then.
+        ValueError: no name of the ticket is in the model, a shape differs, the ticket has no active entry, a parameter
+            of it takes no gradient or is in `dense`, too, or another optimizer packs these gradients already; nothing
+            is changed then.
     """
 
     def __init__(self, model: nn.Module, ticket: Ticket, *, dense: nn.Module | Iterable[Any] = ()) -> None:
@@ -51,8 +52,8 @@ class PackedParameters:
         names = active_names(named, ticket, what="PackedParameters")
         if not names:
             raise ValueError("PackedParameters: expected a ticket with active entries, this one has none")
-        check_packable({name: named[name] for name in names}, what="PackedParameters")
         self._dense = dense_parameters(dense, what="PackedParameters")
+        check_packable({name: named[name] for name in names}, self._dense, what="PackedParameters")
         devices = {named[name].device for name in names}
         if len(devices) > 1:
             raise ValueError(f"PackedParameters: expected the model on one device, got {', '.join(map(str, devices))}")
