@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from ltp_sparse.encoding import TILE
 from ltp_sparse.names import canonical_parameters
-from ltp_sparse.optim.launch import Precision
+from ltp_sparse.optim.launch import PIECE, Precision
 from ltp_sparse.optim.members import active_names, dense_parameters
 from ltp_sparse.optim.packed_gradients import check_unpacked
 from ltp_sparse.ticket import Ticket
@@ -33,7 +33,7 @@ class MemoryReport:
     """Bytes.
 
     weights:   parameters, frozen ones included
-    states:    moments and masters
+    states:    moments, masters and what a pull draws to
     index:     of the ticket: bitmaps or lists, tiles, rows of embeddings
     gradients: held between backward and step
     passing:   the most that activations, logits and gradients take together in forward and backward
@@ -69,6 +69,7 @@ def memory_report(
     states: str = "float32",
     gradients: str = "packed",
     master: bool | None = None,
+    pull_on: str | None = None,
 ) -> MemoryReport:
     """What a step of `MaskedAdamW` takes on a CPU; on a GPU the index has n/32 bytes more for ranks of bitmaps.
 
@@ -80,12 +81,16 @@ def memory_report(
         loss: runs the forward pass and gives the loss; under a `FakeTensorMode` it takes no memory. None: `passing`
             counts the gradients only.
         states, gradients, master: as in `MaskedAdamW`.
+        pull_on: None: the optimizer has no pull. Else as there; "host" is for a model on a GPU, which then holds a
+            piece of the initial values only (on a CPU, "device" says what there is to say).
 
     Raises ValueError when the ticket is not of this model or an option is out of range, and, with `loss`, when an
     optimizer packs gradients of the model: it would take those of the trial for its own.
     """
     if gradients not in ("dense", "packed"):
         raise ValueError(f'memory_report: gradients must be "dense" or "packed", got {gradients!r}')
+    if pull_on not in (None, "device", "host"):
+        raise ValueError(f'memory_report: pull_on must be "device", "host" or None, got {pull_on!r}')
     named, precision = canonical_parameters(model), Precision(states, master)
     full = set(map(id, dense_parameters(dense, what="memory_report")))
     if isinstance(ticket, Ticket):
@@ -99,7 +104,7 @@ def memory_report(
         active = {name: int(ticket * named[name].numel()) for name in names}
     packed = gradients == "packed"
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} if packed else set()
-    index = held = 0
+    index = held = entries = 0
     state = 0.0
     for name, parameter in named.items():
         k = parameter.numel() if id(parameter) in full else active.get(name, 0)
@@ -107,12 +112,15 @@ def memory_report(
             continue
         stands_alone = id(parameter) in full or not packed
         held += parameter.numel() * parameter.element_size() if stands_alone else 4 * k
+        entries += k
         per_entry = 8.0 if states == "float32" else 2.0 + 4 / _BLOCK
         state += k * (per_entry + 4 * precision.keeps_master(parameter.dtype))
         index += _index_bytes(k, parameter.numel())
         if id(parameter) in embeddings and not stands_alone:
             rows, columns = parameter.shape
             index += rows * (4 * -(-columns // 32) + 8)
+    if pull_on is not None:
+        state += 4 * (entries if pull_on == "device" else min(entries, PIECE))
     passing = held
     if loss is not None:
         for name, parameter in named.items():

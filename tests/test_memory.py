@@ -77,6 +77,25 @@ def test_predictions_hold_within_five_percent(gradients, states, density):
     assert predicted.total == pytest.approx(counted, rel=0.05)
 
 
+@pytest.mark.parametrize("states", ["float32", "8bit"])
+@pytest.mark.parametrize("pull_on", ["device", "host"])
+def test_what_a_pull_holds_is_predicted(pull_on, states, monkeypatch):
+    """On a GPU the host takes it off: there, room for a piece remains."""
+    monkeypatch.setattr("ltp_sparse.optim.launch._is_host", lambda device: False)
+    for module in ("ltp_sparse.optim.launch", "ltp_sparse.memory"):
+        monkeypatch.setattr(f"{module}.PIECE", 200_000)
+    model = prompted()
+    ticket = ls.Ticket.full(model, pool=pools.maskable)
+    options = {"dense": list(model.prompt_encoder.parameters()), "states": states}
+    predicted = ls.memory_report(model, ticket, gradients="dense", pull_on=pull_on, **options)
+    opt = ls.MaskedAdamW(model, ticket, pull=0.1, pull_on=pull_on, **options)
+    assert predicted.states + predicted.index == pytest.approx(opt.state_bytes(), rel=0.02, abs=4000)
+    without = ls.memory_report(model, ticket, gradients="dense", **options)
+    assert predicted.states - without.states == 4 * (opt.active_entries if pull_on == "device" else 200_000)
+    with pytest.raises(ValueError, match='pull_on must be "device", "host" or None, got .disk.'):
+        ls.memory_report(model, ticket, pull_on="disk")
+
+
 def test_live_bytes_sees_what_dies():
     with LiveBytes() as live:
         a = torch.zeros(1000)

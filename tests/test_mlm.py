@@ -374,6 +374,22 @@ def test_pull_is_divided_by_all_parameters_and_draws_back(tokenizer, texts):
     assert moved[1e4] < 0.7 * moved[0.0]
 
 
+def test_initial_weights_are_held_once(tokenizer, texts):
+    model, found = build(), []
+
+    class Optimizer(TrainerCallback):
+        def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+            found.append(getattr(optimizer, "optimizer", optimizer))
+
+    before = weights(model)
+    result = tune(model, tokenizer, texts, callbacks=[Optimizer()])
+    held, parameters = found[0].initial_values(), canonical_parameters(model)
+    assert found[0].pull_on == "host"
+    assert all(values.data_ptr() == held[parameters[name]].data_ptr() for name, values in result.originals.items())
+    assert sum(values.nbytes for values in result.originals.values()) == 4 * result.ticket.k
+    assert_same(result.initial, {name: before[name] for name in result.initial})
+
+
 class Kill(TrainerCallback):
     def __init__(self, step):
         self.step = step

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import BACKENDS, DTYPES, TiedModel, same_bits, threads, using
+from cases import ALL_BACKENDS, BACKENDS, DTYPES, TiedModel, same_bits, threads, using
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -153,6 +153,16 @@ def test_training_has_the_bits_of_dense_gradients(backend, options):
             if "max_grad_norm" in options:
                 assert first.grad_norm.item() == pytest.approx(second.grad_norm.item(), rel=1e-12)
     assert_same_model(dense, packed)
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+def test_every_backend_packs(backend):
+    with using(backend):
+        made = pair(density=0.5)
+        for model, optimizer in made:
+            backward(model, 0)
+            optimizer.step()
+    assert_same_model(made[0][0], made[1][0])
 
 
 @pytest.mark.parametrize("zero_grad", [True, False])

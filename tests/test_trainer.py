@@ -365,3 +365,54 @@ def test_checkpoint_records_are_plain_json(tmp_path):
     state = json.loads((Path(last_checkpoint(tmp_path)) / "trainer_state.json").read_text())
     assert state["global_step"] == 18
     assert SparseDelta.load(last_checkpoint(tmp_path) / BEST_FILE).metadata["step"] == trainer.keep_best.best["step"]
+
+
+# --- the pull's initial values ---
+
+
+@pytest.mark.parametrize("on_disk", [True, False], ids=["disk", "memory"])
+def test_initial_values_exist_once_and_change_nothing(on_disk, tmp_path, monkeypatch):
+    """Weights, deltas and files are those of a run that holds them twice, also when it is resumed."""
+
+    def run(folder, resume=False, **options):
+        trainer_options = {"pull": 0.01, "keep_best": KeepBest(on_disk=on_disk), **options}
+        trainer = build(folder, trainer_options=trainer_options, save_strategy="steps", save_steps=7)
+        before = {name: values.clone() for name, values in trainer.base.originals.items()}
+        trainer.train(resume_from_checkpoint=resume)
+        assert_same(trainer.base.originals, before)
+        return trainer
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ltp_sparse.training.trainer._Base.share", lambda *_: None)
+        twice = run(tmp_path / "twice")
+    for place in ("device", "host"):
+        once = run(tmp_path / place, optimizer_options={"pull_on": place})
+        assert_same(weights(once.model), weights(twice.model))
+        for trainer, shared in ((once, True), (twice, False)):
+            held = trainer._unwrapped_optimizer().initial_values()
+            parameters = canonical_parameters(trainer.model)
+            for name, values in trainer.base.originals.items():
+                assert (values.data_ptr() == held[parameters[name]].data_ptr()) == shared, name
+        for file in sorted(p.relative_to(tmp_path / "twice") for p in (tmp_path / "twice").rglob("*.safetensors")):
+            assert (tmp_path / place / file).read_bytes() == (tmp_path / "twice" / file).read_bytes(), file
+        assert_same(once.delta().originals, twice.delta().originals)
+        shutil.rmtree(tmp_path / place / "checkpoint-14")
+        shutil.rmtree(tmp_path / place / "checkpoint-18", ignore_errors=True)
+        assert_same(weights(run(tmp_path / place, resume=True).model), weights(twice.model))
+
+
+def test_weights_edited_before_training_are_not_taken_for_the_base(tmp_path):
+    trainer = build(tmp_path, trainer_options={"pull": 0.01, "keep_best": None})
+    name = trainer.ticket.active_names[0]
+    before = {name: values.clone() for name, values in trainer.base.originals.items()}
+    with torch.no_grad():
+        canonical_parameters(trainer.model)[name].add_(1)
+    trainer.train()
+    assert_same(trainer.base.originals, before)
+    held = trainer._unwrapped_optimizer().initial_values()
+    shared = {
+        other
+        for other, parameter in canonical_parameters(trainer.model).items()
+        if other in before and held[parameter].data_ptr() == trainer.base.originals[other].data_ptr()
+    }
+    assert shared == set(before) - {name}

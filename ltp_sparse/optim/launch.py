@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ from ltp_sparse.optim.packed_gradients import PackedGradients
 from ltp_sparse.quantization import dequantize_tiles, quantize_tiles, state_blocks
 from ltp_sparse.reference import Coefficient
 from ltp_sparse.rounding import rounding_keys
+
+PIECE = 1 << 24
+"""Slots whose pull values are on a GPU at a time if they are kept on the host: 64 MiB."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,18 @@ class Precision:
         return self.rounding == "stochastic" and dtype == torch.bfloat16
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive tiles of a launch, with the slots and the blocks of 8-bit moments that are theirs.
+
+    table: these tiles alone, over all parameters of the launch; slots and blocks count from the first of the piece
+    """
+
+    table: TileTable
+    slots: slice
+    blocks: slice
+
+
 class Launch:
     """The parameters of one device and dtype, in the order of the parameter groups.
 
@@ -57,7 +72,8 @@ class Launch:
     exp_avg:      [K], first moments in slot order: float32, or int8 codes; exp_avg_sq: the second ones, or uint8 codes
     scales:       bfloat16 [B, 2], of the 8-bit moments, or None
     master:       float32 [K], the exact values of the active entries, or None
-    anchor:       float32 [K], initial values for the pull, or None
+    anchor:       float32 [K], initial values for the pull, or None; on the device, or pinned on the host
+    room:         float32 [at most PIECE], where pieces of an anchor on the host come to lie on the device, or None
     steps:        float64 [P], updates each parameter has taken
     hyper:        float64 [G, 7], the hyperparameters of every parameter group; rows: [P, 7], those of every parameter
     coefficients: float64 [P, 11], those of the step being taken
@@ -88,6 +104,8 @@ class Launch:
         self.master = self.values() if precision.keeps_master(self.dtype) else None
         self.master_of = [_identity(param) for param in params]
         self.anchor: Tensor | None = None
+        self.room: Tensor | None = None
+        self.pieces = [Piece(self.table, slice(None), slice(None))]
         self.steps = torch.zeros(len(params), dtype=torch.float64, device=self.device)
         self.numbers = torch.tensor(numbers, device=self.device)
         self.group = torch.tensor(group, device=self.device)
@@ -118,7 +136,35 @@ class Launch:
 
     def values(self) -> Tensor:
         """float32 [K], the active entries of the parameters."""
-        return torch.cat([gather(p, s).float() for p, s in zip(self.params, self.sets, strict=True)])
+        return self._gathered(torch.empty(self.table.k, device=self.device))
+
+    def _gathered(self, out: Tensor) -> Tensor:
+        slot = 0
+        for param, index_set in zip(self.params, self.sets, strict=True):
+            out[slot : slot + index_set.k] = gather(param, index_set)
+            slot += index_set.k
+        return out
+
+    def keep_anchor(self, place: str) -> None:
+        """Keeps the values as they are now for the pull, on the "device" or on the "host"."""
+        if place == "device" or _is_host(self.device) or not self.table.k:
+            self.anchor = self.values()
+            return
+        self.anchor = self._gathered(torch.empty(self.table.k, pin_memory=torch.cuda.is_available()))
+        self.pieces = list(pieces_of(self.table.with_ranks(), PIECE))
+        largest = max(piece.slots.stop - piece.slots.start for piece in self.pieces)
+        self.room = torch.empty(largest, device=self.device)
+
+    def _runs(self) -> Iterator[tuple[Piece, Tensor | None]]:
+        """What is launched, one after the other, each with its part of the anchor on the device.
+
+        The copies go to the stream of the launches, so that each waits for the launch that reads the one before.
+        """
+        for piece in self.pieces:
+            anchor = None if self.anchor is None else self.anchor[piece.slots]
+            if anchor is not None and self.room is not None:
+                anchor = self.room[: len(anchor)].copy_(anchor, non_blocking=True)
+            yield piece, anchor
 
     def state(self, position: int) -> dict[str, Tensor]:
         """The state of one parameter, as views of the packed buffers."""
@@ -221,8 +267,8 @@ class Launch:
                     "cast the model before making the optimizer"
                 )
 
-    def gradients(self) -> list[Tensor | None] | Tensor:
-        return self.packed.buffer if self.packed is not None else [param.grad for param in self.params]
+    def gradients(self, piece: Piece) -> list[Tensor | None] | Tensor:
+        return self.packed.buffer[piece.slots] if self.packed is not None else [param.grad for param in self.params]
 
     def begin_step(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
         """Counts the step and computes the coefficients that depend on it; all on the device."""
@@ -261,15 +307,25 @@ class Launch:
 
     def sum_squares(self) -> Tensor:
         """0-dim float64, over the active entries of the gradients."""
-        return ops.masked_sum_squares(
-            self.params, self.gradients(), self.table, self.coefficients, self.anchor, master=self.master
-        ).sum()
+        sums = [
+            ops.masked_sum_squares(
+                self.params, self.gradients(piece), piece.table, self.coefficients, anchor,
+                master=None if self.master is None else self.master[piece.slots],
+            )
+            for piece, anchor in self._runs()
+        ]  # fmt: skip
+        return torch.cat(sums).sum()
 
     def update(self) -> None:
-        ops.masked_adamw_(
-            self.params, self.gradients(), self.exp_avg, self.exp_avg_sq, self.table, self.coefficients, self.anchor,
-            scales=self.scales, master=self.master, stochastic=self.stochastic,
-        )  # fmt: skip
+        for piece, anchor in self._runs():
+            slots = piece.slots
+            ops.masked_adamw_(
+                self.params, self.gradients(piece), self.exp_avg[slots], self.exp_avg_sq[slots], piece.table,
+                self.coefficients, anchor,
+                scales=None if self.scales is None else self.scales[piece.blocks],
+                master=None if self.master is None else self.master[slots],
+                stochastic=self.stochastic,
+            )  # fmt: skip
         if self.master is not None:
             self.master_of = [_identity(param) for param in self.params]
         if self.packed is not None:
@@ -289,13 +345,39 @@ class Launch:
                 masters.copy_(torch.where(masters.to(self.dtype) == weights, masters, weights.float()))
 
     def tensors(self) -> list[Tensor]:
-        """All that is held on top of weights and gradients, but for a few numbers per parameter."""
+        """All that the device holds on top of weights and gradients, but for a few numbers per parameter and tile."""
         table = self.table
-        optional = (self.scales, self.master, self.anchor)
+        optional = (self.scales, self.master, self.anchor if self.room is None else self.room)
         state = [self.exp_avg, self.exp_avg_sq, *(tensor for tensor in optional if tensor is not None)]
         if self.packed is not None:
             state += self.packed.index_tensors()
         return [*state, table.tiles, table.words, table.ranks, table.positions]
+
+
+def pieces_of(table: TileTable, most: int) -> Iterator[Piece]:
+    """The tiles of a table in order, so many at a time that they have at most `most` slots, but at least one."""
+    first_slots = table.tiles[:, Column.SLOT].cpu()
+    ends = first_slots + table.tiles[:, Column.ACTIVE].cpu()
+    first_blocks = table.tiles[:, Column.BLOCK].cpu()
+    start = 0
+    while start < len(ends):
+        slot, block = int(first_slots[start]), int(first_blocks[start])
+        stop = max(start + 1, int(torch.searchsorted(ends, slot + most, right=True)))
+        last = stop == len(ends)
+        slots = slice(slot, int(ends[stop - 1]))
+        blocks = slice(block, table.blocks if last else int(first_blocks[stop]))
+        tiles = table.tiles[start:stop].clone()
+        tiles[:, Column.SLOT] -= slot
+        tiles[:, Column.BLOCK] -= block
+        counts = torch.zeros(len(table.counts), dtype=torch.int64)
+        counts.index_add_(0, tiles[:, Column.PARAM].cpu(), tiles[:, Column.ACTIVE].cpu())
+        part = replace(table, tiles=tiles, blocks=blocks.stop - block, counts=tuple(counts.tolist()))
+        yield Piece(part, slots, blocks)
+        start = stop
+
+
+def _is_host(device: torch.device) -> bool:
+    return device.type == "cpu"
 
 
 def _identity(param: Tensor) -> tuple[int, int]:

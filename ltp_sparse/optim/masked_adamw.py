@@ -47,7 +47,9 @@ class MaskedAdamW(Optimizer):
         max_grad_norm: clips the gradient of active and dense entries to this norm inside the step. Framework clipping
             of `model.parameters()` would count frozen entries: leave it off.
         pull: adds pull * sign(param - initial) to the gradient of the ticket's entries, before norm, clip and moments:
-            the L1 term that draws them to their values at construction. Holds a float32 copy of them.
+            the L1 term that draws them to their values at construction. Holds a float32 copy of them,
+        pull_on: on the "device" of the parameters or, with parameters on a GPU, on the "host": 4 bytes per active entry
+            less there; every step copies them over in pieces of 64 MiB, twice with `max_grad_norm`. The same bits.
         freeze: turns `requires_grad` off for parameters without an active entry (see `freeze`). The constructor changes
             nothing else in the model.
         states: "float32", or "8bit": moments in 1 byte each, with a scale per 256 active entries and moment (see
@@ -90,6 +92,7 @@ class MaskedAdamW(Optimizer):
         dense: nn.Module | Iterable[Any] = (),
         max_grad_norm: float | None = None,
         pull: float = 0.0,
+        pull_on: str = "device",
         maximize: bool = False,
         freeze: bool = False,
         states: str = "float32",
@@ -102,7 +105,10 @@ class MaskedAdamW(Optimizer):
         names = active_names(named, ticket, what="MaskedAdamW")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"MaskedAdamW: max_grad_norm must be above 0 or None, got {max_grad_norm}")
+        if pull_on not in ("device", "host"):
+            raise ValueError(f'MaskedAdamW: pull_on must be "device" or "host", got {pull_on!r}')
         self.precision = Precision(states, master, rounding, seed)
+        self.pull_on = pull_on
         self.max_grad_norm = max_grad_norm
         self.grad_norm: Tensor | None = None
         self._sets = {named[name]: ticket.sets[name] for name in names}  # all other parameters are dense
@@ -188,7 +194,7 @@ class MaskedAdamW(Optimizer):
             )
         for launch in self._launches:
             if any(group["pull"] for group in self.param_groups):
-                launch.anchor = launch.values()
+                launch.keep_anchor(self.pull_on)
             for position, member in enumerate(launch.members):
                 state = launch.state(position)
                 for key, value in before.get(member, {}).items():
@@ -329,7 +335,10 @@ class MaskedAdamW(Optimizer):
                 'MaskedAdamW: gradients="packed" hooks into its model and cannot be copied; make an optimizer for the '
                 "copy of the model and load the state_dict"
             )
-        own = ("max_grad_norm", "grad_norm", "precision", "_removed", "_dense_of", "_sets", "_launches", "_hyper_known")
+        own = (
+            "max_grad_norm", "grad_norm", "precision", "pull_on", "_removed", "_dense_of", "_sets", "_launches",
+            "_hyper_known",
+        )  # fmt: skip
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -377,8 +386,21 @@ class MaskedAdamW(Optimizer):
         """Entries that train: the ticket's and the dense ones."""
         return sum(launch.table.k for launch in self._launches)
 
+    def initial_values(self) -> dict[nn.Parameter, Tensor]:
+        """Parameter -> float32 [k], the values that `pull` draws its active entries to, in slot order.
+
+        They are views of what the optimizer holds: read them, do not write them. Empty without a pull.
+        """
+        return {
+            param: launch.anchor[slots]
+            for launch in self._launches
+            if launch.anchor is not None
+            for param, slots in zip(launch.params, launch.slots, strict=True)
+        }
+
     def state_bytes(self) -> int:
-        """Bytes held on top of weights and gradients: moments, masters, index, and the pull's initial values."""
+        """Bytes held where the parameters are on top of weights and gradients: moments, masters, index, and the pull's
+        initial values, or room for a piece of them."""
         return sum(tensor.nbytes for launch in self._launches for tensor in launch.tensors())
 
     def __repr__(self) -> str:

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ltp_sparse import ops
+from ltp_sparse import backends, ops
 from ltp_sparse.encoding import Column, IndexSet, TileTable, unpack_bits
 
 # rows of a batch that are packed at a time: bounds the temporaries to a few megabytes
@@ -127,7 +127,9 @@ class PackedGradients:
         self.buffer = torch.zeros(table.k, device=params[0].device)
         ends = torch.tensor(table.counts).cumsum(0).tolist()
         self.views = [self.buffer[end - count : end] for end, count in zip(ends, table.counts, strict=True)]
-        self._tables = _single_tables(table)
+        # of a part of the tiles the rank directory could not be built any more
+        ranked = backends.resolve(table.tiles.device).needs_ranks
+        self._tables = _single_tables(table.with_ranks() if ranked else table)
         self._rows: dict[int, _Rows] = {}
         self._ddp: weakref.ref[DistributedDataParallel] | None = None
         self._averaging = False

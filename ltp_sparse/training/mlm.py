@@ -154,7 +154,8 @@ def tune_mlm(
 
     Everything in the strategy's pool trains, and the LM head's dense, layer_norm and bias (never selected; `reset`
     takes them back); LayerNorms and a decoupled output embedding stay fixed. All of it is one `MaskedAdamW` with the L1
-    pull fused in. Logits are made at masked positions only, some at a time.
+    pull fused in. The initial weights are held once, on the host, for the pull and for the result. Logits are made at
+    masked positions only, some at a time.
 
     Args:
         model: tied for "vanilla", decoupled for "decoupled": `load_backbone(..., decoupled=...)`.
@@ -203,6 +204,7 @@ def tune_mlm(
             Ticket.full(model, pool=STRATEGIES[settings.strategy]) if ticket is None else ticket,
             dense=[{"params": list(head.values()), "pull": pull}],
             pull=pull,
+            optimizer_options={"pull_on": "host"},
             keep_best=(keep_best := KeepBest("loss", on_disk=False)),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,

@@ -128,6 +128,7 @@ class SparseTrainer(Trainer):
                 freeze=True,
                 **self.optimizer_options,
             )
+            self.base.share(self.model, self.optimizer.initial_values())
         if self.resumed_from is not None:
             self.base.restore(self.model, SparseDelta.load(self.resumed_from / DELTA_FILE))
         return self.optimizer
@@ -327,6 +328,15 @@ class _Base:
         self.ticket = Ticket(ticket.sets, ticket.shapes, ticket.metadata, digests)
         self.originals = {name: gather(parameters[name], ticket.sets[name]).cpu() for name in names}
 
+    def share(self, model: nn.Module, held: Mapping[nn.Parameter, Tensor]) -> None:
+        """Takes the optimizer's initial values for its own where those lie on the host and are the same bits: the host
+        would otherwise hold them twice."""
+        parameters = canonical_parameters(model)
+        for name, own in self.originals.items():
+            other = held.get(parameters[name])
+            if other is not None and other.is_cpu and other.dtype == own.dtype and _same_bits(other, own):
+                self.originals[name] = other
+
     def delta(
         self, model: nn.Module, metadata: Mapping[str, Any] | None = None, *, originals: bool = True
     ) -> SparseDelta:
@@ -353,6 +363,10 @@ class _Base:
                 scatter_(parameters[name].detach(), self.ticket.sets[name], values)
             for name, tensor in delta.dense.items():
                 parameters[name].copy_(tensor)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.int32), b.view(torch.int32))  # of float32; a NaN is itself, 0 is not -0
 
 
 def _dense_list(dense: Dense) -> list[Any]:
