@@ -4,13 +4,16 @@
 * ``compiled``:  C++ for CPU tensors, CUDA for GPU tensors (`csrc/`).
 * ``triton``:    Triton kernels (`kernels/`), GPU tensors; CPU tensors under TRITON_INTERPRET=1.
 
-``auto`` takes the fastest that serves the device and can say why; an explicit choice is obeyed or refused.
+``auto`` takes the fastest that serves the call, by the table in `backend_choice.json`; an explicit choice is obeyed or
+refused.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib
+import json
+import math
 import os
 from array import array
 from collections.abc import Callable, Sequence
@@ -19,6 +22,7 @@ from functools import cache
 from itertools import accumulate, chain
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -401,8 +405,37 @@ def unavailable_reason(name: str, device: torch.device) -> str | None:
 
 
 NAMES = ("reference", "compiled", "triton")
-# On GPUs Triton stays first until the CUDA kernels have been measured against it.
-_ORDER = {"cpu": ("compiled", "reference"), "cuda": ("triton", "compiled", "reference")}
+OPERATIONS = ("masked_adamw_", "topk_delta")
+"""What the table tells apart; `masked_sum_squares` and `masked_pack_` go with the update that they serve."""
+
+CHOICES = Path(__file__).with_name("backend_choice.json")
+"""Kind of device -> {"measured": bool, "source": where the order comes from, "rows": [[operation, dtype, density,
+{backend: milliseconds or null}], ...]}, the fastest first. `benchmarks/choose_backends.py` writes it."""
+
+
+@cache
+def choices() -> dict[str, dict[str, Any]]:
+    """What `CHOICES` holds."""
+    return json.loads(CHOICES.read_text())
+
+
+@cache
+def _orders(device_type: str, op: str, dtype: torch.dtype) -> list[tuple[float, tuple[str, ...]]]:
+    """(log of the density, backends) of the rows for these; a dtype without rows takes those of the others."""
+    rows = [row for row in choices()[device_type]["rows"] if row[0] == op]
+    rows = [row for row in rows if row[1] == str(dtype).removeprefix("torch.")] or rows
+    return [(math.log(density), tuple(found)) for _, _, density, found in rows]
+
+
+def preferred(device_type: str, op: str, dtype: torch.dtype, density: float) -> tuple[str, ...]:
+    """The backends in the order in which `auto` tries them: the row of the nearest density, then the reference."""
+    if device_type not in choices():
+        return ("reference",)
+    at = math.log(max(density, 1e-9))
+    _, order = min(_orders(device_type, op, dtype), key=lambda row: abs(row[0] - at))
+    return (*order, "reference")
+
+
 _chosen: str | None = None
 
 
@@ -421,17 +454,34 @@ def use_backend(name: str | None) -> None:
     _chosen = None if name == "auto" else name
 
 
-def resolve(device: torch.device) -> Backend:
-    """The backend that serves tensors on `device`.
+def chosen() -> str:
+    """The backend asked for by `use_backend` or by the environment; "auto" where none was.
 
     Raises:
-        BackendUnavailable: the chosen backend cannot.
+        ValueError: the environment names none.
     """
     name = _chosen or os.environ.get(ENVIRONMENT) or "auto"
     if name not in ("auto", *NAMES):
         raise ValueError(f"{ENVIRONMENT}: expected one of auto, {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+def resolve(
+    device: torch.device, op: str = "masked_adamw_", dtype: torch.dtype = torch.float32, density: float = 0.2
+) -> Backend:
+    """The backend that serves a call on tensors on `device`.
+
+    op:      one of `OPERATIONS`
+    dtype:   of the parameters
+    density: active entries in parts of all
+
+    Raises:
+        BackendUnavailable: the chosen backend cannot.
+    """
+    name = chosen()
     if name == "auto":
-        name = next(n for n in _ORDER.get(device.type, ("reference",)) if unavailable_reason(n, device) is None)
+        order = preferred(device.type, op, dtype, density)
+        name = next(n for n in order if unavailable_reason(n, device) is None)
     elif reason := unavailable_reason(name, device):
         raise BackendUnavailable(
             f'the backend {name} was asked for and cannot serve {device}: {reason}. use_backend("auto") falls back'

@@ -1,6 +1,7 @@
 """The door: an explicit backend obeys or raises, auto falls back and says why; every operator passes opcheck."""
 
 import runpy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,13 +85,73 @@ def test_auto_falls_back_and_says_why(no_extension, no_kernels):
     assert sets[0].indices().tolist() == [1]
 
 
-def test_auto_takes_the_fastest_for_the_device(monkeypatch):
-    monkeypatch.setattr(backends, "_extension", lambda: backends)
-    monkeypatch.setattr(backends, "_kernels", lambda: backends)
-    assert backends._ORDER == {"cpu": ("compiled", "reference"), "cuda": ("triton", "compiled", "reference")}
-    assert backends.unavailable_reason("compiled", CPU) is None
-    assert backends.unavailable_reason("triton", CUDA) is None
-    assert backends.resolve(torch.device("meta")).name == "reference"
+@pytest.fixture
+def all_there(monkeypatch):
+    """An installation that has everything, in names only."""
+    for door in ("_extension", "_cuda_extension", "_kernels"):
+        monkeypatch.setattr(backends, door, lambda: backends)
+    for made, name in (("_compiled", "compiled"), ("_compiled_cuda", "compiled"), ("_triton", "triton")):
+        monkeypatch.setattr(backends, made, lambda name=name: replace(backends._reference, name=name))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def served(device, row):
+    op, dtype, density, _ = row
+    return backends.resolve(device, op, getattr(torch, dtype), density).name
+
+
+ROWS = [(device, row) for device, section in backends.choices().items() for row in section["rows"]]
+
+
+@pytest.mark.parametrize(
+    "device, row", ROWS, ids=lambda part: part if isinstance(part, str) else "-".join(map(str, part[:3]))
+)
+def test_auto_follows_the_table(device, row, all_there, monkeypatch):
+    """Contract 8, per device, operation, dtype and density: the first of the row that is there."""
+    device, order = torch.device(device), [*row[3], "reference"]
+    assert served(device, row) == order[0]
+    ls.use_backend("reference")
+    assert served(device, row) == "reference", "an explicit choice is above the table"
+    ls.use_backend("auto")
+    missing = lambda: "it is not built"  # noqa: E731
+    monkeypatch.setattr(backends, "_extension", missing)
+    monkeypatch.setattr(backends, "_cuda_extension", missing)
+    left = [name for name in order if name != "compiled"]
+    assert served(device, row) == left[0], "a missing extension falls to the next"
+    monkeypatch.setattr(backends, "_kernels", missing)
+    assert served(device, row) == "reference"
+
+
+def test_the_table_is_whole_and_says_where_it_is_from():
+    assert set(backends.choices()) == {"cpu", "cuda"}
+    for device, section in backends.choices().items():
+        assert section["source"]
+        cells = [(op, dtype) for op, dtype, _, _ in section["rows"]]
+        assert {*cells} == {
+            (op, str(dtype).removeprefix("torch.")) for op in backends.OPERATIONS for dtype in backends.DTYPES
+        }
+        for *_, found in section["rows"]:
+            assert {*found} <= {*backends.NAMES} and (device != "cpu" or "triton" not in found)
+            assert not section["measured"] or list(found.values()) == sorted(found.values()), "the fastest first"
+            assert section["measured"] or {*found.values()} == {None}, "no figure without a measurement"
+
+
+def test_auto_takes_the_row_of_the_nearest_density(all_there, monkeypatch):
+    rows = [
+        ["masked_adamw_", "float32", 0.01, {"triton": 1.0, "compiled": 2.0}],
+        ["masked_adamw_", "float32", 0.2, {"compiled": 1.0, "triton": 2.0}],
+        ["topk_delta", "bfloat16", 0.2, {"reference": 1.0, "compiled": 2.0}],
+    ]
+    monkeypatch.setattr(backends, "choices", lambda: {"cuda": {"rows": rows}})
+    backends._orders.cache_clear()
+    try:
+        for density, name in ((0, "triton"), (0.04, "triton"), (0.05, "compiled"), (1, "compiled")):
+            assert backends.resolve(CUDA, "masked_adamw_", torch.float32, density).name == name
+        assert backends.resolve(CUDA, "masked_adamw_", torch.float16, 0.01).name == "triton", "a dtype without rows"
+        assert backends.resolve(CUDA, "topk_delta").name == "reference"
+        assert backends.resolve(torch.device("meta")).name == "reference"
+    finally:
+        backends._orders.cache_clear()
 
 
 def test_unknown_names_are_refused(monkeypatch):
@@ -107,6 +168,35 @@ def test_module_prints_versions_and_the_table_with_reasons(no_kernels, capsys):
     assert ls.__version__ in printed and torch.__version__ in printed
     for line in ("reference  ok", "triton     the Triton kernels cannot be imported (no triton)", "<- used"):
         assert line in printed
+    assert f"auto's choice, measured ({backends.choices()['cpu']['source']})" in printed
+
+
+def test_module_tells_an_order_that_was_not_measured(all_there, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "isa", lambda: None)
+    section = {**backends.choices()["cuda"], "measured": False, "source": "computed", "rows": [
+        ["masked_adamw_", "float32", 0.05, {"triton": None, "compiled": None}],
+        ["masked_adamw_", "float32", 0.2, {"compiled": None, "triton": None}],
+        ["topk_delta", "float32", 0.2, {"compiled": None, "triton": None}],
+    ]}  # fmt: skip
+    monkeypatch.setattr(backends, "choices", lambda: {"cpu": section, "cuda": section})
+    backends._orders.cache_clear()
+    try:
+        runpy.run_module("ltp_sparse", run_name="__main__")
+    finally:
+        backends._orders.cache_clear()
+    printed = capsys.readouterr().out
+    assert "auto's choice, not measured (computed)" in printed
+    assert "masked_adamw_  float32: triton to 0.05, compiled to 0.2" in printed
+    assert "topk_delta     float32: compiled" in printed
+
+
+def test_module_says_why_an_explicit_choice_cannot_serve(monkeypatch, capsys, no_extension):
+    monkeypatch.setenv(backends.ENVIRONMENT, "compiled")
+    runpy.run_module("ltp_sparse", run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "compiled was asked for and cannot serve cpu" in printed and "chosen by hand: compiled" in printed
+    assert "<- used" not in printed
 
 
 # --- contract 9: every operator is registered with torch.library, with schema, fake and mutation declared ---
