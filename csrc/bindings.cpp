@@ -103,6 +103,36 @@ bool delta_band(Addresses initial, Addresses tuned, std::vector<int> initial_dty
                            threads);
 }
 
+ltp::Candidates candidates_at(uintptr_t keys, uintptr_t positions, uintptr_t offsets, uintptr_t inside,
+                              uintptr_t groups, int64_t tiles) {
+    return {at<const int32_t>(keys),   at<const uint16_t>(positions), at<const int64_t>(offsets),
+            at<const int64_t>(inside), at<const int64_t>(groups),     tiles};
+}
+
+void candidate_histogram(uintptr_t keys, uintptr_t positions, uintptr_t offsets, uintptr_t inside, uintptr_t groups,
+                         int64_t tiles, int64_t group, int64_t low, int64_t high, int64_t shift, uintptr_t histogram,
+                         int64_t bins, int64_t threads) {
+    check_threads(threads);
+    ltp::candidate_histogram(candidates_at(keys, positions, offsets, inside, groups, tiles), group, low, high, shift,
+                             at<int64_t>(histogram), bins, threads);
+}
+
+void take_above(uintptr_t keys, uintptr_t positions, uintptr_t offsets, uintptr_t inside, uintptr_t groups,
+                int64_t tiles, std::vector<int64_t> cut, uintptr_t words, uintptr_t tile_words, uintptr_t taken,
+                uintptr_t ties, int64_t threads) {
+    check_threads(threads);
+    ltp::take_above(candidates_at(keys, positions, offsets, inside, groups, tiles), cut, at<int32_t>(words),
+                    at<const int64_t>(tile_words), at<int64_t>(taken), at<int64_t>(ties), threads);
+}
+
+void take_ties(uintptr_t keys, uintptr_t positions, uintptr_t offsets, uintptr_t inside, uintptr_t groups,
+               int64_t tiles, std::vector<int64_t> cut, uintptr_t words, uintptr_t tile_words, uintptr_t take,
+               int64_t threads) {
+    check_threads(threads);
+    ltp::take_ties(candidates_at(keys, positions, offsets, inside, groups, tiles), cut, at<int32_t>(words),
+                   at<const int64_t>(tile_words), at<const int64_t>(take), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -125,6 +155,14 @@ PYBIND11_MODULE(_C, module) {
                arg("sizes"), arg("groups"), arg("low"), arg("high"), arg("words"), arg("word_offsets"), arg("above"),
                arg("inside"), arg("take"), arg("keys"), arg("positions"), arg("capacity"), arg("offsets"),
                arg("cursor"), arg("threads"), release);
+    module.def("candidate_histogram", candidate_histogram, arg("keys"), arg("positions"), arg("offsets"), arg("inside"),
+               arg("groups"), arg("tiles"), arg("group"), arg("low"), arg("high"), arg("shift"), arg("histogram"),
+               arg("bins"), arg("threads"), release);
+    module.def("take_above", take_above, arg("keys"), arg("positions"), arg("offsets"), arg("inside"), arg("groups"),
+               arg("tiles"), arg("cut"), arg("words"), arg("tile_words"), arg("taken"), arg("ties"), arg("threads"),
+               release);
+    module.def("take_ties", take_ties, arg("keys"), arg("positions"), arg("offsets"), arg("inside"), arg("groups"),
+               arg("tiles"), arg("cut"), arg("words"), arg("tile_words"), arg("take"), arg("threads"), release);
     module.def(
         "use_openmp", ltp::use_openmp, arg("gomp_parallel"),
         "Runs kernels on the threads of the OpenMP runtime whose GOMP_parallel is at this address; 0: on own threads.");

@@ -45,6 +45,9 @@ class Backend:
     masked_pack_: Callable[..., None]
     delta_histogram: Callable[..., None]
     delta_band: Callable[..., None]
+    candidate_histogram: Callable[..., None] = reference.candidate_histogram
+    take_above: Callable[..., None] = reference.take_above
+    take_ties: Callable[..., None] = reference.take_ties
     needs_ranks: bool = False  # reads the rank directory of a tile table
 
 
@@ -216,7 +219,48 @@ def _compiled() -> Backend:
             torch.get_num_threads(),
         )
 
-    return Backend("compiled", masked_adamw_, masked_sum_squares, masked_pack_, delta_histogram, delta_band)
+    def candidate_histogram(keys, positions, offsets, inside, tile_groups, group, low, high, shift, histogram):
+        c.candidate_histogram(
+            *_addresses([keys, positions, offsets, inside, tile_groups]),
+            offsets.numel(),
+            group,
+            low,
+            high,
+            shift,
+            histogram.data_ptr(),
+            histogram.numel(),
+            torch.get_num_threads(),
+        )
+
+    def take_above(keys, positions, offsets, inside, tile_groups, cut, words, tile_words, taken, ties):
+        c.take_above(
+            *_addresses([keys, positions, offsets, inside, tile_groups]),
+            offsets.numel(),
+            cut.tolist(),
+            *_addresses([words, tile_words, taken, ties]),
+            torch.get_num_threads(),
+        )
+
+    def take_ties(keys, positions, offsets, inside, tile_groups, cut, words, tile_words, take):
+        c.take_ties(
+            *_addresses([keys, positions, offsets, inside, tile_groups]),
+            offsets.numel(),
+            cut.tolist(),
+            *_addresses([words, tile_words, take]),
+            torch.get_num_threads(),
+        )
+
+    return Backend(
+        "compiled",
+        masked_adamw_,
+        masked_sum_squares,
+        masked_pack_,
+        delta_histogram,
+        delta_band,
+        candidate_histogram,
+        take_above,
+        take_ties,
+    )
 
 
 @cache

@@ -47,6 +47,11 @@ def bitmap_words(n: int) -> int:
     return 2 * -(-n // 64)
 
 
+def tiles_of(n: int) -> int:
+    """Tiles of a tensor of `n` entries."""
+    return -(-n // TILE)
+
+
 def popcount(words: Tensor) -> Tensor:
     """Number of set bits of every int32 word, as int32."""
     x = words - ((words >> 1) & 0x55555555)
@@ -92,6 +97,19 @@ def shifted_words(words: Tensor, by: int) -> Tensor:
     return shifted
 
 
+def _tile_counts(words: Tensor, n: int) -> Tensor:
+    """int64 [tiles_of(n)]: set bits of each tile of a bitmap."""
+    counts = torch.zeros(tiles_of(n), dtype=torch.int64, device=words.device)
+    for first, piece in zip(range(0, counts.numel(), 16), words.split(16 * WORDS_PER_TILE), strict=True):
+        per_word = popcount(piece)
+        whole = per_word.numel() // WORDS_PER_TILE
+        tail = per_word[whole * WORDS_PER_TILE :]
+        counts[first : first + whole] = per_word[: whole * WORDS_PER_TILE].view(whole, WORDS_PER_TILE).sum(1)
+        if tail.numel():
+            counts[first + whole] = tail.sum()
+    return counts
+
+
 def to_uint16_bits(positions: Tensor) -> Tensor:
     return torch.where(positions >= 32768, positions - 65536, positions).to(torch.int16)
 
@@ -118,14 +136,17 @@ class IndexSet:
 
     @classmethod
     def full(cls, n: int, device: torch.device | str = "cpu") -> IndexSet:
-        counts = torch.full((-(-n // TILE),), TILE, dtype=torch.int64, device=device)
+        counts = torch.full((tiles_of(n),), TILE, dtype=torch.int64, device=device)
         if n % TILE:
             counts[-1] = n % TILE
         return cls(n, Encoding.FULL, torch.empty(0, dtype=torch.int32, device=device), counts)
 
     @classmethod
-    def from_bitmap(cls, words: Tensor, n: int) -> IndexSet:
-        """Adopts `words` (int32 [bitmap_words(n)], no copy); a bitmap of ones becomes FULL."""
+    def from_bitmap(cls, words: Tensor, n: int, counts: Tensor | None = None) -> IndexSet:
+        """Adopts `words` (int32 [bitmap_words(n)], no copy); a bitmap of ones becomes FULL.
+
+        counts: int64 [tiles_of(n)], active entries of each tile, from one who knows them; None: they are counted
+        """
         if words.dtype != torch.int32 or words.shape != (bitmap_words(n),):
             raise ValueError(
                 f"IndexSet: a bitmap of {n} entries is int32 [{bitmap_words(n)}], got {words.dtype} {list(words.shape)}"
@@ -134,14 +155,7 @@ class IndexSet:
             raise ValueError(f"IndexSet: the bitmap has bits set past its {n} entries")
         if n == 0:
             return cls.full(0, words.device)
-        counts = torch.zeros(-(-n // TILE), dtype=torch.int64, device=words.device)
-        for first, piece in zip(range(0, counts.numel(), 16), words.split(16 * WORDS_PER_TILE), strict=True):
-            per_word = popcount(piece)
-            whole = per_word.numel() // WORDS_PER_TILE
-            tail = per_word[whole * WORDS_PER_TILE :]
-            counts[first : first + whole] = per_word[: whole * WORDS_PER_TILE].view(whole, WORDS_PER_TILE).sum(1)
-            if tail.numel():
-                counts[first + whole] = tail.sum()
+        counts = _tile_counts(words, n) if counts is None else counts
         if int(counts.sum()) == n:
             return cls.full(n, words.device)
         return cls(n, Encoding.BITMAP, words, counts)
@@ -167,7 +181,7 @@ class IndexSet:
                 raise ValueError("IndexSet: indices must be unique and ascending; sort them and drop duplicates")
         if indices.numel() == n:
             return cls.full(n, indices.device)
-        counts = torch.bincount(indices // TILE, minlength=-(-n // TILE))
+        counts = torch.bincount(indices // TILE, minlength=tiles_of(n))
         return cls(n, Encoding.LIST16, to_uint16_bits(indices % TILE), counts)
 
     @classmethod

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ltp_sparse import backends
-from ltp_sparse.encoding import IndexSet, TileTable, bitmap_words
+from ltp_sparse.encoding import IndexSet, TileTable, bitmap_words, tiles_of
 from ltp_sparse.reference import Coefficient
 from ltp_sparse.topk import Selection, TensorSource, select_topk
 
@@ -105,7 +105,7 @@ def _(initial, tuned, groups, k):
     words = sum(bitmap_words(t.numel()) for t in tuned)
     return (
         tuned[0].new_empty(words, dtype=torch.int32),
-        tuned[0].new_empty(len(tuned), dtype=torch.int64),
+        tuned[0].new_empty(sum(tiles_of(t.numel()) for t in tuned), dtype=torch.int64),
         torch.empty(len(k), dtype=torch.float32),
     )
 
@@ -370,10 +370,9 @@ def topk_delta(
 
 def index_sets(selection: Selection, sizes: Sequence[int]) -> list[IndexSet]:
     """The index set of every tensor, cut from the flat bitmap of a selection."""
-    return [
-        IndexSet.from_bitmap(words, n)
-        for words, n in zip(selection.words.split([bitmap_words(n) for n in sizes]), sizes, strict=True)
-    ]
+    words = selection.words.split([bitmap_words(n) for n in sizes])
+    counts = selection.counts.split([tiles_of(n) for n in sizes])
+    return [IndexSet.from_bitmap(*of_tensor) for of_tensor in zip(words, sizes, counts, strict=True)]
 
 
 def _check_selection(initial: Sequence[Tensor], tuned: Sequence[Tensor], ks: list[int], groups: list[int]) -> None:

@@ -159,6 +159,7 @@ def masked_pack_(
         out[slots] = out[slots] + values if accumulate else values
 
 
+_CANDIDATES = 1 << 15  # candidates worked off at a time
 _STRIDE = 4 * TILE  # entries keyed at a time: keeps the temporaries to a few megabytes
 
 
@@ -247,3 +248,97 @@ def delta_band(
                 positions[stored:end] = to_uint16_bits(found)
             cursor += found.numel()
             tile += 1
+
+
+def _candidate_pieces(
+    keys: Tensor, positions: Tensor, offsets: Tensor, inside: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(tile, key, position in tile) of the candidates of some tiles at a time."""
+    tiles = (inside > 0).nonzero().view(-1)
+    tiles = tiles[offsets[tiles].argsort()]
+    ends = inside[tiles].cumsum(0)
+    start = first = 0
+    while start < tiles.numel():
+        stop = max(start + 1, int(torch.searchsorted(ends, first + _CANDIDATES, right=True)))
+        last = int(ends[stop - 1])
+        tile = torch.repeat_interleave(tiles[start:stop], inside[tiles[start:stop]])
+        yield tile, keys[first:last], positions[first:last].to(torch.int64) & 0xFFFF
+        start, first = stop, last
+
+
+def candidate_histogram(
+    keys: Tensor,
+    positions: Tensor,
+    offsets: Tensor,
+    inside: Tensor,
+    tile_groups: Tensor,
+    group: int,
+    low: int,
+    high: int,
+    shift: int,
+    histogram: Tensor,
+) -> None:
+    """Counts the candidates low <= key < high of one group into `histogram` (int64, added to) by (key - low) >> shift.
+
+    keys, positions, offsets, inside: candidates as `delta_band` stores them, none left out
+    tile_groups:                      int64 [T]
+    """
+    for tile, piece, _ in _candidate_pieces(keys, positions, offsets, inside):
+        piece = piece[(tile_groups[tile] == group) & (piece >= low) & (piece < high)]
+        histogram += torch.bincount((piece - low) >> shift, minlength=histogram.numel())
+
+
+def take_above(
+    keys: Tensor,
+    positions: Tensor,
+    offsets: Tensor,
+    inside: Tensor,
+    tile_groups: Tensor,
+    cut: Tensor,
+    words: Tensor,
+    tile_words: Tensor,
+    taken: Tensor,
+    ties: Tensor,
+) -> None:
+    """Sets the bits of the candidates whose key is above the cut of their group, and counts.
+
+    cut:         int64 [G]
+    words:       int32, bitmaps as `delta_band` writes them
+    tile_words:  int64 [T], the first word of each tile
+    taken, ties: int64 [T], written: candidates above the cut, and at it
+    """
+    taken.zero_()
+    ties.zero_()
+    for tile, piece, places in _candidate_pieces(keys, positions, offsets, inside):
+        limit = cut[tile_groups[tile]]
+        over, equal = piece > limit, tile[piece == limit]
+        _set_bits(words, tile_words, tile[over], places[over])
+        taken.index_add_(0, tile[over], torch.ones_like(tile[over]))
+        ties.index_add_(0, equal, torch.ones_like(equal))
+
+
+def take_ties(
+    keys: Tensor,
+    positions: Tensor,
+    offsets: Tensor,
+    inside: Tensor,
+    tile_groups: Tensor,
+    cut: Tensor,
+    words: Tensor,
+    tile_words: Tensor,
+    take: Tensor,
+) -> None:
+    """Sets the bits of each tile's first `take` (int64 [T]) candidates at the cut of their group; see `take_above`."""
+    for tile, piece, places in _candidate_pieces(keys, positions, offsets, inside):
+        equal = (piece == cut[tile_groups[tile]]) & (take[tile] > 0)
+        tile, places = tile[equal], places[equal]
+        starts = torch.cat([tile.new_ones(min(1, tile.numel())), (tile[1:] != tile[:-1]).to(tile.dtype)]).cumsum(0)
+        order = torch.arange(tile.numel(), device=tile.device)
+        chosen = order - torch.searchsorted(starts, starts) < take[tile]  # place among the ties of its tile
+        _set_bits(words, tile_words, tile[chosen], places[chosen])
+
+
+def _set_bits(words: Tensor, tile_words: Tensor, tile: Tensor, positions: Tensor) -> None:
+    # every bit is set once, so adding is or-ing
+    bits = torch.ones_like(positions, dtype=torch.int32) << (positions & 31).to(torch.int32)
+    words.index_add_(0, tile_words[tile] + (positions >> 5), bits)

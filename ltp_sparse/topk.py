@@ -25,7 +25,7 @@ from typing import NoReturn, Protocol
 import torch
 from torch import Tensor
 
-from ltp_sparse.encoding import TILE, WORDS_PER_TILE, bitmap_words
+from ltp_sparse.encoding import TILE, WORDS_PER_TILE, bitmap_words, tiles_of
 from ltp_sparse.reference import NONFINITE_KEY, delta_keys
 
 SAMPLES = 1 << 19
@@ -39,7 +39,7 @@ SAMPLE_FROM_GPU = 1 << 22
 """The same on a GPU, where the histogram pass is plain PyTorch."""
 
 _SPARE_CANDIDATES = 1 << 18
-_PIECE = 1 << 15  # samples or candidates worked off at a time
+_PIECE = 1 << 15  # samples worked off at a time
 _HISTOGRAMS = 1 << 18  # bins held at a time, of as many groups as they serve
 
 
@@ -68,6 +68,12 @@ class Passes(Protocol):
     def delta_histogram(self) -> Callable[..., None]: ...
     @property
     def delta_band(self) -> Callable[..., None]: ...
+    @property
+    def candidate_histogram(self) -> Callable[..., None]: ...
+    @property
+    def take_above(self) -> Callable[..., None]: ...
+    @property
+    def take_ties(self) -> Callable[..., None]: ...
 
 
 class NonFiniteDelta(ValueError):
@@ -116,7 +122,7 @@ class Layout:
         self.tile_offsets = [0]
         self.word_offsets = [0]
         for n in sizes:
-            self.tile_offsets.append(self.tile_offsets[-1] + -(-n // TILE))
+            self.tile_offsets.append(self.tile_offsets[-1] + tiles_of(n))
             self.word_offsets.append(self.word_offsets[-1] + bitmap_words(n))
 
     @property
@@ -196,7 +202,7 @@ def piecewise(
             [initial(start, stop)] if initial else [],
             [tuned(start, stop)],
             [layout.word_offsets[tensor] + start // TILE * WORDS_PER_TILE],
-            slice(first, first + -(-(stop - start) // TILE)),
+            slice(first, first + tiles_of(stop - start)),
         )
 
 
@@ -244,7 +250,7 @@ class Selection:
     """The result of `topk_delta`.
 
     words:      int32, the bitmaps of all tensors, 2 * ceil(n / 64) words each
-    counts:     int64 [P], active entries of every tensor
+    counts:     int64 [T], active entries of every tile
     thresholds: float32 [G], the smallest selected |delta| of each group; infinite where nothing was selected
     """
 
@@ -256,9 +262,12 @@ class Selection:
 class _Band:
     """The arrays of a band pass, and what can be told from them."""
 
-    def __init__(self, source: Source, layout: Layout, groups: list[int], ks: list[int], ranks: Ranks) -> None:
+    def __init__(
+        self, passes: Passes, source: Source, layout: Layout, groups: list[int], ks: list[int], ranks: Ranks
+    ) -> None:
         device = source.device
-        self.source, self.layout, self.groups, self.ks, self.ranks = source, layout, groups, ks, ranks
+        self.passes, self.source, self.layout, self.ranks = passes, source, layout, ranks
+        self.groups, self.ks = groups, ks
         tiles_of = torch.tensor(layout.tile_offsets).diff()
         self.tile_tensor = torch.repeat_interleave(torch.arange(len(groups)), tiles_of).to(device)
         self.tile_group = torch.tensor(groups, device=device)[self.tile_tensor]
@@ -275,16 +284,14 @@ class _Band:
         self.positions = torch.empty(capacity, dtype=torch.int16, device=device)
         self.overflowed = False
 
-    def run(
-        self, passes: Passes, low: list[int], high: list[int], take: Tensor | None = None, store: bool = True
-    ) -> None:
+    def run(self, low: list[int], high: list[int], take: Tensor | None = None, store: bool = True) -> None:
         device = self.words.device
         self.low, self.high = low, high
         bounds = torch.tensor([low, high], dtype=torch.int64, device=device)
         cursor, nonfinite = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
         capacity = self.keys.numel() if store else 0
         for chunk in self.source.chunks(range(len(self.groups))):
-            passes.delta_band(
+            self.passes.delta_band(
                 chunk.initial,
                 chunk.tuned,
                 [self.groups[t] for t in chunk.tensors],
@@ -328,29 +335,9 @@ class _Band:
         inside = self.per_group(self.inside)
         return all(k == 0 or 1 <= m <= i for k, m, i in zip(self.ks, self.missing(), inside, strict=True))
 
-    def _stored_pieces(self, wanted: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(tile, key, position in tile) of the stored candidates, some tiles at a time.
-
-        wanted: bool [T]; pieces without such a tile are passed over
-        """
-        tiles = (self.inside > 0).nonzero().view(-1)
-        tiles = tiles[self.offsets[tiles].argsort()]
-        ends = self.inside[tiles].cumsum(0)
-        start = first = 0
-        while start < tiles.numel():
-            stop = max(start + 1, int(torch.searchsorted(ends, first + _PIECE, right=True)))
-            last = int(ends[stop - 1])
-            if wanted is None or bool(wanted[tiles[start:stop]].any()):
-                yield (
-                    torch.repeat_interleave(tiles[start:stop], self.inside[tiles[start:stop]]),
-                    self.keys[first:last],
-                    self.positions[first:last].to(torch.int64) & 0xFFFF,
-                )
-            start, first = stop, last
-
-    def _of_tile(self, per_group: Tensor, tile: Tensor) -> Tensor:
-        """The value of each tile's group; of a single group without a look-up."""
-        return per_group[0] if len(self.ks) == 1 else per_group[self.tile_group[tile]]
+    @property
+    def _candidates(self) -> tuple[Tensor, ...]:
+        return self.keys, self.positions, self.offsets, self.inside, self.tile_group
 
     def threshold(self, group: int, rank: int) -> int:
         """The rank-th largest candidate key of a group (rank >= 1), digit by digit."""
@@ -358,12 +345,7 @@ class _Band:
         while high - low > 1:
             shift = max(0, (high - low - 1).bit_length() - 14)
             histogram = torch.zeros(((high - low - 1) >> shift) + 1, dtype=torch.int64, device=self.keys.device)
-            for tile, keys, _ in self._stored_pieces():
-                if len(self.ks) > 1:
-                    keys = keys[self.tile_group[tile] == group]
-                if (low, high) != (self.low[group], self.high[group]):  # all candidates lie in the band
-                    keys = keys[(keys >= low) & (keys < high)]
-                histogram += torch.bincount((keys - low) >> shift, minlength=histogram.numel())
+            self.passes.candidate_histogram(*self._candidates, group, low, high, shift, histogram)
             digit, rank = _bin_of_rank(self.ranks.sum(histogram), rank)
             low, high = low + (digit << shift), min(high, low + ((digit + 1) << shift))
         return low
@@ -373,24 +355,11 @@ class _Band:
         missing = self.missing()
         thresholds = [self.threshold(g, m) if m else NONFINITE_KEY for g, m in enumerate(missing)]
         cut = torch.tensor(thresholds, device=self.words.device)
-        taken, ties = (torch.zeros_like(self.above) for _ in range(2))
-        for tile, keys, positions in self._stored_pieces():
-            limit = self._of_tile(cut, tile)
-            over = keys > limit
-            tile_over = tile[over]
-            self._set_bits(tile_over, positions[over])
-            taken.index_add_(0, tile_over, torch.ones_like(tile_over))
-            equal = tile[keys == limit]
-            ties.index_add_(0, equal, torch.ones_like(equal))
+        taken, ties = (torch.empty_like(self.above) for _ in range(2))
+        self.passes.take_above(*self._candidates, cut, self.words, self.tile_word, taken, ties)
         open_ties = [m - t for m, t in zip(missing, self.per_group(taken), strict=True)]
         take = self.share_ties(ties, open_ties)
-        for tile, keys, positions in self._stored_pieces(take > 0):
-            equal = keys == self._of_tile(cut, tile)
-            tile, positions = tile[equal], positions[equal]
-            order = torch.arange(tile.numel(), device=tile.device)
-            rank = order - torch.searchsorted(order_key := _runs(tile), order_key)  # place among the ties of its tile
-            chosen = rank < take[tile]
-            self._set_bits(tile[chosen], positions[chosen])
+        self.passes.take_ties(*self._candidates, cut, self.words, self.tile_word, take)
         return self.selection(self.above + taken + take, thresholds)
 
     def share_ties(self, ties: Tensor, open_ties: list[int]) -> Tensor:
@@ -410,21 +379,8 @@ class _Band:
         wanted = torch.tensor(open_ties, device=ties.device)[self.tile_group]
         return torch.minimum((wanted - before).clamp(min=0), ties)
 
-    def _set_bits(self, tile: Tensor, positions: Tensor) -> None:
-        # every bit is set once, so adding is or-ing
-        bits = torch.ones_like(positions, dtype=torch.int32) << (positions & 31).to(torch.int32)
-        self.words.index_add_(0, self.tile_word[tile] + (positions >> 5), bits)
-
-    def selection(self, per_tile: Tensor, thresholds: list[int]) -> Selection:
-        counts = torch.zeros(len(self.groups), dtype=torch.int64, device=per_tile.device)
-        counts.index_add_(0, self.tile_tensor, per_tile)
-        bits = torch.tensor(thresholds, dtype=torch.int32)
-        return Selection(self.words, counts, bits.view(torch.float32))
-
-
-def _runs(tile: Tensor) -> Tensor:
-    """Numbers the runs of equal values 0, 1, 2, ..."""
-    return torch.cat([tile.new_zeros(min(1, tile.numel())), (tile[1:] != tile[:-1]).to(tile.dtype).cumsum(0)])
+    def selection(self, counts: Tensor, thresholds: list[int]) -> Selection:
+        return Selection(self.words, counts, torch.tensor(thresholds, dtype=torch.int32).view(torch.float32))
 
 
 def _bin_of_rank(histogram: Tensor, rank: int) -> tuple[int, int]:
@@ -561,18 +517,18 @@ def select_topk(
     elif route != "histogram":
         raise ValueError(f'select_topk: several processes take the route "histogram", got {route!r}')
     if not ks or not int(ranks.sum(torch.tensor([layout.tiles]))):
-        counts = torch.zeros(len(groups), dtype=torch.int64, device=source.device)
+        counts = torch.zeros(layout.tiles, dtype=torch.int64, device=source.device)
         none = torch.full((len(ks),), torch.inf)
         return Selection(torch.zeros(layout.words, dtype=torch.int32, device=source.device), counts, none)
-    band = _Band(source, layout, groups, ks, ranks)
+    band = _Band(passes, source, layout, groups, ks, ranks)
     pays_from = SAMPLE_FROM if source.device.type == "cpu" else SAMPLE_FROM_GPU
     if route == "sample" or route == "auto" and sum(source.sizes) >= pays_from:
-        band.run(passes, *sampled_bracket(source, groups, ks))
+        band.run(*sampled_bracket(source, groups, ks))
         if band.holds() and not band.overflowed:
             return band.finish()
 
     digits, inside, band.ks = _digit_pass(passes, source, groups, ks, None, ranks)
-    band.run(passes, [max(1, d << 16) for d in digits], [(d + 1) << 16 for d in digits])
+    band.run([max(1, d << 16) for d in digits], [(d + 1) << 16 for d in digits])
     if not band.overflowed:
         return band.finish()
 
@@ -581,8 +537,8 @@ def select_topk(
         max(1, (high << 16) + low) if m else NONFINITE_KEY for high, low, m in zip(digits, lower, ties, strict=True)
     ]
     bounds = thresholds, [t + 1 for t in thresholds]
-    band.run(passes, *bounds, store=False)
+    band.run(*bounds, store=False)
     take = band.share_ties(band.inside, ties)
     above = band.above.clone()
-    band.run(passes, *bounds, take=take, store=False)
+    band.run(*bounds, take=take, store=False)
     return band.selection(above + take, thresholds)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import ltp_sparse as ls
 from ltp_sparse import backends, reference, topk
-from ltp_sparse.encoding import TILE
+from ltp_sparse.encoding import TILE, IndexSet, bitmap_words
 from ltp_sparse.ops import index_sets
 from ltp_sparse.topk import NonFiniteDelta, TensorSource, select_topk
 
@@ -49,7 +49,12 @@ def by_route(route, initial, tuned, ks, groups=None, backend="reference"):
     source = TensorSource(initial, tuned)
     selection = select_topk(passes, source, groups or [0] * len(tuned), list(ks), route=route)
     sets = index_sets(selection, source.sizes)
-    assert selection.counts.tolist() == [index_set.k for index_set in sets]
+    recounted = [
+        count
+        for words, n in zip(selection.words.split([bitmap_words(n) for n in source.sizes]), source.sizes, strict=True)
+        for count in IndexSet.from_bitmap(words, n).tile_counts.tolist()
+    ]
+    assert selection.counts.tolist() == recounted
     return selected(sets), selection.thresholds
 
 
@@ -171,7 +176,9 @@ def counted(passes):
 
         return run
 
-    return SimpleNamespace(**{name: counting(name) for name in ("delta_histogram", "delta_band")}), calls
+    counted = {name: counting(name) for name in ("delta_histogram", "delta_band")}
+    others = {name: getattr(passes, name) for name in ("candidate_histogram", "take_above", "take_ties")}
+    return SimpleNamespace(**counted, **others), calls
 
 
 ROUTE_CASES = {

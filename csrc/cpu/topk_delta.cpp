@@ -118,6 +118,23 @@ void set_first(const uint64_t* selected, int64_t count, int32_t* words) {
     }
 }
 
+void set_bit(int32_t* words, uint16_t position) { words[position >> 5] |= int32_t(uint32_t(1) << (position & 31)); }
+
+// Calls body(worker, tile, its keys, its positions) for every tile that holds candidates, on `threads` threads.
+template <class Body>
+void for_each_tile(const Candidates& candidates, int64_t threads, Body body) {
+    TileQueue queue;
+    for (int64_t t = 0; t < candidates.tiles; ++t) queue.add(candidates.inside[t]);
+    run_parallel(queue.split(threads), [&](int64_t worker) {
+        for (int64_t begin, end; queue.take(worker, begin, end);) {
+            for (int64_t t = begin; t < end; ++t) {
+                if (candidates.inside[t] == 0) continue;
+                body(worker, t, candidates.keys + candidates.offsets[t], candidates.positions + candidates.offsets[t]);
+            }
+        }
+    });
+}
+
 }  // namespace
 
 bool delta_histogram(const DeltaPairs& pairs, const std::vector<int64_t>& prefixes, int64_t* histogram,
@@ -180,6 +197,53 @@ bool delta_band(const DeltaPairs& pairs, const DeltaBand& band, int64_t threads)
         });
     });
     return nonfinite;
+}
+
+void candidate_histogram(const Candidates& candidates, int64_t group, int64_t low, int64_t high, int64_t shift,
+                         int64_t* histogram, int64_t bins, int64_t threads) {
+    require(low < high && shift >= 0 && shift < 32 && (high - 1 - low) >> shift < bins,
+            "candidate_histogram: " + std::to_string(bins) + " bins do not reach from " + std::to_string(low) + " to " +
+                std::to_string(high));
+    std::vector<std::vector<int64_t>> counts(threads, std::vector<int64_t>(bins));
+    for_each_tile(candidates, threads, [&](int64_t worker, int64_t t, const int32_t* keys, const uint16_t*) {
+        if (candidates.groups[t] != group) return;
+        for (int64_t i = 0; i < candidates.inside[t]; ++i) {
+            if (keys[i] >= low && keys[i] < high) ++counts[worker][(keys[i] - low) >> shift];
+        }
+    });
+    for (const auto& own : counts) {
+        for (int64_t bin = 0; bin < bins; ++bin) histogram[bin] += own[bin];
+    }
+}
+
+void take_above(const Candidates& candidates, const std::vector<int64_t>& cut, int32_t* words,
+                const int64_t* tile_words, int64_t* taken, int64_t* ties, int64_t threads) {
+    std::fill(taken, taken + candidates.tiles, 0);
+    std::fill(ties, ties + candidates.tiles, 0);
+    for_each_tile(candidates, threads, [&](int64_t, int64_t t, const int32_t* keys, const uint16_t* positions) {
+        const int64_t limit = cut[candidates.groups[t]];
+        int64_t above = 0, equal = 0;
+        for (int64_t i = 0; i < candidates.inside[t]; ++i) {
+            equal += keys[i] == limit;
+            if (keys[i] <= limit) continue;
+            ++above;
+            set_bit(words + tile_words[t], positions[i]);
+        }
+        taken[t] = above;
+        ties[t] = equal;
+    });
+}
+
+void take_ties(const Candidates& candidates, const std::vector<int64_t>& cut, int32_t* words, const int64_t* tile_words,
+               const int64_t* take, int64_t threads) {
+    for_each_tile(candidates, threads, [&](int64_t, int64_t t, const int32_t* keys, const uint16_t* positions) {
+        int64_t left = take[t];
+        for (int64_t i = 0; left > 0 && i < candidates.inside[t]; ++i) {
+            if (keys[i] != cut[candidates.groups[t]]) continue;
+            set_bit(words + tile_words[t], positions[i]);
+            --left;
+        }
+    });
 }
 
 }  // namespace ltp

@@ -40,4 +40,27 @@ struct DeltaBand {
 // Writes every out field. Returns whether a key was NaN or inf (these count as >= high).
 bool delta_band(const DeltaPairs& pairs, const DeltaBand& band, int64_t threads);
 
+// The candidates that delta_band has stored, none left out; T tiles.
+struct Candidates {
+    const int32_t* keys;
+    const uint16_t* positions;
+    const int64_t* offsets;  // [T]
+    const int64_t* inside;   // [T]
+    const int64_t* groups;   // [T] budget group
+    int64_t tiles;
+};
+
+// Adds to histogram, int64 [bins], the candidates low <= key < high of a group, by (key - low) >> shift.
+void candidate_histogram(const Candidates& candidates, int64_t group, int64_t low, int64_t high, int64_t shift,
+                         int64_t* histogram, int64_t bins, int64_t threads);
+
+// Sets in words, at words + tile_words[t] for tile t, the bits of the candidates whose key is above cut[group]. Writes
+// for every tile how many these are, and how many have that key.
+void take_above(const Candidates& candidates, const std::vector<int64_t>& cut, int32_t* words,
+                const int64_t* tile_words, int64_t* taken, int64_t* ties, int64_t threads);
+
+// Sets the bits of the first take[t] candidates of each tile whose key is cut[group].
+void take_ties(const Candidates& candidates, const std::vector<int64_t>& cut, int32_t* words, const int64_t* tile_words,
+               const int64_t* take, int64_t threads);
+
 }  // namespace ltp

@@ -12,7 +12,7 @@ from torch import Size, Tensor, distributed
 
 from ltp_sparse import backends
 from ltp_sparse.checkpoints import Readable, Reader, StreamSource
-from ltp_sparse.encoding import TILE, IndexSet, bitmap_words, shifted_words
+from ltp_sparse.encoding import TILE, IndexSet, bitmap_words, shifted_words, tiles_of
 from ltp_sparse.names import digest, parameter_order, strip_wrappers
 from ltp_sparse.selection.budgets import Budget, share_out
 from ltp_sparse.selection.outcome import describe
@@ -146,7 +146,8 @@ def select_sharded(
     bitmaps = dict(zip(names, selection.words.split([bitmap_words(n) for n in source.sizes]), strict=True))
     parts = {name: _own_part(team, bitmaps[name], held[name], work[name]) for name in names}
     local = {name: part for name, part in parts.items() if name in common[team.rank]}
-    counts = dict(zip(names, team.sum(selection.counts).tolist(), strict=True))
+    of_tensors = [counts.sum() for counts in selection.counts.split([tiles_of(n) for n in source.sizes])]
+    counts = dict(zip(names, team.sum(torch.stack(of_tensors)).tolist(), strict=True))
     description = describe(
         ks,
         agreed["labels"],
@@ -281,7 +282,7 @@ def _shared_out(shards: Sequence[Shard]) -> list[tuple[int, int]]:
         holders.setdefault((shard.start, shard.stop), []).append(rank)
     pieces = [(0, 0)] * len(shards)
     for (start, stop), ranks in holders.items():
-        tiles = -(-(stop - start) // TILE)
+        tiles = tiles_of(stop - start)
         cuts = [min(stop, start + tiles * i // len(ranks) * TILE) for i in range(len(ranks) + 1)]
         for rank, piece in zip(ranks, zip(cuts, cuts[1:], strict=False), strict=True):
             pieces[rank] = piece
