@@ -114,8 +114,10 @@ def interleaved(providers: Sequence[Provider], rounds: int, warmup: int = 1) -> 
     return seconds
 
 
-def time_rows(op: str, providers: Sequence[Provider], *, n: int, k: int, rounds: int, baseline: str) -> list[Row]:
-    """Verifies, then times all providers beside a copy of n entries; one row each, the copy's among them."""
+def time_rows(
+    op: str, providers: Sequence[Provider], *, n: int, k: int, rounds: int, baseline: str, dtype: str = "float32"
+) -> list[Row]:
+    """Verifies, then times all providers beside a copy of n float32 entries; one row each, the copy's among them."""
     for provider in providers:
         provider.verify()
     copy = copy_provider(n)
@@ -129,18 +131,20 @@ def time_rows(op: str, providers: Sequence[Provider], *, n: int, k: int, rounds:
         gbps = provider.bytes / p50 / 1e9 if provider.bytes else None
         rows.append(
             Row(
-                op, provider.name, "float32", n, k, "time", "ms", *(1e3 * t for t in (p50, p20, p80)), provider.bytes,
+                op, provider.name, dtype, n, k, "time", "ms", *(1e3 * t for t in (p50, p20, p80)), provider.bytes,
                 gbps, gbps / copy_gbps if gbps else None, statistics.median(seconds[baseline]) / p50,
             )
         )  # fmt: skip
-        print(f"  {provider.name:<34}{1e3 * p50:>11.3f} ms   {rows[-1].ratio:>7.2f} x", flush=True)
+        print(f"  {provider.name:<54}{1e3 * p50:>11.3f} ms   {rows[-1].ratio:>7.2f} x", flush=True)
     return rows
 
 
-def value_row(op: str, provider: str, n: int, k: int, metric: str, unit: str, value: float) -> Row:
+def value_row(
+    op: str, provider: str, n: int, k: int, metric: str, unit: str, value: float, dtype: str = "float32"
+) -> Row:
     """A row of something counted, not timed."""
-    print(f"  {provider:<34}{value:>11.4f} {unit}", flush=True)
-    return Row(op, provider, "float32", n, k, metric, unit, value, value, value)
+    print(f"  {provider:<54}{value:>11.4f} {unit}", flush=True)
+    return Row(op, provider, dtype, n, k, metric, unit, value, value, value)
 
 
 def peak_memory(run: Callable[[], object]) -> int:
@@ -213,11 +217,14 @@ def write_csv(path: Path, rows: Iterable[Row]) -> None:
     print(f"wrote {path}")
 
 
-def arguments(description: str, csv_name: str, densities: Sequence[float]) -> argparse.Namespace:
+def arguments(
+    description: str, csv_name: str, densities: Sequence[float], dtypes: Sequence[str] = ("float32",)
+) -> argparse.Namespace:
     """The command line that all benchmarks share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["encoder", "base"], help="sizes to measure")
     parser.add_argument("--densities", nargs="+", type=float, default=densities, help="shares of active entries")
+    parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=dtypes, help="of the weights")
     parser.add_argument("--rounds", type=int, default=9, help="timed runs of every provider")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu" / csv_name, help="CSV file")

@@ -12,12 +12,16 @@ Rows = list[dict[str, str]]
 SELECTION_BYTES = 0.205, 8e6
 """Temporary memory of a selection: bytes per entry, and a constant (DESIGN.md, contract 2)."""
 
+STATE_BYTES = {"MaskedAdamW": 1.76, "MaskedAdamW, 8-bit states": 0.56}
+"""Most bytes of optimizer state per entry at a density of 20 %."""
+
 
 def read(folder: Path) -> Rows:
+    """The rows of all operations."""
     rows: Rows = []
     for path in sorted(folder.glob("*.csv")):
         with path.open(newline="") as file:
-            rows += csv.DictReader(file)
+            rows += [row for row in csv.DictReader(file) if "op" in row]
     return rows
 
 
@@ -54,6 +58,7 @@ def table(rows: Rows) -> str:
 def bars(rows: Rows) -> str:
     """Every bar of the project whose rows are there, beside what was measured."""
     lines = ["| bar | entries | required | measured | |", "|---|---|---|---|---|"]
+    rows = pick(rows, dtype="float32")
     times = pick(rows, metric="time")
 
     def best(prefix: str, group: Rows) -> dict[str, str] | None:
@@ -82,8 +87,8 @@ def bars(rows: Rows) -> str:
         compare(op, density, f"{ours} (generic)", f"{ours} (avx512)", 1.8, slower=True)
 
     for row in rows:
-        if row["metric"] == "state" and row["provider"] == "MaskedAdamW" and share(row) == "20 %":
-            lines.append(limit("optimizer state, 20 %", row, 1.76))
+        if row["metric"] == "state" and row["provider"] in STATE_BYTES and share(row) == "20 %":
+            lines.append(limit(f"optimizer state, {row['provider']}, 20 %", row, STATE_BYTES[row["provider"]]))
         if row["metric"] == "temporary memory" and row["provider"].startswith("topk_delta"):
             per_entry, constant = SELECTION_BYTES
             what = f"temporary memory, {row['provider'].partition(', ')[2]}, {share(row)}"
@@ -97,7 +102,7 @@ def limit(what: str, row: dict[str, str], most: float) -> str:
     return f"| {what} | {int(row['n']):,} | at most {most:.3f} bytes/entry | {found:.3f} | {verdict} |"
 
 
-def plot(op: str, rows: Rows, path: Path) -> None:
+def plot(title: str, rows: Rows, path: Path) -> None:
     """Milliseconds over density, a panel per size."""
     from matplotlib.figure import Figure
 
@@ -108,7 +113,7 @@ def plot(op: str, rows: Rows, path: Path) -> None:
             points = sorted((int(row["k"]) / int(n), float(row["p50"])) for row in pick(rows, n=n, provider=provider))
             style = {"color": "black", "linestyle": "--"} if provider == "copy" else {"marker": "o", "markersize": 4}
             axes.plot(*zip(*points, strict=True), label=provider, **style)
-        axes.set(xscale="log", yscale="log", xlabel="density", title=f"{op}, {int(n):,} float32 entries")
+        axes.set(xscale="log", yscale="log", xlabel="density", title=f"{title}, {int(n):,} entries")
     figure.axes[0].set_ylabel("ms")
     figure.axes[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120)
@@ -125,17 +130,18 @@ def write(folder: Path) -> Path:
         "1.00x), and the modelled memory traffic per second in parts of a plain copy's.\n\n## Bars\n",
         bars(rows),
     ]
-    for op in unique(row["op"] for row in rows):
-        mine = pick(rows, op=op)
+    for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in rows):
+        mine = pick(rows, op=op, dtype=dtype)
         for n in unique(row["n"] for row in mine):
             for metric in unique(row["metric"] for row in mine):
                 group = pick(mine, n=n, metric=metric)
-                parts += [f"\n## {op}: {metric} ({group[0]['unit']}), {int(n):,} entries\n", table(group)]
+                unit = group[0]["unit"]
+                parts += [f"\n## {op}: {metric} ({unit}), {int(n):,} {dtype} entries\n", table(group)]
         timed = pick(mine, metric="time")
         if len(unique(row["k"] for row in pick(timed, n=timed[0]["n"]))) > 1:
-            name = f"{op.rstrip('_')}.png"
-            plot(op, timed, folder / name)
-            parts.append(f"\n![{op}]({name})")
+            name = f"{op.rstrip('_')}{'' if dtype == 'float32' else f'-{dtype}'}.png"
+            plot(f"{op}, {dtype}", timed, folder / name)
+            parts.append(f"\n![{op}, {dtype}]({name})")
     path = folder / "README.md"
     path.write_text("\n".join(parts) + "\n")
     return path

@@ -1,6 +1,7 @@
 """Runs all CPU benchmarks, each in a process of its own, and writes tables and plots: `make bench`.
 
-Options go to every benchmark, e.g. `make bench ARGS="--models encoder --rounds 7"`; see `bench_*.py --help`.
+Options go to the benchmarks of the operations, e.g. `make bench ARGS="--models encoder --rounds 7"`; see `bench_*.py
+--help`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ def main() -> None:
     args, options = parser.parse_known_args()
     for benchmark in sorted(Path(__file__).parent.glob("bench_*.py")):
         out = args.folder / f"{benchmark.stem.removeprefix('bench_')}.csv"
-        subprocess.run([sys.executable, benchmark, "--out", out, *options], check=True)
+        of_operation = options if benchmark.stem != "bench_train_step" else []
+        subprocess.run([sys.executable, benchmark, "--out", out, *of_operation], check=True)
     print(report.write(args.folder))
 
 
