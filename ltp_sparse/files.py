@@ -24,15 +24,21 @@ KEY = "ltp_sparse"
 FORMAT_VERSION = 1
 
 
-def hash_tensor(sha: hashlib._Hash, tensor: Tensor) -> None:
-    """Feeds the bits of a tensor, row-major, into a hash; dtype and shape are the caller's."""
+def host_blocks(tensor: Tensor) -> Iterator[ctypes.Array[ctypes.c_char]]:
+    """The bits of a tensor, row-major, some megabytes at a time; a block is good until the next is asked for."""
     tensor = tensor.detach()
     # in blocks, so that copies of strided tensors and from other devices stay small
     blocks = [tensor] if tensor.is_contiguous() else tensor.split(max(1, (len(tensor) << 20) // tensor.numel()))
     for piece in (piece for block in blocks for piece in block.reshape(-1).split(1 << 20)):
         host = piece.cpu().contiguous()
         if host.nbytes:
-            sha.update((ctypes.c_char * host.nbytes).from_address(host.data_ptr()))
+            yield (ctypes.c_char * host.nbytes).from_address(host.data_ptr())
+
+
+def hash_tensor(sha: hashlib._Hash, tensor: Tensor) -> None:
+    """Feeds the bits of a tensor, row-major, into a hash; dtype and shape are the caller's."""
+    for block in host_blocks(tensor):
+        sha.update(block)
 
 
 @contextmanager

@@ -62,8 +62,11 @@ def run(options: argparse.Namespace) -> None:
     need(options, "output")
     if (options.initial is None) != (options.tuned is None):
         raise CommandError("select: --initial and --tuned go together")
-    ticket = _from_checkpoints(options) if options.initial is not None else _from_text(options)
-    ticket.save(options.output)
+    if options.initial is not None:
+        ticket = _from_checkpoints(options)
+    else:
+        ticket = _from_text(options)
+        ticket.save(options.output)
     print(ticket)
     print(f"written to {options.output}; look at it with: ltp-sparse inspect {options.output}")
 
@@ -72,7 +75,12 @@ def _from_checkpoints(options: argparse.Namespace):  # type: ignore[no-untyped-d
     import ltp_sparse as ls
 
     return ls.select(
-        options.initial, options.tuned, density=options.density, budget=options.budget, progress=not options.quiet
+        options.initial,
+        options.tuned,
+        density=options.density,
+        budget=options.budget,
+        progress=not options.quiet,
+        output=options.output,
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +13,10 @@ from torch import Tensor
 
 from ltp_sparse import backends, ops
 from ltp_sparse.checkpoints import Readable, Reader, StreamSource
-from ltp_sparse.encoding import IndexSet
+from ltp_sparse.encoding import IndexSet, bitmap_words
 from ltp_sparse.selection import pools, scores
 from ltp_sparse.selection.budgets import Budget, share_out
+from ltp_sparse.selection.by_tensor import PASSES, Spool, select_by_tensor
 from ltp_sparse.selection.distributed import Shard, TicketShard, select_sharded
 from ltp_sparse.selection.outcome import ShortTicket, describe
 from ltp_sparse.selection.sources import (
@@ -31,6 +34,9 @@ from ltp_sparse.topk import NonFiniteDelta, select_topk
 
 __all__ = ["Shard", "ShortTicket", "TicketShard", "Weights", "pools", "scores", "select", "select_sharded"]
 
+LARGE = 512_000_000
+"""Bytes: a bitmap of more is made tensor by tensor when the weights are streamed, a ticket of more kept on disk."""
+
 
 def select(
     initial: Weights,
@@ -44,6 +50,7 @@ def select(
     method: str = "delta",
     metadata: Mapping[str, Any] | None = None,
     progress: bool = False,
+    output: str | os.PathLike[str] | None = None,
 ) -> Ticket:
     """The ticket of the entries that moved most from `initial` to `tuned`: exactly k, ties to the earliest.
 
@@ -62,6 +69,9 @@ def select(
         method: a word for the metadata.
         metadata: added to the ticket's.
         progress: show a bar while checkpoints are read.
+        output: a file that the ticket is saved to. When checkpoints are read, a ticket over 512 MB is then kept on disk
+            instead of in memory: its index sets are written to that folder as they are made, and read from there when
+            they are looked at.
 
     Returns:
         A ticket over the pool; its metadata hold the requested and the real k and the thresholds (smallest selected
@@ -85,13 +95,14 @@ def select(
         check_shape(name, base[name].shape, after[name].shape)
     names, groups, labels, ks = share_out({name: base[name].shape for name in names}, budget, density=density, k=k)
     before = [base[name] for name in names] if score is None else []
+    folder = None if output is None else Path(output).parent
     try:
         if callable(score):
             device = device_of(base)
             scored = [score_reader(score, name, base[name].numel(), device) for name in names]
-            sets, thresholds = _streamed(StreamSource([], scored, device), groups, ks, progress)
+            sets, thresholds = _streamed(StreamSource([], scored, device), groups, ks, progress, folder)
         else:
-            sets, thresholds = _topk(before, [after[name] for name in names], groups, ks, progress)
+            sets, thresholds = _topk(before, [after[name] for name in names], groups, ks, progress, folder)
     except NonFiniteDelta as error:
         raise NonFiniteDelta(error.tensor, repr(names[error.tensor])) from None
 
@@ -108,11 +119,18 @@ def select(
         method=method,
         metadata=metadata,
     )
+    if output is not None:
+        ticket.save(output)
     return ticket
 
 
 def _topk(
-    initial: list[Readable], tuned: list[Readable], groups: list[int], ks: list[int], progress: bool
+    initial: list[Readable],
+    tuned: list[Readable],
+    groups: list[int],
+    ks: list[int],
+    progress: bool,
+    folder: Path | None,
 ) -> tuple[list[IndexSet], Tensor]:
     """An index set per tensor and the thresholds: in memory by the operation, from disk by streaming."""
     before = [t for t in initial if isinstance(t, Tensor)]
@@ -121,13 +139,22 @@ def _topk(
         return ops.topk_delta(before, after, ks, groups=groups)
     device = torch.device("cpu")
     source = StreamSource([Reader.of(t, device) for t in initial], [Reader.of(t, device) for t in tuned], device)
-    return _streamed(source, groups, ks, progress)
+    return _streamed(source, groups, ks, progress, folder)
 
 
 @torch.no_grad()
-def _streamed(source: StreamSource, groups: list[int], ks: list[int], progress: bool) -> tuple[list[IndexSet], Tensor]:
-    with progress_bar(2 * source.nbytes, "select") if progress else nullcontext() as source.progress:
-        selection = select_topk(backends.resolve(source.device), source, groups, ks, route="histogram")
+def _streamed(
+    source: StreamSource, groups: list[int], ks: list[int], progress: bool, folder: Path | None
+) -> tuple[list[IndexSet], Tensor]:
+    """As `_topk`; folder: where index sets that are too large for memory may be kept, if anywhere."""
+    passes, bitmap = backends.resolve(source.device), 4 * sum(map(bitmap_words, source.sizes))
+    by_tensor = bitmap > LARGE
+    times = PASSES if by_tensor else 2
+    with progress_bar(times * source.nbytes, "select") if progress else nullcontext() as source.progress:
+        if by_tensor:
+            spool = Spool(folder) if folder is not None and min(bitmap, 2 * sum(ks)) > LARGE else None
+            return select_by_tensor(passes, source, groups, ks, spool)
+        selection = select_topk(passes, source, groups, ks, route="histogram")
     return ops.index_sets(selection, source.sizes), selection.thresholds
 
 

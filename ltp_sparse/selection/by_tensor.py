@@ -1,0 +1,145 @@
+"""Selection of a model whose bitmap is too much for memory: one tensor after the other, from exact thresholds.
+
+Two passes count digits of the keys, which gives the k-th largest key of every group and how many entries at it are to
+be taken; the third marks what lies above it and the earliest at it. Beside the histograms only the bitmap of one tensor
+exists at a time. What is done is kept in the encoding of least bytes: in memory, or in a spool on disk. The bits are
+those of `topk.select_topk`, which reads everything twice, not three times.
+"""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ltp_sparse.checkpoints import StreamSource
+from ltp_sparse.encoding import IndexSet, bitmap_words
+from ltp_sparse.files import host_blocks
+from ltp_sparse.reference import NONFINITE_KEY
+from ltp_sparse.topk import Chunk, Passes, Ranks, _digit_pass
+
+PASSES = 3
+"""Readings of the source."""
+
+_ALIGNMENT = 8
+
+
+class Spool:
+    """Tensors that are put into a file one by one and are then looked at through a mapping.
+
+    The file has no name: it takes room in its folder until the last of the tensors is gone, whatever happens.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - lives as long as its mapping
+        self._parts: list[tuple[int, torch.dtype, int]] = []  # (first byte, dtype, entries)
+
+    def append(self, tensor: Tensor) -> None:
+        """tensor: [m], on any device"""
+        self._file.write(bytes(-self._file.tell() % _ALIGNMENT))
+        self._parts.append((self._file.tell(), tensor.dtype, tensor.numel()))
+        for block in host_blocks(tensor):
+            self._file.write(block)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The tensors, on the CPU."""
+        self._file.flush()
+        nbytes = self._file.tell()
+        # copy on write, since torch warns of buffers that cannot be written
+        mapped = mmap.mmap(self._file.fileno(), nbytes, access=mmap.ACCESS_COPY) if nbytes else b""
+        for start, dtype, count in self._parts:
+            yield (
+                torch.frombuffer(mapped, dtype=dtype, count=count, offset=start)
+                if count
+                else torch.empty(0, dtype=dtype)
+            )
+
+
+@torch.no_grad()
+def select_by_tensor(
+    passes: Passes, source: StreamSource, groups: list[int], ks: list[int], spool: Spool | None = None
+) -> tuple[list[IndexSet], Tensor]:
+    """An index set per tensor, and float32 [G], the smallest selected |delta| of each group; those of `select_topk`.
+
+    Args:
+        passes: the backend.
+        source: the pairs of tensors.
+        groups: the group of every tensor.
+        ks: entries wanted from every group.
+        spool: where the index sets are kept; None: in memory.
+
+    Raises:
+        NonFiniteDelta: a delta is NaN or infinite.
+    """
+    ranks = Ranks()
+    digits, inside, _ = _digit_pass(passes, source, groups, ks, None, ranks)
+    lower, ties, _ = _digit_pass(passes, source, groups, inside, digits, ranks)
+    cuts = [
+        max(1, (high << 16) + low) if m else NONFINITE_KEY for high, low, m in zip(digits, lower, ties, strict=True)
+    ]
+    marker = _Marker(passes, source, groups, cuts, ties)
+    sets: list[IndexSet] = []
+    kept: Spool | list[Tensor] = [] if spool is None else spool
+    for tensor in range(len(groups)):
+        index_set = marker.marked(tensor).compact()
+        kept.append(index_set.data)
+        counts = index_set.tile_counts if spool is None else index_set.tile_counts.cpu()
+        sets.append(replace(index_set, data=torch.empty(0, dtype=index_set.data.dtype), tile_counts=counts))
+    sets = [replace(index_set, data=data) for index_set, data in zip(sets, kept, strict=True)]
+    return sets, torch.tensor(cuts, dtype=torch.int32).view(torch.float32)
+
+
+class _Marker:
+    """Marks the entries above the key of their group and, as tensors come in order, the earliest at it.
+
+    cuts: the k-th largest key of every group; ties: how many entries at it are selected
+    """
+
+    def __init__(
+        self, passes: Passes, source: StreamSource, groups: list[int], cuts: list[int], ties: list[int]
+    ) -> None:
+        self.passes, self.source, self.groups, self.open_ties = passes, source, groups, list(ties)
+        self.low = torch.tensor(cuts, device=source.device)
+
+    def marked(self, tensor: int) -> IndexSet:
+        n = self.source.sizes[tensor]
+        words = torch.empty(bitmap_words(n), dtype=torch.int32, device=self.source.device)
+        for chunk in self.source.chunks([tensor]):
+            inside = self._mark(chunk, words, None)
+            wanted = self.open_ties[self.groups[tensor]]
+            take = torch.minimum((wanted - (inside.cumsum(0) - inside)).clamp(min=0), inside)
+            if taken := int(take.sum()):
+                self._mark(chunk, words, take)
+                self.open_ties[self.groups[tensor]] -= taken
+        return IndexSet.from_bitmap(words, n)
+
+    def _mark(self, chunk: Chunk, words: Tensor, take: Tensor | None) -> Tensor:
+        """int64 [tiles of the chunk]: entries at the key, of which the first `take` of each tile are marked."""
+        tiles, device = chunk.tiles.stop - chunk.tiles.start, words.device
+        above, inside, offsets = (torch.empty(tiles, dtype=torch.int64, device=device) for _ in range(3))
+        cursor, nonfinite = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
+        first_word = self.source.layout.word_offsets[chunk.tensors[0]]
+        self.passes.delta_band(
+            chunk.initial,
+            chunk.tuned,
+            [self.groups[tensor] for tensor in chunk.tensors],
+            self.low,
+            self.low + 1,
+            words,
+            [offset - first_word for offset in chunk.word_offsets],
+            above,
+            inside,
+            take,
+            torch.empty(0, dtype=torch.int32, device=device),
+            torch.empty(0, dtype=torch.int16, device=device),
+            offsets,
+            cursor,
+            nonfinite,
+        )
+        return inside
