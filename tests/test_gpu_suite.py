@@ -1,10 +1,12 @@
 """`make gpu` without a GPU: the same suite on the CPU, on a tiny model."""
 
 import csv
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -23,11 +25,16 @@ def test_the_suite_measures_and_goes_on_where_it_stopped(tmp_path):
     assert [run.returncode for run in runs] == [0, 0], runs[0].stdout + runs[0].stderr
     assert "MaskedAdamW (compiled)" in runs[0].stdout and "MaskedAdamW" not in runs[1].stdout
     facts = json.loads((tmp_path / "environment.json").read_text())
-    assert facts["torch"] and facts["bitsandbytes"]
+    assert facts["torch"] and facts["bitsandbytes"] and {"commit", "clocks_before", "clocks_after"} <= {*facts}
     with (tmp_path / "masked_adamw.csv").open() as file:
         rows = list(csv.DictReader(file))
     ours = [row for row in rows if row["provider"].startswith("MaskedAdamW")]
-    assert {row["precision"] for row in ours} == {"float32", "bfloat16", "bfloat16-8bit"}
+    assert {row["precision"] for row in ours} == {"float32", "bfloat16", "bfloat16-8bit", "float16"}
+    assert {(row["mode"], row["gradients"]) for row in ours} == {
+        ("graph", "static"), ("eager", "static"), ("eager", "fresh")
+    }  # fmt: skip
+    assert all(row["mode"] and row["gradients"] and float(row["host_ms"]) > 0 for row in rows)
+    assert all(0 < float(row["touched_sectors"]) <= 1 for row in rows)
     assert all(row["verified"] == "True" and float(row["p50_ms"]) > 0 for row in ours)
     with (tmp_path / "topk_delta.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -40,6 +47,71 @@ def test_the_suite_measures_and_goes_on_where_it_stopped(tmp_path):
     assert "topk_delta, sample" not in runs[1].stdout
     report = (tmp_path / "report.md").read_text()
     assert "| MaskedAdamW (compiled) |" in report and "| topk_delta, sample (compiled) |" in report
+    choice = json.loads((tmp_path / "backend_choice.json").read_text())["cpu"]
+    assert choice["measured"] and {row[0] for row in choice["rows"]} == set(backends.OPERATIONS)
+    assert len(list(tmp_path.iterdir())) <= 8
+    with zipfile.ZipFile(tmp_path / "rest.zip") as archive:
+        assert len([name for name in archive.namelist() if name.startswith("log-")]) == 2, "of both runs"
+
+
+@pytest.fixture
+def report():
+    spec = importlib.util.spec_from_file_location("gpu_report", ROOT / "benchmarks" / "gpu" / "report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def made_up(folder):
+    """A results folder as the suite leaves it before its report."""
+    facts = {"device": "NVIDIA H200", "torch": "2.11.0", "commit": "abc", "time": "2026-01-01"}
+    peers = {"bitsandbytes": "0.49", "torchao": "skipped: not installed", "flashoptim": "skipped: not installed"}
+    (folder / "environment.json").write_text(json.dumps(facts | peers))
+    updates = [
+        "n,density,precision,provider,mode,gradients,p50_ms,host_ms,touched_sectors,gbps,share_of_copy,ratio_to_fused"
+    ]
+    for n in (100, 200):
+        for density in (0.01, 0.2):
+            updates.append(f"{n},{density},float32,torch AdamW(fused=True),graph,static,2.0,0.01,0.83,4000,0.9,1")
+            updates.append(f"{n},{density},float32,MaskedAdamW (triton),eager,fresh,0.5,0.1,0.83,,,4")
+            updates.append(f"{n},{density},bfloat16,MaskedAdamW (triton),graph,static,0.25,0.1,0.97,3000,0.7,2")
+    (folder / "masked_adamw.csv").write_text("\n".join(updates))
+    selections = ["n,density,dtype,deltas,provider,p50_ms,gbps,share_of_copy,ratio_to_topk"]
+    selections.append('100,0.2,float32,normal,"topk_delta, sample (triton)",0.75,3000,0.7,8')
+    (folder / "topk_delta.csv").write_text("\n".join(selections))
+    (folder / "log.txt").write_text("said")
+    (folder / "train_step.csv").write_text("stage")
+
+
+def test_report_has_tables_plots_and_an_archive_of_the_rest(report, tmp_path):
+    pytest.importorskip("matplotlib")
+    made_up(tmp_path)
+    report.write(tmp_path)
+    report.pack(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert (
+        "| 100 | 0.2 | float32 | MaskedAdamW (triton) | eager | fresh | 0.5000 | 0.1000 | 83 % |  |  | 4.00x |" in text
+    )
+    assert "| 100 | 0.2 | float32 | normal | topk_delta, sample (triton) | 0.7500 | 3000 | 70 % | 8.00x |" in text
+    assert "bitsandbytes 0.49, torchao skipped: not installed" in text and "commit abc" in text
+    assert "![masked_adamw](masked_adamw.png)" in text and "![topk_delta](topk_delta.png)" in text
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {*report.KEPT} - {"backend_choice.json"} and len(report.KEPT) <= 8
+    with zipfile.ZipFile(tmp_path / "rest.zip") as archive:
+        log, steps = sorted(archive.namelist())
+        assert log.startswith("log-") and steps.startswith("train_step-") and archive.read(log) == b"said"
+
+
+def test_without_matplotlib_the_report_names_the_command_for_the_plots(report, tmp_path, monkeypatch, capsys):
+    made_up(tmp_path)
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    report.write(tmp_path)
+    command = f"python benchmarks/gpu/report.py {tmp_path}"
+    text = (tmp_path / "report.md").read_text()
+    assert f"`{command}` makes it where matplotlib is installed" in text and "MaskedAdamW (triton)" in text
+    assert f"{command} makes it" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.png"))
 
 
 def test_without_a_gpu_it_says_so(tmp_path):

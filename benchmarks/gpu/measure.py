@@ -2,8 +2,9 @@
 
 A cell is a model size, a density, a precision and a backend. In every cell the same weights and gradients go through
 `masked_adamw_` and through the peers; the result is compared with the reference before anything is timed. Steps are
-captured in a CUDA graph and replayed; "eager" rows time `MaskedAdamW.step()` from the host. Rows are appended to the
-CSV after every cell, and cells that it already holds are skipped, so that an interrupted run goes on where it stopped.
+captured in a CUDA graph and replayed; "eager" rows time the step from the host, with gradients that stay where they are
+("static") or lie elsewhere in every step ("fresh"), as after a backward pass that made them anew. Rows are appended to
+the CSV after every cell, and cells that it already holds are skipped: an interrupted run goes on where it stopped.
 
 With --device cpu the same code runs without graphs: that is how it is tested.
 """
@@ -16,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +25,7 @@ import torch
 from torch import nn
 
 import ltp_sparse as ls
-from ltp_sparse.testing import random_weights, xlmr_shapes
+from ltp_sparse.testing import xlmr_shapes
 
 MODELS: dict[str, dict[str, Any]] = {
     "tiny": {"layers": 1, "hidden": 32, "intermediate": 64, "vocabulary": 200, "positions": 20},
@@ -42,11 +44,13 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16": {"rounding": "stochastic"},
     "bfloat16-8bit": {"rounding": "stochastic", "states": "8bit"},
+    "float16": {"master": True},
 }
+FUSED = "torch AdamW(fused=True)"
 PATIENCE_MS = 1000
 OPTIONS = {"lr": 1e-3, "weight_decay": 0.01}
 FIELDS = [
-    "model", "n", "k", "density", "precision", "provider", "mode", "p50_ms", "p20_ms", "p80_ms", "host_ms",
+    "model", "n", "k", "density", "precision", "provider", "mode", "gradients", "p50_ms", "p20_ms", "p80_ms", "host_ms",
     "touched_sectors", "bytes", "gbps", "share_of_copy", "state_bytes_per_entry", "ratio_to_fused", "verified",
 ]  # fmt: skip
 
@@ -79,10 +83,11 @@ class Bench:
             step()
         return graph.replay
 
-    def times(self, run: Callable[[], object]) -> list[float]:
-        """Milliseconds per run, the caches flushed before each; what takes long is timed twice only."""
+    def times(self, run: Callable[[], object], before: Callable[[], object] = lambda: None) -> list[float]:
+        """Milliseconds per run, `before` called and the caches flushed before each; what takes long: two runs only."""
         found = []
         for number in range(self.repeats + 2):
+            before()
             self.flush.zero_()
             if self.device.type == "cuda":
                 start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -101,10 +106,11 @@ class Bench:
                 break
         return found
 
-    def host_time(self, run: Callable[[], object]) -> float:
+    def host_time(self, run: Callable[[], object], before: Callable[[], object] = lambda: None) -> float:
         """Milliseconds that the host spends in a run, the device's work left out."""
         found = []
         for _ in range(5):
+            before()
             self.synchronize()
             begin = time.perf_counter()
             run()
@@ -113,17 +119,40 @@ class Bench:
         return statistics.median(found)
 
 
+@lru_cache(maxsize=1)
+def ticket_of(model: str, density: float) -> ls.Ticket:
+    """A uniformly random ticket, kept for the precisions that follow each other."""
+    shapes = xlmr_shapes(**MODELS[model])
+    return ls.Ticket.full(shapes) if density == 1 else ls.Ticket.random(shapes, density=density)
+
+
 class Problem:
     def __init__(self, cell: Cell, device: torch.device) -> None:
-        shapes = xlmr_shapes(**MODELS[cell.model])
-        dtype = torch.float32 if cell.precision == "float32" else torch.bfloat16
-        self.ticket = ls.Ticket.full(shapes) if cell.density == 1 else ls.Ticket.random(shapes, density=cell.density)
-        self.initial = {name: tensor.to(device, dtype) for name, tensor in random_weights(self.ticket.shapes).items()}
-        grads = random_weights(self.ticket.shapes, seed=1, scale=1e-3)
+        self.dtype = getattr(torch, cell.precision.partition("-")[0])
+        self.ticket = ticket_of(cell.model, cell.density)
+        self.n, self.k = self.ticket.n, self.ticket.k
+        generator = torch.Generator(device).manual_seed(0)
+
+        def random(scale: float) -> dict[str, torch.Tensor]:
+            shapes = self.ticket.shapes.items()
+            made = ((name, torch.randn(shape, generator=generator, device=device)) for name, shape in shapes)
+            return {name: tensor.mul_(scale).to(self.dtype) for name, tensor in made}
+
+        self.initial = random(0.02)
         self.params = {name: nn.Parameter(tensor.clone()) for name, tensor in self.initial.items()}
+        self.grads = [random(1e-3)]
+        self.use_grads(0)
+
+    def use_grads(self, number: int) -> None:
         for name, param in self.params.items():
-            param.grad = grads[name].to(device, dtype)
-        self.n, self.k, self.dtype = self.ticket.n, self.ticket.k, dtype
+            param.grad = self.grads[number][name]
+
+    def move_grads(self) -> None:
+        """The same gradients, from now on at other addresses."""
+        if len(self.grads) == 1:
+            self.grads.append({name: grad.clone() for name, grad in self.grads[0].items()})
+        self.grads.reverse()
+        self.use_grads(0)
 
     def reset(self) -> None:
         for name, param in self.params.items():
@@ -168,8 +197,8 @@ class Problem:
 def state_bytes_moved(problem: Problem, optimizer: ls.MaskedAdamW, precision: str, touched: float) -> int:
     """Memory traffic of a step: sectors of p (read, written) and g, state read and written, the index read."""
     width = problem.dtype.itemsize
-    moments = 2 if "8bit" in precision else 8
-    return int(3 * width * touched * problem.n + moments * problem.k + optimizer.state_bytes())
+    held = (2 if "8bit" in precision else 8) + (4 if optimizer.precision.keeps_master(problem.dtype) else 0)
+    return int(3 * width * touched * problem.n + held * problem.k + optimizer.state_bytes())
 
 
 def peers(problem: Problem) -> Iterator[tuple[str, Callable[[], object], int | None]]:
@@ -177,7 +206,7 @@ def peers(problem: Problem) -> Iterator[tuple[str, Callable[[], object], int | N
     params = list(problem.params.values())
     width = problem.dtype.itemsize
     fused = torch.optim.AdamW(params, **OPTIONS, fused=True, capturable=params[0].is_cuda)
-    yield "torch AdamW(fused=True)", fused.step, 7 * width * problem.n
+    yield FUSED, fused.step, 7 * width * problem.n
     masks = {name: problem.ticket.mask(name).to(params[0].device) for name in problem.params}
 
     def multiplied() -> None:
@@ -239,11 +268,16 @@ def _packages(params: list[nn.Parameter]) -> Iterator[tuple[str, Callable[[], ob
             print(f"  skipped: {make.__name__} ({type(error).__name__}: {error})", flush=True)
 
 
-def copy_of(n: int, bench: Bench) -> list[float]:
-    """Milliseconds of a plain copy of n float32 entries: the speed of light of a step."""
-    source = torch.zeros(n, device=bench.device)
+def copier(n: int, device: torch.device) -> Callable[[], object]:
+    """A plain copy of n float32 entries: the speed of light of a step."""
+    source = torch.zeros(n, device=device)
     target = torch.empty_like(source)
-    return bench.times(lambda: target.copy_(source))
+    return lambda: target.copy_(source)
+
+
+def copy_of(n: int, bench: Bench) -> list[float]:
+    """Milliseconds of a plain copy of n float32 entries."""
+    return bench.times(copier(n, bench.device))
 
 
 def measure(cell: Cell, bench: Bench, backends: list[str]) -> list[dict[str, Any]]:
@@ -254,42 +288,44 @@ def measure(cell: Cell, bench: Bench, backends: list[str]) -> list[dict[str, Any
         "touched_sectors": touched,
     }  # fmt: skip
     rows: list[dict[str, Any]] = []
-    copy_times = copy_of(problem.n, bench)
-    copy_gbps = 8 * problem.n / statistics.median(copy_times) / 1e6
 
-    def add(provider: str, mode: str, times: list[float], host: float | None, moved: int | None, **more: Any) -> None:
+    def add(
+        provider: str, step: Callable[[], object], mode: str, moved: int | None, *, fresh: bool = False, **more: Any
+    ) -> None:
+        run = bench.captured(step) if mode == "graph" else step
+        move = problem.move_grads if fresh else lambda: None
+        times, host = bench.times(run, move), bench.host_time(run, move)
         p20, _, _, p80 = statistics.quantiles(times, n=5, method="inclusive")
         p50 = statistics.median(times)
         gbps = moved / p50 / 1e6 if moved else None
-        share = gbps / copy_gbps if gbps else None
+        copy_gbps = rows[0]["gbps"] if rows else gbps  # the copy comes first
+        gradients = "fresh" if fresh else "static"
         rows.append(
-            {**common, "provider": provider, "mode": mode, "p50_ms": p50, "p20_ms": p20, "p80_ms": p80, "host_ms": host,
-             "bytes": moved, "gbps": gbps, "share_of_copy": share, **more}
+            {**common, "provider": provider, "mode": mode, "gradients": gradients, "p50_ms": p50, "p20_ms": p20,
+             "p80_ms": p80, "host_ms": host, "bytes": moved, "gbps": gbps,
+             "share_of_copy": gbps / copy_gbps if gbps else None, **more}
         )  # fmt: skip
-        print(f"  {provider:<36}{mode:<7}{p50:>10.4f} ms" + (f"{gbps:>9.0f} GB/s" if gbps else ""), flush=True)
+        gbps_text = f"{gbps:>9.0f} GB/s" if gbps else ""
+        print(f"  {provider:<36}{mode:<6} {gradients:<7}{p50:>10.4f} ms{gbps_text}", flush=True)
 
-    add("copy", "eager", copy_times, None, 8 * problem.n)
+    add("copy", copier(problem.n, bench.device), "eager", 8 * problem.n)
     for backend in backends:
         problem.verify(cell.precision, backend)
         ls.use_backend(backend)
         problem.reset()
         optimizer = problem.optimizer(cell.precision)
         moved = state_bytes_moved(problem, optimizer, cell.precision, touched)
-        held = optimizer.state_bytes() / problem.n
-        for mode in ("graph", "eager"):
-            step = bench.captured(optimizer.step) if mode == "graph" else optimizer.step
-            host = bench.host_time(optimizer.step) if mode == "eager" else None
-            add(f"MaskedAdamW ({backend})", mode, bench.times(step), host, moved,
-                state_bytes_per_entry=held, verified=True)  # fmt: skip
-        del optimizer, step
+        held = {"state_bytes_per_entry": optimizer.state_bytes() / problem.n, "verified": True}
+        for mode, fresh in (("graph", False), ("eager", False), ("eager", True)):
+            add(f"MaskedAdamW ({backend})", optimizer.step, mode, moved, fresh=fresh, **held)
+        del optimizer
     ls.use_backend(None)
     for name, step, moved in peers(problem):
         problem.reset()
-        mode = "graph" if "foreach" not in name and "8-bit" not in name else "eager"
-        run = bench.captured(step) if mode == "graph" else step
-        add(name, mode, bench.times(run), None, moved)
-        del step, run
-    baseline = next(row["p50_ms"] for row in rows if row["provider"] == "torch AdamW(fused=True)")
+        for mode in ("eager",) if "foreach" in name or "8-bit" in name else ("graph", "eager"):
+            add(name, step, mode, moved)
+        del step
+    baseline = next(row["p50_ms"] for row in rows if row["provider"] == FUSED)
     for row in rows:
         row["ratio_to_fused"] = baseline / row["p50_ms"]
     return rows

@@ -2,13 +2,12 @@
 
 Uses the Python it is started with, needs no network and no `datasets`. Steps: environment, build of the CUDA extension,
 tests, compute-sanitizer, measurements; a step that fails does not hide the later ones, but the exit status tells.
-Results go to `benchmarks/results/<gpu>/`, or to the folder OUT of the environment.
+Results go to `benchmarks/results/<gpu>/`, or to the folder OUT of the environment: at most 8 files, see `report.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.util
 import json
 import os
@@ -20,11 +19,11 @@ import sys
 import time
 from pathlib import Path
 
+import report
 import torch
 
 ROOT = Path(__file__).parents[2]
 INSTALLED = ROOT / "build" / "gpu"
-PEERS = ("bitsandbytes", "torchao", "flashoptim")
 
 
 def output_of(*command: str) -> str:
@@ -41,19 +40,26 @@ def version_of(package: str) -> str | None:
     return str(getattr(importlib.import_module(package), "__version__", "unknown"))
 
 
+def clocks() -> str:
+    """The device's name, driver, clocks now and at most, temperature and power."""
+    query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.limit"
+    return output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv")
+
+
 def environment(device: str) -> dict[str, object]:
-    query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit"
     found: dict[str, object] = {
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
-        "nvidia_smi": output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"),
+        "device_type": device,
+        "clocks_before": clocks(),
         "commit": output_of("git", "describe", "--always", "--dirty") or "unknown",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "nvcc": output_of("nvcc", "--version").rpartition("release ")[2].partition(",")[0],
         "triton": version_of("triton"),
+        "time": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
     }
-    for peer in PEERS:
+    for peer in report.PEERS:
         found[peer] = version_of(peer) or "skipped: not installed"
     return found
 
@@ -88,35 +94,6 @@ class Steps:
         print(f"== {name}: {'ok' if status == 0 else f'FAILED ({status})'}, {took:.0f} s", flush=True)
         if status != 0:
             self.failed.append(name)
-
-
-TABLES = {
-    # measurements -> the columns of a cell, and the ratio shown
-    "masked_adamw": (("precision", "provider", "mode"), "ratio_to_fused", "against torch fused"),
-    "topk_delta": (("dtype", "deltas", "provider"), "ratio_to_topk", "against sub + abs + cat + topk"),
-}
-
-
-def report(folder: Path) -> None:
-    """Tables of the measurements, as Markdown."""
-    device = json.loads((folder / "environment.json").read_text())["device"]
-    lines = []
-    for name, (columns, ratio, title) in TABLES.items():
-        source = folder / f"{name}.csv"
-        if not source.exists():
-            continue
-        heads = ["entries", "density", *columns, "ms", "of a copy", title]
-        lines += [f"# {name} on {device}", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-        with source.open() as file:
-            for row in csv.DictReader(file):
-                share = f"{100 * float(row['share_of_copy']):.0f} %" if row["share_of_copy"] else ""
-                found = f"{float(row[ratio]):.2f}x" if row[ratio] else ""
-                what = [f"{int(row['n']):,}", f"{float(row['density']):g}", *(row[column] for column in columns)]
-                cells = [*what, f"{float(row['p50_ms']):.4f}", share, found]
-                lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
-    if lines:
-        (folder / "report.md").write_text("\n".join(lines))
 
 
 def main() -> None:
@@ -161,10 +138,16 @@ def main() -> None:
         if args.device == "cpu":
             measure += ["--repeats", "4"]
         steps.run(f"measure {name}", [*measure, "--out", str(folder / f"{name}.csv")], seconds + 120)
+    facts["clocks_after"] = clocks()
+    (folder / "environment.json").write_text(json.dumps(facts, indent=2) + "\n")
+    table = ["--from", str(folder), "--out", str(folder / "backend_choice.json")]
+    steps.run("choose backends", [python, "benchmarks/choose_backends.py", *table], 60)
     if args.full and args.device == "cuda" and args.part.startswith("1/"):
         step = [python, "benchmarks/bench_train_step.py", "--out", str(folder / "train_step.csv")]
         steps.run("measure a training step", step, 300)
-    report(folder)
+    steps.log.close()
+    report.write(folder)
+    report.pack(folder)
     print("results:", *sorted(path.name for path in folder.iterdir()), "in", folder)
     if steps.failed:
         sys.exit(f"make gpu: failed: {', '.join(steps.failed)}")
