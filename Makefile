@@ -31,10 +31,10 @@ demo: $(TRAIN)  ## the whole job on generated data, offline: ticket, LTP, contro
 test: $(TEST)  ## all tests (narrow them with ARGS="-k name")
 	$(BIN)/pytest --durations=15 $(ARGS)
 
-bench: $(TEST)  ## CPU benchmarks: CSV, table and plots in benchmarks/results/cpu (about 24 GB of memory, half an hour)
+bench: $(TEST)  ## CPU benchmarks: CSV, table and plots in benchmarks/results/cpu (about 24 GB of memory, an hour)
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
-gpu:  ## on a GPU machine, with its own Python (PYTHON=...): build, tests, sanitizer, core measurements; under 8 minutes
+gpu:  ## on a GPU machine, with its own Python (PYTHON=...): build, tests, sanitizer, core measurements, plots; 8 minutes
 	$(PYTHON) benchmarks/gpu/run.py $(ARGS)
 
 gpu-full:  ## the rest of the GPU measurements, cell by cell (PART=i/n), resumable

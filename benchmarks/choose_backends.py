@@ -24,6 +24,7 @@ import ltp_sparse as ls
 from ltp_sparse import backends
 from ltp_sparse.testing import random_weights, tuned_weights, update_problem, xlmr_shapes
 
+TABLE = Path(__file__).parents[1] / "ltp_sparse" / backends.CHOICES.name  # of this checkout, wherever the package is
 DENSITIES = (0.0005, 0.01, 0.05, 0.2, 0.5, 0.75, 1.0)
 PRECISIONS: dict[torch.dtype, dict[str, Any]] = {
     torch.float32: {},
@@ -150,7 +151,7 @@ def dumps(sections: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from", dest="folder", type=Path, help="results of `make gpu`")
-    parser.add_argument("--out", type=Path, default=backends.CHOICES)
+    parser.add_argument("--out", type=Path, default=TABLE)
     parser.add_argument("--densities", nargs="+", type=float, default=DENSITIES)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
