@@ -3,6 +3,7 @@
 The plain run with dense gradients of `test_frameworks.py` is what all are compared with.
 """
 
+import copy
 import gc
 
 import pytest
@@ -165,6 +166,17 @@ def _ddp_loop(rank, folder):
     with pytest.raises(ValueError, match="before the model is wrapped"):
         wrapped(**batches()[0])
     del late, wrapped, optimizer
+
+    packed = build_net()
+    optimizer = packed_optimizer_unfrozen(packed)
+    twin = nn.parallel.DistributedDataParallel(copy.deepcopy(packed))
+    with pytest.raises(ValueError, match="a copy of one with packed gradients"):
+        twin(**batches()[0])
+    again = copy.deepcopy(packed)
+    other = packed_optimizer(again)  # with gradients that are packed, too, it is as any model
+    nn.parallel.DistributedDataParallel(again)(**batches()[0])["loss"].backward()
+    assert_no_dense_gradients(again)
+    del packed, twin, again, optimizer, other
 
     alone = build_net()
     optimizer = MaskedAdamW(alone, ticket_of(alone), gradients="packed", freeze=True)

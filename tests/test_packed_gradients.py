@@ -442,6 +442,26 @@ def test_removing_one_packer_leaves_the_others():
 
 
 @pytest.mark.parametrize("packer", PACKERS)
+def test_a_copy_has_gradients_of_its_own(packer):
+    """And none of the buffers; a packer of its own leaves nothing behind."""
+    model = Untied()
+    ticket = Ticket.random(model, density=0.3, seed=1)
+    made = PACKERS[packer](model, ticket)
+    twin = copy.deepcopy(model)
+    backward(twin, 0)
+    assert twin.layers[0].weight.grad is not None and twin.embedding.weight.grad is not None
+    assert model.layers[0].weight.grad is None
+    members = made.param_groups[0]["params"] if packer == "optimizer" else list(made.parameters())
+    assert all(member.grad is None for member in members)
+    twin.zero_grad()
+    PACKERS[packer](twin, ticket).remove()
+    assert not twin._ddp_params_and_buffers_to_ignore and not twin.embedding.sparse and model.embedding.sparse
+    backward(twin, 0)
+    assert twin.embedding.weight.grad.layout == torch.strided
+    made.remove()
+
+
+@pytest.mark.parametrize("packer", PACKERS)
 def test_a_parameter_without_gradient_is_refused(packer):
     model = Untied()
     ticket = Ticket.random(model, density=0.3, seed=1)

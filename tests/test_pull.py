@@ -46,14 +46,15 @@ class Net(nn.Module):
 
 def step(model, optimizer, number):
     ids = torch.randint(model.embed.num_embeddings, (5, 6), generator=torch.Generator().manual_seed(number))
+    ids = ids.to(model.embed.weight.device)
     optimizer.zero_grad()
     (10 * model(ids).square().sum()).backward()
     optimizer.step()
 
 
-def make(place, *, density=0.6, big=300, **options):
+def make(place, *, density=0.6, big=300, device="cpu", **options):
     torch.manual_seed(0)
-    model = Net(big)
+    model = Net(big).to(device)
     ticket = ls.Ticket.random(model, density=density, seed=1, pool=["embed", "body", "low"])
     dense = [{"params": list(model.head.parameters()), "pull": 0.02}]
     return model, ls.MaskedAdamW(model, ticket, lr=1e-2, dense=dense, pull=0.03, pull_on=place, **options)
@@ -105,6 +106,20 @@ def test_every_backend_takes_pieces(backend, as_on_a_gpu):
         for model, opt in pair:
             step(model, opt, 0)
     assert_same(*pair)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_on_a_gpu_they_are_pinned(mode, monkeypatch):
+    monkeypatch.setattr(launch, "PIECE", TILE)
+    pair = [make(place, device="cuda", **mode) for place in ("device", "host")]
+    for one in pair[1][1]._launches:
+        assert one.anchor.is_pinned() and one.room.is_cuda
+    for number in range(4):
+        for model, opt in pair:
+            step(model, opt, number)
+    for (name, p), q in zip(pair[0][0].named_parameters(), pair[1][0].parameters(), strict=True):
+        assert same_bits(p.cpu(), q.cpu()), name
 
 
 def test_the_device_holds_a_piece_only(as_on_a_gpu):

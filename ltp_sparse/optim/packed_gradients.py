@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -122,6 +123,7 @@ class PackedGradients:
         table: TileTable,
     ) -> None:
         """table: lays `sets` out, a parameter's tiles together."""
+        _forget_copied(model)
         self.params, self.carriers, self.table = list(params), list(carriers), table
         _packed.update(dict.fromkeys(self.params, True))
         self.buffer = torch.zeros(table.k, device=params[0].device)
@@ -132,7 +134,7 @@ class PackedGradients:
         self._tables = _single_tables(table.with_ranks() if ranked else table)
         self._rows: dict[int, _Rows] = {}
         self._ddp: weakref.ref[DistributedDataParallel] | None = None
-        self._averaging = False
+        self._averaging = self._is_copy = False
         self._handles: list[Any] = [model.register_forward_pre_hook(self._before_forward)]
         self._model, self._embeddings = model, []
 
@@ -149,6 +151,13 @@ class PackedGradients:
         setattr(model, _IGNORED, [*getattr(model, _IGNORED, []), *self._ignored])
         for number, param in enumerate(params):
             self._handles.append(param.register_post_accumulate_grad_hook(self._hook(number)))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedGradients:
+        """What a copy of the model carries: its gradients are its own, but DDP would still leave them alone."""
+        copied = PackedGradients.__new__(PackedGradients)
+        copied._is_copy, copied._handles, copied._ignored = True, [], list(self._ignored)
+        copied._embeddings = copy.deepcopy(self._embeddings, memo)
+        return copied
 
     def _hook(self, number: int) -> Any:
         def pack(param: Tensor) -> None:
@@ -181,6 +190,13 @@ class PackedGradients:
         if not torch.is_grad_enabled():
             return
         ddp = DistributedDataParallel._get_active_ddp_module()
+        if self._is_copy:
+            if ddp is not None:
+                raise ValueError(
+                    "this model is a copy of one with packed gradients, and DistributedDataParallel would not average "
+                    "its own; copy before making the optimizer, or after its remove()"
+                )
+            return
         self._ddp = None if ddp is None else weakref.ref(ddp)  # it must not outlive its process group
         self._averaging = False  # a backward that failed may have left it set
         if ddp is not None:
@@ -237,6 +253,17 @@ class PackedGradients:
         for param in self.params:
             _packed.pop(param, None)
         setattr(self._model, _IGNORED, [name for name in getattr(self._model, _IGNORED) if name not in self._ignored])
+
+
+def _forget_copied(model: nn.Module) -> None:
+    """Undoes what a copy of a model with packed gradients has of them."""
+    for key, hook in list(model._forward_pre_hooks.items()):
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, PackedGradients) and owner._is_copy:
+            del model._forward_pre_hooks[key]
+            setattr(model, _IGNORED, [name for name in getattr(model, _IGNORED) if name not in owner._ignored])
+            for module in owner._embeddings:
+                module.sparse = False
 
 
 def _single_tables(table: TileTable) -> list[TileTable]:
