@@ -110,17 +110,19 @@ class _Marker:
     def marked(self, tensor: int) -> IndexSet:
         n = self.source.sizes[tensor]
         words = torch.empty(bitmap_words(n), dtype=torch.int32, device=self.source.device)
+        counts = []
         for chunk in self.source.chunks([tensor]):
-            inside = self._mark(chunk, words, None)
+            above, inside = self._mark(chunk, words, None)
             wanted = self.open_ties[self.groups[tensor]]
             take = torch.minimum((wanted - (inside.cumsum(0) - inside)).clamp(min=0), inside)
             if taken := int(take.sum()):
                 self._mark(chunk, words, take)
                 self.open_ties[self.groups[tensor]] -= taken
-        return IndexSet.from_bitmap(words, n)
+            counts.append(above + take)
+        return IndexSet.from_bitmap(words, n, torch.cat(counts) if counts else None)
 
-    def _mark(self, chunk: Chunk, words: Tensor, take: Tensor | None) -> Tensor:
-        """int64 [tiles of the chunk]: entries at the key, of which the first `take` of each tile are marked."""
+    def _mark(self, chunk: Chunk, words: Tensor, take: Tensor | None) -> tuple[Tensor, Tensor]:
+        """int64 [tiles of the chunk], twice: entries above the key, and at it; the first `take` of those are marked."""
         tiles, device = chunk.tiles.stop - chunk.tiles.start, words.device
         above, inside, offsets = (torch.empty(tiles, dtype=torch.int64, device=device) for _ in range(3))
         cursor, nonfinite = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
@@ -142,4 +144,4 @@ class _Marker:
             cursor,
             nonfinite,
         )
-        return inside
+        return above, inside
