@@ -147,13 +147,14 @@ def _streamed(
     source: StreamSource, groups: list[int], ks: list[int], progress: bool, folder: Path | None
 ) -> tuple[list[IndexSet], Tensor]:
     """As `_topk`; folder: where index sets that are too large for memory may be kept, if anywhere."""
-    passes, bitmap = backends.resolve(source.device), 4 * sum(map(bitmap_words, source.sizes))
+    passes, bitmap = backends.resolve(source.device, "topk_delta"), 4 * sum(map(bitmap_words, source.sizes))
     by_tensor = bitmap > LARGE
     times = PASSES if by_tensor else 2
     with progress_bar(times * source.nbytes, "select") if progress else nullcontext() as source.progress:
         if by_tensor:
-            spool = Spool(folder) if folder is not None and min(bitmap, 2 * sum(ks)) > LARGE else None
-            return select_by_tensor(passes, source, groups, ks, spool)
+            spooled = folder if min(bitmap, 2 * sum(ks)) > LARGE else None
+            with nullcontext() if spooled is None else Spool(spooled) as spool:
+                return select_by_tensor(passes, source, groups, ks, spool)
         selection = select_topk(passes, source, groups, ks, route="histogram")
     return ops.index_sets(selection, source.sizes), selection.thresholds
 

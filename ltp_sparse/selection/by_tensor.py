@@ -32,13 +32,20 @@ _ALIGNMENT = 8
 class Spool:
     """Tensors that are put into a file one by one and are then looked at through a mapping.
 
-    The file has no name: it takes room in its folder until the last of the tensors is gone, whatever happens.
+    A context, after which it takes no more. The file has no name: it takes room in its folder until the last of the
+    tensors is gone, whatever happens.
     """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - lives as long as its mapping
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         self._parts: list[tuple[int, torch.dtype, int]] = []  # (first byte, dtype, entries)
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()  # mappings stay
 
     def append(self, tensor: Tensor) -> None:
         """tensor: [m], on any device"""
