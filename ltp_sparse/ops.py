@@ -7,6 +7,7 @@ use.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,8 +35,10 @@ _library.define(
 _library.define("topk_delta(Tensor[] initial, Tensor[] tuned, int[] groups, int[] k) -> (Tensor, Tensor, Tensor)")
 
 
-def _update_backend(words: Tensor, ranks: Tensor) -> backends.Backend:
-    backend = backends.resolve(words.device)
+def _update_backend(tensors: Sequence[Tensor], words: Tensor, ranks: Tensor, k: int | None = None) -> backends.Backend:
+    """The backend for k active entries of these tensors; without k, which the norm cannot tell, the usual case."""
+    known: dict[str, Any] = {} if k is None else {"density": k / max(1, sum(map(Tensor.numel, tensors)))}
+    backend = backends.resolve(words.device, dtype=tensors[0].dtype if tensors else torch.float32, **known)
     if backend.needs_ranks and ranks.numel() != words.numel() // 2:
         raise ValueError(f"masked_adamw_: the {backend.name} backend needs a table with ranks: TileTable.with_ranks()")
     return backend
@@ -48,7 +51,7 @@ def _masked_adamw_(
 ):  # fmt: skip
     with torch.no_grad():
         contiguous = [param if param.is_contiguous() else param.contiguous() for param in params]
-        _update_backend(words, ranks).masked_adamw_(
+        _update_backend(params, words, ranks, exp_avg.numel()).masked_adamw_(
             contiguous, [grad.contiguous() for grad in grads], exp_avg, exp_avg_sq, scales, master,
             tiles, words, ranks, positions, coefficients, anchor, stochastic, packed,
         )  # fmt: skip
@@ -60,7 +63,7 @@ def _masked_adamw_(
 @torch.library.impl(_library, "masked_sum_squares", "CompositeExplicitAutograd")
 def _masked_sum_squares(params, grads, master, tiles, words, ranks, positions, coefficients, anchor, packed):
     with torch.no_grad():
-        return _update_backend(words, ranks).masked_sum_squares(
+        return _update_backend(params, words, ranks).masked_sum_squares(
             [param.contiguous() for param in params], [grad.contiguous() for grad in grads], master,
             tiles, words, ranks, positions, coefficients, anchor, packed,
         )  # fmt: skip
@@ -69,7 +72,7 @@ def _masked_sum_squares(params, grads, master, tiles, words, ranks, positions, c
 @torch.library.impl(_library, "masked_pack_", "CompositeExplicitAutograd")
 def _masked_pack_(grads, out, tiles, words, ranks, positions, accumulate):
     with torch.no_grad():
-        _update_backend(words, ranks).masked_pack_(
+        _update_backend(grads, words, ranks, out.numel()).masked_pack_(
             [grad.contiguous() for grad in grads], out, tiles, words, ranks, positions, accumulate
         )
 
@@ -78,7 +81,9 @@ def _masked_pack_(grads, out, tiles, words, ranks, positions, accumulate):
 def _topk_delta(initial, tuned, groups, k):
     with torch.no_grad():
         source = TensorSource(initial, tuned)
-        selection = select_topk(backends.resolve(source.device), source, list(groups), list(k))
+        dtype, density = tuned[0].dtype if tuned else torch.float32, sum(k) / max(1, sum(source.sizes))
+        backend = backends.resolve(source.device, "topk_delta", dtype, density)
+        selection = select_topk(backend, source, list(groups), list(k))
         return selection.words, selection.counts, selection.thresholds
 
 

@@ -154,6 +154,17 @@ def test_auto_takes_the_row_of_the_nearest_density(all_there, monkeypatch):
         backends._orders.cache_clear()
 
 
+def test_operations_say_what_they_are_called_with(monkeypatch):
+    asked = []
+    resolve = backends.resolve
+    monkeypatch.setattr(backends, "resolve", lambda device, *args, **kw: asked.append((args, kw)) or resolve(device))
+    problem = update_problem({"a": (40, 5)}, density=0.3, dtype=torch.bfloat16, stochastic=True)
+    problem.step()
+    assert ((), {"dtype": torch.bfloat16, "density": 0.3}) in asked
+    ls.topk_delta([], [torch.ones(8, dtype=torch.float16)], 2)
+    assert (("topk_delta", torch.float16, 0.25), {}) in asked
+
+
 def test_unknown_names_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="expected one of auto, reference, compiled, triton, got 'cuda'"):
         ls.use_backend("cuda")

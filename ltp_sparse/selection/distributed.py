@@ -127,7 +127,7 @@ def select_sharded(
 
     agreed, plans = team.every(plan, lambda plan: plan)
     _check_equal(plans)
-    passes, _ = team.every(lambda: backends.resolve(device))
+    passes, _ = team.every(lambda: backends.resolve(device, "topk_delta"))
     names, groups, ks = agreed["names of the pool"], agreed["groups"], agreed["k"]
 
     shapes = {name: next(shards[name].shape for shards in common if name in shards) for name in names}
