@@ -17,6 +17,8 @@ from ltp_sparse.methods import METHODS
 from ltp_sparse.methods.madx import train_language_adapter
 from ltp_sparse.modules import Adapter
 from ltp_sparse.names import canonical_parameters
+from ltp_sparse.prompting import Verbalizer
+from ltp_sparse.training.evaluation import evaluate
 from ltp_sparse.training.method import load_trained, train_method
 from ltp_sparse.training.mlm import MLMSettings
 
@@ -35,6 +37,7 @@ VARIANTS = [
     ("spt", {"frozen": False, "bottleneck": None}),
     ("mad-x", {"language_adapter": "en", "drop_last": True}),
 ]
+TOPICS = {"a": "word1", "b": "word2", "c": "word3", "d": "word4"}
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,33 @@ def test_what_moves_is_what_is_saved(key, options, tmp_path):
         setup.undo()
 
 
+READ_TEXTS = [(key, options) for key, options in VARIANTS if "text" in METHODS[key].inputs and key != "spt"]
+
+
+@pytest.mark.parametrize(("key", "options"), READ_TEXTS, ids=[f"{k}-{'-'.join(o)}" for k, o in READ_TEXTS])
+def test_texts_of_other_classes_than_those_of_inference(key, options, tmp_path):
+    """Four classes, in an order that is not the verbalizer's: learned, saved, and the same after loading."""
+    method, model, tokenizer, _, _, more = setting(key, options, tmp_path)
+    classes = tuple(reversed(TOPICS))
+    train = [Text(" ".join([f"word{20 + i % 5}"] * (1 + i % 4)), "abcd"[i % 4]) for i in range(32)]
+    if method.scores_words:
+        with pytest.raises(ValueError, match="expected a verbalizer with words for d, c, b, a, got none"):
+            train_method(method, model, tokenizer, train, train[:8], progress=False, labels=classes, **more)
+        more["verbalizer"] = Verbalizer.from_words(tokenizer, TOPICS, classes)
+    rate = 2e-3 if method.tied or key == "fine-tuning" else 1e-2
+    method = dataclasses.replace(method, settings=dataclasses.replace(method.settings, epochs=12, learning_rate=rate))
+    result = train_method(method, model, tokenizer, train, train[:8], progress=False, labels=classes, **more)
+    scores = evaluate(result, {"en": train}, progress=False)
+    if result.delta.ticket.k > 1000:  # a frozen model of random weights hardly reads its words
+        assert scores["en"] > 0.4
+    result.delta.save(tmp_path / "delta.safetensors")
+    result.release()
+    loaded = ls.SparseDelta.load(tmp_path / "delta.safetensors")
+    assert loaded.metadata["labels"] == list(classes)
+    setup = load_trained(model, tokenizer, loaded)
+    assert evaluate(setup, {"en": train}, progress=False) == scores
+
+
 @pytest.mark.parametrize("key", METHODS)
 def test_a_run_that_fails_leaves_the_model_as_it_was(key, tmp_path):
     from test_prompt_learning import StopAfter
@@ -160,9 +190,9 @@ def test_descriptions_make_the_method_again(key):
 
 
 def test_a_task_of_the_wrong_kind_is_refused(tmp_path):
-    method, model, tokenizer, _, _, more = setting("ltp", {}, tmp_path)
-    with pytest.raises(ValueError, match="LTP reads examples of the kind pair, got text; choose a method or a task"):
-        train_method(method, model, tokenizer, texts(3), texts(3), **more)
+    method, model, tokenizer, _, _, more = setting("spt", {}, tmp_path)
+    with pytest.raises(ValueError, match="SPT reads examples of the kind text, got pair; choose a method or a task"):
+        train_method(method, model, tokenizer, toy_pairs(3), toy_pairs(3), **more)
 
 
 def test_language_adapters_train_and_are_swapped(tmp_path):

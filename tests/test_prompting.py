@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ from ltp_sparse.prompting import (
     PromptEncoder,
     Template,
     Verbalizer,
+    cloze_template,
     collator,
+    discrete_template,
     soft_template,
     vocabulary_rows,
 )
@@ -89,6 +92,24 @@ def test_soft_template_order_and_positions(tokenizer):
     assert example["prompt_positions"] == [7, 8, 9, 10]
     assert example["mask_positions"] == 11
     assert example["labels"] == CLASSES.index("neutral") == 2
+
+
+def test_templates_of_a_text(tokenizer):
+    text = SimpleNamespace(text="word1 word2.", label="sports")
+    classes = ("travel", "sports")
+    (example,) = soft_template(2, "text").encode(tokenizer, [text], classes=classes)
+    assert tokens_of(tokenizer, example) == [
+        "<s>", "▁word1", "▁word2", "▁", ".", "<unk>", "<unk>", "<mask>", "▁", ".", "</s>",
+    ]  # fmt: skip
+    assert (example["prompt_positions"], example["mask_positions"], example["labels"]) == ([5, 6], 7, 1)
+    (cut,) = soft_template(2, "text").encode(tokenizer, [text], classes=classes, max_length=10)
+    assert tokens_of(tokenizer, cut)[:4] == ["<s>", "▁word1", "▁", "."]
+    with pytest.raises(ValueError, match="max_length must be at least 10 .*one token of text each"):
+        soft_template(2, "text").encode(tokenizer, [text], classes=classes, max_length=9)
+    assert discrete_template("en", 3, "text").parts == ("{text}", ".", "Answer:", "{prompt}", "{mask}", ".")
+    assert cloze_template("text").parts == ("{text}", ".", "{mask}", ".")
+    with pytest.raises(ValueError, match="expected {text} 1 times"):
+        Template(("{text}", "{text}", "{mask}"))
 
 
 def test_class_order_of_the_loss():
@@ -222,6 +243,13 @@ def test_verbalizer_errors(tokenizer):
         Verbalizer.from_words(tokenizer, {"contradiction": "żółw", "entailment": "right", "neutral": "maybe"})
     with pytest.raises(ValueError, match="the same token"):
         Verbalizer.from_words(tokenizer, {"contradiction": "right", "entailment": "right", "neutral": "maybe"})
+    with pytest.raises(ValueError, match="expected words for good, bad, got good"):
+        Verbalizer.from_words(tokenizer, {"good": "right"}, ("good", "bad"))
+
+
+def test_verbalizer_of_other_classes_is_in_their_order(tokenizer):
+    verbalizer = Verbalizer.from_words(tokenizer, {"bad": "wrong", "good": "right"}, ("good", "bad"))
+    assert [tokenizer.convert_ids_to_tokens(ids) for ids in verbalizer.token_ids] == [["▁right"], ["▁wrong"]]
 
 
 # --- prompt encoder ---------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ class Context:
 
     labels:     classes of the task, in the order of the logits
     language:   that of the training examples: the pattern's words, where a pattern has some
-    verbalizer: words of the classes, where a method scores words; None: the English ones
+    verbalizer: words of the classes, where a method scores words; None: the English ones of inference
     seed:       of initial values and of whatever the method draws
     """
 
@@ -74,6 +74,19 @@ class Context:
     language: str = "en"
     verbalizer: Verbalizer | None = None
     seed: int = 1
+
+    def words(self) -> Verbalizer:
+        """The verbalizer; ValueError where none fits the classes."""
+        if self.verbalizer is None and self.labels == CLASSES:
+            return Verbalizer.for_language(self.tokenizer, "en")
+        found = None if self.verbalizer is None else len(self.verbalizer.token_ids)
+        if found != len(self.labels):
+            raise ValueError(
+                f"expected a verbalizer with words for {', '.join(self.labels)}, got {found or 'none'}; pass "
+                "Verbalizer.from_words(tokenizer, {class: word, ...}, classes)"
+            )
+        assert self.verbalizer is not None
+        return self.verbalizer
 
 
 Encode = Callable[[Sequence[Any]], list[Any]]
@@ -136,6 +149,11 @@ class Method(ABC):
     inputs: ClassVar[tuple[str, ...]] = ("pair",)
     picks: ClassVar[str | None] = None
     settings: Settings = field(default_factory=Settings)
+
+    @property
+    def scores_words(self) -> bool:
+        """Whether classes are words at `<mask>`, so that a verbalizer is used."""
+        return False
 
     @property
     def tied(self) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ltp_sparse.methods.base import Context, Encode, Method, Settings, Setup, nothing
 from ltp_sparse.methods.fine_tuning import encode_for_classifier
 from ltp_sparse.modules import DeepPrompt, SequenceClassifier, collator
-from ltp_sparse.prompting import PromptedMaskedLM, Verbalizer, cloze_template
+from ltp_sparse.prompting import PromptedMaskedLM, cloze_template, kind_of
 from ltp_sparse.prompting import collator as prompt_collator
 from ltp_sparse.ticket import Ticket
 
@@ -46,6 +46,10 @@ class DeepPromptTuning(Method):
         if self.head not in HEADS:
             raise ValueError(f"DeepPromptTuning: head must be one of {', '.join(HEADS)}, got {self.head!r}")
 
+    @property
+    def scores_words(self) -> bool:
+        return self.head == "mlm"
+
     def prepare(self, language_model: XLMRobertaForMaskedLM) -> None:
         """Frozen, a tied head and a decoupled one are the same."""
 
@@ -59,7 +63,7 @@ class DeepPromptTuning(Method):
             if self.head == "classifier":
                 model: nn.Module = SequenceClassifier(language_model, len(context.labels), linear=True)
             else:
-                verbalizer = context.verbalizer or Verbalizer.for_language(tokenizer, "en")
+                verbalizer = context.words()
                 facts = {"verbalizer": [list(tokens) for tokens in verbalizer.token_ids]}
                 model = PromptedMaskedLM(language_model, None, verbalizer)
             prompt = DeepPrompt(
@@ -78,7 +82,11 @@ class DeepPromptTuning(Method):
             encode: Encode = encode_for_classifier(tokenizer, context.labels, self.settings.max_length)
             collate = collator(config.pad_token_id)
         else:
-            encode = partial(cloze_template().encode, tokenizer, max_length=self.settings.max_length)
+
+            def encode(examples: Sequence[Any]) -> list[Any]:
+                template = cloze_template(kind_of(examples[0]) if examples else "pair")
+                return template.encode(tokenizer, examples, classes=context.labels, max_length=self.settings.max_length)
+
             collate = prompt_collator(config.pad_token_id)
         return Setup(
             model=model, encode=encode, collate=collate, dense=(prompt, *classifier), bake=bake, facts=facts,

@@ -15,6 +15,7 @@ from ltp_sparse.delta import SparseDelta
 from ltp_sparse.methods.base import Context, Encode, Method, Settings, Setup, Tune
 from ltp_sparse.modules import SequenceClassifier, collator, encode_pairs, encode_texts
 from ltp_sparse.names import canonical_parameters, in_base_model, layer_of
+from ltp_sparse.prompting import kind_of
 from ltp_sparse.selection import pools, select
 from ltp_sparse.ticket import Pool, Ticket
 
@@ -46,7 +47,7 @@ def encode_for_classifier(tokenizer: Any, labels: tuple[str, ...], max_length: i
     """What encodes pairs and single texts for a `SequenceClassifier`."""
     pairs = partial(encode_pairs, tokenizer, classes=labels, max_length=max_length)
     texts = partial(encode_texts, tokenizer, classes=labels, max_length=max_length)
-    return lambda examples: (pairs if examples and hasattr(examples[0], "premise") else texts)(examples)
+    return lambda examples: (pairs if examples and kind_of(examples[0]) == "pair" else texts)(examples)
 
 
 @dataclass(frozen=True, kw_only=True)

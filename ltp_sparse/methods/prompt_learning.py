@@ -6,8 +6,8 @@ with the prompt in its dense tensors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,9 +19,9 @@ from ltp_sparse.prompting import (
     PromptedMaskedLM,
     PromptEncoder,
     Template,
-    Verbalizer,
     collator,
     discrete_template,
+    kind_of,
     soft_template,
     vocabulary_rows,
 )
@@ -69,25 +69,40 @@ class PromptMethod(Method):
 
     settings: PromptSettings = field(default_factory=PromptSettings)
 
+    inputs = ("pair", "text")
     freezes_words: ClassVar[bool] = False
     """Whether the label words are scored by rows of the output embedding that stay as they are."""
 
-    def template(self, language: str) -> Template:
-        """The cloze pattern for training examples of a language."""
-        return soft_template(self.settings.n_prompt)
+    @property
+    def scores_words(self) -> bool:
+        return True
+
+    def template(self, language: str, kind: str) -> Template:
+        """The cloze pattern for examples of a kind, "pair" or "text", in words of a language."""
+        return soft_template(self.settings.n_prompt, kind)
 
     def build(self, language_model: XLMRobertaForMaskedLM, context: Context, *, baked: bool = False) -> Setup:
         settings, tokenizer = self.settings, context.tokenizer
-        template = self.template(context.language)
+        templates = {kind: self.template(context.language, kind) for kind in self.inputs}
+        n_prompt = templates["pair"].n_prompt
         encoder = None
-        if template.n_prompt and baked:
-            encoder = PromptEncoder(template.n_prompt, language_model.config.hidden_size, "none")
-        elif template.n_prompt:
+        if n_prompt and baked:
+            encoder = PromptEncoder(n_prompt, language_model.config.hidden_size, "none")
+        elif n_prompt:
             encoder = prompt_encoder(settings, language_model, tokenizer, context.seed)
         if encoder is not None:
             encoder.to(language_model.device)
-        verbalizer = context.verbalizer or Verbalizer.for_language(tokenizer, "en")
-        encode = partial(template.encode, tokenizer, max_length=settings.max_length, truncation=settings.truncation)
+        verbalizer = context.words()
+
+        def encode(examples: Sequence[Any]) -> list[Any]:
+            return templates[kind_of(examples[0]) if examples else "pair"].encode(
+                tokenizer,
+                examples,
+                classes=context.labels,
+                max_length=settings.max_length,
+                truncation=settings.truncation,
+            )
+
         return Setup(
             model=PromptedMaskedLM(language_model, encoder, verbalizer, frozen_words=self.freezes_words),
             encode=encode,
@@ -193,8 +208,8 @@ class DiscretePrompt(SoftPrompt):
     key = "discrete-prompt"
     name = "DP"
 
-    def template(self, language: str) -> Template:
-        return discrete_template(language)
+    def template(self, language: str, kind: str) -> Template:
+        return discrete_template(language, kind=kind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,8 +219,8 @@ class MixedPrompt(SoftPrompt):
     key = "mixed-prompt"
     name = "MP"
 
-    def template(self, language: str) -> Template:
-        return discrete_template(language, self.settings.n_prompt)
+    def template(self, language: str, kind: str) -> Template:
+        return discrete_template(language, self.settings.n_prompt, kind)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from ltp_sparse.modules.inputs import Text, class_index, token_ids
-from ltp_sparse.prompting.templates import IGNORED_LABEL
+from ltp_sparse.modules.inputs import token_ids
+from ltp_sparse.prompting.templates import IGNORED_LABEL, Text, label_index
 
 if TYPE_CHECKING:
     from transformers import BloomForCausalLM, PreTrainedTokenizerBase, XGLMForCausalLM
@@ -72,7 +72,7 @@ def encode_prompted(
             PromptedText(
                 input_ids=ids[:length] + end,
                 prompt_positions=list(range(length, length + n_prompt)),
-                labels=class_index(text.label, classes),
+                labels=label_index(text.label, classes),
             )
         )
     return examples

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ltp_sparse.modules.inputs import Text, class_index, token_ids
-from ltp_sparse.prompting.templates import CLASSES, IGNORED_LABEL, MAX_LENGTH, Pair
+from ltp_sparse.modules.inputs import token_ids
+from ltp_sparse.prompting.templates import CLASSES, IGNORED_LABEL, MAX_LENGTH, Pair, Text, label_index
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM, XLMRobertaModel
@@ -51,7 +51,7 @@ def encode_pairs(
             hypothesis = hypothesis[: max(room // 2, room - len(premise))]
             premise = premise[: room - len(hypothesis)]
         ids = [start, *premise, end, end, *hypothesis, end]
-        examples.append(Encoded(input_ids=ids, labels=class_index(pair.label, classes)))
+        examples.append(Encoded(input_ids=ids, labels=label_index(pair.label, classes)))
     return examples
 
 
@@ -67,7 +67,7 @@ def encode_texts(
     start, end = tokenizer.cls_token_id, tokenizer.sep_token_id
     encoded = token_ids(tokenizer, [text.text for text in texts])
     return [
-        Encoded(input_ids=[start, *ids[: max_length - 2], end], labels=class_index(text.label, classes))
+        Encoded(input_ids=[start, *ids[: max_length - 2], end], labels=label_index(text.label, classes))
         for text, ids in zip(texts, encoded, strict=True)
     ]
 

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-
-from ltp_sparse.prompting.templates import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SIDES = ("right", "left")
-
-
-class Text(Protocol):
-    """What a text must offer; label is a class of the task, or None when it is to be predicted."""
-
-    @property
-    def text(self) -> str: ...
-    @property
-    def label(self) -> str | None: ...
 
 
 def collator(pad_token_id: int, side: str = "right") -> Callable[[Sequence[Any]], dict[str, Tensor]]:
@@ -64,12 +53,3 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
     special = set(tokenizer.all_special_ids)
     encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     return [[tokenizer.unk_token_id if token in special else token for token in ids] for ids in encoded]
-
-
-def class_index(label: str | None, classes: Sequence[str]) -> int:
-    """Index of a label in `classes`; `IGNORED_LABEL` for None."""
-    if label is None:
-        return IGNORED_LABEL
-    if label not in classes:
-        raise ValueError(f"class_index: label must be one of {', '.join(classes)}, got {label!r}")
-    return list(classes).index(label)

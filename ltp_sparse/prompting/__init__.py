@@ -2,7 +2,15 @@
 
 from ltp_sparse.prompting.model import PromptedMaskedLM
 from ltp_sparse.prompting.prompt_encoder import PromptEncoder, vocabulary_rows
-from ltp_sparse.prompting.templates import CLASSES, Template, cloze_template, collator, discrete_template, soft_template
+from ltp_sparse.prompting.templates import (
+    CLASSES,
+    Template,
+    cloze_template,
+    collator,
+    discrete_template,
+    kind_of,
+    soft_template,
+)
 from ltp_sparse.prompting.verbalizers import WORDS, Verbalizer
 
 __all__ = [
@@ -15,6 +23,7 @@ __all__ = [
     "cloze_template",
     "collator",
     "discrete_template",
+    "kind_of",
     "soft_template",
     "vocabulary_rows",
 ]

@@ -79,8 +79,8 @@ class PromptedMaskedLM(nn.Module):
         """Class logits, and the loss when there are labels.
 
         input_ids, attention_mask: [B, L] int64; prompt_positions: [B, n]; mask_positions: [B]; labels: [B] class index.
-        Returns "logits" [B, classes] float32 in the order of `CLASSES` and, with labels, "loss": the mean cross-entropy
-        over the classes (not over the vocabulary) of the pairs that have a label.
+        Returns "logits" [B, classes] float32 in the order of the verbalizer and, with labels, "loss": the mean
+        cross-entropy over the classes (not over the vocabulary) of the examples that have a label.
         """
         hidden = self.roberta(
             inputs_embeds=self._embed(input_ids, prompt_positions),

@@ -1,4 +1,4 @@
-"""Text preparation and templates: a sentence pair becomes token ids with prompt slots and one `<mask>`.
+"""Text preparation and templates: a sentence pair, or a text, becomes token ids with prompt slots and one `<mask>`.
 
 METHODS.md 3 and 4.2; the text preparation and the order of the parts follow Zhao & Schütze (2021).
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CLASSES = ("contradiction", "entailment", "neutral")
-"""The classes in the order of the logits and of the loss."""
+"""The classes of inference, in the order of the logits and of the loss."""
 
 MAX_LENGTH = 256
 """Tokens of an input, `<s>` and `</s>` included."""
@@ -25,13 +25,13 @@ MAX_LENGTH = 256
 IGNORED_LABEL = -100
 """The label of a pair without one; the loss leaves it out."""
 
-PREMISE, HYPOTHESIS, PROMPT, MASK = "{premise}", "{hypothesis}", "{prompt}", "{mask}"
+PREMISE, HYPOTHESIS, TEXT, PROMPT, MASK = "{premise}", "{hypothesis}", "{text}", "{prompt}", "{mask}"
 
 _TRUNCATIONS = ("longest_first", "hypothesis_first")
 
 
 class Pair(Protocol):
-    """What a sentence pair must offer; label is one of `CLASSES`, or None when it is to be predicted."""
+    """What a sentence pair must offer; label is a class of the task, or None when it is to be predicted."""
 
     @property
     def premise(self) -> str: ...
@@ -41,13 +41,22 @@ class Pair(Protocol):
     def label(self) -> str | None: ...
 
 
+class Text(Protocol):
+    """What a text must offer; label is a class of the task, or None when it is to be predicted."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def label(self) -> str | None: ...
+
+
 class Example(TypedDict):
-    """One encoded pair.
+    """One encoded pair or text.
 
     input_ids:        token ids, `<s>` and `</s>` included, not padded
     prompt_positions: the n positions whose embeddings the prompt replaces, ascending
     mask_positions:   the position of `<mask>`
-    labels:           index into `CLASSES`, or `IGNORED_LABEL`
+    labels:           index of the class, or `IGNORED_LABEL`
     """
 
     input_ids: list[int]
@@ -60,7 +69,7 @@ class Example(TypedDict):
 class Template:
     """A cloze pattern: a list of parts, each encoded on its own and joined between `<s>` and `</s>`.
 
-    parts:    `{premise}`, `{hypothesis}`, `{prompt}` (n slots), `{mask}`, or fixed text; the mask exactly once
+    parts:    `{premise}` and `{hypothesis}`, or `{text}`; `{prompt}` (n slots), `{mask}`, fixed text; each mark once
     n_prompt: prompt slots in all
     """
 
@@ -68,19 +77,26 @@ class Template:
     n_prompt: int = 0
 
     def __post_init__(self) -> None:
-        for mark, wanted in ((MASK, 1), (PREMISE, 1), (HYPOTHESIS, 1), (PROMPT, int(self.n_prompt > 0))):
-            if (count := self.parts.count(mark)) != wanted:
-                raise ValueError(f"Template: expected {mark} {wanted} times with n_prompt={self.n_prompt}, got {count}")
+        wanted = {MASK: 1, PROMPT: int(self.n_prompt > 0), **dict.fromkeys(self.texts, 1)}
+        for mark, times in wanted.items():
+            if (count := self.parts.count(mark)) != times:
+                raise ValueError(f"Template: expected {mark} {times} times with n_prompt={self.n_prompt}, got {count}")
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The marks that stand for the texts of an example."""
+        return (TEXT,) if TEXT in self.parts else (PREMISE, HYPOTHESIS)
 
     def encode(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        pairs: Sequence[Pair],
+        examples: Sequence[Any],
         *,
+        classes: Sequence[str] = CLASSES,
         max_length: int = MAX_LENGTH,
         truncation: str = "longest_first",
     ) -> list[Example]:
-        """Encode pairs; those over `max_length` lose tokens at the end of the premise and the hypothesis only.
+        """Encode pairs (`Pair`) or texts (`Text`); those over `max_length` lose tokens at the end of their texts only.
 
         truncation: "longest_first" takes each token from the longer of the two (the hypothesis when they are equal);
                     "hypothesis_first" empties the hypothesis before it touches the premise, as the original does.
@@ -90,23 +106,27 @@ class Template:
             raise ValueError(
                 f"Template.encode: truncation must be one of {', '.join(_TRUNCATIONS)}, got {truncation!r}"
             )
-        if not pairs:
+        if not examples:
             return []
-        fixed = {part: self._fixed(tokenizer, part) for part in self.parts if part not in (PREMISE, HYPOTHESIS)}
+        fixed = {part: self._fixed(tokenizer, part) for part in self.parts if part not in self.texts}
         room = max_length - 2 - sum(len(fixed.get(part, ())) for part in self.parts)
-        if room < 2:
+        if room < (least := len(self.texts)):
+            names = " and ".join(mark.strip("{}") for mark in self.texts)
             raise ValueError(
-                f"Template.encode: max_length must be at least {max_length - room + 2} for this template (one token of "
-                f"premise and hypothesis each), got {max_length}"
+                f"Template.encode: max_length must be at least {max_length - room + least} for this template (one "
+                f"token of {names} each), got {max_length}"
             )
-        premises = _encode_texts(tokenizer, [pair.premise for pair in pairs])
-        hypotheses = _encode_texts(tokenizer, [pair.hypothesis for pair in pairs])
-        examples = []
-        for pair, premise, hypothesis in zip(pairs, premises, hypotheses, strict=True):
-            keep_premise, keep_hypothesis = _truncated(len(premise), len(hypothesis), room, truncation)
-            texts = {PREMISE: premise[:keep_premise], HYPOTHESIS: hypothesis[:keep_hypothesis]}
-            examples.append(self._assemble(tokenizer, {**fixed, **texts}, label_index(pair.label)))
-        return examples
+        texts = {
+            mark: _encode_texts(tokenizer, [getattr(example, mark.strip("{}")) for example in examples])
+            for mark in self.texts
+        }
+        encoded = []
+        for row, example in enumerate(examples):
+            ids = [texts[mark][row] for mark in self.texts]
+            lengths = _truncated([len(tokens) for tokens in ids], room, truncation)
+            kept = {mark: tokens[:n] for mark, tokens, n in zip(self.texts, ids, lengths, strict=True)}
+            encoded.append(self._assemble(tokenizer, {**fixed, **kept}, label_index(example.label, classes)))
+        return encoded
 
     def _fixed(self, tokenizer: PreTrainedTokenizerBase, part: str) -> list[int]:
         if part == MASK:
@@ -151,18 +171,27 @@ QUESTIONS: dict[str, tuple[str, str]] = {
 """Language -> words before the hypothesis and before the answer (Zhao & Schütze 2021)."""
 
 
-def cloze_template() -> Template:
-    """`P . H ? <mask> .`: what remains of the soft template without a prompt among the tokens."""
-    return Template((PREMISE, ".", HYPOTHESIS, "?", MASK, "."))
+def kind_of(example: Any) -> str:
+    """What an example is: "pair" or "text"."""
+    return "pair" if hasattr(example, "premise") else "text"
 
 
-def soft_template(n_prompt: int = 4) -> Template:
-    """`P . H ? p1..pn <mask> .`: the input of SP and LTP (METHODS.md 3 and 4.2)."""
-    return Template((PREMISE, ".", HYPOTHESIS, "?", PROMPT, MASK, "."), n_prompt)
+def cloze_template(kind: str = "pair") -> Template:
+    """`P . H ? <mask> .`, of a text `T . <mask> .`: the soft template without a prompt among the tokens."""
+    return soft_template(0, kind)
 
 
-def discrete_template(language: str = "en", n_prompt: int = 0) -> Template:
+def soft_template(n_prompt: int = 4, kind: str = "pair") -> Template:
+    """`P . H ? p1..pn <mask> .`: the input of SP and LTP (METHODS.md 3 and 4.2); of a text `T . p1..pn <mask> .`."""
+    texts = (PREMISE, ".", HYPOTHESIS, "?") if kind == "pair" else (TEXT, ".")
+    prompt = (PROMPT,) if n_prompt else ()
+    return Template((*texts, *prompt, MASK, "."), n_prompt)
+
+
+def discrete_template(language: str = "en", n_prompt: int = 0, kind: str = "pair") -> Template:
     """`P . Question: H ? Answer: <mask> .` (DP), with `p1..pn` before the mask where n_prompt > 0 (MP; METHODS.md 3).
+
+    Of a text `T . Answer: <mask> .`: the papers have no pattern for those.
 
     Raises ValueError for a language without words in `QUESTIONS`.
     """
@@ -172,7 +201,8 @@ def discrete_template(language: str = "en", n_prompt: int = 0) -> Template:
         )
     question, answer = QUESTIONS[language]
     prompt = (PROMPT,) if n_prompt else ()
-    return Template((PREMISE, ".", question, HYPOTHESIS, "?", answer, *prompt, MASK, "."), n_prompt)
+    texts = (PREMISE, ".", question, HYPOTHESIS, "?") if kind == "pair" else (TEXT, ".")
+    return Template((*texts, answer, *prompt, MASK, "."), n_prompt)
 
 
 def strip_punctuation(text: str) -> str:
@@ -180,13 +210,13 @@ def strip_punctuation(text: str) -> str:
     return text.rstrip(string.punctuation) or text
 
 
-def label_index(label: str | None) -> int:
-    """Index of a class in `CLASSES`; `IGNORED_LABEL` for None."""
+def label_index(label: str | None, classes: Sequence[str] = CLASSES) -> int:
+    """Index of a class; `IGNORED_LABEL` for None. Raises ValueError for another label."""
     if label is None:
         return IGNORED_LABEL
-    if label not in CLASSES:
-        raise ValueError(f"label_index: label must be one of {', '.join(CLASSES)}, got {label!r}")
-    return CLASSES.index(label)
+    if label not in classes:
+        raise ValueError(f"label_index: label must be one of {', '.join(classes)}, got {label!r}")
+    return list(classes).index(label)
 
 
 def collator(pad_token_id: int) -> Callable[[Sequence[Example]], dict[str, Tensor]]:
@@ -218,10 +248,11 @@ def _encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> l
     return [[tokenizer.unk_token_id if token in special else token for token in ids] for ids in encoded]
 
 
-def _truncated(premise: int, hypothesis: int, room: int, truncation: str) -> tuple[int, int]:
-    """The lengths of premise and hypothesis that fit into `room` tokens."""
-    if premise + hypothesis <= room:
-        return premise, hypothesis
+def _truncated(lengths: Sequence[int], room: int, truncation: str) -> tuple[int, ...]:
+    """The lengths of a text, or of premise and hypothesis, that fit into `room` tokens."""
+    if len(lengths) == 1 or sum(lengths) <= room:
+        return tuple(min(length, room) for length in lengths)
+    premise, hypothesis = lengths
     if truncation == "hypothesis_first":
         return min(premise, room), max(room - premise, 0)
     if hypothesis <= room // 2:

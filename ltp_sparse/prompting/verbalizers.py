@@ -37,7 +37,7 @@ WORDS: dict[str, tuple[str, str, str]] = {
 
 @dataclass(frozen=True)
 class Verbalizer:
-    """Token ids of the words of each class, in the order of `CLASSES`; a class scores the mean of its words' logits."""
+    """Token ids of the words of each class, in the task's order; a class scores the mean of its words' logits."""
 
     token_ids: tuple[tuple[int, ...], ...]
 
@@ -62,20 +62,27 @@ class Verbalizer:
 
     @classmethod
     def from_words(
-        cls, tokenizer: PreTrainedTokenizerBase, words: Mapping[str, str | Sequence[str]], *, strict: bool = False
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        words: Mapping[str, str | Sequence[str]],
+        classes: Sequence[str] = CLASSES,
+        *,
+        strict: bool = False,
     ) -> Verbalizer:
-        """A verbalizer from label -> word or words.
+        """A verbalizer from class -> word or words.
+
+        classes: those of the task, in the order of the logits
 
         A word should be one word-initial piece of the tokenizer. Of another one the last piece is taken, as Zhao &
-        Schütze do, with a warning that names it; `strict` makes it an error. Raises ValueError for missing labels,
+        Schütze do, with a warning that names it; `strict` makes it an error. Raises ValueError for missing classes,
         unknown words, and words that are the same token.
         """
-        if set(words) != set(CLASSES):
+        if set(words) != set(classes):
             raise ValueError(
-                f"Verbalizer.from_words: expected words for {', '.join(CLASSES)}, got {', '.join(words) or 'none'}"
+                f"Verbalizer.from_words: expected words for {', '.join(classes)}, got {', '.join(words) or 'none'}"
             )
         ids = []
-        for label in CLASSES:
+        for label in classes:
             given = words[label]
             given = [given] if isinstance(given, str) else given
             ids.append(tuple(_word_id(tokenizer, word, strict) for word in given))

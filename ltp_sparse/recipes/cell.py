@@ -21,7 +21,7 @@ from ltp_sparse.methods import METHODS, Method, Settings
 from ltp_sparse.methods.madx import ADAPTER_SETTINGS, train_language_adapter
 from ltp_sparse.modules import Adapter
 from ltp_sparse.names import canonical_parameters, closest, fingerprint, layer_of, module_of
-from ltp_sparse.prompting import WORDS, Verbalizer
+from ltp_sparse.prompting import CLASSES, WORDS, Verbalizer
 from ltp_sparse.recipes.cache import Cache
 from ltp_sparse.recipes.corpora import Corpus, corpus
 from ltp_sparse.recipes.recipe import Cell
@@ -154,7 +154,7 @@ def run_cell(
             ticket=ticket,
             labels=train_task.labels,
             language=language if language in WORDS else "en",
-            verbalizer=_verbalizer(cell, tokenizer),
+            verbalizer=_verbalizer(cell, method, train_task, tokenizer),
             seed=cell["seed"],
             metric=train_task.metric,
             output_dir=folder,
@@ -355,12 +355,14 @@ def _training_task(cell: Cell, bench: Workbench, notes: list[str]) -> Task:
         return TASKS[stand_in]
 
 
-def _verbalizer(cell: Cell, tokenizer: Any) -> Verbalizer | None:
+def _verbalizer(cell: Cell, method: Method, task: Task, tokenizer: Any) -> Verbalizer | None:
     words = cell["verbalizer"]
-    if METHODS[cell["method"]].inputs != ("pair",) and not (cell["options.head"] == "mlm"):
+    if not method.scores_words:
         return None
     if isinstance(words, Mapping):
-        return Verbalizer.from_words(tokenizer, words)
+        return Verbalizer.from_words(tokenizer, words, task.labels)
+    if task.labels != CLASSES:
+        raise ValueError(f"a prompt for {task.name} needs the words of its classes: verbalizer: {{class: word, ...}}")
     language = words or cell["train.language"]
     return Verbalizer.for_language(tokenizer, language if language in WORDS else "en")
 

@@ -91,6 +91,11 @@ def export(
         raise ValueError(
             f"export: expected the result of a method with a soft prompt, got {trained.metadata['method']!r}"
         )
+    if tuple(trained.metadata["labels"]) != CLASSES:
+        raise ValueError(
+            f"export: expected a result for sentence pairs with the classes {', '.join(CLASSES)}, got one for "
+            f"{', '.join(trained.metadata['labels'])}"
+        )
     prompt = prompted.prompt_encoder.bake()
     tokens = _prompt_tokens(pieces, len(prompt))
     first = language_model.config.vocab_size

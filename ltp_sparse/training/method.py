@@ -15,7 +15,7 @@ from ltp_sparse.delta import SparseDelta, base_fingerprint
 from ltp_sparse.methods import METHODS
 from ltp_sparse.methods.base import Collate, Context, Encode, Method, Settings, Setup
 from ltp_sparse.names import applied_deltas, canonical_parameters, match_names
-from ltp_sparse.prompting import CLASSES, Verbalizer
+from ltp_sparse.prompting import CLASSES, Verbalizer, kind_of
 from ltp_sparse.ticket import Ticket
 from ltp_sparse.training.fit import Fit, Options, fit
 
@@ -91,7 +91,7 @@ def train_method(
         ticket: of stage 1, for methods that need one. A ticket that was selected on other initial weights is an error.
         labels: classes of the task, in the order of the logits.
         language: of the training examples: that of the words of a pattern.
-        verbalizer: words of the classes, where the method scores words; default: the English ones.
+        verbalizer: words of the classes, where the method scores words; default: the English ones of inference.
         options: fields of `Options`: seed, output_dir, save_every, resume, bf16, states, ...
 
     Raises:
@@ -181,7 +181,7 @@ def _check(method: Method, language_model: PreTrainedModel, train: Sequence[Any]
     for what, examples in (("train", train), ("dev", dev)):
         if not examples or any(example.label is None for example in examples):
             raise ValueError(f"train_method: expected labelled examples in {what}, got none or some without a label")
-    kind = "pair" if hasattr(train[0], "premise") else "text"
+    kind = kind_of(train[0])
     if kind not in method.inputs:
         raise ValueError(
             f"train_method: {method.name} reads examples of the kind {' or '.join(method.inputs)}, got {kind}; "
