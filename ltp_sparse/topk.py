@@ -454,7 +454,7 @@ def _kth_largest(keys: Tensor, rank: int) -> int:
     return (digit << 16) + low
 
 
-def _digit_pass(
+def digit_pass(
     passes: Passes, source: Source, groups: list[int], wanted: list[int], prefixes: list[int] | None, ranks: Ranks
 ) -> tuple[list[int], list[int], list[int]]:
     """Per group the digit of the rank-th largest key, its rank among the keys of that digit, and the rank asked for.
@@ -527,12 +527,12 @@ def select_topk(
         if band.holds() and not band.overflowed:
             return band.finish()
 
-    digits, inside, band.ks = _digit_pass(passes, source, groups, ks, None, ranks)
+    digits, inside, band.ks = digit_pass(passes, source, groups, ks, None, ranks)
     band.run([max(1, d << 16) for d in digits], [(d + 1) << 16 for d in digits])
     if not band.overflowed:
         return band.finish()
 
-    lower, ties, _ = _digit_pass(passes, source, groups, inside, digits, ranks)
+    lower, ties, _ = digit_pass(passes, source, groups, inside, digits, ranks)
     thresholds = [
         max(1, (high << 16) + low) if m else NONFINITE_KEY for high, low, m in zip(digits, lower, ties, strict=True)
     ]

@@ -12,8 +12,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from cases import DTYPES, bits, using
-from test_topk_delta import random_case
+from cases import DTYPES, bits, random_case, using
 from torch import Tensor
 
 from ltp_sparse import backends, reference, topk

@@ -6,8 +6,8 @@ from threading import Barrier
 
 import pytest
 import torch
-from cases import BACKENDS, compiled, instruction_sets, threads, using  # noqa: F401
-from test_topk_delta import ROUTES, naive, random_case
+from cases import BACKENDS, compiled, instruction_sets, random_case, threads, using  # noqa: F401
+from test_topk_delta import ROUTES, naive
 
 from ltp_sparse import backends, topk
 from ltp_sparse.ops import index_sets

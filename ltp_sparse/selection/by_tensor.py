@@ -21,7 +21,7 @@ from ltp_sparse.checkpoints import StreamSource
 from ltp_sparse.encoding import IndexSet, bitmap_words
 from ltp_sparse.files import host_blocks
 from ltp_sparse.reference import NONFINITE_KEY
-from ltp_sparse.topk import Chunk, Passes, Ranks, _digit_pass
+from ltp_sparse.topk import Chunk, Passes, Ranks, digit_pass
 
 PASSES = 3
 """Readings of the source."""
@@ -85,8 +85,8 @@ def select_by_tensor(
         NonFiniteDelta: a delta is NaN or infinite.
     """
     ranks = Ranks()
-    digits, inside, _ = _digit_pass(passes, source, groups, ks, None, ranks)
-    lower, ties, _ = _digit_pass(passes, source, groups, inside, digits, ranks)
+    digits, inside, _ = digit_pass(passes, source, groups, ks, None, ranks)
+    lower, ties, _ = digit_pass(passes, source, groups, inside, digits, ranks)
     cuts = [
         max(1, (high << 16) + low) if m else NONFINITE_KEY for high, low, m in zip(digits, lower, ties, strict=True)
     ]
