@@ -129,7 +129,7 @@ def test_its_tests_do_without_what_a_gpu_machine_may_lack():
     code = (
         "import sys, pytest\n"
         "for name in ('hypothesis', 'datasets', 'accelerate', 'matplotlib', 'yaml'): sys.modules[name] = None\n"
-        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-k', 'gpu',"
+        "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '-o', 'addopts=-ra', '-k', 'gpu',"
         " 'tests/test_gpu.py', 'tests/test_pull.py']))"
     )
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}

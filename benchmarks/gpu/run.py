@@ -123,8 +123,9 @@ def main() -> None:
         steps.run("build", build, 300)
         if not args.full:
             # -P: not the sources in this folder, which lack the compiled modules
-            tests = [python, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "gpu", "tests/test_gpu.py"]
-            tests += ["tests/test_pull.py"]
+            # addopts: without pytest-timeout its setting is unknown, which the strict configuration refuses
+            tests = [python, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=-ra", "-k", "gpu"]
+            tests += ["tests/test_gpu.py", "tests/test_pull.py"]
             steps.run("tests", tests, 180)
             if shutil.which("compute-sanitizer"):
                 small = [*tests, "-k", "bitmap and (plain or 8bit) and bf16 or passes and bf16-bf16"]
