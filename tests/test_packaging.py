@@ -24,7 +24,7 @@ LAYERS = [
     {"backends"},
     {"ops", "random_sets", "ticket", "delta"},
     {"optim", "selection", "prompting", "modules", "generated", "tasks", "testing", "foreign", "frozen", "memory"},
-    {"training", "methods"},
+    {"training", "methods", "pretraining"},
     {"recipes"},
     {"report"},
     {"demo", "cli", "__main__"},

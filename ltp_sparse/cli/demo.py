@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-HELP = "run the whole job on generated data: pre-train a small model, select a ticket, train LTP and controls"
+HELP = "run the whole job on generated data and the small model of the package: ticket, LTP, controls, report"
 EXAMPLES = """\
   ltp-sparse demo
   ltp-sparse demo --output my-report --quiet"""
@@ -17,7 +17,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from ltp_sparse.demo.run import demo
+    from transformers.utils import logging
 
+    from ltp_sparse.demo import demo
+
+    logging.disable_progress_bar()  # of loading a model, which takes no time here
     print(demo(options.output, progress=not options.quiet))
-    print(f"report, plots, ticket and model: {options.output}/")
+    print(f"report, plots and ticket: {options.output}/")

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
         XLMRobertaForMaskedLM,
     )
 
+MINI_XLMR = "mini-xlmr"
+"""Name of the small model that the package ships; its card is `ltp_sparse/mini_xlmr/README.md`."""
+
+_SHIPPED = {MINI_XLMR: Path(__file__).parents[1] / "mini_xlmr"}
 _DECODER_BIAS = "lm_head.decoder.bias"
 
 
@@ -29,6 +33,8 @@ def load_backbone(
     tokenizer: str | os.PathLike[str] | None = None,
 ) -> tuple[XLMRobertaForMaskedLM, PreTrainedTokenizerBase]:
     """An `XLMRobertaForMaskedLM` and its tokenizer, from a local folder or by Hub name (only then is it downloaded).
+
+    name_or_path: "mini-xlmr" is the small model that comes with this package
 
     decoupled: give the LM head its own frozen copy of the word embedding (`decouple`). A folder that was saved
                decoupled stays so whatever this says.
@@ -130,6 +136,8 @@ def _save_both_biases(module: nn.Module, state_dict: dict, prefix: str, local_me
 def _resolve(name_or_path: str | os.PathLike[str]) -> tuple[str, bool]:
     """The source for `from_pretrained` and whether it is local, so that a mistyped folder never becomes a download."""
     text = os.path.expanduser(os.fspath(name_or_path))
+    if text in _SHIPPED:
+        return os.fspath(_SHIPPED[text]), True
     if Path(text).is_dir():
         return text, True
     if isinstance(name_or_path, os.PathLike) or text.startswith((".", os.sep)) or text.count("/") > 1:

@@ -1,0 +1,162 @@
+"""Pre-trains a small multilingual XLM-R from scratch: tokenizer, model, loss per language.
+
+python examples/pretrain_xlmr.py --data DATA --output mini_xlmr                  # the model that the package ships
+python examples/pretrain_xlmr.py --data DATA --output study_xlmr --corpus study  # one that saw all text of DATA
+python examples/pretrain_xlmr.py --data DATA --output random_xlmr --steps 0      # its control: random weights
+
+DATA holds `multilingual_text/` (the CC0 sentences of Common Voice in 14 languages, and the Swahili New Testament) and,
+for the study, the data sets of the tasks: of these the text alone is read, test sets never. An interrupted run goes on
+where it was when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import html
+import json
+import math
+import random
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ltp_sparse.generated.inference import documents
+from ltp_sparse.generated.languages import LANGUAGES
+from ltp_sparse.pretraining import (
+    Documents,
+    PretrainSettings,
+    Sentences,
+    Source,
+    Translations,
+    held_out_losses,
+    mini_xlmr,
+    pretrain,
+    train_tokenizer,
+)
+from ltp_sparse.tasks import TASKS, read_text
+
+CODES = ("ar", "bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh")
+FLORES = {
+    "arb_Arab": "ar", "bul_Cyrl": "bg", "deu_Latn": "de", "ell_Grek": "el", "eng_Latn": "en", "spa_Latn": "es",
+    "fra_Latn": "fr", "hin_Deva": "hi", "rus_Cyrl": "ru", "swh_Latn": "sw", "tha_Thai": "th", "tur_Latn": "tr",
+    "urd_Arab": "ur", "vie_Latn": "vi", "zho_Hans": "zh",
+}  # fmt: skip
+PARALLEL = [("xnli", "dev"), ("sib200", "train"), ("mnli-9k", "train"), ("nusax", "train")]
+HELD_OUT = 300  # sentences a language
+SHORTEST = 12  # characters
+GENERATED = 0.25  # of the updates
+TRANSLATED = 0.25  # of the updates, where there are translations
+SEED = 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder that holds multilingual_text/")
+    parser.add_argument("--output", type=Path, required=True, help="folder for model, tokenizer and losses.json")
+    parser.add_argument("--corpus", choices=("mini", "study"), default="mini", help="CC0 text alone, or all text")
+    parser.add_argument("--steps", type=int, default=10_000, help="updates of 4096 tokens (default: 10,000)")
+    parser.add_argument("--pieces", type=int, default=24_000, help="most pieces of the vocabulary (default: 24,000)")
+    parser.add_argument("--hidden", type=int, default=192, help="hidden size, in heads of 32 (default: 192)")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--documents", type=int, default=150_000, help="generated documents (default: 150,000)")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+
+    texts = {language: plain_text(options.data, language) for language in CODES}
+    rows = translations(options.data) if options.corpus == "study" else []
+    for row in rows:
+        for language, text in row.items():
+            texts.setdefault(language, []).append(text)
+    for lines in texts.values():
+        random.Random(SEED).shuffle(lines)
+    held_out = {language: texts[language][:HELD_OUT] for language in CODES}
+    training = {language: lines[HELD_OUT if language in CODES else 0 :] for language, lines in texts.items()}
+    generated = list(documents(options.documents))
+
+    options.output.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer(options.output, options.pieces, training, [d.text for d in generated])
+    sentences = Sentences(training, tokenizer)
+    plain = 1 - GENERATED - (TRANSLATED if rows else 0)
+    sources: list[tuple[float, Source]] = [(plain, sentences), (GENERATED, Documents(generated, tokenizer))]
+    if rows:
+        sources.append((TRANSLATED, Translations(rows, tokenizer)))
+    model = mini_xlmr(len(tokenizer), hidden=options.hidden, layers=options.layers, seed=SEED).to(options.device)
+    shares = ", ".join(f"{language} {share:.1%}" for language, share in sentences.shares.items())
+    print(f"{model.num_parameters():,} parameters; {len(tokenizer):,} pieces; text: {shares}")
+
+    settings, checkpoint = PretrainSettings(steps=options.steps, seed=SEED), options.output / "checkpoint.safetensors"
+    pretrain(model, sources, settings, checkpoint=checkpoint)
+    losses = held_out_losses(model, tokenizer, training, held_out)
+    model.to(torch.bfloat16).save_pretrained(options.output)
+    (options.output / "losses.json").write_text(json.dumps(losses, indent=1) + "\n")
+    checkpoint.unlink(missing_ok=True)
+    print("| language | sentences | loss | unigram | perplexity / unigram's |\n| --- | ---: | ---: | ---: | ---: |")
+    for language, (ours, unigram) in losses.items():
+        ratio = math.exp(ours - unigram)
+        print(f"| {language} | {len(training[language]):,} | {ours:.2f} | {unigram:.2f} | {ratio:.3f} |")
+
+
+def plain_text(data: Path, language: str) -> list[str]:
+    """Different CC0 sentences of a language."""
+    folder = data / "multilingual_text"
+    if language == "sw":
+        with gzip.open(folder / "bible-corpus" / "Swahili-NT.xml.gz", "rt", encoding="utf-8") as file:
+            verses = re.findall(r'<seg[^>]*type="verse"[^>]*>(.*?)</seg>', file.read(), re.DOTALL)
+        lines = [html.unescape(verse).strip() for verse in verses]
+    else:
+        lines = read_text([folder / "common_voice" / {"zh": "zh-CN"}.get(language, language)])
+    shortest = SHORTEST // 3 if language == "zh" else SHORTEST
+    return [line for line in dict.fromkeys(lines) if len(line) >= shortest]
+
+
+def translations(data: Path) -> list[dict[str, str]]:
+    """Language -> the same sentence, from what the tasks have in parallel; labels are not read."""
+    rows = []
+    for name, split in PARALLEL:
+        languages = TASKS[name].languages
+        columns = [list(sentences_of(TASKS[name].load(split, language, data=data))) for language in languages]
+        codes = [FLORES.get(language, {"ind": "id", "eng": "en"}.get(language, language)) for language in languages]
+        rows += [dict(zip(codes, texts, strict=True)) for texts in zip(*columns, strict=True)]
+    return rows
+
+
+def sentences_of(examples: Iterable[Any]) -> Iterable[str]:
+    for example in examples:
+        yield from (example.premise, example.hypothesis) if hasattr(example, "premise") else (example.text,)
+
+
+def make_tokenizer(
+    folder: Path, pieces: int, training: dict[str, list[str]], generated: list[str]
+) -> PreTrainedTokenizerBase:
+    """That of the folder, or one trained on generated text and on each language's, repeated until it has its share.
+
+    A language counts by the square root of its characters, as in the training of the model.
+    """
+    if (folder / "tokenizer.json").exists():
+        return AutoTokenizer.from_pretrained(folder)
+    characters = {language: sum(map(len, lines)) for language, lines in training.items()}
+    most = max(characters.values())
+    sample = generated[:20_000]
+    for language, lines in training.items():
+        wanted, used = int((characters[language] * most) ** 0.5), 0
+        while used < wanted:
+            for line in lines:
+                sample.append(line)
+                used += len(line)
+                if used >= wanted:
+                    break
+    answers = [word for language in LANGUAGES.values() for word in language.answers.values()]
+    tokenizer = train_tokenizer(sample, pieces, answers)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+if __name__ == "__main__":
+    main()

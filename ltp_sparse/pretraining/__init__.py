@@ -1,0 +1,19 @@
+"""Small multilingual masked language models of our own: tokenizer, mixture of texts, and the training loop."""
+
+from ltp_sparse.pretraining.model import mini_xlmr
+from ltp_sparse.pretraining.pretrain import PretrainSettings, held_out_losses, pretrain
+from ltp_sparse.pretraining.sources import Batch, Documents, Sentences, Source, Translations
+from ltp_sparse.pretraining.tokenizer import train_tokenizer
+
+__all__ = [
+    "Batch",
+    "Documents",
+    "PretrainSettings",
+    "Sentences",
+    "Source",
+    "Translations",
+    "held_out_losses",
+    "mini_xlmr",
+    "pretrain",
+    "train_tokenizer",
+]

@@ -1,0 +1,28 @@
+"""The architecture of mini-xlmr."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import XLMRobertaForMaskedLM
+
+
+def mini_xlmr(
+    vocabulary: int, *, hidden: int = 192, layers: int = 4, positions: int = 128, seed: int = 0
+) -> XLMRobertaForMaskedLM:
+    """XLM-R's architecture in small, with random weights: heads of 32, four times `hidden` in between, no dropout."""
+    from transformers import XLMRobertaConfig
+
+    from ltp_sparse.training.backbone import backbone_from_config
+
+    config = XLMRobertaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=hidden // 32,
+        intermediate_size=4 * hidden, max_position_embeddings=positions + 2, type_vocab_size=1, layer_norm_eps=1e-5,
+        initializer_range=0.04, pad_token_id=1, bos_token_id=0, eos_token_id=2, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    return backbone_from_config(config, decoupled=False)

@@ -1,0 +1,164 @@
+"""Masked-language-model pre-training of a small model, with checkpoints that resume to the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from ltp_sparse import files
+from ltp_sparse.pretraining.sources import Batch, Sentences, Source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM
+
+_KIND = "pretraining"
+_REPORT = 50
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """How much, and how.
+
+    steps:      updates
+    tokens:     tokens per update, padding aside
+    warm_up:    updates until the learning rate is reached; from there it falls to zero in a line
+    bf16:       compute under bfloat16 autocast; weights stay float32
+    save_steps: updates between checkpoints
+    """
+
+    steps: int
+    tokens: int = 4096
+    learning_rate: float = 1.5e-3
+    warm_up: int = 500
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    bf16: bool = True
+    seed: int = 0
+    save_steps: int = 500
+
+
+def pretrain(
+    model: XLMRobertaForMaskedLM,
+    sources: Sequence[tuple[float, Source]],
+    settings: PretrainSettings,
+    *,
+    checkpoint: Path | None = None,
+    progress: bool = True,
+) -> None:
+    """Trains `model` in place; each update takes its batch from one of the sources, drawn by their weights.
+
+    checkpoint: a file from which the run goes on if it exists; the caller removes it when the model is saved. Batches
+        depend on (seed, step) alone, so a run that was interrupted ends with the bits of one that was not.
+
+    Raises ValueError if the checkpoint is of other settings.
+    """
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=settings.learning_rate,
+        betas=(0.9, 0.98),
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    device = next(model.parameters()).device
+    weights = np.array([weight for weight, _ in sources])
+    first = 0
+    if checkpoint is not None and checkpoint.exists():
+        first = _restore(checkpoint, model, optimizer, settings)
+    model.train()
+    losses: dict[str, float] = {}
+    bar = tqdm(total=settings.steps, initial=first, desc="pre-train", unit="step", disable=not progress)
+    for step in range(first, settings.steps):
+        rng = np.random.Generator(np.random.Philox(key=settings.seed, counter=[0, 0, 0, step]))
+        source = sources[rng.choice(len(sources), p=weights / weights.sum())][1]
+        rate = min((step + 1) / settings.warm_up, (settings.steps - step) / max(1, settings.steps - settings.warm_up))
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * min(1.0, rate)
+        with torch.autocast(device.type, torch.bfloat16) if settings.bf16 else nullcontext():
+            loss = token_loss(model, source.draw(rng, settings.tokens)).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.update()
+        if step % _REPORT < len(sources):
+            losses[type(source).__name__.lower()] = loss.item()
+            bar.set_postfix({name: f"{value:.2f}" for name, value in losses.items()})
+        if checkpoint is not None and ((step + 1) % settings.save_steps == 0 or step + 1 == settings.steps):
+            _save(checkpoint, model, optimizer, settings, step + 1)
+    bar.close()
+    model.eval()
+
+
+def token_loss(model: XLMRobertaForMaskedLM, batch: Batch) -> Tensor:
+    """Cross-entropy of each chosen token, float32 [chosen]; the LM head runs at these positions only."""
+    device = next(model.parameters()).device
+    tokens, seen, chosen = (t.to(device) for t in (batch.tokens, batch.seen, batch.chosen))
+    attended = (tokens != model.config.pad_token_id).long()
+    hidden = model.roberta(seen, attention_mask=attended).last_hidden_state
+    return F.cross_entropy(model.lm_head(hidden[chosen]).float(), tokens[chosen], reduction="none")
+
+
+@torch.no_grad()
+def held_out_losses(
+    model: XLMRobertaForMaskedLM,
+    tokenizer: PreTrainedTokenizerBase,
+    training: Mapping[str, Sequence[str]],
+    held_out: Mapping[str, Sequence[str]],
+    *,
+    length: int = 64,
+    tokens: int = 1 << 15,
+) -> dict[str, tuple[float, float]]:
+    """Language -> mean loss, in nats, of masked tokens of held-out text: the model's, and a unigram model's.
+
+    The unigram model has the frequencies of the language's training text, with one added to each count. Both predict
+    the same tokens.
+    """
+    was_training = model.training
+    model.eval()
+    losses = {}
+    for language, sentences in held_out.items():
+        counts = np.ones(len(tokenizer))
+        for ids in tokenizer(list(training[language]), add_special_tokens=False, verbose=False)["input_ids"]:
+            np.add.at(counts, ids, 1)
+        unigram = -torch.from_numpy(np.log(counts / counts.sum()))
+        source = Sentences({language: sentences}, tokenizer, length=length)
+        rng = np.random.default_rng(0)
+        batches = [source.draw(rng, 4096) for _ in range(max(1, tokens // 4096))]
+        ours = torch.cat([token_loss(model, batch).cpu() for batch in batches])
+        theirs = torch.cat([unigram[batch.tokens[batch.chosen]] for batch in batches])
+        losses[language] = float(ours.mean()), float(theirs.mean())
+    model.train(was_training)
+    return losses
+
+
+def _save(
+    path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, settings: PretrainSettings, step: int
+) -> None:
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        tensors[f"{name}:value"] = parameter.detach()
+        tensors |= {f"{name}:{key}": optimizer.state[parameter][key] for key in ("exp_avg", "exp_avg_sq", "step")}
+    files.save(path, _KIND, tensors, {"step": step, "settings": asdict(settings)})
+
+
+@torch.no_grad()
+def _restore(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, settings: PretrainSettings) -> int:
+    tensors, metadata = files.load(path, _KIND)
+    if metadata["settings"] != asdict(settings):
+        raise ValueError(f"{path} is of a run with other settings, {metadata['settings']}; delete it, or take these")
+    for name, parameter in model.named_parameters():
+        parameter.copy_(tensors[f"{name}:value"])
+        optimizer.state[parameter] = {
+            key: tensors[f"{name}:{key}"].to(parameter.device if key != "step" else "cpu")
+            for key in ("exp_avg", "exp_avg_sq", "step")
+        }
+    return int(metadata["step"])

@@ -1,0 +1,106 @@
+"""A Unigram tokenizer with the layout of XLM-R's, trained on texts."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers import normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+"""Ids 0 to 3, as in XLM-R; `<mask>` has the last id."""
+
+_PUNCTUATION = (
+    '[.,:;?!¿¡"()\u00ab\u00bb\u201e\u201c\u201d\u2026\u2013\u2014\u3001\u3002\u300a\u300b'
+    "\u060c\u061b\u061f\u06d4\u0964]"
+)
+_VOWEL_MARKS = "[\u064b-\u0652\u0670\u0640]"
+_WHOLE = 1e-4  # at least so likely is each of the words that must be one piece
+_RARE = 5  # a character that occurs less often may become <unk>
+
+
+def train_tokenizer(texts: Iterable[str], size: int, whole: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A Unigram tokenizer of at most `size` pieces: those of byte-pair merges, scored by their log frequency.
+
+    Merges keep the frequent words whole also of languages with little text, where the pruning of a Unigram trainer
+    splits them.
+
+    Text is NFKC-normalised and lower-cased, Arabic loses its vowel marks. Words keep their `▁`; punctuation is a word
+    of its own and an apostrophe ends one, so that "." is the same piece after a word and alone, as a template uses it.
+
+    whole: words that must be one piece, such as a verbalizer's
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    normalizer, pre_tokenizer = _normalizer(), _pre_tokenizer()
+    lines = [normalizer.normalize_str(text) for text in texts]
+    if not any(lines):
+        raise ValueError(
+            "train_tokenizer: expected texts with at least one word, got none; pass the texts of the model"
+        )
+    wanted = dict.fromkeys(
+        piece for word in whole for piece, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(word))
+    )
+    characters = Counter(character for line in lines for character in line)
+    merged = Tokenizer(models.BPE())
+    merged.pre_tokenizer = pre_tokenizer
+    merged.train_from_iterator(
+        lines,
+        trainers.BpeTrainer(
+            vocab_size=size - len(SPECIAL) - len(wanted) - 1,
+            limit_alphabet=sum(count >= _RARE for count in characters.values()),
+            show_progress=False,
+        ),
+        length=len(lines),
+    )
+    counts = Counter(dict.fromkeys(merged.get_vocab(), 1))
+    for encoding in merged.encode_batch(lines):
+        counts.update(encoding.tokens)
+    pieces = {piece: math.log(count / counts.total()) for piece, count in counts.items()}
+    for piece in wanted:
+        pieces[piece] = max(pieces.get(piece, -math.inf), math.log(_WHOLE))
+    vocabulary = [(token, 0.0) for token in SPECIAL]
+    vocabulary += sorted(pieces.items(), key=lambda item: (-item[1], item[0]))
+    backend = Tokenizer(models.Unigram([*vocabulary, ("<mask>", 0.0)], unk_id=SPECIAL.index("<unk>")))
+    backend.normalizer, backend.pre_tokenizer = normalizer, pre_tokenizer
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Metaspace(prepend_scheme="always"),
+            decoders.Fuse(),
+            decoders.Replace(Regex(" (?=[.,:;?!])"), ""),
+            decoders.Replace(Regex("(?<=['¿]) "), ""),
+        ]
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", cls_token="<s>", eos_token="</s>", sep_token="</s>",
+        pad_token="<pad>", unk_token="<unk>", mask_token="<mask>", model_max_length=512, padding_side="right",
+    )  # fmt: skip
+
+
+def _normalizer() -> normalizers.Sequence:
+    from tokenizers import Regex, normalizers
+
+    return normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(_VOWEL_MARKS), "")]
+    )
+
+
+def _pre_tokenizer() -> pre_tokenizers.Sequence:
+    from tokenizers import Regex, pre_tokenizers
+
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Split(Regex(_PUNCTUATION), "isolated"),
+            pre_tokenizers.Split(Regex("['\u2019]"), "merged_with_previous"),
+            pre_tokenizers.Metaspace(prepend_scheme="always", split=False),
+        ]
+    )
