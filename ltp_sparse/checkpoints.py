@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Size, Tensor
 
 from ltp_sparse.names import parameter_order, strip_wrappers
-from ltp_sparse.topk import Chunk, Layout, flat_piece, piecewise
+from ltp_sparse.staging import Piece, staged
+from ltp_sparse.topk import Chunk, Layout, flat_piece, piece_of
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _BUFFERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}  # position ids and the like: no weights
 _INDEX = "model.safetensors.index.json"
 _PIECE = 1 << 19  # entries copied at a time: 2 MB of each float32 tensor
 _VIEW = 1 << 22  # entries looked at at a time where they lie: enough to keep all threads busy
+_STAGED = 1 << 23  # entries sent to a GPU at a time: 32 MB of each float32 tensor, twice page-locked
 
 
 class _MappedFile:
@@ -131,33 +134,29 @@ def read_piece(tensor: Readable, start: int, stop: int) -> Tensor:
 class Reader:
     """A tensor that is read piece by piece.
 
-    n:       entries
-    read:    (start, stop) -> these entries of the row-major order, contiguous
-    copies:  whether a piece takes memory of its own
-    release: told (start, stop) when a piece is no longer needed, if given
+    n:        entries
+    read:     (start, stop) -> these entries of the row-major order, contiguous
+    device:   where these are
+    copies:   whether a piece takes memory of its own
+    release:  told (start, stop) when a piece is no longer needed, if given
     itemsize: bytes of an entry
     """
 
     n: int
     read: Callable[[int, int], Tensor]
+    device: torch.device
     copies: bool = True
     release: Callable[[int, int], None] | None = None
     itemsize: int = 4
 
     @classmethod
-    def of(cls, tensor: Readable, device: torch.device) -> Reader:
-        """Reads a tensor in memory or on disk to a device."""
-
-        def read(start: int, stop: int) -> Tensor:
-            if isinstance(tensor, CheckpointTensor):
-                return tensor.piece(start, stop).to(device)
-            return flat_piece(tensor, start, stop).to(device)
-
+    def of(cls, tensor: Readable) -> Reader:
+        """Reads a tensor where it is: in memory, or on disk through the CPU's."""
+        n, itemsize = tensor.numel(), tensor.dtype.itemsize
         if isinstance(tensor, CheckpointTensor):
-            copies, release = device.type != "cpu", tensor.release
-        else:
-            copies, release = not (tensor.is_contiguous() and tensor.device == device), None
-        return cls(tensor.numel(), read, copies, release, tensor.dtype.itemsize)
+            return cls(n, tensor.piece, torch.device("cpu"), False, tensor.release, itemsize)
+        read = partial(flat_piece, tensor)
+        return cls(n, read, tensor.device, not tensor.is_contiguous(), None, itemsize)
 
     def part(self, start: int, stop: int) -> Reader:
         """Entries start..stop as a tensor of their own."""
@@ -175,7 +174,7 @@ class StreamSource:
 
     Args:
         initial, tuned: a reader per tensor; `initial` may be empty: zeros.
-        device: where the pieces come from and the passes run.
+        device: where the passes run. What is read elsewhere is copied there, a piece ahead.
         progress: its `update` is told the bytes that were read.
     """
 
@@ -198,21 +197,35 @@ class StreamSource:
         return sum(reader.n * reader.itemsize for reader in (*self.initial, *self.tuned))
 
     def chunks(self, tensors: Sequence[int]) -> Iterator[Chunk]:
-        for tensor in tensors:
-            pair = [side[tensor] for side in (self.initial, self.tuned) if side]
-            size = _PIECE if any(reader.copies for reader in pair) else _VIEW
-            start = 0
-            for chunk in piecewise(
-                self.layout, tensor, size, self.initial[tensor].read if self.initial else None, self.tuned[tensor].read
-            ):
-                yield chunk
-                stop = start + chunk.tuned[0].numel()
-                for reader in pair:
-                    if reader.release is not None:
-                        reader.release(start, stop)
-                start = stop
-                if self.progress is not None:
-                    self.progress.update(sum(t.nbytes for t in (*chunk.initial, *chunk.tuned)))
+        pairs = {t: [side[t] for side in (self.initial, self.tuned) if side] for t in tensors}
+        elsewhere = any(reader.device != self.device for pair in pairs.values() for reader in pair)
+        pieces = []
+        for tensor, pair in pairs.items():
+            size = _STAGED if elsewhere else _PIECE if any(reader.copies for reader in pair) else _VIEW
+            n = self.sizes[tensor]
+            pieces += [(tensor, start, min(start + size, n)) for start in range(0, n, size)]
+        read = (_piece(pairs[tensor], start, stop) for tensor, start, stop in pieces)
+        room = [max(min(r.n, _STAGED) * r.itemsize for r in side) for side in zip(*pairs.values(), strict=True)]
+        found = staged(read, room, self.device) if elsewhere else _in_place(read)
+        for (tensor, start, _), (*initial, tuned) in zip(pieces, found, strict=True):
+            yield piece_of(self.layout, tensor, start, initial, tuned)
+            if self.progress is not None:
+                self.progress.update(sum(t.nbytes for t in (*initial, tuned)))
 
     def sample(self, tensor: int, indices: Tensor) -> Tensor:
         raise RuntimeError("streams are selected by the histogram route: single entries are not read")
+
+
+def _piece(pair: Sequence[Reader], start: int, stop: int) -> Piece:
+    def release() -> None:
+        for reader in pair:
+            if reader.release is not None:
+                reader.release(start, stop)
+
+    return Piece(lambda: [reader.read(start, stop) for reader in pair], release)
+
+
+def _in_place(pieces: Iterable[Piece]) -> Iterator[list[Tensor]]:
+    for piece in pieces:
+        yield list(piece.read())
+        piece.release()

@@ -172,38 +172,21 @@ class TensorSource:
         )
 
     def _pieces(self, tensor: int) -> Iterator[Chunk]:
-        return piecewise(
-            self.layout,
-            tensor,
-            self.PIECE,
-            (lambda a, b: flat_piece(self.initial[tensor], a, b)) if self.initial else None,
-            lambda a, b: flat_piece(self.tuned[tensor], a, b),
-        )
+        for start in range(0, self.sizes[tensor], self.PIECE):
+            stop = min(start + self.PIECE, self.sizes[tensor])
+            initial = [flat_piece(self.initial[tensor], start, stop)] if self.initial else []
+            yield piece_of(self.layout, tensor, start, initial, flat_piece(self.tuned[tensor], start, stop))
 
     def sample(self, tensor: int, indices: Tensor) -> Tensor:
         initial = _at(self.initial[tensor], indices) if self.initial else None
         return delta_keys(initial, _at(self.tuned[tensor], indices))
 
 
-def piecewise(
-    layout: Layout,
-    tensor: int,
-    size: int,
-    initial: Callable[[int, int], Tensor] | None,
-    tuned: Callable[[int, int], Tensor],
-) -> Iterator[Chunk]:
-    """Chunks of `size` entries (whole tiles) of one tensor, read by functions of (first entry, last entry + 1)."""
-    n = layout.sizes[tensor]
-    for start in range(0, n, size):
-        stop = min(start + size, n)
-        first = layout.tile_offsets[tensor] + start // TILE
-        yield Chunk(
-            [tensor],
-            [initial(start, stop)] if initial else [],
-            [tuned(start, stop)],
-            [layout.word_offsets[tensor] + start // TILE * WORDS_PER_TILE],
-            slice(first, first + tiles_of(stop - start)),
-        )
+def piece_of(layout: Layout, tensor: int, start: int, initial: list[Tensor], tuned: Tensor) -> Chunk:
+    """The chunk of a piece of one tensor, which starts at entry `start`, a whole number of tiles."""
+    first = layout.tile_offsets[tensor] + start // TILE
+    words = layout.word_offsets[tensor] + start // TILE * WORDS_PER_TILE
+    return Chunk([tensor], initial, [tuned], [words], slice(first, first + tiles_of(tuned.numel())))
 
 
 def flat_piece(tensor: Tensor, start: int, stop: int) -> Tensor:

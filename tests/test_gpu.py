@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 from cases import DTYPES, TiedModel, bits, using
+from safetensors.torch import save_file
 from test_cuda_emulation import (
     BANDS,
     KINDS,
@@ -21,7 +22,7 @@ from test_cuda_emulation import (
 from torch import Tensor, nn
 
 import ltp_sparse as ls
-from ltp_sparse import MaskedAdamW, Ticket, backends, reference, topk
+from ltp_sparse import MaskedAdamW, Ticket, backends, checkpoints, reference, selection, topk
 from ltp_sparse.encoding import TileTable
 from ltp_sparse.ops import adamw_coefficients, masked_pack_, masked_sum_squares
 from ltp_sparse.reference import Coefficient
@@ -276,3 +277,24 @@ def test_selection_beyond_32_bits(backend):
         at = found.words.nonzero().view(-1)
         bit = found.words[at].to(torch.int64) & 0xFFFFFFFF
         assert (32 * at + bit.double().log2().long()).tolist() == [p for p in places if p != 1 << 32]
+
+
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_checkpoints_are_selected_on_the_gpu(backend, tmp_path, monkeypatch):
+    """Through page-locked memory, piece by piece, tensor by tensor too; the ticket of the CPU."""
+    initial = random_weights({"a": (700, 900), "b": (70_001,), "bias": (1,), "c": (3000, 64)})
+    tuned = tuned_weights(initial, untouched_rows=0.6)
+    tuned["c"] = tuned["c"].bfloat16()
+    pair = tmp_path / "initial.safetensors", tmp_path / "tuned.safetensors"
+    for path, side in zip(pair, (initial, tuned), strict=True):
+        save_file(side, path)
+    expected = ls.select(*pair, density=0.2, device="cpu")
+    monkeypatch.setattr(checkpoints, "_STAGED", topk.TILE)
+    for large in (selection.LARGE, 0):
+        monkeypatch.setattr(selection, "LARGE", large)
+        with using(backend):
+            ticket = ls.select(*pair, density=0.2)
+        assert ticket == expected and ticket.metadata == expected.metadata
+        assert all(index_set.data.device.type == "cpu" for index_set in ticket.sets.values())
+    in_memory = {name: tensor.to(DEVICE) for name, tensor in initial.items()}
+    assert ls.select(in_memory, pair[1], density=0.2) == expected

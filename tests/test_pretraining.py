@@ -88,6 +88,25 @@ def test_blocks_of_sentences(tokenizer):
     assert torch.equal(batch.seen, again.seen) and torch.equal(batch.tokens, again.tokens)
 
 
+def test_begins_predict_the_rarest_masked_piece_of_their_text(tokenizer):
+    plain = {"en": sentences(200, "en")}
+    rng = np.random.default_rng(0)
+    batch = Sentences(plain, tokenizer, length=32, summarise=True).draw(rng, 32 * 50)
+    as_before = Sentences(plain, tokenizer, length=32).draw(np.random.default_rng(0), 32 * 50)
+    assert torch.equal(batch.seen, as_before.seen)
+    begins = as_before.tokens == tokenizer.bos_token_id
+    assert torch.equal(batch.tokens[~begins], as_before.tokens[~begins])
+    asked = 0
+    for row, begin in begins.nonzero().tolist():
+        after = begins[row, begin + 1 :].nonzero()
+        end = begin + 1 + int(after[0]) if len(after) else begins.shape[1]
+        pieces = as_before.tokens[row, begin:end][as_before.chosen[row, begin:end]]
+        assert bool(batch.chosen[row, begin]) == bool(len(pieces))
+        assert batch.tokens[row, begin] == (pieces.max() if len(pieces) else tokenizer.bos_token_id)
+        asked += len(pieces) > 0
+    assert asked > 50
+
+
 def test_answers_of_documents_are_always_masked(tokenizer, text):
     batch = Documents(text, tokenizer).draw(np.random.default_rng(0), 4000)
     answers = torch.tensor(tokenizer.convert_tokens_to_ids(["\u2581" + word for word in ANSWERS]))

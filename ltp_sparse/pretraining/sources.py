@@ -43,7 +43,8 @@ class Sentences:
     tokens. Languages are drawn with a probability proportional to a power of their number of tokens, XLM-R's way to
     give small corpora a voice (arXiv 1911.02116, section 3.1).
 
-    texts: language -> sentences
+    texts:     language -> sentences
+    summarise: each `<s>` must predict a piece, too; see `summarised`
     """
 
     def __init__(
@@ -53,9 +54,11 @@ class Sentences:
         *,
         length: int = 64,
         power: float = 0.5,
+        summarise: bool = False,
         seed: int = 0,
     ) -> None:
         self.length, self.vocabulary, self.mask_id = length, len(tokenizer), tokenizer.mask_token_id
+        self.begin_id = tokenizer.bos_token_id if summarise else None
         self._tokens: list[np.ndarray] = []
         self._starts: list[np.ndarray] = []
         order = np.random.default_rng(seed)
@@ -73,7 +76,9 @@ class Sentences:
             start = rng.choice(self._starts[language])
             rows.append(self._tokens[language][start : start + self.length])
         ids = np.stack(rows)
-        return masked(ids, (rng.random(ids.shape) < _MASKED) & (ids >= _FIRST_WORD), rng, self.vocabulary, self.mask_id)
+        chosen = (rng.random(ids.shape) < _MASKED) & (ids >= _FIRST_WORD)
+        batch = masked(ids, chosen, rng, self.vocabulary, self.mask_id)
+        return batch if self.begin_id is None else summarised(batch, self.begin_id)
 
 
 class Translations:
@@ -82,11 +87,17 @@ class Translations:
     Translation language modelling (arXiv 1901.07291, section 3.3): what is masked in one can be read in the other,
     which draws languages together.
 
-    rows: language -> sentence, each in at least two languages
+    rows:      language -> sentence, each in at least two languages
+    summarise: each `<s>` must predict a piece, too; see `summarised`
     """
 
     def __init__(
-        self, rows: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, *, length: int = 128
+        self,
+        rows: Sequence[Mapping[str, str]],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        length: int = 128,
+        summarise: bool = False,
     ) -> None:
         self.vocabulary, self.mask_id, self.pad_id = len(tokenizer), tokenizer.mask_token_id, tokenizer.pad_token_id
         half = length // 2 - 2
@@ -96,6 +107,7 @@ class Translations:
         encoded = iter(flat)
         self._rows = [[next(encoded) for _ in row] for row in rows]
         self._ends = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self._summarise = summarise
         self._mean = 2 * sum(map(len, flat)) / max(1, len(flat)) + 4
 
     def draw(self, rng: np.random.Generator, tokens: int) -> Batch:
@@ -107,7 +119,9 @@ class Translations:
         ids = np.full((len(pairs), max(map(len, pairs))), self.pad_id, dtype=np.int64)
         for padded, pair in zip(ids, pairs, strict=True):
             padded[: len(pair)] = pair
-        return masked(ids, (rng.random(ids.shape) < _MASKED) & (ids >= _FIRST_WORD), rng, self.vocabulary, self.mask_id)
+        chosen = (rng.random(ids.shape) < _MASKED) & (ids >= _FIRST_WORD)
+        batch = masked(ids, chosen, rng, self.vocabulary, self.mask_id)
+        return summarised(batch, begin) if self._summarise else batch
 
 
 class Documents:
@@ -143,3 +157,18 @@ def masked(ids: np.ndarray, chosen: np.ndarray, rng: np.random.Generator, vocabu
     other = rng.integers(_FIRST_WORD, vocabulary - 1, size=ids.shape)
     seen = np.where(chosen & (kind < 0.8), mask_id, np.where(chosen & (kind < 0.9), other, ids))
     return Batch(torch.from_numpy(ids), torch.from_numpy(seen), torch.from_numpy(chosen))
+
+
+def summarised(batch: Batch, begin_id: int) -> Batch:
+    """Each `<s>` must predict the rarest masked piece of its text, and so learns to hold what the text is about.
+
+    Without it nothing trains the output at `<s>`, which classification heads read. Pieces have ids in the order of
+    their frequency, the rarest the highest. `seen` stays: the model sees `<s>`.
+    """
+    begins = batch.tokens == begin_id
+    text = begins.cumsum(1)
+    pieces = torch.where(batch.chosen, batch.tokens, 0)
+    rarest = torch.zeros(len(text), int(text.max()) + 1, dtype=torch.int64).scatter_reduce(1, text, pieces, "amax")
+    rarest = rarest.gather(1, text)
+    asked = begins & (rarest > 0)
+    return Batch(torch.where(asked, rarest, batch.tokens), batch.seen, batch.chosen | asked)

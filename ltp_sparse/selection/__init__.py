@@ -51,6 +51,7 @@ def select(
     metadata: Mapping[str, Any] | None = None,
     progress: bool = False,
     output: str | os.PathLike[str] | None = None,
+    device: torch.device | str | None = None,
 ) -> Ticket:
     """The ticket of the entries that moved most from `initial` to `tuned`: exactly k, ties to the earliest.
 
@@ -72,6 +73,9 @@ def select(
         output: a file that the ticket is saved to. When checkpoints are read, a ticket over 512 MB is then kept on disk
             instead of in memory: its index sets are written to that folder as they are made, and read from there when
             they are looked at.
+        device: where checkpoints are selected, which gives a ticket on the CPU anyway; None: on a GPU if there is one,
+            to which the next piece is read and copied while it works on one. Tensors in memory are selected where they
+            are.
 
     Returns:
         A ticket over the pool; its metadata hold the requested and the real k and the thresholds (smallest selected
@@ -102,7 +106,7 @@ def select(
             scored = [score_reader(score, name, base[name].numel(), device) for name in names]
             sets, thresholds = _streamed(StreamSource([], scored, device), groups, ks, progress, folder)
         else:
-            sets, thresholds = _topk(before, [after[name] for name in names], groups, ks, progress, folder)
+            sets, thresholds = _topk(before, [after[name] for name in names], groups, ks, progress, folder, device)
     except NonFiniteDelta as error:
         raise NonFiniteDelta(error.tensor, repr(names[error.tensor])) from None
 
@@ -131,15 +135,18 @@ def _topk(
     ks: list[int],
     progress: bool,
     folder: Path | None,
+    device: torch.device | str | None,
 ) -> tuple[list[IndexSet], Tensor]:
     """An index set per tensor and the thresholds: in memory by the operation, from disk by streaming."""
     before = [t for t in initial if isinstance(t, Tensor)]
     after = [t for t in tuned if isinstance(t, Tensor)]
     if len(before) == len(initial) and len(after) == len(tuned):
         return ops.topk_delta(before, after, ks, groups=groups)
-    device = torch.device("cpu")
-    source = StreamSource([Reader.of(t, device) for t in initial], [Reader.of(t, device) for t in tuned], device)
-    return _streamed(source, groups, ks, progress, folder)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = StreamSource([Reader.of(t) for t in initial], [Reader.of(t) for t in tuned], device)
+    sets, thresholds = _streamed(source, groups, ks, progress, folder)
+    return [index_set.to("cpu") for index_set in sets], thresholds
 
 
 @torch.no_grad()

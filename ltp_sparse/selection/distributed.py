@@ -38,9 +38,9 @@ class _Held(NamedTuple):
     shard: Shard
     tensor: Readable
 
-    def reader(self, start: int, stop: int, device: torch.device) -> Reader:
+    def reader(self, start: int, stop: int) -> Reader:
         """Reads entries start..stop of the whole parameter, which the shard holds."""
-        return Reader.of(self.tensor, device).part(start - self.shard.start, stop - self.shard.start)
+        return Reader.of(self.tensor).part(start - self.shard.start, stop - self.shard.start)
 
 
 @dataclass(frozen=True, eq=False)
@@ -297,17 +297,17 @@ def _source(
     device: torch.device,
 ) -> Source:
     """This rank's pieces of all tensors, in memory as they are, else as a stream."""
-    nothing = Reader(0, lambda start, stop: torch.empty(0, device=device), copies=False)
+    nothing = Reader(0, lambda start, stop: torch.empty(0, device=device), device, copies=False)
 
     def readers(side: Mapping[str, _Held]) -> list[Reader]:
-        return [side[n].reader(start, stop, device) if start < stop else nothing for n, (start, stop) in pieces.items()]
+        return [side[n].reader(start, stop) if start < stop else nothing for n, (start, stop) in pieces.items()]
 
     if after is None:
         assert callable(score)
         whole = {name: score_reader(score, name, stop, device) for name, (_, stop) in pieces.items()}
         return StreamSource([], [whole[name].part(*piece) for name, piece in pieces.items()], device)
     initial, tuned = readers(base) if score is None else [], readers(after)
-    if any(reader.copies or reader.release for reader in (*initial, *tuned)):
+    if any(reader.copies or reader.release or reader.device != device for reader in (*initial, *tuned)):
         return StreamSource(initial, tuned, device)
     return TensorSource([r.read(0, r.n) for r in initial], [r.read(0, r.n) for r in tuned])
 
@@ -383,7 +383,7 @@ def _sent(
             stop = min(start + _PIECE, end)
             if team.rank == source:
                 assert held is not None
-                reader = held.reader(start, stop, device_of({"": held.tensor}))
+                reader = held.reader(start, stop)
                 piece = reader.read(0, stop - start)
                 if source == to:
                     yield piece

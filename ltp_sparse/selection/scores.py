@@ -13,15 +13,13 @@ from torch import Tensor, nn
 
 from ltp_sparse.checkpoints import Reader
 from ltp_sparse.names import canonical_parameters
-from ltp_sparse.selection.sources import ScoreFunction, Weights, device_of, open_weights
+from ltp_sparse.selection.sources import ScoreFunction, Weights, open_weights
 from ltp_sparse.ticket import Pool, in_pool
 
 
 def magnitude(weights: Weights) -> ScoreFunction:
     """|weight|, read piece by piece from a module, a mapping or a checkpoint (Han et al., NeurIPS 2015)."""
-    tensors = open_weights(weights)
-    device = device_of(tensors)
-    readers = {name: Reader.of(tensor, device) for name, tensor in tensors.items()}
+    readers = {name: Reader.of(tensor) for name, tensor in open_weights(weights).items()}
 
     def score(name: str, start: int, stop: int) -> Tensor:
         reader = readers[name]

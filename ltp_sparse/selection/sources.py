@@ -54,7 +54,7 @@ def score_reader(score: ScoreFunction, name: str, n: int, device: torch.device) 
             )
         return piece.detach().reshape(-1).contiguous().to(device)
 
-    return Reader(n, read)
+    return Reader(n, read, device)
 
 
 def fingerprint(tensors: Mapping[str, Readable]) -> dict[str, str]:

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from ltp_sparse.checkpoints import Reader, open_checkpoint
+from ltp_sparse.checkpoints import open_checkpoint, read_piece
 from ltp_sparse.delta import SparseDelta, gather, scatter_
 from ltp_sparse.names import canonical_parameters, canonical_tensors, layer_of, unwrapped
 from ltp_sparse.reference import delta_keys
@@ -300,10 +300,9 @@ def least_changed(initial: Weights, tuned: Weights) -> ScoreFunction:
     Its bits are those of the largest finite float32 minus those of |tuned - initial|: exactly the reverse order.
     """
     before, after = open_weights(initial), open_weights(tuned)
-    cpu = torch.device("cpu")
 
     def score(name: str, start: int, stop: int) -> Tensor:
-        pieces = (Reader.of(tensors[name], cpu).read(start, stop) for tensors in (before, after))
+        pieces = (read_piece(tensors[name], start, stop) for tensors in (before, after))
         return (_LARGEST_KEY - delta_keys(*pieces)).view(torch.float32)
 
     return score
