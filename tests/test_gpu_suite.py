@@ -25,7 +25,12 @@ def test_the_suite_measures_and_goes_on_where_it_stopped(tmp_path):
     assert [run.returncode for run in runs] == [0, 0], runs[0].stdout + runs[0].stderr
     assert "MaskedAdamW (compiled)" in runs[0].stdout and "MaskedAdamW" not in runs[1].stdout
     facts = json.loads((tmp_path / "environment.json").read_text())
-    assert facts["torch"] and facts["bitsandbytes"] and {"commit", "clocks_before", "clocks_after"} <= {*facts}
+    assert (
+        facts["torch"]
+        and facts["bitsandbytes"]
+        and facts["CUB"]
+        and {"commit", "clocks_before", "clocks_after"} <= {*facts}
+    )
     with (tmp_path / "masked_adamw.csv").open() as file:
         rows = list(csv.DictReader(file))
     ours = [row for row in rows if row["provider"].startswith("MaskedAdamW")]
@@ -66,18 +71,21 @@ def made_up(folder):
     """A results folder as the suite leaves it before its report."""
     facts = {"device": "NVIDIA H200", "torch": "2.11.0", "commit": "abc", "time": "2026-01-01"}
     peers = {"bitsandbytes": "0.49", "torchao": "skipped: not installed", "flashoptim": "skipped: not installed"}
+    peers["CUB"] = "3.5.0"
     (folder / "environment.json").write_text(json.dumps(facts | peers))
     updates = [
-        "n,density,precision,provider,mode,gradients,p50_ms,host_ms,touched_sectors,gbps,share_of_copy,ratio_to_fused"
+        "n,density,precision,provider,mode,gradients,p50_ms,host_ms,touched_sectors,gbps,share_of_copy,ratio_to_fused,"
+        "verified"
     ]
     for n in (100, 200):
         for density in (0.01, 0.2):
-            updates.append(f"{n},{density},float32,torch AdamW(fused=True),graph,static,2.0,0.01,0.83,4000,0.9,1")
-            updates.append(f"{n},{density},float32,MaskedAdamW (triton),eager,fresh,0.5,0.1,0.83,,,4")
-            updates.append(f"{n},{density},bfloat16,MaskedAdamW (triton),graph,static,0.25,0.1,0.97,3000,0.7,2")
+            updates.append(f"{n},{density},float32,torch AdamW(fused=True),graph,static,2.0,0.01,0.83,4000,0.9,1,True")
+            updates.append(f"{n},{density},float32,MaskedAdamW (triton),eager,fresh,0.5,0.1,0.83,,,4,True")
+            updates.append(f"{n},{density},bfloat16,MaskedAdamW (triton),graph,static,0.25,0.1,0.97,3000,0.7,2,True")
     (folder / "masked_adamw.csv").write_text("\n".join(updates))
-    selections = ["n,density,dtype,deltas,provider,p50_ms,gbps,share_of_copy,ratio_to_topk"]
-    selections.append('100,0.2,float32,normal,"topk_delta, sample (triton)",0.75,3000,0.7,8')
+    selections = ["n,density,dtype,deltas,provider,p50_ms,gbps,share_of_copy,ratio_to_topk,ratio_to_cub_flat,verified"]
+    selections.append('100,0.2,float32,normal,"topk_delta, sample (triton)",0.75,3000,0.7,8,2.5,True')
+    selections.append("100,0.2,float32,normal,sub + abs + cat + sort,,,,,,False")
     (folder / "topk_delta.csv").write_text("\n".join(selections))
     (folder / "log.txt").write_text("said")
     (folder / "train_step.csv").write_text("stage")
@@ -92,8 +100,11 @@ def test_report_has_tables_plots_and_an_archive_of_the_rest(report, tmp_path):
     assert (
         "| 100 | 0.2 | float32 | MaskedAdamW (triton) | eager | fresh | 0.5000 | 0.1000 | 83 % |  |  | 4.00x |" in text
     )
-    assert "| 100 | 0.2 | float32 | normal | topk_delta, sample (triton) | 0.7500 | 3000 | 70 % | 8.00x |" in text
-    assert "bitsandbytes 0.49, torchao skipped: not installed" in text and "commit abc" in text
+    assert (
+        "| 100 | 0.2 | float32 | normal | topk_delta, sample (triton) | 0.7500 | 3000 | 70 % | 8.00x | 2.50x |" in text
+    )
+    assert "| 100 | 0.2 | float32 | normal | sub + abs + cat + sort | differs from the reference: no figures |" in text
+    assert "bitsandbytes 0.49, torchao skipped: not installed" in text and "CUB 3.5.0" in text and "commit abc" in text
     assert "![masked_adamw](masked_adamw.png)" in text and "![topk_delta](topk_delta.png)" in text
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {*report.KEPT} - {"backend_choice.json"} and len(report.KEPT) <= 8

@@ -2,8 +2,9 @@
 
 A cell is a model size, a density, a dtype and a distribution of deltas. In every cell `topk_delta` runs on each backend
 and route beside the usual recipes, which have the easier task: they find entries or a threshold, build no masks, break
-ties as they like and never look for NaN. Nothing is timed before its result was compared with the definition. Times are
-those of the whole call, host included; "pass" rows are single passes over the weights.
+ties as they like and never look for NaN. Nothing is timed before its result was compared with the definition; a peer
+that fails has a row without figures. Times are those of the whole call, host included; "pass" rows are single passes
+over the weights.
 
 Rows are appended to the CSV after every cell, and cells that it already holds are skipped. --device cpu tries the code.
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from cub_topk import CubTopK, UnavailableError
 from measure import MODELS, Bench, append, copy_of
 from torch import Tensor
 
@@ -38,6 +40,8 @@ PEERS = {
     "topk_sorted": "sub + abs + cat + topk",
     "sort": "sub + abs + cat + sort",
     "kthvalue": "sub + abs + cat + kthvalue",
+    "cub": "sub + abs + cat + CUB DeviceTopK",
+    "cub_flat": "CUB DeviceTopK, reading |tuned - initial| of one flat tensor",
 }
 KTHVALUE_UP_TO = 300_000_000  # entries: two seconds a run, on one processor of the device, and at every k
 FIELDS = [
@@ -71,24 +75,30 @@ TINY = [Cell("tiny", 0.2, "float32", "normal"), Cell("tiny", 0.5, "bfloat16", "u
 
 
 class Problem:
-    """Weights before and after tuning, on the device."""
+    """Weights before and after tuning, on the device.
+
+    flat: all of them before, and after; the tensors are views of these
+    """
 
     def __init__(self, cell: Cell, device: torch.device) -> None:
         generator = torch.Generator(device).manual_seed(0)
         dtype = DTYPES[cell.dtype]
-        self.initial: list[Tensor] = []
-        self.tuned: list[Tensor] = []
-        for name, shape in xlmr_shapes(**SHAPES[cell.model]).items():
-            initial = torch.randn(shape, generator=generator, device=device).mul_(0.02).to(dtype)
+        shapes = xlmr_shapes(**SHAPES[cell.model])
+        self.sizes = [shape.numel() for shape in shapes.values()]
+        self.n, self.device, self.width = sum(self.sizes), device, dtype.itemsize
+        self.flat = torch.empty(self.n, dtype=dtype, device=device), torch.empty(self.n, dtype=dtype, device=device)
+        self.initial, self.tuned = (
+            [part.view(shape) for part, shape in zip(flat.split(self.sizes), shapes.values(), strict=True)]
+            for flat in self.flat
+        )
+        for (name, shape), before, after in zip(shapes.items(), self.initial, self.tuned, strict=True):
+            before.copy_(torch.randn(shape, generator=generator, device=device).mul_(0.02))
             delta = torch.randn(shape, generator=generator, device=device).mul_(1e-3)
             if cell.deltas == "heavy":
                 delta *= torch.randn(shape, generator=generator, device=device).exp_()
             if cell.deltas == "untouched" and "embeddings" in name:
                 delta[torch.rand(len(delta), generator=generator, device=device) < UNTOUCHED] = 0
-            self.initial.append(initial)
-            self.tuned.append(delta.add_(initial).to(dtype))
-        self.sizes = [t.numel() for t in self.tuned]
-        self.n, self.device, self.width = sum(self.sizes), device, dtype.itemsize
+            after.copy_(delta.add_(before))
 
     def each_delta(self) -> Iterator[Tensor]:
         """float32, flat: the absolute deltas of every tensor."""
@@ -120,6 +130,16 @@ class Problem:
             if not torch.equal(index_set.mask().to(self.device), expected):
                 return False
         return True
+
+    def check_values(self, values: Tensor, k: int, threshold: float) -> bool:
+        """Whether these are the k largest deltas, in any order: their number, the least, and the sum of their bits."""
+        ties, expected = k, 0
+        for delta in self.each_delta():
+            above = delta[delta > threshold].view(torch.int32)
+            ties, expected = ties - above.numel(), expected + int(above.sum(dtype=torch.int64))
+        expected += ties * int(torch.tensor(threshold).view(torch.int32))
+        found = int(values.view(torch.int32).sum(dtype=torch.int64))
+        return (values.numel(), values.min().item(), found) == (k, threshold, expected)
 
     def check_band(self, counts: Tensor, threshold: float) -> bool:
         above = sum((delta > threshold).sum() for delta in self.each_delta())
@@ -190,24 +210,31 @@ def band(problem: Problem, passes: backends.Backend, threshold: float) -> Tensor
     return torch.stack([above.sum(), inside.sum()])
 
 
-def peers(problem: Problem, k: int, threshold: float, with_kthvalue: bool) -> Iterator[tuple[str, Provider]]:
-    """(key, recipe): the smallest value that it returns is the threshold.
+def peers(
+    problem: Problem, k: int, threshold: float, with_kthvalue: bool, cub: CubTopK | None
+) -> Iterator[tuple[str, Provider]]:
+    """(key, recipe): what it returns are the k largest deltas, of kthvalue the least of them.
 
     bytes: the least there are. Subtraction, absolute value and concatenation, then what PERFORMANCE counts for topk and
-    kthvalue, or a sort by four 8-bit digits of keys with 64-bit indices.
+    kthvalue, a sort by four 8-bit digits of keys with 64-bit indices, or three readings of its keys by CUB.
     """
-    deltas, found, place = 2 * problem.width + 4 + 8 + 8, 12 * k / problem.n, problem.n - k + 1
+    share, place = k / problem.n, problem.n - k + 1
+    deltas, pair = 2 * problem.width + 4 + 8 + 8, 2 * problem.width
     recipes: dict[str, tuple[Callable[[], Tensor], float]] = {
-        "topk": (lambda: torch.topk(problem.deltas(), k, sorted=False).values, 20 + found),
-        "topk_sorted": (lambda: torch.topk(problem.deltas(), k).values, 20 + found),
-        "sort": (lambda: torch.sort(problem.deltas(), descending=True).values[:k], 4 + 4 * 24),
-        "kthvalue": (lambda: torch.kthvalue(problem.deltas(), place).values, 64),
+        "topk": (lambda: torch.topk(problem.deltas(), k, sorted=False).values, deltas + 20 + 12 * share),
+        "topk_sorted": (lambda: torch.topk(problem.deltas(), k).values, deltas + 20 + 12 * share),
+        "sort": (lambda: torch.sort(problem.deltas(), descending=True).values[:k], deltas + 4 + 4 * 24),
     }
+    if problem.n <= KTHVALUE_UP_TO and with_kthvalue:
+        recipes["kthvalue"] = lambda: torch.kthvalue(problem.deltas(), place).values, deltas + 64
+    if cub is not None:
+        recipes["cub"] = lambda: cub(k, problem.deltas()), deltas + 3 * 4 + 4 * share
+        recipes["cub_flat"] = lambda: cub(k, *problem.flat), 3 * pair + 4 * share
     for key, (run, per_entry) in recipes.items():
-        if key == "kthvalue" and (problem.n > KTHVALUE_UP_TO or not with_kthvalue):
-            continue
-        moved = (deltas + per_entry) * problem.n
-        yield key, Provider(PEERS[key], run, lambda values: values.min().item() == threshold, moved)
+        check: Callable[[Tensor], bool] = partial(problem.check_values, k=k, threshold=threshold)
+        if key == "kthvalue":
+            check = partial(torch.equal, torch.tensor(threshold, device=problem.device))
+        yield key, Provider(PEERS[key], run, check, per_entry * problem.n)
 
 
 def with_peak(run: Callable[[], Any], device: torch.device) -> tuple[Any, int | None]:
@@ -221,10 +248,10 @@ def with_peak(run: Callable[[], Any], device: torch.device) -> tuple[Any, int | 
     return result, torch.cuda.max_memory_allocated() - before
 
 
-def measure(cell: Cell, problem: Problem, bench: Bench) -> list[dict[str, Any]]:
+def measure(cell: Cell, problem: Problem, bench: Bench, cub: CubTopK | None) -> list[dict[str, Any]]:
     k = int(cell.density * problem.n)
     threshold = problem.threshold(k)
-    common = {**cell._asdict(), "n": problem.n, "k": k, "verified": True}
+    common = {**cell._asdict(), "n": problem.n, "k": k}
     rows: list[dict[str, Any]] = []
     copy_gbps = 0.0
 
@@ -235,24 +262,28 @@ def measure(cell: Cell, problem: Problem, bench: Bench) -> list[dict[str, Any]]:
         gbps = moved / p50 / 1e6
         copy_gbps = copy_gbps or gbps  # the copy comes first
         rows.append(
-            {**common, "provider": name, "p50_ms": p50, "p20_ms": p20, "p80_ms": p80, "bytes": int(moved),
-             "gbps": gbps, "share_of_copy": gbps / copy_gbps,
+            {**common, "provider": name, "p50_ms": p50, "p20_ms": p20, "p80_ms": p80, "bytes": int(moved), "gbps": gbps,
+             "share_of_copy": gbps / copy_gbps, "verified": True,
              "temporary_bytes_per_entry": None if temporary is None else temporary / problem.n}
         )  # fmt: skip
         print(f"  {name:<40}{p50:>11.4f} ms{gbps:>9.0f} GB/s", flush=True)
         return p50
 
-    def run(provider: Provider) -> float:
+    def run(provider: Provider) -> float | None:
+        """Milliseconds; none where the result is wrong."""
         result, temporary = with_peak(provider.run, problem.device)
         if not provider.check(result):
-            raise SystemExit(f"{provider.name}: the result is not the exact one; nothing is timed")
+            print(f"  {provider.name}: the result is not the exact one; nothing is timed", flush=True)
+            rows.append({**common, "provider": provider.name, "verified": False})
+            return None
         del result
         return add(provider.name, bench.times(provider.run), provider.bytes, temporary)
 
     add("copy", copy_of(problem.n, bench), 8 * problem.n, None)
     for provider in ours(problem, k, threshold):
-        run(provider)
-    for key, peer in peers(problem, k, threshold, with_kthvalue=cell.density == 0.2):
+        if run(provider) is None:
+            raise SystemExit(1)
+    for key, peer in peers(problem, k, threshold, cell.density == 0.2, cub):
         try:
             taken = run(peer)
         except torch.OutOfMemoryError:  # a peer that does not fit is named, not fatal
@@ -260,8 +291,22 @@ def measure(cell: Cell, problem: Problem, bench: Bench) -> list[dict[str, Any]]:
             torch.cuda.empty_cache()
             continue
         for row in rows:
-            row[f"ratio_to_{key}"] = taken / row["p50_ms"]
+            if taken is not None and row["verified"]:
+                row[f"ratio_to_{key}"] = taken / row["p50_ms"]
     return rows
+
+
+def cub_on(device: torch.device) -> CubTopK | None:
+    """CUB for this device; where there is none, the peers that need it are named with the reason."""
+    try:
+        if device.type != "cuda":
+            raise UnavailableError("needs a CUDA device")
+        major, minor = torch.cuda.get_device_capability(device)
+        return CubTopK(f"sm_{major}{minor}")
+    except UnavailableError as error:
+        for key in ("cub", "cub_flat"):
+            print(f"skipped: {PEERS[key]} ({error})", flush=True)
+        return None
 
 
 def done(path: Path) -> set[Cell]:
@@ -287,6 +332,7 @@ def main() -> None:
         sys.exit(f"no backend to measure: {known}")
     part, parts = map(int, args.part.split("/"))
     cells = {"core": CORE, "rest": REST, "tiny": TINY}[args.grid][part - 1 :: parts]
+    cub = cub_on(device)
     bench, start, finished = Bench(device, args.repeats), time.perf_counter(), done(args.out)
     left = [cell for cell in cells if cell not in finished]
     made: tuple[Cell, Problem] | None = None
@@ -299,7 +345,7 @@ def main() -> None:
         if made is None or made[0] != same:
             made = None  # one at a time
             made = same, Problem(cell, device)
-        append(args.out, measure(cell, made[1], bench), FIELDS)
+        append(args.out, measure(cell, made[1], bench, cub), FIELDS)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 PEERS = ("bitsandbytes", "torchao", "flashoptim")
+"""Packages that are compared with; beside them, CUB."""
 ARCHIVE = "rest.zip"
 KEPT = (
     "environment.json", "report.md", "backend_choice.json", ARCHIVE,
@@ -31,22 +32,23 @@ class View(NamedTuple):
 
     panel:  columns whose values get a table column, and together a column of panels in the plot
     line:   columns whose values get a table column, and together a line in the plot
-    ratio:  the column of the ratio to the peer `against`
+    ratios: columns of ratios to a peer, and the peer's name
     plain:  values of `line` columns that are left out of the labels of the plot, as most have them
     """
 
     panel: tuple[str, ...]
     line: tuple[str, ...]
-    ratio: str
-    against: str
+    ratios: dict[str, str]
     plain: tuple[str, ...] = ()
 
 
 VIEWS = {
     "masked_adamw": View(
-        ("precision",), ("provider", "mode", "gradients"), "ratio_to_fused", "torch fused", ("static",)
+        ("precision",), ("provider", "mode", "gradients"), {"ratio_to_fused": "torch fused"}, ("static",)
     ),
-    "topk_delta": View(("dtype", "deltas"), ("provider",), "ratio_to_topk", "sub + abs + cat + topk"),
+    "topk_delta": View(
+        ("dtype", "deltas"), ("provider",), {"ratio_to_topk": "sub + abs + cat + topk", "ratio_to_cub_flat": "CUB"}
+    ),
 }
 NUMBERS = {
     "p50_ms": ("ms", "{:.4f}", 1),
@@ -72,13 +74,17 @@ def unique(values: Iterable[str]) -> list[str]:
 def table(rows: Rows, view: View) -> str:
     columns = (*view.panel, *view.line)
     numbers = {column: spec for column, spec in NUMBERS.items() if column in rows[0]}
-    heads = ["entries", "density", *columns, *(title for title, _, _ in numbers.values()), f"against {view.against}"]
+    heads = ["entries", "density", *columns, *(title for title, _, _ in numbers.values())]
+    heads += [f"against {peer}" for peer in view.ratios.values()]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
         cells = [f"{int(row['n']):,}", f"{float(row['density']):g}", *(row[column] for column in columns)]
+        if row["verified"] == "False":
+            lines.append(f"| {' | '.join(cells)} | differs from the reference: no figures |")
+            continue
         for column, (_, form, factor) in numbers.items():
             cells.append(form.format(factor * float(row[column])) if row[column] else "")
-        cells.append(f"{float(row[view.ratio]):.2f}x" if row[view.ratio] else "")
+        cells += [f"{float(row[ratio]):.2f}x" if row[ratio] else "" for ratio in view.ratios]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -104,7 +110,7 @@ def plot(rows: Rows, view: View, title: str, path: Path) -> None:
                 mine = [
                     row for row in rows if (row["n"], label(row, view.panel), label(row, view.line)) == (n, kind, name)
                 ]
-                points = sorted((float(row["density"]), float(row["p50_ms"])) for row in mine)
+                points = sorted((float(row["density"]), float(row["p50_ms"])) for row in mine if row["p50_ms"])
                 style = "--" if number >= 10 else "-"
                 axes.plot(
                     *(zip(*points, strict=True) if points else ((), ())), style, marker=".", color=color, label=name
@@ -123,7 +129,7 @@ def write(folder: Path) -> None:
     lines = [
         f"# {device}: torch {facts['torch']}, commit {facts['commit']}, {facts['time']}\n",
         f"Versions and clocks: environment.json. Logs and other files: {ARCHIVE}. Packages compared with: "
-        + ", ".join(f"{peer} {facts[peer]}" for peer in PEERS)
+        + ", ".join(f"{peer} {facts[peer]}" for peer in (*PEERS, "CUB"))
         + f". For `auto` to go by these results: `python benchmarks/choose_backends.py --from {place}`.\n",
     ]
     for name, view in VIEWS.items():

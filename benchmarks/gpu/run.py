@@ -19,6 +19,7 @@ import sys
 import time
 from pathlib import Path
 
+import cub_topk
 import report
 import torch
 
@@ -61,6 +62,7 @@ def environment(device: str) -> dict[str, object]:
     }
     for peer in report.PEERS:
         found[peer] = version_of(peer) or "skipped: not installed"
+    found["CUB"] = cub_topk.version()
     return found
 
 
