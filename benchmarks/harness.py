@@ -83,9 +83,9 @@ class Row:
     time: str = ""
 
 
-def copy_provider(n: int) -> Provider:
+def copy_provider(n: int, device: str | torch.device = "cpu") -> Provider:
     """A plain copy of n float32 entries: the speed of light of anything that streams memory."""
-    source, target = torch.zeros(n), torch.empty(n)
+    source, target = torch.zeros(n, device=device), torch.empty(n, device=device)
 
     def verify() -> None:
         if not torch.equal(target.copy_(source), source):

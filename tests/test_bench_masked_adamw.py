@@ -24,6 +24,13 @@ def bench(monkeypatch):
     ls.use_backend(None)
 
 
+@pytest.fixture
+def updates(bench):
+    import updates
+
+    return updates
+
+
 @pytest.mark.parametrize("density", [0.2, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_are_those_of_verified_results(bench, monkeypatch, capsys, dtype, density):
@@ -31,33 +38,86 @@ def test_rows_are_those_of_verified_results(bench, monkeypatch, capsys, dtype, d
     monkeypatch.setattr(bench, "packages", lambda problem: [])
     rows = bench.measure("smallest", density, dtype, rounds=1)
     timed = {row.provider for row in rows if row.metric == "time"}
-    for name in (*bench.MASKED[dtype], bench.BASELINE, "copy"):
+    for name in (*bench.MASKED[dtype], bench.FUSED, "copy"):
         assert any(provider.startswith(name) for provider in timed)
     assert {row.dtype for row in rows} == {bench.word(dtype)}
-    assert {row.provider for row in rows if row.metric == "state"} == {*bench.MASKED[dtype], bench.BASELINE}
+    assert {row.provider for row in rows if row.metric == "state"} == {*bench.MASKED[dtype], bench.FUSED}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_wrong_step_is_refused(bench, dtype):
-    problem = bench.Problem(SHAPES, 0.2, dtype)
+def test_a_wrong_step_is_refused(bench, updates, dtype):
+    problem = bench.problem_of(SHAPES, 0.2, dtype)
     for name, options in bench.MASKED[dtype].items():
         optimizer = ls.MaskedAdamW(problem.params, problem.ticket, **{**bench.OPTIONS, "lr": 2e-3}, **options)
-        (wrong,) = bench.masked(problem, name, optimizer, bench.instruction_sets()[:1])
+        (wrong,) = bench.under_isas(bench.masked(problem, name, optimizer), bench.instruction_sets()[:1])
         with pytest.raises(bench.WrongResult, match=name):
             wrong.verify()
         touching = torch.optim.AdamW(problem.params.values(), **bench.OPTIONS, fused=True)
-        wrong = bench.provider(problem, "all entries", touching.step, touching.state.clear, "only", None)
+        wrong = updates.provider(problem, "all entries", touching.step, touching.state.clear, "only", None)
         with pytest.raises(bench.WrongResult, match="all entries"):
             wrong.verify()
 
 
-def test_a_package_that_is_missing_is_named(bench, monkeypatch, capsys):
-    for name in ("torchao", "bitsandbytes"):
+def test_a_package_that_is_missing_is_named(bench, updates, monkeypatch, capsys):
+    for name in ("torchao", "bitsandbytes", "flashoptim"):
         monkeypatch.setitem(sys.modules, f"{name}.optim", None)
         monkeypatch.setitem(sys.modules, name, None)
-    assert list(bench.packages(bench.Problem(SHAPES, 0.2))) == []
+    assert list(bench.packages(bench.problem_of(SHAPES, 0.2))) == []
     printed = capsys.readouterr().out
-    assert "skipped: torchao AdamW8bit" in printed and "skipped: bitsandbytes AdamW8bit" in printed
+    assert all(f"skipped: {name} (" in printed for name in updates.PACKAGES)
+
+
+class Scaled(torch.optim.AdamW):
+    """A learning rate a tenth too high: about what 8-bit moments may not excuse."""
+
+    def __init__(self, params, lr, **options):
+        super().__init__(params, lr=1.1 * lr, **options)
+
+
+class WithoutCorrection(torch.optim.AdamW):
+    """Takes every step for a late one."""
+
+    def step(self):
+        for group in self.param_groups:
+            for param in group["params"]:
+                if not self.state[param]:
+                    zeros = {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
+                    self.state[param] = {"step": torch.tensor(1e6), **zeros}
+        super().step()
+
+
+class Momentum(torch.optim.SGD):
+    def __init__(self, params, lr, weight_decay, betas, eps):
+        super().__init__(params, lr=lr, momentum=betas[0], weight_decay=weight_decay)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_package_with_another_algorithm_is_refused(bench, updates, monkeypatch, dtype):
+    problem = bench.problem_of(SHAPES, 0.2, dtype)
+    makers = {
+        kind.__name__: lambda params, kind=kind: kind(params, **updates.OPTIONS)
+        for kind in (torch.optim.AdamW, Scaled, WithoutCorrection, Momentum, torch.optim.RAdam)
+    }
+    monkeypatch.setattr(updates, "PACKAGES", makers)
+    right, *others = updates.packages(problem)
+    right.verify()
+    assert [wrong.name for wrong in others] == [*makers][1:]
+    for wrong in others:
+        with pytest.raises(
+            bench.WrongResult, match=f"{wrong.name}: the weights are off by .* on average, 0.01 allowed"
+        ):
+            wrong.verify()
+
+
+def test_torch_in_float16_is_accepted_fused_and_refused_where_its_moments_divide_by_zero(bench, updates):
+    """Moments in float16 vanish where the gradient is small; only the fused form survives it."""
+    problem = bench.problem_of(SHAPES, 0.2, torch.float16)
+    problem.scale_grads(1000)
+    dense = updates.Dense(problem)
+    for right in (dense.fused(), dense.multiplied(), updates.gathered(problem)):
+        right.verify()
+    with pytest.raises(bench.WrongResult, match="foreach"):
+        dense.provider(updates.FOREACH, None, foreach=True).verify()
 
 
 def test_report_keeps_dtypes_apart(bench, tmp_path):
@@ -66,7 +126,7 @@ def test_report_keeps_dtypes_apart(bench, tmp_path):
     rows = [
         bench.Row("masked_adamw_", provider, dtype, 100, k, metric, unit, ms, ms, ms, None, None, None, 2.0)
         for dtype, ms in (("float32", 0.25), ("bfloat16", 0.125))
-        for provider in ("MaskedAdamW, 8-bit states", bench.BASELINE)
+        for provider in ("MaskedAdamW, 8-bit states", bench.FUSED)
         for k in (1, 20)
         for metric, unit in (("time", "ms"), ("state", "bytes/entry"))
     ]

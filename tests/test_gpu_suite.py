@@ -38,9 +38,15 @@ def test_the_suite_measures_and_goes_on_where_it_stopped(tmp_path):
     assert {(row["mode"], row["gradients"]) for row in ours} == {
         ("graph", "static"), ("eager", "static"), ("eager", "fresh")
     }  # fmt: skip
-    assert all(row["mode"] and row["gradients"] and float(row["host_ms"]) > 0 for row in rows)
+    refused = [row for row in rows if row["verified"] != "True"]
+    assert {(row["provider"], row["precision"]) for row in refused} == {("torch AdamW(foreach=True)", "float16")}
+    assert all(row["verified"] == "False" and not row["p50_ms"] and not row["ratio_to_fused"] for row in refused)
+    assert "torch AdamW(foreach=True): " in runs[0].stdout and "; nothing is timed" in runs[0].stdout
+    assert {"grad.mul_(mask) + fused", "index_select + fused + index_copy_"} < {row["provider"] for row in rows}
+    assert all(row["mode"] and row["gradients"] for row in rows)
+    assert all(float(row["host_ms"]) > 0 and float(row["ratio_to_fused"]) > 0 for row in rows if row not in refused)
     assert all(0 < float(row["touched_sectors"]) <= 1 for row in rows)
-    assert all(row["verified"] == "True" and float(row["p50_ms"]) > 0 for row in ours)
+    assert all(float(row["p50_ms"]) > 0 for row in ours)
     with (tmp_path / "topk_delta.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {(row["dtype"], row["deltas"]) for row in rows} == {("float32", "normal"), ("bfloat16", "untouched")}
@@ -147,3 +153,39 @@ def test_its_tests_do_without_what_a_gpu_machine_may_lack():
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     assert "skipped" in run.stdout or "passed" in run.stdout
+
+
+def test_a_wrong_peer_has_no_figures_and_a_wrong_step_of_ours_ends_the_run(monkeypatch, capsys):
+    import torch
+
+    import ltp_sparse as ls
+
+    if (reason := ls.available_backends()["compiled"]) != "ok":
+        pytest.skip(reason)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "gpu")
+    import measure
+    import updates
+
+    def peers(problem):
+        dense = updates.Dense(problem)
+        yield dense.fused()
+        wrong = torch.optim.AdamW(problem.params.values(), **{**updates.OPTIONS, "betas": (0.9, 0.99)})
+        yield updates.provider(problem, "wrong", wrong.step, wrong.state.clear, "all", None)
+
+    monkeypatch.setattr(measure, "peers", peers)
+    cell, bench = measure.Cell("tiny", 0.2, "float32"), measure.Bench(torch.device("cpu"), 2)
+    rows = measure.measure(cell, bench, ["compiled"])
+    assert {row["provider"]: row["verified"] for row in rows} == {
+        "copy": True, "MaskedAdamW (compiled)": True, updates.FUSED: True, "wrong": False
+    }  # fmt: skip
+    assert [row.get("p50_ms") for row in rows if row["provider"] == "wrong"] == [None]
+    assert "wrong: roberta.embeddings.position_embeddings.weight differs" in capsys.readouterr().out
+    monkeypatch.setattr(measure.Problem, "check_bits", lambda *_: None)
+    monkeypatch.setattr(
+        measure.Problem,
+        "optimizer",
+        lambda self, _: ls.MaskedAdamW(self.params, self.ticket, **{**updates.OPTIONS, "eps": 1e-6}),
+    )
+    with pytest.raises(measure.WrongResult, match="MaskedAdamW"):
+        measure.measure(cell, bench, ["compiled"])
+    ls.use_backend(None)

@@ -1,7 +1,8 @@
 """Measures one optimizer step on a GPU, cell by cell: `make gpu`, or `python benchmarks/gpu/measure.py --help`.
 
 A cell is a model size, a density, a precision and a backend. In every cell the same weights and gradients go through
-`masked_adamw_` and through the peers; the result is compared with the reference before anything is timed. Steps are
+`masked_adamw_` and through the peers. Before anything is timed, ours is compared with the reference bit by bit, and all
+of them with AdamW in float64 (see `updates.py`); a peer that differs has a row without figures. Steps are
 captured in a CUDA graph and replayed; "eager" rows time the step from the host, with gradients that stay where they are
 ("static") or lie elsewhere in every step ("fresh"), as after a backward pass that made them anew. Rows are appended to
 the CSV after every cell, and cells that it already holds are skipped: an interrupted run goes on where it stopped.
@@ -27,6 +28,11 @@ from torch import nn
 import ltp_sparse as ls
 from ltp_sparse.testing import xlmr_shapes
 
+sys.path.append(str(Path(__file__).parents[1]))  # last: this folder, too, has a report.py and a run.py
+import updates
+from harness import Provider, WrongResult, copy_provider
+from updates import FOREACH, FUSED, GATHERED, MULTIPLIED, OPTIONS, Dense, gathered, masked, packages
+
 MODELS: dict[str, dict[str, Any]] = {
     "tiny": {"layers": 1, "hidden": 32, "intermediate": 64, "vocabulary": 200, "positions": 20},
     "encoder": {"embeddings": False},  # 85M
@@ -46,9 +52,9 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "bfloat16-8bit": {"rounding": "stochastic", "states": "8bit"},
     "float16": {"master": True},
 }
-FUSED = "torch AdamW(fused=True)"
+CAPTURED = (FUSED, MULTIPLIED, GATHERED)  # the peers whose steps are also replayed as graphs
+SECTOR = 32  # bytes of memory that a GPU moves at least
 PATIENCE_MS = 1000
-OPTIONS = {"lr": 1e-3, "weight_decay": 0.01}
 FIELDS = [
     "model", "n", "k", "density", "precision", "provider", "mode", "gradients", "p50_ms", "p20_ms", "p80_ms", "host_ms",
     "touched_sectors", "bytes", "gbps", "share_of_copy", "state_bytes_per_entry", "ratio_to_fused", "verified",
@@ -126,58 +132,41 @@ def ticket_of(model: str, density: float) -> ls.Ticket:
     return ls.Ticket.full(shapes) if density == 1 else ls.Ticket.random(shapes, density=density)
 
 
-class Problem:
+class Problem(updates.Problem):
     def __init__(self, cell: Cell, device: torch.device) -> None:
-        self.dtype = getattr(torch, cell.precision.partition("-")[0])
-        self.ticket = ticket_of(cell.model, cell.density)
-        self.n, self.k = self.ticket.n, self.ticket.k
+        dtype = getattr(torch, cell.precision.partition("-")[0])
+        ticket = ticket_of(cell.model, cell.density)
         generator = torch.Generator(device).manual_seed(0)
 
         def random(scale: float) -> dict[str, torch.Tensor]:
-            shapes = self.ticket.shapes.items()
-            made = ((name, torch.randn(shape, generator=generator, device=device)) for name, shape in shapes)
-            return {name: tensor.mul_(scale).to(self.dtype) for name, tensor in made}
+            made = (
+                (name, torch.randn(shape, generator=generator, device=device)) for name, shape in ticket.shapes.items()
+            )
+            return {name: tensor.mul_(scale).to(dtype) for name, tensor in made}
 
-        self.initial = random(0.02)
-        self.params = {name: nn.Parameter(tensor.clone()) for name, tensor in self.initial.items()}
-        self.grads = [random(1e-3)]
-        self.use_grads(0)
-
-    def use_grads(self, number: int) -> None:
-        for name, param in self.params.items():
-            param.grad = self.grads[number][name]
+        # float16: as under a loss scale, without which torch's moments in float16 vanish
+        super().__init__(ticket, random(0.02), random(1.0 if dtype == torch.float16 else 1e-3), SECTOR)
+        self.spare: dict[str, torch.Tensor] = {}
 
     def move_grads(self) -> None:
         """The same gradients, from now on at other addresses."""
-        if len(self.grads) == 1:
-            self.grads.append({name: grad.clone() for name, grad in self.grads[0].items()})
-        self.grads.reverse()
-        self.use_grads(0)
-
-    def reset(self) -> None:
-        for name, param in self.params.items():
-            param.detach().copy_(self.initial[name])
+        spare, self.spare = self.spare or self.copied_grads(), self.grads
+        self.use_grads(spare)
 
     def optimizer(self, precision: str) -> ls.MaskedAdamW:
         return ls.MaskedAdamW(self.params, self.ticket, **OPTIONS, **PRECISIONS[precision])
 
     def touched_sectors(self) -> float:
-        """Share of the 32-byte sectors of the weights that hold an active entry."""
-        entries = 32 // self.dtype.itemsize
-        touched = total = 0
-        for index_set in self.ticket.sets.values():
-            total += -(-index_set.n // entries)
-            view = torch.int8 if entries == 8 else torch.int16
-            full = index_set.k == index_set.n
-            touched += -(-index_set.n // entries) if full else int(index_set.bitmap().view(view).count_nonzero())
-        return touched / total
+        """Share of the sectors of the weights that hold an active entry."""
+        entries = self.line // self.width
+        return self.lines() / sum(-(-index_set.n // entries) for index_set in self.ticket.sets.values())
 
-    def verify(self, precision: str, backend: str) -> None:
+    def check_bits(self, precision: str, backend: str) -> None:
         """Two steps from the initial weights against the reference on a few parameters; raises if a bit differs."""
         names = sorted(self.params, key=lambda name: self.params[name].numel())[:12]
         small = self.ticket.restrict(names)
         outcomes = []
-        for used, device in ((backend, self.flat_device), ("reference", torch.device("cpu"))):
+        for used, device in ((backend, self.device), ("reference", torch.device("cpu"))):
             params = {name: nn.Parameter(self.initial[name].to(device, copy=True)) for name in names}
             for name, param in params.items():
                 param.grad = self.params[name].grad.to(device)
@@ -187,97 +176,17 @@ class Problem:
             optimizer.step()
             outcomes.append([param.detach().cpu() for param in params.values()])
         if not all(map(torch.equal, *outcomes)):
-            raise SystemExit(f"{backend}, {precision}: the update differs from the reference; nothing is timed")
-
-    @property
-    def flat_device(self) -> torch.device:
-        return next(iter(self.params.values())).device
+            raise WrongResult(f"{backend}, {precision}: the update differs from the reference")
 
 
-def state_bytes_moved(problem: Problem, optimizer: ls.MaskedAdamW, precision: str, touched: float) -> int:
-    """Memory traffic of a step: sectors of p (read, written) and g, state read and written, the index read."""
-    width = problem.dtype.itemsize
-    held = (2 if "8bit" in precision else 8) + (4 if optimizer.precision.keeps_master(problem.dtype) else 0)
-    return int(3 * width * touched * problem.n + held * problem.k + optimizer.state_bytes())
-
-
-def peers(problem: Problem) -> Iterator[tuple[str, Callable[[], object], int | None]]:
-    """(name, step, bytes) of the optimizers that we are compared with, on the same parameters."""
-    params = list(problem.params.values())
-    width = problem.dtype.itemsize
-    fused = torch.optim.AdamW(params, **OPTIONS, fused=True, capturable=params[0].is_cuda)
-    yield FUSED, fused.step, 7 * width * problem.n
-    masks = {name: problem.ticket.mask(name).to(params[0].device) for name in problem.params}
-
-    def multiplied() -> None:
-        for name, param in problem.params.items():
-            param.grad.mul_(masks[name])
-        fused.step()
-
-    yield "grad.mul_(mask) + fused", multiplied, (9 * width + 1) * problem.n
-    fused.state.clear()  # the moments of one optimizer at a time
-    foreach = torch.optim.AdamW(params, **OPTIONS, foreach=True, capturable=params[0].is_cuda)
-    yield "torch AdamW(foreach=True)", foreach.step, None
-    foreach.state.clear()
-    yield "index_select + fused + index_copy_", _gathered(problem), None
-    if params[0].is_cuda:
-        yield from _packages(params)
-
-
-def _gathered(problem: Problem) -> Callable[[], object]:
-    names = [name for name, index_set in problem.ticket.sets.items() if index_set.k]
-    device = problem.flat_device
-    indices = {name: problem.ticket.indices(name).to(device) for name in names}
-    flat = {name: problem.params[name].detach().view(-1) for name in names}
-    compact = {name: nn.Parameter(flat[name][indices[name]]) for name in names}
-    for param in compact.values():
-        param.grad = torch.empty_like(param)
-    optimizer = torch.optim.AdamW(compact.values(), fused=True, capturable=device.type == "cuda", **OPTIONS)
-
-    def step() -> None:
-        for name in names:
-            torch.index_select(flat[name], 0, indices[name], out=compact[name].detach())
-            torch.index_select(problem.params[name].grad.view(-1), 0, indices[name], out=compact[name].grad)
-        optimizer.step()
-        for name in names:
-            flat[name].index_copy_(0, indices[name], compact[name].detach())
-
-    return step
-
-
-def _packages(params: list[nn.Parameter]) -> Iterator[tuple[str, Callable[[], object], int | None]]:
-    def bitsandbytes() -> torch.optim.Optimizer:
-        import bitsandbytes
-
-        return bitsandbytes.optim.AdamW8bit(params, **OPTIONS)
-
-    def torchao() -> torch.optim.Optimizer:
-        from torchao.optim import AdamW8bit
-
-        return AdamW8bit(params, **OPTIONS)
-
-    def flashoptim() -> torch.optim.Optimizer:
-        from flashoptim import FlashAdamW
-
-        return FlashAdamW(params, **OPTIONS)
-
-    for make in (bitsandbytes, torchao, flashoptim):
-        try:
-            yield f"{make.__name__} 8-bit AdamW", make().step, None
-        except Exception as error:  # a peer that is missing or does not run here is named, not fatal
-            print(f"  skipped: {make.__name__} ({type(error).__name__}: {error})", flush=True)
-
-
-def copier(n: int, device: torch.device) -> Callable[[], object]:
-    """A plain copy of n float32 entries: the speed of light of a step."""
-    source = torch.zeros(n, device=device)
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source)
-
-
-def copy_of(n: int, bench: Bench) -> list[float]:
-    """Milliseconds of a plain copy of n float32 entries."""
-    return bench.times(copier(n, bench.device))
+def peers(problem: Problem) -> Iterator[Provider]:
+    """The optimizers that we are compared with, on the same parameters."""
+    dense = Dense(problem)
+    yield dense.fused()
+    yield dense.multiplied()
+    yield dense.provider(FOREACH, None, foreach=True)
+    yield gathered(problem)
+    yield from packages(problem)
 
 
 def measure(cell: Cell, bench: Bench, backends: list[str]) -> list[dict[str, Any]]:
@@ -289,45 +198,49 @@ def measure(cell: Cell, bench: Bench, backends: list[str]) -> list[dict[str, Any
     }  # fmt: skip
     rows: list[dict[str, Any]] = []
 
-    def add(
-        provider: str, step: Callable[[], object], mode: str, moved: int | None, *, fresh: bool = False, **more: Any
-    ) -> None:
-        run = bench.captured(step) if mode == "graph" else step
+    def add(provider: Provider, mode: str, *, fresh: bool = False, **more: Any) -> None:
+        """Rows of a provider that was verified."""
+        run = bench.captured(provider.run) if mode == "graph" else provider.run
         move = problem.move_grads if fresh else lambda: None
         times, host = bench.times(run, move), bench.host_time(run, move)
         p20, _, _, p80 = statistics.quantiles(times, n=5, method="inclusive")
         p50 = statistics.median(times)
-        gbps = moved / p50 / 1e6 if moved else None
+        gbps = provider.bytes / p50 / 1e6 if provider.bytes else None
         copy_gbps = rows[0]["gbps"] if rows else gbps  # the copy comes first
         gradients = "fresh" if fresh else "static"
         rows.append(
-            {**common, "provider": provider, "mode": mode, "gradients": gradients, "p50_ms": p50, "p20_ms": p20,
-             "p80_ms": p80, "host_ms": host, "bytes": moved, "gbps": gbps,
-             "share_of_copy": gbps / copy_gbps if gbps else None, **more}
+            {**common, "provider": provider.name, "mode": mode, "gradients": gradients, "p50_ms": p50, "p20_ms": p20,
+             "p80_ms": p80, "host_ms": host, "bytes": provider.bytes, "gbps": gbps,
+             "share_of_copy": gbps / copy_gbps if gbps else None, "verified": True, **more}
         )  # fmt: skip
         gbps_text = f"{gbps:>9.0f} GB/s" if gbps else ""
-        print(f"  {provider:<36}{mode:<6} {gradients:<7}{p50:>10.4f} ms{gbps_text}", flush=True)
+        print(f"  {provider.name:<36}{mode:<6} {gradients:<7}{p50:>10.4f} ms{gbps_text}", flush=True)
 
-    add("copy", copier(problem.n, bench.device), "eager", 8 * problem.n)
+    copy = copy_provider(problem.n, bench.device)
+    copy.verify()
+    add(copy, "eager")
     for backend in backends:
-        problem.verify(cell.precision, backend)
+        problem.check_bits(cell.precision, backend)
         ls.use_backend(backend)
-        problem.reset()
         optimizer = problem.optimizer(cell.precision)
-        moved = state_bytes_moved(problem, optimizer, cell.precision, touched)
-        held = {"state_bytes_per_entry": optimizer.state_bytes() / problem.n, "verified": True}
+        ours = masked(problem, f"MaskedAdamW ({backend})", optimizer)
+        ours.verify()
         for mode, fresh in (("graph", False), ("eager", False), ("eager", True)):
-            add(f"MaskedAdamW ({backend})", optimizer.step, mode, moved, fresh=fresh, **held)
-        del optimizer
+            add(ours, mode, fresh=fresh, state_bytes_per_entry=optimizer.state_bytes() / problem.n)
+        del optimizer, ours
     ls.use_backend(None)
-    for name, step, moved in peers(problem):
-        problem.reset()
-        for mode in ("eager",) if "foreach" in name or "8-bit" in name else ("graph", "eager"):
-            add(name, step, mode, moved)
-        del step
-    baseline = next(row["p50_ms"] for row in rows if row["provider"] == FUSED)
+    for peer in peers(problem):
+        try:
+            peer.verify()
+        except WrongResult as error:
+            print(f"  {error}; nothing is timed", flush=True)
+            rows.append({**common, "provider": peer.name, "mode": "eager", "gradients": "static", "verified": False})
+            continue
+        for mode in ("graph", "eager") if peer.name in CAPTURED else ("eager",):
+            add(peer, mode)
+    baseline = next((row["p50_ms"] for row in rows if row["provider"] == FUSED and row["verified"]), None)
     for row in rows:
-        row["ratio_to_fused"] = baseline / row["p50_ms"]
+        row["ratio_to_fused"] = baseline / row["p50_ms"] if baseline and row["verified"] else None
     return rows
 
 
@@ -380,7 +293,11 @@ def main() -> None:
             print("time is up; left for another run:", *(str(tuple(rest)) for rest in left[number:]))
             break
         print(f"{cell.model}, density {cell.density:g}, {cell.precision}", flush=True)
-        append(args.out, measure(cell, bench, backends), FIELDS)
+        try:
+            rows = measure(cell, bench, backends)
+        except WrongResult as error:
+            sys.exit(f"{error}; nothing is timed")
+        append(args.out, rows, FIELDS)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from cub_topk import CubTopK, UnavailableError
-from measure import MODELS, Bench, append, copy_of
+from measure import MODELS, Bench, append, copy_provider
 from torch import Tensor
 
 import ltp_sparse as ls
@@ -279,7 +279,9 @@ def measure(cell: Cell, problem: Problem, bench: Bench, cub: CubTopK | None) -> 
         del result
         return add(provider.name, bench.times(provider.run), provider.bytes, temporary)
 
-    add("copy", copy_of(problem.n, bench), 8 * problem.n, None)
+    copy = copy_provider(problem.n, problem.device)
+    copy.verify()
+    add(copy.name, bench.times(copy.run), copy.bytes, None)
     for provider in ours(problem, k, threshold):
         if run(provider) is None:
             raise SystemExit(1)
