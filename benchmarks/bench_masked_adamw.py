@@ -1,9 +1,9 @@
 """One optimizer step: `MaskedAdamW` against torch.optim.AdamW over all entries and sparse updates made of torch ops.
 
-All providers update the same weights from the same gradients, on the same uniformly random ticket. Before they are
-timed, each takes a few steps from fresh moments, with gradients that change, and is compared with AdamW in float64;
-ours also bit by bit with the reference. There are cells of float32 and of bfloat16 weights; 8-bit moments stand in
-both, and so do the packages that have them, where they are installed.
+All providers update the same weights from the same gradients, on the same ticket: a uniformly random one, or one with
+the clustering of a real one. Before they are timed, each takes a few steps from fresh moments, with gradients that
+change, and is compared with AdamW in float64; ours also bit by bit with the reference. There are cells of float32 and
+of bfloat16 weights; 8-bit moments stand in both, and so do the packages that have them, where they are installed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import clustered
 import torch
 from harness import (
     MODELS,
@@ -31,6 +32,7 @@ import ltp_sparse as ls
 from ltp_sparse.testing import random_weights
 
 LINE = 64  # bytes of a cache line
+CLUSTERED = (0.05, 0.2)  # densities that are measured with clustered masks, too, in float32
 MASKED: dict[torch.dtype, dict[str, dict[str, Any]]] = {
     torch.float32: {"MaskedAdamW": {}, "MaskedAdamW, 8-bit states": {"states": "8bit"}},
     torch.bfloat16: {
@@ -47,8 +49,13 @@ def word(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def problem_of(shapes: Mapping[str, Size], density: float, dtype: torch.dtype = torch.float32) -> Problem:
-    ticket = ls.Ticket.full(shapes) if density == 1 else ls.Ticket.random(shapes, density=density)
+def problem_of(
+    shapes: Mapping[str, Size], density: float, dtype: torch.dtype = torch.float32, masks: str = "uniform"
+) -> Problem:
+    if masks == "clustered":
+        ticket = clustered.ticket(shapes, density)
+    else:
+        ticket = ls.Ticket.full(shapes) if density == 1 else ls.Ticket.random(shapes, density=density)
     initial = random_weights(ticket.shapes)
     grads = random_weights(ticket.shapes, seed=1, scale=1e-3)
     return Problem(ticket, *({name: t.to(dtype) for name, t in each.items()} for each in (initial, grads)), LINE)
@@ -80,9 +87,10 @@ def under_isas(ours: Provider, isas: list[str]) -> list[Provider]:
     ]
 
 
-def measure(model: str, density: float, dtype: torch.dtype, rounds: int) -> list[Row]:
-    problem = problem_of(MODELS[model], density, dtype)
-    print(f"\nmasked_adamw_: {problem.n:,} {word(dtype)} entries, {100 * density:g} % active", flush=True)
+def measure(model: str, density: float, dtype: torch.dtype, rounds: int, masks: str = "uniform") -> list[Row]:
+    problem = problem_of(MODELS[model], density, dtype, masks)
+    op = "masked_adamw_" if masks == "uniform" else f"masked_adamw_, {masks} masks"
+    print(f"\n{op}: {problem.n:,} {word(dtype)} entries, {100 * density:g} % active", flush=True)
     dense, providers, held = Dense(problem), [], {}
     isas = instruction_sets()
     for name, options in MASKED[dtype].items():
@@ -94,14 +102,16 @@ def measure(model: str, density: float, dtype: torch.dtype, rounds: int) -> list
     held[FUSED] = 2 * problem.width * problem.n
     if density < 1:
         providers += [dense.multiplied(), gathered(problem)]
-    if density == 0.2:  # all that is left does not depend on the density
+    if density == 0.2 and masks == "uniform":  # all that is left depends on neither
         providers += [dense.provider("torch AdamW()", None, foreach=False)]
         providers += [dense.provider(FOREACH, None, foreach=True)]
         providers += packages(problem)
     cell = {"n": problem.n, "k": problem.k, "dtype": word(dtype)}
-    rows = time_rows("masked_adamw_", providers, **cell, rounds=rounds, baseline=FUSED)
+    rows = time_rows(op, providers, **cell, rounds=rounds, baseline=FUSED)
+    touched = problem.line * problem.lines / (problem.width * problem.n)
+    rows.append(value_row(op, "weights", metric="touched cache lines", unit="share", value=touched, **cell))
     return rows + [
-        value_row("masked_adamw_", name, metric="state", unit="bytes/entry", value=size / problem.n, **cell)
+        value_row(op, name, metric="state", unit="bytes/entry", value=size / problem.n, **cell)
         for name, size in held.items()
     ]
 
@@ -110,12 +120,18 @@ def main() -> None:
     dtypes = {word(dtype): dtype for dtype in MASKED}
     densities = [0.0005, 0.01, 0.05, 0.2, 0.5, 0.75, 1.0]
     args = arguments(__doc__, "masked_adamw.csv", densities, dtypes=tuple(dtypes))
+    cases = [
+        (model, density, dtypes[dtype], args.rounds, masks)
+        for masks in ("uniform", "clustered")
+        for dtype in args.dtypes
+        for model in args.models
+        for density in args.densities
+        if masks == "uniform" or (dtype, density in CLUSTERED) == ("float32", True)
+    ]
     rows: list[Row] = []
-    for dtype in args.dtypes:
-        for model in args.models:
-            for density in args.densities:
-                rows += measure(model, density, dtypes[dtype], args.rounds)
-                write_csv(args.out, rows)  # after every case: an interrupted run keeps what it has measured
+    for case in cases:
+        rows += measure(*case)
+        write_csv(args.out, rows)  # after every case: an interrupted run keeps what it has measured
 
 
 if __name__ == "__main__":

@@ -94,7 +94,8 @@ def choice(op: str, dtype: str, density: float, ms: dict[str, float]) -> Choice:
 
 
 def taken_from(folder: Path) -> list[Choice]:
-    """The rows that the results of `make gpu` hold, of the largest model: replayed steps, sampled selections."""
+    """The rows that the results of `make gpu` hold, of the largest model: replayed steps on uniformly random masks,
+    sampled selections."""
     cells: dict[tuple[str, str, float], dict[str, tuple[int, float]]] = {}
 
     def add(op: str, row: dict[str, str], dtype: str, pattern: str) -> None:
@@ -104,7 +105,7 @@ def taken_from(folder: Path) -> list[Choice]:
             cell[found[1]] = max(cell.get(found[1], (0, 0.0)), (size, time))
 
     for row in rows_of(folder / "masked_adamw.csv"):
-        if row["mode"] == "graph":
+        if row["mode"] == "graph" and row["masks"] == "uniform":
             add("masked_adamw_", row, row["precision"], r"MaskedAdamW \((\w+)\)")
     for row in rows_of(folder / "topk_delta.csv"):
         if row["deltas"] == "normal":

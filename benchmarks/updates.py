@@ -86,6 +86,7 @@ class Problem:
     def masks(self) -> dict[str, Tensor]:
         return {name: self.ticket.mask(name).to(self.device) for name in self.params}
 
+    @cached_property
     def lines(self) -> int:
         """Lines of the weights that hold an active entry."""
         entries = self.line // self.width
@@ -180,7 +181,7 @@ def masked(problem: Problem, name: str, optimizer: ls.MaskedAdamW) -> Provider:
 
     # touched lines of p read and written and of g read; moments and masters read and written; index read
     held = (2 if coded else 8) + (4 if optimizer.precision.keeps_master(problem.dtype) else 0)
-    traffic = 3 * problem.line * problem.lines() + held * problem.k + optimizer.state_bytes()
+    traffic = 3 * problem.line * problem.lines + held * problem.k + optimizer.state_bytes()
     return provider(problem, name, optimizer.step, reset, "only", traffic, EIGHT_BITS if coded else None)
 
 
@@ -259,7 +260,7 @@ def gathered(problem: Problem) -> Provider:
             flat[name].index_copy_(0, indices[name], compact[name].detach())
 
     # int64 indices three times, the compact tensors, and the touched lines of p (three times) and of g (once)
-    traffic = (24 + 10 * problem.width) * problem.k + 4 * problem.line * problem.lines()
+    traffic = (24 + 10 * problem.width) * problem.k + 4 * problem.line * problem.lines
     return provider(problem, GATHERED, step, optimizer.state.clear, "only", traffic)
 
 

@@ -31,12 +31,15 @@ def updates(bench):
     return updates
 
 
-@pytest.mark.parametrize("density", [0.2, 1.0])
+@pytest.mark.parametrize("density, masks", [(0.2, "uniform"), (1.0, "uniform"), (0.2, "clustered")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rows_are_those_of_verified_results(bench, monkeypatch, capsys, dtype, density):
+def test_rows_are_those_of_verified_results(bench, monkeypatch, capsys, dtype, density, masks):
     monkeypatch.setitem(bench.MODELS, "smallest", SHAPES)
     monkeypatch.setattr(bench, "packages", lambda problem: [])
-    rows = bench.measure("smallest", density, dtype, rounds=1)
+    rows = bench.measure("smallest", density, dtype, 1, masks)
+    assert {row.op for row in rows} == {"masked_adamw_" if masks == "uniform" else "masked_adamw_, clustered masks"}
+    (touched,) = [row.p50 for row in rows if row.metric == "touched cache lines"]
+    assert (touched > 0.95) is (masks == "uniform")
     timed = {row.provider for row in rows if row.metric == "time"}
     for name in (*bench.MASKED[dtype], bench.FUSED, "copy"):
         assert any(provider.startswith(name) for provider in timed)
@@ -140,3 +143,18 @@ def test_report_keeps_dtypes_apart(bench, tmp_path):
         in written
     )
     assert {path.name for path in tmp_path.glob("*.png")} == {"masked_adamw.png", "masked_adamw-bfloat16.png"}
+
+
+def test_clustered_tickets_touch_what_a_real_one_touches(bench):
+    """On the shapes of mini-xlmr, which gave the measured shares."""
+    import clustered
+
+    shapes = xlmr_shapes(layers=4, hidden=192, intermediate=768, vocabulary=23_976, positions=130)
+    for density, shares in clustered.MEASURED.items():
+        ticket = clustered.ticket(shapes, density)
+        assert ticket.k == int(density * ticket.n)
+        for entries, dtype, share in zip((8, 16), (torch.int8, torch.int16), shares, strict=True):
+            touched = sum(int(s.bitmap().view(dtype).count_nonzero()) for s in ticket.sets.values())
+            assert touched * entries / ticket.n == pytest.approx(share, rel=0.15)
+    with pytest.raises(ValueError, match="4,803,696 entries wanted .*density 0.75.*, .* move"):
+        clustered.ticket(shapes, 0.75)

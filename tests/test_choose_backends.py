@@ -9,7 +9,7 @@ from pathlib import Path
 from ltp_sparse import backends
 
 ROOT = Path(__file__).parents[1]
-UPDATES = ["n", "density", "precision", "provider", "mode", "p50_ms"]
+UPDATES = ("n", "density", "precision", "provider", "mode", "masks", "p50_ms")
 SELECTIONS = ["n", "density", "dtype", "deltas", "provider", "p50_ms"]
 
 
@@ -28,14 +28,15 @@ def results(folder):
     facts = {"device": "NVIDIA H200", "device_type": "cuda", "torch": "2.11.0", "commit": "abc"}
     (folder / "environment.json").write_text(json.dumps(facts))
     updates = [
-        (100, 0.2, "float32", "copy", "eager", 0.1),
-        (100, 0.2, "float32", "torch AdamW(fused=True)", "graph", 2.0),
-        (100, 0.2, "float32", "MaskedAdamW (triton)", "graph", 1.2),
-        (100, 0.2, "float32", "MaskedAdamW (triton)", "eager", 0.5),
-        (100, 0.2, "float32", "MaskedAdamW (compiled)", "graph", 1.1),
-        (10, 0.2, "float32", "MaskedAdamW (compiled)", "graph", 9.0),
-        (100, 0.01, "bfloat16", "MaskedAdamW (triton)", "graph", 0.25),
-        (100, 0.01, "bfloat16-8bit", "MaskedAdamW (compiled)", "graph", 0.1),
+        (100, 0.2, "float32", "copy", "eager", "uniform", 0.1),
+        (100, 0.2, "float32", "torch AdamW(fused=True)", "graph", "uniform", 2.0),
+        (100, 0.2, "float32", "MaskedAdamW (triton)", "graph", "uniform", 1.2),
+        (100, 0.2, "float32", "MaskedAdamW (triton)", "eager", "uniform", 0.5),
+        (100, 0.2, "float32", "MaskedAdamW (compiled)", "graph", "uniform", 1.1),
+        (10, 0.2, "float32", "MaskedAdamW (compiled)", "graph", "uniform", 9.0),
+        (100, 0.01, "bfloat16", "MaskedAdamW (triton)", "graph", "uniform", 0.25),
+        (100, 0.01, "bfloat16-8bit", "MaskedAdamW (compiled)", "graph", "uniform", 0.1),
+        (100, 0.2, "float32", "MaskedAdamW (triton)", "graph", "clustered", 0.1),
     ]
     write_rows(folder / "masked_adamw.csv", UPDATES, updates)
     selections = [

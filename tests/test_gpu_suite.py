@@ -35,6 +35,8 @@ def test_the_suite_measures_and_goes_on_where_it_stopped(tmp_path):
         rows = list(csv.DictReader(file))
     ours = [row for row in rows if row["provider"].startswith("MaskedAdamW")]
     assert {row["precision"] for row in ours} == {"float32", "bfloat16", "bfloat16-8bit", "float16"}
+    sectors = {(row["masks"], row["density"], row["precision"]): float(row["touched_sectors"]) for row in ours}
+    assert sectors["clustered", "0.2", "float32"] < 0.7 * sectors["uniform", "0.2", "float32"]
     assert {(row["mode"], row["gradients"]) for row in ours} == {
         ("graph", "static"), ("eager", "static"), ("eager", "fresh")
     }  # fmt: skip
@@ -80,14 +82,13 @@ def made_up(folder):
     peers["CUB"] = "3.5.0"
     (folder / "environment.json").write_text(json.dumps(facts | peers))
     updates = [
-        "n,density,precision,provider,mode,gradients,p50_ms,host_ms,touched_sectors,gbps,share_of_copy,ratio_to_fused,"
+        "n,density,precision,masks,provider,mode,gradients,p50_ms,host_ms,touched_sectors,gbps,share_of_copy,ratio_to_fused,"
         "verified"
     ]
-    for n in (100, 200):
-        for density in (0.01, 0.2):
-            updates.append(f"{n},{density},float32,torch AdamW(fused=True),graph,static,2.0,0.01,0.83,4000,0.9,1,True")
-            updates.append(f"{n},{density},float32,MaskedAdamW (triton),eager,fresh,0.5,0.1,0.83,,,4,True")
-            updates.append(f"{n},{density},bfloat16,MaskedAdamW (triton),graph,static,0.25,0.1,0.97,3000,0.7,2,True")
+    for cell in (f"{n},{density}" for n in (100, 200) for density in (0.01, 0.2)):
+        updates.append(f"{cell},float32,uniform,torch AdamW(fused=True),graph,static,2.0,0.01,0.83,4000,0.9,1,True")
+        updates.append(f"{cell},float32,clustered,MaskedAdamW (triton),eager,fresh,0.5,0.1,0.83,,,4,True")
+        updates.append(f"{cell},bfloat16,uniform,MaskedAdamW (triton),graph,static,0.25,0.1,0.97,3000,0.7,2,True")
     (folder / "masked_adamw.csv").write_text("\n".join(updates))
     selections = ["n,density,dtype,deltas,provider,p50_ms,gbps,share_of_copy,ratio_to_topk,ratio_to_cub_flat,verified"]
     selections.append('100,0.2,float32,normal,"topk_delta, sample (triton)",0.75,3000,0.7,8,2.5,True')
@@ -103,9 +104,8 @@ def test_report_has_tables_plots_and_an_archive_of_the_rest(report, tmp_path):
     report.write(tmp_path)
     report.pack(tmp_path)
     text = (tmp_path / "report.md").read_text()
-    assert (
-        "| 100 | 0.2 | float32 | MaskedAdamW (triton) | eager | fresh | 0.5000 | 0.1000 | 83 % |  |  | 4.00x |" in text
-    )
+    row = "| 100 | 0.2 | float32 | clustered | MaskedAdamW (triton) | eager | fresh | 0.5000 | 0.1000 | 83 % |  |  |"
+    assert f"{row} 4.00x |" in text
     assert (
         "| 100 | 0.2 | float32 | normal | topk_delta, sample (triton) | 0.7500 | 3000 | 70 % | 8.00x | 2.50x |" in text
     )
@@ -173,7 +173,7 @@ def test_a_wrong_peer_has_no_figures_and_a_wrong_step_of_ours_ends_the_run(monke
         yield updates.provider(problem, "wrong", wrong.step, wrong.state.clear, "all", None)
 
     monkeypatch.setattr(measure, "peers", peers)
-    cell, bench = measure.Cell("tiny", 0.2, "float32"), measure.Bench(torch.device("cpu"), 2)
+    cell, bench = measure.Cell("tiny", 0.2, "uniform", "float32"), measure.Bench(torch.device("cpu"), 2)
     rows = measure.measure(cell, bench, ["compiled"])
     assert {row["provider"]: row["verified"] for row in rows} == {
         "copy": True, "MaskedAdamW (compiled)": True, updates.FUSED: True, "wrong": False

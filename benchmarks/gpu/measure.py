@@ -1,11 +1,12 @@
 """Measures one optimizer step on a GPU, cell by cell: `make gpu`, or `python benchmarks/gpu/measure.py --help`.
 
-A cell is a model size, a density, a precision and a backend. In every cell the same weights and gradients go through
-`masked_adamw_` and through the peers. Before anything is timed, ours is compared with the reference bit by bit, and all
-of them with AdamW in float64 (see `updates.py`); a peer that differs has a row without figures. Steps are
-captured in a CUDA graph and replayed; "eager" rows time the step from the host, with gradients that stay where they are
-("static") or lie elsewhere in every step ("fresh"), as after a backward pass that made them anew. Rows are appended to
-the CSV after every cell, and cells that it already holds are skipped: an interrupted run goes on where it stopped.
+A cell is a model size, a density, the masks (uniformly random, or clustered as those of a real MLM run), and a
+precision. In every cell the same weights and gradients go through `masked_adamw_` on every backend and through the
+peers. Before anything is timed, ours is compared with the reference bit by bit, and all of them with AdamW in float64
+(see `updates.py`); a peer that differs has a row without figures. Steps are captured in a CUDA graph and replayed;
+"eager" rows time the step from the host, with gradients that stay where they are ("static") or lie elsewhere in every
+step ("fresh"), as after a backward pass that made them anew. Rows are appended to the CSV after every cell, and cells
+that it already holds are skipped: an interrupted run goes on where it stopped.
 
 With --device cpu the same code runs without graphs: that is how it is tested.
 """
@@ -29,6 +30,7 @@ import ltp_sparse as ls
 from ltp_sparse.testing import xlmr_shapes
 
 sys.path.append(str(Path(__file__).parents[1]))  # last: this folder, too, has a report.py and a run.py
+import clustered
 import updates
 from harness import Provider, WrongResult, copy_provider
 from updates import FOREACH, FUSED, GATHERED, MULTIPLIED, OPTIONS, Dense, gathered, masked, packages
@@ -39,13 +41,18 @@ MODELS: dict[str, dict[str, Any]] = {
     "base": {},  # 277M
     "large": {"layers": 24, "hidden": 1024, "intermediate": 4096},  # 559M
 }
-CORE = [("base", density) for density in (0.2, 0.05, 0.01, 0.75)]
+CORE = [*(("base", density, "uniform") for density in (0.2, 0.05, 0.01, 0.75)), ("base", 0.2, "clustered")]
 REST = [
-    (model, density)
+    (model, density, masks)
     for model in ("base", "encoder", "large")
-    for density in (0.0005, 0.01, 0.05, 0.2, 0.5, 0.75, 1.0)
-    if (model, density) not in CORE
+    for masks, densities in (
+        ("uniform", (0.5, 0.2, 0.05, 0.01, 0.0005, 0.75, 1.0)),
+        ("clustered", (0.5, 0.2, 0.05, 0.01)),  # that many entries move at all
+    )
+    for density in densities
+    if (model, density, masks) not in CORE
 ]
+TINY = [("tiny", 0.2, "uniform"), ("tiny", 1.0, "uniform"), ("tiny", 0.2, "clustered")]
 PRECISIONS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16": {"rounding": "stochastic"},
@@ -56,14 +63,16 @@ CAPTURED = (FUSED, MULTIPLIED, GATHERED)  # the peers whose steps are also repla
 SECTOR = 32  # bytes of memory that a GPU moves at least
 PATIENCE_MS = 1000
 FIELDS = [
-    "model", "n", "k", "density", "precision", "provider", "mode", "gradients", "p50_ms", "p20_ms", "p80_ms", "host_ms",
-    "touched_sectors", "bytes", "gbps", "share_of_copy", "state_bytes_per_entry", "ratio_to_fused", "verified",
+    "model", "n", "k", "density", "masks", "precision", "provider", "mode", "gradients", "p50_ms", "p20_ms", "p80_ms",
+    "host_ms", "touched_sectors", "bytes", "gbps", "share_of_copy", "state_bytes_per_entry", "ratio_to_fused",
+    "verified",
 ]  # fmt: skip
 
 
 class Cell(NamedTuple):
     model: str
     density: float
+    masks: str
     precision: str
 
 
@@ -126,16 +135,18 @@ class Bench:
 
 
 @lru_cache(maxsize=1)
-def ticket_of(model: str, density: float) -> ls.Ticket:
-    """A uniformly random ticket, kept for the precisions that follow each other."""
+def ticket_of(model: str, density: float, masks: str) -> ls.Ticket:
+    """Kept for the precisions that follow each other."""
     shapes = xlmr_shapes(**MODELS[model])
+    if masks == "clustered":
+        return clustered.ticket(shapes, density)
     return ls.Ticket.full(shapes) if density == 1 else ls.Ticket.random(shapes, density=density)
 
 
 class Problem(updates.Problem):
     def __init__(self, cell: Cell, device: torch.device) -> None:
         dtype = getattr(torch, cell.precision.partition("-")[0])
-        ticket = ticket_of(cell.model, cell.density)
+        ticket = ticket_of(cell.model, cell.density, cell.masks)
         generator = torch.Generator(device).manual_seed(0)
 
         def random(scale: float) -> dict[str, torch.Tensor]:
@@ -159,7 +170,7 @@ class Problem(updates.Problem):
     def touched_sectors(self) -> float:
         """Share of the sectors of the weights that hold an active entry."""
         entries = self.line // self.width
-        return self.lines() / sum(-(-index_set.n // entries) for index_set in self.ticket.sets.values())
+        return self.lines / sum(-(-index_set.n // entries) for index_set in self.ticket.sets.values())
 
     def check_bits(self, precision: str, backend: str) -> None:
         """Two steps from the initial weights against the reference on a few parameters; raises if a bit differs."""
@@ -191,11 +202,7 @@ def peers(problem: Problem) -> Iterator[Provider]:
 
 def measure(cell: Cell, bench: Bench, backends: list[str]) -> list[dict[str, Any]]:
     problem = Problem(cell, bench.device)
-    touched = problem.touched_sectors()
-    common = {
-        "model": cell.model, "n": problem.n, "k": problem.k, "density": cell.density, "precision": cell.precision,
-        "touched_sectors": touched,
-    }  # fmt: skip
+    common = {**cell._asdict(), "n": problem.n, "k": problem.k, "touched_sectors": problem.touched_sectors()}
     rows: list[dict[str, Any]] = []
 
     def add(provider: Provider, mode: str, *, fresh: bool = False, **more: Any) -> None:
@@ -248,7 +255,8 @@ def done(path: Path) -> set[Cell]:
     if not path.exists():
         return set()
     with path.open() as file:
-        return {Cell(row["model"], float(row["density"]), row["precision"]) for row in csv.DictReader(file)}
+        rows = csv.DictReader(file)
+        return {Cell(row["model"], float(row["density"]), row["masks"], row["precision"]) for row in rows}
 
 
 def append(path: Path, rows: list[dict[str, Any]], fields: list[str]) -> None:
@@ -272,11 +280,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="CSV file, appended to")
     args = parser.parse_args()
     device = torch.device(args.device)
-    places = {"core": CORE, "rest": REST, "tiny": [("tiny", 0.2), ("tiny", 1.0)]}[args.grid]
+    places = {"core": CORE, "rest": REST, "tiny": TINY}[args.grid]
     part, parts = map(int, args.part.split("/"))
-    cells = [Cell(model, density, precision) for model, density in places for precision in PRECISIONS][
-        part - 1 :: parts
-    ]
+    cells = [Cell(*place, precision) for place in places for precision in PRECISIONS][part - 1 :: parts]
     known = ls.available_backends(device)
     backends = [
         name for name in (("triton", "compiled") if device.type == "cuda" else ("compiled",)) if known[name] == "ok"
@@ -292,7 +298,7 @@ def main() -> None:
         if time.perf_counter() - start > args.seconds:
             print("time is up; left for another run:", *(str(tuple(rest)) for rest in left[number:]))
             break
-        print(f"{cell.model}, density {cell.density:g}, {cell.precision}", flush=True)
+        print(f"{cell.model}, density {cell.density:g}, {cell.masks} masks, {cell.precision}", flush=True)
         try:
             rows = measure(cell, bench, backends)
         except WrongResult as error:

@@ -33,7 +33,7 @@ class View(NamedTuple):
     panel:  columns whose values get a table column, and together a column of panels in the plot
     line:   columns whose values get a table column, and together a line in the plot
     ratios: columns of ratios to a peer, and the peer's name
-    plain:  values of `line` columns that are left out of the labels of the plot, as most have them
+    plain:  values that are left out of the labels of the plot, as most rows have them
     """
 
     panel: tuple[str, ...]
@@ -44,7 +44,10 @@ class View(NamedTuple):
 
 VIEWS = {
     "masked_adamw": View(
-        ("precision",), ("provider", "mode", "gradients"), {"ratio_to_fused": "torch fused"}, ("static",)
+        ("precision", "masks"),
+        ("provider", "mode", "gradients"),
+        {"ratio_to_fused": "torch fused"},
+        ("uniform", "static"),
     ),
     "topk_delta": View(
         ("dtype", "deltas"), ("provider",), {"ratio_to_topk": "sub + abs + cat + topk", "ratio_to_cub_flat": "CUB"}
