@@ -126,3 +126,13 @@ def test_the_check_takes_neither_fewer_nor_other_values(measure):
     twice = found.clone()
     twice[0] = twice[1]
     assert not problem.check_values(twice, k, threshold)
+
+
+def test_a_peer_that_does_not_run_is_named(measure, capsys):
+    def broken(k, initial, tuned=None):
+        raise RuntimeError("cub_topk: out of memory")
+
+    problem = measure.Problem(measure.TINY[0], torch.device("cpu"))
+    rows = measure.measure(measure.TINY[0], problem, measure.Bench(problem.device, 2), broken)
+    assert all(row["verified"] and "CUB" not in row["provider"] for row in rows)
+    assert f"skipped: {measure.PEERS['cub']} (RuntimeError: cub_topk: out of memory)" in capsys.readouterr().out

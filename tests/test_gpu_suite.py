@@ -68,7 +68,8 @@ def test_the_suite_measures_and_goes_on_where_it_stopped(tmp_path):
 
 
 @pytest.fixture
-def report():
+def report(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "gpu")
     spec = importlib.util.spec_from_file_location("gpu_report", ROOT / "benchmarks" / "gpu" / "report.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -82,17 +83,20 @@ def made_up(folder):
     peers["CUB"] = "3.5.0"
     (folder / "environment.json").write_text(json.dumps(facts | peers))
     updates = [
-        "n,density,precision,masks,provider,mode,gradients,p50_ms,host_ms,touched_sectors,gbps,share_of_copy,ratio_to_fused,"
-        "verified"
+        "model,n,density,precision,masks,provider,mode,gradients,p50_ms,host_ms,touched_sectors,gbps,share_of_copy,ratio_to_fused,"
+        "state_bytes_per_entry,verified"
     ]
-    for cell in (f"{n},{density}" for n in (100, 200) for density in (0.01, 0.2)):
-        updates.append(f"{cell},float32,uniform,torch AdamW(fused=True),graph,static,2.0,0.01,0.83,4000,0.9,1,True")
-        updates.append(f"{cell},float32,clustered,MaskedAdamW (triton),eager,fresh,0.5,0.1,0.83,,,4,True")
-        updates.append(f"{cell},bfloat16,uniform,MaskedAdamW (triton),graph,static,0.25,0.1,0.97,3000,0.7,2,True")
+    for cell in (f"{name},{n},{density}" for name, n in (("small", 100), ("base", 200)) for density in (0.01, 0.2)):
+        updates.append(f"{cell},float32,uniform,torch AdamW(fused=True),graph,static,2.0,0.01,0.83,4000,0.9,1,,True")
+        updates.append(f"{cell},float32,clustered,MaskedAdamW (triton),eager,fresh,0.5,0.1,0.83,,,4,,True")
+        updates.append(f"{cell},bfloat16,uniform,MaskedAdamW (triton),graph,static,0.25,0.1,0.97,3000,0.7,2,0.5,True")
     (folder / "masked_adamw.csv").write_text("\n".join(updates))
-    selections = ["n,density,dtype,deltas,provider,p50_ms,gbps,share_of_copy,ratio_to_topk,ratio_to_cub_flat,verified"]
-    selections.append('100,0.2,float32,normal,"topk_delta, sample (triton)",0.75,3000,0.7,8,2.5,True')
-    selections.append("100,0.2,float32,normal,sub + abs + cat + sort,,,,,,False")
+    selections = [
+        "model,n,density,dtype,deltas,provider,p50_ms,gbps,share_of_copy,temporary_bytes_per_entry,ratio_to_topk,"
+        "ratio_to_cub_flat,verified",
+        'base,100,0.2,float32,normal,"topk_delta, sample (triton)",0.75,3000,0.7,0.2,8,2.5,True',
+        "base,100,0.2,float32,normal,sub + abs + cat + sort,,,,,,,False",
+    ]
     (folder / "topk_delta.csv").write_text("\n".join(selections))
     (folder / "log.txt").write_text("said")
     (folder / "train_step.csv").write_text("stage")
@@ -106,6 +110,8 @@ def test_report_has_tables_plots_and_an_archive_of_the_rest(report, tmp_path):
     text = (tmp_path / "report.md").read_text()
     row = "| 100 | 0.2 | float32 | clustered | MaskedAdamW (triton) | eager | fresh | 0.5000 | 0.1000 | 83 % |  |  |"
     assert f"{row} 4.00x |" in text
+    assert "| selection, float32, 20 %: sampled bracket | at most 0.75 ms | 0.75 ms | yes |" in text
+    assert text.strip().splitlines()[-1] == "| selection, 7B, bfloat16, 20 % | at most 20 ms | not measured | |"
     assert (
         "| 100 | 0.2 | float32 | normal | topk_delta, sample (triton) | 0.7500 | 3000 | 70 % | 8.00x | 2.50x |" in text
     )
@@ -189,3 +195,100 @@ def test_a_wrong_peer_has_no_figures_and_a_wrong_step_of_ours_ends_the_run(monke
     with pytest.raises(measure.WrongResult, match="MaskedAdamW"):
         measure.measure(cell, bench, ["compiled"])
     ls.use_backend(None)
+
+
+@pytest.fixture
+def targets(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "gpu")
+    import targets
+
+    return targets
+
+
+def lines_of(targets, results):
+    """What -> (measured, met) of every line of the table."""
+    found = {}
+    for line in targets.table({"masked_adamw": [], "topk_delta": [], **results}).splitlines()[2:]:
+        what, _, measured, met = (cell.strip() for cell in line.split("|")[1:-1])
+        found[what] = (measured, met)
+    return found
+
+
+def step_row(provider, p50, mode="graph", density="0.2", precision="float32", **more):
+    row = {"provider": provider, "p50_ms": str(p50), "mode": mode, "density": density, "precision": precision}
+    common = {"model": "base", "masks": "uniform", "share_of_copy": "", "state_bytes_per_entry": "", "verified": "True"}
+    return {**row, **common, **more}
+
+
+def test_targets_without_rows_are_not_measured(targets):
+    found = lines_of(targets, {})
+    assert len(found) == len(targets.TARGETS) == 19 and set(found.values()) == {("not measured", "")}
+
+
+def test_targets_are_met_or_not_by_the_fastest_backend(targets):
+    ours = {"share_of_copy": "0.9", "state_bytes_per_entry": "1.757"}
+    steps = [
+        step_row("MaskedAdamW (triton)", 1.25, share_of_copy="0.7", state_bytes_per_entry="1.757"),
+        step_row("MaskedAdamW (compiled)", 1.0, **ours),
+        step_row("MaskedAdamW (compiled)", 0.5, mode="eager", **ours),
+        step_row("MaskedAdamW (compiled)", 0.1, masks="clustered", **ours),
+        step_row("MaskedAdamW (compiled)", 0.1, model="large", **ours),
+        step_row(targets.FUSED, 2.0),
+        step_row(targets.FUSED, 1.0, mode="eager"),
+        step_row(targets.MULTIPLIED, 2.4),
+        {**step_row(targets.GATHERED, ""), "verified": "False"},
+        step_row("MaskedAdamW (triton)", 0.5, density="0.05"),
+        step_row(targets.FUSED, 2.0, density="0.05"),
+    ]
+    found = lines_of(targets, {"masked_adamw": steps})
+    assert found[f"step, float32, 20 %: against {targets.FUSED}"] == ("2x", "yes")
+    assert found[f"step, float32, 20 %: against {targets.MULTIPLIED}"] == ("2.4x", "**no**")
+    assert found[f"step, float32, 20 %: against {targets.GATHERED}"] == ("not measured", "")
+    assert found[f"step, float32, 5 %: against {targets.FUSED}"] == ("4x", "**no**")
+    assert found["step, float32, 20 %: share of a copy's bandwidth"] == ("0.9", "yes")
+    assert found["state, float32, 20 %"] == ("1.757 bytes/entry", "yes")
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_target_of_8_bit_states_falls_back_to_a_floor(targets, installed):
+    cell = {"precision": "bfloat16-8bit", "state_bytes_per_entry": "0.6"}
+    steps = [step_row("MaskedAdamW (compiled)", 0.5, **cell)]
+    if installed:
+        steps.append(step_row(targets.FLASH, 1.0, mode="eager", **cell))
+    found = lines_of(targets, {"masked_adamw": steps})
+    against = f"step, bfloat16, 8-bit states, 20 %: against {targets.FLASH}, or 0.79 ms without it"
+    assert found[against] == (("2x", "yes") if installed else ("1.58x", "yes"))
+    assert found["state, 8-bit, 20 %"] == ("0.6 bytes/entry", "**no**")
+
+
+def test_targets_of_the_selection(targets):
+    def row(provider, p50, temporary="0.2", **more):
+        cell = {"model": "base", "density": "0.2", "dtype": "float32", "deltas": "normal", "verified": "True"}
+        return {**cell, "provider": provider, "p50_ms": str(p50), "temporary_bytes_per_entry": temporary, **more}
+
+    selections = [
+        row("topk_delta, sample (triton)", 0.8), row("topk_delta, sample (compiled)", 0.7),
+        row("topk_delta, histogram (compiled)", 1.4, "0.3"), row("pass: delta_band (compiled)", 0.1, ""),
+        row("topk_delta, sample (compiled)", 0.1, deltas="untouched"), row(targets.TOPK, 7.0), row(targets.CUB, 1.05),
+        row("topk_delta, sample (compiled)", 19.0, model="7b", dtype="bfloat16"),
+    ]  # fmt: skip
+    found = lines_of(targets, {"topk_delta": selections})
+    assert found["selection, float32, 20 %: sampled bracket"] == ("0.7 ms", "yes")
+    assert found["selection, float32, 20 %: histogram"] == ("1.4 ms", "**no**")
+    assert found[f"selection, float32, 20 %: against {targets.TOPK}"] == ("10x", "yes")
+    assert found[f"selection, float32, 20 %: against {targets.CUB}"] == ("1.5x", "**no**")
+    assert found["selection, float32, 20 %: temporary memory"] == ("0.3 bytes/entry", "**no**")
+    assert found["selection, 7B, bfloat16, 20 %"] == ("19 ms", "yes")
+
+
+def test_targets_name_what_is_measured(targets):
+    import measure
+    import measure_topk_delta
+    import updates
+
+    assert (targets.FUSED, targets.MULTIPLIED, targets.GATHERED) == measure.CAPTURED
+    assert targets.FLASH in updates.PACKAGES
+    assert (targets.TOPK, targets.KTHVALUE, targets.CUB) == tuple(
+        measure_topk_delta.PEERS[key] for key in ("topk", "kthvalue", "cub_flat")
+    )
+    assert {"bfloat16", "bfloat16-8bit", "float32"} <= {*measure.PRECISIONS}

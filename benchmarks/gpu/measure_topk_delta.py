@@ -41,7 +41,7 @@ PEERS = {
     "sort": "sub + abs + cat + sort",
     "kthvalue": "sub + abs + cat + kthvalue",
     "cub": "sub + abs + cat + CUB DeviceTopK",
-    "cub_flat": "CUB DeviceTopK, reading |tuned - initial| of one flat tensor",
+    "cub_flat": "CUB DeviceTopK on weights in one tensor",
 }
 KTHVALUE_UP_TO = 300_000_000  # entries: two seconds a run, on one processor of the device, and at every k
 FIELDS = [
@@ -285,16 +285,16 @@ def measure(cell: Cell, problem: Problem, bench: Bench, cub: CubTopK | None) -> 
     for provider in ours(problem, k, threshold):
         if run(provider) is None:
             raise SystemExit(1)
+    taken: dict[str, float | None] = {}
     for key, peer in peers(problem, k, threshold, cell.density == 0.2, cub):
         try:
-            taken = run(peer)
-        except torch.OutOfMemoryError:  # a peer that does not fit is named, not fatal
-            print(f"  skipped: {peer.name} (out of memory)", flush=True)
+            taken[key] = run(peer)
+        except RuntimeError as error:  # a peer that does not fit or does not run is named, not fatal
+            print(f"  skipped: {peer.name} ({type(error).__name__}: {error})", flush=True)
             torch.cuda.empty_cache()
-            continue
-        for row in rows:
-            if taken is not None and row["verified"]:
-                row[f"ratio_to_{key}"] = taken / row["p50_ms"]
+    for row in rows:
+        if row["verified"]:
+            row |= {f"ratio_to_{key}": p50 / row["p50_ms"] for key, p50 in taken.items() if p50 is not None}
     return rows
 
 

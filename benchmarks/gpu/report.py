@@ -1,7 +1,7 @@
 """The report of a results folder of `make gpu`; `python benchmarks/gpu/report.py FOLDER` makes it again from the CSV.
 
-`report.md` has a table per operation; each is plotted as PNG where matplotlib is installed. At most the eight files
-`KEPT` lie in such a folder; all others are packed into `rest.zip`.
+`report.md` has a table per operation, plotted as PNG where matplotlib is installed, and the targets at its end. At most
+the eight files `KEPT` lie in such a folder; all others are packed into `rest.zip`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
+
+import targets
 
 ROOT = Path(__file__).parents[2]
 PEERS = ("bitsandbytes", "torchao", "flashoptim")
@@ -135,8 +137,9 @@ def write(folder: Path) -> None:
         + ", ".join(f"{peer} {facts[peer]}" for peer in (*PEERS, "CUB"))
         + f". For `auto` to go by these results: `python benchmarks/choose_backends.py --from {place}`.\n",
     ]
+    results = {name: read(folder / f"{name}.csv") for name in VIEWS}
     for name, view in VIEWS.items():
-        if not (rows := read(folder / f"{name}.csv")):
+        if not (rows := results[name]):
             continue
         lines += [f"## {name}\n", table(rows, view), ""]
         try:
@@ -145,6 +148,7 @@ def write(folder: Path) -> None:
         except ImportError as error:
             lines.append(f"No plot ({error}): `{command}` makes it where matplotlib is installed.\n")
             print(f"{name}: no plot ({error}); {command} makes it where matplotlib is installed")
+    lines += [f"## Targets on an H200, held against {device}\n", targets.table(results), ""]
     (folder / "report.md").write_text("\n".join(lines))
 
 
