@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -87,7 +88,8 @@ def bars(rows: Rows) -> str:
         compare(op, density, f"{ours} (generic)", f"{ours} (avx512)", 1.8, slower=True)
 
     for row in rows:
-        if row["metric"] == "state" and row["provider"] in STATE_BYTES and share(row) == "20 %":
+        place = row["op"], row["metric"], share(row)
+        if place == ("masked_adamw_", "state", "20 %") and row["provider"] in STATE_BYTES:
             lines.append(limit(f"optimizer state, {row['provider']}, 20 %", row, STATE_BYTES[row["provider"]]))
         if row["metric"] == "temporary memory" and row["provider"].startswith("topk_delta"):
             per_entry, constant = SELECTION_BYTES
@@ -139,7 +141,8 @@ def write(folder: Path) -> Path:
                 parts += [f"\n## {op}: {metric} ({unit}), {int(n):,} {dtype} entries\n", table(group)]
         timed = pick(mine, metric="time")
         if len(unique(row["k"] for row in pick(timed, n=timed[0]["n"]))) > 1:
-            name = f"{op.rstrip('_')}{'' if dtype == 'float32' else f'-{dtype}'}.png"
+            stem = re.sub(r"_?\W+|_$", "-", op if dtype == "float32" else f"{op}, {dtype}").strip("-")
+            name = f"{stem}.png"
             plot(f"{op}, {dtype}", timed, folder / name)
             parts.append(f"\n![{op}, {dtype}]({name})")
     path = folder / "README.md"

@@ -127,8 +127,12 @@ def test_report_keeps_dtypes_apart(bench, tmp_path):
     import report
 
     rows = [
-        bench.Row("masked_adamw_", provider, dtype, 100, k, metric, unit, ms, ms, ms, None, None, None, 2.0)
-        for dtype, ms in (("float32", 0.25), ("bfloat16", 0.125))
+        bench.Row(op, provider, dtype, 100, k, metric, unit, ms, ms, ms, None, None, None, 2.0)
+        for op, dtype, ms in (
+            ("masked_adamw_", "float32", 0.25),
+            ("masked_adamw_", "bfloat16", 0.125),
+            ("masked_adamw_, clustered masks", "float32", 0.2),
+        )
         for provider in ("MaskedAdamW, 8-bit states", bench.FUSED)
         for k in (1, 20)
         for metric, unit in (("time", "ms"), ("state", "bytes/entry"))
@@ -142,7 +146,10 @@ def test_report_keeps_dtypes_apart(bench, tmp_path):
         "| optimizer state, MaskedAdamW, 8-bit states, 20 % | 100 | at most 0.560 bytes/entry | 0.250 | met |"
         in written
     )
-    assert {path.name for path in tmp_path.glob("*.png")} == {"masked_adamw.png", "masked_adamw-bfloat16.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "masked_adamw.png", "masked_adamw-bfloat16.png", "masked_adamw-clustered-masks.png"
+    }  # fmt: skip
+    assert "(masked_adamw-clustered-masks.png)" in written and written.count("| optimizer state, MaskedAdamW, 8-bit") == 1
 
 
 def test_clustered_tickets_touch_what_a_real_one_touches(bench):
