@@ -35,7 +35,9 @@ from ltp_sparse.pretraining import (
     Translations,
     held_out_losses,
     mini_xlmr,
+    parallel_embeddings,
     pretrain,
+    start_from,
     train_tokenizer,
 )
 from ltp_sparse.tasks import TASKS, read_text
@@ -65,6 +67,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=192, help="hidden size, in heads of 32 (default: 192)")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--documents", type=int, default=150_000, help="generated documents (default: 150,000)")
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="at its highest (default: 1.5e-3)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
@@ -89,13 +92,15 @@ def main() -> None:
     sentences = Sentences(training, tokenizer, summarise=study)
     plain = 1 - GENERATED - (TRANSLATED if rows else 0)
     sources: list[tuple[float, Source]] = [(plain, sentences), (GENERATED, Documents(generated, tokenizer))]
-    if rows:
-        sources.append((TRANSLATED, Translations(rows, tokenizer, summarise=study)))
     model = mini_xlmr(len(tokenizer), hidden=options.hidden, layers=options.layers, seed=SEED).to(options.device)
+    if rows and options.steps:
+        start_from(model, parallel_embeddings(rows, tokenizer, options.hidden))
+        sources.append((TRANSLATED, Translations(rows, tokenizer, summarise=study)))
     shares = ", ".join(f"{language} {share:.1%}" for language, share in sentences.shares.items())
     print(f"{model.num_parameters():,} parameters; {len(tokenizer):,} pieces; text: {shares}")
 
-    settings, checkpoint = PretrainSettings(steps=options.steps, seed=SEED), options.output / "checkpoint.safetensors"
+    settings = PretrainSettings(options.steps, learning_rate=options.learning_rate, seed=SEED)
+    checkpoint = options.output / "checkpoint.safetensors"
     pretrain(model, sources, settings, checkpoint=checkpoint)
     losses = held_out_losses(model, tokenizer, training, held_out)
     model.to(torch.bfloat16).save_pretrained(options.output)

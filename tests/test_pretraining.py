@@ -18,7 +18,9 @@ from ltp_sparse.pretraining import (
     Translations,
     held_out_losses,
     mini_xlmr,
+    parallel_embeddings,
     pretrain,
+    start_from,
     train_tokenizer,
 )
 from ltp_sparse.training.backbone import MINI_XLMR, load_backbone
@@ -120,6 +122,33 @@ def test_answers_of_documents_are_always_masked(tokenizer, text):
     alone = batch.chosen[rows].sum(1) == 1
     assert 0.7 < alone.float().mean() < 0.9
     assert not batch.chosen[batch.tokens < 4].any()
+
+
+def test_words_of_parallel_rows_lie_near_their_translations():
+    """24 words in two made-up languages, rows of four of them: the nearest word of the other language is it."""
+    rng = np.random.default_rng(0)
+    english, other = ([letter + word for word in "bakdufigemon" for letter in letters] for letters in ("st", "pl"))
+    picks = [rng.choice(24, 4, replace=False) for _ in range(400)]
+    rows = [{"en": " ".join(english[i] for i in row), "xx": " ".join(other[i] for i in reversed(row))} for row in picks]
+    tokenizer = train_tokenizer([text for row in rows for text in row.values()], 200, english + other)
+    found = parallel_embeddings(rows, tokenizer, 24)
+    assert torch.equal(found, parallel_embeddings(rows, tokenizer, 24))
+    ids = [torch.tensor(tokenizer.convert_tokens_to_ids(["\u2581" + w for w in words])) for words in (english, other)]
+    assert torch.equal((found[ids[0]] @ found[ids[1]].T).argmax(1), torch.arange(24))
+    lengths = found.norm(dim=1)
+    assert torch.allclose(lengths[torch.cat(ids)], torch.ones(48)) and not lengths[:4].any()
+
+    model = model_of(tokenizer)
+    before = model.roberta.embeddings.word_embeddings.weight.detach().clone()
+    start_from(model, torch.nn.functional.pad(found, (0, 8)))
+    after = model.lm_head.decoder.weight.detach()
+    assert torch.equal(after[lengths == 0], before[lengths == 0])
+    assert torch.allclose(after[ids[0]].norm(dim=1), before[4:].norm(dim=1).mean(), rtol=0.1)
+
+
+def test_parallel_embeddings_need_rows(tokenizer):
+    with pytest.raises(ValueError, match="expected at least 40 rows for 24 dimensions, got 1"):
+        parallel_embeddings([{"en": "the man", "de": "der Mann"}], tokenizer, 24)
 
 
 def test_translations_are_of_one_row_in_two_languages(tokenizer):

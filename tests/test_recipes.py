@@ -226,6 +226,19 @@ def test_language_sfts_and_adapters_compose(world, tmp_path):
     assert {file.name for file in files} >= {"report.md", "report.html", "layers.png", "languages.png"}
 
 
+def test_a_text_of_several_languages_has_equal_shares_of_them(tmp_path):
+    (tmp_path / "corpora").mkdir()
+    for language, count in (("en", 40), ("sw", 3), ("zh", 40)):
+        lines = "".join(f"{language} {i}\n" for i in range(count))
+        (tmp_path / "corpora" / f"{language}.txt").write_text(lines)
+    desk = Workbench(data=tmp_path, cache=Cache(tmp_path / "cache"))
+    text = desk.corpus(["en", "sw", "zh"], {"lines": 30}, 1000)
+    assert [line[:2] for line in text.texts[:10]] == ["en", "sw", "zh"] * 3 + ["en"]
+    assert sum(line.startswith("en") for line in text.texts) == 10 and len(text.texts) == 23
+    assert text.source == "corpora/en.txt + corpora/sw.txt + corpora/zh.txt" and not text.stand_in
+    assert text.texts[::3][:3] == desk.corpus("en", {"lines": 10}, 1000).texts[:3]
+
+
 def test_finished_cells_are_skipped_and_failures_told(world, recipe_file, tmp_path, capsys):
     out = tmp_path / "out"
     recipe = load_recipe(str(recipe_file)).only([("method", "soft-prompt")])

@@ -1,5 +1,6 @@
 """Small multilingual masked language models of our own: tokenizer, mixture of texts, and the training loop."""
 
+from ltp_sparse.pretraining.embeddings import parallel_embeddings, start_from
 from ltp_sparse.pretraining.model import mini_xlmr
 from ltp_sparse.pretraining.pretrain import PretrainSettings, held_out_losses, pretrain
 from ltp_sparse.pretraining.sources import Batch, Documents, Sentences, Source, Translations
@@ -14,6 +15,8 @@ __all__ = [
     "Translations",
     "held_out_losses",
     "mini_xlmr",
+    "parallel_embeddings",
     "pretrain",
+    "start_from",
     "train_tokenizer",
 ]

@@ -23,7 +23,7 @@ from ltp_sparse.modules import Adapter
 from ltp_sparse.names import canonical_parameters, closest, fingerprint, layer_of, module_of
 from ltp_sparse.prompting import CLASSES, WORDS, Verbalizer
 from ltp_sparse.recipes.cache import Cache
-from ltp_sparse.recipes.corpora import Corpus, corpus
+from ltp_sparse.recipes.corpora import Corpus, corpus, mixture
 from ltp_sparse.recipes.recipe import Cell
 from ltp_sparse.tasks import TASKS, Task
 from ltp_sparse.ticket import Ticket
@@ -95,9 +95,12 @@ class Workbench:
             self._examples[key] = TASKS[task].load(split, language, shots=shots, data=self.data, seed=seed)
         return self._examples[key]
 
-    def corpus(self, language: str, spec: Mapping[str, Any], lines: int) -> Corpus:
-        """The text of a language that a stage (`spec`) asks for; read once for all cells."""
-        key = (language, spec.get("lines", lines), spec.get("text"))
+    def corpus(self, language: str | Sequence[str], spec: Mapping[str, Any], lines: int) -> Corpus:
+        """The text that a stage (`spec`) asks for, in a language, or equal shares of several; read once for all."""
+        lines = spec.get("lines", lines)
+        if not isinstance(language, str):
+            return mixture([self.corpus(one, {**spec, "lines": lines // len(language)}, lines) for one in language])
+        key = (language, lines, spec.get("text"))
         if key not in self._corpora:
             self._corpora[key] = corpus(*key[:2], self.data, text=key[2])
         return self._corpora[key]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,16 @@ def corpus(language: str, lines: int, data: Path | None, *, text: str | None = N
             "the data folder out to take Wikipedia from the Hub"
         )
     return Corpus(tuple(sentences[:lines]), source, stand_in=True)
+
+
+def mixture(corpora: Sequence[Corpus]) -> Corpus:
+    """The texts of several languages in turn."""
+    rounds = zip_longest(*(part.texts for part in corpora))
+    return Corpus(
+        tuple(text for texts in rounds for text in texts if text is not None),
+        " + ".join(part.source for part in corpora),
+        any(part.stand_in for part in corpora),
+    )
 
 
 _STAND_INS = {"en": ("wikipedia_en/wikitext-2",), "zh": ("multilingual_text/common_voice/zh-CN",)}

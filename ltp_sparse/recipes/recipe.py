@@ -44,7 +44,7 @@ CELL_KEYS = {
     "train": "task, language, stand_in, limit",
     "test": "task, split, languages, limit",
     "verbalizer": "language of the label words, or class -> word",
-    "ticket": "stage 1: strategy, density, budget, segment, intersect, order, language, text, lines, mlm",
+    "ticket": "stage 1: strategy, density, budget, segment, intersect, order, language (or several), text, lines, mlm",
     "language_sft": "language SFTs below the task: kind, source, k, density, text, lines, mlm",
     "adapters": "language adapters below the task: source, text, lines, mlm",
     "model": "folder or Hub name of the model",
