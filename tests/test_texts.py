@@ -99,6 +99,25 @@ def _sib(tmp_path, language, per_class, split="train"):
     write(tmp_path / "sib200" / language / f"{split}.tsv.gz", "index_id\tcategory\ttext\n" + "\n".join(rows) + "\n")
 
 
+def test_few_shot_draws_of_sentiment(tmp_path):
+    for language in ("acehnese", "indonesian"):
+        for split, count in (("train", 20), ("valid", 4)):
+            rows = [
+                f"{i},{language} {i},{label}" for i, label in enumerate(["negative", "neutral", "positive"] * count)
+            ]
+            write(tmp_path / "nusax_senti" / language / f"{split}.csv", "id,text,label\n" + "\n".join(rows) + "\n")
+    of = task("nusax")
+    drawn = {lang: of.load("train", lang, shots=5, data=tmp_path, seed=1) for lang in ("ace", "ind")}
+    assert Counter(t.label for t in drawn["ace"]) == {"negative": 5, "neutral": 5, "positive": 5}
+    assert [t.text.split()[1] for t in drawn["ace"]] == [t.text.split()[1] for t in drawn["ind"]]
+    assert drawn["ace"] != of.load("train", "ace", shots=5, data=tmp_path, seed=2)
+    assert len(of.load("dev", "ace", shots=5, data=tmp_path)) == 2 * 3
+    assert len(of.load("dev", "ace", shots=20, data=tmp_path)) == 4 * 3  # as many as there are
+    assert len(of.load("train", "ace", data=tmp_path)) == 60
+    with pytest.raises(ValueError, match=r"nusax: shots must be in \[1, 20\], the smallest class of train, got 21"):
+        of.load("train", "ace", shots=21, data=tmp_path)
+
+
 def test_few_shot_draws_of_sib200(tmp_path):
     counts = (9, 8, 7, 6, 5, 5, 4)
     for language in ("eng_Latn", "swh_Latn"):

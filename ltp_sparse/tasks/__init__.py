@@ -18,7 +18,7 @@ from ltp_sparse.tasks import smsa as _smsa
 from ltp_sparse.tasks import xnli as _xnli
 from ltp_sparse.tasks.pairs import LABELS, Pair, read_pairs
 from ltp_sparse.tasks.text import read_hub_text, read_text
-from ltp_sparse.tasks.texts import Text
+from ltp_sparse.tasks.texts import Text, few_shot
 
 __all__ = [
     "LABELS",
@@ -68,7 +68,8 @@ class Task:
         Args:
             split: "train", "dev" or "test", of which a task may lack some.
             language: one of `languages`.
-            shots: examples per class, for tasks with few-shot samples.
+            shots: examples per class of "train", and some of "dev": a task's fixed samples of pairs, or a draw of texts
+                (`texts.few_shot`); None: all.
             data: folder of the original files, or one that holds it under the data set's name; None: the Hub by name.
             seed: of few-shot draws, where a task has no fixed samples.
 
@@ -77,7 +78,13 @@ class Task:
         """
         if language not in self.languages and self.name != "sib200":
             raise ValueError(f"{self.name}: language must be one of {', '.join(self.languages)}, got {language!r}")
-        return self.read(split, language, shots, None if data is None else Path(data), seed)
+        examples = self.read(split, language, shots, None if data is None else Path(data), seed)
+        if self.kind != "text" or shots is None or split == "test":
+            return examples
+        try:
+            return few_shot(examples, split, self.labels, shots, seed)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
 
 
 _TASKS = (
@@ -130,7 +137,14 @@ _TASKS = (
         _generated.LANGUAGES,
         lambda split, lang, shots, data, seed: _generated.generated(split, lang, shots, seed),
     ),
-    Task("sib200", _sib200.XNLI_LANGUAGES, _sib200.sib200, _sib200.LABELS, "accuracy", "text"),
+    Task(
+        "sib200",
+        _sib200.XNLI_LANGUAGES,
+        lambda split, lang, shots, data, seed: _sib200.sib200(split, lang, data),
+        _sib200.LABELS,
+        "accuracy",
+        "text",
+    ),
 )
 
 TASKS: dict[str, Task] = {task.name: task for task in _TASKS}

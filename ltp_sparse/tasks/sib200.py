@@ -1,9 +1,7 @@
-"""SIB-200: topics of sentences in 205 languages, parallel (Adelani et al. 2024), and few-shot draws (METHODS.md 11)."""
+"""SIB-200: topics of sentences in 205 languages, parallel (Adelani et al. 2024)."""
 
 from __future__ import annotations
 
-import math
-import random
 from pathlib import Path
 
 from ltp_sparse.tasks.files import existing, folder_of, read_table
@@ -21,32 +19,25 @@ XNLI_LANGUAGES = (
 """The languages of XNLI, by FLORES-200 code."""
 
 _SPLITS = {"train": "train", "dev": "dev", "test": "test"}
-_FULL_DEV_FROM = 32
 
 
-def sib200(split: str, language: str, shots: int | None, data: Path | None, seed: int) -> list[Text]:
-    """701, 99 or 204 sentences of a language (a FLORES-200 code).
+def sib200(split: str, language: str, data: Path | None) -> list[Text]:
+    """701, 99 or 204 sentences of a language (a FLORES-200 code), the same ones in every language.
 
-    shots: of "train" and "dev" a draw with `seed`, the same sentences in every language: both are first undersampled to
-        their smallest class (58 and 8 a class); then `shots` a class of "train", and a quarter of it, rounded up, of
-        "dev" (from 32 shots on all 8)
     data: the folder with `eng_Latn/train.tsv`, ... (or .gz); None: the Hub
     """
     if split not in _SPLITS:
         raise ValueError(f"sib200: split must be one of {', '.join(_SPLITS)}, got {split!r}")
     if data is None:
         split_name = {"dev": "validation"}.get(split, split)
-        texts = hub_texts(HUB_NAME, language, split_name, language, LABELS, label="category")
-    else:
-        folder = folder_of(data, "sib200") / language
-        path = existing(folder / f"{split}.tsv", folder / f"{split}.tsv.gz")
-        rows = read_table(path, ("index_id", "category", "text"), quoted=True)
-        of_row = (
-            Text(row["text"], require_label(row["category"], LABELS, where, "category"), language)
-            for where, row in rows
-        )
-        texts = check_texts(of_row, str(path))
-    return texts if shots is None or split == "test" else _drawn(texts, split, shots, seed)
+        return hub_texts(HUB_NAME, language, split_name, language, LABELS, label="category")
+    folder = folder_of(data, "sib200") / language
+    path = existing(folder / f"{split}.tsv", folder / f"{split}.tsv.gz")
+    rows = read_table(path, ("index_id", "category", "text"), quoted=True)
+    of_row = (
+        Text(row["text"], require_label(row["category"], LABELS, where, "category"), language) for where, row in rows
+    )
+    return check_texts(of_row, str(path))
 
 
 def languages(data: Path | None = None) -> tuple[str, ...]:
@@ -55,15 +46,3 @@ def languages(data: Path | None = None) -> tuple[str, ...]:
         return XNLI_LANGUAGES
     folder = folder_of(data, "sib200")
     return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir()))
-
-
-def _drawn(texts: list[Text], split: str, shots: int, seed: int) -> list[Text]:
-    by_label = {label: [i for i, text in enumerate(texts) if text.label == label] for label in LABELS}
-    smallest = min(map(len, by_label.values()))
-    wanted = shots if split == "train" else smallest if shots >= _FULL_DEV_FROM else math.ceil(shots / 4)
-    if not 1 <= wanted <= smallest:
-        raise ValueError(f"sib200: shots must be in [1, {smallest}], the smallest class of {split}, got {shots}")
-    draws = random.Random(seed)  # sentences are parallel and in one order, so every language gets the same ones
-    chosen = [i for label in LABELS for i in draws.sample(by_label[label], wanted)]
-    draws.shuffle(chosen)
-    return [texts[i] for i in chosen]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -47,3 +49,21 @@ def check_texts(texts: Iterable[Text], where: str) -> list[Text]:
         if not text.text.strip():
             raise ValueError(f"{where}, row {number}: no text in column text; the file is not the original")
     return kept
+
+
+def few_shot(texts: Sequence[Text], split: str, labels: Sequence[str], shots: int, seed: int) -> list[Text]:
+    """`shots` texts a class of "train", and a quarter of it, rounded up, of "dev": as many as its smallest class has.
+
+    Of data sets whose languages are parallel and in one order, every language gives the same texts.
+
+    Raises ValueError if the smallest class of "train" is smaller.
+    """
+    by_label = {label: [i for i, text in enumerate(texts) if text.label == label] for label in labels}
+    smallest = min(map(len, by_label.values()))
+    wanted = shots if split == "train" else min(smallest, math.ceil(shots / 4))
+    if not 1 <= wanted <= smallest:
+        raise ValueError(f"shots must be in [1, {smallest}], the smallest class of {split}, got {shots}")
+    draws = random.Random(seed)
+    chosen = [i for label in labels for i in draws.sample(by_label[label], wanted)]
+    draws.shuffle(chosen)
+    return [texts[i] for i in chosen]
