@@ -54,6 +54,7 @@ HELD_OUT = 300  # sentences a language
 SHORTEST = 12  # characters
 GENERATED = 0.25  # of the updates
 TRANSLATED = 0.4  # of the updates, where there are translations
+WORD_RATE = 0.1  # of the learning rate, where words start beside their translations: else they part again
 SEED = 0
 
 
@@ -99,7 +100,8 @@ def main() -> None:
     shares = ", ".join(f"{language} {share:.1%}" for language, share in sentences.shares.items())
     print(f"{model.num_parameters():,} parameters; {len(tokenizer):,} pieces; text: {shares}")
 
-    settings = PretrainSettings(options.steps, learning_rate=options.learning_rate, seed=SEED)
+    rate, word_rate = options.learning_rate, WORD_RATE if rows else 1.0
+    settings = PretrainSettings(options.steps, learning_rate=rate, word_rate=word_rate, seed=SEED)
     checkpoint = options.output / "checkpoint.safetensors"
     pretrain(model, sources, settings, checkpoint=checkpoint)
     losses = held_out_losses(model, tokenizer, training, held_out)

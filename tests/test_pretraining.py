@@ -151,6 +151,16 @@ def test_parallel_embeddings_need_rows(tokenizer):
         parallel_embeddings([{"en": "the man", "de": "der Mann"}], tokenizer, 24)
 
 
+def test_words_learn_at_their_own_rate(tokenizer, text):
+    model = model_of(tokenizer)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    settings = PretrainSettings(steps=1, tokens=256, warm_up=1, weight_decay=0.0, bf16=False, word_rate=0.1)
+    pretrain(model, sources(tokenizer, text), settings, progress=False)
+    moved = {name: (parameter - before[name]).abs().max().item() for name, parameter in model.named_parameters()}
+    assert moved["lm_head.decoder.weight"] == pytest.approx(1.5e-4, rel=1e-2)  # Adam's first step
+    assert moved["lm_head.dense.weight"] == pytest.approx(1.5e-3, rel=1e-2)
+
+
 def test_translations_are_of_one_row_in_two_languages(tokenizer):
     rows = [{language: sentences(1, language, seed=row)[0] for language in ("en", "de", "sw")} for row in range(30)]
     encoded = [

@@ -31,6 +31,7 @@ class PretrainSettings:
     steps:      updates
     tokens:     tokens per update, padding aside
     warm_up:    updates until the learning rate is reached; from there it falls to zero in a line
+    word_rate:  learning rate of the word embeddings, as a share of the others'
     bf16:       compute under bfloat16 autocast; weights stay float32
     save_steps: updates between checkpoints
     """
@@ -38,6 +39,7 @@ class PretrainSettings:
     steps: int
     tokens: int = 4096
     learning_rate: float = 1.5e-3
+    word_rate: float = 1.0
     warm_up: int = 500
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
@@ -61,8 +63,10 @@ def pretrain(
 
     Raises ValueError if the checkpoint is of other settings.
     """
+    words = model.get_input_embeddings().weight
+    others = [parameter for parameter in model.parameters() if parameter is not words]
     optimizer = torch.optim.AdamW(
-        model.parameters(),
+        [{"params": others, "share": 1.0}, {"params": [words], "share": settings.word_rate}],
         lr=settings.learning_rate,
         betas=(0.9, 0.98),
         weight_decay=settings.weight_decay,
@@ -81,7 +85,7 @@ def pretrain(
         source = sources[rng.choice(len(sources), p=weights / weights.sum())][1]
         rate = min((step + 1) / settings.warm_up, (settings.steps - step) / max(1, settings.steps - settings.warm_up))
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * min(1.0, rate)
+            group["lr"] = group["share"] * settings.learning_rate * min(1.0, rate)
         with torch.autocast(device.type, torch.bfloat16) if settings.bf16 else nullcontext():
             loss = token_loss(model, source.draw(rng, settings.tokens)).mean()
         loss.backward()
