@@ -20,6 +20,7 @@ from ltp_sparse.recipes import load_recipe, recipe_names, results
 from ltp_sparse.recipes.cache import Cache
 from ltp_sparse.recipes.cell import Workbench, method_of, run_cell
 from ltp_sparse.recipes.run import run_recipe, unfinished
+from ltp_sparse.report.chance import chance_table
 from ltp_sparse.report.pages import paper_of, write_report
 from ltp_sparse.report.tables import latex, make_table, markdown, paper_figures, to_csv
 from ltp_sparse.tasks import TASKS
@@ -416,16 +417,31 @@ def test_paired_comparisons():
     assert single.runs == 1 and single.p_value == 1.0
 
 
+def test_languages_above_chance():
+    scores = [{"en": 0.5, "sw": 0.4, "zh": 0.2}, {"en": 0.6, "sw": 0.3, "zh": 0.2}, {"en": 0.55, "sw": 0.45, "zh": 0.2}]
+    rows = [{"label": "LTP", "shots": None, "scores": one} for one in scores]
+    rows += [{"label": "SP", "shots": 4, "scores": one} for one in scores[:1]]  # one seed tells nothing
+    assert chance_table(rows, ["label", "shots"], 1 / 3).splitlines() == [
+        "| label | shots | seeds | above 33.3 % | not shown to be |",
+        "| --- | --- | ---: | ---: | --- |",
+        "| LTP |  | 3 | 1 of 3 | sw, zh |",
+    ]
+    assert "| LTP | 3 | 3 of 3 |  |" in chance_table(rows[:3], ["label"], 0.19)
+
+
 def test_reports_hold_paired_comparisons(world, tmp_path):
     path = tmp_path / "paired.yaml"
     path.write_text(
-        RECIPE.format(model=world / "model").replace("by: [label, shots]", "by: [label, shots]\ncompare: SP")
+        RECIPE.format(model=world / "model").replace(
+            "by: [label, shots]", "by: [label, shots]\ncompare: SP\nchance: 0.3333"
+        )
     )
     recipe = load_recipe(str(path)).only([("shots", 2)])
     assert run_recipe(recipe, tmp_path / "out", bench(world, tmp_path), progress=False) == 0
     write_report(recipe, results.read(tmp_path / "out" / results.RESULTS), tmp_path / "out")
     assert "| LTP | 2 | 2 |" in (tmp_path / "out" / "report.md").read_text().split("minus SP")[1]
-    assert "<h2>Paired comparison</h2>" in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<h2>Paired comparison</h2>" in page and "<h2>Languages above chance</h2>" in page
 
 
 def test_recipes_run_on_real_data(shared_data, tmp_path):

@@ -4,6 +4,7 @@ title: LTP, table 1
 paper: ltp-table-1              # figures to print beside ours (papers.yaml), optional
 by: [label, shots]              # what makes a row of the table; the other facts are averaged over (the seeds)
 compare: SP                     # a paired comparison of every label with this one, optional
+chance: 0.3333                  # tell in which languages the scores lie above this, optional
 model: FacebookAI/xlm-roberta-base
 plugins: [my_method.py]         # Python files beside this one, run first: methods of one's own, optional
 defaults:                       # of every cell
@@ -51,7 +52,20 @@ CELL_KEYS = {
     "tokenizer": "the same of its tokenizer, if it lies elsewhere",
 }
 _STAGES = ("ticket", "language_sft", "adapters")
-_RECIPE_KEYS = ("title", "paper", "by", "model", "plugins", "defaults", "grid", "cells", "compare", "plots", "notes")
+_RECIPE_KEYS = (
+    "title",
+    "paper",
+    "by",
+    "model",
+    "plugins",
+    "defaults",
+    "grid",
+    "cells",
+    "compare",
+    "chance",
+    "plots",
+    "notes",
+)
 
 
 @dataclass(frozen=True)
@@ -82,6 +96,7 @@ class Recipe:
     by:    facts (dotted paths) that make a row of the table
     paper: key of printed figures in `papers.yaml`
     compare: label that the report compares every other one with, in pairs of equal seeds
+    chance: score of a guess; the report tells the languages above it
     plots: names of plots in `ltp_sparse.report`
     """
 
@@ -91,6 +106,7 @@ class Recipe:
     by: tuple[str, ...] = ("label",)
     paper: str | None = None
     compare: str | None = None
+    chance: float | None = None
     plots: tuple[str, ...] = ()
     notes: str = ""
 
@@ -149,6 +165,7 @@ def load_recipe(name: str, overrides: Sequence[tuple[str, Any]] = ()) -> Recipe:
         by=tuple(source.get("by", ["label"])),
         paper=source.get("paper"),
         compare=source.get("compare"),
+        chance=source.get("chance"),
         plots=tuple(source.get("plots", ())),
         notes=source.get("notes", ""),
     )

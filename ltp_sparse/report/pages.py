@@ -11,6 +11,7 @@ from typing import Any
 
 from ltp_sparse.files import atomic_path
 from ltp_sparse.recipes.recipe import Recipe
+from ltp_sparse.report.chance import chance_table
 from ltp_sparse.report.paired import compare, comparison_table
 from ltp_sparse.report.plots import PLOTS
 from ltp_sparse.report.tables import Table, latex, make_table, markdown, to_csv
@@ -38,12 +39,16 @@ def write_report(recipe: Recipe, rows: Sequence[Mapping[str, Any]], folder: Path
     plots = [PLOTS[name](rows, folder / f"{name}.png", recipe) for name in recipe.plots]
     drawn = [path for path in plots if path is not None]
     facts = _facts(recipe, rows)
-    paired = []
+    tests = {}
     if recipe.compare is not None:
-        paired = [comparison_table(compare(rows, recipe.compare, recipe.by), recipe.compare, recipe.by)]
+        tests["Paired comparison"] = comparison_table(
+            compare(rows, recipe.compare, recipe.by), recipe.compare, recipe.by
+        )
+    if recipe.chance is not None:
+        tests["Languages above chance"] = chance_table(rows, recipe.by, recipe.chance)
     written = {
-        "report.md": _markdown_page(recipe, table, paired, drawn, facts),
-        "report.html": _html_page(recipe, table, paired, drawn, facts),
+        "report.md": _markdown_page(recipe, table, tests, drawn, facts),
+        "report.html": _html_page(recipe, table, tests, drawn, facts),
         "table.csv": to_csv(table),
         "table.tex": latex(table),
     }
@@ -83,19 +88,22 @@ def _facts(recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _markdown_page(
-    recipe: Recipe, table: Table, paired: Sequence[str], plots: Sequence[Path], facts: Sequence[str]
+    recipe: Recipe, table: Table, tests: Mapping[str, str], plots: Sequence[Path], facts: Sequence[str]
 ) -> str:
     images = [f"![{path.stem}]({path.name})" for path in plots]
-    return "\n\n".join([f"# {recipe.title}", *facts, markdown(table), *paired, *images]) + "\n"
+    parts = [f"## {heading}\n\n{text}" for heading, text in tests.items()]
+    return "\n\n".join([f"# {recipe.title}", *facts, markdown(table), *parts, *images]) + "\n"
 
 
-def _html_page(recipe: Recipe, table: Table, paired: Sequence[str], plots: Sequence[Path], facts: Sequence[str]) -> str:
+def _html_page(
+    recipe: Recipe, table: Table, tests: Mapping[str, str], plots: Sequence[Path], facts: Sequence[str]
+) -> str:
     images = "".join(
         f'<img alt="{path.stem}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">\n'
         for path in plots
     )
     paragraphs = "".join(f"<p>{html.escape(fact)}</p>\n" for fact in facts)
-    comparisons = "".join(_from_markdown(text) for text in paired)
+    comparisons = "".join(_from_markdown(heading, text) for heading, text in tests.items())
     title = html.escape(recipe.title)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -103,14 +111,14 @@ def _html_page(recipe: Recipe, table: Table, paired: Sequence[str], plots: Seque
     )
 
 
-def _from_markdown(text: str) -> str:
-    """A Markdown table of ours as HTML."""
+def _from_markdown(heading: str, text: str) -> str:
+    """A Markdown table of ours as HTML, under a heading."""
     head, _, *body = [line.strip("| ").split(" | ") for line in text.splitlines()]
     out = "".join(f"<th>{html.escape(name)}</th>" for name in head)
     for row in body:
         cells = (re.sub(r"\*\*(.*)\*\*", r"<b>\1</b>", html.escape(cell)) for cell in row)
         out += "</tr>\n<tr>" + "".join(f"<td>{cell}</td>" for cell in cells)
-    return f"<h2>Paired comparison</h2>\n<table><tr>{out}</tr></table>\n"
+    return f"<h2>{html.escape(heading)}</h2>\n<table><tr>{out}</tr></table>\n"
 
 
 def _html_table(table: Table) -> str:

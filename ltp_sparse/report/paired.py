@@ -55,7 +55,9 @@ def compare(rows: Sequence[Mapping[str, Any]], reference: str, by: Sequence[str]
             theirs = runs.get(reference, {}).get(facts, {})
             differences = [100 * (score - theirs[seed]) for seed, score in scores.items() if seed in theirs]
             if label != reference and differences:
-                found.append(Comparison(label, facts, len(differences), *_statistics(differences)))
+                found.append(
+                    Comparison(label, facts, len(differences), *mean_interval(differences), _sign_flips(differences))
+                )
     return found
 
 
@@ -75,12 +77,13 @@ def comparison_table(comparisons: Sequence[Comparison], reference: str, by: Sequ
     return "\n".join("| " + " | ".join(cells) + " |" for cells in out) + "\n"
 
 
-def _statistics(differences: Sequence[float]) -> tuple[float, tuple[float, float], float]:
-    n, mean = len(differences), statistics.fmean(differences)
+def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """The mean, and its 95 % interval by Student's t; infinite for a single value."""
+    n, mean = len(values), statistics.fmean(values)
     if n == 1:
-        return mean, (-math.inf, math.inf), 1.0
-    half = (_T_975[n - 2] if n - 1 <= len(_T_975) else 1.96) * statistics.stdev(differences) / math.sqrt(n)
-    return mean, (mean - half, mean + half), _sign_flips(differences)
+        return mean, (-math.inf, math.inf)
+    half = (_T_975[n - 2] if n - 1 <= len(_T_975) else 1.96) * statistics.stdev(values) / math.sqrt(n)
+    return mean, (mean - half, mean + half)
 
 
 def _sign_flips(differences: Sequence[float]) -> float:
