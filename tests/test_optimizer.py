@@ -701,3 +701,4 @@ def test_copies_of_model_and_optimizer_go_on_alone(copied, model, ticket):
         backward(model, step)
         optimizer.step()
     assert same_state(model, twin)
+    torch.testing.assert_close(other.state_dict()["state"], optimizer.state_dict()["state"], rtol=0, atol=0)

@@ -309,6 +309,27 @@ def test_masters_follow_edits_of_the_weights():
     assert same_bits(optimizer.state[model.embedding.weight]["master"], kept), "and the others keep their exact values"
 
 
+def test_masters_follow_edits_before_a_new_layout():
+    """Contract 7: a further group lays the state out anew, which must not bring back what the weights were."""
+    torch.manual_seed(0)
+    model = TiedModel().bfloat16()
+    ticket = Ticket.random(model, density=0.5, seed=1)
+    _, optimizer = train(model, ticket, 3)
+    kept = optimizer.state[model.embedding.weight]["master"].clone()
+    edited = model.roberta["encoder"]["layer"][0]["dense"].weight
+    with torch.no_grad():
+        edited.mul_(2)
+    before = edited.detach().clone()
+    optimizer.add_param_group({"params": nn.Parameter(torch.zeros(3).bfloat16())})
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    assert same_bits(edited, before)
+    assert same_bits(optimizer.state[model.embedding.weight]["master"], kept)
+
+
 @pytest.mark.parametrize(
     ("options", "limit"),
     [({"states": "8bit"}, 0.56), ({"master": True}, 1.76 + 0.8), ({"rounding": "stochastic"}, 1.76)],

@@ -341,7 +341,8 @@ class Launch:
             return
         for position, param in enumerate(self.params):
             if _identity(param) != self.master_of[position]:
-                weights, masters = gather(param, self.sets[position]), self.master[self.slots[position]]
+                masters = self.master[self.slots[position]]
+                weights = gather(param, self.sets[position]).to(masters.device)  # it may have moved since
                 masters.copy_(torch.where(masters.to(self.dtype) == weights, masters, weights.float()))
 
     def tensors(self) -> list[Tensor]:

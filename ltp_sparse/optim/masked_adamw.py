@@ -171,6 +171,8 @@ class MaskedAdamW(Optimizer):
 
     def _build(self) -> None:
         """Lays parameters out, a launch per device and dtype, and carries the state over."""
+        for launch in self._launches:
+            launch.refresh_masters()  # those of the new launches take the weights to be theirs
         before = {param: dict(state) for param, state in self.state.items()}
         placed: dict[tuple[torch.device, torch.dtype, bool], list[tuple[nn.Parameter, int, int]]] = {}
         members = [(member, index) for index, group in enumerate(self.param_groups) for member in group["params"]]
@@ -346,6 +348,9 @@ class MaskedAdamW(Optimizer):
         for group in self.param_groups:
             group.setdefault("pull", 0.0)
             group.setdefault("maximize", False)
+        for launch in self._launches:  # a pickle has given every view a storage of its own
+            for position, member in enumerate(launch.members):
+                self.state[member] = launch.state(position)
 
     def average_gradients(self, group: ProcessGroup | None = None) -> None:
         """Averages packed gradients over the ranks, for loops without DDP; call it after the last micro-batch."""
