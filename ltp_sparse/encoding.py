@@ -171,6 +171,11 @@ class IndexSet:
     @classmethod
     def from_indices(cls, indices: Tensor, n: int) -> IndexSet:
         """indices: integers [k], unique, ascending, 0 <= index < n."""
+        if indices.numel() and (indices.dim() != 1 or indices.dtype == torch.bool or indices.is_floating_point()):
+            raise ValueError(
+                f"IndexSet: expected integer indices [k], got {indices.dtype} {list(indices.shape)}; "
+                "masks go to from_mask, positions of several dimensions become flat ones first"
+            )
         indices = indices.to(torch.int64)
         if indices.numel():
             if int(indices[0]) < 0 or int(indices[-1]) >= n:

@@ -6,8 +6,9 @@ use.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -139,7 +140,8 @@ def masked_adamw_(
         exp_avg: [table.k], first moments in slot order; updated in place. float32, or with `scales` int8 codes.
         exp_avg_sq: [table.k], second moments; updated in place. float32, or with `scales` uint8 codes.
         table: the active entries, `TileTable.build([index set per parameter])`.
-        coefficients: float64 [P, 11], a row per parameter: `adamw_coefficients(...)`.
+        coefficients: float64 [P, 11], a row per parameter: `adamw_coefficients(...)`. It and all packed tensors must be
+            contiguous, and on the device of the table.
         anchor: float32 [table.k], values that the pull of the coefficients draws to, or None.
         scales: bfloat16 [table.blocks, 2], of the 8-bit moments (see `quantization.py`); updated in place. Zeros, with
             codes of zero, are moments of zero.
@@ -156,10 +158,7 @@ def masked_adamw_(
     _check_packed("exp_avg_sq", exp_avg_sq, moments[1], table)
     _check_packed("anchor", anchor, torch.float32, table)
     _check_packed("master", master, torch.float32, table)
-    if scales is not None and (scales.dtype != torch.bfloat16 or scales.shape != (table.blocks, 2)):
-        raise ValueError(
-            f"masked_adamw_: scales must be bfloat16 [{table.blocks}, 2], got {scales.dtype} {list(scales.shape)}"
-        )
+    _check_packed("scales", scales, torch.bfloat16, table, shape=(table.blocks, 2))
     if stochastic and (master is not None or any(param.dtype != torch.bfloat16 for param in params)):
         raise ValueError(
             "masked_adamw_: stochastic rounding is for bfloat16 parameters without a master; "
@@ -212,7 +211,13 @@ def masked_pack_(grads: Sequence[Tensor | None], out: Tensor, table: TileTable, 
     Raises:
         TypeError, ValueError: dtypes, sizes or devices do not fit.
     """
-    _check_packed("out", out, torch.float32, table)
+    _check_packed("out", out, torch.float32, table, "masked_pack_")
+    if len(grads) != len(table.sizes):
+        raise ValueError(f"masked_pack_: expected {len(table.sizes)} gradients, those of the table, got {len(grads)}")
+    if len(dtypes := {grad.dtype for grad in grads if grad is not None}) > 1:
+        raise TypeError(
+            f"masked_pack_: expected gradients of one dtype, got {_names(dtypes)}; make a call, and a table, per dtype"
+        )
     for i, (grad, size) in enumerate(zip(grads, table.sizes, strict=True)):
         if grad is None:
             continue
@@ -259,11 +264,7 @@ def _check_parameters(
             f"masked_adamw_: expected as many gradients and index sets as parameters, got {len(params)} parameters, "
             f"{len(grads)} gradients and a table of {len(table.counts)}"
         )
-    if coefficients.shape != (len(params), Coefficient.COUNT) or coefficients.dtype != torch.float64:
-        raise ValueError(
-            f"masked_adamw_: coefficients must be float64 [{len(params)}, {Coefficient.COUNT}], "
-            f"got {coefficients.dtype} {list(coefficients.shape)}"
-        )
+    _check_packed("coefficients", coefficients, torch.float64, table, shape=(len(params), int(Coefficient.COUNT)))
     device = table.tiles.device
     for i, (param, grad, size) in enumerate(zip(params, grads, table.sizes, strict=True)):
         if param.numel() != size:
@@ -298,12 +299,23 @@ def _names(dtypes: set[torch.dtype]) -> str:
     return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) or "none"
 
 
-def _check_packed(what: str, tensor: Tensor | None, dtype: torch.dtype, table: TileTable) -> None:
-    device = table.tiles.device
-    if tensor is not None and (tensor.dtype != dtype or tensor.shape != (table.k,) or tensor.device != device):
+def _check_packed(
+    what: str,
+    tensor: Tensor | None,
+    dtype: torch.dtype,
+    table: TileTable,
+    op: str = "masked_adamw_",
+    shape: tuple[int, ...] | None = None,
+) -> None:
+    """Backends read the addresses of these tensors, so all that such an address takes for granted is looked at."""
+    device, shape = table.tiles.device, (table.k,) if shape is None else shape
+    if tensor is not None and (
+        tensor.dtype != dtype or tensor.shape != shape or tensor.device != device or not tensor.is_contiguous()
+    ):
+        strides = "" if tensor.is_contiguous() else f" with strides {list(tensor.stride())}"
         raise ValueError(
-            f"masked_adamw_: {what} must be {dtype} [{table.k}] on {device}, "
-            f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            f"{op}: {what} must be {dtype} {list(shape)} on {device}, contiguous, "
+            f"got {tensor.dtype} {list(tensor.shape)}{strides} on {tensor.device}"
         )
 
 
@@ -365,7 +377,7 @@ def topk_delta(
         TypeError, ValueError: shapes, dtypes, devices or counts do not fit.
     """
     groups = [0] * len(tuned) if groups is None else list(groups)
-    ks = [k] if isinstance(k, int) else list(k)
+    ks = [operator.index(k)] if isinstance(k, SupportsIndex) else list(k)
     _check_selection(initial, tuned, ks, groups)
     if not tuned:
         return [], torch.full((len(ks),), torch.inf)

@@ -103,6 +103,9 @@ def test_digest_tells_sets_and_sizes_apart():
         ([-1, 2], r"lie in \[0, 10\)"),
         ([4, 10], r"lie in \[0, 10\), got 4 to 10"),
         ([4, 11, 9], "ascending"),
+        ([0.0, 1.9], r"expected integer indices \[k\], got torch.float32 \[2\]"),
+        ([False, True], "masks go to from_mask"),
+        ([[0, 1], [2, 3]], r"got torch.int64 \[2, 2\]"),
     ],
 )
 def test_from_indices_refuses_what_is_no_set(indices, message):

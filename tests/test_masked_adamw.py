@@ -317,7 +317,22 @@ MISTAKES = {
     "coefficients": (
         lambda p: setattr(p, "coefficients", torch.zeros(1, 11)),
         ValueError,
-        r"must be float64 \[1, 11\]",
+        r"must be torch.float64 \[1, 11\]",
+    ),
+    "coefficients-device": (
+        lambda p: setattr(p, "coefficients", p.coefficients.to("meta")),
+        ValueError,
+        r"coefficients must be torch.float64 \[1, 11\] on cpu, contiguous, got torch.float64 \[1, 11\] on meta",
+    ),
+    "strided-coefficients": (
+        lambda p: setattr(p, "coefficients", p.coefficients.repeat(1, 2)[:, ::2]),
+        ValueError,
+        r"coefficients must be .* contiguous, got torch.float64 \[1, 11\] with strides \[22, 2\]",
+    ),
+    "strided-moments": (
+        lambda p: setattr(p, "exp_avg_sq", torch.zeros(168)[::2]),
+        ValueError,
+        r"exp_avg_sq must be torch.float32 \[84\] on cpu, contiguous, got torch.float32 \[84\] with strides \[2\]",
     ),
     "count": (lambda p: p.params.append(torch.zeros(1)), ValueError, "got 2 parameters, 1 gradients and a table of 1"),
 }

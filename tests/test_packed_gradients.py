@@ -128,6 +128,13 @@ def test_bad_arguments():
         masked_pack_([torch.zeros(5)], torch.zeros(problem.table.k), problem.table)
     with pytest.raises(TypeError, match="gradient 0 must be a dense float32"):
         masked_pack_([problem.grads[0].double()], torch.zeros(problem.table.k), problem.table)
+    with pytest.raises(ValueError, match=r"masked_pack_: out must be .* with strides \[2\]"):
+        masked_pack_(problem.grads, torch.zeros(2 * problem.table.k)[::2], problem.table)
+    two = update_problem({"a": (30, 9), "b": (4,)}, density=0.5)
+    with pytest.raises(ValueError, match="masked_pack_: expected 2 gradients, those of the table, got 1"):
+        masked_pack_(two.grads[:1], torch.zeros(two.table.k), two.table)
+    with pytest.raises(TypeError, match="masked_pack_: expected gradients of one dtype, got bfloat16, float32"):
+        masked_pack_([two.grads[0], two.grads[1].bfloat16()], torch.zeros(two.table.k), two.table)
     with pytest.raises(ValueError, match="packed gradients must be torch.float32"):
         ls.masked_adamw_(problem.params, torch.zeros(3), *problem.args()[2:])
     with pytest.raises(ValueError, match='gradients must be "dense" or "packed"'):

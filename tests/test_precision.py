@@ -393,7 +393,9 @@ def test_options_that_do_not_fit_say_so():
         problem.step()
     problem = update_problem({"a": (40,)}, density=0.5, states="8bit")
     problem.scales = problem.scales[:, :1]
-    with pytest.raises(ValueError, match=r"scales must be bfloat16 \[1, 2\], got torch.bfloat16 \[1, 1\]"):
+    with pytest.raises(
+        ValueError, match=r"scales must be torch.bfloat16 \[1, 2\] on cpu, .*, got torch.bfloat16 \[1, 1\]"
+    ):
         problem.step()
 
 

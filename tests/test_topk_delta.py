@@ -291,6 +291,11 @@ def test_budgets_per_group(backend):
     assert thresholds.tolist() == [9.0, 4.0, float("inf")]
 
 
+def test_k_may_be_an_integer_of_numpy():
+    sets, _ = ls.topk_delta([], [torch.tensor([1.0, 3.0, 2.0])], np.int64(2))
+    assert selected(sets) == [[1, 2]]
+
+
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
