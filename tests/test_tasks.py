@@ -154,6 +154,16 @@ def test_own_pairs(tmp_path):
     (tmp_path / "d.tsv").write_text("premise\tother\na\tb\n")
     with pytest.raises(ValueError, match=r"row 1: no text in column 'hypothesis'; columns: premise, other"):
         read_pairs(tmp_path / "d.tsv")
+    (tmp_path / "e.csv").write_bytes(b"\xef\xbb\xbfpremise,hypothesis\nx,y\n")  # as spreadsheets write it
+    assert [pair.premise for pair in read_pairs(tmp_path / "e.csv")] == ["x"]
+    (tmp_path / "f.jsonl").write_text('{"premise": "x", "hypothesis": "y"}\n\n')
+    assert len(read_pairs(tmp_path / "f.jsonl")) == 1
+    for content in ("", "premise\thypothesis\n"):
+        (tmp_path / "g.tsv").write_text(content)
+        with pytest.raises(ValueError, match=r"g.tsv: no pair in it; expected a header"):
+            read_pairs(tmp_path / "g.tsv")
+    with pytest.raises(FileNotFoundError, match=r"h.tsv: no such file; expected pairs"):
+        read_pairs(tmp_path / "h.tsv")
 
 
 def test_plain_text(tmp_path):
@@ -165,6 +175,8 @@ def test_plain_text(tmp_path):
     sample = read_text([tmp_path], max_lines=2, seed=1)
     assert len(sample) == 2 and sample == read_text([tmp_path], max_lines=2, seed=1)
     assert sorted({tuple(read_text([tmp_path], max_lines=2, seed=seed)) for seed in range(20)}) != [tuple(sample)]
+    with pytest.raises(ValueError, match="max_lines must be at least 1, got 0"):
+        read_text([tmp_path], max_lines=0)
     (tmp_path / "a.bin").touch()
     with pytest.raises(ValueError, match="expected a .txt"):
         read_text([tmp_path / "a.txt", tmp_path / "a.bin"])

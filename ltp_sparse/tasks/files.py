@@ -27,12 +27,16 @@ def folder_of(data: Path, *names: str) -> Path:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Lines without their line feed. Only a line feed ends a line: other control characters occur inside sentences."""
+    """Lines without their line feed. Only a line feed ends a line: other control characters occur inside sentences.
+
+    A byte order mark, which spreadsheets write, is no part of the first one.
+    """
     opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
     with opened as file:
         for number, raw in enumerate(file, 1):
             try:
-                yield raw.decode("utf-8").removesuffix("\n").removesuffix("\r")
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield line.removesuffix("\n").removesuffix("\r")
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file") from error
 
@@ -69,8 +73,10 @@ def read_table(
 
 
 def read_jsonl(path: Path, keys: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, object) of a file with a JSON object a line; `keys` must be there."""
+    """(place, object) of a file with a JSON object a line; `keys` must be there. Blank lines are passed over."""
     for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
         where = f"{path}, row {number}"
         try:
             row = json.loads(line)

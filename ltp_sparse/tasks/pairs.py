@@ -50,12 +50,16 @@ def read_pairs(path: str | os.PathLike[str], language: str = "") -> list[Pair]:
     """Pairs of a .tsv, .csv or .jsonl file (also .gz) with premise and hypothesis by name, and label where known.
 
     Raises:
-        ValueError: a column is missing, a row is short or a label unknown; file and row are named.
+        FileNotFoundError: there is no such file.
+        ValueError: there is no pair in it, a column is missing, a row is short or a label unknown; file and row are
+            named.
     """
     path = Path(path)
     suffix = path.name.removesuffix(".gz").rsplit(".", 1)[-1]
     if suffix not in ("tsv", "csv", "jsonl"):
         raise ValueError(f"{path}: expected a .tsv, .csv or .jsonl file, got .{suffix}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected pairs with the columns premise and hypothesis")
     rows = read_jsonl(path) if suffix == "jsonl" else read_table(path, quoted=suffix == "csv", comma=suffix == "csv")
     pairs = []
     for where, row in rows:
@@ -65,4 +69,6 @@ def read_pairs(path: str | os.PathLike[str], language: str = "") -> list[Pair]:
         label = row.get("label") or None
         label = None if label is None else checked_label(label, where)
         pairs.append(Pair(row["premise"], row["hypothesis"], label, language))
+    if not pairs:
+        raise ValueError(f"{path}: no pair in it; expected a header with premise and hypothesis, then a pair a row")
     return pairs

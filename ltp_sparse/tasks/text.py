@@ -67,6 +67,8 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _sample(lines: Iterable[str], max_lines: int | None, seed: int, where: str) -> list[str]:
+    if max_lines is not None and max_lines < 1:
+        raise ValueError(f"{where}: max_lines must be at least 1, got {max_lines}")
     texts = (line for line in (raw.strip() for raw in lines) if line)
     if max_lines is None:
         kept = list(texts)
