@@ -224,3 +224,15 @@ def test_language_adapters_train_and_are_swapped(tmp_path):
     setup = load_trained(model, tokenizer, swapped)
     with torch.no_grad():
         assert not torch.allclose(setup.model(**batch)["logits"], source)
+
+
+def test_a_delta_that_does_not_fit_leaves_the_language_model_alone(tmp_path):
+    method, model, tokenizer, train, dev, more = setting("mad-x", {}, tmp_path)
+    result = train_method(method, model, tokenizer, train, dev, progress=False, **more)
+    result.release()
+    half = {name: tensor.half() for name, tensor in result.delta.dense.items()}
+    unfit = ls.SparseDelta(result.delta.ticket, {}, {}, half, result.delta.metadata)
+    hooks = [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()]
+    with pytest.raises(ValueError, match="torch.float16 in the delta"):
+        load_trained(model, tokenizer, unfit)
+    assert [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()] == hooks

@@ -331,6 +331,16 @@ def test_arguments_are_not_touched(tmp_path):
     assert trainer.create_optimizer().max_grad_norm == 0.5
 
 
+def test_dense_may_be_a_single_parameter(tmp_path):
+    model = build_model()
+    bias, weight = model.classifier.out_proj.bias, model.classifier.out_proj.weight
+    for dense in (weight, [{"params": weight, "lr": 0.1}]):
+        trainer = SparseTrainer(model, arguments(tmp_path, eval_strategy="no"), ticket_of(model), dense=dense)
+        assert list(trainer.delta().dense) == ["classifier.out_proj.weight"]
+        groups = trainer.create_optimizer().param_groups
+        assert groups[1]["params"] == [weight] and not any(bias is p for group in groups for p in group["params"])
+
+
 def test_refusals(tmp_path):
     model = build_model()
     best = arguments(tmp_path, load_best_model_at_end=True, save_strategy="steps", save_steps=2)
@@ -338,6 +348,10 @@ def test_refusals(tmp_path):
         SparseTrainer(model, best, ticket_of(model))
     with pytest.raises(ValueError, match="not part of the model"):
         SparseTrainer(model, arguments(tmp_path, eval_strategy="no"), ticket_of(model), dense=nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="SparseTrainer: dense must be a module, parameters, or parameter groups"):
+        SparseTrainer(
+            model, arguments(tmp_path, eval_strategy="no"), ticket_of(model), dense=[model.classifier.dense.weight, {}]
+        )
     model.roberta.encoder.layer[0].output.dense.weight.requires_grad_(False)
     with pytest.raises(ValueError, match=r"'roberta.encoder.layer.0.output.dense.weight' .* requires_grad off"):
         SparseTrainer(model, arguments(tmp_path, eval_strategy="no"), ticket_of(model))

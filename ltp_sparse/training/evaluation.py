@@ -54,6 +54,8 @@ def predict(
     progress: called with the number of examples done after each batch.
     The model is put into evaluation mode for the call. Batches hold examples of similar length, so little is padding.
     """
+    if batch_size < 1:
+        raise ValueError(f"predict: batch_size must be at least 1, got {batch_size}")
     device = next(model.parameters()).device
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]), reverse=True)
     was_training = model.training
@@ -101,10 +103,12 @@ def evaluate(
     """Score (0 to 1) per language over labelled examples, language -> examples.
 
     metric: one of `METRICS`
-    Raises ValueError for an example without a label and for a language without examples.
+    Raises ValueError for an unknown metric, an example without a label and a language without examples.
     """
     from tqdm.auto import tqdm
 
+    if metric not in METRICS:
+        raise ValueError(f"evaluate: metric must be one of {', '.join(METRICS)}, got {metric!r}")
     scores = {}
     with tqdm(total=sum(map(len, examples.values())), unit="example", disable=not progress) as bar:
         for language, of_language in examples.items():

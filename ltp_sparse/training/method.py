@@ -172,7 +172,11 @@ def load_trained(language_model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     )
     method = METHODS[facts["method"]].from_description(facts)
     setup = method.build(language_model, context, baked=facts.get("baked", False))
-    delta.apply(setup.model)
+    try:
+        delta.apply(setup.model)
+    except BaseException:
+        setup.undo()
+        raise
     setup.model.eval()
     return setup
 

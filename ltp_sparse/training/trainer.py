@@ -25,6 +25,7 @@ from ltp_sparse.delta import SparseDelta, base_fingerprint, gather, scatter_
 from ltp_sparse.files import atomic_path
 from ltp_sparse.names import canonical_parameters, match_names
 from ltp_sparse.optim import MaskedAdamW
+from ltp_sparse.optim.members import dense_groups
 from ltp_sparse.ticket import Ticket
 from ltp_sparse.training.adam_l2 import AdamL2
 
@@ -33,8 +34,8 @@ BEST_FILE = "best.safetensors"
 _STATE_FILE = "trainer_state.json"
 _PLACEHOLDER_FILE = "model.safetensors"
 
-Dense = nn.Module | Iterable[nn.Parameter] | Iterable[Mapping[str, Any]]
-"""Parameters updated in full beside the ticket: a module, parameters, or optimizer parameter groups."""
+Dense = nn.Module | nn.Parameter | Iterable[nn.Parameter] | Iterable[Mapping[str, Any]]
+"""Parameters updated in full beside the ticket: a module, a parameter, parameters, or optimizer parameter groups."""
 
 
 class SparseTrainer(Trainer):
@@ -97,7 +98,7 @@ class SparseTrainer(Trainer):
                 "use weight_decay, which is decoupled"
             )
         self.ticket, self.pull, self.l2, self.optimizer_options = ticket, pull, l2, dict(optimizer_options or {})
-        self.dense = _dense_list(dense)
+        self.dense = dense_groups(dense, what="SparseTrainer")  # a form that can be read more than once
         self.base = _Base(self.model, ticket, self.dense)
         self.resumed_from: Path | None = None
         self.keep_best = keep_best
@@ -369,16 +370,8 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.int32), b.view(torch.int32))  # of float32; a NaN is itself, 0 is not -0
 
 
-def _dense_list(dense: Dense) -> list[Any]:
-    """Parameters, or parameter groups with lists: a form that can be read more than once."""
-    items = dense.parameters() if isinstance(dense, nn.Module) else dense
-    return [{**item, "params": list(item["params"])} if isinstance(item, Mapping) else item for item in items]
-
-
-def _dense_names(parameters: Mapping[str, nn.Parameter], dense: Iterable[Any]) -> list[str]:
-    wanted: list[Tensor] = []
-    for item in dense:
-        wanted += item["params"] if isinstance(item, Mapping) else [item]
+def _dense_names(parameters: Mapping[str, nn.Parameter], dense: Iterable[Mapping[str, Any]]) -> list[str]:
+    wanted = [parameter for group in dense for parameter in group["params"]]
     name_of = {id(parameter): name for name, parameter in parameters.items()}
     if foreign := [parameter for parameter in wanted if id(parameter) not in name_of]:
         raise ValueError(
