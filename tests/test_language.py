@@ -59,6 +59,28 @@ def test_the_entries_are_those_that_full_tuning_moved_most(tokenizer):
     assert ls.select(tuned.initial, model, density=0.05, pool=pools.maskable) == delta.ticket
 
 
+def test_resuming_tells_the_phases_apart(tokenizer, tmp_path):
+    settings = dataclasses.replace(QUICK, save_steps=2)
+    runs = [
+        train_language(
+            "lt-sft", tiny_language_model(len(tokenizer)), tokenizer, TEXTS, settings, density=0.05, progress=False,
+            output_dir=tmp_path, resume=resume,
+        )
+        for resume in (False, True)
+    ]  # fmt: skip
+    assert runs[0].ticket == runs[1].ticket
+    assert all(torch.equal(values, runs[1].values[name]) for name, values in runs[0].values.items())
+
+
+def test_the_budget_is_in_exact_decimals(tokenizer):
+    """Contract 1: k = floor(density * pool), where the float product may lie below the integer that it is."""
+    model = tiny_language_model(len(tokenizer))
+    maskable = sum(p.numel() for name, p in canonical_parameters(model).items() if pools.maskable(name))
+    density = next(d / 1000 for d in range(1, 1000) if int(d / 1000 * maskable) != d * maskable // 1000)
+    delta = train_language("lt-sft", model, tokenizer, TEXTS, QUICK, density=density, progress=False)
+    assert delta.ticket.k == round(1000 * density) * maskable // 1000
+
+
 def test_step_bounds(tokenizer):
     assert LANGUAGE_SETTINGS.step_bounds == (10_000, 100_000)
     for bounds, steps in (((7, 9), 7), ((1, 2), 2), ((1, 100), 5)):

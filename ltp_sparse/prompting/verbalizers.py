@@ -99,7 +99,7 @@ def _word_id(tokenizer: PreTrainedTokenizerBase, word: str, strict: bool) -> int
     ids = tokenizer(word, add_special_tokens=False)["input_ids"]
     pieces = tokenizer.convert_ids_to_tokens(ids)
     if not ids or ids[-1] in tokenizer.all_special_ids:
-        raise ValueError(f"Verbalizer: the tokenizer has no piece for {word!r} , only {pieces}; choose another")
+        raise ValueError(f"Verbalizer: the tokenizer has no piece for {word!r}, only {pieces}; choose another")
     if len(ids) > 1 or not pieces[0].startswith(_WORD_START):
         found = f"Verbalizer: expected {word!r} to be one word-initial piece of the tokenizer, got {pieces}"
         if strict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ltp_sparse.delta import SparseDelta
@@ -10,6 +11,7 @@ from ltp_sparse.methods.fine_tuning import K_LANGUAGE, group_shares, most_change
 from ltp_sparse.names import in_base_model
 from ltp_sparse.selection import pools
 from ltp_sparse.ticket import Ticket
+from ltp_sparse.topk import entries_for
 from ltp_sparse.training.mlm import MLMSettings, tune_mlm
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ def train_language(
         settings: of each phase.
         k: entries, as counted on XLM-R-base; a model of another size takes the same share of its own.
         density: share of the maskable entries, instead of k.
-        options: further arguments of `tune_mlm`.
+        options: further arguments of `tune_mlm`; each phase has a folder of its own in an `output_dir`.
 
     The LM head trains, too, but is left out of the result: composition takes a language's deltas only (METHODS.md 5).
     """
@@ -51,18 +53,24 @@ def train_language(
     if kind == "bitfit":
         ticket = Ticket.full(model, pool=lambda name: in_base_model(name) and "bias" in name)
     else:
-        tuned = tune_mlm(model, tokenizer, texts, settings, **options)
+        tuned = tune_mlm(model, tokenizer, texts, settings, **_phase(1, options))
         moved = tuned.delta()
         tuned.reset()
         maskable = sum(s.numel() for name, s in moved.ticket.shapes.items() if pools.maskable(name))
-        budget = int(density * maskable) if density is not None else scaled_budget(k, maskable)
+        budget = scaled_budget(k, maskable) if density is None else entries_for(maskable, density=density)
         shares: Mapping[str, float] | None = None
         if kind == "sc-sft":
             shares = group_shares("language", moved.ticket.names)
         ticket = most_changed(moved, None, budget, shares)
-    tuned = tune_mlm(model, tokenizer, texts, settings, ticket=ticket, **options)
+    tuned = tune_mlm(model, tokenizer, texts, settings, ticket=ticket, **_phase(2, options))
     delta = tuned.delta()
     tuned.reset()
     return SparseDelta(
         delta.ticket, delta.values, delta.originals, {}, {**delta.metadata, "method": f"{kind} language"}
     )
+
+
+def _phase(number: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a phase: checkpoints of one must not be taken for those of another."""
+    folder = options.get("output_dir")
+    return dict(options) if folder is None else {**options, "output_dir": Path(folder) / f"phase-{number}"}

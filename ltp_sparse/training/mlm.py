@@ -168,7 +168,8 @@ def tune_mlm(
         arguments: further `transformers.TrainingArguments`, e.g. logging_steps=10.
 
     Raises:
-        ValueError: unknown strategy, a model tied where it must not be or the reverse, too little text.
+        ValueError: unknown strategy, a model tied where it must not be or the reverse, too little text, sequences
+            longer than the model has positions.
     """
     settings = settings or MLMSettings()
     _check(model, settings, output_dir, resume)
@@ -195,6 +196,11 @@ def tune_mlm(
 
     training, validation = split_texts(texts, settings.validation, settings.seed)
     train_dataset, eval_dataset = dataset(training, settings.seed), dataset(validation, settings.seed + 1)
+    room = model.config.max_position_embeddings - model.config.pad_token_id - 1
+    if (longest := max(train_dataset.longest, eval_dataset.longest)) > room:
+        raise ValueError(
+            f"tune_mlm: the model has positions for {room} tokens, got {longest}; pass length={room} or less"
+        )
     device = next(model.parameters()).device
     with ExitStack() as stack:
         folder = os.fspath(output_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="ltp_sparse-mlm-")))
@@ -323,6 +329,10 @@ def _check(model: nn.Module, settings: MLMSettings, output_dir: str | os.PathLik
             f"tune_mlm: strategy {strategy!r} needs a {wanted} LM head, this model's is {found}; "
             f"load it with load_backbone(..., decoupled={strategy == 'decoupled'})"
         )
+    if settings.length < 1:
+        raise ValueError(f"tune_mlm: length must be at least 1 token, got {settings.length}")
+    if settings.max_steps <= 0 and settings.step_bounds is None and not settings.epochs > 0:
+        raise ValueError(f"tune_mlm: epochs must be above 0 where max_steps is not, got {settings.epochs}")
     if (resume or settings.save_steps) and output_dir is None:
         raise ValueError("tune_mlm: checkpoints need a folder that stays; pass output_dir=")
 
@@ -536,6 +546,11 @@ class MaskedTexts(Dataset):
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(np.diff(self.offsets).max())
 
     def begin_epoch(self, epoch: int) -> None:
         self.epoch.fill_(epoch)
