@@ -20,7 +20,7 @@ KERNELS = ROOT / "kernels" / "ltp_kernels"
 # Lower layers know nothing of higher ones; modules of one layer may use each other.
 LAYERS = [
     {"kernels", "_C"},
-    {"files", "names", "quantization", "rounding", "encoding", "reference", "topk", "checkpoints"},
+    {"files", "names", "quantization", "rounding", "encoding", "reference", "topk", "staging", "checkpoints"},
     {"backends"},
     {"ops", "random_sets", "ticket", "delta"},
     {"optim", "selection", "prompting", "modules", "generated", "tasks", "testing", "foreign", "frozen", "memory"},
@@ -41,6 +41,7 @@ LIGHT = [  # must import without any of HEAVY
         "encoding",
         "reference",
         "topk",
+        "staging",
         "backends",
         "ops",
         "random_sets",
