@@ -184,6 +184,24 @@ def test_loading_refuses(tmp_path):
         load_backbone(folder)
 
 
+def test_incomplete_folders_are_refused_in_one_line(tmp_path):
+    tiny_model(decoupled=False).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="expected the files of a tokenizer in .*model', found none; save it there"):
+        load_backbone(tmp_path / "model")  # transformers would make one in which every word is unknown
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    assert load_backbone(tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="complete model or tokenizer in .*: Error while deserializing") as damaged:
+        load_backbone(tmp_path / "model")
+    weights.unlink()
+    with pytest.raises(ValueError, match="complete model or tokenizer in .*: Error no file named") as missing:
+        load_backbone(tmp_path / "model")
+    with pytest.raises(ValueError, match="complete model or tokenizer in 'no-such-name', a folder or a Hub") as hub:
+        load_backbone("no-such-name")
+    assert all("\n" not in str(error.value) for error in (damaged, missing, hub))
+
+
 def test_real_tokenizer_fits(shared_data, tmp_path):
     config = tiny_config(vocab_size=250_002)
     backbone_from_config(config).save_pretrained(tmp_path)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 if TYPE_CHECKING:
@@ -40,22 +43,24 @@ def load_backbone(
                decoupled stays so whatever this says.
     dtype:     of the weights. Deltas of about 1e-4 vanish in bfloat16: train float32 weights, under autocast if wanted.
     tokenizer: folder or Hub name of the tokenizer when it is not beside the weights.
-    Raises ValueError for a missing folder, another architecture, or a tokenizer that does not fit the model.
+    Raises ValueError for a missing folder or name, missing or damaged files, another architecture, or a tokenizer that
+    is empty or does not fit the model.
     """
-    from transformers import AutoConfig, AutoTokenizer, XLMRobertaForMaskedLM
+    from transformers import AutoConfig, XLMRobertaForMaskedLM
 
-    source, local = _resolve(name_or_path)
-    config = AutoConfig.from_pretrained(source, local_files_only=local)
+    source, local = locate(name_or_path)
+    with _loading("load_backbone", source):
+        config = AutoConfig.from_pretrained(source, local_files_only=local)
     if config.model_type != "xlm-roberta":
         raise ValueError(
             f"load_backbone: expected an XLM-R masked language model (model_type 'xlm-roberta'), got "
             f"{config.model_type!r} in {source!r}; pass a folder or Hub name such as 'FacebookAI/xlm-roberta-base'"
         )
-    model = XLMRobertaForMaskedLM.from_pretrained(source, config=config, dtype=dtype, local_files_only=local)
+    with _loading("load_backbone", source):
+        model = XLMRobertaForMaskedLM.from_pretrained(source, config=config, dtype=dtype, local_files_only=local)
     if decoupled or not config.tie_word_embeddings:
         decouple(model)
-    source, local = _resolve(name_or_path if tokenizer is None else tokenizer)
-    loaded = AutoTokenizer.from_pretrained(source, local_files_only=local)
+    loaded = _load_tokenizer("load_backbone", name_or_path if tokenizer is None else tokenizer)
     _check_tokenizer(loaded, model.config)
     return model, loaded
 
@@ -68,20 +73,22 @@ def load_causal(
 ) -> tuple[XGLMForCausalLM | BloomForCausalLM, PreTrainedTokenizerBase]:
     """An XGLM or BLOOM language model and its tokenizer, from a local folder or by Hub name; as `load_backbone`.
 
-    Raises ValueError for a missing folder or another architecture.
+    Raises ValueError for a missing folder or name, missing or damaged files, another architecture or an empty
+    tokenizer.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    source, local = _resolve(name_or_path)
-    config = AutoConfig.from_pretrained(source, local_files_only=local)
+    source, local = locate(name_or_path)
+    with _loading("load_causal", source):
+        config = AutoConfig.from_pretrained(source, local_files_only=local)
     if config.model_type not in ("xglm", "bloom"):
         raise ValueError(
             f"load_causal: expected a model of type xglm or bloom, got {config.model_type!r} in {source!r}; pass a "
             "folder or Hub name such as 'facebook/xglm-564M' or 'bigscience/bloom-560m'"
         )
-    model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, local_files_only=local)
-    source, local = _resolve(name_or_path if tokenizer is None else tokenizer)
-    return model, AutoTokenizer.from_pretrained(source, local_files_only=local)
+    with _loading("load_causal", source):
+        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, local_files_only=local)
+    return model, _load_tokenizer("load_causal", name_or_path if tokenizer is None else tokenizer)
 
 
 def backbone_from_config(
@@ -133,7 +140,7 @@ def _save_both_biases(module: nn.Module, state_dict: dict, prefix: str, local_me
         state_dict[name] = state_dict[name].clone()
 
 
-def _resolve(name_or_path: str | os.PathLike[str]) -> tuple[str, bool]:
+def locate(name_or_path: str | os.PathLike[str]) -> tuple[str, bool]:
     """The source for `from_pretrained` and whether it is local, so that a mistyped folder never becomes a download."""
     text = os.path.expanduser(os.fspath(name_or_path))
     if text in _SHIPPED:
@@ -145,6 +152,33 @@ def _resolve(name_or_path: str | os.PathLike[str]) -> tuple[str, bool]:
             f"expected the folder of a model or a Hub name ('owner/name'), got {text!r}, which does not exist"
         )
     return text, False
+
+
+@contextmanager
+def _loading(what: str, source: str) -> Iterator[None]:
+    """Turns what `from_pretrained` raises for missing and damaged files into a ValueError of one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{what}: expected a complete model or tokenizer in {source!r}, a folder or a Hub name: {reason}"
+        ) from error
+
+
+def _load_tokenizer(what: str, name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    source, local = locate(name_or_path)
+    with _loading(what, source):
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        # what transformers makes of a folder with a config alone; every word would be unknown
+        raise ValueError(
+            f"{what}: expected the files of a tokenizer in {source!r}, found none; save it there, or pass tokenizer= "
+            "(--tokenizer), its folder or Hub name"
+        )
+    return tokenizer
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: XLMRobertaConfig) -> None:
