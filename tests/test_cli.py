@@ -102,6 +102,24 @@ def test_training_resumes_and_refuses_to_overwrite(files, ticket, trained, capsy
     assert (trained / "seed-1" / "baked.safetensors").read_bytes() == before
 
 
+def test_seeds_of_another_run_are_not_joined(files, ticket, trained, tmp_path, capsys):
+    """They would be evaluated as seeds of this one."""
+    before = (trained / "run.json").read_bytes()
+    soft = [a for a in train_arguments(files, ticket) if a not in ("--ticket", ticket)]
+    other = tmp_path / "other.safetensors"
+    ls.Ticket.random(dict(ls.Ticket.load(ticket).shapes), k=100).save(other)
+    changes = [
+        (["--method", "soft-prompt", *soft], "holds seeds of a run with method 'LTP', this one has 'SP'"),
+        ([*train_arguments(files, ticket), "--epochs", 3], "was trained with epochs 2, not 3"),
+        ([*train_arguments(files, ticket), "--ticket", other], "was trained on another ticket than --ticket"),
+    ]
+    for arguments, message in changes:
+        assert run("train", *arguments, "--seeds", 1, 3, "--output", trained, "--resume") == 2
+        error = capsys.readouterr().err
+        assert message in error and "give another --output" in error
+    assert not (trained / "seed-3").exists() and (trained / "run.json").read_bytes() == before
+
+
 @pytest.mark.parametrize("method", ["random-ticket", "soft-prompt", "prompt-only"])
 def test_controls(files, ticket, tmp_path, method, capsys):
     arguments = list(train_arguments(files, ticket))
@@ -145,25 +163,129 @@ def test_options_come_from_a_file_and_flags_win(files, tmp_path, capsys):
     with pytest.warns(UserWarning, match="only 0 of"):
         assert run("select", "--config", config, "--output", tmp_path / "b") == 0
     assert (tmp_path / "b").is_file() and not (tmp_path / "a").exists()
-    config.write_text("densty: 0.5\n")
-    assert run("select", "--config", config) == 2
-    assert "unknown option 'densty'" in capsys.readouterr().err
+    config.write_text(f"ticket: {tmp_path / 'b'}\nby: [module, layer]\n")
+    assert run("inspect", "--config", config) == 0
+    config.write_text(f"ticket: {tmp_path / 'b'}\nby: module\n")  # one value, where the flag takes several
+    assert run("inspect", "--config", config) == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "line", "message"),
+    [
+        ("select", "densty: 0.5", "unknown option 'densty'"),
+        ("select", "density: 1.5", "density: must be in (0, 1], got 1.5"),
+        ("select", "density: much", "density: could not convert string to float: 'much'"),
+        ("select", "density: [0.1, 0.2]", "density takes one value, got [0.1, 0.2]"),
+        ("select", "resume: maybe", "resume must be true or false, got 'maybe'"),
+        ("train", "epochs: 3.5", "epochs: invalid literal for int() with base 10: '3.5'"),
+        ("train", "seeds: [1, two]", "seeds: invalid literal for int()"),
+        ("train", "method: LTP", "method must be one of ltp, "),
+        ("train", "language: no", "language must be a text or a number, got False; put it in quotes"),
+        ("inspect", "by: [layer, rows]", "by must be one of layer, module, parameter, got 'rows'"),
+        ("select", "a: [", "while parsing"),
+        ("select", "- a", "expected options by name"),
+    ],
+)
+def test_mistakes_in_a_file_name_the_option(command, line, message, tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text(line + "\n")
+    assert run(command, "--config", config) == 2
+    error = capsys.readouterr().err
+    assert f"--config {config}" in error and message in error and error.count("\n") == 1
+
+
+TEXT = ["select", "--model", "m", "--text", "t.txt", "--output", "o"]
+PAIR = ["select", "--initial", "a", "--tuned", "b", "--output", "o"]
+TRAIN = ["train", "--model", "m", "--output", "o"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([], "the following arguments are required: COMMAND; see ltp-sparse --help"),
+        (["selct"], "invalid choice: 'selct'"),
         (["select"], "--output is needed"),
+        (
+            ["select", "--density", "1.5"],
+            "argument --density: must be in (0, 1], got 1.5; see ltp-sparse select --help",
+        ),
+        (["select", "--max-lines", "0"], "--max-lines: must be at least 1, got 0"),
         (["train", "--output", "x"], "--model is needed"),
+        ([*TRAIN, "--method", "bitfit", "--encoder", "mlp"], "--encoder is of soft prompts and not of bitfit"),
+        ([*TRAIN, "--method", "bitfit", "--match", "pool"], "--match is of random-ticket, not of bitfit"),
+        ([*TRAIN, "--method", "spt"], "invalid choice: 'spt'"),
+        (TRAIN, "--ticket is needed for ltp; make one with ltp-sparse select"),
+        ([*TRAIN, "--method", "soft-prompt", "--language", "aym"], "'aym'; pass --verbalizer, one of ar, "),
+        ([*TRAIN, "--method", "bitfit", "--task", "nusax"], "--task must be one of pairs (xnli, "),
+        (["inspect"], "inspect: TICKET is needed"),
         (["inspect", "missing.safetensors"], "no such file"),
         (["evaluate", "."], "not a run of ltp-sparse train"),
+        (["evaluate", ".", "--limit", "-1"], "--limit: must be at least 1, got -1"),
+        (["predict", ".", "p.tsv", "--batch-size", "-1"], "--batch-size: must be at least 1, got -1"),
+        (["predict", ".", "missing.tsv"], "missing.tsv: no such file; expected pairs"),
         (["select", "--model", "m", "--output", "o"], "either --text files or --hub-text"),
+        ([*TEXT, "--intersect"], "--intersect needs a --segment"),
+        ([*TEXT[:-1], "/proc/none/o"], "--output /proc/none/o cannot be written"),
+        ([*TEXT[:-1], "."], "--output must be a file, . is none"),
+        ([*PAIR, "--segment", "middle"], "--segment is of tuning and has no part in comparing"),
+        ([*PAIR, "--text", "t.txt"], "--text is of tuning"),
+        (["memory", "--model", "./nothing"], "no config of an XLM-R model in './nothing'"),
     ],
 )
-def test_mistakes_end_with_one_line(arguments, message, capsys):
+def test_mistakes_end_with_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_what_the_system_or_a_missing_package_says_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("ltp_sparse.Ticket.load", lambda path: (_ for _ in ()).throw(PermissionError(13, "No", "t")))
+    assert main(["inspect", "t"]) == 2
+    assert capsys.readouterr().err == "ltp-sparse: [Errno 13] No: 't'\n"
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    assert main(["inspect", "t", "--config", "c"]) == 2
+    assert capsys.readouterr().err == 'ltp-sparse: yaml is not installed; pip install "ltp-sparse[train]"\n'
+
+
+def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
+    monkeypatch.setattr("ltp_sparse.Ticket.load", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(["inspect", "t"]) == 130
+    assert capsys.readouterr().err == "ltp-sparse: stopped\n"
+    assert main([*TRAIN, "--ticket", "t"]) == 130
+    assert "the same command with --resume goes on" in capsys.readouterr().err
+
+
+def test_predictions_are_read_as_they_were_written(files, trained, tmp_path):
+    """A .tsv has no quotes: those of a text are its own."""
+    from ltp_sparse.tasks import read_pairs
+
+    (tmp_path / "pairs.csv").write_text('premise,hypothesis\n"word1 ""word2""","word3\nword4\tword5"\n')
+    assert run("predict", trained, tmp_path / "pairs.csv", "--output", tmp_path / "labels.tsv", "--quiet") == 0
+    (pair,) = read_pairs(tmp_path / "labels.tsv")
+    assert (pair.premise, pair.hypothesis) == ('word1 "word2"', "word3 word4 word5") and pair.label in CLASSES
+
+
+def test_an_export_does_not_overwrite_its_model(files, trained, tmp_path, capsys):
+    before = {path.name: path.read_bytes() for path in (files / "model").iterdir()}
+    assert run("export", trained, "--output", files / "model" / ".." / "model") == 2
+    assert "expected a folder of its own to write to" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (files / "model").iterdir()} == before
+    assert run("export", trained, "--seed", 7, "--output", tmp_path) == 2
+    assert "expected one of its seeds 1, 2, got 7" in capsys.readouterr().err
+
+
+def test_memory_knows_the_model_of_the_package():
+    from ltp_sparse.cli.memory import _config
+
+    assert _config("mini-xlmr").model_type == "xlm-roberta"
+
+
+def test_quiet_shows_no_bar(files, trained, tmp_path):
+    (tmp_path / "pairs.tsv").write_text("premise\thypothesis\nword1\tword2\n")
+    command = [sys.executable, "-m", "ltp_sparse.cli", "predict", trained, tmp_path / "pairs.tsv", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stderr == "" and done.stdout.splitlines()[1].startswith("word1\tword2\t")
 
 
 def test_help_teaches_by_example(capsys):
@@ -180,7 +302,9 @@ def test_help_imports_no_transformers():
 
 
 def test_method_names_are_those_of_the_methods():
-    from ltp_sparse.cli.tables import METHOD_NAMES
+    from ltp_sparse.cli.tables import METHOD_NAMES, PAIR_METHOD_NAMES
     from ltp_sparse.methods import METHODS
 
     assert tuple(METHODS) == METHOD_NAMES
+    for_pairs = (name for name, kind in METHODS.items() if kind.backbone == "masked" and "pair" in kind.inputs)
+    assert tuple(for_pairs) == PAIR_METHOD_NAMES

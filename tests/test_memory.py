@@ -212,13 +212,13 @@ def test_the_command_needs_no_download(capsys):
     text = capsys.readouterr().out
     assert "LoRA, rank 8" in text and "FlashAdamW" in text and "full fine-tuning, AdamW, all logits" in text
     assert main(["memory", "--model", "xlm-roberta-base", "--density", "2"]) == 2
-    assert "--density must be in (0, 1]" in capsys.readouterr().err
+    assert "--density: must be in (0, 1]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--batch", "0"], "--batch must be at least 1, got 0"),
+        (["--batch", "0"], "--batch: must be at least 1, got 0"),
         (["--length", "513"], "--length must be in [1, 512] for xlm-roberta-base, got 513"),
         (["--length", "0"], "--length must be in [1, 512]"),
         (["--model", "no/such/folder"], "no config of an XLM-R model in 'no/such/folder'; give xlm-roberta-base"),

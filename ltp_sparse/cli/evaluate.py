@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ltp_sparse.cli.options import add_computing, add_data, need
+from ltp_sparse.cli.options import add_computing, add_data, at_least_one, need, quieten
 
 HELP = "evaluate a trained run per language: mean and standard deviation over its seeds, as a table"
 EXAMPLES = """\
@@ -20,9 +20,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", default="xnli", help="labelled pairs to test on (default: xnli)")
     parser.add_argument("--split", default="test", help="default: test")
     parser.add_argument("--languages", nargs="+", help="default: all languages of the task")
-    parser.add_argument("--limit", type=int, help="at most so many pairs per language, the first ones")
+    parser.add_argument("--limit", type=at_least_one, help="at most so many pairs per language, the first ones")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: all that are trained")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=at_least_one, default=64)
     parser.add_argument("--plot", type=Path, help="also draw bars per language")
     add_data(parser)
     add_computing(parser)
@@ -32,17 +32,19 @@ def run(options: argparse.Namespace) -> None:
     need(options, "folder")
     import torch
 
-    from ltp_sparse.cli.runs import RESULTS, Run, finished_seeds, load_seed
-    from ltp_sparse.tasks import languages, load_pairs
+    from ltp_sparse.cli.runs import RESULTS, Run, finished_seeds, load_pairs, load_seed
+    from ltp_sparse.tasks import languages
     from ltp_sparse.training.evaluation import append_row, evaluate, markdown_table, result_row, summarize
 
+    quieten(options)
     made = Run.load(options.folder)
+    seeds = finished_seeds(options.folder, options.seeds)
     pairs = {
-        language: load_pairs(options.task, options.split, language, data=options.data)[: options.limit]
+        language: load_pairs("evaluate", options.task, options.split, language, data=options.data)[: options.limit]
         for language in options.languages or languages(options.task)
     }
     rows = []
-    for seed in options.seeds or finished_seeds(options.folder):
+    for seed in seeds:
         setup, delta = load_seed(made, options.folder, seed)
         scores = evaluate(
             setup,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ltp_sparse.cli.options import need
+from ltp_sparse.cli.options import check_writable, need
 
 HELP = "write a trained run as a plain transformers folder, the prompt baked into its vocabulary"
 EXAMPLES = """\
@@ -21,12 +21,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     need(options, "folder", "output")
-    from ltp_sparse.cli.runs import Run, finished_seeds
+    from ltp_sparse.cli.runs import BAKED, Run, finished_seeds
     from ltp_sparse.training.export import export
 
     made = Run.load(options.folder)
-    seed = finished_seeds(options.folder)[0] if options.seed is None else options.seed
-    export(made.model, options.folder / f"seed-{seed}" / "baked.safetensors", options.output, tokenizer=made.tokenizer)
+    seed = finished_seeds(options.folder, None if options.seed is None else [options.seed])[0]
+    check_writable("export", options.output, folder=True)
+    export(made.model, options.folder / f"seed-{seed}" / BAKED, options.output, tokenizer=made.tokenizer)
     print(
         f"seed {seed} of {made.method} written to {options.output}; "
         f"try: python {options.output}/predict.py PREMISE HYPOTHESIS"

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.cli.options import CommandError, need
+from ltp_sparse.cli.options import CommandError, at_least_one, need, share
 
 HELP = "predict the memory of training a ticket beside full fine-tuning, LT-SFT, LoRA and FlashAdamW; takes none"
 EXAMPLES = """\
@@ -22,18 +22,14 @@ _LORA_RANK = 8
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help=f"{', '.join(SIZES)}, a folder with a config, or a Hub name")
-    parser.add_argument("--density", type=float, default=0.2, help="share of the maskable weights (default: 0.2)")
-    parser.add_argument("--batch", type=int, default=32, help="examples per forward pass (default: 32)")
+    parser.add_argument("--density", type=share, default=0.2, help="share of the maskable weights (default: 0.2)")
+    parser.add_argument("--batch", type=at_least_one, default=32, help="examples per forward pass (default: 32)")
     parser.add_argument("--length", type=int, default=256, help="tokens of each (default: 256)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
 
 
 def run(options: argparse.Namespace) -> None:
     need(options, "model")
-    if not 0 < options.density <= 1:
-        raise CommandError(f"memory: --density must be in (0, 1], got {options.density}")
-    if options.batch < 1:
-        raise CommandError(f"memory: --batch must be at least 1, got {options.batch}")
     config = _config(options.model)
     longest = config.max_position_embeddings - config.pad_token_id - 1
     if not 1 <= options.length <= longest:
@@ -138,6 +134,8 @@ def _add_lora(model: Any) -> list[Any]:
 def _config(name: str) -> Any:
     from transformers import AutoConfig, XLMRobertaConfig
 
+    from ltp_sparse.training.backbone import locate
+
     size = SIZES.get(name.rpartition("/")[2])
     if size is not None and not Path(name).is_dir():
         hidden, layers, heads, inner = size
@@ -146,7 +144,8 @@ def _config(name: str) -> Any:
             intermediate_size=inner, max_position_embeddings=514, type_vocab_size=1, pad_token_id=1,
         )  # fmt: skip
     try:
-        config = AutoConfig.from_pretrained(name, local_files_only=Path(name).is_dir())
+        source, local = locate(name)
+        config = AutoConfig.from_pretrained(source, local_files_only=local)
     except (OSError, ValueError) as error:
         known = ", ".join(SIZES)
         raise CommandError(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 COMMANDS = ("select", "train", "evaluate", "predict", "export", "inspect", "run", "report", "cache", "memory", "demo")
 
@@ -15,11 +16,18 @@ class CommandError(Exception):
     """A mistake in the options."""
 
 
+class _ArgumentParser(argparse.ArgumentParser):
+    """Its errors are those of the other mistakes: one line, without the list of all options."""
+
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(f"{self.prog.removeprefix('ltp-sparse ')}: {message}; see {self.prog} --help")
+
+
 class Parser:
     """The parser of all commands: modules of this package with `HELP`, `EXAMPLES`, `add_options` and `run`."""
 
     def __init__(self) -> None:
-        self.parser = argparse.ArgumentParser(
+        self.parser = _ArgumentParser(
             prog="ltp-sparse",
             description="Select a ticket of weights, and train it for the price of the ticket.",
             epilog="A first look, offline: ltp-sparse demo. Help on a command: ltp-sparse COMMAND --help",
@@ -37,7 +45,8 @@ class Parser:
             )
             module.add_options(command)
             command.add_argument("--config", type=Path, metavar="YAML", help="options by name; flags win over the file")
-            command.set_defaults(run=module.run)
+            positional = frozenset(a.dest for a in command._actions if not a.option_strings)
+            command.set_defaults(run=module.run, positional=positional)
             self.commands[name] = command
 
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -71,26 +80,67 @@ def _read_config(path: Path, command: argparse.ArgumentParser) -> dict[str, Any]
         name = str(key).replace("-", "_")
         if name not in actions:
             raise CommandError(f"--config {path}: unknown option {key!r}; known: {', '.join(sorted(actions))}")
-        action = actions[name]
-        if action.choices is not None and value not in action.choices:
-            raise CommandError(
-                f"--config {path}: {key} must be one of {', '.join(map(str, action.choices))}, got {value!r}"
-            )
-        convert = action.type if callable(action.type) else (lambda v: v)
-        if value is None or isinstance(action, argparse._StoreTrueAction):
-            converted[name] = value
-        else:
-            converted[name] = [convert(v) for v in value] if isinstance(value, list) else convert(value)
+        converted[name] = _converted(actions[name], value, f"--config {path}: {key}")
     return converted
+
+
+def _converted(action: argparse.Action, value: Any, where: str) -> Any:
+    """A value of the file, as the flag would have it."""
+    if value is None:
+        return None
+    if isinstance(action, argparse._StoreTrueAction):
+        if not isinstance(value, bool):
+            raise CommandError(f"{where} must be true or false, got {value!r}")
+        return value
+    several = action.nargs == "+"
+    if isinstance(value, list) and not several:
+        raise CommandError(f"{where} takes one value, got {value!r}")
+    found = []
+    for one in value if isinstance(value, list) else [value]:
+        if isinstance(one, bool | dict | list):
+            raise CommandError(f"{where} must be a text or a number, got {one!r}; put it in quotes if it is a text")
+        try:
+            found.append(action.type(str(one)) if callable(action.type) else str(one))
+        except (argparse.ArgumentTypeError, ValueError) as error:
+            raise CommandError(f"{where}: {error}") from error
+        if action.choices is not None and found[-1] not in action.choices:
+            raise CommandError(f"{where} must be one of {', '.join(map(str, action.choices))}, got {one!r}")
+    return found if several else found[0]
 
 
 def need(options: argparse.Namespace, *names: str) -> None:
     """Raises for options that neither flags nor the file give."""
     for name in names:
         if getattr(options, name) in (None, []):
-            raise CommandError(
-                f"{options.command}: --{name.replace('_', '-')} is needed; see ltp-sparse {options.command} --help"
-            )
+            shown = name.upper() if name in options.positional else f"--{name.replace('_', '-')}"
+            raise CommandError(f"{options.command}: {shown} is needed; see ltp-sparse {options.command} --help")
+
+
+def at_least_one(text: str) -> int:
+    """The type of options that count something."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
+def share(text: str) -> float:
+    """The type of a density."""
+    if not 0 < (number := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"must be in (0, 1], got {text}")
+    return number
+
+
+def check_writable(command: str, path: Path, *, folder: bool = False) -> None:
+    """Raises unless a file, or a folder of files, can be written there: before hours of work, not after them."""
+    if path.is_dir() != folder and path.exists():
+        raise CommandError(f"{command}: --output must be a {'folder' if folder else 'file'}, {path} is none")
+    try:
+        place = path if folder else path.parent
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise CommandError(f"{command}: --output {path} cannot be written: {error.strerror}") from error
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -105,3 +155,11 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 def add_computing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 under autocast; weights stay float32")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def quieten(options: argparse.Namespace) -> None:
+    """With --quiet, turns off the bars of transformers, too."""
+    if options.quiet:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()

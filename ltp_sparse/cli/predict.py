@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import csv
+import re
 import sys
 from pathlib import Path
 
-from ltp_sparse.cli.options import add_computing, need
+from ltp_sparse.cli.options import add_computing, at_least_one, check_writable, need, quieten
 
 HELP = "label the sentence pairs of a file with a trained run"
 EXAMPLES = """\
@@ -23,7 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "pairs", nargs="?", type=Path, help="the pairs: .tsv, .csv or .jsonl with premise and hypothesis"
     )
     parser.add_argument("--seed", type=int, help="default: the first that is trained")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=at_least_one, default=64)
     parser.add_argument("--output", type=Path, help="a .tsv file (default: the screen)")
     add_computing(parser)
 
@@ -39,7 +39,10 @@ def run(options: argparse.Namespace) -> None:
     from ltp_sparse.tasks import read_pairs
     from ltp_sparse.training.evaluation import predict
 
+    quieten(options)
     pairs = read_pairs(options.pairs)
+    if options.output is not None:
+        check_writable("predict", options.output)
     setup, _ = load_seed(Run.load(options.folder), options.folder, options.seed)
     dtype = torch.bfloat16 if options.bf16 else None
     with tqdm(total=len(pairs), unit="pair", disable=options.quiet) as bar:
@@ -57,6 +60,6 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _write(file, rows: list[tuple[str, str, str]]) -> None:  # type: ignore[no-untyped-def]
-    writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-    writer.writerow(("premise", "hypothesis", "label"))
-    writer.writerows(rows)
+    """Without quoting, as `read_pairs` reads a .tsv: tabs and line breaks inside a text become spaces."""
+    for row in (("premise", "hypothesis", "label"), *rows):
+        file.write("\t".join(re.sub(r"[\t\r\n]+", " ", cell) for cell in row) + "\n")

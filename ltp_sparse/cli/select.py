@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ltp_sparse.cli.options import CommandError, add_computing, add_model, need
+from ltp_sparse.cli.options import (
+    CommandError,
+    add_computing,
+    add_model,
+    at_least_one,
+    check_writable,
+    need,
+    quieten,
+    share,
+)
 
 HELP = "select a ticket: tune a masked language model on text, or compare two checkpoints"
 EXAMPLES = """\
@@ -26,18 +35,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hub-text", help="Hub data set to take the text from")
     parser.add_argument("--hub-config", help="configuration of the Hub data set")
     parser.add_argument("--hub-column", default="text", help="its column (default: text)")
-    parser.add_argument("--max-lines", type=int, help="take at most so many lines, drawn with --seed")
+    parser.add_argument("--max-lines", type=at_least_one, help="take at most so many lines, drawn with --seed")
     parser.add_argument("--initial", type=Path, help="instead of tuning: checkpoint of the initial weights")
     parser.add_argument("--tuned", type=Path, help="checkpoint of the tuned weights")
-    parser.add_argument("--density", type=float, default=0.2, help="share of the maskable weights (default: 0.2)")
+    parser.add_argument("--density", type=share, default=0.2, help="share of the maskable weights (default: 0.2)")
     parser.add_argument(
         "--budget", choices=("global", "layer", "tensor"), default="global", help="how it is shared out"
     )
     parser.add_argument(
         "--strategy",
         choices=("decoupled", "vanilla", "frozen_embedding"),
-        default="decoupled",
-        help="what moves in tuning: the input embedding alone (default), both tied ones, or neither",
+        help="what moves in tuning: the input embedding alone (decoupled, the default), both tied ones, or neither",
     )
     parser.add_argument(
         "--segment", choices=("lower", "middle", "upper"), help="select in one third of the layers only"
@@ -45,14 +53,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--intersect", action="store_true", help="with --segment: cut the global ticket instead")
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--max-steps", type=int, default=-1, help="stop after so many updates")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=at_least_one, default=32)
     parser.add_argument("--learning-rate", type=float, default=5e-5)
-    parser.add_argument("--length", type=int, default=256, help="tokens of a block (default: 256)")
+    parser.add_argument("--length", type=at_least_one, default=256, help="tokens of a block (default: 256)")
     parser.add_argument("--line-by-line", action="store_true", help="one line per example instead of packed blocks")
-    parser.add_argument("--eval-steps", type=int, default=1000, help="updates between evaluations (default: 1000)")
+    parser.add_argument(
+        "--eval-steps", type=at_least_one, default=1000, help="updates between evaluations (default: 1000)"
+    )
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--run-dir", type=Path, help="folder for checkpoints; with it, --save-every and --resume work")
-    parser.add_argument("--save-every", type=int, help="updates between checkpoints")
+    parser.add_argument("--save-every", type=at_least_one, help="updates between checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint of --run-dir")
     parser.add_argument("--output", type=Path, help="the ticket, a .safetensors file")
     add_computing(parser)
@@ -62,6 +72,9 @@ def run(options: argparse.Namespace) -> None:
     need(options, "output")
     if (options.initial is None) != (options.tuned is None):
         raise CommandError("select: --initial and --tuned go together")
+    if options.intersect and options.segment is None:
+        raise CommandError("select: --intersect needs a --segment to cut the global ticket to")
+    check_writable("select", options.output)
     if options.initial is not None:
         ticket = _from_checkpoints(options)
     else:
@@ -74,6 +87,12 @@ def run(options: argparse.Namespace) -> None:
 def _from_checkpoints(options: argparse.Namespace):  # type: ignore[no-untyped-def]
     import ltp_sparse as ls
 
+    of_tuning = ("text", "hub_text", "model", "strategy", "segment", "run_dir")
+    if given := [name for name in of_tuning if getattr(options, name) is not None]:
+        raise CommandError(
+            f"select: --{given[0].replace('_', '-')} is of tuning and has no part in comparing --initial and --tuned, "
+            "whose parameters are all selected from; leave it out"
+        )
     return ls.select(
         options.initial,
         options.tuned,
@@ -90,6 +109,8 @@ def _from_text(options: argparse.Namespace):  # type: ignore[no-untyped-def]
         raise CommandError("select: give either --text files or --hub-text NAME")
     if (options.resume or options.save_every) and options.run_dir is None:
         raise CommandError("select: --save-every and --resume need a --run-dir")
+    quieten(options)
+    strategy = options.strategy or "decoupled"
     from ltp_sparse.tasks import read_hub_text, read_text
     from ltp_sparse.training.backbone import load_backbone
     from ltp_sparse.training.mlm import MLMSettings, find_ticket, tune_mlm
@@ -104,11 +125,9 @@ def _from_text(options: argparse.Namespace):  # type: ignore[no-untyped-def]
             max_lines=options.max_lines,
             seed=options.seed,
         )
-    model, tokenizer = load_backbone(
-        options.model, decoupled=options.strategy == "decoupled", tokenizer=options.tokenizer
-    )
+    model, tokenizer = load_backbone(options.model, decoupled=strategy == "decoupled", tokenizer=options.tokenizer)
     settings = MLMSettings(
-        strategy=options.strategy,
+        strategy=strategy,
         epochs=options.epochs,
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,
@@ -135,7 +154,7 @@ def _from_text(options: argparse.Namespace):  # type: ignore[no-untyped-def]
     return find_ticket(
         result.initial,
         result.model,
-        strategy=options.strategy,
+        strategy=strategy,
         density=options.density,
         budget=options.budget,
         segment=options.segment,

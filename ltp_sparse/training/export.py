@@ -15,7 +15,7 @@ import torch
 from ltp_sparse.delta import SparseDelta
 from ltp_sparse.prompting import PromptedMaskedLM
 from ltp_sparse.prompting.templates import CLASSES, soft_template
-from ltp_sparse.training.backbone import decouple, load_backbone
+from ltp_sparse.training.backbone import decouple, load_backbone, locate
 from ltp_sparse.training.method import load_trained
 
 if TYPE_CHECKING:
@@ -82,7 +82,15 @@ def export(
         delta: the baked delta of a run (`Trained.baked`).
         output: the folder to write.
         tokenizer: folder or Hub name of the tokenizer, where it is not beside the model.
+
+    Raises:
+        ValueError: the result has no soft prompt or is not of pairs, or `output` is the folder of the base model or of
+            its tokenizer, which would be overwritten.
     """
+    for source in (model, model if tokenizer is None else tokenizer):
+        where, local = locate(source)
+        if local and Path(where).resolve() == Path(output).resolve():
+            raise ValueError(f"export: expected a folder of its own to write to, {where!r} holds what it is made from")
     trained = SparseDelta.load(delta)
     language_model, pieces = load_backbone(model, decoupled=trained.metadata["decoupled"], tokenizer=tokenizer)
     setup = load_trained(language_model, pieces, trained)
