@@ -79,7 +79,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         result.delta.save(Path(folder) / "delta.safetensors")
         table.row("delta on disk", f"{(Path(folder) / 'delta.safetensors').stat().st_size:,} bytes")
-    result.delta.revert(result.model)
+    result.release()
     table.row("revert to the initial bits", "done")
     if options.output is not None:
         options.output.write_text("\n".join([*table.lines, ""]), encoding="utf-8")

@@ -130,6 +130,19 @@ def test_controls(files, ticket, tmp_path, method, capsys):
     assert (tmp_path / "run" / "seed-1" / "baked.safetensors").is_file()
 
 
+def test_a_seed_finds_nothing_of_the_one_before(files, ticket, tmp_path, capsys):
+    """What a method attaches to the language model has to leave it; lengths end where the model's positions do."""
+    arguments = list(train_arguments(files, ticket))
+    for option in ("--ticket", "--max-length"):
+        at = arguments.index(option)
+        del arguments[at : at + 2]
+    for folder, seeds in (("both", (1, 2)), ("alone", (2,))):
+        assert run("train", "--method", "mad-x", *arguments, "--seeds", *seeds, "--output", tmp_path / folder) == 0
+        assert "inputs have at most 64 tokens" in capsys.readouterr().out
+    both, alone = (ls.SparseDelta.load(tmp_path / f / "seed-2" / "trained.safetensors") for f in ("both", "alone"))
+    assert all(torch.equal(tensor, alone.dense[name]) for name, tensor in both.dense.items())
+
+
 def test_predict_and_the_exported_folder_agree(files, trained, tmp_path, capsys):
     """The exported folder needs transformers alone: its own script, without this library, gives the same scores."""
     pairs = toy_pairs(9, seed=3)

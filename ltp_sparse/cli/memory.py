@@ -30,8 +30,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     need(options, "model")
+    from ltp_sparse.training.backbone import longest_input
+
     config = _config(options.model)
-    longest = config.max_position_embeddings - config.pad_token_id - 1
+    longest = longest_input(config)
     if not 1 <= options.length <= longest:
         raise CommandError(f"memory: --length must be in [1, {longest}] for {options.model}, got {options.length}")
     rows = table(config, options.density, options.batch, options.length, options.dtype)

@@ -55,7 +55,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-steps", type=int, default=-1, help="stop after so many updates")
     parser.add_argument("--batch-size", type=at_least_one, default=32)
     parser.add_argument("--learning-rate", type=float, default=5e-5)
-    parser.add_argument("--length", type=at_least_one, default=256, help="tokens of a block (default: 256)")
+    parser.add_argument(
+        "--length", type=at_least_one, help="tokens of a block (default: 256, as far as the model goes)"
+    )
     parser.add_argument("--line-by-line", action="store_true", help="one line per example instead of packed blocks")
     parser.add_argument(
         "--eval-steps", type=at_least_one, default=1000, help="updates between evaluations (default: 1000)"
@@ -112,7 +114,7 @@ def _from_text(options: argparse.Namespace):  # type: ignore[no-untyped-def]
     quieten(options)
     strategy = options.strategy or "decoupled"
     from ltp_sparse.tasks import read_hub_text, read_text
-    from ltp_sparse.training.backbone import load_backbone
+    from ltp_sparse.training.backbone import load_backbone, longest_input
     from ltp_sparse.training.mlm import MLMSettings, find_ticket, tune_mlm
 
     if options.text is not None:
@@ -131,7 +133,7 @@ def _from_text(options: argparse.Namespace):  # type: ignore[no-untyped-def]
         epochs=options.epochs,
         batch_size=options.batch_size,
         learning_rate=options.learning_rate,
-        length=options.length,
+        length=min(256, longest_input(model.config)) if options.length is None else options.length,
         line_by_line=options.line_by_line,
         eval_steps=options.eval_steps,
         max_steps=options.max_steps,

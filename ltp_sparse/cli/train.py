@@ -54,7 +54,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gradients", choices=("packed", "dense"), default="packed", help="dense keeps all of every gradient"
     )
-    parser.add_argument("--max-length", type=at_least_one, help="tokens of an input (default: 256)")
+    parser.add_argument(
+        "--max-length",
+        type=at_least_one,
+        help="tokens of an input (default: the method's, 256 or 128, as far as the model goes)",
+    )
     parser.add_argument("--n-prompt", type=at_least_one, help="prompt embeddings (default: 4)")
     parser.add_argument("--encoder", choices=("bilstm", "mlp", "none"), help="prompt encoder (default: bilstm)")
     parser.add_argument(
@@ -72,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
     from ltp_sparse.cli.runs import BAKED, TRAINED, Run, check_same_training, load_pairs
     from ltp_sparse.prompting import WORDS, Verbalizer
     from ltp_sparse.prompting.templates import QUESTIONS
-    from ltp_sparse.training.backbone import load_backbone
+    from ltp_sparse.training.backbone import load_backbone, longest_input
     from ltp_sparse.training.method import train_method
 
     quieten(options)
@@ -104,11 +108,14 @@ def run(options: argparse.Namespace) -> None:
         verbalizer=words,
     )
     run.check_continues(options.output)
+    check_writable("train", options.output, folder=True)
+    model, tokenizer = load_backbone(options.model, decoupled=False, tokenizer=options.tokenizer)
+    if options.max_length is None and method.settings.max_length > (longest := longest_input(model.config)):
+        print(f"inputs have at most {longest} tokens, for which the model has positions")
+        method = replace(method, settings=replace(method.settings, max_length=longest))
     if len(todo) < len(seeds):
         done = next(seed for seed in seeds if seed not in todo)
         check_same_training(options.output / f"seed-{done}" / BAKED, method, ticket)
-    check_writable("train", options.output, folder=True)
-    model, tokenizer = load_backbone(options.model, decoupled=False, tokenizer=options.tokenizer)
     verbalizer = Verbalizer.for_language(tokenizer, words) if method.scores_words else None
     run.save(options.output)
     print(f"{method.name}: {len(train)} training and {len(dev)} dev pairs ({options.language}), seeds {seeds}")
@@ -136,7 +143,7 @@ def run(options: argparse.Namespace) -> None:
         )
         result.delta.save(folder / TRAINED)
         result.baked.save(folder / BAKED)
-        result.delta.revert(result.model)
+        result.release()
         print(
             f"seed {seed}: best epoch {result.best_epoch} of {len(result.dev_scores)}, "
             f"dev score {max(result.dev_scores):.2%}, {result.seconds:.0f} s, "

@@ -128,6 +128,11 @@ def decouple(model: XLMRobertaForMaskedLM) -> XLMRobertaForMaskedLM:
     return model
 
 
+def longest_input(config: XLMRobertaConfig) -> int:
+    """Tokens that an XLM-R has positions for; they count from behind the padding index."""
+    return config.max_position_embeddings - config.pad_token_id - 1
+
+
 def is_decoupled(model: Any) -> bool:
     """Whether the LM head reads another tensor than the word embedding."""
     return model.get_output_embeddings().weight is not model.get_input_embeddings().weight

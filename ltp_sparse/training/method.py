@@ -17,6 +17,7 @@ from ltp_sparse.methods.base import Collate, Context, Encode, Method, Settings, 
 from ltp_sparse.names import applied_deltas, canonical_parameters, match_names
 from ltp_sparse.prompting import CLASSES, Verbalizer, kind_of
 from ltp_sparse.ticket import Ticket
+from ltp_sparse.training.backbone import longest_input
 from ltp_sparse.training.fit import Fit, Options, fit
 
 if TYPE_CHECKING:
@@ -195,11 +196,9 @@ def _check(method: Method, language_model: PreTrainedModel, train: Sequence[Any]
     if earlier is not None and any(entry.delta is earlier for entry in applied_deltas(language_model)):
         raise ValueError(
             "train_method: expected a language model at its initial weights, this one has the result of an earlier run "
-            "applied; call result.delta.revert(result.model), or load it again"
+            "applied; call result.release(), or load it again"
         )
-    config = language_model.config
-    longest = getattr(config, "max_position_embeddings", None)
-    if method.backbone == "masked" and method.settings.max_length > (longest := longest - config.pad_token_id - 1):
+    if method.backbone == "masked" and method.settings.max_length > (longest := longest_input(language_model.config)):
         raise ValueError(
             f"train_method: max_length must be at most {longest}, the positions of the model, got "
             f"{method.settings.max_length}"

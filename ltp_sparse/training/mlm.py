@@ -35,7 +35,7 @@ from ltp_sparse.selection.budgets import Budget
 from ltp_sparse.selection.sources import ScoreFunction, open_weights
 from ltp_sparse.ticket import Ticket
 from ltp_sparse.topk import entries_for
-from ltp_sparse.training.backbone import is_decoupled
+from ltp_sparse.training.backbone import is_decoupled, longest_input
 from ltp_sparse.training.trainer import KeepBest, SparseTrainer, last_checkpoint
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def tune_mlm(
 
     training, validation = split_texts(texts, settings.validation, settings.seed)
     train_dataset, eval_dataset = dataset(training, settings.seed), dataset(validation, settings.seed + 1)
-    room = model.config.max_position_embeddings - model.config.pad_token_id - 1
+    room = longest_input(model.config)
     if (longest := max(train_dataset.longest, eval_dataset.longest)) > room:
         raise ValueError(
             f"tune_mlm: the model has positions for {room} tokens, got {longest}; pass length={room} or less"
