@@ -159,8 +159,8 @@ class AdapterStack(Attachment):
         owners = (getattr(hook, "__self__", None) for hook in roberta.embeddings._forward_hooks.values())
         if any(isinstance(owner, AdapterStack) and owner is not self for owner in owners):
             raise ValueError(
-                "AdapterStack: expected an encoder without adapters, another stack is attached to it; remove() that one "
-                "first (of a result of training: release())"
+                "AdapterStack: expected an encoder without adapters, another stack is attached to it; remove() that "
+                "one first (of a result of training: release())"
             )
         config = roberta.config
         total = config.num_hidden_layers
