@@ -151,6 +151,17 @@ def test_a_killed_run_resumes_to_the_same_bits(tokenizer, tmp_path, killed_at):
     assert resumed.best_epoch == whole.best_epoch
 
 
+def test_a_run_that_starts_anew_is_not_resumed_from_an_earlier_one(tokenizer, tmp_path):
+    """Of the two runs in a folder the earlier one went further."""
+    slow = LTP(settings=dataclasses.replace(SHORT, learning_rate=1e-4))
+    with pytest.raises(KeyboardInterrupt):
+        run(tokenizer, output_dir=tmp_path, save_every=1, callbacks=[StopAfter(5)])
+    with pytest.raises(KeyboardInterrupt):
+        run(tokenizer, slow, output_dir=tmp_path, save_every=3, callbacks=[StopAfter(2)])
+    resumed = run(tokenizer, slow, output_dir=tmp_path, save_every=3, resume=True)
+    assert_same_bits(resumed.delta, run(tokenizer, slow).delta)
+
+
 def test_checkpoints_come_every_so_many_epochs_and_the_latest_is_kept(tokenizer, tmp_path):
     seen = []
 

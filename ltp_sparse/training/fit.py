@@ -25,7 +25,7 @@ from ltp_sparse.names import canonical_parameters
 from ltp_sparse.prompting.templates import IGNORED_LABEL
 from ltp_sparse.ticket import Ticket
 from ltp_sparse.training.evaluation import METRICS
-from ltp_sparse.training.trainer import KeepBest, SparseTrainer, last_checkpoint
+from ltp_sparse.training.trainer import KeepBest, SparseTrainer, discard_checkpoints, last_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,8 @@ class Options:
 
     seed:             of initial values, the order of examples, dropout, and what the method draws
     metric:           of dev that picks the evaluation to keep: "accuracy", "macro_f1", or "loss"
-    output_dir:       keeps the best evaluation so far (`best.safetensors`) and the checkpoints; None: nothing on disk
+    output_dir:       keeps the best evaluation so far (`best.safetensors`) and the checkpoints; None: nothing on disk.
+                      Those of an earlier run are removed, unless this one resumes
     save_every:       epochs between checkpoints, of which the latest is kept; None writes none
     resume:           continue from the latest checkpoint of `output_dir`, if there is one. The result has the bits of
                       a run that was never interrupted
@@ -123,6 +124,8 @@ def fit(
         )
         if not options.progress:
             trainer.remove_callback(PrinterCallback)
+        if not options.resume:
+            discard_checkpoints(str(folder))
         checkpoint = last_checkpoint(str(folder)) if options.resume else None
         start = time.perf_counter()
         with _back_to_base(trainer, dense, initial_dense):

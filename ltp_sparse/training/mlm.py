@@ -36,7 +36,7 @@ from ltp_sparse.selection.sources import ScoreFunction, open_weights
 from ltp_sparse.ticket import Ticket
 from ltp_sparse.topk import entries_for
 from ltp_sparse.training.backbone import is_decoupled, longest_input
-from ltp_sparse.training.trainer import KeepBest, SparseTrainer, last_checkpoint
+from ltp_sparse.training.trainer import KeepBest, SparseTrainer, discard_checkpoints, last_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM
@@ -162,7 +162,8 @@ def tune_mlm(
         texts: one sentence or paragraph each.
         ticket: the entries to train, instead of all in the strategy's pool.
         dense: a part of the model to train in full, instead of the LM head's dense, layer_norm and bias.
-        output_dir: folder for checkpoints; None: a temporary one.
+        output_dir: folder for checkpoints; None: a temporary one. Those of an earlier run are removed, unless this one
+            resumes.
         resume: continue from the latest checkpoint in `output_dir`, if there is one.
         progress: show bars and the log.
         arguments: further `transformers.TrainingArguments`, e.g. logging_steps=10.
@@ -219,6 +220,8 @@ def tune_mlm(
         )
         if not progress:
             trainer.remove_callback(PrinterCallback)
+        if not resume:
+            discard_checkpoints(folder)
         trainer.train(resume_from_checkpoint=last_checkpoint(folder) if resume else None)
     model.to(device).eval()
     best = keep_best.delta().metadata

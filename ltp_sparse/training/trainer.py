@@ -387,6 +387,14 @@ def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     return next((path for path in found if _complete(path)), None)
 
 
+def discard_checkpoints(folder: str | os.PathLike[str]) -> None:
+    """Removes the checkpoints of an earlier run: a later resume would take them for those of the run that starts."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        for path in Path(folder).glob("checkpoint-*"):
+            if (path / DELTA_FILE).is_file():
+                shutil.rmtree(path)
+
+
 def _steps(checkpoint: Path) -> int:
     number = checkpoint.name.removeprefix("checkpoint-")
     return int(number) if number.isdigit() else -1
