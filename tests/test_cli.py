@@ -102,6 +102,20 @@ def test_training_resumes_and_refuses_to_overwrite(files, ticket, trained, capsy
     assert (trained / "seed-1" / "baked.safetensors").read_bytes() == before
 
 
+def test_interrupted_runs_are_not_started_anew_by_oversight(files, ticket, tmp_path, capsys):
+    left = tmp_path / "run" / "seed-1" / "phase-1" / "checkpoint-7"
+    left.mkdir(parents=True)
+    arguments = [*train_arguments(files, ticket), "--seeds", 1, "--output", tmp_path / "run"]
+    assert run("train", *arguments) == 2
+    assert "holds checkpoints of an interrupted run; pass --resume to go on, or another --output" in (
+        capsys.readouterr().err
+    )
+    select = ["select", "--model", files / "model", "--text", files / "text.txt", "--run-dir", left.parent]
+    assert run(*select, "--output", tmp_path / "t") == 2
+    assert "pass --resume to go on, or another --run-dir" in capsys.readouterr().err
+    assert left.is_dir()
+
+
 def test_seeds_of_another_run_are_not_joined(files, ticket, trained, tmp_path, capsys):
     """They would be evaluated as seeds of this one."""
     before = (trained / "run.json").read_bytes()

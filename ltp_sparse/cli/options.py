@@ -143,6 +143,14 @@ def check_writable(command: str, path: Path, *, folder: bool = False) -> None:
         raise CommandError(f"{command}: --output {path} cannot be written: {error.strerror}") from error
 
 
+def check_starts_anew(command: str, folder: Path, option: str) -> None:
+    """Raises if an interrupted run has left checkpoints in a folder: a run that starts anew would remove them."""
+    if any(folder.rglob("checkpoint-*")):
+        raise CommandError(
+            f"{command}: {folder} holds checkpoints of an interrupted run; pass --resume to go on, or another {option}"
+        )
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="folder of the base model, or its Hub name, e.g. xlm-roberta-base")
     parser.add_argument("--tokenizer", help="folder or Hub name of the tokenizer, where it is not beside the model")

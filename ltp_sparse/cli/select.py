@@ -10,6 +10,7 @@ from ltp_sparse.cli.options import (
     add_computing,
     add_model,
     at_least_one,
+    check_starts_anew,
     check_writable,
     need,
     quieten,
@@ -111,6 +112,8 @@ def _from_text(options: argparse.Namespace):  # type: ignore[no-untyped-def]
         raise CommandError("select: give either --text files or --hub-text NAME")
     if (options.resume or options.save_every) and options.run_dir is None:
         raise CommandError("select: --save-every and --resume need a --run-dir")
+    if options.run_dir is not None and not options.resume:
+        check_starts_anew("select", options.run_dir, "--run-dir")
     quieten(options)
     strategy = options.strategy or "decoupled"
     from ltp_sparse.tasks import read_hub_text, read_text

@@ -13,6 +13,7 @@ from ltp_sparse.cli.options import (
     add_data,
     add_model,
     at_least_one,
+    check_starts_anew,
     check_writable,
     need,
     quieten,
@@ -98,6 +99,9 @@ def run(options: argparse.Namespace) -> None:
         raise CommandError(
             f"train: {options.output} already holds trained seeds; pass --resume to keep them, or another --output"
         )
+    if not options.resume:
+        for seed in todo:
+            check_starts_anew("train", options.output / f"seed-{seed}", "--output")
     run = Run(
         model=options.model,
         tokenizer=options.tokenizer,
