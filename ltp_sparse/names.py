@@ -96,8 +96,8 @@ def closest(name: str, names: Iterable[str], count: int = 3) -> str:
 
 def match_names(wanted: Iterable[str], known: Iterable[str], *, what: str, where: str) -> list[str]:
     """The names of `wanted`, all of which must be in `known`; otherwise an error that lists the closest."""
-    wanted, known = list(wanted), list(known)
-    missing = [name for name in wanted if name not in set(known)]
+    wanted, known = list(wanted), set(known)
+    missing = [name for name in wanted if name not in known]
     if missing:
         share = "no name" if len(missing) == len(wanted) else f"{len(missing)} of {len(wanted)} names"
         found = "is" if share == "no name" else "are not"

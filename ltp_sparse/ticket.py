@@ -29,8 +29,8 @@ from ltp_sparse.random_sets import random_sets
 
 _MOST_ENTRIES = 1 << 40  # of a parameter in a file: a larger claim is an error, not an allocation
 
-Pool = Callable[[str], bool] | Iterable[str] | None
-"""Which parameters may be selected: a predicate on names, regular expressions, or None for all."""
+Pool = Callable[[str], bool] | str | Iterable[str] | None
+"""Which parameters may be selected: a predicate on names, a regular expression or several, or None for all."""
 
 
 def in_pool(names: Iterable[str], pool: Pool) -> list[str]:
@@ -41,7 +41,7 @@ def in_pool(names: Iterable[str], pool: Pool) -> list[str]:
     elif callable(pool):
         kept = [name for name in names if pool(name)]
     else:
-        patterns = list(pool)
+        patterns = [pool] if isinstance(pool, str) else list(pool)  # each letter of a text is found in most names
         kept = [name for name in names if matches(name, patterns)]
     if not kept:
         raise ValueError(f"the pool holds none of the {len(names)} parameters, e.g. {names[:3]}; check its names")
@@ -254,7 +254,10 @@ class Ticket:
             name: self.sets.get(name, empty[name]).combine(other.sets.get(name, empty[name]), operation)
             for name in shapes
         }
-        return Ticket(sets, shapes, {"method": f"({self._method()} {operation} {other._method()})"})
+        # what both know of their base is that of the result; of bases that differ nothing is known
+        known = {**self.fingerprint, **other.fingerprint}
+        digests = {n: d for n, d in known.items() if self.fingerprint.get(n, d) == d and n in sets and sets[n].k}
+        return Ticket(sets, shapes, {"method": f"({self._method()} {operation} {other._method()})"}, digests)
 
     def _method(self) -> str:
         return str(self.metadata.get("method") or "ticket")

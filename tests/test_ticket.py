@@ -101,6 +101,22 @@ def test_wrong_arguments_say_what_was_expected(make, error, message):
         make()
 
 
+def test_a_pool_may_be_one_expression():
+    shapes = {"layer.0.weight": [3], "layer.1.weight": [3], "head": [2]}
+    assert Ticket.full(shapes, "layer.1").names == Ticket.full(shapes, ["layer.1"]).names == ["layer.1.weight"]
+
+
+def test_the_algebra_keeps_what_is_known_of_the_base():
+    """A ticket of two languages belongs to the base of both; another base must not pass for it."""
+    base = {name: torch.randn(6) for name in "abc"}
+    mask = torch.tensor([True, False] * 3)
+    one = Ticket.from_masks({"a": mask, "b": mask, "c": ~mask}).fingerprinted(base)
+    two = Ticket.from_masks({"a": mask, "b": ~mask, "c": mask}).fingerprinted({**base, "c": base["c"] + 1})
+    assert (one | two).fingerprint == {name: one.fingerprint[name] for name in "ab"}  # they differ in c
+    assert (one & two).fingerprint == {"a": one.fingerprint["a"]}  # nothing else is active
+    assert (one - Ticket.from_masks({"a": mask})).fingerprint == {name: one.fingerprint[name] for name in "bc"}
+
+
 def test_counts_by_layer_module_and_parameter():
     ticket = Ticket.full(SHAPES) - Ticket.full(SHAPES, ["query"])
     layer = sum(shape.numel() for name, shape in SHAPES.items() if ".layer.0." in name)
