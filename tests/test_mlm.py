@@ -259,6 +259,22 @@ def test_the_head_runs_at_masked_positions_only(tokenizer, texts):
     assert all(len(shape) == 1 and shape[0] < 8 * 16 / 2 for shape in shapes.seen)
 
 
+def test_every_setting_reaches_the_optimizer(tokenizer, texts):
+    class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+            self.rates, self.optimizer = [], getattr(optimizer, "optimizer", optimizer)
+
+        def on_step_begin(self, args, state, control, lr_scheduler=None, **kwargs):
+            self.rates.append(lr_scheduler.get_last_lr()[0])
+
+    seen = Look()
+    options = {"learning_rate": 0.01, "weight_decay": 0.3, "max_grad_norm": 0.7, "max_steps": 4}
+    tune(build(), tokenizer, texts, callbacks=[seen], **options)
+    assert seen.rates == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
+    assert [group["weight_decay"] for group in seen.optimizer.param_groups] == [0.3, 0.3]
+    assert seen.optimizer.max_grad_norm == 0.7 and seen.optimizer.pull_on == "host"
+
+
 def test_every_epoch_has_its_own_masks(tokenizer, texts):
     model, seen = build(), []
 

@@ -335,6 +335,32 @@ def test_vocabulary_init_starts_from_word_embeddings(tokenizer):
     assert not set(at) & set(tokenizer.all_special_ids)
 
 
+class Rates(TrainerCallback):
+    """The learning rate of every update, and the optimizer."""
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
+        self.rates, self.optimizer = [], getattr(optimizer, "optimizer", optimizer)
+
+    def on_step_begin(self, args, state, control, lr_scheduler=None, **kwargs) -> None:
+        self.rates.append(lr_scheduler.get_last_lr()[0])
+
+
+def test_every_setting_reaches_the_optimizer(tokenizer):
+    settings = dataclasses.replace(
+        SHORT, learning_rate=1e-2, schedule="linear", warmup=0.5, max_steps=4, weight_decay=0.3, max_grad_norm=0.7
+    )
+    seen = Rates()
+    run(tokenizer, LTP(settings=settings), callbacks=[seen], states="8bit", gradients="dense")
+    assert seen.rates == pytest.approx([0.0, 5e-3, 1e-2, 5e-3])  # half of four updates is warm-up
+    assert [group["weight_decay"] for group in seen.optimizer.param_groups] == [0.3, 0.3]
+    assert seen.optimizer.max_grad_norm == 0.7 and seen.optimizer.precision.states == "8bit"
+    assert not seen.optimizer._dense_of
+    constant = Rates()
+    run(tokenizer, LTP(settings=dataclasses.replace(SHORT, max_grad_norm=0.0)), callbacks=[constant])
+    assert constant.rates == pytest.approx([SHORT.learning_rate] * 6)
+    assert constant.optimizer.max_grad_norm is None and constant.optimizer._dense_of
+
+
 def test_own_words_and_further_arguments(tokenizer, tmp_path):
     words = {"contradiction": "word1", "entailment": "word2", "neutral": ["word3", "word4"]}
     verbalizer = Verbalizer.from_words(tokenizer, words)

@@ -331,6 +331,18 @@ def test_arguments_are_not_touched(tmp_path):
     assert trainer.create_optimizer().max_grad_norm == 0.5
 
 
+@pytest.mark.parametrize("l2", [0.0, 0.01], ids=["masked", "coupled"])
+def test_every_argument_reaches_the_optimizer(l2, tmp_path):
+    model = build_model()
+    own = {"learning_rate": 0.25, "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-5, "weight_decay": 0.2}
+    ticket = Ticket.full(model, pool=pools.maskable) if l2 else ticket_of(model)
+    args = arguments(tmp_path, eval_strategy="no", **own)
+    groups = SparseTrainer(model, args, ticket, dense=model.classifier, l2=l2).create_optimizer().param_groups
+    assert len(groups) == 2
+    assert all((g["lr"], g["betas"], g["eps"]) == (0.25, (0.8, 0.95), 1e-5) for g in groups)
+    assert {group["weight_decay"] for group in groups} == ({l2, 0.0} if l2 else {0.2})
+
+
 def test_dense_may_be_a_single_parameter(tmp_path):
     model = build_model()
     bias, weight = model.classifier.out_proj.bias, model.classifier.out_proj.weight
