@@ -210,6 +210,12 @@ def test_module_says_why_an_explicit_choice_cannot_serve(monkeypatch, capsys, no
     assert "<- used" not in printed
 
 
+def test_module_says_what_a_mistyped_choice_could_be(monkeypatch):
+    monkeypatch.setenv(backends.ENVIRONMENT, "gpu")
+    with pytest.raises(SystemExit, match="ltp_sparse: LTP_SPARSE_BACKEND: expected one of auto, reference.* got 'gpu'"):
+        runpy.run_module("ltp_sparse", run_name="__main__")
+
+
 # --- contract 9: every operator is registered with torch.library, with schema, fake and mutation declared ---
 
 

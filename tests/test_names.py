@@ -135,6 +135,36 @@ def test_copies_of_a_model_have_their_own_stack_of_deltas():
     assert names.applied_deltas(copy.deepcopy(model)) == []
 
 
+def test_models_around_one_base_model_share_its_deltas():
+    """A language delta that was applied to the language model lies below a task delta of the classifier around it."""
+
+    class Around(nn.Module):
+        base_model_prefix = "roberta"
+
+        def __init__(self, roberta):
+            super().__init__()
+            self.roberta = roberta
+
+    model = TiedModel()
+    around = Around(model.roberta)
+    assert names.applied_deltas(around) is names.applied_deltas(model)
+    base = copy.deepcopy(around)
+    pool = "layer.0.dense.weight"
+    tickets = [ls.Ticket.random(around, density=0.5, seed=seed, pool=pool) for seed in (1, 2)]
+    deltas = []
+    for ticket in tickets:
+        tuned = copy.deepcopy(base)
+        with torch.no_grad():
+            tuned.roberta["encoder"]["layer"][0]["dense"].weight.mul_(1.5)
+        deltas.append(ls.SparseDelta.between(base, tuned, ticket))
+    before = around.roberta["encoder"]["layer"][0]["dense"].weight.detach().clone()
+    deltas[0].apply(model)
+    deltas[1].apply(around)  # knows that the base below the first one is its own
+    deltas[1].revert(model)
+    deltas[0].revert(around)
+    assert torch.equal(around.roberta["encoder"]["layer"][0]["dense"].weight, before)
+
+
 @pytest.mark.parametrize(
     ("name", "layer", "module"),
     [

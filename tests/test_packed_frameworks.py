@@ -33,7 +33,7 @@ from test_frameworks import (
 )
 from torch import nn
 
-from ltp_sparse import MaskedAdamW
+from ltp_sparse import MaskedAdamW, canonical_parameters
 
 
 def packed_optimizer(model):
@@ -134,8 +134,10 @@ def _ddp_loop(rank, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 
     def train(run):
-        model, norms = build_net(), []
+        model, norms, averages = build_net(), [], []
         optimizer = packed_optimizer(model)
+        packed = next(launch.packed for launch in optimizer._launches if launch.packed is not None)
+        packed.average = lambda group=None: (averages.append(1), type(packed).average(packed, group))
         wrapped = nn.parallel.DistributedDataParallel(model)
         scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=run == "skip")
         for number, batch in enumerate(batches()):
@@ -155,6 +157,7 @@ def _ddp_loop(rank, folder):
             model.head.zero_grad()
         steps = [int(state["step"]) for state in optimizer.state.values()]
         found = {"weights": weights(wrapped), "norms": norms, "steps": steps, "scale": scaler.get_scale()}
+        found["averages"] = len(averages)
         torch.save(found, f"{folder}/{run}-{rank}.pt")
 
     for run in ("clean", "sync-twice", "skip"):
@@ -184,7 +187,13 @@ def _ddp_loop(rank, folder):
     own = [p.grad.clone() for p in optimizer.param_groups[0]["params"]]
     optimizer.average_gradients()
     average = [p.grad.clone() for p in optimizer.param_groups[0]["params"]]
-    torch.save({"own": own, "average": average}, f"{folder}/alone-{rank}.pt")
+    optimizer.step()
+    name = ticket_of(alone).active_names[0]
+    if rank == 0:  # on the other rank its slots still hold what the step before has left
+        canonical_parameters(alone)[name].sum().backward()
+    optimizer.average_gradients()
+    later = [p.grad for p in optimizer.param_groups[0]["params"]]
+    torch.save({"own": own, "average": average, "later": later}, f"{folder}/alone-{rank}.pt")
     del alone, optimizer
     gc.collect()
     leave_group()
@@ -205,6 +214,7 @@ def test_ddp(tmp_path):
         assert finite == pytest.approx(expected, rel=1e-5)  # the mean of four parts is rounded otherwise
         assert repr(first["norms"]) == repr(second["norms"])
         assert set(first["steps"] + second["steps"]) == {STEPS - (skip is not None)}
+        assert first["averages"] == second["averages"] == STEPS * (2 if run == "sync-twice" else 1)  # no_sync is heeded
         assert first["scale"] == second["scale"] == (128.0 if skip is not None else 1.0)
         for name, wanted in weights(reference).items():
             torch.testing.assert_close(first["weights"][name], wanted, rtol=1e-4, atol=1e-4)
@@ -213,3 +223,6 @@ def test_ddp(tmp_path):
     for a, b, mean, other in zip(*(side[key] for key in ("own", "average") for side in alone), strict=True):
         assert torch.equal(mean, other)
         torch.testing.assert_close(mean, (a + b) / 2)
+    for side in alone:
+        half, *none = side["later"]
+        assert torch.equal(half, torch.full_like(half, 0.5)) and none and all(grad is None for grad in none)

@@ -257,6 +257,21 @@ def test_a_skipped_step_consumes_the_gradients():
     assert_same_model(dense, packed)
 
 
+def test_the_norm_leaves_out_what_an_earlier_step_left():
+    """A part of the model without a gradient: its slots hold the last one, which no longer counts."""
+    model = nn.ModuleDict({"a": nn.Linear(6, 5), "b": nn.Linear(6, 5)})
+    optimizer = MaskedAdamW(model, Ticket.full(model), max_grad_norm=1.0, gradients="packed")
+    x = torch.randn(3, 6)
+    (100 * (model["a"](x) + model["b"](x))).sum().backward()
+    optimizer.step()
+    before = model["a"].weight.detach().clone()
+    model["b"](x).sum().backward()
+    optimizer.step()
+    wanted = (5 * x.sum(0).square().sum() + 5 * 3**2).sqrt()
+    assert optimizer.grad_norm.item() == pytest.approx(wanted.item(), rel=1e-6)
+    assert torch.equal(model["a"].weight, before)
+
+
 def test_unscaling_and_schedulers_see_ordinary_gradients():
     (_, _), (packed, optimizer) = pair()
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)

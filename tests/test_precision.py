@@ -289,6 +289,30 @@ def name_of(model, param):
     return next(name for name, other in ls.canonical_parameters(model).items() if other is param)
 
 
+def test_stochastic_rounding_is_keyed_by_seed_step_and_parameter():
+    """Contract 6: what rounds alike adds its errors up."""
+
+    def moved(seed):
+        params = {name: nn.Parameter(torch.ones(1000).bfloat16()) for name in "ab"}
+        ticket = Ticket.full({"a": [1000], "b": [1000]})
+        optimizer = MaskedAdamW(params, ticket, lr=2**-10, weight_decay=0.0, rounding="stochastic", seed=seed)
+        found = []
+        for _ in range(2):
+            for param in params.values():
+                with torch.no_grad():
+                    param.fill_(1.0)
+                param.grad = torch.ones_like(param)
+            optimizer.step()  # by a quarter of the distance to the next bfloat16 below
+            found += [param.detach() != 1 for param in params.values()]
+        return found
+
+    draws = [*moved(0), *moved(1)]
+    assert all(map(torch.equal, draws[:4], moved(0)))
+    assert all(draw.float().mean().item() == pytest.approx(0.25, abs=0.06) for draw in draws)
+    shared = [(a & b).float().mean().item() for i, a in enumerate(draws) for b in draws[:i]]
+    assert shared == pytest.approx([1 / 16] * 28, abs=0.035)  # parameters, steps and seeds are independent
+
+
 def test_masters_follow_edits_of_the_weights():
     """Contract 7: loading, applying a delta, or any other in-place edit between two steps."""
     torch.manual_seed(0)

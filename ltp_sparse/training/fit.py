@@ -212,7 +212,6 @@ def _arguments(settings: Settings, folder: str, options: Options) -> TrainingArg
 @contextmanager
 def _back_to_base(trainer: SparseTrainer, dense: Sequence[nn.Parameter], initial: Sequence[Tensor]) -> Iterator[None]:
     """However training ends, an interrupt included, it leaves the model as it was."""
-    flags = {parameter: parameter.requires_grad for parameter in trainer.model.parameters()}
     try:
         yield
     finally:
@@ -222,5 +221,3 @@ def _back_to_base(trainer: SparseTrainer, dense: Sequence[nn.Parameter], initial
                 scatter_(parameters[name].detach(), trainer.base.ticket.sets[name], originals)
             for parameter, value in zip(dense, initial, strict=True):
                 parameter.copy_(value)
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
