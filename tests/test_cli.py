@@ -1,5 +1,6 @@
 """The command line, run as a user does, on a tiny model and local files."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -160,6 +161,9 @@ def test_a_seed_finds_nothing_of_the_one_before(files, ticket, tmp_path, capsys)
 def test_predict_and_the_exported_folder_agree(files, trained, tmp_path, capsys):
     """The exported folder needs transformers alone: its own script, without this library, gives the same scores."""
     pairs = toy_pairs(9, seed=3)
+    long = " ".join(WORDS)  # 60 tokens, of which 40 less template and prompt are left
+    for premise, hypothesis in ((long, long), (long, "word1"), ("word2", long), ("word1 <mask> word2", "</s> word3")):
+        pairs.append(dataclasses.replace(pairs[0], premise=premise, hypothesis=hypothesis))
     (tmp_path / "pairs.tsv").write_text(
         "premise\thypothesis\n" + "".join(f"{p.premise}\t{p.hypothesis}\n" for p in pairs)
     )

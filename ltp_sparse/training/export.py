@@ -36,20 +36,21 @@ PROMPT = json.loads((FOLDER / "prompt.json").read_text(encoding="utf-8"))
 
 
 def encode(tokenizer, premise, hypothesis):
-    """Token ids: every part of the template on its own, joined between <s> and </s>."""
-    texts = {"{premise}": premise, "{hypothesis}": hypothesis}
-    ids = [tokenizer.cls_token_id]
+    """Token ids: every part of the template on its own, joined between <s> and </s>; long texts lose their ends."""
+    special = set(tokenizer.all_special_ids)
+    parts = {"{prompt}": tokenizer.convert_tokens_to_ids(PROMPT["tokens"]), "{mask}": [tokenizer.mask_token_id]}
     for part in PROMPT["parts"]:
-        if part == "{prompt}":
-            ids += tokenizer.convert_tokens_to_ids(PROMPT["tokens"])
-        elif part == "{mask}":
-            ids.append(tokenizer.mask_token_id)
-        else:
-            text = texts.get(part, part)
-            if part in texts:
-                text = text.rstrip(string.punctuation) or text
-            ids += tokenizer(text, add_special_tokens=False)["input_ids"]
-    return [*ids, tokenizer.sep_token_id]
+        if part not in parts:
+            parts[part] = tokenizer(part, add_special_tokens=False)["input_ids"]
+    for part, text in (("{premise}", premise), ("{hypothesis}", hypothesis)):
+        ids = tokenizer(text.rstrip(string.punctuation) or text, add_special_tokens=False)["input_ids"]
+        parts[part] = [tokenizer.unk_token_id if token in special else token for token in ids]
+    first, second = parts["{premise}"], parts["{hypothesis}"]
+    while sum(len(parts[part]) for part in PROMPT["parts"]) > PROMPT["max_length"] - 2:
+        cut_second = second if PROMPT["truncation"] == "hypothesis_first" else len(second) >= len(first)
+        (second if cut_second else first).pop()
+    ids = [token for part in PROMPT["parts"] for token in parts[part]]
+    return [tokenizer.cls_token_id, *ids, tokenizer.sep_token_id]
 
 
 def predict(model, tokenizer, premise, hypothesis):
@@ -61,9 +62,11 @@ def predict(model, tokenizer, premise, hypothesis):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     model = AutoModelForMaskedLM.from_pretrained(FOLDER).eval()
-    scores = predict(model, tokenizer, *sys.argv[1:3])
+    scores = predict(model, tokenizer, *sys.argv[1:])
     print(max(scores, key=scores.get), scores)
 '''
 
@@ -120,7 +123,9 @@ def export(
     pieces.save_pretrained(output)
     verbalizer = dict(zip(CLASSES, trained.metadata["verbalizer"], strict=True))
     parts = soft_template(len(tokens)).parts
+    settings = {key: trained.metadata["settings"][key] for key in ("max_length", "truncation")}
     description = {"parts": parts, "tokens": tokens, "verbalizer": verbalizer, "method": trained.metadata["method"]}
+    description |= settings
     (output / "prompt.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     (output / "predict.py").write_text(_SCRIPT, encoding="utf-8")
 
