@@ -195,6 +195,16 @@ def test_a_task_of_the_wrong_kind_is_refused(tmp_path):
         train_method(method, model, tokenizer, toy_pairs(3), toy_pairs(3), **more)
 
 
+def test_spt_keeps_the_epoch_of_the_smallest_loss(tmp_path):
+    """Also where the accuracy of another one is higher (METHODS.md 11)."""
+    method, model, tokenizer, train, dev, more = setting("spt", {}, tmp_path)
+    result = train_method(method, model, tokenizer, train, dev, progress=False, metric="accuracy", **more)
+    losses = result.dev_scores
+    assert result.delta.metadata["metric"] == "loss" and len(losses) == 5 and max(losses) > 1
+    assert result.best_epoch == 1 + losses.index(min(losses))
+    assert result.delta.metadata["dev_score"] == min(losses)
+
+
 def test_language_adapters_train_and_are_swapped(tmp_path):
     tokenizer = tiny_tokenizer()
     model = tiny_language_model(len(tokenizer))

@@ -176,6 +176,13 @@ def test_iterations_add_entries(tokenizer):
     twice = run(tokenizer, LTSFT(settings=QUICK, density=0.2, iterations=2), model=model)
     assert twice.delta.ticket.k == int(0.2 * LTSFT().ticket(model).n)
     assert (once.delta.ticket & twice.delta.ticket).k == once.delta.ticket.k  # the first half is that of one iteration
+    twice.release()
+    budget = LTSFT(density=0.0999).budget(LTSFT().ticket(model).n)
+    assert budget % 2 == 1
+    odd = run(
+        tokenizer, LTSFT(settings=dataclasses.replace(QUICK, epochs=1), density=0.0999, iterations=2), model=model
+    )
+    assert odd.delta.ticket.k == budget
 
 
 def test_a_killed_search_resumes_with_its_ticket(tokenizer, tmp_path):

@@ -289,6 +289,21 @@ def name_of(model, param):
     return next(name for name, other in ls.canonical_parameters(model).items() if other is param)
 
 
+def test_stalled_share_corrects_the_moments_by_the_step():
+    """A gradient of ones moves by the learning rate in every step; early moments are far from their limits."""
+    for lr, share in ((0.75 * 2**-9, 1.0), (1.25 * 2**-9, 0.0)):  # half of the distance to the next value is 2^-9
+        param = nn.Parameter(torch.ones(64).bfloat16())
+        optimizer = MaskedAdamW({"a": param}, Ticket.full({"a": [64]}), lr=lr, weight_decay=0.0, master=False)
+        for _ in range(30):
+            with torch.no_grad():
+                param.fill_(1.0)
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+        with torch.no_grad():
+            param.fill_(1.0)
+        assert optimizer.stalled_share(warn_above=1.0) == share
+
+
 def test_stochastic_rounding_is_keyed_by_seed_step_and_parameter():
     """Contract 6: what rounds alike adds its errors up."""
 
