@@ -431,7 +431,7 @@ def test_resumed_tuning_is_the_uninterrupted_one(tokenizer, texts, tmp_path):
 def test_bf16_computes_low_and_stores_high(tokenizer, texts):
     """Trap 8: the deltas vanish in bfloat16 storage."""
     model = build()
-    result = tune(model, tokenizer, texts, bf16=True, max_steps=4)
+    result = tune_mlm(model, tokenizer, texts, settings(bf16=True, max_steps=4), progress=False)  # finds its own device
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert math.isfinite(result.metadata["validation_loss"])
 

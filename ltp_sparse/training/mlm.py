@@ -373,6 +373,7 @@ def _training_arguments(
         "save_total_limit": settings.save_total_limit,
         "seed": settings.seed,
         "bf16": settings.bf16,
+        "use_cpu": not torch.cuda.is_available(),
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "report_to": [],
