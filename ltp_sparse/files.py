@@ -24,6 +24,18 @@ KEY = "ltp_sparse"
 FORMAT_VERSION = 1
 
 
+class WrongKind(ValueError):
+    """A file of ltp_sparse, but of another kind; found: which."""
+
+    def __init__(self, path: Path, expected: str, found: str) -> None:
+        super().__init__(f"{path}: expected {_a(expected)}, got {_a(found)}")
+        self.found = found
+
+
+def _a(kind: str) -> str:
+    return f"{'an' if kind[:1] in 'aeiou' else 'a'} {kind}"
+
+
 def host_blocks(tensor: Tensor) -> Iterator[ctypes.Array[ctypes.c_char]]:
     """The bits of a tensor, row-major, some megabytes at a time; a block is good until the next is asked for."""
     tensor = tensor.detach()
@@ -92,7 +104,7 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a {kind} written by ltp_sparse")
+        raise FileNotFoundError(f"{path}: no such file; expected {_a(kind)} written by ltp_sparse")
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get(KEY)
@@ -103,7 +115,7 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
             f"{path}: not a readable safetensors file ({error}); it may be truncated, copy it again"
         ) from error
     if header is None:
-        raise ValueError(f"{path}: a safetensors file, but not one of ltp_sparse; expected a {kind}")
+        raise ValueError(f"{path}: a safetensors file, but not one of ltp_sparse; expected {_a(kind)}")
     try:
         metadata = json.loads(header)
         checksum = metadata.pop("checksum")
@@ -113,7 +125,7 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
     if _checksum(tensors, metadata) != checksum:
         raise ValueError(f"{path}: the checksum does not match its content; the file is damaged, copy it again")
     if found != kind:
-        raise ValueError(f"{path}: expected a {kind}, got a {found}")
+        raise WrongKind(path, kind, found)
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{path}: format {version} is not the format {FORMAT_VERSION} of this version; update ltp_sparse"
@@ -127,4 +139,4 @@ def understanding(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
     try:
         yield
     except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its content is not that of a {kind} of ltp_sparse ({error!r})") from error
+        raise ValueError(f"{path}: its content is not that of {_a(kind)} of ltp_sparse ({error!r})") from error

@@ -72,6 +72,16 @@ def test_select_writes_a_ticket_of_the_asked_size(files, ticket, capsys):
     assert (files / "plot.png").stat().st_size > 1000
 
 
+def test_a_delta_is_inspected_by_its_ticket_and_nothing_else_is(files, ticket, trained, tmp_path, capsys):
+    from ltp_sparse import files as own
+
+    assert run("inspect", trained / "seed-1" / "trained.safetensors") == 0
+    assert repr(ls.Ticket.load(ticket)).split(",")[0] in capsys.readouterr().out
+    own.save(tmp_path / "a", "adapter", {}, {})
+    assert run("inspect", tmp_path / "a") == 2
+    assert "expected a ticket, got an adapter" in capsys.readouterr().err
+
+
 def test_select_from_two_checkpoints(files, tmp_path, capsys):
     tuned = tiny_language_model(len(tiny_tokenizer()), decoupled=False, seed=1)
     tuned.save_pretrained(tmp_path / "tuned")

@@ -46,10 +46,11 @@ def run(options: argparse.Namespace) -> None:
 
 def _load(path: Path):  # type: ignore[no-untyped-def]
     import ltp_sparse as ls
+    from ltp_sparse.files import WrongKind
 
     try:
         return ls.Ticket.load(path)
-    except ValueError as error:
-        if "expected a ticket, got a delta" not in str(error):
+    except WrongKind as error:
+        if error.found != "delta":
             raise
         return ls.SparseDelta.load(path).ticket
