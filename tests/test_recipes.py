@@ -318,9 +318,15 @@ def test_run_report_and_cache_commands(world, recipe_file, tmp_path, capsys):
     assert not list((tmp_path / "cache").iterdir())
     assert main([*run, "--set", "nonsense"]) == 2
     assert "expected KEY=VALUE" in capsys.readouterr().err
+    assert main([*run, "--set", "settings={"]) == 2
+    assert "'settings={': the value is not YAML" in capsys.readouterr().err
+    assert main([*run, "--set", "model=", "--dry-run"]) == 2
+    assert "expected a model, got None" in capsys.readouterr().err
 
 
 def test_lists_and_dry_runs_need_no_data(capsys):
+    assert main(["run", "evidence-generated", "--dry-run", "--only", "shots=32", "label=SP"]) == 0
+    assert "SP" in (planned := capsys.readouterr().out) and "6.47M" in planned  # every weight of mini-xlmr
     assert main(["run", "--list"]) == 0
     assert "ltp-table-1" in capsys.readouterr().out
     assert main(["run", "ltp-table-1", "--dry-run"]) == 0

@@ -106,4 +106,7 @@ def _pair(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise CommandError(f"run: expected KEY=VALUE, e.g. settings.epochs=1 or shots=[1,2,4], got {text!r}")
-    return key, yaml.safe_load(value)
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise CommandError(f"run: {text!r}: the value is not YAML ({' '.join(str(error).split())})") from None

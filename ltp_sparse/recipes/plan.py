@@ -18,7 +18,7 @@ from ltp_sparse.recipes.cell import method_of
 from ltp_sparse.recipes.recipe import Cell, Recipe
 from ltp_sparse.selection import pools
 from ltp_sparse.tasks import TASKS
-from ltp_sparse.training.backbone import backbone_from_config
+from ltp_sparse.training.backbone import backbone_from_config, locate
 
 _GPU_FLOPS = 1e14
 """Assumed of a data-centre GPU in bfloat16: a quarter to a tenth of its printed peak."""
@@ -60,7 +60,11 @@ def plan(recipe: Recipe) -> str:
     total = 0.0
     groups: dict[tuple[str, str], list[Estimate]] = {}
     for cell in recipe.cells:
-        model = models.setdefault(cell["model"], _meta_model(cell["model"]))
+        if not isinstance(name := cell["model"], str):
+            raise ValueError(f"{cell}: expected a model, got {name}; name a folder or one of the Hub by --model")
+        if name not in models:
+            models[name] = _meta_model(name)
+        model = models[name]
         of_cell = estimate(cell, model)
         total += of_cell.flops
         groups.setdefault((cell["label"], cell["method"]), []).append(of_cell)
@@ -146,7 +150,8 @@ def _meta_model(name: str) -> Any:
             intermediate_size=inner, max_position_embeddings=514, type_vocab_size=1,
         )  # fmt: skip
     else:
-        config = AutoConfig.from_pretrained(name)
+        source, local = locate(name)
+        config = AutoConfig.from_pretrained(source, local_files_only=local)
     with torch.device("meta"):
         if config.model_type == "xlm-roberta":
             return backbone_from_config(config, decoupled=False)
