@@ -433,6 +433,8 @@ def test_languages_above_chance():
         "| LTP |  | 3 | 1 of 3 | sw, zh |",
     ]
     assert "| LTP | 3 | 3 of 3 |  |" in chance_table(rows[:3], ["label"], 0.19)
+    in_language = [{"label": "FT", "scores": {language: 0.5}} for language in ("en", "sw", "en")]
+    assert chance_table(in_language, ["label"], 1 / 3).endswith("| FT | 2 | 1 of 1 |  |\n")
 
 
 def test_reports_hold_paired_comparisons(world, tmp_path):

@@ -11,19 +11,21 @@ from ltp_sparse.report.paired import mean_interval
 
 def chance_table(rows: Sequence[Mapping[str, Any]], by: Sequence[str], chance: float) -> str:
     """A Markdown table: for each group of `by`, the languages whose 95 % interval of the mean over seeds (Student's t)
-    lies above `chance` (a share, such as 1 / 3), and the others. Groups of a single seed are left out.
+    lies above `chance` (a share, such as 1 / 3), and the others. Languages of a single run are left out.
     """
-    groups: dict[tuple[Any, ...], list[Mapping[str, float]]] = {}
+    groups: dict[tuple[Any, ...], dict[str, list[float]]] = {}
     for row in rows:
-        groups.setdefault(tuple(look_up(row, path) for path in by), []).append(row["scores"])
+        group = groups.setdefault(tuple(look_up(row, path) for path in by), {})
+        for language, score in row["scores"].items():
+            group.setdefault(language, []).append(score)
     out = [[*by, "seeds", f"above {100 * chance:.1f} %", "not shown to be"], ["---"] * len(by) + ["---:"] * 2 + ["---"]]
     for facts, scores in groups.items():
-        if len(scores) < 2:
+        repeated = {language: values for language, values in scores.items() if len(values) > 1}
+        if not repeated:
             continue
-        languages = [language for language in scores[0] if all(language in one for one in scores)]
-        low = {language: mean_interval([one[language] for one in scores])[1][0] for language in languages}
-        above = [language for language in languages if low[language] > chance]
-        others = ", ".join(language for language in languages if language not in above)
+        above = [language for language, values in repeated.items() if mean_interval(values)[1][0] > chance]
+        others = ", ".join(language for language in repeated if language not in above)
         told = ["" if fact is None else str(fact) for fact in facts]
-        out.append([*told, str(len(scores)), f"{len(above)} of {len(languages)}", others])
+        seeds = max(map(len, repeated.values()))
+        out.append([*told, str(seeds), f"{len(above)} of {len(repeated)}", others])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in out) + "\n"
