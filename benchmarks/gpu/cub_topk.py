@@ -72,12 +72,12 @@ class CubTopK:
             made = subprocess.run(command, capture_output=True, text=True)
             if made.returncode:
                 raise UnavailableError(f"nvcc fails on {SOURCE.name}: {made.stderr.strip()[:500]}")
-            self.library = ctypes.CDLL(library)
+            self.binding = ctypes.CDLL(library)
         pointer, size = ctypes.c_void_p, ctypes.c_int64
-        self.library.cub_topk.argtypes = [
+        self.binding.cub_topk.argtypes = [
             pointer, pointer, ctypes.c_int, size, pointer, size, pointer, ctypes.POINTER(ctypes.c_size_t), pointer
         ]  # fmt: skip
-        self.library.cub_topk_error.restype = ctypes.c_char_p
+        self.binding.cub_topk_error.restype = ctypes.c_char_p
 
     def __call__(self, k: int, initial: Tensor, tuned: Tensor | None = None) -> Tensor:
         """The k largest |tuned - initial|, or the k largest values where `tuned` is not given; in no order.
@@ -90,12 +90,12 @@ class CubTopK:
         other = None if tuned is None else tuned.data_ptr()
 
         def call(temporary: int | None) -> None:
-            status = self.library.cub_topk(
+            status = self.binding.cub_topk(
                 initial.data_ptr(), other, WEIGHTS[initial.dtype], initial.numel(), found.data_ptr(), k, temporary,
                 needed, stream,
             )  # fmt: skip
             if status:
-                raise RuntimeError(f"cub_topk: {self.library.cub_topk_error(status).decode()}")
+                raise RuntimeError(f"cub_topk: {self.binding.cub_topk_error(status).decode()}")
 
         call(None)
         temporary = torch.empty(needed.value, dtype=torch.uint8, device=initial.device)
