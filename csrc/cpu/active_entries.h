@@ -14,6 +14,8 @@
 #include "../common/rounding.h"
 #include "kernels.h"
 
+#define LTP_INLINE inline __attribute__((always_inline))
+
 namespace ltp {
 namespace {
 
@@ -147,35 +149,51 @@ class Walk {
 
     template <Access ACCESS, class Body>
     static void for_each_listed_piece(const AdamWTile& tile, const uint16_t* positions, Body body) {
+        if constexpr (ACCESS == Access::kUpdate) {
+            if (tile.scales != nullptr) return for_each_listed_piece_of<ACCESS, kStateBlock>(tile, positions, body);
+        }
+        for_each_listed_piece_of<ACCESS, kListPiece>(tile, positions, body);
+    }
+
+    template <Access ACCESS, int64_t SIZE, class Body>
+    static void for_each_listed_piece_of(const AdamWTile& tile, const uint16_t* positions, Body body) {
         Buffers buffers;
+        int64_t rank = 0;
+        // The compiler knows the count of all but the last one.
+        for (; rank + SIZE <= tile.active; rank += SIZE) {
+            listed_piece<ACCESS>(tile, positions, rank, std::integral_constant<int64_t, SIZE>(), buffers, body);
+        }
+        if (rank < tile.active) listed_piece<ACCESS>(tile, positions, rank, tile.active - rank, buffers, body);
+    }
+
+    // Count: int64_t, or an integral_constant of it
+    template <Access ACCESS, class Count, class Body>
+    LTP_INLINE static void listed_piece(const AdamWTile& tile, const uint16_t* positions, int64_t rank, Count count,
+                                        Buffers& buffers, Body body) {
         Param* const params = params_of(tile);
         const bool touches_params =
             ACCESS == Access::kUpdate || (ACCESS == Access::kReadBoth && tile.master == nullptr);
-        const int64_t size = tile.scales != nullptr ? kStateBlock : kListPiece;
-        for (int64_t rank = 0; rank < tile.active; rank += size) {
-            const uint16_t* const piece = positions + rank;
-            const int64_t left = tile.active - rank;
-            const int64_t count = left < size ? left : size;
-            // The lines of a piece to come: a gather alone keeps too few on the way. The hint "not needed again" keeps
-            // the processor from fetching the neighbours of these lines too, which often hold nothing active.
-            for (int64_t i = kListAhead; i < left && i < kListAhead + size; ++i) {
-                if (touches_params) __builtin_prefetch(params + piece[i], 0, 0);
-                if (!PACKED) __builtin_prefetch(grads_of(tile) + piece[i], 0, 0);
-            }
-            float* values = values_of<ACCESS>(tile, rank, buffers, [&] {
-                for (int64_t i = 0; i < count; ++i) buffers.values[i] = to_float32(params[piece[i]]);
-            });
-            const float* grads = grads_of(tile, rank, buffers, [&] {
-                for (int64_t i = 0; i < count; ++i) buffers.grads[i] = to_float32(grads_of(tile)[piece[i]]);
-            });
-            body(values, grads, rank, count);
-            if (ACCESS == Access::kUpdate) {
-                if constexpr (kPlainParam) {
-                    for (int64_t i = 0; i < count; ++i) params[piece[i]] = values[i];
-                } else {
-                    round_piece(tile, values, count, [&](int64_t i) { return int64_t(piece[i]); }, buffers.params);
-                    for (int64_t i = 0; i < count; ++i) params[piece[i]] = buffers.params[i];
-                }
+        const uint16_t* const piece = positions + rank;
+        // The lines of a piece to come: a gather alone keeps too few on the way. The hint "not needed again" keeps
+        // the processor from fetching the neighbours of these lines too, which often hold nothing active.
+        const int64_t left = tile.active - rank - kListAhead, fetched = left < count ? left : int64_t(count);
+        for (int64_t i = kListAhead; i < kListAhead + fetched; ++i) {
+            if (touches_params) __builtin_prefetch(params + piece[i], 0, 0);
+            if (!PACKED) __builtin_prefetch(grads_of(tile) + piece[i], 0, 0);
+        }
+        float* values = values_of<ACCESS>(tile, rank, buffers, [&] {
+            for (int64_t i = 0; i < count; ++i) buffers.values[i] = to_float32(params[piece[i]]);
+        });
+        const float* grads = grads_of(tile, rank, buffers, [&] {
+            for (int64_t i = 0; i < count; ++i) buffers.grads[i] = to_float32(grads_of(tile)[piece[i]]);
+        });
+        body(values, grads, rank, count);
+        if (ACCESS == Access::kUpdate) {
+            if constexpr (kPlainParam) {
+                for (int64_t i = 0; i < count; ++i) params[piece[i]] = values[i];
+            } else {
+                round_piece(tile, values, count, [&](int64_t i) { return int64_t(piece[i]); }, buffers.params);
+                for (int64_t i = 0; i < count; ++i) params[piece[i]] = buffers.params[i];
             }
         }
     }

@@ -8,10 +8,12 @@
 namespace ltp {
 namespace {
 
+// Inlined into the walk, as is PieceUpdate (a lambda would not be): a list has a piece per 16 entries, and a call with
+// its nine coefficients costs as much as they do.
 template <bool HAS_ANCHOR>
-void update_piece(float* __restrict values, const float* __restrict grads, float* __restrict exp_avg,
-                  float* __restrict exp_avg_sq, const float* __restrict anchor, int64_t count,
-                  const AdamWCoefficients c) {
+LTP_INLINE void update_piece(float* __restrict values, const float* __restrict grads, float* __restrict exp_avg,
+                             float* __restrict exp_avg_sq, const float* __restrict anchor, int64_t count,
+                             const AdamWCoefficients c) {
     for (int64_t i = 0; i < count; ++i) {
         const float g = effective_gradient<HAS_ANCHOR>(grads[i], values[i], HAS_ANCHOR ? anchor[i] : 0.0f, c);
         adamw_update(values[i], g, exp_avg[i], exp_avg_sq[i], c);
@@ -52,34 +54,37 @@ class DecodedBlock {
     }
 };
 
+// A piece that is one block of 8-bit moments.
 template <bool HAS_ANCHOR>
-void update(const AdamWTile& tile, float* values, const float* grads, int64_t rank, int64_t count) {
-    const float* anchor = HAS_ANCHOR ? tile.anchor + rank : nullptr;
-    if (tile.scales == nullptr) {
-        update_piece<HAS_ANCHOR>(values, grads, static_cast<float*>(tile.exp_avg) + rank,
-                                 static_cast<float*>(tile.exp_avg_sq) + rank, anchor, count, tile.coefficients);
-        return;
-    }
+__attribute__((noinline)) void update_block(const AdamWTile& tile, float* values, const float* grads, int64_t rank,
+                                            int64_t count) {
     int8_t* first = static_cast<int8_t*>(tile.exp_avg) + rank;
     uint8_t* second = static_cast<uint8_t*>(tile.exp_avg_sq) + rank;
     BFloat16* scales = tile.scales + 2 * (rank / kStateBlock);
+    const float* anchor = HAS_ANCHOR ? tile.anchor + rank : nullptr;
     DecodedBlock block(first, second, scales, count);
     update_piece<HAS_ANCHOR>(values, grads, block.exp_avg, block.exp_avg_sq, anchor, count, tile.coefficients);
     block.encode(first, second, scales, count);
 }
 
+template <bool HAS_ANCHOR>
+struct PieceUpdate {
+    const AdamWTile& tile;
+
+    LTP_INLINE void operator()(float* values, const float* grads, int64_t rank, int64_t count) const {
+        if (tile.scales != nullptr) return update_block<HAS_ANCHOR>(tile, values, grads, rank, count);
+        update_piece<HAS_ANCHOR>(values, grads, static_cast<float*>(tile.exp_avg) + rank,
+                                 static_cast<float*>(tile.exp_avg_sq) + rank, HAS_ANCHOR ? tile.anchor + rank : nullptr,
+                                 count, tile.coefficients);
+    }
+};
+
 void adamw(const AdamWTile& tile) {
     with_storage_types(tile, [&](auto walk) {
         if (tile.anchor != nullptr) {
-            walk.template for_each_piece<Access::kUpdate>(
-                tile, [&](float* values, const float* grads, int64_t rank, int64_t count) {
-                    update<true>(tile, values, grads, rank, count);
-                });
+            walk.template for_each_piece<Access::kUpdate>(tile, PieceUpdate<true>{tile});
         } else {
-            walk.template for_each_piece<Access::kUpdate>(
-                tile, [&](float* values, const float* grads, int64_t rank, int64_t count) {
-                    update<false>(tile, values, grads, rank, count);
-                });
+            walk.template for_each_piece<Access::kUpdate>(tile, PieceUpdate<false>{tile});
         }
     });
 }
