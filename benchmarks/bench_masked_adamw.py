@@ -9,6 +9,7 @@ of bfloat16 weights; 8-bit moments stand in both, and so do the packages that ha
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import clustered
@@ -18,8 +19,9 @@ from harness import (
     Provider,
     Row,
     WrongResult,
-    arguments,
+    argument_parser,
     instruction_sets,
+    parse,
     time_rows,
     value_row,
     with_isa,
@@ -82,7 +84,7 @@ def check_bits(problem: Problem, name: str, options: Mapping[str, Any]) -> None:
 def under_isas(ours: Provider, isas: list[str]) -> list[Provider]:
     """One provider under each of these instruction sets."""
     return [
-        Provider(f"{ours.name} ({isa})", with_isa(isa, ours.run), with_isa(isa, ours.verify), ours.bytes)
+        replace(ours, name=f"{ours.name} ({isa})", run=with_isa(isa, ours.run), verify=with_isa(isa, ours.verify))
         for isa in isas
     ]
 
@@ -119,7 +121,7 @@ def measure(model: str, density: float, dtype: torch.dtype, rounds: int, masks: 
 def main() -> None:
     dtypes = {word(dtype): dtype for dtype in MASKED}
     densities = [0.0005, 0.01, 0.05, 0.2, 0.5, 0.75, 1.0]
-    args = arguments(__doc__, "masked_adamw.csv", densities, dtypes=tuple(dtypes))
+    args = parse(argument_parser(__doc__, "masked_adamw.csv", densities, dtypes=tuple(dtypes)))
     cases = [
         (model, density, dtypes[dtype], args.rounds, masks)
         for masks in ("uniform", "clustered")

@@ -7,7 +7,8 @@ absolute deltas) but build no masks, break ties as they like, and never look for
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +17,9 @@ from harness import (
     Provider,
     Row,
     WrongResult,
-    arguments,
+    argument_parser,
     instruction_sets,
+    parse,
     peak_memory,
     time_rows,
     value_row,
@@ -34,35 +36,58 @@ from ltp_sparse.topk import TensorSource, select_topk
 
 BASELINE = "abs + torch.topk(sorted=False)"
 LT_SFT = "list of floats + np.partition (LT-SFT)"
-_LT_SFT_AT = 0.2
+LT_SFT_AT = 0.2, "float32", "normal"  # density, dtype and deltas
 UNTOUCHED = 0.7  # share of embedding rows that a tuning run leaves alone: words that its text does not hold
+OPS = {
+    "normal": "topk_delta",
+    "heavy": "topk_delta, heavy-tailed deltas",
+    "untouched": f"topk_delta, {100 * UNTOUCHED:g} % of embedding rows untouched",
+}
+"""Distribution of the deltas -> name of the operation in rows. Heavy-tailed: a normal times a log-normal number."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Cell(NamedTuple):
+    model: str
+    density: float
+    dtype: str
+    deltas: str
 
 
 class Problem:
-    """Weights before and after tuning, and the exact threshold.
+    """Weights before and after tuning, and the exact threshold."""
 
-    untouched: share of embedding rows with a delta of zero
-    """
-
-    def __init__(self, model: str, density: float, untouched: float) -> None:
-        weights = random_weights(MODELS[model])
-        self.initial = list(weights.values())
-        self.tuned = list(tuned_weights(weights, untouched_rows=untouched).values())
+    def __init__(self, cell: Cell) -> None:
+        dtype = DTYPES[cell.dtype]
+        weights = random_weights(MODELS[cell.model])
+        tuned = tuned_weights(weights, untouched_rows=UNTOUCHED if cell.deltas == "untouched" else 0.0)
+        if cell.deltas == "heavy":
+            generator = torch.Generator().manual_seed(2)
+            for name, initial in weights.items():
+                tails = torch.randn(initial.shape, generator=generator).exp_()
+                tuned[name].sub_(initial).mul_(tails).add_(initial)
+        self.initial = [t.to(dtype) for t in weights.values()]
+        self.tuned = [t.to(dtype) for t in tuned.values()]
         self.sizes = [t.numel() for t in self.tuned]
         self.n = sum(self.sizes)
-        self.k = int(density * self.n)
+        self.reading = 2 * dtype.itemsize * self.n  # bytes of one pass over both weights
+        self.k = int(cell.density * self.n)
         self.threshold = float(np.partition(self.deltas().numpy(), self.n - self.k)[self.n - self.k])
 
+    def each_delta(self) -> Iterator[Tensor]:
+        """float32, flat: the absolute deltas of every tensor."""
+        for initial, tuned in zip(self.initial, self.tuned, strict=True):
+            yield (tuned.float() - initial.float()).abs_().view(-1)
+
     def deltas(self) -> Tensor:
-        """float32 [n]: absolute deltas of all tensors, concatenated."""
-        return torch.cat([(t - i).abs_().view(-1) for t, i in zip(self.tuned, self.initial, strict=True)])
+        """float32 [n]"""
+        return torch.cat(list(self.each_delta()))
 
     def check_sets(self, name: str, sets: list[IndexSet]) -> None:
-        """All entries above the threshold, and of those at the threshold the earliest."""
-        above = sum(int(((t - i).abs_() > self.threshold).sum()) for t, i in zip(self.tuned, self.initial, strict=True))
-        ties = self.k - above
-        for tensor, (i, t, found) in enumerate(zip(self.initial, self.tuned, sets, strict=True)):
-            delta = (t - i).abs_().view(-1)
+        """All entries above the threshold, and of those at the threshold the earliest; zeros never."""
+        above = sum(int((delta > self.threshold).sum()) for delta in self.each_delta())
+        ties = self.k - above if self.threshold > 0 else 0
+        for tensor, (delta, found) in enumerate(zip(self.each_delta(), sets, strict=True)):
             expected = delta > self.threshold
             at = (delta == self.threshold).nonzero().view(-1)[:ties]
             expected[at] = True
@@ -88,11 +113,11 @@ def ours(problem: Problem, route: str) -> Callable[[], list[IndexSet]]:
 def providers_of(problem: Problem) -> list[Provider]:
     n, k = problem.n, problem.k
     best, *others = instruction_sets()
-    # a reading of both weights per pass, the bitmap written once
+    once, twice = problem.reading + n // 8, 2 * problem.reading + n // 8  # the bitmap is written once
     runs = {
-        f"topk_delta, sampled ({best})": (with_isa(best, ours(problem, "sample")), 8 * n + n // 8),
-        f"topk_delta, histogram ({best})": (with_isa(best, ours(problem, "histogram")), 16 * n + n // 8),
-        **{f"topk_delta, sampled ({isa})": (with_isa(isa, ours(problem, "sample")), 8 * n + n // 8) for isa in others},
+        f"topk_delta, sampled ({best})": (with_isa(best, ours(problem, "sample")), once),
+        f"topk_delta, histogram ({best})": (with_isa(best, ours(problem, "histogram")), twice),
+        **{f"topk_delta, sampled ({isa})": (with_isa(isa, ours(problem, "sample")), once) for isa in others},
     }
 
     def checked(name: str, run: Callable[[], list[IndexSet]]) -> Callable[[], None]:
@@ -129,40 +154,47 @@ def lt_sft_row(problem: Problem, op: str, baseline: Row) -> Row:
     """The selection of LT-SFT, which makes a Python list of all deltas; timed once, as it takes so long."""
     start = time.perf_counter()
     deltas: list[float] = []
-    for initial, tuned in zip(problem.initial, problem.tuned, strict=True):
-        deltas.extend((tuned - initial).abs_().view(-1).tolist())
+    for delta in problem.each_delta():
+        deltas.extend(delta.tolist())
     parted = np.partition(deltas, problem.n - problem.k)
     seconds = time.perf_counter() - start
     problem.check_values(LT_SFT, problem.k, float(parted[problem.n - problem.k]))
     milliseconds = [1e3 * seconds] * 3
     ratio = baseline.p50 / (1e3 * seconds)
-    print(f"  {LT_SFT:<34}{1e3 * seconds:>11.3f} ms   {ratio:>7.2f} x", flush=True)
+    print(f"  {LT_SFT:<54}{1e3 * seconds:>11.3f} ms   {ratio:>7.2f} x", flush=True)
     return Row(op, LT_SFT, "float32", problem.n, problem.k, "time", "ms", *milliseconds, ratio=ratio)
 
 
-def measure(model: str, density: float, rounds: int, untouched: float = 0.0) -> list[Row]:
-    problem = Problem(model, density, untouched)
-    op = f"topk_delta, {100 * untouched:g} % of embedding rows untouched" if untouched else "topk_delta"
-    print(f"\n{op}: {problem.n:,} entries, {100 * density:g} % selected", flush=True)
+def measure(cell: Cell, rounds: int) -> list[Row]:
+    problem, op = Problem(cell), OPS[cell.deltas]
+    print(f"\n{op}: {problem.n:,} {cell.dtype} entries, {100 * cell.density:g} % selected", flush=True)
     providers = providers_of(problem)
-    rows = time_rows(op, providers, n=problem.n, k=problem.k, rounds=rounds, baseline=BASELINE)
-    if density == _LT_SFT_AT and not untouched:
+    size: dict[str, Any] = {"n": problem.n, "k": problem.k, "dtype": cell.dtype}
+    rows = time_rows(op, providers, **size, rounds=rounds, baseline=BASELINE)
+    if cell[1:] == LT_SFT_AT:
         rows.append(lt_sft_row(problem, op, next(row for row in rows if row.provider == BASELINE)))
     for provider in providers:
         peak = peak_memory(provider.run) / problem.n
-        rows.append(value_row(op, provider.name, problem.n, problem.k, "temporary memory", "bytes/entry", peak))
+        rows.append(value_row(op, provider.name, metric="temporary memory", unit="bytes/entry", value=peak, **size))
     return rows
 
 
 def main() -> None:
-    args = arguments(__doc__, "topk_delta.csv", [0.01, 0.2, 0.5])
-    cases: list[tuple] = [(model, density, args.rounds) for model in args.models for density in args.densities]
-    if "base" in args.models:
-        cases.append(("base", 0.2, args.rounds, UNTOUCHED))
+    densities = [0.0005, 0.01, 0.05, 0.2, 0.5, 0.95]
+    args = parse(argument_parser(__doc__, "topk_delta.csv", densities, dtypes=tuple(DTYPES)))
+    cells = [
+        Cell(model, density, dtype, deltas)
+        for deltas in OPS
+        for dtype in args.dtypes
+        for model in args.models
+        for density in args.densities
+        # the other distributions at one density, and where there are embeddings to leave alone
+        if deltas == "normal" or (density == 0.2 and model != "encoder")
+    ]
     rows = []
-    for case in cases:
-        rows += measure(*case)
-        write_csv(args.out, rows)  # after every case: an interrupted run keeps what it has measured
+    for cell in cells:
+        rows += measure(cell, args.rounds)
+        write_csv(args.out, rows)  # after every cell: an interrupted run keeps what it has measured
 
 
 if __name__ == "__main__":

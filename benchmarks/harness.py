@@ -44,12 +44,14 @@ class Provider:
     run:    does it once; what it returns is kept alive until it is measured
     verify: raises `WrongResult`
     bytes:  memory traffic of one run, or None where it is not modelled
+    before: called before every timed run, and not timed
     """
 
     name: str
     run: Callable[[], object]
     verify: Callable[[], None]
     bytes: int | None = None
+    before: Callable[[], object] | None = None
 
 
 @dataclass
@@ -104,6 +106,8 @@ def interleaved(providers: Sequence[Provider], rounds: int, warmup: int = 1) -> 
     for number in range(warmup + rounds):
         shift = number % len(providers)
         for provider in (*providers[shift:], *providers[:shift]):
+            if provider.before is not None:
+                provider.before()
             other.add_(1)
             start = time.perf_counter()
             result = provider.run()
@@ -217,10 +221,10 @@ def write_csv(path: Path, rows: Iterable[Row]) -> None:
     print(f"wrote {path}")
 
 
-def arguments(
-    description: str, csv_name: str, densities: Sequence[float], dtypes: Sequence[str] = ("float32",)
-) -> argparse.Namespace:
-    """The command line that all benchmarks share."""
+def argument_parser(
+    description: str, csv_name: str, densities: Sequence[float], dtypes: Sequence[str]
+) -> argparse.ArgumentParser:
+    """The command line that the benchmarks of the operations share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["encoder", "base"], help="sizes to measure")
     parser.add_argument("--densities", nargs="+", type=float, default=densities, help="shares of active entries")
@@ -228,6 +232,11 @@ def arguments(
     parser.add_argument("--rounds", type=int, default=9, help="timed runs of every provider")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu" / csv_name, help="CSV file")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments, after the threads and the compiled backend that they ask for were set."""
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     reason = ls.available_backends()["compiled"]

@@ -182,7 +182,11 @@ def masked(problem: Problem, name: str, optimizer: ls.MaskedAdamW) -> Provider:
     # touched lines of p read and written and of g read; moments and masters read and written; index read
     held = (2 if coded else 8) + (4 if optimizer.precision.keeps_master(problem.dtype) else 0)
     traffic = 3 * problem.line * problem.lines + held * problem.k + optimizer.state_bytes()
-    return provider(problem, name, optimizer.step, reset, "only", traffic, EIGHT_BITS if coded else None)
+    ours = provider(problem, name, optimizer.step, reset, "only", traffic, EIGHT_BITS if coded else None)
+    if optimizer.precision.keeps_master(problem.dtype):
+        # the first step after another provider's takes its weights over into the masters, which no training loop needs
+        ours.before = optimizer.step
+    return ours
 
 
 class Dense:

@@ -166,3 +166,25 @@ def test_clustered_tickets_touch_what_a_real_one_touches(bench):
             assert touched * entries / ticket.n == pytest.approx(share, rel=0.15)
     with pytest.raises(ValueError, match="4,803,696 entries wanted .*density 0.75.*, .* move"):
         clustered.ticket(shapes, 0.75)
+
+
+def test_what_other_providers_wrote_is_taken_over_before_a_step_is_timed(bench, monkeypatch):
+    """Masters look for weights that changed under them; no training loop changes them between two steps."""
+    from harness import Provider, interleaved
+
+    from ltp_sparse.optim import launch
+
+    problem, calls = bench.problem_of(SHAPES, 0.2, torch.bfloat16), []
+    optimizer = ls.MaskedAdamW(problem.params, problem.ticket, **bench.OPTIONS)
+    ours = bench.masked(problem, "master", optimizer)
+    gather, step = launch.gather, ours.run
+    monkeypatch.setattr(launch, "gather", lambda *args: calls.append("gather") or gather(*args))
+    ours.run = lambda: [calls.append("timed"), step(), calls.append("end")]
+
+    def touch():
+        for param in problem.params.values():
+            param.detach().mul_(1)
+
+    interleaved([ours, Provider("another", touch, lambda: None)], rounds=2, warmup=0)
+    assert "gather" in calls
+    assert [after for at, after in zip(calls, calls[1:], strict=False) if at == "timed"] == ["end", "end"]

@@ -1,0 +1,140 @@
+"""Selection from two checkpoints on disk, beside reading both files as fast as they come.
+
+The histogram route reads the weights twice, so the peers read both files twice: into a buffer of 8 MB, with one thread
+and with as many as the selection has. The ratio of the passes to a peer is their share of the sequential rate; the
+whole of `select` also reads the initial weights once more, for their digests. Files that were just written stand in the
+page cache; a --folder on a slower disk and files larger than the memory measure the disk. The ticket is compared with
+that of the same weights in memory.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import torch
+from harness import (
+    MODELS,
+    Provider,
+    Row,
+    WrongResult,
+    argument_parser,
+    parse,
+    peak_memory,
+    time_rows,
+    value_row,
+    write_csv,
+)
+from safetensors.torch import save_file
+
+import ltp_sparse as ls
+from ltp_sparse import backends
+from ltp_sparse.checkpoints import Reader, StreamSource, open_checkpoint
+from ltp_sparse.ops import index_sets
+from ltp_sparse.testing import random_weights, tuned_weights
+from ltp_sparse.topk import Selection, select_topk
+
+OP = "select from checkpoints"
+ONE_READER = "reading both files twice, 1 thread"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BUFFER = 1 << 23
+PASSES = 2
+PASSES_ALONE = "select, both passes alone"
+
+
+def write_checkpoints(folder: Path, model: str, dtype: torch.dtype) -> list[Path]:
+    """A model before and after tuning, in a file each."""
+    weights = {name: tensor.to(dtype) for name, tensor in random_weights(MODELS[model]).items()}
+    paths = [folder / "initial.safetensors", folder / "tuned.safetensors"]
+    for path, tensors in zip(paths, (weights, tuned_weights(weights)), strict=True):
+        save_file(tensors, path)
+    return paths
+
+
+def read_part(path: Path, start: int, stop: int) -> int:
+    """Reads bytes start..stop of a file, and drops them; returns their number."""
+    buffer, done = memoryview(bytearray(BUFFER)), 0
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while done < stop - start:
+            count = file.readinto(buffer[: min(BUFFER, stop - start - done)])
+            if not count:
+                raise WrongResult(f"{path} ended early")
+            done += count
+    return done
+
+
+def read_all(paths: Sequence[Path], threads: int) -> int:
+    """Reads every file PASSES times, each thread its part of it; returns the bytes."""
+    parts = []
+    for path in [*paths] * PASSES:
+        size = path.stat().st_size
+        ends = [size * i // threads for i in range(threads + 1)]
+        parts += [(path, start, stop) for start, stop in zip(ends, ends[1:], strict=False)]
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(pool.map(lambda part: read_part(*part), parts))
+
+
+def measure(model: str, dtype: str, density: float, rounds: int, folder: Path) -> list[Row]:
+    paths = write_checkpoints(folder, model, DTYPES[dtype])
+    moved = PASSES * sum(path.stat().st_size for path in paths)
+    select = partial(ls.select, *paths, density=density, device="cpu")
+    ticket = select()
+    sizes = [index_set.n for index_set in ticket.sets.values()]
+    n, k = sum(sizes), ticket.k
+    print(f"\n{OP}: {n:,} {dtype} entries, {100 * density:g} % selected", flush=True)
+
+    def check_ticket() -> None:
+        weights = {name: tensor.to(DTYPES[dtype]) for name, tensor in random_weights(MODELS[model]).items()}
+        if select() != ls.select(weights, tuned_weights(weights), density=density):
+            raise WrongResult(f"{OP}: another ticket than from the same weights in memory")
+
+    def passes() -> Selection:
+        initial, tuned = ([Reader.of(file[name]) for name in ticket.sets] for file in map(open_checkpoint, paths))
+        source = StreamSource(initial, tuned)
+        return select_topk(backends.resolve(source.device), source, [0] * len(sizes), [k], route="histogram")
+
+    def check_passes() -> None:
+        found = [index_set.digest() for index_set in index_sets(passes(), sizes)]
+        if found != [index_set.digest() for index_set in ticket.sets.values()]:
+            raise WrongResult(f"{PASSES_ALONE}: another ticket than select's")
+
+    def reading(name: str, threads: int) -> Provider:
+        def check() -> None:
+            if read_all(paths, threads) != moved:
+                raise WrongResult(name)
+
+        return Provider(name, lambda: read_all(paths, threads), check, moved)
+
+    threads = torch.get_num_threads()
+    digests = paths[0].stat().st_size
+    providers = [
+        Provider(PASSES_ALONE, passes, check_passes, moved),
+        Provider("select", select, check_ticket, moved + digests),
+        reading(ONE_READER, 1),
+    ]
+    if threads > 1:
+        providers.append(reading(f"reading both files twice, {threads} threads", threads))
+    rows = time_rows(OP, providers, n=n, k=k, dtype=dtype, rounds=rounds, baseline=ONE_READER)
+    beside = max(0, peak_memory(select) - ticket.nbytes) / 1e6
+    return [*rows, value_row(OP, "select", n, k, "memory beside the ticket", "MB", beside, dtype)]
+
+
+def main() -> None:
+    parser = argument_parser(__doc__, "streaming.csv", [0.2], dtypes=tuple(DTYPES))
+    parser.add_argument("--folder", type=Path, help="where the checkpoints are written, and deleted again")
+    args = parse(parser)
+    rows: list[Row] = []
+    for model in args.models:
+        for dtype in args.dtypes:
+            for density in args.densities:
+                with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+                    rows += measure(model, dtype, density, args.rounds, Path(folder))
+                write_csv(args.out, rows)
+
+
+if __name__ == "__main__":
+    main()
