@@ -8,7 +8,7 @@ of bfloat16 weights; 8-bit moments stand in both, and so do the packages that ha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,12 +28,15 @@ from harness import (
     write_csv,
 )
 from torch import Size, nn
-from updates import FOREACH, FUSED, OPTIONS, SCALES, Dense, Problem, gathered, masked, packages
+from updates import FOREACH, FUSED, OPTIONS, SCALES, Dense, Problem, compacted, gathered, masked, packages
 
 import ltp_sparse as ls
 from ltp_sparse.testing import random_weights
 
 LINE = 64  # bytes of a cache line
+WITH_NORM = "MaskedAdamW, norm and step"
+COMPACTED = "MaskedAdamW, compaction and step"
+ANY_NORM = 1e9  # the gradients are not clipped, but their norm is computed
 CLUSTERED = (0.05, 0.2)  # densities that are measured with clustered masks, too, in float32
 MASKED: dict[torch.dtype, dict[str, dict[str, Any]]] = {
     torch.float32: {"MaskedAdamW": {}, "MaskedAdamW, 8-bit states": {"states": "8bit"}},
@@ -89,6 +92,20 @@ def under_isas(ours: Provider, isas: list[str]) -> list[Provider]:
     ]
 
 
+def of_training(problem: Problem) -> list[Provider]:
+    """The ways of a step in training: with a norm to clip by, and from packed gradients, compaction included."""
+
+    def packed(**options: Any) -> Callable[[nn.Module], ls.MaskedAdamW]:
+        return lambda model: ls.MaskedAdamW(model, problem.ticket, **OPTIONS, gradients="packed", **options)
+
+    clipped = ls.MaskedAdamW(problem.params, problem.ticket, **OPTIONS, max_grad_norm=ANY_NORM)
+    return [
+        replace(masked(problem, WITH_NORM, clipped), bytes=None),
+        compacted(problem, COMPACTED, packed()),
+        compacted(problem, f"{COMPACTED}, with norm", packed(max_grad_norm=ANY_NORM)),
+    ]
+
+
 def measure(model: str, density: float, dtype: torch.dtype, rounds: int, masks: str = "uniform") -> list[Row]:
     problem = problem_of(MODELS[model], density, dtype, masks)
     op = "masked_adamw_" if masks == "uniform" else f"masked_adamw_, {masks} masks"
@@ -100,6 +117,8 @@ def measure(model: str, density: float, dtype: torch.dtype, rounds: int, masks: 
         optimizer = ls.MaskedAdamW(problem.params, problem.ticket, **OPTIONS, **options)
         providers += under_isas(masked(problem, name, optimizer), isas if not providers else isas[:1])
         held[name] = optimizer.state_bytes()
+    if dtype == torch.float32 and masks == "uniform":
+        providers += of_training(problem)
     providers += [dense.fused()]
     held[FUSED] = 2 * problem.width * problem.n
     if density < 1:

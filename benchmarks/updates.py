@@ -173,20 +173,60 @@ def provider(
 def masked(problem: Problem, name: str, optimizer: ls.MaskedAdamW) -> Provider:
     """Ours."""
     coded = optimizer.precision.states == "8bit"
+    # touched lines of p read and written and of g read; moments and masters read and written; index read
+    held = (2 if coded else 8) + (4 if optimizer.precision.keeps_master(problem.dtype) else 0)
+    traffic = 3 * problem.line * problem.lines + held * problem.k + optimizer.state_bytes()
+    ours = provider(
+        problem, name, optimizer.step, moments_of(optimizer), "only", traffic, EIGHT_BITS if coded else None
+    )
+    if optimizer.precision.keeps_master(problem.dtype):
+        # the first step after another provider's takes its weights over into the masters, which no training loop needs
+        ours.before = optimizer.step
+    return ours
+
+
+def compacted(problem: Problem, name: str, optimizer_of: Callable[[nn.Module], ls.MaskedAdamW]) -> Provider:
+    """Ours with packed gradients: what its hooks do in backward, and the step.
+
+    optimizer_of: makes it, for a module that has the problem's weights
+    """
+    params = {parameter: nn.Parameter(param.detach()) for parameter, param in problem.params.items()}
+    optimizer = optimizer_of(module_of(params))
+    hooked = [(key, param, list((param._post_accumulate_grad_hooks or {}).values())) for key, param in params.items()]
+
+    def step() -> None:
+        for parameter, param, hooks in hooked:
+            for hook in hooks:
+                param.grad = problem.grads[parameter]
+                hook(param)
+        optimizer.step()
+
+    return provider(problem, name, step, moments_of(optimizer), "only", None)
+
+
+def module_of(params: Mapping[str, nn.Parameter]) -> nn.Module:
+    """A module with these parameters under these names."""
+    root = nn.Module()
+    for name, param in params.items():
+        *path, leaf = name.split(".")
+        module = root
+        for part in path:
+            if not hasattr(module, part):
+                module.add_module(part, nn.Module())
+            module = getattr(module, part)
+        module.register_parameter(leaf, param)
+    return root
+
+
+def moments_of(optimizer: ls.MaskedAdamW) -> Callable[[], None]:
+    """Sets them to zero."""
 
     def reset() -> None:
         for state in optimizer.state.values():
             for tensor in state.values():
                 tensor.zero_()
 
-    # touched lines of p read and written and of g read; moments and masters read and written; index read
-    held = (2 if coded else 8) + (4 if optimizer.precision.keeps_master(problem.dtype) else 0)
-    traffic = 3 * problem.line * problem.lines + held * problem.k + optimizer.state_bytes()
-    ours = provider(problem, name, optimizer.step, reset, "only", traffic, EIGHT_BITS if coded else None)
-    if optimizer.precision.keeps_master(problem.dtype):
-        # the first step after another provider's takes its weights over into the masters, which no training loop needs
-        ours.before = optimizer.step
-    return ours
+    return reset
 
 
 class Dense:

@@ -41,7 +41,8 @@ def test_rows_are_those_of_verified_results(bench, monkeypatch, capsys, dtype, d
     (touched,) = [row.p50 for row in rows if row.metric == "touched cache lines"]
     assert (touched > 0.95) is (masks == "uniform")
     timed = {row.provider for row in rows if row.metric == "time"}
-    for name in (*bench.MASKED[dtype], bench.FUSED, "copy"):
+    of_training = (bench.WITH_NORM, bench.COMPACTED) if (dtype, masks) == (torch.float32, "uniform") else ()
+    for name in (*bench.MASKED[dtype], *of_training, bench.FUSED, "copy"):
         assert any(provider.startswith(name) for provider in timed)
     assert {row.dtype for row in rows} == {bench.word(dtype)}
     assert {row.provider for row in rows if row.metric == "state"} == {*bench.MASKED[dtype], bench.FUSED}
@@ -188,3 +189,13 @@ def test_what_other_providers_wrote_is_taken_over_before_a_step_is_timed(bench, 
     interleaved([ours, Provider("another", touch, lambda: None)], rounds=2, warmup=0)
     assert "gather" in calls
     assert [after for at, after in zip(calls, calls[1:], strict=False) if at == "timed"] == ["end", "end"]
+
+
+def test_a_step_from_packed_gradients_that_misses_a_compaction_is_refused(bench, updates, monkeypatch):
+    problem = bench.problem_of(SHAPES, 0.2)
+    with_norm, compacted, _ = bench.of_training(problem)
+    with_norm.verify()
+    compacted.verify()
+    monkeypatch.setattr(ls.optim.packed_gradients.ops, "masked_pack_", lambda grads, out, table, **_: out.fill_(1.0))
+    with pytest.raises(bench.WrongResult, match="compaction and step"):
+        compacted.verify()
