@@ -84,10 +84,6 @@ def bars(rows: Rows) -> str:
         compare("masked_adamw_", density, "MaskedAdamW", "torch AdamW(fused=True)", minimum)
     compare("masked_adamw_", "20 %", "MaskedAdamW", "index_select", 2.5)
     compare("masked_adamw_", "20 %", "MaskedAdamW", "torch AdamW()", 10)
-    for density in ("5 %", "20 %", "50 %"):
-        of_training = "masked_adamw_", density, "MaskedAdamW, compaction and step"
-        compare(*of_training, "MaskedAdamW (", 1.15, slower=True)
-        compare(*of_training, "MaskedAdamW, norm and step", 1.0, slower=True)
     for op, density, ours in (("masked_adamw_", "20 %", "MaskedAdamW"), ("topk_delta", "20 %", "topk_delta, sampled")):
         compare(op, density, f"{ours} (generic)", f"{ours} (avx512)", 1.8, slower=True)
 

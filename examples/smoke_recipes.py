@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, XGLMConfig, XGLMForCausalLM, XLMRobertaConfig
 
-from ltp_sparse.recipes import Recipe, load_recipe, recipe_names, results
+from ltp_sparse import results
+from ltp_sparse.recipes import Recipe, load_recipe, recipe_names
 from ltp_sparse.recipes.cache import Cache
 from ltp_sparse.recipes.cell import Workbench
 from ltp_sparse.recipes.run import run_recipe

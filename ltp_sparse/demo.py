@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ltp_sparse import results
 from ltp_sparse.generated.inference import pairs, sentences
 from ltp_sparse.generated.languages import LANGUAGES
 from ltp_sparse.methods import LTP, PromptMethod, PromptOnly, PromptSettings, RandomTicket, SoftPrompt
@@ -16,7 +17,7 @@ from ltp_sparse.names import canonical_parameters
 from ltp_sparse.prompting import Verbalizer
 from ltp_sparse.report.plots import plot_accuracy, plot_ticket
 from ltp_sparse.training.backbone import MINI_XLMR, load_backbone
-from ltp_sparse.training.evaluation import append_row, evaluate, markdown_table, result_row, summarize
+from ltp_sparse.training.evaluation import evaluate, markdown_table, result_row, summarize
 from ltp_sparse.training.method import Trained, train_method
 from ltp_sparse.training.mlm import MLMSettings, find_ticket, tune_mlm
 
@@ -93,7 +94,7 @@ def _demo(output: Path, settings: DemoSettings, progress: bool) -> str:
         of_method, facts[method.name] = _run_method(method, given, settings, progress)
         rows += of_method
     for row in rows:
-        append_row(output / "results.jsonl", row)
+        results.append(output / results.RESULTS, row)
 
     report = _report(rows, facts, ticket, model, settings, time.perf_counter() - start)
     (output / "report.md").write_text(report, encoding="utf-8")

@@ -162,6 +162,19 @@ def test_a_run_that_starts_anew_is_not_resumed_from_an_earlier_one(tokenizer, tm
     assert_same_bits(resumed.delta, run(tokenizer, slow).delta)
 
 
+def test_a_run_is_not_resumed_with_other_settings(tokenizer, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(tokenizer, output_dir=tmp_path, save_every=1, callbacks=[StopAfter(2)])
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    slow = LTP(settings=dataclasses.replace(SHORT, learning_rate=1e-4))
+    with pytest.raises(ValueError, match=rf"with learning_rate {SHORT.learning_rate}, now 0.0001; resume it as it was"):
+        run(tokenizer, slow, output_dir=tmp_path, save_every=1, resume=True)
+    with pytest.raises(ValueError, match="with seed 1, now 2"):
+        run(tokenizer, output_dir=tmp_path, save_every=1, resume=True, seed=2)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+    run(tokenizer, output_dir=tmp_path, save_every=1, resume=True)
+
+
 def test_checkpoints_come_every_so_many_epochs_and_the_latest_is_kept(tokenizer, tmp_path):
     seen = []
 

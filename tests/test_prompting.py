@@ -12,6 +12,7 @@ import torch
 from tiny_nli import CLUES, TinyPair, tiny_language_model, tiny_tokenizer, toy_pairs
 from torch.nn import functional as F
 
+from ltp_sparse import results
 from ltp_sparse.methods import Setup
 from ltp_sparse.names import canonical_parameters
 from ltp_sparse.prompting import (
@@ -532,8 +533,8 @@ def test_rows_summaries_and_tables(tmp_path):
     ]
     assert runs[0]["mean"] == pytest.approx(0.35)
     for row in runs:
-        evaluation.append_row(tmp_path / "deep" / "rows.jsonl", row)
-    rows = evaluation.read_rows(tmp_path / "deep" / "rows.jsonl")
+        results.append(tmp_path / "deep" / "rows.jsonl", row)
+    rows = results.read(tmp_path / "deep" / "rows.jsonl")
     assert rows == runs
     summaries = evaluation.summarize(rows)
     assert [(s["method"], s["runs"]) for s in summaries] == [("LTP", 2), ("SP", 1)]

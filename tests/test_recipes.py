@@ -13,10 +13,11 @@ import pytest
 import torch
 from tiny_nli import WORDS, tiny_language_model, tiny_tokenizer, toy_pairs
 
+from ltp_sparse import results
 from ltp_sparse.cli import main
 from ltp_sparse.methods import METHODS
 from ltp_sparse.names import canonical_parameters
-from ltp_sparse.recipes import load_recipe, recipe_names, results
+from ltp_sparse.recipes import load_recipe, recipe_names
 from ltp_sparse.recipes.cache import Cache
 from ltp_sparse.recipes.cell import Workbench, method_of, run_cell
 from ltp_sparse.recipes.run import run_recipe, unfinished

@@ -32,9 +32,10 @@ def run(options: argparse.Namespace) -> None:
     need(options, "folder")
     import torch
 
-    from ltp_sparse.cli.runs import RESULTS, Run, finished_seeds, load_pairs, load_seed
+    from ltp_sparse import results
+    from ltp_sparse.cli.runs import Run, finished_seeds, load_pairs, load_seed
     from ltp_sparse.tasks import languages
-    from ltp_sparse.training.evaluation import append_row, evaluate, markdown_table, result_row, summarize
+    from ltp_sparse.training.evaluation import evaluate, markdown_table, result_row, summarize
 
     quieten(options)
     made = Run.load(options.folder)
@@ -62,10 +63,10 @@ def run(options: argparse.Namespace) -> None:
         }
         facts |= {"split": options.split, "limit": options.limit, "epoch": delta.metadata["epoch"], "k": delta.ticket.k}
         rows.append(result_row(scores, **facts))
-        append_row(options.folder / RESULTS, rows[-1])
+        results.append(options.folder / results.RESULTS, rows[-1])
     summaries = summarize(rows)
     print(markdown_table(summaries))
-    print(f"rows added to {options.folder / RESULTS}")
+    print(f"rows added to {options.folder / results.RESULTS}")
     if options.plot is not None:
         from ltp_sparse.report.plots import plot_accuracy
 

@@ -21,7 +21,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     need(options, "recipe", "results")
-    from ltp_sparse.recipes import load_recipe, results
+    from ltp_sparse import results
+    from ltp_sparse.recipes import load_recipe
     from ltp_sparse.report.pages import write_report
 
     recipe = load_recipe(options.recipe)

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 TRAINED = "trained.safetensors"
 BAKED = "baked.safetensors"
-RESULTS = "results.jsonl"
 _DESCRIPTION = "run.json"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ltp_sparse.recipes import results
+from ltp_sparse import results
 from ltp_sparse.recipes.cell import Workbench, run_cell
 from ltp_sparse.recipes.recipe import Cell, Recipe
 

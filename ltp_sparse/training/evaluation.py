@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -129,19 +126,6 @@ def evaluate(
 def result_row(scores: Mapping[str, float], **facts: Any) -> dict[str, Any]:
     """One run as a plain dict: the facts (method, shots, seed, ...), "scores" by language, and their "mean"."""
     return {**facts, "scores": dict(scores), "mean": statistics.fmean(scores.values())}
-
-
-def append_row(path: str | os.PathLike[str], row: Mapping[str, Any]) -> None:
-    """Adds a row to a file of JSON lines."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False, sort_keys=True) + "\n")
-
-
-def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines."""
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.strip()]
 
 
 def summarize(rows: Iterable[Mapping[str, Any]], by: Sequence[str] = _GROUP) -> list[dict[str, Any]]:

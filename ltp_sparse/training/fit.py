@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import EvalPrediction, PrinterCallback, TrainerCallback, Train
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from ltp_sparse.delta import SparseDelta, scatter_
+from ltp_sparse.files import atomic_path
 from ltp_sparse.frozen import frozen_digests, verify_frozen
 from ltp_sparse.methods.base import Settings, Setup
 from ltp_sparse.names import canonical_parameters
@@ -26,6 +28,8 @@ from ltp_sparse.prompting.templates import IGNORED_LABEL
 from ltp_sparse.ticket import Ticket
 from ltp_sparse.training.evaluation import METRICS
 from ltp_sparse.training.trainer import KeepBest, SparseTrainer, discard_checkpoints, last_checkpoint
+
+RUN_FILE = "run.json"  # what the checkpoints of a folder belong to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +42,7 @@ class Options:
                       Those of an earlier run are removed, unless this one resumes
     save_every:       epochs between checkpoints, of which the latest is kept; None writes none
     resume:           continue from the latest checkpoint of `output_dir`, if there is one. The result has the bits of
-                      a run that was never interrupted
+                      a run that was never interrupted; with other settings (`run.json` has them) it is a ValueError
     micro_batch_size: examples per forward pass and device, to save memory; the update is that of the whole batch. With
                       several processes (torchrun) an incomplete last batch is filled up from the beginning
     bf16:             compute in bfloat16 under autocast; weights stay float32
@@ -127,6 +131,7 @@ def fit(
         if not options.resume:
             discard_checkpoints(str(folder))
         checkpoint = last_checkpoint(str(folder)) if options.resume else None
+        _check_resumed(Path(str(folder)) / RUN_FILE, _facts(settings, train, dev, options), checkpoint is not None)
         start = time.perf_counter()
         with _back_to_base(trainer, dense, initial_dense):
             try:
@@ -155,6 +160,30 @@ def _metrics(prediction: EvalPrediction) -> dict[str, float]:
     logits = prediction.predictions  # of several outputs the first
     predicted = np.asarray(logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
     return {name: metric(predicted, np.asarray(prediction.label_ids)) for name, metric in METRICS.items()}
+
+
+def _facts(settings: Settings, train: Sequence[Any], dev: Sequence[Any], options: Options) -> dict[str, Any]:
+    """What a run that is resumed must have in common with the interrupted one, for its result to have the same bits."""
+    own = {key: value for key, value in asdict(settings).items() if key != "seeds"}
+    facts = {**own, "seed": options.seed, "bf16": options.bf16, "train examples": len(train), "dev examples": len(dev)}
+    return json.loads(json.dumps(facts))  # as they will be read
+
+
+def _check_resumed(path: Path, facts: Mapping[str, Any], resumed: bool) -> None:
+    """Keeps the facts of a run beside its checkpoints; ValueError if a resumed one differs."""
+    if resumed and path.exists():
+        before = json.loads(path.read_text())
+        changed = [
+            f"{key} {before.get(key)!r}, now {value!r}" for key, value in facts.items() if before.get(key) != value
+        ]
+        if changed:
+            raise ValueError(
+                f"train_method: {path.parent} holds checkpoints of a run with {'; '.join(changed)}; resume it as it "
+                "was, or leave resume out to start anew"
+            )
+    elif int(os.environ.get("RANK", "0")) == 0:
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(facts, indent=1))
 
 
 class _SaveEvery(TrainerCallback):

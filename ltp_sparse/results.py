@@ -1,4 +1,4 @@
-"""Results of recipes: a file of JSON lines, a row a finished cell, safe to append to from several processes."""
+"""Files of JSON lines, a row per result: safe to append to from several processes, and after a kill."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
-            warnings.warn(f"{path}, line {number}: unfinished, left out; its cell will run again", stacklevel=2)
+            warnings.warn(f"{path}, line {number}: unfinished, left out; run what it is of again", stacklevel=2)
     return rows
 
 
