@@ -16,8 +16,9 @@ from ltp_sparse.methods import LTP, PromptMethod, PromptOnly, PromptSettings, Ra
 from ltp_sparse.names import canonical_parameters
 from ltp_sparse.prompting import Verbalizer
 from ltp_sparse.report.plots import plot_accuracy, plot_ticket
+from ltp_sparse.report.tables import Table, make_table, markdown
 from ltp_sparse.training.backbone import MINI_XLMR, load_backbone
-from ltp_sparse.training.evaluation import evaluate, markdown_table, result_row, summarize
+from ltp_sparse.training.evaluation import evaluate, result_row
 from ltp_sparse.training.method import Trained, train_method
 from ltp_sparse.training.mlm import MLMSettings, find_ticket, tune_mlm
 
@@ -96,11 +97,11 @@ def _demo(output: Path, settings: DemoSettings, progress: bool) -> str:
     for row in rows:
         results.append(output / results.RESULTS, row)
 
-    report = _report(rows, facts, ticket, model, settings, time.perf_counter() - start)
+    table = make_table(rows, ("method", "shots"))
+    report = _report(table, facts, ticket, model, settings, time.perf_counter() - start)
     (output / "report.md").write_text(report, encoding="utf-8")
-    summaries = summarize(rows)
     plot_accuracy(
-        {s["method"]: {name: mean for name, (mean, _) in s["scores"].items()} for s in summaries},
+        table.means(),
         output / "accuracy.png",
         chance=1 / 3,
         title=f"zero-shot accuracy, {settings.shots} English examples per class",
@@ -175,7 +176,7 @@ def _look(result: Trained, model: XLMRobertaForMaskedLM, before: dict[str, torch
 
 
 def _report(
-    rows: list[dict[str, Any]],
+    table: Table,
     facts: dict[str, _Fact],
     ticket: Ticket,
     model: XLMRobertaForMaskedLM,
@@ -183,7 +184,6 @@ def _report(
     seconds: float,
 ) -> str:
     dense = 8 * sum(p.numel() for p in model.roberta.parameters())
-    table = markdown_table(summarize(rows))
     lines = [
         "# ltp_sparse demo",
         "",
@@ -193,7 +193,7 @@ def _report(
         "",
         "## Accuracy per language (zero-shot from English, %)",
         "",
-        table,
+        markdown(table),
         "LTP trains the ticket and a prompt; `random ticket` as many weights, drawn at random, as many in each tensor;",
         "SP all weights; PT-frozen the prompt alone. mini-xlmr answered such questions, by other words, in all these",
         "languages while it was pre-trained. What is new are the label words,",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from types import SimpleNamespace
 
@@ -29,6 +28,7 @@ from ltp_sparse.prompting import (
     vocabulary_rows,
 )
 from ltp_sparse.prompting.templates import IGNORED_LABEL, label_index, strip_punctuation
+from ltp_sparse.report import tables
 from ltp_sparse.training import evaluation
 
 
@@ -525,7 +525,7 @@ def test_accuracy_per_language(tokenizer, monkeypatch):
         evaluation.evaluate(ready, {"sw": []}, progress=False)
 
 
-def test_rows_summaries_and_tables(tmp_path):
+def test_rows_and_tables(tmp_path):
     runs = [
         evaluation.result_row({"en": 0.40, "sw": 0.30}, method="LTP", shots=4, seed=1),
         evaluation.result_row({"en": 0.44, "sw": 0.36}, method="LTP", shots=4, seed=2),
@@ -536,23 +536,24 @@ def test_rows_summaries_and_tables(tmp_path):
         results.append(tmp_path / "deep" / "rows.jsonl", row)
     rows = results.read(tmp_path / "deep" / "rows.jsonl")
     assert rows == runs
-    summaries = evaluation.summarize(rows)
-    assert [(s["method"], s["runs"]) for s in summaries] == [("LTP", 2), ("SP", 1)]
-    mean, deviation = summaries[0]["scores"]["AVG"]
-    assert mean == pytest.approx(0.375)
-    assert deviation == pytest.approx(0.05 / math.sqrt(2))  # of the two averages 0.35 and 0.40
-    assert math.isnan(summaries[1]["scores"]["en"][1])
-    table = evaluation.markdown_table(summaries, reference={("SP", 4): {"en": 41.84, "AVG": 39.15}})
-    assert table.splitlines() == [
+    table = tables.make_table(rows, ("method", "shots"))
+    assert tables.markdown(table).splitlines() == [
         "| method | shots | runs | en | sw | AVG |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
-        "| LTP | 4 | 2 | 42.00 ± 2.83 | 33.00 ± 4.24 | 37.50 ± 3.54 |",
+        "| LTP | 4 | 2 | **42.00 ± 2.83** | **33.00 ± 4.24** | **37.50 ± 3.54** |",
         "| SP | 4 | 1 | 35.00 | 31.00 | 33.00 |",
-        "| SP (paper) | 4 |  | 41.84 |  | 39.15 |",
     ]
-    broken = [*rows, evaluation.result_row({"en": 0.5}, method="SP", shots=4, seed=2)]
-    with pytest.raises(ValueError, match="have different languages"):
-        evaluation.summarize(broken)
+    assert table.means()["SP"] == pytest.approx({"en": 0.35, "sw": 0.31, "AVG": 0.33})
+
+
+def test_a_row_that_a_kill_cut_off_is_left_out_and_not_glued_to_the_next(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    results.append(path, {"seed": 1})
+    with path.open("a") as file:
+        file.write('{"seed": 2, "sco')
+    results.append(path, {"seed": 3})
+    with pytest.warns(UserWarning, match="line 2: unfinished, left out"):
+        assert results.read(path) == [{"seed": 1}, {"seed": 3}]
 
 
 def test_toy_words_are_in_the_tiny_vocabulary(tokenizer):

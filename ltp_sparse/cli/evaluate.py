@@ -34,8 +34,9 @@ def run(options: argparse.Namespace) -> None:
 
     from ltp_sparse import results
     from ltp_sparse.cli.runs import Run, finished_seeds, load_pairs, load_seed
+    from ltp_sparse.report.tables import make_table, markdown
     from ltp_sparse.tasks import languages
-    from ltp_sparse.training.evaluation import evaluate, markdown_table, result_row, summarize
+    from ltp_sparse.training.evaluation import evaluate, result_row
 
     quieten(options)
     made = Run.load(options.folder)
@@ -64,11 +65,10 @@ def run(options: argparse.Namespace) -> None:
         facts |= {"split": options.split, "limit": options.limit, "epoch": delta.metadata["epoch"], "k": delta.ticket.k}
         rows.append(result_row(scores, **facts))
         results.append(options.folder / results.RESULTS, rows[-1])
-    summaries = summarize(rows)
-    print(markdown_table(summaries))
+    table = make_table(rows, ("method", "shots"))
+    print(markdown(table))
     print(f"rows added to {options.folder / results.RESULTS}")
     if options.plot is not None:
         from ltp_sparse.report.plots import plot_accuracy
 
-        bars = {s["method"]: {name: mean for name, (mean, _) in s["scores"].items()} for s in summaries}
-        print(f"plot written to {plot_accuracy(bars, options.plot, chance=1 / 3)}")
+        print(f"plot written to {plot_accuracy(table.means(), options.plot, chance=1 / 3)}")

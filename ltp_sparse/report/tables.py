@@ -58,12 +58,18 @@ class Table:
                 found |= {(line.facts, column) for line in present if line.values[column][0] == top}
         return found
 
+    def means(self) -> dict[str, dict[str, float]]:
+        """First fact of a line -> column -> mean, in [0, 1]: what `plot_accuracy` draws."""
+        return {
+            str(line.facts[0]): {name: mean / 100 for name, (mean, _) in line.values.items()} for line in self.lines
+        }
+
 
 def make_table(rows: Iterable[Mapping[str, Any]], by: Sequence[str], paper: Mapping[str, Any] | None = None) -> Table:
     """Rows of a run as a table.
 
     by:    facts (dotted paths); rows that agree in them are runs of one line: several seeds, and, where every language
-           was trained on its own, several languages
+           was trained on its own, several languages. Each row has a "seed"
     paper: an entry of `papers.yaml`
     """
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}

@@ -1,9 +1,9 @@
-"""Scores per language, their mean and spread over seeds, and tables of it."""
+"""Predictions, scores per language, and the row of a run."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,9 +30,6 @@ def macro_f1(predicted: Any, labels: Any) -> float:
 
 METRICS: dict[str, Callable[[Any, Any], float]] = {"accuracy": accuracy, "macro_f1": macro_f1}
 """Scores of predictions, 0 to 1."""
-
-AVERAGE = "AVG"
-_GROUP = ("method", "shots")
 
 
 @torch.no_grad()
@@ -126,61 +123,3 @@ def evaluate(
 def result_row(scores: Mapping[str, float], **facts: Any) -> dict[str, Any]:
     """One run as a plain dict: the facts (method, shots, seed, ...), "scores" by language, and their "mean"."""
     return {**facts, "scores": dict(scores), "mean": statistics.fmean(scores.values())}
-
-
-def summarize(rows: Iterable[Mapping[str, Any]], by: Sequence[str] = _GROUP) -> list[dict[str, Any]]:
-    """Rows that differ in nothing of `by` (so, in their seed) become one, in order of appearance.
-
-    It has the facts of `by`, "runs", and in "scores", per language and for "AVG" (the mean over languages), the pair
-    (mean, standard deviation) over runs; the deviation is that of a sample, NaN for a single run.
-    Raises ValueError when the runs of a group were evaluated on different languages.
-    """
-    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row.get(fact) for fact in by), []).append(row)
-    summaries = []
-    for facts, members in groups.items():
-        languages = list(members[0]["scores"])
-        if any(set(member["scores"]) != set(languages) for member in members):
-            raise ValueError(f"summarize: the runs of {dict(zip(by, facts, strict=True))} have different languages")
-        values = {language: [member["scores"][language] for member in members] for language in languages}
-        values[AVERAGE] = [statistics.fmean(member["scores"].values()) for member in members]
-        summaries.append(
-            {
-                **dict(zip(by, facts, strict=True)),
-                "runs": len(members),
-                "scores": {
-                    name: (statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else float("nan"))
-                    for name, v in values.items()
-                },
-            }
-        )
-    return summaries
-
-
-def markdown_table(
-    summaries: Sequence[Mapping[str, Any]],
-    *,
-    by: Sequence[str] = _GROUP,
-    reference: Mapping[tuple[Any, ...], Mapping[str, float]] | None = None,
-) -> str:
-    """A Markdown table of summaries: one column per language, then their mean with its deviation; in percent.
-
-    reference: facts of `by` -> column -> percent as printed in a paper; such a row comes below its own.
-    """
-    languages = sorted({name for summary in summaries for name in summary["scores"]} - {AVERAGE})
-    columns = [*languages, AVERAGE]
-    lines = [[*by, "runs", *columns], ["---"] * len(by) + ["---:"] * (1 + len(columns))]
-    for summary in summaries:
-        facts = tuple(summary[fact] for fact in by)
-        cells = [_percent(*summary["scores"][name]) if name in summary["scores"] else "" for name in columns]
-        lines.append([*map(str, facts), str(summary["runs"]), *cells])
-        if reference and facts in reference:
-            printed = reference[facts]
-            cells = [f"{printed[name]:.2f}" if name in printed else "" for name in columns]
-            lines.append([f"{facts[0]} (paper)", *map(str, facts[1:]), "", *cells])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def _percent(mean: float, deviation: float) -> str:
-    return f"{100 * mean:.2f}" if deviation != deviation else f"{100 * mean:.2f} ± {100 * deviation:.2f}"
