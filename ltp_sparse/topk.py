@@ -7,8 +7,9 @@ key is found in one of three ways, each exact:
   what lies above it and collects the candidates inside. The counts verify it; otherwise
 * histogram: one pass counts the keys by their upper 15 bits, the second is the band pass over the bin that holds the
   k-th key;
-* ties: where the band overflows the room for candidates (many equal deltas), a second histogram gives the exact key,
-  and two band passes give the entries at that key to the earliest.
+* ties: where the band overflows the room for candidates (many equal deltas, as of bfloat16 weights), a second histogram
+  gives the exact key, and two band passes give the entries at that key to the earliest. A sampled band that holds one
+  key alone needs no histogram.
 
 The passes are a backend's (`reference.py` says what they do). Temporary memory: the bitmap that is the result (n/8
 bytes), and candidates of at most n/156 entries at 6 bytes, worked off in pieces.
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import NoReturn, Protocol
 
@@ -345,6 +346,23 @@ class _Band:
         self.passes.take_ties(*self._candidates, cut, self.words, self.tile_word, take)
         return self.selection(self.above + taken + take, thresholds)
 
+    @property
+    def room(self) -> int:
+        """Candidates that all processes together can store."""
+        return int(self.ranks.sum(torch.tensor([self.keys.numel()])))
+
+    def holds_one_key(self) -> bool:
+        """Whether the band of every group is a single key, so that its entries differ in nothing but their place."""
+        return all(high - low == 1 for low, high in zip(self.low, self.high, strict=True))
+
+    def finish_ties(self) -> Selection:
+        """Takes the missing entries of bands of a single key, the earliest first."""
+        missing, above = self.missing(), self.above.clone()
+        take = self.share_ties(self.inside, missing)
+        self.run(self.low, self.high, take=take, store=False)
+        thresholds = [low if m else NONFINITE_KEY for low, m in zip(self.low, missing, strict=True)]
+        return self.selection(above + take, thresholds)
+
     def share_ties(self, ties: Tensor, open_ties: list[int]) -> Tensor:
         """int64 [T]: how many ties each tile takes when the earliest tiles of a group are served first."""
         tensors = len(self.groups)
@@ -437,18 +455,30 @@ def _kth_largest(keys: Tensor, rank: int) -> int:
     return (digit << 16) + low
 
 
+@dataclass
+class Digits:
+    """Of the key of a certain rank, per group.
+
+    digit: its upper 15 bits, or its lower 16; where the rank is 0, that of no finite key
+    rank:  its rank among the keys of that digit
+    asked: the rank that was asked for; where a group has fewer keys, their number
+    count: the keys of that digit
+    """
+
+    digit: list[int] = field(default_factory=list)
+    rank: list[int] = field(default_factory=list)
+    asked: list[int] = field(default_factory=list)
+    count: list[int] = field(default_factory=list)
+
+
 def digit_pass(
     passes: Passes, source: Source, groups: list[int], wanted: list[int], prefixes: list[int] | None, ranks: Ranks
-) -> tuple[list[int], list[int], list[int]]:
-    """Per group the digit of the rank-th largest key, its rank among the keys of that digit, and the rank asked for.
-
-    The digit is the upper 15 bits or, given these as `prefixes`, the lower 16. Where a group has fewer keys, their
-    number is the rank; where it is 0, the digit is that of no finite key.
-    """
+) -> Digits:
+    """Per group the upper 15 bits of the key of rank `wanted` or, given these as `prefixes`, the lower 16."""
     bins = 1 << (15 if prefixes is None else 16)
     at_once = _HISTOGRAMS // bins
     nonfinite = torch.zeros(1, dtype=torch.int64, device=source.device)
-    digits, inside, asked = [], [], []
+    found = Digits()
     for first in range(0, len(wanted), at_once):
         batch = range(first, min(first + at_once, len(wanted)))
         histogram = torch.zeros(len(batch), bins, dtype=torch.int64, device=source.device)
@@ -459,14 +489,21 @@ def digit_pass(
             of_batch = [groups[t] - first for t in chunk.tensors]
             passes.delta_histogram(chunk.initial, chunk.tuned, of_batch, upper, histogram, nonfinite)
         for group, row in zip(batch, ranks.sum(histogram).cpu(), strict=True):
-            rank = min(wanted[group], int(row.sum()))
-            digit, rest = _bin_of_rank(row, rank) if rank else (NONFINITE_KEY >> 16, 0)
-            digits.append(digit)
-            inside.append(rest)
-            asked.append(rank)
+            asked = min(wanted[group], int(row.sum()))
+            digit, rank = _bin_of_rank(row, asked) if asked else (NONFINITE_KEY >> 16, 0)
+            found.digit.append(digit)
+            found.rank.append(rank)
+            found.asked.append(asked)
+            found.count.append(int(row[digit]) if asked else 0)
     if int(ranks.sum(nonfinite)):
         raise_nonfinite(source, ranks)
-    return digits, inside, asked
+    return found
+
+
+def joined(upper: Digits, lower: Digits) -> list[int]:
+    """The keys that have these digits; where the rank is 0, that of no finite one."""
+    each = zip(upper.digit, lower.digit, lower.rank, strict=True)
+    return [max(1, (high << 16) + low) if rank else NONFINITE_KEY for high, low, rank in each]
 
 
 def select_topk(
@@ -509,19 +546,17 @@ def select_topk(
         band.run(*sampled_bracket(source, groups, ks))
         if band.holds() and not band.overflowed:
             return band.finish()
+        if band.holds() and band.holds_one_key():
+            return band.finish_ties()
 
-    digits, inside, band.ks = digit_pass(passes, source, groups, ks, None, ranks)
-    band.run([max(1, d << 16) for d in digits], [(d + 1) << 16 for d in digits])
-    if not band.overflowed:
-        return band.finish()
+    upper = digit_pass(passes, source, groups, ks, None, ranks)
+    band.ks = upper.asked
+    if sum(upper.count) <= band.room:
+        band.run([max(1, d << 16) for d in upper.digit], [(d + 1) << 16 for d in upper.digit])
+        if not band.overflowed:
+            return band.finish()
 
-    lower, ties, _ = digit_pass(passes, source, groups, inside, digits, ranks)
-    thresholds = [
-        max(1, (high << 16) + low) if m else NONFINITE_KEY for high, low, m in zip(digits, lower, ties, strict=True)
-    ]
-    bounds = thresholds, [t + 1 for t in thresholds]
-    band.run(*bounds, store=False)
-    take = band.share_ties(band.inside, ties)
-    above = band.above.clone()
-    band.run(*bounds, take=take, store=False)
-    return band.selection(above + take, thresholds)
+    lower = digit_pass(passes, source, groups, upper.rank, upper.digit, ranks)
+    thresholds = joined(upper, lower)
+    band.run(thresholds, [t + 1 for t in thresholds], store=False)
+    return band.finish_ties()

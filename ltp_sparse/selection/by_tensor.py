@@ -20,8 +20,7 @@ from torch import Tensor
 from ltp_sparse.checkpoints import StreamSource
 from ltp_sparse.encoding import IndexSet, bitmap_words
 from ltp_sparse.files import host_blocks
-from ltp_sparse.reference import NONFINITE_KEY
-from ltp_sparse.topk import Chunk, Passes, Ranks, digit_pass
+from ltp_sparse.topk import Chunk, Passes, Ranks, digit_pass, joined
 
 PASSES = 3
 """Readings of the source."""
@@ -85,12 +84,10 @@ def select_by_tensor(
         NonFiniteDelta: a delta is NaN or infinite.
     """
     ranks = Ranks()
-    digits, inside, _ = digit_pass(passes, source, groups, ks, None, ranks)
-    lower, ties, _ = digit_pass(passes, source, groups, inside, digits, ranks)
-    cuts = [
-        max(1, (high << 16) + low) if m else NONFINITE_KEY for high, low, m in zip(digits, lower, ties, strict=True)
-    ]
-    marker = _Marker(passes, source, groups, cuts, ties)
+    upper = digit_pass(passes, source, groups, ks, None, ranks)
+    lower = digit_pass(passes, source, groups, upper.rank, upper.digit, ranks)
+    cuts = joined(upper, lower)
+    marker = _Marker(passes, source, groups, cuts, lower.rank)
     sets: list[IndexSet] = []
     kept: Spool | list[Tensor] = [] if spool is None else spool
     for tensor in range(len(groups)):
