@@ -39,6 +39,9 @@ SAMPLE_FROM = 1 << 26
 SAMPLE_FROM_GPU = 1 << 22
 """The same on a GPU, where the histogram pass is plain PyTorch."""
 
+ENTRIES_PER_CANDIDATE = 156
+"""There is room for a candidate per so many entries, and for some more."""
+
 _SPARE_CANDIDATES = 1 << 18
 _PIECE = 1 << 15  # samples worked off at a time
 _HISTOGRAMS = 1 << 18  # bins held at a time, of as many groups as they serve
@@ -259,7 +262,7 @@ class _Band:
             torch.arange(layout.tiles, device=device)
             - torch.tensor(layout.tile_offsets[:-1], device=device)[self.tile_tensor]
         )
-        capacity = sum(layout.sizes) // 156 + _SPARE_CANDIDATES
+        capacity = sum(layout.sizes) // ENTRIES_PER_CANDIDATE + _SPARE_CANDIDATES
         self.words = torch.empty(layout.words, dtype=torch.int32, device=device)
         self.above, self.inside, self.offsets = (
             torch.empty(layout.tiles, dtype=torch.int64, device=device) for _ in range(3)
@@ -407,7 +410,7 @@ def raise_nonfinite(source: Source, ranks: Ranks) -> NoReturn:
 
 
 def sampled_bracket(source: Source, groups: list[int], ks: list[int]) -> tuple[list[int], list[int]]:
-    """Per group a band [low, high) of keys that holds the k-th largest key almost surely."""
+    """Per group a band [low, high) of keys that holds the k-th largest key almost surely, or, of ties, probably."""
     total = sum(source.sizes)
     generator = torch.Generator().manual_seed(0)  # chooses the route only, never the result
     counts = [min(n, -(-n * SAMPLES // total)) for n in source.sizes]
@@ -426,6 +429,9 @@ def sampled_bracket(source: Source, groups: list[int], ks: list[int]) -> tuple[l
         margin = DEVIATIONS * math.sqrt(max(rank * (1 - k / max(n, 1)), 1)) + 2
         top = _kth_largest(keys, math.floor(rank - margin))
         bottom = _kth_largest(keys, math.ceil(rank + margin))
+        centre = _kth_largest(keys, min(max(round(rank), 1), keys.numel()))
+        if centre > 0 and int((keys == centre).sum()) * ENTRIES_PER_CANDIDATE > keys.numel():
+            bottom, top = centre, centre + 1  # the ties alone overflow the room: they are not to be stored but counted
         low.append(max(1, bottom))
         high.append(max(low[-1], top) if top > low[-1] else low[-1] + 1)
     return low, high

@@ -156,8 +156,7 @@ ROUTE_CASES = {
     "sampled bracket overflows": ("sample", "normal", 4.5, 40, (1, 2)),
     "histogram": ("histogram", "normal", 4.5, 40, (1, 1)),
     "ties would overflow the histogram's band": ("histogram", "levels", 4.5, 40, (2, 2)),
-    "ties overflow the sampled band": ("sample", "levels", 1.0, 40, (0, 2)),
-    "sampled bracket misses, ties would overflow": ("sample", "levels", -100.0, 40, (2, 3)),
+    "ties overflow the sampled band": ("sample", "levels", 4.5, 40, (0, 2)),
 }
 
 
