@@ -430,7 +430,7 @@ def sampled_bracket(source: Source, groups: list[int], ks: list[int]) -> tuple[l
         top = _kth_largest(keys, math.floor(rank - margin))
         bottom = _kth_largest(keys, math.ceil(rank + margin))
         centre = _kth_largest(keys, min(max(round(rank), 1), keys.numel()))
-        if centre > 0 and int((keys == centre).sum()) * ENTRIES_PER_CANDIDATE > keys.numel():
+        if k and centre and int((keys == centre).sum()) * ENTRIES_PER_CANDIDATE > keys.numel():
             bottom, top = centre, centre + 1  # the ties alone overflow the room: they are not to be stored but counted
         low.append(max(1, bottom))
         high.append(max(low[-1], top) if top > low[-1] else low[-1] + 1)
