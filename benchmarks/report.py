@@ -84,7 +84,7 @@ def bars(rows: Rows) -> str:
         compare("masked_adamw_", density, "MaskedAdamW", "torch AdamW(fused=True)", minimum)
     compare("masked_adamw_", "20 %", "MaskedAdamW", "index_select", 2.5)
     compare("masked_adamw_", "20 %", "MaskedAdamW", "torch AdamW()", 10)
-    reading = "select, both passes alone", "reading both files twice, 1 thread"
+    reading = "select, the passes alone", "reading both files as often, 1 thread"
     compare("select from checkpoints", "20 %", *reading, 0.7)
     for op, density, ours in (("masked_adamw_", "20 %", "MaskedAdamW"), ("topk_delta", "20 %", "topk_delta, sampled")):
         compare(op, density, f"{ours} (generic)", f"{ours} (avx512)", 1.8, slower=True)
