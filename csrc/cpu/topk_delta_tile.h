@@ -95,15 +95,19 @@ inline int32_t largest_key(const int32_t* keys, int32_t largest) {
 
 int32_t histogram_high(const DeltaTile& tile, uint32_t* bins) {
     int32_t largest = 0;
+    uint32_t still = 0;
     for_each_group(tile, [&](const int32_t* keys, int64_t) {
         largest = largest_key(keys, largest);
         uint64_t moved = greater(keys, 0);
-        if (moved == ~uint64_t(0)) {
+        const int64_t count = count_bits(moved);
+        if (count >= 32) {  // no branches on single entries: zeros are counted, too, and taken out at the end
             for (int j = 0; j < 64; ++j) ++bins[keys[j] >> 16];
+            still += uint32_t(64 - count);
         } else {
             for (; moved != 0; moved &= moved - 1) ++bins[keys[__builtin_ctzll(moved)] >> 16];
         }
     });
+    bins[0] -= still;
     return largest;
 }
 
