@@ -193,7 +193,7 @@ def _report(
         "",
         "## Accuracy per language (zero-shot from English, %)",
         "",
-        markdown(table),
+        markdown(table, bold=False),
         "LTP trains the ticket and a prompt; `random ticket` as many weights, drawn at random, as many in each tensor;",
         "SP all weights; PT-frozen the prompt alone. mini-xlmr answered such questions, by other words, in all these",
         "languages while it was pre-trained. What is new are the label words,",

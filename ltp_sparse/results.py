@@ -30,13 +30,13 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
 def read(path: Path) -> list[dict[str, Any]]:
     """All rows; an unfinished line is left out with a warning. No file: no rows."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n") if path.is_file() else [], 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n") if path.is_file() else [], 1):
         if not line.strip():
             continue
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            warnings.warn(f"{path}, line {number}: unfinished, left out; run what it is of again", stacklevel=2)
+        except ValueError:  # also of a character that was cut in two
+            warnings.warn(f"{path}, line {number}: unfinished, left out; repeat the run it belongs to", stacklevel=2)
     return rows
 
 

@@ -1,4 +1,5 @@
-"""The routes of `topk_delta`: exact global top-k of |tuned - initial| in one or two readings of the weights.
+"""The routes of `topk_delta`: exact global top-k of |tuned - initial|, in one or two readings of the weights where no
+crowd of equal deltas is in the way.
 
 Every entry has a key, the 31 bits of its absolute delta in float32, which order like the delta itself. The k-th largest
 key is found in one of three ways, each exact:
@@ -8,8 +9,8 @@ key is found in one of three ways, each exact:
 * histogram: one pass counts the keys by their upper 15 bits, the second is the band pass over the bin that holds the
   k-th key;
 * ties: where the band overflows the room for candidates (many equal deltas, as of bfloat16 weights), a second histogram
-  gives the exact key, and two band passes give the entries at that key to the earliest. A sampled band that holds one
-  key alone needs no histogram.
+  gives the exact key, and two band passes give the entries at that key to the earliest: four readings. Where the
+  sample shows the crowd, a band of its key alone is tried first: two readings, and no candidates.
 
 The passes are a backend's (`reference.py` says what they do). Temporary memory: the bitmap that is the result (n/8
 bytes), and candidates of at most n/156 entries at 6 bytes, worked off in pieces.
@@ -33,14 +34,11 @@ SAMPLES = 1 << 19
 """Sampled keys; a bracket of +-4.5 standard deviations then holds at most 0.62 % of the entries."""
 
 DEVIATIONS = 4.5
-SAMPLE_FROM = 1 << 26
-"""Entries from which on the sample pays on a CPU (40 ms by histogram, 37 by sample at 86M; 132 and 91 at 278M)."""
+SAMPLE_FROM = 1 << 27
+"""Entries from which on the sample pays on a CPU (41 ms by histogram, 47 by sample at 86M; 152 and 115 at 278M)."""
 
 SAMPLE_FROM_GPU = 1 << 22
 """The same on a GPU, where the histogram pass is plain PyTorch."""
-
-ENTRIES_PER_CANDIDATE = 156
-"""There is room for a candidate per so many entries, and for some more."""
 
 _SPARE_CANDIDATES = 1 << 18
 _PIECE = 1 << 15  # samples worked off at a time
@@ -262,7 +260,7 @@ class _Band:
             torch.arange(layout.tiles, device=device)
             - torch.tensor(layout.tile_offsets[:-1], device=device)[self.tile_tensor]
         )
-        capacity = sum(layout.sizes) // ENTRIES_PER_CANDIDATE + _SPARE_CANDIDATES
+        capacity = room_for(sum(layout.sizes))
         self.words = torch.empty(layout.words, dtype=torch.int32, device=device)
         self.above, self.inside, self.offsets = (
             torch.empty(layout.tiles, dtype=torch.int64, device=device) for _ in range(3)
@@ -409,6 +407,11 @@ def raise_nonfinite(source: Source, ranks: Ranks) -> NoReturn:
     raise NonFiniteDelta(first, f"tensor {first}")
 
 
+def room_for(n: int) -> int:
+    """Candidates that there is room for in a selection from n entries."""
+    return n // 156 + _SPARE_CANDIDATES
+
+
 def sampled_bracket(source: Source, groups: list[int], ks: list[int]) -> tuple[list[int], list[int]]:
     """Per group a band [low, high) of keys that holds the k-th largest key almost surely, or, of ties, probably."""
     total = sum(source.sizes)
@@ -430,7 +433,9 @@ def sampled_bracket(source: Source, groups: list[int], ks: list[int]) -> tuple[l
         top = _kth_largest(keys, math.floor(rank - margin))
         bottom = _kth_largest(keys, math.ceil(rank + margin))
         centre = _kth_largest(keys, min(max(round(rank), 1), keys.numel()))
-        if k and centre and int((keys == centre).sum()) * ENTRIES_PER_CANDIDATE > keys.numel():
+        if k == 0:
+            bottom, top = NONFINITE_KEY, NONFINITE_KEY + 1
+        elif centre and int((keys == centre).sum()) * total > room_for(total) * sum(drawn):
             bottom, top = centre, centre + 1  # the ties alone overflow the room: they are not to be stored but counted
         low.append(max(1, bottom))
         high.append(max(low[-1], top) if top > low[-1] else low[-1] + 1)

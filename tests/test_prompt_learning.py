@@ -167,10 +167,12 @@ def test_a_run_is_not_resumed_with_other_settings(tokenizer, tmp_path):
         run(tokenizer, output_dir=tmp_path, save_every=1, callbacks=[StopAfter(2)])
     before = sorted(path.name for path in tmp_path.rglob("*"))
     slow = LTP(settings=dataclasses.replace(SHORT, learning_rate=1e-4))
-    with pytest.raises(ValueError, match=rf"with learning_rate {SHORT.learning_rate}, now 0.0001; resume it as it was"):
+    with pytest.raises(ValueError, match=rf"learning_rate {SHORT.learning_rate}, now 0.0001; resume it with these"):
         run(tokenizer, slow, output_dir=tmp_path, save_every=1, resume=True)
     with pytest.raises(ValueError, match="with seed 1, now 2"):
         run(tokenizer, output_dir=tmp_path, save_every=1, resume=True, seed=2)
+    with pytest.raises(ValueError, match="with metric 'accuracy', now 'loss'"):
+        run(tokenizer, output_dir=tmp_path, save_every=1, resume=True, metric="loss")
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
     run(tokenizer, output_dir=tmp_path, save_every=1, resume=True)
 

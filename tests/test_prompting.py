@@ -551,6 +551,8 @@ def test_a_row_that_a_kill_cut_off_is_left_out_and_not_glued_to_the_next(tmp_pat
     results.append(path, {"seed": 1})
     with path.open("a") as file:
         file.write('{"seed": 2, "sco')
+    with path.open("ab") as file:
+        file.write("\u00e9".encode()[:1])  # a character that was cut in two
     results.append(path, {"seed": 3})
     with pytest.warns(UserWarning, match="line 2: unfinished, left out"):
         assert results.read(path) == [{"seed": 1}, {"seed": 3}]

@@ -175,6 +175,17 @@ def test_each_route_is_taken_and_exact(
     assert selected(index_sets(selection, [700, 1, 1300])) == naive([], tuned, [600])
 
 
+def test_a_sample_of_a_small_group_is_not_taken_for_a_crowd(tiny_routes, monkeypatch, rng):
+    """One hit among the few samples of a bias says nothing, and a group without a budget has no candidates."""
+    monkeypatch.setattr(topk, "_SPARE_CANDIDATES", 800)
+    tuned = [DELTAS["normal"](n, rng) for n in (1200, 20, 30)]
+    with using("reference"):
+        passes, calls = counted(backends.resolve(torch.device("cpu")))
+    selection = select_topk(passes, TensorSource([], tuned), [0, 1, 2], [300, 5, 0], route="sample")
+    assert (calls["delta_histogram"], calls["delta_band"]) == (0, 1)
+    assert selected(index_sets(selection, [1200, 20, 30])) == naive([], tuned, [300, 5, 0], [0, 1, 2])
+
+
 def test_auto_samples_large_selections_only(monkeypatch):
     monkeypatch.setattr(topk, "SAMPLE_FROM", 1000)
     for n, expected in ((999, 1), (1000, 0)):

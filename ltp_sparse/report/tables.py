@@ -104,9 +104,9 @@ def paper_figures(paper: Mapping[str, Any] | None) -> dict[tuple[Any, ...], dict
     return figures
 
 
-def markdown(table: Table) -> str:
-    """Under each line with printed figures these, and the difference."""
-    best = table.best
+def markdown(table: Table, *, bold: bool = True) -> str:
+    """Under each line with printed figures these, and the difference. bold: the best means."""
+    best = table.best if bold else set()
     out = [[*table.by, "runs", *table.columns], ["---"] * len(table.by) + ["---:"] * (1 + len(table.columns))]
     for line in table.lines:
         cells = []

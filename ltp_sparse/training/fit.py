@@ -29,7 +29,7 @@ from ltp_sparse.ticket import Ticket
 from ltp_sparse.training.evaluation import METRICS
 from ltp_sparse.training.trainer import KeepBest, SparseTrainer, discard_checkpoints, last_checkpoint
 
-RUN_FILE = "run.json"  # what the checkpoints of a folder belong to
+SETTINGS_FILE = "settings.json"  # of the run that the checkpoints of a folder belong to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Options:
                       Those of an earlier run are removed, unless this one resumes
     save_every:       epochs between checkpoints, of which the latest is kept; None writes none
     resume:           continue from the latest checkpoint of `output_dir`, if there is one. The result has the bits of
-                      a run that was never interrupted; with other settings (`run.json` has them) it is a ValueError
+                      a run that was never interrupted. ValueError with other settings than those in `settings.json`
     micro_batch_size: examples per forward pass and device, to save memory; the update is that of the whole batch. With
                       several processes (torchrun) an incomplete last batch is filled up from the beginning
     bf16:             compute in bfloat16 under autocast; weights stay float32
@@ -131,7 +131,9 @@ def fit(
         if not options.resume:
             discard_checkpoints(str(folder))
         checkpoint = last_checkpoint(str(folder)) if options.resume else None
-        _check_resumed(Path(str(folder)) / RUN_FILE, _facts(settings, train, dev, options), checkpoint is not None)
+        if folder_given:
+            facts = _facts(settings, train, dev, options)
+            _check_resumed(Path(str(folder)) / SETTINGS_FILE, facts, resumed=checkpoint is not None)
         start = time.perf_counter()
         with _back_to_base(trainer, dense, initial_dense):
             try:
@@ -164,12 +166,13 @@ def _metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 def _facts(settings: Settings, train: Sequence[Any], dev: Sequence[Any], options: Options) -> dict[str, Any]:
     """What a run that is resumed must have in common with the interrupted one, for its result to have the same bits."""
-    own = {key: value for key, value in asdict(settings).items() if key != "seeds"}
-    facts = {**own, "seed": options.seed, "bf16": options.bf16, "train examples": len(train), "dev examples": len(dev)}
-    return json.loads(json.dumps(facts))  # as they will be read
+    facts = {key: value for key, value in asdict(settings).items() if key != "seeds"}
+    facts |= {key: getattr(options, key) for key in ("seed", "metric", "micro_batch_size", "bf16", "states")}
+    facts |= {"train examples": len(train), "dev examples": len(dev)}
+    return json.loads(json.dumps(facts, default=float))  # as they will be read
 
 
-def _check_resumed(path: Path, facts: Mapping[str, Any], resumed: bool) -> None:
+def _check_resumed(path: Path, facts: Mapping[str, Any], *, resumed: bool) -> None:
     """Keeps the facts of a run beside its checkpoints; ValueError if a resumed one differs."""
     if resumed and path.exists():
         before = json.loads(path.read_text())
@@ -178,8 +181,8 @@ def _check_resumed(path: Path, facts: Mapping[str, Any], resumed: bool) -> None:
         ]
         if changed:
             raise ValueError(
-                f"train_method: {path.parent} holds checkpoints of a run with {'; '.join(changed)}; resume it as it "
-                "was, or leave resume out to start anew"
+                f"train_method: {path.parent} holds checkpoints of a run with {'; '.join(changed)}; resume it with "
+                "these settings, or delete the folder to start anew"
             )
     elif int(os.environ.get("RANK", "0")) == 0:
         with atomic_path(path) as temporary:
