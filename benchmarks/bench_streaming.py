@@ -1,7 +1,7 @@
 """Selection from two checkpoints on disk, beside reading both files as fast as they come.
 
 The histogram route reads the weights twice or, where many deltas are equal, as those of bfloat16 weights, four times.
-The peers read both files as often: into a buffer of 8 MB, with one thread and with as many as the selection has. The
+The peers read both files as often: into a buffer of 1 MB, with one thread and with as many as the selection has. The
 ratio of the passes to a peer is their share of the sequential rate; the whole of `select` also reads the initial
 weights once more, for their digests. Files that were just written stand in the page cache; a --folder on a slower disk
 and files larger than the memory measure the disk. The ticket is compared with that of the same weights in memory.
@@ -10,6 +10,7 @@ and files larger than the memory measure the disk. The ticket is compared with t
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -40,7 +41,7 @@ from ltp_sparse.topk import Selection, select_topk
 OP = "select from checkpoints"
 ONE_READER = "reading both files as often, 1 thread"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BUFFER = 1 << 23
+BUFFER = 1 << 20
 PASSES_ALONE = "select, the passes alone"
 
 
@@ -64,7 +65,9 @@ def write_checkpoints(folder: Path, model: str, dtype: torch.dtype) -> list[Path
 
 def read_part(path: Path, start: int, stop: int) -> int:
     """Reads bytes start..stop of a file, and drops them; returns their number."""
-    buffer, done = memoryview(bytearray(BUFFER)), 0
+    if not hasattr(_own, "buffer"):
+        _own.buffer = memoryview(bytearray(BUFFER))
+    buffer, done = _own.buffer, 0
     with path.open("rb", buffering=0) as file:
         file.seek(start)
         while done < stop - start:
@@ -75,15 +78,17 @@ def read_part(path: Path, start: int, stop: int) -> int:
     return done
 
 
-def read_all(paths: Sequence[Path], times: int, threads: int) -> int:
-    """Reads every file so many times, each thread its part of it; returns the bytes."""
+_own = threading.local()  # a buffer per thread, made once
+
+
+def read_all(paths: Sequence[Path], times: int, pool: ThreadPoolExecutor, threads: int) -> int:
+    """Reads every file so many times, each thread of the pool its part of it; returns the bytes."""
     parts = []
     for path in [*paths] * times:
         size = path.stat().st_size
         ends = [size * i // threads for i in range(threads + 1)]
         parts += [(path, start, stop) for start, stop in zip(ends, ends[1:], strict=False)]
-    with ThreadPoolExecutor(threads) as pool:
-        return sum(pool.map(lambda part: read_part(*part), parts))
+    return sum(pool.map(lambda part: read_part(*part), parts))
 
 
 def measure(model: str, dtype: str, density: float, rounds: int, folder: Path) -> list[Row]:
@@ -104,9 +109,9 @@ def measure(model: str, dtype: str, density: float, rounds: int, folder: Path) -
         source = StreamSource(initial, tuned, progress=progress)
         return select_topk(backends.resolve(source.device), source, [0] * len(sizes), [k], route="histogram")
 
-    read = Counted()
-    passes(read)
-    times = round(read.bytes / (2 * n * DTYPES[dtype].itemsize))
+    counted = Counted()
+    passes(counted)
+    times = round(counted.bytes / (2 * n * DTYPES[dtype].itemsize))
     files = sum(path.stat().st_size for path in paths)
 
     def check_passes() -> None:
@@ -115,11 +120,13 @@ def measure(model: str, dtype: str, density: float, rounds: int, folder: Path) -
             raise WrongResult(f"{PASSES_ALONE}: another ticket than select's")
 
     def reading(name: str, threads: int) -> Provider:
+        read = partial(read_all, paths, times, ThreadPoolExecutor(threads), threads)
+
         def check() -> None:
-            if read_all(paths, times, threads) != times * files:
+            if read() != times * files:
                 raise WrongResult(name)
 
-        return Provider(name, lambda: read_all(paths, times, threads), check, times * files)
+        return Provider(name, read, check, times * files)
 
     threads = torch.get_num_threads()
     digests = paths[0].stat().st_size

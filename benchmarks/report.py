@@ -59,22 +59,24 @@ def table(rows: Rows) -> str:
 def bars(rows: Rows) -> str:
     """Every bar of the project whose rows are there, beside what was measured."""
     lines = ["| bar | entries | required | measured | |", "|---|---|---|---|---|"]
-    rows = pick(rows, dtype="float32")
     times = pick(rows, metric="time")
 
     def best(prefix: str, group: Rows) -> dict[str, str] | None:
         return next((row for row in group if row["provider"].startswith(prefix)), None)
 
-    def compare(op: str, density: str, prefix: str, peer: str, bar: float, *, slower: bool = False) -> None:
+    def compare(
+        op: str, density: str, prefix: str, peer: str, bar: float, *, slower: bool = False, dtype: str = "float32"
+    ) -> None:
         """`bar`: how many times faster than the peer at least, or, with `slower`, how many times slower at most."""
-        for n in unique(row["n"] for row in pick(times, op=op)):
-            group = [row for row in pick(times, op=op, n=n) if share(row) == density]
+        for n in unique(row["n"] for row in pick(times, op=op, dtype=dtype)):
+            group = [row for row in pick(times, op=op, n=n, dtype=dtype) if share(row) == density]
             mine, other = best(prefix, group), best(peer, group)
             if mine and other:
                 faster = float(other["p50"]) / float(mine["p50"])
                 found, met = (1 / faster, 1 / faster <= bar) if slower else (faster, faster >= bar)
                 required = f"at most {bar:g}x slower" if slower else f"at least {bar:g}x its speed"
-                what = f"{mine['provider']} against {other['provider']}, {density}"
+                of = density if dtype == "float32" else f"{density}, {dtype}"
+                what = f"{mine['provider']} against {other['provider']}, {of}"
                 lines.append(f"| {what} | {int(n):,} | {required} | {found:.2f}x | {'met' if met else '**missed**'} |")
 
     compare("topk_delta", "20 %", "topk_delta, sampled", "abs + torch.topk", 20)
@@ -84,18 +86,21 @@ def bars(rows: Rows) -> str:
         compare("masked_adamw_", density, "MaskedAdamW", "torch AdamW(fused=True)", minimum)
     compare("masked_adamw_", "20 %", "MaskedAdamW", "index_select", 2.5)
     compare("masked_adamw_", "20 %", "MaskedAdamW", "torch AdamW()", 10)
-    reading = "select, the passes alone", "reading both files as often, 1 thread"
-    compare("select from checkpoints", "20 %", *reading, 0.7)
+    for dtype in ("float32", "bfloat16"):
+        for threads in ("1 thread", "2 threads"):
+            reading = "select, the passes alone", f"reading both files as often, {threads}"
+            compare("select from checkpoints", "20 %", *reading, 0.7, dtype=dtype)
     for op, density, ours in (("masked_adamw_", "20 %", "MaskedAdamW"), ("topk_delta", "20 %", "topk_delta, sampled")):
         compare(op, density, f"{ours} (generic)", f"{ours} (avx512)", 1.8, slower=True)
 
     for row in rows:
-        place = row["op"], row["metric"], share(row)
-        if place == ("masked_adamw_", "state", "20 %") and row["provider"] in STATE_BYTES:
+        place = row["op"], row["metric"], share(row), row["dtype"]
+        if place == ("masked_adamw_", "state", "20 %", "float32") and row["provider"] in STATE_BYTES:
             lines.append(limit(f"optimizer state, {row['provider']}, 20 %", row, STATE_BYTES[row["provider"]]))
         if row["metric"] == "temporary memory" and row["provider"].startswith("topk_delta"):
             per_entry, constant = SELECTION_BYTES
-            what = f"temporary memory, {row['provider'].partition(', ')[2]}, {share(row)}"
+            of = share(row) if row["dtype"] == "float32" else f"{share(row)}, {row['dtype']}"
+            what = f"temporary memory, {row['provider'].partition(', ')[2]}, {of}"
             lines.append(limit(what, row, per_entry + constant / int(row["n"])))
     return "\n".join(lines)
 
@@ -127,10 +132,11 @@ def write(folder: Path) -> Path:
     """Writes the report of a results folder; returns its path."""
     rows = read(folder)
     first = rows[0]
+    commits = ", ".join(unique(row["commit"] for row in rows))
     parts = [
-        f"# Benchmarks: {folder.name}\n\nMade by `make bench` ({first['device']}; {first['versions']}; commit "
-        f"{first['commit']}, {first['time'][:10]}). Medians; all providers of a table ran interleaved in one process, "
-        "after their results had been verified. In brackets: how many times faster than the baseline (the provider at "
+        f"# Benchmarks: {folder.name}\n\nMade by `make bench` ({first['device']}; {first['versions']}; "
+        f"{first['time'][:10]}; commits of the rows: {commits}). Medians; all providers of a table ran interleaved in "
+        "one process, after their results had been verified. In brackets: how many times faster than the baseline (the provider at "
         "1.00x), and the modelled memory traffic per second in parts of a plain copy's.\n\n## Bars\n",
         bars(rows),
     ]
