@@ -334,6 +334,15 @@ def test_progress_counts_the_bytes_that_are_read(versions, tmp_path, capsys):
     assert "select: 100%" in capsys.readouterr().err
 
 
+def test_the_bar_grows_where_ties_make_more_readings_necessary(tmp_path, capsys):
+    tensors = {"weight": torch.arange(600_000).remainder(2).float()}
+    save_file({"weight": torch.zeros(600_000)}, tmp_path / "a.safetensors")
+    save_file(tensors, tmp_path / "b.safetensors")
+    ls.select(tmp_path / "a.safetensors", tmp_path / "b.safetensors", density=0.2, progress=True)
+    shown = capsys.readouterr().err
+    assert "select: 100%" in shown and "19.2M/19.2M" in shown  # four readings of both files
+
+
 def test_integer_buffers_of_a_checkpoint_are_no_weights(versions, tmp_path):
     """Checkpoints on the Hub carry position ids."""
     initial, tuned = versions

@@ -157,7 +157,7 @@ def _streamed(
     passes, bitmap = backends.resolve(source.device, "topk_delta"), 4 * sum(map(bitmap_words, source.sizes))
     by_tensor = bitmap > LARGE
     times = PASSES if by_tensor else 2
-    with progress_bar(times * source.nbytes, "select") if progress else nullcontext() as source.progress:
+    with readings_bar(source.nbytes, times) if progress else nullcontext() as source.progress:
         if by_tensor:
             spooled = folder if min(bitmap, 2 * sum(ks)) > LARGE else None
             with nullcontext() if spooled is None else Spool(spooled) as spool:
@@ -166,8 +166,14 @@ def _streamed(
     return ops.index_sets(selection, source.sizes), selection.thresholds
 
 
-def progress_bar(nbytes: int, what: str) -> Any:
-    """A bar over bytes that are read."""
+def readings_bar(nbytes: int, times: int) -> Any:
+    """A bar over readings of so many bytes; it grows by one where many equal deltas make one more necessary."""
     from tqdm.auto import tqdm
 
-    return tqdm(total=nbytes, desc=what, unit="B", unit_scale=True)
+    class Bar(tqdm):
+        def update(self, n: float | None = 1) -> bool | None:
+            if self.n + (n or 0) > self.total:
+                self.total += nbytes
+            return super().update(n)
+
+    return Bar(total=times * nbytes, desc="select", unit="B", unit_scale=True)
