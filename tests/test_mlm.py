@@ -420,6 +420,10 @@ def test_resumed_tuning_is_the_uninterrupted_one(tokenizer, texts, tmp_path):
     whole = tune(build(dropout=0.1), tokenizer, texts, output_dir=tmp_path / "a", **options)
     with pytest.raises(KeyboardInterrupt):
         tune(build(dropout=0.1), tokenizer, texts, output_dir=tmp_path / "b", callbacks=[Kill(12)], **options)
+    with pytest.raises(ValueError, match="tune_mlm: .* holds checkpoints of a run with learning_rate 0.002, now 0.001"):
+        tune(build(), tokenizer, texts, output_dir=tmp_path / "b", resume=True, **options, learning_rate=1e-3)
+    with pytest.raises(ValueError, match="tune_mlm: .* holds checkpoints of a run with data_hash"):
+        tune(build(), tokenizer, texts[:100], output_dir=tmp_path / "b", resume=True, **options)
     resumed = tune(build(dropout=0.1), tokenizer, texts, output_dir=tmp_path / "b", resume=True, **options)
     again = tune(build(dropout=0.1), tokenizer, texts, output_dir=tmp_path / "c", resume=True, **options)
     assert_same(weights(whole.model), weights(resumed.model))

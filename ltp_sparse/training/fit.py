@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
@@ -20,16 +19,13 @@ from transformers import EvalPrediction, PrinterCallback, TrainerCallback, Train
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from ltp_sparse.delta import SparseDelta, scatter_
-from ltp_sparse.files import atomic_path
 from ltp_sparse.frozen import frozen_digests, verify_frozen
 from ltp_sparse.methods.base import Settings, Setup
 from ltp_sparse.names import canonical_parameters
 from ltp_sparse.prompting.templates import IGNORED_LABEL
 from ltp_sparse.ticket import Ticket
 from ltp_sparse.training.evaluation import METRICS
-from ltp_sparse.training.trainer import KeepBest, SparseTrainer, discard_checkpoints, last_checkpoint
-
-SETTINGS_FILE = "settings.json"  # of the run that the checkpoints of a folder belong to
+from ltp_sparse.training.trainer import KeepBest, SparseTrainer, begin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,12 +124,8 @@ def fit(
         )
         if not options.progress:
             trainer.remove_callback(PrinterCallback)
-        if not options.resume:
-            discard_checkpoints(str(folder))
-        checkpoint = last_checkpoint(str(folder)) if options.resume else None
-        if folder_given:
-            facts = _facts(settings, train, dev, options)
-            _check_resumed(Path(str(folder)) / SETTINGS_FILE, facts, resumed=checkpoint is not None)
+        facts = _facts(settings, train, dev, options)
+        checkpoint = begin(str(folder), facts, what="train_method", resume=options.resume)
         start = time.perf_counter()
         with _back_to_base(trainer, dense, initial_dense):
             try:
@@ -168,25 +160,7 @@ def _facts(settings: Settings, train: Sequence[Any], dev: Sequence[Any], options
     """What a run that is resumed must have in common with the interrupted one, for its result to have the same bits."""
     facts = {key: value for key, value in asdict(settings).items() if key != "seeds"}
     facts |= {key: getattr(options, key) for key in ("seed", "metric", "micro_batch_size", "bf16", "states")}
-    facts |= {"train examples": len(train), "dev examples": len(dev)}
-    return json.loads(json.dumps(facts, default=float))  # as they will be read
-
-
-def _check_resumed(path: Path, facts: Mapping[str, Any], *, resumed: bool) -> None:
-    """Keeps the facts of a run beside its checkpoints; ValueError if a resumed one differs."""
-    if resumed and path.exists():
-        before = json.loads(path.read_text())
-        changed = [
-            f"{key} {before.get(key)!r}, now {value!r}" for key, value in facts.items() if before.get(key) != value
-        ]
-        if changed:
-            raise ValueError(
-                f"train_method: {path.parent} holds checkpoints of a run with {'; '.join(changed)}; resume it with "
-                "these settings, or delete the folder to start anew"
-            )
-    elif int(os.environ.get("RANK", "0")) == 0:
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(facts, indent=1))
+    return facts | {"train examples": len(train), "dev examples": len(dev)}
 
 
 class _SaveEvery(TrainerCallback):

@@ -36,7 +36,7 @@ from ltp_sparse.selection.sources import ScoreFunction, open_weights
 from ltp_sparse.ticket import Ticket
 from ltp_sparse.topk import entries_for
 from ltp_sparse.training.backbone import is_decoupled, longest_input
-from ltp_sparse.training.trainer import KeepBest, SparseTrainer, discard_checkpoints, last_checkpoint
+from ltp_sparse.training.trainer import KeepBest, SparseTrainer, begin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM
@@ -164,7 +164,8 @@ def tune_mlm(
         dense: a part of the model to train in full, instead of the LM head's dense, layer_norm and bias.
         output_dir: folder for checkpoints; None: a temporary one. Those of an earlier run are removed, unless this one
             resumes.
-        resume: continue from the latest checkpoint in `output_dir`, if there is one.
+        resume: continue from the latest checkpoint in `output_dir`, if there is one. ValueError with other settings or
+            texts than `settings.json` there tells of.
         progress: show bars and the log.
         arguments: further `transformers.TrainingArguments`, e.g. logging_steps=10.
 
@@ -220,9 +221,9 @@ def tune_mlm(
         )
         if not progress:
             trainer.remove_callback(PrinterCallback)
-        if not resume:
-            discard_checkpoints(folder)
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder) if resume else None)
+        facts = {key: value for key, value in asdict(settings).items() if not key.startswith("save_")}
+        facts["data_hash"] = text_hash(texts)
+        trainer.train(resume_from_checkpoint=begin(folder, facts, what="tune_mlm", resume=resume))
     model.to(device).eval()
     best = keep_best.delta().metadata
     metadata = {
@@ -232,7 +233,7 @@ def tune_mlm(
         "validation_loss": best["value"],
         "steps": trainer.state.global_step,
         "training_sequences": len(train_dataset),
-        "data_hash": text_hash(texts),
+        "data_hash": facts["data_hash"],
         "settings": asdict(settings),
     }
     return MLMResult(

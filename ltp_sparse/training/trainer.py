@@ -31,6 +31,7 @@ from ltp_sparse.training.adam_l2 import AdamL2
 
 DELTA_FILE = "delta.safetensors"
 BEST_FILE = "best.safetensors"
+SETTINGS_FILE = "settings.json"
 _STATE_FILE = "trainer_state.json"
 _PLACEHOLDER_FILE = "model.safetensors"
 
@@ -387,12 +388,36 @@ def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     return next((path for path in found if _complete(path)), None)
 
 
-def discard_checkpoints(folder: str | os.PathLike[str]) -> None:
-    """Removes the checkpoints of an earlier run: a later resume would take them for those of the run that starts."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        for path in Path(folder).glob("checkpoint-*"):
-            if (path / DELTA_FILE).is_file():
-                shutil.rmtree(path)
+def begin(folder: str | os.PathLike[str], facts: Mapping[str, Any], *, what: str, resume: bool) -> Path | None:
+    """The checkpoint that a run goes on from, if it resumes and there is one.
+
+    Otherwise the checkpoints of an earlier run are removed, as a later resume would take them for those of this one.
+
+    facts: what a resumed run must have in common with the interrupted one to end with the same bits; kept in the folder
+    Raises ValueError if it has not; nothing is changed then.
+    """
+    checkpoint, path = last_checkpoint(folder) if resume else None, Path(folder) / SETTINGS_FILE
+    facts = json.loads(json.dumps(facts, default=float))  # as they will be read
+    if checkpoint is not None and path.exists():
+        before = json.loads(path.read_text())
+        changed = [f"{key} {before.get(key)!r}, now {now!r}" for key, now in facts.items() if before.get(key) != now]
+        if changed:
+            raise ValueError(
+                f"{what}: {folder} holds checkpoints of a run with {'; '.join(changed)}; resume it with these "
+                "settings, or delete the folder to start anew"
+            )
+    elif int(os.environ.get("RANK", "0")) == 0:
+        if not resume:
+            _discard_checkpoints(Path(folder))
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(facts, indent=1))
+    return checkpoint
+
+
+def _discard_checkpoints(folder: Path) -> None:
+    for path in folder.glob("checkpoint-*"):
+        if (path / DELTA_FILE).is_file():
+            shutil.rmtree(path)
 
 
 def _steps(checkpoint: Path) -> int:
