@@ -20,7 +20,18 @@ KERNELS = ROOT / "kernels" / "ltp_kernels"
 # Lower layers know nothing of higher ones; modules of one layer may use each other.
 LAYERS = [
     {"kernels", "_C"},
-    {"files", "names", "quantization", "rounding", "encoding", "reference", "topk", "staging", "checkpoints"},
+    {
+        "files",
+        "results",
+        "names",
+        "quantization",
+        "rounding",
+        "encoding",
+        "reference",
+        "topk",
+        "staging",
+        "checkpoints",
+    },
     {"backends"},
     {"ops", "random_sets", "ticket", "delta"},
     {"optim", "selection", "prompting", "modules", "generated", "tasks", "testing", "foreign", "frozen", "memory"},

@@ -172,8 +172,9 @@ def readings_bar(nbytes: int, times: int) -> Any:
 
     class Bar(tqdm):
         def update(self, n: float | None = 1) -> bool | None:
-            if self.n + (n or 0) > self.total:
-                self.total += nbytes
+            total = self.total or 0
+            if self.n + (n or 0) > total:
+                self.total = total + nbytes
             return super().update(n)
 
     return Bar(total=times * nbytes, desc="select", unit="B", unit_scale=True)
