@@ -43,6 +43,7 @@ ONE_READER = "reading both files as often, 1 thread"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BUFFER = 1 << 20
 PASSES_ALONE = "select, the passes alone"
+_own = threading.local()  # a buffer per thread of the readers, made once
 
 
 class Counted:
@@ -76,9 +77,6 @@ def read_part(path: Path, start: int, stop: int) -> int:
                 raise WrongResult(f"{path} ended early")
             done += count
     return done
-
-
-_own = threading.local()  # a buffer per thread, made once
 
 
 def read_all(paths: Sequence[Path], times: int, pool: ThreadPoolExecutor, threads: int) -> int:

@@ -62,3 +62,16 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs real data: {folder} is no folder; set LTP_SPARSE_DATA to the folder that holds it")
     return folder
+
+
+@pytest.fixture
+def benchmark_module(monkeypatch):
+    """Imports a module of benchmarks/ by name; the compiled backend, which these time, serves all calls."""
+    import ltp_sparse as ls
+
+    if (reason := ls.available_backends()["compiled"]) != "ok":
+        pytest.skip(reason)
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    ls.use_backend("compiled")
+    yield importlib.import_module
+    ls.use_backend(None)

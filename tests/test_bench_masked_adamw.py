@@ -1,7 +1,6 @@
 """The CPU benchmark of a step: every provider passes its verification, in every precision, and a wrong one does not."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,15 +12,8 @@ SHAPES = xlmr_shapes(layers=1, hidden=32, intermediate=64, vocabulary=200, posit
 
 
 @pytest.fixture
-def bench(monkeypatch):
-    if (reason := ls.available_backends()["compiled"]) != "ok":
-        pytest.skip(reason)
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    import bench_masked_adamw
-
-    ls.use_backend("compiled")
-    yield bench_masked_adamw
-    ls.use_backend(None)
+def bench(benchmark_module):
+    return benchmark_module("bench_masked_adamw")
 
 
 @pytest.fixture

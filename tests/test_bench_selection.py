@@ -1,12 +1,8 @@
 """The CPU benchmarks of the selection: every result is verified before it is timed, and a wrong one is refused."""
 
-import importlib
-from pathlib import Path
-
 import pytest
 import torch
 
-import ltp_sparse as ls
 from ltp_sparse.encoding import IndexSet
 from ltp_sparse.testing import xlmr_shapes
 
@@ -14,17 +10,12 @@ SHAPES = xlmr_shapes(layers=1, hidden=32, intermediate=64, vocabulary=200, posit
 
 
 @pytest.fixture
-def bench(monkeypatch):
-    """A function that imports a module of benchmarks/, which then knows a model of the name "smallest"."""
-    if (reason := ls.available_backends()["compiled"]) != "ok":
-        pytest.skip(reason)
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    harness = importlib.import_module("harness")
+def bench(benchmark_module, monkeypatch):
+    """Imports a module of benchmarks/, which then knows a model of the name "smallest"."""
+    harness = benchmark_module("harness")
     monkeypatch.setitem(harness.MODELS, "smallest", SHAPES)
     monkeypatch.setattr(harness, "EVICTED", 4096)  # no figure is looked at here
-    ls.use_backend("compiled")
-    yield importlib.import_module
-    ls.use_backend(None)
+    return benchmark_module
 
 
 @pytest.mark.parametrize("density", [0.2, 0.95])
