@@ -7,6 +7,7 @@ fake tensors, which have sizes but no memory: a forward and a backward pass run 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -70,8 +73,9 @@ def memory_report(
     gradients: str = "packed",
     master: bool | None = None,
     pull_on: str | None = None,
+    device: str = "cpu",
 ) -> MemoryReport:
-    """What a step of `MaskedAdamW` takes on a CPU; on a GPU the index has n/32 bytes more for ranks of bitmaps.
+    """What a step of `MaskedAdamW` takes.
 
     Args:
         model: in memory, on the meta device, or made under torch's `FakeTensorMode`.
@@ -83,6 +87,8 @@ def memory_report(
         states, gradients, master: as in `MaskedAdamW`.
         pull_on: None: the optimizer has no pull. Else as there; "host" is for a model on a GPU, which then holds a
             piece of the initial values only (on a CPU, "device" says what there is to say).
+        device: where the step runs, wherever `model` is. On "cuda" bitmaps have ranks (n/32 bytes), attention keeps no
+            probabilities, and dropout a byte of each value.
 
     Raises ValueError when the ticket is not of this model or an option is out of range, and, with `loss`, when an
     optimizer packs gradients of the model: it would take those of the trial for its own.
@@ -91,6 +97,8 @@ def memory_report(
         raise ValueError(f'memory_report: gradients must be "dense" or "packed", got {gradients!r}')
     if pull_on not in (None, "device", "host"):
         raise ValueError(f'memory_report: pull_on must be "device", "host" or None, got {pull_on!r}')
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f'memory_report: device must be "cpu" or "cuda", got {device!r}')
     named, precision = canonical_parameters(model), Precision(states, master)
     full = set(map(id, dense_parameters(dense, what="memory_report")))
     if isinstance(ticket, Ticket):
@@ -115,7 +123,7 @@ def memory_report(
         entries += k
         per_entry = 8.0 if states == "float32" else 2.0 + 4 / _BLOCK
         state += k * (per_entry + 4 * precision.keeps_master(parameter.dtype))
-        index += _index_bytes(k, parameter.numel())
+        index += _index_bytes(k, parameter.numel(), device)
         if id(parameter) in embeddings and not stands_alone:
             rows, columns = parameter.shape
             index += rows * (4 * -(-columns // 32) + 8)
@@ -128,7 +136,8 @@ def memory_report(
         ticketed = [named[name] for name, k in active.items() if k] if packed else []
         packed_bytes = 4 * sum(active.values()) if packed else 0
         trained = {id(named[name]) for name, k in active.items() if k} | full
-        passing = packed_bytes + passing_bytes(model, loss, trained, ticketed)
+        with nullcontext() if device == "cpu" else _AsOnGPU():
+            passing = packed_bytes + passing_bytes(model, loss, trained, ticketed)
     weights = sum(p.numel() * p.element_size() for p in named.values())
     return MemoryReport(weights, round(state), index, held, passing)
 
@@ -191,6 +200,18 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
+class _AsOnGPU(TorchFunctionMode):
+    """Lets operations on a CPU keep for the backward pass what those on a GPU would."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention:
+            kwargs["dropout_p"] = 0.0  # with it, a CPU has no kernel that does without the probabilities
+        elif func is F.dropout and kwargs["training"] and kwargs["p"] and not kwargs["inplace"]:
+            return torch.native_dropout(args[0], kwargs["p"], True)[0]
+        return func(*args, **kwargs)
+
+
 def _storages(value: Any) -> list[Any]:
     if not isinstance(value, Tensor):
         return []
@@ -203,7 +224,11 @@ def _free(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _index_bytes(k: int, n: int) -> int:
+def _index_bytes(k: int, n: int, device: str) -> int:
     """Of a uniform set: nothing for all entries, a bitmap from a density of 1/16 on, a list below; and its tiles."""
-    tiles = _TILE_BYTES * -(-n // TILE)
-    return tiles if k == n else tiles + min(8 * -(-n // 64), 2 * k)
+    tiles, bitmap, listed = _TILE_BYTES * -(-n // TILE), 8 * -(-n // 64), 2 * k
+    if k == n:
+        return tiles
+    if listed < bitmap:
+        return tiles + listed
+    return tiles + bitmap + (bitmap // 4 if device == "cuda" else 0)

@@ -192,6 +192,40 @@ def test_training_learns(backend, gradients):
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.parametrize("gradients", ["dense", "packed"])
+def test_predicted_memory_is_what_the_allocator_gives(gradients):
+    """Within 5 % at the peak of a step, of a model whose tensors are large beside the allocator's rounding."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import XLMRobertaConfig, XLMRobertaForMaskedLM
+
+    config = XLMRobertaConfig(
+        vocab_size=30_000, hidden_size=512, num_hidden_layers=6, num_attention_heads=8, intermediate_size=2048,
+        max_position_embeddings=130, type_vocab_size=1, pad_token_id=1,
+    )  # fmt: skip
+
+    def loss(model: nn.Module, ids: Tensor) -> Tensor:
+        return model.roberta(ids, torch.ones_like(ids)).last_hidden_state.float().square().mean()
+
+    ids = torch.arange(16 * 128).view(16, 128) + 10
+    ticket = Ticket.random(XLMRobertaForMaskedLM(config), density=0.2, seed=0, pool=selection.pools.maskable)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = XLMRobertaForMaskedLM(config).train()
+        predicted = ls.memory_report(
+            fake, ticket, loss=lambda: loss(fake, ids), gradients=gradients, device="cuda"
+        ).total
+    square = torch.ones(256, 256, device=DEVICE)
+    square @ square  # the workspace of the matrix library is not the model's
+    before = torch.cuda.memory_allocated()
+    model, on_device = XLMRobertaForMaskedLM(config).train().to(DEVICE), ids.to(DEVICE)
+    optimizer = MaskedAdamW(model, ticket, gradients=gradients, freeze=True)
+    for _ in range(3):
+        torch.cuda.reset_peak_memory_stats()
+        loss(model, on_device).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.cuda.max_memory_allocated() - before == pytest.approx(predicted, rel=0.05)
+
+
 # --- selection ---
 
 

@@ -1,31 +1,52 @@
-"""`ltp-sparse memory`: what prompt-learning takes, beside other ways to train."""
+"""`ltp-sparse memory`: what either stage of LTP takes, beside other ways to train."""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ltp_sparse.cli.options import CommandError, at_least_one, need, share
 
+if TYPE_CHECKING:
+    from ltp_sparse.memory import MemoryReport
+
 HELP = "predict the memory of training a ticket beside full fine-tuning, LT-SFT, LoRA and FlashAdamW; takes none"
 EXAMPLES = """\
-  ltp-sparse memory --model xlm-roberta-base --density 0.2
-  ltp-sparse memory --model xlm-roberta-large --density 0.05 --dtype bfloat16 --batch 32 --length 256"""
+  prompt-learning with a ticket, on a GPU
+    ltp-sparse memory --model xlm-roberta-base --density 0.2
+    ltp-sparse memory --model xlm-roberta-large --density 0.05 --dtype bfloat16 --batch 32 --length 256
+  the tuning before it that finds the ticket, on a CPU
+    ltp-sparse memory --model xlm-roberta-base --stage 1 --device cpu"""
 
 SIZES = {"xlm-roberta-base": (768, 12, 12, 3072), "xlm-roberta-large": (1024, 24, 16, 4096)}
 """Hidden size, layers, heads and inner size of models that need no download."""
 
 _LORA_RANK = 8
+_MASKED = 0.15  # of the tokens of stage 1
+_DESCRIPTIONS = {
+    1: "masked-language-model tuning of all maskable weights",
+    2: "prompt-learning with {density:.2%} of the maskable weights active",
+}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help=f"{', '.join(SIZES)}, a folder with a config, or a Hub name")
-    parser.add_argument("--density", type=share, default=0.2, help="share of the maskable weights (default: 0.2)")
+    parser.add_argument(
+        "--stage", type=int, choices=(1, 2), default=2, help="1: tuning, to select; 2: prompt-learning (default)"
+    )
+    parser.add_argument("--density", type=share, default=0.2, help="of stage 2: share of the maskable weights (0.2)")
     parser.add_argument("--batch", type=at_least_one, default=32, help="examples per forward pass (default: 32)")
     parser.add_argument("--length", type=int, default=256, help="tokens of each (default: 256)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="where it will run: on a GPU attention and dropout keep less (default: cuda; none is needed here)",
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -36,60 +57,124 @@ def run(options: argparse.Namespace) -> None:
     longest = longest_input(config)
     if not 1 <= options.length <= longest:
         raise CommandError(f"memory: --length must be in [1, {longest}] for {options.model}, got {options.length}")
-    rows = table(config, options.density, options.batch, options.length, options.dtype)
-    print(f"{options.model}, {options.density:.2%} of the maskable weights active, {options.dtype} weights,")
-    print(f"prompt-learning on batches of {options.batch} x {options.length} tokens; in GB\n")
+    rows = table(
+        config,
+        options.stage,
+        density=options.density,
+        batch=options.batch,
+        length=options.length,
+        dtype=options.dtype,
+        device=options.device,
+    )
+    print(f"{options.model}, {options.dtype} weights, on {'a CPU' if options.device == 'cpu' else 'a GPU'};")
+    print(_DESCRIPTIONS[options.stage].format(density=options.density), end=" ")
+    print(f"on batches of {options.batch} x {options.length} tokens; in GB\n")
     columns = ("weights", "gradients", "states", "index", "held", "peak")
-    print(f"{'':<46}" + "".join(f"{column:>11}" for column in columns))
+    print(f"{'':<48}" + "".join(f"{column:>11}" for column in columns))
     for name, report in rows.items():
         parts = (report.weights, report.gradients, report.states, report.index, report.held, report.total)
-        print(f"{name:<46}" + "".join(f"{part / 1e9:>11.3f}" for part in parts))
+        print(f"{name:<48}" + "".join(f"{part / 1e9:>11.3f}" for part in parts))
     print("\nheld: between backward and step. peak: with activations and logits, in forward and backward.")
 
 
-def table(config: Any, density: float, batch: int, length: int, dtype: str) -> dict[str, Any]:
-    """Way to train -> `MemoryReport`, for prompt-learning with four prompt embeddings and a BiLSTM encoder."""
+def table(
+    config: Any, stage: int, *, density: float, batch: int, length: int, dtype: str, device: str
+) -> dict[str, MemoryReport]:
+    """Way to train -> its memory.
+
+    Stage 1 tunes all maskable weights and the LM head on masked tokens, drawn back to the initial weights; stage 2 is
+    prompt-learning with four prompt embeddings and a BiLSTM encoder.
+    """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from ltp_sparse.memory import MemoryReport, memory_report
-    from ltp_sparse.names import canonical_parameters
-    from ltp_sparse.selection import pools
 
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, dtype))
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            model, loss, all_logits = _prompted(config, batch, length)
-            encoder = list(model.prompt_encoder.parameters())
-            named = canonical_parameters(model)
-            everything = [p for p in named.values() if p.is_floating_point()]
-            n, size = sum(p.numel() for p in everything), everything[0].element_size()
-            rows = {}
-            for name, forward in (
-                ("full fine-tuning, AdamW, all logits", all_logits),
-                ("full fine-tuning, AdamW", loss),
-            ):
-                report = memory_report(model, 0.0, dense=everything, loss=forward, gradients="dense", master=False)
-                # torch's AdamW keeps moments in the dtype of the weights
-                rows[name] = adamw = replace(report, states=2 * size * n, index=0)
-            rows["LT-SFT: dense gradients and states, a mask"] = MemoryReport(
-                adamw.weights, adamw.states, n, adamw.gradients, adamw.passing
-            )
-            rows["FlashAdamW (7 bytes a parameter)"] = MemoryReport(
-                2 * n, 3 * n, 0, 2 * n, adamw.passing - (size - 2) * n if size > 2 else adamw.passing
-            )
-            for name, parameter in named.items():
-                parameter.requires_grad_(pools.maskable(name) or any(parameter is p for p in encoder))
-            for states in ("float32", "8bit"):
-                name = f"ticket, packed gradients, {states} states"
-                rows[name] = memory_report(model, density, dense=encoder, loss=loss, states=states)
-            adapters = _add_lora(model)
-            rows[f"LoRA, rank {_LORA_RANK} on query and value"] = memory_report(
-                model, 0.0, dense=[*encoder, *adapters], loss=loss, gradients="dense", master=False
-            )
+            if stage == 1:
+                return _tuning(config, batch, length, device)
+            return _prompt_learning(config, density, batch, length, device)
     finally:
         torch.set_default_dtype(before)
+
+
+def _tuning(config: Any, batch: int, length: int, device: str) -> dict[str, MemoryReport]:
+    import torch
+    from transformers import XLMRobertaForMaskedLM
+
+    from ltp_sparse.memory import memory_report
+    from ltp_sparse.names import canonical_parameters
+    from ltp_sparse.selection import pools
+    from ltp_sparse.training.backbone import decouple
+    from ltp_sparse.training.mlm import losses_at
+
+    model = decouple(XLMRobertaForMaskedLM(config)).train()
+    named = canonical_parameters(model)
+    ids = torch.zeros(batch, length, dtype=torch.long)
+    mask = torch.ones_like(ids)
+    masked = torch.arange(max(1, int(_MASKED * ids.numel())))
+    trained = [p for p in named.values() if p.requires_grad]
+    n, size = sum(p.numel() for p in trained), trained[0].element_size()
+
+    def loss() -> torch.Tensor:
+        with losses_at(model, masked, ids.view(-1)[masked]):
+            return model(input_ids=ids, attention_mask=mask).logits.sum()
+
+    def pulled(forward: Any) -> Any:
+        initial = [p.detach().clone() for p in trained]
+        return lambda: forward() + sum((p - start).abs().sum() for p, start in zip(trained, initial, strict=True))
+
+    def all_logits() -> torch.Tensor:
+        return model(input_ids=ids, attention_mask=mask, labels=ids).loss
+
+    rows = {}
+    for name, forward in (("all logits", all_logits), ("masked logits", loss)):
+        report = memory_report(
+            model, 0.0, dense=trained, loss=pulled(forward), gradients="dense", master=False, device=device
+        )
+        # moments in the dtype of the weights, as torch's AdamW keeps them, and the initial weights
+        rows[f"AdamW, a copy of the weights, {name}"] = replace(report, states=3 * size * n, index=0)
+    head = [p for name, p in named.items() if name.startswith("lm_head.") and p.requires_grad]
+    for name, parameter in named.items():
+        parameter.requires_grad_(pools.maskable(name) or any(parameter is p for p in head))
+    where = "device" if device == "cpu" else "host"
+    for states in ("float32", "8bit"):
+        rows[f"ours, {states} states"] = memory_report(
+            model, 1.0, dense=head, loss=loss, states=states, gradients="dense", pull_on=where, device=device
+        )
+    return rows
+
+
+def _prompt_learning(config: Any, density: float, batch: int, length: int, device: str) -> dict[str, MemoryReport]:
+    from ltp_sparse.memory import MemoryReport, memory_report
+    from ltp_sparse.names import canonical_parameters
+    from ltp_sparse.selection import pools
+
+    model, loss, all_logits = _prompted(config, batch, length)
+    encoder = list(model.prompt_encoder.parameters())
+    named = canonical_parameters(model)
+    everything = [p for p in named.values() if p.is_floating_point()]
+    n, size = sum(p.numel() for p in everything), everything[0].element_size()
+    dense = partial(memory_report, model, 0.0, gradients="dense", master=False, device=device)
+    rows = {}
+    for name, forward in (("full fine-tuning, AdamW, all logits", all_logits), ("full fine-tuning, AdamW", loss)):
+        # torch's AdamW keeps moments in the dtype of the weights
+        rows[name] = adamw = replace(dense(dense=everything, loss=forward), states=2 * size * n, index=0)
+    rows["LT-SFT: dense gradients and states, a mask"] = MemoryReport(
+        adamw.weights, adamw.states, n, adamw.gradients, adamw.passing
+    )
+    rows["FlashAdamW (7 bytes a parameter)"] = MemoryReport(
+        2 * n, 3 * n, 0, 2 * n, adamw.passing - (size - 2) * n if size > 2 else adamw.passing
+    )
+    for name, parameter in named.items():
+        parameter.requires_grad_(pools.maskable(name) or any(parameter is p for p in encoder))
+    for states in ("float32", "8bit"):
+        rows[f"ticket, packed gradients, {states} states"] = memory_report(
+            model, density, dense=encoder, loss=loss, states=states, device=device
+        )
+    adapters = _add_lora(model)
+    rows[f"LoRA, rank {_LORA_RANK} on query and value"] = dense(dense=[*encoder, *adapters], loss=loss)
     return rows
 
 

@@ -63,6 +63,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--eval-steps", type=at_least_one, default=1000, help="updates between evaluations (default: 1000)"
     )
+    parser.add_argument("--states", choices=("float32", "8bit"), default="float32", help="precision of the moments")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--run-dir", type=Path, help="folder for checkpoints; with it, --save-every and --resume work")
     parser.add_argument("--save-every", type=at_least_one, help="updates between checkpoints")
@@ -142,6 +143,7 @@ def _from_text(options: argparse.Namespace):  # type: ignore[no-untyped-def]
         max_steps=options.max_steps,
         seed=options.seed,
         bf16=options.bf16,
+        states=options.states,
         save_steps=options.save_every or 0,
     )
     result = tune_mlm(

@@ -68,6 +68,7 @@ class MLMSettings:
     max_steps:     if positive, updates, instead of epochs
     step_bounds:   least and most updates, whatever the epochs come to (LT-SFT: 10,000 and 100,000)
     bf16:          compute under bfloat16 autocast; weights stay float32
+    states:        "float32" or "8bit" moments, see `MaskedAdamW`
     save_steps:    updates between resumable checkpoints, 0: none. All weights train here, so one of XLM-R-base is 6 GB
     """
 
@@ -88,6 +89,7 @@ class MLMSettings:
     step_bounds: tuple[int, int] | None = None
     seed: int = 42
     bf16: bool = False
+    states: str = "float32"
     save_steps: int = 0
     save_total_limit: int = 1
 
@@ -212,7 +214,7 @@ def tune_mlm(
             Ticket.full(model, pool=STRATEGIES[settings.strategy]) if ticket is None else ticket,
             dense=[{"params": list(head.values()), "pull": pull}],
             pull=pull,
-            optimizer_options={"pull_on": "host"},
+            optimizer_options={"pull_on": "host", "states": settings.states},
             keep_best=(keep_best := KeepBest("loss", on_disk=False)),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -432,9 +434,16 @@ def token_losses(model: nn.Module, labels: Tensor) -> Iterator[None]:
     below 256 MiB; backward makes them again. All logits of a 32 x 256 batch of XLM-R would be 8.2 GB, those of the
     masked positions 1.2 GB, and as much again for their gradients.
     """
-    positions = labels != IGNORED
+    positions = (labels != IGNORED).view(-1).nonzero()[:, 0]
+    with losses_at(model, positions, labels.view(-1)[positions]):
+        yield
+
+
+@contextmanager
+def losses_at(model: nn.Module, positions: Tensor, targets: Tensor) -> Iterator[None]:
+    """What `token_losses` does, of given positions in the flattened batch and the tokens there; both int64 [m]."""
     head: Any = unwrapped(model).lm_head
-    decoder, targets = head.decoder, labels[positions]
+    decoder = head.decoder
     rows = max(1, _LOGITS // decoder.weight.shape[0])
 
     def losses_of(features: Tensor, targets: Tensor) -> Tensor:
@@ -447,7 +456,7 @@ def token_losses(model: nn.Module, labels: Tensor) -> Iterator[None]:
         pieces = zip(features.split(rows), targets.split(rows), strict=True)
         return torch.cat([checkpoint(losses_of, *piece, use_reentrant=False) for piece in pieces])
 
-    handle = head.register_forward_pre_hook(lambda module, inputs: (inputs[0][positions], *inputs[1:]))
+    handle = head.register_forward_pre_hook(lambda module, inputs: (inputs[0].flatten(0, 1)[positions], *inputs[1:]))
     decoder.forward = losses  # of this instance only; its hooks still run
     try:
         yield
