@@ -38,6 +38,13 @@ UPDATES = {
 }
 BATCH = {"update_kernel": 4, "update_coded_kernel": 2, "sum_squares_kernel": 4, "pack_kernel": 4}  # entries a thread
 SELECTION = {"histogram_kernel": "delta_histogram", "band_kernel": "delta_band"}
+SMALL = {  # of less than a hundredth of the entries
+    "sample_kernel": "sample_keys",
+    "candidate_histogram_kernel": "candidate_histogram",
+    "take_above_kernel": "take_above",
+    "take_ties_kernel": "take_ties",
+}
+NAMES = {**UPDATES, **SELECTION, **SMALL}
 DYNAMIC_SHARED = {"histogram_kernel": 4 * 32_768}  # bytes that the launch adds
 SHARE = 32  # entries of a thread in a round of the band pass
 ENTRIES = 277_414_656
@@ -50,8 +57,9 @@ Code = list[tuple[int, str]]
 
 def variant_of(mangled: str) -> tuple[str, list[str], bool]:
     """(kernel, its storage types, whether gradients are packed) of a mangled name."""
-    kernel = next(name for name in sorted({**UPDATES, **SELECTION}, key=len, reverse=True) if name in mangled)
-    types = re.search(r"kernelI(.*?)EEv", mangled)[1]
+    kernel = next(name for name in sorted(NAMES, key=len, reverse=True) if name in mangled)
+    template = re.search(r"kernelI(.*?)EEv", mangled)
+    types = template[1] if template else ""
     found = re.findall(
         r"8BFloat16|7Float16|5Zeros|S\d_|(?<![0-9A-Za-z])f|f(?=f|Lb|NS|$)|(?<=E)f", types.replace("NS_", " ")
     )
@@ -84,7 +92,9 @@ def vector_loads(texts: list[str]) -> int:
 
 
 def per_entry(kernel: str, types: list[str], code: Code) -> str:
-    """Instructions per entry."""
+    """Instructions per entry; not counted for the small passes."""
+    if kernel in SMALL:
+        return ""
     if kernel in UPDATES:
         counts = []
         for loop in innermost(code):
@@ -120,7 +130,9 @@ def bytes_per_entry(kernel: str, types: list[str]) -> float:
 
 
 def name_of(kernel: str, types: list[str], packed: bool) -> str:
-    if kernel in SELECTION:
+    if not types:
+        return ""
+    if kernel in SELECTION or kernel in SMALL:
         first, second = types
         return f"{second} alone" if first == "none" else f"{first}, {first if second == 'own' else second}"
     return types[0] if kernel == "pack_kernel" else f"{types[0]}, {'packed' if packed else types[-1]}"
@@ -147,7 +159,7 @@ def kernels(source: Path, target: str) -> Iterator[dict[str, object]]:
         floor = max((float(count) * ENTRIES / LANES_PER_MS for count in found.split()), default=None)
         moved = bytes_per_entry(kernel, types) * ENTRIES / BYTES_PER_MS if kernel in SELECTION else None
         yield {
-            "kernel": {**UPDATES, **SELECTION}[kernel],
+            "kernel": NAMES[kernel],
             "types": name_of(kernel, types, packed),
             "target": target,
             "registers": registers,

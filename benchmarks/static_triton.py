@@ -50,6 +50,15 @@ _BAND = _types(
     "key_ptr:*i32 position_ptr:*i16 capacity:i32 offset_ptr:*i64 cursor_ptr:*i64 nonfinite_ptr:*i64 "
     "inside_words_ptr:*i32 before_ptr:*i16"
 )
+_SAMPLE = _types("row_ptr:*i64 kind:i32 tensor_ptr:*i64 run_ptr:*i64 n_runs:i32 key_ptr:*i32")
+_HISTOGRAM = _types(
+    "key_ptr:*i32 offset_ptr:*i64 inside_ptr:*i64 group_ptr:*i64 low_ptr:*i64 high_ptr:*i64 shift_ptr:*i64 "
+    "histogram_ptr:*i64 bins:i32"
+)
+_TAKE = _types(
+    "key_ptr:*i32 position_ptr:*i16 offset_ptr:*i64 inside_ptr:*i64 group_ptr:*i64 cut_ptr:*i64 words_ptr:*i32 "
+    "tile_word_ptr:*i64"
+)
 
 
 class Variant(NamedTuple):
@@ -113,6 +122,23 @@ def variants() -> Iterator[Variant]:
         constants = {"INITIAL": initial, "TUNED": tuned, "ALIGNED": aligned, "HAS_TAKE": take, "ROWS": rows}
         function, loops = topk_delta._delta_band_kernel, {"mark": rows // warps}
         yield Variant("delta_band", variant, function, _BAND, constants, warps, loops)
+    warps = topk_delta._SAMPLE_WARPS
+    for variant, initial, tuned in (
+        ("float32", f32, f32),
+        ("bfloat16", bf16, bf16),
+        ("bfloat16 to float32", bf16, f32),
+        ("scores", None, f32),
+    ):
+        constants = {"INITIAL": initial, "TUNED": tuned}
+        yield Variant("sample_keys", variant, topk_delta._sample_keys_kernel, _SAMPLE, constants, warps, {})
+    warps = topk_delta._CANDIDATE_WARPS
+    share = topk_delta._CANDIDATES.value // (32 * warps)
+    for kernel, function, types, loops in (
+        ("candidate_histogram", topk_delta._candidate_histogram_kernel, _HISTOGRAM, {}),
+        ("take_above", topk_delta._take_above_kernel, _TAKE | _types("taken_ptr:*i64 ties_ptr:*i64"), {}),
+        ("take_ties", topk_delta._take_ties_kernel, _TAKE | _types("take_ptr:*i64"), {"ties": share}),
+    ):
+        yield Variant(kernel, "plain", function, types, {}, warps, loops)
 
 
 def compiled(v: Variant, target: GPUTarget) -> Any:
@@ -194,6 +220,8 @@ def counted(v: Variant, target: str) -> dict[str, Any]:
         for width in (128, 64, 32, 16):
             found = [c for c in opcodes if c.startswith(kind) and _width(c) == width]
             facts[f"{kind.lower()}_{width}"] = len(found)
+    facts["atom"] = sum(code.startswith("ATOM") for code in opcodes)  # waits for the old value, which RED does not
+    facts["red"] = sum(code.startswith("RED") and not code.startswith("REDUX") for code in opcodes)
     loops = [
         loop
         for loop in innermost_loops(instructions, labels)

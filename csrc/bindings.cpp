@@ -89,6 +89,16 @@ bool delta_histogram(Addresses initial, Addresses tuned, std::vector<int> initia
                                 prefixes, at<int64_t>(histogram), n_groups, threads);
 }
 
+void sample_keys(Addresses initial, Addresses tuned, std::vector<int> initial_dtypes, std::vector<int> tuned_dtypes,
+                 std::vector<int64_t> sizes, uintptr_t tensors, uintptr_t runs, int64_t count, uintptr_t keys,
+                 int64_t threads) {
+    check_threads(threads);
+    std::vector<int64_t> groups(sizes.size());
+    ltp::sample_keys({std::move(initial), std::move(tuned), std::move(initial_dtypes), std::move(tuned_dtypes),
+                      std::move(sizes), std::move(groups)},
+                     at<const int64_t>(tensors), at<const int64_t>(runs), count, at<int32_t>(keys), threads);
+}
+
 bool delta_band(Addresses initial, Addresses tuned, std::vector<int> initial_dtypes, std::vector<int> tuned_dtypes,
                 std::vector<int64_t> sizes, std::vector<int64_t> groups, std::vector<int64_t> low,
                 std::vector<int64_t> high, uintptr_t words, std::vector<int64_t> word_offsets, uintptr_t above,
@@ -110,11 +120,12 @@ ltp::Candidates candidates_at(uintptr_t keys, uintptr_t positions, uintptr_t off
 }
 
 void candidate_histogram(uintptr_t keys, uintptr_t positions, uintptr_t offsets, uintptr_t inside, uintptr_t groups,
-                         int64_t tiles, int64_t group, int64_t low, int64_t high, int64_t shift, uintptr_t histogram,
-                         int64_t bins, int64_t threads) {
+                         int64_t tiles, std::vector<int64_t> low, std::vector<int64_t> high, std::vector<int64_t> shift,
+                         uintptr_t histogram, int64_t bins, int64_t threads) {
     check_threads(threads);
-    ltp::candidate_histogram(candidates_at(keys, positions, offsets, inside, groups, tiles), group, low, high, shift,
-                             at<int64_t>(histogram), bins, threads);
+    ltp::candidate_histogram(candidates_at(keys, positions, offsets, inside, groups, tiles),
+                             {std::move(low), std::move(high), std::move(shift), bins}, at<int64_t>(histogram),
+                             threads);
 }
 
 void take_above(uintptr_t keys, uintptr_t positions, uintptr_t offsets, uintptr_t inside, uintptr_t groups,
@@ -151,13 +162,15 @@ PYBIND11_MODULE(_C, module) {
     module.def("delta_histogram", delta_histogram, arg("initial"), arg("tuned"), arg("initial_dtypes"),
                arg("tuned_dtypes"), arg("sizes"), arg("groups"), arg("prefixes"), arg("histogram"), arg("n_groups"),
                arg("threads"), release);
+    module.def("sample_keys", sample_keys, arg("initial"), arg("tuned"), arg("initial_dtypes"), arg("tuned_dtypes"),
+               arg("sizes"), arg("tensors"), arg("runs"), arg("count"), arg("keys"), arg("threads"), release);
     module.def("delta_band", delta_band, arg("initial"), arg("tuned"), arg("initial_dtypes"), arg("tuned_dtypes"),
                arg("sizes"), arg("groups"), arg("low"), arg("high"), arg("words"), arg("word_offsets"), arg("above"),
                arg("inside"), arg("take"), arg("keys"), arg("positions"), arg("capacity"), arg("offsets"),
                arg("cursor"), arg("threads"), release);
     module.def("candidate_histogram", candidate_histogram, arg("keys"), arg("positions"), arg("offsets"), arg("inside"),
-               arg("groups"), arg("tiles"), arg("group"), arg("low"), arg("high"), arg("shift"), arg("histogram"),
-               arg("bins"), arg("threads"), release);
+               arg("groups"), arg("tiles"), arg("low"), arg("high"), arg("shift"), arg("histogram"), arg("bins"),
+               arg("threads"), release);
     module.def("take_above", take_above, arg("keys"), arg("positions"), arg("offsets"), arg("inside"), arg("groups"),
                arg("tiles"), arg("cut"), arg("words"), arg("tile_words"), arg("taken"), arg("ties"), arg("threads"),
                release);

@@ -102,6 +102,51 @@ void delta_band(uintptr_t pairs, int64_t n_pairs, int64_t n_tiles, int initial_d
     ltp::cuda_delta_band(pairs_of(pairs, n_pairs, n_tiles, initial_dtype, tuned_dtype), band, at<void>(stream));
 }
 
+void sample_keys(uintptr_t pairs, int64_t n_pairs, int64_t n_tiles, int initial_dtype, int tuned_dtype,
+                 uintptr_t tensors, uintptr_t runs, int64_t count, uintptr_t keys, uintptr_t stream) {
+    ltp::cuda_sample_keys(pairs_of(pairs, n_pairs, n_tiles, initial_dtype, tuned_dtype),
+                          {at<const int64_t>(tensors), at<const int64_t>(runs), count, at<int32_t>(keys)},
+                          at<void>(stream));
+}
+
+ltp::CudaCandidates candidates_at(uintptr_t keys, uintptr_t positions, uintptr_t offsets, uintptr_t inside,
+                                  uintptr_t groups, int64_t n_tiles) {
+    return {at<const int32_t>(keys),   at<const uint16_t>(positions), at<const int64_t>(offsets),
+            at<const int64_t>(inside), at<const int64_t>(groups),     n_tiles};
+}
+
+void candidate_histogram(uintptr_t keys, uintptr_t positions, uintptr_t offsets, uintptr_t inside, uintptr_t groups,
+                         int64_t n_tiles, uintptr_t low, uintptr_t high, uintptr_t shift, uintptr_t histogram,
+                         int64_t bins, uintptr_t stream) {
+    ltp::cuda_candidate_histogram(
+        candidates_at(keys, positions, offsets, inside, groups, n_tiles),
+        {at<const int64_t>(low), at<const int64_t>(high), at<const int64_t>(shift), at<int64_t>(histogram), bins},
+        at<void>(stream));
+}
+
+void take_above(uintptr_t keys, uintptr_t positions, uintptr_t offsets, uintptr_t inside, uintptr_t groups,
+                int64_t n_tiles, uintptr_t cut, uintptr_t words, uintptr_t tile_words, uintptr_t taken, uintptr_t ties,
+                uintptr_t stream) {
+    ltp::CudaMarks marks = {};
+    marks.cut = at<const int64_t>(cut);
+    marks.words = at<int32_t>(words);
+    marks.tile_words = at<const int64_t>(tile_words);
+    marks.taken = at<int64_t>(taken);
+    marks.ties = at<int64_t>(ties);
+    ltp::cuda_take_above(candidates_at(keys, positions, offsets, inside, groups, n_tiles), marks, at<void>(stream));
+}
+
+void take_ties(uintptr_t keys, uintptr_t positions, uintptr_t offsets, uintptr_t inside, uintptr_t groups,
+               int64_t n_tiles, uintptr_t cut, uintptr_t words, uintptr_t tile_words, uintptr_t take,
+               uintptr_t stream) {
+    ltp::CudaMarks marks = {};
+    marks.cut = at<const int64_t>(cut);
+    marks.words = at<int32_t>(words);
+    marks.tile_words = at<const int64_t>(tile_words);
+    marks.take = at<const int64_t>(take);
+    ltp::cuda_take_ties(candidates_at(keys, positions, offsets, inside, groups, n_tiles), marks, at<void>(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C_cuda, module) {
@@ -123,4 +168,13 @@ PYBIND11_MODULE(_C_cuda, module) {
                arg("tuned_dtype"), arg("low"), arg("high"), arg("words"), arg("above"), arg("inside"), arg("take"),
                arg("keys"), arg("positions"), arg("capacity"), arg("offsets"), arg("cursor"), arg("nonfinite"),
                arg("stream"));
+    module.def("sample_keys", sample_keys, arg("pairs"), arg("n_pairs"), arg("n_tiles"), arg("initial_dtype"),
+               arg("tuned_dtype"), arg("tensors"), arg("runs"), arg("count"), arg("keys"), arg("stream"));
+    module.def("candidate_histogram", candidate_histogram, arg("keys"), arg("positions"), arg("offsets"), arg("inside"),
+               arg("groups"), arg("n_tiles"), arg("low"), arg("high"), arg("shift"), arg("histogram"), arg("bins"),
+               arg("stream"));
+    module.def("take_above", take_above, arg("keys"), arg("positions"), arg("offsets"), arg("inside"), arg("groups"),
+               arg("n_tiles"), arg("cut"), arg("words"), arg("tile_words"), arg("taken"), arg("ties"), arg("stream"));
+    module.def("take_ties", take_ties, arg("keys"), arg("positions"), arg("offsets"), arg("inside"), arg("groups"),
+               arg("n_tiles"), arg("cut"), arg("words"), arg("tile_words"), arg("take"), arg("stream"));
 }

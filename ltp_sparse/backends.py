@@ -45,6 +45,7 @@ class Backend:
     masked_pack_: Callable[..., None]
     delta_histogram: Callable[..., None]
     delta_band: Callable[..., None]
+    sample_keys: Callable[..., None] = reference.sample_keys
     candidate_histogram: Callable[..., None] = reference.candidate_histogram
     take_above: Callable[..., None] = reference.take_above
     take_ties: Callable[..., None] = reference.take_ties
@@ -219,16 +220,28 @@ def _compiled() -> Backend:
             torch.get_num_threads(),
         )
 
-    def candidate_histogram(keys, positions, offsets, inside, tile_groups, group, low, high, shift, histogram):
+    def sample_keys(initial, tuned, tensors, runs, keys):
+        c.sample_keys(
+            _addresses(initial),
+            _addresses(tuned),
+            _codes(initial),
+            _codes(tuned),
+            [t.numel() for t in tuned],
+            *_addresses([tensors, runs]),
+            tensors.numel(),
+            keys.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+    def candidate_histogram(keys, positions, offsets, inside, tile_groups, low, high, shift, histogram):
         c.candidate_histogram(
             *_addresses([keys, positions, offsets, inside, tile_groups]),
             offsets.numel(),
-            group,
-            low,
-            high,
-            shift,
+            low.tolist(),
+            high.tolist(),
+            shift.tolist(),
             histogram.data_ptr(),
-            histogram.numel(),
+            histogram.shape[1],
             torch.get_num_threads(),
         )
 
@@ -257,9 +270,10 @@ def _compiled() -> Backend:
         masked_pack_,
         delta_histogram,
         delta_band,
-        candidate_histogram,
-        take_above,
-        take_ties,
+        sample_keys=sample_keys,
+        candidate_histogram=candidate_histogram,
+        take_above=take_above,
+        take_ties=take_ties,
     )
 
 
@@ -401,8 +415,39 @@ def _compiled_cuda() -> Backend:
             nonfinite.data_ptr(),
         )
 
+    def sample_keys(initial, tuned, tensors, runs, keys):
+        nothing = [0] * len(tuned)
+        addresses = tensors.data_ptr(), runs.data_ptr(), tensors.numel(), keys.data_ptr()
+        launch_pairs(c.sample_keys, initial, tuned, nothing, nothing, keys.device, *addresses)
+
+    def on_candidates(run, candidates, *rest):
+        with launch.on_device_of(candidates[0]):
+            run(*_addresses(candidates), candidates[2].numel(), *rest, stream(candidates[0].device))
+
+    def candidate_histogram(keys, positions, offsets, inside, tile_groups, low, high, shift, histogram):
+        bins = [*_addresses([low, high, shift, histogram]), histogram.shape[1]]
+        on_candidates(c.candidate_histogram, [keys, positions, offsets, inside, tile_groups], *bins)
+
+    def take_above(keys, positions, offsets, inside, tile_groups, cut, words, tile_words, taken, ties):
+        marks = _addresses([cut, words, tile_words, taken, ties])
+        on_candidates(c.take_above, [keys, positions, offsets, inside, tile_groups], *marks)
+
+    def take_ties(keys, positions, offsets, inside, tile_groups, cut, words, tile_words, take):
+        marks = _addresses([cut, words, tile_words, take])
+        on_candidates(c.take_ties, [keys, positions, offsets, inside, tile_groups], *marks)
+
     return Backend(
-        "compiled", masked_adamw_, masked_sum_squares, masked_pack_, delta_histogram, delta_band, needs_ranks=True
+        "compiled",
+        masked_adamw_,
+        masked_sum_squares,
+        masked_pack_,
+        delta_histogram,
+        delta_band,
+        sample_keys=sample_keys,
+        candidate_histogram=candidate_histogram,
+        take_above=take_above,
+        take_ties=take_ties,
+        needs_ranks=True,
     )
 
 
@@ -417,6 +462,10 @@ def _triton() -> Backend:
         kernels.masked_pack_,
         reference.delta_histogram,  # Triton has none that beats torch's at 32,768 bins; the sampled route avoids it
         kernels.delta_band,
+        sample_keys=kernels.sample_keys,
+        candidate_histogram=kernels.candidate_histogram,
+        take_above=kernels.take_above,
+        take_ties=kernels.take_ties,
         needs_ranks=True,
     )
 

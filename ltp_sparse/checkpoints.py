@@ -17,7 +17,7 @@ from torch import Size, Tensor
 
 from ltp_sparse.names import parameter_order, strip_wrappers
 from ltp_sparse.staging import Piece, staged
-from ltp_sparse.topk import Chunk, Layout, flat_piece, piece_of
+from ltp_sparse.topk import Chunk, Layout, Passes, flat_piece, piece_of
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _BUFFERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}  # position ids and the like: no weights
@@ -212,7 +212,7 @@ class StreamSource:
             if self.progress is not None:
                 self.progress.update(sum(t.nbytes for t in (*initial, tuned)))
 
-    def sample(self, tensor: int, indices: Tensor) -> Tensor:
+    def sample(self, passes: Passes, tensors: Tensor, runs: Tensor, keys: Tensor) -> None:
         raise RuntimeError("streams are selected by the histogram route: single entries are not read")
 
 

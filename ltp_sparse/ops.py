@@ -112,7 +112,7 @@ def _(initial, tuned, groups, k):
     return (
         tuned[0].new_empty(words, dtype=torch.int32),
         tuned[0].new_empty(sum(tiles_of(t.numel()) for t in tuned), dtype=torch.int64),
-        torch.empty(len(k), dtype=torch.float32),
+        tuned[0].new_empty(len(k), dtype=torch.float32),
     )
 
 

@@ -161,6 +161,10 @@ def masked_pack_(
 
 _CANDIDATES = 1 << 15  # candidates worked off at a time
 _STRIDE = 4 * TILE  # entries keyed at a time: keeps the temporaries to a few megabytes
+_RUNS = 1 << 13  # sampled runs read at a time
+
+RUN = 16
+"""Neighbouring entries that are sampled together: a cache line of float32."""
 
 
 def delta_keys(initial: Tensor | None, tuned: Tensor) -> Tensor:
@@ -197,6 +201,40 @@ def delta_histogram(
         keys = keys[keys > 0]
         digits = keys >> 16 if prefixes is None else keys[(keys >> 16) == prefixes[group]] & 0xFFFF
         histogram[group] += torch.bincount(digits, minlength=histogram.shape[1])
+
+
+def sample_keys(
+    initial: Sequence[Tensor], tuned: Sequence[Tensor], tensors: Tensor, runs: Tensor, keys: Tensor
+) -> None:
+    """The keys of some runs of `RUN` neighbouring entries.
+
+    tensors, runs: int64 [R], run number r of a tensor has its entries RUN * r and on, in row-major order; 0 <= r <
+                   max(1, n // RUN)
+    keys:          int32 [R, RUN], written: at most the largest finite key, 0 beyond the end of a tensor
+    """
+    which, counts = tensors.unique_consecutive(return_counts=True)
+    start = 0
+    for tensor, count in zip(which.tolist(), counts.tolist(), strict=True):
+        for first in range(start, start + count, _RUNS):
+            piece = slice(first, min(first + _RUNS, start + count))
+            before = _runs(initial[tensor], runs[piece]) if initial else None
+            keys[piece] = delta_keys(before, _runs(tuned[tensor], runs[piece])).clamp_(max=NONFINITE_KEY - 1)
+        start += count
+
+
+def _runs(tensor: Tensor, runs: Tensor) -> Tensor:
+    """[len(runs), RUN] entries; zeros beyond the end."""
+    n = tensor.numel()
+    if n < RUN:
+        return torch.nn.functional.pad(tensor.reshape(-1), (0, RUN - n)).expand(len(runs), RUN)
+    if tensor.is_contiguous():
+        return tensor.view(-1)[: n // RUN * RUN].view(-1, RUN).index_select(0, runs)
+    indices = runs[:, None] * RUN + torch.arange(RUN, device=runs.device)
+    coordinates: list[Tensor] = []  # torch.unravel_index would import 30 MB of modules
+    for size in reversed(tensor.shape):
+        coordinates.insert(0, indices % size)
+        indices = indices // size
+    return tensor[tuple(coordinates)]
 
 
 def delta_band(
@@ -272,20 +310,25 @@ def candidate_histogram(
     offsets: Tensor,
     inside: Tensor,
     tile_groups: Tensor,
-    group: int,
-    low: int,
-    high: int,
-    shift: int,
+    low: Tensor,
+    high: Tensor,
+    shift: Tensor,
     histogram: Tensor,
 ) -> None:
-    """Counts the candidates low <= key < high of one group into `histogram` (int64, added to) by (key - low) >> shift.
+    """Counts the candidates low <= key < high of each group into its row of `histogram`, by (key - low) >> shift.
 
     keys, positions, offsets, inside: candidates as `delta_band` stores them, none left out
     tile_groups:                      int64 [T]
+    low, high, shift:                 int64 [G]
+    histogram:                        int64 [G, bins], added to; what is beyond the bins is left out
     """
+    groups, bins = histogram.shape
     for tile, piece, _ in _candidate_pieces(keys, positions, offsets, inside):
-        piece = piece[(tile_groups[tile] == group) & (piece >= low) & (piece < high)]
-        histogram += torch.bincount((piece - low) >> shift, minlength=histogram.numel())
+        group = tile_groups[tile]
+        bin = (piece - low[group]) >> shift[group]
+        counted = (piece >= low[group]) & (piece < high[group]) & (bin < bins)
+        digits = (group * bins + bin)[counted]
+        histogram += torch.bincount(digits, minlength=groups * bins).view(groups, bins)
 
 
 def take_above(

@@ -4,7 +4,7 @@ crowd of equal deltas is in the way.
 Every entry has a key, the 31 bits of its absolute delta in float32, which order like the delta itself. The k-th largest
 key is found in one of three ways, each exact:
 
-* sampled bracket: half a million sampled keys give a narrow band that holds the k-th key almost surely; one pass marks
+* sampled bracket: two million sampled keys give a narrow band that holds the k-th key almost surely; one pass marks
   what lies above it and collects the candidates inside. The counts verify it; otherwise
 * histogram: one pass counts the keys by their upper 15 bits, the second is the band pass over the bin that holds the
   k-th key;
@@ -12,37 +12,46 @@ key is found in one of three ways, each exact:
   gives the exact key, and two band passes give the entries at that key to the earliest: four readings. Where the
   sample shows the crowd, a band of its key alone is tried first: two readings, and no candidates.
 
-The passes are a backend's (`reference.py` says what they do). Temporary memory: the bitmap that is the result (n/8
-bytes), and candidates of at most n/156 entries at 6 bytes, worked off in pieces.
+The passes are a backend's (`reference.py` says what they do). All counts and bounds stay on the device of the weights;
+the host reads but once, where the route is decided. Temporary memory: the bitmap that is the result (n/8 bytes), and
+candidates of at most n/156 entries at 6 bytes, worked off in pieces.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import NoReturn, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ltp_sparse import reference
 from ltp_sparse.encoding import TILE, WORDS_PER_TILE, bitmap_words, tiles_of
-from ltp_sparse.reference import NONFINITE_KEY, delta_keys
+from ltp_sparse.reference import NONFINITE_KEY, RUN, delta_keys
 
-SAMPLES = 1 << 19
-"""Sampled keys; a bracket of +-4.5 standard deviations then holds at most 0.62 % of the entries."""
+SAMPLES = 1 << 21
+"""Sampled keys, in runs of neighbours; at most one entry in `_SAMPLE_SHARE`."""
 
-DEVIATIONS = 4.5
-SAMPLE_FROM = 1 << 27
-"""Entries from which on the sample pays on a CPU (41 ms by histogram, 47 by sample at 86M; 152 and 115 at 278M)."""
+DEVIATIONS = 8.0
+"""Half the width of a bracket, in standard deviations of independent samples. Neighbours are alike (rows that moved
+more than others, or not at all): by their own standard deviation, it is between 3 and 8."""
+
+SAMPLE_FROM = 1 << 24
+"""Entries from which on the sample pays on a CPU (2^23: 4.0 ms by histogram, 4.6 by sample; 2^26: 33 and 25)."""
 
 SAMPLE_FROM_GPU = 1 << 22
-"""The same on a GPU, where the histogram pass is plain PyTorch."""
+"""The same on a GPU, where Triton's histogram pass is plain PyTorch."""
 
+_SAMPLE_SHARE = 32
+_FEWEST_DEVIATIONS = 3.0  # a bracket that must be narrower, to fit the room, is not tried
 _SPARE_CANDIDATES = 1 << 18
-_PIECE = 1 << 15  # samples worked off at a time
+_PIECE = 1 << 15  # entries looked at at a time for one that is not finite
 _HISTOGRAMS = 1 << 18  # bins held at a time, of as many groups as they serve
+_CANDIDATE_BITS = 14  # of a candidate's key, found at a time
 
 
 def entries_for(pool: int, *, density: float | None = None, k: int | None = None) -> int:
@@ -68,6 +77,8 @@ class Passes(Protocol):
 
     @property
     def delta_histogram(self) -> Callable[..., None]: ...
+    @property
+    def sample_keys(self) -> Callable[..., None]: ...
     @property
     def delta_band(self) -> Callable[..., None]: ...
     @property
@@ -113,7 +124,7 @@ class Source(Protocol):
     device: torch.device
 
     def chunks(self, tensors: Sequence[int]) -> Iterator[Chunk]: ...
-    def sample(self, tensor: int, indices: Tensor) -> Tensor: ...
+    def sample(self, passes: Passes, tensors: Tensor, runs: Tensor, keys: Tensor) -> None: ...
 
 
 class Layout:
@@ -179,9 +190,10 @@ class TensorSource:
             initial = [flat_piece(self.initial[tensor], start, stop)] if self.initial else []
             yield piece_of(self.layout, tensor, start, initial, flat_piece(self.tuned[tensor], start, stop))
 
-    def sample(self, tensor: int, indices: Tensor) -> Tensor:
-        initial = _at(self.initial[tensor], indices) if self.initial else None
-        return delta_keys(initial, _at(self.tuned[tensor], indices))
+    def sample(self, passes: Passes, tensors: Tensor, runs: Tensor, keys: Tensor) -> None:
+        """`sample_keys` of the backend, which wants contiguous tensors, or of the reference."""
+        contiguous = all(t.is_contiguous() for t in (*self.initial, *self.tuned))
+        (passes if contiguous else reference).sample_keys(self.initial, self.tuned, tensors, runs, keys)
 
 
 def piece_of(layout: Layout, tensor: int, start: int, initial: list[Tensor], tuned: Tensor) -> Chunk:
@@ -201,16 +213,6 @@ def flat_piece(tensor: Tensor, start: int, stop: int) -> Tensor:
     return rows[start - first * row : stop - first * row].contiguous()
 
 
-def _at(tensor: Tensor, indices: Tensor) -> Tensor:
-    if tensor.is_contiguous():
-        return tensor.view(-1)[indices]
-    coordinates: list[Tensor] = []  # torch.unravel_index would import 30 MB of modules
-    for size in reversed(tensor.shape):
-        coordinates.insert(0, indices % size)
-        indices = indices // size
-    return tensor[tuple(coordinates)]
-
-
 class Ranks:
     """The processes that select together, each from its own pieces of the tensors: here, one that has them whole.
 
@@ -218,7 +220,7 @@ class Ranks:
     """
 
     def sum(self, counts: Tensor) -> Tensor:
-        """Sums over the processes; may be written in place."""
+        """Sums over the processes, on the same device."""
         return counts
 
     def in_order(self, counts: Tensor) -> Tensor:
@@ -237,6 +239,8 @@ class Selection:
     words:      int32, the bitmaps of all tensors, 2 * ceil(n / 64) words each
     counts:     int64 [T], active entries of every tile
     thresholds: float32 [G], the smallest selected |delta| of each group; infinite where nothing was selected
+
+    All on the device of the weights.
     """
 
     words: Tensor
@@ -244,22 +248,31 @@ class Selection:
     thresholds: Tensor
 
 
+def _on(device: torch.device, values: Sequence[int] | Tensor) -> Tensor:
+    """int64 [len(values)] on `device`, without waiting for it."""
+    return torch.as_tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+
+
 class _Band:
-    """The arrays of a band pass, and what can be told from them."""
+    """The arrays of a band pass, and what can be told from them.
+
+    wanted: int64 [G], entries to be selected from each group
+    """
 
     def __init__(
-        self, passes: Passes, source: Source, layout: Layout, groups: list[int], ks: list[int], ranks: Ranks
+        self, passes: Passes, source: Source, layout: Layout, groups: list[int], wanted: Tensor, ranks: Ranks
     ) -> None:
         device = source.device
         self.passes, self.source, self.layout, self.ranks = passes, source, layout, ranks
-        self.groups, self.ks = groups, ks
-        tiles_of = torch.tensor(layout.tile_offsets).diff()
-        self.tile_tensor = torch.repeat_interleave(torch.arange(len(groups)), tiles_of).to(device)
-        self.tile_group = torch.tensor(groups, device=device)[self.tile_tensor]
-        self.tile_word = torch.tensor(layout.word_offsets[:-1], device=device)[self.tile_tensor] + WORDS_PER_TILE * (
-            torch.arange(layout.tiles, device=device)
-            - torch.tensor(layout.tile_offsets[:-1], device=device)[self.tile_tensor]
+        self.groups, self.wanted = groups, wanted
+        tile_offsets, word_offsets = torch.tensor(layout.tile_offsets), torch.tensor(layout.word_offsets)
+        tile_tensor = torch.repeat_interleave(torch.arange(len(groups)), tile_offsets.diff())
+        tile_word = word_offsets[tile_tensor] + WORDS_PER_TILE * (
+            torch.arange(layout.tiles) - tile_offsets[tile_tensor]
         )
+        self.tile_tensor, self.tile_word = _on(device, tile_tensor), _on(device, tile_word)
+        self.tile_group = _on(device, torch.tensor(groups)[tile_tensor])
+        self.first_tile = _on(device, tile_offsets[:-1])
         capacity = room_for(sum(layout.sizes))
         self.words = torch.empty(layout.words, dtype=torch.int32, device=device)
         self.above, self.inside, self.offsets = (
@@ -267,21 +280,20 @@ class _Band:
         )
         self.keys = torch.empty(capacity, dtype=torch.int32, device=device)
         self.positions = torch.empty(capacity, dtype=torch.int16, device=device)
-        self.overflowed = False
+        self.nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def run(self, low: list[int], high: list[int], take: Tensor | None = None, store: bool = True) -> None:
-        device = self.words.device
+    def run(self, low: Tensor, high: Tensor, take: Tensor | None = None, store: bool = True) -> None:
+        """Marks, counts and collects. low, high: int64 [G]"""
         self.low, self.high = low, high
-        bounds = torch.tensor([low, high], dtype=torch.int64, device=device)
-        cursor, nonfinite = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
+        self.cursor = torch.zeros(1, dtype=torch.int64, device=self.words.device)
         capacity = self.keys.numel() if store else 0
         for chunk in self.source.chunks(range(len(self.groups))):
             self.passes.delta_band(
                 chunk.initial,
                 chunk.tuned,
                 [self.groups[t] for t in chunk.tensors],
-                bounds[0],
-                bounds[1],
+                low,
+                high,
                 self.words,
                 chunk.word_offsets,
                 self.above[chunk.tiles],
@@ -290,107 +302,113 @@ class _Band:
                 self.keys[:capacity],
                 self.positions[:capacity],
                 self.offsets[chunk.tiles],
-                cursor,
-                nonfinite,
+                self.cursor,
+                self.nonfinite,
             )
-        flags = torch.cat([nonfinite, cursor > self.keys.numel()])
-        found, overflowed = self.ranks.sum(flags).tolist()
-        if found:
-            raise_nonfinite(self.source, self.ranks)
-        self.overflowed = overflowed > 0
 
-    def per_group(self, per_tile: Tensor) -> list[int]:
-        """Sums of a count over the tiles of every group."""
-        sums = torch.zeros(len(self.ks), dtype=torch.int64, device=per_tile.device)
-        return self.ranks.sum(sums.index_add_(0, self.tile_group, per_tile)).tolist()
+    def per_group(self, per_tile: Tensor) -> Tensor:
+        """int64 [G]: sums of a count over the tiles of every group."""
+        sums = torch.zeros_like(self.wanted)
+        return self.ranks.sum(sums.index_add_(0, self.tile_group, per_tile))
 
-    def missing(self) -> list[int]:
-        """Per group, how many entries of the band are to be taken.
+    def missing(self) -> Tensor:
+        """int64 [G]: how many entries of its band each group still has to take.
 
-        A band that starts at the smallest key holds all there is: then fewer than k entries have moved, and all are
-        taken.
+        A band that starts at the smallest key holds all there is: then fewer entries than wanted may have moved, and
+        all are taken.
         """
-        above, inside = self.per_group(self.above), self.per_group(self.inside)
-        return [
-            min(k - a, i) if low == 1 else k - a for k, a, i, low in zip(self.ks, above, inside, self.low, strict=True)
-        ]
+        missing = self.wanted - self.per_group(self.above)
+        return torch.where(self.low == 1, torch.minimum(missing, self.per_group(self.inside)), missing)
 
-    def holds(self) -> bool:
-        """Whether the k-th largest key of every group lies inside its band."""
-        inside = self.per_group(self.inside)
-        return all(k == 0 or 1 <= m <= i for k, m, i in zip(self.ks, self.missing(), inside, strict=True))
+    def outcome(self) -> tuple[bool, bool, bool, bool]:
+        """Of a band that has run. Waits for the device.
+
+        (a delta is not finite, the k-th largest key of every group lies inside its band, all candidates are stored,
+        every band is a single key, so that its entries differ in nothing but their place)
+        """
+        missing, inside = self.missing(), self.per_group(self.inside)
+        holds = ((self.wanted == 0) | ((missing >= 1) & (missing <= inside))).all()
+        stored = (self.cursor <= self.keys.numel()).all()
+        one_key = (self.high - self.low == 1).all()
+        nonfinite, *rest = torch.stack([self.nonfinite[0] > 0, holds, stored, one_key]).tolist()
+        return (nonfinite, *rest)
 
     @property
     def _candidates(self) -> tuple[Tensor, ...]:
         return self.keys, self.positions, self.offsets, self.inside, self.tile_group
 
-    def threshold(self, group: int, rank: int) -> int:
-        """The rank-th largest candidate key of a group (rank >= 1), digit by digit."""
-        low, high = self.low[group], self.high[group]
-        while high - low > 1:
-            shift = max(0, (high - low - 1).bit_length() - 14)
-            histogram = torch.zeros(((high - low - 1) >> shift) + 1, dtype=torch.int64, device=self.keys.device)
-            self.passes.candidate_histogram(*self._candidates, group, low, high, shift, histogram)
-            digit, rank = _bin_of_rank(self.ranks.sum(histogram), rank)
-            low, high = low + (digit << shift), min(high, low + ((digit + 1) << shift))
+    def thresholds(self, rank: Tensor) -> Tensor:
+        """int64 [G]: the key of each group's candidate of this rank (1: the largest), digit by digit; no rank: 0."""
+        groups, device = rank.numel(), rank.device
+        bits = max(1, min(_CANDIDATE_BITS, (_HISTOGRAMS // groups).bit_length() - 1))
+        low, high = self.low, self.high
+        for _ in range(-(-31 // bits)):
+            last = (high - low - 1).clamp(min=0)
+            if device.type == "cpu" and not last.any():  # where looking is free
+                break
+            shift = (torch.frexp(last.double()).exponent - bits).clamp(min=0).long()
+            histogram = torch.zeros(groups, 1 << bits, dtype=torch.int64, device=device)
+            self.passes.candidate_histogram(*self._candidates, low, high, shift, histogram)
+            digit, rank, _ = _bins_of_ranks(self.ranks.sum(histogram), rank)
+            low = low + (digit << shift)
+            high = torch.minimum(high, low + (1 << shift))
         return low
 
     def finish(self) -> Selection:
         """Takes the missing entries from the candidates: larger keys first, then the earliest at the threshold."""
         missing = self.missing()
-        thresholds = [self.threshold(g, m) if m else NONFINITE_KEY for g, m in enumerate(missing)]
-        cut = torch.tensor(thresholds, device=self.words.device)
+        cut = torch.where(missing > 0, self.thresholds(missing), NONFINITE_KEY)
         taken, ties = (torch.empty_like(self.above) for _ in range(2))
         self.passes.take_above(*self._candidates, cut, self.words, self.tile_word, taken, ties)
-        open_ties = [m - t for m, t in zip(missing, self.per_group(taken), strict=True)]
-        take = self.share_ties(ties, open_ties)
+        take = self.share_ties(ties, missing - self.per_group(taken))
         self.passes.take_ties(*self._candidates, cut, self.words, self.tile_word, take)
-        return self.selection(self.above + taken + take, thresholds)
-
-    @property
-    def room(self) -> int:
-        """Candidates that all processes together can store."""
-        return int(self.ranks.sum(torch.tensor([self.keys.numel()])))
-
-    def holds_one_key(self) -> bool:
-        """Whether the band of every group is a single key, so that its entries differ in nothing but their place."""
-        return all(high - low == 1 for low, high in zip(self.low, self.high, strict=True))
+        return self.selection(self.above + taken + take, cut)
 
     def finish_ties(self) -> Selection:
         """Takes the missing entries of bands of a single key, the earliest first."""
         missing, above = self.missing(), self.above.clone()
         take = self.share_ties(self.inside, missing)
         self.run(self.low, self.high, take=take, store=False)
-        thresholds = [low if m else NONFINITE_KEY for low, m in zip(self.low, missing, strict=True)]
-        return self.selection(above + take, thresholds)
+        return self.selection(above + take, torch.where(missing > 0, self.low, NONFINITE_KEY))
 
-    def share_ties(self, ties: Tensor, open_ties: list[int]) -> Tensor:
+    def share_ties(self, ties: Tensor, wanted: Tensor) -> Tensor:
         """int64 [T]: how many ties each tile takes when the earliest tiles of a group are served first."""
-        tensors = len(self.groups)
-        per_tensor = torch.zeros(tensors, dtype=torch.int64, device=ties.device)
-        pieces = self.ranks.in_order(per_tensor.index_add_(0, self.tile_tensor, ties)).cpu()
-        earlier = torch.empty_like(pieces)  # ties of the group in earlier tensors, and in earlier pieces of the tensor
-        for group in range(len(open_ties)):
-            mine = torch.tensor([g == group for g in self.groups])
-            earlier[mine] = (pieces[mine].view(-1).cumsum(0) - pieces[mine].view(-1)).view(-1, pieces.shape[1])
-        earlier = earlier[torch.arange(tensors), self.ranks.places(tensors)]
+        device, tensors = ties.device, len(self.groups)
+        per_tensor = torch.zeros(tensors, dtype=torch.int64, device=device).index_add_(0, self.tile_tensor, ties)
+        pieces = self.ranks.in_order(per_tensor)
+        # ties of the group in earlier tensors, and in earlier pieces of the tensor
+        group = torch.tensor(self.groups).repeat_interleave(pieces.shape[1])
+        order = group.argsort(stable=True)
+        first = _on(device, torch.searchsorted(group[order], group[order]))
+        order = _on(device, order)
+        before = _before(pieces.to(device).view(-1)[order])
+        earlier = torch.empty_like(before).index_copy_(0, order, before - before[first]).view(pieces.shape)
+        earlier = earlier.gather(1, _on(device, self.ranks.places(tensors)[:, None])).view(-1)
 
-        before = ties.cumsum(0) - ties  # in earlier tiles of this process
-        at_start = torch.cat([before, before.new_zeros(1)])[torch.tensor(self.layout.tile_offsets[:-1])]
-        before += (earlier.to(ties.device) - at_start)[self.tile_tensor]
-        wanted = torch.tensor(open_ties, device=ties.device)[self.tile_group]
-        return torch.minimum((wanted - before).clamp(min=0), ties)
+        before = _before(ties)  # in earlier tiles of this process
+        at_start = torch.cat([before, before.new_zeros(1)])[self.first_tile]
+        before = before + (earlier - at_start)[self.tile_tensor]
+        return torch.minimum((wanted[self.tile_group] - before).clamp(min=0), ties)
 
-    def selection(self, counts: Tensor, thresholds: list[int]) -> Selection:
-        return Selection(self.words, counts, torch.tensor(thresholds, dtype=torch.int32).view(torch.float32))
+    def selection(self, counts: Tensor, cut: Tensor) -> Selection:
+        return Selection(self.words, counts, cut.to(torch.int32).view(torch.float32))
 
 
-def _bin_of_rank(histogram: Tensor, rank: int) -> tuple[int, int]:
-    """(bin that holds the rank-th largest, its rank inside the bin); rank >= 1."""
-    from_top = histogram.flip(0).cumsum(0)
-    at = int(torch.searchsorted(from_top, rank))
-    inside = rank - (int(from_top[at - 1]) if at else 0)
-    return histogram.numel() - 1 - at, inside
+def _before(counts: Tensor) -> Tensor:
+    """Sums of all earlier items."""
+    return counts.cumsum(0) - counts
+
+
+def _bins_of_ranks(histogram: Tensor, rank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """int64 [G], three times: the bin of each row that holds the rank-th largest, its rank in the bin, the bin's count.
+
+    histogram: int64 [G, bins]; rank: int64 [G]. Where the rank is 0 or beyond the count of the row, any bin.
+    """
+    from_top = histogram.flip(1).cumsum(1)
+    at = torch.searchsorted(from_top, rank[:, None]).clamp(max=histogram.shape[1] - 1)
+    up_to, bins = from_top.gather(1, at).view(-1), histogram.shape[1] - 1 - at
+    count = histogram.gather(1, bins).view(-1)
+    return bins.view(-1), rank - (up_to - count), count
 
 
 def raise_nonfinite(source: Source, ranks: Ranks) -> NoReturn:
@@ -412,109 +430,140 @@ def room_for(n: int) -> int:
     return n // 156 + _SPARE_CANDIDATES
 
 
-def sampled_bracket(source: Source, groups: list[int], ks: list[int]) -> tuple[list[int], list[int]]:
-    """Per group a band [low, high) of keys that holds the k-th largest key almost surely, or, of ties, probably."""
-    total = sum(source.sizes)
-    generator = torch.Generator().manual_seed(0)  # chooses the route only, never the result
-    counts = [min(n, -(-n * SAMPLES // total)) for n in source.sizes]
-    drawn = [sum(c for c, g in zip(counts, groups, strict=True) if g == group) for group in range(len(ks))]
-    samples = [torch.empty(count, dtype=torch.int32, device=source.device) for count in drawn]
-    filled = [0] * len(ks)
-    for tensor, (n, count, group) in enumerate(zip(source.sizes, counts, groups, strict=True)):
-        for indices in _one_of_each_stratum(n, count, generator):
-            start, filled[group] = filled[group], filled[group] + indices.numel()
-            samples[group][start : filled[group]] = source.sample(tensor, indices.to(source.device))
-    low, high = [], []
-    for group, k in enumerate(ks):
-        n = sum(size for size, g in zip(source.sizes, groups, strict=True) if g == group)
-        keys = samples[group]
-        rank = k * keys.numel() / max(n, 1)
-        margin = DEVIATIONS * math.sqrt(max(rank * (1 - k / max(n, 1)), 1)) + 2
-        top = _kth_largest(keys, math.floor(rank - margin))
-        bottom = _kth_largest(keys, math.ceil(rank + margin))
-        centre = _kth_largest(keys, min(max(round(rank), 1), keys.numel()))
-        if k == 0:
-            bottom, top = NONFINITE_KEY, NONFINITE_KEY + 1
-        elif centre and int((keys == centre).sum()) * total > room_for(total) * sum(drawn):
-            bottom, top = centre, centre + 1  # the ties alone overflow the room: they are not to be stored but counted
-        low.append(max(1, bottom))
-        high.append(max(low[-1], top) if top > low[-1] else low[-1] + 1)
-    return low, high
+def sampled_bracket(passes: Passes, source: Source, groups: list[int], ks: list[int]) -> tuple[Tensor, Tensor] | None:
+    """Per group a band [low, high) of keys, int64 [G], that holds the k-th largest key almost surely.
+
+    Where many keys are equal and the bands would overflow the room for candidates, those of the k-th largest key of the
+    sample alone: they hold it probably. None where bands that fit the room would hold it hardly.
+    """
+    total, device = sum(source.sizes), source.device
+    entries = [0] * len(ks)
+    for n, group in zip(source.sizes, groups, strict=True):
+        entries[group] += n
+    samples = min(SAMPLES, total // _SAMPLE_SHARE)
+    runs = [max(1, samples * n // (total * RUN)) if n else 0 for n in entries]
+    drawn = [RUN * count for count in runs]
+    margins = _margins(ks, entries, drawn)
+    if margins is None:
+        return None
+    ranks = [k * s / max(n, 1) for k, n, s in zip(ks, entries, drawn, strict=True)]
+    wanted = [
+        max(0, rank)
+        for r, margin, s in zip(ranks, margins, drawn, strict=True)
+        for rank in (math.floor(r - margin), min(max(round(r), 1), s), math.ceil(r + margin))
+    ]
+
+    keys = _sampled_keys(passes, source, groups, entries, runs).view(torch.float32)
+    thrice = [part for part in keys.view(-1).split(drawn) for _ in range(3)]
+    of_samples, each = TensorSource([], thrice), list(range(len(thrice)))
+    rank, unset = _on(device, wanted), torch.zeros(1, dtype=torch.int64, device=device)  # samples are finite
+    upper = digit_pass(passes, of_samples, each, rank, None, Ranks(), unset)
+    lower = digit_pass(passes, of_samples, each, upper.rank, upper.digit, Ranks(), unset)
+    top, centre, bottom = torch.where(upper.asked < rank, 0, joined(upper, lower)).view(-1, 3).unbind(1)
+    larger = (upper.asked - lower.rank).view(-1, 3)
+    within = larger[:, 2] + lower.count.view(-1, 3)[:, 2] - larger[:, 0]  # samples, of all equal to an end too
+    per_sample = torch.tensor([n / s if k else 0.0 for k, n, s in zip(ks, entries, drawn, strict=True)])
+    fits = (within * per_sample.to(device, non_blocking=True)).sum() <= room_for(total)
+
+    one_key, no_budget = ~fits & (centre > 0), _on(device, ks) == 0
+    low = torch.where(one_key, centre, bottom.clamp(min=1)).masked_fill(no_budget, NONFINITE_KEY)
+    high = torch.where(one_key, centre, top.clamp(max=NONFINITE_KEY - 1)).masked_fill(no_budget, NONFINITE_KEY) + 1
+    return low, torch.maximum(high, low + 1)
 
 
-def _one_of_each_stratum(n: int, count: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """A random index out of each of `count` equal parts of 0..n-1: in memory order, not aligned with rows."""
-    for start in range(0, count, _PIECE):
-        stratum = torch.arange(start, min(start + _PIECE, count), dtype=torch.float64)
-        stratum += torch.rand(stratum.numel(), generator=generator, dtype=torch.float64)
-        yield (stratum * (n / count)).long().clamp_(max=n - 1)
+def _margins(ks: list[int], entries: list[int], drawn: list[int]) -> list[float] | None:
+    """Per group half the width of its bracket, in samples: `DEVIATIONS`, or as many as fit the room for candidates.
+
+    None if that is too few.
+    """
+    deviations, width = [], 0.0  # the width is that of all brackets, in entries
+    for k, n, samples in zip(ks, entries, drawn, strict=True):
+        share = k / max(n, 1)
+        deviations.append(math.sqrt(max(samples * share * (1 - share), 1)))
+        width += 2 * DEVIATIONS * deviations[-1] * n / samples if k else 0
+    factor = min(DEVIATIONS, DEVIATIONS * 0.9 * room_for(sum(entries)) / max(width, 1))
+    return None if factor < _FEWEST_DEVIATIONS else [factor * deviation + 2 for deviation in deviations]
 
 
-def _kth_largest(keys: Tensor, rank: int) -> int:
-    """The rank-th largest key; beyond the ends, a key that bounds all finite ones."""
-    if rank < 1:
-        return NONFINITE_KEY
-    if rank > keys.numel():
-        return 0
-    upper, lower = (torch.zeros(bins, dtype=torch.int64, device=keys.device) for bins in (1 << 15, 1 << 16))
-    for piece in keys.split(_PIECE):
-        upper += torch.bincount(piece >> 16, minlength=upper.numel())
-    digit, rank = _bin_of_rank(upper, rank)
-    for piece in keys.split(_PIECE):
-        lower += torch.bincount(piece[(piece >> 16) == digit] & 0xFFFF, minlength=lower.numel())
-    low, _ = _bin_of_rank(lower, rank)
-    return (digit << 16) + low
+def _sampled_keys(passes: Passes, source: Source, groups: list[int], entries: list[int], runs: list[int]) -> Tensor:
+    """int32 [R, RUN]: the keys of a random run out of each of `runs[g]` equal parts of the entries of every group."""
+    device, generator = source.device, np.random.default_rng(0)  # chooses the route only, never the result
+    order = sorted(range(len(groups)), key=groups.__getitem__)
+    sizes = np.array([source.sizes[tensor] for tensor in order])
+    starts = sizes.cumsum() - sizes  # of the tensors, group after group
+    first, per_run = np.cumsum(entries) - entries, np.array(entries) / np.maximum(runs, 1)
+    entry = np.concatenate(
+        [at + width * (np.arange(n) + generator.random(n)) for at, width, n in zip(first, per_run, runs, strict=True)]
+    ).astype(np.int64)
+    at = np.searchsorted(starts, entry, side="right") - 1
+    run = np.minimum((entry - starts[at]) // RUN, np.maximum(sizes[at] // RUN - 1, 0))
+    keys = torch.empty(len(entry), RUN, dtype=torch.int32, device=device)
+    tensors, runs_there = (_on(device, torch.from_numpy(chosen)) for chosen in (np.array(order)[at], run))
+    source.sample(passes, tensors, runs_there, keys)
+    return keys
 
 
 @dataclass
 class Digits:
-    """Of the key of a certain rank, per group.
+    """Of the key of a certain rank, int64 [G] each, on the device of the weights.
 
     digit: its upper 15 bits, or its lower 16; where the rank is 0, that of no finite key
     rank:  its rank among the keys of that digit
     asked: the rank that was asked for; where a group has fewer keys, their number
     count: the keys of that digit
+    own:   those of this process
     """
 
-    digit: list[int] = field(default_factory=list)
-    rank: list[int] = field(default_factory=list)
-    asked: list[int] = field(default_factory=list)
-    count: list[int] = field(default_factory=list)
+    digit: Tensor
+    rank: Tensor
+    asked: Tensor
+    count: Tensor
+    own: Tensor
 
 
 def digit_pass(
-    passes: Passes, source: Source, groups: list[int], wanted: list[int], prefixes: list[int] | None, ranks: Ranks
+    passes: Passes,
+    source: Source,
+    groups: list[int],
+    wanted: Tensor,
+    prefixes: Tensor | None,
+    ranks: Ranks,
+    nonfinite: Tensor,
 ) -> Digits:
-    """Per group the upper 15 bits of the key of rank `wanted` or, given these as `prefixes`, the lower 16."""
+    """Per group the upper 15 bits of the key of rank `wanted` or, given these as `prefixes`, the lower 16.
+
+    nonfinite: int64 [1], set to 1 if an infinity or a NaN was seen
+    """
     bins = 1 << (15 if prefixes is None else 16)
     at_once = _HISTOGRAMS // bins
-    nonfinite = torch.zeros(1, dtype=torch.int64, device=source.device)
-    found = Digits()
-    for first in range(0, len(wanted), at_once):
-        batch = range(first, min(first + at_once, len(wanted)))
+    found = []
+    for first in range(0, wanted.numel(), at_once):
+        batch = range(first, min(first + at_once, wanted.numel()))
         histogram = torch.zeros(len(batch), bins, dtype=torch.int64, device=source.device)
-        upper = None
-        if prefixes is not None:
-            upper = torch.tensor([prefixes[g] for g in batch], dtype=torch.int64, device=source.device)
+        upper = None if prefixes is None else prefixes[first : batch.stop]
         for chunk in source.chunks([tensor for tensor, group in enumerate(groups) if group in batch]):
             of_batch = [groups[t] - first for t in chunk.tensors]
             passes.delta_histogram(chunk.initial, chunk.tuned, of_batch, upper, histogram, nonfinite)
-        for group, row in zip(batch, ranks.sum(histogram).cpu(), strict=True):
-            asked = min(wanted[group], int(row.sum()))
-            digit, rank = _bin_of_rank(row, asked) if asked else (NONFINITE_KEY >> 16, 0)
-            found.digit.append(digit)
-            found.rank.append(rank)
-            found.asked.append(asked)
-            found.count.append(int(row[digit]) if asked else 0)
+        total = ranks.sum(histogram)
+        asked = torch.minimum(wanted[first : batch.stop], total.sum(1))
+        digit, rank, count = _bins_of_ranks(total, asked)
+        own = histogram.gather(1, digit[:, None]).view(-1)
+        none = asked == 0
+        digit = digit.masked_fill(none, NONFINITE_KEY >> 16)
+        found.append((digit, *(t.masked_fill(none, 0) for t in (rank, asked, count, own))))
+    return Digits(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def joined(upper: Digits, lower: Digits) -> Tensor:
+    """int64 [G]: the keys that have these digits; where the rank is 0, that of no finite one."""
+    keys = ((upper.digit << 16) + lower.digit).clamp(min=1)
+    return torch.where(lower.rank > 0, keys, NONFINITE_KEY)
+
+
+def check_finite(nonfinite: Tensor, source: Source, ranks: Ranks) -> None:
+    """Raises `NonFiniteDelta` if a pass has set the flag."""
     if int(ranks.sum(nonfinite)):
         raise_nonfinite(source, ranks)
-    return found
-
-
-def joined(upper: Digits, lower: Digits) -> list[int]:
-    """The keys that have these digits; where the rank is 0, that of no finite one."""
-    each = zip(upper.digit, lower.digit, lower.rank, strict=True)
-    return [max(1, (high << 16) + low) if rank else NONFINITE_KEY for high, low, rank in each]
 
 
 def select_topk(
@@ -547,27 +596,36 @@ def select_topk(
         ranks = Ranks()
     elif route != "histogram":
         raise ValueError(f'select_topk: several processes take the route "histogram", got {route!r}')
-    if not ks or not int(ranks.sum(torch.tensor([layout.tiles]))):
+    if not ks or not ranks.sum(torch.tensor([layout.tiles])).any():
         counts = torch.zeros(layout.tiles, dtype=torch.int64, device=source.device)
-        none = torch.full((len(ks),), torch.inf)
+        none = torch.full((len(ks),), torch.inf, device=source.device)
         return Selection(torch.zeros(layout.words, dtype=torch.int32, device=source.device), counts, none)
-    band = _Band(passes, source, layout, groups, ks, ranks)
+    wanted = _on(source.device, ks)
     pays_from = SAMPLE_FROM if source.device.type == "cpu" else SAMPLE_FROM_GPU
-    if route == "sample" or route == "auto" and sum(source.sizes) >= pays_from:
-        band.run(*sampled_bracket(source, groups, ks))
-        if band.holds() and not band.overflowed:
+    sampled = route == "sample" or route == "auto" and sum(source.sizes) >= pays_from
+    bracket = sampled_bracket(passes, source, groups, ks) if sampled else None
+    band = _Band(passes, source, layout, groups, wanted, ranks)  # its arrays come when the samples have gone
+    if bracket is not None:
+        band.run(*bracket)
+        nonfinite, holds, stored, one_key = band.outcome()
+        if nonfinite:
+            raise_nonfinite(source, ranks)
+        if holds and stored:
             return band.finish()
-        if band.holds() and band.holds_one_key():
+        if holds and one_key:
             return band.finish_ties()
 
-    upper = digit_pass(passes, source, groups, ks, None, ranks)
-    band.ks = upper.asked
-    if sum(upper.count) <= band.room:
-        band.run([max(1, d << 16) for d in upper.digit], [(d + 1) << 16 for d in upper.digit])
-        if not band.overflowed:
-            return band.finish()
+    upper = digit_pass(passes, source, groups, wanted, None, ranks, band.nonfinite)
+    band.wanted = upper.asked
+    overflows = upper.own.sum().view(1) > band.keys.numel()
+    nonfinite, overflowing = ranks.sum(torch.cat([band.nonfinite, overflows.long()])).tolist()
+    if nonfinite:
+        raise_nonfinite(source, ranks)
+    if not overflowing:
+        band.run((upper.digit << 16).clamp(min=1), (upper.digit + 1) << 16)
+        return band.finish()
 
-    lower = digit_pass(passes, source, groups, upper.rank, upper.digit, ranks)
+    lower = digit_pass(passes, source, groups, upper.rank, upper.digit, ranks, band.nonfinite)
     thresholds = joined(upper, lower)
-    band.run(thresholds, [t + 1 for t in thresholds], store=False)
+    band.run(thresholds, thresholds + 1, store=False)
     return band.finish_ties()

@@ -66,6 +66,8 @@ class HostThreads {
         *counter += value;
         return *counter - value;
     }
+
+    void set_bits(int32_t* word, int32_t bits) { *word |= bits; }
 };
 
 template <class Body>
@@ -128,6 +130,36 @@ void emulated_delta_band(const CudaPairs* pairs, const CudaBand* band) {
             band_block<decltype(initial), decltype(tuned)>(*pairs, *band, tile, scratch, threads);
         }
     });
+}
+
+void emulated_sample_keys(const CudaPairs* pairs, const CudaSample* sample) {
+    with_types(*pairs, [&](auto initial, auto tuned) {
+        for (int64_t block = (sample->count - 1) / kRunsPerBlock; block >= 0; --block) {
+            HostThreads<kSampleThreads> threads;
+            sample_block<decltype(initial), decltype(tuned)>(*pairs, *sample, block, threads);
+        }
+    });
+}
+
+void emulated_candidate_histogram(const CudaCandidates* candidates, const CudaCandidateBins* bands) {
+    for (int64_t tile = candidates->n_tiles - 1; tile >= 0; --tile) {
+        HostThreads<kCandidateThreads> threads;
+        candidate_histogram_block(*candidates, *bands, tile, threads);
+    }
+}
+
+void emulated_take_above(const CudaCandidates* candidates, const CudaMarks* marks) {
+    for (int64_t tile = candidates->n_tiles - 1; tile >= 0; --tile) {
+        HostThreads<kCandidateThreads> threads;
+        take_above_block(*candidates, *marks, tile, threads);
+    }
+}
+
+void emulated_take_ties(const CudaCandidates* candidates, const CudaMarks* marks) {
+    for (int64_t tile = candidates->n_tiles - 1; tile >= 0; --tile) {
+        HostThreads<kCandidateThreads> threads;
+        take_ties_block(*candidates, *marks, tile, threads);
+    }
 }
 
 void emulated_masked_adamw_(const CudaTable* table, void* exp_avg, void* exp_avg_sq, void* scales, int stochastic) {

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from ltp_sparse import reference
+
 _C = pytest.importorskip("ltp_sparse._C", reason="the compiled extension is not built")
 
 TILE = 65536
@@ -550,6 +552,39 @@ def test_the_passes_have_the_same_bits_everywhere(rng):
     _C.set_isa(current)
     for result in results:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sampled_keys_are_those_of_the_reference(rng, dtype, isa):
+    """Of both sides and of one, of tensors shorter than a run, beside each other's dtypes."""
+    if isa not in available_isas():
+        pytest.skip(f"this processor has no {isa}")
+    initial, tuned = pairs(rng, (5, 0, 16, 1000), torch.float32, dtype)
+    initial[3] = initial[3].to(dtype)
+    tuned[3][640:650] = torch.inf
+    tensors, runs = torch.tensor([0, 2, 3, 3, 3, 3]), torch.tensor([0, 0, 40, 61, 0, 17])
+    current = _C.isa()
+    for sides in ((initial, tuned), ([], tuned)):
+        wanted = torch.empty(6, reference.RUN, dtype=torch.int32)
+        reference.sample_keys(*sides, tensors, runs, wanted)
+        _C.set_isa(isa)
+        for threads in (1, 3):
+            found = torch.full_like(wanted, 77)
+            _C.sample_keys(
+                *pair_args(*sides, [])[:5], tensors.data_ptr(), runs.data_ptr(), 6, found.data_ptr(), threads
+            )
+            assert torch.equal(found, wanted)
+        _C.set_isa(current)
+    assert (wanted[0, 5:] == 0).all() and (wanted == reference.NONFINITE_KEY - 1).any()
+
+
+@pytest.mark.parametrize(("tensor", "run"), [(2, 0), (-1, 0), (0, 1), (1, 6), (1, -1)])
+def test_samples_beyond_the_tensors_are_refused(rng, tensor, run):
+    _, tuned = pairs(rng, (5, 100))
+    tensors, runs, keys = torch.tensor([tensor]), torch.tensor([run]), torch.empty(16, dtype=torch.int32)
+    with pytest.raises(ValueError, match="sample_keys: (tensor|run) -?[0-9]"):
+        _C.sample_keys(*pair_args([], tuned, [])[:5], tensors.data_ptr(), runs.data_ptr(), 1, keys.data_ptr(), 1)
 
 
 def test_passes_refuse_what_does_not_fit(rng):

@@ -12,10 +12,11 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from cases import DTYPES, bits, random_case, using
+from cases import DELTAS, DTYPES, bits, random_case, using
 from torch import Tensor
 
 from ltp_sparse import backends, reference, topk
+from ltp_sparse.encoding import WORDS_PER_TILE
 from ltp_sparse.ops import adamw_coefficients, masked_pack_, masked_sum_squares
 from ltp_sparse.reference import Coefficient
 from ltp_sparse.rounding import rounding_keys
@@ -156,7 +157,11 @@ BAND = (
     "low", "high", "words", "above", "inside", "take", "keys", "positions", "capacity", "offsets", "cursor",
     "nonfinite",
 )  # fmt: skip
-NUMBERS = dict.fromkeys(("n_pairs", "n_tiles", "capacity"), ctypes.c_int64)
+SAMPLE = ("tensors", "runs", "count", "keys")
+CANDIDATES = ("keys", "positions", "offsets", "inside", "groups", "n_tiles")
+CANDIDATE_BINS = ("low", "high", "shift", "histogram", "bins_of_a_group")
+MARKS = ("cut", "words", "tile_words", "take", "taken", "ties")
+NUMBERS = dict.fromkeys(("n_pairs", "n_tiles", "capacity", "count", "bins_of_a_group"), ctypes.c_int64)
 CODES = dict.fromkeys(("initial_dtype", "tuned_dtype"), ctypes.c_int)
 
 
@@ -170,7 +175,8 @@ def structure(names: tuple[str, ...]) -> type[ctypes.Structure]:
 def passes(library, monkeypatch):
     """The compiled passes of CUDA tensors, on CPU tensors. `passes.launch`: blocks, and bins in shared memory."""
     pytest.importorskip("triton")  # its package has the helpers of all launches
-    pairs, histogram, band = map(structure, (PAIRS, HISTOGRAM, BAND))
+    pairs, histogram, band, sample = map(structure, (PAIRS, HISTOGRAM, BAND, SAMPLE))
+    candidates, bins, marks = map(structure, (CANDIDATES, CANDIDATE_BINS, MARKS))
     module = ModuleType("emulated")
     shape = SimpleNamespace(blocks=3, bins=32_768)
 
@@ -183,7 +189,25 @@ def passes(library, monkeypatch):
         of_pairs, rest = pairs(*args[:5]), band(*args[5:-1])
         library.emulated_delta_band(ctypes.byref(of_pairs), ctypes.byref(rest))
 
-    module.delta_histogram, module.delta_band = delta_histogram, delta_band
+    def sample_keys(*args: int) -> None:
+        library.emulated_sample_keys(ctypes.byref(pairs(*args[:5])), ctypes.byref(sample(*args[5:-1])))
+
+    def candidate_histogram(*args: int) -> None:
+        of_tiles, rest = candidates(*args[:6]), bins(*args[6:-1])
+        library.emulated_candidate_histogram(ctypes.byref(of_tiles), ctypes.byref(rest))
+
+    def take_above(*args: int) -> None:
+        cut, words, tile_words, taken, ties = args[6:-1]
+        rest = marks(cut, words, tile_words, None, taken, ties)
+        library.emulated_take_above(ctypes.byref(candidates(*args[:6])), ctypes.byref(rest))
+
+    def take_ties(*args: int) -> None:
+        library.emulated_take_ties(ctypes.byref(candidates(*args[:6])), ctypes.byref(marks(*args[6:-1], None, None)))
+
+    for launched in (
+        delta_histogram, delta_band, sample_keys, candidate_histogram, take_above, take_ties
+    ):  # fmt: skip
+        setattr(module, launched.__name__, launched)
     monkeypatch.setattr(backends, "_cuda_extension", lambda: module)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     backends._compiled_cuda.cache_clear()
@@ -297,6 +321,84 @@ def test_band_stores_what_it_has_room_for(passes, rng, missing):
     assert all(a is None or a == b for a, b in zip(stored, wanted.candidates(), strict=True))
 
 
+@pytest.mark.parametrize(("before", "after"), KINDS)
+def test_samples_of_the_reference(passes, rng, before, after):
+    """Of tensors of several dtypes in one call, and of some shorter than a run."""
+    initial, tuned = pairs_of(before, after, rng)
+    tuned = [t.bfloat16() if number % 3 == 2 else t for number, t in enumerate(tuned)]
+    tuned[7][40:50] = torch.inf
+    tensors = torch.tensor([0, 1, 3, 4, 4, 5, 6, 7, 7, 9, 9, 9])
+    runs = torch.tensor([0, 0, 1, 0, 1, 4094, 63, 2, 4095, 0, 4096, 8749])
+    wanted, found = (torch.full((12, reference.RUN), 77, dtype=torch.int32) for _ in range(2))
+    reference.sample_keys(initial, tuned, tensors, runs, wanted)
+    passes.sample_keys(initial, tuned, tensors, runs, found)
+    assert torch.equal(found, wanted)
+    assert (found[0, 1:] == 0).all() and (found[7] == reference.NONFINITE_KEY - 1).any()
+
+
+@pytest.fixture
+def candidates(rng):
+    """Those of the reference: (keys, positions, offsets, inside), the group and the first word of every tile."""
+    band = BandOutputs(reference.delta_band, *pairs_of("f32", "f32", rng), *BANDS["all that moved"], None, 1 << 20)
+    layout = Layout(SELECTION_SIZES)
+    of_tile = torch.arange(len(SELECTION_SIZES)).repeat_interleave(torch.tensor(layout.tile_offsets).diff())
+    first_tile, first_word = torch.tensor(layout.tile_offsets)[of_tile], torch.tensor(layout.word_offsets)[of_tile]
+    words = first_word + WORDS_PER_TILE * (torch.arange(layout.tiles) - first_tile)
+    return (band.keys, band.positions, band.offsets, band.inside, torch.tensor(SELECTION_GROUPS)[of_tile]), words
+
+
+def test_bins_of_candidates_of_the_reference(passes, candidates):
+    low = torch.tensor([key_at(1e-3), 1, key_at(2.0**-9)])
+    high = torch.tensor([key_at(1.5e-3), key_at(1e-2), key_at(2.0**-9) + 1])
+    for shift in ([8, 17, 0], [0, 30, 3]):  # with these bins, some candidates lie beyond them
+        wanted, found = (torch.full((3, 1 << 12), 5) for _ in range(2))
+        for histogram, run in ((wanted, reference.candidate_histogram), (found, passes.candidate_histogram)):
+            run(*candidates[0], low, high, torch.tensor(shift), histogram)
+        assert torch.equal(found, wanted) and (found > 5).any(1).all()
+
+
+def test_candidates_are_marked_as_by_the_reference(passes, candidates):
+    of_tiles, tile_words = candidates
+    tiles = len(tile_words)
+    cut = torch.tensor([key_at(1e-3), key_at(2.0**-9), 0x7F800000])
+    results = []
+    for chosen in (reference, passes):
+        words = torch.zeros(Layout(SELECTION_SIZES).words, dtype=torch.int32)
+        taken, ties = torch.full((2, tiles), 77)
+        chosen.take_above(*of_tiles, cut, words, tile_words, taken, ties)
+        marked = [words.clone() for _ in range(3)]
+        for of_take, take in zip(marked, (torch.zeros_like(ties), ties // 3 + 1, ties), strict=True):
+            chosen.take_ties(*of_tiles, cut, of_take, tile_words, take)
+        results.append([words, *marked, taken, ties])
+    for wanted, found in zip(*results, strict=True):
+        assert torch.equal(found, wanted)
+    words, none, some, every, taken, ties = results[0]
+    assert torch.equal(none, words) and (some != words).any() and (every != some).any()
+    assert taken.any() and (ties > 1).any() and 0 in taken.tolist()
+
+
+def test_ties_of_a_tile_are_taken_in_order(passes, candidates):
+    (keys, *of_tiles), tile_words = candidates
+    keys = torch.full_like(keys, 9)
+    cut, take = torch.tensor([9, 9, 9]), torch.tensor(TAKE)
+    wanted, found = (torch.zeros(Layout(SELECTION_SIZES).words, dtype=torch.int32) for _ in range(2))
+    reference.take_ties(keys, *of_tiles, cut, wanted, tile_words, take)
+    passes.take_ties(keys, *of_tiles, cut, found, tile_words, take)
+    assert torch.equal(found, wanted) and found.any()
+
+
+def test_candidates_that_were_not_stored_are_left_alone(passes, candidates):
+    (keys, positions, offsets, inside, groups), tile_words = candidates
+    of_tiles = keys, positions, torch.full_like(offsets, -1), inside, groups
+    cut, words = torch.zeros(3, dtype=torch.int64), torch.zeros(Layout(SELECTION_SIZES).words, dtype=torch.int32)
+    taken, ties = torch.full((2, len(inside)), 77)
+    histogram = torch.zeros(3, 16, dtype=torch.int64)
+    passes.candidate_histogram(*of_tiles, cut, cut + 0x7FFFFFFF, cut + 27, histogram)
+    passes.take_above(*of_tiles, cut, words, tile_words, taken, ties)
+    passes.take_ties(*of_tiles, cut, words, tile_words, inside)
+    assert not any(t.any() for t in (histogram, words, taken, ties))
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_values_that_are_not_finite_are_seen(passes, rng, dtype, value):
@@ -314,6 +416,7 @@ def test_values_that_are_not_finite_are_seen(passes, rng, dtype, value):
 def test_selection_of_the_reference(passes, monkeypatch, route):
     """Every route at a few hundred entries, with tensors of several dtypes and budgets in one call."""
     monkeypatch.setattr(topk, "SAMPLES", 200)
+    monkeypatch.setattr(topk, "_SAMPLE_SHARE", 2)
     monkeypatch.setattr(topk, "_SPARE_CANDIDATES", 40)
     for seed in range(40):
         initial, tuned, ks, groups = random_case(seed)
@@ -322,3 +425,23 @@ def test_selection_of_the_reference(passes, monkeypatch, route):
         )
         for name in ("words", "counts", "thresholds"):
             assert torch.equal(getattr(found, name), getattr(wanted, name)), f"seed {seed}, {name}"
+
+
+@pytest.mark.parametrize("kind", ["normal", "levels"])
+@pytest.mark.parametrize("route", ["sample", "histogram"])
+def test_the_host_reads_once(passes, rng, monkeypatch, route, kind):
+    """Where the route is decided; all else stays on the device."""
+    for name, value in {"SAMPLES": 200, "_SAMPLE_SHARE": 2, "_SPARE_CANDIDATES": 600}.items():
+        monkeypatch.setattr(topk, name, value)
+    tuned = [DELTAS[kind](n, rng) for n in (700, 1, 1300)]
+    reads = []
+    for name in ("tolist", "item", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero"):
+        original = getattr(Tensor, name)
+
+        def counting(self, *args, name=name, original=original):
+            reads.append(name)
+            return original(self, *args)
+
+        monkeypatch.setattr(Tensor, name, counting)
+    topk.select_topk(passes, topk.TensorSource([], tuned), [0, 0, 0], [600], route=route)
+    assert reads == ["tolist"]

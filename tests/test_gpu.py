@@ -4,6 +4,7 @@
 """
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 import ltp_sparse as ls
 from ltp_sparse import MaskedAdamW, Ticket, backends, checkpoints, reference, selection, topk
-from ltp_sparse.encoding import TileTable
+from ltp_sparse.encoding import WORDS_PER_TILE, TileTable
 from ltp_sparse.ops import adamw_coefficients, masked_pack_, masked_sum_squares
 from ltp_sparse.reference import Coefficient
 from ltp_sparse.rounding import rounding_keys
@@ -292,6 +293,59 @@ def test_selection_names_the_tensor_that_is_not_finite(backend, route):
         passes = backends.resolve(DEVICE)
     with pytest.raises(topk.NonFiniteDelta, match="tensor 1 "):
         topk.select_topk(passes, topk.TensorSource([], tuned), [0, 0], [7], route=route)
+
+
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_samples_and_candidates_of_the_reference(backend, rng):
+    with using(backend):
+        passes = backends.resolve(DEVICE)
+    initial, tuned = pairs_of("f32", "bf16", rng)
+    tensors = torch.tensor([0, 1, 4, 5, 6, 7, 9, 9]), torch.tensor([0, 0, 1, 4094, 63, 4095, 0, 8749])
+    wanted, found = torch.empty(8, reference.RUN, dtype=torch.int32), torch.empty(8, reference.RUN, dtype=torch.int32)
+    reference.sample_keys(initial, tuned, *tensors, wanted)
+    found = found.to(DEVICE)
+    passes.sample_keys(moved(initial), moved(tuned), *(t.to(DEVICE) for t in tensors), found)
+    assert torch.equal(found.cpu(), wanted)
+
+    band = BandOutputs(reference.delta_band, initial, tuned, *BANDS["all that moved"], None, 1 << 20)
+    layout = topk.Layout(SELECTION_SIZES)
+    of_tile = torch.arange(len(SELECTION_SIZES)).repeat_interleave(torch.tensor(layout.tile_offsets).diff())
+    first_tile, first_word = torch.tensor(layout.tile_offsets)[of_tile], torch.tensor(layout.word_offsets)[of_tile]
+    tile_words = first_word + WORDS_PER_TILE * (torch.arange(layout.tiles) - first_tile)
+    of_tiles = band.keys, band.positions, band.offsets, band.inside, torch.tensor(SELECTION_GROUPS)[of_tile]
+    low, cut = torch.tensor([1, 2, 900_000_000]), torch.tensor([970_000_000, 980_000_000, 990_000_000])
+    results = []
+    for chosen, device in ((reference, torch.device("cpu")), (passes, DEVICE)):
+        on = [t.to(device) for t in of_tiles]
+        at = [t.to(device) for t in (low, low + 90_000_000, torch.tensor([14, 15, 16]), cut, tile_words)]
+        histogram = torch.zeros(3, 1 << 12, dtype=torch.int64, device=device)
+        words = torch.zeros(layout.words, dtype=torch.int32, device=device)
+        taken, ties = torch.full((2, layout.tiles), 77, device=device)
+        chosen.candidate_histogram(*on, *at[:3], histogram)
+        chosen.take_above(*on, at[3], words, at[4], taken, ties)
+        chosen.take_ties(*on, at[3], words, at[4], ties // 2 + 1)
+        results.append([t.cpu() for t in (histogram, words, taken, ties)])
+    for wanted, found in zip(*results, strict=True):
+        assert torch.equal(found, wanted) and wanted.any()
+
+
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_a_selection_waits_once(backend):
+    """Where the route is decided."""
+    initial = {str(i): t.to(DEVICE) for i, t in enumerate(random_weights({"a": (3000, 2000), "b": (70_001,)}).values())}
+    tuned = {name: t + torch.randn_like(t) * 1e-3 for name, t in initial.items()}
+    source = topk.TensorSource(list(initial.values()), list(tuned.values()))
+    with using(backend):
+        passes = backends.resolve(DEVICE)
+    topk.select_topk(passes, source, [0, 0], [1_000_000], route="sample")  # compiles
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            topk.select_topk(passes, source, [0, 0], [1_000_000], route="sample")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) == 1, [str(wait.message) for wait in waits]
 
 
 @pytest.mark.parametrize("backend", GPU_BACKENDS)

@@ -69,6 +69,7 @@ def tiny_routes(monkeypatch):
     """Makes every route, and the work in pieces, happen at a few hundred entries."""
     for name, value in {
         "SAMPLES": 200,
+        "_SAMPLE_SHARE": 2,
         "SAMPLE_FROM": 1,
         "_SPARE_CANDIDATES": 40,
         "_PIECE": 64,
@@ -133,44 +134,65 @@ def test_ties_zeros_and_any_tensor_split(levels, share, data):
     assert selected(sets)[0] + [cut + i for i in selected(sets)[1]] == flat
 
 
-def counted(passes):
-    """A backend that counts its passes."""
+def counted(passes, weights):
+    """A backend that counts its passes over these tensors; those over samples count as none."""
     calls = Counter()
 
     def counting(name):
         def run(*args):
-            calls[name] += 1
+            calls[name] += name == "sample_keys" or any(t is args[1][0] for t in weights)
             return getattr(passes, name)(*args)
 
         return run
 
-    counted = {name: counting(name) for name in ("delta_histogram", "delta_band")}
+    names = ("delta_histogram", "delta_band", "sample_keys")
     others = {name: getattr(passes, name) for name in ("candidate_histogram", "take_above", "take_ties")}
-    return SimpleNamespace(**counted, **others), calls
+    return SimpleNamespace(**{name: counting(name) for name in names}, **others), calls
 
 
 ROUTE_CASES = {
-    # route asked for, deltas, deviations of the bracket, room for candidates -> passes (histogram, band)
-    "sampled bracket holds": ("sample", "normal", 4.5, 800, (0, 1)),
-    "sampled bracket misses": ("sample", "normal", -3.0, 800, (1, 2)),
-    "sampled bracket overflows": ("sample", "normal", 4.5, 40, (1, 2)),
-    "histogram": ("histogram", "normal", 4.5, 40, (1, 1)),
-    "ties would overflow the histogram's band": ("histogram", "levels", 4.5, 40, (2, 2)),
-    "ties overflow the sampled band": ("sample", "levels", 4.5, 40, (0, 2)),
+    # route asked for, deltas, room for candidates -> passes over the weights (histogram, band)
+    "sampled bracket holds": ("sample", "normal", 800, (0, 1)),
+    "no bracket would fit the room": ("sample", "normal", 40, (1, 1)),
+    "histogram": ("histogram", "normal", 40, (1, 1)),
+    "ties would overflow the histogram's band": ("histogram", "levels", 40, (2, 2)),
+    "ties overflow the sampled band": ("sample", "levels", 450, (0, 2)),
 }
 
 
-@pytest.mark.parametrize(("route", "kind", "deviations", "room", "expected"), ROUTE_CASES.values(), ids=ROUTE_CASES)
+@pytest.mark.parametrize(("route", "kind", "room", "expected"), ROUTE_CASES.values(), ids=ROUTE_CASES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_each_route_is_taken_and_exact(
-    backend, route, kind, deviations, room, expected, tiny_routes, monkeypatch, rng
-):  # fmt: skip
-    monkeypatch.setattr(topk, "DEVIATIONS", deviations)
+def test_each_route_is_taken_and_exact(backend, route, kind, room, expected, tiny_routes, monkeypatch, rng):
     monkeypatch.setattr(topk, "_SPARE_CANDIDATES", room)
     tuned = [DELTAS[kind](n, rng) for n in (700, 1, 1300)]
     with using(backend):
-        passes, calls = counted(backends.resolve(torch.device("cpu")))
+        passes, calls = counted(backends.resolve(torch.device("cpu")), tuned)
     selection = select_topk(passes, TensorSource([], tuned), [0, 0, 0], [600], route=route)
+    assert (calls["delta_histogram"], calls["delta_band"]) == expected
+    assert selected(index_sets(selection, [700, 1, 1300])) == naive([], tuned, [600])
+
+
+MISLEADING = {
+    # what the samples are taken for -> passes over the weights
+    "too large": (lambda keys: keys + (1 << 24), (1, 2)),
+    "too small": (lambda keys: (keys - (1 << 24)).clamp(min=0), (1, 2)),
+    "a crowd that is none": (lambda keys: torch.full_like(keys, 1_000_000_000), (1, 2)),
+    "nothing has moved": (torch.zeros_like, (1, 2)),
+}
+
+
+@pytest.mark.parametrize(("mislead", "expected"), MISLEADING.values(), ids=MISLEADING)
+def test_samples_choose_the_route_only(mislead, expected, tiny_routes, monkeypatch, rng):
+    monkeypatch.setattr(topk, "_SPARE_CANDIDATES", 450)
+    tuned = [DELTAS["normal"](n, rng) for n in (700, 1, 1300)]
+    passes, calls = counted(reference, tuned)
+
+    def misled(initial, tuned, tensors, runs, keys):
+        reference.sample_keys(initial, tuned, tensors, runs, keys)
+        keys.copy_(mislead(keys))
+
+    passes.sample_keys = misled
+    selection = select_topk(passes, TensorSource([], tuned), [0, 0, 0], [600], route="sample")
     assert (calls["delta_histogram"], calls["delta_band"]) == expected
     assert selected(index_sets(selection, [700, 1, 1300])) == naive([], tuned, [600])
 
@@ -180,7 +202,7 @@ def test_a_sample_of_a_small_group_is_not_taken_for_a_crowd(tiny_routes, monkeyp
     monkeypatch.setattr(topk, "_SPARE_CANDIDATES", 800)
     tuned = [DELTAS["normal"](n, rng) for n in (1200, 20, 30)]
     with using("reference"):
-        passes, calls = counted(backends.resolve(torch.device("cpu")))
+        passes, calls = counted(backends.resolve(torch.device("cpu")), tuned)
     selection = select_topk(passes, TensorSource([], tuned), [0, 1, 2], [300, 5, 0], route="sample")
     assert (calls["delta_histogram"], calls["delta_band"]) == (0, 1)
     assert selected(index_sets(selection, [1200, 20, 30])) == naive([], tuned, [300, 5, 0], [0, 1, 2])
@@ -188,10 +210,11 @@ def test_a_sample_of_a_small_group_is_not_taken_for_a_crowd(tiny_routes, monkeyp
 
 def test_auto_samples_large_selections_only(monkeypatch):
     monkeypatch.setattr(topk, "SAMPLE_FROM", 1000)
-    for n, expected in ((999, 1), (1000, 0)):
-        passes, calls = counted(reference)
-        select_topk(passes, TensorSource([], [torch.arange(float(n))]), [0], [n // 5])
-        assert calls["delta_histogram"] == expected
+    for n, expected in ((999, 0), (1000, 1)):
+        tuned = [torch.arange(float(n))]
+        passes, calls = counted(reference, tuned)
+        select_topk(passes, TensorSource([], tuned), [0], [n // 5])
+        assert calls["sample_keys"] == expected
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -20,7 +20,14 @@ SHARDED = range(4000, 4400)
 @pytest.fixture(autouse=True)
 def _small_and_serial(monkeypatch):
     """Every route, and the work in pieces, happens at a few hundred entries."""
-    small = {"SAMPLES": 200, "SAMPLE_FROM": 1, "_SPARE_CANDIDATES": 40, "_PIECE": 64, "_HISTOGRAMS": 1 << 16}
+    small = {
+        "SAMPLES": 200,
+        "_SAMPLE_SHARE": 2,
+        "SAMPLE_FROM": 1,
+        "_SPARE_CANDIDATES": 40,
+        "_PIECE": 64,
+        "_HISTOGRAMS": 1 << 16,
+    }
     for name, value in small.items():
         monkeypatch.setattr(topk, name, value)
     with threads(1):

@@ -30,8 +30,12 @@ def on(table: dict, kernel: str, target: str = "sm_90") -> list[dict[str, str]]:
     return [row for (name, _, where), row in table.items() if (name, where) == (kernel, target)]
 
 
+CANDIDATE_PASSES = ("candidate_histogram", "take_above", "take_ties")
+SMALL_PASSES = ("sample_keys", *CANDIDATE_PASSES)
+
+
 @pytest.mark.parametrize("target", ["sm_90", "sm_80", "gfx942"])
-@pytest.mark.parametrize("kernel", ["masked_adamw_", "masked_sum_squares", "masked_pack_", "delta_band"])
+@pytest.mark.parametrize("kernel", ["masked_adamw_", "masked_sum_squares", "masked_pack_", "delta_band", *SMALL_PASSES])
 def test_compiles_without_spills(table, kernel, target):
     rows = on(table, kernel, target)
     assert rows
@@ -40,12 +44,14 @@ def test_compiles_without_spills(table, kernel, target):
 
 
 def test_registers_leave_room_for_other_programs(table):
-    # of the 65,536 registers of a processor: six programs of 128 threads for the update, and for the band pass the two
-    # programs of 256 threads that its grid counts on
+    # of the 65,536 registers of a processor: six programs of 128 threads for the update, for the band pass the two
+    # programs of 256 threads that its grid counts on, and twelve of 128 for the passes that wait for scattered memory
     for row in on(table, "masked_adamw_") + on(table, "masked_sum_squares") + on(table, "masked_pack_"):
         assert int(row["registers"]) <= 80, row
     for row in on(table, "delta_band"):
         assert int(row["registers"]) <= 128, row
+    for row in [row for kernel in SMALL_PASSES for row in on(table, kernel)]:
+        assert int(row["registers"]) <= 40, row
 
 
 FLOAT32 = ("plain", "anchor", "packed")
@@ -82,20 +88,28 @@ def test_band_pass_of_unaligned_tensors_reads_no_vectors(table):
     assert table["delta_band", "unaligned", "sm_90"]["ldg_128"] == "0"
 
 
-def test_band_pass_keeps_subnormal_deltas(table):
-    for row in on(table, "delta_band"):
+def test_keys_keep_subnormal_deltas(table):
+    for row in on(table, "delta_band") + on(table, "sample_keys"):
         assert row["flushes_subnormals"] == "0", row
+
+
+@pytest.mark.parametrize("kernel", CANDIDATE_PASSES)
+def test_candidate_passes_wait_for_no_atomic(table, kernel):
+    row = table[kernel, "plain", "sm_90"]
+    assert int(row["red"]) > 0
+    assert row["atom"] == "0"
 
 
 def test_loops_stay_short(table):
     # half as much again as counted when they were written; beyond that, look at the code
-    bounds = {"full": 56, "bitmap": 101, "list16": 87, "mark": 28, "active": 480}
+    bounds = {"full": 56, "bitmap": 101, "list16": 87, "mark": 28, "active": 480, "ties": 100}
     for kernel, variant in (
         ("masked_adamw_", "plain"),
         ("masked_adamw_", "packed"),
         ("masked_adamw_", "8bit"),
         ("delta_band", "float32"),
         ("delta_band", "bfloat16"),
+        ("take_ties", "plain"),
     ):
         for loop in table[kernel, variant, "sm_90"]["instructions_per_entry"].split(", "):
             name, count = loop.split()

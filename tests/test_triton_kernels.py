@@ -420,3 +420,262 @@ def test_band_reports_values_that_are_not_finite(rng, value):
     tuned[3][4096] = value
     bounds = [key_at(1.0)] * 2, [0x7F800000] * 2
     assert run_band(initial, tuned, GROUPS, *bounds).nonfinite == 1
+
+
+# --- sample_keys ------------------------------------------------------------------------------------------------------
+
+SAMPLED_SIZES = [0, 1, 15, 16, 17, 1000, 4097]
+LARGEST_FINITE_KEY = 0x7F7FFFFF
+
+
+def run_sample(initial: list[Tensor], tuned: list[Tensor], tensors: Tensor, runs: Tensor) -> Tensor:
+    """The keys, after a check that nothing was written beside them."""
+    buffer = torch.full((len(runs) + 2, 16), -77, dtype=torch.int32, device=DEVICE)
+    kernels.sample_keys(initial, tuned, tensors.to(DEVICE), runs.to(DEVICE), buffer[1:-1])
+    assert (buffer[0] == -77).all() and (buffer[-1] == -77).all()
+    return buffer[1:-1]
+
+
+def check_sample(keys: Tensor, initial: list[Tensor], tuned: list[Tensor], tensors: Tensor, runs: Tensor) -> None:
+    for i, (tensor, run) in enumerate(zip(tensors.tolist(), runs.tolist(), strict=True)):
+        piece = slice(16 * run, 16 * run + 16)
+        expected = torch.zeros(16, dtype=torch.int32, device=DEVICE)
+        found = key_of(initial[tensor][piece] if initial else None, tuned[tensor][piece])
+        expected[: len(found)] = found.clamp(max=LARGEST_FINITE_KEY)
+        assert torch.equal(keys[i], expected), f"run {run} of tensor {tensor}"
+
+
+def sampled(rng: torch.Generator, dtype: torch.dtype, other: torch.dtype) -> list[Tensor]:
+    """Weights of SAMPLED_SIZES, the one of 1000 entries in another dtype and the last at an odd address."""
+    tensors = [(0.02 * torch.randn(n, generator=rng)).to(dtype).to(DEVICE) for n in SAMPLED_SIZES]
+    return [*tensors[:5], tensors[5].to(other), misaligned(tensors[6])]
+
+
+def drawn(rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """150 runs, in more than two programs: neighbours of different tensors, the last whole runs, and some twice."""
+    tensors = torch.arange(150) % len(SAMPLED_SIZES)
+    last = (torch.tensor(SAMPLED_SIZES) // 16).clamp(min=1)[tensors] - 1
+    runs = (torch.rand(150, generator=rng) * (last + 1)).long()
+    runs[-len(SAMPLED_SIZES) :] = last[-len(SAMPLED_SIZES) :]
+    return tensors, runs
+
+
+@pytest.mark.parametrize("before, after", [("f32", "f32"), ("bf16", "bf16"), ("f16", "f16"), ("bf16", "f32")])
+def test_sample_in_every_dtype(rng, before, after):
+    initial, tuned = (sampled(rng, DTYPES[name], DTYPES[name]) for name in (before, after))
+    where = drawn(rng)
+    check_sample(run_sample(initial, tuned, *where), initial, tuned, *where)
+
+
+def test_sample_of_several_dtypes(rng):
+    initial = sampled(rng, torch.float32, torch.bfloat16)
+    tuned = sampled(rng, torch.float32, torch.float16)
+    initial[3] = initial[3].bfloat16()
+    where = drawn(rng)
+    check_sample(run_sample(initial, tuned, *where), initial, tuned, *where)
+
+
+def test_sample_of_scores(rng):
+    tuned = sampled(rng, torch.float32, torch.bfloat16)
+    where = drawn(rng)
+    check_sample(run_sample([], tuned, *where), [], tuned, *where)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_sample_of_extreme_deltas():
+    values = [torch.nan, -torch.nan, torch.inf, -torch.inf, 3e38, -3e38, 1e-45, -1e-40, 0.0, -0.0]
+    tuned = [torch.tensor(values, device=DEVICE)]
+    initial = [torch.zeros(10, device=DEVICE)]
+    initial[0][4:6] = torch.tensor([-3e38, 1e38])
+    first = torch.zeros(1, dtype=torch.int64)
+    keys = run_sample(initial, tuned, first, first)
+    check_sample(keys, initial, tuned, first, first)
+    assert keys[0, :5].tolist() == [LARGEST_FINITE_KEY] * 5
+    assert keys[0, 6:8].tolist() == [1, 71362]
+
+
+# --- candidate_histogram, take_above, take_ties -----------------------------------------------------------------------
+
+# (candidates, group, entries of the tile): none, one, several blocks of candidates, full blocks, a short last tile;
+# the candidates of one tile are not stored
+CANDIDATE_TILES = [
+    (0, 0, TILE),
+    (700, 1, TILE),
+    (1, 0, TILE),
+    (1300, 0, TILE),
+    (600, 1, TILE),
+    (512, 2, TILE),
+    (33, 2, 100),
+]
+NOT_STORED = 4
+LOWEST_KEY = 1_000_000_000
+
+
+@dataclass
+class Candidates:
+    """Candidates as `delta_band` stores them, of few different keys; the tiles lie in any order, with gaps between."""
+
+    keys: Tensor
+    positions: Tensor
+    offsets: Tensor
+    inside: Tensor
+    tile_groups: Tensor
+    words: Tensor
+    tile_words: Tensor
+
+    def args(self) -> tuple[Tensor, ...]:
+        return self.keys, self.positions, self.offsets, self.inside, self.tile_groups
+
+    def tiles(self) -> list[tuple[int, Tensor, Tensor]]:
+        """(group, keys, positions) of the stored candidates of every tile, on the CPU."""
+        rows = zip(self.offsets.tolist(), self.inside.tolist(), self.tile_groups.tolist(), strict=True)
+        spans = [(slice(offset, offset + n if offset >= 0 else offset), group) for offset, n, group in rows]
+        keys, positions = self.keys.cpu().long(), self.positions.cpu().long() & 0xFFFF
+        return [(group, keys[span], positions[span]) for span, group in spans]
+
+
+def candidates(rng: torch.Generator) -> Candidates:
+    counts, groups, lengths = map(list, zip(*CANDIDATE_TILES, strict=True))
+    n_tiles = len(counts)
+    # what lies between the tiles would count as well
+    keys = LOWEST_KEY + torch.randint(0, 6, (sum(counts) + 100,), generator=rng, dtype=torch.int32)
+    positions = torch.randint(-(1 << 15), 1 << 15, keys.shape, generator=rng, dtype=torch.int16)
+    offsets = torch.full((n_tiles,), -1)
+    offset = 3
+    for tile in torch.randperm(n_tiles, generator=rng).tolist():
+        found = torch.randperm(lengths[tile], generator=rng)[: counts[tile]].sort().values
+        if counts[tile] > 100:
+            found[0], found[-1] = 0, lengths[tile] - 1
+        positions[offset : offset + counts[tile]] = found.to(torch.int16)
+        if tile != NOT_STORED:
+            offsets[tile] = offset
+            offset += counts[tile] + 5
+    n_words = torch.tensor([bitmap_words(n) for n in lengths])
+    words = torch.randint(-(1 << 31), 1 << 31, (int(n_words.sum()),), generator=rng, dtype=torch.int32)
+    parts = keys, positions, offsets, torch.tensor(counts), torch.tensor(groups), words, n_words.cumsum(0) - n_words
+    return Candidates(*(part.to(DEVICE) for part in parts))
+
+
+def expected_words(c: Candidates, chosen: list[Tensor]) -> Tensor:
+    """The words with the bits of the chosen candidates of every tile set."""
+    words = c.words.tolist()
+    for first, (_, _, positions), which in zip(c.tile_words.tolist(), c.tiles(), chosen, strict=True):
+        for position in positions[which].tolist():
+            bit = 1 << position % 32
+            words[first + position // 32] |= bit if bit < 1 << 31 else bit - (1 << 32)
+    return torch.tensor(words, dtype=torch.int32, device=DEVICE)
+
+
+def test_histogram_of_candidates(rng):
+    c = candidates(rng)
+    bins = 4
+    # group 0: keys outside; group 1: two keys a bin, some beyond the bins; group 2: the widest bounds that there are
+    low = [LOWEST_KEY + 1, LOWEST_KEY - 4, 0]
+    high = [LOWEST_KEY + 4, LOWEST_KEY + 6, 0x7FFFFFFF]
+    shift = [0, 1, 28]
+    expected = torch.arange(3 * bins).view(3, bins)
+    for group, keys, _ in c.tiles():
+        for bin in range(bins):
+            first, last = (low[group] + (b << shift[group]) for b in (bin, bin + 1))
+            expected[group, bin] += 2 * ((keys >= first) & (keys < min(last, high[group]))).sum()
+    histogram = torch.arange(3 * bins, device=DEVICE).view(3, bins)
+    for _ in range(2):
+        bounds = (torch.tensor(values, device=DEVICE) for values in (low, high, shift))
+        kernels.candidate_histogram(*c.args(), *bounds, histogram)
+    assert torch.equal(histogram.cpu(), expected)
+    assert (histogram[0, :3] > 100).all() and histogram[0, 3] == 3
+    assert (histogram[1:] > 100).any(1).all()
+
+
+# at the largest key, among the keys and below them; at the ends of all keys, and below
+CUTS = [[LOWEST_KEY + 5, LOWEST_KEY + 3, LOWEST_KEY - 1], [0, 0x7FFFFFFF, -1]]
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_candidates_above_the_cut_are_taken(rng, cut):
+    c = candidates(rng)
+    c.keys[::10] = 0
+    tiles = c.tiles()
+    words = expected_words(c, [keys > cut[group] for group, keys, _ in tiles])
+    taken, ties = (torch.full_like(c.inside, -77) for _ in range(2))
+    kernels.take_above(*c.args(), torch.tensor(cut, device=DEVICE), c.words, c.tile_words, taken, ties)
+    assert_same_bits(c.words, words, "words")
+    assert taken.tolist() == [int((keys > cut[group]).sum()) for group, keys, _ in tiles]
+    assert ties.tolist() == [int((keys == cut[group]).sum()) for group, keys, _ in tiles]
+    assert taken[0] == ties[0] == taken[NOT_STORED] == ties[NOT_STORED] == 0
+
+
+# none, some in the first block, up to a later block, more than there are
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.8, 2.0])
+@pytest.mark.parametrize("cut", [[0] * 3, [LOWEST_KEY + i for i in range(3)]], ids=["one key", "several keys"])
+def test_ties_are_taken_in_the_order_of_their_positions(rng, cut, share):
+    c = candidates(rng)
+    if cut[0] == 0:
+        c.keys.zero_()
+    ties = [keys == cut[group] for group, keys, _ in c.tiles()]
+    take = [round(share * int(which.sum())) for which in ties]
+    take[NOT_STORED] = 5
+    words = expected_words(c, [which & (which.cumsum(0) <= n) for which, n in zip(ties, take, strict=True)])
+    changed = not torch.equal(words, c.words)
+    kernels.take_ties(
+        *c.args(), torch.tensor(cut, device=DEVICE), c.words, c.tile_words, torch.tensor(take, device=DEVICE)
+    )
+    assert_same_bits(c.words, words, "words")
+    assert changed == (share > 0)
+
+
+def test_candidate_passes_follow_the_band_pass(rng):
+    """Taking candidates by the cut gives the bitmap of the band pass that has the cut as its bound."""
+    initial, tuned = weights(rng, torch.bfloat16, torch.bfloat16)
+    low, high = [key_at(1e-4)] * 2, [key_at(3e-3)] * 2
+    band = run_band(initial, tuned, GROUPS, low, high)
+    cut = band.keys[band.offsets[[2, 4]]].long()  # keys that there are, of either group
+    tile_groups = torch.tensor([0, 1, 0, 1, 1, 1], device=DEVICE)
+    tile_words = torch.tensor([*band.word_offsets[:5], band.word_offsets[4] + TILE // 32], device=DEVICE)
+    c = Candidates(band.keys, band.positions, band.offsets, band.inside, tile_groups, band.words, tile_words)
+    taken, ties = (torch.full_like(c.inside, -77) for _ in range(2))
+    kernels.take_above(*c.args(), cut, c.words, c.tile_words, taken, ties)
+    kernels.take_ties(*c.args(), cut, c.words, c.tile_words, ties)
+    direct = run_band(initial, tuned, GROUPS, cut.tolist(), cut.tolist())
+    assert_same_bits(c.words, direct.words, "words")
+    assert torch.equal(band.above + taken + ties, direct.above)
+    assert taken.sum() > 100 and ties.sum() > 0
+
+
+def test_passes_over_nothing():
+    keys, positions = (torch.empty(0, dtype=dtype, device=DEVICE) for dtype in (torch.int32, torch.int16))
+    none = torch.empty(0, dtype=torch.int64, device=DEVICE)
+    bounds = torch.ones(1, dtype=torch.int64, device=DEVICE)
+    histogram = torch.full((1, 4), 7, device=DEVICE)
+    kernels.sample_keys([], [], none, none, keys.view(0, 16))
+    kernels.candidate_histogram(keys, positions, none, none, none, bounds, bounds, bounds, histogram)
+    kernels.take_above(keys, positions, none, none, none, bounds, keys, none, none, none)
+    kernels.take_ties(keys, positions, none, none, none, bounds, keys, none, none)
+    assert histogram.tolist() == [[7] * 4]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+def test_launchers_do_not_wait_for_the_device(rng):
+    initial, tuned = weights(rng, torch.float32, torch.bfloat16)
+    c = candidates(rng)
+    groups = torch.arange(3, device=DEVICE)
+    where = [part.to(DEVICE) for part in (torch.zeros(9, dtype=torch.int64), torch.zeros(9, dtype=torch.int64))]
+    keys = torch.empty(9, 16, dtype=torch.int32, device=DEVICE)
+    flags = torch.zeros(2, 1, dtype=torch.int64, device=DEVICE)
+    counts = torch.empty(4, 6, dtype=torch.int64, device=DEVICE)
+    taken, ties = torch.empty_like(c.inside), torch.empty_like(c.inside)
+    word_offsets = [0, *accumulate(map(bitmap_words, SIZES))]
+    words = torch.empty(word_offsets[-1], dtype=torch.int32, device=DEVICE)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        kernels.sample_keys(initial, tuned, *where, keys)
+        kernels.delta_band(
+            initial, tuned, GROUPS, groups, groups, words, word_offsets[:-1], counts[0], counts[1], None,
+            c.keys, c.positions, counts[2], flags[0], flags[1],
+        )  # fmt: skip
+        kernels.candidate_histogram(*c.args(), groups, groups, groups, torch.zeros_like(groups)[:, None])
+        kernels.take_above(*c.args(), groups, c.words, c.tile_words, taken, ties)
+        kernels.take_ties(*c.args(), groups, c.words, c.tile_words, ties)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

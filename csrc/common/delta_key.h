@@ -8,6 +8,7 @@
 namespace ltp {
 
 constexpr int32_t kFirstNonfinite = 0x7F800000;
+constexpr int64_t kRun = 16;  // neighbouring entries that are sampled together
 
 LTP_HD int32_t delta_key(float delta) { return int32_t(bits_of_float(delta) & 0x7FFFFFFF); }
 

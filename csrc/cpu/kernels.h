@@ -71,6 +71,9 @@ struct Kernels {
 
     // Stores key and position of every entry whose bit is set in `selected`, ascending.
     void (*collect)(const DeltaTile& tile, const uint64_t* selected, int32_t* keys, uint16_t* positions);
+
+    // Stores the key of every entry.
+    void (*all_keys)(const DeltaTile& tile, int32_t* keys);
 };
 
 // The kernels in use: the newest instruction set this machine runs, or the one asked for by LTP_SPARSE_ISA or use_isa.

@@ -18,24 +18,46 @@ void require(bool holds, const std::string& message) {
     if (!holds) throw std::invalid_argument(message);
 }
 
+void check(const char* op, const DeltaPairs& pairs, int64_t n_groups) {
+    const std::string name(op);
+    const size_t n = pairs.tuned.size();
+    require((pairs.initial.empty() || pairs.initial.size() == n) &&
+                pairs.initial_dtypes.size() == pairs.initial.size() && pairs.tuned_dtypes.size() == n &&
+                pairs.sizes.size() == n && pairs.groups.size() == n,
+            name + ": the lists must have an item for each of the " + std::to_string(n) + " tensors");
+    for (size_t i = 0; i < n; ++i) {
+        const int codes[2] = {pairs.tuned_dtypes[i], pairs.initial.empty() ? 0 : pairs.initial_dtypes[i]};
+        for (const int code : codes) {
+            require(code >= 0 && code <= 2, name + ": dtype codes are 0, 1 and 2, got " + std::to_string(code));
+        }
+        require(pairs.sizes[i] >= 0, name + ": negative size");
+        require(pairs.groups[i] >= 0 && pairs.groups[i] < n_groups,
+                name + ": group " + std::to_string(pairs.groups[i]) + " of " + std::to_string(n_groups));
+    }
+}
+
+// At most `length` entries of a pair, from `start` on.
+DeltaTile tile_of(const DeltaPairs& pairs, int64_t pair, int64_t start, int64_t length) {
+    const auto address = [&](uintptr_t base, int dtype) {
+        return reinterpret_cast<const void*>(base + uintptr_t(start) * (dtype == 0 ? 4 : 2));
+    };
+    DeltaTile tile = {};
+    tile.tuned_dtype = Dtype(pairs.tuned_dtypes[pair]);
+    tile.tuned = address(pairs.tuned[pair], pairs.tuned_dtypes[pair]);
+    if (!pairs.initial.empty()) {
+        tile.initial_dtype = Dtype(pairs.initial_dtypes[pair]);
+        tile.initial = address(pairs.initial[pair], pairs.initial_dtypes[pair]);
+    }
+    tile.length = std::min(length, pairs.sizes[pair] - start);
+    return tile;
+}
+
 // The tiles of the pairs, checked and queued.
 class PairTiles {
   public:
     PairTiles(const char* op, const DeltaPairs& pairs, int64_t n_groups) : pairs_(pairs) {
-        const std::string name(op);
-        const size_t n = pairs.tuned.size();
-        require((pairs.initial.empty() || pairs.initial.size() == n) &&
-                    pairs.initial_dtypes.size() == pairs.initial.size() && pairs.tuned_dtypes.size() == n &&
-                    pairs.sizes.size() == n && pairs.groups.size() == n,
-                name + ": the lists must have an item for each of the " + std::to_string(n) + " tensors");
-        for (size_t i = 0; i < n; ++i) {
-            const int codes[2] = {pairs.tuned_dtypes[i], pairs.initial.empty() ? 0 : pairs.initial_dtypes[i]};
-            for (const int code : codes) {
-                require(code >= 0 && code <= 2, name + ": dtype codes are 0, 1 and 2, got " + std::to_string(code));
-            }
-            require(pairs.sizes[i] >= 0, name + ": negative size");
-            require(pairs.groups[i] >= 0 && pairs.groups[i] < n_groups,
-                    name + ": group " + std::to_string(pairs.groups[i]) + " of " + std::to_string(n_groups));
+        check(op, pairs, n_groups);
+        for (size_t i = 0; i < pairs.sizes.size(); ++i) {
             for (int64_t start = 0; start < pairs.sizes[i]; start += kTile) {
                 tiles_.push_back({int64_t(i), start});
                 queue_.add(std::min(kTile, pairs.sizes[i] - start));
@@ -50,7 +72,10 @@ class PairTiles {
     template <class Body>
     void for_each(int64_t worker, Body body) {
         for (int64_t begin, end; queue_.take(worker, begin, end);) {
-            for (int64_t t = begin; t < end; ++t) body(t, tiles_[t].pair, tiles_[t].start, tile(tiles_[t]));
+            for (int64_t t = begin; t < end; ++t) {
+                const Place& at = tiles_[t];
+                body(t, at.pair, at.start, tile_of(pairs_, at.pair, at.start, kTile));
+            }
         }
     }
 
@@ -58,21 +83,6 @@ class PairTiles {
     struct Place {
         int64_t pair, start;
     };
-
-    DeltaTile tile(const Place& place) const {
-        const auto address = [&](uintptr_t base, int dtype) {
-            return reinterpret_cast<const void*>(base + uintptr_t(place.start) * (dtype == 0 ? 4 : 2));
-        };
-        DeltaTile tile = {};
-        tile.tuned_dtype = Dtype(pairs_.tuned_dtypes[place.pair]);
-        tile.tuned = address(pairs_.tuned[place.pair], pairs_.tuned_dtypes[place.pair]);
-        if (!pairs_.initial.empty()) {
-            tile.initial_dtype = Dtype(pairs_.initial_dtypes[place.pair]);
-            tile.initial = address(pairs_.initial[place.pair], pairs_.initial_dtypes[place.pair]);
-        }
-        tile.length = std::min(kTile, pairs_.sizes[place.pair] - place.start);
-        return tile;
-    }
 
     const DeltaPairs& pairs_;
     std::vector<Place> tiles_;
@@ -166,6 +176,43 @@ bool delta_histogram(const DeltaPairs& pairs, const std::vector<int64_t>& prefix
     return nonfinite;
 }
 
+void sample_keys(const DeltaPairs& pairs, const int64_t* tensors, const int64_t* runs, int64_t count, int32_t* keys,
+                 int64_t threads) {
+    check("sample_keys", pairs, INT64_MAX);
+    const int64_t n = int64_t(pairs.sizes.size());
+    for (int64_t r = 0; r < count; ++r) {
+        if (tensors[r] < 0 || tensors[r] >= n) {
+            throw std::invalid_argument("sample_keys: tensor " + std::to_string(tensors[r]) + " of " +
+                                        std::to_string(n));
+        }
+        const int64_t size = pairs.sizes[tensors[r]];
+        if (runs[r] < 0 || runs[r] >= std::max<int64_t>(1, size / kRun)) {
+            throw std::invalid_argument("sample_keys: run " + std::to_string(runs[r]) + " of a tensor of " +
+                                        std::to_string(size) + " entries");
+        }
+    }
+    constexpr int64_t kAhead = 16;  // runs: the lines of a run wait for memory, those of the next ones meanwhile
+    const Kernels& kernel = kernels();
+    TileQueue queue;
+    for (int64_t r = 0; r < count; ++r) queue.add(64 * kRun);  // each waits for memory
+    run_parallel(queue.split(threads), [&](int64_t worker) {
+        for (int64_t begin, end; queue.take(worker, begin, end);) {
+            for (int64_t r = begin; r < end; ++r) {
+                if (r + kAhead < count) {
+                    const DeltaTile later = tile_of(pairs, tensors[r + kAhead], kRun * runs[r + kAhead], kRun);
+                    __builtin_prefetch(later.initial);
+                    __builtin_prefetch(later.tuned);
+                }
+                int32_t* const out = keys + r * kRun;
+                const DeltaTile tile = tile_of(pairs, tensors[r], kRun * runs[r], kRun);
+                kernel.all_keys(tile, out);
+                for (int64_t i = 0; i < tile.length; ++i) out[i] = std::min(out[i], kFirstNonfinite - 1);
+                std::fill(out + tile.length, out + kRun, 0);
+            }
+        }
+    });
+}
+
 bool delta_band(const DeltaPairs& pairs, const DeltaBand& band, int64_t threads) {
     const int64_t n_groups = int64_t(band.low.size());
     require(band.high.size() == band.low.size(), "delta_band: low and high must have one item per group");
@@ -199,20 +246,29 @@ bool delta_band(const DeltaPairs& pairs, const DeltaBand& band, int64_t threads)
     return nonfinite;
 }
 
-void candidate_histogram(const Candidates& candidates, int64_t group, int64_t low, int64_t high, int64_t shift,
-                         int64_t* histogram, int64_t bins, int64_t threads) {
-    require(low < high && shift >= 0 && shift < 32 && (high - 1 - low) >> shift < bins,
-            "candidate_histogram: " + std::to_string(bins) + " bins do not reach from " + std::to_string(low) + " to " +
-                std::to_string(high));
-    std::vector<std::vector<int64_t>> counts(threads, std::vector<int64_t>(bins));
+void candidate_histogram(const Candidates& candidates, const CandidateBins& bands, int64_t* histogram,
+                         int64_t threads) {
+    const int64_t n_groups = int64_t(bands.low.size());
+    require(bands.high.size() == bands.low.size() && bands.shift.size() == bands.low.size(),
+            "candidate_histogram: low, high and shift must have one item per group");
+    for (const int64_t shift : bands.shift) {
+        require(shift >= 0 && shift < 32,
+                "candidate_histogram: shift must be in [0, 32), got " + std::to_string(shift));
+    }
+    std::vector<std::vector<int64_t>> counts(threads);
     for_each_tile(candidates, threads, [&](int64_t worker, int64_t t, const int32_t* keys, const uint16_t*) {
-        if (candidates.groups[t] != group) return;
+        std::vector<int64_t>& own = counts[worker];
+        if (own.empty()) own.resize(n_groups * bands.bins);
+        const int64_t group = candidates.groups[t];
+        const int64_t low = bands.low[group], high = bands.high[group], shift = bands.shift[group];
         for (int64_t i = 0; i < candidates.inside[t]; ++i) {
-            if (keys[i] >= low && keys[i] < high) ++counts[worker][(keys[i] - low) >> shift];
+            if (keys[i] < low || keys[i] >= high) continue;
+            const int64_t bin = (keys[i] - low) >> shift;
+            if (bin < bands.bins) ++own[group * bands.bins + bin];
         }
     });
     for (const auto& own : counts) {
-        for (int64_t bin = 0; bin < bins; ++bin) histogram[bin] += own[bin];
+        for (size_t bin = 0; bin < own.size(); ++bin) histogram[bin] += own[bin];
     }
 }
 

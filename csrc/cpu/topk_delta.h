@@ -23,6 +23,11 @@ struct DeltaPairs {
 bool delta_histogram(const DeltaPairs& pairs, const std::vector<int64_t>& prefixes, int64_t* histogram,
                      int64_t n_groups, int64_t threads);
 
+// Writes the keys of `count` runs of kRun entries to keys [count, kRun]: of those that begin at entry kRun * runs[r] of
+// pair tensors[r], 0 <= runs[r] < max(1, size / kRun). At most the largest finite key; 0 beyond the end of a pair.
+void sample_keys(const DeltaPairs& pairs, const int64_t* tensors, const int64_t* runs, int64_t count, int32_t* keys,
+                 int64_t threads);
+
 struct DeltaBand {
     std::vector<int64_t> low, high;     // per group, 1 <= low <= high
     int32_t* words;                     // out: bit set where key >= high, and for the entries of `take`
@@ -50,9 +55,14 @@ struct Candidates {
     int64_t tiles;
 };
 
-// Adds to histogram, int64 [bins], the candidates low <= key < high of a group, by (key - low) >> shift.
-void candidate_histogram(const Candidates& candidates, int64_t group, int64_t low, int64_t high, int64_t shift,
-                         int64_t* histogram, int64_t bins, int64_t threads);
+// A band of keys of each group, low <= key < high, and the bins that its candidates fall into: (key - low) >> shift.
+struct CandidateBins {
+    std::vector<int64_t> low, high, shift;
+    int64_t bins;  // of a group; what is beyond them is left out
+};
+
+// Adds to histogram, int64 [groups, bins of a group].
+void candidate_histogram(const Candidates& candidates, const CandidateBins& bands, int64_t* histogram, int64_t threads);
 
 // Sets in words, at words + tile_words[t] for tile t, the bits of the candidates whose key is above cut[group]. Writes
 // for every tile how many these are, and how many have that key.

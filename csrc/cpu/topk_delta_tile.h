@@ -42,10 +42,22 @@ KeyFunction key_function(const DeltaTile& tile) {
     return pair_keys<float, Tuned>;
 }
 
+KeyFunction key_function(const DeltaTile& tile) {
+    switch (tile.tuned_dtype) {
+        case Dtype::kBFloat16:
+            return key_function<BFloat16>(tile);
+        case Dtype::kFloat16:
+            return key_function<Float16>(tile);
+        case Dtype::kFloat32:
+            break;
+    }
+    return key_function<float>(tile);
+}
+
 // Computes the keys of a tile, block by block.
 class TileKeys {
   public:
-    explicit TileKeys(const DeltaTile& tile) : tile_(tile), function_(choose(tile)) {}
+    explicit TileKeys(const DeltaTile& tile) : tile_(tile), function_(key_function(tile)) {}
 
     // The keys of entries begin .. min(begin + count, length) - 1, count <= kBlock; the rest of the last group of 64
     // is filled with zero keys.
@@ -60,18 +72,6 @@ class TileKeys {
     }
 
   private:
-    static KeyFunction choose(const DeltaTile& tile) {
-        switch (tile.tuned_dtype) {
-            case Dtype::kBFloat16:
-                return key_function<BFloat16>(tile);
-            case Dtype::kFloat16:
-                return key_function<Float16>(tile);
-            case Dtype::kFloat32:
-                break;
-        }
-        return key_function<float>(tile);
-    }
-
     const DeltaTile& tile_;
     KeyFunction function_;
     alignas(64) int32_t keys_[kBlock];
@@ -148,6 +148,10 @@ void collect(const DeltaTile& tile, const uint64_t* selected, int32_t* keys, uin
             *positions++ = uint16_t(first + __builtin_ctzll(bits));
         }
     }
+}
+
+void all_keys(const DeltaTile& tile, int32_t* keys) {
+    key_function(tile)(tile.initial, tile.tuned, 0, tile.length, keys);
 }
 
 }  // namespace

@@ -28,6 +28,30 @@ __global__ void __launch_bounds__(kBandThreads, 4) band_kernel(CudaPairs pairs, 
     band_block<Initial, Tuned>(pairs, band, blockIdx.x, collected, threads);
 }
 
+template <class Initial, class Tuned>
+__global__ void __launch_bounds__(kSampleThreads) sample_kernel(CudaPairs pairs, CudaSample sample) {
+    DeviceThreads<kSampleThreads> threads(nullptr);
+    sample_block<Initial, Tuned>(pairs, sample, blockIdx.x, threads);
+}
+
+__global__ void __launch_bounds__(kCandidateThreads)
+    candidate_histogram_kernel(CudaCandidates candidates, CudaCandidateBins bands) {
+    DeviceThreads<kCandidateThreads> threads(nullptr);
+    candidate_histogram_block(candidates, bands, blockIdx.x, threads);
+}
+
+__global__ void __launch_bounds__(kCandidateThreads) take_above_kernel(CudaCandidates candidates, CudaMarks marks) {
+    __shared__ double scratch[kCandidateThreads / 32];
+    DeviceThreads<kCandidateThreads> threads(scratch);
+    take_above_block(candidates, marks, blockIdx.x, threads);
+}
+
+__global__ void __launch_bounds__(kCandidateThreads) take_ties_kernel(CudaCandidates candidates, CudaMarks marks) {
+    __shared__ double scratch[kCandidateThreads / 32];
+    DeviceThreads<kCandidateThreads> threads(scratch);
+    take_ties_block(candidates, marks, blockIdx.x, threads);
+}
+
 // Calls launch(initial, tuned) with values of the storage types.
 template <class Launch>
 void with_types(const CudaPairs& pairs, Launch launch) {
@@ -57,6 +81,13 @@ void check(cudaError_t status, const char* op) {
     if (status != cudaSuccess) {
         throw std::runtime_error(std::string(op) + ": CUDA error, " + cudaGetErrorString(status));
     }
+}
+
+unsigned grid_of(int64_t blocks, const char* op) {
+    if (blocks > 0x7FFFFFFF) {
+        throw std::invalid_argument(std::string(op) + ": " + std::to_string(blocks) + " thread blocks are too many");
+    }
+    return unsigned(blocks);
 }
 
 int attribute_of_device(cudaDeviceAttr attribute, const char* op) {
@@ -93,13 +124,46 @@ void cuda_delta_histogram(const CudaPairs& pairs, const CudaHistogram& histogram
 void cuda_delta_band(const CudaPairs& pairs, const CudaBand& band, void* stream) {
     const char* const op = "delta_band";
     if (pairs.n_tiles == 0) return;
-    if (pairs.n_tiles > 0x7FFFFFFF) {
-        throw std::invalid_argument("delta_band: " + std::to_string(pairs.n_tiles) + " tiles are too many");
-    }
+    const unsigned grid = grid_of(pairs.n_tiles, op);
     with_types(pairs, [&](auto initial, auto tuned) {
         band_kernel<decltype(initial), decltype(tuned)>
-            <<<unsigned(pairs.n_tiles), kBandThreads, 0, static_cast<cudaStream_t>(stream)>>>(pairs, band);
+            <<<grid, kBandThreads, 0, static_cast<cudaStream_t>(stream)>>>(pairs, band);
     });
+    check(cudaGetLastError(), op);
+}
+
+void cuda_sample_keys(const CudaPairs& pairs, const CudaSample& sample, void* stream) {
+    const char* const op = "sample_keys";
+    if (sample.count == 0) return;
+    const unsigned grid = grid_of((sample.count + kRunsPerBlock - 1) / kRunsPerBlock, op);
+    with_types(pairs, [&](auto initial, auto tuned) {
+        sample_kernel<decltype(initial), decltype(tuned)>
+            <<<grid, kSampleThreads, 0, static_cast<cudaStream_t>(stream)>>>(pairs, sample);
+    });
+    check(cudaGetLastError(), op);
+}
+
+void cuda_candidate_histogram(const CudaCandidates& candidates, const CudaCandidateBins& bands, void* stream) {
+    const char* const op = "candidate_histogram";
+    if (candidates.n_tiles == 0) return;
+    const unsigned grid = grid_of(candidates.n_tiles, op);
+    candidate_histogram_kernel<<<grid, kCandidateThreads, 0, static_cast<cudaStream_t>(stream)>>>(candidates, bands);
+    check(cudaGetLastError(), op);
+}
+
+void cuda_take_above(const CudaCandidates& candidates, const CudaMarks& marks, void* stream) {
+    const char* const op = "take_above";
+    if (candidates.n_tiles == 0) return;
+    const unsigned grid = grid_of(candidates.n_tiles, op);
+    take_above_kernel<<<grid, kCandidateThreads, 0, static_cast<cudaStream_t>(stream)>>>(candidates, marks);
+    check(cudaGetLastError(), op);
+}
+
+void cuda_take_ties(const CudaCandidates& candidates, const CudaMarks& marks, void* stream) {
+    const char* const op = "take_ties";
+    if (candidates.n_tiles == 0) return;
+    const unsigned grid = grid_of(candidates.n_tiles, op);
+    take_ties_kernel<<<grid, kCandidateThreads, 0, static_cast<cudaStream_t>(stream)>>>(candidates, marks);
     check(cudaGetLastError(), op);
 }
 

@@ -1,4 +1,4 @@
-// The two passes of topk_delta on a GPU, as in csrc/cpu/topk_delta.h: launches over the tiles of all pairs, on the
+// The passes of topk_delta on a GPU, as in csrc/cpu/topk_delta.h: launches over the tiles of all pairs, on the
 // caller's stream.
 #pragma once
 
@@ -37,6 +37,15 @@ struct CudaHistogram {
 // Neither allocates nor waits. stream: a cudaStream_t. Throws std::runtime_error if the launch fails.
 void cuda_delta_histogram(const CudaPairs& pairs, const CudaHistogram& histogram, void* stream);
 
+struct CudaSample {
+    const int64_t *tensors, *runs;  // [count], 0 <= runs[r] < max(1, entries / kRun) of its tensor
+    int64_t count;
+    int32_t* keys;  // out [count, kRun]: at most the largest finite key, 0 beyond the end of a tensor
+};
+
+// The keys of runs of kRun neighbouring entries. As above.
+void cuda_sample_keys(const CudaPairs& pairs, const CudaSample& sample, void* stream);
+
 struct CudaBand {
     const int64_t *low, *high;  // [n_groups], 1 <= low <= high
     int32_t* words;             // out: bit set where key >= high, and for the entries of `take`
@@ -53,5 +62,35 @@ struct CudaBand {
 
 // As above.
 void cuda_delta_band(const CudaPairs& pairs, const CudaBand& band, void* stream);
+
+// What the band pass has stored. Tiles whose candidates did not fit have none here.
+struct CudaCandidates {
+    const int32_t* keys;
+    const uint16_t* positions;
+    const int64_t* offsets;  // [n_tiles]
+    const int64_t* inside;   // [n_tiles]
+    const int64_t* groups;   // [n_tiles] budget group
+    int64_t n_tiles;
+};
+
+struct CudaCandidateBins {
+    const int64_t *low, *high, *shift;  // [n_groups]: counted are low <= key < high, by (key - low) >> shift
+    int64_t* histogram;                 // [n_groups, bins], added to
+    int64_t bins;
+};
+
+struct CudaMarks {
+    const int64_t* cut;         // [n_groups]
+    int32_t* words;             // bitmaps as the band pass writes them
+    const int64_t* tile_words;  // [n_tiles], the first word of each tile
+    const int64_t* take;        // [n_tiles]; take_ties alone
+    int64_t *taken, *ties;      // out [n_tiles]: candidates above the cut, and at it; take_above alone
+};
+
+// Adds the candidates of a band to the bins; sets the bits of those above the cut, or of the first take[t] at it of
+// each tile. As above.
+void cuda_candidate_histogram(const CudaCandidates& candidates, const CudaCandidateBins& bands, void* stream);
+void cuda_take_above(const CudaCandidates& candidates, const CudaMarks& marks, void* stream);
+void cuda_take_ties(const CudaCandidates& candidates, const CudaMarks& marks, void* stream);
 
 }  // namespace ltp

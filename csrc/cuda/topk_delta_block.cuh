@@ -1,4 +1,4 @@
-// What one thread block does of delta_histogram and delta_band; see active_entries.cuh for `Threads`.
+// What one thread block does of the passes of topk_delta; see active_entries.cuh for `Threads`.
 #pragma once
 
 #include <type_traits>
@@ -19,6 +19,9 @@ namespace ltp {
 
 constexpr int kHistogramThreads = 1024;
 constexpr int kBandThreads = 256;
+constexpr int kSampleThreads = 256;
+constexpr int kRunsPerBlock = kSampleThreads / int(kRun);
+constexpr int kCandidateThreads = 128;
 constexpr int kWordsPerTile = int(kTile / 32);
 constexpr int kShare = 32;  // entries of a thread between two exchanges with its warp: one word
 constexpr int kWarpShare = 32 * kShare;
@@ -334,6 +337,93 @@ LTP_HD void band_block(const CudaPairs& pairs, const CudaBand& band, int64_t num
             }
         });
         threads.sync();
+    }
+}
+
+// The keys of kRunsPerBlock runs, a thread an entry.
+template <class Initial, class Tuned, class Threads>
+LTP_HD void sample_block(const CudaPairs& pairs, const CudaSample& sample, int64_t block, Threads& threads) {
+    threads.each([&](int thread) {
+        const int64_t at = block * kSampleThreads + thread, run = at / kRun;
+        if (run >= sample.count) return;
+        const DeltaPair pair = pairs.rows[sample.tensors[run]];
+        if (!is_served(pairs, pair)) return;
+        const int64_t entry = sample.runs[run] * kRun + at % kRun;
+        int32_t key = 0;
+        if (entry < pair.size) {
+            key = PairTile<Initial, Tuned>(pair, pair.tile + entry / kTile).key(int(entry % kTile));
+        }
+        sample.keys[at] = key < kFirstNonfinite ? key : kFirstNonfinite - 1;
+    });
+}
+
+// Calls visit(thread, key, position) for the candidates of a tile, one thread each, if they are stored.
+template <class Threads, class Visit>
+LTP_HD void for_each_candidate(const CudaCandidates& candidates, int64_t tile, Threads& threads, Visit visit) {
+    const int64_t offset = candidates.offsets[tile], count = offset < 0 ? 0 : candidates.inside[tile];
+    threads.each([&](int thread) {
+        for (int64_t i = thread; i < count; i += kCandidateThreads) {
+            visit(thread, candidates.keys[offset + i], candidates.positions[offset + i]);
+        }
+    });
+}
+
+template <class Threads>
+LTP_HD void set_bit(int32_t* words, uint16_t position, Threads& threads) {
+    threads.set_bits(words + position / 32, int32_t(1u << position % 32));
+}
+
+template <class Threads>
+LTP_HD void candidate_histogram_block(const CudaCandidates& candidates, const CudaCandidateBins& bands, int64_t tile,
+                                      Threads& threads) {
+    const int64_t group = candidates.groups[tile];
+    const int64_t low = bands.low[group], high = bands.high[group], shift = bands.shift[group];
+    for_each_candidate(candidates, tile, threads, [&](int, int32_t key, uint16_t) {
+        if (key < low || key >= high) return;
+        const int64_t bin = (key - low) >> shift;
+        if (bin < bands.bins) threads.add(bands.histogram + group * bands.bins + bin, 1);
+    });
+}
+
+template <class Threads>
+LTP_HD void take_above_block(const CudaCandidates& candidates, const CudaMarks& marks, int64_t tile, Threads& threads) {
+    const int64_t cut = marks.cut[candidates.groups[tile]];
+    int32_t* const words = marks.words + marks.tile_words[tile];
+    typename Threads::template PerThread<int> above, equal;
+    threads.each([&](int thread) { above[thread] = equal[thread] = 0; });
+    for_each_candidate(candidates, tile, threads, [&](int thread, int32_t key, uint16_t position) {
+        equal[thread] += key == cut;
+        if (key <= cut) return;
+        ++above[thread];
+        set_bit(words, position, threads);
+    });
+    const int n_above = threads.scan(above), n_equal = threads.scan(equal);
+    threads.each([&](int thread) {
+        if (thread != 0) return;
+        marks.taken[tile] = n_above;
+        marks.ties[tile] = n_equal;
+    });
+}
+
+template <class Threads>
+LTP_HD void take_ties_block(const CudaCandidates& candidates, const CudaMarks& marks, int64_t tile, Threads& threads) {
+    const int64_t offset = candidates.offsets[tile], count = offset < 0 ? 0 : candidates.inside[tile];
+    const int64_t cut = marks.cut[candidates.groups[tile]], take = marks.take[tile];
+    int32_t* const words = marks.words + marks.tile_words[tile];
+    int64_t before = 0;  // ties in earlier steps
+    for (int64_t first = 0; first < count && before < take; first += kCandidateThreads) {
+        typename Threads::template PerThread<int> rank;
+        threads.each([&](int thread) {
+            const int64_t i = first + thread;
+            rank[thread] = i < count && candidates.keys[offset + i] == cut;
+        });
+        auto is_tie = rank;
+        const int found = threads.scan(rank);
+        threads.each([&](int thread) {
+            if (!is_tie[thread] || before + rank[thread] >= take) return;
+            set_bit(words, candidates.positions[offset + first + thread], threads);
+        });
+        before += found;
     }
 }
 

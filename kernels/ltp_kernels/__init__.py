@@ -1,9 +1,18 @@
-"""Triton kernels of `masked_adamw_` and of the band pass of `topk_delta`, with the signatures of the reference.
+"""Triton kernels of `masked_adamw_` and of the passes of `topk_delta`, with the signatures of the reference.
 
 They import nothing else of this library. CPU tensors are served by Triton's interpreter (TRITON_INTERPRET=1).
 """
 
 from .masked_adamw import masked_adamw_, masked_pack_, masked_sum_squares
-from .topk_delta import delta_band
+from .topk_delta import candidate_histogram, delta_band, sample_keys, take_above, take_ties
 
-__all__ = ["delta_band", "masked_adamw_", "masked_pack_", "masked_sum_squares"]
+__all__ = [
+    "candidate_histogram",
+    "delta_band",
+    "masked_adamw_",
+    "masked_pack_",
+    "masked_sum_squares",
+    "sample_keys",
+    "take_above",
+    "take_ties",
+]

@@ -1,16 +1,21 @@
-"""`delta_band`, the pass of `topk_delta` that marks, counts and collects; `kernels/README.md` explains the design.
+"""The passes of `topk_delta`; `kernels/README.md` explains the design.
 
     key = bits(|float32(tuned) - float32(initial)|)
-    key >= high:        bit set in the bitmap, counted as above
-    low <= key < high:  counted as inside, stored among the candidates of its tile
 
-There is no histogram pass: Triton has no shared-memory atomics.
+* `sample_keys`: the keys of some runs of neighbouring entries
+* `delta_band`: marks, counts and collects
+      key >= high:        bit set in the bitmap, counted as above
+      low <= key < high:  counted as inside, stored among the candidates of its tile
+* `candidate_histogram`, `take_above`, `take_ties`: work off the candidates
+
+No launcher waits for the device. There is no histogram of all keys: Triton has no shared-memory atomics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 import triton
@@ -37,10 +42,26 @@ _GROUP = tl.constexpr(4)
 _TILE = tl.constexpr(5)  # its place in above, inside, take and offsets
 _COLUMNS = tl.constexpr(6)
 
+# columns of the rows of `sample_keys`, one a tensor, after the two addresses
+_ENTRIES = tl.constexpr(2)
+_KIND = tl.constexpr(3)  # which of the combinations of dtypes it has
+_SAMPLE_COLUMNS = tl.constexpr(4)
+
 _WORDS = tl.constexpr(TILE // 32)
-_CANDIDATES = tl.constexpr(512)  # candidates collected at a time
+_CANDIDATES = tl.constexpr(512)  # candidates collected or worked off at a time
+_CANDIDATE_WARPS = 4
+_RUN = tl.constexpr(16)  # neighbouring entries that are sampled together
+_RUNS = tl.constexpr(64)  # runs of a program
+_SAMPLE_WARPS = 4
 _NONFINITE_KEY = tl.constexpr(0x7F800000)
 _LARGEST_KEY = tl.constexpr(0x7FFFFFFF)
+
+# Arguments that may be slices: vectors gain nothing, and a kernel for each alignment would be compiled.
+_READ_SINGLY = [
+    *("tensor_ptr", "run_ptr", "cursor_ptr", "nonfinite_ptr"),
+    *("low_ptr", "high_ptr", "shift_ptr", "cut_ptr"),  # one a group
+    *("above_ptr", "inside_ptr", "offset_ptr", "group_ptr", "tile_word_ptr", "take_ptr", "taken_ptr", "ties_ptr"),
+]
 
 
 @triton.jit
@@ -59,6 +80,54 @@ def _keys(initial_ptr, tuned_ptr, entry, mask, HAS_INITIAL: tl.constexpr):
     if HAS_INITIAL:
         delta -= tl.load(initial_ptr + entry, mask, other).to(tl.float32)
     return delta.to(tl.int32, bitcast=True) & _LARGEST_KEY
+
+
+@triton.jit(do_not_specialize=["kind", "n_runs"], do_not_specialize_on_alignment=_READ_SINGLY)
+def _sample_keys_kernel(
+    row_ptr, kind, tensor_ptr, run_ptr, n_runs, key_ptr, INITIAL: tl.constexpr, TUNED: tl.constexpr,
+):  # fmt: skip
+    """Writes the runs of the tensors of one kind. INITIAL, TUNED: their dtypes; None stands for zeros."""
+    HAS_INITIAL: tl.constexpr = INITIAL is not None
+    number = tl.program_id(0).to(tl.int64) * _RUNS + tl.arange(0, _RUNS)
+    exists = number < n_runs
+    row = row_ptr + tl.load(tensor_ptr + number, exists, 0) * _SAMPLE_COLUMNS
+    mine = (exists & (tl.load(row + _KIND) == kind))[:, None]
+    entry = tl.load(run_ptr + number, exists, 0)[:, None] * _RUN + tl.arange(0, _RUN)[None, :]
+    in_tensor = mine & (entry < tl.load(row + _ENTRIES)[:, None])
+    tuned_ptr = _pointer(tl.load(row + _TUNED), TUNED, False)[:, None]
+    initial_ptr = _pointer(tl.load(row + _INITIAL), INITIAL, False)[:, None] if HAS_INITIAL else tuned_ptr
+    key = _keys(initial_ptr, tuned_ptr, entry, in_tensor, HAS_INITIAL)
+    slot = number[:, None] * _RUN + tl.arange(0, _RUN)[None, :]
+    tl.store(key_ptr + slot, tl.minimum(key, _NONFINITE_KEY - 1), mine)
+
+
+def sample_keys(
+    initial: Sequence[Tensor], tuned: Sequence[Tensor], tensors: Tensor, runs: Tensor, keys: Tensor
+) -> None:
+    """One launch for each combination of dtypes: almost always one in all."""
+    if not len(runs):
+        return
+    kinds: dict[tuple[torch.dtype | None, torch.dtype], int] = {}
+    rows = []
+    for i, t in enumerate(tuned):
+        kind = kinds.setdefault((initial[i].dtype if initial else None, t.dtype), len(kinds))
+        rows.append([address(initial[i]) if initial else 0, address(t), t.numel(), kind])
+    table = torch.tensor(rows).to(keys.device, non_blocking=True)
+
+    for (initial_dtype, tuned_dtype), kind in kinds.items():
+        with on_device_of(keys):
+            _sample_keys_kernel[(triton.cdiv(len(runs), _RUNS.value),)](
+                table,
+                kind,
+                tensors,
+                runs,
+                len(runs),
+                keys,
+                INITIAL=_DTYPES.get(initial_dtype),
+                TUNED=_DTYPES[tuned_dtype],
+                num_warps=_SAMPLE_WARPS,
+                enable_fp_fusion=False,
+            )
 
 
 @triton.jit
@@ -108,7 +177,7 @@ def _collect(
 
 @triton.jit(
     do_not_specialize=["n_tiles", "capacity"],
-    do_not_specialize_on_alignment=["above_ptr", "inside_ptr", "take_ptr", "offset_ptr"],  # slices, read one by one
+    do_not_specialize_on_alignment=_READ_SINGLY,
 )
 def _delta_band_kernel(
     row_ptr, n_tiles, low_ptr, high_ptr, words_ptr, above_ptr, inside_ptr, take_ptr, key_ptr, position_ptr, capacity,
@@ -211,7 +280,7 @@ def delta_band(
         kinds.setdefault(kind, []).append([*addresses, word_offsets[i], t.numel(), groups[i], first_tiles[i]])
 
     for (initial_dtype, tuned_dtype, aligned), tensors in kinds.items():
-        rows = _tile_rows(tensors, initial_dtype, tuned_dtype).to(words.device)
+        rows = _tile_rows(tensors, initial_dtype, tuned_dtype).to(words.device, non_blocking=True)
         if not len(rows):
             continue
         programs = min(len(rows), _resident_programs(words.device))
@@ -264,3 +333,148 @@ def _resident_programs(device: torch.device) -> int:
     if device.type == "cpu":
         return 2  # the interpreter runs them one after the other
     return torch.cuda.get_device_properties(device).multi_processor_count * _PROGRAMS_PER_PROCESSOR
+
+
+@triton.jit
+def _stored(offset_ptr, inside_ptr, tile):
+    """(place of the tile's first candidate, their number: 0 where they are not stored)."""
+    offset = tl.load(offset_ptr + tile)
+    return offset, tl.where(offset < 0, 0, tl.load(inside_ptr + tile)).to(tl.int32)
+
+
+@triton.jit
+def _set_bits(tile_words_ptr, position_ptr, place, mask):
+    """Sets the bits of the candidates at `place`; by atomics, as several may share a word."""
+    position = tl.load(position_ptr + place, mask, 0).to(tl.uint16, bitcast=True).to(tl.int32)
+    bit = tl.full([], 1, tl.uint32) << (position & 31).to(tl.uint32)
+    tl.atomic_or(tile_words_ptr + position // 32, bit.to(tl.int32, bitcast=True), mask, sem="relaxed")
+
+
+def _launch_per_tile(kernel: Any, offsets: Tensor, *arguments: Tensor | int) -> None:
+    if len(offsets):
+        with on_device_of(offsets):
+            kernel[(len(offsets),)](*arguments, num_warps=_CANDIDATE_WARPS, enable_fp_fusion=False)
+
+
+@triton.jit(do_not_specialize=["bins"], do_not_specialize_on_alignment=_READ_SINGLY)
+def _candidate_histogram_kernel(
+    key_ptr, offset_ptr, inside_ptr, group_ptr, low_ptr, high_ptr, shift_ptr, histogram_ptr, bins
+):
+    """A program per tile, as in the next two."""
+    tile = tl.program_id(0)
+    offset, n = _stored(offset_ptr, inside_ptr, tile)
+    group = tl.load(group_ptr + tile)
+    low = tl.load(low_ptr + group)
+    high = tl.load(high_ptr + group)
+    shift = tl.load(shift_ptr + group)
+    first = 0
+    while first < n:
+        place = first + tl.arange(0, _CANDIDATES)
+        key = tl.load(key_ptr + offset + place, place < n, 0)
+        bin = (key - low) >> shift
+        counted = (place < n) & (key >= low) & (key < high) & (bin < bins)
+        tl.atomic_add(histogram_ptr + group * bins + bin, tl.full([], 1, tl.int64), counted, sem="relaxed")
+        first += _CANDIDATES
+
+
+def candidate_histogram(
+    keys: Tensor,
+    positions: Tensor,
+    offsets: Tensor,
+    inside: Tensor,
+    tile_groups: Tensor,
+    low: Tensor,
+    high: Tensor,
+    shift: Tensor,
+    histogram: Tensor,
+) -> None:
+    _launch_per_tile(
+        _candidate_histogram_kernel,
+        offsets,
+        keys,
+        offsets,
+        inside,
+        tile_groups,
+        low,
+        high,
+        shift,
+        histogram,
+        histogram.shape[1],
+    )
+
+
+@triton.jit(do_not_specialize_on_alignment=_READ_SINGLY)
+def _take_above_kernel(
+    key_ptr, position_ptr, offset_ptr, inside_ptr, group_ptr, cut_ptr, words_ptr, tile_word_ptr, taken_ptr, ties_ptr
+):
+    tile = tl.program_id(0)
+    offset, n = _stored(offset_ptr, inside_ptr, tile)
+    cut = tl.load(cut_ptr + tl.load(group_ptr + tile))
+    tile_words_ptr = words_ptr + tl.load(tile_word_ptr + tile)
+    taken = tl.zeros([_CANDIDATES], tl.int32)
+    ties = tl.zeros([_CANDIDATES], tl.int32)
+    first = 0
+    while first < n:
+        place = first + tl.arange(0, _CANDIDATES)
+        key = tl.load(key_ptr + offset + place, place < n, 0)
+        above = (place < n) & (key > cut)
+        _set_bits(tile_words_ptr, position_ptr + offset, place, above)
+        taken += above.to(tl.int32)
+        ties += ((place < n) & (key == cut)).to(tl.int32)
+        first += _CANDIDATES
+    tl.store(taken_ptr + tile, tl.sum(taken).to(tl.int64))
+    tl.store(ties_ptr + tile, tl.sum(ties).to(tl.int64))
+
+
+def take_above(
+    keys: Tensor,
+    positions: Tensor,
+    offsets: Tensor,
+    inside: Tensor,
+    tile_groups: Tensor,
+    cut: Tensor,
+    words: Tensor,
+    tile_words: Tensor,
+    taken: Tensor,
+    ties: Tensor,
+) -> None:
+    _launch_per_tile(
+        _take_above_kernel, offsets, keys, positions, offsets, inside, tile_groups, cut, words, tile_words, taken, ties
+    )
+
+
+@triton.jit(do_not_specialize_on_alignment=_READ_SINGLY)
+def _take_ties_kernel(
+    key_ptr, position_ptr, offset_ptr, inside_ptr, group_ptr, cut_ptr, words_ptr, tile_word_ptr, take_ptr
+):
+    tile = tl.program_id(0)
+    offset, n = _stored(offset_ptr, inside_ptr, tile)
+    cut = tl.load(cut_ptr + tl.load(group_ptr + tile))
+    tile_words_ptr = words_ptr + tl.load(tile_word_ptr + tile)
+    take = tl.load(take_ptr + tile)
+    first = 0
+    seen = 0
+    while (first < n) & (seen < take):
+        place = first + tl.arange(0, _CANDIDATES)
+        key = tl.load(key_ptr + offset + place, place < n, 0)
+        tie = (place < n) & (key == cut)
+        before = seen + tl.cumsum(tie.to(tl.int32)) - tie.to(tl.int32)
+        _set_bits(tile_words_ptr, position_ptr + offset, place, tie & (before < take))
+        seen += tl.sum(tie.to(tl.int32))
+        first += _CANDIDATES
+
+
+def take_ties(
+    keys: Tensor,
+    positions: Tensor,
+    offsets: Tensor,
+    inside: Tensor,
+    tile_groups: Tensor,
+    cut: Tensor,
+    words: Tensor,
+    tile_words: Tensor,
+    take: Tensor,
+) -> None:
+    _launch_per_tile(
+        _take_ties_kernel, offsets, keys, positions, offsets, inside, tile_groups, cut, words, tile_words, take
+    )

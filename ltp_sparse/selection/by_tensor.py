@@ -20,7 +20,7 @@ from torch import Tensor
 from ltp_sparse.checkpoints import StreamSource
 from ltp_sparse.encoding import IndexSet, bitmap_words
 from ltp_sparse.files import host_blocks
-from ltp_sparse.topk import Chunk, Passes, Ranks, digit_pass, joined
+from ltp_sparse.topk import Chunk, Passes, Ranks, check_finite, digit_pass, joined
 
 PASSES = 3
 """Readings of the source."""
@@ -83,11 +83,12 @@ def select_by_tensor(
     Raises:
         NonFiniteDelta: a delta is NaN or infinite.
     """
-    ranks = Ranks()
-    upper = digit_pass(passes, source, groups, ks, None, ranks)
-    lower = digit_pass(passes, source, groups, upper.rank, upper.digit, ranks)
+    ranks, nonfinite = Ranks(), torch.zeros(1, dtype=torch.int64, device=source.device)
+    upper = digit_pass(passes, source, groups, torch.tensor(ks, device=source.device), None, ranks, nonfinite)
+    check_finite(nonfinite, source, ranks)
+    lower = digit_pass(passes, source, groups, upper.rank, upper.digit, ranks, nonfinite)
     cuts = joined(upper, lower)
-    marker = _Marker(passes, source, groups, cuts, lower.rank)
+    marker = _Marker(passes, source, groups, cuts, lower.rank.tolist())
     sets: list[IndexSet] = []
     kept: Spool | list[Tensor] = [] if spool is None else spool
     for tensor in range(len(groups)):
@@ -96,20 +97,17 @@ def select_by_tensor(
         counts = index_set.tile_counts if spool is None else index_set.tile_counts.cpu()
         sets.append(replace(index_set, data=torch.empty(0, dtype=index_set.data.dtype), tile_counts=counts))
     sets = [replace(index_set, data=data) for index_set, data in zip(sets, kept, strict=True)]
-    return sets, torch.tensor(cuts, dtype=torch.int32).view(torch.float32)
+    return sets, cuts.to(torch.int32).view(torch.float32)
 
 
 class _Marker:
     """Marks the entries above the key of their group and, as tensors come in order, the earliest at it.
 
-    cuts: the k-th largest key of every group; ties: how many entries at it are selected
+    cuts: int64 [G], the k-th largest key of every group; ties: how many entries at it are selected
     """
 
-    def __init__(
-        self, passes: Passes, source: StreamSource, groups: list[int], cuts: list[int], ties: list[int]
-    ) -> None:
-        self.passes, self.source, self.groups, self.open_ties = passes, source, groups, list(ties)
-        self.low = torch.tensor(cuts, device=source.device)
+    def __init__(self, passes: Passes, source: StreamSource, groups: list[int], cuts: Tensor, ties: list[int]) -> None:
+        self.passes, self.source, self.groups, self.low, self.open_ties = passes, source, groups, cuts, ties
 
     def marked(self, tensor: int) -> IndexSet:
         n = self.source.sizes[tensor]

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from ltp_sparse.topk import Chunk, Ranks, Source
+from ltp_sparse.topk import Chunk, Passes, Ranks, Source
 
 T = TypeVar("T")
 
@@ -88,8 +88,8 @@ class GuardedSource:
         except Exception as error:
             self.error = error
 
-    def sample(self, tensor: int, indices: Tensor) -> Tensor:
-        return self.source.sample(tensor, indices)
+    def sample(self, passes: Passes, tensors: Tensor, runs: Tensor, keys: Tensor) -> None:
+        self.source.sample(passes, tensors, runs, keys)
 
     def check(self) -> None:
         if self.error is not None:
