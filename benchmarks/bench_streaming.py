@@ -1,17 +1,18 @@
 """Selection from two checkpoints on disk, beside reading both files as fast as they come.
 
-The histogram route reads the weights twice or, where many deltas are equal, as those of bfloat16 weights, four times.
-The peers read both files as often: into a buffer of 1 MB, with one thread and with as many as the selection has. The
-ratio of the passes to a peer is their share of the sequential rate; the whole of `select` also reads the initial
-weights once more, for their digests. Files that were just written stand in the page cache; a --folder on a slower disk
-and files larger than the memory measure the disk. The ticket is compared with that of the same weights in memory.
+Selection looks at some lines of the files for samples and then reads the weights once; where many deltas are equal, as
+those of bfloat16 weights, twice or more. The peers read both files once: into a buffer of 1 MB, with one thread and
+with as many as the selection has. The ratio of the band pass, which is that reading, to a peer is its share of the
+sequential rate. The whole of `select` also reads the initial weights once more, for their digests. Files that were just
+written stand in the page cache; a --folder on a slower disk and files larger than the memory measure the disk. The
+ticket is compared with that of the same weights in memory.
 """
 
 from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -36,13 +37,14 @@ from ltp_sparse import backends
 from ltp_sparse.checkpoints import Reader, StreamSource, open_checkpoint
 from ltp_sparse.ops import index_sets
 from ltp_sparse.testing import random_weights, tuned_weights
-from ltp_sparse.topk import Selection, select_topk
+from ltp_sparse.topk import Selection, room_for, sampled_bracket, select_topk
 
 OP = "select from checkpoints"
-ONE_READER = "reading both files as often, 1 thread"
+ONE_READER = "reading both files once, 1 thread"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BUFFER = 1 << 20
 PASSES_ALONE = "select, the passes alone"
+BAND = "select, the band pass"
 _own = threading.local()  # a buffer per thread of the readers, made once
 
 
@@ -79,10 +81,10 @@ def read_part(path: Path, start: int, stop: int) -> int:
     return done
 
 
-def read_all(paths: Sequence[Path], times: int, pool: ThreadPoolExecutor, threads: int) -> int:
-    """Reads every file so many times, each thread of the pool its part of it; returns the bytes."""
+def read_all(paths: Sequence[Path], pool: ThreadPoolExecutor, threads: int) -> int:
+    """Reads every file, each thread of the pool its part of it; returns the bytes."""
     parts = []
-    for path in [*paths] * times:
+    for path in paths:
         size = path.stat().st_size
         ends = [size * i // threads for i in range(threads + 1)]
         parts += [(path, start, stop) for start, stop in zip(ends, ends[1:], strict=False)]
@@ -102,14 +104,18 @@ def measure(model: str, dtype: str, density: float, rounds: int, folder: Path) -
         if select() != ls.select(weights, tuned_weights(weights), density=density):
             raise WrongResult(f"{OP}: another ticket than from the same weights in memory")
 
-    def passes(progress: Counted | None = None) -> Selection:
+    backend, groups = backends.resolve(torch.device("cpu"), "topk_delta"), [0] * len(sizes)
+
+    def stream(progress: Counted | None = None) -> StreamSource:
         initial, tuned = ([Reader.of(file[name]) for name in ticket.sets] for file in map(open_checkpoint, paths))
-        source = StreamSource(initial, tuned, progress=progress)
-        return select_topk(backends.resolve(source.device), source, [0] * len(sizes), [k], route="histogram")
+        return StreamSource(initial, tuned, progress=progress)
+
+    def passes(progress: Counted | None = None) -> Selection:
+        return select_topk(backend, stream(progress), groups, [k])
 
     counted = Counted()
     passes(counted)
-    times = round(counted.bytes / (2 * n * DTYPES[dtype].itemsize))
+    readings = round(counted.bytes / (2 * n * DTYPES[dtype].itemsize))
     files = sum(path.stat().st_size for path in paths)
 
     def check_passes() -> None:
@@ -117,28 +123,70 @@ def measure(model: str, dtype: str, density: float, rounds: int, folder: Path) -
         if found != [index_set.digest() for index_set in ticket.sets.values()]:
             raise WrongResult(f"{PASSES_ALONE}: another ticket than select's")
 
+    band = BandPass(backend, stream, groups, k)
+
     def reading(name: str, threads: int) -> Provider:
-        read = partial(read_all, paths, times, ThreadPoolExecutor(threads), threads)
+        read = partial(read_all, paths, ThreadPoolExecutor(threads), threads)
 
         def check() -> None:
-            if read() != times * files:
+            if read() != files:
                 raise WrongResult(name)
 
-        return Provider(name, read, check, times * files)
+        return Provider(name, read, check, files)
 
     threads = torch.get_num_threads()
     digests = paths[0].stat().st_size
     providers = [
-        Provider(PASSES_ALONE, passes, check_passes, times * files),
-        Provider("select", select, check_ticket, times * files + digests),
+        Provider(PASSES_ALONE, passes, check_passes, readings * files),
+        Provider(BAND, band.run, band.check, files, before=band.prepare),
+        Provider("select", select, check_ticket, readings * files + digests),
         reading(ONE_READER, 1),
     ]
     if threads > 1:
-        providers.append(reading(f"reading both files as often, {threads} threads", threads))
+        providers.append(reading(f"reading both files once, {threads} threads", threads))
     rows = time_rows(OP, providers, n=n, k=k, dtype=dtype, rounds=rounds, baseline=ONE_READER)
     beside = max(0, peak_memory(select) - ticket.nbytes) / 1e6
-    rows.append(value_row(OP, PASSES_ALONE, n, k, "readings", "of both files", times, dtype))
+    rows.append(value_row(OP, PASSES_ALONE, n, k, "readings", "of both files", readings, dtype))
     return [*rows, value_row(OP, "select", n, k, "memory beside the ticket", "MB", beside, dtype)]
+
+
+class BandPass:
+    """The reading of the weights that follows on the samples."""
+
+    def __init__(
+        self, backend: backends.Backend, stream: Callable[[], StreamSource], groups: list[int], k: int
+    ) -> None:
+        self.backend, self.stream, self.groups, self.k = backend, stream, groups, k
+
+    def prepare(self) -> None:
+        """Opens the files and takes the samples."""
+        self.source = self.stream()
+        bracket = sampled_bracket(self.backend, self.source, self.groups, [self.k])
+        if bracket is None:
+            raise WrongResult(f"{BAND}: no bracket")
+        self.low, self.high = bracket
+        layout, room = self.source.layout, room_for(sum(self.source.sizes))
+        self.words, self.keys = (torch.empty(m, dtype=torch.int32) for m in (layout.words, room))
+        self.positions = torch.empty(room, dtype=torch.int16)
+        self.above, self.inside, self.offsets = (torch.empty(layout.tiles, dtype=torch.int64) for _ in range(3))
+        self.cursor, self.nonfinite = (torch.zeros(1, dtype=torch.int64) for _ in range(2))
+
+    def run(self) -> None:
+        for chunk in self.source.chunks(range(len(self.groups))):
+            per_tile = (counts[chunk.tiles] for counts in (self.above, self.inside))
+            self.backend.delta_band(
+                chunk.initial, chunk.tuned, [0] * len(chunk.tensors), self.low, self.high, self.words,
+                chunk.word_offsets, *per_tile, None, self.keys, self.positions, self.offsets[chunk.tiles],
+                self.cursor, self.nonfinite,
+            )  # fmt: skip
+
+    def check(self) -> None:
+        """The k-th largest key must lie in the band."""
+        self.prepare()
+        self.run()
+        above = int(self.above.sum())
+        if not above < self.k <= above + int(self.inside.sum()):
+            raise WrongResult(BAND)
 
 
 def main() -> None:

@@ -177,7 +177,9 @@ def measure(cell: Cell, rounds: int) -> list[Row]:
     if cell[1:] == LT_SFT_AT:
         rows.append(lt_sft_row(problem, op, next(row for row in rows if row.provider == BASELINE)))
     for provider in providers:
-        peak = peak_memory(provider.run) / problem.n
+        peak = (
+            min(peak_memory(provider.run) for _ in range(2)) / problem.n
+        )  # what stays after the first is not asked for
         rows.append(value_row(op, provider.name, metric="temporary memory", unit="bytes/entry", value=peak, **size))
     return rows
 

@@ -151,15 +151,21 @@ def value_row(
     return Row(op, provider, dtype, n, k, metric, unit, value, value, value)
 
 
+_M_MMAP_THRESHOLD = -3  # malloc.h
+
+
 def peak_memory(run: Callable[[], object]) -> int:
     """Bytes by which the resident size of the process grew, at its highest, while `run` ran (Linux)."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator kept would hide what the run takes
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 16)  # what is freed goes back at once: what is kept of it depends on the past
+    libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = _status("VmRSS")
     result = run()
     peak = _status("VmHWM")
     del result
+    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # where glibc's own adjusting ends
     return peak - before
 
 

@@ -88,7 +88,7 @@ def bars(rows: Rows) -> str:
     compare("masked_adamw_", "20 %", "MaskedAdamW", "torch AdamW()", 10)
     for dtype in ("float32", "bfloat16"):
         for threads in ("1 thread", "2 threads"):
-            reading = "select, the passes alone", f"reading both files as often, {threads}"
+            reading = "select, the band pass", f"reading both files once, {threads}"
             compare("select from checkpoints", "20 %", *reading, 0.7, dtype=dtype)
     for op, density, ours in (("masked_adamw_", "20 %", "MaskedAdamW"), ("topk_delta", "20 %", "topk_delta, sampled")):
         compare(op, density, f"{ours} (generic)", f"{ours} (avx512)", 1.8, slower=True)

@@ -24,6 +24,8 @@ _BUFFERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}  # pos
 _INDEX = "model.safetensors.index.json"
 _PIECE = 1 << 19  # entries copied at a time: 2 MB of each float32 tensor
 _VIEW = 1 << 22  # entries looked at at a time where they lie: enough to keep all threads busy
+_KEPT = 384 << 20  # bytes of both sides that stay mapped from one reading to the next: page cache, taken back at need
+_SAMPLED = 64 << 20  # bytes of both sides that samples are taken from at a time, if they may not
 _STAGED = 1 << 23  # entries sent to a GPU at a time: 32 MB of each float32 tensor, twice page-locked
 
 
@@ -204,7 +206,11 @@ class StreamSource:
             size = _STAGED if elsewhere else _PIECE if any(reader.copies for reader in pair) else _VIEW
             n = self.sizes[tensor]
             pieces += [(tensor, start, min(start + size, n)) for start in range(0, n, size)]
-        read = (_piece(pairs[tensor], start, stop) for tensor, start, stop in pieces)
+        release = self._release if self.nbytes > _KEPT else _nothing
+        read = (
+            Piece(partial(_read, pairs[tensor], start, stop), partial(release, tensor, start, stop))
+            for tensor, start, stop in pieces
+        )
         room = [max(min(r.n, _STAGED) * r.itemsize for r in side) for side in zip(*pairs.values(), strict=True)]
         found = staged(read, room, self.device) if elsewhere else _in_place(read)
         for (tensor, start, _), (*initial, tuned) in zip(pieces, found, strict=True):
@@ -212,17 +218,33 @@ class StreamSource:
             if self.progress is not None:
                 self.progress.update(sum(t.nbytes for t in (*initial, tuned)))
 
+    @property
+    def can_sample(self) -> bool:
+        """Whether all entries can be looked at where they lie."""
+        return not any(reader.copies or reader.device != self.device for reader in (*self.initial, *self.tuned))
+
     def sample(self, passes: Passes, tensors: Tensor, runs: Tensor, keys: Tensor) -> None:
-        raise RuntimeError("streams are selected by the histogram route: single entries are not read")
+        sides = [[reader.read(0, reader.n) for reader in side] for side in (self.initial, self.tuned)]
+        keep = self.nbytes <= _KEPT
+        some = len(runs) if keep else max(1, len(runs) * _SAMPLED // self.nbytes)
+        for part in zip(tensors.split(some), runs.split(some), keys.split(some), strict=True):
+            passes.sample_keys(*sides, *part)
+            if not keep:
+                for tensor in part[0].unique_consecutive().tolist():
+                    self._release(tensor, 0, self.sizes[tensor])
+
+    def _release(self, tensor: int, start: int, stop: int) -> None:
+        for side in (self.initial, self.tuned):
+            if side and (release := side[tensor].release) is not None:
+                release(start, stop)
 
 
-def _piece(pair: Sequence[Reader], start: int, stop: int) -> Piece:
-    def release() -> None:
-        for reader in pair:
-            if reader.release is not None:
-                reader.release(start, stop)
+def _read(pair: Sequence[Reader], start: int, stop: int) -> list[Tensor]:
+    return [reader.read(start, stop) for reader in pair]
 
-    return Piece(lambda: [reader.read(start, stop) for reader in pair], release)
+
+def _nothing(*_: int) -> None:
+    pass
 
 
 def _in_place(pieces: Iterable[Piece]) -> Iterator[list[Tensor]]:

@@ -64,8 +64,9 @@ def test_streaming_rows(bench, tmp_path, dtype):
     by_provider = {row.provider: row for row in rows if row.metric == "time"}
     files = sum(path.stat().st_size for path in tmp_path.iterdir())
     (readings,) = [row.p50 for row in rows if row.metric == "readings"]
-    assert readings >= 2
-    assert by_provider[streaming.PASSES_ALONE].bytes == by_provider[streaming.ONE_READER].bytes == readings * files
+    assert readings >= 1
+    assert by_provider[streaming.PASSES_ALONE].bytes == readings * files
+    assert by_provider[streaming.BAND].bytes == by_provider[streaming.ONE_READER].bytes == files
     assert by_provider["select"].bytes > readings * files
     (memory,) = [row for row in rows if row.metric == "memory beside the ticket"]
     assert memory.unit == "MB"

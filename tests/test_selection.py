@@ -343,6 +343,33 @@ def test_the_bar_grows_where_ties_make_more_readings_necessary(tmp_path, capsys)
     assert "select: 100%" in shown and "19.2M/19.2M" in shown  # four readings of both files
 
 
+@pytest.mark.parametrize("kept", [1 << 30, 0])
+@pytest.mark.parametrize("deltas", ["normal", "levels"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_checkpoints_are_sampled(backend, deltas, kept, tmp_path, capsys, monkeypatch, rng):
+    """One reading of what has no crowd of equal deltas, two else; whether the files stay mapped or not."""
+    for name, value in {"SAMPLE_FROM": 1000, "_SPARE_CANDIDATES": 20_000}.items():
+        monkeypatch.setattr(topk, name, value)
+    monkeypatch.setattr(checkpoints, "_KEPT", kept)
+    monkeypatch.setattr(checkpoints, "_SAMPLED", 100_000)
+    shapes = {"bias": (7,), "roberta.big": (700, 301), "weight": (300, 1000)}
+    initial = {name: torch.randn(shape, generator=rng) for name, shape in shapes.items()}
+    change = {name: torch.randn(shape, generator=rng) for name, shape in shapes.items()}
+    if deltas == "levels":
+        initial = {name: t.round() for name, t in initial.items()}
+        change = {name: t.sign() for name, t in change.items()}
+    tuned = {name: initial[name] + change[name] for name in shapes}
+    for name, side in (("a", initial), ("b", tuned)):
+        save_file(side, tmp_path / f"{name}.safetensors")
+    with using(backend):
+        ticket = ls.select(tmp_path / "a.safetensors", tmp_path / "b.safetensors", density=0.2, progress=True)
+        monkeypatch.setattr(topk, "SAMPLE_FROM", 10**9)
+        assert ticket == ls.select(initial, tuned, density=0.2)
+    read = {"normal": "4.09M/4.09M", "levels": "8.17M/8.17M"}[deltas]
+    shown = capsys.readouterr().err
+    assert "select: 100%" in shown and read in shown
+
+
 def test_integer_buffers_of_a_checkpoint_are_no_weights(versions, tmp_path):
     """Checkpoints on the Hub carry position ids."""
     initial, tuned = versions
@@ -440,8 +467,12 @@ print(ticket.digest(), status()["VmHWM:"] - before)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_pair_of_checkpoints_is_read_through_a_small_window(tmp_path):
-    """All memory, that of the mapped files included, is that of contract 2 and a window of both files."""
-    n = 50_000_000
+    """All memory, that of the mapped files included, is that of contract 2 and a window of both files.
+
+    Of larger pairs: smaller ones stay mapped.
+    """
+    n = 60_000_000
+    assert 8 * n > checkpoints._KEPT
     initial = {f"layer.{i}.weight": torch.empty(n // 5000, 1000).normal_() for i in range(5)}
     folders = [save_sharded(initial, tmp_path / "initial")]
     tuned = {name: t.add_(torch.empty(t.shape).normal_(), alpha=1e-3) for name, t in initial.items()}

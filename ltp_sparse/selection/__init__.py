@@ -30,7 +30,7 @@ from ltp_sparse.selection.sources import (
     score_reader,
 )
 from ltp_sparse.ticket import Pool, Ticket, in_pool
-from ltp_sparse.topk import NonFiniteDelta, select_topk
+from ltp_sparse.topk import NonFiniteDelta, sampling_pays, select_topk
 
 __all__ = ["Shard", "ShortTicket", "TicketShard", "Weights", "pools", "scores", "select", "select_sharded"]
 
@@ -156,18 +156,18 @@ def _streamed(
     """As `_topk`; folder: where index sets that are too large for memory may be kept, if anywhere."""
     passes, bitmap = backends.resolve(source.device, "topk_delta"), 4 * sum(map(bitmap_words, source.sizes))
     by_tensor = bitmap > LARGE
-    times = PASSES if by_tensor else 2
+    times = PASSES if by_tensor else 1 if sampling_pays(source) else 2
     with readings_bar(source.nbytes, times) if progress else nullcontext() as source.progress:
         if by_tensor:
             spooled = folder if min(bitmap, 2 * sum(ks)) > LARGE else None
             with nullcontext() if spooled is None else Spool(spooled) as spool:
                 return select_by_tensor(passes, source, groups, ks, spool)
-        selection = select_topk(passes, source, groups, ks, route="histogram")
+        selection = select_topk(passes, source, groups, ks)
     return ops.index_sets(selection, source.sizes), selection.thresholds
 
 
 def readings_bar(nbytes: int, times: int) -> Any:
-    """A bar over readings of so many bytes; it grows by one where many equal deltas make one more necessary."""
+    """A bar over readings of so many bytes; it grows by one where one more is necessary, as among many equal deltas."""
     from tqdm.auto import tqdm
 
     class Bar(tqdm):

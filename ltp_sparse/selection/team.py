@@ -82,6 +82,10 @@ class GuardedSource:
         self.source, self.sizes, self.device = source, source.sizes, source.device
         self.error: Exception | None = None
 
+    @property
+    def can_sample(self) -> bool:
+        return self.source.can_sample
+
     def chunks(self, tensors: Sequence[int]) -> Iterator[Chunk]:
         try:
             yield from self.source.chunks(tensors)
