@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -216,15 +216,24 @@ def environment() -> dict[str, str]:
 
 
 def write_csv(path: Path, rows: Iterable[Row]) -> None:
+    """Writes the rows; those of other cells (operation, dtype, entries, active ones) that the file has stay there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     where = environment()
+    cells = [{**asdict(row), **where} for row in rows]
+    lines = [{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in cell.items()} for cell in cells]
+    measured = {_cell(line) for line in lines}
+    if path.exists():
+        with path.open(newline="") as file:
+            lines = [line for line in csv.DictReader(file) if _cell(line) not in measured] + lines
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)])
         writer.writeheader()
-        for row in rows:
-            cells = {**asdict(row), **where}
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in cells.items()})
+        writer.writerows(lines)
     print(f"wrote {path}")
+
+
+def _cell(line: Mapping[str, object]) -> tuple[str, ...]:
+    return tuple(str(line[key]) for key in ("op", "dtype", "n", "k"))
 
 
 def argument_parser(

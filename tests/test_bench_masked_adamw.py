@@ -1,5 +1,6 @@
 """The CPU benchmark of a step: every provider passes its verification, in every precision, and a wrong one does not."""
 
+import csv
 import sys
 
 import pytest
@@ -144,6 +145,18 @@ def test_report_keeps_dtypes_apart(bench, tmp_path):
     }  # fmt: skip
     assert "(masked_adamw-clustered-masks.png)" in written
     assert written.count("| optimizer state, MaskedAdamW, 8-bit") == 1
+
+
+def test_a_cell_that_is_measured_again_leaves_the_others(bench, tmp_path):
+    def row(provider, dtype, k, ms):
+        return bench.Row("masked_adamw_", provider, dtype, 100, k, "time", "ms", ms, ms, ms)
+
+    path = tmp_path / "rows.csv"
+    bench.write_csv(path, [row("a", "float32", 1, 0.5), row("b", "float32", 1, 0.6), row("a", "bfloat16", 1, 0.7)])
+    bench.write_csv(path, [row("c", "float32", 1, 0.8), row("a", "float32", 20, 0.9)])
+    with path.open(newline="") as file:
+        found = [(line["provider"], line["dtype"], line["k"], line["p50"]) for line in csv.DictReader(file)]
+    assert found == [("a", "bfloat16", "1", "0.7"), ("c", "float32", "1", "0.8"), ("a", "float32", "20", "0.9")]
 
 
 def test_clustered_tickets_touch_what_a_real_one_touches(bench):
