@@ -221,14 +221,18 @@ def write_csv(path: Path, rows: Iterable[Row]) -> None:
     where = environment()
     cells = [{**asdict(row), **where} for row in rows]
     lines = [{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in cell.items()} for cell in cells]
-    measured = {_cell(line) for line in lines}
+    measured, names = {_cell(line) for line in lines}, [field.name for field in fields(Row)]
     if path.exists():
         with path.open(newline="") as file:
-            lines = [line for line in csv.DictReader(file) if _cell(line) not in measured] + lines
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+            reader = csv.DictReader(file)
+            kept = list(reader) if reader.fieldnames == names else []  # lines of another form cannot stay
+        lines = [line for line in kept if _cell(line) not in measured] + lines
+    whole = path.with_suffix(".tmp")
+    with whole.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(lines)
+    whole.replace(path)
     print(f"wrote {path}")
 
 

@@ -140,7 +140,7 @@ class Reader:
     read:     (start, stop) -> these entries of the row-major order, contiguous
     device:   where these are
     copies:   whether a piece takes memory of its own
-    release:  told (start, stop) when a piece is no longer needed, if given
+    release:  told (start, stop) when a piece is no longer needed, if given; not by a `StreamSource` of small pairs
     itemsize: bytes of an entry
     """
 
@@ -172,7 +172,7 @@ class Reader:
 
 
 class StreamSource:
-    """Pairs of tensors that are read piece by piece, anew in every pass.
+    """Pairs of tensors that are read piece by piece, anew in every pass; samples are taken where the entries lie.
 
     Args:
         initial, tuned: a reader per tensor; `initial` may be empty: zeros.

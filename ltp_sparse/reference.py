@@ -198,9 +198,9 @@ def delta_histogram(
     for tensor, _, keys in _key_pieces(initial, tuned):
         group = groups[tensor]
         nonfinite |= (keys >= NONFINITE_KEY).any()
-        keys = keys[keys > 0]
-        digits = keys >> 16 if prefixes is None else keys[(keys >> 16) == prefixes[group]] & 0xFFFF
-        histogram[group] += torch.bincount(digits, minlength=histogram.shape[1])
+        counted = keys > 0 if prefixes is None else (keys > 0) & ((keys >> 16) == prefixes[group])
+        digits = keys >> 16 if prefixes is None else keys & 0xFFFF
+        histogram[group].index_add_(0, digits, counted.long())  # unlike bincount, it does not wait for a GPU
 
 
 def sample_keys(

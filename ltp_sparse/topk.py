@@ -13,8 +13,8 @@ key is found in one of three ways, each exact:
   sample shows the crowd, a band of its key alone is tried first: two readings, and no candidates.
 
 The passes are a backend's (`reference.py` says what they do). All counts and bounds stay on the device of the weights;
-the host reads but once, where the route is decided. Temporary memory: the bitmap that is the result (n/8 bytes), and
-candidates of at most n/156 entries at 6 bytes, worked off in pieces.
+the host reads where a route is decided, once if the sampled band holds. Temporary memory: the bitmap that is the result
+(n/8 bytes), and candidates of at most n/156 entries at 6 bytes, worked off in pieces.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ class Selection:
 
 
 def _on(device: torch.device, values: Sequence[int] | Tensor) -> Tensor:
-    """int64 [len(values)] on `device`, without waiting for it."""
+    """int64 [len(values)] on `device`; torch does not wait for it."""
     return torch.as_tensor(values, dtype=torch.int64).to(device, non_blocking=True)
 
 
@@ -372,6 +372,7 @@ class _Band:
         missing, above = self.missing(), self.above.clone()
         take = self.share_ties(self.inside, missing)
         self.run(self.low, self.high, take=take, store=False)
+        self.ranks.sum(self.nonfinite)  # where the others hear of an error in this reading
         return self.selection(above + take, torch.where(missing > 0, self.low, NONFINITE_KEY))
 
     def share_ties(self, ties: Tensor, wanted: Tensor) -> Tensor:
@@ -462,10 +463,13 @@ def sampled_bracket(passes: Passes, source: Source, groups: list[int], ks: list[
     rank, unset = _on(device, wanted), torch.zeros(1, dtype=torch.int64, device=device)  # samples are finite
     upper = digit_pass(passes, of_samples, each, rank, None, Ranks(), unset)
     lower = digit_pass(passes, of_samples, each, upper.rank, upper.digit, Ranks(), unset)
-    top, centre, bottom = torch.where(upper.asked < rank, 0, joined(upper, lower)).view(-1, 3).unbind(1)
+    found, beyond = joined(upper, lower).view(-1, 3), (upper.asked < rank).view(-1, 3)
+    none_moved = (beyond & (upper.asked.view(-1, 3) == 0))[:, 0]
+    top = found[:, 0].masked_fill(none_moved, 0)  # beyond what has moved: the smallest key of all that has
+    centre, bottom = found.masked_fill(beyond, 0)[:, 1:].unbind(1)
     larger = (upper.asked - lower.rank).view(-1, 3)
     within = larger[:, 2] + lower.count.view(-1, 3)[:, 2] - larger[:, 0]  # samples, of all equal to an end too
-    per_sample = torch.tensor([n / s if k else 0.0 for k, n, s in zip(ks, entries, drawn, strict=True)])
+    per_sample = torch.tensor([n / s if k and n else 0.0 for k, n, s in zip(ks, entries, drawn, strict=True)])
     fits = (within * per_sample.to(device, non_blocking=True)).sum() <= room_for(total)
 
     one_key, no_budget = ~fits & (centre > 0), _on(device, ks) == 0
@@ -483,7 +487,7 @@ def _margins(ks: list[int], entries: list[int], drawn: list[int]) -> list[float]
     for k, n, samples in zip(ks, entries, drawn, strict=True):
         share = k / max(n, 1)
         deviations.append(math.sqrt(max(samples * share * (1 - share), 1)))
-        width += 2 * DEVIATIONS * deviations[-1] * n / samples if k else 0
+        width += 2 * DEVIATIONS * deviations[-1] * n / samples if k and n else 0
     factor = min(DEVIATIONS, DEVIATIONS * 0.9 * room_for(sum(entries)) / max(width, 1))
     return None if factor < _FEWEST_DEVIATIONS else [factor * deviation + 2 for deviation in deviations]
 

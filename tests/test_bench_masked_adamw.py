@@ -157,6 +157,9 @@ def test_a_cell_that_is_measured_again_leaves_the_others(bench, tmp_path):
     with path.open(newline="") as file:
         found = [(line["provider"], line["dtype"], line["k"], line["p50"]) for line in csv.DictReader(file)]
     assert found == [("a", "bfloat16", "1", "0.7"), ("c", "float32", "1", "0.8"), ("a", "float32", "20", "0.9")]
+    path.write_text("op,provider\nmasked_adamw_,a\n")  # of another form
+    bench.write_csv(path, [row("a", "float32", 1, 0.5)])
+    assert len(path.read_text().splitlines()) == 2 and list(tmp_path.iterdir()) == [path]
 
 
 def test_clustered_tickets_touch_what_a_real_one_touches(bench):

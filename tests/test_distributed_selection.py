@@ -6,6 +6,7 @@ All cases run in one group of four processes, which keep a record; a test reads 
 import json
 import sys
 import traceback
+from collections import Counter
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -272,6 +273,17 @@ def errors(ranks):
 
     failures = (ValueError, RuntimeError)
     expect("a score that fails half way", failures, second=None, score=score)
+    for turn in range(1, 5):  # readings of many equal scores
+        begun: Counter[int] = Counter()
+
+        def failing(name, start, stop, turn=turn, begun=begun):
+            begun[start] += 1
+            if last and begun[start] == turn:
+                raise RuntimeError("a score that fails half way")
+            return torch.ones(stop - start)
+
+        large = {"a": torch.zeros(400_000 * ranks.size)}  # more on each rank than there is room for candidates
+        expect("a score that fails half way", failures, first=large, second=None, score=failing)
     expect("must give a float32", second=None, score=lambda *at: torch.ones(at[2] - at[1] + last))
 
 
@@ -310,9 +322,9 @@ CASES = {
 def _rank(rank, folder):
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timedelta(seconds=20)
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timedelta(seconds=120)
     )
-    groups = {size: distributed.new_group(range(size), timeout=timedelta(seconds=20)) for size in range(1, WORLD + 1)}
+    groups = {size: distributed.new_group(range(size), timeout=timedelta(seconds=120)) for size in range(1, WORLD + 1)}
     outcome = {}
     for size, group in groups.items():
         for name, case in CASES.items():

@@ -172,6 +172,24 @@ def test_each_route_is_taken_and_exact(backend, route, kind, room, expected, tin
     assert selected(index_sets(selection, [700, 1, 1300])) == naive([], tuned, [600])
 
 
+def test_one_reading_where_fewer_have_moved_than_are_wanted(tiny_routes, monkeypatch, rng):
+    """Also where a tiny group, whose samples are padded with zeros, is taken whole."""
+    monkeypatch.setattr(topk, "_SPARE_CANDIDATES", 800)
+    sparse = DELTAS["normal"](2000, rng) * (torch.rand(2000, generator=rng) < 0.1)
+    tuned = [sparse, DELTAS["normal"](4, rng)]
+    passes, calls = counted(reference, tuned)
+    selection = select_topk(passes, TensorSource([], tuned), [0, 1], [400, 4], route="sample")
+    assert (calls["delta_histogram"], calls["delta_band"]) == (0, 1)
+    assert selected(index_sets(selection, [2000, 4])) == naive([], tuned, [400, 4], [0, 1])
+
+
+def test_a_budget_without_entries_selects_none(tiny_routes, rng):
+    tuned = [torch.zeros(0), DELTAS["normal"](300, rng)]
+    for route in ROUTES:
+        found, thresholds = by_route(route, [], tuned, [1, 10], [0, 1])
+        assert found == naive([], tuned, [1, 10], [0, 1]) and thresholds[0] == float("inf")
+
+
 MISLEADING = {
     # what the samples are taken for -> passes over the weights
     "too large": (lambda keys: keys + (1 << 24), (1, 2)),

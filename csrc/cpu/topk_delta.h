@@ -1,5 +1,6 @@
-// The two passes of topk_delta over pairs of tensors. The key of an entry is defined in common/delta_key.h; keys of 0
-// are never counted and never selected. Tiles are every 65,536 entries of each tensor, in order, T in all.
+// The passes of topk_delta over pairs of tensors, and over the candidates that one of them stores. The key of an entry
+// is defined in common/delta_key.h; keys of 0 are never counted and never selected. Tiles are every 65,536 entries of
+// each tensor, in order, T in all.
 #pragma once
 
 #include <cstdint>

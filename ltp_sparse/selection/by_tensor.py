@@ -3,7 +3,7 @@
 Two passes count digits of the keys, which gives the k-th largest key of every group and how many entries at it are to
 be taken; the third marks what lies above it and the earliest at it. Beside the histograms only the bitmap of one tensor
 exists at a time. What is done is kept in the encoding of least bytes: in memory, or in a spool on disk. The bits are
-those of `topk.select_topk`, which reads everything twice or, among many equal deltas, four times.
+those of `topk.select_topk`, which reads everything once or twice or, among many equal deltas, up to four times.
 """
 
 from __future__ import annotations

@@ -434,8 +434,9 @@ def token_losses(model: nn.Module, labels: Tensor) -> Iterator[None]:
     below 256 MiB; backward makes them again. All logits of a 32 x 256 batch of XLM-R would be 8.2 GB, those of the
     masked positions 1.2 GB, and as much again for their gradients.
     """
-    positions = (labels != IGNORED).view(-1).nonzero()[:, 0]
-    with losses_at(model, positions, labels.view(-1)[positions]):
+    flat = labels.reshape(-1)
+    positions = (flat != IGNORED).nonzero()[:, 0]
+    with losses_at(model, positions, flat[positions]):
         yield
 
 
