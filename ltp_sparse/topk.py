@@ -38,7 +38,7 @@ SAMPLES = 1 << 20
 
 DEVIATIONS = 8.0
 """Half the width of a bracket, in standard deviations of independent samples. Neighbours are alike, as rows move more
-than others, or not at all: samples of XLM-R-base with such rows deviate 1.6 to 2.8 times as far as independent ones."""
+than others, or not at all: with such rows, made up for XLM-R-base, samples deviated 1.6 to 2.8 times as far."""
 
 SAMPLE_FROM = 1 << 24
 """Entries from which on the sample pays on a CPU (2^23: 4.0 ms by histogram, 4.6 by sample; 2^26: 33 and 25)."""

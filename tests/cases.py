@@ -144,3 +144,9 @@ class TiedModel(nn.Module):
 
 EMBEDDING = "roberta.embeddings.word_embeddings.weight"
 DENSE = "roberta.encoder.layer.0.dense.weight"
+
+
+SMALL_ROUTES = {
+    "SAMPLES": 200, "_SAMPLE_SHARE": 2, "SAMPLE_FROM": 1, "_SPARE_CANDIDATES": 40, "_PIECE": 64, "_HISTOGRAMS": 1 << 16,
+}  # fmt: skip
+"""Of `topk`: with these, every route and the work in pieces happen at a few hundred entries."""

@@ -8,7 +8,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from cases import ALL_BACKENDS, BACKENDS, DELTAS, DTYPES, compiled, instruction_sets, random_case, threads, using  # noqa: F401
+from cases import (  # noqa: F401
+    ALL_BACKENDS,
+    BACKENDS,
+    DELTAS,
+    DTYPES,
+    SMALL_ROUTES,
+    compiled,
+    instruction_sets,
+    random_case,
+    threads,
+    using,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,14 +78,7 @@ def _one_thread():
 @pytest.fixture
 def tiny_routes(monkeypatch):
     """Makes every route, and the work in pieces, happen at a few hundred entries."""
-    for name, value in {
-        "SAMPLES": 200,
-        "_SAMPLE_SHARE": 2,
-        "SAMPLE_FROM": 1,
-        "_SPARE_CANDIDATES": 40,
-        "_PIECE": 64,
-        "_HISTOGRAMS": 1 << 16,
-    }.items():
+    for name, value in SMALL_ROUTES.items():
         monkeypatch.setattr(topk, name, value)
 
 

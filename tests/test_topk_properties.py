@@ -6,7 +6,7 @@ from threading import Barrier
 
 import pytest
 import torch
-from cases import BACKENDS, compiled, instruction_sets, random_case, threads, using  # noqa: F401
+from cases import BACKENDS, SMALL_ROUTES, compiled, instruction_sets, random_case, threads, using  # noqa: F401
 from test_topk_delta import ROUTES, naive
 
 from ltp_sparse import backends, topk
@@ -20,15 +20,7 @@ SHARDED = range(4000, 4400)
 @pytest.fixture(autouse=True)
 def _small_and_serial(monkeypatch):
     """Every route, and the work in pieces, happens at a few hundred entries."""
-    small = {
-        "SAMPLES": 200,
-        "_SAMPLE_SHARE": 2,
-        "SAMPLE_FROM": 1,
-        "_SPARE_CANDIDATES": 40,
-        "_PIECE": 64,
-        "_HISTOGRAMS": 1 << 16,
-    }
-    for name, value in small.items():
+    for name, value in SMALL_ROUTES.items():
         monkeypatch.setattr(topk, name, value)
     with threads(1):
         yield

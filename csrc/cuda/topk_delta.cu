@@ -90,6 +90,16 @@ unsigned grid_of(int64_t blocks, const char* op) {
     return unsigned(blocks);
 }
 
+// A thread block a tile.
+template <class Rest>
+void launch_on_tiles(const char* op, void (*kernel)(CudaCandidates, Rest), const CudaCandidates& candidates,
+                     const Rest& rest, void* stream) {
+    if (candidates.n_tiles == 0) return;
+    const unsigned grid = grid_of(candidates.n_tiles, op);
+    kernel<<<grid, kCandidateThreads, 0, static_cast<cudaStream_t>(stream)>>>(candidates, rest);
+    check(cudaGetLastError(), op);
+}
+
 int attribute_of_device(cudaDeviceAttr attribute, const char* op) {
     int device = 0, value = 0;
     check(cudaGetDevice(&device), op);
@@ -144,27 +154,15 @@ void cuda_sample_keys(const CudaPairs& pairs, const CudaSample& sample, void* st
 }
 
 void cuda_candidate_histogram(const CudaCandidates& candidates, const CudaCandidateBins& bands, void* stream) {
-    const char* const op = "candidate_histogram";
-    if (candidates.n_tiles == 0) return;
-    const unsigned grid = grid_of(candidates.n_tiles, op);
-    candidate_histogram_kernel<<<grid, kCandidateThreads, 0, static_cast<cudaStream_t>(stream)>>>(candidates, bands);
-    check(cudaGetLastError(), op);
+    launch_on_tiles("candidate_histogram", candidate_histogram_kernel, candidates, bands, stream);
 }
 
 void cuda_take_above(const CudaCandidates& candidates, const CudaMarks& marks, void* stream) {
-    const char* const op = "take_above";
-    if (candidates.n_tiles == 0) return;
-    const unsigned grid = grid_of(candidates.n_tiles, op);
-    take_above_kernel<<<grid, kCandidateThreads, 0, static_cast<cudaStream_t>(stream)>>>(candidates, marks);
-    check(cudaGetLastError(), op);
+    launch_on_tiles("take_above", take_above_kernel, candidates, marks, stream);
 }
 
 void cuda_take_ties(const CudaCandidates& candidates, const CudaMarks& marks, void* stream) {
-    const char* const op = "take_ties";
-    if (candidates.n_tiles == 0) return;
-    const unsigned grid = grid_of(candidates.n_tiles, op);
-    take_ties_kernel<<<grid, kCandidateThreads, 0, static_cast<cudaStream_t>(stream)>>>(candidates, marks);
-    check(cudaGetLastError(), op);
+    launch_on_tiles("take_ties", take_ties_kernel, candidates, marks, stream);
 }
 
 }  // namespace ltp
