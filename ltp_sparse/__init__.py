@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 from ltp_sparse.backends import available_backends, use_backend
 from ltp_sparse.delta import SparseDelta
+from ltp_sparse.files import FileFormatError
 from ltp_sparse.frozen import frozen_digests, verify_frozen
 from ltp_sparse.memory import memory_report
 from ltp_sparse.names import canonical_parameters
@@ -17,6 +18,7 @@ from ltp_sparse.selection import Shard, TicketShard, select, select_sharded
 from ltp_sparse.ticket import Ticket
 
 __all__ = [
+    "FileFormatError",
     "MaskedAdamW",
     "PackedParameters",
     "Shard",

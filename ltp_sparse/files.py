@@ -24,11 +24,33 @@ KEY = "ltp_sparse"
 FORMAT_VERSION = 1
 
 
-class WrongKind(ValueError):
+class FileFormatError(ValueError):
+    """A file cannot be read as what it should be: truncated, damaged, foreign, or with content that makes no sense.
+
+    Every reader of the library raises this and nothing else for the content of a file. (A file that is not there is a
+    FileNotFoundError.)
+
+    Args:
+        path: the file.
+        problem: what was expected, what came, what to do.
+        place: where in the file, e.g. "line 3", "tensor 'w'" or "metadata"; None for the file as a whole.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], problem: str, place: str | None = None) -> None:
+        super().__init__(f"{path}: {problem}" if place is None else f"{path}, {place}: {problem}")
+        self.path = Path(path)
+        self.problem = problem
+        self.place = place
+
+    def __reduce__(self) -> tuple[type[FileFormatError], tuple[Path, str, str | None]]:
+        return FileFormatError, (self.path, self.problem, self.place)
+
+
+class WrongKind(FileFormatError):
     """A file of ltp_sparse, but of another kind; found: which."""
 
     def __init__(self, path: Path, expected: str, found: str) -> None:
-        super().__init__(f"{path}: expected {_a(expected)}, got {_a(found)}")
+        super().__init__(path, f"expected {_a(expected)}, got {_a(found)}")
         self.found = found
 
 
