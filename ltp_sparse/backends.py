@@ -18,7 +18,7 @@ import os
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from itertools import accumulate, chain
 from pathlib import Path
 from types import ModuleType
@@ -27,17 +27,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltp_sparse import reference
+from ltp_sparse import checks, reference
 from ltp_sparse.encoding import TILE
+from ltp_sparse.tensors import DTYPES
 
 ENVIRONMENT = "LTP_SPARSE_BACKEND"
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Codes of the dtypes that `_C` reads."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A set of implementations under the signatures of `reference.py`."""
+    """A set of implementations under the signatures of `reference.py`.
+
+    The operators check what update, norm and packing get; the passes of the selection are checked here.
+    """
 
     name: str
     masked_adamw_: Callable[..., None]
@@ -50,6 +52,19 @@ class Backend:
     take_above: Callable[..., None] = reference.take_above
     take_ties: Callable[..., None] = reference.take_ties
     needs_ranks: bool = False  # reads the rank directory of a tile table
+
+    def __post_init__(self) -> None:
+        for name, check in checks.PASSES.items():
+            object.__setattr__(self, name, _checked(check, getattr(self, name)))
+
+
+def _checked(check: Callable[..., None], run: Callable[..., None]) -> Callable[..., None]:
+    @wraps(run)
+    def checked(*arguments: Any, **named: Any) -> None:
+        check(*arguments, **named)
+        run(*arguments, **named)
+
+    return checked
 
 
 class BackendUnavailable(RuntimeError):
@@ -579,6 +594,24 @@ def resolve(
         raise BackendUnavailable(
             f'the backend {name} was asked for and cannot serve {device}: {reason}. use_backend("auto") falls back'
         )
+    return _of(name, device)
+
+
+def named(name: str, device: torch.device) -> Backend:
+    """The backend that `resolve` has chosen before, by its name.
+
+    Raises:
+        ValueError: there is none of that name.
+        BackendUnavailable: it cannot serve tensors on `device`.
+    """
+    if name not in NAMES:
+        raise ValueError(f"expected one of the backends {', '.join(NAMES)}, got {name!r}")
+    if reason := unavailable_reason(name, device):
+        raise BackendUnavailable(f"the backend {name} cannot serve {device}: {reason}")
+    return _of(name, device)
+
+
+def _of(name: str, device: torch.device) -> Backend:
     if name == "reference":
         return _reference
     if name == "triton":

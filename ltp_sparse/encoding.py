@@ -351,6 +351,7 @@ class TileTable:
     blocks:    blocks of 8-bit moments
     counts:    active entries of every parameter
     sizes:     entries of every parameter
+    density:   active entries in parts of all, of the whole that a table was cut from; default: its own
     """
 
     tiles: Tensor
@@ -360,6 +361,11 @@ class TileTable:
     blocks: int
     counts: tuple[int, ...]
     sizes: tuple[int, ...]
+    density: float = -1.0
+
+    def __post_init__(self) -> None:
+        if self.density < 0:
+            object.__setattr__(self, "density", self.k / max(1, sum(self.sizes)))
 
     @classmethod
     def build(cls, sets: Sequence[IndexSet], *, device: torch.device | str = "cpu", ranks: bool = False) -> TileTable:

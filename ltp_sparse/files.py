@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ltp_sparse.tensors import check_plain_tensor
+
 KEY = "ltp_sparse"
 FORMAT_VERSION = 1
 
@@ -60,7 +62,8 @@ def _a(kind: str) -> str:
 
 def host_blocks(tensor: Tensor) -> Iterator[ctypes.Array[ctypes.c_char]]:
     """The bits of a tensor, row-major, some megabytes at a time; a block is good until the next is asked for."""
-    tensor = tensor.detach()
+    check_plain_tensor(tensor, "a tensor that is read bit by bit")
+    tensor = tensor.detach().resolve_conj().resolve_neg()
     # in blocks, so that copies of strided tensors and from other devices stay small
     blocks = [tensor] if tensor.is_contiguous() else tensor.split(max(1, (len(tensor) << 20) // tensor.numel()))
     for piece in (piece for block in blocks for piece in block.reshape(-1).split(1 << 20)):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ltp_sparse.files import hash_tensor
+from ltp_sparse.tensors import check_plain_tensor
 
 if TYPE_CHECKING:
     from ltp_sparse.delta import Applied
@@ -122,7 +123,13 @@ def tensor_digest(tensor: Tensor) -> str:
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Name -> digest of the tensor: what identifies a base model. Hashes on all threads of torch."""
+    """Name -> digest of the tensor: what identifies a base model. Hashes on all threads of torch.
+
+    Raises:
+        TypeError: a tensor is of a subclass, sparse or without values; the message names it.
+    """
+    for name, tensor in tensors.items():
+        check_plain_tensor(tensor, f"fingerprint: {name!r}")
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return dict(zip(tensors, pool.map(tensor_digest, tensors.values()), strict=True))
 

@@ -1,4 +1,4 @@
-"""The two operations: checked once here, registered once with torch.library, served by a backend.
+"""The two operations: registered once with torch.library, checked inside (`checks.py`), served by a backend.
 
 `topk_delta` and `masked_adamw_` are functional, on lists of tensors; `select` and `MaskedAdamW` are what most people
 use.
@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, SupportsIndex
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
-from ltp_sparse import backends
+from ltp_sparse import backends, checks
 from ltp_sparse.encoding import IndexSet, TileTable, bitmap_words, tiles_of
 from ltp_sparse.reference import Coefficient
+from ltp_sparse.tensors import all_plain, check_plain_tensor
 from ltp_sparse.topk import Selection, TensorSource, select_topk
 
 _library = torch.library.Library("ltp_sparse", "DEF")  # noqa: TOR901 (kept for the life of the process)
@@ -23,37 +24,55 @@ _library = torch.library.Library("ltp_sparse", "DEF")  # noqa: TOR901 (kept for 
 _library.define(
     "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
     "Tensor(d!) scales, Tensor(e!) master, Tensor tiles, Tensor words, Tensor ranks, Tensor positions, "
-    "Tensor coefficients, Tensor anchor, bool stochastic, bool packed) -> ()"
+    "Tensor coefficients, Tensor anchor, bool stochastic, bool packed, str backend='') -> ()"
 )
 _library.define(
     "masked_sum_squares(Tensor[] params, Tensor[] grads, Tensor master, Tensor tiles, Tensor words, Tensor ranks, "
-    "Tensor positions, Tensor coefficients, Tensor anchor, bool packed) -> Tensor"
+    "Tensor positions, Tensor coefficients, Tensor anchor, bool packed, str backend='') -> Tensor"
 )
 _library.define(
     "masked_pack_(Tensor[] grads, Tensor(a!) out, Tensor tiles, Tensor words, Tensor ranks, Tensor positions, "
-    "bool accumulate) -> ()"
+    "bool accumulate, str backend='') -> ()"
 )
 _library.define("topk_delta(Tensor[] initial, Tensor[] tuned, int[] groups, int[] k) -> (Tensor, Tensor, Tensor)")
 
 
-def _update_backend(tensors: Sequence[Tensor], words: Tensor, ranks: Tensor, k: int | None = None) -> backends.Backend:
-    """The backend for k active entries of these tensors; without k, which the norm cannot tell, the usual case."""
-    known: dict[str, Any] = {} if k is None else {"density": k / max(1, sum(map(Tensor.numel, tensors)))}
-    backend = backends.resolve(words.device, dtype=tensors[0].dtype if tensors else torch.float32, **known)
+def _backend(
+    op: str, name: str, tensors: Sequence[Tensor], words: Tensor, ranks: Tensor, facts: checks.TableFacts
+) -> backends.Backend:
+    """The backend of this name, or without one that for so many active entries of these tensors."""
+    if name:
+        backend = backends.named(name, words.device)
+    else:
+        dtype, density = (
+            tensors[0].dtype if tensors else torch.float32,
+            facts.k / max(1, sum(map(Tensor.numel, tensors))),
+        )
+        backend = backends.resolve(words.device, dtype=dtype, density=density)
     if backend.needs_ranks and ranks.numel() != words.numel() // 2:
-        raise ValueError(f"masked_adamw_: the {backend.name} backend needs a table with ranks: TileTable.with_ranks()")
+        raise ValueError(f"{op}: the {backend.name} backend needs a table with ranks: TileTable.with_ranks()")
     return backend
+
+
+def _contiguous(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    if all(map(Tensor.is_contiguous, tensors)):
+        return tensors
+    return [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
 
 
 @torch.library.impl(_library, "masked_adamw_", "CompositeExplicitAutograd")
 def _masked_adamw_(
     params, grads, exp_avg, exp_avg_sq, scales, master, tiles, words, ranks, positions, coefficients, anchor,
-    stochastic, packed,
+    stochastic, packed, backend="",
 ):  # fmt: skip
+    op, device = "masked_adamw_", tiles.device
     with torch.no_grad():
-        contiguous = [param if param.is_contiguous() else param.contiguous() for param in params]
-        _update_backend(params, words, ranks, exp_avg.numel()).masked_adamw_(
-            contiguous, [grad.contiguous() for grad in grads], exp_avg, exp_avg_sq, scales, master,
+        facts = checks.table_facts(op, tiles, words, ranks, positions)
+        sizes = checks.check_update(op, params, grads, facts, device, coefficients, anchor, master, packed)
+        checks.check_state(op, params, sizes, facts, device, exp_avg, exp_avg_sq, scales, master, stochastic)
+        contiguous = _contiguous(params)
+        _backend(op, backend, params, words, ranks, facts).masked_adamw_(
+            contiguous, _contiguous(grads), exp_avg, exp_avg_sq, scales, master,
             tiles, words, ranks, positions, coefficients, anchor, stochastic, packed,
         )  # fmt: skip
         for param, updated in zip(params, contiguous, strict=True):
@@ -62,25 +81,34 @@ def _masked_adamw_(
 
 
 @torch.library.impl(_library, "masked_sum_squares", "CompositeExplicitAutograd")
-def _masked_sum_squares(params, grads, master, tiles, words, ranks, positions, coefficients, anchor, packed):
+def _masked_sum_squares(
+    params, grads, master, tiles, words, ranks, positions, coefficients, anchor, packed, backend=""
+):  # fmt: skip
+    op = "masked_sum_squares"
     with torch.no_grad():
-        return _update_backend(params, words, ranks).masked_sum_squares(
-            [param.contiguous() for param in params], [grad.contiguous() for grad in grads], master,
+        facts = checks.table_facts(op, tiles, words, ranks, positions)
+        checks.check_update(op, params, grads, facts, tiles.device, coefficients, anchor, master, packed)
+        return _backend(op, backend, params, words, ranks, facts).masked_sum_squares(
+            _contiguous(params), _contiguous(grads), master,
             tiles, words, ranks, positions, coefficients, anchor, packed,
         )  # fmt: skip
 
 
 @torch.library.impl(_library, "masked_pack_", "CompositeExplicitAutograd")
-def _masked_pack_(grads, out, tiles, words, ranks, positions, accumulate):
+def _masked_pack_(grads, out, tiles, words, ranks, positions, accumulate, backend=""):
+    op = "masked_pack_"
     with torch.no_grad():
-        _update_backend(grads, words, ranks, out.numel()).masked_pack_(
-            [grad.contiguous() for grad in grads], out, tiles, words, ranks, positions, accumulate
+        facts = checks.table_facts(op, tiles, words, ranks, positions)
+        checks.check_pack(op, grads, out, facts, tiles.device)
+        _backend(op, backend, grads, words, ranks, facts).masked_pack_(
+            _contiguous(grads), out, tiles, words, ranks, positions, accumulate
         )
 
 
 @torch.library.impl(_library, "topk_delta", "CompositeExplicitAutograd")
 def _topk_delta(initial, tuned, groups, k):
     with torch.no_grad():
+        checks.check_selection("topk_delta", initial, tuned, groups, k)
         source = TensorSource(initial, tuned)
         dtype, density = tuned[0].dtype if tuned else torch.float32, sum(k) / max(1, sum(source.sizes))
         backend = backends.resolve(source.device, "topk_delta", dtype, density)
@@ -88,26 +116,44 @@ def _topk_delta(initial, tuned, groups, k):
         return selection.words, selection.counts, selection.thresholds
 
 
+def _check_devices(op: str, device: torch.device, **arguments: Sequence[Tensor] | Tensor) -> None:
+    """Torch takes this road if any tensor is on the meta device: one that is not would be left as it is, unnoticed."""
+    for what, tensors in arguments.items():
+        for i, tensor in enumerate([tensors] if isinstance(tensors, Tensor) else tensors):
+            if tensor.device != device:
+                name = what if isinstance(tensors, Tensor) else f"{what} {i}"
+                raise ValueError(f"{op}: {name} is on {tensor.device}, expected it on {device}")
+
+
 @torch.library.register_fake("ltp_sparse::masked_adamw_", lib=_library)
 def _(
     params, grads, exp_avg, exp_avg_sq, scales, master, tiles, words, ranks, positions, coefficients, anchor,
-    stochastic, packed,
+    stochastic, packed, backend="",
 ):  # fmt: skip
-    return None
+    _check_devices(
+        "masked_adamw_", tiles.device, parameter=params, gradient=grads, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq,
+        words=words, positions=positions, coefficients=coefficients,
+    )  # fmt: skip
 
 
 @torch.library.register_fake("ltp_sparse::masked_sum_squares", lib=_library)
-def _(params, grads, master, tiles, words, ranks, positions, coefficients, anchor, packed):
+def _(params, grads, master, tiles, words, ranks, positions, coefficients, anchor, packed, backend=""):
+    _check_devices(
+        "masked_sum_squares", tiles.device, parameter=params, gradient=grads, words=words, positions=positions,
+        coefficients=coefficients,
+    )  # fmt: skip
     return tiles.new_empty(tiles.shape[0], dtype=torch.float64)
 
 
 @torch.library.register_fake("ltp_sparse::masked_pack_", lib=_library)
-def _(grads, out, tiles, words, ranks, positions, accumulate):
-    return None
+def _(grads, out, tiles, words, ranks, positions, accumulate, backend=""):
+    _check_devices("masked_pack_", tiles.device, gradient=grads, out=out, words=words, positions=positions)
 
 
 @torch.library.register_fake("ltp_sparse::topk_delta", lib=_library)
 def _(initial, tuned, groups, k):
+    _check_devices("topk_delta", tuned[0].device, tensor=tuned)
+    _check_devices("topk_delta", tuned[0].device, tensor=initial)
     words = sum(bitmap_words(t.numel()) for t in tuned)
     return (
         tuned[0].new_empty(words, dtype=torch.int32),
@@ -151,24 +197,13 @@ def masked_adamw_(
     Raises:
         TypeError, ValueError: dtypes, shapes or devices do not fit.
     """
-    _check_parameters(params, grads, table, coefficients)
+    _check_public("masked_adamw_", params, grads, table, exp_avg, exp_avg_sq, coefficients, anchor, scales, master)
+    table, backend = _served(table, params)
     empty = coefficients.new_empty(0, dtype=torch.float32)
-    moments = (torch.float32, torch.float32) if scales is None else (torch.int8, torch.uint8)
-    _check_packed("exp_avg", exp_avg, moments[0], table)
-    _check_packed("exp_avg_sq", exp_avg_sq, moments[1], table)
-    _check_packed("anchor", anchor, torch.float32, table)
-    _check_packed("master", master, torch.float32, table)
-    _check_packed("scales", scales, torch.bfloat16, table, shape=(table.blocks, 2))
-    if stochastic and (master is not None or any(param.dtype != torch.bfloat16 for param in params)):
-        raise ValueError(
-            "masked_adamw_: stochastic rounding is for bfloat16 parameters without a master; "
-            "float16 needs a master, float32 is not rounded"
-        )
-    table = _readable(table)
     torch.ops.ltp_sparse.masked_adamw_(
         list(params), _gradients(params, grads), exp_avg, exp_avg_sq, _or(scales, empty), _or(master, empty),
         table.tiles, table.words, table.ranks, table.positions, coefficients, _or(anchor, empty), stochastic,
-        isinstance(grads, Tensor),
+        isinstance(grads, Tensor), backend,
     )  # fmt: skip
 
 
@@ -186,15 +221,13 @@ def masked_sum_squares(
 
     Arguments as for `masked_adamw_`.
     """
-    _check_parameters(params, grads, table, coefficients)
-    _check_packed("anchor", anchor, torch.float32, table)
-    _check_packed("master", master, torch.float32, table)
+    _check_public("masked_sum_squares", params, grads, table, coefficients, anchor, master)
+    table, backend = _served(table, params)
     empty = coefficients.new_empty(0, dtype=torch.float32)
-    table = _readable(table)
     return torch.ops.ltp_sparse.masked_sum_squares(
         list(params), _gradients(params, grads), _or(master, empty),
         table.tiles, table.words, table.ranks, table.positions, coefficients, _or(anchor, empty),
-        isinstance(grads, Tensor),
+        isinstance(grads, Tensor), backend,
     )  # fmt: skip
 
 
@@ -211,36 +244,27 @@ def masked_pack_(grads: Sequence[Tensor | None], out: Tensor, table: TileTable, 
     Raises:
         TypeError, ValueError: dtypes, sizes or devices do not fit.
     """
-    _check_packed("out", out, torch.float32, table, "masked_pack_")
-    if len(grads) != len(table.sizes):
-        raise ValueError(f"masked_pack_: expected {len(table.sizes)} gradients, those of the table, got {len(grads)}")
-    if len(dtypes := {grad.dtype for grad in grads if grad is not None}) > 1:
-        raise TypeError(
-            f"masked_pack_: expected gradients of one dtype, got {_names(dtypes)}; make a call, and a table, per dtype"
-        )
-    for i, (grad, size) in enumerate(zip(grads, table.sizes, strict=True)):
-        if grad is None:
-            continue
-        if grad.dtype not in backends.DTYPES or grad.layout != torch.strided:
-            raise TypeError(
-                f"masked_pack_: gradient {i} must be a dense float32, bfloat16 or float16 tensor, "
-                f"got {grad.dtype} ({grad.layout})"
-            )
-        if grad.numel() != size or grad.device != out.device:
-            raise ValueError(
-                f"masked_pack_: gradient {i} must have {size} entries on {out.device}, "
-                f"got {grad.numel()} on {grad.device}"
-            )
-    table = _readable(table)
+    present = [grad for grad in grads if grad is not None]
+    _refuse_subclasses("masked_pack_", "tensor", [*grads, out])
+    _check_sizes("masked_pack_", "gradient", grads, table)
+    table, backend = _served(table, present)
     torch.ops.ltp_sparse.masked_pack_(
         [out.new_empty(0) if grad is None else grad for grad in grads], out,
-        table.tiles, table.words, table.ranks, table.positions, accumulate,
+        table.tiles, table.words, table.ranks, table.positions, accumulate, backend,
     )  # fmt: skip
 
 
-def _readable(table: TileTable) -> TileTable:
-    """With the rank directory where the backend reads it; build the table with `ranks=True` to save the work."""
-    return table.with_ranks() if backends.resolve(table.tiles.device).needs_ranks else table
+def _served(table: TileTable, tensors: Sequence[Tensor]) -> tuple[TileTable, str]:
+    """The backend for a table, and the table with the rank directory if it reads one.
+
+    Norm, packing and update of a step are served by one backend: the choice goes by the density of the whole, which
+    tables of a part of it keep. Build the table with `ranks=True` to save the work on a GPU.
+    """
+    if table.tiles.is_meta:
+        check_plain_tensor(table.tiles, "the tile table")
+    dtype = tensors[0].dtype if tensors else torch.float32
+    backend = backends.resolve(table.tiles.device, dtype=dtype, density=table.density)
+    return table.with_ranks() if backend.needs_ranks else table, backend.name
 
 
 def _gradients(params: Sequence[Tensor], grads: Sequence[Tensor | None] | Tensor) -> list[Tensor]:
@@ -253,70 +277,41 @@ def _or(tensor: Tensor | None, empty: Tensor) -> Tensor:
     return empty if tensor is None else tensor
 
 
-def _check_parameters(
-    params: Sequence[Tensor], grads: Sequence[Tensor | None] | Tensor, table: TileTable, coefficients: Tensor
+def _check_public(
+    op: str, params: Sequence[Tensor], grads: Sequence[Tensor | None] | Tensor, table: TileTable, *state: Tensor | None
 ) -> None:
-    if isinstance(grads, Tensor):
-        _check_packed("packed gradients", grads, torch.float32, table)
-        grads = [None] * len(params)
-    if not len(params) == len(grads) == len(table.counts):
+    """What the operator cannot see: subclasses, whose own dispatch comes before it, and the sizes of the table."""
+    given = [grads] if isinstance(grads, Tensor) else grads
+    for what, tensors in (("parameter", params), ("gradient", given), ("tensor of state", state)):
+        _refuse_subclasses(op, what, tensors)
+    count = len(params) if isinstance(grads, Tensor) else len(grads)
+    if not len(params) == count == len(table.counts):
         raise ValueError(
-            f"masked_adamw_: expected as many gradients and index sets as parameters, got {len(params)} parameters, "
-            f"{len(grads)} gradients and a table of {len(table.counts)}"
+            f"{op}: expected as many gradients and index sets as parameters, got {len(params)} parameters, "
+            f"{count} gradients and a table of {len(table.counts)}"
         )
-    _check_packed("coefficients", coefficients, torch.float64, table, shape=(len(params), int(Coefficient.COUNT)))
-    device = table.tiles.device
-    for i, (param, grad, size) in enumerate(zip(params, grads, table.sizes, strict=True)):
-        if param.numel() != size:
-            raise ValueError(
-                f"masked_adamw_: parameter {i} has {param.numel()} entries, its index set covers {size}; "
-                "a parameter must keep its shape"
-            )
-        for what, tensor in (("parameter", param), ("gradient", grad)):
-            if tensor is None:
-                continue
-            if tensor.dtype not in backends.DTYPES or tensor.layout != torch.strided:
-                raise TypeError(
-                    f"masked_adamw_: {what} {i} must be a dense float32, bfloat16 or float16 tensor, "
-                    f"got {tensor.dtype} ({tensor.layout})"
-                )
-            if tensor.device != device:
-                raise ValueError(f"masked_adamw_: {what} {i} is on {tensor.device}, the tile table on {device}")
-        if grad is not None and grad.shape != param.shape:
-            raise ValueError(
-                f"masked_adamw_: gradient {i} has shape {list(grad.shape)}, its parameter {list(param.shape)}"
-            )
-    param_dtypes = {param.dtype for param in params}
-    grad_dtypes = {grad.dtype for grad in grads if grad is not None}
-    if len(param_dtypes) > 1 or len(grad_dtypes) > 1 or not grad_dtypes <= {*param_dtypes, torch.float32}:
-        raise TypeError(
-            "masked_adamw_: expected parameters of one dtype, and gradients of that dtype or of float32, "
-            f"got parameters of {_names(param_dtypes)} and gradients of {_names(grad_dtypes)}; make a call per dtype"
-        )
+    _check_sizes(op, "parameter", params, table)
 
 
-def _names(dtypes: set[torch.dtype]) -> str:
-    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) or "none"
-
-
-def _check_packed(
-    what: str,
-    tensor: Tensor | None,
-    dtype: torch.dtype,
-    table: TileTable,
-    op: str = "masked_adamw_",
-    shape: tuple[int, ...] | None = None,
-) -> None:
-    """Backends read the addresses of these tensors, so all that such an address takes for granted is looked at."""
-    device, shape = table.tiles.device, (table.k,) if shape is None else shape
-    if tensor is not None and (
-        tensor.dtype != dtype or tensor.shape != shape or tensor.device != device or not tensor.is_contiguous()
-    ):
-        strides = "" if tensor.is_contiguous() else f" with strides {list(tensor.stride())}"
+def _check_sizes(op: str, what: str, tensors: Sequence[Tensor | None], table: TileTable) -> None:
+    if len(tensors) != len(table.sizes):
+        raise ValueError(f"{op}: expected {len(table.sizes)} {what}s, those of the table, got {len(tensors)}")
+    found = [size if t is None else t.numel() for t, size in zip(tensors, table.sizes, strict=True)]
+    if found != list(table.sizes):
+        i = next(i for i, size in enumerate(table.sizes) if found[i] != size)
         raise ValueError(
-            f"{op}: {what} must be {dtype} {list(shape)} on {device}, contiguous, "
-            f"got {tensor.dtype} {list(tensor.shape)}{strides} on {tensor.device}"
+            f"{op}: {what} {i} has {found[i]} entries, its index set covers {table.sizes[i]}; "
+            "a parameter must keep its shape"
         )
+
+
+def _refuse_subclasses(op: str, what: str, tensors: Sequence[Tensor | None]) -> None:
+    """Before torch hands the call to a subclass, whose words would be less clear; None passes."""
+    if all_plain(tensors, None) or torch._guards.detect_fake_mode() is not None:
+        return
+    for i, tensor in enumerate(tensors):
+        if tensor is not None:
+            check_plain_tensor(tensor, f"{op}: {what} {i}")
 
 
 def adamw_coefficients(
@@ -378,8 +373,10 @@ def topk_delta(
     """
     groups = [0] * len(tuned) if groups is None else list(groups)
     ks = [operator.index(k)] if isinstance(k, SupportsIndex) else list(k)
-    _check_selection(initial, tuned, ks, groups)
+    _refuse_subclasses("topk_delta", "initial tensor", initial)
+    _refuse_subclasses("topk_delta", "tuned tensor", tuned)
     if not tuned:
+        checks.check_selection("topk_delta", initial, tuned, groups, ks)
         return [], torch.full((len(ks),), torch.inf)
     words, counts, thresholds = torch.ops.ltp_sparse.topk_delta(list(initial), list(tuned), groups, ks)
     return index_sets(Selection(words, counts, thresholds), [t.numel() for t in tuned]), thresholds
@@ -390,29 +387,3 @@ def index_sets(selection: Selection, sizes: Sequence[int]) -> list[IndexSet]:
     words = selection.words.split([bitmap_words(n) for n in sizes])
     counts = selection.counts.split([tiles_of(n) for n in sizes])
     return [IndexSet.from_bitmap(*of_tensor) for of_tensor in zip(words, sizes, counts, strict=True)]
-
-
-def _check_selection(initial: Sequence[Tensor], tuned: Sequence[Tensor], ks: list[int], groups: list[int]) -> None:
-    if initial and len(initial) != len(tuned):
-        raise ValueError(f"topk_delta: expected as many initial as tuned tensors, got {len(initial)} and {len(tuned)}")
-    for i, tensors in enumerate(zip(initial, tuned, strict=True) if initial else ((t,) for t in tuned)):
-        for tensor in tensors:
-            if tensor.dtype not in backends.DTYPES:
-                raise TypeError(
-                    f"topk_delta: tensor {i} must be float32, bfloat16 or float16, got {tensor.dtype}; convert it"
-                )
-            if tensor.shape != tensors[0].shape:
-                raise ValueError(
-                    f"topk_delta: tensor {i} has initial shape {list(tensors[0].shape)}, tuned {list(tensor.shape)}"
-                )
-            if tensor.device != tuned[0].device:
-                raise ValueError(f"topk_delta: tensor {i} is on {tensor.device}, the first on {tuned[0].device}")
-    if len(groups) != len(tuned) or any(not 0 <= g < len(ks) for g in groups):
-        raise ValueError(f"topk_delta: groups must name one of {len(ks)} groups for each of {len(tuned)} tensors")
-    pools = [0] * len(ks)
-    for tensor, group in zip(tuned, groups, strict=True):
-        pools[group] += tensor.numel()
-    for group, (k, pool) in enumerate(zip(ks, pools, strict=True)):
-        if not 0 <= k <= pool:
-            where = f" in group {group}" if len(ks) > 1 else ""
-            raise ValueError(f"topk_delta: k must be in [0, {pool}] for a pool of {pool} entries{where}, got {k}")

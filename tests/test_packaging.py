@@ -21,6 +21,7 @@ KERNELS = ROOT / "kernels" / "ltp_kernels"
 LAYERS = [
     {"kernels", "_C"},
     {
+        "checks",
         "files",
         "results",
         "names",
@@ -31,6 +32,7 @@ LAYERS = [
         "topk",
         "staging",
         "checkpoints",
+        "tensors",
     },
     {"backends"},
     {"ops", "random_sets", "ticket", "delta"},
@@ -45,6 +47,7 @@ LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in 
 HEAVY = ["transformers", "datasets", "accelerate", "matplotlib"]
 LIGHT = [  # must import without any of HEAVY
     *[
+        "checks",
         "files",
         "names",
         "quantization",
@@ -53,6 +56,7 @@ LIGHT = [  # must import without any of HEAVY
         "reference",
         "topk",
         "staging",
+        "tensors",
         "backends",
         "ops",
         "random_sets",

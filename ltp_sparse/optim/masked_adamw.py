@@ -17,6 +17,7 @@ from ltp_sparse.names import canonical_parameters
 from ltp_sparse.optim.launch import Launch, Precision
 from ltp_sparse.optim.members import active_names, dense_groups, dense_parameters
 from ltp_sparse.optim.packed_gradients import PackedGradients, carrier_of, check_packable
+from ltp_sparse.tensors import check_plain_tensor
 from ltp_sparse.ticket import Ticket
 
 _DIGESTS = "ltp_sparse"
@@ -115,6 +116,8 @@ class MaskedAdamW(Optimizer):
         self._launches: list[Launch] = []
         self._removed = False
         members = [named[name] for name in names]
+        for name, member in zip(names, members, strict=True):
+            check_plain_tensor(member, f"MaskedAdamW: parameter {name!r}")
         in_full = dense_groups(dense, what="MaskedAdamW")
         self._dense_of: dict[nn.Parameter, nn.Parameter] = {}
         if gradients == "packed":
@@ -449,7 +452,8 @@ def _check_group(group: dict[str, Any], precision: Precision) -> None:
     ):
         if not valid:
             raise ValueError(f"MaskedAdamW: {what}, got {value}")
-    for param in group["params"]:
+    for i, param in enumerate(group["params"]):
+        check_plain_tensor(param, f"MaskedAdamW: parameter {i} of the group")
         if param.dtype not in DTYPES:
             raise TypeError(
                 f"MaskedAdamW: parameters must be {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}, "

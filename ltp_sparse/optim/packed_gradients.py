@@ -130,7 +130,7 @@ class PackedGradients:
         ends = torch.tensor(table.counts).cumsum(0).tolist()
         self.views = [self.buffer[end - count : end] for end, count in zip(ends, table.counts, strict=True)]
         # of a part of the tiles the rank directory could not be built any more
-        ranked = backends.resolve(table.tiles.device).needs_ranks
+        ranked = backends.resolve(table.tiles.device, dtype=params[0].dtype, density=table.density).needs_ranks
         self._tables = _single_tables(table.with_ranks() if ranked else table)
         self._rows: dict[int, _Rows] = {}
         self._ddp: weakref.ref[DistributedDataParallel] | None = None

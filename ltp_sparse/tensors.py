@@ -1,0 +1,80 @@
+"""What a tensor must be for its memory to be read by address: plain, dense and there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""The dtypes of weights, with the codes that the compiled kernels read."""
+
+_PLAIN = {Tensor, nn.Parameter}
+_LOWEST_ADDRESS = 1 << 40
+"""Where memory was given back, the address of a view is its offset alone: less than this, as few others are."""
+
+_ADVICE = {
+    "DTensor": "pass its own part, `.to_local()`, or all of it, `.full_tensor()`",
+    "AsyncCollectiveTensor": "wait for it first, `.wait()`",
+    "FakeTensor": "it has no memory; call this outside of FakeTensorMode, on real tensors",
+    "FunctionalTensor": "it has no memory of its own; call this outside of the transformation",
+    "NestedTensor": "pass its `.values()`",
+}
+_OTHERS = "pass a plain tensor, e.g. `.dequantize()` where it is quantised"
+
+
+def check_plain_tensor(tensor: Tensor, what: str) -> None:
+    """Refuses tensors whose numbers are not simply in their memory; parameters pass, as do subclasses that only carry
+    attributes or methods of their own.
+
+    Args:
+        tensor: any.
+        what: what to call it in the message, e.g. "MaskedAdamW: parameter 'head.weight'".
+
+    Raises:
+        TypeError: it is a subclass that computes by itself (DTensor, quantised tensors, ...), sparse, nested,
+            quantised, on the meta device, or its memory was given back. The message says what to do.
+    """
+    kind = type(tensor)
+    if kind not in _PLAIN:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{what} must be a tensor, got {kind.__name__}")
+        if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            advice = next((_ADVICE[base.__name__] for base in kind.__mro__ if base.__name__ in _ADVICE), _OTHERS)
+            raise TypeError(f"{what} must be a plain tensor, got {kind.__name__}; {advice}")
+    if tensor.is_nested:
+        raise TypeError(f"{what} must be a plain tensor, got a nested one; {_ADVICE['NestedTensor']}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{what} must be a dense tensor, got {tensor.dtype} ({tensor.layout}); pass its `.to_dense()`")
+    if tensor.is_quantized:
+        raise TypeError(f"{what} must be a plain tensor, got {tensor.dtype}; pass its `.dequantize()`")
+    if tensor.is_meta:
+        raise TypeError(f"{what} is on the meta device and has no values; load the weights first")
+    if not has_memory(tensor):
+        raise TypeError(
+            f"{what} has {tensor.numel()} entries, but its memory was given back; gather or reload it first"
+        )
+
+
+def all_plain(tensors: Iterable[object], *others: object) -> bool:
+    """Whether none can be of a subclass; the quick look that saves `check_plain_tensor` for each. others: pass, too."""
+    return {*map(type, tensors)} <= _PLAIN.union(map(type, others))
+
+
+def all_there(tensors: Sequence[Tensor], device: torch.device) -> bool:
+    """Whether all are dense and in memory on one device; the quick look. False may only mean that some are empty."""
+    try:
+        lowest = min(map(Tensor.data_ptr, tensors), default=_LOWEST_ADDRESS)
+    except RuntimeError:  # a layout without an address
+        return False
+    index = -1 if device.type == "cpu" else device.index
+    return lowest >= _LOWEST_ADDRESS and {*map(Tensor.get_device, tensors)} <= {index}
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """False where the storage was freed or cut under a tensor, as sharded training does between uses."""
+    if not tensor.numel() or tensor.data_ptr() >= _LOWEST_ADDRESS:
+        return True
+    extent = 1 + sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return tensor.untyped_storage().nbytes() >= (tensor.storage_offset() + extent) * tensor.element_size()
