@@ -20,7 +20,7 @@ TRAIN := $(VENV)/.installed-train
 TEST := $(VENV)/.installed-test
 CPP := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help demo test bench gpu gpu-full lint lint-ruff lint-format lint-mypy lint-cpp format clean
+.PHONY: help demo test asan tsan bench gpu gpu-full lint lint-ruff lint-format lint-mypy lint-cpp format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -30,6 +30,20 @@ demo: $(TRAIN)  ## the whole job on generated data, offline: ticket, LTP, contro
 
 test: $(TEST)  ## all tests (narrow them with ARGS="-k name")
 	$(BIN)/pytest --durations=15 $(ARGS)
+
+# The C++ kernels under a sanitizer, as a module of their own in build/; threads: those of the kernels, not of OpenMP.
+asan: SANITIZE = address,undefined  ## tests of the C++ kernels under AddressSanitizer and UBSan
+asan: SANITIZER_TESTS = tests/test_compiled.py tests/test_compiled_precision.py tests/test_raw_operators.py
+tsan: SANITIZE = thread  ## the same under ThreadSanitizer
+tsan: SANITIZER_TESTS = tests/test_compiled.py
+asan tsan: $(TEST)
+	LTP_SPARSE_EXT=cpu LTP_SPARSE_SANITIZE=$(SANITIZE) $(BIN)/python setup.py -q build_ext \
+		--build-lib build/$@ --build-temp build/$@/temp
+	LD_PRELOAD="$$(c++ -print-file-name=lib$@.so) $$(c++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 OMP_NUM_THREADS=1 \
+	$(BIN)/python -c "import sys, ltp_sparse, pytest; \
+		ltp_sparse.__path__.insert(0, 'build/$@/ltp_sparse'); sys.exit(pytest.main(sys.argv[1:]))" \
+		-q -p no:cacheprovider --timeout 1200 $(SANITIZER_TESTS) $(ARGS)
 
 bench: $(TEST)  ## CPU benchmarks: CSV, table and plots in benchmarks/results/cpu (about 24 GB of memory, an hour)
 	$(BIN)/python benchmarks/run.py $(ARGS)

@@ -30,6 +30,9 @@ NVCC_FLAGS = [
     *["-std=c++17", "-O3", "--fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false", "-Xcompiler=-fPIC"],
     *["-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=[sm_90,compute_90]"],
 ]
+# `make asan` and `make tsan`: "address,undefined" or "thread"
+SANITIZE = os.environ.get("LTP_SPARSE_SANITIZE", "")
+SANITIZE_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ROOT = Path(__file__).parent
 
@@ -52,7 +55,7 @@ class BuildExtension(build_ext):
         if ext.name.endswith("_C_cuda"):
             home, folder = cuda_home(), Path(self.build_temp)
             folder.mkdir(parents=True, exist_ok=True)
-            for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+            for source in found_in("csrc/cuda", "*.cu"):
                 target = folder / f"{source.stem}.cu.o"
                 command = [str(home / "bin" / "nvcc"), *NVCC_FLAGS, "-c", str(source), "-o", str(target)]
                 try:
@@ -71,6 +74,31 @@ class BuildExtension(build_ext):
             super().build_extension(ext)
         finally:
             self.compiler._compile = compile_one
+        if not SANITIZE:  # which only a process with the runtime of the sanitizer can import
+            self.check_import(Path(self.get_ext_fullpath(ext.name)))
+
+    def check_import(self, path):
+        """A linker lets symbols of a module be undefined: only an import, in another process, shows that none is."""
+        name = path.name.split(".")[0]
+        code = f"""
+import importlib.util
+spec = importlib.util.spec_from_file_location({name!r}, {str(path)!r})
+spec.loader.exec_module(importlib.util.module_from_spec(spec))
+"""
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        if run.returncode:
+            path.unlink()
+            raise CompileError(f"{path.name} was built and cannot be imported: {run.stderr.strip()}")
+
+
+def found_in(folder, pattern):
+    """The sources there, of which there must be some: a package without them would build a module without its code."""
+    found = sorted((ROOT / folder).glob(pattern))
+    if not found:
+        sys.exit(
+            f"no {pattern} in {folder}: these sources are not complete; take all of the repository, or an sdist of it"
+        )
+    return found
 
 
 def extensions():
@@ -82,20 +110,21 @@ def extensions():
     home = cuda_home()
     if wanted == "cuda" and home is None:
         sys.exit("LTP_SPARSE_EXT=cuda: no CUDA toolkit; put nvcc on the PATH, or its folder into CUDA_HOME")
-    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("cpu/*.cpp"))
+    sources = [str(path.relative_to(ROOT)) for path in found_in("csrc/cpu", "*.cpp")]
     found = [
         Pybind11Extension(
             "ltp_sparse._C",
             ["csrc/bindings.cpp", *(s for s in sources if X86 or Path(s).stem not in ISA_FLAGS)],
             depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")),
             cxx_std=17,
-            extra_compile_args=FLAGS,
-            extra_link_args=["-pthread"],
+            extra_compile_args=FLAGS + (SANITIZE_FLAGS if SANITIZE else []),
+            extra_link_args=["-pthread"] + (SANITIZE_FLAGS if SANITIZE else []),
             # auto: without a compiler the library installs and runs on its other backends; setuptools says so.
             optional=wanted == "auto",
         )
     ]
     if home is not None and wanted in ("auto", "cuda"):
+        found_in("csrc/cuda", "*.cu")
         library = home / "lib64"
         found.append(
             Pybind11Extension(

@@ -155,7 +155,10 @@ class IndexSet:
             raise ValueError(f"IndexSet: the bitmap has bits set past its {n} entries")
         if n == 0:
             return cls.full(0, words.device)
-        counts = _tile_counts(words, n) if counts is None else counts
+        if counts is None:
+            counts = _tile_counts(words, n)
+        elif counts.dtype != torch.int64 or not torch.equal(counts, _tile_counts(words, n)):
+            raise ValueError("IndexSet: the counts are not int64 [tiles], the bits of each tile of the bitmap")
         if int(counts.sum()) == n:
             return cls.full(n, words.device)
         return cls(n, Encoding.BITMAP, words, counts)

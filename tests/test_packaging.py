@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -109,18 +110,35 @@ def parts(names: set[str]) -> set[str]:
     return {name.split(".")[1] for name in names if name.startswith("ltp_sparse.")}
 
 
+def build(call: str, tree: Path, **environment: str) -> None:
+    code = f"from setuptools import build_meta; build_meta.{call}"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tree, env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """The wheel, built from a copy of the tree without the extension: what an install without a compiler gives."""
-    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
+def sdist(tmp_path_factory) -> Path:
+    """What an sdist of a copy of the tree, without the extension, unpacks to."""
+    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("sdist")
     skip = shutil.ignore_patterns("*.so", "__pycache__")
     for folder in ("csrc", "kernels", "ltp_sparse"):
         shutil.copytree(ROOT / folder, tree / folder, ignore=skip)
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree / name)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", out, tree]
-    run = subprocess.run(command, env={**os.environ, "LTP_SPARSE_EXT": "off"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, tree / name)
+    build(f"build_sdist({str(out)!r})", tree, LTP_SPARSE_EXT="off")
+    with tarfile.open(next(out.glob("*.tar.gz"))) as archive:
+        archive.extractall(out, filter="data")
+    return next(path for path in out.iterdir() if path.is_dir())
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory) -> Path:
+    """The wheel, built from the sdist without an extension: what an install without a compiler gives."""
+    out = tmp_path_factory.mktemp("wheel")
+    build(f"build_wheel({str(out)!r})", sdist, LTP_SPARSE_EXT="off")
     return next(out.glob("*.whl"))
 
 
@@ -142,6 +160,65 @@ def python(unpacked: Path, code: str) -> str:
     )
     assert run.returncode == 0, run.stderr
     return run.stdout
+
+
+def test_sdist_holds_all_that_the_extensions_are_built_from(sdist):
+    def csrc(root: Path) -> set[str]:
+        return {str(path.relative_to(root)) for path in (root / "csrc").rglob("*") if path.is_file()}
+
+    assert csrc(sdist) == csrc(ROOT), "list the kind of file in MANIFEST.in"
+
+
+@pytest.mark.parametrize(("module", "needs"), [("_C", "c++"), ("_C_cuda", "nvcc")])
+def test_extensions_built_from_the_sdist_import(sdist, tmp_path, module, needs):
+    """Unoptimised, and for one GPU, for speed: what is compiled, linked and imported is the same."""
+    if shutil.which(needs) is None:
+        pytest.skip(f"{needs} is not on the PATH")
+    tree = tmp_path / "tree"
+    shutil.copytree(sdist, tree)
+    setup = (tree / "setup.py").read_text()
+    setup = setup.replace('"-O3"', '"-O0"').replace('code=[sm_90,compute_90]"', 'code=sm_90"')
+    setup = setup.replace('*["-gencode", "arch=compute_80,code=sm_80", "-gencode"', '*["-gencode"')
+    setup = setup.replace(
+        "setup(ext_modules=extensions()", f"setup(ext_modules=[x for x in extensions() if x.name.endswith('.{module}')]"
+    )
+    (tree / "setup.py").write_text(setup)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    environment = {**os.environ, "LTP_SPARSE_EXT": "cpu" if module == "_C" else "cuda"}
+    run = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    code = f"import {module}; print({module}.__doc__)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tree / "ltp_sparse", capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout, run.stderr
+
+
+@pytest.mark.parametrize(("pattern", "wanted"), [("*.cu", "cuda"), ("*.cpp", "cpu")])
+def test_a_build_without_its_sources_fails(sdist, tmp_path, pattern, wanted):
+    if wanted == "cuda" and shutil.which("nvcc") is None:
+        pytest.skip("no CUDA toolkit: nvcc is not on the PATH")
+    shutil.copytree(sdist, tmp_path / "tree", ignore=shutil.ignore_patterns(pattern))
+    command = [sys.executable, "setup.py", "-q", "build_ext"]
+    environment = {**os.environ, "LTP_SPARSE_EXT": wanted}
+    run = subprocess.run(command, cwd=tmp_path / "tree", env=environment, capture_output=True, text=True)
+    assert run.returncode != 0 and "these sources are not complete" in run.stderr
+
+
+def test_a_module_with_an_undefined_symbol_fails_the_build(sdist, tmp_path):
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    shutil.copytree(sdist, tmp_path / "tree")
+    for path in (tmp_path / "tree" / "csrc" / "cpu").glob("*.cpp"):
+        path.write_text("")
+    (tmp_path / "tree" / "csrc" / "bindings.cpp").write_text(
+        "#include <pybind11/pybind11.h>\nint missing();\n"
+        'PYBIND11_MODULE(_C, module) { module.attr("x") = missing(); }\n'
+    )
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    environment = {**os.environ, "LTP_SPARSE_EXT": "cpu"}
+    run = subprocess.run(command, cwd=tmp_path / "tree", env=environment, capture_output=True, text=True)
+    assert run.returncode != 0 and "was built and cannot be imported" in run.stdout + run.stderr
+    assert "missing" in run.stdout + run.stderr
+    assert not list((tmp_path / "tree").rglob("_C*.so"))
 
 
 def test_wheel_holds_every_file_of_the_tree(wheel):
