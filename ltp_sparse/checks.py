@@ -114,7 +114,7 @@ def _read_table(
         (Encoding.LIST16, active, positions.numel(), "positions"),
     ):
         own = encoding == kind
-        refuse(own & ((index < 0) | (index + sizes > room)), f"INDEX must lie in the {room} {what}")
+        refuse(own & ((index < 0) | (index > room - sizes)), f"INDEX must lie in the {room} {what}")
         if kind is Encoding.BITMAP:
             refuse(own & (index % 2 != 0), "INDEX of a bitmap must be even")
         before = torch.where(own, sizes, 0).cumsum(0) - torch.where(own, sizes, 0)

@@ -142,7 +142,7 @@ def _(params, grads, master, tiles, words, ranks, positions, coefficients, ancho
         "masked_sum_squares", tiles.device, parameter=params, gradient=grads, words=words, positions=positions,
         coefficients=coefficients,
     )  # fmt: skip
-    return tiles.new_empty(tiles.shape[0], dtype=torch.float64)
+    return tiles.new_empty(tiles.shape[:1], dtype=torch.float64)
 
 
 @torch.library.register_fake("ltp_sparse::masked_pack_", lib=_library)
@@ -152,6 +152,8 @@ def _(grads, out, tiles, words, ranks, positions, accumulate, backend=""):
 
 @torch.library.register_fake("ltp_sparse::topk_delta", lib=_library)
 def _(initial, tuned, groups, k):
+    if not tuned:
+        raise ValueError(f"topk_delta: expected as many initial as tuned tensors, got {len(initial)} and 0")
     _check_devices("topk_delta", tuned[0].device, tensor=tuned)
     _check_devices("topk_delta", tuned[0].device, tensor=initial)
     words = sum(bitmap_words(t.numel()) for t in tuned)
