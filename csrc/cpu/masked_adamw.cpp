@@ -1,7 +1,6 @@
 #include "masked_adamw.h"
 
 #include <algorithm>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -16,16 +15,6 @@ namespace {
 
 TileRow row_of(const MaskedAdamW& table, int64_t t) { return reinterpret_cast<const TileRow*>(table.tiles)[t]; }
 
-// Whether the last entry of a tile's list or bitmap lies in the tile: positions ascend, and of a bitmap only the last
-// 64-bit group, if it is not whole, can have bits beyond.
-bool ends_inside(const MaskedAdamW& table, const TileRow& row) {
-    if (row.encoding == Encoding::kList16) return table.positions[row.index + row.active - 1] < row.length;
-    if (row.encoding != Encoding::kBitmap || row.length % 64 == 0) return true;
-    uint64_t last;
-    memcpy(&last, table.words + row.index + 2 * (row.length / 64), sizeof last);
-    return last >> (row.length % 64) == 0;
-}
-
 // Checks the table and queues its tiles.
 void queue_tiles(const MaskedAdamW& table, TileQueue& queue) {
     const int64_t n_params = std::max(table.params.size(), table.grads.size());  // one of them may be left out
@@ -35,7 +24,7 @@ void queue_tiles(const MaskedAdamW& table, TileQueue& queue) {
             row.encoding == Encoding::kFull || row.encoding == Encoding::kBitmap || row.encoding == Encoding::kList16;
         if (row.param < 0 || row.param >= n_params || row.start < 0 || row.length < 1 || row.length > kTile ||
             row.active < 1 || row.active > row.length || row.slot < 0 || row.index < 0 || row.block < 0 || !known ||
-            (row.encoding == Encoding::kFull && row.active != row.length) || !ends_inside(table, row)) {
+            (row.encoding == Encoding::kFull && row.active != row.length)) {
             throw std::invalid_argument("masked_adamw_: row " + std::to_string(t) +
                                         " of the tile table is not a tile of " + std::to_string(n_params) +
                                         " parameters");
