@@ -210,8 +210,7 @@ def test_a_module_with_an_undefined_symbol_fails_the_build(sdist, tmp_path):
     for path in (tmp_path / "tree" / "csrc" / "cpu").glob("*.cpp"):
         path.write_text("")
     (tmp_path / "tree" / "csrc" / "bindings.cpp").write_text(
-        '#include <Python.h>\nextern "C" PyObject* missing();\n'
-        "PyMODINIT_FUNC PyInit__C(void) { return missing(); }\n"
+        '#include <Python.h>\nextern "C" PyObject* missing();\nPyMODINIT_FUNC PyInit__C(void) { return missing(); }\n'
     )
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     environment = {**os.environ, "LTP_SPARSE_EXT": "cpu"}
