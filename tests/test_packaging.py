@@ -22,6 +22,8 @@ LAYERS = [
     {"kernels", "_C"},
     {
         "files",
+        "manifest",
+        "restoring",
         "results",
         "names",
         "quantization",
