@@ -35,11 +35,12 @@ def finish(folder: Path, names: Iterable[str] | None = None) -> None:
     """
     if names is None:
         names = [os.fspath(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST]
-    files = {}
-    for name in sorted(names):
-        sync(folder / name)
-        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
-    _write(folder, files, finished=True)
+    _write(folder, _describe(folder, names), finished=True)
+
+
+def add(folder: Path, names: Iterable[str]) -> None:
+    """Adds files to the manifest of a folder, or takes them anew; what it says of others stays as it is."""
+    _write(folder, _read(folder) | _describe(folder, names), finished=True)
 
 
 def names(folder: Path) -> list[str]:
@@ -51,10 +52,10 @@ def names(folder: Path) -> list[str]:
     return list(_read(folder))
 
 
-def check(folder: Path, part: str = "") -> None:
+def check(folder: Path, parts: tuple[str, ...] = ("",)) -> None:
     """Compares a folder with its manifest.
 
-    part: how the names begin whose content is read; of the others, sizes are compared
+    parts: how the names begin whose content is read; of the others, sizes are compared
 
     Raises:
         FileFormatError: a file is missing or another, or the manifest is; `Unfinished` if its writing was interrupted.
@@ -65,8 +66,16 @@ def check(folder: Path, part: str = "") -> None:
             raise FileFormatError(path, f"is missing, and {MANIFEST} names it")
         if (size := path.stat().st_size) != expected["bytes"]:
             raise FileFormatError(path, f"expected {expected['bytes']:,} bytes as {MANIFEST} says, got {size:,}")
-        if name.startswith(part) and _sha256(path) != expected["sha256"]:
+        if name.startswith(parts) and _sha256(path) != expected["sha256"]:
             raise FileFormatError(path, f"its content is not that of which {MANIFEST} has the checksum; it is damaged")
+
+
+def _describe(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    files = {}
+    for name in sorted(names):
+        sync(folder / name)
+        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+    return files
 
 
 def _write(folder: Path, files: Mapping[str, Any], *, finished: bool) -> None:
