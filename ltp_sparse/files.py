@@ -292,9 +292,7 @@ def verify(path: str | os.PathLike[str]) -> str:
     except (SafetensorError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise FileFormatError(Path(path), f"not a readable file of ltp_sparse ({error}); copy it again") from error
     if found != checksum:
-        raise FileFormatError(
-            Path(path), "the checksum does not match its content; the file is damaged, copy or make it again"
-        )
+        raise FileFormatError(Path(path), "the checksum does not match its content; the file is damaged")
     return checksum
 
 

@@ -439,10 +439,10 @@ def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
         if passed:
             _warn_passed(passed, f"going on from {path}")
         return path
-    for error in passed:
-        if not isinstance(error, manifest.Unfinished):
-            problem = f"{error.problem}. No checkpoint is left to go on from; delete {folder} to start anew"
-            raise FileFormatError(error.path, problem, error.place)
+    for each in passed:
+        if not isinstance(each, manifest.Unfinished):
+            problem = f"{each.problem}. No checkpoint is left to go on from; delete {folder} to start anew"
+            raise FileFormatError(each.path, problem, each.place)
     if passed:
         _warn_passed(passed, "no checkpoint is complete, the run starts from its beginning")
     return None
