@@ -38,7 +38,7 @@ class Entry:
 class Cache:
     """A folder of artefacts, each named by a digest of what it was made from: base model, data and settings.
 
-    Beside each lies a description, written after it and read before it: what it is, its bytes and its checksum. An
+    Beside each lies a description, written after it and read before it: what it is, and its checksum. An
     artefact without one was not written to its end.
     """
 
@@ -67,8 +67,7 @@ class Cache:
                 warnings.warn(f"{path} has no description beside it: it is made anew", stacklevel=2)
             files.sweep(self.folder)
             make(path)
-            about = {"kind": kind, "facts": facts, "made": time.time()}
-            about |= {"bytes": path.stat().st_size, "checksum": files.verify(path)}
+            about = {"kind": kind, "facts": facts, "made": time.time(), "checksum": files.verify(path)}
             with atomic_path(described) as temporary:
                 temporary.write_text(json.dumps(about, indent=2), encoding="utf-8")
         return path
