@@ -140,7 +140,7 @@ def destination(path: str | os.PathLike[str]) -> Path:
     place = os.path.abspath(path)
     for _ in range(_MOST_LINKS):
         place = os.path.join(os.path.realpath(os.path.dirname(place)), os.path.basename(place))
-        if place.startswith("/proc/"):  # /dev/stdout and its kin: a file may be behind it that others write to
+        if place.startswith("/proc/") and os.path.lexists(place):  # /dev/stdout: others may write to what is behind it
             raise OSError(errno.EINVAL, "expected a regular file to write to, this is an open stream", str(path))
         if not os.path.islink(place):
             break

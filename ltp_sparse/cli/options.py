@@ -138,7 +138,8 @@ def check_writable(command: str, path: Path, *, folder: bool = False, option: st
     try:
         files.check_writable(path, folder=folder)
     except OSError as error:
-        raise CommandError(f"{command}: {option} {path}: {error.strerror}") from error
+        why = (error.strerror or str(error)).removeprefix("cannot be written: ")
+        raise CommandError(f"{command}: {option} {path} cannot be written: {why}") from error
 
 
 def check_starts_anew(command: str, folder: Path, option: str) -> None:
