@@ -20,7 +20,7 @@ TRAIN := $(VENV)/.installed-train
 TEST := $(VENV)/.installed-test
 CPP := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help demo test asan tsan bench gpu gpu-full lint lint-ruff lint-format lint-mypy lint-cpp format clean
+.PHONY: help demo test faults asan tsan bench gpu gpu-full lint lint-ruff lint-format lint-mypy lint-cpp format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ asan tsan: $(TEST)
 	$(BIN)/python -c "import sys, ltp_sparse, pytest; \
 		ltp_sparse.__path__.insert(0, 'build/$@/ltp_sparse'); sys.exit(pytest.main(sys.argv[1:]))" \
 		-q -p no:cacheprovider --timeout 1200 $(SANITIZER_TESTS) $(ARGS)
+
+faults: $(TEST)  ## full disks, low memory, two writers, kills at random moments: the long version
+	$(BIN)/pytest -m "faults or not faults" tests/test_faults.py $(ARGS)
 
 bench: $(TEST)  ## CPU benchmarks: CSV, table and plots in benchmarks/results/cpu (about 24 GB of memory, an hour)
 	$(BIN)/python benchmarks/run.py $(ARGS)

@@ -28,6 +28,8 @@ from harness import RESULTS, environment, peak_memory
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ltp_sparse.files import atomic_path, check_writable
+
 SIZES = {"base": (768, 12, 12, 3072), "large": (1024, 24, 16, 4096), "tiny": (32, 2, 4, 64)}
 DENSITY = 0.2
 WORDS = (7, 9, 11)
@@ -273,7 +275,8 @@ def main() -> None:
     if args.setting:
         measure(args)
         return
-    rows = []
+    check_writable(args.out)
+    rows: list[dict[str, Any]] = []
     for stage, settings in SETTINGS.items():
         print(f"\n{stage}: XLM-R-{args.model}, {args.batch} x {args.length} tokens, 20 % active", flush=True)
         for setting in settings:
@@ -290,20 +293,24 @@ def main() -> None:
             speed = args.batch * args.length / total
             rows.append({"stage": stage, "setting": setting, "model": args.model, "batch": args.batch,
                          "length": args.length, "bf16": args.bf16, **found, "tokens_per_second": speed})  # fmt: skip
+            write(args.out, rows)
             print(
                 f"  {setting:<46}{found['peak'] / 1e9:>7.2f} GB {speed:>9.0f} tokens/s   forward {found['forward']:.3f}"
                 f"  backward {found['backward']:.3f}  step {found['step']:.3f} s",
                 flush=True,
             )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    print(f"wrote {args.out}")
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes all rows so far: an interrupted run keeps what it has measured."""
     where = environment()
-    with args.out.open("w", newline="") as file:
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], *where])
         writer.writeheader()
         for row in rows:
             cells = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
             writer.writerow({**cells, **where})
-    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

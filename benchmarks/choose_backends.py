@@ -22,6 +22,7 @@ from harness import Provider, WrongResult, environment, interleaved
 
 import ltp_sparse as ls
 from ltp_sparse import backends
+from ltp_sparse.files import check_writable
 from ltp_sparse.testing import random_weights, tuned_weights, update_problem, xlmr_shapes
 
 TABLE = Path(__file__).parents[1] / "ltp_sparse" / backends.CHOICES.name  # of this checkout, wherever the package is
@@ -156,6 +157,7 @@ def main() -> None:
     parser.add_argument("--densities", nargs="+", type=float, default=DENSITIES)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    check_writable(args.out)
     if args.folder:
         facts = json.loads((args.folder / "environment.json").read_text())
         source = f"{facts['device']}, torch {facts['torch']}, commit {facts['commit']}: make gpu"

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 import ltp_sparse as ls
+from ltp_sparse.files import atomic_path, check_writable
 from ltp_sparse.testing import xlmr_shapes
 
 RESULTS = Path(__file__).parent / "results"
@@ -227,12 +228,10 @@ def write_csv(path: Path, rows: Iterable[Row]) -> None:
             reader = csv.DictReader(file)
             kept = list(reader) if reader.fieldnames == names else []  # lines of another form cannot stay
         lines = [line for line in kept if _cell(line) not in measured] + lines
-    whole = path.with_suffix(".tmp")
-    with whole.open("w", newline="") as file:
+    with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(lines)
-    whole.replace(path)
     print(f"wrote {path}")
 
 
@@ -257,6 +256,7 @@ def argument_parser(
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The arguments, after the threads and the compiled backend that they ask for were set."""
     args = parser.parse_args()
+    check_writable(args.out)
     torch.set_num_threads(args.threads)
     reason = ls.available_backends()["compiled"]
     if reason != "ok":

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Size, Tensor
 
+from ltp_sparse import files
 from ltp_sparse.names import parameter_order, strip_wrappers
 from ltp_sparse.staging import Piece, staged
 from ltp_sparse.topk import Chunk, Layout, Passes, flat_piece, piece_of
@@ -44,7 +45,8 @@ class _MappedFile:
             self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self.start = 8 + int.from_bytes(self.bytes[:8], "little")
         self.tensors: dict[str, dict[str, Any]] = json.loads(self.bytes[8 : self.start])
-        self.tensors.pop("__metadata__", None)
+        if files.KEY in (self.tensors.pop("__metadata__", None) or {}):
+            files.verify(path)  # what this library writes carries a checksum
 
 
 class CheckpointTensor:

@@ -14,6 +14,7 @@ from ltp_sparse import files
 from ltp_sparse.checkpoints import Readable, open_checkpoint, read_piece
 from ltp_sparse.encoding import IndexSet
 from ltp_sparse.names import applied_deltas, canonical_parameters, canonical_tensors, closest, fingerprint, match_names
+from ltp_sparse.restoring import Held, restoring, scatter_
 from ltp_sparse.ticket import Ticket, pack_sets, unpack_sets
 
 
@@ -169,13 +170,13 @@ class SparseDelta:
             current = gather(parameter, index_set)
             updates[name] = self._moved(name, current, any(_touches(a, name, index_set) for a in stack))
             entry.displaced[name] = current
-        with torch.no_grad():
+        entry.dense |= {name: tensors[name].detach().clone() for name in self.dense}
+        with torch.no_grad(), restoring(_held(entry, tensors), stack):
             for name, update in updates.items():
                 scatter_(parameters[name].detach(), self.ticket.sets[name], update)
             for name, tensor in self.dense.items():
-                entry.dense[name] = tensors[name].detach().clone()
                 tensors[name].detach().copy_(tensor)
-        stack.append(entry)
+            stack.append(entry)
 
     def _moved(self, name: str, current: Tensor, overlaps: bool) -> Tensor:
         """[k] new values of the active entries, given the current ones.
@@ -242,14 +243,19 @@ class SparseDelta:
                 raise ValueError(
                     f"SparseDelta.revert: {later.delta!r} was applied later and overlaps in {shared[0]!r}: revert it"
                 )
-        parameters = canonical_parameters(model)
-        tensors = {**parameters, **dict(model.named_buffers())}
-        with torch.no_grad():
+        tensors = {**canonical_parameters(model), **dict(model.named_buffers())}
+        sets = self.ticket.sets
+        now = Applied(
+            self,
+            {name: gather(tensors[name], sets[name]) for name in entry.displaced},
+            {name: tensors[name].detach().clone() for name in entry.dense},
+        )
+        with torch.no_grad(), restoring(_held(now, tensors), stack):
             for name, values in entry.displaced.items():
-                scatter_(parameters[name].detach(), self.ticket.sets[name], values)
+                scatter_(tensors[name].detach(), sets[name], values)
             for name, tensor in entry.dense.items():
                 tensors[name].detach().copy_(tensor)
-        del stack[at]
+            del stack[at]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file, atomically."""
@@ -291,14 +297,10 @@ def gather(tensor: Tensor, index_set: IndexSet) -> Tensor:
     return packed
 
 
-def scatter_(tensor: Tensor, index_set: IndexSet, packed: Tensor) -> None:
-    """Writes [k] values to the active entries of a tensor, in place."""
-    flat = tensor.view(-1) if tensor.is_contiguous() else tensor.reshape(-1)
-    packed = packed.to(flat.device)
-    for slot, indices in index_set.to(flat.device).chunks():
-        flat[indices] = packed[slot : slot + indices.numel()]
-    if flat.data_ptr() != tensor.data_ptr():
-        tensor.copy_(flat.view(tensor.shape))
+def _held(applied: Applied, tensors: Mapping[str, Tensor]) -> list[Held]:
+    sets = applied.delta.ticket.sets
+    entries = [Held(tensors[name], sets[name], values) for name, values in applied.displaced.items()]
+    return entries + [Held(tensors[name], None, values) for name, values in applied.dense.items()]
 
 
 def base_fingerprint(model: nn.Module, names: Iterable[str]) -> dict[str, str]:

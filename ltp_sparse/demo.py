@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ltp_sparse import results
+from ltp_sparse.files import atomic_path
 from ltp_sparse.generated.inference import pairs, sentences
 from ltp_sparse.generated.languages import LANGUAGES
 from ltp_sparse.methods import LTP, PromptMethod, PromptOnly, PromptSettings, RandomTicket, SoftPrompt
@@ -99,7 +100,8 @@ def _demo(output: Path, settings: DemoSettings, progress: bool) -> str:
 
     table = make_table(rows, ("method", "shots"))
     report = _report(table, facts, ticket, model, settings, time.perf_counter() - start)
-    (output / "report.md").write_text(report, encoding="utf-8")
+    with atomic_path(output / "report.md") as temporary:
+        temporary.write_text(report, encoding="utf-8")
     plot_accuracy(
         table.means(),
         output / "accuracy.png",

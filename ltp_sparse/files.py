@@ -7,12 +7,18 @@ leaves either the old file or the new one.
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
+import secrets
+import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +30,15 @@ from ltp_sparse.tensors import check_plain_tensor
 
 KEY = "ltp_sparse"
 FORMAT_VERSION = 1
+_MOST_LINKS = 40
+_FULL = 1 << 16  # bytes: a disk with fewer is full
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+)
 
 
 class FileFormatError(ValueError):
@@ -80,26 +95,181 @@ def hash_tensor(sha: hashlib._Hash, tensor: Tensor) -> None:
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path in the folder of `path`; on success it is moved there in one step, on failure removed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    """A path to write to in a folder beside `path`; on success the file is moved there in one step, else removed.
+
+    Symbolic links stay, and what they point to is replaced. A file that is there keeps its mode and, where the system
+    lets us, its owner. What killed writes of this name have left is removed.
+
+    Raises:
+        OSError: `path` is no regular file, or cannot be written. What was there is as it was.
+    """
+    target = destination(path)
+    with _workplace(target) as temporary:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
+        sync(temporary)
+        _keep_owner_and_mode(target, temporary)
+        temporary.replace(target)
+        sync_folder(target.parent)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to fill beside `path`; on success it takes the place of `path` in one step, else it is removed.
+
+    Raises:
+        OSError: `path` cannot be written, is a file, or a folder that holds something: nothing there is overwritten.
+    """
+    target = Path(path).resolve()
+    check_writable(target, folder=True)
+    if any(target.iterdir()):
+        raise OSError(errno.ENOTEMPTY, "expected a new or an empty folder to write to; it holds something", str(path))
+    with _workplace(target) as temporary:
+        temporary.mkdir()
+        temporary.chmod(stat.S_IMODE(target.stat().st_mode))
+        yield temporary
+        for file in filter(Path.is_file, temporary.rglob("*")):
+            sync(file)
+        sync_folder(temporary)
+        temporary.replace(target)
+        sync_folder(target.parent)
+
+
+def destination(path: str | os.PathLike[str]) -> Path:
+    """The regular file that a path leads to, through its symbolic links; it need not be there yet.
+
+    Raises:
+        OSError: something else is there (a folder, a device, a pipe, a socket), or the links lead nowhere.
+    """
+    place = os.path.abspath(path)
+    for _ in range(_MOST_LINKS):
+        place = os.path.join(os.path.realpath(os.path.dirname(place)), os.path.basename(place))
+        if place.startswith("/proc/") and os.path.lexists(place):  # /dev/stdout: others may write to what is behind it
+            raise OSError(errno.EINVAL, "expected a regular file to write to, this is an open stream", str(path))
+        if not os.path.islink(place):
+            break
+        place = os.path.join(os.path.dirname(place), os.readlink(place))
+    else:
+        raise OSError(errno.ELOOP, "its symbolic links lead in a circle", str(path))
+    try:
+        mode = os.lstat(place).st_mode
+    except FileNotFoundError:
+        return Path(place)
+    if not stat.S_ISREG(mode):
+        kind = next((name for test, name in _KINDS if test(mode)), "something else")
+        number = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise OSError(number, f"expected a regular file to write to, this is {kind}", str(path))
+    return Path(place)
+
+
+def check_writable(path: str | os.PathLike[str], *, folder: bool = False) -> None:
+    """Raises an OSError unless a file, or a folder of files, can be written there: before hours of work, not after.
+
+    The folder is made.
+    """
+    if folder:
+        place = Path(path)
+        if place.exists() and not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "expected a folder to write to, this is a file", str(path))
+    else:
+        place = destination(path).parent
+    with _telling(Path(path)):
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            pass
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Removes what killed writes have left in a folder, of one file name or of all; never what is being written."""
+    wanted = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[a-z0-9_]{{8}}\.tmp")
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            if wanted.fullmatch(entry.name) and not entry.is_symlink():
+                with suppress(OSError):
+                    handle = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW)
+                    try:
+                        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its writer lives
+                        shutil.rmtree(entry.path) if entry.is_dir() else os.unlink(entry.path)
+                    finally:
+                        os.close(handle)
+
+
+def sync(file: Path) -> None:
+    """Waits until a file is on disk."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the names in a folder are on disk."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):  # not every file system can
+            os.fsync(handle)
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(handle)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+@contextmanager
+def _workplace(target: Path) -> Iterator[Path]:
+    """A path of the target's name in a new folder beside it. A lock on that folder tells others that its writer lives.
+
+    A folder, since writers make files of their own beside the one that they are asked for.
+    """
+    with _telling(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sweep(target.parent, target.name)
+        while True:
+            place = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
+            place.mkdir(mode=0o700)
+            try:
+                handle = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except FileNotFoundError:  # swept between the two calls
+                continue
+            with suppress(OSError):  # where nothing can be locked, nothing is swept
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if place.exists():
+                break
+            os.close(handle)
+    try:
+        with _telling(target, place):
+            yield place / target.name
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        os.close(handle)
+
+
+def _keep_owner_and_mode(target: Path, temporary: Path) -> None:
+    """Gives a file those of the one that it is to replace, or what the system gives to a new file."""
+    try:
+        before = target.stat()
+    except FileNotFoundError:
+        probe = temporary.with_name("mode")  # nothing else tells the umask to one thread of several
+        probe.touch()
+        before = probe.stat()
+    if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
+        with suppress(PermissionError):
+            os.chown(temporary, before.st_uid, before.st_gid)
+    temporary.chmod(stat.S_IMODE(before.st_mode))
+
+
+@contextmanager
+def _telling(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Makes what goes wrong while a file, or the temporary folder beside it, is written an OSError that names it."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        found = re.search(r"os error (\d+)", str(error))  # how safetensors tells it
+        number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+        if number is None and not isinstance(error, OSError) and temporary is not None:
+            with suppress(OSError):  # torch.save does not say why it failed
+                number = errno.ENOSPC if shutil.disk_usage(temporary.parent).free < _FULL else None
+        where = getattr(error, "filename", None) or str(path)
+        ours = where == str(path) or (temporary is not None and Path(where).is_relative_to(temporary))
+        if not ours or (number is None and not isinstance(error, OSError)):
+            raise
+        why = str(error) if number is None else os.strerror(number)
+        problem = f"cannot be written: {why[:1].lower()}{why[1:]}; what was there before is unchanged"
+        raise OSError(number or errno.EIO, problem, str(path)) from error
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
@@ -109,6 +279,24 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str
         sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         hash_tensor(sha, tensor)
     return sha.hexdigest()
+
+
+def verify(path: str | os.PathLike[str]) -> str:
+    """Compares a file written by `save` with its checksum, which is returned. The content is mapped, not loaded.
+
+    Raises:
+        FileFormatError: they differ, or it is no such file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {})[KEY])
+            checksum = str(metadata.pop("checksum"))
+            found = _checksum({name: file.get_tensor(name) for name in file.keys()}, metadata)  # noqa: SIM118
+    except (SafetensorError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise FileFormatError(Path(path), f"not a readable file of ltp_sparse ({error}); copy it again") from error
+    if found != checksum:
+        raise FileFormatError(Path(path), "the checksum does not match its content; the file is damaged")
+    return checksum
 
 
 def save(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import shutil
+import stat
 import subprocess
 import sys
 
@@ -11,7 +14,7 @@ from tiny_nli import WORDS, tiny_language_model, tiny_tokenizer, toy_pairs
 
 import ltp_sparse as ls
 from ltp_sparse.cli import main
-from ltp_sparse.cli.runs import Run, load_seed
+from ltp_sparse.cli.runs import Run, finished_seeds, load_seed, record, seeds_to_train
 from ltp_sparse.prompting import CLASSES
 
 SHOTS = 4
@@ -125,6 +128,76 @@ def test_interrupted_runs_are_not_started_anew_by_oversight(files, ticket, tmp_p
     assert run(*select, "--output", tmp_path / "t") == 2
     assert "pass --resume to go on, or another --run-dir" in capsys.readouterr().err
     assert left.is_dir()
+
+
+@pytest.mark.parametrize("harm", ["missing", "damaged", "swapped", "folder", "description"])
+def test_a_run_that_has_lost_something_is_not_taken_for_whole(harm, files, trained, tmp_path, capsys):
+    """Else a mean over fewer seeds, or of other weights, would be told."""
+    folder = shutil.copytree(trained, tmp_path / "run")
+    seeds = [folder / f"seed-{seed}" / "baked.safetensors" for seed in (1, 2)]
+    if harm == "missing":
+        seeds[1].unlink()
+    elif harm == "damaged":
+        seeds[1].write_bytes(seeds[1].read_bytes()[:-1] + b"\x55")
+    elif harm == "swapped":
+        contents = [path.read_bytes() for path in seeds]
+        for path, content in zip(seeds, reversed(contents), strict=True):
+            path.write_bytes(content)
+    elif harm == "folder":
+        shutil.rmtree(seeds[1].parent)
+    else:
+        path = folder / "run.json"
+        path.write_text(path.read_text().replace('"language": "en"', '"language": "eo"'))
+    (tmp_path / "pairs.tsv").write_text("premise\thypothesis\na\tb\n")
+    for command in (
+        ["evaluate", folder, "--task", "americasnli", "--data", files / "data", "--languages", "aym"],
+        ["predict", folder, tmp_path / "pairs.tsv", "--seed", 2],
+        ["export", folder, "--seed", 2, "--output", tmp_path / "exported"],
+    ):
+        assert run(*command) == 2
+        error = capsys.readouterr().err
+        assert "manifest.json" in error and ("seed-2/baked" in error or "run.json" in error or "seed-1/baked" in error)
+
+
+def test_runs_of_earlier_versions_are_read_and_said_so(trained, tmp_path, capsys):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    (folder / "manifest.json").unlink()
+    assert finished_seeds(folder) == [1, 2]
+    assert "has no manifest.json" in capsys.readouterr().out
+    (folder / "seed-3").mkdir()
+    (folder / "seed-3" / "baked.safetensors").write_bytes(b"x")
+    record(folder, ["seed-3/baked.safetensors"])
+    assert finished_seeds(folder) == [1, 2, 3]
+
+
+def test_seeds_that_another_process_trains_are_passed_over(tmp_path, capsys):
+    from filelock import FileLock
+
+    for seed in (1, 3):
+        (tmp_path / f"seed-{seed}").mkdir()
+    (tmp_path / "seed-3" / "baked.safetensors").write_bytes(b"x")
+    with FileLock(tmp_path / "seed-1" / "train.lock"):
+        assert list(seeds_to_train(tmp_path, [1, 2, 3])) == [2]
+    told = capsys.readouterr().out
+    assert "seed 1: another process trains it" in told and "seed 3: another process has trained it" in told
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["select", "--initial", "a", "--tuned", "b", "--output", "{}"],
+        ["run", "evidence-generated", "--output", "{}"],
+        ["demo", "--output", "{}"],
+        ["report", "evidence-generated", "results", "--output", "{}"],
+        ["inspect", "ticket", "--plot", "{}"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_commands_look_where_they_write_before_they_work(command, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    assert run(*(str(tmp_path / "pipe") if word == "{}" else word for word in command)) == 2
+    assert str(tmp_path / "pipe") in capsys.readouterr().err
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
 
 def test_seeds_of_another_run_are_not_joined(files, ticket, trained, tmp_path, capsys):

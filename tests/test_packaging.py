@@ -24,6 +24,8 @@ LAYERS = [
     {
         "checks",
         "files",
+        "manifest",
+        "restoring",
         "results",
         "names",
         "quantization",

@@ -12,9 +12,9 @@ pytest.importorskip("transformers")
 
 from transformers import TrainerCallback, TrainingArguments, XLMRobertaConfig, XLMRobertaForSequenceClassification
 
-from ltp_sparse import SparseDelta, Ticket, canonical_parameters
+from ltp_sparse import FileFormatError, SparseDelta, Ticket, canonical_parameters, manifest
 from ltp_sparse.selection import pools
-from ltp_sparse.training.trainer import BEST_FILE, DELTA_FILE, KeepBest, SparseTrainer, last_checkpoint
+from ltp_sparse.training.trainer import BEST_FILE, DELTA_FILE, KeepBest, SparseTrainer, begin, last_checkpoint
 
 EXAMPLES, BATCH, EPOCHS = 24, 4, 3
 STEPS_PER_EPOCH = EXAMPLES // BATCH
@@ -300,13 +300,132 @@ def test_incomplete_checkpoints_are_passed_over(tmp_path):
     assert last_checkpoint(tmp_path).name == "checkpoint-18"
     state = tmp_path / "checkpoint-18" / "trainer_state.json"
     state.write_text(state.read_text()[:50])
-    assert last_checkpoint(tmp_path).name == "checkpoint-12"
+    with pytest.warns(
+        UserWarning, match=r"checkpoint-18/trainer_state.json: expected .* going on from .*checkpoint-12"
+    ):
+        assert last_checkpoint(tmp_path).name == "checkpoint-12"
     (tmp_path / "checkpoint-12" / "trainer_state.json").unlink()
-    assert last_checkpoint(tmp_path).name == "checkpoint-6"
+    with pytest.warns(UserWarning, match=r"checkpoint-12/trainer_state.json: is missing"):
+        assert last_checkpoint(tmp_path).name == "checkpoint-6"
     shutil.rmtree(tmp_path / "checkpoint-6")
-    assert last_checkpoint(tmp_path) is None
-    with pytest.raises(ValueError, match="no complete checkpoint"):
-        build(tmp_path).train(resume_from_checkpoint=True)
+    for call in (lambda: last_checkpoint(tmp_path), lambda: build(tmp_path).train(resume_from_checkpoint=True)):
+        with pytest.raises(FileFormatError, match="No checkpoint is left to go on from; delete"):
+            call()
+    manifest.start(tmp_path / "checkpoint-12")  # as if its writing had never come to an end
+    shutil.rmtree(tmp_path / "checkpoint-18")
+    with pytest.warns(UserWarning, match="interrupted: passed over, no checkpoint is complete"):
+        assert last_checkpoint(tmp_path) is None
+
+
+FILES = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", BEST_FILE, DELTA_FILE, "manifest.json"]
+
+
+def _remove(path):
+    path.unlink()
+
+
+def _flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """Checkpoints of a run, and the weights it ends with."""
+    folder = tmp_path_factory.mktemp("whole")
+    trainer = build(folder, save_strategy="steps", save_steps=9, max_steps=18)
+    trainer.train()
+    return folder, weights(trainer.model)
+
+
+@pytest.mark.parametrize("harm", [_remove, _flip], ids=["missing", "damaged"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_never_changes_the_result(name, harm, whole_run, tmp_path):
+    """The one before it is taken, and told; without one before it, it is an error."""
+    folder = shutil.copytree(whole_run[0], tmp_path / "run")
+    harm(folder / "checkpoint-18" / name)
+    options = {"save_strategy": "steps", "save_steps": 9, "max_steps": 18}
+    resumed = build(folder, **options)
+    with pytest.warns(UserWarning, match="checkpoint-18.*passed over, going on from .*checkpoint-9"):
+        resumed.train(resume_from_checkpoint=True)
+    assert resumed.resumed_from.name == "checkpoint-9"
+    assert_same(weights(resumed.model), whole_run[1])
+
+    harm(folder / "checkpoint-9" / name)
+    shutil.rmtree(folder / "checkpoint-18")
+    last = build(folder, **options)
+    before = weights(last.model)
+    for resume in (True, folder / "checkpoint-9"):
+        with pytest.raises(FileFormatError, match="checkpoint-9"):
+            last.train(resume_from_checkpoint=resume)
+    assert_same(weights(last.model), before)
+
+
+def test_the_checkpoint_of_before_stays_until_the_new_one_is_complete(tmp_path, monkeypatch):
+    """A limit of one, and a kill between the files of the second and its manifest."""
+    options = {"save_strategy": "steps", "save_steps": 6, "save_total_limit": 1}
+    whole = build(tmp_path / "whole", **options)
+    whole.train()
+    assert [path.name for path in (tmp_path / "whole").glob("checkpoint-*")] == ["checkpoint-18"]
+    finish = manifest.finish
+
+    def killed(folder, *names):
+        if folder.name == "checkpoint-12":
+            raise KeyboardInterrupt
+        finish(folder, *names)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "finish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build(tmp_path / "run", **options).train()
+    resumed = build(tmp_path / "run", **options)
+    with pytest.warns(UserWarning, match="checkpoint-12: its writing was interrupted: passed over, going on from"):
+        resumed.train(resume_from_checkpoint=True)
+    assert resumed.resumed_from.name == "checkpoint-6"
+    assert_same(weights(whole.model), weights(resumed.model))
+
+
+@pytest.mark.parametrize("harm", [_remove, _flip], ids=["missing", "damaged"])
+def test_settings_are_needed_to_resume(harm, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 9, "max_steps": 9}
+    begin(tmp_path, {"seed": 1}, what="test", resume=False)
+    build(tmp_path, **options).train()
+    assert begin(tmp_path, {"seed": 1}, what="test", resume=True).name == "checkpoint-9"
+    harm(tmp_path / "settings.json")
+    with pytest.raises(ValueError, match=r"settings|holds checkpoints of a run with"):
+        begin(tmp_path, {"seed": 1}, what="test", resume=True)
+    assert (tmp_path / "checkpoint-9").is_dir()
+
+
+@pytest.mark.parametrize("at", range(1, 6))
+def test_restoring_is_all_or_nothing(at, tmp_path, monkeypatch):
+    from ltp_sparse.training import trainer as module
+
+    trainer = build(tmp_path, trainer_options={"keep_best": None}, max_steps=2)
+    trainer.train()
+    trained, delta = weights(trainer.model), trainer.delta()
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.add_(1)
+    moved, real, calls = weights(trainer.model), module.scatter_, []
+
+    def stopped(*arguments):
+        calls.append(arguments)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    monkeypatch.setattr(module, "scatter_", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.base.restore(trainer.model, delta)
+    assert_same(weights(trainer.model), moved)
+    monkeypatch.setattr(module, "scatter_", real)
+    trainer.base.restore(trainer.model, delta)
+    for name in delta.ticket.active_names:
+        assert torch.equal(
+            weights(trainer.model)[name][delta.ticket.mask(name)], trained[name][delta.ticket.mask(name)]
+        )
 
 
 def test_resuming_on_other_weights_or_from_other_files_is_refused(tmp_path):
@@ -320,7 +439,7 @@ def test_resuming_on_other_weights_or_from_other_files_is_refused(tmp_path):
         build(tmp_path, model=other, **options).train(resume_from_checkpoint=True)
     assert_same(weights(other), before)
     (tmp_path / "checkpoint-6" / DELTA_FILE).unlink()
-    with pytest.raises(ValueError, match=f"it has no {DELTA_FILE}"):
+    with pytest.raises(ValueError, match=f"{DELTA_FILE}: is missing"):
         build(tmp_path, **options).train(resume_from_checkpoint=tmp_path / "checkpoint-6")
 
 

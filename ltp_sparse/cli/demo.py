@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ltp_sparse.cli.options import check_writable
+
 HELP = "run the whole job on generated data and the small model of the package: ticket, LTP, controls, report"
 EXAMPLES = """\
   ltp-sparse demo
@@ -17,6 +19,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    check_writable("demo", options.output, folder=True)
     from transformers.utils import logging
 
     from ltp_sparse.demo import demo

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ltp_sparse.cli.options import add_computing, add_data, at_least_one, need, quieten
+from ltp_sparse.cli.options import add_computing, add_data, at_least_one, check_writable, need, quieten
 
 HELP = "evaluate a trained run per language: mean and standard deviation over its seeds, as a table"
 EXAMPLES = """\
@@ -40,6 +40,9 @@ def run(options: argparse.Namespace) -> None:
 
     quieten(options)
     made = Run.load(options.folder)
+    check_writable("evaluate", options.folder / results.RESULTS, option="results")
+    if options.plot is not None:
+        check_writable("evaluate", options.plot, option="--plot")
     seeds = finished_seeds(options.folder, options.seeds)
     pairs = {
         language: load_pairs("evaluate", options.task, options.split, language, data=options.data)[: options.limit]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ltp_sparse.cli.options import need
+from ltp_sparse.cli.options import check_writable, need
 
 HELP = "show where a ticket lives: per layer, per module type, as a plot, and against another ticket"
 EXAMPLES = """\
@@ -25,6 +25,8 @@ def run(options: argparse.Namespace) -> None:
     from ltp_sparse.report.plots import plot_ticket
 
     need(options, "ticket")
+    if options.plot is not None:
+        check_writable("inspect", options.plot, option="--plot")
     ticket = _load(options.ticket)
     print(ticket)
     for key, value in ticket.metadata.items():

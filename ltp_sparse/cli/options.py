@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -130,17 +129,17 @@ def share(text: str) -> float:
     return number
 
 
-def check_writable(command: str, path: Path, *, folder: bool = False) -> None:
+def check_writable(command: str, path: Path, *, folder: bool = False, option: str = "--output") -> None:
     """Raises unless a file, or a folder of files, can be written there: before hours of work, not after them."""
+    from ltp_sparse import files
+
     if path.is_dir() != folder and path.exists():
-        raise CommandError(f"{command}: --output must be a {'folder' if folder else 'file'}, {path} is none")
+        raise CommandError(f"{command}: {option} must be a {'folder' if folder else 'file'}, {path} is none")
     try:
-        place = path if folder else path.parent
-        place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=place):
-            pass
+        files.check_writable(path, folder=folder)
     except OSError as error:
-        raise CommandError(f"{command}: --output {path} cannot be written: {error.strerror}") from error
+        why = (error.strerror or str(error)).removeprefix("cannot be written: ")
+        raise CommandError(f"{command}: {option} {path} cannot be written: {why}") from error
 
 
 def check_starts_anew(command: str, folder: Path, option: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ltp_sparse.cli.options import need
+from ltp_sparse.cli.options import check_writable, need
 
 HELP = "turn the results of a recipe into tables beside the paper's figures, plots and an HTML page"
 EXAMPLES = """\
@@ -26,6 +26,8 @@ def run(options: argparse.Namespace) -> None:
     from ltp_sparse.report.pages import write_report
 
     recipe = load_recipe(options.recipe)
+    if options.output is not None:
+        check_writable("report", options.output, folder=True)
     rows = results.read(options.results / results.RESULTS)
     files = write_report(recipe, rows, options.output or options.results)
     print(files[0].read_text(encoding="utf-8"))

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.cli.options import CommandError, need
+from ltp_sparse.cli.options import CommandError, check_writable, need
 
 HELP = "run a recipe: all cells of a table or figure of the papers, or of your own YAML file"
 EXAMPLES = """\
@@ -66,6 +66,7 @@ def run(options: argparse.Namespace) -> int:
 
         return run_on_devices([sys.executable, "-m", "ltp_sparse.cli", *sys.argv[1:]], options.devices)
 
+    check_writable("run", options.output, folder=True)
     from ltp_sparse.recipes.cache import Cache, default_cache
     from ltp_sparse.recipes.cell import Workbench
     from ltp_sparse.recipes.run import run_recipe, unfinished

@@ -3,17 +3,19 @@
 run.json                  model, method, task, shots, languages: how the run was made
 seed-1/trained.safetensors  a SparseDelta: ticket entries and the prompt encoder at the best epoch
 seed-1/baked.safetensors    the same with the prompt in place of its encoder: all that inference needs
+manifest.json             names, sizes and checksums of the files above, of the seeds that are finished
 results.jsonl             rows of `evaluate`
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ltp_sparse import manifest
 from ltp_sparse.cli.options import CommandError
 from ltp_sparse.files import atomic_path
 
@@ -42,6 +44,7 @@ class Run:
     def save(self, folder: Path) -> None:
         with atomic_path(folder / _DESCRIPTION) as temporary:
             temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        record(folder, [_DESCRIPTION])
 
     @classmethod
     def load(cls, folder: Path) -> Run:
@@ -69,7 +72,14 @@ class Run:
 
 def finished_seeds(folder: Path, wanted: Sequence[int] | None = None) -> list[int]:
     """The seeds whose training is done, ascending; or those wanted, which must be among them."""
-    names = [path.parent.name.removeprefix("seed-") for path in folder.glob(f"seed-*/{BAKED}")]
+    if (folder / manifest.MANIFEST).exists():
+        parts = tuple(f"seed-{seed}/" for seed in wanted) if wanted else ("seed-",)
+        manifest.check(folder, (_DESCRIPTION, *parts))
+        found = [Path(name) for name in manifest.names(folder)]
+    else:
+        print(f"{folder} has no {manifest.MANIFEST}, as those of earlier versions: a lost seed would not be noticed")
+        found = list(folder.glob(f"seed-*/{BAKED}"))
+    names = [path.parent.name.removeprefix("seed-") for path in found if path.name == BAKED]
     seeds = sorted(int(name) for name in names if name.isdigit())
     if not seeds:
         raise CommandError(f"{folder}: no seed has been trained to the end; run ltp-sparse train --resume")
@@ -103,6 +113,41 @@ def check_same_training(finished: Path, method: Method, ticket: Ticket | None) -
                 raise CommandError(f"train: {finished} was trained with {key} {old}, not {new}; give another --output")
     if method.key == "ltp" and delta.ticket != ticket:
         raise CommandError(f"train: {finished} was trained on another ticket than --ticket; give another --output")
+
+
+def seeds_to_train(folder: Path, seeds: Sequence[int]) -> Iterator[int]:
+    """Those of the seeds that no other process trains, or has trained meanwhile; nobody else does while one is out."""
+    from filelock import FileLock, Timeout
+
+    for seed in seeds:
+        path = folder / f"seed-{seed}" / "train.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = FileLock(path).acquire(blocking=False)
+        except Timeout:
+            print(f"seed {seed}: another process trains it, passed over")
+            continue
+        with lock:
+            if (path.parent / BAKED).is_file():
+                print(f"seed {seed}: another process has trained it")
+            else:
+                yield seed
+            path.unlink(missing_ok=True)
+
+
+def record(folder: Path, names: Sequence[str]) -> None:
+    """Adds files to the manifest of a run's folder."""
+    from filelock import FileLock
+
+    lock = folder / "manifest.lock"
+    with FileLock(lock):
+        if not (folder / manifest.MANIFEST).exists():  # new, or of an earlier version
+            manifest.finish(
+                folder,
+                [str(path.relative_to(folder)) for path in folder.glob("seed-*/*") if path.name in (TRAINED, BAKED)],
+            )
+        manifest.add(folder, names)
+        lock.unlink(missing_ok=True)
 
 
 def load_seed(run: Run, folder: Path, seed: int | None) -> tuple[Setup, SparseDelta]:

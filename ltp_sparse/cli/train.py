@@ -74,7 +74,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     need(options, "model", "output")
     import ltp_sparse as ls
-    from ltp_sparse.cli.runs import BAKED, TRAINED, Run, check_same_training, load_pairs
+    from ltp_sparse.cli.runs import BAKED, TRAINED, Run, check_same_training, load_pairs, record, seeds_to_train
     from ltp_sparse.prompting import WORDS, Verbalizer
     from ltp_sparse.prompting.templates import QUESTIONS
     from ltp_sparse.training.backbone import load_backbone, longest_input
@@ -123,7 +123,7 @@ def run(options: argparse.Namespace) -> None:
     verbalizer = Verbalizer.for_language(tokenizer, words) if method.scores_words else None
     run.save(options.output)
     print(f"{method.name}: {len(train)} training and {len(dev)} dev pairs ({options.language}), seeds {seeds}")
-    for seed in todo:
+    for seed in seeds_to_train(options.output, todo):
         folder = options.output / f"seed-{seed}"
         result = train_method(
             method,
@@ -147,6 +147,7 @@ def run(options: argparse.Namespace) -> None:
         )
         result.delta.save(folder / TRAINED)
         result.baked.save(folder / BAKED)
+        record(options.output, [f"seed-{seed}/{name}" for name in (TRAINED, BAKED)])
         result.release()
         print(
             f"seed {seed}: best epoch {result.best_epoch} of {len(result.dev_scores)}, "

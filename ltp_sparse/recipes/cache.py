@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.files import atomic_path
+from filelock import FileLock, Timeout
+
+from ltp_sparse import files
+from ltp_sparse.files import FileFormatError, atomic_path
 
 
 def default_cache() -> Path:
@@ -34,7 +36,11 @@ class Entry:
 
 
 class Cache:
-    """A folder of artefacts, each named by a digest of what it was made from: base model, data and settings."""
+    """A folder of artefacts, each named by a digest of what it was made from: base model, data and settings.
+
+    Beside each lies a description, written after it and read before it: what it is, and its checksum. An
+    artefact without one was not written to its end.
+    """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
@@ -44,38 +50,73 @@ class Cache:
         return f"Cache({str(self.folder)!r}, {len(entries)} artefacts, {sum(e.nbytes for e in entries):,} bytes)"
 
     def get(self, kind: str, facts: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
-        """The file of an artefact; `make` writes it (atomically) if it is not there. Other processes wait meanwhile."""
+        """The file of an artefact; `make` writes it (`files.save`) if it is not there. Other processes wait meanwhile.
+
+        Raises:
+            FileFormatError: the artefact, or its description, is damaged.
+        """
         text = json.dumps(facts, sort_keys=True)
         path = self.folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
-        if not path.is_file():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with _locked(path.with_suffix(".lock")):
-                if not path.is_file():
-                    make(path)
-                    with atomic_path(path.with_suffix(".json")) as temporary:
-                        temporary.write_text(json.dumps({"kind": kind, "facts": facts, "made": time.time()}, indent=2))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            described = path.with_suffix(".json")
+            if path.is_file() and described.is_file():
+                self._check(path, kind, json.loads(text))
+                return path
+            if path.is_file():
+                warnings.warn(f"{path} has no description beside it: it is made anew", stacklevel=2)
+            files.sweep(self.folder)
+            make(path)
+            about = {"kind": kind, "facts": facts, "made": time.time(), "checksum": files.verify(path)}
+            with atomic_path(described) as temporary:
+                temporary.write_text(json.dumps(about, indent=2), encoding="utf-8")
         return path
+
+    @staticmethod
+    def _check(path: Path, kind: str, facts: Any) -> None:
+        described = path.with_suffix(".json")
+        cure = "; delete both files to have it made anew"
+        about = _description(described)
+        if (about["kind"], about["facts"]) != (kind, facts):
+            raise FileFormatError(described, f"expected the description of {path.name}, got that of another{cure}")
+        try:
+            checksum = files.verify(path)
+        except FileFormatError as error:
+            raise FileFormatError(path, f"{error.problem}{cure}") from error
+        if checksum != about.get("checksum", checksum):  # earlier versions wrote none
+            raise FileFormatError(path, f"it is not the artefact that {described.name} describes{cure}")
 
     def entries(self) -> list[Entry]:
         """All artefacts, the latest first."""
         found = []
         for described in self.folder.glob("*.json"):
-            path, about = described.with_suffix(".safetensors"), json.loads(described.read_text())
+            path = described.with_suffix(".safetensors")
             if path.is_file():
+                about = _description(described)
                 found.append(Entry(about["kind"], about["facts"], path, path.stat().st_size, about["made"]))
         return sorted(found, key=lambda entry: -entry.made)
 
     def clear(self) -> int:
-        """Removes all artefacts; returns how many bytes that frees."""
-        entries = self.entries()
-        for entry in entries:
-            for suffix in (".safetensors", ".json", ".lock"):
-                entry.path.with_suffix(suffix).unlink(missing_ok=True)
-        return sum(entry.nbytes for entry in entries)
+        """Removes all artefacts, but those in use at the moment; returns how many bytes that frees."""
+        freed = 0
+        for path in self.folder.glob("*.safetensors"):
+            lock = path.with_suffix(".lock")
+            try:
+                with FileLock(lock, blocking=False):
+                    freed += path.stat().st_size
+                    for each in (path, path.with_suffix(".json"), lock):
+                        each.unlink(missing_ok=True)
+            except Timeout:
+                warnings.warn(f"{path} is in use and stays", stacklevel=2)
+        files.sweep(self.folder)
+        return freed
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _description(path: Path) -> dict[str, Any]:
+    try:
+        about = json.loads(path.read_bytes())
+        if isinstance(about["kind"], str) and isinstance(about["facts"], dict) and isinstance(about["made"], float):
+            return dict(about)
+    except (KeyError, TypeError, ValueError, RecursionError):
+        pass
+    raise FileFormatError(path, "not the description of an artefact: damaged; delete it to have the artefact made anew")

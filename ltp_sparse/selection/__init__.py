@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltp_sparse import backends, ops
+from ltp_sparse import backends, files, ops
 from ltp_sparse.checkpoints import Readable, Reader, StreamSource
 from ltp_sparse.encoding import IndexSet, bitmap_words
 from ltp_sparse.selection import pools, scores
@@ -89,6 +89,8 @@ def select(
     """
     if (tuned is None) == (score is None):
         raise ValueError("select: give either tuned= or score=")
+    if output is not None:
+        files.check_writable(output)
     base = open_weights(initial)
     if callable(score):
         after = base

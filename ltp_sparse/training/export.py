@@ -8,18 +8,19 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ltp_sparse.delta import SparseDelta
+from ltp_sparse.files import atomic_folder
 from ltp_sparse.prompting import PromptedMaskedLM
 from ltp_sparse.prompting.templates import CLASSES, soft_template
 from ltp_sparse.training.backbone import decouple, load_backbone, locate
 from ltp_sparse.training.method import load_trained
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _SCRIPT = '''"""Labels a sentence pair with torch and transformers alone: python predict.py PREMISE HYPOTHESIS."""
 
@@ -83,12 +84,13 @@ def export(
     Args:
         model: folder or Hub name of the base model.
         delta: the baked delta of a run (`Trained.baked`).
-        output: the folder to write.
+        output: the folder to write, new or empty; it is there when all of it is.
         tokenizer: folder or Hub name of the tokenizer, where it is not beside the model.
 
     Raises:
         ValueError: the result has no soft prompt or is not of pairs, or `output` is the folder of the base model or of
-            its tokenizer, which would be overwritten.
+            its tokenizer.
+        OSError: `output` holds something, or cannot be written.
     """
     for source in (model, model if tokenizer is None else tokenizer):
         where, local = locate(source)
@@ -118,13 +120,23 @@ def export(
             decouple(language_model)  # resizing splits the bias of the LM head from its decoder's
     with torch.no_grad():
         language_model.get_input_embeddings().weight[ids] = prompt.to(language_model.dtype)
-    output = Path(output)
+    with atomic_folder(output) as folder:
+        _write(folder, language_model, pieces, tokens, trained.metadata)
+
+
+def _write(
+    output: Path,
+    language_model: PreTrainedModel,
+    pieces: PreTrainedTokenizerBase,
+    tokens: list[str],
+    metadata: dict[str, Any],
+) -> None:
     language_model.save_pretrained(output)
     pieces.save_pretrained(output)
-    verbalizer = dict(zip(CLASSES, trained.metadata["verbalizer"], strict=True))
+    verbalizer = dict(zip(CLASSES, metadata["verbalizer"], strict=True))
     parts = soft_template(len(tokens)).parts
-    settings = {key: trained.metadata["settings"][key] for key in ("max_length", "truncation")}
-    description = {"parts": parts, "tokens": tokens, "verbalizer": verbalizer, "method": trained.metadata["method"]}
+    settings = {key: metadata["settings"][key] for key in ("max_length", "truncation")}
+    description = {"parts": parts, "tokens": tokens, "verbalizer": verbalizer, "method": metadata["method"]}
     description |= settings
     (output / "prompt.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     (output / "predict.py").write_text(_SCRIPT, encoding="utf-8")

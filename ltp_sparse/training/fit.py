@@ -18,14 +18,14 @@ from torch.nn import functional as F
 from transformers import EvalPrediction, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from ltp_sparse.delta import SparseDelta, scatter_
+from ltp_sparse.delta import SparseDelta
 from ltp_sparse.frozen import frozen_digests, verify_frozen
 from ltp_sparse.methods.base import Settings, Setup
-from ltp_sparse.names import canonical_parameters
 from ltp_sparse.prompting.templates import IGNORED_LABEL
+from ltp_sparse.restoring import Held, put_back
 from ltp_sparse.ticket import Ticket
 from ltp_sparse.training.evaluation import METRICS
-from ltp_sparse.training.trainer import KeepBest, SparseTrainer, begin
+from ltp_sparse.training.trainer import KeepBest, SparseTrainer, alone, begin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,10 @@ def fit(
     initial_dense = [parameter.detach().clone() for parameter in dense]
     frozen = frozen_digests(model, ticket, dense) if options.check_frozen else {}
     folder_given = options.output_dir is not None
-    with nullcontext(options.output_dir) if folder_given else tempfile.TemporaryDirectory() as folder:
+    with (
+        nullcontext(options.output_dir) if folder_given else tempfile.TemporaryDirectory() as folder,
+        alone(str(folder)),
+    ):
         Path(str(folder)).mkdir(parents=True, exist_ok=True)
         keep_best = KeepBest(options.metric, on_disk=folder_given)
         trainer = SparseTrainer(
@@ -221,9 +224,5 @@ def _back_to_base(trainer: SparseTrainer, dense: Sequence[nn.Parameter], initial
     try:
         yield
     finally:
-        parameters = canonical_parameters(trainer.model)
-        with torch.no_grad():
-            for name, originals in trainer.base.originals.items():
-                scatter_(parameters[name].detach(), trainer.base.ticket.sets[name], originals)
-            for parameter, value in zip(dense, initial, strict=True):
-                parameter.copy_(value)
+        whole = [Held(parameter, None, value) for parameter, value in zip(dense, initial, strict=True)]
+        put_back([*trainer.base.held(trainer.model), *whole])

@@ -63,8 +63,12 @@ class Trained:
         return self.setup.collate
 
     def release(self) -> None:
-        """Takes the language model back to its initial bits, and off it what the method attached to it."""
-        self.delta.revert(self.model)
+        """Takes the language model back to its initial bits, and off it what the method attached to it.
+
+        Repeated after an interrupt, it does what is left to do.
+        """
+        if _is_applied(self.delta, self.model):
+            self.delta.revert(self.model)
         self.setup.undo()
 
 
@@ -119,9 +123,36 @@ def train_method(
 
         setup, active = method.choose(setup, active, tune)
         last = fit(setup, method.settings, active, *encoded, run)
+        delta = _finished(method, setup, last, run, labels=labels, language=language)
     except BaseException:
         setup.undo()
         raise
+    try:
+        delta.apply(setup.model)
+        setup.model.eval()
+        dense = delta.dense if setup.bake is None else setup.bake()
+        result = Trained(
+            setup=setup,
+            delta=delta,
+            baked=SparseDelta(delta.ticket, delta.values, delta.originals, dense, {**delta.metadata, "baked": True}),
+            dev_scores=last.scores,
+            best_epoch=last.best_epoch,
+            seconds=sum(phase.seconds for phase in (*phases, last)),
+            optimizer_bytes=last.optimizer_bytes,
+        )
+        _trained[language_model] = delta
+        return result
+    except BaseException:
+        if _is_applied(delta, setup.model):
+            delta.revert(setup.model)
+        setup.undo()
+        raise
+
+
+def _finished(
+    method: Method, setup: Setup, last: Fit, run: Options, *, labels: tuple[str, ...], language: str
+) -> SparseDelta:
+    """The delta of a run. From the base it is applied as any other, so that the model knows it and can revert it."""
     metadata = {
         **method.describe(),
         **setup.facts,
@@ -134,22 +165,11 @@ def train_method(
     }
     logger.info("%s: epoch %g is kept, dev %s %.4f", method.name, last.best_epoch, run.metric, metadata["dev_score"])
     trained = last.delta
-    # From the base the delta is applied as any other, so that the model knows it and can revert it.
-    delta = SparseDelta(trained.ticket, trained.values, trained.originals, trained.dense, metadata)
-    delta = method.finish(setup, delta)
-    delta.apply(setup.model)
-    setup.model.eval()
-    _trained[language_model] = delta
-    dense = delta.dense if setup.bake is None else setup.bake()
-    return Trained(
-        setup=setup,
-        delta=delta,
-        baked=SparseDelta(delta.ticket, delta.values, delta.originals, dense, {**delta.metadata, "baked": True}),
-        dev_scores=last.scores,
-        best_epoch=last.best_epoch,
-        seconds=sum(phase.seconds for phase in (*phases, last)),
-        optimizer_bytes=last.optimizer_bytes,
-    )
+    return method.finish(setup, SparseDelta(trained.ticket, trained.values, trained.originals, trained.dense, metadata))
+
+
+def _is_applied(delta: SparseDelta, model: nn.Module) -> bool:
+    return any(entry.delta is delta for entry in applied_deltas(model))
 
 
 def load_trained(language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, delta: SparseDelta) -> Setup:
@@ -193,7 +213,7 @@ def _check(method: Method, language_model: PreTrainedModel, train: Sequence[Any]
             "choose a method or a task that fits"
         )
     earlier = _trained.get(language_model)
-    if earlier is not None and any(entry.delta is earlier for entry in applied_deltas(language_model)):
+    if earlier is not None and _is_applied(earlier, language_model):
         raise ValueError(
             "train_method: expected a language model at its initial weights, this one has the result of an earlier run "
             "applied; call result.release(), or load it again"

@@ -27,16 +27,17 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from ltp_sparse.checkpoints import open_checkpoint, read_piece
-from ltp_sparse.delta import SparseDelta, gather, scatter_
+from ltp_sparse.delta import SparseDelta, gather
 from ltp_sparse.names import canonical_parameters, canonical_tensors, layer_of, unwrapped
 from ltp_sparse.reference import delta_keys
+from ltp_sparse.restoring import Held, put_back
 from ltp_sparse.selection import Weights, pools, select
 from ltp_sparse.selection.budgets import Budget
 from ltp_sparse.selection.sources import ScoreFunction, open_weights
 from ltp_sparse.ticket import Ticket
 from ltp_sparse.topk import entries_for
 from ltp_sparse.training.backbone import is_decoupled, longest_input
-from ltp_sparse.training.trainer import KeepBest, SparseTrainer, begin
+from ltp_sparse.training.trainer import KeepBest, SparseTrainer, alone, begin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM
@@ -127,14 +128,18 @@ class MLMResult:
         dense = {name: parameters[name].detach().cpu().clone() for name in self.initial_dense}
         return SparseDelta(self.ticket, values, self.originals, dense, self.metadata)
 
-    @torch.no_grad()
     def reset(self) -> XLMRobertaForMaskedLM:
-        """Puts the initial weights back, bit for bit, those of the LM head included; returns the model."""
-        parameters = canonical_parameters(self.model)
-        for name, values in self.originals.items():
-            scatter_(parameters[name].detach(), self.ticket.sets[name], values)
-        for name, tensor in self.initial_dense.items():
-            parameters[name].copy_(tensor)
+        """Puts the initial weights back, bit for bit, those of the LM head included; returns the model.
+
+        An interrupt comes through when all of them are.
+        """
+        parameters, sets = canonical_parameters(self.model), self.ticket.sets
+        put_back(
+            [
+                *(Held(parameters[name], sets[name], values) for name, values in self.originals.items()),
+                *(Held(parameters[name], None, tensor) for name, tensor in self.initial_dense.items()),
+            ]
+        )
         return self.model
 
 
@@ -208,6 +213,7 @@ def tune_mlm(
     device = next(model.parameters()).device
     with ExitStack() as stack:
         folder = os.fspath(output_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="ltp_sparse-mlm-")))
+        stack.enter_context(alone(folder))
         trainer = MLMTrainer(
             model,
             _training_arguments(settings, len(train_dataset), folder, progress, arguments),

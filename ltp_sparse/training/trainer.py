@@ -11,28 +11,32 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+from ltp_sparse import manifest
 from ltp_sparse.delta import SparseDelta, base_fingerprint, gather, scatter_
-from ltp_sparse.files import atomic_path
+from ltp_sparse.files import FileFormatError, atomic_path, sweep
 from ltp_sparse.names import canonical_parameters, match_names
 from ltp_sparse.optim import MaskedAdamW
 from ltp_sparse.optim.members import dense_groups
+from ltp_sparse.restoring import Held, restoring
 from ltp_sparse.ticket import Ticket
 from ltp_sparse.training.adam_l2 import AdamL2
 
 DELTA_FILE = "delta.safetensors"
 BEST_FILE = "best.safetensors"
 SETTINGS_FILE = "settings.json"
-_STATE_FILE = "trainer_state.json"
 _PLACEHOLDER_FILE = "model.safetensors"
 
 Dense = nn.Module | nn.Parameter | Iterable[nn.Parameter] | Iterable[Mapping[str, Any]]
@@ -57,7 +61,8 @@ class SparseTrainer(Trainer):
 
     During `train`, parameters without an active entry have `requires_grad` off. Checkpoints (`save_strategy`,
     `save_steps`, `save_total_limit` of `args`) take O(k) bytes and resume bit for bit on the same base model;
-    `train(resume_from_checkpoint=True)` takes the latest complete one. `save_model(folder)` writes the whole model.
+    `train(resume_from_checkpoint=True)` takes the latest complete one: each has a manifest of its files, written last,
+    and older ones are removed after that only. `save_model(folder)` writes the whole model.
     """
 
     def __init__(
@@ -82,6 +87,8 @@ class SparseTrainer(Trainer):
         args = copy.copy(args)
         self.clip = args.max_grad_norm or None
         args.max_grad_norm = 0.0  # the Trainer would clip over all gradients, those of inactive entries, too
+        # The Trainer would remove the checkpoint of before while the manifest of the new one is not written yet.
+        self.save_total_limit, args.save_total_limit = args.save_total_limit, None
         if args.data_seed is None:
             args.data_seed = args.seed  # else the order of examples follows whatever seeded torch last
         super().__init__(model=model, args=args, **kwargs)
@@ -106,6 +113,7 @@ class SparseTrainer(Trainer):
         if keep_best is not None:
             keep_best.trainer = self
             self.add_callback(keep_best)
+        self.add_callback(_Complete(self))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """`MaskedAdamW` over the ticket; on resuming, also writes the checkpoint's weights into the model.
@@ -194,8 +202,9 @@ class SparseTrainer(Trainer):
                 raise ValueError(f"SparseTrainer: no complete checkpoint in {self.args.output_dir!r} to resume from")
             return latest
         folder = Path(resume_from_checkpoint)
-        if not (folder / DELTA_FILE).is_file():
+        if not folder.is_dir() or DELTA_FILE not in manifest.names(folder):
             raise ValueError(f"SparseTrainer: {str(folder)!r} is not one of its checkpoints: it has no {DELTA_FILE}")
+        manifest.check(folder)
         return folder
 
     def delta(self, metadata: Mapping[str, Any] | None = None) -> SparseDelta:
@@ -208,12 +217,33 @@ class SparseTrainer(Trainer):
             super().save_model(output_dir)
         elif self.args.should_save:
             folder = Path(str(output_dir))
+            manifest.start(folder)
             self.base.delta(self.model, originals=False).save(
                 folder / DELTA_FILE
             )  # the base itself is there on resuming
             if self.keep_best is not None:
                 self.keep_best.save_into(folder)
-            save_file({}, folder / _PLACEHOLDER_FILE, metadata={"note": f"the weights are in {DELTA_FILE}"})
+            with atomic_path(folder / _PLACEHOLDER_FILE) as temporary:
+                save_file({}, temporary, metadata={"note": f"the weights are in {DELTA_FILE}"})
+
+
+class _Complete(TrainerCallback):
+    """Writes the manifest of a checkpoint when all processes have written their files, then removes older ones."""
+
+    def __init__(self, trainer: SparseTrainer) -> None:
+        self.trainer = weakref.proxy(trainer)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.accelerator.wait_for_everyone()
+        if not state.is_world_process_zero:
+            return
+        latest = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        manifest.finish(latest)
+        if limit := self.trainer.save_total_limit:
+            others = [path for path in _checkpoints(latest.parent) if path != latest]
+            others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+            for path in others[limit - 1 :]:
+                shutil.rmtree(path)
 
 
 class KeepBest(TrainerCallback):
@@ -359,12 +389,21 @@ class _Base:
                 f"SparseTrainer: expected the dense parameters {sorted(self.dense)}, the saved run has "
                 f"{sorted(delta.dense)}; resume with those of the interrupted run"
             )
-        parameters = canonical_parameters(model)
-        with torch.no_grad():
+        parameters, sets = canonical_parameters(model), self.ticket.sets
+        before = [
+            Held(parameters[name], sets[name], gather(parameters[name], sets[name]).cpu()) for name in delta.values
+        ]
+        before += [Held(parameters[name], None, parameters[name].detach().cpu().clone()) for name in delta.dense]
+        with torch.no_grad(), restoring(before):
             for name, values in delta.values.items():
-                scatter_(parameters[name].detach(), self.ticket.sets[name], values)
+                scatter_(parameters[name].detach(), sets[name], values)
             for name, tensor in delta.dense.items():
                 parameters[name].copy_(tensor)
+
+    def held(self, model: nn.Module) -> list[Held]:
+        """What the ticket's entries held before training."""
+        parameters, sets = canonical_parameters(model), self.ticket.sets
+        return [Held(parameters[name], sets[name], values) for name, values in self.originals.items()]
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
@@ -383,9 +422,43 @@ def _dense_names(parameters: Mapping[str, nn.Parameter], dense: Iterable[Mapping
 
 
 def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
-    """The checkpoint of most steps in an output folder, of those written to their end; None if there is none."""
-    found = sorted(Path(folder).glob("checkpoint-*"), key=_steps, reverse=True)
-    return next((path for path in found if _complete(path)), None)
+    """The checkpoint of most steps in an output folder that is as its manifest says; None if there is none.
+
+    A warning tells of those that are passed over.
+
+    Raises:
+        FileFormatError: there is none, but one that has been complete: it was damaged.
+    """
+    passed: list[FileFormatError] = []
+    for path in sorted(_checkpoints(Path(folder)), key=_steps, reverse=True):
+        try:
+            manifest.check(path)
+        except FileFormatError as error:
+            passed.append(error)
+            continue
+        if passed:
+            _warn_passed(passed, f"going on from {path}")
+        return path
+    for each in passed:
+        if not isinstance(each, manifest.Unfinished):
+            problem = f"{each.problem}. No checkpoint is left to go on from; delete {folder} to start anew"
+            raise FileFormatError(each.path, problem, each.place)
+    if passed:
+        _warn_passed(passed, "no checkpoint is complete, the run starts from its beginning")
+    return None
+
+
+def _warn_passed(passed: Iterable[FileFormatError], what_now: str) -> None:
+    warnings.warn(f"{'; '.join(map(str, passed))}: passed over, {what_now}", UserWarning, stacklevel=4)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The folders of checkpoints, finished or not, of this class."""
+    return [path for path in folder.glob("checkpoint-*") if _is_ours(path)]
+
+
+def _is_ours(path: Path) -> bool:
+    return (path / manifest.MANIFEST).is_file() or (path / DELTA_FILE).is_file()
 
 
 def begin(folder: str | os.PathLike[str], facts: Mapping[str, Any], *, what: str, resume: bool) -> Path | None:
@@ -394,12 +467,12 @@ def begin(folder: str | os.PathLike[str], facts: Mapping[str, Any], *, what: str
     Otherwise the checkpoints of an earlier run are removed, as a later resume would take them for those of this one.
 
     facts: what a resumed run must have in common with the interrupted one to end with the same bits; kept in the folder
-    Raises ValueError if it has not; nothing is changed then.
+    Raises ValueError if it has not, or its checkpoints are damaged; nothing is changed then.
     """
     checkpoint, path = last_checkpoint(folder) if resume else None, Path(folder) / SETTINGS_FILE
     facts = json.loads(json.dumps(facts, default=float))  # as they will be read
-    if checkpoint is not None and path.exists():
-        before = json.loads(path.read_text())
+    if checkpoint is not None:
+        before = _settings(path)
         changed = [f"{key} {before.get(key)!r}, now {now!r}" for key, now in facts.items() if before.get(key) != now]
         if changed:
             raise ValueError(
@@ -408,16 +481,42 @@ def begin(folder: str | os.PathLike[str], facts: Mapping[str, Any], *, what: str
             )
     elif int(os.environ.get("RANK", "0")) == 0:
         if not resume:
-            _discard_checkpoints(Path(folder))
+            for old in _checkpoints(Path(folder)):
+                shutil.rmtree(old)
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(facts, indent=1))
+        sweep(path.parent)
     return checkpoint
 
 
-def _discard_checkpoints(folder: Path) -> None:
-    for path in folder.glob("checkpoint-*"):
-        if (path / DELTA_FILE).is_file():
-            shutil.rmtree(path)
+@contextmanager
+def alone(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Keeps other runs out of an output folder; the lock of a process that has died is free.
+
+    Raises ValueError if another run is at work there.
+    """
+    if int(os.environ.get("RANK", "0")):
+        yield  # ranks of one run work together
+        return
+    path = Path(folder) / "run.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(path).acquire(blocking=False)
+    except Timeout:
+        raise ValueError(f"another run is at work in {folder}; wait for its end, or give another folder") from None
+    with lock:
+        yield
+        path.unlink(missing_ok=True)
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """What the interrupted run had, without which nothing tells whether this one may go on."""
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise FileFormatError(
+            path, f"expected the settings of the run that left the checkpoints beside it ({error}); start anew"
+        ) from error
 
 
 def _steps(checkpoint: Path) -> int:
@@ -425,18 +524,9 @@ def _steps(checkpoint: Path) -> int:
     return int(number) if number.isdigit() else -1
 
 
-def _complete(checkpoint: Path) -> bool:
-    # The Trainer writes this file last, but not atomically: it may be cut off.
-    try:
-        return json.loads((checkpoint / _STATE_FILE).read_text())["global_step"] == _steps(checkpoint)
-    except (OSError, ValueError, KeyError):
-        return False
-
-
 def _link(source: Path, target: Path) -> None:
     """Gives a file a second name, atomically; a copy where hard links are not possible."""
     with atomic_path(target) as temporary:
-        temporary.unlink()
         try:
             os.link(source, temporary)
         except OSError:
