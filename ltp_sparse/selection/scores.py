@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ltp_sparse.checkpoints import Reader
 from ltp_sparse.names import canonical_parameters
-from ltp_sparse.selection.sources import ScoreFunction, Weights, open_weights
+from ltp_sparse.selection.sources import ScoreFunction
 from ltp_sparse.ticket import Pool, in_pool
+from ltp_sparse.weights import Weights, open_weights
 
 
 def magnitude(weights: Weights) -> ScoreFunction:
