@@ -131,7 +131,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Named[CheckpointTensor]:
         members = _sharded(index)
     elif path.is_file() or (path.is_dir() and (path / "model.safetensors").is_file()):
         file = _MappedFile(path if path.is_file() else path / "model.safetensors")
-        members = {name: file for name in file.tensors}
+        members = dict.fromkeys(file.tensors, file)
     else:
         raise FileNotFoundError(
             f"{path}: expected a safetensors file, or a folder with model.safetensors or {_INDEX}. "
@@ -243,9 +243,7 @@ class Reader:
         if dtype is None:
             return self
         read = self.read
-        return replace(
-            self, read=lambda start, stop: read(start, stop).to(dtype), copies=True, itemsize=dtype.itemsize
-        )
+        return replace(self, read=lambda start, stop: read(start, stop).to(dtype), copies=True, itemsize=dtype.itemsize)
 
     def part(self, start: int, stop: int) -> Reader:
         """Entries start..stop as a tensor of their own."""

@@ -19,6 +19,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 KEY = "ltp_sparse"
 FORMAT_VERSION = 1
@@ -61,6 +62,12 @@ def _a(kind: str) -> str:
 def host_blocks(tensor: Tensor) -> Iterator[ctypes.Array[ctypes.c_char]]:
     """The bits of a tensor, row-major, some megabytes at a time; a block is good until the next is asked for."""
     tensor = tensor.detach()
+    if is_traceable_wrapper_subclass(tensor):
+        raise TypeError(
+            f"expected a plain tensor, got a {type(tensor).__name__}, whose entries do not lie in its own memory; pass "
+            "what it holds: full_tensor() or to_local() of a DTensor (select_sharded takes those), dequantize() of a "
+            "quantised one"
+        )
     # in blocks, so that copies of strided tensors and from other devices stay small
     blocks = [tensor] if tensor.is_contiguous() else tensor.split(max(1, (len(tensor) << 20) // tensor.numel()))
     for piece in (piece for block in blocks for piece in block.reshape(-1).split(1 << 20)):

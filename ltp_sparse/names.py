@@ -28,7 +28,7 @@ No other module is called so: wherever one of them stands between dots, it comes
 """
 
 LEADING = ("module.", "base_model.model.")
-"""Prefixes of wrapped models (DDP, peft) that may be names of a model's own: they come off where all names have them."""
+"""Prefixes of wrapped models (DDP, peft) that may be a model's own names: they come off where all names have them."""
 
 
 def strip_wrappers(name: str) -> str:
@@ -169,7 +169,9 @@ def _bare_names_in(model: nn.Module) -> dict[str, str]:
     return {name: bare[rest] for name, rest in inner.items()}
 
 
-def canonical_group(members: Iterable[tuple[str, T]], bare: Mapping[str, str], tied_to: Collection[str] = ()) -> Named[T]:
+def canonical_group(
+    members: Iterable[tuple[str, T]], bare: Mapping[str, str], tied_to: Collection[str] = ()
+) -> Named[T]:
     """Each tensor of (name, tensor) once, under its canonical name; tied_to: names that are never it if others are."""
     names: dict[int, list[str]] = {}
     tensors: dict[int, T] = {}
@@ -241,7 +243,7 @@ def closest(name: str, names: Iterable[str], count: int = 3) -> str:
 
 
 def match_names(wanted: Iterable[str], known: Iterable[str], *, what: str, where: str) -> list[str]:
-    """The names of `wanted`, all of which must be in `known`, if by another name; else an error that lists the closest."""
+    """The names of `wanted`, each of which must be in `known`, or an alias there; else an error lists the closest."""
     wanted = list(wanted)
     known = known if isinstance(known, Named) else Named(dict.fromkeys(known))
     missing = [name for name in wanted if known.called(name) is None]

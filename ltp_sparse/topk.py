@@ -104,8 +104,8 @@ class NonFiniteDelta(ValueError):
         message = f"topk_delta: the delta of {what} holds NaN or infinite values; a ranking needs finite weights"
         if alike:
             message += (
-                f". {alike:,} entries are the same infinity in both versions, and the difference of those is NaN: write "
-                "torch.finfo(dtype).min or max in their place in both, or leave the parameter out with pool="
+                f". {alike:,} entries are the same infinity in both versions, and the difference of those is NaN: "
+                "write torch.finfo(dtype).min or max in their place in both, or leave the parameter out with pool="
             )
         super().__init__(message)
         self.tensor = tensor

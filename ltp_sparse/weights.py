@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ltp_sparse.checkpoints import CheckpointTensor, Readable, open_checkpoint, read_piece
+from ltp_sparse.checkpoints import Readable, open_checkpoint, read_piece
 from ltp_sparse.names import (
     Named,
     bare_names,

@@ -111,7 +111,7 @@ def select(
     Raises:
         ValueError: names, shapes or budgets do not fit; a parameter is on one side only; or a delta is NaN or infinite
             (the parameter is named), as it is where both sides hold the same infinity.
-        TypeError: a parameter of the pool is none of float32, bfloat16 and float16.
+        TypeError: a parameter of the pool is none of float32, bfloat16 and float16 (in a file: ValueError).
     """
     sides = Sides.of(initial, tuned, score)
     base, after = sides.base, sides.after

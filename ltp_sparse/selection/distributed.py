@@ -143,8 +143,8 @@ def select_sharded(
         told_of_dtypes(both, *tensors)
         names, groups, labels, ks = share_out(shapes, budget, density=density, k=k)
         return {
-            "names of the pool": names, "left out": alone, "groups": groups, "labels": labels, "k": ks, "score": score is not None,
-            "density": density, "budget": budget, "method": method, "metadata": metadata,
+            "names of the pool": names, "left out": alone, "groups": groups, "labels": labels, "k": ks,
+            "score": score is not None, "density": density, "budget": budget, "method": method, "metadata": metadata,
         }  # fmt: skip
 
     agreed, plans = team.every(plan, lambda plan: plan)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Size, Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ltp_sparse import backends
 from ltp_sparse.checkpoints import CheckpointTensor, Readable, Reader, read_piece
@@ -62,14 +63,22 @@ def names_in_pool(
 
 
 def check_dtypes(names: Iterable[str], *sides: Mapping[str, Readable], what: str) -> None:
-    """Raises a TypeError for a parameter that cannot be ranked."""
+    """Raises a TypeError (of a file: a ValueError) for a parameter that cannot be ranked."""
     for name in names:
         for side in sides:
-            if name in side and side[name].dtype not in backends.DTYPES:
-                stored = getattr(side[name], "stored", side[name].dtype)
+            if name in side and is_traceable_wrapper_subclass(side[name]):
                 raise TypeError(
-                    f"{what}: {name!r} must be float32, bfloat16 or float16, got {stored}; convert it, or leave it "
-                    "out with pool="
+                    f"{what}: {name!r} is a {type(side[name]).__name__}, of which this process may hold a part only; "
+                    "call select_sharded, or pass its full_tensor()"
+                )
+            if name in side and side[name].dtype not in backends.DTYPES:
+                tensor, error = side[name], TypeError
+                got = str(tensor.dtype)
+                if isinstance(tensor, CheckpointTensor):
+                    got, error = tensor.stored, ValueError
+                raise error(
+                    f"{what}: {name!r} must be float32, bfloat16 or float16, got {got}; convert it, or leave it out "
+                    "with pool="
                 )
 
 
@@ -77,9 +86,7 @@ class MixedDtypes(UserWarning):
     """The two sides of a selection differ in dtype."""
 
 
-def told_of_dtypes(
-    names: Iterable[str], base: Mapping[str, Readable], after: Mapping[str, Readable]
-) -> dict[str, int]:
+def told_of_dtypes(names: Iterable[str], base: Mapping[str, Readable], after: Mapping[str, Readable]) -> dict[str, int]:
     """How many parameters differ in dtype between the sides, if any, for the ticket's metadata.
 
     Warns:
