@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -51,9 +52,10 @@ class _MappedFile:
         try:
             with safe_open(path, framework="pt") as file:
                 self.metadata: dict[str, str] = file.metadata() or {}  # checks the header and the size of the file
-            self._file = path.open("rb")
+            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            weakref.finalize(self, os.close, self._file)
             # copy on write, since torch warns of buffers that cannot be written
-            self.bytes = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self.bytes = mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY)
         except (SafetensorError, OSError) as error:
             raise FileFormatError(path, f"not a readable safetensors file ({error}); copy it again") from error
         self._state = self._stat()
@@ -62,7 +64,7 @@ class _MappedFile:
         self.tensors.pop("__metadata__", None)
 
     def _stat(self) -> tuple[int, int]:
-        stat = os.fstat(self._file.fileno())
+        stat = os.fstat(self._file)
         return stat.st_size, stat.st_mtime_ns
 
     def check(self) -> None:

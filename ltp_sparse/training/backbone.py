@@ -197,8 +197,8 @@ def _complete(what: str, cls: Any, source: str, **options: Any) -> Any:
     if problems:
         raise ValueError(
             f"{what}: expected all weights of a {type(model).__name__} in {source!r}: {'; '.join(problems)}. "
-            "Weights that are not read would be random. Pass a checkpoint of the language model with its LM head, saved by save_pretrained without a "
-            "wrapper around it"
+            "Weights that are not read would be random. Pass a checkpoint of the language model with its LM head, "
+            "saved by save_pretrained without a wrapper around it"
         )
     for name, parameter in named.items():
         if parameter.numel() and not bool(torch.stack(torch.aminmax(parameter.detach())).isfinite().all()):
