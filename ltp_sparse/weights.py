@@ -45,6 +45,8 @@ _OF_QUANTISED = re.compile(
 )
 """What bitsandbytes, GPTQ, AWQ and compressed-tensors store beside a quantised weight."""
 
+_WRAPPED_PART = re.compile(r"(^|\.)(module|base_model\.model)(?=\.)")
+
 _PIECE = 1 << 20  # entries compared at a time
 
 Missing = bool | str | Iterable[str]
@@ -146,8 +148,12 @@ def _renamed(side: Named[Readable], by: Named[Readable]) -> Named[Readable]:
     """The side under the names that the other knows, without its buffers and the twins of its ties."""
     kept = {name: tensor for name, tensor in side.items() if name not in by.buffers or name in by}
     aliases = dict(side.aliases)
-    for name in [name for name in kept if name not in by and name in by.aliases]:
-        canonical = by.aliases[name]
+    for name in [name for name in kept if name not in by]:
+        canonical = by.called(name)
+        if canonical is None:  # a part of the model is wrapped, which a mapping or a file does not tell
+            canonical = by.called(_WRAPPED_PART.sub("", name).removeprefix("."))
+            if canonical is None or canonical in kept:
+                continue
         if canonical not in kept:
             kept[canonical] = kept.pop(name)
             aliases = {o: canonical if c == name else c for o, c in aliases.items()} | {name: canonical}

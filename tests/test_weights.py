@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 import ltp_sparse as ls
 from ltp_sparse.checkpoints import open_checkpoint
 from ltp_sparse.files import FileFormatError
+from ltp_sparse.names import tie_key
 from ltp_sparse.selection import MixedDtypes
 from ltp_sparse.weights import open_weights
 
@@ -89,9 +90,9 @@ def save_shards(tensors, folder, shards=2):
 
 
 def unshared(state):
-    """As a file holds it: tensors that share memory once."""
+    """As `save_pretrained` stores it: tensors that share memory once, under the name of the embedding."""
     kept = {}
-    for name, tensor in state.items():
+    for name, tensor in sorted(state.items(), key=lambda item: tie_key(item[0])):
         kept.setdefault((tensor.data_ptr(), tensor.shape), (name, tensor))
     return {name: tensor.clone() for name, tensor in kept.values()}
 
@@ -115,7 +116,7 @@ def routes(model, wrapped, folder, prefix):
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @seed(5)
 @settings(
-    max_examples=12, deadline=None, derandomize=False, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=6, deadline=None, derandomize=False, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     tied=st.booleans(), shared=st.booleans(), buffers=st.booleans(), odd=st.booleans(),
@@ -145,7 +146,10 @@ def test_all_routes_give_the_same_names_ties_and_ticket(
     names = list(expected.names)
     assert "layers.1.0.weight" in names or shared
     for what, source in ways[0].items():
-        for other in ("module", what):
+        # what a mapping does not tell the other side does: that a part is wrapped in DataParallel, and that
+        # named_parameters() has the tied matrix under the name that was registered first
+        alone = {"state dict of the wrapped": inner is nn.DataParallel, "parameters": tied}.get(what, False)
+        for other in ("module",) if alone else ("module", what):
             ticket = ls.select(source, ways[1][other], density=0.5, allow_missing=["^scale$"])
             if "scale" in ticket.names:  # neither side is a module
                 assert buffers and what not in ("module", "wrapped", "parameters")
@@ -199,10 +203,16 @@ def test_models_of_transformers_and_their_files_give_one_ticket(cls, config, tmp
     expected = ls.select(initial, tuned, density=0.2)
     saved = {name: set(open_checkpoint(tmp_path / name)) for name in "ab"}
     assert set(expected.names) <= saved["a"]  # the canonical name is the one that is saved
+    # constants of Marian, which its class does not save: only the module tells
+    pool = (lambda name: "embed_positions" not in name) if "Marian" in cls.__name__ else None
+    # named_parameters() may call the tied matrix by its name in the head, which a folder knows nothing of
+    pairs = [(initial, dict(tuned.named_parameters())), (dict(initial.named_parameters()), tmp_path / "b.safetensors")]
+    files = (tmp_path / "b", tmp_path / "b.safetensors", tuned)
     for one in (initial, initial.state_dict(), tmp_path / "a", tmp_path / "a.safetensors", tmp_path / "a-shards"):
-        for other in (tmp_path / "b", tmp_path / "b.safetensors", dict(tuned.named_parameters())):
-            ticket = ls.select(one, other, density=0.2)
-            assert ticket == expected and ticket.names == expected.names
+        pairs += [(one, other) for other in files]
+    for one, other in pairs:
+        ticket = ls.select(one, other, density=0.2, pool=pool)
+        assert ticket == expected and ticket.names == expected.names
     optimizer = ls.MaskedAdamW(initial, ticket, lr=0.1)
     base = {name: p.detach().clone() for name, p in ls.canonical_parameters(initial).items()}
     for parameter in ls.canonical_parameters(initial).values():
@@ -226,8 +236,6 @@ def test_the_names_of_ties_are_those_that_transformers_saves():
         "transformer.wte.weight": ["lm_head.weight"],
         "cls.predictions.bias": ["cls.predictions.decoder.bias"],
     }
-    from ltp_sparse.names import tie_key
-
     for canonical, others in names.items():
         assert min([*others, canonical], key=tie_key) == canonical
 
