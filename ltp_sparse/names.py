@@ -178,7 +178,8 @@ def canonical_group(
     for name, tensor in members:
         names.setdefault(id(tensor), []).append(name)
         tensors[id(tensor)] = tensor
-    found, aliases = {}, {}
+    found: dict[str, T] = {}
+    aliases: dict[str, str] = {}
     for key, known in names.items():
         canonical = bare[min(known, key=lambda name: (name in tied_to, tie_key(bare[name])))]
         found[canonical] = tensors[key]

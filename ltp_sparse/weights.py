@@ -25,7 +25,7 @@ from ltp_sparse.names import (
     unwrapped,
 )
 
-Weights = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
+Weights = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
 """A version of a model: a module, name -> tensor, or a safetensors checkpoint (file or folder)."""
 
 BUFFERS = re.compile(

@@ -179,8 +179,8 @@ def _topk(
         device = after[0].device
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    readers = ([Reader.of(tensor).rounded(compare_in) for tensor in side] for side in (initial, tuned))
-    source = StreamSource(*readers, device)
+    sides = [[Reader.of(tensor).rounded(compare_in) for tensor in side] for side in (initial, tuned)]
+    source = StreamSource(sides[0], sides[1], device)
     sets, thresholds = _streamed(source, groups, ks, progress, folder)
     return [index_set.to("cpu") for index_set in sets], thresholds
 

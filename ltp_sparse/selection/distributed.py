@@ -134,7 +134,12 @@ def select_sharded(
     def plan() -> dict[str, Any]:
         sides = ([name for shards, *_ in told for name in shards], [name for _, _, names, _ in told for name in names])
         names, alone = names_in_pool(
-            *map(dict.fromkeys, sides), pool, allow_missing, what="select_sharded", scored=score is not None
+            dict.fromkeys(sides[0]),
+            dict.fromkeys(sides[1]),
+            pool,
+            allow_missing,
+            what="select_sharded",
+            scored=score is not None,
         )
         shapes = {name: _check_cover(name, [shards[name] for shards in common if name in shards]) for name in names}
         tensors = [{name: held.tensor for name, held in side.items()} for side in (base, after or {})]

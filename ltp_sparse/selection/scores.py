@@ -71,8 +71,8 @@ def movement(model: nn.Module, losses: Iterable[Tensor], pool: Pool = None) -> d
 def _accumulated(
     model: nn.Module, losses: Iterable[Tensor], pool: Pool, term: Callable[[Tensor, Tensor], Tensor]
 ) -> dict[str, Tensor]:
-    parameters = canonical_parameters(model)
-    parameters = {name: parameters[name] for name in in_pool(parameters, pool)}
+    named = canonical_parameters(model)
+    parameters = {name: named[name] for name in in_pool(named, pool)}
     if frozen := [name for name, parameter in parameters.items() if not parameter.requires_grad]:
         raise ValueError(
             f"scores: {frozen[0]!r} does not require a gradient; call requires_grad_(), or leave it out by pool="

@@ -72,13 +72,11 @@ def check_dtypes(names: Iterable[str], *sides: Mapping[str, Readable], what: str
                     "call select_sharded, or pass its full_tensor()"
                 )
             if name in side and side[name].dtype not in backends.DTYPES:
-                tensor, error = side[name], TypeError
-                got = str(tensor.dtype)
-                if isinstance(tensor, CheckpointTensor):
-                    got, error = tensor.stored, ValueError
-                raise error(
-                    f"{what}: {name!r} must be float32, bfloat16 or float16, got {got}; convert it, or leave it out "
-                    "with pool="
+                tensor = side[name]
+                of_file = isinstance(tensor, CheckpointTensor)
+                raise (ValueError if of_file else TypeError)(
+                    f"{what}: {name!r} must be float32, bfloat16 or float16, got "
+                    f"{getattr(tensor, 'stored', tensor.dtype)}; convert it, or leave it out with pool="
                 )
 
 
