@@ -353,12 +353,10 @@ class Ticket:
 
 def _shapes(model: nn.Module | Mapping[str, Any], pool: Pool) -> dict[str, Size]:
     """Shapes of the weights of the pool."""
-    named: Mapping[str, Any]
     if isinstance(model, nn.Module) or isinstance(next(iter(model.values()), None), Tensor):
-        named = open_weights(model)
-    else:
-        named = model
-    return {name: Size(getattr(named[name], "shape", named[name])) for name in in_pool(named, pool)}
+        weights = open_weights(model)
+        return {name: weights[name].shape for name in in_pool(weights, pool)}
+    return {name: Size(getattr(model[name], "shape", model[name])) for name in in_pool(model, pool)}
 
 
 def pack_sets(sets: Mapping[str, IndexSet], shapes: Mapping[str, Size]) -> tuple[dict[str, Tensor], dict[str, Any]]:
