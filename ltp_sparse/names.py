@@ -49,12 +49,16 @@ def bare_names(names: Iterable[str], deciding: Iterable[str] | None = None) -> d
     Raises:
         ValueError: two names become one.
     """
-    bare = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in names}
+    bare = {name: _unwrapped_name(name) for name in names}
     judges = list(bare if deciding is None else deciding) or list(bare)
     while prefix := next((w for w in LEADING if judges and all(bare[n].startswith(w) for n in judges)), None):
         bare = {name: rest.removeprefix(prefix) for name, rest in bare.items()}
     check_distinct(bare.items())
     return bare
+
+
+def _unwrapped_name(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def check_distinct(pairs: Iterable[tuple[str, str]]) -> None:
@@ -156,12 +160,20 @@ def _joined(path: str, name: str) -> str:
 
 
 def _bare_names_in(model: nn.Module) -> dict[str, str]:
-    """Name -> bare name of all parameters and buffers of a module, every name of tied ones included."""
+    """Name -> bare name of all parameters and buffers of a module, every name of tied ones included.
+
+    The names are already without `WRAPPERS`: checkpoint wrappers take theirs out of named_parameters(), not of
+    named_modules().
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     wrapping = {_joined(path, child) for path, module in modules.items() if (child := _wrapped_child(module))}
+    wrapping = {_unwrapped_name(path) for path in wrapping if path.rpartition(".")[2] not in WRAPPERS}
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    members = [*parameters, *(name for name, _ in model.named_buffers(remove_duplicate=False))]
+    check_distinct((name, _unwrapped_name(name)) for name in members)
+    parameters = list(map(_unwrapped_name, parameters))
     inner = {}
-    for name in [*parameters, *(name for name, _ in model.named_buffers(remove_duplicate=False))]:
+    for name in map(_unwrapped_name, members):
         parts = name.split(".")
         inner[name] = ".".join(p for i, p in enumerate(parts) if ".".join(parts[: i + 1]) not in wrapping)
     check_distinct(inner.items())
@@ -198,19 +210,21 @@ def canonical_parameters(model: nn.Module) -> Named[nn.Parameter]:
         ValueError: two parameters have one name without the names of wrapping modules.
     """
     tied_to = {
-        _joined(path, name)
+        _unwrapped_name(_joined(path, name))
         for path, module in model.named_modules(remove_duplicate=False)
         for name in getattr(module, "all_tied_weights_keys", None) or ()
     }
     bare = _bare_names_in(model)
-    named = canonical_group(model.named_parameters(remove_duplicate=False), bare, tied_to)
-    named.buffers = frozenset(bare[name] for name, _ in model.named_buffers(remove_duplicate=False))
+    members = ((_unwrapped_name(name), p) for name, p in model.named_parameters(remove_duplicate=False))
+    named = canonical_group(members, bare, tied_to)
+    named.buffers = frozenset(bare[_unwrapped_name(name)] for name, _ in model.named_buffers(remove_duplicate=False))
     return named
 
 
 def canonical_buffers(model: nn.Module) -> Named[Tensor]:
     """Canonical name -> buffer, likewise."""
-    return canonical_group(model.named_buffers(remove_duplicate=False), _bare_names_in(model))
+    members = ((_unwrapped_name(name), b) for name, b in model.named_buffers(remove_duplicate=False))
+    return canonical_group(members, _bare_names_in(model))
 
 
 def is_floating(tensor: Any) -> bool:
