@@ -44,7 +44,8 @@ def bare_names(names: Iterable[str], deciding: Iterable[str] | None = None) -> d
 
     Args:
         names: those of one model.
-        deciding: the ones that must all have a leading prefix; default: all.
+        deciding: the weights among them, which must all have a leading prefix and stay distinct, whatever buffers of
+            wrapping modules are called; default: all.
 
     Raises:
         ValueError: two names become one.
@@ -53,7 +54,7 @@ def bare_names(names: Iterable[str], deciding: Iterable[str] | None = None) -> d
     judges = list(bare if deciding is None else deciding) or list(bare)
     while prefix := next((w for w in LEADING if judges and all(bare[n].startswith(w) for n in judges)), None):
         bare = {name: rest.removeprefix(prefix) for name, rest in bare.items()}
-    check_distinct(bare.items())
+    check_distinct((name, bare[name]) for name in judges)
     return bare
 
 
@@ -170,13 +171,13 @@ def _bare_names_in(model: nn.Module) -> dict[str, str]:
     wrapping = {_unwrapped_name(path) for path in wrapping if path.rpartition(".")[2] not in WRAPPERS}
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     members = [*parameters, *(name for name, _ in model.named_buffers(remove_duplicate=False))]
-    check_distinct((name, _unwrapped_name(name)) for name in members)
+    check_distinct((name, _unwrapped_name(name)) for name in parameters)
     parameters = list(map(_unwrapped_name, parameters))
     inner = {}
     for name in map(_unwrapped_name, members):
         parts = name.split(".")
         inner[name] = ".".join(p for i, p in enumerate(parts) if ".".join(parts[: i + 1]) not in wrapping)
-    check_distinct(inner.items())
+    check_distinct((name, inner[name]) for name in parameters)
     bare = bare_names(inner.values(), {inner[name] for name in parameters})
     return {name: bare[rest] for name, rest in inner.items()}
 

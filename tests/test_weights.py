@@ -115,7 +115,7 @@ def routes(model, wrapped, folder, prefix):
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @seed(5)
-@settings(max_examples=6, deadline=None, derandomize=False, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     tied=st.booleans(), shared=st.booleans(), buffers=st.booleans(), odd=st.booleans(),
     inner=st.sampled_from([lambda module: module, *INNER]), outer=st.lists(st.sampled_from(OUTER), max_size=3),
