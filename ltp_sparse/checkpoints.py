@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,13 +17,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Size, Tensor
 
 from ltp_sparse import files
-from ltp_sparse.names import parameter_order, strip_wrappers
+from ltp_sparse.files import FileFormatError
+from ltp_sparse.names import Named, bare_names, canonical_group, is_floating
 from ltp_sparse.staging import Piece, staged
 from ltp_sparse.topk import Chunk, Layout, Passes, flat_piece, piece_of
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_BUFFERS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}  # position ids and the like: no weights
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64, "BOOL": torch.bool,
+    "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16, "U32": torch.uint32,
+    "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64,
+}  # fmt: skip
 _INDEX = "model.safetensors.index.json"
+_LONGEST_INDEX = 100_000_000  # bytes, as the header of a safetensors file
 _PIECE = 1 << 19  # entries copied at a time: 2 MB of each float32 tensor
 _VIEW = 1 << 22  # entries looked at at a time where they lie: enough to keep all threads busy
 _KEPT = 384 << 20  # bytes of both sides that stay mapped from one reading to the next: page cache, taken back at need
@@ -33,41 +40,65 @@ _STAGED = 1 << 23  # entries sent to a GPU at a time: 32 MB of each float32 tens
 class _MappedFile:
     """A safetensors file, mapped. Its bytes come from the page cache when they are touched.
 
+    What another process writes into the file meanwhile would be read as if it had been there: its size and time are
+    looked at again around every reading. A file that is replaced (moved over) keeps its content here. One that shrinks
+    in the very moment of a reading ends the process (SIGBUS), which no library can prevent.
+
     Raises:
-        SafetensorError: the file is damaged.
+        FileFormatError: the file is damaged.
     """
 
     def __init__(self, path: Path) -> None:
-        with safe_open(path, framework="pt"):
-            pass  # checks the header and the size of the file
-        with path.open("rb") as file:
+        self.path = path
+        try:
+            with safe_open(path, framework="pt") as file:
+                self.metadata: dict[str, str] = file.metadata() or {}  # checks the header and the size of the file
+            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            weakref.finalize(self, os.close, self._file)
             # copy on write, since torch warns of buffers that cannot be written
-            self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self.bytes = mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY)
+        except (SafetensorError, OSError) as error:
+            raise FileFormatError(path, f"not a readable safetensors file ({error}); copy it again") from error
+        self._state = self._stat()
         self.start = 8 + int.from_bytes(self.bytes[:8], "little")
         self.tensors: dict[str, dict[str, Any]] = json.loads(self.bytes[8 : self.start])
         if files.KEY in (self.tensors.pop("__metadata__", None) or {}):
             files.verify(path)  # what this library writes carries a checksum
 
+    def _stat(self) -> tuple[int, int]:
+        stat = os.fstat(self._file)
+        return stat.st_size, stat.st_mtime_ns
+
+    def check(self) -> None:
+        """Raises a FileFormatError if the file has changed since it was opened."""
+        if self._stat() != self._state:
+            raise FileFormatError(self.path, "was changed while it was read; read it again when it is written")
+
 
 class CheckpointTensor:
     """One tensor of a safetensors file; its entries are read when they are looked at."""
 
-    def __init__(self, file: _MappedFile, name: str, path: Path) -> None:
+    def __init__(self, file: _MappedFile, name: str) -> None:
         entry = file.tensors[name]
-        if entry["dtype"] not in _DTYPES:
-            raise ValueError(f"{path}: {name!r} is stored as {entry['dtype']}; expected one of {', '.join(_DTYPES)}")
-        self.dtype, self.shape = _DTYPES[entry["dtype"]], Size(entry["shape"])
-        self._bytes, self._start = file.bytes, file.start + entry["data_offsets"][0]
+        # kinds of less than a byte per entry are never read as numbers
+        self.dtype, self.shape = _DTYPES.get(entry["dtype"], torch.uint8), Size(entry["shape"])
+        self.stored = f"{entry['dtype']} in {file.path}"
+        self._file, self._bytes, self._start = file, file.bytes, file.start + entry["data_offsets"][0]
 
     def numel(self) -> int:
         return self.shape.numel()
 
     def piece(self, start: int, stop: int) -> Tensor:
         """Entries start..stop of the row-major order, as a view of the file."""
+        self.check()
         if start == stop:
             return torch.empty(0, dtype=self.dtype)
         offset = self._start + start * self.dtype.itemsize
         return torch.frombuffer(self._bytes, dtype=self.dtype, count=stop - start, offset=offset)
+
+    def check(self) -> None:
+        """Raises a FileFormatError if the file has changed since it was opened."""
+        self._file.check()
 
     def release(self, start: int, stop: int) -> None:
         """Takes these entries out of this process's memory; looking at them again reads them again."""
@@ -84,47 +115,96 @@ class CheckpointTensor:
             stop = min(start + _VIEW, self.numel())
             yield self.piece(start, stop)
             self.release(start, stop)
+        self.check()
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> dict[str, CheckpointTensor]:
+def open_checkpoint(path: str | os.PathLike[str]) -> Named[CheckpointTensor]:
     """Canonical name -> tensor of a safetensors file, or of a folder with one file or shards and their index.
 
-    Integer tensors are left out: they are buffers, not weights.
+    All tensors are there, of any dtype, buffers included. The index of shards says which of them holds a tensor; a copy
+    in another is not looked at. What `safetensors.torch.save_model` notes of tied tensors makes them one.
 
     Raises:
         FileNotFoundError: nothing of that kind is there.
-        ValueError: a file is damaged, or a shard is missing.
+        FileFormatError: a file is damaged; index and shards do not fit; two names are one without the names of
+            wrapping modules.
     """
     path = Path(path)
-    weight_map: dict[str, str] = {}
-    if path.is_dir() and (path / _INDEX).is_file():
-        try:
-            weight_map = json.loads((path / _INDEX).read_text())["weight_map"]
-            paths = sorted({path / shard for shard in weight_map.values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path / _INDEX}: not an index of shards ({error!r})") from error
-    elif path.is_dir() and (path / "model.safetensors").is_file():
-        paths = [path / "model.safetensors"]
-    elif path.is_file():
-        paths = [path]
+    index = path / _INDEX
+    if path.is_dir() and index.is_file():
+        members = _sharded(index)
+    elif path.is_file() or (path.is_dir() and (path / "model.safetensors").is_file()):
+        file = _MappedFile(path if path.is_file() else path / "model.safetensors")
+        members = dict.fromkeys(file.tensors, file)
     else:
         raise FileNotFoundError(
             f"{path}: expected a safetensors file, or a folder with model.safetensors or {_INDEX}. "
             "Pickled checkpoints (.bin) are not read; convert them with save_pretrained(safe_serialization=True)"
         )
-    tensors: dict[str, CheckpointTensor] = {}
-    stored: set[str] = set()
-    for shard in paths:
-        try:
-            file = _MappedFile(shard)
-            stored |= set(file.tensors)
-            weights = [name for name, entry in file.tensors.items() if entry["dtype"] not in _BUFFERS]
-            tensors |= {strip_wrappers(name): CheckpointTensor(file, name, shard) for name in weights}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{shard}: not a readable safetensors file ({error})") from error
-    if missing := sorted(set(weight_map) - stored):
-        raise ValueError(f"{path}: the index names {missing[0]!r}, which none of its shards holds; copy them again")
-    return {name: tensors[name] for name in parameter_order(tensors)}
+    ties = {
+        other: stored
+        for file in set(members.values())
+        for other, stored in file.metadata.items()
+        if stored in members and other not in members
+    }
+    tensors = {name: CheckpointTensor(file, name) for name, file in members.items()}
+    try:
+        floating = [name for name, tensor in tensors.items() if is_floating(tensor)]
+        bare = bare_names([*tensors, *ties], floating)
+    except ValueError as error:
+        raise FileFormatError(path, str(error)) from error
+    return canonical_group([*((n, t) for n, t in tensors.items()), *((o, tensors[s]) for o, s in ties.items())], bare)
+
+
+def _sharded(index: Path) -> dict[str, _MappedFile]:
+    """Name -> the shard that holds it, by the index."""
+    folder = index.parent
+    if index.stat().st_size > _LONGEST_INDEX:
+        raise FileFormatError(index, f"not an index of shards: it has more than {_LONGEST_INDEX:,} bytes")
+    try:
+        weight_map = json.loads(index.read_text(), object_pairs_hook=_once)["weight_map"]
+        pairs = list(weight_map.items())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FileFormatError(index, f"not an index of shards ({error!r})") from error
+    if not pairs:
+        raise FileFormatError(index, "its weight_map names no tensor; copy the index again")
+    for name, shard in pairs:
+        if not isinstance(shard, str) or not shard or "\0" in shard:
+            raise FileFormatError(index, f"expected the name of a shard, got {shard!r}", f"tensor {name!r}")
+        if Path(shard).is_absolute() or ".." in Path(shard).parts:
+            raise FileFormatError(
+                index, f"the shard {shard!r} is outside the folder, which is refused", f"tensor {name!r}"
+            )
+    shards = {shard: folder / shard for shard in sorted(set(weight_map.values()))}
+    if gone := next((path for path in shards.values() if not path.is_file()), None):
+        raise FileFormatError(index, f"it names the shard {gone.name}, which is not there; copy it again")
+    beside = {"model.safetensors", *(path.name for path in folder.glob("model-*-of-*.safetensors"))}
+    if others := sorted(name for name in beside - shards.keys() if (folder / name).exists()):
+        raise FileFormatError(
+            index, f"it does not name {others[0]}, which lies beside it; remove the one that is out of date"
+        )
+    files = {shard: _MappedFile(path) for shard, path in shards.items()}
+    for name, shard in pairs:
+        if name not in files[shard].tensors:
+            where = next((other for other, file in files.items() if name in file.tensors), "none of its shards")
+            raise FileFormatError(
+                index, f"it says that {name!r} is in {shard}, but {where} holds it; copy index and shards again"
+            )
+    for shard, file in files.items():
+        if unknown := next((name for name in file.tensors if name not in weight_map), None):
+            raise FileFormatError(
+                index, f"it does not name {unknown!r}, which {shard} holds; copy index and shards again"
+            )
+    return {name: files[shard] for name, shard in pairs}
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} is there twice")
+        found[name] = value
+    return found
 
 
 Readable = Tensor | CheckpointTensor
@@ -161,6 +241,13 @@ class Reader:
             return cls(n, tensor.piece, torch.device("cpu"), False, tensor.release, itemsize)
         read = partial(flat_piece, tensor)
         return cls(n, read, tensor.device, not tensor.is_contiguous(), None, itemsize)
+
+    def rounded(self, dtype: torch.dtype | None) -> Reader:
+        """Reads the entries rounded to a dtype; None: as they are."""
+        if dtype is None:
+            return self
+        read = self.read
+        return replace(self, read=lambda start, stop: read(start, stop).to(dtype), copies=True, itemsize=dtype.itemsize)
 
     def part(self, start: int, stop: int) -> Reader:
         """Entries start..stop as a tensor of their own."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from ltp_sparse import files
-from ltp_sparse.checkpoints import Readable, open_checkpoint, read_piece
+from ltp_sparse.checkpoints import Readable, read_piece
 from ltp_sparse.encoding import IndexSet
-from ltp_sparse.names import applied_deltas, canonical_parameters, canonical_tensors, closest, fingerprint, match_names
+from ltp_sparse.names import (
+    Named,
+    applied_deltas,
+    bare_names,
+    canonical_buffers,
+    canonical_parameters,
+    closest,
+    fingerprint,
+    match_names,
+)
 from ltp_sparse.restoring import Held, restoring, scatter_
 from ltp_sparse.ticket import Ticket, pack_sets, unpack_sets
+from ltp_sparse.weights import Weights, open_weights, side_by_side
+
+_PIECE = 1 << 20  # entries compared at a time
 
 
 @dataclass
@@ -25,11 +38,14 @@ class Applied:
     delta:     the delta
     displaced: name -> values of the active entries before it was applied
     dense:     name -> whole tensors before it was applied
+    sets:      name -> its active entries
+    All names are canonical ones of the model, whatever the delta calls a tied parameter.
     """
 
     delta: SparseDelta
     displaced: dict[str, Tensor]
     dense: dict[str, Tensor]
+    sets: dict[str, IndexSet]
 
 
 class SparseDelta:
@@ -71,8 +87,8 @@ class SparseDelta:
     @classmethod
     def between(
         cls,
-        initial: nn.Module | Mapping[str, Tensor] | str | os.PathLike[str],
-        tuned: nn.Module | Mapping[str, Tensor],
+        initial: Weights,
+        tuned: Weights,
         ticket: Ticket,
         *,
         dense: Mapping[str, Tensor] | None = None,
@@ -84,16 +100,18 @@ class SparseDelta:
         Args:
             initial: the base: a module, name -> tensor, or a safetensors checkpoint. Deltas that are applied to a
                 module belong to it; the fingerprint is that of the model below them.
-            tuned: the tuned version.
-            ticket: the entries to keep; what moved outside it is not looked at.
+            tuned: the tuned version, likewise.
+            ticket: the entries to keep; what moved outside it is not looked at, except for zeros that changed their
+                sign: no ticket of |tuned - initial| holds those, so they are counted, and a warning tells of them.
             dense: whole tensors to carry along, e.g. a task head or a prompt.
             originals: keep the base's values of these entries, which doubles the size and allows composing.
             metadata: anything JSON can hold.
+
+        Warns:
+            UserWarning: zeros outside the ticket changed their sign, which `apply` will not give back.
         """
-        base: Mapping[str, Readable] = (
-            open_checkpoint(initial) if isinstance(initial, str | os.PathLike) else canonical_tensors(initial)
-        )
-        after = canonical_tensors(tuned)
+        base, after = side_by_side(open_weights(initial), open_weights(tuned))
+        ticket = ticket.named_as(base)
         names = ticket.active_names
         for side, tensors in (("the initial model", base), ("the tuned model", after)):
             match_names(names, tensors, what="SparseDelta.between", where=side)
@@ -104,14 +122,44 @@ class SparseDelta:
                 digests = base_fingerprint(initial, names)
             else:
                 digests = fingerprint({name: _whole(base[name]) for name in names})
+        if flipped := sum(
+            _flipped_zeros(base[n], after[n], s) for n, s in ticket.sets.items() if n in base and n in after
+        ):
+            warnings.warn(
+                f"SparseDelta.between: {flipped:,} zeros outside the ticket changed their sign, and nothing else: a "
+                "ticket of what moved does not hold them, so the delta gives the tuned values, not the tuned bits",
+                UserWarning,
+                stacklevel=2,
+            )
+        bare = bare_names(dense or ())
         carrier = Ticket(ticket.sets, ticket.shapes, ticket.metadata, digests)
         return cls(
             carrier,
-            {name: gather(after[name], ticket.sets[name]).cpu() for name in names},
+            {name: gather(_whole(after[name]), ticket.sets[name]).cpu() for name in names},
             {name: gather(_whole(base[name]), ticket.sets[name]).cpu() for name in names} if originals else None,
-            {name: tensor.detach().cpu().clone() for name, tensor in (dense or {}).items()},
+            {bare[name]: tensor.detach().cpu().clone() for name, tensor in (dense or {}).items()},
             metadata,
         )
+
+    def named_as(self, tensors: Mapping[str, Any]) -> SparseDelta:
+        """The same delta under the canonical names of a model, as `Ticket.named_as`; its dense tensors keep theirs."""
+        ticket = self.ticket.named_as(tensors)
+        if ticket is self.ticket:
+            return self
+        assert isinstance(tensors, Named)
+
+        def renamed(packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            found: dict[str, Tensor] = {}
+            for name, values in packed.items():
+                canonical = tensors.called(name) or name
+                if not torch.equal(bits(found.setdefault(canonical, values)), bits(values)):
+                    raise ValueError(
+                        f"SparseDelta: {name!r} and another name of the delta are one tied parameter of the model, and "
+                        "the delta has other values of each; it was made of a model in which they are not tied"
+                    )
+            return found
+
+        return SparseDelta(ticket, renamed(self.values), renamed(self.originals), self.dense, self.metadata)
 
     @property
     def nbytes(self) -> int:
@@ -126,7 +174,7 @@ class SparseDelta:
             f"{'composable' if self.originals else 'without originals'})"
         )
 
-    def apply(self, model: nn.Module, *, dtype: str = "same", strict: bool = True) -> None:
+    def apply(self, model: nn.Module, *, dtype: str = "same", strict: bool = True, dense: bool = True) -> None:
         """Writes the delta into the model's parameters, in place.
 
         Args:
@@ -134,21 +182,26 @@ class SparseDelta:
             dtype: "same", or "cast" to accept the same base in another dtype (compared there by the delta's original
                 values, since a fingerprint is one of bits).
             strict: False accepts any base whose names and shapes fit, and warns.
+            dense: False leaves the delta's whole tensors out: the LM head of a language's delta has no place in a
+                classifier.
 
         Raises:
             ValueError: names, shapes, dtypes or the base do not fit; nothing has been changed then.
         """
         if dtype not in ("same", "cast"):
             raise ValueError(f'SparseDelta.apply: dtype must be "same" or "cast", got {dtype!r}')
-        parameters = canonical_parameters(model)
-        names = match_names(self.ticket.active_names, parameters, what="SparseDelta.apply", where="the model")
-        _check_shapes(self.ticket, parameters, "the model")
-        tensors: Mapping[str, Tensor] = {**parameters, **dict(model.named_buffers())}
-        for name, tensor in self.dense.items():
-            if name not in tensors or tensors[name].shape != tensor.shape:
+        parameters, tensors = canonical_parameters(model), _everything(model)
+        match_names(self.ticket.active_names, parameters, what="SparseDelta.apply", where="the model")
+        mine = self.named_as(parameters)
+        names = mine.ticket.active_names
+        _check_shapes(mine.ticket, parameters, "the model")
+        whole = self.dense if dense else {}
+        for name, tensor in whole.items():
+            if tensors.called(name) is None or tensors[name].shape != tensor.shape:
                 raise ValueError(
                     f"SparseDelta.apply: the model has no tensor {name!r} of shape {list(tensor.shape)}; "
-                    f"closest: {closest(name, tensors)}"
+                    f"closest: {closest(name, tensors)}. Pass dense=False to leave the {len(self.dense)} whole tensors "
+                    "of this delta out"
                 )
             if strict and dtype == "same" and tensors[name].dtype != tensor.dtype:
                 raise ValueError(
@@ -157,24 +210,22 @@ class SparseDelta:
                 )
         stack = applied_deltas(model)
         if strict:
-            self._check_base({name: parameters[name].detach() for name in names}, stack, dtype)
+            mine._check_base({name: parameters[name].detach() for name in names}, stack, dtype)
         else:
-            import warnings
-
             warnings.warn("SparseDelta.apply: strict=False, the base model is not compared", UserWarning, stacklevel=2)
 
-        entry = Applied(self, {}, {})
+        entry = Applied(self, {}, {}, mine.ticket.sets)
         updates = {}
         for name in names:
-            index_set, parameter = self.ticket.sets[name], parameters[name].detach()
+            index_set, parameter = mine.ticket.sets[name], parameters[name].detach()
             current = gather(parameter, index_set)
-            updates[name] = self._moved(name, current, any(_touches(a, name, index_set) for a in stack))
+            updates[name] = mine._moved(name, current, any(_touches(a, name, index_set) for a in stack))
             entry.displaced[name] = current
-        entry.dense |= {name: tensors[name].detach().clone() for name in self.dense}
+        entry.dense |= {tensors.called(name) or name: tensors[name].detach().clone() for name in whole}
         with torch.no_grad(), restoring(_held(entry, tensors), stack):
             for name, update in updates.items():
-                scatter_(parameters[name].detach(), self.ticket.sets[name], update)
-            for name, tensor in self.dense.items():
+                scatter_(parameters[name].detach(), entry.sets[name], update)
+            for name, tensor in whole.items():
                 tensors[name].detach().copy_(tensor)
             stack.append(entry)
 
@@ -187,7 +238,8 @@ class SparseDelta:
         if name in self.originals:
             originals = self.originals[name].to(current.device)
             added = (current.float() + (values.float() - originals.float())).to(current.dtype)
-            return torch.where(current == originals.to(current.dtype), values.to(current.dtype), added)
+            untouched = bits(current) == bits(originals.to(current.dtype))
+            return torch.where(untouched, values.to(current.dtype), added)
         if overlaps:
             raise ValueError(
                 f"SparseDelta.apply: another delta has moved entries of {name!r} that this one moves too, and this one "
@@ -213,9 +265,8 @@ class SparseDelta:
             tensor = _before(name, tensor, stack)
             if cast:
                 # in another dtype only the delta's own original values can be compared
-                same = torch.equal(
-                    gather(tensor, self.ticket.sets[name]), self.originals[name].to(tensor.device, tensor.dtype)
-                )
+                originals = self.originals[name].to(tensor.device, tensor.dtype)
+                same = torch.equal(bits(gather(tensor, self.ticket.sets[name])), bits(originals))
             else:
                 wanted = self.ticket.fingerprint.get(name)
                 same = wanted is None or fingerprint({name: tensor})[name] == wanted
@@ -237,22 +288,22 @@ class SparseDelta:
             raise ValueError("SparseDelta.revert: this delta is not applied to the model")
         entry = stack[at]
         for later in stack[at + 1 :]:
-            shared = [n for n in entry.displaced if _touches(later, n, self.ticket.sets[n])]
+            shared = [n for n in entry.displaced if _touches(later, n, entry.sets[n])]
             shared += [name for name in entry.dense if name in later.dense]
             if shared:
                 raise ValueError(
                     f"SparseDelta.revert: {later.delta!r} was applied later and overlaps in {shared[0]!r}: revert it"
                 )
-        tensors = {**canonical_parameters(model), **dict(model.named_buffers())}
-        sets = self.ticket.sets
+        tensors = _everything(model)
         now = Applied(
             self,
-            {name: gather(tensors[name], sets[name]) for name in entry.displaced},
+            {name: gather(tensors[name], entry.sets[name]) for name in entry.displaced},
             {name: tensors[name].detach().clone() for name in entry.dense},
+            entry.sets,
         )
         with torch.no_grad(), restoring(_held(now, tensors), stack):
             for name, values in entry.displaced.items():
-                scatter_(tensors[name].detach(), sets[name], values)
+                scatter_(tensors[name].detach(), entry.sets[name], values)
             for name, tensor in entry.dense.items():
                 tensors[name].detach().copy_(tensor)
             del stack[at]
@@ -298,8 +349,7 @@ def gather(tensor: Tensor, index_set: IndexSet) -> Tensor:
 
 
 def _held(applied: Applied, tensors: Mapping[str, Tensor]) -> list[Held]:
-    sets = applied.delta.ticket.sets
-    entries = [Held(tensors[name], sets[name], values) for name, values in applied.displaced.items()]
+    entries = [Held(tensors[name], applied.sets[name], values) for name, values in applied.displaced.items()]
     return entries + [Held(tensors[name], None, values) for name, values in applied.dense.items()]
 
 
@@ -314,17 +364,42 @@ def _before(name: str, tensor: Tensor, stack: list[Applied]) -> Tensor:
     for applied in reversed(stack):
         if name in applied.displaced:
             tensor = tensor.clone()
-            scatter_(tensor, applied.delta.ticket.sets[name], applied.displaced[name])
+            scatter_(tensor, applied.sets[name], applied.displaced[name])
     return tensor
 
 
 def _touches(applied: Applied, name: str, index_set: IndexSet) -> bool:
-    other = applied.delta.ticket.sets.get(name)
-    return name in applied.displaced and other is not None and other.combine(index_set, "&").k > 0
+    return name in applied.displaced and applied.sets[name].combine(index_set, "&").k > 0
 
 
 def _whole(tensor: Readable) -> Tensor:
     return tensor if isinstance(tensor, Tensor) else read_piece(tensor, 0, tensor.numel()).view(tensor.shape)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bits of a tensor as integers of the same shape, so that NaN equals itself and 0 differs from -0."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.detach().contiguous().view(integers[tensor.element_size()])
+
+
+def _flipped_zeros(base: Readable, after: Readable, index_set: IndexSet) -> int:
+    """Entries outside the set that are zero on both sides, of different sign."""
+    if base.dtype != after.dtype:
+        return 0
+    found = 0
+    for start in range(0, index_set.n, _PIECE):
+        stop = min(start + _PIECE, index_set.n)
+        one, other = (read_piece(tensor, start, stop) for tensor in (base, after))
+        flipped = (one == other) & (bits(one) != bits(other))
+        if bool(flipped.any()):
+            found += int((flipped & ~index_set.entries(start, stop).mask().cpu()).sum())
+    return found
+
+
+def _everything(model: nn.Module) -> Named[Tensor]:
+    """Canonical name -> parameter or buffer."""
+    parameters, buffers = canonical_parameters(model), canonical_buffers(model)
+    return Named({**buffers, **parameters}, {**buffers.aliases, **parameters.aliases})
 
 
 def _check_shapes(ticket: Ticket, tensors: Mapping[str, Any], where: str) -> None:

@@ -34,6 +34,7 @@ def frozen_digests(model: nn.Module, ticket: Ticket, dense: nn.Module | Iterable
     Raises ValueError when the ticket is not of this model.
     """
     named = canonical_parameters(model)
+    ticket = ticket.named_as(named)
     active_names(named, ticket, what="frozen_digests")
     trained = set(map(id, dense_parameters(dense, what="frozen_digests")))
     sets = ticket.sets

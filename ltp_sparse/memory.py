@@ -103,6 +103,7 @@ def memory_report(
     full = set(map(id, dense_parameters(dense, what="memory_report")))
     if isinstance(ticket, Ticket):
         with unset_fake_temporarily():  # the ticket is real, also where the model is not
+            ticket = ticket.named_as(named)
             names = active_names(named, ticket, what="memory_report")
             active = {name: ticket.sets[name].k for name in names}
     elif not 0 <= ticket <= 1:

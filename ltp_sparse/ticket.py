@@ -15,6 +15,8 @@ from torch import Size, Tensor, nn
 from ltp_sparse import files
 from ltp_sparse.encoding import Encoding, IndexSet
 from ltp_sparse.names import (
+    Named,
+    bare_names,
     canonical_tensors,
     closest,
     fingerprint,
@@ -23,9 +25,9 @@ from ltp_sparse.names import (
     matches,
     module_of,
     parameter_order,
-    strip_wrappers,
 )
 from ltp_sparse.random_sets import random_sets
+from ltp_sparse.weights import open_weights
 
 _MOST_ENTRIES = 1 << 40  # of a parameter in a file: a larger claim is an error, not an allocation
 
@@ -88,11 +90,12 @@ class Ticket:
     @classmethod
     def from_masks(cls, masks: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> Ticket:
         """masks: name -> bool tensor in the parameter's shape, True for active entries."""
-        for name, mask in masks.items():
+        named = canonical_tensors(masks)
+        for name, mask in named.items():
             if mask.dtype != torch.bool:
                 raise TypeError(f"Ticket.from_masks: the mask of {name!r} must be bool, got {mask.dtype}")
-        sets = {name: IndexSet.from_mask(mask.cpu()).compact() for name, mask in canonical_tensors(masks).items()}
-        return cls(sets, _shapes(masks, None), metadata)
+        sets = {name: IndexSet.from_mask(mask.cpu()).compact() for name, mask in named.items()}
+        return cls(sets, {name: mask.shape for name, mask in named.items()}, metadata)
 
     @classmethod
     def from_indices(
@@ -102,13 +105,17 @@ class Ticket:
         metadata: Mapping[str, Any] | None = None,
     ) -> Ticket:
         """indices: name -> integers [k], flat row-major positions, unique, any order; shapes: name -> shape."""
-        indices, shapes = canonical_tensors(indices), {strip_wrappers(name): shape for name, shape in shapes.items()}
+        indices, bare = canonical_tensors(indices), bare_names(shapes)
+        shapes = {bare[name]: shape for name, shape in shapes.items()}
         if missing := [name for name in indices if name not in shapes]:
             raise ValueError(f"Ticket.from_indices: no shape for {missing[0]!r}")
-        sets = {
-            name: IndexSet.from_indices(flat.cpu().sort().values, Size(shapes[name]).numel()).compact()
-            for name, flat in indices.items()
-        }
+        sets = {}
+        for name, flat in indices.items():
+            try:
+                index_set = IndexSet.from_indices(flat.cpu().sort().values, Size(shapes[name]).numel())
+            except ValueError as error:
+                raise ValueError(f"Ticket.from_indices: {name!r} of shape {list(shapes[name])}: {error}") from error
+            sets[name] = index_set.compact()
         return cls(sets, {name: shapes[name] for name in indices}, metadata)
 
     @classmethod
@@ -147,6 +154,30 @@ class Ticket:
             "density": ticket.density if density is None else density,
         }
         return ticket
+
+    def named_as(self, tensors: Mapping[str, Any]) -> Ticket:
+        """The same ticket under the canonical names of a model, where it has others: aliases of tied parameters.
+
+        Args:
+            tensors: `canonical_parameters` of the model.
+
+        Raises:
+            ValueError: two names of the ticket with different entries are one parameter in the model.
+        """
+        called = {name: tensors.called(name) or name for name in self.sets} if isinstance(tensors, Named) else {}
+        if all(name == canonical for name, canonical in called.items()):
+            return self
+        sets: dict[str, IndexSet] = {}
+        for name, canonical in called.items():
+            if self.sets[name].digest() != sets.setdefault(canonical, self.sets[name]).digest():
+                names = [other for other, at in called.items() if at == canonical]
+                raise ValueError(
+                    f"Ticket: {' and '.join(map(repr, names))} are one tied parameter of the model, and the ticket has "
+                    "other entries of each; select it on a model, or checkpoints, tied like this one"
+                )
+        shapes = {canonical: self.shapes[name] for name, canonical in called.items()}
+        digests = {called[name]: digest for name, digest in self.fingerprint.items() if name in called}
+        return Ticket(sets, shapes, self.metadata, digests)
 
     @property
     def names(self) -> list[str]:
@@ -321,10 +352,11 @@ class Ticket:
 
 
 def _shapes(model: nn.Module | Mapping[str, Any], pool: Pool) -> dict[str, Size]:
-    tensors: Mapping[str, Any] = model if isinstance(model, Mapping) else canonical_tensors(model)
-    if isinstance(model, Mapping) and model and isinstance(next(iter(model.values())), Tensor):
-        tensors = canonical_tensors(model)
-    return {name: Size(getattr(tensors[name], "shape", tensors[name])) for name in in_pool(tensors, pool)}
+    """Shapes of the weights of the pool."""
+    if isinstance(model, nn.Module) or isinstance(next(iter(model.values()), None), Tensor):
+        weights = open_weights(model)
+        return {name: weights[name].shape for name in in_pool(weights, pool)}
+    return {name: Size(getattr(model[name], "shape", model[name])) for name in in_pool(model, pool)}
 
 
 def pack_sets(sets: Mapping[str, IndexSet], shapes: Mapping[str, Size]) -> tuple[dict[str, Tensor], dict[str, Any]]:

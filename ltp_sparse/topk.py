@@ -63,6 +63,8 @@ def entries_for(pool: int, *, density: float | None = None, k: int | None = None
     if (density is None) == (k is None):
         raise ValueError(f"give either density= or k=, got density={density} and k={k}")
     if density is not None:
+        if isinstance(density, Tensor):
+            raise TypeError(f"density must be a number, got a tensor; pass density={density.tolist()}")
         if not 0 <= density <= 1:
             raise ValueError(f"density must be in [0, 1], got {density}")
         return math.floor(Fraction(str(density)) * pool)
@@ -90,12 +92,22 @@ class Passes(Protocol):
 
 
 class NonFiniteDelta(ValueError):
-    """A delta is NaN or infinite. `tensor` is the position of its tensor."""
+    """A delta is NaN or infinite.
 
-    def __init__(self, tensor: int, what: str) -> None:
-        super().__init__(
-            f"topk_delta: the delta of {what} holds NaN or infinite values; a ranking needs finite weights"
-        )
+    Args:
+        tensor: the position of its tensor.
+        what: how the tensor is called.
+        alike: entries that are the same infinity in both versions, if that is known.
+    """
+
+    def __init__(self, tensor: int, what: str, alike: int = 0) -> None:
+        message = f"topk_delta: the delta of {what} holds NaN or infinite values; a ranking needs finite weights"
+        if alike:
+            message += (
+                f". {alike:,} entries are the same infinity in both versions, and the difference of those is NaN: "
+                "write torch.finfo(dtype).min or max in their place in both, or leave the parameter out with pool="
+            )
+        super().__init__(message)
         self.tensor = tensor
 
 

@@ -208,3 +208,57 @@ def test_real_tokenizer_fits(shared_data, tmp_path):
     _, tokenizer = load_backbone(tmp_path, tokenizer=shared_data / "tokenizers" / "xlm_roberta_base")
     assert tokenizer.mask_token_id == 250_001
     assert [len(tokenizer.tokenize(f" {word}")) for word in ("right", "wrong", "maybe", "the")] == [1, 1, 1, 1]
+
+
+def rewritten(folder, change):
+    """A folder of the tiny model, its tensors changed."""
+    from safetensors.torch import load_file, save_file
+
+    tiny_model(decoupled=False).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    weights = folder / "model.safetensors"
+    save_file(change(load_file(weights)), weights, metadata={"format": "pt"})
+    return folder
+
+
+QUERY = "roberta.encoder.layer.0.attention.self.query.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {n: v for n, v in t.items() if "lm_head" not in n}, "5 weights of the model are not in its files"),
+        (lambda t: {n: v for n, v in t.items() if n != QUERY}, f"1 weights of the model are not .*'{QUERY}'"),
+        (lambda t: {f"module.{n}": v for n, v in t.items()}, "have no place in the model, e.g. 'module.lm_head"),
+        (lambda t: {f"_orig_mod.{n}": v for n, v in t.items()}, "have no place in the model, e.g. '_orig_mod.lm_head"),
+        (lambda t: {**t, "lora_A.weight": torch.zeros(2)}, "1 weights there have no place .*'lora_A.weight'"),
+        (lambda t: {**t, QUERY: t[QUERY][:-1].clone()}, f"1 weights have another shape there .*'{QUERY}'"),
+        (lambda t: {**t, QUERY: t[QUERY] / 0}, f"'{QUERY}' in .* holds NaN or infinite values"),
+    ],
+)
+def test_no_weight_is_left_random(change, message, tmp_path):
+    """transformers logs a line and goes on with random weights."""
+    with pytest.raises(ValueError, match=message) as caught:
+        load_backbone(rewritten(tmp_path, change))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: {**t, "roberta.pooler.dense.weight": torch.zeros(16, 16)},
+        lambda t: {**t, "roberta.embeddings.position_ids": torch.arange(20)},
+        lambda t: {**t, E_OUT: t[E_IN].clone(), "lm_head.decoder.bias": t["lm_head.bias"].clone()},
+    ],
+)
+def test_what_a_language_model_does_not_need_may_be_there(change, tmp_path):
+    assert load_backbone(rewritten(tmp_path, change))
+
+
+def test_another_model_is_no_language_model_and_is_refused(tmp_path):
+    from transformers import XLMRobertaForSequenceClassification
+
+    XLMRobertaForSequenceClassification(tiny_config()).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"not in its files, e.g. 'lm_head.bias'.*e.g. 'classifier.dense.bias'"):
+        load_backbone(tmp_path)

@@ -454,3 +454,65 @@ def test_files_with_a_valid_checksum_and_wrong_content_are_refused(model, change
     files.save(path, "delta", tensors, metadata)
     with pytest.raises(ValueError, match="not that of a delta"):
         SparseDelta.load(path)
+
+
+# --- bits, and what a delta carries ---
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_bits_are_compared_where_bits_are_promised(cast):
+    """0 and -0 are equal and not the same; NaN is the same and not equal."""
+    base = torch.nn.Module()
+    base.w = torch.nn.Parameter(torch.tensor([0.0, float("nan"), 1.0]))
+    ticket = Ticket.full({"w": [3]}).fingerprinted(base)
+    tuned = torch.tensor([-0.0, 2.0, 3.0])
+    delta = SparseDelta(ticket, {"w": tuned}, {"w": base.w.detach().clone()})
+    model = copy.deepcopy(base)
+    if cast:
+        model = model.to(torch.bfloat16)
+    delta.apply(model, dtype="cast" if cast else "same")
+    assert same_bits(model.w, tuned.to(model.w.dtype))
+    delta.revert(model)
+    assert same_bits(model.w, base.w.to(model.w.dtype))
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.w[0] = -0.0
+    with pytest.raises(ValueError, match="'w' is not the tensor this delta was made from"):
+        delta.apply(other, dtype="cast" if cast else "same")
+
+
+def test_zeros_that_change_their_sign_outside_the_ticket_are_told():
+    base, tuned = {"w": torch.tensor([0.0, 1.0, -0.0, 0.0])}, {"w": torch.tensor([-0.0, 2.0, -0.0, 0.0])}
+    ticket = ls.select(base, tuned, k=1)
+    with pytest.warns(UserWarning, match="1 zeros outside the ticket changed their sign"):
+        SparseDelta.between(base, tuned, ticket)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SparseDelta.between(base, tuned, Ticket.full(base))
+
+
+def test_a_delta_with_a_head_is_applied_to_a_model_without_one_by_dense_false():
+    model = torch.nn.ModuleDict({"body": torch.nn.Linear(2, 2)})
+    ticket = Ticket.full(model)
+    tuned = copy.deepcopy(model)
+    with torch.no_grad():
+        tuned["body"].weight += 1
+    delta = SparseDelta.between(model, tuned, ticket, dense={"module.lm_head.weight": torch.ones(3)})
+    assert list(delta.dense) == ["lm_head.weight"]
+    with pytest.raises(ValueError, match=r"no tensor 'lm_head.weight'.*Pass dense=False to leave the 1 whole"):
+        delta.apply(model)
+    before = copy.deepcopy(model)
+    delta.apply(model, dense=False)
+    assert same_bits(model["body"].weight, tuned["body"].weight)
+    delta.revert(model)
+    assert same_bits(model["body"].weight, before["body"].weight)
+
+
+def test_buffers_of_a_wrapped_model_are_found_by_their_bare_names():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    delta = SparseDelta.between(model, model, Ticket.full(model), dense={"1.running_mean": torch.full((2,), 7.0)})
+    wrapped = torch.nn.DataParallel(torch.compile(model, backend="eager"))
+    delta.apply(wrapped)
+    assert model[1].running_mean.tolist() == [7, 7]
+    delta.revert(wrapped)
+    assert model[1].running_mean.tolist() == [0, 0]

@@ -86,14 +86,14 @@ def test_order_is_natural_and_does_not_depend_on_registration():
     assert names.parameter_order(mixed) == names.parameter_order(reversed(mixed)) == expected
 
 
-def test_two_parameters_of_one_canonical_name_are_an_error():
+def test_two_names_that_become_one_are_an_error_that_names_both():
     model = nn.Module()
-    model.module = nn.Linear(2, 2)
+    model._orig_mod = nn.Linear(2, 2, bias=False)
     model.weight = nn.Parameter(torch.zeros(2, 2))
-    with pytest.raises(ValueError, match="'weight'"):
+    with pytest.raises(ValueError, match="'weight' and '_orig_mod.weight' are both called 'weight'"):
         ls.canonical_parameters(model)
-    with pytest.raises(ValueError, match="two names"):
-        names.canonical_tensors({"module.weight": torch.zeros(1), "weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match="'_orig_mod.weight' and 'weight' are both called 'weight'"):
+        names.canonical_tensors({"_orig_mod.weight": torch.zeros(1), "weight": torch.zeros(1)})
 
 
 def test_no_matching_name_lists_the_closest():

@@ -39,6 +39,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-lines", type=at_least_one, help="take at most so many lines, drawn with --seed")
     parser.add_argument("--initial", type=Path, help="instead of tuning: checkpoint of the initial weights")
     parser.add_argument("--tuned", type=Path, help="checkpoint of the tuned weights")
+    parser.add_argument(
+        "--allow-missing",
+        nargs="*",
+        metavar="EXPRESSION",
+        help="parameters that may be in one checkpoint only, and are left out; without an expression: any",
+    )
+    parser.add_argument(
+        "--compare-in",
+        choices=("bfloat16", "float16"),
+        help="round both checkpoints to this dtype first: that of the coarser one, where they differ",
+    )
     parser.add_argument("--density", type=share, default=0.2, help="share of the maskable weights (default: 0.2)")
     parser.add_argument(
         "--budget", choices=("global", "layer", "tensor"), default="global", help="how it is shared out"
@@ -76,6 +87,10 @@ def run(options: argparse.Namespace) -> None:
     need(options, "output")
     if (options.initial is None) != (options.tuned is None):
         raise CommandError("select: --initial and --tuned go together")
+    if options.initial is None:
+        for name in ("allow_missing", "compare_in"):
+            if getattr(options, name) is not None:
+                raise CommandError(f"select: --{name.replace('_', '-')} goes with --initial and --tuned")
     if options.intersect and options.segment is None:
         raise CommandError("select: --intersect needs a --segment to cut the global ticket to")
     check_writable("select", options.output)
@@ -85,10 +100,14 @@ def run(options: argparse.Namespace) -> None:
         ticket = _from_text(options)
         ticket.save(options.output)
     print(ticket)
+    for what, count in ticket.metadata.get("left_out", {}).items():
+        print(f"left out: {count} parameters, {what}")
     print(f"written to {options.output}; look at it with: ltp-sparse inspect {options.output}")
 
 
 def _from_checkpoints(options: argparse.Namespace):  # type: ignore[no-untyped-def]
+    import torch
+
     import ltp_sparse as ls
 
     of_tuning = ("text", "hub_text", "model", "strategy", "segment", "run_dir")
@@ -102,6 +121,8 @@ def _from_checkpoints(options: argparse.Namespace):  # type: ignore[no-untyped-d
         options.tuned,
         density=options.density,
         budget=options.budget,
+        allow_missing=False if options.allow_missing is None else options.allow_missing or True,
+        compare_in=None if options.compare_in is None else getattr(torch, options.compare_in),
         progress=not options.quiet,
         output=options.output,
     )

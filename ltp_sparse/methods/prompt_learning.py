@@ -194,7 +194,7 @@ class SoftPrompt(PromptMethod):
         if is_decoupled(language_model):
             raise ValueError(
                 f"{self.name}: expected a language model whose LM head shares the word embedding, got a decoupled one; "
-                "load it with load_backbone(..., decoupled=False)"
+                "load it with ltp_sparse.training.backbone.load_backbone(..., decoupled=False)"
             )
 
     def _ticket(self, language_model: XLMRobertaForMaskedLM, given: Ticket | None, seed: int) -> Ticket:

@@ -75,6 +75,6 @@ def encoder_of(model: Any) -> Any:
     if not hasattr(getattr(roberta, "encoder", None), "layer") or not hasattr(roberta, "embeddings"):
         raise TypeError(
             f"expected an XLM-R model, or a module that has one as `roberta`, got {type(model).__name__}; load one "
-            "with ltp_sparse.training.load_backbone"
+            "with ltp_sparse.training.backbone.load_backbone"
         )
     return roberta

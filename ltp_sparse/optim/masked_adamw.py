@@ -103,6 +103,7 @@ class MaskedAdamW(Optimizer):
         gradients: str = "dense",
     ) -> None:
         named = canonical_parameters(model) if isinstance(model, nn.Module) else dict(model)
+        ticket = ticket.named_as(named)
         names = active_names(named, ticket, what="MaskedAdamW")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"MaskedAdamW: max_grad_norm must be above 0 or None, got {max_grad_norm}")
@@ -427,7 +428,7 @@ def freeze(model: nn.Module, ticket: Ticket, dense: nn.Module | Iterable[Any] = 
     Do so before wrapping the model in DDP, which decides at construction which gradients it waits for.
     """
     named = canonical_parameters(model)
-    trained = {named[name] for name in active_names(named, ticket, what="freeze")}
+    trained = {named[name] for name in active_names(named, ticket.named_as(named), what="freeze")}
     _freeze(model, trained | set(dense_parameters(dense, what="freeze")))
 
 

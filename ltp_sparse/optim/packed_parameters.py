@@ -49,6 +49,7 @@ class PackedParameters:
 
     def __init__(self, model: nn.Module, ticket: Ticket, *, dense: nn.Module | Iterable[Any] = ()) -> None:
         named = canonical_parameters(model)
+        ticket = ticket.named_as(named)
         names = active_names(named, ticket, what="PackedParameters")
         if not names:
             raise ValueError("PackedParameters: expected a ticket with active entries, this one has none")

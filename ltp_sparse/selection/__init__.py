@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ltp_sparse import backends, files, ops
-from ltp_sparse.checkpoints import Readable, Reader, StreamSource
+from ltp_sparse.checkpoints import CheckpointTensor, Readable, Reader, StreamSource
 from ltp_sparse.encoding import IndexSet, bitmap_words
 from ltp_sparse.selection import pools, scores
 from ltp_sparse.selection.budgets import Budget, share_out
@@ -20,19 +20,33 @@ from ltp_sparse.selection.by_tensor import PASSES, Spool, select_by_tensor
 from ltp_sparse.selection.distributed import Shard, TicketShard, select_sharded
 from ltp_sparse.selection.outcome import ShortTicket, describe
 from ltp_sparse.selection.sources import (
+    MixedDtypes,
     Score,
-    Weights,
+    Sides,
+    check_dtypes,
     check_shape,
-    common_names,
     device_of,
+    equal_infinities,
     fingerprint,
-    open_weights,
+    names_in_pool,
     score_reader,
+    told_of_dtypes,
 )
-from ltp_sparse.ticket import Pool, Ticket, in_pool
+from ltp_sparse.ticket import Pool, Ticket
 from ltp_sparse.topk import NonFiniteDelta, sampling_pays, select_topk
+from ltp_sparse.weights import Missing, Weights
 
-__all__ = ["Shard", "ShortTicket", "TicketShard", "Weights", "pools", "scores", "select", "select_sharded"]
+__all__ = [
+    "MixedDtypes",
+    "Shard",
+    "ShortTicket",
+    "TicketShard",
+    "Weights",
+    "pools",
+    "scores",
+    "select",
+    "select_sharded",
+]
 
 LARGE = 512_000_000
 """Bytes: a bitmap of more is made tensor by tensor when the weights are streamed, a ticket of more kept on disk."""
@@ -46,6 +60,8 @@ def select(
     k: int | None = None,
     budget: Budget = "global",
     pool: Pool = None,
+    allow_missing: Missing = False,
+    compare_in: torch.dtype | None = None,
     score: Score | None = None,
     method: str = "delta",
     metadata: Mapping[str, Any] | None = None,
@@ -57,12 +73,17 @@ def select(
 
     Args:
         initial: the base model, as a module, a mapping from names to tensors, or the path of a safetensors checkpoint,
-            which is read from disk piece by piece.
+            which is read from disk piece by piece. All of these, wrapped or not, give the same names: a tied parameter
+            is there once, buffers, integers and quantised tensors are not (`weights.open_weights`).
         tuned: the tuned model, likewise.
         density: share of the pool, floor(density * entries) in exact decimals; or
         k: number of entries.
         budget: "global"; "layer" or "tensor" at equal density each; or shares of k by regular expression.
-        pool: which parameters may be selected: a predicate on names, regular expressions, or None for all common ones.
+        pool: which parameters may be selected: a predicate on names, regular expressions, or None for all.
+        allow_missing: which parameters of the pool may be on one side only, and are then left out: True for any, or
+            regular expressions, e.g. "^lm_head" where one side has no head.
+        compare_in: a dtype that both sides are rounded to before they are compared: that of the coarser one, where one
+            was saved in another dtype than it was trained in.
         score: ranks by |score| instead of by |tuned - initial|. A mapping from names to tensors of the parameters'
             shapes; or a function of (name, start, stop) that gives the scores of entries start..stop of a parameter's
             row-major order as a float32, bfloat16 or float16 tensor, the same ones whenever it is asked, so that no
@@ -78,28 +99,30 @@ def select(
             are.
 
     Returns:
-        A ticket over the pool; its metadata hold the requested and the real k and the thresholds (smallest selected
-        score by group), its fingerprint the digests of the initial tensors.
+        A ticket over the pool; its metadata hold the requested and the real k, the thresholds (smallest selected score
+        by group), and, where there are any, how many parameters were left out ("left_out") or differed in dtype
+        ("mixed_dtypes"); its fingerprint the digests of the initial tensors.
 
     Warns:
         ShortTicket: fewer entries than k have moved at all; those that did are the ticket.
+        MixedDtypes: parameters differ in dtype between the sides, so that rounding counts as a change.
+        UserWarning: quantised tensors are left out.
 
     Raises:
-        ValueError: names, shapes or budgets do not fit, or a delta is NaN or infinite (the parameter is named).
+        ValueError: names, shapes or budgets do not fit; a parameter is on one side only; or a delta is NaN or infinite
+            (the parameter is named), as it is where both sides hold the same infinity.
+        TypeError: a parameter of the pool is none of float32, bfloat16 and float16 (in a file: ValueError).
     """
-    if (tuned is None) == (score is None):
-        raise ValueError("select: give either tuned= or score=")
     if output is not None:
         files.check_writable(output)
-    base = open_weights(initial)
-    if callable(score):
-        after = base
-    else:
-        after = open_weights(tuned if score is None else score)  # type: ignore[arg-type]
-    names = in_pool(common_names(base, after), pool)
+    sides = Sides.of(initial, tuned, score)
+    base, after = sides.base, sides.after
+    names, alone = names_in_pool(base, after, pool, allow_missing, what="select", scored=score is not None)
     for name in names:
         check_shape(name, base[name].shape, after[name].shape)
     names, groups, labels, ks = share_out({name: base[name].shape for name in names}, budget, density=density, k=k)
+    check_dtypes(names, after, *([base] if score is None else []), what="select")
+    noted = told_of_dtypes(names, base, after) if score is None and compare_in is None else {}
     before = [base[name] for name in names] if score is None else []
     folder = None if output is None else Path(output).parent
     try:
@@ -108,9 +131,17 @@ def select(
             scored = [score_reader(score, name, base[name].numel(), device) for name in names]
             sets, thresholds = _streamed(StreamSource([], scored, device), groups, ks, progress, folder)
         else:
-            sets, thresholds = _topk(before, [after[name] for name in names], groups, ks, progress, folder, device)
+            sets, thresholds = _topk(
+                before, [after[name] for name in names], groups, ks, progress, folder, device, compare_in
+            )
     except NonFiniteDelta as error:
-        raise NonFiniteDelta(error.tensor, repr(names[error.tensor])) from None
+        name = names[error.tensor]
+        alike = equal_infinities(base[name], after[name]) if score is None else 0
+        raise NonFiniteDelta(error.tensor, repr(name), alike) from None
+    for name in names:
+        for tensor in (base[name], after[name]):
+            if isinstance(tensor, CheckpointTensor):
+                tensor.check()
 
     ticket = Ticket(dict(zip(names, sets, strict=True)), {name: base[name].shape for name in names})
     ticket.fingerprint = fingerprint({name: base[name] for name in ticket.active_names})
@@ -123,7 +154,8 @@ def select(
         density=density,
         budget=budget,
         method=method,
-        metadata=metadata,
+        left_out={**alone, "quantised": sides.quantised},
+        metadata={**noted, **({} if compare_in is None else {"compared_in": str(compare_in)}), **(metadata or {})},
     )
     if output is not None:
         ticket.save(output)
@@ -138,15 +170,19 @@ def _topk(
     progress: bool,
     folder: Path | None,
     device: torch.device | str | None,
+    compare_in: torch.dtype | None,
 ) -> tuple[list[IndexSet], Tensor]:
     """An index set per tensor and the thresholds: in memory by the operation, from disk by streaming."""
     before = [t for t in initial if isinstance(t, Tensor)]
     after = [t for t in tuned if isinstance(t, Tensor)]
-    if len(before) == len(initial) and len(after) == len(tuned):
+    if compare_in is None and len(before) == len(initial) and len(after) == len(tuned):
         return ops.topk_delta(before, after, ks, groups=groups)
+    if device is None and after and compare_in is not None:
+        device = after[0].device
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    source = StreamSource([Reader.of(t) for t in initial], [Reader.of(t) for t in tuned], device)
+    sides = [[Reader.of(tensor).rounded(compare_in) for tensor in side] for side in (initial, tuned)]
+    source = StreamSource(sides[0], sides[1], device)
     sets, thresholds = _streamed(source, groups, ks, progress, folder)
     return [index_set.to("cpu") for index_set in sets], thresholds
 

@@ -13,13 +13,23 @@ from torch import Size, Tensor, distributed
 from ltp_sparse import backends
 from ltp_sparse.checkpoints import Readable, Reader, StreamSource
 from ltp_sparse.encoding import TILE, IndexSet, bitmap_words, shifted_words, tiles_of
-from ltp_sparse.names import digest, parameter_order, strip_wrappers
+from ltp_sparse.names import Named, bare_names, digest
 from ltp_sparse.selection.budgets import Budget, share_out
 from ltp_sparse.selection.outcome import describe
-from ltp_sparse.selection.sources import Score, Weights, check_shape, device_of, open_weights, score_reader
+from ltp_sparse.selection.sources import (
+    Score,
+    Sides,
+    check_dtypes,
+    check_shape,
+    device_of,
+    names_in_pool,
+    score_reader,
+    told_of_dtypes,
+)
 from ltp_sparse.selection.team import GuardedSource, Team, TeamRanks
-from ltp_sparse.ticket import Pool, Ticket, in_pool
+from ltp_sparse.ticket import Pool, Ticket
 from ltp_sparse.topk import NonFiniteDelta, Source, TensorSource, select_topk
+from ltp_sparse.weights import Missing, Weights
 
 _PIECE = 1 << 18  # entries sent at a time, or words of a bitmap
 
@@ -87,6 +97,7 @@ def select_sharded(
     k: int | None = None,
     budget: Budget = "global",
     pool: Pool = None,
+    allow_missing: Missing = False,
     score: Score | None = None,
     method: str = "delta",
     metadata: Mapping[str, Any] | None = None,
@@ -102,27 +113,43 @@ def select_sharded(
         shards: the shard that a plain tensor of this name holds: name -> (start, stop, whole shape). A rank may leave
             out what it does not hold. A rank's part of the ticket is what it has of both `initial` and `tuned`.
         group: the ranks; default: all. Every one of them calls.
-        density, k, budget, pool, method, metadata: as in `select`, equal on every rank.
+        density, k, budget, pool, allow_missing, method, metadata: as in `select`, equal on every rank.
 
     Raises, on every rank:
         ValueError: as `select` does; the arguments differ between ranks, or the shards do not cover a parameter.
     """
     team = Team(group)
-    (base, after), told = team.every(
+    (base, after, _), told = team.every(
         lambda: _sides(initial, tuned, score, shards or {}),
-        lambda sides: ({name: (held.shard, held.tensor.dtype) for name, held in sides[0].items()}, _common(*sides)),
+        lambda sides: (
+            {name: (held.shard, held.tensor.dtype) for name, held in sides[0].items()},
+            _common(*sides[:2]),
+            list(sides[1] or sides[0]),
+            sides[2],
+        ),
     )
-    common = [shards for _, shards in told]
+    common = [shards for _, shards, _, _ in told]
     device = device_of({name: held.tensor for side in (base, after or {}) for name, held in side.items()})
 
     def plan() -> dict[str, Any]:
-        names = in_pool(parameter_order({name for shards in common for name in shards}), pool)
+        sides = ([name for shards, *_ in told for name in shards], [name for _, _, names, _ in told for name in names])
+        names, alone = names_in_pool(
+            dict.fromkeys(sides[0]),
+            dict.fromkeys(sides[1]),
+            pool,
+            allow_missing,
+            what="select_sharded",
+            scored=score is not None,
+        )
         shapes = {name: _check_cover(name, [shards[name] for shards in common if name in shards]) for name in names}
-        _check_dtypes(names, base if score is None else {}, after or {})
+        tensors = [{name: held.tensor for name, held in side.items()} for side in (base, after or {})]
+        check_dtypes(names, *tensors[score is not None :], what="select_sharded")
+        both = [name for name in names if all(name in side for side in tensors)] if score is None else []
+        told_of_dtypes(both, *tensors)
         names, groups, labels, ks = share_out(shapes, budget, density=density, k=k)
         return {
-            "names of the pool": names, "groups": groups, "labels": labels, "k": ks, "score": score is not None,
-            "density": density, "budget": budget, "method": method, "metadata": metadata,
+            "names of the pool": names, "left out": alone, "groups": groups, "labels": labels, "k": ks,
+            "score": score is not None, "density": density, "budget": budget, "method": method, "metadata": metadata,
         }  # fmt: skip
 
     agreed, plans = team.every(plan, lambda plan: plan)
@@ -157,13 +184,14 @@ def select_sharded(
         density=density,
         budget=budget,
         method=method,
+        left_out={**agreed["left out"], "quantised": max(count for *_, count in told)},
         metadata=metadata,
     )
     return TicketShard(
         Ticket(local, {name: _local_shape(name, held[name][team.rank], base, after) for name in local}, description),
         {name: shards[team.rank] for name, shards in held.items()},
         description,
-        _fingerprint(team, [name for name in names if counts[name]], base, [shards for shards, _ in told]),
+        _fingerprint(team, [name for name in names if counts[name]], base, [shards for shards, *_ in told]),
         team,
         frozenset(name for name in local if _ranges(held[name]).index(held[name][team.rank][:2]) == team.rank),
         frozenset(n for n in names if len(set(_ranges(held[n]))) == 1 and all(n in shards for shards in common)),
@@ -172,16 +200,17 @@ def select_sharded(
 
 def _sides(
     initial: Weights, tuned: Weights | None, score: Score | None, shards: Mapping[str, Shard]
-) -> tuple[dict[str, _Held], dict[str, _Held] | None]:
-    """What this rank holds of both sides; None for a score function, which has scores of everything."""
-    if (tuned is None) == (score is None):
-        raise ValueError("select_sharded: give either tuned= or score=")
-    shards = {strip_wrappers(name): Shard(*shard) for name, shard in shards.items()}
-    base = {name: _held(name, tensor, shards) for name, tensor in open_weights(initial).items()}
-    if callable(score):
-        return base, None
-    other = open_weights(tuned if score is None else score)  # type: ignore[arg-type]
-    return base, {name: _held(name, tensor, shards) for name, tensor in other.items()}
+) -> tuple[dict[str, _Held], dict[str, _Held] | None, int]:
+    """What this rank holds of both sides, None for a score function, which has scores of everything; and how many
+    quantised tensors were left out."""
+    sides = Sides.of(initial, tuned, score, what="select_sharded")
+
+    def held(side: Named[Readable]) -> dict[str, _Held]:
+        bare = bare_names(shards)
+        known = {side.called(name) or bare[name]: Shard(*shard) for name, shard in shards.items()}
+        return {name: _held(name, tensor, known) for name, tensor in side.items()}
+
+    return held(sides.base), None if callable(score) else held(sides.after), sides.quantised
 
 
 def _held(name: str, tensor: Readable, shards: Mapping[str, Shard]) -> _Held:
@@ -254,15 +283,6 @@ def _check_cover(name: str, shards: Sequence[Shard]) -> Size:
             f"(equal ones apart), got {reprlib.repr(ranges)}"
         )
     return shape
-
-
-def _check_dtypes(names: Sequence[str], *sides: Mapping[str, _Held]) -> None:
-    for side in sides:
-        for name in names:
-            if name in side and side[name].tensor.dtype not in backends.DTYPES:
-                raise TypeError(
-                    f"select_sharded: {name!r} must be float32, bfloat16 or float16, got {side[name].tensor.dtype}"
-                )
 
 
 def _check_equal(plans: Sequence[Mapping[str, Any]]) -> None:

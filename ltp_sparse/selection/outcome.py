@@ -25,9 +25,12 @@ def describe(
     density: float | None,
     budget: Budget,
     method: str,
+    left_out: Mapping[str, int],
     metadata: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """The metadata of a ticket that asked for `ks` entries by group and `found` so many in a pool of `pool` entries.
+
+    left_out: what -> parameters that are not in the pool for that reason; those that are none are not told
 
     Warns:
         ShortTicket: `found` is less.
@@ -39,6 +42,7 @@ def describe(
             ShortTicket,
             stacklevel=3,
         )
+    left_out = {what: count for what, count in left_out.items() if count}
     return {
         "method": method,
         "density": density if density is not None else sum(ks) / pool,
@@ -46,5 +50,6 @@ def describe(
         "requested_k": sum(ks),
         "k": found,
         "thresholds": {label: t for label, t in zip(labels, thresholds.tolist(), strict=True) if t != float("inf")},
+        **({"left_out": left_out} if left_out else {}),
         **(metadata or {}),
     }

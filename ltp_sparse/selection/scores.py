@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ltp_sparse.checkpoints import Reader
 from ltp_sparse.names import canonical_parameters
-from ltp_sparse.selection.sources import ScoreFunction, Weights, open_weights
+from ltp_sparse.selection.sources import ScoreFunction
 from ltp_sparse.ticket import Pool, in_pool
+from ltp_sparse.weights import Weights, open_weights
 
 
 def magnitude(weights: Weights) -> ScoreFunction:
@@ -70,8 +71,8 @@ def movement(model: nn.Module, losses: Iterable[Tensor], pool: Pool = None) -> d
 def _accumulated(
     model: nn.Module, losses: Iterable[Tensor], pool: Pool, term: Callable[[Tensor, Tensor], Tensor]
 ) -> dict[str, Tensor]:
-    parameters = canonical_parameters(model)
-    parameters = {name: parameters[name] for name in in_pool(parameters, pool)}
+    named = canonical_parameters(model)
+    parameters = {name: named[name] for name in in_pool(named, pool)}
     if frozen := [name for name, parameter in parameters.items() if not parameter.requires_grad]:
         raise ValueError(
             f"scores: {frozen[0]!r} does not require a gradient; call requires_grad_(), or leave it out by pool="

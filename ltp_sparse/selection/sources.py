@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
-from torch import Size, Tensor, nn
+from torch import Size, Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ltp_sparse import backends
-from ltp_sparse.checkpoints import CheckpointTensor, Readable, Reader, open_checkpoint
-from ltp_sparse.names import canonical_tensors, closest, digest
+from ltp_sparse.checkpoints import CheckpointTensor, Readable, Reader, read_piece
+from ltp_sparse.names import Named, digest, parameter_order
+from ltp_sparse.ticket import Pool, in_pool
+from ltp_sparse.weights import Missing, Weights, check_sides, open_weights, side_by_side
 
-Weights = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
-"""A version of a model: a module, name -> tensor, or a safetensors checkpoint (file or folder)."""
+_PIECE = 1 << 20  # entries looked at at a time
 
 ScoreFunction = Callable[[str, int, int], Tensor]
 """(name, start, stop) -> the scores of entries start..stop of a parameter's row-major order."""
@@ -22,18 +25,91 @@ ScoreFunction = Callable[[str, int, int], Tensor]
 Score = Mapping[str, Tensor] | ScoreFunction
 
 
-def open_weights(weights: Weights) -> Mapping[str, Readable]:
-    """Canonical name -> tensor, in canonical order."""
-    return open_checkpoint(weights) if isinstance(weights, str | os.PathLike) else canonical_tensors(weights)
+@dataclass(frozen=True)
+class Sides:
+    """What a selection compares.
+
+    base, after: the initial and the tuned (or scored) tensors; the same for a score function
+    quantised:   tensors that were left out as such
+    """
+
+    base: Named[Readable]
+    after: Named[Readable]
+    quantised: int
+
+    @classmethod
+    def of(cls, initial: Weights, tuned: Weights | None, score: Score | None, what: str = "select") -> Sides:
+        """Opens both; ValueError unless one of `tuned` and `score` is given."""
+        if (tuned is None) == (score is None):
+            raise ValueError(f"{what}: give either tuned= or score=")
+        base = after = open_weights(initial)
+        if not callable(score):
+            base, after = side_by_side(base, open_weights(tuned if score is None else score))  # type: ignore[arg-type]
+        return cls(base, after, len(base.quantised | after.quantised))
 
 
-def common_names(base: Mapping[str, Readable], scored: Mapping[str, Readable]) -> list[str]:
-    """The names in both; an error if there are none."""
-    common = [name for name in base if name in scored]
-    if not common:
-        name = next(iter(scored), "")
-        raise ValueError(f"select: the models share no parameter; {name!r} is closest to {closest(name, base)}")
-    return common
+def names_in_pool(
+    base: Iterable[str], after: Iterable[str], pool: Pool, allow_missing: Missing, *, what: str, scored: bool
+) -> tuple[list[str], dict[str, int]]:
+    """The names of the pool that both sides have, in canonical order, and by side how many only one has.
+
+    Raises:
+        ValueError: the pool is empty, or a name of it is on one side only and `allow_missing` does not say it may.
+    """
+    inside = set(in_pool(dict.fromkeys([*base, *after]), pool))
+    one, other = ([name for name in names if name in inside] for names in (base, after))
+    sides = ("initial model", "scores" if scored else "tuned model")
+    return parameter_order(set(one) & set(other)), check_sides(one, other, allow_missing, what=what, sides=sides)
+
+
+def check_dtypes(names: Iterable[str], *sides: Mapping[str, Readable], what: str) -> None:
+    """Raises a TypeError (of a file: a ValueError) for a parameter that cannot be ranked."""
+    for name in names:
+        for side in sides:
+            if name in side and is_traceable_wrapper_subclass(side[name]):
+                raise TypeError(
+                    f"{what}: {name!r} is a {type(side[name]).__name__}, of which this process may hold a part only; "
+                    "call select_sharded, or pass its full_tensor()"
+                )
+            if name in side and side[name].dtype not in backends.DTYPES:
+                tensor = side[name]
+                of_file = isinstance(tensor, CheckpointTensor)
+                raise (ValueError if of_file else TypeError)(
+                    f"{what}: {name!r} must be float32, bfloat16 or float16, got "
+                    f"{getattr(tensor, 'stored', tensor.dtype)}; convert it, or leave it out with pool="
+                )
+
+
+class MixedDtypes(UserWarning):
+    """The two sides of a selection differ in dtype."""
+
+
+def told_of_dtypes(names: Iterable[str], base: Mapping[str, Readable], after: Mapping[str, Readable]) -> dict[str, int]:
+    """How many parameters differ in dtype between the sides, if any, for the ticket's metadata.
+
+    Warns:
+        MixedDtypes: some do.
+    """
+    mixed = [name for name in names if base[name].dtype != after[name].dtype]
+    if not mixed:
+        return {}
+    one, other = base[mixed[0]].dtype, after[mixed[0]].dtype
+    coarser = max(one, other, key=lambda dtype: torch.finfo(dtype).eps)
+    warnings.warn(
+        f"select: {len(mixed)} parameters differ in dtype, e.g. {mixed[0]!r} is {one} in the initial model and {other} "
+        f"in the tuned one: what rounding changed is ranked as if training had. Pass compare_in={coarser}, or the "
+        "version of the other that was not rounded",
+        MixedDtypes,
+        stacklevel=3,
+    )
+    return {"mixed_dtypes": len(mixed)}
+
+
+def equal_infinities(before: Readable, after: Readable) -> int:
+    """Entries that are the same infinity on both sides, and whose delta is therefore NaN."""
+    n = after.numel()
+    pieces = ([read_piece(t, i, min(i + _PIECE, n)).float() for t in (before, after)] for i in range(0, n, _PIECE))
+    return sum(int((one.isinf() & (one == other)).sum()) for one, other in pieces)
 
 
 def device_of(tensors: Mapping[str, Readable]) -> torch.device:

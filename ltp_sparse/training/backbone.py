@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+
+from ltp_sparse.names import canonical_parameters
 
 if TYPE_CHECKING:
     from transformers import (
@@ -26,6 +29,7 @@ MINI_XLMR = "mini-xlmr"
 
 _SHIPPED = {MINI_XLMR: Path(__file__).parents[1] / "mini_xlmr"}
 _DECODER_BIAS = "lm_head.decoder.bias"
+_SPARE = re.compile(r"(^|\.)pooler\.|(^|\.)position_ids$")
 
 
 def load_backbone(
@@ -43,8 +47,9 @@ def load_backbone(
                decoupled stays so whatever this says.
     dtype:     of the weights. Deltas of about 1e-4 vanish in bfloat16: train float32 weights, under autocast if wanted.
     tokenizer: folder or Hub name of the tokenizer when it is not beside the weights.
-    Raises ValueError for a missing folder or name, missing or damaged files, another architecture, or a tokenizer that
-    is empty or does not fit the model.
+    Raises ValueError for a missing folder or name, missing or damaged files, another architecture, files that lack a
+    weight of the model or hold one of another shape or for another place (a checkpoint without LM head, names with a
+    prefix), weights that are NaN or infinite, or a tokenizer that is empty or does not fit the model.
     """
     from transformers import AutoConfig, XLMRobertaForMaskedLM
 
@@ -56,8 +61,9 @@ def load_backbone(
             f"load_backbone: expected an XLM-R masked language model (model_type 'xlm-roberta'), got "
             f"{config.model_type!r} in {source!r}; pass a folder or Hub name such as 'FacebookAI/xlm-roberta-base'"
         )
-    with _loading("load_backbone", source):
-        model = XLMRobertaForMaskedLM.from_pretrained(source, config=config, dtype=dtype, local_files_only=local)
+    model = _complete(
+        "load_backbone", XLMRobertaForMaskedLM, source, config=config, dtype=dtype, local_files_only=local
+    )
     if decoupled or not config.tie_word_embeddings:
         decouple(model)
     loaded = _load_tokenizer("load_backbone", name_or_path if tokenizer is None else tokenizer)
@@ -73,8 +79,7 @@ def load_causal(
 ) -> tuple[XGLMForCausalLM | BloomForCausalLM, PreTrainedTokenizerBase]:
     """An XGLM or BLOOM language model and its tokenizer, from a local folder or by Hub name; as `load_backbone`.
 
-    Raises ValueError for a missing folder or name, missing or damaged files, another architecture or an empty
-    tokenizer.
+    Raises ValueError as `load_backbone` does.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -86,8 +91,7 @@ def load_causal(
             f"load_causal: expected a model of type xglm or bloom, got {config.model_type!r} in {source!r}; pass a "
             "folder or Hub name such as 'facebook/xglm-564M' or 'bigscience/bloom-560m'"
         )
-    with _loading("load_causal", source):
-        model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, local_files_only=local)
+    model = _complete("load_causal", AutoModelForCausalLM, source, config=config, dtype=dtype, local_files_only=local)
     return model, _load_tokenizer("load_causal", name_or_path if tokenizer is None else tokenizer)
 
 
@@ -159,12 +163,55 @@ def locate(name_or_path: str | os.PathLike[str]) -> tuple[str, bool]:
     return text, False
 
 
+def _complete(what: str, cls: Any, source: str, **options: Any) -> Any:
+    """`cls.from_pretrained`, which gives random weights to what is not in the files and says so in a log.
+
+    Raises a ValueError in that case: a weight of the model is not in the files, has another shape there, or the files
+    hold weights that the model has no place for, which is what becomes of names with a prefix.
+    """
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it would warn of is the error below
+    try:
+        with _loading(what, source):
+            model, found = cls.from_pretrained(
+                source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+    finally:
+        logging.set_verbosity(verbosity)
+    named = canonical_parameters(model)
+    missing = sorted({named.called(name) or name for name in found["missing_keys"]} - set(named.buffers))
+    reshaped = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in found["mismatched_keys"])
+    # a pooler has no part in a language model, and files hold tied parameters under several names
+    strange = sorted(n for n in found["unexpected_keys"] if named.called(n) is None and not _SPARE.search(n))
+    problems = [
+        f"{text}, e.g. {names[0]!r}"
+        for names, text in (
+            (missing, f"{len(missing)} weights of the model are not in its files"),
+            (reshaped, f"{len(reshaped)} weights have another shape there than the model"),
+            (strange, f"{len(strange)} weights there have no place in the model"),
+        )
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f"{what}: expected all weights of a {type(model).__name__} in {source!r}: {'; '.join(problems)}. "
+            "Weights that are not read would be random. Pass a checkpoint of the language model with its LM head, "
+            "saved by save_pretrained without a wrapper around it"
+        )
+    for name, parameter in named.items():
+        if parameter.numel() and not bool(torch.stack(torch.aminmax(parameter.detach())).isfinite().all()):
+            raise ValueError(f"{what}: {name!r} in {source!r} holds NaN or infinite values; copy the checkpoint again")
+    return model
+
+
 @contextmanager
 def _loading(what: str, source: str) -> Iterator[None]:
     """Turns what `from_pretrained` raises for missing and damaged files into a ValueError of one line."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"{what}: expected a complete model or tokenizer in {source!r}, a folder or a Hub name: {reason}"

@@ -26,18 +26,19 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from ltp_sparse.checkpoints import open_checkpoint, read_piece
+from ltp_sparse.checkpoints import Readable, read_piece
 from ltp_sparse.delta import SparseDelta, gather
-from ltp_sparse.names import canonical_parameters, canonical_tensors, layer_of, unwrapped
+from ltp_sparse.names import canonical_parameters, layer_of, unwrapped
 from ltp_sparse.reference import delta_keys
 from ltp_sparse.restoring import Held, put_back
 from ltp_sparse.selection import Weights, pools, select
 from ltp_sparse.selection.budgets import Budget
-from ltp_sparse.selection.sources import ScoreFunction, open_weights
-from ltp_sparse.ticket import Ticket
+from ltp_sparse.selection.sources import ScoreFunction, Sides, check_shape, names_in_pool
+from ltp_sparse.ticket import Pool, Ticket
 from ltp_sparse.topk import entries_for
 from ltp_sparse.training.backbone import is_decoupled, longest_input
 from ltp_sparse.training.trainer import KeepBest, SparseTrainer, alone, begin
+from ltp_sparse.weights import Missing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM
@@ -259,6 +260,7 @@ def find_ticket(
     segment: str | None = None,
     intersect: bool = False,
     order: str = "most",
+    allow_missing: Missing = False,
     metadata: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Ticket:
@@ -274,11 +276,12 @@ def find_ticket(
         budget: "global" (across layers), "layer" (layer separate), "tensor", or shares, see `select`.
         segment: "lower", "middle" or "upper" third of the layers only.
         order: "most" changed, or "least" changed entries, the control of METHODS.md 4.3 (d).
+        allow_missing: which parameters of the pool may be on one side only, see `select`.
         intersect: with `segment`: the part of the whole model's ticket that lies in the segment.
         metadata: added to the ticket's, e.g. `MLMResult.metadata`.
 
     Raises:
-        ValueError: unknown strategy or segment, or a budget above its pool (both are named).
+        ValueError: unknown strategy or segment, a parameter on one side only, or a budget above its pool.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"find_ticket: strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
@@ -286,20 +289,22 @@ def find_ticket(
         raise ValueError(f"find_ticket: order must be most or least, got {order!r}")
     if intersect and segment is None:
         raise ValueError("find_ticket: intersect=True keeps the part inside a segment; pass segment=, too")
-    sizes = [_sizes(source) for source in (initial, tuned)]
+    sides = Sides.of(initial, tuned, None, what="find_ticket")
+    sizes = [{name: tensor.numel() for name, tensor in side.items()} for side in (sides.base, sides.after)]
     maskable = max(sum(n for name, n in of.items() if pools.maskable(name)) for of in sizes)
     num_layers = len({layer_of(name) for of in sizes for name in of} - {"embeddings", "other"})
     in_segment = None if segment is None else pools.segment(segment, num_layers)
     pool = STRATEGIES[strategy] if in_segment is None or intersect else in_segment
     of_model = budget == "global" and pool is not in_segment
     ticket = select(
-        initial,
-        tuned if order == "most" else None,
-        score=None if order == "most" else least_changed(initial, tuned),
+        sides.base if order == "most" else _common(sides, pool, allow_missing),
+        sides.after if order == "most" else None,
+        score=None if order == "most" else least_changed(sides.base, sides.after),
         k=entries_for(maskable, density=density, k=None) if of_model else None,
         density=None if of_model else density,
         budget=budget,
         pool=pool,
+        allow_missing=allow_missing,
         method="ltp" if order == "most" else "ltp, least changed",
         metadata=metadata,
         progress=progress,
@@ -312,12 +317,11 @@ def find_ticket(
     return ticket
 
 
-def least_changed(initial: Weights, tuned: Weights) -> ScoreFunction:
+def least_changed(before: Mapping[str, Readable], after: Mapping[str, Readable]) -> ScoreFunction:
     """A score for `select` that is the larger the less an entry has moved.
 
-    Its bits are those of the largest finite float32 minus those of |tuned - initial|: exactly the reverse order.
+    Its bits are those of the largest finite float32 minus those of |after - before|: exactly the reverse order.
     """
-    before, after = open_weights(initial), open_weights(tuned)
 
     def score(name: str, start: int, stop: int) -> Tensor:
         pieces = (read_piece(tensors[name], start, stop) for tensors in (before, after))
@@ -326,9 +330,12 @@ def least_changed(initial: Weights, tuned: Weights) -> ScoreFunction:
     return score
 
 
-def _sizes(source: Weights) -> dict[str, int]:
-    tensors = open_checkpoint(source) if isinstance(source, str | os.PathLike) else canonical_tensors(source)
-    return {name: tensor.numel() for name, tensor in tensors.items()}
+def _common(sides: Sides, pool: Pool, allow_missing: Missing) -> dict[str, Any]:
+    """The initial tensors of what both sides have, which `select` checks itself where it is given both."""
+    names, _ = names_in_pool(sides.base, sides.after, pool, allow_missing, what="find_ticket", scored=False)
+    for name in names:
+        check_shape(name, sides.base[name].shape, sides.after[name].shape)
+    return {name: sides.base[name] for name in names}
 
 
 def _check(model: nn.Module, settings: MLMSettings, output_dir: str | os.PathLike[str] | None, resume: bool) -> None:
@@ -339,7 +346,7 @@ def _check(model: nn.Module, settings: MLMSettings, output_dir: str | os.PathLik
         wanted, found = ("decoupled", "tied") if strategy == "decoupled" else ("tied", "decoupled")
         raise ValueError(
             f"tune_mlm: strategy {strategy!r} needs a {wanted} LM head, this model's is {found}; "
-            f"load it with load_backbone(..., decoupled={strategy == 'decoupled'})"
+            f"load it with ltp_sparse.training.backbone.load_backbone(..., decoupled={strategy == 'decoupled'})"
         )
     if settings.length < 1:
         raise ValueError(f"tune_mlm: length must be at least 1 token, got {settings.length}")

@@ -100,6 +100,7 @@ class SparseTrainer(Trainer):
         # Even without clipping the Trainer takes the norm of all gradients and multiplies them by a factor made of it,
         # so that a NaN of an inactive entry would spread. Our norm exists after the step only; `log` adds it.
         self.accelerator.clip_grad_norm_ = lambda *args, **kwargs: None
+        ticket = ticket.named_as(canonical_parameters(self.model))
         if l2 and (partly := [name for name in ticket.active_names if ticket.sets[name].k < ticket.sets[name].n]):
             raise ValueError(
                 f"SparseTrainer: l2={l2} is coupled and moves whole tensors, the ticket has a part of {partly[0]!r}; "
