@@ -16,7 +16,7 @@ from ltp_sparse.encoding import IndexSet
 from ltp_sparse.names import canonical_parameters
 from ltp_sparse.optim.launch import Launch, Precision
 from ltp_sparse.optim.members import active_names, dense_groups, dense_parameters
-from ltp_sparse.optim.packed_gradients import PackedGradients, carrier_of, check_packable
+from ltp_sparse.optim.packed_gradients import PackedGradients, check_packable
 from ltp_sparse.ticket import Ticket
 
 _DIGESTS = "ltp_sparse"
@@ -44,8 +44,9 @@ class MaskedAdamW(Optimizer):
         betas, eps, weight_decay, maximize: as in torch.optim.AdamW.
         dense: parameters updated in full in the same launch, such as a prompt encoder or a task head: a module,
             parameters, or parameter groups with their own options (`[{"params": head.parameters(), "lr": 1e-3}]`).
-        max_grad_norm: clips the gradient of active and dense entries to this norm inside the step. Framework clipping
-            of `model.parameters()` would count frozen entries: leave it off.
+        max_grad_norm: clips the gradient of active and dense entries to this norm inside the step. Clipping of
+            `model.parameters()` by a framework counts all that has a gradient, with dense gradients the inactive
+            entries, too: leave it off, or call `clip_grad_norm_` of the optimizer.
         pull: adds pull * sign(param - initial) to the gradient of the ticket's entries, before norm, clip and moments:
             the L1 term that draws them to their values at construction. Holds a float32 copy of them,
         pull_on: on the "device" of the parameters or, with parameters on a GPU, on the "host": 4 bytes per active entry
@@ -62,10 +63,11 @@ class MaskedAdamW(Optimizer):
         seed: of the stochastic rounding, whose bits depend on (seed, step, parameter, index) alone.
         gradients: "dense" reads the `.grad` of the parameters. "packed" replaces the gradient of every parameter of the
             ticket by its active entries as soon as backward has made it: 4 bytes per active entry are held, and of
-            dense gradients at most one at a time. The parameter groups then hold a stand-in per parameter whose `.grad`
-            is the packed gradient; later micro-batches add to it, a step consumes it, skipped or not, and `zero_grad`
-            is not needed. Embeddings become `sparse=True`. Make the optimizer before wrapping the model in DDP, which
-            then leaves these parameters to us. `remove()` undoes the hooks.
+            dense gradients at most one at a time. Later micro-batches add to it, a step consumes it, skipped or not,
+            and `zero_grad` is not needed. `param.grad` is then a view of the packed gradient (`GradientView`): clipping
+            by norm or value, norm loggers and checks for NaN that reach the model see the active entries, and what
+            they change is what `step` uses. Embeddings become `sparse=True`. Make the optimizer before wrapping the
+            model in DDP, which then leaves these parameters to us. `remove()` undoes the hooks.
 
     Attributes:
         grad_norm: 0-dim float64 tensor, the last norm over active and dense entries before clipping; None without
@@ -116,16 +118,13 @@ class MaskedAdamW(Optimizer):
         self._removed = False
         members = [named[name] for name in names]
         in_full = dense_groups(dense, what="MaskedAdamW")
-        self._dense_of: dict[nn.Parameter, nn.Parameter] = {}
+        self._packs: set[nn.Parameter] = set()
         if gradients == "packed":
             if not isinstance(model, nn.Module):
                 raise ValueError('MaskedAdamW: gradients="packed" needs the module, not a mapping of its parameters')
             ticketed = dict(zip(names, members, strict=True))
             check_packable(ticketed, (p for group in in_full for p in group["params"]), what="MaskedAdamW")
-            carriers = [carrier_of(param, self._sets[param].k) for param in members]
-            self._dense_of = dict(zip(carriers, members, strict=True))
-            self._sets |= {carrier: self._sets[param] for carrier, param in self._dense_of.items()}
-            members = carriers
+            self._packs = set(members)
         elif gradients != "dense":
             raise ValueError(f'MaskedAdamW: gradients must be "dense" or "packed", got {gradients!r}')
         groups: list[dict[str, Any]] = [{"params": members, "pull": pull}] if names else []
@@ -141,11 +140,11 @@ class MaskedAdamW(Optimizer):
         if freeze:
             if not isinstance(model, nn.Module):
                 raise ValueError("MaskedAdamW: freeze=True needs the module, not a mapping of its parameters")
-            _freeze(model, {self._dense_of.get(p, p) for group in self.param_groups for p in group["params"]})
+            _freeze(model, set(self._members()))
         for launch in self._launches:
-            if launch.members is not launch.params:
+            if launch.params[0] in self._packs:
                 assert isinstance(model, nn.Module)
-                launch.packed = PackedGradients(model, launch.params, launch.members, launch.sets, launch.table)
+                launch.packed = PackedGradients(model, launch.params, launch.sets, launch.table)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters that are updated in full."""
@@ -163,7 +162,7 @@ class MaskedAdamW(Optimizer):
             self._build()
 
     def _refuse_if_packed(self) -> None:
-        if self._launches and self._dense_of:
+        if self._launches and self._packs:
             raise ValueError(
                 'MaskedAdamW: gradients="packed" keeps to the parameters and devices of its construction; pass all '
                 "parameters in `dense`, and move the model before making the optimizer"
@@ -175,33 +174,31 @@ class MaskedAdamW(Optimizer):
             launch.refresh_masters()  # those of the new launches take the weights to be theirs
         before = {param: dict(state) for param, state in self.state.items()}
         placed: dict[tuple[torch.device, torch.dtype, bool], list[tuple[nn.Parameter, int, int]]] = {}
-        members = [(member, index) for index, group in enumerate(self.param_groups) for member in group["params"]]
-        for number, (member, index) in enumerate(members):
-            param = self._dense_of.get(member, member)
-            placed.setdefault((param.device, param.dtype, param is member), []).append((member, number, index))
+        members = [(param, index) for index, group in enumerate(self.param_groups) for param in group["params"]]
+        for number, (param, index) in enumerate(members):
+            place = param.device, param.dtype, param in self._packs
+            placed.setdefault(place, []).append((param, number, index))
         self._launches = []
-        for (_, _, direct), triples in placed.items():
-            own = [member for member, _, _ in triples]
-            params = [self._dense_of.get(member, member) for member in own]
+        for triples in placed.values():
+            params = [param for param, _, _ in triples]
             self._launches.append(
                 Launch(
                     params,
                     numbers=[number for _, number, _ in triples],
                     group=[index for _, _, index in triples],
-                    sets=[self._sets[member] for member in own],
+                    sets=[self._sets[param] for param in params],
                     groups=len(self.param_groups),
                     precision=self.precision,
-                    members=None if direct else own,
                 )
             )
         for launch in self._launches:
             if any(group["pull"] for group in self.param_groups):
                 launch.keep_anchor(self.pull_on)
-            for position, member in enumerate(launch.members):
+            for position, param in enumerate(launch.params):
                 state = launch.state(position)
-                for key, value in before.get(member, {}).items():
+                for key, value in before.get(param, {}).items():
                     state[key].copy_(value)
-                self.state[member] = state
+                self.state[param] = state
         self.update_hyperparameters()
 
     def update_hyperparameters(self) -> None:
@@ -275,7 +272,8 @@ class MaskedAdamW(Optimizer):
         """
         saved = {**super().state_dict(), _DIGESTS: {"version": 1, "index_sets": self._digests()}}
         if include_gradients:
-            grads = [member.grad for member in self._members()]
+            found = {p: launch.gradient(i) for launch in self._launches for i, p in enumerate(launch.params)}
+            grads = [found[param] for param in self._members()]
             saved[_GRADIENTS] = [None if grad is None else grad.detach().clone() for grad in grads]
         return saved
 
@@ -316,29 +314,29 @@ class MaskedAdamW(Optimizer):
                 "make it with the `gradients` of that run"
             )
         saved = {params[index]: state for index, state in state_dict["state"].items()}
-        places = [(launch, position) for launch in self._launches for position in range(len(launch.members))]
+        places = [(launch, position) for launch in self._launches for position in range(len(launch.params))]
         for launch, position in places:
-            launch.check(position, saved.get(launch.members[position], {}))
+            launch.check(position, saved.get(launch.params[position], {}))
         # the base class would cast every tensor to the dtype of its parameter, so it gets the groups alone
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         for launch, position in places:
-            self.state[launch.members[position]] = launch.state(position)
-            launch.load(position, saved.get(launch.members[position], {}))
+            self.state[launch.params[position]] = launch.state(position)
+            launch.load(position, saved.get(launch.params[position], {}))
         self.update_hyperparameters()
         if gradients is not None:
             of_member = dict(zip(params, gradients, strict=True))
             for launch, position in places:
-                launch.put_gradient(position, of_member[launch.members[position]])
+                launch.put_gradient(position, of_member[launch.params[position]])
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles carry; torch's own would leave the packed buffers behind."""
-        if self._dense_of:
+        if self._packs:
             raise TypeError(
                 'MaskedAdamW: gradients="packed" hooks into its model and cannot be copied; make an optimizer for the '
                 "copy of the model and load the state_dict"
             )
         own = (
-            "max_grad_norm", "grad_norm", "precision", "pull_on", "_removed", "_dense_of", "_sets", "_launches",
+            "max_grad_norm", "grad_norm", "precision", "pull_on", "_removed", "_packs", "_sets", "_launches",
             "_hyper_known",
         )  # fmt: skip
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
@@ -349,8 +347,8 @@ class MaskedAdamW(Optimizer):
             group.setdefault("pull", 0.0)
             group.setdefault("maximize", False)
         for launch in self._launches:  # a pickle has given every view a storage of its own
-            for position, member in enumerate(launch.members):
-                self.state[member] = launch.state(position)
+            for position, param in enumerate(launch.params):
+                self.state[param] = launch.state(position)
 
     def average_gradients(self, group: ProcessGroup | None = None) -> None:
         """Averages packed gradients over the ranks, for loops without DDP; call it after the last micro-batch."""

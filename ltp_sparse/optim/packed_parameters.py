@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ from ltp_sparse.delta import gather, scatter_
 from ltp_sparse.encoding import TileTable
 from ltp_sparse.names import canonical_parameters
 from ltp_sparse.optim.members import active_names, dense_parameters
-from ltp_sparse.optim.packed_gradients import PackedGradients, check_packable
+from ltp_sparse.optim.packed_gradients import PackedGradients, WeakHook, check_packable
 from ltp_sparse.ticket import Ticket
 
 _Optimizer = TypeVar("_Optimizer", bound=torch.optim.Optimizer)
@@ -62,10 +63,10 @@ class PackedParameters:
         self._sets = {name: ticket.sets[name].to(device) for name in names}
         self._packed = {name: nn.Parameter(gather(named[name], self._sets[name]).float()) for name in names}
         table = TileTable.build(list(self._sets.values()), device=device, ranks=device.type != "cpu")
-        members = list(self._params.values()), list(self._packed.values()), list(self._sets.values())
-        self._gradients = PackedGradients(model, *members, table)
-        self._model_id = id(model)  # a copy of the model carries a copy of the hook, and has weights of its own
-        self._handles: list[Any] = [model.register_forward_pre_hook(self._before_forward)]
+        members = list(self._params.values()), list(self._sets.values()), table, list(self._packed.values())
+        self._gradients = PackedGradients(model, *members)
+        self._handles: list[Any] = [model.register_forward_pre_hook(WeakHook(self._before_forward))]
+        weakref.finalize(self, _remove, self._handles).atexit = False
         self._written = self._versions()
 
     def __repr__(self) -> str:
@@ -99,22 +100,31 @@ class PackedParameters:
     def _versions(self) -> list[int]:
         return [packed._version for packed in self._packed.values()]
 
-    def _before_forward(self, model: nn.Module, _: object) -> None:
-        if id(model) == self._model_id and self._versions() != self._written:
+    def _before_forward(self, *_: object) -> None:
+        if self._versions() != self._written:
             self.scatter_()
 
     def attach(self, optimizer: _Optimizer) -> _Optimizer:
-        """Writes the values into the model after every step of an optimizer, which it returns."""
+        """Writes the values into the model after every step of an optimizer, which it returns.
+
+        Before a step it takes over what others have made of the `.grad` of the model's parameters. The optimizer keeps
+        this object alive; without one that does, hold it yourself: its hooks go with it.
+        """
         mine, theirs = set(map(id, self._packed.values())), optimizer.param_groups
         if not any(id(param) in mine for group in theirs for param in group["params"]):
             raise ValueError(
                 "PackedParameters.attach: this optimizer has none of the packed parameters; pass them to it"
             )
+        self._handles.append(optimizer.register_step_pre_hook(lambda *_: self._gradients.settle()))
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self.scatter_()))
         return optimizer
 
     def remove(self) -> None:
         """Takes the hooks off model and optimizers; gradients are dense again, and steps no longer reach the model."""
-        for handle in self._handles:
-            handle.remove()
+        _remove(self._handles)
         self._gradients.remove()
+
+
+def _remove(handles: Iterable[Any]) -> None:
+    for handle in handles:
+        handle.remove()
