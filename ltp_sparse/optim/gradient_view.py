@@ -95,9 +95,8 @@ class PackedTensor(Tensor):
         if func in _ITSELF:
             return self._again(self.shape)
         if name in _SAME_ORDER:
-            return self._again(
-                func(torch.empty(self.shape, device="meta", dtype=self.dtype), *args[1:], **kwargs).shape
-            )
+            other = torch.empty(self.shape, dtype=self.dtype, device="meta")
+            return self._again(func(other, *args[1:], **kwargs).shape)
         if func is aten.add_.Tensor and self is args[0] and self._accumulates(args[1], kwargs):
             return self
         if name.startswith("_foreach_"):
@@ -109,6 +108,8 @@ class PackedTensor(Tensor):
         if name == "zero_":
             self.values_now().zero_()
             return self
+        if name == "equal":
+            return torch.equal(*(leaf.dense() if isinstance(leaf, PackedTensor) else leaf for leaf in args))
         if _is_elementwise(func, name) and _have_one_index_set(args, kwargs):
             return self._elementwise(func, args, kwargs)
         if name in _REDUCTIONS and (reduced := self._reduced(func, name, args, kwargs)) is not None:

@@ -177,14 +177,60 @@ class Launch:
             state["anchor"] = self.anchor[slots]
         return state
 
-    def check(self, position: int, saved: Mapping[str, Tensor]) -> None:
-        """Raises ValueError unless `load` can take the state."""
+    def check(self, position: int, saved: Mapping[str, Any], name: str) -> None:
+        """Raises ValueError, naming key and parameter, unless `load` can take the state."""
         k, blocks = self.table.counts[position], self.blocks[position]
         packed = dict.fromkeys(("exp_avg", "exp_avg_sq", "master", "anchor"), (k,))
         shapes = {"step": (), "scales": (blocks.stop - blocks.start, 2), **packed}
+        coded = "scales" in saved or getattr(saved.get("exp_avg"), "dtype", None) == torch.int8
+        floats = (torch.float32,)
+        dtypes = dict.fromkeys(("exp_avg", "exp_avg_sq", "master", "anchor"), floats)
+        dtypes["scales"] = (torch.float32, torch.bfloat16)
+        if coded:
+            dtypes |= {"exp_avg": (torch.int8,), "exp_avg_sq": (torch.uint8,)}
+
+        def refuse(key: str, problem: str) -> None:
+            raise ValueError(f"MaskedAdamW: the state of {name!r}: {key!r} {problem}; nothing was loaded")
+
+        for key in ("step", "exp_avg", "exp_avg_sq", *(["scales"] if coded else [])):
+            if key not in saved:
+                refuse(key, "is missing")
         for key, value in saved.items():
-            if value.shape != shapes.get(key) or (key == "anchor" and self.anchor is None):
-                raise ValueError(f"MaskedAdamW: {key!r} of shape {list(value.shape)} does not fit the packed state")
+            if key not in shapes:
+                refuse(key, "is unknown here")
+            if key == "anchor" and self.anchor is None:
+                refuse(key, "belongs to a pull, which this optimizer was made without")
+            if key == "step" and isinstance(value, int | float):
+                value = torch.tensor(float(value), dtype=torch.float64, device="cpu")
+            if not isinstance(value, Tensor):
+                refuse(key, f"must be a tensor, got {type(value).__name__}")
+            if tuple(value.shape) != shapes[key]:
+                refuse(key, f"must have shape {list(shapes[key])}, as the packed state, got {list(value.shape)}")
+            if key in dtypes and value.dtype not in dtypes[key]:
+                refuse(key, f"must be {' or '.join(map(str, dtypes[key]))}, got {value.dtype}")
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                refuse(key, "must be finite")
+            if key == "step" and (float(value) < 0 or float(value) != int(value)):
+                refuse(key, f"must be a whole number, at least 0, got {float(value)}")
+            if key in ("exp_avg_sq", "scales") and bool((value < 0).any()):
+                refuse(key, "must not be negative")
+
+    def check_gradient(self, position: int, grad: Tensor | None, name: str) -> None:
+        """Raises ValueError unless `put_gradient` can take the gradient."""
+        packed = self.packed is not None
+        shape = (self.sets[position].k,) if packed else tuple(self.params[position].shape)
+        if grad is not None and tuple(grad.shape) != shape:
+            raise ValueError(
+                f"MaskedAdamW: the saved gradients were packed and those of this optimizer are dense, or the reverse "
+                f"({name!r}: expected {list(shape)}, got {list(grad.shape)}); make it with the `gradients` of that run"
+            )
+
+    def fresh(self, position: int) -> dict[str, Tensor]:
+        """The state of a parameter that has not been updated."""
+        state = {key: torch.zeros_like(value) for key, value in self.state(position).items() if key != "anchor"}
+        if self.master is not None:
+            state["master"] = gather(self.params[position], self.sets[position]).float()
+        return state
 
     def load(self, position: int, saved: Mapping[str, Tensor]) -> None:
         """Takes the state of one parameter, saved in whatever precision of moments."""
@@ -193,7 +239,7 @@ class Launch:
             saved |= self._converted(saved, self.active[position])
         own = self.state(position)
         for key in saved.keys() & own.keys():
-            own[key].copy_(saved[key])
+            own[key].copy_(torch.as_tensor(saved[key], dtype=own[key].dtype, device=own[key].device))
 
     def put_gradient(self, position: int, grad: Tensor | None) -> None:
         """Takes what `gradient` gave."""
@@ -321,6 +367,23 @@ class Launch:
         """Multiplies gradients and pull."""
         for column in (Coefficient.GRAD_FACTOR, Coefficient.PULL):
             self.coefficients[:, column] *= factor
+
+    def clip_pull(self, factor: Tensor) -> None:
+        """Multiplies the pull alone, of gradients that are scaled already."""
+        self.coefficients[:, Coefficient.PULL] *= factor
+
+    def prepare_norm(self) -> None:
+        """Sets the coefficients that `sum_squares` reads outside a step."""
+        _, _, _, _, _, sign, pull = self.rows.unbind(1)
+        self._set({Coefficient.APPLY: self._find_gradients(), Coefficient.GRAD_FACTOR: sign, Coefficient.PULL: pull})
+
+    def scale_gradients(self, factor: Tensor) -> None:
+        if self.packed is not None:
+            self.packed.buffer *= factor
+            return
+        for param in self.params:
+            if param.grad is not None:
+                param.grad *= factor
 
     def sum_squares(self) -> Tensor:
         """0-dim float64, over the active entries of the gradients."""

@@ -37,11 +37,6 @@ def check_packable(named: Mapping[str, nn.Parameter], dense: Iterable[nn.Paramet
     for name, param in named.items():
         if id(param) in in_full:
             raise ValueError(f"{what}: {name!r} is in the ticket and in dense; leave it out of one of them")
-        if not param.requires_grad:
-            raise ValueError(
-                f"{what}: expected a gradient for each parameter of the ticket, {name!r} takes none; call its "
-                "requires_grad_(), or restrict the ticket"
-            )
         check_unpacked(name, param, what=what)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from ltp_sparse.delta import gather, scatter_
 from ltp_sparse.encoding import TileTable
 from ltp_sparse.names import canonical_parameters
-from ltp_sparse.optim.members import active_names, dense_parameters
+from ltp_sparse.optim.members import ParameterHome, active_names, check_embeddings, check_trainable, dense_parameters
 from ltp_sparse.optim.packed_gradients import PackedGradients, WeakHook, check_packable
 from ltp_sparse.ticket import Ticket
 
@@ -54,6 +54,8 @@ class PackedParameters:
         if not names:
             raise ValueError("PackedParameters: expected a ticket with active entries, this one has none")
         self._dense = dense_parameters(dense, what="PackedParameters")
+        check_trainable({name: named[name] for name in names}, what="PackedParameters")
+        check_embeddings(model, {name: named[name] for name in names}, what="PackedParameters")
         check_packable({name: named[name] for name in names}, self._dense, what="PackedParameters")
         devices = {named[name].device for name in names}
         if len(devices) > 1:
@@ -68,6 +70,7 @@ class PackedParameters:
         self._handles: list[Any] = [model.register_forward_pre_hook(WeakHook(self._before_forward))]
         weakref.finalize(self, _remove, self._handles).atexit = False
         self._written = self._versions()
+        self._home = ParameterHome(model, self._params)
 
     def __repr__(self) -> str:
         k = sum(packed.numel() for packed in self._packed.values())
@@ -115,9 +118,13 @@ class PackedParameters:
             raise ValueError(
                 "PackedParameters.attach: this optimizer has none of the packed parameters; pass them to it"
             )
-        self._handles.append(optimizer.register_step_pre_hook(lambda *_: self._gradients.settle()))
+        self._handles.append(optimizer.register_step_pre_hook(lambda *_: self._before_step()))
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self.scatter_()))
         return optimizer
+
+    def _before_step(self) -> None:
+        self._home.check(what="PackedParameters")
+        self._gradients.settle()
 
     def remove(self) -> None:
         """Takes the hooks off model and optimizers; gradients are dense again, and steps no longer reach the model."""
