@@ -63,7 +63,7 @@ class CheckpointTensor:
     def piece(self, start: int, stop: int) -> Tensor:
         """Entries start..stop of the row-major order, as a view of the file."""
         if start == stop:
-            return torch.empty(0, dtype=self.dtype)
+            return torch.empty(0, dtype=self.dtype, device="cpu")
         offset = self._start + start * self.dtype.itemsize
         return torch.frombuffer(self._bytes, dtype=self.dtype, count=stop - start, offset=offset)
 

@@ -380,7 +380,7 @@ def topk_delta(
     ks = [operator.index(k)] if isinstance(k, SupportsIndex) else list(k)
     _check_selection(initial, tuned, ks, groups)
     if not tuned:
-        return [], torch.full((len(ks),), torch.inf)
+        return [], torch.full((len(ks),), torch.inf, dtype=torch.float32, device="cpu")
     words, counts, thresholds = torch.ops.ltp_sparse.topk_delta(list(initial), list(tuned), groups, ks)
     return index_sets(Selection(words, counts, thresholds), [t.numel() for t in tuned]), thresholds
 

@@ -205,7 +205,7 @@ class Launch:
             if not isinstance(value, Tensor):
                 refuse(key, f"must be a tensor, got {type(value).__name__}")
             if tuple(value.shape) != shapes[key]:
-                refuse(key, f"must have shape {list(shapes[key])}, as the packed state, got {list(value.shape)}")
+                refuse(key, f"of shape {list(value.shape)} does not fit the packed state, {list(shapes[key])} here")
             if key in dtypes and value.dtype not in dtypes[key]:
                 refuse(key, f"must be {' or '.join(map(str, dtypes[key]))}, got {value.dtype}")
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):

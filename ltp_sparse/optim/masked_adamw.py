@@ -425,10 +425,15 @@ class MaskedAdamW(Optimizer):
             )
         sizes = [len(group["params"]) for group in groups], [len(group["params"]) for group in self.param_groups]
         digests = extra.get("index_sets", [digest for group in groups for digest in group.get("index_sets", [])])
-        if digests != self._digests() or sizes[0] != sizes[1]:
+        if sizes[0] != sizes[1]:
             raise ValueError(
-                "MaskedAdamW: the state was saved for another ticket, or for other parameters in another order "
-                f"(groups of {sizes[0]} parameters, here {sizes[1]}); make the optimizer with the ticket of that run"
+                f"MaskedAdamW: the state has parameter groups of {sizes[0]} parameters, this optimizer of {sizes[1]}; "
+                "make it with the ticket and the dense parameters of that run"
+            )
+        if digests != self._digests():
+            raise ValueError(
+                "MaskedAdamW: the state was saved for another ticket, or for other parameters in another order; "
+                "make the optimizer with the ticket of that run"
             )
         loaded = []
         for number, (group, own) in enumerate(zip(groups, self.param_groups, strict=True)):
