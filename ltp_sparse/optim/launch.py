@@ -368,7 +368,7 @@ class Launch:
         for column in (Coefficient.GRAD_FACTOR, Coefficient.PULL):
             self.coefficients[:, column] *= factor
 
-    def clip_pull(self, factor: Tensor) -> None:
+    def scale_pull(self, factor: Tensor) -> None:
         """Multiplies the pull alone, of gradients that are scaled already."""
         self.coefficients[:, Coefficient.PULL] *= factor
 

@@ -278,8 +278,7 @@ class MaskedAdamW(Optimizer):
         for launch in self._launches:
             launch.refresh_masters()
             launch.begin_step(found_inf, grad_scale)
-            if self._pull_factor is not None:
-                launch.clip_pull(self._pull_factor.to(launch.device))
+            self._scale_pull(launch)
         self._pull_factor = None
         if self.max_grad_norm is not None:
             factor = self._clip_factor(self.max_grad_norm)
@@ -314,13 +313,19 @@ class MaskedAdamW(Optimizer):
             self.update_hyperparameters()
         for launch in self._launches:
             launch.prepare_norm()
+            self._scale_pull(launch)
         factor = self._clip_factor(max_norm)
         for launch in self._launches:
             launch.scale_gradients(factor.to(launch.device))
         if any(group["pull"] for group in self.param_groups):
-            self._pull_factor = factor
+            self._pull_factor = factor if self._pull_factor is None else factor * self._pull_factor
         assert self.grad_norm is not None
         return self.grad_norm
+
+    def _scale_pull(self, launch: Launch) -> None:
+        """By what `clip_grad_norm_` has scaled the gradients with."""
+        if self._pull_factor is not None:
+            launch.scale_pull(self._pull_factor.to(launch.device))
 
     def _check_parameters(self) -> None:
         """Raises ValueError where a step would train tensors that the model, or this optimizer, no longer has."""
