@@ -1,13 +1,12 @@
 """What frameworks see and change when they reach the gradients of the model: clipping, norms, checks for NaN."""
 
 import copy
-import inspect
 import io
 import warnings
 
 import pytest
 import torch
-from cases import has_dense_gradient, same_bits, threads
+from cases import has_dense_gradient, threads
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
 
@@ -63,11 +62,11 @@ class Packed:
         ticket = ticket_of(self.model)
         self.masks = {name: ticket.mask(name) for name in ticket.names}
         if kind == "optimizer":
-            options = {"lr": 1e-2, "gradients": "packed"}
+            options = {"lr": 1e-2, "weight_decay": 0, "gradients": "packed"}
             self.optimizer = MaskedAdamW(self.model, ticket, dense=self.model.head, **options)
         else:
             packed = ls.PackedParameters(self.model, ticket, dense=self.model.head)
-            self.optimizer = packed.attach(torch.optim.AdamW(packed.parameters(), lr=1e-2))
+            self.optimizer = packed.attach(torch.optim.AdamW(packed.parameters(), lr=1e-2, weight_decay=0))
 
     def backward(self, step):
         loss_of(self.model, step).backward()
@@ -251,7 +250,8 @@ def test_the_optimizers_own_clipping_is_that_of_max_grad_norm(gradients, pull):
             loss_of(model, step).backward()
             if optimizer is second:
                 norm = second.clip_grad_norm_(LIMIT)
-                assert norm > LIMIT and second.clip_grad_norm_(float("inf")).item() <= LIMIT * 1.01 or pull
+                assert norm > LIMIT
+                assert second.clip_grad_norm_(float("inf")).item() == pytest.approx(LIMIT, rel=1e-3)
             optimizer.step()
             optimizer.zero_grad()
         assert norm.item() == pytest.approx(first.grad_norm.item(), rel=1e-6)
@@ -416,7 +416,7 @@ def test_parameters_that_were_replaced_are_refused():
         weight = model.mix.weight
         model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
         loss_of(model, 0).backward()
-        with pytest.raises(ValueError, match="the parameter 'weight' of a .* has been replaced.*assign=True"):
+        with pytest.raises(ValueError, match="the parameter '.*' of a .* has been replaced.*assign=True"):
             optimizer.step()
         del weight
     model = build()
@@ -478,8 +478,3 @@ def test_fsdp2_after_the_optimizer_is_refused():
             MaskedAdamW(model, ticket)
     finally:
         distributed.destroy_process_group()
-
-
-def test_own_clipping_uses_no_other_name():
-    assert list(inspect.signature(MaskedAdamW.clip_grad_norm_).parameters) == ["self", "max_norm"]
-    assert same_bits(torch.ones(1), torch.ones(1))
