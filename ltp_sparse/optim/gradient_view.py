@@ -47,18 +47,19 @@ class PackedTensor(Tensor):
     """
 
     index_set: IndexSet
+    packed_values: Tensor
     fill: Tensor
 
     @staticmethod
     def __new__(cls, index_set: IndexSet, values: Tensor, fill: Tensor, shape: Any) -> PackedTensor:
         """values: [k], in any dtype; fill: 0-dim, the value of all other entries, whose dtype is the tensor's."""
         made = Tensor._make_wrapper_subclass(cls, shape, dtype=fill.dtype, device=values.device)
-        made.index_set, made._values, made.fill = index_set, values, fill
+        made.index_set, made.packed_values, made.fill = index_set, values, fill
         return made
 
     def values_now(self) -> Tensor:
         """[k]"""
-        return self._values
+        return self.packed_values
 
     def dense(self) -> Tensor:
         """An ordinary tensor of the same entries."""
@@ -70,7 +71,7 @@ class PackedTensor(Tensor):
         """Keeps the active entries of a dense tensor."""
         self.values_now().copy_(gather(dense.contiguous(), self.index_set))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({self.index_set.k:,} of {list(self.shape)} entries, {self.dtype})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -85,10 +86,12 @@ class PackedTensor(Tensor):
     def tolist(self) -> Any:
         return self.dense().tolist()
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
         self = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, PackedTensor))
@@ -117,7 +120,7 @@ class PackedTensor(Tensor):
         return _densely(func, args, kwargs)
 
     def _again(self, shape: Any) -> PackedTensor:
-        return PackedTensor(self.index_set, self._values, self.fill, shape)
+        return PackedTensor(self.index_set, self.packed_values, self.fill, shape)
 
     def _accumulates(self, grad: Any, kwargs: dict[str, Any]) -> bool:
         return False

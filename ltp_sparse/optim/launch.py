@@ -183,7 +183,7 @@ class Launch:
         packed = dict.fromkeys(("exp_avg", "exp_avg_sq", "master", "anchor"), (k,))
         shapes = {"step": (), "scales": (blocks.stop - blocks.start, 2), **packed}
         coded = "scales" in saved or getattr(saved.get("exp_avg"), "dtype", None) == torch.int8
-        floats = (torch.float32,)
+        floats: tuple[torch.dtype, ...] = (torch.float32,)
         dtypes = dict.fromkeys(("exp_avg", "exp_avg_sq", "master", "anchor"), floats)
         dtypes["scales"] = (torch.float32, torch.bfloat16)
         if coded:

@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 
 from ltp_sparse.backends import DTYPES
 from ltp_sparse.encoding import IndexSet
-from ltp_sparse.names import canonical_parameters
 from ltp_sparse.optim.launch import Launch, Precision
 from ltp_sparse.optim.members import (
     ParameterHome,
@@ -53,7 +52,8 @@ class MaskedAdamW(Optimizer):
     dtype. Works with learning-rate schedulers, `torch.amp.GradScaler`, accelerate, the Hugging Face Trainer and DDP.
 
     Args:
-        model: a module, or a mapping from names to parameters.
+        model: a module, or a mapping from names to parameters. In a transformers Trainer:
+            `optimizer_cls_and_kwargs=(MaskedAdamW, {"model": model, "ticket": ticket, "lr": 2e-5})`.
         ticket: the active entries, by canonical name. Parameters of the model that are neither in it nor in `dense` are
             left out.
         lr: step size, a number or a 0-dim tensor.
@@ -119,7 +119,7 @@ class MaskedAdamW(Optimizer):
         seed: int = 0,
         gradients: str = "dense",
     ) -> None:
-        named = named_parameters(model, what="MaskedAdamW")
+        named = named_parameters(model, what="MaskedAdamW", mappings=True)
         names = active_names(named, ticket, what="MaskedAdamW")
         check_trainable({name: named[name] for name in names}, what="MaskedAdamW")
         if isinstance(model, nn.Module):
@@ -564,7 +564,7 @@ def freeze(model: nn.Module, ticket: Ticket, dense: nn.Module | Iterable[Any] = 
 
     Do so before wrapping the model in DDP, which decides at construction which gradients it waits for.
     """
-    named = canonical_parameters(model)
+    named = named_parameters(model, what="freeze")
     trained = {named[name] for name in active_names(named, ticket, what="freeze")}
     _freeze(model, trained | set(dense_parameters(dense, what="freeze")))
 
@@ -585,7 +585,7 @@ def _tell_accelerate(optimizer: Optimizer, found_inf: Tensor) -> None:
     taken. Only then found_inf is read from the device.
     """
     patched = optimizer.__dict__.get("step")
-    if getattr(patched, "__module__", None) == "accelerate.optimizer" and found_inf.item():
+    if patched is not None and patched.__module__ == "accelerate.optimizer" and found_inf.item():
         inspect.getclosurevars(patched).nonlocals["accelerated_optimizer"]._accelerate_step_called = False
 
 

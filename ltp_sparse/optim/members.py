@@ -12,18 +12,21 @@ from torch import Tensor, nn
 from ltp_sparse.names import canonical_parameters, match_names
 from ltp_sparse.ticket import Ticket
 
+_IN_TRANSFORMERS = (
+    'Trainer(..., optimizer_cls_and_kwargs=(MaskedAdamW, {"model": model, "ticket": ticket, "lr": 2e-5}))'
+)
 
-def named_parameters(model: Any, *, what: str) -> dict[str, nn.Parameter]:
-    """Canonical name -> parameter of a module or of a mapping."""
+
+def named_parameters(model: Any, *, what: str, mappings: bool = False) -> dict[str, nn.Parameter]:
+    """Canonical name -> parameter of a module or, if that will do, of a mapping."""
     if isinstance(model, nn.Module):
         return canonical_parameters(model)
-    if isinstance(model, Mapping):
+    if isinstance(model, Mapping) and mappings:
         return dict(model)
+    expected = "the model or a mapping from names to parameters" if mappings else "the model"
     raise TypeError(
-        f"{what}: expected the model or a mapping from names to parameters, got {_described(model)}; a ticket names "
-        "its parameters: give the model itself, or dict(model.named_parameters()). In "
-        'transformers: Trainer(..., optimizer_cls_and_kwargs=(MaskedAdamW, {"model": model, "ticket": ticket, '
-        '"lr": 2e-5}))'
+        f"{what}: expected {expected}, got {_described(model)}; a ticket names its parameters: give the model itself"
+        + (", or dict(model.named_parameters()). In transformers: " + _IN_TRANSFORMERS if mappings else "")
     )
 
 
@@ -75,7 +78,7 @@ def check_trainable(named: Mapping[str, nn.Parameter], *, what: str) -> None:
 
 def check_embeddings(model: nn.Module, named: Mapping[str, nn.Parameter], *, what: str) -> None:
     """Raises ValueError for an embedding of the ticket whose own options would change what must not change."""
-    names = {param: name for name, param in named.items()}
+    names: dict[Tensor, str] = {param: name for name, param in named.items()}
     for module in model.modules():
         if not isinstance(module, nn.Embedding | nn.EmbeddingBag) or module.weight not in names:
             continue

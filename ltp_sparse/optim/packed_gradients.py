@@ -192,7 +192,8 @@ class PackedGradients:
         # of a part of the tiles the rank directory could not be built any more
         ranked = backends.resolve(table.tiles.device).needs_ranks
         tables = _single_tables(table.with_ranks() if ranked else table)
-        parts = zip(sets, views, tables, carriers or [None] * len(views), strict=True)
+        stand_ins: Sequence[nn.Parameter | None] = carriers or [None] * len(views)
+        parts = zip(sets, views, tables, stand_ins, strict=True)
         self.shares = [Share(*part) for part in parts]
         self.views = [
             GradientView(share, param.shape, param.dtype, param.device)
@@ -201,7 +202,7 @@ class PackedGradients:
         self._ddp: weakref.ref[DistributedDataParallel] | None = None
         self._averaging = self._used = False
 
-        embeddings = []
+        embeddings: list[nn.Module] = []
         numbers = {param: number for number, param in enumerate(params)}
         for module in model.modules():
             weight = getattr(module, "weight", None)

@@ -11,8 +11,14 @@ from torch import nn
 
 from ltp_sparse.delta import gather, scatter_
 from ltp_sparse.encoding import TileTable
-from ltp_sparse.names import canonical_parameters
-from ltp_sparse.optim.members import ParameterHome, active_names, check_embeddings, check_trainable, dense_parameters
+from ltp_sparse.optim.members import (
+    ParameterHome,
+    active_names,
+    check_embeddings,
+    check_trainable,
+    dense_parameters,
+    named_parameters,
+)
 from ltp_sparse.optim.packed_gradients import PackedGradients, WeakHook, check_packable
 from ltp_sparse.ticket import Ticket
 
@@ -49,7 +55,7 @@ class PackedParameters:
     """
 
     def __init__(self, model: nn.Module, ticket: Ticket, *, dense: nn.Module | Iterable[Any] = ()) -> None:
-        named = canonical_parameters(model)
+        named = named_parameters(model, what="PackedParameters")
         names = active_names(named, ticket, what="PackedParameters")
         if not names:
             raise ValueError("PackedParameters: expected a ticket with active entries, this one has none")
