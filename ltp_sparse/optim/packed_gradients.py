@@ -202,7 +202,7 @@ class PackedGradients:
         self._ddp: weakref.ref[DistributedDataParallel] | None = None
         self._averaging = self._used = False
 
-        embeddings: list[nn.Module] = []
+        embeddings: list[Any] = []
         numbers = {param: number for number, param in enumerate(params)}
         for module in model.modules():
             weight = getattr(module, "weight", None)
@@ -298,6 +298,7 @@ class PackedGradients:
     def average(self, group: ProcessGroup | None = None) -> None:
         """Averages over the ranks of a group. A parameter that has a gradient on some rank has one on all then."""
         self.settle()
+        self._hide_used()
         self.clear_absent()
         present = torch.tensor([share.present for share in self.shares], dtype=torch.int32, device="cpu")
         present = present.to(self.buffer.device)
@@ -347,7 +348,7 @@ class WeakHook:
 class _ModelHook(WeakHook):
     """The one on the model; a copy of the model carries a `_CopiedHook`."""
 
-    def __init__(self, method: Any, ignored: list[str], embeddings: list[nn.Module]) -> None:
+    def __init__(self, method: Any, ignored: list[str], embeddings: list[Any]) -> None:
         super().__init__(method)
         self._copied = ignored, embeddings
 
@@ -358,7 +359,7 @@ class _ModelHook(WeakHook):
 class _CopiedHook:
     """What a copy of the model carries: its gradients are its own, but DDP would still leave them alone."""
 
-    def __init__(self, ignored: list[str], embeddings: list[nn.Module]) -> None:
+    def __init__(self, ignored: list[str], embeddings: list[Any]) -> None:
         self.ignored, self.embeddings = ignored, embeddings
 
     def __call__(self, *_: object) -> None:
