@@ -161,7 +161,7 @@ def _compiled() -> Backend:
         )
 
     def masked_sum_squares(params, grads, master, tiles, words, ranks, positions, coefficients, anchor, packed):
-        out = torch.zeros(tiles.shape[0], dtype=torch.float64)
+        out = torch.zeros(tiles.shape[0], dtype=torch.float64, device="cpu")
         if not params:
             return out
         c.masked_sum_squares(

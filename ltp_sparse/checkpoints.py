@@ -92,7 +92,7 @@ class CheckpointTensor:
         """Entries start..stop of the row-major order, as a view of the file."""
         self.check()
         if start == stop:
-            return torch.empty(0, dtype=self.dtype)
+            return torch.empty(0, dtype=self.dtype, device="cpu")
         offset = self._start + start * self.dtype.itemsize
         return torch.frombuffer(self._bytes, dtype=self.dtype, count=stop - start, offset=offset)
 

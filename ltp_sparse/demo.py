@@ -167,7 +167,7 @@ def _look(result: Trained, model: XLMRobertaForMaskedLM, before: dict[str, torch
     frozen = changed = trained = 0
     for name, parameter in canonical_parameters(model).items():
         index_set = result.delta.ticket.sets.get(name)
-        outside = torch.ones(parameter.shape, dtype=torch.bool)
+        outside = torch.ones(parameter.shape, dtype=torch.bool, device="cpu")
         if index_set is not None:
             outside = ~index_set.mask().view(parameter.shape)
         moved = parameter.detach().view(torch.int32) != before[name].view(torch.int32)

@@ -70,8 +70,8 @@ def smallest_encoding(n: int, k: int) -> Encoding:
 @cache
 def _bits_of_bytes(device: torch.device) -> Tensor:
     """int64 [256]: the 8 bits of every byte as 8 bytes of 0 or 1, lowest bit first."""
-    value = torch.arange(256, dtype=torch.uint8)
-    bits = (value[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    value = torch.arange(256, dtype=torch.uint8, device="cpu")
+    bits = (value[:, None] >> torch.arange(8, dtype=torch.uint8, device="cpu")) & 1
     return bits.contiguous().view(torch.int64).view(256).to(device)
 
 
@@ -232,13 +232,13 @@ class IndexSet:
         for tile in range(0, self.tile_counts.numel(), tiles):
             start, stop = tile * TILE, min((tile + tiles) * TILE, self.n)
             if self.encoding is Encoding.FULL:
-                indices = torch.arange(start, stop, device=self.data.device)
+                indices = torch.arange(start, stop, device=self.data.device, dtype=torch.int64)
             elif self.encoding is Encoding.BITMAP:
                 words = self.data[start // 32 : start // 32 + bitmap_words(stop - start)]
                 indices = unpack_bits(words).nonzero().view(-1).add_(start)
             else:
                 counts = self.tile_counts[tile : tile + tiles]
-                bases = start + TILE * torch.arange(counts.numel(), device=counts.device)
+                bases = start + TILE * torch.arange(counts.numel(), device=counts.device, dtype=torch.int64)
                 positions = self.data[slot : slot + int(counts.sum())]
                 indices = torch.repeat_interleave(bases, counts) + from_uint16_bits(positions)
             if indices.numel():
@@ -378,9 +378,9 @@ class TileTable:
         for param, index_set in enumerate(sets):
             index_set = index_set.compact()
             counts = index_set.tile_counts.cpu()
-            rows = torch.empty(counts.numel(), len(Column), dtype=torch.int64)
+            rows = torch.empty(counts.numel(), len(Column), dtype=torch.int64, device="cpu")
             rows[:, Column.PARAM] = param
-            rows[:, Column.START] = TILE * torch.arange(counts.numel())
+            rows[:, Column.START] = TILE * torch.arange(counts.numel(), dtype=torch.int64, device="cpu")
             rows[:, Column.LENGTH] = (index_set.n - rows[:, Column.START]).clamp(max=TILE)
             rows[:, Column.ACTIVE] = counts
             rows[:, Column.SLOT] = slot + counts.cumsum(0) - counts
@@ -399,7 +399,7 @@ class TileTable:
                 n_positions += index_set.data.numel()
             slot += int(counts.sum())
             tiles.append(rows[counts > 0])
-        rows = torch.cat([torch.empty(0, len(Column), dtype=torch.int64), *tiles])
+        rows = torch.cat([torch.empty(0, len(Column), dtype=torch.int64, device="cpu"), *tiles])
         blocks = state_blocks(rows[:, Column.ACTIVE])
         rows[:, Column.BLOCK] = blocks.cumsum(0) - blocks
         table = cls(
@@ -443,7 +443,7 @@ def tile_indices(tile: Sequence[int], words: Tensor, positions: Tensor) -> Tenso
     """int64 [ACTIVE]: flat indices of the active entries of one row of `TileTable.tiles` (as Python integers)."""
     _, start, length, active, _, index, encoding, _ = tile
     if encoding == Encoding.FULL:
-        return torch.arange(start, start + length, device=words.device)
+        return torch.arange(start, start + length, device=words.device, dtype=torch.int64)
     if encoding == Encoding.BITMAP:
         return start + unpack_bits(words[index : index + bitmap_words(length)]).nonzero().view(-1)
     return start + from_uint16_bits(positions[index : index + active])

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ltp_sparse.encoding import TILE, IndexSet, bitmap_words, unpack_bits
-from ltp_sparse.names import canonical_parameters, digest
-from ltp_sparse.optim.members import active_names, dense_parameters
+from ltp_sparse.names import digest
+from ltp_sparse.optim.members import active_names, dense_parameters, named_parameters, ticket_for
 from ltp_sparse.ticket import Ticket
 
 _PIECE = 16 * TILE
@@ -33,8 +33,8 @@ def frozen_digests(model: nn.Module, ticket: Ticket, dense: nn.Module | Iterable
 
     Raises ValueError when the ticket is not of this model.
     """
-    named = canonical_parameters(model)
-    ticket = ticket.named_as(named)
+    named = named_parameters(model, what="frozen_digests")
+    ticket = ticket_for(named, ticket, what="frozen_digests")
     active_names(named, ticket, what="frozen_digests")
     trained = set(map(id, dense_parameters(dense, what="frozen_digests")))
     sets = ticket.sets

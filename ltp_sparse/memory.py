@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from ltp_sparse.encoding import TILE
 from ltp_sparse.names import canonical_parameters
 from ltp_sparse.optim.launch import PIECE, Precision
-from ltp_sparse.optim.members import active_names, dense_parameters
+from ltp_sparse.optim.members import active_names, dense_parameters, ticket_for
 from ltp_sparse.optim.packed_gradients import check_unpacked
 from ltp_sparse.ticket import Ticket
 
@@ -103,7 +103,7 @@ def memory_report(
     full = set(map(id, dense_parameters(dense, what="memory_report")))
     if isinstance(ticket, Ticket):
         with unset_fake_temporarily():  # the ticket is real, also where the model is not
-            ticket = ticket.named_as(named)
+            ticket = ticket_for(named, ticket, what="memory_report")
             names = active_names(named, ticket, what="memory_report")
             active = {name: ticket.sets[name].k for name in names}
     elif not 0 <= ticket <= 1:

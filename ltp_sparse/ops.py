@@ -379,7 +379,7 @@ def topk_delta(
     _refuse_subclasses("topk_delta", "tuned tensor", tuned)
     if not tuned:
         checks.check_selection("topk_delta", initial, tuned, groups, ks)
-        return [], torch.full((len(ks),), torch.inf)
+        return [], torch.full((len(ks),), torch.inf, dtype=torch.float32, device="cpu")
     words, counts, thresholds = torch.ops.ltp_sparse.topk_delta(list(initial), list(tuned), groups, ks)
     return index_sets(Selection(words, counts, thresholds), [t.numel() for t in tuned]), thresholds
 

@@ -16,8 +16,8 @@ from torch.nn.functional import pad
 STATE_BLOCK = 256
 """Active entries of a tile that share scales."""
 
-_ONE_127TH = torch.tensor(1 / 127).item()  # float32 constants
-_ONE_255TH = torch.tensor(1 / 255).item()
+_ONE_127TH = torch.tensor(1 / 127, dtype=torch.float32, device="cpu").item()  # float32 constants
+_ONE_255TH = torch.tensor(1 / 255, dtype=torch.float32, device="cpu").item()
 
 
 Count = TypeVar("Count", int, Tensor)

@@ -32,7 +32,7 @@ class _RandomBits:
 
     def integers(self, n: int, dtype: torch.dtype) -> Tensor:
         """[n], uniform over all values of an integer dtype."""
-        words = torch.empty(-(-n * dtype.itemsize // 8), dtype=torch.int64)
+        words = torch.empty(-(-n * dtype.itemsize // 8), dtype=torch.int64, device="cpu")
         return words.random_(-(1 << 63), None, generator=self._generator).view(dtype)[:n]
 
     def below(self, bound: int, n: int) -> Tensor:
@@ -57,7 +57,7 @@ def _toss(words: Tensor, n: int, chance: int, random: _RandomBits, dtype: torch.
 def _exactly(sizes: Sequence[int], k: int, random: _RandomBits) -> list[Tensor]:
     """int32 bitmaps of tensors of the given sizes, with k bits set in all."""
     n, layout = sum(sizes), Layout(sizes)
-    words = torch.zeros(layout.words, dtype=torch.int32)
+    words = torch.zeros(layout.words, dtype=torch.int32, device="cpu")
     bitmaps = list(words.split([bitmap_words(size) for size in sizes]))
     few = min(k, n - k)  # the others are drawn where these are more than half
     chance = max(0, few - _DEVIATIONS * math.isqrt(few)) * (1 << 16) // max(n, 1)
@@ -68,8 +68,8 @@ def _exactly(sizes: Sequence[int], k: int, random: _RandomBits) -> list[Tensor]:
         if missing >= 0:  # else once more: a set that is uniform given its count is uniform
             break
 
-    starts = torch.tensor([0, *sizes]).cumsum(0)
-    word_offsets = torch.tensor(layout.word_offsets)
+    starts = torch.tensor([0, *sizes], dtype=torch.int64, device="cpu").cumsum(0)
+    word_offsets = torch.tensor(layout.word_offsets, dtype=torch.int64, device="cpu")
     while missing:
         drawn = random.below(n, missing).unique()
         tensor = torch.searchsorted(starts, drawn, right=True) - 1
@@ -83,7 +83,7 @@ def _exactly(sizes: Sequence[int], k: int, random: _RandomBits) -> list[Tensor]:
         words.bitwise_not_()
         for bitmap, size in zip(bitmaps, sizes, strict=True):
             if size % 64:
-                bitmap[-2:] &= pack_bits(torch.ones(size % 64, dtype=torch.bool))
+                bitmap[-2:] &= pack_bits(torch.ones(size % 64, dtype=torch.bool, device="cpu"))
     return bitmaps
 
 
@@ -105,7 +105,7 @@ def random_sets(
                 f"Ticket.random: bernoulli=True takes density=, the probability of every entry in [0, 1], got {density}"
             )
         chance = math.floor(Fraction(str(density)) * (1 << 32))
-        bitmaps = [torch.zeros(bitmap_words(n), dtype=torch.int32) for n in sizes.values()]
+        bitmaps = [torch.zeros(bitmap_words(n), dtype=torch.int32, device="cpu") for n in sizes.values()]
         for bitmap, n in zip(bitmaps, sizes.values(), strict=True):
             _toss(bitmap, n, chance, random, torch.int32)
     elif per_parameter is not None:

@@ -229,7 +229,7 @@ def _runs(tensor: Tensor, runs: Tensor) -> Tensor:
         return torch.nn.functional.pad(tensor.reshape(-1), (0, RUN - n)).expand(len(runs), RUN)
     if tensor.is_contiguous():
         return tensor.view(-1)[: n // RUN * RUN].view(-1, RUN).index_select(0, runs)
-    indices = runs[:, None] * RUN + torch.arange(RUN, device=runs.device)
+    indices = runs[:, None] * RUN + torch.arange(RUN, device=runs.device, dtype=torch.int64)
     coordinates: list[Tensor] = []  # torch.unravel_index would import 30 MB of modules
     for size in reversed(tensor.shape):
         coordinates.insert(0, indices % size)
@@ -376,7 +376,7 @@ def take_ties(
         equal = (piece == cut[tile_groups[tile]]) & (take[tile] > 0)
         tile, places = tile[equal], places[equal]
         starts = torch.cat([tile.new_ones(min(1, tile.numel())), (tile[1:] != tile[:-1]).to(tile.dtype)]).cumsum(0)
-        order = torch.arange(tile.numel(), device=tile.device)
+        order = torch.arange(tile.numel(), device=tile.device, dtype=torch.int64)
         chosen = order - torch.searchsorted(starts, starts) < take[tile]  # place among the ties of its tile
         _set_bits(words, tile_words, tile[chosen], places[chosen])
 

@@ -64,7 +64,9 @@ class _Slot:
 
     def __init__(self, room: Sequence[int], device: torch.device, lane: torch.cuda.Stream | None) -> None:
         self.lane = lane
-        self.host = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=lane is not None) for nbytes in room]
+        self.host = [
+            torch.empty(nbytes, dtype=torch.uint8, pin_memory=lane is not None, device="cpu") for nbytes in room
+        ]
         self.there = [torch.empty(nbytes, dtype=torch.uint8, device=device) for nbytes in room]
         if lane is not None:
             self.copied, self.worked_on = torch.cuda.Event(), torch.cuda.Event()

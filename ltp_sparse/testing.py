@@ -53,7 +53,10 @@ def xlmr_shapes(
 def random_weights(shapes: Mapping[str, Sequence[int]], *, seed: int = 0, scale: float = 0.02) -> dict[str, Tensor]:
     """Name -> float32 tensor, normal with standard deviation `scale` (XLM-R's initialisation)."""
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(tuple(shape), generator=generator).mul_(scale) for name, shape in shapes.items()}
+    return {
+        name: torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu").mul_(scale)
+        for name, shape in shapes.items()
+    }
 
 
 def tuned_weights(
@@ -66,9 +69,9 @@ def tuned_weights(
     generator = torch.Generator().manual_seed(seed)
     tuned = {}
     for name, tensor in initial.items():
-        delta = torch.randn(tensor.shape, generator=generator).mul_(scale)
+        delta = torch.randn(tensor.shape, generator=generator, dtype=torch.float32, device="cpu").mul_(scale)
         if untouched_rows and "embeddings" in name:
-            delta[torch.rand(len(delta), generator=generator) < untouched_rows] = 0
+            delta[torch.rand(len(delta), generator=generator, dtype=torch.float32, device="cpu") < untouched_rows] = 0
         tuned[name] = delta.add_(tensor).to(tensor.dtype)
     return tuned
 
@@ -132,17 +135,23 @@ def update_problem(
     table = TileTable.build(list(ticket.sets.values()))
     coded = states == "8bit"
     rounded = [param.to(dtype) for param in params.values()]
-    coefficients = adamw_coefficients(torch.ones(len(params)), lr=lr, weight_decay=weight_decay)
-    coefficients[:, Coefficient.ROUNDING_KEY] = rounding_keys(seed, torch.ones(len(params)), torch.arange(len(params)))
+    coefficients = adamw_coefficients(
+        torch.ones(len(params), dtype=torch.float32, device="cpu"), lr=lr, weight_decay=weight_decay
+    )
+    coefficients[:, Coefficient.ROUNDING_KEY] = rounding_keys(
+        seed,
+        torch.ones(len(params), dtype=torch.float32, device="cpu"),
+        torch.arange(len(params), dtype=torch.int64, device="cpu"),
+    )
     return UpdateProblem(
         ticket,
         rounded,
         [grad.to(grad_dtype or dtype) for grad in grads.values()],
-        torch.zeros(table.k, dtype=torch.int8 if coded else torch.float32),
-        torch.zeros(table.k, dtype=torch.uint8 if coded else torch.float32),
+        torch.zeros(table.k, dtype=torch.int8 if coded else torch.float32, device="cpu"),
+        torch.zeros(table.k, dtype=torch.uint8 if coded else torch.float32, device="cpu"),
         table,
         coefficients,
-        torch.zeros(table.blocks, 2, dtype=torch.bfloat16) if coded else None,
+        torch.zeros(table.blocks, 2, dtype=torch.bfloat16, device="cpu") if coded else None,
         torch.cat([gather(p, s).float() for p, s in zip(rounded, ticket.sets.values(), strict=True)])
         if master
         else None,

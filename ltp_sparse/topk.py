@@ -244,7 +244,7 @@ class Ranks:
 
     def places(self, tensors: int) -> Tensor:
         """int64 [P]: the columns of `in_order` that are this process's."""
-        return torch.zeros(tensors, dtype=torch.int64)
+        return torch.zeros(tensors, dtype=torch.int64, device="cpu")
 
 
 @dataclass
@@ -265,7 +265,9 @@ class Selection:
 
 def _on(device: torch.device, values: Sequence[int] | Tensor) -> Tensor:
     """int64 [len(values)] on `device`; torch does not wait for it."""
-    return torch.as_tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+    if not isinstance(values, Tensor):
+        values = torch.tensor(values, dtype=torch.int64, device="cpu")
+    return values.to(device, torch.int64, non_blocking=True)
 
 
 class _Band:
@@ -280,13 +282,18 @@ class _Band:
         device = source.device
         self.passes, self.source, self.layout, self.ranks = passes, source, layout, ranks
         self.groups, self.wanted = groups, wanted
-        tile_offsets, word_offsets = torch.tensor(layout.tile_offsets), torch.tensor(layout.word_offsets)
-        tile_tensor = torch.repeat_interleave(torch.arange(len(groups)), tile_offsets.diff())
+        tile_offsets, word_offsets = (
+            torch.tensor(layout.tile_offsets, dtype=torch.int64, device="cpu"),
+            torch.tensor(layout.word_offsets, dtype=torch.int64, device="cpu"),
+        )
+        tile_tensor = torch.repeat_interleave(
+            torch.arange(len(groups), dtype=torch.int64, device="cpu"), tile_offsets.diff()
+        )
         tile_word = word_offsets[tile_tensor] + WORDS_PER_TILE * (
-            torch.arange(layout.tiles) - tile_offsets[tile_tensor]
+            torch.arange(layout.tiles, dtype=torch.int64, device="cpu") - tile_offsets[tile_tensor]
         )
         self.tile_tensor, self.tile_word = _on(device, tile_tensor), _on(device, tile_word)
-        self.tile_group = _on(device, torch.tensor(groups)[tile_tensor])
+        self.tile_group = _on(device, torch.tensor(groups, dtype=torch.int64, device="cpu")[tile_tensor])
         self.first_tile = _on(device, tile_offsets[:-1])
         capacity = room_for(sum(layout.sizes))
         self.words = torch.empty(layout.words, dtype=torch.int32, device=device)
@@ -393,7 +400,7 @@ class _Band:
         per_tensor = torch.zeros(tensors, dtype=torch.int64, device=device).index_add_(0, self.tile_tensor, ties)
         pieces = self.ranks.in_order(per_tensor)
         # ties of the group in earlier tensors, and in earlier pieces of the tensor
-        group = torch.tensor(self.groups).repeat_interleave(pieces.shape[1])
+        group = torch.tensor(self.groups, dtype=torch.int64, device="cpu").repeat_interleave(pieces.shape[1])
         order = group.argsort(stable=True)
         first = _on(device, torch.searchsorted(group[order], group[order]))
         order = _on(device, order)
@@ -429,7 +436,7 @@ def _bins_of_ranks(histogram: Tensor, rank: Tensor) -> tuple[Tensor, Tensor, Ten
 
 def raise_nonfinite(source: Source, ranks: Ranks) -> NoReturn:
     """Raises `NonFiniteDelta` for the first tensor that holds one."""
-    found = torch.zeros(len(source.sizes), dtype=torch.int64)
+    found = torch.zeros(len(source.sizes), dtype=torch.int64, device="cpu")
     for chunk in source.chunks(range(len(source.sizes))):
         for at, tensor in enumerate(chunk.tensors):
             initial, tuned = chunk.initial[at].view(-1) if chunk.initial else None, chunk.tuned[at].view(-1)
@@ -481,7 +488,11 @@ def sampled_bracket(passes: Passes, source: Source, groups: list[int], ks: list[
     centre, bottom = found.masked_fill(beyond, 0)[:, 1:].unbind(1)
     larger = (upper.asked - lower.rank).view(-1, 3)
     within = larger[:, 2] + lower.count.view(-1, 3)[:, 2] - larger[:, 0]  # samples, of all equal to an end too
-    per_sample = torch.tensor([n / s if k and n else 0.0 for k, n, s in zip(ks, entries, drawn, strict=True)])
+    per_sample = torch.tensor(
+        [n / s if k and n else 0.0 for k, n, s in zip(ks, entries, drawn, strict=True)],
+        dtype=torch.float32,
+        device="cpu",
+    )
     fits = (within * per_sample.to(device, non_blocking=True)).sum() <= room_for(total)
 
     one_key, no_budget = ~fits & (centre > 0), _on(device, ks) == 0
@@ -620,9 +631,9 @@ def select_topk(
         ranks = Ranks()
     elif route != "histogram":
         raise ValueError(f'select_topk: several processes take the route "histogram", got {route!r}')
-    if not ks or not ranks.sum(torch.tensor([layout.tiles])).any():
+    if not ks or not ranks.sum(torch.tensor([layout.tiles], dtype=torch.int64, device="cpu")).any():
         counts = torch.zeros(layout.tiles, dtype=torch.int64, device=source.device)
-        none = torch.full((len(ks),), torch.inf, device=source.device)
+        none = torch.full((len(ks),), torch.inf, device=source.device, dtype=torch.float32)
         return Selection(torch.zeros(layout.words, dtype=torch.int32, device=source.device), counts, none)
     wanted = _on(source.device, ks)
     sampled = route == "sample" or route == "auto" and sampling_pays(source)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import ltp_sparse as ls
 from ltp_sparse import backends
+from ltp_sparse.optim.gradient_view import GradientView
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
@@ -150,3 +151,8 @@ SMALL_ROUTES = {
     "SAMPLES": 200, "_SAMPLE_SHARE": 2, "SAMPLE_FROM": 1, "_SPARE_CANDIDATES": 40, "_PIECE": 64, "_HISTOGRAMS": 1 << 16,
 }  # fmt: skip
 """Of `topk`: with these, every route and the work in pieces happen at a few hundred entries."""
+
+
+def has_dense_gradient(param):
+    """Whether memory of the parameter's size is held for its gradient; a view of a packed one is not."""
+    return param.grad is not None and not isinstance(param.grad, GradientView)

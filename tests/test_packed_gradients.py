@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import ALL_BACKENDS, BACKENDS, DTYPES, TiedModel, same_bits, threads, using
+from cases import ALL_BACKENDS, BACKENDS, DTYPES, TiedModel, has_dense_gradient, same_bits, threads, using
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -183,7 +183,7 @@ def test_micro_batches_accumulate_until_a_step_consumes_them(zero_grad):
         for model in (dense, packed):
             for part in range(3):
                 backward(model, 3 * step + part, scale=1 / 3)
-        assert all(param.grad is None for name, param in packed.named_parameters() if not name.startswith("head"))
+        assert not any(has_dense_gradient(p) for name, p in packed.named_parameters() if not name.startswith("head"))
         first.step()
         second.step()
     for (name, x), y in zip(dense.named_parameters(), packed.parameters(), strict=True):
@@ -198,7 +198,8 @@ def test_gradients_are_freed_as_backward_makes_them():
         if not name.startswith("head"):
 
             def look(param, name=name):
-                alive.append(sum(p.grad is not None for n, p in packed.named_parameters() if not n.startswith("head")))
+                others = (p for n, p in packed.named_parameters() if not n.startswith("head"))
+                alive.append(sum(map(has_dense_gradient, others)))
 
             param.register_post_accumulate_grad_hook(look)  # runs after ours
     packed.embedding.weight.register_hook(lambda grad: seen.append((grad.is_sparse, grad._nnz())))
@@ -207,7 +208,7 @@ def test_gradients_are_freed_as_backward_makes_them():
     assert seen == [(True, 6 * 7)]
     held = [p for group in optimizer.param_groups[:1] for p in group["params"]]
     assert [p.grad is not None for p in held].count(False) == 2, "the unused layer's weight and bias have none"
-    assert all(p.grad.dtype == torch.float32 and p.grad.shape == p.shape for p in held if p.grad is not None)
+    assert all(p.grad.dtype == p.dtype and p.grad.shape == p.shape for p in held if p.grad is not None)
 
 
 def test_tied_embedding_is_counted_once():
@@ -251,7 +252,7 @@ def test_a_skipped_step_consumes_the_gradients():
             loss.backward()
             scaler.step(optimizer)
             scaler.update()
-        assert all(p.grad is None for p in second.param_groups[0]["params"])
+        assert not any(second._launches[0].present())
     assert [scaler.get_scale() for scaler in scalers] == [32.0, 32.0]
     assert {int(state["step"]) for state in second.state.values()} == {0, 4}  # 0: the unused layer
     assert_same_model(dense, packed)
@@ -283,7 +284,8 @@ def test_unscaling_and_schedulers_see_ordinary_gradients():
     scaler.unscale_(optimizer)
     assert all(torch.equal(p.grad, old / 8) for p, old in zip(carriers, before, strict=True))
     norm = torch.nn.utils.clip_grad_norm_(carriers, 1e-3)
-    assert norm > 1e-3 and torch.cat([p.grad for p in carriers]).norm().item() == pytest.approx(1e-3, rel=1e-3)
+    after = torch.nn.utils.get_total_norm([p.grad for p in carriers])
+    assert norm > 1e-3 and after.item() == pytest.approx(1e-3, rel=1e-3)
     scaler.step(optimizer)
     scaler.update()
     schedule.step()
@@ -345,7 +347,8 @@ def test_frozen_parameters_get_no_gradient_and_end_backward():
     model.layers[0].register_full_backward_hook(lambda *_: reached.append(0))
     backward(model, 0)
     optimizer.step()
-    assert not reached and all(p.grad is None for p in model.parameters())
+    assert not reached and not any(map(has_dense_gradient, model.parameters()))
+    assert all(p.grad is None for name, p in model.named_parameters() if not name.startswith("layers.1"))
 
 
 def test_what_cannot_be_is_refused():
@@ -438,8 +441,9 @@ def test_a_second_packer_of_a_gradient_is_refused_until_the_first_is_removed(fir
     earlier.remove()
     later = PACKERS[second](model, whole.restrict(["layers"]))
     backward(model, 0)
-    assert model.layers[0].weight.grad is None and model.embedding.weight.grad is not None
+    assert not has_dense_gradient(model.layers[0].weight) and has_dense_gradient(model.embedding.weight)
     later.remove()
+    assert model.layers[0].weight.grad is None
 
 
 def test_removing_one_packer_leaves_the_others():
@@ -457,7 +461,7 @@ def test_removing_one_packer_leaves_the_others():
     with pytest.raises(ValueError, match="'embedding.weight' goes to an earlier"):
         ls.PackedParameters(model, whole.restrict(["embedding"]))
     backward(model, 0)
-    assert model.embedding.weight.grad is None and model.layers[0].weight.grad is None
+    assert not any(map(has_dense_gradient, (model.embedding.weight, model.layers[0].weight)))
     second.remove()
     third.remove()
     assert not model._ddp_params_and_buffers_to_ignore and not model._forward_pre_hooks

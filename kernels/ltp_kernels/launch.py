@@ -41,7 +41,7 @@ def address_pairs(params: Sequence[Tensor], grads: Sequence[Tensor], packed: boo
 @lru_cache(maxsize=64)
 def _upload(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     # Pageable memory: copied out before the call returns, without waiting for the device.
-    return torch.tensor(addresses, dtype=torch.int64).to(device, non_blocking=True)
+    return torch.tensor(addresses, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[None]:

@@ -112,7 +112,7 @@ def sample_keys(
     for i, t in enumerate(tuned):
         kind = kinds.setdefault((initial[i].dtype if initial else None, t.dtype), len(kinds))
         rows.append([address(initial[i]) if initial else 0, address(t), t.numel(), kind])
-    table = torch.tensor(rows).to(keys.device, non_blocking=True)
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu").to(keys.device, non_blocking=True)
 
     for (initial_dtype, tuned_dtype), kind in kinds.items():
         with on_device_of(keys):
@@ -314,10 +314,12 @@ def delta_band(
 
 def _tile_rows(tensors: list[list[int]], initial_dtype: torch.dtype | None, tuned_dtype: torch.dtype) -> Tensor:
     """int64 [T, 6]: the rows of `tensors`, of the same columns but for whole tensors, cut into tiles."""
-    whole = torch.tensor(tensors)
+    whole = torch.tensor(tensors, dtype=torch.int64, device="cpu")
     counts = (whole[:, _LENGTH.value] + TILE - 1) // TILE
     rows = whole.repeat_interleave(counts, 0)
-    number = torch.arange(len(rows)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    number = torch.arange(len(rows), dtype=torch.int64, device="cpu") - (counts.cumsum(0) - counts).repeat_interleave(
+        counts
+    )
     initial, tuned, word, length, _, tile = rows.unbind(1)
     if initial_dtype is not None:
         initial += number * TILE * initial_dtype.itemsize

@@ -111,9 +111,9 @@ def _tuning(config: Any, batch: int, length: int, device: str) -> dict[str, Memo
 
     model = decouple(XLMRobertaForMaskedLM(config)).train()
     named = canonical_parameters(model)
-    ids = torch.zeros(batch, length, dtype=torch.long)
+    ids = torch.zeros(batch, length, dtype=torch.long, device="cpu")
     mask = torch.ones_like(ids)
-    masked = torch.arange(max(1, int(_MASKED * ids.numel())))
+    masked = torch.arange(max(1, int(_MASKED * ids.numel())), dtype=torch.int64, device="cpu")
     trained = [p for p in named.values() if p.requires_grad]
     n, size = sum(p.numel() for p in trained), trained[0].element_size()
 
@@ -190,9 +190,12 @@ def _prompted(config: Any, batch: int, length: int) -> tuple[Any, Any, Any]:
     encoder = PromptEncoder(n_prompt, config.hidden_size)
     verbalizer = Verbalizer(tuple((word,) for word in words))
     model = PromptedMaskedLM(XLMRobertaForMaskedLM(config), encoder, verbalizer, frozen_words=True).train()
-    ids = torch.zeros(batch, length, dtype=torch.long)
-    mask, labels = torch.ones_like(ids), torch.zeros(batch, dtype=torch.long)
-    positions, at = torch.zeros(batch, n_prompt, dtype=torch.long), torch.zeros(batch, dtype=torch.long)
+    ids = torch.zeros(batch, length, dtype=torch.long, device="cpu")
+    mask, labels = torch.ones_like(ids), torch.zeros(batch, dtype=torch.long, device="cpu")
+    positions, at = (
+        torch.zeros(batch, n_prompt, dtype=torch.long, device="cpu"),
+        torch.zeros(batch, dtype=torch.long, device="cpu"),
+    )
 
     def loss() -> torch.Tensor:
         return F.cross_entropy(model(ids, mask, positions, at)["logits"], labels)

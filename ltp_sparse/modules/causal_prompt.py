@@ -170,7 +170,7 @@ class PromptedCausalLM(nn.Module):
         self.prompt = prompt
         self.word_ids: Tensor
         device = self.lm_head.weight.device
-        self.register_buffer("word_ids", torch.tensor(word_ids, device=device), persistent=False)
+        self.register_buffer("word_ids", torch.tensor(word_ids, device=device, dtype=torch.int64), persistent=False)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self._base.get_input_embeddings()
@@ -197,7 +197,7 @@ class PromptedCausalLM(nn.Module):
             use_cache=False,
             **positions,
         ).last_hidden_state
-        rows = torch.arange(len(input_ids), device=input_ids.device)
+        rows = torch.arange(len(input_ids), device=input_ids.device, dtype=torch.int64)
         vocabulary = self.lm_head(hidden[rows, prompt_positions[:, -1]]).float()  # [B, V]
         outputs = {"logits": vocabulary[:, self.word_ids], "log_partition": vocabulary.logsumexp(-1)}
         if labels is not None:

@@ -108,7 +108,7 @@ class SequenceClassifier(nn.Module):
         """
         hidden = self.roberta(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         # <s> is the first real token; the first of equal maxima is what argmax returns
-        first, rows = attention_mask.argmax(1), torch.arange(len(input_ids), device=input_ids.device)
+        first, rows = attention_mask.argmax(1), torch.arange(len(input_ids), device=input_ids.device, dtype=torch.int64)
         logits = self.classifier(hidden[rows, first]).float()
         if labels is None:
             return {"logits": logits}

@@ -28,19 +28,21 @@ def collator(pad_token_id: int, side: str = "right") -> Callable[[Sequence[Any]]
         sizes = [len(example["input_ids"]) for example in examples]
         length = max(sizes)
         starts = [length - size if side == "left" else 0 for size in sizes]
-        input_ids = torch.full((len(examples), length), pad_token_id, dtype=torch.long)
+        input_ids = torch.full((len(examples), length), pad_token_id, dtype=torch.long, device="cpu")
         attention_mask = torch.zeros_like(input_ids)
         for row, (example, start, size) in enumerate(zip(examples, starts, sizes, strict=True)):
-            input_ids[row, start : start + size] = torch.tensor(example["input_ids"])
+            input_ids[row, start : start + size] = torch.tensor(example["input_ids"], dtype=torch.int64, device="cpu")
             attention_mask[row, start : start + size] = 1
         batch = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "labels": torch.tensor([example["labels"] for example in examples]),
+            "labels": torch.tensor([example["labels"] for example in examples], dtype=torch.int64, device="cpu"),
         }
         if "prompt_positions" in examples[0]:
-            positions = torch.tensor([example["prompt_positions"] for example in examples], dtype=torch.long)
-            batch["prompt_positions"] = positions + torch.tensor(starts)[:, None]
+            positions = torch.tensor(
+                [example["prompt_positions"] for example in examples], dtype=torch.long, device="cpu"
+            )
+            batch["prompt_positions"] = positions + torch.tensor(starts, dtype=torch.int64, device="cpu")[:, None]
         return batch
 
     return collate

@@ -1,6 +1,6 @@
 """The optimizer."""
 
-from ltp_sparse.optim.masked_adamw import MaskedAdamW, StalledUpdates, freeze
+from ltp_sparse.optim.masked_adamw import MaskedAdamW, NoGradients, StalledUpdates, freeze
 from ltp_sparse.optim.packed_parameters import PackedParameters
 
-__all__ = ["MaskedAdamW", "PackedParameters", "StalledUpdates", "freeze"]
+__all__ = ["MaskedAdamW", "NoGradients", "PackedParameters", "StalledUpdates", "freeze"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -89,12 +90,9 @@ class Launch:
         sets: list[IndexSet],
         groups: int,
         precision: Precision,
-        members: list[nn.Parameter] | None = None,
     ) -> None:
-        """numbers: tell the parameters apart in stochastic rounding; group: the parameter group of each; members: what
-        stands for each in the optimizer, if not the parameter itself: the carriers of packed gradients."""
+        """numbers: tell the parameters apart in stochastic rounding; group: the parameter group of each."""
         self.params, self.sets = params, sets
-        self.members = params if members is None else members
         self.packed: PackedGradients | None = None
         self.device, self.dtype = params[0].device, params[0].dtype
         self.table = TileTable.build(sets, device=self.device, ranks=self.device.type != "cpu")
@@ -107,21 +105,21 @@ class Launch:
         self.room: Tensor | None = None
         self.pieces = [Piece(self.table, slice(None), slice(None))]
         self.steps = torch.zeros(len(params), dtype=torch.float64, device=self.device)
-        self.numbers = torch.tensor(numbers, device=self.device)
-        self.group = torch.tensor(group, device=self.device)
+        self.numbers = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        self.group = torch.tensor(group, dtype=torch.int64, device=self.device)
         self.hyper = torch.zeros(groups, len(self.HYPER), dtype=torch.float64, device=self.device)
         self.rows = torch.zeros(len(params), len(self.HYPER), dtype=torch.float64, device=self.device)
         self.has_grad = torch.zeros(len(params), dtype=torch.float64, device=self.device)
         self.known_grads: list[bool] | None = None
         self.coefficients = torch.zeros(len(params), Coefficient.COUNT, dtype=torch.float64, device=self.device)
 
-        starts = torch.tensor([0, *self.table.counts]).cumsum(0).tolist()
+        starts = list(itertools.accumulate(self.table.counts, initial=0))
         self.slots = [slice(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
         tiles = self.table.tiles[:, [Column.PARAM, Column.ACTIVE]].tolist()
         self.active: list[list[int]] = [[] for _ in params]  # of every tile of each parameter
         for position, active in tiles:
             self.active[position].append(active)
-        ends = torch.tensor([0, *(sum(map(state_blocks, active)) for active in self.active)]).cumsum(0).tolist()
+        ends = list(itertools.accumulate((sum(map(state_blocks, active)) for active in self.active), initial=0))
         self.blocks = [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
 
     def _zero_moments(self, coded: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -136,7 +134,7 @@ class Launch:
 
     def values(self) -> Tensor:
         """float32 [K], the active entries of the parameters."""
-        return self._gathered(torch.empty(self.table.k, device=self.device))
+        return self._gathered(torch.empty(self.table.k, dtype=torch.float32, device=self.device))
 
     def _gathered(self, out: Tensor) -> Tensor:
         slot = 0
@@ -150,10 +148,11 @@ class Launch:
         if place == "device" or _is_host(self.device) or not self.table.k:
             self.anchor = self.values()
             return
-        self.anchor = self._gathered(torch.empty(self.table.k, pin_memory=torch.cuda.is_available()))
+        pinned = torch.empty(self.table.k, dtype=torch.float32, device="cpu", pin_memory=torch.cuda.is_available())
+        self.anchor = self._gathered(pinned)
         self.pieces = list(pieces_of(self.table.with_ranks(), PIECE))
         largest = max(piece.slots.stop - piece.slots.start for piece in self.pieces)
-        self.room = torch.empty(largest, device=self.device)
+        self.room = torch.empty(largest, dtype=torch.float32, device=self.device)
 
     def _runs(self) -> Iterator[tuple[Piece, Tensor | None]]:
         """What is launched, one after the other, each with its part of the anchor on the device.
@@ -178,14 +177,60 @@ class Launch:
             state["anchor"] = self.anchor[slots]
         return state
 
-    def check(self, position: int, saved: Mapping[str, Tensor]) -> None:
-        """Raises ValueError unless `load` can take the state."""
+    def check(self, position: int, saved: Mapping[str, Any], name: str) -> None:
+        """Raises ValueError, naming key and parameter, unless `load` can take the state."""
         k, blocks = self.table.counts[position], self.blocks[position]
         packed = dict.fromkeys(("exp_avg", "exp_avg_sq", "master", "anchor"), (k,))
         shapes = {"step": (), "scales": (blocks.stop - blocks.start, 2), **packed}
+        coded = "scales" in saved or getattr(saved.get("exp_avg"), "dtype", None) == torch.int8
+        floats: tuple[torch.dtype, ...] = (torch.float32,)
+        dtypes = dict.fromkeys(("exp_avg", "exp_avg_sq", "master", "anchor"), floats)
+        dtypes["scales"] = (torch.float32, torch.bfloat16)
+        if coded:
+            dtypes |= {"exp_avg": (torch.int8,), "exp_avg_sq": (torch.uint8,)}
+
+        def refuse(key: str, problem: str) -> None:
+            raise ValueError(f"MaskedAdamW: the state of {name!r}: {key!r} {problem}; nothing was loaded")
+
+        for key in ("step", "exp_avg", "exp_avg_sq", *(["scales"] if coded else [])):
+            if key not in saved:
+                refuse(key, "is missing")
         for key, value in saved.items():
-            if value.shape != shapes.get(key) or (key == "anchor" and self.anchor is None):
-                raise ValueError(f"MaskedAdamW: {key!r} of shape {list(value.shape)} does not fit the packed state")
+            if key not in shapes:
+                refuse(key, "is unknown here")
+            if key == "anchor" and self.anchor is None:
+                refuse(key, "belongs to a pull, which this optimizer was made without")
+            if key == "step" and isinstance(value, int | float):
+                value = torch.tensor(float(value), dtype=torch.float64, device="cpu")
+            if not isinstance(value, Tensor):
+                refuse(key, f"must be a tensor, got {type(value).__name__}")
+            if tuple(value.shape) != shapes[key]:
+                refuse(key, f"of shape {list(value.shape)} does not fit the packed state, {list(shapes[key])} here")
+            if key in dtypes and value.dtype not in dtypes[key]:
+                refuse(key, f"must be {' or '.join(map(str, dtypes[key]))}, got {value.dtype}")
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                refuse(key, "must be finite")
+            if key == "step" and (float(value) < 0 or float(value) != int(value)):
+                refuse(key, f"must be a whole number, at least 0, got {float(value)}")
+            if key in ("exp_avg_sq", "scales") and bool((value < 0).any()):
+                refuse(key, "must not be negative")
+
+    def check_gradient(self, position: int, grad: Tensor | None, name: str) -> None:
+        """Raises ValueError unless `put_gradient` can take the gradient."""
+        packed = self.packed is not None
+        shape = (self.sets[position].k,) if packed else tuple(self.params[position].shape)
+        if grad is not None and tuple(grad.shape) != shape:
+            raise ValueError(
+                f"MaskedAdamW: the saved gradients were packed and those of this optimizer are dense, or the reverse "
+                f"({name!r}: expected {list(shape)}, got {list(grad.shape)}); make it with the `gradients` of that run"
+            )
+
+    def fresh(self, position: int) -> dict[str, Tensor]:
+        """The state of a parameter that has not been updated."""
+        state = {key: torch.zeros_like(value) for key, value in self.state(position).items() if key != "anchor"}
+        if self.master is not None:
+            state["master"] = gather(self.params[position], self.sets[position]).float()
+        return state
 
     def load(self, position: int, saved: Mapping[str, Tensor]) -> None:
         """Takes the state of one parameter, saved in whatever precision of moments."""
@@ -194,15 +239,22 @@ class Launch:
             saved |= self._converted(saved, self.active[position])
         own = self.state(position)
         for key in saved.keys() & own.keys():
-            own[key].copy_(saved[key])
+            own[key].copy_(torch.as_tensor(saved[key], dtype=own[key].dtype, device=own[key].device))
 
     def put_gradient(self, position: int, grad: Tensor | None) -> None:
-        """Takes the gradient that one parameter, or its packed stand-in, had accumulated."""
-        member = self.members[position]
+        """Takes what `gradient` gave."""
+        param = self.params[position]
         if grad is None or self.packed is None:
-            member.grad = None if grad is None else grad.to(member.device, copy=True)
+            param.grad = None if grad is None else grad.to(param.device, copy=True)
         else:
-            member.grad = self.packed.views[position].copy_(grad)
+            self.packed.shares[position].buffer.copy_(grad)
+            self.packed.show(position)
+
+    def gradient(self, position: int) -> Tensor | None:
+        """The gradient that one parameter has accumulated, packed where gradients are."""
+        if not self.present()[position]:
+            return None
+        return self.params[position].grad if self.packed is None else self.packed.shares[position].buffer
 
     @staticmethod
     def _converted(saved: Mapping[str, Tensor], active: Sequence[int]) -> dict[str, Tensor]:
@@ -244,7 +296,7 @@ class Launch:
             lr = group["lr"]
             values = [0.0 if isinstance(lr, Tensor) else float(lr), *group["betas"], group["eps"]]
             sign = -1.0 if group["maximize"] else 1.0
-            row = torch.tensor([*values, group["weight_decay"], sign, group["pull"]], dtype=torch.float64)
+            row = torch.tensor([*values, group["weight_decay"], sign, group["pull"]], dtype=torch.float64, device="cpu")
             self.hyper[index].copy_(row)
             if isinstance(lr, Tensor):
                 self.hyper[index, 0].copy_(lr)
@@ -270,15 +322,26 @@ class Launch:
     def gradients(self, piece: Piece) -> list[Tensor | None] | Tensor:
         return self.packed.buffer[piece.slots] if self.packed is not None else [param.grad for param in self.params]
 
-    def begin_step(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
-        """Counts the step and computes the coefficients that depend on it; all on the device."""
-        present = [member.grad is not None for member in self.members]
+    def present(self) -> list[bool]:
+        """Whether each parameter has a gradient."""
+        if self.packed is None:
+            return [param.grad is not None for param in self.params]
+        self.packed.settle()
+        return [share.present for share in self.packed.shares]
+
+    def _find_gradients(self) -> Tensor:
+        """float64 [P], 1 for each parameter that has a gradient."""
+        present = self.present()
         if self.packed is not None:
             self.packed.clear_absent()
         if present != self.known_grads:
-            self.has_grad.copy_(torch.tensor(present, dtype=torch.float64))
+            self.has_grad.copy_(torch.tensor(present, dtype=torch.float64, device="cpu"))
             self.known_grads = present
-        apply = self.has_grad
+        return self.has_grad
+
+    def begin_step(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
+        """Counts the step and computes the coefficients that depend on it; all on the device."""
+        apply = self._find_gradients()
         if found_inf is not None:
             apply = apply * (found_inf.to(self.device, torch.float64) == 0)
         self.steps += apply
@@ -304,6 +367,23 @@ class Launch:
         """Multiplies gradients and pull."""
         for column in (Coefficient.GRAD_FACTOR, Coefficient.PULL):
             self.coefficients[:, column] *= factor
+
+    def scale_pull(self, factor: Tensor) -> None:
+        """Multiplies the pull alone, of gradients that are scaled already."""
+        self.coefficients[:, Coefficient.PULL] *= factor
+
+    def prepare_norm(self) -> None:
+        """Sets the coefficients that `sum_squares` reads outside a step."""
+        _, _, _, _, _, sign, pull = self.rows.unbind(1)
+        self._set({Coefficient.APPLY: self._find_gradients(), Coefficient.GRAD_FACTOR: sign, Coefficient.PULL: pull})
+
+    def scale_gradients(self, factor: Tensor) -> None:
+        if self.packed is not None:
+            self.packed.buffer *= factor
+            return
+        for param in self.params:
+            if param.grad is not None:
+                param.grad *= factor
 
     def sum_squares(self) -> Tensor:
         """0-dim float64, over the active entries of the gradients."""
@@ -370,7 +450,7 @@ def pieces_of(table: TileTable, most: int) -> Iterator[Piece]:
         tiles = table.tiles[start:stop].clone()
         tiles[:, Column.SLOT] -= slot
         tiles[:, Column.BLOCK] -= block
-        counts = torch.zeros(len(table.counts), dtype=torch.int64)
+        counts = torch.zeros(len(table.counts), dtype=torch.int64, device="cpu")
         counts.index_add_(0, tiles[:, Column.PARAM].cpu(), tiles[:, Column.ACTIVE].cpu())
         part = replace(table, tiles=tiles, blocks=blocks.stop - block, counts=tuple(counts.tolist()))
         yield Piece(part, slots, blocks)

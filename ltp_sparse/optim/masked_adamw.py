@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -13,19 +15,32 @@ from torch.optim import Optimizer
 
 from ltp_sparse.backends import DTYPES
 from ltp_sparse.encoding import IndexSet
-from ltp_sparse.names import canonical_parameters
 from ltp_sparse.optim.launch import Launch, Precision
-from ltp_sparse.optim.members import active_names, dense_groups, dense_parameters
-from ltp_sparse.optim.packed_gradients import PackedGradients, carrier_of, check_packable
-from ltp_sparse.tensors import check_plain_tensor
+from ltp_sparse.optim.members import (
+    ParameterHome,
+    active_names,
+    check_embeddings,
+    check_ordinary,
+    check_trainable,
+    dense_groups,
+    dense_parameters,
+    named_parameters,
+    ticket_for,
+)
+from ltp_sparse.optim.packed_gradients import PackedGradients, check_packable
 from ltp_sparse.ticket import Ticket
 
 _DIGESTS = "ltp_sparse"
 _GRADIENTS = "ltp_sparse_gradients"
+_AT_LEAST_0 = ("eps", "weight_decay", "pull")
 
 
 class StalledUpdates(UserWarning):
     """Most updates round to nothing."""
+
+
+class NoGradients(UserWarning):
+    """A step in which nothing of the ticket has a gradient."""
 
 
 class MaskedAdamW(Optimizer):
@@ -38,15 +53,17 @@ class MaskedAdamW(Optimizer):
     dtype. Works with learning-rate schedulers, `torch.amp.GradScaler`, accelerate, the Hugging Face Trainer and DDP.
 
     Args:
-        model: a module, or a mapping from names to parameters.
+        model: a module, or a mapping from names to parameters. In a transformers Trainer:
+            `optimizer_cls_and_kwargs=(MaskedAdamW, {"model": model, "ticket": ticket, "lr": 2e-5})`.
         ticket: the active entries, by canonical name. Parameters of the model that are neither in it nor in `dense` are
             left out.
         lr: step size, a number or a 0-dim tensor.
         betas, eps, weight_decay, maximize: as in torch.optim.AdamW.
         dense: parameters updated in full in the same launch, such as a prompt encoder or a task head: a module,
             parameters, or parameter groups with their own options (`[{"params": head.parameters(), "lr": 1e-3}]`).
-        max_grad_norm: clips the gradient of active and dense entries to this norm inside the step. Framework clipping
-            of `model.parameters()` would count frozen entries: leave it off.
+        max_grad_norm: clips the gradient of active and dense entries to this norm inside the step. Clipping of
+            `model.parameters()` by a framework counts all that has a gradient, with dense gradients the inactive
+            entries, too: leave it off, or call `clip_grad_norm_` of the optimizer.
         pull: adds pull * sign(param - initial) to the gradient of the ticket's entries, before norm, clip and moments:
             the L1 term that draws them to their values at construction. Holds a float32 copy of them,
         pull_on: on the "device" of the parameters or, with parameters on a GPU, on the "host": 4 bytes per active entry
@@ -63,10 +80,11 @@ class MaskedAdamW(Optimizer):
         seed: of the stochastic rounding, whose bits depend on (seed, step, parameter, index) alone.
         gradients: "dense" reads the `.grad` of the parameters. "packed" replaces the gradient of every parameter of the
             ticket by its active entries as soon as backward has made it: 4 bytes per active entry are held, and of
-            dense gradients at most one at a time. The parameter groups then hold a stand-in per parameter whose `.grad`
-            is the packed gradient; later micro-batches add to it, a step consumes it, skipped or not, and `zero_grad`
-            is not needed. Embeddings become `sparse=True`. Make the optimizer before wrapping the model in DDP, which
-            then leaves these parameters to us. `remove()` undoes the hooks.
+            dense gradients at most one at a time. Later micro-batches add to it, a step consumes it, skipped or not,
+            and `zero_grad` is not needed. `param.grad` is then a view of the packed gradient (`GradientView`): clipping
+            by norm or value, norm loggers and checks for NaN that reach the model see the active entries, and what
+            they change is what `step` uses. Embeddings become `sparse=True`. Make the optimizer before wrapping the
+            model in DDP, which then leaves these parameters to us. `remove()` undoes the hooks.
 
     Attributes:
         grad_norm: 0-dim float64 tensor, the last norm over active and dense entries before clipping; None without
@@ -102,9 +120,12 @@ class MaskedAdamW(Optimizer):
         seed: int = 0,
         gradients: str = "dense",
     ) -> None:
-        named = canonical_parameters(model) if isinstance(model, nn.Module) else dict(model)
-        ticket = ticket.named_as(named)
+        named = named_parameters(model, what="MaskedAdamW", mappings=True)
+        ticket = ticket_for(named, ticket, what="MaskedAdamW")
         names = active_names(named, ticket, what="MaskedAdamW")
+        check_trainable({name: named[name] for name in names}, what="MaskedAdamW")
+        if isinstance(model, nn.Module):
+            check_embeddings(model, {name: named[name] for name in names}, what="MaskedAdamW")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"MaskedAdamW: max_grad_norm must be above 0 or None, got {max_grad_norm}")
         if pull_on not in ("device", "host"):
@@ -114,22 +135,21 @@ class MaskedAdamW(Optimizer):
         self.max_grad_norm = max_grad_norm
         self.grad_norm: Tensor | None = None
         self._sets = {named[name]: ticket.sets[name] for name in names}  # all other parameters are dense
+        self._names = {param: name for name, param in named.items()}
+        self._home = ParameterHome(model, named) if isinstance(model, nn.Module) else None
         self._launches: list[Launch] = []
-        self._removed = False
+        self._removed = self._warned = False
+        self._pull_factor: Tensor | None = None
         members = [named[name] for name in names]
-        for name, member in zip(names, members, strict=True):
-            check_plain_tensor(member, f"MaskedAdamW: parameter {name!r}")
+        self._ticketed = set(members)
         in_full = dense_groups(dense, what="MaskedAdamW")
-        self._dense_of: dict[nn.Parameter, nn.Parameter] = {}
+        self._packs: set[nn.Parameter] = set()
         if gradients == "packed":
             if not isinstance(model, nn.Module):
                 raise ValueError('MaskedAdamW: gradients="packed" needs the module, not a mapping of its parameters')
             ticketed = dict(zip(names, members, strict=True))
             check_packable(ticketed, (p for group in in_full for p in group["params"]), what="MaskedAdamW")
-            carriers = [carrier_of(param, self._sets[param].k) for param in members]
-            self._dense_of = dict(zip(carriers, members, strict=True))
-            self._sets |= {carrier: self._sets[param] for carrier, param in self._dense_of.items()}
-            members = carriers
+            self._packs = set(members)
         elif gradients != "dense":
             raise ValueError(f'MaskedAdamW: gradients must be "dense" or "packed", got {gradients!r}')
         groups: list[dict[str, Any]] = [{"params": members, "pull": pull}] if names else []
@@ -145,11 +165,11 @@ class MaskedAdamW(Optimizer):
         if freeze:
             if not isinstance(model, nn.Module):
                 raise ValueError("MaskedAdamW: freeze=True needs the module, not a mapping of its parameters")
-            _freeze(model, {self._dense_of.get(p, p) for group in self.param_groups for p in group["params"]})
+            _freeze(model, set(self._members()))
         for launch in self._launches:
-            if launch.members is not launch.params:
+            if launch.params[0] in self._packs:
                 assert isinstance(model, nn.Module)
-                launch.packed = PackedGradients(model, launch.params, launch.members, launch.sets, launch.table)
+                launch.packed = PackedGradients(model, launch.params, launch.sets, launch.table)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters that are updated in full."""
@@ -163,11 +183,12 @@ class MaskedAdamW(Optimizer):
             raise
         for param in group["params"]:
             self._sets.setdefault(param, IndexSet.full(param.numel()))
+        group["index_sets"] = [self._sets[param].digest() for param in group["params"]]
         if self._launches:
             self._build()
 
     def _refuse_if_packed(self) -> None:
-        if self._launches and self._dense_of:
+        if self._launches and self._packs:
             raise ValueError(
                 'MaskedAdamW: gradients="packed" keeps to the parameters and devices of its construction; pass all '
                 "parameters in `dense`, and move the model before making the optimizer"
@@ -179,33 +200,31 @@ class MaskedAdamW(Optimizer):
             launch.refresh_masters()  # those of the new launches take the weights to be theirs
         before = {param: dict(state) for param, state in self.state.items()}
         placed: dict[tuple[torch.device, torch.dtype, bool], list[tuple[nn.Parameter, int, int]]] = {}
-        members = [(member, index) for index, group in enumerate(self.param_groups) for member in group["params"]]
-        for number, (member, index) in enumerate(members):
-            param = self._dense_of.get(member, member)
-            placed.setdefault((param.device, param.dtype, param is member), []).append((member, number, index))
+        members = [(param, index) for index, group in enumerate(self.param_groups) for param in group["params"]]
+        for number, (param, index) in enumerate(members):
+            place = param.device, param.dtype, param in self._packs
+            placed.setdefault(place, []).append((param, number, index))
         self._launches = []
-        for (_, _, direct), triples in placed.items():
-            own = [member for member, _, _ in triples]
-            params = [self._dense_of.get(member, member) for member in own]
+        for triples in placed.values():
+            params = [param for param, _, _ in triples]
             self._launches.append(
                 Launch(
                     params,
                     numbers=[number for _, number, _ in triples],
                     group=[index for _, _, index in triples],
-                    sets=[self._sets[member] for member in own],
+                    sets=[self._sets[param] for param in params],
                     groups=len(self.param_groups),
                     precision=self.precision,
-                    members=None if direct else own,
                 )
             )
         for launch in self._launches:
             if any(group["pull"] for group in self.param_groups):
                 launch.keep_anchor(self.pull_on)
-            for position, member in enumerate(launch.members):
+            for position, param in enumerate(launch.params):
                 state = launch.state(position)
-                for key, value in before.get(member, {}).items():
+                for key, value in before.get(param, {}).items():
                     state[key].copy_(value)
-                self.state[member] = state
+                self.state[param] = state
         self.update_hyperparameters()
 
     def update_hyperparameters(self) -> None:
@@ -230,10 +249,15 @@ class MaskedAdamW(Optimizer):
             closure: re-evaluates the model and returns the loss.
 
         Raises:
-            ValueError: a gradient is sparse or of another dtype, or a parameter changed its shape or dtype.
+            ValueError: a gradient is sparse or of another dtype, a parameter changed its shape or dtype, or the model
+                has other parameters than at construction, as after FSDP2's `fully_shard`.
+
+        Warns:
+            NoGradients: no entry of the ticket has a gradient; once per optimizer.
         """
         if self._removed:
             raise RuntimeError("MaskedAdamW: remove() has taken the hooks of its packed gradients away; make a new one")
+        self._check_parameters()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -249,24 +273,91 @@ class MaskedAdamW(Optimizer):
         ):
             self.update_hyperparameters()
 
+        self._warn_without_gradients()
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None:
+            _tell_accelerate(self, found_inf)
         for launch in self._launches:
             launch.refresh_masters()
             launch.begin_step(found_inf, grad_scale)
+            self._scale_pull(launch)
+        self._pull_factor = None
         if self.max_grad_norm is not None:
-            self._clip(self.max_grad_norm)
+            factor = self._clip_factor(self.max_grad_norm)
+            for launch in self._launches:
+                launch.clip(factor.to(launch.device))
         for launch in self._launches:
             launch.update()
         return loss
 
-    def _clip(self, max_norm: float) -> None:
-        """Scales gradients and pull so that the norm over active and dense entries is at most `max_norm`."""
+    def _clip_factor(self, max_norm: float) -> Tensor:
+        """What scales gradients and pull to a norm of at most `max_norm` over active and dense entries."""
         sums = [launch.sum_squares() for launch in self._launches]
-        total = torch.stack([s.to(sums[0].device) for s in sums]).sum().sqrt()
-        self.grad_norm = total
-        factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+        self.grad_norm = torch.stack([s.to(sums[0].device) for s in sums]).sum().sqrt()
+        return (max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Clips what the next `step` will use to this norm, over active and dense entries; for loops of one's own.
+
+        Call it between backward and step, as `torch.nn.utils.clip_grad_norm_`, after `GradScaler.unscale_` where a
+        scaler is used. A pull counts and is scaled, too: the step is the one that `max_grad_norm=` would give.
+
+        Args:
+            max_norm: above 0; infinity only measures.
+
+        Returns:
+            0-dim float64, the norm before clipping, also in `grad_norm`.
+        """
+        if not max_norm > 0:
+            raise ValueError(f"MaskedAdamW.clip_grad_norm_: max_norm must be above 0, got {max_norm}")
+        if self._hyper_known != self._hyper_key():
+            self.update_hyperparameters()
         for launch in self._launches:
-            launch.clip(factor.to(launch.device))
+            launch.prepare_norm()
+            self._scale_pull(launch)
+        factor = self._clip_factor(max_norm)
+        for launch in self._launches:
+            launch.scale_gradients(factor.to(launch.device))
+        if any(group["pull"] for group in self.param_groups):
+            self._pull_factor = factor if self._pull_factor is None else factor * self._pull_factor
+        assert self.grad_norm is not None
+        return self.grad_norm
+
+    def _scale_pull(self, launch: Launch) -> None:
+        """By what `clip_grad_norm_` has scaled the gradients with."""
+        if self._pull_factor is not None:
+            launch.scale_pull(self._pull_factor.to(launch.device))
+
+    def _check_parameters(self) -> None:
+        """Raises ValueError where a step would train tensors that the model, or this optimizer, no longer has."""
+        if self._home is not None:
+            self._home.check(what="MaskedAdamW")
+        ours = (param for launch in self._launches for param in launch.params)
+        if set(map(id, ours)) != set(map(id, self._members())):
+            raise ValueError(
+                "MaskedAdamW: the parameters in param_groups are not those of construction; add some with "
+                "add_param_group, and make a new optimizer for another model or for parameters that were replaced "
+                "(FSDP2, which replaces them, is not supported yet)"
+            )
+
+    def _warn_without_gradients(self) -> None:
+        if self._warned:
+            return
+        ticketed = self._ticketed or set(self._members())
+        for launch in self._launches:
+            if any(there and p in ticketed for p, there in zip(launch.params, launch.present(), strict=True)):
+                return
+        self._warned = True
+        frozen = sum(not param.requires_grad for param in ticketed)
+        warnings.warn(
+            f"MaskedAdamW: no entry of the ticket has a gradient in this step, so nothing of it trains "
+            f"({frozen} of its {len(ticketed)} parameters have requires_grad=False). Was backward() called, on a loss "
+            "that is attached to the model that the optimizer was made for? A copy of it, a model made anew, or one "
+            "whose parameters were replaced has other parameters: make the optimizer for that",
+            NoGradients,
+            stacklevel=4,
+        )
 
     def state_dict(self, *, include_gradients: bool = False) -> dict[str, Any]:
         """The packed state and the parameter groups, with a digest of every index set.
@@ -279,7 +370,8 @@ class MaskedAdamW(Optimizer):
         """
         saved = {**super().state_dict(), _DIGESTS: {"version": 1, "index_sets": self._digests()}}
         if include_gradients:
-            grads = [member.grad for member in self._members()]
+            found = {p: launch.gradient(i) for launch in self._launches for i, p in enumerate(launch.params)}
+            grads = [found[param] for param in self._members()]
             saved[_GRADIENTS] = [None if grad is None else grad.detach().clone() for grad in grads]
         return saved
 
@@ -290,71 +382,118 @@ class MaskedAdamW(Optimizer):
         return [self._sets[param].digest() for group in self.param_groups for param in group["params"]]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` gave, onto any device.
+        """Loads what `state_dict` gave, onto any device, or `torch.distributed.checkpoint.state_dict` made of it.
+
+        All is checked first, and taken or left as a whole. Without any state (`"state": {}`) the optimizer starts anew.
 
         Raises:
-            ValueError: it belongs to another ticket, other parameters, or is of a newer version; nothing is changed
-                then.
+            ValueError: it belongs to another ticket, other parameters, or is of a newer version; something is missing
+                or impossible, such as a negative second moment. Nothing is changed then.
         """
-        extra = state_dict.get(_DIGESTS)
-        if extra is None:
-            raise ValueError(
-                "MaskedAdamW: the state was not saved by MaskedAdamW; its moments cannot be matched to a ticket"
-            )
+        params = self._members()
+        saved, groups, gradients = self._checked(state_dict, params)
+        state, own_groups, before = self.state, self.param_groups, self._written()
+        try:
+            # the base class would cast every tensor to the dtype of its parameter, so it gets the groups alone
+            super().load_state_dict({"state": {}, "param_groups": groups})
+            for launch in self._launches:
+                for position, param in enumerate(launch.params):
+                    self.state[param] = launch.state(position)
+                    launch.load(position, saved[param] if saved else launch.fresh(position))
+                    if gradients is not None:
+                        launch.put_gradient(position, gradients[param])
+            self.update_hyperparameters()
+        except BaseException:
+            self.state, self.param_groups = state, own_groups
+            for tensor, values in before:
+                tensor.copy_(values)
+            self.update_hyperparameters()
+            raise
+        self._pull_factor = None
+
+    def _written(self) -> list[tuple[Tensor, Tensor]]:
+        """All that loading writes to, each with a copy."""
+        tensors = [t for launch in self._launches for i in range(len(launch.params)) for t in launch.state(i).values()]
+        return [(tensor, tensor.clone()) for tensor in tensors]
+
+    def _checked(self, state_dict: Mapping[str, Any], params: list[nn.Parameter]) -> tuple[Any, ...]:
+        """(parameter -> its state, parameter groups, parameter -> its gradient or None), all fit to be taken."""
+        for key in ("state", "param_groups"):
+            if key not in state_dict:
+                raise ValueError(f"MaskedAdamW: the state has no {key!r}; expected what state_dict() gave")
+        extra, groups = state_dict.get(_DIGESTS, {"version": 1}), state_dict["param_groups"]
         if extra["version"] != 1:
             raise ValueError(
                 f"MaskedAdamW: state of version {extra['version']}, this one reads version 1; update ltp_sparse"
             )
-        if extra["index_sets"] != self._digests():
+        if _DIGESTS not in state_dict and not all("index_sets" in group for group in groups):
+            raise ValueError(
+                "MaskedAdamW: the state was not saved by MaskedAdamW; its moments cannot be matched to a ticket"
+            )
+        sizes = [len(group["params"]) for group in groups], [len(group["params"]) for group in self.param_groups]
+        digests = extra.get("index_sets", [digest for group in groups for digest in group.get("index_sets", [])])
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"MaskedAdamW: the state has parameter groups of {sizes[0]} parameters, this optimizer of {sizes[1]}; "
+                "make it with the ticket and the dense parameters of that run"
+            )
+        if digests != self._digests():
             raise ValueError(
                 "MaskedAdamW: the state was saved for another ticket, or for other parameters in another order; "
                 "make the optimizer with the ticket of that run"
             )
-        params = self._members()
-        gradients = state_dict.get(_GRADIENTS)
-        if gradients is not None and any(
-            grad is not None and grad.shape != member.shape for grad, member in zip(gradients, params, strict=True)
-        ):
-            raise ValueError(
-                "MaskedAdamW: the saved gradients were packed and those of this optimizer are dense, or the reverse; "
-                "make it with the `gradients` of that run"
-            )
-        saved = {params[index]: state for index, state in state_dict["state"].items()}
-        places = [(launch, position) for launch in self._launches for position in range(len(launch.members))]
-        for launch, position in places:
-            launch.check(position, saved.get(launch.members[position], {}))
-        # the base class would cast every tensor to the dtype of its parameter, so it gets the groups alone
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        for launch, position in places:
-            self.state[launch.members[position]] = launch.state(position)
-            launch.load(position, saved.get(launch.members[position], {}))
-        self.update_hyperparameters()
-        if gradients is not None:
-            of_member = dict(zip(params, gradients, strict=True))
-            for launch, position in places:
-                launch.put_gradient(position, of_member[launch.members[position]])
+        loaded = []
+        for number, (group, own) in enumerate(zip(groups, self.param_groups, strict=True)):
+            if missing := [key for key in ("lr", "betas", "eps", "weight_decay") if key not in group]:
+                raise ValueError(f"MaskedAdamW: parameter group {number} of the state has no {missing[0]!r}")
+            loaded.append({"pull": 0.0, "maximize": False, **group, "index_sets": list(own["index_sets"])})
+            _check_options(loaded[-1])
+            if loaded[-1]["pull"] and any(launch.anchor is None for launch in self._launches):
+                raise ValueError(
+                    "MaskedAdamW: the state is of an optimizer with a pull; make this one with pull=, too, which keeps "
+                    "the values it draws to"
+                )
+        of_key = dict(zip((key for group in groups for key in group["params"]), params, strict=True))
+        if unknown := [key for key in state_dict["state"] if key not in of_key]:
+            raise ValueError(f"MaskedAdamW: the state holds {unknown[0]!r}, which is in none of its parameter groups")
+        saved = {of_key[key]: state for key, state in state_dict["state"].items()}
+        if saved and not any(saved.values()):
+            saved = {}
+        given = state_dict.get(_GRADIENTS)
+        gradients = None if given is None else dict(zip(params, given, strict=True))
+        names = {param: self._names.get(param, f"parameter {number}") for number, param in enumerate(params)}
+        for launch in self._launches:
+            for position, param in enumerate(launch.params):
+                name = names[param]
+                if saved:
+                    launch.check(position, saved.get(param, {}), name)
+                if gradients is not None:
+                    launch.check_gradient(position, gradients[param], name)
+        return saved, loaded, gradients
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles carry; torch's own would leave the packed buffers behind."""
-        if self._dense_of:
+        if self._packs:
             raise TypeError(
                 'MaskedAdamW: gradients="packed" hooks into its model and cannot be copied; make an optimizer for the '
                 "copy of the model and load the state_dict"
             )
         own = (
-            "max_grad_norm", "grad_norm", "precision", "pull_on", "_removed", "_dense_of", "_sets", "_launches",
-            "_hyper_known",
+            "max_grad_norm", "grad_norm", "precision", "pull_on", "_removed", "_packs", "_sets", "_launches",
+            "_hyper_known", "_names", "_ticketed", "_warned", "_pull_factor",
         )  # fmt: skip
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._home = None  # a copy stands for another model
         for group in self.param_groups:
             group.setdefault("pull", 0.0)
             group.setdefault("maximize", False)
+            group.setdefault("index_sets", [self._sets[param].digest() for param in group["params"]])
         for launch in self._launches:  # a pickle has given every view a storage of its own
-            for position, member in enumerate(launch.members):
-                self.state[member] = launch.state(position)
+            for position, param in enumerate(launch.params):
+                self.state[param] = launch.state(position)
 
     def average_gradients(self, group: ProcessGroup | None = None) -> None:
         """Averages packed gradients over the ranks, for loops without DDP; call it after the last micro-batch."""
@@ -417,7 +556,7 @@ class MaskedAdamW(Optimizer):
         lines = [f"{self.__class__.__name__} ("]
         lines.append(f"  {self.active_entries:,} of {n:,} entries train, {self.state_bytes():,} bytes of state")
         for index, group in enumerate(self.param_groups):
-            options = ", ".join(f"{k}={v}" for k, v in group.items() if k != "params")
+            options = ", ".join(f"{k}={v}" for k, v in group.items() if k not in ("params", "index_sets"))
             lines.append(f"  group {index}: {len(group['params'])} parameters, {options}")
         return "\n".join([*lines, ")"])
 
@@ -427,8 +566,9 @@ def freeze(model: nn.Module, ticket: Ticket, dense: nn.Module | Iterable[Any] = 
 
     Do so before wrapping the model in DDP, which decides at construction which gradients it waits for.
     """
-    named = canonical_parameters(model)
-    trained = {named[name] for name in active_names(named, ticket.named_as(named), what="freeze")}
+    named = named_parameters(model, what="freeze")
+    ticket = ticket_for(named, ticket, what="freeze")
+    trained = {named[name] for name in active_names(named, ticket, what="freeze")}
     _freeze(model, trained | set(dense_parameters(dense, what="freeze")))
 
 
@@ -441,20 +581,38 @@ def _freeze(model: nn.Module, trained: set[nn.Parameter]) -> None:
         param.grad = None
 
 
-def _check_group(group: dict[str, Any], precision: Precision) -> None:
-    beta1, beta2 = group["betas"]
-    lr = group["lr"]
+def _tell_accelerate(optimizer: Optimizer, found_inf: Tensor) -> None:
+    """Lets accelerate know of a step that a GradScaler skips, so that its scheduler does not move.
+
+    For the time of a step accelerate puts a function of its own in the place of `step`; a call of it counts as a step
+    taken. Only then found_inf is read from the device.
+    """
+    patched = optimizer.__dict__.get("step")
+    if patched is not None and patched.__module__ == "accelerate.optimizer" and found_inf.item():
+        inspect.getclosurevars(patched).nonlocals["accelerated_optimizer"]._accelerate_step_called = False
+
+
+def _check_options(group: Mapping[str, Any]) -> None:
+    """Raises ValueError unless every hyperparameter is in its range."""
+
+    def number(value: Any) -> bool:
+        return isinstance(value, int | float) and math.isfinite(value)
+
+    lr, betas = group["lr"], group["betas"]
+    pair = isinstance(betas, tuple | list) and len(betas) == 2
     for what, value, valid in (
-        ("lr must be at least 0", lr, isinstance(lr, Tensor) or lr >= 0),
-        ("betas must be in [0, 1)", group["betas"], 0 <= beta1 < 1 and 0 <= beta2 < 1),
-        ("eps must be at least 0", group["eps"], group["eps"] >= 0),
-        ("weight_decay must be at least 0", group["weight_decay"], group["weight_decay"] >= 0),
-        ("pull must be at least 0", group["pull"], group["pull"] >= 0),
+        ("lr must be at least 0", lr, (isinstance(lr, Tensor) and lr.numel() == 1) or (number(lr) and lr >= 0)),
+        ("betas must be in [0, 1)", betas, pair and all(number(beta) and 0 <= beta < 1 for beta in betas)),
+        *((f"{key} must be at least 0", group[key], number(group[key]) and group[key] >= 0) for key in _AT_LEAST_0),
     ):
         if not valid:
             raise ValueError(f"MaskedAdamW: {what}, got {value}")
-    for i, param in enumerate(group["params"]):
-        check_plain_tensor(param, f"MaskedAdamW: parameter {i} of the group")
+
+
+def _check_group(group: dict[str, Any], precision: Precision) -> None:
+    _check_options(group)
+    for param in group["params"]:
+        check_ordinary(param, what="MaskedAdamW")
         if param.dtype not in DTYPES:
             raise TypeError(
                 f"MaskedAdamW: parameters must be {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}, "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import copy
+import gc
+import itertools
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -16,24 +17,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ltp_sparse import backends, ops
+from ltp_sparse.delta import gather
 from ltp_sparse.encoding import Column, IndexSet, TileTable, unpack_bits
+from ltp_sparse.optim.gradient_view import GradientView, PackedTensor
 
 # rows of a batch that are packed at a time: bounds the temporaries to a few megabytes
 _ROWS_AT_A_TIME = 512
 
-# parameters whose gradients are packed; a second packer would find nothing left
+# parameter -> weak reference to what packs its gradient; a second packer would find nothing left
 _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 # DDP leaves the parameters named here alone; it has no public name for it.
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
-
-
-def carrier_of(param: nn.Parameter, k: int) -> nn.Parameter:
-    """A parameter [k] that stands for the active entries of `param` in an optimizer: `.grad` is the packed gradient.
-
-    It has no values of its own: all its entries are one zero.
-    """
-    return nn.Parameter(torch.zeros(1, device=param.device).expand(k))
 
 
 def check_packable(named: Mapping[str, nn.Parameter], dense: Iterable[nn.Parameter], *, what: str) -> None:
@@ -42,21 +37,21 @@ def check_packable(named: Mapping[str, nn.Parameter], dense: Iterable[nn.Paramet
     for name, param in named.items():
         if id(param) in in_full:
             raise ValueError(f"{what}: {name!r} is in the ticket and in dense; leave it out of one of them")
-        if not param.requires_grad:
-            raise ValueError(
-                f"{what}: expected a gradient for each parameter of the ticket, {name!r} takes none; call its "
-                "requires_grad_(), or restrict the ticket"
-            )
         check_unpacked(name, param, what=what)
 
 
 def check_unpacked(name: str, param: nn.Parameter, *, what: str) -> None:
     """Raises ValueError if the gradient of a parameter is packed already."""
-    if param in _packed:
+    if _is_packed(param) and not (gc.collect() and not _is_packed(param)):  # one may only wait to be collected
         raise ValueError(
             f"{what}: the gradient of {name!r} goes to an earlier MaskedAdamW or PackedParameters; call remove() on "
             "that one first"
         )
+
+
+def _is_packed(param: nn.Parameter) -> bool:
+    owner = _packed.get(param)
+    return owner is not None and owner() is not None
 
 
 class _Rows:
@@ -94,7 +89,7 @@ class _Rows:
             row, column = bits.nonzero(as_tuple=True)
             # slot of a row's first active entry, less the place of that entry in the list
             offsets = self.starts[some] - (counts.cumsum(0) - counts)
-            slots = offsets[row].add_(torch.arange(len(row), device=row.device))
+            slots = offsets[row].add_(torch.arange(len(row), dtype=torch.int64, device=row.device))
             added = values[row, column].float()
             # both add in the order of the rows; the other operation of either device is not deterministic
             if out.is_cpu:
@@ -103,12 +98,76 @@ class _Rows:
                 out.index_put_((slots,), added, accumulate=True)
 
 
+class Share:
+    """The packed gradient of one parameter: its slots of the flat buffer, and how a dense gradient comes to them.
+
+    carrier: a parameter [k] whose `.grad` it is, too (see `PackedParameters`), or None
+    shown:   whether the parameter shows it as its `.grad`
+    """
+
+    def __init__(
+        self,
+        index_set: IndexSet,
+        buffer: Tensor,
+        table: TileTable,
+        carrier: nn.Parameter | None = None,
+    ) -> None:
+        self.index_set, self.buffer, self.table, self.carrier = index_set, buffer, table, carrier
+        self.rows: _Rows | None = None
+        self.shown = self._present = False
+
+    @property
+    def present(self) -> bool:
+        """Whether there is a gradient that no step has consumed."""
+        return self._present if self.carrier is None else self.carrier.grad is not None
+
+    @present.setter
+    def present(self, there: bool) -> None:
+        self._present = there
+        if self.carrier is not None:
+            self.carrier.grad = self.buffer if there else None
+
+    def values(self) -> Tensor:
+        self.settle()
+        if self.carrier is not None and not self.present:  # its optimizer has cleared it
+            self.buffer.zero_()
+        return self.buffer
+
+    def settle(self) -> None:
+        """Takes over what others have put in the place of the carrier's gradient."""
+        grad = None if self.carrier is None else self.carrier.grad
+        if grad is not None and grad.data_ptr() != self.buffer.data_ptr():
+            self.buffer.copy_(grad)
+            self.present = True
+
+    @torch.no_grad()
+    def pack_(self, grad: Tensor, *, accumulate: bool) -> None:
+        self.settle()
+        fresh = not (accumulate and self.present)
+        if isinstance(grad, PackedTensor):
+            same = grad.index_set is self.index_set
+            values = grad.values_now() if same else gather(grad.dense(), self.index_set)
+            self.buffer.copy_(values if fresh else self.buffer + values)
+        elif grad.is_sparse and self.rows is not None:
+            if fresh:
+                self.buffer.zero_()
+            self.rows.pack_(grad, self.buffer)
+        else:
+            ops.masked_pack_([grad], self.buffer, self.table, accumulate=not fresh)
+        if fresh:
+            self.present = True
+
+
 class PackedGradients:
     """Hooks that replace the gradient of each parameter by its active entries, in float32, and free it.
 
-    The gradients of the parameters are views of one flat buffer in slot order, and the `.grad` of the carriers. Until a
-    step consumes them, later micro-batches add to them. An `nn.Embedding` among the parameters is set to `sparse=True`,
-    so that its gradient holds the rows of the batch only and is never a matrix of the vocabulary's size.
+    The gradients are slices of one flat buffer in slot order. Until a step consumes them, later micro-batches add to
+    them. What a parameter shows as its `.grad` is a `GradientView` of its slice: whoever reads or changes that, or sets
+    it to None or to a tensor, reads and changes what the next step uses. After a step it shows the gradient that was
+    used until the next pass. An `nn.Embedding` among the parameters is set to `sparse=True`, so that its gradient holds
+    the rows of the batch only and is never a matrix of the vocabulary's size.
+
+    The hooks refer to this object weakly and go when it does; what steps must hold it.
 
     Inside DistributedDataParallel its reducer leaves these parameters alone; instead the buffer is averaged over the
     ranks at the end of backward: `density` times the bytes. `no_sync()` is heeded.
@@ -118,85 +177,109 @@ class PackedGradients:
         self,
         model: nn.Module,
         params: Sequence[nn.Parameter],
-        carriers: Sequence[nn.Parameter],
         sets: Sequence[IndexSet],
         table: TileTable,
+        carriers: Sequence[nn.Parameter] | None = None,
     ) -> None:
-        """table: lays `sets` out, a parameter's tiles together."""
+        """table: lays `sets` out, a parameter's tiles together; carriers: whose `.grad` the packed gradients are."""
         _forget_copied(model)
-        self.params, self.carriers, self.table = list(params), list(carriers), table
-        _packed.update(dict.fromkeys(self.params, True))
-        self.buffer = torch.zeros(table.k, device=params[0].device)
-        ends = torch.tensor(table.counts).cumsum(0).tolist()
-        self.views = [self.buffer[end - count : end] for end, count in zip(ends, table.counts, strict=True)]
+        self.params, self.table = list(params), table
+        own = weakref.ref(self)
+        _packed.update(dict.fromkeys(self.params, own))
+        self.buffer = torch.zeros(table.k, dtype=torch.float32, device=params[0].device)
+        ends = list(itertools.accumulate(table.counts))
+        views = [self.buffer[end - count : end] for end, count in zip(ends, table.counts, strict=True)]
         # of a part of the tiles the rank directory could not be built any more
         ranked = backends.resolve(table.tiles.device, dtype=params[0].dtype, density=table.density).needs_ranks
-        self._tables = _single_tables(table.with_ranks() if ranked else table)
-        self._rows: dict[int, _Rows] = {}
+        tables = _single_tables(table.with_ranks() if ranked else table)
+        stand_ins: Sequence[nn.Parameter | None] = carriers or [None] * len(views)
+        parts = zip(sets, views, tables, stand_ins, strict=True)
+        self.shares = [Share(*part) for part in parts]
+        self.views = [
+            GradientView(share, param.shape, param.dtype, param.device)
+            for share, param in zip(self.shares, params, strict=True)
+        ]
         self._ddp: weakref.ref[DistributedDataParallel] | None = None
-        self._averaging = self._is_copy = False
-        self._handles: list[Any] = [model.register_forward_pre_hook(self._before_forward)]
-        self._model, self._embeddings = model, []
+        self._averaging = self._used = False
 
+        embeddings: list[Any] = []
         numbers = {param: number for number, param in enumerate(params)}
         for module in model.modules():
             weight = getattr(module, "weight", None)
             if isinstance(module, nn.Embedding) and weight in numbers:
                 if not module.sparse:
                     module.sparse = True
-                    self._embeddings.append(module)
-                self._rows[numbers[weight]] = _Rows(sets[numbers[weight]], weight.shape[1], weight.device)
+                    embeddings.append(module)
+                self.shares[numbers[weight]].rows = _Rows(sets[numbers[weight]], weight.shape[1], weight.device)
         named = model.named_parameters(remove_duplicate=False)
-        self._ignored = [name for name, param in named if param in numbers]
-        setattr(model, _IGNORED, [*getattr(model, _IGNORED, []), *self._ignored])
+        ignored = [name for name, param in named if param in numbers]
+        setattr(model, _IGNORED, [*getattr(model, _IGNORED, []), *ignored])
+        handles = [model.register_forward_pre_hook(_ModelHook(self._before_forward, ignored, embeddings))]
         for number, param in enumerate(params):
-            self._handles.append(param.register_post_accumulate_grad_hook(self._hook(number)))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PackedGradients:
-        """What a copy of the model carries: its gradients are its own, but DDP would still leave them alone."""
-        copied = PackedGradients.__new__(PackedGradients)
-        copied._is_copy, copied._handles, copied._ignored = True, [], list(self._ignored)
-        copied._embeddings = copy.deepcopy(self._embeddings, memo)
-        return copied
+            handles.append(param.register_post_accumulate_grad_hook(self._hook(number)))
+        weak = [weakref.ref(thing) for thing in (*embeddings, *self.params)]
+        self._undo = weakref.finalize(self, _undo, own, handles, weak, weakref.ref(model), ignored)
+        self._undo.atexit = False
 
     def _hook(self, number: int) -> Any:
+        own = weakref.ref(self)
+
         def pack(param: Tensor) -> None:
-            self._pack(number, param)
+            packer = own()
+            if packer is not None and param.grad is not None:
+                packer._pack(number, param)
 
         return pack
 
-    @torch.no_grad()
     def _pack(self, number: int, param: Tensor) -> None:
-        grad, out, carrier = param.grad, self.views[number], self.carriers[number]
-        if grad is None:
-            return
-        fresh = carrier.grad is None
-        if grad.is_sparse and number in self._rows:
-            if fresh:
-                out.zero_()
-            self._rows[number].pack_(grad, out)
-        else:
-            ops.masked_pack_([grad], out, self._tables[number], accumulate=not fresh)
-        if fresh:
-            carrier.grad = out
-        param.grad = None
+        """Takes a gradient that backward has made, unless it was added to the view already."""
+        share, grad = self.shares[number], param.grad
+        assert grad is not None
+        self._hide_used()
+        if not self._is_shown(number, grad):
+            share.pack_(grad, accumulate=False)
+        param.grad, share.shown = self.views[number], True
         ddp = self._ddp() if self._ddp is not None else None
         if ddp is not None and ddp.require_backward_grad_sync and not self._averaging:
             self._averaging = True
             Variable._execution_engine.queue_callback(lambda: self._end_backward(ddp.process_group))
 
+    def _is_shown(self, number: int, grad: Tensor | None) -> bool:
+        return isinstance(grad, GradientView) and grad.source is self.shares[number]
+
+    def _hide_used(self) -> None:
+        """Takes away what parameters still show of gradients that a step has consumed."""
+        if self._used:
+            self._used = False
+            for number, (param, share) in enumerate(zip(self.params, self.shares, strict=True)):
+                if not share.present and self._is_shown(number, param.grad):
+                    param.grad, share.shown = None, False
+
+    def settle(self) -> None:
+        """Takes over what others have made of the `.grad` of the parameters: None, or a tensor of their own."""
+        for number, (param, share) in enumerate(zip(self.params, self.shares, strict=True)):
+            grad = param.grad
+            if grad is None:
+                if share.shown:
+                    share.present = share.shown = False
+            elif not self._is_shown(number, grad):
+                share.pack_(grad, accumulate=False)
+                self.show(number)
+            share.settle()
+
+    def show(self, number: int) -> None:
+        """Lets a parameter have the gradient that is in the buffer."""
+        share = self.shares[number]
+        share.present = share.shown = True
+        self.params[number].grad = self.views[number]
+
     def _before_forward(self, *_: object) -> None:
         """Notes whether the model runs inside DDP, and that DDP leaves its parameters to us."""
         if not torch.is_grad_enabled():
             return
+        self._used = self._used or any(share.carrier is not None for share in self.shares)
+        self._hide_used()
         ddp = DistributedDataParallel._get_active_ddp_module()
-        if self._is_copy:
-            if ddp is not None:
-                raise ValueError(
-                    "this model is a copy of one with packed gradients, and DistributedDataParallel would not average "
-                    "its own; copy before making the optimizer, or after its remove()"
-                )
-            return
         self._ddp = None if ddp is None else weakref.ref(ddp)  # it must not outlive its process group
         self._averaging = False  # a backward that failed may have left it set
         if ddp is not None:
@@ -214,55 +297,105 @@ class PackedGradients:
     @torch.no_grad()
     def average(self, group: ProcessGroup | None = None) -> None:
         """Averages over the ranks of a group. A parameter that has a gradient on some rank has one on all then."""
-        present = torch.tensor([carrier.grad is not None for carrier in self.carriers], dtype=torch.int32)
-        for here, view in zip(present.tolist(), self.views, strict=True):
-            if not here:
-                view.zero_()
+        self.settle()
+        self._hide_used()
+        self.clear_absent()
+        present = torch.tensor([share.present for share in self.shares], dtype=torch.int32, device="cpu")
         present = present.to(self.buffer.device)
         torch.distributed.all_reduce(present, torch.distributed.ReduceOp.MAX, group)
         self.buffer /= torch.distributed.get_world_size(group)
         torch.distributed.all_reduce(self.buffer, group=group)
-        for there, carrier, view in zip(present.tolist(), self.carriers, self.views, strict=True):
-            if there and carrier.grad is None:
-                carrier.grad = view
+        for number, there in enumerate(present.tolist()):
+            if there and not self.shares[number].present:
+                self.show(number)
 
     def clear_absent(self) -> None:
         """Zeros where no gradient has come, so that a norm does not count what an earlier step left."""
-        for carrier, view in zip(self.carriers, self.views, strict=True):
-            if carrier.grad is None:
-                view.zero_()
+        for share in self.shares:
+            if not share.present:
+                share.buffer.zero_()
 
     def index_tensors(self) -> list[Tensor]:
         """What is held to find the active entries of embedding rows."""
-        return [tensor for rows in self._rows.values() for tensor in (rows.words, rows.starts)]
+        return [t for share in self.shares if share.rows is not None for t in (share.rows.words, share.rows.starts)]
 
     def consume(self) -> None:
         """The next backward overwrites."""
-        for carrier in self.carriers:
-            carrier.grad = None
+        self._used = True
+        for share in self.shares:
+            share.present = False
 
     def remove(self) -> None:
         """Takes the hooks away and makes the embeddings dense again. Once more, it does nothing."""
-        if not self._handles:  # else it would undo those of a later packer
-            return
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        for module in self._embeddings:
-            module.sparse = False
-        for param in self.params:
-            _packed.pop(param, None)
-        setattr(self._model, _IGNORED, [name for name in getattr(self._model, _IGNORED) if name not in self._ignored])
+        self._undo()
+
+
+class WeakHook:
+    """A hook that calls a method of an object that it does not keep alive; in a copy of its module it does nothing."""
+
+    def __init__(self, method: Any = None) -> None:
+        self._method = None if method is None else weakref.WeakMethod(method)
+
+    def __call__(self, *args: Any) -> None:
+        method = None if self._method is None else self._method()
+        if method is not None:
+            method(*args)
+
+    def __reduce__(self) -> Any:
+        return WeakHook, ()
+
+
+class _ModelHook(WeakHook):
+    """The one on the model; a copy of the model carries a `_CopiedHook`."""
+
+    def __init__(self, method: Any, ignored: list[str], embeddings: list[Any]) -> None:
+        super().__init__(method)
+        self._copied = ignored, embeddings
+
+    def __reduce__(self) -> Any:
+        return _CopiedHook, self._copied
+
+
+class _CopiedHook:
+    """What a copy of the model carries: its gradients are its own, but DDP would still leave them alone."""
+
+    def __init__(self, ignored: list[str], embeddings: list[Any]) -> None:
+        self.ignored, self.embeddings = ignored, embeddings
+
+    def __call__(self, *_: object) -> None:
+        if torch.is_grad_enabled() and DistributedDataParallel._get_active_ddp_module() is not None:
+            raise ValueError(
+                "this model is a copy of one with packed gradients, and DistributedDataParallel would not average "
+                "its own; copy before making the optimizer, or after its remove()"
+            )
+
+
+def _undo(own: Any, handles: list[Any], things: list[Any], model_ref: Any, ignored: list[str]) -> None:
+    """Takes away what a packer has put on a model, or on what is left of it."""
+    for handle in handles:
+        handle.remove()
+    for thing in (ref() for ref in things):
+        if isinstance(thing, nn.Embedding):
+            thing.sparse = False
+        elif isinstance(thing, Tensor) and _packed.get(thing) is own:
+            _packed.pop(thing)
+            if isinstance(thing.grad, GradientView):
+                thing.grad = None
+    if (model := model_ref()) is not None:
+        _leave_to_ddp(model, ignored)
+
+
+def _leave_to_ddp(model: nn.Module, ignored: list[str]) -> None:
+    setattr(model, _IGNORED, [name for name in getattr(model, _IGNORED) if name not in ignored])
 
 
 def _forget_copied(model: nn.Module) -> None:
     """Undoes what a copy of a model with packed gradients has of them."""
     for key, hook in list(model._forward_pre_hooks.items()):
-        owner = getattr(hook, "__self__", None)
-        if isinstance(owner, PackedGradients) and owner._is_copy:
+        if isinstance(hook, _CopiedHook):
             del model._forward_pre_hooks[key]
-            setattr(model, _IGNORED, [name for name in getattr(model, _IGNORED) if name not in owner._ignored])
-            for module in owner._embeddings:
+            _leave_to_ddp(model, hook.ignored)
+            for module in hook.embeddings:
                 module.sparse = False
 
 
@@ -271,7 +404,7 @@ def _single_tables(table: TileTable) -> list[TileTable]:
     of = table.tiles[:, Column.PARAM].contiguous().cpu()
     tables, slot = [], 0
     for number, (count, size) in enumerate(zip(table.counts, table.sizes, strict=True)):
-        low, high = torch.searchsorted(of, torch.tensor([number, number + 1])).tolist()
+        low, high = torch.searchsorted(of, torch.tensor([number, number + 1], dtype=of.dtype, device="cpu")).tolist()
         tiles = table.tiles[low:high].clone()
         tiles[:, Column.PARAM] = 0
         tiles[:, Column.SLOT] -= slot

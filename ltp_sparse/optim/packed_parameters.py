@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from ltp_sparse.delta import gather, scatter_
+from ltp_sparse.delta import gather
 from ltp_sparse.encoding import TileTable
-from ltp_sparse.names import canonical_parameters
-from ltp_sparse.optim.members import active_names, dense_parameters
-from ltp_sparse.optim.packed_gradients import PackedGradients, check_packable
+from ltp_sparse.optim.members import (
+    ParameterHome,
+    active_names,
+    check_embeddings,
+    check_trainable,
+    dense_parameters,
+    named_parameters,
+    ticket_for,
+)
+from ltp_sparse.optim.packed_gradients import PackedGradients, WeakHook, check_packable
+from ltp_sparse.restoring import scatter_
 from ltp_sparse.ticket import Ticket
 
 _Optimizer = TypeVar("_Optimizer", bound=torch.optim.Optimizer)
@@ -48,12 +57,14 @@ class PackedParameters:
     """
 
     def __init__(self, model: nn.Module, ticket: Ticket, *, dense: nn.Module | Iterable[Any] = ()) -> None:
-        named = canonical_parameters(model)
-        ticket = ticket.named_as(named)
+        named = named_parameters(model, what="PackedParameters")
+        ticket = ticket_for(named, ticket, what="PackedParameters")
         names = active_names(named, ticket, what="PackedParameters")
         if not names:
             raise ValueError("PackedParameters: expected a ticket with active entries, this one has none")
         self._dense = dense_parameters(dense, what="PackedParameters")
+        check_trainable({name: named[name] for name in names}, what="PackedParameters")
+        check_embeddings(model, {name: named[name] for name in names}, what="PackedParameters")
         check_packable({name: named[name] for name in names}, self._dense, what="PackedParameters")
         devices = {named[name].device for name in names}
         if len(devices) > 1:
@@ -63,11 +74,12 @@ class PackedParameters:
         self._sets = {name: ticket.sets[name].to(device) for name in names}
         self._packed = {name: nn.Parameter(gather(named[name], self._sets[name]).float()) for name in names}
         table = TileTable.build(list(self._sets.values()), device=device, ranks=device.type != "cpu")
-        members = list(self._params.values()), list(self._packed.values()), list(self._sets.values())
-        self._gradients = PackedGradients(model, *members, table)
-        self._model_id = id(model)  # a copy of the model carries a copy of the hook, and has weights of its own
-        self._handles: list[Any] = [model.register_forward_pre_hook(self._before_forward)]
+        members = list(self._params.values()), list(self._sets.values()), table, list(self._packed.values())
+        self._gradients = PackedGradients(model, *members)
+        self._handles: list[Any] = [model.register_forward_pre_hook(WeakHook(self._before_forward))]
+        weakref.finalize(self, _remove, self._handles).atexit = False
         self._written = self._versions()
+        self._home = ParameterHome(model, self._params)
 
     def __repr__(self) -> str:
         k = sum(packed.numel() for packed in self._packed.values())
@@ -100,22 +112,35 @@ class PackedParameters:
     def _versions(self) -> list[int]:
         return [packed._version for packed in self._packed.values()]
 
-    def _before_forward(self, model: nn.Module, _: object) -> None:
-        if id(model) == self._model_id and self._versions() != self._written:
+    def _before_forward(self, *_: object) -> None:
+        if self._versions() != self._written:
             self.scatter_()
 
     def attach(self, optimizer: _Optimizer) -> _Optimizer:
-        """Writes the values into the model after every step of an optimizer, which it returns."""
+        """Writes the values into the model after every step of an optimizer, which it returns.
+
+        Before a step it takes over what others have made of the `.grad` of the model's parameters. The optimizer keeps
+        this object alive; without one that does, hold it yourself: its hooks go with it.
+        """
         mine, theirs = set(map(id, self._packed.values())), optimizer.param_groups
         if not any(id(param) in mine for group in theirs for param in group["params"]):
             raise ValueError(
                 "PackedParameters.attach: this optimizer has none of the packed parameters; pass them to it"
             )
+        self._handles.append(optimizer.register_step_pre_hook(lambda *_: self._before_step()))
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self.scatter_()))
         return optimizer
 
+    def _before_step(self) -> None:
+        self._home.check(what="PackedParameters")
+        self._gradients.settle()
+
     def remove(self) -> None:
         """Takes the hooks off model and optimizers; gradients are dense again, and steps no longer reach the model."""
-        for handle in self._handles:
-            handle.remove()
+        _remove(self._handles)
         self._gradients.remove()
+
+
+def _remove(handles: Iterable[Any]) -> None:
+    for handle in handles:
+        handle.remove()

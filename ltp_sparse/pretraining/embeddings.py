@@ -49,13 +49,15 @@ def parallel_embeddings(
     )
     across = table.t().coalesce()
     table = table.coalesce()
-    basis = torch.randn(len(tokenizer), kept, generator=torch.Generator().manual_seed(seed))
+    basis = torch.randn(
+        len(tokenizer), kept, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu"
+    )
     for _ in range(_ROUNDS):
         basis = torch.linalg.qr(table @ (across @ basis)).Q
     projected = across @ basis
     order = torch.linalg.eigh(projected.T @ projected).eigenvectors.flip(1)  # largest first
     places = basis @ order[:, :hidden]
-    occurs = torch.zeros(len(tokenizer), dtype=torch.bool)
+    occurs = torch.zeros(len(tokenizer), dtype=torch.bool, device="cpu")
     occurs[torch.from_numpy(piece)] = True
     lengths = places.norm(dim=1, keepdim=True)
     return torch.where(occurs[:, None], places / lengths.clamp(min=torch.finfo(torch.float32).tiny), 0.0)

@@ -168,7 +168,9 @@ def summarised(batch: Batch, begin_id: int) -> Batch:
     begins = batch.tokens == begin_id
     text = begins.cumsum(1)
     pieces = torch.where(batch.chosen, batch.tokens, 0)
-    rarest = torch.zeros(len(text), int(text.max()) + 1, dtype=torch.int64).scatter_reduce(1, text, pieces, "amax")
+    rarest = torch.zeros(len(text), int(text.max()) + 1, dtype=torch.int64, device="cpu").scatter_reduce(
+        1, text, pieces, "amax"
+    )
     rarest = rarest.gather(1, text)
     asked = begins & (rarest > 0)
     return Batch(torch.where(asked, rarest, batch.tokens), batch.seen, batch.chosen | asked)

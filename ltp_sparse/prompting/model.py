@@ -57,7 +57,9 @@ class PromptedMaskedLM(nn.Module):
         self.prompt_encoder = prompt_encoder
         self._words_per_label = [len(tokens) for tokens in verbalizer.token_ids]
         self.word_ids: Tensor
-        self.register_buffer("word_ids", torch.tensor(ids, device=self.lm_head.bias.device), persistent=False)
+        self.register_buffer(
+            "word_ids", torch.tensor(ids, device=self.lm_head.bias.device, dtype=torch.int64), persistent=False
+        )
         rows = self.lm_head.decoder.weight.detach()[self.word_ids].clone() if frozen_words else None
         self.word_rows: Tensor | None
         self.register_buffer("word_rows", rows, persistent=False)
@@ -87,7 +89,7 @@ class PromptedMaskedLM(nn.Module):
             attention_mask=attention_mask,
             position_ids=self._position_ids(input_ids),
         ).last_hidden_state
-        rows = torch.arange(len(input_ids), device=input_ids.device)
+        rows = torch.arange(len(input_ids), device=input_ids.device, dtype=torch.int64)
         logits = self._class_logits(hidden[rows, mask_positions])
         if labels is None:
             return {"logits": logits}

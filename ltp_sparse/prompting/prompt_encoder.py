@@ -57,10 +57,12 @@ def vocabulary_rows(embedding: Tensor, n: int, seed: int, exclude: tuple[int, ..
 
     exclude: token ids never drawn (the special tokens).
     """
-    allowed = torch.ones(embedding.shape[0], dtype=torch.bool)
+    allowed = torch.ones(embedding.shape[0], dtype=torch.bool, device="cpu")
     allowed[list(exclude)] = False
     candidates = allowed.nonzero().squeeze(1)
     if n > len(candidates):
         raise ValueError(f"vocabulary_rows: n must be in [1, {len(candidates)}] for this vocabulary, got {n}")
-    order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(
+        len(candidates), generator=torch.Generator().manual_seed(seed), dtype=torch.int64, device="cpu"
+    )
     return embedding.detach()[candidates[order[:n]].to(embedding.device)].float().clone()

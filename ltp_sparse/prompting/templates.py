@@ -227,15 +227,19 @@ def collator(pad_token_id: int) -> Callable[[Sequence[Example]], dict[str, Tenso
 
     def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
         length = max(len(example["input_ids"]) for example in examples)
-        input_ids = torch.full((len(examples), length), pad_token_id, dtype=torch.long)
+        input_ids = torch.full((len(examples), length), pad_token_id, dtype=torch.long, device="cpu")
         for row, example in zip(input_ids, examples, strict=True):
-            row[: len(example["input_ids"])] = torch.tensor(example["input_ids"])
+            row[: len(example["input_ids"])] = torch.tensor(example["input_ids"], dtype=torch.int64, device="cpu")
         return {
             "input_ids": input_ids,
             "attention_mask": (input_ids != pad_token_id).long(),
-            "prompt_positions": torch.tensor([example["prompt_positions"] for example in examples], dtype=torch.long),
-            "mask_positions": torch.tensor([example["mask_positions"] for example in examples]),
-            "labels": torch.tensor([example["labels"] for example in examples]),
+            "prompt_positions": torch.tensor(
+                [example["prompt_positions"] for example in examples], dtype=torch.long, device="cpu"
+            ),
+            "mask_positions": torch.tensor(
+                [example["mask_positions"] for example in examples], dtype=torch.int64, device="cpu"
+            ),
+            "labels": torch.tensor([example["labels"] for example in examples], dtype=torch.int64, device="cpu"),
         }
 
     return collate

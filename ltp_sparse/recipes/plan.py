@@ -159,7 +159,7 @@ def _meta_model(name: str) -> Any:
 
 
 def _flops_here(size: int = 1024) -> float:
-    matrix = torch.randn(size, size)
+    matrix = torch.randn(size, size, dtype=torch.float32, device="cpu")
     start = time.perf_counter()
     for _ in range(8):
         matrix @ matrix

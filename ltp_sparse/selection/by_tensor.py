@@ -63,7 +63,7 @@ class Spool:
             yield (
                 torch.frombuffer(mapped, dtype=dtype, count=count, offset=start)
                 if count
-                else torch.empty(0, dtype=dtype)
+                else torch.empty(0, dtype=dtype, device="cpu")
             )
 
 
@@ -84,7 +84,9 @@ def select_by_tensor(
         NonFiniteDelta: a delta is NaN or infinite.
     """
     ranks, nonfinite = Ranks(), torch.zeros(1, dtype=torch.int64, device=source.device)
-    upper = digit_pass(passes, source, groups, torch.tensor(ks, device=source.device), None, ranks, nonfinite)
+    upper = digit_pass(
+        passes, source, groups, torch.tensor(ks, device=source.device, dtype=torch.int64), None, ranks, nonfinite
+    )
     check_finite(nonfinite, source, ranks)
     lower = digit_pass(passes, source, groups, upper.rank, upper.digit, ranks, nonfinite)
     cuts = joined(upper, lower)
@@ -95,7 +97,9 @@ def select_by_tensor(
         index_set = marker.marked(tensor).compact()
         kept.append(index_set.data)
         counts = index_set.tile_counts if spool is None else index_set.tile_counts.cpu()
-        sets.append(replace(index_set, data=torch.empty(0, dtype=index_set.data.dtype), tile_counts=counts))
+        sets.append(
+            replace(index_set, data=torch.empty(0, dtype=index_set.data.dtype, device="cpu"), tile_counts=counts)
+        )
     sets = [replace(index_set, data=data) for index_set, data in zip(sets, kept, strict=True)]
     return sets, cuts.to(torch.int32).view(torch.float32)
 

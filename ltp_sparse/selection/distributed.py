@@ -81,7 +81,11 @@ class TicketShard:
             if name in self._everywhere:
                 sets[name] = self.local.sets[name]
                 continue
-            part = self.local.sets[name].bitmap() if name in self._gives else torch.empty(0, dtype=torch.int32)
+            part = (
+                self.local.sets[name].bitmap()
+                if name in self._gives
+                else torch.empty(0, dtype=torch.int32, device="cpu")
+            )
             sets[name] = _assembled(self._team, part, shard)
         shapes = {name: shard.shape for name, shard in self.shards.items()}
         return Ticket(sets, shapes, self.metadata, self.fingerprint)
@@ -162,7 +166,7 @@ def select_sharded(
     work = {name: _shared_out(parts) for name, parts in held.items()}
     mine = {name: pieces[team.rank] for name, pieces in work.items()}
     source = GuardedSource(_source(mine, base, after, score, device))
-    starts = torch.tensor([[start for start, _ in pieces] for pieces in work.values()])
+    starts = torch.tensor([[start for start, _ in pieces] for pieces in work.values()], dtype=torch.int64, device="cpu")
     try:
         with torch.no_grad():
             ranks = TeamRanks(team, starts, source)
@@ -317,7 +321,7 @@ def _source(
     device: torch.device,
 ) -> Source:
     """This rank's pieces of all tensors, in memory as they are, else as a stream."""
-    nothing = Reader(0, lambda start, stop: torch.empty(0, device=device), device, copies=False)
+    nothing = Reader(0, lambda start, stop: torch.empty(0, device=device, dtype=torch.float32), device, copies=False)
 
     def readers(side: Mapping[str, _Held]) -> list[Reader]:
         return [side[n].reader(start, stop) if start < stop else nothing for n, (start, stop) in pieces.items()]

@@ -68,7 +68,7 @@ def predict(
                     progress(len(logits))
     finally:
         model.train(was_training)
-    result = torch.empty(len(examples), dtype=torch.long)
+    result = torch.empty(len(examples), dtype=torch.long, device="cpu")
     if predicted:
         result[order] = torch.cat(predicted).cpu()
     return result

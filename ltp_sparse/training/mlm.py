@@ -511,7 +511,9 @@ def split_texts(texts: Sequence[str], share: float, seed: int) -> tuple[list[str
             f"split_texts: expected a share in (0, 1) and at least 2 texts, got {share} and {len(texts)} texts"
         )
     held_out = max(1, round(share * len(texts)))
-    chosen = set(torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))[:held_out].tolist())
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(texts), generator=generator, dtype=torch.int64, device="cpu")
+    chosen = set(order[:held_out].tolist())
     return (
         [text for i, text in enumerate(texts) if i not in chosen],
         [text for i, text in enumerate(texts) if i in chosen],
@@ -570,7 +572,8 @@ class MaskedTexts(Dataset):
             [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id,
                          tokenizer.pad_token_id) if i is not None]
         )  # fmt: skip
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by running dataloader workers
+        # seen by running dataloader workers
+        self.epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -628,6 +631,6 @@ class PadRight:
             return torch.nn.utils.rnn.pad_sequence([e[key] for e in examples], batch_first=True, padding_value=value)
 
         input_ids = padded("input_ids", self.pad_id)
-        lengths = torch.tensor([len(e["input_ids"]) for e in examples])
-        attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+        lengths = torch.tensor([len(e["input_ids"]) for e in examples], dtype=torch.int64, device="cpu")
+        attention_mask = (torch.arange(input_ids.shape[1], dtype=torch.int64, device="cpu") < lengths[:, None]).long()
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": padded("labels", IGNORED)}

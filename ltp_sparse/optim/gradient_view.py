@@ -1,0 +1,265 @@
+"""What a parameter whose gradient is packed shows as its `.grad`: the packed gradient, in the parameter's shape.
+
+Frameworks reach the model, not the optimizer: they clip, log and check `p.grad` of `model.parameters()`. Through this
+view they read and change what the next step will use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ltp_sparse.delta import gather, scatter_
+from ltp_sparse.encoding import IndexSet
+
+aten = torch.ops.aten
+
+_ITSELF = (aten.detach.default, aten.alias.default, aten.lift_fresh.default)
+_SAME_ORDER = ("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze")
+_COPIES = ("clone", "_to_copy")
+_REDUCTIONS = ("sum", "mean", "max", "min", "amax", "amin", "any", "all", "linalg_vector_norm")
+
+
+class Source(Protocol):
+    """Where the packed gradient of one parameter lives."""
+
+    index_set: IndexSet
+
+    def values(self) -> Tensor:
+        """float32 [k], the gradient as it is now; writes to it count."""
+        ...
+
+    def pack_(self, grad: Tensor, *, accumulate: bool) -> None:
+        """Takes the active entries of a dense or row-sparse gradient in the parameter's shape."""
+        ...
+
+
+class PackedTensor(Tensor):
+    """A tensor that is held for k of its n entries, all others being one value.
+
+    Element-wise operations and reductions work on the k values. Every other operation reads a dense copy, made for it
+    alone; of what it writes into a view of a packed gradient, the active entries are taken over. An operation that
+    would give a dense alias, to which writes would be lost, is refused.
+    """
+
+    index_set: IndexSet
+    packed_values: Tensor
+    fill: Tensor
+
+    @staticmethod
+    def __new__(cls, index_set: IndexSet, values: Tensor, fill: Tensor, shape: Any) -> PackedTensor:
+        """values: [k], in any dtype; fill: 0-dim, the value of all other entries, whose dtype is the tensor's."""
+        made = Tensor._make_wrapper_subclass(cls, shape, dtype=fill.dtype, device=values.device)
+        made.index_set, made.packed_values, made.fill = index_set, values, fill
+        return made
+
+    def values_now(self) -> Tensor:
+        """[k]"""
+        return self.packed_values
+
+    def dense(self) -> Tensor:
+        """An ordinary tensor of the same entries."""
+        out = torch.empty(self.index_set.n, dtype=self.dtype, device=self.device).copy_(self.fill.expand(self.numel()))
+        scatter_(out, self.index_set, self.values_now().to(self.dtype))
+        return out.view(self.shape)
+
+    def take_(self, dense: Tensor) -> None:
+        """Keeps the active entries of a dense tensor."""
+        self.values_now().copy_(gather(dense.contiguous(), self.index_set))
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"{type(self).__name__}({self.index_set.k:,} of {list(self.shape)} entries, {self.dtype})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.dense().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.dense()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return self.dense().numpy(force=force)
+
+    def tolist(self) -> Any:
+        return self.dense().tolist()
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.removeprefix("aten::")
+        self = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, PackedTensor))
+        if func in _ITSELF:
+            return self._again(self.shape)
+        if name in _SAME_ORDER:
+            other = torch.empty(self.shape, dtype=self.dtype, device="meta")
+            return self._again(func(other, *args[1:], **kwargs).shape)
+        if func is aten.add_.Tensor and self is args[0] and self._accumulates(args[1], kwargs):
+            return self
+        if name.startswith("_foreach_"):
+            return _one_by_one(name.removeprefix("_foreach_"), args, kwargs)
+        if name.startswith("_amp_foreach_"):  # as a GradScaler unscales
+            for grad in args[0]:
+                func([_values_of(grad)], *args[1:], **kwargs)
+            return None
+        if name == "zero_":
+            self.values_now().zero_()
+            return self
+        if name == "equal":
+            return torch.equal(*(leaf.dense() if isinstance(leaf, PackedTensor) else leaf for leaf in args))
+        if _is_elementwise(func, name) and _have_one_index_set(args, kwargs):
+            return self._elementwise(func, args, kwargs)
+        if name in _REDUCTIONS and (reduced := self._reduced(func, name, args, kwargs)) is not None:
+            return reduced
+        return _densely(func, args, kwargs)
+
+    def _again(self, shape: Any) -> PackedTensor:
+        return PackedTensor(self.index_set, self.packed_values, self.fill, shape)
+
+    def _accumulates(self, grad: Any, kwargs: dict[str, Any]) -> bool:
+        return False
+
+    def _elementwise(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        values = func(*_each(_values_of, args), **_each(_values_of, kwargs))
+        if func._schema.is_mutable:
+            return args[0]
+        fill = func(*_each(_fill_of, args), **_each(_fill_of, kwargs))
+        return PackedTensor(self.index_set, values, fill, self.shape)
+
+    def _reduced(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+        """Over all entries; None where only a part of the dimensions is reduced."""
+        options = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+        if options.get("dim") or options.get("dim") == 0 or options.get("keepdim"):
+            return None
+        order = float(options.get("ord", 2)) if name == "linalg_vector_norm" else 1.0
+        if order <= 0 or not self.index_set.k or func._overloadname in ("dim", "dims", "names_dim", "other", "out"):
+            return None
+        values, others = self.values_now(), self.numel() - self.index_set.k
+        options = {key: value for key, value in options.items() if key in ("ord", "dtype")}
+        of = {"mean": aten.sum.default}.get(name, func)
+        kept = of(values, **options)
+        if others:
+            fill = self.fill.to(kept.dtype)
+            rest = {
+                "sum": lambda: kept + others * fill,
+                "mean": lambda: kept + others * fill,
+                "any": lambda: kept | fill,
+                "all": lambda: kept & fill,
+                "linalg_vector_norm": lambda: torch.linalg.vector_norm(
+                    torch.stack([kept, others ** (1 / order) * fill.abs()]), order
+                ),
+                "max": lambda: torch.maximum(kept, fill),
+                "amax": lambda: torch.maximum(kept, fill),
+                "min": lambda: torch.minimum(kept, fill),
+                "amin": lambda: torch.minimum(kept, fill),
+            }
+            kept = rest[name]()
+        return kept / self.numel() if name == "mean" else kept
+
+
+class GradientView(PackedTensor):
+    """The `.grad` of a parameter whose gradient is packed; entries that are not active are zero, and stay so."""
+
+    source: Source
+
+    @staticmethod
+    def __new__(cls, source: Source, shape: Any, dtype: torch.dtype, device: torch.device) -> GradientView:
+        made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        made.source, made.index_set = source, source.index_set
+        made.fill = torch.zeros((), dtype=dtype, device=device)
+        return made
+
+    def values_now(self) -> Tensor:
+        return self.source.values()
+
+    def take_(self, dense: Tensor) -> None:
+        self.source.pack_(dense.contiguous(), accumulate=False)
+
+    def _again(self, shape: Any) -> PackedTensor:
+        return GradientView(self.source, shape, self.dtype, self.device)
+
+    def _accumulates(self, grad: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether it took what autograd adds: a further gradient."""
+        if not isinstance(grad, Tensor) or isinstance(grad, PackedTensor) or grad.shape != self.shape or kwargs:
+            return False
+        if grad.dtype != self.dtype:
+            return False
+        self.source.pack_(grad, accumulate=True)
+        return True
+
+
+def _values_of(leaf: Any) -> Any:
+    return leaf.values_now() if isinstance(leaf, PackedTensor) else leaf
+
+
+def _fill_of(leaf: Any) -> Any:
+    return leaf.fill if isinstance(leaf, PackedTensor) else leaf
+
+
+def _each(function: Callable[[Any], Any], arguments: Any) -> Any:
+    return tree_map(function, arguments)
+
+
+def _is_elementwise(func: Any, name: str) -> bool:
+    if name in _COPIES:
+        return True
+    return torch.Tag.pointwise in func.tags and torch.Tag.nondeterministic_seeded not in func.tags
+
+
+def _have_one_index_set(args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether all tensors have the same active entries or are scalars, on one device."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    packed = [tensor for tensor in tensors if isinstance(tensor, PackedTensor)]
+    first = packed[0]
+    return (
+        all(tensor.index_set is first.index_set and tensor.shape == first.shape for tensor in packed)
+        and all(tensor.dim() == 0 for tensor in tensors if not isinstance(tensor, PackedTensor))
+        and kwargs.get("device") in (None, first.device)
+        and kwargs.get("layout") in (None, torch.strided)
+        and "out" not in kwargs
+    )
+
+
+def _one_by_one(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+    """`torch._foreach_<name>` as a loop, so that at most one dense copy is there at a time."""
+    of = aten.linalg_vector_norm if name == "norm" else getattr(aten, name)
+    first, *rest = args
+    made = [
+        of(tensor, *(other[i] if isinstance(other, list | tuple) else other for other in rest), **kwargs)
+        for i, tensor in enumerate(first)
+    ]
+    return None if name.endswith("_") else made
+
+
+def _densely(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Runs an operation on dense copies, and takes over what it wrote."""
+    schema = func._schema
+    aliases = any(made.alias_info is not None and not made.alias_info.is_write for made in schema.returns)
+    if func.namespace not in ("aten", "prims") or aliases:
+        raise RuntimeError(
+            f"{schema.name} would not reach the packed gradient that this .grad stands for; read a copy, "
+            "`p.grad.clone()` or `p.grad.dense()`, change it by p.grad.copy_(...) or p.grad.mul_(...), and average "
+            "packed gradients over ranks by the optimizer's average_gradients()"
+        )
+    copies: dict[int, tuple[PackedTensor, Tensor]] = {}
+
+    def copied(leaf: Any) -> Any:
+        if not isinstance(leaf, PackedTensor):
+            return leaf
+        return copies.setdefault(id(leaf), (leaf, leaf.dense()))[1]
+
+    out = func(*_each(copied, args), **_each(copied, kwargs))
+    given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+    for argument in schema.arguments:
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            for leaf in tree_leaves(given.get(argument.name)):
+                if isinstance(leaf, PackedTensor):
+                    leaf.take_(copies[id(leaf)][1])
+    of_copy = {id(copy): leaf for leaf, copy in copies.values()}
+    return tree_map(lambda made: of_copy.get(id(made), made), out)

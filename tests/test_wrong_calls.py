@@ -1,0 +1,153 @@
+"""The table of wrong calls: what someone may write at first, and what the message tells to write."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import ltp_sparse as ls
+from ltp_sparse import MaskedAdamW, Ticket
+
+
+def build(**options):
+    torch.manual_seed(0)
+    return nn.ModuleDict({"embed": nn.Embedding(9, 4, **options), "body": nn.Linear(4, 6), "head": nn.Linear(6, 2)})
+
+
+def ticket_of(model):
+    return Ticket.random(model, density=0.5, seed=0).restrict(["embed", "body"])
+
+
+def frozen():
+    model = build()
+    model["body"].weight.requires_grad_(False)
+    return model
+
+
+def delta_of(model):
+    tuned = build()
+    with torch.no_grad():
+        tuned["body"].weight.add_(1)
+    return ls.SparseDelta.between(model, tuned, ticket_of(model))
+
+
+def wrapped_as_peft_does(model):
+    """The names of a model after get_peft_model with a layer replaced: weight -> base_layer.weight."""
+    layer = nn.Module()
+    layer.base_layer, layer.lora_A = model["body"], nn.Linear(4, 2, bias=False)
+    model["body"] = layer
+    return model
+
+
+class Quantized(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(9, dtype=torch.uint8), requires_grad=False)
+
+
+def another_shape():
+    return ticket_of(nn.ModuleDict({"embed": nn.Embedding(9, 4), "body": nn.Linear(4, 7)}))
+
+
+def non_leaf():
+    model = build()
+    return {"body.weight": model["body"].weight * 2}
+
+
+M = MaskedAdamW
+# call with a model and its ticket, exception, words of the message
+CALLS = {
+    "parameters": (lambda m, t: M(m.parameters(), t), TypeError, ["expected the model", "got a generator", "names"]),
+    "list": (lambda m, t: M(list(m.parameters()), t), TypeError, ["got a list", "dict(model.named_parameters())"]),
+    "groups": (lambda m, t: M([{"params": m.parameters()}], t), TypeError, ["without names", '"model": model']),
+    "state-dict-values": (lambda m, t: M(None, t), TypeError, ["expected the model", "got a NoneType"]),
+    "ticket-path": (lambda m, t: M(m, "en.safetensors"), TypeError, ["expected a Ticket", "Ticket.load('en.saf"]),
+    "ticket-Path": (lambda m, t: M(m, Path("a/b")), TypeError, ["expected a Ticket", "Ticket.load('a/b')"]),
+    "ticket-delta": (lambda m, t: M(m, delta_of(m)), TypeError, ["got a SparseDelta", "pass its .ticket"]),
+    "ticket-masks": (lambda m, t: M(m, {"a": torch.ones(3)}), TypeError, ["got a dict", "Ticket.from_masks"]),
+    "ticket-none": (lambda m, t: M(m, None), TypeError, ["got a NoneType", "ltp_sparse.select"]),
+    "ticket-and-model": (lambda m, t: M(t, m), TypeError, ["expected the model", "got a Ticket"]),
+    "own-path": (lambda m, t: ls.PackedParameters(m, "x.safetensors"), TypeError, ["PackedParameters", "Ticket.load"]),
+    "own-parameters": (lambda m, t: ls.PackedParameters(m.parameters(), t), TypeError, ["expected the model"]),
+    "freeze-path": (lambda m, t: ls.optim.freeze(m, "x"), TypeError, ["freeze: expected a Ticket"]),
+    "digests-path": (lambda m, t: ls.frozen_digests(m, "x"), TypeError, ["frozen_digests: expected a Ticket"]),
+    "shape": (lambda m, t: M(m, another_shape()), ValueError, ["'body.", "select the ticket on this model"]),
+    "names": (lambda m, t: M(m["body"], t), ValueError, ["of the ticket", "closest there"]),
+    "before-peft": (lambda m, t: M(wrapped_as_peft_does(m), t), ValueError, ["'body.", "body.base_layer"]),
+    "dense-name": (lambda m, t: M(m, t, dense="head"), TypeError, ["dense must be", "got a str", "dense=model."]),
+    "dense-names": (lambda m, t: M(m, t, dense=["head"]), TypeError, ["dense must be", "got str"]),
+    "dense-dict": (lambda m, t: M(m, t, dense={"params": [m["head"].weight]}), TypeError, ["a list of parameter gro"]),
+    "dense-none": (lambda m, t: M(m, t, dense=None), TypeError, ["dense must be", "got a NoneType"]),
+    "dense-mixture": (lambda m, t: M(m, t, dense=[m["head"].weight, {}]), TypeError, ["not a mixture", "dict"]),
+    "dense-number": (lambda m, t: M(m, t, dense=3), TypeError, ["dense must be", "got a int"]),
+    "dense-twice": (
+        lambda m, t: M(m, t, dense=m["body"], gradients="packed"), ValueError, ["in the ticket and in dense"],
+    ),
+    "lr": (lambda m, t: M(m, t, lr=-1e-3), ValueError, ["lr must be at least 0, got -0.001"]),
+    "lr-nan": (lambda m, t: M(m, t, lr=float("nan")), ValueError, ["lr must be at least 0, got nan"]),
+    "lr-text": (lambda m, t: M(m, t, lr="2e-5"), ValueError, ["lr must be at least 0, got 2e-5"]),
+    "betas": (lambda m, t: M(m, t, betas=(2, 2)), ValueError, ["betas must be in [0, 1)", "(2, 2)"]),
+    "betas-number": (lambda m, t: M(m, t, betas=0.9), ValueError, ["betas must be in [0, 1)", "0.9"]),
+    "eps": (lambda m, t: M(m, t, eps=-1), ValueError, ["eps must be at least 0"]),
+    "decay": (lambda m, t: M(m, t, weight_decay=-1), ValueError, ["weight_decay must be at least 0"]),
+    "norm": (lambda m, t: M(m, t, max_grad_norm=0), ValueError, ["max_grad_norm must be above 0 or None"]),
+    "gradients": (lambda m, t: M(m, t, gradients="pack"), ValueError, ['"dense" or "packed"', "'pack'"]),
+    "states": (lambda m, t: M(m, t, states="int8"), ValueError, ['"float32" or "8bit"', "'int8'"]),
+    "rounding": (lambda m, t: M(m, t, rounding="up"), ValueError, ['"nearest" or "stochastic"']),
+    "pull-on": (lambda m, t: M(m, t, pull_on="cuda"), ValueError, ['"device" or "host"']),
+    "packed-mapping": (
+        lambda m, t: M(dict(m.named_parameters()), t, gradients="packed"), ValueError, ["needs the module"],
+    ),
+    "frozen": (lambda m, t: M(frozen(), t), ValueError, ["'body.weight' takes none", "requires_grad_()"]),
+    "frozen-packed": (
+        lambda m, t: M(frozen(), t, gradients="packed"), ValueError, ["'body.weight' takes none", "requires_grad_()"],
+    ),
+    "frozen-own": (lambda m, t: ls.PackedParameters(frozen(), t), ValueError, ["'body.weight' takes none"]),
+    "max-norm": (lambda m, t: M(build(max_norm=1.0), t), ValueError, ["'embed.weight'", "max_norm=1.0", "to None"]),
+    "by-frequency": (
+        lambda m, t: M(build(scale_grad_by_freq=True), t, gradients="packed"), ValueError, ["scale_grad_by_freq=True"],
+    ),
+    "own-max-norm": (lambda m, t: ls.PackedParameters(build(max_norm=1.0), t), ValueError, ["max_norm=1.0"]),
+    "computed": (
+        lambda m, t: M(non_leaf(), t.restrict(["body.weight"])), ValueError, ["computed from other tensors"],
+    ),
+    "dtype": (lambda m, t: M(m.double(), t), TypeError, ["float32, bfloat16, float16", "got torch.float64"]),
+    "quantized": (
+        lambda m, t: M({"weight": Quantized().weight}, Ticket.from_masks({"weight": torch.ones(9, dtype=torch.bool)})),
+        ValueError, ["'weight' takes none"],
+    ),
+    "nothing": (lambda m, t: M(m, t - t), ValueError, ["no active entry"]),
+    "attach": (
+        lambda m, t: ls.PackedParameters(m, t).attach(torch.optim.SGD(m.parameters(), lr=0.1)), ValueError,
+        ["none of the packed parameters", "pass them"],
+    ),
+    "clip": (lambda m, t: M(m, t).clip_grad_norm_(-1), ValueError, ["max_norm must be above 0, got -1"]),
+    "state": (
+        lambda m, t: M(m, t).load_state_dict(torch.optim.AdamW(m.parameters()).state_dict()), ValueError,
+        ["not saved by MaskedAdamW"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "words"), CALLS.values(), ids=CALLS)
+def test_wrong_calls_say_what_to_write(call, error, words):
+    model = build()
+    ticket = ticket_of(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with pytest.raises(error) as caught:
+        call(model, ticket)
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    if "attach" not in message:
+        assert not model._forward_pre_hooks and not model["embed"].sparse
+    assert all(p.requires_grad for p in trained)
+
+
+def test_the_ordinary_embedding_options_are_taken():
+    for options in ({"padding_idx": 1}, {"sparse": True}):
+        model = build(**options)
+        optimizer = MaskedAdamW(model, ticket_of(model), gradients="packed")
+        model["body"](model["embed"](torch.arange(9))).sum().backward()
+        optimizer.step()
+        optimizer.remove()
