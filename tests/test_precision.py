@@ -96,7 +96,7 @@ def test_small_updates_are_lost_by_rounding_to_nearest_only(backend):
         with using(backend):
             for step in range(1, 101):
                 rows = coefficients(problem, step, lr=2**-14)
-                rows[:, Coefficient.DECAY] = 1
+                rows[:, Coefficient.DECAY_STEP] = 1
                 problem.step(rows)
         moved[mode] = 1 - problem.params[0][mask].double().mean().item()
     assert moved["nearest"] == 0
