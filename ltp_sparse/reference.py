@@ -81,7 +81,7 @@ def masked_adamw_(
     stochastic: bool,
     packed: bool = False,
 ) -> None:
-    """AdamW (arXiv 1711.05101) on the active entries, in the order of operations of torch.optim.AdamW but for the decay.
+    """AdamW (arXiv 1711.05101) on the active entries, as torch.optim.AdamW but for one thing.
 
     Decay and step leave a weight in one subtraction: 1 - lr * weight_decay, rounded to float32, would be off in the
     same direction in every step.

@@ -87,7 +87,7 @@ class Problem:
         row = [
             1,
             0.5,
-            1 - 1e-3 * 0.1,
+            1e-3 * 0.1,
             1 - 0.9,
             0.999,
             1 - 0.999,
@@ -685,7 +685,7 @@ for isa, n, density, encoding in itertools.product(isas, (1, 65, 1000, 4096, 655
         given = slots if packed else dense
         types = (np.int8, np.uint8) if coded else (np.float32, np.float32)
         first, second = (guarded(np.zeros(k, dtype)) for dtype in types)
-        scales = guarded(np.zeros(2 * -(-k // 256), np.uint16))
+        scales = guarded(np.zeros(2 * -(-k // 256), np.float32))
         exact = guarded(np.ones(k, np.float32))
         kinds = code, 0 if packed else code, bool(packed)
         exact_at, scales_at = exact.ctypes.data if master else 0, scales.ctypes.data if coded else 0
