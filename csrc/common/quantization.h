@@ -36,12 +36,14 @@ LTP_HD float fourth_power(float code) {
 template <int LEVELS>
 LTP_HD float encode_magnitude(float value, float inverse, uint32_t random16) {
     const float ratio = fabsf(value) * inverse;
-    const float x = ratio <= 2.0f ? ratio : 0.0f;  // not finite: 0 times the block's NaN
-    const float found = sqrtf(sqrtf(x)) * float(LEVELS);
-    const float code = float(int(found < LEVELS - 1.0f ? found : LEVELS - 1.0f));
+    // Not finite (0 times the block's NaN): zero. By a mask and an integer minimum: compilers would make branches for the
+    // constants of a conditional expression, and not vectorise.
+    const float x = float_from_bits(bits_of_float(ratio) & (0u - uint32_t(ratio <= 2.0f)));
+    const int found = int(sqrtf(sqrtf(x)) * float(LEVELS));
+    const float code = float(found < LEVELS - 1 ? found : LEVELS - 1);
     const float below = fourth_power<LEVELS>(code), above = fourth_power<LEVELS>(code + 1.0f);
     const float chance = (float(int(random16)) + 0.5f) * (1.0f / 65536.0f);
-    return chance * (above - below) < x - below ? code + 1.0f : code;
+    return code + float(chance * (above - below) < x - below);
 }
 
 // exp_avg -> -127 .. 127
