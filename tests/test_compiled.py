@@ -157,18 +157,18 @@ class Problem:
         """The update in eager float32, in the order of operations that the library documents."""
         out = self.clone()
         for i, (mask, slots) in enumerate(zip(self.masks, self.slots(), strict=True)):
-            _, _, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bc2, eps, _, _ = c = (
+            _, _, decay_step, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bc2, eps, _, _ = c = (
                 self.coefficients[i].float()
             )
             if self.grads[i] is None or c[0] == 0:
                 continue
             g, m, v = self.gradient(i), out.exp_avg[slots], out.exp_avg_sq[slots]
-            p = out.params[i][mask] * decay
+            p = out.params[i][mask]
             m.copy_(m + one_minus_beta1 * (g - m))
             v.copy_(v * beta2 + one_minus_beta2 * (g * g))
             # numpy's square root is IEEE 754's; torch's, from a vector library, is off by the last bit at times
             root = torch.from_numpy(np.sqrt(v.numpy()))
-            out.params[i][mask] = p - step_size * (m / (root * inv_sqrt_bc2 + eps))
+            out.params[i][mask] = p - (decay_step * p + step_size * (m / (root * inv_sqrt_bc2 + eps)))
         return out
 
 
