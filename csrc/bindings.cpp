@@ -60,7 +60,7 @@ void masked_adamw_(Addresses params, Addresses grads, int param_dtype, int grad_
     check_threads(threads);
     ltp::masked_adamw_(table_of(std::move(params), std::move(grads), param_dtype, grad_dtype, packed, tiles, n_tiles,
                                 words, positions, coefficients, anchor, master),
-                       {exp_avg, exp_avg_sq, at<ltp::BFloat16>(scales)}, stochastic, threads);
+                       {exp_avg, exp_avg_sq, at<float>(scales)}, stochastic, threads);
 }
 
 void masked_sum_squares(Addresses params, Addresses grads, int param_dtype, int grad_dtype, bool packed,

@@ -47,7 +47,7 @@ void masked_adamw_(uintptr_t addresses, int param_dtype, int grad_dtype, bool pa
     table.coefficients = at<const double>(coefficients);
     table.anchor = at<const float>(anchor);
     table.master = at<float>(master);
-    ltp::cuda_masked_adamw_(table, {at<void>(exp_avg), at<void>(exp_avg_sq), at<ltp::BFloat16>(scales)}, stochastic,
+    ltp::cuda_masked_adamw_(table, {at<void>(exp_avg), at<void>(exp_avg_sq), at<float>(scales)}, stochastic,
                             at<void>(stream));
 }
 

@@ -338,7 +338,7 @@ def check_state(
     _expect(op, "exp_avg", exp_avg, first, (facts.k,), device)
     _expect(op, "exp_avg_sq", exp_avg_sq, second, (facts.k,), device)
     if scales.numel():
-        _expect(op, "scales", scales, torch.bfloat16, (facts.blocks, 2), device)
+        _expect(op, "scales", scales, torch.float32, (facts.blocks, 2), device)
     if stochastic and (master.numel() or any(param.dtype != torch.bfloat16 for param in params[:1])):
         raise ValueError(
             f"{op}: stochastic rounding is for bfloat16 parameters without a master; "

@@ -122,7 +122,7 @@ def memory_report(
         stands_alone = id(parameter) in full or not packed
         held += parameter.numel() * parameter.element_size() if stands_alone else 4 * k
         entries += k
-        per_entry = 8.0 if states == "float32" else 2.0 + 4 / _BLOCK
+        per_entry = 8.0 if states == "float32" else 2.0 + 8 / _BLOCK
         state += k * (per_entry + 4 * precision.keeps_master(parameter.dtype))
         index += _index_bytes(k, parameter.numel(), device)
         if id(parameter) in embeddings and not stands_alone:

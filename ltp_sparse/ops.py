@@ -16,6 +16,7 @@ from torch import Tensor
 from ltp_sparse import backends, checks
 from ltp_sparse.encoding import IndexSet, TileTable, bitmap_words, tiles_of
 from ltp_sparse.reference import Coefficient
+from ltp_sparse.rounding import rounding_keys
 from ltp_sparse.tensors import all_plain, check_plain_tensor
 from ltp_sparse.topk import Selection, TensorSource, select_topk
 
@@ -191,10 +192,11 @@ def masked_adamw_(
         coefficients: float64 [P, 11], a row per parameter: `adamw_coefficients(...)`. It and all packed tensors must be
             contiguous, and on the device of the table.
         anchor: float32 [table.k], values that the pull of the coefficients draws to, or None.
-        scales: bfloat16 [table.blocks, 2], of the 8-bit moments (see `quantization.py`); updated in place. Zeros, with
-            codes of zero, are moments of zero.
+        scales: float32 [table.blocks, 2], of the 8-bit moments (see `quantization.py`); updated in place. Zeros, with
+            codes of zero, are moments of zero. The codes are rounded stochastically, keyed by ROUNDING_KEY.
         master: float32 [table.k], the exact values of the active entries; updated in place, and rounded into `params`.
-        stochastic: rounds bfloat16 parameters stochastically, keyed by the coefficients' ROUNDING_KEY.
+        stochastic: rounds bfloat16 parameters stochastically, keyed by the coefficients' ROUNDING_KEY (`seed` of
+            `adamw_coefficients`).
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices do not fit.
@@ -324,6 +326,7 @@ def adamw_coefficients(
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
     pull: float = 0.0,
+    seed: int = 0,
 ) -> Tensor:
     """float64 [P, 11] coefficients of `masked_adamw_` for parameters that have taken `steps` steps, this one included.
 
@@ -331,13 +334,15 @@ def adamw_coefficients(
         steps: [P], >= 1.
         lr: step size; the others as in torch.optim.AdamW.
         pull: weight of sign(param - anchor), added to the gradient.
+        seed: of the random bits of stochastic rounding and 8-bit moments, 0 <= seed < 2^63; the parameters are told
+            apart by their positions.
     """
     step = steps.to(torch.float64)
     beta1, beta2 = betas
     table = torch.zeros(step.numel(), Coefficient.COUNT, dtype=torch.float64, device=step.device)
     table[:, Coefficient.APPLY] = 1.0
     table[:, Coefficient.GRAD_FACTOR] = 1.0
-    table[:, Coefficient.DECAY] = 1.0 - lr * weight_decay
+    table[:, Coefficient.DECAY_STEP] = lr * weight_decay
     table[:, Coefficient.ONE_MINUS_BETA1] = 1.0 - beta1
     table[:, Coefficient.BETA2] = beta2
     table[:, Coefficient.ONE_MINUS_BETA2] = 1.0 - beta2
@@ -345,6 +350,9 @@ def adamw_coefficients(
     table[:, Coefficient.INV_SQRT_BC2] = (1.0 - beta2**step).rsqrt()
     table[:, Coefficient.EPS] = eps
     table[:, Coefficient.PULL] = pull
+    table[:, Coefficient.ROUNDING_KEY] = rounding_keys(
+        seed, step, torch.arange(step.numel(), dtype=torch.int64, device=step.device)
+    )
     return table
 
 

@@ -1,8 +1,4 @@
-"""Moments in 8 bits, in torch; `csrc/common/quantization.h` is the same for the compiled kernels.
-
-Codes stand in blocks of 256 consecutive active entries of a tile, with a bfloat16 scale per block and moment. The maps
-compand, as in FlashOptim (arXiv 2602.23349): softsign for the first moment, the square root for the second.
-"""
+"""Moments in 8 bits, in torch; `csrc/common/quantization.h` explains the codes and is the same for compiled kernels."""
 
 from __future__ import annotations
 
@@ -16,9 +12,8 @@ from torch.nn.functional import pad
 STATE_BLOCK = 256
 """Active entries of a tile that share scales."""
 
-_ONE_127TH = torch.tensor(1 / 127, dtype=torch.float32, device="cpu").item()  # float32 constants
-_ONE_255TH = torch.tensor(1 / 255, dtype=torch.float32, device="cpu").item()
-
+_LEVELS = (127, 255)
+"""The largest codes of the first moment and of the root of the second."""
 
 Count = TypeVar("Count", int, Tensor)
 
@@ -29,14 +24,13 @@ def state_blocks(active: Count) -> Count:
 
 
 def _block_scale(values: Tensor) -> Tensor:
-    """bfloat16 [B] of the non-negative values [a]: the largest of each block, rounded up.
+    """float32 [B] of the non-negative values [a]: the largest of each block.
 
     As bits a NaN is above everything. Below 2^-120 the block is zero; with a NaN or an infinity in it, all is NaN.
     """
     bits = pad(values, (0, -values.numel() % STATE_BLOCK)).view(torch.int32).view(-1, STATE_BLOCK).amax(1)
-    scale = (bits.to(torch.int64) + 0xFFFF) >> 16
-    scale = torch.where(bits >= 0x7F800000, 0x7FC0, scale)
-    return torch.where(bits < (127 - 120) << 23, 0, scale).to(torch.int16).view(torch.bfloat16)
+    bits = torch.where(bits >= 0x7F800000, 0x7FC00000, bits)
+    return torch.where(bits < (127 - 120) << 23, 0, bits).view(torch.float32)
 
 
 def _spread(scale: Tensor, count: int) -> Tensor:
@@ -45,10 +39,9 @@ def _spread(scale: Tensor, count: int) -> Tensor:
 
 
 def _ratio(values: Tensor, scale: Tensor) -> Tensor:
-    scale = scale.float()
     inverse = torch.where(scale > 0, 1 / scale, 0.0).repeat_interleave(STATE_BLOCK)[: values.numel()]
     ratio = values * inverse
-    return torch.where(ratio.abs() <= 2, ratio, 0.0)  # not finite: 0 times the block's NaN
+    return torch.where(ratio <= 2, ratio, 0.0)  # not finite: 0 times the block's NaN
 
 
 def exact_sqrt(values: Tensor) -> Tensor:
@@ -56,20 +49,44 @@ def exact_sqrt(values: Tensor) -> Tensor:
     return values.double().sqrt().to(values.dtype)
 
 
-def quantize(exp_avg: Tensor, exp_avg_sq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """float32 [a] moments of one tile -> int8 [a] and uint8 [a] codes, bfloat16 [B, 2] scales."""
-    root = exact_sqrt(exp_avg_sq)
-    scales = torch.stack([_block_scale(exp_avg.abs()), _block_scale(root)], dim=1)
-    x = _ratio(exp_avg, scales[:, 0])
-    first = torch.round(127 * ((x + x) / (1 + x.abs())))
+def _fourth_power(codes: Tensor, levels: int) -> Tensor:
+    """float32: what the codes 0 .. levels stand for, over the scale."""
+    y = codes * torch.tensor(1 / levels, dtype=torch.float32, device="cpu").item()  # a float32 constant
+    square = y * y
+    return square * square
+
+
+def _encode(ratio: Tensor, levels: int, chance: Tensor | float) -> Tensor:
+    """float32 codes 0 .. levels: the upper one of the two around `ratio` where `chance`, in [0, 1], is small enough."""
+    code = (exact_sqrt(exact_sqrt(ratio)) * levels).clamp(max=levels - 1).floor()
+    below, above = _fourth_power(code, levels), _fourth_power(code + 1, levels)
+    return torch.where(chance * (above - below) < ratio - below, code + 1, code)
+
+
+def quantize(exp_avg: Tensor, exp_avg_sq: Tensor, random: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """float32 [a] moments of one tile -> int8 [a] and uint8 [a] codes, float32 [B, 2] scales.
+
+    Args:
+        exp_avg: first moments.
+        exp_avg_sq: second moments.
+        random: int64 [a], 32 random bits per entry (`rounding.moment_bits`); None: rounds to nearest, as is right once
+            but not in every step.
+    """
+    chances: tuple[Tensor | float, Tensor | float] = (0.5, 0.5)
+    if random is not None:
+        chances = ((random >> 16).float() + 0.5) / 65536, ((random & 0xFFFF).float() + 0.5) / 65536
+    size, root = exp_avg.abs(), exact_sqrt(exp_avg_sq)
+    scales = torch.stack([_block_scale(size), _block_scale(root)], dim=1)
+    first = _encode(_ratio(size, scales[:, 0]), _LEVELS[0], chances[0])
     x = _ratio(root, scales[:, 1])
+    second = _encode(x, _LEVELS[1], chances[1])
     # what is not zero stays above zero, or the next step would divide by eps alone
-    second = torch.where((x > 0) & (x * 255 < 1), 1.0, torch.round(255 * x))
-    return first.to(torch.int8), second.to(torch.uint8), scales
+    second = torch.where((x > 0) & (second < 1), 1.0, second)
+    return torch.where(exp_avg < 0, -first, first).to(torch.int8), second.to(torch.uint8), scales
 
 
 def quantize_tiles(exp_avg: Tensor, exp_avg_sq: Tensor, active: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """`quantize` over consecutive tiles with these numbers of active entries."""
+    """`quantize` to nearest over consecutive tiles with these numbers of active entries."""
     pieces = [quantize(m, v) for m, v in zip(exp_avg.split(active), exp_avg_sq.split(active), strict=True)]
     first, second, scales = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     return first, second, scales
@@ -78,16 +95,26 @@ def quantize_tiles(exp_avg: Tensor, exp_avg_sq: Tensor, active: Sequence[int]) -
 def dequantize_tiles(
     exp_avg: Tensor, exp_avg_sq: Tensor, scales: Tensor, active: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """`dequantize` over consecutive tiles with these numbers of active entries."""
+    """`dequantize` over consecutive tiles with these numbers of active entries.
+
+    Scales of bfloat16 are those of older states, whose codes were companded by softsign and square root.
+    """
+    decode = _dequantize_companded if scales.dtype == torch.bfloat16 else dequantize
     blocks = [state_blocks(count) for count in active]
     tiles = zip(exp_avg.split(active), exp_avg_sq.split(active), scales.split(blocks), strict=True)
-    first, second = (torch.cat(parts) for parts in zip(*(dequantize(*tile) for tile in tiles), strict=True))
+    first, second = (torch.cat(parts) for parts in zip(*(decode(*tile) for tile in tiles), strict=True))
     return first, second
 
 
 def dequantize(exp_avg: Tensor, exp_avg_sq: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [a] and uint8 [a] codes of one tile, bfloat16 [B, 2] scales -> float32 [a] moments."""
-    y = exp_avg.float() * _ONE_127TH
-    first = y / (2 - y.abs()) * _spread(scales[:, 0], y.numel())
-    root = exp_avg_sq.float() * _spread((scales[:, 1].float() * _ONE_255TH), y.numel())
-    return first, root * root
+    """int8 [a] and uint8 [a] codes of one tile, float32 [B, 2] scales -> float32 [a] moments."""
+    codes, count = exp_avg.float(), exp_avg.numel()
+    first = _fourth_power(codes, _LEVELS[0]) * _spread(scales[:, 0], count)
+    root = _fourth_power(exp_avg_sq.float(), _LEVELS[1]) * _spread(scales[:, 1], count)
+    return torch.where(codes < 0, -first, first), root * root
+
+
+def _dequantize_companded(exp_avg: Tensor, exp_avg_sq: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    y, count = exp_avg.float() / 127, exp_avg.numel()
+    root = exp_avg_sq.float() / 255 * _spread(scales[:, 1], count)
+    return y / (2 - y.abs()) * _spread(scales[:, 0], count), root * root

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ltp_sparse.encoding import TILE, WORDS_PER_TILE, Column, bitmap_words, pack_bits, tile_indices, to_uint16_bits
 from ltp_sparse.quantization import dequantize, exact_sqrt, quantize, state_blocks
-from ltp_sparse.rounding import random16, round_stochastically
+from ltp_sparse.rounding import moment_bits, random16, round_stochastically
 
 NONFINITE_KEY = 0x7F800000
 """The smallest key of an infinity or a NaN."""
@@ -23,7 +23,7 @@ class Coefficient:
 
     APPLY = 0  # 1: update, 0: leave everything of this parameter as it is
     GRAD_FACTOR = 1  # clip factor / loss scale, negative to maximize
-    DECAY = 2  # 1 - lr * weight_decay
+    DECAY_STEP = 2  # lr * weight_decay
     ONE_MINUS_BETA1 = 3
     BETA2 = 4
     ONE_MINUS_BETA2 = 5
@@ -31,7 +31,7 @@ class Coefficient:
     INV_SQRT_BC2 = 7  # 1 / sqrt(1 - beta2 ** step)
     EPS = 8
     PULL = 9  # weight of sign(param - anchor) in the gradient
-    ROUNDING_KEY = 10  # 32 bits, for stochastic rounding: `rounding_keys`
+    ROUNDING_KEY = 10  # 32 bits, for the random bits of weights and 8-bit moments: `rounding_keys`
     COUNT = 11
 
 
@@ -81,7 +81,10 @@ def masked_adamw_(
     stochastic: bool,
     packed: bool = False,
 ) -> None:
-    """AdamW (arXiv 1711.05101) on the active entries, in the order of operations of torch.optim.AdamW.
+    """AdamW (arXiv 1711.05101) on the active entries, as torch.optim.AdamW but for one thing.
+
+    Decay and step leave a weight in one subtraction: 1 - lr * weight_decay, rounded to float32, would be off in the
+    same direction in every step.
 
     Optional tensors are empty where they are not used: `scales` (moments are then not quantised), `master`, `anchor`.
     packed: `grads` is one tensor, float32 [K] in slot order; whether a parameter is updated, APPLY alone says.
@@ -98,15 +101,14 @@ def masked_adamw_(
             m, v = dequantize(m, v, scales[blocks])
 
         g = _gradient(old, _active_gradient(grads, packed, tile, indices), c, anchor[slots])
-        p = old * c[Coefficient.DECAY]
         m = m + c[Coefficient.ONE_MINUS_BETA1] * (g - m)
         v = v * c[Coefficient.BETA2] + c[Coefficient.ONE_MINUS_BETA2] * (g * g)
         denominator = exact_sqrt(v) * c[Coefficient.INV_SQRT_BC2] + c[Coefficient.EPS]
-        p = p - c[Coefficient.STEP_SIZE] * (m / denominator)
+        p = old - (c[Coefficient.DECAY_STEP] * old + c[Coefficient.STEP_SIZE] * (m / denominator))
 
         written: list[tuple[Tensor, slice | Tensor, Tensor]] = [(exp_avg, slots, m), (exp_avg_sq, slots, v)]
         if scales.numel():
-            first, second, block_scales = quantize(m, v)
+            first, second, block_scales = quantize(m, v, moment_bits(row[Coefficient.ROUNDING_KEY], indices))
             written = [(exp_avg, slots, first), (exp_avg_sq, slots, second), (scales, blocks, block_scales)]
         if master.numel():
             written.append((master, slots, p))

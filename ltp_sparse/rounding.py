@@ -1,4 +1,4 @@
-"""Stochastic rounding to bfloat16, in torch; `csrc/common/rounding.h` is the same for the compiled kernels.
+"""The random bits of stochastic rounding, in torch; `csrc/common/rounding.h` is the same for the compiled kernels.
 
 The random bits of an entry depend on (seed, step, parameter, flat index) alone: neither encoding, tiling, backend nor
 device changes a result. Words of 32 bits are held in int64 tensors.
@@ -37,10 +37,18 @@ def rounding_keys(seed: int, steps: Tensor, numbers: Tensor) -> Tensor:
     return key.to(torch.float64)
 
 
+def _tile_key(key: Tensor, indices: Tensor) -> Tensor:
+    return _mix32((key.to(torch.int64) + (indices >> 32) * _GOLDEN) & _MASK)
+
+
 def random16(key: Tensor, indices: Tensor) -> Tensor:
-    """int64: 16 random bits per flat index; key: 0-dim, one of `rounding_keys`."""
-    tile_key = _mix32((key.to(torch.int64) + (indices >> 32) * _GOLDEN) & _MASK)
-    return _mix32(tile_key ^ (indices & _MASK)) >> 16
+    """int64: 16 random bits per flat index for weights; key: 0-dim, one of `rounding_keys`."""
+    return _mix32(_tile_key(key, indices) ^ (indices & _MASK)) >> 16
+
+
+def moment_bits(key: Tensor, indices: Tensor) -> Tensor:
+    """int64: 32 random bits per flat index for 8-bit moments, independent of those for weights."""
+    return _mix32(_mix32((_tile_key(key, indices) + _GOLDEN) & _MASK) ^ (indices & _MASK))
 
 
 def round_stochastically(values: Tensor, random16: Tensor) -> Tensor:

@@ -12,8 +12,6 @@ from torch import Size, Tensor
 from ltp_sparse.delta import gather
 from ltp_sparse.encoding import TileTable
 from ltp_sparse.ops import adamw_coefficients, masked_adamw_
-from ltp_sparse.reference import Coefficient
-from ltp_sparse.rounding import rounding_keys
 from ltp_sparse.ticket import Ticket
 
 
@@ -136,12 +134,7 @@ def update_problem(
     coded = states == "8bit"
     rounded = [param.to(dtype) for param in params.values()]
     coefficients = adamw_coefficients(
-        torch.ones(len(params), dtype=torch.float32, device="cpu"), lr=lr, weight_decay=weight_decay
-    )
-    coefficients[:, Coefficient.ROUNDING_KEY] = rounding_keys(
-        seed,
-        torch.ones(len(params), dtype=torch.float32, device="cpu"),
-        torch.arange(len(params), dtype=torch.int64, device="cpu"),
+        torch.ones(len(params), dtype=torch.float32, device="cpu"), lr=lr, weight_decay=weight_decay, seed=seed
     )
     return UpdateProblem(
         ticket,
@@ -151,7 +144,7 @@ def update_problem(
         torch.zeros(table.k, dtype=torch.uint8 if coded else torch.float32, device="cpu"),
         table,
         coefficients,
-        torch.zeros(table.blocks, 2, dtype=torch.bfloat16, device="cpu") if coded else None,
+        torch.zeros(table.blocks, 2, dtype=torch.float32, device="cpu") if coded else None,
         torch.cat([gather(p, s).float() for p, s in zip(rounded, ticket.sets.values(), strict=True)])
         if master
         else None,

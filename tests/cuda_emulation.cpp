@@ -163,7 +163,7 @@ void emulated_take_ties(const CudaCandidates* candidates, const CudaMarks* marks
 }
 
 void emulated_masked_adamw_(const CudaTable* table, void* exp_avg, void* exp_avg_sq, void* scales, int stochastic) {
-    const CudaMoments moments = {exp_avg, exp_avg_sq, static_cast<BFloat16*>(scales)};
+    const CudaMoments moments = {exp_avg, exp_avg_sq, static_cast<float*>(scales)};
     with_types(*table, [&](auto param, auto grad, auto packed) {
         // Backwards: no thread block may need the work of an earlier one.
         for (int64_t block = table->n_tiles * table->parts - 1; block >= 0; --block) {

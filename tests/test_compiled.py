@@ -87,7 +87,7 @@ class Problem:
         row = [
             1,
             0.5,
-            1 - 1e-3 * 0.1,
+            1e-3 * 0.1,
             1 - 0.9,
             0.999,
             1 - 0.999,
@@ -157,18 +157,18 @@ class Problem:
         """The update in eager float32, in the order of operations that the library documents."""
         out = self.clone()
         for i, (mask, slots) in enumerate(zip(self.masks, self.slots(), strict=True)):
-            _, _, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bc2, eps, _, _ = c = (
+            _, _, decay_step, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bc2, eps, _, _ = c = (
                 self.coefficients[i].float()
             )
             if self.grads[i] is None or c[0] == 0:
                 continue
             g, m, v = self.gradient(i), out.exp_avg[slots], out.exp_avg_sq[slots]
-            p = out.params[i][mask] * decay
+            p = out.params[i][mask]
             m.copy_(m + one_minus_beta1 * (g - m))
             v.copy_(v * beta2 + one_minus_beta2 * (g * g))
             # numpy's square root is IEEE 754's; torch's, from a vector library, is off by the last bit at times
             root = torch.from_numpy(np.sqrt(v.numpy()))
-            out.params[i][mask] = p - step_size * (m / (root * inv_sqrt_bc2 + eps))
+            out.params[i][mask] = p - (decay_step * p + step_size * (m / (root * inv_sqrt_bc2 + eps)))
         return out
 
 
@@ -685,7 +685,7 @@ for isa, n, density, encoding in itertools.product(isas, (1, 65, 1000, 4096, 655
         given = slots if packed else dense
         types = (np.int8, np.uint8) if coded else (np.float32, np.float32)
         first, second = (guarded(np.zeros(k, dtype)) for dtype in types)
-        scales = guarded(np.zeros(2 * -(-k // 256), np.uint16))
+        scales = guarded(np.zeros(2 * -(-k // 256), np.float32))
         exact = guarded(np.ones(k, np.float32))
         kinds = code, 0 if packed else code, bool(packed)
         exact_at, scales_at = exact.ctypes.data if master else 0, scales.ctypes.data if coded else 0

@@ -119,7 +119,7 @@ def test_rounding_is_torchs(compiled, dtype):  # noqa: F811
         problem.master.copy_(values)
         problem.grads[0].zero_()
         rows = problem.coefficients.clone()
-        rows[:, Coefficient.DECAY], rows[:, Coefficient.STEP_SIZE] = 1, 0
+        rows[:, Coefficient.DECAY_STEP], rows[:, Coefficient.STEP_SIZE] = 0, 0
         with using("compiled"):
             problem.step(rows)
         finite = ~values.isnan()

@@ -59,11 +59,11 @@ def eager(
             g = raw * dtype(-1 if step % 3 == 0 else 0.5)
             if anchor is not None:
                 g = g + dtype(hyper["pull"]) * np.sign(p - anchor[slots].numpy().astype(dtype))
-            p = p * dtype(1 - hyper["lr"] * hyper["weight_decay"])
             m = m + dtype(1 - beta1) * (g - m)
             v = v * dtype(beta2) + dtype(1 - beta2) * (g * g)
             size, root = dtype(hyper["lr"] / (1 - beta1**step)), dtype(1 / np.sqrt(1 - beta2**step))
-            p = p - size * (m / (np.sqrt(v) * root + dtype(hyper["eps"])))
+            decay = dtype(hyper["lr"] * hyper["weight_decay"])
+            p = p - (decay * p + size * (m / (np.sqrt(v) * root + dtype(hyper["eps"]))))
         results.append(p)
     return results
 

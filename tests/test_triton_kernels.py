@@ -101,8 +101,8 @@ def problem(rng: torch.Generator, *, situation: str = "all", anchor: bool = Fals
     assert first_slots == [0, 1]
     kept = torch.cat([p[m] for p, m in zip(params, masks, strict=True)])
     initial = torch.where(torch.rand(table.k, generator=rng) < 0.3, kept, torch.randn(table.k, generator=rng))
-    # APPLY, GRAD_FACTOR, DECAY, 1 - beta1, beta2, 1 - beta2, STEP_SIZE, INV_SQRT_BC2, EPS, PULL, ROUNDING_KEY
-    row = torch.tensor([1.0, 0.7, 1 - 1e-3, 0.1, 0.999, 1e-3, 1e-2, 1.9, 1e-8, 0.03, 0], dtype=torch.float64)
+    # APPLY, GRAD_FACTOR, DECAY_STEP, 1 - beta1, beta2, 1 - beta2, STEP_SIZE, INV_SQRT_BC2, EPS, PULL, ROUNDING_KEY
+    row = torch.tensor([1.0, 0.7, 1e-3, 0.1, 0.999, 1e-3, 1e-2, 1.9, 1e-8, 0.03, 0], dtype=torch.float64)
     coefficients = row * (1 + 0.01 * torch.arange(len(shapes))[:, None])
     chosen = SITUATIONS[situation]
     if APPLY_OFF in chosen:

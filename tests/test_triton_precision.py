@@ -104,7 +104,7 @@ def test_8bit_blocks_of_a_bitmap_of_two_tiles():
             torch.zeros(table.k, dtype=torch.int8),
             torch.zeros(table.k, dtype=torch.uint8),
         )
-        problem.scales = torch.zeros(table.blocks, 2, dtype=torch.bfloat16)
+        problem.scales = torch.zeros(table.blocks, 2)
         with using(backend):
             for step in (1, 2):
                 problem.step(coefficients_of_one(step))

@@ -1,6 +1,6 @@
-// Stochastic rounding to bfloat16. The random bits of an entry depend on (seed, step, parameter, flat index) alone, so
-// that neither encoding nor tiling nor device changes a result. `ltp_sparse/rounding.py` is the same in torch and makes
-// the key of a parameter's step from the first three.
+// The random bits of stochastic rounding, of bfloat16 weights and of 8-bit moments. Those of an entry depend on (seed,
+// step, parameter, flat index) alone, so that neither encoding nor tiling nor device changes a result.
+// `ltp_sparse/rounding.py` is the same in torch and makes the key of a parameter's step from the first three.
 #pragma once
 
 #include "dtypes.h"
@@ -23,6 +23,12 @@ LTP_HD uint32_t tile_key(uint32_t rounding_key, int64_t start) {
 
 // 16 random bits for the entry with this flat index.
 LTP_HD uint32_t random16(uint32_t tile_key, uint32_t index) { return mix32(tile_key ^ index) >> 16; }
+
+// The key of a tile's 8-bit moments, whose bits are independent of those of its weights.
+LTP_HD uint32_t moment_key(uint32_t tile_key) { return mix32(tile_key + 0x9E3779B9u); }
+
+// 32 random bits for the moments of the entry with this flat index: the upper half is the first one's.
+LTP_HD uint32_t moment_bits(uint32_t moment_key, uint32_t index) { return mix32(moment_key ^ index); }
 
 // Rounds away from zero with the probability that makes the mean exact. What is not finite is rounded to nearest.
 LTP_HD BFloat16 round_stochastically(float value, uint32_t random16) {

@@ -47,8 +47,9 @@ inline void decode_tile(const AdamWTile& tile, uint16_t* positions) {
 template <class Param, class Grad, bool PACKED>
 class Walk {
   public:
-    // Calls body(values, grads, rank, count) for pieces of active entries in order: `count` of them from the tile's
-    // active entry `rank` on; with 8-bit moments each piece is one of their blocks. With kUpdate, what body leaves in
+    // Calls body(values, grads, rank, count, positions) for pieces of active entries in order: `count` of them from the
+    // tile's active entry `rank` on; with 8-bit moments each piece is one of their blocks, and `positions` are those of
+    // its entries in the tile, or null if they are `rank` and so on. With kUpdate, what body leaves in
     // values is rounded into the parameters; with kReadGrads, values is not to be read.
     template <Access ACCESS, class Body>
     void for_each_piece(const AdamWTile& tile, Body body) const {
@@ -129,7 +130,7 @@ class Walk {
         Param* const params = params_of(tile);
         if constexpr (kPlainParam && (kPlainGrad || PACKED)) {
             if (tile.scales == nullptr && tile.master == nullptr) {
-                body(params, static_cast<const float*>(tile.grad), 0, tile.length);
+                body(params, static_cast<const float*>(tile.grad), 0, tile.length, nullptr);
                 return;
             }
         }
@@ -140,7 +141,7 @@ class Walk {
                 values_of<ACCESS>(tile, first, buffers, [&] { widen(params + first, count, buffers.values); });
             const float* grads =
                 grads_of(tile, first, buffers, [&] { widen(grads_of(tile) + first, count, buffers.grads); });
-            body(values, grads, first, count);
+            body(values, grads, first, count, nullptr);
             if (ACCESS == Access::kUpdate) {
                 round_piece(tile, values, count, [&](int64_t i) { return first + i; }, params + first);
             }
@@ -187,7 +188,7 @@ class Walk {
         const float* grads = grads_of(tile, rank, buffers, [&] {
             for (int64_t i = 0; i < count; ++i) buffers.grads[i] = to_float32(grads_of(tile)[piece[i]]);
         });
-        body(values, grads, rank, count);
+        body(values, grads, rank, count, piece);
         if (ACCESS == Access::kUpdate) {
             if constexpr (kPlainParam) {
                 for (int64_t i = 0; i < count; ++i) params[piece[i]] = values[i];
@@ -219,7 +220,7 @@ class Walk {
             const float* grads = grads_of(tile, rank, buffers, [&] {
                 if constexpr (!kPlainGrad) widen(buffers.raw_grads, count, buffers.grads);
             });
-            body(values, grads, rank, count);
+            body(values, grads, rank, count, nullptr);
             rank += count;
             if (ACCESS == Access::kUpdate) {
                 const Param* from = buffers.params;
@@ -245,7 +246,9 @@ class Walk {
             if (PACKED) rest.grad = static_cast<const float*>(tile.grad) + rank;
             for_each_listed_piece<ACCESS>(
                 rest, positions,
-                [&](float* values, const float* grads, int64_t at, int64_t n) { body(values, grads, rank + at, n); });
+                [&](float* values, const float* grads, int64_t at, int64_t n, const uint16_t* listed) {
+                    body(values, grads, rank + at, n, listed);
+                });
         }
     }
 

@@ -20,13 +20,13 @@ struct AdamWTile {
     bool packed;
     void* exp_avg;              // [active] float32, or with scales int8; updated
     void* exp_avg_sq;           // [active] float32, or with scales uint8; updated
-    BFloat16* scales;           // [ceil(active / 256), 2] of exp_avg and exp_avg_sq, updated; null: no 8-bit moments
+    float* scales;              // [ceil(active / 256), 2] of exp_avg and exp_avg_sq, updated; null: no 8-bit moments
     float* master;              // [active] exact values, updated; null: the parameter's own are exact
     const float* anchor;        // [active], or null: no pull
     const int32_t* words;       // kBitmap: [2 * ceil(length / 64)]
     const uint16_t* positions;  // kList16: [active] ascending
-    bool stochastic;            // rounds bfloat16 parameters stochastically, with the bits of `key`
-    uint32_t key;
+    bool stochastic;            // rounds bfloat16 parameters stochastically
+    uint32_t key;               // of the random bits, see rounding.h
     AdamWCoefficients coefficients;
 };
 

@@ -27,7 +27,7 @@ struct MaskedAdamW {
 // The moments, updated in place: float32 [K], or with scales int8 [K] and uint8 [K], see common/quantization.h.
 struct Moments {
     uintptr_t exp_avg, exp_avg_sq;
-    BFloat16* scales;  // [B, 2], or null
+    float* scales;  // [B, 2], or null
 };
 
 // Updates the active entries of `params`, their moments and masters, of every parameter that has a gradient and whose

@@ -9,37 +9,40 @@ namespace ltp {
 namespace {
 
 // Inlined into the walk, as is PieceUpdate (a lambda would not be): a list has a piece per 16 entries, and a call with
-// its nine coefficients costs as much as they do.
-template <bool HAS_ANCHOR>
+// its nine coefficients costs as much as they do. ROOTS: leaves the roots of the second moments in their place.
+template <bool HAS_ANCHOR, bool ROOTS = false>
 LTP_INLINE void update_piece(float* __restrict values, const float* __restrict grads, float* __restrict exp_avg,
                              float* __restrict exp_avg_sq, const float* __restrict anchor, int64_t count,
                              const AdamWCoefficients c) {
     for (int64_t i = 0; i < count; ++i) {
         const float g = effective_gradient<HAS_ANCHOR>(grads[i], values[i], HAS_ANCHOR ? anchor[i] : 0.0f, c);
-        adamw_update(values[i], g, exp_avg[i], exp_avg_sq[i], c);
+        const float root = adamw_update(values[i], g, exp_avg[i], exp_avg_sq[i], c);
+        if (ROOTS) exp_avg_sq[i] = root;
     }
 }
 
-// The moments of one block of 256 active entries, decoded.
+// The moments of one block of 256 active entries, decoded; to be encoded with the roots in the place of the second ones.
 class DecodedBlock {
   public:
     alignas(64) float exp_avg[kStateBlock];
     alignas(64) float exp_avg_sq[kStateBlock];
 
-    DecodedBlock(const int8_t* first, const uint8_t* second, const BFloat16* scales, int64_t count) {
-        const float first_scale = to_float32(scales[0]), second_scale = to_float32(scales[1]);
+    DecodedBlock(const int8_t* first, const uint8_t* second, const float* scales, int64_t count) {
+        const float first_scale = scales[0], second_scale = scales[1];
         for (int64_t i = 0; i < count; ++i) exp_avg[i] = decode_exp_avg(first[i], first_scale);
         for (int64_t i = 0; i < count; ++i) exp_avg_sq[i] = decode_exp_avg_sq(second[i], second_scale);
     }
 
-    void encode(int8_t* first, uint8_t* second, BFloat16* scales, int64_t count) {
-        for (int64_t i = 0; i < count; ++i) exp_avg_sq[i] = sqrtf(exp_avg_sq[i]);
+    // random: the moment bits of every entry
+    void encode(int8_t* first, uint8_t* second, float* scales, const uint32_t* random, int64_t count) {
         scales[0] = block_scale(largest(exp_avg, count));
         scales[1] = block_scale(largest(exp_avg_sq, count));
-        const float first_inverse = inverse_scale(to_float32(scales[0]));
-        const float second_inverse = inverse_scale(to_float32(scales[1]));
-        for (int64_t i = 0; i < count; ++i) first[i] = encode_exp_avg(exp_avg[i], first_inverse);
-        for (int64_t i = 0; i < count; ++i) second[i] = encode_exp_avg_sq(exp_avg_sq[i], second_inverse);
+        const float first_inverse = inverse_scale(scales[0]);
+        const float second_inverse = inverse_scale(scales[1]);
+        for (int64_t i = 0; i < count; ++i) first[i] = encode_exp_avg(exp_avg[i], first_inverse, random[i]);
+        for (int64_t i = 0; i < count; ++i) {
+            second[i] = encode_exp_avg_sq(exp_avg_sq[i], second_inverse, random[i]);
+        }
     }
 
   private:
@@ -54,25 +57,33 @@ class DecodedBlock {
     }
 };
 
-// A piece that is one block of 8-bit moments.
+// A piece that is one block of 8-bit moments; positions: of its entries in the tile, null: consecutive ones.
 template <bool HAS_ANCHOR>
 __attribute__((noinline)) void update_block(const AdamWTile& tile, float* values, const float* grads, int64_t rank,
-                                            int64_t count) {
+                                            int64_t count, const uint16_t* positions) {
     int8_t* first = static_cast<int8_t*>(tile.exp_avg) + rank;
     uint8_t* second = static_cast<uint8_t*>(tile.exp_avg_sq) + rank;
-    BFloat16* scales = tile.scales + 2 * (rank / kStateBlock);
+    float* scales = tile.scales + 2 * (rank / kStateBlock);
     const float* anchor = HAS_ANCHOR ? tile.anchor + rank : nullptr;
     DecodedBlock block(first, second, scales, count);
-    update_piece<HAS_ANCHOR>(values, grads, block.exp_avg, block.exp_avg_sq, anchor, count, tile.coefficients);
-    block.encode(first, second, scales, count);
+    update_piece<HAS_ANCHOR, true>(values, grads, block.exp_avg, block.exp_avg_sq, anchor, count, tile.coefficients);
+    alignas(64) uint32_t random[kStateBlock];
+    const uint32_t key = moment_key(tile.key), start = uint32_t(tile.start);
+    if (positions == nullptr) {
+        for (int64_t i = 0; i < count; ++i) random[i] = moment_bits(key, start + uint32_t(rank + i));
+    } else {
+        for (int64_t i = 0; i < count; ++i) random[i] = moment_bits(key, start + positions[i]);
+    }
+    block.encode(first, second, scales, random, count);
 }
 
 template <bool HAS_ANCHOR>
 struct PieceUpdate {
     const AdamWTile& tile;
 
-    LTP_INLINE void operator()(float* values, const float* grads, int64_t rank, int64_t count) const {
-        if (tile.scales != nullptr) return update_block<HAS_ANCHOR>(tile, values, grads, rank, count);
+    LTP_INLINE void operator()(float* values, const float* grads, int64_t rank, int64_t count,
+                               const uint16_t* positions) const {
+        if (tile.scales != nullptr) return update_block<HAS_ANCHOR>(tile, values, grads, rank, count, positions);
         update_piece<HAS_ANCHOR>(values, grads, static_cast<float*>(tile.exp_avg) + rank,
                                  static_cast<float*>(tile.exp_avg_sq) + rank, HAS_ANCHOR ? tile.anchor + rank : nullptr,
                                  count, tile.coefficients);
@@ -99,7 +110,7 @@ double sum_tile(const AdamWTile& tile) {
     constexpr Access kAccess = HAS_ANCHOR ? Access::kReadBoth : Access::kReadGrads;
     with_storage_types(tile, [&](auto walk) {
         walk.template for_each_piece<kAccess>(
-            tile, [&](const float* values, const float* grads, int64_t rank, int64_t count) {
+            tile, [&](const float* values, const float* grads, int64_t rank, int64_t count, const uint16_t*) {
                 const auto add = [&](int64_t lane, int64_t i) {
                     const double g = effective_gradient<HAS_ANCHOR>(grads[i], HAS_ANCHOR ? values[i] : 0.0f,
                                                                     HAS_ANCHOR ? tile.anchor[rank + i] : 0.0f, c);
@@ -125,7 +136,7 @@ double sum_squares(const AdamWTile& tile) {
 void pack_gradients(const AdamWTile& tile, float* out, bool accumulate) {
     with_storage_types(tile, [&](auto walk) {
         walk.template for_each_piece<Access::kReadGrads>(
-            tile, [&](const float*, const float* grads, int64_t rank, int64_t count) {
+            tile, [&](const float*, const float* grads, int64_t rank, int64_t count, const uint16_t*) {
                 if (accumulate) {
                     for (int64_t i = 0; i < count; ++i) out[rank + i] = out[rank + i] + grads[i];
                 } else {

@@ -26,7 +26,7 @@ struct CudaTable {
 
 struct CudaMoments {
     void *exp_avg, *exp_avg_sq;  // float32 [K], or with scales int8 [K] and uint8 [K]
-    BFloat16* scales;            // [B, 2]
+    float* scales;               // [B, 2]
 };
 
 // As in csrc/cpu/masked_adamw.h. stream: a cudaStream_t. Throw std::runtime_error if the launch fails; they neither

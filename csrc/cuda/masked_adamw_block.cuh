@@ -151,15 +151,17 @@ LTP_HD void update_coded_block(const CudaTable& table, const CudaMoments& moment
     share.stochastic = stochastic;
     int8_t* const first = static_cast<int8_t*>(moments.exp_avg) + share.tile.slot;
     uint8_t* const second = static_cast<uint8_t*>(moments.exp_avg_sq) + share.tile.slot;
-    BFloat16* const scales = moments.scales + 2 * share.tile.block;
+    float* const scales = moments.scales + 2 * share.tile.block;
     const int active = int(share.tile.active);
+    const uint32_t key = moment_key(share.key);
 
     for_each_state_block(share.tile, share.part, table.parts, [&](int begin) {
-        BFloat16* const own = scales + 2 * (begin / kStateBlockSize);
+        float* const own = scales + 2 * (begin / kStateBlockSize);
         typename Threads::template PerThread<float[2]> m, root;
+        typename Threads::template PerThread<int[2]> entries;
         typename Threads::template PerThread<int> largest_m, largest_root;
         threads.each([&](int thread) {
-            const float first_scale = to_float32(own[0]), second_scale = to_float32(own[1]);
+            const float first_scale = own[0], second_scale = own[1];
             largest_m[thread] = largest_root[thread] = 0;
             for (int j = 0; j < 2; ++j) {
                 const int rank = begin + j * kThreads + thread;
@@ -168,11 +170,11 @@ LTP_HD void update_coded_block(const CudaTable& table, const CudaMoments& moment
                 float value = share.value(entry, rank);
                 float mean = decode_exp_avg(first[rank], first_scale);
                 float square = decode_exp_avg_sq(second[rank], second_scale);
-                adamw_update(value, share.gradient(share.raw_gradient(entry, rank), value, rank), mean, square,
-                             share.c);
+                const float g = share.gradient(share.raw_gradient(entry, rank), value, rank);
+                root[thread][j] = adamw_update(value, g, mean, square, share.c);
                 share.store(value, entry, rank);
                 m[thread][j] = mean;
-                root[thread][j] = sqrtf(square);
+                entries[thread][j] = entry;
                 const int mean_bits = int(bits_of_float(mean) & 0x7FFFFFFF);
                 const int root_bits = int(bits_of_float(root[thread][j]) & 0x7FFFFFFF);
                 largest_m[thread] = mean_bits > largest_m[thread] ? mean_bits : largest_m[thread];
@@ -180,16 +182,17 @@ LTP_HD void update_coded_block(const CudaTable& table, const CudaMoments& moment
             }
         });
         // Both synchronise, so that every thread has read the old scales.
-        const BFloat16 first_scale = block_scale(float_from_bits(uint32_t(threads.largest(largest_m))));
-        const BFloat16 second_scale = block_scale(float_from_bits(uint32_t(threads.largest(largest_root))));
+        const float first_scale = block_scale(float_from_bits(uint32_t(threads.largest(largest_m))));
+        const float second_scale = block_scale(float_from_bits(uint32_t(threads.largest(largest_root))));
         threads.each([&](int thread) {
-            const float first_inverse = inverse_scale(to_float32(first_scale));
-            const float second_inverse = inverse_scale(to_float32(second_scale));
+            const float first_inverse = inverse_scale(first_scale);
+            const float second_inverse = inverse_scale(second_scale);
             for (int j = 0; j < 2; ++j) {
                 const int rank = begin + j * kThreads + thread;
                 if (rank >= active) continue;
-                first[rank] = encode_exp_avg(m[thread][j], first_inverse);
-                second[rank] = encode_exp_avg_sq(root[thread][j], second_inverse);
+                const uint32_t random = moment_bits(key, uint32_t(share.tile.start + entries[thread][j]));
+                first[rank] = encode_exp_avg(m[thread][j], first_inverse, random);
+                second[rank] = encode_exp_avg_sq(root[thread][j], second_inverse, random);
             }
             if (thread == 0) {
                 own[0] = first_scale;

@@ -4,10 +4,9 @@ gradients; `kernels/README.md` explains the design.
 For every active entry, in float32, in this order and without fused multiply-add:
 
     g = grad * GRAD_FACTOR  (+ PULL * sign(p - anchor))
-    p = p * DECAY
     m = m + ONE_MINUS_BETA1 * (g - m)
     v = v * BETA2 + ONE_MINUS_BETA2 * (g * g)
-    p = p - STEP_SIZE * (m / (sqrt(v) * INV_SQRT_BC2 + EPS))
+    p = p - (DECAY_STEP * p + STEP_SIZE * (m / (sqrt(v) * INV_SQRT_BC2 + EPS)))
 
 `tiles` is int64 [T, 8]: PARAM, START, LENGTH, ACTIVE, SLOT, INDEX, ENCODING, BLOCK. Parameters whose gradient is empty
 are skipped.
@@ -30,6 +29,7 @@ from .precision import (
     decode_exp_avg_sq,
     encode_exp_avg,
     encode_exp_avg_sq,
+    moment_bits,
     round_stochastically,
     round_to,
     tile_key,
@@ -85,12 +85,11 @@ def _pull(grad, param, anchor, pull):
 @triton.jit
 def _adamw(p, g, m, v, coefficients):
     """The new (p, m, v) and the root of v; g is the effective gradient."""
-    _, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bc2, eps, _ = coefficients
-    p = p * decay
+    _, decay_step, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bc2, eps, _ = coefficients
     m = m + one_minus_beta1 * (g - m)
     v = v * beta2 + one_minus_beta2 * (g * g)
     root = tl.sqrt_rn(v)
-    p = p - step_size * tl.div_rn(m, root * inv_sqrt_bc2 + eps)
+    p = p - (decay_step * p + step_size * tl.div_rn(m, root * inv_sqrt_bc2 + eps))
     return p, m, v, root
 
 
@@ -154,8 +153,9 @@ def _update_coded(
     _store_value(param_ptr, master_ptr, p, mask, key, index, HAS_MASTER, STOCHASTIC)
     scale = block_scale(tl.where(mask, m, 0.0))
     root_scale = block_scale(tl.where(mask, root, 0.0))
-    tl.store(exp_avg_ptr, encode_exp_avg(m, scale), mask)
-    tl.store(exp_avg_sq_ptr, encode_exp_avg_sq(root, root_scale), mask)
+    random = moment_bits(key, index)
+    tl.store(exp_avg_ptr, encode_exp_avg(m, scale, random), mask)
+    tl.store(exp_avg_sq_ptr, encode_exp_avg_sq(root, root_scale, random), mask)
     tl.debug_barrier()  # every thread has read the old scales
     tl.store(scale_ptr, scale)
     tl.store(scale_ptr + 1, root_scale)
@@ -225,7 +225,7 @@ def _masked_adamw_kernel(
     encoding = tl.load(tile_ptr + _ENCODING)
     param_address += PARAM_SIZE * start
     grad_address += GRAD_SIZE * (slot if PACKED else start)
-    key = tile_key(tl.load(coefficient_ptr + _ROUNDING_KEY), start) if STOCHASTIC else 0
+    key = tile_key(tl.load(coefficient_ptr + _ROUNDING_KEY), start) if STOCHASTIC or CODED else 0
     low = start.to(tl.uint32)  # the lower half of the flat index of the tile's first entry
 
     done = 0

@@ -47,48 +47,66 @@ def round_stochastically(value, key, index):
 
 
 @triton.jit
-def _nearest_integer(x):
-    """Ties to even, for |x| < 2^22."""
-    return (x + 12582912.0) - 12582912.0
+def moment_bits(tile_key, index):
+    """uint32 random bits for the 8-bit moments of the entries `index` (lower 32 bits of their flat indices)."""
+    return _mix32(_mix32(tile_key + 0x9E3779B9) ^ index.to(tl.uint32))
 
 
 @triton.jit
 def block_scale(values):
-    """bfloat16 scalar: the scale of a block of values. As bits a NaN is above everything."""
+    """float32 scalar: the scale of a block of values, its largest magnitude. As bits a NaN is above everything."""
     largest = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
-    scale = (largest + 0xFFFF) >> 16
-    scale = tl.where(largest >= 0x7F800000, 0x7FC0, scale)
-    scale = tl.where(largest < ((127 - 120) << 23), 0, scale)
-    return scale.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    scale = tl.where(largest >= 0x7F800000, 0x7FC00000, largest)
+    return tl.where(largest < ((127 - 120) << 23), 0, scale).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _ratio(values, scale):
-    scale = scale.to(tl.float32)
     ratio = values * tl.where(scale > 0.0, tl.div_rn(1.0, scale), 0.0)
-    return tl.where(tl.abs(ratio) <= 2.0, ratio, 0.0)  # not finite: 0 times the block's NaN
+    return tl.where(ratio <= 2.0, ratio, 0.0)  # not finite: 0 times the block's NaN
 
 
 @triton.jit
-def encode_exp_avg(value, scale):
-    x = _ratio(value, scale)
-    return _nearest_integer(127.0 * tl.div_rn(x + x, 1.0 + tl.abs(x))).to(tl.int32).to(tl.int8)
+def _fourth_power(code, INVERSE: tl.constexpr):
+    """What a code stands for, over the scale; INVERSE: 1 / the largest code, in float32."""
+    y = code * INVERSE
+    square = y * y
+    return square * square
+
+
+@triton.jit
+def _encode_magnitude(x, random, LEVELS: tl.constexpr, INVERSE: tl.constexpr):
+    """The code above or below `x`, by 16 random bits."""
+    code = tl.minimum(tl.sqrt_rn(tl.sqrt_rn(x)) * LEVELS, LEVELS - 1.0).to(tl.int32).to(tl.float32)
+    below = _fourth_power(code, INVERSE)
+    chance = (random.to(tl.int32).to(tl.float32) + 0.5) * 0.0000152587890625  # 2^-16
+    return tl.where(chance * (_fourth_power(code + 1.0, INVERSE) - below) < x - below, code + 1.0, code)
+
+
+_ONE_127TH = tl.constexpr(0.007874015718698502)
+_ONE_255TH = tl.constexpr(0.003921568859368563)
+
+
+@triton.jit
+def encode_exp_avg(value, scale, random):
+    code = _encode_magnitude(_ratio(tl.abs(value), scale), random >> 16, 127.0, _ONE_127TH)
+    return tl.where(value < 0.0, -code, code).to(tl.int32).to(tl.int8)
 
 
 @triton.jit
 def decode_exp_avg(code, scale):
-    y = code.to(tl.float32) * 0.007874015718698502  # 1 / 127 in float32
-    return tl.div_rn(y, 2.0 - tl.abs(y)) * scale.to(tl.float32)
+    value = _fourth_power(code.to(tl.float32), _ONE_127TH) * scale
+    return tl.where(code < 0, -value, value)
 
 
 @triton.jit
-def encode_exp_avg_sq(root, scale):
+def encode_exp_avg_sq(root, scale, random):
     x = _ratio(root, scale)
-    code = _nearest_integer(255.0 * x)
+    code = _encode_magnitude(x, random & 0xFFFF, 255.0, _ONE_255TH)
     return tl.where((x > 0.0) & (code < 1.0), 1.0, code).to(tl.int32).to(tl.uint8)
 
 
 @triton.jit
 def decode_exp_avg_sq(code, scale):
-    root = code.to(tl.float32) * (scale.to(tl.float32) * 0.003921568859368563)  # 1 / 255 in float32
+    root = _fourth_power(code.to(tl.float32), _ONE_255TH) * scale
     return root * root

@@ -71,7 +71,7 @@ class Launch:
 
     table:        their active entries
     exp_avg:      [K], first moments in slot order: float32, or int8 codes; exp_avg_sq: the second ones, or uint8 codes
-    scales:       bfloat16 [B, 2], of the 8-bit moments, or None
+    scales:       float32 [B, 2], of the 8-bit moments, or None
     master:       float32 [K], the exact values of the active entries, or None
     anchor:       float32 [K], initial values for the pull, or None; on the device, or pinned on the host
     room:         float32 [at most PIECE], where pieces of an anchor on the host come to lie on the device, or None
@@ -91,7 +91,7 @@ class Launch:
         groups: int,
         precision: Precision,
     ) -> None:
-        """numbers: tell the parameters apart in stochastic rounding; group: the parameter group of each."""
+        """numbers: tell the parameters apart in random bits; group: the parameter group of each."""
         self.params, self.sets = params, sets
         self.packed: PackedGradients | None = None
         self.device, self.dtype = params[0].device, params[0].dtype
@@ -128,7 +128,7 @@ class Launch:
 
         k = self.table.k
         if coded:
-            scales = zeros(torch.bfloat16, self.table.blocks, 2)
+            scales = zeros(torch.float32, self.table.blocks, 2)
             return zeros(torch.int8, k), zeros(torch.uint8, k), scales
         return zeros(torch.float32, k), zeros(torch.float32, k), None
 
@@ -235,7 +235,7 @@ class Launch:
     def load(self, position: int, saved: Mapping[str, Tensor]) -> None:
         """Takes the state of one parameter, saved in whatever precision of moments."""
         saved = dict(saved)
-        if saved and ("scales" in saved) != (self.scales is not None):
+        if saved:
             saved |= self._converted(saved, self.active[position])
         own = self.state(position)
         for key in saved.keys() & own.keys():
@@ -256,14 +256,16 @@ class Launch:
             return None
         return self.params[position].grad if self.packed is None else self.packed.shares[position].buffer
 
-    @staticmethod
-    def _converted(saved: Mapping[str, Tensor], active: Sequence[int]) -> dict[str, Tensor]:
-        moments = saved["exp_avg"], saved["exp_avg_sq"]
-        if not active:
+    def _converted(self, saved: Mapping[str, Tensor], active: Sequence[int]) -> dict[str, Tensor]:
+        """The moments of a saved state in this launch's precision, where they are not; older codes are converted."""
+        scales = saved.get("scales")
+        if not active or (None if scales is None else scales.dtype) == (None if self.scales is None else torch.float32):
             return {}
-        if "scales" in saved:
-            first, second = dequantize_tiles(*moments, saved["scales"], active)
-            return {"exp_avg": first, "exp_avg_sq": second}
+        moments = saved["exp_avg"], saved["exp_avg_sq"]
+        if scales is not None:
+            moments = dequantize_tiles(*moments, scales, active)
+        if self.scales is None:
+            return dict(zip(("exp_avg", "exp_avg_sq"), moments, strict=True))
         return dict(zip(("exp_avg", "exp_avg_sq", "scales"), quantize_tiles(*moments, active), strict=True))
 
     def stalled(self) -> int:
@@ -273,8 +275,10 @@ class Launch:
         count = 0
         for position, (param, index_set) in enumerate(zip(self.params, self.sets, strict=True)):
             state = self.state(position)
-            if "scales" in state:
-                state |= self._converted(state, self.active[position])
+            if self.scales is not None and self.active[position]:
+                moments = state["exp_avg"], state["exp_avg_sq"]
+                decoded = dequantize_tiles(*moments, state["scales"], self.active[position])
+                state |= dict(zip(("exp_avg", "exp_avg_sq"), decoded, strict=True))
             lr, beta1, beta2, eps, weight_decay, sign, _ = self.rows[position].tolist()
             if lr == 0:  # before a warm-up and after a decay nothing is to move
                 continue
@@ -284,7 +288,8 @@ class Launch:
                 first = state["exp_avg"][here] / (1 - beta1**step)
                 second = state["exp_avg_sq"][here] / (1 - beta2**step)
                 values = flat[indices]
-                exact = values.float() * (1 - lr * weight_decay) - sign * lr * first / (second.sqrt() + eps)
+                move = lr * weight_decay * values.float() + sign * lr * first / (second.sqrt() + eps)
+                exact = values.float() - move
                 count += int(((exact.to(self.dtype) == values) & (first != 0)).sum())
         return count
 
@@ -303,7 +308,7 @@ class Launch:
         torch.index_select(self.hyper, 0, self.group, out=self.rows)
         lr, beta1, beta2, eps, weight_decay, _, _ = self.rows.unbind(1)
         columns = {
-            Coefficient.DECAY: 1 - lr * weight_decay,
+            Coefficient.DECAY_STEP: lr * weight_decay,
             Coefficient.ONE_MINUS_BETA1: 1 - beta1,
             Coefficient.BETA2: beta2,
             Coefficient.ONE_MINUS_BETA2: 1 - beta2,
@@ -355,7 +360,7 @@ class Launch:
             Coefficient.INV_SQRT_BC2: corrections[:, 1].rsqrt(),
             Coefficient.PULL: pull,
         }
-        if self.stochastic:
+        if self.stochastic or self.scales is not None:
             columns[Coefficient.ROUNDING_KEY] = rounding_keys(self.seed, self.steps, self.numbers)
         self._set(columns)
 

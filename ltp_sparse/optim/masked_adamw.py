@@ -77,7 +77,7 @@ class MaskedAdamW(Optimizer):
             weights is taken over at the next step, as far as torch counts it (edits through `.data` are not).
         rounding: "nearest", or "stochastic" for bfloat16 parameters without a master: up or down with probabilities
             that make the mean exact, so that small updates are not lost.
-        seed: of the stochastic rounding, whose bits depend on (seed, step, parameter, index) alone.
+        seed: of the random bits that round weights and 8-bit moments: those of (seed, step, parameter, index) alone.
         gradients: "dense" reads the `.grad` of the parameters. "packed" replaces the gradient of every parameter of the
             ticket by its active entries as soon as backward has made it: 4 bytes per active entry are held, and of
             dense gradients at most one at a time. Later micro-batches add to it, a step consumes it, skipped or not,
