@@ -42,8 +42,9 @@ def plot_accuracy(
     errors: Mapping[str, Mapping[str, float]] | None = None,
     chance: float | None = None,
     title: str = "",
+    metric: str = "accuracy",
 ) -> Path:
-    """Draws accuracy per language, a bar per method.
+    """Draws accuracy, or another metric, per language, a bar per method.
 
     Args:
         scores: method -> language -> accuracy in [0, 1]; a language that a method lacks has no bar.
@@ -68,7 +69,7 @@ def plot_accuracy(
     if chance is not None:
         axes.axhline(100 * chance, color="tab:gray", linestyle="--", linewidth=1, label="chance")
     axes.set_xticks(range(len(languages)), languages)
-    axes.set_ylabel("accuracy (%)")
+    axes.set_ylabel(f"{metric} (%)")
     axes.set_title(title, fontsize=9)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return _save(figure, path)
