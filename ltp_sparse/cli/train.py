@@ -185,8 +185,8 @@ def run(options: argparse.Namespace) -> None:
     if options.method in ("discrete-prompt", "mixed-prompt") and language not in QUESTIONS:
         print(f"the words of the pattern are English: none are known for {language!r}")
     run.save(options.output)
-    what = f"{kind_of(data.train[0])}s"
-    print(f"{method.name}: {len(data.train)} training and {len(data.dev)} dev {what} ({language}), seeds {seeds}")
+    what, languages = f"{kind_of(data.train[0])}s", ", ".join(dict.fromkeys(e.language for e in data.train))
+    print(f"{method.name}: {len(data.train)} training and {len(data.dev)} dev {what} ({languages}), seeds {seeds}")
     for seed in todo:
         folder = options.output / f"seed-{seed}"
         result = train_method(
