@@ -57,7 +57,7 @@ def _warnings_as_notes() -> Iterator[None]:
     """Warnings of ours as one line each, without the place in the code that raises them."""
     before = warnings.formatwarning
 
-    def one_line(message, category, filename, lineno, line=None):  # type: ignore[no-untyped-def]
+    def one_line(message, category, filename, lineno, line=None):
         if f"{os.sep}ltp_sparse{os.sep}" not in filename and not issubclass(category, UserWarning):
             return before(message, category, filename, lineno, line)
         return f"ltp-sparse: note: {' '.join(str(message).split())}\n"

@@ -81,7 +81,8 @@ class Verbalizer:
             raise ValueError(
                 f"Verbalizer.from_words: expected words for {', '.join(classes)}, got {', '.join(words) or 'none'}"
             )
-        ids, word_of = [], {}
+        ids: list[tuple[int, ...]] = []
+        word_of: dict[int, str] = {}
         for label in classes:
             given = words[label]
             of_label = []

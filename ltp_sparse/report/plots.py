@@ -25,12 +25,16 @@ def plot_ticket(ticket: Ticket, path: str | os.PathLike[str], *, by: str = "laye
     """
     counts = {place: (k, n) for place, (k, n) in ticket.counts(by).items() if n}
     figure, axes = _figure(len(counts))
-    bars = axes.bar(list(counts), [100 * k / n for k, n in counts.values()], color="tab:blue")
-    axes.bar_label(bars, [_short(k) for k, _ in counts.values()], fontsize=7)
+    axes.bar(list(counts), [100 * k / n for k, n in counts.values()], color="tab:blue")
+    for position, (k, _) in enumerate(counts.values()):  # in a row above all, where neither bars nor the line are
+        axes.text(position, 1.02, _short(k), transform=axes.get_xaxis_transform(), ha="center", fontsize=7)
+    axes.margins(x=0.01)
     axes.axhline(100 * ticket.density, color="tab:gray", linestyle="--", linewidth=1)
     axes.set_ylabel("active entries (%)")
     axes.set_title(
-        f"{ticket.k:,} of {ticket.n:,} entries active; dashed: {100 * ticket.density:.4g} % overall", fontsize=9
+        f"{ticket.k:,} of {ticket.n:,} entries active; dashed: {100 * ticket.density:.4g} % overall",
+        fontsize=9,
+        pad=16,
     )
     return _save(figure, path)
 
@@ -64,7 +68,7 @@ def plot_accuracy(
             width,
             label=method,
             yerr=[100 * spread.get(language, 0.0) for language in present] if spread else None,
-            error_kw={"linewidth": 0.8},
+            error_kw={"linewidth": 0.8, "capsize": 2},
         )
     if chance is not None:
         axes.axhline(100 * chance, color="tab:gray", linestyle="--", linewidth=1, label="chance")
