@@ -286,7 +286,7 @@ def test_words_of_two_classes_must_differ_as_tokens():
 
     tokenizer = tiny_tokenizer()
     for words, message in (
-        ({"a": "word1 surely", "b": "surely"}, "'word1 surely' and 'surely' both stand for '\u2581surely'"),
+        ({"a": "word1 surely", "b": "surely"}, "'word1 surely' and 'surely' are the same token '\u2581surely'"),
         ({"a": "word1", "b": "w\u00fcrde"}, "has no piece for 'w\u00fcrde'"),
         ({"a": "word1", "b": "\u00fc word2"}, "has no piece for"),
         ({"a": "word1", "b": ""}, "has no piece for ''"),

@@ -91,7 +91,7 @@ class Verbalizer:
                 if token in word_of:
                     raise ValueError(
                         f"Verbalizer.from_words: expected words of different tokens, {word_of[token]!r} and {word!r} "
-                        f"both stand for {tokenizer.convert_ids_to_tokens([token])[0]!r}; choose other words"
+                        f"are the same token {tokenizer.convert_ids_to_tokens([token])[0]!r}; choose other words"
                     )
                 word_of[token] = word
                 of_label.append(token)
