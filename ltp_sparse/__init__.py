@@ -2,20 +2,29 @@
 
 Two operations carry everything: `topk_delta` (which weights moved most between two versions of a model) and
 `masked_adamw_` (one AdamW step over a ticket, with state for the active entries only).
+
+Names are imported when they are first used, so that the command line answers without torch; where torch has been
+imported before, all of them are there at once, `torch.ops.ltp_sparse` included.
 """
 
 __version__ = "0.1.0"
 
-from ltp_sparse.backends import available_backends, use_backend
-from ltp_sparse.delta import SparseDelta
-from ltp_sparse.files import FileFormatError
-from ltp_sparse.frozen import frozen_digests, verify_frozen
-from ltp_sparse.memory import memory_report
-from ltp_sparse.names import canonical_parameters
-from ltp_sparse.ops import masked_adamw_, topk_delta
-from ltp_sparse.optim import MaskedAdamW, PackedParameters
-from ltp_sparse.selection import Shard, TicketShard, select, select_sharded
-from ltp_sparse.ticket import Ticket
+import importlib
+import importlib.util
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ltp_sparse.backends import available_backends, use_backend
+    from ltp_sparse.delta import SparseDelta
+    from ltp_sparse.files import FileFormatError
+    from ltp_sparse.frozen import frozen_digests, verify_frozen
+    from ltp_sparse.memory import memory_report
+    from ltp_sparse.names import canonical_parameters
+    from ltp_sparse.ops import masked_adamw_, topk_delta
+    from ltp_sparse.optim import MaskedAdamW, PackedParameters
+    from ltp_sparse.selection import Shard, TicketShard, select, select_sharded
+    from ltp_sparse.ticket import Ticket
 
 __all__ = [
     "FileFormatError",
@@ -36,3 +45,39 @@ __all__ = [
     "use_backend",
     "verify_frozen",
 ]
+
+_MODULES = {  # of the names above
+    "backends": ("available_backends", "use_backend"),
+    "delta": ("SparseDelta",),
+    "files": ("FileFormatError",),
+    "frozen": ("frozen_digests", "verify_frozen"),
+    "memory": ("memory_report",),
+    "names": ("canonical_parameters",),
+    "ops": ("masked_adamw_", "topk_delta"),
+    "optim": ("MaskedAdamW", "PackedParameters"),
+    "selection": ("Shard", "TicketShard", "select", "select_sharded"),
+    "ticket": ("Ticket",),
+}
+
+
+def _import_all() -> None:
+    for module, names in _MODULES.items():
+        found = importlib.import_module(f"{__name__}.{module}")
+        globals().update({name: getattr(found, name) for name in names})
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        _import_all()
+        return globals()[name]
+    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if "torch" in sys.modules:
+    _import_all()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ltp_sparse import results
+from ltp_sparse.backends import available_backends
 from ltp_sparse.files import atomic_path
 from ltp_sparse.generated.inference import pairs, sentences
 from ltp_sparse.generated.languages import LANGUAGES
@@ -64,6 +65,8 @@ def demo(output: Path, settings: DemoSettings | None = None, *, progress: bool =
 
 def _demo(output: Path, settings: DemoSettings, progress: bool) -> str:
     start = time.perf_counter()
+    if hint := gpu_hint():
+        print(hint)
     output.mkdir(parents=True, exist_ok=True)
     (output / "results.jsonl").unlink(missing_ok=True)
 
@@ -105,10 +108,24 @@ def _demo(output: Path, settings: DemoSettings, progress: bool) -> str:
     plot_accuracy(
         table.means(),
         output / "accuracy.png",
+        errors=table.deviations(),
         chance=1 / 3,
-        title=f"zero-shot accuracy, {settings.shots} English examples per class",
+        title=f"zero-shot accuracy, {settings.shots} English examples per class; whiskers: standard deviation over "
+        f"{len(settings.seeds)} seeds",
     )
     return report
+
+
+def gpu_hint() -> str | None:
+    """Which kernels this machine's GPU goes without, and what to do; None where there is no GPU, or all are there."""
+    if not torch.cuda.is_available():
+        return None
+    missing = [
+        f"{name}: {status}"
+        for name, status in available_backends(torch.device("cuda")).items()
+        if name != "reference" and status != "ok"
+    ]
+    return f"note: of the kernels for this GPU some are missing ({'; '.join(missing)})" if missing else None
 
 
 def _say(*words: str) -> None:

@@ -330,13 +330,13 @@ TRAIN = ["train", "--model", "m", "--output", "o"]
         ([*TRAIN, "--method", "spt"], "invalid choice: 'spt'"),
         (TRAIN, "--ticket is needed for ltp; make one with ltp-sparse select"),
         ([*TRAIN, "--method", "soft-prompt", "--language", "aym"], "'aym'; pass --verbalizer, one of ar, "),
-        ([*TRAIN, "--method", "bitfit", "--task", "nusax"], "--task must be one of pairs (xnli, "),
+        ([*TRAIN, "--method", "bitfit", "--task", "nusax"], "nusax: language must be one of ace, "),
         (["inspect"], "inspect: TICKET is needed"),
         (["inspect", "missing.safetensors"], "no such file"),
         (["evaluate", "."], "not a run of ltp-sparse train"),
         (["evaluate", ".", "--limit", "-1"], "--limit: must be at least 1, got -1"),
         (["predict", ".", "p.tsv", "--batch-size", "-1"], "--batch-size: must be at least 1, got -1"),
-        (["predict", ".", "missing.tsv"], "missing.tsv: no such file; expected pairs"),
+        (["predict", ".", "missing.tsv"], "not a run of ltp-sparse train"),
         (["select", "--model", "m", "--output", "o"], "either --text files or --hub-text"),
         ([*TEXT, "--intersect"], "--intersect needs a --segment"),
         ([*TEXT[:-1], "/proc/none/o"], "--output /proc/none/o cannot be written"),
@@ -416,9 +416,9 @@ def test_help_imports_no_transformers():
 
 
 def test_method_names_are_those_of_the_methods():
-    from ltp_sparse.cli.tables import METHOD_NAMES, PAIR_METHOD_NAMES
+    from ltp_sparse.cli.tables import MASKED_METHOD_NAMES, METHOD_NAMES
     from ltp_sparse.methods import METHODS
 
     assert tuple(METHODS) == METHOD_NAMES
     for_pairs = (name for name, kind in METHODS.items() if kind.backbone == "masked" and "pair" in kind.inputs)
-    assert tuple(for_pairs) == PAIR_METHOD_NAMES
+    assert tuple(for_pairs) == MASKED_METHOD_NAMES

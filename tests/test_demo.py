@@ -110,3 +110,61 @@ def test_the_whole_job_in_small(tmp_path, capsys):
     frozen = [int(cells[5].replace(",", "")) for cells in costs if len(cells) == 8]
     changed = [int(cells[6]) for cells in costs if len(cells) == 8]
     assert len(frozen) == 2 and min(frozen) > 3_000_000 and changed == [0, 0]
+
+
+def test_the_demo_draws_whiskers_over_seeds(tmp_path, monkeypatch):
+    from ltp_sparse import demo as module
+
+    drawn = {}
+    monkeypatch.setattr(module, "plot_accuracy", lambda means, path, **more: drawn.update(more))
+    scores = {
+        (method, seed): {"en": 0.5 + 0.1 * seed}
+        for method in ("LTP", "random ticket", "SP", "PT-frozen")
+        for seed in (1, 2)
+    }
+
+    def run_method(method, ticket, settings, progress):
+        rows = [
+            {"method": method.name, "shots": 1, "seed": seed, "scores": scores[method.name, seed], "mean": 0.5}
+            for seed in settings.seeds
+        ]
+        return rows, module._Fact(1, 1, 1, 0)
+
+    monkeypatch.setattr(module, "_run_method", run_method)
+    demo(tmp_path, DemoSettings(sentences=60), progress=False)
+    assert drawn["errors"]["LTP"]["en"] == pytest.approx(0.1 / 2**0.5)
+    assert "standard deviation over 2 seeds" in drawn["title"]
+
+
+def test_the_demo_tells_which_kernels_a_gpu_goes_without(monkeypatch):
+    from ltp_sparse import demo as module
+
+    assert torch.cuda.is_available() or module.gpu_hint() is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    status = {"reference": "ok", "compiled": "ltp_sparse._C_cuda is not built; LTP_SPARSE_EXT=cuda builds it"}
+    monkeypatch.setattr(module, "available_backends", lambda device: status)
+    assert "compiled: ltp_sparse._C_cuda is not built; LTP_SPARSE_EXT=cuda builds it" in module.gpu_hint()
+    status["compiled"] = "ok"
+    assert module.gpu_hint() is None
+
+
+@pytest.mark.parametrize("density", [0.0005, 0.5])
+def test_labels_of_the_ticket_plot_collide_with_nothing(density, tmp_path, monkeypatch):
+    import ltp_sparse as ls
+    from ltp_sparse.report import plots
+
+    shapes = {f"roberta.encoder.layer.{i}.output.dense.weight": (400, 400) for i in range(24)}
+    shapes["roberta.embeddings.word_embeddings.weight"] = (9000, 400)
+    kept = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: kept.append(figure))
+    plots.plot_ticket(ls.Ticket.random(shapes, density=density, seed=0), tmp_path / "t.png")
+    (figure,) = kept
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure).draw()
+    (axes,) = figure.axes
+    boxes = [text.get_window_extent() for text in (*axes.texts, axes.title)]
+    assert len(boxes) == 26
+    for i, box in enumerate(boxes):
+        others = [*boxes[:i], *(bar.get_window_extent() for bar in axes.patches), axes.lines[0].get_window_extent()]
+        assert not any(box.overlaps(other) for other in others)

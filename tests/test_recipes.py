@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import subprocess
 import sys
 import textwrap
@@ -23,6 +24,7 @@ from ltp_sparse.recipes.cell import Workbench, method_of, run_cell
 from ltp_sparse.recipes.run import run_recipe, unfinished
 from ltp_sparse.report.chance import chance_table
 from ltp_sparse.report.pages import paper_of, write_report
+from ltp_sparse.report.paired import mean_interval
 from ltp_sparse.report.tables import latex, make_table, markdown, paper_figures, to_csv
 from ltp_sparse.tasks import TASKS
 
@@ -422,6 +424,18 @@ def test_paired_comparisons():
     assert "| up | 4 | 4 | **+2.50** | +1.58 to +3.42 | 0.125 |" in table
     (single,) = compare(rows[:1] + [{**rows[4], "seed": 0}], "ref", ["label", "shots"])
     assert single.runs == 1 and single.p_value == 1.0
+
+
+@pytest.mark.parametrize(
+    ("n", "quantile"), [(2, 12.7062047), (31, 2.0422725), (32, 2.0395134), (61, 2.0002978), (1001, 1.9623391)]
+)
+def test_intervals_are_those_of_students_t_at_any_number_of_runs(n, quantile):
+    """Printed tables of t give these quantiles; 1.96 is right for none."""
+    values = [(-1.0) ** i for i in range(n)]
+    mean, (low, high) = mean_interval(values)
+    standard_error = statistics.stdev(values) / n**0.5
+    assert (high - mean) / standard_error == pytest.approx(quantile, abs=1e-6)
+    assert (mean - low) / standard_error == pytest.approx(quantile, abs=1e-6)
 
 
 def test_languages_above_chance():

@@ -1,28 +1,40 @@
-"""`ltp-sparse evaluate`: accuracy per language, over the seeds of a run."""
+"""`ltp-sparse evaluate`: scores per language, over the seeds of a run."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ltp_sparse.cli.options import add_computing, add_data, at_least_one, check_writable, need, quieten
+from ltp_sparse.cli.options import CommandError, add_computing, add_data, at_least_one, check_writable, need, quieten
+from ltp_sparse.cli.own import SOURCE, add_columns, add_metric, by_language, given_columns, own_options
+from ltp_sparse.cli.tables import TASK_NAMES, TEST_TASKS
+
+if TYPE_CHECKING:
+    from ltp_sparse.cli.runs import Run
 
 HELP = "evaluate a trained run per language: mean and standard deviation over its seeds, as a table"
 EXAMPLES = """\
-  ltp-sparse evaluate runs/ltp-4
-  ltp-sparse evaluate runs/ltp-4 --task americasnli --languages aym quy --plot aym-quy.png
-  from the original files
-    ltp-sparse evaluate runs/ltp-4 --data data/xnli"""
+  on all of XNLI, from the Hub or from the original files
+    ltp-sparse evaluate runs/ltp-4
+    ltp-sparse evaluate runs/ltp-4 --data data/xnli
+    ltp-sparse evaluate runs/ltp-4 --task americasnli --languages aym quy --plot aym-quy.png
+  a run on data of your own: on the test file it was trained with, or on another one
+    ltp-sparse evaluate runs/quy
+    ltp-sparse evaluate runs/quy --test other.tsv --language-column language --plot languages.png"""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", nargs="?", type=Path, help="a run of ltp-sparse train")
-    parser.add_argument("--task", default="xnli", help="labelled pairs to test on (default: xnli)")
-    parser.add_argument("--split", default="test", help="default: test")
-    parser.add_argument("--languages", nargs="+", help="default: all languages of the task")
-    parser.add_argument("--limit", type=at_least_one, help="at most so many pairs per language, the first ones")
-    parser.add_argument("--seeds", nargs="+", type=int, help="default: all that are trained")
-    parser.add_argument("--batch-size", type=at_least_one, default=64)
+    parser.add_argument("--task", choices=TASK_NAMES, help="a known task to test on (default: that of the run)")
+    parser.add_argument("--split", default="test", help="part of the task")
+    parser.add_argument("--languages", nargs="+", help="languages to test on (default: all of the task or file)")
+    parser.add_argument("--test", metavar="FILE", help=f"data of your own to test on: {SOURCE}")
+    add_columns(parser, remembered="; what is not given is as the run was trained")
+    add_metric(parser)
+    parser.add_argument("--limit", type=at_least_one, help="at most so many examples per language, the first ones")
+    parser.add_argument("--seeds", nargs="+", type=int, help="seeds to evaluate (default: all that are trained)")
+    parser.add_argument("--batch-size", type=at_least_one, default=64, help="examples per forward pass")
     parser.add_argument("--plot", type=Path, help="also draw bars per language")
     add_data(parser)
     add_computing(parser)
@@ -30,12 +42,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     need(options, "folder")
+    if options.task is not None and (given := own_options(options)):
+        raise CommandError(f"evaluate: {given[0]} is of data of your own, --task of a known one; leave one out")
     import torch
 
     from ltp_sparse import results
-    from ltp_sparse.cli.runs import Run, finished_seeds, load_pairs, load_seed
+    from ltp_sparse.cli.runs import Run, finished_seeds, load_seed
     from ltp_sparse.report.tables import make_table, markdown
-    from ltp_sparse.tasks import languages
     from ltp_sparse.training.evaluation import evaluate, result_row
 
     quieten(options)
@@ -44,16 +57,19 @@ def run(options: argparse.Namespace) -> None:
     if options.plot is not None:
         check_writable("evaluate", options.plot, option="--plot")
     seeds = finished_seeds(options.folder, options.seeds)
-    pairs = {
-        language: load_pairs("evaluate", options.task, options.split, language, data=options.data)[: options.limit]
-        for language in options.languages or languages(options.task)
-    }
+    if options.test is not None or (made.task is None and options.task is None):
+        name, metric, examples = _own_examples(options, made)
+    else:
+        name, metric, examples = _task_examples(options, made)
+    examples = {language: of[: options.limit] for language, of in examples.items()}
     rows = []
     for seed in seeds:
         setup, delta = load_seed(made, options.folder, seed)
         scores = evaluate(
             setup,
-            pairs,
+            examples,
+            metric=metric,
+            labels=made.labels,
             batch_size=options.batch_size,
             dtype=torch.bfloat16 if options.bf16 else None,
             progress=not options.quiet,
@@ -63,15 +79,70 @@ def run(options: argparse.Namespace) -> None:
             "shots": made.shots,
             "language": made.language,
             "seed": seed,
-            "task": options.task,
+            "task": name,
+            "metric": metric,
+            "examples": {language: len(of) for language, of in examples.items()},
         }
         facts |= {"split": options.split, "limit": options.limit, "epoch": delta.metadata["epoch"], "k": delta.ticket.k}
         rows.append(result_row(scores, **facts))
         results.append(options.folder / results.RESULTS, rows[-1])
     table = make_table(rows, ("method", "shots"))
+    print(f"{metric} in percent on {name}, {sum(map(len, examples.values()))} examples\n")
     print(markdown(table))
     print(f"rows added to {options.folder / results.RESULTS}")
     if options.plot is not None:
         from ltp_sparse.report.plots import plot_accuracy
 
-        print(f"plot written to {plot_accuracy(table.means(), options.plot, chance=1 / 3)}")
+        path = plot_accuracy(
+            table.means(),
+            options.plot,
+            errors=table.deviations(),
+            chance=1 / len(made.labels) if metric == "accuracy" else None,
+            title=f"{name}; whiskers: standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else name,
+            metric=metric,
+        )
+        print(f"plot written to {path}")
+
+
+def _own_examples(options: argparse.Namespace, run: Run) -> tuple[str, str, dict[str, list[Any]]]:
+    """(name, metric, language -> examples) of data of one's own."""
+    from ltp_sparse.tasks.own import read_own
+
+    source = options.test or run.test
+    if source is None:
+        raise CommandError("evaluate: the run was trained without --test; give a file to test on, --test FILE")
+    if options.data is not None or options.split != "test":
+        option = "--split" if options.data is None else "--data"
+        raise CommandError(f"evaluate: {option} is of a known task, not of data of your own; leave it out")
+    examples = read_own(
+        source,
+        given_columns(options, run),
+        language=run.language,
+        split="test",
+        config=options.hub_config or run.hub_config,
+    )
+    if foreign := [example.label for example in examples if example.label not in run.labels]:
+        raise CommandError(
+            f"evaluate: {source} has the class {foreign[0]!r} ({len(foreign)} examples of unknown classes); the "
+            f"run was trained on {', '.join(run.labels)}"
+        )
+    found = by_language(examples)
+    if unknown := [language for language in options.languages or () if language not in found]:
+        raise CommandError(f"evaluate: {source} has no example of language {unknown[0]!r}, only {', '.join(found)}")
+    return source, options.metric or run.metric, {name: found[name] for name in options.languages or found}
+
+
+def _task_examples(options: argparse.Namespace, run: Run) -> tuple[str, str, dict[str, list[Any]]]:
+    """The same of a known task."""
+    from ltp_sparse.tasks import task
+
+    if given := own_options(options):
+        raise CommandError(f"evaluate: {given[0]} is of data of your own; give their file, --test")
+    of = task(options.task or TEST_TASKS.get(run.task or "", run.task or ""))
+    if of.kind != run.kind or set(of.labels) != set(run.labels):
+        raise CommandError(
+            f"evaluate: --task must be one of {run.kind}s of the classes {', '.join(run.labels)}; {of.name} is one of "
+            f"{of.kind}s of the classes {', '.join(of.labels)}"
+        )
+    languages = options.languages or of.languages
+    return of.name, of.metric, {name: list(of.load(options.split, name, data=options.data)) for name in languages}

@@ -3,32 +3,45 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from ltp_sparse.cli.options import check_writable, need
 
-HELP = "write a trained run as a plain transformers folder, the prompt baked into its vocabulary"
+HELP = "write a trained run as a folder that works with transformers alone, with a model card"
 EXAMPLES = """\
   ltp-sparse export runs/ltp-4 --output exported
-  python exported/predict.py "A man sleeps." "A person rests."      # transformers alone"""
+  python exported/predict.py "A man sleeps." "A person rests."      # transformers alone
+  in Python: pipeline("text-classification", "exported", trust_remote_code=True)"""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", nargs="?", type=Path, help="a run of ltp-sparse train")
-    parser.add_argument("--seed", type=int, help="default: the first that is trained")
+    parser.add_argument("--seed", type=int, help="seed to export (default: the first that is trained)")
     parser.add_argument("--output", type=Path, help="the folder to write")
 
 
 def run(options: argparse.Namespace) -> None:
     need(options, "folder", "output")
+    from ltp_sparse import results
     from ltp_sparse.cli.runs import BAKED, Run, finished_seeds
-    from ltp_sparse.training.export import export
+    from ltp_sparse.training.export import SCRIPT, export
 
     made = Run.load(options.folder)
     seed = finished_seeds(options.folder, None if options.seed is None else [options.seed])[0]
     check_writable("export", options.output, folder=True)
-    export(made.model, options.folder / f"seed-{seed}" / BAKED, options.output, tokenizer=made.tokenizer)
+    latest = {row["task"]: row for row in results.read(options.folder / results.RESULTS) if row["seed"] == seed}
+    data = made.train or f"{made.task}" + ("" if made.shots is None else f", {made.shots} examples per class")
+    export(
+        made.model,
+        options.folder / f"seed-{seed}" / BAKED,
+        options.output,
+        tokenizer=made.tokenizer,
+        kind=made.kind,
+        facts={"data": data, "scores": list(latest.values())},
+    )
+    texts = "PREMISE HYPOTHESIS" if made.kind == "pair" else "TEXT"
     print(
         f"seed {seed} of {made.method} written to {options.output}; "
-        f"try: python {options.output}/predict.py PREMISE HYPOTHESIS"
+        f"try: python {shlex.quote(str(options.output / SCRIPT))} {texts}"
     )

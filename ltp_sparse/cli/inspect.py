@@ -16,7 +16,13 @@ EXAMPLES = """\
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ticket", nargs="?", type=Path, help="a ticket, or a delta that was trained on one")
-    parser.add_argument("--by", nargs="+", choices=("layer", "module", "parameter"), default=["layer", "module"])
+    parser.add_argument(
+        "--by",
+        nargs="+",
+        choices=("layer", "module", "parameter"),
+        default=["layer", "module"],
+        help="what the counts are by (default: layer module)",
+    )
     parser.add_argument("--plot", type=Path, help="also draw the distribution over layers (.png, .pdf, .svg)")
     parser.add_argument("--compare", type=Path, help="another ticket: overlap by layer")
 

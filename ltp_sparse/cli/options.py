@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+from ltp_sparse import __version__
 
 COMMANDS = ("select", "train", "evaluate", "predict", "export", "inspect", "run", "report", "cache", "memory", "demo")
 
@@ -22,6 +25,17 @@ class _ArgumentParser(argparse.ArgumentParser):
         raise CommandError(f"{self.prog.removeprefix('ltp-sparse ')}: {message}; see {self.prog} --help")
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Shows the default of every option that has one and does not tell it in words of its own."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        told, default = action.help or "", action.default
+        if default in (None, False, argparse.SUPPRESS) or default == [] or "default" in told:
+            return told
+        shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
+        return f"{told} (default: {shown})".strip().replace("%", "%%") if told else f"default: {shown}"
+
+
 class Parser:
     """The parser of all commands: modules of this package with `HELP`, `EXAMPLES`, `add_options` and `run`."""
 
@@ -30,7 +44,9 @@ class Parser:
             prog="ltp-sparse",
             description="Select a ticket of weights, and train it for the price of the ticket.",
             epilog="A first look, offline: ltp-sparse demo. Help on a command: ltp-sparse COMMAND --help",
+            allow_abbrev=False,
         )
+        self.parser.add_argument("--version", action="version", version=f"ltp-sparse {__version__}")
         commands = self.parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
         self.commands: dict[str, argparse.ArgumentParser] = {}
         for name in COMMANDS:
@@ -40,7 +56,8 @@ class Parser:
                 help=module.HELP,
                 description=module.HELP[0].upper() + module.HELP[1:] + ".",
                 epilog=f"examples:\n{module.EXAMPLES}",
-                formatter_class=argparse.RawDescriptionHelpFormatter,
+                formatter_class=_Help,
+                allow_abbrev=False,
             )
             module.add_options(command)
             command.add_argument("--config", type=Path, metavar="YAML", help="options by name; flags win over the file")
@@ -49,13 +66,26 @@ class Parser:
             self.commands[name] = command
 
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        options = self.parser.parse_args(argv)
+        options = self._parse(argv)
         if options.config is None:
             return options
         # a second parse with the file's values as defaults, so that flags win
         command = self.commands[options.command]
         command.set_defaults(**_read_config(options.config, command))
-        return self.parser.parse_args(argv)
+        return self._parse(argv)
+
+    def _parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """As `parse_args`, but what is not known is named together with the closest option."""
+        options, unknown = self.parser.parse_known_args(argv)
+        if not unknown:
+            return options
+        command = self.commands[options.command]
+        flag = unknown[0].partition("=")[0]
+        known = [name for action in command._actions for name in action.option_strings if name.startswith("--")]
+        close = [name for name in known if name.startswith(flag)] or difflib.get_close_matches(flag, known, n=3)
+        if not flag.startswith("-"):
+            command.error(f"unexpected {unknown[0]!r}")
+        command.error(f"unknown option {flag}{', closest: ' + ', '.join(close) if close else ''}")
 
 
 def build_parser() -> Parser:
@@ -157,6 +187,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, help="folder of the task's original files; without it, the Hub by name")
+
+
+def add_report_to(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--report-to", default="none", help="logging integration of transformers, e.g. tensorboard")
 
 
 def add_computing(parser: argparse.ArgumentParser) -> None:

@@ -1,65 +1,103 @@
-"""`ltp-sparse predict`: labels for a file of sentence pairs."""
+"""`ltp-sparse predict`: labels and probabilities for a file of texts or pairs."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
+from typing import IO, Any
 
-from ltp_sparse.cli.options import add_computing, at_least_one, check_writable, need, quieten
+from ltp_sparse.cli.options import CommandError, add_computing, at_least_one, check_writable, need, quieten
+from ltp_sparse.cli.own import SOURCE, add_columns, given_columns
 
-HELP = "label the sentence pairs of a file with a trained run"
+HELP = "label the texts or pairs of a file with a trained run: the label, and the probability of each class"
 EXAMPLES = """\
   pairs.tsv: a header with the columns premise and hypothesis, then a pair a line
     ltp-sparse predict runs/ltp-4 pairs.tsv --output labelled.tsv
   the third seed, to the screen
-    ltp-sparse predict runs/ltp-4 pairs.tsv --seed 3"""
+    ltp-sparse predict runs/ltp-4 pairs.tsv --seed 3
+  a run on data of your own reads the columns it was trained on, or those that you name
+    ltp-sparse predict runs/quy new.jsonl --text-column sentence --output labelled.jsonl"""
+
+_SUFFIXES = (".tsv", ".jsonl")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", nargs="?", type=Path, help="a run of ltp-sparse train")
-    parser.add_argument(
-        "pairs", nargs="?", type=Path, help="the pairs: .tsv, .csv or .jsonl with premise and hypothesis"
-    )
-    parser.add_argument("--seed", type=int, help="default: the first that is trained")
-    parser.add_argument("--batch-size", type=at_least_one, default=64)
-    parser.add_argument("--output", type=Path, help="a .tsv file (default: the screen)")
+    parser.add_argument("examples", nargs="?", help=f"what to label, without classes: {SOURCE}")
+    add_columns(parser, remembered="; what is not given is as the run was trained")
+    parser.add_argument("--seed", type=int, help="seed to label with (default: the first that is trained)")
+    parser.add_argument("--batch-size", type=at_least_one, default=64, help="examples per forward pass")
+    parser.add_argument("--output", type=Path, help="a .tsv or .jsonl file (default: the screen, as .tsv)")
     add_computing(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    need(options, "folder", "pairs")
+    need(options, "folder", "examples")
+    if options.output is not None and options.output.suffix not in _SUFFIXES:
+        raise CommandError(f"predict: --output must end in {' or '.join(_SUFFIXES)}, got {options.output}")
     import torch
     from tqdm.auto import tqdm
 
     from ltp_sparse.cli.runs import Run, load_seed
     from ltp_sparse.files import atomic_path
-    from ltp_sparse.prompting.templates import CLASSES
-    from ltp_sparse.tasks import read_pairs
-    from ltp_sparse.training.evaluation import predict
+    from ltp_sparse.tasks.own import read_own, texts_of, warn_of_gaps
+    from ltp_sparse.training.evaluation import class_logits
 
     quieten(options)
-    pairs = read_pairs(options.pairs)
+    made = Run.load(options.folder)
+    columns = given_columns(options, made)
+    examples = read_own(
+        options.examples,
+        columns,
+        language=made.language,
+        labelled=False,
+        split="test",
+        config=options.hub_config,
+    )
+    warn_of_gaps(examples, None, options.examples)
     if options.output is not None:
         check_writable("predict", options.output)
-    setup, _ = load_seed(Run.load(options.folder), options.folder, options.seed)
+    setup, _ = load_seed(made, options.folder, options.seed)
     dtype = torch.bfloat16 if options.bf16 else None
-    with tqdm(total=len(pairs), unit="pair", disable=options.quiet) as bar:
-        inputs = setup.encode(pairs)
-        labels = predict(
+    with tqdm(total=len(examples), unit="example", disable=options.quiet) as bar:
+        inputs = setup.encode(examples)
+        logits = class_logits(
             setup.model, inputs, setup.collate, batch_size=options.batch_size, dtype=dtype, progress=bar.update
         )
-    rows = [(pair.premise, pair.hypothesis, CLASSES[label]) for pair, label in zip(pairs, labels.tolist(), strict=True)]
+    probabilities = logits.softmax(-1).tolist()
+    names = [name for name in (columns.text, columns.pair) if name is not None]
+    rows = []
+    for example, of_class in zip(examples, probabilities, strict=True):
+        row: dict[str, Any] = dict(zip(names, texts_of(example), strict=True))
+        if columns.language is not None:
+            row[columns.language] = example.language
+        row[columns.label] = made.labels[of_class.index(max(of_class))]
+        row["probabilities"] = dict(zip(made.labels, of_class, strict=True))
+        rows.append(row)
     if options.output is None:
-        _write(sys.stdout, rows)
+        _write_tsv(sys.stdout, rows)
         return
     with atomic_path(options.output) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        _write(file, rows)
-    print(f"{len(rows)} pairs labelled in {options.output}")
+        (_write_tsv if options.output.suffix == ".tsv" else _write_jsonl)(file, rows)
+    print(f"{len(rows)} examples labelled in {options.output}")
 
 
-def _write(file, rows: list[tuple[str, str, str]]) -> None:  # type: ignore[no-untyped-def]
-    """Without quoting, as `read_pairs` reads a .tsv: tabs and line breaks inside a text become spaces."""
-    for row in (("premise", "hypothesis", "label"), *rows):
-        file.write("\t".join(re.sub(r"[\t\r\n]+", " ", cell) for cell in row) + "\n")
+def _write_tsv(file: IO[str], rows: list[dict[str, Any]]) -> None:
+    """Without quoting, as a .tsv is read: tabs and line breaks inside a text become spaces."""
+    for number, row in enumerate(rows):
+        of_class = row.pop("probabilities")
+        if number == 0:
+            _write_cells(file, [*row, *(f"p({label})" for label in of_class)])
+        _write_cells(file, [*row.values(), *(f"{value:.6f}" for value in of_class.values())])
+
+
+def _write_cells(file: IO[str], cells: list[str]) -> None:
+    file.write("\t".join(re.sub(r"[\t\r\n]+", " ", cell) for cell in cells) + "\n")
+
+
+def _write_jsonl(file: IO[str], rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.cli.options import CommandError, check_writable, need
+from ltp_sparse.cli.options import CommandError, add_report_to, check_writable, need
 
 HELP = "run a recipe: all cells of a table or figure of the papers, or of your own YAML file"
 EXAMPLES = """\
@@ -39,6 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--save-every", type=int, help="epochs between checkpoints inside a cell")
     parser.add_argument("--micro-batch-size", type=int, help="examples per forward pass, to save memory")
+    add_report_to(parser)
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 under autocast; weights stay float32")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
@@ -76,6 +78,7 @@ def run(options: argparse.Namespace) -> int:
         cache=Cache(options.cache or default_cache()),
         bf16=options.bf16,
         micro_batch_size=options.micro_batch_size,
+        report_to=options.report_to,
     )
     left = len(unfinished(recipe, options.output))
     print(f"{recipe.title}: {len(recipe.cells)} cells, {len(recipe.cells) - left} of them finished before")
@@ -91,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
     if failed:
         print(f"{failed} cells failed, see {options.output / 'failures.jsonl'}; the same command tries them again")
         return 1
-    print(f"next: ltp-sparse report {options.recipe} {options.output}")
+    print(f"next: ltp-sparse report {shlex.quote(options.recipe)} {shlex.quote(str(options.output))}")
     return 0
 
 

@@ -1,6 +1,6 @@
 """The folder of a trained run: what `train` leaves and `evaluate`, `predict` and `export` read.
 
-run.json                  model, method, task, shots, languages: how the run was made
+run.json                  model, method, data, columns, words, languages: how the run was made
 seed-1/trained.safetensors  a SparseDelta: ticket entries and the prompt encoder at the best epoch
 seed-1/baked.safetensors    the same with the prompt in place of its encoder: all that inference needs
 manifest.json             names, sizes and checksums of the files above, of the seeds that are finished
@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from ltp_sparse import manifest
 from ltp_sparse.cli.options import CommandError
-from ltp_sparse.files import atomic_path
+from ltp_sparse.files import FileFormatError, atomic_path
+from ltp_sparse.prompting.templates import CLASSES
+from ltp_sparse.tasks import task
+from ltp_sparse.tasks.own import Columns
 
 if TYPE_CHECKING:
     from ltp_sparse.delta import SparseDelta
@@ -31,19 +34,38 @@ _DESCRIPTION = "run.json"
 
 @dataclass(frozen=True)
 class Run:
-    """How a run was made; paths as given on the command line."""
+    """How a run was made; paths and names as given on the command line.
+
+    task:    None: data of one's own, `train`, `dev` and `test`, with `columns`
+    words:   class -> label words; None: those of the language `verbalizer`
+    labels:  classes, in the order of the logits
+    """
 
     model: str
     tokenizer: str | None
     method: str
-    task: str
+    task: str | None
     shots: int | None
     language: str
     verbalizer: str
+    words: dict[str, list[str]] | None = None
+    labels: tuple[str, ...] = CLASSES
+    metric: str = "accuracy"
+    train: str | None = None
+    dev: str | None = None
+    dev_share: float | None = None
+    test: str | None = None
+    hub_config: str | None = None
+    columns: Columns | None = None
+
+    @property
+    def kind(self) -> str:
+        """Of the examples: "pair" or "text"."""
+        return task(self.task).kind if self.task is not None else self.columns.kind  # type: ignore[union-attr]
 
     def save(self, folder: Path) -> None:
         with atomic_path(folder / _DESCRIPTION) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         record(folder, [_DESCRIPTION])
 
     @classmethod
@@ -52,9 +74,16 @@ class Run:
         if not path.is_file():
             raise CommandError(f"{folder}: not a run of ltp-sparse train (it has no {_DESCRIPTION})")
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (TypeError, ValueError) as error:
-            raise CommandError(f"{path}: damaged, or of another version of ltp_sparse ({error})") from error
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            facts["labels"] = tuple(_texts(facts.get("labels", list(CLASSES))))
+            if facts.get("columns") is not None:
+                facts["columns"] = Columns(**facts["columns"])
+            run = cls(**facts)
+            _texts([run.model, run.method, run.language, run.verbalizer])
+            task(_texts([run.task])[0]) if run.columns is None else None
+            return run
+        except (AttributeError, TypeError, ValueError, RecursionError) as error:
+            raise FileFormatError(path, f"damaged, or of another version of ltp_sparse ({error})") from error
 
     def check_continues(self, folder: Path) -> None:
         """Raises if the folder has seeds of a run that was made in another way: they would pass for seeds of this."""
@@ -63,11 +92,17 @@ class Run:
         before = Run.load(folder)
         for field in fields(self):
             old, new = getattr(before, field.name), getattr(self, field.name)
-            if old != new:
+            if old != new and field.name != "test":
                 raise CommandError(
-                    f"train: {folder} holds seeds of a run with {field.name} {old!r}, this one has {new!r}; "
-                    "give another --output"
+                    f"train: {folder} holds seeds of a run with {field.name.replace('_', ' ')} {old!r}, this one has "
+                    f"{new!r}; give another --output"
                 )
+
+
+def _texts(values: Any) -> list[str]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TypeError(f"expected texts, got {values!r}")
+    return values
 
 
 def finished_seeds(folder: Path, wanted: Sequence[int] | None = None) -> list[int]:
@@ -86,19 +121,6 @@ def finished_seeds(folder: Path, wanted: Sequence[int] | None = None) -> list[in
     if missing := [seed for seed in wanted or () if seed not in seeds]:
         raise CommandError(f"{folder}: expected one of its seeds {', '.join(map(str, seeds))}, got {missing[0]}")
     return seeds if wanted is None else list(wanted)
-
-
-def load_pairs(command: str, name: str, split: str, language: str, **options: Any) -> list[Any]:
-    """Labelled pairs of a task; a CommandError for a task of texts."""
-    from ltp_sparse.tasks import TASKS, task
-
-    if task(name).kind != "pair":
-        known = ", ".join(name for name, known in TASKS.items() if known.kind == "pair")
-        raise CommandError(
-            f"{command}: --task must be one of pairs ({known}), {name} is one of texts; those are run by recipes, see "
-            "ltp-sparse run --help"
-        )
-    return list(task(name).load(split, language, **options))
 
 
 def check_same_training(finished: Path, method: Method, ticket: Ticket | None) -> None:

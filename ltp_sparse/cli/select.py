@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import random
 from pathlib import Path
 
 from ltp_sparse.cli.options import (
     CommandError,
     add_computing,
     add_model,
+    add_report_to,
     at_least_one,
     check_starts_anew,
     check_writable,
@@ -32,6 +34,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument(
         "--text", nargs="+", type=Path, help="text files (.txt, .tsv, .jsonl, also .gz) or folders of them"
+    )
+    parser.add_argument(
+        "--text-column", metavar="NAME", help="take --text from this column of .tsv, .csv, .jsonl or .parquet files"
     )
     parser.add_argument("--hub-text", help="Hub data set to take the text from")
     parser.add_argument("--hub-config", help="configuration of the Hub data set")
@@ -63,10 +68,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--segment", choices=("lower", "middle", "upper"), help="select in one third of the layers only"
     )
     parser.add_argument("--intersect", action="store_true", help="with --segment: cut the global ticket instead")
-    parser.add_argument("--epochs", type=float, default=3.0)
-    parser.add_argument("--max-steps", type=int, default=-1, help="stop after so many updates")
-    parser.add_argument("--batch-size", type=at_least_one, default=32)
-    parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--epochs", type=float, default=3.0, help="passes over the text")
+    parser.add_argument("--max-steps", type=int, default=-1, help="stop after so many updates (default: never)")
+    parser.add_argument("--batch-size", type=at_least_one, default=32, help="blocks or lines per update")
+    parser.add_argument("--learning-rate", type=float, default=5e-5, help="of tuning")
     parser.add_argument(
         "--length", type=at_least_one, help="tokens of a block (default: 256, as far as the model goes)"
     )
@@ -75,11 +80,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--eval-steps", type=at_least_one, default=1000, help="updates between evaluations (default: 1000)"
     )
     parser.add_argument("--states", choices=("float32", "8bit"), default="float32", help="precision of the moments")
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--seed", type=int, default=42, help="of the order of examples, masks and drawn lines")
     parser.add_argument("--run-dir", type=Path, help="folder for checkpoints; with it, --save-every and --resume work")
     parser.add_argument("--save-every", type=at_least_one, help="updates between checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint of --run-dir")
     parser.add_argument("--output", type=Path, help="the ticket, a .safetensors file")
+    add_report_to(parser)
     add_computing(parser)
 
 
@@ -110,7 +116,7 @@ def _from_checkpoints(options: argparse.Namespace):  # type: ignore[no-untyped-d
 
     import ltp_sparse as ls
 
-    of_tuning = ("text", "hub_text", "model", "strategy", "segment", "run_dir")
+    of_tuning = ("text", "text_column", "hub_text", "model", "strategy", "segment", "run_dir")
     if given := [name for name in of_tuning if getattr(options, name) is not None]:
         raise CommandError(
             f"select: --{given[0].replace('_', '-')} is of tuning and has no part in comparing --initial and --tuned, "
@@ -132,6 +138,8 @@ def _from_text(options: argparse.Namespace):  # type: ignore[no-untyped-def]
     need(options, "model")
     if (options.text is None) == (options.hub_text is None):
         raise CommandError("select: give either --text files or --hub-text NAME")
+    if options.text_column is not None and options.text is None:
+        raise CommandError("select: --text-column is of --text; for a Hub data set there is --hub-column")
     if (options.resume or options.save_every) and options.run_dir is None:
         raise CommandError("select: --save-every and --resume need a --run-dir")
     if options.run_dir is not None and not options.resume:
@@ -142,7 +150,9 @@ def _from_text(options: argparse.Namespace):  # type: ignore[no-untyped-def]
     from ltp_sparse.training.backbone import load_backbone, longest_input
     from ltp_sparse.training.mlm import MLMSettings, find_ticket, tune_mlm
 
-    if options.text is not None:
+    if options.text_column is not None:
+        texts = _column(options)
+    elif options.text is not None:
         texts = read_text(options.text, max_lines=options.max_lines, seed=options.seed)
     else:
         texts = read_hub_text(
@@ -175,6 +185,7 @@ def _from_text(options: argparse.Namespace):  # type: ignore[no-untyped-def]
         output_dir=options.run_dir,
         resume=options.resume,
         progress=not options.quiet,
+        report_to=options.report_to,
     )
     print(
         f"tuned for {result.metadata['steps']} updates, best validation loss {result.metadata['validation_loss']:.4f}"
@@ -189,3 +200,16 @@ def _from_text(options: argparse.Namespace):  # type: ignore[no-untyped-def]
         intersect=options.intersect,
         metadata=result.metadata,
     )
+
+
+def _column(options: argparse.Namespace) -> list[str]:
+    """A column of labelled files, at most --max-lines of it."""
+    from ltp_sparse.tasks.own import Columns, read_own
+
+    columns = Columns(text=options.text_column)
+    texts = [example.text for path in options.text for example in read_own(path, columns, labelled=False)]
+    texts = [text for text in texts if text.strip()]
+    if options.max_lines is None or options.max_lines >= len(texts):
+        return texts
+    chosen = random.Random(options.seed).sample(range(len(texts)), options.max_lines)
+    return [texts[i] for i in sorted(chosen)]

@@ -3,49 +3,77 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields, replace
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ltp_sparse.cli.options import (
     CommandError,
     add_computing,
     add_data,
     add_model,
+    add_report_to,
     at_least_one,
     check_starts_anew,
     check_writable,
     need,
     quieten,
+    share,
 )
+from ltp_sparse.cli.own import SOURCE, add_columns, add_metric, given_columns, own_options, words_of
+from ltp_sparse.cli.tables import MASKED_METHOD_NAMES, TASK_NAMES
 
-HELP = "train LTP or one of its controls on a few labelled pairs, and keep the best epoch"
+if TYPE_CHECKING:
+    from ltp_sparse.tasks.own import Columns
+
+HELP = "train LTP or one of its controls on labelled texts or pairs, and keep the best epoch"
 EXAMPLES = """\
-  LTP on 4 English examples per class, with the paper's five seeds
-    ltp-sparse train --model xlm-roberta-base --ticket en.safetensors --shots 4 --output runs/ltp-4
+  LTP on 4 English pairs per class, with the paper's five seeds; data/ holds the folders train/ and dev/ of the K-shot
+  files (mprompting/xlmrprompt on GitHub, common_datasets)
+    ltp-sparse train --model xlm-roberta-base --ticket en.safetensors --data data/ --shots 4 --output runs/ltp-4
   the controls
-    ltp-sparse train --model xlm-roberta-base --method soft-prompt --shots 4 --output runs/sp-4
-    ltp-sparse train --model xlm-roberta-base --method random-ticket --ticket en.safetensors --shots 4 \\
+    ltp-sparse train --model xlm-roberta-base --method soft-prompt --data data/ --shots 4 --output runs/sp-4
+    ltp-sparse train --model xlm-roberta-base --method random-ticket --ticket en.safetensors --data data/ --shots 4 \\
         --output runs/random-4
-  from the original files, in Swahili, stopped and resumed
-    ltp-sparse train --model xlm-roberta-base --ticket en.safetensors --data data/xnli_fewshot --language sw \\
-        --shots 16 --output runs/sw --save-every 10 --resume"""
+  in Swahili, with checkpoints; stopped, the same command with --resume goes on
+    ltp-sparse train --model xlm-roberta-base --ticket en.safetensors --data data/ --language sw --shots 16 \\
+        --output runs/sw --save-every 10
+  a task of single texts, by words of your own
+    ltp-sparse train --model xlm-roberta-base --ticket en.safetensors --task smsa --data data/ --shots 16 \\
+        --words positive=good neutral=okay negative=bad --output runs/smsa
+  a file of your own
+    ltp-sparse train --model xlm-roberta-base --ticket en.safetensors --train train.tsv --dev dev.tsv --test test.tsv \\
+        --text-column text --label-column label --words positive=good negative=bad --language quy --output runs/quy"""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    from ltp_sparse.cli.tables import PAIR_METHOD_NAMES
-
     add_model(parser)
-    parser.add_argument("--method", choices=PAIR_METHOD_NAMES, default="ltp", help="default: ltp")
+    parser.add_argument("--method", choices=MASKED_METHOD_NAMES, default="ltp", help="what trains")
     parser.add_argument(
         "--match", choices=("pool", "layers"), help="random-ticket: what the draw keeps (default: pool)"
     )
     parser.add_argument("--ticket", type=Path, help="the ticket of ltp-sparse select (ltp and random-ticket need one)")
-    parser.add_argument("--task", default="xnli-fewshot", help="labelled pairs to train on (default: xnli-fewshot)")
-    parser.add_argument("--shots", type=at_least_one, help="examples per class")
-    parser.add_argument("--language", default="en", help="language of the training pairs (default: en)")
-    parser.add_argument("--verbalizer", help="language of the label words (default: that of the pairs)")
+    parser.add_argument("--task", choices=TASK_NAMES, help="a known task to train on (default: xnli-fewshot)")
     add_data(parser)
+    parser.add_argument("--train", metavar="FILE", help=f"instead of a task, data of your own: {SOURCE}")
+    parser.add_argument(
+        "--dev", metavar="FILE", help="the same of dev, which picks the epoch (default: part of --train)"
+    )
+    parser.add_argument("--dev-share", type=share, help="without --dev: its share of each class (default: 0.1)")
+    parser.add_argument("--test", metavar="FILE", help="the same of test, which ltp-sparse evaluate will take")
+    add_columns(parser)
+    add_metric(parser)
+    parser.add_argument(
+        "--words", nargs="+", metavar="CLASS=WORD", help="the word of each class at the mask, e.g. positive=good"
+    )
+    parser.add_argument("--verbalizer", help="language of the label words of inference (default: that of the examples)")
+    parser.add_argument("--shots", type=at_least_one, help="examples per class (default: all; xnli-fewshot needs it)")
+    parser.add_argument(
+        "--language",
+        help="of the training examples (default: en, or the task's only one; of your own data: und)",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, help="default: 1 2 3 4 5")
     parser.add_argument("--epochs", type=at_least_one, help="default: the method's (LTP: 70)")
     parser.add_argument("--learning-rate", type=float, help="default: the method's (LTP: 2e-5)")
@@ -66,17 +94,31 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--save-every", type=at_least_one, help="epochs between checkpoints of the whole training state"
     )
     parser.add_argument("--resume", action="store_true", help="skip finished seeds, go on from the latest checkpoint")
-    parser.add_argument("--report-to", default="none", help="logging integration of transformers, e.g. tensorboard")
+    add_report_to(parser)
     parser.add_argument("--output", type=Path, help="folder of the run")
     add_computing(parser)
 
 
+@dataclass(frozen=True)
+class _Data:
+    """What a run trains on."""
+
+    train: Sequence[Any]
+    dev: Sequence[Any]
+    labels: tuple[str, ...]
+    metric: str
+    columns: Columns | None = None
+
+
 def run(options: argparse.Namespace) -> None:
     need(options, "model", "output")
+    words = words_of(options.words)
+    _check_source(options)
     import ltp_sparse as ls
-    from ltp_sparse.cli.runs import BAKED, TRAINED, Run, check_same_training, load_pairs, record, seeds_to_train
-    from ltp_sparse.prompting import WORDS, Verbalizer
+    from ltp_sparse.cli.runs import BAKED, TRAINED, Run, check_same_training, record, seeds_to_train
+    from ltp_sparse.prompting import Verbalizer, kind_of
     from ltp_sparse.prompting.templates import QUESTIONS
+    from ltp_sparse.tasks import task
     from ltp_sparse.training.backbone import load_backbone, longest_input
     from ltp_sparse.training.method import train_method
 
@@ -84,14 +126,18 @@ def run(options: argparse.Namespace) -> None:
     method = _method(options)
     if method.needs_ticket and options.ticket is None:
         raise CommandError(f"train: --ticket is needed for {options.method}; make one with ltp-sparse select")
+    if not method.needs_ticket and options.ticket is not None:
+        raise CommandError(f"train: --ticket is of ltp and random-ticket, not of {options.method}; leave it out")
     ticket = ls.Ticket.load(options.ticket) if options.ticket is not None else None
-    words = options.verbalizer or options.language
-    if method.scores_words and words not in WORDS:
-        raise CommandError(
-            f"train: no label words are known for {words!r}; pass --verbalizer, one of {', '.join(WORDS)}"
-        )
-    train = load_pairs("train", options.task, "train", options.language, shots=options.shots, data=options.data)
-    dev = load_pairs("train", options.task, "dev", options.language, shots=options.shots, data=options.data)
+    language = options.language or _usual_language(options)
+    verbalizer_language = options.verbalizer or language
+    data = _own_data(options, words, language) if options.train else None
+    labels = task(_task_name(options)).labels if data is None else data.labels
+    if words is None and method.scores_words:
+        _check_words_are_known(options, labels, verbalizer_language)
+    if words is not None and set(words) != set(labels):
+        raise CommandError(f"train: --words must be for the classes {', '.join(labels)}, got {', '.join(words)}")
+    data = data or _task_data(options, language)
 
     seeds = options.seeds or list(method.settings.seeds)
     todo = [s for s in seeds if not (options.output / f"seed-{s}" / BAKED).is_file()]
@@ -106,10 +152,19 @@ def run(options: argparse.Namespace) -> None:
         model=options.model,
         tokenizer=options.tokenizer,
         method=method.name,
-        task=options.task,
+        task=None if options.train else _task_name(options),
         shots=options.shots,
-        language=options.language,
-        verbalizer=words,
+        language=language,
+        verbalizer=verbalizer_language,
+        words=words,
+        labels=data.labels,
+        metric=data.metric,
+        train=options.train,
+        dev=options.dev,
+        dev_share=_dev_share(options) if options.train and options.dev is None else None,
+        test=options.test,
+        hub_config=options.hub_config,
+        columns=data.columns,
     )
     run.check_continues(options.output)
     check_writable("train", options.output, folder=True)
@@ -120,19 +175,30 @@ def run(options: argparse.Namespace) -> None:
     if len(todo) < len(seeds):
         done = next(seed for seed in seeds if seed not in todo)
         check_same_training(options.output / f"seed-{done}" / BAKED, method, ticket)
-    verbalizer = Verbalizer.for_language(tokenizer, words) if method.scores_words else None
+    verbalizer = None
+    if method.scores_words and words is not None:
+        verbalizer = Verbalizer.from_words(tokenizer, words, data.labels)
+    elif method.scores_words:
+        verbalizer = Verbalizer.for_language(tokenizer, verbalizer_language)
+    elif words is not None:
+        print(f"--words plays no part: {options.method} scores classes by a head")
+    if options.method in ("discrete-prompt", "mixed-prompt") and language not in QUESTIONS:
+        print(f"the words of the pattern are English: none are known for {language!r}")
     run.save(options.output)
-    print(f"{method.name}: {len(train)} training and {len(dev)} dev pairs ({options.language}), seeds {seeds}")
+    what, languages = f"{kind_of(data.train[0])}s", ", ".join(dict.fromkeys(e.language for e in data.train))
+    print(f"{method.name}: {len(data.train)} training and {len(data.dev)} dev {what} ({languages}), seeds {seeds}")
     for seed in seeds_to_train(options.output, todo):
         folder = options.output / f"seed-{seed}"
         result = train_method(
             method,
             model,
             tokenizer,
-            train,
-            dev,
+            data.train,
+            data.dev,
             ticket=ticket,
-            language=options.language if options.language in QUESTIONS else "en",
+            labels=data.labels,
+            metric=data.metric,
+            language=language if language in QUESTIONS else "en",
             verbalizer=verbalizer,
             seed=seed,
             output_dir=folder,
@@ -154,7 +220,100 @@ def run(options: argparse.Namespace) -> None:
             f"dev score {max(result.dev_scores):.2%}, {result.seconds:.0f} s, "
             f"{result.optimizer_bytes:,} bytes of optimizer state, every other weight bitwise unchanged"
         )
-    print(f"next: ltp-sparse evaluate {options.output} --task xnli")
+    print(f"next: {_next(options)}")
+
+
+def _task_name(options: argparse.Namespace) -> str:
+    return options.task or "xnli-fewshot"
+
+
+def _usual_language(options: argparse.Namespace) -> str:
+    from ltp_sparse.tasks import task
+    from ltp_sparse.tasks.own import UNDETERMINED
+
+    if options.train is not None:
+        return UNDETERMINED
+    known = task(_task_name(options)).languages
+    return known[0] if len(known) == 1 else "en"
+
+
+def _dev_share(options: argparse.Namespace) -> float:
+    return 0.1 if options.dev_share is None else options.dev_share
+
+
+def _check_source(options: argparse.Namespace) -> None:
+    """Raises for options of a task beside data of one's own, and the other way round."""
+    if options.train is None:
+        if given := own_options(options) + ["--dev-share"] * (options.dev_share is not None):
+            raise CommandError(f"train: {given[0]} is of data of your own; give their file, --train")
+    elif given := [f"--{name}" for name in ("task", "data") if getattr(options, name) is not None]:
+        raise CommandError(f"train: {given[0]} is of a known task, --train of data of your own; leave one of them out")
+    elif options.dev is not None and options.dev_share is not None:
+        raise CommandError("train: --dev-share is for data without --dev; leave one of them out")
+
+
+def _check_words_are_known(options: argparse.Namespace, labels: tuple[str, ...], language: str) -> None:
+    from ltp_sparse.prompting import CLASSES, WORDS
+
+    if labels != CLASSES:
+        raise CommandError(
+            f"train: {options.method} needs a word for each class: --words "
+            + " ".join(f"{shlex.quote(label)}=WORD" for label in labels)
+        )
+    if language not in WORDS:
+        raise CommandError(
+            f"train: no label words are known for {language!r}; pass --verbalizer, one of {', '.join(WORDS)}, or words "
+            "of your own, --words"
+        )
+
+
+def _task_data(options: argparse.Namespace, language: str) -> _Data:
+    from ltp_sparse.tasks import task
+
+    of = task(_task_name(options))
+    train, dev = (of.load(split, language, shots=options.shots, data=options.data) for split in ("train", "dev"))
+    if of.kind == "text" and options.shots is not None:
+        print(f"the {options.shots} examples per class are one draw, the same for all seeds")
+    return _Data(train, dev, of.labels, of.metric)
+
+
+def _own_data(options: argparse.Namespace, words: dict[str, list[str]] | None, language: str) -> _Data:
+    from ltp_sparse.prompting import CLASSES
+    from ltp_sparse.tasks.own import classes_of, read_own, split_dev
+    from ltp_sparse.tasks.texts import few_shot
+
+    columns = given_columns(options)
+
+    def read(source: str, split: str) -> list[Any]:
+        return read_own(source, columns, language=language, split=split, config=options.hub_config)
+
+    train = read(options.train, "train")
+    dev = [] if options.dev is None else read(options.dev, "validation")
+    if options.test is not None:
+        read(options.test, "test")  # what is wrong with it is told now, not after the training
+    labels = classes_of([*train, *dev], words)
+    if words is None and set(labels) == set(CLASSES):
+        labels = CLASSES  # inference, for which words are known
+    if options.dev is None:
+        train, dev = split_dev(train, _dev_share(options))
+        print(f"dev: {len(dev)} of the examples of {options.train}, {_dev_share(options):.4g} of each class; one draw")
+    if options.shots is not None:
+        train = few_shot(train, "train", labels, options.shots, 0)
+        print(f"the {options.shots} examples per class are one draw, the same for all seeds")
+    return _Data(train, dev, labels, options.metric or "accuracy", columns)
+
+
+def _next(options: argparse.Namespace) -> str:
+    """The command that evaluates the run."""
+    from ltp_sparse.cli.tables import TEST_TASKS
+
+    command = ["ltp-sparse", "evaluate", str(options.output)]
+    if options.train is None:
+        name = _task_name(options)
+        command += ["--task", TEST_TASKS.get(name, name)]
+        command += [] if options.data is None else ["--data", str(options.data)]
+        return shlex.join(command)
+    return shlex.join(command) + ("" if options.test is not None else " --test FILE")
 
 
 def _method(options: argparse.Namespace) -> Any:

@@ -81,24 +81,28 @@ class Verbalizer:
             raise ValueError(
                 f"Verbalizer.from_words: expected words for {', '.join(classes)}, got {', '.join(words) or 'none'}"
             )
-        ids = []
+        ids: list[tuple[int, ...]] = []
+        word_of: dict[int, str] = {}
         for label in classes:
             given = words[label]
-            given = [given] if isinstance(given, str) else given
-            ids.append(tuple(_word_id(tokenizer, word, strict) for word in given))
-        flat = [token for tokens in ids for token in tokens]
-        if len(set(flat)) != len(flat):
-            raise ValueError(
-                f"Verbalizer.from_words: expected words of different tokens, two of {dict(words)} are the same token; "
-                "choose other words"
-            )
+            of_label = []
+            for word in [given] if isinstance(given, str) else given:
+                token = _word_id(tokenizer, word, strict)
+                if token in word_of:
+                    raise ValueError(
+                        f"Verbalizer.from_words: expected words of different tokens, {word_of[token]!r} and {word!r} "
+                        f"are the same token {tokenizer.convert_ids_to_tokens([token])[0]!r}; choose other words"
+                    )
+                word_of[token] = word
+                of_label.append(token)
+            ids.append(tuple(of_label))
         return cls(tuple(ids))
 
 
 def _word_id(tokenizer: PreTrainedTokenizerBase, word: str, strict: bool) -> int:
     ids = tokenizer(word, add_special_tokens=False)["input_ids"]
     pieces = tokenizer.convert_ids_to_tokens(ids)
-    if not ids or ids[-1] in tokenizer.all_special_ids:
+    if not ids or set(ids) & set(tokenizer.all_special_ids) or pieces[-1] == _WORD_START:
         raise ValueError(f"Verbalizer: the tokenizer has no piece for {word!r}, only {pieces}; choose another")
     if len(ids) > 1 or not pieces[0].startswith(_WORD_START):
         found = f"Verbalizer: expected {word!r} to be one word-initial piece of the tokenizer, got {pieces}"

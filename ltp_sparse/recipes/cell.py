@@ -47,6 +47,7 @@ class Workbench:
     bf16:       compute in bfloat16 under autocast
     micro_batch_size: examples per forward pass; None: the whole batch
     batch_size: examples of a forward pass in evaluation
+    report_to:  logging integration of transformers, of the training of a cell
     """
 
     data: Path | None
@@ -54,6 +55,7 @@ class Workbench:
     bf16: bool = False
     micro_batch_size: int | None = None
     batch_size: int = 64
+    report_to: str = "none"
     progress: bool = False
     _key: tuple[Any, ...] = ()
     _model: Any = None
@@ -166,9 +168,10 @@ def run_cell(
             micro_batch_size=bench.micro_batch_size,
             bf16=bench.bf16,
             progress=bench.progress,
+            arguments={"report_to": bench.report_to},
         )
         if cell["language_sft"] is None and source is None:
-            scores = _scores(trained, tests, train_task.metric, bench)
+            scores = _scores(trained, tests, train_task, bench)
             trained.release()
         else:
             trained.release()
@@ -183,7 +186,7 @@ def run_cell(
         with sft.applied(test_language if cell["language_sft"] else None, model):
             setup = load_trained(model, tokenizer, delta)
             try:
-                scores |= _scores(setup, {test_language: tests[test_language]}, train_task.metric, bench)
+                scores |= _scores(setup, {test_language: tests[test_language]}, train_task, bench)
             finally:
                 delta.revert(setup.model)
                 setup.undo()
@@ -370,9 +373,16 @@ def _verbalizer(cell: Cell, method: Method, task: Task, tokenizer: Any) -> Verba
     return Verbalizer.for_language(tokenizer, language if language in WORDS else "en")
 
 
-def _scores(ready: Any, tests: Mapping[str, Sequence[Any]], metric: str, bench: Workbench) -> dict[str, float]:
-    dtype = torch.bfloat16 if bench.bf16 else None
-    return evaluate(ready, tests, metric=metric, batch_size=bench.batch_size, dtype=dtype, progress=bench.progress)
+def _scores(ready: Any, tests: Mapping[str, Sequence[Any]], task: Task, bench: Workbench) -> dict[str, float]:
+    return evaluate(
+        ready,
+        tests,
+        metric=task.metric,
+        labels=task.labels,
+        batch_size=bench.batch_size,
+        dtype=torch.bfloat16 if bench.bf16 else None,
+        progress=bench.progress,
+    )
 
 
 def _note(text: Corpus, notes: list[str]) -> None:

@@ -17,7 +17,7 @@ from ltp_sparse.names import canonical_parameters, layer_of
 from ltp_sparse.recipes.cell import method_of
 from ltp_sparse.recipes.recipe import Cell, Recipe
 from ltp_sparse.selection import pools
-from ltp_sparse.tasks import TASKS
+from ltp_sparse.tasks import task
 from ltp_sparse.training.backbone import backbone_from_config, locate
 
 _GPU_FLOPS = 1e14
@@ -93,7 +93,7 @@ def estimate(cell: Cell, model: Any) -> Estimate:
     """What a cell costs, given its base model without weights."""
     method = method_of(cell)
     active, n = _active(cell, method, model)
-    examples = _TRAINING.get(cell["train.task"], len(TASKS[cell["train.task"]].labels) * (cell["shots"] or 1))
+    examples = _TRAINING.get(cell["train.task"], len(task(cell["train.task"]).labels) * (cell["shots"] or 1))
     settings = method.settings
     phases = 2 if isinstance(method, LTSFT | AdaSFT) else 1
     updates = math.ceil(examples / settings.batch_size) * settings.epochs
@@ -102,7 +102,7 @@ def estimate(cell: Cell, model: Any) -> Estimate:
     body = sum(
         p.numel() for name, p in canonical_parameters(model).items() if layer_of(name) not in ("embeddings", "other")
     )
-    languages = cell["test.languages"] or TASKS[cell["test.task"]].languages
+    languages = cell["test.languages"] or task(cell["test.task"]).languages
     tests = (1 if languages == "same" else len(languages)) * min(cell["test.limit"] or 10**9, _TEST[cell["test.task"]])
     tokens = 6 * updates * settings.batch_size * length + 2 * tests * length
     index = min(n / 8, 2 * active) if 0 < active < n else 0
@@ -132,7 +132,7 @@ def _shared(cell: Cell, model: Any) -> dict[str, float]:
         found[f"{cell['model']} tuned {cell['ticket.strategy'] or 'decoupled'}"] = 6.0 * body * _STAGE_1
     for stage in ("language_sft", "adapters"):
         if cell[stage] is not None:
-            languages = cell["test.languages"] or TASKS[cell["test.task"]].languages
+            languages = cell["test.languages"] or task(cell["test.task"]).languages
             for language in {cell[f"{stage}.source"], *languages}:
                 found[f"{cell['model']} {stage} {cell[f'{stage}.kind']} {language}"] = 6.0 * body * _LANGUAGE
     return found

@@ -11,12 +11,6 @@ from typing import Any
 
 from ltp_sparse.recipes.recipe import look_up
 
-_T_975 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
-"""The 97.5 % quantile of Student's t for 1 to 30 degrees of freedom; beyond, the normal one is close enough."""
-
 _EXACT = 15
 
 
@@ -82,7 +76,9 @@ def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
     n, mean = len(values), statistics.fmean(values)
     if n == 1:
         return mean, (-math.inf, math.inf)
-    half = (_T_975[n - 2] if n - 1 <= len(_T_975) else 1.96) * statistics.stdev(values) / math.sqrt(n)
+    from scipy.special import stdtrit  # the quantile of Student's t, without the half second that scipy.stats takes
+
+    half = float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / math.sqrt(n)
     return mean, (mean - half, mean + half)
 
 

@@ -25,12 +25,16 @@ def plot_ticket(ticket: Ticket, path: str | os.PathLike[str], *, by: str = "laye
     """
     counts = {place: (k, n) for place, (k, n) in ticket.counts(by).items() if n}
     figure, axes = _figure(len(counts))
-    bars = axes.bar(list(counts), [100 * k / n for k, n in counts.values()], color="tab:blue")
-    axes.bar_label(bars, [_short(k) for k, _ in counts.values()], fontsize=7)
+    axes.bar(list(counts), [100 * k / n for k, n in counts.values()], color="tab:blue")
+    for position, (k, _) in enumerate(counts.values()):  # in a row above all, where neither bars nor the line are
+        axes.text(position, 1.02, _short(k), transform=axes.get_xaxis_transform(), ha="center", fontsize=7)
+    axes.margins(x=0.01)
     axes.axhline(100 * ticket.density, color="tab:gray", linestyle="--", linewidth=1)
     axes.set_ylabel("active entries (%)")
     axes.set_title(
-        f"{ticket.k:,} of {ticket.n:,} entries active; dashed: {100 * ticket.density:.4g} % overall", fontsize=9
+        f"{ticket.k:,} of {ticket.n:,} entries active; dashed: {100 * ticket.density:.4g} % overall",
+        fontsize=9,
+        pad=16,
     )
     return _save(figure, path)
 
@@ -42,8 +46,9 @@ def plot_accuracy(
     errors: Mapping[str, Mapping[str, float]] | None = None,
     chance: float | None = None,
     title: str = "",
+    metric: str = "accuracy",
 ) -> Path:
-    """Draws accuracy per language, a bar per method.
+    """Draws accuracy, or another metric, per language, a bar per method.
 
     Args:
         scores: method -> language -> accuracy in [0, 1]; a language that a method lacks has no bar.
@@ -63,12 +68,12 @@ def plot_accuracy(
             width,
             label=method,
             yerr=[100 * spread.get(language, 0.0) for language in present] if spread else None,
-            error_kw={"linewidth": 0.8},
+            error_kw={"linewidth": 0.8, "capsize": 2},
         )
     if chance is not None:
         axes.axhline(100 * chance, color="tab:gray", linestyle="--", linewidth=1, label="chance")
     axes.set_xticks(range(len(languages)), languages)
-    axes.set_ylabel("accuracy (%)")
+    axes.set_ylabel(f"{metric} (%)")
     axes.set_title(title, fontsize=9)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return _save(figure, path)

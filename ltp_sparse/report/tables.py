@@ -64,6 +64,13 @@ class Table:
             str(line.facts[0]): {name: mean / 100 for name, (mean, _) in line.values.items()} for line in self.lines
         }
 
+    def deviations(self) -> dict[str, dict[str, float]]:
+        """The same of the standard deviations over seeds; lines of a single run have none."""
+        return {
+            str(line.facts[0]): {name: spread / 100 for name, (_, spread) in line.values.items() if spread == spread}
+            for line in self.lines
+        }
+
 
 def make_table(rows: Iterable[Mapping[str, Any]], by: Sequence[str], paper: Mapping[str, Any] | None = None) -> Table:
     """Rows of a run as a table.

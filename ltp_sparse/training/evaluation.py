@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ltp_sparse.methods.base import Collate, Encode
 from ltp_sparse.prompting.templates import IGNORED_LABEL
+from ltp_sparse.tasks.own import warn_of_gaps
 
 
 def accuracy(predicted: Any, labels: Any) -> float:
@@ -33,7 +34,7 @@ METRICS: dict[str, Callable[[Any, Any], float]] = {"accuracy": accuracy, "macro_
 
 
 @torch.no_grad()
-def predict(
+def class_logits(
     model: nn.Module,
     examples: Sequence[Any],
     collate: Collate,
@@ -42,7 +43,7 @@ def predict(
     dtype: torch.dtype | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> Tensor:
-    """Predicted class of every example, int64 [N] on the CPU, in the order given.
+    """Logits of the classes of every example, float32 [N, C] on the CPU, in the order given; [0, 0] without examples.
 
     dtype:    compute under autocast in this type (torch.bfloat16); None computes in the type of the weights.
     progress: called with the number of examples done after each batch.
@@ -54,7 +55,7 @@ def predict(
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]), reverse=True)
     was_training = model.training
     model.eval()
-    predicted = []
+    found = []
     try:
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             for start in range(0, len(order), batch_size):
@@ -63,15 +64,23 @@ def predict(
                 logits = model(**{name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()})[
                     "logits"
                 ]
-                predicted.append(logits.argmax(-1))
+                found.append(logits.float())
                 if progress is not None:
                     progress(len(logits))
     finally:
         model.train(was_training)
-    result = torch.empty(len(examples), dtype=torch.long, device="cpu")
-    if predicted:
-        result[order] = torch.cat(predicted).cpu()
+    if not found:
+        return torch.empty(0, 0, dtype=torch.float32, device="cpu")
+    by_length = torch.cat(found).cpu()
+    result = torch.empty_like(by_length)
+    result[order] = by_length
     return result
+
+
+def predict(model: nn.Module, examples: Sequence[Any], collate: Collate, **options: Any) -> Tensor:
+    """Predicted class of every example, int64 [N] on the CPU, in the order given; options as of `class_logits`."""
+    logits = class_logits(model, examples, collate, **options)
+    return logits.argmax(-1) if len(logits) else torch.empty(0, dtype=torch.long, device="cpu")
 
 
 class Ready(Protocol):
@@ -90,6 +99,7 @@ def evaluate(
     examples: Mapping[str, Sequence[Any]],
     *,
     metric: str = "accuracy",
+    labels: Sequence[str] | None = None,
     batch_size: int = 64,
     dtype: torch.dtype | None = None,
     progress: bool = True,
@@ -97,6 +107,7 @@ def evaluate(
     """Score (0 to 1) per language over labelled examples, language -> examples.
 
     metric: one of `METRICS`
+    labels: classes of the task; one without an example is warned of, as are blank texts
     Raises ValueError for an unknown metric, an example without a label and a language without examples.
     """
     from tqdm.auto import tqdm
@@ -107,16 +118,17 @@ def evaluate(
     with tqdm(total=sum(map(len, examples.values())), unit="example", disable=not progress) as bar:
         for language, of_language in examples.items():
             bar.set_description(f"evaluate {language}")
+            warn_of_gaps(of_language, labels, f"evaluate {language}")
             encoded = trained.encode(of_language)
-            labels = np.asarray([example["labels"] for example in encoded])
-            if not encoded or bool((labels == IGNORED_LABEL).any()):
+            expected = np.asarray([example["labels"] for example in encoded])
+            if not encoded or bool((expected == IGNORED_LABEL).any()):
                 raise ValueError(
                     f"evaluate: expected labelled examples in {language!r}, got none or some without a label"
                 )
             predicted = predict(
                 trained.model, encoded, trained.collate, batch_size=batch_size, dtype=dtype, progress=bar.update
             )
-            scores[language] = METRICS[metric](predicted.numpy(), labels)
+            scores[language] = METRICS[metric](predicted.numpy(), expected)
     return scores
 
 

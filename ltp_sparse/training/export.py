@@ -1,75 +1,39 @@
-"""Export: the trained weights merged, the prompt baked into the vocabulary, as a folder for transformers alone.
+"""Export: the trained weights merged, as a folder for transformers alone.
 
-The n prompt rows become n new tokens, so that an input is plain text and the model a plain masked language model.
+A method with a head becomes a sequence classifier. One that scores words becomes a plain masked language model with new
+rows in its vocabulary: one for each slot of the prompt, and one for each label word as the output embedding has it,
+so that a decoupled LM head needs no second copy of the whole matrix. `standalone.py`, which goes along as `predict.py`,
+builds its inputs.
 """
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ltp_sparse.delta import SparseDelta
 from ltp_sparse.files import atomic_folder
+from ltp_sparse.methods import METHODS
+from ltp_sparse.methods.prompt_learning import BAKED_PROMPT, PromptMethod
+from ltp_sparse.modules import SequenceClassifier
 from ltp_sparse.prompting import PromptedMaskedLM
-from ltp_sparse.prompting.templates import CLASSES, soft_template
-from ltp_sparse.training.backbone import decouple, load_backbone, locate
+from ltp_sparse.training.backbone import load_backbone, locate
+from ltp_sparse.training.card import write_card
 from ltp_sparse.training.method import load_trained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_SCRIPT = '''"""Labels a sentence pair with torch and transformers alone: python predict.py PREMISE HYPOTHESIS."""
+SCRIPT = "predict.py"
 
-import json
-import string
-import sys
-from pathlib import Path
-
-import torch
-from transformers import AutoModelForMaskedLM, AutoTokenizer
-
-FOLDER = Path(__file__).resolve().parent
-PROMPT = json.loads((FOLDER / "prompt.json").read_text(encoding="utf-8"))
-
-
-def encode(tokenizer, premise, hypothesis):
-    """Token ids: every part of the template on its own, joined between <s> and </s>; long texts lose their ends."""
-    special = set(tokenizer.all_special_ids)
-    parts = {"{prompt}": tokenizer.convert_tokens_to_ids(PROMPT["tokens"]), "{mask}": [tokenizer.mask_token_id]}
-    for part in PROMPT["parts"]:
-        if part not in parts:
-            parts[part] = tokenizer(part, add_special_tokens=False)["input_ids"]
-    for part, text in (("{premise}", premise), ("{hypothesis}", hypothesis)):
-        ids = tokenizer(text.rstrip(string.punctuation) or text, add_special_tokens=False)["input_ids"]
-        parts[part] = [tokenizer.unk_token_id if token in special else token for token in ids]
-    first, second = parts["{premise}"], parts["{hypothesis}"]
-    while sum(len(parts[part]) for part in PROMPT["parts"]) > PROMPT["max_length"] - 2:
-        cut_second = second if PROMPT["truncation"] == "hypothesis_first" else len(second) >= len(first)
-        (second if cut_second else first).pop()
-    ids = [token for part in PROMPT["parts"] for token in parts[part]]
-    return [tokenizer.cls_token_id, *ids, tokenizer.sep_token_id]
-
-
-def predict(model, tokenizer, premise, hypothesis):
-    """label -> score, the mean logit of its words at <mask>."""
-    ids = torch.tensor([encode(tokenizer, premise, hypothesis)])
-    with torch.no_grad():
-        logits = model(input_ids=ids).logits[0, (ids[0] == tokenizer.mask_token_id).nonzero()[0, 0]]
-    return {label: logits[words].mean().item() for label, words in PROMPT["verbalizer"].items()}
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-    model = AutoModelForMaskedLM.from_pretrained(FOLDER).eval()
-    scores = predict(model, tokenizer, *sys.argv[1:])
-    print(max(scores, key=scores.get), scores)
-'''
+_NO_HEAD = -1.0
+"""As `classifier_dropout` of a masked language model: loading it with a random classification head fails."""
 
 
 def export(
@@ -78,18 +42,22 @@ def export(
     output: str | os.PathLike[str],
     *,
     tokenizer: str | os.PathLike[str] | None = None,
+    kind: str = "pair",
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes config, merged weights, tokenizer, `prompt.json` and a `predict.py` that needs transformers alone.
+    """Writes config, merged weights, tokenizer, a model card and a `predict.py` that needs transformers alone.
 
     Args:
         model: folder or Hub name of the base model.
         delta: the baked delta of a run (`Trained.baked`).
         output: the folder to write, new or empty; it is there when all of it is.
         tokenizer: folder or Hub name of the tokenizer, where it is not beside the model.
+        kind: of the examples, "pair" or "text": that of the template of a prompt.
+        facts: for the model card: "data", a text, and "scores", rows of `evaluate`.
 
     Raises:
-        ValueError: the result has no soft prompt or is not of pairs, or `output` is the folder of the base model or of
-            its tokenizer.
+        ValueError: the method attaches modules that no model of transformers has, or `output` is the folder of the base
+            model or of its tokenizer.
         OSError: `output` holds something, or cannot be written.
     """
     for source in (model, model if tokenizer is None else tokenizer):
@@ -97,54 +65,95 @@ def export(
         if local and Path(where).resolve() == Path(output).resolve():
             raise ValueError(f"export: expected a folder of its own to write to, {where!r} holds what it is made from")
     trained = SparseDelta.load(delta)
-    language_model, pieces = load_backbone(model, decoupled=trained.metadata["decoupled"], tokenizer=tokenizer)
-    setup = load_trained(language_model, pieces, trained)
-    prompted = setup.model
-    if not isinstance(prompted, PromptedMaskedLM) or prompted.prompt_encoder is None:
+    language_model, pieces = load_backbone(
+        model, decoupled=trained.metadata.get("decoupled", False), tokenizer=tokenizer
+    )
+    ready = load_trained(language_model, pieces, trained).model
+    attached = [name for name in trained.dense if name != BAKED_PROMPT and not name.startswith("classifier.")]
+    if attached or not isinstance(ready, PromptedMaskedLM | SequenceClassifier):
         raise ValueError(
-            f"export: expected the result of a method with a soft prompt, got {trained.metadata['method']!r}"
+            f"export: expected a method whose result is a model of transformers, got {trained.metadata['method']!r}, "
+            f"which attaches modules of its own ({', '.join(attached[:2])}); label with ltp-sparse predict"
         )
-    if tuple(trained.metadata["labels"]) != CLASSES:
-        raise ValueError(
-            f"export: expected a result for sentence pairs with the classes {', '.join(CLASSES)}, got one for "
-            f"{', '.join(trained.metadata['labels'])}"
-        )
-    prompt = prompted.prompt_encoder.bake()
-    tokens = _prompt_tokens(pieces, len(prompt))
-    first = language_model.config.vocab_size
-    pieces.add_tokens(tokens, special_tokens=True)
-    ids = pieces.convert_tokens_to_ids(tokens)
-    if max(ids) >= first:  # rows past the vocabulary may already exist as padding of the matrix
-        language_model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
-        if trained.metadata["decoupled"]:
-            decouple(language_model)  # resizing splits the bias of the LM head from its decoder's
-    with torch.no_grad():
-        language_model.get_input_embeddings().weight[ids] = prompt.to(language_model.dtype)
+    labels = trained.metadata["labels"]
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    if isinstance(ready, SequenceClassifier):
+        plain = _classifier(language_model, ready, names)
+        _read_pairs_as_trained(pieces)
+    else:
+        plain = _masked(language_model, ready, {**names, "prompt": _prompt(trained, kind)})
+    pieces.model_max_length = trained.metadata["settings"]["max_length"]
     with atomic_folder(output) as folder:
-        _write(folder, language_model, pieces, tokens, trained.metadata)
+        plain.save_pretrained(folder)
+        pieces.save_pretrained(folder)
+        shutil.copyfile(Path(__file__).with_name("standalone.py"), folder / SCRIPT)
+        write_card(folder / "README.md", str(model), trained, kind, dict(facts or {}))
 
 
-def _write(
-    output: Path,
-    language_model: PreTrainedModel,
-    pieces: PreTrainedTokenizerBase,
-    tokens: list[str],
-    metadata: dict[str, Any],
-) -> None:
-    language_model.save_pretrained(output)
-    pieces.save_pretrained(output)
-    verbalizer = dict(zip(CLASSES, metadata["verbalizer"], strict=True))
-    parts = soft_template(len(tokens)).parts
-    settings = {key: metadata["settings"][key] for key in ("max_length", "truncation")}
-    description = {"parts": parts, "tokens": tokens, "verbalizer": verbalizer, "method": metadata["method"]}
-    description |= settings
-    (output / "prompt.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    (output / "predict.py").write_text(_SCRIPT, encoding="utf-8")
+def _classifier(language_model: Any, ready: SequenceClassifier, names: Mapping[str, Any]) -> PreTrainedModel:
+    from transformers import XLMRobertaForSequenceClassification
+
+    config = _config(language_model, **names, problem_type="single_label_classification")
+    plain = XLMRobertaForSequenceClassification(config)
+    plain.load_state_dict({k: v for k, v in ready.state_dict().items() if k.startswith(("roberta.", "classifier."))})
+    return plain.to(ready.classifier.out_proj.weight.dtype)
 
 
-def _prompt_tokens(tokenizer: PreTrainedTokenizerBase, n: int) -> list[str]:
-    taken = set(tokenizer.get_vocab())
-    tokens = [f"<p{i + 1}>" for i in range(n)]
-    if taken & set(tokens):
-        raise ValueError(f"export: the tokenizer already has the tokens {sorted(taken & set(tokens))}")
-    return tokens
+def _masked(language_model: Any, ready: PromptedMaskedLM, facts: dict[str, Any]) -> PreTrainedModel:
+    """With rows for the prompt and the label words behind the vocabulary, input and output embedding as one."""
+    from transformers import XLMRobertaForMaskedLM
+
+    embedding, head = language_model.get_input_embeddings().weight.detach(), language_model.lm_head
+    encoder, ids = ready.prompt_encoder, ready.word_ids
+    prompt = embedding[:0] if encoder is None else encoder.bake().to(embedding)
+    words: Tensor = head.decoder.weight.detach()[ids] if ready.word_rows is None else ready.word_rows
+    rows = torch.cat([embedding, prompt, words.to(embedding)])
+    bias = head.decoder.bias.detach()
+    bias = torch.cat([bias, bias.new_zeros(len(prompt)), bias[ids]])
+
+    first = len(embedding)
+    facts["prompt"]["slots"] = list(range(first, first + len(prompt)))
+    places = iter(range(first + len(prompt), len(rows)))
+    facts["prompt"]["words"] = [[next(places) for _ in of_class] for of_class in facts["prompt"]["words"]]
+    task = {"impl": "predict.PromptPipeline", "pt": ["AutoModelForMaskedLM"], "type": "text"}
+    config = _config(
+        language_model,
+        **facts,
+        vocab_size=len(rows),
+        tie_word_embeddings=True,
+        classifier_dropout=_NO_HEAD,
+        custom_pipelines={"text-classification": task, "sentiment-analysis": dict(task)},
+    )
+    plain = XLMRobertaForMaskedLM(config)
+    state = {name: tensor for name, tensor in ready.state_dict().items() if name.startswith(("roberta.", "lm_head."))}
+    state["roberta.embeddings.word_embeddings.weight"] = state["lm_head.decoder.weight"] = rows
+    state["lm_head.bias"] = state["lm_head.decoder.bias"] = bias
+    plain.load_state_dict(state)
+    return plain.to(embedding.dtype)
+
+
+def _config(language_model: Any, **facts: Any) -> Any:
+    config = language_model.config
+    return type(config).from_dict({**config.to_dict(), **facts})
+
+
+def _prompt(trained: SparseDelta, kind: str) -> dict[str, Any]:
+    """What `standalone.py` needs to build an input."""
+    facts = trained.metadata
+    method = METHODS[facts["method"]].from_description(facts)
+    assert isinstance(method, PromptMethod)  # all else that scores words attaches modules
+    settings = {key: facts["settings"][key] for key in ("max_length", "truncation")}
+    parts = list(method.template(facts["language"], kind).parts)
+    return {"parts": parts, "words": facts["verbalizer"], **settings}
+
+
+def _read_pairs_as_trained(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Makes the tokenizer put `<s> </s> </s> </s>` around a pair by itself, as `encode_pairs` does."""
+    from tokenizers.processors import TemplateProcessing
+
+    start, end = tokenizer.cls_token, tokenizer.sep_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{start} $A {end}",
+        pair=f"{start} $A {end} {end} $B {end}",
+        special_tokens=[(start, tokenizer.cls_token_id), (end, tokenizer.sep_token_id)],
+    )

@@ -16,6 +16,7 @@ from ltp_sparse.methods import METHODS
 from ltp_sparse.methods.base import Collate, Context, Encode, Method, Settings, Setup
 from ltp_sparse.names import applied_deltas, canonical_parameters, match_names
 from ltp_sparse.prompting import CLASSES, Verbalizer, kind_of
+from ltp_sparse.tasks.own import warn_of_gaps
 from ltp_sparse.ticket import Ticket
 from ltp_sparse.training.backbone import longest_input
 from ltp_sparse.training.fit import Fit, Options, fit
@@ -106,6 +107,8 @@ def train_method(
     run = Options(**options)
     run = replace(run, metric=method.picks or run.metric)
     _check(method, language_model, train, dev)
+    warn_of_gaps(train, labels, "training examples")
+    warn_of_gaps(dev, labels, "dev examples")
     method.prepare(language_model)
     active = method.ticket(language_model, ticket, seed=run.seed)
     _check_base(ticket, language_model)

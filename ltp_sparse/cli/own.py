@@ -1,0 +1,82 @@
+"""Options for labelled data of one's own, which train, evaluate and predict share."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ltp_sparse.cli.options import CommandError
+from ltp_sparse.cli.tables import METRIC_NAMES
+
+if TYPE_CHECKING:
+    from ltp_sparse.cli.runs import Run
+    from ltp_sparse.tasks.own import Columns
+
+SOURCE = "a .tsv, .csv, .jsonl or .parquet file, or a Hub data set as NAME or NAME@SPLIT"
+
+_COLUMNS = {
+    "text": "column of the text, or of the first text of a pair (default: text; of pairs: premise)",
+    "pair": "column of the second text of a pair",
+    "label": "column of the class (default: label)",
+    "language": "column of each row's language, for scores per language out of one file",
+}
+
+
+def add_columns(parser: argparse.ArgumentParser, *, remembered: str = "") -> None:
+    for name, told in _COLUMNS.items():
+        parser.add_argument(f"--{name}-column", metavar="NAME", help=told + remembered)
+    parser.add_argument("--quoted", action="store_true", help="cells of a .tsv may be in double quotes, as in a .csv")
+    parser.add_argument("--hub-config", metavar="NAME", help="configuration of a Hub data set")
+
+
+def add_metric(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--metric", choices=METRIC_NAMES, help="of one's own data (default: accuracy)")
+
+
+def given_columns(options: argparse.Namespace, run: Run | None = None) -> Columns:
+    """The columns that the options name; those that they do not as the run remembers them, or as they are called."""
+    from ltp_sparse.tasks.own import Columns
+
+    if run is not None and run.columns is not None:
+        base = run.columns
+    elif (options.pair_column is not None) if run is None else run.kind == "pair":
+        base = Columns(text="premise", pair="hypothesis")
+    else:
+        base = Columns()
+    named = {name: getattr(options, f"{name}_column") for name in _COLUMNS}
+    columns = replace(base, **{name: value for name, value in named.items() if value is not None})
+    if run is not None and columns.kind != run.kind:
+        raise CommandError(
+            f"{options.command}: --pair-column makes pairs, the run was trained on single texts; leave it out"
+        )
+    return replace(columns, quoted=True) if options.quoted else columns
+
+
+def own_options(options: argparse.Namespace) -> list[str]:
+    """The flags of one's own data that are given, those of sources apart."""
+    names = [*(f"{name}_column" for name in _COLUMNS), "quoted", "hub_config", "metric", "dev", "test"]
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(options, name, None)]
+
+
+def words_of(texts: list[str] | None) -> dict[str, list[str]] | None:
+    """Class -> words of `--words CLASS=WORD ...`; several words of a class are parted by commas."""
+    if texts is None:
+        return None
+    found: dict[str, list[str]] = {}
+    for text in texts:
+        label, equals, words = text.rpartition("=")
+        if not equals or not label or not all(words.split(",")):
+            raise CommandError(f"train: --words expects CLASS=WORD, e.g. positive=good, got {text!r}")
+        if label in found:
+            raise CommandError(f"train: --words has two entries for {label!r}; several words of a class: {label}=a,b")
+        found[label] = words.split(",")
+    return found
+
+
+def by_language(examples: list[Any]) -> dict[str, list[Any]]:
+    """Language -> its examples, in the order of their first ones."""
+    found: dict[str, list[Any]] = {}
+    for example in examples:
+        found.setdefault(example.language, []).append(example)
+    return found

@@ -1,0 +1,268 @@
+"""Labelled texts and pairs of one's own: a file of any of `FORMATS`, or a data set of the Hub, by names of columns."""
+
+from __future__ import annotations
+
+import os
+import random
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ltp_sparse.files import FileFormatError
+from ltp_sparse.tasks.files import read_jsonl, read_table
+from ltp_sparse.tasks.pairs import Pair
+from ltp_sparse.tasks.texts import Text
+
+FORMATS = ("tsv", "csv", "jsonl", "parquet")
+"""By the end of the file's name; all but parquet also with .gz behind it."""
+
+UNDETERMINED = "und"
+"""The language of rows of which nothing says it (ISO 639)."""
+
+_SPLIT_SEED = 0
+
+
+@dataclass(frozen=True)
+class Columns:
+    """How the columns of one's own data are called.
+
+    text:     the text, or the first text of a pair
+    pair:     the second text of a pair; None: single texts
+    label:    the class
+    language: the language of each row; None: all rows are of one
+    quoted:   cells of a .tsv may be in double quotes, as those of a .csv always may
+    """
+
+    text: str = "text"
+    pair: str | None = None
+    label: str = "label"
+    language: str | None = None
+    quoted: bool = False
+
+    @property
+    def kind(self) -> str:
+        return "text" if self.pair is None else "pair"
+
+
+def read_own(
+    source: str | os.PathLike[str],
+    columns: Columns,
+    *,
+    language: str = UNDETERMINED,
+    labelled: bool = True,
+    split: str = "train",
+    config: str | None = None,
+) -> list[Any]:
+    """Examples (`Text`, or `Pair` where `columns.pair` is given) in the order of the rows.
+
+    Args:
+        source: a file of `FORMATS`, or the name of a Hub data set, or a folder that `datasets.load_dataset` reads, with
+            the split behind an @ where it is another than `split`: "owner/name@validation".
+        columns: a label may be a text, a whole number (0 is one) or true and false; it becomes a text.
+        language: of rows where no column says it.
+        labelled: False leaves the labels out, whether there are any or not.
+        config: configuration of a Hub data set.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FileFormatError: a column is missing, a row has no label or a text that is no text, there is no row.
+    """
+    wanted = [columns.text, columns.pair, columns.label if labelled else None, columns.language]
+    names = [name for name in wanted if name is not None]
+    if len(set(names)) < len(names):
+        raise ValueError(f"columns: expected a column of its own for each, got {', '.join(names)}")
+    examples: list[Any] = []
+    for place, row in _rows(str(source), names, columns.quoted, split, config):
+        if missing := [name for name in names if name not in row]:
+            raise FileFormatError(source, f"expected a column {missing[0]!r}, got {', '.join(map(str, row))}", place)
+        for name in (columns.text, columns.pair):
+            if name is not None and not isinstance(row[name], str):
+                raise FileFormatError(source, f"expected a text in column {name!r}, got {row[name]!r}", place)
+        label = _label(row[columns.label], source, columns.label, place) if labelled else None
+        of_row = language if columns.language is None else row[columns.language]
+        if not isinstance(of_row, str) or not of_row.strip():
+            raise FileFormatError(source, f"expected a language in column {columns.language!r}, got {of_row!r}", place)
+        if columns.pair is None:
+            examples.append(Text(row[columns.text], label, of_row))
+        else:
+            examples.append(Pair(row[columns.text], row[columns.pair], label, of_row))
+    if not examples:
+        raise FileFormatError(source, f"expected rows with the columns {', '.join(names)}, got none")
+    _warn_of_quotes(source, columns, examples)
+    return examples
+
+
+def split_dev(examples: Sequence[Any], share: float) -> tuple[list[Any], list[Any]]:
+    """(training, dev): a share of every class, at least one example, goes to dev; always the same draw.
+
+    Raises ValueError where no class has two examples.
+    """
+    draws = random.Random(_SPLIT_SEED)
+    by_label: dict[str, list[int]] = {}
+    for number, example in enumerate(examples):
+        by_label.setdefault(example.label, []).append(number)
+    chosen: set[int] = set()
+    for label in sorted(by_label):
+        members = by_label[label]
+        if len(members) > 1:
+            chosen |= set(draws.sample(members, min(len(members) - 1, max(1, round(share * len(members))))))
+    if not chosen:
+        raise ValueError("expected a class with two examples, to draw dev from; give dev examples of their own")
+    parts: tuple[list[Any], list[Any]] = ([], [])
+    for number, example in enumerate(examples):
+        parts[number in chosen].append(example)
+    return parts
+
+
+def classes_of(examples: Sequence[Any], words: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+    """The classes of labelled examples: in the order of their words, else by number or by alphabet.
+
+    Raises ValueError for a class without a word, a word for no class, and a single class.
+    """
+    counts: dict[str, int] = {}
+    for example in examples:
+        counts[example.label] = counts.get(example.label, 0) + 1
+    numbers = all(label.removeprefix("-").isdecimal() for label in counts)
+    found = sorted(counts, key=int) if numbers else sorted(counts)
+    told = ", ".join(f"{label} {counts[label]}" for label in found)
+    if words is not None:
+        if wordless := [label for label in found if label not in words]:
+            raise ValueError(f"expected a word for every class, got none for {wordless[0]!r}; classes: {told}")
+        if unused := [label for label in words if label not in counts]:
+            raise ValueError(f"expected words for classes that occur, got one for {unused[0]!r}; classes: {told}")
+        found = list(words)
+    if len(found) < 2:
+        raise ValueError(f"expected at least two classes, got {told}")
+    return tuple(found)
+
+
+def _rows(
+    source: str, names: Sequence[str], quoted: bool, split: str, config: str | None
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(place, row) of a file or a data set."""
+    path = Path(source).expanduser()
+    suffix = path.name.removesuffix(".gz").rpartition(".")[2].lower()
+    if suffix not in FORMATS and not path.is_file():
+        yield from _hub_rows(source, split, config)
+        return
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected examples with the columns {', '.join(names)}")
+    if config is not None:
+        raise ValueError(f"expected no configuration of a Hub data set for the file {path}, got {config!r}")
+    if suffix == "parquet":
+        yield from _parquet_rows(path)
+    elif suffix == "jsonl":
+        rows = read_jsonl(path)
+        yield from ((_place(path, where), row) for where, row in rows)
+    elif suffix in ("tsv", "csv"):
+        table = read_table(path, names, quoted=quoted or suffix == "csv", comma=suffix == "csv")
+        yield from ((_place(path, where), row) for where, row in table)
+    else:
+        raise ValueError(f"{path}: expected a file that ends in .{', .'.join(FORMATS)}, or the name of a Hub data set")
+
+
+def _place(path: Path, where: str) -> str:
+    return where.removeprefix(f"{path}, ")
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    import pyarrow
+    import pyarrow.parquet
+    from datasets import Dataset
+
+    try:
+        data = Dataset(pyarrow.parquet.read_table(path))
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise FileFormatError(path, f"not a readable parquet file ({str(error).splitlines()[0]})") from error
+    yield from _named_rows(data)
+
+
+def _hub_rows(source: str, split: str, config: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    from datasets import load_dataset
+
+    name, _, named = source.partition("@")
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and (name.startswith((".", os.sep, "~")) or name.count("/") > 1):
+        raise FileNotFoundError(
+            f"{name}: no such file or folder; expected a file that ends in .{', .'.join(FORMATS)}, or a Hub data set"
+        )
+    try:
+        data = load_dataset(os.fspath(folder) if folder.is_dir() else name, config, split=named or split)
+    except Exception as error:  # of many kinds: no network, no such name, configuration or split, damaged files
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{source}: expected a file, or a Hub data set with the split {named or split!r}: {reason}"
+        ) from error
+    yield from _named_rows(data)
+
+
+def _named_rows(data: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Rows of a `datasets.Dataset`, the numbers of class labels as the names of the classes."""
+    from datasets import ClassLabel
+
+    names = {column: feature.names for column, feature in data.features.items() if isinstance(feature, ClassLabel)}
+    for number, row in enumerate(data, 1):
+        for column, classes in names.items():
+            value = row[column]
+            # -1 stands for "not labelled" in data sets of the Hub
+            row[column] = None if value is None or not 0 <= value < len(classes) else classes[value]
+        yield f"row {number}", row
+
+
+def _label(value: Any, source: str | os.PathLike[str], column: str, place: str) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():  # whole numbers of a table in which others are missing
+        value = int(value)
+    if isinstance(value, int) or (isinstance(value, str) and value.strip()):
+        return str(value)
+    raise FileFormatError(
+        source, f"expected a label in column {column!r}, a text or a whole number, got {value!r}", place
+    )
+
+
+def _warn_of_quotes(source: str | os.PathLike[str], columns: Columns, examples: Sequence[Any]) -> None:
+    name = str(source).removesuffix(".gz")
+    if columns.quoted or not name.endswith(".tsv"):
+        return
+    texts = [text for example in examples for text in texts_of(example)]
+    if quoted := sum(len(text) > 1 and text[0] == text[-1] == '"' for text in texts):
+        warnings.warn(
+            f"{source}: {quoted} of {len(texts)} texts begin and end with a double quote, which is taken as a part of "
+            "them; if it stands around cells, as in a .csv, say so (--quoted)",
+            stacklevel=3,
+        )
+
+
+def texts_of(example: Any) -> tuple[str, ...]:
+    """The texts of an example: two of a pair, one of a text, none of anything else."""
+    found = (getattr(example, name, None) for name in ("premise", "hypothesis", "text"))
+    return tuple(text for text in found if isinstance(text, str))
+
+
+def warn_of_gaps(examples: Sequence[Any], labels: Sequence[str] | None, what: str) -> None:
+    """One warning for classes without an example and for blank texts, with the counts per class; nothing is left out.
+
+    labels: the classes there should be; None where that is not known.
+    """
+    counts = dict.fromkeys(labels or (), 0)
+    blank: dict[str, int] = {}
+    for example in examples:
+        label = str(getattr(example, "label", None))
+        counts[label] = counts.get(label, 0) + 1
+        if any(not text.strip() for text in texts_of(example)):
+            blank[label] = blank.get(label, 0) + 1
+    told = []
+    if missing := [label for label in labels or () if counts[label] == 0]:
+        told.append(f"no example of {', '.join(missing)} ({_counts(counts)})")
+    if blank:
+        of_class = f" ({_counts(blank)})" if set(blank) != {"None"} else ""
+        told.append(f"{sum(blank.values())} of {len(examples)} examples have a blank text{of_class}, and are kept")
+    if told:
+        warnings.warn(f"{what}: {'; '.join(told)}", stacklevel=3)
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{label} {count}" for label, count in counts.items())

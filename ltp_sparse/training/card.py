@@ -1,0 +1,90 @@
+"""The model card of an exported folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ltp_sparse import __version__
+from ltp_sparse.delta import SparseDelta
+from ltp_sparse.files import atomic_path
+from ltp_sparse.methods import METHODS
+
+
+def write_card(path: Path, base: str, trained: SparseDelta, kind: str, facts: Mapping[str, Any]) -> None:
+    """Writes what the model is, what it was trained on, its scores, and how to use it.
+
+    facts: "data", a text; "scores", rows of `evaluate`, of which each has "task", "metric" and "scores"
+    """
+    about, ticket = trained.metadata, trained.ticket
+    method = METHODS[about["method"]]
+    prompted = "verbalizer" in about
+    trust = ", trust_remote_code=True" if prompted else ""
+    example = '{"text": "...", "text_pair": "..."}' if kind == "pair" else '"..."'
+    entries = f"{ticket.k:,} of {ticket.n:,} entries" + (f" ({ticket.density:.2%})" if ticket.n else "")
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-classification",
+        f"base_model: {json.dumps(base)}",
+        "---",
+        "",
+        f"# {method.name} on {base}",
+        "",
+        f"| | |\n| --- | --- |\n| base model | {base} |",
+        f"| method | {method.name} (`{about['method']}` of ltp_sparse {__version__}), seed {about['seed']} |",
+        f"| trained | {entries} of the weights in its pool{', and a prompt' if prompted else ', and a head'} |",
+        f"| classes | {_cell(', '.join(about['labels']))} |",
+        f"| training data | {_cell(str(facts.get('data', 'not told')))} |",
+        f"| language of training | {_cell(about['language'])} |",
+        f"| kept | evaluation at epoch {about['epoch']:g}, {about['metric']} on dev {about['dev_score']:.4f} |",
+        "",
+        "## Scores",
+        "",
+        *_scores(facts.get("scores", ())),
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from transformers import pipeline",
+        "",
+        f'classify = pipeline("text-classification", "FOLDER"{trust})',
+        f"classify({example}, top_k=None)  # the probability of every class",
+        "```",
+        "",
+        f"or `python predict.py TEXT{' SECOND' if kind == 'pair' else ''}`. "
+        f"Inputs have at most {about['settings']['max_length']} tokens"
+        + ("; longer ones are cut." if prompted else ": pass `truncation=True` for longer ones."),
+        *_how(prompted),
+        "",
+    ]
+    with atomic_path(path) as temporary:
+        temporary.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _how(prompted: bool) -> list[str]:
+    if not prompted:
+        return []
+    return [
+        "",
+        "The classes are words at `<mask>` in a template with learned prompt embeddings, which transformers cannot",
+        "build by itself: `predict.py` does. Prompt and label words are the last rows of the vocabulary. There is no",
+        "classification head; `classifier_dropout` is -1 in `config.json` so that none is made up from random numbers.",
+    ]
+
+
+def _scores(rows: Any) -> list[str]:
+    if not rows:
+        return ["None were computed; `ltp-sparse evaluate` does."]
+    lines = ["| data | metric | language | score |", "| --- | --- | --- | ---: |"]
+    for row in rows:
+        for language, score in row["scores"].items():
+            cells = [_cell(str(row.get("task"))), str(row.get("metric", "accuracy")), _cell(language), f"{score:.4f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
