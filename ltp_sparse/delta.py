@@ -14,7 +14,8 @@ from ltp_sparse import files
 from ltp_sparse.checkpoints import Readable, open_checkpoint, read_piece
 from ltp_sparse.encoding import IndexSet
 from ltp_sparse.names import applied_deltas, canonical_parameters, canonical_tensors, closest, fingerprint, match_names
-from ltp_sparse.ticket import Ticket, pack_sets, unpack_sets
+from ltp_sparse.reading import reader
+from ltp_sparse.ticket import Ticket, checked_fingerprint, pack_sets, unpack_sets
 
 
 @dataclass
@@ -59,7 +60,7 @@ class SparseDelta:
         self.values = dict(values)
         self.originals = dict(originals or {})
         self.dense = dict(dense or {})
-        self.metadata = dict(metadata or {})
+        self.metadata = files.checked_metadata("SparseDelta", metadata)
         for what, packed in (("values", self.values), ("originals", self.originals)):
             for name, tensor in packed.items():
                 if name not in ticket.sets or tensor.shape != (ticket.sets[name].k,):
@@ -269,8 +270,9 @@ class SparseDelta:
         )
 
     @classmethod
+    @reader("delta")
     def load(cls, path: str | os.PathLike[str]) -> SparseDelta:
-        """Reads and verifies a file written by `save`; a damaged or foreign file is a ValueError."""
+        """Reads and verifies a file written by `save`; a damaged or foreign file is a FileFormatError."""
         tensors, metadata = files.load(path, "delta")
         parts = {
             part: {n.removeprefix(f"{part}/"): t for n, t in tensors.items() if n.startswith(f"{part}/")}
@@ -278,7 +280,7 @@ class SparseDelta:
         }
         with files.understanding(path, "delta"):
             sets, shapes = unpack_sets(tensors, metadata["parameters"])
-            ticket = Ticket(sets, shapes, metadata["ticket"], metadata["fingerprint"])
+            ticket = Ticket(sets, shapes, metadata["ticket"], checked_fingerprint(metadata["fingerprint"], sets))
             return cls(ticket, parts["values"], parts["originals"], parts["dense"], metadata["metadata"])
 
 

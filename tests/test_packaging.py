@@ -21,6 +21,7 @@ KERNELS = ROOT / "kernels" / "ltp_kernels"
 LAYERS = [
     {"kernels", "_C"},
     {
+        "reading",
         "files",
         "results",
         "names",
@@ -45,6 +46,7 @@ LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in 
 HEAVY = ["transformers", "datasets", "accelerate", "matplotlib"]
 LIGHT = [  # must import without any of HEAVY
     *[
+        "reading",
         "files",
         "names",
         "quantization",
