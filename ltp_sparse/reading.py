@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,6 +45,24 @@ class FileFormatError(ValueError):
 
     def __reduce__(self) -> tuple[type[FileFormatError], tuple[Path, str, str | None]]:
         return FileFormatError, (self.path, self.problem, self.place)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place in a file; `error` says what is wrong there.
+
+    source: the file, or the name of a data set
+    at:     "row 3" (counted behind the header), "'encoder.weight'", ...
+    """
+
+    source: str | os.PathLike[str]
+    at: str
+
+    def __str__(self) -> str:
+        return f"{self.source}, {self.at}"
+
+    def error(self, problem: str) -> FileFormatError:
+        return FileFormatError(self.source, problem, self.at)
 
 
 def reader(what: str) -> Callable[[_Read], _Read]:
@@ -178,7 +197,7 @@ def parse_yaml(text: str, path: str | os.PathLike[str]) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = ", ".join(part for part in (error.context, error.problem) if part)
-        raise FileFormatError(path, f"not YAML ({problem})", mark and f"line {mark.line + 1}") from error
+        raise FileFormatError(path, f"not YAML ({problem})", f"line {mark.line + 1}" if mark else None) from error
     except FileFormatError:
         raise
     except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:

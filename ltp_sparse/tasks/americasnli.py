@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.reading import FileFormatError
-from ltp_sparse.tasks.files import Place, existing, folder_of, read_table
+from ltp_sparse.reading import FileFormatError, Place
+from ltp_sparse.tasks.files import existing, folder_of, read_table
 from ltp_sparse.tasks.hub import hub_pairs
 from ltp_sparse.tasks.pairs import LABELS, Pair, checked_label, pair_in
 

@@ -6,37 +6,17 @@ One rule for all: UTF-8, lines that end with a line feed, blank lines passed ove
 from __future__ import annotations
 
 import gzip
-import os
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.reading import FileFormatError, decoded, parse_json, reader
+from ltp_sparse.reading import FileFormatError, Place, decoded, parse_json, reader
 
 LONGEST_LINE = 16 << 20
 _UNPACKED, _RATIO = 4 << 20, 100  # a .gz may unpack to so many bytes, and so many times its size more
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a row stands; `error` says what is wrong with it.
-
-    source: the file, or the name of a data set
-    at:     "row 3", counted behind the header
-    """
-
-    source: str | os.PathLike[str]
-    at: str
-
-    def __str__(self) -> str:
-        return f"{self.source}, {self.at}"
-
-    def error(self, problem: str) -> FileFormatError:
-        return FileFormatError(self.source, problem, self.at)
 
 
 def existing(*candidates: Path) -> Path:
@@ -83,7 +63,7 @@ def read_lines(path: Path) -> Iterator[str]:
 @contextmanager
 def _opened(path: Path, packed: bool) -> Iterator[Any]:
     with path.open("rb") as file:
-        yield BufferedReader(gzip.GzipFile(fileobj=file)) if packed else file  # type: ignore[arg-type]
+        yield BufferedReader(gzip.GzipFile(fileobj=file)) if packed else file
 
 
 def _next(file: Any, path: Path, before: int) -> bytes:

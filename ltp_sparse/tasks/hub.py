@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ltp_sparse.tasks.files import Place
+from ltp_sparse.reading import Place
 from ltp_sparse.tasks.pairs import LABELS, Pair, pair_in
 
 

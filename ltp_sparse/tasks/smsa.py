@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
+from ltp_sparse.reading import Place
 from ltp_sparse.tasks.files import existing, folder_of, read_columns, read_table
 from ltp_sparse.tasks.texts import Text, hub_texts, labelled_text
 
@@ -34,7 +36,7 @@ def smsa(split: str, data: Path | None, *, trimmed: bool = True) -> list[Text]:
     if trimmed:
         path = existing(folder / "trimmed" / f"{names[split]}.tsv", folder / "trimmed" / f"{names[split]}.tsv.gz")
         by_number = {str(number): label for number, label in enumerate(LABELS)}
-        rows = (
+        rows: Iterable[tuple[Place, dict[str, str]]] = (
             (where, {**row, "label": by_number.get(row["label"], row["label"])})
             for where, row in read_table(path, ("text", "label"))
         )

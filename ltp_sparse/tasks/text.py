@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.reading import FileFormatError
-from ltp_sparse.tasks.files import Place, read_jsonl, read_lines, text_in
+from ltp_sparse.reading import FileFormatError, Place
+from ltp_sparse.tasks.files import read_jsonl, read_lines, text_in
 
 _SUFFIXES = ("txt", "tsv", "jsonl")
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ltp_sparse.tasks.files import Place, text_in
+from ltp_sparse.reading import Place
+from ltp_sparse.tasks.files import text_in
 from ltp_sparse.tasks.pairs import require_label
 
 
