@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ltp_sparse.cli.options import CommandError
 from ltp_sparse.files import atomic_path
+from ltp_sparse.reading import FileFormatError, read_json
 
 if TYPE_CHECKING:
     from ltp_sparse.delta import SparseDelta
@@ -48,10 +49,11 @@ class Run:
         path = folder / _DESCRIPTION
         if not path.is_file():
             raise CommandError(f"{folder}: not a run of ltp-sparse train (it has no {_DESCRIPTION})")
+        facts = read_json(path, "the description of a run")
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (TypeError, ValueError) as error:
-            raise CommandError(f"{path}: damaged, or of another version of ltp_sparse ({error})") from error
+            return cls(**facts)
+        except TypeError as error:
+            raise FileFormatError(path, f"damaged, or of another version of ltp_sparse ({error})") from error
 
     def check_continues(self, folder: Path) -> None:
         """Raises if the folder has seeds of a run that was made in another way: they would pass for seeds of this."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ltp_sparse.files import atomic_path
+from ltp_sparse.reading import read_json
 
 
 def default_cache() -> Path:
@@ -60,7 +61,8 @@ class Cache:
         """All artefacts, the latest first."""
         found = []
         for described in self.folder.glob("*.json"):
-            path, about = described.with_suffix(".safetensors"), json.loads(described.read_text())
+            path = described.with_suffix(".safetensors")
+            about = read_json(described, "a description of an artefact", ("kind", "facts", "made"))
             if path.is_file():
                 found.append(Entry(about["kind"], about["facts"], path, path.stat().st_size, about["made"]))
         return sorted(found, key=lambda entry: -entry.made)

@@ -14,7 +14,7 @@ import torch
 
 from ltp_sparse.methods import LTP, LTSFT, AdaSFT, Method
 from ltp_sparse.names import canonical_parameters, layer_of
-from ltp_sparse.recipes.cell import method_of
+from ltp_sparse.recipes.cell import check_cell, method_of
 from ltp_sparse.recipes.recipe import Cell, Recipe
 from ltp_sparse.selection import pools
 from ltp_sparse.tasks import TASKS
@@ -60,6 +60,7 @@ def plan(recipe: Recipe) -> str:
     total = 0.0
     groups: dict[tuple[str, str], list[Estimate]] = {}
     for cell in recipe.cells:
+        check_cell(cell)
         if not isinstance(name := cell["model"], str):
             raise ValueError(f"{cell}: expected a model, got {name}; name a folder or one of the Hub by --model")
         if name not in models:
@@ -103,7 +104,8 @@ def estimate(cell: Cell, model: Any) -> Estimate:
         p.numel() for name, p in canonical_parameters(model).items() if layer_of(name) not in ("embeddings", "other")
     )
     languages = cell["test.languages"] or TASKS[cell["test.task"]].languages
-    tests = (1 if languages == "same" else len(languages)) * min(cell["test.limit"] or 10**9, _TEST[cell["test.task"]])
+    most = min(cell["test.limit"] or 10**9, _TEST.get(cell["test.task"], 5000))
+    tests = (1 if languages == "same" else len(languages)) * most
     tokens = 6 * updates * settings.batch_size * length + 2 * tests * length
     index = min(n / 8, 2 * active) if 0 < active < n else 0
     return Estimate(active, int(8 * active + index), updates, tokens * body)

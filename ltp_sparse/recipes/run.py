@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ltp_sparse import results
-from ltp_sparse.recipes.cell import Workbench, run_cell
+from ltp_sparse.recipes.cell import Workbench, check_cell, run_cell
 from ltp_sparse.recipes.recipe import Cell, Recipe
 
 
@@ -41,6 +41,8 @@ def run_recipe(
     index, parts = part
     mine = {cell.id for cell in recipe.cells[index - 1 :: parts]}
     todo = [cell for cell in unfinished(recipe, folder) if cell.id in mine]
+    for cell in todo:
+        check_cell(cell)
     failed = 0
     with tqdm(todo, unit="cell", disable=not progress, desc=recipe.name) as bar:
         for cell in bar:

@@ -26,6 +26,7 @@ from ltp_sparse.files import atomic_path
 from ltp_sparse.names import canonical_parameters, match_names
 from ltp_sparse.optim import MaskedAdamW
 from ltp_sparse.optim.members import dense_groups
+from ltp_sparse.reading import read_json
 from ltp_sparse.ticket import Ticket
 from ltp_sparse.training.adam_l2 import AdamL2
 
@@ -399,7 +400,7 @@ def begin(folder: str | os.PathLike[str], facts: Mapping[str, Any], *, what: str
     checkpoint, path = last_checkpoint(folder) if resume else None, Path(folder) / SETTINGS_FILE
     facts = json.loads(json.dumps(facts, default=float))  # as they will be read
     if checkpoint is not None and path.exists():
-        before = json.loads(path.read_text())
+        before = read_json(path, "the settings of a run")
         changed = [f"{key} {before.get(key)!r}, now {now!r}" for key, now in facts.items() if before.get(key) != now]
         if changed:
             raise ValueError(
@@ -428,7 +429,7 @@ def _steps(checkpoint: Path) -> int:
 def _complete(checkpoint: Path) -> bool:
     # The Trainer writes this file last, but not atomically: it may be cut off.
     try:
-        return json.loads((checkpoint / _STATE_FILE).read_text())["global_step"] == _steps(checkpoint)
+        return read_json(checkpoint / _STATE_FILE, "a trainer's state")["global_step"] == _steps(checkpoint)
     except (OSError, ValueError, KeyError):
         return False
 
