@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Size, Tensor
 
 from ltp_sparse.names import parameter_order, strip_wrappers
+from ltp_sparse.reading import reader
 from ltp_sparse.staging import Piece, staged
 from ltp_sparse.topk import Chunk, Layout, Passes, flat_piece, piece_of
 
@@ -84,6 +85,7 @@ class CheckpointTensor:
             self.release(start, stop)
 
 
+@reader("checkpoint")
 def open_checkpoint(path: str | os.PathLike[str]) -> dict[str, CheckpointTensor]:
     """Canonical name -> tensor of a safetensors file, or of a folder with one file or shards and their index.
 

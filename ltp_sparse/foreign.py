@@ -146,6 +146,10 @@ def _check_archive(path: Path) -> None:
                 sum(m.file_size for m in members) > path.stat().st_size
             ):
                 raise FileFormatError(path, "a packed archive; torch.save writes none, unpack it")
+            for member in members:
+                # all else that torch unpickles takes as much memory as there are bytes for it
+                if member.filename.endswith("data.pkl") and b"bytearray" in archive.read(member):
+                    raise FileFormatError(path, "it wants room for bytes; LT-SFT's files hold none", member.filename)
             if (damaged := archive.testzip()) is not None:
                 raise FileFormatError(path, "the checksum does not match; the file is damaged, copy it again", damaged)
     except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, EOFError, ValueError, NotImplementedError) as error:

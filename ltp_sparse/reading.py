@@ -184,16 +184,20 @@ def parse_yaml(text: str, path: str | os.PathLike[str]) -> Any:
     """A YAML value of plain types; see `read_yaml`. `path`: where the text stands, for the messages."""
     import yaml
 
-    loader = None
+    fastest: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    loader, depth = None, 0
     try:
-        loader = yaml.SafeLoader(text)  # not the one in C: deep nesting would overflow its stack
+        for event in yaml.parse(text, Loader=fastest):  # before nodes are made of it, which calls itself at every level
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                line = event.start_mark.line + 1
+                raise FileFormatError(path, f"YAML that is nested more than {_DEEPEST} deep", f"line {line}")
+        loader = fastest(text)
         node = loader.get_single_node()
         if node is None:
             return None
-        _weigh(node, path, {}, 0)
+        _weigh(node, path, {})
         return loader.construct_document(node)
-    except RecursionError as error:
-        raise FileFormatError(path, f"YAML that is nested more than {_DEEPEST} deep") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         problem = ", ".join(part for part in (error.context, error.problem) if part)
@@ -207,7 +211,7 @@ def parse_yaml(text: str, path: str | os.PathLike[str]) -> Any:
             loader.dispose()
 
 
-def _weigh(node: Any, path: str | os.PathLike[str], known: dict[int, int | None], depth: int) -> int:
+def _weigh(node: Any, path: str | os.PathLike[str], known: dict[int, int | None]) -> int:
     """Values that a node of YAML stands for, aliases counted each time; refuses what is not plain, endless or large.
 
     known: node -> its values, None while it is open
@@ -221,8 +225,6 @@ def _weigh(node: Any, path: str | os.PathLike[str], known: dict[int, int | None]
         raise wrong("an alias to what it lies in")
     if before:
         return before
-    if depth > _DEEPEST:
-        raise wrong(f"YAML that is nested more than {_DEEPEST} deep")
     if (tag := node.tag.removeprefix("tag:yaml.org,2002:")) not in _TAGS:
         raise wrong(f"a value of the type {tag!r}; put a text in quotes, other types are not read")
     known[id(node)], total = None, 1
@@ -235,9 +237,9 @@ def _weigh(node: Any, path: str | os.PathLike[str], known: dict[int, int | None]
             if key.value in names and not merged:
                 raise wrong(f"the key {key.value!r} twice", key)
             names.add(key.value)
-            total += 1 + _weigh(value, path, known, depth + 1)
+            total += 1 + _weigh(value, path, known)
     elif isinstance(node, yaml.SequenceNode):
-        total += sum(_weigh(value, path, known, depth + 1) for value in node.value)
+        total += sum(_weigh(value, path, known) for value in node.value)
     if total > _MOST_NODES:
         raise wrong(f"more than {_MOST_NODES:,} values, aliases counted each time")
     known[id(node)] = total

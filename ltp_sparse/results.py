@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ltp_sparse.reading import reader
+
 RESULTS = "results.jsonl"
 FAILURES = "failures.jsonl"
 
@@ -27,6 +29,7 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
+@reader("results")
 def read(path: Path) -> list[dict[str, Any]]:
     """All rows; an unfinished line is left out with a warning. No file: no rows."""
     rows = []

@@ -18,7 +18,7 @@ from ltp_sparse.recipes.cell import check_cell, method_of
 from ltp_sparse.recipes.recipe import Cell, Recipe
 from ltp_sparse.selection import pools
 from ltp_sparse.tasks import TASKS
-from ltp_sparse.training.backbone import backbone_from_config, locate
+from ltp_sparse.training.backbone import backbone_from_config, load_config
 
 _GPU_FLOPS = 1e14
 """Assumed of a data-centre GPU in bfloat16: a quarter to a tenth of its printed peak."""
@@ -142,7 +142,7 @@ def _shared(cell: Cell, model: Any) -> dict[str, float]:
 
 def _meta_model(name: str) -> Any:
     """The base model without weights: from its folder or the Hub, or from the known sizes of XLM-R."""
-    from transformers import AutoConfig, AutoModelForCausalLM, XLMRobertaConfig
+    from transformers import AutoModelForCausalLM, XLMRobertaConfig
 
     size = next((size for size in _SIZES if name.endswith(f"xlm-roberta-{size}")), None)
     if size is not None and not Path(name).is_dir():
@@ -152,8 +152,7 @@ def _meta_model(name: str) -> Any:
             intermediate_size=inner, max_position_embeddings=514, type_vocab_size=1,
         )  # fmt: skip
     else:
-        source, local = locate(name)
-        config = AutoConfig.from_pretrained(source, local_files_only=local)
+        config = load_config("run", name)
     with torch.device("meta"):
         if config.model_type == "xlm-roberta":
             return backbone_from_config(config, decoupled=False)

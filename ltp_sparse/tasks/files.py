@@ -8,7 +8,6 @@ from __future__ import annotations
 import gzip
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from typing import Any
 from ltp_sparse.reading import FileFormatError, Place, decoded, parse_json, reader
 
 LONGEST_LINE = 16 << 20
-_UNPACKED, _RATIO = 4 << 20, 100  # a .gz may unpack to so many bytes, and so many times its size more
+_MOST_LINES = 20_000  # of one quoted cell: above, a quote was left open
+_UNPACKED, _RATIO = 4 << 20, 50  # a .gz may unpack to so many bytes, and so many times its size more
 
 
 def existing(*candidates: Path) -> Path:
@@ -41,18 +41,15 @@ def read_lines(path: Path) -> Iterator[str]:
 
     A byte order mark, which spreadsheets write, is no part of the first one. `path`: plain, or .gz.
     """
-    packed = path.suffix == ".gz"
-    most = _UNPACKED + _RATIO * path.stat().st_size if packed else None
-    with _opened(path, packed) as file:
-        number = total = 0
-        while raw := _next(file, path, number):
-            number, total = number + 1, total + len(raw)
+    if packed := path.suffix == ".gz":
+        _check_packed(path)
+    with path.open("rb") as plain:
+        file: Any = BufferedReader(gzip.GzipFile(fileobj=plain)) if packed else plain
+        number = 0
+        while raw := file.readline(LONGEST_LINE + 1):
+            number += 1
             if len(raw) > LONGEST_LINE:
                 raise FileFormatError(path, f"a line of more than {LONGEST_LINE >> 20} MB", f"line {number}")
-            if most is not None and total > most:
-                raise FileFormatError(
-                    path, f"it unpacks to more than {_RATIO} times its size; unpack it if that is meant"
-                )
             if number > 1 and raw.isascii() and b"\0" not in raw:  # most lines, in one step
                 line = raw.decode("ascii")
             else:
@@ -60,18 +57,20 @@ def read_lines(path: Path) -> Iterator[str]:
             yield line.removesuffix("\n").removesuffix("\r")
 
 
-@contextmanager
-def _opened(path: Path, packed: bool) -> Iterator[Any]:
-    with path.open("rb") as file:
-        yield BufferedReader(gzip.GzipFile(fileobj=file)) if packed else file
-
-
-def _next(file: Any, path: Path, before: int) -> bytes:
+def _check_packed(path: Path) -> None:
+    """Unpacks a .gz file once, before a line of it is used: its checksum stands at the end."""
+    most, total = _UNPACKED + _RATIO * path.stat().st_size, 0
     try:
-        return file.readline(LONGEST_LINE + 1)
+        with gzip.open(path, "rb") as file:
+            while piece := file.read(1 << 20):
+                total += len(piece)
+                if total > most:
+                    raise FileFormatError(
+                        path, f"it unpacks to more than {_RATIO} times its size; unpack it if that is meant"
+                    )
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise FileFormatError(
-            path, f"not a complete .gz file ({error}); it may be truncated or damaged", f"after line {before}"
+            path, f"not a complete .gz file ({error}); it may be truncated or damaged, copy it again"
         ) from error
 
 
@@ -175,7 +174,7 @@ def _rows(path: Path, delimiter: str, *, quoted: bool, first: int) -> Iterator[t
                         continue
                     parts += [line[at:], "\n"]
                     size += len(line)
-                    if (following := next(lines, None)) is None or size > LONGEST_LINE:
+                    if size > LONGEST_LINE or len(parts) > _MOST_LINES or (following := next(lines, None)) is None:
                         raise where.error("a quote that is opened here is not closed")
                     line, at = following, 0
                 cells.append("".join([*parts, line[at:stop]]))
