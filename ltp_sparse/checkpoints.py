@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Size, Tensor
 
 from ltp_sparse.names import parameter_order, strip_wrappers
-from ltp_sparse.reading import reader
+from ltp_sparse.reading import FileFormatError, reader
 from ltp_sparse.staging import Piece, staged
 from ltp_sparse.topk import Chunk, Layout, Passes, flat_piece, piece_of
 
@@ -54,7 +54,9 @@ class CheckpointTensor:
     def __init__(self, file: _MappedFile, name: str, path: Path) -> None:
         entry = file.tensors[name]
         if entry["dtype"] not in _DTYPES:
-            raise ValueError(f"{path}: {name!r} is stored as {entry['dtype']}; expected one of {', '.join(_DTYPES)}")
+            raise FileFormatError(
+                path, f"stored as {entry['dtype']}; expected one of {', '.join(_DTYPES)}", f"tensor {name!r}"
+            )
         self.dtype, self.shape = _DTYPES[entry["dtype"]], Size(entry["shape"])
         self._bytes, self._start = file.bytes, file.start + entry["data_offsets"][0]
 
@@ -102,7 +104,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> dict[str, CheckpointTensor]
             weight_map = json.loads((path / _INDEX).read_text())["weight_map"]
             paths = sorted({path / shard for shard in weight_map.values()})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path / _INDEX}: not an index of shards ({error!r})") from error
+            raise FileFormatError(path / _INDEX, f"not an index of shards ({error!r})") from error
     elif path.is_dir() and (path / "model.safetensors").is_file():
         paths = [path / "model.safetensors"]
     elif path.is_file():
@@ -121,9 +123,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> dict[str, CheckpointTensor]
             weights = [name for name, entry in file.tensors.items() if entry["dtype"] not in _BUFFERS]
             tensors |= {strip_wrappers(name): CheckpointTensor(file, name, shard) for name in weights}
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{shard}: not a readable safetensors file ({error})") from error
+            raise FileFormatError(shard, f"not a readable safetensors file ({error}); copy it again") from error
     if missing := sorted(set(weight_map) - stored):
-        raise ValueError(f"{path}: the index names {missing[0]!r}, which none of its shards holds; copy them again")
+        raise FileFormatError(path, f"the index names {missing[0]!r}, which none of its shards holds; copy them again")
     return {name: tensors[name] for name in parameter_order(tensors)}
 
 

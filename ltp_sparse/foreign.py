@@ -198,7 +198,7 @@ def _numpy_numbers() -> list[Any]:
 def _decoded(diff: Any, where: Place) -> tuple[Tensor, Tensor, Size]:
     """(ascending row-major indices int64 [k], deltas float32 [k] in their order, shape)"""
     if not isinstance(diff, Mapping) or {"size", "index_steps", "values"} - set(diff):
-        raise where.error(f"expected size, index_steps and values, got {sorted(map(str, diff)) if diff else diff}")
+        raise where.error(f"expected size, index_steps and values, got {str(diff)[:80]}")
     size = Size(_integers(diff["size"], where).tolist())
     if any(n < 0 for n in size) or (total := math.prod(size)) >= 2**63:  # numel() would wrap around
         raise where.error(f"cannot have the shape {list(size)}")

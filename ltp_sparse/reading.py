@@ -172,6 +172,8 @@ def read_yaml(path: str | os.PathLike[str], expected: str) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         FileFormatError: it is not such YAML; the line is named.
     """
+    import yaml  # noqa: F401  if it is not installed, that is said first
+
     value = parse_yaml(decoded(read_whole(path, expected, LARGEST_YAML), path), path)
     if value is None:
         return {}

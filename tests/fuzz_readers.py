@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import copy
 import csv
 import gzip
 import io
@@ -142,7 +143,7 @@ def mutated(value: Any, chance: random.Random) -> Any:
         holder[str(key) + chance.choice((".", "x", "\0", "/"))] = holder.pop(key)
     elif how == "swap":
         other, at = chance.choice(places)
-        holder[key], other[at] = other[at], holder[key]
+        holder[key], other[at] = copy.deepcopy(other[at]), copy.deepcopy(holder[key])  # copies: nothing holds itself
     else:
         holder[key] = _deep(chance.choice((50, 150, 900))) if how == "deep" else chance.choice(_NASTY)
     return value
@@ -208,7 +209,7 @@ def rows_of(content: bytes, *, quoted: bool = False, header: bool = True, column
     else:
         rows = [line.split("\t") for line in lines_of(content)]
     rows = [row for row in rows if row and (len(row) > 1 or row[0].strip(" "))]
-    names = rows.pop(0) if header else list(columns)
+    names = list(columns) if not header else rows.pop(0) if rows else []
     return [dict(zip(names, row, strict=True)) for row in rows]
 
 
@@ -348,10 +349,8 @@ def cases(folder: Path) -> list[Case]:
         return forged_sealed(kind, tensors, {k: v for k, v in metadata.items() if k not in ("kind", "format")})
 
     def forged_lt(chance: random.Random) -> bytes:
-        content = {part: dict(value) for part, value in lt.items()}
-        content["diffs"][name] = dict(content["diffs"][name])
         try:
-            return saved(mutated(content, chance))
+            return saved(mutated(copy.deepcopy(lt), chance))
         except (TypeError, RecursionError, UnicodeEncodeError):
             return saved({"diffs": None})
 
@@ -531,12 +530,15 @@ def attempt(case: Case, content: bytes, path: Path, forged: bool) -> tuple[str, 
         return "slow", f"{seconds:.2f} s"
     if outcome != "same" or content == case.made:
         return outcome, told
+    original = ORIGINALS[case.name, case.reader]
+    if equal(found, original):
+        return "same", ""
     if forged:
         return "as the bytes say", ""
     if case.says is None:
-        original = ORIGINALS[case.name, case.reader]
+        # rows of results that a kill left unfinished are left out, with a warning
         subset = case.reader == "results" and all(any(equal(r, o) for o in original) for r in found)
-        return ("same", "") if subset or equal(found, original) else ("other", f"{found!r:.300}")
+        return ("as the bytes say", "") if subset else ("other", f"{found!r:.300}")
     try:
         said = case.says(content)
     except Exception as error:

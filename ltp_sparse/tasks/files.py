@@ -60,6 +60,8 @@ def read_lines(path: Path) -> Iterator[str]:
 def _check_packed(path: Path) -> None:
     """Unpacks a .gz file once, before a line of it is used: its checksum stands at the end."""
     most, total = _UNPACKED + _RATIO * path.stat().st_size, 0
+    if not path.stat().st_size:
+        raise FileFormatError(path, "not a complete .gz file (it is empty); copy it again")
     try:
         with gzip.open(path, "rb") as file:
             while piece := file.read(1 << 20):
