@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ltp_sparse.backends import available_backends, use_backend
     from ltp_sparse.delta import SparseDelta
-    from ltp_sparse.files import FileFormatError
     from ltp_sparse.frozen import frozen_digests, verify_frozen
     from ltp_sparse.memory import memory_report
     from ltp_sparse.names import canonical_parameters
     from ltp_sparse.ops import masked_adamw_, topk_delta
     from ltp_sparse.optim import MaskedAdamW, PackedParameters
+    from ltp_sparse.reading import FileFormatError
     from ltp_sparse.selection import Shard, TicketShard, select, select_sharded
     from ltp_sparse.ticket import Ticket
 
@@ -49,12 +49,12 @@ __all__ = [
 _MODULES = {  # of the names above
     "backends": ("available_backends", "use_backend"),
     "delta": ("SparseDelta",),
-    "files": ("FileFormatError",),
     "frozen": ("frozen_digests", "verify_frozen"),
     "memory": ("memory_report",),
     "names": ("canonical_parameters",),
     "ops": ("masked_adamw_", "topk_delta"),
     "optim": ("MaskedAdamW", "PackedParameters"),
+    "reading": ("FileFormatError",),
     "selection": ("Shard", "TicketShard", "select", "select_sharded"),
     "ticket": ("Ticket",),
 }

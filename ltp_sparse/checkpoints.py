@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Size, Tensor
 
 from ltp_sparse import files
-from ltp_sparse.files import FileFormatError
 from ltp_sparse.names import Named, bare_names, canonical_group, is_floating
+from ltp_sparse.reading import FileFormatError, read_json, reader
 from ltp_sparse.staging import Piece, staged
 from ltp_sparse.topk import Chunk, Layout, Passes, flat_piece, piece_of
 
@@ -29,7 +29,6 @@ _DTYPES = {
     "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64,
 }  # fmt: skip
 _INDEX = "model.safetensors.index.json"
-_LONGEST_INDEX = 100_000_000  # bytes, as the header of a safetensors file
 _PIECE = 1 << 19  # entries copied at a time: 2 MB of each float32 tensor
 _VIEW = 1 << 22  # entries looked at at a time where they lie: enough to keep all threads busy
 _KEPT = 384 << 20  # bytes of both sides that stay mapped from one reading to the next: page cache, taken back at need
@@ -118,6 +117,7 @@ class CheckpointTensor:
         self.check()
 
 
+@reader("checkpoint")
 def open_checkpoint(path: str | os.PathLike[str]) -> Named[CheckpointTensor]:
     """Canonical name -> tensor of a safetensors file, or of a folder with one file or shards and their index.
 
@@ -159,13 +159,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Named[CheckpointTensor]:
 def _sharded(index: Path) -> dict[str, _MappedFile]:
     """Name -> the shard that holds it, by the index."""
     folder = index.parent
-    if index.stat().st_size > _LONGEST_INDEX:
-        raise FileFormatError(index, f"not an index of shards: it has more than {_LONGEST_INDEX:,} bytes")
-    try:
-        weight_map = json.loads(index.read_text(), object_pairs_hook=_once)["weight_map"]
-        pairs = list(weight_map.items())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise FileFormatError(index, f"not an index of shards ({error!r})") from error
+    weight_map = read_json(index, "an index of shards", ("weight_map",))["weight_map"]
+    if not isinstance(weight_map, dict):
+        raise FileFormatError(index, f"expected names and their shards, got {type(weight_map).__name__}", "weight_map")
+    pairs = list(weight_map.items())
     if not pairs:
         raise FileFormatError(index, "its weight_map names no tensor; copy the index again")
     for name, shard in pairs:
@@ -196,15 +193,6 @@ def _sharded(index: Path) -> dict[str, _MappedFile]:
                 index, f"it does not name {unknown!r}, which {shard} holds; copy index and shards again"
             )
     return {name: files[shard] for name, shard in pairs}
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"{name!r} is there twice")
-        found[name] = value
-    return found
 
 
 Readable = Tensor | CheckpointTensor

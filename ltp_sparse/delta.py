@@ -24,8 +24,9 @@ from ltp_sparse.names import (
     fingerprint,
     match_names,
 )
+from ltp_sparse.reading import reader
 from ltp_sparse.restoring import Held, restoring, scatter_
-from ltp_sparse.ticket import Ticket, pack_sets, unpack_sets
+from ltp_sparse.ticket import Ticket, checked_fingerprint, pack_sets, unpack_sets
 from ltp_sparse.weights import Weights, open_weights, side_by_side
 
 _PIECE = 1 << 20  # entries compared at a time
@@ -76,7 +77,7 @@ class SparseDelta:
         self.values = dict(values)
         self.originals = dict(originals or {})
         self.dense = dict(dense or {})
-        self.metadata = dict(metadata or {})
+        self.metadata = files.checked_metadata("SparseDelta", metadata)
         for what, packed in (("values", self.values), ("originals", self.originals)):
             for name, tensor in packed.items():
                 if name not in ticket.sets or tensor.shape != (ticket.sets[name].k,):
@@ -326,8 +327,9 @@ class SparseDelta:
         )
 
     @classmethod
+    @reader("delta")
     def load(cls, path: str | os.PathLike[str]) -> SparseDelta:
-        """Reads and verifies a file written by `save`; a damaged or foreign file is a ValueError."""
+        """Reads and verifies a file written by `save`; a damaged or foreign file is a FileFormatError."""
         tensors, metadata = files.load(path, "delta")
         parts = {
             part: {n.removeprefix(f"{part}/"): t for n, t in tensors.items() if n.startswith(f"{part}/")}
@@ -335,7 +337,7 @@ class SparseDelta:
         }
         with files.understanding(path, "delta"):
             sets, shapes = unpack_sets(tensors, metadata["parameters"])
-            ticket = Ticket(sets, shapes, metadata["ticket"], metadata["fingerprint"])
+            ticket = Ticket(sets, shapes, metadata["ticket"], checked_fingerprint(metadata["fingerprint"], sets))
             return cls(ticket, parts["values"], parts["originals"], parts["dense"], metadata["metadata"])
 
 

@@ -195,8 +195,9 @@ class IndexSet:
     @classmethod
     def from_list16(cls, positions: Tensor, tile_counts: Tensor, n: int) -> IndexSet:
         """Adopts positions (int16 with uint16 bits) and tile counts (int64), after checking every one of them."""
-        lengths = cls.full(n, positions.device).tile_counts
-        if tile_counts.shape != lengths.shape or bool((tile_counts < 0).any() | (tile_counts > lengths).any()):
+        fits = tile_counts.shape == (tiles_of(n),)  # before anything of that size is made
+        lengths = cls.full(n, positions.device).tile_counts if fits else tile_counts
+        if not fits or bool((tile_counts < 0).any() | (tile_counts > lengths).any()):
             raise ValueError(f"IndexSet: the tile counts do not fit a parameter of {n} entries")
         if positions.shape != (int(tile_counts.sum()),):
             raise ValueError(f"IndexSet: expected {int(tile_counts.sum())} positions, got {list(positions.shape)}")

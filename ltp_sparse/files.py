@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ltp_sparse.reading import FileFormatError, parse_json, reader
 from ltp_sparse.tensors import check_plain_tensor
 
 KEY = "ltp_sparse"
@@ -39,28 +40,6 @@ _KINDS = (
     (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISSOCK, "a socket"),
 )
-
-
-class FileFormatError(ValueError):
-    """A file cannot be read as what it should be: truncated, damaged, foreign, or with content that makes no sense.
-
-    Every reader of the library raises this and nothing else for the content of a file. (A file that is not there is a
-    FileNotFoundError.)
-
-    Args:
-        path: the file.
-        problem: what was expected, what came, what to do.
-        place: where in the file, e.g. "line 3", "tensor 'w'" or "metadata"; None for the file as a whole.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], problem: str, place: str | None = None) -> None:
-        super().__init__(f"{path}: {problem}" if place is None else f"{path}, {place}: {problem}")
-        self.path = Path(path)
-        self.problem = problem
-        self.place = place
-
-    def __reduce__(self) -> tuple[type[FileFormatError], tuple[Path, str, str | None]]:
-        return FileFormatError, (self.path, self.problem, self.place)
 
 
 class WrongKind(FileFormatError):
@@ -308,12 +287,13 @@ def save(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor],
         save_file(contiguous, temporary, metadata={KEY: header})
 
 
+@reader("safetensors of ltp_sparse")
 def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads a file written by `save`, verified against its checksum.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, damaged, of another kind or of a newer format.
+        FileFormatError: the file is truncated, damaged, of another kind or of a newer format.
     """
     path = Path(path)
     if not path.is_file():
@@ -323,33 +303,50 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
             header = (file.metadata() or {}).get(KEY)
             # clones: a view of the mapped file would change, or fault, when the file is replaced
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError, RuntimeError, OSError, KeyError) as error:
-        raise ValueError(
-            f"{path}: not a readable safetensors file ({error}); it may be truncated, copy it again"
+    except (SafetensorError, ValueError, RuntimeError, OSError, LookupError, TypeError, MemoryError) as error:
+        raise FileFormatError(
+            path, f"not a readable safetensors file ({error}); it may be truncated, copy it again"
         ) from error
     if header is None:
-        raise ValueError(f"{path}: a safetensors file, but not one of ltp_sparse; expected {_a(kind)}")
-    try:
-        metadata = json.loads(header)
-        checksum = metadata.pop("checksum")
-        found, version = metadata["kind"], metadata["format"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: its metadata is damaged ({error!r}); copy the file again") from error
+        raise FileFormatError(path, f"a safetensors file, but not one of ltp_sparse; expected {_a(kind)}")
+    metadata = parse_json(header, path, "metadata")
+    if not isinstance(metadata, dict) or not {"checksum", "kind", "format"} <= set(metadata):
+        raise FileFormatError(path, "no checksum, kind and format in it; copy the file again", "metadata")
+    checksum, found, version = metadata.pop("checksum"), metadata["kind"], metadata["format"]
     if _checksum(tensors, metadata) != checksum:
-        raise ValueError(f"{path}: the checksum does not match its content; the file is damaged, copy it again")
+        raise FileFormatError(path, "the checksum does not match its content; the file is damaged, copy it again")
     if found != kind:
-        raise WrongKind(path, kind, found)
+        raise WrongKind(path, kind, str(found))
     if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: format {version} is not the format {FORMAT_VERSION} of this version; update ltp_sparse"
+        raise FileFormatError(
+            path, f"format {version} is not the format {FORMAT_VERSION} of this version; update ltp_sparse"
         )
     return tensors, metadata
 
 
 @contextmanager
 def understanding(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
-    """Turns what goes wrong while the content of an intact file is taken apart into one kind of error, a ValueError."""
+    """Turns what goes wrong while the content of an intact file is taken apart into one kind of error."""
     try:
         yield
-    except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its content is not that of {_a(kind)} of ltp_sparse ({error!r})") from error
+    except FileFormatError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        told = str(error) if type(error) is ValueError else repr(error)
+        raise FileFormatError(path, f"its content is not that of {_a(kind)} of ltp_sparse ({told})") from error
+
+
+def checked_metadata(what: str, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A copy of metadata that a file can hold; a TypeError names the key that JSON cannot."""
+    metadata = dict(metadata or {})
+    for key, value in metadata.items():
+        try:
+            if not isinstance(key, str):
+                raise TypeError(f"the key {key!r} is no text")
+            json.dumps(value)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise TypeError(
+                f"{what}: metadata[{key!r}] must be what JSON can hold (texts, numbers, lists, mappings), "
+                f"got {type(value).__name__} ({error})"
+            ) from error
+    return metadata

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.files import FileFormatError, atomic_path, sync
+from ltp_sparse.files import atomic_path, sync
+from ltp_sparse.reading import FileFormatError, read_json
 
 MANIFEST = "manifest.json"
 _KIND = "manifest of ltp_sparse"
@@ -86,16 +87,12 @@ def _write(folder: Path, files: Mapping[str, Any], *, finished: bool) -> None:
 
 def _read(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / MANIFEST
-    try:
-        content = json.loads(path.read_bytes())
-        whole = content.pop("sha256") == _digest(content) and content["kind"] == _KIND
-    except FileNotFoundError:
+    if not path.is_file():
         raise FileFormatError(
             folder, f"has no {MANIFEST}: it is incomplete, or a version of ltp_sparse without manifests wrote it"
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        whole = False
-    if not whole:
+        )
+    content = read_json(path, "the manifest of a folder", ("files", "finished", "kind", "sha256"))
+    if content.pop("sha256") != _digest(content) or content["kind"] != _KIND:
         raise FileFormatError(path, "damaged: its content does not match its own checksum")
     if not content["finished"]:
         raise Unfinished(folder, "its writing was interrupted")

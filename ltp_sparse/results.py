@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.files import FileFormatError, destination, sync_folder
+from ltp_sparse.files import destination, sync_folder
+from ltp_sparse.reading import FileFormatError, reader
 
 RESULTS = "results.jsonl"
 FAILURES = "failures.jsonl"
@@ -50,6 +51,7 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
         sync_folder(path.parent)
 
 
+@reader("results")
 def read(path: Path) -> list[dict[str, Any]]:
     """All rows; an unfinished line is left out with a warning. No file: no rows.
 

@@ -27,9 +27,10 @@ from ltp_sparse.names import (
     parameter_order,
 )
 from ltp_sparse.random_sets import random_sets
+from ltp_sparse.reading import reader
 from ltp_sparse.weights import open_weights
 
-_MOST_ENTRIES = 1 << 40  # of a parameter in a file: a larger claim is an error, not an allocation
+_MOST_ENTRIES = 1 << 40  # of all parameters in a file: a larger claim is an error, not an allocation
 
 Pool = Callable[[str], bool] | str | Iterable[str] | None
 """Which parameters may be selected: a predicate on names, a regular expression or several, or None for all."""
@@ -73,7 +74,7 @@ class Ticket:
     ) -> None:
         self.sets = {name: sets[name] for name in parameter_order(sets)}
         self.shapes = {name: Size(shapes[name]) for name in self.sets}
-        self.metadata = dict(metadata or {})
+        self.metadata = files.checked_metadata("Ticket", metadata)
         self.fingerprint = dict(fingerprint or {})
         for name, index_set in self.sets.items():
             if index_set.n != self.shapes[name].numel():
@@ -346,12 +347,19 @@ class Ticket:
         )
 
     @classmethod
+    @reader("ticket")
     def load(cls, path: str | os.PathLike[str]) -> Ticket:
-        """Reads and verifies a file written by `save`; a damaged or foreign file is a ValueError."""
+        """Reads and verifies a file written by `save`; a damaged or foreign file is a FileFormatError."""
         tensors, metadata = files.load(path, "ticket")
         with files.understanding(path, "ticket"):
             sets, shapes = unpack_sets(tensors, metadata["parameters"])
-            return cls(sets, shapes, metadata["metadata"], metadata["fingerprint"])
+            ticket = cls(sets, shapes, metadata["metadata"], checked_fingerprint(metadata["fingerprint"], sets))
+            if (ticket.k, ticket.n) != (metadata["k"], metadata["n"]):
+                raise ValueError(
+                    f"it holds {ticket.k:,} of {ticket.n:,} entries, its metadata says {metadata['k']} of "
+                    f"{metadata['n']}"
+                )
+            return ticket
 
 
 def _shapes(model: nn.Module | Mapping[str, Any], pool: Pool) -> dict[str, Size]:
@@ -386,11 +394,16 @@ def unpack_sets(
     """The inverse of `pack_sets`; every index is checked, since kernels trust it."""
     sets: dict[str, IndexSet] = {}
     shapes: dict[str, Size] = {}
+    total = 0
     for name, entry in description.items():
         shapes[name] = Size(entry["shape"])
         n, k, encoding = math.prod(shapes[name]), entry["k"], entry["encoding"]  # numel() would wrap around
-        if any(size < 0 for size in shapes[name]) or n > _MOST_ENTRIES:
-            raise ValueError(f"{name!r} cannot have the shape {list(shapes[name])}")
+        # counts of tiles are made for every entry, whatever the file's size: together they are bounded
+        total += n
+        if any(size < 0 for size in shapes[name]) or total > _MOST_ENTRIES:
+            raise ValueError(
+                f"{name!r} cannot have the shape {list(shapes[name])}: at most {_MOST_ENTRIES:,} entries in all"
+            )
         if encoding == "full":
             sets[name] = IndexSet.full(n)
         elif encoding == "bitmap":
@@ -406,3 +419,12 @@ def unpack_sets(
         if sets[name].k != k:
             raise ValueError(f"the index of {name!r} holds {sets[name].k} entries, its description says {k}")
     return sets, shapes
+
+
+def checked_fingerprint(fingerprint: Any, sets: Mapping[str, IndexSet]) -> dict[str, str]:
+    """The fingerprint of a file: digests of parameters that the file has."""
+    if not isinstance(fingerprint, dict) or not all(isinstance(digest, str) for digest in fingerprint.values()):
+        raise ValueError("the fingerprint is no mapping of names to digests")
+    if foreign := [name for name in fingerprint if name not in sets]:
+        raise ValueError(f"the fingerprint names {foreign[0]!r}, which is no parameter of the file")
+    return fingerprint

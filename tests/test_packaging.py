@@ -23,6 +23,7 @@ LAYERS = [
     {"kernels", "_C"},
     {
         "checks",
+        "reading",
         "files",
         "manifest",
         "restoring",
@@ -52,6 +53,7 @@ HEAVY = ["transformers", "datasets", "accelerate", "matplotlib"]
 LIGHT = [  # must import without any of HEAVY
     *[
         "checks",
+        "reading",
         "files",
         "names",
         "quantization",

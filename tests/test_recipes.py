@@ -391,9 +391,17 @@ def test_the_method_of_the_documentation(world, tmp_path, capsys):
     try:
         small = ["--set", "shots=[1,2]", "seed=1", "test.limit=9", "settings.epochs=2", "settings.max_length=40"]
         folders = ["--data", world / "data", "--cache", tmp_path / "cache", "--output", tmp_path / "out"]
-        run = ["run", str(tmp_path / "my_recipe.yaml"), "--quiet", "--model", str(world / "model"), *small]
+        run = [
+            "run",
+            str(tmp_path / "my_recipe.yaml"),
+            "--allow-plugins",
+            "--quiet",
+            "--model",
+            str(world / "model"),
+            *small,
+        ]
         assert main([*run, *map(str, folders)]) == 0
-        assert main(["report", str(tmp_path / "my_recipe.yaml"), str(tmp_path / "out")]) == 0
+        assert main(["report", str(tmp_path / "my_recipe.yaml"), str(tmp_path / "out"), "--allow-plugins"]) == 0
     finally:
         for key in set(methods.METHODS) - set(known):
             del methods.METHODS[key]

@@ -222,9 +222,9 @@ def _add_lora(model: Any) -> list[Any]:
 
 
 def _config(name: str) -> Any:
-    from transformers import AutoConfig, XLMRobertaConfig
+    from transformers import XLMRobertaConfig
 
-    from ltp_sparse.training.backbone import locate
+    from ltp_sparse.training.backbone import load_config
 
     size = SIZES.get(name.rpartition("/")[2])
     if size is not None and not Path(name).is_dir():
@@ -234,8 +234,7 @@ def _config(name: str) -> Any:
             intermediate_size=inner, max_position_embeddings=514, type_vocab_size=1, pad_token_id=1,
         )  # fmt: skip
     try:
-        source, local = locate(name)
-        config = AutoConfig.from_pretrained(source, local_files_only=local)
+        config = load_config("memory", name)
     except (OSError, ValueError) as error:
         known = ", ".join(SIZES)
         raise CommandError(

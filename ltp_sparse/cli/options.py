@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ltp_sparse import __version__
+from ltp_sparse.reading import FileFormatError, read_yaml
 
 COMMANDS = ("select", "train", "evaluate", "predict", "export", "inspect", "run", "report", "cache", "memory", "demo")
 
@@ -93,16 +94,10 @@ def build_parser() -> Parser:
 
 
 def _read_config(path: Path, command: argparse.ArgumentParser) -> dict[str, Any]:
-    import yaml
-
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise CommandError(f"--config {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise CommandError(
-            f"--config {path}: expected options by name, e.g. 'density: 0.2', got {type(values).__name__}"
-        )
+        values = read_yaml(path, "options by name, e.g. 'density: 0.2'")
+    except (OSError, FileFormatError) as error:
+        raise CommandError(f"--config {error}") from error
     actions = {action.dest: action for action in command._actions if action.dest not in ("help", "config")}
     converted = {}
     for key, value in values.items():

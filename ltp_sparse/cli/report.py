@@ -16,6 +16,7 @@ EXAMPLES = """\
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", help="name of the recipe, or its .yaml file")
     parser.add_argument("results", nargs="?", type=Path, help="folder that ltp-sparse run wrote")
+    parser.add_argument("--allow-plugins", action="store_true", help="run the Python files that the recipe names")
     parser.add_argument("--output", type=Path, help="folder of the report (default: the results' folder)")
 
 
@@ -25,7 +26,7 @@ def run(options: argparse.Namespace) -> None:
     from ltp_sparse.recipes import load_recipe
     from ltp_sparse.report.pages import write_report
 
-    recipe = load_recipe(options.recipe)
+    recipe = load_recipe(options.recipe, allow_plugins=options.allow_plugins)
     if options.output is not None:
         check_writable("report", options.output, folder=True)
     rows = results.read(options.results / results.RESULTS)

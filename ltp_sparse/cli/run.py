@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ltp_sparse.cli.options import CommandError, add_report_to, check_writable, need
+from ltp_sparse.reading import FileFormatError, parse_yaml
 
 HELP = "run a recipe: all cells of a table or figure of the papers, or of your own YAML file"
 EXAMPLES = """\
@@ -29,6 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print cells, memory and time, train nothing")
     parser.add_argument("--model", help="folder or Hub name of the base model, instead of the recipe's")
     parser.add_argument("--tokenizer", help="folder or Hub name of the tokenizer, where it is not beside the model")
+    parser.add_argument("--allow-plugins", action="store_true", help="run the Python files that the recipe names")
     parser.add_argument("--data", type=Path, help="folder of the original files; without it, the Hub by name")
     parser.add_argument("--output", type=Path, help="folder of the results; finished cells in it are not run again")
     parser.add_argument(
@@ -54,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
             print(f"{name:<22} {len(recipe.cells):>5} cells  {recipe.title}")
         return 0
     need(options, "recipe")
-    recipe = load_recipe(options.recipe, overrides(options))
+    recipe = load_recipe(options.recipe, overrides(options), allow_plugins=options.allow_plugins)
     if options.only:
         recipe = recipe.only([_pair(text) for text in options.only])
     if options.dry_run:
@@ -94,7 +96,8 @@ def run(options: argparse.Namespace) -> int:
     if failed:
         print(f"{failed} cells failed, see {options.output / 'failures.jsonl'}; the same command tries them again")
         return 1
-    print(f"next: ltp-sparse report {shlex.quote(options.recipe)} {shlex.quote(str(options.output))}")
+    plugins = " --allow-plugins" if options.allow_plugins else ""
+    print(f"next: ltp-sparse report {shlex.quote(options.recipe)} {shlex.quote(str(options.output))}{plugins}")
     return 0
 
 
@@ -105,12 +108,10 @@ def overrides(options: argparse.Namespace) -> list[tuple[str, Any]]:
 
 
 def _pair(text: str) -> tuple[str, Any]:
-    import yaml
-
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise CommandError(f"run: expected KEY=VALUE, e.g. settings.epochs=1 or shots=[1,2,4], got {text!r}")
     try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise CommandError(f"run: {text!r}: the value is not YAML ({' '.join(str(error).split())})") from None
+        return key, parse_yaml(value, text)
+    except FileFormatError as error:
+        raise CommandError(f"run: {text!r}: the value is not YAML ({error.problem})") from None

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from ltp_sparse import manifest
 from ltp_sparse.cli.options import CommandError
-from ltp_sparse.files import FileFormatError, atomic_path
+from ltp_sparse.files import atomic_path
 from ltp_sparse.prompting.templates import CLASSES
+from ltp_sparse.reading import FileFormatError, read_json
 from ltp_sparse.tasks import task
 from ltp_sparse.tasks.own import Columns
 
@@ -73,8 +74,8 @@ class Run:
         path = folder / _DESCRIPTION
         if not path.is_file():
             raise CommandError(f"{folder}: not a run of ltp-sparse train (it has no {_DESCRIPTION})")
+        facts = read_json(path, "the description of a run")
         try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
             facts["labels"] = tuple(_texts(facts.get("labels", list(CLASSES))))
             if facts.get("columns") is not None:
                 facts["columns"] = Columns(**facts["columns"])
@@ -82,7 +83,7 @@ class Run:
             _texts([run.model, run.method, run.language, run.verbalizer])
             task(_texts([run.task])[0]) if run.columns is None else None
             return run
-        except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             raise FileFormatError(path, f"damaged, or of another version of ltp_sparse ({error})") from error
 
     def check_continues(self, folder: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ltp_sparse import files
 from ltp_sparse.modules.attachment import Attachment
+from ltp_sparse.reading import reader
 
 if TYPE_CHECKING:
     from transformers import XLMRobertaConfig
@@ -47,7 +48,7 @@ class Adapter(nn.Module):
                 f"Adapter: layers must be at least 1 and reduction in [1, {hidden}], got {layers} and {reduction}"
             )
         self.hidden, self.reduction = hidden, reduction
-        self.metadata = dict(metadata or {})
+        self.metadata = files.checked_metadata("Adapter", metadata)
         self.layers = nn.ModuleList(_bottleneck(hidden, hidden // reduction) for _ in range(layers))
         self.invertible = InvertibleAdapter(hidden) if invertible else None
 
@@ -78,21 +79,25 @@ class Adapter(nn.Module):
         files.save(path, KIND, self.state_dict(), header)
 
     @classmethod
+    @reader("adapter")
     def load(cls, path: str | os.PathLike[str]) -> Adapter:
         """Reads a file written by `save`, on the CPU.
 
-        Raises FileNotFoundError, or ValueError for a file that is damaged or not an adapter.
+        Raises FileNotFoundError, or FileFormatError for a file that is damaged or not an adapter.
         """
         tensors, header = files.load(path, KIND)
         with files.understanding(path, KIND):
-            adapter = cls(
-                header["hidden"],
-                header["layers"],
-                header["reduction"],
-                invertible=header["invertible"],
-                metadata=header["metadata"],
-            )
-            adapter.load_state_dict(tensors)
+            if not 0 < header["layers"] <= len(tensors):
+                raise ValueError(f"{header['layers']} layers in {len(tensors)} tensors")
+            with torch.device("meta"):  # sizes that its tensors do not have take no memory
+                adapter = cls(
+                    header["hidden"],
+                    header["layers"],
+                    header["reduction"],
+                    invertible=header["invertible"],
+                    metadata=header["metadata"],
+                )
+            adapter.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
         return adapter
 
 

@@ -157,12 +157,13 @@ def _save(
 @torch.no_grad()
 def _restore(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, settings: PretrainSettings) -> int:
     tensors, metadata = files.load(path, _KIND)
-    if metadata["settings"] != asdict(settings):
-        raise ValueError(f"{path} is of a run with other settings, {metadata['settings']}; delete it, or take these")
-    for name, parameter in model.named_parameters():
-        parameter.copy_(tensors[f"{name}:value"])
-        optimizer.state[parameter] = {
-            key: tensors[f"{name}:{key}"].to(parameter.device if key != "step" else "cpu")
-            for key in ("exp_avg", "exp_avg_sq", "step")
-        }
-    return int(metadata["step"])
+    if (theirs := metadata.get("settings")) != asdict(settings):
+        raise ValueError(f"{path} is of a run with other settings, {theirs}; delete it, or take these")
+    with files.understanding(path, _KIND):
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[f"{name}:value"])
+            optimizer.state[parameter] = {
+                key: tensors[f"{name}:{key}"].to(parameter.device if key != "step" else "cpu")
+                for key in ("exp_avg", "exp_avg_sq", "step")
+            }
+        return int(metadata["step"])

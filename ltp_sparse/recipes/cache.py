@@ -15,7 +15,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ltp_sparse import files
-from ltp_sparse.files import FileFormatError, atomic_path
+from ltp_sparse.files import atomic_path
+from ltp_sparse.reading import FileFormatError, read_json
 
 
 def default_cache() -> Path:
@@ -113,10 +114,7 @@ class Cache:
 
 
 def _description(path: Path) -> dict[str, Any]:
-    try:
-        about = json.loads(path.read_bytes())
-        if isinstance(about["kind"], str) and isinstance(about["facts"], dict) and isinstance(about["made"], float):
-            return dict(about)
-    except (KeyError, TypeError, ValueError, RecursionError):
-        pass
+    about = read_json(path, "the description of an artefact", ("kind", "facts", "made"))
+    if isinstance(about["kind"], str) and isinstance(about["facts"], dict) and isinstance(about["made"], float):
+        return about
     raise FileFormatError(path, "not the description of an artefact: damaged; delete it to have the artefact made anew")

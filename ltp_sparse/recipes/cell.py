@@ -121,8 +121,21 @@ def method_of(cell: Cell) -> Method:
     known = [f.name for f in fields(default) if f.name != "settings"]
     _refuse_unknown(cell["options"], known, f"options of {cell['method']}")
     _refuse_unknown(cell["settings"], [f.name for f in fields(default.settings)], f"settings of {cell['method']}")
+    _refuse_texts(cell["settings"], default.settings, f"settings of {cell['method']}")
     settings: Settings = replace(default.settings, **(cell["settings"] or {}))
-    return kind(settings=settings, **(cell["options"] or {}))
+    try:
+        return kind(settings=settings, **(cell["options"] or {}))
+    except TypeError as error:
+        raise ValueError(f"options of {cell['method']}: {error}") from error
+
+
+def check_cell(cell: Cell) -> None:
+    """Raises ValueError for options, settings, or settings of a stage that are unknown or of another kind."""
+    method_of(cell)
+    for stage in ("ticket", "language_sft", "adapters"):
+        if cell[f"{stage}.mlm"]:
+            _refuse_unknown(cell[f"{stage}.mlm"], [f.name for f in fields(MLMSettings)], f"{stage}, mlm")
+            _refuse_texts(cell[f"{stage}.mlm"], MLMSettings(), f"{stage}, mlm")
 
 
 def run_cell(
@@ -401,6 +414,14 @@ def _data_hash(parts: Sequence[Sequence[Any]]) -> str:
         for example in examples:
             sha.update(repr(example).encode() + b"\n")
     return sha.hexdigest()[:32]
+
+
+def _refuse_texts(given: Mapping[str, Any] | None, defaults: Any, what: str) -> None:
+    for key, value in (given or {}).items():
+        if type(getattr(defaults, key)) in (int, float) and type(value) not in (int, float):
+            raise ValueError(
+                f"{what}: {key} must be a number, got {value!r} (YAML takes 1e-3 for a text: write 1.0e-3)"
+            )
 
 
 def _refuse_unknown(given: Mapping[str, Any] | None, known: Sequence[str], what: str) -> None:

@@ -14,11 +14,11 @@ import torch
 
 from ltp_sparse.methods import LTP, LTSFT, AdaSFT, Method
 from ltp_sparse.names import canonical_parameters, layer_of
-from ltp_sparse.recipes.cell import method_of
+from ltp_sparse.recipes.cell import check_cell, method_of
 from ltp_sparse.recipes.recipe import Cell, Recipe
 from ltp_sparse.selection import pools
 from ltp_sparse.tasks import task
-from ltp_sparse.training.backbone import backbone_from_config, locate
+from ltp_sparse.training.backbone import backbone_from_config, load_config
 
 _GPU_FLOPS = 1e14
 """Assumed of a data-centre GPU in bfloat16: a quarter to a tenth of its printed peak."""
@@ -60,6 +60,7 @@ def plan(recipe: Recipe) -> str:
     total = 0.0
     groups: dict[tuple[str, str], list[Estimate]] = {}
     for cell in recipe.cells:
+        check_cell(cell)
         if not isinstance(name := cell["model"], str):
             raise ValueError(f"{cell}: expected a model, got {name}; name a folder or one of the Hub by --model")
         if name not in models:
@@ -103,7 +104,8 @@ def estimate(cell: Cell, model: Any) -> Estimate:
         p.numel() for name, p in canonical_parameters(model).items() if layer_of(name) not in ("embeddings", "other")
     )
     languages = cell["test.languages"] or task(cell["test.task"]).languages
-    tests = (1 if languages == "same" else len(languages)) * min(cell["test.limit"] or 10**9, _TEST[cell["test.task"]])
+    most = min(cell["test.limit"] or 10**9, _TEST.get(cell["test.task"], 5000))
+    tests = (1 if languages == "same" else len(languages)) * most
     tokens = 6 * updates * settings.batch_size * length + 2 * tests * length
     index = min(n / 8, 2 * active) if 0 < active < n else 0
     return Estimate(active, int(8 * active + index), updates, tokens * body)
@@ -140,7 +142,7 @@ def _shared(cell: Cell, model: Any) -> dict[str, float]:
 
 def _meta_model(name: str) -> Any:
     """The base model without weights: from its folder or the Hub, or from the known sizes of XLM-R."""
-    from transformers import AutoConfig, AutoModelForCausalLM, XLMRobertaConfig
+    from transformers import AutoModelForCausalLM, XLMRobertaConfig
 
     size = next((size for size in _SIZES if name.endswith(f"xlm-roberta-{size}")), None)
     if size is not None and not Path(name).is_dir():
@@ -150,8 +152,7 @@ def _meta_model(name: str) -> Any:
             intermediate_size=inner, max_position_embeddings=514, type_vocab_size=1,
         )  # fmt: skip
     else:
-        source, local = locate(name)
-        config = AutoConfig.from_pretrained(source, local_files_only=local)
+        config = load_config("run", name)
     with torch.device("meta"):
         if config.model_type == "xlm-roberta":
             return backbone_from_config(config, decoupled=False)

@@ -6,7 +6,7 @@ by: [label, shots]              # what makes a row of the table; the other facts
 compare: SP                     # a paired comparison of every label with this one, optional
 chance: 0.3333                  # tell in which languages the scores lie above this, optional
 model: FacebookAI/xlm-roberta-base
-plugins: [my_method.py]         # Python files beside this one, run first: methods of one's own, optional
+plugins: [my_method.py]         # Python files beside this one, run first if allowed: methods of one's own, optional
 defaults:                       # of every cell
   train: {task: xnli-fewshot, language: en}
   test: {task: xnli}
@@ -24,48 +24,20 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from ltp_sparse.names import closest
+from ltp_sparse.reading import FileFormatError, read_yaml, reader
+from ltp_sparse.recipes.schema import CELL, GRID, RECIPE, check
 
-_FOLDER = resources.files("ltp_sparse.recipes")
-
-CELL_KEYS = {
-    "label": "name in the table",
-    "method": "key of a method",
-    "options": "fields of the method",
-    "settings": "fields of the method's settings",
-    "shots": "training examples per class",
-    "seed": "of the run",
-    "train": "task, language, stand_in, limit",
-    "test": "task, split, languages, limit",
-    "verbalizer": "language of the label words, or class -> word",
-    "ticket": "stage 1: strategy, density, budget, segment, intersect, order, language (or several), text, lines, mlm",
-    "language_sft": "language SFTs below the task: kind, source, k, density, text, lines, mlm",
-    "adapters": "language adapters below the task: source, text, lines, mlm",
-    "model": "folder or Hub name of the model",
-    "tokenizer": "the same of its tokenizer, if it lies elsewhere",
-}
+FOLDER = Path(__file__).parent
 _STAGES = ("ticket", "language_sft", "adapters")
-_RECIPE_KEYS = (
-    "title",
-    "paper",
-    "by",
-    "model",
-    "plugins",
-    "defaults",
-    "grid",
-    "cells",
-    "compare",
-    "chance",
-    "plots",
-    "notes",
-)
+_MOST_CELLS = 100_000
 
 
 @dataclass(frozen=True)
@@ -124,56 +96,73 @@ class Recipe:
 
 def recipe_names() -> list[str]:
     """The recipes that come with the library."""
-    files = [Path(file.name) for file in _FOLDER.iterdir()]
-    return sorted(file.stem for file in files if file.suffix == ".yaml" and file.stem != "papers")
+    return sorted(file.stem for file in FOLDER.glob("*.yaml") if file.stem != "papers")
 
 
-def load_recipe(name: str, overrides: Sequence[tuple[str, Any]] = ()) -> Recipe:
+@reader("recipe")
+def load_recipe(name: str, overrides: Sequence[tuple[str, Any]] = (), *, allow_plugins: bool = False) -> Recipe:
     """A recipe by the name of one that comes with the library, or from a YAML file of one's own.
 
-    overrides: (dotted path, value) set in every cell, such as ("settings.epochs", 1) or ("model", "folder"); a list as
-        the value becomes a dimension of the grid. Those of a stage ("ticket.density") are for the cells that have it.
+    Args:
+        overrides: (dotted path, value) set in every cell, such as ("settings.epochs", 1) or ("model", "folder"); a list
+            as the value becomes a dimension of the grid. Those of a stage ("ticket.density") are for the cells that
+            have it.
+        allow_plugins: run the Python files that the recipe names (`plugins`), which lie beside it.
 
-    Raises ValueError for an unknown recipe or key, with the known ones.
+    Raises:
+        FileNotFoundError: there is no such file.
+        FileFormatError: an unknown key, method or task, with the known ones; a value of another kind; too many cells;
+            or plugins that are not allowed.
+        ValueError: an unknown recipe, with the known ones.
     """
-    import yaml
-
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
-        text, name = path.read_text(encoding="utf-8"), path.stem
+        name = path.stem
     elif name in recipe_names():
-        text = (_FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+        path = FOLDER / f"{name}.yaml"
     else:
         raise ValueError(f"unknown recipe {name!r}; known: {', '.join(recipe_names())}, or the path of a .yaml file")
-    source = yaml.safe_load(text)
-    if not isinstance(source, dict) or "cells" not in source:
-        raise ValueError(f"recipe {name}: expected a mapping with title and cells")
-    if unknown := [key for key in source if key not in _RECIPE_KEYS]:
-        raise ValueError(f"recipe {name}: unknown key {unknown[0]!r}, closest: {closest(unknown[0], _RECIPE_KEYS)}")
-    for plugin in source.get("plugins", ()):
-        _run_file(path.parent / plugin)
-    cells = list(_expand(source, overrides, name))
+    source = read_yaml(path, "a recipe")
+    check(source, RECIPE, path, "")
+    if not source.get("cells"):
+        raise FileFormatError(path, "expected a mapping with title and cells")
+    for plugin in source.get("plugins") or ():
+        _run_plugin(path, plugin, allow_plugins)
+    cells = list(_expand(source, overrides, path))
     different = {cell.id: cell for cell in reversed(cells)}
     if overrides:  # which may make cells equal: the first one stays
         cells = [cell for cell in cells if different[cell.id] is cell]
     elif len(different) != len(cells):
-        raise ValueError(f"recipe {name}: some cells are equal but for their label; every cell is run once")
+        raise FileFormatError(path, "some cells are equal but for their label; every cell is run once")
+    _check_names(cells, path)
     return Recipe(
         name=name,
-        title=source.get("title", name),
+        title=str(source.get("title") or name),
         cells=tuple(cells),
-        by=tuple(source.get("by", ["label"])),
+        by=tuple(source.get("by") or ["label"]),
         paper=source.get("paper"),
         compare=source.get("compare"),
         chance=source.get("chance"),
-        plots=tuple(source.get("plots", ())),
-        notes=source.get("notes", ""),
+        plots=tuple(source.get("plots") or ()),
+        notes=source.get("notes") or "",
     )
 
 
-def _run_file(path: Path) -> None:
+def _run_plugin(recipe: Path, name: str, allowed: bool) -> None:
+    """Runs a Python file, which must lie in the recipe's folder itself: a link that leads elsewhere is another file."""
+    folder = recipe.parent.resolve()
+    path = (folder / name).resolve()
+    if path.parent != folder or path.suffix != ".py":
+        raise FileFormatError(recipe, f"expected a .py file in the recipe's folder, got {name!r}", "plugins")
+    if not allowed:
+        raise FileFormatError(
+            recipe,
+            f"it wants to run the Python file {name!r}; read that file, then allow it by --allow-plugins "
+            "(load_recipe(..., allow_plugins=True))",
+            "plugins",
+        )
     if not path.is_file():
-        raise FileNotFoundError(f"recipe: no plugin {path}; plugins are paths relative to the recipe's folder")
+        raise FileNotFoundError(f"{recipe}: no plugin {path}; plugins are files in the recipe's folder")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -181,28 +170,55 @@ def _run_file(path: Path) -> None:
     spec.loader.exec_module(module)
 
 
-def _expand(source: Mapping[str, Any], overrides: Sequence[tuple[str, Any]], name: str) -> Iterable[Cell]:
-    for entry in source["cells"]:
-        facts = _merged({"model": source.get("model")}, source.get("defaults", {}), entry)
-        grid = {**source.get("grid", {}), **facts.pop("grid", {})}
-        for path, value in overrides:
-            stage, nested, _ = path.partition(".")
+def _check_names(cells: Sequence[Cell], path: Path) -> None:
+    """Methods and tasks must be known, and every cell must have them: before hours of work, not after them."""
+    from ltp_sparse.methods import METHODS
+    from ltp_sparse.tasks import TASKS
+
+    known: dict[str, Mapping[str, Any]] = {
+        "method": METHODS, "train.task": TASKS, "test.task": TASKS, "train.stand_in": TASKS
+    }  # fmt: skip
+    for cell in cells:
+        for key, names in known.items():
+            value = cell[key]
+            if value is None and key == "train.stand_in":
+                continue
+            if value is None or value not in names:
+                what = "method" if key == "method" else "task"
+                told = f"no {what}" if value is None else f"unknown {what} {value!r}"
+                raise FileFormatError(path, f"{told}; known: {', '.join(names)}", f"cell {cell['label']!r}, {key}")
+
+
+def _expand(source: Mapping[str, Any], overrides: Sequence[tuple[str, Any]], path: Path) -> Iterable[Cell]:
+    total = 0
+    for number, entry in enumerate(source["cells"], 1):
+        facts = _merged({"model": source.get("model")}, source.get("defaults") or {}, entry)
+        check(own := facts.pop("grid", None), GRID, path, f"cell {number}, grid")
+        check(facts, CELL, path, f"cell {number}", " in a cell")
+        grid = {**(source.get("grid") or {}), **(own or {})}
+        for dotted, value in overrides:
+            stage, nested, _ = dotted.partition(".")
             if nested and stage in _STAGES and facts.get(stage) is None and not any(p.startswith(stage) for p in grid):
                 continue  # a cell without this stage keeps none
-            grid.pop(path, None)
-            if isinstance(value, list) and path != "test.languages":
-                grid[path] = value
+            grid.pop(dotted, None)
+            if isinstance(value, list) and dotted != "test.languages":
+                grid[dotted] = value
             else:
-                _set(facts, path, value)
-        if unknown := [key for key in (*facts, *(p.split(".")[0] for p in grid)) if key not in CELL_KEYS]:
-            raise ValueError(
-                f"recipe {name}: unknown key {unknown[0]!r} in a cell, closest: {closest(unknown[0], CELL_KEYS)}"
+                _set(facts, dotted, value)
+        if unknown := [key for key in (*facts, *(p.split(".")[0] for p in grid)) if key not in CELL]:
+            raise FileFormatError(
+                path, f"unknown key {unknown[0]!r} in a cell, closest: {closest(unknown[0], CELL)}", f"cell {number}"
             )
+        total += math.prod(map(len, grid.values()))
+        if total > _MOST_CELLS:
+            raise FileFormatError(path, f"more than {_MOST_CELLS:,} cells; make the grid smaller", f"cell {number}")
         for choice in itertools.product(*grid.values()):
             chosen = copy.deepcopy(facts)
-            for path, value in zip(grid, choice, strict=True):
-                _set(chosen, path, value)
-            yield Cell({"seed": 1, "shots": None, **chosen, "label": chosen.get("label") or chosen["method"]})
+            for dotted, value in zip(grid, choice, strict=True):
+                _set(chosen, dotted, value)
+            cell = {"seed": 1, "shots": None, **chosen, "label": chosen.get("label") or chosen.get("method")}
+            check(cell, CELL, path, f"cell {number}", " in a cell")
+            yield Cell(cell)
 
 
 def _merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,7 +234,7 @@ def _merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
 def _set(facts: dict[str, Any], path: str, value: Any) -> None:
     *parents, last = path.split(".")
     for key in parents:
-        if facts.get(key) is None:
+        if not isinstance(facts.get(key), dict):
             facts[key] = {}
         facts = facts[key]
     facts[last] = value

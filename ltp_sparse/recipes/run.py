@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from ltp_sparse import results
-from ltp_sparse.recipes.cell import Workbench, run_cell
+from ltp_sparse.recipes.cell import Workbench, check_cell, run_cell
 from ltp_sparse.recipes.recipe import Cell, Recipe
 
 
@@ -48,6 +48,8 @@ def run_recipe(
     index, parts = part
     mine = {cell.id for cell in recipe.cells[index - 1 :: parts]}
     todo = deque(cell for cell in unfinished(recipe, folder) if cell.id in mine)
+    for cell in todo:
+        check_cell(cell)
     failed, failures = 0, _failures(folder)
     others: set[str] = set()
     with tqdm(total=len(todo), unit="cell", disable=not progress, desc=recipe.name) as bar:

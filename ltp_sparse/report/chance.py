@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ltp_sparse.recipes.recipe import look_up
+from ltp_sparse.report.escaping import Sheet, plain
 from ltp_sparse.report.paired import mean_interval
 
 
@@ -13,19 +14,23 @@ def chance_table(rows: Sequence[Mapping[str, Any]], by: Sequence[str], chance: f
     """A Markdown table: for each group of `by`, the languages whose 95 % interval of the mean over seeds (Student's t)
     lies above `chance` (a share, such as 1 / 3), and the others. Languages of a single run are left out.
     """
+    return chance_sheet(rows, by, chance).markdown()
+
+
+def chance_sheet(rows: Sequence[Mapping[str, Any]], by: Sequence[str], chance: float) -> Sheet:
+    """The same, for any format."""
     groups: dict[tuple[Any, ...], dict[str, list[float]]] = {}
     for row in rows:
         group = groups.setdefault(tuple(look_up(row, path) for path in by), {})
         for language, score in row["scores"].items():
             group.setdefault(language, []).append(score)
-    out = [[*by, "seeds", f"above {100 * chance:.1f} %", "not shown to be"], ["---"] * len(by) + ["---:"] * 2 + ["---"]]
+    out = [[*by, "seeds", f"above {100 * chance:.1f} %", "not shown to be"]]
     for facts, scores in groups.items():
         repeated = {language: values for language, values in scores.items() if len(values) > 1}
         if not repeated:
             continue
         above = [language for language, values in repeated.items() if mean_interval(values)[1][0] > chance]
         others = ", ".join(language for language in repeated if language not in above)
-        told = ["" if fact is None else str(fact) for fact in facts]
         seeds = max(map(len, repeated.values()))
-        out.append([*told, str(seeds), f"{len(above)} of {len(repeated)}", others])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in out) + "\n"
+        out.append([*map(plain, facts), str(seeds), f"{len(above)} of {len(repeated)}", others])
+    return Sheet(out, [False] * len(by) + [True, True, False])

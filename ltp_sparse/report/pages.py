@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import base64
-import html
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ltp_sparse.files import atomic_path
-from ltp_sparse.recipes.recipe import Recipe
-from ltp_sparse.report.chance import chance_table
-from ltp_sparse.report.paired import compare, comparison_table
+from ltp_sparse.reading import read_yaml
+from ltp_sparse.recipes.recipe import FOLDER, Recipe
+from ltp_sparse.report.chance import chance_sheet
+from ltp_sparse.report.escaping import Sheet, for_html, for_markdown
+from ltp_sparse.report.paired import compare, comparison_sheet
 from ltp_sparse.report.plots import PLOTS
 from ltp_sparse.report.tables import Table, latex, make_table, markdown, to_csv
 
@@ -36,16 +36,18 @@ def write_report(recipe: Recipe, rows: Sequence[Mapping[str, Any]], folder: Path
     if not rows:
         raise ValueError(f"report: no finished cell of the recipe {recipe.name}; run it first")
     table = make_table(rows, recipe.by, paper_of(recipe))
+    if unknown := [name for name in recipe.plots if name not in PLOTS]:
+        raise ValueError(f"recipe {recipe.name}: unknown plot {unknown[0]!r}; known: {', '.join(PLOTS)}")
     plots = [PLOTS[name](rows, folder / f"{name}.png", recipe) for name in recipe.plots]
     drawn = [path for path in plots if path is not None]
     facts = _facts(recipe, rows)
-    tests = {}
+    tests: dict[str, Sheet] = {}
     if recipe.compare is not None:
-        tests["Paired comparison"] = comparison_table(
+        tests["Paired comparison"] = comparison_sheet(
             compare(rows, recipe.compare, recipe.by), recipe.compare, recipe.by
         )
     if recipe.chance is not None:
-        tests["Languages above chance"] = chance_table(rows, recipe.by, recipe.chance)
+        tests["Languages above chance"] = chance_sheet(rows, recipe.by, recipe.chance)
     written = {
         "report.md": _markdown_page(recipe, table, tests, drawn, facts),
         "report.html": _html_page(recipe, table, tests, drawn, facts),
@@ -60,13 +62,9 @@ def write_report(recipe: Recipe, rows: Sequence[Mapping[str, Any]], folder: Path
 
 def paper_of(recipe: Recipe) -> Mapping[str, Any] | None:
     """The printed figures that belong to a recipe."""
-    from importlib import resources
-
-    import yaml
-
     if recipe.paper is None:
         return None
-    papers = yaml.safe_load((resources.files("ltp_sparse.recipes") / "papers.yaml").read_text(encoding="utf-8"))
+    papers = read_yaml(FOLDER / "papers.yaml", "figures of papers")
     if recipe.paper not in papers:
         raise ValueError(f"recipe {recipe.name}: no figures {recipe.paper!r}; known: {', '.join(papers)}")
     return papers[recipe.paper]
@@ -88,44 +86,35 @@ def _facts(recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _markdown_page(
-    recipe: Recipe, table: Table, tests: Mapping[str, str], plots: Sequence[Path], facts: Sequence[str]
+    recipe: Recipe, table: Table, tests: Mapping[str, Sheet], plots: Sequence[Path], facts: Sequence[str]
 ) -> str:
     images = [f"![{path.stem}]({path.name})" for path in plots]
-    parts = [f"## {heading}\n\n{text}" for heading, text in tests.items()]
-    return "\n\n".join([f"# {recipe.title}", *facts, markdown(table), *parts, *images]) + "\n"
+    parts = [f"## {heading}\n\n{sheet.markdown()}" for heading, sheet in tests.items()]
+    told = [f"# {for_markdown(recipe.title)}", *map(for_markdown, facts)]
+    return "\n\n".join([*told, markdown(table), *parts, *images]) + "\n"
 
 
 def _html_page(
-    recipe: Recipe, table: Table, tests: Mapping[str, str], plots: Sequence[Path], facts: Sequence[str]
+    recipe: Recipe, table: Table, tests: Mapping[str, Sheet], plots: Sequence[Path], facts: Sequence[str]
 ) -> str:
     images = "".join(
         f'<img alt="{path.stem}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">\n'
         for path in plots
     )
-    paragraphs = "".join(f"<p>{html.escape(fact)}</p>\n" for fact in facts)
-    comparisons = "".join(_from_markdown(heading, text) for heading, text in tests.items())
-    title = html.escape(recipe.title)
+    paragraphs = "".join(f"<p>{for_html(fact)}</p>\n" for fact in facts)
+    comparisons = "".join(f"<h2>{for_html(heading)}</h2>\n{sheet.html()}" for heading, sheet in tests.items())
+    title = for_html(recipe.title)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f"<style>{_STYLE}</style></head><body>\n<h1>{title}</h1>\n{paragraphs}{_html_table(table)}{comparisons}{images}</body></html>\n"
     )
 
 
-def _from_markdown(heading: str, text: str) -> str:
-    """A Markdown table of ours as HTML, under a heading."""
-    head, _, *body = [line.strip("| ").split(" | ") for line in text.splitlines()]
-    out = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    for row in body:
-        cells = (re.sub(r"\*\*(.*)\*\*", r"<b>\1</b>", html.escape(cell)) for cell in row)
-        out += "</tr>\n<tr>" + "".join(f"<td>{cell}</td>" for cell in cells)
-    return f"<h2>{html.escape(heading)}</h2>\n<table><tr>{out}</tr></table>\n"
-
-
 def _html_table(table: Table) -> str:
     best, lines = table.best, []
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in (*table.by, "runs", *table.columns))
+    head = "".join(f"<th>{for_html(name)}</th>" for name in (*table.by, "runs", *table.columns))
     for line in table.lines:
-        cells = [html.escape("" if fact is None else str(fact)) for fact in line.facts] + [str(line.runs)]
+        cells = [*map(for_html, line.facts), str(line.runs)]
         body = "".join(f"<td>{cell}</td>" for cell in cells)
         for column in table.columns:
             mean, deviation = line.values.get(column, (float("nan"), float("nan")))

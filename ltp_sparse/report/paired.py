@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ltp_sparse.recipes.recipe import look_up
+from ltp_sparse.report.escaping import Bold, Sheet, plain
 
 _EXACT = 15
 
@@ -57,18 +58,21 @@ def compare(rows: Sequence[Mapping[str, Any]], reference: str, by: Sequence[str]
 
 def comparison_table(comparisons: Sequence[Comparison], reference: str, by: Sequence[str]) -> str:
     """A Markdown table; differences whose interval leaves out 0 are bold."""
+    return comparison_sheet(comparisons, reference, by).markdown()
+
+
+def comparison_sheet(comparisons: Sequence[Comparison], reference: str, by: Sequence[str]) -> Sheet:
+    """The same, for any format."""
     paths = [path for path in by if path != "label"]
     out = [["label", *paths, "pairs", f"minus {reference}", "95 % interval", "p"]]
-    out.append(["---"] * (1 + len(paths)) + ["---:"] * 4)
     for found in comparisons:
         low, high = found.interval
         mean = f"{found.mean:+.2f}"
         text = "" if math.isinf(high) else f"{low:+.2f} to {high:+.2f}"
         clear = low > 0 or high < 0
-        facts = ["" if fact is None else str(fact) for fact in found.facts]
-        cells = [f"**{mean}**" if clear else mean, text, f"{found.p_value:.3f}"]
-        out.append([found.label, *facts, str(found.runs), *cells])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in out) + "\n"
+        cells = [Bold(mean) if clear else mean, text, f"{found.p_value:.3f}"]
+        out.append([found.label, *map(plain, found.facts), str(found.runs), *cells])
+    return Sheet(out, [False] * (1 + len(paths)) + [True] * 4)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ltp_sparse.files import atomic_path
 from ltp_sparse.names import natural_key
+from ltp_sparse.report.escaping import for_plot
 from ltp_sparse.report.tables import AVERAGE, Table, make_table
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ def plot_ticket(ticket: Ticket, path: str | os.PathLike[str], *, by: str = "laye
     """
     counts = {place: (k, n) for place, (k, n) in ticket.counts(by).items() if n}
     figure, axes = _figure(len(counts))
-    axes.bar(list(counts), [100 * k / n for k, n in counts.values()], color="tab:blue")
+    places = [for_plot(place) for place in counts]
+    axes.bar(places, [100 * k / n for k, n in counts.values()], color="tab:blue")
     for position, (k, _) in enumerate(counts.values()):  # in a row above all, where neither bars nor the line are
         axes.text(position, 1.02, _short(k), transform=axes.get_xaxis_transform(), ha="center", fontsize=7)
     axes.margins(x=0.01)
@@ -66,15 +68,15 @@ def plot_accuracy(
             [languages.index(language) + (position - (len(scores) - 1) / 2) * width for language in present],
             [100 * row[language] for language in present],
             width,
-            label=method,
+            label=for_plot(method),
             yerr=[100 * spread.get(language, 0.0) for language in present] if spread else None,
             error_kw={"linewidth": 0.8, "capsize": 2},
         )
     if chance is not None:
         axes.axhline(100 * chance, color="tab:gray", linestyle="--", linewidth=1, label="chance")
-    axes.set_xticks(range(len(languages)), languages)
+    axes.set_xticks(range(len(languages)), [for_plot(language) for language in languages])
     axes.set_ylabel(f"{metric} (%)")
-    axes.set_title(title, fontsize=9)
+    axes.set_title(for_plot(title), fontsize=9)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return _save(figure, path)
 
@@ -141,12 +143,12 @@ def plot_labels(rows: Rows, path: Path, recipe: Recipe) -> Path | None:
 def plot_languages(rows: Rows, path: Path, recipe: Recipe) -> Path | None:
     """A heat map: lines of the table by language."""
     table = make_table(rows, recipe.by)
-    names = [" ".join(str(fact) for fact in line.facts if fact is not None) for line in table.lines]
+    names = [for_plot(" ".join(str(fact) for fact in line.facts if fact is not None)) for line in table.lines]
     grid = [[line.values.get(column, (float("nan"), 0.0))[0] for column in table.columns] for line in table.lines]
     figure, axes = _figure(len(table.columns) * 1.4)
     figure.set_size_inches(max(5.0, 0.55 * len(table.columns) + 2), max(2.0, 0.3 * len(names) + 1))
     image = axes.imshow(grid, aspect="auto", cmap="viridis")
-    axes.set_xticks(range(len(table.columns)), table.columns)
+    axes.set_xticks(range(len(table.columns)), [for_plot(column) for column in table.columns])
     axes.set_yticks(range(len(names)), names, fontsize=7)
     for y, line_of_values in enumerate(grid):
         for x, value in enumerate(line_of_values):
@@ -174,8 +176,8 @@ def plot_layers(rows: Rows, path: Path, recipe: Recipe) -> Path | None:
         others = [100 * active.get(place, [0, 0])[1] / total for place in places]
         color = f"C{position}"
         axes.bar(at, attention, width, color=color, alpha=0.5)
-        axes.bar(at, others, width, bottom=attention, color=color, label=label)
-    axes.set_xticks(range(len(places)), places)
+        axes.bar(at, others, width, bottom=attention, color=color, label=for_plot(label))
+    axes.set_xticks(range(len(places)), [for_plot(place) for place in places])
     axes.set_ylabel("share of the ticket (%)")
     axes.set_title("light: attention, full: other parts", fontsize=9)
     axes.legend(fontsize=7)
@@ -208,7 +210,7 @@ def _lines(
     figure, axes = _figure(8)
     for name, of_line in points.items():
         xs, means, spreads = zip(*sorted(of_line), strict=True)
-        axes.errorbar(xs, means, spreads, marker="o", markersize=3, capsize=2, label=f"{name} {group}".strip())
+        axes.errorbar(xs, means, spreads, marker="o", markersize=3, capsize=2, label=for_plot(f"{name} {group}"))
     if log:
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted({x for of_line in points.values() for x, _, _ in of_line}))

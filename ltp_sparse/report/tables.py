@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ltp_sparse.recipes.recipe import look_up
+from ltp_sparse.report.escaping import Bold, Sheet, for_csv, for_latex, plain
 
 AVERAGE = "AVG"
 
@@ -114,50 +115,50 @@ def paper_figures(paper: Mapping[str, Any] | None) -> dict[tuple[Any, ...], dict
 def markdown(table: Table, *, bold: bool = True) -> str:
     """Under each line with printed figures these, and the difference. bold: the best means."""
     best = table.best if bold else set()
-    out = [[*table.by, "runs", *table.columns], ["---"] * len(table.by) + ["---:"] * (1 + len(table.columns))]
+    out: list[list[str]] = [[*table.by, "runs", *table.columns]]
     for line in table.lines:
         cells = []
         for column in table.columns:
             text = _number(line.values.get(column))
-            cells.append(f"**{text}**" if (line.facts, column) in best else text)
-        out.append([*map(_text, line.facts), str(line.runs), *cells])
+            cells.append(Bold(text) if (line.facts, column) in best else text)
+        out.append([*map(plain, line.facts), str(line.runs), *cells])
         if line.paper:
             out.append(["↳ paper", *[""] * len(table.by), *(_figure(line.paper.get(c)) for c in table.columns)])
             out.append(["↳ difference", *[""] * len(table.by), *(_difference(line, c) for c in table.columns)])
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in out) + "\n"
+    return Sheet(out, [False] * len(table.by) + [True] * (1 + len(table.columns))).markdown()
 
 
 def to_csv(table: Table) -> str:
     """One line per cell of the table: facts, column, mean, deviation, runs, figure of the paper."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*table.by, "column", "mean", "deviation", "runs", "paper"])
+    writer.writerow([*map(for_csv, table.by), "column", "mean", "deviation", "runs", "paper"])
     for line in table.lines:
         for column in table.columns:
             if column in line.values:
                 mean, deviation = line.values[column]
                 spread = "" if deviation != deviation else f"{deviation:.4f}"
                 figures = [f"{mean:.4f}", spread, line.runs, _figure(line.paper.get(column))]
-                writer.writerow([*line.facts, column, *figures])
+                writer.writerow([*map(for_csv, (*line.facts, column)), *figures])
     return out.getvalue()
 
 
 def latex(table: Table) -> str:
     """A booktabs tabular, best means in bold."""
     best = table.best
-    head = [*table.by, *table.columns]
+    head = [for_latex(name) for name in (*table.by, *table.columns)]
     body = []
     for line in table.lines:
         cells = []
         for column in table.columns:
             text = _number(line.values.get(column)).replace("±", r"$\pm$")
             cells.append(rf"\textbf{{{text}}}" if (line.facts, column) in best else text)
-        body.append([*map(_text, line.facts), *cells])
+        body.append([*map(for_latex, line.facts), *cells])
         if line.paper:
             body.append(["paper", *[""] * (len(table.by) - 1), *(_figure(line.paper.get(c)) for c in table.columns)])
     lines = [rf"\begin{{tabular}}{{{'l' * len(table.by)}{'r' * len(table.columns)}}}", r"\toprule"]
-    lines += [" & ".join(map(_escaped, head)) + r" \\", r"\midrule"]
-    lines += [" & ".join(map(_escaped, cells)) + r" \\" for cells in body]
+    lines += [" & ".join(head) + r" \\", r"\midrule"]
+    lines += [" & ".join(cells) + r" \\" for cells in body]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
@@ -180,14 +181,6 @@ def _difference(line: Line, column: str) -> str:
     if column not in line.paper or column not in line.values:
         return ""
     return f"{line.values[column][0] - line.paper[column]:+.2f}"
-
-
-def _text(fact: Any) -> str:
-    return "" if fact is None else str(fact)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("%", r"\%").replace("_", r"\_").replace("&", r"\&")
 
 
 def _plain(fact: Any) -> Any:

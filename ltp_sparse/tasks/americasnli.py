@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ltp_sparse.reading import FileFormatError, Place
 from ltp_sparse.tasks.files import existing, folder_of, read_table
 from ltp_sparse.tasks.hub import hub_pairs
-from ltp_sparse.tasks.pairs import LABELS, Pair, checked_label
+from ltp_sparse.tasks.pairs import LABELS, Pair, checked_label, pair_in
 
 LANGUAGES = ("aym", "bzd", "cni", "gn", "hch", "nah", "oto", "quy", "shp", "tar")
 HUB_NAME = "nala-cub/americas_nli"
@@ -55,13 +56,13 @@ def _released(split: str, language: str, data: Path | None, revised: bool) -> li
         path = existing(folder / f"{split}.tsv", folder / f"{split}.tsv.gz")
     pairs = _pairs(read_table(path, ("language", "premise", "hypothesis", "label")), language)
     if not pairs:
-        raise ValueError(f"{path}: no row of language {language!r} in column language")
+        raise FileFormatError(path, f"no row of language {language!r} in column language")
     return pairs
 
 
-def _pairs(rows: Iterable[tuple[str, dict[str, Any]]], language: str) -> list[Pair]:
+def _pairs(rows: Iterable[tuple[Place, dict[str, Any]]], language: str) -> list[Pair]:
     return [
-        Pair(row["premise"], row["hypothesis"], checked_label(row["label"], where), language)
+        pair_in(row, where, language, checked_label(row["label"], where))
         for where, row in rows
         if row["language"] == language
     ]

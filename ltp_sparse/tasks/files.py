@@ -1,13 +1,22 @@
-"""Text files, plain or gzipped, row by row, with errors that name the place."""
+"""Text files, plain or gzipped, row by row, with errors that name the place: the doors of text, tables and JSON lines.
+
+One rule for all: UTF-8, lines that end with a line feed, blank lines passed over in tables, no column twice.
+"""
 
 from __future__ import annotations
 
-import csv
 import gzip
-import json
+import zlib
 from collections.abc import Iterator, Sequence
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
+
+from ltp_sparse.reading import FileFormatError, Place, decoded, parse_json, reader
+
+LONGEST_LINE = 16 << 20
+_MOST_LINES = 20_000  # of one quoted cell: above, a quote was left open
+_UNPACKED, _RATIO = 4 << 20, 50  # a .gz may unpack to so many bytes, and so many times its size more
 
 
 def existing(*candidates: Path) -> Path:
@@ -26,62 +35,157 @@ def folder_of(data: Path, *names: str) -> Path:
     return next((data / name for name in names if (data / name).is_dir()), data)
 
 
+@reader("text")
 def read_lines(path: Path) -> Iterator[str]:
     """Lines without their line feed. Only a line feed ends a line: other control characters occur inside sentences.
 
-    A byte order mark, which spreadsheets write, is no part of the first one.
+    A byte order mark, which spreadsheets write, is no part of the first one. `path`: plain, or .gz.
     """
-    opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-    with opened as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                yield line.removesuffix("\n").removesuffix("\r")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file") from error
+    if packed := path.suffix == ".gz":
+        _check_packed(path)
+    with path.open("rb") as plain:
+        file: Any = BufferedReader(gzip.GzipFile(fileobj=plain)) if packed else plain
+        number = 0
+        while raw := file.readline(LONGEST_LINE + 1):
+            number += 1
+            if len(raw) > LONGEST_LINE:
+                raise FileFormatError(path, f"a line of more than {LONGEST_LINE >> 20} MB", f"line {number}")
+            if number > 1 and raw.isascii() and b"\0" not in raw:  # most lines, in one step
+                line = raw.decode("ascii")
+            else:
+                line = decoded(raw, path, f"line {number}")
+            yield line.removesuffix("\n").removesuffix("\r")
 
 
-def read_columns(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """(place, row) of a tab-separated file without header and without quoting."""
-    for number, line in enumerate(read_lines(path), 1):
-        cells = line.split("\t")
-        where = f"{path}, row {number}"
-        if len(cells) != len(columns):
-            raise ValueError(f"{where}: expected {len(columns)} columns ({', '.join(columns)}), got {len(cells)}")
-        yield where, dict(zip(columns, cells, strict=True))
+def _check_packed(path: Path) -> None:
+    """Unpacks a .gz file once, before a line of it is used: its checksum stands at the end."""
+    most, total = _UNPACKED + _RATIO * path.stat().st_size, 0
+    if not path.stat().st_size:
+        raise FileFormatError(path, "not a complete .gz file (it is empty); copy it again")
+    try:
+        with gzip.open(path, "rb") as file:
+            while piece := file.read(1 << 20):
+                total += len(piece)
+                if total > most:
+                    raise FileFormatError(
+                        path, f"it unpacks to more than {_RATIO} times its size; unpack it if that is meant"
+                    )
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise FileFormatError(
+            path, f"not a complete .gz file ({error}); it may be truncated or damaged, copy it again"
+        ) from error
 
 
+@reader("table without header")
+def read_columns(path: Path, columns: Sequence[str]) -> Iterator[tuple[Place, dict[str, str]]]:
+    """(place, row) of a tab-separated file without header and without quoting; blank lines are passed over."""
+    for where, cells in _rows(path, "\t", quoted=False, first=1):
+        yield where, _row(where, cells, columns)
+
+
+@reader("table")
 def read_table(
     path: Path, columns: Sequence[str] = (), *, quoted: bool = False, comma: bool = False
-) -> Iterator[tuple[str, dict[str, str]]]:
-    """(place, row) of a file with a header line.
+) -> Iterator[tuple[Place, dict[str, str]]]:
+    """(place, row) of a file with a header line; blank lines are passed over.
 
-    columns: must be in the header. quoted: cells may be in double quotes and hold line breaks. comma: instead of tabs.
+    Args:
+        columns: must be in the header.
+        quoted: cells may be in double quotes and hold line breaks.
+        comma: cells are separated by commas, not by tabs.
+
+    Raises:
+        FileFormatError: no header, a column that is missing or twice, a row of another length, a quote left open.
     """
-    lines = (line + "\n" for line in read_lines(path))
-    reader = csv.reader(
-        lines, delimiter="," if comma else "\t", quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-    )
-    header = next(reader, [])
+    rows = _rows(path, "," if comma else "\t", quoted=quoted, first=0)
+    _, header = next(rows, (None, []))
     if missing := [column for column in columns if column not in header]:
-        raise ValueError(f"{path}: expected a header with {', '.join(columns)}; {missing[0]!r} is not in {header}")
-    for number, cells in enumerate(reader, 1):
-        where = f"{path}, row {number}"
-        if len(cells) != len(header):
-            raise ValueError(f"{where}: expected {len(header)} columns ({', '.join(header)}), got {len(cells)}")
-        yield where, dict(zip(header, cells, strict=True))
+        raise FileFormatError(path, f"expected a header with {', '.join(columns)}; {missing[0]!r} is not in {header}")
+    if twice := [column for column in header if header.count(column) > 1]:
+        raise FileFormatError(path, f"the column {twice[0]!r} twice; rename one", "header")
+    for where, cells in rows:
+        yield where, _row(where, cells, header)
 
 
-def read_jsonl(path: Path, keys: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+@reader("JSON lines")
+def read_jsonl(path: Path, keys: Sequence[str] = ()) -> Iterator[tuple[Place, dict[str, Any]]]:
     """(place, object) of a file with a JSON object a line; `keys` must be there. Blank lines are passed over."""
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
-        where = f"{path}, row {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error})") from error
+        where = Place(path, f"row {number}")
+        row = parse_json(line, path, where.at)
         if not isinstance(row, dict) or any(key not in row for key in keys):
-            raise ValueError(f"{where}: expected an object with {', '.join(keys)}, got {str(row)[:80]}")
+            wanted = f"an object with {', '.join(keys)}" if keys else "an object"
+            raise where.error(f"expected {wanted}, got {str(row)[:80]}")
         yield where, row
+
+
+def text_in(row: dict[str, Any], column: str, where: Place) -> str:
+    """The text in a column of a row; an error for a row without one, or with a list or a number in its place."""
+    value = row.get(column)
+    if not isinstance(value, str):
+        got = "null" if value is None else f"a value of type {type(value).__name__}"
+        told = f"expected a text, got {got}" if column in row else f"columns: {', '.join(row)}"
+        raise where.error(f"no text in column {column!r}; {told}")
+    if "\0" in value or not (value.isascii() or _encodable(value)):
+        raise where.error(f"the text in column {column!r} holds a NUL character or half a character")
+    return value
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _row(where: Place, cells: list[str], columns: Sequence[str]) -> dict[str, str]:
+    if len(cells) != len(columns):
+        raise where.error(f"expected {len(columns)} columns ({', '.join(columns)}), got {len(cells)}")
+    return dict(zip(columns, cells, strict=True))
+
+
+def _rows(path: Path, delimiter: str, *, quoted: bool, first: int) -> Iterator[tuple[Place, list[str]]]:
+    """(place, cells) of the rows of a table, without blank ones, which count.
+
+    The `csv` module bounds cells at 131,072 characters, stops at a carriage return inside one, and takes a quote that
+    is not closed for the rest of the file.
+    """
+    lines = read_lines(path)
+    for number, line in enumerate(lines, first):
+        if not line.strip(" "):
+            continue
+        where = Place(path, f"row {number}" if number else "header")
+        if not quoted:
+            yield where, line.split(delimiter)
+            continue
+        cells, at, size = [], 0, 0
+        while True:
+            if not line.startswith('"', at):
+                stop = line.find(delimiter, at)
+                cells.append(line[at:] if stop < 0 else line[at:stop])
+                at = len(line) if stop < 0 else stop
+            else:
+                parts, at = [], at + 1
+                while (stop := line.find('"', at)) < 0 or line.startswith('"', stop + 1):
+                    if stop >= 0:  # a quote that is doubled
+                        parts.append(line[at : stop + 1])
+                        at = stop + 2
+                        continue
+                    parts += [line[at:], "\n"]
+                    size += len(line)
+                    if size > LONGEST_LINE or len(parts) > _MOST_LINES or (following := next(lines, None)) is None:
+                        raise where.error("a quote that is opened here is not closed")
+                    line, at = following, 0
+                cells.append("".join([*parts, line[at:stop]]))
+                at = stop + 1
+                if at < len(line) and not line.startswith(delimiter, at):
+                    raise where.error(
+                        f"text behind the closing quote of column {len(cells)}; a quote inside a quoted cell is doubled"
+                    )
+            if at >= len(line):
+                break
+            at += len(delimiter)
+        yield where, cells

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ltp_sparse.tasks.pairs import LABELS, Pair
+from ltp_sparse.reading import Place
+from ltp_sparse.tasks.pairs import LABELS, Pair, pair_in
 
 
 def hub_pairs(name: str, config: str | None, split: str, language: str) -> list[Pair]:
@@ -21,9 +22,9 @@ def hub_pairs(name: str, config: str | None, split: str, language: str) -> list[
         raise ValueError(f"{name}: expected the labels {', '.join(LABELS)}, got {', '.join(names)}")
     pairs = []
     for number, row in enumerate(data):
-        label = row["label"]
-        word = label if isinstance(label, str) else names[label] if 0 <= label < len(names) else None
+        label, where = row["label"], Place(f"{name} ({config}, {split})", f"row {number}")
+        word = names[label] if isinstance(label, int) and 0 <= label < len(names) else label
         if word not in LABELS:
-            raise ValueError(f"{name} ({config}, {split}), row {number}: expected a label, got {label!r}")
-        pairs.append(Pair(row["premise"], row["hypothesis"], word, language))
+            raise where.error(f"expected a label, got {label!r}")
+        pairs.append(pair_in(row, where, language, word))
     return pairs

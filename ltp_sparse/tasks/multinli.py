@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ltp_sparse.tasks.files import existing, folder_of, read_jsonl
 from ltp_sparse.tasks.hub import hub_pairs
-from ltp_sparse.tasks.pairs import LABELS, Pair, checked_label, require_label
+from ltp_sparse.tasks.pairs import LABELS, Pair, checked_label, pair_in
 
 HUB_NAME = "nyu-mll/multi_nli"
 SUBSET_LANGUAGES = ("de", "en", "es", "fr", "sw", "tr", "vi", "zh")
@@ -33,7 +33,7 @@ def multinli(split: str, data: Path | None) -> list[Pair]:
     path = existing(folder / name, folder / f"{name}.gz")
     rows = read_jsonl(path, ("sentence1", "sentence2", "gold_label"))
     return [
-        Pair(row["sentence1"], row["sentence2"], checked_label(row["gold_label"], where), "en")
+        pair_in(row, where, "en", checked_label(row["gold_label"], where), ("sentence1", "sentence2"))
         for where, row in rows
         if row["gold_label"] != "-"
     ]
@@ -56,7 +56,7 @@ def multinli_subset(split: str, language: str, data: Path | None) -> list[Pair]:
     pairs = []
     for where, row in read_jsonl(path, ("premise", "hypothesis", "label")):
         number = row["label"]
-        label = LABELS[number] if isinstance(number, int) and 0 <= number < len(LABELS) else number
-        pairs.append(Pair(row["premise"], row["hypothesis"], require_label(label, LABELS, where), language))
+        label = LABELS[number] if type(number) is int and 0 <= number < len(LABELS) else number
+        pairs.append(pair_in(row, where, language, checked_label(label, where)))
     random.Random(_SHUFFLE_SEED).shuffle(pairs)
     return pairs[:-_SUBSET_DEV] if split == "train" else pairs[-_SUBSET_DEV:]

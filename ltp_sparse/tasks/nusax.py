@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ltp_sparse.tasks.files import existing, folder_of, read_table
-from ltp_sparse.tasks.pairs import require_label
 from ltp_sparse.tasks.smsa import LABELS
-from ltp_sparse.tasks.texts import Text, check_texts, hub_texts
+from ltp_sparse.tasks.texts import Text, hub_texts, labelled_text
 
 FOLDERS = {
     "ace": "acehnese",
@@ -40,6 +39,4 @@ def nusax(split: str, language: str, data: Path | None) -> list[Text]:
     path = existing(folder / f"{_SPLITS[split]}.csv", folder / f"{_SPLITS[split]}.csv.gz")
     # some texts hold line breaks, inside quotes
     rows = read_table(path, ("id", "text", "label"), quoted=True, comma=True)
-    return check_texts(
-        (Text(row["text"], require_label(row["label"], LABELS, where), language) for where, row in rows), str(path)
-    )
+    return [labelled_text(row, where, LABELS, language) for where, row in rows]

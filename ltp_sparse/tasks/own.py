@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.files import FileFormatError
+from ltp_sparse.reading import FileFormatError, reader
 from ltp_sparse.tasks.files import read_jsonl, read_table
 from ltp_sparse.tasks.pairs import Pair
 from ltp_sparse.tasks.texts import Text
@@ -46,6 +46,7 @@ class Columns:
         return "text" if self.pair is None else "pair"
 
 
+@reader("own data")
 def read_own(
     source: str | os.PathLike[str],
     columns: Columns,
@@ -154,17 +155,12 @@ def _rows(
     if suffix == "parquet":
         yield from _parquet_rows(path)
     elif suffix == "jsonl":
-        rows = read_jsonl(path)
-        yield from ((_place(path, where), row) for where, row in rows)
+        yield from ((where.at, row) for where, row in read_jsonl(path))
     elif suffix in ("tsv", "csv"):
         table = read_table(path, names, quoted=quoted or suffix == "csv", comma=suffix == "csv")
-        yield from ((_place(path, where), row) for where, row in table)
+        yield from ((where.at, row) for where, row in table)
     else:
         raise ValueError(f"{path}: expected a file that ends in .{', .'.join(FORMATS)}, or the name of a Hub data set")
-
-
-def _place(path: Path, where: str) -> str:
-    return where.removeprefix(f"{path}, ")
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.tasks.files import read_jsonl, read_table
+from ltp_sparse.reading import FileFormatError, Place, reader
+from ltp_sparse.tasks.files import read_jsonl, read_table, text_in
 
 LABELS = ("entailment", "neutral", "contradiction")
 """The labels, in the order of their numbers in XNLI and AmericasNLI."""
+
+
+_SENTENCES = ("premise", "hypothesis")
 
 
 @dataclass(frozen=True)
@@ -24,35 +29,44 @@ class Pair:
     language: str
 
 
-def require_label(label: Any, labels: Sequence[str], where: str, column: str = "label") -> str:
+def require_label(label: Any, labels: Sequence[str], where: Place, column: str = "label") -> str:
     """The label, if it is one of `labels`; otherwise an error that says where it stands."""
     if label not in labels:
-        raise ValueError(f"{where}: expected one of {', '.join(labels)} in column {column}, got {label!r}")
+        raise where.error(f"expected one of {', '.join(labels)} in column {column}, got {label!r}")
     return str(label)
 
 
-def checked_label(label: str, where: str) -> str:
+def checked_label(label: Any, where: Place) -> str:
     """The label of a pair, if it is one."""
     return require_label(label, LABELS, where)
 
 
-def check_balance(pairs: Iterable[Pair], per_class: int, where: str) -> None:
+def pair_in(
+    row: dict[str, Any], where: Place, language: str, label: str | None, columns: Sequence[str] = _SENTENCES
+) -> Pair:
+    """The pair of a row, whose two columns must be texts."""
+    premise, hypothesis = (text_in(row, column, where) for column in columns)
+    return Pair(premise, hypothesis, label, language)
+
+
+def check_balance(pairs: Iterable[Pair], per_class: int, path: Path) -> None:
     """Raises unless every label occurs `per_class` times."""
     labels = [pair.label for pair in pairs]
     counts = {label: labels.count(label) for label in LABELS}
     if any(count != per_class for count in counts.values()):
-        raise ValueError(
-            f"{where}: expected {per_class} pairs of each label, got {counts}; the file is not the original"
+        raise FileFormatError(
+            path, f"expected {per_class} pairs of each label, got {counts}; the file is not the original"
         )
 
 
+@reader("labelled pairs")
 def read_pairs(path: str | os.PathLike[str], language: str = "") -> list[Pair]:
     """Pairs of a .tsv, .csv or .jsonl file (also .gz) with premise and hypothesis by name, and label where known.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: there is no pair in it, a column is missing, a row is short or a label unknown; file and row are
-            named.
+        FileFormatError: there is no pair in it, a column is missing, a row is short, no text stands where one should,
+            or a label is unknown; file and row are named.
     """
     path = Path(path)
     suffix = path.name.removesuffix(".gz").rsplit(".", 1)[-1]
@@ -63,12 +77,11 @@ def read_pairs(path: str | os.PathLike[str], language: str = "") -> list[Pair]:
     rows = read_jsonl(path) if suffix == "jsonl" else read_table(path, quoted=suffix == "csv", comma=suffix == "csv")
     pairs = []
     for where, row in rows:
-        for column in ("premise", "hypothesis"):
-            if not isinstance(row.get(column), str):
-                raise ValueError(f"{where}: no text in column {column!r}; columns: {', '.join(row)}")
-        label = row.get("label") or None
-        label = None if label is None else checked_label(label, where)
-        pairs.append(Pair(row["premise"], row["hypothesis"], label, language))
+        label = row.get("label")
+        label = None if label in (None, "") else checked_label(label, where)
+        pairs.append(pair_in(row, where, language, label))
     if not pairs:
-        raise ValueError(f"{path}: no pair in it; expected a header with premise and hypothesis, then a pair a row")
+        raise FileFormatError(path, "no pair in it; expected a header with premise and hypothesis, then a pair a row")
+    if blank := sum(not (pair.premise.strip() and pair.hypothesis.strip()) for pair in pairs):
+        warnings.warn(f"{path}: {blank:,} of {len(pairs):,} pairs have a blank premise or hypothesis", stacklevel=2)
     return pairs

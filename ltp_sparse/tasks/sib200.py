@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ltp_sparse.tasks.files import existing, folder_of, read_table
-from ltp_sparse.tasks.pairs import require_label
-from ltp_sparse.tasks.texts import Text, check_texts, hub_texts
+from ltp_sparse.tasks.texts import Text, hub_texts, labelled_text
 
 LABELS = ("science/technology", "travel", "politics", "sports", "health", "entertainment", "geography")
 """In the order of the original `labels.txt`."""
@@ -34,10 +33,7 @@ def sib200(split: str, language: str, data: Path | None) -> list[Text]:
     folder = folder_of(data, "sib200") / language
     path = existing(folder / f"{split}.tsv", folder / f"{split}.tsv.gz")
     rows = read_table(path, ("index_id", "category", "text"), quoted=True)
-    of_row = (
-        Text(row["text"], require_label(row["category"], LABELS, where, "category"), language) for where, row in rows
-    )
-    return check_texts(of_row, str(path))
+    return [labelled_text(row, where, LABELS, language, "category") for where, row in rows]
 
 
 def languages(data: Path | None = None) -> tuple[str, ...]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
+from ltp_sparse.reading import Place
 from ltp_sparse.tasks.files import existing, folder_of, read_columns, read_table
-from ltp_sparse.tasks.pairs import require_label
-from ltp_sparse.tasks.texts import Text, check_texts, hub_texts
+from ltp_sparse.tasks.texts import Text, hub_texts, labelled_text
 
 LABELS = ("negative", "neutral", "positive")
 """In the order of their numbers in the trimmed files."""
@@ -35,13 +36,11 @@ def smsa(split: str, data: Path | None, *, trimmed: bool = True) -> list[Text]:
     if trimmed:
         path = existing(folder / "trimmed" / f"{names[split]}.tsv", folder / "trimmed" / f"{names[split]}.tsv.gz")
         by_number = {str(number): label for number, label in enumerate(LABELS)}
-        rows = (
-            (where, row["text"], by_number.get(row["label"], row["label"]))
+        rows: Iterable[tuple[Place, dict[str, str]]] = (
+            (where, {**row, "label": by_number.get(row["label"], row["label"])})
             for where, row in read_table(path, ("text", "label"))
         )
     else:
         path = existing(folder / f"{names[split]}_preprocess.tsv", folder / f"{names[split]}_preprocess.tsv.gz")
-        rows = ((where, row["text"], row["label"]) for where, row in read_columns(path, ("text", "label")))
-    return check_texts(
-        (Text(text, require_label(label, LABELS, where), "id") for where, text, label in rows), str(path)
-    )
+        rows = read_columns(path, ("text", "label"))
+    return [labelled_text(row, where, LABELS, "id") for where, row in rows]

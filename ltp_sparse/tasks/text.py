@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import os
 import random
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from ltp_sparse.tasks.files import read_jsonl, read_lines
+from ltp_sparse.reading import FileFormatError, Place
+from ltp_sparse.tasks.files import read_jsonl, read_lines, text_in
 
 _SUFFIXES = ("txt", "tsv", "jsonl")
+
+
+class PassedOver(UserWarning):
+    """Rows without a text, which are passed over as blank lines are."""
 
 
 def read_text(paths: Sequence[str | os.PathLike[str]], *, max_lines: int | None = None, seed: int = 0) -> list[str]:
     """Non-blank lines of text files.
 
     paths: .txt (a text a line), .tsv (the first column) and .jsonl (the key "text") files, also .gz, or folders of
-        them.
+        them. A null as "text" is passed over, and their number told in a `PassedOver` warning.
     max_lines: at most so many, drawn at random without replacement in one pass, in the order of the files.
+
+    Raises:
+        FileNotFoundError: a file or folder is not there, or a folder has none.
+        FileFormatError: a file cannot be read, or there is no text in it; another value than a text is named by line.
     """
     files = [file for path in paths for file in _files(Path(path))]
     return _sample((line for file in files for line in _lines(file)), max_lines, seed, ", ".join(map(str, paths)))
@@ -38,8 +49,8 @@ def read_hub_text(
     rows = load_dataset(name, config, split=split, streaming=True)
     if rows.column_names is not None and column not in rows.column_names:
         raise ValueError(f"{name}: no column {column!r}; it has {', '.join(rows.column_names)}")
-    texts = (line for row in rows for line in str(row[column]).splitlines())
-    return _sample(texts, max_lines, seed, name)
+    placed = ((Place(name, f"row {number}"), row) for number, row in enumerate(rows))
+    return _sample(_texts(placed, column, name), max_lines, seed, name)
 
 
 def _files(path: Path) -> list[Path]:
@@ -61,9 +72,21 @@ def _suffix(path: Path) -> str:
 
 def _lines(path: Path) -> Iterator[str]:
     if _suffix(path) == "jsonl":
-        return (str(row["text"]) for _, row in read_jsonl(path, ("text",)))
+        return _texts(read_jsonl(path, ("text",)), "text", str(path))
     lines = read_lines(path)
     return (line.split("\t", 1)[0] for line in lines) if _suffix(path) == "tsv" else lines
+
+
+def _texts(rows: Iterable[tuple[Place, dict[str, Any]]], column: str, source: str) -> Iterator[str]:
+    """The lines of the texts in a column; nulls are passed over, which is told at the end."""
+    nulls = 0
+    for where, row in rows:
+        if row.get(column, "") is None:
+            nulls += 1
+        else:
+            yield from text_in(row, column, where).split("\n")
+    if nulls:
+        warnings.warn(f"{source}: {nulls:,} rows without a text (null) are passed over", PassedOver, stacklevel=2)
 
 
 def _sample(lines: Iterable[str], max_lines: int | None, seed: int, where: str) -> list[str]:
@@ -81,5 +104,5 @@ def _sample(lines: Iterable[str], max_lines: int | None, seed: int, where: str) 
                 reservoir[at] = (number, text)
         kept = [text for _, text in sorted(reservoir)]
     if not kept:
-        raise ValueError(f"{where}: no text in it")
+        raise FileFormatError(where, "no text in it")
     return kept

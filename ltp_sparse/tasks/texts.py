@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from ltp_sparse.reading import Place
+from ltp_sparse.tasks.files import text_in
 from ltp_sparse.tasks.pairs import require_label
 
 
@@ -35,20 +38,21 @@ def hub_texts(
     feature = data.features[label]
     texts = []
     for number, row in enumerate(data):
-        value, where = row[label], f"{name} ({config}, {split}), row {number}"
-        if isinstance(feature, ClassLabel):
-            value = feature.names[value] if 0 <= value < len(feature.names) else value
-        texts.append(Text(row["text"], require_label(value, labels, where, label), language))
+        value, where = row[label], Place(f"{name} ({config}, {split})", f"row {number}")
+        if isinstance(feature, ClassLabel) and isinstance(value, int) and 0 <= value < len(feature.names):
+            value = feature.names[value]
+        texts.append(labelled_text({**row, label: value}, where, labels, language, label))
     return texts
 
 
-def check_texts(texts: Iterable[Text], where: str) -> list[Text]:
-    """The texts, none of which is empty."""
-    kept = list(texts)
-    for number, text in enumerate(kept, 1):
-        if not text.text.strip():
-            raise ValueError(f"{where}, row {number}: no text in column text; the file is not the original")
-    return kept
+def labelled_text(
+    row: dict[str, Any], where: Place, labels: Sequence[str], language: str, label: str = "label"
+) -> Text:
+    """The text of a row, which must not be empty, with its label, which must be one of `labels`."""
+    text = text_in(row, "text", where)
+    if not text.strip():
+        raise where.error("no text in column text; the file is not the original")
+    return Text(text, require_label(row[label], labels, where, label), language)
 
 
 def few_shot(texts: Sequence[Text], split: str, labels: Sequence[str], shots: int, seed: int) -> list[Text]:

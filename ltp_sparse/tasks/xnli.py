@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+from ltp_sparse.reading import FileFormatError
 from ltp_sparse.tasks.files import existing, folder_of, read_columns, read_jsonl, read_table
 from ltp_sparse.tasks.hub import hub_pairs
-from ltp_sparse.tasks.pairs import Pair, check_balance, checked_label
+from ltp_sparse.tasks.pairs import Pair, check_balance, checked_label, pair_in
 
 LANGUAGES = ("ar", "bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh")
 SHOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -43,10 +44,13 @@ def few_shot(split: str, language: str, shots: int | None, data: Path | None) ->
     pairs, faulty = [], 0
     for where, row in read_jsonl(path, ("lang", "sentence1", "sentence2", "gold")):
         if row["lang"] != language:
-            raise ValueError(f"{where}: expected language {language!r} in column lang, got {row['lang']!r}")
-        faulty += language == "ar" and split == "train" and row["file_idx"] >= _FAULTY_ARABIC_FROM
-        pairs.append(Pair(row["sentence1"], row["sentence2"], checked_label(row["gold"], where), language))
-    check_balance(pairs, shots, str(path))
+            raise where.error(f"expected language {language!r} in column lang, got {row['lang']!r}")
+        if language == "ar" and split == "train":
+            if not isinstance(index := row.get("file_idx"), int):
+                raise where.error(f"expected a number in column file_idx, got {index!r}")
+            faulty += index >= _FAULTY_ARABIC_FROM
+        pairs.append(pair_in(row, where, language, checked_label(row["gold"], where), ("sentence1", "sentence2")))
+    check_balance(pairs, shots, path)
     if faulty:
         warnings.warn(
             f"{path}: {faulty} of {len(pairs)} Arabic rows have the hypothesis of another example (a known fault of "
@@ -73,6 +77,6 @@ def xnli(split: str, language: str, shots: int | None, data: Path | None) -> lis
         labels_path = existing(data / "test-labels.tsv")
         labels = [checked_label(row["label"], where) for where, row in read_table(labels_path, ("label",))]
     if not len(rows) == len(labels) == _ROWS[split]:
-        raise ValueError(f"{path}: expected {_ROWS[split]} pairs and labels, got {len(rows)} and {len(labels)}")
+        raise FileFormatError(path, f"expected {_ROWS[split]} pairs and labels, got {len(rows)} and {len(labels)}")
     pairs = zip(rows, labels, strict=True)
     return [Pair(row["premise"], row["hypothesis"], label, language) for (_, row), label in pairs]

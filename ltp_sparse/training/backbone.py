@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from ltp_sparse.names import canonical_parameters
+from ltp_sparse.reading import FileFormatError, reader
 
 if TYPE_CHECKING:
     from transformers import (
@@ -32,6 +32,7 @@ _DECODER_BIAS = "lm_head.decoder.bias"
 _SPARE = re.compile(r"(^|\.)pooler\.|(^|\.)position_ids$")
 
 
+@reader("model")
 def load_backbone(
     name_or_path: str | os.PathLike[str],
     *,
@@ -71,6 +72,7 @@ def load_backbone(
     return model, loaded
 
 
+@reader("causal model")
 def load_causal(
     name_or_path: str | os.PathLike[str],
     *,
@@ -208,16 +210,18 @@ def _complete(what: str, cls: Any, source: str, **options: Any) -> Any:
 
 @contextmanager
 def _loading(what: str, source: str) -> Iterator[None]:
-    """Turns what `from_pretrained` raises for missing and damaged files into a ValueError of one line."""
+    """Turns what `from_pretrained` raises for missing and damaged files into an error of one line."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"{what}: expected a complete model or tokenizer in {source!r}, a folder or a Hub name: {reason}"
+    except Exception as error:  # transformers and tokenizers raise whatever a damaged file makes of them
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+        raise FileFormatError(
+            source,
+            f"{what}: expected a complete model or tokenizer in {source!r}, a folder or a Hub name: {reason}",
         ) from error
 
 
+@reader("tokenizer")
 def _load_tokenizer(what: str, name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
@@ -246,3 +250,17 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: XLMRobertaConfi
         )
     # Positions of `inputs_embeds` count from the left and ignore padding (METHODS.md 1.1, trap 4).
     tokenizer.padding_side = "right"
+
+
+@reader("config.json")
+def load_config(what: str, name_or_path: str | os.PathLike[str]) -> Any:
+    """The configuration of a model, from a local folder or by Hub name, without its weights.
+
+    Args:
+        what: who asks, for the messages.
+    """
+    from transformers import AutoConfig
+
+    source, local = locate(name_or_path)
+    with _loading(what, source):
+        return AutoConfig.from_pretrained(source, local_files_only=local)

@@ -26,10 +26,11 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from ltp_sparse import manifest
 from ltp_sparse.delta import SparseDelta, base_fingerprint, gather, scatter_
-from ltp_sparse.files import FileFormatError, atomic_path, sweep
+from ltp_sparse.files import atomic_path, sweep
 from ltp_sparse.names import canonical_parameters, match_names
 from ltp_sparse.optim import MaskedAdamW
 from ltp_sparse.optim.members import dense_groups
+from ltp_sparse.reading import FileFormatError, read_json
 from ltp_sparse.restoring import Held, restoring
 from ltp_sparse.ticket import Ticket
 from ltp_sparse.training.adam_l2 import AdamL2
@@ -512,12 +513,10 @@ def alone(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 def _settings(path: Path) -> dict[str, Any]:
     """What the interrupted run had, without which nothing tells whether this one may go on."""
-    try:
-        return dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise FileFormatError(
-            path, f"expected the settings of the run that left the checkpoints beside it ({error}); start anew"
-        ) from error
+    expected = "the settings of the run that left the checkpoints beside it; start anew"
+    if not path.is_file():
+        raise FileFormatError(path, f"is missing; expected {expected}")
+    return read_json(path, expected)
 
 
 def _steps(checkpoint: Path) -> int:
