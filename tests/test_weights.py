@@ -15,8 +15,8 @@ from torch.optim.swa_utils import AveragedModel
 
 import ltp_sparse as ls
 from ltp_sparse.checkpoints import open_checkpoint
-from ltp_sparse.reading import FileFormatError
 from ltp_sparse.names import tie_key
+from ltp_sparse.reading import FileFormatError
 from ltp_sparse.selection import MixedDtypes
 from ltp_sparse.weights import open_weights
 
