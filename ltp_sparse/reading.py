@@ -192,7 +192,7 @@ def parse_yaml(text: str, path: str | os.PathLike[str]) -> Any:
         for event in yaml.parse(text, Loader=fastest):  # before nodes are made of it, which calls itself at every level
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _DEEPEST:
-                line = event.start_mark.line + 1
+                line = event.start_mark.line + 1 if event.start_mark else 1
                 raise FileFormatError(path, f"YAML that is nested more than {_DEEPEST} deep", f"line {line}")
         loader = fastest(text)
         node = loader.get_single_node()
