@@ -12,8 +12,8 @@ from torch.nn.functional import pad
 STATE_BLOCK = 256
 """Active entries of a tile that share scales."""
 
-_LEVELS = (127, 255)
-"""The largest codes of the first moment and of the root of the second."""
+_FIRST_TOP, _SECOND_TOP = (torch.tensor(float(code)).pow(4).item() for code in (127, 255))
+"""Fourth powers of the largest codes, of the first moment and of the root of the second."""
 
 Count = TypeVar("Count", int, Tensor)
 
@@ -26,11 +26,11 @@ def state_blocks(active: Count) -> Count:
 def _block_scale(values: Tensor) -> Tensor:
     """float32 [B] of the non-negative values [a]: the largest of each block.
 
-    As bits a NaN is above everything. Below 2^-120 the block is zero; with a NaN or an infinity in it, all is NaN.
+    As bits a NaN is above everything. Below 2^-90 the block is zero; with a NaN or an infinity in it, all is NaN.
     """
     bits = pad(values, (0, -values.numel() % STATE_BLOCK)).view(torch.int32).view(-1, STATE_BLOCK).amax(1)
     bits = torch.where(bits >= 0x7F800000, 0x7FC00000, bits)
-    return torch.where(bits < (127 - 120) << 23, 0, bits).view(torch.float32)
+    return torch.where(bits < (127 - 90) << 23, 0, bits).view(torch.float32)
 
 
 def _spread(scale: Tensor, count: int) -> Tensor:
@@ -38,29 +38,28 @@ def _spread(scale: Tensor, count: int) -> Tensor:
     return scale.float().repeat_interleave(STATE_BLOCK)[:count]
 
 
-def _ratio(values: Tensor, scale: Tensor) -> Tensor:
-    inverse = torch.where(scale > 0, 1 / scale, 0.0).repeat_interleave(STATE_BLOCK)[: values.numel()]
-    ratio = values * inverse
-    return torch.where(ratio <= 2, ratio, 0.0)  # not finite: 0 times the block's NaN
-
-
 def exact_sqrt(values: Tensor) -> Tensor:
     """The root rounded as IEEE 754 says; torch's own in float32 may be off by a bit."""
     return values.double().sqrt().to(values.dtype)
 
 
-def _fourth_power(codes: Tensor, levels: int) -> Tensor:
-    """float32: what the codes 0 .. levels stand for, over the scale."""
-    y = codes * torch.tensor(1 / levels, dtype=torch.float32, device="cpu").item()  # a float32 constant
-    square = y * y
+def _fourth_power(codes: Tensor) -> Tensor:
+    square = codes * codes
     return square * square
 
 
-def _encode(ratio: Tensor, levels: int, chance: Tensor | float) -> Tensor:
-    """float32 codes 0 .. levels: the upper one of the two around `ratio` where `chance`, in [0, 1], is small enough."""
-    code = (exact_sqrt(exact_sqrt(ratio)) * levels).clamp(max=levels - 1).floor()
-    below, above = _fourth_power(code, levels), _fourth_power(code + 1, levels)
-    return torch.where(chance * (above - below) < ratio - below, code + 1, code)
+def _scaled(size: Tensor, scale: Tensor, top: float) -> Tensor:
+    """The magnitudes in fourth powers of codes, at most `top`; so is what is not finite, and in a block that is NaN."""
+    inverse = torch.where(scale > 0, top / scale, 0.0)
+    x = size * _spread(inverse, size.numel())
+    return torch.where(x < top, x, top)
+
+
+def _encode(x: Tensor, chance: Tensor | float) -> Tensor:
+    """float32 codes: the upper one of the two around `x` where `chance`, in [0, 1], is small enough."""
+    code = exact_sqrt(exact_sqrt(x)).floor()
+    below, above = _fourth_power(code), _fourth_power(code + 1)
+    return torch.where(chance * (above - below) < x - below, code + 1, code)
 
 
 def quantize(exp_avg: Tensor, exp_avg_sq: Tensor, random: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,9 +76,9 @@ def quantize(exp_avg: Tensor, exp_avg_sq: Tensor, random: Tensor | None = None) 
         chances = ((random >> 16).float() + 0.5) / 65536, ((random & 0xFFFF).float() + 0.5) / 65536
     size, root = exp_avg.abs(), exact_sqrt(exp_avg_sq)
     scales = torch.stack([_block_scale(size), _block_scale(root)], dim=1)
-    first = _encode(_ratio(size, scales[:, 0]), _LEVELS[0], chances[0])
-    x = _ratio(root, scales[:, 1])
-    second = _encode(x, _LEVELS[1], chances[1])
+    first = _encode(_scaled(size, scales[:, 0], _FIRST_TOP), chances[0])
+    x = _scaled(root, scales[:, 1], _SECOND_TOP)
+    second = _encode(x, chances[1])
     # what is not zero stays above zero, or the next step would divide by eps alone
     second = torch.where((x > 0) & (second < 1), 1.0, second)
     return torch.where(exp_avg < 0, -first, first).to(torch.int8), second.to(torch.uint8), scales
@@ -109,8 +108,8 @@ def dequantize_tiles(
 def dequantize(exp_avg: Tensor, exp_avg_sq: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """int8 [a] and uint8 [a] codes of one tile, float32 [B, 2] scales -> float32 [a] moments."""
     codes, count = exp_avg.float(), exp_avg.numel()
-    first = _fourth_power(codes, _LEVELS[0]) * _spread(scales[:, 0], count)
-    root = _fourth_power(exp_avg_sq.float(), _LEVELS[1]) * _spread(scales[:, 1], count)
+    first = _fourth_power(codes) * _spread(scales[:, 0] / _FIRST_TOP, count)
+    root = _fourth_power(exp_avg_sq.float()) * _spread(scales[:, 1] / _SECOND_TOP, count)
     return torch.where(codes < 0, -first, first), root * root
 
 

@@ -37,8 +37,8 @@ class DecodedBlock {
     void encode(int8_t* first, uint8_t* second, float* scales, const uint32_t* random, int64_t count) {
         scales[0] = block_scale(largest(exp_avg, count));
         scales[1] = block_scale(largest(exp_avg_sq, count));
-        const float first_inverse = inverse_scale(scales[0]);
-        const float second_inverse = inverse_scale(scales[1]);
+        const float first_inverse = inverse_scale<kFirstLevels>(scales[0]);
+        const float second_inverse = inverse_scale<kSecondLevels>(scales[1]);
         for (int64_t i = 0; i < count; ++i) first[i] = encode_exp_avg(exp_avg[i], first_inverse, random[i]);
         for (int64_t i = 0; i < count; ++i) {
             second[i] = encode_exp_avg_sq(exp_avg_sq[i], second_inverse, random[i]);

@@ -185,8 +185,8 @@ LTP_HD void update_coded_block(const CudaTable& table, const CudaMoments& moment
         const float first_scale = block_scale(float_from_bits(uint32_t(threads.largest(largest_m))));
         const float second_scale = block_scale(float_from_bits(uint32_t(threads.largest(largest_root))));
         threads.each([&](int thread) {
-            const float first_inverse = inverse_scale(first_scale);
-            const float second_inverse = inverse_scale(second_scale);
+            const float first_inverse = inverse_scale<kFirstLevels>(first_scale);
+            const float second_inverse = inverse_scale<kSecondLevels>(second_scale);
             for (int j = 0; j < 2; ++j) {
                 const int rank = begin + j * kThreads + thread;
                 if (rank >= active) continue;

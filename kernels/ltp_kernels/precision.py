@@ -57,56 +57,55 @@ def block_scale(values):
     """float32 scalar: the scale of a block of values, its largest magnitude. As bits a NaN is above everything."""
     largest = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
     scale = tl.where(largest >= 0x7F800000, 0x7FC00000, largest)
-    return tl.where(largest < ((127 - 120) << 23), 0, scale).to(tl.float32, bitcast=True)
+    return tl.where(largest < ((127 - 90) << 23), 0, scale).to(tl.float32, bitcast=True)
+
+
+_FIRST_TOP = tl.constexpr(260144640.0)  # 127^4 in float32
+_SECOND_TOP = tl.constexpr(4228250624.0)  # 255^4
 
 
 @triton.jit
-def _ratio(values, scale):
-    ratio = values * tl.where(scale > 0.0, tl.div_rn(1.0, scale), 0.0)
-    return tl.where(ratio <= 2.0, ratio, 0.0)  # not finite: 0 times the block's NaN
-
-
-@triton.jit
-def _fourth_power(code, INVERSE: tl.constexpr):
-    """What a code stands for, over the scale; INVERSE: 1 / the largest code, in float32."""
-    y = code * INVERSE
-    square = y * y
+def _fourth_power(code):
+    square = code * code
     return square * square
 
 
 @triton.jit
-def _encode_magnitude(x, random, LEVELS: tl.constexpr, INVERSE: tl.constexpr):
-    """The code above or below `x`, by 16 random bits."""
-    code = tl.minimum(tl.sqrt_rn(tl.sqrt_rn(x)) * LEVELS, LEVELS - 1.0).to(tl.int32).to(tl.float32)
-    below = _fourth_power(code, INVERSE)
+def _scaled_magnitude(value, scale, TOP: tl.constexpr):
+    """In fourth powers of codes, at most TOP; so is what is not finite, and stands in a block that is NaN."""
+    x = tl.abs(value * tl.where(scale > 0.0, tl.div_rn(TOP, scale), 0.0))
+    return tl.where(x < TOP, x, TOP)
+
+
+@triton.jit
+def _encode_magnitude(x, random):
+    """The code below or above `x`, by 16 random bits."""
+    code = tl.sqrt_rn(tl.sqrt_rn(x)).to(tl.int32).to(tl.float32)
+    below = _fourth_power(code)
     chance = (random.to(tl.int32).to(tl.float32) + 0.5) * 0.0000152587890625  # 2^-16
-    return tl.where(chance * (_fourth_power(code + 1.0, INVERSE) - below) < x - below, code + 1.0, code)
-
-
-_ONE_127TH = tl.constexpr(0.007874015718698502)
-_ONE_255TH = tl.constexpr(0.003921568859368563)
+    return tl.where(chance * (_fourth_power(code + 1.0) - below) < x - below, code + 1.0, code)
 
 
 @triton.jit
 def encode_exp_avg(value, scale, random):
-    code = _encode_magnitude(_ratio(tl.abs(value), scale), random >> 16, 127.0, _ONE_127TH)
+    code = _encode_magnitude(_scaled_magnitude(value, scale, _FIRST_TOP), random >> 16)
     return tl.where(value < 0.0, -code, code).to(tl.int32).to(tl.int8)
 
 
 @triton.jit
 def decode_exp_avg(code, scale):
-    value = _fourth_power(code.to(tl.float32), _ONE_127TH) * scale
+    value = _fourth_power(code.to(tl.float32)) * tl.div_rn(scale, _FIRST_TOP)
     return tl.where(code < 0, -value, value)
 
 
 @triton.jit
 def encode_exp_avg_sq(root, scale, random):
-    x = _ratio(root, scale)
-    code = _encode_magnitude(x, random & 0xFFFF, 255.0, _ONE_255TH)
+    x = _scaled_magnitude(root, scale, _SECOND_TOP)
+    code = _encode_magnitude(x, random & 0xFFFF)
     return tl.where((x > 0.0) & (code < 1.0), 1.0, code).to(tl.int32).to(tl.uint8)
 
 
 @triton.jit
 def decode_exp_avg_sq(code, scale):
-    root = _fourth_power(code.to(tl.float32), _ONE_255TH) * scale
+    root = _fourth_power(code.to(tl.float32)) * tl.div_rn(scale, _SECOND_TOP)
     return root * root
