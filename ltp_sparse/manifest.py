@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ltp_sparse.files import atomic_path, sync
-from ltp_sparse.reading import FileFormatError, read_json
+from ltp_sparse.reading import FileFormatError, read_json, reader
 
 MANIFEST = "manifest.json"
 _KIND = "manifest of ltp_sparse"
@@ -44,6 +44,7 @@ def add(folder: Path, names: Iterable[str]) -> None:
     _write(folder, _read(folder) | _describe(folder, names), finished=True)
 
 
+@reader("manifest")
 def names(folder: Path) -> list[str]:
     """The files that the manifest of a folder names.
 

@@ -38,6 +38,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import torch
 from torch import Tensor
 
@@ -45,7 +47,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_nli import tiny_language_model, tiny_tokenizer  # noqa: E402
 
 import ltp_sparse as ls  # noqa: E402
-from ltp_sparse import files, results  # noqa: E402
+from ltp_sparse import files, manifest, results  # noqa: E402
 from ltp_sparse.checkpoints import open_checkpoint  # noqa: E402
 from ltp_sparse.foreign import read_lt_sft  # noqa: E402
 from ltp_sparse.modules import Adapter  # noqa: E402
@@ -53,6 +55,7 @@ from ltp_sparse.reading import FileFormatError, read_json, read_yaml  # noqa: E4
 from ltp_sparse.recipes import load_recipe  # noqa: E402
 from ltp_sparse.tasks import read_pairs, read_text  # noqa: E402
 from ltp_sparse.tasks.files import read_columns, read_jsonl, read_lines, read_table  # noqa: E402
+from ltp_sparse.tasks.own import Columns, read_own  # noqa: E402
 
 SECONDS, MEMORY = 1.0, 256 << 20
 FAULTS = ("other", "slow", "memory", "crash")
@@ -215,17 +218,6 @@ def rows_of(content: bytes, *, quoted: bool = False, header: bool = True, column
 
 def objects_of(content: bytes) -> list[Any]:
     return [json.loads(line) for line in lines_of(content) if line.strip()]
-
-
-def results_of(content: bytes) -> list[Any]:
-    """Rows without hashes: what is no JSON is left out, as what a kill left unfinished is."""
-    rows = []
-    for line in content.split(b"\n"):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
 
 
 def yaml_of(content: bytes) -> Any:
@@ -414,6 +406,30 @@ def cases(folder: Path) -> list[Case]:
     def pair_says(content: bytes) -> Any:
         return [(r["premise"], r["hypothesis"], r.get("label") or None) for r in objects_of(content)]
 
+    def rows_without_a_word(path: Path) -> Any:
+        """Rows that are left out, or cannot be verified, are told in a warning, which counts as refused here."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            try:
+                return results.read(path)
+            except UserWarning as told:
+                raise FileFormatError(path, str(told)) from told
+
+    def own(path: Path) -> Any:
+        columns = Columns(text="premise", pair="hypothesis", label="label")
+        return [(pair.premise, pair.hypothesis, pair.label) for pair in read_own(path, columns)]
+
+    def own_says(rows: list[dict[str, Any]]) -> Any:
+        return [(row["premise"], row["hypothesis"], row["label"]) for row in rows]
+
+    (folder / "run").mkdir(exist_ok=True)
+    (folder / "run" / "a").write_bytes(b"a")
+    manifest.finish(folder / "run", ["a"])
+    pyarrow.parquet.write_table(
+        pyarrow.table({"premise": ["a", "b"], "hypothesis": ["c", "d"], "label": ["x", "y"]}), folder / "parquet"
+    )
+    parquet = (folder / "parquet").read_bytes()
+
     def model_file(file: str, kind: str = "model") -> bytes:
         return (folder / kind / file).read_bytes()
 
@@ -464,8 +480,12 @@ def cases(folder: Path) -> list[Case]:
              (_LAUGHS, _RECIPE.replace(b"[1, 2], seed: [1, 2]", b"%s, seed: %s, train.limit: %s" % (
                  (str(list(range(1, 1001))).encode(),) * 3)), b"cells: [" + b"{}, " * 20_000 + b"]")),
         Case("checkpoint", "model.safetensors", model_file("model.safetensors")[:], pieces, tensors_of, share=0.5),
-        Case("results", "results.jsonl", (folder / "results").read_bytes(), results.read,
-             None if b"sha256" in (folder / "results").read_bytes() else results_of, None, ()),
+        Case("results", "results.jsonl", (folder / "results").read_bytes(), rows_without_a_word),
+        Case("manifest", "manifest.json", (folder / "run" / "manifest.json").read_bytes(),
+             lambda p: manifest.names(p.parent)),
+        Case("own data", "own.csv", table.encode(), own, lambda b: own_says(rows_of(b, quoted=True))),
+        Case("own data", "own.jsonl", pairs.encode(), own, lambda b: own_says(objects_of(b))),
+        Case("own data", "own.parquet", parquet, own, lambda b: ANYTHING, share=0.1),
         Case("config.json", "config.json", model_file("config.json"),
              beside("config.json", lambda p: backbone.load_config("fuzz", p).to_dict()), lambda b: ANYTHING,
              forged_json(json.loads(model_file("config.json"))), (brackets,), share=0.3),

@@ -256,7 +256,9 @@ def test_commands_tell_a_damaged_file_in_one_line(tmp_path, capsys, name):
         "zero.tsv": b"", "twice.tsv": b"premise\tpremise\na\tb\n",
     }[name]  # fmt: skip
     (tmp_path / name).write_bytes(content)
-    assert main(["predict", str(tmp_path / "run"), str(tmp_path / name), "--quiet"]) == 2
+    columns = ["--text-column", "premise", "--label-column", "label", "--words", "yes=a", "no=b"]
+    options = ["--model", "mini-xlmr", "--method", "prompt-only", *columns, "--output", str(tmp_path / "run")]
+    assert main(["train", "--train", str(tmp_path / name), *options]) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and name in told and "Traceback" not in told
 
@@ -279,6 +281,7 @@ def test_commands_tell_a_damaged_file_in_one_line(tmp_path, capsys, name):
 def test_commands_end_with_one_line_and_status_2(tmp_path, capsys, name, arguments):
     ls.Ticket.full({"w": [4]}).save(tmp_path / "good")
     (tmp_path / name).write_bytes(b"{[\0" * 50)
+    (tmp_path / "h.safetensors").touch()
     arguments = [a.format(file=tmp_path / name, good=tmp_path / "good", folder=tmp_path) for a in arguments]
     assert main(arguments) == 2
     told = capsys.readouterr().err
