@@ -50,7 +50,8 @@ def _fourth_power(codes: Tensor) -> Tensor:
 
 def _scaled(size: Tensor, scale: Tensor, top: float) -> Tensor:
     """The magnitudes in fourth powers of codes, at most `top`; so is what is not finite, and in a block that is NaN."""
-    inverse = torch.where(scale > 0, top / scale, 0.0)
+    # torch divides a number by a tensor as a product with 1 / tensor, which rounds twice
+    inverse = torch.where(scale > 0, torch.full_like(scale, top) / scale, 0.0)
     x = size * _spread(inverse, size.numel())
     return torch.where(x < top, x, top)
 
