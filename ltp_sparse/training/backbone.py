@@ -168,7 +168,7 @@ def locate(name_or_path: str | os.PathLike[str]) -> tuple[str, bool]:
 def _complete(what: str, cls: Any, source: str, **options: Any) -> Any:
     """`cls.from_pretrained`, which gives random weights to what is not in the files and says so in a log.
 
-    Raises a ValueError in that case: a weight of the model is not in the files, has another shape there, or the files
+    Raises a FileFormatError in that case: a weight of the model is not in the files, has another shape there, or the files
     hold weights that the model has no place for, which is what becomes of names with a prefix.
     """
     from transformers.utils import logging
@@ -197,14 +197,15 @@ def _complete(what: str, cls: Any, source: str, **options: Any) -> Any:
         if names
     ]
     if problems:
-        raise ValueError(
-            f"{what}: expected all weights of a {type(model).__name__} in {source!r}: {'; '.join(problems)}. "
+        raise FileFormatError(
+            source,
+            f"{what}: expected all weights of a {type(model).__name__}: {'; '.join(problems)}. "
             "Weights that are not read would be random. Pass a checkpoint of the language model with its LM head, "
-            "saved by save_pretrained without a wrapper around it"
+            "saved by save_pretrained without a wrapper around it",
         )
     for name, parameter in named.items():
         if parameter.numel() and not bool(torch.stack(torch.aminmax(parameter.detach())).isfinite().all()):
-            raise ValueError(f"{what}: {name!r} in {source!r} holds NaN or infinite values; copy the checkpoint again")
+            raise FileFormatError(source, f"{what}: it holds NaN or infinite values; copy it again", repr(name))
     return model
 
 
