@@ -168,8 +168,8 @@ def locate(name_or_path: str | os.PathLike[str]) -> tuple[str, bool]:
 def _complete(what: str, cls: Any, source: str, **options: Any) -> Any:
     """`cls.from_pretrained`, which gives random weights to what is not in the files and says so in a log.
 
-    Raises a FileFormatError in that case: a weight of the model is not in the files, has another shape there, or the files
-    hold weights that the model has no place for, which is what becomes of names with a prefix.
+    Raises a FileFormatError in that case: a weight of the model is not in the files, has another shape there, or the
+    files hold weights that the model has no place for, which is what becomes of names with a prefix.
     """
     from transformers.utils import logging
 
