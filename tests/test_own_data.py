@@ -187,8 +187,8 @@ def test_numbers_and_truth_values_are_labels(tmp_path):
         ({"text": "t", "label": ""}, "got ''"),
         ({"text": "t", "label": 0.5}, "got 0.5"),
         ({"text": "t", "label": ["a"]}, r"got \['a'\]"),
-        ({"text": 3, "label": "a"}, "row 2: expected a text in column 'text', got 3"),
-        ({"text": None, "label": "a"}, "expected a text in column 'text', got None"),
+        ({"text": 3, "label": "a"}, "row 2: no text in column 'text'; expected a text, got a value of type int"),
+        ({"text": None, "label": "a"}, "no text in column 'text'; expected a text, got null"),
     ],
 )
 def test_a_bad_row_is_named(row, message, tmp_path):

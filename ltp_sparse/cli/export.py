@@ -25,6 +25,7 @@ def run(options: argparse.Namespace) -> None:
     need(options, "folder", "output")
     from ltp_sparse import results
     from ltp_sparse.cli.runs import BAKED, Run, finished_seeds
+    from ltp_sparse.tasks.own import UNDETERMINED
     from ltp_sparse.training.export import SCRIPT, export
 
     made = Run.load(options.folder)
@@ -32,13 +33,15 @@ def run(options: argparse.Namespace) -> None:
     check_writable("export", options.output, folder=True)
     latest = {row["task"]: row for row in results.read(options.folder / results.RESULTS) if row["seed"] == seed}
     data = made.train or f"{made.task}" + ("" if made.shots is None else f", {made.shots} examples per class")
+    told = made.columns is None or (made.columns.language is None and made.language != UNDETERMINED)
+    language = made.language if told else None  # of rows with a language each, the card has the scores by language
     export(
         made.model,
         options.folder / f"seed-{seed}" / BAKED,
         options.output,
         tokenizer=made.tokenizer,
         kind=made.kind,
-        facts={"data": data, "scores": list(latest.values())},
+        facts={"data": data, "scores": list(latest.values()), "language": language},
     )
     texts = "PREMISE HYPOTHESIS" if made.kind == "pair" else "TEXT"
     print(

@@ -80,6 +80,16 @@ class PackedTensor(Tensor):
     def __deepcopy__(self, memo: Any) -> Tensor:
         return self.dense()
 
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        return Tensor.data.__get__(self)  # type: ignore[attr-defined]
+
+    @data.setter
+    def data(self, values: Tensor) -> None:
+        """Takes the values over; torch's own setter would change this object alone."""
+        with torch.no_grad():
+            self.copy_(values)
+
     def numpy(self, *, force: bool = False) -> Any:
         return self.dense().numpy(force=force)
 

@@ -17,6 +17,7 @@ from ltp_sparse.optim.packed_gradients import PackedGradients
 from ltp_sparse.quantization import dequantize_tiles, quantize_tiles, state_blocks
 from ltp_sparse.reference import Coefficient
 from ltp_sparse.rounding import rounding_keys
+from ltp_sparse.tensors import check_plain_tensor
 
 PIECE = 1 << 24
 """Slots whose pull values are on a GPU at a time if they are kept on the host: 64 MiB."""
@@ -64,6 +65,11 @@ class Piece:
     table: TileTable
     slots: slice
     blocks: slice
+
+
+_MOST_STEPS = 2**53
+_UNDERFLOW = 1e-15
+"""Of a first moment whose second one may have become 0 in float32."""
 
 
 class Launch:
@@ -177,8 +183,8 @@ class Launch:
             state["anchor"] = self.anchor[slots]
         return state
 
-    def check(self, position: int, saved: Mapping[str, Any], name: str) -> None:
-        """Raises ValueError, naming key and parameter, unless `load` can take the state."""
+    def check(self, position: int, saved: Mapping[str, Any], name: str, group: Mapping[str, Any]) -> None:
+        """Raises ValueError, naming key and parameter, unless `load` can take the state. group: its hyperparameters."""
         k, blocks = self.table.counts[position], self.blocks[position]
         packed = dict.fromkeys(("exp_avg", "exp_avg_sq", "master", "anchor"), (k,))
         shapes = {"step": (), "scales": (blocks.stop - blocks.start, 2), **packed}
@@ -192,7 +198,10 @@ class Launch:
         def refuse(key: str, problem: str) -> None:
             raise ValueError(f"MaskedAdamW: the state of {name!r}: {key!r} {problem}; nothing was loaded")
 
-        for key in ("step", "exp_avg", "exp_avg_sq", *(["scales"] if coded else [])):
+        if not isinstance(saved, Mapping):
+            raise ValueError(f"MaskedAdamW: the state of {name!r} must be a mapping, got {type(saved).__name__}")
+        pulled = ["anchor"] if group["pull"] and self.anchor is not None else []
+        for key in ("step", "exp_avg", "exp_avg_sq", *(["scales"] if coded else []), *pulled):
             if key not in saved:
                 refuse(key, "is missing")
         for key, value in saved.items():
@@ -200,20 +209,34 @@ class Launch:
                 refuse(key, "is unknown here")
             if key == "anchor" and self.anchor is None:
                 refuse(key, "belongs to a pull, which this optimizer was made without")
-            if key == "step" and isinstance(value, int | float):
+            if key == "step" and isinstance(value, int | float) and not isinstance(value, bool):
                 value = torch.tensor(float(value), dtype=torch.float64, device="cpu")
             if not isinstance(value, Tensor):
                 refuse(key, f"must be a tensor, got {type(value).__name__}")
+            try:
+                check_plain_tensor(value, "it")
+            except TypeError as error:
+                refuse(key, f"cannot be read: {error}")
             if tuple(value.shape) != shapes[key]:
                 refuse(key, f"of shape {list(value.shape)} does not fit the packed state, {list(shapes[key])} here")
             if key in dtypes and value.dtype not in dtypes[key]:
                 refuse(key, f"must be {' or '.join(map(str, dtypes[key]))}, got {value.dtype}")
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 refuse(key, "must be finite")
-            if key == "step" and (float(value) < 0 or float(value) != int(value)):
+            if key == "step" and (value.dtype == torch.bool or value.is_complex()):
+                refuse(key, f"must be a whole number, got {value.dtype}")
+            if key == "step" and (not 0 <= float(value) <= _MOST_STEPS or float(value) != int(value)):
                 refuse(key, f"must be a whole number, at least 0, got {float(value)}")
             if key in ("exp_avg_sq", "scales") and bool((value < 0).any()):
                 refuse(key, "must not be negative")
+        if not coded:
+            first, second = saved["exp_avg"].abs(), saved["exp_avg_sq"]
+            if not float(saved["step"]) and bool((first + second).any()):
+                refuse("step", "is 0, but the moments are not")
+            # While beta1^2 < beta2 the second moment outlasts the first: beside zero the first is next to nothing, too.
+            beta1, beta2 = group["betas"]
+            if beta1**2 < beta2 < 1 and bool(((second == 0) & (first > _UNDERFLOW)).any()):
+                refuse("exp_avg_sq", "is 0 where 'exp_avg' is not")
 
     def check_gradient(self, position: int, grad: Tensor | None, name: str) -> None:
         """Raises ValueError unless `put_gradient` can take the gradient."""

@@ -418,10 +418,17 @@ class MaskedAdamW(Optimizer):
 
     def _checked(self, state_dict: Mapping[str, Any], params: list[nn.Parameter]) -> tuple[Any, ...]:
         """(parameter -> its state, parameter groups, parameter -> its gradient or None), all fit to be taken."""
-        for key in ("state", "param_groups"):
+        for key, kind in (("state", Mapping), ("param_groups", list)):
             if key not in state_dict:
                 raise ValueError(f"MaskedAdamW: the state has no {key!r}; expected what state_dict() gave")
+            if not isinstance(state_dict[key], kind):
+                raise ValueError(f"MaskedAdamW: {key!r} is a {type(state_dict[key]).__name__}, no {kind.__name__}")
         extra, groups = state_dict.get(_DIGESTS, {"version": 1}), state_dict["param_groups"]
+        if not isinstance(extra, Mapping) or "version" not in extra:
+            raise ValueError(f"MaskedAdamW: {_DIGESTS!r} in the state must be a mapping with a version, got {extra!r}")
+        for number, group in enumerate(groups):
+            if not isinstance(group, Mapping) or not isinstance(group.get("params"), list):
+                raise ValueError(f"MaskedAdamW: parameter group {number} of the state has no list of 'params'")
         if extra["version"] != 1:
             raise ValueError(
                 f"MaskedAdamW: state of version {extra['version']}, this one reads version 1; update ltp_sparse"
@@ -459,14 +466,18 @@ class MaskedAdamW(Optimizer):
         saved = {of_key[key]: state for key, state in state_dict["state"].items()}
         if saved and not any(saved.values()):
             saved = {}
+        members = zip(self.param_groups, loaded, strict=True)
+        of_param = {param: values for group, values in members for param in group["params"]}
         given = state_dict.get(_GRADIENTS)
+        if given is not None and (not isinstance(given, list) or len(given) != len(params)):
+            raise ValueError(f"MaskedAdamW: {_GRADIENTS!r} in the state must be a list of {len(params)} gradients")
         gradients = None if given is None else dict(zip(params, given, strict=True))
         names = {param: self._names.get(param, f"parameter {number}") for number, param in enumerate(params)}
         for launch in self._launches:
             for position, param in enumerate(launch.params):
                 name = names[param]
                 if saved:
-                    launch.check(position, saved.get(param, {}), name)
+                    launch.check(position, saved.get(param, {}), name, of_param[param])
                 if gradients is not None:
                     launch.check_gradient(position, gradients[param], name)
         return saved, loaded, gradients
@@ -596,12 +607,13 @@ def _check_options(group: Mapping[str, Any]) -> None:
     """Raises ValueError unless every hyperparameter is in its range."""
 
     def number(value: Any) -> bool:
-        return isinstance(value, int | float) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
     lr, betas = group["lr"], group["betas"]
     pair = isinstance(betas, tuple | list) and len(betas) == 2
     for what, value, valid in (
         ("lr must be at least 0", lr, (isinstance(lr, Tensor) and lr.numel() == 1) or (number(lr) and lr >= 0)),
+        ("maximize must be True or False", group["maximize"], isinstance(group["maximize"], bool)),
         ("betas must be in [0, 1)", betas, pair and all(number(beta) and 0 <= beta < 1 for beta in betas)),
         *((f"{key} must be at least 0", group[key], number(group[key]) and group[key] >= 0) for key in _AT_LEAST_0),
     ):

@@ -158,6 +158,32 @@ class Share:
             self.present = True
 
 
+class Shown:
+    """One gradient of a parameter as its views show it: what is in the buffer, and a copy of it after that has gone.
+
+    Whoever holds a gradient (`first = p.grad; opt.zero_grad(); ...`) still has it when the next one comes.
+    """
+
+    def __init__(self, share: Share) -> None:
+        self.share, self.index_set = share, share.index_set
+        self._kept: Tensor | None = None
+
+    def values(self) -> Tensor:
+        return self.share.values() if self._kept is None else self._kept
+
+    @torch.no_grad()
+    def pack_(self, grad: Tensor, *, accumulate: bool) -> None:
+        if self._kept is None:
+            self.share.pack_(grad, accumulate=accumulate)
+        else:
+            values = gather(grad.to_dense() if grad.is_sparse else grad, self.index_set).float()
+            self._kept.copy_(self._kept + values if accumulate else values)
+
+    def keep(self) -> None:
+        """From now on the views show a copy of what is in the buffer."""
+        self._kept = self.share.buffer.clone()
+
+
 class PackedGradients:
     """Hooks that replace the gradient of each parameter by its active entries, in float32, and free it.
 
@@ -195,10 +221,7 @@ class PackedGradients:
         stand_ins: Sequence[nn.Parameter | None] = carriers or [None] * len(views)
         parts = zip(sets, views, tables, stand_ins, strict=True)
         self.shares = [Share(*part) for part in parts]
-        self.views = [
-            GradientView(share, param.shape, param.dtype, param.device)
-            for share, param in zip(self.shares, params, strict=True)
-        ]
+        self._shown: list[weakref.ref[Shown] | None] = [None] * len(views)  # alive while somebody holds a view
         self._ddp: weakref.ref[DistributedDataParallel] | None = None
         self._averaging = self._used = False
 
@@ -237,15 +260,31 @@ class PackedGradients:
         assert grad is not None
         self._hide_used()
         if not self._is_shown(number, grad):
+            self._let_go(number)
             share.pack_(grad, accumulate=False)
-        param.grad, share.shown = self.views[number], True
+        self._show(number)
         ddp = self._ddp() if self._ddp is not None else None
         if ddp is not None and ddp.require_backward_grad_sync and not self._averaging:
             self._averaging = True
             Variable._execution_engine.queue_callback(lambda: self._end_backward(ddp.process_group))
 
     def _is_shown(self, number: int, grad: Tensor | None) -> bool:
-        return isinstance(grad, GradientView) and grad.source is self.shares[number]
+        shown = self._shown[number]
+        return isinstance(grad, GradientView) and shown is not None and grad.source is shown()
+
+    def _show(self, number: int) -> None:
+        param, share = self.params[number], self.shares[number]
+        share.shown = True
+        if not self._is_shown(number, param.grad):
+            shown = Shown(share)
+            self._shown[number] = weakref.ref(shown)
+            param.grad = GradientView(shown, param.shape, param.dtype, param.device)
+
+    def _let_go(self, number: int) -> None:
+        """Gives those who still hold the gradient in the buffer a copy of it, before the buffer is overwritten."""
+        reference, self._shown[number] = self._shown[number], None
+        if reference is not None and (shown := reference()) is not None:
+            shown.keep()
 
     def _hide_used(self) -> None:
         """Takes away what parameters still show of gradients that a step has consumed."""
@@ -263,15 +302,15 @@ class PackedGradients:
                 if share.shown:
                     share.present = share.shown = False
             elif not self._is_shown(number, grad):
+                self._let_go(number)
                 share.pack_(grad, accumulate=False)
                 self.show(number)
             share.settle()
 
     def show(self, number: int) -> None:
         """Lets a parameter have the gradient that is in the buffer."""
-        share = self.shares[number]
-        share.present = share.shown = True
-        self.params[number].grad = self.views[number]
+        self.shares[number].present = True
+        self._show(number)
 
     def _before_forward(self, *_: object) -> None:
         """Notes whether the model runs inside DDP, and that DDP leaves its parameters to us."""
@@ -311,8 +350,10 @@ class PackedGradients:
 
     def clear_absent(self) -> None:
         """Zeros where no gradient has come, so that a norm does not count what an earlier step left."""
-        for share in self.shares:
+        for number, share in enumerate(self.shares):
             if not share.present:
+                if not self._is_shown(number, self.params[number].grad):
+                    self._let_go(number)
                 share.buffer.zero_()
 
     def index_tensors(self) -> list[Tensor]:

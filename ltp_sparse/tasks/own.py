@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.reading import FileFormatError, reader
-from ltp_sparse.tasks.files import read_jsonl, read_table
+from ltp_sparse.reading import FileFormatError, Place, reader
+from ltp_sparse.tasks.files import read_jsonl, read_table, text_in
 from ltp_sparse.tasks.pairs import Pair
 from ltp_sparse.tasks.texts import Text
 
@@ -78,9 +78,10 @@ def read_own(
     for place, row in _rows(str(source), names, columns.quoted, split, config):
         if missing := [name for name in names if name not in row]:
             raise FileFormatError(source, f"expected a column {missing[0]!r}, got {', '.join(map(str, row))}", place)
+        where = Place(source, place)
         for name in (columns.text, columns.pair):
-            if name is not None and not isinstance(row[name], str):
-                raise FileFormatError(source, f"expected a text in column {name!r}, got {row[name]!r}", place)
+            if name is not None:
+                text_in(row, name, where)
         label = _label(row[columns.label], source, columns.label, place) if labelled else None
         of_row = language if columns.language is None else row[columns.language]
         if not isinstance(of_row, str) or not of_row.strip():
@@ -213,7 +214,7 @@ def _label(value: Any, source: str | os.PathLike[str], column: str, place: str) 
     if isinstance(value, float) and value.is_integer():  # whole numbers of a table in which others are missing
         value = int(value)
     if isinstance(value, int) or (isinstance(value, str) and value.strip()):
-        return str(value)
+        return str(value).strip()  # blanks around a label would make another class of it
     raise FileFormatError(
         source, f"expected a label in column {column!r}, a text or a whole number, got {value!r}", place
     )

@@ -20,7 +20,7 @@ def write_card(path: Path, base: str, trained: SparseDelta, kind: str, facts: Ma
     """
     about, ticket = trained.metadata, trained.ticket
     method = METHODS[about["method"]]
-    prompted = "verbalizer" in about
+    prompted, language = "verbalizer" in about, facts.get("language", about["language"])
     trust = ", trust_remote_code=True" if prompted else ""
     example = '{"text": "...", "text_pair": "..."}' if kind == "pair" else '"..."'
     entries = f"{ticket.k:,} of {ticket.n:,} entries" + (f" ({ticket.density:.2%})" if ticket.n else "")
@@ -38,7 +38,7 @@ def write_card(path: Path, base: str, trained: SparseDelta, kind: str, facts: Ma
         f"| trained | {entries} of the weights in its pool{', and a prompt' if prompted else ', and a head'} |",
         f"| classes | {_cell(', '.join(about['labels']))} |",
         f"| training data | {_cell(str(facts.get('data', 'not told')))} |",
-        f"| language of training | {_cell(about['language'])} |",
+        *([] if language is None else [f"| language of training | {_cell(language)} |"]),
         f"| kept | evaluation at epoch {about['epoch']:g}, {about['metric']} on dev {about['dev_score']:.4f} |",
         "",
         "## Scores",
