@@ -37,7 +37,7 @@ def _types(text: str) -> dict[str, str]:
 
 
 _UPDATE = _types(
-    "address_ptr:*i64 exp_avg_ptr:*fp32 exp_avg_sq_ptr:*fp32 scale_ptr:*bf16 master_ptr:*fp32 tile_ptr:*i64 "
+    "address_ptr:*i64 exp_avg_ptr:*fp32 exp_avg_sq_ptr:*fp32 scale_ptr:*fp32 master_ptr:*fp32 tile_ptr:*i64 "
     "group_ptr:*i64 rank_ptr:*i16 position_ptr:*i16 coefficient_ptr:*fp64 anchor_ptr:*fp32"
 )
 _SQUARES = _types(

@@ -139,11 +139,11 @@ def expected_step(p: Problem) -> tuple[list[Tensor], Tensor, Tensor]:
         if not p.grads[i].numel() or c[0] == 0:
             continue
         g = expected_gradient(p, i)
-        x = p.params[i][mask] * c[2]
+        x = p.params[i][mask]
         m = p.exp_avg[slots] + c[3] * (g - p.exp_avg[slots])
         v = p.exp_avg_sq[slots] * c[4] + c[5] * (g * g)
         root = v.double().sqrt().float()  # rounded correctly, which torch's float32 root on CPUs is not
-        params[i][mask] = x - c[6] * (m / (root * c[7] + c[8]))
+        params[i][mask] = x - (c[2] * x + c[6] * (m / (root * c[7] + c[8])))
         exp_avg[slots], exp_avg_sq[slots] = m, v
     return params, exp_avg, exp_avg_sq
 

@@ -12,7 +12,8 @@ namespace ltp {
 struct AdamWCoefficients {
     static constexpr int kColumns = 11;  // column 0 is APPLY, the others stand below in their order
 
-    float grad_factor, decay_step, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bias_correction2, eps, pull;
+    float grad_factor, decay_step, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bias_correction2, eps,
+        pull;
 
     static LTP_HD bool applies(const double* row) { return row[0] != 0.0; }
 
@@ -35,8 +36,8 @@ LTP_HD float effective_gradient(float grad, float param, float anchor, const Ada
 }
 
 // Updates one active entry in place and returns the root of its second moment; `grad` is the effective gradient.
-// Decay and step leave the weight in one subtraction: 1 - lr * weight_decay, rounded to float32, would be off in the same
-// direction in every step, and a subtraction each would round twice.
+// Decay and step leave the weight in one subtraction: 1 - lr * weight_decay, rounded to float32, would be off in the
+// same direction in every step, and a subtraction each would round twice.
 LTP_HD float adamw_update(float& param, float grad, float& exp_avg, float& exp_avg_sq, const AdamWCoefficients& c) {
     exp_avg = exp_avg + c.one_minus_beta1 * (grad - exp_avg);
     exp_avg_sq = exp_avg_sq * c.beta2 + c.one_minus_beta2 * (grad * grad);

@@ -1,9 +1,9 @@
 // Moments in 8 bits: codes in blocks of 256 consecutive active entries of a tile, with a float32 scale per block and
-// moment, its largest magnitude. Codes are fourth roots: code c of L stands for (c / L)^4 of the scale, so that steps are
-// fine near the scale (4 / L) and values far below it still have a code (down to L^-4). The second moment is kept by its
-// root. A value is rounded to one of the two codes around it at random, with the probability that makes the mean exact:
-// rounded to nearest, a moment that changes by less than half a code a step, as with beta2 = 0.999, would never change.
-// All in float32, in exactly this order.
+// moment, its largest magnitude. Codes are fourth roots: code c of L stands for (c / L)^4 of the scale, so that steps
+// are fine near the scale (4 / L) and values far below it still have a code (down to L^-4). The second moment is kept
+// by its root. A value is rounded to one of the two codes around it at random, with the probability that makes the mean
+// exact: rounded to nearest, a moment that changes by less than half a code a step, as with beta2 = 0.999, would never
+// change. All in float32, in exactly this order.
 #pragma once
 
 #include <math.h>
@@ -43,8 +43,8 @@ LTP_HD float encode_magnitude(float x, uint32_t random16) {
     return code + float(chance * (above - below) < x - below);
 }
 
-// |value| * inverse, at most LEVELS^4; what is not finite, and stands in a block that is NaN, is that as well. A minimum
-// of the bits: compilers make a branch of a comparison with a constant, and do not vectorise.
+// |value| * inverse, at most LEVELS^4; what is not finite, and stands in a block that is NaN, is that as well. A
+// minimum of the bits: compilers make a branch of a comparison with a constant, and do not vectorise.
 template <int LEVELS>
 LTP_HD float scaled_magnitude(float value, float inverse) {
     const int32_t bits = int32_t(bits_of_float(value * inverse) & 0x7FFFFFFF);

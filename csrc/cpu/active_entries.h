@@ -245,8 +245,7 @@ class Walk {
             if (tile.master != nullptr) rest.master += rank;
             if (PACKED) rest.grad = static_cast<const float*>(tile.grad) + rank;
             for_each_listed_piece<ACCESS>(
-                rest, positions,
-                [&](float* values, const float* grads, int64_t at, int64_t n, const uint16_t* listed) {
+                rest, positions, [&](float* values, const float* grads, int64_t at, int64_t n, const uint16_t* listed) {
                     body(values, grads, rank + at, n, listed);
                 });
         }

@@ -21,7 +21,8 @@ LTP_INLINE void update_piece(float* __restrict values, const float* __restrict g
     }
 }
 
-// The moments of one block of 256 active entries, decoded; to be encoded with the roots in the place of the second ones.
+// The moments of one block of 256 active entries, decoded; to be encoded with the roots in the place of the second
+// ones.
 class DecodedBlock {
   public:
     alignas(64) float exp_avg[kStateBlock];
