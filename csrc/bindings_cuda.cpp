@@ -1,9 +1,11 @@
 // The module ltp_sparse._C_cuda: CUDA kernels over device addresses and sizes, on the caller's stream and current
 // device.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cuda/masked_adamw.h"
 #include "cuda/topk_delta.h"
@@ -23,7 +25,8 @@ ltp::Dtype dtype_of(int code) {
 }
 
 ltp::CudaTable table_of(uintptr_t addresses, int param_dtype, int grad_dtype, bool packed, uintptr_t tiles,
-                        int64_t n_tiles, uintptr_t words, uintptr_t ranks, uintptr_t positions, int parts) {
+                        int64_t n_tiles, uintptr_t words, uintptr_t ranks, uintptr_t positions, int parts,
+                        const std::vector<int64_t>& room) {
     ltp::CudaTable table = {};
     table.addresses = at<const int64_t>(addresses);
     table.param_dtype = dtype_of(param_dtype);
@@ -35,15 +38,17 @@ ltp::CudaTable table_of(uintptr_t addresses, int param_dtype, int grad_dtype, bo
     table.ranks = at<const uint16_t>(ranks);
     table.positions = at<const uint16_t>(positions);
     table.parts = parts;
+    if (room.size() != 5) throw std::invalid_argument("room: expected 5 numbers, got " + std::to_string(room.size()));
+    table.room = {room[0], room[1], room[2], room[3], room[4]};
     return table;
 }
 
 void masked_adamw_(uintptr_t addresses, int param_dtype, int grad_dtype, bool packed, uintptr_t exp_avg,
                    uintptr_t exp_avg_sq, uintptr_t scales, uintptr_t master, uintptr_t tiles, int64_t n_tiles,
                    uintptr_t words, uintptr_t ranks, uintptr_t positions, uintptr_t coefficients, uintptr_t anchor,
-                   bool stochastic, int parts, uintptr_t stream) {
+                   bool stochastic, int parts, const std::vector<int64_t>& room, uintptr_t stream) {
     ltp::CudaTable table =
-        table_of(addresses, param_dtype, grad_dtype, packed, tiles, n_tiles, words, ranks, positions, parts);
+        table_of(addresses, param_dtype, grad_dtype, packed, tiles, n_tiles, words, ranks, positions, parts, room);
     table.coefficients = at<const double>(coefficients);
     table.anchor = at<const float>(anchor);
     table.master = at<float>(master);
@@ -53,9 +58,10 @@ void masked_adamw_(uintptr_t addresses, int param_dtype, int grad_dtype, bool pa
 
 void masked_sum_squares(uintptr_t addresses, int param_dtype, int grad_dtype, bool packed, uintptr_t master,
                         uintptr_t tiles, int64_t n_tiles, uintptr_t words, uintptr_t ranks, uintptr_t positions,
-                        uintptr_t coefficients, uintptr_t anchor, uintptr_t out, int parts, uintptr_t stream) {
+                        uintptr_t coefficients, uintptr_t anchor, uintptr_t out, int parts,
+                        const std::vector<int64_t>& room, uintptr_t stream) {
     ltp::CudaTable table =
-        table_of(addresses, param_dtype, grad_dtype, packed, tiles, n_tiles, words, ranks, positions, parts);
+        table_of(addresses, param_dtype, grad_dtype, packed, tiles, n_tiles, words, ranks, positions, parts, room);
     table.coefficients = at<const double>(coefficients);
     table.anchor = at<const float>(anchor);
     table.master = at<float>(master);
@@ -63,9 +69,10 @@ void masked_sum_squares(uintptr_t addresses, int param_dtype, int grad_dtype, bo
 }
 
 void masked_pack_(uintptr_t addresses, int grad_dtype, uintptr_t out, uintptr_t tiles, int64_t n_tiles, uintptr_t words,
-                  uintptr_t ranks, uintptr_t positions, bool accumulate, int parts, uintptr_t stream) {
+                  uintptr_t ranks, uintptr_t positions, bool accumulate, int parts, const std::vector<int64_t>& room,
+                  uintptr_t stream) {
     const ltp::CudaTable table =
-        table_of(addresses, grad_dtype, grad_dtype, false, tiles, n_tiles, words, ranks, positions, parts);
+        table_of(addresses, grad_dtype, grad_dtype, false, tiles, n_tiles, words, ranks, positions, parts, room);
     ltp::cuda_masked_pack_(table, at<float>(out), accumulate, at<void>(stream));
 }
 
@@ -110,41 +117,51 @@ void sample_keys(uintptr_t pairs, int64_t n_pairs, int64_t n_tiles, int initial_
 }
 
 ltp::CudaCandidates candidates_at(uintptr_t keys, uintptr_t positions, uintptr_t offsets, uintptr_t inside,
-                                  uintptr_t groups, int64_t n_tiles) {
-    return {at<const int32_t>(keys),   at<const uint16_t>(positions), at<const int64_t>(offsets),
-            at<const int64_t>(inside), at<const int64_t>(groups),     n_tiles};
+                                  uintptr_t groups, int64_t n_tiles, int64_t capacity, int64_t n_groups) {
+    return {at<const int32_t>(keys),
+            at<const uint16_t>(positions),
+            at<const int64_t>(offsets),
+            at<const int64_t>(inside),
+            at<const int64_t>(groups),
+            n_tiles,
+            capacity,
+            n_groups};
 }
 
 void candidate_histogram(uintptr_t keys, uintptr_t positions, uintptr_t offsets, uintptr_t inside, uintptr_t groups,
-                         int64_t n_tiles, uintptr_t low, uintptr_t high, uintptr_t shift, uintptr_t histogram,
-                         int64_t bins, uintptr_t stream) {
+                         int64_t n_tiles, int64_t capacity, int64_t n_groups, uintptr_t low, uintptr_t high,
+                         uintptr_t shift, uintptr_t histogram, int64_t bins, uintptr_t stream) {
     ltp::cuda_candidate_histogram(
-        candidates_at(keys, positions, offsets, inside, groups, n_tiles),
+        candidates_at(keys, positions, offsets, inside, groups, n_tiles, capacity, n_groups),
         {at<const int64_t>(low), at<const int64_t>(high), at<const int64_t>(shift), at<int64_t>(histogram), bins},
         at<void>(stream));
 }
 
 void take_above(uintptr_t keys, uintptr_t positions, uintptr_t offsets, uintptr_t inside, uintptr_t groups,
-                int64_t n_tiles, uintptr_t cut, uintptr_t words, uintptr_t tile_words, uintptr_t taken, uintptr_t ties,
-                uintptr_t stream) {
+                int64_t n_tiles, int64_t capacity, int64_t n_groups, uintptr_t cut, uintptr_t words, int64_t n_words,
+                uintptr_t tile_words, uintptr_t taken, uintptr_t ties, uintptr_t stream) {
     ltp::CudaMarks marks = {};
     marks.cut = at<const int64_t>(cut);
     marks.words = at<int32_t>(words);
+    marks.n_words = n_words;
     marks.tile_words = at<const int64_t>(tile_words);
     marks.taken = at<int64_t>(taken);
     marks.ties = at<int64_t>(ties);
-    ltp::cuda_take_above(candidates_at(keys, positions, offsets, inside, groups, n_tiles), marks, at<void>(stream));
+    ltp::cuda_take_above(candidates_at(keys, positions, offsets, inside, groups, n_tiles, capacity, n_groups), marks,
+                         at<void>(stream));
 }
 
 void take_ties(uintptr_t keys, uintptr_t positions, uintptr_t offsets, uintptr_t inside, uintptr_t groups,
-               int64_t n_tiles, uintptr_t cut, uintptr_t words, uintptr_t tile_words, uintptr_t take,
-               uintptr_t stream) {
+               int64_t n_tiles, int64_t capacity, int64_t n_groups, uintptr_t cut, uintptr_t words, int64_t n_words,
+               uintptr_t tile_words, uintptr_t take, uintptr_t stream) {
     ltp::CudaMarks marks = {};
     marks.cut = at<const int64_t>(cut);
     marks.words = at<int32_t>(words);
+    marks.n_words = n_words;
     marks.tile_words = at<const int64_t>(tile_words);
     marks.take = at<const int64_t>(take);
-    ltp::cuda_take_ties(candidates_at(keys, positions, offsets, inside, groups, n_tiles), marks, at<void>(stream));
+    ltp::cuda_take_ties(candidates_at(keys, positions, offsets, inside, groups, n_tiles, capacity, n_groups), marks,
+                        at<void>(stream));
 }
 
 }  // namespace
@@ -155,13 +172,13 @@ PYBIND11_MODULE(_C_cuda, module) {
     module.def("masked_adamw_", masked_adamw_, arg("addresses"), arg("param_dtype"), arg("grad_dtype"), arg("packed"),
                arg("exp_avg"), arg("exp_avg_sq"), arg("scales"), arg("master"), arg("tiles"), arg("n_tiles"),
                arg("words"), arg("ranks"), arg("positions"), arg("coefficients"), arg("anchor"), arg("stochastic"),
-               arg("parts"), arg("stream"));
+               arg("parts"), arg("room"), arg("stream"));
     module.def("masked_sum_squares", masked_sum_squares, arg("addresses"), arg("param_dtype"), arg("grad_dtype"),
                arg("packed"), arg("master"), arg("tiles"), arg("n_tiles"), arg("words"), arg("ranks"), arg("positions"),
-               arg("coefficients"), arg("anchor"), arg("out"), arg("parts"), arg("stream"));
+               arg("coefficients"), arg("anchor"), arg("out"), arg("parts"), arg("room"), arg("stream"));
     module.def("masked_pack_", masked_pack_, arg("addresses"), arg("grad_dtype"), arg("out"), arg("tiles"),
                arg("n_tiles"), arg("words"), arg("ranks"), arg("positions"), arg("accumulate"), arg("parts"),
-               arg("stream"));
+               arg("room"), arg("stream"));
     module.def("delta_histogram", delta_histogram, arg("pairs"), arg("n_pairs"), arg("n_tiles"), arg("initial_dtype"),
                arg("tuned_dtype"), arg("prefixes"), arg("histogram"), arg("nonfinite"), arg("stream"));
     module.def("delta_band", delta_band, arg("pairs"), arg("n_pairs"), arg("n_tiles"), arg("initial_dtype"),
@@ -171,10 +188,12 @@ PYBIND11_MODULE(_C_cuda, module) {
     module.def("sample_keys", sample_keys, arg("pairs"), arg("n_pairs"), arg("n_tiles"), arg("initial_dtype"),
                arg("tuned_dtype"), arg("tensors"), arg("runs"), arg("count"), arg("keys"), arg("stream"));
     module.def("candidate_histogram", candidate_histogram, arg("keys"), arg("positions"), arg("offsets"), arg("inside"),
-               arg("groups"), arg("n_tiles"), arg("low"), arg("high"), arg("shift"), arg("histogram"), arg("bins"),
-               arg("stream"));
+               arg("groups"), arg("n_tiles"), arg("capacity"), arg("n_groups"), arg("low"), arg("high"), arg("shift"),
+               arg("histogram"), arg("bins"), arg("stream"));
     module.def("take_above", take_above, arg("keys"), arg("positions"), arg("offsets"), arg("inside"), arg("groups"),
-               arg("n_tiles"), arg("cut"), arg("words"), arg("tile_words"), arg("taken"), arg("ties"), arg("stream"));
+               arg("n_tiles"), arg("capacity"), arg("n_groups"), arg("cut"), arg("words"), arg("n_words"),
+               arg("tile_words"), arg("taken"), arg("ties"), arg("stream"));
     module.def("take_ties", take_ties, arg("keys"), arg("positions"), arg("offsets"), arg("inside"), arg("groups"),
-               arg("n_tiles"), arg("cut"), arg("words"), arg("tile_words"), arg("take"), arg("stream"));
+               arg("n_tiles"), arg("capacity"), arg("n_groups"), arg("cut"), arg("words"), arg("n_words"),
+               arg("tile_words"), arg("take"), arg("stream"));
 }

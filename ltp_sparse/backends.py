@@ -111,12 +111,12 @@ def _kernels() -> ModuleType | str:
         return f"the Triton kernels cannot be imported ({error}); pip install triton"
 
 
-def _address(tensor: Tensor) -> int:
-    return tensor.data_ptr() if tensor.numel() else 0
-
-
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return [tensor.data_ptr() if tensor.numel() else 0 for tensor in tensors]
+    return [*map(Tensor.data_ptr, tensors)]
+
+
+def _sizes(tensors: Sequence[Tensor]) -> list[int]:
+    return [*map(Tensor.numel, tensors)]
 
 
 def _grad_code(grads: Sequence[Tensor]) -> int:
@@ -130,7 +130,10 @@ def _codes(tensors: Sequence[Tensor]) -> list[int]:
 
 @cache
 def _compiled() -> Backend:
-    """`_C` takes addresses and sizes; these adaptors take them from the tensors of the same call."""
+    """`_C` takes addresses and sizes; these adaptors take them from the tensors of the same call.
+
+    The address of a tensor without entries is 0, which says that it is not there.
+    """
     c = _extension()
     assert isinstance(c, ModuleType)
 
@@ -143,19 +146,24 @@ def _compiled() -> Backend:
         c.masked_adamw_(
             _addresses(params),
             _addresses(grads),
+            _sizes(params),
             DTYPES[params[0].dtype],
             _grad_code(grads),
             packed,
             exp_avg.data_ptr(),
             exp_avg_sq.data_ptr(),
-            _address(scales),
-            _address(master),
+            exp_avg.numel(),
+            scales.data_ptr(),
+            len(scales),
+            master.data_ptr(),
             tiles.data_ptr(),
             tiles.shape[0],
             words.data_ptr(),
+            words.numel(),
             positions.data_ptr(),
+            positions.numel(),
             coefficients.data_ptr(),
-            _address(anchor),
+            anchor.data_ptr(),
             stochastic,
             torch.get_num_threads(),
         )
@@ -167,16 +175,20 @@ def _compiled() -> Backend:
         c.masked_sum_squares(
             _addresses(params),
             _addresses(grads),
+            _sizes(params),
             DTYPES[params[0].dtype],
             _grad_code(grads),
             packed,
-            _address(master),
+            master.data_ptr(),
+            max(master.numel(), anchor.numel(), grads[0].numel() if packed else 0),
             tiles.data_ptr(),
             tiles.shape[0],
             words.data_ptr(),
+            words.numel(),
             positions.data_ptr(),
+            positions.numel(),
             coefficients.data_ptr(),
-            _address(anchor),
+            anchor.data_ptr(),
             out.data_ptr(),
             torch.get_num_threads(),
         )
@@ -185,12 +197,16 @@ def _compiled() -> Backend:
     def masked_pack_(grads, out, tiles, words, ranks, positions, accumulate):
         c.masked_pack_(
             _addresses(grads),
+            _sizes(grads),
             _grad_code(grads),
             out.data_ptr(),
+            out.numel(),
             tiles.data_ptr(),
             tiles.shape[0],
             words.data_ptr(),
+            words.numel(),
             positions.data_ptr(),
+            positions.numel(),
             accumulate,
             torch.get_num_threads(),
         )
@@ -201,7 +217,7 @@ def _compiled() -> Backend:
             _addresses(tuned),
             _codes(initial),
             _codes(tuned),
-            [t.numel() for t in tuned],
+            _sizes(tuned),
             list(groups),
             [] if prefixes is None else prefixes.tolist(),
             histogram.data_ptr(),
@@ -218,7 +234,7 @@ def _compiled() -> Backend:
             _addresses(tuned),
             _codes(initial),
             _codes(tuned),
-            [t.numel() for t in tuned],
+            _sizes(tuned),
             list(groups),
             low.tolist(),
             high.tolist(),
@@ -241,7 +257,7 @@ def _compiled() -> Backend:
             _addresses(tuned),
             _codes(initial),
             _codes(tuned),
-            [t.numel() for t in tuned],
+            _sizes(tuned),
             *_addresses([tensors, runs]),
             tensors.numel(),
             keys.data_ptr(),
@@ -250,7 +266,9 @@ def _compiled() -> Backend:
 
     def candidate_histogram(keys, positions, offsets, inside, tile_groups, low, high, shift, histogram):
         c.candidate_histogram(
-            *_addresses([keys, positions, offsets, inside, tile_groups]),
+            *_addresses([keys, positions]),
+            keys.numel(),
+            *_addresses([offsets, inside, tile_groups]),
             offsets.numel(),
             low.tolist(),
             high.tolist(),
@@ -262,19 +280,27 @@ def _compiled() -> Backend:
 
     def take_above(keys, positions, offsets, inside, tile_groups, cut, words, tile_words, taken, ties):
         c.take_above(
-            *_addresses([keys, positions, offsets, inside, tile_groups]),
+            *_addresses([keys, positions]),
+            keys.numel(),
+            *_addresses([offsets, inside, tile_groups]),
             offsets.numel(),
             cut.tolist(),
-            *_addresses([words, tile_words, taken, ties]),
+            words.data_ptr(),
+            words.numel(),
+            *_addresses([tile_words, taken, ties]),
             torch.get_num_threads(),
         )
 
     def take_ties(keys, positions, offsets, inside, tile_groups, cut, words, tile_words, take):
         c.take_ties(
-            *_addresses([keys, positions, offsets, inside, tile_groups]),
+            *_addresses([keys, positions]),
+            keys.numel(),
+            *_addresses([offsets, inside, tile_groups]),
             offsets.numel(),
             cut.tolist(),
-            *_addresses([words, tile_words, take]),
+            words.data_ptr(),
+            words.numel(),
+            *_addresses([tile_words, take]),
             torch.get_num_threads(),
         )
 
@@ -306,6 +332,11 @@ def _compiled_cuda() -> Backend:
         """Thread blocks a tile: each has some hundred active entries to work on."""
         return max(1, min(16, -(-active // (512 * tiles))))
 
+    no_limit = 2**63 - 1
+
+    def room(params, words, positions, slots, blocks=no_limit):
+        return [len(params), words.numel(), positions.numel(), slots, blocks]
+
     def masked_adamw_(
         params, grads, exp_avg, exp_avg_sq, scales, master,
         tiles, words, ranks, positions, coefficients, anchor, stochastic, packed,
@@ -320,22 +351,23 @@ def _compiled_cuda() -> Backend:
                 packed,
                 exp_avg.data_ptr(),
                 exp_avg_sq.data_ptr(),
-                _address(scales),
-                _address(master),
+                scales.data_ptr(),
+                master.data_ptr(),
                 tiles.data_ptr(),
                 tiles.shape[0],
                 words.data_ptr(),
                 ranks.data_ptr(),
                 positions.data_ptr(),
                 coefficients.data_ptr(),
-                _address(anchor),
+                anchor.data_ptr(),
                 stochastic,
                 parts(exp_avg.numel(), tiles.shape[0]),
+                room(params, words, positions, exp_avg.numel(), len(scales) or no_limit),
                 stream(tiles.device),
             )
 
     def masked_sum_squares(params, grads, master, tiles, words, ranks, positions, coefficients, anchor, packed):
-        shares = 16
+        shares, by_slot = 16, max(master.numel(), anchor.numel(), grads[0].numel() if packed else 0)
         out = torch.empty(tiles.shape[0], shares, dtype=torch.float64, device=tiles.device)
         if len(tiles):
             with launch.on_device_of(tiles):
@@ -344,16 +376,17 @@ def _compiled_cuda() -> Backend:
                     DTYPES[params[0].dtype],
                     _grad_code(grads),
                     packed,
-                    _address(master),
+                    master.data_ptr(),
                     tiles.data_ptr(),
                     tiles.shape[0],
                     words.data_ptr(),
                     ranks.data_ptr(),
                     positions.data_ptr(),
                     coefficients.data_ptr(),
-                    _address(anchor),
+                    anchor.data_ptr(),
                     out.data_ptr(),
                     shares,
+                    room(params, words, positions, by_slot or no_limit),
                     stream(tiles.device),
                 )
         return out.sum(1)
@@ -373,6 +406,7 @@ def _compiled_cuda() -> Backend:
                 positions.data_ptr(),
                 accumulate,
                 parts(out.numel(), tiles.shape[0]),
+                room(grads, words, positions, out.numel()),
                 stream(tiles.device),
             )
 
@@ -435,21 +469,22 @@ def _compiled_cuda() -> Backend:
         addresses = tensors.data_ptr(), runs.data_ptr(), tensors.numel(), keys.data_ptr()
         launch_pairs(c.sample_keys, initial, tuned, nothing, nothing, keys.device, *addresses)
 
-    def on_candidates(run, candidates, *rest):
-        with launch.on_device_of(candidates[0]):
-            run(*_addresses(candidates), candidates[2].numel(), *rest, stream(candidates[0].device))
+    def on_candidates(run, candidates, n_groups, *rest):
+        keys, _, offsets, *_ = candidates
+        with launch.on_device_of(keys):
+            run(*_addresses(candidates), offsets.numel(), keys.numel(), n_groups, *rest, stream(keys.device))
 
     def candidate_histogram(keys, positions, offsets, inside, tile_groups, low, high, shift, histogram):
         bins = [*_addresses([low, high, shift, histogram]), histogram.shape[1]]
-        on_candidates(c.candidate_histogram, [keys, positions, offsets, inside, tile_groups], *bins)
+        on_candidates(c.candidate_histogram, [keys, positions, offsets, inside, tile_groups], low.numel(), *bins)
 
     def take_above(keys, positions, offsets, inside, tile_groups, cut, words, tile_words, taken, ties):
-        marks = _addresses([cut, words, tile_words, taken, ties])
-        on_candidates(c.take_above, [keys, positions, offsets, inside, tile_groups], *marks)
+        marks = [*_addresses([cut, words]), words.numel(), *_addresses([tile_words, taken, ties])]
+        on_candidates(c.take_above, [keys, positions, offsets, inside, tile_groups], cut.numel(), *marks)
 
     def take_ties(keys, positions, offsets, inside, tile_groups, cut, words, tile_words, take):
-        marks = _addresses([cut, words, tile_words, take])
-        on_candidates(c.take_ties, [keys, positions, offsets, inside, tile_groups], *marks)
+        marks = [*_addresses([cut, words]), words.numel(), *_addresses([tile_words, take])]
+        on_candidates(c.take_ties, [keys, positions, offsets, inside, tile_groups], cut.numel(), *marks)
 
     return Backend(
         "compiled",

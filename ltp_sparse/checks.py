@@ -287,7 +287,7 @@ def check_update(
     else:
         given = grads if all(map(Tensor.numel, grads)) else [grad for grad in grads if grad.numel()]
         grad_dtypes = _dtypes_of(op, "gradient", given, device)
-        if [grad.shape for grad in grads] != [param.shape for param in params]:
+        if not all(map(Tensor.is_same_size, params, grads)):
             for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
                 if grad.shape != param.shape and grad.numel():
                     raise ValueError(

@@ -250,7 +250,7 @@ def masked_pack_(grads: Sequence[Tensor | None], out: Tensor, table: TileTable, 
     """
     present = [grad for grad in grads if grad is not None]
     _refuse_subclasses("masked_pack_", "tensor", [*grads, out])
-    _check_sizes("masked_pack_", "gradient", grads, table)
+    _check_sizes("masked_pack_", "gradient", [None if grad is None else grad.numel() for grad in grads], table)
     table, backend = _served(table, present)
     torch.ops.ltp_sparse.masked_pack_(
         [out.new_empty(0) if grad is None else grad for grad in grads], out,
@@ -294,19 +294,20 @@ def _check_public(
             f"{op}: expected as many gradients and index sets as parameters, got {len(params)} parameters, "
             f"{count} gradients and a table of {len(table.counts)}"
         )
-    _check_sizes(op, "parameter", params, table)
+    _check_sizes(op, "parameter", [*map(Tensor.numel, params)], table)
 
 
-def _check_sizes(op: str, what: str, tensors: Sequence[Tensor | None], table: TileTable) -> None:
-    if len(tensors) != len(table.sizes):
-        raise ValueError(f"{op}: expected {len(table.sizes)} {what}s, those of the table, got {len(tensors)}")
-    found = [size if t is None else t.numel() for t, size in zip(tensors, table.sizes, strict=True)]
-    if found != list(table.sizes):
-        i = next(i for i, size in enumerate(table.sizes) if found[i] != size)
-        raise ValueError(
-            f"{op}: {what} {i} has {found[i]} entries, its index set covers {table.sizes[i]}; "
-            "a parameter must keep its shape"
-        )
+def _check_sizes(op: str, what: str, found: Sequence[int | None], table: TileTable) -> None:
+    """found: entries of each tensor, None of one that is not there."""
+    if len(found) != len(table.sizes):
+        raise ValueError(f"{op}: expected {len(table.sizes)} {what}s, those of the table, got {len(found)}")
+    if found == list(table.sizes):
+        return
+    for i, (size, covered) in enumerate(zip(found, table.sizes, strict=True)):
+        if size not in (None, covered):
+            raise ValueError(
+                f"{op}: {what} {i} has {size} entries, its index set covers {covered}; a parameter must keep its shape"
+            )
 
 
 def _refuse_subclasses(op: str, what: str, tensors: Sequence[Tensor | None]) -> None:

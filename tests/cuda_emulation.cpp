@@ -12,6 +12,8 @@ using namespace ltp;
 
 namespace {
 
+int64_t traps = 0;
+
 template <int N>
 class HostThreads {
   public:
@@ -66,6 +68,8 @@ class HostThreads {
         *counter += value;
         return *counter - value;
     }
+
+    void trap() { ++traps; }
 
     void set_bits(int32_t* word, int32_t bits) { *word |= bits; }
 };
@@ -206,7 +210,8 @@ void emulated_masked_pack_(const CudaTable* table, float* out, int accumulate) {
 
 void store_table(CudaTable* to, const int64_t* addresses, int param_dtype, int grad_dtype, int packed,
                  const int64_t* tiles, int64_t n_tiles, const int32_t* words, const uint16_t* ranks,
-                 const uint16_t* positions, const double* coefficients, const float* anchor, float* master, int parts) {
+                 const uint16_t* positions, const double* coefficients, const float* anchor, float* master, int parts,
+                 const TileRoom* room) {
     *to = {addresses,
            Dtype(param_dtype),
            Dtype(grad_dtype),
@@ -219,7 +224,15 @@ void store_table(CudaTable* to, const int64_t* addresses, int param_dtype, int g
            coefficients,
            anchor,
            master,
-           parts};
+           parts,
+           *room};
+}
+
+// How many threads or thread blocks have trapped since the last call.
+int64_t take_traps() {
+    const int64_t taken = traps;
+    traps = 0;
+    return taken;
 }
 
 size_t table_size() { return sizeof(CudaTable); }

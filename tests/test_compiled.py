@@ -122,24 +122,31 @@ class Problem:
             self.tiles.data_ptr(),
             len(self.tiles),
             self.words.data_ptr(),
+            self.words.numel(),
             self.positions.data_ptr(),
+            self.positions.numel(),
             self.coefficients.data_ptr(),
             0 if self.anchor is None else self.anchor.data_ptr(),
         )
 
-    def addresses(self) -> tuple[list[int], list[int]]:
-        return [p.data_ptr() for p in self.params], [0 if g is None else g.data_ptr() for g in self.grads]
+    def addresses(self) -> tuple[list[int], list[int], list[int]]:
+        grads = [0 if g is None else g.data_ptr() for g in self.grads]
+        return [p.data_ptr() for p in self.params], grads, [p.numel() for p in self.params]
 
     def update(self, threads: int = 2) -> "Problem":
         """Runs `_C.masked_adamw_`, in place."""
-        state = self.exp_avg.data_ptr(), self.exp_avg_sq.data_ptr(), 0, 0
+        state = self.exp_avg.data_ptr(), self.exp_avg_sq.data_ptr(), self.exp_avg.numel(), 0, 0, 0
         _C.masked_adamw_(*self.addresses(), 0, 0, False, *state, *self.table_args(), False, threads)
         return self
 
     def sum_squares(self, threads: int = 2) -> Tensor:
         out = torch.full((len(self.tiles),), float("nan"), dtype=torch.float64)
-        _C.masked_sum_squares(*self.addresses(), 0, 0, False, 0, *self.table_args(), out.data_ptr(), threads)
+        slots = self.exp_avg.numel()
+        _C.masked_sum_squares(*self.addresses(), 0, 0, False, 0, slots, *self.table_args(), out.data_ptr(), threads)
         return out
+
+    def state(self) -> tuple[Tensor, Tensor]:
+        return self.exp_avg, self.exp_avg_sq
 
     def slots(self) -> list[slice]:
         ends = np.cumsum([int(mask.sum()) for mask in self.masks]).tolist()
@@ -310,7 +317,10 @@ def test_threads_do_not_change_the_update(isa, rng):
 
 @pytest.mark.parametrize(
     ("column", "value"),
-    [(0, 1), (0, -1), (1, -1), (2, 0), (2, TILE + 1), (3, 0), (3, 101), (4, -1), (5, -1), (6, 3), (6, 0), (7, -1)],
+    [
+        *[(0, 1), (0, -1), (1, -1), (1, 1), (2, 0), (2, 101), (2, TILE + 1), (3, 0), (3, 101), (4, -1), (4, 1)],
+        *[(5, -1), (5, 2), (6, 3), (6, 0), (6, 2), (7, -1), *((column, 2**63 - 1) for column in range(8))],
+    ],
 )
 def test_impossible_tiles_are_refused(rng, column, value):
     problem = Problem.random(rng, [100], density=0.5, encoding=BITMAP)
@@ -319,6 +329,34 @@ def test_impossible_tiles_are_refused(rng, column, value):
     with pytest.raises(ValueError, match="row 0 of the tile table"):
         problem.update()
     assert_same_bits(problem, before)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "spoil"),
+    [
+        (LIST16, lambda p: p.positions[-1:].fill_(100)),
+        (LIST16, lambda p: p.positions[-5:-4].fill_(-1)),  # 65,535
+        (BITMAP, lambda p: p.words[-1:].bitwise_or_(1 << 20)),
+        (BITMAP, lambda p: p.words[-4:-3].fill_(-1)),  # slots past the end
+        (BITMAP, lambda p: p.words[-4:-3].fill_(0)),
+    ],
+    ids=["list past the end", "list in the middle", "bits past the end", "more bits", "fewer bits"],
+)
+def test_a_tile_that_its_index_does_not_fit_is_left_alone(isa, rng, encoding, spoil):
+    """The second of two parameters keeps its bits, and so does all around it; the first is updated."""
+    problem = Problem.random(rng, [1000, 100], density=0.5, encoding=encoding)
+    k, own = len(problem.exp_avg), problem.slots()[1]
+    memory = torch.randn(3, 70_000, generator=rng)
+    problem.params[1] = memory[0, 1000:1100].copy_(problem.params[1])
+    problem.exp_avg, problem.exp_avg_sq = (row[:k].copy_(t) for row, t in zip(memory[1:], problem.state(), strict=True))
+    expected, before = problem.clone().update(), memory.clone()
+    spoil(problem)
+    for call in (problem.sum_squares, problem.update):
+        with pytest.raises(ValueError, match="row 1 of the tile table does not fit its list or bitmap"):
+            call()
+    assert torch.equal(bits(problem.params[0]), bits(expected.params[0]))
+    assert torch.equal(memory[0], before[0])
+    assert torch.equal(memory[1:, own.start :], before[1:, own.start :])
 
 
 def test_arguments_that_do_not_fit_are_refused(rng):
@@ -603,6 +641,49 @@ def test_passes_refuse_what_does_not_fit(rng):
         _C.delta_histogram(*codes, [], 0, 1, 1)
 
 
+def test_candidates_that_lead_out_are_left_alone(isa):
+    """Two tiles; whatever is wrong with the second, the first is served, and nothing else is written."""
+    keys, positions = torch.tensor([5, 9, 5, 9], dtype=torch.int32), torch.tensor([0, 40, 1, 33], dtype=torch.int16)
+    wrong = {
+        "offsets": (-1, 3, 2**63 - 1),
+        "inside": (-1, 3, TILE + 1, 2**63 - 1),
+        "groups": (-1, 1, 2**62),
+        "tile_words": (-1, 3, 2**63 - 1),
+    }
+    for name, values in wrong.items():
+        for value in values:
+            tiles = {"offsets": [0, 2], "inside": [2, 2], "groups": [0, 0], "tile_words": [0, 2]}
+            tiles[name][1] = value
+            tiles = {name: torch.tensor(numbers) for name, numbers in tiles.items()}
+            of_tiles = [tiles[name].data_ptr() for name in ("offsets", "inside", "groups")]
+            candidates = keys.data_ptr(), positions.data_ptr(), len(keys), *of_tiles, 2
+            words, taken, ties = torch.full((6,), 64, dtype=torch.int32), *torch.full((2, 2), 7)
+            if name != "tile_words":
+                bins = torch.zeros(18, dtype=torch.int64)
+                with pytest.raises(ValueError, match="candidate_histogram: the numbers of tile 1"):
+                    _C.candidate_histogram(*candidates, [1], [17], [0], bins[1:].data_ptr(), 16, 2)
+                assert not bins.any()
+            of_words = words[1:].data_ptr(), 4, tiles["tile_words"].data_ptr()
+            with pytest.raises(ValueError, match="take_above: the numbers of tile 1"):
+                _C.take_above(*candidates, [6], *of_words, taken.data_ptr(), ties.data_ptr(), 2)
+            assert words.tolist() == [64, 64, 64 | 1 << 8, 64, 64, 64], (name, value)
+            assert (taken.tolist(), ties.tolist()) == ([1, 0], [0, 0])
+            with pytest.raises(ValueError, match="take_ties: the numbers of tile 1"):
+                _C.take_ties(*candidates, [5], *of_words, taken.fill_(9).data_ptr(), 2)
+            assert words.tolist() == [64, 65, 64 | 1 << 8, 64, 64, 64], (name, value)
+
+
+def test_a_cursor_that_leads_out_stores_nothing(isa):
+    for start in (-3, 2, 2**63 - 1):
+        tuned, words, counts = torch.ones(4), torch.zeros(2, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)
+        keys, positions = torch.full((7,), 3, dtype=torch.int32), torch.full((7,), 3, dtype=torch.int16)
+        counts[3] = start
+        above, inside, offsets, cursor = (counts.data_ptr() + 8 * i for i in range(4))
+        stored = keys[1:].data_ptr(), positions[1:].data_ptr(), 5, offsets, cursor
+        _C.delta_band(*pair_args([], [tuned], [0]), [1], [2**31], words.data_ptr(), [0], above, inside, 0, *stored, 1)
+        assert counts[1:3].tolist() == [4, -1] and (keys == 3).all() and (positions == 3).all()
+
+
 # --- processes --------------------------------------------------------------------------------------------------------
 
 FORK = """
@@ -673,7 +754,8 @@ for isa, n, density, encoding in itertools.product(isas, (1, 65, 1000, 4096, 655
     words = guarded(np.packbits(np.pad(mask, (0, -n % 64)), bitorder="little").view(np.int32))
     positions = guarded(np.flatnonzero(mask).astype(np.uint16))
     tiles, out = guarded(np.array([0, 0, n, k, 0, 0, encoding, 0])), guarded(np.zeros(1))
-    table = [a.ctypes.data for a in (words, positions, coefficients, anchor)]
+    index = words.ctypes.data, words.size, positions.ctypes.data, positions.size
+    table = *index, coefficients.ctypes.data, anchor.ctypes.data
     place = tiles.ctypes.data, 1
     for code, coded, master, packed, stochastic in (
         (0, 0, 0, 0, 0), (0, 1, 0, 0, 0), (0, 0, 0, 1, 0), (1, 0, 0, 0, 1), (2, 0, 1, 0, 0), (2, 1, 1, 1, 0),
@@ -681,7 +763,7 @@ for isa, n, density, encoding in itertools.product(isas, (1, 65, 1000, 4096, 655
         halves = np.float32 if code == 0 else np.float16
         weight, dense = guarded(param.astype(halves)), guarded(grad.astype(halves))
         slots = guarded(np.zeros(k, np.float32))
-        c.masked_pack_([dense.ctypes.data], code, slots.ctypes.data, *place, *table[:2], False, 1)
+        c.masked_pack_([dense.ctypes.data], [n], code, slots.ctypes.data, k, *place, *index, False, 1)
         given = slots if packed else dense
         types = (np.int8, np.uint8) if coded else (np.float32, np.float32)
         first, second = (guarded(np.zeros(k, dtype)) for dtype in types)
@@ -689,9 +771,9 @@ for isa, n, density, encoding in itertools.product(isas, (1, 65, 1000, 4096, 655
         exact = guarded(np.ones(k, np.float32))
         kinds = code, 0 if packed else code, bool(packed)
         exact_at, scales_at = exact.ctypes.data if master else 0, scales.ctypes.data if coded else 0
-        addresses = [weight.ctypes.data], [given.ctypes.data], *kinds
-        c.masked_sum_squares(*addresses, exact_at, *place, *table, out.ctypes.data, 1)
-        state = first.ctypes.data, second.ctypes.data, scales_at, exact_at
+        addresses = [weight.ctypes.data], [given.ctypes.data], [n], *kinds
+        c.masked_sum_squares(*addresses, exact_at, k, *place, *table, out.ctypes.data, 1)
+        state = first.ctypes.data, second.ctypes.data, k, scales_at, scales.size // 2, exact_at
         c.masked_adamw_(*addresses, *state, *place, *table, bool(stochastic), 1)
         assert slots.all() and second.any() and scales.all() == bool(coded)
     for code, dtype in ((0, np.float32), (2, np.float16)):

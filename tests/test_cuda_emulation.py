@@ -16,7 +16,7 @@ from cases import DELTAS, DTYPES, bits, random_case, using
 from torch import Tensor
 
 from ltp_sparse import backends, reference, topk
-from ltp_sparse.encoding import WORDS_PER_TILE
+from ltp_sparse.encoding import TILE, WORDS_PER_TILE
 from ltp_sparse.ops import adamw_coefficients, masked_pack_, masked_sum_squares
 from ltp_sparse.reference import Coefficient
 from ltp_sparse.rounding import rounding_keys
@@ -55,7 +55,9 @@ def library(tmp_path_factory):
     subprocess.run(["c++", *flags, f"-I{ROOT / 'csrc'}", "-o", str(path), str(source)], check=True)
     loaded = ctypes.CDLL(str(path))
     loaded.table_size.restype = ctypes.c_size_t
-    return loaded
+    loaded.take_traps.restype = ctypes.c_int64
+    yield loaded
+    assert loaded.take_traps() == 0
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
@@ -78,10 +80,12 @@ class Emulation:
         self.keep = [torch.tensor(pairs), table, rows, anchor]
         self.place = pointer(table.tiles), ctypes.c_int64(len(table.tiles))
         self.index = pointer(table.words), pointer(table.ranks), pointer(table.positions)
+        table_room = len(problem.params), table.words.numel(), table.positions.numel(), table.k, table.blocks
+        self.room = (ctypes.c_int64 * 5)(*table_room)
         self.table = ctypes.create_string_buffer(library.table_size())
         library.store_table(
             self.table, pointer(self.keep[0]), *self.codes, int(self.packed), *self.place, *self.index,
-            pointer(rows), pointer(anchor), pointer(problem.master), parts,
+            pointer(rows), pointer(anchor), pointer(problem.master), parts, self.room,
         )  # fmt: skip
 
     def sum_squares(self) -> Tensor:
@@ -100,7 +104,18 @@ class Emulation:
         code = self.codes[1]
         table = ctypes.create_string_buffer(self.library.table_size())
         self.library.store_table(
-            table, pointer(grads), code, code, 0, *self.place, *self.index, None, None, None, self.parts
+            table,
+            pointer(grads),
+            code,
+            code,
+            0,
+            *self.place,
+            *self.index,
+            None,
+            None,
+            None,
+            self.parts,
+            self.room,
         )
         self.library.emulated_masked_pack_(table, pointer(out), int(accumulate))
 
@@ -158,10 +173,12 @@ BAND = (
     "nonfinite",
 )  # fmt: skip
 SAMPLE = ("tensors", "runs", "count", "keys")
-CANDIDATES = ("keys", "positions", "offsets", "inside", "groups", "n_tiles")
+CANDIDATES = ("keys", "positions", "offsets", "inside", "groups", "n_tiles", "capacity", "n_groups")
 CANDIDATE_BINS = ("low", "high", "shift", "histogram", "bins_of_a_group")
-MARKS = ("cut", "words", "tile_words", "take", "taken", "ties")
-NUMBERS = dict.fromkeys(("n_pairs", "n_tiles", "capacity", "count", "bins_of_a_group"), ctypes.c_int64)
+MARKS = ("cut", "words", "n_words", "tile_words", "take", "taken", "ties")
+NUMBERS = dict.fromkeys(
+    ("n_pairs", "n_tiles", "capacity", "count", "bins_of_a_group", "n_groups", "n_words"), ctypes.c_int64
+)
 CODES = dict.fromkeys(("initial_dtype", "tuned_dtype"), ctypes.c_int)
 
 
@@ -193,16 +210,16 @@ def passes(library, monkeypatch):
         library.emulated_sample_keys(ctypes.byref(pairs(*args[:5])), ctypes.byref(sample(*args[5:-1])))
 
     def candidate_histogram(*args: int) -> None:
-        of_tiles, rest = candidates(*args[:6]), bins(*args[6:-1])
+        of_tiles, rest = candidates(*args[:8]), bins(*args[8:-1])
         library.emulated_candidate_histogram(ctypes.byref(of_tiles), ctypes.byref(rest))
 
     def take_above(*args: int) -> None:
-        cut, words, tile_words, taken, ties = args[6:-1]
-        rest = marks(cut, words, tile_words, None, taken, ties)
-        library.emulated_take_above(ctypes.byref(candidates(*args[:6])), ctypes.byref(rest))
+        *first, taken, ties = args[8:-1]
+        rest = marks(*first, None, taken, ties)
+        library.emulated_take_above(ctypes.byref(candidates(*args[:8])), ctypes.byref(rest))
 
     def take_ties(*args: int) -> None:
-        library.emulated_take_ties(ctypes.byref(candidates(*args[:6])), ctypes.byref(marks(*args[6:-1], None, None)))
+        library.emulated_take_ties(ctypes.byref(candidates(*args[:8])), ctypes.byref(marks(*args[8:-1], None, None)))
 
     for launched in (
         delta_histogram, delta_band, sample_keys, candidate_histogram, take_above, take_ties
@@ -445,3 +462,75 @@ def test_the_host_reads_once(passes, rng, monkeypatch, route, kind):
         monkeypatch.setattr(Tensor, name, counting)
     topk.select_topk(passes, topk.TensorSource([], tuned), [0, 0, 0], [600], route=route)
     assert reads == ["tolist"]
+
+
+# --- numbers that lead out of the memory given ---
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize(("density", "mode"), [(0.02, "plain"), (0.3, "8bit"), (1.0, "plain"), (0.3, "plain")])
+def test_tiles_that_lead_out_trap_untouched(library, density, mode, packed):
+    """Only the tile that is wrong traps; all others are updated."""
+    kind = {0.02: "list", 0.3: "bitmap", 1.0: "full"}[density]
+    cases = {"param": (0, 2**40), "length": (2, 0), "active": (3, 0), "slot": (4, 2**62), "block": (7, -1)}
+    cases |= {"list": {"index": (5, 2**40)}, "bitmap": {"index": (5, -2)}, "full": {"encoding": (6, 9)}}[kind]
+    for name, (column, value) in (cases | {"end": (0, 0)}).items():
+        wanted, problem = (problem_of(density, **MODES[mode]) for _ in range(2))
+        if packed:
+            wanted.grads = problem.grads = torch.full((problem.table.k,), 0.5)
+        table = problem.table.with_ranks()
+        of_tile = table.tiles[:, 0] == 3  # 1000 entries
+        row = int(of_tile.nonzero()[0])
+        active, index = (int(table.tiles[row, c]) for c in (3, 5))
+        if name != "end":
+            table.tiles[row, column] = value
+        elif kind == "list":
+            table.positions[index + active - 1] = 1000
+        elif kind == "bitmap":
+            table.words[index + 31] |= 1 << 20
+        else:
+            continue
+        problem.table = table
+        rows = rows_of(problem, 1)
+        rows[:, Coefficient.APPLY] = 1
+        emulation = Emulation(library, problem, rows, None, 1)
+        emulation.sum_squares()
+        emulation.update()
+        assert library.take_traps() == 2, name
+        with using("reference"):
+            kept = wanted.params[3].clone()
+            wanted.step(rows, None)
+        assert torch.equal(problem.params[3], kept)
+        for i in (0, 1, 2, 4, 5, 6, 7):
+            assert torch.equal(bits(problem.params[i]), bits(wanted.params[i])), (name, i)
+
+
+def test_candidates_that_lead_out_trap_untouched(passes, library, candidates):
+    (keys, positions, *_), tile_words = candidates
+    cut, count = torch.zeros(3, dtype=torch.int64), len(tile_words)
+    for spoilt, values in ((0, (2**62,)), (1, (-1, TILE + 1)), (2, (-1, 3, 2**62)), (3, (-1, 2**62))):
+        for value in values:
+            of_tiles = [t.clone() for t in (*candidates[0][2:], tile_words)]
+            of_tiles[spoilt][-1] = value
+            words, taken, ties = (
+                torch.zeros(Layout(SELECTION_SIZES).words, dtype=torch.int32),
+                *torch.full((2, count), 77),
+            )
+            chosen = keys, positions, *of_tiles[:3]
+            passes.take_above(*chosen, cut, words, of_tiles[3], taken, ties)
+            passes.take_ties(*chosen, cut, words, of_tiles[3], taken)
+            assert library.take_traps() == 2
+            assert (taken[-1], ties[-1]) == (77, 77) and (taken[:-1] != 77).all() and words.any()
+            assert not words[int(tile_words[-1]) :].any()
+            if spoilt < 3:
+                passes.candidate_histogram(*chosen, cut, cut + 1, cut, torch.zeros(3, 1, dtype=torch.int64))
+                assert library.take_traps() == 1
+
+
+def test_samples_that_lead_out_trap_untouched(passes, library):
+    tuned = [torch.ones(100), torch.ones(3)]
+    for tensor, run in ((-1, 0), (2, 0), (0, -1), (0, 6), (1, 1), (0, 2**60)):
+        keys = torch.full((2, reference.RUN), 77, dtype=torch.int32)
+        passes.sample_keys([], tuned, torch.tensor([0, tensor]), torch.tensor([5, run]), keys)
+        assert library.take_traps() == reference.RUN
+        assert (keys[0] != 77).all() and (keys[1] == 77).all()

@@ -129,6 +129,37 @@ def test_indices_that_cannot_be_are_refused(what, spoil, message):
                 call(op, arguments)
 
 
+@pytest.mark.parametrize(
+    ("what", "at", "value"),
+    [
+        *[("tiles", (0, column), 2**40) for column in Column if column not in (Column.SLOT, Column.BLOCK)],
+        ("tiles", (-1, Column.START), 1),
+        ("tiles", (1, Column.LENGTH), 91),
+        ("words", (0,), 2**31 - 1),
+        ("positions", (-1,), 300),
+        ("positions", (0,), 32_767),
+    ],
+    ids=str,
+)
+def test_memory_that_changes_behind_torch_is_not_followed(what, at, value):
+    """A table that was read before, changed where torch does not count it: the kernels look once more at every tile."""
+    for op in OPERATORS:
+        arguments, guards = Call().arguments(op), []
+        for name, given in arguments.items():
+            if isinstance(given, torch.Tensor):
+                arguments[name], whole = guarded(given)
+                guards.append((arguments[name], whole))
+            elif isinstance(given, list):
+                guards += (pairs := [guarded(tensor) for tensor in given])
+                arguments[name] = [inner for inner, _ in pairs]
+        with using("compiled"):
+            call(op, arguments)
+            arguments[what].numpy()[at] = value
+            with pytest.raises(ValueError, match="of the tile table"):
+                call(op, arguments)
+        assert all(intact(*guard) for guard in guards)
+
+
 def test_index_sets_whose_counts_are_wrong_do_not_get_through():
     words = IndexSet.from_mask(torch.arange(1000) % 2 == 0).bitmap()
     with pytest.raises(ValueError, match="counts"):

@@ -43,6 +43,22 @@ inline void decode_tile(const AdamWTile& tile, uint16_t* positions) {
     }
 }
 
+// The largest position is looked for, not taken from the end: the walk is safe with a list in any order.
+bool fits(const AdamWTile& tile) {
+    if (tile.encoding == Encoding::kList16) {
+        uint16_t largest = 0;
+        for (int64_t i = 0; i < tile.active; ++i) {
+            largest = tile.positions[i] > largest ? tile.positions[i] : largest;
+        }
+        return largest < tile.length;
+    }
+    if (tile.encoding != Encoding::kBitmap) return true;
+    int64_t active = 0;
+    for (int64_t group = 0; 64 * group < tile.length; ++group) active += count_bits(load_group(tile.words, group));
+    const int64_t rest = tile.length % 64;
+    return active == tile.active && (rest == 0 || load_group(tile.words, tile.length / 64) >> rest == 0);
+}
+
 // The walk for parameters of type Param and gradients of type Grad, or, with PACKED, packed gradients in float32.
 template <class Param, class Grad, bool PACKED>
 class Walk {

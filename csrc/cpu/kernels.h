@@ -48,6 +48,10 @@ struct BandCounts {
 struct Kernels {
     const char* name;
 
+    // Whether the tile's list or bitmap has `active` entries, and none beyond its end. The one look at an index before
+    // it is followed; reads encoding, length, active, words and positions only.
+    bool (*fits)(const AdamWTile& tile);
+
     // Updates the tile's active entries and their state.
     void (*adamw)(const AdamWTile& tile);
 

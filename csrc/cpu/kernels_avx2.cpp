@@ -4,7 +4,7 @@
 
 namespace ltp {
 
-extern const Kernels kernels_avx2 = {"avx2",        adamw, sum_squares, pack_gradients, histogram_high,
-                                     histogram_low, band,  collect,     all_keys};
+extern const Kernels kernels_avx2 = {"avx2",         fits,          adamw, sum_squares, pack_gradients,
+                                     histogram_high, histogram_low, band,  collect,     all_keys};
 
 }  // namespace ltp

@@ -4,7 +4,7 @@
 
 namespace ltp {
 
-extern const Kernels kernels_generic = {"generic",     adamw, sum_squares, pack_gradients, histogram_high,
-                                        histogram_low, band,  collect,     all_keys};
+extern const Kernels kernels_generic = {"generic",      fits,          adamw, sum_squares, pack_gradients,
+                                        histogram_high, histogram_low, band,  collect,     all_keys};
 
 }  // namespace ltp

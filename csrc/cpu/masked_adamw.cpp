@@ -1,6 +1,7 @@
 #include "masked_adamw.h"
 
 #include <algorithm>
+#include <atomic>
 #include <stdexcept>
 #include <string>
 
@@ -15,48 +16,54 @@ namespace {
 
 TileRow row_of(const MaskedAdamW& table, int64_t t) { return reinterpret_cast<const TileRow*>(table.tiles)[t]; }
 
+int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
+
+bool has_gradient(const MaskedAdamW& table, const TileRow& row) { return table.packed || table.grads[row.param] != 0; }
+
+// The entries of a row's parameter; where there is no gradient, nothing of it is touched.
+int64_t size_of(const MaskedAdamW& table, const TileRow& row) {
+    if (!lies_in(row.param, 1, table.room.params)) return 0;
+    return has_gradient(table, row) ? table.sizes[row.param] : kNoLimit;
+}
+
 // Checks the table and queues its tiles.
 void queue_tiles(const MaskedAdamW& table, TileQueue& queue) {
-    const int64_t n_params = std::max(table.params.size(), table.grads.size());  // one of them may be left out
     for (int64_t t = 0; t < table.n_tiles; ++t) {
         const TileRow row = row_of(table, t);
-        const bool known =
-            row.encoding == Encoding::kFull || row.encoding == Encoding::kBitmap || row.encoding == Encoding::kList16;
-        if (row.param < 0 || row.param >= n_params || row.start < 0 || row.length < 1 || row.length > kTile ||
-            row.active < 1 || row.active > row.length || row.slot < 0 || row.index < 0 || row.block < 0 || !known ||
-            (row.encoding == Encoding::kFull && row.active != row.length)) {
-            throw std::invalid_argument("masked_adamw_: row " + std::to_string(t) +
-                                        " of the tile table is not a tile of " + std::to_string(n_params) +
-                                        " parameters");
+        if (!lies_inside(row, table.room, size_of(table, row))) {
+            throw std::invalid_argument("row " + std::to_string(t) +
+                                        " of the tile table is not a tile of the parameters and state given");
         }
         // An entry of a list costs a cache line.
         queue.add(row.encoding == Encoding::kList16 ? std::min(row.length, 16 * row.active) : row.length);
     }
 }
 
-int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
-
-bool has_gradient(const MaskedAdamW& table, const TileRow& row) { return table.packed || table.grads[row.param] != 0; }
-
 const double* coefficients_of(const MaskedAdamW& table, const TileRow& row) {
     return table.coefficients + AdamWCoefficients::kColumns * row.param;
 }
 
-// Where the tile's gradients and active entries are.
-AdamWTile resolve_gradients(const MaskedAdamW& table, const TileRow& row) {
+// Which entries of the tile are active.
+AdamWTile resolve_index(const MaskedAdamW& table, const TileRow& row) {
     AdamWTile tile = {};
     tile.encoding = row.encoding;
     tile.start = row.start;
     tile.length = row.length;
     tile.active = row.active;
+    if (row.encoding == Encoding::kBitmap) tile.words = table.words + row.index;
+    if (row.encoding == Encoding::kList16) tile.positions = table.positions + row.index;
+    return tile;
+}
+
+// These, and where its gradients are.
+AdamWTile resolve_gradients(const MaskedAdamW& table, const TileRow& row) {
+    AdamWTile tile = resolve_index(table, row);
     tile.param_dtype = table.param_dtype;
     tile.packed = table.packed;
     tile.grad_dtype = table.packed ? Dtype::kFloat32 : table.grad_dtype;
     const uintptr_t grad =
         table.packed ? table.grads[0] + 4 * row.slot : table.grads[row.param] + bytes_of(table.grad_dtype) * row.start;
     tile.grad = reinterpret_cast<const void*>(grad);
-    if (row.encoding == Encoding::kBitmap) tile.words = table.words + row.index;
-    if (row.encoding == Encoding::kList16) tile.positions = table.positions + row.index;
     return tile;
 }
 
@@ -69,16 +76,29 @@ AdamWTile resolve(const MaskedAdamW& table, const TileRow& row) {
     return tile;
 }
 
-// Calls body(number, row) for every tile, on `threads` threads.
+// Calls body(number, row) for every tile, on `threads` threads; leaves out those whose index does not fit, and throws.
 template <class Body>
 void for_each_tile(const MaskedAdamW& table, int64_t threads, Body body) {
     TileQueue queue;
     queue_tiles(table, queue);
+    const auto fits = kernels().fits;
+    std::atomic<int64_t> wrong{-1};
     run_parallel(queue.split(threads), [&](int64_t worker) {
         for (int64_t begin, end; queue.take(worker, begin, end);) {
-            for (int64_t t = begin; t < end; ++t) body(t, row_of(table, t));
+            for (int64_t t = begin; t < end; ++t) {
+                const TileRow row = row_of(table, t);
+                if (fits(resolve_index(table, row))) {
+                    body(t, row);
+                } else {
+                    wrong = t;
+                }
+            }
         }
     });
+    if (wrong >= 0) {
+        throw std::invalid_argument("row " + std::to_string(wrong) +
+                                    " of the tile table does not fit its list or bitmap; its tile was left as it was");
+    }
 }
 
 }  // namespace

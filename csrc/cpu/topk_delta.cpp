@@ -130,19 +130,41 @@ void set_first(const uint64_t* selected, int64_t count, int32_t* words) {
 
 void set_bit(int32_t* words, uint16_t position) { words[position >> 5] |= int32_t(uint32_t(1) << (position & 31)); }
 
-// Calls body(worker, tile, its keys, its positions) for every tile that holds candidates, on `threads` threads.
+// Whether the positions of a tile's candidates lie in its words.
+bool lie_in_words(const TileWords& words, int64_t t, const uint16_t* positions, int64_t count) {
+    uint16_t largest = 0;
+    for (int64_t i = 0; i < count; ++i) largest = std::max(largest, positions[i]);
+    return words.first[t] >= 0 && words.first[t] < words.n_words - (largest >> 5);
+}
+
+// Calls body(worker, tile, its keys, its positions) for every tile that holds candidates, on `threads` threads. words:
+// where the body sets bits, or null. Leaves out tiles whose numbers lead out of this memory, and throws.
 template <class Body>
-void for_each_tile(const Candidates& candidates, int64_t threads, Body body) {
+void for_each_tile(const char* op, const Candidates& candidates, int64_t n_groups, const TileWords* words,
+                   int64_t threads, Body body) {
     TileQueue queue;
-    for (int64_t t = 0; t < candidates.tiles; ++t) queue.add(candidates.inside[t]);
+    for (int64_t t = 0; t < candidates.tiles; ++t) {
+        queue.add(std::min(std::max<int64_t>(candidates.inside[t], 0), kTile));
+    }
+    std::atomic<int64_t> wrong{-1};
     run_parallel(queue.split(threads), [&](int64_t worker) {
         for (int64_t begin, end; queue.take(worker, begin, end);) {
             for (int64_t t = begin; t < end; ++t) {
-                if (candidates.inside[t] == 0) continue;
-                body(worker, t, candidates.keys + candidates.offsets[t], candidates.positions + candidates.offsets[t]);
+                const int64_t count = candidates.inside[t], offset = candidates.offsets[t],
+                              group = candidates.groups[t];
+                if (count == 0) continue;
+                const uint16_t* positions = candidates.positions + offset;
+                if (count < 0 || count > kTile || offset < 0 || offset > candidates.capacity - count || group < 0 ||
+                    group >= n_groups || (words != nullptr && !lie_in_words(*words, t, positions, count))) {
+                    wrong = t;
+                } else {
+                    body(worker, t, candidates.keys + offset, positions);
+                }
             }
         }
     });
+    require(wrong < 0, std::string(op) + ": the numbers of tile " + std::to_string(wrong) +
+                           " lead out of its candidates, groups or words");
 }
 
 }  // namespace
@@ -238,7 +260,7 @@ bool delta_band(const DeltaPairs& pairs, const DeltaBand& band, int64_t threads)
             if (counts.largest >= kFirstNonfinite) nonfinite = true;
             if (band.take != nullptr) set_first(inside, std::min(band.take[t], counts.inside), words);
             const int64_t offset = __atomic_fetch_add(band.cursor, counts.inside, __ATOMIC_RELAXED);
-            const bool fits = counts.inside == 0 || (offset >= 0 && offset + counts.inside <= band.capacity);
+            const bool fits = counts.inside == 0 || (offset >= 0 && offset <= band.capacity - counts.inside);
             band.offsets[t] = fits ? offset : -1;
             if (fits && counts.inside > 0) kernel.collect(tile, inside, band.keys + offset, band.positions + offset);
         });
@@ -256,7 +278,7 @@ void candidate_histogram(const Candidates& candidates, const CandidateBins& band
                 "candidate_histogram: shift must be in [0, 32), got " + std::to_string(shift));
     }
     std::vector<std::vector<int64_t>> counts(threads);
-    for_each_tile(candidates, threads, [&](int64_t worker, int64_t t, const int32_t* keys, const uint16_t*) {
+    const auto add = [&](int64_t worker, int64_t t, const int32_t* keys, const uint16_t*) {
         std::vector<int64_t>& own = counts[worker];
         if (own.empty()) own.resize(n_groups * bands.bins);
         const int64_t group = candidates.groups[t];
@@ -266,40 +288,43 @@ void candidate_histogram(const Candidates& candidates, const CandidateBins& band
             const int64_t bin = (keys[i] - low) >> shift;
             if (bin < bands.bins) ++own[group * bands.bins + bin];
         }
-    });
+    };
+    for_each_tile("candidate_histogram", candidates, n_groups, nullptr, threads, add);
     for (const auto& own : counts) {
         for (size_t bin = 0; bin < own.size(); ++bin) histogram[bin] += own[bin];
     }
 }
 
-void take_above(const Candidates& candidates, const std::vector<int64_t>& cut, int32_t* words,
-                const int64_t* tile_words, int64_t* taken, int64_t* ties, int64_t threads) {
+void take_above(const Candidates& candidates, const std::vector<int64_t>& cut, const TileWords& words, int64_t* taken,
+                int64_t* ties, int64_t threads) {
     std::fill(taken, taken + candidates.tiles, 0);
     std::fill(ties, ties + candidates.tiles, 0);
-    for_each_tile(candidates, threads, [&](int64_t, int64_t t, const int32_t* keys, const uint16_t* positions) {
+    const auto take = [&](int64_t, int64_t t, const int32_t* keys, const uint16_t* positions) {
         const int64_t limit = cut[candidates.groups[t]];
         int64_t above = 0, equal = 0;
         for (int64_t i = 0; i < candidates.inside[t]; ++i) {
             equal += keys[i] == limit;
             if (keys[i] <= limit) continue;
             ++above;
-            set_bit(words + tile_words[t], positions[i]);
+            set_bit(words.words + words.first[t], positions[i]);
         }
         taken[t] = above;
         ties[t] = equal;
-    });
+    };
+    for_each_tile("take_above", candidates, int64_t(cut.size()), &words, threads, take);
 }
 
-void take_ties(const Candidates& candidates, const std::vector<int64_t>& cut, int32_t* words, const int64_t* tile_words,
+void take_ties(const Candidates& candidates, const std::vector<int64_t>& cut, const TileWords& words,
                const int64_t* take, int64_t threads) {
-    for_each_tile(candidates, threads, [&](int64_t, int64_t t, const int32_t* keys, const uint16_t* positions) {
+    const auto set = [&](int64_t, int64_t t, const int32_t* keys, const uint16_t* positions) {
         int64_t left = take[t];
         for (int64_t i = 0; left > 0 && i < candidates.inside[t]; ++i) {
             if (keys[i] != cut[candidates.groups[t]]) continue;
-            set_bit(words + tile_words[t], positions[i]);
+            set_bit(words.words + words.first[t], positions[i]);
             --left;
         }
-    });
+    };
+    for_each_tile("take_ties", candidates, int64_t(cut.size()), &words, threads, set);
 }
 
 }  // namespace ltp

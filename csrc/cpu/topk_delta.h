@@ -50,6 +50,7 @@ bool delta_band(const DeltaPairs& pairs, const DeltaBand& band, int64_t threads)
 struct Candidates {
     const int32_t* keys;
     const uint16_t* positions;
+    int64_t capacity;        // of keys and positions
     const int64_t* offsets;  // [T]
     const int64_t* inside;   // [T]
     const int64_t* groups;   // [T] budget group
@@ -62,16 +63,26 @@ struct CandidateBins {
     int64_t bins;  // of a group; what is beyond them is left out
 };
 
+// The bitmaps of all tiles.
+struct TileWords {
+    int32_t* words;
+    int64_t n_words;
+    const int64_t* first;  // [T] the first word of each tile
+};
+
+// These three throw std::invalid_argument for a tile whose numbers lead out of the memory given: the bins stay as they
+// were, bits are set for all other tiles.
+
 // Adds to histogram, int64 [groups, bins of a group].
 void candidate_histogram(const Candidates& candidates, const CandidateBins& bands, int64_t* histogram, int64_t threads);
 
-// Sets in words, at words + tile_words[t] for tile t, the bits of the candidates whose key is above cut[group]. Writes
-// for every tile how many these are, and how many have that key.
-void take_above(const Candidates& candidates, const std::vector<int64_t>& cut, int32_t* words,
-                const int64_t* tile_words, int64_t* taken, int64_t* ties, int64_t threads);
+// Sets the bits of the candidates whose key is above cut[group]. Writes for every tile how many these are, and how many
+// have that key.
+void take_above(const Candidates& candidates, const std::vector<int64_t>& cut, const TileWords& words, int64_t* taken,
+                int64_t* ties, int64_t threads);
 
 // Sets the bits of the first take[t] candidates of each tile whose key is cut[group].
-void take_ties(const Candidates& candidates, const std::vector<int64_t>& cut, int32_t* words, const int64_t* tile_words,
+void take_ties(const Candidates& candidates, const std::vector<int64_t>& cut, const TileWords& words,
                const int64_t* take, int64_t threads);
 
 }  // namespace ltp

@@ -9,6 +9,7 @@
 //                              all; synchronises
 //   from_lane_xor(v, mask, r)  r of every thread: v of the lane of its warp whose number differs in the bits of mask
 //   count(c), add(c, v)        atomically adds 1 in shared, and v in global memory; the latter returns what was there
+//   trap()                     ends the kernel with an error: memory is not what the caller said
 //   PerThread<T>               a variable of every thread that outlives each()
 #pragma once
 
@@ -65,6 +66,17 @@ LTP_HD int entry_of_rank(const Index& index, int groups, int rank) {
         }
     }
     return 32 * word + bit;
+}
+
+// Whether a tile has `active` entries by its list or rank directory, the last of them in it; once per tile, by its end.
+LTP_HD bool ends_inside(const TileRow& tile, const Index& index) {
+    if (tile.encoding == Encoding::kFull) return true;
+    if (tile.encoding == Encoding::kList16) return index.positions[tile.active - 1] < tile.length;
+    const int last = 2 * int((tile.length - 1) / 64), rest = int(tile.length - 32 * last);  // 1 .. 64 entries
+    const uint32_t low = uint32_t(index.words[last]), high = uint32_t(index.words[last + 1]);
+    const uint32_t beyond_low = rest < 32 ? low >> rest : 0;
+    const uint32_t beyond_high = rest <= 32 ? high : rest < 64 ? high >> (rest - 32) : 0;
+    return (beyond_low | beyond_high) == 0 && index.ranks[last / 2] + count_bits(low) + count_bits(high) == tile.active;
 }
 
 // Up to kBatch active entries of one thread: where they stand in the tile, and their number among its active entries.

@@ -77,6 +77,8 @@ class DeviceThreads {
         return int64_t(atomicAdd(reinterpret_cast<unsigned long long*>(counter), (unsigned long long)(value)));
     }
 
+    __device__ void trap() { __trap(); }
+
     __device__ void set_bits(int32_t* word, int32_t bits) { atomicOr(word, bits); }
 
   private:

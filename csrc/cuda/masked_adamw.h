@@ -22,6 +22,7 @@ struct CudaTable {
     const float* anchor;         // [K]
     float* master;               // [K]
     int parts;                   // thread blocks a tile
+    TileRoom room;
 };
 
 struct CudaMoments {
@@ -30,7 +31,10 @@ struct CudaMoments {
 };
 
 // As in csrc/cpu/masked_adamw.h. stream: a cudaStream_t. Throw std::runtime_error if the launch fails; they neither
-// allocate nor wait, so that a CUDA graph can capture them.
+// allocate nor wait, so that a CUDA graph can capture them. A tile that leads out of the memory given is not touched,
+// and ends the kernel by a trap, as a failed assertion of torch does: the next call that waits for the device raises.
+// Not seen here are rows that lead out of their parameter and ranks that are wrong in between, which the operator looks
+// at.
 void cuda_masked_adamw_(const CudaTable& table, const CudaMoments& moments, bool stochastic, void* stream);
 
 // out: float64 [T, parts], a sum per thread block, each in a fixed order.

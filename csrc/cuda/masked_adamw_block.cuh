@@ -54,8 +54,15 @@ struct Share {
         return index;
     }
 
-    static LTP_HD bool has_gradient(const CudaTable& table, int64_t block) {
-        return table.addresses[2 * table.tiles[block / table.parts].param + 1] != 0;
+    // Whether there is something to do; what leads out of the memory given traps.
+    template <class Threads>
+    static LTP_HD bool has_gradient(const CudaTable& table, int64_t block, Threads& threads) {
+        const TileRow tile = table.tiles[block / table.parts];
+        if (!lies_inside(tile, table.room, INT64_MAX) || !ends_inside(tile, index_of(table, tile))) {
+            threads.trap();
+            return false;
+        }
+        return table.addresses[2 * tile.param + 1] != 0;
     }
 
     LTP_HD float value(int entry, int rank) const {
@@ -95,8 +102,8 @@ template <class Param, class Grad, bool PACKED, class Threads>
 LTP_HD void update_block(const CudaTable& table, const CudaMoments& moments, bool stochastic, int64_t block,
                          uint16_t* listed, Threads& threads) {
     using OwnShare = Share<Param, Grad, PACKED>;
+    if (!OwnShare::has_gradient(table, block, threads)) return;
     const int64_t param = table.tiles[block / table.parts].param;
-    if (!OwnShare::has_gradient(table, block)) return;
     if (!AdamWCoefficients::applies(table.coefficients + AdamWCoefficients::kColumns * param)) return;
     OwnShare share(table, block);
     share.stochastic = stochastic;
@@ -144,8 +151,8 @@ template <class Param, class Grad, bool PACKED, class Threads>
 LTP_HD void update_coded_block(const CudaTable& table, const CudaMoments& moments, bool stochastic, int64_t block,
                                Threads& threads) {
     using OwnShare = Share<Param, Grad, PACKED>;
+    if (!OwnShare::has_gradient(table, block, threads)) return;
     const int64_t param = table.tiles[block / table.parts].param;
-    if (!OwnShare::has_gradient(table, block)) return;
     if (!AdamWCoefficients::applies(table.coefficients + AdamWCoefficients::kColumns * param)) return;
     OwnShare share(table, block);
     share.stochastic = stochastic;
@@ -208,7 +215,7 @@ LTP_HD double sum_squares_block(const CudaTable& table, int64_t block, uint16_t*
     using OwnShare = Share<Param, Grad, PACKED>;
     typename Threads::template PerThread<double> sums;
     threads.each([&](int thread) { sums[thread] = 0.0; });
-    if (OwnShare::has_gradient(table, block)) {
+    if (OwnShare::has_gradient(table, block, threads)) {
         const OwnShare share(table, block);
         for_each_batch(share.tile, share.index, share.part, table.parts, listed, threads,
                        [&](int thread, const Batch& batch) {
@@ -228,9 +235,11 @@ template <class Grad, class Threads>
 LTP_HD void pack_block(const CudaTable& table, float* out, bool accumulate, int64_t block, uint16_t* listed,
                        Threads& threads) {
     const TileRow tile = table.tiles[block / table.parts];
+    if (!lies_inside(tile, table.room, INT64_MAX)) return threads.trap();
+    const Index index = Share<Grad, Grad, false>::index_of(table, tile);
+    if (!ends_inside(tile, index)) return threads.trap();
     if (table.addresses[tile.param] == 0) return;
     const Grad* const grad = reinterpret_cast<const Grad*>(table.addresses[tile.param]) + tile.start;
-    const Index index = Share<Grad, Grad, false>::index_of(table, tile);
     float* const slots = out + tile.slot;
     for_each_batch(tile, index, int(block % table.parts), table.parts, listed, threads, [&](int, const Batch& batch) {
         for (int j = 0; j < kBatch; ++j) {

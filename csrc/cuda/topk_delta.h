@@ -71,6 +71,8 @@ struct CudaCandidates {
     const int64_t* inside;   // [n_tiles]
     const int64_t* groups;   // [n_tiles] budget group
     int64_t n_tiles;
+    int64_t capacity;  // of keys and positions
+    int64_t n_groups;
 };
 
 struct CudaCandidateBins {
@@ -80,15 +82,17 @@ struct CudaCandidateBins {
 };
 
 struct CudaMarks {
-    const int64_t* cut;         // [n_groups]
-    int32_t* words;             // bitmaps as the band pass writes them
+    const int64_t* cut;  // [n_groups]
+    int32_t* words;      // bitmaps as the band pass writes them
+    int64_t n_words;
     const int64_t* tile_words;  // [n_tiles], the first word of each tile
     const int64_t* take;        // [n_tiles]; take_ties alone
     int64_t *taken, *ties;      // out [n_tiles]: candidates above the cut, and at it; take_above alone
 };
 
 // Adds the candidates of a band to the bins; sets the bits of those above the cut, or of the first take[t] at it of
-// each tile. As above.
+// each tile. As above; a tile, or a run to sample, whose numbers lead out of the memory given traps, as in
+// masked_adamw.h.
 void cuda_candidate_histogram(const CudaCandidates& candidates, const CudaCandidateBins& bands, void* stream);
 void cuda_take_above(const CudaCandidates& candidates, const CudaMarks& marks, void* stream);
 void cuda_take_ties(const CudaCandidates& candidates, const CudaMarks& marks, void* stream);

@@ -300,7 +300,7 @@ LTP_HD void band_block(const CudaPairs& pairs, const CudaBand& band, int64_t num
         if (largest[thread] >= kFirstNonfinite) *band.nonfinite = 1;
         if (thread != 0) return;
         const int64_t offset = total == 0 ? 0 : threads.add(band.cursor, total);
-        scratch.offset = offset + total <= band.capacity ? offset : -1;
+        scratch.offset = offset <= band.capacity - total ? offset : -1;
         band.above[number] = total_above;
         band.inside[number] = total;
         band.offsets[number] = scratch.offset;
@@ -346,8 +346,10 @@ LTP_HD void sample_block(const CudaPairs& pairs, const CudaSample& sample, int64
     threads.each([&](int thread) {
         const int64_t at = block * kSampleThreads + thread, run = at / kRun;
         if (run >= sample.count) return;
+        if (!lies_in(sample.tensors[run], 1, pairs.n_pairs)) return threads.trap();
         const DeltaPair pair = pairs.rows[sample.tensors[run]];
         if (!is_served(pairs, pair)) return;
+        if (!lies_in(sample.runs[run], 1, pair.size < 2 * kRun ? 1 : pair.size / kRun)) return threads.trap();
         const int64_t entry = sample.runs[run] * kRun + at % kRun;
         int32_t key = 0;
         if (entry < pair.size) {
@@ -355,6 +357,18 @@ LTP_HD void sample_block(const CudaPairs& pairs, const CudaSample& sample, int64
         }
         sample.keys[at] = key < kFirstNonfinite ? key : kFirstNonfinite - 1;
     });
+}
+
+// Whether the numbers of a tile lead to its candidates, to a group, and with words to those of its last candidate.
+LTP_HD bool lies_inside(const CudaCandidates& candidates, int64_t tile, const CudaMarks* marks) {
+    const int64_t offset = candidates.offsets[tile], count = offset < 0 ? 0 : candidates.inside[tile];
+    if (!lies_in(candidates.groups[tile], 1, candidates.n_groups) || count < 0 || count > kTile ||
+        (count > 0 && !lies_in(offset, count, candidates.capacity))) {
+        return false;
+    }
+    if (marks == nullptr || count == 0) return true;
+    const int last = candidates.positions[offset + count - 1] / 32;  // positions ascend
+    return lies_in(marks->tile_words[tile], last + 1, marks->n_words);
 }
 
 // Calls visit(thread, key, position) for the candidates of a tile, one thread each, if they are stored.
@@ -376,6 +390,7 @@ LTP_HD void set_bit(int32_t* words, uint16_t position, Threads& threads) {
 template <class Threads>
 LTP_HD void candidate_histogram_block(const CudaCandidates& candidates, const CudaCandidateBins& bands, int64_t tile,
                                       Threads& threads) {
+    if (!lies_inside(candidates, tile, nullptr)) return threads.trap();
     const int64_t group = candidates.groups[tile];
     const int64_t low = bands.low[group], high = bands.high[group], shift = bands.shift[group];
     for_each_candidate(candidates, tile, threads, [&](int, int32_t key, uint16_t) {
@@ -387,6 +402,7 @@ LTP_HD void candidate_histogram_block(const CudaCandidates& candidates, const Cu
 
 template <class Threads>
 LTP_HD void take_above_block(const CudaCandidates& candidates, const CudaMarks& marks, int64_t tile, Threads& threads) {
+    if (!lies_inside(candidates, tile, &marks)) return threads.trap();
     const int64_t cut = marks.cut[candidates.groups[tile]];
     int32_t* const words = marks.words + marks.tile_words[tile];
     typename Threads::template PerThread<int> above, equal;
@@ -407,6 +423,7 @@ LTP_HD void take_above_block(const CudaCandidates& candidates, const CudaMarks& 
 
 template <class Threads>
 LTP_HD void take_ties_block(const CudaCandidates& candidates, const CudaMarks& marks, int64_t tile, Threads& threads) {
+    if (!lies_inside(candidates, tile, &marks)) return threads.trap();
     const int64_t offset = candidates.offsets[tile], count = offset < 0 ? 0 : candidates.inside[tile];
     const int64_t cut = marks.cut[candidates.groups[tile]], take = marks.take[tile];
     int32_t* const words = marks.words + marks.tile_words[tile];

@@ -339,6 +339,10 @@ class Launch:
         }
         self._set(columns)
 
+    def has_moved(self) -> bool:
+        """Whether a parameter is on another device now."""
+        return {*map(Tensor.get_device, self.params)} != {-1 if _is_host(self.device) else self.device.index}
+
     def check_dtypes(self) -> None:
         for param in self.params:
             if param.dtype != self.dtype:
@@ -356,6 +360,11 @@ class Launch:
             return [param.grad is not None for param in self.params]
         self.packed.settle()
         return [share.present for share in self.packed.shares]
+
+    def having_gradients(self) -> Iterator[nn.Parameter]:
+        if self.packed is None:  # without a list: the first one does
+            return (param for param in self.params if param.grad is not None)
+        return itertools.compress(self.params, self.present())
 
     def _find_gradients(self) -> Tensor:
         """float64 [P], 1 for each parameter that has a gradient."""

@@ -6,6 +6,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -264,7 +265,7 @@ class MaskedAdamW(Optimizer):
                 loss = closure()
         for launch in self._launches:
             launch.check_dtypes()
-        if any(p.device != launch.device for launch in self._launches for p in launch.params):
+        if any(launch.has_moved() for launch in self._launches):
             self._refuse_if_packed()
             self._build()
         if (
@@ -333,8 +334,8 @@ class MaskedAdamW(Optimizer):
         """Raises ValueError where a step would train tensors that the model, or this optimizer, no longer has."""
         if self._home is not None:
             self._home.check(what="MaskedAdamW")
-        ours = (param for launch in self._launches for param in launch.params)
-        if set(map(id, ours)) != set(map(id, self._members())):
+        ours = chain.from_iterable(launch.params for launch in self._launches)
+        if {*map(id, ours)} != {*map(id, self._members())}:
             raise ValueError(
                 "MaskedAdamW: the parameters in param_groups are not those of construction; add some with "
                 "add_param_group, and make a new optimizer for another model or for parameters that were replaced "
@@ -346,7 +347,7 @@ class MaskedAdamW(Optimizer):
             return
         ticketed = self._ticketed or set(self._members())
         for launch in self._launches:
-            if any(there and p in ticketed for p, there in zip(launch.params, launch.present(), strict=True)):
+            if any(p in ticketed for p in launch.having_gradients()):
                 return
         self._warned = True
         frozen = sum(not param.requires_grad for param in ticketed)
