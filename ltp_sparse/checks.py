@@ -94,13 +94,16 @@ def _read_table(
     refuse((start < 0) | (start > last), "START must be an entry of the parameter")
     refuse((length < 1) | (length > TILE), f"LENGTH must be in [1, {TILE}]")
     refuse((active < 1) | (active > length), "ACTIVE must be in [1, LENGTH]")
-    refuse(~torch.isin(encoding, torch.tensor(list(Encoding))), "ENCODING must be 0, 1 or 2")
+    refuse(
+        ~torch.isin(encoding, torch.tensor(list(Encoding), dtype=torch.int64, device="cpu")),
+        "ENCODING must be 0, 1 or 2",
+    )
     refuse((encoding == Encoding.FULL) & (active != length), "a FULL tile has all its entries active")
     if len(rows) > 1:
-        later = torch.cat([torch.zeros(1, dtype=torch.bool), param[1:] > param[:-1]])
-        after = torch.cat([torch.zeros(1, dtype=torch.int64), start[:-1] + length[:-1]])
-        first = torch.arange(len(rows)) == 0
-        same = torch.cat([torch.zeros(1, dtype=torch.bool), param[1:] == param[:-1]])
+        later = torch.cat([torch.zeros(1, dtype=torch.bool, device="cpu"), param[1:] > param[:-1]])
+        after = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), start[:-1] + length[:-1]])
+        first = torch.arange(len(rows), dtype=torch.int64, device="cpu") == 0
+        same = torch.cat([torch.zeros(1, dtype=torch.bool, device="cpu"), param[1:] == param[:-1]])
         refuse(~(first | later | (same & (start >= after))), "tiles must be in order and apart")
     refuse(slot != active.cumsum(0) - active, "SLOT must count the active entries before")
     blocks = state_blocks(active)
@@ -123,7 +126,7 @@ def _read_table(
     _read_bitmaps(rows[encoding == Encoding.BITMAP], words, ranks, _refuser(op, encoding == Encoding.BITMAP))
     _read_lists(rows[encoding == Encoding.LIST16], positions, _refuser(op, encoding == Encoding.LIST16))
 
-    extents = torch.zeros(int(param[-1]) + 1 if len(rows) else 0, dtype=torch.int64)
+    extents = torch.zeros(int(param[-1]) + 1 if len(rows) else 0, dtype=torch.int64, device="cpu")
     extents.scatter_reduce_(0, param, start + length, "amax")
     return TableFacts(
         int(active.sum()),
@@ -162,7 +165,7 @@ def _read_bitmaps(rows: Tensor, words: Tensor, ranks: Tensor, refuse: Callable[[
         past = (tail[:, 0] >> rest.clamp(max=32)) | (tail[:, 1] >> (rest - 32).clamp(min=0))
         refuse(first, (rest != 0) & (past != 0), "its bitmap has bits set past its end")
         if ranks.numel():
-            of_group = torch.repeat_interleave(torch.arange(len(piece), device=words.device), groups)
+            of_group = torch.repeat_interleave(torch.arange(len(piece), dtype=torch.int64, device=words.device), groups)
             expected = (before[:-1] - before[starts][of_group]) & 0xFFFF
             found = ranks[begin // 2 : end // 2].to(torch.int64) & 0xFFFF
             wrong = torch.zeros(len(piece), dtype=torch.int64, device=words.device)
@@ -183,7 +186,7 @@ def _read_lists(rows: Tensor, positions: Tensor, refuse: Callable[[int, Tensor, 
         falls = shifted[1:] <= shifted[:-1]
         falls[last[:-1]] = False  # from one tile to the next
         if bool(falls.any()):
-            of_entry = torch.repeat_interleave(torch.arange(len(piece), device=own.device), active)
+            of_entry = torch.repeat_interleave(torch.arange(len(piece), dtype=torch.int64, device=own.device), active)
             wrong = torch.zeros(len(piece), dtype=torch.bool, device=own.device)
             wrong[of_entry[1:][falls]] = True
             refuse(first, wrong, "the positions of its list must ascend")

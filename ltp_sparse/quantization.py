@@ -12,7 +12,9 @@ from torch.nn.functional import pad
 STATE_BLOCK = 256
 """Active entries of a tile that share scales."""
 
-_FIRST_TOP, _SECOND_TOP = (torch.tensor(float(code)).pow(4).item() for code in (127, 255))
+_FIRST_TOP, _SECOND_TOP = (
+    torch.tensor(float(code), dtype=torch.float32, device="cpu").pow(4).item() for code in (127, 255)
+)
 """Fourth powers of the largest codes, of the first moment and of the root of the second."""
 
 Count = TypeVar("Count", int, Tensor)

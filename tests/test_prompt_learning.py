@@ -369,7 +369,7 @@ def test_every_setting_reaches_the_optimizer(tokenizer):
     assert seen.rates == pytest.approx([0.0, 5e-3, 1e-2, 5e-3])  # half of four updates is warm-up
     assert [group["weight_decay"] for group in seen.optimizer.param_groups] == [0.3, 0.3]
     assert seen.optimizer.max_grad_norm == 0.7 and seen.optimizer.precision.states == "8bit"
-    assert not seen.optimizer._dense_of
+    assert not seen.optimizer._packs
     constant = Rates()
     run(tokenizer, LTP(settings=dataclasses.replace(SHORT, max_grad_norm=0.0)), callbacks=[constant])
     assert constant.rates == pytest.approx([SHORT.learning_rate] * 6)

@@ -47,7 +47,7 @@ class PromptPipeline(Pipeline):
         if isinstance(inputs, dict):
             inputs = [inputs[key] for key in ("text", "text_pair") if key in inputs]
         texts = [inputs] if isinstance(inputs, str) else inputs
-        ids = torch.tensor([encode(self.tokenizer, self.model.config.prompt, texts)])
+        ids = torch.tensor([encode(self.tokenizer, self.model.config.prompt, texts)], dtype=torch.long, device="cpu")
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def _forward(self, inputs):
