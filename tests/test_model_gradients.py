@@ -202,6 +202,42 @@ def test_what_is_put_in_its_place_counts(replace, kind):
         assert torch.equal(p != old, expected), name
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_that_somebody_holds_keeps_its_values(kind):
+    """As loops over several losses do: the first gradient is kept, and put back after the second."""
+    run = Packed(kind)
+    run.backward(0)
+    held = [p.grad for p in run.model.parameters()]
+    aliases = [p.grad.detach() for p in run.model.parameters()]
+    first = [
+        torch.clone(p.grad.dense() if isinstance(p.grad, GradientView) else p.grad) for p in run.model.parameters()
+    ]
+    run.model.zero_grad()
+    run.twin.zero_grad()
+    run.backward(1)
+    run.assert_same_gradients(rtol=1e-6, atol=1e-7)
+    for grad, alias, before in zip(held, aliases, first, strict=True):
+        assert torch.equal(grad, before) and torch.equal(alias, before)
+    for p, grad in zip(run.model.parameters(), held, strict=True):
+        p.grad = grad
+    old = [p.detach().clone() for p in run.model.parameters()]
+    run.optimizer.step()
+    for p, before, grad in zip(run.model.parameters(), old, first, strict=True):
+        moved = (p.detach() - before) * grad
+        assert bool((moved <= 0).all()) and bool((moved < 0).any())  # against the first gradient, not the second
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_that_are_set_as_data_are_used(kind):
+    run = Packed(kind)
+    run.backward(0)
+    grads = [p.grad for p in run.model.parameters()]
+    torch.nn.utils.vector_to_parameters(torch.zeros(sum(g.numel() for g in grads)), grads)
+    old = [p.detach().clone() for p in run.model.parameters()]
+    run.optimizer.step()
+    assert all(torch.equal(p, before) for p, before in zip(run.model.parameters(), old, strict=True))
+
+
 def test_a_model_that_clears_its_gradients_drops_them():
     """As a loop that meets a NaN does: `model.zero_grad(); continue`."""
     run = Packed("optimizer")

@@ -110,6 +110,11 @@ STATES = {
     "nan-step": (lambda e: e["step"].fill_(float("nan")), "'step' must be finite"),
     "dtype": (lambda e: e.update(exp_avg=e["exp_avg"].double()), "'exp_avg' must be torch.float32"),
     "shape": (lambda e: e.update(exp_avg_sq=e["exp_avg_sq"][:-1]), "'exp_avg_sq' of shape .* does not fit"),
+    "bool-step": (lambda e: e.update(step=torch.tensor(True)), "'step' must be a whole number, got torch.bool"),
+    "endless-step": (lambda e: e["step"].fill_(1e38), "'step' must be a whole number"),
+    "no-steps": (lambda e: e["step"].fill_(0), "'step' is 0, but the moments are not"),
+    "zero-moment": (lambda e: e["exp_avg_sq"].zero_(), "'exp_avg_sq' is 0 where 'exp_avg' is not"),
+    "meta": (lambda e: e.update(exp_avg=e["exp_avg"].to("meta")), "'exp_avg' cannot be read"),
     "list": (lambda e: e.update(exp_avg=[0.0]), "'exp_avg' must be a tensor, got list"),
     "unknown": (lambda e: e.update(momentum=e["exp_avg"]), "'momentum' is unknown"),
     "half-coded": (lambda e: e.update(scales=torch.zeros(1, 2)), "'scales' of shape|'exp_avg' must be torch.int8"),
@@ -144,6 +149,13 @@ GROUPS = {
     "parameters": (lambda s: s["param_groups"][1]["params"].pop(), "parameter groups of"),
     "no-groups": (lambda s: s.pop("param_groups"), "no 'param_groups'"),
     "no-state": (lambda s: s.pop("state"), "no 'state'"),
+    "true-lr": (lambda s: s["param_groups"][1].update(lr=True), "lr must be at least 0, got True"),
+    "maximize": (lambda s: s["param_groups"][0].update(maximize="no"), "maximize must be True or False, got no"),
+    "no-list": (lambda s: s.update(param_groups=None), "'param_groups' is a NoneType"),
+    "no-mapping": (lambda s: s.update(state=[]), "'state' is a list"),
+    "no-params": (lambda s: s["param_groups"][0].pop("params"), "parameter group 0 of the state has no list of"),
+    "no-version": (lambda s: s.update(ltp_sparse=None), "must be a mapping with a version"),
+    "no-entry": (lambda s: s["state"].update({1: [0]}), "the state of 'body.weight' must be a mapping, got list"),
     "stranger": (lambda s: s["state"].update({9: {}}), "holds 9, which is in none of its parameter groups"),
     "one-missing": (lambda s: s["state"].pop(2), "the state of 'head.weight': 'step' is missing"),
 }
@@ -159,6 +171,15 @@ def test_impossible_groups_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         other.load_state_dict(state)
     assert_same_contents(before, contents(other))
+
+
+def test_a_state_with_a_pull_brings_the_values_it_draws_to():
+    _, optimizer = build("pull")
+    _, other = build("pull", steps=1)
+    state = copy.deepcopy(optimizer.state_dict())
+    del state["state"][1]["anchor"]
+    with pytest.raises(ValueError, match="the state of 'body.weight': 'anchor' is missing"):
+        other.load_state_dict(state)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -23,7 +23,9 @@ class _ArgumentParser(argparse.ArgumentParser):
     """Its errors are those of the other mistakes: one line, without the list of all options."""
 
     def error(self, message: str) -> NoReturn:
-        raise CommandError(f"{self.prog.removeprefix('ltp-sparse ')}: {message}; see {self.prog} --help")
+        raise CommandError(
+            f"{self.prog.removeprefix('ltp-sparse').strip()}: {message}; see {self.prog} --help".removeprefix(": ")
+        )
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -176,7 +178,9 @@ def check_starts_anew(command: str, folder: Path, option: str) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="folder of the base model, or its Hub name, e.g. xlm-roberta-base")
+    parser.add_argument(
+        "--model", help="the base model: its folder, its Hub name, e.g. xlm-roberta-base, or mini-xlmr (in the package)"
+    )
     parser.add_argument("--tokenizer", help="folder or Hub name of the tokenizer, where it is not beside the model")
 
 

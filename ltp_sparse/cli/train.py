@@ -77,8 +77,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, help="default: 1 2 3 4 5")
     parser.add_argument("--epochs", type=at_least_one, help="default: the method's (LTP: 70)")
     parser.add_argument("--learning-rate", type=float, help="default: the method's (LTP: 2e-5)")
-    parser.add_argument("--batch-size", type=at_least_one, help="pairs per update (default: 32)")
-    parser.add_argument("--micro-batch-size", type=at_least_one, help="pairs per forward pass, to save memory")
+    parser.add_argument("--batch-size", type=at_least_one, help="examples per update (default: 32)")
+    parser.add_argument("--micro-batch-size", type=at_least_one, help="examples per forward pass, to save memory")
     parser.add_argument("--states", choices=("float32", "8bit"), default="float32", help="precision of the moments")
     parser.add_argument(
         "--gradients", choices=("packed", "dense"), default="packed", help="dense keeps all of every gradient"

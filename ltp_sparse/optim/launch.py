@@ -185,6 +185,8 @@ class Launch:
 
     def check(self, position: int, saved: Mapping[str, Any], name: str, group: Mapping[str, Any]) -> None:
         """Raises ValueError, naming key and parameter, unless `load` can take the state. group: its hyperparameters."""
+        if not isinstance(saved, Mapping):
+            raise ValueError(f"MaskedAdamW: the state of {name!r} must be a mapping, got {type(saved).__name__}")
         k, blocks = self.table.counts[position], self.blocks[position]
         packed = dict.fromkeys(("exp_avg", "exp_avg_sq", "master", "anchor"), (k,))
         shapes = {"step": (), "scales": (blocks.stop - blocks.start, 2), **packed}
@@ -198,8 +200,6 @@ class Launch:
         def refuse(key: str, problem: str) -> None:
             raise ValueError(f"MaskedAdamW: the state of {name!r}: {key!r} {problem}; nothing was loaded")
 
-        if not isinstance(saved, Mapping):
-            raise ValueError(f"MaskedAdamW: the state of {name!r} must be a mapping, got {type(saved).__name__}")
         pulled = ["anchor"] if group["pull"] and self.anchor is not None else []
         for key in ("step", "exp_avg", "exp_avg_sq", *(["scales"] if coded else []), *pulled):
             if key not in saved:

@@ -131,7 +131,9 @@ def classes_of(examples: Sequence[Any], words: Mapping[str, Any] | None = None) 
     told = ", ".join(f"{label} {counts[label]}" for label in found)
     if words is not None:
         if wordless := [label for label in found if label not in words]:
-            raise ValueError(f"expected a word for every class, got none for {wordless[0]!r}; classes: {told}")
+            raise ValueError(
+                f"expected a word for every class, got none for {', '.join(map(repr, wordless))}; classes: {told}"
+            )
         if unused := [label for label in words if label not in counts]:
             raise ValueError(f"expected words for classes that occur, got one for {unused[0]!r}; classes: {told}")
         found = list(words)
