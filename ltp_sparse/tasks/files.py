@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,7 @@ def read_jsonl(path: Path, keys: Sequence[str] = ()) -> Iterator[tuple[Place, di
         yield where, row
 
 
-def text_in(row: dict[str, Any], column: str, where: Place) -> str:
+def text_in(row: Mapping[str, Any], column: str, where: Place) -> str:
     """The text in a column of a row; an error for a row without one, or with a list or a number in its place."""
     value = row.get(column)
     if not isinstance(value, str):
