@@ -81,7 +81,7 @@ class PackedTensor(Tensor):
         return self.dense()
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         return Tensor.data.__get__(self)  # type: ignore[attr-defined]
 
     @data.setter
