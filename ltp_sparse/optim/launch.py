@@ -341,7 +341,7 @@ class Launch:
 
     def has_moved(self) -> bool:
         """Whether a parameter is on another device now."""
-        return {*map(Tensor.get_device, self.params)} != {-1 if _is_host(self.device) else self.device.index}
+        return {*map(Tensor.get_device, self.params)} != {-1 if self.device.type == "cpu" else self.device.index}
 
     def check_dtypes(self) -> None:
         for param in self.params:
