@@ -254,10 +254,11 @@ def test_predict_and_the_exported_folder_agree(files, trained, tmp_path, capsys)
     labels = [line.split("\t")[2] for line in (tmp_path / "labels.tsv").read_text().splitlines()[1:]]
     assert run("export", trained, "--output", tmp_path / "exported") == 0
     script = (
-        "import sys; sys.modules['ltp_sparse'] = None; sys.path.insert(0, sys.argv[1]); import predict as p\n"
-        "t = p.AutoTokenizer.from_pretrained(p.FOLDER); m = p.AutoModelForMaskedLM.from_pretrained(p.FOLDER).eval()\n"
+        "import json, sys; sys.modules['ltp_sparse'] = None; sys.path.insert(0, sys.argv[1]); import predict as p\n"
+        "classify = p.load(sys.argv[1])\n"
         "for line in open(sys.argv[2]).read().splitlines()[1:]:\n"
-        "    print(p.json.dumps(p.predict(m, t, *line.split('\\t'))))"
+        "    scores = classify(dict(zip(('text', 'text_pair'), line.split('\\t'))), top_k=None)\n"
+        "    print(json.dumps({score['label']: score['score'] for score in scores}))"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, tmp_path / "exported", tmp_path / "pairs.tsv"],
@@ -267,7 +268,7 @@ def test_predict_and_the_exported_folder_agree(files, trained, tmp_path, capsys)
     assert [max(score, key=score.get) for score in scores] == labels
     setup, _ = load_seed(Run.load(trained), trained, None)
     batch = setup.collate(setup.encode(pairs))
-    expected = setup.model(**{key: value for key, value in batch.items() if key != "labels"})["logits"]
+    expected = setup.model(**{key: value for key, value in batch.items() if key != "labels"})["logits"].softmax(-1)
     torch.testing.assert_close(torch.tensor([[s[c] for c in CLASSES] for s in scores]), expected, atol=1e-5, rtol=1e-4)
 
 
