@@ -661,13 +661,16 @@ def walk(
 
 
 def main() -> int:
+    global SECONDS
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", type=int, default=50_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="a .csv of the counts")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of CPU time that a file may take")
     parser.add_argument("--readers", nargs="+", default=[], metavar="NAME", help="only these, e.g. ticket results")
     options = parser.parse_args()
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
+    SECONDS = options.seconds
     counts, faults = walk(options.files, options.seed, progress=True, only=options.readers)
     for fault in faults[:50]:
         print(*fault, sep="\n  ")

@@ -101,6 +101,8 @@ def test_damaged_and_forged_files(tmp_path):
         Path(__file__).with_name("fuzz_readers.py"),
         "--files",
         "3000",
+        "--seconds",
+        "20",  # no timing decides a test
         "--output",
         tmp_path / "f",
     ]

@@ -397,7 +397,7 @@ def test_unusable_checkpoints_are_clear_errors(damage, versions, tmp_path):
         message = "names the shard model-1.safetensors, which is not there"
     elif damage == "no-index":
         index.write_text('{"weight_map": ')
-        message = "not an index of shards"
+        message = "index.json, line 1: not JSON"
     elif damage == "lost-tensor":
         save_file({EMBEDDING + "2": torch.zeros(1)}, shard)
         message = "is in model-1.safetensors, but none of its shards holds it"

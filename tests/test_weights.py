@@ -489,12 +489,20 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(sharded, change, messa
 
 
 @pytest.mark.parametrize(
-    "text", ['{"weight_map": {"w": "a", "w": "b"}}', "[]", '{"weight_map": []}', "[" * 100_000, "\udcff"]
+    ("text", "message"),
+    [
+        ('{"weight_map": {"w": "a", "w": "b"}}', "'w' twice"),
+        ("[]", "expected an index of shards, a JSON object"),
+        ('{"weight_map": []}', "expected names and their shards, got list"),
+        ("[" * 100_000, "nested"),
+        ("\udcff", "not UTF-8"),
+    ],
+    ids=["twice", "list", "list of shards", "deep", "bytes"],
 )
-def test_an_index_that_is_none_is_refused(sharded, text):
+def test_an_index_that_is_none_is_refused(sharded, text, message):
     folder, _ = sharded
     (folder / INDEX).write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(FileFormatError, match="not an index of shards"):
+    with pytest.raises(FileFormatError, match=message):
         open_checkpoint(folder)
 
 
