@@ -420,7 +420,7 @@ def cases(folder: Path) -> list[Case]:
         return [(pair.premise, pair.hypothesis, pair.label) for pair in read_own(path, columns)]
 
     def own_says(rows: list[dict[str, Any]]) -> Any:
-        return [(row["premise"], row["hypothesis"], row["label"]) for row in rows]
+        return [(row["premise"], row["hypothesis"], row["label"].strip()) for row in rows]
 
     (folder / "run").mkdir(exist_ok=True)
     (folder / "run" / "a").write_bytes(b"a")

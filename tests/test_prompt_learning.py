@@ -373,7 +373,7 @@ def test_every_setting_reaches_the_optimizer(tokenizer):
     constant = Rates()
     run(tokenizer, LTP(settings=dataclasses.replace(SHORT, max_grad_norm=0.0)), callbacks=[constant])
     assert constant.rates == pytest.approx([SHORT.learning_rate] * 6)
-    assert constant.optimizer.max_grad_norm is None and constant.optimizer._dense_of
+    assert constant.optimizer.max_grad_norm is None and constant.optimizer._packs
 
 
 def test_own_words_and_further_arguments(tokenizer, tmp_path):
