@@ -43,7 +43,7 @@ class Tolerance:
     mean: float = float("inf")
 
 
-EXACT = Tolerance(each=4e-6)  # DESIGN.md, contract 4
+EXACT = Tolerance(each=4e-6)  # the bound of docs/design.md, Arithmetic
 BFLOAT16 = Tolerance(each=2**-5)  # three steps of up to one unit in the last place
 FLOAT16 = Tolerance(mean=1e-3)  # torch's second moments, in float16 themselves, vanish where the gradient is small
 EIGHT_BITS = Tolerance(mean=0.01)  # 0.0008 in float32; 0.0035 where bfloat16 weights are rounded stochastically, too

@@ -1,4 +1,4 @@
-"""LT-SFT's files: `pytorch_diff.bin` read into a `SparseDelta`, and written from one (METHODS.md 5).
+"""LT-SFT's files: `pytorch_diff.bin` read into a `SparseDelta`, and written from one.
 
 The file is a pickled dict. "diffs": name -> {"size": shape, "index_steps": first differences of sorted flat indices,
 in which the first dimension runs fastest, as a list, "values": deltas}; "abs": name -> whole tensors, such as a head.

@@ -1,6 +1,6 @@
 """What training takes: bytes of weights, gradients, optimizer state, index and activations, before it starts.
 
-Weights, states and index follow from counts (PERFORMANCE.md 3 and 4). Activations, logits and gradients are counted on
+Weights, states and index follow from counts. Activations, logits and gradients are counted on
 fake tensors, which have sizes but no memory: a forward and a backward pass run as they would.
 """
 

@@ -1,4 +1,4 @@
-"""MAD-X: sizes, the formula, attaching and swapping, and files (METHODS.md 10)."""
+"""MAD-X: sizes, the formula, attaching and swapping, and files."""
 
 from __future__ import annotations
 

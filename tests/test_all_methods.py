@@ -196,7 +196,7 @@ def test_a_task_of_the_wrong_kind_is_refused(tmp_path):
 
 
 def test_spt_keeps_the_epoch_of_the_smallest_loss(tmp_path):
-    """Also where the accuracy of another one is higher (METHODS.md 11)."""
+    """Also where the accuracy of another one is higher."""
     method, model, tokenizer, train, dev, more = setting("spt", {}, tmp_path)
     result = train_method(method, model, tokenizer, train, dev, progress=False, metric="accuracy", **more)
     losses = result.dev_scores

@@ -1,4 +1,4 @@
-"""Soft prompt tuning of causal language models, on tiny random XGLM and BLOOM models (METHODS.md 11)."""
+"""Soft prompt tuning of causal language models, on tiny random XGLM and BLOOM models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sequence classifier: its inputs, its head, and what it shares with the language model (METHODS.md 1, 3, 12)."""
+"""The sequence classifier: its inputs, its head, and what it shares with the language model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FT, BitFit and the SFT family: budgets of METHODS.md, entries that train, and how the ticket is found (5-7, 9)."""
+"""FT, BitFit and the SFT family: budgets, entries that train, and how the ticket is found."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_budgets_of_xlmr_base(xlmr_base):
     ],
 )
 def test_sc_sft_shares_of_xlmr_base(xlmr_base, groups, k, counts):
-    """METHODS.md 6: floors of shares, so K - 2 in all for a task."""
+    """Floors of shares, so K - 2 in all for a task."""
     ticket = LTSFT().ticket(xlmr_base)
     shares = group_shares(groups, ticket.names)
     names, of_group, labels, ks = share_out(ticket.shapes, shares, density=None, k=k)
@@ -199,7 +199,7 @@ def test_a_killed_search_resumes_with_its_ticket(tokenizer, tmp_path):
 
 
 def test_a_task_sft_composes_with_a_language_sft(tokenizer):
-    """base + language(target) + task, where the task was learnt on base + language(source) (METHODS.md 5)."""
+    """base + language(target) + task, where the task was learnt on base + language(source)."""
     model = tiny_language_model(len(tokenizer))
     base = {name: p.detach().clone() for name, p in canonical_parameters(model).items()}
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""LT-SFT's files, written here by hand in their layout (METHODS.md 5)."""
+"""LT-SFT's files, written here by hand in their layout."""
 
 from __future__ import annotations
 

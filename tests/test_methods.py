@@ -1,4 +1,4 @@
-"""Methods: their settings, the entries they train, and what they refuse (METHODS.md 3, 4.2, 4.3)."""
+"""Methods: their settings, the entries they train, and what they refuse."""
 
 from __future__ import annotations
 

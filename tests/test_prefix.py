@@ -1,4 +1,4 @@
-"""Deep prompt tuning: sizes, the attention over prompt and tokens, positions, and what trains (METHODS.md 12)."""
+"""Deep prompt tuning: sizes, the attention over prompt and tokens, positions, and what trains."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def test_ltp_learns_the_toy_task_and_transfers(tokenizer):
 
 
 def test_one_update_per_batch_and_epoch(tokenizer):
-    """70 updates for 24 pairs or fewer, 140 for 48 (METHODS.md 4.2)."""
+    """70 updates for 24 pairs or fewer, 140 for 48."""
     for pairs, per_epoch in ((24, 1), (32, 1), (33, 2), (48, 2)):
         steps = []
 

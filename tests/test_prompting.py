@@ -1,4 +1,4 @@
-"""Templates, verbalizers, prompt encoders and the prompted model (METHODS.md 1.1, 3, 4.2)."""
+"""Templates, verbalizers, prompt encoders and the prompted model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ada-SFT's soft masks: what they compute, what they train, and what they leave behind (METHODS.md 8)."""
+"""Ada-SFT's soft masks: what they compute, what they train, and what they leave behind."""
 
 from __future__ import annotations
 

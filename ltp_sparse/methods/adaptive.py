@@ -1,4 +1,4 @@
-"""Ada-SFT: a soft mask over the encoder's linear weights is learned first, then the weights under it (METHODS.md 8)."""
+"""Ada-SFT: a soft mask over the encoder's linear weights is learned first, then the weights under it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Deep prompt tuning: learned keys and values in every layer, the language model frozen (METHODS.md 12)."""
+"""Deep prompt tuning: learned keys and values in every layer, the language model frozen."""
 
 from __future__ import annotations
 

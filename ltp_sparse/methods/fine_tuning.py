@@ -1,4 +1,4 @@
-"""Fine-tuning with a classification head: all weights (FT, METHODS.md 3), biases (BitFit, 9), the SFT family (5-7)."""
+"""Fine-tuning with a classification head: all weights (FT), biases (BitFit), the SFT family."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SHARES: dict[str, dict[str, float]] = {
     "sentiment": {"embeddings": 0.005, "layer -2": 0.02, "layer -1": 0.02, "other layers": 0.955},
     "language": {"embeddings and last two layers": 0.6, "other layers": 0.4},
 }
-"""SC-SFT's shares of the budget by task (METHODS.md 6); layers count from the end."""
+"""SC-SFT's shares of the budget by task; layers count from the end."""
 
 
 def scaled_budget(k: int, maskable: int) -> int:
@@ -85,7 +85,7 @@ class FineTuning(ClassifierMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class BitFit(ClassifierMethod):
-    """BitFit: the biases of the encoder, those of LayerNorms included, and the head train (METHODS.md 9)."""
+    """BitFit: the biases of the encoder, those of LayerNorms included, and the head train."""
 
     key = "bitfit"
     name = "BitFit"
@@ -101,7 +101,7 @@ def _task_sft() -> Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class LTSFT(ClassifierMethod):
-    """LT-SFT (Ansell et al. 2022; METHODS.md 5): full tuning picks the entries, rewound to the start these are trained.
+    """LT-SFT (Ansell et al. 2022): full tuning picks the entries, rewound to the start these are trained.
 
     LayerNorms stay as they are in both phases; the head trains in both and starts anew in the second.
 
@@ -170,7 +170,7 @@ def most_changed(tuned: SparseDelta, but: Ticket | None, k: int, shares: Mapping
 
 @dataclass(frozen=True, kw_only=True)
 class SCSFT(LTSFT):
-    """SC-SFT: LT-SFT with a share of the budget for each group of layers (METHODS.md 6).
+    """SC-SFT: LT-SFT with a share of the budget for each group of layers.
 
     groups: a name of `SHARES`, or shares by regular expression over parameter names
     """
@@ -212,7 +212,7 @@ RANDOM_POOLS: dict[str, Pool] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RandSFT(ClassifierMethod):
-    """Rand-SFT: random entries and the head train, in one phase (METHODS.md 7).
+    """Rand-SFT: random entries and the head train, in one phase.
 
     k, density: as in `LTSFT`
     scope:      pool of the draw: "all", "no-embeddings" or "query-value" (Random Masking's)

@@ -1,4 +1,4 @@
-"""MAD-X: task adapters stacked on language adapters, the language model frozen (METHODS.md 10)."""
+"""MAD-X: task adapters stacked on language adapters, the language model frozen."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM
 
 ADAPTER_SETTINGS = MLMSettings(batch_size=8, epochs=100, step_bounds=(30_000, 100_000), validation=0.05, l1=0.0)
-"""Of language adapters (METHODS.md 10)."""
+"""Of language adapters."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Prompt-learning methods: LTP (METHODS.md 4.2) and its controls (4.3), DP, SP and MP (3).
+"""Prompt-learning methods: LTP and its controls, DP, SP and MP.
 
 All of them read a cloze template, score the verbalizer's words at `<mask>`, and save a `SparseDelta` over their ticket
 with the prompt in its dense tensors.
@@ -37,7 +37,7 @@ BAKED_PROMPT = "prompt_encoder.rows"
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSettings(Settings):
-    """Settings of prompt-learning; the defaults are LTP's (METHODS.md 4.2).
+    """Settings of prompt-learning; the defaults are LTP's.
 
     n_prompt:   prompt embeddings
     encoder:    "bilstm", "mlp" or "none"
@@ -214,7 +214,7 @@ class DiscretePrompt(SoftPrompt):
 
 @dataclass(frozen=True, kw_only=True)
 class MixedPrompt(SoftPrompt):
-    """MP: DP's pattern with SP's prompt after the answer's word (the order of SoftMV; METHODS.md 3)."""
+    """MP: DP's pattern with SP's prompt after the answer's word (the order of SoftMV)."""
 
     key = "mixed-prompt"
     name = "MP"
@@ -225,7 +225,7 @@ class MixedPrompt(SoftPrompt):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOnly(PromptMethod):
-    """The prompt encoder alone trains; the language model is frozen ("Fixed-LM", the control of METHODS.md 4.3 e)."""
+    """The prompt encoder alone trains; the language model is frozen ("Fixed-LM")."""
 
     key = "prompt-only"
     name = "PT-frozen"

@@ -1,4 +1,4 @@
-"""SPT: a soft prompt behind the text for XGLM and BLOOM (METHODS.md 11)."""
+"""SPT: a soft prompt behind the text for XGLM and BLOOM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MAD-X: language and task adapters, and invertible adapters, for XLM-R (Pfeiffer et al. 2020; METHODS.md 10)."""
+"""MAD-X: language and task adapters, and invertible adapters, for XLM-R (Pfeiffer et al. 2020)."""
 
 from __future__ import annotations
 

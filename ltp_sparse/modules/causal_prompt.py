@@ -1,4 +1,4 @@
-"""Soft prompt tuning of a causal language model: text in, class logits out (METHODS.md 11; XGLM and BLOOM).
+"""Soft prompt tuning of a causal language model: text in, class logits out (XGLM and BLOOM).
 
 The prompt follows the text, and the token after its last row is the answer: `text [PROMPT] x n </s>`.
 """

@@ -1,4 +1,4 @@
-"""A sequence classifier: an XLM-R encoder and a head on the hidden state of `<s>` (METHODS.md 3, 5 and 12)."""
+"""A sequence classifier: an XLM-R encoder and a head on the hidden state of `<s>`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def encode_pairs(
     *,
     max_length: int = MAX_LENGTH,
 ) -> list[Encoded]:
-    """`<s> P </s></s> H </s>`, as fine-tuning reads a pair (METHODS.md 3).
+    """`<s> P </s></s> H </s>`, as fine-tuning reads a pair.
 
     A pair over `max_length` loses tokens at the end of the longer of the two, one by one; of the hypothesis when they
     are equally long. Raises ValueError for an unknown label and when `max_length` leaves no room.

@@ -1,4 +1,4 @@
-"""Deep prompt tuning: learned keys and values before those of every layer (P-tuning v2; METHODS.md 12)."""
+"""Deep prompt tuning: learned keys and values before those of every layer (P-tuning v2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ada-SFT's learned masks: every linear weight W of the encoder acts as W * sigmoid(S) (METHODS.md 8)."""
+"""Ada-SFT's learned masks: every linear weight W of the encoder acts as W * sigmoid(S)."""
 
 from __future__ import annotations
 

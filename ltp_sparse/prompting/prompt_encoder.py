@@ -1,4 +1,4 @@
-"""The prompt encoder g_phi: n learned vectors become the n embeddings of the soft prompt (METHODS.md 3)."""
+"""The prompt encoder g_phi: n learned vectors become the n embeddings of the soft prompt."""
 
 from __future__ import annotations
 

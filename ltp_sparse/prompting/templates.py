@@ -1,6 +1,6 @@
 """Text preparation and templates: a sentence pair, or a text, becomes token ids with prompt slots and one `<mask>`.
 
-METHODS.md 3 and 4.2; the text preparation and the order of the parts follow Zhao & Schütze (2021).
+The text preparation and the order of the parts follow Zhao & Schütze (2021).
 """
 
 from __future__ import annotations
@@ -182,14 +182,14 @@ def cloze_template(kind: str = "pair") -> Template:
 
 
 def soft_template(n_prompt: int = 4, kind: str = "pair") -> Template:
-    """`P . H ? p1..pn <mask> .`: the input of SP and LTP (METHODS.md 3 and 4.2); of a text `T . p1..pn <mask> .`."""
+    """`P . H ? p1..pn <mask> .`: the input of SP and LTP; of a text `T . p1..pn <mask> .`."""
     texts = (PREMISE, ".", HYPOTHESIS, "?") if kind == "pair" else (TEXT, ".")
     prompt = (PROMPT,) if n_prompt else ()
     return Template((*texts, *prompt, MASK, "."), n_prompt)
 
 
 def discrete_template(language: str = "en", n_prompt: int = 0, kind: str = "pair") -> Template:
-    """`P . Question: H ? Answer: <mask> .` (DP), with `p1..pn` before the mask where n_prompt > 0 (MP; METHODS.md 3).
+    """`P . Question: H ? Answer: <mask> .` (DP), with `p1..pn` before the mask where n_prompt > 0 (MP).
 
     Of a text `T . Answer: <mask> .`: the papers have no pattern for those.
 

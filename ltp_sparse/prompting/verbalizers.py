@@ -1,4 +1,4 @@
-"""Verbalizers: the word that stands for each class at `<mask>` (METHODS.md 3)."""
+"""Verbalizers: the word that stands for each class at `<mask>`."""
 
 from __future__ import annotations
 

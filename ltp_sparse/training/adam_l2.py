@@ -1,4 +1,4 @@
-"""Adam with coupled L2 over all weights of a model: the optimizer of Zhao & Schütze's systems (METHODS.md 3)."""
+"""Adam with coupled L2 over all weights of a model: the optimizer of Zhao & Schütze's systems."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""XLM-R masked-LM backbones: loading, random weights, and the decoupled LM head (METHODS.md 1.1, trap 2)."""
+"""XLM-R masked-LM backbones: loading, random weights, and the decoupled LM head."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: XLMRobertaConfi
             f"load_backbone: expected a tokenizer with a mask token and pad id {config.pad_token_id}, got mask id "
             f"{tokenizer.mask_token_id} and pad id {tokenizer.pad_token_id}; pass an XLM-R tokenizer"
         )
-    # Positions of `inputs_embeds` count from the left and ignore padding (METHODS.md 1.1, trap 4).
+    # Positions of `inputs_embeds` count from the left and ignore padding.
     tokenizer.padding_side = "right"
 
 

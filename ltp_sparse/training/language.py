@@ -1,4 +1,4 @@
-"""Language SFTs: LT-SFT's two phases on text in one language (METHODS.md 5, 6), and BitFit's for a language (9)."""
+"""Language SFTs: LT-SFT's two phases on text in one language, and BitFit's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM
 
 LANGUAGE_SETTINGS = MLMSettings(batch_size=8, epochs=100, step_bounds=(10_000, 100_000), validation=0.05)
-"""Of both phases (METHODS.md 5)."""
+"""Of both phases."""
 
 KINDS = ("lt-sft", "sc-sft", "bitfit")
 
@@ -46,7 +46,7 @@ def train_language(
         density: share of the maskable entries, instead of k.
         options: further arguments of `tune_mlm`; each phase has a folder of its own in an `output_dir`.
 
-    The LM head trains, too, but is left out of the result: composition takes a language's deltas only (METHODS.md 5).
+    The LM head trains, too, but is left out of the result: composition takes a language's deltas only.
     """
     if kind not in KINDS:
         raise ValueError(f"train_language: kind must be one of {', '.join(KINDS)}, got {kind!r}")

@@ -275,7 +275,7 @@ def find_ticket(
         strategy: that of the tuning.
         budget: "global" (across layers), "layer" (layer separate), "tensor", or shares, see `select`.
         segment: "lower", "middle" or "upper" third of the layers only.
-        order: "most" changed, or "least" changed entries, the control of METHODS.md 4.3 (d).
+        order: "most" changed, or "least" changed entries, a control.
         allow_missing: which parameters of the pool may be on one side only, see `select`.
         intersect: with `segment`: the part of the whole model's ticket that lies in the segment.
         metadata: added to the ticket's, e.g. `MLMResult.metadata`.
