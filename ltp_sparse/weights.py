@@ -197,10 +197,11 @@ def check_sides(
         ValueError: a name is on one side only, and that is not allowed; or the sides share none.
     """
     one, other = list(one), list(other)
-    if not set(one) & set(other):
+    here, there = set(one), set(other)
+    if not here & there:
         name = next(iter(other), "")
         raise ValueError(f"{what}: the models share no parameter; {name!r} is closest to {closest(name, one)}")
-    alone = [[n for n in one if n not in set(other)], [n for n in other if n not in set(one)]]
+    alone = [[name for name in one if name not in there], [name for name in other if name not in here]]
     if allow_missing is not True:
         patterns = [] if allow_missing is False else [allow_missing] if isinstance(allow_missing, str) else None
         patterns = list(allow_missing) if patterns is None else patterns  # type: ignore[arg-type]
