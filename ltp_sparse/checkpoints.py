@@ -162,17 +162,18 @@ def _sharded(index: Path) -> dict[str, _MappedFile]:
     weight_map = read_json(index, "an index of shards", ("weight_map",))["weight_map"]
     if not isinstance(weight_map, dict):
         raise FileFormatError(index, f"expected names and their shards, got {type(weight_map).__name__}", "weight_map")
-    pairs = list(weight_map.items())
-    if not pairs:
+    if not weight_map:
         raise FileFormatError(index, "its weight_map names no tensor; copy the index again")
-    for name, shard in pairs:
+    for name, shard in weight_map.items():
         if not isinstance(shard, str) or not shard or "\0" in shard:
             raise FileFormatError(index, f"expected the name of a shard, got {shard!r}", f"tensor {name!r}")
         if Path(shard).is_absolute() or ".." in Path(shard).parts:
             raise FileFormatError(
                 index, f"the shard {shard!r} is outside the folder, which is refused", f"tensor {name!r}"
             )
-    shards = {shard: folder / shard for shard in sorted(set(weight_map.values()))}
+    # "./a" is the file "a", however it is written
+    pairs = [(name, os.path.normpath(shard)) for name, shard in weight_map.items()]
+    shards = {shard: folder / shard for shard in sorted({shard for _, shard in pairs})}
     if gone := next((path for path in shards.values() if not path.is_file()), None):
         raise FileFormatError(index, f"it names the shard {gone.name}, which is not there; copy it again")
     beside = {"model.safetensors", *(path.name for path in folder.glob("model-*-of-*.safetensors"))}

@@ -26,6 +26,7 @@ from ltp_sparse.names import (
 )
 from ltp_sparse.reading import reader
 from ltp_sparse.restoring import Held, restoring, scatter_
+from ltp_sparse.tensors import check_plain_tensor
 from ltp_sparse.ticket import Ticket, checked_fingerprint, pack_sets, unpack_sets
 from ltp_sparse.weights import Weights, open_weights, side_by_side
 
@@ -406,6 +407,8 @@ def _everything(model: nn.Module) -> Named[Tensor]:
 
 def _check_shapes(ticket: Ticket, tensors: Mapping[str, Any], where: str) -> None:
     for name in ticket.active_names:
+        if isinstance(tensors[name], Tensor) and tensors[name].is_meta:
+            check_plain_tensor(tensors[name], f"{where}: {name!r}")
         if tensors[name].shape != ticket.shapes[name]:
             raise ValueError(
                 f"{where}: {name!r} has shape {list(tensors[name].shape)}, "

@@ -32,6 +32,7 @@ from ltp_sparse.tensors import check_plain_tensor
 KEY = "ltp_sparse"
 FORMAT_VERSION = 1
 _MOST_LINKS = 40
+_LONGEST_NAME = 200  # bytes, of 255 that file systems take
 _FULL = 1 << 16  # bytes: a disk with fewer is full
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -120,6 +121,8 @@ def destination(path: str | os.PathLike[str]) -> Path:
         OSError: something else is there (a folder, a device, a pipe, a socket), or the links lead nowhere.
     """
     place = os.path.abspath(path)
+    with _telling(Path(path)), suppress(FileNotFoundError):
+        os.lstat(place)  # a name that is too long, a folder that cannot be looked into
     for _ in range(_MOST_LINKS):
         place = os.path.join(os.path.realpath(os.path.dirname(place)), os.path.basename(place))
         if place.startswith("/proc/") and os.path.lexists(place):  # /dev/stdout: others may write to what is behind it
@@ -147,7 +150,7 @@ def check_writable(path: str | os.PathLike[str], *, folder: bool = False) -> Non
     """
     if folder:
         place = Path(path)
-        if place.exists() and not place.is_dir():
+        if os.path.exists(place) and not place.is_dir():  # which passes over a name that is too long
             raise NotADirectoryError(errno.ENOTDIR, "expected a folder to write to, this is a file", str(path))
     else:
         place = destination(path).parent
@@ -159,7 +162,7 @@ def check_writable(path: str | os.PathLike[str], *, folder: bool = False) -> Non
 
 def sweep(folder: Path, name: str | None = None) -> None:
     """Removes what killed writes have left in a folder, of one file name or of all; never what is being written."""
-    wanted = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[a-z0-9_]{{8}}\.tmp")
+    wanted = re.compile(rf"\.{'.+' if name is None else re.escape(_shortened(name))}\.[a-z0-9_]{{8}}\.tmp")
     with suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
             if wanted.fullmatch(entry.name) and not entry.is_symlink():
@@ -188,6 +191,14 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def _shortened(name: str) -> str:
+    """A file name with room for what is put around it: a long one is cut, and a digest keeps it apart from others."""
+    encoded = os.fsencode(name)
+    if len(encoded) <= _LONGEST_NAME:
+        return name
+    return f"{encoded[:_LONGEST_NAME].decode(errors='ignore')}-{hashlib.sha256(encoded).hexdigest()[:8]}"
+
+
 @contextmanager
 def _workplace(target: Path) -> Iterator[Path]:
     """A path of the target's name in a new folder beside it. A lock on that folder tells others that its writer lives.
@@ -198,7 +209,7 @@ def _workplace(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         sweep(target.parent, target.name)
         while True:
-            place = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
+            place = target.parent / f".{_shortened(target.name)}.{secrets.token_hex(4)}.tmp"
             place.mkdir(mode=0o700)
             try:
                 handle = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

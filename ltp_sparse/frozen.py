@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ltp_sparse.encoding import TILE, IndexSet, bitmap_words, unpack_bits
 from ltp_sparse.names import digest
 from ltp_sparse.optim.members import active_names, dense_parameters, named_parameters, ticket_for
+from ltp_sparse.tensors import check_plain_tensor
 from ltp_sparse.ticket import Ticket
 
 _PIECE = 16 * TILE
@@ -43,6 +44,9 @@ def frozen_digests(model: nn.Module, ticket: Ticket, dense: nn.Module | Iterable
         for name, parameter in named.items()
         if id(parameter) not in trained and not (name in sets and sets[name].k == sets[name].n)
     }
+
+    for name, tensor in watched.items():
+        check_plain_tensor(tensor, f"frozen_digests: {name!r}")
 
     def of(name: str) -> str:
         tensor = watched[name]

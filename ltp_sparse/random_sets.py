@@ -10,13 +10,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 
 import torch
 from torch import Size, Tensor
 
 from ltp_sparse.encoding import IndexSet, bitmap_words, pack_bits
-from ltp_sparse.topk import Layout, entries_for
+from ltp_sparse.topk import Layout, as_share, entries_for
 
 _PIECE = 1 << 15  # coins tossed at a time: too few for torch to wait for threads
 _DEVIATIONS = 6  # of the number of coins that fall on the right side, left open to be drawn
@@ -100,11 +99,12 @@ def random_sets(
     sizes = {name: shape.numel() for name, shape in shapes.items()}
     random = _RandomBits(seed)
     if bernoulli:
-        if density is None or not 0 <= density <= 1:
+        if density is None or k is not None:
             raise ValueError(
-                f"Ticket.random: bernoulli=True takes density=, the probability of every entry in [0, 1], got {density}"
+                "Ticket.random: bernoulli=True takes density=, the probability of every entry, and no k=, got "
+                f"density={density} and k={k}"
             )
-        chance = math.floor(Fraction(str(density)) * (1 << 32))
+        chance = math.floor(as_share(density) * (1 << 32))
         bitmaps = [torch.zeros(bitmap_words(n), dtype=torch.int32, device="cpu") for n in sizes.values()]
         for bitmap, n in zip(bitmaps, sizes.values(), strict=True):
             _toss(bitmap, n, chance, random, torch.int32)

@@ -28,6 +28,8 @@ from ltp_sparse.names import (
 )
 from ltp_sparse.random_sets import random_sets
 from ltp_sparse.reading import reader
+from ltp_sparse.tensors import check_plain_tensor
+from ltp_sparse.topk import as_share
 from ltp_sparse.weights import open_weights
 
 _MOST_ENTRIES = 1 << 40  # of all parameters in a file: a larger claim is an error, not an allocation
@@ -93,6 +95,7 @@ class Ticket:
         """masks: name -> bool tensor in the parameter's shape, True for active entries."""
         named = canonical_tensors(masks)
         for name, mask in named.items():
+            check_plain_tensor(mask, f"Ticket.from_masks: the mask of {name!r}")
             if mask.dtype != torch.bool:
                 raise TypeError(f"Ticket.from_masks: the mask of {name!r} must be bool, got {mask.dtype}")
         sets = {name: IndexSet.from_mask(mask.cpu()).compact() for name, mask in named.items()}
@@ -112,6 +115,7 @@ class Ticket:
             raise ValueError(f"Ticket.from_indices: no shape for {missing[0]!r}")
         sets = {}
         for name, flat in indices.items():
+            check_plain_tensor(flat, f"Ticket.from_indices: {name!r}")
             try:
                 index_set = IndexSet.from_indices(flat.cpu().sort().values, Size(shapes[name]).numel())
             except ValueError as error:
@@ -152,7 +156,7 @@ class Ticket:
         ticket.metadata = {
             "method": "random matched" if like is not None else "random bernoulli" if bernoulli else "random",
             "seed": seed,
-            "density": ticket.density if density is None else density,
+            "density": ticket.density if density is None else float(as_share(density)),
         }
         return ticket
 

@@ -92,6 +92,48 @@ def test_symlinks_stay_and_their_targets_are_replaced(there, tmp_path):
     assert Ticket.load(target) == Ticket.load(link) == ticket()
 
 
+@pytest.mark.parametrize("letter", ["a", "é"])
+def test_the_longest_names_are_written(letter, tmp_path):
+    """What a write puts around a name has room, and two long names that begin alike keep apart."""
+    stem = letter * (240 // len(letter.encode()))
+    paths = [tmp_path / f"{stem}{number}.safetensors" for number in (10, 11)]
+    for number, path in enumerate(paths):
+        files.check_writable(path)
+        files.save(path, "ticket", {"w": torch.full((2,), float(number))}, {})
+        with files.atomic_path(path.with_suffix("")) as temporary:
+            torch.save(number, temporary)
+    assert [files.load(path, "ticket")[0]["w"][0] for path in paths] == [0, 1]
+    with files.atomic_folder(tmp_path / ("f" * 255)) as folder:
+        (folder / "a").touch()
+    assert litter(tmp_path) == [] and len(list(tmp_path.iterdir())) == 5
+
+
+def test_a_long_name_sweeps_its_own_litter_only(tmp_path):
+    one, other = tmp_path / ("a" * 250 + "1"), tmp_path / ("a" * 250 + "2")
+    writer = start_writing(one)
+    writer.kill()
+    writer.wait()
+    assert len(litter(tmp_path)) == 1
+    with files.atomic_path(other) as temporary:
+        temporary.touch()
+    assert len(litter(tmp_path)) == 1
+    with files.atomic_path(one) as temporary:
+        temporary.touch()
+    assert litter(tmp_path) == []
+
+
+@pytest.mark.parametrize("length", [256, 300, 5000])
+@pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
+def test_a_name_that_does_not_fit_is_told_before_the_work(folder, length, tmp_path):
+    path = tmp_path / ("a" * length)
+    with pytest.raises(OSError, match="cannot be written: file name too long"):
+        files.check_writable(path, folder=folder)
+    writer = files.atomic_folder if folder else files.atomic_path
+    with pytest.raises(OSError, match="cannot be written: file name too long"), writer(path):
+        raise AssertionError
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o444, 0o755])
 def test_the_mode_of_a_file_that_is_there_is_kept(mode, tmp_path):
     path = tmp_path / "t"

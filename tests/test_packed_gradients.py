@@ -1,6 +1,7 @@
 """Packed gradients: of a dense gradient only the active entries are kept, and nothing else changes."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -485,6 +486,36 @@ def test_a_copy_has_gradients_of_its_own(packer):
     backward(twin, 0)
     assert twin.embedding.weight.grad.layout == torch.strided
     made.remove()
+
+
+def through_a_file(module):
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("packer", PACKERS)
+@pytest.mark.parametrize("copied", [copy.deepcopy, through_a_file], ids=["deepcopy", "file"])
+@pytest.mark.parametrize("part", ["model", "part", "embedding"])
+def test_a_copy_is_dense_again(part, copied, packer):
+    """Other optimizers train it, whole or a part of it: Adam takes no sparse gradients."""
+    model = nn.Sequential(nn.Sequential(nn.Embedding(300, 20)), nn.Linear(20, 5)) if part != "embedding" else None
+    model = model or nn.Embedding(300, 20)
+    made = PACKERS[packer](model, Ticket.random(model, density=0.3, seed=1))
+    twin = copied(model[0] if part == "part" else model)
+    optimizer = torch.optim.Adam(twin.parameters())
+    twin(batch(0)[0]).sum().backward()
+    assert all(p.grad.layout == torch.strided for p in twin.parameters())
+    optimizer.step()
+    own = PACKERS[packer](twin, Ticket.random(twin, density=0.3, seed=2))  # and may be packed itself
+    embeddings = [[m for m in of.modules() if isinstance(m, nn.Embedding)][0] for of in (model, twin)]
+    twin(batch(0)[0]).sum().backward()
+    assert all(embedding.sparse for embedding in embeddings)
+    for one in (own, made):
+        one.remove()
+    assert not any(embedding.sparse for embedding in embeddings)
+    assert not any(m._forward_pre_hooks for m in model.modules())
 
 
 @pytest.mark.parametrize("packer", PACKERS)

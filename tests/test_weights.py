@@ -465,6 +465,17 @@ def test_the_index_says_which_copy_of_a_tensor_counts(sharded):
     assert open_checkpoint(folder)["w"].piece(0, 4).tolist() == [0, 0, 0, 0]
 
 
+def test_an_index_may_write_a_name_in_several_ways(sharded):
+    """One shard as a bare name and with ./ before it is one file, and no other lies beside it."""
+    folder, weight_map = sharded
+    shard(folder, 2, {"v": torch.ones(4), "u": torch.full((2,), 2.0)})
+    weight_map |= {"v": f"./{weight_map['v']}", "u": f".//{weight_map['v']}", "w": f"././{weight_map['w']}"}
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    assert {name: tensor.piece(0, 2).tolist() for name, tensor in open_checkpoint(folder).items()} == {
+        "u": [2, 2], "v": [1, 1], "w": [0, 0]
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

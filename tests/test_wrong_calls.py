@@ -1,7 +1,10 @@
 """The table of wrong calls: what someone may write at first, and what the message tells to write."""
 
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -151,3 +154,75 @@ def test_the_ordinary_embedding_options_are_taken():
         model["body"](model["embed"](torch.arange(9))).sum().backward()
         optimizer.step()
         optimizer.remove()
+
+
+def on_meta():
+    with torch.device("meta"):
+        return build()
+
+
+def scored(name, start, stop):
+    return torch.ones(stop - start)
+
+
+def picked(model, **how):
+    return ls.select(model, build(), **how)
+
+
+LOAD = ["on the meta device", "load the weights first"]
+SHARE = ["must be a number in [0, 1], e.g. 0.2"]
+SELECTIONS = {
+    "meta-initial": (lambda m: ls.select(on_meta(), m, density=0.2), TypeError, ["select: 'body.bias'", *LOAD]),
+    "meta-tuned": (lambda m: ls.select(m, on_meta(), density=0.2), TypeError, ["select: 'body.bias'", *LOAD]),
+    "meta-both": (lambda m: ls.select(on_meta(), on_meta(), density=0.2), TypeError, LOAD),
+    "meta-mapping": (lambda m: ls.select(m, dict(on_meta().named_parameters()), k=3), TypeError, LOAD),
+    "meta-scored": (lambda m: ls.select(on_meta(), score=scored, k=3), TypeError, ["select: ", *LOAD]),
+    "meta-scores": (lambda m: ls.select(m, score=dict(on_meta().named_parameters()), k=3), TypeError, LOAD),
+    "meta-base": (lambda m: ls.select(on_meta(), score=dict(m.named_parameters()), k=3), TypeError, LOAD),
+    "meta-rounded": (lambda m: ls.select(m, on_meta(), k=3, compare_in=torch.bfloat16), TypeError, LOAD),
+    "meta-delta": (lambda m: ls.SparseDelta.between(m, on_meta(), ticket_of(m)), TypeError, ["the tuned model", *LOAD]),
+    "meta-digests": (lambda m: ls.frozen_digests(on_meta(), ticket_of(m)), TypeError, LOAD),
+    "meta-masks": (lambda m: Ticket.from_masks({"a": torch.ones(3, dtype=bool, device="meta")}), TypeError, LOAD),
+    "meta-indices": (lambda m: Ticket.from_indices({"a": torch.ones(1, device="meta")}, {"a": [3]}), TypeError, LOAD),
+    "k-float": (lambda m: picked(m, k=3.0), TypeError, ["k must be a whole number", "got 3.0 (float)"]),
+    "k-bool": (lambda m: picked(m, k=True), TypeError, ["k must be a whole number", "got True"]),
+    "k-text": (lambda m: picked(m, k="3"), TypeError, ["k must be a whole number", "got '3' (str)"]),
+    "k-tensor": (lambda m: picked(m, k=torch.tensor(3)), TypeError, ["k must be a whole number"]),
+    "k-below": (lambda m: picked(m, k=-1), ValueError, ["k must be in [0, 80]", "got -1"]),
+    "density-text": (lambda m: picked(m, density="0.2"), TypeError, ["density", *SHARE, "'0.2' (str)"]),
+    "density-bool": (lambda m: picked(m, density=True), TypeError, ["density", *SHARE, "True (bool)"]),
+    "density-nan": (lambda m: picked(m, density=float("nan")), ValueError, ["density must be in [0, 1], got nan"]),
+    "density-list": (lambda m: picked(m, density=[0.2]), TypeError, SHARE),
+    "density-of-layers": (lambda m: picked(m, density="0.2", budget="layer"), TypeError, SHARE),
+    "share-text": (lambda m: picked(m, k=3, budget={"body": "1"}), TypeError, ["the share of 'body'", *SHARE]),
+    "share-nan": (lambda m: picked(m, k=3, budget={"body": float("nan")}), ValueError, ["'body' must be in", "nan"]),
+    "share-below": (lambda m: picked(m, k=3, budget={"body": -0.1}), ValueError, ["'body' must be in [0, 1]"]),
+    "no-share": (lambda m: picked(m, k=3, budget={}), ValueError, ["expected shares by expression, got none"]),
+    "random-k": (lambda m: Ticket.random(m, k=3.0), TypeError, ["k must be a whole number"]),
+    "random-k-bool": (lambda m: Ticket.random(m, k=True), TypeError, ["k must be a whole number"]),
+    "random-density": (lambda m: Ticket.random(m, density="0.2"), TypeError, SHARE),
+    "coins-density": (lambda m: Ticket.random(m, density=True, bernoulli=True), TypeError, SHARE),
+    "coins-k": (lambda m: Ticket.random(m, density=0.5, k=3, bernoulli=True), ValueError, ["no k="]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "words"), SELECTIONS.values(), ids=SELECTIONS)
+def test_wrong_selections_say_what_to_write(call, error, words):
+    with pytest.raises(error) as caught:
+        call(build())
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize("density", [np.float32(0.2), np.float64(0.2), Fraction(1, 5), Decimal("0.2"), 0.2])
+def test_any_number_is_a_density(density, tmp_path):
+    """And the file of the ticket tells it as a plain number."""
+    model = build()
+    for ticket in (Ticket.random(model, density=density), ls.select(model, score=scored, density=density)):
+        ticket.save(tmp_path / "t.safetensors")
+        assert ticket.k == 80 // 5 and Ticket.load(tmp_path / "t.safetensors").metadata["density"] == 0.2
+    assert Ticket.random(model, k=np.int64(3)).k == ls.select(model, score=scored, k=np.int64(3)).k == 3
+
+
+def test_a_model_without_weights_has_shapes():
+    assert Ticket.random(on_meta(), k=7, seed=1) == Ticket.random(build(), k=7, seed=1)
+    assert Ticket.full(on_meta()).n == 80

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -160,7 +161,7 @@ def check_writable(command: str, path: Path, *, folder: bool = False, option: st
     """Raises unless a file, or a folder of files, can be written there: before hours of work, not after them."""
     from ltp_sparse import files
 
-    if path.is_dir() != folder and path.exists():
+    if os.path.isdir(path) != folder and os.path.exists(path):
         raise CommandError(f"{command}: {option} must be a {'folder' if folder else 'file'}, {path} is none")
     try:
         files.check_writable(path, folder=folder)

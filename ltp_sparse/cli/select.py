@@ -185,6 +185,7 @@ def _from_text(options: argparse.Namespace):  # type: ignore[no-untyped-def]
         output_dir=options.run_dir,
         resume=options.resume,
         progress=not options.quiet,
+        source=options.hub_text or ", ".join(map(str, options.text)),
         report_to=options.report_to,
     )
     print(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +12,7 @@ from ltp_sparse.methods.base import Settings, Setup, Tune, nothing
 from ltp_sparse.methods.fine_tuning import ClassifierMethod
 from ltp_sparse.modules import SoftMasks
 from ltp_sparse.ticket import Ticket
+from ltp_sparse.topk import entries_for
 
 if TYPE_CHECKING:
     from transformers import XLMRobertaForMaskedLM
@@ -56,7 +55,7 @@ class AdaSFT(ClassifierMethod):
             for index, score in enumerate(masks.scores):
                 score.copy_(learned.dense[f"{masks.key}.scores.{index}"])
             if self.keep is not None:
-                masks.keep(math.floor(Fraction(str(self.keep)) * ticket.n))
+                masks.keep(entries_for(ticket.n, density=self.keep))
         facts = {**setup.facts, "mean_mask": masks.mean(), "share_below_half": masks.share_below(0.5)}
         return replace(setup, facts=facts, undo=masks.remove), ticket
 

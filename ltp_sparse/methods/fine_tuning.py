@@ -18,6 +18,7 @@ from ltp_sparse.names import canonical_parameters, in_base_model, layer_of
 from ltp_sparse.prompting import kind_of
 from ltp_sparse.selection import pools, select
 from ltp_sparse.ticket import Pool, Ticket
+from ltp_sparse.topk import entries_for
 
 if TYPE_CHECKING:
     from transformers import XLMRobertaForMaskedLM
@@ -127,7 +128,7 @@ class LTSFT(ClassifierMethod):
     def budget(self, maskable: int) -> int:
         """Entries to train of a model with so many maskable ones."""
         if self.density is not None:
-            return math.floor(Fraction(str(self.density)) * maskable)
+            return entries_for(maskable, density=self.density)
         return scaled_budget(self.k, maskable)
 
     def choose(self, setup: Setup, ticket: Ticket, tune: Tune) -> tuple[Setup, Ticket]:
@@ -236,7 +237,7 @@ class RandSFT(ClassifierMethod):
         maskable = sum(p.numel() for name, p in parameters.items() if pools.maskable(name))
         k = scaled_budget(self.k, maskable)
         if self.density is not None:
-            k = math.floor(Fraction(str(self.density)) * maskable)
+            k = entries_for(maskable, density=self.density)
         pool = RANDOM_POOLS[self.scope]
         if not self.bernoulli:
             return Ticket.random(language_model, k=k, seed=seed, pool=pool)

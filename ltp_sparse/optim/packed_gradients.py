@@ -226,6 +226,7 @@ class PackedGradients:
         self._averaging = self._used = False
 
         embeddings: list[Any] = []
+        handles: list[Any] = []
         numbers = {param: number for number, param in enumerate(params)}
         for module in model.modules():
             weight = getattr(module, "weight", None)
@@ -233,11 +234,12 @@ class PackedGradients:
                 if not module.sparse:
                     module.sparse = True
                     embeddings.append(module)
+                    handles.append(module.register_forward_pre_hook(_Sparse()))
                 self.shares[numbers[weight]].rows = _Rows(sets[numbers[weight]], weight.shape[1], weight.device)
         named = model.named_parameters(remove_duplicate=False)
         ignored = [name for name, param in named if param in numbers]
         setattr(model, _IGNORED, [*getattr(model, _IGNORED, []), *ignored])
-        handles = [model.register_forward_pre_hook(_ModelHook(self._before_forward, ignored, embeddings))]
+        handles.append(model.register_forward_pre_hook(_ModelHook(self._before_forward, ignored, embeddings)))
         for number, param in enumerate(params):
             handles.append(param.register_post_accumulate_grad_hook(self._hook(number)))
         weak = [weakref.ref(thing) for thing in (*embeddings, *self.params)]
@@ -398,10 +400,12 @@ class _ModelHook(WeakHook):
 
 
 class _CopiedHook:
-    """What a copy of the model carries: its gradients are its own, but DDP would still leave them alone."""
+    """What a copy of the model carries: its gradients are its own and dense, but DDP would still leave them alone."""
 
     def __init__(self, ignored: list[str], embeddings: list[Any]) -> None:
-        self.ignored, self.embeddings = ignored, embeddings
+        self.ignored = ignored
+        for module in embeddings:
+            module.sparse = False
 
     def __call__(self, *_: object) -> None:
         if torch.is_grad_enabled() and DistributedDataParallel._get_active_ddp_module() is not None:
@@ -409,6 +413,25 @@ class _CopiedHook:
                 "this model is a copy of one with packed gradients, and DistributedDataParallel would not average "
                 "its own; copy before making the optimizer, or after its remove()"
             )
+
+
+class _Sparse:
+    """Marks an embedding that was set to `sparse=True`; it does nothing, but a copy of the embedding, alone or inside
+    a part of the model, is dense again: nobody packs its gradient.
+    """
+
+    def __call__(self, *_: object) -> None:
+        pass
+
+    def __reduce__(self) -> Any:
+        return _CopiedSparse, ()
+
+
+class _CopiedSparse:
+    """What the copy carries until its first forward: its `sparse` may be copied after this."""
+
+    def __call__(self, module: nn.Module, *_: object) -> None:
+        _forget_copied(module)
 
 
 def _undo(own: Any, handles: list[Any], things: list[Any], model_ref: Any, ignored: list[str]) -> None:
@@ -431,13 +454,15 @@ def _leave_to_ddp(model: nn.Module, ignored: list[str]) -> None:
 
 
 def _forget_copied(model: nn.Module) -> None:
-    """Undoes what a copy of a model with packed gradients has of them."""
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, _CopiedHook):
-            del model._forward_pre_hooks[key]
-            _leave_to_ddp(model, hook.ignored)
-            for module in hook.embeddings:
-                module.sparse = False
+    """Undoes what a copy of a model with packed gradients, or a copied part of one, has of them."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, _CopiedHook):
+                del module._forward_pre_hooks[key]
+                _leave_to_ddp(module, hook.ignored)
+            elif isinstance(hook, _CopiedSparse):
+                del module._forward_pre_hooks[key]
+                setattr(module, "sparse", False)  # noqa: B010 (of an nn.Embedding)
 
 
 def _single_tables(table: TileTable) -> list[TileTable]:

@@ -267,7 +267,7 @@ def ticket_of(cell: Cell, bench: Workbench, notes: list[str]) -> Ticket | None:
     model, tokenizer = bench.model(cell, METHODS["ltp"](), tied=strategy == "vanilla")
 
     def make(path: Path) -> None:
-        result = tune_mlm(model, tokenizer, text.texts, settings, progress=bench.progress)
+        result = tune_mlm(model, tokenizer, text.texts, settings, progress=bench.progress, source=text.source)
         tuned = {name: p.detach() for name, p in canonical_parameters(model).items() if name in result.originals}
         save_tensors(path, "tuned weights", tuned, {"metadata": result.metadata})
         result.reset()

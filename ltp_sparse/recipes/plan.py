@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from ltp_sparse.recipes.cell import check_cell, method_of
 from ltp_sparse.recipes.recipe import Cell, Recipe
 from ltp_sparse.selection import pools
 from ltp_sparse.tasks import task
+from ltp_sparse.topk import entries_for
 from ltp_sparse.training.backbone import backbone_from_config, load_config
 
 _GPU_FLOPS = 1e14
@@ -119,7 +119,7 @@ def _active(cell: Cell, method: Method, model: Any) -> tuple[int, int]:
             layers = len({layer_of(name) for name in canonical_parameters(model)} - {"embeddings", "other"})
             in_segment = pools.segment(cell["ticket.segment"], layers)
             maskable = sum(p.numel() for name, p in canonical_parameters(model).items() if in_segment(name))
-        return math.floor(Fraction(str(cell["ticket.density"] or 0.2)) * maskable), maskable
+        return entries_for(maskable, density=cell["ticket.density"] or 0.2), maskable
     ticket = method.ticket(model)
     if isinstance(method, LTSFT):
         return method.budget(ticket.n), ticket.n

@@ -25,6 +25,7 @@ from ltp_sparse.selection.sources import (
     Sides,
     check_dtypes,
     check_shape,
+    check_there,
     device_of,
     equal_infinities,
     fingerprint,
@@ -120,6 +121,7 @@ def select(
     names, alone = names_in_pool(base, after, pool, allow_missing, what="select", scored=score is not None)
     for name in names:
         check_shape(name, base[name].shape, after[name].shape)
+        check_there(name, base, what="select")  # its digest is taken in any case
     names, groups, labels, ks = share_out({name: base[name].shape for name in names}, budget, density=density, k=k)
     check_dtypes(names, after, *([base] if score is None else []), what="select")
     noted = told_of_dtypes(names, base, after) if score is None and compare_in is None else {}

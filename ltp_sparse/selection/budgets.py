@@ -10,7 +10,7 @@ from fractions import Fraction
 from torch import Size
 
 from ltp_sparse.names import layer_of
-from ltp_sparse.topk import entries_for
+from ltp_sparse.topk import as_share, entries_for
 
 Budget = str | Mapping[str, float]
 """How k is shared: "global", "layer", "tensor", or shares of k for regular expressions over names."""
@@ -35,7 +35,10 @@ def share_out(
         for pattern in budget:
             if pattern not in label_of.values():
                 raise ValueError(f"budget: the expression {pattern!r} is found in no parameter of the pool")
-        if sum(budget.values()) > 1 + 1e-9:
+        shares = {pattern: as_share(share, f"budget: the share of {pattern!r}") for pattern, share in budget.items()}
+        if not shares:
+            raise ValueError("budget: expected shares by expression, got none")
+        if sum(shares.values()) > 1 + 1e-9:
             raise ValueError(f"budget: the shares must not exceed 1, got {sum(budget.values())}")
     elif budget == "global":
         label_of = dict.fromkeys(sizes, "all")
@@ -50,9 +53,9 @@ def share_out(
     pools = {label: sum(sizes[name] for name, at in label_of.items() if at == label) for label in labels}
     total = entries_for(sum(sizes.values()), density=density, k=k)
     if isinstance(budget, Mapping):
-        ks = [math.floor(Fraction(str(budget[label])) * total) for label in labels]
+        ks = [math.floor(shares[label] * total) for label in labels]
     else:
-        part = Fraction(total, sum(sizes.values())) if density is None else Fraction(str(density))
+        part = Fraction(total, sum(sizes.values())) if density is None else as_share(density)
         ks = [total] if budget == "global" else [math.floor(part * pools[label]) for label in labels]
     for label, wanted in zip(labels, ks, strict=True):
         if wanted > pools[label]:

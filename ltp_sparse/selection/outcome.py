@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ltp_sparse.selection.budgets import Budget
+from ltp_sparse.topk import as_share
 
 
 class ShortTicket(UserWarning):
@@ -45,8 +46,10 @@ def describe(
     left_out = {what: count for what, count in left_out.items() if count}
     return {
         "method": method,
-        "density": density if density is not None else sum(ks) / pool,
-        "budget": dict(budget) if isinstance(budget, Mapping) else budget,
+        "density": float(as_share(density)) if density is not None else sum(ks) / pool,
+        "budget": {pattern: float(as_share(share)) for pattern, share in budget.items()}
+        if isinstance(budget, Mapping)
+        else budget,
         "requested_k": sum(ks),
         "k": found,
         "thresholds": {label: t for label, t in zip(labels, thresholds.tolist(), strict=True) if t != float("inf")},

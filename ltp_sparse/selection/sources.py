@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ltp_sparse import backends
 from ltp_sparse.checkpoints import CheckpointTensor, Readable, Reader, read_piece
 from ltp_sparse.names import Named, digest, parameter_order
+from ltp_sparse.tensors import check_plain_tensor
 from ltp_sparse.ticket import Pool, in_pool
 from ltp_sparse.weights import Missing, Weights, check_sides, open_weights, side_by_side
 
@@ -65,6 +66,7 @@ def names_in_pool(
 def check_dtypes(names: Iterable[str], *sides: Mapping[str, Readable], what: str) -> None:
     """Raises a TypeError (of a file: a ValueError) for a parameter that cannot be ranked."""
     for name in names:
+        check_there(name, *sides, what=what)
         for side in sides:
             if name in side and is_traceable_wrapper_subclass(side[name]):
                 raise TypeError(
@@ -78,6 +80,13 @@ def check_dtypes(names: Iterable[str], *sides: Mapping[str, Readable], what: str
                     f"{what}: {name!r} must be float32, bfloat16 or float16, got "
                     f"{getattr(tensor, 'stored', tensor.dtype)}; convert it, or leave it out with pool="
                 )
+
+
+def check_there(name: str, *sides: Mapping[str, Readable], what: str) -> None:
+    """Raises a TypeError for a parameter without values, as of a model on the meta device."""
+    for tensor in (side[name] for side in sides if name in side):
+        if isinstance(tensor, Tensor) and not is_traceable_wrapper_subclass(tensor):
+            check_plain_tensor(tensor, f"{what}: {name!r}")
 
 
 class MixedDtypes(UserWarning):

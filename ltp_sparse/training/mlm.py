@@ -156,6 +156,7 @@ def tune_mlm(
     resume: bool = False,
     progress: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
+    source: str = "tune_mlm",
     **arguments: Any,
 ) -> MLMResult:
     """Tunes `model` in place as a masked language model and leaves it at its best validation loss.
@@ -175,6 +176,7 @@ def tune_mlm(
         resume: continue from the latest checkpoint in `output_dir`, if there is one. ValueError with other settings or
             texts than `settings.json` there tells of.
         progress: show bars and the log.
+        source: where the texts are from, for messages.
         arguments: further `transformers.TrainingArguments`, e.g. logging_steps=10.
 
     Raises:
@@ -204,8 +206,11 @@ def tune_mlm(
             progress=progress,
         )
 
-    training, validation = split_texts(texts, settings.validation, settings.seed)
-    train_dataset, eval_dataset = dataset(training, settings.seed), dataset(validation, settings.seed + 1)
+    try:
+        training, validation = split_texts(texts, settings.validation, settings.seed)
+        train_dataset, eval_dataset = dataset(training, settings.seed), dataset(validation, settings.seed + 1)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
     room = longest_input(model.config)
     if (longest := max(train_dataset.longest, eval_dataset.longest)) > room:
         raise ValueError(
@@ -506,10 +511,10 @@ class _EvaluateAtEnd(TrainerCallback):
 
 def split_texts(texts: Sequence[str], share: float, seed: int) -> tuple[list[str], list[str]]:
     """Training and validation texts: a random `share`, at least one text, is held out; the order of texts is kept."""
-    if not 0 < share < 1 or len(texts) < 2:
-        raise ValueError(
-            f"split_texts: expected a share in (0, 1) and at least 2 texts, got {share} and {len(texts)} texts"
-        )
+    if not 0 < share < 1:
+        raise ValueError(f"expected a share of texts to validate on in (0, 1), got {share}")
+    if len(texts) < 2:
+        raise ValueError(f"expected at least 2 texts, one of them to validate on, got {len(texts)}")
     held_out = max(1, round(share * len(texts)))
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(texts), generator=generator, dtype=torch.int64, device="cpu")
@@ -559,9 +564,9 @@ class MaskedTexts(Dataset):
             self.offsets = np.arange(blocks + 1, dtype=np.int64) * length
         if len(self) == 0:
             raise ValueError(
-                f"MaskedTexts: {len(self.tokens)} tokens give no example"
+                f"{len(self.tokens)} tokens give no example"
                 + (
-                    f" of {length} tokens; give more text or line_by_line=True"
+                    f" of {length} tokens; give more text or line_by_line=True (--line-by-line)"
                     if packed
                     else "; give texts that are not empty"
                 )
