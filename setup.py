@@ -21,7 +21,7 @@ ISA_FLAGS = {
     "kernels_avx2": ["-mavx2", "-mbmi", "-mbmi2", "-mpopcnt"],
     "kernels_avx512": [
         *["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mavx512vbmi2"],
-        *["-mbmi", "-mbmi2", "-mpopcnt", "-mprefer-vector-width=512"],
+        *["-mavx512vpopcntdq", "-mbmi", "-mbmi2", "-mpopcnt", "-mprefer-vector-width=512"],
         "-Wno-maybe-uninitialized",  # GCC 12 gives it for its own intrinsics
     ],
 }

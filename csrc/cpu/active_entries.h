@@ -69,19 +69,21 @@ class Walk {
     // values is rounded into the parameters; with kReadGrads, values is not to be read.
     template <Access ACCESS, class Body>
     void for_each_piece(const AdamWTile& tile, Body body) const {
-        const bool blocks = tile.scales != nullptr;
-        // Random bits belong to positions, and blocks to whole counts: neither goes with packing lanes.
-        const bool packs_lanes = kPacksBoth && !blocks && !tile.stochastic && kSparse * tile.active > tile.length;
+        const bool lanes = kPacksBoth && kSparse * tile.active > tile.length;
+        const bool listed = tile.encoding == Encoding::kList16;
+        // Random bits belong to positions.
+        const bool random = ACCESS == Access::kUpdate && (tile.scales != nullptr || tile.stochastic);
+        uint16_t decoded[kTile + 64];
+        if (tile.encoding == Encoding::kBitmap && (random || !lanes)) decode_tile(tile, decoded);
+        const uint16_t* const positions = listed ? tile.positions : decoded;
         if (tile.encoding == Encoding::kFull) {
             for_each_full_piece<ACCESS>(tile, body);
-        } else if (tile.encoding == Encoding::kList16) {
-            for_each_listed_piece<ACCESS>(tile, tile.positions, body);
-        } else if (packs_lanes) {
-            for_each_packed_piece<ACCESS>(tile, body);
-        } else {
-            uint16_t positions[kTile + 64];
-            decode_tile(tile, positions);
+        } else if (listed || !lanes) {
             for_each_listed_piece<ACCESS>(tile, positions, body);
+        } else if (ACCESS == Access::kUpdate && tile.scales != nullptr) {
+            for_each_packed_piece<ACCESS, true>(tile, positions, body);
+        } else {
+            for_each_packed_piece<ACCESS, false>(tile, positions, body);
         }
     }
 
@@ -93,11 +95,28 @@ class Walk {
     static_assert(kStateBlock <= kLargestPiece && kPackedPiece <= kLargestPiece);
 
     struct Buffers {
-        // The primitives touch up to 64 items past the piece.
-        alignas(64) float values[kLargestPiece + 64];
-        alignas(64) float grads[kLargestPiece + 64];
-        alignas(64) Param params[kLargestPiece + 64];
-        alignas(64) Grad raw_grads[kLargestPiece + 64];
+        // A piece, what is left of the groups at its ends, and 64 items that the primitives may touch behind.
+        static constexpr int64_t kSize = kLargestPiece + 3 * 64;
+        alignas(64) float values[kSize];
+        alignas(64) float grads[kSize];
+        alignas(64) Param params[kSize];
+        alignas(64) Grad raw_grads[kSize];
+
+        Param* rounded() {
+            if constexpr (kPlainParam)
+                return values;
+            else
+                return params;
+        }
+
+        // Moves the items from `first` to `end` to the front.
+        void drop(int64_t first, int64_t end) {
+            const auto move = [&](auto* items) { memmove(items, items + first, size_t(end - first) * sizeof *items); };
+            if (kPlainParam) move(values);
+            if (!kPlainParam) move(params);
+            if (kPlainGrad && !PACKED) move(grads);
+            if (!kPlainGrad && !PACKED) move(raw_grads);
+        }
     };
 
     static Param* params_of(const AdamWTile& tile) { return static_cast<Param*>(tile.param); }
@@ -215,65 +234,83 @@ class Walk {
         }
     }
 
-    template <Access ACCESS, class Body>
-    static void for_each_packed_piece(const AdamWTile& tile, Body body) {
+    // BLOCKS: pieces are blocks of 8-bit moments, which end within a group; else whole groups of 64 entries.
+    template <Access ACCESS, bool BLOCKS, class Body>
+    static void for_each_packed_piece(const AdamWTile& tile, const uint16_t* positions, Body body) {
+        constexpr int64_t kEnough = BLOCKS ? kStateBlock : kPackedPiece - 63;
         Buffers buffers;
-        const int64_t full_groups = tile.length / 64;
         const bool reads_params = ACCESS != Access::kReadGrads && tile.master == nullptr;
-        int64_t group = 0, rank = 0;
-        while (group < full_groups) {
-            const int64_t first = group;
-            int64_t count = 0;
-            for (; group < full_groups && count <= kPackedPiece - 64; ++group) {
-                const uint64_t bits = load_group(tile.words, group);
-                if (reads_params) pack_any(params_of(tile) + 64 * group, bits, buffers.params, buffers.values, count);
-                if (!PACKED) pack_any(grads_of(tile) + 64 * group, bits, buffers.raw_grads, buffers.grads, count);
-                count += count_bits(bits);
+        const int64_t groups = (tile.length + 63) / 64;
+        int64_t brought = 0, back = 0;           // groups brought into the buffers, and put back
+        int64_t held = 0, worked = 0, rank = 0;  // entries in the buffers, of them worked on; of the tile
+        while (rank < tile.active) {
+            for (; brought < groups && held - worked < kEnough; ++brought) {
+                const uint64_t bits = load_group(tile.words, brought);
+                if (reads_params) {
+                    bring_group(params_of(tile), tile.length, brought, bits, buffers.params, buffers.values, held);
+                }
+                if (!PACKED) {
+                    bring_group(grads_of(tile), tile.length, brought, bits, buffers.raw_grads, buffers.grads, held);
+                }
+                held += count_bits(bits);
             }
+            const int64_t left = held - worked, count = BLOCKS && left > kStateBlock ? kStateBlock : left;
             float* values = values_of<ACCESS>(tile, rank, buffers, [&] {
-                if constexpr (!kPlainParam) widen(buffers.params, count, buffers.values);
+                if constexpr (!kPlainParam) widen(buffers.params + worked, count, buffers.values + worked);
             });
+            if (tile.master == nullptr) values += worked;
             const float* grads = grads_of(tile, rank, buffers, [&] {
-                if constexpr (!kPlainGrad) widen(buffers.raw_grads, count, buffers.grads);
+                if constexpr (!kPlainGrad) widen(buffers.raw_grads + worked, count, buffers.grads + worked);
             });
-            body(values, grads, rank, count, nullptr);
+            if (!PACKED) grads += worked;
+            body(values, grads, rank, count, positions + rank);
             rank += count;
             if (ACCESS == Access::kUpdate) {
-                const Param* from = buffers.params;
                 if constexpr (kPlainParam) {
-                    if (tile.master != nullptr) memcpy(buffers.values, values, size_t(count) * sizeof(float));
-                    from = buffers.values;
+                    if (tile.master != nullptr) memcpy(buffers.values + worked, values, size_t(count) * sizeof(float));
                 } else {
-                    round_all(values, count, buffers.params);
+                    round_piece(
+                        tile, values, count, [&](int64_t i) { return int64_t(positions[rank - count + i]); },
+                        buffers.params + worked);
                 }
-                for (int64_t done = first; done < group; ++done) {
-                    const uint64_t bits = load_group(tile.words, done);
-                    unpack(from, bits, params_of(tile) + 64 * done);
-                    from += count_bits(bits);
+                worked += count;
+                int64_t done = 0;
+                for (; back < brought; ++back) {
+                    const uint64_t bits = load_group(tile.words, back);
+                    const int64_t entries = count_bits(bits);
+                    if (BLOCKS && done + entries > worked) break;
+                    put_back_group(tile, back, bits, buffers.rounded() + done);
+                    done += entries;
                 }
+                if (BLOCKS) buffers.drop(done, held);
+                held -= done;
+                worked -= done;
+            } else {
+                held = 0;
             }
-        }
-        // The last group, if it is not whole: vectors would reach past the end of the tensor.
-        if (tile.length % 64 != 0) {
-            uint16_t positions[64];
-            AdamWTile rest = tile;
-            rest.active = decode(load_group(tile.words, group), uint16_t(64 * group), positions);
-            if (tile.master != nullptr) rest.master += rank;
-            if (PACKED) rest.grad = static_cast<const float*>(tile.grad) + rank;
-            for_each_listed_piece<ACCESS>(
-                rest, positions, [&](float* values, const float* grads, int64_t at, int64_t n, const uint16_t* listed) {
-                    body(values, grads, rank + at, n, listed);
-                });
         }
     }
 
-    // Packs a group to the `count`-th place of the buffer of its type.
-    static void pack_any(const float* from, uint64_t bits, float*, float* to, int64_t count) {
-        pack(from, bits, to + count);
+    // Brings the active items of a group to the `at`-th place of the buffer of their type.
+    template <class Storage>
+    static void bring_group(const Storage* from, int64_t length, int64_t group, uint64_t bits, Storage* stored,
+                            float* floats, int64_t at) {
+        Storage* to;
+        if constexpr (std::is_same_v<Storage, float>) {
+            to = floats + at;
+        } else {
+            to = stored + at;
+        }
+        from += 64 * group;
+        if (64 * group + 64 <= length) return pack(from, bits, to);
+        // Vectors would reach past the end of the tensor.
+        for (; bits != 0; bits &= bits - 1) *to++ = from[__builtin_ctzll(bits)];
     }
-    template <class Half>
-    static void pack_any(const Half* from, uint64_t bits, Half* to, float*, int64_t count) {
-        pack(from, bits, to + count);
+
+    static void put_back_group(const AdamWTile& tile, int64_t group, uint64_t bits, const Param* from) {
+        Param* const to = params_of(tile) + 64 * group;
+        if (64 * group + 64 <= tile.length) return unpack(from, bits, to);
+        for (; bits != 0; bits &= bits - 1) to[__builtin_ctzll(bits)] = *from++;
     }
 };
 

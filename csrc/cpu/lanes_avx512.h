@@ -1,4 +1,4 @@
-// The vector primitives of lanes_generic.h for AVX-512 F, BW, VL, DQ, VBMI and VBMI2.
+// The vector primitives of lanes_generic.h for AVX-512 F, BW, VL, DQ, VBMI, VBMI2 and VPOPCNTDQ.
 #pragma once
 
 #include <immintrin.h>
