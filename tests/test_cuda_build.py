@@ -15,11 +15,9 @@ FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xptxas", "-v", "-c"]
 # kernels of a source: 3 x 8 storage types for update, coded update and sum, and 3 for packing; 4 x 3 for either pass
 # over the weights and for samples, and 3 for candidates
 KERNELS = {"masked_adamw": 27, "topk_delta": 39}
-REGISTERS = {"masked_adamw": 88, "topk_delta": 64}
-"""A thread, at most, of the 65,536 of a processor: five thread blocks of 128 threads (updates, with checks of tiles),
-four of 256 (band) or one of 1,024 (histogram) then find room. Updates in 64 registers would spill more."""
-SPILLED = {"masked_adamw": 4, "topk_delta": 0}
-"""Bytes a thread, at most: one register of one kernel."""
+REGISTERS = {"masked_adamw": 80, "topk_delta": 64}
+"""A thread, at most, of the 65,536 of a processor: six thread blocks of 128 threads (updates, with the loads of four
+entries on the way), four of 256 (band) or one of 1,024 (histogram) then find room."""
 
 
 @pytest.mark.parametrize(
@@ -36,7 +34,7 @@ def test_kernels_do_not_spill(tmp_path, source, target):
     stacks = [int(count) for count in re.findall(r"(\d+) bytes stack frame", run.stderr)]
     assert len(registers) == KERNELS[source]
     assert max(registers) <= REGISTERS[source]
-    assert spills and max(spills) <= SPILLED[source] and max(stacks) <= 2 * SPILLED[source]
+    assert spills and set(spills) == set(stacks) == {0}
 
 
 def test_selection_is_bound_by_memory(tmp_path):

@@ -10,7 +10,9 @@ namespace ltp {
 namespace {
 
 template <class Param, class Grad, bool PACKED>
-__global__ void __launch_bounds__(kThreads) update_kernel(CudaTable table, CudaMoments moments, bool stochastic) {
+__global__ void __launch_bounds__(kThreads)
+    update_kernel(const __grid_constant__ CudaTable table, const __grid_constant__ CudaMoments moments,
+                  bool stochastic) {
     __shared__ uint16_t listed[kSubTile];
     __shared__ double scratch[kThreads / 32];
     DeviceThreads<kThreads> threads(scratch);
@@ -18,14 +20,16 @@ __global__ void __launch_bounds__(kThreads) update_kernel(CudaTable table, CudaM
 }
 
 template <class Param, class Grad, bool PACKED>
-__global__ void __launch_bounds__(kThreads) update_coded_kernel(CudaTable table, CudaMoments moments, bool stochastic) {
+__global__ void __launch_bounds__(kThreads)
+    update_coded_kernel(const __grid_constant__ CudaTable table, const __grid_constant__ CudaMoments moments,
+                        bool stochastic) {
     __shared__ double scratch[kThreads / 32];
     DeviceThreads<kThreads> threads(scratch);
     update_coded_block<Param, Grad, PACKED>(table, moments, stochastic, blockIdx.x, threads);
 }
 
 template <class Param, class Grad, bool PACKED>
-__global__ void __launch_bounds__(kThreads) sum_squares_kernel(CudaTable table, double* out) {
+__global__ void __launch_bounds__(kThreads) sum_squares_kernel(const __grid_constant__ CudaTable table, double* out) {
     __shared__ uint16_t listed[kSubTile];
     __shared__ double scratch[kThreads / 32];
     DeviceThreads<kThreads> threads(scratch);
@@ -34,7 +38,8 @@ __global__ void __launch_bounds__(kThreads) sum_squares_kernel(CudaTable table, 
 }
 
 template <class Grad>
-__global__ void __launch_bounds__(kThreads) pack_kernel(CudaTable table, float* out, bool accumulate) {
+__global__ void __launch_bounds__(kThreads)
+    pack_kernel(const __grid_constant__ CudaTable table, float* out, bool accumulate) {
     __shared__ uint16_t listed[kSubTile];
     __shared__ double scratch[kThreads / 32];
     DeviceThreads<kThreads> threads(scratch);
