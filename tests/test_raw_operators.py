@@ -117,7 +117,6 @@ def test_tables_that_cannot_be_are_refused(row, column, value):
         ("positions", lambda t: t[-1].fill_(300), "past its end"),
         ("positions", lambda t: t[-1].fill_(-1), "past its end"),
     ],
-    ids=str,
 )
 def test_indices_that_cannot_be_are_refused(what, spoil, message):
     for op in OPERATORS:
