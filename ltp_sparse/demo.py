@@ -19,8 +19,9 @@ from ltp_sparse.names import canonical_parameters
 from ltp_sparse.prompting import Verbalizer
 from ltp_sparse.report.plots import plot_accuracy, plot_ticket
 from ltp_sparse.report.tables import Table, make_table, markdown
-from ltp_sparse.training.backbone import MINI_XLMR, load_backbone
+from ltp_sparse.training.backbone import load_backbone
 from ltp_sparse.training.evaluation import evaluate, result_row
+from ltp_sparse.training.locating import MINI_XLMR
 from ltp_sparse.training.method import Trained, train_method
 from ltp_sparse.training.mlm import MLMSettings, find_ticket, tune_mlm
 

@@ -19,11 +19,11 @@ from ltp_sparse.names import (
     canonical_group,
     canonical_parameters,
     canonical_tensors,
-    closest,
     is_floating,
     matches,
     unwrapped,
 )
+from ltp_sparse.reading import closest
 
 Weights = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
 """A version of a model: a module, name -> tensor, or a safetensors checkpoint (file or folder)."""

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from ltp_sparse import manifest
 from ltp_sparse.cli.options import CommandError
 from ltp_sparse.files import atomic_path
-from ltp_sparse.prompting.templates import CLASSES
 from ltp_sparse.reading import FileFormatError, read_json
 from ltp_sparse.tasks import task
 from ltp_sparse.tasks.own import Columns
+from ltp_sparse.tasks.pairs import CLASSES
 
 if TYPE_CHECKING:
     from ltp_sparse.delta import SparseDelta

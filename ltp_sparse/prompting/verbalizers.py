@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ltp_sparse.prompting.templates import CLASSES
+from ltp_sparse.tasks.pairs import CLASSES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -20,8 +20,9 @@ from ltp_sparse.files import save as save_tensors
 from ltp_sparse.methods import METHODS, Method, Settings
 from ltp_sparse.methods.madx import ADAPTER_SETTINGS, train_language_adapter
 from ltp_sparse.modules import Adapter
-from ltp_sparse.names import canonical_parameters, closest, fingerprint, layer_of, module_of
+from ltp_sparse.names import canonical_parameters, fingerprint, layer_of, module_of
 from ltp_sparse.prompting import CLASSES, WORDS, Verbalizer
+from ltp_sparse.reading import closest
 from ltp_sparse.recipes.cache import Cache
 from ltp_sparse.recipes.corpora import Corpus, corpus, mixture
 from ltp_sparse.recipes.recipe import Cell
