@@ -65,6 +65,8 @@ def stand_ins(files, tmp_path_factory):  # noqa: F811
     from ltp_sparse.tasks.own import Columns
 
     root = tmp_path_factory.mktemp("stand-ins")
+    for name in ("base", "tuned"):
+        (root / name).mkdir()
     for name in ("en", "hi", "ace"):
         shutil.copy(files / "ticket.safetensors", root / f"{name}.safetensors")
     (root / "wiki.en.txt").write_text("one line\n")
@@ -91,7 +93,7 @@ def stand_ins(files, tmp_path_factory):  # noqa: F811
         ("ltp-4", {"task": "xnli-fewshot"}),
         ("quy", {"task": None, "columns": Columns(), "test": "test.tsv", "labels": ("positive", "negative")}),
     ):
-        made = Run(model="m", tokenizer=None, method="LTP", shots=4, language="en", verbalizer="en", **more)
+        made = Run(model="mini-xlmr", tokenizer=None, method="LTP", shots=4, language="en", verbalizer="en", **more)
         for seed in (1, 3):
             (root / "runs" / name / f"seed-{seed}").mkdir(parents=True)
             (root / "runs" / name / f"seed-{seed}" / BAKED).touch()

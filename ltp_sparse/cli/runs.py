@@ -86,6 +86,16 @@ class Run:
         except (AttributeError, TypeError, ValueError) as error:
             raise FileFormatError(path, f"damaged, or of another version of ltp_sparse ({error})") from error
 
+    def check_model(self, command: str) -> None:
+        """Raises if the model or the tokenizer is no longer where it was."""
+        from ltp_sparse.training.locating import locate
+
+        try:
+            for name in filter(None, (self.model, self.tokenizer)):
+                locate(name)
+        except ValueError as error:
+            raise CommandError(f"{command}: the run was made with a model that is not found: {error}") from None
+
     def check_continues(self, folder: Path) -> None:
         """Raises if the folder has seeds of a run that was made in another way: they would pass for seeds of this."""
         if not (folder / _DESCRIPTION).is_file() or not any(folder.glob("seed-*")):

@@ -96,6 +96,25 @@ def read_own(
     return examples
 
 
+def columns_of(path: str | os.PathLike[str]) -> list[str]:
+    """The names in the first line of a table, the keys of the first row of JSON lines, the columns of a parquet file.
+
+    Raises:
+        FileFormatError: there is no row.
+    """
+    path = Path(path)
+    suffix = path.name.removesuffix(".gz").rpartition(".")[2].lower()
+    if suffix == "parquet":
+        row: Mapping[str, Any] | None = next((row for _, row in _parquet_rows(path)), None)
+    elif suffix == "jsonl":
+        row = next((row for _, row in read_jsonl(path)), None)
+    else:
+        row = next((row for _, row in read_table(path, quoted=suffix == "csv", comma=suffix == "csv")), None)
+    if row is None:
+        raise FileFormatError(path, "expected rows below a header, got none")
+    return list(row)
+
+
 def split_dev(examples: Sequence[Any], share: float) -> tuple[list[Any], list[Any]]:
     """(training, dev): a share of every class, at least one example, goes to dev; always the same draw.
 
