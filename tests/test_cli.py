@@ -317,7 +317,6 @@ TRAIN = ["train", "--model", "mini-xlmr", "--output", "o"]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: COMMAND; see ltp-sparse --help"),
         (["selct"], "invalid choice: 'selct'"),
         (["select"], "--output is needed"),
         (

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "docs/own-data.md", "docs/methods.md"]
 
 
-class Reached(Exception):
+class Reached(BaseException):
     """A command has got past all its checks, to where the work begins."""
 
 

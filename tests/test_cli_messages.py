@@ -1,9 +1,11 @@
 """Wrong calls of the command line: exit status 2, and one line that says what was expected, what came, what to do."""
 
+import io
 import json
 import subprocess
 import sys
 import time
+import warnings
 
 import pyarrow.parquet
 import pytest
@@ -223,6 +225,59 @@ def test_the_library_is_whole_after_its_late_import():
     )
     assert python("-c", script).returncode == 0
     assert python("-c", "import torch, ltp_sparse; torch.ops.ltp_sparse.topk_delta").returncode == 0
+
+
+def test_the_bare_command_prints_its_help(capsys):
+    assert main([]) == 0
+    assert "ltp-sparse demo" in capsys.readouterr().out
+
+
+class Screen(io.StringIO):
+    """Where bars and notes go; a terminal shows what stands behind the last carriage return of a line."""
+
+    def __init__(self, tty):
+        super().__init__()
+        self.isatty = lambda: tty
+
+    def lines(self):
+        return [line.rpartition("\r")[2] if self.isatty() else line for line in self.getvalue().split("\n")]
+
+
+@pytest.mark.parametrize("tty", [True, False])
+@pytest.mark.parametrize("error", [ValueError("expected x, got y"), KeyError("lost"), KeyboardInterrupt()])
+def test_notes_and_errors_have_lines_of_their_own_beside_a_bar(tty, error, monkeypatch):
+    from tqdm import tqdm
+
+    def work(options):
+        bar = tqdm(total=3, file=sys.stderr, ascii=True, ncols=60, mininterval=0)  # open when the error comes
+        bar.update()
+        sys.stderr.write(warnings.formatwarning("beware", UserWarning, "f", 1))  # pytest keeps warnings from the screen
+        bar.update()
+        kept.append(bar)
+        raise error
+
+    kept, screen = [], Screen(tty)
+    monkeypatch.setattr("ltp_sparse.cli.cache.run", work)
+    monkeypatch.setattr("sys.stderr", screen)
+    assert main(["cache"]) == {ValueError: 2, KeyError: 1, KeyboardInterrupt: 130}[type(error)]
+    kept[0].close()
+    lines = screen.lines()
+    assert "ltp-sparse: note: beware" in lines
+    assert lines[-2].startswith("ltp-sparse: ") and lines[-1] == "" and "Traceback" not in screen.getvalue()
+
+
+def test_errors_are_without_the_names_of_functions(monkeypatch, capsys):
+    from ltp_sparse.prompting import Verbalizer
+
+    def work(options):
+        Verbalizer.from_words(None, {"a": "x"}, ("a", "b"))
+
+    monkeypatch.setattr("ltp_sparse.cli.cache.run", work)
+    assert main(["cache"]) == 2
+    assert capsys.readouterr().err == "ltp-sparse: expected words for a, b, got a\n"
+    monkeypatch.setenv("LTP_SPARSE_TRACEBACK", "1")
+    assert main(["cache"]) == 2
+    assert "in from_words" in capsys.readouterr().err
 
 
 def test_version(capsys):

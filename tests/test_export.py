@@ -107,7 +107,8 @@ def test_scores_stand_in_the_card(files, trained, tmp_path, capsys):  # noqa: F8
     assert run("evaluate", trained, "--quiet") == 0
     assert run("export", trained, "--output", tmp_path / "exported") == 0
     row = json.loads((trained / "results.jsonl").read_text().splitlines()[-1])
-    assert f"| accuracy | quy | {row['scores']['quy']:.4f} |" in (tmp_path / "exported" / "README.md").read_text()
+    of_quy = f"| accuracy | quy | {row['scores']['quy']:.4f} | {row['largest_class']['quy']:.4f} |"
+    assert of_quy in (tmp_path / "exported" / "README.md").read_text()
 
 
 def test_what_transformers_has_no_model_for_is_refused(files, tmp_path, capsys):  # noqa: F811

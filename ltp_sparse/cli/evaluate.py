@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
     import torch
 
     from ltp_sparse.report.tables import make_table, markdown
-    from ltp_sparse.training.evaluation import evaluate, result_row
+    from ltp_sparse.training.evaluation import evaluate, largest_class, result_row
 
     quieten(options)
     rows = []
@@ -87,6 +87,7 @@ def run(options: argparse.Namespace) -> None:
             "task": name,
             "metric": metric,
             "examples": {language: len(of) for language, of in examples.items()},
+            "largest_class": largest_class(examples, metric),
         }
         facts |= {"split": options.split, "limit": options.limit, "epoch": delta.metadata["epoch"], "k": delta.ticket.k}
         rows.append(result_row(scores, **facts))

@@ -240,6 +240,8 @@ def _column(options: argparse.Namespace, column: str) -> list[str]:
     from ltp_sparse.tasks.own import Columns, read_own
 
     columns = Columns(text=column)
+    if options.text_column is None:
+        print(f"text: the column {column!r} of {', '.join(map(str, options.text))}")
     texts = [example.text for path in options.text for example in read_own(path, columns, labelled=False)]
     texts = [text for text in texts if text.strip()]
     if options.max_lines is None or options.max_lines >= len(texts):

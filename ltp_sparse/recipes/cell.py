@@ -29,7 +29,7 @@ from ltp_sparse.recipes.recipe import Cell
 from ltp_sparse.tasks import TASKS, Task
 from ltp_sparse.ticket import Ticket
 from ltp_sparse.training.backbone import load_backbone, load_causal
-from ltp_sparse.training.evaluation import evaluate
+from ltp_sparse.training.evaluation import evaluate, largest_class
 from ltp_sparse.training.language import LANGUAGE_SETTINGS, train_language
 from ltp_sparse.training.method import load_trained, train_method
 from ltp_sparse.training.mlm import STRATEGIES, MLMSettings, find_ticket, text_hash, tune_mlm
@@ -211,6 +211,7 @@ def run_cell(
         "metric": train_task.metric,
         "scores": scores,
         "mean": sum(scores.values()) / len(scores),
+        "largest_class": largest_class(tests, train_task.metric),
         "dev_score": max(trained.dev_scores) if method.picks != "loss" else min(trained.dev_scores),
         "epoch": trained.best_epoch,
         "k": trained.delta.ticket.k,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -83,6 +85,16 @@ def predict(model: nn.Module, examples: Sequence[Any], collate: Collate, **optio
     return logits.argmax(-1) if len(logits) else torch.empty(0, dtype=torch.long, device="cpu")
 
 
+def largest_class(examples: Mapping[str, Sequence[Any]], metric: str = "accuracy") -> dict[str, float]:
+    """Language -> the score of naming the largest class of its examples always; as an accuracy, the share of it."""
+    found = {}
+    for language, of_language in examples.items():
+        labels = np.asarray([example.label for example in of_language])
+        largest = Counter(labels.tolist()).most_common(1)[0][0]
+        found[language] = METRICS[metric](np.full_like(labels, largest), labels)
+    return found
+
+
 class Ready(Protocol):
     """What can be evaluated: a result of `train_method`, or of `load_trained`."""
 
@@ -108,6 +120,7 @@ def evaluate(
 
     metric: one of `METRICS`
     labels: classes of the task; one without an example is warned of, as are blank texts
+    Warns where all predictions for a language are one class, though its examples are of several.
     Raises ValueError for an unknown metric, an example without a label and a language without examples.
     """
     from tqdm.auto import tqdm
@@ -115,6 +128,7 @@ def evaluate(
     if metric not in METRICS:
         raise ValueError(f"evaluate: metric must be one of {', '.join(METRICS)}, got {metric!r}")
     scores = {}
+    one_class: dict[str, list[str]] = {}
     with tqdm(total=sum(map(len, examples.values())), unit="example", disable=not progress) as bar:
         for language, of_language in examples.items():
             bar.set_description(f"evaluate {language}")
@@ -129,6 +143,15 @@ def evaluate(
                 trained.model, encoded, trained.collate, batch_size=batch_size, dtype=dtype, progress=bar.update
             )
             scores[language] = METRICS[metric](predicted.numpy(), expected)
+            if bool((predicted == predicted[0]).all()) and bool((expected != expected[0]).any()):
+                name = str(int(predicted[0]) if labels is None else labels[int(predicted[0])])
+                one_class.setdefault(name, []).append(language)
+    for name, languages in one_class.items():
+        warnings.warn(
+            f"all predictions for {', '.join(languages)} are {name!r}: scores of a model that tells no classes apart; "
+            "it may need more epochs, another learning rate or more examples",
+            stacklevel=2,
+        )
     return scores
 
 
