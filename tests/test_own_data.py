@@ -287,10 +287,16 @@ def test_words_of_two_classes_must_differ_as_tokens():
 
     tokenizer = tiny_tokenizer()
     for words, message in (
-        ({"a": "word1 surely", "b": "surely"}, "'word1 surely' and 'surely' are the same token '\u2581surely'"),
-        ({"a": "word1", "b": "w\u00fcrde"}, "has no piece for 'w\u00fcrde'"),
-        ({"a": "word1", "b": "\u00fc word2"}, "has no piece for"),
-        ({"a": "word1", "b": ""}, "has no piece for ''"),
+        (
+            {"a": "word1 surely", "b": "surely"},
+            "'word1 surely' and 'surely' come down to the same token '\u2581surely'",
+        ),
+        (
+            {"a": "word1", "b": "w\u00fcrde"},
+            "the word 'w\u00fcrde' of class 'b' is not in the tokenizer, which makes \u2581 . <unk> of it",
+        ),
+        ({"a": "word1", "b": "\u00fc word2"}, "is not in the tokenizer"),
+        ({"a": "word1", "b": ""}, "the word '' of class 'b' is not in the tokenizer, which makes nothing of it"),
     ):
         with pytest.raises(ValueError, match=message), warnings.catch_warnings():
             warnings.simplefilter("ignore")
