@@ -47,6 +47,8 @@ TABLE = [
     ([*TRAIN[:-1], "prompt-only", "--train", "t.tsv"], ["needs a word for each class: --words a=WORD b=WORD"]),
     ([*TRAIN, "--ticket", "t"], ["--ticket is of ltp and random-ticket, not of bitfit"]),
     # recipes
+    ("run ltp-table-1 --output o", ["no model 'FacebookAI/xlm-roberta-base'", "mini-xlmr, a small one, comes with"]),
+    ("run ltp-table-1 --output o --model ./mini", ["run: --model: expected the folder of a model", "'./mini'"]),
     ("run own.yaml --dry-run", ["'xnly'", "xnli-fewshot", "sib200"]),
 ]
 

@@ -56,6 +56,8 @@ def locate(name_or_path: str | os.PathLike[str]) -> tuple[str, bool]:
 
 def _closest(text: str) -> str:
     """The names that may be meant: known ones, and folders of models beside what was given."""
+    if text in _KNOWN:
+        return f"{MINI_XLMR}, a small one, comes with the package"
     names = list(_KNOWN)
     with suppress(OSError), os.scandir(Path(text).parent) as entries:
         names += [str(Path(text).parent / e.name) for e in entries if os.path.isfile(os.path.join(e, "config.json"))]
