@@ -37,6 +37,11 @@ def blocks(page: str) -> str:
     return "\n".join(body for kind, body in zip(parts[1::4], parts[2::4], strict=True) if not kind)
 
 
+def snippets(page: str) -> list[str]:
+    """What stands between fences of Python."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), flags=re.M | re.S)
+
+
 HELP = [
     (name, command)
     for name in COMMANDS
@@ -56,6 +61,13 @@ def test_examples_parse(where, command):
 
 def test_there_are_examples_everywhere():
     assert {name for name, _ in HELP} == set(COMMANDS) and {page for page, _ in WRITTEN} == set(PAGES)
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_snippets_of_the_readme_run_by_themselves(number, tmp_path, monkeypatch, capsys):
+    assert len(snippets("README.md")) == 2
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippets("README.md")[number], "README.md", "exec"), {})
 
 
 @pytest.fixture(scope="module")

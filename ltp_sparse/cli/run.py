@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check_model(options: argparse.Namespace, recipe: Recipe) -> None:
-    """Raises if the one model of all cells cannot be had; of several models, cells without theirs fail by themselves."""
+    """Raises if the one model of all cells cannot be had; of several, cells without theirs fail by themselves."""
     models = {cell["model"] for cell in recipe.cells}
     if len(models) == 1:
         expect_model(argparse.Namespace(command="run", model=models.pop(), tokenizer=options.tokenizer, positional=()))
