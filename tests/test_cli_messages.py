@@ -97,6 +97,7 @@ MISTAKES = [  # with names and files, which a first look at them shows
     ("train --train t.tsv --words a=x", "got none for 'b'"),
     ("train --method prompt-only --train t.tsv", "needs a word for each class: --words a=WORD b=WORD"),
     ("train --method ltp --train t.tsv", "--ticket is needed for ltp"),
+    ("train --train t.tsv --test more.tsv", "more.tsv has the class 'c', which no training example has; classes: a, b"),
     ("train --train t.tsv --n-prompt 3", "--n-prompt is of soft prompts and not of bitfit"),
     ("train --train t.tsv --output full", "already holds trained seeds; pass --resume"),
     ("train --train t.tsv --output left", "holds checkpoints of an interrupted run"),
@@ -167,6 +168,7 @@ def answers(tmp_path_factory):
     (root / "results" / "results.jsonl").touch()
     (root / "model" / "config.json").write_text("{}")
     (root / "t.tsv").write_text(TSV)
+    (root / "more.tsv").write_text(TSV + "five\tc\n")
     (root / "two.tsv").write_text(TSV.replace("text\tlabel", "says\tclass"))
     (root / "two.csv").write_text("says,class\na,b\n")
     (root / "t.jsonl").write_text('{"text": "one", "label": "a"}\n')

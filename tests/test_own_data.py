@@ -316,6 +316,30 @@ def test_text_for_a_ticket_comes_from_a_column(files, tmp_path, monkeypatch):
     assert len(found) == 5 and set(found) <= {row["says"] for row in rows(48)} and more["report_to"] == "tensorboard"
 
 
+def test_text_for_a_ticket_without_a_named_column(files, tmp_path, monkeypatch, capsys):
+    """The column called text, or the only one; JSON lines with the key text and lists of lines as they always were."""
+    from ltp_sparse.training import mlm
+
+    seen = []
+    monkeypatch.setattr(mlm, "tune_mlm", lambda model, tokenizer, texts, *_, **more: seen.append(texts) or 1 / 0)
+    for name, content, texts in (
+        ("a.tsv", "class\ttext\nx\tone\ny\ttwo\n", ["one", "two"]),
+        ("b.csv", 'says\n"one, two"\nthree\n', ["one, two", "three"]),
+        ("c.jsonl", '{"text": "one\\ntwo"}\n{"text": "three"}\n', ["one", "two", "three"]),
+        ("d.tsv", "one\ntwo\n", ["one", "two"]),
+        ("e.tsv", "text\none\n", ["one"]),
+    ):
+        (tmp_path / name).write_text(content)
+        arguments = ["--model", files / "model", "--text", tmp_path / name, "--quiet", "--output", tmp_path / "t"]
+        assert run("select", *arguments) == 1
+        assert seen.pop() == texts, name
+        told = capsys.readouterr().out
+        assert ("the column 'text' of" in told) == (name in ("a.tsv", "e.tsv")) and ("'says'" in told) == ("b" in name)
+    arguments = ["--text", tmp_path / "a.tsv", tmp_path / "b.csv", "--output", tmp_path / "t"]
+    assert run("select", "--model", files / "model", *arguments) == 2
+    assert "--text mixes files of different columns" in capsys.readouterr().err
+
+
 def test_probabilities_are_those_of_the_logits(files, trained):
     from ltp_sparse.cli.runs import Run, load_seed
     from ltp_sparse.training.evaluation import class_logits, predict

@@ -212,7 +212,8 @@ def _from_text(options: argparse.Namespace):  # type: ignore[no-untyped-def]
 def _only_column(paths: list[Path]) -> str | None:
     """The column to take the text from, where none is named: the one called text, or a single one.
 
-    None: these are no tables, or tables of one column without a header, which are read line by line.
+    None: these are no tables, or such as `read_text` takes: a .tsv of one column without a header, JSON lines with the
+    key text.
     """
     from ltp_sparse.tasks.own import columns_of
 
@@ -221,8 +222,10 @@ def _only_column(paths: list[Path]) -> str | None:
         if kind_of(path) != "table":
             found.add(None)
             continue
-        names = columns_of(path)
-        if names != ["text"] and len(names) == 1 and path.name.removesuffix(".gz").endswith(".tsv"):
+        names, name = columns_of(path), path.name.removesuffix(".gz")
+        if name.endswith(".jsonl") and "text" in names:
+            found.add(None)
+        elif name.endswith(".tsv") and len(names) == 1 and names != ["text"]:
             found.add(None)
         elif "text" in names or len(names) == 1:
             found.add("text" if "text" in names else names[0])

@@ -311,9 +311,13 @@ def _own_data(options: argparse.Namespace, words: dict[str, list[str]] | None, l
 
     train = read(options.train, "train")
     dev = [] if options.dev is None else read(options.dev, "validation")
-    if options.test is not None:
-        read(options.test, "test")  # what is wrong with it is told now, not after the training
+    test = [] if options.test is None else read(options.test, "test")  # told now, not after the training
     labels = classes_of([*train, *dev], words)
+    if foreign := sorted({example.label for example in test} - set(labels)):
+        raise CommandError(
+            f"train: --test {options.test} has the class {foreign[0]!r}, which no training example has; classes: "
+            f"{', '.join(labels)}"
+        )
     if words is None and set(labels) == set(CLASSES):
         labels = CLASSES  # inference, for which words are known
     if options.dev is None:
