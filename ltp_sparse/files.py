@@ -304,6 +304,19 @@ def save(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor],
         save_file(contiguous, temporary, metadata={KEY: header})
 
 
+def kind_said(path: str | os.PathLike[str]) -> str | None:
+    """What kind a safetensors file says it is, for a message: nothing is verified. "" is not one of ltp_sparse.
+
+    None: the file cannot be read, which whoever loads it will say.
+    """
+    try:
+        with safe_open(path, framework="np") as file:  # which imports no torch
+            header = (file.metadata() or {}).get(KEY)
+        return "" if header is None else str(json.loads(header)["kind"])
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, RecursionError):
+        return None
+
+
 @reader("safetensors of ltp_sparse")
 def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads a file written by `save`, verified against its checksum.

@@ -199,6 +199,17 @@ def test_mistakes_in_names_and_files_are_told_before_torch_is_imported(call, mes
     assert (status, heavy) == (2, False)
 
 
+def test_a_damaged_file_has_no_kind_that_would_hide_it(tmp_path):
+    from ltp_sparse.cli.kinds import kind_of
+
+    save_file({"w": torch.zeros(2)}, tmp_path / "w.safetensors")
+    assert kind_of(tmp_path / "w.safetensors") == "file of weights"
+    content = (tmp_path / "w.safetensors").read_bytes()
+    for damaged in (b"", content[:20], b"\xff" * 40, content.replace(b"{", b"[")):
+        (tmp_path / "w.safetensors").write_bytes(damaged)
+        assert kind_of(tmp_path / "w.safetensors") is None
+
+
 def test_a_mistyped_model_does_not_wait_for_the_hub(monkeypatch):
     """Whether a name was downloaded before decides where the Hub does not answer; a silent one costs seconds."""
     from ltp_sparse.training import locating

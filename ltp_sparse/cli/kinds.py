@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 
@@ -38,7 +37,6 @@ _BY_SUFFIX = {
     **dict.fromkeys(("tsv", "csv", "jsonl", "parquet"), "table"),
     **dict.fromkeys(("yaml", "yml"), "YAML file"),
     "txt": "text",
-    "safetensors": "file of weights",
 }
 
 
@@ -56,21 +54,13 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
         return next((kind for name, kind in of_folder.items() if (path / name).is_file()), None)
     if not path.is_file():
         return None
-    return _of_ours(path) or _BY_SUFFIX.get(path.name.removesuffix(".gz").rpartition(".")[2].lower())
+    suffix = path.name.removesuffix(".gz").rpartition(".")[2].lower()
+    if suffix in _BY_SUFFIX:
+        return _BY_SUFFIX[suffix]
+    from ltp_sparse.files import kind_said
 
-
-def _of_ours(path: Path) -> str | None:
-    """The kind that a file of ltp_sparse says it is."""
-    from safetensors import SafetensorError, safe_open
-
-    from ltp_sparse.files import KEY
-
-    try:
-        with safe_open(path, framework="np") as file:
-            kind = json.loads((file.metadata() or {})[KEY])["kind"]
-    except (SafetensorError, OSError, LookupError, TypeError, ValueError, RecursionError):
-        return None
-    return kind if kind in _BELONGS else None
+    said = kind_said(path)
+    return "file of weights" if said == "" else said if said in _BELONGS else None
 
 
 def expect(options: argparse.Namespace, name: str, *kinds: str) -> None:
