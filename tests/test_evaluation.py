@@ -63,7 +63,9 @@ def test_predictions_of_one_class_are_told_unless_the_examples_are_of_one():
     ready = SimpleNamespace(model=FirstToken(), encode=list, collate=collate)
     stuck = [{**example, "input_ids": [2]} for example in EXAMPLES]
     with pytest.warns(UserWarning, match="all predictions for en, sw are 'c'"):
-        evaluate(ready, {"en": stuck, "sw": stuck, "de": EXAMPLES}, labels=("a", "b", "c", "d"), progress=False)
+        languages = {"en": stuck, "sw": stuck, "de": EXAMPLES}
+        evaluate(ready, languages, labels=("a", "b", "c", "d"), progress=False, notes=(notes := []))
+    assert notes == ["all predictions for en, sw are 'c'"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         evaluate(ready, {"de": EXAMPLES, "en": [{"input_ids": [2], "labels": 2}] * 3}, progress=False)

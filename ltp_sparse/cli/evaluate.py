@@ -69,6 +69,7 @@ def run(options: argparse.Namespace) -> None:
     quieten(options)
     rows = []
     for seed in seeds:
+        notes: list[str] = []
         setup, delta = load_seed(made, options.folder, seed)
         scores = evaluate(
             setup,
@@ -78,6 +79,7 @@ def run(options: argparse.Namespace) -> None:
             batch_size=options.batch_size,
             dtype=torch.bfloat16 if options.bf16 else None,
             progress=not options.quiet,
+            notes=notes,
         )
         facts = {
             "method": made.method,
@@ -88,6 +90,7 @@ def run(options: argparse.Namespace) -> None:
             "metric": metric,
             "examples": {language: len(of) for language, of in examples.items()},
             "largest_class": largest_class(examples, metric),
+            "notes": notes,
         }
         facts |= {"split": options.split, "limit": options.limit, "epoch": delta.metadata["epoch"], "k": delta.ticket.k}
         rows.append(result_row(scores, **facts))

@@ -151,6 +151,7 @@ def run_cell(
     start = time.perf_counter()
     method = method_of(cell)
     notes: list[str] = []
+    stuck: list[str] = []  # of a test whose predictions are all one class
     train_task, language = _training_task(cell, bench, notes), cell["train.language"]
     draw = {"shots": cell["shots"], "seed": cell["seed"]}
     train, dev = (bench.examples(train_task.name, split, language, **draw) for split in ("train", "dev"))
@@ -185,7 +186,7 @@ def run_cell(
             arguments={"report_to": bench.report_to},
         )
         if cell["language_sft"] is None and source is None:
-            scores = _scores(trained, tests, train_task, bench)
+            scores = _scores(trained, tests, train_task, bench, stuck)
             trained.release()
         else:
             trained.release()
@@ -200,7 +201,7 @@ def run_cell(
         with sft.applied(test_language if cell["language_sft"] else None, model):
             setup = load_trained(model, tokenizer, delta)
             try:
-                scores |= _scores(setup, {test_language: tests[test_language]}, train_task, bench)
+                scores |= _scores(setup, {test_language: tests[test_language]}, train_task, bench, stuck)
             finally:
                 delta.revert(setup.model)
                 setup.undo()
@@ -220,7 +221,7 @@ def run_cell(
         "dense_parameters": sum(tensor.numel() for tensor in trained.delta.dense.values()),
         "optimizer_bytes": trained.optimizer_bytes,
         "examples": {"train": len(train), "dev": len(dev), "test": {name: len(of) for name, of in tests.items()}},
-        "notes": notes,
+        "notes": [*notes, *(f"{cell['label']}: {note}" for note in stuck)],
         "seconds": round(time.perf_counter() - start, 2),
         "provenance": {
             "base": bench.digest(),
@@ -388,7 +389,9 @@ def _verbalizer(cell: Cell, method: Method, task: Task, tokenizer: Any) -> Verba
     return Verbalizer.for_language(tokenizer, language if language in WORDS else "en")
 
 
-def _scores(ready: Any, tests: Mapping[str, Sequence[Any]], task: Task, bench: Workbench) -> dict[str, float]:
+def _scores(
+    ready: Any, tests: Mapping[str, Sequence[Any]], task: Task, bench: Workbench, notes: list[str]
+) -> dict[str, float]:
     return evaluate(
         ready,
         tests,
@@ -397,6 +400,7 @@ def _scores(ready: Any, tests: Mapping[str, Sequence[Any]], task: Task, bench: W
         batch_size=bench.batch_size,
         dtype=torch.bfloat16 if bench.bf16 else None,
         progress=bench.progress,
+        notes=notes,
     )
 
 

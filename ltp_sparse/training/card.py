@@ -85,7 +85,8 @@ def _scores(rows: Any) -> list[str]:
             cells = [_cell(str(row.get("task"))), str(row.get("metric", "accuracy")), _cell(language), f"{score:.4f}"]
             cells.append("" if largest is None else f"{largest:.4f}")
             lines.append("| " + " | ".join(cells) + " |")
-    return lines
+    notes = dict.fromkeys(f"{_cell(str(row.get('task')))}: {_cell(n)}." for row in rows for n in row.get("notes", ()))
+    return [*lines, "", *notes] if notes else lines
 
 
 def _cell(text: str) -> str:

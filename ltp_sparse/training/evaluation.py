@@ -115,12 +115,13 @@ def evaluate(
     batch_size: int = 64,
     dtype: torch.dtype | None = None,
     progress: bool = True,
+    notes: list[str] | None = None,
 ) -> dict[str, float]:
     """Score (0 to 1) per language over labelled examples, language -> examples.
 
     metric: one of `METRICS`
     labels: classes of the task; one without an example is warned of, as are blank texts
-    Warns where all predictions for a language are one class, though its examples are of several.
+    notes:  is told, as a warning tells it, where all predictions are one class though the examples are of several
     Raises ValueError for an unknown metric, an example without a label and a language without examples.
     """
     from tqdm.auto import tqdm
@@ -147,9 +148,11 @@ def evaluate(
                 name = str(int(predicted[0]) if labels is None else labels[int(predicted[0])])
                 one_class.setdefault(name, []).append(language)
     for name, languages in one_class.items():
+        note = f"all predictions for {', '.join(languages)} are {name!r}"
+        if notes is not None:
+            notes.append(note)
         warnings.warn(
-            f"all predictions for {', '.join(languages)} are {name!r}: scores of a model that tells no classes apart; "
-            "it may need more epochs, another learning rate or more examples",
+            f"{note}: the model tells no classes apart; more epochs, another learning rate or more examples may help",
             stacklevel=2,
         )
     return scores
