@@ -119,6 +119,7 @@ MISTAKES = [  # with names and files, which a first look at them shows
     ("evaluate run --test none.tsv", "none.tsv: no such file"),
     ("evaluate moved --test t.tsv", "evaluate: the run was made with a model that is not found"),
     ("predict run none.tsv", "no such file"),
+    ("predict run ?a-text", "?a-text: no such file or folder; expected a file that ends in .tsv, .csv"),
     ("predict run t.tsv --text-column says", "'says' is not in"),
     ("export run --output full", "--output full holds something; give a new or an empty folder"),
     ("inspect none", "TICKET none: no such file or folder; expected a ticket or a delta; ltp-sparse select makes one"),
@@ -212,22 +213,25 @@ def test_a_damaged_file_has_no_kind_that_would_hide_it(tmp_path):
 
 def test_a_mistyped_model_does_not_wait_for_the_hub(monkeypatch):
     """Whether a name was downloaded before decides where the Hub does not answer; a silent one costs seconds."""
+    from ltp_sparse.tasks import hub
     from ltp_sparse.training import locating
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
-    monkeypatch.setattr(locating, "getproxies", dict)
+    monkeypatch.setattr(hub, "getproxies", dict)
     start = time.monotonic()
     with pytest.raises(ValueError, match="no model 'owner/name'.*the Hub cannot be reached"):
         locating.locate("owner/name")
-    monkeypatch.setattr(locating, "_PATIENCE", 0.1)
+    with pytest.raises(ValueError, match="no data set 'owner/name': .* the Hub cannot be reached"):
+        hub.load_hub("owner/name", None, split="train")
+    monkeypatch.setattr(hub, "_PATIENCE", 0.1)
     monkeypatch.setattr("socket.create_connection", lambda *_, **__: time.sleep(5))
     with pytest.raises(ValueError, match="the Hub cannot be reached"):
         locating.locate("owner/name")
     assert time.monotonic() - start < 4
     monkeypatch.setattr(locating, "_is_cached", lambda name: True)
     assert locating.locate("owner/name") == ("owner/name", True)
-    monkeypatch.setattr(locating, "_hub_answers", lambda: True)
+    monkeypatch.setattr(locating, "hub_answers", lambda: True)
     assert locating.locate("owner/name") == ("owner/name", False)
 
 

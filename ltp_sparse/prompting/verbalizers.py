@@ -103,16 +103,17 @@ class Verbalizer:
 def _word_id(tokenizer: PreTrainedTokenizerBase, word: str, label: str, strict: bool) -> int:
     ids = tokenizer(word, add_special_tokens=False)["input_ids"]
     pieces = tokenizer.convert_ids_to_tokens(ids)
-    told = f"Verbalizer.from_words: the word {word!r} of class {label!r}"
+    told = f"the word {word!r} of class {label!r}"
     if not ids or set(ids) & set(tokenizer.all_special_ids) or pieces[-1] == _WORD_START:
+        made = " + ".join(pieces) or "nothing"
         raise ValueError(
-            f"{told} is not in the tokenizer, which makes {' + '.join(pieces) or 'nothing'} of it; choose another "
+            f"Verbalizer.from_words: {told} is not in the tokenizer, which makes {made} of it; choose another "
             f"word{_instead(tokenizer, word)}"
         )
     if len(ids) > 1 or not pieces[0].startswith(_WORD_START):
         told += f" is not one piece of the tokenizer but {' + '.join(pieces)}"
         if strict:
-            raise ValueError(f"{told}; use the tokenizer of the model, or choose another word")
+            raise ValueError(f"Verbalizer.from_words: {told}; use the tokenizer of the model, or choose another word")
         warnings.warn(
             f"{told}; its last piece {pieces[-1]!r} stands for it. A word that is one piece tells more"
             f"{_instead(tokenizer, word)}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 from ltp_sparse.reading import FileFormatError, Place, reader
 from ltp_sparse.tasks.files import read_jsonl, read_table, text_in
+from ltp_sparse.tasks.hub import load_hub
 from ltp_sparse.tasks.pairs import Pair
 from ltp_sparse.tasks.texts import Text
 
@@ -22,6 +24,7 @@ UNDETERMINED = "und"
 """The language of rows of which nothing says it (ISO 639)."""
 
 _SPLIT_SEED = 0
+_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -198,16 +201,14 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _hub_rows(source: str, split: str, config: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    from datasets import load_dataset
-
     name, _, named = source.partition("@")
     folder = Path(name).expanduser()
-    if not folder.is_dir() and (name.startswith((".", os.sep, "~")) or name.count("/") > 1):
+    if not folder.is_dir() and not _HUB_NAME.fullmatch(name):
         raise FileNotFoundError(
             f"{name}: no such file or folder; expected a file that ends in .{', .'.join(FORMATS)}, or a Hub data set"
         )
     try:
-        data = load_dataset(os.fspath(folder) if folder.is_dir() else name, config, split=named or split)
+        data = load_hub(os.fspath(folder) if folder.is_dir() else name, config, split=named or split)
     except Exception as error:  # of many kinds: no network, no such name, configuration or split, damaged files
         reason = " ".join(str(error).split())[:300]
         raise ValueError(

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 from contextlib import suppress
 from pathlib import Path
-from threading import Thread
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from ltp_sparse.reading import closest
+from ltp_sparse.tasks.hub import hub_answers
 
 MINI_XLMR = "mini-xlmr"
 """Name of the small model that the package ships; its card is `ltp_sparse/mini_xlmr/README.md`."""
@@ -19,7 +16,6 @@ MINI_XLMR = "mini-xlmr"
 _SHIPPED = {MINI_XLMR: Path(__file__).parents[1] / "mini_xlmr"}
 _KNOWN = (MINI_XLMR, "xlm-roberta-base", "xlm-roberta-large", "FacebookAI/xlm-roberta-base")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_PATIENCE = 3.0  # seconds for the Hub to answer
 
 
 def locate(name_or_path: str | os.PathLike[str]) -> tuple[str, bool]:
@@ -44,7 +40,7 @@ def locate(name_or_path: str | os.PathLike[str]) -> tuple[str, bool]:
             f"expected the folder of a model or a Hub name ('owner/name'), got {text!r}, which does not exist; "
             f"{_closest(text)}"
         )
-    if _hub_answers():
+    if hub_answers():
         return text, False
     if _is_cached(text):
         return text, True
@@ -68,24 +64,3 @@ def _is_cached(name: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     return isinstance(try_to_load_from_cache(name, "config.json"), str)
-
-
-def _hub_answers() -> bool:
-    """Whether the Hub can be reached; in a thread, since looking up its address may take any time."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    if getproxies():  # which reach where this process cannot
-        return True
-    where, answers = urlsplit(constants.ENDPOINT), []
-
-    def connect() -> None:
-        port = where.port or (80 if where.scheme == "http" else 443)
-        with suppress(OSError), socket.create_connection((where.hostname, port), timeout=_PATIENCE):
-            answers.append(True)
-
-    thread = Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(_PATIENCE)
-    return bool(answers)
