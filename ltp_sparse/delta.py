@@ -20,11 +20,10 @@ from ltp_sparse.names import (
     bare_names,
     canonical_buffers,
     canonical_parameters,
-    closest,
     fingerprint,
     match_names,
 )
-from ltp_sparse.reading import reader
+from ltp_sparse.reading import closest, reader
 from ltp_sparse.restoring import Held, restoring, scatter_
 from ltp_sparse.tensors import check_plain_tensor
 from ltp_sparse.ticket import Ticket, checked_fingerprint, pack_sets, unpack_sets

@@ -16,11 +16,12 @@ from ltp_sparse.generated.inference import pairs, sentences
 from ltp_sparse.generated.languages import LANGUAGES
 from ltp_sparse.methods import LTP, PromptMethod, PromptOnly, PromptSettings, RandomTicket, SoftPrompt
 from ltp_sparse.names import canonical_parameters
-from ltp_sparse.prompting import Verbalizer
+from ltp_sparse.prompting import CLASSES, Verbalizer
 from ltp_sparse.report.plots import plot_accuracy, plot_ticket
 from ltp_sparse.report.tables import Table, make_table, markdown
-from ltp_sparse.training.backbone import MINI_XLMR, load_backbone
-from ltp_sparse.training.evaluation import evaluate, result_row
+from ltp_sparse.training.backbone import load_backbone
+from ltp_sparse.training.evaluation import evaluate, largest_class, result_row
+from ltp_sparse.training.locating import MINI_XLMR
 from ltp_sparse.training.method import Trained, train_method
 from ltp_sparse.training.mlm import MLMSettings, find_ticket, tune_mlm
 
@@ -168,8 +169,9 @@ def _run_method(
             seed=seed,
             progress=progress,
         )
-        accuracies = evaluate(result, tests, progress=False)
-        rows.append(result_row(accuracies, method=method.name, shots=settings.shots, seed=seed))
+        accuracies = evaluate(result, tests, labels=CLASSES, progress=False)
+        facts = {"method": method.name, "shots": settings.shots, "seed": seed, "largest_class": largest_class(tests)}
+        rows.append(result_row(accuracies, **facts))
         print(f"{method.name}, seed {seed}: {rows[-1]['mean']:.1%} over {len(tests)} languages", flush=True)
     return rows, _look(result, model, before)
 

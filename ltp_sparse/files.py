@@ -20,14 +20,14 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from ltp_sparse.reading import FileFormatError, parse_json, reader
-from ltp_sparse.tensors import check_plain_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KEY = "ltp_sparse"
 FORMAT_VERSION = 1
@@ -57,6 +57,10 @@ def _a(kind: str) -> str:
 
 def host_blocks(tensor: Tensor) -> Iterator[ctypes.Array[ctypes.c_char]]:
     """The bits of a tensor, row-major, some megabytes at a time; a block is good until the next is asked for."""
+    from ltp_sparse.tensors import (
+        check_plain_tensor,  # with torch, which the command line does without as long as it can
+    )
+
     check_plain_tensor(tensor, "a tensor that is read bit by bit")
     tensor = tensor.detach().resolve_conj().resolve_neg()
     # in blocks, so that copies of strided tensors and from other devices stay small
@@ -291,11 +295,26 @@ def verify(path: str | os.PathLike[str]) -> str:
 
 def save(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Writes `tensors` and `metadata` (JSON values) as a file of the given kind, e.g. "ticket"."""
+    from safetensors.torch import save_file
+
     metadata = {**metadata, "kind": kind, "format": FORMAT_VERSION}
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = json.dumps({**metadata, "checksum": _checksum(contiguous, metadata)}, sort_keys=True)
     with atomic_path(path) as temporary:
         save_file(contiguous, temporary, metadata={KEY: header})
+
+
+def kind_said(path: str | os.PathLike[str]) -> str | None:
+    """What kind a safetensors file says it is, for a message: nothing is verified. "" is not one of ltp_sparse.
+
+    None: the file cannot be read, which whoever loads it will say.
+    """
+    try:
+        with safe_open(path, framework="np") as file:  # which imports no torch
+            header = (file.metadata() or {}).get(KEY)
+        return "" if header is None else str(json.loads(header)["kind"])
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, RecursionError):
+        return None
 
 
 @reader("safetensors of ltp_sparse")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import re
 import weakref
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ltp_sparse.files import hash_tensor
+from ltp_sparse.reading import closest
 from ltp_sparse.tensors import check_plain_tensor
 
 if TYPE_CHECKING:
@@ -251,12 +251,6 @@ def canonical_tensors(source: nn.Module | Mapping[str, Any]) -> Named[Any]:
         raise TypeError(f"expected a module or a mapping from names to tensors, got {type(source).__name__}")
     bare = bare_names(source, [name for name, tensor in source.items() if is_floating(tensor)])
     return Named({bare[name]: tensor for name, tensor in source.items()}, bare)
-
-
-def closest(name: str, names: Iterable[str], count: int = 3) -> str:
-    """A phrase that lists the known names closest to `name`."""
-    near = difflib.get_close_matches(name, list(names), n=count, cutoff=0.0)
-    return ", ".join(repr(n) for n in near) if near else "none"
 
 
 def match_names(wanted: Iterable[str], known: Iterable[str], *, what: str, where: str) -> list[str]:

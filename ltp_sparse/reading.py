@@ -6,9 +6,10 @@ taken, and what cannot be read is a `FileFormatError` that names the file and th
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -73,6 +74,12 @@ def reader(what: str) -> Callable[[_Read], _Read]:
         return read
 
     return register
+
+
+def closest(name: str, names: Iterable[str], count: int = 3) -> str:
+    """A phrase that lists the known names closest to `name`."""
+    near = difflib.get_close_matches(name, list(names), n=count, cutoff=0.0)
+    return ", ".join(repr(n) for n in near) if near else "none"
 
 
 def read_whole(path: str | os.PathLike[str], expected: str, largest: int) -> bytes:

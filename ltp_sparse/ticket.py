@@ -18,7 +18,6 @@ from ltp_sparse.names import (
     Named,
     bare_names,
     canonical_tensors,
-    closest,
     fingerprint,
     layer_of,
     match_names,
@@ -27,7 +26,7 @@ from ltp_sparse.names import (
     parameter_order,
 )
 from ltp_sparse.random_sets import random_sets
-from ltp_sparse.reading import reader
+from ltp_sparse.reading import closest, reader
 from ltp_sparse.tensors import check_plain_tensor
 from ltp_sparse.topk import as_share
 from ltp_sparse.weights import open_weights

@@ -19,11 +19,11 @@ from ltp_sparse.names import (
     canonical_group,
     canonical_parameters,
     canonical_tensors,
-    closest,
     is_floating,
     matches,
     unwrapped,
 )
+from ltp_sparse.reading import closest
 
 Weights = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
 """A version of a model: a module, name -> tensor, or a safetensors checkpoint (file or folder)."""
@@ -138,6 +138,9 @@ def side_by_side(one: Named[Readable], other: Named[Readable]) -> tuple[Named[Re
 
     A tensor that one side has under an alias of the other's gets its name. A twin that one side ties and the other
     stores twice is dropped where its bits are those of the first; else it is a parameter of its own, on both sides.
+
+    Warns:
+        UserWarning: twins of equal bits are kept as two parameters, since only memory ties them on the other side.
     """
     one = _renamed(one, other)
     other = _renamed(other, one)
@@ -147,7 +150,7 @@ def side_by_side(one: Named[Readable], other: Named[Readable]) -> tuple[Named[Re
 def _renamed(side: Named[Readable], by: Named[Readable]) -> Named[Readable]:
     """The side under the names that the other knows, without its buffers and the twins of its ties."""
     kept = {name: tensor for name, tensor in side.items() if name not in by.buffers or name in by}
-    aliases = dict(side.aliases)
+    aliases, clones = dict(side.aliases), []
     for name in [name for name in kept if name not in by]:
         canonical = by.called(name)
         if canonical is None:  # a part of the model is wrapped, which a mapping or a file does not tell
@@ -157,9 +160,21 @@ def _renamed(side: Named[Readable], by: Named[Readable]) -> Named[Readable]:
         if canonical not in kept:
             kept[canonical] = kept.pop(name)
             aliases = {o: canonical if c == name else c for o, c in aliases.items()} | {name: canonical}
-        elif not by.tied_by_memory and same_bits(kept[name], kept[canonical]):
-            del kept[name]
-            aliases[name] = canonical
+        elif same_bits(kept[name], kept[canonical]):
+            if by.tied_by_memory:
+                clones.append((name, canonical))
+            else:
+                del kept[name]
+                aliases[name] = canonical
+    if clones:
+        name, canonical = clones[0]
+        warnings.warn(
+            f"{name!r} holds the bits of {canonical!r}, and is one tensor with it on the other side "
+            f"({len(clones)} such pairs): they look like tied weights that were copied, and are taken for two "
+            "parameters. Give the module in place of its state dict, or leave one out (pool=)",
+            UserWarning,
+            stacklevel=4,
+        )
     return Named(kept, _of_kept(aliases, kept), side.buffers, side.quantised, side.tied_by_memory)
 
 

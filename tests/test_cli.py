@@ -309,15 +309,14 @@ def test_mistakes_in_a_file_name_the_option(command, line, message, tmp_path, ca
     assert f"--config {config}" in error and message in error and error.count("\n") == 1
 
 
-TEXT = ["select", "--model", "m", "--text", "t.txt", "--output", "o"]
+TEXT = ["select", "--model", "mini-xlmr", "--text", "t.txt", "--output", "o"]
 PAIR = ["select", "--initial", "a", "--tuned", "b", "--output", "o"]
-TRAIN = ["train", "--model", "m", "--output", "o"]
+TRAIN = ["train", "--model", "mini-xlmr", "--output", "o"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: COMMAND; see ltp-sparse --help"),
         (["selct"], "invalid choice: 'selct'"),
         (["select"], "--output is needed"),
         (
@@ -344,7 +343,10 @@ TRAIN = ["train", "--model", "m", "--output", "o"]
         ([*TEXT[:-1], "."], "--output must be a file, . is none"),
         ([*PAIR, "--segment", "middle"], "--segment is of tuning and has no part in comparing"),
         ([*PAIR, "--text", "t.txt"], "--text is of tuning"),
-        (["memory", "--model", "./nothing"], "no config of an XLM-R model in './nothing'"),
+        (
+            ["memory", "--model", "./nothing"],
+            "a Hub name ('owner/name'), got './nothing'",
+        ),
     ],
 )
 def test_mistakes_end_with_one_line(arguments, message, tmp_path, monkeypatch, capsys):
@@ -355,6 +357,8 @@ def test_mistakes_end_with_one_line(arguments, message, tmp_path, monkeypatch, c
 
 
 def test_what_the_system_or_a_missing_package_says_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t").touch()
     monkeypatch.setattr("ltp_sparse.Ticket.load", lambda path: (_ for _ in ()).throw(PermissionError(13, "No", "t")))
     assert main(["inspect", "t"]) == 2
     assert capsys.readouterr().err == "ltp-sparse: [Errno 13] No: 't'\n"
@@ -363,10 +367,13 @@ def test_what_the_system_or_a_missing_package_says_is_one_line(tmp_path, monkeyp
     assert capsys.readouterr().err == 'ltp-sparse: yaml is not installed; pip install "ltp-sparse[train]"\n'
 
 
-def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
+def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t").touch()
     monkeypatch.setattr("ltp_sparse.Ticket.load", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main(["inspect", "t"]) == 130
     assert capsys.readouterr().err == "ltp-sparse: stopped\n"
+    monkeypatch.setattr("ltp_sparse.cli.train._task_data", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main([*TRAIN, "--ticket", "t"]) == 130
     assert "the same command with --resume goes on" in capsys.readouterr().err
 
@@ -384,7 +391,7 @@ def test_predictions_are_read_as_they_were_written(files, trained, tmp_path):
 def test_an_export_does_not_overwrite_its_model(files, trained, tmp_path, capsys):
     before = {path.name: path.read_bytes() for path in (files / "model").iterdir()}
     assert run("export", trained, "--output", files / "model" / ".." / "model") == 2
-    assert "expected a folder of its own to write to" in capsys.readouterr().err
+    assert "holds something; give a new or an empty folder" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in (files / "model").iterdir()} == before
     assert run("export", trained, "--seed", 7, "--output", tmp_path) == 2
     assert "expected one of its seeds 1, 2, got 7" in capsys.readouterr().err
@@ -414,6 +421,22 @@ def test_help_teaches_by_example(capsys):
 def test_help_imports_no_transformers():
     script = "import sys; from ltp_sparse.cli import build_parser; build_parser(); print('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_what_the_tables_say_of_methods_is_so():
+    from dataclasses import fields
+
+    from ltp_sparse.cli.tables import PROMPT_METHODS, TICKET_METHODS
+    from ltp_sparse.methods import METHODS
+    from ltp_sparse.prompting import WORDS
+    from ltp_sparse.tasks.xnli import LANGUAGES
+
+    of = {name: METHODS[name]() for name in METHODS}
+    assert {name for name, method in of.items() if method.needs_ticket} == set(TICKET_METHODS)
+    assert {name for name, method in of.items() if method.scores_words} == set(PROMPT_METHODS)
+    with_prompts = {name for name, m in of.items() if {"n_prompt", "encoder"} <= {f.name for f in fields(m.settings)}}
+    assert with_prompts == set(PROMPT_METHODS)
+    assert set(WORDS) == set(LANGUAGES)
 
 
 def test_method_names_are_those_of_the_methods():

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "docs/own-data.md", "docs/methods.md"]
 
 
-class Reached(Exception):
+class Reached(BaseException):
     """A command has got past all its checks, to where the work begins."""
 
 
@@ -35,6 +35,11 @@ def blocks(page: str) -> str:
     """What stands between fences without a language."""
     parts = re.split(r"^```(.*)\n", (ROOT / page).read_text(), flags=re.M)
     return "\n".join(body for kind, body in zip(parts[1::4], parts[2::4], strict=True) if not kind)
+
+
+def snippets(page: str) -> list[str]:
+    """What stands between fences of Python."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), flags=re.M | re.S)
 
 
 HELP = [
@@ -58,6 +63,13 @@ def test_there_are_examples_everywhere():
     assert {name for name, _ in HELP} == set(COMMANDS) and {page for page, _ in WRITTEN} == set(PAGES)
 
 
+@pytest.mark.parametrize("number", range(2))
+def test_snippets_of_the_readme_run_by_themselves(number, tmp_path, monkeypatch, capsys):
+    assert len(snippets("README.md")) == 2
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippets("README.md")[number], "README.md", "exec"), {})
+
+
 @pytest.fixture(scope="module")
 def stand_ins(files, tmp_path_factory):  # noqa: F811
     """A folder with a small file for every path that the examples name."""
@@ -65,6 +77,8 @@ def stand_ins(files, tmp_path_factory):  # noqa: F811
     from ltp_sparse.tasks.own import Columns
 
     root = tmp_path_factory.mktemp("stand-ins")
+    for name in ("base", "tuned"):
+        (root / name).mkdir()
     for name in ("en", "hi", "ace"):
         shutil.copy(files / "ticket.safetensors", root / f"{name}.safetensors")
     (root / "wiki.en.txt").write_text("one line\n")
@@ -91,7 +105,7 @@ def stand_ins(files, tmp_path_factory):  # noqa: F811
         ("ltp-4", {"task": "xnli-fewshot"}),
         ("quy", {"task": None, "columns": Columns(), "test": "test.tsv", "labels": ("positive", "negative")}),
     ):
-        made = Run(model="m", tokenizer=None, method="LTP", shots=4, language="en", verbalizer="en", **more)
+        made = Run(model="mini-xlmr", tokenizer=None, method="LTP", shots=4, language="en", verbalizer="en", **more)
         for seed in (1, 3):
             (root / "runs" / name / f"seed-{seed}").mkdir(parents=True)
             (root / "runs" / name / f"seed-{seed}" / BAKED).touch()

@@ -1,14 +1,21 @@
 """Wrong calls of the command line: exit status 2, and one line that says what was expected, what came, what to do."""
 
+import io
+import json
 import subprocess
 import sys
+import time
+import warnings
 
+import pyarrow.parquet
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from ltp_sparse.cli import main
 from ltp_sparse.cli.options import COMMANDS, build_parser
 
-TRAIN = ["train", "--model", "m", "--output", "o", "--method", "bitfit"]
+TRAIN = ["train", "--model", "mini-xlmr", "--output", "o", "--method", "bitfit"]
 TSV = "text\tlabel\none\ta\ntwo\tb\nthree\ta\nfour\tb\n"
 
 TABLE = [
@@ -40,6 +47,8 @@ TABLE = [
     ([*TRAIN[:-1], "prompt-only", "--train", "t.tsv"], ["needs a word for each class: --words a=WORD b=WORD"]),
     ([*TRAIN, "--ticket", "t"], ["--ticket is of ltp and random-ticket, not of bitfit"]),
     # recipes
+    ("run ltp-table-1 --output o", ["no model 'FacebookAI/xlm-roberta-base'", "mini-xlmr, a small one, comes with"]),
+    ("run ltp-table-1 --output o --model ./mini", ["run: --model: expected the folder of a model", "'./mini'"]),
     ("run own.yaml --dry-run", ["'xnly'", "xnli-fewshot", "sib200"]),
 ]
 
@@ -75,6 +84,161 @@ def test_help_and_mistakes_do_not_wait_for_torch(arguments):
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
+RUN = {"model": "mini-xlmr", "tokenizer": None, "method": "BitFit", "task": None, "shots": None, "language": "und"}
+
+MISTAKES = [  # with names and files, which a first look at them shows
+    ("train --train none.tsv", "no such file"),
+    (
+        "train --train t.tsv --text-column says",
+        "expected a header with says, label; 'says' is not in",
+    ),
+    ("train --train t.jsonl --label-column class", "expected a column 'class', got text, label"),
+    ("train --train t.parquet --label-column class", "expected a column 'class', got text, label"),
+    ("train --train t.tsv --words a=x", "got none for 'b'"),
+    ("train --method prompt-only --train t.tsv", "needs a word for each class: --words a=WORD b=WORD"),
+    ("train --method ltp --train t.tsv", "--ticket is needed for ltp"),
+    ("train --train t.tsv --test more.tsv", "more.tsv has the class 'c', which no training example has; classes: a, b"),
+    ("train --train t.tsv --n-prompt 3", "--n-prompt is of soft prompts and not of bitfit"),
+    ("train --train t.tsv --output full", "already holds trained seeds; pass --resume"),
+    ("train --train t.tsv --output left", "holds checkpoints of an interrupted run"),
+    ("train --train t.tsv --model mini-xlm", "no model 'mini-xlm': there is no such folder"),
+    ("train --train t.tsv --model mini-xlm", "the Hub cannot be reached; closest: 'mini-xlmr'"),
+    ("train --train t.tsv --model ./modle", "got './modle', which does not exist; closest: 'model'"),
+    ("train --train t.tsv --tokenizer mini-xlm", "--tokenizer: no model 'mini-xlm'"),
+    ("select --model mini-xlm --text t.tsv", "--model: no model 'mini-xlm'"),
+    ("select --model mini-xlmr --text none.tsv", "--text none.tsv: no such file or folder; expected a text or a table"),
+    (
+        "select --model mini-xlmr --text two.tsv",
+        "two.tsv has the columns says, class; name the one with the text, ",
+    ),
+    ("select --model mini-xlmr --text two.csv", "two.csv has the columns says, class; name the one"),
+    ("select --model mini-xlmr --text t.tsv --text-column txt", "'txt' is not in ['text', 'label']"),
+    ("select --initial none --tuned model", "--initial none: no such file"),
+    ("evaluate .", "not a run of ltp-sparse train"),
+    ("evaluate run --test t.tsv --label-column class", "'class' is not in"),
+    ("evaluate run --test none.tsv", "none.tsv: no such file"),
+    ("evaluate moved --test t.tsv", "evaluate: the run was made with a model that is not found"),
+    ("predict run none.tsv", "no such file"),
+    ("predict run ?a-text", "?a-text: no such file or folder; expected a file that ends in .tsv, .csv"),
+    ("predict run t.tsv --text-column says", "'says' is not in"),
+    ("export run --output full", "--output full holds something; give a new or an empty folder"),
+    ("inspect none", "TICKET none: no such file or folder; expected a ticket or a delta; ltp-sparse select makes one"),
+    ("run unknown", "unknown recipe 'unknown'; known: "),
+    ("report unknown full", "unknown recipe 'unknown'"),
+    ("report ltp-table-1 none", "RESULTS none: no such file or folder"),
+    ("memory --model ./modle", "closest: 'model'"),
+    # one kind of file in place of another
+    (
+        "train --method ltp --ticket t.tsv --train t.tsv",
+        "--ticket expects a ticket, t.tsv is a table: --train",
+    ),
+    ("train --method ltp --ticket run --train t.tsv", "run is a run of ltp-sparse train: ltp-sparse evaluate, predict"),
+    ("train --method ltp --ticket weights.safetensors --train t.tsv", "is a file of weights: --initial and --tuned of"),
+    (
+        "train --method ltp --ticket model --train t.tsv",
+        "model is a model: --model takes it",
+    ),
+    ("train --train en", "--train expects a table, en is a ticket: --ticket of ltp-sparse train takes it"),
+    ("train --train t.tsv --model en", "--model expects a model, en is a ticket"),
+    ("train --train t.tsv --model run", "--model expects a model, run is a run of ltp-sparse train"),
+    ("select --model mini-xlmr --text en", "--text expects a text or a table, en is a ticket"),
+    ("select --initial t.tsv --tuned model", "--initial expects a file of weights or a model, t.tsv is a table"),
+    ("evaluate t.tsv", "FOLDER expects a run of ltp-sparse train, t.tsv is a table"),
+    ("evaluate results", "FOLDER expects a run of ltp-sparse train, results is a folder of results: ltp-sparse report"),
+    ("predict run en", "EXAMPLES expects a table, en is a ticket"),
+    ("inspect t.tsv", "TICKET expects a ticket or a delta, t.tsv is a table"),
+    ("report ltp-table-1 run", "RESULTS expects a folder of results, run is a run of ltp-sparse train"),
+]
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """Call -> (what is said, whether torch was imported for it), all of them in one process."""
+    import ltp_sparse as ls
+    from ltp_sparse.cli.runs import BAKED, record
+
+    root = tmp_path_factory.mktemp("mistakes")
+    for name in ("full/seed-1", "left/seed-1/checkpoint-3", "run/seed-1", "moved/seed-1", "results", "model"):
+        (root / name).mkdir(parents=True)
+    for name in ("full", "run", "moved"):
+        (root / name / "seed-1" / BAKED).touch()
+    for name, more in (("run", {}), ("moved", {"model": str(root / "gone")})):
+        row = {**RUN, "verbalizer": "und", "labels": ["a", "b"], "columns": {"text": "text"}, **more}
+        (root / name / "run.json").write_text(json.dumps(row))
+        record(root / name, ["run.json"])
+    (root / "results" / "results.jsonl").touch()
+    (root / "model" / "config.json").write_text("{}")
+    (root / "t.tsv").write_text(TSV)
+    (root / "more.tsv").write_text(TSV + "five\tc\n")
+    (root / "two.tsv").write_text(TSV.replace("text\tlabel", "says\tclass"))
+    (root / "two.csv").write_text("says,class\na,b\n")
+    (root / "t.jsonl").write_text('{"text": "one", "label": "a"}\n')
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one"], "label": ["a"]}), root / "t.parquet")
+    save_file({"w": torch.zeros(2)}, root / "weights.safetensors")
+    ls.Ticket.random({"w": torch.zeros(8)}, density=0.5, seed=0).save(root / "en")
+    defaults = {"train": ["--model", "mini-xlmr", "--method", "bitfit", "--output", "o"], "select": ["--output", "o"]}
+    calls = {}
+    for call, _ in MISTAKES:
+        name, *rest = call.split()
+        calls[call] = [name, *defaults.get(name, []), *rest]
+    script = (
+        "import contextlib, io, json, sys\nfrom ltp_sparse.cli import main\nanswers = {}\n"
+        f"for call, arguments in json.loads({json.dumps(calls)!r}).items():\n"
+        "    with contextlib.redirect_stderr(io.StringIO()) as told:\n        status = main(arguments)\n"
+        "    answers[call] = (status, told.getvalue(), 'torch' in sys.modules or 'transformers' in sys.modules)\n"
+        "print(json.dumps(answers))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=root)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("call", "message"), MISTAKES)
+def test_mistakes_in_names_and_files_are_told_before_torch_is_imported(call, message, answers):
+    status, told, heavy = answers[call]
+    assert message in told and told.count("\n") == 1
+    assert (status, heavy) == (2, False)
+
+
+def test_a_damaged_file_has_no_kind_that_would_hide_it(tmp_path):
+    from ltp_sparse.cli.kinds import kind_of
+
+    save_file({"w": torch.zeros(2)}, tmp_path / "w.safetensors")
+    assert kind_of(tmp_path / "w.safetensors") == "file of weights"
+    content = (tmp_path / "w.safetensors").read_bytes()
+    for damaged in (b"", content[:20], b"\xff" * 40, content.replace(b"{", b"[")):
+        (tmp_path / "w.safetensors").write_bytes(damaged)
+        assert kind_of(tmp_path / "w.safetensors") is None
+
+
+def test_a_mistyped_model_does_not_wait_for_the_hub(monkeypatch):
+    """Whether a name was downloaded before decides where the Hub does not answer; a silent one costs seconds."""
+    from ltp_sparse.tasks import hub
+    from ltp_sparse.training import locating
+
+    def silent(*_, **__):
+        time.sleep(4)
+        raise OSError
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setattr(hub, "getproxies", dict)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="no model 'owner/name'.*the Hub cannot be reached"):
+        locating.locate("owner/name")
+    with pytest.raises(ValueError, match="no data set 'owner/name': .* the Hub cannot be reached"):
+        hub.load_hub("owner/name", None, split="train")
+    monkeypatch.setattr(hub, "_PATIENCE", 0.1)
+    monkeypatch.setattr("socket.create_connection", silent)
+    with pytest.raises(ValueError, match="the Hub cannot be reached"):
+        locating.locate("owner/name")
+    assert time.monotonic() - start < 4
+    monkeypatch.setattr(locating, "_is_cached", lambda name: True)
+    assert locating.locate("owner/name") == ("owner/name", True)
+    monkeypatch.setattr(locating, "hub_answers", lambda: True)
+    assert locating.locate("owner/name") == ("owner/name", False)
+
+
 def test_the_library_is_whole_after_its_late_import():
     script = (
         "import ltp_sparse as ls, sys\nassert 'torch' not in sys.modules\n"
@@ -84,6 +248,59 @@ def test_the_library_is_whole_after_its_late_import():
     )
     assert python("-c", script).returncode == 0
     assert python("-c", "import torch, ltp_sparse; torch.ops.ltp_sparse.topk_delta").returncode == 0
+
+
+def test_the_bare_command_prints_its_help(capsys):
+    assert main([]) == 0
+    assert "ltp-sparse demo" in capsys.readouterr().out
+
+
+class Screen(io.StringIO):
+    """Where bars and notes go; a terminal shows what stands behind the last carriage return of a line."""
+
+    def __init__(self, tty):
+        super().__init__()
+        self.isatty = lambda: tty
+
+    def lines(self):
+        return [line.rpartition("\r")[2] if self.isatty() else line for line in self.getvalue().split("\n")]
+
+
+@pytest.mark.parametrize("tty", [True, False])
+@pytest.mark.parametrize("error", [ValueError("expected x, got y"), KeyError("lost"), KeyboardInterrupt()])
+def test_notes_and_errors_have_lines_of_their_own_beside_a_bar(tty, error, monkeypatch):
+    from tqdm import tqdm
+
+    def work(options):
+        bar = tqdm(total=3, file=sys.stderr, ascii=True, ncols=60, mininterval=0)  # open when the error comes
+        bar.update()
+        sys.stderr.write(warnings.formatwarning("beware", UserWarning, "f", 1))  # pytest keeps warnings from the screen
+        bar.update()
+        kept.append(bar)
+        raise error
+
+    kept, screen = [], Screen(tty)
+    monkeypatch.setattr("ltp_sparse.cli.cache.run", work)
+    monkeypatch.setattr("sys.stderr", screen)
+    assert main(["cache"]) == {ValueError: 2, KeyError: 1, KeyboardInterrupt: 130}[type(error)]
+    kept[0].close()
+    lines = screen.lines()
+    assert "ltp-sparse: note: beware" in lines
+    assert lines[-2].startswith("ltp-sparse: ") and lines[-1] == "" and "Traceback" not in screen.getvalue()
+
+
+def test_errors_are_without_the_names_of_functions(monkeypatch, capsys):
+    from ltp_sparse.prompting import Verbalizer
+
+    def work(options):
+        Verbalizer.from_words(None, {"a": "x"}, ("a", "b"))
+
+    monkeypatch.setattr("ltp_sparse.cli.cache.run", work)
+    assert main(["cache"]) == 2
+    assert capsys.readouterr().err == "ltp-sparse: expected words for a, b, got a\n"
+    monkeypatch.setenv("LTP_SPARSE_TRACEBACK", "1")
+    assert main(["cache"]) == 2
+    assert "in from_words" in capsys.readouterr().err
 
 
 def test_version(capsys):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from ltp_sparse.training.evaluation import evaluate, predict
+from ltp_sparse.report.tables import make_table, markdown
+from ltp_sparse.training.evaluation import evaluate, largest_class, predict, result_row
 
 
 class FirstToken(nn.Module):
@@ -55,3 +57,29 @@ def test_evaluation_refuses_what_it_cannot_score():
     for examples in ([], [{**EXAMPLES[0], "labels": -100}]):
         with pytest.raises(ValueError, match="expected labelled examples in 'sw'"):
             evaluate(ready, {"en": EXAMPLES, "sw": examples}, progress=False)
+
+
+def test_predictions_of_one_class_are_told_unless_the_examples_are_of_one():
+    ready = SimpleNamespace(model=FirstToken(), encode=list, collate=collate)
+    stuck = [{**example, "input_ids": [2]} for example in EXAMPLES]
+    with pytest.warns(UserWarning, match="all predictions for en, sw are 'c'"):
+        languages = {"en": stuck, "sw": stuck, "de": EXAMPLES}
+        evaluate(ready, languages, labels=("a", "b", "c", "d"), progress=False, notes=(notes := []))
+    assert notes == ["all predictions for en, sw are 'c'"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate(ready, {"de": EXAMPLES, "en": [{"input_ids": [2], "labels": 2}] * 3}, progress=False)
+
+
+def test_the_largest_class_stands_under_the_scores():
+    """As accuracy its share; as macro F1 what naming it always gives."""
+    examples = {"quy": [SimpleNamespace(label=label) for label in "aabc"], "aym": [SimpleNamespace(label="b")] * 2}
+    assert largest_class(examples) == {"quy": 0.5, "aym": 1.0}
+    assert largest_class(examples, "macro_f1")["quy"] == pytest.approx(2 * 2 / (4 + 2) / 3)
+    scores = {"quy": 0.75, "aym": 1.0}
+    rows = [result_row(scores, method="LTP", seed=s, largest_class=largest_class(examples)) for s in (1, 2)]
+    assert "| always the largest class |  | 50.00 | 100.00 | 75.00 |" in markdown(make_table(rows, ("method",)))
+    other = result_row(scores, method="SP", seed=1, largest_class={"quy": 0.25, "aym": 1.0})  # of another test file
+    assert "| always the largest class |  |  | 100.00 |  |" in markdown(make_table([*rows, other], ("method",)))
+    old = result_row(scores, method="SP", seed=1)
+    assert "always" not in markdown(make_table([old], ("method",)))

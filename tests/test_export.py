@@ -1,6 +1,7 @@
 """An exported folder answers in transformers' own pipeline as `predict` does, and has no head of random numbers."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import torch
 from test_own_data import COLUMNS, QUICK, WORDS_GIVEN, files, rows, run, trained, write_tsv  # noqa: F401
 from tiny_nli import WORDS
 
+from ltp_sparse import results
 from ltp_sparse.cli.runs import Run, load_seed
 from ltp_sparse.tasks.own import Columns, read_own
 
@@ -104,10 +106,17 @@ def test_the_script_needs_transformers_alone(exported):
 
 
 def test_scores_stand_in_the_card(files, trained, tmp_path, capsys):  # noqa: F811
+    """Beside those of naming the largest class always, and with what evaluation had to note."""
     assert run("evaluate", trained, "--quiet") == 0
-    assert run("export", trained, "--output", tmp_path / "exported") == 0
     row = json.loads((trained / "results.jsonl").read_text().splitlines()[-1])
-    assert f"| accuracy | quy | {row['scores']['quy']:.4f} |" in (tmp_path / "exported" / "README.md").read_text()
+    folder = shutil.copytree(trained, tmp_path / "run")
+    other = {**row, "task": "other.tsv", "notes": ["all predictions for quy are 'bad'"]}
+    other.pop(results.HASH)
+    results.append(folder / results.RESULTS, other)
+    assert run("export", folder, "--output", tmp_path / "exported") == 0
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert f"| accuracy | quy | {row['scores']['quy']:.4f} | {row['largest_class']['quy']:.4f} |" in card
+    assert "\n\nother.tsv: all predictions for quy are 'bad'.\n" in card
 
 
 def test_what_transformers_has_no_model_for_is_refused(files, tmp_path, capsys):  # noqa: F811

@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 import ltp_sparse as ls
@@ -218,7 +219,7 @@ def test_what_goes_wrong_is_told_with_the_path(failing, number, tmp_path, monkey
             raise files.SafetensorError(f"I/O error: {os.strerror(number)} (os error {number})")
         raise OSError(number, os.strerror(number))
 
-    owner = {"mkdir": Path, "save_file": files, "fsync": os}[failing]
+    owner = {"mkdir": Path, "save_file": safetensors.torch, "fsync": os}[failing]
     with monkeypatch.context() as patch:
         patch.setattr(owner, failing, fail)
         message = f"{os.strerror(number)[1:]}; what was there before is unchanged: '{path}'"

@@ -314,7 +314,7 @@ def test_the_command_needs_no_download(capsys):
         (["--batch", "0"], "--batch: must be at least 1, got 0"),
         (["--length", "513"], "--length must be in [1, 512] for xlm-roberta-base, got 513"),
         (["--length", "0"], "--length must be in [1, 512]"),
-        (["--model", "no/such/folder"], "no config of an XLM-R model in 'no/such/folder'; give xlm-roberta-base"),
+        (["--model", "no/such/folder"], "got 'no/such/folder', which does not exist; closest: 'mini-xlmr'"),
         (["--model", "{folder}/empty"], "no config of an XLM-R model in"),
         (["--model", "{folder}/other"], "expected a model of type 'xlm-roberta', '{folder}/other' is of type 'bert'"),
         (["--model", "{folder}/short", "--length", "31"], "--length must be in [1, 30] for {folder}/short, got 31"),

@@ -76,6 +76,7 @@ def test_from_a_file_to_scores_per_language(files, trained, capsys):
     assert run("evaluate", trained, "--quiet", "--plot", files / "languages.png") == 0
     printed = capsys.readouterr().out
     assert "quy" in printed and "aym" in printed and "accuracy in percent" in printed
+    assert "| always the largest class |" in printed
     (row,) = [json.loads(line) for line in (trained / "results.jsonl").read_text().splitlines()]
     assert set(row["scores"]) == {"quy", "aym"} and row["examples"] == {"quy": 12, "aym": 12}
     described = json.loads((trained / "run.json").read_text())
@@ -286,10 +287,16 @@ def test_words_of_two_classes_must_differ_as_tokens():
 
     tokenizer = tiny_tokenizer()
     for words, message in (
-        ({"a": "word1 surely", "b": "surely"}, "'word1 surely' and 'surely' are the same token '\u2581surely'"),
-        ({"a": "word1", "b": "w\u00fcrde"}, "has no piece for 'w\u00fcrde'"),
-        ({"a": "word1", "b": "\u00fc word2"}, "has no piece for"),
-        ({"a": "word1", "b": ""}, "has no piece for ''"),
+        (
+            {"a": "word1 surely", "b": "surely"},
+            "'word1 surely' and 'surely' come down to the same token '\u2581surely'",
+        ),
+        (
+            {"a": "word1", "b": "w\u00fcrde"},
+            "the word 'w\u00fcrde' of class 'b' is not in the tokenizer, which makes \u2581 . <unk> of it",
+        ),
+        ({"a": "word1", "b": "\u00fc word2"}, "is not in the tokenizer"),
+        ({"a": "word1", "b": ""}, "the word '' of class 'b' is not in the tokenizer, which makes nothing of it"),
     ):
         with pytest.raises(ValueError, match=message), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -304,10 +311,33 @@ def test_text_for_a_ticket_comes_from_a_column(files, tmp_path, monkeypatch):
         mlm, "tune_mlm", lambda model, tokenizer, texts, *_, **more: seen.append((texts, more)) or 1 / 0
     )
     arguments = ["--model", files / "model", "--text", files / "train.tsv", "--text-column", "says", "--max-lines", 5]
-    with pytest.raises(ZeroDivisionError):
-        run("select", *arguments, "--quiet", "--report-to", "tensorboard", "--output", tmp_path / "t")
+    assert run("select", *arguments, "--quiet", "--report-to", "tensorboard", "--output", tmp_path / "t") == 1
     ((found, more),) = seen
     assert len(found) == 5 and set(found) <= {row["says"] for row in rows(48)} and more["report_to"] == "tensorboard"
+
+
+def test_text_for_a_ticket_without_a_named_column(files, tmp_path, monkeypatch, capsys):
+    """The column called text, or the only one; JSON lines with the key text and lists of lines as they always were."""
+    from ltp_sparse.training import mlm
+
+    seen = []
+    monkeypatch.setattr(mlm, "tune_mlm", lambda model, tokenizer, texts, *_, **more: seen.append(texts) or 1 / 0)
+    for name, content, texts in (
+        ("a.tsv", "class\ttext\nx\tone\ny\ttwo\n", ["one", "two"]),
+        ("b.csv", 'says\n"one, two"\nthree\n', ["one, two", "three"]),
+        ("c.jsonl", '{"text": "one\\ntwo"}\n{"text": "three"}\n', ["one", "two", "three"]),
+        ("d.tsv", "one\ntwo\n", ["one", "two"]),
+        ("e.tsv", "text\none\n", ["one"]),
+    ):
+        (tmp_path / name).write_text(content)
+        arguments = ["--model", files / "model", "--text", tmp_path / name, "--quiet", "--output", tmp_path / "t"]
+        assert run("select", *arguments) == 1
+        assert seen.pop() == texts, name
+        told = capsys.readouterr().out
+        assert ("the column 'text' of" in told) == (name in ("a.tsv", "e.tsv")) and ("'says'" in told) == ("b" in name)
+    arguments = ["--text", tmp_path / "a.tsv", tmp_path / "b.csv", "--output", tmp_path / "t"]
+    assert run("select", "--model", files / "model", *arguments) == 2
+    assert "--text mixes files of different columns" in capsys.readouterr().err
 
 
 def test_probabilities_are_those_of_the_logits(files, trained):

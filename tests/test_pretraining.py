@@ -23,7 +23,8 @@ from ltp_sparse.pretraining import (
     start_from,
     train_tokenizer,
 )
-from ltp_sparse.training.backbone import MINI_XLMR, load_backbone
+from ltp_sparse.training.backbone import load_backbone
+from ltp_sparse.training.locating import MINI_XLMR
 
 ANSWERS = [word for language in LANGUAGES.values() for word in language.answers.values()]
 SETTINGS = PretrainSettings(steps=6, tokens=256, warm_up=2, bf16=False, save_steps=2)

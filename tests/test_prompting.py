@@ -221,11 +221,13 @@ def test_every_language_has_three_tokens(xlmr_tokenizer, language):
 
 def test_a_split_word_falls_back_to_its_last_piece_and_says_so(tokenizer):
     words = {"contradiction": "wrongoff", "entailment": "right", "neutral": ["maybe", "word1"]}
-    with pytest.warns(UserWarning, match=r"'wrongoff' to be one word-initial piece.*'▁wrong', 'off'.*last piece 'off'"):
+    with pytest.warns(
+        UserWarning, match=r"'wrongoff' of class 'contradiction' is not one piece.*▁wrong \+ off; its last"
+    ):
         verbalizer = Verbalizer.from_words(tokenizer, words)
     expected = [["off"], ["▁right"], ["▁maybe", "▁word1"]]
     assert [tokenizer.convert_ids_to_tokens(ids) for ids in verbalizer.token_ids] == expected
-    with pytest.raises(ValueError, match="'wrongoff' to be one word-initial piece"):
+    with pytest.raises(ValueError, match="'wrongoff' of class 'contradiction' is not one piece"):
         Verbalizer.from_words(tokenizer, words, strict=True)
 
 
@@ -240,8 +242,10 @@ def test_verbalizer_errors(tokenizer):
         Verbalizer.for_language(tokenizer, "qu")
     with pytest.raises(ValueError, match="expected words for contradiction, entailment, neutral, got yes"):
         Verbalizer.from_words(tokenizer, {"yes": "right"})
-    with pytest.raises(ValueError, match="no piece for 'żółw'"):
+    with pytest.raises(ValueError, match="'żółw' of class 'contradiction' is not in the tokenizer"):
         Verbalizer.from_words(tokenizer, {"contradiction": "żółw", "entailment": "right", "neutral": "maybe"})
+    with pytest.raises(ValueError, match="not in the tokenizer, .* choose another word, e.g. 'right'"):
+        Verbalizer.from_words(tokenizer, {"contradiction": "Right", "entailment": "wrong", "neutral": "maybe"})
     with pytest.raises(ValueError, match="the same token"):
         Verbalizer.from_words(tokenizer, {"contradiction": "right", "entailment": "right", "neutral": "maybe"})
     with pytest.raises(ValueError, match="expected words for good, bad, got good"):

@@ -44,9 +44,7 @@ _ALLOWED = {  # functions that read what is no file of a stranger, or nothing at
     "cli.__init__.main": "the null device",
     "cli.report.run": "the report that has just been written",
     "report.pages._html_page": "the plots that have just been drawn",
-    "tasks.hub.hub_pairs": "datasets reads and checks them",
-    "tasks.texts.hub_texts": "datasets reads and checks them",
-    "tasks.text.read_hub_text": "datasets reads and checks them",
+    "tasks.hub.load_hub": "datasets reads and checks them",
 }
 
 

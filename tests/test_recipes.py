@@ -190,7 +190,8 @@ def test_a_cell_becomes_a_row(world, recipe_file, tmp_path):
     assert row["k"] == sum(sum(counts) for counts in row["active"].values())
     assert row["examples"] == {"train": 6, "dev": 6, "test": {"en": 12, "sw": 12}}
     assert row["provenance"]["settings"]["settings"]["epochs"] == 2 and len(row["provenance"]["base"]) == 32
-    assert row["notes"] == [] and row["metric"] == "accuracy"
+    assert all("LTP: all predictions for" in note for note in row["notes"]) and row["metric"] == "accuracy"
+    assert set(row["largest_class"]) == {"en", "sw"} and min(row["largest_class"].values()) >= 1 / 3
     assert [entry.kind for entry in desk.cache.entries()] == ["tuned"]
     made = desk.cache.entries()[0].path.stat().st_mtime_ns
     other = recipe.only([("label", "LTP dense"), ("seed", 1)]).cells[0]

@@ -310,6 +310,27 @@ def test_what_one_side_ties_and_the_other_does_not():
     assert ticket.indices(OLD).tolist() == [21, 22, 23]
 
 
+@pytest.mark.parametrize("cloned", ["initial", "tuned"])
+def test_copies_of_tied_weights_are_told_where_only_memory_ties_the_other_side(cloned):
+    """Of a state dict: two names of one memory may be chance, so the copies stay two parameters, which is said."""
+    base, moved = Tied(), Tied()
+    with torch.no_grad():
+        moved.shared.weight += 1
+    sides = {"initial": base.state_dict(), "tuned": moved.state_dict()}
+    sides[cloned] = {name: tensor.clone() for name, tensor in sides[cloned].items()}
+    told = f"'{OLD}' holds the bits of 'shared.weight', .* tied weights that were copied"
+    with pytest.warns(UserWarning, match=told):
+        ticket = ls.select(sides["initial"], sides["tuned"], k=3)
+    with pytest.warns(UserWarning, match=told):
+        ls.SparseDelta.between(sides["initial"], sides["tuned"], ticket)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        modules = {"initial": base, "tuned": moved, cloned: sides[cloned]}  # a module knows its ties
+        assert OLD not in ls.select(modules["initial"], modules["tuned"], k=3).names
+        sides[cloned][OLD] = sides[cloned][OLD] + 1  # of other bits: a parameter of its own
+        assert OLD in ls.select(sides["initial"], sides["tuned"], k=3).names
+
+
 # --- strictness ---
 
 

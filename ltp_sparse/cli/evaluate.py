@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ltp_sparse.cli.kinds import expect, expect_source
 from ltp_sparse.cli.options import CommandError, add_computing, add_data, at_least_one, check_writable, need, quieten
 from ltp_sparse.cli.own import SOURCE, add_columns, add_metric, by_language, given_columns, own_options
 from ltp_sparse.cli.tables import TASK_NAMES, TEST_TASKS
@@ -44,15 +45,13 @@ def run(options: argparse.Namespace) -> None:
     need(options, "folder")
     if options.task is not None and (given := own_options(options)):
         raise CommandError(f"evaluate: {given[0]} is of data of your own, --task of a known one; leave one out")
-    import torch
-
+    expect(options, "folder", "run of ltp-sparse train")
+    expect_source(options, "test")
     from ltp_sparse import results
     from ltp_sparse.cli.runs import Run, finished_seeds, load_seed
-    from ltp_sparse.report.tables import make_table, markdown
-    from ltp_sparse.training.evaluation import evaluate, result_row
 
-    quieten(options)
     made = Run.load(options.folder)
+    made.check_model("evaluate")
     check_writable("evaluate", options.folder / results.RESULTS, option="results")
     if options.plot is not None:
         check_writable("evaluate", options.plot, option="--plot")
@@ -62,8 +61,15 @@ def run(options: argparse.Namespace) -> None:
     else:
         name, metric, examples = _task_examples(options, made)
     examples = {language: of[: options.limit] for language, of in examples.items()}
+    import torch
+
+    from ltp_sparse.report.tables import make_table, markdown
+    from ltp_sparse.training.evaluation import evaluate, largest_class, result_row
+
+    quieten(options)
     rows = []
     for seed in seeds:
+        notes: list[str] = []
         setup, delta = load_seed(made, options.folder, seed)
         scores = evaluate(
             setup,
@@ -73,6 +79,7 @@ def run(options: argparse.Namespace) -> None:
             batch_size=options.batch_size,
             dtype=torch.bfloat16 if options.bf16 else None,
             progress=not options.quiet,
+            notes=notes,
         )
         facts = {
             "method": made.method,
@@ -82,6 +89,8 @@ def run(options: argparse.Namespace) -> None:
             "task": name,
             "metric": metric,
             "examples": {language: len(of) for language, of in examples.items()},
+            "largest_class": largest_class(examples, metric),
+            "notes": notes,
         }
         facts |= {"split": options.split, "limit": options.limit, "epoch": delta.metadata["epoch"], "k": delta.ticket.k}
         rows.append(result_row(scores, **facts))

@@ -6,7 +6,8 @@ import argparse
 import shlex
 from pathlib import Path
 
-from ltp_sparse.cli.options import check_writable, need
+from ltp_sparse.cli.kinds import expect
+from ltp_sparse.cli.options import CommandError, check_writable, need
 
 HELP = "write a trained run as a folder that works with transformers alone, with a model card"
 EXAMPLES = """\
@@ -23,14 +24,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     need(options, "folder", "output")
+    expect(options, "folder", "run of ltp-sparse train")
+    if options.output.is_dir() and any(options.output.iterdir()):
+        raise CommandError(f"export: --output {options.output} holds something; give a new or an empty folder")
     from ltp_sparse import results
     from ltp_sparse.cli.runs import BAKED, Run, finished_seeds
     from ltp_sparse.tasks.own import UNDETERMINED
-    from ltp_sparse.training.export import SCRIPT, export
 
     made = Run.load(options.folder)
+    made.check_model("export")
     seed = finished_seeds(options.folder, None if options.seed is None else [options.seed])[0]
     check_writable("export", options.output, folder=True)
+    from ltp_sparse.training.export import SCRIPT, export
+
     latest = {row["task"]: row for row in results.read(options.folder / results.RESULTS) if row["seed"] == seed}
     data = made.train or f"{made.task}" + ("" if made.shots is None else f", {made.shots} examples per class")
     told = made.columns is None or (made.columns.language is None and made.language != UNDETERMINED)

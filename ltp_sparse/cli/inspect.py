@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ltp_sparse.cli.kinds import expect
 from ltp_sparse.cli.options import check_writable, need
 
 HELP = "show where a ticket lives: per layer, per module type, as a plot, and against another ticket"
@@ -28,11 +29,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from ltp_sparse.report.plots import plot_ticket
-
     need(options, "ticket")
     if options.plot is not None:
         check_writable("inspect", options.plot, option="--plot")
+    for name in ("ticket", "compare"):
+        expect(options, name, "ticket", "delta")
+    from ltp_sparse.report.plots import plot_ticket
+
     ticket = _load(options.ticket)
     print(ticket)
     for key, value in ticket.metadata.items():

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ltp_sparse.cli.kinds import expect_model
 from ltp_sparse.cli.options import CommandError, at_least_one, need, share
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     need(options, "model")
+    if options.model.rpartition("/")[2] not in SIZES:
+        expect_model(options)
     from ltp_sparse.training.backbone import longest_input
 
     config = _config(options.model)

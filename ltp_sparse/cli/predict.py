@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
+from ltp_sparse.cli.kinds import expect, expect_source
 from ltp_sparse.cli.options import CommandError, add_computing, at_least_one, check_writable, need, quieten
 from ltp_sparse.cli.own import SOURCE, add_columns, given_columns
 
@@ -38,16 +39,14 @@ def run(options: argparse.Namespace) -> None:
     need(options, "folder", "examples")
     if options.output is not None and options.output.suffix not in _SUFFIXES:
         raise CommandError(f"predict: --output must end in {' or '.join(_SUFFIXES)}, got {options.output}")
-    import torch
-    from tqdm.auto import tqdm
-
-    from ltp_sparse.cli.runs import Run, load_seed
+    expect(options, "folder", "run of ltp-sparse train")
+    expect_source(options, "examples")
+    from ltp_sparse.cli.runs import Run, finished_seeds, load_seed
     from ltp_sparse.files import atomic_path
     from ltp_sparse.tasks.own import read_own, texts_of, warn_of_gaps
-    from ltp_sparse.training.evaluation import class_logits
 
-    quieten(options)
     made = Run.load(options.folder)
+    made.check_model("predict")
     columns = given_columns(options, made)
     examples = read_own(
         options.examples,
@@ -60,7 +59,14 @@ def run(options: argparse.Namespace) -> None:
     warn_of_gaps(examples, None, options.examples)
     if options.output is not None:
         check_writable("predict", options.output)
-    setup, _ = load_seed(made, options.folder, options.seed)
+    seed = finished_seeds(options.folder, None if options.seed is None else [options.seed])[0]
+    import torch
+    from tqdm.auto import tqdm
+
+    from ltp_sparse.training.evaluation import class_logits
+
+    quieten(options)
+    setup, _ = load_seed(made, options.folder, seed)
     dtype = torch.bfloat16 if options.bf16 else None
     with tqdm(total=len(examples), unit="example", disable=options.quiet) as bar:
         inputs = setup.encode(examples)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ltp_sparse.cli.kinds import expect
 from ltp_sparse.cli.options import check_writable, need
 
 HELP = "turn the results of a recipe into tables beside the paper's figures, plots and an HTML page"
@@ -22,14 +23,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     need(options, "recipe", "results")
-    from ltp_sparse import results
-    from ltp_sparse.recipes import load_recipe
-    from ltp_sparse.report.pages import write_report
-
-    recipe = load_recipe(options.recipe, allow_plugins=options.allow_plugins)
     if options.output is not None:
         check_writable("report", options.output, folder=True)
+    expect(options, "results", "folder of results")
+    from ltp_sparse import results
+    from ltp_sparse.recipes import load_recipe
+
+    recipe = load_recipe(options.recipe, allow_plugins=options.allow_plugins)
     rows = results.read(options.results / results.RESULTS)
+    from ltp_sparse.report.pages import write_report
+
     files = write_report(recipe, rows, options.output or options.results)
     print(files[0].read_text(encoding="utf-8"))
     print("written:", ", ".join(map(str, files)))

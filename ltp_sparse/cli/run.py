@@ -6,10 +6,14 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ltp_sparse.cli.kinds import expect_model
 from ltp_sparse.cli.options import CommandError, add_report_to, check_writable, need
 from ltp_sparse.reading import FileFormatError, parse_yaml
+
+if TYPE_CHECKING:
+    from ltp_sparse.recipes import Recipe
 
 HELP = "run a recipe: all cells of a table or figure of the papers, or of your own YAML file"
 EXAMPLES = """\
@@ -65,6 +69,7 @@ def run(options: argparse.Namespace) -> int:
         print(plan(recipe))
         return 0
     need(options, "output")
+    _check_model(options, recipe)
     if options.devices and not options.part:
         from ltp_sparse.recipes.run import run_on_devices
 
@@ -99,6 +104,13 @@ def run(options: argparse.Namespace) -> int:
     plugins = " --allow-plugins" if options.allow_plugins else ""
     print(f"next: ltp-sparse report {shlex.quote(options.recipe)} {shlex.quote(str(options.output))}{plugins}")
     return 0
+
+
+def _check_model(options: argparse.Namespace, recipe: Recipe) -> None:
+    """Raises if the one model of all cells cannot be had; of several, cells without theirs fail by themselves."""
+    models = {cell["model"] for cell in recipe.cells}
+    if len(models) == 1:
+        expect_model(argparse.Namespace(command="run", model=models.pop(), tokenizer=options.tokenizer, positional=()))
 
 
 def overrides(options: argparse.Namespace) -> list[tuple[str, Any]]:

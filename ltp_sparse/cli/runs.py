@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from ltp_sparse import manifest
 from ltp_sparse.cli.options import CommandError
 from ltp_sparse.files import atomic_path
-from ltp_sparse.prompting.templates import CLASSES
 from ltp_sparse.reading import FileFormatError, read_json
 from ltp_sparse.tasks import task
 from ltp_sparse.tasks.own import Columns
+from ltp_sparse.tasks.pairs import CLASSES
 
 if TYPE_CHECKING:
     from ltp_sparse.delta import SparseDelta
@@ -85,6 +85,16 @@ class Run:
             return run
         except (AttributeError, TypeError, ValueError) as error:
             raise FileFormatError(path, f"damaged, or of another version of ltp_sparse ({error})") from error
+
+    def check_model(self, command: str) -> None:
+        """Raises if the model or the tokenizer is no longer where it was."""
+        from ltp_sparse.training.locating import locate
+
+        try:
+            for name in filter(None, (self.model, self.tokenizer)):
+                locate(name)
+        except ValueError as error:
+            raise CommandError(f"{command}: the run was made with a model that is not found: {error}") from None
 
     def check_continues(self, folder: Path) -> None:
         """Raises if the folder has seeds of a run that was made in another way: they would pass for seeds of this."""

@@ -6,6 +6,7 @@ import argparse
 import random
 from pathlib import Path
 
+from ltp_sparse.cli.kinds import expect, expect_model, kind_of
 from ltp_sparse.cli.options import (
     CommandError,
     add_computing,
@@ -21,10 +22,10 @@ from ltp_sparse.cli.options import (
 
 HELP = "select a ticket: tune a masked language model on text, or compare two checkpoints"
 EXAMPLES = """\
-  LTP's ticket: tune XLM-R on English text, keep the 20 % of its weights that moved most
-    ltp-sparse select --model xlm-roberta-base --text wiki.en.txt --density 0.2 --output en.safetensors
+  LTP's ticket: tune a model on English text, keep the 20 % of its weights that moved most
+    ltp-sparse select --model mini-xlmr --text wiki.en.txt --density 0.2 --output en.safetensors
   the same from a Hub data set, the middle third of the layers only
-    ltp-sparse select --model xlm-roberta-base --hub-text wikimedia/wikipedia --hub-config 20231101.en \\
+    ltp-sparse select --model mini-xlmr --hub-text wikimedia/wikipedia --hub-config 20231101.en \\
         --max-lines 300000 --segment middle --output en-middle.safetensors
   two versions of any model, streamed from disk
     ltp-sparse select --initial base/ --tuned tuned/ --density 0.05 --output ticket.safetensors"""
@@ -112,16 +113,18 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _from_checkpoints(options: argparse.Namespace):  # type: ignore[no-untyped-def]
-    import torch
-
-    import ltp_sparse as ls
-
     of_tuning = ("text", "text_column", "hub_text", "model", "strategy", "segment", "run_dir")
     if given := [name for name in of_tuning if getattr(options, name) is not None]:
         raise CommandError(
             f"select: --{given[0].replace('_', '-')} is of tuning and has no part in comparing --initial and --tuned, "
             "whose parameters are all selected from; leave it out"
         )
+    for name in ("initial", "tuned"):
+        expect(options, name, "file of weights", "model")
+    import torch
+
+    import ltp_sparse as ls
+
     return ls.select(
         options.initial,
         options.tuned,
@@ -144,17 +147,12 @@ def _from_text(options: argparse.Namespace):  # type: ignore[no-untyped-def]
         raise CommandError("select: --save-every and --resume need a --run-dir")
     if options.run_dir is not None and not options.resume:
         check_starts_anew("select", options.run_dir, "--run-dir")
-    quieten(options)
+    expect_model(options)
+    expect(options, "text", "text", "table")
     strategy = options.strategy or "decoupled"
     from ltp_sparse.tasks import read_hub_text, read_text
-    from ltp_sparse.training.backbone import load_backbone, longest_input
-    from ltp_sparse.training.mlm import MLMSettings, find_ticket, tune_mlm
 
-    if options.text_column is not None:
-        texts = _column(options)
-    elif options.text is not None:
-        texts = read_text(options.text, max_lines=options.max_lines, seed=options.seed)
-    else:
+    if options.text is None:
         texts = read_hub_text(
             options.hub_text,
             options.hub_config,
@@ -162,6 +160,14 @@ def _from_text(options: argparse.Namespace):  # type: ignore[no-untyped-def]
             max_lines=options.max_lines,
             seed=options.seed,
         )
+    elif (column := options.text_column or _only_column(options.text)) is not None:
+        texts = _column(options, column)
+    else:
+        texts = read_text(options.text, max_lines=options.max_lines, seed=options.seed)
+    from ltp_sparse.training.backbone import load_backbone, longest_input
+    from ltp_sparse.training.mlm import MLMSettings, find_ticket, tune_mlm
+
+    quieten(options)
     model, tokenizer = load_backbone(options.model, decoupled=strategy == "decoupled", tokenizer=options.tokenizer)
     settings = MLMSettings(
         strategy=strategy,
@@ -203,11 +209,42 @@ def _from_text(options: argparse.Namespace):  # type: ignore[no-untyped-def]
     )
 
 
-def _column(options: argparse.Namespace) -> list[str]:
+def _only_column(paths: list[Path]) -> str | None:
+    """The column to take the text from, where none is named: the one called text, or a single one.
+
+    None: these are no tables, or such as `read_text` takes: a .tsv of one column without a header, JSON lines with the
+    key text.
+    """
+    from ltp_sparse.tasks.own import columns_of
+
+    found: set[str | None] = set()
+    for path in paths:
+        if kind_of(path) != "table":
+            found.add(None)
+            continue
+        names, name = columns_of(path), path.name.removesuffix(".gz")
+        if name.endswith(".jsonl") and "text" in names:
+            found.add(None)
+        elif name.endswith(".tsv") and len(names) == 1 and names != ["text"]:
+            found.add(None)
+        elif "text" in names or len(names) == 1:
+            found.add("text" if "text" in names else names[0])
+        else:
+            raise CommandError(
+                f"select: {path} has the columns {', '.join(names)}; name the one with the text, --text-column"
+            )
+    if len(found) > 1:
+        raise CommandError("select: --text mixes files of different columns; name the column, --text-column")
+    return found.pop()
+
+
+def _column(options: argparse.Namespace, column: str) -> list[str]:
     """A column of labelled files, at most --max-lines of it."""
     from ltp_sparse.tasks.own import Columns, read_own
 
-    columns = Columns(text=options.text_column)
+    columns = Columns(text=column)
+    if options.text_column is None:
+        print(f"text: the column {column!r} of {', '.join(map(str, options.text))}")
     texts = [example.text for path in options.text for example in read_own(path, columns, labelled=False)]
     texts = [text for text in texts if text.strip()]
     if options.max_lines is None or options.max_lines >= len(texts):

@@ -8,6 +8,12 @@ METHOD_NAMES = (
 MASKED_METHOD_NAMES = tuple(name for name in METHOD_NAMES if name != "spt")
 """Those that `ltp-sparse train` knows: of XLM-R."""
 
+PROMPT_METHODS = METHOD_NAMES[:7]
+"""Those that score classes by words at the mask, and learn `--n-prompt` embeddings through an `--encoder`."""
+
+TICKET_METHODS = ("ltp", "random-ticket")
+"""Those that need a ticket."""
+
 TASK_NAMES = (
     "xnli", "xnli-fewshot", "americasnli", "americasnli-first", "multinli", "mnli-9k", "smsa", "smsa-full", "nusax",
     "generated", "sib200",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ltp_sparse.cli.kinds import expect, expect_model, expect_source
 from ltp_sparse.cli.options import (
     CommandError,
     add_computing,
@@ -23,7 +24,7 @@ from ltp_sparse.cli.options import (
     share,
 )
 from ltp_sparse.cli.own import SOURCE, add_columns, add_metric, given_columns, own_options, words_of
-from ltp_sparse.cli.tables import MASKED_METHOD_NAMES, TASK_NAMES
+from ltp_sparse.cli.tables import MASKED_METHOD_NAMES, PROMPT_METHODS, TASK_NAMES, TICKET_METHODS
 
 if TYPE_CHECKING:
     from ltp_sparse.tasks.own import Columns
@@ -32,19 +33,19 @@ HELP = "train LTP or one of its controls on labelled texts or pairs, and keep th
 EXAMPLES = """\
   LTP on 4 English pairs per class, with the paper's five seeds; data/ holds the folders train/ and dev/ of the K-shot
   files (mprompting/xlmrprompt on GitHub, common_datasets)
-    ltp-sparse train --model xlm-roberta-base --ticket en.safetensors --data data/ --shots 4 --output runs/ltp-4
+    ltp-sparse train --model mini-xlmr --ticket en.safetensors --data data/ --shots 4 --output runs/ltp-4
   the controls
-    ltp-sparse train --model xlm-roberta-base --method soft-prompt --data data/ --shots 4 --output runs/sp-4
-    ltp-sparse train --model xlm-roberta-base --method random-ticket --ticket en.safetensors --data data/ --shots 4 \\
+    ltp-sparse train --model mini-xlmr --method soft-prompt --data data/ --shots 4 --output runs/sp-4
+    ltp-sparse train --model mini-xlmr --method random-ticket --ticket en.safetensors --data data/ --shots 4 \\
         --output runs/random-4
   in Swahili, with checkpoints; stopped, the same command with --resume goes on
-    ltp-sparse train --model xlm-roberta-base --ticket en.safetensors --data data/ --language sw --shots 16 \\
+    ltp-sparse train --model mini-xlmr --ticket en.safetensors --data data/ --language sw --shots 16 \\
         --output runs/sw --save-every 10
   a task of single texts, by words of your own
-    ltp-sparse train --model xlm-roberta-base --ticket en.safetensors --task smsa --data data/ --shots 16 \\
+    ltp-sparse train --model mini-xlmr --ticket en.safetensors --task smsa --data data/ --shots 16 \\
         --words positive=good neutral=okay negative=bad --output runs/smsa
   a file of your own
-    ltp-sparse train --model xlm-roberta-base --ticket en.safetensors --train train.tsv --dev dev.tsv --test test.tsv \\
+    ltp-sparse train --model mini-xlmr --ticket en.safetensors --train train.tsv --dev dev.tsv --test test.tsv \\
         --text-column text --label-column label --words positive=good negative=bad --language quy --output runs/quy"""
 
 
@@ -74,7 +75,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--language",
         help="of the training examples (default: en, or the task's only one; of your own data: und)",
     )
-    parser.add_argument("--seeds", nargs="+", type=int, help="default: 1 2 3 4 5")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: the method's (LTP: 1 2 3 4 5)")
     parser.add_argument("--epochs", type=at_least_one, help="default: the method's (LTP: 70)")
     parser.add_argument("--learning-rate", type=float, help="default: the method's (LTP: 2e-5)")
     parser.add_argument("--batch-size", type=at_least_one, help="examples per update (default: 32)")
@@ -114,40 +115,45 @@ def run(options: argparse.Namespace) -> None:
     need(options, "model", "output")
     words = words_of(options.words)
     _check_source(options)
-    import ltp_sparse as ls
+    _check_method(options)
+    expect_model(options)
+    expect(options, "ticket", "ticket")
+    for name in ("train", "dev", "test"):
+        expect_source(options, name)
     from ltp_sparse.cli.runs import BAKED, TRAINED, Run, check_same_training, record, seeds_to_train
+    from ltp_sparse.tasks import task
+
+    finished = {file.parent.name for file in options.output.glob(f"seed-*/{BAKED}")}
+    wanted = finished if options.seeds is None else {f"seed-{seed}" for seed in options.seeds}
+    if finished & wanted and not options.resume:
+        raise CommandError(
+            f"train: {options.output} already holds trained seeds; pass --resume to keep them, or another --output"
+        )
+    for folder in [options.output] if options.seeds is None else [options.output / name for name in wanted]:
+        if not options.resume:
+            check_starts_anew("train", folder, "--output")
+    language = options.language or _usual_language(options)
+    verbalizer_language = options.verbalizer or language
+    data = _own_data(options, words, language) if options.train else None
+    labels = task(_task_name(options)).labels if data is None else data.labels
+    if words is None and options.method in PROMPT_METHODS:
+        _check_words_are_known(options, labels, verbalizer_language)
+    if words is not None and set(words) != set(labels):
+        raise CommandError(f"train: --words must be for the classes {', '.join(labels)}, got {', '.join(words)}")
+    data = data or _task_data(options, language)
+    check_writable("train", options.output, folder=True)
+
+    import ltp_sparse as ls
     from ltp_sparse.prompting import Verbalizer, kind_of
     from ltp_sparse.prompting.templates import QUESTIONS
-    from ltp_sparse.tasks import task
     from ltp_sparse.training.backbone import load_backbone, longest_input
     from ltp_sparse.training.method import train_method
 
     quieten(options)
     method = _method(options)
-    if method.needs_ticket and options.ticket is None:
-        raise CommandError(f"train: --ticket is needed for {options.method}; make one with ltp-sparse select")
-    if not method.needs_ticket and options.ticket is not None:
-        raise CommandError(f"train: --ticket is of ltp and random-ticket, not of {options.method}; leave it out")
     ticket = ls.Ticket.load(options.ticket) if options.ticket is not None else None
-    language = options.language or _usual_language(options)
-    verbalizer_language = options.verbalizer or language
-    data = _own_data(options, words, language) if options.train else None
-    labels = task(_task_name(options)).labels if data is None else data.labels
-    if words is None and method.scores_words:
-        _check_words_are_known(options, labels, verbalizer_language)
-    if words is not None and set(words) != set(labels):
-        raise CommandError(f"train: --words must be for the classes {', '.join(labels)}, got {', '.join(words)}")
-    data = data or _task_data(options, language)
-
     seeds = options.seeds or list(method.settings.seeds)
-    todo = [s for s in seeds if not (options.output / f"seed-{s}" / BAKED).is_file()]
-    if len(todo) < len(seeds) and not options.resume:
-        raise CommandError(
-            f"train: {options.output} already holds trained seeds; pass --resume to keep them, or another --output"
-        )
-    if not options.resume:
-        for seed in todo:
-            check_starts_anew("train", options.output / f"seed-{seed}", "--output")
+    todo = [s for s in seeds if f"seed-{s}" not in finished]
     run = Run(
         model=options.model,
         tokenizer=options.tokenizer,
@@ -167,7 +173,6 @@ def run(options: argparse.Namespace) -> None:
         columns=data.columns,
     )
     run.check_continues(options.output)
-    check_writable("train", options.output, folder=True)
     model, tokenizer = load_backbone(options.model, decoupled=False, tokenizer=options.tokenizer)
     if options.max_length is None and method.settings.max_length > (longest := longest_input(model.config)):
         print(f"inputs have at most {longest} tokens, for which the model has positions")
@@ -252,18 +257,35 @@ def _check_source(options: argparse.Namespace) -> None:
         raise CommandError("train: --dev-share is for data without --dev; leave one of them out")
 
 
+def _check_method(options: argparse.Namespace) -> None:
+    """Raises for options that the method does not have, and for a ticket that it lacks."""
+    method = options.method
+    if method in TICKET_METHODS and options.ticket is None:
+        raise CommandError(f"train: --ticket is needed for {method}; make one with ltp-sparse select")
+    if method not in TICKET_METHODS and options.ticket is not None:
+        raise CommandError(f"train: --ticket is of {' and '.join(TICKET_METHODS)}, not of {method}; leave it out")
+    if options.match is not None and method != "random-ticket":
+        raise CommandError(f"train: --match is of random-ticket, not of {method}; leave it out")
+    for name in ("n_prompt", "encoder"):
+        if getattr(options, name) is not None and method not in PROMPT_METHODS:
+            raise CommandError(
+                f"train: --{name.replace('_', '-')} is of soft prompts and not of {method}; leave it out"
+            )
+
+
 def _check_words_are_known(options: argparse.Namespace, labels: tuple[str, ...], language: str) -> None:
-    from ltp_sparse.prompting import CLASSES, WORDS
+    from ltp_sparse.tasks.pairs import CLASSES
+    from ltp_sparse.tasks.xnli import LANGUAGES  # those with known words
 
     if labels != CLASSES:
         raise CommandError(
             f"train: {options.method} needs a word for each class: --words "
             + " ".join(f"{shlex.quote(label)}=WORD" for label in labels)
         )
-    if language not in WORDS:
+    if language not in LANGUAGES:
         raise CommandError(
-            f"train: no label words are known for {language!r}; pass --verbalizer, one of {', '.join(WORDS)}, or words "
-            "of your own, --words"
+            f"train: no label words are known for {language!r}; pass --verbalizer, one of {', '.join(LANGUAGES)}, or "
+            "words of your own, --words"
         )
 
 
@@ -278,8 +300,8 @@ def _task_data(options: argparse.Namespace, language: str) -> _Data:
 
 
 def _own_data(options: argparse.Namespace, words: dict[str, list[str]] | None, language: str) -> _Data:
-    from ltp_sparse.prompting import CLASSES
     from ltp_sparse.tasks.own import classes_of, read_own, split_dev
+    from ltp_sparse.tasks.pairs import CLASSES
     from ltp_sparse.tasks.texts import few_shot
 
     columns = given_columns(options)
@@ -289,9 +311,13 @@ def _own_data(options: argparse.Namespace, words: dict[str, list[str]] | None, l
 
     train = read(options.train, "train")
     dev = [] if options.dev is None else read(options.dev, "validation")
-    if options.test is not None:
-        read(options.test, "test")  # what is wrong with it is told now, not after the training
+    test = [] if options.test is None else read(options.test, "test")  # told now, not after the training
     labels = classes_of([*train, *dev], words)
+    if foreign := sorted({example.label for example in test} - set(labels)):
+        raise CommandError(
+            f"train: --test {options.test} has the class {foreign[0]!r}, which no training example has; classes: "
+            f"{', '.join(labels)}"
+        )
     if words is None and set(labels) == set(CLASSES):
         labels = CLASSES  # inference, for which words are known
     if options.dev is None:
@@ -317,18 +343,11 @@ def _next(options: argparse.Namespace) -> str:
 
 
 def _method(options: argparse.Namespace) -> Any:
-    """The method with the settings that are given; a CommandError for those that it does not have."""
+    """The method with the settings that are given."""
     from ltp_sparse.methods import METHODS
 
     kind: Any = METHODS[options.method]
-    if options.match is not None and options.method != "random-ticket":
-        raise CommandError(f"train: --match is of random-ticket, not of {options.method}; leave it out")
     method = kind(match=options.match or "pool") if options.method == "random-ticket" else kind()
     names = ("epochs", "learning_rate", "batch_size", "max_length", "n_prompt", "encoder")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    known = {field.name for field in fields(method.settings)}
-    if foreign := [name for name in given if name not in known]:
-        raise CommandError(
-            f"train: --{foreign[0].replace('_', '-')} is of soft prompts and not of {options.method}; leave it out"
-        )
     return replace(method, settings=replace(method.settings, **given))

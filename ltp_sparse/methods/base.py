@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from torch import Tensor, nn
 
 from ltp_sparse.delta import SparseDelta
-from ltp_sparse.prompting.templates import CLASSES
 from ltp_sparse.prompting.verbalizers import Verbalizer
+from ltp_sparse.tasks.pairs import CLASSES
 from ltp_sparse.ticket import Ticket
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ltp_sparse.modules.inputs import token_ids
-from ltp_sparse.prompting.templates import CLASSES, IGNORED_LABEL, MAX_LENGTH, Pair, Text, label_index
+from ltp_sparse.prompting.templates import IGNORED_LABEL, MAX_LENGTH, Pair, Text, label_index
+from ltp_sparse.tasks.pairs import CLASSES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM, XLMRobertaModel

@@ -3,7 +3,6 @@
 from ltp_sparse.prompting.model import PromptedMaskedLM
 from ltp_sparse.prompting.prompt_encoder import PromptEncoder, vocabulary_rows
 from ltp_sparse.prompting.templates import (
-    CLASSES,
     Template,
     cloze_template,
     collator,
@@ -12,6 +11,7 @@ from ltp_sparse.prompting.templates import (
     soft_template,
 )
 from ltp_sparse.prompting.verbalizers import WORDS, Verbalizer
+from ltp_sparse.tasks.pairs import CLASSES
 
 __all__ = [
     "CLASSES",

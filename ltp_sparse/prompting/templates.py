@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 import torch
 from torch import Tensor
 
+from ltp_sparse.tasks.pairs import CLASSES
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-CLASSES = ("contradiction", "entailment", "neutral")
-"""The classes of inference, in the order of the logits and of the loss."""
 
 MAX_LENGTH = 256
 """Tokens of an input, `<s>` and `</s>` included."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ltp_sparse.prompting.templates import CLASSES
+from ltp_sparse.tasks.pairs import CLASSES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,11 +87,12 @@ class Verbalizer:
             given = words[label]
             of_label = []
             for word in [given] if isinstance(given, str) else given:
-                token = _word_id(tokenizer, word, strict)
+                token = _word_id(tokenizer, word, label, strict)
                 if token in word_of:
                     raise ValueError(
-                        f"Verbalizer.from_words: expected words of different tokens, {word_of[token]!r} and {word!r} "
-                        f"are the same token {tokenizer.convert_ids_to_tokens([token])[0]!r}; choose other words"
+                        f"Verbalizer.from_words: the words {word_of[token]!r} and {word!r} come down to the same token "
+                        f"{tokenizer.convert_ids_to_tokens([token])[0]!r}, which cannot tell classes apart; choose "
+                        "other words"
                     )
                 word_of[token] = word
                 of_label.append(token)
@@ -99,14 +100,35 @@ class Verbalizer:
         return cls(tuple(ids))
 
 
-def _word_id(tokenizer: PreTrainedTokenizerBase, word: str, strict: bool) -> int:
+def _word_id(tokenizer: PreTrainedTokenizerBase, word: str, label: str, strict: bool) -> int:
     ids = tokenizer(word, add_special_tokens=False)["input_ids"]
     pieces = tokenizer.convert_ids_to_tokens(ids)
+    told = f"the word {word!r} of class {label!r}"
     if not ids or set(ids) & set(tokenizer.all_special_ids) or pieces[-1] == _WORD_START:
-        raise ValueError(f"Verbalizer: the tokenizer has no piece for {word!r}, only {pieces}; choose another")
+        made = " + ".join(pieces) or "nothing"
+        raise ValueError(
+            f"Verbalizer.from_words: {told} is not in the tokenizer, which makes {made} of it; choose another "
+            f"word{_instead(tokenizer, word)}"
+        )
     if len(ids) > 1 or not pieces[0].startswith(_WORD_START):
-        found = f"Verbalizer: expected {word!r} to be one word-initial piece of the tokenizer, got {pieces}"
+        told += f" is not one piece of the tokenizer but {' + '.join(pieces)}"
         if strict:
-            raise ValueError(f"{found}; use the tokenizer of the model, or choose another word")
-        warnings.warn(f"{found}; its last piece {pieces[-1]!r} stands for it", stacklevel=3)
+            raise ValueError(f"Verbalizer.from_words: {told}; use the tokenizer of the model, or choose another word")
+        warnings.warn(
+            f"{told}; its last piece {pieces[-1]!r} stands for it. A word that is one piece tells more"
+            f"{_instead(tokenizer, word)}",
+            stacklevel=3,
+        )
     return ids[-1]
+
+
+def _instead(tokenizer: PreTrainedTokenizerBase, word: str) -> str:
+    """Spellings of the word that are one piece."""
+    spellings = dict.fromkeys((word.strip(), word.lower(), word.capitalize(), word.title().replace(" ", "")))
+    known = [s for s in spellings if s != word and len(s.split()) == 1 and _is_a_piece(tokenizer, s)]
+    return f", e.g. {known[0]!r}" if known else ""
+
+
+def _is_a_piece(tokenizer: PreTrainedTokenizerBase, word: str) -> bool:
+    ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+    return len(ids) == 1 and ids[0] not in tokenizer.all_special_ids

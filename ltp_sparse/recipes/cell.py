@@ -20,15 +20,16 @@ from ltp_sparse.files import save as save_tensors
 from ltp_sparse.methods import METHODS, Method, Settings
 from ltp_sparse.methods.madx import ADAPTER_SETTINGS, train_language_adapter
 from ltp_sparse.modules import Adapter
-from ltp_sparse.names import canonical_parameters, closest, fingerprint, layer_of, module_of
+from ltp_sparse.names import canonical_parameters, fingerprint, layer_of, module_of
 from ltp_sparse.prompting import CLASSES, WORDS, Verbalizer
+from ltp_sparse.reading import closest
 from ltp_sparse.recipes.cache import Cache
 from ltp_sparse.recipes.corpora import Corpus, corpus, mixture
 from ltp_sparse.recipes.recipe import Cell
 from ltp_sparse.tasks import TASKS, Task
 from ltp_sparse.ticket import Ticket
 from ltp_sparse.training.backbone import load_backbone, load_causal
-from ltp_sparse.training.evaluation import evaluate
+from ltp_sparse.training.evaluation import evaluate, largest_class
 from ltp_sparse.training.language import LANGUAGE_SETTINGS, train_language
 from ltp_sparse.training.method import load_trained, train_method
 from ltp_sparse.training.mlm import STRATEGIES, MLMSettings, find_ticket, text_hash, tune_mlm
@@ -150,6 +151,7 @@ def run_cell(
     start = time.perf_counter()
     method = method_of(cell)
     notes: list[str] = []
+    stuck: list[str] = []  # of a test whose predictions are all one class
     train_task, language = _training_task(cell, bench, notes), cell["train.language"]
     draw = {"shots": cell["shots"], "seed": cell["seed"]}
     train, dev = (bench.examples(train_task.name, split, language, **draw) for split in ("train", "dev"))
@@ -184,7 +186,7 @@ def run_cell(
             arguments={"report_to": bench.report_to},
         )
         if cell["language_sft"] is None and source is None:
-            scores = _scores(trained, tests, train_task, bench)
+            scores = _scores(trained, tests, train_task, bench, stuck)
             trained.release()
         else:
             trained.release()
@@ -199,7 +201,7 @@ def run_cell(
         with sft.applied(test_language if cell["language_sft"] else None, model):
             setup = load_trained(model, tokenizer, delta)
             try:
-                scores |= _scores(setup, {test_language: tests[test_language]}, train_task, bench)
+                scores |= _scores(setup, {test_language: tests[test_language]}, train_task, bench, stuck)
             finally:
                 delta.revert(setup.model)
                 setup.undo()
@@ -210,6 +212,7 @@ def run_cell(
         "metric": train_task.metric,
         "scores": scores,
         "mean": sum(scores.values()) / len(scores),
+        "largest_class": largest_class(tests, train_task.metric),
         "dev_score": max(trained.dev_scores) if method.picks != "loss" else min(trained.dev_scores),
         "epoch": trained.best_epoch,
         "k": trained.delta.ticket.k,
@@ -218,7 +221,7 @@ def run_cell(
         "dense_parameters": sum(tensor.numel() for tensor in trained.delta.dense.values()),
         "optimizer_bytes": trained.optimizer_bytes,
         "examples": {"train": len(train), "dev": len(dev), "test": {name: len(of) for name, of in tests.items()}},
-        "notes": notes,
+        "notes": [*notes, *(f"{cell['label']}: {note}" for note in stuck)],
         "seconds": round(time.perf_counter() - start, 2),
         "provenance": {
             "base": bench.digest(),
@@ -386,7 +389,9 @@ def _verbalizer(cell: Cell, method: Method, task: Task, tokenizer: Any) -> Verba
     return Verbalizer.for_language(tokenizer, language if language in WORDS else "en")
 
 
-def _scores(ready: Any, tests: Mapping[str, Sequence[Any]], task: Task, bench: Workbench) -> dict[str, float]:
+def _scores(
+    ready: Any, tests: Mapping[str, Sequence[Any]], task: Task, bench: Workbench, notes: list[str]
+) -> dict[str, float]:
     return evaluate(
         ready,
         tests,
@@ -395,6 +400,7 @@ def _scores(ready: Any, tests: Mapping[str, Sequence[Any]], task: Task, bench: W
         batch_size=bench.batch_size,
         dtype=torch.bfloat16 if bench.bf16 else None,
         progress=bench.progress,
+        notes=notes,
     )
 
 

@@ -31,8 +31,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.names import closest
-from ltp_sparse.reading import FileFormatError, read_yaml, reader
+from ltp_sparse.reading import FileFormatError, closest, read_yaml, reader
 from ltp_sparse.recipes.schema import CELL, GRID, RECIPE, check
 
 FOLDER = Path(__file__).parent

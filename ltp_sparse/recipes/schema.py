@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.names import closest
-from ltp_sparse.reading import FileFormatError
+from ltp_sparse.reading import FileFormatError, closest
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ltp_sparse.report.chance import chance_sheet
 from ltp_sparse.report.escaping import Sheet, for_html, for_markdown
 from ltp_sparse.report.paired import compare, comparison_sheet
 from ltp_sparse.report.plots import PLOTS
-from ltp_sparse.report.tables import Table, latex, make_table, markdown, to_csv
+from ltp_sparse.report.tables import LARGEST_CLASS, Table, figure, latex, make_table, markdown, to_csv
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; color: #222; }
@@ -126,4 +126,7 @@ def _html_table(table: Table) -> str:
                 f"<td>{line.paper[c]:.2f}</td>" if c in line.paper else "<td></td>" for c in table.columns
             )
             lines.append(f'<tr class="paper"><td>paper</td>{"<td></td>" * len(table.by)}{figures}</tr>')
+    if table.largest_class:
+        shares = "".join(f"<td>{figure(table.largest_class.get(column))}</td>" for column in table.columns)
+        lines.append(f'<tr class="paper"><td>{LARGEST_CLASS}</td>{"<td></td>" * len(table.by)}{shares}</tr>')
     return f"<table><thead><tr>{head}</tr></thead><tbody>\n" + "\n".join(lines) + "\n</tbody></table>\n"

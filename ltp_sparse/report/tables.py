@@ -13,6 +13,7 @@ from ltp_sparse.recipes.recipe import look_up
 from ltp_sparse.report.escaping import Bold, Sheet, for_csv, for_latex, plain
 
 AVERAGE = "AVG"
+LARGEST_CLASS = "always the largest class"
 
 
 @dataclass
@@ -39,12 +40,14 @@ class Table:
 
     by:      names of the facts
     columns: languages, and their average
+    largest_class: column -> the score of naming the largest class always, in percent; empty where rows do not tell it
     best:    (facts of a line, column) of the best means: among the lines that differ in the first fact only
     """
 
     by: tuple[str, ...]
     columns: tuple[str, ...]
     lines: list[Line]
+    largest_class: dict[str, float] = field(default_factory=dict)
 
     @property
     def best(self) -> set[tuple[tuple[Any, ...], str]]:
@@ -80,6 +83,7 @@ def make_table(rows: Iterable[Mapping[str, Any]], by: Sequence[str], paper: Mapp
            was trained on its own, several languages. Each row has a "seed"
     paper: an entry of `papers.yaml`
     """
+    rows = list(rows)
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(_plain(look_up(row, path)) for path in by), []).append(row)
@@ -98,7 +102,17 @@ def make_table(rows: Iterable[Mapping[str, Any]], by: Sequence[str], paper: Mapp
         lines.append(Line(facts, values, len(by_seed), printed.get(facts, {}), tuple(notes)))
     lines.sort(key=lambda line: [_order(fact) for fact in reversed(line.facts)])
     columns.pop(AVERAGE, None)
-    return Table(tuple(by), (*columns, AVERAGE), lines)
+    return Table(tuple(by), (*columns, AVERAGE), lines, _largest_class(rows))
+
+
+def _largest_class(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Of the columns for which all rows tell the same: rows of different test data have no common one."""
+    told: dict[str, set[float]] = {}
+    for row in rows:
+        for language in row["scores"]:
+            told.setdefault(language, set()).add(row.get("largest_class", {}).get(language))
+    found = {name: 100 * values.pop() for name, values in told.items() if len(values) == 1 and None not in values}
+    return found | {AVERAGE: statistics.fmean(found.values())} if found and len(found) == len(told) else found
 
 
 def paper_figures(paper: Mapping[str, Any] | None) -> dict[tuple[Any, ...], dict[str, float]]:
@@ -123,8 +137,11 @@ def markdown(table: Table, *, bold: bool = True) -> str:
             cells.append(Bold(text) if (line.facts, column) in best else text)
         out.append([*map(plain, line.facts), str(line.runs), *cells])
         if line.paper:
-            out.append(["↳ paper", *[""] * len(table.by), *(_figure(line.paper.get(c)) for c in table.columns)])
+            out.append(["↳ paper", *[""] * len(table.by), *(figure(line.paper.get(c)) for c in table.columns)])
             out.append(["↳ difference", *[""] * len(table.by), *(_difference(line, c) for c in table.columns)])
+    if table.largest_class:
+        cells = [figure(table.largest_class.get(column)) for column in table.columns]
+        out.append([LARGEST_CLASS, *[""] * len(table.by), *cells])
     return Sheet(out, [False] * len(table.by) + [True] * (1 + len(table.columns))).markdown()
 
 
@@ -138,7 +155,7 @@ def to_csv(table: Table) -> str:
             if column in line.values:
                 mean, deviation = line.values[column]
                 spread = "" if deviation != deviation else f"{deviation:.4f}"
-                figures = [f"{mean:.4f}", spread, line.runs, _figure(line.paper.get(column))]
+                figures = [f"{mean:.4f}", spread, line.runs, figure(line.paper.get(column))]
                 writer.writerow([*map(for_csv, (*line.facts, column)), *figures])
     return out.getvalue()
 
@@ -155,7 +172,7 @@ def latex(table: Table) -> str:
             cells.append(rf"\textbf{{{text}}}" if (line.facts, column) in best else text)
         body.append([*map(for_latex, line.facts), *cells])
         if line.paper:
-            body.append(["paper", *[""] * (len(table.by) - 1), *(_figure(line.paper.get(c)) for c in table.columns)])
+            body.append(["paper", *[""] * (len(table.by) - 1), *(figure(line.paper.get(c)) for c in table.columns)])
     lines = [rf"\begin{{tabular}}{{{'l' * len(table.by)}{'r' * len(table.columns)}}}", r"\toprule"]
     lines += [" & ".join(head) + r" \\", r"\midrule"]
     lines += [" & ".join(cells) + r" \\" for cells in body]
@@ -173,7 +190,7 @@ def _number(value: tuple[float, float] | None) -> str:
     return f"{mean:.2f}" if deviation != deviation else f"{mean:.2f} ± {deviation:.2f}"
 
 
-def _figure(value: float | None) -> str:
+def figure(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.prompting.templates import CLASSES
 from ltp_sparse.tasks import americasnli as _americasnli
 from ltp_sparse.tasks import generated as _generated
 from ltp_sparse.tasks import multinli as _multinli
@@ -16,7 +15,7 @@ from ltp_sparse.tasks import nusax as _nusax
 from ltp_sparse.tasks import sib200 as _sib200
 from ltp_sparse.tasks import smsa as _smsa
 from ltp_sparse.tasks import xnli as _xnli
-from ltp_sparse.tasks.pairs import LABELS, Pair, read_pairs
+from ltp_sparse.tasks.pairs import CLASSES, LABELS, Pair, read_pairs
 from ltp_sparse.tasks.text import read_hub_text, read_text
 from ltp_sparse.tasks.texts import Text, few_shot
 

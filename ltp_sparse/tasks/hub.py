@@ -1,9 +1,63 @@
-"""Labelled pairs from the Hub (or a local copy of a Hub data set) by name."""
+"""What comes from the Hub by name, or from a local copy; labelled pairs of it."""
 
 from __future__ import annotations
 
+import os
+import socket
+from contextlib import suppress
+from threading import Thread
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
 from ltp_sparse.reading import Place
 from ltp_sparse.tasks.pairs import LABELS, Pair, pair_in
+
+_PATIENCE = 3.0  # seconds for the Hub to answer
+
+
+def hub_answers() -> bool:
+    """Whether the Hub can be reached; asked in a thread, since looking up its address may take any time."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if getproxies():  # which reach where this process cannot
+        return True
+    where, answers = urlsplit(constants.ENDPOINT), []
+
+    def connect() -> None:
+        port = where.port or (80 if where.scheme == "http" else 443)
+        with suppress(OSError), socket.create_connection((where.hostname, port), timeout=_PATIENCE):
+            answers.append(True)
+
+    thread = Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(_PATIENCE)
+    return bool(answers)
+
+
+def load_hub(name: str, config: str | None, **options: Any) -> Any:
+    """`datasets.load_dataset`; where the Hub does not answer, from its cache, without half a minute of tries.
+
+    Raises:
+        ValueError: the Hub cannot be reached, and the data set has not been downloaded before.
+    """
+    from datasets import load_dataset
+    from huggingface_hub import constants
+
+    if os.path.isdir(name) or hub_answers():
+        return load_dataset(name, config, **options)
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        return load_dataset(name, config, **options)
+    except ConnectionError as error:
+        raise ValueError(
+            f"no data set {name!r}: there is no such folder, it has not been downloaded before, and the Hub cannot be "
+            "reached"
+        ) from error
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def hub_pairs(name: str, config: str | None, split: str, language: str) -> list[Pair]:
@@ -11,9 +65,9 @@ def hub_pairs(name: str, config: str | None, split: str, language: str) -> list[
 
     name: Hub name, or a folder that `datasets.load_dataset` reads.
     """
-    from datasets import ClassLabel, load_dataset
+    from datasets import ClassLabel
 
-    data = load_dataset(name, config, split=split)
+    data = load_hub(name, config, split=split)
     if missing := {"premise", "hypothesis", "label"} - set(data.column_names):
         raise ValueError(f"{name} ({config}, {split}): no column {sorted(missing)[0]!r}, only {data.column_names}")
     feature = data.features["label"]

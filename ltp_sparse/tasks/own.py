@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 from ltp_sparse.reading import FileFormatError, Place, reader
 from ltp_sparse.tasks.files import read_jsonl, read_table, text_in
+from ltp_sparse.tasks.hub import load_hub
 from ltp_sparse.tasks.pairs import Pair
 from ltp_sparse.tasks.texts import Text
 
@@ -22,6 +24,7 @@ UNDETERMINED = "und"
 """The language of rows of which nothing says it (ISO 639)."""
 
 _SPLIT_SEED = 0
+_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,25 @@ def read_own(
         raise FileFormatError(source, f"expected rows with the columns {', '.join(names)}, got none")
     _warn_of_quotes(source, columns, examples)
     return examples
+
+
+def columns_of(path: str | os.PathLike[str]) -> list[str]:
+    """The names in the first line of a table, the keys of the first row of JSON lines, the columns of a parquet file.
+
+    Raises:
+        FileFormatError: there is no row.
+    """
+    path = Path(path)
+    suffix = path.name.removesuffix(".gz").rpartition(".")[2].lower()
+    if suffix == "parquet":
+        row: Mapping[str, Any] | None = next((row for _, row in _parquet_rows(path)), None)
+    elif suffix == "jsonl":
+        row = next((row for _, row in read_jsonl(path)), None)
+    else:
+        row = next((row for _, row in read_table(path, quoted=suffix == "csv", comma=suffix == "csv")), None)
+    if row is None:
+        raise FileFormatError(path, "expected rows below a header, got none")
+    return list(row)
 
 
 def split_dev(examples: Sequence[Any], share: float) -> tuple[list[Any], list[Any]]:
@@ -179,16 +201,14 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _hub_rows(source: str, split: str, config: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    from datasets import load_dataset
-
     name, _, named = source.partition("@")
     folder = Path(name).expanduser()
-    if not folder.is_dir() and (name.startswith((".", os.sep, "~")) or name.count("/") > 1):
+    if not folder.is_dir() and not _HUB_NAME.fullmatch(name):
         raise FileNotFoundError(
             f"{name}: no such file or folder; expected a file that ends in .{', .'.join(FORMATS)}, or a Hub data set"
         )
     try:
-        data = load_dataset(os.fspath(folder) if folder.is_dir() else name, config, split=named or split)
+        data = load_hub(os.fspath(folder) if folder.is_dir() else name, config, split=named or split)
     except Exception as error:  # of many kinds: no network, no such name, configuration or split, damaged files
         reason = " ".join(str(error).split())[:300]
         raise ValueError(

@@ -15,6 +15,8 @@ from ltp_sparse.tasks.files import read_jsonl, read_table, text_in
 LABELS = ("entailment", "neutral", "contradiction")
 """The labels, in the order of their numbers in XNLI and AmericasNLI."""
 
+CLASSES = ("contradiction", "entailment", "neutral")
+"""The same in the order of the logits and of the loss."""
 
 _SENTENCES = ("premise", "hypothesis")
 

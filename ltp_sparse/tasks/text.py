@@ -11,6 +11,7 @@ from typing import Any
 
 from ltp_sparse.reading import FileFormatError, Place
 from ltp_sparse.tasks.files import read_jsonl, read_lines, text_in
+from ltp_sparse.tasks.hub import load_hub
 
 _SUFFIXES = ("txt", "tsv", "jsonl")
 
@@ -44,9 +45,7 @@ def read_hub_text(
     seed: int = 0,
 ) -> list[str]:
     """Non-blank lines of a column of a Hub data set, streamed; arguments as in `read_text`."""
-    from datasets import load_dataset
-
-    rows = load_dataset(name, config, split=split, streaming=True)
+    rows = load_hub(name, config, split=split, streaming=True)
     if rows.column_names is not None and column not in rows.column_names:
         raise ValueError(f"{name}: no column {column!r}; it has {', '.join(rows.column_names)}")
     placed = ((Place(name, f"row {number}"), row) for number, row in enumerate(rows))

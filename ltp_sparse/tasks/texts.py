@@ -10,6 +10,7 @@ from typing import Any
 
 from ltp_sparse.reading import Place
 from ltp_sparse.tasks.files import text_in
+from ltp_sparse.tasks.hub import load_hub
 from ltp_sparse.tasks.pairs import require_label
 
 
@@ -30,9 +31,9 @@ def hub_texts(
     label: the column of the label, its word or, if it is a ClassLabel, its number
     Raises ValueError for a missing column or an unknown label; the row is named.
     """
-    from datasets import ClassLabel, load_dataset
+    from datasets import ClassLabel
 
-    data = load_dataset(name, config, split=split)
+    data = load_hub(name, config, split=split)
     if missing := {"text", label} - set(data.column_names):
         raise ValueError(f"{name} ({config}, {split}): no column {sorted(missing)[0]!r}, only {data.column_names}")
     feature = data.features[label]

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 
 from ltp_sparse.names import canonical_parameters
 from ltp_sparse.reading import FileFormatError, reader
+from ltp_sparse.training.locating import locate
 
 if TYPE_CHECKING:
     from transformers import (
@@ -24,10 +24,6 @@ if TYPE_CHECKING:
         XLMRobertaForMaskedLM,
     )
 
-MINI_XLMR = "mini-xlmr"
-"""Name of the small model that the package ships; its card is `ltp_sparse/mini_xlmr/README.md`."""
-
-_SHIPPED = {MINI_XLMR: Path(__file__).parents[1] / "mini_xlmr"}
 _DECODER_BIAS = "lm_head.decoder.bias"
 _SPARE = re.compile(r"(^|\.)pooler\.|(^|\.)position_ids$")
 
@@ -149,20 +145,6 @@ def _save_both_biases(module: nn.Module, state_dict: dict, prefix: str, local_me
     name = prefix + _DECODER_BIAS
     if name in state_dict:
         state_dict[name] = state_dict[name].clone()
-
-
-def locate(name_or_path: str | os.PathLike[str]) -> tuple[str, bool]:
-    """The source for `from_pretrained` and whether it is local, so that a mistyped folder never becomes a download."""
-    text = os.path.expanduser(os.fspath(name_or_path))
-    if text in _SHIPPED:
-        return os.fspath(_SHIPPED[text]), True
-    if Path(text).is_dir():
-        return text, True
-    if isinstance(name_or_path, os.PathLike) or text.startswith((".", os.sep)) or text.count("/") > 1:
-        raise ValueError(
-            f"expected the folder of a model or a Hub name ('owner/name'), got {text!r}, which does not exist"
-        )
-    return text, False
 
 
 def _complete(what: str, cls: Any, source: str, **options: Any) -> Any:

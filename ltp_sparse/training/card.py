@@ -78,12 +78,15 @@ def _how(prompted: bool) -> list[str]:
 def _scores(rows: Any) -> list[str]:
     if not rows:
         return ["None were computed; `ltp-sparse evaluate` does."]
-    lines = ["| data | metric | language | score |", "| --- | --- | --- | ---: |"]
+    lines = ["| data | metric | language | score | always the largest class |", "| --- | --- | --- | ---: | ---: |"]
     for row in rows:
         for language, score in row["scores"].items():
+            largest = row.get("largest_class", {}).get(language)
             cells = [_cell(str(row.get("task"))), str(row.get("metric", "accuracy")), _cell(language), f"{score:.4f}"]
+            cells.append("" if largest is None else f"{largest:.4f}")
             lines.append("| " + " | ".join(cells) + " |")
-    return lines
+    notes = dict.fromkeys(f"{_cell(str(row.get('task')))}: {_cell(n)}." for row in rows for n in row.get("notes", ()))
+    return [*lines, "", *notes] if notes else lines
 
 
 def _cell(text: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -83,6 +85,16 @@ def predict(model: nn.Module, examples: Sequence[Any], collate: Collate, **optio
     return logits.argmax(-1) if len(logits) else torch.empty(0, dtype=torch.long, device="cpu")
 
 
+def largest_class(examples: Mapping[str, Sequence[Any]], metric: str = "accuracy") -> dict[str, float]:
+    """Language -> the score of naming the largest class of its examples always; as an accuracy, the share of it."""
+    found = {}
+    for language, of_language in examples.items():
+        labels = np.asarray([example.label for example in of_language])
+        largest = Counter(labels.tolist()).most_common(1)[0][0]
+        found[language] = METRICS[metric](np.full_like(labels, largest), labels)
+    return found
+
+
 class Ready(Protocol):
     """What can be evaluated: a result of `train_method`, or of `load_trained`."""
 
@@ -103,11 +115,13 @@ def evaluate(
     batch_size: int = 64,
     dtype: torch.dtype | None = None,
     progress: bool = True,
+    notes: list[str] | None = None,
 ) -> dict[str, float]:
     """Score (0 to 1) per language over labelled examples, language -> examples.
 
     metric: one of `METRICS`
     labels: classes of the task; one without an example is warned of, as are blank texts
+    notes:  is told, as a warning tells it, where all predictions are one class though the examples are of several
     Raises ValueError for an unknown metric, an example without a label and a language without examples.
     """
     from tqdm.auto import tqdm
@@ -115,6 +129,7 @@ def evaluate(
     if metric not in METRICS:
         raise ValueError(f"evaluate: metric must be one of {', '.join(METRICS)}, got {metric!r}")
     scores = {}
+    one_class: dict[str, list[str]] = {}
     with tqdm(total=sum(map(len, examples.values())), unit="example", disable=not progress) as bar:
         for language, of_language in examples.items():
             bar.set_description(f"evaluate {language}")
@@ -129,6 +144,17 @@ def evaluate(
                 trained.model, encoded, trained.collate, batch_size=batch_size, dtype=dtype, progress=bar.update
             )
             scores[language] = METRICS[metric](predicted.numpy(), expected)
+            if bool((predicted == predicted[0]).all()) and bool((expected != expected[0]).any()):
+                name = str(int(predicted[0]) if labels is None else labels[int(predicted[0])])
+                one_class.setdefault(name, []).append(language)
+    for name, languages in one_class.items():
+        note = f"all predictions for {', '.join(languages)} are {name!r}"
+        if notes is not None:
+            notes.append(note)
+        warnings.warn(
+            f"{note}: the model tells no classes apart; more epochs, another learning rate or more examples may help",
+            stacklevel=2,
+        )
     return scores
 
 

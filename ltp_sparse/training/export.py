@@ -23,8 +23,9 @@ from ltp_sparse.methods import METHODS
 from ltp_sparse.methods.prompt_learning import BAKED_PROMPT, PromptMethod
 from ltp_sparse.modules import SequenceClassifier
 from ltp_sparse.prompting import PromptedMaskedLM
-from ltp_sparse.training.backbone import load_backbone, locate
+from ltp_sparse.training.backbone import load_backbone
 from ltp_sparse.training.card import write_card
+from ltp_sparse.training.locating import locate
 from ltp_sparse.training.method import load_trained
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import EvalPrediction, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from ltp_sparse.delta import SparseDelta
@@ -24,6 +24,7 @@ from ltp_sparse.methods.base import Settings, Setup
 from ltp_sparse.prompting.templates import IGNORED_LABEL
 from ltp_sparse.restoring import Held, put_back
 from ltp_sparse.ticket import Ticket
+from ltp_sparse.training.bars import show_progress
 from ltp_sparse.training.evaluation import METRICS
 from ltp_sparse.training.trainer import KeepBest, SparseTrainer, alone, begin
 
@@ -125,8 +126,7 @@ def fit(
             compute_loss_func=setup.loss or class_loss,
             callbacks=[*([_SaveEvery(options.save_every)] if options.save_every else []), *options.callbacks],
         )
-        if not options.progress:
-            trainer.remove_callback(PrinterCallback)
+        show_progress(trainer, options.progress)
         facts = _facts(settings, train, dev, options)
         checkpoint = begin(str(folder), facts, what="train_method", resume=options.resume)
         start = time.perf_counter()

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from ltp_sparse.checkpoints import Readable, read_piece
@@ -37,6 +37,7 @@ from ltp_sparse.selection.sources import ScoreFunction, Sides, check_shape, name
 from ltp_sparse.ticket import Pool, Ticket
 from ltp_sparse.topk import entries_for
 from ltp_sparse.training.backbone import is_decoupled, longest_input
+from ltp_sparse.training.bars import show_progress
 from ltp_sparse.training.trainer import KeepBest, SparseTrainer, alone, begin
 from ltp_sparse.weights import Missing
 
@@ -233,8 +234,7 @@ def tune_mlm(
             data_collator=PadRight(tokenizer.pad_token_id),
             callbacks=[_Epochs(train_dataset), _EvaluateAtEnd(), *callbacks],
         )
-        if not progress:
-            trainer.remove_callback(PrinterCallback)
+        show_progress(trainer, progress)
         facts = {key: value for key, value in asdict(settings).items() if not key.startswith("save_")}
         facts["data_hash"] = text_hash(texts)
         trainer.train(resume_from_checkpoint=begin(folder, facts, what="tune_mlm", resume=resume))

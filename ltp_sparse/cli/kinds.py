@@ -1,0 +1,108 @@
+"""What a file or folder is, so that one given for the wrong option is told by name, and before torch is imported."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from ltp_sparse.cli.options import CommandError
+
+_BELONGS = {
+    "ticket": "--ticket of ltp-sparse train takes it, and ltp-sparse inspect",
+    "delta": "ltp-sparse inspect takes it",
+    "file of weights": "--initial and --tuned of ltp-sparse select take it",
+    "model": "--model takes it",
+    "run of ltp-sparse train": "ltp-sparse evaluate, predict and export take it",
+    "folder of results": "ltp-sparse report takes it",
+    "table": "--train, --dev and --test take it, and --text of ltp-sparse select",
+    "text": "--text of ltp-sparse select takes it",
+    "YAML file": "ltp-sparse run and report take it as a recipe, all commands as --config",
+}
+"""Kind -> where it goes."""
+
+_MADE_BY = {
+    "ticket": "ltp-sparse select makes one",
+    "run of ltp-sparse train": "ltp-sparse train makes one",
+    "folder of results": "ltp-sparse run makes one",
+}
+
+_BY_CONTENT = {
+    "run.json": "run of ltp-sparse train",
+    "results.jsonl": "folder of results",
+    "config.json": "model",
+}
+
+_BY_SUFFIX = {
+    **dict.fromkeys(("tsv", "csv", "jsonl", "parquet"), "table"),
+    **dict.fromkeys(("yaml", "yml"), "YAML file"),
+    "txt": "text",
+}
+
+
+def kind_of(path: str | os.PathLike[str]) -> str | None:
+    """One of the kinds above, by what is in a folder, by the header of a safetensors file, or by a file's name; None
+    where nothing tells it, or nothing is there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        of_folder = {
+            "run.json": "run of ltp-sparse train",
+            "results.jsonl": "folder of results",
+            "config.json": "model",
+        }
+        return next((kind for name, kind in of_folder.items() if (path / name).is_file()), None)
+    if not path.is_file():
+        return None
+    suffix = path.name.removesuffix(".gz").rpartition(".")[2].lower()
+    if suffix in _BY_SUFFIX:
+        return _BY_SUFFIX[suffix]
+    from ltp_sparse.files import kind_said
+
+    said = kind_said(path)
+    return "file of weights" if said == "" else said if said in _BELONGS else None
+
+
+def expect(options: argparse.Namespace, name: str, *kinds: str) -> None:
+    """Raises a CommandError if what an option gives is not there, or is evidently of another kind than these.
+
+    Args:
+        name: of the option; one that is not given passes.
+        kinds: that it takes. Where nothing tells the kind, whoever reads it will say what is wrong.
+    """
+    given = getattr(options, name)
+    for path in given if isinstance(given, list) else [given]:
+        if path is None:
+            continue
+        shown = name.upper() if name in options.positional else f"--{name.replace('_', '-')}"
+        found, wanted = kind_of(path), " or a ".join(kinds)
+        where = f"{options.command}: {shown}"
+        made = "; " + _MADE_BY[kinds[0]] if kinds[0] in _MADE_BY else ""
+        if found is not None and found not in kinds:
+            raise CommandError(f"{where} expects a {wanted}, {path} is a {found}: {_BELONGS[found]}{made}")
+        if not os.path.exists(path):
+            raise CommandError(f"{where} {path}: no such file or folder; expected a {wanted}{made}")
+
+
+def expect_source(options: argparse.Namespace, name: str) -> None:
+    """The same for labelled data, which may also be a data set of the Hub or a folder with one."""
+    given = getattr(options, name)
+    if given is not None and (os.path.isfile(given) or kind_of(given) is not None):
+        expect(options, name, "table")
+
+
+def expect_model(options: argparse.Namespace) -> None:
+    """The same for --model and --tokenizer; a name must be on the Hub, or in its cache."""
+    from ltp_sparse.training.locating import locate
+
+    for name in ("model", "tokenizer"):
+        if (given := getattr(options, name, None)) is None:
+            continue
+        if os.path.exists(given):
+            if kind_of(given) is not None:
+                expect(options, name, "model")
+            continue
+        try:
+            locate(given)
+        except ValueError as error:
+            raise CommandError(f"{options.command}: --{name}: {error}") from None
