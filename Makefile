@@ -28,8 +28,8 @@ help:  ## this list
 demo: $(TRAIN)  ## the whole job on generated data, offline: ticket, LTP, controls, report in demo-report/
 	$(BIN)/ltp-sparse demo --output demo-report
 
-test: $(TEST)  ## all tests (narrow them with ARGS="-k name")
-	$(BIN)/pytest --durations=15 $(ARGS)
+test: $(TEST)  ## all tests, on all cores (narrow them with ARGS="-k name"; ARGS="-n 0": in one process)
+	$(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal --durations=15 $(ARGS)
 
 # The C++ kernels under a sanitizer, as a module of their own in build/; threads: those of the kernels, not of OpenMP.
 asan: SANITIZE = address,undefined  ## tests of the C++ kernels under AddressSanitizer and UBSan
