@@ -17,7 +17,8 @@ from harness import RESULTS, Row, value_row, write_csv
 from torch import Tensor, nn
 
 import ltp_sparse as ls
-from ltp_sparse.quantization import STATE_BLOCK, dequantize_tiles
+from ltp_sparse.backends.quantization import dequantize_tiles
+from ltp_sparse.tickets.tile_table import STATE_BLOCK
 
 ENTRIES = 4096  # torchao keeps smaller parameters in float32
 TAIL = 200

@@ -34,10 +34,11 @@ from safetensors.torch import save_file
 
 import ltp_sparse as ls
 from ltp_sparse import backends
-from ltp_sparse.checkpoints import Reader, StreamSource, open_checkpoint
 from ltp_sparse.ops import index_sets
+from ltp_sparse.ops.routes import Selection, room_for, sampled_bracket, select_topk
+from ltp_sparse.ops.sources import Reader, StreamSource
 from ltp_sparse.testing import random_weights, tuned_weights
-from ltp_sparse.topk import Selection, room_for, sampled_bracket, select_topk
+from ltp_sparse.weights.checkpoints import open_checkpoint
 
 OP = "select from checkpoints"
 ONE_READER = "reading both files once, 1 thread"

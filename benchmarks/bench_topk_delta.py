@@ -29,10 +29,11 @@ from harness import (
 from torch import Tensor
 
 from ltp_sparse import backends
-from ltp_sparse.encoding import IndexSet
 from ltp_sparse.ops import index_sets
+from ltp_sparse.ops.routes import select_topk
+from ltp_sparse.ops.sources import TensorSource
 from ltp_sparse.testing import random_weights, tuned_weights
-from ltp_sparse.topk import TensorSource, select_topk
+from ltp_sparse.tickets.index_set import IndexSet
 
 BASELINE = "abs + torch.topk(sorted=False)"
 LT_SFT = "list of floats + np.partition (LT-SFT)"

@@ -28,7 +28,7 @@ from harness import RESULTS, environment, peak_memory
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ltp_sparse.files import atomic_path, check_writable
+from ltp_sparse.weights.files import atomic_path, check_writable
 
 SIZES = {"base": (768, 12, 12, 3072), "large": (1024, 24, 16, 4096), "tiny": (32, 2, 4, 64)}
 DENSITY = 0.2
@@ -42,7 +42,7 @@ def language_model(size: str, *, decoupled: bool) -> Any:
     """XLM-R with random weights; the tiny one is for tests."""
     from transformers import XLMRobertaConfig
 
-    from ltp_sparse.training.backbone import backbone_from_config
+    from ltp_sparse.models.backbone import backbone_from_config
 
     hidden, layers, heads, inner = SIZES[size]
     config = XLMRobertaConfig(
@@ -84,7 +84,9 @@ class Bench:
 
 def prompted(bench: Bench, *, decoupled: bool = True) -> tuple[Any, dict[str, Tensor]]:
     """Stage 2's model and a batch; decoupled: with a copy of the output embedding, not of the words' rows alone."""
-    from ltp_sparse.prompting import PromptedMaskedLM, PromptEncoder, Verbalizer
+    from ltp_sparse.models.masked_prompt import PromptedMaskedLM
+    from ltp_sparse.models.prompt_encoder import PromptEncoder
+    from ltp_sparse.prompting import Verbalizer
 
     model = language_model(bench.args.model, decoupled=decoupled)
     encoder, words = PromptEncoder(4, model.config.hidden_size), Verbalizer(tuple((word,) for word in WORDS))

@@ -3,7 +3,8 @@
     python benchmarks/choose_backends.py                  # measures on this CPU
     python benchmarks/choose_backends.py --from FOLDER    # takes what `make gpu` measured
 
-Only the section of the device is replaced, in `ltp_sparse/backend_choice.json` or in another file (--out). Nothing is
+Only the section of the device is replaced, in `ltp_sparse/backends/backend_choice.json` or in another file (--out).
+Nothing is
 timed before the backends gave the same bits.
 """
 
@@ -22,10 +23,12 @@ from harness import Provider, WrongResult, environment, interleaved
 
 import ltp_sparse as ls
 from ltp_sparse import backends
-from ltp_sparse.files import check_writable
 from ltp_sparse.testing import random_weights, tuned_weights, update_problem, xlmr_shapes
+from ltp_sparse.weights.files import check_writable
 
-TABLE = Path(__file__).parents[1] / "ltp_sparse" / backends.CHOICES.name  # of this checkout, wherever the package is
+TABLE = (
+    Path(__file__).parents[1] / "ltp_sparse" / "backends" / backends.CHOICES.name
+)  # of this checkout, wherever the package is
 DENSITIES = (0.0005, 0.01, 0.05, 0.2, 0.5, 0.75, 1.0)
 PRECISIONS: dict[torch.dtype, dict[str, Any]] = {
     torch.float32: {},

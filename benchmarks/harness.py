@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 import ltp_sparse as ls
-from ltp_sparse.files import atomic_path, check_writable
 from ltp_sparse.testing import xlmr_shapes
+from ltp_sparse.weights.files import atomic_path, check_writable
 
 RESULTS = Path(__file__).parent / "results"
 EVICTED = 1 << 28  # bytes written between two runs: more than the caches hold

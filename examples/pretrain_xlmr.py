@@ -25,8 +25,6 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ltp_sparse.generated.inference import documents
-from ltp_sparse.generated.languages import LANGUAGES
 from ltp_sparse.pretraining import (
     Documents,
     PretrainSettings,
@@ -41,6 +39,8 @@ from ltp_sparse.pretraining import (
     train_tokenizer,
 )
 from ltp_sparse.tasks import TASKS, read_text
+from ltp_sparse.tasks.generated.inference import documents
+from ltp_sparse.tasks.generated.languages import LANGUAGES
 
 CODES = ("ar", "bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh")
 FLORES = {

@@ -11,7 +11,7 @@ import argparse
 import torch
 from transformers import AutoTokenizer, XLMRobertaConfig
 
-from ltp_sparse.training.backbone import backbone_from_config
+from ltp_sparse.models.backbone import backbone_from_config
 
 SIZES = {
     "small": {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 256},

@@ -19,13 +19,12 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, XGLMConfig, XGLMForCausalLM, XLMRobertaConfig
 
-from ltp_sparse import results
-from ltp_sparse.recipes import Recipe, load_recipe, recipe_names
+from ltp_sparse.models.backbone import backbone_from_config
+from ltp_sparse.recipes import Recipe, load_recipe, recipe_names, results
 from ltp_sparse.recipes.cache import Cache
 from ltp_sparse.recipes.cell import Workbench
 from ltp_sparse.recipes.run import run_recipe
 from ltp_sparse.report.pages import write_report
-from ltp_sparse.training.backbone import backbone_from_config
 
 TOKENIZER = "tokenizers/xlm_roberta_base"
 MLM = {"max_steps": 2, "step_bounds": None, "length": 32, "eval_steps": 2}

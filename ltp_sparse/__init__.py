@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ltp_sparse.backends import available_backends, use_backend
-    from ltp_sparse.delta import SparseDelta
-    from ltp_sparse.frozen import frozen_digests, verify_frozen
-    from ltp_sparse.memory import memory_report
-    from ltp_sparse.names import canonical_parameters
     from ltp_sparse.ops import masked_adamw_, topk_delta
     from ltp_sparse.optim import MaskedAdamW, PackedParameters
-    from ltp_sparse.reading import FileFormatError
+    from ltp_sparse.optim.frozen import frozen_digests, verify_frozen
+    from ltp_sparse.optim.memory import memory_report
     from ltp_sparse.selection import Shard, TicketShard, select, select_sharded
-    from ltp_sparse.ticket import Ticket
+    from ltp_sparse.tickets.delta import SparseDelta
+    from ltp_sparse.tickets.ticket import Ticket
+    from ltp_sparse.weights.names import canonical_parameters
+    from ltp_sparse.weights.reading import FileFormatError
 
 __all__ = [
     "FileFormatError",
@@ -48,15 +48,15 @@ __all__ = [
 
 _MODULES = {  # of the names above
     "backends": ("available_backends", "use_backend"),
-    "delta": ("SparseDelta",),
-    "frozen": ("frozen_digests", "verify_frozen"),
-    "memory": ("memory_report",),
-    "names": ("canonical_parameters",),
     "ops": ("masked_adamw_", "topk_delta"),
     "optim": ("MaskedAdamW", "PackedParameters"),
-    "reading": ("FileFormatError",),
+    "optim.frozen": ("frozen_digests", "verify_frozen"),
+    "optim.memory": ("memory_report",),
     "selection": ("Shard", "TicketShard", "select", "select_sharded"),
-    "ticket": ("Ticket",),
+    "tickets.delta": ("SparseDelta",),
+    "tickets.ticket": ("Ticket",),
+    "weights.names": ("canonical_parameters",),
+    "weights.reading": ("FileFormatError",),
 }
 
 

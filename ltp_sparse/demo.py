@@ -9,26 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ltp_sparse import results
 from ltp_sparse.backends import available_backends
-from ltp_sparse.files import atomic_path
-from ltp_sparse.generated.inference import pairs, sentences
-from ltp_sparse.generated.languages import LANGUAGES
 from ltp_sparse.methods import LTP, PromptMethod, PromptOnly, PromptSettings, RandomTicket, SoftPrompt
-from ltp_sparse.names import canonical_parameters
+from ltp_sparse.models.backbone import load_backbone
+from ltp_sparse.models.locating import MINI_XLMR
 from ltp_sparse.prompting import CLASSES, Verbalizer
+from ltp_sparse.recipes import results
 from ltp_sparse.report.plots import plot_accuracy, plot_ticket
 from ltp_sparse.report.tables import Table, make_table, markdown
-from ltp_sparse.training.backbone import load_backbone
+from ltp_sparse.tasks.generated.inference import pairs, sentences
+from ltp_sparse.tasks.generated.languages import LANGUAGES
 from ltp_sparse.training.evaluation import evaluate, largest_class, result_row
-from ltp_sparse.training.locating import MINI_XLMR
 from ltp_sparse.training.method import Trained, train_method
 from ltp_sparse.training.mlm import MLMSettings, find_ticket, tune_mlm
+from ltp_sparse.weights.files import atomic_path
+from ltp_sparse.weights.names import canonical_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM
 
-    from ltp_sparse.ticket import Ticket
+    from ltp_sparse.tickets.ticket import Ticket
 
 WORDS = {"entailment": "yes", "contradiction": "no", "neutral": "perhaps"}
 

@@ -47,15 +47,18 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_nli import tiny_language_model, tiny_tokenizer  # noqa: E402
 
 import ltp_sparse as ls  # noqa: E402
-from ltp_sparse import files, manifest, results  # noqa: E402
-from ltp_sparse.checkpoints import open_checkpoint  # noqa: E402
-from ltp_sparse.foreign import read_lt_sft  # noqa: E402
-from ltp_sparse.modules import Adapter  # noqa: E402
-from ltp_sparse.reading import FileFormatError, read_json, read_yaml  # noqa: E402
-from ltp_sparse.recipes import load_recipe  # noqa: E402
+from ltp_sparse.models import Adapter  # noqa: E402
+from ltp_sparse.recipes import (
+    load_recipe,  # noqa: E402
+    results,
+)
 from ltp_sparse.tasks import read_pairs, read_text  # noqa: E402
 from ltp_sparse.tasks.files import read_columns, read_jsonl, read_lines, read_table  # noqa: E402
 from ltp_sparse.tasks.own import Columns, read_own  # noqa: E402
+from ltp_sparse.tickets.lt_sft import read_lt_sft  # noqa: E402
+from ltp_sparse.weights import files, manifest  # noqa: E402
+from ltp_sparse.weights.checkpoints import open_checkpoint  # noqa: E402
+from ltp_sparse.weights.reading import FileFormatError, read_json, read_yaml  # noqa: E402
 
 SECONDS, MEMORY = 1.0, 256 << 20
 FAULTS = ("other", "slow", "memory", "crash")
@@ -67,7 +70,7 @@ ANYTHING = object()
 class Case:
     """A kind of file.
 
-    reader: its name in `ltp_sparse.reading.READERS`
+    reader: its name in `ltp_sparse.weights.reading.READERS`
     name:   of the file; its suffix tells readers what it is
     made:   the bytes of a whole one
     read:   path -> content that can be compared
@@ -306,7 +309,7 @@ def cases(folder: Path) -> list[Case]:
     """All cases; `folder`: for what is written to make them."""
     from transformers import BloomConfig, BloomForCausalLM
 
-    from ltp_sparse.training import backbone
+    from ltp_sparse.models import backbone
 
     tokenizer = tiny_tokenizer()
     model = tiny_language_model(len(tokenizer), decoupled=False)

@@ -10,9 +10,9 @@ from tiny_nli import tiny_language_model, tiny_tokenizer, toy_pairs
 from torch import nn
 from torch.nn import functional as F
 
-from ltp_sparse.modules import Adapter, AdapterStack, InvertibleAdapter, SequenceClassifier, collator, encode_pairs
-from ltp_sparse.names import canonical_parameters
+from ltp_sparse.models import Adapter, AdapterStack, InvertibleAdapter, SequenceClassifier, collator, encode_pairs
 from ltp_sparse.training.mlm import token_losses
+from ltp_sparse.weights.names import canonical_parameters
 
 
 @pytest.fixture(autouse=True, scope="module")

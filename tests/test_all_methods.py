@@ -14,13 +14,13 @@ from tiny_nli import tiny_language_model, tiny_tokenizer, toy_pairs
 
 import ltp_sparse as ls
 from ltp_sparse.methods import METHODS
-from ltp_sparse.methods.madx import train_language_adapter
-from ltp_sparse.modules import Adapter
-from ltp_sparse.names import canonical_parameters
+from ltp_sparse.models import Adapter
 from ltp_sparse.prompting import Verbalizer
 from ltp_sparse.training.evaluation import evaluate
+from ltp_sparse.training.language import train_language_adapter
 from ltp_sparse.training.method import load_trained, train_method
 from ltp_sparse.training.mlm import MLMSettings
+from ltp_sparse.weights.names import canonical_parameters
 
 WORDS = {"a": "w7", "b": "w21", "c": "w30"}
 OPTIONS = {

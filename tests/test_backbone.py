@@ -11,10 +11,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaForMaskedLM
 
 from ltp_sparse import Ticket, canonical_parameters
-from ltp_sparse.names import is_layer_norm
+from ltp_sparse.models.backbone import backbone_from_config, decouple, is_decoupled, load_backbone
 from ltp_sparse.selection import pools
-from ltp_sparse.topk import entries_for
-from ltp_sparse.training.backbone import backbone_from_config, decouple, is_decoupled, load_backbone
+from ltp_sparse.tickets.counts import entries_for
+from ltp_sparse.weights.names import is_layer_norm
 
 E_IN, E_OUT = "roberta.embeddings.word_embeddings.weight", "lm_head.decoder.weight"
 

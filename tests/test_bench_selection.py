@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ltp_sparse.encoding import IndexSet
 from ltp_sparse.testing import xlmr_shapes
+from ltp_sparse.tickets.index_set import IndexSet
 
 SHAPES = xlmr_shapes(layers=1, hidden=32, intermediate=64, vocabulary=200, positions=20)
 

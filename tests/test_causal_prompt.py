@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ltp_sparse.modules import (
+from ltp_sparse.models import (
     TOPIC_WORDS,
     TOPICS,
     CausalPrompt,
@@ -21,8 +21,8 @@ from ltp_sparse.modules import (
     vocabulary_loss,
     word_tokens,
 )
-from ltp_sparse.names import canonical_parameters
 from ltp_sparse.prompting.templates import IGNORED_LABEL
+from ltp_sparse.weights.names import canonical_parameters
 
 KINDS = ("xglm", "bloom")
 CLASSES = ("a", "b", "c")

@@ -9,10 +9,10 @@ import torch
 from tiny_nli import TinyPair, tiny_language_model, tiny_tokenizer, toy_pairs
 from torch.nn import functional as F
 
-from ltp_sparse.modules import SequenceClassifier, collator, encode_pairs, encode_texts
-from ltp_sparse.names import canonical_parameters
+from ltp_sparse.models import SequenceClassifier, collator, encode_pairs, encode_texts
 from ltp_sparse.prompting import CLASSES
 from ltp_sparse.prompting.templates import IGNORED_LABEL
+from ltp_sparse.weights.names import canonical_parameters
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def test_batches(tokenizer, side):
 def test_sizes_of_the_full_model(linear, count):
     from transformers import XLMRobertaConfig
 
-    from ltp_sparse.training.backbone import backbone_from_config
+    from ltp_sparse.models.backbone import backbone_from_config
 
     config = XLMRobertaConfig(vocab_size=250_002, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)
     with torch.device("meta"):

@@ -130,7 +130,7 @@ def test_examples_of_help_get_to_where_the_work_begins(command, stand_ins, monke
         return
     if words[0] == "train":
         words[words.index("--output") + 1] = str(tmp_path / "run")
-    monkeypatch.setattr("ltp_sparse.training.backbone.load_backbone", reached)
+    monkeypatch.setattr("ltp_sparse.models.backbone.load_backbone", reached)
     monkeypatch.setattr("ltp_sparse.selection.select", reached)
     monkeypatch.setattr(ls, "select", reached)
     monkeypatch.setattr("ltp_sparse.cli.runs.load_seed", reached)

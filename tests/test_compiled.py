@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ltp_sparse import reference
+from ltp_sparse.backends import reference
 
 _C = pytest.importorskip("ltp_sparse._C", reason="the compiled extension is not built")
 

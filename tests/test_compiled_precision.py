@@ -6,11 +6,12 @@ import pytest
 import torch
 from cases import DTYPES, bits, compiled, instruction_sets, threads, using  # noqa: F401 (compiled is a fixture)
 
-from ltp_sparse.encoding import Column, Encoding
+from ltp_sparse.backends.reference import Coefficient
+from ltp_sparse.backends.rounding import rounding_keys
 from ltp_sparse.ops import adamw_coefficients, masked_sum_squares
-from ltp_sparse.reference import Coefficient
-from ltp_sparse.rounding import rounding_keys
 from ltp_sparse.testing import UpdateProblem, update_problem
+from ltp_sparse.tickets.index_set import Encoding
+from ltp_sparse.tickets.tile_table import Column
 
 SIZES = (1, 63, 64, 65, 255, 256, 257, 1000, 4097, 65_536, 65_537, 131_073)
 MODES = {

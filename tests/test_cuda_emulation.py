@@ -15,13 +15,14 @@ import torch
 from cases import DELTAS, DTYPES, bits, random_case, using
 from torch import Tensor
 
-from ltp_sparse import backends, reference, topk
-from ltp_sparse.encoding import TILE, WORDS_PER_TILE
-from ltp_sparse.ops import adamw_coefficients, masked_pack_, masked_sum_squares
-from ltp_sparse.reference import Coefficient
-from ltp_sparse.rounding import rounding_keys
+from ltp_sparse import backends
+from ltp_sparse.backends import reference
+from ltp_sparse.backends.reference import Coefficient
+from ltp_sparse.backends.rounding import rounding_keys
+from ltp_sparse.ops import adamw_coefficients, masked_pack_, masked_sum_squares, routes, sources
 from ltp_sparse.testing import UpdateProblem, update_problem
-from ltp_sparse.topk import Layout
+from ltp_sparse.tickets.bits import TILE, WORDS_PER_TILE
+from ltp_sparse.tickets.layout import Layout
 
 ROOT = Path(__file__).parents[1]
 SIZES = (1, 63, 257, 1000, 4096, 4097, 65_537, 70_000)
@@ -432,13 +433,14 @@ def test_values_that_are_not_finite_are_seen(passes, rng, dtype, value):
 @pytest.mark.parametrize("route", ["sample", "histogram"])
 def test_selection_of_the_reference(passes, monkeypatch, route):
     """Every route at a few hundred entries, with tensors of several dtypes and budgets in one call."""
-    monkeypatch.setattr(topk, "SAMPLES", 200)
-    monkeypatch.setattr(topk, "_SAMPLE_SHARE", 2)
-    monkeypatch.setattr(topk, "_SPARE_CANDIDATES", 40)
+    monkeypatch.setattr(routes, "SAMPLES", 200)
+    monkeypatch.setattr(routes, "_SAMPLE_SHARE", 2)
+    monkeypatch.setattr(routes, "_SPARE_CANDIDATES", 40)
     for seed in range(40):
         initial, tuned, ks, groups = random_case(seed)
         wanted, found = (
-            topk.select_topk(p, topk.TensorSource(initial, tuned), groups, ks, route=route) for p in (reference, passes)
+            routes.select_topk(p, sources.TensorSource(initial, tuned), groups, ks, route=route)
+            for p in (reference, passes)
         )
         for name in ("words", "counts", "thresholds"):
             assert torch.equal(getattr(found, name), getattr(wanted, name)), f"seed {seed}, {name}"
@@ -449,7 +451,7 @@ def test_selection_of_the_reference(passes, monkeypatch, route):
 def test_the_host_reads_once(passes, rng, monkeypatch, route, kind):
     """Where the route is decided; all else stays on the device."""
     for name, value in {"SAMPLES": 200, "_SAMPLE_SHARE": 2, "_SPARE_CANDIDATES": 600}.items():
-        monkeypatch.setattr(topk, name, value)
+        monkeypatch.setattr(routes, name, value)
     tuned = [DELTAS[kind](n, rng) for n in (700, 1, 1300)]
     reads = []
     for name in ("tolist", "item", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero"):
@@ -460,7 +462,7 @@ def test_the_host_reads_once(passes, rng, monkeypatch, route, kind):
             return original(self, *args)
 
         monkeypatch.setattr(Tensor, name, counting)
-    topk.select_topk(passes, topk.TensorSource([], tuned), [0, 0, 0], [600], route=route)
+    routes.select_topk(passes, sources.TensorSource([], tuned), [0, 0, 0], [600], route=route)
     assert reads == ["tolist"]
 
 

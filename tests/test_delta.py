@@ -9,9 +9,10 @@ from cases import DENSE, DTYPES, EMBEDDING, TiedModel, same_bits, threads
 from safetensors.torch import save_file
 
 import ltp_sparse as ls
-from ltp_sparse import SparseDelta, Ticket, files
-from ltp_sparse.names import applied_deltas
+from ltp_sparse import SparseDelta, Ticket
 from ltp_sparse.selection import pools
+from ltp_sparse.tickets.delta import applied_deltas
+from ltp_sparse.weights import files
 
 LANGUAGE, TASK = 1, 2
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from ltp_sparse.demo import DemoSettings, demo
-from ltp_sparse.generated.facts import LABELS, PARENT, Fact
-from ltp_sparse.generated.inference import SPLITS, documents, fact_pairs, pairs, sentences
-from ltp_sparse.generated.languages import LANGUAGES, sentence
 from ltp_sparse.methods import PromptSettings
+from ltp_sparse.tasks.generated.facts import LABELS, PARENT, Fact
+from ltp_sparse.tasks.generated.inference import SPLITS, documents, fact_pairs, pairs, sentences
+from ltp_sparse.tasks.generated.languages import LANGUAGES, sentence
 
 COUNT = 96
 

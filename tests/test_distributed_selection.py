@@ -18,10 +18,10 @@ from test_frameworks import leave_group
 from torch import distributed, nn
 
 import ltp_sparse as ls
-from ltp_sparse import topk
-from ltp_sparse.encoding import TILE
+from ltp_sparse.ops import routes
+from ltp_sparse.ops.routes import NonFiniteDelta
 from ltp_sparse.selection import Shard, scores, select_sharded
-from ltp_sparse.topk import NonFiniteDelta
+from ltp_sparse.tickets.bits import TILE
 
 WORLD = 4
 SHAPES = {
@@ -193,14 +193,14 @@ def scored(ranks):
 
 @contextmanager
 def smaller(**values):
-    before = {name: getattr(topk, name) for name in values}
+    before = {name: getattr(routes, name) for name in values}
     for name, value in values.items():
-        setattr(topk, name, value)
+        setattr(routes, name, value)
     try:
         yield
     finally:
         for name, value in before.items():
-            setattr(topk, name, value)
+            setattr(routes, name, value)
 
 
 def overflow(ranks):

@@ -8,20 +8,17 @@ from cases import threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ltp_sparse.encoding import (
+from ltp_sparse.tickets.bits import (
     TILE,
-    Column,
-    Encoding,
-    IndexSet,
-    TileTable,
     bitmap_words,
     from_uint16_bits,
     pack_bits,
     popcount,
-    tile_indices,
     to_uint16_bits,
     unpack_bits,
 )
+from ltp_sparse.tickets.index_set import Encoding, IndexSet
+from ltp_sparse.tickets.tile_table import Column, TileTable, tile_indices
 
 SMALL = itertools.product((0, 1, 31, 32, 63, 64, 65, 1000, 4097), (0.0, 0.05, 0.97, 1.0))
 LARGE = itertools.product((TILE - 1, TILE, TILE + 1, 2 * TILE + 77), (0.004, 0.3, 1.0))

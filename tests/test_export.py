@@ -10,8 +10,8 @@ import torch
 from test_own_data import COLUMNS, QUICK, WORDS_GIVEN, files, rows, run, trained, write_tsv  # noqa: F401
 from tiny_nli import WORDS
 
-from ltp_sparse import results
 from ltp_sparse.cli.runs import Run, load_seed
+from ltp_sparse.recipes import results
 from ltp_sparse.tasks.own import Columns, read_own
 
 METHODS = ["ltp", "soft-prompt", "discrete-prompt", "fine-tuning"]

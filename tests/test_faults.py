@@ -18,7 +18,8 @@ import torch
 from tiny_nli import WORDS, tiny_language_model, tiny_tokenizer, toy_pairs
 
 import ltp_sparse as ls
-from ltp_sparse import files, results
+from ltp_sparse.recipes import results
+from ltp_sparse.weights import files
 
 pytest.importorskip("transformers")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -41,7 +42,7 @@ def _ticket(k):
 
 
 def _lt_sft(path):
-    from ltp_sparse.foreign import write_lt_sft
+    from ltp_sparse.tickets.lt_sft import write_lt_sft
 
     ticket = _ticket(400_000)
     values = torch.ones(400_000)

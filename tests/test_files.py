@@ -17,8 +17,10 @@ import safetensors.torch
 import torch
 
 import ltp_sparse as ls
-from ltp_sparse import FileFormatError, SparseDelta, Ticket, files, manifest, results
-from ltp_sparse.restoring import Held, put_back, restoring
+from ltp_sparse import FileFormatError, SparseDelta, Ticket
+from ltp_sparse.recipes import results
+from ltp_sparse.tickets.restoring import Held, put_back, restoring
+from ltp_sparse.weights import files, manifest
 
 
 def ticket(k=3):

@@ -11,12 +11,12 @@ from tiny_nli import tiny_language_model, tiny_tokenizer, toy_pairs
 import ltp_sparse as ls
 from ltp_sparse.methods import LTSFT, SCSFT, BitFit, FineTuning, RandSFT, Settings
 from ltp_sparse.methods.fine_tuning import K_LANGUAGE, K_TASK, group_shares, scaled_budget
-from ltp_sparse.names import canonical_parameters
+from ltp_sparse.models.backbone import backbone_from_config
 from ltp_sparse.selection import pools
 from ltp_sparse.selection.budgets import share_out
-from ltp_sparse.training.backbone import backbone_from_config
 from ltp_sparse.training.evaluation import evaluate
 from ltp_sparse.training.method import load_trained, train_method
+from ltp_sparse.weights.names import canonical_parameters
 
 QUICK = Settings(epochs=5, max_length=64, learning_rate=1e-3)
 
@@ -226,7 +226,7 @@ def test_a_task_sft_composes_with_a_language_sft(tokenizer):
                 expected[mask] += delta.values[name] - delta.originals[name]
         torch.testing.assert_close(parameter.detach(), expected, msg=name)
     assert evaluate(setup, {"en": toy_pairs(6)}, progress=False)["en"] >= 0
-    result_delta = next(entry.delta for entry in reversed(ls.names.applied_deltas(model)))
+    result_delta = next(entry.delta for entry in reversed(ls.tickets.delta.applied_deltas(model)))
     result_delta.revert(setup.model)
     target.revert(model)
     assert all(torch.equal(p, base[n]) for n, p in canonical_parameters(model).items())

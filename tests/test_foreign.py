@@ -11,9 +11,9 @@ import torch
 from tiny_nli import tiny_language_model, tiny_tokenizer
 
 import ltp_sparse as ls
-from ltp_sparse.foreign import FILE, read_lt_sft, write_lt_sft
-from ltp_sparse.names import canonical_parameters
 from ltp_sparse.selection import pools
+from ltp_sparse.tickets.lt_sft import FILE, read_lt_sft, write_lt_sft
+from ltp_sparse.weights.names import canonical_parameters
 
 QUERY = "roberta.encoder.layer.0.attention.self.query.weight"
 BIAS = "roberta.encoder.layer.1.output.dense.bias"
@@ -140,7 +140,7 @@ def test_damaged_files(tmp_path, model, content, message):
 
 def test_indices_above_int32():
     """A tensor of more than 2^31 entries has steps that add up to more than an int32 holds."""
-    from ltp_sparse.foreign import _decoded
+    from ltp_sparse.tickets.lt_sft import _decoded
 
     size = torch.Size([70_000, 70_000])
     steps = torch.full((4,), 2**30, dtype=torch.int32)

@@ -23,12 +23,15 @@ from test_cuda_emulation import (
 from torch import Tensor, nn
 
 import ltp_sparse as ls
-from ltp_sparse import MaskedAdamW, Ticket, backends, checkpoints, reference, selection, topk
-from ltp_sparse.encoding import WORDS_PER_TILE, TileTable
-from ltp_sparse.ops import adamw_coefficients, masked_pack_, masked_sum_squares
-from ltp_sparse.reference import Coefficient
-from ltp_sparse.rounding import rounding_keys
+from ltp_sparse import MaskedAdamW, Ticket, backends, selection
+from ltp_sparse.backends import reference
+from ltp_sparse.backends.reference import Coefficient
+from ltp_sparse.backends.rounding import rounding_keys
+from ltp_sparse.ops import adamw_coefficients, masked_pack_, masked_sum_squares, routes, sources
 from ltp_sparse.testing import UpdateProblem, random_weights, tuned_weights, update_problem
+from ltp_sparse.tickets.bits import WORDS_PER_TILE
+from ltp_sparse.tickets.layout import Layout
+from ltp_sparse.tickets.tile_table import TileTable
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -277,9 +280,9 @@ def test_selection_is_that_of_the_cpu(backend, dtype, deltas, route):
     with using(backend):
         passes = backends.resolve(DEVICE)
     for groups, ks in (([0, 0, 0, 0], [1]), ([0, 0, 0, 0], [300_000]), ([0, 1, 2, 1], [5000, 69_000, 0])):
-        wanted = topk.select_topk(reference, topk.TensorSource(before, tuned), groups, ks, route="histogram")
+        wanted = routes.select_topk(reference, sources.TensorSource(before, tuned), groups, ks, route="histogram")
         for _ in range(2):
-            found = topk.select_topk(passes, topk.TensorSource(*on_gpu), groups, ks, route=route)
+            found = routes.select_topk(passes, sources.TensorSource(*on_gpu), groups, ks, route=route)
             for name in ("words", "counts", "thresholds"):
                 assert torch.equal(getattr(found, name).cpu(), getattr(wanted, name)), name
 
@@ -291,8 +294,8 @@ def test_selection_names_the_tensor_that_is_not_finite(backend, route):
     tuned[1][69_999] = torch.nan
     with using(backend):
         passes = backends.resolve(DEVICE)
-    with pytest.raises(topk.NonFiniteDelta, match="tensor 1 "):
-        topk.select_topk(passes, topk.TensorSource([], tuned), [0, 0], [7], route=route)
+    with pytest.raises(routes.NonFiniteDelta, match="tensor 1 "):
+        routes.select_topk(passes, sources.TensorSource([], tuned), [0, 0], [7], route=route)
 
 
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
@@ -308,7 +311,7 @@ def test_samples_and_candidates_of_the_reference(backend, rng):
     assert torch.equal(found.cpu(), wanted)
 
     band = BandOutputs(reference.delta_band, initial, tuned, *BANDS["all that moved"], None, 1 << 20)
-    layout = topk.Layout(SELECTION_SIZES)
+    layout = Layout(SELECTION_SIZES)
     of_tile = torch.arange(len(SELECTION_SIZES)).repeat_interleave(torch.tensor(layout.tile_offsets).diff())
     first_tile, first_word = torch.tensor(layout.tile_offsets)[of_tile], torch.tensor(layout.word_offsets)[of_tile]
     tile_words = first_word + WORDS_PER_TILE * (torch.arange(layout.tiles) - first_tile)
@@ -334,15 +337,15 @@ def test_a_selection_waits_once(backend):
     """Where the route is decided."""
     initial = {str(i): t.to(DEVICE) for i, t in enumerate(random_weights({"a": (3000, 2000), "b": (70_001,)}).values())}
     tuned = {name: t + torch.randn_like(t) * 1e-3 for name, t in initial.items()}
-    source = topk.TensorSource(list(initial.values()), list(tuned.values()))
+    source = sources.TensorSource(list(initial.values()), list(tuned.values()))
     with using(backend):
         passes = backends.resolve(DEVICE)
-    topk.select_topk(passes, source, [0, 0], [1_000_000], route="sample")  # compiles
+    routes.select_topk(passes, source, [0, 0], [1_000_000], route="sample")  # compiles
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as waits:
             warnings.simplefilter("always")
-            topk.select_topk(passes, source, [0, 0], [1_000_000], route="sample")
+            routes.select_topk(passes, source, [0, 0], [1_000_000], route="sample")
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(waits) == 1, [str(wait.message) for wait in waits]
@@ -360,7 +363,7 @@ def test_selection_beyond_32_bits(backend):
     with using(backend):
         passes = backends.resolve(DEVICE)
     for route in ("sample",) if backend == "triton" else ("sample", "histogram"):
-        found = topk.select_topk(passes, topk.TensorSource([], [scores]), [0], [4], route=route)
+        found = routes.select_topk(passes, sources.TensorSource([], [scores]), [0], [4], route=route)
         assert found.counts.tolist() == [4] and found.thresholds.tolist() == [1.0]
         at = found.words.nonzero().view(-1)
         bit = found.words[at].to(torch.int64) & 0xFFFFFFFF
@@ -377,7 +380,7 @@ def test_checkpoints_are_selected_on_the_gpu(backend, tmp_path, monkeypatch):
     for path, side in zip(pair, (initial, tuned), strict=True):
         save_file(side, path)
     expected = ls.select(*pair, density=0.2, device="cpu")
-    monkeypatch.setattr(checkpoints, "_STAGED", topk.TILE)
+    monkeypatch.setattr(sources, "_STAGED", routes.TILE)
     for large in (selection.LARGE, 0):
         monkeypatch.setattr(selection, "LARGE", large)
         with using(backend):

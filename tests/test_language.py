@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny_nli import WORDS, tiny_language_model, tiny_tokenizer
 
-from ltp_sparse.names import canonical_parameters
 from ltp_sparse.selection import pools
 from ltp_sparse.training.language import KINDS, LANGUAGE_SETTINGS, train_language
 from ltp_sparse.training.mlm import MLMSettings, tune_mlm
+from ltp_sparse.weights.names import canonical_parameters
 
 QUICK = MLMSettings(batch_size=8, max_steps=4, length=16, learning_rate=1e-3, eval_steps=4)
 TEXTS = [" ".join(WORDS[(i * 7 + j) % len(WORDS)] for j in range(14)) for i in range(60)]

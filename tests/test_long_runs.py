@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 import ltp_sparse as ls
 from ltp_sparse import MaskedAdamW, Ticket
-from ltp_sparse.encoding import IndexSet, TileTable
+from ltp_sparse.backends.quantization import dequantize_tiles
+from ltp_sparse.backends.reference import Coefficient
+from ltp_sparse.backends.rounding import rounding_keys
 from ltp_sparse.ops import adamw_coefficients, masked_adamw_
-from ltp_sparse.quantization import STATE_BLOCK, dequantize_tiles
-from ltp_sparse.reference import Coefficient
-from ltp_sparse.rounding import rounding_keys
+from ltp_sparse.tickets.index_set import IndexSet
+from ltp_sparse.tickets.tile_table import STATE_BLOCK, TileTable
 
 FAST = "compiled" if ls.available_backends()["compiled"] == "ok" else "reference"
 N, LR, STEPS, TAIL = 4 * STATE_BLOCK, 1e-3, 10_000, 200

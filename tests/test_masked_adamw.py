@@ -9,10 +9,12 @@ from cases import ALL_BACKENDS, BACKENDS, bits, same_bits, threads, using
 from torch import Tensor
 
 import ltp_sparse as ls
-from ltp_sparse.encoding import TILE, Column, Encoding, IndexSet, TileTable
+from ltp_sparse.backends.reference import Coefficient
 from ltp_sparse.ops import adamw_coefficients, masked_sum_squares
-from ltp_sparse.reference import Coefficient
 from ltp_sparse.testing import UpdateProblem, random_weights, update_problem
+from ltp_sparse.tickets.bits import TILE
+from ltp_sparse.tickets.index_set import Encoding, IndexSet
+from ltp_sparse.tickets.tile_table import Column, TileTable
 
 SHAPES = {"matrix": (300, 250), "tiny": (1,), "odd": (63,), "vector": (4097,), "cube": (3, 5, 7)}
 DENSITIES = (0.001, 0.05, 0.3, 0.9, 1.0)
@@ -195,7 +197,7 @@ def test_reference_works_in_float64():
     mask = problem.ticket.mask("a")
     wanted = eager(problem, 3, np.float64, lr=1e-2)[0]
     param, grad, m, v = (t.double() for t in (problem.params[0], problem.grads[0], problem.exp_avg, problem.exp_avg_sq))
-    from ltp_sparse import reference
+    from ltp_sparse.backends import reference
 
     table = problem.table
     for step in range(1, 4):

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 import ltp_sparse as ls
 from ltp_sparse.cli import main
 from ltp_sparse.cli.memory import SIZES, table
-from ltp_sparse.memory import LiveBytes
+from ltp_sparse.models.backbone import decouple
+from ltp_sparse.optim.memory import LiveBytes
 from ltp_sparse.selection import pools
-from ltp_sparse.training.backbone import decouple
 from ltp_sparse.training.mlm import losses_at
 
 
@@ -40,7 +40,9 @@ def language_model():
 
 def prompted():
     """The same with a prompt."""
-    from ltp_sparse.prompting import PromptedMaskedLM, PromptEncoder, Verbalizer
+    from ltp_sparse.models.masked_prompt import PromptedMaskedLM
+    from ltp_sparse.models.prompt_encoder import PromptEncoder
+    from ltp_sparse.prompting import Verbalizer
 
     encoder = PromptEncoder(4, 96, "mlp")
     return PromptedMaskedLM(language_model(), encoder, Verbalizer(((5,), (6,), (7,))), frozen_words=True)
@@ -91,7 +93,7 @@ def test_predictions_hold_within_five_percent(gradients, states, density):
 def test_what_a_pull_holds_is_predicted(pull_on, states, monkeypatch):
     """On a GPU the host takes it off: there, room for a piece remains."""
     monkeypatch.setattr("ltp_sparse.optim.launch._is_host", lambda device: False)
-    for module in ("ltp_sparse.optim.launch", "ltp_sparse.memory"):
+    for module in ("ltp_sparse.optim.launch", "ltp_sparse.optim.memory"):
         monkeypatch.setattr(f"{module}.PIECE", 200_000)
     model = prompted()
     ticket = ls.Ticket.full(model, pool=pools.maskable)

@@ -10,10 +10,10 @@ from tiny_nli import tiny_language_model, tiny_tokenizer, toy_pairs
 
 import ltp_sparse as ls
 from ltp_sparse.methods import LTP, METHODS, AllActive, Method, PromptOnly, PromptSettings, RandomTicket, SoftPrompt
-from ltp_sparse.names import canonical_parameters
+from ltp_sparse.models.backbone import is_decoupled
 from ltp_sparse.selection import pools
-from ltp_sparse.training.backbone import is_decoupled
 from ltp_sparse.training.method import train_method
+from ltp_sparse.weights.names import canonical_parameters
 
 FIVE_STEPS = {"epochs": 5, "max_length": 64, "learning_rate": 1e-3}
 

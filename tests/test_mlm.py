@@ -14,7 +14,6 @@ from tokenizers.processors import TemplateProcessing
 from transformers import TrainerCallback
 
 from ltp_sparse import canonical_parameters
-from ltp_sparse.names import is_layer_norm, layer_of
 from ltp_sparse.selection import ShortTicket, pools
 from ltp_sparse.training import mlm
 from ltp_sparse.training.mlm import (
@@ -29,6 +28,7 @@ from ltp_sparse.training.mlm import (
     token_losses,
     tune_mlm,
 )
+from ltp_sparse.weights.names import is_layer_norm, layer_of
 
 VOCABULARY = 300  # rows of the model; tokens past the tokenizer's occur in no input, not even as random replacements
 
@@ -467,7 +467,7 @@ def tuned(tokenizer, texts):
     generator = torch.Generator().manual_seed(2)
     from transformers import XLMRobertaConfig
 
-    from ltp_sparse.training.backbone import backbone_from_config
+    from ltp_sparse.models.backbone import backbone_from_config
 
     config = XLMRobertaConfig(
         vocab_size=50, hidden_size=8, num_hidden_layers=6, num_attention_heads=2, intermediate_size=8,

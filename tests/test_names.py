@@ -8,7 +8,8 @@ from cases import DENSE, EMBEDDING, TiedModel
 from torch import nn
 
 import ltp_sparse as ls
-from ltp_sparse import names
+from ltp_sparse.tickets import delta
+from ltp_sparse.weights import names
 
 
 class Peft(nn.Module):
@@ -130,9 +131,9 @@ def test_fingerprint_on_any_number_of_threads():
 
 def test_copies_of_a_model_have_their_own_stack_of_deltas():
     model = TiedModel()
-    names.applied_deltas(model).append("delta")
-    assert names.applied_deltas(nn.DataParallel(model)) == ["delta"]
-    assert names.applied_deltas(copy.deepcopy(model)) == []
+    delta.applied_deltas(model).append("delta")
+    assert delta.applied_deltas(nn.DataParallel(model)) == ["delta"]
+    assert delta.applied_deltas(copy.deepcopy(model)) == []
 
 
 def test_models_around_one_base_model_share_its_deltas():
@@ -147,7 +148,7 @@ def test_models_around_one_base_model_share_its_deltas():
 
     model = TiedModel()
     around = Around(model.roberta)
-    assert names.applied_deltas(around) is names.applied_deltas(model)
+    assert delta.applied_deltas(around) is delta.applied_deltas(model)
     base = copy.deepcopy(around)
     pool = "layer.0.dense.weight"
     tickets = [ls.Ticket.random(around, density=0.5, seed=seed, pool=pool) for seed in (1, 2)]

@@ -12,10 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ltp_sparse as ls
 from ltp_sparse import MaskedAdamW, Ticket
-from ltp_sparse.encoding import TILE, Encoding
 from ltp_sparse.optim import NoGradients, freeze
 from ltp_sparse.selection import pools
 from ltp_sparse.testing import random_weights, xlmr_shapes
+from ltp_sparse.tickets.bits import TILE
+from ltp_sparse.tickets.index_set import Encoding
 
 TOLERANCE = {"rtol": 2e-6, "atol": 2e-7}  # contract 4 allows 4e-6 of steps x lr, here 8e-7
 

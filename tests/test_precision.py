@@ -10,14 +10,16 @@ from torch import nn
 
 import ltp_sparse as ls
 from ltp_sparse import MaskedAdamW, Ticket
-from ltp_sparse.encoding import TILE, IndexSet, TileTable
+from ltp_sparse.backends.quantization import dequantize, dequantize_tiles, quantize, quantize_tiles
+from ltp_sparse.backends.reference import Coefficient
+from ltp_sparse.backends.rounding import moment_bits, random16, round_stochastically, rounding_keys
 from ltp_sparse.ops import adamw_coefficients
 from ltp_sparse.optim.launch import Precision
 from ltp_sparse.optim.masked_adamw import StalledUpdates
-from ltp_sparse.quantization import STATE_BLOCK, dequantize, dequantize_tiles, quantize, quantize_tiles, state_blocks
-from ltp_sparse.reference import Coefficient
-from ltp_sparse.rounding import moment_bits, random16, round_stochastically, rounding_keys
 from ltp_sparse.testing import random_weights, update_problem, xlmr_shapes
+from ltp_sparse.tickets.bits import TILE
+from ltp_sparse.tickets.index_set import IndexSet
+from ltp_sparse.tickets.tile_table import STATE_BLOCK, TileTable, state_blocks
 
 HALF = {"bf16": torch.bfloat16, "f16": torch.float16}
 

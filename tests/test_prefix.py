@@ -9,10 +9,11 @@ import torch
 from tiny_nli import tiny_language_model, tiny_tokenizer, toy_pairs
 from torch import nn
 
-from ltp_sparse.modules import DeepPrompt, SequenceClassifier, collator, encode_pairs
-from ltp_sparse.names import canonical_parameters
-from ltp_sparse.prompting import PromptedMaskedLM, Verbalizer, discrete_template
+from ltp_sparse.models import DeepPrompt, SequenceClassifier, collator, encode_pairs
+from ltp_sparse.models.masked_prompt import PromptedMaskedLM
+from ltp_sparse.prompting import Verbalizer, discrete_template
 from ltp_sparse.prompting import collator as prompt_collator
+from ltp_sparse.weights.names import canonical_parameters
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import ltp_sparse
-from ltp_sparse.generated.inference import documents, sentences
-from ltp_sparse.generated.languages import LANGUAGES
+from ltp_sparse.models.backbone import load_backbone
+from ltp_sparse.models.locating import MINI_XLMR
 from ltp_sparse.pretraining import (
     Documents,
     PretrainSettings,
@@ -23,8 +23,8 @@ from ltp_sparse.pretraining import (
     start_from,
     train_tokenizer,
 )
-from ltp_sparse.training.backbone import load_backbone
-from ltp_sparse.training.locating import MINI_XLMR
+from ltp_sparse.tasks.generated.inference import documents, sentences
+from ltp_sparse.tasks.generated.languages import LANGUAGES
 
 ANSWERS = [word for language in LANGUAGES.values() for word in language.answers.values()]
 SETTINGS = PretrainSettings(steps=6, tokens=256, warm_up=2, bf16=False, save_steps=2)

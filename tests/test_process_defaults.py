@@ -18,10 +18,10 @@ MAKERS = {
 }
 EXEMPT = {
     # rows of a new module follow the defaults, as the layers of nn beside them do
-    "ltp_sparse/modules/causal_prompt.py": 1,
-    "ltp_sparse/modules/prefix.py": 1,
-    "ltp_sparse/modules/soft_masks.py": 1,
-    "ltp_sparse/prompting/prompt_encoder.py": 1,
+    "ltp_sparse/models/causal_prompt.py": 1,
+    "ltp_sparse/models/prefix.py": 1,
+    "ltp_sparse/models/soft_masks.py": 1,
+    "ltp_sparse/models/prompt_encoder.py": 1,
     # a number or a tensor on whatever device
     "ltp_sparse/training/mlm.py": 1,
 }

@@ -17,11 +17,11 @@ from transformers import TrainerCallback
 import ltp_sparse as ls
 from ltp_sparse.methods import LTP, PromptOnly, PromptSettings, RandomTicket, SoftPrompt
 from ltp_sparse.methods.prompt_learning import prompt_encoder
-from ltp_sparse.names import canonical_parameters
 from ltp_sparse.prompting import Verbalizer, collator
 from ltp_sparse.training import fit
 from ltp_sparse.training.evaluation import evaluate
 from ltp_sparse.training.method import load_trained, train_method
+from ltp_sparse.weights.names import canonical_parameters
 
 SHORT = PromptSettings(learning_rate=3e-3, epochs=6, max_length=64)
 

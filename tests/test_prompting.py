@@ -11,25 +11,24 @@ import torch
 from tiny_nli import CLUES, TinyPair, tiny_language_model, tiny_tokenizer, toy_pairs
 from torch.nn import functional as F
 
-from ltp_sparse import results
 from ltp_sparse.methods import Setup
-from ltp_sparse.names import canonical_parameters
+from ltp_sparse.models.masked_prompt import PromptedMaskedLM
+from ltp_sparse.models.prompt_encoder import PromptEncoder, vocabulary_rows
 from ltp_sparse.prompting import (
     CLASSES,
     WORDS,
-    PromptedMaskedLM,
-    PromptEncoder,
     Template,
     Verbalizer,
     cloze_template,
     collator,
     discrete_template,
     soft_template,
-    vocabulary_rows,
 )
 from ltp_sparse.prompting.templates import IGNORED_LABEL, label_index, strip_punctuation
+from ltp_sparse.recipes import results
 from ltp_sparse.report import tables
 from ltp_sparse.training import evaluation
+from ltp_sparse.weights.names import canonical_parameters
 
 
 @pytest.fixture(autouse=True, scope="module")

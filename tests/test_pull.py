@@ -10,10 +10,11 @@ from cases import ALL_BACKENDS, BACKENDS, same_bits, threads, using
 from torch import nn
 
 import ltp_sparse as ls
-from ltp_sparse.encoding import TILE, Column, TileTable
 from ltp_sparse.optim import launch
 from ltp_sparse.optim.launch import pieces_of
 from ltp_sparse.testing import random_weights
+from ltp_sparse.tickets.bits import TILE
+from ltp_sparse.tickets.tile_table import Column, TileTable
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Size
 
 import ltp_sparse as ls
-from ltp_sparse import random_sets
-from ltp_sparse.encoding import TILE
+from ltp_sparse.tickets import random_sets
+from ltp_sparse.tickets.bits import TILE
 
 
 def draw(sizes, **kwargs):

@@ -13,11 +13,15 @@ import torch
 from cases import ALL_BACKENDS, using
 
 import ltp_sparse as ls
-from ltp_sparse import backends, checks, names, ops
-from ltp_sparse.encoding import TILE, Column, Encoding, IndexSet, TileTable
+from ltp_sparse import backends, ops
+from ltp_sparse.backends import checks
 from ltp_sparse.optim.launch import pieces_of
-from ltp_sparse.tensors import check_plain_tensor
 from ltp_sparse.testing import update_problem
+from ltp_sparse.tickets.bits import TILE
+from ltp_sparse.tickets.index_set import Encoding, IndexSet
+from ltp_sparse.tickets.tile_table import Column, TileTable
+from ltp_sparse.weights import names
+from ltp_sparse.weights.tensors import check_plain_tensor
 
 OPS = torch.ops.ltp_sparse
 ERRORS = (ValueError, TypeError, RuntimeError)

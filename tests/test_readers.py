@@ -20,16 +20,16 @@ import pytest
 import torch
 
 import ltp_sparse as ls
-from ltp_sparse import files
 from ltp_sparse.cli import main
-from ltp_sparse.foreign import FILE, read_lt_sft
-from ltp_sparse.modules import Adapter
-from ltp_sparse.reading import READERS, FileFormatError, parse_json, parse_yaml, read_json, read_yaml
+from ltp_sparse.models import Adapter
 from ltp_sparse.recipes import load_recipe
 from ltp_sparse.recipes.cell import check_cell
 from ltp_sparse.tasks import read_hub_text, read_pairs, read_text
 from ltp_sparse.tasks.files import read_jsonl, read_table
 from ltp_sparse.tasks.text import PassedOver
+from ltp_sparse.tickets.lt_sft import FILE, read_lt_sft
+from ltp_sparse.weights import files
+from ltp_sparse.weights.reading import READERS, FileFormatError, parse_json, parse_yaml, read_json, read_yaml
 
 PACKAGE = Path(ls.__file__).parent
 
@@ -67,7 +67,7 @@ def _calls(function: ast.AST) -> set[str]:
 
 def test_no_public_function_reads_files_that_is_not_listed():
     """Every function that opens a file is a listed reader, or a private helper of a module that has one."""
-    import ltp_sparse.training.backbone  # noqa: F401  its readers list themselves when it is imported
+    import ltp_sparse.models.backbone  # noqa: F401  its readers list themselves when it is imported
 
     modules = {where.rsplit(".", 2 if where.split(".")[-2][:1].isupper() else 1)[0] for where in READERS.values()}
     strangers = []

@@ -14,11 +14,9 @@ import pytest
 import torch
 from tiny_nli import WORDS, tiny_language_model, tiny_tokenizer, toy_pairs
 
-from ltp_sparse import results
 from ltp_sparse.cli import main
 from ltp_sparse.methods import METHODS
-from ltp_sparse.names import canonical_parameters
-from ltp_sparse.recipes import load_recipe, recipe_names
+from ltp_sparse.recipes import load_recipe, recipe_names, results
 from ltp_sparse.recipes.cache import Cache
 from ltp_sparse.recipes.cell import Workbench, method_of, run_cell
 from ltp_sparse.recipes.run import run_recipe, unfinished
@@ -27,6 +25,7 @@ from ltp_sparse.report.pages import paper_of, write_report
 from ltp_sparse.report.paired import mean_interval
 from ltp_sparse.report.tables import latex, make_table, markdown, paper_figures, to_csv
 from ltp_sparse.tasks import TASKS
+from ltp_sparse.weights.names import canonical_parameters
 
 RECIPE = """
 title: A small grid

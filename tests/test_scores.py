@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 import ltp_sparse as ls
-from ltp_sparse import checkpoints
-from ltp_sparse.encoding import TILE
+from ltp_sparse.ops import sources
+from ltp_sparse.ops.routes import NonFiniteDelta
 from ltp_sparse.selection import scores
 from ltp_sparse.testing import random_weights
-from ltp_sparse.topk import NonFiniteDelta
+from ltp_sparse.tickets.bits import TILE
 
 SHAPES = {"embedding": (700, 301), "layer.0.weight": (30, 7), "layer.0.bias": (30,), "layer.1.scale": ()}
 
@@ -33,7 +33,7 @@ def weights():
 @pytest.mark.parametrize("budget", ["global", "tensor"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_function_of_pieces_gives_the_ticket_of_its_tensors(backend, budget, weights, monkeypatch):
-    monkeypatch.setattr(checkpoints, "_PIECE", TILE)
+    monkeypatch.setattr(sources, "_PIECE", TILE)
     score = {name: torch.randn(t.shape).mul_(8).round_() for name, t in weights.items()}
     asked = []
 

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import ltp_sparse as ls
-from ltp_sparse import checkpoints, topk
-from ltp_sparse.checkpoints import open_checkpoint
+from ltp_sparse.ops import routes, sources
+from ltp_sparse.ops.routes import NonFiniteDelta
 from ltp_sparse.selection import ShortTicket, pools
 from ltp_sparse.selection.budgets import share_out
 from ltp_sparse.testing import random_weights, tuned_weights, xlmr_shapes
-from ltp_sparse.topk import NonFiniteDelta, entries_for
+from ltp_sparse.tickets.counts import entries_for
+from ltp_sparse.weights.checkpoints import open_checkpoint
 
 SHAPES = xlmr_shapes(layers=3, hidden=16, intermediate=40, vocabulary=60, positions=9)
 
@@ -296,7 +297,7 @@ def save_sharded(tensors, folder, shards=3, prefix=""):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_checkpoints_give_the_ticket_of_the_tensors_in_memory(backend, dtype, versions, tmp_path, monkeypatch):
     """Contract 2: a single file, shards with an index, one side in memory; in pieces that end inside rows and tiles."""
-    monkeypatch.setattr(checkpoints, "_PIECE", topk.TILE)
+    monkeypatch.setattr(sources, "_PIECE", routes.TILE)
     versions = [{**side, "roberta.big": torch.randn(700, 301)} for side in versions]
     initial, tuned = ({name: t.to(dtype) for name, t in side.items()} for side in versions)
     save_file(initial, tmp_path / "initial.safetensors")
@@ -349,9 +350,9 @@ def test_the_bar_grows_where_ties_make_more_readings_necessary(tmp_path, capsys)
 def test_large_checkpoints_are_sampled(backend, deltas, kept, tmp_path, capsys, monkeypatch, rng):
     """One reading of what has no crowd of equal deltas, two else; whether the files stay mapped or not."""
     for name, value in {"SAMPLE_FROM": 1000, "_SPARE_CANDIDATES": 20_000}.items():
-        monkeypatch.setattr(topk, name, value)
-    monkeypatch.setattr(checkpoints, "_KEPT", kept)
-    monkeypatch.setattr(checkpoints, "_SAMPLED", 100_000)
+        monkeypatch.setattr(routes, name, value)
+    monkeypatch.setattr(sources, "_KEPT", kept)
+    monkeypatch.setattr(sources, "_SAMPLED", 100_000)
     shapes = {"bias": (7,), "roberta.big": (700, 301), "weight": (300, 1000)}
     initial = {name: torch.randn(shape, generator=rng) for name, shape in shapes.items()}
     change = {name: torch.randn(shape, generator=rng) for name, shape in shapes.items()}
@@ -363,7 +364,7 @@ def test_large_checkpoints_are_sampled(backend, deltas, kept, tmp_path, capsys, 
         save_file(side, tmp_path / f"{name}.safetensors")
     with using(backend):
         ticket = ls.select(tmp_path / "a.safetensors", tmp_path / "b.safetensors", density=0.2, progress=True)
-        monkeypatch.setattr(topk, "SAMPLE_FROM", 10**9)
+        monkeypatch.setattr(routes, "SAMPLE_FROM", 10**9)
         assert ticket == ls.select(initial, tuned, density=0.2)
     read = {"normal": "4.09M/4.09M", "levels": "8.17M/8.17M"}[deltas]
     shown = capsys.readouterr().err
@@ -472,7 +473,7 @@ def test_a_pair_of_checkpoints_is_read_through_a_small_window(tmp_path):
     Of larger pairs: smaller ones stay mapped.
     """
     n = 60_000_000
-    assert 8 * n > checkpoints._KEPT
+    assert 8 * n > sources._KEPT
     initial = {f"layer.{i}.weight": torch.empty(n // 5000, 1000).normal_() for i in range(5)}
     folders = [save_sharded(initial, tmp_path / "initial")]
     tuned = {name: t.add_(torch.empty(t.shape).normal_(), alpha=1e-3) for name, t in initial.items()}
@@ -484,5 +485,5 @@ def test_a_pair_of_checkpoints_is_read_through_a_small_window(tmp_path):
     assert done.returncode == 0, done.stderr
     digest, peak = done.stdout.split()
     assert digest == ls.select(open_checkpoint(folders[0]), tuned, density=0.2).digest()
-    window = 2 * 2 * 4 * checkpoints._VIEW  # the fingerprint is taken by two threads
+    window = 2 * 2 * 4 * sources._VIEW  # the fingerprint is taken by two threads
     assert int(peak) <= 0.205 * n + 8e6 + window, f"{int(peak) / 1e6:.1f} MB of a pair of {8 * n / 1e6:.0f}"

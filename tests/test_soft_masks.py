@@ -9,8 +9,8 @@ import torch
 from tiny_nli import tiny_language_model, tiny_tokenizer, toy_pairs
 from torch import nn
 
-from ltp_sparse.modules import SequenceClassifier, SoftMasks, collator, encode_pairs
-from ltp_sparse.names import canonical_parameters
+from ltp_sparse.models import SequenceClassifier, SoftMasks, collator, encode_pairs
+from ltp_sparse.weights.names import canonical_parameters
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -47,7 +47,7 @@ def scattered(masks: SoftMasks) -> SoftMasks:
 def test_the_72_linear_weights_of_the_full_model():
     from transformers import XLMRobertaConfig
 
-    from ltp_sparse.training.backbone import backbone_from_config
+    from ltp_sparse.models.backbone import backbone_from_config
 
     config = XLMRobertaConfig(vocab_size=250_002, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)
     with torch.device("meta"):

@@ -12,13 +12,14 @@ from cases import BACKENDS, DTYPES, same_bits, threads, using
 from safetensors.torch import save_file
 
 import ltp_sparse as ls
-from ltp_sparse import checkpoints, selection, topk
+from ltp_sparse import selection
 from ltp_sparse.cli import main
-from ltp_sparse.encoding import Encoding
+from ltp_sparse.ops import routes, sources
+from ltp_sparse.ops.routes import NonFiniteDelta
 from ltp_sparse.selection import ShortTicket
 from ltp_sparse.selection.by_tensor import Spool
 from ltp_sparse.testing import random_weights, tuned_weights, xlmr_shapes
-from ltp_sparse.topk import NonFiniteDelta
+from ltp_sparse.tickets.index_set import Encoding
 
 pytestmark = pytest.mark.filterwarnings("ignore::ltp_sparse.selection.ShortTicket")
 
@@ -35,8 +36,8 @@ def _one_thread():
 def large(monkeypatch):
     """Everything counts as too large for memory, and is read a tile at a time."""
     monkeypatch.setattr(selection, "LARGE", 0)
-    monkeypatch.setattr(checkpoints, "_PIECE", topk.TILE)
-    monkeypatch.setattr(checkpoints, "_VIEW", topk.TILE)
+    monkeypatch.setattr(sources, "_PIECE", routes.TILE)
+    monkeypatch.setattr(sources, "_VIEW", routes.TILE)
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ from cases import same_bits
 from safetensors.torch import save_file
 
 import ltp_sparse as ls
-from ltp_sparse import checkpoints, topk
-from ltp_sparse.staging import SLOTS, Piece, staged
+from ltp_sparse.ops import routes, sources
+from ltp_sparse.ops.staging import SLOTS, Piece, staged
 from ltp_sparse.testing import random_weights, tuned_weights, xlmr_shapes
+from ltp_sparse.weights import checkpoints
 
 CPU = torch.device("cpu")
 TENSORS = [
@@ -91,10 +92,10 @@ def test_a_staged_selection_has_the_bits_of_one_in_place(large, tmp_path, monkey
     pair = tmp_path / "initial.safetensors", tmp_path / "tuned.safetensors"
     expected = ls.select(*pair, density=0.2)
 
-    of, calls = checkpoints.Reader.of, []
-    monkeypatch.setattr(checkpoints.Reader, "of", lambda tensor: checkpoints.replace(of(tensor), device="elsewhere"))
+    of, calls = sources.Reader.of, []
+    monkeypatch.setattr(sources.Reader, "of", lambda tensor: checkpoints.replace(of(tensor), device="elsewhere"))
     monkeypatch.setattr(checkpoints, "staged", lambda *a: calls.append(a) or staged(*a))
-    monkeypatch.setattr(checkpoints, "_STAGED", topk.TILE)
+    monkeypatch.setattr(sources, "_STAGED", routes.TILE)
     if large:
         monkeypatch.setattr(ls.selection, "LARGE", 0)
     ticket = ls.select(*pair, density=0.2)

@@ -216,7 +216,7 @@ def test_real_draws_of_sib200_are_parallel(shared_data):
 
 
 def test_the_generated_task_needs_no_files():
-    from ltp_sparse.generated.languages import LANGUAGES
+    from ltp_sparse.tasks.generated.languages import LANGUAGES
 
     of = task("generated")
     assert of.languages == tuple(LANGUAGES)

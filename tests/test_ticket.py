@@ -15,10 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import ltp_sparse as ls
-from ltp_sparse import Ticket, files
-from ltp_sparse.encoding import TILE, Encoding
+from ltp_sparse import Ticket
 from ltp_sparse.selection import pools
 from ltp_sparse.testing import random_weights, tuned_weights, xlmr_shapes
+from ltp_sparse.tickets.bits import TILE
+from ltp_sparse.tickets.index_set import Encoding
+from ltp_sparse.weights import files
 
 SHAPES = xlmr_shapes(layers=2, hidden=16, intermediate=40, vocabulary=60, positions=9)
 

@@ -24,10 +24,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ltp_sparse as ls
-from ltp_sparse import backends, reference, topk
-from ltp_sparse.encoding import TILE, IndexSet, bitmap_words
-from ltp_sparse.ops import index_sets
-from ltp_sparse.topk import NonFiniteDelta, TensorSource, select_topk
+from ltp_sparse import backends
+from ltp_sparse.backends import reference
+from ltp_sparse.ops import index_sets, routes
+from ltp_sparse.ops.routes import NonFiniteDelta, select_topk
+from ltp_sparse.ops.sources import TensorSource
+from ltp_sparse.tickets.bits import TILE, bitmap_words
+from ltp_sparse.tickets.index_set import IndexSet
 
 ROUTES = ("sample", "histogram")
 
@@ -79,7 +82,7 @@ def _one_thread():
 def tiny_routes(monkeypatch):
     """Makes every route, and the work in pieces, happen at a few hundred entries."""
     for name, value in SMALL_ROUTES.items():
-        monkeypatch.setattr(topk, name, value)
+        monkeypatch.setattr(routes, name, value)
 
 
 # --- contract 1: the same entries as a stable sort, on every backend and route ---
@@ -167,7 +170,7 @@ ROUTE_CASES = {
 @pytest.mark.parametrize(("route", "kind", "room", "expected"), ROUTE_CASES.values(), ids=ROUTE_CASES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_each_route_is_taken_and_exact(backend, route, kind, room, expected, tiny_routes, monkeypatch, rng):
-    monkeypatch.setattr(topk, "_SPARE_CANDIDATES", room)
+    monkeypatch.setattr(routes, "_SPARE_CANDIDATES", room)
     tuned = [DELTAS[kind](n, rng) for n in (700, 1, 1300)]
     with using(backend):
         passes, calls = counted(backends.resolve(torch.device("cpu")), tuned)
@@ -178,7 +181,7 @@ def test_each_route_is_taken_and_exact(backend, route, kind, room, expected, tin
 
 def test_one_reading_where_fewer_have_moved_than_are_wanted(tiny_routes, monkeypatch, rng):
     """Also where a tiny group, whose samples are padded with zeros, is taken whole."""
-    monkeypatch.setattr(topk, "_SPARE_CANDIDATES", 800)
+    monkeypatch.setattr(routes, "_SPARE_CANDIDATES", 800)
     sparse = DELTAS["normal"](2000, rng) * (torch.rand(2000, generator=rng) < 0.1)
     tuned = [sparse, DELTAS["normal"](4, rng)]
     passes, calls = counted(reference, tuned)
@@ -205,7 +208,7 @@ MISLEADING = {
 
 @pytest.mark.parametrize(("mislead", "expected"), MISLEADING.values(), ids=MISLEADING)
 def test_samples_choose_the_route_only(mislead, expected, tiny_routes, monkeypatch, rng):
-    monkeypatch.setattr(topk, "_SPARE_CANDIDATES", 450)
+    monkeypatch.setattr(routes, "_SPARE_CANDIDATES", 450)
     tuned = [DELTAS["normal"](n, rng) for n in (700, 1, 1300)]
     passes, calls = counted(reference, tuned)
 
@@ -221,7 +224,7 @@ def test_samples_choose_the_route_only(mislead, expected, tiny_routes, monkeypat
 
 def test_a_sample_of_a_small_group_is_not_taken_for_a_crowd(tiny_routes, monkeypatch, rng):
     """One hit among the few samples of a bias says nothing, and a group without a budget has no candidates."""
-    monkeypatch.setattr(topk, "_SPARE_CANDIDATES", 800)
+    monkeypatch.setattr(routes, "_SPARE_CANDIDATES", 800)
     tuned = [DELTAS["normal"](n, rng) for n in (1200, 20, 30)]
     with using("reference"):
         passes, calls = counted(backends.resolve(torch.device("cpu")), tuned)
@@ -231,7 +234,7 @@ def test_a_sample_of_a_small_group_is_not_taken_for_a_crowd(tiny_routes, monkeyp
 
 
 def test_auto_samples_large_selections_only(monkeypatch):
-    monkeypatch.setattr(topk, "SAMPLE_FROM", 1000)
+    monkeypatch.setattr(routes, "SAMPLE_FROM", 1000)
     for n, expected in ((999, 0), (1000, 1)):
         tuned = [torch.arange(float(n))]
         passes, calls = counted(reference, tuned)
@@ -268,7 +271,7 @@ def test_zero_deltas_are_never_selected(backend, route, tiny_routes):
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_nonfinite_deltas_name_their_tensor(backend, route, value, tiny_routes, monkeypatch, rng):
     """Contract 1; whether the entry would be selected or not, and where only the difference overflows."""
-    monkeypatch.setattr(topk, "_SPARE_CANDIDATES", 10**6)
+    monkeypatch.setattr(routes, "_SPARE_CANDIDATES", 10**6)
     tuned = [torch.rand(n, generator=rng) for n in (200, 70, TILE + 3)]
     tuned[2][-1] = float(value)
     for k in (1, 500):

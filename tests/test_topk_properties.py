@@ -9,9 +9,10 @@ import torch
 from cases import BACKENDS, SMALL_ROUTES, compiled, instruction_sets, random_case, threads, using  # noqa: F401
 from test_topk_delta import ROUTES, naive
 
-from ltp_sparse import backends, topk
-from ltp_sparse.ops import index_sets
-from ltp_sparse.topk import Ranks, TensorSource, select_topk
+from ltp_sparse import backends
+from ltp_sparse.ops import index_sets, routes
+from ltp_sparse.ops.routes import Ranks, select_topk
+from ltp_sparse.ops.sources import TensorSource
 
 SEEDS = range(1000, 3000)
 SHARDED = range(4000, 4400)
@@ -21,7 +22,7 @@ SHARDED = range(4000, 4400)
 def _small_and_serial(monkeypatch):
     """Every route, and the work in pieces, happens at a few hundred entries."""
     for name, value in SMALL_ROUTES.items():
-        monkeypatch.setattr(topk, name, value)
+        monkeypatch.setattr(routes, name, value)
     with threads(1):
         yield
 

@@ -12,9 +12,10 @@ pytest.importorskip("transformers")
 
 from transformers import TrainerCallback, TrainingArguments, XLMRobertaConfig, XLMRobertaForSequenceClassification
 
-from ltp_sparse import FileFormatError, SparseDelta, Ticket, canonical_parameters, manifest
+from ltp_sparse import FileFormatError, SparseDelta, Ticket, canonical_parameters
 from ltp_sparse.selection import pools
 from ltp_sparse.training.trainer import BEST_FILE, DELTA_FILE, KeepBest, SparseTrainer, begin, last_checkpoint
+from ltp_sparse.weights import manifest
 
 EXAMPLES, BATCH, EPOCHS = 24, 4, 3
 STEPS_PER_EPOCH = EXAMPLES // BATCH

@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ltp_sparse.encoding import TILE, Column, Encoding, IndexSet, TileTable, bitmap_words
+from ltp_sparse.tickets.bits import TILE, bitmap_words
+from ltp_sparse.tickets.index_set import Encoding, IndexSet
+from ltp_sparse.tickets.tile_table import Column, TileTable
 
 kernels = pytest.importorskip("ltp_sparse.kernels", exc_type=ImportError)
 from ltp_sparse.kernels.launch import _upload, address_table  # noqa: E402 (the package may be missing)

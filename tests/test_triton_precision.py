@@ -8,11 +8,12 @@ from cases import DTYPES, bits, using
 from torch import Tensor
 
 from ltp_sparse import backends
-from ltp_sparse.encoding import Column, Encoding, IndexSet, TileTable
+from ltp_sparse.backends.reference import Coefficient
+from ltp_sparse.backends.rounding import rounding_keys
 from ltp_sparse.ops import adamw_coefficients, masked_pack_, masked_sum_squares
-from ltp_sparse.reference import Coefficient
-from ltp_sparse.rounding import rounding_keys
 from ltp_sparse.testing import UpdateProblem, update_problem
+from ltp_sparse.tickets.index_set import Encoding, IndexSet
+from ltp_sparse.tickets.tile_table import Column, TileTable
 
 if reason := backends.unavailable_reason("triton", torch.device("cpu")):
     pytest.skip(f"triton on the CPU: {reason}", allow_module_level=True)

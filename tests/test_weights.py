@@ -14,11 +14,11 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.optim.swa_utils import AveragedModel
 
 import ltp_sparse as ls
-from ltp_sparse.checkpoints import open_checkpoint
-from ltp_sparse.names import tie_key
-from ltp_sparse.reading import FileFormatError
 from ltp_sparse.selection import MixedDtypes
-from ltp_sparse.weights import open_weights
+from ltp_sparse.weights.checkpoints import open_checkpoint
+from ltp_sparse.weights.names import tie_key
+from ltp_sparse.weights.reading import FileFormatError
+from ltp_sparse.weights.versions import open_weights
 
 INDEX = "model.safetensors.index.json"
 
@@ -455,7 +455,7 @@ def test_tensors_without_memory_of_their_own_are_refused():
     try:
         sharded = DTensor.from_local(torch.randn(4, 4), init_device_mesh("cpu", (1,)), [Shard(0)])
         with pytest.raises(TypeError, match="must be a plain tensor, got DTensor"):
-            ls.names.fingerprint({"w": sharded})
+            ls.weights.names.fingerprint({"w": sharded})
         with pytest.raises(TypeError, match="'w' is a DTensor.*select_sharded"):
             ls.select({"w": sharded}, {"w": torch.zeros(4, 4)}, k=1)
     finally:

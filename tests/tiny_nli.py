@@ -39,7 +39,7 @@ def tiny_language_model(vocabulary: int, *, decoupled: bool = True, seed: int = 
     """A random XLM-R with hidden size 32, 2 layers and 64 positions, deterministic in `seed`."""
     from transformers import XLMRobertaConfig
 
-    from ltp_sparse.training.backbone import backbone_from_config
+    from ltp_sparse.models.backbone import backbone_from_config
 
     config = XLMRobertaConfig(
         vocab_size=vocabulary, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,

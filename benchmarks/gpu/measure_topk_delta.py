@@ -29,8 +29,10 @@ from torch import Tensor
 import ltp_sparse as ls
 from ltp_sparse import backends
 from ltp_sparse.ops import index_sets
+from ltp_sparse.ops.routes import Selection, select_topk
+from ltp_sparse.ops.sources import TensorSource
 from ltp_sparse.testing import xlmr_shapes
-from ltp_sparse.topk import Layout, Selection, TensorSource, select_topk
+from ltp_sparse.tickets.layout import Layout
 
 SHAPES = MODELS | {"7b": {"layers": 32, "hidden": 4096, "intermediate": 16_384}}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -1,6 +1,6 @@
 // The random bits of stochastic rounding, of bfloat16 weights and of 8-bit moments. Those of an entry depend on (seed,
 // step, parameter, flat index) alone, so that neither encoding nor tiling nor device changes a result.
-// `ltp_sparse/rounding.py` is the same in torch and makes the key of a parameter's step from the first three.
+// `ltp_sparse/backends/rounding.py` is the same in torch and makes the key of a parameter's step from the first three.
 #pragma once
 
 #include "dtypes.h"

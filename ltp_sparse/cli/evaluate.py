@@ -47,8 +47,8 @@ def run(options: argparse.Namespace) -> None:
         raise CommandError(f"evaluate: {given[0]} is of data of your own, --task of a known one; leave one out")
     expect(options, "folder", "run of ltp-sparse train")
     expect_source(options, "test")
-    from ltp_sparse import results
     from ltp_sparse.cli.runs import Run, finished_seeds, load_seed
+    from ltp_sparse.recipes import results
 
     made = Run.load(options.folder)
     made.check_model("evaluate")

@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _load(path: Path):  # type: ignore[no-untyped-def]
     import ltp_sparse as ls
-    from ltp_sparse.files import WrongKind
+    from ltp_sparse.weights.files import WrongKind
 
     try:
         return ls.Ticket.load(path)

@@ -57,7 +57,7 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
     suffix = path.name.removesuffix(".gz").rpartition(".")[2].lower()
     if suffix in _BY_SUFFIX:
         return _BY_SUFFIX[suffix]
-    from ltp_sparse.files import kind_said
+    from ltp_sparse.weights.files import kind_said
 
     said = kind_said(path)
     return "file of weights" if said == "" else said if said in _BELONGS else None
@@ -93,7 +93,7 @@ def expect_source(options: argparse.Namespace, name: str) -> None:
 
 def expect_model(options: argparse.Namespace) -> None:
     """The same for --model and --tokenizer; a name must be on the Hub, or in its cache."""
-    from ltp_sparse.training.locating import locate
+    from ltp_sparse.models.locating import locate
 
     for name in ("model", "tokenizer"):
         if (given := getattr(options, name, None)) is None:

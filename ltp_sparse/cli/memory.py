@@ -12,7 +12,7 @@ from ltp_sparse.cli.kinds import expect_model
 from ltp_sparse.cli.options import CommandError, at_least_one, need, share
 
 if TYPE_CHECKING:
-    from ltp_sparse.memory import MemoryReport
+    from ltp_sparse.optim.memory import MemoryReport
 
 HELP = "predict the memory of training a ticket beside full fine-tuning, LT-SFT, LoRA and FlashAdamW; takes none"
 EXAMPLES = """\
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
     need(options, "model")
     if options.model.rpartition("/")[2] not in SIZES:
         expect_model(options)
-    from ltp_sparse.training.backbone import longest_input
+    from ltp_sparse.models.backbone import longest_input
 
     config = _config(options.model)
     longest = longest_input(config)
@@ -106,11 +106,11 @@ def _tuning(config: Any, batch: int, length: int, device: str) -> dict[str, Memo
     import torch
     from transformers import XLMRobertaForMaskedLM
 
-    from ltp_sparse.memory import memory_report
-    from ltp_sparse.names import canonical_parameters
+    from ltp_sparse.models.backbone import decouple
+    from ltp_sparse.optim.memory import memory_report
     from ltp_sparse.selection import pools
-    from ltp_sparse.training.backbone import decouple
     from ltp_sparse.training.mlm import losses_at
+    from ltp_sparse.weights.names import canonical_parameters
 
     model = decouple(XLMRobertaForMaskedLM(config)).train()
     named = canonical_parameters(model)
@@ -150,9 +150,9 @@ def _tuning(config: Any, batch: int, length: int, device: str) -> dict[str, Memo
 
 
 def _prompt_learning(config: Any, density: float, batch: int, length: int, device: str) -> dict[str, MemoryReport]:
-    from ltp_sparse.memory import MemoryReport, memory_report
-    from ltp_sparse.names import canonical_parameters
+    from ltp_sparse.optim.memory import MemoryReport, memory_report
     from ltp_sparse.selection import pools
+    from ltp_sparse.weights.names import canonical_parameters
 
     model, loss, all_logits = _prompted(config, batch, length)
     encoder = list(model.prompt_encoder.parameters())
@@ -187,7 +187,9 @@ def _prompted(config: Any, batch: int, length: int) -> tuple[Any, Any, Any]:
     from torch.nn import functional as F
     from transformers import XLMRobertaForMaskedLM
 
-    from ltp_sparse.prompting import PromptedMaskedLM, PromptEncoder, Verbalizer
+    from ltp_sparse.models.masked_prompt import PromptedMaskedLM
+    from ltp_sparse.models.prompt_encoder import PromptEncoder
+    from ltp_sparse.prompting import Verbalizer
 
     words, n_prompt = (5, 6, 7), 4
     encoder = PromptEncoder(n_prompt, config.hidden_size)
@@ -227,7 +229,7 @@ def _add_lora(model: Any) -> list[Any]:
 def _config(name: str) -> Any:
     from transformers import XLMRobertaConfig
 
-    from ltp_sparse.training.backbone import load_config
+    from ltp_sparse.models.backbone import load_config
 
     size = SIZES.get(name.rpartition("/")[2])
     if size is not None and not Path(name).is_dir():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ltp_sparse import __version__
-from ltp_sparse.reading import FileFormatError, read_yaml
+from ltp_sparse.weights.reading import FileFormatError, read_yaml
 
 COMMANDS = ("select", "train", "evaluate", "predict", "export", "inspect", "run", "report", "cache", "memory", "demo")
 
@@ -159,7 +159,7 @@ def share(text: str) -> float:
 
 def check_writable(command: str, path: Path, *, folder: bool = False, option: str = "--output") -> None:
     """Raises unless a file, or a folder of files, can be written there: before hours of work, not after them."""
-    from ltp_sparse import files
+    from ltp_sparse.weights import files
 
     if os.path.isdir(path) != folder and os.path.exists(path):
         raise CommandError(f"{command}: {option} must be a {'folder' if folder else 'file'}, {path} is none")

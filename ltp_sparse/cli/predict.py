@@ -42,8 +42,8 @@ def run(options: argparse.Namespace) -> None:
     expect(options, "folder", "run of ltp-sparse train")
     expect_source(options, "examples")
     from ltp_sparse.cli.runs import Run, finished_seeds, load_seed
-    from ltp_sparse.files import atomic_path
     from ltp_sparse.tasks.own import read_own, texts_of, warn_of_gaps
+    from ltp_sparse.weights.files import atomic_path
 
     made = Run.load(options.folder)
     made.check_model("predict")

@@ -26,8 +26,7 @@ def run(options: argparse.Namespace) -> None:
     if options.output is not None:
         check_writable("report", options.output, folder=True)
     expect(options, "results", "folder of results")
-    from ltp_sparse import results
-    from ltp_sparse.recipes import load_recipe
+    from ltp_sparse.recipes import load_recipe, results
 
     recipe = load_recipe(options.recipe, allow_plugins=options.allow_plugins)
     rows = results.read(options.results / results.RESULTS)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ltp_sparse.cli.kinds import expect_model
 from ltp_sparse.cli.options import CommandError, add_report_to, check_writable, need
-from ltp_sparse.reading import FileFormatError, parse_yaml
+from ltp_sparse.weights.reading import FileFormatError, parse_yaml
 
 if TYPE_CHECKING:
     from ltp_sparse.recipes import Recipe

@@ -15,18 +15,18 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ltp_sparse import manifest
 from ltp_sparse.cli.options import CommandError
-from ltp_sparse.files import atomic_path
-from ltp_sparse.reading import FileFormatError, read_json
 from ltp_sparse.tasks import task
 from ltp_sparse.tasks.own import Columns
 from ltp_sparse.tasks.pairs import CLASSES
+from ltp_sparse.weights import manifest
+from ltp_sparse.weights.files import atomic_path
+from ltp_sparse.weights.reading import FileFormatError, read_json
 
 if TYPE_CHECKING:
-    from ltp_sparse.delta import SparseDelta
     from ltp_sparse.methods.base import Method, Setup
-    from ltp_sparse.ticket import Ticket
+    from ltp_sparse.tickets.delta import SparseDelta
+    from ltp_sparse.tickets.ticket import Ticket
 
 TRAINED = "trained.safetensors"
 BAKED = "baked.safetensors"
@@ -88,7 +88,7 @@ class Run:
 
     def check_model(self, command: str) -> None:
         """Raises if the model or the tokenizer is no longer where it was."""
-        from ltp_sparse.training.locating import locate
+        from ltp_sparse.models.locating import locate
 
         try:
             for name in filter(None, (self.model, self.tokenizer)):
@@ -186,7 +186,7 @@ def record(folder: Path, names: Sequence[str]) -> None:
 def load_seed(run: Run, folder: Path, seed: int | None) -> tuple[Setup, SparseDelta]:
     """The model of one seed (default: the first) with what encodes examples for it, and its delta."""
     import ltp_sparse as ls
-    from ltp_sparse.training.backbone import load_backbone
+    from ltp_sparse.models.backbone import load_backbone
     from ltp_sparse.training.method import load_trained
 
     seed = finished_seeds(folder, None if seed is None else [seed])[0]

@@ -164,7 +164,7 @@ def _from_text(options: argparse.Namespace):  # type: ignore[no-untyped-def]
         texts = _column(options, column)
     else:
         texts = read_text(options.text, max_lines=options.max_lines, seed=options.seed)
-    from ltp_sparse.training.backbone import load_backbone, longest_input
+    from ltp_sparse.models.backbone import load_backbone, longest_input
     from ltp_sparse.training.mlm import MLMSettings, find_ticket, tune_mlm
 
     quieten(options)

@@ -144,9 +144,9 @@ def run(options: argparse.Namespace) -> None:
     check_writable("train", options.output, folder=True)
 
     import ltp_sparse as ls
+    from ltp_sparse.models.backbone import load_backbone, longest_input
     from ltp_sparse.prompting import Verbalizer, kind_of
     from ltp_sparse.prompting.templates import QUESTIONS
-    from ltp_sparse.training.backbone import load_backbone, longest_input
     from ltp_sparse.training.method import train_method
 
     quieten(options)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ltp_sparse.delta import SparseDelta
 from ltp_sparse.methods.base import Settings, Setup, Tune, nothing
 from ltp_sparse.methods.fine_tuning import ClassifierMethod
-from ltp_sparse.modules import SoftMasks
-from ltp_sparse.ticket import Ticket
-from ltp_sparse.topk import entries_for
+from ltp_sparse.models import SoftMasks
+from ltp_sparse.tickets.counts import entries_for
+from ltp_sparse.tickets.delta import SparseDelta
+from ltp_sparse.tickets.ticket import Ticket
 
 if TYPE_CHECKING:
     from transformers import XLMRobertaForMaskedLM

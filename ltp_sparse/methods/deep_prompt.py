@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from ltp_sparse.methods.base import Context, Encode, Method, Settings, Setup, nothing
 from ltp_sparse.methods.fine_tuning import encode_for_classifier
-from ltp_sparse.modules import DeepPrompt, SequenceClassifier, collator
-from ltp_sparse.prompting import PromptedMaskedLM, cloze_template, kind_of
+from ltp_sparse.models import DeepPrompt, SequenceClassifier, collator
+from ltp_sparse.models.masked_prompt import PromptedMaskedLM
+from ltp_sparse.prompting import cloze_template, kind_of
 from ltp_sparse.prompting import collator as prompt_collator
-from ltp_sparse.ticket import Ticket
+from ltp_sparse.tickets.ticket import Ticket
 
 if TYPE_CHECKING:
     from transformers import XLMRobertaForMaskedLM

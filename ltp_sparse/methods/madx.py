@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from ltp_sparse.methods.base import Context, Settings, Setup, nothing
 from ltp_sparse.methods.fine_tuning import ClassifierMethod
-from ltp_sparse.modules import Adapter, AdapterStack
-from ltp_sparse.ticket import Ticket
-from ltp_sparse.training.mlm import MLMSettings, tune_mlm
+from ltp_sparse.models import Adapter, AdapterStack
+from ltp_sparse.tickets.ticket import Ticket
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM
-
-ADAPTER_SETTINGS = MLMSettings(batch_size=8, epochs=100, step_bounds=(30_000, 100_000), validation=0.05, l1=0.0)
-"""Of language adapters."""
+    from transformers import XLMRobertaForMaskedLM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,27 +46,3 @@ class MADX(ClassifierMethod):
             task = Adapter.for_task(language_model.config, self.reduction, drop_last=self.drop_last)
         stack = AdapterStack(language, task, drop_last=self.drop_last).to(language_model.device).attach(setup.model)
         return replace(setup, dense=(task, *setup.dense), undo=stack.remove)
-
-
-def train_language_adapter(
-    model: XLMRobertaForMaskedLM,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    settings: MLMSettings = ADAPTER_SETTINGS,
-    **options: Any,
-) -> Adapter:
-    """A language adapter with its invertible adapter, trained as a masked language model; the model stays as it is.
-
-    model: with a decoupled LM head
-    options: further arguments of `tune_mlm`
-    """
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        adapter = Adapter.for_language(model.config)
-    stack = AdapterStack(adapter, drop_last=False).to(model.device).attach(model)
-    try:
-        result = tune_mlm(model, tokenizer, texts, settings, ticket=nothing(), dense=adapter, **options)
-    finally:
-        stack.remove()
-    adapter.metadata = result.metadata
-    return adapter

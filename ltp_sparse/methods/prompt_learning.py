@@ -14,20 +14,13 @@ import torch
 from torch import Tensor
 
 from ltp_sparse.methods.base import Context, Method, Settings, Setup, nothing
-from ltp_sparse.names import canonical_parameters
-from ltp_sparse.prompting import (
-    PromptedMaskedLM,
-    PromptEncoder,
-    Template,
-    collator,
-    discrete_template,
-    kind_of,
-    soft_template,
-    vocabulary_rows,
-)
+from ltp_sparse.models.backbone import is_decoupled
+from ltp_sparse.models.masked_prompt import PromptedMaskedLM
+from ltp_sparse.models.prompt_encoder import PromptEncoder, vocabulary_rows
+from ltp_sparse.prompting import Template, collator, discrete_template, kind_of, soft_template
 from ltp_sparse.selection import pools
-from ltp_sparse.ticket import Ticket
-from ltp_sparse.training.backbone import is_decoupled
+from ltp_sparse.tickets.ticket import Ticket
+from ltp_sparse.weights.names import canonical_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM
@@ -194,7 +187,7 @@ class SoftPrompt(PromptMethod):
         if is_decoupled(language_model):
             raise ValueError(
                 f"{self.name}: expected a language model whose LM head shares the word embedding, got a decoupled one; "
-                "load it with ltp_sparse.training.backbone.load_backbone(..., decoupled=False)"
+                "load it with ltp_sparse.models.backbone.load_backbone(..., decoupled=False)"
             )
 
     def _ticket(self, language_model: XLMRobertaForMaskedLM, given: Ticket | None, seed: int) -> Ticket:

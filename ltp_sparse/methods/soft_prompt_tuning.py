@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ltp_sparse.methods.base import Context, Method, Settings, Setup, nothing
-from ltp_sparse.modules import (
+from ltp_sparse.models import (
     TOPIC_WORDS,
     CausalPrompt,
     PromptedCausalLM,
@@ -19,8 +19,8 @@ from ltp_sparse.modules import (
     vocabulary_loss,
     word_tokens,
 )
-from ltp_sparse.names import canonical_parameters
-from ltp_sparse.ticket import Ticket
+from ltp_sparse.tickets.ticket import Ticket
+from ltp_sparse.weights.names import canonical_parameters
 
 if TYPE_CHECKING:
     from transformers import BloomForCausalLM, XGLMForCausalLM

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ltp_sparse.delta import gather, scatter_
-from ltp_sparse.encoding import IndexSet
+from ltp_sparse.tickets.delta import gather, scatter_
+from ltp_sparse.tickets.index_set import IndexSet
 
 aten = torch.ops.aten
 

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ltp_sparse import ops
-from ltp_sparse.delta import gather
-from ltp_sparse.encoding import Column, IndexSet, TileTable
+from ltp_sparse.backends.quantization import dequantize_tiles, quantize_tiles
+from ltp_sparse.backends.reference import Coefficient
+from ltp_sparse.backends.rounding import rounding_keys
 from ltp_sparse.optim.packed_gradients import PackedGradients
-from ltp_sparse.quantization import dequantize_tiles, quantize_tiles, state_blocks
-from ltp_sparse.reference import Coefficient
-from ltp_sparse.rounding import rounding_keys
-from ltp_sparse.tensors import check_plain_tensor
+from ltp_sparse.tickets.delta import gather
+from ltp_sparse.tickets.index_set import IndexSet
+from ltp_sparse.tickets.tile_table import Column, TileTable, state_blocks
+from ltp_sparse.weights.tensors import check_plain_tensor
 
 PIECE = 1 << 24
 """Slots whose pull values are on a GPU at a time if they are kept on the host: 64 MiB."""

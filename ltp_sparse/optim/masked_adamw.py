@@ -15,7 +15,6 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from ltp_sparse.backends import DTYPES
-from ltp_sparse.encoding import IndexSet
 from ltp_sparse.optim.launch import Launch, Precision
 from ltp_sparse.optim.members import (
     ParameterHome,
@@ -29,7 +28,8 @@ from ltp_sparse.optim.members import (
     ticket_for,
 )
 from ltp_sparse.optim.packed_gradients import PackedGradients, check_packable
-from ltp_sparse.ticket import Ticket
+from ltp_sparse.tickets.index_set import IndexSet
+from ltp_sparse.tickets.ticket import Ticket
 
 _DIGESTS = "ltp_sparse"
 _GRADIENTS = "ltp_sparse_gradients"
@@ -72,7 +72,7 @@ class MaskedAdamW(Optimizer):
         freeze: turns `requires_grad` off for parameters without an active entry (see `freeze`). The constructor changes
             nothing else in the model.
         states: "float32", or "8bit": moments in 1 byte each, with a scale per 256 active entries and moment (see
-            `quantization.py`).
+            `backends/quantization.py`).
         master: keeps the exact value of every active entry of bfloat16 and float16 parameters in float32, 4 bytes each,
             and rounds it into the weight. Default: yes, unless `rounding` is stochastic. What others write into the
             weights is taken over at the next step, as far as torch counts it (edits through `.data` are not).

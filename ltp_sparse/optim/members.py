@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ltp_sparse.names import canonical_parameters, match_names
-from ltp_sparse.tensors import check_plain_tensor
-from ltp_sparse.ticket import Ticket
+from ltp_sparse.tickets.ticket import Ticket
+from ltp_sparse.weights.names import canonical_parameters, match_names
+from ltp_sparse.weights.tensors import check_plain_tensor
 
 _IN_TRANSFORMERS = (
     'Trainer(..., optimizer_cls_and_kwargs=(MaskedAdamW, {"model": model, "ticket": ticket, "lr": 2e-5}))'

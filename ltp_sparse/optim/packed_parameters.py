@@ -9,8 +9,6 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ltp_sparse.delta import gather
-from ltp_sparse.encoding import TileTable
 from ltp_sparse.optim.members import (
     ParameterHome,
     active_names,
@@ -21,8 +19,10 @@ from ltp_sparse.optim.members import (
     ticket_for,
 )
 from ltp_sparse.optim.packed_gradients import PackedGradients, WeakHook, check_packable
-from ltp_sparse.restoring import scatter_
-from ltp_sparse.ticket import Ticket
+from ltp_sparse.tickets.delta import gather
+from ltp_sparse.tickets.restoring import scatter_
+from ltp_sparse.tickets.ticket import Ticket
+from ltp_sparse.tickets.tile_table import TileTable
 
 _Optimizer = TypeVar("_Optimizer", bound=torch.optim.Optimizer)
 

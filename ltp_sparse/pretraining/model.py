@@ -16,7 +16,7 @@ def mini_xlmr(
     """XLM-R's architecture in small, with random weights: heads of 32, four times `hidden` in between, no dropout."""
     from transformers import XLMRobertaConfig
 
-    from ltp_sparse.training.backbone import backbone_from_config
+    from ltp_sparse.models.backbone import backbone_from_config
 
     config = XLMRobertaConfig(
         vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=hidden // 32,

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from ltp_sparse import files
 from ltp_sparse.pretraining.sources import Batch, Sentences, Source
+from ltp_sparse.weights import files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM

@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ltp_sparse.generated.inference import Document
+    from ltp_sparse.tasks.generated.inference import Document
 
 _MASKED = 0.15
 _WHOLE = 0.8  # share of the answered documents in which nothing but the answer is masked

@@ -1,7 +1,5 @@
-"""Prompts for masked language models: templates, verbalizers, prompt encoders and the prompted model."""
+"""Prompts for masked language models: templates and verbalizers."""
 
-from ltp_sparse.prompting.model import PromptedMaskedLM
-from ltp_sparse.prompting.prompt_encoder import PromptEncoder, vocabulary_rows
 from ltp_sparse.prompting.templates import (
     Template,
     cloze_template,
@@ -16,8 +14,6 @@ from ltp_sparse.tasks.pairs import CLASSES
 __all__ = [
     "CLASSES",
     "WORDS",
-    "PromptEncoder",
-    "PromptedMaskedLM",
     "Template",
     "Verbalizer",
     "cloze_template",
@@ -25,5 +21,4 @@ __all__ = [
     "discrete_template",
     "kind_of",
     "soft_template",
-    "vocabulary_rows",
 ]

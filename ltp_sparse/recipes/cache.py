@@ -14,9 +14,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ltp_sparse import files
-from ltp_sparse.files import atomic_path
-from ltp_sparse.reading import FileFormatError, read_json
+from ltp_sparse.weights import files
+from ltp_sparse.weights.files import atomic_path
+from ltp_sparse.weights.reading import FileFormatError, read_json
 
 
 def default_cache() -> Path:

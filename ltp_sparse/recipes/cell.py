@@ -15,24 +15,23 @@ from typing import Any
 import torch
 
 from ltp_sparse import __version__
-from ltp_sparse.delta import SparseDelta
-from ltp_sparse.files import save as save_tensors
 from ltp_sparse.methods import METHODS, Method, Settings
-from ltp_sparse.methods.madx import ADAPTER_SETTINGS, train_language_adapter
-from ltp_sparse.modules import Adapter
-from ltp_sparse.names import canonical_parameters, fingerprint, layer_of, module_of
+from ltp_sparse.models import Adapter
+from ltp_sparse.models.backbone import load_backbone, load_causal
 from ltp_sparse.prompting import CLASSES, WORDS, Verbalizer
-from ltp_sparse.reading import closest
 from ltp_sparse.recipes.cache import Cache
 from ltp_sparse.recipes.corpora import Corpus, corpus, mixture
 from ltp_sparse.recipes.recipe import Cell
 from ltp_sparse.tasks import TASKS, Task
-from ltp_sparse.ticket import Ticket
-from ltp_sparse.training.backbone import load_backbone, load_causal
+from ltp_sparse.tickets.delta import SparseDelta
+from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.training.evaluation import evaluate, largest_class
-from ltp_sparse.training.language import LANGUAGE_SETTINGS, train_language
+from ltp_sparse.training.language import ADAPTER_SETTINGS, LANGUAGE_SETTINGS, train_language, train_language_adapter
 from ltp_sparse.training.method import load_trained, train_method
 from ltp_sparse.training.mlm import STRATEGIES, MLMSettings, find_ticket, text_hash, tune_mlm
+from ltp_sparse.weights.files import save as save_tensors
+from ltp_sparse.weights.names import canonical_parameters, fingerprint, layer_of, module_of
+from ltp_sparse.weights.reading import closest
 
 _STAGE_1_LINES = 300_000
 _LANGUAGE_LINES = 1_000_000

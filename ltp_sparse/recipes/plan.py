@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from ltp_sparse.methods import LTP, LTSFT, AdaSFT, Method
-from ltp_sparse.names import canonical_parameters, layer_of
+from ltp_sparse.models.backbone import backbone_from_config, load_config
 from ltp_sparse.recipes.cell import check_cell, method_of
 from ltp_sparse.recipes.recipe import Cell, Recipe
 from ltp_sparse.selection import pools
 from ltp_sparse.tasks import task
-from ltp_sparse.topk import entries_for
-from ltp_sparse.training.backbone import backbone_from_config, load_config
+from ltp_sparse.tickets.counts import entries_for
+from ltp_sparse.weights.names import canonical_parameters, layer_of
 
 _GPU_FLOPS = 1e14
 """Assumed of a data-centre GPU in bfloat16: a quarter to a tenth of its printed peak."""

@@ -31,8 +31,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.reading import FileFormatError, closest, read_yaml, reader
 from ltp_sparse.recipes.schema import CELL, GRID, RECIPE, check
+from ltp_sparse.weights.reading import FileFormatError, closest, read_yaml, reader
 
 FOLDER = Path(__file__).parent
 _STAGES = ("ticket", "language_sft", "adapters")

@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from ltp_sparse import results
+from ltp_sparse.recipes import results
 from ltp_sparse.recipes.cell import Workbench, check_cell, run_cell
 from ltp_sparse.recipes.recipe import Cell, Recipe
 

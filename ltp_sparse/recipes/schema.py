@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.reading import FileFormatError, closest
+from ltp_sparse.weights.reading import FileFormatError, closest
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.files import atomic_path
-from ltp_sparse.reading import read_yaml
 from ltp_sparse.recipes.recipe import FOLDER, Recipe
 from ltp_sparse.report.chance import chance_sheet
 from ltp_sparse.report.escaping import Sheet, for_html, for_markdown
 from ltp_sparse.report.paired import compare, comparison_sheet
 from ltp_sparse.report.plots import PLOTS
 from ltp_sparse.report.tables import LARGEST_CLASS, Table, figure, latex, make_table, markdown, to_csv
+from ltp_sparse.weights.files import atomic_path
+from ltp_sparse.weights.reading import read_yaml
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; color: #222; }

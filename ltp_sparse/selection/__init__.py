@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltp_sparse import backends, files, ops
-from ltp_sparse.checkpoints import CheckpointTensor, Readable, Reader, StreamSource
-from ltp_sparse.encoding import IndexSet, bitmap_words
+from ltp_sparse import backends, ops
+from ltp_sparse.ops.routes import NonFiniteDelta, sampling_pays, select_topk
+from ltp_sparse.ops.sources import Reader, StreamSource
 from ltp_sparse.selection import pools, scores
 from ltp_sparse.selection.budgets import Budget, share_out
 from ltp_sparse.selection.by_tensor import PASSES, Spool, select_by_tensor
@@ -33,9 +33,12 @@ from ltp_sparse.selection.sources import (
     score_reader,
     told_of_dtypes,
 )
-from ltp_sparse.ticket import Pool, Ticket
-from ltp_sparse.topk import NonFiniteDelta, sampling_pays, select_topk
-from ltp_sparse.weights import Missing, Weights
+from ltp_sparse.tickets.bits import bitmap_words
+from ltp_sparse.tickets.index_set import IndexSet
+from ltp_sparse.tickets.ticket import Pool, Ticket
+from ltp_sparse.weights import files
+from ltp_sparse.weights.checkpoints import CheckpointTensor, Readable
+from ltp_sparse.weights.versions import Missing, Weights
 
 __all__ = [
     "MixedDtypes",

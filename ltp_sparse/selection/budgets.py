@@ -9,8 +9,8 @@ from fractions import Fraction
 
 from torch import Size
 
-from ltp_sparse.names import layer_of
-from ltp_sparse.topk import as_share, entries_for
+from ltp_sparse.tickets.counts import as_share, entries_for
+from ltp_sparse.weights.names import layer_of
 
 Budget = str | Mapping[str, float]
 """How k is shared: "global", "layer", "tensor", or shares of k for regular expressions over names."""

@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ltp_sparse.checkpoints import StreamSource
-from ltp_sparse.encoding import IndexSet, bitmap_words
-from ltp_sparse.files import host_blocks
-from ltp_sparse.topk import Chunk, Passes, Ranks, check_finite, digit_pass, joined
+from ltp_sparse.ops.routes import Ranks, check_finite, digit_pass, joined
+from ltp_sparse.ops.sources import Chunk, Passes, StreamSource
+from ltp_sparse.tickets.bits import bitmap_words
+from ltp_sparse.tickets.index_set import IndexSet
+from ltp_sparse.weights.files import host_blocks
 
 PASSES = 3
 """Readings of the source."""

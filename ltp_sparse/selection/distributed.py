@@ -11,9 +11,8 @@ import torch
 from torch import Size, Tensor, distributed
 
 from ltp_sparse import backends
-from ltp_sparse.checkpoints import Readable, Reader, StreamSource
-from ltp_sparse.encoding import TILE, IndexSet, bitmap_words, shifted_words, tiles_of
-from ltp_sparse.names import Named, bare_names, digest
+from ltp_sparse.ops.routes import NonFiniteDelta, select_topk
+from ltp_sparse.ops.sources import Reader, Source, StreamSource, TensorSource
 from ltp_sparse.selection.budgets import Budget, share_out
 from ltp_sparse.selection.outcome import describe
 from ltp_sparse.selection.sources import (
@@ -27,9 +26,12 @@ from ltp_sparse.selection.sources import (
     told_of_dtypes,
 )
 from ltp_sparse.selection.team import GuardedSource, Team, TeamRanks
-from ltp_sparse.ticket import Pool, Ticket
-from ltp_sparse.topk import NonFiniteDelta, Source, TensorSource, select_topk
-from ltp_sparse.weights import Missing, Weights
+from ltp_sparse.tickets.bits import TILE, bitmap_words, shifted_words, tiles_of
+from ltp_sparse.tickets.index_set import IndexSet
+from ltp_sparse.tickets.ticket import Pool, Ticket
+from ltp_sparse.weights.checkpoints import Readable
+from ltp_sparse.weights.names import Named, bare_names, digest
+from ltp_sparse.weights.versions import Missing, Weights
 
 _PIECE = 1 << 18  # entries sent at a time, or words of a bitmap
 

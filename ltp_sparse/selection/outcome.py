@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ltp_sparse.selection.budgets import Budget
-from ltp_sparse.topk import as_share
+from ltp_sparse.tickets.counts import as_share
 
 
 class ShortTicket(UserWarning):

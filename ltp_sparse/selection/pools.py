@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ltp_sparse.names import in_base_model, is_layer_norm, layer_of
+from ltp_sparse.weights.names import in_base_model, is_layer_norm, layer_of
 
 
 def maskable(name: str) -> bool:

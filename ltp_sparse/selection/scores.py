@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from ltp_sparse.checkpoints import Reader
-from ltp_sparse.names import canonical_parameters
+from ltp_sparse.ops.sources import Reader
 from ltp_sparse.selection.sources import ScoreFunction
-from ltp_sparse.ticket import Pool, in_pool
-from ltp_sparse.weights import Weights, open_weights
+from ltp_sparse.tickets.ticket import Pool, in_pool
+from ltp_sparse.weights.names import canonical_parameters
+from ltp_sparse.weights.versions import Weights, open_weights
 
 
 def magnitude(weights: Weights) -> ScoreFunction:

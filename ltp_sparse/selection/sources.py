@@ -12,11 +12,12 @@ from torch import Size, Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ltp_sparse import backends
-from ltp_sparse.checkpoints import CheckpointTensor, Readable, Reader, read_piece
-from ltp_sparse.names import Named, digest, parameter_order
-from ltp_sparse.tensors import check_plain_tensor
-from ltp_sparse.ticket import Pool, in_pool
-from ltp_sparse.weights import Missing, Weights, check_sides, open_weights, side_by_side
+from ltp_sparse.ops.sources import Reader
+from ltp_sparse.tickets.ticket import Pool, in_pool
+from ltp_sparse.weights.checkpoints import CheckpointTensor, Readable, read_piece
+from ltp_sparse.weights.names import Named, digest, parameter_order
+from ltp_sparse.weights.tensors import check_plain_tensor
+from ltp_sparse.weights.versions import Missing, Weights, check_sides, open_weights, side_by_side
 
 _PIECE = 1 << 20  # entries looked at at a time
 

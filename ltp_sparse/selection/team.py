@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from ltp_sparse.topk import Chunk, Passes, Ranks, Source
+from ltp_sparse.ops.routes import Ranks
+from ltp_sparse.ops.sources import Chunk, Passes, Source
 
 T = TypeVar("T")
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.reading import FileFormatError, Place
 from ltp_sparse.tasks.files import existing, folder_of, read_table
 from ltp_sparse.tasks.hub import hub_pairs
 from ltp_sparse.tasks.pairs import LABELS, Pair, checked_label, pair_in
+from ltp_sparse.weights.reading import FileFormatError, Place
 
 LANGUAGES = ("aym", "bzd", "cni", "gn", "hch", "nah", "oto", "quy", "shp", "tar")
 HUB_NAME = "nala-cub/americas_nli"

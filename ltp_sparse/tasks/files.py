@@ -12,7 +12,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.reading import FileFormatError, Place, decoded, parse_json, reader
+from ltp_sparse.weights.reading import FileFormatError, Place, decoded, parse_json, reader
 
 LONGEST_LINE = 16 << 20
 _MOST_LINES = 20_000  # of one quoted cell: above, a quote was left open

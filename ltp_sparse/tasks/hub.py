@@ -10,8 +10,8 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from ltp_sparse.reading import Place
 from ltp_sparse.tasks.pairs import LABELS, Pair, pair_in
+from ltp_sparse.weights.reading import Place
 
 _PATIENCE = 3.0  # seconds for the Hub to answer
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.reading import FileFormatError, Place, reader
 from ltp_sparse.tasks.files import read_jsonl, read_table, text_in
 from ltp_sparse.tasks.hub import load_hub
 from ltp_sparse.tasks.pairs import Pair
 from ltp_sparse.tasks.texts import Text
+from ltp_sparse.weights.reading import FileFormatError, Place, reader
 
 FORMATS = ("tsv", "csv", "jsonl", "parquet")
 """By the end of the file's name; all but parquet also with .gz behind it."""

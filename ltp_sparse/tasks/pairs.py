@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.reading import FileFormatError, Place, reader
 from ltp_sparse.tasks.files import read_jsonl, read_table, text_in
+from ltp_sparse.weights.reading import FileFormatError, Place, reader
 
 LABELS = ("entailment", "neutral", "contradiction")
 """The labels, in the order of their numbers in XNLI and AmericasNLI."""

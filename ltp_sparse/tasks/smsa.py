@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from ltp_sparse.reading import Place
 from ltp_sparse.tasks.files import existing, folder_of, read_columns, read_table
 from ltp_sparse.tasks.texts import Text, hub_texts, labelled_text
+from ltp_sparse.weights.reading import Place
 
 LABELS = ("negative", "neutral", "positive")
 """In the order of their numbers in the trimmed files."""

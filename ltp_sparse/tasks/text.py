@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.reading import FileFormatError, Place
 from ltp_sparse.tasks.files import read_jsonl, read_lines, text_in
 from ltp_sparse.tasks.hub import load_hub
+from ltp_sparse.weights.reading import FileFormatError, Place
 
 _SUFFIXES = ("txt", "tsv", "jsonl")
 

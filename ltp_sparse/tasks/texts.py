@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ltp_sparse.reading import Place
 from ltp_sparse.tasks.files import text_in
 from ltp_sparse.tasks.hub import load_hub
 from ltp_sparse.tasks.pairs import require_label
+from ltp_sparse.weights.reading import Place
 
 
 @dataclass(frozen=True)

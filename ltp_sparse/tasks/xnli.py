@@ -5,10 +5,10 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from ltp_sparse.reading import FileFormatError
 from ltp_sparse.tasks.files import existing, folder_of, read_columns, read_jsonl, read_table
 from ltp_sparse.tasks.hub import hub_pairs
 from ltp_sparse.tasks.pairs import Pair, check_balance, checked_label, pair_in
+from ltp_sparse.weights.reading import FileFormatError
 
 LANGUAGES = ("ar", "bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh")
 SHOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)

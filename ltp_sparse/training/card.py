@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ltp_sparse import __version__
-from ltp_sparse.delta import SparseDelta
-from ltp_sparse.files import atomic_path
 from ltp_sparse.methods import METHODS
+from ltp_sparse.tickets.delta import SparseDelta
+from ltp_sparse.weights.files import atomic_path
 
 
 def write_card(path: Path, base: str, trained: SparseDelta, kind: str, facts: Mapping[str, Any]) -> None:

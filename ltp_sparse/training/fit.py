@@ -18,12 +18,12 @@ from torch.nn import functional as F
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from ltp_sparse.delta import SparseDelta
-from ltp_sparse.frozen import frozen_digests, verify_frozen
 from ltp_sparse.methods.base import Settings, Setup
+from ltp_sparse.optim.frozen import frozen_digests, verify_frozen
 from ltp_sparse.prompting.templates import IGNORED_LABEL
-from ltp_sparse.restoring import Held, put_back
-from ltp_sparse.ticket import Ticket
+from ltp_sparse.tickets.delta import SparseDelta
+from ltp_sparse.tickets.restoring import Held, put_back
+from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.training.bars import show_progress
 from ltp_sparse.training.evaluation import METRICS
 from ltp_sparse.training.trainer import KeepBest, SparseTrainer, alone, begin

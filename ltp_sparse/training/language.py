@@ -6,19 +6,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ltp_sparse.delta import SparseDelta
+import torch
+
+from ltp_sparse.methods.base import nothing
 from ltp_sparse.methods.fine_tuning import K_LANGUAGE, group_shares, most_changed, scaled_budget
-from ltp_sparse.names import in_base_model
+from ltp_sparse.models import Adapter, AdapterStack
 from ltp_sparse.selection import pools
-from ltp_sparse.ticket import Ticket
-from ltp_sparse.topk import entries_for
+from ltp_sparse.tickets.counts import entries_for
+from ltp_sparse.tickets.delta import SparseDelta
+from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.training.mlm import MLMSettings, tune_mlm
+from ltp_sparse.weights.names import in_base_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM
 
 LANGUAGE_SETTINGS = MLMSettings(batch_size=8, epochs=100, step_bounds=(10_000, 100_000), validation=0.05)
 """Of both phases."""
+
+ADAPTER_SETTINGS = MLMSettings(batch_size=8, epochs=100, step_bounds=(30_000, 100_000), validation=0.05, l1=0.0)
+"""Of language adapters."""
 
 KINDS = ("lt-sft", "sc-sft", "bitfit")
 
@@ -68,6 +75,30 @@ def train_language(
     return SparseDelta(
         delta.ticket, delta.values, delta.originals, {}, {**delta.metadata, "method": f"{kind} language"}
     )
+
+
+def train_language_adapter(
+    model: XLMRobertaForMaskedLM,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    settings: MLMSettings = ADAPTER_SETTINGS,
+    **options: Any,
+) -> Adapter:
+    """A language adapter with its invertible adapter, trained as a masked language model; the model stays as it is.
+
+    model: with a decoupled LM head
+    options: further arguments of `tune_mlm`
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        adapter = Adapter.for_language(model.config)
+    stack = AdapterStack(adapter, drop_last=False).to(model.device).attach(model)
+    try:
+        result = tune_mlm(model, tokenizer, texts, settings, ticket=nothing(), dense=adapter, **options)
+    finally:
+        stack.remove()
+    adapter.metadata = result.metadata
+    return adapter
 
 
 def _phase(number: int, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ltp_sparse.delta import SparseDelta, base_fingerprint
 from ltp_sparse.methods import METHODS
 from ltp_sparse.methods.base import Collate, Context, Encode, Method, Settings, Setup
-from ltp_sparse.names import applied_deltas, canonical_parameters, match_names
+from ltp_sparse.models.backbone import longest_input
 from ltp_sparse.prompting import CLASSES, Verbalizer, kind_of
 from ltp_sparse.tasks.own import warn_of_gaps
-from ltp_sparse.ticket import Ticket
-from ltp_sparse.training.backbone import longest_input
+from ltp_sparse.tickets.delta import SparseDelta, applied_deltas, base_fingerprint
+from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.training.fit import Fit, Options, fit
+from ltp_sparse.weights.names import canonical_parameters, match_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -26,20 +26,20 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from ltp_sparse.checkpoints import Readable, read_piece
-from ltp_sparse.delta import SparseDelta, gather
-from ltp_sparse.names import canonical_parameters, layer_of, unwrapped
-from ltp_sparse.reference import delta_keys
-from ltp_sparse.restoring import Held, put_back
+from ltp_sparse.backends.reference import delta_keys
+from ltp_sparse.models.backbone import is_decoupled, longest_input
 from ltp_sparse.selection import Weights, pools, select
 from ltp_sparse.selection.budgets import Budget
 from ltp_sparse.selection.sources import ScoreFunction, Sides, check_shape, names_in_pool
-from ltp_sparse.ticket import Pool, Ticket
-from ltp_sparse.topk import entries_for
-from ltp_sparse.training.backbone import is_decoupled, longest_input
+from ltp_sparse.tickets.counts import entries_for
+from ltp_sparse.tickets.delta import SparseDelta, gather
+from ltp_sparse.tickets.restoring import Held, put_back
+from ltp_sparse.tickets.ticket import Pool, Ticket
 from ltp_sparse.training.bars import show_progress
 from ltp_sparse.training.trainer import KeepBest, SparseTrainer, alone, begin
-from ltp_sparse.weights import Missing
+from ltp_sparse.weights.checkpoints import Readable, read_piece
+from ltp_sparse.weights.names import canonical_parameters, layer_of, unwrapped
+from ltp_sparse.weights.versions import Missing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM
@@ -351,7 +351,7 @@ def _check(model: nn.Module, settings: MLMSettings, output_dir: str | os.PathLik
         wanted, found = ("decoupled", "tied") if strategy == "decoupled" else ("tied", "decoupled")
         raise ValueError(
             f"tune_mlm: strategy {strategy!r} needs a {wanted} LM head, this model's is {found}; "
-            f"load it with ltp_sparse.training.backbone.load_backbone(..., decoupled={strategy == 'decoupled'})"
+            f"load it with ltp_sparse.models.backbone.load_backbone(..., decoupled={strategy == 'decoupled'})"
         )
     if settings.length < 1:
         raise ValueError(f"tune_mlm: length must be at least 1 token, got {settings.length}")

@@ -24,16 +24,16 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from ltp_sparse import manifest
-from ltp_sparse.delta import SparseDelta, base_fingerprint, gather, scatter_
-from ltp_sparse.files import atomic_path, sweep
-from ltp_sparse.names import canonical_parameters, match_names
 from ltp_sparse.optim import MaskedAdamW
+from ltp_sparse.optim.adam_l2 import AdamL2
 from ltp_sparse.optim.members import dense_groups
-from ltp_sparse.reading import FileFormatError, read_json
-from ltp_sparse.restoring import Held, restoring
-from ltp_sparse.ticket import Ticket
-from ltp_sparse.training.adam_l2 import AdamL2
+from ltp_sparse.tickets.delta import SparseDelta, base_fingerprint, gather, scatter_
+from ltp_sparse.tickets.restoring import Held, restoring
+from ltp_sparse.tickets.ticket import Ticket
+from ltp_sparse.weights import manifest
+from ltp_sparse.weights.files import atomic_path, sweep
+from ltp_sparse.weights.names import canonical_parameters, match_names
+from ltp_sparse.weights.reading import FileFormatError, read_json
 
 DELTA_FILE = "delta.safetensors"
 BEST_FILE = "best.safetensors"

@@ -1,0 +1,113 @@
+"""Moments in 8 bits, in torch; `csrc/common/quantization.h` explains the codes and is the same for compiled kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ltp_sparse.tickets.tile_table import STATE_BLOCK, state_blocks
+
+_FIRST_TOP, _SECOND_TOP = (
+    torch.tensor(float(code), dtype=torch.float32, device="cpu").pow(4).item() for code in (127, 255)
+)
+"""Fourth powers of the largest codes, of the first moment and of the root of the second."""
+
+
+def _block_scale(values: Tensor) -> Tensor:
+    """float32 [B] of the non-negative values [a]: the largest of each block.
+
+    As bits a NaN is above everything. Below 2^-90 the block is zero; with a NaN or an infinity in it, all is NaN.
+    """
+    bits = pad(values, (0, -values.numel() % STATE_BLOCK)).view(torch.int32).view(-1, STATE_BLOCK).amax(1)
+    bits = torch.where(bits >= 0x7F800000, 0x7FC00000, bits)
+    return torch.where(bits < (127 - 90) << 23, 0, bits).view(torch.float32)
+
+
+def _spread(scale: Tensor, count: int) -> Tensor:
+    """float32 [count]: the scale of every entry."""
+    return scale.float().repeat_interleave(STATE_BLOCK)[:count]
+
+
+def exact_sqrt(values: Tensor) -> Tensor:
+    """The root rounded as IEEE 754 says; torch's own in float32 may be off by a bit."""
+    return values.double().sqrt().to(values.dtype)
+
+
+def _fourth_power(codes: Tensor) -> Tensor:
+    square = codes * codes
+    return square * square
+
+
+def _scaled(size: Tensor, scale: Tensor, top: float) -> Tensor:
+    """The magnitudes in fourth powers of codes, at most `top`; so is what is not finite, and in a block that is NaN."""
+    # torch divides a number by a tensor as a product with 1 / tensor, which rounds twice
+    inverse = torch.where(scale > 0, torch.full_like(scale, top) / scale, 0.0)
+    x = size * _spread(inverse, size.numel())
+    return torch.where(x < top, x, top)
+
+
+def _encode(x: Tensor, chance: Tensor | float) -> Tensor:
+    """float32 codes: the upper one of the two around `x` where `chance`, in [0, 1], is small enough."""
+    code = exact_sqrt(exact_sqrt(x)).floor()
+    below, above = _fourth_power(code), _fourth_power(code + 1)
+    return torch.where(chance * (above - below) < x - below, code + 1, code)
+
+
+def quantize(exp_avg: Tensor, exp_avg_sq: Tensor, random: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """float32 [a] moments of one tile -> int8 [a] and uint8 [a] codes, float32 [B, 2] scales.
+
+    Args:
+        exp_avg: first moments.
+        exp_avg_sq: second moments.
+        random: int64 [a], 32 random bits per entry (`rounding.moment_bits`); None: rounds to nearest, as is right once
+            but not in every step.
+    """
+    chances: tuple[Tensor | float, Tensor | float] = (0.5, 0.5)
+    if random is not None:
+        chances = ((random >> 16).float() + 0.5) / 65536, ((random & 0xFFFF).float() + 0.5) / 65536
+    size, root = exp_avg.abs(), exact_sqrt(exp_avg_sq)
+    scales = torch.stack([_block_scale(size), _block_scale(root)], dim=1)
+    first = _encode(_scaled(size, scales[:, 0], _FIRST_TOP), chances[0])
+    x = _scaled(root, scales[:, 1], _SECOND_TOP)
+    second = _encode(x, chances[1])
+    # what is not zero stays above zero, or the next step would divide by eps alone
+    second = torch.where((x > 0) & (second < 1), 1.0, second)
+    return torch.where(exp_avg < 0, -first, first).to(torch.int8), second.to(torch.uint8), scales
+
+
+def quantize_tiles(exp_avg: Tensor, exp_avg_sq: Tensor, active: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantize` to nearest over consecutive tiles with these numbers of active entries."""
+    pieces = [quantize(m, v) for m, v in zip(exp_avg.split(active), exp_avg_sq.split(active), strict=True)]
+    first, second, scales = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    return first, second, scales
+
+
+def dequantize_tiles(
+    exp_avg: Tensor, exp_avg_sq: Tensor, scales: Tensor, active: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """`dequantize` over consecutive tiles with these numbers of active entries.
+
+    Scales of bfloat16 are those of older states, whose codes were companded by softsign and square root.
+    """
+    decode = _dequantize_companded if scales.dtype == torch.bfloat16 else dequantize
+    blocks = [state_blocks(count) for count in active]
+    tiles = zip(exp_avg.split(active), exp_avg_sq.split(active), scales.split(blocks), strict=True)
+    first, second = (torch.cat(parts) for parts in zip(*(decode(*tile) for tile in tiles), strict=True))
+    return first, second
+
+
+def dequantize(exp_avg: Tensor, exp_avg_sq: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 [a] and uint8 [a] codes of one tile, float32 [B, 2] scales -> float32 [a] moments."""
+    codes, count = exp_avg.float(), exp_avg.numel()
+    first = _fourth_power(codes) * _spread(scales[:, 0] / _FIRST_TOP, count)
+    root = _fourth_power(exp_avg_sq.float()) * _spread(scales[:, 1] / _SECOND_TOP, count)
+    return torch.where(codes < 0, -first, first), root * root
+
+
+def _dequantize_companded(exp_avg: Tensor, exp_avg_sq: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    y, count = exp_avg.float() / 127, exp_avg.numel()
+    root = exp_avg_sq.float() / 255 * _spread(scales[:, 1], count)
+    return y / (2 - y.abs()) * _spread(scales[:, 0], count), root * root

@@ -1,1 +1,0 @@
-"""A small world of facts, said in eight languages: inference examples and plain text, made without any file."""

@@ -1,0 +1,249 @@
+"""XLM-R masked-LM backbones: loading, random weights, and the decoupled LM head."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ltp_sparse.models.locating import locate
+from ltp_sparse.weights.names import canonical_parameters
+from ltp_sparse.weights.reading import FileFormatError, reader
+
+if TYPE_CHECKING:
+    from transformers import (
+        BloomForCausalLM,
+        PreTrainedTokenizerBase,
+        XGLMForCausalLM,
+        XLMRobertaConfig,
+        XLMRobertaForMaskedLM,
+    )
+
+_DECODER_BIAS = "lm_head.decoder.bias"
+_SPARE = re.compile(r"(^|\.)pooler\.|(^|\.)position_ids$")
+
+
+@reader("model")
+def load_backbone(
+    name_or_path: str | os.PathLike[str],
+    *,
+    decoupled: bool = True,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: str | os.PathLike[str] | None = None,
+) -> tuple[XLMRobertaForMaskedLM, PreTrainedTokenizerBase]:
+    """An `XLMRobertaForMaskedLM` and its tokenizer, from a local folder or by Hub name (only then is it downloaded).
+
+    name_or_path: "mini-xlmr" is the small model that comes with this package
+
+    decoupled: give the LM head its own frozen copy of the word embedding (`decouple`). A folder that was saved
+               decoupled stays so whatever this says.
+    dtype:     of the weights. Deltas of about 1e-4 vanish in bfloat16: train float32 weights, under autocast if wanted.
+    tokenizer: folder or Hub name of the tokenizer when it is not beside the weights.
+    Raises ValueError for a missing folder or name, missing or damaged files, another architecture, files that lack a
+    weight of the model or hold one of another shape or for another place (a checkpoint without LM head, names with a
+    prefix), weights that are NaN or infinite, or a tokenizer that is empty or does not fit the model.
+    """
+    from transformers import AutoConfig, XLMRobertaForMaskedLM
+
+    source, local = locate(name_or_path)
+    with _loading("load_backbone", source):
+        config = AutoConfig.from_pretrained(source, local_files_only=local)
+    if config.model_type != "xlm-roberta":
+        raise ValueError(
+            f"load_backbone: expected an XLM-R masked language model (model_type 'xlm-roberta'), got "
+            f"{config.model_type!r} in {source!r}; pass a folder or Hub name such as 'FacebookAI/xlm-roberta-base'"
+        )
+    model = _complete(
+        "load_backbone", XLMRobertaForMaskedLM, source, config=config, dtype=dtype, local_files_only=local
+    )
+    if decoupled or not config.tie_word_embeddings:
+        decouple(model)
+    loaded = _load_tokenizer("load_backbone", name_or_path if tokenizer is None else tokenizer)
+    _check_tokenizer(loaded, model.config)
+    return model, loaded
+
+
+@reader("causal model")
+def load_causal(
+    name_or_path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: str | os.PathLike[str] | None = None,
+) -> tuple[XGLMForCausalLM | BloomForCausalLM, PreTrainedTokenizerBase]:
+    """An XGLM or BLOOM language model and its tokenizer, from a local folder or by Hub name; as `load_backbone`.
+
+    Raises ValueError as `load_backbone` does.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source, local = locate(name_or_path)
+    with _loading("load_causal", source):
+        config = AutoConfig.from_pretrained(source, local_files_only=local)
+    if config.model_type not in ("xglm", "bloom"):
+        raise ValueError(
+            f"load_causal: expected a model of type xglm or bloom, got {config.model_type!r} in {source!r}; pass a "
+            "folder or Hub name such as 'facebook/xglm-564M' or 'bigscience/bloom-560m'"
+        )
+    model = _complete("load_causal", AutoModelForCausalLM, source, config=config, dtype=dtype, local_files_only=local)
+    return model, _load_tokenizer("load_causal", name_or_path if tokenizer is None else tokenizer)
+
+
+def backbone_from_config(
+    config: XLMRobertaConfig, *, decoupled: bool = True, dtype: torch.dtype = torch.float32
+) -> XLMRobertaForMaskedLM:
+    """An `XLMRobertaForMaskedLM` with random weights from torch's global generator; works on the meta device, too."""
+    from transformers import XLMRobertaForMaskedLM
+
+    # The config is copied because decoupling writes into it and callers reuse theirs.
+    model = XLMRobertaForMaskedLM(type(config).from_dict(config.to_dict())).to(dtype)
+    return decouple(model) if decoupled else model
+
+
+def decouple(model: XLMRobertaForMaskedLM) -> XLMRobertaForMaskedLM:
+    """Unties the LM head in place: `lm_head.decoder.weight` becomes a frozen copy of the word embedding.
+
+    `lm_head.bias` stays one parameter with `decoder.bias`. An already separate decoder keeps its values and is frozen:
+    call this again after `resize_token_embeddings`, which splits the bias of an untied model.
+    `config.tie_word_embeddings` becomes False, without which saving, loading and resizing would tie the two again.
+    transformers 5 then no longer ties the bias either, so a saved folder gets both bias names and loads anywhere.
+    Returns the model.
+    """
+    head, embedding = model.lm_head, model.get_input_embeddings()
+    if head.decoder.weight is embedding.weight:
+        head.decoder.weight = nn.Parameter(embedding.weight.detach().clone())
+    head.decoder.weight.requires_grad_(False)
+    if head.decoder.bias.shape == head.bias.shape:
+        head.decoder.bias = head.bias
+    else:  # resize_token_embeddings of an untied model resizes the decoder and leaves lm_head.bias behind
+        head.bias = head.decoder.bias
+    model.config.tie_word_embeddings = False
+    # tie_weights(recompute_mapping=False) reads this public record instead of the config.
+    model.all_tied_weights_keys = {}
+    if not getattr(model, "saves_both_biases", False):
+        model.register_state_dict_post_hook(_save_both_biases)
+        model.saves_both_biases = True
+    return model
+
+
+def longest_input(config: XLMRobertaConfig) -> int:
+    """Tokens that an XLM-R has positions for; they count from behind the padding index."""
+    return config.max_position_embeddings - config.pad_token_id - 1
+
+
+def is_decoupled(model: Any) -> bool:
+    """Whether the LM head reads another tensor than the word embedding."""
+    return model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+
+
+def _save_both_biases(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
+    # Shared tensors are saved under one name only, and a loader that does not tie leaves the other one zero.
+    name = prefix + _DECODER_BIAS
+    if name in state_dict:
+        state_dict[name] = state_dict[name].clone()
+
+
+def _complete(what: str, cls: Any, source: str, **options: Any) -> Any:
+    """`cls.from_pretrained`, which gives random weights to what is not in the files and says so in a log.
+
+    Raises a FileFormatError in that case: a weight of the model is not in the files, has another shape there, or the
+    files hold weights that the model has no place for, which is what becomes of names with a prefix.
+    """
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it would warn of is the error below
+    try:
+        with _loading(what, source):
+            model, found = cls.from_pretrained(
+                source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+    finally:
+        logging.set_verbosity(verbosity)
+    named = canonical_parameters(model)
+    missing = sorted({named.called(name) or name for name in found["missing_keys"]} - set(named.buffers))
+    reshaped = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in found["mismatched_keys"])
+    # a pooler has no part in a language model, and files hold tied parameters under several names
+    strange = sorted(n for n in found["unexpected_keys"] if named.called(n) is None and not _SPARE.search(n))
+    problems = [
+        f"{text}, e.g. {names[0]!r}"
+        for names, text in (
+            (missing, f"{len(missing)} weights of the model are not in its files"),
+            (reshaped, f"{len(reshaped)} weights have another shape there than the model"),
+            (strange, f"{len(strange)} weights there have no place in the model"),
+        )
+        if names
+    ]
+    if problems:
+        raise FileFormatError(
+            source,
+            f"{what}: expected all weights of a {type(model).__name__}: {'; '.join(problems)}. "
+            "Weights that are not read would be random. Pass a checkpoint of the language model with its LM head, "
+            "saved by save_pretrained without a wrapper around it",
+        )
+    for name, parameter in named.items():
+        if parameter.numel() and not bool(torch.stack(torch.aminmax(parameter.detach())).isfinite().all()):
+            raise FileFormatError(source, f"{what}: it holds NaN or infinite values; copy it again", repr(name))
+    return model
+
+
+@contextmanager
+def _loading(what: str, source: str) -> Iterator[None]:
+    """Turns what `from_pretrained` raises for missing and damaged files into an error of one line."""
+    try:
+        yield
+    except Exception as error:  # transformers and tokenizers raise whatever a damaged file makes of them
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+        raise FileFormatError(
+            source,
+            f"{what}: expected a complete model or tokenizer in {source!r}, a folder or a Hub name: {reason}",
+        ) from error
+
+
+@reader("tokenizer")
+def _load_tokenizer(what: str, name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    source, local = locate(name_or_path)
+    with _loading(what, source):
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        # what transformers makes of a folder with a config alone; every word would be unknown
+        raise ValueError(
+            f"{what}: expected the files of a tokenizer in {source!r}, found none; save it there, or pass tokenizer= "
+            "(--tokenizer), its folder or Hub name"
+        )
+    return tokenizer
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: XLMRobertaConfig) -> None:
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"load_backbone: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size} embedding rows; "
+            "pass the tokenizer that the model was trained with"
+        )
+    if tokenizer.mask_token_id is None or tokenizer.pad_token_id != config.pad_token_id:
+        raise ValueError(
+            f"load_backbone: expected a tokenizer with a mask token and pad id {config.pad_token_id}, got mask id "
+            f"{tokenizer.mask_token_id} and pad id {tokenizer.pad_token_id}; pass an XLM-R tokenizer"
+        )
+    # Positions of `inputs_embeds` count from the left and ignore padding.
+    tokenizer.padding_side = "right"
+
+
+@reader("config.json")
+def load_config(what: str, name_or_path: str | os.PathLike[str]) -> Any:
+    """The configuration of a model, from a local folder or by Hub name, without its weights.
+
+    Args:
+        what: who asks, for the messages.
+    """
+    from transformers import AutoConfig
+
+    source, local = locate(name_or_path)
+    with _loading(what, source):
+        return AutoConfig.from_pretrained(source, local_files_only=local)

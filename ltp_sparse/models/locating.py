@@ -1,0 +1,66 @@
+"""Where a model is: in the package, in a folder, in the cache of the Hub or on the Hub. Without torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from ltp_sparse.tasks.hub import hub_answers
+from ltp_sparse.weights.reading import closest
+
+MINI_XLMR = "mini-xlmr"
+"""Name of the small model that the package ships; its card is `ltp_sparse/mini_xlmr/README.md`."""
+
+_SHIPPED = {MINI_XLMR: Path(__file__).parents[1] / "mini_xlmr"}
+_KNOWN = (MINI_XLMR, "xlm-roberta-base", "xlm-roberta-large", "FacebookAI/xlm-roberta-base")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def locate(name_or_path: str | os.PathLike[str]) -> tuple[str, bool]:
+    """The source for `from_pretrained` and whether it is local.
+
+    A mistyped folder thus never becomes a download, and a name that cannot be downloaded is told at once.
+
+    Raises:
+        ValueError: there is no such folder; or none of that name, it is not in the cache of the Hub either, and the Hub
+            cannot be reached.
+    """
+    text = os.path.expanduser(os.fspath(name_or_path))
+    if text in _SHIPPED:
+        return os.fspath(_SHIPPED[text]), True
+    path = Path(text)
+    if path.is_dir():
+        return text, True
+    if path.exists():
+        raise ValueError(f"expected the folder of a model or a Hub name ('owner/name'), got the file {text!r}")
+    if isinstance(name_or_path, os.PathLike) or text.startswith((".", os.sep)) or not _HUB_NAME.fullmatch(text):
+        raise ValueError(
+            f"expected the folder of a model or a Hub name ('owner/name'), got {text!r}, which does not exist; "
+            f"{_closest(text)}"
+        )
+    if hub_answers():
+        return text, False
+    if _is_cached(text):
+        return text, True
+    raise ValueError(
+        f"no model {text!r}: there is no such folder, it has not been downloaded before, and the Hub cannot be "
+        f"reached; {_closest(text)}"
+    )
+
+
+def _closest(text: str) -> str:
+    """The names that may be meant: known ones, and folders of models beside what was given."""
+    if text in _KNOWN:
+        return f"{MINI_XLMR}, a small one, comes with the package"
+    names = list(_KNOWN)
+    with suppress(OSError), os.scandir(Path(text).parent) as entries:
+        names += [str(Path(text).parent / e.name) for e in entries if os.path.isfile(os.path.join(e, "config.json"))]
+    return f"closest: {closest(text, names, 2)}"
+
+
+def _is_cached(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)

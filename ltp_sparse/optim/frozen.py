@@ -1,0 +1,90 @@
+"""Proof of freeze: a digest of everything that a ticket leaves alone, before and after training.
+
+before = ls.frozen_digests(model, ticket)
+...                                          # train
+ls.verify_frozen(before, model, ticket)      # raises if a bit of an inactive entry has changed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ltp_sparse.optim.members import active_names, dense_parameters, named_parameters, ticket_for
+from ltp_sparse.tickets.bits import TILE, bitmap_words, unpack_bits
+from ltp_sparse.tickets.index_set import IndexSet
+from ltp_sparse.tickets.ticket import Ticket
+from ltp_sparse.weights.names import digest
+from ltp_sparse.weights.tensors import check_plain_tensor
+
+_PIECE = 16 * TILE
+
+
+def frozen_digests(model: nn.Module, ticket: Ticket, dense: nn.Module | Iterable[Any] = ()) -> dict[str, str]:
+    """Canonical name -> digest of a parameter's shape, dtype and the bits of its inactive entries.
+
+    dense: a module, parameters or parameter groups that train in full; they are left out, as are parameters without an
+        inactive entry
+
+    Works through pieces of 4 MiB on all threads of torch, so it takes no copy of the model. Parameters on a GPU are
+    copied piece by piece. Buffers are not looked at.
+
+    Raises ValueError when the ticket is not of this model.
+    """
+    named = named_parameters(model, what="frozen_digests")
+    ticket = ticket_for(named, ticket, what="frozen_digests")
+    active_names(named, ticket, what="frozen_digests")
+    trained = set(map(id, dense_parameters(dense, what="frozen_digests")))
+    sets = ticket.sets
+    watched = {
+        name: parameter.detach()
+        for name, parameter in named.items()
+        if id(parameter) not in trained and not (name in sets and sets[name].k == sets[name].n)
+    }
+
+    for name, tensor in watched.items():
+        check_plain_tensor(tensor, f"frozen_digests: {name!r}")
+
+    def of(name: str) -> str:
+        tensor = watched[name]
+        return digest(tensor.dtype, tensor.shape, _inactive(tensor, sets.get(name)))
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return dict(zip(watched, pool.map(of, watched), strict=True))
+
+
+def verify_frozen(
+    before: Mapping[str, str], model: nn.Module, ticket: Ticket, dense: nn.Module | Iterable[Any] = ()
+) -> None:
+    """Compares `frozen_digests` of now with those of before.
+
+    Raises RuntimeError naming the first parameter whose inactive entries have changed, ValueError when the model has
+    other parameters than before.
+    """
+    after = frozen_digests(model, ticket, dense)
+    if other := before.keys() ^ after.keys():
+        raise ValueError(
+            f"verify_frozen: expected the parameters of before, {min(other)!r} is new or gone ({len(other)} in all); "
+            "give the same model, ticket and dense"
+        )
+    if changed := [name for name, found in after.items() if found != before[name]]:
+        raise RuntimeError(
+            f"verify_frozen: entries of {changed[0]!r} that must not train have changed "
+            f"({len(changed)} parameters in all)"
+        )
+
+
+def _inactive(tensor: Tensor, index_set: IndexSet | None) -> Iterator[Tensor]:
+    """The tensor in row-major pieces, active entries set to zero."""
+    if index_set is None or index_set.k == 0:
+        yield tensor
+        return
+    flat, words = tensor.reshape(-1), index_set.bitmap()
+    for start in range(0, flat.numel(), _PIECE):
+        piece = flat[start : start + _PIECE].cpu().clone()
+        active = unpack_bits(words[start // 32 :][: bitmap_words(piece.numel())])
+        yield piece.masked_fill_(active[: piece.numel()], 0)

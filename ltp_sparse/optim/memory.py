@@ -1,0 +1,235 @@
+"""What training takes: bytes of weights, gradients, optimizer state, index and activations, before it starts.
+
+Weights, states and index follow from counts. Activations, logits and gradients are counted on
+fake tensors, which have sizes but no memory: a forward and a backward pass run as they would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ltp_sparse.optim.launch import PIECE, Precision
+from ltp_sparse.optim.members import active_names, dense_parameters, ticket_for
+from ltp_sparse.optim.packed_gradients import check_unpacked
+from ltp_sparse.tickets.bits import TILE
+from ltp_sparse.tickets.ticket import Ticket
+from ltp_sparse.weights.names import canonical_parameters
+
+_TILE_BYTES = 64
+_BLOCK = 256  # active entries that share two scales in 8-bit states
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes.
+
+    weights:   parameters, frozen ones included
+    states:    moments, masters and what a pull draws to
+    index:     of the ticket: bitmaps or lists, tiles, rows of embeddings
+    gradients: held between backward and step
+    passing:   the most that activations, logits and gradients take together in forward and backward
+    """
+
+    weights: int
+    states: int
+    index: int
+    gradients: int
+    passing: int = 0
+
+    @property
+    def held(self) -> int:
+        """Weights, gradients, states and index."""
+        return self.weights + self.states + self.index + self.gradients
+
+    @property
+    def total(self) -> int:
+        """The peak of a training step."""
+        return self.weights + self.states + self.index + max(self.passing, self.gradients)
+
+    def __repr__(self) -> str:
+        parts = ("weights", "states", "index", "gradients", "held", "passing", "total")
+        return f"MemoryReport({', '.join(f'{part} {getattr(self, part) / 1e9:.3f} GB' for part in parts)})"
+
+
+def memory_report(
+    model: nn.Module,
+    ticket: Ticket | float,
+    *,
+    dense: nn.Module | Iterable[Any] = (),
+    loss: Callable[[], Tensor] | None = None,
+    states: str = "float32",
+    gradients: str = "packed",
+    master: bool | None = None,
+    pull_on: str | None = None,
+    device: str = "cpu",
+) -> MemoryReport:
+    """What a step of `MaskedAdamW` takes.
+
+    Args:
+        model: in memory, on the meta device, or made under torch's `FakeTensorMode`.
+        ticket: the active entries, or the density of a uniform ticket over all parameters that are neither frozen nor
+            in `dense`.
+        dense: a module, parameters or parameter groups that train in full.
+        loss: runs the forward pass and gives the loss; under a `FakeTensorMode` it takes no memory. None: `passing`
+            counts the gradients only.
+        states, gradients, master: as in `MaskedAdamW`.
+        pull_on: None: the optimizer has no pull. Else as there; "host" is for a model on a GPU, which then holds a
+            piece of the initial values only (on a CPU, "device" says what there is to say).
+        device: where the step runs, wherever `model` is. On "cuda" bitmaps have ranks (n/32 bytes), attention keeps no
+            probabilities, and dropout a byte of each value.
+
+    Raises ValueError when the ticket is not of this model or an option is out of range, and, with `loss`, when an
+    optimizer packs gradients of the model: it would take those of the trial for its own.
+    """
+    if gradients not in ("dense", "packed"):
+        raise ValueError(f'memory_report: gradients must be "dense" or "packed", got {gradients!r}')
+    if pull_on not in (None, "device", "host"):
+        raise ValueError(f'memory_report: pull_on must be "device", "host" or None, got {pull_on!r}')
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f'memory_report: device must be "cpu" or "cuda", got {device!r}')
+    named, precision = canonical_parameters(model), Precision(states, master)
+    full = set(map(id, dense_parameters(dense, what="memory_report")))
+    if isinstance(ticket, Ticket):
+        with unset_fake_temporarily():  # the ticket is real, also where the model is not
+            ticket = ticket_for(named, ticket, what="memory_report")
+            names = active_names(named, ticket, what="memory_report")
+            active = {name: ticket.sets[name].k for name in names}
+    elif not 0 <= ticket <= 1:
+        raise ValueError(f"memory_report: the density must be in [0, 1], got {ticket}")
+    else:
+        names = [name for name, p in named.items() if p.requires_grad and id(p) not in full]
+        active = {name: int(ticket * named[name].numel()) for name in names}
+    packed = gradients == "packed"
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} if packed else set()
+    index = held = entries = 0
+    state = 0.0
+    for name, parameter in named.items():
+        k = parameter.numel() if id(parameter) in full else active.get(name, 0)
+        if not k:
+            continue
+        stands_alone = id(parameter) in full or not packed
+        held += parameter.numel() * parameter.element_size() if stands_alone else 4 * k
+        entries += k
+        per_entry = 8.0 if states == "float32" else 2.0 + 8 / _BLOCK
+        state += k * (per_entry + 4 * precision.keeps_master(parameter.dtype))
+        index += _index_bytes(k, parameter.numel(), device)
+        if id(parameter) in embeddings and not stands_alone:
+            rows, columns = parameter.shape
+            index += rows * (4 * -(-columns // 32) + 8)
+    if pull_on is not None:
+        state += 4 * (entries if pull_on == "device" else min(entries, PIECE))
+    passing = held
+    if loss is not None:
+        for name, parameter in named.items():
+            check_unpacked(name, parameter, what="memory_report")
+        ticketed = [named[name] for name, k in active.items() if k] if packed else []
+        packed_bytes = 4 * sum(active.values()) if packed else 0
+        trained = {id(named[name]) for name, k in active.items() if k} | full
+        with nullcontext() if device == "cpu" else _AsOnGPU():
+            passing = packed_bytes + passing_bytes(model, loss, trained, ticketed)
+    weights = sum(p.numel() * p.element_size() for p in named.values())
+    return MemoryReport(weights, round(state), index, held, passing)
+
+
+def passing_bytes(
+    model: nn.Module, loss: Callable[[], Tensor], trained: set[int], packed: Iterable[nn.Parameter] = ()
+) -> int:
+    """The most bytes that live at a time, beyond what lived before, in forward and backward.
+
+    trained: ids of the parameters that take gradients
+    packed:  those whose gradient is freed as soon as it is made; embeddings among them have row-sparse ones
+    """
+    packed = list(packed)
+    before = {p: (p.requires_grad, p.grad) for p in model.parameters()}
+    lookups = [m for m in model.modules() if isinstance(m, nn.Embedding) and any(m.weight is p for p in packed)]
+    options = [(m.sparse, m.padding_idx) for m in lookups]
+    hooks: list[Any] = []
+    try:
+        for parameter in before:
+            parameter.grad = None
+            parameter.requires_grad_(id(parameter) in trained)
+        hooks += [p.register_post_accumulate_grad_hook(_free) for p in packed]
+        for module in lookups:  # a padding row would make the size of the gradient depend on the tokens
+            module.sparse, module.padding_idx = True, None
+        with LiveBytes() as live:
+            loss().backward()
+        return live.peak
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, option in zip(lookups, options, strict=True):
+            module.sparse, module.padding_idx = option
+        for parameter, (flag, grad) in before.items():
+            parameter.requires_grad_(flag)
+            parameter.grad = grad
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that operations make while this mode is on, as long as they live.
+
+    peak: the largest sum so far
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._now = 0
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        before = {s._cdata for leaf in tree_leaves((args, kwargs)) for s in _storages(leaf)}
+        for storage in (s for leaf in tree_leaves(result) for s in _storages(leaf)):
+            if storage._cdata not in before and storage._cdata not in self._live:
+                self._live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                self._now += storage.nbytes()
+        if self._now > self.peak:  # only then must it be known what has died
+            for key in [key for key, (reference, _) in self._live.items() if reference.expired()]:
+                self._now -= self._live.pop(key)[1]
+            self.peak = max(self.peak, self._now)
+        return result
+
+
+class _AsOnGPU(TorchFunctionMode):
+    """Lets operations on a CPU keep for the backward pass what those on a GPU would."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention:
+            kwargs["dropout_p"] = 0.0  # with it, a CPU has no kernel that does without the probabilities
+        elif func is F.dropout and kwargs["training"] and kwargs["p"] and not kwargs["inplace"]:
+            return torch.native_dropout(args[0], kwargs["p"], True)[0]
+        return func(*args, **kwargs)
+
+
+def _storages(value: Any) -> list[Any]:
+    if not isinstance(value, Tensor):
+        return []
+    if value.layout == torch.strided:
+        return [value.untyped_storage()]
+    return [value._indices().untyped_storage(), value._values().untyped_storage()]
+
+
+def _free(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _index_bytes(k: int, n: int, device: str) -> int:
+    """Of a uniform set: nothing for all entries, a bitmap from a density of 1/16 on, a list below; and its tiles."""
+    tiles, bitmap, listed = _TILE_BYTES * -(-n // TILE), 8 * -(-n // 64), 2 * k
+    if k == n:
+        return tiles
+    if listed < bitmap:
+        return tiles + listed
+    return tiles + bitmap + (bitmap // 4 if device == "cuda" else 0)

@@ -1,0 +1,29 @@
+"""The demo's generated inference task: no files, labels true by construction, parallel in eight languages."""
+
+from __future__ import annotations
+
+from ltp_sparse.tasks.pairs import Pair
+
+LANGUAGES = ("en", "de", "fr", "es", "ru", "tr", "sw", "id")
+
+_SPLITS = ("train", "dev", "test")
+_SHOTS = 32
+_TEST_PER_CLASS = 100
+
+
+def generated(split: str, language: str, shots: int | None, seed: int) -> list[Pair]:
+    """`shots` examples per class (default 32) drawn with `seed`, or the test set, which is always the same."""
+    from ltp_sparse.tasks.generated.inference import pairs
+
+    if split not in _SPLITS:
+        raise ValueError(f"generated: split must be one of {', '.join(_SPLITS)}, got {split!r}")
+    if split == "test":
+        return pairs(3 * _TEST_PER_CLASS, "test", language)
+    return pairs(3 * (shots or _SHOTS), split, language, seed)
+
+
+def generated_text(lines: int, language: str) -> list[str]:
+    """Plain sentences of the same world."""
+    from ltp_sparse.tasks.generated.inference import sentences
+
+    return sentences(lines, language)

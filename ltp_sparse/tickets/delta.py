@@ -1,0 +1,429 @@
+"""`SparseDelta`: what a training run changed on a ticket; applied to a model, composed, taken back bit for bit."""
+
+from __future__ import annotations
+
+import os
+import warnings
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ltp_sparse.tickets.index_set import IndexSet
+from ltp_sparse.tickets.restoring import Held, restoring, scatter_
+from ltp_sparse.tickets.ticket import Ticket, checked_fingerprint, pack_sets, unpack_sets
+from ltp_sparse.weights import files
+from ltp_sparse.weights.checkpoints import Readable, read_piece
+from ltp_sparse.weights.names import (
+    Named,
+    bare_names,
+    canonical_buffers,
+    canonical_parameters,
+    fingerprint,
+    match_names,
+    unwrapped,
+)
+from ltp_sparse.weights.reading import closest, reader
+from ltp_sparse.weights.tensors import check_plain_tensor
+from ltp_sparse.weights.versions import Weights, open_weights, side_by_side
+
+_PIECE = 1 << 20  # entries compared at a time
+
+
+@dataclass
+class Applied:
+    """One entry of a model's stack of applied deltas: what it needs to be taken back.
+
+    delta:     the delta
+    displaced: name -> values of the active entries before it was applied
+    dense:     name -> whole tensors before it was applied
+    sets:      name -> its active entries
+    All names are canonical ones of the model, whatever the delta calls a tied parameter.
+    """
+
+    delta: SparseDelta
+    displaced: dict[str, Tensor]
+    dense: dict[str, Tensor]
+    sets: dict[str, IndexSet]
+
+
+class SparseDelta:
+    """The new and original values of a ticket's entries (LT-SFT calls it an SFT), and whole tensors such as a head.
+
+    On the base it was made from, `apply` gives the tuned bits. On top of other deltas it adds: an entry that another
+    delta has moved becomes current + (tuned - original), in float32 (LT-SFT's composition). `revert` gives back the
+    bits of before.
+
+    Args:
+        ticket: the active entries, with the fingerprint of the base.
+        values: name -> [k] tuned values in slot order, in the dtype of the model.
+        originals: name -> [k] values of the base, or empty: the delta can then not be composed with one that overlaps
+            it.
+        dense: name -> whole tensors that replace the model's.
+        metadata: anything JSON can hold.
+    """
+
+    def __init__(
+        self,
+        ticket: Ticket,
+        values: Mapping[str, Tensor],
+        originals: Mapping[str, Tensor] | None = None,
+        dense: Mapping[str, Tensor] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.ticket = ticket
+        self.values = dict(values)
+        self.originals = dict(originals or {})
+        self.dense = dict(dense or {})
+        self.metadata = files.checked_metadata("SparseDelta", metadata)
+        for what, packed in (("values", self.values), ("originals", self.originals)):
+            for name, tensor in packed.items():
+                if name not in ticket.sets or tensor.shape != (ticket.sets[name].k,):
+                    raise ValueError(f"SparseDelta: {what} of {name!r} do not fit the ticket, got {list(tensor.shape)}")
+        if missing := [name for name in ticket.active_names if name not in self.values]:
+            raise ValueError(f"SparseDelta: no values for {missing[0]!r}, which has active entries")
+
+    @classmethod
+    def between(
+        cls,
+        initial: Weights,
+        tuned: Weights,
+        ticket: Ticket,
+        *,
+        dense: Mapping[str, Tensor] | None = None,
+        originals: bool = True,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> SparseDelta:
+        """The delta from one version of a model to another, on the ticket's entries.
+
+        Args:
+            initial: the base: a module, name -> tensor, or a safetensors checkpoint. Deltas that are applied to a
+                module belong to it; the fingerprint is that of the model below them.
+            tuned: the tuned version, likewise.
+            ticket: the entries to keep; what moved outside it is not looked at, except for zeros that changed their
+                sign: no ticket of |tuned - initial| holds those, so they are counted, and a warning tells of them.
+            dense: whole tensors to carry along, e.g. a task head or a prompt.
+            originals: keep the base's values of these entries, which doubles the size and allows composing.
+            metadata: anything JSON can hold.
+
+        Warns:
+            UserWarning: zeros outside the ticket changed their sign, which `apply` will not give back.
+        """
+        base, after = side_by_side(open_weights(initial), open_weights(tuned))
+        ticket = ticket.named_as(base)
+        names = ticket.active_names
+        for side, tensors in (("the initial model", base), ("the tuned model", after)):
+            match_names(names, tensors, what="SparseDelta.between", where=side)
+            _check_shapes(ticket, tensors, side)
+        digests = ticket.fingerprint
+        if any(name not in digests for name in names):
+            if isinstance(initial, nn.Module):
+                digests = base_fingerprint(initial, names)
+            else:
+                digests = fingerprint({name: _whole(base[name]) for name in names})
+        if flipped := sum(
+            _flipped_zeros(base[n], after[n], s) for n, s in ticket.sets.items() if n in base and n in after
+        ):
+            warnings.warn(
+                f"SparseDelta.between: {flipped:,} zeros outside the ticket changed their sign, and nothing else: a "
+                "ticket of what moved does not hold them, so the delta gives the tuned values, not the tuned bits",
+                UserWarning,
+                stacklevel=2,
+            )
+        bare = bare_names(dense or ())
+        carrier = Ticket(ticket.sets, ticket.shapes, ticket.metadata, digests)
+        return cls(
+            carrier,
+            {name: gather(_whole(after[name]), ticket.sets[name]).cpu() for name in names},
+            {name: gather(_whole(base[name]), ticket.sets[name]).cpu() for name in names} if originals else None,
+            {bare[name]: tensor.detach().cpu().clone() for name, tensor in (dense or {}).items()},
+            metadata,
+        )
+
+    def named_as(self, tensors: Mapping[str, Any]) -> SparseDelta:
+        """The same delta under the canonical names of a model, as `Ticket.named_as`; its dense tensors keep theirs."""
+        ticket = self.ticket.named_as(tensors)
+        if ticket is self.ticket:
+            return self
+        assert isinstance(tensors, Named)
+
+        def renamed(packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            found: dict[str, Tensor] = {}
+            for name, values in packed.items():
+                canonical = tensors.called(name) or name
+                if not torch.equal(bits(found.setdefault(canonical, values)), bits(values)):
+                    raise ValueError(
+                        f"SparseDelta: {name!r} and another name of the delta are one tied parameter of the model, and "
+                        "the delta has other values of each; it was made of a model in which they are not tied"
+                    )
+            return found
+
+        return SparseDelta(ticket, renamed(self.values), renamed(self.originals), self.dense, self.metadata)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of index and values."""
+        tensors = [*self.values.values(), *self.originals.values(), *self.dense.values()]
+        return self.ticket.nbytes + sum(t.nbytes for t in tensors)
+
+    def __repr__(self) -> str:
+        dense = f", {len(self.dense)} dense tensors" if self.dense else ""
+        return (
+            f"SparseDelta({self.ticket.k:,} values in {len(self.values)} parameters{dense}, {self.nbytes:,} bytes, "
+            f"{'composable' if self.originals else 'without originals'})"
+        )
+
+    def apply(self, model: nn.Module, *, dtype: str = "same", strict: bool = True, dense: bool = True) -> None:
+        """Writes the delta into the model's parameters, in place.
+
+        Args:
+            model: the base model, possibly with other deltas applied by this method.
+            dtype: "same", or "cast" to accept the same base in another dtype (compared there by the delta's original
+                values, since a fingerprint is one of bits).
+            strict: False accepts any base whose names and shapes fit, and warns.
+            dense: False leaves the delta's whole tensors out: the LM head of a language's delta has no place in a
+                classifier.
+
+        Raises:
+            ValueError: names, shapes, dtypes or the base do not fit; nothing has been changed then.
+        """
+        if dtype not in ("same", "cast"):
+            raise ValueError(f'SparseDelta.apply: dtype must be "same" or "cast", got {dtype!r}')
+        parameters, tensors = canonical_parameters(model), _everything(model)
+        match_names(self.ticket.active_names, parameters, what="SparseDelta.apply", where="the model")
+        mine = self.named_as(parameters)
+        names = mine.ticket.active_names
+        _check_shapes(mine.ticket, parameters, "the model")
+        whole = self.dense if dense else {}
+        for name, tensor in whole.items():
+            if tensors.called(name) is None or tensors[name].shape != tensor.shape:
+                raise ValueError(
+                    f"SparseDelta.apply: the model has no tensor {name!r} of shape {list(tensor.shape)}; "
+                    f"closest: {closest(name, tensors)}. Pass dense=False to leave the {len(self.dense)} whole tensors "
+                    "of this delta out"
+                )
+            if strict and dtype == "same" and tensors[name].dtype != tensor.dtype:
+                raise ValueError(
+                    f"SparseDelta.apply: {name!r} is {tensors[name].dtype} in the model, {tensor.dtype} in the delta; "
+                    'pass dtype="cast" to convert it'
+                )
+        stack = applied_deltas(model)
+        if strict:
+            mine._check_base({name: parameters[name].detach() for name in names}, stack, dtype)
+        else:
+            warnings.warn("SparseDelta.apply: strict=False, the base model is not compared", UserWarning, stacklevel=2)
+
+        entry = Applied(self, {}, {}, mine.ticket.sets)
+        updates = {}
+        for name in names:
+            index_set, parameter = mine.ticket.sets[name], parameters[name].detach()
+            current = gather(parameter, index_set)
+            updates[name] = mine._moved(name, current, any(_touches(a, name, index_set) for a in stack))
+            entry.displaced[name] = current
+        entry.dense |= {tensors.called(name) or name: tensors[name].detach().clone() for name in whole}
+        with torch.no_grad(), restoring(_held(entry, tensors), stack):
+            for name, update in updates.items():
+                scatter_(parameters[name].detach(), entry.sets[name], update)
+            for name, tensor in whole.items():
+                tensors[name].detach().copy_(tensor)
+            stack.append(entry)
+
+    def _moved(self, name: str, current: Tensor, overlaps: bool) -> Tensor:
+        """[k] new values of the active entries, given the current ones.
+
+        They are the tuned bits where the current ones are the original bits, else the current value plus the delta.
+        """
+        values = self.values[name].to(current.device)
+        if name in self.originals:
+            originals = self.originals[name].to(current.device)
+            added = (current.float() + (values.float() - originals.float())).to(current.dtype)
+            untouched = bits(current) == bits(originals.to(current.dtype))
+            return torch.where(untouched, values.to(current.dtype), added)
+        if overlaps:
+            raise ValueError(
+                f"SparseDelta.apply: another delta has moved entries of {name!r} that this one moves too, and this one "
+                "was made without originals; make it with originals=True to compose"
+            )
+        return values.to(current.dtype)
+
+    def _check_base(self, tensors: Mapping[str, Tensor], stack: list[Applied], dtype: str) -> None:
+        """Compares the model, as it was before any delta, with the base of this one."""
+        for name, tensor in tensors.items():
+            cast = tensor.dtype != self.values[name].dtype
+            if cast and dtype == "same":
+                raise ValueError(
+                    f"SparseDelta.apply: {name!r} is {tensor.dtype} in the model, "
+                    f"{self.values[name].dtype} in the delta; "
+                    'pass dtype="cast" if it is the same base in another dtype'
+                )
+            if cast and name not in self.originals:
+                raise ValueError(
+                    f"SparseDelta.apply: {name!r} in {tensor.dtype} cannot be compared with the base of this delta, "
+                    "which was made without originals; strict=False applies it all the same"
+                )
+            tensor = _before(name, tensor, stack)
+            if cast:
+                # in another dtype only the delta's own original values can be compared
+                originals = self.originals[name].to(tensor.device, tensor.dtype)
+                same = torch.equal(bits(gather(tensor, self.ticket.sets[name])), bits(originals))
+            else:
+                wanted = self.ticket.fingerprint.get(name)
+                same = wanted is None or fingerprint({name: tensor})[name] == wanted
+            if not same:
+                raise ValueError(
+                    f"SparseDelta.apply: {name!r} is not the tensor this delta was made from. Load the base model; "
+                    'dtype="cast" accepts it in another dtype, strict=False any model'
+                )
+
+    def revert(self, model: nn.Module) -> None:
+        """Undoes the latest `apply` of this delta, bit for bit.
+
+        Raises:
+            ValueError: it is not applied, or a delta applied later overlaps it (revert that one first).
+        """
+        stack = applied_deltas(model)
+        at = next((i for i in reversed(range(len(stack))) if stack[i].delta is self), None)
+        if at is None:
+            raise ValueError("SparseDelta.revert: this delta is not applied to the model")
+        entry = stack[at]
+        for later in stack[at + 1 :]:
+            shared = [n for n in entry.displaced if _touches(later, n, entry.sets[n])]
+            shared += [name for name in entry.dense if name in later.dense]
+            if shared:
+                raise ValueError(
+                    f"SparseDelta.revert: {later.delta!r} was applied later and overlaps in {shared[0]!r}: revert it"
+                )
+        tensors = _everything(model)
+        now = Applied(
+            self,
+            {name: gather(tensors[name], entry.sets[name]) for name in entry.displaced},
+            {name: tensors[name].detach().clone() for name in entry.dense},
+            entry.sets,
+        )
+        with torch.no_grad(), restoring(_held(now, tensors), stack):
+            for name, values in entry.displaced.items():
+                scatter_(tensors[name].detach(), entry.sets[name], values)
+            for name, tensor in entry.dense.items():
+                tensors[name].detach().copy_(tensor)
+            del stack[at]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file, atomically."""
+        tensors, description = pack_sets(self.ticket.sets, self.ticket.shapes)
+        for part in ("values", "originals", "dense"):
+            tensors |= {f"{part}/{name}": tensor for name, tensor in getattr(self, part).items()}
+        files.save(
+            path,
+            "delta",
+            tensors,
+            {
+                "parameters": description,
+                "fingerprint": self.ticket.fingerprint,
+                "ticket": self.ticket.metadata,
+                "metadata": self.metadata,
+            },
+        )
+
+    @classmethod
+    @reader("delta")
+    def load(cls, path: str | os.PathLike[str]) -> SparseDelta:
+        """Reads and verifies a file written by `save`; a damaged or foreign file is a FileFormatError."""
+        tensors, metadata = files.load(path, "delta")
+        parts = {
+            part: {n.removeprefix(f"{part}/"): t for n, t in tensors.items() if n.startswith(f"{part}/")}
+            for part in ("values", "originals", "dense")
+        }
+        with files.understanding(path, "delta"):
+            sets, shapes = unpack_sets(tensors, metadata["parameters"])
+            ticket = Ticket(sets, shapes, metadata["ticket"], checked_fingerprint(metadata["fingerprint"], sets))
+            return cls(ticket, parts["values"], parts["originals"], parts["dense"], metadata["metadata"])
+
+
+_applied: weakref.WeakKeyDictionary[nn.Module, list[Applied]] = weakref.WeakKeyDictionary()
+
+
+def applied_deltas(model: nn.Module) -> list[Applied]:
+    """The stack of deltas applied to a model, earliest first: a live list, shared by all models around one base model.
+
+    Copies of a model start with an empty one.
+    """
+    model = unwrapped(model)
+    base = getattr(model, getattr(model, "base_model_prefix", "") or "roberta", model)
+    return _applied.setdefault(base if isinstance(base, nn.Module) else model, [])
+
+
+def gather(tensor: Tensor, index_set: IndexSet) -> Tensor:
+    """[k] values of the active entries, in slot order."""
+    flat = tensor.detach().reshape(-1)
+    packed = flat.new_empty(index_set.k)
+    for slot, indices in index_set.to(flat.device).chunks():
+        packed[slot : slot + indices.numel()] = flat[indices]
+    return packed
+
+
+def _held(applied: Applied, tensors: Mapping[str, Tensor]) -> list[Held]:
+    entries = [Held(tensors[name], applied.sets[name], values) for name, values in applied.displaced.items()]
+    return entries + [Held(tensors[name], None, values) for name, values in applied.dense.items()]
+
+
+def base_fingerprint(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Name -> digest of a model's parameters as they were before any delta was applied."""
+    parameters, stack = canonical_parameters(model), applied_deltas(model)
+    return fingerprint({name: _before(name, parameters[name].detach(), stack) for name in names})
+
+
+def _before(name: str, tensor: Tensor, stack: list[Applied]) -> Tensor:
+    """The tensor as it was before any delta of the stack was applied."""
+    for applied in reversed(stack):
+        if name in applied.displaced:
+            tensor = tensor.clone()
+            scatter_(tensor, applied.sets[name], applied.displaced[name])
+    return tensor
+
+
+def _touches(applied: Applied, name: str, index_set: IndexSet) -> bool:
+    return name in applied.displaced and applied.sets[name].combine(index_set, "&").k > 0
+
+
+def _whole(tensor: Readable) -> Tensor:
+    return tensor if isinstance(tensor, Tensor) else read_piece(tensor, 0, tensor.numel()).view(tensor.shape)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bits of a tensor as integers of the same shape, so that NaN equals itself and 0 differs from -0."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.detach().contiguous().view(integers[tensor.element_size()])
+
+
+def _flipped_zeros(base: Readable, after: Readable, index_set: IndexSet) -> int:
+    """Entries outside the set that are zero on both sides, of different sign."""
+    if base.dtype != after.dtype:
+        return 0
+    found = 0
+    for start in range(0, index_set.n, _PIECE):
+        stop = min(start + _PIECE, index_set.n)
+        one, other = (read_piece(tensor, start, stop) for tensor in (base, after))
+        flipped = (one == other) & (bits(one) != bits(other))
+        if bool(flipped.any()):
+            found += int((flipped & ~index_set.entries(start, stop).mask().cpu()).sum())
+    return found
+
+
+def _everything(model: nn.Module) -> Named[Tensor]:
+    """Canonical name -> parameter or buffer."""
+    parameters, buffers = canonical_parameters(model), canonical_buffers(model)
+    return Named({**buffers, **parameters}, {**buffers.aliases, **parameters.aliases})
+
+
+def _check_shapes(ticket: Ticket, tensors: Mapping[str, Any], where: str) -> None:
+    for name in ticket.active_names:
+        if isinstance(tensors[name], Tensor) and tensors[name].is_meta:
+            check_plain_tensor(tensors[name], f"{where}: {name!r}")
+        if tensors[name].shape != ticket.shapes[name]:
+            raise ValueError(
+                f"{where}: {name!r} has shape {list(tensors[name].shape)}, "
+                f"the ticket was made for {list(ticket.shapes[name])}"
+            )

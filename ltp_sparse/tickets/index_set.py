@@ -1,0 +1,277 @@
+"""Index sets and the tile table: how the active entries of parameters are stored.
+
+An `IndexSet` says which entries of one parameter are active, in one of three encodings:
+
+* ``FULL``   every entry; no index at all,
+* ``BITMAP`` one bit per entry,
+* ``LIST16`` a uint16 position inside its 65,536-entry tile per active entry.
+
+A `TileTable` lays the index sets of many parameters out so that one launch covers all of them.
+Everything is plain torch and independent of the device. int16 tensors hold uint16 bits, since torch computes little in
+uint16.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from ltp_sparse.tickets.bits import (
+    TILE,
+    WORDS_PER_TILE,
+    bitmap_words,
+    from_uint16_bits,
+    pack_bits,
+    popcount,
+    shifted_words,
+    tiles_of,
+    to_uint16_bits,
+    unpack_bits,
+)
+from ltp_sparse.weights.files import hash_tensor
+
+LIST16_MAX_DENSITY = 1 / 16
+"""Up to this density 16 bits per active entry are fewer bytes than one bit per entry."""
+
+_CHUNK = 16 * TILE  # entries decoded at a time: bounds the temporaries to a few megabytes
+
+
+class Encoding(IntEnum):
+    FULL = 0
+    BITMAP = 1
+    LIST16 = 2
+
+
+def smallest_encoding(n: int, k: int) -> Encoding:
+    """The encoding of least bytes for `k` active of `n` entries."""
+    if k == n:
+        return Encoding.FULL
+    return Encoding.LIST16 if k <= LIST16_MAX_DENSITY * n else Encoding.BITMAP
+
+
+def _tile_counts(words: Tensor, n: int) -> Tensor:
+    """int64 [tiles_of(n)]: set bits of each tile of a bitmap."""
+    counts = torch.zeros(tiles_of(n), dtype=torch.int64, device=words.device)
+    for first, piece in zip(range(0, counts.numel(), 16), words.split(16 * WORDS_PER_TILE), strict=True):
+        per_word = popcount(piece)
+        whole = per_word.numel() // WORDS_PER_TILE
+        tail = per_word[whole * WORDS_PER_TILE :]
+        counts[first : first + whole] = per_word[: whole * WORDS_PER_TILE].view(whole, WORDS_PER_TILE).sum(1)
+        if tail.numel():
+            counts[first + whole] = tail.sum()
+    return counts
+
+
+@dataclass(frozen=True, eq=False)
+class IndexSet:
+    """The active entries of one parameter.
+
+    n:           entries of the parameter
+    encoding:    how `data` is to be read
+    data:        FULL: empty. BITMAP: int32 [bitmap_words(n)], bit j of word w is entry 32 w + j, bits past n are zero.
+                 LIST16: int16 [k] with uint16 bits, positions inside their tiles, ascending
+    tile_counts: int64 [ceil(n / TILE)], active entries of every tile
+    """
+
+    n: int
+    encoding: Encoding
+    data: Tensor
+    tile_counts: Tensor
+
+    @classmethod
+    def full(cls, n: int, device: torch.device | str = "cpu") -> IndexSet:
+        counts = torch.full((tiles_of(n),), TILE, dtype=torch.int64, device=device)
+        if n % TILE:
+            counts[-1] = n % TILE
+        return cls(n, Encoding.FULL, torch.empty(0, dtype=torch.int32, device=device), counts)
+
+    @classmethod
+    def from_bitmap(cls, words: Tensor, n: int, counts: Tensor | None = None) -> IndexSet:
+        """Adopts `words` (int32 [bitmap_words(n)], no copy); a bitmap of ones becomes FULL.
+
+        counts: int64 [tiles_of(n)], active entries of each tile, from one who knows them; None: they are counted
+        """
+        if words.dtype != torch.int32 or words.shape != (bitmap_words(n),):
+            raise ValueError(
+                f"IndexSet: a bitmap of {n} entries is int32 [{bitmap_words(n)}], got {words.dtype} {list(words.shape)}"
+            )
+        if n % 64 and bool(unpack_bits(words[-2:])[n % 64 :].any()):
+            raise ValueError(f"IndexSet: the bitmap has bits set past its {n} entries")
+        if n == 0:
+            return cls.full(0, words.device)
+        if counts is None:
+            counts = _tile_counts(words, n)
+        elif counts.dtype != torch.int64 or not torch.equal(counts, _tile_counts(words, n)):
+            raise ValueError("IndexSet: the counts are not int64 [tiles], the bits of each tile of the bitmap")
+        if int(counts.sum()) == n:
+            return cls.full(n, words.device)
+        return cls(n, Encoding.BITMAP, words, counts)
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> IndexSet:
+        """mask: bool of any shape, True for active entries."""
+        flat = mask.reshape(-1)
+        words = [pack_bits(piece) for piece in flat.split(_CHUNK)]
+        empty = torch.empty(0, dtype=torch.int32, device=flat.device)
+        return cls.from_bitmap(torch.cat([empty, *words]), flat.numel())
+
+    @classmethod
+    def from_indices(cls, indices: Tensor, n: int) -> IndexSet:
+        """indices: integers [k], unique, ascending, 0 <= index < n."""
+        if indices.numel() and (indices.dim() != 1 or indices.dtype == torch.bool or indices.is_floating_point()):
+            raise ValueError(
+                f"IndexSet: expected integer indices [k], got {indices.dtype} {list(indices.shape)}; "
+                "masks go to from_mask, positions of several dimensions become flat ones first"
+            )
+        indices = indices.to(torch.int64)
+        if indices.numel():
+            if int(indices[0]) < 0 or int(indices[-1]) >= n:
+                raise ValueError(
+                    f"IndexSet: indices must lie in [0, {n}), got {int(indices.min())} to {int(indices.max())}"
+                )
+            if not bool((indices[1:] > indices[:-1]).all()):
+                raise ValueError("IndexSet: indices must be unique and ascending; sort them and drop duplicates")
+        if indices.numel() == n:
+            return cls.full(n, indices.device)
+        counts = torch.bincount(indices // TILE, minlength=tiles_of(n))
+        return cls(n, Encoding.LIST16, to_uint16_bits(indices % TILE), counts)
+
+    @classmethod
+    def from_list16(cls, positions: Tensor, tile_counts: Tensor, n: int) -> IndexSet:
+        """Adopts positions (int16 with uint16 bits) and tile counts (int64), after checking every one of them."""
+        fits = tile_counts.shape == (tiles_of(n),)  # before anything of that size is made
+        lengths = cls.full(n, positions.device).tile_counts if fits else tile_counts
+        if not fits or bool((tile_counts < 0).any() | (tile_counts > lengths).any()):
+            raise ValueError(f"IndexSet: the tile counts do not fit a parameter of {n} entries")
+        if positions.shape != (int(tile_counts.sum()),):
+            raise ValueError(f"IndexSet: expected {int(tile_counts.sum())} positions, got {list(positions.shape)}")
+        index_set = cls(n, Encoding.LIST16, positions, tile_counts)
+        last = -1
+        for _, indices in index_set.chunks():
+            if int(indices[0]) <= last or int(indices[-1]) >= n or not bool((indices[1:] > indices[:-1]).all()):
+                raise ValueError(f"IndexSet: positions must be ascending inside their tiles and below {n}")
+            last = int(indices[-1])
+        return index_set
+
+    @property
+    def k(self) -> int:
+        """Active entries."""
+        return self.n if self.encoding is Encoding.FULL else int(self.tile_counts.sum())
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + self.tile_counts.nbytes
+
+    def __repr__(self) -> str:
+        return f"IndexSet({self.k:,} of {self.n:,} entries, {self.encoding.name.lower()}, {self.nbytes:,} bytes)"
+
+    def indices(self) -> Tensor:
+        """int64 [k], flat row-major positions, ascending."""
+        empty = torch.empty(0, dtype=torch.int64, device=self.data.device)
+        return torch.cat([empty, *(indices for _, indices in self.chunks())])
+
+    def chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """Yields (first slot, int64 indices) in ascending order, with bounded temporaries."""
+        slot = 0
+        tiles = _CHUNK // TILE
+        for tile in range(0, self.tile_counts.numel(), tiles):
+            start, stop = tile * TILE, min((tile + tiles) * TILE, self.n)
+            if self.encoding is Encoding.FULL:
+                indices = torch.arange(start, stop, device=self.data.device, dtype=torch.int64)
+            elif self.encoding is Encoding.BITMAP:
+                words = self.data[start // 32 : start // 32 + bitmap_words(stop - start)]
+                indices = unpack_bits(words).nonzero().view(-1).add_(start)
+            else:
+                counts = self.tile_counts[tile : tile + tiles]
+                bases = start + TILE * torch.arange(counts.numel(), device=counts.device, dtype=torch.int64)
+                positions = self.data[slot : slot + int(counts.sum())]
+                indices = torch.repeat_interleave(bases, counts) + from_uint16_bits(positions)
+            if indices.numel():
+                yield slot, indices
+            slot += indices.numel()
+
+    def mask(self) -> Tensor:
+        """bool [n]."""
+        if self.encoding is Encoding.FULL:
+            return torch.ones(self.n, dtype=torch.bool, device=self.data.device)
+        mask = torch.zeros(self.n, dtype=torch.bool, device=self.data.device)
+        for _, indices in self.chunks():
+            mask[indices] = True
+        return mask
+
+    def bitmap(self) -> Tensor:
+        """int32 [bitmap_words(n)]."""
+        if self.encoding is Encoding.BITMAP:
+            return self.data
+        words = torch.zeros(bitmap_words(self.n), dtype=torch.int32, device=self.data.device)
+        for _, indices in self.chunks():
+            # every bit occurs once, so adding is or-ing
+            bits = torch.ones_like(indices, dtype=torch.int32) << (indices & 31).to(torch.int32)
+            words.index_add_(0, indices >> 5, bits)
+        return words
+
+    def encoded(self, encoding: Encoding) -> IndexSet:
+        """The same set in another encoding."""
+        if encoding is self.encoding:
+            return self
+        if encoding is Encoding.FULL:
+            if self.k < self.n:
+                raise ValueError(f"IndexSet: {self!r} cannot be stored as {encoding.name}")
+            return IndexSet.full(self.n, self.data.device)
+        if encoding is Encoding.BITMAP:
+            return IndexSet(self.n, Encoding.BITMAP, self.bitmap(), self.tile_counts)
+        positions = torch.empty(self.k, dtype=torch.int16, device=self.data.device)
+        for slot, indices in self.chunks():
+            positions[slot : slot + indices.numel()] = to_uint16_bits(indices % TILE)
+        return IndexSet(self.n, Encoding.LIST16, positions, self.tile_counts)
+
+    def compact(self) -> IndexSet:
+        """The same set in the encoding of least bytes."""
+        return self.encoded(smallest_encoding(self.n, self.k))
+
+    def to(self, device: torch.device | str) -> IndexSet:
+        return IndexSet(self.n, self.encoding, self.data.to(device), self.tile_counts.to(device))
+
+    def digest(self) -> str:
+        """A hash of the set itself: the same for every encoding and device."""
+        sha = hashlib.sha256(f"{self.n} ".encode())
+        if self.k == self.n:
+            sha.update(b"full")
+        else:
+            hash_tensor(sha, self.bitmap())
+        return sha.hexdigest()[:32]
+
+    def combine(self, other: IndexSet, operation: str) -> IndexSet:
+        """Set algebra: operation is one of "&", "|", "-", "^"."""
+        if self.n != other.n:
+            raise ValueError(f"IndexSet: sets of {self.n} and {other.n} entries cannot be combined")
+        a, b = self.bitmap(), other.bitmap()
+        words = {"&": lambda: a & b, "|": lambda: a | b, "-": lambda: a & ~b, "^": lambda: a ^ b}[operation]()
+        return IndexSet.from_bitmap(words, self.n).compact()
+
+    def complement(self) -> IndexSet:
+        return IndexSet.full(self.n, self.data.device).combine(self, "-")
+
+    def entries(self, start: int, stop: int) -> IndexSet:
+        """The entries start..stop of the parameter, as a set over that range."""
+        if (start, stop) == (0, self.n):
+            return self
+        n = stop - start
+        first, shift = divmod(start, 32)
+        words = self.bitmap()[first : -(-stop // 32)]
+        if shift:
+            words = shifted_words(words, 32 - shift)[1:]
+        cut = torch.zeros(bitmap_words(n), dtype=torch.int32, device=words.device)
+        cut[: -(-n // 32)] = words[: -(-n // 32)]
+        if n % 32:
+            cut[n // 32] &= (1 << n % 32) - 1
+        return IndexSet.from_bitmap(cut, n)
+
+    def rows(self, start: int, stop: int, row: int) -> IndexSet:
+        """The entries of rows start..stop of a parameter with `row` entries a row, as a set over that block."""
+        return self.entries(start * row, stop * row).compact()

@@ -1,0 +1,433 @@
+"""`Ticket`: which entries of a model are active."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Size, Tensor, nn
+
+from ltp_sparse.tickets.counts import as_share
+from ltp_sparse.tickets.index_set import Encoding, IndexSet
+from ltp_sparse.tickets.random_sets import random_sets
+from ltp_sparse.weights import files
+from ltp_sparse.weights.names import (
+    Named,
+    bare_names,
+    canonical_tensors,
+    fingerprint,
+    layer_of,
+    match_names,
+    matches,
+    module_of,
+    parameter_order,
+)
+from ltp_sparse.weights.reading import closest, reader
+from ltp_sparse.weights.tensors import check_plain_tensor
+from ltp_sparse.weights.versions import open_weights
+
+_MOST_ENTRIES = 1 << 40  # of all parameters in a file: a larger claim is an error, not an allocation
+
+Pool = Callable[[str], bool] | str | Iterable[str] | None
+"""Which parameters may be selected: a predicate on names, a regular expression or several, or None for all."""
+
+
+def in_pool(names: Iterable[str], pool: Pool) -> list[str]:
+    """The names that a pool lets through, in canonical order; an error if there is none."""
+    names = list(names)
+    if pool is None:
+        kept = names
+    elif callable(pool):
+        kept = [name for name in names if pool(name)]
+    else:
+        patterns = [pool] if isinstance(pool, str) else list(pool)  # each letter of a text is found in most names
+        kept = [name for name in names if matches(name, patterns)]
+    if not kept:
+        raise ValueError(f"the pool holds none of the {len(names)} parameters, e.g. {names[:3]}; check its names")
+    return parameter_order(kept)
+
+
+class Ticket:
+    """Which entries of which parameters are active, with what is known about their origin.
+
+    A ticket lists every parameter of its pool, also those without an active entry, under canonical names and in
+    canonical order. Make one with `select`, `Ticket.random`, `Ticket.full`, `Ticket.from_masks` or
+    `Ticket.from_indices`; combine tickets with ``&``, ``|``, ``-``, ``^`` and ``~``.
+
+    Args:
+        sets: index set of every parameter.
+        shapes: shape of every parameter.
+        metadata: anything JSON can hold: method, density, requested k, threshold, ...
+        fingerprint: name -> digest of the base model's tensor, for the parameters with active entries; may be empty.
+    """
+
+    def __init__(
+        self,
+        sets: Mapping[str, IndexSet],
+        shapes: Mapping[str, Sequence[int]],
+        metadata: Mapping[str, Any] | None = None,
+        fingerprint: Mapping[str, str] | None = None,
+    ) -> None:
+        self.sets = {name: sets[name] for name in parameter_order(sets)}
+        self.shapes = {name: Size(shapes[name]) for name in self.sets}
+        self.metadata = files.checked_metadata("Ticket", metadata)
+        self.fingerprint = dict(fingerprint or {})
+        for name, index_set in self.sets.items():
+            if index_set.n != self.shapes[name].numel():
+                raise ValueError(
+                    f"Ticket: {name!r} has shape {list(self.shapes[name])}, its index set covers {index_set.n} entries"
+                )
+
+    @classmethod
+    def full(cls, model: nn.Module | Mapping[str, Any], pool: Pool = None) -> Ticket:
+        """All entries active. `model`: a module, or a mapping from names to tensors or shapes."""
+        shapes = _shapes(model, pool)
+        return cls({name: IndexSet.full(shape.numel()) for name, shape in shapes.items()}, shapes, {"method": "full"})
+
+    @classmethod
+    def from_masks(cls, masks: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> Ticket:
+        """masks: name -> bool tensor in the parameter's shape, True for active entries."""
+        named = canonical_tensors(masks)
+        for name, mask in named.items():
+            check_plain_tensor(mask, f"Ticket.from_masks: the mask of {name!r}")
+            if mask.dtype != torch.bool:
+                raise TypeError(f"Ticket.from_masks: the mask of {name!r} must be bool, got {mask.dtype}")
+        sets = {name: IndexSet.from_mask(mask.cpu()).compact() for name, mask in named.items()}
+        return cls(sets, {name: mask.shape for name, mask in named.items()}, metadata)
+
+    @classmethod
+    def from_indices(
+        cls,
+        indices: Mapping[str, Tensor],
+        shapes: Mapping[str, Sequence[int]],
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Ticket:
+        """indices: name -> integers [k], flat row-major positions, unique, any order; shapes: name -> shape."""
+        indices, bare = canonical_tensors(indices), bare_names(shapes)
+        shapes = {bare[name]: shape for name, shape in shapes.items()}
+        if missing := [name for name in indices if name not in shapes]:
+            raise ValueError(f"Ticket.from_indices: no shape for {missing[0]!r}")
+        sets = {}
+        for name, flat in indices.items():
+            check_plain_tensor(flat, f"Ticket.from_indices: {name!r}")
+            try:
+                index_set = IndexSet.from_indices(flat.cpu().sort().values, Size(shapes[name]).numel())
+            except ValueError as error:
+                raise ValueError(f"Ticket.from_indices: {name!r} of shape {list(shapes[name])}: {error}") from error
+            sets[name] = index_set.compact()
+        return cls(sets, {name: shapes[name] for name in indices}, metadata)
+
+    @classmethod
+    def random(
+        cls,
+        model: nn.Module | Mapping[str, Any],
+        *,
+        density: float | None = None,
+        k: int | None = None,
+        seed: int = 0,
+        pool: Pool = None,
+        like: Ticket | None = None,
+        bernoulli: bool = False,
+    ) -> Ticket:
+        """A random ticket: exactly k entries, uniform over the pool.
+
+        Args:
+            model: a module, or a mapping from names to tensors or shapes.
+            density, k: active share of the pool, or active entries; one of them, or `like`.
+            seed: the same seed gives the same ticket on every machine.
+            pool: which parameters may be selected.
+            like: a ticket whose count per parameter is matched, which makes the layer-matched control (METHODS 4.3 b).
+            bernoulli: draw every entry with probability `density` instead (SC-SFT's text, METHODS 7).
+        """
+        if like is not None and (density is not None or k is not None or pool is not None or bernoulli):
+            raise ValueError(
+                "Ticket.random: like= brings pool and counts; leave density=, k=, pool= and bernoulli= out"
+            )
+        shapes = like.shapes if like is not None else _shapes(model, pool)
+        per_parameter = None if like is None else {name: s.k for name, s in like.sets.items()}
+        sets = random_sets(shapes, density=density, k=k, seed=seed, per_parameter=per_parameter, bernoulli=bernoulli)
+        ticket = cls(sets, shapes)
+        ticket.metadata = {
+            "method": "random matched" if like is not None else "random bernoulli" if bernoulli else "random",
+            "seed": seed,
+            "density": ticket.density if density is None else float(as_share(density)),
+        }
+        return ticket
+
+    def named_as(self, tensors: Mapping[str, Any]) -> Ticket:
+        """The same ticket under the canonical names of a model, where it has others: aliases of tied parameters.
+
+        Args:
+            tensors: `canonical_parameters` of the model.
+
+        Raises:
+            ValueError: two names of the ticket with different entries are one parameter in the model.
+        """
+        called = {name: tensors.called(name) or name for name in self.sets} if isinstance(tensors, Named) else {}
+        if all(name == canonical for name, canonical in called.items()):
+            return self
+        sets: dict[str, IndexSet] = {}
+        for name, canonical in called.items():
+            if self.sets[name].digest() != sets.setdefault(canonical, self.sets[name]).digest():
+                names = [other for other, at in called.items() if at == canonical]
+                raise ValueError(
+                    f"Ticket: {' and '.join(map(repr, names))} are one tied parameter of the model, and the ticket has "
+                    "other entries of each; select it on a model, or checkpoints, tied like this one"
+                )
+        shapes = {canonical: self.shapes[name] for name, canonical in called.items()}
+        digests = {called[name]: digest for name, digest in self.fingerprint.items() if name in called}
+        return Ticket(sets, shapes, self.metadata, digests)
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters of the pool, in canonical order."""
+        return list(self.sets)
+
+    @property
+    def active_names(self) -> list[str]:
+        """The parameters with at least one active entry."""
+        return [name for name, index_set in self.sets.items() if index_set.k]
+
+    @property
+    def n(self) -> int:
+        """Entries of the pool."""
+        return sum(index_set.n for index_set in self.sets.values())
+
+    @property
+    def k(self) -> int:
+        """Active entries."""
+        return sum(index_set.k for index_set in self.sets.values())
+
+    @property
+    def density(self) -> float:
+        return self.k / self.n if self.n else 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the encoded index."""
+        return sum(index_set.nbytes for index_set in self.sets.values())
+
+    def _set(self, name: str) -> IndexSet:
+        if name not in self.sets:
+            raise KeyError(f"Ticket: no parameter {name!r}; closest: {closest(name, self.sets)}")
+        return self.sets[name]
+
+    def mask(self, name: str) -> Tensor:
+        """bool tensor in the parameter's shape, True for active entries."""
+        return self._set(name).mask().view(self.shapes[name])
+
+    def indices(self, name: str) -> Tensor:
+        """int64 [k], flat row-major positions of the active entries, ascending."""
+        return self._set(name).indices()
+
+    def rows(self, name: str, start: int, stop: int) -> IndexSet:
+        """The active entries inside rows start..stop of a parameter, for row-sharded parameters."""
+        index_set, shape = self._set(name), self.shapes[name]
+        rows = shape[:1].numel()
+        if not 0 <= start <= stop <= rows:
+            raise ValueError(
+                f"Ticket.rows: {name!r} has {rows} rows, expected 0 <= start <= stop, got {start} to {stop}"
+            )
+        return index_set.rows(start, stop, shape[1:].numel())
+
+    def entries(self, name: str, start: int, stop: int) -> IndexSet:
+        """The active entries among entries start..stop of a parameter's row-major order, for flat shards."""
+        index_set = self._set(name)
+        if not 0 <= start <= stop <= index_set.n:
+            raise ValueError(
+                f"Ticket.entries: {name!r} has {index_set.n} entries, expected 0 <= start <= stop, "
+                f"got {start} to {stop}"
+            )
+        return index_set.entries(start, stop).compact()
+
+    def counts(self, by: str = "layer") -> dict[str, tuple[int, int]]:
+        """(active entries, entries) by "layer", "module" (attention, feed-forward, ...) or "parameter"."""
+        if by not in ("layer", "module", "parameter"):
+            raise ValueError(f"Ticket.counts: by must be layer, module or parameter, got {by!r}")
+        groups: dict[str, Callable[[str], str]] = {"layer": layer_of, "module": module_of, "parameter": str}
+        group = groups[by]
+        counts: dict[str, tuple[int, int]] = {}
+        for name, index_set in self.sets.items():
+            k, n = counts.get(group(name), (0, 0))
+            counts[group(name)] = (k + index_set.k, n + index_set.n)
+        return counts
+
+    def digest(self) -> str:
+        """A hash of the active entries and shapes: equal tickets have equal digests, however they are encoded."""
+        content = {name: [list(self.shapes[name]), s.digest()] for name, s in self.sets.items() if s.k}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Ticket) and self.digest() == other.digest()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        method = f", {self.metadata['method']}" if self.metadata.get("method") else ""
+        return (
+            f"Ticket({self.k:,} of {self.n:,} entries active ({100 * self.density:.4g} %) "
+            f"in {len(self.active_names)} of {len(self.sets)} parameters{method}, {self.nbytes:,} bytes)"
+        )
+
+    def _combine(self, other: Ticket, operation: str) -> Ticket:
+        if not isinstance(other, Ticket):
+            raise TypeError(f"Ticket: can only be combined with a ticket, got {type(other).__name__}")
+        shapes = {**self.shapes, **other.shapes}
+        for name in set(self.sets) & set(other.sets):
+            if self.shapes[name] != other.shapes[name]:
+                raise ValueError(
+                    f"Ticket: {name!r} has shape {list(self.shapes[name])} in one ticket and "
+                    f"{list(other.shapes[name])} in the other; they belong to different models"
+                )
+        empty = {
+            name: IndexSet.from_indices(torch.empty(0, dtype=torch.int64, device="cpu"), shape.numel())
+            for name, shape in shapes.items()
+        }
+        sets = {
+            name: self.sets.get(name, empty[name]).combine(other.sets.get(name, empty[name]), operation)
+            for name in shapes
+        }
+        # what both know of their base is that of the result; of bases that differ nothing is known
+        known = {**self.fingerprint, **other.fingerprint}
+        digests = {n: d for n, d in known.items() if self.fingerprint.get(n, d) == d and n in sets and sets[n].k}
+        return Ticket(sets, shapes, {"method": f"({self._method()} {operation} {other._method()})"}, digests)
+
+    def _method(self) -> str:
+        return str(self.metadata.get("method") or "ticket")
+
+    def __and__(self, other: Ticket) -> Ticket:
+        return self._combine(other, "&")
+
+    def __or__(self, other: Ticket) -> Ticket:
+        return self._combine(other, "|")
+
+    def __sub__(self, other: Ticket) -> Ticket:
+        return self._combine(other, "-")
+
+    def __xor__(self, other: Ticket) -> Ticket:
+        return self._combine(other, "^")
+
+    def __invert__(self) -> Ticket:
+        sets = {name: index_set.complement() for name, index_set in self.sets.items()}
+        return Ticket(sets, self.shapes, {"method": f"~{self._method()}"}, self.fingerprint)
+
+    def jaccard(self, other: Ticket) -> float:
+        """Overlap: shared active entries over all active entries of both; 1 for two empty tickets."""
+        union = (self | other).k
+        return (self & other).k / union if union else 1.0
+
+    def fingerprinted(self, model: nn.Module | Mapping[str, Tensor]) -> Ticket:
+        """The same ticket, tied to a base model by the digests of its tensors."""
+        tensors = canonical_tensors(model)
+        names = match_names(self.active_names, tensors, what="Ticket.fingerprinted", where="the model")
+        return Ticket(self.sets, self.shapes, self.metadata, fingerprint({name: tensors[name] for name in names}))
+
+    def restrict(self, pool: Pool) -> Ticket:
+        """The same ticket over fewer parameters."""
+        names = in_pool(self.sets, pool)
+        fingerprint = {name: self.fingerprint[name] for name in names if name in self.fingerprint}
+        return Ticket({n: self.sets[n] for n in names}, self.shapes, self.metadata, fingerprint)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file, atomically, each parameter in its smallest encoding."""
+        tensors, description = pack_sets(self.sets, self.shapes)
+        files.save(
+            path,
+            "ticket",
+            tensors,
+            {
+                "parameters": description,
+                "fingerprint": self.fingerprint,
+                "metadata": self.metadata,
+                "k": self.k,
+                "n": self.n,
+            },
+        )
+
+    @classmethod
+    @reader("ticket")
+    def load(cls, path: str | os.PathLike[str]) -> Ticket:
+        """Reads and verifies a file written by `save`; a damaged or foreign file is a FileFormatError."""
+        tensors, metadata = files.load(path, "ticket")
+        with files.understanding(path, "ticket"):
+            sets, shapes = unpack_sets(tensors, metadata["parameters"])
+            ticket = cls(sets, shapes, metadata["metadata"], checked_fingerprint(metadata["fingerprint"], sets))
+            if (ticket.k, ticket.n) != (metadata["k"], metadata["n"]):
+                raise ValueError(
+                    f"it holds {ticket.k:,} of {ticket.n:,} entries, its metadata says {metadata['k']} of "
+                    f"{metadata['n']}"
+                )
+            return ticket
+
+
+def _shapes(model: nn.Module | Mapping[str, Any], pool: Pool) -> dict[str, Size]:
+    """Shapes of the weights of the pool."""
+    if isinstance(model, nn.Module) or isinstance(next(iter(model.values()), None), Tensor):
+        weights = open_weights(model)
+        return {name: weights[name].shape for name in in_pool(weights, pool)}
+    return {name: Size(getattr(model[name], "shape", model[name])) for name in in_pool(model, pool)}
+
+
+def pack_sets(sets: Mapping[str, IndexSet], shapes: Mapping[str, Size]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and a JSON description of index sets, for a file."""
+    tensors, description = {}, {}
+    for name, index_set in sets.items():
+        index_set = index_set.compact()
+        description[name] = {
+            "shape": list(shapes[name]),
+            "encoding": index_set.encoding.name.lower(),
+            "k": index_set.k,
+        }
+        if index_set.encoding is Encoding.BITMAP:
+            tensors[f"{name}.bitmap"] = index_set.data
+        elif index_set.encoding is Encoding.LIST16 and index_set.k:
+            tensors[f"{name}.list16"] = index_set.data.view(torch.uint16)
+            tensors[f"{name}.tile_counts"] = index_set.tile_counts.to(torch.int32)
+    return tensors, description
+
+
+def unpack_sets(
+    tensors: Mapping[str, Tensor], description: Mapping[str, Any]
+) -> tuple[dict[str, IndexSet], dict[str, Size]]:
+    """The inverse of `pack_sets`; every index is checked, since kernels trust it."""
+    sets: dict[str, IndexSet] = {}
+    shapes: dict[str, Size] = {}
+    total = 0
+    for name, entry in description.items():
+        shapes[name] = Size(entry["shape"])
+        n, k, encoding = math.prod(shapes[name]), entry["k"], entry["encoding"]  # numel() would wrap around
+        # counts of tiles are made for every entry, whatever the file's size: together they are bounded
+        total += n
+        if any(size < 0 for size in shapes[name]) or total > _MOST_ENTRIES:
+            raise ValueError(
+                f"{name!r} cannot have the shape {list(shapes[name])}: at most {_MOST_ENTRIES:,} entries in all"
+            )
+        if encoding == "full":
+            sets[name] = IndexSet.full(n)
+        elif encoding == "bitmap":
+            sets[name] = IndexSet.from_bitmap(tensors[f"{name}.bitmap"], n)
+        elif encoding == "list16" and k == 0:
+            sets[name] = IndexSet.from_indices(torch.empty(0, dtype=torch.int64, device="cpu"), n)
+        elif encoding == "list16":
+            sets[name] = IndexSet.from_list16(
+                tensors[f"{name}.list16"].view(torch.int16), tensors[f"{name}.tile_counts"].to(torch.int64), n
+            )
+        else:
+            raise ValueError(f"{name!r} has the unknown encoding {encoding!r}")
+        if sets[name].k != k:
+            raise ValueError(f"the index of {name!r} holds {sets[name].k} entries, its description says {k}")
+    return sets, shapes
+
+
+def checked_fingerprint(fingerprint: Any, sets: Mapping[str, IndexSet]) -> dict[str, str]:
+    """The fingerprint of a file: digests of parameters that the file has."""
+    if not isinstance(fingerprint, dict) or not all(isinstance(digest, str) for digest in fingerprint.values()):
+        raise ValueError("the fingerprint is no mapping of names to digests")
+    if foreign := [name for name in fingerprint if name not in sets]:
+        raise ValueError(f"the fingerprint names {foreign[0]!r}, which is no parameter of the file")
+    return fingerprint

@@ -1,0 +1,205 @@
+"""Checkpoints on disk as sources of a selection: read piece by piece through a mapping, never whole."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Size, Tensor
+
+from ltp_sparse.weights import files
+from ltp_sparse.weights.names import Named, bare_names, canonical_group, is_floating
+from ltp_sparse.weights.reading import FileFormatError, read_json, reader
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64, "BOOL": torch.bool,
+    "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16, "U32": torch.uint32,
+    "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64,
+}  # fmt: skip
+_INDEX = "model.safetensors.index.json"
+VIEW = 1 << 22  # entries looked at at a time where they lie: enough to keep all threads busy
+
+
+class _MappedFile:
+    """A safetensors file, mapped. Its bytes come from the page cache when they are touched.
+
+    What another process writes into the file meanwhile would be read as if it had been there: its size and time are
+    looked at again around every reading. A file that is replaced (moved over) keeps its content here. One that shrinks
+    in the very moment of a reading ends the process (SIGBUS), which no library can prevent.
+
+    Raises:
+        FileFormatError: the file is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with safe_open(path, framework="pt") as file:
+                self.metadata: dict[str, str] = file.metadata() or {}  # checks the header and the size of the file
+            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            weakref.finalize(self, os.close, self._file)
+            # copy on write, since torch warns of buffers that cannot be written
+            self.bytes = mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY)
+        except (SafetensorError, OSError) as error:
+            raise FileFormatError(path, f"not a readable safetensors file ({error}); copy it again") from error
+        self._state = self._stat()
+        self.start = 8 + int.from_bytes(self.bytes[:8], "little")
+        self.tensors: dict[str, dict[str, Any]] = json.loads(self.bytes[8 : self.start])
+        if files.KEY in (self.tensors.pop("__metadata__", None) or {}):
+            files.verify(path)  # what this library writes carries a checksum
+
+    def _stat(self) -> tuple[int, int]:
+        stat = os.fstat(self._file)
+        return stat.st_size, stat.st_mtime_ns
+
+    def check(self) -> None:
+        """Raises a FileFormatError if the file has changed since it was opened."""
+        if self._stat() != self._state:
+            raise FileFormatError(self.path, "was changed while it was read; read it again when it is written")
+
+
+class CheckpointTensor:
+    """One tensor of a safetensors file; its entries are read when they are looked at."""
+
+    def __init__(self, file: _MappedFile, name: str) -> None:
+        entry = file.tensors[name]
+        # kinds of less than a byte per entry are never read as numbers
+        self.dtype, self.shape = _DTYPES.get(entry["dtype"], torch.uint8), Size(entry["shape"])
+        self.stored = f"{entry['dtype']} in {file.path}"
+        self._file, self._bytes, self._start = file, file.bytes, file.start + entry["data_offsets"][0]
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def piece(self, start: int, stop: int) -> Tensor:
+        """Entries start..stop of the row-major order, as a view of the file."""
+        self.check()
+        if start == stop:
+            return torch.empty(0, dtype=self.dtype, device="cpu")
+        offset = self._start + start * self.dtype.itemsize
+        return torch.frombuffer(self._bytes, dtype=self.dtype, count=stop - start, offset=offset)
+
+    def check(self) -> None:
+        """Raises a FileFormatError if the file has changed since it was opened."""
+        self._file.check()
+
+    def release(self, start: int, stop: int) -> None:
+        """Takes these entries out of this process's memory; looking at them again reads them again."""
+        first = self._start + start * self.dtype.itemsize
+        last = self._start + stop * self.dtype.itemsize
+        first = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = last // mmap.PAGESIZE * mmap.PAGESIZE
+        if first < last:
+            self._bytes.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def pieces(self) -> Iterator[Tensor]:
+        """The tensor in row-major order, some entries at a time."""
+        for start in range(0, self.numel(), VIEW):
+            stop = min(start + VIEW, self.numel())
+            yield self.piece(start, stop)
+            self.release(start, stop)
+        self.check()
+
+
+@reader("checkpoint")
+def open_checkpoint(path: str | os.PathLike[str]) -> Named[CheckpointTensor]:
+    """Canonical name -> tensor of a safetensors file, or of a folder with one file or shards and their index.
+
+    All tensors are there, of any dtype, buffers included. The index of shards says which of them holds a tensor; a copy
+    in another is not looked at. What `safetensors.torch.save_model` notes of tied tensors makes them one.
+
+    Raises:
+        FileNotFoundError: nothing of that kind is there.
+        FileFormatError: a file is damaged; index and shards do not fit; two names are one without the names of
+            wrapping modules.
+    """
+    path = Path(path)
+    index = path / _INDEX
+    if path.is_dir() and index.is_file():
+        members = _sharded(index)
+    elif path.is_file() or (path.is_dir() and (path / "model.safetensors").is_file()):
+        file = _MappedFile(path if path.is_file() else path / "model.safetensors")
+        members = dict.fromkeys(file.tensors, file)
+    else:
+        raise FileNotFoundError(
+            f"{path}: expected a safetensors file, or a folder with model.safetensors or {_INDEX}. "
+            "Pickled checkpoints (.bin) are not read; convert them with save_pretrained(safe_serialization=True)"
+        )
+    ties = {
+        other: stored
+        for file in set(members.values())
+        for other, stored in file.metadata.items()
+        if stored in members and other not in members
+    }
+    tensors = {name: CheckpointTensor(file, name) for name, file in members.items()}
+    try:
+        floating = [name for name, tensor in tensors.items() if is_floating(tensor)]
+        bare = bare_names([*tensors, *ties], floating)
+    except ValueError as error:
+        raise FileFormatError(path, str(error)) from error
+    return canonical_group([*((n, t) for n, t in tensors.items()), *((o, tensors[s]) for o, s in ties.items())], bare)
+
+
+def _sharded(index: Path) -> dict[str, _MappedFile]:
+    """Name -> the shard that holds it, by the index."""
+    folder = index.parent
+    weight_map = read_json(index, "an index of shards", ("weight_map",))["weight_map"]
+    if not isinstance(weight_map, dict):
+        raise FileFormatError(index, f"expected names and their shards, got {type(weight_map).__name__}", "weight_map")
+    if not weight_map:
+        raise FileFormatError(index, "its weight_map names no tensor; copy the index again")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard or "\0" in shard:
+            raise FileFormatError(index, f"expected the name of a shard, got {shard!r}", f"tensor {name!r}")
+        if Path(shard).is_absolute() or ".." in Path(shard).parts:
+            raise FileFormatError(
+                index, f"the shard {shard!r} is outside the folder, which is refused", f"tensor {name!r}"
+            )
+    # "./a" is the file "a", however it is written
+    pairs = [(name, os.path.normpath(shard)) for name, shard in weight_map.items()]
+    shards = {shard: folder / shard for shard in sorted({shard for _, shard in pairs})}
+    if gone := next((path for path in shards.values() if not path.is_file()), None):
+        raise FileFormatError(index, f"it names the shard {gone.name}, which is not there; copy it again")
+    beside = {"model.safetensors", *(path.name for path in folder.glob("model-*-of-*.safetensors"))}
+    if others := sorted(name for name in beside - shards.keys() if (folder / name).exists()):
+        raise FileFormatError(
+            index, f"it does not name {others[0]}, which lies beside it; remove the one that is out of date"
+        )
+    files = {shard: _MappedFile(path) for shard, path in shards.items()}
+    for name, shard in pairs:
+        if name not in files[shard].tensors:
+            where = next((other for other, file in files.items() if name in file.tensors), "none of its shards")
+            raise FileFormatError(
+                index, f"it says that {name!r} is in {shard}, but {where} holds it; copy index and shards again"
+            )
+    for shard, file in files.items():
+        if unknown := next((name for name in file.tensors if name not in weight_map), None):
+            raise FileFormatError(
+                index, f"it does not name {unknown!r}, which {shard} holds; copy index and shards again"
+            )
+    return {name: files[shard] for name, shard in pairs}
+
+
+Readable = Tensor | CheckpointTensor
+
+
+def flat_piece(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Entries start..stop of the row-major order of any tensor, contiguous; copies no more than their rows."""
+    if tensor.is_contiguous() or tensor.dim() < 2:
+        return tensor.reshape(-1)[start:stop].contiguous()  # a strided vector stays strided under reshape
+    row = tensor[0].numel()
+    first = start // row
+    rows = tensor[first : -(-stop // row)].reshape(-1)
+    return rows[start - first * row : stop - first * row].contiguous()
+
+
+def read_piece(tensor: Readable, start: int, stop: int) -> Tensor:
+    return tensor.piece(start, stop) if isinstance(tensor, CheckpointTensor) else flat_piece(tensor, start, stop).cpu()

@@ -1,0 +1,380 @@
+"""Safe, atomic, checksummed files: safetensors with one metadata key of sorted JSON.
+
+Nothing here unpickles. A file is written beside its destination and moved there in one step, so that an interrupted run
+leaves either the old file or the new one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from ltp_sparse.weights.reading import FileFormatError, parse_json, reader
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KEY = "ltp_sparse"
+FORMAT_VERSION = 1
+_MOST_LINKS = 40
+_LONGEST_NAME = 200  # bytes, of 255 that file systems take
+_FULL = 1 << 16  # bytes: a disk with fewer is full
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+)
+
+
+class WrongKind(FileFormatError):
+    """A file of ltp_sparse, but of another kind; found: which."""
+
+    def __init__(self, path: Path, expected: str, found: str) -> None:
+        super().__init__(path, f"expected {_a(expected)}, got {_a(found)}")
+        self.found = found
+
+
+def _a(kind: str) -> str:
+    return f"{'an' if kind[:1] in 'aeiou' else 'a'} {kind}"
+
+
+def host_blocks(tensor: Tensor) -> Iterator[ctypes.Array[ctypes.c_char]]:
+    """The bits of a tensor, row-major, some megabytes at a time; a block is good until the next is asked for."""
+    from ltp_sparse.weights.tensors import check_plain_tensor
+
+    check_plain_tensor(tensor, "a tensor that is read bit by bit")
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    # in blocks, so that copies of strided tensors and from other devices stay small
+    blocks = [tensor] if tensor.is_contiguous() else tensor.split(max(1, (len(tensor) << 20) // tensor.numel()))
+    for piece in (piece for block in blocks for piece in block.reshape(-1).split(1 << 20)):
+        host = piece.cpu().contiguous()
+        if host.nbytes:
+            yield (ctypes.c_char * host.nbytes).from_address(host.data_ptr())
+
+
+def hash_tensor(sha: hashlib._Hash, tensor: Tensor) -> None:
+    """Feeds the bits of a tensor, row-major, into a hash; dtype and shape are the caller's."""
+    for block in host_blocks(tensor):
+        sha.update(block)
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path to write to in a folder beside `path`; on success the file is moved there in one step, else removed.
+
+    Symbolic links stay, and what they point to is replaced. A file that is there keeps its mode and, where the system
+    lets us, its owner. What killed writes of this name have left is removed.
+
+    Raises:
+        OSError: `path` is no regular file, or cannot be written. What was there is as it was.
+    """
+    target = destination(path)
+    with _workplace(target) as temporary:
+        yield temporary
+        sync(temporary)
+        _keep_owner_and_mode(target, temporary)
+        temporary.replace(target)
+        sync_folder(target.parent)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to fill beside `path`; on success it takes the place of `path` in one step, else it is removed.
+
+    Raises:
+        OSError: `path` cannot be written, is a file, or a folder that holds something: nothing there is overwritten.
+    """
+    target = Path(path).resolve()
+    check_writable(target, folder=True)
+    if any(target.iterdir()):
+        raise OSError(errno.ENOTEMPTY, "expected a new or an empty folder to write to; it holds something", str(path))
+    with _workplace(target) as temporary:
+        temporary.mkdir()
+        temporary.chmod(stat.S_IMODE(target.stat().st_mode))
+        yield temporary
+        for file in filter(Path.is_file, temporary.rglob("*")):
+            sync(file)
+        sync_folder(temporary)
+        temporary.replace(target)
+        sync_folder(target.parent)
+
+
+def destination(path: str | os.PathLike[str]) -> Path:
+    """The regular file that a path leads to, through its symbolic links; it need not be there yet.
+
+    Raises:
+        OSError: something else is there (a folder, a device, a pipe, a socket), or the links lead nowhere.
+    """
+    place = os.path.abspath(path)
+    with _telling(Path(path)), suppress(FileNotFoundError):
+        os.lstat(place)  # a name that is too long, a folder that cannot be looked into
+    for _ in range(_MOST_LINKS):
+        place = os.path.join(os.path.realpath(os.path.dirname(place)), os.path.basename(place))
+        if place.startswith("/proc/") and os.path.lexists(place):  # /dev/stdout: others may write to what is behind it
+            raise OSError(errno.EINVAL, "expected a regular file to write to, this is an open stream", str(path))
+        if not os.path.islink(place):
+            break
+        place = os.path.join(os.path.dirname(place), os.readlink(place))
+    else:
+        raise OSError(errno.ELOOP, "its symbolic links lead in a circle", str(path))
+    try:
+        mode = os.lstat(place).st_mode
+    except FileNotFoundError:
+        return Path(place)
+    if not stat.S_ISREG(mode):
+        kind = next((name for test, name in _KINDS if test(mode)), "something else")
+        number = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
+        raise OSError(number, f"expected a regular file to write to, this is {kind}", str(path))
+    return Path(place)
+
+
+def check_writable(path: str | os.PathLike[str], *, folder: bool = False) -> None:
+    """Raises an OSError unless a file, or a folder of files, can be written there: before hours of work, not after.
+
+    The folder is made.
+    """
+    if folder:
+        place = Path(path)
+        if os.path.exists(place) and not place.is_dir():  # which passes over a name that is too long
+            raise NotADirectoryError(errno.ENOTDIR, "expected a folder to write to, this is a file", str(path))
+    else:
+        place = destination(path).parent
+    with _telling(Path(path)):
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            pass
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Removes what killed writes have left in a folder, of one file name or of all; never what is being written."""
+    wanted = re.compile(rf"\.{'.+' if name is None else re.escape(_shortened(name))}\.[a-z0-9_]{{8}}\.tmp")
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            if wanted.fullmatch(entry.name) and not entry.is_symlink():
+                with suppress(OSError):
+                    handle = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW)
+                    try:
+                        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its writer lives
+                        shutil.rmtree(entry.path) if entry.is_dir() else os.unlink(entry.path)
+                    finally:
+                        os.close(handle)
+
+
+def sync(file: Path) -> None:
+    """Waits until a file is on disk."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the names in a folder are on disk."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):  # not every file system can
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _shortened(name: str) -> str:
+    """A file name with room for what is put around it: a long one is cut, and a digest keeps it apart from others."""
+    encoded = os.fsencode(name)
+    if len(encoded) <= _LONGEST_NAME:
+        return name
+    return f"{encoded[:_LONGEST_NAME].decode(errors='ignore')}-{hashlib.sha256(encoded).hexdigest()[:8]}"
+
+
+@contextmanager
+def _workplace(target: Path) -> Iterator[Path]:
+    """A path of the target's name in a new folder beside it. A lock on that folder tells others that its writer lives.
+
+    A folder, since writers make files of their own beside the one that they are asked for.
+    """
+    with _telling(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        sweep(target.parent, target.name)
+        while True:
+            place = target.parent / f".{_shortened(target.name)}.{secrets.token_hex(4)}.tmp"
+            place.mkdir(mode=0o700)
+            try:
+                handle = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except FileNotFoundError:  # swept between the two calls
+                continue
+            with suppress(OSError):  # where nothing can be locked, nothing is swept
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if place.exists():
+                break
+            os.close(handle)
+    try:
+        with _telling(target, place):
+            yield place / target.name
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        os.close(handle)
+
+
+def _keep_owner_and_mode(target: Path, temporary: Path) -> None:
+    """Gives a file those of the one that it is to replace, or what the system gives to a new file."""
+    try:
+        before = target.stat()
+    except FileNotFoundError:
+        probe = temporary.with_name("mode")  # nothing else tells the umask to one thread of several
+        probe.touch()
+        before = probe.stat()
+    if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
+        with suppress(PermissionError):
+            os.chown(temporary, before.st_uid, before.st_gid)
+    temporary.chmod(stat.S_IMODE(before.st_mode))
+
+
+@contextmanager
+def _telling(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Makes what goes wrong while a file, or the temporary folder beside it, is written an OSError that names it."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        found = re.search(r"os error (\d+)", str(error))  # how safetensors tells it
+        number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+        if number is None and not isinstance(error, OSError) and temporary is not None:
+            with suppress(OSError):  # torch.save does not say why it failed
+                number = errno.ENOSPC if shutil.disk_usage(temporary.parent).free < _FULL else None
+        where = getattr(error, "filename", None) or str(path)
+        ours = where == str(path) or (temporary is not None and Path(where).is_relative_to(temporary))
+        if not ours or (number is None and not isinstance(error, OSError)):
+            raise
+        why = str(error) if number is None else os.strerror(number)
+        problem = f"cannot be written: {why[:1].lower()}{why[1:]}; what was there before is unchanged"
+        raise OSError(number or errno.EIO, problem, str(path)) from error
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
+    sha = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        hash_tensor(sha, tensor)
+    return sha.hexdigest()
+
+
+def verify(path: str | os.PathLike[str]) -> str:
+    """Compares a file written by `save` with its checksum, which is returned. The content is mapped, not loaded.
+
+    Raises:
+        FileFormatError: they differ, or it is no such file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {})[KEY])
+            checksum = str(metadata.pop("checksum"))
+            found = _checksum({name: file.get_tensor(name) for name in file.keys()}, metadata)  # noqa: SIM118
+    except (SafetensorError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise FileFormatError(Path(path), f"not a readable file of ltp_sparse ({error}); copy it again") from error
+    if found != checksum:
+        raise FileFormatError(Path(path), "the checksum does not match its content; the file is damaged")
+    return checksum
+
+
+def save(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Writes `tensors` and `metadata` (JSON values) as a file of the given kind, e.g. "ticket"."""
+    from safetensors.torch import save_file
+
+    metadata = {**metadata, "kind": kind, "format": FORMAT_VERSION}
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = json.dumps({**metadata, "checksum": _checksum(contiguous, metadata)}, sort_keys=True)
+    with atomic_path(path) as temporary:
+        save_file(contiguous, temporary, metadata={KEY: header})
+
+
+def kind_said(path: str | os.PathLike[str]) -> str | None:
+    """What kind a safetensors file says it is, for a message: nothing is verified. "" is not one of ltp_sparse.
+
+    None: the file cannot be read, which whoever loads it will say.
+    """
+    try:
+        with safe_open(path, framework="np") as file:  # which imports no torch
+            header = (file.metadata() or {}).get(KEY)
+        return "" if header is None else str(json.loads(header)["kind"])
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, RecursionError):
+        return None
+
+
+@reader("safetensors of ltp_sparse")
+def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads a file written by `save`, verified against its checksum.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FileFormatError: the file is truncated, damaged, of another kind or of a newer format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected {_a(kind)} written by ltp_sparse")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get(KEY)
+            # clones: a view of the mapped file would change, or fault, when the file is replaced
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError, RuntimeError, OSError, LookupError, TypeError, MemoryError) as error:
+        raise FileFormatError(
+            path, f"not a readable safetensors file ({error}); it may be truncated, copy it again"
+        ) from error
+    if header is None:
+        raise FileFormatError(path, f"a safetensors file, but not one of ltp_sparse; expected {_a(kind)}")
+    metadata = parse_json(header, path, "metadata")
+    if not isinstance(metadata, dict) or not {"checksum", "kind", "format"} <= set(metadata):
+        raise FileFormatError(path, "no checksum, kind and format in it; copy the file again", "metadata")
+    checksum, found, version = metadata.pop("checksum"), metadata["kind"], metadata["format"]
+    if _checksum(tensors, metadata) != checksum:
+        raise FileFormatError(path, "the checksum does not match its content; the file is damaged, copy it again")
+    if found != kind:
+        raise WrongKind(path, kind, str(found))
+    if version != FORMAT_VERSION:
+        raise FileFormatError(
+            path, f"format {version} is not the format {FORMAT_VERSION} of this version; update ltp_sparse"
+        )
+    return tensors, metadata
+
+
+@contextmanager
+def understanding(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
+    """Turns what goes wrong while the content of an intact file is taken apart into one kind of error."""
+    try:
+        yield
+    except FileFormatError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        told = str(error) if type(error) is ValueError else repr(error)
+        raise FileFormatError(path, f"its content is not that of {_a(kind)} of ltp_sparse ({told})") from error
+
+
+def checked_metadata(what: str, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A copy of metadata that a file can hold; a TypeError names the key that JSON cannot."""
+    metadata = dict(metadata or {})
+    for key, value in metadata.items():
+        try:
+            if not isinstance(key, str):
+                raise TypeError(f"the key {key!r} is no text")
+            json.dumps(value)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise TypeError(
+                f"{what}: metadata[{key!r}] must be what JSON can hold (texts, numbers, lists, mappings), "
+                f"got {type(value).__name__} ({error})"
+            ) from error
+    return metadata

@@ -1,0 +1,109 @@
+"""What a folder has to hold: names, sizes and checksums of its files, written when they are complete, read before them.
+
+A folder whose writing has begun has a manifest that says so; one without a manifest was never one of ours, or has lost
+it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ltp_sparse.weights.files import atomic_path, sync
+from ltp_sparse.weights.reading import FileFormatError, read_json, reader
+
+MANIFEST = "manifest.json"
+_KIND = "manifest of ltp_sparse"
+
+
+class Unfinished(FileFormatError):
+    """The writing of a folder was interrupted: it holds nothing yet that could be relied on."""
+
+
+def start(folder: Path) -> None:
+    """Marks a folder as one whose files are being written, before the first of them is."""
+    _write(folder, {}, finished=False)
+
+
+def finish(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Writes down what a folder holds, after waiting until it is on disk.
+
+    names: of its files, relative to it; None: all
+    """
+    if names is None:
+        names = [os.fspath(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST]
+    _write(folder, _describe(folder, names), finished=True)
+
+
+def add(folder: Path, names: Iterable[str]) -> None:
+    """Adds files to the manifest of a folder, or takes them anew; what it says of others stays as it is."""
+    _write(folder, _read(folder) | _describe(folder, names), finished=True)
+
+
+@reader("manifest")
+def names(folder: Path) -> list[str]:
+    """The files that the manifest of a folder names.
+
+    Raises:
+        FileFormatError: it has none, or a damaged one; `Unfinished` if its writing was interrupted.
+    """
+    return list(_read(folder))
+
+
+def check(folder: Path, parts: tuple[str, ...] = ("",)) -> None:
+    """Compares a folder with its manifest.
+
+    parts: how the names begin whose content is read; of the others, sizes are compared
+
+    Raises:
+        FileFormatError: a file is missing or another, or the manifest is; `Unfinished` if its writing was interrupted.
+    """
+    for name, expected in _read(folder).items():
+        path = folder / name
+        if not path.is_file():
+            raise FileFormatError(path, f"is missing, and {MANIFEST} names it")
+        if (size := path.stat().st_size) != expected["bytes"]:
+            raise FileFormatError(path, f"expected {expected['bytes']:,} bytes as {MANIFEST} says, got {size:,}")
+        if name.startswith(parts) and _sha256(path) != expected["sha256"]:
+            raise FileFormatError(path, f"its content is not that of which {MANIFEST} has the checksum; it is damaged")
+
+
+def _describe(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    files = {}
+    for name in sorted(names):
+        sync(folder / name)
+        files[name] = {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+    return files
+
+
+def _write(folder: Path, files: Mapping[str, Any], *, finished: bool) -> None:
+    content = {"kind": _KIND, "finished": finished, "files": files}
+    with atomic_path(folder / MANIFEST) as temporary:
+        temporary.write_text(json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n", encoding="utf-8")
+
+
+def _read(folder: Path) -> dict[str, dict[str, Any]]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileFormatError(
+            folder, f"has no {MANIFEST}: it is incomplete, or a version of ltp_sparse without manifests wrote it"
+        )
+    content = read_json(path, "the manifest of a folder", ("files", "finished", "kind", "sha256"))
+    if content.pop("sha256") != _digest(content) or content["kind"] != _KIND:
+        raise FileFormatError(path, "damaged: its content does not match its own checksum")
+    if not content["finished"]:
+        raise Unfinished(folder, "its writing was interrupted")
+    return dict(content["files"])
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

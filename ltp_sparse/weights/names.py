@@ -1,0 +1,330 @@
+"""Names, ties, fingerprints and the stack of applied deltas. Nothing else in the library matches tensors by name."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from ltp_sparse.weights.files import hash_tensor
+from ltp_sparse.weights.reading import closest
+from ltp_sparse.weights.tensors import check_plain_tensor
+
+if TYPE_CHECKING:
+    pass
+
+T = TypeVar("T")
+
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
+"""Names of the one child of a wrapping module: torch.compile, FSDP, activation checkpointing and offloading, Fabric.
+
+No other module is called so: wherever one of them stands between dots, it comes off.
+"""
+
+LEADING = ("module.", "base_model.model.")
+"""Prefixes of wrapped models (DDP, peft) that may be a model's own names: they come off where all names have them."""
+
+
+def strip_wrappers(name: str) -> str:
+    """The name of a tensor that is known alone, without what wrapping modules put into it."""
+    return bare_names([name])[name]
+
+
+def bare_names(names: Iterable[str], deciding: Iterable[str] | None = None) -> dict[str, str]:
+    """Name -> the name without what wrapping modules put into it. The one rule for modules, mappings and files.
+
+    A part of a name that is one of `WRAPPERS` comes off wherever it is; a prefix of `LEADING` where all the names begin
+    with it, in any nesting. "module.weight" beside "bias" is thus a child called "module".
+
+    Args:
+        names: those of one model.
+        deciding: the weights among them, which must all have a leading prefix and stay distinct, whatever buffers of
+            wrapping modules are called; default: all.
+
+    Raises:
+        ValueError: two names become one.
+    """
+    bare = {name: _unwrapped_name(name) for name in names}
+    judges = list(bare if deciding is None else deciding) or list(bare)
+    while prefix := next((w for w in LEADING if judges and all(bare[n].startswith(w) for n in judges)), None):
+        bare = {name: rest.removeprefix(prefix) for name, rest in bare.items()}
+    check_distinct((name, bare[name]) for name in judges)
+    return bare
+
+
+def _unwrapped_name(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def check_distinct(pairs: Iterable[tuple[str, str]]) -> None:
+    """Raises a ValueError that names both if two of the (name, bare name) pairs have one bare name."""
+    first: dict[str, str] = {}
+    for name, bare in pairs:
+        if first.setdefault(bare, name) != name:
+            raise ValueError(
+                f"{first[bare]!r} and {name!r} are both called {bare!r} once the names of wrapping modules are taken "
+                "off; rename one"
+            )
+
+
+class Named(dict[str, T]):
+    """Canonical name -> tensor, in canonical order. Looking up another name of a tensor finds it, too.
+
+    Args:
+        tensors: canonical name -> tensor, in any order.
+        aliases: other name -> canonical name: of ties, and of names as wrapping modules make them.
+        buffers: names of tensors that are known to be no weights.
+        quantised: names of tensors in a form that is no number per weight.
+        tied_by_memory: its ties are tensors on the same memory, which may also be chance.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, T],
+        aliases: Mapping[str, str] | None = None,
+        buffers: Iterable[str] = (),
+        quantised: Iterable[str] = (),
+        tied_by_memory: bool = False,
+    ) -> None:
+        super().__init__((name, tensors[name]) for name in parameter_order(tensors))
+        self.aliases = {other: name for other, name in (aliases or {}).items() if other not in self}
+        self.buffers, self.quantised = frozenset(buffers), frozenset(quantised)
+        self.tied_by_memory = tied_by_memory
+
+    def __missing__(self, name: str) -> T:
+        if name not in self.aliases:
+            raise KeyError(name)
+        return self[self.aliases[name]]
+
+    def called(self, name: str) -> str | None:
+        """The canonical name of the tensor of that name; None if there is none."""
+        return name if name in self else self.aliases.get(name)
+
+
+def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
+    """Sorts "layer.2" before "layer.10"."""
+    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part)
+
+
+def parameter_order(names: Iterable[str]) -> list[str]:
+    """The canonical order of parameters: natural order of their names.
+
+    Ties of the selection go to the earliest parameter, so this order must not depend on how a model class registers its
+    modules (which differs between transformers versions) nor on the order of tensors in a file.
+    """
+    return sorted(names, key=natural_key)
+
+
+def tie_key(name: str) -> tuple[Any, ...]:
+    """Of the names of one tied tensor, the smallest by this is the canonical one, in modules and in files.
+
+    It is the name that `save_pretrained` stores: inside the base model of an XLM-R, an embedding rather than a head, a
+    shared embedding rather than that of the encoder or decoder, then the one nearest to the root, in natural order.
+    """
+    parts = name.split(".")
+    return (
+        not in_base_model(name),
+        "shared" not in parts,
+        re.search("emb|wte", name) is None,
+        "decoder" in parts,
+        len(parts),
+        natural_key(name),
+    )
+
+
+def _wrapped_child(module: nn.Module) -> str | None:
+    """The name of the child that a wrapping module wraps; None for any other module."""
+    if child := next((name for name in WRAPPERS if isinstance(module._modules.get(name), nn.Module)), None):
+        return child
+    if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel | AveragedModel):
+        return "module"
+    of_peft = {base.__name__ for base in type(module).__mro__ if base.__module__.startswith("peft.")}
+    wraps = {"PeftModel": "base_model", "BaseTuner": "model", "BaseTunerLayer": "base_layer"}
+    return next((child for name, child in wraps.items() if name in of_peft and child in module._modules), None)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside all modules that wrap it: DDP, DataParallel, torch.compile, FSDP, checkpointing, peft."""
+    while (child := _wrapped_child(model)) is not None:
+        model = model._modules[child]  # type: ignore[assignment]
+    return model
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _bare_names_in(model: nn.Module) -> dict[str, str]:
+    """Name -> bare name of all parameters and buffers of a module, every name of tied ones included.
+
+    The names are already without `WRAPPERS`: checkpoint wrappers take theirs out of named_parameters(), not of
+    named_modules().
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    wrapping = {_joined(path, child) for path, module in modules.items() if (child := _wrapped_child(module))}
+    wrapping = {_unwrapped_name(path) for path in wrapping if path.rpartition(".")[2] not in WRAPPERS}
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    members = [*parameters, *(name for name, _ in model.named_buffers(remove_duplicate=False))]
+    check_distinct((name, _unwrapped_name(name)) for name in parameters)
+    parameters = list(map(_unwrapped_name, parameters))
+    inner = {}
+    for name in map(_unwrapped_name, members):
+        parts = name.split(".")
+        inner[name] = ".".join(p for i, p in enumerate(parts) if ".".join(parts[: i + 1]) not in wrapping)
+    check_distinct((name, inner[name]) for name in parameters)
+    bare = bare_names(inner.values(), {inner[name] for name in parameters})
+    return {name: bare[rest] for name, rest in inner.items()}
+
+
+def canonical_group(
+    members: Iterable[tuple[str, T]], bare: Mapping[str, str], tied_to: Collection[str] = ()
+) -> Named[T]:
+    """Each tensor of (name, tensor) once, under its canonical name; tied_to: names that are never it if others are."""
+    names: dict[int, list[str]] = {}
+    tensors: dict[int, T] = {}
+    for name, tensor in members:
+        names.setdefault(id(tensor), []).append(name)
+        tensors[id(tensor)] = tensor
+    found: dict[str, T] = {}
+    aliases: dict[str, str] = {}
+    for key, known in names.items():
+        canonical = bare[min(known, key=lambda name: (name in tied_to, tie_key(bare[name])))]
+        found[canonical] = tensors[key]
+        aliases |= {other: canonical for name in known for other in (name, bare[name])}
+    return Named(found, aliases)
+
+
+def canonical_parameters(model: nn.Module) -> Named[nn.Parameter]:
+    """Canonical name -> parameter, in canonical order; a tied parameter appears once.
+
+    Of the names of a tied parameter the one that `save_pretrained` stores wins
+    ("roberta.embeddings.word_embeddings.weight", never "lm_head.decoder.weight"), whichever the model class happens to
+    register first: what transformers knows of its ties decides, then `tie_key`.
+
+    Raises:
+        ValueError: two parameters have one name without the names of wrapping modules.
+    """
+    tied_to = {
+        _unwrapped_name(_joined(path, name))
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name in getattr(module, "all_tied_weights_keys", None) or ()
+    }
+    bare = _bare_names_in(model)
+    members = ((_unwrapped_name(name), p) for name, p in model.named_parameters(remove_duplicate=False))
+    named = canonical_group(members, bare, tied_to)
+    named.buffers = frozenset(bare[_unwrapped_name(name)] for name, _ in model.named_buffers(remove_duplicate=False))
+    return named
+
+
+def canonical_buffers(model: nn.Module) -> Named[Tensor]:
+    """Canonical name -> buffer, likewise."""
+    members = ((_unwrapped_name(name), b) for name, b in model.named_buffers(remove_duplicate=False))
+    return canonical_group(members, _bare_names_in(model))
+
+
+def is_floating(tensor: Any) -> bool:
+    """Whether a tensor holds floating-point (or complex) numbers; a shape in its place counts as one that does."""
+    dtype = getattr(tensor, "dtype", None)
+    return dtype is None or dtype.is_floating_point or dtype.is_complex
+
+
+def canonical_tensors(source: nn.Module | Mapping[str, Any]) -> Named[Any]:
+    """Canonical name -> tensor of a module's parameters or of a mapping, in canonical order.
+
+    Raises:
+        ValueError: two names are one without the names of wrapping modules.
+    """
+    if isinstance(source, nn.Module):
+        named = canonical_parameters(source)
+        detached = {name: parameter.detach() for name, parameter in named.items()}
+        return Named(detached, named.aliases, named.buffers)
+    if isinstance(source, Named):
+        return source
+    if not isinstance(source, Mapping):
+        raise TypeError(f"expected a module or a mapping from names to tensors, got {type(source).__name__}")
+    bare = bare_names(source, [name for name, tensor in source.items() if is_floating(tensor)])
+    return Named({bare[name]: tensor for name, tensor in source.items()}, bare)
+
+
+def match_names(wanted: Iterable[str], known: Iterable[str], *, what: str, where: str) -> list[str]:
+    """The names of `wanted`, each of which must be in `known`, or an alias there; else an error lists the closest."""
+    wanted = list(wanted)
+    known = known if isinstance(known, Named) else Named(dict.fromkeys(known))
+    missing = [name for name in wanted if known.called(name) is None]
+    if missing:
+        share = "no name" if len(missing) == len(wanted) else f"{len(missing)} of {len(wanted)} names"
+        found = "is" if share == "no name" else "are not"
+        if missing[0] in known.buffers:
+            raise ValueError(
+                f"{what}: {missing[0]!r} is a buffer in {where}, which does not train; leave buffers out of the ticket "
+                "(ticket.restrict, or pool= where it is selected)"
+            )
+        raise ValueError(
+            f"{what}: {share} of the ticket {found} in {where}; {missing[0]!r} is missing, "
+            f"closest there: {closest(missing[0], known)}. Check that it belongs to this architecture"
+        )
+    return wanted
+
+
+def digest(dtype: torch.dtype, shape: Sequence[int], pieces: Iterable[Tensor]) -> str:
+    """A hash of dtype, shape and bits of a tensor that comes in row-major pieces (SHA-256, 128 bits kept)."""
+    sha = hashlib.sha256(f"{dtype} {list(shape)} ".encode())
+    for piece in pieces:
+        hash_tensor(sha, piece)
+    return sha.hexdigest()[:32]
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """`digest` of a tensor in memory."""
+    return digest(tensor.dtype, tensor.shape, [tensor])
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Name -> digest of the tensor: what identifies a base model. Hashes on all threads of torch.
+
+    Raises:
+        TypeError: a tensor is of a subclass, sparse or without values; the message names it.
+    """
+    for name, tensor in tensors.items():
+        check_plain_tensor(tensor, f"fingerprint: {name!r}")
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return dict(zip(tensors, pool.map(tensor_digest, tensors.values()), strict=True))
+
+
+def layer_of(name: str) -> str:
+    """The layer a parameter belongs to: "embeddings", "layer 0", "layer 1", ..., or "other" (heads)."""
+    if match := re.search(r"\b(?:layers?|h|blocks?)\.(\d+)\.", name):
+        return f"layer {match[1]}"
+    return "embeddings" if "embed" in name else "other"
+
+
+def module_of(name: str) -> str:
+    """The kind of module a parameter belongs to: "embeddings", "attention", "feed-forward", "LayerNorm" or "other"."""
+    if is_layer_norm(name):
+        return "LayerNorm"
+    if "embed" in name:
+        return "embeddings"
+    if "attention" in name or "attn" in name:
+        return "attention"
+    return "feed-forward" if layer_of(name) not in ("embeddings", "other") else "other"
+
+
+def is_layer_norm(name: str) -> bool:
+    """Whether a parameter belongs to a LayerNorm module; the LM head's `layer_norm` does not count, as in LT-SFT."""
+    return "LayerNorm" in name
+
+
+def in_base_model(name: str, prefix: str = "roberta") -> bool:
+    """Whether a parameter belongs to the base model, as opposed to a head on top of it."""
+    return name.startswith(prefix + ".")
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether any of the regular expressions is found in the name."""
+    return any(re.search(pattern, name) for pattern in patterns)

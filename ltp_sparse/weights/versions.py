@@ -1,0 +1,235 @@
+"""Versions of a model as weights by name: modules, mappings and checkpoints alike, and two of them side by side."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ltp_sparse.weights.checkpoints import Readable, open_checkpoint, read_piece
+from ltp_sparse.weights.names import (
+    Named,
+    bare_names,
+    canonical_group,
+    canonical_parameters,
+    canonical_tensors,
+    is_floating,
+    matches,
+    unwrapped,
+)
+from ltp_sparse.weights.reading import closest
+
+Weights = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
+"""A version of a model: a module, name -> tensor, or a safetensors checkpoint (file or folder)."""
+
+BUFFERS = re.compile(
+    r"(^|\.)(running_mean|running_var|num_batches_tracked|final_logits_bias|e_score_correction_bias|masked_bias"
+    r"|(original_)?inv_freq|inv_timescales|freqs_cis|position_ids|token_type_ids|relative_position_index"
+    r"|embed_avg|cluster_size|empty_weight)$"
+)
+"""Names of buffers that hold floating-point numbers (those of integers are known by their dtype).
+
+A file does not tell buffers from weights. Where the other side of a selection is a module, its own buffers count as
+such, too; between two files, a buffer of floating-point numbers with a name of one's own is taken for a weight.
+"""
+
+_OF_QUANTISED = re.compile(
+    r"(SCB|weight_format|absmax|quant_map|nested_absmax|nested_quant_map|scales|qzeros|g_idx|weight_scale(_inv)?"
+    r"|weight_zero_point|weight_shape|quant_state\..*)$"
+)
+"""What bitsandbytes, GPTQ, AWQ and compressed-tensors store beside a quantised weight."""
+
+_WRAPPED_PART = re.compile(r"(^|\.)(module|base_model\.model)(?=\.)")
+
+_PIECE = 1 << 20  # entries compared at a time
+
+Missing = bool | str | Iterable[str]
+"""What may be on one side only: everything, nothing, or what one of the regular expressions is found in."""
+
+
+def open_weights(weights: Weights) -> Named[Readable]:
+    """Canonical name -> weight, in canonical order; the same for a module, its state dict and its checkpoint.
+
+    Left out are buffers (see `BUFFERS`), what a class of transformers does not save, integers, and quantised tensors.
+
+    Warns:
+        UserWarning: tensors are quantised: they are no weights that a ticket could train.
+
+    Raises:
+        FileFormatError: a file is damaged (see `open_checkpoint`).
+        ValueError: two names are one without the names of wrapping modules.
+    """
+    if isinstance(weights, nn.Module):
+        found = _of_module(weights)
+    else:
+        found = _of_mapping(open_checkpoint(weights) if isinstance(weights, str | os.PathLike) else weights)
+    if new := found.quantised - getattr(weights, "quantised", frozenset()):
+        warnings.warn(
+            f"{len(new)} quantised tensors, e.g. {min(new)!r}, are left out: a ticket selects "
+            "and trains weights in float32, bfloat16 or float16",
+            UserWarning,
+            stacklevel=3,
+        )
+    return found
+
+
+def _of_module(model: nn.Module) -> Named[Readable]:
+    named = canonical_parameters(model)
+    quantised = {name for name, parameter in named.items() if _is_quantised(parameter)}
+    unsaved = getattr(unwrapped(model), "_keys_to_ignore_on_save", None) or ()
+    buffers = named.buffers | {name for name in map(named.called, unsaved) if name is not None}
+    kept = {name: p.detach() for name, p in named.items() if name not in quantised and name not in buffers}
+    return Named(kept, _of_kept(named.aliases, kept), buffers, quantised)
+
+
+def _is_quantised(tensor: Tensor) -> bool:
+    """Whether a parameter holds something else than a number per weight (bitsandbytes, torchao)."""
+    if not is_floating(tensor):
+        return True
+    if not is_traceable_wrapper_subclass(tensor):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return not isinstance(tensor, DTensor)
+
+
+def _of_mapping(tensors: Mapping[str, Any]) -> Named[Any]:
+    named = tensors if isinstance(tensors, Named) else _tied_by_memory(tensors)
+    integers = {name for name, tensor in named.items() if not is_floating(tensor)}
+    quantised = {name for name in integers if "weight" in name.rpartition(".")[2]} - named.buffers
+    stems = tuple(name.removesuffix(name.rpartition(".")[2]) for name in quantised)
+    beside = {name for name in named if stems and name.startswith(stems) and _OF_QUANTISED.search(name)} - quantised
+    buffers = named.buffers | {name for name in named if BUFFERS.search(name)} | (integers - quantised) | beside
+    kept = {name: tensor for name, tensor in named.items() if name not in buffers and name not in quantised}
+    return Named(
+        kept, _of_kept(named.aliases, kept), buffers, quantised | named.quantised, tied_by_memory=named.tied_by_memory
+    )
+
+
+def _of_kept(aliases: Mapping[str, str], kept: Mapping[str, Any]) -> dict[str, str]:
+    return {other: name for other, name in aliases.items() if name in kept}
+
+
+def _tied_by_memory(tensors: Mapping[str, Any]) -> Named[Any]:
+    """`canonical_tensors` of a mapping in which tensors on the same memory are one, as in a state dict."""
+    if not isinstance(tensors, Mapping):
+        return canonical_tensors(tensors)  # which says what is expected
+    bare = bare_names(tensors, [name for name, tensor in tensors.items() if is_floating(tensor)])
+    seen: dict[tuple[Any, ...], Any] = {}
+    named = canonical_group(((name, seen.setdefault(_place(t), t)) for name, t in tensors.items()), bare)
+    named.tied_by_memory = True
+    return named
+
+
+def _place(tensor: Any) -> tuple[Any, ...]:
+    if type(tensor) in (Tensor, nn.Parameter) and tensor.numel() and tensor.device.type != "meta":
+        return tensor.data_ptr(), tensor.dtype, tensor.device, tuple(tensor.shape), tensor.stride()
+    return (id(tensor),)
+
+
+def side_by_side(one: Named[Readable], other: Named[Readable]) -> tuple[Named[Readable], Named[Readable]]:
+    """Both sides with what each knows of names: buffers, ties, and names under wrapping modules.
+
+    A tensor that one side has under an alias of the other's gets its name. A twin that one side ties and the other
+    stores twice is dropped where its bits are those of the first; else it is a parameter of its own, on both sides.
+
+    Warns:
+        UserWarning: twins of equal bits are kept as two parameters, since only memory ties them on the other side.
+    """
+    one = _renamed(one, other)
+    other = _renamed(other, one)
+    return _untied(one, other), _untied(other, one)
+
+
+def _renamed(side: Named[Readable], by: Named[Readable]) -> Named[Readable]:
+    """The side under the names that the other knows, without its buffers and the twins of its ties."""
+    kept = {name: tensor for name, tensor in side.items() if name not in by.buffers or name in by}
+    aliases, clones = dict(side.aliases), []
+    for name in [name for name in kept if name not in by]:
+        canonical = by.called(name)
+        if canonical is None:  # a part of the model is wrapped, which a mapping or a file does not tell
+            canonical = by.called(_WRAPPED_PART.sub("", name).removeprefix("."))
+            if canonical is None or canonical in kept:
+                continue
+        if canonical not in kept:
+            kept[canonical] = kept.pop(name)
+            aliases = {o: canonical if c == name else c for o, c in aliases.items()} | {name: canonical}
+        elif same_bits(kept[name], kept[canonical]):
+            if by.tied_by_memory:
+                clones.append((name, canonical))
+            else:
+                del kept[name]
+                aliases[name] = canonical
+    if clones:
+        name, canonical = clones[0]
+        warnings.warn(
+            f"{name!r} holds the bits of {canonical!r}, and is one tensor with it on the other side "
+            f"({len(clones)} such pairs): they look like tied weights that were copied, and are taken for two "
+            "parameters. Give the module in place of its state dict, or leave one out (pool=)",
+            UserWarning,
+            stacklevel=4,
+        )
+    return Named(kept, _of_kept(aliases, kept), side.buffers, side.quantised, side.tied_by_memory)
+
+
+def _untied(side: Named[Readable], by: Named[Readable]) -> Named[Readable]:
+    """The side with its tied tensors under each of the names that are two tensors on the other."""
+    twins = {o: side[c] for o, c in side.aliases.items() if o in by and c in by}
+    return Named({**side, **twins}, side.aliases, side.buffers, side.quantised, side.tied_by_memory)
+
+
+def same_bits(one: Readable, other: Readable) -> bool:
+    """Whether two tensors have the same dtype, shape and bits."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    tensors = [t.to_local() if hasattr(t, "to_local") else t for t in (one, other)]
+    n = tensors[0].numel()
+    pairs = (
+        [read_piece(t, start, min(start + _PIECE, n)).contiguous().view(torch.uint8) for t in tensors]
+        for start in range(0, n, _PIECE)
+    )
+    return all(torch.equal(*pair) for pair in pairs)
+
+
+def check_sides(
+    one: Iterable[str], other: Iterable[str], allow_missing: Missing, *, what: str, sides: tuple[str, str]
+) -> dict[str, int]:
+    """How many names are on one side only, by side.
+
+    Args:
+        one, other: the names of the two sides.
+        allow_missing: what may be on one side only.
+        what: who asks.
+        sides: what the sides are called.
+
+    Raises:
+        ValueError: a name is on one side only, and that is not allowed; or the sides share none.
+    """
+    one, other = list(one), list(other)
+    here, there = set(one), set(other)
+    if not here & there:
+        name = next(iter(other), "")
+        raise ValueError(f"{what}: the models share no parameter; {name!r} is closest to {closest(name, one)}")
+    alone = [[name for name in one if name not in there], [name for name in other if name not in here]]
+    if allow_missing is not True:
+        patterns = [] if allow_missing is False else [allow_missing] if isinstance(allow_missing, str) else None
+        patterns = list(allow_missing) if patterns is None else patterns  # type: ignore[arg-type]
+        unexpected = [[name for name in names if not matches(name, patterns)] for names in alone]
+        phrases = [
+            f"{len(names)} of {len(of)} parameters of the {side} are not in the other, e.g. {names[0]!r} "
+            f"(closest there: {closest(names[0], to, 2)})"
+            for names, of, to, side in zip(unexpected, (one, other), (other, one), sides, strict=True)
+            if names
+        ]
+        if phrases:
+            raise ValueError(
+                f"{what}: {'; '.join(phrases)}. Give two versions of one model, or a pool= that leaves these out; "
+                "allow_missing= takes expressions for names that may be on one side only, or True"
+            )
+    return {f"only in {side}": len(names) for side, names in zip(sides, alone, strict=True) if names}
