@@ -401,7 +401,7 @@ def test_settings_are_needed_to_resume(harm, tmp_path):
 
 @pytest.mark.parametrize("at", range(1, 6))
 def test_restoring_is_all_or_nothing(at, tmp_path, monkeypatch):
-    from ltp_sparse.training import trainer as module
+    from ltp_sparse.optim import snapshot as module
 
     trainer = build(tmp_path, trainer_options={"keep_best": None}, max_steps=2)
     trainer.train()
@@ -409,7 +409,7 @@ def test_restoring_is_all_or_nothing(at, tmp_path, monkeypatch):
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter.add_(1)
-    moved, real, calls = weights(trainer.model), module.scatter_, []
+    moved, real, calls = weights(trainer.model), module.write, []
 
     def stopped(*arguments):
         calls.append(arguments)
@@ -417,12 +417,12 @@ def test_restoring_is_all_or_nothing(at, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         real(*arguments)
 
-    monkeypatch.setattr(module, "scatter_", stopped)
+    monkeypatch.setattr(module, "write", stopped)
     with pytest.raises(KeyboardInterrupt):
-        trainer.base.restore(trainer.model, delta)
+        trainer.base.restore(delta)
     assert_same(weights(trainer.model), moved)
-    monkeypatch.setattr(module, "scatter_", real)
-    trainer.base.restore(trainer.model, delta)
+    monkeypatch.setattr(module, "write", real)
+    trainer.base.restore(delta)
     for name in delta.ticket.active_names:
         assert torch.equal(
             weights(trainer.model)[name][delta.ticket.mask(name)], trained[name][delta.ticket.mask(name)]
@@ -529,7 +529,7 @@ def test_initial_values_exist_once_and_change_nothing(on_disk, tmp_path, monkeyp
         return trainer
 
     with monkeypatch.context() as patch:
-        patch.setattr("ltp_sparse.training.trainer._Base.share", lambda *_: None)
+        patch.setattr("ltp_sparse.optim.snapshot.Snapshot.share", lambda *_: None)
         twice = run(tmp_path / "twice")
     for place in ("device", "host"):
         once = run(tmp_path / place, optimizer_options={"pull_on": place})

@@ -176,7 +176,15 @@ class SparseDelta:
             f"{'composable' if self.originals else 'without originals'})"
         )
 
-    def apply(self, model: nn.Module, *, dtype: str = "same", strict: bool = True, dense: bool = True) -> None:
+    def apply(
+        self,
+        model: nn.Module,
+        *,
+        dtype: str = "same",
+        strict: bool = True,
+        dense: bool = True,
+        digests: Mapping[str, str] | None = None,
+    ) -> None:
         """Writes the delta into the model's parameters, in place.
 
         Args:
@@ -186,13 +194,15 @@ class SparseDelta:
             strict: False accepts any base whose names and shapes fit, and warns.
             dense: False leaves the delta's whole tensors out: the LM head of a language's delta has no place in a
                 classifier.
+            digests: of the model's parameters as they are now, from a caller that has just taken them.
 
         Raises:
             ValueError: names, shapes, dtypes or the base do not fit; nothing has been changed then.
         """
         if dtype not in ("same", "cast"):
             raise ValueError(f'SparseDelta.apply: dtype must be "same" or "cast", got {dtype!r}')
-        parameters, tensors = canonical_parameters(model), _everything(model)
+        parameters = canonical_parameters(model)
+        tensors = _everything(model, parameters)
         match_names(self.ticket.active_names, parameters, what="SparseDelta.apply", where="the model")
         mine = self.named_as(parameters)
         names = mine.ticket.active_names
@@ -212,7 +222,7 @@ class SparseDelta:
                 )
         stack = applied_deltas(model)
         if strict:
-            mine._check_base({name: parameters[name].detach() for name in names}, stack, dtype)
+            mine._check_base({name: parameters[name].detach() for name in names}, stack, dtype, digests or {})
         else:
             warnings.warn("SparseDelta.apply: strict=False, the base model is not compared", UserWarning, stacklevel=2)
 
@@ -249,7 +259,9 @@ class SparseDelta:
             )
         return values.to(current.dtype)
 
-    def _check_base(self, tensors: Mapping[str, Tensor], stack: list[Applied], dtype: str) -> None:
+    def _check_base(
+        self, tensors: Mapping[str, Tensor], stack: list[Applied], dtype: str, digests: Mapping[str, str]
+    ) -> None:
         """Compares the model, as it was before any delta, with the base of this one."""
         for name, tensor in tensors.items():
             cast = tensor.dtype != self.values[name].dtype
@@ -264,14 +276,15 @@ class SparseDelta:
                     f"SparseDelta.apply: {name!r} in {tensor.dtype} cannot be compared with the base of this delta, "
                     "which was made without originals; strict=False applies it all the same"
                 )
-            tensor = _before(name, tensor, stack)
+            before = _before(name, tensor, stack)
             if cast:
                 # in another dtype only the delta's own original values can be compared
-                originals = self.originals[name].to(tensor.device, tensor.dtype)
-                same = torch.equal(bits(gather(tensor, self.ticket.sets[name])), bits(originals))
+                originals = self.originals[name].to(before.device, before.dtype)
+                same = torch.equal(bits(gather(before, self.ticket.sets[name])), bits(originals))
             else:
                 wanted = self.ticket.fingerprint.get(name)
-                same = wanted is None or fingerprint({name: tensor})[name] == wanted
+                known = digests.get(name) if before is tensor else None
+                same = wanted is None or (known or fingerprint({name: before})[name]) == wanted
             if not same:
                 raise ValueError(
                     f"SparseDelta.apply: {name!r} is not the tensor this delta was made from. Load the base model; "
@@ -296,7 +309,7 @@ class SparseDelta:
                 raise ValueError(
                     f"SparseDelta.revert: {later.delta!r} was applied later and overlaps in {shared[0]!r}: revert it"
                 )
-        tensors = _everything(model)
+        tensors = _everything(model, canonical_parameters(model))
         now = Applied(
             self,
             {name: gather(tensors[name], entry.sets[name]) for name in entry.displaced},
@@ -369,10 +382,26 @@ def _held(applied: Applied, tensors: Mapping[str, Tensor]) -> list[Held]:
     return entries + [Held(tensors[name], None, values) for name, values in applied.dense.items()]
 
 
-def base_fingerprint(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Name -> digest of a model's parameters as they were before any delta was applied."""
-    parameters, stack = canonical_parameters(model), applied_deltas(model)
-    return fingerprint({name: _before(name, parameters[name].detach(), stack) for name in names})
+def base_fingerprint(
+    model: nn.Module,
+    names: Iterable[str],
+    parameters: Mapping[str, Tensor] | None = None,
+    digests: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """Name -> digest of a model's parameters as they were before any delta was applied.
+
+    Args:
+        model: possibly with deltas applied.
+        names: canonical names of parameters.
+        parameters: `canonical_parameters(model)`, if the caller has them.
+        digests: of these parameters as they are now, if the caller has them.
+    """
+    stack, known = applied_deltas(model), digests or {}
+    parameters = canonical_parameters(model) if parameters is None else parameters
+    displaced = {name for applied in stack for name in applied.displaced}
+    taken = {name: known[name] for name in names if name in known and name not in displaced}
+    rest = {name: _before(name, parameters[name].detach(), stack) for name in names if name not in taken}
+    return {**taken, **fingerprint(rest)}
 
 
 def _before(name: str, tensor: Tensor, stack: list[Applied]) -> Tensor:
@@ -412,9 +441,9 @@ def _flipped_zeros(base: Readable, after: Readable, index_set: IndexSet) -> int:
     return found
 
 
-def _everything(model: nn.Module) -> Named[Tensor]:
+def _everything(model: nn.Module, parameters: Named[nn.Parameter]) -> Named[Tensor]:
     """Canonical name -> parameter or buffer."""
-    parameters, buffers = canonical_parameters(model), canonical_buffers(model)
+    buffers = canonical_buffers(model)
     return Named({**buffers, **parameters}, {**buffers.aliases, **parameters.aliases})
 
 

@@ -49,7 +49,7 @@ def put_back(before: Iterable[Held]) -> None:
         tries = 0
         while True:
             try:
-                _write(held)
+                write(held)
                 break
             except KeyboardInterrupt as error:
                 interrupt = error
@@ -65,7 +65,8 @@ def put_back(before: Iterable[Held]) -> None:
 
 
 @torch.no_grad()
-def _write(held: Held) -> None:
+def write(held: Held) -> None:
+    """Writes the values to their place."""
     tensor, indices, values = held.tensor.detach(), held.indices, held.values
     if indices is None:
         tensor.copy_(values)

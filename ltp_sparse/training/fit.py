@@ -13,16 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from ltp_sparse.methods.base import Settings, Setup
-from ltp_sparse.optim.frozen import frozen_digests, verify_frozen
+from ltp_sparse.optim.snapshot import Snapshot
 from ltp_sparse.prompting.templates import IGNORED_LABEL
 from ltp_sparse.tickets.delta import SparseDelta
-from ltp_sparse.tickets.restoring import Held, put_back
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.training.bars import show_progress
 from ltp_sparse.training.evaluation import METRICS
@@ -85,6 +84,7 @@ class Fit:
     best_epoch:      of that evaluation, counted from 1 (a fraction, evaluated within an epoch); the first of equals
     seconds:         wall-clock time, evaluation on dev included (of the last part if the run was resumed)
     optimizer_bytes: state of the optimizer: moments and index
+    digests:         of the model's parameters, which are back at their initial bits; empty if that was not checked
     """
 
     delta: SparseDelta
@@ -92,6 +92,7 @@ class Fit:
     best_epoch: float
     seconds: float
     optimizer_bytes: int
+    digests: Mapping[str, str]
 
 
 def fit(
@@ -102,8 +103,12 @@ def fit(
     train, dev: encoded examples.
     """
     model, dense = setup.model, setup.dense_parameters()
-    initial_dense = [parameter.detach().clone() for parameter in dense]
-    frozen = frozen_digests(model, ticket, dense) if options.check_frozen else {}
+    base = Snapshot(model, ticket, dense, frozen=options.check_frozen, what="train_method")
+    if moved := base.selected_elsewhere:
+        raise ValueError(
+            f"train_method: the ticket was selected on other initial weights than these: {moved[0]!r} differs "
+            f"({len(moved)} tensors in all); load the initial weights again, or revert the deltas applied to them"
+        )
     folder_given = options.output_dir is not None
     with (
         nullcontext(options.output_dir) if folder_given else tempfile.TemporaryDirectory() as folder,
@@ -114,8 +119,9 @@ def fit(
         trainer = SparseTrainer(
             model,
             _arguments(settings, str(folder), options),
-            ticket,
+            base.ticket,
             dense=dense,
+            base=base,
             keep_best=keep_best,
             l2=settings.l2,
             optimizer_options={"states": options.states, "gradients": options.gradients},
@@ -130,19 +136,18 @@ def fit(
         facts = _facts(settings, train, dev, options)
         checkpoint = begin(str(folder), facts, what="train_method", resume=options.resume)
         start = time.perf_counter()
-        with _back_to_base(trainer, dense, initial_dense):
+        with _back_to(base):
             try:
                 trainer.train(resume_from_checkpoint=checkpoint)
             finally:
                 trainer.release_model()
             seconds = time.perf_counter() - start
-            if options.check_frozen:
-                verify_frozen(frozen, model, ticket, dense)
+        digests = base.check_frozen() if options.check_frozen else {}
         delta = keep_best.delta()
     name = f"eval_{options.metric}"
     scores = tuple(log[name] for log in trainer.state.log_history if name in log)
     optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    return Fit(delta, scores, round(delta.metadata["epoch"], 3), seconds, optimizer.state_bytes())
+    return Fit(delta, scores, round(delta.metadata["epoch"], 3), seconds, optimizer.state_bytes(), digests)
 
 
 def class_loss(outputs: Mapping[str, Tensor], labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
@@ -219,10 +224,9 @@ def _arguments(settings: Settings, folder: str, options: Options) -> TrainingArg
 
 
 @contextmanager
-def _back_to_base(trainer: SparseTrainer, dense: Sequence[nn.Parameter], initial: Sequence[Tensor]) -> Iterator[None]:
+def _back_to(base: Snapshot) -> Iterator[None]:
     """However training ends, an interrupt included, it leaves the model as it was."""
     try:
         yield
     finally:
-        whole = [Held(parameter, None, value) for parameter, value in zip(dense, initial, strict=True)]
-        put_back([*trainer.base.held(trainer.model), *whole])
+        base.put_back()

@@ -16,10 +16,9 @@ from ltp_sparse.methods.base import Collate, Context, Encode, Method, Settings, 
 from ltp_sparse.models.backbone import longest_input
 from ltp_sparse.prompting import CLASSES, Verbalizer, kind_of
 from ltp_sparse.tasks.own import warn_of_gaps
-from ltp_sparse.tickets.delta import SparseDelta, applied_deltas, base_fingerprint
+from ltp_sparse.tickets.delta import SparseDelta, applied_deltas
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.training.fit import Fit, Options, fit
-from ltp_sparse.weights.names import canonical_parameters, match_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -111,7 +110,9 @@ def train_method(
     warn_of_gaps(dev, labels, "dev examples")
     method.prepare(language_model)
     active = method.ticket(language_model, ticket, seed=run.seed)
-    _check_base(ticket, language_model)
+    if ticket is not None:  # one that is drawn after it belongs to the same base
+        digests = {name: digest for name, digest in ticket.fingerprint.items() if name in active.sets}
+        active = Ticket(active.sets, active.shapes, active.metadata, {**digests, **active.fingerprint})
     context = Context(tokenizer=tokenizer, labels=labels, language=language, verbalizer=verbalizer, seed=run.seed)
     setup = method.build(language_model, context)
     try:
@@ -131,7 +132,7 @@ def train_method(
         setup.undo()
         raise
     try:
-        delta.apply(setup.model)
+        delta.apply(setup.model, digests=last.digests)
         setup.model.eval()
         dense = delta.dense if setup.bake is None else setup.bake()
         result = Trained(
@@ -225,19 +226,4 @@ def _check(method: Method, language_model: PreTrainedModel, train: Sequence[Any]
         raise ValueError(
             f"train_method: max_length must be at most {longest}, the positions of the model, got "
             f"{method.settings.max_length}"
-        )
-
-
-def _check_base(ticket: Ticket | None, language_model: PreTrainedModel) -> None:
-    """The ticket must have been selected on the weights that are trained: stage 2 starts from the initial ones."""
-    if ticket is None:
-        return
-    names = [name for name in ticket.active_names if name in ticket.fingerprint]
-    digests = base_fingerprint(
-        language_model, match_names(names, canonical_parameters(language_model), what="train_method", where="the model")
-    )
-    if differing := [name for name, digest in digests.items() if ticket.fingerprint[name] != digest]:
-        raise ValueError(
-            f"train_method: the ticket was selected on other initial weights than these: {differing[0]!r} differs "
-            f"({len(differing)} tensors in all); load the initial weights again, or revert the deltas applied to them"
         )

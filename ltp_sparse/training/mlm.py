@@ -28,12 +28,12 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from ltp_sparse.backends.reference import delta_keys
 from ltp_sparse.models.backbone import is_decoupled, longest_input
+from ltp_sparse.optim.snapshot import Snapshot
 from ltp_sparse.selection import Weights, pools, select
 from ltp_sparse.selection.budgets import Budget
 from ltp_sparse.selection.sources import ScoreFunction, Sides, check_shape, names_in_pool
 from ltp_sparse.tickets.counts import entries_for
-from ltp_sparse.tickets.delta import SparseDelta, gather
-from ltp_sparse.tickets.restoring import Held, put_back
+from ltp_sparse.tickets.delta import SparseDelta
 from ltp_sparse.tickets.ticket import Pool, Ticket
 from ltp_sparse.training.bars import show_progress
 from ltp_sparse.training.trainer import KeepBest, SparseTrainer, alone, begin
@@ -101,47 +101,44 @@ class MLMSettings:
 class MLMResult:
     """A tuned model and what it was before.
 
-    model:         the model that was passed in, with the weights of the best validation loss
-    ticket:        the entries that were trained
-    originals:     canonical name -> [k] initial values of these entries; on the CPU
-    initial_dense: canonical name -> initial values of what trained in full (the LM head); on the CPU
-    metadata:      strategy, steps, step and loss of the best evaluation, data hash and settings: for the ticket
-    history:       the log of the run, as `TrainerState.log_history`
+    model:    the model that was passed in, with the weights of the best validation loss
+    base:     the model before: the ticket that was trained, the initial values of its entries and of the LM head
+    metadata: strategy, steps, step and loss of the best evaluation, data hash and settings: for the ticket
+    history:  the log of the run, as `TrainerState.log_history`
     """
 
     model: XLMRobertaForMaskedLM
-    ticket: Ticket
-    originals: dict[str, Tensor]
-    initial_dense: dict[str, Tensor]
+    base: Snapshot
     metadata: dict[str, Any]
     history: list[dict[str, Any]]
+
+    @property
+    def ticket(self) -> Ticket:
+        """The entries that were trained."""
+        return self.base.ticket
+
+    @property
+    def originals(self) -> dict[str, Tensor]:
+        """Canonical name -> [k] initial values of the ticket's entries; on the CPU."""
+        return self.base.originals
 
     @property
     def initial(self) -> dict[str, Tensor]:
         """Canonical name -> initial values of all tensors that were trained whole, the LM head included; on the CPU."""
         shapes, sets = self.ticket.shapes, self.ticket.sets
         whole = {name: v.view(shapes[name]) for name, v in self.originals.items() if sets[name].k == sets[name].n}
-        return {**whole, **self.initial_dense}
+        return {**whole, **self.base.dense}
 
     def delta(self) -> SparseDelta:
         """What training changed: the ticket's entries, and what trained in full."""
-        parameters = canonical_parameters(self.model)
-        values = {name: gather(parameters[name], self.ticket.sets[name]).cpu() for name in self.originals}
-        dense = {name: parameters[name].detach().cpu().clone() for name in self.initial_dense}
-        return SparseDelta(self.ticket, values, self.originals, dense, self.metadata)
+        return self.base.delta(self.metadata)
 
     def reset(self) -> XLMRobertaForMaskedLM:
         """Puts the initial weights back, bit for bit, those of the LM head included; returns the model.
 
         An interrupt comes through when all of them are.
         """
-        parameters, sets = canonical_parameters(self.model), self.ticket.sets
-        put_back(
-            [
-                *(Held(parameters[name], sets[name], values) for name, values in self.originals.items()),
-                *(Held(parameters[name], None, tensor) for name, tensor in self.initial_dense.items()),
-            ]
-        )
+        self.base.put_back()
         return self.model
 
 
@@ -194,7 +191,6 @@ def tune_mlm(
     else:
         members = {id(parameter) for parameter in dense.parameters()}
         head = {name: parameter for name, parameter in parameters.items() if id(parameter) in members}
-    initial_dense = {name: parameter.detach().cpu().clone() for name, parameter in head.items()}
 
     def dataset(part: Sequence[str], seed: int) -> MaskedTexts:
         return MaskedTexts(
@@ -250,9 +246,7 @@ def tune_mlm(
         "data_hash": facts["data_hash"],
         "settings": asdict(settings),
     }
-    return MLMResult(
-        model, trainer.base.ticket, trainer.base.originals, initial_dense, metadata, trainer.state.log_history
-    )
+    return MLMResult(model, trainer.base, metadata, trainer.state.log_history)
 
 
 def find_ticket(

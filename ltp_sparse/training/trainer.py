@@ -20,19 +20,18 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from ltp_sparse.optim import MaskedAdamW
 from ltp_sparse.optim.adam_l2 import AdamL2
 from ltp_sparse.optim.members import dense_groups
-from ltp_sparse.tickets.delta import SparseDelta, base_fingerprint, gather, scatter_
-from ltp_sparse.tickets.restoring import Held, restoring
+from ltp_sparse.optim.snapshot import Snapshot
+from ltp_sparse.tickets.delta import SparseDelta
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.weights import manifest
 from ltp_sparse.weights.files import atomic_path, sweep
-from ltp_sparse.weights.names import canonical_parameters, match_names
 from ltp_sparse.weights.reading import FileFormatError, read_json
 
 DELTA_FILE = "delta.safetensors"
@@ -57,6 +56,7 @@ class SparseTrainer(Trainer):
         keep_best: a `KeepBest`, to end with the weights of the best evaluation.
         l2: if positive, `AdamL2` with this factor trains instead of `MaskedAdamW`; the ticket must then hold all
             entries of what it names.
+        base: a `Snapshot` of the model with this ticket and these dense parameters, if there is one already.
         optimizer_options: further arguments of `MaskedAdamW`.
         kwargs: further arguments of `transformers.Trainer`.
 
@@ -76,6 +76,7 @@ class SparseTrainer(Trainer):
         pull: float = 0.0,
         keep_best: KeepBest | None = None,
         l2: float = 0.0,
+        base: Snapshot | None = None,
         optimizer_options: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -101,15 +102,24 @@ class SparseTrainer(Trainer):
         # Even without clipping the Trainer takes the norm of all gradients and multiplies them by a factor made of it,
         # so that a NaN of an inactive entry would spread. Our norm exists after the step only; `log` adds it.
         self.accelerator.clip_grad_norm_ = lambda *args, **kwargs: None
-        ticket = ticket.named_as(canonical_parameters(self.model))
+        dense = dense_groups(dense, what="SparseTrainer")  # a form that can be read more than once
+        if base is None:
+            base = Snapshot(self.model, ticket, dense, what="SparseTrainer")
+            if moved := base.selected_elsewhere:
+                warnings.warn(
+                    f"SparseTrainer: the ticket was selected on another base model than this one ({moved[0]!r} "
+                    f"differs, {len(moved)} tensors in all); load the initial weights unless this is meant",
+                    UserWarning,
+                    stacklevel=2,
+                )
+        ticket = base.ticket
         if l2 and (partly := [name for name in ticket.active_names if ticket.sets[name].k < ticket.sets[name].n]):
             raise ValueError(
                 f"SparseTrainer: l2={l2} is coupled and moves whole tensors, the ticket has a part of {partly[0]!r}; "
                 "use weight_decay, which is decoupled"
             )
         self.ticket, self.pull, self.l2, self.optimizer_options = ticket, pull, l2, dict(optimizer_options or {})
-        self.dense = dense_groups(dense, what="SparseTrainer")  # a form that can be read more than once
-        self.base = _Base(self.model, ticket, self.dense)
+        self.dense, self.base = dense, base
         self.resumed_from: Path | None = None
         self.keep_best = keep_best
         if keep_best is not None:
@@ -140,19 +150,14 @@ class SparseTrainer(Trainer):
                 freeze=True,
                 **self.optimizer_options,
             )
-            self.base.share(self.model, self.optimizer.initial_values())
+            self.base.share(self.optimizer.initial_values())
         if self.resumed_from is not None:
-            self.base.restore(self.model, SparseDelta.load(self.resumed_from / DELTA_FILE))
+            self.base.restore(SparseDelta.load(self.resumed_from / DELTA_FILE))
         return self.optimizer
 
     def _adam_l2(self) -> AdamL2:
-        args, trained = (
-            self.args,
-            {*self.ticket.active_names, *_dense_names(canonical_parameters(self.model), self.dense)},
-        )
-        parameters = {
-            name: parameter for name, parameter in canonical_parameters(self.model).items() if name in trained
-        }
+        args, base = self.args, self.base
+        parameters = {name: p for name, p in base.parameters.items() if name in base.originals or name in base.dense}
         for parameter in self.model.parameters():
             parameter.requires_grad_(any(parameter is other for other in parameters.values()))
         return AdamL2(
@@ -211,7 +216,7 @@ class SparseTrainer(Trainer):
 
     def delta(self, metadata: Mapping[str, Any] | None = None) -> SparseDelta:
         """What training has changed so far, against the base model."""
-        return self.base.delta(self.model, metadata)
+        return self.base.delta(metadata)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the whole model, as `Trainer.save_model`; into the Trainer's own checkpoints, what has changed."""
@@ -220,9 +225,7 @@ class SparseTrainer(Trainer):
         elif self.args.should_save:
             folder = Path(str(output_dir))
             manifest.start(folder)
-            self.base.delta(self.model, originals=False).save(
-                folder / DELTA_FILE
-            )  # the base itself is there on resuming
+            self.base.delta(originals=False).save(folder / DELTA_FILE)  # the base itself is there on resuming
             if self.keep_best is not None:
                 self.keep_best.save_into(folder)
             with atomic_path(folder / _PLACEHOLDER_FILE) as temporary:
@@ -336,91 +339,7 @@ class KeepBest(TrainerCallback):
     ) -> None:
         self._training = False
         self.trainer.accelerator.wait_for_everyone()  # one process writes the file, all read it
-        self.trainer.base.restore(self.trainer.model, self.delta())
-
-
-class _Base:
-    """The trained entries as they were before training: O(k), and enough to make deltas and to return to one."""
-
-    def __init__(self, model: nn.Module, ticket: Ticket, dense: Iterable[Any]) -> None:
-        parameters = canonical_parameters(model)
-        names = match_names(ticket.active_names, parameters, what="SparseTrainer", where="the model")
-        self.dense = _dense_names(parameters, dense)
-        if frozen := [name for name in [*names, *self.dense] if not parameters[name].requires_grad]:
-            raise ValueError(
-                f"SparseTrainer: {frozen[0]!r} is to be trained but has requires_grad off ({len(frozen)} parameters in "
-                "all); turn it on, or leave the parameter out of the ticket and of dense"
-            )
-        digests = base_fingerprint(model, names)
-        if moved := [name for name in names if ticket.fingerprint.get(name, digests[name]) != digests[name]]:
-            warnings.warn(
-                f"SparseTrainer: the ticket was selected on another base model than this one ({moved[0]!r} differs, "
-                f"{len(moved)} tensors in all); load the initial weights unless this is meant",
-                UserWarning,
-                stacklevel=3,
-            )
-        self.ticket = Ticket(ticket.sets, ticket.shapes, ticket.metadata, digests)
-        self.originals = {name: gather(parameters[name], ticket.sets[name]).cpu() for name in names}
-
-    def share(self, model: nn.Module, held: Mapping[nn.Parameter, Tensor]) -> None:
-        """Takes the optimizer's initial values for its own where those lie on the host and are the same bits: the host
-        would otherwise hold them twice."""
-        parameters = canonical_parameters(model)
-        for name, own in self.originals.items():
-            other = held.get(parameters[name])
-            if other is not None and other.is_cpu and other.dtype == own.dtype and _same_bits(other, own):
-                self.originals[name] = other
-
-    def delta(
-        self, model: nn.Module, metadata: Mapping[str, Any] | None = None, *, originals: bool = True
-    ) -> SparseDelta:
-        parameters = canonical_parameters(model)
-        values = {name: gather(parameters[name], self.ticket.sets[name]).cpu() for name in self.originals}
-        dense = {name: parameters[name].detach().cpu().clone() for name in self.dense}
-        return SparseDelta(self.ticket, values, self.originals if originals else None, dense, metadata)
-
-    def restore(self, model: nn.Module, delta: SparseDelta) -> None:
-        """Writes a delta's values into the trained entries, whatever they hold now."""
-        if delta.ticket != self.ticket or delta.ticket.fingerprint != self.ticket.fingerprint:
-            raise ValueError(
-                f"SparseTrainer: {delta!r} was saved for another ticket or another base model; "
-                "resume with those of the interrupted run"
-            )
-        if set(delta.dense) != set(self.dense):
-            raise ValueError(
-                f"SparseTrainer: expected the dense parameters {sorted(self.dense)}, the saved run has "
-                f"{sorted(delta.dense)}; resume with those of the interrupted run"
-            )
-        parameters, sets = canonical_parameters(model), self.ticket.sets
-        before = [
-            Held(parameters[name], sets[name], gather(parameters[name], sets[name]).cpu()) for name in delta.values
-        ]
-        before += [Held(parameters[name], None, parameters[name].detach().cpu().clone()) for name in delta.dense]
-        with torch.no_grad(), restoring(before):
-            for name, values in delta.values.items():
-                scatter_(parameters[name].detach(), sets[name], values)
-            for name, tensor in delta.dense.items():
-                parameters[name].copy_(tensor)
-
-    def held(self, model: nn.Module) -> list[Held]:
-        """What the ticket's entries held before training."""
-        parameters, sets = canonical_parameters(model), self.ticket.sets
-        return [Held(parameters[name], sets[name], values) for name, values in self.originals.items()]
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.view(torch.int32), b.view(torch.int32))  # of float32; a NaN is itself, 0 is not -0
-
-
-def _dense_names(parameters: Mapping[str, nn.Parameter], dense: Iterable[Mapping[str, Any]]) -> list[str]:
-    wanted = [parameter for group in dense for parameter in group["params"]]
-    name_of = {id(parameter): name for name, parameter in parameters.items()}
-    if foreign := [parameter for parameter in wanted if id(parameter) not in name_of]:
-        raise ValueError(
-            f"SparseTrainer: {len(foreign)} parameters of dense are not part of the model, the first of shape "
-            f"{list(foreign[0].shape)}; make their module a part of the model"
-        )
-    return list(dict.fromkeys(name_of[id(parameter)] for parameter in wanted))
+        self.trainer.base.restore(self.delta())
 
 
 def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:

@@ -1,0 +1,149 @@
+"""`Snapshot`: a model as it was before a training run: what trains, its values, and digests of the base, taken once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ltp_sparse.optim.members import ParameterHome, dense_parameters, ticket_for
+from ltp_sparse.tickets.delta import SparseDelta, base_fingerprint, bits, gather
+from ltp_sparse.tickets.restoring import Held, put_back, restoring, write
+from ltp_sparse.tickets.ticket import Ticket
+from ltp_sparse.weights.names import canonical_parameters, fingerprint, match_names
+
+
+class Snapshot:
+    """The trained entries of a model before training, and what is needed to make deltas and to return to the start.
+
+    Takes O(k) memory on the host, one pass over the names of the model and one digest of each of its parameters. It
+    belongs to the parameters that the model has now; a model whose parameters are replaced needs a new one.
+
+    Args:
+        model: at its initial weights, deltas of earlier runs possibly applied.
+        ticket: the entries that train; its names may be those of another wrapping of the model.
+        dense: a module, parameters or parameter groups that train in full.
+        frozen: also digests the parameters outside the ticket, for `check_frozen`.
+        what: the caller's name, for messages.
+
+    Attributes:
+        selected_elsewhere: parameters of the ticket that differ here from the base it was selected on.
+        parameters: canonical name -> parameter.
+        ticket: the given one under these names, with the fingerprint of this base.
+        originals: name -> [k] values of the ticket's entries, on the CPU.
+        dense: name -> values of what trains in full, on the CPU.
+
+    Raises:
+        ValueError: the model lacks a parameter of the ticket or of `dense`, or one that is to train takes no gradient.
+    """
+
+    def __init__(
+        self, model: nn.Module, ticket: Ticket, dense: Any = (), *, frozen: bool = False, what: str = "Snapshot"
+    ) -> None:
+        self._what = what
+        self.parameters = parameters = canonical_parameters(model)
+        ticket = ticket_for(parameters, ticket, what=what)
+        names = match_names(ticket.active_names, parameters, what=what, where="the model")
+        whole = self._names_of(dense_parameters(dense, what=what))
+        if untrained := [name for name in [*names, *whole] if not parameters[name].requires_grad]:
+            raise ValueError(
+                f"{what}: {untrained[0]!r} is to be trained but has requires_grad off ({len(untrained)} parameters in "
+                "all); turn it on, or leave the parameter out of the ticket and of dense"
+            )
+        self._home = ParameterHome(model, {name: parameters[name] for name in [*names, *whole]})
+        watched = {*names, *(parameters if frozen else ())}.difference(whole)
+        self._digests = fingerprint({name: parameters[name].detach() for name in parameters if name in watched})
+        base = base_fingerprint(model, names, parameters, self._digests)
+        self.selected_elsewhere = [name for name in names if ticket.fingerprint.get(name, base[name]) != base[name]]
+        self.ticket = Ticket(ticket.sets, ticket.shapes, ticket.metadata, base)
+        self.originals = {name: gather(parameters[name], ticket.sets[name]).cpu() for name in names}
+        self.dense = {name: parameters[name].detach().cpu().clone() for name in whole}
+
+    def _names_of(self, wanted: Iterable[nn.Parameter]) -> list[str]:
+        name_of = {id(parameter): name for name, parameter in self.parameters.items()}
+        wanted = list(wanted)
+        if foreign := [parameter for parameter in wanted if id(parameter) not in name_of]:
+            raise ValueError(
+                f"{self._what}: {len(foreign)} parameters of dense are not part of the model, the first of shape "
+                f"{list(foreign[0].shape)}; make their module a part of the model"
+            )
+        return list(dict.fromkeys(name_of[id(parameter)] for parameter in wanted))
+
+    def share(self, held: Mapping[nn.Parameter, Tensor]) -> None:
+        """Takes an optimizer's initial values for its own where they lie on the host and are the same bits.
+
+        The host would otherwise hold them twice.
+        """
+        for name, own in self.originals.items():
+            other = held.get(self.parameters[name])
+            if other is None or not other.is_cpu or other.dtype != own.dtype:
+                continue
+            if torch.equal(bits(other), bits(own)):
+                self.originals[name] = other
+
+    def delta(self, metadata: Mapping[str, Any] | None = None, *, originals: bool = True) -> SparseDelta:
+        """What training has changed until now: the ticket's entries, and whole what trains in full."""
+        held = {name: each.values for name, each in self._now().items()}
+        values = {name: held[name] for name in self.originals}
+        dense = {name: held[name] for name in self.dense}
+        return SparseDelta(self.ticket, values, self.originals if originals else None, dense, metadata)
+
+    def restore(self, delta: SparseDelta) -> None:
+        """Writes a delta of the same run into the model, whatever the trained entries hold now; all or nothing.
+
+        Raises:
+            ValueError: the delta is of another ticket, base or set of dense parameters.
+        """
+        if delta.ticket != self.ticket or delta.ticket.fingerprint != self.ticket.fingerprint:
+            raise ValueError(
+                f"{self._what}: {delta!r} was saved for another ticket or another base model; "
+                "resume with those of the interrupted run"
+            )
+        if set(delta.dense) != set(self.dense):
+            raise ValueError(
+                f"{self._what}: expected the dense parameters {sorted(self.dense)}, the saved run has "
+                f"{sorted(delta.dense)}; resume with those of the interrupted run"
+            )
+        with restoring(self._now().values()):
+            for held in self._held({**delta.values, **delta.dense}):
+                write(held)
+
+    def put_back(self) -> None:
+        """Writes the initial values into the model. An interrupt comes through when all of them are there."""
+        self._home.check(what=self._what)
+        put_back(self._held({**self.originals, **self.dense}))
+
+    def check_frozen(self) -> dict[str, str]:
+        """Compares all that a run must not change with the digests taken before; call it after `put_back`.
+
+        Returns:
+            Name -> digest of every parameter that was compared, as it is now.
+
+        Raises:
+            RuntimeError: a parameter is not what it was; the message names the first.
+        """
+        after = fingerprint({name: self.parameters[name].detach() for name in self._digests})
+        if changed := [name for name, digest in after.items() if digest != self._digests[name]]:
+            raise RuntimeError(
+                f"{self._what}: entries of {changed[0]!r} that must not train have changed "
+                f"({len(changed)} parameters in all)"
+            )
+        return after
+
+    def _held(self, values: Mapping[str, Tensor]) -> list[Held]:
+        """Values by name, with the places that they belong to."""
+        sets = self.ticket.sets
+        return [
+            Held(self.parameters[name], None if name in self.dense else sets[name], tensor)
+            for name, tensor in values.items()
+        ]
+
+    def _now(self) -> dict[str, Held]:
+        """What all places hold that training changes; copies, on the CPU."""
+        self._home.check(what=self._what)
+        entries = {name: gather(self.parameters[name], self.ticket.sets[name]).cpu() for name in self.originals}
+        whole = {name: self.parameters[name].detach().cpu().clone() for name in self.dense}
+        values = {**entries, **whole}
+        return dict(zip(values, self._held(values), strict=True))
