@@ -14,6 +14,8 @@ import importlib.util
 import sys
 from typing import TYPE_CHECKING, Any
 
+from ltp_sparse import _moved  # noqa: F401 (modules by the names that they had before)
+
 if TYPE_CHECKING:
     from ltp_sparse.backends import available_backends, use_backend
     from ltp_sparse.ops import masked_adamw_, topk_delta

@@ -20,7 +20,7 @@ KERNELS = ROOT / "kernels" / "ltp_kernels"
 
 # In this order: a folder knows nothing of those behind it, not even in annotations.
 ORDER = [
-    *["_C", "kernels", "weights", "tickets", "backends", "ops", "selection", "optim", "tasks", "prompting"],
+    *["_moved", "_C", "kernels", "weights", "tickets", "backends", "ops", "selection", "optim", "tasks", "prompting"],
     *["models", "methods", "training", "pretraining", "recipes", "report", "testing", "demo", "cli", "__main__"],
 ]
 PLACE = {part: place for place, part in enumerate(ORDER)}
