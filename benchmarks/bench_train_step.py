@@ -183,8 +183,8 @@ def masked_batch(bench: Bench, vocabulary: int) -> tuple[Tensor, Tensor]:
 def stage_1_ours(bench: Bench) -> Step:
     """Everything but LayerNorms trains, pulled to the initial weights; logits of some masked positions at a time."""
     import ltp_sparse as ls
+    from ltp_sparse.models.masked_losses import masked_token_loss, token_losses
     from ltp_sparse.selection import pools
-    from ltp_sparse.training.mlm import masked_token_loss, token_losses
 
     model = language_model(bench.args.model, decoupled=True).to(bench.device).train()
     ids, labels = masked_batch(bench, model.config.vocab_size)

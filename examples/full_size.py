@@ -20,9 +20,10 @@ from transformers import AutoTokenizer
 from ltp_sparse.methods import LTP, PromptSettings
 from ltp_sparse.models.backbone import decouple
 from ltp_sparse.selection import pools
+from ltp_sparse.selection.ltp import find_ticket
 from ltp_sparse.tasks import load_pairs, read_text
 from ltp_sparse.training.method import train_method
-from ltp_sparse.training.mlm import MLMSettings, find_ticket, tune_mlm
+from ltp_sparse.training.mlm import MLMSettings, tune_mlm
 from ltp_sparse.weights.names import canonical_parameters
 
 

@@ -17,11 +17,12 @@ from ltp_sparse.prompting import CLASSES, Verbalizer
 from ltp_sparse.recipes import results
 from ltp_sparse.report.plots import plot_accuracy, plot_ticket
 from ltp_sparse.report.tables import Table, make_table, markdown
+from ltp_sparse.selection.ltp import find_ticket
 from ltp_sparse.tasks.generated.inference import pairs, sentences
 from ltp_sparse.tasks.generated.languages import LANGUAGES
 from ltp_sparse.training.evaluation import evaluate, largest_class, result_row
 from ltp_sparse.training.method import Trained, train_method
-from ltp_sparse.training.mlm import MLMSettings, find_ticket, tune_mlm
+from ltp_sparse.training.mlm import MLMSettings, tune_mlm
 from ltp_sparse.weights.files import atomic_path
 from ltp_sparse.weights.names import canonical_parameters
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ltp_sparse.models import Adapter, AdapterStack, InvertibleAdapter, SequenceClassifier, collator, encode_pairs
-from ltp_sparse.training.mlm import token_losses
+from ltp_sparse.models.masked_losses import token_losses
 from ltp_sparse.weights.names import canonical_parameters
 
 

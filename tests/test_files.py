@@ -486,7 +486,7 @@ def test_a_worker_that_a_signal_ends_has_failed(capfd):
 
 def test_one_run_at_a_time_works_in_a_folder(tmp_path):
     pytest.importorskip("transformers")
-    from ltp_sparse.training.trainer import alone
+    from ltp_sparse.training.run_folder import alone
 
     script = (
         "import sys, time; from ltp_sparse.training.trainer import alone\n"

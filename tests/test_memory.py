@@ -14,9 +14,9 @@ import ltp_sparse as ls
 from ltp_sparse.cli import main
 from ltp_sparse.cli.memory import SIZES, table
 from ltp_sparse.models.backbone import decouple
+from ltp_sparse.models.masked_losses import losses_at
 from ltp_sparse.optim.memory import LiveBytes
 from ltp_sparse.selection import pools
-from ltp_sparse.training.mlm import losses_at
 
 
 @pytest.fixture(autouse=True, scope="module")

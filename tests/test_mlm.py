@@ -14,20 +14,13 @@ from tokenizers.processors import TemplateProcessing
 from transformers import TrainerCallback
 
 from ltp_sparse import canonical_parameters
+from ltp_sparse.models import masked_losses
+from ltp_sparse.models.masked_losses import masked_token_loss, token_losses
+from ltp_sparse.prompting.templates import IGNORED_LABEL
 from ltp_sparse.selection import ShortTicket, pools
-from ltp_sparse.training import mlm
-from ltp_sparse.training.mlm import (
-    IGNORED,
-    MaskedTexts,
-    MLMSettings,
-    PadRight,
-    find_ticket,
-    masked_token_loss,
-    split_texts,
-    text_hash,
-    token_losses,
-    tune_mlm,
-)
+from ltp_sparse.selection.ltp import find_ticket
+from ltp_sparse.training.masked_texts import MaskedTexts, PadRight, split_texts, text_hash
+from ltp_sparse.training.mlm import MLMSettings, tune_mlm
 from ltp_sparse.weights.names import is_layer_norm, layer_of
 
 VOCABULARY = 300  # rows of the model; tokens past the tokenizer's occur in no input, not even as random replacements
@@ -89,7 +82,7 @@ def assert_same(a, b):
 
 
 def unmasked(example):
-    return torch.where(example["labels"] == IGNORED, example["input_ids"], example["labels"]).tolist()
+    return torch.where(example["labels"] == IGNORED_LABEL, example["input_ids"], example["labels"]).tolist()
 
 
 def test_packing_joins_and_cuts(tokenizer, texts):
@@ -110,7 +103,7 @@ def test_masking_shares(tokenizer, texts):
     dataset = MaskedTexts(texts * 40, tokenizer, length=64)
     examples = [dataset[i] for i in range(len(dataset))]
     ids, labels = (torch.stack([e[key] for e in examples]) for key in ("input_ids", "labels"))
-    chosen = labels != IGNORED
+    chosen = labels != IGNORED_LABEL
     maskable = torch.where(chosen, labels, ids) > 2
     assert not (chosen & ~maskable).any()  # never <s>, </s> or padding
     n, c = int(maskable.sum()), int(chosen.sum())
@@ -160,7 +153,7 @@ def test_padding(tokenizer, texts):
         assert torch.equal(batch["labels"][row, :size], example["labels"])
         assert batch["attention_mask"][row].tolist() == [1] * size + [0] * (longest - size)
         assert set(batch["input_ids"][row, size:].tolist()) <= {1}
-        assert set(batch["labels"][row, size:].tolist()) <= {IGNORED}
+        assert set(batch["labels"][row, size:].tolist()) <= {IGNORED_LABEL}
 
 
 def test_split_and_hash(texts):
@@ -187,7 +180,7 @@ def test_too_little_text_is_an_error(tokenizer):
 def test_loss_is_that_of_all_logits(tokenizer, texts, monkeypatch, rows, tied):
     """Whatever the number of positions whose logits exist at a time; gradients, too."""
     model = build(decoupled=not tied).eval()
-    monkeypatch.setattr(mlm, "_LOGITS", rows * model.config.vocab_size)
+    monkeypatch.setattr(masked_losses, "_LOGITS", rows * model.config.vocab_size)
     dataset = MaskedTexts(texts, tokenizer, length=16)
     batch = PadRight(1)([dataset[i] for i in range(8)])
     labels = batch.pop("labels")
@@ -205,7 +198,7 @@ def test_loss_is_that_of_all_logits(tokenizer, texts, monkeypatch, rows, tied):
     for name, parameter in model.named_parameters():
         if name in wanted:
             torch.testing.assert_close(parameter.grad, wanted[name], atol=1e-6, rtol=1e-4)
-    count = int((labels != IGNORED).sum())
+    count = int((labels != IGNORED_LABEL).sum())
     half = masked_token_loss(outputs, labels, num_items_in_batch=2 * count)
     torch.testing.assert_close(half, expected / 2)
     with pytest.raises(RuntimeError, match="stop"), token_losses(model, labels):
@@ -215,7 +208,7 @@ def test_loss_is_that_of_all_logits(tokenizer, texts, monkeypatch, rows, tied):
 
 def test_few_logits_exist_at_a_time(tokenizer, texts, monkeypatch):
     model = build()
-    monkeypatch.setattr(mlm, "_LOGITS", 3 * model.config.vocab_size)
+    monkeypatch.setattr(masked_losses, "_LOGITS", 3 * model.config.vocab_size)
     dataset = MaskedTexts(texts, tokenizer, length=16)
     batch = PadRight(1)([dataset[i] for i in range(8)])
     labels = batch.pop("labels")
@@ -230,12 +223,12 @@ def test_few_logits_exist_at_a_time(tokenizer, texts, monkeypatch):
 
     with Largest(), token_losses(model, labels):
         masked_token_loss(model(**batch), labels).backward()
-    assert int((labels != IGNORED).sum()) > 6 and max(largest) == 3
+    assert int((labels != IGNORED_LABEL).sum()) > 6 and max(largest) == 3
 
 
 def test_batch_without_a_masked_token_has_zero_loss_and_gradient():
     model, ids = build(), torch.full((2, 3), 5)
-    labels = torch.full((2, 5), IGNORED)[:, :3]  # not contiguous
+    labels = torch.full((2, 5), IGNORED_LABEL)[:, :3]  # not contiguous
     with token_losses(model, labels):
         loss = masked_token_loss(model(input_ids=ids), labels)
     loss.backward()
@@ -318,8 +311,8 @@ def test_evaluation_loss_is_per_masked_token(tokenizer, texts, line_by_line):
     total, count, model = 0.0, 0, build().eval()
     for i in range(len(dataset)):
         logits = model(input_ids=dataset[i]["input_ids"][None]).logits[0]
-        total += F.cross_entropy(logits, dataset[i]["labels"], ignore_index=IGNORED, reduction="sum").item()
-        count += int((dataset[i]["labels"] != IGNORED).sum())
+        total += F.cross_entropy(logits, dataset[i]["labels"], ignore_index=IGNORED_LABEL, reduction="sum").item()
+        count += int((dataset[i]["labels"] != IGNORED_LABEL).sum())
     assert losses[0] == pytest.approx(total / count, rel=1e-5)
 
 

@@ -14,7 +14,8 @@ from transformers import TrainerCallback, TrainingArguments, XLMRobertaConfig, X
 
 from ltp_sparse import FileFormatError, SparseDelta, Ticket, canonical_parameters
 from ltp_sparse.selection import pools
-from ltp_sparse.training.trainer import BEST_FILE, DELTA_FILE, KeepBest, SparseTrainer, begin, last_checkpoint
+from ltp_sparse.training.run_folder import begin, last_checkpoint
+from ltp_sparse.training.trainer import BEST_FILE, DELTA_FILE, KeepBest, SparseTrainer
 from ltp_sparse.weights import manifest
 
 EXAMPLES, BATCH, EPOCHS = 24, 4, 3

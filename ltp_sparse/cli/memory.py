@@ -107,9 +107,9 @@ def _tuning(config: Any, batch: int, length: int, device: str) -> dict[str, Memo
     from transformers import XLMRobertaForMaskedLM
 
     from ltp_sparse.models.backbone import decouple
+    from ltp_sparse.models.masked_losses import losses_at
     from ltp_sparse.optim.memory import memory_report
     from ltp_sparse.selection import pools
-    from ltp_sparse.training.mlm import losses_at
     from ltp_sparse.weights.names import canonical_parameters
 
     model = decouple(XLMRobertaForMaskedLM(config)).train()

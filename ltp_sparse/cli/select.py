@@ -165,7 +165,8 @@ def _from_text(options: argparse.Namespace):  # type: ignore[no-untyped-def]
     else:
         texts = read_text(options.text, max_lines=options.max_lines, seed=options.seed)
     from ltp_sparse.models.backbone import load_backbone, longest_input
-    from ltp_sparse.training.mlm import MLMSettings, find_ticket, tune_mlm
+    from ltp_sparse.selection.ltp import find_ticket
+    from ltp_sparse.training.mlm import MLMSettings, tune_mlm
 
     quieten(options)
     model, tokenizer = load_backbone(options.model, decoupled=strategy == "decoupled", tokenizer=options.tokenizer)

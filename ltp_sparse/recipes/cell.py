@@ -22,13 +22,15 @@ from ltp_sparse.prompting import CLASSES, WORDS, Verbalizer
 from ltp_sparse.recipes.cache import Cache
 from ltp_sparse.recipes.corpora import Corpus, corpus, mixture
 from ltp_sparse.recipes.recipe import Cell
+from ltp_sparse.selection.ltp import STRATEGIES, find_ticket
 from ltp_sparse.tasks import TASKS, Task
 from ltp_sparse.tickets.delta import SparseDelta
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.training.evaluation import evaluate, largest_class
 from ltp_sparse.training.language import ADAPTER_SETTINGS, LANGUAGE_SETTINGS, train_language, train_language_adapter
+from ltp_sparse.training.masked_texts import text_hash
 from ltp_sparse.training.method import load_trained, train_method
-from ltp_sparse.training.mlm import STRATEGIES, MLMSettings, find_ticket, text_hash, tune_mlm
+from ltp_sparse.training.mlm import MLMSettings, tune_mlm
 from ltp_sparse.weights.files import save as save_tensors
 from ltp_sparse.weights.names import canonical_parameters, fingerprint, layer_of, module_of
 from ltp_sparse.weights.reading import closest

@@ -25,7 +25,8 @@ from ltp_sparse.tickets.delta import SparseDelta
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.training.bars import show_progress
 from ltp_sparse.training.evaluation import METRICS
-from ltp_sparse.training.trainer import KeepBest, SparseTrainer, alone, begin
+from ltp_sparse.training.run_folder import alone, begin
+from ltp_sparse.training.trainer import KeepBest, SparseTrainer
 
 
 @dataclass(frozen=True, kw_only=True)

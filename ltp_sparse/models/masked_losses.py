@@ -1,0 +1,70 @@
+"""Losses of a masked language model at masked positions only, some logits at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ltp_sparse.prompting.templates import IGNORED_LABEL
+from ltp_sparse.weights.names import unwrapped
+
+_LOGITS = 1 << 26  # logits that exist at a time
+
+
+def masked_token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """Sum of cross-entropies over the masked tokens, divided by their number in the whole update (or in this batch).
+
+    outputs: made within `token_losses`; labels: int64 [B, L], -100 where not masked.
+    """
+    losses: Tensor = outputs.logits
+    count = torch.as_tensor(len(losses) if num_items_in_batch is None else num_items_in_batch)
+    return losses.sum() / count.clamp(min=1).to(losses.device)
+
+
+@contextmanager
+def token_losses(model: nn.Module, labels: Tensor) -> Iterator[None]:
+    """Within this context `model(...).logits` is the cross-entropy of every masked token, float32 [masked tokens].
+
+    model:  a masked-LM model, possibly wrapped (DDP): call the wrapper
+    labels: int64 [B, L], -100 where not masked; losses come in row-major order
+
+    The LM head runs at masked positions only, and its decoder on so many of them at a time that their logits stay
+    below 256 MiB; backward makes them again. All logits of a 32 x 256 batch of XLM-R would be 8.2 GB, those of the
+    masked positions 1.2 GB, and as much again for their gradients.
+    """
+    flat = labels.reshape(-1)
+    positions = (flat != IGNORED_LABEL).nonzero()[:, 0]
+    with losses_at(model, positions, flat[positions]):
+        yield
+
+
+@contextmanager
+def losses_at(model: nn.Module, positions: Tensor, targets: Tensor) -> Iterator[None]:
+    """What `token_losses` does, of given positions in the flattened batch and the tokens there; both int64 [m]."""
+    head: Any = unwrapped(model).lm_head
+    decoder = head.decoder
+    rows = max(1, _LOGITS // decoder.weight.shape[0])
+
+    def losses_of(features: Tensor, targets: Tensor) -> Tensor:
+        logits = F.linear(features, decoder.weight, decoder.bias)
+        return F.cross_entropy(logits.float(), targets, reduction="none")
+
+    def losses(features: Tensor) -> Tensor:
+        if len(features) <= rows:
+            return losses_of(features, targets)
+        pieces = zip(features.split(rows), targets.split(rows), strict=True)
+        return torch.cat([checkpoint(losses_of, *piece, use_reentrant=False) for piece in pieces])
+
+    handle = head.register_forward_pre_hook(lambda module, inputs: (inputs[0].flatten(0, 1)[positions], *inputs[1:]))
+    decoder.forward = losses  # of this instance only; its hooks still run
+    try:
+        yield
+    finally:
+        handle.remove()
+        del decoder.forward

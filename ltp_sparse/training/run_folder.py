@@ -1,0 +1,122 @@
+"""The output folder of a run: who works in it, what it was started with, which checkpoint is complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ltp_sparse.weights import manifest
+from ltp_sparse.weights.files import atomic_path, sweep
+from ltp_sparse.weights.reading import FileFormatError, read_json
+
+DELTA_FILE = "delta.safetensors"
+SETTINGS_FILE = "settings.json"
+
+
+def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
+    """The checkpoint of most steps in an output folder that is as its manifest says; None if there is none.
+
+    A warning tells of those that are passed over.
+
+    Raises:
+        FileFormatError: there is none, but one that has been complete: it was damaged.
+    """
+    passed: list[FileFormatError] = []
+    for path in sorted(checkpoints(Path(folder)), key=_steps, reverse=True):
+        try:
+            manifest.check(path)
+        except FileFormatError as error:
+            passed.append(error)
+            continue
+        if passed:
+            _warn_passed(passed, f"going on from {path}")
+        return path
+    for each in passed:
+        if not isinstance(each, manifest.Unfinished):
+            problem = f"{each.problem}. No checkpoint is left to go on from; delete {folder} to start anew"
+            raise FileFormatError(each.path, problem, each.place)
+    if passed:
+        _warn_passed(passed, "no checkpoint is complete, the run starts from its beginning")
+    return None
+
+
+def _warn_passed(passed: Iterable[FileFormatError], what_now: str) -> None:
+    warnings.warn(f"{'; '.join(map(str, passed))}: passed over, {what_now}", UserWarning, stacklevel=4)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The folders of checkpoints, finished or not, of this class."""
+    return [path for path in folder.glob("checkpoint-*") if _is_ours(path)]
+
+
+def _is_ours(path: Path) -> bool:
+    return (path / manifest.MANIFEST).is_file() or (path / DELTA_FILE).is_file()
+
+
+def begin(folder: str | os.PathLike[str], facts: Mapping[str, Any], *, what: str, resume: bool) -> Path | None:
+    """The checkpoint that a run goes on from, if it resumes and there is one.
+
+    Otherwise the checkpoints of an earlier run are removed, as a later resume would take them for those of this one.
+
+    facts: what a resumed run must have in common with the interrupted one to end with the same bits; kept in the folder
+    Raises ValueError if it has not, or its checkpoints are damaged; nothing is changed then.
+    """
+    checkpoint, path = last_checkpoint(folder) if resume else None, Path(folder) / SETTINGS_FILE
+    facts = json.loads(json.dumps(facts, default=float))  # as they will be read
+    if checkpoint is not None:
+        before = _settings(path)
+        changed = [f"{key} {before.get(key)!r}, now {now!r}" for key, now in facts.items() if before.get(key) != now]
+        if changed:
+            raise ValueError(
+                f"{what}: {folder} holds checkpoints of a run with {'; '.join(changed)}; resume it with these "
+                "settings, or delete the folder to start anew"
+            )
+    elif int(os.environ.get("RANK", "0")) == 0:
+        if not resume:
+            for old in checkpoints(Path(folder)):
+                shutil.rmtree(old)
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(facts, indent=1))
+        sweep(path.parent)
+    return checkpoint
+
+
+@contextmanager
+def alone(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Keeps other runs out of an output folder; the lock of a process that has died is free.
+
+    Raises ValueError if another run is at work there.
+    """
+    if int(os.environ.get("RANK", "0")):
+        yield  # ranks of one run work together
+        return
+    path = Path(folder) / "run.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(path).acquire(blocking=False)
+    except Timeout:
+        raise ValueError(f"another run is at work in {folder}; wait for its end, or give another folder") from None
+    with lock:
+        yield
+        path.unlink(missing_ok=True)
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """What the interrupted run had, without which nothing tells whether this one may go on."""
+    expected = "the settings of the run that left the checkpoints beside it; start anew"
+    if not path.is_file():
+        raise FileFormatError(path, f"is missing; expected {expected}")
+    return read_json(path, expected)
+
+
+def _steps(checkpoint: Path) -> int:
+    number = checkpoint.name.removeprefix("checkpoint-")
+    return int(number) if number.isdigit() else -1
