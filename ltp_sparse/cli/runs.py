@@ -37,9 +37,10 @@ _DESCRIPTION = "run.json"
 class Run:
     """How a run was made; paths and names as given on the command line.
 
-    task:    None: data of one's own, `train`, `dev` and `test`, with `columns`
-    words:   class -> label words; None: those of the language `verbalizer`
-    labels:  classes, in the order of the logits
+    Attributes:
+        task: None: data of one's own, `train`, `dev` and `test`, with `columns`
+        words: class -> label words; None: those of the language `verbalizer`
+        labels: classes, in the order of the logits
     """
 
     model: str

@@ -25,9 +25,10 @@ class AdaSFT(ClassifierMethod):
     Biases, LayerNorms and embeddings stay as they are. The result is the dense difference M * W_T - W_s over all linear
     weights, so that it composes with language SFTs; it saves no parameters (85 million values for XLM-R-base).
 
-    init:               of S
-    mask_learning_rate: of the first step; the settings' is that of the second
-    keep:               share of M that stays; the smallest others become 0 after the first step. None: all stay
+    Attributes:
+        init: of S
+        mask_learning_rate: of the first step; the settings' is that of the second
+        keep: share of M that stays; the smallest others become 0 after the first step. None: all stay
     """
 
     key = "ada-sft"

@@ -22,16 +22,17 @@ if TYPE_CHECKING:
 class Settings:
     """How a method trains.
 
-    learning_rate: of the language model's entries and of everything that trains beside them
-    epochs:        over the training examples; `max_steps`, if positive, caps the updates
-    batch_size:    examples per update
-    weight_decay:  decoupled, of AdamW
-    l2:            coupled, of Adam (added to the gradient; not of biases and LayerNorms); trains all weights or none
-    max_grad_norm: norm to which the gradient of what trains is clipped; 0: no clipping
-    schedule:      "constant", or "linear" decay to 0 after `warmup`, a share of the updates
-    eval_steps:    updates between evaluations on dev; 0: once an epoch
-    max_length:    tokens of an input
-    seeds:         those of the repeated runs of an experiment
+    Attributes:
+        learning_rate: of the language model's entries and of everything that trains beside them
+        epochs: over the training examples; `max_steps`, if positive, caps the updates
+        batch_size: examples per update
+        weight_decay: decoupled, of AdamW
+        l2: coupled, of Adam (added to the gradient; not of biases and LayerNorms); trains all weights or none
+        max_grad_norm: norm to which the gradient of what trains is clipped; 0: no clipping
+        schedule: "constant", or "linear" decay to 0 after `warmup`, a share of the updates
+        eval_steps: updates between evaluations on dev; 0: once an epoch
+        max_length: tokens of an input
+        seeds: those of the repeated runs of an experiment
     """
 
     learning_rate: float = 2e-5
@@ -63,10 +64,11 @@ class Settings:
 class Context:
     """What a run gives to its method.
 
-    labels:     classes of the task, in the order of the logits
-    language:   that of the training examples: the pattern's words, where a pattern has some
-    verbalizer: words of the classes, where a method scores words; None: the English ones of inference
-    seed:       of initial values and of whatever the method draws
+    Attributes:
+        labels: classes of the task, in the order of the logits
+        language: that of the training examples: the pattern's words, where a pattern has some
+        verbalizer: words of the classes, where a method scores words; None: the English ones of inference
+        seed: of initial values and of whatever the method draws
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -100,12 +102,14 @@ Collate = Callable[[Sequence[Any]], dict[str, Tensor]]
 class Setup:
     """A model made ready by a method.
 
-    model:   `model(**batch)["logits"]` is [B, C]; it holds the language model's parameters under their own names
-    dense:   modules and parameters of `model` that train, and are stored, in full
-    loss:    (outputs, labels [B], examples of the whole update or None) -> scalar; None: cross-entropy over the classes
-    bake:    dense tensors that inference needs in place of those of `dense`; None: the same ones
-    facts:   for the metadata of results
-    undo:    takes what the method attached to the language model off again
+    Attributes:
+        model: `model(**batch)["logits"]` is [B, C]; it holds the language model's parameters under their own names
+        dense: modules and parameters of `model` that train, and are stored, in full
+        loss: (outputs, labels [B], examples of the whole update or None) -> scalar; None: cross-entropy over the
+            classes
+        bake: dense tensors that inference needs in place of those of `dense`; None: the same ones
+        facts: for the metadata of results
+        undo: takes what the method attached to the language model off again
     """
 
     model: nn.Module
@@ -134,12 +138,13 @@ class Tune(Protocol):
 class Method(ABC):
     """A training method: a frozen dataclass of options, and of `settings`.
 
-    key:          its name in recipes and on the command line
-    name:         its name in tables
-    needs_ticket: whether `ticket` wants one to be given
-    backbone:     "masked" (XLM-R) or "causal" (XGLM, BLOOM)
-    inputs:       the kinds of examples it reads: "pair", "text"
-    picks:        "loss" where the evaluation of smallest loss on dev is kept; None: that of the best metric
+    Attributes:
+        key: its name in recipes and on the command line
+        name: its name in tables
+        needs_ticket: whether `ticket` wants one to be given
+        backbone: "masked" (XLM-R) or "causal" (XGLM, BLOOM)
+        inputs: the kinds of examples it reads: "pair", "text"
+        picks: "loss" where the evaluation of smallest loss on dev is kept; None: that of the best metric
     """
 
     key: ClassVar[str]
@@ -171,8 +176,9 @@ class Method(ABC):
     def ticket(self, language_model: PreTrainedModel, given: Ticket | None = None, *, seed: int = 0) -> Ticket:
         """The entries of the language model that train.
 
-        given: the ticket of stage 1, for methods that need one; the others refuse it.
-        seed:  that of the run, for methods that draw.
+        Args:
+            given: the ticket of stage 1, for methods that need one; the others refuse it.
+            seed: that of the run, for methods that draw.
         """
         if self.needs_ticket and given is None:
             raise ValueError(

@@ -27,11 +27,12 @@ HEADS = ("classifier", "mlm")
 class DeepPromptTuning(Method):
     """P-tuning v2: the prompt of every layer trains, and a head.
 
-    n:               rows of the prompt
-    head:            "classifier", a linear layer on `<s>` as in the source, or "mlm": the frozen LM head and the
-                     verbalizer at `<mask>`, for comparison with the other prompts
-    projection:      see `DeepPrompt`
-    position_offset: see `DeepPrompt`
+    Attributes:
+        n: rows of the prompt
+        head: "classifier", a linear layer on `<s>` as in the source, or "mlm": the frozen LM head and the verbalizer at
+            `<mask>`, for comparison with the other prompts
+        projection: see `DeepPrompt`
+        position_offset: see `DeepPrompt`
     """
 
     key = "deep-prompt"

@@ -106,9 +106,11 @@ class LTSFT(ClassifierMethod):
 
     LayerNorms stay as they are in both phases; the head trains in both and starts anew in the second.
 
-    k:          entries, as counted on XLM-R-base; a model of another size takes the same share of its own
-    density:    share of the maskable entries, instead of k
-    iterations: of full tuning; each adds k / iterations entries and starts from the sparse tuning of those found before
+    Attributes:
+        k: entries, as counted on XLM-R-base; a model of another size takes the same share of its own
+        density: share of the maskable entries, instead of k
+        iterations: of full tuning; each adds k / iterations entries and starts from the sparse tuning of those found
+            before
     """
 
     key = "lt-sft"
@@ -173,7 +175,8 @@ def most_changed(tuned: SparseDelta, but: Ticket | None, k: int, shares: Mapping
 class SCSFT(LTSFT):
     """SC-SFT: LT-SFT with a share of the budget for each group of layers.
 
-    groups: a name of `SHARES`, or shares by regular expression over parameter names
+    Attributes:
+        groups: a name of `SHARES`, or shares by regular expression over parameter names
     """
 
     key = "sc-sft"
@@ -215,9 +218,10 @@ RANDOM_POOLS: dict[str, Pool] = {
 class RandSFT(ClassifierMethod):
     """Rand-SFT: random entries and the head train, in one phase.
 
-    k, density: as in `LTSFT`
-    scope:      pool of the draw: "all", "no-embeddings" or "query-value" (Random Masking's)
-    bernoulli:  draw every entry with probability k / pool, instead of exactly k
+    Attributes:
+        k, density: as in `LTSFT`
+        scope: pool of the draw: "all", "no-embeddings" or "query-value" (Random Masking's)
+        bernoulli: draw every entry with probability k / pool, instead of exactly k
     """
 
     key = "rand-sft"

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 class MADX(ClassifierMethod):
     """A task adapter and the head train; below the task adapter a language adapter stays as it is.
 
-    reduction:        of the task adapter; 1 gives about the budget of a task SFT
-    drop_last:        no adapters in the last layer
-    language_adapter: file of the adapter of the training language, or, on loading, of the language to be labelled;
-                      None: none
+    Attributes:
+        reduction: of the task adapter; 1 gives about the budget of a task SFT
+        drop_last: no adapters in the last layer
+        language_adapter: file of the adapter of the training language, or, on loading, of the language to be labelled;
+            None: none
     """
 
     key = "mad-x"

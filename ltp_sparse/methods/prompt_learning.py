@@ -32,10 +32,11 @@ BAKED_PROMPT = "prompt_encoder.rows"
 class PromptSettings(Settings):
     """Settings of prompt-learning; the defaults are LTP's.
 
-    n_prompt:   prompt embeddings
-    encoder:    "bilstm", "mlp" or "none"
-    init:       "normal" draws the rows of the prompt encoder from N(0, 1), "vocabulary" copies word embeddings
-    truncation: "longest_first" or "hypothesis_first" (see `Template.encode`)
+    Attributes:
+        n_prompt: prompt embeddings
+        encoder: "bilstm", "mlp" or "none"
+        init: "normal" draws the rows of the prompt encoder from N(0, 1), "vocabulary" copies word embeddings
+        truncation: "longest_first" or "hypothesis_first" (see `Template.encode`)
     """
 
     epochs: float = 70
@@ -138,7 +139,8 @@ class LTP(PromptMethod):
 class RandomTicket(LTP):
     """LTP with as many entries as its ticket, drawn at random from the ticket's pool with the seed of the run.
 
-    match: "pool" draws uniformly over the whole pool, "layers" keeps the ticket's count in every parameter
+    Attributes:
+        match: "pool" draws uniformly over the whole pool, "layers" keeps the ticket's count in every parameter
     """
 
     key = "random-ticket"

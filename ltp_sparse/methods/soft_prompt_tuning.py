@@ -39,11 +39,12 @@ class SPT(Method):
     Training minimises the cross-entropy over the whole vocabulary, and the best epoch is that of the smallest loss on
     dev.
 
-    n:          prompt embeddings
-    bottleneck: width of the reparameterisation; None: the rows are the prompt
-    frozen:     the language model stays as it is; otherwise all of it trains, at a rate of 1e-5 to 5e-5
-    compat:     with a reparameterisation, leave its LayerNorm at the initial values, as the source does when frozen
-    words:      class -> word; None: those of SIB-200's topics for the model
+    Attributes:
+        n: prompt embeddings
+        bottleneck: width of the reparameterisation; None: the rows are the prompt
+        frozen: the language model stays as it is; otherwise all of it trains, at a rate of 1e-5 to 5e-5
+        compat: with a reparameterisation, leave its LayerNorm at the initial values, as the source does when frozen
+        words: class -> word; None: those of SIB-200's topics for the model
     """
 
     key = "spt"

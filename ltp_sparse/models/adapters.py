@@ -26,11 +26,12 @@ class Adapter(nn.Module):
 
     Weights are drawn from N(0, 0.02), biases are 0.
 
-    hidden:     H of the model
-    layers:     layers that have a bottleneck, counted from the first
-    reduction:  the bottleneck is H // reduction wide
-    invertible: with `InvertibleAdapter`
-    metadata:   JSON values that are saved with the weights
+    Args:
+        hidden: H of the model
+        layers: layers that have a bottleneck, counted from the first
+        reduction: the bottleneck is H // reduction wide
+        invertible: with `InvertibleAdapter`
+        metadata: JSON values that are saved with the weights
     """
 
     def __init__(
@@ -65,8 +66,10 @@ class Adapter(nn.Module):
     def for_task(cls, config: XLMRobertaConfig, reduction: int = 16, *, drop_last: bool = True) -> Adapter:
         """A task adapter.
 
-        reduction: 16 by default; 1 gives about the budget of a task SFT
-        drop_last: without one in the last layer
+        Args:
+            reduction: 16 by default; 1 gives about the budget of a task SFT
+            drop_last: without one in the last layer
+
         Parameters of XLM-R-base: reduction 16, 819,984 (894,528 with the last layer); reduction 1, 12,993,024
         (14,174,208).
         """
@@ -83,7 +86,9 @@ class Adapter(nn.Module):
     def load(cls, path: str | os.PathLike[str]) -> Adapter:
         """Reads a file written by `save`, on the CPU.
 
-        Raises FileNotFoundError, or FileFormatError for a file that is damaged or not an adapter.
+        Raises:
+            FileNotFoundError: there is no such file.
+            FileFormatError: the file is damaged or not an adapter.
         """
         tensors, header = files.load(path, KIND)
         with files.understanding(path, KIND):
@@ -132,8 +137,9 @@ class AdapterStack(Attachment):
     language acts on the output of the embeddings, and its inverse on the input of the module `lm_head.decoder`
     (`PromptedMaskedLM`, which reads rows of the decoder's weight only, goes without).
 
-    drop_last: leave the last layer without adapters, as in training and testing on a task; give False for language
-               modelling
+    Args:
+        drop_last: leave the last layer without adapters, as in training and testing on a task; give False for language
+            modelling
     """
 
     key = "adapters"
@@ -147,8 +153,11 @@ class AdapterStack(Attachment):
     def swap(self, language: Adapter | None) -> Adapter | None:
         """Puts another language adapter in and gives back the one before.
 
-        language: on the device of the model; None: the task adapter alone
-        Raises ValueError if it does not fit the model.
+        Args:
+            language: on the device of the model; None: the task adapter alone
+
+        Raises:
+            ValueError: it does not fit the model.
         """
         before, self.language = self.language, language
         try:

@@ -27,10 +27,14 @@ class Attachment(nn.Module):
     def attach(self, model: nn.Module) -> Self:
         """Joins a model, in its training or evaluation mode, and becomes its submodule `key`. Returns itself.
 
-        model: an XLM-R model with or without a head, or a module around one that has it as `roberta`. It is the model
-               that will be trained: its `parameters()` and `state_dict()` then hold this module's, too, and its
-               `to(device)` moves both.
-        Raises TypeError for another architecture, ValueError if sizes differ or if it is already attached.
+        Args:
+            model: an XLM-R model with or without a head, or a module around one that has it as `roberta`. It is the
+                model that will be trained: its `parameters()` and `state_dict()` then hold this module's, too, and its
+                `to(device)` moves both.
+
+        Raises:
+            TypeError: the model is of another architecture.
+            ValueError: sizes differ, or it is already attached.
         """
         if self._host or hasattr(model, self.key):
             raise ValueError(

@@ -38,15 +38,17 @@ def load_backbone(
 ) -> tuple[XLMRobertaForMaskedLM, PreTrainedTokenizerBase]:
     """An `XLMRobertaForMaskedLM` and its tokenizer, from a local folder or by Hub name (only then is it downloaded).
 
-    name_or_path: "mini-xlmr" is the small model that comes with this package
+    Args:
+        name_or_path: a folder, a Hub name, or "mini-xlmr", the small model that comes with this package.
+        decoupled: give the LM head its own frozen copy of the word embedding (`decouple`). A folder that was saved
+            decoupled stays so whatever this says.
+        dtype: of the weights. Deltas of about 1e-4 vanish in bfloat16: train float32 weights, under autocast if wanted.
+        tokenizer: folder or Hub name of the tokenizer when it is not beside the weights.
 
-    decoupled: give the LM head its own frozen copy of the word embedding (`decouple`). A folder that was saved
-               decoupled stays so whatever this says.
-    dtype:     of the weights. Deltas of about 1e-4 vanish in bfloat16: train float32 weights, under autocast if wanted.
-    tokenizer: folder or Hub name of the tokenizer when it is not beside the weights.
-    Raises ValueError for a missing folder or name, missing or damaged files, another architecture, files that lack a
-    weight of the model or hold one of another shape or for another place (a checkpoint without LM head, names with a
-    prefix), weights that are NaN or infinite, or a tokenizer that is empty or does not fit the model.
+    Raises:
+        ValueError: a missing folder or name; missing or damaged files; another architecture; files that lack a weight
+            of the model, or hold one of another shape or for another place (a checkpoint without LM head, names with a
+            prefix); weights that are NaN or infinite; a tokenizer that is empty or does not fit the model.
     """
     from transformers import AutoConfig, XLMRobertaForMaskedLM
 
@@ -77,7 +79,8 @@ def load_causal(
 ) -> tuple[XGLMForCausalLM | BloomForCausalLM, PreTrainedTokenizerBase]:
     """An XGLM or BLOOM language model and its tokenizer, from a local folder or by Hub name; as `load_backbone`.
 
-    Raises ValueError as `load_backbone` does.
+    Raises:
+        ValueError: as `load_backbone`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -150,8 +153,9 @@ def _save_both_biases(module: nn.Module, state_dict: dict, prefix: str, local_me
 def _complete(what: str, cls: Any, source: str, **options: Any) -> Any:
     """`cls.from_pretrained`, which gives random weights to what is not in the files and says so in a log.
 
-    Raises a FileFormatError in that case: a weight of the model is not in the files, has another shape there, or the
-    files hold weights that the model has no place for, which is what becomes of names with a prefix.
+    Raises:
+        FileFormatError: a weight of the model is not in the files or has another shape there, or the files hold weights
+            that the model has no place for, which is what becomes of names with a prefix.
     """
     from transformers.utils import logging
 

@@ -36,9 +36,10 @@ TOPIC_WORDS: dict[str, dict[str, str]] = {
 class PromptedText(TypedDict):
     """One encoded text.
 
-    input_ids:        token ids, prompt slots and `</s>` included, not padded
-    prompt_positions: the n positions whose embeddings the prompt replaces, ascending
-    labels:           index into the classes, or `IGNORED_LABEL`
+    Attributes:
+        input_ids: token ids, prompt slots and `</s>` included, not padded
+        prompt_positions: the n positions whose embeddings the prompt replaces, ascending
+        labels: index into the classes, or `IGNORED_LABEL`
     """
 
     input_ids: list[int]
@@ -56,7 +57,8 @@ def encode_prompted(
 ) -> list[PromptedText]:
     """The text, `n_prompt` slots and `</s>`, and no other special token; the end of a long text is cut off.
 
-    Raises ValueError for an unknown label and when `max_length` leaves no room for a token of the text.
+    Raises:
+        ValueError: a label is unknown, or `max_length` leaves no room for a token of the text.
     """
     if n_prompt < 1 or (room := max_length - n_prompt - 1) < 1:
         raise ValueError(
@@ -83,7 +85,9 @@ def word_tokens(
 ) -> tuple[int, ...]:
     """The token that stands for each class, in the order of `classes`.
 
-    words: class -> word, such as `TOPIC_WORDS[config.model_type]`
+    Args:
+        words: class -> word, such as `TOPIC_WORDS[config.model_type]`
+
     A word should be one token; of another one the last piece is taken, as the source does, with a warning that names
     it. Raises ValueError for missing classes, unknown words, and words that are the same token.
     """
@@ -101,9 +105,10 @@ def word_tokens(
 class CausalPrompt(nn.Module):
     """A prompt P [n, d], learned as its rows, or as P = LN(W2 ReLU(W1 X)) of rows X [n, d] (no residual).
 
-    bottleneck: units h of W1 [h, d] and W2 [d, h] (with biases); None: the rows are the prompt
-    compat:     leave the LayerNorm at its initial values, as the source does in frozen mode
-    rows:       initial rows; drawn from U(-0.5, 0.5) when not given
+    Args:
+        bottleneck: units h of W1 [h, d] and W2 [d, h] (with biases); None: the rows are the prompt
+        compat: leave the LayerNorm at its initial values, as the source does in frozen mode
+        rows: initial rows; drawn from U(-0.5, 0.5) when not given
     """
 
     def __init__(
@@ -141,7 +146,8 @@ class PromptedCausalLM(nn.Module):
     at the last row of the prompt only. XGLM multiplies its word embeddings by sqrt(d), and the prompt with them, since
     its rows stand for rows of the embedding matrix.
 
-    word_ids: the token of each class, see `word_tokens`
+    Args:
+        word_ids: the token of each class, see `word_tokens`
     """
 
     def __init__(
@@ -183,7 +189,9 @@ class PromptedCausalLM(nn.Module):
     ) -> dict[str, Tensor]:
         """Logits of the classes' words, and the loss when there are labels.
 
-        input_ids, attention_mask: [B, L] int64, padded on either side; prompt_positions: [B, n]; labels: [B] class
+        Args:
+            input_ids, attention_mask: [B, L] int64, padded on either side; prompt_positions: [B, n]; labels: [B] class
+
         index.
         Returns "logits" [B, classes] and "log_partition" [B], the log of the summed exponentials of all logits of the
         vocabulary, both float32 and at the last row of the prompt; with labels also "loss" (`vocabulary_loss`).
@@ -226,9 +234,10 @@ def vocabulary_loss(
 ) -> Tensor:
     """Cross-entropy of the label's word over the whole vocabulary, averaged over the labelled texts of the batch.
 
-    outputs:            of `PromptedCausalLM`
-    labels:             [B] class index, or `IGNORED_LABEL`
-    num_items_in_batch: labelled texts of the whole batch, of which `outputs` may be a part
+    Args:
+        outputs: of `PromptedCausalLM`
+        labels: [B] class index, or `IGNORED_LABEL`
+        num_items_in_batch: labelled texts of the whole batch, of which `outputs` may be a part
     """
     labelled = labels != IGNORED_LABEL
     chosen = outputs["logits"].gather(1, labels.clamp_min(0)[:, None]).squeeze(1)

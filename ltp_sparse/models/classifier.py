@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 class Encoded(TypedDict):
     """One encoded example.
 
-    input_ids: token ids, special tokens included, not padded
-    labels:    index into the classes, or `IGNORED_LABEL`
+    Attributes:
+        input_ids: token ids, special tokens included, not padded
+        labels: index into the classes, or `IGNORED_LABEL`
     """
 
     input_ids: list[int]
@@ -61,7 +62,8 @@ def encode_texts(
 ) -> list[Encoded]:
     """`<s> T </s>`; a text over `max_length` loses tokens at its end.
 
-    Raises ValueError for an unknown label and when `max_length` leaves no room.
+    Raises:
+        ValueError: a label is unknown, or `max_length` leaves no room.
     """
     if max_length < 3:
         raise ValueError(f"encode_texts: max_length must be at least 3 (a token of the text), got {max_length}")
@@ -80,8 +82,9 @@ class SequenceClassifier(nn.Module):
     language model's encoder fits this model, too; the head adds "classifier.*", in the layout and with the
     initialisation of `XLMRobertaForSequenceClassification`. The head is drawn from torch's global generator.
 
-    classes: number of classes
-    linear:  a single linear layer (dropout before it) instead of dense, tanh and out_proj
+    Args:
+        classes: number of classes
+        linear: a single linear layer (dropout before it) instead of dense, tanh and out_proj
     """
 
     base_model_prefix = "roberta"
@@ -103,7 +106,9 @@ class SequenceClassifier(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """Class logits, and the loss when there are labels.
 
-        input_ids, attention_mask: [B, L] int64, padded on either side; labels: [B] class index.
+        Args:
+            input_ids, attention_mask: [B, L] int64, padded on either side; labels: [B] class index.
+
         Returns "logits" [B, classes] float32 and, with labels, "loss": the mean cross-entropy of the examples that have
         a label.
         """

@@ -17,7 +17,9 @@ SIDES = ("right", "left")
 def collator(pad_token_id: int, side: str = "right") -> Callable[[Sequence[Any]], dict[str, Tensor]]:
     """A function that pads examples of `encode_pairs`, `encode_texts` or `encode_prompted` into one batch.
 
-    side: "right" or "left", where the padding goes; the modules give the same logits for both.
+    Args:
+        side: "right" or "left", where the padding goes; the modules give the same logits for both.
+
     It returns int64 tensors: input_ids, attention_mask [B, L], labels [B] and, where the examples have them,
     prompt_positions [B, n].
     """

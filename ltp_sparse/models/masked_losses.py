@@ -20,7 +20,8 @@ _LOGITS = 1 << 26  # logits that exist at a time
 def masked_token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
     """Sum of cross-entropies over the masked tokens, divided by their number in the whole update (or in this batch).
 
-    outputs: made within `token_losses`; labels: int64 [B, L], -100 where not masked.
+    Args:
+        outputs: made within `token_losses`; labels: int64 [B, L], -100 where not masked.
     """
     losses: Tensor = outputs.logits
     count = torch.as_tensor(len(losses) if num_items_in_batch is None else num_items_in_batch)
@@ -31,8 +32,9 @@ def masked_token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor |
 def token_losses(model: nn.Module, labels: Tensor) -> Iterator[None]:
     """Within this context `model(...).logits` is the cross-entropy of every masked token, float32 [masked tokens].
 
-    model:  a masked-LM model, possibly wrapped (DDP): call the wrapper
-    labels: int64 [B, L], -100 where not masked; losses come in row-major order
+    Args:
+        model: a masked-LM model, possibly wrapped (DDP): call the wrapper
+        labels: int64 [B, L], -100 where not masked; losses come in row-major order
 
     The LM head runs at masked positions only, and its decoder on so many of them at a time that their logits stay
     below 256 MiB; backward makes them again. All logits of a 32 x 256 batch of XLM-R would be 8.2 GB, those of the

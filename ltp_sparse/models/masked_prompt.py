@@ -23,9 +23,10 @@ class PromptedMaskedLM(nn.Module):
     "lm_head.*"), so a ticket over the language model fits this model, too; the prompt adds "prompt_encoder.*". Both a
     tied and a decoupled LM head work. The LM head runs at `<mask>` only, its decoder for the verbalizer's words only.
 
-    prompt_encoder: None for a discrete prompt, whose inputs have no prompt slot
-    frozen_words:   score words by a copy of their rows of the output embedding, which stays as it is now: a decoupled
-                    head without a copy of the whole matrix (768 MB for XLM-R-base), also around a tied model
+    Args:
+        prompt_encoder: None for a discrete prompt, whose inputs have no prompt slot
+        frozen_words: score words by a copy of their rows of the output embedding, which stays as it is now: a decoupled
+            head without a copy of the whole matrix (768 MB for XLM-R-base), also around a tied model
     """
 
     base_model_prefix = "roberta"
@@ -80,7 +81,10 @@ class PromptedMaskedLM(nn.Module):
     ) -> dict[str, Any]:
         """Class logits, and the loss when there are labels.
 
-        input_ids, attention_mask: [B, L] int64; prompt_positions: [B, n]; mask_positions: [B]; labels: [B] class index.
+        Args:
+            input_ids, attention_mask: [B, L] int64; prompt_positions: [B, n]; mask_positions: [B]; labels: [B] class
+                index.
+
         Returns "logits" [B, classes] float32 in the order of the verbalizer and, with labels, "loss": the mean
         cross-entropy over the classes (not over the vocabulary) of the examples that have a label.
         """

@@ -22,12 +22,13 @@ class DeepPrompt(Attachment):
     (XLM-R-base, n=4: 73,728 parameters). The attention of the layers runs in `scaled_dot_product_attention`, whatever
     implementation the model is set to, and returns no attention weights.
 
-    n:               rows of the prompt
-    projection:      None, or the inner width d (512 in the source) of H -> d -> 2 L H with a tanh between, applied to
-                     rows [n, H] (n=4, d=512: 9,852,416 parameters)
-    dropout:         on the keys and values, drawn for each example
-    position_offset: shift of the tokens' positions; None: n, as if the prompt took the first positions
-    rows:            initial rows, of a prompt without projection: what `bake` gives
+    Args:
+        n: rows of the prompt
+        projection: None, or the inner width d (512 in the source) of H -> d -> 2 L H with a tanh between, applied to
+            rows [n, H] (n=4, d=512: 9,852,416 parameters)
+        dropout: on the keys and values, drawn for each example
+        position_offset: shift of the tokens' positions; None: n, as if the prompt took the first positions
+        rows: initial rows, of a prompt without projection: what `bake` gives
     """
 
     key = "deep_prompt"

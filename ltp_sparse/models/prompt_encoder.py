@@ -55,7 +55,8 @@ class PromptEncoder(nn.Module):
 def vocabulary_rows(embedding: Tensor, n: int, seed: int, exclude: tuple[int, ...] = ()) -> Tensor:
     """Initial prompt rows [n, H]: n different rows of the word embedding [V, H], drawn with a generator of their own.
 
-    exclude: token ids never drawn (the special tokens).
+    Args:
+        exclude: token ids never drawn (the special tokens).
     """
     allowed = torch.ones(embedding.shape[0], dtype=torch.bool, device="cpu")
     allowed[list(exclude)] = False

@@ -20,7 +20,8 @@ class SoftMasks(Attachment):
     While attached, W_eff = W * M in the forward pass. Both W and S can learn; the method trains S first, with W frozen
     (the parameters of this module), then W with S frozen (the parameters called `names`).
 
-    init: initial score; +4 gives M = 0.982 (0 would halve every weight and destroy the encoder)
+    Args:
+        init: initial score; +4 gives M = 0.982 (0 would halve every weight and destroy the encoder)
     """
 
     key = "soft_masks"

@@ -14,8 +14,9 @@ from ltp_sparse.weights.names import is_layer_norm
 class AdamL2(torch.optim.Adam):
     """`torch.optim.Adam` that clips the norm of all gradients before the step.
 
-    parameters: canonical name -> parameter; biases and LayerNorms take no L2
-    l2:         factor of the weights that is added to their gradients
+    Args:
+        parameters: canonical name -> parameter; biases and LayerNorms take no L2
+        l2: factor of the weights that is added to their gradients
     """
 
     def __init__(

@@ -27,13 +27,15 @@ _PIECE = 16 * TILE
 def frozen_digests(model: nn.Module, ticket: Ticket, dense: nn.Module | Iterable[Any] = ()) -> dict[str, str]:
     """Canonical name -> digest of a parameter's shape, dtype and the bits of its inactive entries.
 
-    dense: a module, parameters or parameter groups that train in full; they are left out, as are parameters without an
-        inactive entry
+    Args:
+        dense: a module, parameters or parameter groups that train in full; they are left out, as are parameters without
+            an inactive entry
 
     Works through pieces of 4 MiB on all threads of torch, so it takes no copy of the model. Parameters on a GPU are
     copied piece by piece. Buffers are not looked at.
 
-    Raises ValueError when the ticket is not of this model.
+    Raises:
+        ValueError: the ticket is not of this model.
     """
     named = named_parameters(model, what="frozen_digests")
     ticket = ticket_for(named, ticket, what="frozen_digests")
@@ -62,8 +64,9 @@ def verify_frozen(
 ) -> None:
     """Compares `frozen_digests` of now with those of before.
 
-    Raises RuntimeError naming the first parameter whose inactive entries have changed, ValueError when the model has
-    other parameters than before.
+    Raises:
+        RuntimeError: the inactive entries of a parameter have changed; the message names the first.
+        ValueError: the model has other parameters than before.
     """
     after = frozen_digests(model, ticket, dense)
     if other := before.keys() ^ after.keys():

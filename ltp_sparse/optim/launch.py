@@ -60,7 +60,8 @@ class Precision:
 class Piece:
     """Consecutive tiles of a launch, with the slots and the blocks of 8-bit moments that are theirs.
 
-    table: these tiles alone, over all parameters of the launch; slots and blocks count from the first of the piece
+    Attributes:
+        table: these tiles alone, over all parameters of the launch; slots and blocks count from the first of the piece
     """
 
     table: TileTable

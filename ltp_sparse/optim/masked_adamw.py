@@ -366,8 +366,9 @@ class MaskedAdamW(Optimizer):
         The moments are in slot order, which depends neither on backend, device nor encoding; those of an optimizer
         with other `states` load as well. Index sets are not stored: the ticket that makes the optimizer brings them.
 
-        include_gradients: also what micro-batches have accumulated so far (copies), to go on in the middle of an
-            accumulation; `load_state_dict` puts it back into an optimizer with the same `gradients`.
+        Args:
+            include_gradients: also what micro-batches have accumulated so far (copies), to go on in the middle of an
+                accumulation; `load_state_dict` puts it back into an optimizer with the same `gradients`.
         """
         saved = {**super().state_dict(), _DIGESTS: {"version": 1, "index_sets": self._digests()}}
         if include_gradients:

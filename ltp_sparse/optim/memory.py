@@ -35,11 +35,12 @@ _BLOCK = 256  # active entries that share two scales in 8-bit states
 class MemoryReport:
     """Bytes.
 
-    weights:   parameters, frozen ones included
-    states:    moments, masters and what a pull draws to
-    index:     of the ticket: bitmaps or lists, tiles, rows of embeddings
-    gradients: held between backward and step
-    passing:   the most that activations, logits and gradients take together in forward and backward
+    Attributes:
+        weights: parameters, frozen ones included
+        states: moments, masters and what a pull draws to
+        index: of the ticket: bitmaps or lists, tiles, rows of embeddings
+        gradients: held between backward and step
+        passing: the most that activations, logits and gradients take together in forward and backward
     """
 
     weights: int
@@ -90,8 +91,9 @@ def memory_report(
         device: where the step runs, wherever `model` is. On "cuda" bitmaps have ranks (n/32 bytes), attention keeps no
             probabilities, and dropout a byte of each value.
 
-    Raises ValueError when the ticket is not of this model or an option is out of range, and, with `loss`, when an
-    optimizer packs gradients of the model: it would take those of the trial for its own.
+    Raises:
+        ValueError: the ticket is not of this model or an option is out of range, and, with `loss`, when an optimizer
+            packs gradients of the model: it would take those of the trial for its own.
     """
     if gradients not in ("dense", "packed"):
         raise ValueError(f'memory_report: gradients must be "dense" or "packed", got {gradients!r}')
@@ -148,8 +150,9 @@ def passing_bytes(
 ) -> int:
     """The most bytes that live at a time, beyond what lived before, in forward and backward.
 
-    trained: ids of the parameters that take gradients
-    packed:  those whose gradient is freed as soon as it is made; embeddings among them have row-sparse ones
+    Args:
+        trained: ids of the parameters that take gradients
+        packed: those whose gradient is freed as soon as it is made; embeddings among them have row-sparse ones
     """
     packed = list(packed)
     before = {p: (p.requires_grad, p.grad) for p in model.parameters()}

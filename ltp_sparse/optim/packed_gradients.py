@@ -103,7 +103,9 @@ class _Rows:
 class Share:
     """The packed gradient of one parameter: its slots of the flat buffer, and how a dense gradient comes to them.
 
-    carrier: a parameter [k] whose `.grad` it is, too (see `PackedParameters`), or None
+    Args:
+        carrier: a parameter [k] whose `.grad` it is, too (see `PackedParameters`), or None
+
     shown:   whether the parameter shows it as its `.grad`
     """
 

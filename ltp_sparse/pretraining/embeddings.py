@@ -27,9 +27,11 @@ def parallel_embeddings(
     vectors, found by subspace iteration. Rows in many languages say more about how these hang together: a row counts
     as often as it has pairs of languages.
 
-    rows: language -> sentence
+    Args:
+        rows: language -> sentence
 
-    Raises ValueError if there are fewer rows than dimensions.
+    Raises:
+        ValueError: there are fewer rows than dimensions.
     """
     kept = hidden + _SPARE
     if len(rows) < kept:

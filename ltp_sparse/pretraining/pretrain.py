@@ -28,12 +28,13 @@ _REPORT = 50
 class PretrainSettings:
     """How much, and how.
 
-    steps:      updates
-    tokens:     tokens per update, padding aside
-    warm_up:    updates until the learning rate is reached; from there it falls to zero in a line
-    word_rate:  learning rate of the word embeddings, as a share of the others'
-    bf16:       compute under bfloat16 autocast; weights stay float32
-    save_steps: updates between checkpoints
+    Attributes:
+        steps: updates
+        tokens: tokens per update, padding aside
+        warm_up: updates until the learning rate is reached; from there it falls to zero in a line
+        word_rate: learning rate of the word embeddings, as a share of the others'
+        bf16: compute under bfloat16 autocast; weights stay float32
+        save_steps: updates between checkpoints
     """
 
     steps: int
@@ -58,10 +59,12 @@ def pretrain(
 ) -> None:
     """Trains `model` in place; each update takes its batch from one of the sources, drawn by their weights.
 
-    checkpoint: a file from which the run goes on if it exists; the caller removes it when the model is saved. Batches
-        depend on (seed, step) alone, so a run that was interrupted ends with the bits of one that was not.
+    Args:
+        checkpoint: a file from which the run goes on if it exists; the caller removes it when the model is saved.
+            Batches depend on (seed, step) alone, so a run that was interrupted ends with the bits of one that was not.
 
-    Raises ValueError if the checkpoint is of other settings.
+    Raises:
+        ValueError: the checkpoint is of other settings.
     """
     words = model.get_input_embeddings().weight
     others = [parameter for parameter in model.parameters() if parameter is not words]

@@ -43,8 +43,9 @@ class Sentences:
     tokens. Languages are drawn with a probability proportional to a power of their number of tokens, XLM-R's way to
     give small corpora a voice (arXiv 1911.02116, section 3.1).
 
-    texts:     language -> sentences
-    summarise: each `<s>` must predict a piece, too; see `summarised`
+    Args:
+        texts: language -> sentences
+        summarise: each `<s>` must predict a piece, too; see `summarised`
     """
 
     def __init__(
@@ -87,8 +88,9 @@ class Translations:
     Translation language modelling (arXiv 1901.07291, section 3.3): what is masked in one can be read in the other,
     which draws languages together.
 
-    rows:      language -> sentence, each in at least two languages
-    summarise: each `<s>` must predict a piece, too; see `summarised`
+    Args:
+        rows: language -> sentence, each in at least two languages
+        summarise: each `<s>` must predict a piece, too; see `summarised`
     """
 
     def __init__(

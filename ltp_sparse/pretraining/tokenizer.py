@@ -32,7 +32,8 @@ def train_tokenizer(texts: Iterable[str], size: int, whole: Sequence[str] = ()) 
     Text is NFKC-normalised and lower-cased, Arabic loses its vowel marks. Words keep their `▁`; punctuation is a word
     of its own and an apostrophe ends one, so that "." is the same piece after a word and alone, as a template uses it.
 
-    whole: words that must be one piece, such as a verbalizer's
+    Args:
+        whole: words that must be one piece, such as a verbalizer's
     """
     from tokenizers import Regex, Tokenizer, decoders, models, processors, trainers
     from transformers import PreTrainedTokenizerFast

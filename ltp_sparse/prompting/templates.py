@@ -52,10 +52,11 @@ class Text(Protocol):
 class Example(TypedDict):
     """One encoded pair or text.
 
-    input_ids:        token ids, `<s>` and `</s>` included, not padded
-    prompt_positions: the n positions whose embeddings the prompt replaces, ascending
-    mask_positions:   the position of `<mask>`
-    labels:           index of the class, or `IGNORED_LABEL`
+    Attributes:
+        input_ids: token ids, `<s>` and `</s>` included, not padded
+        prompt_positions: the n positions whose embeddings the prompt replaces, ascending
+        mask_positions: the position of `<mask>`
+        labels: index of the class, or `IGNORED_LABEL`
     """
 
     input_ids: list[int]
@@ -68,8 +69,9 @@ class Example(TypedDict):
 class Template:
     """A cloze pattern: a list of parts, each encoded on its own and joined between `<s>` and `</s>`.
 
-    parts:    `{premise}` and `{hypothesis}`, or `{text}`; `{prompt}` (n slots), `{mask}`, fixed text; each mark once
-    n_prompt: prompt slots in all
+    Attributes:
+        parts: `{premise}` and `{hypothesis}`, or `{text}`; `{prompt}` (n slots), `{mask}`, fixed text; each mark once
+        n_prompt: prompt slots in all
     """
 
     parts: tuple[str, ...]
@@ -97,9 +99,12 @@ class Template:
     ) -> list[Example]:
         """Encode pairs (`Pair`) or texts (`Text`); those over `max_length` lose tokens at the end of their texts only.
 
-        truncation: "longest_first" takes each token from the longer of the two (the hypothesis when they are equal);
-                    "hypothesis_first" empties the hypothesis before it touches the premise, as the original does.
-        Raises ValueError for an unknown label or truncation, and when the fixed parts alone do not fit.
+        Args:
+            truncation: "longest_first" takes each token from the longer of the two (the hypothesis when they are
+                equal); "hypothesis_first" empties the hypothesis before it touches the premise, as the original does.
+
+        Raises:
+            ValueError: an unknown label or truncation, or the fixed parts alone do not fit.
         """
         if truncation not in _TRUNCATIONS:
             raise ValueError(
@@ -192,7 +197,8 @@ def discrete_template(language: str = "en", n_prompt: int = 0, kind: str = "pair
 
     Of a text `T . Answer: <mask> .`: the papers have no pattern for those.
 
-    Raises ValueError for a language without words in `QUESTIONS`.
+    Raises:
+        ValueError: `QUESTIONS` has no words for the language.
     """
     if language not in QUESTIONS:
         raise ValueError(

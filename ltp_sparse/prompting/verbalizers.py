@@ -49,8 +49,9 @@ class Verbalizer:
     def for_language(cls, tokenizer: PreTrainedTokenizerBase, language: str = "en") -> Verbalizer:
         """The verbalizer of one of the 15 languages of XNLI.
 
-        Raises ValueError for another language (use `from_words`), and when an English word is not a single piece: then
-        the tokenizer is not XLM-R's.
+        Raises:
+            ValueError: another language (use `from_words`), or an English word that is not a single piece: the
+                tokenizer is then not XLM-R's.
         """
         if language not in WORDS:
             raise ValueError(
@@ -71,7 +72,8 @@ class Verbalizer:
     ) -> Verbalizer:
         """A verbalizer from class -> word or words.
 
-        classes: those of the task, in the order of the logits
+        Args:
+            classes: those of the task, in the order of the logits
 
         A word should be one word-initial piece of the tokenizer. Of another one the last piece is taken, as Zhao &
         Schütze do, with a warning that names it; `strict` makes it an error. Raises ValueError for missing classes,

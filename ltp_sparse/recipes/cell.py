@@ -44,12 +44,13 @@ _TICKET_KEYS = ("strategy", "density", "budget", "segment", "intersect", "order"
 class Workbench:
     """What the cells of a run share: where data and artefacts are, how to compute, and the base model last used.
 
-    data:       folder of the data sets' original files; None: the Hub
-    cache:      of what cells share
-    bf16:       compute in bfloat16 under autocast
-    micro_batch_size: examples per forward pass; None: the whole batch
-    batch_size: examples of a forward pass in evaluation
-    report_to:  logging integration of transformers, of the training of a cell
+    Attributes:
+        data: folder of the data sets' original files; None: the Hub
+        cache: of what cells share
+        bf16: compute in bfloat16 under autocast
+        micro_batch_size: examples per forward pass; None: the whole batch
+        batch_size: examples of a forward pass in evaluation
+        report_to: logging integration of transformers, of the training of a cell
     """
 
     data: Path | None
@@ -145,7 +146,8 @@ def run_cell(
 ) -> dict[str, Any]:
     """Trains and evaluates a cell; the base model ends at its initial bits.
 
-    folder: for the checkpoints of an interrupted run, with save_every epochs between them; None keeps none
+    Args:
+        folder: for the checkpoints of an interrupted run, with save_every epochs between them; None keeps none
 
     Returns the row: the cell's facts, scores by language and their mean, what was trained, and where all came from.
     """

@@ -21,8 +21,9 @@ _WIKIPEDIAS = {"aym": "ay", "quy": "qu", "jav": "jv", "sun": "su", "bbc": "bbc",
 class Corpus:
     """Sentences of a language.
 
-    source:   where they come from
-    stand_in: whether this is not the corpus that was asked for; rows of results say so
+    Attributes:
+        source: where they come from
+        stand_in: whether this is not the corpus that was asked for; rows of results say so
     """
 
     texts: tuple[str, ...]
@@ -33,10 +34,11 @@ class Corpus:
 def corpus(language: str, lines: int, data: Path | None, *, text: str | None = None, seed: int = 42) -> Corpus:
     """At most `lines` random lines of a language.
 
-    text: "generated" takes the demo's sentences, None a corpus
-    data: None takes Wikipedia from the Hub. Otherwise a folder: `corpora/{language}` (.txt files or a folder of them)
-        is taken; where it is missing, the nearest text there: WikiText for English, Common Voice sentences or the
-        Bible, and at last the training or dev sentences of a task in that language, without their labels.
+    Args:
+        text: "generated" takes the demo's sentences, None a corpus
+        data: None takes Wikipedia from the Hub. Otherwise a folder: `corpora/{language}` (.txt files or a folder of
+            them) is taken; where it is missing, the nearest text there: WikiText for English, Common Voice sentences or
+            the Bible, and at last the training or dev sentences of a task in that language, without their labels.
     """
     if text not in (None, "generated"):
         raise ValueError(f"text must be generated, or left out, got {text!r}")

@@ -64,11 +64,12 @@ class Cell:
 class Recipe:
     """A titled list of cells, and how their results become a table.
 
-    by:    facts (dotted paths) that make a row of the table
-    paper: key of printed figures in `papers.yaml`
-    compare: label that the report compares every other one with, in pairs of equal seeds
-    chance: score of a guess; the report tells the languages above it
-    plots: names of plots in `ltp_sparse.report`
+    Attributes:
+        by: facts (dotted paths) that make a row of the table
+        paper: key of printed figures in `papers.yaml`
+        compare: label that the report compares every other one with, in pairs of equal seeds
+        chance: score of a guess; the report tells the languages above it
+        plots: names of plots in `ltp_sparse.report`
     """
 
     name: str

@@ -40,8 +40,9 @@ def run_recipe(
 
     Several processes may work on one folder: a cell is locked while one runs it, and the others take the next.
 
-    save_every: epochs between checkpoints inside a cell; None: an interrupted cell starts anew
-    part:       (i, n): every n-th cell from the i-th on, for n processes on one recipe
+    Args:
+        save_every: epochs between checkpoints inside a cell; None: an interrupted cell starts anew
+        part: (i, n): every n-th cell from the i-th on, for n processes on one recipe
 
     Returns the number of cells that failed; each is told in `failures.jsonl` with its error.
     """

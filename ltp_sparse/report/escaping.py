@@ -55,8 +55,9 @@ def for_plot(value: Any) -> str:
 class Sheet:
     """A table of texts, of which nothing is escaped yet.
 
-    rows:  the head and the lines
-    right: which columns are numbers
+    Attributes:
+        rows: the head and the lines
+        right: which columns are numbers
     """
 
     rows: Sequence[Sequence[str]]

@@ -30,7 +30,8 @@ img { max-width: 100%; margin: 1em 0; }
 def write_report(recipe: Recipe, rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
     """Writes report.md, report.html, table.csv, table.tex and the recipe's plots; returns the files.
 
-    Raises ValueError when there is no row of the recipe yet.
+    Raises:
+        ValueError: there is no row of the recipe yet.
     """
     rows = [row for row in rows if row["recipe"] == recipe.name]
     if not rows:

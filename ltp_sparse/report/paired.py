@@ -19,11 +19,12 @@ _EXACT = 15
 class Comparison:
     """A label minus the reference, in points.
 
-    facts:    what both have in common besides the seed (shots, ...)
-    runs:     pairs
-    mean:     of the differences
-    interval: 95 % interval of the mean (Student's t); infinite for a single pair
-    p_value:  two-sided, of the sign-flip permutation test: exact up to 15 pairs
+    Attributes:
+        facts: what both have in common besides the seed (shots, ...)
+        runs: pairs
+        mean: of the differences
+        interval: 95 % interval of the mean (Student's t); infinite for a single pair
+        p_value: two-sided, of the sign-flip permutation test: exact up to 15 pairs
     """
 
     label: str
@@ -37,7 +38,8 @@ class Comparison:
 def compare(rows: Sequence[Mapping[str, Any]], reference: str, by: Sequence[str]) -> list[Comparison]:
     """Every label against `reference`, over seeds; runs of the same facts and seed make a pair.
 
-    by: facts as in the recipe; "label" itself is left out. Labels without such pairs are left out, too.
+    Args:
+        by: facts as in the recipe; "label" itself is left out. Labels without such pairs are left out, too.
     """
     paths = [path for path in by if path != "label"]
     runs: dict[str, dict[tuple[Any, ...], dict[Any, float]]] = {}

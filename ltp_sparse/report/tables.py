@@ -20,11 +20,12 @@ LARGEST_CLASS = "always the largest class"
 class Line:
     """One row of a table.
 
-    facts:  what makes it a row of its own
-    values: column -> (mean, standard deviation over seeds or NaN), in percent
-    paper:  column -> the printed figure, in percent
-    runs:   seeds
-    notes:  of its runs: stand-ins, shortfalls
+    Attributes:
+        facts: what makes it a row of its own
+        values: column -> (mean, standard deviation over seeds or NaN), in percent
+        paper: column -> the printed figure, in percent
+        runs: seeds
+        notes: of its runs: stand-ins, shortfalls
     """
 
     facts: tuple[Any, ...]
@@ -38,9 +39,12 @@ class Line:
 class Table:
     """Lines with common columns.
 
-    by:      names of the facts
-    columns: languages, and their average
-    largest_class: column -> the score of naming the largest class always, in percent; empty where rows do not tell it
+    Attributes:
+        by: names of the facts
+        columns: languages, and their average
+        largest_class: column -> the score of naming the largest class always, in percent; empty where rows do not tell
+            it
+
     best:    (facts of a line, column) of the best means: among the lines that differ in the first fact only
     """
 
@@ -79,9 +83,10 @@ class Table:
 def make_table(rows: Iterable[Mapping[str, Any]], by: Sequence[str], paper: Mapping[str, Any] | None = None) -> Table:
     """Rows of a run as a table.
 
-    by:    facts (dotted paths); rows that agree in them are runs of one line: several seeds, and, where every language
-           was trained on its own, several languages. Each row has a "seed"
-    paper: an entry of `papers.yaml`
+    Args:
+        by: facts (dotted paths); rows that agree in them are runs of one line: several seeds, and, where every language
+            was trained on its own, several languages. Each row has a "seed"
+        paper: an entry of `papers.yaml`
     """
     rows = list(rows)
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}

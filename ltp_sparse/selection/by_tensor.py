@@ -108,7 +108,8 @@ def select_by_tensor(
 class _Marker:
     """Marks the entries above the key of their group and, as tensors come in order, the earliest at it.
 
-    cuts: int64 [G], the k-th largest key of every group; ties: how many entries at it are selected
+    Args:
+        cuts: int64 [G], the k-th largest key of every group; ties: how many entries at it are selected
     """
 
     def __init__(self, passes: Passes, source: StreamSource, groups: list[int], cuts: Tensor, ties: list[int]) -> None:

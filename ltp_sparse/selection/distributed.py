@@ -59,10 +59,11 @@ class _Held(NamedTuple):
 class TicketShard:
     """A rank's part of a ticket.
 
-    local:       ticket of what the rank holds, under the names and shapes of its own tensors
-    shards:      what that is of every parameter of the pool; an empty range where the rank holds nothing
-    metadata:    those of the whole ticket
-    fingerprint: likewise
+    Attributes:
+        local: ticket of what the rank holds, under the names and shapes of its own tensors
+        shards: what that is of every parameter of the pool; an empty range where the rank holds nothing
+        metadata: those of the whole ticket
+        fingerprint: likewise
     """
 
     local: Ticket

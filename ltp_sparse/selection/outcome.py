@@ -31,7 +31,8 @@ def describe(
 ) -> dict[str, Any]:
     """The metadata of a ticket that asked for `ks` entries by group and `found` so many in a pool of `pool` entries.
 
-    left_out: what -> parameters that are not in the pool for that reason; those that are none are not told
+    Args:
+        left_out: what -> parameters that are not in the pool for that reason; those that are none are not told
 
     Warns:
         ShortTicket: `found` is less.

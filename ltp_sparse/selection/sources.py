@@ -31,8 +31,9 @@ Score = Mapping[str, Tensor] | ScoreFunction
 class Sides:
     """What a selection compares.
 
-    base, after: the initial and the tuned (or scored) tensors; the same for a score function
-    quantised:   tensors that were left out as such
+    Attributes:
+        base, after: the initial and the tuned (or scored) tensors; the same for a score function
+        quantised: tensors that were left out as such
     """
 
     base: Named[Readable]

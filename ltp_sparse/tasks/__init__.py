@@ -38,12 +38,13 @@ __all__ = [
 class Task:
     """A data set of labelled pairs or texts.
 
-    name:      by which recipes and the command line know it
-    languages: what it has, or, of SIB-200's 205, those that are tested when none are named
-    read:      (split, language, shots, data folder or None, seed) -> examples
-    labels:    classes, in the order of the logits
-    metric:    "accuracy" or "macro_f1"
-    kind:      "pair" or "text"
+    Attributes:
+        name: by which recipes and the command line know it
+        languages: what it has, or, of SIB-200's 205, those that are tested when none are named
+        read: (split, language, shots, data folder or None, seed) -> examples
+        labels: classes, in the order of the logits
+        metric: "accuracy" or "macro_f1"
+        kind: "pair" or "text"
     """
 
     name: str

@@ -22,10 +22,11 @@ _DRAW_SEED = 0
 def americasnli(split: str, language: str, shots: int | None, data: Path | None, *, revised: bool = True) -> list[Pair]:
     """Pairs of one language.
 
-    split: "dev" and "test" are the released sets. With `shots`, "train" and "dev" are two disjoint draws of `shots`
-        pairs per class from the released dev set, always the same (METHODS 2).
-    data: the folder with `dev.tsv`, `test.tsv` and `revised/`, or None: the Hub.
-    revised: the later release of the dev set (LTP reads it), or the first one (the SFT papers).
+    Args:
+        split: "dev" and "test" are the released sets. With `shots`, "train" and "dev" are two disjoint draws of `shots`
+            pairs per class from the released dev set, always the same (METHODS 2).
+        data: the folder with `dev.tsv`, `test.tsv` and `revised/`, or None: the Hub.
+        revised: the later release of the dev set (LTP reads it), or the first one (the SFT papers).
     """
     if split not in _SPLITS or (split == "train" and shots is None):
         raise ValueError(f"americasnli: split must be dev or test, or train or dev with shots, got {split!r}")

@@ -63,7 +63,8 @@ def load_hub(name: str, config: str | None, **options: Any) -> Any:
 def hub_pairs(name: str, config: str | None, split: str, language: str) -> list[Pair]:
     """One split of a data set with the columns premise, hypothesis and label (its number or its word).
 
-    name: Hub name, or a folder that `datasets.load_dataset` reads.
+    Args:
+        name: Hub name, or a folder that `datasets.load_dataset` reads.
     """
     from datasets import ClassLabel
 

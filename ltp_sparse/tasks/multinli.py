@@ -20,8 +20,9 @@ _SUBSET_DEV = 900
 def multinli(split: str, data: Path | None) -> list[Pair]:
     """Training pairs (392,702) or those of validation_matched ("dev", 9,815), in English.
 
-    data: the folder with `multinli_1.0_train.jsonl` and `multinli_1.0_dev_matched.jsonl`, or None: the Hub. Pairs on
-        which the annotators did not agree (label "-") are left out, as the data set's authors do.
+    Args:
+        data: the folder with `multinli_1.0_train.jsonl` and `multinli_1.0_dev_matched.jsonl`, or None: the Hub. Pairs
+            on which the annotators did not agree (label "-") are left out, as the data set's authors do.
     """
     if split not in _SPLITS:
         raise ValueError(f"multinli: split must be train or dev, got {split!r}; it has no labelled test set")

@@ -31,11 +31,12 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 class Columns:
     """How the columns of one's own data are called.
 
-    text:     the text, or the first text of a pair
-    pair:     the second text of a pair; None: single texts
-    label:    the class
-    language: the language of each row; None: all rows are of one
-    quoted:   cells of a .tsv may be in double quotes, as those of a .csv always may
+    Attributes:
+        text: the text, or the first text of a pair
+        pair: the second text of a pair; None: single texts
+        label: the class
+        language: the language of each row; None: all rows are of one
+        quoted: cells of a .tsv may be in double quotes, as those of a .csv always may
     """
 
     text: str = "text"
@@ -121,7 +122,8 @@ def columns_of(path: str | os.PathLike[str]) -> list[str]:
 def split_dev(examples: Sequence[Any], share: float) -> tuple[list[Any], list[Any]]:
     """(training, dev): a share of every class, at least one example, goes to dev; always the same draw.
 
-    Raises ValueError where no class has two examples.
+    Raises:
+        ValueError: no class has two examples.
     """
     draws = random.Random(_SPLIT_SEED)
     by_label: dict[str, list[int]] = {}
@@ -143,7 +145,8 @@ def split_dev(examples: Sequence[Any], share: float) -> tuple[list[Any], list[An
 def classes_of(examples: Sequence[Any], words: Mapping[str, Any] | None = None) -> tuple[str, ...]:
     """The classes of labelled examples: in the order of their words, else by number or by alphabet.
 
-    Raises ValueError for a class without a word, a word for no class, and a single class.
+    Raises:
+        ValueError: a class without a word, a word for no class, or a single class.
     """
     counts: dict[str, int] = {}
     for example in examples:
@@ -264,7 +267,8 @@ def texts_of(example: Any) -> tuple[str, ...]:
 def warn_of_gaps(examples: Sequence[Any], labels: Sequence[str] | None, what: str) -> None:
     """One warning for classes without an example and for blank texts, with the counts per class; nothing is left out.
 
-    labels: the classes there should be; None where that is not known.
+    Args:
+        labels: the classes there should be; None where that is not known.
     """
     counts = dict.fromkeys(labels or (), 0)
     blank: dict[str, int] = {}

@@ -23,7 +23,8 @@ _SPLITS = {"train": "train", "dev": "dev", "test": "test"}
 def sib200(split: str, language: str, data: Path | None) -> list[Text]:
     """701, 99 or 204 sentences of a language (a FLORES-200 code), the same ones in every language.
 
-    data: the folder with `eng_Latn/train.tsv`, ... (or .gz); None: the Hub
+    Args:
+        data: the folder with `eng_Latn/train.tsv`, ... (or .gz); None: the Hub
     """
     if split not in _SPLITS:
         raise ValueError(f"sib200: split must be one of {', '.join(_SPLITS)}, got {split!r}")

@@ -21,9 +21,11 @@ _TRIMMED = {"train": "train", "dev": "validation", "test": "test"}
 def smsa(split: str, data: Path | None, *, trimmed: bool = True) -> list[Text]:
     """Texts of a split.
 
-    trimmed: without the texts that occur, nearly the same, in NusaX's test set (10,617, 1,251 and 492 texts): train on
-        it where NusaX is the test. In full: 11,000, 1,260 and 500.
-    data: the folder with `train_preprocess.tsv`, ... and `trimmed/train.tsv`, ...; None: the Hub (the full set only).
+    Args:
+        trimmed: without the texts that occur, nearly the same, in NusaX's test set (10,617, 1,251 and 492 texts): train
+            on it where NusaX is the test. In full: 11,000, 1,260 and 500.
+        data: the folder with `train_preprocess.tsv`, ... and `trimmed/train.tsv`, ...; None: the Hub (the full set
+            only).
     """
     names = _TRIMMED if trimmed else _FULL
     if split not in names:

@@ -23,9 +23,10 @@ class PassedOver(UserWarning):
 def read_text(paths: Sequence[str | os.PathLike[str]], *, max_lines: int | None = None, seed: int = 0) -> list[str]:
     """Non-blank lines of text files.
 
-    paths: .txt (a text a line), .tsv (the first column) and .jsonl (the key "text") files, also .gz, or folders of
-        them. A null as "text" is passed over, and their number told in a `PassedOver` warning.
-    max_lines: at most so many, drawn at random without replacement in one pass, in the order of the files.
+    Args:
+        paths: .txt (a text a line), .tsv (the first column) and .jsonl (the key "text") files, also .gz, or folders of
+            them. A null as "text" is passed over, and their number told in a `PassedOver` warning.
+        max_lines: at most so many, drawn at random without replacement in one pass, in the order of the files.
 
     Raises:
         FileNotFoundError: a file or folder is not there, or a folder has none.

@@ -28,8 +28,11 @@ def hub_texts(
 ) -> list[Text]:
     """One split of a Hub data set (or a folder that `datasets.load_dataset` reads) with a text and a label.
 
-    label: the column of the label, its word or, if it is a ClassLabel, its number
-    Raises ValueError for a missing column or an unknown label; the row is named.
+    Args:
+        label: the column of the label, its word or, if it is a ClassLabel, its number
+
+    Raises:
+        ValueError: a column is missing or a label unknown; the message names the row.
     """
     from datasets import ClassLabel
 
@@ -61,7 +64,8 @@ def few_shot(texts: Sequence[Text], split: str, labels: Sequence[str], shots: in
 
     Of data sets whose languages are parallel and in one order, every language gives the same texts.
 
-    Raises ValueError if the smallest class of "train" is smaller.
+    Raises:
+        ValueError: the smallest class of "train" is smaller.
     """
     by_label = {label: [i for i, text in enumerate(texts) if text.label == label] for label in labels}
     smallest = min(map(len, by_label.values()))

@@ -26,8 +26,9 @@ class FaultyRows(UserWarning):
 def few_shot(split: str, language: str, shots: int | None, data: Path | None) -> list[Pair]:
     """The sample of `shots` pairs per class; there is one sample for every K, the same for all seeds (METHODS 2).
 
-    split: "train" (MultiNLI and its translations) or "dev" (from XNLI dev).
-    data: the folder with `train/` and `dev/` of the original files; they are not on the Hub.
+    Args:
+        split: "train" (MultiNLI and its translations) or "dev" (from XNLI dev).
+        data: the folder with `train/` and `dev/` of the original files; they are not on the Hub.
     """
     if split not in ("train", "dev"):
         raise ValueError(f"xnli-fewshot: split must be train or dev, got {split!r}; test on the task xnli")

@@ -37,10 +37,12 @@ _PIECE = 1 << 20  # entries compared at a time
 class Applied:
     """One entry of a model's stack of applied deltas: what it needs to be taken back.
 
-    delta:     the delta
-    displaced: name -> values of the active entries before it was applied
-    dense:     name -> whole tensors before it was applied
-    sets:      name -> its active entries
+    Attributes:
+        delta: the delta
+        displaced: name -> values of the active entries before it was applied
+        dense: name -> whole tensors before it was applied
+        sets: name -> its active entries
+
     All names are canonical ones of the model, whatever the delta calls a tied parameter.
     """
 

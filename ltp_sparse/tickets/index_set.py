@@ -71,11 +71,12 @@ def _tile_counts(words: Tensor, n: int) -> Tensor:
 class IndexSet:
     """The active entries of one parameter.
 
-    n:           entries of the parameter
-    encoding:    how `data` is to be read
-    data:        FULL: empty. BITMAP: int32 [bitmap_words(n)], bit j of word w is entry 32 w + j, bits past n are zero.
-                 LIST16: int16 [k] with uint16 bits, positions inside their tiles, ascending
-    tile_counts: int64 [ceil(n / TILE)], active entries of every tile
+    Attributes:
+        n: entries of the parameter
+        encoding: how `data` is to be read
+        data: FULL: empty. BITMAP: int32 [bitmap_words(n)], bit j of word w is entry 32 w + j, bits past n are zero.
+            LIST16: int16 [k] with uint16 bits, positions inside their tiles, ascending
+        tile_counts: int64 [ceil(n / TILE)], active entries of every tile
     """
 
     n: int
@@ -94,7 +95,8 @@ class IndexSet:
     def from_bitmap(cls, words: Tensor, n: int, counts: Tensor | None = None) -> IndexSet:
         """Adopts `words` (int32 [bitmap_words(n)], no copy); a bitmap of ones becomes FULL.
 
-        counts: int64 [tiles_of(n)], active entries of each tile, from one who knows them; None: they are counted
+        Args:
+            counts: int64 [tiles_of(n)], active entries of each tile, from one who knows them; None: they are counted
         """
         if words.dtype != torch.int32 or words.shape != (bitmap_words(n),):
             raise ValueError(

@@ -81,8 +81,11 @@ def read_lt_sft(path: str | os.PathLike[str], model: nn.Module) -> SparseDelta:
 def write_lt_sft(delta: SparseDelta, path: str | os.PathLike[str]) -> None:
     """Writes a delta as LT-SFT reads it, atomically; entries that moved by at most `SMALLEST` are left out, as there.
 
-    path: the file, or a folder to write `pytorch_diff.bin` into
-    Raises ValueError for a delta without originals, whose differences are not known.
+    Args:
+        path: the file, or a folder to write `pytorch_diff.bin` into
+
+    Raises:
+        ValueError: the delta has no originals, so its differences are not known.
     """
     if missing := [name for name in delta.values if name not in delta.originals]:
         raise ValueError(f"write_lt_sft: expected a delta with originals, it has none of {missing[0]!r}")

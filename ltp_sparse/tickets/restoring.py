@@ -24,8 +24,9 @@ class Held(NamedTuple):
 def restoring(before: Iterable[Held], *lists: list) -> Iterator[None]:
     """Puts tensors and lists back as they were if the body raises, an interrupt included.
 
-    before: what the body is going to overwrite
-    lists:  Python lists that it changes, too
+    Args:
+        before: what the body is going to overwrite
+        lists: Python lists that it changes, too
     """
     held, contents = list(before), [list(each) for each in lists]
     try:

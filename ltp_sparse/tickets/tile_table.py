@@ -49,17 +49,18 @@ class Column(IntEnum):
 class TileTable:
     """The run-time view of index sets over a list of parameters: what a kernel launch reads.
 
-    tiles:     int64 [T, 8], ordered by (parameter, start), columns `Column`. Tiles without active entries do not exist.
-               INDEX counts words (BITMAP) or positions (LIST16) from the start of the shared arrays; SLOT is the tile's
-               first slot in the packed buffers, which are ordered by (parameter, flat index); BLOCK its first block of
-               8-bit moments
-    words:     int32 [W], the bitmaps
-    ranks:     int16 [W / 2] with uint16 bits, active entries of the tile before each 64-entry group; empty if not built
-    positions: int16 [L] with uint16 bits, the lists
-    blocks:    blocks of 8-bit moments
-    counts:    active entries of every parameter
-    sizes:     entries of every parameter
-    density:   active entries in parts of all, of the whole that a table was cut from; default: its own
+    Attributes:
+        tiles: int64 [T, 8], ordered by (parameter, start), columns `Column`. Tiles without active entries do not exist.
+            INDEX counts words (BITMAP) or positions (LIST16) from the start of the shared arrays; SLOT is the tile's
+            first slot in the packed buffers, which are ordered by (parameter, flat index); BLOCK its first block of
+            8-bit moments
+        words: int32 [W], the bitmaps
+        ranks: int16 [W / 2] with uint16 bits, active entries of the tile before each 64-entry group; empty if not built
+        positions: int16 [L] with uint16 bits, the lists
+        blocks: blocks of 8-bit moments
+        counts: active entries of every parameter
+        sizes: entries of every parameter
+        density: active entries in parts of all, of the whole that a table was cut from; default: its own
     """
 
     tiles: Tensor

@@ -16,7 +16,8 @@ from ltp_sparse.weights.files import atomic_path
 def write_card(path: Path, base: str, trained: SparseDelta, kind: str, facts: Mapping[str, Any]) -> None:
     """Writes what the model is, what it was trained on, its scores, and how to use it.
 
-    facts: "data", a text; "scores", rows of `evaluate`, of which each has "task", "metric" and "scores"
+    Args:
+        facts: "data", a text; "scores", rows of `evaluate`, of which each has "task", "metric" and "scores"
     """
     about, ticket = trained.metadata, trained.ticket
     method = METHODS[about["method"]]

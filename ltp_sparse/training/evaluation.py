@@ -47,8 +47,10 @@ def class_logits(
 ) -> Tensor:
     """Logits of the classes of every example, float32 [N, C] on the CPU, in the order given; [0, 0] without examples.
 
-    dtype:    compute under autocast in this type (torch.bfloat16); None computes in the type of the weights.
-    progress: called with the number of examples done after each batch.
+    Args:
+        dtype: compute under autocast in this type (torch.bfloat16); None computes in the type of the weights.
+        progress: called with the number of examples done after each batch.
+
     The model is put into evaluation mode for the call. Batches hold examples of similar length, so little is padding.
     """
     if batch_size < 1:
@@ -119,10 +121,13 @@ def evaluate(
 ) -> dict[str, float]:
     """Score (0 to 1) per language over labelled examples, language -> examples.
 
-    metric: one of `METRICS`
-    labels: classes of the task; one without an example is warned of, as are blank texts
-    notes:  is told, as a warning tells it, where all predictions are one class though the examples are of several
-    Raises ValueError for an unknown metric, an example without a label and a language without examples.
+    Args:
+        metric: one of `METRICS`
+        labels: classes of the task; one without an example is warned of, as are blank texts
+        notes: is told, as a warning tells it, where all predictions are one class though the examples are of several
+
+    Raises:
+        ValueError: an unknown metric, an example without a label, or a language without examples.
     """
     from tqdm.auto import tqdm
 

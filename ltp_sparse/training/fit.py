@@ -33,22 +33,23 @@ from ltp_sparse.training.trainer import KeepBest, SparseTrainer
 class Options:
     """How a run computes, as opposed to what it trains.
 
-    seed:             of initial values, the order of examples, dropout, and what the method draws
-    metric:           of dev that picks the evaluation to keep: "accuracy", "macro_f1", or "loss"
-    output_dir:       keeps the best evaluation so far (`best.safetensors`) and the checkpoints; None: nothing on disk.
-                      Those of an earlier run are removed, unless this one resumes
-    save_every:       epochs between checkpoints, of which the latest is kept; None writes none
-    resume:           continue from the latest checkpoint of `output_dir`, if there is one. The result has the bits of
-                      a run that was never interrupted. ValueError with other settings than those in `settings.json`
-    micro_batch_size: examples per forward pass and device, to save memory; the update is that of the whole batch. With
-                      several processes (torchrun) an incomplete last batch is filled up from the beginning
-    bf16:             compute in bfloat16 under autocast; weights stay float32
-    states:           "float32" or "8bit" moments, see `MaskedAdamW`
-    gradients:        "packed" keeps of every gradient the ticket's entries only, "dense" all of them
-    progress:         show a progress bar
-    check_frozen:     hash what must not train, before and after, and raise RuntimeError if a bit of it changed
-    arguments:        further `transformers.TrainingArguments`, e.g. {"report_to": "tensorboard"}
-    callbacks:        further callbacks of the Trainer
+    Attributes:
+        seed: of initial values, the order of examples, dropout, and what the method draws
+        metric: of dev that picks the evaluation to keep: "accuracy", "macro_f1", or "loss"
+        output_dir: keeps the best evaluation so far (`best.safetensors`) and the checkpoints; None: nothing on disk.
+            Those of an earlier run are removed, unless this one resumes
+        save_every: epochs between checkpoints, of which the latest is kept; None writes none
+        resume: continue from the latest checkpoint of `output_dir`, if there is one. The result has the bits of a run
+            that was never interrupted. ValueError with other settings than those in `settings.json`
+        micro_batch_size: examples per forward pass and device, to save memory; the update is that of the whole batch.
+            With several processes (torchrun) an incomplete last batch is filled up from the beginning
+        bf16: compute in bfloat16 under autocast; weights stay float32
+        states: "float32" or "8bit" moments, see `MaskedAdamW`
+        gradients: "packed" keeps of every gradient the ticket's entries only, "dense" all of them
+        progress: show a progress bar
+        check_frozen: hash what must not train, before and after, and raise RuntimeError if a bit of it changed
+        arguments: further `transformers.TrainingArguments`, e.g. {"report_to": "tensorboard"}
+        callbacks: further callbacks of the Trainer
     """
 
     seed: int = 1
@@ -80,12 +81,13 @@ class Options:
 class Fit:
     """What a phase gives; the model is back at its initial bits.
 
-    delta:           ticket entries and dense parameters at the best evaluation
-    scores:          the metric at every evaluation
-    best_epoch:      of that evaluation, counted from 1 (a fraction, evaluated within an epoch); the first of equals
-    seconds:         wall-clock time, evaluation on dev included (of the last part if the run was resumed)
-    optimizer_bytes: state of the optimizer: moments and index
-    digests:         of the model's parameters, which are back at their initial bits; empty if that was not checked
+    Attributes:
+        delta: ticket entries and dense parameters at the best evaluation
+        scores: the metric at every evaluation
+        best_epoch: of that evaluation, counted from 1 (a fraction, evaluated within an epoch); the first of equals
+        seconds: wall-clock time, evaluation on dev included (of the last part if the run was resumed)
+        optimizer_bytes: state of the optimizer: moments and index
+        digests: of the model's parameters, which are back at their initial bits; empty if that was not checked
     """
 
     delta: SparseDelta
@@ -101,7 +103,8 @@ def fit(
 ) -> Fit:
     """Trains the ticket's entries and `setup.dense`; the best evaluation on `dev` counts, the first of the best.
 
-    train, dev: encoded examples.
+    Args:
+        train, dev: encoded examples.
     """
     model, dense = setup.model, setup.dense_parameters()
     base = Snapshot(model, ticket, dense, frozen=options.check_frozen, what="train_method")

@@ -86,8 +86,9 @@ def train_language_adapter(
 ) -> Adapter:
     """A language adapter with its invertible adapter, trained as a masked language model; the model stays as it is.
 
-    model: with a decoupled LM head
-    options: further arguments of `tune_mlm`
+    Args:
+        model: with a decoupled LM head
+        options: further arguments of `tune_mlm`
     """
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)

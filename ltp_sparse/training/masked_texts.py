@@ -47,8 +47,10 @@ def text_hash(texts: Iterable[str]) -> str:
 class MaskedTexts(Dataset):
     """Token sequences that are masked anew in every epoch.
 
-    packed: all texts, each between `<s>` and `</s>`, joined and cut into blocks of `length` tokens; the last,
+    Args:
+        packed: all texts, each between `<s>` and `</s>`, joined and cut into blocks of `length` tokens; the last,
             incomplete block is dropped. Otherwise one text, cut to `length`, per example.
+
     Each token but `<s>`, `</s>` and padding is chosen with `probability`; of the chosen 80 % become `<mask>`, 10 % a
     random token of the whole vocabulary, 10 % stay. Items are {"input_ids", "labels"}, int64 [tokens], labels -100
     where nothing was chosen.

@@ -33,13 +33,14 @@ _trained: weakref.WeakKeyDictionary[nn.Module, SparseDelta] = weakref.WeakKeyDic
 class Trained:
     """What a run gives.
 
-    setup:           the model with the best weights, and what encodes examples for it
-    delta:           ticket entries and dense parameters at the best evaluation on dev, applied to `model`
-    baked:           the same as inference needs it (a prompt in place of its encoder): what `load_trained` reads
-    dev_scores:      of every evaluation, 0 to 1 (losses, if the metric is "loss")
-    best_epoch:      counted from 1; the first of equally good ones
-    seconds:         wall-clock time of training, of all phases
-    optimizer_bytes: state of the optimizer in the last phase: moments and index
+    Attributes:
+        setup: the model with the best weights, and what encodes examples for it
+        delta: ticket entries and dense parameters at the best evaluation on dev, applied to `model`
+        baked: the same as inference needs it (a prompt in place of its encoder): what `load_trained` reads
+        dev_scores: of every evaluation, 0 to 1 (losses, if the metric is "loss")
+        best_epoch: counted from 1; the first of equally good ones
+        seconds: wall-clock time of training, of all phases
+        optimizer_bytes: state of the optimizer in the last phase: moments and index
     """
 
     setup: Setup
@@ -179,8 +180,9 @@ def _is_applied(delta: SparseDelta, model: nn.Module) -> bool:
 def load_trained(language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, delta: SparseDelta) -> Setup:
     """The model of a result of `train_method` (`delta` or `baked`), and what encodes examples for it.
 
-    language_model: at the initial weights of that run, possibly with language deltas applied; the delta is applied to
-        its parameters, `delta.revert(setup.model)` takes it off again.
+    Args:
+        language_model: at the initial weights of that run, possibly with language deltas applied; the delta is applied
+            to its parameters, `delta.revert(setup.model)` takes it off again.
     """
     facts = delta.metadata
     if missing := [key for key in ("method", "settings", "options", "labels") if key not in facts]:

@@ -42,18 +42,19 @@ if TYPE_CHECKING:
 class MLMSettings:
     """How stage 1 tunes. The defaults are the paper's, or where it is silent those of LT-SFT, whose settings it shares.
 
-    strategy:      "vanilla", "decoupled" or "frozen_embedding"
-    batch_size:    sequences per update, over all processes and accumulation steps
-    accumulation:  micro-batches per update
-    l1:            pull to the initial weights; divided by the number of all model parameters
-    length:        tokens per sequence
-    line_by_line:  one text per sequence, instead of texts joined and cut into full blocks
-    validation:    share of the texts held out; evaluated every `eval_steps` updates and at the end
-    max_steps:     if positive, updates, instead of epochs
-    step_bounds:   least and most updates, whatever the epochs come to (LT-SFT: 10,000 and 100,000)
-    bf16:          compute under bfloat16 autocast; weights stay float32
-    states:        "float32" or "8bit" moments, see `MaskedAdamW`
-    save_steps:    updates between resumable checkpoints, 0: none. All weights train here, so one of XLM-R-base is 6 GB
+    Attributes:
+        strategy: "vanilla", "decoupled" or "frozen_embedding"
+        batch_size: sequences per update, over all processes and accumulation steps
+        accumulation: micro-batches per update
+        l1: pull to the initial weights; divided by the number of all model parameters
+        length: tokens per sequence
+        line_by_line: one text per sequence, instead of texts joined and cut into full blocks
+        validation: share of the texts held out; evaluated every `eval_steps` updates and at the end
+        max_steps: if positive, updates, instead of epochs
+        step_bounds: least and most updates, whatever the epochs come to (LT-SFT: 10,000 and 100,000)
+        bf16: compute under bfloat16 autocast; weights stay float32
+        states: "float32" or "8bit" moments, see `MaskedAdamW`
+        save_steps: updates between resumable checkpoints, 0: none. All weights train here, so one of XLM-R-base is 6 GB
     """
 
     strategy: str = "decoupled"
@@ -82,10 +83,11 @@ class MLMSettings:
 class MLMResult:
     """A tuned model and what it was before.
 
-    model:    the model that was passed in, with the weights of the best validation loss
-    base:     the model before: the ticket that was trained, the initial values of its entries and of the LM head
-    metadata: strategy, steps, step and loss of the best evaluation, data hash and settings: for the ticket
-    history:  the log of the run, as `TrainerState.log_history`
+    Attributes:
+        model: the model that was passed in, with the weights of the best validation loss
+        base: the model before: the ticket that was trained, the initial values of its entries and of the LM head
+        metadata: strategy, steps, step and loss of the best evaluation, data hash and settings: for the ticket
+        history: the log of the run, as `TrainerState.log_history`
     """
 
     model: XLMRobertaForMaskedLM

@@ -66,8 +66,12 @@ def begin(folder: str | os.PathLike[str], facts: Mapping[str, Any], *, what: str
 
     Otherwise the checkpoints of an earlier run are removed, as a later resume would take them for those of this one.
 
-    facts: what a resumed run must have in common with the interrupted one to end with the same bits; kept in the folder
-    Raises ValueError if it has not, or its checkpoints are damaged; nothing is changed then.
+    Args:
+        facts: what a resumed run must have in common with the interrupted one to end with the same bits; kept in the
+            folder.
+
+    Raises:
+        ValueError: the interrupted run had other facts, or its checkpoints are damaged; nothing is changed then.
     """
     checkpoint, path = last_checkpoint(folder) if resume else None, Path(folder) / SETTINGS_FILE
     facts = json.loads(json.dumps(facts, default=float))  # as they will be read
@@ -93,7 +97,8 @@ def begin(folder: str | os.PathLike[str], facts: Mapping[str, Any], *, what: str
 def alone(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Keeps other runs out of an output folder; the lock of a process that has died is free.
 
-    Raises ValueError if another run is at work there.
+    Raises:
+        ValueError: another run is at work there.
     """
     if int(os.environ.get("RANK", "0")):
         yield  # ranks of one run work together

@@ -32,7 +32,8 @@ def start(folder: Path) -> None:
 def finish(folder: Path, names: Iterable[str] | None = None) -> None:
     """Writes down what a folder holds, after waiting until it is on disk.
 
-    names: of its files, relative to it; None: all
+    Args:
+        names: of its files, relative to it; None: all
     """
     if names is None:
         names = [os.fspath(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST]
@@ -57,7 +58,8 @@ def names(folder: Path) -> list[str]:
 def check(folder: Path, parts: tuple[str, ...] = ("",)) -> None:
     """Compares a folder with its manifest.
 
-    parts: how the names begin whose content is read; of the others, sizes are compared
+    Args:
+        parts: how the names begin whose content is read; of the others, sizes are compared
 
     Raises:
         FileFormatError: a file is missing or another, or the manifest is; `Unfinished` if its writing was interrupted.

@@ -52,8 +52,9 @@ class FileFormatError(ValueError):
 class Place:
     """A place in a file; `error` says what is wrong there.
 
-    source: the file, or the name of a data set
-    at:     "row 3" (counted behind the header), "'encoder.weight'", ...
+    Attributes:
+        source: the file, or the name of a data set
+        at: "row 3" (counted behind the header), "'encoder.weight'", ...
     """
 
     source: str | os.PathLike[str]
@@ -223,7 +224,8 @@ def parse_yaml(text: str, path: str | os.PathLike[str]) -> Any:
 def _weigh(node: Any, path: str | os.PathLike[str], known: dict[int, int | None]) -> int:
     """Values that a node of YAML stands for, aliases counted each time; refuses what is not plain, endless or large.
 
-    known: node -> its values, None while it is open
+    Args:
+        known: node -> its values, None while it is open
     """
     import yaml
 

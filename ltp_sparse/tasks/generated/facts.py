@@ -53,8 +53,9 @@ class Fact:
     """What one sentence says. A slot that is None is left open; `fronted` (time phrase first) is word order, not
     meaning.
 
-    negated: "does not"; it denies action, place and time together, never the subject. Only facts without a thing are
-        negated.
+    Attributes:
+        negated: "does not"; it denies action, place and time together, never the subject. Only facts without a thing
+            are negated.
     """
 
     agent: str

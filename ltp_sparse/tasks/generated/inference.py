@@ -99,7 +99,8 @@ def draw_triple(rng: random.Random) -> list[FactPair]:
 def fact_pairs(count: int, split: str, seed: int = 0) -> list[FactPair]:
     """`count` different examples of a split, labels in turn.
 
-    split: "train", "dev" or "test" ("text": the examples that the pre-training text talks about)
+    Args:
+        split: "train", "dev" or "test" ("text": the examples that the pre-training text talks about)
     """
     if split not in SPLITS:
         raise ValueError(f"fact_pairs: split must be one of {', '.join(SPLITS)}, got {split!r}")

@@ -17,13 +17,14 @@ from ltp_sparse.tasks.generated.facts import Fact
 class Language:
     """Word forms by concept, and the grammar.
 
-    agents, things:  concept -> noun, with gender or noun class where the grammar needs one
-    properties:      property -> forms
-    actions:         action -> (affirmed, denied)
-    places, times:   concept -> the whole phrase
-    clause:          (language, fact) -> the sentence without capital and full stop
-    answers:         label -> the word that answers "is that so?"
-    asked:           frames of a question and its answer, of {hypothesis} and {answer}
+    Attributes:
+        agents, things: concept -> noun, with gender or noun class where the grammar needs one
+        properties: property -> forms
+        actions: action -> (affirmed, denied)
+        places, times: concept -> the whole phrase
+        clause: (language, fact) -> the sentence without capital and full stop
+        answers: label -> the word that answers "is that so?"
+        asked: frames of a question and its answer, of {hypothesis} and {answer}
     """
 
     agents: Mapping[str, tuple[str, ...]]
