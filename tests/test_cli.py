@@ -340,7 +340,7 @@ TRAIN = ["train", "--model", "mini-xlmr", "--output", "o"]
         (["select", "--model", "m", "--output", "o"], "either --text files or --hub-text"),
         ([*TEXT, "--intersect"], "--intersect needs a --segment"),
         ([*TEXT[:-1], "/proc/none/o"], "--output /proc/none/o cannot be written"),
-        ([*TEXT[:-1], "."], "--output must be a file, . is none"),
+        ([*TEXT[:-1], "."], "--output must be a file, . is not one"),
         ([*PAIR, "--segment", "middle"], "--segment is of tuning and has no part in comparing"),
         ([*PAIR, "--text", "t.txt"], "--text is of tuning"),
         (
@@ -375,7 +375,7 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == "ltp-sparse: stopped\n"
     monkeypatch.setattr("ltp_sparse.cli.train._task_data", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main([*TRAIN, "--ticket", "t"]) == 130
-    assert "the same command with --resume goes on" in capsys.readouterr().err
+    assert "run the same command with --resume to continue" in capsys.readouterr().err
 
 
 def test_predictions_are_read_as_they_were_written(files, trained, tmp_path):

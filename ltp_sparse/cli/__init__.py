@@ -14,9 +14,9 @@ from typing import Any
 from ltp_sparse.cli.options import COMMANDS, CommandError, build_parser
 
 _GOES_ON = {
-    "select": "with --run-dir and --save-every, the same command with --resume goes on",
-    "train": "with --save-every, the same command with --resume goes on",
-    "run": "the same command goes on",
+    "select": "with --run-dir and --save-every, run the same command with --resume to continue",
+    "train": "with --save-every, run the same command with --resume to continue",
+    "run": "run the same command again to continue",
 }
 _EXTRA = ("accelerate", "datasets", "matplotlib", "pyarrow", "scipy", "tqdm", "transformers", "yaml")
 

@@ -1,4 +1,4 @@
-"""What a file or folder is, so that one given for the wrong option is told by name, and before torch is imported."""
+"""What a file or folder is: the error for one given to the wrong option names it, before torch is imported."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ def check_writable(command: str, path: Path, *, folder: bool = False, option: st
     from ltp_sparse.weights import files
 
     if os.path.isdir(path) != folder and os.path.exists(path):
-        raise CommandError(f"{command}: {option} must be a {'folder' if folder else 'file'}, {path} is none")
+        raise CommandError(f"{command}: {option} must be a {'folder' if folder else 'file'}, {path} is not one")
     try:
         files.check_writable(path, folder=folder)
     except OSError as error:

@@ -20,7 +20,7 @@ EXAMPLES = """\
   what there is, and what a recipe would do
     ltp-sparse run --list
     ltp-sparse run ltp-table-1 --dry-run
-  table 1 of LTP, from the original files, on two GPUs; the same command again goes on where it was stopped
+  table 1 of LTP, from the original files, on two GPUs; run it again to continue where it stopped
     ltp-sparse run ltp-table-1 --data data/ --output results/table-1 --devices 0 1 --bf16
   a part of it, with another model and fewer epochs
     ltp-sparse run ltp-table-1 --only method=ltp shots=4 --model my-model/ --set settings.epochs=10 --output results/t

@@ -38,7 +38,7 @@ EXAMPLES = """\
     ltp-sparse train --model mini-xlmr --method soft-prompt --data data/ --shots 4 --output runs/sp-4
     ltp-sparse train --model mini-xlmr --method random-ticket --ticket en.safetensors --data data/ --shots 4 \\
         --output runs/random-4
-  in Swahili, with checkpoints; stopped, the same command with --resume goes on
+  in Swahili, with checkpoints; after an interruption, add --resume
     ltp-sparse train --model mini-xlmr --ticket en.safetensors --data data/ --language sw --shots 16 \\
         --output runs/sw --save-every 10
   a task of single texts, by words of your own
@@ -311,7 +311,7 @@ def _own_data(options: argparse.Namespace, words: dict[str, list[str]] | None, l
 
     train = read(options.train, "train")
     dev = [] if options.dev is None else read(options.dev, "validation")
-    test = [] if options.test is None else read(options.test, "test")  # told now, not after the training
+    test = [] if options.test is None else read(options.test, "test")  # fails now, not after the training
     labels = classes_of([*train, *dev], words)
     if foreign := sorted({example.label for example in test} - set(labels)):
         raise CommandError(

@@ -21,7 +21,7 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 def locate(name_or_path: str | os.PathLike[str]) -> tuple[str, bool]:
     """The source for `from_pretrained` and whether it is local.
 
-    A mistyped folder thus never becomes a download, and a name that cannot be downloaded is told at once.
+    A mistyped folder thus never becomes a download, and a name that cannot be downloaded is an error at once.
 
     Raises:
         ValueError: there is no such folder; or none of that name, it is not in the cache of the Hub either, and the Hub

@@ -32,7 +32,7 @@ def frozen_digests(model: nn.Module, ticket: Ticket, dense: nn.Module | Iterable
             an inactive entry
 
     Works through pieces of 4 MiB on all threads of torch, so it takes no copy of the model. Parameters on a GPU are
-    copied piece by piece. Buffers are not looked at.
+    copied piece by piece. Buffers are not compared.
 
     Raises:
         ValueError: the ticket is not of this model.
@@ -62,7 +62,7 @@ def frozen_digests(model: nn.Module, ticket: Ticket, dense: nn.Module | Iterable
 def verify_frozen(
     before: Mapping[str, str], model: nn.Module, ticket: Ticket, dense: nn.Module | Iterable[Any] = ()
 ) -> None:
-    """Compares `frozen_digests` of now with those of before.
+    """Compares the current `frozen_digests` with earlier ones.
 
     Raises:
         RuntimeError: the inactive entries of a parameter have changed; the message names the first.
@@ -71,7 +71,7 @@ def verify_frozen(
     after = frozen_digests(model, ticket, dense)
     if other := before.keys() ^ after.keys():
         raise ValueError(
-            f"verify_frozen: expected the parameters of before, {min(other)!r} is new or gone ({len(other)} in all); "
+            f"verify_frozen: expected the same parameters, {min(other)!r} is new or gone ({len(other)} in all); "
             "give the same model, ticket and dense"
         )
     if changed := [name for name, found in after.items() if found != before[name]]:

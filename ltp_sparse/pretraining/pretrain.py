@@ -60,7 +60,7 @@ def pretrain(
     """Trains `model` in place; each update takes its batch from one of the sources, drawn by their weights.
 
     Args:
-        checkpoint: a file from which the run goes on if it exists; the caller removes it when the model is saved.
+        checkpoint: a file to resume from if it exists; the caller removes it when the model is saved.
             Batches depend on (seed, step) alone, so a run that was interrupted ends with the bits of one that was not.
 
     Raises:

@@ -39,7 +39,7 @@ class Source(Protocol):
 class Sentences:
     """Blocks of a language's sentences, masked at 15 % as XLM-R's: 80 % `<mask>`, 10 % a random token, 10 % kept.
 
-    A block begins at a random sentence, goes on with those that follow it (shuffled once) and is cut at `length`
+    A block begins at a random sentence, continues with the following ones (shuffled once) and is cut at `length`
     tokens. Languages are drawn with a probability proportional to a power of their number of tokens, XLM-R's way to
     give small corpora a voice (arXiv 1911.02116, section 3.1).
 

@@ -365,7 +365,7 @@ def active_by_layer(ticket: Ticket) -> dict[str, list[int]]:
 
 
 def _training_task(cell: Cell, bench: Workbench, notes: list[str]) -> Task:
-    """The training task; where its files are not in the data folder, the one that the recipe names to stand in."""
+    """The training task; if its files are not in the data folder, the substitute that the recipe names."""
     for name in (cell["train.task"], cell["test.task"]):
         if name not in TASKS:
             raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}")

@@ -1,4 +1,4 @@
-"""Runs a recipe cell by cell: what is finished stays, what was interrupted goes on, what fails is told."""
+"""Runs a recipe cell by cell: finished cells are kept, interrupted ones resume, failures are reported."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run_recipe(
         save_every: epochs between checkpoints inside a cell; None: an interrupted cell starts anew
         part: (i, n): every n-th cell from the i-th on, for n processes on one recipe
 
-    Returns the number of cells that failed; each is told in `failures.jsonl` with its error.
+    Returns the number of cells that failed; each is listed in `failures.jsonl` with its error.
     """
     index, parts = part
     mine = {cell.id for cell in recipe.cells[index - 1 :: parts]}
@@ -121,7 +121,10 @@ def run_on_devices(command: Sequence[str], devices: Sequence[str]) -> int:
         raise
     for device, status in zip(devices, statuses, strict=True):
         if status:
-            print(f"device {device}: the process {_ended(status)}; the same command goes on", file=sys.stderr)
+            print(
+                f"device {device}: the process {_ended(status)}; run the same command again to continue",
+                file=sys.stderr,
+            )
     return max(128 - status if status < 0 else status for status in statuses)  # as a shell gives them
 
 

@@ -115,7 +115,7 @@ def select(
     Raises:
         ValueError: names, shapes or budgets do not fit; a parameter is on one side only; or a delta is NaN or infinite
             (the parameter is named), as it is where both sides hold the same infinity.
-        TypeError: a parameter of the pool is none of float32, bfloat16 and float16 (in a file: ValueError).
+        TypeError: a parameter of the pool is not float32, bfloat16 or float16 (in a file: ValueError).
     """
     if output is not None:
         files.check_writable(output)

@@ -30,7 +30,7 @@ _ALIGNMENT = 8
 
 
 class Spool:
-    """Tensors that are put into a file one by one and are then looked at through a mapping.
+    """Tensors written to a file one by one and then read through a mapping.
 
     A context, after which it takes no more. The file has no name: it takes room in its folder until the last of the
     tensors is gone, whatever happens.

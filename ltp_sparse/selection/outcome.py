@@ -1,4 +1,4 @@
-"""What a ticket tells of its selection."""
+"""The metadata that a selection leaves in its ticket."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def describe(
     """The metadata of a ticket that asked for `ks` entries by group and `found` so many in a pool of `pool` entries.
 
     Args:
-        left_out: what -> parameters that are not in the pool for that reason; those that are none are not told
+        left_out: what -> how many parameters are not in the pool for that reason; zeros are left out
 
     Warns:
         ShortTicket: `found` is less.

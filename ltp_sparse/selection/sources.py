@@ -19,7 +19,7 @@ from ltp_sparse.weights.names import Named, digest, parameter_order
 from ltp_sparse.weights.tensors import check_plain_tensor
 from ltp_sparse.weights.versions import Missing, Weights, check_sides, open_weights, side_by_side
 
-_PIECE = 1 << 20  # entries looked at at a time
+_PIECE = 1 << 20  # entries compared at a time
 
 ScoreFunction = Callable[[str, int, int], Tensor]
 """(name, start, stop) -> the scores of entries start..stop of a parameter's row-major order."""

@@ -48,7 +48,7 @@ class Team:
         return torch.stack(columns, dim=1)
 
     def every(self, work: Callable[[], T], tell: Callable[[T], Any] = lambda result: None) -> tuple[T, list[Any]]:
-        """This rank's result, and what every rank tells of its own. An error on one rank is raised on all."""
+        """This rank's result, and what every rank reports about its own. An error on one rank is raised on all."""
         result: Any = None
         error, told = None, None
         try:

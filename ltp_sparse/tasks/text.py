@@ -25,7 +25,7 @@ def read_text(paths: Sequence[str | os.PathLike[str]], *, max_lines: int | None 
 
     Args:
         paths: .txt (a text a line), .tsv (the first column) and .jsonl (the key "text") files, also .gz, or folders of
-            them. A null as "text" is passed over, and their number told in a `PassedOver` warning.
+            them. Nulls as "text" are skipped; a `PassedOver` warning has their number.
         max_lines: at most so many, drawn at random without replacement in one pass, in the order of the files.
 
     Raises:
@@ -78,7 +78,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _texts(rows: Iterable[tuple[Place, dict[str, Any]]], column: str, source: str) -> Iterator[str]:
-    """The lines of the texts in a column; nulls are passed over, which is told at the end."""
+    """The lines of the texts in a column; nulls are skipped and counted in a warning at the end."""
     nulls = 0
     for where, row in rows:
         if row.get(column, "") is None:

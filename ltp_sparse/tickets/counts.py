@@ -19,7 +19,7 @@ def as_share(share: Any, what: str = "density") -> Fraction:
         what: what to call it in the message.
 
     Raises:
-        TypeError: it is no number; True and "0.2" are none.
+        TypeError: not a number; True and "0.2" do not count as numbers.
         ValueError: it is not in [0, 1].
     """
     if isinstance(share, Tensor):

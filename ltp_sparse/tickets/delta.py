@@ -56,8 +56,8 @@ class SparseDelta:
     """The new and original values of a ticket's entries (LT-SFT calls it an SFT), and whole tensors such as a head.
 
     On the base it was made from, `apply` gives the tuned bits. On top of other deltas it adds: an entry that another
-    delta has moved becomes current + (tuned - original), in float32 (LT-SFT's composition). `revert` gives back the
-    bits of before.
+    delta has moved becomes current + (tuned - original), in float32 (LT-SFT's composition). `revert` restores the
+    previous bits.
 
     Args:
         ticket: the active entries, with the fingerprint of the base.
@@ -105,8 +105,8 @@ class SparseDelta:
             initial: the base: a module, name -> tensor, or a safetensors checkpoint. Deltas that are applied to a
                 module belong to it; the fingerprint is that of the model below them.
             tuned: the tuned version, likewise.
-            ticket: the entries to keep; what moved outside it is not looked at, except for zeros that changed their
-                sign: no ticket of |tuned - initial| holds those, so they are counted, and a warning tells of them.
+            ticket: the entries to keep; what moved outside it is ignored, except for zeros that changed their sign: no
+                ticket of |tuned - initial| holds those, so they are counted and a warning is given.
             dense: whole tensors to carry along, e.g. a task head or a prompt.
             originals: keep the base's values of these entries, which doubles the size and allows composing.
             metadata: anything JSON can hold.
@@ -276,7 +276,7 @@ class SparseDelta:
             if cast and name not in self.originals:
                 raise ValueError(
                     f"SparseDelta.apply: {name!r} in {tensor.dtype} cannot be compared with the base of this delta, "
-                    "which was made without originals; strict=False applies it all the same"
+                    "which was made without originals; strict=False applies it without comparing"
                 )
             before = _before(name, tensor, stack)
             if cast:

@@ -38,7 +38,7 @@ Pool = Callable[[str], bool] | str | Iterable[str] | None
 
 
 def in_pool(names: Iterable[str], pool: Pool) -> list[str]:
-    """The names that a pool lets through, in canonical order; an error if there is none."""
+    """The names in a pool, in canonical order; an error if the pool is empty."""
     names = list(names)
     if pool is None:
         kept = names

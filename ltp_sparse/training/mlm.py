@@ -154,8 +154,8 @@ def tune_mlm(
         dense: a part of the model to train in full, instead of the LM head's dense, layer_norm and bias.
         output_dir: folder for checkpoints; None: a temporary one. Those of an earlier run are removed, unless this one
             resumes.
-        resume: continue from the latest checkpoint in `output_dir`, if there is one. ValueError with other settings or
-            texts than `settings.json` there tells of.
+        resume: continue from the latest checkpoint in `output_dir`, if there is one. ValueError if settings or texts
+            differ from those in its `settings.json`.
         progress: show bars and the log.
         source: where the texts are from, for messages.
         arguments: further `transformers.TrainingArguments`, e.g. logging_steps=10.

@@ -22,12 +22,12 @@ SETTINGS_FILE = "settings.json"
 
 
 def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
-    """The checkpoint of most steps in an output folder that is as its manifest says; None if there is none.
+    """The latest complete checkpoint of an output folder, checked against its manifest; None if there is none.
 
-    A warning tells of those that are passed over.
+    Warns about checkpoints that are skipped.
 
     Raises:
-        FileFormatError: there is none, but one that has been complete: it was damaged.
+        FileFormatError: every checkpoint that was once complete has been damaged since.
     """
     passed: list[FileFormatError] = []
     for path in sorted(checkpoints(Path(folder)), key=_steps, reverse=True):
@@ -62,7 +62,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def begin(folder: str | os.PathLike[str], facts: Mapping[str, Any], *, what: str, resume: bool) -> Path | None:
-    """The checkpoint that a run goes on from, if it resumes and there is one.
+    """The checkpoint to resume from, or None to start anew.
 
     Otherwise the checkpoints of an earlier run are removed, as a later resume would take them for those of this one.
 

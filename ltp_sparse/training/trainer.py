@@ -84,7 +84,7 @@ class SparseTrainer(Trainer):
         args = copy.copy(args)
         self.clip = args.max_grad_norm or None
         args.max_grad_norm = 0.0  # the Trainer would clip over all gradients, those of inactive entries, too
-        # The Trainer would remove the checkpoint of before while the manifest of the new one is not written yet.
+        # The Trainer would remove the previous checkpoint before the manifest of the new one is written.
         self.save_total_limit, args.save_total_limit = args.save_total_limit, None
         if args.data_seed is None:
             args.data_seed = args.seed  # else the order of examples follows whatever seeded torch last
@@ -253,7 +253,7 @@ class KeepBest(TrainerCallback):
         metric: name of an evaluation metric, with or without "eval_".
         greater_is_better: by default True, but for losses.
         on_disk: keep it as `best.safetensors` in the output folder, replaced atomically, so that it survives a kill
-            (one process writes it, all read it); otherwise in memory (checkpoints hold it all the same).
+            (one process writes it, all read it); otherwise in memory, and in every checkpoint.
 
     Attributes:
         best: {"metric", "value", "step", "epoch"} of the best evaluation so far, or None; the metadata of its delta.

@@ -25,14 +25,14 @@ _DTYPES = {
     "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64,
 }  # fmt: skip
 _INDEX = "model.safetensors.index.json"
-VIEW = 1 << 22  # entries looked at at a time where they lie: enough to keep all threads busy
+VIEW = 1 << 22  # entries mapped at a time: enough to keep all threads busy
 
 
 class _MappedFile:
     """A safetensors file, mapped. Its bytes come from the page cache when they are touched.
 
     What another process writes into the file meanwhile would be read as if it had been there: its size and time are
-    looked at again around every reading. A file that is replaced (moved over) keeps its content here. One that shrinks
+    checked again around every reading. A file that is replaced (moved over) keeps its content here. One that shrinks
     in the very moment of a reading ends the process (SIGBUS), which no library can prevent.
 
     Raises:
@@ -67,7 +67,7 @@ class _MappedFile:
 
 
 class CheckpointTensor:
-    """One tensor of a safetensors file; its entries are read when they are looked at."""
+    """One tensor of a safetensors file; its entries are read when they are used."""
 
     def __init__(self, file: _MappedFile, name: str) -> None:
         entry = file.tensors[name]
@@ -114,7 +114,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Named[CheckpointTensor]:
     """Canonical name -> tensor of a safetensors file, or of a folder with one file or shards and their index.
 
     All tensors are there, of any dtype, buffers included. The index of shards says which of them holds a tensor; a copy
-    in another is not looked at. What `safetensors.torch.save_model` notes of tied tensors makes them one.
+    in another is ignored. What `safetensors.torch.save_model` notes of tied tensors makes them one.
 
     Raises:
         FileNotFoundError: nothing of that kind is there.

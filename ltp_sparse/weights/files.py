@@ -205,7 +205,7 @@ def _shortened(name: str) -> str:
 def _workplace(target: Path) -> Iterator[Path]:
     """A path of the target's name in a new folder beside it. A lock on that folder tells others that its writer lives.
 
-    A folder, since writers make files of their own beside the one that they are asked for.
+    A folder, because some writers create further files beside the one they are asked for.
     """
     with _telling(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -231,7 +231,7 @@ def _workplace(target: Path) -> Iterator[Path]:
 
 
 def _keep_owner_and_mode(target: Path, temporary: Path) -> None:
-    """Gives a file those of the one that it is to replace, or what the system gives to a new file."""
+    """Copies the mode of the file that is replaced, or sets the system's default for new files."""
     try:
         before = target.stat()
     except FileNotFoundError:

@@ -203,7 +203,7 @@ def canonical_group(
 def canonical_parameters(model: nn.Module) -> Named[nn.Parameter]:
     """Canonical name -> parameter, in canonical order; a tied parameter appears once.
 
-    Of the names of a tied parameter the one that `save_pretrained` stores wins
+    Of the names of a tied parameter, the one that `save_pretrained` stores wins
     ("roberta.embeddings.word_embeddings.weight", never "lm_head.decoder.weight"), whichever the model class happens to
     register first: what transformers knows of its ties decides, then `tie_key`.
 
