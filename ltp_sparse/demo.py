@@ -12,7 +12,6 @@ import torch
 from ltp_sparse.backends import available_backends
 from ltp_sparse.methods import LTP, PromptMethod, PromptOnly, PromptSettings, RandomTicket, SoftPrompt
 from ltp_sparse.models.backbone import load_backbone
-from ltp_sparse.models.locating import MINI_XLMR
 from ltp_sparse.prompting import CLASSES, Verbalizer
 from ltp_sparse.recipes import results
 from ltp_sparse.report.plots import plot_accuracy, plot_ticket
@@ -24,6 +23,7 @@ from ltp_sparse.training.evaluation import evaluate, largest_class, result_row
 from ltp_sparse.training.method import Trained, train_method
 from ltp_sparse.training.mlm import MLMSettings, tune_mlm
 from ltp_sparse.weights.files import atomic_path
+from ltp_sparse.weights.locating import MINI_XLMR
 from ltp_sparse.weights.names import canonical_parameters
 
 if TYPE_CHECKING:

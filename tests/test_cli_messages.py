@@ -213,8 +213,8 @@ def test_a_damaged_file_has_no_kind_that_would_hide_it(tmp_path):
 
 def test_a_mistyped_model_does_not_wait_for_the_hub(monkeypatch):
     """Whether a name was downloaded before decides where the Hub does not answer; a silent one costs seconds."""
-    from ltp_sparse.models import locating
     from ltp_sparse.tasks import hub
+    from ltp_sparse.weights import locating
 
     def silent(*_, **__):
         time.sleep(4)

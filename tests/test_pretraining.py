@@ -10,7 +10,6 @@ import torch
 
 import ltp_sparse
 from ltp_sparse.models.backbone import load_backbone
-from ltp_sparse.models.locating import MINI_XLMR
 from ltp_sparse.pretraining import (
     Documents,
     PretrainSettings,
@@ -25,6 +24,7 @@ from ltp_sparse.pretraining import (
 )
 from ltp_sparse.tasks.generated.inference import documents, sentences
 from ltp_sparse.tasks.generated.languages import LANGUAGES
+from ltp_sparse.weights.locating import MINI_XLMR
 
 ANSWERS = [word for language in LANGUAGES.values() for word in language.answers.values()]
 SETTINGS = PretrainSettings(steps=6, tokens=256, warm_up=2, bf16=False, save_steps=2)

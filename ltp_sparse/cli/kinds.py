@@ -93,7 +93,7 @@ def expect_source(options: argparse.Namespace, name: str) -> None:
 
 def expect_model(options: argparse.Namespace) -> None:
     """The same for --model and --tokenizer; a name must be on the Hub, or in its cache."""
-    from ltp_sparse.models.locating import locate
+    from ltp_sparse.weights.locating import locate
 
     for name in ("model", "tokenizer"):
         if (given := getattr(options, name, None)) is None:

@@ -89,7 +89,7 @@ class Run:
 
     def check_model(self, command: str) -> None:
         """Raises if the model or the tokenizer is no longer where it was."""
-        from ltp_sparse.models.locating import locate
+        from ltp_sparse.weights.locating import locate
 
         try:
             for name in filter(None, (self.model, self.tokenizer)):

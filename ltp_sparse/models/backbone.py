@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ltp_sparse.models.locating import _SHIPPED, locate  # noqa: F401 (`_SHIPPED` by its place before)
+from ltp_sparse.weights.locating import _SHIPPED, locate  # noqa: F401 (`_SHIPPED` by its place before)
 from ltp_sparse.weights.names import canonical_parameters
 from ltp_sparse.weights.reading import FileFormatError, reader
 

@@ -3,38 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
-from contextlib import suppress
-from threading import Thread
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from ltp_sparse.tasks.pairs import LABELS, Pair, pair_in
+from ltp_sparse.weights.hub import hub_answers
 from ltp_sparse.weights.reading import Place
-
-_PATIENCE = 3.0  # seconds for the Hub to answer
-
-
-def hub_answers() -> bool:
-    """Whether the Hub can be reached; asked in a thread, since looking up its address may take any time."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    if getproxies():  # which reach where this process cannot
-        return True
-    where, answers = urlsplit(constants.ENDPOINT), []
-
-    def connect() -> None:
-        port = where.port or (80 if where.scheme == "http" else 443)
-        with suppress(OSError), socket.create_connection((where.hostname, port), timeout=_PATIENCE):
-            answers.append(True)
-
-    thread = Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(_PATIENCE)
-    return bool(answers)
 
 
 def load_hub(name: str, config: str | None, **options: Any) -> Any:

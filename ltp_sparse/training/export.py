@@ -21,12 +21,12 @@ from ltp_sparse.methods import METHODS
 from ltp_sparse.methods.prompt_learning import BAKED_PROMPT, PromptMethod
 from ltp_sparse.models import SequenceClassifier
 from ltp_sparse.models.backbone import load_backbone
-from ltp_sparse.models.locating import locate
 from ltp_sparse.models.masked_prompt import PromptedMaskedLM
 from ltp_sparse.tickets.delta import SparseDelta
 from ltp_sparse.training.card import write_card
 from ltp_sparse.training.method import load_trained
 from ltp_sparse.weights.files import atomic_folder
+from ltp_sparse.weights.locating import locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

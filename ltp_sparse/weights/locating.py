@@ -7,7 +7,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from ltp_sparse.tasks.hub import hub_answers
+from ltp_sparse.weights.hub import hub_answers
 from ltp_sparse.weights.reading import closest
 
 MINI_XLMR = "mini-xlmr"
