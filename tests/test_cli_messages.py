@@ -213,8 +213,8 @@ def test_a_damaged_file_has_no_kind_that_would_hide_it(tmp_path):
 
 def test_a_mistyped_model_does_not_wait_for_the_hub(monkeypatch):
     """Whether a name was downloaded before decides where the Hub does not answer; a silent one costs seconds."""
-    from ltp_sparse.tasks import hub
-    from ltp_sparse.weights import locating
+    from ltp_sparse.tasks.hub import load_hub
+    from ltp_sparse.weights import hub, locating
 
     def silent(*_, **__):
         time.sleep(4)
@@ -227,7 +227,7 @@ def test_a_mistyped_model_does_not_wait_for_the_hub(monkeypatch):
     with pytest.raises(ValueError, match="no model 'owner/name'.*the Hub cannot be reached"):
         locating.locate("owner/name")
     with pytest.raises(ValueError, match="no data set 'owner/name': .* the Hub cannot be reached"):
-        hub.load_hub("owner/name", None, split="train")
+        load_hub("owner/name", None, split="train")
     monkeypatch.setattr(hub, "_PATIENCE", 0.1)
     monkeypatch.setattr("socket.create_connection", silent)
     with pytest.raises(ValueError, match="the Hub cannot be reached"):

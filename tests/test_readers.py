@@ -40,7 +40,7 @@ _READS = {
     "memmap", "safe_load",
 }  # fmt: skip
 _ALLOWED = {  # functions that read what is no file of a stranger, or nothing at all
-    "backends.choices": "a table that comes with the package",
+    "backends.__init__.choices": "a table that comes with the package",
     "cli.__init__.main": "the null device",
     "cli.report.run": "the report that has just been written",
     "report.pages._html_page": "the plots that have just been drawn",
@@ -285,7 +285,10 @@ def test_commands_tell_a_damaged_file_in_one_line(tmp_path, capsys, name):
         ("c.yaml", ["run", "{file}", "--dry-run"]),
         ("d.yaml", ["report", "{file}", "{folder}"]),
         ("e.yaml", ["inspect", "{good}", "--config", "{file}"]),
-        ("f.safetensors", ["train", "--model", "mini-xlmr", "--ticket", "{file}", "--output", "{folder}/out"]),
+        (
+            "f.safetensors",
+            ["train", "--model", "mini-xlmr", "--ticket", "{file}", "--task", "generated", "--output", "{folder}/out"],
+        ),
         ("run.json", ["export", "{folder}", "--output", "{folder}/out"]),
         ("run.json", ["evaluate", "{folder}"]),
         ("g.jsonl", ["select", "--model", "mini-xlmr", "--text", "{file}", "--output", "{folder}/t.safetensors"]),
