@@ -33,9 +33,9 @@ test: $(TEST)  ## all tests, on all cores (narrow them with ARGS="-k name"; ARGS
 
 # The C++ kernels under a sanitizer, as a module of their own in build/; threads: those of the kernels, not of OpenMP.
 asan: SANITIZE = address,undefined  ## tests of the C++ kernels under AddressSanitizer and UBSan
-asan: SANITIZER_TESTS = tests/test_compiled.py tests/test_compiled_precision.py tests/test_raw_operators.py
+asan: SANITIZER_TESTS = tests/backends/test_compiled.py tests/backends/test_compiled_precision.py tests/ops/test_raw_operators.py
 tsan: SANITIZE = thread  ## the same under ThreadSanitizer
-tsan: SANITIZER_TESTS = tests/test_compiled.py
+tsan: SANITIZER_TESTS = tests/backends/test_compiled.py
 asan tsan: $(TEST)
 	LTP_SPARSE_EXT=cpu LTP_SPARSE_SANITIZE=$(SANITIZE) $(BIN)/python setup.py -q build_ext \
 		--build-lib build/$@ --build-temp build/$@/temp
@@ -46,7 +46,7 @@ asan tsan: $(TEST)
 		-q -p no:cacheprovider --timeout 1200 $(SANITIZER_TESTS) $(ARGS)
 
 faults: $(TEST)  ## full disks, low memory, two writers, kills at random moments: the long version
-	$(BIN)/pytest -m "faults or not faults" tests/test_faults.py $(ARGS)
+	$(BIN)/pytest -m "faults or not faults" tests/project/test_faults.py $(ARGS)
 
 bench: $(TEST)  ## CPU benchmarks: CSV, table and plots in benchmarks/results/cpu (about 24 GB of memory, an hour)
 	$(BIN)/python benchmarks/run.py $(ARGS)

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,10 @@ if importlib.util.find_spec("hypothesis"):  # the tests that `make gpu` runs do 
 
     settings.register_profile("ltp_sparse", deadline=None, derandomize=True, database=None, print_blob=True)
     settings.load_profile("ltp_sparse")
+
+sys.path += [
+    str(Path(__file__).parent / folder) for folder in ("methods", "models", "optim")
+]  # until helpers/ has it all
 
 SEED = 20_240_611
 

@@ -127,7 +127,7 @@ def main() -> None:
             # -P: not the sources in this folder, which lack the compiled modules
             # addopts: without pytest-timeout its setting is unknown, which the strict configuration refuses
             tests = [python, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=-ra", "-k", "gpu"]
-            tests += ["tests/test_gpu.py", "tests/test_pull.py"]
+            tests += ["tests/backends/test_gpu.py", "tests/optim/test_pull.py"]
             steps.run("tests", tests, 180)
             if shutil.which("compute-sanitizer"):
                 small = [*tests, "-k", "bitmap and (plain or 8bit) and bf16 or passes and bf16-bf16"]

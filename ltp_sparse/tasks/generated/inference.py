@@ -3,7 +3,7 @@
 Everything is drawn from a seed, nothing is read or downloaded. An example is drawn as two facts whose label follows
 from what they say (`facts.relation`) and only then put into words, so example i means the same, with the same label, in
 every language. Premise and hypothesis differ in one slot, the place or the thing: it becomes wider, narrower, other, or
-open. Neither sentence alone gives the label away (`tests/test_demo.py` measures it).
+open. Neither sentence alone gives the label away (`tests/cli/test_demo.py` measures it).
 """
 
 from __future__ import annotations

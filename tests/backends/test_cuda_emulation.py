@@ -1,0 +1,538 @@
+"""The CUDA kernels' thread blocks, compiled for the CPU and run thread by thread: the bits of the reference.
+
+This tests everything but what needs a GPU: races, the launch, and the compiler's own arithmetic.
+"""
+
+import ctypes
+import itertools
+import shutil
+import subprocess
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from helpers.cases import DELTAS, DTYPES, bits, random_case, using
+from torch import Tensor
+
+from ltp_sparse import backends
+from ltp_sparse.backends import reference
+from ltp_sparse.backends.reference import Coefficient
+from ltp_sparse.backends.rounding import rounding_keys
+from ltp_sparse.ops import adamw_coefficients, masked_pack_, masked_sum_squares, routes, sources
+from ltp_sparse.testing import UpdateProblem, update_problem
+from ltp_sparse.tickets.bits import TILE, WORDS_PER_TILE
+from ltp_sparse.tickets.layout import Layout
+
+ROOT = Path(__file__).parents[2]
+SIZES = (1, 63, 257, 1000, 4096, 4097, 65_537, 70_000)
+MODES = {
+    "plain": {},
+    "8bit": {"states": "8bit"},
+    "master": {"master": True},
+    "8bit-master": {"states": "8bit", "master": True},
+    "stochastic": {"stochastic": True},
+    "8bit-stochastic": {"states": "8bit", "stochastic": True},
+}
+CASES = [
+    pytest.param(dtype, grad_dtype, mode, id=f"{name}-grad_{grad_name}-{mode_name}")
+    for (name, dtype), (grad_name, grad_dtype), (mode_name, mode) in itertools.product(
+        DTYPES.items(), DTYPES.items(), MODES.items()
+    )
+    if grad_dtype in (dtype, torch.float32)
+    and (dtype == torch.bfloat16 or not mode.get("stochastic"))
+    and (dtype != torch.float32 or not mode.get("master"))
+]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    path = tmp_path_factory.mktemp("cuda") / "emulation.so"
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-shared", "-fPIC"]
+    flags += ["-fsanitize=alignment,shift", "-fsanitize-undefined-trap-on-error"]  # what a GPU refuses ends the process
+    source = Path(__file__).with_name("cuda_emulation.cpp")
+    subprocess.run(["c++", *flags, f"-I{ROOT / 'csrc'}", "-o", str(path), str(source)], check=True)
+    loaded = ctypes.CDLL(str(path))
+    loaded.table_size.restype = ctypes.c_size_t
+    loaded.take_traps.restype = ctypes.c_int64
+    yield loaded
+    assert loaded.take_traps() == 0
+
+
+def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr() if tensor is not None and tensor.numel() else None)
+
+
+class Emulation:
+    """The arguments of a launch; keeps their memory alive."""
+
+    def __init__(self, library, problem: UpdateProblem, rows: Tensor, anchor: Tensor | None, parts: int) -> None:
+        self.library, self.problem, self.parts = library, problem, parts
+        table = problem.table.with_ranks()
+        self.packed = isinstance(problem.grads, Tensor)
+        grads = [problem.grads] * len(problem.params) if self.packed else problem.grads
+        pairs = [
+            [param.data_ptr(), 0 if grad is None else grad.data_ptr()]
+            for param, grad in zip(problem.params, grads, strict=True)
+        ]
+        self.codes = backends.DTYPES[problem.params[0].dtype], backends._grad_code([g for g in grads if g is not None])
+        self.keep = [torch.tensor(pairs), table, rows, anchor]
+        self.place = pointer(table.tiles), ctypes.c_int64(len(table.tiles))
+        self.index = pointer(table.words), pointer(table.ranks), pointer(table.positions)
+        table_room = len(problem.params), table.words.numel(), table.positions.numel(), table.k, table.blocks
+        self.room = (ctypes.c_int64 * 5)(*table_room)
+        self.table = ctypes.create_string_buffer(library.table_size())
+        library.store_table(
+            self.table, pointer(self.keep[0]), *self.codes, int(self.packed), *self.place, *self.index,
+            pointer(rows), pointer(anchor), pointer(problem.master), parts, self.room,
+        )  # fmt: skip
+
+    def sum_squares(self) -> Tensor:
+        out = torch.full((len(self.problem.table.tiles), self.parts), float("nan"), dtype=torch.float64)
+        self.library.emulated_masked_sum_squares(self.table, pointer(out))
+        return out.sum(1)
+
+    def update(self) -> None:
+        p = self.problem
+        self.library.emulated_masked_adamw_(
+            self.table, pointer(p.exp_avg), pointer(p.exp_avg_sq), pointer(p.scales), int(p.stochastic)
+        )
+
+    def pack(self, out: Tensor, accumulate: bool) -> None:
+        grads = torch.tensor([0 if grad is None else grad.data_ptr() for grad in self.problem.grads])
+        code = self.codes[1]
+        table = ctypes.create_string_buffer(self.library.table_size())
+        self.library.store_table(
+            table,
+            pointer(grads),
+            code,
+            code,
+            0,
+            *self.place,
+            *self.index,
+            None,
+            None,
+            None,
+            self.parts,
+            self.room,
+        )
+        self.library.emulated_masked_pack_(table, pointer(out), int(accumulate))
+
+
+def problem_of(density: float, **options) -> UpdateProblem:
+    problem = update_problem({f"p{n}": (n,) for n in SIZES}, density=density, **options)
+    for name, grad in zip(problem.ticket.names, problem.grads, strict=True):
+        grad[~problem.ticket.mask(name)] = float("nan")
+    return problem
+
+
+def rows_of(problem: UpdateProblem, step: int) -> Tensor:
+    steps = torch.full((len(problem.params),), step)
+    rows = adamw_coefficients(steps, lr=1e-2, weight_decay=0.1, pull=0.3)
+    rows[:, Coefficient.ROUNDING_KEY] = rounding_keys(3, steps, torch.arange(len(rows)))
+    rows[2, Coefficient.APPLY] = 0
+    return rows
+
+
+@pytest.mark.parametrize("density", [0.02, 0.3, 1.0], ids=["list16", "bitmap", "full"])
+@pytest.mark.parametrize(("dtype", "grad_dtype", "mode"), CASES)
+def test_bits_of_the_reference(library, dtype, grad_dtype, mode, density):
+    for packed, with_anchor, parts in ((False, False, 16), (False, True, 3), (True, False, 1)):
+        options = {"dtype": dtype, "grad_dtype": grad_dtype, **mode}
+        wanted, found = problem_of(density, **options), problem_of(density, **options)
+        anchor = torch.linspace(-0.03, 0.03, found.table.k) if with_anchor else None
+        with using("reference"):
+            if packed:
+                flat = torch.full((found.table.k,), 0.5)
+                emulated = flat.clone()
+                for accumulate in (False, True):
+                    masked_pack_(wanted.grads, flat, wanted.table, accumulate=accumulate)
+                    Emulation(library, found, rows_of(found, 1), None, parts).pack(emulated, accumulate)
+                assert torch.equal(bits(flat), bits(emulated))
+                wanted.grads = found.grads = flat
+            else:
+                wanted.grads[1] = found.grads[1] = None
+            for step in (1, 2):
+                rows = rows_of(found, step)
+                emulation = Emulation(library, found, rows, anchor, parts)
+                sums = masked_sum_squares(wanted.params, wanted.grads, wanted.table, rows, anchor, master=wanted.master)
+                torch.testing.assert_close(emulation.sum_squares(), sums, rtol=1e-12, atol=0)
+                emulation.update()
+                wanted.step(rows, anchor)
+        for number, (a, b) in enumerate(zip(found.tensors(), wanted.tensors(), strict=True)):
+            assert torch.equal(*(bits(t) if t.is_floating_point() else t for t in (a, b))), (packed, parts, number)
+
+
+# --- topk_delta: the passes behind the adaptor of the compiled backend, their launches replaced by the emulation ---
+
+PAIRS = ("rows", "n_pairs", "n_tiles", "initial_dtype", "tuned_dtype")
+HISTOGRAM = ("prefixes", "bins", "nonfinite")
+BAND = (
+    "low", "high", "words", "above", "inside", "take", "keys", "positions", "capacity", "offsets", "cursor",
+    "nonfinite",
+)  # fmt: skip
+SAMPLE = ("tensors", "runs", "count", "keys")
+CANDIDATES = ("keys", "positions", "offsets", "inside", "groups", "n_tiles", "capacity", "n_groups")
+CANDIDATE_BINS = ("low", "high", "shift", "histogram", "bins_of_a_group")
+MARKS = ("cut", "words", "n_words", "tile_words", "take", "taken", "ties")
+NUMBERS = dict.fromkeys(
+    ("n_pairs", "n_tiles", "capacity", "count", "bins_of_a_group", "n_groups", "n_words"), ctypes.c_int64
+)
+CODES = dict.fromkeys(("initial_dtype", "tuned_dtype"), ctypes.c_int)
+
+
+def structure(names: tuple[str, ...]) -> type[ctypes.Structure]:
+    """The struct of csrc/cuda/topk_delta.h with these fields; what is no number is a pointer."""
+    fields = [(name, (NUMBERS | CODES).get(name, ctypes.c_void_p)) for name in names]
+    return type("Arguments", (ctypes.Structure,), {"_fields_": fields})
+
+
+@pytest.fixture
+def passes(library, monkeypatch):
+    """The compiled passes of CUDA tensors, on CPU tensors. `passes.launch`: blocks, and bins in shared memory."""
+    pytest.importorskip("triton")  # its package has the helpers of all launches
+    pairs, histogram, band, sample = map(structure, (PAIRS, HISTOGRAM, BAND, SAMPLE))
+    candidates, bins, marks = map(structure, (CANDIDATES, CANDIDATE_BINS, MARKS))
+    module = ModuleType("emulated")
+    shape = SimpleNamespace(blocks=3, bins=32_768)
+
+    def delta_histogram(*args: int) -> None:
+        of_pairs, rest = pairs(*args[:5]), histogram(*args[5:-1])
+        beyond = library.emulated_delta_histogram(ctypes.byref(of_pairs), ctypes.byref(rest), shape.blocks, shape.bins)
+        assert not beyond, "counted beyond the bins in shared memory"
+
+    def delta_band(*args: int) -> None:
+        of_pairs, rest = pairs(*args[:5]), band(*args[5:-1])
+        library.emulated_delta_band(ctypes.byref(of_pairs), ctypes.byref(rest))
+
+    def sample_keys(*args: int) -> None:
+        library.emulated_sample_keys(ctypes.byref(pairs(*args[:5])), ctypes.byref(sample(*args[5:-1])))
+
+    def candidate_histogram(*args: int) -> None:
+        of_tiles, rest = candidates(*args[:8]), bins(*args[8:-1])
+        library.emulated_candidate_histogram(ctypes.byref(of_tiles), ctypes.byref(rest))
+
+    def take_above(*args: int) -> None:
+        *first, taken, ties = args[8:-1]
+        rest = marks(*first, None, taken, ties)
+        library.emulated_take_above(ctypes.byref(candidates(*args[:8])), ctypes.byref(rest))
+
+    def take_ties(*args: int) -> None:
+        library.emulated_take_ties(ctypes.byref(candidates(*args[:8])), ctypes.byref(marks(*args[8:-1], None, None)))
+
+    for launched in (
+        delta_histogram, delta_band, sample_keys, candidate_histogram, take_above, take_ties
+    ):  # fmt: skip
+        setattr(module, launched.__name__, launched)
+    monkeypatch.setattr(backends, "_cuda_extension", lambda: module)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    backends._compiled_cuda.cache_clear()
+    yield SimpleNamespace(launch=shape, **vars(backends._compiled_cuda()))
+    backends._compiled_cuda.cache_clear()
+
+
+SELECTION_SIZES = (1, 31, 0, 32, 33, 65_535, 1024, 65_536, 65_537, 140_000)
+SELECTION_GROUPS = (0, 0, 2, 1, 1, 0, 0, 2, 2, 2)
+KINDS = [
+    pytest.param(before, after, id=f"{before}-{after}") for before, after in itertools.product((None, *DTYPES), DTYPES)
+]
+TAKE = (1, 0, 5, 33, 1000, 0, 70_000, 3, 1, 65_536, 2000, 2)  # of each tile
+
+
+def unaligned(tensor: Tensor) -> Tensor:
+    """The same entries where no vector can be loaded."""
+    return torch.cat([tensor[:1], tensor])[1:]
+
+
+def pairs_of(before: str | None, after: str, rng: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
+    """Tensors whose deltas are normal, tied, denormal and zero; some unaligned."""
+    initial, tuned = [], []
+    for number, n in enumerate(SELECTION_SIZES):
+        base = torch.zeros(n) if before is None else torch.randn(n, generator=rng) * 0.02
+        start = base.to(DTYPES[before or "f32"])
+        end = start.float() + torch.randn(n, generator=rng) * 1e-3
+        end[1::3] = start.float()[1::3] + 2.0**-9
+        end[2::7] = start.float()[2::7]
+        start[4::9], end[4::9] = 0, torch.arange(len(end[4::9])) * 2.0**-149
+        end = end.to(DTYPES[after])
+        initial.append(unaligned(start) if number % 4 == 1 else start)
+        tuned.append(unaligned(end) if number % 4 == 3 else end)
+    return [] if before is None else initial, tuned
+
+
+@pytest.mark.parametrize(("before", "after"), KINDS)
+def test_histogram_of_the_reference(passes, rng, before, after):
+    initial, tuned = pairs_of(before, after, rng)
+    for prefixes, bins, blocks in ((None, 32_768, 3), (None, 16_384, 100), ([0, 0x3B00, 0x3A80], 32_768, 2)):
+        passes.launch.blocks, passes.launch.bins = blocks, bins
+        wanted, found = (torch.full((3, 32_768 if prefixes is None else 65_536), 5) for _ in range(2))
+        flags = torch.zeros(2, 1, dtype=torch.int64)
+        upper = None if prefixes is None else torch.tensor(prefixes)
+        reference.delta_histogram(initial, tuned, SELECTION_GROUPS, upper, wanted, flags[0])
+        passes.delta_histogram(initial, tuned, SELECTION_GROUPS, upper, found, flags[1])
+        assert torch.equal(found, wanted) and (found > 5).any()
+        assert flags.tolist() == [[0], [0]]
+
+
+class BandOutputs:
+    def __init__(self, run, initial, tuned, low, high, take, capacity: int) -> None:
+        layout, device = Layout([t.numel() for t in tuned]), tuned[0].device
+
+        def filled(n: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.full((n,), 77, dtype=dtype, device=device)
+
+        self.words = filled(layout.words, torch.int32)
+        self.above, self.inside, self.offsets = (filled(layout.tiles) for _ in range(3))
+        self.keys, self.positions = filled(capacity, torch.int32), filled(capacity, torch.int16)
+        self.cursor, self.nonfinite = torch.zeros(2, 1, dtype=torch.int64, device=device)
+        bounds = torch.tensor([low, high], device=device)
+        run(
+            initial, tuned, SELECTION_GROUPS, bounds[0], bounds[1], self.words,
+            layout.word_offsets[:-1], self.above, self.inside, take, self.keys, self.positions, self.offsets,
+            self.cursor, self.nonfinite,
+        )  # fmt: skip
+
+    def counts(self) -> list[list[int]]:
+        return [t.tolist() for t in (self.words, self.above, self.inside, self.cursor, self.nonfinite)]
+
+    def candidates(self) -> list[tuple[list[int], list[int]] | None]:
+        """(keys, positions) of every tile, None where they were not stored; wherever they stand."""
+        places = zip(self.offsets.tolist(), self.inside.tolist(), strict=True)
+        spans = [slice(first, first + count) if first >= 0 else None for first, count in places]
+        return [None if span is None else (self.keys[span].tolist(), self.positions[span].tolist()) for span in spans]
+
+
+def key_at(value: float) -> int:
+    return int(torch.tensor(value).view(torch.int32))
+
+
+BANDS = {
+    "narrow": ([key_at(1e-3)] * 3, [key_at(1.02e-3), key_at(1e-3), key_at(1.5e-3)]),
+    "ties": ([key_at(2.0**-9)] * 3, [key_at(2.0**-9) + 1] * 3),
+    "all that moved": ([1, 2, 1], [0x7F800000] * 3),
+    "none": ([0x7F800000] * 3, [0x7F800000, 0x7F810000, 0x7FFFFFFF]),
+}
+
+
+@pytest.mark.parametrize("bounds", BANDS.values(), ids=BANDS)
+@pytest.mark.parametrize(("before", "after"), KINDS)
+def test_band_of_the_reference(passes, rng, before, after, bounds):
+    initial, tuned = pairs_of(before, after, rng)
+    for take in (None, torch.tensor(TAKE)):
+        args = initial, tuned, *bounds, take, sum(SELECTION_SIZES)
+        wanted, found = BandOutputs(reference.delta_band, *args), BandOutputs(passes.delta_band, *args)
+        assert found.counts() == wanted.counts()
+        assert found.candidates() == wanted.candidates()
+
+
+@pytest.mark.parametrize("missing", [0, 1, 200_000, 1 << 20])
+def test_band_stores_what_it_has_room_for(passes, rng, missing):
+    args = *pairs_of("f32", "f32", rng), *BANDS["all that moved"], None
+    wanted = BandOutputs(reference.delta_band, *args, 1 << 20)
+    capacity = max(0, int(wanted.cursor) - missing)
+    found = BandOutputs(passes.delta_band, *args, capacity)
+    assert found.counts() == wanted.counts()
+    stored = found.candidates()
+    assert (None in stored) == (missing > 0)
+    assert all(a is None or a == b for a, b in zip(stored, wanted.candidates(), strict=True))
+
+
+@pytest.mark.parametrize(("before", "after"), KINDS)
+def test_samples_of_the_reference(passes, rng, before, after):
+    """Of tensors of several dtypes in one call, and of some shorter than a run."""
+    initial, tuned = pairs_of(before, after, rng)
+    tuned = [t.bfloat16() if number % 3 == 2 else t for number, t in enumerate(tuned)]
+    tuned[7][40:50] = torch.inf
+    tensors = torch.tensor([0, 1, 3, 4, 4, 5, 6, 7, 7, 9, 9, 9])
+    runs = torch.tensor([0, 0, 1, 0, 1, 4094, 63, 2, 4095, 0, 4096, 8749])
+    wanted, found = (torch.full((12, reference.RUN), 77, dtype=torch.int32) for _ in range(2))
+    reference.sample_keys(initial, tuned, tensors, runs, wanted)
+    passes.sample_keys(initial, tuned, tensors, runs, found)
+    assert torch.equal(found, wanted)
+    assert (found[0, 1:] == 0).all() and (found[7] == reference.NONFINITE_KEY - 1).any()
+
+
+@pytest.fixture
+def candidates(rng):
+    """Those of the reference: (keys, positions, offsets, inside), the group and the first word of every tile."""
+    band = BandOutputs(reference.delta_band, *pairs_of("f32", "f32", rng), *BANDS["all that moved"], None, 1 << 20)
+    layout = Layout(SELECTION_SIZES)
+    of_tile = torch.arange(len(SELECTION_SIZES)).repeat_interleave(torch.tensor(layout.tile_offsets).diff())
+    first_tile, first_word = torch.tensor(layout.tile_offsets)[of_tile], torch.tensor(layout.word_offsets)[of_tile]
+    words = first_word + WORDS_PER_TILE * (torch.arange(layout.tiles) - first_tile)
+    return (band.keys, band.positions, band.offsets, band.inside, torch.tensor(SELECTION_GROUPS)[of_tile]), words
+
+
+def test_bins_of_candidates_of_the_reference(passes, candidates):
+    low = torch.tensor([key_at(1e-3), 1, key_at(2.0**-9)])
+    high = torch.tensor([key_at(1.5e-3), key_at(1e-2), key_at(2.0**-9) + 1])
+    for shift in ([8, 17, 0], [0, 30, 3]):  # with these bins, some candidates lie beyond them
+        wanted, found = (torch.full((3, 1 << 12), 5) for _ in range(2))
+        for histogram, run in ((wanted, reference.candidate_histogram), (found, passes.candidate_histogram)):
+            run(*candidates[0], low, high, torch.tensor(shift), histogram)
+        assert torch.equal(found, wanted) and (found > 5).any(1).all()
+
+
+def test_candidates_are_marked_as_by_the_reference(passes, candidates):
+    of_tiles, tile_words = candidates
+    tiles = len(tile_words)
+    cut = torch.tensor([key_at(1e-3), key_at(2.0**-9), 0x7F800000])
+    results = []
+    for chosen in (reference, passes):
+        words = torch.zeros(Layout(SELECTION_SIZES).words, dtype=torch.int32)
+        taken, ties = torch.full((2, tiles), 77)
+        chosen.take_above(*of_tiles, cut, words, tile_words, taken, ties)
+        marked = [words.clone() for _ in range(3)]
+        for of_take, take in zip(marked, (torch.zeros_like(ties), ties // 3 + 1, ties), strict=True):
+            chosen.take_ties(*of_tiles, cut, of_take, tile_words, take)
+        results.append([words, *marked, taken, ties])
+    for wanted, found in zip(*results, strict=True):
+        assert torch.equal(found, wanted)
+    words, none, some, every, taken, ties = results[0]
+    assert torch.equal(none, words) and (some != words).any() and (every != some).any()
+    assert taken.any() and (ties > 1).any() and 0 in taken.tolist()
+
+
+def test_ties_of_a_tile_are_taken_in_order(passes, candidates):
+    (keys, *of_tiles), tile_words = candidates
+    keys = torch.full_like(keys, 9)
+    cut, take = torch.tensor([9, 9, 9]), torch.tensor(TAKE)
+    wanted, found = (torch.zeros(Layout(SELECTION_SIZES).words, dtype=torch.int32) for _ in range(2))
+    reference.take_ties(keys, *of_tiles, cut, wanted, tile_words, take)
+    passes.take_ties(keys, *of_tiles, cut, found, tile_words, take)
+    assert torch.equal(found, wanted) and found.any()
+
+
+def test_candidates_that_were_not_stored_are_left_alone(passes, candidates):
+    (keys, positions, offsets, inside, groups), tile_words = candidates
+    of_tiles = keys, positions, torch.full_like(offsets, -1), inside, groups
+    cut, words = torch.zeros(3, dtype=torch.int64), torch.zeros(Layout(SELECTION_SIZES).words, dtype=torch.int32)
+    taken, ties = torch.full((2, len(inside)), 77)
+    histogram = torch.zeros(3, 16, dtype=torch.int64)
+    passes.candidate_histogram(*of_tiles, cut, cut + 0x7FFFFFFF, cut + 27, histogram)
+    passes.take_above(*of_tiles, cut, words, tile_words, taken, ties)
+    passes.take_ties(*of_tiles, cut, words, tile_words, inside)
+    assert not any(t.any() for t in (histogram, words, taken, ties))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_that_are_not_finite_are_seen(passes, rng, dtype, value):
+    initial, tuned = pairs_of(dtype, dtype, rng)
+    tuned[8][40_000] = value
+    histogram, nonfinite = torch.zeros(3, 32_768, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    passes.delta_histogram(initial, tuned, SELECTION_GROUPS, None, histogram, nonfinite)
+    assert nonfinite.item() == 1
+    args = initial, tuned, *BANDS["narrow"], None, 1 << 20
+    wanted, found = BandOutputs(reference.delta_band, *args), BandOutputs(passes.delta_band, *args)
+    assert found.counts() == wanted.counts() and found.nonfinite.item() == 1
+
+
+@pytest.mark.parametrize("route", ["sample", "histogram"])
+def test_selection_of_the_reference(passes, monkeypatch, route):
+    """Every route at a few hundred entries, with tensors of several dtypes and budgets in one call."""
+    monkeypatch.setattr(routes, "SAMPLES", 200)
+    monkeypatch.setattr(routes, "_SAMPLE_SHARE", 2)
+    monkeypatch.setattr(routes, "_SPARE_CANDIDATES", 40)
+    for seed in range(40):
+        initial, tuned, ks, groups = random_case(seed)
+        wanted, found = (
+            routes.select_topk(p, sources.TensorSource(initial, tuned), groups, ks, route=route)
+            for p in (reference, passes)
+        )
+        for name in ("words", "counts", "thresholds"):
+            assert torch.equal(getattr(found, name), getattr(wanted, name)), f"seed {seed}, {name}"
+
+
+@pytest.mark.parametrize("kind", ["normal", "levels"])
+@pytest.mark.parametrize("route", ["sample", "histogram"])
+def test_the_host_reads_once(passes, rng, monkeypatch, route, kind):
+    """Where the route is decided; all else stays on the device."""
+    for name, value in {"SAMPLES": 200, "_SAMPLE_SHARE": 2, "_SPARE_CANDIDATES": 600}.items():
+        monkeypatch.setattr(routes, name, value)
+    tuned = [DELTAS[kind](n, rng) for n in (700, 1, 1300)]
+    reads = []
+    for name in ("tolist", "item", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero"):
+        original = getattr(Tensor, name)
+
+        def counting(self, *args, name=name, original=original):
+            reads.append(name)
+            return original(self, *args)
+
+        monkeypatch.setattr(Tensor, name, counting)
+    routes.select_topk(passes, sources.TensorSource([], tuned), [0, 0, 0], [600], route=route)
+    assert reads == ["tolist"]
+
+
+# --- numbers that lead out of the memory given ---
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize(("density", "mode"), [(0.02, "plain"), (0.3, "8bit"), (1.0, "plain"), (0.3, "plain")])
+def test_tiles_that_lead_out_trap_untouched(library, density, mode, packed):
+    """Only the tile that is wrong traps; all others are updated."""
+    kind = {0.02: "list", 0.3: "bitmap", 1.0: "full"}[density]
+    cases = {"param": (0, 2**40), "length": (2, 0), "active": (3, 0), "slot": (4, 2**62), "block": (7, -1)}
+    cases |= {"list": {"index": (5, 2**40)}, "bitmap": {"index": (5, -2)}, "full": {"encoding": (6, 9)}}[kind]
+    for name, (column, value) in (cases | {"end": (0, 0)}).items():
+        wanted, problem = (problem_of(density, **MODES[mode]) for _ in range(2))
+        if packed:
+            wanted.grads = problem.grads = torch.full((problem.table.k,), 0.5)
+        table = problem.table.with_ranks()
+        of_tile = table.tiles[:, 0] == 3  # 1000 entries
+        row = int(of_tile.nonzero()[0])
+        active, index = (int(table.tiles[row, c]) for c in (3, 5))
+        if name != "end":
+            table.tiles[row, column] = value
+        elif kind == "list":
+            table.positions[index + active - 1] = 1000
+        elif kind == "bitmap":
+            table.words[index + 31] |= 1 << 20
+        else:
+            continue
+        problem.table = table
+        rows = rows_of(problem, 1)
+        rows[:, Coefficient.APPLY] = 1
+        emulation = Emulation(library, problem, rows, None, 1)
+        emulation.sum_squares()
+        emulation.update()
+        assert library.take_traps() == 2, name
+        with using("reference"):
+            kept = wanted.params[3].clone()
+            wanted.step(rows, None)
+        assert torch.equal(problem.params[3], kept)
+        for i in (0, 1, 2, 4, 5, 6, 7):
+            assert torch.equal(bits(problem.params[i]), bits(wanted.params[i])), (name, i)
+
+
+def test_candidates_that_lead_out_trap_untouched(passes, library, candidates):
+    (keys, positions, *_), tile_words = candidates
+    cut, count = torch.zeros(3, dtype=torch.int64), len(tile_words)
+    for spoilt, values in ((0, (2**62,)), (1, (-1, TILE + 1)), (2, (-1, 3, 2**62)), (3, (-1, 2**62))):
+        for value in values:
+            of_tiles = [t.clone() for t in (*candidates[0][2:], tile_words)]
+            of_tiles[spoilt][-1] = value
+            words, taken, ties = (
+                torch.zeros(Layout(SELECTION_SIZES).words, dtype=torch.int32),
+                *torch.full((2, count), 77),
+            )
+            chosen = keys, positions, *of_tiles[:3]
+            passes.take_above(*chosen, cut, words, of_tiles[3], taken, ties)
+            passes.take_ties(*chosen, cut, words, of_tiles[3], taken)
+            assert library.take_traps() == 2
+            assert (taken[-1], ties[-1]) == (77, 77) and (taken[:-1] != 77).all() and words.any()
+            assert not words[int(tile_words[-1]) :].any()
+            if spoilt < 3:
+                passes.candidate_histogram(*chosen, cut, cut + 1, cut, torch.zeros(3, 1, dtype=torch.int64))
+                assert library.take_traps() == 1
+
+
+def test_samples_that_lead_out_trap_untouched(passes, library):
+    tuned = [torch.ones(100), torch.ones(3)]
+    for tensor, run in ((-1, 0), (2, 0), (0, -1), (0, 6), (1, 1), (0, 2**60)):
+        keys = torch.full((2, reference.RUN), 77, dtype=torch.int32)
+        passes.sample_keys([], tuned, torch.tensor([0, tensor]), torch.tensor([5, run]), keys)
+        assert library.take_traps() == reference.RUN
+        assert (keys[0] != 77).all() and (keys[1] == 77).all()

@@ -1,0 +1,487 @@
+"""Recipes: YAML to cells, cells to rows, rows to tables; resuming, failures, the cache, and the recipes themselves."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.tiny_nli import WORDS, tiny_language_model, tiny_tokenizer, toy_pairs
+
+from ltp_sparse.cli import main
+from ltp_sparse.methods import METHODS
+from ltp_sparse.recipes import load_recipe, recipe_names, results
+from ltp_sparse.recipes.cache import Cache
+from ltp_sparse.recipes.cell import Workbench, method_of, run_cell
+from ltp_sparse.recipes.run import run_recipe, unfinished
+from ltp_sparse.report.chance import chance_table
+from ltp_sparse.report.pages import paper_of, write_report
+from ltp_sparse.report.paired import mean_interval
+from ltp_sparse.report.tables import latex, make_table, markdown, paper_figures, to_csv
+from ltp_sparse.tasks import TASKS
+from ltp_sparse.weights.names import canonical_parameters
+
+RECIPE = """
+title: A small grid
+by: [label, shots]
+defaults:
+  model: {model}
+  train: {{task: xnli-fewshot, language: en}}
+  test: {{task: xnli, languages: [en, sw], limit: 12}}
+  settings: {{epochs: 2, max_length: 40}}
+  ticket: {{mlm: {{max_steps: 2, length: 16, eval_steps: 2}}, lines: 60}}
+grid: {{shots: [1, 2], seed: [1, 2]}}
+cells:
+  - {{label: SP, method: soft-prompt, ticket: null}}
+  - {{label: LTP, method: ltp, ticket: {{density: 0.2}}}}
+  - {{label: LTP dense, method: ltp, ticket: {{density: 0.5}}, grid: {{shots: [2]}}}}
+plots: [shots, languages, layers]
+"""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Threads cost more than they bring on models this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _jsonl(path: Path, rows) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny model, and data sets in their original layouts, all of the toy inference task."""
+    folder = tmp_path_factory.mktemp("recipes")
+    tokenizer = tiny_tokenizer()
+    tiny_language_model(len(tokenizer), decoupled=False).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    data = folder / "data"
+    for split, seed in (("train", 0), ("dev", 1)):
+        for shots in (1, 2):
+            rows = [
+                {"lang": "en", "sentence1": p.premise, "sentence2": p.hypothesis, "gold": p.label, "file_idx": 0}
+                for p in toy_pairs(3 * shots, seed=seed)
+            ]
+            _jsonl(data / "xnli_fewshot" / split / "en" / f"{split}_split,{shots}.jsonl", rows)
+    test = toy_pairs(5010, seed=2)
+    (data / "xnli" / "test").mkdir(parents=True)
+    for language in ("en", "sw"):
+        lines = "".join(f"{p.premise}\t{p.hypothesis}\n" for p in test)
+        (data / "xnli" / "test" / f"test-{language}.tsv").write_text(lines)
+    (data / "xnli" / "test-labels.tsv").write_text("label\tgenre\n" + "".join(f"{p.label}\tg\n" for p in test))
+    number = {"entailment": 0, "neutral": 1, "contradiction": 2}
+    rows = [
+        {"premise": p.premise, "hypothesis": p.hypothesis, "label": number[p.label]} for p in toy_pairs(930, seed=3)
+    ]
+    _jsonl(data / "mnli_9k" / "en" / "train.jsonl", rows)
+    header = "language\tpremise\thypothesis\tlabel\n"
+    for split in ("dev", "test"):
+        pairs = [(language, p) for language in ("aym", "gn") for p in toy_pairs(60, seed=4)]
+        text = header + "".join(f"{lang}\t{p.premise}\t{p.hypothesis}\t{p.label}\n" for lang, p in pairs)
+        (data / "americasnli").mkdir(exist_ok=True)
+        (data / "americasnli" / f"{split}.tsv").write_text(text)
+    (data / "corpora").mkdir()
+    for language in ("en", "aym"):
+        lines = [" ".join(WORDS[(i * 7 + j) % len(WORDS)] for j in range(10)) for i in range(80)]
+        (data / "corpora" / f"{language}.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def recipe_file(world, tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(RECIPE.format(model=world / "model"))
+    return path
+
+
+def bench(world, tmp_path) -> Workbench:
+    return Workbench(data=world / "data", cache=Cache(tmp_path / "cache"))
+
+
+def test_grid_defaults_and_overrides(recipe_file):
+    recipe = load_recipe(str(recipe_file))
+    assert len(recipe.cells) == 4 + 4 + 2
+    assert len({cell.id for cell in recipe.cells}) == 10
+    first, dense = recipe.cells[0], recipe.cells[-1]
+    assert (first["label"], first["shots"], first["seed"], first["ticket"]) == ("SP", 1, 1, None)
+    assert dense["ticket.density"] == 0.5 and dense["ticket.mlm.max_steps"] == 2 and dense["shots"] == 2
+    assert dense["settings.nothing"] is None and dense["ticket.strategy"] is None
+    changed = load_recipe(str(recipe_file), [("seed", [1, 2, 3]), ("settings.epochs", 7), ("ticket.density", 0.1)])
+    assert len(changed.cells) == 6 + 6  # the cells of the two LTP entries have become equal
+    assert {cell["settings.epochs"] for cell in changed.cells} == {7}
+    assert {(cell["method"], cell["ticket.density"]) for cell in changed.cells} == {("soft-prompt", None), ("ltp", 0.1)}
+    kept = recipe.only([("method", "ltp"), ("shots", 2), ("seed", 1), ("seed", 2)])
+    assert [(c["label"], c["seed"]) for c in kept.cells] == [("LTP", 1), ("LTP", 2), ("LTP dense", 1), ("LTP dense", 2)]
+    with pytest.raises(ValueError, match=r"no cell has .*'shots': \['9'\].*values that occur: .*'shots': \['1', '2'\]"):
+        recipe.only([("shots", 9)])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("title: x\ncells: [{metod: ltp}]", "unknown key 'metod' in a cell, closest: 'method'"),
+        ("titel: x\ncells: [{method: ltp}]", "unknown key 'titel', closest: 'title'"),
+        ("cells: [{method: ltp, label: a}, {method: ltp, label: b}]", "some cells are equal but for their label"),
+        ("title: x", "expected a mapping with title and cells"),
+    ],
+)
+def test_mistakes_in_a_recipe(tmp_path, text, message):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_recipe(str(tmp_path / "bad.yaml"))
+
+
+def test_unknown_recipes_methods_and_settings(recipe_file):
+    with pytest.raises(ValueError, match="unknown recipe 'ltp-table-9'; known: .*ltp-table-1"):
+        load_recipe("ltp-table-9")
+    cell = load_recipe(str(recipe_file), [("settings.epoch", 1)]).cells[0]
+    with pytest.raises(ValueError, match="settings of soft-prompt: unknown 'epoch', closest: 'epochs'"):
+        method_of(cell)
+    cell = load_recipe(str(recipe_file), [("options", {"matching": 1})]).cells[0]
+    with pytest.raises(ValueError, match="options of soft-prompt: unknown 'matching'"):
+        method_of(cell)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipes_of_the_papers_are_sound(name):
+    """Methods, options, settings, tasks and languages exist; every printed figure has a cell of ours beside it."""
+    recipe = load_recipe(name)
+    for cell in recipe.cells:
+        method = method_of(cell)
+        train, test = TASKS[cell["train.task"]], TASKS[cell["test.task"]]
+        assert train.kind in method.inputs
+        assert train.labels == test.labels and train.metric == test.metric
+        assert cell["train.language"] in train.languages
+        if test.name == "sib200":  # 205 of them
+            assert all(re.fullmatch("[a-z]{3}_[A-Z][a-z]{3}", code) for code in cell["test.languages"] or ())
+        else:
+            assert set(cell["test.languages"] or ()) <= {*test.languages, *"same"}
+        assert (cell["ticket"] is not None) == method.needs_ticket
+        assert cell["model"]
+    for facts in paper_figures(paper_of(recipe)):
+        assert any(tuple(cell[path] for path in recipe.by) == facts for cell in recipe.cells), facts
+
+
+def test_all_methods_of_the_papers_have_a_recipe():
+    used = {cell["method"] for name in recipe_names() for cell in load_recipe(name).cells}
+    assert used == set(METHODS)
+
+
+def test_a_cell_becomes_a_row(world, recipe_file, tmp_path):
+    recipe, desk = load_recipe(str(recipe_file)), bench(world, tmp_path)
+    cell = recipe.only([("label", "LTP"), ("shots", 2), ("seed", 1)]).cells[0]
+    model, _ = desk.model(cell, METHODS["ltp"]())
+    before = {name: p.detach().clone() for name, p in canonical_parameters(model).items()}
+    row = run_cell(cell, desk)
+    assert all(torch.equal(p, before[name]) for name, p in canonical_parameters(model).items())
+    assert set(row["scores"]) == {"en", "sw"} and row["mean"] == sum(row["scores"].values()) / 2
+    assert row["k"] == sum(sum(counts) for counts in row["active"].values())
+    assert row["examples"] == {"train": 6, "dev": 6, "test": {"en": 12, "sw": 12}}
+    assert row["provenance"]["settings"]["settings"]["epochs"] == 2 and len(row["provenance"]["base"]) == 32
+    assert all("LTP: all predictions for" in note for note in row["notes"]) and row["metric"] == "accuracy"
+    assert set(row["largest_class"]) == {"en", "sw"} and min(row["largest_class"].values()) >= 1 / 3
+    assert [entry.kind for entry in desk.cache.entries()] == ["tuned"]
+    made = desk.cache.entries()[0].path.stat().st_mtime_ns
+    other = recipe.only([("label", "LTP dense"), ("seed", 1)]).cells[0]
+    denser = run_cell(other, bench(world, tmp_path))  # another ticket of the same tuned weights
+    assert desk.cache.entries()[0].path.stat().st_mtime_ns == made
+    assert denser["k"] > 2 * row["k"]
+    assert denser["provenance"]["data"] == row["provenance"]["data"]
+    again = run_cell(cell, bench(world, tmp_path))
+    assert again["scores"] == row["scores"] and again["dev_score"] == row["dev_score"]
+
+
+def test_language_sfts_and_adapters_compose(world, tmp_path):
+    mlm = "{max_steps: 2, step_bounds: null, length: 16, eval_steps: 2}"
+    path = tmp_path / "compose.yaml"
+    path.write_text(
+        textwrap.dedent(f"""
+        defaults:
+          model: {world / "model"}
+          train: {{task: multinli, language: en, stand_in: mnli-9k, limit: 30}}
+          test: {{task: americasnli-first, languages: [aym, gn]}}
+          settings: {{epochs: 1, max_length: 40, eval_steps: 0}}
+        cells:
+          - {{label: LT-SFT, method: lt-sft, options: {{density: 0.1}},
+              language_sft: {{kind: lt-sft, source: en, density: 0.05, mlm: {mlm}}}}}
+          - {{label: BitFit, method: bitfit, language_sft: {{kind: bitfit, source: en, mlm: {mlm}}}}}
+          - {{label: MAD-X, method: mad-x, options: {{reduction: 4}}, adapters: {{source: en, mlm: {mlm}}}}}
+        plots: [layers, languages]
+        """)
+    )
+    recipe, desk = load_recipe(str(path)), bench(world, tmp_path)
+    assert run_recipe(recipe, tmp_path / "out", desk, progress=False) == 0
+    rows = results.read(tmp_path / "out" / results.RESULTS)
+    kinds = [entry.kind for entry in desk.cache.entries()]
+    assert sorted(kinds) == ["adapter"] * 3 + ["language-sft"] * 6  # en, aym, gn of each
+    for row in rows:
+        assert set(row["scores"]) == {"aym", "gn"}
+        assert "mnli-9k stands in for multinli" in row["notes"]
+        assert "text: americasnli-first dev, unlabelled stands in" in row["notes"]  # no corpus of gn
+    assert set(rows[0]["language_active"]) == {"en", "aym", "gn"}
+    files = write_report(recipe, rows, tmp_path / "out")
+    assert {file.name for file in files} >= {"report.md", "report.html", "layers.png", "languages.png"}
+
+
+def test_a_text_of_several_languages_has_equal_shares_of_them(tmp_path):
+    (tmp_path / "corpora").mkdir()
+    for language, count in (("en", 40), ("sw", 3), ("zh", 40)):
+        lines = "".join(f"{language} {i}\n" for i in range(count))
+        (tmp_path / "corpora" / f"{language}.txt").write_text(lines)
+    desk = Workbench(data=tmp_path, cache=Cache(tmp_path / "cache"))
+    text = desk.corpus(["en", "sw", "zh"], {"lines": 30}, 1000)
+    assert [line[:2] for line in text.texts[:10]] == ["en", "sw", "zh"] * 3 + ["en"]
+    assert sum(line.startswith("en") for line in text.texts) == 10 and len(text.texts) == 23
+    assert text.source == "corpora/en.txt + corpora/sw.txt + corpora/zh.txt" and not text.stand_in
+    assert text.texts[::3][:3] == desk.corpus("en", {"lines": 10}, 1000).texts[:3]
+
+
+def test_finished_cells_are_skipped_and_failures_told(world, recipe_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    recipe = load_recipe(str(recipe_file)).only([("method", "soft-prompt")])
+    assert run_recipe(recipe.only([("shots", 1)]), out, bench(world, tmp_path), progress=False) == 0
+    with (out / results.RESULTS).open("a") as file:
+        file.write('{"id": "cut off')  # a kill in the middle of a line
+    with pytest.warns(UserWarning, match="line 3: unfinished, left out"):
+        assert [cell["shots"] for cell in unfinished(recipe, out)] == [2, 2]
+    broken = load_recipe(str(recipe_file), [("train.language", "xx")]).only([("method", "soft-prompt"), ("seed", 1)])
+    with pytest.warns(UserWarning):
+        assert run_recipe(broken, out, bench(world, tmp_path), progress=False) == 2
+    failures = results.read(out / results.FAILURES)
+    assert [f["cell"]["shots"] for f in failures] == [1, 2]
+    assert "language must be one of" in failures[0]["error"]
+    with pytest.warns(UserWarning):
+        assert run_recipe(recipe, out, bench(world, tmp_path), progress=False) == 0
+        rows = results.read(out / results.RESULTS)
+    assert len(rows) == 4 and len({row["id"] for row in rows}) == 4
+
+
+def test_an_interrupt_keeps_what_is_finished(world, recipe_file, tmp_path, monkeypatch):
+    from ltp_sparse.recipes import run
+
+    recipe, real, calls = load_recipe(str(recipe_file)).only([("method", "soft-prompt")]), run.run_cell, []
+
+    def stop_at_third(cell, *args, **kwargs):
+        calls.append(cell)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(cell, *args, **kwargs)
+
+    monkeypatch.setattr(run, "run_cell", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, tmp_path / "out", bench(world, tmp_path), progress=False)
+    assert len(results.read(tmp_path / "out" / results.RESULTS)) == 2
+    assert len(unfinished(recipe, tmp_path / "out")) == 2
+
+
+def test_several_processes_share_a_recipe(world, recipe_file, tmp_path):
+    options = ["--data", world / "data", "--output", tmp_path / "out", "--cache", tmp_path / "cache", "--quiet"]
+    command = [sys.executable, "-m", "ltp_sparse.cli", "run", recipe_file, *options, "--only", "seed=1"]
+    done = subprocess.run([*map(str, command), "--devices", "0", "1"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = results.read(tmp_path / "out" / results.RESULTS)
+    assert len(rows) == 5 and len({row["id"] for row in rows}) == 5
+    assert len(Cache(tmp_path / "cache").entries()) == 1  # one process tuned, the other waited
+
+
+def test_run_report_and_cache_commands(world, recipe_file, tmp_path, capsys):
+    shared = ["--output", str(tmp_path / "out")]
+    run = [
+        "run",
+        str(recipe_file),
+        "--data",
+        str(world / "data"),
+        "--cache",
+        str(tmp_path / "cache"),
+        "--quiet",
+        *shared,
+    ]
+    assert main([*run, "--only", "shots=2", "--set", "settings.epochs=1"]) == 0
+    assert main([*run, "--only", "shots=2", "--set", "settings.epochs=1"]) == 0
+    assert "6 cells, 6 of them finished before" in capsys.readouterr().out
+    assert main(["report", str(recipe_file), str(tmp_path / "out")]) == 0
+    text = capsys.readouterr().out
+    assert "| LTP dense | 2 | 2 |" in text and "# A small grid" in text
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3 and "http" not in page  # nothing beside the page is needed
+    assert main(["cache", "--cache", str(tmp_path / "cache")]) == 0
+    assert "1 artefacts" in (listed := capsys.readouterr().out) and "tuned" in listed
+    assert main(["cache", "--cache", str(tmp_path / "cache"), "--clear"]) == 0
+    assert not list((tmp_path / "cache").iterdir())
+    assert main([*run, "--set", "nonsense"]) == 2
+    assert "expected KEY=VALUE" in capsys.readouterr().err
+    assert main([*run, "--set", "settings={"]) == 2
+    assert "'settings={': the value is not YAML" in capsys.readouterr().err
+    assert main([*run, "--set", "model=", "--dry-run"]) == 2
+    assert "expected a model, got None" in capsys.readouterr().err
+
+
+def test_lists_and_dry_runs_need_no_data(capsys):
+    assert main(["run", "evidence-generated", "--dry-run", "--only", "shots=32", "label=SP"]) == 0
+    assert "SP" in (planned := capsys.readouterr().out) and "6.47M" in planned  # every weight of mini-xlmr
+    assert main(["run", "--list"]) == 0
+    assert "ltp-table-1" in capsys.readouterr().out
+    assert main(["run", "ltp-table-1", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "55.48M" in text and "208.06M" in text  # 20 % and 75 % of XLM-R-base's maskable entries
+    assert "180 cells, and 1 artefacts" in text
+    assert main(["run", "sc-sft-table-2", "--dry-run"]) == 0
+    assert "14.16M" in capsys.readouterr().out
+
+
+ROWS = [
+    {"label": "A", "shots": 1, "seed": 1, "scores": {"en": 0.40, "sw": 0.30}, "notes": []},
+    {"label": "A", "shots": 1, "seed": 2, "scores": {"en": 0.44, "sw": 0.36}, "notes": ["x stands in"]},
+    {"label": "B", "shots": 1, "seed": 1, "scores": {"en": 0.43, "sw": 0.31}, "notes": []},
+    {"label": "A", "shots": 2, "seed": 1, "scores": {"en": 0.50, "sw": 0.50}, "notes": []},
+]
+PAPER = {"columns": ["en", "AVG"], "rows": [["A", 1, 41.0, "-"], ["B", 1, 40.0, 36.5]]}
+
+
+def test_tables():
+    table = make_table(ROWS, ["label", "shots"], PAPER)
+    assert table.columns == ("en", "sw", "AVG")
+    assert [line.facts for line in table.lines] == [("A", 1), ("B", 1), ("A", 2)]
+    first = table.lines[0]
+    assert first.values["en"] == pytest.approx((42.0, 2.0 * 2**0.5))
+    assert first.values["AVG"] == pytest.approx((37.5, 2.5 * 2**0.5))
+    assert first.paper == {"en": 41.0} and first.notes == ("x stands in",) and first.runs == 2
+    assert table.best == {(("B", 1), "en"), (("A", 1), "sw"), (("A", 1), "AVG")}  # of the lines with equal shots
+    text = markdown(table)
+    assert "| A | 1 | 2 | 42.00 ± 2.83 | **33.00 ± 4.24** | **37.50 ± 3.54** |" in text
+    assert "| ↳ difference |  |  | +3.00 |  | +0.50 |" in text
+    assert to_csv(table).splitlines()[:2] == [
+        "label,shots,column,mean,deviation,runs,paper",
+        "A,1,en,42.0000,2.8284,2,41.00",
+    ]
+    assert r"\textbf{43.00}" in latex(table) and r"42.00 $\pm$ 2.83" in latex(table)
+
+
+def test_languages_trained_apart_make_one_line():
+    rows = [
+        {"label": "SP", "seed": seed, "scores": {language: score}, "notes": []}
+        for seed, shift in ((1, 0.0), (2, 0.1))
+        for language, score in (("hi", 0.3 + shift), ("sw", 0.5 + shift))
+    ]
+    (line,) = make_table(rows, ["label"]).lines
+    assert line.runs == 2
+    assert line.values["AVG"] == pytest.approx((45.0, 5 * 2**0.5))
+
+
+def test_the_method_of_the_documentation(world, tmp_path, capsys):
+    """docs/methods.md, "Add a method": its two files run as they stand, but for model and languages."""
+    from ltp_sparse import methods
+
+    known = dict(methods.METHODS)
+    text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    for name in ("my_method.py", "my_recipe.yaml"):
+        body = text[text.index(f"# {name}") :]
+        (tmp_path / name).write_text(body[: body.index("```")])
+    try:
+        small = ["--set", "shots=[1,2]", "seed=1", "test.limit=9", "settings.epochs=2", "settings.max_length=40"]
+        folders = ["--data", world / "data", "--cache", tmp_path / "cache", "--output", tmp_path / "out"]
+        run = [
+            "run",
+            str(tmp_path / "my_recipe.yaml"),
+            "--allow-plugins",
+            "--quiet",
+            "--model",
+            str(world / "model"),
+            *small,
+        ]
+        assert main([*run, *map(str, folders)]) == 0
+        assert main(["report", str(tmp_path / "my_recipe.yaml"), str(tmp_path / "out"), "--allow-plugins"]) == 0
+    finally:
+        for key in set(methods.METHODS) - set(known):
+            del methods.METHODS[key]
+    report = capsys.readouterr().out
+    assert "queries of the last layer" in report
+    rows = {(row["label"], row["shots"]): row for row in results.read(tmp_path / "out" / results.RESULTS)}
+    assert rows["queries", 1]["k"] == 2 * rows["queries of the last layer", 1]["k"] == 2 * (32 * 32 + 32)
+
+
+def test_paired_comparisons():
+    from ltp_sparse.report.paired import compare, comparison_table
+
+    scores = {"ref": [0.30, 0.40, 0.50, 0.60], "up": [0.32, 0.43, 0.52, 0.63], "noise": [0.35, 0.35, 0.55, 0.56]}
+    rows = [
+        {"label": label, "shots": 4, "seed": seed, "mean": mean}
+        for label, means in scores.items()
+        for seed, mean in enumerate(means)
+    ]
+    rows.append({"label": "up", "shots": 4, "seed": 99, "mean": 0.9})  # has no partner
+    up, noise = compare(rows, "ref", ["label", "shots"])
+    assert (up.label, up.facts, up.runs) == ("up", (4,), 4)
+    assert up.mean == pytest.approx(2.5)
+    half = 3.182 * (1 / 3) ** 0.5 / 2  # t(3) times the standard error of 2, 3, 2, 3
+    assert up.interval == pytest.approx((2.5 - half, 2.5 + half), abs=1e-3)
+    assert up.p_value == 2 / 16  # of 16 sign patterns only all plus and all minus are as far from 0
+    assert noise.p_value == 1.0 and noise.interval[0] < 0 < noise.interval[1]
+    table = comparison_table([up, noise], "ref", ["label", "shots"])
+    assert "| up | 4 | 4 | **+2.50** | +1.58 to +3.42 | 0.125 |" in table
+    (single,) = compare(rows[:1] + [{**rows[4], "seed": 0}], "ref", ["label", "shots"])
+    assert single.runs == 1 and single.p_value == 1.0
+
+
+@pytest.mark.parametrize(
+    ("n", "quantile"), [(2, 12.7062047), (31, 2.0422725), (32, 2.0395134), (61, 2.0002978), (1001, 1.9623391)]
+)
+def test_intervals_are_those_of_students_t_at_any_number_of_runs(n, quantile):
+    """Printed tables of t give these quantiles; 1.96 is right for none."""
+    values = [(-1.0) ** i for i in range(n)]
+    mean, (low, high) = mean_interval(values)
+    standard_error = statistics.stdev(values) / n**0.5
+    assert (high - mean) / standard_error == pytest.approx(quantile, abs=1e-6)
+    assert (mean - low) / standard_error == pytest.approx(quantile, abs=1e-6)
+
+
+def test_languages_above_chance():
+    scores = [{"en": 0.5, "sw": 0.4, "zh": 0.2}, {"en": 0.6, "sw": 0.3, "zh": 0.2}, {"en": 0.55, "sw": 0.45, "zh": 0.2}]
+    rows = [{"label": "LTP", "shots": None, "scores": one} for one in scores]
+    rows += [{"label": "SP", "shots": 4, "scores": one} for one in scores[:1]]  # one seed tells nothing
+    assert chance_table(rows, ["label", "shots"], 1 / 3).splitlines() == [
+        "| label | shots | seeds | above 33.3 % | not shown to be |",
+        "| --- | --- | ---: | ---: | --- |",
+        "| LTP |  | 3 | 1 of 3 | sw, zh |",
+    ]
+    assert "| LTP | 3 | 3 of 3 |  |" in chance_table(rows[:3], ["label"], 0.19)
+    in_language = [{"label": "FT", "scores": {language: 0.5}} for language in ("en", "sw", "en")]
+    assert chance_table(in_language, ["label"], 1 / 3).endswith("| FT | 2 | 1 of 1 |  |\n")
+
+
+def test_reports_hold_paired_comparisons(world, tmp_path):
+    path = tmp_path / "paired.yaml"
+    path.write_text(
+        RECIPE.format(model=world / "model").replace(
+            "by: [label, shots]", "by: [label, shots]\ncompare: SP\nchance: 0.3333"
+        )
+    )
+    recipe = load_recipe(str(path)).only([("shots", 2)])
+    assert run_recipe(recipe, tmp_path / "out", bench(world, tmp_path), progress=False) == 0
+    write_report(recipe, results.read(tmp_path / "out" / results.RESULTS), tmp_path / "out")
+    assert "| LTP | 2 | 2 |" in (tmp_path / "out" / "report.md").read_text().split("minus SP")[1]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<h2>Paired comparison</h2>" in page and "<h2>Languages above chance</h2>" in page
+
+
+def test_recipes_run_on_real_data(shared_data, tmp_path):
+    """A thin smoke run; `python examples/smoke_recipes.py` without --thin runs all cells of all recipes."""
+    script = Path(__file__).parents[2] / "examples" / "smoke_recipes.py"
+    recipes = ["ltp-figure-3", "sc-sft-table-1", "spt-shots"]
+    command = [sys.executable, script, "--data", shared_data, "--output", tmp_path, "--thin", "--recipes", *recipes]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name, cells in zip(recipes, (3, 5, 2), strict=True):
+        assert len(results.read(tmp_path / name / results.RESULTS)) == cells
+        assert (tmp_path / name / "report.html").is_file()

@@ -1,0 +1,249 @@
+"""Index sets and tile tables: every encoding is a view of the same set, and the table says where each entry lies."""
+
+import itertools
+
+import pytest
+import torch
+from helpers.cases import threads
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ltp_sparse.tickets.bits import (
+    TILE,
+    bitmap_words,
+    from_uint16_bits,
+    pack_bits,
+    popcount,
+    to_uint16_bits,
+    unpack_bits,
+)
+from ltp_sparse.tickets.index_set import Encoding, IndexSet
+from ltp_sparse.tickets.tile_table import Column, TileTable, tile_indices
+
+SMALL = itertools.product((0, 1, 31, 32, 63, 64, 65, 1000, 4097), (0.0, 0.05, 0.97, 1.0))
+LARGE = itertools.product((TILE - 1, TILE, TILE + 1, 2 * TILE + 77), (0.004, 0.3, 1.0))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    with threads(1):
+        yield
+
+
+def random_mask(n: int, density: float, seed: int = 0) -> torch.Tensor:
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed)) < density
+
+
+def views(index_set: IndexSet) -> list[IndexSet]:
+    """The set in every encoding that can hold it."""
+    return [index_set.encoded(e) for e in Encoding if e is not Encoding.FULL or index_set.k == index_set.n]
+
+
+# --- bits ---
+
+
+@given(st.lists(st.booleans(), max_size=200))
+def test_pack_bits_puts_entry_j_into_bit_j(mask):
+    words = pack_bits(torch.tensor(mask, dtype=torch.bool))
+    number = sum(1 << j for j, active in enumerate(mask) if active)
+    assert words.numel() == bitmap_words(len(mask)) and words.numel() % 2 == 0
+    assert [w & 0xFFFFFFFF for w in words.tolist()] == [number >> (32 * i) & 0xFFFFFFFF for i in range(words.numel())]
+    assert unpack_bits(words)[: len(mask)].tolist() == mask
+
+
+@given(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=50))
+def test_popcount_counts_bits_of_signed_words(words):
+    assert popcount(torch.tensor(words, dtype=torch.int32)).tolist() == [(w & 0xFFFFFFFF).bit_count() for w in words]
+
+
+def test_uint16_bits_round_trip_every_position():
+    positions = torch.arange(TILE)
+    assert torch.equal(from_uint16_bits(to_uint16_bits(positions)), positions)
+
+
+# --- index sets ---
+
+
+@pytest.mark.parametrize(("n", "density"), [*SMALL, *LARGE], ids=lambda value: f"{value}")
+def test_every_encoding_holds_the_same_set(n, density):
+    mask = random_mask(n, density)
+    indices = mask.nonzero().view(-1)
+    made = [IndexSet.from_mask(mask), IndexSet.from_indices(indices, n), IndexSet.from_bitmap(pack_bits(mask), n)]
+    sets = [*made, *views(made[0])]
+    for index_set in sets:
+        assert torch.equal(index_set.indices(), indices)
+        assert torch.equal(index_set.mask(), mask)
+        assert torch.equal(index_set.bitmap(), pack_bits(mask))
+        assert index_set.k == indices.numel() == int(index_set.tile_counts.sum())
+        chunks = [(slot, chunk.numel()) for slot, chunk in index_set.chunks()]
+        assert [slot for slot, _ in chunks] == [0, *itertools.accumulate(size for _, size in chunks)][: len(chunks)]
+    assert len({index_set.digest() for index_set in sets}) == 1, "the digest must not depend on the encoding"
+
+
+@pytest.mark.parametrize("n", [64, 4096, TILE, 5 * TILE])
+@pytest.mark.parametrize("density", [0.01, 0.06, 0.0626, 0.5, 1.0])
+def test_compact_takes_the_encoding_of_least_bytes(n, density):
+    index_set = IndexSet.from_mask(torch.arange(n) % 10_000 < density * 10_000)
+    assert index_set.compact().nbytes == min(view.nbytes for view in views(index_set))
+
+
+def test_digest_tells_sets_and_sizes_apart():
+    sets = [IndexSet.from_indices(torch.tensor(i), n) for i, n in (([1], 9), ([2], 9), ([1], 10), ([1, 2], 9))]
+    assert len({index_set.digest() for index_set in sets}) == 4
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ([3, 2], "ascending"),
+        ([2, 2], "unique"),
+        ([-1, 2], r"lie in \[0, 10\)"),
+        ([4, 10], r"lie in \[0, 10\), got 4 to 10"),
+        ([4, 11, 9], "ascending"),
+        ([0.0, 1.9], r"expected integer indices \[k\], got torch.float32 \[2\]"),
+        ([False, True], "masks go to from_mask"),
+        ([[0, 1], [2, 3]], r"got torch.int64 \[2, 2\]"),
+    ],
+)
+def test_from_indices_refuses_what_is_no_set(indices, message):
+    with pytest.raises(ValueError, match=message):
+        IndexSet.from_indices(torch.tensor(indices), 10)
+
+
+def test_from_bitmap_refuses_bits_past_the_end_and_wrong_lengths():
+    words = pack_bits(torch.ones(65, dtype=torch.bool))
+    with pytest.raises(ValueError, match="past its 66"):
+        IndexSet.from_bitmap(pack_bits(torch.ones(70, dtype=torch.bool)), 66)
+    with pytest.raises(ValueError, match="cannot be stored as FULL"):
+        IndexSet.from_bitmap(words, 65).combine(IndexSet.from_indices(torch.tensor([3]), 65), "-").encoded(
+            Encoding.FULL
+        )
+    with pytest.raises(ValueError, match=r"int32 \[2\], got"):
+        IndexSet.from_bitmap(words, 64)
+    with pytest.raises(ValueError, match="int64"):
+        IndexSet.from_bitmap(words.long(), 65)
+
+
+@pytest.mark.parametrize(
+    ("positions", "counts", "message"),
+    [
+        ([1, 1], [2, 0], "ascending"),
+        ([1, 2], [2, 1], "expected 3 positions"),
+        ([1], [1], "tile counts"),
+        ([1], [-1, 2], "tile counts"),
+        ([1, 100], [1, 1], "below"),
+    ],
+)
+def test_from_list16_checks_every_position(positions, counts, message):
+    with pytest.raises(ValueError, match=message):
+        IndexSet.from_list16(torch.tensor(positions, dtype=torch.int16), torch.tensor(counts), TILE + 100)
+
+
+def test_positions_beyond_31_bits():
+    """PEERS section 8: LT-SFT decodes wrongly past 2^31."""
+    n = 2**31 + 2 * TILE
+    indices = torch.tensor([0, 2**31 - 1, 2**31, n - 1])
+    index_set = IndexSet.from_indices(indices, n)
+    table = TileTable.build([index_set])
+    found = [tile_indices(tile, table.words, table.positions) for tile in table.tiles.tolist()]
+    assert torch.equal(torch.cat(found), indices)
+
+
+SETS = st.integers(1, 150).flatmap(
+    lambda n: st.tuples(st.just(n), *(st.sets(st.integers(0, n - 1)) for _ in range(2)), st.integers(0, 2))
+)
+
+
+@settings(max_examples=30)
+@given(SETS)
+def test_algebra_is_that_of_sets(case):
+    n, a, b, tiles = case
+    n, shift = n + tiles * TILE, tiles * TILE // 2  # the same sets inside one tile and across tiles
+    a, b = ({x + shift * (x % 2) for x in s} for s in (a, b))
+    x, y = (IndexSet.from_indices(torch.tensor(sorted(s), dtype=torch.int64), n) for s in (a, b))
+    for operation, expected in {"&": a & b, "|": a | b, "-": a - b, "^": a ^ b}.items():
+        assert x.combine(y, operation).indices().tolist() == sorted(expected)
+    assert x.complement().combine(x, "^").k == n
+    start, stop = sorted((n // 3, 2 * n // 3))
+    rows = x.rows(start, stop, 1)
+    assert rows.n == stop - start and rows.indices().tolist() == sorted(i - start for i in a if start <= i < stop)
+
+
+def test_sets_of_different_sizes_cannot_be_combined():
+    with pytest.raises(ValueError, match="4 and 5 entries"):
+        IndexSet.full(4).combine(IndexSet.full(5), "&")
+
+
+# --- tile tables ---
+
+
+def mixed_sets() -> list[IndexSet]:
+    """All encodings, empty tiles, an empty parameter, one without active entries."""
+    hole = random_mask(4 * TILE + 5, 0.3, seed=1)
+    hole[TILE : 3 * TILE] = False
+    last_only = torch.zeros(2 * TILE + 3, dtype=torch.bool)
+    last_only[-1] = True
+    masks = [
+        torch.ones(TILE + 9, dtype=torch.bool),
+        hole,
+        random_mask(TILE + 65, 0.01, seed=2),
+        torch.zeros(0, dtype=torch.bool),
+        torch.zeros(70_000, dtype=torch.bool),
+        last_only,
+        random_mask(33, 0.5, seed=3),
+    ]
+    return [IndexSet.from_mask(mask) for mask in masks]
+
+
+def test_tile_table_reaches_every_active_entry_once_in_slot_order():
+    sets = mixed_sets()
+    table = TileTable.build(sets)
+    found: list[list[int]] = [[] for _ in sets]
+    slot = 0
+    for tile in table.tiles.tolist():
+        indices = tile_indices(tile, table.words, table.positions)
+        assert indices.numel() == tile[Column.ACTIVE] > 0, "tiles without active entries do not exist"
+        assert tile[Column.SLOT] == slot, "state is ordered by (parameter, flat index)"
+        assert tile[Column.START] % TILE == 0 and 0 < tile[Column.LENGTH] <= TILE
+        assert int(indices[0]) >= tile[Column.START]
+        assert int(indices[-1]) < tile[Column.START] + tile[Column.LENGTH]
+        slot += tile[Column.ACTIVE]
+        found[tile[Column.PARAM]] += indices.tolist()
+    assert slot == table.k == sum(table.counts)
+    assert found == [index_set.indices().tolist() for index_set in sets]
+    assert table.sizes == tuple(index_set.n for index_set in sets)
+
+
+def test_tile_table_does_not_depend_on_the_encoding_of_its_sets():
+    sets = mixed_sets()
+    tables = [TileTable.build(sets), TileTable.build([s.encoded(Encoding.LIST16) for s in sets])]
+    for name in ("tiles", "words", "positions"):
+        assert torch.equal(*(getattr(table, name) for table in tables))
+    assert set(tables[0].tiles[:, Column.ENCODING].tolist()) == set(Encoding)
+
+
+def test_tile_table_ranks_count_the_entries_before_each_group_of_64():
+    table = TileTable.build(mixed_sets()).with_ranks()
+    ranks = from_uint16_bits(table.ranks)
+    for tile in table.tiles[table.tiles[:, Column.ENCODING] == Encoding.BITMAP].tolist():
+        words = table.words[tile[Column.INDEX] : tile[Column.INDEX] + bitmap_words(tile[Column.LENGTH])]
+        groups = unpack_bits(words).view(-1, 64).sum(1)
+        first = tile[Column.INDEX] // 2
+        assert torch.equal(ranks[first : first + groups.numel()], groups.cumsum(0) - groups)
+    assert table.with_ranks() is table
+
+
+@pytest.mark.parametrize(
+    ("density", "per_entry"),
+    [(0.0005, 2 * 0.0005), (0.05, 2 * 0.05), (0.2, 1 / 8), (0.75, 1 / 8), (1.0, 0)],
+    ids="d{}".format,
+)
+def test_index_bytes_are_those_of_the_formula(density, per_entry):
+    """Contract 5, PERFORMANCE section 4: u16 2d, bitmap 1/8, full nothing; and a row of 64 bytes per tile."""
+    n = 10 * TILE
+    step = round(n * density)
+    mask = torch.zeros(n, dtype=torch.bool)
+    mask[torch.randperm(n, generator=torch.Generator().manual_seed(0))[:step]] = True
+    table = TileTable.build([IndexSet.from_mask(mask)])
+    assert table.nbytes == round(per_entry * n if density not in (0.0005, 0.05) else 2 * step) + 64 * 10
+    assert table.with_ranks().nbytes - table.nbytes == table.words.nbytes // 4  # 1/32 byte per entry
