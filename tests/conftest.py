@@ -1,9 +1,8 @@
-"""Settings that hold for every test: no downloads, fixed seeds, poisoned scratch memory, Triton without a GPU."""
+"""Settings that hold for every test: no downloads, fixed seeds, one thread, poisoned memory, Triton without a GPU."""
 
 import importlib.util
 import os
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +16,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # workers share the cores
+torch.set_num_threads(1)  # small models only lose by more; tests that need them: `helpers.backends.threads`
 
 if importlib.util.find_spec("hypothesis"):  # the tests that `make gpu` runs do without
     from hypothesis import settings
 
     settings.register_profile("ltp_sparse", deadline=None, derandomize=True, database=None, print_blob=True)
     settings.load_profile("ltp_sparse")
-
-sys.path += [
-    str(Path(__file__).parent / folder) for folder in ("methods", "models", "optim")
-]  # until helpers/ has it all
 
 SEED = 20_240_611
 
@@ -67,6 +62,26 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs real data: {folder} is no folder; set LTP_SPARSE_DATA to the folder that holds it")
     return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from helpers.tiny_nli import tiny_tokenizer
+
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def compiled():
+    """The compiled module, back on its own instruction set afterwards."""
+    from ltp_sparse import backends
+
+    module = backends._extension()
+    if isinstance(module, str):
+        pytest.skip(module)
+    own = module.isa()
+    yield module
+    module.set_isa(own)
 
 
 @pytest.fixture

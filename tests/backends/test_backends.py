@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.cases import ALL_BACKENDS, using
+from helpers.backends import ALL_BACKENDS, using
 
 import ltp_sparse as ls
 from ltp_sparse import backends

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from helpers.bits import bits
 from torch import Tensor
 
 from ltp_sparse.backends import reference
@@ -44,11 +45,6 @@ def isa(request):
         pytest.skip(str(error))
     yield request.param
     _C.set_isa(current)
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """Floats as integers, so that NaNs compare too."""
-    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
 # --- masked_adamw_ ----------------------------------------------------------------------------------------------------

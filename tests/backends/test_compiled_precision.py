@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 import torch
-from helpers.cases import DTYPES, bits, compiled, instruction_sets, threads, using  # noqa: F401 (compiled is a fixture)
+from helpers.backends import instruction_sets, using
+from helpers.bits import DTYPES, bits
 
 from ltp_sparse.backends.reference import Coefficient
 from ltp_sparse.backends.rounding import rounding_keys
@@ -31,12 +32,6 @@ CASES = [
     and (dtype == torch.bfloat16 or not mode.get("stochastic"))
     and (dtype != torch.float32 or not mode.get("master"))
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with threads(1):
-        yield
 
 
 def problems(density: float, **options) -> UpdateProblem:
@@ -75,7 +70,7 @@ def run(backend: str, density: float, with_anchor: bool, **options) -> list[torc
 
 @pytest.mark.parametrize("with_anchor", [False, True], ids=["plain", "pull"])
 @pytest.mark.parametrize(("dtype", "grad_dtype", "mode"), CASES)
-def test_bits_of_the_reference(compiled, dtype, grad_dtype, mode, with_anchor):  # noqa: F811
+def test_bits_of_the_reference(compiled, dtype, grad_dtype, mode, with_anchor):
     for density in (0.02, 0.3, 0.9, 1.0):
         options = {"dtype": dtype, "grad_dtype": grad_dtype, **mode}
         wanted = run("reference", density, with_anchor, **options)
@@ -104,7 +99,7 @@ def test_the_cases_meet_every_encoding():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
-def test_rounding_is_torchs(compiled, dtype):  # noqa: F811
+def test_rounding_is_torchs(compiled, dtype):
     """Every float32 exponent, both sides of every tie, denormals, overflow and infinities, through a master."""
     base = torch.arange(0, 0x7F80, dtype=torch.int32) << 16
     values = torch.cat(

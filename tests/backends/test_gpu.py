@@ -8,9 +8,9 @@ import warnings
 
 import pytest
 import torch
-from helpers.cases import DTYPES, TiedModel, bits, using
-from safetensors.torch import save_file
-from test_cuda_emulation import (
+from helpers.backends import using
+from helpers.bits import DTYPES, bits
+from helpers.selection_passes import (
     BANDS,
     KINDS,
     SELECTION_GROUPS,
@@ -20,6 +20,8 @@ from test_cuda_emulation import (
     pairs_of,
     unaligned,
 )
+from helpers.tied_model import TiedModel
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import ltp_sparse as ls

@@ -10,6 +10,7 @@ from itertools import accumulate
 
 import pytest
 import torch
+from helpers.bits import bits
 from torch import Tensor
 
 from ltp_sparse.tickets.bits import TILE, bitmap_words
@@ -21,10 +22,6 @@ from ltp_sparse.kernels.launch import _upload, address_table  # noqa: E402 (the 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAN_WITH_PAYLOAD = 0x7FC12345
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor, what: str) -> None:

@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 import torch
-from helpers.cases import DTYPES, bits, using
+from helpers.backends import using
+from helpers.bits import DTYPES, bits
 from torch import Tensor
 
 from ltp_sparse import backends

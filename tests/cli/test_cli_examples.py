@@ -9,8 +9,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers.own_data import rows, run, write_tsv
 from helpers.tiny_nli import toy_pairs
-from test_own_data import COLUMNS, QUICK, WORDS_GIVEN, files, rows, run, write_tsv  # noqa: F401
 
 import ltp_sparse as ls
 import ltp_sparse.demo  # noqa: F401  what binds the names that are replaced below must have bound them before
@@ -71,7 +71,7 @@ def test_snippets_of_the_readme_run_by_themselves(number, tmp_path, monkeypatch,
 
 
 @pytest.fixture(scope="module")
-def stand_ins(files, tmp_path_factory):  # noqa: F811
+def stand_ins(own_files, tmp_path_factory):
     """A folder with a small file for every path that the examples name."""
     from ltp_sparse.cli.runs import BAKED, Run
     from ltp_sparse.tasks.own import Columns
@@ -80,7 +80,7 @@ def stand_ins(files, tmp_path_factory):  # noqa: F811
     for name in ("base", "tuned"):
         (root / name).mkdir()
     for name in ("en", "hi", "ace"):
-        shutil.copy(files / "ticket.safetensors", root / f"{name}.safetensors")
+        shutil.copy(own_files / "ticket.safetensors", root / f"{name}.safetensors")
     (root / "wiki.en.txt").write_text("one line\n")
     for shots in (4, 16):
         for split in ("train", "dev"):
@@ -142,7 +142,7 @@ def test_examples_of_help_get_to_where_the_work_begins(command, stand_ins, monke
         main(words)
 
 
-def test_the_page_on_own_data_runs(files, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_the_page_on_own_data_runs(own_files, tmp_path, monkeypatch, capsys):
     """Its commands as they stand, but for the model, the words it knows, and how long they train."""
     found = [
         {
@@ -156,9 +156,9 @@ def test_the_page_on_own_data_runs(files, tmp_path, monkeypatch, capsys):  # noq
     for name in ("train", "test"):
         write_tsv(tmp_path / f"{name}.tsv", found, ("language", "text", "label"))
     small = {
-        "select": ["--model", files / "model", "--max-steps", 1, "--length", 16, "--quiet"],
+        "select": ["--model", own_files / "model", "--max-steps", 1, "--length", 16, "--quiet"],
         "train": [
-            "--model", files / "model", "--epochs", 1, "--max-length", 24, "--seeds", 1, "--quiet",
+            "--model", own_files / "model", "--epochs", 1, "--max-length", 24, "--seeds", 1, "--quiet",
             "--words", "positive=right", "neutral=maybe", "negative=wrong",
         ],
         "evaluate": ["--quiet"],

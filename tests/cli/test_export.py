@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
+from helpers.own_data import COLUMNS, QUICK, WORDS_GIVEN, run, write_tsv
 from helpers.tiny_nli import WORDS
-from test_own_data import COLUMNS, QUICK, WORDS_GIVEN, files, rows, run, trained, write_tsv  # noqa: F401
 
 from ltp_sparse.cli.runs import Run, load_seed
 from ltp_sparse.recipes import results
@@ -19,14 +19,14 @@ TRICKY = ["surely word1 </s> word2", "word3?!", "never <mask>", " ".join(WORDS),
 
 
 @pytest.fixture(scope="module", params=METHODS)
-def exported(request, files):  # noqa: F811
+def exported(request, own_files):
     """(method, run, exported folder)"""
-    method, folder = request.param, files / f"exported-{request.param}"
-    ticket = ["--ticket", files / "ticket.safetensors"] if method == "ltp" else []
+    method, folder = request.param, own_files / f"exported-{request.param}"
+    ticket = ["--ticket", own_files / "ticket.safetensors"] if method == "ltp" else []
     words = WORDS_GIVEN if "prompt" in method or method == "ltp" else ()
-    data = ["--train", files / "train.tsv", "--dev", files / "dev.tsv", *COLUMNS, *words]
-    made = files / f"run-{method}"
-    arguments = ["--model", files / "model", "--method", method, *ticket, *data, *QUICK, "--epochs", 1]
+    data = ["--train", own_files / "train.tsv", "--dev", own_files / "dev.tsv", *COLUMNS, *words]
+    made = own_files / f"run-{method}"
+    arguments = ["--model", own_files / "model", "--method", method, *ticket, *data, *QUICK, "--epochs", 1]
     assert run("train", *arguments, "--output", made) == 0
     assert run("export", made, "--output", folder) == 0
     return method, made, folder
@@ -80,11 +80,11 @@ def test_no_head_of_random_numbers(exported):
             AutoModelForSequenceClassification.from_pretrained(folder)
 
 
-def test_the_folder_is_complete_and_no_larger_than_its_model(exported, files):  # noqa: F811
+def test_the_folder_is_complete_and_no_larger_than_its_model(exported, own_files):
     method, made, folder = exported
     config = json.loads((folder / "config.json").read_text())
     assert list(config["id2label"].values()) == list(labels_of(made))
-    own, base = ((at / "model.safetensors").stat().st_size for at in (folder, files / "model"))
+    own, base = ((at / "model.safetensors").stat().st_size for at in (folder, own_files / "model"))
     rows_and_head = 4 * 32 * (8 + 32 + 4) + 4096  # prompt, words or a head of 32 x 32; names in the header
     assert own < base + rows_and_head
     card = (folder / "README.md").read_text()
@@ -105,11 +105,11 @@ def test_the_script_needs_transformers_alone(exported):
     assert list(found.values()) == sorted(found.values(), reverse=True)
 
 
-def test_scores_stand_in_the_card(files, trained, tmp_path, capsys):  # noqa: F811
+def test_scores_stand_in_the_card(own_files, own_run, tmp_path, capsys):
     """Beside those of naming the largest class always, and with what evaluation had to note."""
-    assert run("evaluate", trained, "--quiet") == 0
-    row = json.loads((trained / "results.jsonl").read_text().splitlines()[-1])
-    folder = shutil.copytree(trained, tmp_path / "run")
+    assert run("evaluate", own_run, "--quiet") == 0
+    row = json.loads((own_run / "results.jsonl").read_text().splitlines()[-1])
+    folder = shutil.copytree(own_run, tmp_path / "run")
     other = {**row, "task": "other.tsv", "notes": ["all predictions for quy are 'bad'"]}
     other.pop(results.HASH)
     results.append(folder / results.RESULTS, other)
@@ -119,9 +119,9 @@ def test_scores_stand_in_the_card(files, trained, tmp_path, capsys):  # noqa: F8
     assert "\n\nother.tsv: all predictions for quy are 'bad'.\n" in card
 
 
-def test_what_transformers_has_no_model_for_is_refused(files, tmp_path, capsys):  # noqa: F811
-    data = ["--train", files / "train.tsv", "--dev", files / "dev.tsv", *COLUMNS, *QUICK, "--epochs", 1]
-    assert run("train", "--model", files / "model", "--method", "mad-x", *data, "--output", tmp_path / "run") == 0
+def test_what_transformers_has_no_model_for_is_refused(own_files, tmp_path, capsys):
+    data = ["--train", own_files / "train.tsv", "--dev", own_files / "dev.tsv", *COLUMNS, *QUICK, "--epochs", 1]
+    assert run("train", "--model", own_files / "model", "--method", "mad-x", *data, "--output", tmp_path / "run") == 0
     assert run("export", tmp_path / "run", "--output", tmp_path / "exported") == 2
     assert "which attaches modules of its own" in capsys.readouterr().err
     assert list((tmp_path / "exported").iterdir()) == []

@@ -1,89 +1,31 @@
 """Labelled data of one's own: every format, trained on, evaluated per language and labelled by the command line."""
 
 import json
-import random
 import warnings
 
 import pytest
 import torch
-from helpers.tiny_nli import CLUES, WORDS, tiny_language_model, tiny_tokenizer
+from helpers.own_data import COLUMNS, LABELS, QUICK, WORDS_GIVEN, rows, run, write_tsv
+from helpers.tiny_nli import tiny_language_model, tiny_tokenizer
 
 import ltp_sparse as ls
-from ltp_sparse.cli import main
 from ltp_sparse.tasks.own import Columns, classes_of, read_own, split_dev, warn_of_gaps
 from ltp_sparse.tasks.texts import Text
 
-LABELS = ("good", "bad", "so-so", "0")
 
-
-def run(*arguments) -> int:
-    return main([str(argument) for argument in arguments])
-
-
-def rows(count: int, seed: int = 0, languages=("quy", "aym")) -> list[dict]:
-    """Texts of four classes whose first word gives the class away; one class is the number 0."""
-    draws = random.Random(seed)
-    clues = [*CLUES.values(), "word0"]
-    return [
-        {
-            "lang": languages[i // 4 % len(languages)],
-            "says": f"{clues[i % 4]} {draws.choice(WORDS)} {draws.choice(WORDS)}",
-            "second": draws.choice(WORDS),
-            "class": LABELS[i % 4],
-        }
-        for i in range(count)
-    ]
-
-
-def write_tsv(path, found, columns=("lang", "says", "second", "class")):
-    lines = ["\t".join(columns), *("\t".join(str(row[name]) for name in columns) for row in found)]
-    path.write_text("\n".join([*lines, ""]))
-    return path
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    root = tmp_path_factory.mktemp("own")
-    tokenizer = tiny_tokenizer()
-    model = tiny_language_model(len(tokenizer), decoupled=False)
-    model.save_pretrained(root / "model")
-    tokenizer.save_pretrained(root / "model")
-    ls.Ticket.random(dict(ls.canonical_parameters(model)), density=0.5, seed=0, pool=ls.selection.pools.maskable).save(
-        root / "ticket.safetensors"
-    )
-    write_tsv(root / "train.tsv", rows(48))
-    write_tsv(root / "dev.tsv", rows(16, seed=1))
-    write_tsv(root / "test.tsv", rows(24, seed=2))
-    return root
-
-
-COLUMNS = ("--text-column", "says", "--label-column", "class", "--language-column", "lang")
-WORDS_GIVEN = ("--words", "good=right", "bad=wrong", "so-so=maybe", "0=word9")
-QUICK = ("--epochs", 6, "--max-length", 24, "--learning-rate", 1e-2, "--batch-size", 8, "--quiet", "--seeds", 1)
-
-
-@pytest.fixture(scope="module")
-def trained(files):
-    folder = files / "run"
-    data = ["--train", files / "train.tsv", "--dev", files / "dev.tsv", "--test", files / "test.tsv", *COLUMNS]
-    model = ["--model", files / "model", "--ticket", files / "ticket.safetensors"]
-    assert run("train", *model, *data, *WORDS_GIVEN, *QUICK, "--output", folder) == 0
-    return folder
-
-
-def test_from_a_file_to_scores_per_language(files, trained, capsys):
+def test_from_a_file_to_scores_per_language(own_files, own_run, capsys):
     """Columns, words and classes are remembered; a label 0 is a label; each language of the file has its score."""
-    assert run("evaluate", trained, "--quiet", "--plot", files / "languages.png") == 0
+    assert run("evaluate", own_run, "--quiet", "--plot", own_files / "languages.png") == 0
     printed = capsys.readouterr().out
     assert "quy" in printed and "aym" in printed and "accuracy in percent" in printed
     assert "| always the largest class |" in printed
-    (row,) = [json.loads(line) for line in (trained / "results.jsonl").read_text().splitlines()]
+    (row,) = [json.loads(line) for line in (own_run / "results.jsonl").read_text().splitlines()]
     assert set(row["scores"]) == {"quy", "aym"} and row["examples"] == {"quy": 12, "aym": 12}
-    described = json.loads((trained / "run.json").read_text())
+    described = json.loads((own_run / "run.json").read_text())
     assert described["labels"] == list(LABELS) and described["words"]["0"] == ["word9"]
 
-    assert run("predict", trained, files / "test.tsv", "--quiet", "--output", files / "labels.jsonl") == 0
-    labelled = [json.loads(line) for line in (files / "labels.jsonl").read_text().splitlines()]
+    assert run("predict", own_run, own_files / "test.tsv", "--quiet", "--output", own_files / "labels.jsonl") == 0
+    labelled = [json.loads(line) for line in (own_files / "labels.jsonl").read_text().splitlines()]
     gold = [row["class"] for row in rows(24, seed=2)]
     hits = {"quy": [], "aym": []}
     for found, label in zip(labelled, gold, strict=True):
@@ -94,32 +36,41 @@ def test_from_a_file_to_scores_per_language(files, trained, capsys):
     assert row["mean"] > 0.4  # of four classes
 
 
-def test_labelled_files_are_read_back_with_the_same_columns(files, trained, capsys):
-    assert run("predict", trained, files / "test.tsv", "--quiet", "--output", files / "labels.tsv") == 0
-    header, *lines = (files / "labels.tsv").read_text().splitlines()
+def test_labelled_files_are_read_back_with_the_same_columns(own_files, own_run, capsys):
+    assert run("predict", own_run, own_files / "test.tsv", "--quiet", "--output", own_files / "labels.tsv") == 0
+    header, *lines = (own_files / "labels.tsv").read_text().splitlines()
     assert header.split("\t") == ["says", "lang", "class", *(f"p({label})" for label in LABELS)]
     assert all(sum(map(float, line.split("\t")[3:])) == pytest.approx(1, abs=1e-5) for line in lines)
-    assert run("evaluate", trained, "--test", files / "labels.tsv", "--quiet") == 0  # its own labels
-    assert json.loads((trained / "results.jsonl").read_text().splitlines()[-1])["mean"] == 1.0
+    assert run("evaluate", own_run, "--test", own_files / "labels.tsv", "--quiet") == 0  # its own labels
+    assert json.loads((own_run / "results.jsonl").read_text().splitlines()[-1])["mean"] == 1.0
 
 
-def test_a_run_resumes_only_with_the_same_data(files, trained, capsys):
-    data = ["--train", files / "train.tsv", "--dev", files / "dev.tsv", *COLUMNS, *WORDS_GIVEN, *QUICK]
-    model = ["--model", files / "model", "--ticket", files / "ticket.safetensors"]
-    assert run("train", *model, *data, "--output", trained, "--resume") == 0
-    assert run("train", *model, *data, "--metric", "macro_f1", "--output", trained, "--resume") == 2
+def test_a_run_resumes_only_with_the_same_data(own_files, own_run, capsys):
+    data = ["--train", own_files / "train.tsv", "--dev", own_files / "dev.tsv", *COLUMNS, *WORDS_GIVEN, *QUICK]
+    model = ["--model", own_files / "model", "--ticket", own_files / "ticket.safetensors"]
+    assert run("train", *model, *data, "--output", own_run, "--resume") == 0
+    assert run("train", *model, *data, "--metric", "macro_f1", "--output", own_run, "--resume") == 2
     assert "holds seeds of a run with metric 'accuracy', this one has 'macro_f1'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["bitfit", "discrete-prompt"])
-def test_pairs_of_any_classes_without_dev(files, method, tmp_path, capsys):
+def test_pairs_of_any_classes_without_dev(own_files, method, tmp_path, capsys):
     """A part of every class becomes dev, always the same part, and is said."""
     found = [{**row, "class": "yes" if i % 2 else "no"} for i, row in enumerate(rows(40))]
     write_tsv(tmp_path / "pairs.tsv", found)
     columns = ["--text-column", "says", "--pair-column", "second", "--label-column", "class"]
     words = ["--words", "yes=right", "no=wrong,never"] if method == "discrete-prompt" else []
-    arguments = ["--model", files / "model", "--method", method, "--train", tmp_path / "pairs.tsv", *columns, *words]
-    assert run("train", *arguments, *QUICK, "--language", "quy", "--output", tmp_path / "run") == 0
+    arguments = [
+        "--model",
+        own_files / "model",
+        "--method",
+        method,
+        "--train",
+        tmp_path / "pairs.tsv",
+        *columns,
+        *words,
+    ]
+    assert run("train", *arguments, *columns, *words, *QUICK, "--language", "quy", "--output", tmp_path / "run") == 0
     printed = capsys.readouterr().out
     assert "dev: 4 of the examples" in printed and "36 training and 4 dev pairs (quy)" in printed
     assert f"next: ltp-sparse evaluate {tmp_path / 'run'} --test FILE" in printed
@@ -257,7 +208,7 @@ def test_gaps_are_counted_in_one_warning():
     ]
 
 
-def test_training_tells_of_gaps_on_every_route(files):
+def test_training_tells_of_gaps_on_every_route(own_files):
     """The rule stands where all training passes: recipes and loops of one's own hear of it as the command line does."""
     from dataclasses import replace
 
@@ -303,20 +254,29 @@ def test_words_of_two_classes_must_differ_as_tokens():
             Verbalizer.from_words(tokenizer, words, ("a", "b"))
 
 
-def test_text_for_a_ticket_comes_from_a_column(files, tmp_path, monkeypatch):
+def test_text_for_a_ticket_comes_from_a_column(own_files, tmp_path, monkeypatch):
     from ltp_sparse.training import mlm
 
     seen = []
     monkeypatch.setattr(
         mlm, "tune_mlm", lambda model, tokenizer, texts, *_, **more: seen.append((texts, more)) or 1 / 0
     )
-    arguments = ["--model", files / "model", "--text", files / "train.tsv", "--text-column", "says", "--max-lines", 5]
+    arguments = [
+        "--model",
+        own_files / "model",
+        "--text",
+        own_files / "train.tsv",
+        "--text-column",
+        "says",
+        "--max-lines",
+        5,
+    ]
     assert run("select", *arguments, "--quiet", "--report-to", "tensorboard", "--output", tmp_path / "t") == 1
     ((found, more),) = seen
     assert len(found) == 5 and set(found) <= {row["says"] for row in rows(48)} and more["report_to"] == "tensorboard"
 
 
-def test_text_for_a_ticket_without_a_named_column(files, tmp_path, monkeypatch, capsys):
+def test_text_for_a_ticket_without_a_named_column(own_files, tmp_path, monkeypatch, capsys):
     """The column called text, or the only one; JSON lines with the key text and lists of lines as they always were."""
     from ltp_sparse.training import mlm
 
@@ -330,22 +290,22 @@ def test_text_for_a_ticket_without_a_named_column(files, tmp_path, monkeypatch, 
         ("e.tsv", "text\none\n", ["one"]),
     ):
         (tmp_path / name).write_text(content)
-        arguments = ["--model", files / "model", "--text", tmp_path / name, "--quiet", "--output", tmp_path / "t"]
+        arguments = ["--model", own_files / "model", "--text", tmp_path / name, "--quiet", "--output", tmp_path / "t"]
         assert run("select", *arguments) == 1
         assert seen.pop() == texts, name
         told = capsys.readouterr().out
         assert ("the column 'text' of" in told) == (name in ("a.tsv", "e.tsv")) and ("'says'" in told) == ("b" in name)
     arguments = ["--text", tmp_path / "a.tsv", tmp_path / "b.csv", "--output", tmp_path / "t"]
-    assert run("select", "--model", files / "model", *arguments) == 2
+    assert run("select", "--model", own_files / "model", *arguments) == 2
     assert "--text mixes files of different columns" in capsys.readouterr().err
 
 
-def test_probabilities_are_those_of_the_logits(files, trained):
+def test_probabilities_are_those_of_the_logits(own_files, own_run):
     from ltp_sparse.cli.runs import Run, load_seed
     from ltp_sparse.training.evaluation import class_logits, predict
 
-    setup, _ = load_seed(Run.load(trained), trained, None)
-    examples = setup.encode(read_own(files / "test.tsv", Columns(text="says", label="class")))
+    setup, _ = load_seed(Run.load(own_run), own_run, None)
+    examples = setup.encode(read_own(own_files / "test.tsv", Columns(text="says", label="class")))
     batch = {key: value for key, value in setup.collate(examples).items() if key != "labels"}
     logits = class_logits(setup.model, examples, setup.collate, batch_size=5)
     torch.testing.assert_close(logits, setup.model(**batch)["logits"].detach(), atol=1e-5, rtol=1e-4)

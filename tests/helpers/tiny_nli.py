@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+import ltp_sparse as ls
+from helpers.bits import weights
+from ltp_sparse.selection import pools
+
 WORDS = [f"word{i}" for i in range(60)]
 CLUES = {"contradiction": "never", "entailment": "surely", "neutral": "perhaps"}
 
@@ -66,3 +70,11 @@ def toy_pairs(count: int, seed: int = 0, language: str = "en") -> list[TinyPair]
         length = 2 + i % 3
         pairs.append(TinyPair(" ".join(picks[:length]) + ".", " ".join([CLUES[label], *picks[5:7]]), label, language))
     return pairs
+
+
+def ticket_of(model, density: float = 0.3) -> ls.Ticket:
+    """A ticket selected on `model`, as stage 1 gives it: with the fingerprint of these weights."""
+    generator = torch.Generator().manual_seed(0)
+    initial = weights(model)
+    tuned = {name: t + torch.randn(t.shape, generator=generator) for name, t in initial.items()}
+    return ls.select(initial, tuned, density=density, pool=pools.maskable)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers.tiny_nli import tiny_language_model, tiny_tokenizer, toy_pairs
-from test_causal_prompt import language_model as causal_model
-from test_causal_prompt import tiny_tokenizer as causal_tokenizer
-from test_methods import ticket_of
+from helpers.bits import weights
+from helpers.interruptions import StopAfter
+from helpers.tiny_causal import causal_model, causal_tokenizer
+from helpers.tiny_nli import ticket_of, tiny_language_model, tiny_tokenizer, toy_pairs
+from helpers.tiny_texts import TinyText
 
 import ltp_sparse as ls
 from ltp_sparse.methods import METHODS
@@ -40,24 +40,8 @@ VARIANTS = [
 TOPICS = {"a": "word1", "b": "word2", "c": "word3", "d": "word4"}
 
 
-@dataclass(frozen=True)
-class Text:
-    text: str
-    label: str | None
-    language: str = "en"
-
-
-def texts(count: int) -> list[Text]:
-    return [Text(f"w{i % 5} w{10 + i % 3}", "abc"[i % 3]) for i in range(count)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Threads cost more than they bring on models this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def texts(count: int) -> list[TinyText]:
+    return [TinyText(f"w{i % 5} w{10 + i % 3}", "abc"[i % 3]) for i in range(count)]
 
 
 def setting(key, options, tmp_path, causal="bloom"):
@@ -83,15 +67,11 @@ def setting(key, options, tmp_path, causal="bloom"):
     return dataclasses.replace(method, settings=quick), model, tokenizer, examples, examples[:6], more
 
 
-def state(model) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in canonical_parameters(model).items()}
-
-
 @pytest.mark.parametrize(("key", "options"), VARIANTS, ids=[f"{k}-{'-'.join(o)}" for k, o in VARIANTS])
 def test_what_moves_is_what_is_saved(key, options, tmp_path):
     """After 25 updates exactly the delta's entries have moved; file and fresh model give the same logits."""
     method, model, tokenizer, train, dev, more = setting(key, options, tmp_path)
-    before, modules = state(model), [name for name, _ in model.named_modules()]
+    before, modules = weights(model), [name for name, _ in model.named_modules()]
     result = train_method(method, model, tokenizer, train, dev, progress=False, seed=3, **more)
 
     delta = result.delta
@@ -116,7 +96,7 @@ def test_what_moves_is_what_is_saved(key, options, tmp_path):
 
     result.release()
     assert [name for name, _ in model.named_modules()] == modules
-    after = state(model)
+    after = weights(model)
     assert all(torch.equal(after[name], before[name]) for name in before)
     for which in (delta, result.baked):
         which.save(tmp_path / "delta.safetensors")
@@ -136,7 +116,7 @@ def test_texts_of_other_classes_than_those_of_inference(key, options, tmp_path):
     """Four classes, in an order that is not the verbalizer's: learned, saved, and the same after loading."""
     method, model, tokenizer, _, _, more = setting(key, options, tmp_path)
     classes = tuple(reversed(TOPICS))
-    train = [Text(" ".join([f"word{20 + i % 5}"] * (1 + i % 4)), "abcd"[i % 4]) for i in range(32)]
+    train = [TinyText(" ".join([f"word{20 + i % 5}"] * (1 + i % 4)), "abcd"[i % 4]) for i in range(32)]
     if method.scores_words:
         with pytest.raises(ValueError, match="expected a verbalizer with words for d, c, b, a, got none"):
             train_method(method, model, tokenizer, train, train[:8], progress=False, labels=classes, **more)
@@ -157,16 +137,14 @@ def test_texts_of_other_classes_than_those_of_inference(key, options, tmp_path):
 
 @pytest.mark.parametrize("key", METHODS)
 def test_a_run_that_fails_leaves_the_model_as_it_was(key, tmp_path):
-    from test_prompt_learning import StopAfter
-
     method, model, tokenizer, train, dev, more = setting(key, {}, tmp_path)
-    before, modules = state(model), [name for name, _ in model.named_modules()]
+    before, modules = weights(model), [name for name, _ in model.named_modules()]
     flags = [p.requires_grad for p in model.parameters()]
     with pytest.raises(KeyboardInterrupt):
         train_method(method, model, tokenizer, train, dev, progress=False, callbacks=[StopAfter(3)], **more)
     assert [name for name, _ in model.named_modules()] == modules
     assert [p.requires_grad for p in model.parameters()] == flags
-    assert all(torch.equal(tensor, before[name]) for name, tensor in state(model).items() if name in before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(model).items() if name in before)
 
 
 @pytest.mark.parametrize("key", METHODS)
@@ -208,7 +186,7 @@ def test_spt_keeps_the_epoch_of_the_smallest_loss(tmp_path):
 def test_language_adapters_train_and_are_swapped(tmp_path):
     tokenizer = tiny_tokenizer()
     model = tiny_language_model(len(tokenizer))
-    before = state(model)
+    before = weights(model)
     sentences = [" ".join(f"word{(i * 7 + j) % 60}" for j in range(12)) for i in range(40)]
     settings = MLMSettings(batch_size=8, max_steps=6, length=16, learning_rate=1e-2, eval_steps=6, l1=0.0)
     for language in ("en", "sw"):
@@ -216,7 +194,7 @@ def test_language_adapters_train_and_are_swapped(tmp_path):
         adapter = train_language_adapter(model, tokenizer, sentences, seeded, progress=False)
         assert adapter.metadata["validation_loss"] > 0
         adapter.save(tmp_path / f"{language}.safetensors")
-    assert all(torch.equal(tensor, before[name]) for name, tensor in state(model).items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(model).items())
 
     method, model, tokenizer, train, dev, more = setting("mad-x", {}, tmp_path)
     method = dataclasses.replace(method, language_adapter=str(tmp_path / "en.safetensors"))

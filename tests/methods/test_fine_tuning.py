@@ -6,7 +6,9 @@ import dataclasses
 
 import pytest
 import torch
-from helpers.tiny_nli import tiny_language_model, tiny_tokenizer, toy_pairs
+from helpers.bits import weights
+from helpers.interruptions import StopAfter
+from helpers.tiny_nli import tiny_language_model, toy_pairs
 
 import ltp_sparse as ls
 from ltp_sparse.methods import LTSFT, SCSFT, BitFit, FineTuning, RandSFT, Settings
@@ -19,20 +21,6 @@ from ltp_sparse.training.method import load_trained, train_method
 from ltp_sparse.weights.names import canonical_parameters
 
 QUICK = Settings(epochs=5, max_length=64, learning_rate=1e-3)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Threads cost more than they bring on models this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +102,7 @@ def methods():
 def test_exactly_the_right_entries_move(tokenizer, name):
     method = methods()[name]
     model = tiny_language_model(len(tokenizer))
-    before = {name: p.detach().clone() for name, p in canonical_parameters(model).items()}
+    before = weights(model)
     result = run(tokenizer, method, model=model)
     ticket = result.delta.ticket
     maskable = LTSFT().ticket(model).n
@@ -140,7 +128,7 @@ def test_exactly_the_right_entries_move(tokenizer, name):
 def test_lt_sft_trains_what_full_tuning_moved_most(tokenizer):
     """The ticket equals a selection by hand; then everything, the head too, restarts from its initial values."""
     model = tiny_language_model(len(tokenizer))
-    initial = {name: p.detach().clone() for name, p in canonical_parameters(model).items()}
+    initial = weights(model)
     result = run(tokenizer, LTSFT(settings=QUICK, density=0.2), model=model)
     fresh = tiny_language_model(len(tokenizer))
     run(tokenizer, AllMaskable(settings=QUICK), model=fresh)
@@ -186,8 +174,6 @@ def test_iterations_add_entries(tokenizer):
 
 
 def test_a_killed_search_resumes_with_its_ticket(tokenizer, tmp_path):
-    from test_prompt_learning import StopAfter
-
     method = LTSFT(settings=QUICK, density=0.1)
     whole = run(tokenizer, method, output_dir=tmp_path / "whole", save_every=1)
     with pytest.raises(KeyboardInterrupt):
@@ -201,7 +187,7 @@ def test_a_killed_search_resumes_with_its_ticket(tokenizer, tmp_path):
 def test_a_task_sft_composes_with_a_language_sft(tokenizer):
     """base + language(target) + task, where the task was learnt on base + language(source)."""
     model = tiny_language_model(len(tokenizer))
-    base = {name: p.detach().clone() for name, p in canonical_parameters(model).items()}
+    base = weights(model)
     generator = torch.Generator().manual_seed(0)
 
     def language_sft(seed):

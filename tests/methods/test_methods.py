@@ -6,38 +6,16 @@ import dataclasses
 
 import pytest
 import torch
-from helpers.tiny_nli import tiny_language_model, tiny_tokenizer, toy_pairs
+from helpers.bits import weights
+from helpers.tiny_nli import ticket_of, tiny_language_model, toy_pairs
 
 import ltp_sparse as ls
 from ltp_sparse.methods import LTP, METHODS, AllActive, Method, PromptOnly, PromptSettings, RandomTicket, SoftPrompt
 from ltp_sparse.models.backbone import is_decoupled
-from ltp_sparse.selection import pools
 from ltp_sparse.training.method import train_method
 from ltp_sparse.weights.names import canonical_parameters
 
 FIVE_STEPS = {"epochs": 5, "max_length": 64, "learning_rate": 1e-3}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Threads cost more than they bring on models this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
-
-
-def ticket_of(model, density: float = 0.3) -> ls.Ticket:
-    """A ticket selected on `model`, as stage 1 gives it: with the fingerprint of these weights."""
-    generator = torch.Generator().manual_seed(0)
-    initial = {name: p.detach().clone() for name, p in canonical_parameters(model).items()}
-    tuned = {name: t + torch.randn(t.shape, generator=generator) for name, t in initial.items()}
-    return ls.select(initial, tuned, density=density, pool=pools.maskable)
 
 
 def test_registry_holds_every_method():
@@ -187,7 +165,7 @@ def test_exactly_the_right_entries_move(tokenizer, name, encoder):
     language_model = tiny_language_model(len(tokenizer), decoupled=name != "soft-prompt")
     given = ticket_of(language_model) if method.needs_ticket else None
     active = method.ticket(language_model, given, seed=3)
-    before = {name: p.detach().clone() for name, p in canonical_parameters(language_model).items()}
+    before = weights(language_model)
 
     pairs = toy_pairs(24)
     result = train_method(

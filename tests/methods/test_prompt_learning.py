@@ -10,71 +10,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny_nli import TinyPair, tiny_language_model, tiny_tokenizer, toy_pairs
-from test_methods import ticket_of
+from helpers.bits import weights
+from helpers.interruptions import StopAfter
+from helpers.prompt_runs import SHORT, delta_bits, run
+from helpers.tiny_nli import TinyPair, ticket_of, tiny_language_model, toy_pairs
 from transformers import TrainerCallback
 
 import ltp_sparse as ls
-from ltp_sparse.methods import LTP, PromptOnly, PromptSettings, RandomTicket, SoftPrompt
+from ltp_sparse.methods import LTP, PromptOnly, RandomTicket, SoftPrompt
 from ltp_sparse.methods.prompt_learning import prompt_encoder
 from ltp_sparse.prompting import Verbalizer, collator
 from ltp_sparse.training import fit
 from ltp_sparse.training.evaluation import evaluate
-from ltp_sparse.training.method import load_trained, train_method
+from ltp_sparse.training.method import load_trained
 from ltp_sparse.weights.names import canonical_parameters
 
-SHORT = PromptSettings(learning_rate=3e-3, epochs=6, max_length=64)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Threads cost more than they bring on models this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
-
-
-def run(tokenizer, method=None, *, dropout=0.0, model=None, train=None, dev=None, **options):
-    """LTP for 6 epochs on 24 pairs, one step each."""
-    method = method or LTP(settings=SHORT)
-    model = model or tiny_language_model(len(tokenizer), decoupled=not isinstance(method, SoftPrompt), dropout=dropout)
-    if method.needs_ticket:
-        options.setdefault("ticket", ticket_of(model))
-    train, dev = train or toy_pairs(24), dev or toy_pairs(15, seed=1)
-    return train_method(method, model, tokenizer, train, dev, **{"progress": False, **options})
-
-
-def bits(delta: ls.SparseDelta) -> dict[str, torch.Tensor]:
-    return {f"{part}/{n}": t for part in ("values", "dense") for n, t in getattr(delta, part).items()}
+TESTS = Path(__file__).parents[1]
 
 
 def assert_same_bits(one: ls.SparseDelta, other: ls.SparseDelta) -> None:
     assert one.ticket == other.ticket
-    mine, theirs = bits(one), bits(other)
+    mine, theirs = delta_bits(one), delta_bits(other)
     assert mine.keys() == theirs.keys()
     for name in mine:
         assert torch.equal(mine[name].view(torch.int32), theirs[name].view(torch.int32)), name
-
-
-def weights(model) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in canonical_parameters(model).items()}
-
-
-class StopAfter(TrainerCallback):
-    """A kill at the end of a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 def test_ltp_learns_the_toy_task_and_transfers(tokenizer):
@@ -302,8 +261,8 @@ def test_micro_batches_give_the_update_of_the_whole_batch(tokenizer):
     train = toy_pairs(22)
     whole = run(tokenizer, method, train=train)
     parts = run(tokenizer, method, train=train, micro_batch_size=8)
-    for name, values in bits(whole.delta).items():
-        torch.testing.assert_close(bits(parts.delta)[name], values, atol=3e-5, rtol=1e-4, msg=name)
+    for name, values in delta_bits(whole.delta).items():
+        torch.testing.assert_close(delta_bits(parts.delta)[name], values, atol=3e-5, rtol=1e-4, msg=name)
 
 
 def test_clipping_sees_active_and_prompt_gradients_only(tokenizer):
@@ -335,7 +294,7 @@ def test_bfloat16_keeps_float32_weights_and_deltas(tokenizer):
     result = run(tokenizer, bf16=True)
     exact = run(tokenizer)
     assert all(p.dtype == torch.float32 for p in result.model.parameters())
-    assert all(t.dtype == torch.float32 for t in bits(result.delta).values())
+    assert all(t.dtype == torch.float32 for t in delta_bits(result.delta).values())
     name = "roberta.encoder.layer.0.intermediate.dense.weight"
     assert not torch.equal(result.delta.values[name], exact.delta.values[name])
 
@@ -393,30 +352,15 @@ def test_own_words_and_further_arguments(tokenizer, tmp_path):
     assert model.word_ids.tolist() == result.model.word_ids.tolist()
 
 
-_TWO_RANKS = """
-import os, sys
-import torch
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/methods"]
-torch.set_num_threads(1)
-from test_prompt_learning import bits, run
-from helpers.tiny_nli import tiny_tokenizer, toy_pairs
-result = run(tiny_tokenizer(), train=toy_pairs(32))
-if os.environ["RANK"] == "0":
-    torch.save({**bits(result.delta), "dev": torch.tensor(result.dev_scores)}, sys.argv[2])
-"""
-
-
 def test_two_processes_give_the_result_of_one(tokenizer, tmp_path):
     """DDP on gloo: each rank takes half of the batch, and clipping sees the whole gradient."""
-    script = tmp_path / "two_ranks.py"
-    script.write_text(_TWO_RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    tests = Path(__file__).parents[1]
-    subprocess.run([*command, str(tests), str(tmp_path / "two.pt")], check=True, capture_output=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "helpers.prompt_runs", str(tmp_path / "two.pt")]
+    subprocess.run(command, cwd=TESTS, check=True, capture_output=True)
     two = torch.load(tmp_path / "two.pt")
     one = run(tokenizer, train=toy_pairs(32))
     assert two.pop("dev").tolist() == pytest.approx(one.dev_scores)
-    for name, values in bits(one.delta).items():
+    for name, values in delta_bits(one.delta).items():
         torch.testing.assert_close(two[name], values, atol=3e-5, rtol=1e-4, msg=name)
 
 

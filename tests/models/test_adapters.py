@@ -6,26 +6,13 @@ import copy
 
 import pytest
 import torch
-from helpers.tiny_nli import tiny_language_model, tiny_tokenizer, toy_pairs
+from helpers.tiny_nli import tiny_language_model, toy_pairs
 from torch import nn
 from torch.nn import functional as F
 
 from ltp_sparse.models import Adapter, AdapterStack, InvertibleAdapter, SequenceClassifier, collator, encode_pairs
 from ltp_sparse.models.masked_losses import token_losses
 from ltp_sparse.weights.names import canonical_parameters
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
 
 
 @pytest.fixture

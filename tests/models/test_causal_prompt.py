@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import dataclass
 
 import pytest
 import torch
+from helpers.tiny_causal import HIDDEN, causal_model, causal_tokenizer
+from helpers.tiny_texts import TinyText
 from torch import nn
 from torch.nn import functional as F
 
@@ -27,64 +28,18 @@ from ltp_sparse.weights.names import canonical_parameters
 KINDS = ("xglm", "bloom")
 CLASSES = ("a", "b", "c")
 WORD_IDS = (7, 21, 30)
-HIDDEN = 32
-
-
-@dataclass(frozen=True)
-class TinyText:
-    text: str
-    label: str | None
 
 
 TEXTS = [TinyText("w1 w2 w3", "b"), TinyText("w4", "a"), TinyText("w5 w6 w7 w8 w9", "c"), TinyText("w2 w9", "a")]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def tiny_tokenizer(words=tuple(f"w{i}" for i in range(40))):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    pieces = ["<s>", "<pad>", "</s>", "<unk>", *(f"\u2581{word}" for word in words), "\u2581", *"aeginrthuovmt"]
-    core = Tokenizer(models.Unigram([(p, 0.0 if p[0] == "<" else -float(5 + len(p) == 1)) for p in pieces], unk_id=3))
-    core.pre_tokenizer = pre_tokenizers.Metaspace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
-    return tiny_tokenizer()
-
-
-def language_model(kind: str):
-    """A random model of 2 layers and hidden size 32; XGLM's embeddings are scaled by sqrt(32)."""
-    from transformers import BloomConfig, BloomForCausalLM, XGLMConfig, XGLMForCausalLM
-
-    torch.manual_seed(0)
-    if kind == "xglm":
-        config = XGLMConfig(
-            vocab_size=60, d_model=HIDDEN, ffn_dim=64, num_layers=2, attention_heads=4, max_position_embeddings=64,
-            dropout=0.0, attention_dropout=0.0,
-        )  # fmt: skip
-        model = XGLMForCausalLM(config)
-    else:
-        model = BloomForCausalLM(BloomConfig(vocab_size=60, hidden_size=HIDDEN, n_layer=2, n_head=4))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
+    return causal_tokenizer()
 
 
 def prompted(kind: str, n=3, bottleneck=None) -> PromptedCausalLM:
-    model = language_model(kind)
+    model = causal_model(kind)
     return PromptedCausalLM(model, CausalPrompt(n, HIDDEN, bottleneck), WORD_IDS).eval()
 
 
@@ -158,7 +113,7 @@ def test_topics_are_those_of_the_data(shared_data):
 @pytest.mark.parametrize("kind", KINDS)
 def test_words_that_are_one_token(kind):
     words = TOPIC_WORDS[kind]
-    tokenizer = tiny_tokenizer(tuple(words.values()))
+    tokenizer = causal_tokenizer(tuple(words.values()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tokens = word_tokens(tokenizer, words)
@@ -320,7 +275,7 @@ def test_unfrozen_gradients_reach_the_tied_matrix_from_both_ends(tokenizer, kind
 
 @pytest.mark.parametrize(("kind", "tied"), [("xglm", "model.embed_tokens"), ("bloom", "transformer.word_embeddings")])
 def test_weights_are_shared_and_names_canonical(kind, tied):
-    inner = language_model(kind)
+    inner = causal_model(kind)
     names = canonical_parameters(inner)
     model = PromptedCausalLM(inner, CausalPrompt(3, HIDDEN), WORD_IDS)
     own = canonical_parameters(model)
@@ -332,7 +287,7 @@ def test_weights_are_shared_and_names_canonical(kind, tied):
 
 
 def test_model_errors(tokenizer):
-    inner = language_model("bloom")
+    inner = causal_model("bloom")
     with pytest.raises(ValueError, match="hidden size 32, that of the language model, got 8"):
         PromptedCausalLM(inner, CausalPrompt(2, 8), WORD_IDS)
     with pytest.raises(ValueError, match=r"tokens below 60, the rows of the embedding, got \(1, 60\)"):

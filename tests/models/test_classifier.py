@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from helpers.tiny_nli import TinyPair, tiny_language_model, tiny_tokenizer, toy_pairs
+from helpers.tiny_texts import TinyText
 from torch.nn import functional as F
 
 from ltp_sparse.models import SequenceClassifier, collator, encode_pairs, encode_texts
 from ltp_sparse.prompting import CLASSES
 from ltp_sparse.prompting.templates import IGNORED_LABEL
 from ltp_sparse.weights.names import canonical_parameters
-
-
-@dataclass(frozen=True)
-class TinyText:
-    text: str
-    label: str | None
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
 
 
 def classifier(tokenizer, *, classes=3, linear=False, dropout=0.0) -> SequenceClassifier:

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from helpers.tiny_nli import tiny_language_model, tiny_tokenizer, toy_pairs
+from helpers.tiny_nli import tiny_language_model, toy_pairs
 from torch import nn
 
 from ltp_sparse.models import DeepPrompt, SequenceClassifier, collator, encode_pairs
@@ -14,19 +14,6 @@ from ltp_sparse.models.masked_prompt import PromptedMaskedLM
 from ltp_sparse.prompting import Verbalizer, discrete_template
 from ltp_sparse.prompting import collator as prompt_collator
 from ltp_sparse.weights.names import canonical_parameters
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
 
 
 @pytest.fixture

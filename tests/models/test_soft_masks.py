@@ -6,24 +6,12 @@ import copy
 
 import pytest
 import torch
-from helpers.tiny_nli import tiny_language_model, tiny_tokenizer, toy_pairs
+from helpers.bits import weights
+from helpers.tiny_nli import tiny_language_model, toy_pairs
 from torch import nn
 
 from ltp_sparse.models import SequenceClassifier, SoftMasks, collator, encode_pairs
 from ltp_sparse.weights.names import canonical_parameters
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
 
 
 @pytest.fixture
@@ -90,7 +78,7 @@ def test_attach_and_remove_leave_the_model_as_it_was(model, batch):
 
 
 def test_fold_leaves_the_same_function_in_plain_weights(model, batch):
-    initial = {name: parameter.detach().clone() for name, parameter in canonical_parameters(model).items()}
+    initial = weights(model)
     masks = scattered(SoftMasks(model)).attach(model)
     before = model(**batch)["logits"]
     masks.fold()

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from helpers.cases import ALL_BACKENDS, BACKENDS, bits, same_bits, threads, using
+from helpers.backends import ALL_BACKENDS, BACKENDS, threads, using
+from helpers.bits import bits, same_bits
 from torch import Tensor
 
 import ltp_sparse as ls
@@ -19,12 +20,6 @@ from ltp_sparse.tickets.tile_table import Column, TileTable
 SHAPES = {"matrix": (300, 250), "tiny": (1,), "odd": (63,), "vector": (4097,), "cube": (3, 5, 7)}
 DENSITIES = (0.001, 0.05, 0.3, 0.9, 1.0)
 """LIST16, LIST16, BITMAP, BITMAP, FULL"""
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with threads(1):
-        yield
 
 
 def poisoned(problem: UpdateProblem) -> UpdateProblem:

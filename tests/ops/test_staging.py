@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from helpers.cases import same_bits
+from helpers.bits import same_bits
 from safetensors.torch import save_file
 
 import ltp_sparse as ls

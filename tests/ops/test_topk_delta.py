@@ -8,18 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers.cases import (  # noqa: F401
-    ALL_BACKENDS,
-    BACKENDS,
-    DELTAS,
-    DTYPES,
-    SMALL_ROUTES,
-    compiled,
-    instruction_sets,
-    random_case,
-    threads,
-    using,
-)
+from helpers.backends import ALL_BACKENDS, BACKENDS, instruction_sets, threads, using
+from helpers.bits import DTYPES
+from helpers.selections import DELTAS, ROUTES, SMALL_ROUTES, naive, random_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,25 +22,6 @@ from ltp_sparse.ops.routes import NonFiniteDelta, select_topk
 from ltp_sparse.ops.sources import TensorSource
 from ltp_sparse.tickets.bits import TILE, bitmap_words
 from ltp_sparse.tickets.index_set import IndexSet
-
-ROUTES = ("sample", "histogram")
-
-
-def naive(initial, tuned, ks, groups=None) -> list[list[int]]:
-    """Per tensor the selected entries, by a stable sort of float32 deltas in numpy; knows nothing of keys."""
-    groups = groups or [0] * len(tuned)
-    after = [t.float().reshape(-1).numpy() for t in tuned]
-    before = [t.float().reshape(-1).numpy() for t in initial] or [np.zeros_like(a) for a in after]
-    chosen: list[list[int]] = [[] for _ in tuned]
-    for group, k in enumerate(ks):
-        mine = [i for i, g in enumerate(groups) if g == group]
-        deltas = np.concatenate([np.empty(0, np.float32), *(np.abs(after[i] - before[i]) for i in mine)])
-        owner = np.concatenate([np.empty(0, int), *(np.full(after[i].size, i) for i in mine)])
-        place = np.concatenate([np.empty(0, int), *(np.arange(after[i].size) for i in mine)])
-        order = np.argsort(-deltas, kind="stable")
-        for at in order[deltas[order] > 0][:k]:
-            chosen[owner[at]].append(int(place[at]))
-    return [sorted(entries) for entries in chosen]
 
 
 def selected(sets) -> list[list[int]]:
@@ -70,12 +42,6 @@ def by_route(route, initial, tuned, ks, groups=None, backend="reference"):
     ]
     assert selection.counts.tolist() == recounted
     return selected(sets), selection.thresholds
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with threads(1):
-        yield
 
 
 @pytest.fixture
@@ -379,7 +345,7 @@ def test_wrong_arguments_say_what_was_expected(kwargs, error, message):
 # --- contract 6: deterministic, whatever the threads and the instruction set ---
 
 
-def test_same_bits_on_threads_instruction_sets_and_runs(compiled, rng):  # noqa: F811
+def test_same_bits_on_threads_instruction_sets_and_runs(compiled, rng):
     initial = [torch.randn(n, generator=rng) for n in (5 * TILE + 7, 300, 2 * TILE)]
     tuned = [t + torch.randint(-50, 50, t.shape, generator=rng) * 2.0**-9 for t in initial]
     for mixed in (initial, [t.bfloat16() for t in initial]):
@@ -429,7 +395,7 @@ for n, parts, name, strided, budget, sampled in eval(sys.argv[1]):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_temporary_memory(compiled, monkeypatch):  # noqa: F811
+def test_temporary_memory(compiled, monkeypatch):
     """Contract 2: under 0.205 n bytes + 8 MB, ticket included, whatever the tensors are."""
     cases = [
         # entries, tensors, dtype, strided, budget, sampled

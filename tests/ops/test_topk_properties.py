@@ -6,8 +6,8 @@ from threading import Barrier
 
 import pytest
 import torch
-from helpers.cases import BACKENDS, SMALL_ROUTES, compiled, instruction_sets, random_case, threads, using  # noqa: F401
-from test_topk_delta import ROUTES, naive
+from helpers.backends import BACKENDS, instruction_sets, using
+from helpers.selections import ROUTES, SMALL_ROUTES, naive, random_case
 
 from ltp_sparse import backends
 from ltp_sparse.ops import index_sets, routes
@@ -19,12 +19,10 @@ SHARDED = range(4000, 4400)
 
 
 @pytest.fixture(autouse=True)
-def _small_and_serial(monkeypatch):
+def _small(monkeypatch):
     """Every route, and the work in pieces, happens at a few hundred entries."""
     for name, value in SMALL_ROUTES.items():
         monkeypatch.setattr(routes, name, value)
-    with threads(1):
-        yield
 
 
 def passes_of(backend):
@@ -49,7 +47,7 @@ def test_reference_equals_a_stable_sort():
 
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
-def test_compiled_equals_a_stable_sort(isa, compiled):  # noqa: F811
+def test_compiled_equals_a_stable_sort(isa, compiled):
     if isa not in instruction_sets(compiled):
         pytest.skip(f"this processor has no {isa}")
     compiled.set_isa(isa)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from helpers.cases import BACKENDS, threads, using
+from helpers.backends import BACKENDS, using
 from torch import Tensor, nn
 
 import ltp_sparse as ls
@@ -24,12 +24,6 @@ from ltp_sparse.tickets.tile_table import STATE_BLOCK, TileTable
 
 FAST = "compiled" if ls.available_backends()["compiled"] == "ok" else "reference"
 N, LR, STEPS, TAIL = 4 * STATE_BLOCK, 1e-3, 10_000, 200
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with threads(1):
-        yield
 
 
 def pair(**options):
@@ -114,7 +108,7 @@ def long_run():
     one_sign = torch.tensor([pattern.one_sign for pattern in patterns])[:, None]
     rare = torch.tensor([pattern.rare for pattern in patterns])[:, None]
     g = torch.Generator().manual_seed(1)
-    with threads(1), using(FAST):
+    with using(FAST):
         for step in range(STEPS):
             if step == STEPS - TAIL:
                 before = {states: values.clone() for states, values in params.items()}
@@ -250,7 +244,7 @@ def errors():
     )
     states = [[torch.zeros(table.k), torch.zeros(table.k)] for _ in range(2)]
     m, v = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
-    with threads(1), using(FAST):
+    with using(FAST):
         for step in range(1, steps + 1):
             grad = (torch.randn(n, generator=g) * 0.1).bfloat16()
             m = 0.9 * m + 0.1 * grad.double()

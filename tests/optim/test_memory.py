@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from helpers.cases import has_dense_gradient
+from helpers.gradients import has_dense_gradient
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,14 +17,6 @@ from ltp_sparse.models.backbone import decouple
 from ltp_sparse.models.masked_losses import losses_at
 from ltp_sparse.optim.memory import LiveBytes
 from ltp_sparse.selection import pools
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def language_model():

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from helpers.cases import has_dense_gradient, threads
+from helpers.gradients import has_dense_gradient
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
 
@@ -16,12 +16,6 @@ from ltp_sparse.optim import NoGradients
 from ltp_sparse.optim.gradient_view import GradientView
 
 LIMIT = 0.05
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with threads(1):
-        yield
 
 
 class Net(nn.Module):

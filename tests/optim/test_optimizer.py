@@ -6,7 +6,9 @@ import pickle
 
 import pytest
 import torch
-from helpers.cases import BACKENDS, DENSE, EMBEDDING, TiedModel, same_bits, threads, using
+from helpers.backends import BACKENDS, using
+from helpers.bits import same_bits, weights
+from helpers.tied_model import DENSE, EMBEDDING, TiedModel
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,12 +21,6 @@ from ltp_sparse.tickets.bits import TILE
 from ltp_sparse.tickets.index_set import Encoding
 
 TOLERANCE = {"rtol": 2e-6, "atol": 2e-7}  # contract 4 allows 4e-6 of steps x lr, here 8e-7
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with threads(1):
-        yield
 
 
 @pytest.fixture
@@ -89,10 +85,6 @@ class Gathered:
             torch.testing.assert_close(self.named[name].detach(), param.detach(), **(tolerance or TOLERANCE))
 
 
-def snapshot(model):
-    return {name: p.detach().clone() for name, p in ls.canonical_parameters(model).items()}
-
-
 def assert_frozen(model, ticket, before, dense=()):
     """Contract 3: what is not active has its bits."""
     for name, param in ls.canonical_parameters(model).items():
@@ -102,7 +94,7 @@ def assert_frozen(model, ticket, before, dense=()):
 
 
 def same_state(model, other) -> bool:
-    return all(same_bits(a, b) for a, b in zip(snapshot(model).values(), snapshot(other).values(), strict=True))
+    return all(same_bits(a, b) for a, b in zip(weights(model).values(), weights(other).values(), strict=True))
 
 
 def saved(optimizer) -> dict:
@@ -130,7 +122,7 @@ HYPER = {
 def test_follows_adamw_with_save_and_load_in_the_middle(backend, hyper, model, ticket):
     """24 steps; gradients of inactive entries are NaN or infinite, some parameters have none in some steps."""
     names = [EMBEDDING, DENSE]
-    before = snapshot(model)
+    before = weights(model)
     with using(backend):
         peer = Gathered(model, ticket, **hyper)
         optimizer = MaskedAdamW(model, ticket, **hyper)
@@ -181,7 +173,7 @@ def test_learning_rate_schedulers(name, tensor_lr, model, ticket):
 def test_tensor_learning_rate_changed_in_place(model, ticket):
     lr = torch.tensor(0.0)
     optimizer = MaskedAdamW(model, ticket, lr=lr)
-    before = snapshot(model)
+    before = weights(model)
     for step, value in enumerate((0.0, 1e-2)):
         lr.fill_(value)
         backward(model, step)
@@ -193,7 +185,7 @@ def test_tensor_learning_rate_changed_in_place(model, ticket):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_inactive_entries_are_frozen_over_100_steps(backend, model, ticket):
     """Contract 3, PEERS section 8: decay, clipping, accumulation, maximize, NaN and infinite gradients."""
-    before = snapshot(model)
+    before = weights(model)
     with using(backend):
         optimizer = MaskedAdamW(model, ticket, lr=0.1, weight_decay=0.5, max_grad_norm=0.5, maximize=True)
         for step in range(100):
@@ -201,7 +193,7 @@ def test_inactive_entries_are_frozen_over_100_steps(backend, model, ticket):
             optimizer.step()
     assert_frozen(model, ticket, before)
     for name in ticket.active_names:
-        assert bool((snapshot(model)[name][ticket.mask(name)] != before[name][ticket.mask(name)]).all())
+        assert bool((weights(model)[name][ticket.mask(name)] != before[name][ticket.mask(name)]).all())
 
 
 def test_parameters_outside_ticket_and_dense_are_left_out(model, ticket):
@@ -222,7 +214,7 @@ def test_parameters_outside_ticket_and_dense_are_left_out(model, ticket):
 def test_dense_parameters_are_updated_in_full(backend, model, ticket):
     dense = ["lm_head.decoder.bias", "roberta.encoder.layer.0.LayerNorm.weight"]
     named = ls.canonical_parameters(model)
-    before = snapshot(model)
+    before = weights(model)
     with using(backend):
         peer = Gathered(model, ticket, dense, lr=1e-2)
         optimizer = MaskedAdamW(model, ticket, lr=1e-2, dense=(named[name] for name in dense))
@@ -380,7 +372,7 @@ def test_closure_hooks_and_zero_grad(model, ticket):
         calls.append("closure")
         return 3.0
 
-    before = snapshot(model)
+    before = weights(model)
     assert optimizer.step(closure) == 3.0 and calls == ["pre", "closure", "post"]
     assert not torch.equal(before[DENSE], ls.canonical_parameters(model)[DENSE])
     optimizer.zero_grad()
@@ -390,12 +382,12 @@ def test_closure_hooks_and_zero_grad(model, ticket):
 
 def test_a_step_without_any_gradient_changes_nothing(model, ticket):
     optimizer = MaskedAdamW(model, ticket, max_grad_norm=1.0)
-    before = snapshot(model)
+    before = weights(model)
     with pytest.warns(NoGradients, match="no entry of the ticket has a gradient") as caught:
         optimizer.step()
         optimizer.step()
     assert len(caught) == 1
-    assert all(same_bits(p, before[name]) for name, p in snapshot(model).items())
+    assert all(same_bits(p, before[name]) for name, p in weights(model).items())
     assert optimizer.grad_norm.item() == 0
 
 
@@ -415,12 +407,12 @@ def test_grad_scaler_scales_and_skips_on_the_device(backend, max_norm, model, ti
                 ours.grad = theirs.grad * scale
             if overflow:
                 ls.canonical_parameters(model)[DENSE].grad[0, 0] = float("inf")
-            before = copy.deepcopy([snapshot(model), scaled.state_dict()["state"]])
+            before = copy.deepcopy([weights(model), scaled.state_dict()["state"]])
             scaler.step(scaled)
             scaler.update()
             if overflow:
                 assert scaler.get_scale() == scale / 2
-                after = [snapshot(model), scaled.state_dict()["state"]]
+                after = [weights(model), scaled.state_dict()["state"]]
                 torch.testing.assert_close(after, before, rtol=0, atol=0)
             else:
                 plain.step()
@@ -698,12 +690,12 @@ def test_copies_of_model_and_optimizer_go_on_alone(copied, model, ticket):
     for step in range(3):
         backward(model, step)
         optimizer.step()
-    before = snapshot(model)
+    before = weights(model)
     twin, other = copied((model, optimizer))
     for step in range(3, 6):
         backward(twin, step)
         other.step()
-    assert all(same_bits(p, before[name]) for name, p in snapshot(model).items())
+    assert all(same_bits(p, before[name]) for name, p in weights(model).items())
     for step in range(3, 6):
         backward(model, step)
         optimizer.step()

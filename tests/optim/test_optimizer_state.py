@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers.cases import same_bits, threads
+from helpers.bits import same_bits
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -13,13 +13,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ltp_sparse import MaskedAdamW, Ticket
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with threads(1):
-        yield
-
 
 MODES = {
     "float32": {},

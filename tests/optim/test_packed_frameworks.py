@@ -9,29 +9,26 @@ import gc
 import pytest
 import torch
 import torch.multiprocessing as mp
-from helpers.cases import has_dense_gradient
-from test_frameworks import (
+from helpers.bits import assert_same, weights
+from helpers.framework_runs import (
     BAD_STEP,
     BATCH,
     DECAY,
     LIMIT,
     LR,
     STEPS,
-    _one_thread,  # noqa: F401 (a fixture)
-    accelerator,  # noqa: F401 (a fixture)
     assert_only_trained_entries_moved,
-    assert_same,
     batches,
     build_net,
     collate,
     examples,
-    leave_group,
     plain_run,
     poison,
     ticket_of,
     training_arguments,
-    weights,
 )
+from helpers.gradients import has_dense_gradient
+from helpers.ranks import leave_group
 from torch import nn
 
 from ltp_sparse import MaskedAdamW, canonical_parameters
@@ -52,7 +49,7 @@ def assert_no_dense_gradients(model):
 # --- accelerate ---
 
 
-def accelerated_run(accelerator, active=None):  # noqa: F811
+def accelerated_run(accelerator, active=None):
     model, calls = build_net(), []
     if active is not None:
         poison(model, calls, active)
@@ -70,7 +67,7 @@ def accelerated_run(accelerator, active=None):  # noqa: F811
     return model, norms
 
 
-def test_accelerate_accumulates_and_steps(accelerator):  # noqa: F811
+def test_accelerate_accumulates_and_steps(accelerator):
     model, norms = accelerated_run(accelerator)
     reference, expected = plain_run(size=BATCH // 2, accumulation=2)
     assert_same(weights(model), weights(reference))
@@ -78,7 +75,7 @@ def test_accelerate_accumulates_and_steps(accelerator):  # noqa: F811
 
 
 @pytest.mark.parametrize("active", [True, False], ids=["active", "inactive"])
-def test_accelerate_skips_for_active_entries_only(accelerator, active):  # noqa: F811
+def test_accelerate_skips_for_active_entries_only(accelerator, active):
     """An infinity in an inactive entry is dropped with the rest of the dense gradient: nothing is to be skipped."""
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     model, norms = accelerated_run(accelerator, active)

@@ -5,7 +5,10 @@ import io
 
 import pytest
 import torch
-from helpers.cases import ALL_BACKENDS, BACKENDS, DTYPES, TiedModel, has_dense_gradient, same_bits, threads, using
+from helpers.backends import ALL_BACKENDS, BACKENDS, using
+from helpers.bits import DTYPES, same_bits
+from helpers.gradients import has_dense_gradient
+from helpers.tied_model import TiedModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -13,12 +16,6 @@ import ltp_sparse as ls
 from ltp_sparse import MaskedAdamW, Ticket
 from ltp_sparse.ops import masked_pack_
 from ltp_sparse.testing import update_problem
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with threads(1):
-        yield
 
 
 class Untied(nn.Module):

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from helpers.cases import has_dense_gradient
+from helpers.gradients import has_dense_gradient
 from torch import nn
 from torch.nn import functional as F
 

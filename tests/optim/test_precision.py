@@ -5,7 +5,9 @@ import warnings
 
 import pytest
 import torch
-from helpers.cases import BACKENDS, TiedModel, same_bits, threads, using
+from helpers.backends import BACKENDS, using
+from helpers.bits import same_bits
+from helpers.tied_model import TiedModel
 from torch import nn
 
 import ltp_sparse as ls
@@ -22,12 +24,6 @@ from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.tile_table import STATE_BLOCK, TileTable, state_blocks
 
 HALF = {"bf16": torch.bfloat16, "f16": torch.float16}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with threads(1):
-        yield
 
 
 def coefficients(problem, step, lr=1e-3):

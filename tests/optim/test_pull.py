@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from helpers.cases import ALL_BACKENDS, BACKENDS, same_bits, threads, using
+from helpers.backends import ALL_BACKENDS, BACKENDS, using
+from helpers.bits import same_bits
 from torch import nn
 
 import ltp_sparse as ls
@@ -15,12 +16,6 @@ from ltp_sparse.optim.launch import pieces_of
 from ltp_sparse.testing import random_weights
 from ltp_sparse.tickets.bits import TILE
 from ltp_sparse.tickets.tile_table import Column, TileTable
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with threads(1):
-        yield
 
 
 @pytest.fixture

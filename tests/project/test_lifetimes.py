@@ -6,18 +6,11 @@ import weakref
 
 import pytest
 import torch
-from helpers.cases import threads
 from torch import nn
 
 import ltp_sparse as ls
 from ltp_sparse import MaskedAdamW, Ticket
 from ltp_sparse.optim.gradient_view import GradientView
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with threads(1):
-        yield
 
 
 def build(dtype=torch.float32):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.cases import same_bits, threads
+from helpers.bits import same_bits
 from torch import nn
 
 import ltp_sparse as ls
@@ -25,12 +25,6 @@ EXEMPT = {
     # a number or a tensor on whatever device
     "ltp_sparse/models/masked_losses.py": 1,
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with threads(1):
-        yield
 
 
 def test_every_tensor_is_made_with_a_dtype_and_a_device():

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.tiny_nli import CLUES, TinyPair, tiny_language_model, tiny_tokenizer, toy_pairs
+from helpers.tiny_nli import CLUES, TinyPair, tiny_language_model, toy_pairs
 from torch.nn import functional as F
 
 from ltp_sparse.methods import Setup
@@ -29,20 +29,6 @@ from ltp_sparse.recipes import results
 from ltp_sparse.report import tables
 from ltp_sparse.training import evaluation
 from ltp_sparse.weights.names import canonical_parameters
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Threads cost more than they bring on models this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.bits import weights
 from helpers.tiny_nli import WORDS, tiny_language_model, tiny_tokenizer, toy_pairs
 
 from ltp_sparse.cli import main
@@ -43,15 +44,6 @@ cells:
   - {{label: LTP dense, method: ltp, ticket: {{density: 0.5}}, grid: {{shots: [2]}}}}
 plots: [shots, languages, layers]
 """
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Threads cost more than they bring on models this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _jsonl(path: Path, rows) -> None:
@@ -182,7 +174,7 @@ def test_a_cell_becomes_a_row(world, recipe_file, tmp_path):
     recipe, desk = load_recipe(str(recipe_file)), bench(world, tmp_path)
     cell = recipe.only([("label", "LTP"), ("shots", 2), ("seed", 1)]).cells[0]
     model, _ = desk.model(cell, METHODS["ltp"]())
-    before = {name: p.detach().clone() for name, p in canonical_parameters(model).items()}
+    before = weights(model)
     row = run_cell(cell, desk)
     assert all(torch.equal(p, before[name]) for name, p in canonical_parameters(model).items())
     assert set(row["scores"]) == {"en", "sw"} and row["mean"] == sum(row["scores"].values()) / 2

@@ -13,8 +13,8 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.multiprocessing as mp
+from helpers.ranks import leave_group
 from safetensors.torch import save_file
-from test_frameworks import leave_group
 from torch import distributed, nn
 
 import ltp_sparse as ls

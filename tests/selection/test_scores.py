@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from helpers.cases import BACKENDS, threads, using
+from helpers.backends import BACKENDS, using
 from safetensors.torch import save_file
 from torch import nn
 
@@ -17,12 +17,6 @@ from ltp_sparse.testing import random_weights
 from ltp_sparse.tickets.bits import TILE
 
 SHAPES = {"embedding": (700, 301), "layer.0.weight": (30, 7), "layer.0.bias": (30,), "layer.1.scale": ()}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with threads(1):
-        yield
 
 
 @pytest.fixture

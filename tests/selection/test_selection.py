@@ -6,7 +6,9 @@ import sys
 
 import pytest
 import torch
-from helpers.cases import BACKENDS, DTYPES, EMBEDDING, TiedModel, threads, using
+from helpers.backends import BACKENDS, using
+from helpers.bits import DTYPES
+from helpers.tied_model import EMBEDDING, TiedModel
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -21,12 +23,6 @@ from ltp_sparse.tickets.counts import entries_for
 from ltp_sparse.weights.checkpoints import open_checkpoint
 
 SHAPES = xlmr_shapes(layers=3, hidden=16, intermediate=40, vocabulary=60, positions=9)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with threads(1):
-        yield
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import torch
-from helpers.cases import BACKENDS, DTYPES, same_bits, threads, using
+from helpers.backends import BACKENDS, using
+from helpers.bits import DTYPES, same_bits
 from safetensors.torch import save_file
 
 import ltp_sparse as ls
@@ -24,12 +25,6 @@ from ltp_sparse.tickets.index_set import Encoding
 pytestmark = pytest.mark.filterwarnings("ignore::ltp_sparse.selection.ShortTicket")
 
 SHAPES = {**xlmr_shapes(layers=3, hidden=16, intermediate=40, vocabulary=60, positions=9), "roberta.big": (700, 301)}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with threads(1):
-        yield
 
 
 @pytest.fixture

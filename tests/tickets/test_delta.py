@@ -5,7 +5,8 @@ import warnings
 
 import pytest
 import torch
-from helpers.cases import DENSE, DTYPES, EMBEDDING, TiedModel, same_bits, threads
+from helpers.bits import DTYPES, same_bits, weights
+from helpers.tied_model import DENSE, EMBEDDING, TiedModel
 from safetensors.torch import save_file
 
 import ltp_sparse as ls
@@ -17,12 +18,6 @@ from ltp_sparse.weights import files
 LANGUAGE, TASK = 1, 2
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with threads(1):
-        yield
-
-
 def tuned_copy(model, seed, scale=1e-2):
     """A version of the model after a tuning run that moved everything."""
     tuned = copy.deepcopy(model)
@@ -31,10 +26,6 @@ def tuned_copy(model, seed, scale=1e-2):
         for parameter in tuned.parameters():
             parameter.add_((scale * torch.randn(parameter.shape, generator=g)).to(parameter.dtype))
     return tuned
-
-
-def snapshot(model) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in ls.canonical_parameters(model).items()}
 
 
 def unchanged(model, before) -> bool:
@@ -60,7 +51,7 @@ def model():
 def test_apply_gives_the_tuned_bits_and_revert_the_original_ones(model, dtype, saved, tmp_path):
     """DESIGN 6, in every dtype; outside the ticket nothing changes."""
     model = model.to(dtype)
-    before, tuned = snapshot(model), tuned_copy(model, LANGUAGE)
+    before, tuned = weights(model), tuned_copy(model, LANGUAGE)
     ticket = ticket_of(model, tuned)
     delta = SparseDelta.between(model, tuned, ticket)
     assert unchanged(model, before)
@@ -68,7 +59,7 @@ def test_apply_gives_the_tuned_bits_and_revert_the_original_ones(model, dtype, s
         delta.save(tmp_path / "delta.safetensors")
         delta = SparseDelta.load(tmp_path / "delta.safetensors")
     delta.apply(model)
-    after, wanted = snapshot(model), snapshot(tuned)
+    after, wanted = weights(model), weights(tuned)
     moved = 0
     for name, tensor in after.items():
         mask = ticket.mask(name) if name in ticket.names else torch.zeros(tensor.shape, dtype=torch.bool)
@@ -96,7 +87,7 @@ def test_strided_parameters_are_written_in_place(model):
     """A parameter that is a view keeps its memory."""
     storage = torch.randn(16, 40)
     model.embedding.weight.data = storage.t()
-    before = snapshot(model)
+    before = weights(model)
     delta = delta_of(model, TASK)
     delta.apply(model)
     assert not unchanged(model, before) and model.embedding.weight.data_ptr() == storage.data_ptr()
@@ -107,14 +98,14 @@ def test_strided_parameters_are_written_in_place(model):
 def test_from_a_checkpoint_and_a_wrapped_model(model, tmp_path):
     tuned = tuned_copy(model, TASK)
     ticket = ticket_of(model, tuned)
-    save_file({f"module.{name}": t for name, t in snapshot(model).items()}, tmp_path / "base.safetensors")
+    save_file({f"module.{name}": t for name, t in weights(model).items()}, tmp_path / "base.safetensors")
     from_disk = SparseDelta.between(tmp_path / "base.safetensors", tuned, ticket)
     in_memory = SparseDelta.between(model, torch.nn.DataParallel(tuned), ticket)
     for a, b in ((from_disk.values, in_memory.values), (from_disk.originals, in_memory.originals)):
         assert a.keys() == b.keys() and all(same_bits(a[name], b[name]) for name in a)
     assert from_disk.ticket.fingerprint == in_memory.ticket.fingerprint
     wrapped = torch.nn.DataParallel(model)
-    before = snapshot(model)
+    before = weights(model)
     from_disk.apply(wrapped)
     from_disk.revert(model)
     assert unchanged(model, before)
@@ -127,14 +118,14 @@ def test_from_a_checkpoint_and_a_wrapped_model(model, tmp_path):
 def test_language_and_task_compose_in_both_orders(model, dtype):
     """Where only one delta acts, its tuned bits; where both do, base + both differences (LT-SFT), in any order."""
     model = model.to(dtype)
-    base = snapshot(model)
+    base = weights(model)
     language, task = delta_of(model, LANGUAGE), delta_of(model, TASK)
     results = []
     for first, second in ((language, task), (task, language)):
         composed = copy.deepcopy(model)
         first.apply(composed)
         second.apply(composed)
-        results.append(snapshot(composed))
+        results.append(weights(composed))
         second.revert(composed)
         first.revert(composed)
         assert unchanged(composed, base), "revert undoes both"
@@ -159,7 +150,7 @@ def test_language_and_task_compose_in_both_orders(model, dtype):
 
 
 def test_disjoint_deltas_come_off_in_any_order(model):
-    base = snapshot(model)
+    base = weights(model)
     tuned = tuned_copy(model, TASK)
     deltas = [
         SparseDelta.between(model, tuned, ticket_of(model, tuned, pool=pool))
@@ -174,12 +165,12 @@ def test_disjoint_deltas_come_off_in_any_order(model):
 
 def test_out_of_order_revert_with_overlap_is_an_error(model):
     """DESIGN 6: revert undoes the latest apply; below it, only what does not overlap."""
-    base = snapshot(model)
+    base = weights(model)
     language, task = delta_of(model, LANGUAGE), delta_of(model, TASK)
     language.apply(model)
-    between = snapshot(model)
+    between = weights(model)
     task.apply(model)
-    composed = snapshot(model)
+    composed = weights(model)
     with pytest.raises(ValueError, match="was applied later and overlaps in .*revert it"):
         language.revert(model)
     assert unchanged(model, composed)
@@ -192,9 +183,9 @@ def test_out_of_order_revert_with_overlap_is_an_error(model):
 
 
 def test_a_delta_applied_twice_is_added_twice_and_comes_off_twice(model):
-    base, delta = snapshot(model), delta_of(model, TASK)
+    base, delta = weights(model), delta_of(model, TASK)
     delta.apply(model)
-    once = snapshot(model)
+    once = weights(model)
     delta.apply(model)
     assert not unchanged(model, once)
     delta.revert(model)
@@ -209,7 +200,7 @@ def test_without_originals_no_composition(model):
     task.apply(model)
     task.revert(model)
     language.apply(model)
-    before = snapshot(model)
+    before = weights(model)
     with pytest.raises(ValueError, match="made without originals"):
         task.apply(model)
     assert unchanged(model, before)
@@ -222,7 +213,7 @@ def test_dense_tensors_replace_and_come_back(model, tmp_path):
     model.register_buffer("prompt", torch.zeros(3))
     tuned = tuned_copy(model, TASK)
     dense = {"lm_head.decoder.bias": torch.randn(40), "prompt": torch.ones(3)}
-    base = snapshot(model)
+    base = weights(model)
     delta = SparseDelta.between(model, tuned, ticket_of(model, tuned), dense=dense)
     dense["prompt"][0] = 7  # the delta has its own copy
     delta.save(tmp_path / "delta.safetensors")
@@ -235,7 +226,7 @@ def test_dense_tensors_replace_and_come_back(model, tmp_path):
 
 
 def test_dense_tensors_of_two_deltas_come_off_in_order(model):
-    base = snapshot(model)
+    base = weights(model)
     bias = "lm_head.decoder.bias"
     deltas = [
         SparseDelta.between(model, model, Ticket({}, {}), dense={bias: torch.full((40,), value)})
@@ -281,7 +272,7 @@ MISFITS = {
 def test_misfits_are_refused_before_anything_changes(model, spoil, message):
     delta = delta_of(model, TASK)
     spoil(model)
-    before = snapshot(model)
+    before = weights(model)
     with pytest.raises(ValueError, match=message):
         delta.apply(model)
     assert unchanged(model, before) and applied_deltas(model) == []
@@ -298,7 +289,7 @@ def test_misfits_are_refused_before_anything_changes(model, spoil, message):
 )
 def test_dense_misfits_are_refused_before_anything_changes(model, dense, message):
     delta = delta_of(model, TASK, dense=dense)
-    before = snapshot(model)
+    before = weights(model)
     with pytest.raises(ValueError, match=message):
         delta.apply(model)
     assert unchanged(model, before)
@@ -313,7 +304,7 @@ def test_no_name_in_common(model):
 
 def test_a_delta_made_on_top_of_another_does_not_fit_the_base(model):
     language = delta_of(model, LANGUAGE)
-    base = snapshot(model)
+    base = weights(model)
     language.apply(model)
     task = delta_of(model, TASK)
     language.revert(model)
@@ -335,7 +326,7 @@ def test_between_refuses_models_that_do_not_fit_the_ticket(model):
 def test_strict_false_overrides_and_says_so(model):
     delta = delta_of(model, TASK)
     other_base(model)
-    before = snapshot(model)
+    before = weights(model)
     with pytest.warns(UserWarning, match="strict=False, the base model is not compared"):
         delta.apply(model, strict=False)
     assert same_bits(model.embedding.weight.detach()[delta.ticket.mask(EMBEDDING)], delta.values[EMBEDDING])
@@ -348,12 +339,12 @@ def test_the_same_base_in_another_dtype_is_accepted_by_cast(model, dtype):
     delta = delta_of(model, TASK, dense={"lm_head.decoder.bias": torch.ones(40)})
     exact = copy.deepcopy(model)
     cast = copy.deepcopy(model).to(dtype)
-    before = snapshot(cast)
+    before = weights(cast)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         delta.apply(exact, dtype="cast")
         delta.apply(cast, dtype="cast")
-    assert unchanged(cast, {name: t.to(dtype) for name, t in snapshot(exact).items()})
+    assert unchanged(cast, {name: t.to(dtype) for name, t in weights(exact).items()})
     delta.revert(cast)
     assert unchanged(cast, before)
     with pytest.raises(ValueError, match='must be "same" or "cast", got \'half\''):
@@ -365,7 +356,7 @@ def test_cast_still_refuses_another_base(model, originals):
     delta = delta_of(model, TASK, originals=originals)
     wrong = TiedModel()
     for other in (wrong, copy.deepcopy(wrong).half()):
-        before = snapshot(other)
+        before = weights(other)
         with pytest.raises(ValueError, match="is not the tensor|cannot be compared"):
             delta.apply(other, dtype="cast")
         assert unchanged(other, before)
@@ -374,7 +365,7 @@ def test_cast_still_refuses_another_base(model, originals):
 def test_cast_compares_with_the_base_below_other_deltas(model):
     language, task = delta_of(model, LANGUAGE), delta_of(model, TASK)
     half = model.half()
-    before = snapshot(half)
+    before = weights(half)
     language.apply(half, dtype="cast")
     task.apply(half, dtype="cast")
     task.revert(half)

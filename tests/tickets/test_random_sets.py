@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers.cases import threads
+from helpers.backends import threads
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Size

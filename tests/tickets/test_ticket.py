@@ -7,8 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import torch
-from helpers.cases import EMBEDDING, TiedModel, threads, using
+from helpers.backends import using
+from helpers.tied_model import EMBEDDING, TiedModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -23,12 +25,6 @@ from ltp_sparse.tickets.index_set import Encoding
 from ltp_sparse.weights import files
 
 SHAPES = xlmr_shapes(layers=2, hidden=16, intermediate=40, vocabulary=60, positions=9)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    with threads(1):
-        yield
 
 
 @pytest.fixture
@@ -421,7 +417,7 @@ def test_failing_write_leaves_the_old_file_and_nothing_else(failing, ticket, sav
         raise OSError("no space left on device")
 
     owner, name = {
-        "save_file": (files, "save_file"),
+        "save_file": (safetensors.torch, "save_file"),
         "fsync": (os, "fsync"),
         "replace": (type(saved), "replace"),
     }[failing]

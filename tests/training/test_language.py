@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from helpers.tiny_nli import WORDS, tiny_language_model, tiny_tokenizer
+from helpers.bits import weights
+from helpers.tiny_nli import WORDS, tiny_language_model
 
 from ltp_sparse.selection import pools
 from ltp_sparse.training.language import KINDS, LANGUAGE_SETTINGS, train_language
@@ -17,24 +18,10 @@ QUICK = MLMSettings(batch_size=8, max_steps=4, length=16, learning_rate=1e-3, ev
 TEXTS = [" ".join(WORDS[(i * 7 + j) % len(WORDS)] for j in range(14)) for i in range(60)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Threads cost more than they bring on models this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer()
-
-
 @pytest.mark.parametrize("kind", ["lt-sft", "bitfit"])
 def test_a_language_moves_its_entries_only(tokenizer, kind):
     model = tiny_language_model(len(tokenizer))
-    before = {name: p.detach().clone() for name, p in canonical_parameters(model).items()}
+    before = weights(model)
     delta = train_language(kind, model, tokenizer, TEXTS, QUICK, density=0.1, progress=False)
     assert all(torch.equal(p, before[name]) for name, p in canonical_parameters(model).items())
     assert delta.dense == {}  # the LM head is not composed

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from helpers.bits import assert_same, weights
+from helpers.interruptions import StopAfter
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -24,15 +26,6 @@ from ltp_sparse.training.mlm import MLMSettings, tune_mlm
 from ltp_sparse.weights.names import is_layer_norm, layer_of
 
 VOCABULARY = 300  # rows of the model; tokens past the tokenizer's occur in no input, not even as random replacements
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Models this small only lose by threads, very much so on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -66,16 +59,6 @@ def tune(model, tokenizer, texts, *, output_dir=None, resume=False, callbacks=()
 
 def build(*, decoupled=True, dropout=0.0):
     return tiny_language_model(VOCABULARY, decoupled=decoupled, dropout=dropout)
-
-
-def weights(model):
-    return {name: p.detach().clone() for name, p in canonical_parameters(model).items()}
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -399,20 +382,11 @@ def test_initial_weights_are_held_once(tokenizer, texts):
     assert_same(result.initial, {name: before[name] for name in result.initial})
 
 
-class Kill(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
 def test_resumed_tuning_is_the_uninterrupted_one(tokenizer, texts, tmp_path):
     options = {"save_steps": 5, "epochs": 3}
     whole = tune(build(dropout=0.1), tokenizer, texts, output_dir=tmp_path / "a", **options)
     with pytest.raises(KeyboardInterrupt):
-        tune(build(dropout=0.1), tokenizer, texts, output_dir=tmp_path / "b", callbacks=[Kill(12)], **options)
+        tune(build(dropout=0.1), tokenizer, texts, output_dir=tmp_path / "b", callbacks=[StopAfter(12)], **options)
     with pytest.raises(ValueError, match="tune_mlm: .* holds checkpoints of a run with learning_rate 0.002, now 0.001"):
         tune(build(), tokenizer, texts, output_dir=tmp_path / "b", resume=True, **options, learning_rate=1e-3)
     with pytest.raises(ValueError, match="tune_mlm: .* holds checkpoints of a run with data_hash"):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.bits import assert_same, weights
+from helpers.interruptions import StopAfter
 from torch import nn
 
 pytest.importorskip("transformers")
@@ -20,15 +22,6 @@ from ltp_sparse.weights import manifest
 
 EXAMPLES, BATCH, EPOCHS = 24, 4, 3
 STEPS_PER_EPOCH = EXAMPLES // BATCH
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Models this small only lose by threads, very much so on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build_model(dropout=0.1):
@@ -72,27 +65,6 @@ def build(folder, *, model=None, trainer_options=None, **options):
         eval_dataset=dataset(8, seed=2),
         **{"keep_best": KeepBest(), **(trainer_options or {})},
     )
-
-
-def weights(model):
-    return {name: parameter.detach().clone() for name, parameter in canonical_parameters(model).items()}
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-
-
-class Kill(TrainerCallback):
-    """Stops a run as a kill would, at the end of a step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 class Snapshots(TrainerCallback):
@@ -175,7 +147,7 @@ def test_resumed_run_is_the_uninterrupted_run(tmp_path, save_steps, killed_at, o
     whole = build(tmp_path / "whole", trainer_options=extra, **options)
     whole.train()
 
-    killed = build(tmp_path / "killed", trainer_options={**extra, "callbacks": [Kill(killed_at)]}, **options)
+    killed = build(tmp_path / "killed", trainer_options={**extra, "callbacks": [StopAfter(killed_at)]}, **options)
     with pytest.raises(KeyboardInterrupt):
         killed.train()
     resumed = build(tmp_path / "killed", trainer_options=extra, **options)
@@ -266,7 +238,7 @@ def test_best_of_abandoned_steps_does_not_decide(tmp_path, on_disk):
         return build(tmp_path, trainer_options=extra, **options)
 
     with pytest.raises(KeyboardInterrupt):
-        trainer([0.2, 0.4, 0.9], Kill(10)).train()
+        trainer([0.2, 0.4, 0.9], StopAfter(10)).train()
     resumed = trainer([0.3, 0.5, 0.1, 0.1])
     resumed.train(resume_from_checkpoint=True)
     assert (resumed.keep_best.best["value"], resumed.keep_best.best["step"]) == (0.5, 12)
@@ -276,7 +248,7 @@ def test_best_of_abandoned_steps_does_not_decide(tmp_path, on_disk):
         fresh.train()
         assert fresh.keep_best.best["value"] == expected
     with pytest.raises(KeyboardInterrupt):
-        trainer([], Kill(1)).train()
+        trainer([], StopAfter(1)).train()
     assert not (tmp_path / BEST_FILE).exists()
 
 

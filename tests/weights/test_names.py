@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers.cases import DENSE, EMBEDDING, TiedModel
+from helpers.tied_model import DENSE, EMBEDDING, TiedModel
 from torch import nn
 
 import ltp_sparse as ls

@@ -1,0 +1,53 @@
+"""Backends and instruction sets of this machine, and the choice of one for some lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import ltp_sparse as ls
+from ltp_sparse import backends
+
+
+def _params(names: tuple[str, ...]) -> list:
+    reasons = {name: backends.unavailable_reason(name, torch.device("cpu")) for name in names}
+    return [pytest.param(n, marks=pytest.mark.skipif(r is not None, reason=f"{n}: {r}")) for n, r in reasons.items()]
+
+
+BACKENDS = _params(("reference", "compiled"))
+ALL_BACKENDS = _params(backends.NAMES)
+"""With Triton, whose interpreter is slow: for small inputs only."""
+
+
+@contextmanager
+def using(backend: str | None) -> Iterator[None]:
+    ls.use_backend(backend)
+    try:
+        yield
+    finally:
+        ls.use_backend(None)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def instruction_sets(module) -> list[str]:
+    """Those that this processor runs."""
+    found = []
+    for name in ("generic", "avx2", "avx512"):
+        try:
+            module.set_isa(name)
+        except ValueError:
+            continue
+        found.append(name)
+    return found

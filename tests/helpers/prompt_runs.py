@@ -1,0 +1,41 @@
+"""Prompt-learning on the tiny model, in one process or, as a program, on the ranks that torchrun starts."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+
+import ltp_sparse as ls
+from helpers.tiny_nli import ticket_of, tiny_language_model, tiny_tokenizer, toy_pairs
+from ltp_sparse.methods import LTP, PromptSettings, SoftPrompt
+from ltp_sparse.training.method import train_method
+
+SHORT = PromptSettings(learning_rate=3e-3, epochs=6, max_length=64)
+
+
+def run(tokenizer, method=None, *, dropout=0.0, model=None, train=None, dev=None, **options):
+    """LTP for 6 epochs on 24 pairs, one step each."""
+    method = method or LTP(settings=SHORT)
+    model = model or tiny_language_model(len(tokenizer), decoupled=not isinstance(method, SoftPrompt), dropout=dropout)
+    if method.needs_ticket:
+        options.setdefault("ticket", ticket_of(model))
+    train, dev = train or toy_pairs(24), dev or toy_pairs(15, seed=1)
+    return train_method(method, model, tokenizer, train, dev, **{"progress": False, **options})
+
+
+def delta_bits(delta: ls.SparseDelta) -> dict[str, torch.Tensor]:
+    return {f"{part}/{n}": t for part in ("values", "dense") for n, t in getattr(delta, part).items()}
+
+
+def main() -> None:
+    """Trains as a rank; the first one saves what came out."""
+    torch.set_num_threads(1)
+    result = run(tiny_tokenizer(), train=toy_pairs(32))
+    if os.environ["RANK"] == "0":
+        torch.save({**delta_bits(result.delta), "dev": torch.tensor(result.dev_scores)}, sys.argv[1])
+
+
+if __name__ == "__main__":
+    main()
