@@ -27,7 +27,7 @@ import triton
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "static" / "cuda.csv"
-FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false", "-cubin"]
+FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false", "-Xptxas=-v", "-cubin"]
 TARGETS = ("sm_90", "sm_80")
 STORAGE = {"f": "float32", "8BFloat16": "bfloat16", "7Float16": "float16", "5Zeros": "none", "S2_": "own"}
 UPDATES = {
@@ -138,15 +138,18 @@ def name_of(kernel: str, types: list[str], packed: bool) -> str:
     return types[0] if kernel == "pack_kernel" else f"{types[0]}, {'packed' if packed else types[-1]}"
 
 
-def kernels(source: Path, target: str) -> Iterator[dict[str, object]]:
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "k.cubin"
-        subprocess.run(["nvcc", *FLAGS, f"-arch={target}", "-o", str(cubin), str(source)], check=True)
-        tool = triton.knobs.nvidia.cuobjdump.path
-        sass, usage = (
-            subprocess.run([tool, option, str(cubin)], capture_output=True, text=True, check=True).stdout
-            for option in ("-sass", "--dump-resource-usage")
-        )
+def compiled(source: Path, target: str, cubin: Path) -> str:
+    """Makes a cubin; what ptxas says of registers and spills."""
+    command = ["nvcc", *FLAGS, f"-arch={target}", "-o", str(cubin), str(source)]
+    return subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True).stderr
+
+
+def kernels(cubin: Path, target: str) -> Iterator[dict[str, object]]:
+    tool = triton.knobs.nvidia.cuobjdump.path
+    sass, usage = (
+        subprocess.run([tool, option, str(cubin)], capture_output=True, text=True, check=True).stdout
+        for option in ("-sass", "--dump-resource-usage")
+    )
     resources = dict(re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", usage))
     for part in re.split(r"\n\s*Function : ", sass)[1:]:
         name = part.split()[0]
@@ -176,8 +179,13 @@ def kernels(source: Path, target: str) -> Iterator[dict[str, object]]:
 
 
 def rows() -> list[dict[str, object]]:
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    found = [row for source in sources for target in TARGETS for row in kernels(source, target)]
+    found: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "k.cubin"
+        for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+            for target in TARGETS:
+                compiled(source, target, cubin)
+                found += kernels(cubin, target)
     return sorted(found, key=lambda row: tuple(str(row[key]) for key in ("kernel", "types", "target")))
 
 

@@ -4,7 +4,7 @@
 
 DATA holds the data sets and the XLM-R tokenizer. All parts of every recipe run to the end (tickets, language SFTs,
 adapters, all methods, tests in all languages, report); the scores are chance, since the weights are random. XGLM and
-BLOOM get the XLM-R tokenizer, too. With --thin only one cell of each label runs, on two languages.
+BLOOM get the XLM-R tokenizer, too. With --thin only one cell of each label runs, on two languages and less text.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ OVERRIDES: list[tuple[str, Any]] = [
     ("train.limit", 24),
     ("test.limit", 20),
     *((f"{stage}.mlm", MLM) for stage in ("ticket", "language_sft", "adapters")),
-    *((f"{stage}.lines", 400) for stage in ("ticket", "language_sft", "adapters")),
 ]
+LINES, THIN_LINES = 400, 100  # of text for masked language modelling
 
 
 def models(folder: Path, tokenizer: Any) -> dict[str, Path]:
@@ -66,7 +66,8 @@ def models(folder: Path, tokenizer: Any) -> dict[str, Path]:
 
 def small(name: str, folders: dict[str, Path], *, thin: bool) -> Recipe:
     """A recipe with the small models; thin: one cell of each label, two test languages."""
-    recipe = load_recipe(name, OVERRIDES)
+    lines = THIN_LINES if thin else LINES
+    recipe = load_recipe(name, [*OVERRIDES, *((f"{s}.lines", lines) for s in ("ticket", "language_sft", "adapters"))])
     cells = []
     for cell in recipe.cells:
         kind = next((k for k in ("xglm", "bloom") if k in str(cell["model"])), "xlmr")

@@ -1,8 +1,11 @@
 """Settings that hold for every test: no downloads, fixed seeds, one thread, poisoned memory, Triton without a GPU."""
 
+import fcntl
+import gc
 import importlib.util
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +28,13 @@ if importlib.util.find_spec("hypothesis"):  # the tests that `make gpu` runs do 
     settings.load_profile("ltp_sparse")
 
 SEED = 20_240_611
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _modules_are_no_garbage() -> None:
+    """Collections, of which accelerate asks for one a run, pass over the million objects of imported modules."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +72,25 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs real data: {folder} is no folder; set LTP_SPARSE_DATA to the folder that holds it")
     return folder
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """(name, make) -> a folder that `make` has filled, in the first process of a run that asked for this name."""
+    own = tmp_path_factory.getbasetemp()
+    root = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def once(name: str, make: Callable[[Path], object]) -> Path:
+        folder, made = root / name, root / f"{name}.made"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                folder.mkdir(exist_ok=True)
+                make(folder)
+                made.touch()
+        return folder
+
+    return once
 
 
 @pytest.fixture(scope="module")

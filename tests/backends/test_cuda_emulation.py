@@ -58,15 +58,19 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
+def library(once):
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler")
-    path = tmp_path_factory.mktemp("cuda") / "emulation.so"
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-shared", "-fPIC"]
-    flags += ["-fsanitize=alignment,shift", "-fsanitize-undefined-trap-on-error"]  # what a GPU refuses ends the process
-    source = Path(__file__).with_name("cuda_emulation.cpp")
-    subprocess.run(["c++", *flags, f"-I{ROOT / 'csrc'}", "-o", str(path), str(source)], check=True)
-    loaded = ctypes.CDLL(str(path))
+
+    def build(folder: Path) -> None:
+        flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-shared", "-fPIC"]
+        # what a GPU refuses ends the process
+        flags += ["-fsanitize=alignment,shift", "-fsanitize-undefined-trap-on-error"]
+        source = Path(__file__).with_name("cuda_emulation.cpp")
+        command = ["c++", *flags, f"-I{ROOT / 'csrc'}", "-o", str(folder / "emulation.so"), str(source)]
+        subprocess.run(command, check=True)
+
+    loaded = ctypes.CDLL(str(once("cuda-emulation", build) / "emulation.so"))
     loaded.table_size.restype = ctypes.c_size_t
     loaded.take_traps.restype = ctypes.c_int64
     yield loaded

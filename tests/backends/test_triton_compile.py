@@ -14,15 +14,16 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "static_triton.py"
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory) -> dict[tuple[str, str, str], dict[str, str]]:
+def table(once) -> dict[tuple[str, str, str], dict[str, str]]:
     """(kernel, variant, target) -> counts, from a process of its own: in this one the interpreter may be on."""
-    folder = tmp_path_factory.mktemp("static")
-    output = folder / "triton.csv"
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "cache")}
-    command = [sys.executable, str(SCRIPT), "--output", str(output)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    with output.open() as file:
+
+    def count(folder: Path) -> None:
+        environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "cache")}
+        command = [sys.executable, str(SCRIPT), "--output", str(folder / "triton.csv")]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+
+    with (once("static-triton", count) / "triton.csv").open() as file:
         return {(row["kernel"], row["variant"], row["target"]): row for row in csv.DictReader(file)}
 
 
