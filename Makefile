@@ -18,9 +18,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install --no-compile
 BASE := $(VENV)/.installed-torch
 TRAIN := $(VENV)/.installed-train
 TEST := $(VENV)/.installed-test
+PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 CPP := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help demo test faults asan tsan bench gpu gpu-full lint lint-ruff lint-format lint-mypy lint-cpp format clean
+.PHONY: help demo test check faults asan tsan bench gpu gpu-full lint lint-ruff lint-format lint-mypy lint-cpp format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -29,7 +30,10 @@ demo: $(TRAIN)  ## the whole job on generated data, offline: ticket, LTP, contro
 	$(BIN)/ltp-sparse demo --output demo-report
 
 test: $(TEST)  ## all tests, on all cores (narrow them with ARGS="-k name"; ARGS="-n 0": in one process)
-	$(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal --durations=15 $(ARGS)
+	$(PYTEST) --durations=15 $(ARGS)
+
+check: lint  ## for daily work: linters, types and the fast tests
+	$(PYTEST) -q -m "not slow and not faults" $(ARGS)
 
 # The C++ kernels under a sanitizer, as a module of their own in build/; threads: those of the kernels, not of OpenMP.
 asan: SANITIZE = address,undefined  ## tests of the C++ kernels under AddressSanitizer and UBSan

@@ -226,6 +226,7 @@ PRECISIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
@@ -263,6 +264,7 @@ def test_operator_refuses_a_table_without_the_ranks_that_a_kernel_reads(backend)
     assert bool(exp_avg.any()), "the functional door brings the ranks itself"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_opcheck_topk_delta(backend):
     initial = random_weights({"a": (30, 9), "b": (70,)})

@@ -792,12 +792,14 @@ def run_script(script: str, *args: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["openmp", "threads"])
 def test_a_forked_child_has_threads_of_its_own(runtime):
     result = run_script(FORK, runtime)
     assert (result.returncode, result.stdout) == (0, "forked\n"), result.stderr
 
 
+@pytest.mark.slow
 def test_no_kernel_touches_memory_past_its_arrays():
     result = run_script(GUARDED)
     assert (result.returncode, result.stdout) == (0, "in bounds\n"), result.stderr

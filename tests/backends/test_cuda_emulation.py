@@ -36,6 +36,8 @@ from ltp_sparse.testing import UpdateProblem, update_problem
 from ltp_sparse.tickets.bits import TILE, WORDS_PER_TILE
 from ltp_sparse.tickets.layout import Layout
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SIZES = (1, 63, 257, 1000, 4096, 4097, 65_537, 70_000)
 MODES = {

@@ -387,6 +387,7 @@ def test_band_takes_the_first_ties_of_every_tile(take):
     assert (band.offsets[band.inside > 0] == -1).all()
 
 
+@pytest.mark.slow
 def test_band_with_every_entry_a_candidate():
     tuned = [torch.full((n,), 1.5, device=DEVICE) for n in (TILE, 63)]
     bounds = [1], [key_at(2.0)]
@@ -623,6 +624,7 @@ def test_ties_are_taken_in_the_order_of_their_positions(rng, cut, share):
     assert changed == (share > 0)
 
 
+@pytest.mark.slow
 def test_candidate_passes_follow_the_band_pass(rng):
     """Taking candidates by the cut gives the bitmap of the band pass that has the cut as its bound."""
     initial, tuned = weights(rng, torch.bfloat16, torch.bfloat16)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from ltp_sparse import backends
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +50,7 @@ def results(folder):
     write_rows(folder / "topk_delta.csv", SELECTIONS, selections)
 
 
+@pytest.mark.slow
 def test_rows_of_a_gpu_are_taken_and_others_stay(tmp_path):
     results(tmp_path)
     table = tmp_path / "table.json"
@@ -67,6 +70,7 @@ def test_rows_of_a_gpu_are_taken_and_others_stay(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_half_a_measurement_changes_nothing(tmp_path):
     results(tmp_path)
     (tmp_path / "topk_delta.csv").unlink()

@@ -16,6 +16,7 @@ from ltp_sparse import backends
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_suite_measures_and_goes_on_where_it_stopped(tmp_path):
     if not hasattr(backends._extension(), "isa"):
         pytest.skip(str(backends._extension()))
@@ -137,6 +138,7 @@ def test_without_matplotlib_the_report_names_the_command_for_the_plots(report, t
     assert not list(tmp_path.glob("*.png"))
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so(tmp_path):
     import torch
 
@@ -147,6 +149,7 @@ def test_without_a_gpu_it_says_so(tmp_path):
     assert run.returncode != 0 and "torch sees no CUDA device" in run.stderr
 
 
+@pytest.mark.slow
 def test_its_tests_do_without_what_a_gpu_machine_may_lack():
     """They are collected, and skip here, where neither hypothesis nor the packages of training can be imported."""
     code = (

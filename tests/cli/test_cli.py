@@ -241,6 +241,7 @@ def test_a_seed_finds_nothing_of_the_one_before(files, ticket, tmp_path, capsys)
     assert all(torch.equal(tensor, alone.dense[name]) for name, tensor in both.dense.items())
 
 
+@pytest.mark.slow
 def test_predict_and_the_exported_folder_agree(files, trained, tmp_path, capsys):
     """The exported folder needs transformers alone: its own script, without this library, gives the same scores."""
     pairs = toy_pairs(9, seed=3)
@@ -403,6 +404,7 @@ def test_memory_knows_the_model_of_the_package():
     assert _config("mini-xlmr").model_type == "xlm-roberta"
 
 
+@pytest.mark.slow
 def test_quiet_shows_no_bar(files, trained, tmp_path):
     (tmp_path / "pairs.tsv").write_text("premise\thypothesis\nword1\tword2\n")
     command = [sys.executable, "-m", "ltp_sparse.cli", "predict", trained, tmp_path / "pairs.tsv", "--quiet"]
@@ -418,6 +420,7 @@ def test_help_teaches_by_example(capsys):
         assert f"ltp-sparse {command}" in capsys.readouterr().out.split("examples:")[1]
 
 
+@pytest.mark.slow
 def test_help_imports_no_transformers():
     script = "import sys; from ltp_sparse.cli import build_parser; build_parser(); print('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "False\n"

@@ -239,6 +239,7 @@ def test_a_mistyped_model_does_not_wait_for_the_hub(monkeypatch):
     assert locating.locate("owner/name") == ("owner/name", False)
 
 
+@pytest.mark.slow
 def test_the_library_is_whole_after_its_late_import():
     script = (
         "import ltp_sparse as ls, sys\nassert 'torch' not in sys.modules\n"

@@ -87,6 +87,7 @@ def test_documents_answer_in_every_language():
     assert any(document.answer is None for document in text)
 
 
+@pytest.mark.slow
 def test_the_whole_job_in_small(tmp_path, capsys):
     """Not enough training to learn anything: every step runs, the report is complete, nothing frozen has moved."""
     settings = DemoSettings(

@@ -92,6 +92,7 @@ def test_the_folder_is_complete_and_no_larger_than_its_model(exported, own_files
     assert ("trust_remote_code=True" in card) == (method != "fine-tuning")
 
 
+@pytest.mark.slow
 def test_the_script_needs_transformers_alone(exported):
     method, made, folder = exported
     if method not in ("ltp", "fine-tuning"):

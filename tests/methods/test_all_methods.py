@@ -111,6 +111,7 @@ def test_what_moves_is_what_is_saved(key, options, tmp_path):
 READ_TEXTS = [(key, options) for key, options in VARIANTS if "text" in METHODS[key].inputs and key != "spt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("key", "options"), READ_TEXTS, ids=[f"{k}-{'-'.join(o)}" for k, o in READ_TEXTS])
 def test_texts_of_other_classes_than_those_of_inference(key, options, tmp_path):
     """Four classes, in an order that is not the verbalizer's: learned, saved, and the same after loading."""
@@ -147,6 +148,7 @@ def test_a_run_that_fails_leaves_the_model_as_it_was(key, tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(model).items() if name in before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", METHODS)
 def test_same_seed_same_bits(key, tmp_path):
     deltas = []

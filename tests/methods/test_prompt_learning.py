@@ -94,6 +94,7 @@ def test_same_seed_same_bits_and_another_seed_others(tokenizer):
     assert not torch.equal(first.delta.dense["prompt_encoder.rows"], other.delta.dense["prompt_encoder.rows"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed_at", [1, 3, 5])
 def test_a_killed_run_resumes_to_the_same_bits(tokenizer, tmp_path, killed_at):
     """Dropout, order of pairs, moments, the best epoch so far and the history all continue."""
@@ -110,6 +111,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tokenizer, tmp_path, killed_at):
     assert resumed.best_epoch == whole.best_epoch
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_anew_is_not_resumed_from_an_earlier_one(tokenizer, tmp_path):
     """Of the two runs in a folder the earlier one went further."""
     slow = LTP(settings=dataclasses.replace(SHORT, learning_rate=1e-4))
@@ -352,6 +354,7 @@ def test_own_words_and_further_arguments(tokenizer, tmp_path):
     assert model.word_ids.tolist() == result.model.word_ids.tolist()
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_result_of_one(tokenizer, tmp_path):
     """DDP on gloo: each rank takes half of the batch, and clipping sees the whole gradient."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -202,6 +202,7 @@ def test_incomplete_folders_are_refused_in_one_line(tmp_path):
     assert all("\n" not in str(error.value) for error in (damaged, missing, hub))
 
 
+@pytest.mark.slow
 def test_real_tokenizer_fits(shared_data, tmp_path):
     config = tiny_config(vocab_size=250_002)
     backbone_from_config(config).save_pretrained(tmp_path)

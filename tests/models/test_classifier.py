@@ -42,6 +42,7 @@ def test_text_layout_and_labels(tokenizer):
     assert encode_texts(tokenizer, [], ("a", "b")) == encode_pairs(tokenizer, []) == []
 
 
+@pytest.mark.slow
 def test_layout_is_that_of_the_real_tokenizer(shared_data):
     from transformers import AutoTokenizer
 

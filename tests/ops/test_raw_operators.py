@@ -143,6 +143,7 @@ def test_memory_that_is_written_twice_is_refused():
             ls.masked_adamw_(params, grads, *state, table, rows)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(backends.unavailable_reason("compiled", torch.device("cpu")) is not None, reason="not compiled")
 def test_no_call_by_chance_crashes_or_writes_beyond_its_tensors():
     """In a process of its own, which a crash would end."""

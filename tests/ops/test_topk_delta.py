@@ -394,6 +394,7 @@ for n, parts, name, strided, budget, sampled in eval(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_temporary_memory(compiled, monkeypatch):
     """Contract 2: under 0.205 n bytes + 8 MB, ticket included, whatever the tensors are."""

@@ -260,6 +260,7 @@ def _ddp_loop(rank, folder):
     leave_group()
 
 
+@pytest.mark.slow
 def test_ddp(tmp_path):
     mp.spawn(_ddp_loop, args=(str(tmp_path),), nprocs=2)
     before, ticket = weights(build_net()), ticket_of(build_net())
@@ -316,6 +317,7 @@ def _ddp_trainer(rank, folder, port):
     leave_group()
 
 
+@pytest.mark.slow
 def test_sparse_trainer_on_two_ranks(tmp_path):
     pytest.importorskip("transformers")
     with socket.socket() as probe:

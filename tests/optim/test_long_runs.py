@@ -135,6 +135,7 @@ def long_run():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PATTERNS)
 def test_moments_in_8_bits_follow_those_of_float32(name, long_run):
     """Mean sqrt(v) and the movement of the last 200 steps after 10,000, over what is not large in its block."""
@@ -260,6 +261,7 @@ def errors():
     return {name: (exact[i].abs(), *((t[i] - exact[i]).abs() for t in found)) for i, name in enumerate(RUNS)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_error_over_5000_steps_with_decay(name, errors):
     """Within the bound, or within it and the roundings of float32 weights; never worse than torch."""

@@ -263,6 +263,7 @@ def xlmr_base():
     return lambda stage, **given: table(config, stage, **(options | given))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("density", "dtype", "most"),
     [(0.2, "float32", 1.9), (0.05, "float32", 1.4), (0.05, "bfloat16", 0.9), (0.01, "bfloat16", 0.7)],
@@ -282,6 +283,7 @@ def test_bars_of_xlmr_base(xlmr_base, density, dtype, most):
     assert ours.held < 0.45 * dense.held if dtype == "float32" else ours.held < 0.5 * dense.held
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
 def test_half_of_the_peak_at_32_by_256_tokens(xlmr_base, stage):
     """Against all logits, dense gradients and AdamW over all weights; in stage 1 with a second copy of these."""
@@ -290,6 +292,7 @@ def test_half_of_the_peak_at_32_by_256_tokens(xlmr_base, stage):
     assert ours.total <= 0.5 * dense.total
 
 
+@pytest.mark.slow
 def test_the_command_needs_no_download(capsys):
     assert main(["memory", "--model", "xlm-roberta-base", "--batch", "2", "--length", "16"]) == 0
     text = capsys.readouterr().out

@@ -328,6 +328,7 @@ def test_models_with_gradients_can_be_copied_and_saved():
     assert "GradientView(" in repr(run.model.mix.weight.grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_models_compile_anew_between_micro_batches(backend):
     run = Packed("optimizer")

@@ -201,6 +201,7 @@ def packed_optimizer_unfrozen(model):
     return MaskedAdamW(model, ticket_of(model), dense=model.head, gradients="packed")
 
 
+@pytest.mark.slow
 def test_ddp(tmp_path):
     mp.spawn(_ddp_loop, args=(str(tmp_path),), nprocs=2)
     before, ticket = weights(build_net()), ticket_of(build_net())

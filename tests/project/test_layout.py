@@ -14,6 +14,7 @@ def test_folders_are_named_as_the_package_s():
     folders = {path.parent.name for path in FILES} - {TESTS.name} - OTHER_FOLDERS
     package = {path.name for path in (TESTS.parent / "ltp_sparse").iterdir() if path.is_dir()}
     assert folders <= package
+    assert not list(TESTS.glob("test_*.py"))
     assert not any(path.name.startswith("test_") for path in (TESTS / "helpers").iterdir())
 
 

@@ -123,6 +123,7 @@ def python(unpacked: Path, code: str) -> str:
     return run.stdout
 
 
+@pytest.mark.slow
 def test_sdist_holds_all_that_the_extensions_are_built_from(sdist):
     def csrc(root: Path) -> set[str]:
         return {str(path.relative_to(root)) for path in (root / "csrc").rglob("*") if path.is_file()}
@@ -130,6 +131,7 @@ def test_sdist_holds_all_that_the_extensions_are_built_from(sdist):
     assert csrc(sdist) == csrc(ROOT), "list the kind of file in MANIFEST.in"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("module", "needs"), [("_C", "c++"), ("_C_cuda", "nvcc")])
 def test_extensions_built_from_the_sdist_import(sdist, tmp_path, module, needs):
     """Unoptimised, and for one GPU, for speed: what is compiled, linked and imported is the same."""
@@ -153,6 +155,7 @@ def test_extensions_built_from_the_sdist_import(sdist, tmp_path, module, needs):
     assert run.returncode == 0 and run.stdout, run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pattern", "wanted"), [("*.cu", "cuda"), ("*.cpp", "cpu")])
 def test_a_build_without_its_sources_fails(sdist, tmp_path, pattern, wanted):
     if wanted == "cuda" and shutil.which("nvcc") is None:
@@ -164,6 +167,7 @@ def test_a_build_without_its_sources_fails(sdist, tmp_path, pattern, wanted):
     assert run.returncode != 0 and "these sources are not complete" in run.stderr
 
 
+@pytest.mark.slow
 def test_a_module_with_an_undefined_symbol_fails_the_build(sdist, tmp_path):
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler")
@@ -181,11 +185,13 @@ def test_a_module_with_an_undefined_symbol_fails_the_build(sdist, tmp_path):
     assert not list((tmp_path / "tree").rglob("_C*.so"))
 
 
+@pytest.mark.slow
 def test_wheel_holds_every_file_of_the_tree(wheel):
     inside = set(zipfile.ZipFile(wheel).namelist())
     assert sorted(set(sources()) - inside) == [], "list the package, or its data, in pyproject.toml"
 
 
+@pytest.mark.slow
 def test_wheel_has_one_top_level_package(wheel):
     top = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
     assert {name for name in top if not name.endswith(".dist-info")} == {"ltp_sparse"}
@@ -200,6 +206,7 @@ def test_the_root_has_no_scripts():
     assert {path.name for path in ROOT.glob("*.py")} == {"setup.py"}
 
 
+@pytest.mark.slow
 def test_every_module_of_the_wheel_imports(wheel, unpacked):
     if any(importlib.util.find_spec(name) is None for name in ("triton", *HEAVY)):
         pytest.skip("needs the extras train and triton, to import what depends on them")
@@ -218,6 +225,7 @@ for module in {modules!r}:
     assert "ltp_sparse.kernels" in modules and "ltp_sparse.optim" in modules
 
 
+@pytest.mark.slow
 def test_core_modules_need_no_training_libraries(unpacked):
     code = f"""
 import importlib, json
@@ -228,6 +236,7 @@ print(json.dumps(sorted({{name.split(".")[0] for name in sys.modules}} & {set(HE
     assert json.loads(python(unpacked, code)) == []
 
 
+@pytest.mark.slow
 def test_importing_does_no_work(unpacked):
     code = """
 import random, numpy, torch, contextlib, io
@@ -246,6 +255,7 @@ assert state() == before
     python(unpacked, code)
 
 
+@pytest.mark.slow
 def test_without_an_extension_the_table_says_so(unpacked):
     printed = python(unpacked, "import runpy; runpy.run_module('ltp_sparse', run_name='__main__')")
     assert "ltp_sparse._C is not built" in printed
@@ -253,6 +263,7 @@ def test_without_an_extension_the_table_says_so(unpacked):
     assert lines["reference"].endswith("<- used")
 
 
+@pytest.mark.slow
 def test_the_command_is_there(wheel, unpacked):
     entry_points = next(unpacked.glob("*.dist-info/entry_points.txt")).read_text()
     assert "ltp-sparse = ltp_sparse.cli:main" in entry_points
@@ -267,6 +278,7 @@ except SystemExit as end:
     assert "select" in python(unpacked, code)
 
 
+@pytest.mark.slow
 def test_one_version(wheel):
     import ltp_sparse
 

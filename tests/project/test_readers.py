@@ -86,12 +86,14 @@ def test_no_public_function_reads_files_that_is_not_listed():
     assert not strangers, "mark it with @reader, and add a case to tests/helpers/fuzz_readers.py"
 
 
+@pytest.mark.slow
 def test_every_reader_is_tried(tmp_path):
     from helpers import fuzz_readers
 
     assert {case.reader for case in fuzz_readers.cases(tmp_path)} == set(READERS)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_damaged_and_forged_files(tmp_path):
     """The thin version, in a process of its own: it forks, which a pool of threads does not survive."""

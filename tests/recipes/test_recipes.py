@@ -170,6 +170,7 @@ def test_all_methods_of_the_papers_have_a_recipe():
     assert used == set(METHODS)
 
 
+@pytest.mark.slow
 def test_a_cell_becomes_a_row(world, recipe_file, tmp_path):
     recipe, desk = load_recipe(str(recipe_file)), bench(world, tmp_path)
     cell = recipe.only([("label", "LTP"), ("shots", 2), ("seed", 1)]).cells[0]
@@ -194,6 +195,7 @@ def test_a_cell_becomes_a_row(world, recipe_file, tmp_path):
     assert again["scores"] == row["scores"] and again["dev_score"] == row["dev_score"]
 
 
+@pytest.mark.slow
 def test_language_sfts_and_adapters_compose(world, tmp_path):
     mlm = "{max_steps: 2, step_bounds: null, length: 16, eval_steps: 2}"
     path = tmp_path / "compose.yaml"
@@ -239,6 +241,7 @@ def test_a_text_of_several_languages_has_equal_shares_of_them(tmp_path):
     assert text.texts[::3][:3] == desk.corpus("en", {"lines": 10}, 1000).texts[:3]
 
 
+@pytest.mark.slow
 def test_finished_cells_are_skipped_and_failures_told(world, recipe_file, tmp_path, capsys):
     out = tmp_path / "out"
     recipe = load_recipe(str(recipe_file)).only([("method", "soft-prompt")])
@@ -259,6 +262,7 @@ def test_finished_cells_are_skipped_and_failures_told(world, recipe_file, tmp_pa
     assert len(rows) == 4 and len({row["id"] for row in rows}) == 4
 
 
+@pytest.mark.slow
 def test_an_interrupt_keeps_what_is_finished(world, recipe_file, tmp_path, monkeypatch):
     from ltp_sparse.recipes import run
 
@@ -277,6 +281,7 @@ def test_an_interrupt_keeps_what_is_finished(world, recipe_file, tmp_path, monke
     assert len(unfinished(recipe, tmp_path / "out")) == 2
 
 
+@pytest.mark.slow
 def test_several_processes_share_a_recipe(world, recipe_file, tmp_path):
     options = ["--data", world / "data", "--output", tmp_path / "out", "--cache", tmp_path / "cache", "--quiet"]
     command = [sys.executable, "-m", "ltp_sparse.cli", "run", recipe_file, *options, "--only", "seed=1"]
@@ -287,6 +292,7 @@ def test_several_processes_share_a_recipe(world, recipe_file, tmp_path):
     assert len(Cache(tmp_path / "cache").entries()) == 1  # one process tuned, the other waited
 
 
+@pytest.mark.slow
 def test_run_report_and_cache_commands(world, recipe_file, tmp_path, capsys):
     shared = ["--output", str(tmp_path / "out")]
     run = [
@@ -319,6 +325,7 @@ def test_run_report_and_cache_commands(world, recipe_file, tmp_path, capsys):
     assert "expected a model, got None" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_lists_and_dry_runs_need_no_data(capsys):
     assert main(["run", "evidence-generated", "--dry-run", "--only", "shots=32", "label=SP"]) == 0
     assert "SP" in (planned := capsys.readouterr().out) and "6.47M" in planned  # every weight of mini-xlmr
@@ -371,6 +378,7 @@ def test_languages_trained_apart_make_one_line():
     assert line.values["AVG"] == pytest.approx((45.0, 5 * 2**0.5))
 
 
+@pytest.mark.slow
 def test_the_method_of_the_documentation(world, tmp_path, capsys):
     """docs/methods.md, "Add a method": its two files run as they stand, but for model and languages."""
     from ltp_sparse import methods
@@ -452,6 +460,7 @@ def test_languages_above_chance():
     assert chance_table(in_language, ["label"], 1 / 3).endswith("| FT | 2 | 1 of 1 |  |\n")
 
 
+@pytest.mark.slow
 def test_reports_hold_paired_comparisons(world, tmp_path):
     path = tmp_path / "paired.yaml"
     path.write_text(
@@ -467,6 +476,7 @@ def test_reports_hold_paired_comparisons(world, tmp_path):
     assert "<h2>Paired comparison</h2>" in page and "<h2>Languages above chance</h2>" in page
 
 
+@pytest.mark.slow
 def test_recipes_run_on_real_data(shared_data, tmp_path):
     """A thin smoke run; `python examples/smoke_recipes.py` without --thin runs all cells of all recipes."""
     script = Path(__file__).parents[2] / "examples" / "smoke_recipes.py"

@@ -349,6 +349,7 @@ def outcomes(tmp_path_factory):
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(WORLD)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", range(1, WORLD + 1))
 @pytest.mark.parametrize("case", CASES)
 def test_on_ranks(case, size, outcomes):

@@ -170,6 +170,7 @@ print(status()["VmHWM:"] - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_functions_need_no_tensor_of_the_size_of_the_model(monkeypatch):
     """Contract 2, with the pieces of 2 MB and what the function itself makes."""

@@ -430,6 +430,7 @@ print(ticket.digest(), peak - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_streaming_needs_no_memory_of_the_size_of_the_model(tmp_path):
     """Contract 2: anonymous memory stays under 0.205 n bytes + 8 MB while files are read; same bits."""
@@ -462,6 +463,7 @@ print(ticket.digest(), status()["VmHWM:"] - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_pair_of_checkpoints_is_read_through_a_small_window(tmp_path):
     """All memory, that of the mapped files included, is that of contract 2 and a window of both files.

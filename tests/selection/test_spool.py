@@ -254,6 +254,7 @@ print(peak - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_is_that_of_one_tensor(tmp_path):
     """The rest of the ticket, and of what finds it, is not in memory; nor is it when the ticket is saved."""

@@ -35,6 +35,7 @@ def test_exactly_k_of_any_sizes(sizes, share, seed):
     assert all(i < n for found, n in zip(entries, sizes, strict=True) for i in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deviations", [-1, 0, 6], ids="{}-deviations".format)
 @pytest.mark.parametrize("k", [2, 3, 5])
 def test_every_set_is_equally_likely(k, deviations, monkeypatch):

@@ -185,6 +185,7 @@ def litter(folder):
     return [path for path in folder.iterdir() if path.name.endswith(".tmp")]
 
 
+@pytest.mark.slow
 def test_litter_of_killed_writes_is_swept_and_live_writers_are_let_be(tmp_path):
     path = tmp_path / "a.safetensors"
     old = tmp_path / ".a.safetensors.k3x_9zab.tmp"  # as earlier versions left it
@@ -484,6 +485,7 @@ def test_a_worker_that_a_signal_ends_has_failed(capfd):
     assert run_on_devices([sys.executable, "-c", "import sys; sys.exit(3)"], ["0"]) == 3
 
 
+@pytest.mark.slow
 def test_one_run_at_a_time_works_in_a_folder(tmp_path):
     pytest.importorskip("transformers")
     from ltp_sparse.training.run_folder import alone
