@@ -1,6 +1,5 @@
 """`topk_delta`: exactly the k entries that moved most, on every backend and route (contracts 1, 2 and 6)."""
 
-import subprocess
 import sys
 from collections import Counter
 from types import SimpleNamespace
@@ -10,6 +9,7 @@ import pytest
 import torch
 from helpers.backends import ALL_BACKENDS, BACKENDS, instruction_sets, threads, using
 from helpers.bits import DTYPES
+from helpers.process_memory import printed
 from helpers.selections import DELTAS, ROUTES, SMALL_ROUTES, naive, random_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -367,10 +367,7 @@ MEMORY = """
 import gc, sys, torch
 import ltp_sparse as ls
 from ltp_sparse import topk
-
-def status():
-    lines = (line.split() for line in open("/proc/self/status") if line.startswith(("Vm", "Rss")))
-    return {key: 1024 * int(value) for key, value, *_ in lines}
+from helpers.process_memory import forget_peak, status
 
 def weights(n, parts, dtype, strided):
     whole = torch.empty(n).normal_()
@@ -383,13 +380,13 @@ for n, parts, name, strided, budget, sampled in eval(sys.argv[1]):
     topk.SAMPLE_FROM = 0 if sampled else n + 1
     initial, tuned = (weights(n, parts, getattr(torch, name), strided) for _ in range(2))
     gc.collect()
-    open("/proc/self/clear_refs", "w").write("5")  # VmHWM counts from here
+    forget_peak()
     before = status()
     ticket = ls.select(initial, tuned, density=0.2, budget=budget)
     after = status()
-    code = max(0, after["RssFile:"] - before["RssFile:"])
+    code = max(0, after["RssFile"] - before["RssFile"])
     assert ticket.k == n // 5, ticket
-    print(after["VmHWM:"] - before["VmRSS:"] - code)
+    print(after["VmHWM"] - before["VmRSS"] - code)
     del initial, tuned, ticket
 """
 
@@ -411,8 +408,6 @@ def test_temporary_memory(compiled, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     # freed memory goes back to the system at once: what malloc keeps of it depends on its mood
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
-    done = subprocess.run([sys.executable, "-c", MEMORY, repr(cases)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for case, peak in zip(cases, map(int, done.stdout.split()), strict=True):
+    for case, peak in zip(cases, map(int, printed(MEMORY, repr(cases)).split()), strict=True):
         allowed = 0.205 * case[0] + 8e6
         assert peak <= allowed, f"{case}: {peak / 1e6:.1f} MB, allowed {allowed / 1e6:.1f} MB"

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_nli import tiny_language_model, tiny_tokenizer, toy_pairs
+from helpers.bits import weights
+from helpers.tiny_nli import tiny_language_model, tiny_tokenizer, toy_pairs
 
 import ltp_sparse as ls
 from ltp_sparse.methods import METHODS
@@ -23,10 +24,6 @@ def model():
 def ticket_of(model) -> Ticket:
     ticket = Ticket.random(dict(ls.canonical_parameters(model)), density=0.3, seed=0, pool=pools.maskable)
     return ticket.fingerprinted(model)
-
-
-def bits(model) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in ls.canonical_parameters(model).items()}
 
 
 def test_a_run_passes_over_the_names_three_times_and_reads_the_weights_twice(monkeypatch):
@@ -55,7 +52,7 @@ def test_a_run_passes_over_the_names_three_times_and_reads_the_weights_twice(mon
 
 
 def test_values_come_back_whatever_others_wrote(model):
-    before, ticket = bits(model), ticket_of(model)
+    before, ticket = weights(model), ticket_of(model)
     snapshot = Snapshot(model, ticket, [model.lm_head.layer_norm.weight], frozen=True)
     with torch.no_grad():
         for name in (*ticket.active_names, "lm_head.layer_norm.weight"):
@@ -64,7 +61,7 @@ def test_values_come_back_whatever_others_wrote(model):
     assert all(torch.equal(v, snapshot.originals[n] + 1) for n, v in snapshot.delta().values.items())
     snapshot.put_back()
     assert snapshot.check_frozen().keys() == before.keys() - {"lm_head.layer_norm.weight"}
-    assert all(torch.equal(tensor, before[name]) for name, tensor in bits(model).items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(model).items())
 
 
 @pytest.mark.parametrize("active", [False, True])

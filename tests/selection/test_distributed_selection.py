@@ -13,6 +13,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.multiprocessing as mp
+from helpers.process_memory import forget_peak, status
 from helpers.ranks import leave_group
 from safetensors.torch import save_file
 from torch import distributed, nn
@@ -287,11 +288,6 @@ def errors(ranks):
     expect("must give a float32", second=None, score=lambda *at: torch.ones(at[2] - at[1] + last))
 
 
-def status():
-    lines = (line.split() for line in open("/proc/self/status") if line.startswith("Vm"))
-    return {key: 1024 * int(value) for key, value, *_ in lines}
-
-
 def memory(ranks):
     """Contract 2 on every rank: temporaries and ticket under 0.205 bytes per entry that it holds + 8 MB."""
     if ranks.size != 2 or not sys.platform.startswith("linux"):
@@ -301,11 +297,10 @@ def memory(ranks):
         initial = {"a": torch.empty(held).normal_()}
         tuned = {"a": initial["a"] + 1e-3}
         tuned["a"] += initial["a"] * 1e-2
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # VmHWM counts from here
-        before = status()["VmRSS:"]
+        forget_peak()
+        before = status()["VmRSS"]
         shard = select_sharded(initial, tuned, shards=shards, density=0.2, group=ranks.group)
-        peak = status()["VmHWM:"] - before
+        peak = status()["VmHWM"] - before
         assert shard.metadata["k"] == (2 * n if shards else n) // 5
         assert peak <= 0.205 * held + 8e6, f"{peak / 1e6:.1f} MB"
 

@@ -1,11 +1,11 @@
 """Scores: functions of pieces through the passes of the selection, and the ready-made ones against their formulas."""
 
-import subprocess
 import sys
 
 import pytest
 import torch
 from helpers.backends import BACKENDS, using
+from helpers.process_memory import printed
 from safetensors.torch import save_file
 from torch import nn
 
@@ -153,20 +153,17 @@ def test_pools_and_frozen_parameters():
 MEMORY = """
 import sys, torch
 import ltp_sparse as ls
-
-def status():
-    lines = (line.split() for line in open("/proc/self/status") if line.startswith("Vm"))
-    return {key: 1024 * int(value) for key, value, *_ in lines}
+from helpers.process_memory import forget_peak, status
 
 def score(name, start, stop):
     return torch.arange(start, stop, dtype=torch.float32).sin_()
 
 ls.select({"a": torch.zeros(2_000_000)}, score=score, density=0.2)
 weights = {"a": torch.zeros(int(sys.argv[1]))}
-open("/proc/self/clear_refs", "w").write("5")
-before = status()["VmRSS:"]
+forget_peak()
+before = status()["VmRSS"]
 ticket = ls.select(weights, score=score, density=0.2)
-print(status()["VmHWM:"] - before)
+print(status()["VmHWM"] - before)
 """
 
 
@@ -177,6 +174,5 @@ def test_functions_need_no_tensor_of_the_size_of_the_model(monkeypatch):
     n = 40_000_000
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
-    done = subprocess.run([sys.executable, "-c", MEMORY, str(n)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) <= 0.205 * n + 8e6, f"{int(done.stdout) / 1e6:.1f} MB"
+    peak = int(printed(MEMORY, n))
+    assert peak <= 0.205 * n + 8e6, f"{peak / 1e6:.1f} MB"

@@ -1,13 +1,13 @@
 """`select`: counts, budgets, pools, sources in memory and on disk, what the ticket tells (contracts 1 and 2)."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
 from helpers.backends import BACKENDS, using
 from helpers.bits import DTYPES
+from helpers.process_memory import printed
 from helpers.tied_model import EMBEDDING, TiedModel
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +19,7 @@ from ltp_sparse.ops.routes import NonFiniteDelta
 from ltp_sparse.selection import ShortTicket, pools
 from ltp_sparse.selection.budgets import share_out
 from ltp_sparse.testing import random_weights, tuned_weights, xlmr_shapes
+from ltp_sparse.tickets.bits import TILE
 from ltp_sparse.tickets.counts import entries_for
 from ltp_sparse.weights.checkpoints import open_checkpoint
 
@@ -293,7 +294,7 @@ def save_sharded(tensors, folder, shards=3, prefix=""):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_checkpoints_give_the_ticket_of_the_tensors_in_memory(backend, dtype, versions, tmp_path, monkeypatch):
     """Contract 2: a single file, shards with an index, one side in memory; in pieces that end inside rows and tiles."""
-    monkeypatch.setattr(sources, "_PIECE", routes.TILE)
+    monkeypatch.setattr(sources, "_PIECE", TILE)
     versions = [{**side, "roberta.big": torch.randn(700, 301)} for side in versions]
     initial, tuned = ({name: t.to(dtype) for name, t in side.items()} for side in versions)
     save_file(initial, tmp_path / "initial.safetensors")
@@ -406,27 +407,14 @@ def test_unusable_checkpoints_are_clear_errors(damage, versions, tmp_path):
 
 
 STREAMING = """
-import sys, threading, time, torch
+import sys
 import ltp_sparse as ls
-
-def anonymous():
-    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+from helpers.process_memory import anonymous_peak
 
 ls.select(sys.argv[1], sys.argv[1], density=0)  # code and pools that stay
-before, peak, done = anonymous(), 0, False
-
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous())
-        time.sleep(0.0005)
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-ticket = ls.select(sys.argv[1], sys.argv[2], density=0.2)
-done = True
-watcher.join()
-print(ticket.digest(), peak - before)
+with anonymous_peak() as peak:
+    ticket = ls.select(sys.argv[1], sys.argv[2], density=0.2)
+print(ticket.digest(), *peak)
 """
 
 
@@ -439,10 +427,7 @@ def test_streaming_needs_no_memory_of_the_size_of_the_model(tmp_path):
     tuned = {name: t + 1e-3 * torch.randn(t.shape) for name, t in initial.items()}
     save_file(initial, tmp_path / "initial.safetensors")
     folder = save_sharded(tuned, tmp_path / "tuned", shards=2)
-    command = [sys.executable, "-c", STREAMING, str(tmp_path / "initial.safetensors"), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    digest, peak = done.stdout.split()
+    digest, peak = printed(STREAMING, tmp_path / "initial.safetensors", folder).split()
     assert digest == ls.select(initial, tuned, density=0.2).digest()
     assert int(peak) <= 0.205 * n + 8e6, f"{int(peak) / 1e6:.1f} MB"
 
@@ -450,16 +435,13 @@ def test_streaming_needs_no_memory_of_the_size_of_the_model(tmp_path):
 RESIDENT = """
 import sys
 import ltp_sparse as ls
-
-def status():
-    lines = (line.split() for line in open("/proc/self/status") if line.startswith("Vm"))
-    return {key: 1024 * int(value) for key, value, *_ in lines}
+from helpers.process_memory import forget_peak, status
 
 ls.select(sys.argv[3], sys.argv[3], density=0)  # code and pools that stay
-open("/proc/self/clear_refs", "w").write("5")  # VmHWM counts from here
-before = status()["VmRSS:"]
+forget_peak()
+before = status()["VmRSS"]
 ticket = ls.select(sys.argv[1], sys.argv[2], density=0.2)
-print(ticket.digest(), status()["VmHWM:"] - before)
+print(ticket.digest(), status()["VmHWM"] - before)
 """
 
 
@@ -478,10 +460,7 @@ def test_a_pair_of_checkpoints_is_read_through_a_small_window(tmp_path):
     folders.append(save_sharded(tuned, tmp_path / "tuned"))
     small = tmp_path / "small.safetensors"
     save_file({"a": torch.ones(2_000_000)}, small)
-    command = [sys.executable, "-c", RESIDENT, *map(str, (*folders, small))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    digest, peak = done.stdout.split()
+    digest, peak = printed(RESIDENT, *folders, small).split()
     assert digest == ls.select(open_checkpoint(folders[0]), tuned, density=0.2).digest()
-    window = 2 * 2 * 4 * sources._VIEW  # the fingerprint is taken by two threads
+    window = 2 * 2 * 4 * sources.VIEW  # the fingerprint is taken by two threads
     assert int(peak) <= 0.205 * n + 8e6 + window, f"{int(peak) / 1e6:.1f} MB of a pair of {8 * n / 1e6:.0f}"

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import copy
-import subprocess
 import sys
 
 import pytest
 import torch
 from helpers.backends import BACKENDS, using
 from helpers.bits import DTYPES, same_bits
+from helpers.process_memory import printed
 from safetensors.torch import save_file
 
 import ltp_sparse as ls
 from ltp_sparse import selection
 from ltp_sparse.cli import main
-from ltp_sparse.ops import routes, sources
+from ltp_sparse.ops import sources
 from ltp_sparse.ops.routes import NonFiniteDelta
 from ltp_sparse.selection import ShortTicket
 from ltp_sparse.selection.by_tensor import Spool
 from ltp_sparse.testing import random_weights, tuned_weights, xlmr_shapes
+from ltp_sparse.tickets.bits import TILE
 from ltp_sparse.tickets.index_set import Encoding
+from ltp_sparse.weights import checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore::ltp_sparse.selection.ShortTicket")
 
@@ -31,8 +33,9 @@ SHAPES = {**xlmr_shapes(layers=3, hidden=16, intermediate=40, vocabulary=60, pos
 def large(monkeypatch):
     """Everything counts as too large for memory, and is read a tile at a time."""
     monkeypatch.setattr(selection, "LARGE", 0)
-    monkeypatch.setattr(sources, "_PIECE", routes.TILE)
-    monkeypatch.setattr(sources, "_VIEW", routes.TILE)
+    monkeypatch.setattr(sources, "_PIECE", TILE)
+    for module in (sources, checkpoints):
+        monkeypatch.setattr(module, "VIEW", TILE)
 
 
 @pytest.fixture
@@ -227,30 +230,17 @@ def test_a_spool_gives_back_what_it_took(tmp_path):
 
 
 PEAK = """
-import sys, threading, time
+import sys
 import ltp_sparse as ls
+from helpers.process_memory import anonymous_peak
 from ltp_sparse import selection
 
 selection.LARGE = int(sys.argv[4])
 
-def anonymous():
-    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
-
 ls.select(sys.argv[1], sys.argv[1], density=0)  # code and pools that stay
-before, peak, done = anonymous(), 0, False
-
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous())
-        time.sleep(0.0005)
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-ticket = ls.select(sys.argv[1], sys.argv[2], density=0.6, output=sys.argv[3])
-done = True
-watcher.join()
-print(peak - before)
+with anonymous_peak() as peak:
+    ticket = ls.select(sys.argv[1], sys.argv[2], density=0.6, output=sys.argv[3])
+print(*peak)
 """
 
 
@@ -266,10 +256,8 @@ def test_memory_is_that_of_one_tensor(tmp_path):
     save_file(base, tmp_path / "tuned.safetensors")
     peaks = {}  # with a spool, and without
     for limit in (0, 10**9):
-        files = [str(tmp_path / name) for name in ("initial.safetensors", "tuned.safetensors", f"{limit}.safetensors")]
-        done = subprocess.run([sys.executable, "-c", PEAK, *files, str(limit)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        peaks[limit] = int(done.stdout)
+        files = [tmp_path / name for name in ("initial.safetensors", "tuned.safetensors", f"{limit}.safetensors")]
+        peaks[limit] = int(printed(PEAK, *files, limit))
     assert (tmp_path / "0.safetensors").read_bytes() == (tmp_path / "1000000000.safetensors").read_bytes()
     assert peaks[0] <= 0.205 * n + 8e6, f"{peaks[0] / 1e6:.1f} MB"
     assert peaks[0] < peaks[10**9] - tensors * n / 8 / 2

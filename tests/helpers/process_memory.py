@@ -1,0 +1,50 @@
+"""Memory of a process, as Linux counts it, and scripts that measure theirs in a process of their own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+
+
+def status() -> dict[str, int]:
+    """Bytes by name: VmRSS, VmHWM, RssAnon, RssFile and others."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    values = (line.split() for line in lines if line.startswith(("Vm", "Rss")))
+    return {key.rstrip(":"): 1024 * int(value) for key, value, *_ in values}
+
+
+def forget_peak() -> None:
+    """VmHWM counts from here."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+@contextmanager
+def anonymous_peak() -> Iterator[list[int]]:
+    """A list that afterwards holds by how many bytes anonymous memory grew at its highest."""
+    before, peak, done = status()["RssAnon"], [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.0005):
+            peak[0] = max(peak[0], status()["RssAnon"] - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()
+
+
+def printed(script: str, *arguments: object) -> str:
+    """What a script prints; it may import `helpers`."""
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
