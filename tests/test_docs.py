@@ -21,6 +21,7 @@ def files(folder: str, *suffixes: str) -> list[Path]:
 
 PAGES = [*ROOT.glob("*.md"), *(page for folder in ("docs", *CODE) for page in files(folder, ".md"))]
 SOURCES = [path for folder in CODE for path in files(folder, ".py", ".pyi", ".h", ".cpp", ".cu", ".cuh", ".yaml")]
+SOURCES = [path for path in SOURCES if path.name != "_moved.py"]  # which is there to know old names
 TESTS = files("tests", ".py", ".cpp")
 
 
