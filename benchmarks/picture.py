@@ -37,7 +37,7 @@ def draw(rows: Rows) -> str:
         lines += [
             f'<text x="0" y="{y + 17}">{label}</text>',
             f'<rect x="240" y="{y}" width="{width}" height="24" rx="3" fill="{colour}"/>',
-            f'<text x="{248 + width}" y="{y + 17}" font-weight="600">{held:.3g}</text>',
+            f'<text x="{248 + width}" y="{y + 17}" font-weight="600">{held:.2f}</text>',
         ]
     return "\n".join([*lines, "</svg>", ""])
 
