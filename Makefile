@@ -20,7 +20,7 @@ TRAIN := $(VENV)/.installed-train
 TEST := $(VENV)/.installed-test
 CPP := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help demo test faults asan tsan bench gpu gpu-full lint lint-ruff lint-format lint-mypy lint-cpp format clean
+.PHONY: help demo test docs faults asan tsan bench gpu gpu-full lint lint-ruff lint-format lint-mypy lint-cpp format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ demo: $(TRAIN)  ## the whole job on generated data, offline: ticket, LTP, contro
 
 test: $(TEST)  ## all tests, on all cores (narrow them with ARGS="-k name"; ARGS="-n 0": in one process)
 	$(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal --durations=15 $(ARGS)
+
+docs: $(TEST)  ## the site of all documents and docstrings in build/site, strictly, without network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # The C++ kernels under a sanitizer, as a module of their own in build/; threads: those of the kernels, not of OpenMP.
 asan: SANITIZE = address,undefined  ## tests of the C++ kernels under AddressSanitizer and UBSan
@@ -99,5 +102,5 @@ $(TRAIN): $(BASE) pyproject.toml setup.py $(CPP)
 $(TEST): $(TRAIN)
 	@echo "[setup] tools for tests, benchmarks and lint"
 	@# the extension lies in the package since the step before: it is not compiled a second time
-	@LTP_SPARSE_EXT=off $(PIP) --no-build-isolation -e '.[train,triton,test,bench,dev]'
+	@LTP_SPARSE_EXT=off $(PIP) --no-build-isolation -e '.[train,triton,test,bench,dev,docs]'
 	@touch $@
