@@ -21,7 +21,7 @@ TEST := $(VENV)/.installed-test
 PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 CPP := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help demo test check faults asan tsan bench gpu gpu-full lint lint-ruff lint-format lint-mypy lint-cpp format clean
+.PHONY: help demo test check docs faults asan tsan bench gpu gpu-full lint lint-ruff lint-format lint-mypy lint-cpp format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ test: $(TEST)  ## all tests, on all cores (narrow them with ARGS="-k name"; ARGS
 
 check: lint  ## for daily work: linters, types and the fast tests
 	$(PYTEST) -q -m "not slow and not faults" $(ARGS)
+
+docs: $(TEST)  ## the site of all documents and docstrings in build/site, strictly, without network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # The C++ kernels under a sanitizer, as a module of their own in build/; threads: those of the kernels, not of OpenMP.
 asan: SANITIZE = address,undefined  ## tests of the C++ kernels under AddressSanitizer and UBSan
@@ -103,5 +106,5 @@ $(TRAIN): $(BASE) pyproject.toml setup.py $(CPP)
 $(TEST): $(TRAIN)
 	@echo "[setup] tools for tests, benchmarks and lint"
 	@# the extension lies in the package since the step before: it is not compiled a second time
-	@LTP_SPARSE_EXT=off $(PIP) --no-build-isolation -e '.[train,triton,test,bench,dev]'
+	@LTP_SPARSE_EXT=off $(PIP) --no-build-isolation -e '.[train,triton,test,bench,dev,docs]'
 	@touch $@

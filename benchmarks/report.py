@@ -11,7 +11,7 @@ from pathlib import Path
 Rows = list[dict[str, str]]
 
 SELECTION_BYTES = 0.205, 8e6
-"""Temporary memory of a selection: bytes per entry, and a constant (docs/design.md, Contracts)."""
+"""Temporary memory of a selection: bytes per entry, and a constant (contract 2 of docs/contracts.md)."""
 
 STATE_BYTES = {"MaskedAdamW": 1.76, "MaskedAdamW, 8-bit states": 0.56}
 """Most bytes of optimizer state per entry at a density of 20 %."""

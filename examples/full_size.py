@@ -1,6 +1,6 @@
 """XLM-R-base in full size with random weights through both stages of LTP: counts, bytes, memory, seconds (about 14 GB).
 
-    python examples/full_size.py --data ../shared/data --output full-size.md
+    python examples/full_size.py --data DATA --output full-size.md
 
 `--data` holds `tokenizers/xlm_roberta_base`, `wikipedia_en/wikitext-2` and `xnli_fewshot`.
 """

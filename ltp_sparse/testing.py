@@ -24,7 +24,7 @@ def xlmr_shapes(
     positions: int = 514,
     embeddings: bool = True,
 ) -> dict[str, Size]:
-    """Canonical name -> shape of the maskable parameters (METHODS 1.1): the base model without LayerNorms and pooler.
+    """Canonical name -> shape of the maskable parameters (docs/papers.md): base model, no LayerNorms, no pooler.
 
     The defaults are XLM-R-base: 147 tensors of 277,414,656 entries, 85,017,600 of them outside the embeddings.
     """

@@ -217,7 +217,7 @@ def peers(
 ) -> Iterator[tuple[str, Provider]]:
     """(key, recipe): what it returns are the k largest deltas, of kthvalue the least of them.
 
-    bytes: the least there are. Subtraction, absolute value and concatenation, then what PERFORMANCE counts for topk and
+    bytes: the least there are. Subtraction, absolute value and concatenation, then what is counted for topk and
     kthvalue, a sort by four 8-bit digits of keys with 64-bit indices, or three readings of its keys by CUB.
     """
     share, place = k / problem.n, problem.n - k + 1

@@ -21,7 +21,7 @@ FLASH_FLOOR_MS = 0.79  # 12.25 bytes an entry at 4.3 TB/s: what FlashAdamW needs
 SAMPLE, HISTOGRAM, SELECTION = "topk_delta, sample (", "topk_delta, histogram (", "topk_delta, "
 TOPK, KTHVALUE = "sub + abs + cat + topk(sorted=False)", "sub + abs + cat + kthvalue"
 CUB = "CUB DeviceTopK on weights in one tensor"
-TEMPORARY = 0.205 + 8e6 / 277_414_656  # the contract of docs/design.md: 0.205 bytes an entry and 8 MB
+TEMPORARY = 0.205 + 8e6 / 277_414_656  # contract 2 of docs/contracts.md
 
 
 class Target(NamedTuple):

@@ -160,7 +160,7 @@ class RandomTicket(LTP):
 
 @dataclass(frozen=True, kw_only=True)
 class AllActive(LTP):
-    """LTP with every maskable entry in its ticket: LayerNorms, LM head and output embedding frozen (4.3 a)."""
+    """LTP with every maskable entry in its ticket: LayerNorms, LM head and output embedding frozen."""
 
     key = "all-active"
     name = "LTP, all active"
@@ -174,7 +174,7 @@ class AllActive(LTP):
 class SoftPrompt(PromptMethod):
     """SP: the prompt encoder and every weight of the (tied) language model train (Zhao & Schütze 2021).
 
-    The default schedule is the original's; `SoftPrompt(settings=PromptSettings())` is SP on LTP's schedule (4.3 c).
+    The default schedule is the original's; `SoftPrompt(settings=PromptSettings())` is SP on LTP's schedule.
     """
 
     key = "soft-prompt"

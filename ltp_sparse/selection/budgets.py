@@ -23,7 +23,7 @@ def share_out(
 
     "global": one group. "layer", "tensor": every layer (embeddings, layer 0, ...) or parameter at the same density,
     floor(density * its entries). Shares: group g takes floor(share * k) of its own entries; every parameter belongs to
-    the first expression found in its name, the others are not in the pool (SC-SFT, METHODS 6).
+    the first expression found in its name, the others are not in the pool (SC-SFT).
 
     Returns:
         names of the pool, the group of each, the groups' labels, and the entries to take from each.

@@ -1,4 +1,4 @@
-"""Pools: which parameters of an XLM-R-like model may be selected, as predicates on canonical names (METHODS 4.1)."""
+"""Pools: which parameters of an XLM-R-like model may be selected, as predicates on canonical names."""
 
 from __future__ import annotations
 

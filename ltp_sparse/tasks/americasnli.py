@@ -24,7 +24,7 @@ def americasnli(split: str, language: str, shots: int | None, data: Path | None,
 
     Args:
         split: "dev" and "test" are the released sets. With `shots`, "train" and "dev" are two disjoint draws of `shots`
-            pairs per class from the released dev set, always the same (METHODS 2).
+            pairs per class from the released dev set, always the same (docs/papers.md).
         data: the folder with `dev.tsv`, `test.tsv` and `revised/`, or None: the Hub.
         revised: the later release of the dev set (LTP reads it), or the first one (the SFT papers).
     """

@@ -24,7 +24,7 @@ class FaultyRows(UserWarning):
 
 
 def few_shot(split: str, language: str, shots: int | None, data: Path | None) -> list[Pair]:
-    """The sample of `shots` pairs per class; there is one sample for every K, the same for all seeds (METHODS 2).
+    """The sample of `shots` pairs per class; there is one sample for every K, the same for all seeds (docs/papers.md).
 
     Args:
         split: "train" (MultiNLI and its translations) or "dev" (from XNLI dev).

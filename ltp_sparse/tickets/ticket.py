@@ -141,8 +141,8 @@ class Ticket:
             density, k: active share of the pool, or active entries; one of them, or `like`.
             seed: the same seed gives the same ticket on every machine.
             pool: which parameters may be selected.
-            like: a ticket whose count per parameter is matched, which makes the layer-matched control (METHODS 4.3 b).
-            bernoulli: draw every entry with probability `density` instead (SC-SFT's text, METHODS 7).
+            like: a ticket whose count per parameter is matched, which makes the layer-matched control.
+            bernoulli: draw every entry with probability `density` instead (the text of SC-SFT).
         """
         if like is not None and (density is not None or k is not None or pool is not None or bernoulli):
             raise ValueError(

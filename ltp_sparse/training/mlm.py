@@ -1,4 +1,4 @@
-"""Stage 1 of LTP: masked-language-model tuning, and the winning ticket of what it moved (METHODS 4.1).
+"""Stage 1 of LTP: masked-language-model tuning, and the winning ticket of what it moved (docs/papers.md).
 
 result = tune_mlm(model, tokenizer, texts, MLMSettings(strategy="decoupled"))
 ticket = find_ticket(result.initial, result.model, density=0.2, metadata=result.metadata)

@@ -31,7 +31,7 @@ from ltp_sparse.backends.reference import Coefficient
 from ltp_sparse.backends.rounding import rounding_keys
 from ltp_sparse.ops import adamw_coefficients, masked_pack_, masked_sum_squares, routes, sources
 from ltp_sparse.testing import UpdateProblem, random_weights, tuned_weights, update_problem
-from ltp_sparse.tickets.bits import WORDS_PER_TILE
+from ltp_sparse.tickets.bits import TILE, WORDS_PER_TILE
 from ltp_sparse.tickets.layout import Layout
 from ltp_sparse.tickets.tile_table import TileTable
 
@@ -382,7 +382,7 @@ def test_checkpoints_are_selected_on_the_gpu(backend, tmp_path, monkeypatch):
     for path, side in zip(pair, (initial, tuned), strict=True):
         save_file(side, path)
     expected = ls.select(*pair, density=0.2, device="cpu")
-    monkeypatch.setattr(sources, "_STAGED", routes.TILE)
+    monkeypatch.setattr(sources, "_STAGED", TILE)
     for large in (selection.LARGE, 0):
         monkeypatch.setattr(selection, "LARGE", large)
         with using(backend):

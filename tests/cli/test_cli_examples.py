@@ -19,7 +19,7 @@ from ltp_sparse.cli import main
 from ltp_sparse.cli.options import COMMANDS, build_parser
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "docs/own-data.md", "docs/methods.md"]
+PAGES = ["README.md", "docs/own-data.md", "docs/own-method.md", "docs/methods.md", "docs/memory.md", "docs/evidence.md"]
 
 
 class Reached(BaseException):
@@ -35,11 +35,6 @@ def blocks(page: str) -> str:
     """What stands between fences without a language."""
     parts = re.split(r"^```(.*)\n", (ROOT / page).read_text(), flags=re.M)
     return "\n".join(body for kind, body in zip(parts[1::4], parts[2::4], strict=True) if not kind)
-
-
-def snippets(page: str) -> list[str]:
-    """What stands between fences of Python."""
-    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), flags=re.M | re.S)
 
 
 HELP = [
@@ -61,13 +56,6 @@ def test_examples_parse(where, command):
 
 def test_there_are_examples_everywhere():
     assert {name for name, _ in HELP} == set(COMMANDS) and {page for page, _ in WRITTEN} == set(PAGES)
-
-
-@pytest.mark.parametrize("number", range(2))
-def test_snippets_of_the_readme_run_by_themselves(number, tmp_path, monkeypatch, capsys):
-    assert len(snippets("README.md")) == 2
-    monkeypatch.chdir(tmp_path)
-    exec(compile(snippets("README.md")[number], "README.md", "exec"), {})
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Backbones: the tied matrix's name, the decoupled LM head, and what loading refuses (METHODS 1.1, traps 1 to 3)."""
+"""Backbones: the tied matrix, the decoupled LM head, and what loading refuses (traps 1 to 3 of docs/papers.md)."""
 
 import copy
 

@@ -103,7 +103,7 @@ def test_small_update_on_every_backend(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_inactive_entries_are_frozen_over_100_steps(backend):
-    """Contract 3, PEERS section 8; their NaN payloads included."""
+    """Contract 3; their NaN payloads included."""
     problem = poisoned(update_problem(SHAPES, density=0.2))
     for param, index_set in zip(problem.params, problem.ticket.sets.values(), strict=True):
         frozen = (~index_set.mask()).nonzero().view(-1)[::7]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +11,10 @@ from helpers.bits import same_bits
 from safetensors.torch import save_file
 
 import ltp_sparse as ls
-from ltp_sparse.ops import routes, sources
+from ltp_sparse.ops import sources
 from ltp_sparse.ops.staging import SLOTS, Piece, staged
 from ltp_sparse.testing import random_weights, tuned_weights, xlmr_shapes
-from ltp_sparse.weights import checkpoints
+from ltp_sparse.tickets.bits import TILE
 
 CPU = torch.device("cpu")
 TENSORS = [
@@ -93,9 +94,9 @@ def test_a_staged_selection_has_the_bits_of_one_in_place(large, tmp_path, monkey
     expected = ls.select(*pair, density=0.2)
 
     of, calls = sources.Reader.of, []
-    monkeypatch.setattr(sources.Reader, "of", lambda tensor: checkpoints.replace(of(tensor), device="elsewhere"))
-    monkeypatch.setattr(checkpoints, "staged", lambda *a: calls.append(a) or staged(*a))
-    monkeypatch.setattr(sources, "_STAGED", routes.TILE)
+    monkeypatch.setattr(sources.Reader, "of", lambda tensor: replace(of(tensor), device="elsewhere"))
+    monkeypatch.setattr(sources, "staged", lambda *a: calls.append(a) or staged(*a))
+    monkeypatch.setattr(sources, "_STAGED", TILE)
     if large:
         monkeypatch.setattr(ls.selection, "LARGE", 0)
     ticket = ls.select(*pair, density=0.2)

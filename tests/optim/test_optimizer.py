@@ -184,7 +184,7 @@ def test_tensor_learning_rate_changed_in_place(model, ticket):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_inactive_entries_are_frozen_over_100_steps(backend, model, ticket):
-    """Contract 3, PEERS section 8: decay, clipping, accumulation, maximize, NaN and infinite gradients."""
+    """Contract 3: decay, clipping, accumulation, maximize, NaN and infinite gradients."""
     before = weights(model)
     with using(backend):
         optimizer = MaskedAdamW(model, ticket, lr=0.1, weight_decay=0.5, max_grad_norm=0.5, maximize=True)
@@ -290,7 +290,7 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was(group, model, ticket):
 @pytest.mark.parametrize("max_norm", [0.05, 100.0], ids=["clipped", "not-clipped"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_clipping_is_over_active_and_dense_entries(backend, max_norm, model, ticket):
-    """DESIGN 7: as clip_grad_norm_ on what trains; frozen entries do not count, NaN in them included."""
+    """As clip_grad_norm_ on what trains; frozen entries do not count, NaN in them included."""
     dense = ["lm_head.decoder.bias"]
     with using(backend):
         peer = Gathered(model, ticket, dense, lr=1e-2)
@@ -307,7 +307,7 @@ def test_clipping_is_over_active_and_dense_entries(backend, max_norm, model, tic
 
 
 def test_pull_is_the_l1_term_towards_the_initial_values(model, ticket):
-    """DESIGN 7: added before norm, clip and moments; the initial values are those at construction."""
+    """Added before norm, clip and moments; the initial values are those at construction."""
     pull, max_norm = 0.02, 0.3
     peer = Gathered(model, ticket, lr=1e-2)
     start = {name: param.detach().clone() for name, param in peer.params.items()}
@@ -518,7 +518,7 @@ def held(value, found=None, seen=None) -> dict[int, int]:
 
 
 def packed_bytes(sizes: dict[str, tuple[int, int]]) -> int:
-    """PERFORMANCE section 4, parameter by parameter: 8 d, the index of the encoding, and a row of 64 bytes per tile."""
+    """Contract 5, parameter by parameter: 8 d, the index of the encoding, and a row of 64 bytes per tile."""
     total = 0
     for k, n in sizes.values():
         index = 0 if k == n else 2 * k if k <= n / 16 else 8 * -(-n // 64)
@@ -560,7 +560,7 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize(("backend", "other"), [("reference", "compiled"), ("compiled", "reference"), (None, None)])
 def test_resumed_run_has_the_bits_of_the_uninterrupted_one(backend, other, options, model, ticket):
-    """PEERS section 8; also from one backend to another. The resumed run starts from the saved weights."""
+    """Also from one backend to another. The resumed run starts from the saved weights."""
     if "compiled" in (backend, other) and ls.available_backends()["compiled"] != "ok":
         pytest.skip(ls.available_backends()["compiled"])
     twin = copy.deepcopy(model)
@@ -592,7 +592,7 @@ def test_resumed_run_has_the_bits_of_the_uninterrupted_one(backend, other, optio
 
 
 def test_state_holds_no_index_that_loading_could_cast(model, ticket):
-    """PEERS finding 5: torch casts every tensor of a state to the dtype of its parameter."""
+    """Torch casts every tensor of a state to the dtype of its parameter."""
     optimizer = MaskedAdamW(model, ticket)
     table = optimizer._launches[0].table
     before = [t.clone() for t in (table.tiles, table.words, table.positions)]
@@ -672,7 +672,7 @@ def test_another_ticket_is_refused(model, ticket):
 
 
 def test_old_states_without_newer_options_load(model, ticket):
-    """STYLE 22."""
+    """Options that an old state lacks get their defaults."""
     optimizer = MaskedAdamW(model, ticket, lr=1e-2)
     state = saved(optimizer)
     for group in state["param_groups"]:

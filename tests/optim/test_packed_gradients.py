@@ -237,7 +237,7 @@ def test_reentrant_checkpointing_fires_hooks_twice():
 
 
 def test_a_skipped_step_consumes_the_gradients():
-    """PEERS section 8: a GradScaler that meets an infinity; the buffers after it, and the steps that follow."""
+    """A GradScaler that meets an infinity; the buffers after it, and the steps that follow."""
     (dense, first), (packed, second) = pair(max_grad_norm=0.1)
     scalers = [torch.amp.GradScaler("cpu", init_scale=64.0) for _ in range(2)]
     for step in range(5):

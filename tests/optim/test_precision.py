@@ -381,7 +381,7 @@ def test_masters_follow_edits_before_a_new_layout():
     ids=["8bit", "master", "stochastic"],
 )
 def test_state_bytes(options, limit):
-    """PERFORMANCE section 4 at 20 %: 2 bytes and 8 per block of 256, or 8, and 4 for a master, per active entry."""
+    """Contract 5 at 20 %: 2 bytes and 8 per block of 256, or 8, and 4 for a master, per active entry."""
     shapes = xlmr_shapes(layers=1, vocabulary=3000)
     params = {name: nn.Parameter(t.bfloat16()) for name, t in random_weights(shapes).items()}
     ticket = Ticket.random(shapes, density=0.2)

@@ -1,4 +1,4 @@
-"""The wheel holds everything and imports alone; imports point one way (DESIGN 3, STYLE 3, 4, 6, 21)."""
+"""The wheel holds everything and imports alone; imports point one way."""
 
 import ast
 import importlib.util

@@ -380,11 +380,11 @@ def test_languages_trained_apart_make_one_line():
 
 @pytest.mark.slow
 def test_the_method_of_the_documentation(world, tmp_path, capsys):
-    """docs/methods.md, "Add a method": its two files run as they stand, but for model and languages."""
+    """docs/own-method.md: its two files run as they stand, but for model and languages."""
     from ltp_sparse import methods
 
     known = dict(methods.METHODS)
-    text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "own-method.md").read_text()
     for name in ("my_method.py", "my_recipe.yaml"):
         body = text[text.index(f"# {name}") :]
         (tmp_path / name).write_text(body[: body.index("```")])

@@ -81,7 +81,7 @@ def test_impossible_counts_name_both_numbers(kwargs, message):
 
 
 def test_full_size_counts():
-    """METHODS 1.1: the maskable entries of XLM-R-base, and 20 % of them."""
+    """The maskable entries of XLM-R-base, and 20 % of them."""
     pool = sum(shape.numel() for shape in xlmr_shapes().values())
     assert (pool, entries_for(pool, density=0.2)) == (277_414_656, 55_482_931)
 
@@ -189,7 +189,7 @@ def test_pools(versions, pool, layers):
 
 
 def test_maskable_leaves_out_layer_norms_and_heads():
-    """METHODS 1.1: LayerNorms of the base model and everything of the head."""
+    """LayerNorms of the base model and everything of the head."""
     for name in (
         "roberta.embeddings.LayerNorm.weight",
         "roberta.encoder.layer.0.output.LayerNorm.bias",
@@ -237,7 +237,7 @@ def test_equal_density_in_every_group(versions, budget):
 
 
 def test_shares_of_scsft():
-    """METHODS 6: K = 14,155,776, shares of embeddings, layers 10, 11 and 0 to 9 pooled."""
+    """K = 14,155,776, shares of embeddings, layers 10, 11 and 0 to 9 pooled."""
     shares = {"embeddings": 0.02, r"layer\.10\.": 0.02, r"layer\.11\.": 0.02, r"layer\.\d\.": 0.94}
     names, groups, labels, ks = share_out(xlmr_shapes(), shares, density=None, k=14_155_776)
     assert dict(zip(labels, ks, strict=True)) == {

@@ -49,7 +49,7 @@ def model():
 @pytest.mark.parametrize("saved", [False, True], ids=["made", "loaded"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_apply_gives_the_tuned_bits_and_revert_the_original_ones(model, dtype, saved, tmp_path):
-    """DESIGN 6, in every dtype; outside the ticket nothing changes."""
+    """In every dtype; outside the ticket nothing changes."""
     model = model.to(dtype)
     before, tuned = weights(model), tuned_copy(model, LANGUAGE)
     ticket = ticket_of(model, tuned)
@@ -164,7 +164,7 @@ def test_disjoint_deltas_come_off_in_any_order(model):
 
 
 def test_out_of_order_revert_with_overlap_is_an_error(model):
-    """DESIGN 6: revert undoes the latest apply; below it, only what does not overlap."""
+    """Revert undoes the latest apply; below it, only what does not overlap."""
     base = weights(model)
     language, task = delta_of(model, LANGUAGE), delta_of(model, TASK)
     language.apply(model)

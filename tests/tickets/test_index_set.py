@@ -97,7 +97,7 @@ def test_from_list16_checks_every_position(positions, counts, message):
 
 
 def test_positions_beyond_31_bits():
-    """PEERS section 8: LT-SFT decodes wrongly past 2^31."""
+    """LT-SFT decodes wrongly past 2^31."""
     n = 2**31 + 2 * TILE
     indices = torch.tensor([0, 2**31 - 1, 2**31, n - 1])
     index_set = IndexSet.from_indices(indices, n)

@@ -1,4 +1,4 @@
-"""Random index sets: exactly k, every set equally likely, the same for a seed whatever the threads (METHODS 4.3)."""
+"""Random index sets: exactly k, every set equally likely, the same for a seed whatever the threads."""
 
 import itertools
 import math

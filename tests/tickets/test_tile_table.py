@@ -71,7 +71,7 @@ def test_tile_table_ranks_count_the_entries_before_each_group_of_64():
     ids="d{}".format,
 )
 def test_index_bytes_are_those_of_the_formula(density, per_entry):
-    """Contract 5, PERFORMANCE section 4: u16 2d, bitmap 1/8, full nothing; and a row of 64 bytes per tile."""
+    """Contract 5: u16 2d, bitmap 1/8, full nothing; and a row of 64 bytes per tile."""
     n = 10 * TILE
     step = round(n * density)
     mask = torch.zeros(n, dtype=torch.bool)

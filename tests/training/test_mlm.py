@@ -1,4 +1,4 @@
-"""Stage 1: masked text, MLM tuning under the three strategies, and the ticket of what moved (METHODS 4.1)."""
+"""Stage 1: masked text, MLM tuning under the three strategies, and the ticket of what moved."""
 
 import math
 

@@ -48,7 +48,7 @@ def test_strip_wrappers(name, canonical):
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_wrapped_models_have_the_names_and_tensors_of_the_bare_one(wrap):
-    """DESIGN 6: module., _orig_mod. and base_model.model. come off; a tied parameter appears once, under roberta."""
+    """The names module., _orig_mod. and base_model.model. come off; a tied parameter appears once, under roberta."""
     model = TiedModel()
     found = ls.canonical_parameters(wrap(model))
     assert list(found) == [
@@ -98,7 +98,7 @@ def test_two_names_that_become_one_are_an_error_that_names_both():
 
 
 def test_no_matching_name_lists_the_closest():
-    """DESIGN 6: zero matched names is an error listing the closest."""
+    """Zero matched names is an error listing the closest."""
     ticket = ls.Ticket.full({"roberta.encoder.layer.0.dense.wight": [16, 16]})
     with pytest.raises(ValueError, match=rf"no name of the ticket.*closest there: '{DENSE}'"):
         ls.MaskedAdamW(TiedModel(), ticket)
