@@ -147,6 +147,7 @@ def expected_step(p: Problem) -> tuple[list[Tensor], Tensor, Tensor]:
     return params, exp_avg, exp_avg_sq
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("anchor", [False, True], ids=["plain", "anchor"])
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_update_gives_the_bits_of_the_formula(rng, situation, anchor):
@@ -192,6 +193,7 @@ def test_update_of_an_empty_table(rng):
     assert kernels.masked_sum_squares(*p.norm_args()).shape == (0,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("anchor", [False, True], ids=["plain", "anchor"])
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_sum_of_squares(rng, situation, anchor):

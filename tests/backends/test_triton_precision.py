@@ -35,6 +35,9 @@ CASES = [
 ]
 
 
+pytestmark = pytest.mark.slow
+
+
 def poisoned(density: float, **options) -> UpdateProblem:
     problem = update_problem(SHAPES, density=density, **options)
     for name, grad in zip(problem.ticket.names, problem.grads, strict=True):

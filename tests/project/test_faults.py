@@ -124,6 +124,7 @@ for room in range(0, 96, 8):
 """
 
 
+@pytest.mark.slow
 def test_low_memory_leaves_models_and_files_as_they_were(tmp_path):
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", LOW_MEMORY, str(tmp_path / "d")],

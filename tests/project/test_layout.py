@@ -20,9 +20,8 @@ def test_folders_are_named_as_the_package_s():
 
 def test_no_two_test_files_have_one_name():
     """They are imported by it, whatever their folder."""
-    assert [
-        name for name, count in Counter(path.stem for path in FILES if path.stem[:5] == "test_").items() if count > 1
-    ] == []
+    counts = Counter(path.stem for path in FILES if path.stem.startswith("test_"))
+    assert [name for name, count in counts.items() if count > 1] == []
 
 
 def test_no_test_file_imports_another():
@@ -30,7 +29,7 @@ def test_no_test_file_imports_another():
     wrong = []
     for path in FILES:
         text = path.read_text()
-        found = re.findall(r"^\s*(?:import|from) ((?:test_|conftest)\w*)", text, flags=re.M)
+        found = re.findall(r"^[ \t]*(?:import|from) ((?:test_|conftest)\w*)", text, flags=re.M)
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Import):
                 found += [alias.name for alias in node.names]

@@ -22,6 +22,7 @@ def test_a_module_is_found_by_its_old_name(old):
     assert len(parts) > 1 or found is parts[0]
 
 
+@pytest.mark.slow
 def test_old_names_as_programs_write_them():
     """In a process that has imported none of them by the new name; torch comes with the first that needs it."""
     code = """

@@ -132,6 +132,7 @@ def test_the_default_device_changes_nothing(tmp_path):
     assert all(map(torch.equal, files, again))
 
 
+@pytest.mark.slow
 def test_deterministic_algorithms_change_nothing():
     wanted = {mode: train(mode, torch.float32) for mode in MODES}
     torch.use_deterministic_algorithms(True)

@@ -553,6 +553,7 @@ def test_plugins_run_only_if_allowed_and_only_beside_the_recipe(tmp_path, capsys
 EVIL = "<script>alert(1)</script> | a\n# b **c** [d](e) =1+1 & % $ # _ { } ~ ^ \\"
 
 
+@pytest.mark.slow
 def test_what_reports_print_is_escaped(tmp_path):
     from ltp_sparse.recipes.recipe import Cell, Recipe
     from ltp_sparse.report.pages import write_report

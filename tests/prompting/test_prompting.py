@@ -105,6 +105,7 @@ def test_class_order_of_the_loss():
         label_index("yes")
 
 
+@pytest.mark.slow
 def test_each_part_is_encoded_on_its_own(xlmr_tokenizer):
     pair = TinyPair("He left.", "He stayed", "contradiction")
     (example,) = soft_template(2).encode(xlmr_tokenizer, [pair])

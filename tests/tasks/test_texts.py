@@ -215,6 +215,7 @@ def test_real_draws_of_sib200_are_parallel(shared_data):
     assert [t.label for t in english] == [t.label for t in thai] and len(english) == 56
 
 
+@pytest.mark.slow
 def test_the_generated_task_needs_no_files():
     from ltp_sparse.tasks.generated.languages import LANGUAGES
 

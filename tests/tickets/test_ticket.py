@@ -429,6 +429,7 @@ def test_failing_write_leaves_the_old_file_and_nothing_else(failing, ticket, sav
     assert saved.read_bytes() == before and os.listdir(saved.parent) == [saved.name]
 
 
+@pytest.mark.slow
 def test_killed_write_leaves_the_old_file(saved, ticket):
     script = (
         "import os, sys; from pathlib import Path; import ltp_sparse as ls; Path.replace = lambda *_: os._exit(9);"

@@ -227,6 +227,7 @@ def test_best_in_memory_writes_no_file(tmp_path):
     assert_same(weights(trainer.model), seen.at[12])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_disk", [True, False])
 def test_best_of_abandoned_steps_does_not_decide(tmp_path, on_disk):
     """Killed after a lucky evaluation that no checkpoint holds; the resumed run takes another course."""
@@ -489,6 +490,7 @@ def test_checkpoint_records_are_plain_json(tmp_path):
 # --- the pull's initial values ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_disk", [True, False], ids=["disk", "memory"])
 def test_initial_values_exist_once_and_change_nothing(on_disk, tmp_path, monkeypatch):
     """Weights, deltas and files are those of a run that holds them twice, also when it is resumed."""
