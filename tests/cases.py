@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import ltp_sparse as ls
 from ltp_sparse import backends
+from ltp_sparse.backends import compiled as compiled_backend
+from ltp_sparse.backends.arguments import RECORDS, Tensors, fields_of
 from ltp_sparse.optim.gradient_view import GradientView
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -77,10 +79,26 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+class Unpacked:
+    """The functions of a backend, with the fields of their records as arguments."""
+
+    def __init__(self, functions) -> None:
+        self.functions = functions
+
+    def __getattr__(self, op: str):
+        def call(*arguments, **more):
+            fields = fields_of(RECORDS[op])
+            given = dict(zip(fields, arguments, strict=False)) | more
+            lists = {name: Tensors(given[name]) for name, field in fields.items() if field.kind is Tensors}
+            return getattr(self.functions, op)(RECORDS[op](**given | lists))
+
+        return call
+
+
 @pytest.fixture
 def compiled():
     """The compiled module, back on its own instruction set afterwards."""
-    module = backends._extension()
+    module = compiled_backend.extension()
     if isinstance(module, str):
         pytest.skip(module)
     own = module.isa()

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import ALL_BACKENDS, using
+from cases import ALL_BACKENDS, Unpacked, using
 
 import ltp_sparse as ls
 from ltp_sparse import backends, ops
-from ltp_sparse.backends import checks
+from ltp_sparse.backends import checks, choice
+from ltp_sparse.backends.arguments import Tensors, Tiles
 from ltp_sparse.optim.launch import pieces_of
 from ltp_sparse.testing import update_problem
 from ltp_sparse.tickets.bits import TILE
@@ -45,11 +46,11 @@ class Call:
             "grads": [torch.randn(size) for size in table.sizes],
             "exp_avg": torch.zeros(k),
             "exp_avg_sq": torch.zeros(k),
-            "scales": torch.empty(0),
-            "master": torch.empty(0),
+            "scales": None,
+            "master": None,
             **self.index(),
             "coefficients": ops.adamw_coefficients(torch.ones(n), lr=0.1),
-            "anchor": torch.empty(0),
+            "anchor": None,
             "stochastic": False,
             "packed": False,
         }
@@ -70,7 +71,7 @@ OPERATORS = ("masked_adamw_", "masked_sum_squares", "masked_pack_")
 
 
 def call(op: str, arguments: dict) -> None:
-    getattr(OPS, op)(*arguments.values())
+    getattr(OPS, op)(**arguments)
 
 
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
@@ -273,7 +274,9 @@ def try_one(number: int) -> tuple[bool, bool]:
             arguments[name] = [inner for inner, _ in pairs]
             guards += pairs
     for _ in range(rng.randrange(1, 3)):
-        name = rng.choice([name for name, value in arguments.items() if not isinstance(value, bool)])
+        name = rng.choice(
+            [name for name, value in arguments.items() if value is not None and not isinstance(value, bool)]
+        )
         value = arguments[name]
         if isinstance(value, torch.Tensor):
             arguments[name] = strange(rng, value)
@@ -314,7 +317,7 @@ def test_no_call_by_chance_crashes_or_writes_beyond_its_tensors():
 def test_passes_refuse_what_does_not_fit():
     tuned, flag = [torch.randn(100)], torch.zeros(1, dtype=torch.int64)
     long = torch.zeros(1, dtype=torch.int64)
-    passes = backends.resolve(torch.device("cpu"))
+    passes = Unpacked(backends.resolve(torch.device("cpu")))
     with pytest.raises(ValueError, match=r"histogram must be torch.int64 \[1, 32768\]"):
         passes.delta_histogram([], tuned, [0], None, torch.zeros(1, 100, dtype=torch.int64), flag)
     with pytest.raises(ValueError, match="group 3"):
@@ -391,11 +394,11 @@ def test_subclasses_that_only_carry_attributes_pass():
 def test_a_step_is_served_by_one_backend(monkeypatch):
     """A table of choices that changes with the density: norm, packing and update go by that of all parameters."""
     rows = [["masked_adamw_", "float32", 0.01, {"triton": 1.0}], ["masked_adamw_", "float32", 0.5, {"reference": 1.0}]]
-    monkeypatch.setattr(backends, "choices", lambda: {"cpu": {"measured": True, "source": "test", "rows": rows}})
-    backends._orders.cache_clear()
+    monkeypatch.setattr(choice, "choices", lambda: {"cpu": {"measured": True, "source": "test", "rows": rows}})
+    choice._orders.cache_clear()
     try:
-        used, choose = [], ops._backend
-        monkeypatch.setattr(ops, "_backend", lambda *a: used.append(choose(*a).name) or choose(*a))
+        used, choose = [], ops._serving
+        monkeypatch.setattr(ops, "_serving", lambda *a: used.append(choose(*a).name) or choose(*a))
         for density, expected in ((0.02, "triton"), (0.6, "reference")):
             if backends.unavailable_reason(expected, torch.device("cpu")):
                 continue
@@ -411,7 +414,7 @@ def test_a_step_is_served_by_one_backend(monkeypatch):
                 opt.step()
                 assert set(used) == {expected} and len(used) >= 2
     finally:
-        backends._orders.cache_clear()
+        choice._orders.cache_clear()
 
 
 def test_parts_of_a_table_keep_its_density():
@@ -420,5 +423,5 @@ def test_parts_of_a_table_keep_its_density():
     assert table.density == table.k / sum(table.sizes)
     assert {piece.table.density for piece in pieces_of(table, 10)} == {table.density}
     assert replace(table, counts=(1,)).density == table.density
-    facts = checks.table_facts("it", table.tiles, table.words, table.ranks, table.positions)
-    assert checks.table_facts("it", table.tiles, table.words, table.ranks, table.positions) is facts
+    tiles = Tiles(table.tiles, table.words, table.ranks, table.positions, Tensors())
+    assert checks.table_facts("it", tiles) is checks.table_facts("it", tiles)
