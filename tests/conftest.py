@@ -103,9 +103,9 @@ def tokenizer():
 @pytest.fixture
 def compiled():
     """The compiled module, back on its own instruction set afterwards."""
-    from ltp_sparse import backends
+    from ltp_sparse.backends.compiled import extension
 
-    module = backends._extension()
+    module = extension()
     if isinstance(module, str):
         pytest.skip(module)
     own = module.isa()

@@ -28,6 +28,7 @@ from torch import Tensor
 
 import ltp_sparse as ls
 from ltp_sparse import backends
+from ltp_sparse.backends.arguments import Band, Histogram, Tensors
 from ltp_sparse.ops import index_sets
 from ltp_sparse.ops.routes import Selection, select_topk
 from ltp_sparse.ops.sources import TensorSource
@@ -194,7 +195,8 @@ def select(problem: Problem, passes: backends.Backend, k: int, route: str) -> Se
 def histogram(problem: Problem, passes: backends.Backend) -> Tensor:
     bins = torch.zeros(1, 32_768, dtype=torch.int64, device=problem.device)
     nonfinite = torch.zeros(1, dtype=torch.int64, device=problem.device)
-    passes.delta_histogram(problem.initial, problem.tuned, [0] * len(problem.sizes), None, bins, nonfinite)
+    sides, groups = (Tensors(problem.initial), Tensors(problem.tuned)), [0] * len(problem.sizes)
+    passes.delta_histogram(Histogram(*sides, groups, None, bins, nonfinite))
     return bins[0]
 
 
@@ -205,10 +207,11 @@ def band(problem: Problem, passes: backends.Backend, threshold: float) -> Tensor
     above, inside, offsets = (torch.empty(layout.tiles, dtype=torch.int64, device=device) for _ in range(3))
     cursor, nonfinite = torch.zeros(2, 1, dtype=torch.int64, device=device)
     low = torch.tensor([threshold], device=device).view(torch.int32).to(torch.int64).clamp_(min=1)
-    passes.delta_band(
-        problem.initial, problem.tuned, [0] * len(problem.sizes), low, low + 1, words, layout.word_offsets[:-1],
-        above, inside, None, keys, torch.empty_like(keys, dtype=torch.int16), offsets, cursor, nonfinite,
-    )  # fmt: skip
+    passes.delta_band(Band(
+        Tensors(problem.initial), Tensors(problem.tuned), [0] * len(problem.sizes), low, low + 1, words,
+        layout.word_offsets[:-1], above, inside, None, keys, torch.empty_like(keys, dtype=torch.int16), offsets,
+        cursor, nonfinite,
+    ))  # fmt: skip
     return torch.stack([above.sum(), inside.sum()])
 
 

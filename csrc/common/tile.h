@@ -14,10 +14,12 @@ struct TileRow {
 };
 static_assert(sizeof(TileRow) == 8 * sizeof(int64_t), "a row of the tile table has 8 columns");
 
+constexpr int64_t kNoLimit = INT64_MAX;
+
 // How much there is of all that the rows of a table lead to.
 struct TileRoom {
     int64_t params, words, positions;
-    int64_t slots, blocks;  // a large number where nothing is kept by them
+    int64_t slots, blocks;  // kNoLimit where nothing is kept by them
 };
 
 // Whether `count` items from `first` on lie in `size` of them.

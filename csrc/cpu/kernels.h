@@ -6,11 +6,12 @@
 
 #include "../common/adamw.h"
 #include "../common/dtypes.h"
+#include "../common/update.h"
 
 namespace ltp {
 
 // One tile of one parameter, addresses already resolved to the tile's first entry, slot or block.
-struct AdamWTile {
+struct AdamWTile : PackedState {
     Encoding encoding;
     int64_t start, length;  // entries of the parameter before the tile, and in it, 1 .. kTile
     int64_t active;         // active entries, 1 .. length
@@ -18,11 +19,6 @@ struct AdamWTile {
     const void* grad;       // [length] of grad_dtype, or packed: [active] float32
     Dtype param_dtype, grad_dtype;
     bool packed;
-    void* exp_avg;              // [active] float32, or with scales int8; updated
-    void* exp_avg_sq;           // [active] float32, or with scales uint8; updated
-    float* scales;              // [ceil(active / 256), 2] of exp_avg and exp_avg_sq, updated; null: no 8-bit moments
-    float* master;              // [active] exact values, updated; null: the parameter's own are exact
-    const float* anchor;        // [active], or null: no pull
     const int32_t* words;       // kBitmap: [2 * ceil(length / 64)]
     const uint16_t* positions;  // kList16: [active] ascending
     bool stochastic;            // rounds bfloat16 parameters stochastically

@@ -6,7 +6,6 @@
 #include <string>
 
 #include "../common/rounding.h"
-#include "../common/tile.h"
 #include "kernels.h"
 #include "thread_pool.h"
 #include "tile_queue.h"
@@ -14,23 +13,23 @@
 namespace ltp {
 namespace {
 
-TileRow row_of(const MaskedAdamW& table, int64_t t) { return reinterpret_cast<const TileRow*>(table.tiles)[t]; }
-
 int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
-bool has_gradient(const MaskedAdamW& table, const TileRow& row) { return table.packed || table.grads[row.param] != 0; }
+bool has_gradient(const HostUpdate& update, const TileRow& row) {
+    return update.packed || update.grads[row.param] != 0;
+}
 
 // The entries of a row's parameter; where there is no gradient, nothing of it is touched.
-int64_t size_of(const MaskedAdamW& table, const TileRow& row) {
-    if (!lies_in(row.param, 1, table.room.params)) return 0;
-    return has_gradient(table, row) ? table.sizes[row.param] : kNoLimit;
+int64_t size_of(const HostUpdate& update, const TileRow& row) {
+    if (!lies_in(row.param, 1, update.room.params)) return 0;
+    return has_gradient(update, row) ? update.sizes[row.param] : kNoLimit;
 }
 
 // Checks the table and queues its tiles.
-void queue_tiles(const MaskedAdamW& table, TileQueue& queue) {
-    for (int64_t t = 0; t < table.n_tiles; ++t) {
-        const TileRow row = row_of(table, t);
-        if (!lies_inside(row, table.room, size_of(table, row))) {
+void queue_tiles(const HostUpdate& update, TileQueue& queue) {
+    for (int64_t t = 0; t < update.n_tiles; ++t) {
+        const TileRow row = update.tiles[t];
+        if (!lies_inside(row, update.room, size_of(update, row))) {
             throw std::invalid_argument("row " + std::to_string(t) +
                                         " of the tile table is not a tile of the parameters and state given");
         }
@@ -39,55 +38,54 @@ void queue_tiles(const MaskedAdamW& table, TileQueue& queue) {
     }
 }
 
-const double* coefficients_of(const MaskedAdamW& table, const TileRow& row) {
-    return table.coefficients + AdamWCoefficients::kColumns * row.param;
+const double* coefficients_of(const HostUpdate& update, const TileRow& row) {
+    return update.coefficients + AdamWCoefficients::kColumns * row.param;
 }
 
 // Which entries of the tile are active.
-AdamWTile resolve_index(const MaskedAdamW& table, const TileRow& row) {
+AdamWTile resolve_index(const HostUpdate& update, const TileRow& row) {
     AdamWTile tile = {};
     tile.encoding = row.encoding;
     tile.start = row.start;
     tile.length = row.length;
     tile.active = row.active;
-    if (row.encoding == Encoding::kBitmap) tile.words = table.words + row.index;
-    if (row.encoding == Encoding::kList16) tile.positions = table.positions + row.index;
+    if (row.encoding == Encoding::kBitmap) tile.words = update.words + row.index;
+    if (row.encoding == Encoding::kList16) tile.positions = update.positions + row.index;
     return tile;
 }
 
 // These, and where its gradients are.
-AdamWTile resolve_gradients(const MaskedAdamW& table, const TileRow& row) {
-    AdamWTile tile = resolve_index(table, row);
-    tile.param_dtype = table.param_dtype;
-    tile.packed = table.packed;
-    tile.grad_dtype = table.packed ? Dtype::kFloat32 : table.grad_dtype;
-    const uintptr_t grad =
-        table.packed ? table.grads[0] + 4 * row.slot : table.grads[row.param] + bytes_of(table.grad_dtype) * row.start;
+AdamWTile resolve_gradients(const HostUpdate& update, const TileRow& row) {
+    AdamWTile tile = resolve_index(update, row);
+    tile.param_dtype = update.param_dtype;
+    tile.packed = update.packed;
+    tile.grad_dtype = update.packed ? Dtype::kFloat32 : update.grad_dtype;
+    const uintptr_t grad = update.packed ? update.grads[0] + 4 * row.slot
+                                         : update.grads[row.param] + bytes_of(update.grad_dtype) * row.start;
     tile.grad = reinterpret_cast<const void*>(grad);
     return tile;
 }
 
-AdamWTile resolve(const MaskedAdamW& table, const TileRow& row) {
-    AdamWTile tile = resolve_gradients(table, row);
-    tile.param = reinterpret_cast<void*>(table.params[row.param] + bytes_of(table.param_dtype) * row.start);
-    if (table.anchor != nullptr) tile.anchor = table.anchor + row.slot;
-    if (table.master != nullptr) tile.master = table.master + row.slot;
-    tile.coefficients = AdamWCoefficients::from_row(coefficients_of(table, row));
+AdamWTile resolve(const HostUpdate& update, const TileRow& row) {
+    AdamWTile tile = resolve_gradients(update, row);
+    tile.param = reinterpret_cast<void*>(update.params[row.param] + bytes_of(update.param_dtype) * row.start);
+    static_cast<PackedState&>(tile) = update.state.of_tile(row, update.state.scales != nullptr ? 1 : 4);
+    tile.coefficients = AdamWCoefficients::from_row(coefficients_of(update, row));
     return tile;
 }
 
 // Calls body(number, row) for every tile, on `threads` threads; leaves out those whose index does not fit, and throws.
 template <class Body>
-void for_each_tile(const MaskedAdamW& table, int64_t threads, Body body) {
+void for_each_tile(const HostUpdate& update, int64_t threads, Body body) {
     TileQueue queue;
-    queue_tiles(table, queue);
+    queue_tiles(update, queue);
     const auto fits = kernels().fits;
     std::atomic<int64_t> wrong{-1};
     run_parallel(queue.split(threads), [&](int64_t worker) {
         for (int64_t begin, end; queue.take(worker, begin, end);) {
             for (int64_t t = begin; t < end; ++t) {
-                const TileRow row = row_of(table, t);
-                if (fits(resolve_index(table, row))) {
+                const TileRow row = update.tiles[t];
+                if (fits(resolve_index(update, row))) {
                     body(t, row);
                 } else {
                     wrong = t;
@@ -103,33 +101,29 @@ void for_each_tile(const MaskedAdamW& table, int64_t threads, Body body) {
 
 }  // namespace
 
-void masked_adamw_(const MaskedAdamW& table, const Moments& moments, bool stochastic, int64_t threads) {
-    const auto update = kernels().adamw;
-    const int64_t size = moments.scales != nullptr ? 1 : 4;
-    for_each_tile(table, threads, [&](int64_t, const TileRow& row) {
-        const double* coefficients = coefficients_of(table, row);
-        if (!has_gradient(table, row) || !AdamWCoefficients::applies(coefficients)) return;
-        AdamWTile tile = resolve(table, row);
-        tile.exp_avg = reinterpret_cast<void*>(moments.exp_avg + size * row.slot);
-        tile.exp_avg_sq = reinterpret_cast<void*>(moments.exp_avg_sq + size * row.slot);
-        if (moments.scales != nullptr) tile.scales = moments.scales + 2 * row.block;
-        tile.stochastic = stochastic;
+void masked_adamw_(const HostUpdate& update, int64_t threads) {
+    const auto run = kernels().adamw;
+    for_each_tile(update, threads, [&](int64_t, const TileRow& row) {
+        const double* coefficients = coefficients_of(update, row);
+        if (!has_gradient(update, row) || !AdamWCoefficients::applies(coefficients)) return;
+        AdamWTile tile = resolve(update, row);
+        tile.stochastic = update.stochastic;
         tile.key = tile_key(AdamWCoefficients::rounding_key(coefficients), row.start);
-        update(tile);
+        run(tile);
     });
 }
 
-void masked_sum_squares(const MaskedAdamW& table, double* out, int64_t threads) {
+void masked_sum_squares(const HostUpdate& update, double* out, int64_t threads) {
     const auto sum_squares = kernels().sum_squares;
-    for_each_tile(table, threads, [&](int64_t t, const TileRow& row) {
-        out[t] = has_gradient(table, row) ? sum_squares(resolve(table, row)) : 0.0;
+    for_each_tile(update, threads, [&](int64_t t, const TileRow& row) {
+        out[t] = has_gradient(update, row) ? sum_squares(resolve(update, row)) : 0.0;
     });
 }
 
-void masked_pack_(const MaskedAdamW& table, float* out, bool accumulate, int64_t threads) {
+void masked_pack_(const HostUpdate& update, float* out, bool accumulate, int64_t threads) {
     const auto pack = kernels().pack;
-    for_each_tile(table, threads, [&](int64_t, const TileRow& row) {
-        if (has_gradient(table, row)) pack(resolve_gradients(table, row), out + row.slot, accumulate);
+    for_each_tile(update, threads, [&](int64_t, const TileRow& row) {
+        if (has_gradient(update, row)) pack(resolve_gradients(update, row), out + row.slot, accumulate);
     });
 }
 

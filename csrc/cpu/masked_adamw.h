@@ -2,50 +2,59 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
-#include "../common/dtypes.h"
-#include "../common/tile.h"
+#include "../common/update.h"
 
 namespace ltp {
 
-constexpr int64_t kNoLimit = INT64_MAX;
-
-// A list of P parameters, their packed state of K slots and the T tiles that hold their active entries.
-// All addresses are of contiguous memory, which the caller keeps alive; null where something is not used.
-struct MaskedAdamW {
+// The parameters of an update, at addresses of contiguous memory, which the caller keeps alive.
+struct HostUpdate : Update {
     std::vector<uintptr_t> params;  // P addresses of [numel] of param_dtype
-    std::vector<uintptr_t> grads;   // P addresses of [numel] of grad_dtype; 0 = no gradient, the parameter is skipped
+    std::vector<uintptr_t> grads;   // P addresses of [numel] of grad_dtype; 0 = no gradient, the parameter is skipped.
+                                    // Packed: one, of [K]
     std::vector<int64_t> sizes;     // P times numel
-    Dtype param_dtype, grad_dtype;
-    bool packed;           // grads is one address, of float32 [K]
-    const int64_t* tiles;  // [T, 8] PARAM, START, LENGTH, ACTIVE, SLOT, INDEX, ENCODING, BLOCK
-    int64_t n_tiles;
-    const int32_t* words;       // bitmaps, 2 * ceil(LENGTH / 64) words at INDEX
-    const uint16_t* positions;  // lists, ACTIVE ascending positions in the tile at INDEX
-    TileRoom room;
-    const double* coefficients;  // [P, 11], see common/adamw.h
-    const float* anchor;         // [K] the weights to pull to, or null
-    float* master;               // [K] the exact weights, updated, or null
 };
 
-// The moments, updated in place: float32 [K], or with scales int8 [K] and uint8 [K], see common/quantization.h.
-struct Moments {
-    uintptr_t exp_avg, exp_avg_sq;
-    float* scales;  // [B, 2], or null
-};
+template <class Record>
+HostUpdate host_pack(const Record& record) {
+    HostUpdate update = {};
+    update.grads = record.addresses("grads");
+    update.sizes = record.sizes("grads");
+    read_tiles(record, int64_t(update.grads.size()), update);
+    return update;
+}
+
+// read: read_norm or read_update
+template <class Record>
+HostUpdate host_update(const Record& record, void (*read)(const Record&, int64_t, Update&)) {
+    HostUpdate update = {};
+    update.params = record.addresses("params");
+    update.grads = record.addresses("grads");
+    update.sizes = record.sizes("params");
+    const size_t wanted = record.flag("packed") ? 1 : update.params.size();
+    if (update.grads.size() != wanted) {
+        throw std::invalid_argument(
+            "expected one gradient address (or 0) per parameter, or one in all if packed, got " +
+            std::to_string(update.grads.size()) + " for " + std::to_string(update.params.size()));
+    }
+    read(record, int64_t(update.params.size()), update);
+    return update;
+}
 
 // Updates the active entries of `params`, their moments and masters, of every parameter that has a gradient and whose
 // APPLY is not 0; bfloat16 parameters are rounded to nearest or stochastically.
 //
 // As the two below, throws std::invalid_argument for a table whose tiles do not lie in the memory given: before
 // anything is written if a row says so; for a list or a bitmap that its row does not fit, after all other tiles.
-void masked_adamw_(const MaskedAdamW& table, const Moments& moments, bool stochastic, int64_t threads);
+void masked_adamw_(const HostUpdate& update, int64_t threads);
 
 // Writes to out [T] the sum of the squared effective gradients of each tile's active entries; 0 without a gradient.
-void masked_sum_squares(const MaskedAdamW& table, double* out, int64_t threads);
+void masked_sum_squares(const HostUpdate& update, double* out, int64_t threads);
 
 // Copies the active entries of `grads` to their slots of out [K], or adds them. Reads no parameters.
-void masked_pack_(const MaskedAdamW& table, float* out, bool accumulate, int64_t threads);
+void masked_pack_(const HostUpdate& update, float* out, bool accumulate, int64_t threads);
 
 }  // namespace ltp

@@ -18,26 +18,18 @@ void require(bool holds, const std::string& message) {
     if (!holds) throw std::invalid_argument(message);
 }
 
-void check(const char* op, const DeltaPairs& pairs, int64_t n_groups) {
+void check(const char* op, const HostPairs& pairs, const std::vector<int64_t>& groups, int64_t n_groups) {
     const std::string name(op);
-    const size_t n = pairs.tuned.size();
-    require((pairs.initial.empty() || pairs.initial.size() == n) &&
-                pairs.initial_dtypes.size() == pairs.initial.size() && pairs.tuned_dtypes.size() == n &&
-                pairs.sizes.size() == n && pairs.groups.size() == n,
-            name + ": the lists must have an item for each of the " + std::to_string(n) + " tensors");
-    for (size_t i = 0; i < n; ++i) {
-        const int codes[2] = {pairs.tuned_dtypes[i], pairs.initial.empty() ? 0 : pairs.initial_dtypes[i]};
-        for (const int code : codes) {
-            require(code >= 0 && code <= 2, name + ": dtype codes are 0, 1 and 2, got " + std::to_string(code));
-        }
-        require(pairs.sizes[i] >= 0, name + ": negative size");
-        require(pairs.groups[i] >= 0 && pairs.groups[i] < n_groups,
-                name + ": group " + std::to_string(pairs.groups[i]) + " of " + std::to_string(n_groups));
+    require(groups.size() == pairs.tuned.size(),
+            name + ": expected a group for each of the " + std::to_string(pairs.tuned.size()) + " tensors");
+    for (const int64_t group : groups) {
+        require(group >= 0 && group < n_groups,
+                name + ": group " + std::to_string(group) + " of " + std::to_string(n_groups));
     }
 }
 
 // At most `length` entries of a pair, from `start` on.
-DeltaTile tile_of(const DeltaPairs& pairs, int64_t pair, int64_t start, int64_t length) {
+DeltaTile tile_of(const HostPairs& pairs, int64_t pair, int64_t start, int64_t length) {
     const auto address = [&](uintptr_t base, int dtype) {
         return reinterpret_cast<const void*>(base + uintptr_t(start) * (dtype == 0 ? 4 : 2));
     };
@@ -55,8 +47,9 @@ DeltaTile tile_of(const DeltaPairs& pairs, int64_t pair, int64_t start, int64_t 
 // The tiles of the pairs, checked and queued.
 class PairTiles {
   public:
-    PairTiles(const char* op, const DeltaPairs& pairs, int64_t n_groups) : pairs_(pairs) {
-        check(op, pairs, n_groups);
+    PairTiles(const char* op, const HostPairs& pairs, const std::vector<int64_t>& groups, int64_t n_groups)
+        : pairs_(pairs) {
+        check(op, pairs, groups, n_groups);
         for (size_t i = 0; i < pairs.sizes.size(); ++i) {
             for (int64_t start = 0; start < pairs.sizes[i]; start += kTile) {
                 tiles_.push_back({int64_t(i), start});
@@ -84,7 +77,7 @@ class PairTiles {
         int64_t pair, start;
     };
 
-    const DeltaPairs& pairs_;
+    const HostPairs& pairs_;
     std::vector<Place> tiles_;
     TileQueue queue_;
 };
@@ -131,19 +124,18 @@ void set_first(const uint64_t* selected, int64_t count, int32_t* words) {
 void set_bit(int32_t* words, uint16_t position) { words[position >> 5] |= int32_t(uint32_t(1) << (position & 31)); }
 
 // Whether the positions of a tile's candidates lie in its words.
-bool lie_in_words(const TileWords& words, int64_t t, const uint16_t* positions, int64_t count) {
+bool lie_in_words(const Marks& marks, int64_t t, const uint16_t* positions, int64_t count) {
     uint16_t largest = 0;
     for (int64_t i = 0; i < count; ++i) largest = std::max(largest, positions[i]);
-    return words.first[t] >= 0 && words.first[t] < words.n_words - (largest >> 5);
+    return marks.tile_words[t] >= 0 && marks.tile_words[t] < marks.n_words - (largest >> 5);
 }
 
-// Calls body(worker, tile, its keys, its positions) for every tile that holds candidates, on `threads` threads. words:
+// Calls body(worker, tile, its keys, its positions) for every tile that holds candidates, on `threads` threads. marks:
 // where the body sets bits, or null. Leaves out tiles whose numbers lead out of this memory, and throws.
 template <class Body>
-void for_each_tile(const char* op, const Candidates& candidates, int64_t n_groups, const TileWords* words,
-                   int64_t threads, Body body) {
+void for_each_tile(const char* op, const Candidates& candidates, const Marks* marks, int64_t threads, Body body) {
     TileQueue queue;
-    for (int64_t t = 0; t < candidates.tiles; ++t) {
+    for (int64_t t = 0; t < candidates.n_tiles; ++t) {
         queue.add(std::min(std::max<int64_t>(candidates.inside[t], 0), kTile));
     }
     std::atomic<int64_t> wrong{-1};
@@ -155,7 +147,7 @@ void for_each_tile(const char* op, const Candidates& candidates, int64_t n_group
                 if (count == 0) continue;
                 const uint16_t* positions = candidates.positions + offset;
                 if (count < 0 || count > kTile || offset < 0 || offset > candidates.capacity - count || group < 0 ||
-                    group >= n_groups || (words != nullptr && !lie_in_words(*words, t, positions, count))) {
+                    group >= candidates.n_groups || (marks != nullptr && !lie_in_words(*marks, t, positions, count))) {
                     wrong = t;
                 } else {
                     body(worker, t, candidates.keys + offset, positions);
@@ -169,39 +161,36 @@ void for_each_tile(const char* op, const Candidates& candidates, int64_t n_group
 
 }  // namespace
 
-bool delta_histogram(const DeltaPairs& pairs, const std::vector<int64_t>& prefixes, int64_t* histogram,
-                     int64_t n_groups, int64_t threads) {
-    require(
-        prefixes.empty() || int64_t(prefixes.size()) == n_groups,
-        "delta_histogram: expected " + std::to_string(n_groups) + " prefixes, got " + std::to_string(prefixes.size()));
-    for (const int64_t prefix : prefixes) {
-        require(prefix >= 0 && prefix < 32768,
-                "delta_histogram: prefix must be in [0, 32768), got " + std::to_string(prefix));
+void delta_histogram(const HostPairs& pairs, const std::vector<int64_t>& groups, const Histogram& histogram,
+                     int64_t threads) {
+    const int64_t* const prefixes = histogram.prefixes;
+    for (int64_t g = 0; prefixes != nullptr && g < histogram.n_groups; ++g) {
+        require(prefixes[g] >= 0 && prefixes[g] < 32768,
+                "delta_histogram: prefix must be in [0, 32768), got " + std::to_string(prefixes[g]));
     }
-    PairTiles tiles("delta_histogram", pairs, n_groups);
+    PairTiles tiles("delta_histogram", pairs, groups, histogram.n_groups);
     const Kernels& kernel = kernels();
     const int64_t workers = tiles.split(threads);
     std::vector<ThreadBins> thread_bins(std::max<int64_t>(workers, 1),
-                                        ThreadBins(prefixes.empty() ? kHighBins : kLowBins, histogram));
+                                        ThreadBins(prefixes == nullptr ? kHighBins : kLowBins, histogram.bins));
     std::atomic<bool> nonfinite{false};
     run_parallel(workers, [&](int64_t worker) {
         ThreadBins& own = thread_bins[worker];
         tiles.for_each(worker, [&](int64_t, int64_t pair, int64_t, const DeltaTile& tile) {
-            const int64_t group = pairs.groups[pair];
+            const int64_t group = groups[pair];
             uint32_t* bins = own.bins(group, tile.length);
-            const int32_t largest = prefixes.empty() ? kernel.histogram_high(tile, bins)
-                                                     : kernel.histogram_low(tile, int32_t(prefixes[group]), bins);
+            const int32_t largest = prefixes == nullptr ? kernel.histogram_high(tile, bins)
+                                                        : kernel.histogram_low(tile, int32_t(prefixes[group]), bins);
             if (largest >= kFirstNonfinite) nonfinite = true;
         });
         own.flush();
     });
-    return nonfinite;
+    if (nonfinite) *histogram.nonfinite = 1;
 }
 
-void sample_keys(const DeltaPairs& pairs, const int64_t* tensors, const int64_t* runs, int64_t count, int32_t* keys,
-                 int64_t threads) {
-    check("sample_keys", pairs, INT64_MAX);
-    const int64_t n = int64_t(pairs.sizes.size());
+void sample_keys(const HostPairs& pairs, const Sample& sample, int64_t threads) {
+    const int64_t n = int64_t(pairs.sizes.size()), count = sample.count;
+    const int64_t *tensors = sample.tensors, *runs = sample.runs;
     for (int64_t r = 0; r < count; ++r) {
         if (tensors[r] < 0 || tensors[r] >= n) {
             throw std::invalid_argument("sample_keys: tensor " + std::to_string(tensors[r]) + " of " +
@@ -225,7 +214,7 @@ void sample_keys(const DeltaPairs& pairs, const int64_t* tensors, const int64_t*
                     __builtin_prefetch(later.initial);
                     __builtin_prefetch(later.tuned);
                 }
-                int32_t* const out = keys + r * kRun;
+                int32_t* const out = sample.keys + r * kRun;
                 const DeltaTile tile = tile_of(pairs, tensors[r], kRun * runs[r], kRun);
                 kernel.all_keys(tile, out);
                 for (int64_t i = 0; i < tile.length; ++i) out[i] = std::min(out[i], kFirstNonfinite - 1);
@@ -235,23 +224,21 @@ void sample_keys(const DeltaPairs& pairs, const int64_t* tensors, const int64_t*
     });
 }
 
-bool delta_band(const DeltaPairs& pairs, const DeltaBand& band, int64_t threads) {
-    const int64_t n_groups = int64_t(band.low.size());
-    require(band.high.size() == band.low.size(), "delta_band: low and high must have one item per group");
-    for (int64_t g = 0; g < n_groups; ++g) {
+void delta_band(const HostPairs& pairs, const std::vector<int64_t>& groups, const std::vector<int64_t>& word_offsets,
+                const Band& band, int64_t threads) {
+    for (int64_t g = 0; g < band.n_groups; ++g) {
         require(1 <= band.low[g] && band.low[g] <= band.high[g], "delta_band: expected 1 <= low <= high, got " +
                                                                      std::to_string(band.low[g]) + " and " +
                                                                      std::to_string(band.high[g]));
     }
-    require(band.word_offsets.size() == pairs.tuned.size(), "delta_band: word_offsets must have one item per tensor");
-    PairTiles tiles("delta_band", pairs, n_groups);
+    PairTiles tiles("delta_band", pairs, groups, band.n_groups);
     const Kernels& kernel = kernels();
     std::atomic<bool> nonfinite{false};
     run_parallel(tiles.split(threads), [&](int64_t worker) {
         uint64_t inside[kTile / 64];
         tiles.for_each(worker, [&](int64_t t, int64_t pair, int64_t start, const DeltaTile& tile) {
-            const int64_t group = pairs.groups[pair];
-            int32_t* words = band.words + band.word_offsets[pair] + start / 32;
+            const int64_t group = groups[pair];
+            int32_t* words = band.words + word_offsets[pair] + start / 32;
             // No key is above 2^31 - 1, so any larger bound means the same as 2^31.
             const auto bound = [](int64_t key) { return int32_t(std::min<int64_t>(key - 1, INT32_MAX)); };
             const BandCounts counts = kernel.band(tile, bound(band.low[group]), bound(band.high[group]), words, inside);
@@ -265,17 +252,14 @@ bool delta_band(const DeltaPairs& pairs, const DeltaBand& band, int64_t threads)
             if (fits && counts.inside > 0) kernel.collect(tile, inside, band.keys + offset, band.positions + offset);
         });
     });
-    return nonfinite;
+    if (nonfinite) *band.nonfinite = 1;
 }
 
-void candidate_histogram(const Candidates& candidates, const CandidateBins& bands, int64_t* histogram,
-                         int64_t threads) {
-    const int64_t n_groups = int64_t(bands.low.size());
-    require(bands.high.size() == bands.low.size() && bands.shift.size() == bands.low.size(),
-            "candidate_histogram: low, high and shift must have one item per group");
-    for (const int64_t shift : bands.shift) {
-        require(shift >= 0 && shift < 32,
-                "candidate_histogram: shift must be in [0, 32), got " + std::to_string(shift));
+void candidate_histogram(const Candidates& candidates, const CandidateBins& bands, int64_t threads) {
+    const int64_t n_groups = candidates.n_groups;
+    for (int64_t g = 0; g < n_groups; ++g) {
+        require(bands.shift[g] >= 0 && bands.shift[g] < 32,
+                "candidate_histogram: shift must be in [0, 32), got " + std::to_string(bands.shift[g]));
     }
     std::vector<std::vector<int64_t>> counts(threads);
     const auto add = [&](int64_t worker, int64_t t, const int32_t* keys, const uint16_t*) {
@@ -289,42 +273,40 @@ void candidate_histogram(const Candidates& candidates, const CandidateBins& band
             if (bin < bands.bins) ++own[group * bands.bins + bin];
         }
     };
-    for_each_tile("candidate_histogram", candidates, n_groups, nullptr, threads, add);
+    for_each_tile("candidate_histogram", candidates, nullptr, threads, add);
     for (const auto& own : counts) {
-        for (size_t bin = 0; bin < own.size(); ++bin) histogram[bin] += own[bin];
+        for (size_t bin = 0; bin < own.size(); ++bin) bands.histogram[bin] += own[bin];
     }
 }
 
-void take_above(const Candidates& candidates, const std::vector<int64_t>& cut, const TileWords& words, int64_t* taken,
-                int64_t* ties, int64_t threads) {
-    std::fill(taken, taken + candidates.tiles, 0);
-    std::fill(ties, ties + candidates.tiles, 0);
+void take_above(const Candidates& candidates, const Above& marks, int64_t threads) {
+    std::fill(marks.taken, marks.taken + candidates.n_tiles, 0);
+    std::fill(marks.ties, marks.ties + candidates.n_tiles, 0);
     const auto take = [&](int64_t, int64_t t, const int32_t* keys, const uint16_t* positions) {
-        const int64_t limit = cut[candidates.groups[t]];
+        const int64_t limit = marks.cut[candidates.groups[t]];
         int64_t above = 0, equal = 0;
         for (int64_t i = 0; i < candidates.inside[t]; ++i) {
             equal += keys[i] == limit;
             if (keys[i] <= limit) continue;
             ++above;
-            set_bit(words.words + words.first[t], positions[i]);
+            set_bit(marks.words + marks.tile_words[t], positions[i]);
         }
-        taken[t] = above;
-        ties[t] = equal;
+        marks.taken[t] = above;
+        marks.ties[t] = equal;
     };
-    for_each_tile("take_above", candidates, int64_t(cut.size()), &words, threads, take);
+    for_each_tile("take_above", candidates, &marks, threads, take);
 }
 
-void take_ties(const Candidates& candidates, const std::vector<int64_t>& cut, const TileWords& words,
-               const int64_t* take, int64_t threads) {
+void take_ties(const Candidates& candidates, const Ties& marks, int64_t threads) {
     const auto set = [&](int64_t, int64_t t, const int32_t* keys, const uint16_t* positions) {
-        int64_t left = take[t];
+        int64_t left = marks.take[t];
         for (int64_t i = 0; left > 0 && i < candidates.inside[t]; ++i) {
-            if (keys[i] != cut[candidates.groups[t]]) continue;
-            set_bit(words.words + words.first[t], positions[i]);
+            if (keys[i] != marks.cut[candidates.groups[t]]) continue;
+            set_bit(marks.words + marks.tile_words[t], positions[i]);
             --left;
         }
     };
-    for_each_tile("take_ties", candidates, int64_t(cut.size()), &words, threads, set);
+    for_each_tile("take_ties", candidates, &marks, threads, set);
 }
 
 }  // namespace ltp

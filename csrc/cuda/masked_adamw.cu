@@ -10,40 +10,37 @@ namespace ltp {
 namespace {
 
 template <class Param, class Grad, bool PACKED>
-__global__ void __launch_bounds__(kThreads)
-    update_kernel(const __grid_constant__ CudaTable table, const __grid_constant__ CudaMoments moments,
-                  bool stochastic) {
+__global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant__ DeviceUpdate update) {
     __shared__ uint16_t listed[kSubTile];
     __shared__ double scratch[kThreads / 32];
     DeviceThreads<kThreads> threads(scratch);
-    update_block<Param, Grad, PACKED>(table, moments, stochastic, blockIdx.x, listed, threads);
+    update_block<Param, Grad, PACKED>(update, blockIdx.x, listed, threads);
+}
+
+template <class Param, class Grad, bool PACKED>
+__global__ void __launch_bounds__(kThreads) update_coded_kernel(const __grid_constant__ DeviceUpdate update) {
+    __shared__ double scratch[kThreads / 32];
+    DeviceThreads<kThreads> threads(scratch);
+    update_coded_block<Param, Grad, PACKED>(update, blockIdx.x, threads);
 }
 
 template <class Param, class Grad, bool PACKED>
 __global__ void __launch_bounds__(kThreads)
-    update_coded_kernel(const __grid_constant__ CudaTable table, const __grid_constant__ CudaMoments moments,
-                        bool stochastic) {
-    __shared__ double scratch[kThreads / 32];
-    DeviceThreads<kThreads> threads(scratch);
-    update_coded_block<Param, Grad, PACKED>(table, moments, stochastic, blockIdx.x, threads);
-}
-
-template <class Param, class Grad, bool PACKED>
-__global__ void __launch_bounds__(kThreads) sum_squares_kernel(const __grid_constant__ CudaTable table, double* out) {
+    sum_squares_kernel(const __grid_constant__ DeviceUpdate update, double* out) {
     __shared__ uint16_t listed[kSubTile];
     __shared__ double scratch[kThreads / 32];
     DeviceThreads<kThreads> threads(scratch);
-    const double sum = sum_squares_block<Param, Grad, PACKED>(table, blockIdx.x, listed, threads);
+    const double sum = sum_squares_block<Param, Grad, PACKED>(update, blockIdx.x, listed, threads);
     if (threadIdx.x == 0) out[blockIdx.x] = sum;
 }
 
 template <class Grad>
 __global__ void __launch_bounds__(kThreads)
-    pack_kernel(const __grid_constant__ CudaTable table, float* out, bool accumulate) {
+    pack_kernel(const __grid_constant__ DeviceUpdate update, float* out, bool accumulate) {
     __shared__ uint16_t listed[kSubTile];
     __shared__ double scratch[kThreads / 32];
     DeviceThreads<kThreads> threads(scratch);
-    pack_block<Grad>(table, out, accumulate, blockIdx.x, listed, threads);
+    pack_block<Grad>(update, out, accumulate, blockIdx.x, listed, threads);
 }
 
 template <class T>
@@ -53,21 +50,21 @@ struct Type {
 
 // Calls launch(param type, gradient type, whether gradients are packed), the last as a std::integral_constant.
 template <class Launch>
-void with_types(const CudaTable& table, Launch launch) {
+void with_types(const DeviceUpdate& update, Launch launch) {
     const auto with_param = [&](auto param) {
         using Param = typename decltype(param)::type;
-        if (table.packed) return launch(param, Type<float>(), std::true_type());
-        if (table.grad_dtype == Dtype::kFloat32) return launch(param, Type<float>(), std::false_type());
+        if (update.packed) return launch(param, Type<float>(), std::true_type());
+        if (update.grad_dtype == Dtype::kFloat32) return launch(param, Type<float>(), std::false_type());
         if constexpr (!std::is_same_v<Param, float>) return launch(param, param, std::false_type());
     };
-    if (table.param_dtype == Dtype::kFloat32) return with_param(Type<float>());
-    if (table.param_dtype == Dtype::kBFloat16) return with_param(Type<BFloat16>());
+    if (update.param_dtype == Dtype::kFloat32) return with_param(Type<float>());
+    if (update.param_dtype == Dtype::kBFloat16) return with_param(Type<BFloat16>());
     return with_param(Type<Float16>());
 }
 
-unsigned grid_of(const CudaTable& table, const char* op) {
-    const int64_t blocks = table.n_tiles * table.parts;
-    if (table.parts < 1 || blocks > 0x7FFFFFFF) {
+unsigned grid_of(const DeviceUpdate& update, const char* op) {
+    const int64_t blocks = update.n_tiles * update.parts;
+    if (update.parts < 1 || blocks > 0x7FFFFFFF) {
         throw std::invalid_argument(std::string(op) + ": " + std::to_string(blocks) + " thread blocks are too many");
     }
     return unsigned(blocks);
@@ -82,45 +79,45 @@ void check(const char* op) {
 
 }  // namespace
 
-void cuda_masked_adamw_(const CudaTable& table, const CudaMoments& moments, bool stochastic, void* stream) {
-    if (table.n_tiles == 0) return;
-    const unsigned grid = grid_of(table, "masked_adamw_");
+void cuda_masked_adamw_(const DeviceUpdate& update, void* stream) {
+    if (update.n_tiles == 0) return;
+    const unsigned grid = grid_of(update, "masked_adamw_");
     const auto on = static_cast<cudaStream_t>(stream);
-    with_types(table, [&](auto param, auto grad, auto packed) {
+    with_types(update, [&](auto param, auto grad, auto packed) {
         using Param = typename decltype(param)::type;
         using Grad = typename decltype(grad)::type;
         constexpr bool kPacked = decltype(packed)::value;
-        if (moments.scales != nullptr) {
-            update_coded_kernel<Param, Grad, kPacked><<<grid, kThreads, 0, on>>>(table, moments, stochastic);
+        if (update.state.scales != nullptr) {
+            update_coded_kernel<Param, Grad, kPacked><<<grid, kThreads, 0, on>>>(update);
         } else {
-            update_kernel<Param, Grad, kPacked><<<grid, kThreads, 0, on>>>(table, moments, stochastic);
+            update_kernel<Param, Grad, kPacked><<<grid, kThreads, 0, on>>>(update);
         }
     });
     check("masked_adamw_");
 }
 
-void cuda_masked_sum_squares(const CudaTable& table, double* out, void* stream) {
-    if (table.n_tiles == 0) return;
-    const unsigned grid = grid_of(table, "masked_sum_squares");
+void cuda_masked_sum_squares(const DeviceUpdate& update, double* out, void* stream) {
+    if (update.n_tiles == 0) return;
+    const unsigned grid = grid_of(update, "masked_sum_squares");
     const auto on = static_cast<cudaStream_t>(stream);
-    with_types(table, [&](auto param, auto grad, auto packed) {
+    with_types(update, [&](auto param, auto grad, auto packed) {
         using Param = typename decltype(param)::type;
         using Grad = typename decltype(grad)::type;
-        sum_squares_kernel<Param, Grad, decltype(packed)::value><<<grid, kThreads, 0, on>>>(table, out);
+        sum_squares_kernel<Param, Grad, decltype(packed)::value><<<grid, kThreads, 0, on>>>(update, out);
     });
     check("masked_sum_squares");
 }
 
-void cuda_masked_pack_(const CudaTable& table, float* out, bool accumulate, void* stream) {
-    if (table.n_tiles == 0) return;
-    const unsigned grid = grid_of(table, "masked_pack_");
+void cuda_masked_pack_(const DeviceUpdate& update, float* out, bool accumulate, void* stream) {
+    if (update.n_tiles == 0) return;
+    const unsigned grid = grid_of(update, "masked_pack_");
     const auto on = static_cast<cudaStream_t>(stream);
-    if (table.grad_dtype == Dtype::kFloat32) {
-        pack_kernel<float><<<grid, kThreads, 0, on>>>(table, out, accumulate);
-    } else if (table.grad_dtype == Dtype::kBFloat16) {
-        pack_kernel<BFloat16><<<grid, kThreads, 0, on>>>(table, out, accumulate);
+    if (update.grad_dtype == Dtype::kFloat32) {
+        pack_kernel<float><<<grid, kThreads, 0, on>>>(update, out, accumulate);
+    } else if (update.grad_dtype == Dtype::kBFloat16) {
+        pack_kernel<BFloat16><<<grid, kThreads, 0, on>>>(update, out, accumulate);
     } else {
-        pack_kernel<Float16><<<grid, kThreads, 0, on>>>(table, out, accumulate);
+        pack_kernel<Float16><<<grid, kThreads, 0, on>>>(update, out, accumulate);
     }
     check("masked_pack_");
 }

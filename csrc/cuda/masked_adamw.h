@@ -3,31 +3,14 @@
 
 #include <cstdint>
 
-#include "../common/dtypes.h"
-#include "../common/tile.h"
+#include "../common/update.h"
 
 namespace ltp {
 
-// All pointers are device memory; null where something is not used.
-struct CudaTable {
+// All pointers are device memory.
+struct DeviceUpdate : Update {
     const int64_t* addresses;  // [P, 2] of parameter and gradient, 0: none; packed: all gradients are at the same [K]
-    Dtype param_dtype, grad_dtype;
-    bool packed;
-    const TileRow* tiles;  // [T]
-    int64_t n_tiles;
-    const int32_t* words;
-    const uint16_t* ranks;  // the rank directory of the bitmaps
-    const uint16_t* positions;
-    const double* coefficients;  // [P, 11]
-    const float* anchor;         // [K]
-    float* master;               // [K]
-    int parts;                   // thread blocks a tile
-    TileRoom room;
-};
-
-struct CudaMoments {
-    void *exp_avg, *exp_avg_sq;  // float32 [K], or with scales int8 [K] and uint8 [K]
-    float* scales;               // [B, 2]
+    int parts;                 // thread blocks a tile
 };
 
 // As in csrc/cpu/masked_adamw.h. stream: a cudaStream_t. Throw std::runtime_error if the launch fails; they neither
@@ -35,12 +18,12 @@ struct CudaMoments {
 // and ends the kernel by a trap, as a failed assertion of torch does: the next call that waits for the device raises.
 // Not seen here are rows that lead out of their parameter and ranks that are wrong in between, which the operator looks
 // at.
-void cuda_masked_adamw_(const CudaTable& table, const CudaMoments& moments, bool stochastic, void* stream);
+void cuda_masked_adamw_(const DeviceUpdate& update, void* stream);
 
 // out: float64 [T, parts], a sum per thread block, each in a fixed order.
-void cuda_masked_sum_squares(const CudaTable& table, double* out, void* stream);
+void cuda_masked_sum_squares(const DeviceUpdate& update, double* out, void* stream);
 
 // addresses: [P] of the gradients alone.
-void cuda_masked_pack_(const CudaTable& table, float* out, bool accumulate, void* stream);
+void cuda_masked_pack_(const DeviceUpdate& update, float* out, bool accumulate, void* stream);
 
 }  // namespace ltp

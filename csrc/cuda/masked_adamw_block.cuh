@@ -18,51 +18,52 @@ struct alignas(16) Four {
 
 // The share of a thread block: resolved addresses of one tile. PACKED: gradients are float32 in slot order.
 template <class Param, class Grad, bool PACKED>
-struct Share {
+struct Share : PackedState {
     TileRow tile;
     Index index;
     Param* param;
     const Grad* grad;
-    float* master;
-    const float* anchor;
     AdamWCoefficients c;
     uint32_t key;
     bool stochastic;
     int part;
 
-    LTP_HD Share(const CudaTable& table, int64_t block) : tile(table.tiles[block / table.parts]) {
-        part = int(block % table.parts);
-        const double* row = table.coefficients + AdamWCoefficients::kColumns * tile.param;
-        index = index_of(table, tile);
-        param = reinterpret_cast<Param*>(table.addresses[2 * tile.param]) + tile.start;
-        grad = reinterpret_cast<const Grad*>(table.addresses[2 * tile.param + 1]) + (PACKED ? tile.slot : tile.start);
-        master = table.master == nullptr ? nullptr : table.master + tile.slot;
-        anchor = table.anchor == nullptr ? nullptr : table.anchor + tile.slot;
+    // moment_size: bytes of a moment
+    LTP_HD Share(const DeviceUpdate& update, int64_t block, int64_t moment_size)
+        : Share(update, block, update.tiles[block / update.parts], moment_size) {}
+
+    LTP_HD Share(const DeviceUpdate& update, int64_t block, const TileRow& own, int64_t moment_size)
+        : PackedState(update.state.of_tile(own, moment_size)), tile(own) {
+        part = int(block % update.parts);
+        const double* row = update.coefficients + AdamWCoefficients::kColumns * tile.param;
+        index = index_of(update, tile);
+        param = reinterpret_cast<Param*>(update.addresses[2 * tile.param]) + tile.start;
+        grad = reinterpret_cast<const Grad*>(update.addresses[2 * tile.param + 1]) + (PACKED ? tile.slot : tile.start);
         c = AdamWCoefficients::from_row(row);
         key = tile_key(AdamWCoefficients::rounding_key(row), tile.start);
-        stochastic = false;
+        stochastic = update.stochastic;
     }
 
-    static LTP_HD Index index_of(const CudaTable& table, const TileRow& tile) {
+    static LTP_HD Index index_of(const DeviceUpdate& update, const TileRow& tile) {
         Index index = {};
         if (tile.encoding == Encoding::kBitmap) {
-            index.words = table.words + tile.index;
-            index.ranks = table.ranks + tile.index / 2;
+            index.words = update.words + tile.index;
+            index.ranks = update.ranks + tile.index / 2;
         } else {
-            index.positions = table.positions + tile.index;
+            index.positions = update.positions + tile.index;
         }
         return index;
     }
 
     // Whether there is something to do; what leads out of the memory given traps.
     template <class Threads>
-    static LTP_HD bool has_gradient(const CudaTable& table, int64_t block, Threads& threads) {
-        const TileRow tile = table.tiles[block / table.parts];
-        if (!lies_inside(tile, table.room, INT64_MAX) || !ends_inside(tile, index_of(table, tile))) {
+    static LTP_HD bool has_gradient(const DeviceUpdate& update, int64_t block, Threads& threads) {
+        const TileRow tile = update.tiles[block / update.parts];
+        if (!lies_inside(tile, update.room, INT64_MAX) || !ends_inside(tile, index_of(update, tile))) {
             threads.trap();
             return false;
         }
-        return table.addresses[2 * tile.param + 1] != 0;
+        return update.addresses[2 * tile.param + 1] != 0;
     }
 
     LTP_HD float value(int entry, int rank) const {
@@ -99,20 +100,18 @@ struct Share {
 LTP_HD bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % sizeof(Four) == 0; }
 
 template <class Param, class Grad, bool PACKED, class Threads>
-LTP_HD void update_block(const CudaTable& table, const CudaMoments& moments, bool stochastic, int64_t block,
-                         uint16_t* listed, Threads& threads) {
+LTP_HD void update_block(const DeviceUpdate& update, int64_t block, uint16_t* listed, Threads& threads) {
     using OwnShare = Share<Param, Grad, PACKED>;
-    if (!OwnShare::has_gradient(table, block, threads)) return;
-    const int64_t param = table.tiles[block / table.parts].param;
-    if (!AdamWCoefficients::applies(table.coefficients + AdamWCoefficients::kColumns * param)) return;
-    OwnShare share(table, block);
-    share.stochastic = stochastic;
-    float* const first = static_cast<float*>(moments.exp_avg) + share.tile.slot;
-    float* const second = static_cast<float*>(moments.exp_avg_sq) + share.tile.slot;
+    if (!OwnShare::has_gradient(update, block, threads)) return;
+    const int64_t param = update.tiles[block / update.parts].param;
+    if (!AdamWCoefficients::applies(update.coefficients + AdamWCoefficients::kColumns * param)) return;
+    OwnShare share(update, block, 4);
+    float* const first = static_cast<float*>(share.exp_avg);
+    float* const second = static_cast<float*>(share.exp_avg_sq);
     const bool plain = sizeof(Param) == 4 && sizeof(Grad) == 4 && share.master == nullptr && share.anchor == nullptr;
     const bool vectors =
         plain && is_aligned(share.param) && is_aligned(share.grad) && is_aligned(first) && is_aligned(second);
-    for_each_batch(share.tile, share.index, share.part, table.parts, listed, threads, [&](int, const Batch& batch) {
+    for_each_batch(share.tile, share.index, share.part, update.parts, listed, threads, [&](int, const Batch& batch) {
         float value[kBatch], raw[kBatch], m[kBatch], v[kBatch];
         if (vectors && batch.consecutive) {
             const int at = batch.rank[0];
@@ -148,21 +147,19 @@ LTP_HD void update_block(const CudaTable& table, const CudaMoments& moments, boo
 }
 
 template <class Param, class Grad, bool PACKED, class Threads>
-LTP_HD void update_coded_block(const CudaTable& table, const CudaMoments& moments, bool stochastic, int64_t block,
-                               Threads& threads) {
+LTP_HD void update_coded_block(const DeviceUpdate& update, int64_t block, Threads& threads) {
     using OwnShare = Share<Param, Grad, PACKED>;
-    if (!OwnShare::has_gradient(table, block, threads)) return;
-    const int64_t param = table.tiles[block / table.parts].param;
-    if (!AdamWCoefficients::applies(table.coefficients + AdamWCoefficients::kColumns * param)) return;
-    OwnShare share(table, block);
-    share.stochastic = stochastic;
-    int8_t* const first = static_cast<int8_t*>(moments.exp_avg) + share.tile.slot;
-    uint8_t* const second = static_cast<uint8_t*>(moments.exp_avg_sq) + share.tile.slot;
-    float* const scales = moments.scales + 2 * share.tile.block;
+    if (!OwnShare::has_gradient(update, block, threads)) return;
+    const int64_t param = update.tiles[block / update.parts].param;
+    if (!AdamWCoefficients::applies(update.coefficients + AdamWCoefficients::kColumns * param)) return;
+    OwnShare share(update, block, 1);
+    int8_t* const first = static_cast<int8_t*>(share.exp_avg);
+    uint8_t* const second = static_cast<uint8_t*>(share.exp_avg_sq);
+    float* const scales = share.scales;
     const int active = int(share.tile.active);
     const uint32_t key = moment_key(share.key);
 
-    for_each_state_block(share.tile, share.part, table.parts, [&](int begin) {
+    for_each_state_block(share.tile, share.part, update.parts, [&](int begin) {
         float* const own = scales + 2 * (begin / kStateBlockSize);
         typename Threads::template PerThread<float[2]> m, root;
         typename Threads::template PerThread<int[2]> entries;
@@ -211,13 +208,13 @@ LTP_HD void update_coded_block(const CudaTable& table, const CudaMoments& moment
 
 // The sum of squares of the share's effective gradients; every thread adds its own in a fixed order.
 template <class Param, class Grad, bool PACKED, class Threads>
-LTP_HD double sum_squares_block(const CudaTable& table, int64_t block, uint16_t* listed, Threads& threads) {
+LTP_HD double sum_squares_block(const DeviceUpdate& update, int64_t block, uint16_t* listed, Threads& threads) {
     using OwnShare = Share<Param, Grad, PACKED>;
     typename Threads::template PerThread<double> sums;
     threads.each([&](int thread) { sums[thread] = 0.0; });
-    if (OwnShare::has_gradient(table, block, threads)) {
-        const OwnShare share(table, block);
-        for_each_batch(share.tile, share.index, share.part, table.parts, listed, threads,
+    if (OwnShare::has_gradient(update, block, threads)) {
+        const OwnShare share(update, block, 4);
+        for_each_batch(share.tile, share.index, share.part, update.parts, listed, threads,
                        [&](int thread, const Batch& batch) {
                            for (int j = 0; j < kBatch; ++j) {
                                const int rank = batch.rank[j], entry = batch.entry[j];
@@ -232,16 +229,16 @@ LTP_HD double sum_squares_block(const CudaTable& table, int64_t block, uint16_t*
 }
 
 template <class Grad, class Threads>
-LTP_HD void pack_block(const CudaTable& table, float* out, bool accumulate, int64_t block, uint16_t* listed,
+LTP_HD void pack_block(const DeviceUpdate& update, float* out, bool accumulate, int64_t block, uint16_t* listed,
                        Threads& threads) {
-    const TileRow tile = table.tiles[block / table.parts];
-    if (!lies_inside(tile, table.room, INT64_MAX)) return threads.trap();
-    const Index index = Share<Grad, Grad, false>::index_of(table, tile);
+    const TileRow tile = update.tiles[block / update.parts];
+    if (!lies_inside(tile, update.room, INT64_MAX)) return threads.trap();
+    const Index index = Share<Grad, Grad, false>::index_of(update, tile);
     if (!ends_inside(tile, index)) return threads.trap();
-    if (table.addresses[tile.param] == 0) return;
-    const Grad* const grad = reinterpret_cast<const Grad*>(table.addresses[tile.param]) + tile.start;
+    if (update.addresses[tile.param] == 0) return;
+    const Grad* const grad = reinterpret_cast<const Grad*>(update.addresses[tile.param]) + tile.start;
     float* const slots = out + tile.slot;
-    for_each_batch(tile, index, int(block % table.parts), table.parts, listed, threads, [&](int, const Batch& batch) {
+    for_each_batch(tile, index, int(block % update.parts), update.parts, listed, threads, [&](int, const Batch& batch) {
         for (int j = 0; j < kBatch; ++j) {
             if (batch.rank[j] < 0) continue;
             const float value = to_float32(grad[batch.entry[j]]);

@@ -12,7 +12,7 @@ namespace {
 
 template <class Initial, class Tuned>
 __global__ void __launch_bounds__(kHistogramThreads, 1)
-    histogram_kernel(CudaPairs pairs, CudaHistogram histogram, BinRange range) {
+    histogram_kernel(DevicePairs pairs, Histogram histogram, BinRange range) {
     extern __shared__ uint32_t bins[];
     __shared__ double scratch[kHistogramThreads / 32];
     DeviceThreads<kHistogramThreads> threads(scratch);
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kHistogramThreads, 1)
 
 // Four thread blocks a processor keep the memory busy.
 template <class Initial, class Tuned>
-__global__ void __launch_bounds__(kBandThreads, 4) band_kernel(CudaPairs pairs, CudaBand band) {
+__global__ void __launch_bounds__(kBandThreads, 4) band_kernel(DevicePairs pairs, Band band) {
     __shared__ BandScratch collected;
     __shared__ double scratch[kBandThreads / 32];
     DeviceThreads<kBandThreads> threads(scratch);
@@ -29,24 +29,24 @@ __global__ void __launch_bounds__(kBandThreads, 4) band_kernel(CudaPairs pairs, 
 }
 
 template <class Initial, class Tuned>
-__global__ void __launch_bounds__(kSampleThreads) sample_kernel(CudaPairs pairs, CudaSample sample) {
+__global__ void __launch_bounds__(kSampleThreads) sample_kernel(DevicePairs pairs, Sample sample) {
     DeviceThreads<kSampleThreads> threads(nullptr);
     sample_block<Initial, Tuned>(pairs, sample, blockIdx.x, threads);
 }
 
 __global__ void __launch_bounds__(kCandidateThreads)
-    candidate_histogram_kernel(CudaCandidates candidates, CudaCandidateBins bands) {
+    candidate_histogram_kernel(Candidates candidates, CandidateBins bands) {
     DeviceThreads<kCandidateThreads> threads(nullptr);
     candidate_histogram_block(candidates, bands, blockIdx.x, threads);
 }
 
-__global__ void __launch_bounds__(kCandidateThreads) take_above_kernel(CudaCandidates candidates, CudaMarks marks) {
+__global__ void __launch_bounds__(kCandidateThreads) take_above_kernel(Candidates candidates, Above marks) {
     __shared__ double scratch[kCandidateThreads / 32];
     DeviceThreads<kCandidateThreads> threads(scratch);
     take_above_block(candidates, marks, blockIdx.x, threads);
 }
 
-__global__ void __launch_bounds__(kCandidateThreads) take_ties_kernel(CudaCandidates candidates, CudaMarks marks) {
+__global__ void __launch_bounds__(kCandidateThreads) take_ties_kernel(Candidates candidates, Ties marks) {
     __shared__ double scratch[kCandidateThreads / 32];
     DeviceThreads<kCandidateThreads> threads(scratch);
     take_ties_block(candidates, marks, blockIdx.x, threads);
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kCandidateThreads) take_ties_kernel(CudaCandid
 
 // Calls launch(initial, tuned) with values of the storage types.
 template <class Launch>
-void with_types(const CudaPairs& pairs, Launch launch) {
+void with_types(const DevicePairs& pairs, Launch launch) {
     const auto with_tuned = [&](auto tuned) {
         switch (pairs.initial_dtype) {
             case -1:
@@ -92,8 +92,8 @@ unsigned grid_of(int64_t blocks, const char* op) {
 
 // A thread block a tile.
 template <class Rest>
-void launch_on_tiles(const char* op, void (*kernel)(CudaCandidates, Rest), const CudaCandidates& candidates,
-                     const Rest& rest, void* stream) {
+void launch_on_tiles(const char* op, void (*kernel)(Candidates, Rest), const Candidates& candidates, const Rest& rest,
+                     void* stream) {
     if (candidates.n_tiles == 0) return;
     const unsigned grid = grid_of(candidates.n_tiles, op);
     kernel<<<grid, kCandidateThreads, 0, static_cast<cudaStream_t>(stream)>>>(candidates, rest);
@@ -109,7 +109,7 @@ int attribute_of_device(cudaDeviceAttr attribute, const char* op) {
 
 }  // namespace
 
-void cuda_delta_histogram(const CudaPairs& pairs, const CudaHistogram& histogram, void* stream) {
+void cuda_delta_histogram(const DevicePairs& pairs, const Histogram& histogram, void* stream) {
     const char* const op = "delta_histogram";
     if (pairs.n_tiles == 0) return;
     const int processors = attribute_of_device(cudaDevAttrMultiProcessorCount, op);
@@ -131,7 +131,7 @@ void cuda_delta_histogram(const CudaPairs& pairs, const CudaHistogram& histogram
     });
 }
 
-void cuda_delta_band(const CudaPairs& pairs, const CudaBand& band, void* stream) {
+void cuda_delta_band(const DevicePairs& pairs, const Band& band, void* stream) {
     const char* const op = "delta_band";
     if (pairs.n_tiles == 0) return;
     const unsigned grid = grid_of(pairs.n_tiles, op);
@@ -142,7 +142,7 @@ void cuda_delta_band(const CudaPairs& pairs, const CudaBand& band, void* stream)
     check(cudaGetLastError(), op);
 }
 
-void cuda_sample_keys(const CudaPairs& pairs, const CudaSample& sample, void* stream) {
+void cuda_sample_keys(const DevicePairs& pairs, const Sample& sample, void* stream) {
     const char* const op = "sample_keys";
     if (sample.count == 0) return;
     const unsigned grid = grid_of((sample.count + kRunsPerBlock - 1) / kRunsPerBlock, op);
@@ -153,15 +153,15 @@ void cuda_sample_keys(const CudaPairs& pairs, const CudaSample& sample, void* st
     check(cudaGetLastError(), op);
 }
 
-void cuda_candidate_histogram(const CudaCandidates& candidates, const CudaCandidateBins& bands, void* stream) {
+void cuda_candidate_histogram(const Candidates& candidates, const CandidateBins& bands, void* stream) {
     launch_on_tiles("candidate_histogram", candidate_histogram_kernel, candidates, bands, stream);
 }
 
-void cuda_take_above(const CudaCandidates& candidates, const CudaMarks& marks, void* stream) {
+void cuda_take_above(const Candidates& candidates, const Above& marks, void* stream) {
     launch_on_tiles("take_above", take_above_kernel, candidates, marks, stream);
 }
 
-void cuda_take_ties(const CudaCandidates& candidates, const CudaMarks& marks, void* stream) {
+void cuda_take_ties(const Candidates& candidates, const Ties& marks, void* stream) {
     launch_on_tiles("take_ties", take_ties_kernel, candidates, marks, stream);
 }
 

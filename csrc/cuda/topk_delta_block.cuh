@@ -70,7 +70,7 @@ LTP_HD Vector<T, N> load_vector(const T* from) {
 }
 
 // Row of the pair that tile number `tile` belongs to.
-LTP_HD int64_t pair_of(const CudaPairs& pairs, int64_t tile) {
+LTP_HD int64_t pair_of(const DevicePairs& pairs, int64_t tile) {
     int64_t first = 0, count = pairs.n_pairs;
     while (count > 1) {  // the last row that begins at `tile` or before: a pair without entries never is
         const int64_t half = count / 2;
@@ -84,7 +84,7 @@ LTP_HD int64_t pair_of(const CudaPairs& pairs, int64_t tile) {
     return first;
 }
 
-LTP_HD bool is_served(const CudaPairs& pairs, const DeltaPair& pair) {
+LTP_HD bool is_served(const DevicePairs& pairs, const DeltaPair& pair) {
     return pair.initial_dtype == pairs.initial_dtype && pair.tuned_dtype == pairs.tuned_dtype;
 }
 
@@ -146,7 +146,7 @@ struct BinRange {
 };
 
 template <class Threads>
-LTP_HD void merge_bins(const BinRange& range, const CudaHistogram& histogram, int64_t group, uint32_t* bins,
+LTP_HD void merge_bins(const BinRange& range, const Histogram& histogram, int64_t group, uint32_t* bins,
                        Threads& threads) {
     threads.sync();
     threads.each([&](int thread) {
@@ -162,8 +162,8 @@ LTP_HD void merge_bins(const BinRange& range, const CudaHistogram& histogram, in
 // Counts the keys of part `block` of `blocks` of the tiles. bins: [range.count] in shared memory; 32 bits do, as no
 // thread block has 2^32 entries of the memory of a device.
 template <class Initial, class Tuned, class Threads>
-LTP_HD void histogram_block(const CudaPairs& pairs, const CudaHistogram& histogram, const BinRange& range,
-                            int64_t block, int64_t blocks, uint32_t* bins, Threads& threads) {
+LTP_HD void histogram_block(const DevicePairs& pairs, const Histogram& histogram, const BinRange& range, int64_t block,
+                            int64_t blocks, uint32_t* bins, Threads& threads) {
     using Tile = PairTile<Initial, Tuned>;
     constexpr int kLoads = 16 / Tile::kVector, kStep = 16 * kHistogramThreads;
     const int64_t begin = pairs.n_tiles * block / blocks, end = pairs.n_tiles * (block + 1) / blocks;
@@ -235,7 +235,7 @@ LTP_HD void gather_words(typename Threads::template PerThread<uint32_t>& bits, T
 
 // Marks, counts and collects the entries of one tile.
 template <class Initial, class Tuned, class Threads>
-LTP_HD void band_block(const CudaPairs& pairs, const CudaBand& band, int64_t number, BandScratch& scratch,
+LTP_HD void band_block(const DevicePairs& pairs, const Band& band, int64_t number, BandScratch& scratch,
                        Threads& threads) {
     using Tile = PairTile<Initial, Tuned>;
     constexpr int kVector = Tile::kVector, kLoads = kShare / kVector;
@@ -342,7 +342,7 @@ LTP_HD void band_block(const CudaPairs& pairs, const CudaBand& band, int64_t num
 
 // The keys of kRunsPerBlock runs, a thread an entry.
 template <class Initial, class Tuned, class Threads>
-LTP_HD void sample_block(const CudaPairs& pairs, const CudaSample& sample, int64_t block, Threads& threads) {
+LTP_HD void sample_block(const DevicePairs& pairs, const Sample& sample, int64_t block, Threads& threads) {
     threads.each([&](int thread) {
         const int64_t at = block * kSampleThreads + thread, run = at / kRun;
         if (run >= sample.count) return;
@@ -360,7 +360,7 @@ LTP_HD void sample_block(const CudaPairs& pairs, const CudaSample& sample, int64
 }
 
 // Whether the numbers of a tile lead to its candidates, to a group, and with words to those of its last candidate.
-LTP_HD bool lies_inside(const CudaCandidates& candidates, int64_t tile, const CudaMarks* marks) {
+LTP_HD bool lies_inside(const Candidates& candidates, int64_t tile, const Marks* marks) {
     const int64_t offset = candidates.offsets[tile], count = offset < 0 ? 0 : candidates.inside[tile];
     if (!lies_in(candidates.groups[tile], 1, candidates.n_groups) || count < 0 || count > kTile ||
         (count > 0 && !lies_in(offset, count, candidates.capacity))) {
@@ -373,7 +373,7 @@ LTP_HD bool lies_inside(const CudaCandidates& candidates, int64_t tile, const Cu
 
 // Calls visit(thread, key, position) for the candidates of a tile, one thread each, if they are stored.
 template <class Threads, class Visit>
-LTP_HD void for_each_candidate(const CudaCandidates& candidates, int64_t tile, Threads& threads, Visit visit) {
+LTP_HD void for_each_candidate(const Candidates& candidates, int64_t tile, Threads& threads, Visit visit) {
     const int64_t offset = candidates.offsets[tile], count = offset < 0 ? 0 : candidates.inside[tile];
     threads.each([&](int thread) {
         for (int64_t i = thread; i < count; i += kCandidateThreads) {
@@ -388,7 +388,7 @@ LTP_HD void set_bit(int32_t* words, uint16_t position, Threads& threads) {
 }
 
 template <class Threads>
-LTP_HD void candidate_histogram_block(const CudaCandidates& candidates, const CudaCandidateBins& bands, int64_t tile,
+LTP_HD void candidate_histogram_block(const Candidates& candidates, const CandidateBins& bands, int64_t tile,
                                       Threads& threads) {
     if (!lies_inside(candidates, tile, nullptr)) return threads.trap();
     const int64_t group = candidates.groups[tile];
@@ -401,7 +401,7 @@ LTP_HD void candidate_histogram_block(const CudaCandidates& candidates, const Cu
 }
 
 template <class Threads>
-LTP_HD void take_above_block(const CudaCandidates& candidates, const CudaMarks& marks, int64_t tile, Threads& threads) {
+LTP_HD void take_above_block(const Candidates& candidates, const Above& marks, int64_t tile, Threads& threads) {
     if (!lies_inside(candidates, tile, &marks)) return threads.trap();
     const int64_t cut = marks.cut[candidates.groups[tile]];
     int32_t* const words = marks.words + marks.tile_words[tile];
@@ -422,7 +422,7 @@ LTP_HD void take_above_block(const CudaCandidates& candidates, const CudaMarks& 
 }
 
 template <class Threads>
-LTP_HD void take_ties_block(const CudaCandidates& candidates, const CudaMarks& marks, int64_t tile, Threads& threads) {
+LTP_HD void take_ties_block(const Candidates& candidates, const Ties& marks, int64_t tile, Threads& threads) {
     if (!lies_inside(candidates, tile, &marks)) return threads.trap();
     const int64_t offset = candidates.offsets[tile], count = offset < 0 ? 0 : candidates.inside[tile];
     const int64_t cut = marks.cut[candidates.groups[tile]], take = marks.take[tile];

@@ -1,6 +1,7 @@
-"""Triton kernels of `masked_adamw_` and of the passes of `topk_delta`, with the signatures of the reference.
+"""Triton kernels of `masked_adamw_` and of the passes of `topk_delta`.
 
-They import nothing else of this library. CPU tensors are served by Triton's interpreter (TRITON_INTERPRET=1).
+They take the records of `ltp_sparse/backends/arguments.py`, and import nothing of this library. CPU tensors are served
+by Triton's interpreter (TRITON_INTERPRET=1).
 """
 
 from .masked_adamw import masked_adamw_, masked_pack_, masked_sum_squares

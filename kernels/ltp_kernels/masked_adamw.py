@@ -8,13 +8,13 @@ For every active entry, in float32, in this order and without fused multiply-add
     v = v * BETA2 + ONE_MINUS_BETA2 * (g * g)
     p = p - (DECAY_STEP * p + STEP_SIZE * (m / (sqrt(v) * INV_SQRT_BC2 + EPS)))
 
-`tiles` is int64 [T, 8]: PARAM, START, LENGTH, ACTIVE, SLOT, INDEX, ENCODING, BLOCK. Parameters whose gradient is empty
-are skipped.
+`tiles` is int64 [T, 8]: PARAM, START, LENGTH, ACTIVE, SLOT, INDEX, ENCODING, BLOCK. The launchers take the records of
+`ltp_sparse/backends/arguments.py`, and the addresses of parameters and gradients; those without a gradient are skipped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .bits import bit_of_rank, popcount
-from .launch import address_pairs, address_table, on_device_of
+from .launch import on_device_of
 from .precision import (
     block_scale,
     decode_exp_avg,
@@ -83,8 +83,8 @@ def _pull(grad, param, anchor, pull):
 
 
 @triton.jit
-def _adamw(p, g, m, v, coefficients):
-    """The new (p, m, v) and the root of v; g is the effective gradient."""
+def adamw_update(p, g, m, v, coefficients):
+    """The new (p, m, v) of some entries, and the root of v; g is the effective gradient."""
     _, decay_step, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bc2, eps, _ = coefficients
     m = m + one_minus_beta1 * (g - m)
     v = v * beta2 + one_minus_beta2 * (g * g)
@@ -132,7 +132,7 @@ def _update(
     )  # fmt: skip
     m = tl.load(exp_avg_ptr, mask, other)
     v = tl.load(exp_avg_sq_ptr, mask, other)
-    p, m, v, _ = _adamw(p, g, m, v, coefficients)
+    p, m, v, _ = adamw_update(p, g, m, v, coefficients)
     _store_value(param_ptr, master_ptr, p, mask, key, index, HAS_MASTER, STOCHASTIC)
     tl.store(exp_avg_ptr, m, mask)
     tl.store(exp_avg_sq_ptr, v, mask)
@@ -149,7 +149,7 @@ def _update_coded(
     )  # fmt: skip
     m = decode_exp_avg(tl.load(exp_avg_ptr, mask, 0), tl.load(scale_ptr))
     v = decode_exp_avg_sq(tl.load(exp_avg_sq_ptr, mask, 0), tl.load(scale_ptr + 1))
-    p, m, v, root = _adamw(p, g, m, v, coefficients)
+    p, m, v, root = adamw_update(p, g, m, v, coefficients)
     _store_value(param_ptr, master_ptr, p, mask, key, index, HAS_MASTER, STOCHASTIC)
     scale = block_scale(tl.where(mask, m, 0.0))
     root_scale = block_scale(tl.where(mask, root, 0.0))
@@ -408,87 +408,66 @@ def _masked_pack_kernel(
             first += _PARTS * BLOCK
 
 
-def _type_of(tensors: Sequence[Tensor]) -> tl.dtype:
-    """Of those that are not empty."""
-    return next((_TYPES[tensor.dtype] for tensor in tensors if tensor.numel()), tl.float32)
+def _type_of(tensors: Any) -> tl.dtype:
+    """Of those that are there."""
+    return next((_TYPES[dtype] for dtype in tensors.dtypes), tl.float32)
 
 
-def masked_adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    scales: Tensor,
-    master: Tensor,
-    tiles: Tensor,
-    words: Tensor,
-    ranks: Tensor,
-    positions: Tensor,
-    coefficients: Tensor,
-    anchor: Tensor,
-    stochastic: bool,
-    packed: bool,
-) -> None:
-    """One launch over all tiles. `ranks` must be there if any tile is a bitmap (`TileTable.with_ranks`)."""
-    if not len(tiles):
+def masked_adamw_(update: Any, addresses: Tensor) -> None:
+    """One launch over all tiles. The ranks must be there if any tile is a bitmap (`TileTable.with_ranks`)."""
+    if not len(update.tiles):
         return
-    with on_device_of(exp_avg):
-        _masked_adamw_kernel[(len(tiles) * _PARTS.value,)](
-            address_pairs(params, grads, packed, tiles.device),
-            exp_avg,
-            exp_avg_sq,
-            scales,
-            master,
-            tiles,
-            words.view(torch.int64),
-            ranks,
-            positions,
-            coefficients,
-            anchor,
-            PARAM=_TYPES[params[0].dtype],
-            GRAD=_type_of(grads),
-            PACKED=packed,
-            CODED=scales.numel() > 0,
-            HAS_MASTER=master.numel() > 0,
-            HAS_ANCHOR=anchor.numel() > 0,
-            STOCHASTIC=stochastic,
+    with on_device_of(update.tiles):
+        _masked_adamw_kernel[(len(update.tiles) * _PARTS.value,)](
+            addresses,
+            update.exp_avg,
+            update.exp_avg_sq,
+            _or(update.scales, update),
+            _or(update.master, update),
+            update.tiles,
+            update.words.view(torch.int64),
+            update.ranks,
+            update.positions,
+            update.coefficients,
+            _or(update.anchor, update),
+            PARAM=_type_of(update.params),
+            GRAD=_type_of(update.grads),
+            PACKED=update.packed,
+            CODED=update.scales is not None,
+            HAS_MASTER=update.master is not None,
+            HAS_ANCHOR=update.anchor is not None,
+            STOCHASTIC=update.stochastic,
             BLOCK=_BLOCK,
             num_warps=_NUM_WARPS,
             enable_fp_fusion=False,
         )
 
 
-def masked_sum_squares(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    master: Tensor,
-    tiles: Tensor,
-    words: Tensor,
-    ranks: Tensor,
-    positions: Tensor,
-    coefficients: Tensor,
-    anchor: Tensor,
-    packed: bool,
-) -> Tensor:
+def _or(tensor: Tensor | None, norm: Any) -> Tensor:
+    """The tensor, or for one that is not there a pointer of its type that is not followed."""
+    return norm.coefficients.new_empty(0, dtype=torch.float32) if tensor is None else tensor
+
+
+def masked_sum_squares(norm: Any, addresses: Tensor) -> Tensor:
     """float64 [T]; each sum is taken in an order that depends on the tile only."""
-    sums = torch.empty(len(tiles), _PARTS.value, dtype=torch.float64, device=tiles.device)
-    if len(tiles):
-        with on_device_of(tiles):
-            _masked_sum_squares_kernel[(len(tiles) * _PARTS.value,)](
-                address_pairs(params, grads, packed, tiles.device),
-                master,
-                tiles,
-                words.view(torch.int64),
-                ranks,
-                positions,
-                coefficients,
-                anchor,
+    sums = torch.empty(len(norm.tiles), _PARTS.value, dtype=torch.float64, device=norm.tiles.device)
+    if len(norm.tiles):
+        with on_device_of(norm.tiles):
+            _masked_sum_squares_kernel[(len(norm.tiles) * _PARTS.value,)](
+                addresses,
+                _or(norm.master, norm),
+                norm.tiles,
+                norm.words.view(torch.int64),
+                norm.ranks,
+                norm.positions,
+                norm.coefficients,
+                _or(norm.anchor, norm),
                 sums,
-                PARAM=_TYPES[params[0].dtype],
-                GRAD=_type_of(grads),
-                PACKED=packed,
-                HAS_MASTER=master.numel() > 0,
-                HAS_ANCHOR=anchor.numel() > 0,
+                PARAM=_type_of(norm.params),
+                GRAD=_type_of(norm.grads),
+                PACKED=norm.packed,
+                HAS_MASTER=norm.master is not None,
+                HAS_ANCHOR=norm.anchor is not None,
                 BLOCK=_BLOCK,
                 num_warps=_NUM_WARPS,
                 enable_fp_fusion=False,
@@ -496,28 +475,20 @@ def masked_sum_squares(
     return sums.sum(1)
 
 
-def masked_pack_(
-    grads: Sequence[Tensor],
-    out: Tensor,
-    tiles: Tensor,
-    words: Tensor,
-    ranks: Tensor,
-    positions: Tensor,
-    accumulate: bool,
-) -> None:
+def masked_pack_(pack: Any, addresses: Tensor) -> None:
     """One launch over the tiles of all gradients that are there."""
-    if not len(tiles):
+    if not len(pack.tiles):
         return
-    with on_device_of(out):
-        _masked_pack_kernel[(len(tiles) * _PARTS.value,)](
-            address_table(list(grads), tiles.device),
-            out,
-            tiles,
-            words.view(torch.int64),
-            ranks,
-            positions,
-            GRAD=_type_of(grads),
-            ACCUMULATE=accumulate,
+    with on_device_of(pack.tiles):
+        _masked_pack_kernel[(len(pack.tiles) * _PARTS.value,)](
+            addresses,
+            pack.out,
+            pack.tiles,
+            pack.words.view(torch.int64),
+            pack.ranks,
+            pack.positions,
+            GRAD=_type_of(pack.grads),
+            ACCUMULATE=pack.accumulate,
             BLOCK=_BLOCK,
             num_warps=_NUM_WARPS,
             enable_fp_fusion=False,

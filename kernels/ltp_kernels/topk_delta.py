@@ -8,12 +8,12 @@
       low <= key < high:  counted as inside, stored among the candidates of its tile
 * `candidate_histogram`, `take_above`, `take_ties`: work off the candidates
 
-No launcher waits for the device. There is no histogram of all keys: Triton has no shared-memory atomics.
+The launchers take the records of `ltp_sparse/backends/arguments.py`; none waits for the device. There is no histogram
+of all keys: Triton has no shared-memory atomics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .bits import bit_of_rank, popcount
-from .launch import address, on_device_of
+from .launch import on_device_of
 
 TILE = 65_536
 
@@ -101,17 +101,26 @@ def _sample_keys_kernel(
     tl.store(key_ptr + slot, tl.minimum(key, _NONFINITE_KEY - 1), mine)
 
 
-def sample_keys(
-    initial: Sequence[Tensor], tuned: Sequence[Tensor], tensors: Tensor, runs: Tensor, keys: Tensor
-) -> None:
+def _dtypes(pairs: Any) -> list[tuple[torch.dtype | None, torch.dtype]]:
+    """Of either side of every pair; None: zeros."""
+    before = [t.dtype for t in pairs.initial] or [None] * len(pairs.tuned)
+    return list(zip(before, (t.dtype for t in pairs.tuned), strict=True))
+
+
+def _addresses(pairs: Any) -> list[tuple[int, int]]:
+    return list(zip(pairs.initial.addresses or [0] * len(pairs.tuned), pairs.tuned.addresses, strict=True))
+
+
+def sample_keys(sample: Any) -> None:
     """One launch for each combination of dtypes: almost always one in all."""
+    tensors, runs, keys = sample.tensors, sample.runs, sample.keys
     if not len(runs):
         return
     kinds: dict[tuple[torch.dtype | None, torch.dtype], int] = {}
-    rows = []
-    for i, t in enumerate(tuned):
-        kind = kinds.setdefault((initial[i].dtype if initial else None, t.dtype), len(kinds))
-        rows.append([address(initial[i]) if initial else 0, address(t), t.numel(), kind])
+    rows = [
+        [*addresses, size, kinds.setdefault(dtypes, len(kinds))]
+        for addresses, size, dtypes in zip(_addresses(sample), sample.tuned.sizes, _dtypes(sample), strict=True)
+    ]
     table = torch.tensor(rows, dtype=torch.int64, device="cpu").to(keys.device, non_blocking=True)
 
     for (initial_dtype, tuned_dtype), kind in kinds.items():
@@ -254,30 +263,15 @@ def _delta_band_kernel(
         index += tl.num_programs(0)
 
 
-def delta_band(
-    initial: Sequence[Tensor],
-    tuned: Sequence[Tensor],
-    groups: Sequence[int],
-    low: Tensor,
-    high: Tensor,
-    words: Tensor,
-    word_offsets: Sequence[int],
-    above: Tensor,
-    inside: Tensor,
-    take: Tensor | None,
-    keys: Tensor,
-    positions: Tensor,
-    offsets: Tensor,
-    cursor: Tensor,
-    nonfinite: Tensor,
-) -> None:
+def delta_band(band: Any) -> None:
     """One launch for all tensors of equal dtypes and alignment: almost always one in all. Scratch: 12 KB a program."""
-    first_tiles = [0, *accumulate(-(-t.numel() // TILE) for t in tuned)]
+    words, keys = band.words, band.keys
+    first_tiles = accumulate((-(-size // TILE) for size in band.tuned.sizes), initial=0)
     kinds: dict[tuple[torch.dtype | None, torch.dtype, bool], list[list[int]]] = {}
-    for i, t in enumerate(tuned):
-        addresses = [address(initial[i]) if initial else 0, address(t)]
-        kind = (initial[i].dtype if initial else None, t.dtype, all(a % 16 == 0 for a in addresses))
-        kinds.setdefault(kind, []).append([*addresses, word_offsets[i], t.numel(), groups[i], first_tiles[i]])
+    columns = zip(band.word_offsets, band.tuned.sizes, band.groups, first_tiles)  # noqa: B905 (a last tile more)
+    for addresses, dtypes, rest in zip(_addresses(band), _dtypes(band), columns, strict=True):
+        kind = (*dtypes, all(a % 16 == 0 for a in addresses))
+        kinds.setdefault(kind, []).append([*addresses, *rest])
 
     for (initial_dtype, tuned_dtype, aligned), tensors in kinds.items():
         rows = _tile_rows(tensors, initial_dtype, tuned_dtype).to(words.device, non_blocking=True)
@@ -288,24 +282,24 @@ def delta_band(
             _delta_band_kernel[(programs,)](
                 rows,
                 len(rows),
-                low,
-                high,
+                band.low,
+                band.high,
                 words,
-                above,
-                inside,
-                take,
+                band.above,
+                band.inside,
+                band.take,
                 keys,
-                positions,
+                band.positions,
                 keys.numel(),
-                offsets,
-                cursor,
-                nonfinite,
+                band.offsets,
+                band.cursor,
+                band.nonfinite,
                 torch.empty(programs, _WORDS.value, dtype=torch.int32, device=words.device),
                 torch.empty(programs, _WORDS.value, dtype=torch.int16, device=words.device),
                 INITIAL=_DTYPES.get(initial_dtype),
                 TUNED=_DTYPES[tuned_dtype],
                 ALIGNED=aligned,
-                HAS_TAKE=take is not None,
+                HAS_TAKE=band.take is not None,
                 ROWS=_ROWS,
                 num_warps=_NUM_WARPS,
                 enable_fp_fusion=False,
@@ -379,29 +373,19 @@ def _candidate_histogram_kernel(
         first += _CANDIDATES
 
 
-def candidate_histogram(
-    keys: Tensor,
-    positions: Tensor,
-    offsets: Tensor,
-    inside: Tensor,
-    tile_groups: Tensor,
-    low: Tensor,
-    high: Tensor,
-    shift: Tensor,
-    histogram: Tensor,
-) -> None:
+def candidate_histogram(c: Any) -> None:
     _launch_per_tile(
         _candidate_histogram_kernel,
-        offsets,
-        keys,
-        offsets,
-        inside,
-        tile_groups,
-        low,
-        high,
-        shift,
-        histogram,
-        histogram.shape[1],
+        c.offsets,
+        c.keys,
+        c.offsets,
+        c.inside,
+        c.tile_groups,
+        c.low,
+        c.high,
+        c.shift,
+        c.histogram,
+        c.histogram.shape[1],
     )
 
 
@@ -428,21 +412,12 @@ def _take_above_kernel(
     tl.store(ties_ptr + tile, tl.sum(ties).to(tl.int64))
 
 
-def take_above(
-    keys: Tensor,
-    positions: Tensor,
-    offsets: Tensor,
-    inside: Tensor,
-    tile_groups: Tensor,
-    cut: Tensor,
-    words: Tensor,
-    tile_words: Tensor,
-    taken: Tensor,
-    ties: Tensor,
-) -> None:
-    _launch_per_tile(
-        _take_above_kernel, offsets, keys, positions, offsets, inside, tile_groups, cut, words, tile_words, taken, ties
-    )
+def take_above(c: Any) -> None:
+    _launch_per_tile(_take_above_kernel, c.offsets, *_marks(c), c.taken, c.ties)
+
+
+def _marks(c: Any) -> list[Tensor]:
+    return [c.keys, c.positions, c.offsets, c.inside, c.tile_groups, c.cut, c.words, c.tile_words]
 
 
 @triton.jit(do_not_specialize_on_alignment=_READ_SINGLY)
@@ -466,17 +441,5 @@ def _take_ties_kernel(
         first += _CANDIDATES
 
 
-def take_ties(
-    keys: Tensor,
-    positions: Tensor,
-    offsets: Tensor,
-    inside: Tensor,
-    tile_groups: Tensor,
-    cut: Tensor,
-    words: Tensor,
-    tile_words: Tensor,
-    take: Tensor,
-) -> None:
-    _launch_per_tile(
-        _take_ties_kernel, offsets, keys, positions, offsets, inside, tile_groups, cut, words, tile_words, take
-    )
+def take_ties(c: Any) -> None:
+    _launch_per_tile(_take_ties_kernel, c.offsets, *_marks(c), c.take)

@@ -17,11 +17,22 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ltp_sparse.backends.reference import RUN, Coefficient
+from ltp_sparse.backends.arguments import (
+    Band,
+    Histogram,
+    Norm,
+    Pack,
+    Pairs,
+    Tensors,
+    Tiles,
+    Update,
+    fields_of,
+    tensors_of,
+)
 from ltp_sparse.tickets.bits import TILE, bitmap_words, popcount, tiles_of
 from ltp_sparse.tickets.index_set import Encoding
 from ltp_sparse.tickets.tile_table import Column, state_blocks
-from ltp_sparse.weights.tensors import DTYPES, all_plain, all_there, check_plain_tensor, has_memory
+from ltp_sparse.weights.tensors import DTYPES, LOWEST_ADDRESS, all_plain, check_plain_tensor, has_memory
 
 _TILES_AT_ONCE = 64  # of a table whose content is read: bounds the temporaries to some megabytes
 
@@ -41,37 +52,37 @@ class TableFacts:
     blocks: int
     extents: tuple[int, ...]
     index: tuple[Tensor, Tensor, Tensor]
-    stamps: tuple[tuple[int, int, int], ...]
+    stamps: tuple[tuple[int, int, int] | None, ...]
 
 
 _known = WeakTensorKeyDictionary()
 """Tiles -> `TableFacts`."""
 
 
-def _stamp(tensor: Tensor) -> tuple[int, int, int]:
-    return tensor.data_ptr(), tensor.numel(), tensor._version
+def _stamp(tensor: Tensor) -> tuple[int, int, int] | None:
+    """None: torch does not count its changes."""
+    return None if tensor.is_inference() else (tensor.data_ptr(), tensor.numel(), tensor._version)
 
 
-def table_facts(op: str, tiles: Tensor, words: Tensor, ranks: Tensor, positions: Tensor) -> TableFacts:
+def table_facts(op: str, table: Tiles) -> TableFacts:
     """The facts of a tile table, which is read through unless it is known.
 
     Raises:
         TypeError, ValueError: it is not a table as `TileTable.build` lays it out.
     """
-    tensors = (tiles, words, ranks, positions)
-    if any(tensor.is_inference() for tensor in tensors):  # torch does not count their changes
-        return _read_table(op, tiles, words, ranks, positions, ())
-    facts: TableFacts | None = _known.get(tiles)
+    tensors = table.tiles, table.words, table.ranks, table.positions
+    facts: TableFacts | None = _known.get(table.tiles)
     stamps = tuple(map(_stamp, tensors))
     if facts is not None and facts.stamps == stamps and all(a is b for a, b in zip(facts.index, tensors[1:])):  # noqa: B905
         return facts
-    facts = _read_table(op, tiles, words, ranks, positions, stamps)
-    _known[tiles] = facts
+    facts = _read_table(op, *tensors, stamps)
+    if None not in stamps:
+        _known[table.tiles] = facts
     return facts
 
 
 def _read_table(
-    op: str, tiles: Tensor, words: Tensor, ranks: Tensor, positions: Tensor, stamps: tuple[tuple[int, int, int], ...]
+    op: str, tiles: Tensor, words: Tensor, ranks: Tensor, positions: Tensor, stamps: tuple[Any, ...]
 ) -> TableFacts:
     device = tiles.device
     _expect(op, "tiles", tiles, torch.int64, (len(tiles) if tiles.dim() else 0, len(Column)), device)
@@ -206,6 +217,8 @@ def _expect(
 def _refuse(
     op: str, what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
 ) -> NoReturn:
+    if tensor.device != device:
+        raise ValueError(f"{op}: {what} is on {tensor.device}, expected it on {device}")
     check_plain_tensor(tensor, f"{op}: {what}")
     strides = "" if tensor.is_contiguous() else f" with strides {list(tensor.stride())}"
     raise ValueError(
@@ -218,12 +231,13 @@ def _names(dtypes: set[torch.dtype]) -> str:
     return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) or "none"
 
 
-def _dtypes_of(op: str, what: str, tensors: Sequence[Tensor], device: torch.device) -> set[torch.dtype]:
-    """The dtypes of dense floating tensors on one device, whose memory is there; what is not raises, by its number."""
-    dtypes = {tensor.dtype for tensor in tensors}
-    if dtypes <= DTYPES.keys() and all_plain(tensors) and all_there(tensors, device):
-        return dtypes
+def _check_dense(op: str, what: str, tensors: Tensors, device: torch.device) -> None:
+    """Tensors of `DTYPES`, on one device, whose memory is there; what is not raises, by its number."""
+    if tensors.dtypes <= DTYPES.keys() and all_plain(tensors.present) and _all_there(tensors, device):
+        return
     for i, tensor in enumerate(tensors):
+        if tensor is None:
+            continue
         if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
             raise TypeError(
                 f"{op}: {what} {i} must be a dense float32, bfloat16 or float16 tensor, "
@@ -232,30 +246,39 @@ def _dtypes_of(op: str, what: str, tensors: Sequence[Tensor], device: torch.devi
         if tensor.device != device:
             raise ValueError(f"{op}: {what} {i} is on {tensor.device}, expected it on {device}")
         check_plain_tensor(tensor, f"{op}: {what} {i}")
-    return dtypes
+
+
+def _all_there(tensors: Tensors, device: torch.device) -> bool:
+    """Whether all are dense and in memory on one device; the quick look. False may only mean that some are empty."""
+    try:
+        whole = len(tensors.present) == len(tensors)
+        lowest = min(tensors.addresses if whole else map(Tensor.data_ptr, tensors.present), default=LOWEST_ADDRESS)
+    except RuntimeError:  # a layout without an address
+        return False
+    return lowest >= LOWEST_ADDRESS and tensors.devices <= {-1 if device.type == "cpu" else device.index}
 
 
 @lru_cache(maxsize=64)
-def _overlap(starts: tuple[int, ...], lengths: tuple[int, ...]) -> tuple[int, int] | None:
-    """The numbers of two spans of addresses that have one in common, or None."""
-    spans = sorted((start, start + length, i) for i, (start, length) in enumerate(zip(starts, lengths, strict=True)))
+def _overlap(
+    starts: tuple[int, ...], sizes: tuple[int, ...], itemsize: int, more: tuple[tuple[int, int], ...]
+) -> tuple[int, int] | None:
+    """The numbers of two spans of addresses that have one in common, or None; more: (start, bytes) of further ones."""
+    given = [*zip(starts, (itemsize * size for size in sizes), strict=True), *more]
+    spans = sorted((start, start + length, i) for i, (start, length) in enumerate(given))
     spans = [span for span in spans if span[0] < span[1]]
     return next((tuple(sorted((a[2], b[2]))) for a, b in pairwise(spans) if b[0] < a[1]), None)  # type: ignore[return-value]
 
 
-def _check_apart(op: str, params: Sequence[Tensor], sizes: Sequence[int], state: dict[str, Tensor]) -> None:
+def _check_apart(op: str, params: Tensors, state: dict[str, Tensor]) -> None:
     """What is written must not share memory: the result would depend on the order of the threads."""
-    if all(map(Tensor.is_contiguous, params)):
-        width = params[0].element_size() if params else 0
-        lengths = [size * width for size in sizes]
-    else:  # of one that is written through a copy, the first entry alone
-        lengths = [param.nbytes if param.is_contiguous() else min(param.nbytes, 1) for param in params]
-        for i, param in enumerate(params):
+    itemsize, sizes = max((dtype.itemsize for dtype in params.dtypes), default=0), params.sizes
+    if not params.contiguous:  # of one that is written through a copy, the first entry alone
+        sizes = tuple(p.numel() if p.is_contiguous() else min(p.numel(), 1) for p in params.present)
+        for i, param in enumerate(params.present):
             if torch._debug_has_internal_overlap(param) == 1:
                 raise ValueError(f"{op}: parameter {i} is expanded, its entries share memory; pass a `.clone()`")
-    tensors = (*params, *state.values())
-    starts, lengths = tuple(map(Tensor.data_ptr, tensors)), [*lengths, *(t.nbytes for t in state.values())]
-    if (found := _overlap(starts, tuple(lengths))) is not None:
+    spans = tuple((tensor.data_ptr(), tensor.nbytes) for tensor in state.values())
+    if (found := _overlap(params.addresses, sizes, itemsize, spans)) is not None:
         names = [f"parameter {i}" for i in range(len(params))] + list(state)
         raise ValueError(
             f"{op}: {names[found[0]]} and {names[found[1]]} share memory; each must have its own, and a tied parameter "
@@ -263,50 +286,49 @@ def _check_apart(op: str, params: Sequence[Tensor], sizes: Sequence[int], state:
         )
 
 
-def check_update(
-    op: str,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    facts: TableFacts,
-    device: torch.device,
-    coefficients: Tensor,
-    anchor: Tensor,
-    master: Tensor,
-    packed: bool,
-) -> list[int]:
-    """The arguments that update and norm share; returns the entries of the parameters.
+def check_update(op: str, norm: Norm) -> TableFacts:
+    """The arguments of an update, or of the norm of its gradients; those that both have are looked at once.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices do not fit the table or each other, or are of no plain tensor.
     """
-    if len(grads) != (1 if packed else len(params)):
-        wanted = "one tensor of packed gradients" if packed else f"{len(params)} gradients, one per parameter,"
+    if (facts := vars(norm).get("_facts")) is None:
+        facts = table_facts(op, norm)
+        _check_gradients(op, norm, facts)
+        vars(norm)["_facts"] = facts
+    if isinstance(norm, Update) and op == "masked_adamw_":
+        _check_state(op, norm, facts)
+    return facts
+
+
+def _check_gradients(op: str, norm: Norm, facts: TableFacts) -> None:
+    params, grads, device = norm.params, norm.grads, norm.tiles.device
+    if len(grads) != (1 if norm.packed else len(params)):
+        wanted = "one tensor of packed gradients" if norm.packed else f"{len(params)} gradients, one per parameter,"
         raise ValueError(f"{op}: expected {wanted} got {len(grads)}")
-    dtypes = _dtypes_of(op, "parameter", params, device)
-    sizes = [*map(Tensor.numel, params)]
-    _check_extents(op, "parameter", sizes, facts)
-    if packed:
+    _check_dense(op, "parameter", params, device)
+    _check_extents(op, "parameter", params.sizes, facts)
+    if norm.packed:
+        if grads[0] is None:
+            raise ValueError(f"{op}: expected one tensor of packed gradients, got None")
         _expect(op, "packed gradients", grads[0], torch.float32, (facts.k,), device)
-        grad_dtypes = {torch.float32}
     else:
-        given = grads if all(map(Tensor.numel, grads)) else [grad for grad in grads if grad.numel()]
-        grad_dtypes = _dtypes_of(op, "gradient", given, device)
-        if not all(map(Tensor.is_same_size, params, grads)):
-            for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-                if grad.shape != param.shape and grad.numel():
+        _check_dense(op, "gradient", grads, device)
+        whole = len(grads.present) == len(grads)
+        if not (whole and all(map(Tensor.is_same_size, params.present, grads.present))):
+            for i, (param, grad) in enumerate(zip(params.present, grads, strict=True)):
+                if grad is not None and grad.shape != param.shape:
                     raise ValueError(
                         f"{op}: gradient {i} has shape {list(grad.shape)}, its parameter {list(param.shape)}"
                     )
-    if len(dtypes) > 1 or len(grad_dtypes) > 1 or not grad_dtypes <= {*dtypes, torch.float32}:
+    allowed = {torch.float32} if norm.packed else {*params.dtypes, torch.float32}
+    if len(params.dtypes) > 1 or len(grads.dtypes) > 1 or not grads.dtypes <= allowed:
         raise TypeError(
             f"{op}: expected parameters of one dtype, and gradients of that dtype or of float32, "
-            f"got parameters of {_names(dtypes)} and gradients of {_names(grad_dtypes)}; make a call per dtype"
+            f"got parameters of {_names(params.dtypes)} and gradients of {_names(grads.dtypes)}; make a call per dtype"
         )
-    _expect(op, "coefficients", coefficients, torch.float64, (len(params), Coefficient.COUNT), device)
-    for what, tensor in (("anchor", anchor), ("master", master)):
-        if tensor.numel():
-            _expect(op, what, tensor, torch.float32, (facts.k,), device)
-    return sizes
+    sizes = {"params": len(params), "k": facts.k}
+    _check_tensors(op, norm, ("coefficients", "master", "anchor"), sizes, device)
 
 
 def _check_extents(op: str, what: str, sizes: Sequence[int], facts: TableFacts, absent: bool = False) -> None:
@@ -320,52 +342,53 @@ def _check_extents(op: str, what: str, sizes: Sequence[int], facts: TableFacts, 
             raise ValueError(f"{op}: {what} {i} has {size} entries, the tile table reaches to {extent}")
 
 
-def check_state(
-    op: str,
-    params: Sequence[Tensor],
-    sizes: Sequence[int],
-    facts: TableFacts,
-    device: torch.device,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    scales: Tensor,
-    master: Tensor,
-    stochastic: bool,
-) -> None:
-    """What only the update has: the moments, and that all it writes is apart.
-
-    Raises:
-        TypeError, ValueError: as in `check_update`.
-    """
-    coded = scales.numel() > 0 or (facts.k == 0 and exp_avg.dtype == torch.int8)
-    first, second = (torch.int8, torch.uint8) if coded else (torch.float32, torch.float32)
-    _expect(op, "exp_avg", exp_avg, first, (facts.k,), device)
-    _expect(op, "exp_avg_sq", exp_avg_sq, second, (facts.k,), device)
-    if scales.numel():
-        _expect(op, "scales", scales, torch.float32, (facts.blocks, 2), device)
-    if stochastic and (master.numel() or any(param.dtype != torch.bfloat16 for param in params[:1])):
+def _check_state(op: str, update: Update, facts: TableFacts) -> None:
+    """What only the update has: the moments, and that all it writes is apart."""
+    sizes, coded = {"k": facts.k, "blocks": facts.blocks}, update.scales is not None
+    _check_tensors(op, update, ("exp_avg", "exp_avg_sq", "scales"), sizes, update.tiles.device, coded)
+    if update.stochastic and (update.master is not None or not update.params.dtypes <= {torch.bfloat16}):
         raise ValueError(
             f"{op}: stochastic rounding is for bfloat16 parameters without a master; "
             "float16 needs a master, float32 is not rounded"
         )
-    state = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "scales": scales, "master": master}
-    _check_apart(op, params, sizes, state)
+    fields = fields_of(Update)
+    _check_apart(op, update.params, {name: t for name, t in tensors_of(update) if fields[name].spec.written})
 
 
-def check_pack(op: str, grads: Sequence[Tensor], out: Tensor, facts: TableFacts, device: torch.device) -> None:
-    """Dense gradients of one dtype, empty where there is none, and their slots.
+def check_pack(op: str, pack: Pack) -> TableFacts:
+    """Dense gradients of one dtype, None where there is none, and their slots.
 
     Raises:
         TypeError, ValueError: as in `check_update`.
     """
-    given = [grad for grad in grads if grad.numel()]
-    dtypes = _dtypes_of(op, "gradient", given, device)
-    if len(dtypes) > 1:
+    facts, device = table_facts(op, pack), pack.tiles.device
+    _check_dense(op, "gradient", pack.grads, device)
+    if len(pack.grads.dtypes) > 1:
         raise TypeError(
-            f"{op}: expected gradients of one dtype, got {_names(dtypes)}; make a call, and a table, per dtype"
+            f"{op}: expected gradients of one dtype, got {_names(pack.grads.dtypes)}; "
+            "make a call, and a table, per dtype"
         )
-    _check_extents(op, "gradient", [*map(Tensor.numel, grads)], facts, absent=True)
-    _expect(op, "out", out, torch.float32, (facts.k,), device)
+    _check_extents(op, "gradient", pack.grads.sizes, facts, absent=True)
+    _check_tensors(op, pack, ("out",), {"k": facts.k}, device)
+    return facts
+
+
+def _check_tensors(
+    op: str, record: Any, names: Sequence[str], sizes: dict[str, int], device: torch.device, coded: bool = False
+) -> None:
+    """The tensors of these fields are what the record says. sizes: those of its shapes, by name; new ones are added."""
+    fields = fields_of(record.__class__)
+    for name in names:
+        tensor, spec = getattr(record, name), fields[name].spec
+        if tensor is None:
+            continue
+        for size, found in zip(spec.shape, tensor.shape, strict=False):
+            if isinstance(size, str):
+                sizes.setdefault(size, found)
+        shape = tuple(size if isinstance(size, int) else sizes.get(size, 0) for size in spec.shape)
+        dtype = spec.coded if coded and spec.coded is not None else spec.dtype
+        assert dtype is not None
+        _expect(op, name, tensor, dtype, shape, device)
 
 
 def check_selection(
@@ -407,136 +430,66 @@ def check_selection(
 # The passes of the selection, of any backend. Numbers inside device tensors are not read here.
 
 
-def _check_pairs(
-    op: str,
-    initial: Sequence[Tensor],
-    tuned: Sequence[Tensor],
-    groups: Sequence[int],
-    n_groups: int,
-    device: torch.device,
-) -> int:
-    """Tiles of the pairs, which must be contiguous."""
-    if initial and len(initial) != len(tuned) or len(groups) != len(tuned):
+def check_pass(op: str, record: Any) -> None:
+    """The arguments of a pass.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or devices do not fit each other, or are of no plain tensor.
+    """
+    tensors = dict(tensors_of(record))
+    device, sizes = next(reversed(tensors.values())).device, {}
+    if isinstance(record, Histogram):
+        sizes["bins"] = 1 << (15 if record.prefixes is None else 16)
+        sizes["groups"] = len(record.histogram) if record.histogram.dim() else 0
+    if isinstance(record, Pairs):
+        _check_sides(op, record, device)
+    if isinstance(record, Histogram | Band):
+        n_groups = sizes.get("groups", record.low.numel() if isinstance(record, Band) else 0)
+        sizes["tiles"] = _check_groups(op, record, record.groups, n_groups)
+    _check_tensors(op, record, list(tensors), sizes, device)
+    if isinstance(record, Band):
+        _check_word_offsets(op, record)
+
+
+def _check_sides(op: str, pairs: Pairs, device: torch.device) -> None:
+    """Two tensors of equal size, or one, in every pair; of any contiguity."""
+    if pairs.initial and len(pairs.initial) != len(pairs.tuned):
         raise ValueError(
-            f"{op}: expected an initial tensor, or none at all, and a group for each of {len(tuned)} tensors, "
-            f"got {len(initial)} and {len(groups)}"
+            f"{op}: expected an initial tensor, or none at all, for each of {len(pairs.tuned)} tensors, "
+            f"got {len(pairs.initial)}"
         )
+    for side in (pairs.initial, pairs.tuned):
+        _check_dense(op, "tensor", side, device)
+    for i, (before, after) in enumerate(zip(pairs.initial.sizes, pairs.tuned.sizes)):  # noqa: B905
+        if before != after:
+            raise ValueError(f"{op}: tensor {i} has {before} initial entries, tuned {after}")
+
+
+def _check_groups(op: str, pairs: Pairs, groups: Sequence[int], n_groups: int) -> int:
+    """The pairs are contiguous, and of a group each; returns their tiles."""
+    if len(groups) != len(pairs.tuned):
+        raise ValueError(f"{op}: expected a group for each of {len(pairs.tuned)} tensors, got {len(groups)}")
     for i, group in enumerate(groups):
         if not 0 <= group < n_groups:
             raise ValueError(f"{op}: tensor {i} must be of one of {n_groups} groups, got group {group}")
-    for side in (initial, tuned):
-        _dtypes_of(op, "tensor", side, device)
-    for i, tensor in enumerate((*initial, *tuned)):
-        if not tensor.is_contiguous() or tensor.numel() != tuned[i % len(tuned)].numel():
+    for side in (pairs.initial, pairs.tuned):
+        for i, tensor in enumerate(side.present):
+            if not tensor.is_contiguous():
+                raise ValueError(
+                    f"{op}: tensor {i} must be contiguous, "
+                    f"got {list(tensor.shape)} with strides {list(tensor.stride())}"
+                )
+    return sum(map(tiles_of, pairs.tuned.sizes))
+
+
+def _check_word_offsets(op: str, band: Band) -> None:
+    if len(band.word_offsets) != len(band.tuned):
+        raise ValueError(
+            f"{op}: expected a word offset for each of {len(band.tuned)} tensors, got {len(band.word_offsets)}"
+        )
+    for i, (offset, size) in enumerate(zip(band.word_offsets, band.tuned.sizes, strict=True)):
+        if not 0 <= offset <= band.words.numel() - bitmap_words(size) or offset % 2:
             raise ValueError(
-                f"{op}: tensor {i % len(tuned)} must be contiguous, with as many entries on either side, "
-                f"got {list(tensor.shape)} with strides {list(tensor.stride())}"
+                f"{op}: the {bitmap_words(size)} words of tensor {i} must lie in words "
+                f"[{band.words.numel()}], from an even offset on, got {offset}"
             )
-    return sum(tiles_of(t.numel()) for t in tuned)
-
-
-def _expect_all(op: str, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device, **tensors: Tensor) -> None:
-    for what, tensor in tensors.items():
-        _expect(op, what, tensor, dtype, shape, device)
-
-
-def _histogram(initial: Any, tuned: Any, groups: Any, prefixes: Any, histogram: Tensor, nonfinite: Tensor) -> None:
-    op, device = "delta_histogram", histogram.device
-    n_groups = len(histogram) if histogram.dim() else 0
-    _expect(op, "histogram", histogram, torch.int64, (n_groups, 1 << (15 if prefixes is None else 16)), device)
-    _expect(op, "nonfinite", nonfinite, torch.int64, (1,), device)
-    if prefixes is not None:
-        _expect(op, "prefixes", prefixes, torch.int64, (n_groups,), device)
-    _check_pairs(op, initial, tuned, groups, n_groups, device)
-
-
-def _sample(initial: Any, tuned: Any, tensors: Tensor, runs: Tensor, keys: Tensor) -> None:
-    op, device = "sample_keys", keys.device
-    _check_sides(op, initial, tuned, device)
-    count = tensors.numel()
-    _expect_all(op, torch.int64, (count,), device, tensors=tensors, runs=runs)
-    _expect(op, "keys", keys, torch.int32, (count, RUN), device)
-
-
-def _check_sides(op: str, initial: Sequence[Tensor], tuned: Sequence[Tensor], device: torch.device) -> None:
-    """As `_check_pairs`, of any contiguity."""
-    if initial and len(initial) != len(tuned):
-        raise ValueError(f"{op}: expected an initial tensor, or none at all, for each of {len(tuned)} tensors")
-    for side in (initial, tuned):
-        _dtypes_of(op, "tensor", side, device)
-    for i, (a, b) in enumerate(zip(initial, tuned)):  # noqa: B905
-        if a.numel() != b.numel():
-            raise ValueError(f"{op}: tensor {i} has {a.numel()} initial entries, tuned {b.numel()}")
-
-
-def _band(
-    initial: Any, tuned: Any, groups: Any, low: Tensor, high: Tensor, words: Tensor, word_offsets: Sequence[int],
-    above: Tensor, inside: Tensor, take: Tensor | None, keys: Tensor, positions: Tensor, offsets: Tensor,
-    cursor: Tensor, nonfinite: Tensor,
-) -> None:  # fmt: skip
-    op, device = "delta_band", words.device
-    tiles = _check_pairs(op, initial, tuned, groups, low.numel(), device)
-    _expect_all(op, torch.int64, (low.numel(),), device, low=low, high=high)
-    _expect(op, "words", words, torch.int32, (words.numel(),), device)
-    if len(word_offsets) != len(tuned):
-        raise ValueError(f"{op}: expected a word offset for each of {len(tuned)} tensors, got {len(word_offsets)}")
-    for i, (offset, tensor) in enumerate(zip(word_offsets, tuned, strict=True)):
-        if not 0 <= offset <= words.numel() - bitmap_words(tensor.numel()) or offset % 2:
-            raise ValueError(
-                f"{op}: the {bitmap_words(tensor.numel())} words of tensor {i} must lie in words "
-                f"[{words.numel()}], from an even offset on, got {offset}"
-            )
-    _expect_all(op, torch.int64, (tiles,), device, above=above, inside=inside, offsets=offsets)
-    if take is not None:
-        _expect(op, "take", take, torch.int64, (tiles,), device)
-    _expect(op, "keys", keys, torch.int32, (keys.numel(),), device)
-    _expect(op, "positions", positions, torch.int16, (keys.numel(),), device)
-    _expect_all(op, torch.int64, (1,), device, cursor=cursor, nonfinite=nonfinite)
-
-
-def _candidates(
-    op: str, keys: Tensor, positions: Tensor, offsets: Tensor, inside: Tensor, tile_groups: Tensor, **per_group: Tensor
-) -> None:
-    device, tiles = keys.device, offsets.numel()
-    _expect(op, "keys", keys, torch.int32, (keys.numel(),), device)
-    _expect(op, "positions", positions, torch.int16, (keys.numel(),), device)
-    _expect_all(op, torch.int64, (tiles,), device, offsets=offsets, inside=inside, tile_groups=tile_groups)
-    groups = next(iter(per_group.values())).numel()
-    _expect_all(op, torch.int64, (groups,), device, **per_group)
-
-
-def _candidate_histogram(*candidates_and_bands: Tensor) -> None:
-    *candidates, low, high, shift, histogram = candidates_and_bands
-    op = "candidate_histogram"
-    _candidates(op, *candidates, low=low, high=high, shift=shift)
-    bins = histogram.shape[1] if histogram.dim() == 2 else 0
-    _expect(op, "histogram", histogram, torch.int64, (low.numel(), bins), low.device)
-
-
-def _take(
-    op: str, candidates: Sequence[Tensor], cut: Tensor, words: Tensor, tile_words: Tensor, **per_tile: Tensor
-) -> None:
-    _candidates(op, *candidates, cut=cut)
-    _expect(op, "words", words, torch.int32, (words.numel(),), cut.device)
-    _expect_all(op, torch.int64, (candidates[2].numel(),), cut.device, tile_words=tile_words, **per_tile)
-
-
-def _take_above(*arguments: Tensor) -> None:
-    *candidates, cut, words, tile_words, taken, ties = arguments
-    _take("take_above", candidates, cut, words, tile_words, taken=taken, ties=ties)
-
-
-def _take_ties(*arguments: Tensor) -> None:
-    *candidates, cut, words, tile_words, take = arguments
-    _take("take_ties", candidates, cut, words, tile_words, take=take)
-
-
-PASSES: dict[str, Callable[..., None]] = {
-    "delta_histogram": _histogram,
-    "sample_keys": _sample,
-    "delta_band": _band,
-    "candidate_histogram": _candidate_histogram,
-    "take_above": _take_above,
-    "take_ties": _take_ties,
-}
-"""What looks at the arguments of each pass of a backend, under its signature in `reference.py`."""

@@ -7,15 +7,17 @@ use.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from typing import SupportsIndex
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
 
 from ltp_sparse import backends
 from ltp_sparse.backends import checks
-from ltp_sparse.backends.reference import Coefficient
+from ltp_sparse.backends.arguments import RECORDS, Norm, Pack, Tensors, Update, fields_of, schema, tensors_of
+from ltp_sparse.backends.coefficients import Coefficient, write_options, write_step
 from ltp_sparse.backends.rounding import rounding_keys
 from ltp_sparse.ops.routes import Selection, select_topk
 from ltp_sparse.ops.sources import TensorSource
@@ -25,89 +27,105 @@ from ltp_sparse.tickets.tile_table import TileTable
 from ltp_sparse.weights.tensors import all_plain, check_plain_tensor
 
 _library = torch.library.Library("ltp_sparse", "DEF")  # noqa: TOR901 (kept for the life of the process)
-
-_library.define(
-    "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
-    "Tensor(d!) scales, Tensor(e!) master, Tensor tiles, Tensor words, Tensor ranks, Tensor positions, "
-    "Tensor coefficients, Tensor anchor, bool stochastic, bool packed, str backend='') -> ()"
-)
-_library.define(
-    "masked_sum_squares(Tensor[] params, Tensor[] grads, Tensor master, Tensor tiles, Tensor words, Tensor ranks, "
-    "Tensor positions, Tensor coefficients, Tensor anchor, bool packed, str backend='') -> Tensor"
-)
-_library.define(
-    "masked_pack_(Tensor[] grads, Tensor(a!) out, Tensor tiles, Tensor words, Tensor ranks, Tensor positions, "
-    "bool accumulate, str backend='') -> ()"
-)
 _library.define("topk_delta(Tensor[] initial, Tensor[] tuned, int[] groups, int[] k) -> (Tensor, Tensor, Tensor)")
 
-
-def _backend(
-    op: str, name: str, tensors: Sequence[Tensor], words: Tensor, ranks: Tensor, facts: checks.TableFacts
-) -> backends.Backend:
-    """The backend of this name, or without one that for so many active entries of these tensors."""
-    if name:
-        backend = backends.named(name, words.device)
-    else:
-        dtype, density = (
-            tensors[0].dtype if tensors else torch.float32,
-            facts.k / max(1, sum(map(Tensor.numel, tensors))),
-        )
-        backend = backends.resolve(words.device, dtype=dtype, density=density)
-    if backend.needs_ranks and ranks.numel() != words.numel() // 2:
-        raise ValueError(f"{op}: the {backend.name} backend needs a table with ranks: TileTable.with_ranks()")
-    return backend
+_LISTS = {"params": "parameter", "grads": "gradient"}
 
 
-def _contiguous(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    if all(map(Tensor.is_contiguous, tensors)):
-        return tensors
-    return [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
-
-
-@torch.library.impl(_library, "masked_adamw_", "CompositeExplicitAutograd")
-def _masked_adamw_(
-    params, grads, exp_avg, exp_avg_sq, scales, master, tiles, words, ranks, positions, coefficients, anchor,
-    stochastic, packed, backend="",
-):  # fmt: skip
-    op, device = "masked_adamw_", tiles.device
-    with torch.no_grad():
-        facts = checks.table_facts(op, tiles, words, ranks, positions)
-        sizes = checks.check_update(op, params, grads, facts, device, coefficients, anchor, master, packed)
-        checks.check_state(op, params, sizes, facts, device, exp_avg, exp_avg_sq, scales, master, stochastic)
-        contiguous = _contiguous(params)
-        _backend(op, backend, params, words, ranks, facts).masked_adamw_(
-            contiguous, _contiguous(grads), exp_avg, exp_avg_sq, scales, master,
-            tiles, words, ranks, positions, coefficients, anchor, stochastic, packed,
-        )  # fmt: skip
-        for param, updated in zip(params, contiguous, strict=True):
+def _update(record: Update, backend: backends.Backend | None = None) -> None:
+    """`masked_adamw_` of a record; without a backend, one is chosen for it."""
+    facts = checks.check_update("masked_adamw_", record)
+    contiguous = _contiguous(record)
+    _serving("masked_adamw_", record, record.params, facts, backend).masked_adamw_(contiguous)
+    if contiguous is not record:
+        for param, updated in zip(record.params.present, contiguous.params.present, strict=True):
             if param is not updated:
                 param.copy_(updated)
 
 
-@torch.library.impl(_library, "masked_sum_squares", "CompositeExplicitAutograd")
-def _masked_sum_squares(
-    params, grads, master, tiles, words, ranks, positions, coefficients, anchor, packed, backend=""
-):  # fmt: skip
-    op = "masked_sum_squares"
-    with torch.no_grad():
-        facts = checks.table_facts(op, tiles, words, ranks, positions)
-        checks.check_update(op, params, grads, facts, tiles.device, coefficients, anchor, master, packed)
-        return _backend(op, backend, params, words, ranks, facts).masked_sum_squares(
-            _contiguous(params), _contiguous(grads), master,
-            tiles, words, ranks, positions, coefficients, anchor, packed,
-        )  # fmt: skip
+def _sum_squares(record: Norm, backend: backends.Backend | None = None) -> Tensor:
+    """`masked_sum_squares` of a record, which may be that of the update to come."""
+    facts = checks.check_update("masked_sum_squares", record)
+    served = _serving("masked_sum_squares", record, record.params, facts, backend)
+    return served.masked_sum_squares(_contiguous(record))
 
 
-@torch.library.impl(_library, "masked_pack_", "CompositeExplicitAutograd")
-def _masked_pack_(grads, out, tiles, words, ranks, positions, accumulate, backend=""):
-    op = "masked_pack_"
-    with torch.no_grad():
-        facts = checks.table_facts(op, tiles, words, ranks, positions)
-        checks.check_pack(op, grads, out, facts, tiles.device)
-        _backend(op, backend, grads, words, ranks, facts).masked_pack_(
-            _contiguous(grads), out, tiles, words, ranks, positions, accumulate
-        )
+def _pack(record: Pack, backend: backends.Backend | None = None) -> None:
+    """`masked_pack_` of a record."""
+    facts = checks.check_pack("masked_pack_", record)
+    _serving("masked_pack_", record, record.grads, facts, backend).masked_pack_(_contiguous(record))
+
+
+_RUN: dict[str, Callable[..., Any]] = {
+    "masked_adamw_": _update,
+    "masked_sum_squares": _sum_squares,
+    "masked_pack_": _pack,
+}
+
+
+def _contiguous(record: Any) -> Any:
+    """The record with copies of the listed tensors that are not contiguous."""
+    lists = {name: getattr(record, name) for name in _LISTS if hasattr(record, name)}
+    if all(tensors.contiguous for tensors in lists.values()):
+        return record
+    return replace(record, **{name: tensors.to_contiguous() for name, tensors in lists.items()})
+
+
+def _serving(
+    op: str, record: Any, tensors: Tensors, facts: checks.TableFacts, backend: backends.Backend | None
+) -> backends.Backend:
+    """The backend, or without one that for so many active entries of these tensors."""
+    if backend is None:
+        dtype = next(iter(tensors.dtypes), torch.float32)
+        density = facts.k / max(1, sum(tensors.sizes))
+        backend = backends.resolve(record.words.device, dtype=dtype, density=density)
+    if backend.needs_ranks and record.ranks.numel() != record.words.numel() // 2:
+        raise ValueError(f"{op}: the {backend.name} backend needs a table with ranks: TileTable.with_ranks()")
+    return backend
+
+
+def _record(op: str, arguments: Sequence[Any]) -> tuple[Any, str]:
+    """The record of an operator's arguments, and the name of a backend, if there is one among them."""
+    fields = fields_of(RECORDS[op])
+    values = [
+        Tensors(value) if field.kind is Tensors else value
+        for value, field in zip(arguments, fields.values(), strict=False)
+    ]
+    return RECORDS[op](*values), "".join(arguments[len(fields) :])
+
+
+def _register(op: str, returns: str) -> None:
+    """An operator has the fields of its record as arguments, and `backend`, the name of one."""
+    _library.define(schema(op, RECORDS[op], "str backend=''", returns=returns))
+
+    @torch.library.impl(_library, op, "CompositeExplicitAutograd")
+    def _(*arguments: Any) -> Any:
+        record, name = _record(op, arguments)
+        with torch.no_grad():
+            return _RUN[op](record, backends.named(name, record.words.device) if name else None)
+
+    @torch.library.register_fake(f"ltp_sparse::{op}", lib=_library)
+    def _(*arguments: Any) -> Any:
+        record, _ = _record(op, arguments)
+        device = record.tiles.device
+        lists = {what: getattr(record, name).present for name, what in _LISTS.items() if hasattr(record, name)}
+        _check_devices(op, device, **lists, **dict(tensors_of(record)))
+        return record.tiles.new_empty(record.tiles.shape[:1], dtype=torch.float64) if returns == "Tensor" else None
+
+
+_register("masked_adamw_", "()")
+_register("masked_sum_squares", "Tensor")
+_register("masked_pack_", "()")
+
+
+def run(op: str, record: Any, backend: backends.Backend) -> Any:
+    """Runs at once, or through the operator where something wants to see it."""
+    if not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack():
+        return _RUN[op](record, backend)
+    for name, what in _LISTS.items():
+        _refuse_subclasses(op, what, getattr(record, name, ()))
+    fields = {name: getattr(record, name) for name in fields_of(RECORDS[op])}
+    return getattr(torch.ops.ltp_sparse, op)(**fields, backend=backend.name)
 
 
 @torch.library.impl(_library, "topk_delta", "CompositeExplicitAutograd")
@@ -130,31 +148,6 @@ def _check_devices(op: str, device: torch.device, **arguments: Sequence[Tensor] 
                 raise ValueError(f"{op}: {name} is on {tensor.device}, expected it on {device}")
 
 
-@torch.library.register_fake("ltp_sparse::masked_adamw_", lib=_library)
-def _(
-    params, grads, exp_avg, exp_avg_sq, scales, master, tiles, words, ranks, positions, coefficients, anchor,
-    stochastic, packed, backend="",
-):  # fmt: skip
-    _check_devices(
-        "masked_adamw_", tiles.device, parameter=params, gradient=grads, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq,
-        words=words, positions=positions, coefficients=coefficients,
-    )  # fmt: skip
-
-
-@torch.library.register_fake("ltp_sparse::masked_sum_squares", lib=_library)
-def _(params, grads, master, tiles, words, ranks, positions, coefficients, anchor, packed, backend=""):
-    _check_devices(
-        "masked_sum_squares", tiles.device, parameter=params, gradient=grads, words=words, positions=positions,
-        coefficients=coefficients,
-    )  # fmt: skip
-    return tiles.new_empty(tiles.shape[:1], dtype=torch.float64)
-
-
-@torch.library.register_fake("ltp_sparse::masked_pack_", lib=_library)
-def _(grads, out, tiles, words, ranks, positions, accumulate, backend=""):
-    _check_devices("masked_pack_", tiles.device, gradient=grads, out=out, words=words, positions=positions)
-
-
 @torch.library.register_fake("ltp_sparse::topk_delta", lib=_library)
 def _(initial, tuned, groups, k):
     if not tuned:
@@ -167,6 +160,63 @@ def _(initial, tuned, groups, k):
         tuned[0].new_empty(sum(tiles_of(t.numel()) for t in tuned), dtype=torch.int64),
         tuned[0].new_empty(len(k), dtype=torch.float32),
     )
+
+
+def served(table: TileTable, dtype: torch.dtype) -> tuple[TileTable, backends.Backend]:
+    """The backend for parameters of a dtype, and the table with the rank directory if it reads one.
+
+    Norm, packing and update of a step are served by one backend: the choice goes by the density of the whole, which
+    tables of a part of it keep. Build the table with `ranks=True` to save the work on a GPU.
+    """
+    if table.tiles.is_meta:
+        check_plain_tensor(table.tiles, "the tile table")
+    backend = backends.resolve(table.tiles.device, dtype=dtype, density=table.density)
+    return table.with_ranks() if backend.needs_ranks else table, backend
+
+
+def norm_fields(
+    op: str,
+    params: Tensors,
+    grads: Tensors | Tensor,
+    table: TileTable,
+    coefficients: Tensor,
+    anchor: Tensor | None,
+    master: Tensor | None,
+    **state: Tensor | None,
+) -> dict[str, Any]:
+    """The fields of a `Norm`, and `state`; whether they fit the table is seen here, all else where the record runs."""
+    listed = grads if isinstance(grads, Tensors) else Tensors([grads])
+    packed = listed is not grads
+    count = len(params) if packed else len(listed)
+    if not len(params) == count == len(table.counts):
+        raise ValueError(
+            f"{op}: expected as many gradients and index sets as parameters, got {len(params)} parameters, "
+            f"{count} gradients and a table of {len(table.counts)}"
+        )
+    _refuse_subclasses(op, "tensor of state", (coefficients, anchor, master, *state.values()))
+    _check_sizes(op, "parameter", params.sizes, table)
+    return {
+        **_index(table),
+        "grads": listed,
+        "params": params,
+        "coefficients": coefficients,
+        "packed": packed,
+        "master": master,
+        "anchor": anchor,
+        **state,
+    }
+
+
+def _index(table: TileTable) -> dict[str, Tensor]:
+    return {"tiles": table.tiles, "words": table.words, "ranks": table.ranks, "positions": table.positions}
+
+
+def _dtype(tensors: Tensors) -> torch.dtype:
+    return tensors.present[0].dtype if tensors.present else torch.float32
+
+
+def _listed(grads: Sequence[Tensor | None] | Tensor) -> Tensors | Tensor:
+    return grads if isinstance(grads, Tensor) else Tensors(grads)
 
 
 @torch.no_grad()
@@ -205,14 +255,13 @@ def masked_adamw_(
     Raises:
         TypeError, ValueError: dtypes, shapes or devices do not fit.
     """
-    _check_public("masked_adamw_", params, grads, table, exp_avg, exp_avg_sq, coefficients, anchor, scales, master)
-    table, backend = _served(table, params)
-    empty = coefficients.new_empty(0, dtype=torch.float32)
-    torch.ops.ltp_sparse.masked_adamw_(
-        list(params), _gradients(params, grads), exp_avg, exp_avg_sq, _or(scales, empty), _or(master, empty),
-        table.tiles, table.words, table.ranks, table.positions, coefficients, _or(anchor, empty), stochastic,
-        isinstance(grads, Tensor), backend,
+    listed = Tensors(params)
+    table, backend = served(table, _dtype(listed))
+    fields = norm_fields(
+        "masked_adamw_", listed, _listed(grads), table, coefficients, anchor, master,
+        exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, scales=scales,
     )  # fmt: skip
+    run("masked_adamw_", Update(**fields, stochastic=stochastic), backend)
 
 
 @torch.no_grad()
@@ -229,14 +278,10 @@ def masked_sum_squares(
 
     Arguments as for `masked_adamw_`.
     """
-    _check_public("masked_sum_squares", params, grads, table, coefficients, anchor, master)
-    table, backend = _served(table, params)
-    empty = coefficients.new_empty(0, dtype=torch.float32)
-    return torch.ops.ltp_sparse.masked_sum_squares(
-        list(params), _gradients(params, grads), _or(master, empty),
-        table.tiles, table.words, table.ranks, table.positions, coefficients, _or(anchor, empty),
-        isinstance(grads, Tensor), backend,
-    )  # fmt: skip
+    listed = Tensors(params)
+    table, backend = served(table, _dtype(listed))
+    fields = norm_fields("masked_sum_squares", listed, _listed(grads), table, coefficients, anchor, master)
+    return run("masked_sum_squares", Norm(**fields), backend)
 
 
 @torch.no_grad()
@@ -252,60 +297,18 @@ def masked_pack_(grads: Sequence[Tensor | None], out: Tensor, table: TileTable, 
     Raises:
         TypeError, ValueError: dtypes, sizes or devices do not fit.
     """
-    present = [grad for grad in grads if grad is not None]
-    _refuse_subclasses("masked_pack_", "tensor", [*grads, out])
-    _check_sizes("masked_pack_", "gradient", [None if grad is None else grad.numel() for grad in grads], table)
-    table, backend = _served(table, present)
-    torch.ops.ltp_sparse.masked_pack_(
-        [out.new_empty(0) if grad is None else grad for grad in grads], out,
-        table.tiles, table.words, table.ranks, table.positions, accumulate, backend,
-    )  # fmt: skip
-
-
-def _served(table: TileTable, tensors: Sequence[Tensor]) -> tuple[TileTable, str]:
-    """The backend for a table, and the table with the rank directory if it reads one.
-
-    Norm, packing and update of a step are served by one backend: the choice goes by the density of the whole, which
-    tables of a part of it keep. Build the table with `ranks=True` to save the work on a GPU.
-    """
-    if table.tiles.is_meta:
-        check_plain_tensor(table.tiles, "the tile table")
-    dtype = tensors[0].dtype if tensors else torch.float32
-    backend = backends.resolve(table.tiles.device, dtype=dtype, density=table.density)
-    return table.with_ranks() if backend.needs_ranks else table, backend.name
-
-
-def _gradients(params: Sequence[Tensor], grads: Sequence[Tensor | None] | Tensor) -> list[Tensor]:
-    if isinstance(grads, Tensor):
-        return [grads]
-    return [param.new_empty(0) if grad is None else grad for param, grad in zip(params, grads, strict=True)]
-
-
-def _or(tensor: Tensor | None, empty: Tensor) -> Tensor:
-    return empty if tensor is None else tensor
-
-
-def _check_public(
-    op: str, params: Sequence[Tensor], grads: Sequence[Tensor | None] | Tensor, table: TileTable, *state: Tensor | None
-) -> None:
-    """What the operator cannot see: subclasses, whose own dispatch comes before it, and the sizes of the table."""
-    given = [grads] if isinstance(grads, Tensor) else grads
-    for what, tensors in (("parameter", params), ("gradient", given), ("tensor of state", state)):
-        _refuse_subclasses(op, what, tensors)
-    count = len(params) if isinstance(grads, Tensor) else len(grads)
-    if not len(params) == count == len(table.counts):
-        raise ValueError(
-            f"{op}: expected as many gradients and index sets as parameters, got {len(params)} parameters, "
-            f"{count} gradients and a table of {len(table.counts)}"
-        )
-    _check_sizes(op, "parameter", [*map(Tensor.numel, params)], table)
+    listed = Tensors(grads)
+    _refuse_subclasses("masked_pack_", "tensor", [*listed, out])
+    _check_sizes("masked_pack_", "gradient", [None if grad is None else grad.numel() for grad in listed], table)
+    table, backend = served(table, _dtype(listed))
+    run("masked_pack_", Pack(**_index(table), grads=listed, out=out, accumulate=accumulate), backend)
 
 
 def _check_sizes(op: str, what: str, found: Sequence[int | None], table: TileTable) -> None:
     """found: entries of each tensor, None of one that is not there."""
     if len(found) != len(table.sizes):
         raise ValueError(f"{op}: expected {len(table.sizes)} {what}s, those of the table, got {len(found)}")
-    if found == list(table.sizes):
+    if tuple(found) == table.sizes:
         return
     for i, (size, covered) in enumerate(zip(found, table.sizes, strict=True)):
         if size not in (None, covered):
@@ -343,22 +346,17 @@ def adamw_coefficients(
             apart by their positions.
     """
     step = steps.to(torch.float64)
-    beta1, beta2 = betas
-    table = torch.zeros(step.numel(), Coefficient.COUNT, dtype=torch.float64, device=step.device)
-    table[:, Coefficient.APPLY] = 1.0
-    table[:, Coefficient.GRAD_FACTOR] = 1.0
-    table[:, Coefficient.DECAY_STEP] = lr * weight_decay
-    table[:, Coefficient.ONE_MINUS_BETA1] = 1.0 - beta1
-    table[:, Coefficient.BETA2] = beta2
-    table[:, Coefficient.ONE_MINUS_BETA2] = 1.0 - beta2
-    table[:, Coefficient.STEP_SIZE] = lr / (1.0 - beta1**step)
-    table[:, Coefficient.INV_SQRT_BC2] = (1.0 - beta2**step).rsqrt()
-    table[:, Coefficient.EPS] = eps
-    table[:, Coefficient.PULL] = pull
-    table[:, Coefficient.ROUNDING_KEY] = rounding_keys(
-        seed, step, torch.arange(step.numel(), dtype=torch.int64, device=step.device)
-    )
-    return table
+    numbers = torch.arange(step.numel(), dtype=torch.int64, device=step.device)
+
+    def column(value: float | Tensor) -> Tensor:
+        return torch.as_tensor(value, dtype=torch.float64, device=step.device).expand(step.numel())
+
+    rows = torch.zeros(step.numel(), Coefficient.COUNT, dtype=torch.float64, device=step.device)
+    rate, pairs = column(lr), torch.stack([column(beta) for beta in betas], 1)
+    write_options(rows, lr=rate, betas=pairs, eps=column(eps), weight_decay=column(weight_decay))
+    one, keys = column(1.0), rounding_keys(seed, step, numbers)
+    write_step(rows, apply=one, grad_factor=one, steps=step, lr=rate, betas=pairs, pull=column(pull), keys=keys)
+    return rows
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ key is found in one of three ways, each exact:
   gives the exact key, and two band passes give the entries at that key to the earliest: four readings. Where the
   sample shows the crowd, a band of its key alone is tried first: two readings, and no candidates.
 
-The passes are a backend's (`backends/reference.py` says what they do). All counts and bounds stay on the device of the
+The passes are a backend's (`backends/arguments.py` says what they do). All counts and bounds stay on the device of the
 weights; the host reads where a route is decided, once if the sampled band holds. Temporary memory: the bitmap that is
 the result (n/8 bytes), and candidates of at most n/156 entries at 6 bytes, worked off in pieces.
 """
@@ -28,8 +28,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ltp_sparse.backends.reference import NONFINITE_KEY, RUN, delta_keys
-from ltp_sparse.ops.sources import Passes, Source, TensorSource
+from ltp_sparse.backends import Backend
+from ltp_sparse.backends.arguments import RUN, Above, Band, CandidateBins, Histogram, Tensors, Ties
+from ltp_sparse.backends.reference import NONFINITE_KEY, delta_keys
+from ltp_sparse.ops.sources import Source, TensorSource
 from ltp_sparse.tickets.bits import WORDS_PER_TILE
 from ltp_sparse.tickets.layout import Layout
 
@@ -123,7 +125,7 @@ class _Band:
     """
 
     def __init__(
-        self, passes: Passes, source: Source, layout: Layout, groups: list[int], wanted: Tensor, ranks: Ranks
+        self, passes: Backend, source: Source, layout: Layout, groups: list[int], wanted: Tensor, ranks: Ranks
     ) -> None:
         device = source.device
         self.passes, self.source, self.layout, self.ranks = passes, source, layout, ranks
@@ -156,23 +158,24 @@ class _Band:
         self.cursor = torch.zeros(1, dtype=torch.int64, device=self.words.device)
         capacity = self.keys.numel() if store else 0
         for chunk in self.source.chunks(range(len(self.groups))):
-            self.passes.delta_band(
-                chunk.initial,
-                chunk.tuned,
-                [self.groups[t] for t in chunk.tensors],
-                low,
-                high,
-                self.words,
-                chunk.word_offsets,
-                self.above[chunk.tiles],
-                self.inside[chunk.tiles],
-                None if take is None else take[chunk.tiles],
-                self.keys[:capacity],
-                self.positions[:capacity],
-                self.offsets[chunk.tiles],
-                self.cursor,
-                self.nonfinite,
+            band = Band(
+                initial=Tensors(chunk.initial),
+                tuned=Tensors(chunk.tuned),
+                groups=[self.groups[t] for t in chunk.tensors],
+                low=low,
+                high=high,
+                words=self.words,
+                word_offsets=chunk.word_offsets,
+                above=self.above[chunk.tiles],
+                inside=self.inside[chunk.tiles],
+                take=None if take is None else take[chunk.tiles],
+                keys=self.keys[:capacity],
+                positions=self.positions[:capacity],
+                offsets=self.offsets[chunk.tiles],
+                cursor=self.cursor,
+                nonfinite=self.nonfinite,
             )
+            self.passes.delta_band(band)
 
     def per_group(self, per_tile: Tensor) -> Tensor:
         """int64 [G]: sums of a count over the tiles of every group."""
@@ -202,8 +205,15 @@ class _Band:
         return (nonfinite, *rest)
 
     @property
-    def _candidates(self) -> tuple[Tensor, ...]:
-        return self.keys, self.positions, self.offsets, self.inside, self.tile_group
+    def _candidates(self) -> dict[str, Tensor]:
+        """The fields of `Candidates`."""
+        return {
+            "keys": self.keys,
+            "positions": self.positions,
+            "offsets": self.offsets,
+            "inside": self.inside,
+            "tile_groups": self.tile_group,
+        }
 
     def thresholds(self, rank: Tensor) -> Tensor:
         """int64 [G]: the key of each group's candidate of this rank (1: the largest), digit by digit; no rank: 0."""
@@ -216,7 +226,9 @@ class _Band:
                 break
             shift = (torch.frexp(last.double()).exponent - bits).clamp(min=0).long()
             histogram = torch.zeros(groups, 1 << bits, dtype=torch.int64, device=device)
-            self.passes.candidate_histogram(*self._candidates, low, high, shift, histogram)
+            self.passes.candidate_histogram(
+                CandidateBins(**self._candidates, low=low, high=high, shift=shift, histogram=histogram)
+            )
             digit, rank, _ = _bins_of_ranks(self.ranks.sum(histogram), rank)
             low = low + (digit << shift)
             high = torch.minimum(high, low + (1 << shift))
@@ -227,9 +239,10 @@ class _Band:
         missing = self.missing()
         cut = torch.where(missing > 0, self.thresholds(missing), NONFINITE_KEY)
         taken, ties = (torch.empty_like(self.above) for _ in range(2))
-        self.passes.take_above(*self._candidates, cut, self.words, self.tile_word, taken, ties)
+        marks = {**self._candidates, "cut": cut, "words": self.words, "tile_words": self.tile_word}
+        self.passes.take_above(Above(**marks, taken=taken, ties=ties))
         take = self.share_ties(ties, missing - self.per_group(taken))
-        self.passes.take_ties(*self._candidates, cut, self.words, self.tile_word, take)
+        self.passes.take_ties(Ties(**marks, take=take))
         return self.selection(self.above + taken + take, cut)
 
     def finish_ties(self) -> Selection:
@@ -299,7 +312,7 @@ def room_for(n: int) -> int:
     return n // 156 + _SPARE_CANDIDATES
 
 
-def sampled_bracket(passes: Passes, source: Source, groups: list[int], ks: list[int]) -> tuple[Tensor, Tensor] | None:
+def sampled_bracket(passes: Backend, source: Source, groups: list[int], ks: list[int]) -> tuple[Tensor, Tensor] | None:
     """Per group a band [low, high) of keys, int64 [G], that holds the k-th largest key almost surely.
 
     Where many keys are equal and the bands would overflow the room for candidates, those of the k-th largest key of the
@@ -361,7 +374,7 @@ def _margins(ks: list[int], entries: list[int], drawn: list[int]) -> list[float]
     return None if factor < _FEWEST_DEVIATIONS else [factor * deviation + 2 for deviation in deviations]
 
 
-def _sampled_keys(passes: Passes, source: Source, groups: list[int], entries: list[int], runs: list[int]) -> Tensor:
+def _sampled_keys(passes: Backend, source: Source, groups: list[int], entries: list[int], runs: list[int]) -> Tensor:
     """int32 [R, RUN]: the keys of a random run out of each of `runs[g]` equal parts of the entries of every group."""
     device, generator = source.device, np.random.default_rng(0)  # chooses the route only, never the result
     order = sorted(range(len(groups)), key=groups.__getitem__)
@@ -398,7 +411,7 @@ class Digits:
 
 
 def digit_pass(
-    passes: Passes,
+    passes: Backend,
     source: Source,
     groups: list[int],
     wanted: Tensor,
@@ -419,7 +432,8 @@ def digit_pass(
         upper = None if prefixes is None else prefixes[first : batch.stop]
         for chunk in source.chunks([tensor for tensor, group in enumerate(groups) if group in batch]):
             of_batch = [groups[t] - first for t in chunk.tensors]
-            passes.delta_histogram(chunk.initial, chunk.tuned, of_batch, upper, histogram, nonfinite)
+            sides = Tensors(chunk.initial), Tensors(chunk.tuned)
+            passes.delta_histogram(Histogram(*sides, of_batch, upper, histogram, nonfinite))
         total = ranks.sum(histogram)
         asked = torch.minimum(wanted[first : batch.stop], total.sum(1))
         digit, rank, count = _bins_of_ranks(total, asked)
@@ -448,7 +462,7 @@ def sampling_pays(source: Source) -> bool:
 
 
 def select_topk(
-    passes: Passes,
+    passes: Backend,
     source: Source,
     groups: list[int],
     ks: list[int],

@@ -10,28 +10,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ltp_sparse.backends import reference
+from ltp_sparse.backends import Backend, reference
+from ltp_sparse.backends.arguments import Sample, Tensors
 from ltp_sparse.ops.staging import Piece, staged
 from ltp_sparse.tickets.bits import TILE, WORDS_PER_TILE, tiles_of
 from ltp_sparse.tickets.layout import Layout
 from ltp_sparse.weights.checkpoints import VIEW, CheckpointTensor, Readable, flat_piece
-
-
-class Passes(Protocol):
-    """What a backend provides; see `backends/reference.py`."""
-
-    @property
-    def delta_histogram(self) -> Callable[..., None]: ...
-    @property
-    def sample_keys(self) -> Callable[..., None]: ...
-    @property
-    def delta_band(self) -> Callable[..., None]: ...
-    @property
-    def candidate_histogram(self) -> Callable[..., None]: ...
-    @property
-    def take_above(self) -> Callable[..., None]: ...
-    @property
-    def take_ties(self) -> Callable[..., None]: ...
 
 
 @dataclass
@@ -61,7 +45,7 @@ class Source(Protocol):
     @property
     def can_sample(self) -> bool: ...
     def chunks(self, tensors: Sequence[int]) -> Iterator[Chunk]: ...
-    def sample(self, passes: Passes, tensors: Tensor, runs: Tensor, keys: Tensor) -> None: ...
+    def sample(self, passes: Backend, tensors: Tensor, runs: Tensor, keys: Tensor) -> None: ...
 
 
 class TensorSource:
@@ -108,10 +92,11 @@ class TensorSource:
             initial = [flat_piece(self.initial[tensor], start, stop)] if self.initial else []
             yield piece_of(self.layout, tensor, start, initial, flat_piece(self.tuned[tensor], start, stop))
 
-    def sample(self, passes: Passes, tensors: Tensor, runs: Tensor, keys: Tensor) -> None:
+    def sample(self, passes: Backend, tensors: Tensor, runs: Tensor, keys: Tensor) -> None:
         """`sample_keys` of the backend, which wants contiguous tensors, or of the reference."""
         contiguous = all(t.is_contiguous() for t in (*self.initial, *self.tuned))
-        (passes if contiguous else reference).sample_keys(self.initial, self.tuned, tensors, runs, keys)
+        sample = Sample(Tensors(self.initial), Tensors(self.tuned), tensors, runs, keys)
+        (passes if contiguous else reference).sample_keys(sample)
 
 
 def piece_of(layout: Layout, tensor: int, start: int, initial: list[Tensor], tuned: Tensor) -> Chunk:
@@ -228,14 +213,14 @@ class StreamSource:
         """Whether all entries can be looked at where they lie."""
         return not any(reader.copies or reader.device != self.device for reader in (*self.initial, *self.tuned))
 
-    def sample(self, passes: Passes, tensors: Tensor, runs: Tensor, keys: Tensor) -> None:
-        sides = [[reader.read(0, reader.n) for reader in side] for side in (self.initial, self.tuned)]
+    def sample(self, passes: Backend, tensors: Tensor, runs: Tensor, keys: Tensor) -> None:
+        sides = [Tensors(reader.read(0, reader.n) for reader in side) for side in (self.initial, self.tuned)]
         keep = self.nbytes <= _KEPT
         some = len(runs) if keep else max(1, len(runs) * _SAMPLED // self.nbytes)
-        for part in zip(tensors.split(some), runs.split(some), keys.split(some), strict=True):
-            passes.sample_keys(*sides, *part)
+        for which, where, found in zip(tensors.split(some), runs.split(some), keys.split(some), strict=True):
+            passes.sample_keys(Sample(sides[0], sides[1], which, where, found))
             if not keep:
-                for tensor in part[0].unique_consecutive().tolist():
+                for tensor in which.unique_consecutive().tolist():
                     self._release(tensor, 0, self.sizes[tensor])
 
     def _release(self, tensor: int, start: int, stop: int) -> None:

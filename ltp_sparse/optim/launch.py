@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ltp_sparse import ops
+from ltp_sparse.backends import Backend
+from ltp_sparse.backends.arguments import Tensors, Update
+from ltp_sparse.backends.coefficients import Coefficient, write_options, write_step
 from ltp_sparse.backends.quantization import dequantize_tiles, quantize_tiles
-from ltp_sparse.backends.reference import Coefficient
+from ltp_sparse.backends.reference import adamw_update
 from ltp_sparse.backends.rounding import rounding_keys
 from ltp_sparse.optim.packed_gradients import PackedGradients
 from ltp_sparse.tickets.delta import gather
@@ -120,6 +123,7 @@ class Launch:
         self.has_grad = torch.zeros(len(params), dtype=torch.float64, device=self.device)
         self.known_grads: list[bool] | None = None
         self.coefficients = torch.zeros(len(params), Coefficient.COUNT, dtype=torch.float64, device=self.device)
+        self.forget()
 
         starts = list(itertools.accumulate(self.table.counts, initial=0))
         self.slots = [slice(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
@@ -162,16 +166,38 @@ class Launch:
         largest = max(piece.slots.stop - piece.slots.start for piece in self.pieces)
         self.room = torch.empty(largest, dtype=torch.float32, device=self.device)
 
-    def _runs(self) -> Iterator[tuple[Piece, Tensor | None]]:
-        """What is launched, one after the other, each with its part of the anchor on the device.
+    def look(self) -> None:
+        """Takes note of parameters and gradients as they are now: those of the step to come."""
+        self.seen = Tensors(self.params)
+        self.seen_grads = Tensors(() if self.packed is not None else [param.grad for param in self.params])
+        self.updates: list[tuple[Update, Backend]] = []
 
-        The copies go to the stream of the launches, so that each waits for the launch that reads the one before.
+    def _runs(self) -> Iterator[tuple[Update, Backend]]:
+        """What is launched, one after the other, by the norm and by the update of a step, and what serves it.
+
+        The copies of an anchor on the host go to the stream of the launches, so that each waits for the launch that
+        reads the one before.
         """
-        for piece in self.pieces:
-            anchor = None if self.anchor is None else self.anchor[piece.slots]
-            if anchor is not None and self.room is not None:
-                anchor = self.room[: len(anchor)].copy_(anchor, non_blocking=True)
-            yield piece, anchor
+        if not self.updates:
+            _, backend = ops.served(self.table, self.dtype)
+            self.updates = [(self._update_of(piece, backend), backend) for piece in self.pieces]
+        for piece, (update, backend) in zip(self.pieces, self.updates, strict=True):
+            if self.room is not None and self.anchor is not None and update.anchor is not None:
+                update.anchor.copy_(self.anchor[piece.slots], non_blocking=True)
+            yield update, backend
+
+    def _update_of(self, piece: Piece, backend: Backend) -> Update:
+        slots, anchor = piece.slots, self.anchor
+        if anchor is not None:
+            anchor = anchor[slots] if self.room is None else self.room[: slots.stop - slots.start]
+        fields = ops.norm_fields(
+            "masked_adamw_", self.seen, self.seen_grads if self.packed is None else self.packed.buffer[slots],
+            piece.table.with_ranks() if backend.needs_ranks else piece.table, self.coefficients, anchor,
+            None if self.master is None else self.master[slots],
+            exp_avg=self.exp_avg[slots], exp_avg_sq=self.exp_avg_sq[slots],
+            scales=None if self.scales is None else self.scales[piece.blocks],
+        )  # fmt: skip
+        return Update(**fields, stochastic=self.stochastic)
 
     def state(self, position: int) -> dict[str, Tensor]:
         """The state of one parameter, as views of the packed buffers."""
@@ -297,29 +323,30 @@ class Launch:
         """Active entries that an update with the moments as they are would round back to what they are now."""
         if self.dtype == torch.float32 or self.master is not None or self.stochastic:
             return 0
+        rows = self.coefficients.clone()
+        self._write_step(rows, torch.ones_like(self.steps))
+        rows = rows.float()
+        rows[:, [Coefficient.ONE_MINUS_BETA1, Coefficient.ONE_MINUS_BETA2]] = 0  # the moments stay
+        rows[:, Coefficient.BETA2] = 1
         count = 0
         for position, (param, index_set) in enumerate(zip(self.params, self.sets, strict=True)):
-            state = self.state(position)
+            state, c = self.state(position), rows[position]
             if self.scales is not None and self.active[position]:
                 moments = state["exp_avg"], state["exp_avg_sq"]
                 decoded = dequantize_tiles(*moments, state["scales"], self.active[position])
                 state |= dict(zip(("exp_avg", "exp_avg_sq"), decoded, strict=True))
-            lr, beta1, beta2, eps, weight_decay, sign, _ = self.rows[position].tolist()
-            if lr == 0:  # before a warm-up and after a decay nothing is to move
+            if c[Coefficient.STEP_SIZE] == 0:  # before a warm-up and after a decay nothing is to move
                 continue
-            step, flat = max(float(self.steps[position]), 1.0), param.detach().reshape(-1)
+            flat = param.detach().reshape(-1)
             for slot, indices in index_set.to(self.device).chunks():
                 here = slice(slot, slot + indices.numel())
-                first = state["exp_avg"][here] / (1 - beta1**step)
-                second = state["exp_avg_sq"][here] / (1 - beta2**step)
-                values = flat[indices]
-                move = lr * weight_decay * values.float() + sign * lr * first / (second.sqrt() + eps)
-                exact = values.float() - move
+                first, second, values = state["exp_avg"][here], state["exp_avg_sq"][here], flat[indices]
+                exact, _, _ = adamw_update(values.float(), first, first, second, c)
                 count += int(((exact.to(self.dtype) == values) & (first != 0)).sum())
         return count
 
     def set_hyperparameters(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Copies them to the device, and into the coefficients that do not depend on the step."""
+        """Copies them to the device."""
         for index, group in enumerate(groups):
             if group["pull"] and self.anchor is None:
                 raise ValueError("MaskedAdamW: pull must be set at construction, which keeps the values it draws to")
@@ -331,30 +358,19 @@ class Launch:
             if isinstance(lr, Tensor):
                 self.hyper[index, 0].copy_(lr)
         torch.index_select(self.hyper, 0, self.group, out=self.rows)
-        lr, beta1, beta2, eps, weight_decay, _, _ = self.rows.unbind(1)
-        columns = {
-            Coefficient.DECAY_STEP: lr * weight_decay,
-            Coefficient.ONE_MINUS_BETA1: 1 - beta1,
-            Coefficient.BETA2: beta2,
-            Coefficient.ONE_MINUS_BETA2: 1 - beta2,
-            Coefficient.EPS: eps,
-        }
-        self._set(columns)
+        lr, _, _, eps, weight_decay, _, _ = self.rows.unbind(1)
+        write_options(self.coefficients, lr=lr, betas=self.rows[:, 1:3], eps=eps, weight_decay=weight_decay)
 
     def has_moved(self) -> bool:
         """Whether a parameter is on another device now."""
-        return {*map(Tensor.get_device, self.params)} != {-1 if self.device.type == "cpu" else self.device.index}
+        return self.seen.devices != {-1 if self.device.type == "cpu" else self.device.index}
 
     def check_dtypes(self) -> None:
-        for param in self.params:
-            if param.dtype != self.dtype:
-                raise TypeError(
-                    f"MaskedAdamW: a parameter of {self.dtype} has become {param.dtype}; "
-                    "cast the model before making the optimizer"
-                )
-
-    def gradients(self, piece: Piece) -> list[Tensor | None] | Tensor:
-        return self.packed.buffer[piece.slots] if self.packed is not None else [param.grad for param in self.params]
+        if other := self.seen.dtypes - {self.dtype}:
+            raise TypeError(
+                f"MaskedAdamW: a parameter of {self.dtype} has become {other.pop()}; "
+                "cast the model before making the optimizer"
+            )
 
     def present(self) -> list[bool]:
         """Whether each parameter has a gradient."""
@@ -370,8 +386,10 @@ class Launch:
 
     def _find_gradients(self) -> Tensor:
         """float64 [P], 1 for each parameter that has a gradient."""
-        present = self.present()
-        if self.packed is not None:
+        if self.packed is None:
+            present = [grad is not None for grad in self.seen_grads]
+        else:
+            present = self.present()
             self.packed.clear_absent()
         if present != self.known_grads:
             self.has_grad.copy_(torch.tensor(present, dtype=torch.float64, device="cpu"))
@@ -379,28 +397,31 @@ class Launch:
         return self.has_grad
 
     def begin_step(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
-        """Counts the step and computes the coefficients that depend on it; all on the device."""
+        """Counts the step and computes its coefficients; all on the device."""
         apply = self._find_gradients()
         if found_inf is not None:
             apply = apply * (found_inf.to(self.device, torch.float64) == 0)
         self.steps += apply
-        lr, _, _, _, _, sign, pull = self.rows.unbind(1)
-        # a parameter that has never been updated has no bias correction yet; its row is not applied
-        corrections = 1 - self.rows[:, 1:3] ** self.steps.clamp(min=1)[:, None]
-        columns = {
-            Coefficient.APPLY: apply,
-            Coefficient.GRAD_FACTOR: sign if grad_scale is None else sign / grad_scale.to(self.device, torch.float64),
-            Coefficient.STEP_SIZE: lr / corrections[:, 0],
-            Coefficient.INV_SQRT_BC2: corrections[:, 1].rsqrt(),
-            Coefficient.PULL: pull,
-        }
-        if self.stochastic or self.scales is not None:
-            columns[Coefficient.ROUNDING_KEY] = rounding_keys(self.seed, self.steps, self.numbers)
-        self._set(columns)
+        self._write_step(self.coefficients, apply, grad_scale)
 
-    def _set(self, columns: Mapping[int, Tensor]) -> None:
-        for column, values in columns.items():
-            self.coefficients[:, column] = values
+    def prepare_norm(self) -> None:
+        """What `sum_squares` reads outside a step."""
+        self.look()
+        self._write_step(self.coefficients, self._find_gradients())
+
+    def _write_step(self, rows: Tensor, apply: Tensor, grad_scale: Tensor | None = None) -> None:
+        lr, _, _, _, _, sign, pull = self.rows.unbind(1)
+        random = self.stochastic or self.scales is not None
+        write_step(
+            rows,
+            apply=apply,
+            grad_factor=sign if grad_scale is None else sign / grad_scale.to(self.device, torch.float64),
+            steps=self.steps,
+            lr=lr,
+            betas=self.rows[:, 1:3],
+            pull=pull,
+            keys=rounding_keys(self.seed, self.steps, self.numbers) if random else None,
+        )
 
     def clip(self, factor: Tensor) -> None:
         """Multiplies gradients and pull."""
@@ -410,11 +431,6 @@ class Launch:
     def scale_pull(self, factor: Tensor) -> None:
         """Multiplies the pull alone, of gradients that are scaled already."""
         self.coefficients[:, Coefficient.PULL] *= factor
-
-    def prepare_norm(self) -> None:
-        """Sets the coefficients that `sum_squares` reads outside a step."""
-        _, _, _, _, _, sign, pull = self.rows.unbind(1)
-        self._set({Coefficient.APPLY: self._find_gradients(), Coefficient.GRAD_FACTOR: sign, Coefficient.PULL: pull})
 
     def scale_gradients(self, factor: Tensor) -> None:
         if self.packed is not None:
@@ -426,29 +442,21 @@ class Launch:
 
     def sum_squares(self) -> Tensor:
         """0-dim float64, over the active entries of the gradients."""
-        sums = [
-            ops.masked_sum_squares(
-                self.params, self.gradients(piece), piece.table, self.coefficients, anchor,
-                master=None if self.master is None else self.master[piece.slots],
-            )
-            for piece, anchor in self._runs()
-        ]  # fmt: skip
+        sums = [ops.run("masked_sum_squares", update, backend) for update, backend in self._runs()]
         return torch.cat(sums).sum()
 
     def update(self) -> None:
-        for piece, anchor in self._runs():
-            slots = piece.slots
-            ops.masked_adamw_(
-                self.params, self.gradients(piece), self.exp_avg[slots], self.exp_avg_sq[slots], piece.table,
-                self.coefficients, anchor,
-                scales=None if self.scales is None else self.scales[piece.blocks],
-                master=None if self.master is None else self.master[slots],
-                stochastic=self.stochastic,
-            )  # fmt: skip
+        for update, backend in self._runs():
+            ops.run("masked_adamw_", update, backend)
+        self.forget()
         if self.master is not None:
             self.master_of = [_identity(param) for param in self.params]
         if self.packed is not None:
             self.packed.consume()
+
+    def forget(self) -> None:
+        """Lets go of what `look` has taken note of: gradients would live as long."""
+        self.seen, self.seen_grads, self.updates = Tensors(), Tensors(), []
 
     def refresh_masters(self) -> None:
         """Takes over what others wrote into the weights since the last update (torch counts in-place edits).

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from itertools import chain
 from typing import Any
 
 import torch
@@ -201,6 +201,7 @@ class MaskedAdamW(Optimizer):
             launch.refresh_masters()  # those of the new launches take the weights to be theirs
         before = {param: dict(state) for param, state in self.state.items()}
         placed: dict[tuple[torch.device, torch.dtype, bool], list[tuple[nn.Parameter, int, int]]] = {}
+        self._laid_out = self._members()
         members = [(param, index) for index, group in enumerate(self.param_groups) for param in group["params"]]
         for number, (param, index) in enumerate(members):
             place = param.device, param.dtype, param in self._packs
@@ -264,10 +265,13 @@ class MaskedAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for launch in self._launches:
+            launch.look()
             launch.check_dtypes()
         if any(launch.has_moved() for launch in self._launches):
             self._refuse_if_packed()
             self._build()
+            for launch in self._launches:
+                launch.look()
         if (
             any(isinstance(group["lr"], Tensor) for group in self.param_groups)
             or self._hyper_known != self._hyper_key()
@@ -319,6 +323,7 @@ class MaskedAdamW(Optimizer):
             self._scale_pull(launch)
         factor = self._clip_factor(max_norm)
         for launch in self._launches:
+            launch.forget()
             launch.scale_gradients(factor.to(launch.device))
         if any(group["pull"] for group in self.param_groups):
             self._pull_factor = factor if self._pull_factor is None else factor * self._pull_factor
@@ -334,8 +339,8 @@ class MaskedAdamW(Optimizer):
         """Raises ValueError where a step would train tensors that the model, or this optimizer, no longer has."""
         if self._home is not None:
             self._home.check(what="MaskedAdamW")
-        ours = chain.from_iterable(launch.params for launch in self._launches)
-        if {*map(id, ours)} != {*map(id, self._members())}:
+        members = self._members()
+        if len(members) != len(self._laid_out) or not all(map(operator.is_, members, self._laid_out)):
             raise ValueError(
                 "MaskedAdamW: the parameters in param_groups are not those of construction; add some with "
                 "add_param_group, and make a new optimizer for another model or for parameters that were replaced "
@@ -493,13 +498,14 @@ class MaskedAdamW(Optimizer):
             )
         own = (
             "max_grad_norm", "grad_norm", "precision", "pull_on", "_removed", "_packs", "_sets", "_launches",
-            "_hyper_known", "_names", "_ticketed", "_warned", "_pull_factor",
+            "_hyper_known", "_laid_out", "_names", "_ticketed", "_warned", "_pull_factor",
         )  # fmt: skip
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._home = None  # a copy stands for another model
+        self.__dict__.setdefault("_laid_out", self._members())
         for group in self.param_groups:
             group.setdefault("pull", 0.0)
             group.setdefault("maximize", False)

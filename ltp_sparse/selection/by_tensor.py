@@ -17,8 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ltp_sparse.backends import Backend
+from ltp_sparse.backends.arguments import Band, Tensors
 from ltp_sparse.ops.routes import Ranks, check_finite, digit_pass, joined
-from ltp_sparse.ops.sources import Chunk, Passes, StreamSource
+from ltp_sparse.ops.sources import Chunk, StreamSource
 from ltp_sparse.tickets.bits import bitmap_words
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.weights.files import host_blocks
@@ -70,7 +72,7 @@ class Spool:
 
 @torch.no_grad()
 def select_by_tensor(
-    passes: Passes, source: StreamSource, groups: list[int], ks: list[int], spool: Spool | None = None
+    passes: Backend, source: StreamSource, groups: list[int], ks: list[int], spool: Spool | None = None
 ) -> tuple[list[IndexSet], Tensor]:
     """An index set per tensor, and float32 [G], the smallest selected |delta| of each group; those of `select_topk`.
 
@@ -112,7 +114,7 @@ class _Marker:
         cuts: int64 [G], the k-th largest key of every group; ties: how many entries at it are selected
     """
 
-    def __init__(self, passes: Passes, source: StreamSource, groups: list[int], cuts: Tensor, ties: list[int]) -> None:
+    def __init__(self, passes: Backend, source: StreamSource, groups: list[int], cuts: Tensor, ties: list[int]) -> None:
         self.passes, self.source, self.groups, self.low, self.open_ties = passes, source, groups, cuts, ties
 
     def marked(self, tensor: int) -> IndexSet:
@@ -135,21 +137,22 @@ class _Marker:
         above, inside, offsets = (torch.empty(tiles, dtype=torch.int64, device=device) for _ in range(3))
         cursor, nonfinite = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
         first_word = self.source.layout.word_offsets[chunk.tensors[0]]
-        self.passes.delta_band(
-            chunk.initial,
-            chunk.tuned,
-            [self.groups[tensor] for tensor in chunk.tensors],
-            self.low,
-            self.low + 1,
-            words,
-            [offset - first_word for offset in chunk.word_offsets],
-            above,
-            inside,
-            take,
-            torch.empty(0, dtype=torch.int32, device=device),
-            torch.empty(0, dtype=torch.int16, device=device),
-            offsets,
-            cursor,
-            nonfinite,
+        band = Band(
+            initial=Tensors(chunk.initial),
+            tuned=Tensors(chunk.tuned),
+            groups=[self.groups[tensor] for tensor in chunk.tensors],
+            low=self.low,
+            high=self.low + 1,
+            words=words,
+            word_offsets=[offset - first_word for offset in chunk.word_offsets],
+            above=above,
+            inside=inside,
+            take=take,
+            keys=torch.empty(0, dtype=torch.int32, device=device),
+            positions=torch.empty(0, dtype=torch.int16, device=device),
+            offsets=offsets,
+            cursor=cursor,
+            nonfinite=nonfinite,
         )
+        self.passes.delta_band(band)
         return above, inside

@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
+from ltp_sparse.backends import Backend
 from ltp_sparse.ops.routes import Ranks
-from ltp_sparse.ops.sources import Chunk, Passes, Source
+from ltp_sparse.ops.sources import Chunk, Source
 
 T = TypeVar("T")
 
@@ -91,7 +92,7 @@ class GuardedSource:
         except Exception as error:
             self.error = error
 
-    def sample(self, passes: Passes, tensors: Tensor, runs: Tensor, keys: Tensor) -> None:
+    def sample(self, passes: Backend, tensors: Tensor, runs: Tensor, keys: Tensor) -> None:
         raise RuntimeError("several processes select by the histogram route: they take no samples")
 
     def check(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The dtypes of weights, with the codes that the compiled kernels read."""
 
 _PLAIN = {Tensor, nn.Parameter}
-_LOWEST_ADDRESS = 1 << 40
+LOWEST_ADDRESS = 1 << 40
 """Where memory was given back, the address of a view is its offset alone: less than this, as few others are."""
 
 _ADVICE = {
@@ -62,19 +62,9 @@ def all_plain(tensors: Iterable[object], *others: object) -> bool:
     return {*map(type, tensors)} <= _PLAIN.union(map(type, others))
 
 
-def all_there(tensors: Sequence[Tensor], device: torch.device) -> bool:
-    """Whether all are dense and in memory on one device; the quick look. False may only mean that some are empty."""
-    try:
-        lowest = min(map(Tensor.data_ptr, tensors), default=_LOWEST_ADDRESS)
-    except RuntimeError:  # a layout without an address
-        return False
-    index = -1 if device.type == "cpu" else device.index
-    return lowest >= _LOWEST_ADDRESS and {*map(Tensor.get_device, tensors)} <= {index}
-
-
 def has_memory(tensor: Tensor) -> bool:
     """False where the storage was freed or cut under a tensor, as sharded training does between uses."""
-    if not tensor.numel() or tensor.data_ptr() >= _LOWEST_ADDRESS:
+    if not tensor.numel() or tensor.data_ptr() >= LOWEST_ADDRESS:
         return True
     extent = 1 + sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
     return tensor.untyped_storage().nbytes() >= (tensor.storage_offset() + extent) * tensor.element_size()

@@ -1,10 +1,12 @@
-// Runs the CUDA kernels' thread blocks on the CPU, thread by thread: the code of csrc/cuda without a GPU.
+// The module ltp_sparse._C_cuda with launches that run the kernels' thread blocks on the CPU, thread by thread: the
+// code of csrc/cuda, and its bindings, without a GPU.
 #include <cmath>
 #include <cstddef>
 #include <cstring>
 #include <type_traits>
 #include <vector>
 
+#include "bindings_cuda.cpp"
 #include "cuda/masked_adamw_block.cuh"
 #include "cuda/topk_delta_block.cuh"
 
@@ -13,6 +15,10 @@ using namespace ltp;
 namespace {
 
 int64_t traps = 0;
+
+// Of the histogram pass.
+int blocks = 3, bins_at_once = 32768;
+int64_t beyond = 0;  // thread blocks that wrote beyond their bins
 
 template <int N>
 class HostThreads {
@@ -75,19 +81,19 @@ class HostThreads {
 };
 
 template <class Body>
-void with_types(const CudaTable& table, Body body) {
+void with_types(const DeviceUpdate& update, Body body) {
     const auto with_param = [&](auto param) {
-        if (table.packed) return body(param, 0.0f, std::true_type());
-        if (table.grad_dtype == Dtype::kFloat32) return body(param, 0.0f, std::false_type());
+        if (update.packed) return body(param, 0.0f, std::true_type());
+        if (update.grad_dtype == Dtype::kFloat32) return body(param, 0.0f, std::false_type());
         return body(param, param, std::false_type());
     };
-    if (table.param_dtype == Dtype::kFloat32) return with_param(0.0f);
-    if (table.param_dtype == Dtype::kBFloat16) return with_param(BFloat16());
+    if (update.param_dtype == Dtype::kFloat32) return with_param(0.0f);
+    if (update.param_dtype == Dtype::kBFloat16) return with_param(BFloat16());
     return with_param(Float16());
 }
 
 template <class Body>
-void with_types(const CudaPairs& pairs, Body body) {
+void with_types(const DevicePairs& pairs, Body body) {
     const auto with_tuned = [&](auto tuned) {
         if (pairs.initial_dtype == -1) return body(Zeros(), tuned);
         if (pairs.initial_dtype == int(Dtype::kFloat32)) return body(0.0f, tuned);
@@ -101,131 +107,113 @@ void with_types(const CudaPairs& pairs, Body body) {
 
 }  // namespace
 
-extern "C" {
+namespace ltp {
 
-// Returns how many thread blocks wrote beyond their bins.
-int emulated_delta_histogram(const CudaPairs* pairs, const CudaHistogram* histogram, int blocks, int bins_at_once) {
+void cuda_delta_histogram(const DevicePairs& pairs, const Histogram& histogram, void*) {
     BinRange range = {};
-    range.row = histogram->prefixes == nullptr ? 32768 : 65536;
-    range.shift = histogram->prefixes == nullptr ? 16 : 0;
+    range.row = histogram.prefixes == nullptr ? 32768 : 65536;
+    range.shift = histogram.prefixes == nullptr ? 16 : 0;
     range.count = bins_at_once;
-    int beyond = 0;
-    with_types(*pairs, [&](auto initial, auto tuned) {
+    with_types(pairs, [&](auto initial, auto tuned) {
         for (range.first = 0; range.first < range.row; range.first += range.count) {
             for (int64_t block = blocks - 1; block >= 0; --block) {
                 HostThreads<kHistogramThreads> threads;
                 const uint32_t poison = 0x77777777;
                 std::vector<uint32_t> bins(bins_at_once + 1, poison);
-                histogram_block<decltype(initial), decltype(tuned)>(*pairs, *histogram, range, block, blocks,
-                                                                    bins.data(), threads);
+                histogram_block<decltype(initial), decltype(tuned)>(pairs, histogram, range, block, blocks, bins.data(),
+                                                                    threads);
                 beyond += bins.back() != poison;
             }
         }
     });
-    return beyond;
 }
 
-void emulated_delta_band(const CudaPairs* pairs, const CudaBand* band) {
-    with_types(*pairs, [&](auto initial, auto tuned) {
-        for (int64_t tile = pairs->n_tiles - 1; tile >= 0; --tile) {
+void cuda_delta_band(const DevicePairs& pairs, const Band& band, void*) {
+    with_types(pairs, [&](auto initial, auto tuned) {
+        for (int64_t tile = pairs.n_tiles - 1; tile >= 0; --tile) {
             HostThreads<kBandThreads> threads;
             BandScratch scratch;
             memset(&scratch, 0x77, sizeof scratch);
-            band_block<decltype(initial), decltype(tuned)>(*pairs, *band, tile, scratch, threads);
+            band_block<decltype(initial), decltype(tuned)>(pairs, band, tile, scratch, threads);
         }
     });
 }
 
-void emulated_sample_keys(const CudaPairs* pairs, const CudaSample* sample) {
-    with_types(*pairs, [&](auto initial, auto tuned) {
-        for (int64_t block = (sample->count - 1) / kRunsPerBlock; block >= 0; --block) {
+void cuda_sample_keys(const DevicePairs& pairs, const Sample& sample, void*) {
+    with_types(pairs, [&](auto initial, auto tuned) {
+        for (int64_t block = (sample.count - 1) / kRunsPerBlock; block >= 0; --block) {
             HostThreads<kSampleThreads> threads;
-            sample_block<decltype(initial), decltype(tuned)>(*pairs, *sample, block, threads);
+            sample_block<decltype(initial), decltype(tuned)>(pairs, sample, block, threads);
         }
     });
 }
 
-void emulated_candidate_histogram(const CudaCandidates* candidates, const CudaCandidateBins* bands) {
-    for (int64_t tile = candidates->n_tiles - 1; tile >= 0; --tile) {
+void cuda_candidate_histogram(const Candidates& candidates, const CandidateBins& bands, void*) {
+    for (int64_t tile = candidates.n_tiles - 1; tile >= 0; --tile) {
         HostThreads<kCandidateThreads> threads;
-        candidate_histogram_block(*candidates, *bands, tile, threads);
+        candidate_histogram_block(candidates, bands, tile, threads);
     }
 }
 
-void emulated_take_above(const CudaCandidates* candidates, const CudaMarks* marks) {
-    for (int64_t tile = candidates->n_tiles - 1; tile >= 0; --tile) {
+void cuda_take_above(const Candidates& candidates, const Above& marks, void*) {
+    for (int64_t tile = candidates.n_tiles - 1; tile >= 0; --tile) {
         HostThreads<kCandidateThreads> threads;
-        take_above_block(*candidates, *marks, tile, threads);
+        take_above_block(candidates, marks, tile, threads);
     }
 }
 
-void emulated_take_ties(const CudaCandidates* candidates, const CudaMarks* marks) {
-    for (int64_t tile = candidates->n_tiles - 1; tile >= 0; --tile) {
+void cuda_take_ties(const Candidates& candidates, const Ties& marks, void*) {
+    for (int64_t tile = candidates.n_tiles - 1; tile >= 0; --tile) {
         HostThreads<kCandidateThreads> threads;
-        take_ties_block(*candidates, *marks, tile, threads);
+        take_ties_block(candidates, marks, tile, threads);
     }
 }
 
-void emulated_masked_adamw_(const CudaTable* table, void* exp_avg, void* exp_avg_sq, void* scales, int stochastic) {
-    const CudaMoments moments = {exp_avg, exp_avg_sq, static_cast<float*>(scales)};
-    with_types(*table, [&](auto param, auto grad, auto packed) {
+void cuda_masked_adamw_(const DeviceUpdate& update, void*) {
+    with_types(update, [&](auto param, auto grad, auto packed) {
         // Backwards: no thread block may need the work of an earlier one.
-        for (int64_t block = table->n_tiles * table->parts - 1; block >= 0; --block) {
+        for (int64_t block = update.n_tiles * update.parts - 1; block >= 0; --block) {
             HostThreads<kThreads> threads;
             uint16_t listed[kSubTile];
-            if (scales != nullptr) {
-                update_coded_block<decltype(param), decltype(grad), decltype(packed)::value>(
-                    *table, moments, stochastic != 0, block, threads);
+            constexpr bool kPacked = decltype(packed)::value;
+            if (update.state.scales != nullptr) {
+                update_coded_block<decltype(param), decltype(grad), kPacked>(update, block, threads);
             } else {
-                update_block<decltype(param), decltype(grad), decltype(packed)::value>(*table, moments, stochastic != 0,
-                                                                                       block, listed, threads);
+                update_block<decltype(param), decltype(grad), kPacked>(update, block, listed, threads);
             }
         }
     });
 }
 
-void emulated_masked_sum_squares(const CudaTable* table, double* out) {
-    with_types(*table, [&](auto param, auto grad, auto packed) {
-        for (int64_t block = 0; block < table->n_tiles * table->parts; ++block) {
+void cuda_masked_sum_squares(const DeviceUpdate& update, double* out, void*) {
+    with_types(update, [&](auto param, auto grad, auto packed) {
+        for (int64_t block = 0; block < update.n_tiles * update.parts; ++block) {
             HostThreads<kThreads> threads;
             uint16_t listed[kSubTile];
-            out[block] = sum_squares_block<decltype(param), decltype(grad), decltype(packed)::value>(*table, block,
+            out[block] = sum_squares_block<decltype(param), decltype(grad), decltype(packed)::value>(update, block,
                                                                                                      listed, threads);
         }
     });
 }
 
-void emulated_masked_pack_(const CudaTable* table, float* out, int accumulate) {
-    for (int64_t block = 0; block < table->n_tiles * table->parts; ++block) {
+void cuda_masked_pack_(const DeviceUpdate& update, float* out, bool accumulate, void*) {
+    for (int64_t block = 0; block < update.n_tiles * update.parts; ++block) {
         HostThreads<kThreads> threads;
         uint16_t listed[kSubTile];
-        if (table->grad_dtype == Dtype::kFloat32)
-            pack_block<float>(*table, out, accumulate != 0, block, listed, threads);
-        if (table->grad_dtype == Dtype::kBFloat16)
-            pack_block<BFloat16>(*table, out, accumulate != 0, block, listed, threads);
-        if (table->grad_dtype == Dtype::kFloat16)
-            pack_block<Float16>(*table, out, accumulate != 0, block, listed, threads);
+        if (update.grad_dtype == Dtype::kFloat32) pack_block<float>(update, out, accumulate, block, listed, threads);
+        if (update.grad_dtype == Dtype::kBFloat16)
+            pack_block<BFloat16>(update, out, accumulate, block, listed, threads);
+        if (update.grad_dtype == Dtype::kFloat16) pack_block<Float16>(update, out, accumulate, block, listed, threads);
     }
 }
 
-void store_table(CudaTable* to, const int64_t* addresses, int param_dtype, int grad_dtype, int packed,
-                 const int64_t* tiles, int64_t n_tiles, const int32_t* words, const uint16_t* ranks,
-                 const uint16_t* positions, const double* coefficients, const float* anchor, float* master, int parts,
-                 const TileRoom* room) {
-    *to = {addresses,
-           Dtype(param_dtype),
-           Dtype(grad_dtype),
-           packed != 0,
-           reinterpret_cast<const TileRow*>(tiles),
-           n_tiles,
-           words,
-           ranks,
-           positions,
-           coefficients,
-           anchor,
-           master,
-           parts,
-           *room};
+}  // namespace ltp
+
+extern "C" {
+
+void set_histogram(int thread_blocks, int bins) {
+    blocks = thread_blocks;
+    bins_at_once = bins;
 }
 
 // How many threads or thread blocks have trapped since the last call.
@@ -235,6 +223,6 @@ int64_t take_traps() {
     return taken;
 }
 
-size_t table_size() { return sizeof(CudaTable); }
+int64_t blocks_beyond_their_bins() { return beyond; }
 
 }  // extern "C"

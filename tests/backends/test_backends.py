@@ -1,7 +1,7 @@
 """The door: an explicit backend obeys or raises, auto falls back and says why; every operator passes opcheck."""
 
 import runpy
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +9,8 @@ from helpers.backends import ALL_BACKENDS, using
 
 import ltp_sparse as ls
 from ltp_sparse import backends
+from ltp_sparse.backends import choice, compiled, cuda, triton
+from ltp_sparse.backends.arguments import RECORDS, fields_of
 from ltp_sparse.testing import random_weights, tuned_weights, update_problem
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -24,13 +26,13 @@ def _no_choice(monkeypatch):
 @pytest.fixture
 def no_extension(monkeypatch):
     """An installation without a compiler."""
-    monkeypatch.setattr(backends, "_extension", lambda: "ltp_sparse._C is not built (no compiler)")
-    monkeypatch.setattr(backends, "_cuda_extension", lambda: "ltp_sparse._C_cuda is not built (no compiler)")
+    monkeypatch.setattr(compiled, "extension", lambda: "ltp_sparse._C is not built (no compiler)")
+    monkeypatch.setattr(cuda, "extension", lambda: "ltp_sparse._C_cuda is not built (no compiler)")
 
 
 @pytest.fixture
 def no_kernels(monkeypatch):
-    monkeypatch.setattr(backends, "_kernels", lambda: "the Triton kernels cannot be imported (no triton)")
+    monkeypatch.setattr(triton, "kernels", lambda: "the Triton kernels cannot be imported (no triton)")
 
 
 @pytest.mark.parametrize("name", ALL_BACKENDS)
@@ -52,10 +54,10 @@ def test_explicit_backend_that_is_missing_raises_with_the_reason(no_extension, n
 
 
 def test_explicit_backend_is_refused_where_it_cannot_serve_the_device(monkeypatch):
-    monkeypatch.setattr(backends, "_extension", lambda: backends)  # any module: it is there
-    monkeypatch.setattr(backends, "_kernels", lambda: backends)
+    monkeypatch.setattr(compiled, "extension", lambda: backends)  # any module: it is there
+    monkeypatch.setattr(triton, "kernels", lambda: backends)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(backends, "_cuda_extension", lambda: "ltp_sparse._C_cuda is not built (no nvcc)")
+    monkeypatch.setattr(cuda, "extension", lambda: "ltp_sparse._C_cuda is not built (no nvcc)")
     meta = torch.device("meta")
     for name, device, reason in (
         ("compiled", CUDA, "no nvcc"),
@@ -88,10 +90,8 @@ def test_auto_falls_back_and_says_why(no_extension, no_kernels):
 @pytest.fixture
 def all_there(monkeypatch):
     """An installation that has everything, in names only."""
-    for door in ("_extension", "_cuda_extension", "_kernels"):
-        monkeypatch.setattr(backends, door, lambda: backends)
-    for made, name in (("_compiled", "compiled"), ("_compiled_cuda", "compiled"), ("_triton", "triton")):
-        monkeypatch.setattr(backends, made, lambda name=name: replace(backends._reference, name=name))
+    for module, door in ((compiled, "extension"), (cuda, "extension"), (triton, "kernels")):
+        monkeypatch.setattr(module, door, lambda: backends)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
@@ -114,11 +114,11 @@ def test_auto_follows_the_table(device, row, all_there, monkeypatch):
     assert served(device, row) == "reference", "an explicit choice is above the table"
     ls.use_backend("auto")
     missing = lambda: "it is not built"  # noqa: E731
-    monkeypatch.setattr(backends, "_extension", missing)
-    monkeypatch.setattr(backends, "_cuda_extension", missing)
+    monkeypatch.setattr(compiled, "extension", missing)
+    monkeypatch.setattr(cuda, "extension", missing)
     left = [name for name in order if name != "compiled"]
     assert served(device, row) == left[0], "a missing extension falls to the next"
-    monkeypatch.setattr(backends, "_kernels", missing)
+    monkeypatch.setattr(triton, "kernels", missing)
     assert served(device, row) == "reference"
 
 
@@ -142,8 +142,8 @@ def test_auto_takes_the_row_of_the_nearest_density(all_there, monkeypatch):
         ["masked_adamw_", "float32", 0.2, {"compiled": 1.0, "triton": 2.0}],
         ["topk_delta", "bfloat16", 0.2, {"reference": 1.0, "compiled": 2.0}],
     ]
-    monkeypatch.setattr(backends, "choices", lambda: {"cuda": {"rows": rows}})
-    backends._orders.cache_clear()
+    monkeypatch.setattr(choice, "choices", lambda: {"cuda": {"rows": rows}})
+    choice._orders.cache_clear()
     try:
         for density, name in ((0, "triton"), (0.04, "triton"), (0.05, "compiled"), (1, "compiled")):
             assert backends.resolve(CUDA, "masked_adamw_", torch.float32, density).name == name
@@ -151,7 +151,7 @@ def test_auto_takes_the_row_of_the_nearest_density(all_there, monkeypatch):
         assert backends.resolve(CUDA, "topk_delta").name == "reference"
         assert backends.resolve(torch.device("meta")).name == "reference"
     finally:
-        backends._orders.cache_clear()
+        choice._orders.cache_clear()
 
 
 def test_operations_say_what_they_are_called_with(monkeypatch):
@@ -190,12 +190,13 @@ def test_module_tells_an_order_that_was_not_measured(all_there, monkeypatch, cap
         ["masked_adamw_", "float32", 0.2, {"compiled": None, "triton": None}],
         ["topk_delta", "float32", 0.2, {"compiled": None, "triton": None}],
     ]}  # fmt: skip
-    monkeypatch.setattr(backends, "choices", lambda: {"cpu": section, "cuda": section})
-    backends._orders.cache_clear()
+    for module in (choice, backends):
+        monkeypatch.setattr(module, "choices", lambda: {"cpu": section, "cuda": section})
+    choice._orders.cache_clear()
     try:
         runpy.run_module("ltp_sparse", run_name="__main__")
     finally:
-        backends._orders.cache_clear()
+        choice._orders.cache_clear()
     printed = capsys.readouterr().out
     assert "auto's choice, not measured (computed)" in printed
     assert "masked_adamw_  float32: triton to 0.05, compiled to 0.2" in printed
@@ -232,34 +233,29 @@ PRECISIONS = {
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_opcheck_masked_adamw(backend, precision, packed):
     problem = update_problem({"a": (40, 7), "b": (90,), "c": (5,)}, density=0.3, **precision)
-    table, k, empty = problem.table, problem.table.k, torch.zeros(0)
+    table, k = problem.table, problem.table.k
     index = (table.tiles, table.words, table.with_ranks().ranks, table.positions)
-    anchor = torch.zeros(k if packed else 0)
-    grads = [torch.ones(k)] if packed else [problem.grads[0], torch.empty(0), problem.grads[2]]
-    scales, master = (empty if tensor is None else tensor for tensor in (problem.scales, problem.master))
-    state = problem.exp_avg, problem.exp_avg_sq, scales, master
-    last = problem.coefficients, anchor
+    anchor = torch.zeros(k) if packed else None
+    grads = [torch.ones(k)] if packed else [problem.grads[0], None, problem.grads[2]]
+    norm = (*index, grads, problem.params, problem.coefficients, packed, problem.master, anchor)
     operators = torch.ops.ltp_sparse
     with using(backend):
-        arguments = (problem.params, grads, *state, *index, *last, problem.stochastic, packed)
+        arguments = (*norm, problem.exp_avg, problem.exp_avg_sq, problem.scales, problem.stochastic)
         torch.library.opcheck(operators.masked_adamw_.default, arguments)
-        torch.library.opcheck(
-            operators.masked_sum_squares.default, (problem.params, grads, master, *index, *last, packed)
-        )
-        torch.library.opcheck(operators.masked_pack_.default, (problem.grads, torch.zeros(k), *index, packed))
+        torch.library.opcheck(operators.masked_sum_squares.default, norm)
+        torch.library.opcheck(operators.masked_pack_.default, (*index, problem.grads, torch.zeros(k), packed))
 
 
 @pytest.mark.parametrize("backend", [p for p in ALL_BACKENDS if p.values == ("triton",)])
 def test_operator_refuses_a_table_without_the_ranks_that_a_kernel_reads(backend):
     problem = update_problem({"a": (40, 7)}, density=0.3)
     params, grads, exp_avg, exp_avg_sq, table, coefficients = problem.args()
-    empty = torch.zeros(0)
-    index = (table.tiles, table.words, table.ranks, table.positions, coefficients, empty)
+    norm = (table.tiles, table.words, table.ranks, table.positions, grads, params, coefficients, False, None, None)
     with using(backend):
         with pytest.raises(ValueError, match="the triton backend needs a table with ranks"):
-            torch.ops.ltp_sparse.masked_adamw_(params, grads, exp_avg, exp_avg_sq, empty, empty, *index, False, False)
+            torch.ops.ltp_sparse.masked_adamw_(*norm, exp_avg, exp_avg_sq, None, False)
         with pytest.raises(ValueError, match="the triton backend needs a table with ranks"):
-            torch.ops.ltp_sparse.masked_sum_squares(params, grads, empty, *index, False)
+            torch.ops.ltp_sparse.masked_sum_squares(*norm)
         ls.masked_adamw_(*problem.args())
     assert bool(exp_avg.any()), "the functional door brings the ranks itself"
 
@@ -277,3 +273,10 @@ def test_opcheck_topk_delta(backend):
 def test_every_operator_is_checked_above():
     defined = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("ltp_sparse::")}
     assert defined == {"masked_adamw_", "masked_sum_squares", "masked_pack_", "topk_delta"}
+
+
+def test_the_compiled_modules_read_every_field_by_its_name():
+    csrc = Path(__file__).parents[1] / "csrc"
+    text = "".join(path.read_text() for path in [*csrc.glob("bindings*.cpp"), *csrc.rglob("*.h")])
+    fields = {name for record in RECORDS.values() for name in fields_of(record)}
+    assert {name for name in fields if f'"{name}"' not in text} == set()

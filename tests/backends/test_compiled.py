@@ -10,7 +10,8 @@ import torch
 from helpers.bits import bits
 from torch import Tensor
 
-from ltp_sparse.backends import reference
+from ltp_sparse.backends import arguments, reference
+from ltp_sparse.backends.arguments import Above, CandidateBins, Histogram, Norm, Sample, Tensors, Ties, Update
 
 _C = pytest.importorskip("ltp_sparse._C", reason="the compiled extension is not built")
 
@@ -113,32 +114,19 @@ class Problem:
             **fields | {"params": params, "exp_avg": self.exp_avg.clone(), "exp_avg_sq": self.exp_avg_sq.clone()}
         )
 
-    def table_args(self) -> tuple:
-        return (
-            self.tiles.data_ptr(),
-            len(self.tiles),
-            self.words.data_ptr(),
-            self.words.numel(),
-            self.positions.data_ptr(),
-            self.positions.numel(),
-            self.coefficients.data_ptr(),
-            0 if self.anchor is None else self.anchor.data_ptr(),
-        )
-
-    def addresses(self) -> tuple[list[int], list[int], list[int]]:
-        grads = [0 if g is None else g.data_ptr() for g in self.grads]
-        return [p.data_ptr() for p in self.params], grads, [p.numel() for p in self.params]
+    def norm(self) -> tuple:
+        """The fields of a `Norm`."""
+        index = self.tiles, self.words, torch.empty(0, dtype=torch.int16), self.positions
+        return *index, Tensors(self.grads), Tensors(self.params), self.coefficients, False, None, self.anchor
 
     def update(self, threads: int = 2) -> "Problem":
         """Runs `_C.masked_adamw_`, in place."""
-        state = self.exp_avg.data_ptr(), self.exp_avg_sq.data_ptr(), self.exp_avg.numel(), 0, 0, 0
-        _C.masked_adamw_(*self.addresses(), 0, 0, False, *state, *self.table_args(), False, threads)
+        _C.masked_adamw_(Update(*self.norm(), self.exp_avg, self.exp_avg_sq, None, False), threads)
         return self
 
     def sum_squares(self, threads: int = 2) -> Tensor:
         out = torch.full((len(self.tiles),), float("nan"), dtype=torch.float64)
-        slots = self.exp_avg.numel()
-        _C.masked_sum_squares(*self.addresses(), 0, 0, False, 0, slots, *self.table_args(), out.data_ptr(), threads)
+        _C.masked_sum_squares(Norm(*self.norm()), out, threads)
         return out
 
     def state(self) -> tuple[Tensor, Tensor]:
@@ -388,23 +376,13 @@ def pairs(rng, sizes, initial_dtype=torch.float32, tuned_dtype=torch.float32) ->
     return initial, tuned
 
 
-def pair_args(initial: list[Tensor], tuned: list[Tensor], groups: list[int]) -> tuple:
-    return (
-        [t.data_ptr() for t in initial],
-        [t.data_ptr() for t in tuned],
-        [DTYPES[t.dtype] for t in initial],
-        [DTYPES[t.dtype] for t in tuned],
-        [t.numel() for t in tuned],
-        groups,
-    )
-
-
 def histogram(initial, tuned, groups, prefixes=(), threads=2) -> tuple[Tensor, bool]:
     """Counts on top of 5 in every bin, to see that they are added."""
     bins = torch.full((max(groups) + 1, 65536 if prefixes else 32768), 5, dtype=torch.int64)
-    args = pair_args(initial, tuned, groups)
-    nonfinite = _C.delta_histogram(*args, list(prefixes), bins.data_ptr(), len(bins), threads)
-    return bins - 5, nonfinite
+    nonfinite = torch.zeros(1, dtype=torch.int64)
+    upper = torch.tensor(prefixes) if prefixes else None
+    _C.delta_histogram(Histogram(Tensors(initial), Tensors(tuned), groups, upper, bins, nonfinite), threads)
+    return bins - 5, bool(nonfinite)
 
 
 def all_keys(initial, tuned) -> list[Tensor]:
@@ -478,22 +456,25 @@ class Band:
         self.positions = torch.full((self.capacity,), -7, dtype=torch.int16)
         self.cursor = torch.zeros(1, dtype=torch.int64)
         take_tensor = torch.tensor(take or [0], dtype=torch.int64)
-        self.nonfinite = _C.delta_band(
-            *pair_args(initial, tuned, groups),
-            low,
-            high,
-            self.words.data_ptr(),
+        self.nonfinite = torch.zeros(1, dtype=torch.int64)
+        record = arguments.Band(
+            Tensors(initial),
+            Tensors(tuned),
+            groups,
+            torch.tensor(low),
+            torch.tensor(high),
+            self.words,
             self.word_offsets[:-1],
-            self.above.data_ptr(),
-            self.inside.data_ptr(),
-            take_tensor.data_ptr() if take else 0,
-            self.keys.data_ptr(),
-            self.positions.data_ptr(),
-            self.capacity,
-            self.offsets.data_ptr(),
-            self.cursor.data_ptr(),
-            threads,
+            self.above,
+            self.inside,
+            take_tensor if take else None,
+            self.keys,
+            self.positions,
+            self.offsets,
+            self.cursor,
+            self.nonfinite,
         )
+        _C.delta_band(record, threads)
 
     def check(self, stored: bool = True) -> None:
         """Every output against its definition, tile by tile."""
@@ -600,14 +581,12 @@ def test_sampled_keys_are_those_of_the_reference(rng, dtype, isa):
     tensors, runs = torch.tensor([0, 2, 3, 3, 3, 3]), torch.tensor([0, 0, 40, 61, 0, 17])
     current = _C.isa()
     for sides in ((initial, tuned), ([], tuned)):
-        wanted = torch.empty(6, reference.RUN, dtype=torch.int32)
-        reference.sample_keys(*sides, tensors, runs, wanted)
+        wanted = torch.empty(6, arguments.RUN, dtype=torch.int32)
+        reference.sample_keys(Sample(*map(Tensors, sides), tensors, runs, wanted))
         _C.set_isa(isa)
         for threads in (1, 3):
             found = torch.full_like(wanted, 77)
-            _C.sample_keys(
-                *pair_args(*sides, [])[:5], tensors.data_ptr(), runs.data_ptr(), 6, found.data_ptr(), threads
-            )
+            _C.sample_keys(Sample(*map(Tensors, sides), tensors, runs, found), threads)
             assert torch.equal(found, wanted)
         _C.set_isa(current)
     assert (wanted[0, 5:] == 0).all() and (wanted == reference.NONFINITE_KEY - 1).any()
@@ -618,23 +597,20 @@ def test_samples_beyond_the_tensors_are_refused(rng, tensor, run):
     _, tuned = pairs(rng, (5, 100))
     tensors, runs, keys = torch.tensor([tensor]), torch.tensor([run]), torch.empty(16, dtype=torch.int32)
     with pytest.raises(ValueError, match="sample_keys: (tensor|run) -?[0-9]"):
-        _C.sample_keys(*pair_args([], tuned, [])[:5], tensors.data_ptr(), runs.data_ptr(), 1, keys.data_ptr(), 1)
+        _C.sample_keys(Sample(Tensors(), Tensors(tuned), tensors, runs, keys), 1)
 
 
 def test_passes_refuse_what_does_not_fit(rng):
     initial, tuned = pairs(rng, (100,))
+    sides, bins, flag = (Tensors(initial), Tensors(tuned)), torch.zeros(2, 32768, dtype=torch.int64), torch.tensor([0])
     with pytest.raises(ValueError, match="group 2 of 2"):
-        _C.delta_histogram(*pair_args(initial, tuned, [2]), [], 0, 2, 1)
-    with pytest.raises(ValueError, match="expected 2 prefixes, got 1"):
-        _C.delta_histogram(*pair_args(initial, tuned, [0]), [1], 0, 2, 1)
-    with pytest.raises(ValueError, match="an item for each of the 1 tensors"):
-        _C.delta_histogram(*pair_args(initial, tuned, [0, 0]), [], 0, 1, 1)
+        _C.delta_histogram(Histogram(*sides, [2], None, bins, flag), 1)
+    with pytest.raises(ValueError, match=r"prefix must be in \[0, 32768\), got 32768"):
+        _C.delta_histogram(Histogram(*sides, [0], torch.tensor([32768]), bins, flag), 1)
+    with pytest.raises(ValueError, match="a group for each of the 1 tensors"):
+        _C.delta_histogram(Histogram(*sides, [0, 0], None, bins, flag), 1)
     with pytest.raises(ValueError, match="1 <= low <= high, got 0 and 5"):
         Band(initial, tuned, [0], [0], [5])
-    codes = list(pair_args(initial, tuned, [0]))
-    codes[3] = [3]
-    with pytest.raises(ValueError, match="dtype codes are 0, 1 and 2, got 3"):
-        _C.delta_histogram(*codes, [], 0, 1, 1)
 
 
 def test_candidates_that_lead_out_are_left_alone(isa):
@@ -651,21 +627,21 @@ def test_candidates_that_lead_out_are_left_alone(isa):
             tiles = {"offsets": [0, 2], "inside": [2, 2], "groups": [0, 0], "tile_words": [0, 2]}
             tiles[name][1] = value
             tiles = {name: torch.tensor(numbers) for name, numbers in tiles.items()}
-            of_tiles = [tiles[name].data_ptr() for name in ("offsets", "inside", "groups")]
-            candidates = keys.data_ptr(), positions.data_ptr(), len(keys), *of_tiles, 2
+            candidates = keys, positions, *(tiles[name] for name in ("offsets", "inside", "groups"))
             words, taken, ties = torch.full((6,), 64, dtype=torch.int32), *torch.full((2, 2), 7)
             if name != "tile_words":
                 bins = torch.zeros(18, dtype=torch.int64)
                 with pytest.raises(ValueError, match="candidate_histogram: the numbers of tile 1"):
-                    _C.candidate_histogram(*candidates, [1], [17], [0], bins[1:].data_ptr(), 16, 2)
+                    bounds = torch.tensor([[1], [17], [0]])
+                    _C.candidate_histogram(CandidateBins(*candidates, *bounds, bins[1:17].view(1, 16)), 2)
                 assert not bins.any()
-            of_words = words[1:].data_ptr(), 4, tiles["tile_words"].data_ptr()
+            of_words = words[1:5], tiles["tile_words"]
             with pytest.raises(ValueError, match="take_above: the numbers of tile 1"):
-                _C.take_above(*candidates, [6], *of_words, taken.data_ptr(), ties.data_ptr(), 2)
+                _C.take_above(Above(*candidates, torch.tensor([6]), *of_words, taken, ties), 2)
             assert words.tolist() == [64, 64, 64 | 1 << 8, 64, 64, 64], (name, value)
             assert (taken.tolist(), ties.tolist()) == ([1, 0], [0, 0])
             with pytest.raises(ValueError, match="take_ties: the numbers of tile 1"):
-                _C.take_ties(*candidates, [5], *of_words, taken.fill_(9).data_ptr(), 2)
+                _C.take_ties(Ties(*candidates, torch.tensor([5]), *of_words, taken.fill_(9)), 2)
             assert words.tolist() == [64, 65, 64 | 1 << 8, 64, 64, 64], (name, value)
 
 
@@ -674,9 +650,11 @@ def test_a_cursor_that_leads_out_stores_nothing(isa):
         tuned, words, counts = torch.ones(4), torch.zeros(2, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)
         keys, positions = torch.full((7,), 3, dtype=torch.int32), torch.full((7,), 3, dtype=torch.int16)
         counts[3] = start
-        above, inside, offsets, cursor = (counts.data_ptr() + 8 * i for i in range(4))
-        stored = keys[1:].data_ptr(), positions[1:].data_ptr(), 5, offsets, cursor
-        _C.delta_band(*pair_args([], [tuned], [0]), [1], [2**31], words.data_ptr(), [0], above, inside, 0, *stored, 1)
+        above, inside, offsets, cursor = counts.split(1)
+        stored = keys[1:6], positions[1:6], offsets, cursor, torch.zeros(1, dtype=torch.int64)
+        bounds = torch.tensor([1]), torch.tensor([2**31])
+        pair = Tensors(), Tensors([tuned]), [0]
+        _C.delta_band(arguments.Band(*pair, *bounds, words, [0], above, inside, None, *stored), 1)
         assert counts[1:3].tolist() == [4, -1] and (keys == 3).all() and (positions == 3).all()
 
 
@@ -685,17 +663,20 @@ def test_a_cursor_that_leads_out_stores_nothing(isa):
 FORK = """
 import os, sys
 import numpy as np
+import torch
 import ltp_sparse._C as c
-from ltp_sparse import backends
+from ltp_sparse.backends.arguments import Histogram, Tensors
+from ltp_sparse.backends.compiled import gomp_parallel
 
 if sys.argv[1] == "openmp":
-    address = backends._gomp_parallel()
+    address = gomp_parallel()
     assert address != 0
     c.use_openmp(address)
 
 def count(tuned, threads):
-    bins = np.zeros(32768, np.int64)
-    c.delta_histogram([], [tuned.ctypes.data], [], [0], [tuned.size], [0], [], bins.ctypes.data, 1, threads)
+    bins = np.zeros((1, 32768), np.int64)
+    found = torch.from_numpy(bins), torch.from_numpy(np.zeros(1, np.int64))
+    c.delta_histogram(Histogram(Tensors(), Tensors([torch.from_numpy(tuned)]), [0], None, *found), threads)
     return int(bins.sum())
 
 tuned = np.ones(2_000_000, np.float32)
@@ -711,7 +692,9 @@ print("forked")
 GUARDED = """
 import ctypes, itertools, mmap
 import numpy as np
+import torch
 import ltp_sparse._C as c
+from ltp_sparse.backends.arguments import Band, Histogram, Norm, Pack, Tensors, Update
 
 libc = ctypes.CDLL(None, use_errno=True)
 PAGE = mmap.PAGESIZE
@@ -727,7 +710,7 @@ def guarded(values):
     copy = np.frombuffer(memory, values.dtype, values.size, pages * PAGE - values.nbytes)
     copy[:] = values
     assert libc.mprotect(ctypes.c_void_p(start + pages * PAGE), ctypes.c_size_t(PAGE), 0) == 0
-    return copy
+    return torch.from_numpy(copy.view(np.int16) if copy.dtype == np.uint16 else copy).view(values.shape)
 
 isas = []
 for isa in ("generic", "avx2", "avx512"):
@@ -737,7 +720,8 @@ for isa in ("generic", "avx2", "avx512"):
     except ValueError:
         pass
 rng = np.random.default_rng(0)
-coefficients = guarded(np.array([1, 1, 1, 0.1, 0.999, 0.001, 0.01, 1, 1e-8, 0.01, 7]))
+coefficients = guarded(np.array([[1, 1, 1, 0.1, 0.999, 0.001, 0.01, 1, 1e-8, 0.01, 7]]))
+ranks = torch.empty(0, dtype=torch.int16)
 for isa, n, density, encoding in itertools.product(isas, (1, 65, 1000, 4096, 65535), (0.1, 0.6, 1), (0, 1, 2)):
     c.set_isa(isa)
     mask = rng.random(n) < density
@@ -745,44 +729,43 @@ for isa, n, density, encoding in itertools.product(isas, (1, 65, 1000, 4096, 655
     if encoding == 0 and not mask.all():
         continue
     k = int(mask.sum())
-    param, grad = (guarded(rng.standard_normal(n).astype(np.float32)) for _ in range(2))
+    param, grad = (rng.standard_normal(n).astype(np.float32) for _ in range(2))
     anchor = guarded(np.zeros(k, np.float32))
     words = guarded(np.packbits(np.pad(mask, (0, -n % 64)), bitorder="little").view(np.int32))
     positions = guarded(np.flatnonzero(mask).astype(np.uint16))
-    tiles, out = guarded(np.array([0, 0, n, k, 0, 0, encoding, 0])), guarded(np.zeros(1))
-    index = words.ctypes.data, words.size, positions.ctypes.data, positions.size
-    table = *index, coefficients.ctypes.data, anchor.ctypes.data
-    place = tiles.ctypes.data, 1
+    tiles, out = guarded(np.array([[0, 0, n, k, 0, 0, encoding, 0]])), guarded(np.zeros(1))
+    index = tiles, words, ranks, positions
     for code, coded, master, packed, stochastic in (
         (0, 0, 0, 0, 0), (0, 1, 0, 0, 0), (0, 0, 0, 1, 0), (1, 0, 0, 0, 1), (2, 0, 1, 0, 0), (2, 1, 1, 1, 0),
     ):
         halves = np.float32 if code == 0 else np.float16
         weight, dense = guarded(param.astype(halves)), guarded(grad.astype(halves))
+        if code == 1:  # numpy has no bfloat16
+            weight, dense = weight.view(torch.bfloat16), dense.view(torch.bfloat16)
         slots = guarded(np.zeros(k, np.float32))
-        c.masked_pack_([dense.ctypes.data], [n], code, slots.ctypes.data, k, *place, *index, False, 1)
+        c.masked_pack_(Pack(*index, Tensors([dense]), slots, False), 1)
         given = slots if packed else dense
         types = (np.int8, np.uint8) if coded else (np.float32, np.float32)
         first, second = (guarded(np.zeros(k, dtype)) for dtype in types)
         scales = guarded(np.zeros(2 * -(-k // 256), np.float32))
         exact = guarded(np.ones(k, np.float32))
-        kinds = code, 0 if packed else code, bool(packed)
-        exact_at, scales_at = exact.ctypes.data if master else 0, scales.ctypes.data if coded else 0
-        addresses = [weight.ctypes.data], [given.ctypes.data], [n], *kinds
-        c.masked_sum_squares(*addresses, exact_at, k, *place, *table, out.ctypes.data, 1)
-        state = first.ctypes.data, second.ctypes.data, k, scales_at, scales.size // 2, exact_at
-        c.masked_adamw_(*addresses, *state, *place, *table, bool(stochastic), 1)
+        exact = exact if master else None
+        norm = *index, Tensors([given]), Tensors([weight]), coefficients, bool(packed), exact, anchor
+        c.masked_sum_squares(Norm(*norm), out, 1)
+        c.masked_adamw_(Update(*norm, first, second, scales.view(-1, 2) if coded else None, bool(stochastic)), 1)
         assert slots.all() and second.any() and scales.all() == bool(coded)
     for code, dtype in ((0, np.float32), (2, np.float16)):
         a, b = guarded(param.astype(dtype)), guarded(grad.astype(dtype))
         bins, counts, cursor = (guarded(np.zeros(size, np.int64)) for size in (32768, 3, 1))
-        pair = [a.ctypes.data], [b.ctypes.data], [code], [code], [n], [0]
-        c.delta_histogram(*pair, [], bins.ctypes.data, 1, 1)
+        pair, flag = (Tensors([a]), Tensors([b]), [0]), guarded(np.zeros(1, np.int64))
+        c.delta_histogram(Histogram(*pair, None, bins.view(1, -1), flag), 1)
         assert bins.sum() > 0.9 * n
         moved = int(bins.sum())
         keys, places = guarded(np.zeros(moved, np.int32)), guarded(np.zeros(moved, np.uint16))
-        above, inside, offsets = (counts.ctypes.data + 8 * i for i in range(3))
-        candidates = keys.ctypes.data, places.ctypes.data, moved, offsets, cursor.ctypes.data
-        c.delta_band(*pair, [1], [2**31], words.ctypes.data, [0], above, inside, 0, *candidates, 1)
+        above, inside, offsets = counts.split(1)
+        bounds = torch.tensor([1]), torch.tensor([2**31])
+        stored = keys, places, offsets, cursor, flag
+        c.delta_band(Band(*pair, *bounds, words, [0], above, inside, None, *stored), 1)
         assert counts[1] == moved and keys.all()
 print("in bounds")
 """

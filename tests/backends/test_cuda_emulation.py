@@ -4,15 +4,17 @@ This tests everything but what needs a GPU: races, the launch, and the compiler'
 """
 
 import ctypes
+import importlib.util
 import itertools
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.backends import using
+from helpers.backends import Unpacked, using
 from helpers.bits import DTYPES, bits
 from helpers.selection_passes import (
     BANDS,
@@ -28,7 +30,8 @@ from helpers.selections import DELTAS, random_case
 from torch import Tensor
 
 from ltp_sparse import backends
-from ltp_sparse.backends import reference
+from ltp_sparse.backends import addresses, cuda, reference
+from ltp_sparse.backends.arguments import Pack, Tensors, Update
 from ltp_sparse.backends.reference import Coefficient
 from ltp_sparse.backends.rounding import rounding_keys
 from ltp_sparse.ops import adamw_coefficients, masked_pack_, masked_sum_squares, routes, sources
@@ -64,79 +67,53 @@ def library(once):
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler")
 
+    headers = pytest.importorskip("pybind11").get_include(), sysconfig.get_paths()["include"]
+
     def build(folder: Path) -> None:
-        flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-shared", "-fPIC"]
+        flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-attributes", "-ffp-contract=off"]
         # what a GPU refuses ends the process
         flags += ["-fsanitize=alignment,shift", "-fsanitize-undefined-trap-on-error"]
+        flags += ["-shared", "-fPIC", f"-I{ROOT / 'csrc'}", *(f"-isystem{header}" for header in headers)]
         source = Path(__file__).with_name("cuda_emulation.cpp")
-        command = ["c++", *flags, f"-I{ROOT / 'csrc'}", "-o", str(folder / "emulation.so"), str(source)]
-        subprocess.run(command, check=True)
+        subprocess.run(["c++", *flags, "-o", str(folder / "emulation.so"), str(source)], check=True)
 
-    loaded = ctypes.CDLL(str(once("cuda-emulation", build) / "emulation.so"))
-    loaded.table_size.restype = ctypes.c_size_t
-    loaded.take_traps.restype = ctypes.c_int64
-    yield loaded
-    assert loaded.take_traps() == 0
-
-
-def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr() if tensor is not None and tensor.numel() else None)
+    path = once("cuda-emulation", build) / "emulation.so"
+    loaded = ctypes.CDLL(str(path))
+    loaded.take_traps.restype = loaded.blocks_beyond_their_bins.restype = ctypes.c_int64
+    spec = importlib.util.spec_from_file_location("_C_cuda", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield SimpleNamespace(
+        module=module, take_traps=loaded.take_traps, set_histogram=loaded.set_histogram,
+        blocks_beyond=loaded.blocks_beyond_their_bins,
+    )  # fmt: skip
+    assert loaded.take_traps() == loaded.blocks_beyond_their_bins() == 0
 
 
 class Emulation:
-    """The arguments of a launch; keeps their memory alive."""
+    """Launches of so many thread blocks a tile."""
 
     def __init__(self, library, problem: UpdateProblem, rows: Tensor, anchor: Tensor | None, parts: int) -> None:
-        self.library, self.problem, self.parts = library, problem, parts
+        self.module, self.problem, self.parts = library.module, problem, parts
         table = problem.table.with_ranks()
-        self.packed = isinstance(problem.grads, Tensor)
-        grads = [problem.grads] * len(problem.params) if self.packed else problem.grads
-        pairs = [
-            [param.data_ptr(), 0 if grad is None else grad.data_ptr()]
-            for param, grad in zip(problem.params, grads, strict=True)
-        ]
-        self.codes = backends.DTYPES[problem.params[0].dtype], backends._grad_code([g for g in grads if g is not None])
-        self.keep = [torch.tensor(pairs), table, rows, anchor]
-        self.place = pointer(table.tiles), ctypes.c_int64(len(table.tiles))
-        self.index = pointer(table.words), pointer(table.ranks), pointer(table.positions)
-        table_room = len(problem.params), table.words.numel(), table.positions.numel(), table.k, table.blocks
-        self.room = (ctypes.c_int64 * 5)(*table_room)
-        self.table = ctypes.create_string_buffer(library.table_size())
-        library.store_table(
-            self.table, pointer(self.keep[0]), *self.codes, int(self.packed), *self.place, *self.index,
-            pointer(rows), pointer(anchor), pointer(problem.master), parts, self.room,
+        packed = isinstance(problem.grads, Tensor)
+        self.index = table.tiles, table.words, table.ranks, table.positions
+        self.record = Update(
+            *self.index, Tensors([problem.grads] if packed else problem.grads), Tensors(problem.params), rows, packed,
+            problem.master, anchor, problem.exp_avg, problem.exp_avg_sq, problem.scales, problem.stochastic,
         )  # fmt: skip
 
     def sum_squares(self) -> Tensor:
         out = torch.full((len(self.problem.table.tiles), self.parts), float("nan"), dtype=torch.float64)
-        self.library.emulated_masked_sum_squares(self.table, pointer(out))
+        self.module.masked_sum_squares(self.record, addresses.of_update(self.record), out, self.parts, 0)
         return out.sum(1)
 
     def update(self) -> None:
-        p = self.problem
-        self.library.emulated_masked_adamw_(
-            self.table, pointer(p.exp_avg), pointer(p.exp_avg_sq), pointer(p.scales), int(p.stochastic)
-        )
+        self.module.masked_adamw_(self.record, addresses.of_update(self.record), self.parts, 0)
 
     def pack(self, out: Tensor, accumulate: bool) -> None:
-        grads = torch.tensor([0 if grad is None else grad.data_ptr() for grad in self.problem.grads])
-        code = self.codes[1]
-        table = ctypes.create_string_buffer(self.library.table_size())
-        self.library.store_table(
-            table,
-            pointer(grads),
-            code,
-            code,
-            0,
-            *self.place,
-            *self.index,
-            None,
-            None,
-            None,
-            self.parts,
-            self.room,
-        )
-        self.library.emulated_masked_pack_(table, pointer(out), int(accumulate))
+        pack = Pack(*self.index, Tensors(self.problem.grads), out, accumulate)
+        self.module.masked_pack_(pack, addresses.of_pack(pack), self.parts, 0)
 
 
 def problem_of(density: float, **options) -> UpdateProblem:
@@ -183,84 +160,30 @@ def test_bits_of_the_reference(library, dtype, grad_dtype, mode, density):
             assert torch.equal(*(bits(t) if t.is_floating_point() else t for t in (a, b))), (packed, parts, number)
 
 
-# --- topk_delta: the passes behind the adaptor of the compiled backend, their launches replaced by the emulation ---
-
-PAIRS = ("rows", "n_pairs", "n_tiles", "initial_dtype", "tuned_dtype")
-HISTOGRAM = ("prefixes", "bins", "nonfinite")
-BAND = (
-    "low", "high", "words", "above", "inside", "take", "keys", "positions", "capacity", "offsets", "cursor",
-    "nonfinite",
-)  # fmt: skip
-SAMPLE = ("tensors", "runs", "count", "keys")
-CANDIDATES = ("keys", "positions", "offsets", "inside", "groups", "n_tiles", "capacity", "n_groups")
-CANDIDATE_BINS = ("low", "high", "shift", "histogram", "bins_of_a_group")
-MARKS = ("cut", "words", "n_words", "tile_words", "take", "taken", "ties")
-NUMBERS = dict.fromkeys(
-    ("n_pairs", "n_tiles", "capacity", "count", "bins_of_a_group", "n_groups", "n_words"), ctypes.c_int64
-)
-CODES = dict.fromkeys(("initial_dtype", "tuned_dtype"), ctypes.c_int)
-
-
-def structure(names: tuple[str, ...]) -> type[ctypes.Structure]:
-    """The struct of csrc/cuda/topk_delta.h with these fields; what is no number is a pointer."""
-    fields = [(name, (NUMBERS | CODES).get(name, ctypes.c_void_p)) for name in names]
-    return type("Arguments", (ctypes.Structure,), {"_fields_": fields})
+# --- topk_delta: the passes of the compiled backend for CUDA tensors, on CPU tensors ---
 
 
 @pytest.fixture
 def passes(library, monkeypatch):
-    """The compiled passes of CUDA tensors, on CPU tensors. `passes.launch`: blocks, and bins in shared memory."""
-    pytest.importorskip("triton")  # its package has the helpers of all launches
-    pairs, histogram, band, sample = map(structure, (PAIRS, HISTOGRAM, BAND, SAMPLE))
-    candidates, bins, marks = map(structure, (CANDIDATES, CANDIDATE_BINS, MARKS))
-    module = ModuleType("emulated")
-    shape = SimpleNamespace(blocks=3, bins=32_768)
-
-    def delta_histogram(*args: int) -> None:
-        of_pairs, rest = pairs(*args[:5]), histogram(*args[5:-1])
-        beyond = library.emulated_delta_histogram(ctypes.byref(of_pairs), ctypes.byref(rest), shape.blocks, shape.bins)
-        assert not beyond, "counted beyond the bins in shared memory"
-
-    def delta_band(*args: int) -> None:
-        of_pairs, rest = pairs(*args[:5]), band(*args[5:-1])
-        library.emulated_delta_band(ctypes.byref(of_pairs), ctypes.byref(rest))
-
-    def sample_keys(*args: int) -> None:
-        library.emulated_sample_keys(ctypes.byref(pairs(*args[:5])), ctypes.byref(sample(*args[5:-1])))
-
-    def candidate_histogram(*args: int) -> None:
-        of_tiles, rest = candidates(*args[:8]), bins(*args[8:-1])
-        library.emulated_candidate_histogram(ctypes.byref(of_tiles), ctypes.byref(rest))
-
-    def take_above(*args: int) -> None:
-        *first, taken, ties = args[8:-1]
-        rest = marks(*first, None, taken, ties)
-        library.emulated_take_above(ctypes.byref(candidates(*args[:8])), ctypes.byref(rest))
-
-    def take_ties(*args: int) -> None:
-        library.emulated_take_ties(ctypes.byref(candidates(*args[:8])), ctypes.byref(marks(*args[8:-1], None, None)))
-
-    for launched in (
-        delta_histogram, delta_band, sample_keys, candidate_histogram, take_above, take_ties
-    ):  # fmt: skip
-        setattr(module, launched.__name__, launched)
-    monkeypatch.setattr(backends, "_cuda_extension", lambda: module)
+    """With `launch(blocks, bins)`: those of the histogram pass, the bins in shared memory."""
+    monkeypatch.setattr(cuda, "extension", lambda: library.module)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-    backends._compiled_cuda.cache_clear()
-    yield SimpleNamespace(launch=shape, **vars(backends._compiled_cuda()))
-    backends._compiled_cuda.cache_clear()
+    backend = backends.Backend(cuda)
+    backend.launch = library.set_histogram
+    yield backend
+    library.set_histogram(3, 32_768)
 
 
 @pytest.mark.parametrize(("before", "after"), KINDS)
 def test_histogram_of_the_reference(passes, rng, before, after):
     initial, tuned = pairs_of(before, after, rng)
     for prefixes, bins, blocks in ((None, 32_768, 3), (None, 16_384, 100), ([0, 0x3B00, 0x3A80], 32_768, 2)):
-        passes.launch.blocks, passes.launch.bins = blocks, bins
+        passes.launch(blocks, bins)
         wanted, found = (torch.full((3, 32_768 if prefixes is None else 65_536), 5) for _ in range(2))
         flags = torch.zeros(2, 1, dtype=torch.int64)
         upper = None if prefixes is None else torch.tensor(prefixes)
-        reference.delta_histogram(initial, tuned, SELECTION_GROUPS, upper, wanted, flags[0])
-        passes.delta_histogram(initial, tuned, SELECTION_GROUPS, upper, found, flags[1])
+        Unpacked(reference).delta_histogram(initial, tuned, SELECTION_GROUPS, upper, wanted, flags[0])
+        Unpacked(passes).delta_histogram(initial, tuned, SELECTION_GROUPS, upper, found, flags[1])
         assert torch.equal(found, wanted) and (found > 5).any()
         assert flags.tolist() == [[0], [0]]
 
@@ -271,7 +194,10 @@ def test_band_of_the_reference(passes, rng, before, after, bounds):
     initial, tuned = pairs_of(before, after, rng)
     for take in (None, torch.tensor(TAKE)):
         args = initial, tuned, *bounds, take, sum(SELECTION_SIZES)
-        wanted, found = BandOutputs(reference.delta_band, *args), BandOutputs(passes.delta_band, *args)
+        wanted, found = (
+            BandOutputs(Unpacked(reference).delta_band, *args),
+            BandOutputs(Unpacked(passes).delta_band, *args),
+        )
         assert found.counts() == wanted.counts()
         assert found.candidates() == wanted.candidates()
 
@@ -279,9 +205,9 @@ def test_band_of_the_reference(passes, rng, before, after, bounds):
 @pytest.mark.parametrize("missing", [0, 1, 200_000, 1 << 20])
 def test_band_stores_what_it_has_room_for(passes, rng, missing):
     args = *pairs_of("f32", "f32", rng), *BANDS["all that moved"], None
-    wanted = BandOutputs(reference.delta_band, *args, 1 << 20)
+    wanted = BandOutputs(Unpacked(reference).delta_band, *args, 1 << 20)
     capacity = max(0, int(wanted.cursor) - missing)
-    found = BandOutputs(passes.delta_band, *args, capacity)
+    found = BandOutputs(Unpacked(passes).delta_band, *args, capacity)
     assert found.counts() == wanted.counts()
     stored = found.candidates()
     assert (None in stored) == (missing > 0)
@@ -297,8 +223,8 @@ def test_samples_of_the_reference(passes, rng, before, after):
     tensors = torch.tensor([0, 1, 3, 4, 4, 5, 6, 7, 7, 9, 9, 9])
     runs = torch.tensor([0, 0, 1, 0, 1, 4094, 63, 2, 4095, 0, 4096, 8749])
     wanted, found = (torch.full((12, reference.RUN), 77, dtype=torch.int32) for _ in range(2))
-    reference.sample_keys(initial, tuned, tensors, runs, wanted)
-    passes.sample_keys(initial, tuned, tensors, runs, found)
+    Unpacked(reference).sample_keys(initial, tuned, tensors, runs, wanted)
+    Unpacked(passes).sample_keys(initial, tuned, tensors, runs, found)
     assert torch.equal(found, wanted)
     assert (found[0, 1:] == 0).all() and (found[7] == reference.NONFINITE_KEY - 1).any()
 
@@ -306,7 +232,9 @@ def test_samples_of_the_reference(passes, rng, before, after):
 @pytest.fixture
 def candidates(rng):
     """Those of the reference: (keys, positions, offsets, inside), the group and the first word of every tile."""
-    band = BandOutputs(reference.delta_band, *pairs_of("f32", "f32", rng), *BANDS["all that moved"], None, 1 << 20)
+    band = BandOutputs(
+        Unpacked(reference).delta_band, *pairs_of("f32", "f32", rng), *BANDS["all that moved"], None, 1 << 20
+    )
     layout = Layout(SELECTION_SIZES)
     of_tile = torch.arange(len(SELECTION_SIZES)).repeat_interleave(torch.tensor(layout.tile_offsets).diff())
     first_tile, first_word = torch.tensor(layout.tile_offsets)[of_tile], torch.tensor(layout.word_offsets)[of_tile]
@@ -319,8 +247,8 @@ def test_bins_of_candidates_of_the_reference(passes, candidates):
     high = torch.tensor([key_at(1.5e-3), key_at(1e-2), key_at(2.0**-9) + 1])
     for shift in ([8, 17, 0], [0, 30, 3]):  # with these bins, some candidates lie beyond them
         wanted, found = (torch.full((3, 1 << 12), 5) for _ in range(2))
-        for histogram, run in ((wanted, reference.candidate_histogram), (found, passes.candidate_histogram)):
-            run(*candidates[0], low, high, torch.tensor(shift), histogram)
+        for histogram, run in ((wanted, Unpacked(reference)), (found, Unpacked(passes))):
+            run.candidate_histogram(*candidates[0], low, high, torch.tensor(shift), histogram)
         assert torch.equal(found, wanted) and (found > 5).any(1).all()
 
 
@@ -329,7 +257,7 @@ def test_candidates_are_marked_as_by_the_reference(passes, candidates):
     tiles = len(tile_words)
     cut = torch.tensor([key_at(1e-3), key_at(2.0**-9), 0x7F800000])
     results = []
-    for chosen in (reference, passes):
+    for chosen in (Unpacked(reference), Unpacked(passes)):
         words = torch.zeros(Layout(SELECTION_SIZES).words, dtype=torch.int32)
         taken, ties = torch.full((2, tiles), 77)
         chosen.take_above(*of_tiles, cut, words, tile_words, taken, ties)
@@ -349,8 +277,8 @@ def test_ties_of_a_tile_are_taken_in_order(passes, candidates):
     keys = torch.full_like(keys, 9)
     cut, take = torch.tensor([9, 9, 9]), torch.tensor(TAKE)
     wanted, found = (torch.zeros(Layout(SELECTION_SIZES).words, dtype=torch.int32) for _ in range(2))
-    reference.take_ties(keys, *of_tiles, cut, wanted, tile_words, take)
-    passes.take_ties(keys, *of_tiles, cut, found, tile_words, take)
+    Unpacked(reference).take_ties(keys, *of_tiles, cut, wanted, tile_words, take)
+    Unpacked(passes).take_ties(keys, *of_tiles, cut, found, tile_words, take)
     assert torch.equal(found, wanted) and found.any()
 
 
@@ -360,9 +288,9 @@ def test_candidates_that_were_not_stored_are_left_alone(passes, candidates):
     cut, words = torch.zeros(3, dtype=torch.int64), torch.zeros(Layout(SELECTION_SIZES).words, dtype=torch.int32)
     taken, ties = torch.full((2, len(inside)), 77)
     histogram = torch.zeros(3, 16, dtype=torch.int64)
-    passes.candidate_histogram(*of_tiles, cut, cut + 0x7FFFFFFF, cut + 27, histogram)
-    passes.take_above(*of_tiles, cut, words, tile_words, taken, ties)
-    passes.take_ties(*of_tiles, cut, words, tile_words, inside)
+    Unpacked(passes).candidate_histogram(*of_tiles, cut, cut + 0x7FFFFFFF, cut + 27, histogram)
+    Unpacked(passes).take_above(*of_tiles, cut, words, tile_words, taken, ties)
+    Unpacked(passes).take_ties(*of_tiles, cut, words, tile_words, inside)
     assert not any(t.any() for t in (histogram, words, taken, ties))
 
 
@@ -372,10 +300,10 @@ def test_values_that_are_not_finite_are_seen(passes, rng, dtype, value):
     initial, tuned = pairs_of(dtype, dtype, rng)
     tuned[8][40_000] = value
     histogram, nonfinite = torch.zeros(3, 32_768, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    passes.delta_histogram(initial, tuned, SELECTION_GROUPS, None, histogram, nonfinite)
+    Unpacked(passes).delta_histogram(initial, tuned, SELECTION_GROUPS, None, histogram, nonfinite)
     assert nonfinite.item() == 1
     args = initial, tuned, *BANDS["narrow"], None, 1 << 20
-    wanted, found = BandOutputs(reference.delta_band, *args), BandOutputs(passes.delta_band, *args)
+    wanted, found = (BandOutputs(Unpacked(which).delta_band, *args) for which in (reference, passes))
     assert found.counts() == wanted.counts() and found.nonfinite.item() == 1
 
 
@@ -447,7 +375,8 @@ def test_tiles_that_lead_out_trap_untouched(library, density, mode, packed):
         emulation = Emulation(library, problem, rows, None, 1)
         emulation.sum_squares()
         emulation.update()
-        assert library.take_traps() == 2, name
+        looks_by_slot = packed or name != "slot"  # the norm does not, where gradients are dense
+        assert library.take_traps() == 1 + looks_by_slot, name
         with using("reference"):
             kept = wanted.params[3].clone()
             wanted.step(rows, None)
@@ -468,13 +397,13 @@ def test_candidates_that_lead_out_trap_untouched(passes, library, candidates):
                 *torch.full((2, count), 77),
             )
             chosen = keys, positions, *of_tiles[:3]
-            passes.take_above(*chosen, cut, words, of_tiles[3], taken, ties)
-            passes.take_ties(*chosen, cut, words, of_tiles[3], taken)
+            Unpacked(passes).take_above(*chosen, cut, words, of_tiles[3], taken, ties)
+            Unpacked(passes).take_ties(*chosen, cut, words, of_tiles[3], taken)
             assert library.take_traps() == 2
             assert (taken[-1], ties[-1]) == (77, 77) and (taken[:-1] != 77).all() and words.any()
             assert not words[int(tile_words[-1]) :].any()
             if spoilt < 3:
-                passes.candidate_histogram(*chosen, cut, cut + 1, cut, torch.zeros(3, 1, dtype=torch.int64))
+                Unpacked(passes).candidate_histogram(*chosen, cut, cut + 1, cut, torch.zeros(3, 1, dtype=torch.int64))
                 assert library.take_traps() == 1
 
 
@@ -482,6 +411,6 @@ def test_samples_that_lead_out_trap_untouched(passes, library):
     tuned = [torch.ones(100), torch.ones(3)]
     for tensor, run in ((-1, 0), (2, 0), (0, -1), (0, 6), (1, 1), (0, 2**60)):
         keys = torch.full((2, reference.RUN), 77, dtype=torch.int32)
-        passes.sample_keys([], tuned, torch.tensor([0, tensor]), torch.tensor([5, run]), keys)
+        Unpacked(passes).sample_keys([], tuned, torch.tensor([0, tensor]), torch.tensor([5, run]), keys)
         assert library.take_traps() == reference.RUN
         assert (keys[0] != 77).all() and (keys[1] == 77).all()

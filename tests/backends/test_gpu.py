@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from helpers.backends import using
+from helpers.backends import Unpacked, using
 from helpers.bits import DTYPES, bits
 from helpers.selection_passes import (
     BANDS,
@@ -252,15 +252,15 @@ def test_selection_passes_give_the_outputs_of_the_reference(backend, before, aft
     for prefixes in (None, torch.tensor([0, 0x3B00, 0x3A80])):
         wanted = torch.full((3, 32_768 if prefixes is None else 65_536), 5)
         found, flag = wanted.to(DEVICE), flags[1].to(DEVICE)
-        reference.delta_histogram(initial, tuned, SELECTION_GROUPS, prefixes, wanted, flags[0])
+        Unpacked(reference).delta_histogram(initial, tuned, SELECTION_GROUPS, prefixes, wanted, flags[0])
         upper = None if prefixes is None else prefixes.to(DEVICE)
-        passes.delta_histogram(*on_gpu, SELECTION_GROUPS, upper, found, flag)
+        Unpacked(passes).delta_histogram(*on_gpu, SELECTION_GROUPS, upper, found, flag)
         assert torch.equal(found.cpu(), wanted) and not flag.item()
     for bounds, take in itertools.product(BANDS.values(), (None, torch.tensor(TAKE))):
         room = sum(SELECTION_SIZES)
-        wanted = BandOutputs(reference.delta_band, initial, tuned, *bounds, take, room)
+        wanted = BandOutputs(Unpacked(reference).delta_band, initial, tuned, *bounds, take, room)
         on_device = None if take is None else take.to(DEVICE)
-        found = BandOutputs(passes.delta_band, *on_gpu, *bounds, on_device, room)
+        found = BandOutputs(Unpacked(passes).delta_band, *on_gpu, *bounds, on_device, room)
         assert found.counts() == wanted.counts()
         assert found.candidates() == wanted.candidates()
 
@@ -307,12 +307,12 @@ def test_samples_and_candidates_of_the_reference(backend, rng):
     initial, tuned = pairs_of("f32", "bf16", rng)
     tensors = torch.tensor([0, 1, 4, 5, 6, 7, 9, 9]), torch.tensor([0, 0, 1, 4094, 63, 4095, 0, 8749])
     wanted, found = torch.empty(8, reference.RUN, dtype=torch.int32), torch.empty(8, reference.RUN, dtype=torch.int32)
-    reference.sample_keys(initial, tuned, *tensors, wanted)
+    Unpacked(reference).sample_keys(initial, tuned, *tensors, wanted)
     found = found.to(DEVICE)
-    passes.sample_keys(moved(initial), moved(tuned), *(t.to(DEVICE) for t in tensors), found)
+    Unpacked(passes).sample_keys(moved(initial), moved(tuned), *(t.to(DEVICE) for t in tensors), found)
     assert torch.equal(found.cpu(), wanted)
 
-    band = BandOutputs(reference.delta_band, initial, tuned, *BANDS["all that moved"], None, 1 << 20)
+    band = BandOutputs(Unpacked(reference).delta_band, initial, tuned, *BANDS["all that moved"], None, 1 << 20)
     layout = Layout(SELECTION_SIZES)
     of_tile = torch.arange(len(SELECTION_SIZES)).repeat_interleave(torch.tensor(layout.tile_offsets).diff())
     first_tile, first_word = torch.tensor(layout.tile_offsets)[of_tile], torch.tensor(layout.word_offsets)[of_tile]
@@ -320,7 +320,7 @@ def test_samples_and_candidates_of_the_reference(backend, rng):
     of_tiles = band.keys, band.positions, band.offsets, band.inside, torch.tensor(SELECTION_GROUPS)[of_tile]
     low, cut = torch.tensor([1, 2, 900_000_000]), torch.tensor([970_000_000, 980_000_000, 990_000_000])
     results = []
-    for chosen, device in ((reference, torch.device("cpu")), (passes, DEVICE)):
+    for chosen, device in ((Unpacked(reference), torch.device("cpu")), (Unpacked(passes), DEVICE)):
         on = [t.to(device) for t in of_tiles]
         at = [t.to(device) for t in (low, low + 90_000_000, torch.tensor([14, 15, 16]), cut, tile_words)]
         histogram = torch.zeros(3, 1 << 12, dtype=torch.int64, device=device)

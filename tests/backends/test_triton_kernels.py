@@ -10,16 +10,20 @@ from itertools import accumulate
 
 import pytest
 import torch
+from helpers.backends import Unpacked
 from helpers.bits import bits
 from torch import Tensor
 
+from ltp_sparse.backends import triton
+from ltp_sparse.backends.addresses import _upload, address_table
+from ltp_sparse.backends.arguments import Tensors
 from ltp_sparse.tickets.bits import TILE, bitmap_words
 from ltp_sparse.tickets.index_set import Encoding, IndexSet
 from ltp_sparse.tickets.tile_table import Column, TileTable
 
-kernels = pytest.importorskip("ltp_sparse.kernels", exc_type=ImportError)
-from ltp_sparse.kernels.launch import _upload, address_table  # noqa: E402 (the package may be missing)
+pytest.importorskip("ltp_sparse.kernels", exc_type=ImportError)
 
+kernels = Unpacked(triton)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAN_WITH_PAYLOAD = 0x7FC12345
 
@@ -53,23 +57,19 @@ class Problem:
     masks: list[Tensor]
     table: TileTable
     params: list[Tensor]
-    grads: list[Tensor]
+    grads: list[Tensor | None]
     exp_avg: Tensor
     exp_avg_sq: Tensor
     coefficients: Tensor
-    anchor: Tensor
+    anchor: Tensor | None
 
     def args(self) -> tuple:
-        t = self.table
-        index = (t.tiles, t.words, t.ranks, t.positions)
-        empty = self.exp_avg[:0]
-        state = self.exp_avg, self.exp_avg_sq, empty, empty
-        return self.params, self.grads, *state, *index, self.coefficients, self.anchor, False, False
+        return *self.norm_args(), self.exp_avg, self.exp_avg_sq, None, False
 
     def norm_args(self) -> tuple:
         t = self.table
         index = (t.tiles, t.words, t.ranks, t.positions)
-        return self.params, self.grads, self.exp_avg[:0], *index, self.coefficients, self.anchor, False
+        return *index, self.grads, self.params, self.coefficients, False, None, self.anchor
 
     def slots(self, param: int) -> slice:
         ends = list(accumulate(self.table.counts))
@@ -107,8 +107,9 @@ def problem(rng: torch.Generator, *, situation: str = "all", anchor: bool = Fals
     if APPLY_OFF in chosen:
         coefficients[APPLY_OFF, 0] = 0
     if NO_GRADIENT in chosen:
-        grads[NO_GRADIENT] = torch.empty(0)
-    params, grads = [p.to(DEVICE) for p in params], [g.to(DEVICE) for g in grads]
+        grads[NO_GRADIENT] = None
+    params = [p.to(DEVICE) for p in params]
+    grads = [None if g is None else g.to(DEVICE) for g in grads]
     if MISALIGNED in chosen:
         params[MISALIGNED] = misaligned(params[MISALIGNED])
     return Problem(
@@ -119,14 +120,14 @@ def problem(rng: torch.Generator, *, situation: str = "all", anchor: bool = Fals
         torch.randn(table.k, generator=rng).to(DEVICE),
         torch.rand(table.k, generator=rng).to(DEVICE),
         coefficients.to(DEVICE),
-        initial.to(DEVICE) if anchor else torch.empty(0, device=DEVICE),
+        initial.to(DEVICE) if anchor else None,
     )
 
 
 def expected_gradient(p: Problem, param: int) -> Tensor:
     c = p.coefficients[param].float()
     g = p.grads[param][p.masks[param]] * c[1]
-    if p.anchor.numel():
+    if p.anchor is not None:
         g = g + c[9] * torch.sign(p.params[param][p.masks[param]] - p.anchor[p.slots(param)])
     return g
 
@@ -135,7 +136,7 @@ def expected_step(p: Problem) -> tuple[list[Tensor], Tensor, Tensor]:
     params, exp_avg, exp_avg_sq = [x.clone() for x in p.params], p.exp_avg.clone(), p.exp_avg_sq.clone()
     for i, mask in enumerate(p.masks):
         c, slots = p.coefficients[i].float(), p.slots(i)
-        if not p.grads[i].numel() or c[0] == 0:
+        if p.grads[i] is None or c[0] == 0:
             continue
         g = expected_gradient(p, i)
         x = p.params[i][mask]
@@ -204,7 +205,7 @@ def test_sum_of_squares(rng, situation, anchor):
     assert sums.shape == (len(p.table.tiles),)
     assert_same_bits(kernels.masked_sum_squares(*args), sums, "second call")
     for tile, (param, start, length, active, slot, *_) in enumerate(p.table.tiles.tolist()):
-        if not p.grads[param].numel():
+        if p.grads[param] is None:
             assert sums[tile] == 0
             continue
         first = slot - p.slots(param).start
@@ -214,12 +215,13 @@ def test_sum_of_squares(rng, situation, anchor):
 
 def test_addresses_are_copied_when_they_change_only():
     _upload.cache_clear()
-    tensors = [torch.ones(3, device=DEVICE), torch.ones(2, device=DEVICE), torch.empty(0, device=DEVICE)]
-    table = address_table(tensors, DEVICE)
+    tensors = [torch.ones(3, device=DEVICE), torch.ones(2, device=DEVICE), None]
+    table = address_table(Tensors(tensors).addresses, DEVICE)
     assert table.tolist() == [tensors[0].data_ptr(), tensors[1].data_ptr(), 0]
-    assert address_table(list(tensors), DEVICE) is table
+    assert address_table(Tensors(tensors).addresses, DEVICE) is table
     tensors[1] = torch.ones(2, device=DEVICE)
-    assert address_table(tensors, DEVICE).tolist() == [tensors[0].data_ptr(), tensors[1].data_ptr(), 0]
+    changed = address_table(Tensors(tensors).addresses, DEVICE)
+    assert changed.tolist() == [tensors[0].data_ptr(), tensors[1].data_ptr(), 0]
     assert _upload.cache_info().misses == 2
 
 

@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 
 from ltp_sparse import backends
+from ltp_sparse.backends import compiled
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
 def test_the_suite_measures_and_goes_on_where_it_stopped(tmp_path):
-    if not hasattr(backends._extension(), "isa"):
-        pytest.skip(str(backends._extension()))
+    if not hasattr(compiled.extension(), "isa"):
+        pytest.skip(str(compiled.extension()))
     command = [sys.executable, "benchmarks/gpu/run.py", "--device", "cpu", "--folder", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     runs = [subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True) for _ in range(2)]

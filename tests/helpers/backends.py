@@ -10,6 +10,7 @@ import torch
 
 import ltp_sparse as ls
 from ltp_sparse import backends
+from ltp_sparse.backends.arguments import RECORDS, Tensors, fields_of
 
 
 def _params(names: tuple[str, ...]) -> list:
@@ -39,6 +40,22 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+class Unpacked:
+    """The functions of a backend, with the fields of their records as arguments."""
+
+    def __init__(self, functions) -> None:
+        self.functions = functions
+
+    def __getattr__(self, op: str):
+        def call(*arguments, **more):
+            fields = fields_of(RECORDS[op])
+            given = dict(zip(fields, arguments, strict=False)) | more
+            lists = {name: Tensors(given[name]) for name, field in fields.items() if field.kind is Tensors}
+            return getattr(self.functions, op)(RECORDS[op](**given | lists))
+
+        return call
 
 
 def instruction_sets(module) -> list[str]:

@@ -40,11 +40,11 @@ class Call:
             "grads": [torch.randn(size) for size in table.sizes],
             "exp_avg": torch.zeros(k),
             "exp_avg_sq": torch.zeros(k),
-            "scales": torch.empty(0),
-            "master": torch.empty(0),
+            "scales": None,
+            "master": None,
             **self.index(),
             "coefficients": ops.adamw_coefficients(torch.ones(n), lr=0.1),
-            "anchor": torch.empty(0),
+            "anchor": None,
             "stochastic": False,
             "packed": False,
         }
@@ -65,7 +65,7 @@ OPERATORS = ("masked_adamw_", "masked_sum_squares", "masked_pack_")
 
 
 def call(op: str, arguments: dict) -> None:
-    getattr(OPS, op)(*arguments.values())
+    getattr(OPS, op)(**arguments)
 
 
 def guarded(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,7 +135,9 @@ def try_one(number: int, right: Call) -> tuple[bool, bool]:
             arguments[name] = [inner for inner, _ in pairs]
             guards += pairs
     for _ in range(rng.randrange(1, 3)):
-        name = rng.choice([name for name, value in arguments.items() if not isinstance(value, bool)])
+        name = rng.choice(
+            [name for name, value in arguments.items() if value is not None and not isinstance(value, bool)]
+        )
         value = arguments[name]
         if isinstance(value, torch.Tensor):
             arguments[name] = strange(rng, value)

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from helpers.backends import ALL_BACKENDS, BACKENDS, threads, using
+from helpers.backends import ALL_BACKENDS, BACKENDS, Unpacked, threads, using
 from helpers.bits import bits, same_bits
 from torch import Tensor
 
@@ -198,9 +198,9 @@ def test_reference_works_in_float64():
     for step in range(1, 4):
         coefficients = adamw_coefficients(torch.tensor([step]), lr=1e-2)
         coefficients[:, Coefficient.GRAD_FACTOR] = -1 if step % 3 == 0 else 0.5
-        reference.masked_adamw_(
-            [param], [grad], m, v, m[:0], m[:0],
-            table.tiles, table.words, table.ranks, table.positions, coefficients, m[:0], False,
+        Unpacked(reference).masked_adamw_(
+            table.tiles, table.words, table.ranks, table.positions, [grad], [param], coefficients, False, None, None,
+            m, v, None, False,
         )  # fmt: skip
     torch.testing.assert_close(param[mask], torch.from_numpy(wanted), rtol=1e-12, atol=1e-15)
 

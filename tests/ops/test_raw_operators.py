@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.backends import ALL_BACKENDS, using
+from helpers.backends import ALL_BACKENDS, Unpacked, using
 from helpers.raw_operators import ERRORS, OPERATORS, Call, call, guarded, intact
 
 import ltp_sparse as ls
 from ltp_sparse import backends, ops
-from ltp_sparse.backends import checks
+from ltp_sparse.backends import checks, choice
+from ltp_sparse.backends.arguments import Tensors, Tiles
 from ltp_sparse.optim.launch import pieces_of
 from ltp_sparse.testing import update_problem
 from ltp_sparse.tickets.bits import TILE
@@ -162,7 +163,7 @@ def test_no_call_by_chance_crashes_or_writes_beyond_its_tensors():
 def test_passes_refuse_what_does_not_fit():
     tuned, flag = [torch.randn(100)], torch.zeros(1, dtype=torch.int64)
     long = torch.zeros(1, dtype=torch.int64)
-    passes = backends.resolve(torch.device("cpu"))
+    passes = Unpacked(backends.resolve(torch.device("cpu")))
     with pytest.raises(ValueError, match=r"histogram must be torch.int64 \[1, 32768\]"):
         passes.delta_histogram([], tuned, [0], None, torch.zeros(1, 100, dtype=torch.int64), flag)
     with pytest.raises(ValueError, match="group 3"):
@@ -239,11 +240,11 @@ def test_subclasses_that_only_carry_attributes_pass():
 def test_a_step_is_served_by_one_backend(monkeypatch):
     """A table of choices that changes with the density: norm, packing and update go by that of all parameters."""
     rows = [["masked_adamw_", "float32", 0.01, {"triton": 1.0}], ["masked_adamw_", "float32", 0.5, {"reference": 1.0}]]
-    monkeypatch.setattr(backends, "choices", lambda: {"cpu": {"measured": True, "source": "test", "rows": rows}})
-    backends._orders.cache_clear()
+    monkeypatch.setattr(choice, "choices", lambda: {"cpu": {"measured": True, "source": "test", "rows": rows}})
+    choice._orders.cache_clear()
     try:
-        used, choose = [], ops._backend
-        monkeypatch.setattr(ops, "_backend", lambda *a: used.append(choose(*a).name) or choose(*a))
+        used, choose = [], ops._serving
+        monkeypatch.setattr(ops, "_serving", lambda *a: used.append(choose(*a).name) or choose(*a))
         for density, expected in ((0.02, "triton"), (0.6, "reference")):
             if backends.unavailable_reason(expected, torch.device("cpu")):
                 continue
@@ -259,7 +260,7 @@ def test_a_step_is_served_by_one_backend(monkeypatch):
                 opt.step()
                 assert set(used) == {expected} and len(used) >= 2
     finally:
-        backends._orders.cache_clear()
+        choice._orders.cache_clear()
 
 
 def test_parts_of_a_table_keep_its_density():
@@ -268,5 +269,5 @@ def test_parts_of_a_table_keep_its_density():
     assert table.density == table.k / sum(table.sizes)
     assert {piece.table.density for piece in pieces_of(table, 10)} == {table.density}
     assert replace(table, counts=(1,)).density == table.density
-    facts = checks.table_facts("it", table.tiles, table.words, table.ranks, table.positions)
-    assert checks.table_facts("it", table.tiles, table.words, table.ranks, table.positions) is facts
+    tiles = Tiles(table.tiles, table.words, table.ranks, table.positions, Tensors())
+    assert checks.table_facts("it", tiles) is checks.table_facts("it", tiles)

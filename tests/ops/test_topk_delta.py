@@ -112,9 +112,9 @@ def counted(passes, weights):
     calls = Counter()
 
     def counting(name):
-        def run(*args):
-            calls[name] += name == "sample_keys" or any(t is args[1][0] for t in weights)
-            return getattr(passes, name)(*args)
+        def run(record):
+            calls[name] += name == "sample_keys" or any(t is record.tuned[0] for t in weights)
+            return getattr(passes, name)(record)
 
         return run
 
@@ -178,9 +178,9 @@ def test_samples_choose_the_route_only(mislead, expected, tiny_routes, monkeypat
     tuned = [DELTAS["normal"](n, rng) for n in (700, 1, 1300)]
     passes, calls = counted(reference, tuned)
 
-    def misled(initial, tuned, tensors, runs, keys):
-        reference.sample_keys(initial, tuned, tensors, runs, keys)
-        keys.copy_(mislead(keys))
+    def misled(sample):
+        reference.sample_keys(sample)
+        sample.keys.copy_(mislead(sample.keys))
 
     passes.sample_keys = misled
     selection = select_topk(passes, TensorSource([], tuned), [0, 0, 0], [600], route="sample")

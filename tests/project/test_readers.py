@@ -41,7 +41,7 @@ _READS = {
     "memmap", "safe_load",
 }  # fmt: skip
 _ALLOWED = {  # functions that read what is no file of a stranger, or nothing at all
-    "backends.__init__.choices": "a table that comes with the package",
+    "backends.choice.choices": "a table that comes with the package",
     "cli.__init__.main": "the null device",
     "cli.report.run": "the report that has just been written",
     "report.pages._html_page": "the plots that have just been drawn",

@@ -1,0 +1,85 @@
+// What masked_adamw_, masked_sum_squares and masked_pack_ read and write on either device: the fields of the records
+// Tiles, Norm and Update of ltp_sparse/backends/arguments.py, read by their names.
+#pragma once
+
+#include "dtypes.h"
+#include "tile.h"
+
+namespace ltp {
+
+// The packed state, contiguous and in slot order; null where something is not used.
+struct PackedState {
+    void *exp_avg, *exp_avg_sq;  // [K] float32, or with scales int8 and uint8, see quantization.h; updated
+    float* scales;               // [B, 2], of the 8-bit moments; updated
+    float* master;               // [K] the exact weights, updated; null: the parameters' own are exact
+    const float* anchor;         // [K] the weights to pull to
+
+    // That of a tile, from its first slot and block on. size: bytes of a moment
+    LTP_HD PackedState of_tile(const TileRow& row, int64_t size) const {
+        PackedState own = {};
+        if (exp_avg != nullptr) own.exp_avg = static_cast<char*>(exp_avg) + size * row.slot;
+        if (exp_avg_sq != nullptr) own.exp_avg_sq = static_cast<char*>(exp_avg_sq) + size * row.slot;
+        if (scales != nullptr) own.scales = scales + 2 * row.block;
+        if (master != nullptr) own.master = master + row.slot;
+        if (anchor != nullptr) own.anchor = anchor + row.slot;
+        return own;
+    }
+};
+
+struct Update {
+    const TileRow* tiles;  // [T]
+    int64_t n_tiles;
+    const int32_t* words;       // bitmaps, 2 * ceil(LENGTH / 64) words at INDEX
+    const uint16_t* ranks;      // the rank directory of the bitmaps; read on GPUs alone
+    const uint16_t* positions;  // lists, ACTIVE ascending positions in the tile at INDEX
+    TileRoom room;
+    Dtype param_dtype, grad_dtype;
+    bool packed;                 // gradients are float32 [K]
+    bool stochastic;             // bfloat16 parameters are rounded stochastically
+    const double* coefficients;  // [P, 11], see adamw.h
+    PackedState state;
+};
+
+template <class Record>
+void read_tiles(const Record& record, int64_t params, Update& to) {
+    to.tiles = record.template at<const TileRow>("tiles");
+    to.n_tiles = record.entries("tiles") / int64_t(sizeof(TileRow) / sizeof(int64_t));
+    to.words = record.template at<const int32_t>("words");
+    to.ranks = record.template at<const uint16_t>("ranks");
+    to.positions = record.template at<const uint16_t>("positions");
+    to.param_dtype = to.grad_dtype = record.dtype("grads");  // one of a kind, if parameters are not read
+    to.room = {params, record.entries("words"), record.entries("positions"), kNoLimit, kNoLimit};
+}
+
+// A tensor of a number per slot, and the room it leaves.
+template <class T, class Record>
+T* read_slots(const Record& record, const char* name, TileRoom& room) {
+    if (!record.has(name)) return nullptr;
+    const int64_t entries = record.entries(name);
+    room.slots = entries < room.slots ? entries : room.slots;
+    return record.template at<T>(name);
+}
+
+template <class Record>
+void read_norm(const Record& record, int64_t params, Update& to) {
+    read_tiles(record, params, to);
+    to.param_dtype = record.dtype("params");
+    to.packed = record.flag("packed");
+    to.coefficients = record.template at<const double>("coefficients");
+    to.state.master = read_slots<float>(record, "master", to.room);
+    to.state.anchor = read_slots<const float>(record, "anchor", to.room);
+    const int64_t grad_slots = to.packed ? record.sizes("grads")[0] : kNoLimit;
+    to.room.slots = grad_slots < to.room.slots ? grad_slots : to.room.slots;
+}
+
+template <class Record>
+void read_update(const Record& record, int64_t params, Update& to) {
+    read_norm(record, params, to);
+    to.stochastic = record.flag("stochastic");
+    to.state.exp_avg = read_slots<void>(record, "exp_avg", to.room);
+    to.state.exp_avg_sq = read_slots<void>(record, "exp_avg_sq", to.room);
+    to.state.scales = record.template at<float>("scales");
+    if (record.has("scales")) to.room.blocks = record.entries("scales") / 2;
+}
+
+}  // namespace ltp

@@ -1,0 +1,53 @@
+// Reads a record of ltp_sparse/backends/arguments.py by the names of its fields. Shapes, dtypes and devices were
+// checked in Python, at the door.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "common/platform.h"
+
+namespace ltp {
+
+class Record {
+  public:
+    explicit Record(pybind11::handle record) : record_(record) {}
+
+    bool has(const char* name) const { return !field(name).is_none(); }
+
+    bool flag(const char* name) const { return field(name).cast<bool>(); }
+
+    std::vector<int64_t> numbers(const char* name) const { return field(name).cast<std::vector<int64_t>>(); }
+
+    // Where a tensor is; null if it has no entries or is None.
+    template <class T>
+    T* at(const char* name) const {
+        const pybind11::object tensor = field(name);
+        return tensor.is_none() ? nullptr : reinterpret_cast<T*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+    }
+
+    int64_t entries(const char* name) const {
+        const pybind11::object tensor = field(name);
+        return tensor.is_none() ? 0 : tensor.attr("numel")().cast<int64_t>();
+    }
+
+    // Of a list of tensors. An address of 0: it is not there.
+    std::vector<uintptr_t> addresses(const char* name) const {
+        return field(name).attr("addresses").cast<std::vector<uintptr_t>>();
+    }
+    std::vector<int64_t> sizes(const char* name) const {
+        return field(name).attr("sizes").cast<std::vector<int64_t>>();
+    }
+    std::vector<int> dtypes(const char* name) const { return field(name).attr("codes").cast<std::vector<int>>(); }
+    Dtype dtype(const char* name) const { return Dtype(field(name).attr("code").cast<int>()); }
+
+  private:
+    pybind11::object field(const char* name) const { return record_.attr(name); }
+
+    pybind11::handle record_;
+};
+
+}  // namespace ltp

@@ -1,0 +1,64 @@
+"""Tables of addresses that kernels on a GPU read, and the device of a launch."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import lru_cache
+from itertools import accumulate, chain
+
+import torch
+from torch import Tensor
+
+from ltp_sparse.backends.arguments import Norm, Pack, Pairs
+from ltp_sparse.tickets.bits import tiles_of
+
+_captured: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+
+
+def address_table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64 [len(addresses)] on `device`; an unchanged list copies nothing.
+
+    A table used while a CUDA graph is captured is kept for good, since replays read it. One that would first have to be
+    copied there is an error from torch: take a step before capturing.
+    """
+    table = _upload(addresses, device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured[addresses, device] = table
+    return table
+
+
+@lru_cache(maxsize=64)
+def _upload(addresses: tuple[int, ...], device: torch.device) -> Tensor:
+    # Pageable memory: copied out before the call returns, without waiting for the device.
+    return torch.tensor(addresses, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
+
+
+def of_update(norm: Norm) -> Tensor:
+    """int64 [2 P]: parameter and gradient in turn, 0: none; packed gradients are all at the same place."""
+    params, grads = norm.params.addresses, norm.grads.addresses
+    if norm.packed:
+        grads *= len(params)
+    return address_table(tuple(chain.from_iterable(zip(params, grads, strict=True))), norm.tiles.device)
+
+
+def of_pack(pack: Pack) -> Tensor:
+    """int64 [P]: the gradients, 0: none."""
+    return address_table(pack.grads.addresses, pack.tiles.device)
+
+
+def of_pairs(pairs: Pairs, groups: Sequence[int], word_offsets: Sequence[int], device: torch.device) -> Tensor:
+    """int64 [M, 8] on the device: the rows `DeltaPair` of csrc/cuda/topk_delta.h."""
+    tuned, initial = pairs.tuned, pairs.initial
+    first_tiles = list(accumulate(map(tiles_of, tuned.sizes), initial=0))[:-1]
+    befores = (initial.addresses, initial.codes) if initial else ([0] * len(tuned), [-1] * len(tuned))
+    columns = (*befores, tuned.addresses, tuned.codes, tuned.sizes, groups, word_offsets, first_tiles)
+    numbers = array("q", chain.from_iterable(columns))  # a fifth of the time of torch.tensor
+    rows = torch.frombuffer(numbers, dtype=torch.int64).view(len(columns), -1).t().contiguous()
+    return rows.to(device, non_blocking=True)  # pageable memory: copied out before the call returns
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
+    """Kernels launch on the current device, whatever the arguments; does nothing for CPU tensors."""
+    return torch.cuda.device_of(tensor)

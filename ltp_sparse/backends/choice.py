@@ -1,0 +1,184 @@
+"""Which backend serves a call: the one asked for, or the fastest by the table in `backend_choice.json`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltp_sparse.backends import checks, compiled, cuda, reference, triton
+from ltp_sparse.backends.arguments import (
+    RECORDS,
+    Above,
+    Band,
+    CandidateBins,
+    Histogram,
+    Norm,
+    Pack,
+    Sample,
+    Ties,
+    Update,
+)
+
+ENVIRONMENT = "LTP_SPARSE_BACKEND"
+NAMES = ("reference", "compiled", "triton")
+OPERATIONS = ("masked_adamw_", "topk_delta")
+"""What the table tells apart; `masked_sum_squares` and `masked_pack_` go with the update that they serve."""
+
+CHOICES = Path(__file__).with_name("backend_choice.json")
+"""Kind of device -> {"measured": bool, "source": where the order comes from, "rows": [[operation, dtype, density,
+{backend: milliseconds or null}], ...]}, the fastest first. `benchmarks/choose_backends.py` writes it."""
+
+
+class BackendUnavailable(RuntimeError):
+    """An explicitly chosen backend cannot serve the call."""
+
+
+class Backend:
+    """The functions of a backend's module; those that it does not have are the reference's.
+
+    The operators check what update, norm and packing get; the passes of the selection are checked here.
+    """
+
+    masked_adamw_: Callable[[Update], None]
+    masked_sum_squares: Callable[[Norm], Tensor]
+    masked_pack_: Callable[[Pack], None]
+    delta_histogram: Callable[[Histogram], None]
+    sample_keys: Callable[[Sample], None]
+    delta_band: Callable[[Band], None]
+    candidate_histogram: Callable[[CandidateBins], None]
+    take_above: Callable[[Above], None]
+    take_ties: Callable[[Ties], None]
+
+    def __init__(self, module: ModuleType) -> None:
+        self.name: str = module.NAME
+        self.needs_ranks: bool = module.NEEDS_RANKS  # reads the rank directory of a tile table
+        for name in RECORDS:
+            run = getattr(module, name, getattr(reference, name))
+            setattr(self, name, run if name.startswith("masked") else partial(_checked, name, run))
+
+
+def _checked(op: str, run: Callable[[Any], None], record: Any) -> None:
+    checks.check_pass(op, record)
+    run(record)
+
+
+@cache
+def _backend(module: ModuleType) -> Backend:
+    return Backend(module)
+
+
+def _module(name: str, device: torch.device) -> ModuleType:
+    if name == "compiled":
+        return cuda if device.type == "cuda" else compiled
+    return {"reference": reference, "triton": triton}[name]
+
+
+def unavailable_reason(name: str, device: torch.device) -> str | None:
+    """Why a backend cannot serve tensors on `device`; None if it can."""
+    return _module(name, device).probe(device)
+
+
+@cache
+def choices() -> dict[str, dict[str, Any]]:
+    """What `CHOICES` holds."""
+    return json.loads(CHOICES.read_text())
+
+
+@cache
+def _orders(device_type: str, op: str, dtype: torch.dtype) -> list[tuple[float, tuple[str, ...]]]:
+    """(log of the density, backends) of the rows for these; a dtype without rows takes those of the others."""
+    rows = [row for row in choices()[device_type]["rows"] if row[0] == op]
+    rows = [row for row in rows if row[1] == str(dtype).removeprefix("torch.")] or rows
+    return [(math.log(density), tuple(found)) for _, _, density, found in rows]
+
+
+def preferred(device_type: str, op: str, dtype: torch.dtype, density: float) -> tuple[str, ...]:
+    """The backends in the order in which `auto` tries them: the row of the nearest density, then the reference."""
+    if device_type not in choices():
+        return ("reference",)
+    at = math.log(max(density, 1e-9))
+    _, order = min(_orders(device_type, op, dtype), key=lambda row: abs(row[0] - at))
+    return (*order, "reference")
+
+
+_asked_for: str | None = None
+
+
+def use_backend(name: str | None) -> None:
+    """Chooses the backend of all later calls: "reference", "compiled", "triton", or "auto" (also None).
+
+    The environment variable LTP_SPARSE_BACKEND does the same where this was not called.
+    """
+    global _asked_for
+    if name not in (None, "auto", *NAMES):
+        raise ValueError(f"use_backend: expected one of auto, {', '.join(NAMES)}, got {name!r}")
+    if name in NAMES and all(unavailable_reason(name, torch.device(d)) for d in ("cpu", "cuda")):
+        raise BackendUnavailable(
+            f"use_backend: {name} cannot be used: {unavailable_reason(name, torch.device('cuda'))}"
+        )
+    _asked_for = None if name == "auto" else name
+
+
+def chosen() -> str:
+    """The backend asked for by `use_backend` or by the environment; "auto" where none was.
+
+    Raises:
+        ValueError: the environment names none.
+    """
+    name = _asked_for or os.environ.get(ENVIRONMENT) or "auto"
+    if name not in ("auto", *NAMES):
+        raise ValueError(f"{ENVIRONMENT}: expected one of auto, {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+def resolve(
+    device: torch.device, op: str = "masked_adamw_", dtype: torch.dtype = torch.float32, density: float = 0.2
+) -> Backend:
+    """The backend that serves a call on tensors on `device`.
+
+    Args:
+        device: of the tensors.
+        op: one of `OPERATIONS`.
+        dtype: of the parameters.
+        density: active entries in parts of all.
+
+    Raises:
+        BackendUnavailable: the chosen backend cannot.
+    """
+    name = chosen()
+    if name == "auto":
+        order = preferred(device.type, op, dtype, density)
+        name = next(n for n in order if unavailable_reason(n, device) is None)
+    elif reason := unavailable_reason(name, device):
+        raise BackendUnavailable(
+            f'the backend {name} was asked for and cannot serve {device}: {reason}. use_backend("auto") falls back'
+        )
+    return _backend(_module(name, device))
+
+
+def named(name: str, device: torch.device) -> Backend:
+    """The backend that `resolve` has chosen before, by its name.
+
+    Raises:
+        ValueError: there is none of that name.
+        BackendUnavailable: it cannot serve tensors on `device`.
+    """
+    if name not in NAMES:
+        raise ValueError(f"expected one of the backends {', '.join(NAMES)}, got {name!r}")
+    if reason := unavailable_reason(name, device):
+        raise BackendUnavailable(f"the backend {name} cannot serve {device}: {reason}")
+    return _backend(_module(name, device))
+
+
+def available_backends(device: torch.device | str = "cpu") -> dict[str, str]:
+    """Backend -> "ok", or the reason why it cannot serve tensors on `device`."""
+    return {name: unavailable_reason(name, torch.device(device)) or "ok" for name in NAMES}

@@ -1,0 +1,71 @@
+"""The backend `compiled` for CPU tensors: C++ (`csrc/cpu`), which reads the records by the names of their fields."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from functools import cache, partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltp_sparse.backends.arguments import Norm
+
+NAME = "compiled"
+NEEDS_RANKS = False
+
+
+@cache
+def extension() -> ModuleType | str:
+    """The compiled module, or why it is missing."""
+    try:
+        found = importlib.import_module("ltp_sparse._C")
+    except ImportError as error:
+        return f"ltp_sparse._C is not built ({error}); install with a C++ compiler, LTP_SPARSE_EXT=cpu says what fails"
+    found.use_openmp(gomp_parallel())
+    return found
+
+
+def gomp_parallel() -> int:
+    """Address of GOMP_parallel in the OpenMP runtime that torch itself runs on; 0 if torch was built without."""
+    try:
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p).value or 0
+    except (OSError, AttributeError):
+        return 0
+
+
+def probe(device: torch.device) -> str | None:
+    """Why it cannot serve tensors on the device; None if it can."""
+    if device.type != "cpu":
+        return f"it serves CPU and CUDA tensors, not {device.type}"
+    return reason if isinstance(reason := extension(), str) else None
+
+
+def isa() -> str | None:
+    """The instruction set that was chosen for this processor, e.g. "avx512"."""
+    found = extension()
+    return found.isa() if isinstance(found, ModuleType) else None
+
+
+def _run(name: str, *arguments: Any) -> None:
+    getattr(extension(), name)(*arguments, torch.get_num_threads())
+
+
+def masked_sum_squares(norm: Norm) -> Tensor:
+    out = torch.zeros(norm.tiles.shape[0], dtype=torch.float64, device="cpu")
+    _run("masked_sum_squares", norm, out)
+    return out
+
+
+masked_adamw_ = partial(_run, "masked_adamw_")
+masked_pack_ = partial(_run, "masked_pack_")
+delta_histogram = partial(_run, "delta_histogram")
+sample_keys = partial(_run, "sample_keys")
+delta_band = partial(_run, "delta_band")
+candidate_histogram = partial(_run, "candidate_histogram")
+take_above = partial(_run, "take_above")
+take_ties = partial(_run, "take_ties")

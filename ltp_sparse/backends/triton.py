@@ -1,0 +1,59 @@
+"""The backend `triton`: the kernels of `kernels/`, for GPU tensors; CPU tensors under TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltp_sparse.backends import addresses
+from ltp_sparse.backends.arguments import Norm, Pack, Update
+
+NAME = "triton"
+NEEDS_RANKS = True
+# `delta_histogram` is the reference's: Triton has none that beats torch's at 32,768 bins; the sampled route avoids it
+
+
+@cache
+def kernels() -> Any:
+    """The Triton kernels, or why they are missing."""
+    try:
+        return importlib.import_module("ltp_sparse.kernels")
+    except ImportError as error:
+        return f"the Triton kernels cannot be imported ({error}); pip install triton"
+
+
+def probe(device: torch.device) -> str | None:
+    """Why it cannot serve tensors on the device; None if it can."""
+    if isinstance(reason := kernels(), str):
+        return reason
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton serves GPU tensors; on the CPU only in its interpreter (TRITON_INTERPRET=1, for tests)"
+    return None
+
+
+def masked_adamw_(update: Update) -> None:
+    kernels().masked_adamw_(update, addresses.of_update(update))
+
+
+def masked_sum_squares(norm: Norm) -> Tensor:
+    return kernels().masked_sum_squares(norm, addresses.of_update(norm))
+
+
+def masked_pack_(pack: Pack) -> None:
+    kernels().masked_pack_(pack, addresses.of_pack(pack))
+
+
+def _launch(name: str, record: Any) -> None:
+    getattr(kernels(), name)(record)
+
+
+sample_keys = partial(_launch, "sample_keys")
+delta_band = partial(_launch, "delta_band")
+candidate_histogram = partial(_launch, "candidate_histogram")
+take_above = partial(_launch, "take_above")
+take_ties = partial(_launch, "take_ties")
