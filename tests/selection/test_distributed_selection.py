@@ -335,12 +335,14 @@ def _rank(rank, folder):
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    # freed memory goes back to the system at once: what malloc keeps of it depends on its mood
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
-        mp.spawn(_rank, args=(folder,), nprocs=WORLD)
+def outcomes(once):
+    def run(folder):
+        # freed memory goes back to the system at once: what malloc keeps of it depends on its mood
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+            mp.spawn(_rank, args=(folder,), nprocs=WORLD)
+
+    folder = once("ranks", run)
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(WORLD)]
 
 

@@ -491,7 +491,7 @@ def test_one_run_at_a_time_works_in_a_folder(tmp_path):
     from ltp_sparse.training.run_folder import alone
 
     script = (
-        "import sys, time; from ltp_sparse.training.trainer import alone\n"
+        "import sys, time; from ltp_sparse.training.run_folder import alone\n"
         "with alone(sys.argv[1]): print('in', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)
