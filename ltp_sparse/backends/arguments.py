@@ -310,10 +310,24 @@ def fields_of(record: Any) -> dict[str, Field]:
     return {name: found[name] for name in record.__dataclass_fields__}
 
 
+_ORDER = (
+    *("params", "grads", "out", "exp_avg", "exp_avg_sq", "scales", "master", "tiles", "words", "ranks", "positions"),
+    *("coefficients", "anchor", "stochastic", "packed", "accumulate"),
+)
+"""Of an operator's arguments, since programs pass them by position. What is new goes to the end."""
+
+
+@cache
+def arguments_of(record: type) -> dict[str, Field]:
+    """The fields of a record in the order of the operator's arguments."""
+    places = {name: place for place, name in enumerate(_ORDER)}
+    return dict(sorted(fields_of(record).items(), key=lambda item: places.get(item[0], len(places))))
+
+
 def schema(op: str, record: type, *more: str, returns: str) -> str:
     """What torch.library is told of an operator with the fields of a record as its arguments."""
     letters, arguments = iter("abcdefghijklmnopqrstuvwxyz"), []
-    for name, field in fields_of(record).items():
+    for name, field in arguments_of(record).items():
         kind = {bool: "bool", list: "int[]"}.get(field.kind, "Tensor")
         if field.spec.written:
             kind += f"({next(letters)}!)"

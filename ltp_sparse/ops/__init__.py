@@ -16,7 +16,17 @@ from torch import Tensor
 
 from ltp_sparse import backends
 from ltp_sparse.backends import checks
-from ltp_sparse.backends.arguments import RECORDS, Norm, Pack, Tensors, Update, fields_of, schema, tensors_of
+from ltp_sparse.backends.arguments import (
+    RECORDS,
+    Norm,
+    Pack,
+    Tensors,
+    Update,
+    arguments_of,
+    fields_of,
+    schema,
+    tensors_of,
+)
 from ltp_sparse.backends.coefficients import Coefficient, write_options, write_step
 from ltp_sparse.backends.rounding import rounding_keys
 from ltp_sparse.ops.routes import Selection, select_topk
@@ -85,13 +95,24 @@ def _serving(
 
 
 def _record(op: str, arguments: Sequence[Any]) -> tuple[Any, str]:
-    """The record of an operator's arguments, and the name of a backend, if there is one among them."""
-    fields = fields_of(RECORDS[op])
-    values = [
-        Tensors(value) if field.kind is Tensors else value
-        for value, field in zip(arguments, fields.values(), strict=False)
-    ]
-    return RECORDS[op](*values), "".join(arguments[len(fields) :])
+    """The record of an operator's arguments, and the name of a backend, if there is one among them.
+
+    An empty tensor in the place of one that may be missing, gradients included, means that it is missing.
+    """
+    fields = arguments_of(RECORDS[op])
+    values: dict[str, Any] = {}
+    for (name, field), value in zip(fields.items(), arguments, strict=False):
+        if field.kind is Tensors:
+            values[name] = Tensors(value)
+        else:
+            values[name] = _none_if_empty(value) if field.optional else value
+    if "grads" in values and not values.get("packed"):
+        values["grads"] = Tensors(map(_none_if_empty, values["grads"]))
+    return RECORDS[op](**values), "".join(arguments[len(fields) :])
+
+
+def _none_if_empty(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None or tensor.numel() == 0 else tensor
 
 
 def _register(op: str, returns: str) -> None:

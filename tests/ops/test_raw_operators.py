@@ -56,6 +56,26 @@ def spoilt_rows() -> dict[str, tuple]:
     return cases
 
 
+def test_arguments_go_by_position_and_an_empty_tensor_is_none():
+    """As programs wrote them before there were optional arguments."""
+    results = []
+    for missing in (None, torch.empty(0)):
+        u = Call().update
+        index = [u[name] for name in ("tiles", "words", "ranks", "positions")]
+        grads = [*u["grads"][:-1], missing]
+        torch.ops.ltp_sparse.masked_adamw_(
+            u["params"], grads, u["exp_avg"], u["exp_avg_sq"], missing, missing, *index, u["coefficients"], missing,
+            False, False,
+        )  # fmt: skip
+        squares = torch.ops.ltp_sparse.masked_sum_squares(
+            u["params"], grads, missing, *index, u["coefficients"], missing, False
+        )
+        out = torch.zeros(len(u["exp_avg"]))
+        torch.ops.ltp_sparse.masked_pack_(grads, out, *index, False)
+        results.append([*u["params"], u["exp_avg"], squares, out])
+    assert all(map(torch.equal, *results)) and results[0][-1].any() and results[0][4].any()
+
+
 @pytest.mark.parametrize(("row", "column", "value"), spoilt_rows().values(), ids=spoilt_rows())
 def test_tables_that_cannot_be_are_refused(row, column, value):
     for op in OPERATORS:
