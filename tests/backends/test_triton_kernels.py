@@ -356,6 +356,7 @@ def key_at(value: float) -> int:
 BOUNDS = [key_at(1.0e-3), key_at(1.5e-3)], [key_at(1.1e-3), key_at(1.6e-3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before, after", [("f32", "f32"), ("bf16", "bf16"), ("f16", "f16"), ("bf16", "f32")])
 def test_band_in_every_dtype(rng, before, after):
     initial, tuned = weights(rng, DTYPES[before], DTYPES[after])

@@ -117,6 +117,7 @@ def test_torch_in_float16_is_accepted_fused_and_refused_where_its_moments_divide
         dense.provider(updates.FOREACH, None, foreach=True).verify()
 
 
+@pytest.mark.slow
 def test_report_keeps_dtypes_apart(bench, tmp_path):
     import report
 

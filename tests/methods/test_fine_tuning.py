@@ -43,6 +43,7 @@ def run(tokenizer, method, *, model=None, epochs=5, **options):
     )
 
 
+@pytest.mark.slow
 def test_budgets_of_xlmr_base(xlmr_base):
     maskable = LTSFT().ticket(xlmr_base).n
     assert maskable == 277_414_656

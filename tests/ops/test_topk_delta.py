@@ -54,6 +54,7 @@ def tiny_routes(monkeypatch):
 # --- contract 1: the same entries as a stable sort, on every backend and route ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ["auto", *ROUTES])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equals_a_stable_sort(backend, route, tiny_routes):
@@ -88,6 +89,7 @@ def test_equals_a_stable_sort_over_tiles(backend, k, dtype, rng):
 LEVELS = st.lists(st.lists(st.integers(0, 3), max_size=90), min_size=1, max_size=4)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(levels=LEVELS, share=st.fractions(0, 1), data=st.data())
 def test_ties_zeros_and_any_tensor_split(levels, share, data):

@@ -45,6 +45,7 @@ def batch():
     return ids, torch.ones_like(ids), torch.arange(4).expand(8, 4), torch.full((8,), 9), torch.arange(8) % 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradients", ["packed", "dense"])
 @pytest.mark.parametrize("states", ["float32", "8bit"])
 @pytest.mark.parametrize("density", [0.03, 0.3])

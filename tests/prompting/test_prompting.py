@@ -186,6 +186,7 @@ def test_batches_are_padded_on_the_right(tokenizer):
 # --- verbalizers ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_english_words_are_single_word_initial_pieces(xlmr_tokenizer):
     """Trap 10 with the real vocabulary."""
     verbalizer = Verbalizer.for_language(xlmr_tokenizer, "en")

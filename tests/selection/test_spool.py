@@ -95,6 +95,7 @@ def test_the_file_is_that_of_the_ticket_in_memory(backend, density, budget, vers
     assert_same_ticket(ls.Ticket.load(tmp_path / "new" / "ticket.safetensors"), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ties_go_to_the_earliest_over_pieces_and_tensors(backend, dtype, versions, tmp_path, large):

@@ -189,6 +189,7 @@ def test_hub_text(tmp_path):
         read_hub_text(str(tmp_path), column="body")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("language", languages("xnli"))
 def test_real_xnli(shared_data, language):
     assert len(load_pairs("xnli", "dev", language, data=shared_data)) == 2490

@@ -113,6 +113,7 @@ def routes(model, wrapped, folder, prefix):
     yield "shards", save_shards(state, folder / "shards")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @seed(5)
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
