@@ -34,6 +34,7 @@ from safetensors.torch import save_file
 
 import ltp_sparse as ls
 from ltp_sparse import backends
+from ltp_sparse.backends.arguments import Band, Tensors
 from ltp_sparse.ops import index_sets
 from ltp_sparse.ops.routes import Selection, room_for, sampled_bracket, select_topk
 from ltp_sparse.ops.sources import Reader, StreamSource
@@ -175,11 +176,12 @@ class BandPass:
     def run(self) -> None:
         for chunk in self.source.chunks(range(len(self.groups))):
             per_tile = (counts[chunk.tiles] for counts in (self.above, self.inside))
-            self.backend.delta_band(
-                chunk.initial, chunk.tuned, [0] * len(chunk.tensors), self.low, self.high, self.words,
+            band = Band(
+                Tensors(chunk.initial), Tensors(chunk.tuned), [0] * len(chunk.tensors), self.low, self.high, self.words,
                 chunk.word_offsets, *per_tile, None, self.keys, self.positions, self.offsets[chunk.tiles],
                 self.cursor, self.nonfinite,
             )  # fmt: skip
+            self.backend.delta_band(band)
 
     def check(self) -> None:
         """The k-th largest key must lie in the band."""
