@@ -237,25 +237,28 @@ def test_opcheck_masked_adamw(backend, precision, packed):
     index = (table.tiles, table.words, table.with_ranks().ranks, table.positions)
     anchor = torch.zeros(k) if packed else None
     grads = [torch.ones(k)] if packed else [problem.grads[0], None, problem.grads[2]]
-    norm = (*index, grads, problem.params, problem.coefficients, packed, problem.master, anchor)
+    state = (problem.exp_avg, problem.exp_avg_sq, problem.scales)
+    rest = (problem.master, *index, problem.coefficients, anchor)
     operators = torch.ops.ltp_sparse
     with using(backend):
-        arguments = (*norm, problem.exp_avg, problem.exp_avg_sq, problem.scales, problem.stochastic)
-        torch.library.opcheck(operators.masked_adamw_.default, arguments)
-        torch.library.opcheck(operators.masked_sum_squares.default, norm)
-        torch.library.opcheck(operators.masked_pack_.default, (*index, problem.grads, torch.zeros(k), packed))
+        update = (problem.params, grads, *state, *rest, problem.stochastic, packed)
+        torch.library.opcheck(operators.masked_adamw_.default, update)
+        torch.library.opcheck(operators.masked_sum_squares.default, (problem.params, grads, *rest, packed))
+        torch.library.opcheck(operators.masked_pack_.default, (problem.grads, torch.zeros(k), *index, packed))
 
 
 @pytest.mark.parametrize("backend", [p for p in ALL_BACKENDS if p.values == ("triton",)])
 def test_operator_refuses_a_table_without_the_ranks_that_a_kernel_reads(backend):
     problem = update_problem({"a": (40, 7)}, density=0.3)
     params, grads, exp_avg, exp_avg_sq, table, coefficients = problem.args()
-    norm = (table.tiles, table.words, table.ranks, table.positions, grads, params, coefficients, False, None, None)
+    index = (table.tiles, table.words, table.ranks, table.positions)
     with using(backend):
         with pytest.raises(ValueError, match="the triton backend needs a table with ranks"):
-            torch.ops.ltp_sparse.masked_adamw_(*norm, exp_avg, exp_avg_sq, None, False)
+            torch.ops.ltp_sparse.masked_adamw_(
+                params, grads, exp_avg, exp_avg_sq, None, None, *index, coefficients, None, False, False
+            )
         with pytest.raises(ValueError, match="the triton backend needs a table with ranks"):
-            torch.ops.ltp_sparse.masked_sum_squares(*norm)
+            torch.ops.ltp_sparse.masked_sum_squares(params, grads, None, *index, coefficients, None, False)
         ls.masked_adamw_(*problem.args())
     assert bool(exp_avg.any()), "the functional door brings the ranks itself"
 
