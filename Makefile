@@ -47,7 +47,7 @@ asan tsan: $(TEST)
 	LTP_SPARSE_EXT=cpu LTP_SPARSE_SANITIZE=$(SANITIZE) $(BIN)/python setup.py -q build_ext \
 		--build-lib build/$@ --build-temp build/$@/temp
 	LD_PRELOAD="$$(c++ -print-file-name=lib$@.so) $$(c++ -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1:die_after_fork=0 OMP_NUM_THREADS=1 \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1:die_after_fork=0 OMP_NUM_THREADS=1 \
 	$(BIN)/python -c "import sys, ltp_sparse, pytest; \
 		ltp_sparse.__path__.insert(0, 'build/$@/ltp_sparse'); sys.exit(pytest.main(sys.argv[1:]))" \
 		-q -p no:cacheprovider --timeout 1200 $(SANITIZER_TESTS) $(ARGS)
