@@ -420,4 +420,4 @@ def index_sets(selection: Selection, sizes: Sequence[int]) -> list[IndexSet]:
     """The index set of every tensor, cut from the flat bitmap of a selection."""
     words = selection.words.split([bitmap_words(n) for n in sizes])
     counts = selection.counts.split([tiles_of(n) for n in sizes])
-    return [IndexSet.from_bitmap(*of_tensor) for of_tensor in zip(words, sizes, counts, strict=True)]
+    return [IndexSet.of_counted(*of_tensor) for of_tensor in zip(words, sizes, counts, strict=True)]

@@ -129,7 +129,7 @@ class _Marker:
                 self._mark(chunk, words, take)
                 self.open_ties[self.groups[tensor]] -= taken
             counts.append(above + take)
-        return IndexSet.from_bitmap(words, n, torch.cat(counts) if counts else None)
+        return IndexSet.of_counted(words, n, torch.cat(counts)) if counts else IndexSet.from_bitmap(words, n)
 
     def _mark(self, chunk: Chunk, words: Tensor, take: Tensor | None) -> tuple[Tensor, Tensor]:
         """int64 [tiles of the chunk], twice: entries above the key, and at it; the first `take` of those are marked."""

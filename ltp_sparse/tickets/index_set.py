@@ -96,7 +96,8 @@ class IndexSet:
         """Adopts `words` (int32 [bitmap_words(n)], no copy); a bitmap of ones becomes FULL.
 
         Args:
-            counts: int64 [tiles_of(n)], active entries of each tile, from one who knows them; None: they are counted
+            counts: int64 [tiles_of(n)], active entries of each tile, which are compared with the bitmap; None: they
+                are counted.
         """
         if words.dtype != torch.int32 or words.shape != (bitmap_words(n),):
             raise ValueError(
@@ -106,10 +107,14 @@ class IndexSet:
             raise ValueError(f"IndexSet: the bitmap has bits set past its {n} entries")
         if n == 0:
             return cls.full(0, words.device)
-        if counts is None:
-            counts = _tile_counts(words, n)
-        elif counts.dtype != torch.int64 or not torch.equal(counts, _tile_counts(words, n)):
+        counted = _tile_counts(words, n)
+        if counts is not None and (counts.dtype != torch.int64 or not torch.equal(counts, counted)):
             raise ValueError("IndexSet: the counts are not int64 [tiles], the bits of each tile of the bitmap")
+        return cls.of_counted(words, n, counted)
+
+    @classmethod
+    def of_counted(cls, words: Tensor, n: int, counts: Tensor) -> IndexSet:
+        """`from_bitmap` without a look at the bitmap, for what has made it and has counted its bits."""
         if int(counts.sum()) == n:
             return cls.full(n, words.device)
         return cls(n, Encoding.BITMAP, words, counts)
