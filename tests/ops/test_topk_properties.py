@@ -16,7 +16,7 @@ from ltp_sparse.ops.sources import TensorSource
 
 pytestmark = pytest.mark.slow
 
-SEEDS = range(1000, 2000)
+SEEDS = range(1000, 3000)
 SHARDED = range(4000, 4400)
 
 
