@@ -114,7 +114,13 @@ class IndexSet:
 
     @classmethod
     def of_counted(cls, words: Tensor, n: int, counts: Tensor) -> IndexSet:
-        """`from_bitmap` without a look at the bitmap, for what has made it and has counted its bits."""
+        """`from_bitmap` for a caller that made the bitmap and counted it; nothing is checked again.
+
+        Args:
+            words: int32 [bitmap_words(n)], without bits past n.
+            n: entries of the parameter.
+            counts: int64 [tiles_of(n)], active entries of each tile.
+        """
         if int(counts.sum()) == n:
             return cls.full(n, words.device)
         return cls(n, Encoding.BITMAP, words, counts)
