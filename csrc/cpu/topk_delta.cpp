@@ -31,7 +31,7 @@ void check(const char* op, const HostPairs& pairs, const std::vector<int64_t>& g
 // At most `length` entries of a pair, from `start` on.
 DeltaTile tile_of(const HostPairs& pairs, int64_t pair, int64_t start, int64_t length) {
     const auto address = [&](uintptr_t base, int dtype) {
-        return reinterpret_cast<const void*>(base + uintptr_t(start) * (dtype == 0 ? 4 : 2));
+        return reinterpret_cast<const void*>(base + uintptr_t(start) * bytes_of(Dtype(dtype)));
     };
     DeltaTile tile = {};
     tile.tuned_dtype = Dtype(pairs.tuned_dtypes[pair]);

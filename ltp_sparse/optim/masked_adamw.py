@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from ltp_sparse.backends import DTYPES
 from ltp_sparse.optim.launch import Launch, Precision
 from ltp_sparse.optim.members import (
     ParameterHome,
@@ -30,6 +29,7 @@ from ltp_sparse.optim.members import (
 from ltp_sparse.optim.packed_gradients import PackedGradients, check_packable
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Ticket
+from ltp_sparse.weights.tensors import DTYPE_NAMES, DTYPES
 
 _DIGESTS = "ltp_sparse"
 _GRADIENTS = "ltp_sparse_gradients"
@@ -634,8 +634,5 @@ def _check_group(group: dict[str, Any], precision: Precision) -> None:
     for param in group["params"]:
         check_ordinary(param, what="MaskedAdamW")
         if param.dtype not in DTYPES:
-            raise TypeError(
-                f"MaskedAdamW: parameters must be {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}, "
-                f"got {param.dtype}"
-            )
+            raise TypeError(f"MaskedAdamW: parameters must be {DTYPE_NAMES}, got {param.dtype}")
         precision.is_stochastic(param.dtype)

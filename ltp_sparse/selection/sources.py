@@ -11,12 +11,11 @@ import torch
 from torch import Size, Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ltp_sparse import backends
 from ltp_sparse.ops.sources import Reader
 from ltp_sparse.tickets.ticket import Pool, in_pool
 from ltp_sparse.weights.checkpoints import CheckpointTensor, Readable, read_piece
 from ltp_sparse.weights.names import Named, digest, parameter_order
-from ltp_sparse.weights.tensors import check_plain_tensor
+from ltp_sparse.weights.tensors import DTYPE_NAMES, DTYPES, check_plain_tensor
 from ltp_sparse.weights.versions import Missing, Weights, check_sides, open_weights, side_by_side
 
 _PIECE = 1 << 20  # entries compared at a time
@@ -75,11 +74,11 @@ def check_dtypes(names: Iterable[str], *sides: Mapping[str, Readable], what: str
                     f"{what}: {name!r} is a {type(side[name]).__name__}, of which this process may hold a part only; "
                     "call select_sharded, or pass its full_tensor()"
                 )
-            if name in side and side[name].dtype not in backends.DTYPES:
+            if name in side and side[name].dtype not in DTYPES:
                 tensor = side[name]
                 of_file = isinstance(tensor, CheckpointTensor)
                 raise (ValueError if of_file else TypeError)(
-                    f"{what}: {name!r} must be float32, bfloat16 or float16, got "
+                    f"{what}: {name!r} must be {DTYPE_NAMES}, got "
                     f"{getattr(tensor, 'stored', tensor.dtype)}; convert it, or leave it out with pool="
                 )
 
@@ -133,10 +132,10 @@ def score_reader(score: ScoreFunction, name: str, n: int, device: torch.device) 
 
     def read(start: int, stop: int) -> Tensor:
         piece = score(name, start, stop)
-        if not isinstance(piece, Tensor) or piece.dtype not in backends.DTYPES or piece.numel() != stop - start:
+        if not isinstance(piece, Tensor) or piece.dtype not in DTYPES or piece.numel() != stop - start:
             got = f"{piece.dtype} {list(piece.shape)}" if isinstance(piece, Tensor) else type(piece).__name__
             raise ValueError(
-                f"select: score({name!r}, {start}, {stop}) must give a float32, bfloat16 or float16 tensor of "
+                f"select: score({name!r}, {start}, {stop}) must give a {DTYPE_NAMES} tensor of "
                 f"{stop - start} entries, got {got}"
             )
         return piece.detach().reshape(-1).contiguous().to(device)

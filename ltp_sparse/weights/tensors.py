@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The dtypes of weights, with the codes that the compiled kernels read."""
+DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+"""Their names, for messages."""
 
 _PLAIN = {Tensor, nn.Parameter}
 LOWEST_ADDRESS = 1 << 40

@@ -418,7 +418,7 @@ def test_what_cannot_be_ranked_is_refused_in_the_pool_only(odd, on_disk, tmp_pat
             save_file(side, tmp_path / name)
         base, tuned = tmp_path / "a", tmp_path / "b"
     assert ls.select(base, tuned, k=1, pool="^w$").indices("w").tolist() == [3]
-    with pytest.raises((TypeError, ValueError), match="'x' must be float32, bfloat16 or float16"):
+    with pytest.raises((TypeError, ValueError), match="'x' must be float32, bfloat16, float16"):
         ls.select(base, tuned, k=1)
 
 
