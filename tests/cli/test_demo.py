@@ -113,6 +113,7 @@ def test_the_whole_job_in_small(tmp_path, capsys):
     assert len(frozen) == 2 and min(frozen) > 3_000_000 and changed == [0, 0]
 
 
+@pytest.mark.slow
 def test_the_demo_draws_whiskers_over_seeds(tmp_path, monkeypatch):
     from ltp_sparse import demo as module
 

@@ -382,6 +382,7 @@ def test_initial_weights_are_held_once(tokenizer, texts):
     assert_same(result.initial, {name: before[name] for name in result.initial})
 
 
+@pytest.mark.slow
 def test_resumed_tuning_is_the_uninterrupted_one(tokenizer, texts, tmp_path):
     options = {"save_steps": 5, "epochs": 3}
     whole = tune(build(dropout=0.1), tokenizer, texts, output_dir=tmp_path / "a", **options)

@@ -136,9 +136,9 @@ def test_nan_gradients_of_inactive_entries_do_not_spread(tmp_path):
     ("save_steps", "killed_at", "options"),
     [
         pytest.param(5, 8, {}, id="mid-epoch"),
-        pytest.param(6, 7, {}, id="epoch-boundary"),
-        pytest.param(2, 5, {"gradient_accumulation_steps": 2}, id="accumulation"),
-        pytest.param(5, 12, {"bf16": True}, id="bf16"),
+        pytest.param(6, 7, {}, id="epoch-boundary", marks=pytest.mark.slow),
+        pytest.param(2, 5, {"gradient_accumulation_steps": 2}, id="accumulation", marks=pytest.mark.slow),
+        pytest.param(5, 12, {"bf16": True}, id="bf16", marks=pytest.mark.slow),
     ],
 )
 def test_resumed_run_is_the_uninterrupted_run(tmp_path, save_steps, killed_at, options):

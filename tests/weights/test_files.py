@@ -255,6 +255,7 @@ def rows(n=6):
     return [{"id": f"{i:04x}", "scores": of, "note": "ñandé \u2028", "n": i} for i, of in enumerate(scores)]
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_of_a_results_file_is_found(tmp_path):
     path = tmp_path / "r.jsonl"
     for row in rows():
