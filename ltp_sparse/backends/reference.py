@@ -32,6 +32,7 @@ from ltp_sparse.backends.quantization import dequantize, exact_sqrt, quantize
 from ltp_sparse.backends.rounding import moment_bits, random16, round_stochastically
 from ltp_sparse.tickets.bits import TILE, WORDS_PER_TILE, bitmap_words, pack_bits, to_uint16_bits
 from ltp_sparse.tickets.tile_table import Column, state_blocks, tile_indices
+from ltp_sparse.weights.digests import tile_digests
 
 NAME = "reference"
 NEEDS_RANKS = False
@@ -216,6 +217,9 @@ def delta_band(band: Band) -> None:
                 band.positions[stored:end] = to_uint16_bits(found)
             band.cursor.add_(found.numel())
             tile += 1
+    if band.digests is not None:
+        digests = bytearray().join(tile_digests(tensor.cpu()) for tensor in band.initial.present)
+        band.digests.copy_(torch.frombuffer(digests, dtype=torch.int64).view(-1, 2))
 
 
 def _candidate_pieces(candidates: Candidates) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

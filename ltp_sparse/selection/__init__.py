@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ltp_sparse import backends, ops
 from ltp_sparse.ops.routes import NonFiniteDelta, sampling_pays, select_topk
-from ltp_sparse.ops.sources import Reader, StreamSource
+from ltp_sparse.ops.sources import Reader, StreamSource, TensorSource
 from ltp_sparse.selection import pools, scores
 from ltp_sparse.selection.budgets import Budget, share_out
 from ltp_sparse.selection.by_tensor import PASSES, Spool, select_by_tensor
@@ -28,16 +28,16 @@ from ltp_sparse.selection.sources import (
     check_there,
     device_of,
     equal_infinities,
-    fingerprint,
     names_in_pool,
     score_reader,
     told_of_dtypes,
 )
-from ltp_sparse.tickets.bits import bitmap_words
+from ltp_sparse.tickets.bits import bitmap_words, tiles_of
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Pool, Ticket
 from ltp_sparse.weights import files
 from ltp_sparse.weights.checkpoints import CheckpointTensor, Readable
+from ltp_sparse.weights.digests import fingerprint, of_tiles
 from ltp_sparse.weights.versions import Missing, Weights
 
 __all__ = [
@@ -135,21 +135,27 @@ def select(
             device = device_of(base)
             scored = [score_reader(score, name, base[name].numel(), device) for name in names]
             sets, thresholds = _streamed(StreamSource([], scored, device), groups, ks, progress, folder)
+            digests = None
         else:
-            sets, thresholds = _topk(
+            sets, thresholds, digests = _topk(
                 before, [after[name] for name in names], groups, ks, progress, folder, device, compare_in
             )
     except NonFiniteDelta as error:
         name = names[error.tensor]
         alike = equal_infinities(base[name], after[name]) if score is None else 0
         raise NonFiniteDelta(error.tensor, repr(name), alike) from None
+    ticket = Ticket(dict(zip(names, sets, strict=True)), {name: base[name].shape for name in names})
+    active = ticket.active_names
+    if digests is None:
+        ticket.fingerprint = fingerprint({name: base[name] for name in active})
+    else:
+        tiles = digests.cpu().split([tiles_of(base[name].numel()) for name in names])
+        found = dict(zip(names, tiles, strict=True))
+        ticket.fingerprint = {name: of_tiles(base[name].dtype, base[name].shape, found[name]) for name in active}
     for name in names:
         for tensor in (base[name], after[name]):
             if isinstance(tensor, CheckpointTensor):
                 tensor.check()
-
-    ticket = Ticket(dict(zip(names, sets, strict=True)), {name: base[name].shape for name in names})
-    ticket.fingerprint = fingerprint({name: base[name] for name in ticket.active_names})
     ticket.metadata = describe(
         ks,
         labels,
@@ -176,27 +182,42 @@ def _topk(
     folder: Path | None,
     device: torch.device | str | None,
     compare_in: torch.dtype | None,
-) -> tuple[list[IndexSet], Tensor]:
-    """An index set per tensor and the thresholds: in memory by the operation, from disk by streaming."""
+) -> tuple[list[IndexSet], Tensor, Tensor | None]:
+    """An index set per tensor and the thresholds: in memory by the operation, from disk by streaming.
+
+    Also the digests of the tiles of the initial tensors, int64 [T, 2], if they are read as they are.
+    """
+    tiles = sum(tiles_of(tensor.numel()) for tensor in initial)
+
+    def room(device: torch.device | str) -> Tensor | None:
+        if not initial or compare_in is not None:
+            return None
+        return torch.empty(tiles, 2, dtype=torch.int64, device=device)
+
     before = [t for t in initial if isinstance(t, Tensor)]
     after = [t for t in tuned if isinstance(t, Tensor)]
     if compare_in is None and len(before) == len(initial) and len(after) == len(tuned):
-        return ops.topk_delta(before, after, ks, groups=groups)
+        in_memory = TensorSource(before, after, room(after[0].device))
+        selection = ops.select_from(in_memory, groups, ks)
+        return ops.index_sets(selection, in_memory.sizes), selection.thresholds, in_memory.digests
     if device is None and after and compare_in is not None:
         device = after[0].device
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     sides = [[Reader.of(tensor).rounded(compare_in) for tensor in side] for side in (initial, tuned)]
-    source = StreamSource(sides[0], sides[1], device)
+    source = StreamSource(sides[0], sides[1], device, digests=room(device))
     sets, thresholds = _streamed(source, groups, ks, progress, folder)
-    return [index_set.to("cpu") for index_set in sets], thresholds
+    return [index_set.to("cpu") for index_set in sets], thresholds, source.digests
 
 
 @torch.no_grad()
 def _streamed(
     source: StreamSource, groups: list[int], ks: list[int], progress: bool, folder: Path | None
 ) -> tuple[list[IndexSet], Tensor]:
-    """As `_topk`; folder: where index sets that are too large for memory may be kept, if anywhere."""
+    """An index set per tensor and the thresholds.
+
+    folder: where index sets that are too large for memory may be kept, if anywhere
+    """
     passes, bitmap = backends.resolve(source.device, "topk_delta"), 4 * sum(map(bitmap_words, source.sizes))
     by_tensor = bitmap > LARGE
     times = PASSES if by_tensor else 1 if sampling_pays(source) else 2

@@ -1,23 +1,15 @@
-"""Names, ties, fingerprints and the stack of applied deltas. Nothing else in the library matches tensors by name."""
+"""Names and ties. Nothing else in the library matches tensors by name."""
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ltp_sparse.weights.files import hash_tensor
 from ltp_sparse.weights.reading import closest
-from ltp_sparse.weights.tensors import check_plain_tensor
-
-if TYPE_CHECKING:
-    pass
 
 T = TypeVar("T")
 
@@ -270,31 +262,6 @@ def match_names(wanted: Iterable[str], known: Iterable[str], *, what: str, where
             f"closest there: {closest(missing[0], known)}. Check that it belongs to this architecture"
         )
     return wanted
-
-
-def digest(dtype: torch.dtype, shape: Sequence[int], pieces: Iterable[Tensor]) -> str:
-    """A hash of dtype, shape and bits of a tensor that comes in row-major pieces (SHA-256, 128 bits kept)."""
-    sha = hashlib.sha256(f"{dtype} {list(shape)} ".encode())
-    for piece in pieces:
-        hash_tensor(sha, piece)
-    return sha.hexdigest()[:32]
-
-
-def tensor_digest(tensor: Tensor) -> str:
-    """`digest` of a tensor in memory."""
-    return digest(tensor.dtype, tensor.shape, [tensor])
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Name -> digest of the tensor: what identifies a base model. Hashes on all threads of torch.
-
-    Raises:
-        TypeError: a tensor is of a subclass, sparse or without values; the message names it.
-    """
-    for name, tensor in tensors.items():
-        check_plain_tensor(tensor, f"fingerprint: {name!r}")
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return dict(zip(tensors, pool.map(tensor_digest, tensors.values()), strict=True))
 
 
 def layer_of(name: str) -> str:

@@ -143,7 +143,7 @@ def test_index_sets_whose_counts_are_wrong_do_not_get_through():
         IndexSet.from_bitmap(words, 1000, torch.tensor([400]))
     with pytest.raises(ValueError, match="counts"):
         IndexSet.from_bitmap(words, 1000, torch.tensor([500.0]))
-    table = TileTable.build([IndexSet(1000, Encoding.BITMAP, words, torch.tensor([400]))])
+    table = TileTable.build([IndexSet(1000, Encoding.BITMAP, words, torch.tensor([400]), 400)])
     with pytest.raises(ValueError, match="ACTIVE must be the bits"):
         ops.masked_pack_([torch.ones(1000)], torch.zeros(400), table)
 
