@@ -124,7 +124,8 @@ def select(
     names, alone = names_in_pool(base, after, pool, allow_missing, what="select", scored=score is not None)
     for name in names:
         check_shape(name, base[name].shape, after[name].shape)
-        check_there(name, base, what="select")  # its digest is taken in any case
+        if score is not None:
+            check_there(name, base, what="select")  # of which a digest is taken
     names, groups, labels, ks = share_out({name: base[name].shape for name in names}, budget, density=density, k=k)
     check_dtypes(names, after, *([base] if score is None else []), what="select")
     noted = told_of_dtypes(names, base, after) if score is None and compare_in is None else {}
@@ -145,13 +146,11 @@ def select(
         alike = equal_infinities(base[name], after[name]) if score is None else 0
         raise NonFiniteDelta(error.tensor, repr(name), alike) from None
     ticket = Ticket(dict(zip(names, sets, strict=True)), {name: base[name].shape for name in names})
-    active = ticket.active_names
     if digests is None:
-        ticket.fingerprint = fingerprint({name: base[name] for name in active})
+        ticket.fingerprint = fingerprint({name: base[name] for name in ticket.active_names})
     else:
-        tiles = digests.cpu().split([tiles_of(base[name].numel()) for name in names])
-        found = dict(zip(names, tiles, strict=True))
-        ticket.fingerprint = {name: of_tiles(base[name].dtype, base[name].shape, found[name]) for name in active}
+        found = of_tiles({name: base[name] for name in names}, digests)
+        ticket.fingerprint = {name: found[name] for name in ticket.active_names}
     for name in names:
         for tensor in (base[name], after[name]):
             if isinstance(tensor, CheckpointTensor):

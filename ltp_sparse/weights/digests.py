@@ -123,8 +123,17 @@ def _tile_digest(bits: memoryview) -> bytes:
     return filled.intdigest().to_bytes(BYTES, "little")
 
 
-def of_tiles(dtype: torch.dtype, shape: Sequence[int], tiles: bytes | Tensor) -> str:
-    """The digest of a tensor. tiles: those of its tiles, in order; on the CPU if it is a tensor."""
+def of_tiles(tensors: Mapping[str, Tensor | Pieces], tiles: Tensor) -> dict[str, str]:
+    """Name -> digest, from the digests of all tiles of all tensors: int64 [T, 2]."""
+    bits, found, at = bytes(_bytes_of(tiles.cpu())), {}, 0
+    for name, tensor in tensors.items():
+        end = at + BYTES * -(-tensor.shape.numel() // TILE)
+        found[name] = _joined(tensor.dtype, tensor.shape, bits[at:end])
+        at = end
+    return found
+
+
+def _joined(dtype: torch.dtype, shape: Sequence[int], tiles: bytes) -> str:
     return Hash().update(f"{dtype} {list(shape)} ".encode()).update(tiles).digest()
 
 
@@ -144,7 +153,7 @@ def digest(dtype: torch.dtype, shape: Sequence[int], pieces: Iterable[Tensor], l
         whole = flat.numel() // TILE * TILE
         found.append(tile_digests(flat[:whole]))
         rest = flat[whole:]
-    return of_tiles(dtype, shape, b"".join([*found, tile_digests(rest)]))
+    return _joined(dtype, shape, b"".join([*found, tile_digests(rest)]))
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -181,7 +190,7 @@ def fingerprint(tensors: Mapping[str, Tensor | Pieces], like: Mapping[str, str] 
         found |= {name: sha.result() for name, sha in shas.items()}
         for name, spans in tiles.items():
             whole = b"".join(span.result() for span in spans)
-            found[name] = of_tiles(tensors[name].dtype, tensors[name].shape, whole)
+            found[name] = _joined(tensors[name].dtype, tensors[name].shape, whole)
     return {name: found[name] for name in tensors}
 
 
@@ -192,12 +201,9 @@ def _found_on_device(tensors: Mapping[str, Tensor | Pieces]) -> dict[str, str]:
         if isinstance(tensor, Tensor) and tensor.device.type in on_device:
             plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
             placed.setdefault(tensor.device, {})[name] = plain
-    found = {}
+    found: dict[str, str] = {}
     for device, there in placed.items():
-        tiles = on_device[device.type](list(there.values())).cpu()
-        counts = [-(-tensor.numel() // TILE) for tensor in there.values()]
-        for (name, tensor), own in zip(there.items(), tiles.split(counts), strict=True):
-            found[name] = of_tiles(tensor.dtype, tensor.shape, own)
+        found |= of_tiles(there, on_device[device.type](list(there.values())))
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -99,6 +100,7 @@ class Named(dict[str, T]):
         return name if name in self else self.aliases.get(name)
 
 
+@lru_cache(1 << 16)  # names are sorted several times in every call that takes a model
 def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
     """Sorts "layer.2" before "layer.10"."""
     return tuple((0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part)
@@ -113,6 +115,7 @@ def parameter_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=natural_key)
 
 
+@lru_cache(1 << 16)
 def tie_key(name: str) -> tuple[Any, ...]:
     """Of the names of one tied tensor, the smallest by this is the canonical one, in modules and in files.
 
