@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ltp_sparse.backends import digests
 from ltp_sparse.backends.arguments import (
     RUN,
     Above,
@@ -32,7 +33,6 @@ from ltp_sparse.backends.quantization import dequantize, exact_sqrt, quantize
 from ltp_sparse.backends.rounding import moment_bits, random16, round_stochastically
 from ltp_sparse.tickets.bits import TILE, WORDS_PER_TILE, bitmap_words, pack_bits, to_uint16_bits
 from ltp_sparse.tickets.tile_table import Column, state_blocks, tile_indices
-from ltp_sparse.weights.digests import tile_digests
 
 NAME = "reference"
 NEEDS_RANKS = False
@@ -218,8 +218,7 @@ def delta_band(band: Band) -> None:
             band.cursor.add_(found.numel())
             tile += 1
     if band.digests is not None:
-        digests = bytearray().join(tile_digests(tensor.cpu()) for tensor in band.initial.present)
-        band.digests.copy_(torch.frombuffer(digests, dtype=torch.int64).view(-1, 2))
+        digests.on_host(band.initial.present, band.digests)
 
 
 def _candidate_pieces(candidates: Candidates) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -21,7 +21,7 @@ from ltp_sparse.testing import update_problem
 from ltp_sparse.tickets.bits import TILE
 from ltp_sparse.tickets.index_set import Encoding, IndexSet
 from ltp_sparse.tickets.tile_table import Column, TileTable
-from ltp_sparse.weights import names
+from ltp_sparse.weights import digests
 from ltp_sparse.weights.tensors import check_plain_tensor
 
 TESTS = Path(__file__).parents[1]
@@ -240,7 +240,7 @@ def test_tensors_without_plain_memory_are_refused_everywhere(kind):
     with pytest.raises(ERRORS):
         ops.masked_pack_([tensor], torch.zeros(6), table)
     with pytest.raises(TypeError, match="fingerprint: 'w'"):
-        names.fingerprint({"w": tensor})
+        digests.fingerprint({"w": tensor})
 
 
 def test_subclasses_that_only_carry_attributes_pass():
@@ -249,9 +249,9 @@ def test_subclasses_that_only_carry_attributes_pass():
 
     check_plain_tensor(torch.ones(3).as_subclass(Labelled), "it")
     check_plain_tensor(torch.nn.Parameter(torch.ones(3)), "it")
-    plain = names.fingerprint({"w": torch.ones(3)})
-    assert names.fingerprint({"w": torch.ones(3).as_subclass(Labelled)}) == plain
-    assert names.fingerprint({"w": torch._neg_view(-torch.ones(3))}) == plain
+    plain = digests.fingerprint({"w": torch.ones(3)})
+    assert digests.fingerprint({"w": torch.ones(3).as_subclass(Labelled)}) == plain
+    assert digests.fingerprint({"w": torch._neg_view(-torch.ones(3))}) == plain
 
 
 # --- one decision per step ---
