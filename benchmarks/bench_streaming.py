@@ -3,9 +3,9 @@
 Selection looks at some lines of the files for samples and then reads the weights once; where many deltas are equal, as
 those of bfloat16 weights, twice or more. The peers read both files once: into a buffer of 1 MB, with one thread and
 with as many as the selection has. The ratio of the band pass, which is that reading, to a peer is its share of the
-sequential rate. The whole of `select` also reads the initial weights once more, for their digests. Files that were just
-written stand in the page cache; a --folder on a slower disk and files larger than the memory measure the disk. The
-ticket is compared with that of the same weights in memory.
+sequential rate. The whole of `select` reads no more: digests are taken in the same pass. Files that were just written
+stand in the page cache; a --folder on a slower disk and files larger than the memory measure the disk. The ticket is
+compared with that of the same weights in memory.
 """
 
 from __future__ import annotations
@@ -137,11 +137,10 @@ def measure(model: str, dtype: str, density: float, rounds: int, folder: Path) -
         return Provider(name, read, check, files)
 
     threads = torch.get_num_threads()
-    digests = paths[0].stat().st_size
     providers = [
         Provider(PASSES_ALONE, passes, check_passes, readings * files),
         Provider(BAND, band.run, band.check, files, before=band.prepare),
-        Provider("select", select, check_ticket, readings * files + digests),
+        Provider("select", select, check_ticket, readings * files),
         reading(ONE_READER, 1),
     ]
     if threads > 1:

@@ -128,12 +128,12 @@ def of_tiles(tensors: Mapping[str, Tensor | Pieces], tiles: Tensor) -> dict[str,
     bits, found, at = bytes(_bytes_of(tiles.cpu())), {}, 0
     for name, tensor in tensors.items():
         end = at + BYTES * -(-tensor.shape.numel() // TILE)
-        found[name] = _joined(tensor.dtype, tensor.shape, bits[at:end])
+        found[name] = _of_tiles(tensor.dtype, tensor.shape, bits[at:end])
         at = end
     return found
 
 
-def _joined(dtype: torch.dtype, shape: Sequence[int], tiles: bytes) -> str:
+def _of_tiles(dtype: torch.dtype, shape: Sequence[int], tiles: bytes) -> str:
     return Hash().update(f"{dtype} {list(shape)} ".encode()).update(tiles).digest()
 
 
@@ -153,7 +153,7 @@ def digest(dtype: torch.dtype, shape: Sequence[int], pieces: Iterable[Tensor], l
         whole = flat.numel() // TILE * TILE
         found.append(tile_digests(flat[:whole]))
         rest = flat[whole:]
-    return _joined(dtype, shape, b"".join([*found, tile_digests(rest)]))
+    return _of_tiles(dtype, shape, b"".join([*found, tile_digests(rest)]))
 
 
 def tensor_digest(tensor: Tensor) -> str:
@@ -190,7 +190,7 @@ def fingerprint(tensors: Mapping[str, Tensor | Pieces], like: Mapping[str, str] 
         found |= {name: sha.result() for name, sha in shas.items()}
         for name, spans in tiles.items():
             whole = b"".join(span.result() for span in spans)
-            found[name] = _joined(tensors[name].dtype, tensors[name].shape, whole)
+            found[name] = _of_tiles(tensors[name].dtype, tensors[name].shape, whole)
     return {name: found[name] for name in tensors}
 
 
