@@ -242,11 +242,6 @@ void delta_band(const HostPairs& pairs, const std::vector<int64_t>& groups, cons
             int32_t* words = band.words + word_offsets[pair] + start / 32;
             // No key is above 2^31 - 1, so any larger bound means the same as 2^31.
             const auto bound = [](int64_t key) { return int32_t(std::min<int64_t>(key - 1, INT32_MAX)); };
-            if (band.digests != nullptr) {  // brings the tile into the cache
-                const Digest digest = kernel.digest(tile.initial, tile.length * bytes_of(tile.initial_dtype));
-                band.digests[2 * t] = int64_t(digest.low);
-                band.digests[2 * t + 1] = int64_t(digest.high);
-            }
             const BandCounts counts = kernel.band(tile, bound(band.low[group]), bound(band.high[group]), words, inside);
             band.above[t] = counts.above;
             band.inside[t] = counts.inside;
@@ -256,6 +251,11 @@ void delta_band(const HostPairs& pairs, const std::vector<int64_t>& groups, cons
             const bool fits = counts.inside == 0 || (offset >= 0 && offset <= band.capacity - counts.inside);
             band.offsets[t] = fits ? offset : -1;
             if (fits && counts.inside > 0) kernel.collect(tile, inside, band.keys + offset, band.positions + offset);
+            if (band.digests != nullptr) {  // while the tile is in the cache
+                const Digest digest = kernel.digest(tile.initial, tile.length * bytes_of(tile.initial_dtype));
+                band.digests[2 * t] = int64_t(digest.low);
+                band.digests[2 * t + 1] = int64_t(digest.high);
+            }
         });
     });
     if (nonfinite) *band.nonfinite = 1;
