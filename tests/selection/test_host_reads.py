@@ -14,7 +14,7 @@ from ltp_sparse.tickets.bits import bitmap_words, tiles_of
 
 
 class Reads(TorchDispatchMode):
-    """Counts what would wait for a GPU: numbers that Python asks for, and copies to the host."""
+    """Counts the numbers that Python asks for one by one: on a GPU each of them waits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,6 @@ def reads_of(tensors: int, select) -> int:
     return reads.counts.total()
 
 
-@pytest.mark.parametrize("backend", ["compiled"])
 @pytest.mark.parametrize(
     "select",
     [
@@ -51,9 +50,9 @@ def reads_of(tensors: int, select) -> int:
     ],
     ids=["select", "a budget per layer", "and shown", "topk_delta"],
 )
-def test_a_handful(select, backend):
-    if reason := backends.unavailable_reason(backend, torch.device("cpu")):
-        pytest.skip(reason)
+def test_a_handful(select):
+    if reason := backends.unavailable_reason("compiled", torch.device("cpu")):
+        pytest.skip(reason)  # the reference reads as it likes
     few, many = reads_of(3, select), reads_of(147, select)
     assert few == many <= 4
 
