@@ -121,7 +121,7 @@ MISTAKES = [  # with names and files, which a first look at them shows
     ("predict run none.tsv", "no such file"),
     ("predict run ?a-text", "?a-text: no such file or folder; expected a file that ends in .tsv, .csv"),
     ("predict run t.tsv --text-column says", "'says' is not in"),
-    ("export run --output full", "--output full holds something; give a new or an empty folder"),
+    ("export run --output full", "--output full is not empty; give a new or an empty folder"),
     ("inspect none", "TICKET none: no such file or folder; expected a ticket or a delta; ltp-sparse select makes one"),
     ("run unknown", "unknown recipe 'unknown'; known: "),
     ("report unknown full", "unknown recipe 'unknown'"),

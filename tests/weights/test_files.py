@@ -225,7 +225,7 @@ def test_what_goes_wrong_is_told_with_the_path(failing, number, tmp_path, monkey
     owner = {"mkdir": Path, "save_file": safetensors.torch, "fsync": os}[failing]
     with monkeypatch.context() as patch:
         patch.setattr(owner, failing, fail)
-        message = f"{os.strerror(number)[1:]}; what was there before is unchanged: '{path}'"
+        message = f"{os.strerror(number)[1:]}; an existing file is unchanged: '{path}'"
         with pytest.raises(OSError, match=message) as caught:
             ticket(5).save(path)
     assert caught.value.errno == number
@@ -337,7 +337,7 @@ def test_manifests(tmp_path):
     (folder / "a").write_bytes(b"a" * 99 + b"A")
     manifest.check(folder, ("sub/", "c"))
     manifest.add(folder, ["c"])  # blesses nothing else
-    with pytest.raises(FileFormatError, match=r"f/a: its content is not that"):
+    with pytest.raises(FileFormatError, match=r"f/a: its content does not match"):
         manifest.check(folder)
     (folder / "a").write_bytes(b"a" * 101)
     with pytest.raises(FileFormatError, match=r"f/a: expected 100 bytes .* got 101"):
