@@ -12,17 +12,16 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from ltp_sparse.models.inputs import token_ids
-from ltp_sparse.prompting.templates import IGNORED_LABEL, Text, label_index
+from ltp_sparse.prompting.inputs import IGNORED_LABEL, token_ids
+from ltp_sparse.prompting.templates import label_index
+from ltp_sparse.tasks.sib200 import LABELS as TOPICS
+from ltp_sparse.tasks.texts import Text
 
 if TYPE_CHECKING:
     from transformers import BloomForCausalLM, PreTrainedTokenizerBase, XGLMForCausalLM
 
 MAX_LENGTH = 128
 """Tokens of an input, prompt and `</s>` included."""
-
-TOPICS = ("science/technology", "travel", "politics", "sports", "health", "entertainment", "geography")
-"""The classes of SIB-200, in the order of its `labels.txt`."""
 
 TOPIC_WORDS: dict[str, dict[str, str]] = {
     "xglm": dict(

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ltp_sparse.models.inputs import token_ids
-from ltp_sparse.prompting.templates import IGNORED_LABEL, MAX_LENGTH, Pair, Text, label_index
-from ltp_sparse.tasks.pairs import CLASSES
+from ltp_sparse.prompting.inputs import IGNORED_LABEL, token_ids
+from ltp_sparse.prompting.templates import MAX_LENGTH, label_index
+from ltp_sparse.tasks.pairs import CLASSES, Pair
+from ltp_sparse.tasks.texts import Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM, XLMRobertaModel

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ltp_sparse.models.prompt_encoder import PromptEncoder
-from ltp_sparse.prompting.templates import IGNORED_LABEL
+from ltp_sparse.prompting.inputs import IGNORED_LABEL
 from ltp_sparse.prompting.verbalizers import Verbalizer
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ltp_sparse.methods.base import Collate, Encode
-from ltp_sparse.prompting.templates import IGNORED_LABEL
+from ltp_sparse.prompting.inputs import IGNORED_LABEL
 from ltp_sparse.tasks.own import warn_of_gaps
 
 

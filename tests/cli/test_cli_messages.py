@@ -38,7 +38,7 @@ TABLE = [
     ([*TRAIN, "--train", "t.tsv", "--test", "none.tsv"], ["none.tsv: no such file"]),
     ([*TRAIN, "--train", "t.xlsx"], ["t.xlsx", ".parquet"]),
     ([*TRAIN, "--train", "t.tsv", "--text-column", "txt"], ["t.tsv", "txt", "text"]),
-    ([*TRAIN, "--train", "t.tsv", "--label-column", "text"], ["a column of its own for each"]),
+    ([*TRAIN, "--train", "t.tsv", "--label-column", "text"], ["expected different columns"]),
     ([*TRAIN, "--train", "one.tsv"], ["expected at least two classes, got a 2"]),
     ([*TRAIN, "--train", "t.tsv", "--words", "a"], ["--words expects CLASS=WORD", "got 'a'"]),
     ([*TRAIN, "--train", "t.tsv", "--words", "a=x", "a=y"], ["--words has two entries for 'a'"]),

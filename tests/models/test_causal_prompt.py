@@ -22,7 +22,7 @@ from ltp_sparse.models import (
     vocabulary_loss,
     word_tokens,
 )
-from ltp_sparse.prompting.templates import IGNORED_LABEL
+from ltp_sparse.prompting.inputs import IGNORED_LABEL
 from ltp_sparse.weights.names import canonical_parameters
 
 KINDS = ("xglm", "bloom")

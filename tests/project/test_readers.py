@@ -221,9 +221,9 @@ def test_tables_that_are_read(tmp_path, name, content, pairs):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.tsv", b"premise\thypothesis\tpremise\na\tb\tc\n", "header: the column 'premise' twice"),
+        ("a.tsv", b"premise\thypothesis\tpremise\na\tb\tc\n", "header: the column 'premise' occurs twice"),
         ("a.csv", b'premise,hypothesis\n"a,b\nc,d\n', "row 1: a quote that is opened here is not closed"),
-        ("a.csv", b'premise,hypothesis\n"a"x,b\n', "row 1: text behind the closing quote"),
+        ("a.csv", b'premise,hypothesis\n"a"x,b\n', "row 1: text after the closing quote"),
         ("a.tsv", HEAD.encode() + b"a\0\tb\tneutral\n", "line 2: a NUL character"),
         ("a.tsv", (HEAD + "a\tb\tneutral\n").encode("utf-16"), "line 1: this is UTF-16"),
         ("a.jsonl", b'{"premise": "a", "hypothesis": "b", "label": 0}', "row 1: expected one of .*got 0"),
