@@ -122,7 +122,7 @@ def test_words_that_are_one_token(kind):
 
 def test_a_split_word_falls_back_to_its_last_piece_and_says_so(tokenizer):
     words = {"a": "w1", "b": "w2", "c": "earth"}
-    with pytest.warns(UserWarning, match=r"'earth' to be one token, got .*'h'.*the last one, 'h', is taken") as caught:
+    with pytest.warns(UserWarning, match=r"'earth' to be one token, got .*'h'.*the last one, 'h', is used") as caught:
         tokens = word_tokens(tokenizer, words, CLASSES)
     assert tokenizer.convert_ids_to_tokens(tokens) == ["▁w1", "▁w2", "h"]
     assert caught[0].filename == __file__
