@@ -497,7 +497,7 @@ def test_one_run_at_a_time_works_in_a_folder(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)
     try:
         assert other.stdout.readline() == b"in\n"
-        with pytest.raises(ValueError, match="another run is at work in"), alone(tmp_path):
+        with pytest.raises(ValueError, match="another run is using"), alone(tmp_path):
             pass
     finally:
         other.kill(), other.wait()
