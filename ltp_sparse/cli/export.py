@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> None:
     need(options, "folder", "output")
     expect(options, "folder", "run of ltp-sparse train")
     if options.output.is_dir() and any(options.output.iterdir()):
-        raise CommandError(f"export: --output {options.output} holds something; give a new or an empty folder")
+        raise CommandError(f"export: --output {options.output} is not empty; give a new or an empty folder")
     from ltp_sparse.cli.runs import BAKED, Run, finished_seeds
     from ltp_sparse.recipes import results
     from ltp_sparse.tasks.own import UNDETERMINED

@@ -39,8 +39,8 @@ class Task:
     """A data set of labelled pairs or texts.
 
     Attributes:
-        name: by which recipes and the command line know it
-        languages: what it has, or, of SIB-200's 205, those that are tested when none are named
+        name: in recipes and on the command line
+        languages: all of its languages, or for SIB-200 (205 languages) the default ones
         read: (split, language, shots, data folder or None, seed) -> examples
         labels: classes, in the order of the logits
         metric: "accuracy" or "macro_f1"
@@ -66,15 +66,16 @@ class Task:
         """Labelled examples: `Pair` or `Text`.
 
         Args:
-            split: "train", "dev" or "test", of which a task may lack some.
+            split: "train", "dev" or "test"; not every task has all.
             language: one of `languages`.
-            shots: examples per class of "train", and some of "dev": a task's fixed samples of pairs, or a draw of texts
-                (`texts.few_shot`); None: all.
-            data: folder of the original files, or one that holds it under the data set's name; None: the Hub by name.
-            seed: of few-shot draws, where a task has no fixed samples.
+            shots: examples per class of "train", and fewer of "dev": fixed samples of a task with pairs, or a draw of
+                texts (`texts.few_shot`); None: all.
+            data: folder of the original files, or a folder that holds it under the data set's name; None: the Hub.
+            seed: of the draw, if the task has no fixed samples.
 
         Raises:
-            ValueError, FileNotFoundError: unknown names, missing files, or a bad row (file, row and column are named).
+            ValueError: unknown names, or a bad row (file, row and column are named).
+            FileNotFoundError: files are missing.
         """
         if language not in self.languages and self.name != "sib200":
             raise ValueError(f"{self.name}: language must be one of {', '.join(self.languages)}, got {language!r}")
@@ -170,5 +171,5 @@ def load_pairs(
     shots: int | None = None,
     data: str | os.PathLike[str] | None = None,
 ) -> list[Any]:
-    """`task(name).load(...)`, for tasks whose samples are fixed."""
+    """`task(name).load(...)` of tasks with fixed samples."""
     return list(task(name).load(split, language, shots=shots, data=data))

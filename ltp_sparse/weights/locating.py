@@ -21,10 +21,10 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 def locate(name_or_path: str | os.PathLike[str]) -> tuple[str, bool]:
     """The source for `from_pretrained` and whether it is local.
 
-    A mistyped folder thus never becomes a download, and a name that cannot be downloaded is an error at once.
+    A mistyped folder never becomes a download, and a name that cannot be downloaded is an error at once.
 
     Raises:
-        ValueError: there is no such folder; or none of that name, it is not in the cache of the Hub either, and the Hub
+        ValueError: there is no such folder, or the name is neither a folder nor in the cache of the Hub, and the Hub
             cannot be reached.
     """
     text = os.path.expanduser(os.fspath(name_or_path))
@@ -51,7 +51,7 @@ def locate(name_or_path: str | os.PathLike[str]) -> tuple[str, bool]:
 
 
 def _closest(text: str) -> str:
-    """The names that may be meant: known ones, and folders of models beside what was given."""
+    """Names that may be meant: known models, and folders of models beside the given path."""
     if text in _KNOWN:
         return f"{MINI_XLMR}, a small one, comes with the package"
     names = list(_KNOWN)

@@ -392,7 +392,7 @@ def test_predictions_are_read_as_they_were_written(files, trained, tmp_path):
 def test_an_export_does_not_overwrite_its_model(files, trained, tmp_path, capsys):
     before = {path.name: path.read_bytes() for path in (files / "model").iterdir()}
     assert run("export", trained, "--output", files / "model" / ".." / "model") == 2
-    assert "holds something; give a new or an empty folder" in capsys.readouterr().err
+    assert "is not empty; give a new or an empty folder" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in (files / "model").iterdir()} == before
     assert run("export", trained, "--seed", 7, "--output", tmp_path) == 2
     assert "expected one of its seeds 1, 2, got 7" in capsys.readouterr().err
