@@ -27,7 +27,7 @@ EXACT = "torch AdamW"
 
 
 def beside(large: int) -> Tensor:
-    """Mask of the entries that stay large: so many of every block."""
+    """Mask of the entries that stay large: this many in every block."""
     return torch.arange(ENTRIES) % STATE_BLOCK < large
 
 
@@ -46,7 +46,7 @@ PATTERNS: dict[str, tuple[Callable[[int], float], int]] = {
     "100 times smaller beside 128 that stay": (shrunk, 128),
     "always 1,000 times smaller than one": (lambda step: 1e-3, 1),
 }
-"""Name -> (size of the gradients at a step, how many entries of a block keep the size 1 instead)."""
+"""Name -> (size of the gradients at a step, number of entries in a block that keep the size 1)."""
 
 
 def ours(states: str) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:

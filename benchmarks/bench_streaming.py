@@ -1,4 +1,4 @@
-"""Selection from two checkpoints on disk, beside reading both files as fast as they come.
+"""Selection from two checkpoints on disk, beside plain reads of both files.
 
 Selection looks at some lines of the files for samples and then reads the weights once; where many deltas are equal, as
 those of bfloat16 weights, twice or more. The peers read both files once: into a buffer of 1 MB, with one thread and
@@ -47,7 +47,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BUFFER = 1 << 20
 PASSES_ALONE = "select, the passes alone"
 BAND = "select, the band pass"
-_own = threading.local()  # a buffer per thread of the readers, made once
+_own = threading.local()  # one buffer per reading thread
 
 
 class Counted:
@@ -60,7 +60,7 @@ class Counted:
 
 
 def write_checkpoints(folder: Path, model: str, dtype: torch.dtype) -> list[Path]:
-    """A model before and after tuning, in a file each."""
+    """A model before and after tuning, in two files."""
     weights = {name: tensor.to(dtype) for name, tensor in random_weights(MODELS[model]).items()}
     paths = [folder / "initial.safetensors", folder / "tuned.safetensors"]
     for path, tensors in zip(paths, (weights, tuned_weights(weights)), strict=True):
@@ -69,7 +69,7 @@ def write_checkpoints(folder: Path, model: str, dtype: torch.dtype) -> list[Path
 
 
 def read_part(path: Path, start: int, stop: int) -> int:
-    """Reads bytes start..stop of a file, and drops them; returns their number."""
+    """Reads bytes start..stop of a file and drops them; returns their number."""
     if not hasattr(_own, "buffer"):
         _own.buffer = memoryview(bytearray(BUFFER))
     buffer, done = _own.buffer, 0
@@ -84,7 +84,7 @@ def read_part(path: Path, start: int, stop: int) -> int:
 
 
 def read_all(paths: Sequence[Path], pool: ThreadPoolExecutor, threads: int) -> int:
-    """Reads every file, each thread of the pool its part of it; returns the bytes."""
+    """Reads every file, each thread of the pool a part; returns the number of bytes."""
     parts = []
     for path in paths:
         size = path.stat().st_size
@@ -153,7 +153,7 @@ def measure(model: str, dtype: str, density: float, rounds: int, folder: Path) -
 
 
 class BandPass:
-    """The reading of the weights that follows on the samples."""
+    """The read of the weights after the samples."""
 
     def __init__(
         self, backend: backends.Backend, stream: Callable[[], StreamSource], groups: list[int], k: int

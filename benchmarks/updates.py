@@ -1,4 +1,4 @@
-"""One optimizer step, as the benchmarks of CPU and GPU share it: the weights, what is expected of them, and the peers.
+"""One optimizer step for the benchmarks of CPU and GPU: the weights, their expected values, and the peers.
 
 A provider is verified before it is timed: three steps from the initial weights and fresh moments, the gradient scaled
 anew in each, must end where AdamW in float64 ends. The tolerance is that of the provider's precision.
@@ -23,13 +23,13 @@ MULTIPLIED = "grad.mul_(mask) + fused"
 GATHERED = "index_select + fused + index_copy_"
 LR, DECAY, BETA1, BETA2, EPS = 1e-3, 0.01, 0.9, 0.999, 1e-8
 OPTIONS = {"lr": LR, "weight_decay": DECAY, "betas": (BETA1, BETA2), "eps": EPS}
-SCALES = (1.0, -2.0, 4.0)  # of the gradient, step by step, in the verification; powers of two are undone exactly
-CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}  # entries that are compared at a time
+SCALES = (1.0, -2.0, 4.0)  # of the gradient, step by step, in the verification; powers of two can be undone exactly
+CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}  # entries compared at a time
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far from the float64 result a weight may be, in parts of max(|p|, steps * lr).
+    """The allowed difference of a weight from the float64 result, relative to max(|p|, steps * lr).
 
     each: any entry
     mean: all entries that are looked at, on average
@@ -45,8 +45,8 @@ class Tolerance:
 
 EXACT = Tolerance(each=4e-6)  # the bound of docs/design.md, Arithmetic
 BFLOAT16 = Tolerance(each=2**-5)  # three steps of up to one unit in the last place
-FLOAT16 = Tolerance(mean=1e-3)  # torch's second moments, in float16 themselves, vanish where the gradient is small
-EIGHT_BITS = Tolerance(mean=0.01)  # 0.0008 in float32; 0.0035 where bfloat16 weights are rounded stochastically, too
+FLOAT16 = Tolerance(mean=1e-3)  # torch's second moments are float16 and vanish for small gradients
+EIGHT_BITS = Tolerance(mean=0.01)  # 0.0008 in float32; 0.0035 for stochastically rounded bfloat16 weights
 
 
 def tolerance_of(dtype: torch.dtype) -> Tolerance:
@@ -55,7 +55,7 @@ def tolerance_of(dtype: torch.dtype) -> Tolerance:
 
 
 class Problem:
-    """Weights, gradients and a ticket, on one device; every provider works on these very weights.
+    """Weights, gradients and a ticket on one device; all providers work on the same weights.
 
     line: bytes that memory moves at least where one of them is touched
     """
@@ -67,7 +67,7 @@ class Problem:
         first = next(iter(initial.values()))
         self.dtype, self.width, self.device = first.dtype, first.dtype.itemsize, first.device
         self.params = {name: nn.Parameter(tensor.clone()) for name, tensor in initial.items()}
-        self.used_grads: list[Mapping[str, Tensor]] = [grads]  # with the copies that some providers work on
+        self.used_grads: list[Mapping[str, Tensor]] = [grads]  # with the copies of some providers
         self.use_grads(grads)
         self.n, self.k = ticket.n, ticket.k
 
@@ -77,7 +77,7 @@ class Problem:
             param.grad = grads[name]
 
     def copied_grads(self) -> dict[str, Tensor]:
-        """The same gradients at other addresses; they are scaled with the others."""
+        """A copy of the gradients, which is scaled with the others."""
         grads = {name: grad.clone() for name, grad in self.grads.items()}
         self.used_grads.append(grads)
         return grads
@@ -88,7 +88,7 @@ class Problem:
 
     @cached_property
     def lines(self) -> int:
-        """Lines of the weights that hold an active entry."""
+        """Cache lines of the weights with an active entry."""
         entries = self.line // self.width
         bits = {8: torch.int8, 16: torch.int16, 32: torch.int32}[entries]
         return sum(
@@ -125,7 +125,7 @@ class Problem:
                 found, before, grad = (flat[start : start + size] for flat in flats)
                 expected = adamw(before.double(), grad.double())
                 error = (found.double() - expected).abs_() / expected.abs().clamp(min=len(SCALES) * LR)
-                wrong = ~(error <= tolerance.each)  # NaN, too, is wrong
+                wrong = ~(error <= tolerance.each)  # also for NaN
                 chosen = None if mask is None else mask[start : start + size]
                 if chosen is not None:
                     error, wrong = error[chosen], wrong & chosen
@@ -171,7 +171,7 @@ def provider(
 
 
 def masked(problem: Problem, name: str, optimizer: ls.MaskedAdamW) -> Provider:
-    """Ours."""
+    """A step of `MaskedAdamW`."""
     coded = optimizer.precision.states == "8bit"
     # touched lines of p read and written and of g read; moments and masters read and written; index read
     held = (2 if coded else 8) + (4 if optimizer.precision.keeps_master(problem.dtype) else 0)
@@ -180,13 +180,13 @@ def masked(problem: Problem, name: str, optimizer: ls.MaskedAdamW) -> Provider:
         problem, name, optimizer.step, moments_of(optimizer), "only", traffic, EIGHT_BITS if coded else None
     )
     if optimizer.precision.keeps_master(problem.dtype):
-        # the first step after another provider's takes its weights over into the masters, which no training loop needs
+        # the first step after another provider copies its weights into the masters, which no training loop needs
         ours.before = optimizer.step
     return ours
 
 
 def compacted(problem: Problem, name: str, optimizer_of: Callable[[nn.Module], ls.MaskedAdamW]) -> Provider:
-    """Ours with packed gradients: what its hooks do in backward, and the step.
+    """`MaskedAdamW` with packed gradients: the work of its hooks in backward, and the step.
 
     optimizer_of: makes it, for a module that has the problem's weights
     """
@@ -205,7 +205,7 @@ def compacted(problem: Problem, name: str, optimizer_of: Callable[[nn.Module], l
 
 
 def module_of(params: Mapping[str, nn.Parameter]) -> nn.Module:
-    """A module with these parameters under these names."""
+    """A module with these named parameters."""
     root = nn.Module()
     for name, param in params.items():
         *path, leaf = name.split(".")
@@ -230,7 +230,7 @@ def moments_of(optimizer: ls.MaskedAdamW) -> Callable[[], None]:
 
 
 class Dense:
-    """torch.optim.AdamW over all entries in several forms, which share one set of moments to save memory."""
+    """Several forms of torch.optim.AdamW over all entries, with shared moments to save memory."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -263,7 +263,7 @@ class Dense:
         return self.provider(FUSED, 7 * self.problem.width * self.problem.n, fused=True)
 
     def multiplied(self) -> Provider:
-        """The gradient is multiplied by a mask, then everything is updated."""
+        """Multiplies the gradient by a mask, then updates all entries."""
         problem = self.problem
         masks, grads = problem.masks, problem.copied_grads()
         views = {name: nn.Parameter(param.detach()) for name, param in problem.params.items()}
@@ -280,12 +280,12 @@ class Dense:
 
 
 def adamw_of_torch(params: Iterable[nn.Parameter], device: torch.device, **form: bool) -> torch.optim.AdamW:
-    """On a GPU one whose steps can be captured in a graph."""
+    """AdamW; on a GPU one whose steps can be captured in a graph."""
     return torch.optim.AdamW(params, **OPTIONS, **form, capturable=device.type == "cuda")
 
 
 def gathered(problem: Problem) -> Provider:
-    """The active entries are gathered into compact tensors, updated there, and copied back."""
+    """Gathers the active entries into compact tensors, updates these, and copies them back."""
     names = [name for name, index_set in problem.ticket.sets.items() if index_set.k]
     indices = {name: problem.ticket.indices(name).to(problem.device) for name in names}
     flat = {name: problem.params[name].detach().view(-1) for name in names}
@@ -323,7 +323,7 @@ def _bitsandbytes(params: list[nn.Parameter]) -> torch.optim.Optimizer:
 def _flashoptim(params: list[nn.Parameter]) -> torch.optim.Optimizer:
     from flashoptim import FlashAdamW
 
-    # its 24-bit weights are for lower precisions: with float32 it refuses them
+    # it has 24-bit weights for lower precisions only and refuses them for float32
     bits = {"master_weight_bits": None} if params[0].dtype == torch.float32 else {}
     return FlashAdamW(params, **OPTIONS, **bits)
 
@@ -333,11 +333,11 @@ PACKAGES: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "bitsandbytes AdamW8bit": _bitsandbytes,
     "flashoptim FlashAdamW": _flashoptim,
 }
-"""AdamW with 8-bit moments over all entries, of other packages."""
+"""AdamW with 8-bit moments over all entries, from other packages."""
 
 
 def packages(problem: Problem) -> Iterator[Provider]:
-    """Those that are installed and run here; the others are named."""
+    """The peers that are installed and run here; prints the others."""
     for name, make in PACKAGES.items():
         try:
             optimizer = make(list(problem.params.values()))

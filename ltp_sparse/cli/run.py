@@ -40,9 +40,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="for all cells, e.g. settings.epochs=1"
     )
-    parser.add_argument("--only", nargs="+", default=[], metavar="KEY=VALUE", help="only cells with these facts")
+    parser.add_argument("--only", nargs="+", default=[], metavar="KEY=VALUE", help="only cells with these values")
     parser.add_argument("--cache", type=Path, help="folder of shared artefacts (see ltp-sparse cache)")
-    parser.add_argument("--devices", nargs="+", help="GPUs to share the cells out to, e.g. 0 1 2 3")
+    parser.add_argument("--devices", nargs="+", help="GPUs to distribute the cells to, e.g. 0 1 2 3")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--save-every", type=int, help="epochs between checkpoints inside a cell")
     parser.add_argument("--micro-batch-size", type=int, help="examples per forward pass, to save memory")
@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check_model(options: argparse.Namespace, recipe: Recipe) -> None:
-    """Raises if the one model of all cells cannot be had; of several, cells without theirs fail by themselves."""
+    """Raises if the only model of all cells is unavailable. With several models, single cells fail instead."""
     models = {cell["model"] for cell in recipe.cells}
     if len(models) == 1:
         expect_model(argparse.Namespace(command="run", model=models.pop(), tokenizer=options.tokenizer, positional=()))
