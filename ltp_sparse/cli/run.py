@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ltp_sparse.cli.kinds import expect_model
-from ltp_sparse.cli.options import CommandError, add_report_to, check_writable, need
+from ltp_sparse.cli.options import CommandError, add_computing, add_data, add_report_to, check_writable, need
 from ltp_sparse.weights.reading import FileFormatError, parse_yaml
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="folder or Hub name of the base model, instead of the recipe's")
     parser.add_argument("--tokenizer", help="folder or Hub name of the tokenizer, where it is not beside the model")
     parser.add_argument("--allow-plugins", action="store_true", help="run the Python files that the recipe names")
-    parser.add_argument("--data", type=Path, help="folder of the original files; without it, the Hub by name")
+    add_data(parser)
     parser.add_argument("--output", type=Path, help="folder of the results; finished cells in it are not run again")
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="for all cells, e.g. settings.epochs=1"
@@ -47,8 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save-every", type=int, help="epochs between checkpoints inside a cell")
     parser.add_argument("--micro-batch-size", type=int, help="examples per forward pass, to save memory")
     add_report_to(parser)
-    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 under autocast; weights stay float32")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_computing(parser)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -152,22 +152,16 @@ def check_same_training(finished: Path, method: Method, ticket: Ticket | None) -
 
 def seeds_to_train(folder: Path, seeds: Sequence[int]) -> Iterator[int]:
     """Yields the seeds that no other process trains or has trained. Each is locked until the next one."""
-    from filelock import FileLock, Timeout
+    from ltp_sparse.training.run_folder import try_lock
 
     for seed in seeds:
-        path = folder / f"seed-{seed}" / "train.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = FileLock(path).acquire(blocking=False)
-        except Timeout:
-            print(f"seed {seed}: another process trains it, skipped")
-            continue
-        with lock:
-            if (path.parent / BAKED).is_file():
+        with try_lock(folder / f"seed-{seed}" / "train.lock") as acquired:
+            if not acquired:
+                print(f"seed {seed}: another process trains it, skipped")
+            elif (folder / f"seed-{seed}" / BAKED).is_file():
                 print(f"seed {seed}: another process has trained it")
             else:
                 yield seed
-            path.unlink(missing_ok=True)
 
 
 def record(folder: Path, names: Sequence[str]) -> None:
