@@ -1,8 +1,8 @@
 """Do 8-bit moments follow float32's? Runs of 10,000 steps in which gradients shrink, stop, grow, or differ in a block.
 
 Every pattern of gradients is a parameter, and all optimizers see the same gradients in one process: torch.optim.AdamW,
-`MaskedAdamW` with float32 and with 8-bit states, and torchao's AdamW8bit where it is installed. The rows are the mean
-of sqrt(v) and how far the weights moved in the last 200 steps, both in parts of torch.optim.AdamW's. Nothing is timed.
+`MaskedAdamW` with float32 and with 8-bit states, and torchao's AdamW8bit if installed. The rows are the mean of sqrt(v)
+and the movement of the weights in the last 200 steps, both relative to torch.optim.AdamW. Nothing is timed.
 """
 
 from __future__ import annotations

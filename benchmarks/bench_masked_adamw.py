@@ -1,9 +1,9 @@
 """One optimizer step: `MaskedAdamW` against torch.optim.AdamW over all entries and sparse updates made of torch ops.
 
 All providers update the same weights from the same gradients, on the same ticket: a uniformly random one, or one with
-the clustering of a real one. Before they are timed, each takes a few steps from fresh moments, with gradients that
-change, and is compared with AdamW in float64; ours also bit by bit with the reference. There are cells of float32 and
-of bfloat16 weights; 8-bit moments stand in both, and so do the packages that have them, where they are installed.
+the clustering of a real one. Before they are timed, each takes a few steps from fresh moments with changing gradients,
+and is compared with AdamW in float64; `MaskedAdamW` also bit by bit with the reference. There are cells of float32 and
+of bfloat16 weights, both with 8-bit moments, also of other packages if these are installed.
 """
 
 from __future__ import annotations

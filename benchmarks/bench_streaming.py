@@ -1,11 +1,11 @@
 """Selection from two checkpoints on disk, beside plain reads of both files.
 
-Selection looks at some lines of the files for samples and then reads the weights once; where many deltas are equal, as
-those of bfloat16 weights, twice or more. The peers read both files once: into a buffer of 1 MB, with one thread and
-with as many as the selection has. The ratio of the band pass, which is that reading, to a peer is its share of the
-sequential rate. The whole of `select` also reads the initial weights once more, for their digests. Files that were just
-written stand in the page cache; a --folder on a slower disk and files larger than the memory measure the disk. The
-ticket is compared with that of the same weights in memory.
+Selection takes samples from some lines of the files and then reads the weights once, or more often if many deltas are
+equal, as with bfloat16 weights. The peers read both files once into a buffer of 1 MB, with one thread and with the
+threads of the selection. The ratio of the band pass (the read of the weights) to a peer is its share of the sequential
+rate. `select` also reads the initial weights again for their digests. Files that were just written are in the page
+cache; a --folder on a slower disk and files larger than the memory measure the disk. The ticket is compared with that
+of the same weights in memory.
 """
 
 from __future__ import annotations

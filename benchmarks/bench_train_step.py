@@ -307,7 +307,7 @@ def main() -> None:
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes all rows so far: an interrupted run keeps what it has measured."""
+    """Writes all rows so far, to keep those of an interrupted run."""
     where = environment()
     with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], *where])

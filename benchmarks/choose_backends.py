@@ -1,11 +1,10 @@
-"""Measures which backend serves an operation fastest, and writes the table that `auto` reads.
+"""Measures the fastest backend for each operation, and writes the table that `auto` reads.
 
     python benchmarks/choose_backends.py                  # measures on this CPU
-    python benchmarks/choose_backends.py --from FOLDER    # takes what `make gpu` measured
+    python benchmarks/choose_backends.py --from FOLDER    # uses measurements of `make gpu`
 
 Only the section of the device is replaced, in `ltp_sparse/backends/backend_choice.json` or in another file (--out).
-Nothing is
-timed before the backends gave the same bits.
+Nothing is timed before the backends give the same bits.
 """
 
 from __future__ import annotations
@@ -135,7 +134,7 @@ def write(path: Path, device_type: str, source: str, rows: list[Choice]) -> None
         SystemExit: an operation has no row.
     """
     if missing := {*backends.OPERATIONS} - {op for op, *_ in rows}:
-        raise SystemExit(f"{path} stays as it is: nothing was measured of {', '.join(sorted(missing))}")
+        raise SystemExit(f"{path} is unchanged: there are no measurements of {', '.join(sorted(missing))}")
     sections = json.loads(path.read_text()) if path.exists() else {}
     sections[device_type] = {"measured": True, "source": source, "rows": rows}
     path.write_text(dumps(sections))

@@ -5,9 +5,8 @@ The other checkout is named by a Python that has it installed:
     git worktree add ../before v0.1.0 && make -C ../before .venv/.installed-test
     python benchmarks/compare.py ../before/.venv/bin/python
 
-Each checkout has a process that keeps its tensors; the two take turns, a case at a time, so that whatever else the
-machine does falls on both. The ratio is the median over the rounds of the ratio of a round. What the kernels compute is
-compared elsewhere.
+Each checkout has a process with its tensors. The two take turns, one case at a time, so that other work on the machine
+affects both. The ratio is the median over the rounds of each round's ratio. Results are compared elsewhere.
 """
 
 from __future__ import annotations

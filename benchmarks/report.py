@@ -137,7 +137,7 @@ def write(folder: Path) -> Path:
         f"# Benchmarks: {folder.name}\n\nMade by `make bench` ({first['device']}; {first['versions']}; "
         f"{first['time'][:10]}; commits of the rows: {commits}). Medians; all providers of a table ran interleaved in "
         "one process, after their results had been verified. In brackets: how many times faster than the baseline "
-        "(the provider at 1.00x), and the modelled memory traffic per second in parts of a plain copy's.\n\n## Bars\n",
+        "(the provider at 1.00x), and the modelled memory traffic per second relative to a plain copy.\n\n## Bars\n",
         bars(rows),
     ]
     for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in rows):

@@ -1,7 +1,7 @@
 """One optimizer step for the benchmarks of CPU and GPU: the weights, their expected values, and the peers.
 
-A provider is verified before it is timed: three steps from the initial weights and fresh moments, the gradient scaled
-anew in each, must end where AdamW in float64 ends. The tolerance is that of the provider's precision.
+A provider is verified before it is timed: three steps from the initial weights and fresh moments, each with another
+scale of the gradient, must match AdamW in float64, with the tolerance of the provider's precision.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}  # entries compared at a time
 class Tolerance:
     """The allowed difference of a weight from the float64 result, relative to max(|p|, steps * lr).
 
-    each: any entry
-    mean: all entries that are looked at, on average
+    Attributes:
+        each: of any entry
+        mean: of all compared entries, on average
 
     On average, no update at all is off by 0.12, a learning rate twice too high by 0.12 and one 10 % too high by 0.012;
     moments without bias correction by 0.31, ones that forget the earlier steps by 0.013; no second moment by 0.09 or
@@ -57,7 +58,8 @@ def tolerance_of(dtype: torch.dtype) -> Tolerance:
 class Problem:
     """Weights, gradients and a ticket on one device; all providers work on the same weights.
 
-    line: bytes that memory moves at least where one of them is touched
+    Args:
+        line: bytes of a cache line or sector, the smallest unit of memory traffic.
     """
 
     def __init__(
@@ -113,8 +115,11 @@ class Problem:
     def check(self, name: str, active: str, tolerance: Tolerance) -> None:
         """Compares the weights with the expected ones after `take_steps`.
 
-        active: "all": every entry was to be updated; "ticket": the ticket's, and the others are not looked at;
-            "only": the ticket's, and the others must have kept their bits.
+        Args:
+            name: of the provider.
+            active: "all": all entries must be updated; "ticket": those of the ticket, others are not compared; "only":
+                those of the ticket, and others must have their initial bits.
+            tolerance: of the provider's precision.
         """
         bits = torch.int32 if self.dtype == torch.float32 else torch.int16
         total, seen, size = 0.0, 0, CHUNK[self.device.type]
@@ -188,7 +193,10 @@ def masked(problem: Problem, name: str, optimizer: ls.MaskedAdamW) -> Provider:
 def compacted(problem: Problem, name: str, optimizer_of: Callable[[nn.Module], ls.MaskedAdamW]) -> Provider:
     """`MaskedAdamW` with packed gradients: the work of its hooks in backward, and the step.
 
-    optimizer_of: makes it, for a module that has the problem's weights
+    Args:
+        problem: the weights.
+        name: of the provider.
+        optimizer_of: makes the optimizer, for a module with the problem's weights.
     """
     params = {parameter: nn.Parameter(param.detach()) for parameter, param in problem.params.items()}
     optimizer = optimizer_of(module_of(params))

@@ -227,7 +227,7 @@ def _report(
         f"{', '.join(LANGUAGES['en'].answers.values())}, everything is near 100 % at once.) All seeds share one draw",
         "of examples, too little to rank methods: docs/evidence.md has five draws.",
         "",
-        "## What it cost, and what stayed frozen",
+        "## Cost and frozen weights",
         "",
         "| method | weights trained | optimizer state, bytes | of dense AdamW's | frozen weights | of them changed |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",

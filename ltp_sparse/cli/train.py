@@ -177,7 +177,7 @@ def run(options: argparse.Namespace) -> None:
     run.check_continues(options.output)
     model, tokenizer = load_backbone(options.model, decoupled=False, tokenizer=options.tokenizer)
     if options.max_length is None and method.settings.max_length > (longest := longest_input(model.config)):
-        print(f"inputs have at most {longest} tokens, as many as the model has positions")
+        print(f"inputs have at most {longest} tokens, the number of positions of the model")
         method = replace(method, settings=replace(method.settings, max_length=longest))
     if len(todo) < len(seeds):
         done = next(seed for seed in seeds if seed not in todo)
