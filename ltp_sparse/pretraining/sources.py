@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _MASKED = 0.15
 _WHOLE = 0.8  # share of the answered documents in which only the answer is masked
+_POWER = 0.5  # of a language's number of tokens
 _FIRST_WORD = 4  # ids below are special tokens
 
 
@@ -53,9 +54,7 @@ class Sentences:
         texts: language -> sentences.
         tokenizer: of the model.
         length: tokens of a block.
-        power: exponent of the number of tokens.
         summarise: each `<s>` also predicts a piece; see `summarised`.
-        seed: of the order of sentences.
     """
 
     def __init__(
@@ -64,22 +63,20 @@ class Sentences:
         tokenizer: PreTrainedTokenizerBase,
         *,
         length: int = 64,
-        power: float = 0.5,
         summarise: bool = False,
-        seed: int = 0,
     ) -> None:
         self.length, self.vocabulary, self.mask_id = length, len(tokenizer), tokenizer.mask_token_id
         self.begin_id = tokenizer.bos_token_id if summarise else None
         self._tokens: list[np.ndarray] = []
         self._starts: list[np.ndarray] = []
-        order = np.random.default_rng(seed)
+        order = np.random.default_rng(0)
         for sentences in texts.values():
             encoded = tokenizer([sentences[i] for i in order.permutation(len(sentences))], verbose=False)["input_ids"]
             tokens = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in encoded])
             self._starts.append(np.cumsum([0, *map(len, encoded)])[:-1])
             self._tokens.append(np.concatenate([tokens, np.resize(tokens, length)]))
         counts = np.array([len(tokens) for tokens in self._tokens], dtype=np.float64)
-        self.shares = dict(zip(texts, (counts**power / (counts**power).sum()).tolist(), strict=True))
+        self.shares = dict(zip(texts, (counts**_POWER / (counts**_POWER).sum()).tolist(), strict=True))
 
     def draw(self, rng: np.random.Generator, tokens: int) -> Batch:
         rows = []

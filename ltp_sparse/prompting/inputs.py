@@ -37,10 +37,11 @@ def collator(pad_token_id: int, side: str = "right") -> Callable[[Sequence[Any]]
 
         sizes = [len(example["input_ids"]) for example in examples]
         length = max(sizes)
-        starts = torch.tensor([length - size if side == "left" else 0 for size in sizes], device="cpu")
+        shifts = [length - size if side == "left" else 0 for size in sizes]
+        starts = torch.tensor(shifts, dtype=torch.int64, device="cpu")
         input_ids = torch.full((len(examples), length), pad_token_id, dtype=torch.int64, device="cpu")
         attention_mask = torch.zeros_like(input_ids)
-        for row, (example, start, size) in enumerate(zip(examples, starts.tolist(), sizes, strict=True)):
+        for row, (example, start, size) in enumerate(zip(examples, shifts, sizes, strict=True)):
             input_ids[row, start : start + size] = torch.tensor(example["input_ids"], dtype=torch.int64, device="cpu")
             attention_mask[row, start : start + size] = 1
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": column("labels")}

@@ -29,19 +29,10 @@ def describe(
     left_out: Mapping[str, int],
     metadata: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """The metadata of a ticket.
+    """The metadata of a ticket with `found` of the requested `ks` entries by group, from a pool of `pool` entries.
 
     Args:
-        ks: entries requested by group.
-        labels: of the groups.
-        thresholds: float32 [G], of the groups.
-        found: selected entries.
-        pool: entries of the pool.
-        density: as requested; None if k was.
-        budget: as requested.
-        method: a word for the ticket's origin.
         left_out: reason -> parameters left out for it.
-        metadata: more.
 
     Warns:
         ShortTicket: fewer entries were found than requested.

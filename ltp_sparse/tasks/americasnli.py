@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 from ltp_sparse.tasks.files import existing, folder_of, read_table
 from ltp_sparse.tasks.hub import hub_pairs
@@ -17,15 +18,17 @@ _SPLITS = ("train", "dev", "test")
 _DRAW_SEED = 0
 
 
-def americasnli(split: str, language: str, shots: int | None, data: Path | None, *, revised: bool = True) -> list[Pair]:
+def americasnli(
+    split: str, language: str, data: Path | None, shots: int | None = None, *_: Any, revised: bool = True
+) -> list[Pair]:
     """Pairs of one language.
 
     Args:
         split: "dev" and "test" are the released sets. With `shots`, "train" and "dev" are two disjoint draws from the
             released dev set, always the same (docs/papers.md).
         language: one of `LANGUAGES`.
-        shots: pairs per class; None: all.
         data: the folder with `dev.tsv`, `test.tsv` and `revised/`; None: the Hub.
+        shots: pairs per class; None: all.
         revised: the later release of the dev set (used by LTP) instead of the first one (used by the SFT papers).
     """
     if split not in _SPLITS or (split == "train" and shots is None):

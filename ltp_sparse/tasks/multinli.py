@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 from ltp_sparse.tasks.files import existing, folder_of, read_jsonl
 from ltp_sparse.tasks.hub import hub_pairs
@@ -17,11 +18,12 @@ _SHUFFLE_SEED = 0
 _SUBSET_DEV = 900
 
 
-def multinli(split: str, data: Path | None) -> list[Pair]:
+def multinli(split: str, language: str, data: Path | None, *_: Any) -> list[Pair]:
     """Training pairs (392,702) or those of validation_matched ("dev", 9,815), in English.
 
     Args:
         split: "train" or "dev".
+        language: "en".
         data: the folder with `multinli_1.0_train.jsonl` and `multinli_1.0_dev_matched.jsonl`; None: the Hub. Pairs on
             which the annotators did not agree (label "-") are left out, as the authors of the data set recommend.
     """
@@ -29,17 +31,17 @@ def multinli(split: str, data: Path | None) -> list[Pair]:
         raise ValueError(f"multinli: split must be train or dev, got {split!r}; it has no labelled test set")
     file, hub = _SPLITS[split]
     if data is None:
-        return hub_pairs(HUB_NAME, None, hub, "en")
+        return hub_pairs(HUB_NAME, None, hub, language)
     path = existing(folder_of(data, "multinli", "multinli_1.0") / f"multinli_1.0_{file}.jsonl")
     rows = read_jsonl(path, ("sentence1", "sentence2", "gold_label"))
     return [
-        pair_in(row, where, "en", checked_label(row["gold_label"], where), ("sentence1", "sentence2"))
+        pair_in(row, where, language, checked_label(row["gold_label"], where), ("sentence1", "sentence2"))
         for where, row in rows
         if row["gold_label"] != "-"
     ]
 
 
-def multinli_subset(split: str, language: str, data: Path | None) -> list[Pair]:
+def multinli_subset(split: str, language: str, data: Path | None, *_: Any) -> list[Pair]:
     """`mnli_9k`: 8,100 training and 900 dev pairs of MultiNLI's training set, also machine-translated.
 
     The file is sorted by label, so the pairs are shuffled, in the same order for every language: they are parallel.

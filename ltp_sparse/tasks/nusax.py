@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ltp_sparse.tasks.files import existing, folder_of, read_table
 from ltp_sparse.tasks.smsa import LABELS
@@ -29,7 +30,7 @@ HUB_NAME = "indonlp/NusaX-senti"
 _SPLITS = {"train": "train", "dev": "valid", "test": "test"}
 
 
-def nusax(split: str, language: str, data: Path | None) -> list[Text]:
+def nusax(split: str, language: str, data: Path | None, *_: Any) -> list[Text]:
     """500, 100 or 400 texts of a language. `data`: the folder with `acehnese/train.csv`, ...; None: the Hub."""
     if split not in _SPLITS:
         raise ValueError(f"nusax: split must be one of {', '.join(_SPLITS)}, got {split!r}")

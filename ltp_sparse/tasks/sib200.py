@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ltp_sparse.tasks.files import existing, folder_of, read_table
 from ltp_sparse.tasks.texts import Text, hub_texts, labelled_text
@@ -20,7 +21,7 @@ XNLI_LANGUAGES = (
 _SPLITS = ("train", "dev", "test")
 
 
-def sib200(split: str, language: str, data: Path | None) -> list[Text]:
+def sib200(split: str, language: str, data: Path | None, *_: Any) -> list[Text]:
     """701, 99 or 204 sentences of a language (a FLORES-200 code), the same ones in every language.
 
     `data`: the folder with `eng_Latn/train.tsv`, ...; None: the Hub.

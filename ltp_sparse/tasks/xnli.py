@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 from ltp_sparse.tasks.files import existing, folder_of, read_columns, read_jsonl, read_table
 from ltp_sparse.tasks.hub import hub_pairs
@@ -23,14 +24,14 @@ class FaultyRows(UserWarning):
     """A data set has rows with known errors."""
 
 
-def few_shot(split: str, language: str, shots: int | None, data: Path | None) -> list[Pair]:
+def few_shot(split: str, language: str, data: Path | None, shots: int | None, *_: Any) -> list[Pair]:
     """The sample of `shots` pairs per class. There is one per number of shots, the same for all seeds (docs/papers.md).
 
     Args:
         split: "train" (MultiNLI and its translations) or "dev" (from XNLI dev).
         language: one of `LANGUAGES`.
-        shots: one of `SHOTS`.
         data: the folder with `train/` and `dev/` of the original files, which are not on the Hub.
+        shots: one of `SHOTS`.
     """
     if split not in ("train", "dev"):
         raise ValueError(f"xnli-fewshot: split must be train or dev, got {split!r}; test on the task xnli")
@@ -64,7 +65,7 @@ def few_shot(split: str, language: str, shots: int | None, data: Path | None) ->
     return pairs
 
 
-def xnli(split: str, language: str, shots: int | None, data: Path | None) -> list[Pair]:
+def xnli(split: str, language: str, data: Path | None, *_: Any) -> list[Pair]:
     """XNLI dev or test of one language. `data`: the folder of `dev/`, `test/`, `test-labels.tsv`; None: the Hub."""
     if split not in _ROWS:
         raise ValueError(f"xnli: split must be dev or test, got {split!r}; train on xnli-fewshot")

@@ -98,7 +98,7 @@ def begin(folder: str | os.PathLike[str], facts: Mapping[str, Any], *, what: str
 
 @contextmanager
 def alone(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Locks an output folder against other runs. A lock is freed when its process dies.
+    """Locks an output folder against other runs.
 
     Raises:
         ValueError: another run uses the folder.
@@ -106,14 +106,23 @@ def alone(folder: str | os.PathLike[str]) -> Iterator[None]:
     if int(os.environ.get("RANK", "0")):
         yield  # ranks of one run work together
         return
-    path = Path(folder) / "run.lock"
+    with try_lock(Path(folder) / "run.lock") as acquired:
+        if not acquired:
+            raise ValueError(f"another run is using {folder}; wait for its end, or give another folder")
+        yield
+
+
+@contextmanager
+def try_lock(path: Path) -> Iterator[bool]:
+    """Tries to lock a file for the body; yields whether that succeeded. A lock is freed when its process dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(path).acquire(blocking=False)
     except Timeout:
-        raise ValueError(f"another run is using {folder}; wait for its end, or give another folder") from None
+        yield False
+        return
     with lock:
-        yield
+        yield True
         path.unlink(missing_ok=True)
 
 

@@ -13,8 +13,11 @@ from ltp_sparse.weights.reading import closest
 MINI_XLMR = "mini-xlmr"
 """Name of the small model that the package ships; its card is `ltp_sparse/mini_xlmr/README.md`."""
 
+SIZES = {"xlm-roberta-base": (768, 12, 12, 3072), "xlm-roberta-large": (1024, 24, 16, 4096)}
+"""Hidden size, layers, heads and inner size of XLM-R, for estimates without a download."""
+
 _SHIPPED = {MINI_XLMR: Path(__file__).parents[1] / "mini_xlmr"}
-_KNOWN = (MINI_XLMR, "xlm-roberta-base", "xlm-roberta-large", "FacebookAI/xlm-roberta-base")
+_KNOWN = (MINI_XLMR, *SIZES, "FacebookAI/xlm-roberta-base")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 

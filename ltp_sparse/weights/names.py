@@ -321,9 +321,9 @@ def is_layer_norm(name: str) -> bool:
     return "LayerNorm" in name
 
 
-def in_base_model(name: str, prefix: str = "roberta") -> bool:
-    """Whether a parameter belongs to the base model, as opposed to a head on top of it."""
-    return name.startswith(prefix + ".")
+def in_base_model(name: str) -> bool:
+    """Whether a parameter belongs to the base model of an XLM-R, as opposed to a head on top of it."""
+    return name.startswith("roberta.")
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

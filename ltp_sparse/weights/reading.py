@@ -27,7 +27,7 @@ _TAGS = ("null", "bool", "int", "float", "str", "seq", "map", "merge")
 
 
 class FileFormatError(ValueError):
-    """A file cannot be read as what it should be: truncated, damaged, foreign, or with content that makes no sense.
+    """A file cannot be read as what it should be: truncated, damaged, foreign, or with invalid content.
 
     Every reader of the library raises this and nothing else for the content of a file. (A missing file is a
     FileNotFoundError.)
