@@ -44,7 +44,11 @@ _KINDS = (
 
 
 class WrongKind(FileFormatError):
-    """A file of ltp_sparse, but of another kind; found: which."""
+    """A file of ltp_sparse of another kind.
+
+    Attributes:
+        found: the kind of the file
+    """
 
     def __init__(self, path: Path, expected: str, found: str) -> None:
         super().__init__(path, f"expected {_a(expected)}, got {_a(found)}")
@@ -59,11 +63,11 @@ def _a(kind: str) -> str:
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path to write to in a folder beside `path`; on success the file is moved there in one step, else removed.
 
-    Symbolic links stay, and what they point to is replaced. A file that is there keeps its mode and, where the system
-    lets us, its owner. What killed writes of this name have left is removed.
+    Symbolic links stay and their target is replaced. An existing file keeps its mode and, where the system allows it,
+    its owner. Leftovers of killed writes of this name are removed.
 
     Raises:
-        OSError: `path` is no regular file, or cannot be written. What was there is as it was.
+        OSError: `path` is no regular file, or cannot be written. An existing file is unchanged then.
     """
     target = destination(path)
     with _workplace(target) as temporary:
@@ -79,12 +83,12 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder to fill beside `path`; on success it takes the place of `path` in one step, else it is removed.
 
     Raises:
-        OSError: `path` cannot be written, is a file, or a folder that holds something: nothing there is overwritten.
+        OSError: `path` cannot be written, is a file, or is a folder that is not empty: nothing is overwritten.
     """
     target = Path(path).resolve()
     check_writable(target, folder=True)
     if any(target.iterdir()):
-        raise OSError(errno.ENOTEMPTY, "expected a new or an empty folder to write to; it holds something", str(path))
+        raise OSError(errno.ENOTEMPTY, "expected a new or an empty folder, this one is not empty", str(path))
     with _workplace(target) as temporary:
         temporary.mkdir()
         temporary.chmod(stat.S_IMODE(target.stat().st_mode))
@@ -97,17 +101,17 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def destination(path: str | os.PathLike[str]) -> Path:
-    """The regular file that a path leads to, through its symbolic links; it need not be there yet.
+    """The regular file that a path leads to through its symbolic links. It need not exist yet.
 
     Raises:
-        OSError: something else is there (a folder, a device, a pipe, a socket), or the links lead nowhere.
+        OSError: the path leads to something else (a folder, a device, a pipe, a socket), or its links form a circle.
     """
     place = os.path.abspath(path)
-    with _telling(Path(path)), suppress(FileNotFoundError):
-        os.lstat(place)  # a name that is too long, a folder that cannot be looked into
+    with _naming(Path(path)), suppress(FileNotFoundError):
+        os.lstat(place)  # fails for a name that is too long and for a folder without access
     for _ in range(_MOST_LINKS):
         place = os.path.join(os.path.realpath(os.path.dirname(place)), os.path.basename(place))
-        if place.startswith("/proc/") and os.path.lexists(place):  # /dev/stdout: others may write to what is behind it
+        if place.startswith("/proc/") and os.path.lexists(place):  # as /dev/stdout: others may write to it
             raise OSError(errno.EINVAL, "expected a regular file to write to, this is an open stream", str(path))
         if not os.path.islink(place):
             break
@@ -126,24 +130,24 @@ def destination(path: str | os.PathLike[str]) -> Path:
 
 
 def check_writable(path: str | os.PathLike[str], *, folder: bool = False) -> None:
-    """Raises an OSError unless a file, or a folder of files, can be written there: before hours of work, not after.
+    """Raises an OSError unless a file, or files in a folder, can be written there. Call it before hours of work.
 
-    The folder is made.
+    Makes the folder if it is missing.
     """
     if folder:
         place = Path(path)
-        if os.path.exists(place) and not place.is_dir():  # which passes over a name that is too long
+        if os.path.exists(place) and not place.is_dir():  # exists() is False for a name that is too long
             raise NotADirectoryError(errno.ENOTDIR, "expected a folder to write to, this is a file", str(path))
     else:
         place = destination(path).parent
-    with _telling(Path(path)):
+    with _naming(Path(path)):
         place.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=place):
             pass
 
 
 def sweep(folder: Path, name: str | None = None) -> None:
-    """Removes what killed writes have left in a folder, of one file name or of all; never what is being written."""
+    """Removes leftovers of killed writes from a folder, of one file name or of all; writes in progress stay."""
     wanted = re.compile(rf"\.{'.+' if name is None else re.escape(_shortened(name))}\.[a-z0-9_]{{8}}\.tmp")
     with suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
@@ -152,7 +156,10 @@ def sweep(folder: Path, name: str | None = None) -> None:
                     handle = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW)
                     try:
                         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its writer lives
-                        shutil.rmtree(entry.path) if entry.is_dir() else os.unlink(entry.path)
+                        if entry.is_dir():
+                            shutil.rmtree(entry.path)
+                        else:
+                            os.unlink(entry.path)
                     finally:
                         os.close(handle)
 
@@ -174,7 +181,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _shortened(name: str) -> str:
-    """A file name with room for what is put around it: a long one is cut, and a digest keeps it apart from others."""
+    """A file name short enough to add a prefix and a suffix: a long one is cut and gets a digest to stay distinct."""
     encoded = os.fsencode(name)
     if len(encoded) <= _LONGEST_NAME:
         return name
@@ -183,11 +190,11 @@ def _shortened(name: str) -> str:
 
 @contextmanager
 def _workplace(target: Path) -> Iterator[Path]:
-    """A path of the target's name in a new folder beside it. A lock on that folder tells others that its writer lives.
+    """A path of the target's name in a new folder beside it. The folder is locked as long as its writer lives.
 
-    A folder, because some writers create further files beside the one they are asked for.
+    It is a folder because some writers create further files beside the requested one.
     """
-    with _telling(target):
+    with _naming(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         sweep(target.parent, target.name)
         while True:
@@ -203,7 +210,7 @@ def _workplace(target: Path) -> Iterator[Path]:
                 break
             os.close(handle)
     try:
-        with _telling(target, place):
+        with _naming(target, place):
             yield place / target.name
     finally:
         shutil.rmtree(place, ignore_errors=True)
@@ -215,7 +222,7 @@ def _keep_owner_and_mode(target: Path, temporary: Path) -> None:
     try:
         before = target.stat()
     except FileNotFoundError:
-        probe = temporary.with_name("mode")  # nothing else tells the umask to one thread of several
+        probe = temporary.with_name("mode")  # the only way to learn the umask in a thread
         probe.touch()
         before = probe.stat()
     if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
@@ -225,12 +232,12 @@ def _keep_owner_and_mode(target: Path, temporary: Path) -> None:
 
 
 @contextmanager
-def _telling(path: Path, temporary: Path | None = None) -> Iterator[None]:
-    """Makes what goes wrong while a file, or the temporary folder beside it, is written an OSError that names it."""
+def _naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Turns errors of writing a file, or the temporary folder beside it, into an OSError that names the file."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        found = re.search(r"os error (\d+)", str(error))  # how safetensors tells it
+        found = re.search(r"os error (\d+)", str(error))  # the form in messages of safetensors
         number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
         if number is None and not isinstance(error, OSError) and temporary is not None:
             with suppress(OSError):  # torch.save does not say why it failed
@@ -240,7 +247,7 @@ def _telling(path: Path, temporary: Path | None = None) -> Iterator[None]:
         if not ours or (number is None and not isinstance(error, OSError)):
             raise
         why = str(error) if number is None else os.strerror(number)
-        problem = f"cannot be written: {why[:1].lower()}{why[1:]}; what was there before is unchanged"
+        problem = f"cannot be written: {why[:1].lower()}{why[1:]}; an existing file is unchanged"
         raise OSError(number or errno.EIO, problem, str(path)) from error
 
 
@@ -255,10 +262,10 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], like: 
 
 
 def verify(path: str | os.PathLike[str]) -> str:
-    """Compares a file written by `save` with its checksum, which is returned. The content is mapped, not loaded.
+    """Compares a file written by `save` with its checksum and returns the checksum. The content is mapped, not loaded.
 
     Raises:
-        FileFormatError: they differ, or it is no such file.
+        FileFormatError: the checksum differs, or `save` did not write the file.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -285,12 +292,12 @@ def save(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor],
 
 
 def kind_said(path: str | os.PathLike[str]) -> str | None:
-    """What kind a safetensors file says it is, for a message: nothing is verified. "" is not one of ltp_sparse.
+    """The kind that the header of a safetensors file claims, unverified; "" for files of other programs.
 
-    None: the file cannot be read, which whoever loads it will say.
+    None if the file cannot be read: the loader reports that.
     """
     try:
-        with safe_open(path, framework="np") as file:  # which imports no torch
+        with safe_open(path, framework="np") as file:  # imports no torch
             header = (file.metadata() or {}).get(KEY)
         return "" if header is None else str(json.loads(header)["kind"])
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, RecursionError):
@@ -338,27 +345,31 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
 
 @contextmanager
 def understanding(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
-    """Turns what goes wrong while the content of an intact file is taken apart into one kind of error."""
+    """Turns errors of interpreting the content of an intact file into a FileFormatError."""
     try:
         yield
     except FileFormatError:
         raise
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
-        told = str(error) if type(error) is ValueError else repr(error)
-        raise FileFormatError(path, f"its content is not that of {_a(kind)} of ltp_sparse ({told})") from error
+        reason = str(error) if type(error) is ValueError else repr(error)
+        raise FileFormatError(path, f"its content is not that of {_a(kind)} of ltp_sparse ({reason})") from error
 
 
 def checked_metadata(what: str, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A copy of metadata that a file can hold; a TypeError names the key that JSON cannot."""
+    """A copy of metadata, checked to be JSON.
+
+    Raises:
+        TypeError: a key or a value is not JSON; the message names it.
+    """
     metadata = dict(metadata or {})
     for key, value in metadata.items():
         try:
             if not isinstance(key, str):
-                raise TypeError(f"the key {key!r} is no text")
+                raise TypeError(f"the key {key!r} is no string")
             json.dumps(value)
         except (TypeError, ValueError, RecursionError) as error:
             raise TypeError(
-                f"{what}: metadata[{key!r}] must be what JSON can hold (texts, numbers, lists, mappings), "
+                f"{what}: metadata[{key!r}] must be JSON (strings, numbers, lists, mappings), "
                 f"got {type(value).__name__} ({error})"
             ) from error
     return metadata

@@ -136,7 +136,7 @@ def test_random_cases_against_the_selection_in_memory(large, tmp_path):
         try:
             expected = ls.select(score, score=score, **options)
         except ValueError:  # a share of more than its pool
-            with pytest.raises(ValueError, match="are asked of"):
+            with pytest.raises(ValueError, match="are requested from"):
                 ls.select(score, score=piece, **options)
             continue
         output = tmp_path / "ticket.safetensors" if case % 2 else None

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from ltp_sparse import canonical_parameters
 from ltp_sparse.models import masked_losses
 from ltp_sparse.models.masked_losses import masked_token_loss, token_losses
-from ltp_sparse.prompting.templates import IGNORED_LABEL
+from ltp_sparse.prompting.inputs import IGNORED_LABEL
 from ltp_sparse.selection import ShortTicket, pools
 from ltp_sparse.selection.ltp import find_ticket
 from ltp_sparse.training.masked_texts import MaskedTexts, PadRight, split_texts, text_hash
