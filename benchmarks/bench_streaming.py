@@ -3,7 +3,7 @@
 Selection takes samples from some lines of the files and then reads the weights once, or more often if many deltas are
 equal, as with bfloat16 weights. The peers read both files once into a buffer of 1 MB, with one thread and with the
 threads of the selection. The ratio of the band pass (the read of the weights) to a peer is its share of the sequential
-rate. `select` also reads the initial weights again for their digests. Files that were just written are in the page
+rate. `select` as a whole reads no more: it takes digests in the same pass. Files that were just written are in the page
 cache; a --folder on a slower disk and files larger than the memory measure the disk. The ticket is compared with that
 of the same weights in memory.
 """
@@ -137,11 +137,10 @@ def measure(model: str, dtype: str, density: float, rounds: int, folder: Path) -
         return Provider(name, read, check, files)
 
     threads = torch.get_num_threads()
-    digests = paths[0].stat().st_size
     providers = [
         Provider(PASSES_ALONE, passes, check_passes, readings * files),
         Provider(BAND, band.run, band.check, files, before=band.prepare),
-        Provider("select", select, check_ticket, readings * files + digests),
+        Provider("select", select, check_ticket, readings * files),
         reading(ONE_READER, 1),
     ]
     if threads > 1:

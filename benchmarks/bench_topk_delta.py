@@ -1,4 +1,7 @@
-"""Selection of the k largest |tuned - initial|: `topk_delta` against the usual recipes of torch and numpy.
+"""Selection of the k largest |tuned - initial|: `topk_delta` and `select` against the usual recipes of torch and numpy.
+
+`select` is the whole call: it also checks names and tensors, makes the ticket and takes the digests of the initial
+weights, which the pass that reads them takes along.
 
 The recipes get an easier task: they find the entries (torch.topk, torch.kthvalue, np.partition on the concatenated
 absolute deltas) but build no masks, break ties as they like, and never look for NaN.
@@ -30,10 +33,12 @@ from torch import Tensor
 
 from ltp_sparse import backends
 from ltp_sparse.ops import index_sets
-from ltp_sparse.ops.routes import select_topk
+from ltp_sparse.ops.routes import sampling_pays, select_topk
 from ltp_sparse.ops.sources import TensorSource
+from ltp_sparse.selection import select
 from ltp_sparse.testing import random_weights, tuned_weights
 from ltp_sparse.tickets.index_set import IndexSet
+from ltp_sparse.weights.names import parameter_order
 
 BASELINE = "abs + torch.topk(sorted=False)"
 LT_SFT = "list of floats + np.partition (LT-SFT)"
@@ -67,8 +72,9 @@ class Problem:
             for name, initial in weights.items():
                 tails = torch.randn(initial.shape, generator=generator).exp_()
                 tuned[name].sub_(initial).mul_(tails).add_(initial)
-        self.initial = [t.to(dtype) for t in weights.values()]
-        self.tuned = [t.to(dtype) for t in tuned.values()]
+        names = parameter_order(weights)  # in which ties are resolved
+        self.named = [{name: side[name].to(dtype) for name in names} for side in (weights, tuned)]
+        self.initial, self.tuned = (list(side.values()) for side in self.named)
         self.sizes = [t.numel() for t in self.tuned]
         self.n = sum(self.sizes)
         self.reading = 2 * dtype.itemsize * self.n  # bytes of one pass over both weights
@@ -111,6 +117,11 @@ def ours(problem: Problem, route: str) -> Callable[[], list[IndexSet]]:
     return run
 
 
+def whole(problem: Problem) -> Callable[[], list[IndexSet]]:
+    """The call that people make: names, checks, the passes, counts, and the digests of the initial weights."""
+    return lambda: list(select(*problem.named, k=problem.k).sets.values())
+
+
 def providers_of(problem: Problem) -> list[Provider]:
     n, k = problem.n, problem.k
     best, *others = instruction_sets()
@@ -118,7 +129,9 @@ def providers_of(problem: Problem) -> list[Provider]:
     once, twice = problem.reading + n // 8, 2 * problem.reading + n // 8
     if problem.tuned[0].dtype != torch.float32:
         once = twice = None
+    route = "sampled" if sampling_pays(TensorSource(problem.initial, problem.tuned)) else "histogram"
     runs = {
+        f"select, {route} ({best})": (with_isa(best, whole(problem)), once if route == "sampled" else twice),
         f"topk_delta, sampled ({best})": (with_isa(best, ours(problem, "sample")), once),
         f"topk_delta, histogram ({best})": (with_isa(best, ours(problem, "histogram")), twice),
         **{f"topk_delta, sampled ({isa})": (with_isa(isa, ours(problem, "sample")), once) for isa in others},

@@ -82,6 +82,9 @@ def bars(rows: Rows) -> str:
     compare("topk_delta", "20 %", "topk_delta, sampled", "abs + torch.topk", 20)
     compare("topk_delta", "20 %", "topk_delta, sampled", "abs + np.partition", 5)
     compare("topk_delta", "20 %", "topk_delta, sampled", "list of floats", 100)
+    compare("topk_delta", "20 %", "select, ", "abs + torch.topk", 40)
+    compare("topk_delta", "20 %", "select, ", "abs + np.partition", 7)
+    compare("topk_delta", "20 %", "select, ", "topk_delta, sampled", 1.3, slower=True)
     for density, minimum in (("20 %", 1.8), ("5 %", 2.3), ("1 %", 7.0), ("75 %", 1.0)):
         compare("masked_adamw_", density, "MaskedAdamW", "torch AdamW(fused=True)", minimum)
     compare("masked_adamw_", "20 %", "MaskedAdamW", "index_select", 2.5)

@@ -23,7 +23,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "generated": ("tasks.generated",),
     "memory": ("optim.memory",),
     "modules": ("models",),
-    "names": ("weights.names", "tickets.delta"),
+    "names": ("weights.names", "weights.digests", "tickets.delta"),
     "prompting.model": ("models.masked_prompt",),
     "prompting.prompt_encoder": ("models.prompt_encoder",),
     "quantization": ("backends.quantization",),

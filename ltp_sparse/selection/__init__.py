@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ltp_sparse import backends, ops
 from ltp_sparse.ops.routes import NonFiniteDelta, sampling_pays, select_topk
-from ltp_sparse.ops.sources import Reader, StreamSource
+from ltp_sparse.ops.sources import Reader, StreamSource, TensorSource
 from ltp_sparse.selection import pools, scores
 from ltp_sparse.selection.budgets import Budget, share_out
 from ltp_sparse.selection.by_tensor import PASSES, Spool, select_by_tensor
@@ -28,16 +28,16 @@ from ltp_sparse.selection.sources import (
     check_shape,
     device_of,
     equal_infinities,
-    fingerprint,
     names_in_pool,
     score_reader,
     warn_of_dtypes,
 )
-from ltp_sparse.tickets.bits import bitmap_words
+from ltp_sparse.tickets.bits import bitmap_words, tiles_of
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Pool, Ticket
 from ltp_sparse.weights import files
 from ltp_sparse.weights.checkpoints import CheckpointTensor, Readable
+from ltp_sparse.weights.digests import fingerprint, of_tiles
 from ltp_sparse.weights.versions import Missing, Weights
 
 __all__ = [
@@ -123,7 +123,8 @@ def select(
     names, alone = names_in_pool(base, after, pool, allow_missing, what="select", scored=score is not None)
     for name in names:
         check_shape(name, base[name].shape, after[name].shape)
-        check_has_values(name, base, what="select")  # needed for its digest, also with a score
+        if score is not None:
+            check_has_values(name, base, what="select")  # needed for its digest
     names, groups, labels, ks = share_out({name: base[name].shape for name in names}, budget, density=density, k=k)
     check_dtypes(names, after, *([base] if score is None else []), what="select")
     noted = warn_of_dtypes(names, base, after) if score is None and compare_in is None else {}
@@ -134,21 +135,25 @@ def select(
             device = device_of(base)
             scored = [score_reader(score, name, base[name].numel(), device) for name in names]
             sets, thresholds = _streamed(StreamSource([], scored, device), groups, ks, progress, folder)
+            digests = None
         else:
-            sets, thresholds = _topk(
+            sets, thresholds, digests = _topk(
                 before, [after[name] for name in names], groups, ks, progress, folder, device, compare_in
             )
     except NonFiniteDelta as error:
         name = names[error.tensor]
         alike = equal_infinities(base[name], after[name]) if score is None else 0
         raise NonFiniteDelta(error.tensor, repr(name), alike) from None
+    ticket = Ticket(dict(zip(names, sets, strict=True)), {name: base[name].shape for name in names})
+    if digests is None:
+        ticket.fingerprint = fingerprint({name: base[name] for name in ticket.active_names})
+    else:
+        found = of_tiles({name: base[name] for name in names}, digests)
+        ticket.fingerprint = {name: found[name] for name in ticket.active_names}
     for name in names:
         for tensor in (base[name], after[name]):
             if isinstance(tensor, CheckpointTensor):
                 tensor.check()
-
-    ticket = Ticket(dict(zip(names, sets, strict=True)), {name: base[name].shape for name in names})
-    ticket.fingerprint = fingerprint({name: base[name] for name in ticket.active_names})
     ticket.metadata = describe(
         ks,
         labels,
@@ -175,27 +180,39 @@ def _topk(
     folder: Path | None,
     device: torch.device | str | None,
     compare_in: torch.dtype | None,
-) -> tuple[list[IndexSet], Tensor]:
-    """An index set per tensor and the thresholds: by `topk_delta` in memory, or streamed from disk."""
+) -> tuple[list[IndexSet], Tensor, Tensor | None]:
+    """An index set per tensor and the thresholds: by `topk_delta` in memory, or streamed from disk.
+
+    The third is the digests of the tiles of the initial tensors, int64 [T, 2]; None where they are not read unchanged.
+    """
+    tiles = sum(tiles_of(tensor.numel()) for tensor in initial)
+
+    def room(device: torch.device | str) -> Tensor | None:
+        if not initial or compare_in is not None:
+            return None
+        return torch.empty(tiles, 2, dtype=torch.int64, device=device)
+
     before = [t for t in initial if isinstance(t, Tensor)]
     after = [t for t in tuned if isinstance(t, Tensor)]
     if compare_in is None and len(before) == len(initial) and len(after) == len(tuned):
-        return ops.topk_delta(before, after, ks, groups=groups)
+        in_memory = TensorSource(before, after, room(after[0].device))
+        selection = ops.select_from(in_memory, groups, ks)
+        return ops.index_sets(selection, in_memory.sizes), selection.thresholds, in_memory.digests
     if device is None and after and compare_in is not None:
         device = after[0].device
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     sides = [[Reader.of(tensor).rounded(compare_in) for tensor in side] for side in (initial, tuned)]
-    source = StreamSource(sides[0], sides[1], device)
+    source = StreamSource(sides[0], sides[1], device, digests=room(device))
     sets, thresholds = _streamed(source, groups, ks, progress, folder)
-    return [index_set.to("cpu") for index_set in sets], thresholds
+    return [index_set.to("cpu") for index_set in sets], thresholds, source.digests
 
 
 @torch.no_grad()
 def _streamed(
     source: StreamSource, groups: list[int], ks: list[int], progress: bool, folder: Path | None
 ) -> tuple[list[IndexSet], Tensor]:
-    """As `_topk` for a streamed source. `folder`: for index sets too large for memory; None: keep them in it."""
+    """Index sets and thresholds of a source. `folder`: for index sets too large for memory; None: keep them in it."""
     passes, bitmap = backends.resolve(source.device, "topk_delta"), 4 * sum(map(bitmap_words, source.sizes))
     by_tensor = bitmap > LARGE
     with ExitStack() as stack:

@@ -23,7 +23,7 @@ from ltp_sparse.ops.routes import Ranks, check_finite, digit_pass, joined
 from ltp_sparse.ops.sources import Chunk, StreamSource
 from ltp_sparse.tickets.bits import bitmap_words
 from ltp_sparse.tickets.index_set import IndexSet
-from ltp_sparse.weights.files import host_blocks
+from ltp_sparse.weights.digests import host_blocks
 
 PASSES = 3
 """Times that the source is read."""
@@ -130,7 +130,10 @@ class _Marker:
                 self._mark(chunk, words, take)
                 self.open_ties[self.groups[tensor]] -= taken
             counts.append(above + take)
-        return IndexSet.of_counted(words, n, torch.cat(counts)) if counts else IndexSet.from_bitmap(words, n)
+        if not counts:
+            return IndexSet.from_bitmap(words, n)
+        of_tiles = torch.cat(counts)
+        return IndexSet.of_counted(words, n, of_tiles, int(of_tiles.sum()))
 
     def _mark(self, chunk: Chunk, words: Tensor, take: Tensor | None) -> tuple[Tensor, Tensor]:
         """Marks a chunk, with `take` ties per tile. Returns entries above and at the threshold, int64 [tiles] each."""
@@ -154,6 +157,7 @@ class _Marker:
             offsets=offsets,
             cursor=cursor,
             nonfinite=nonfinite,
+            digests=chunk.digests if take is None else None,
         )
         self.passes.delta_band(band)
         return above, inside

@@ -30,7 +30,8 @@ from ltp_sparse.tickets.bits import TILE, bitmap_words, shifted_words, tiles_of
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Pool, Ticket
 from ltp_sparse.weights.checkpoints import Readable
-from ltp_sparse.weights.names import Named, bare_names, digest
+from ltp_sparse.weights.digests import digest
+from ltp_sparse.weights.names import Named, bare_names
 from ltp_sparse.weights.versions import Missing, Weights
 
 _PIECE = 1 << 18  # entries sent at a time, or words of a bitmap

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ltp_sparse.ops.sources import Reader
 from ltp_sparse.tickets.ticket import Pool, in_pool
 from ltp_sparse.weights.checkpoints import CheckpointTensor, Readable, read_piece
-from ltp_sparse.weights.names import Named, digest, parameter_order
+from ltp_sparse.weights.names import Named, parameter_order
 from ltp_sparse.weights.tensors import DTYPE_NAMES, DTYPES, check_plain_tensor
 from ltp_sparse.weights.versions import Missing, Weights, check_sides, open_weights, side_by_side
 
@@ -151,17 +150,6 @@ def score_reader(score: ScoreFunction, name: str, n: int, device: torch.device) 
         return piece.detach().reshape(-1).contiguous().to(device)
 
     return Reader(n, read, device)
-
-
-def fingerprint(tensors: Mapping[str, Readable]) -> dict[str, str]:
-    """`names.fingerprint` of tensors in memory or on disk. Hashes on all threads of torch."""
-
-    def of(tensor: Readable) -> str:
-        pieces = tensor.pieces() if isinstance(tensor, CheckpointTensor) else [tensor]
-        return digest(tensor.dtype, tensor.shape, pieces)
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as executor:
-        return dict(zip(tensors, executor.map(of, tensors.values()), strict=True))
 
 
 def check_shape(name: str, initial: Sequence[int], other: Sequence[int]) -> None:

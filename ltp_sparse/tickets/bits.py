@@ -10,8 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-TILE = 65_536
-"""Entries of a tile: the largest block whose positions fit in 16 bits."""
+from ltp_sparse.weights.tensors import TILE
 
 WORDS_PER_TILE = TILE // 32
 

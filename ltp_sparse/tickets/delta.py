@@ -17,12 +17,12 @@ from ltp_sparse.tickets.restoring import Held, restoring, scatter_
 from ltp_sparse.tickets.ticket import Ticket, checked_fingerprint, pack_sets, unpack_sets
 from ltp_sparse.weights import files
 from ltp_sparse.weights.checkpoints import Readable, read_piece
+from ltp_sparse.weights.digests import fingerprint
 from ltp_sparse.weights.names import (
     Named,
     bare_names,
     canonical_buffers,
     canonical_parameters,
-    fingerprint,
     match_names,
     unwrapped,
 )
@@ -124,7 +124,7 @@ class SparseDelta:
             if isinstance(initial, nn.Module):
                 digests = base_fingerprint(initial, names)
             else:
-                digests = fingerprint({name: _whole(base[name]) for name in names})
+                digests = fingerprint({name: base[name] for name in names})
         if flipped := sum(
             _flipped_zeros(base[n], after[n], s) for n, s in ticket.sets.items() if n in base and n in after
         ):
@@ -262,6 +262,16 @@ class SparseDelta:
         self, tensors: Mapping[str, Tensor], stack: list[Applied], dtype: str, digests: Mapping[str, str]
     ) -> None:
         """Compares the model, without its applied deltas, with the base of this one."""
+        wanted = self.ticket.fingerprint
+        displaced = {name for applied in stack for name in applied.displaced}
+        unread = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if wanted.get(name) not in (None, digests.get(name))
+            and name not in displaced
+            and tensor.dtype == self.values[name].dtype
+        }
+        digests = {**digests, **fingerprint(unread, like=wanted)}
         for name, tensor in tensors.items():
             cast = tensor.dtype != self.values[name].dtype
             if cast and dtype == "same":
@@ -281,9 +291,8 @@ class SparseDelta:
                 originals = self.originals[name].to(before.device, before.dtype)
                 same = torch.equal(bits(gather(before, self.ticket.sets[name])), bits(originals))
             else:
-                wanted = self.ticket.fingerprint.get(name)
-                known = digests.get(name) if before is tensor else None
-                same = wanted is None or (known or fingerprint({name: before})[name]) == wanted
+                found = digests if before is tensor else fingerprint({name: before}, like=wanted)
+                same = name not in wanted or found[name] == wanted[name]
             if not same:
                 raise ValueError(
                     f"SparseDelta.apply: {name!r} is not the tensor this delta was made from. Load the base model; "
@@ -386,6 +395,7 @@ def base_fingerprint(
     names: Iterable[str],
     parameters: Mapping[str, Tensor] | None = None,
     digests: Mapping[str, str] | None = None,
+    like: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Name -> digest of a model's parameters without the applied deltas.
 
@@ -394,13 +404,14 @@ def base_fingerprint(
         names: canonical names of parameters.
         parameters: `canonical_parameters(model)`, if the caller has them.
         digests: current digests of these parameters, if the caller has them.
+        like: digests to compare with, by name (`weights.digests.fingerprint`).
     """
     stack, known = applied_deltas(model), digests or {}
     parameters = canonical_parameters(model) if parameters is None else parameters
     displaced = {name for applied in stack for name in applied.displaced}
     taken = {name: known[name] for name in names if name in known and name not in displaced}
     rest = {name: _before(name, parameters[name].detach(), stack) for name in names if name not in taken}
-    return {**taken, **fingerprint(rest)}
+    return {**taken, **fingerprint(rest, like)}
 
 
 def _before(name: str, tensor: Tensor, stack: list[Applied]) -> Tensor:

@@ -10,9 +10,8 @@ uint16.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
@@ -30,7 +29,7 @@ from ltp_sparse.tickets.bits import (
     to_uint16_bits,
     unpack_bits,
 )
-from ltp_sparse.weights.files import hash_tensor
+from ltp_sparse.weights.digests import Hash
 
 LIST16_MAX_DENSITY = 1 / 16
 """Up to this density, 16 bits per active entry take no more space than one bit per entry."""
@@ -74,19 +73,21 @@ class IndexSet:
         data: FULL: empty. BITMAP: int32 [bitmap_words(n)], bit j of word w is entry 32 w + j, bits past n are zero.
             LIST16: int16 [k] with uint16 bits, positions inside their tiles, ascending
         tile_counts: int64 [ceil(n / TILE)], active entries of every tile
+        k: active entries
     """
 
     n: int
     encoding: Encoding
     data: Tensor
     tile_counts: Tensor
+    k: int
 
     @classmethod
     def full(cls, n: int, device: torch.device | str = "cpu") -> IndexSet:
         counts = torch.full((tiles_of(n),), TILE, dtype=torch.int64, device=device)
         if n % TILE:
             counts[-1] = n % TILE
-        return cls(n, Encoding.FULL, torch.empty(0, dtype=torch.int32, device=device), counts)
+        return cls(n, Encoding.FULL, torch.empty(0, dtype=torch.int32, device=device), counts, n)
 
     @classmethod
     def from_bitmap(cls, words: Tensor, n: int) -> IndexSet:
@@ -99,20 +100,22 @@ class IndexSet:
             raise ValueError(f"IndexSet: the bitmap has bits set past its {n} entries")
         if n == 0:
             return cls.full(0, words.device)
-        return cls.of_counted(words, n, _tile_counts(words, n))
+        counts = _tile_counts(words, n)
+        return cls.of_counted(words, n, counts, int(counts.sum()))
 
     @classmethod
-    def of_counted(cls, words: Tensor, n: int, counts: Tensor) -> IndexSet:
+    def of_counted(cls, words: Tensor, n: int, counts: Tensor, k: int) -> IndexSet:
         """`from_bitmap` for callers that know the counts; nothing is checked.
 
         Args:
             words: int32 [bitmap_words(n)], without bits past n.
             n: entries of the parameter.
             counts: int64 [tiles_of(n)], active entries of each tile.
+            k: their sum.
         """
-        if int(counts.sum()) == n:
+        if k == n:
             return cls.full(n, words.device)
-        return cls(n, Encoding.BITMAP, words, counts)
+        return cls(n, Encoding.BITMAP, words, counts, k)
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> IndexSet:
@@ -141,7 +144,7 @@ class IndexSet:
         if indices.numel() == n:
             return cls.full(n, indices.device)
         counts = torch.bincount(indices // TILE, minlength=tiles_of(n))
-        return cls(n, Encoding.LIST16, to_uint16_bits(indices % TILE), counts)
+        return cls(n, Encoding.LIST16, to_uint16_bits(indices % TILE), counts, indices.numel())
 
     @classmethod
     def from_list16(cls, positions: Tensor, tile_counts: Tensor, n: int) -> IndexSet:
@@ -150,20 +153,16 @@ class IndexSet:
         lengths = cls.full(n, positions.device).tile_counts if fits else tile_counts
         if not fits or bool((tile_counts < 0).any() | (tile_counts > lengths).any()):
             raise ValueError(f"IndexSet: the tile counts do not fit a parameter of {n} entries")
-        if positions.shape != (int(tile_counts.sum()),):
-            raise ValueError(f"IndexSet: expected {int(tile_counts.sum())} positions, got {list(positions.shape)}")
-        index_set = cls(n, Encoding.LIST16, positions, tile_counts)
+        k = int(tile_counts.sum())
+        if positions.shape != (k,):
+            raise ValueError(f"IndexSet: expected {k} positions, got {list(positions.shape)}")
+        index_set = cls(n, Encoding.LIST16, positions, tile_counts, k)
         last = -1
         for _, indices in index_set.chunks():
             if int(indices[0]) <= last or int(indices[-1]) >= n or not bool((indices[1:] > indices[:-1]).all()):
                 raise ValueError(f"IndexSet: positions must be ascending inside their tiles and below {n}")
             last = int(indices[-1])
         return index_set
-
-    @property
-    def k(self) -> int:
-        """Active entries."""
-        return self.n if self.encoding is Encoding.FULL else int(self.tile_counts.sum())
 
     @property
     def nbytes(self) -> int:
@@ -226,27 +225,26 @@ class IndexSet:
                 raise ValueError(f"IndexSet: {self!r} cannot be stored as {encoding.name}")
             return IndexSet.full(self.n, self.data.device)
         if encoding is Encoding.BITMAP:
-            return IndexSet(self.n, Encoding.BITMAP, self.bitmap(), self.tile_counts)
+            return IndexSet(self.n, Encoding.BITMAP, self.bitmap(), self.tile_counts, self.k)
         positions = torch.empty(self.k, dtype=torch.int16, device=self.data.device)
         for slot, indices in self.chunks():
             positions[slot : slot + indices.numel()] = to_uint16_bits(indices % TILE)
-        return IndexSet(self.n, Encoding.LIST16, positions, self.tile_counts)
+        return IndexSet(self.n, Encoding.LIST16, positions, self.tile_counts, self.k)
 
     def compact(self) -> IndexSet:
         """The same set in its smallest encoding."""
         return self.encoded(smallest_encoding(self.n, self.k))
 
     def to(self, device: torch.device | str) -> IndexSet:
-        return IndexSet(self.n, self.encoding, self.data.to(device), self.tile_counts.to(device))
+        return replace(self, data=self.data.to(device), tile_counts=self.tile_counts.to(device))
 
-    def digest(self) -> str:
-        """A hash of the set itself: the same for every encoding and device."""
-        sha = hashlib.sha256(f"{self.n} ".encode())
-        if self.k == self.n:
-            sha.update(b"full")
-        else:
-            hash_tensor(sha, self.bitmap())
-        return sha.hexdigest()[:32]
+    def digest(self, like: str | None = None) -> str:
+        """The digest of the set itself: the same for every encoding and device.
+
+        like: one that it will be compared with (`weights.digests.Hash`)
+        """
+        found = Hash(like).update(f"{self.n} ".encode())
+        return found.update(b"full" if self.k == self.n else self.bitmap()).digest()
 
     def combine(self, other: IndexSet, operation: str) -> IndexSet:
         """Set algebra: operation is one of "&", "|", "-", "^"."""

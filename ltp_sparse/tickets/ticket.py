@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -16,11 +15,11 @@ from ltp_sparse.tickets.counts import as_share
 from ltp_sparse.tickets.index_set import Encoding, IndexSet
 from ltp_sparse.tickets.random_sets import random_sets
 from ltp_sparse.weights import files
+from ltp_sparse.weights.digests import Hash, fingerprint, is_known
 from ltp_sparse.weights.names import (
     Named,
     bare_names,
     canonical_tensors,
-    fingerprint,
     layer_of,
     match_names,
     matches,
@@ -265,7 +264,7 @@ class Ticket:
     def digest(self) -> str:
         """A hash of the active entries and shapes, independent of the encoding."""
         content = {name: [list(self.shapes[name]), s.digest()] for name, s in self.sets.items() if s.k}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+        return Hash().update(json.dumps(content, sort_keys=True).encode()).digest()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Ticket) and self.digest() == other.digest()
@@ -297,7 +296,7 @@ class Ticket:
             name: self.sets.get(name, empty[name]).combine(other.sets.get(name, empty[name]), operation)
             for name in shapes
         }
-        # digests that both agree on, or that only one has; differing bases give none
+        # digests that both agree on, or that only one has; differing bases, or kinds of digests, give none
         known = {**self.fingerprint, **other.fingerprint}
         digests = {n: d for n, d in known.items() if self.fingerprint.get(n, d) == d and n in sets and sets[n].k}
         return Ticket(sets, shapes, {"method": f"({self._method()} {operation} {other._method()})"}, digests)
@@ -431,8 +430,8 @@ def unpack_sets(
 
 def checked_fingerprint(fingerprint: Any, sets: Mapping[str, IndexSet]) -> dict[str, str]:
     """The fingerprint in a file, checked: digests for parameters of the file."""
-    if not isinstance(fingerprint, dict) or not all(isinstance(digest, str) for digest in fingerprint.values()):
-        raise ValueError("the fingerprint is no mapping of names to digests")
+    if not isinstance(fingerprint, dict) or not all(map(is_known, fingerprint.values())):
+        raise ValueError("the fingerprint is no mapping of names to digests that this version knows")
     if foreign := [name for name in fingerprint if name not in sets]:
         raise ValueError(f"the fingerprint names {foreign[0]!r}, which is no parameter of the file")
     return fingerprint

@@ -6,7 +6,6 @@ import json
 import mmap
 import os
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Size, Tensor
 from ltp_sparse.weights import files
 from ltp_sparse.weights.names import Named, bare_names, canonical_group, is_floating
 from ltp_sparse.weights.reading import FileFormatError, read_json, reader
+from ltp_sparse.weights.tensors import flat_piece
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -92,21 +92,14 @@ class CheckpointTensor:
         self._file.check()
 
     def release(self, start: int, stop: int) -> None:
-        """Frees the memory of these entries; another access reads them again."""
+        """Frees the memory of these entries; another access reads them again. Raises as `check`."""
+        self.check()
         first = self._start + start * self.dtype.itemsize
         last = self._start + stop * self.dtype.itemsize
         first = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
         last = last // mmap.PAGESIZE * mmap.PAGESIZE
         if first < last:
             self._bytes.madvise(mmap.MADV_DONTNEED, first, last - first)
-
-    def pieces(self) -> Iterator[Tensor]:
-        """The tensor in row-major order, some entries at a time."""
-        for start in range(0, self.numel(), VIEW):
-            stop = min(start + VIEW, self.numel())
-            yield self.piece(start, stop)
-            self.release(start, stop)
-        self.check()
 
 
 @reader("checkpoint")
@@ -187,16 +180,6 @@ def _sharded(index: Path) -> dict[str, _MappedFile]:
 
 
 Readable = Tensor | CheckpointTensor
-
-
-def flat_piece(tensor: Tensor, start: int, stop: int) -> Tensor:
-    """Entries start..stop of the row-major order of any tensor, contiguous; copies no more than their rows."""
-    if tensor.is_contiguous() or tensor.dim() < 2:
-        return tensor.reshape(-1)[start:stop].contiguous()  # a strided vector stays strided under reshape
-    row = tensor[0].numel()
-    first = start // row
-    rows = tensor[first : -(-stop // row)].reshape(-1)
-    return rows[start - first * row : stop - first * row].contiguous()
 
 
 def read_piece(tensor: Readable, start: int, stop: int) -> Tensor:

@@ -6,7 +6,6 @@ leaves either the old file or the new one.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import hashlib
@@ -30,7 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KEY = "ltp_sparse"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: checksums and fingerprints are XXH3. 1: SHA-256; read as well."""
 _MOST_LINKS = 40
 _LONGEST_NAME = 200  # bytes, of 255 that file systems take
 _FULL = 1 << 16  # bytes: a disk with fewer is full
@@ -57,26 +57,6 @@ class WrongKind(FileFormatError):
 
 def _a(kind: str) -> str:
     return f"{'an' if kind[:1] in 'aeiou' else 'a'} {kind}"
-
-
-def host_blocks(tensor: Tensor) -> Iterator[ctypes.Array[ctypes.c_char]]:
-    """The bits of a tensor, row-major, in blocks of some megabytes. Each block is valid until the next one is drawn."""
-    from ltp_sparse.weights.tensors import check_plain_tensor
-
-    check_plain_tensor(tensor, "a tensor to hash or to store")
-    tensor = tensor.detach().resolve_conj().resolve_neg()
-    # in blocks, so that copies of strided tensors and from other devices stay small
-    blocks = [tensor] if tensor.is_contiguous() else tensor.split(max(1, (len(tensor) << 20) // tensor.numel()))
-    for piece in (piece for block in blocks for piece in block.reshape(-1).split(1 << 20)):
-        host = piece.cpu().contiguous()
-        if host.nbytes:
-            yield (ctypes.c_char * host.nbytes).from_address(host.data_ptr())
-
-
-def hash_tensor(sha: hashlib._Hash, tensor: Tensor) -> None:
-    """Feeds the bits of a tensor, row-major, into a hash; dtype and shape are left to the caller."""
-    for block in host_blocks(tensor):
-        sha.update(block)
 
 
 @contextmanager
@@ -271,13 +251,14 @@ def _naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
         raise OSError(number or errno.EIO, problem, str(path)) from error
 
 
-def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
-    sha = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], like: str | None = None) -> str:
+    from ltp_sparse.weights.digests import Hash
+
+    found = Hash(like).update(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
-        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        hash_tensor(sha, tensor)
-    return sha.hexdigest()
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode()).update(tensor)
+    return found.digest()
 
 
 def verify(path: str | os.PathLike[str]) -> str:
@@ -290,7 +271,8 @@ def verify(path: str | os.PathLike[str]) -> str:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {})[KEY])
             checksum = str(metadata.pop("checksum"))
-            found = _checksum({name: file.get_tensor(name) for name in file.keys()}, metadata)  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            found = _checksum(tensors, metadata, like=checksum)
     except (SafetensorError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise FileFormatError(Path(path), f"not a readable file of ltp_sparse ({error}); copy it again") from error
     if found != checksum:
@@ -330,6 +312,8 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
         FileNotFoundError: there is no such file.
         FileFormatError: the file is truncated, damaged, of another kind or of a newer format.
     """
+    from ltp_sparse.weights.digests import is_known
+
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected {_a(kind)} written by ltp_sparse")
@@ -348,14 +332,14 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
     if not isinstance(metadata, dict) or not {"checksum", "kind", "format"} <= set(metadata):
         raise FileFormatError(path, "no checksum, kind and format in it; copy the file again", "metadata")
     checksum, found, version = metadata.pop("checksum"), metadata["kind"], metadata["format"]
-    if _checksum(tensors, metadata) != checksum:
+    if version not in (1, FORMAT_VERSION):  # a newer one may have another checksum
+        raise FileFormatError(
+            path, f"format {version} is none that this version reads, 1 to {FORMAT_VERSION}; update ltp_sparse"
+        )
+    if not is_known(checksum) or _checksum(tensors, metadata, like=checksum) != checksum:
         raise FileFormatError(path, "the checksum does not match its content; the file is damaged, copy it again")
     if found != kind:
         raise WrongKind(path, kind, str(found))
-    if version != FORMAT_VERSION:
-        raise FileFormatError(
-            path, f"format {version} is not the format {FORMAT_VERSION} of this version; update ltp_sparse"
-        )
     return tensors, metadata
 
 

@@ -1,20 +1,16 @@
-"""Names, ties and fingerprints. Nothing else in the library matches tensors by name."""
+"""Names and ties. Nothing else in the library matches tensors by name."""
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterable, Mapping
+from functools import lru_cache
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ltp_sparse.weights.files import hash_tensor
 from ltp_sparse.weights.reading import closest
-from ltp_sparse.weights.tensors import check_plain_tensor
 
 T = TypeVar("T")
 
@@ -104,6 +100,7 @@ class Named(dict[str, T]):
         return name if name in self else self.aliases.get(name)
 
 
+@lru_cache(1 << 16)  # names are sorted several times in every call that takes a model
 def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
     """Sorts "layer.2" before "layer.10"."""
     return tuple((0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part)
@@ -118,6 +115,7 @@ def parameter_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=natural_key)
 
 
+@lru_cache(1 << 16)
 def tie_key(name: str) -> tuple[Any, ...]:
     """Sort key for the names of one tied tensor: the smallest is the canonical one, in modules and in files.
 
@@ -271,31 +269,6 @@ def match_names(wanted: Iterable[str], known: Iterable[str], *, what: str, where
             f"closest there: {closest(missing[0], known)}. Check that it belongs to this architecture"
         )
     return wanted
-
-
-def digest(dtype: torch.dtype, shape: Sequence[int], pieces: Iterable[Tensor]) -> str:
-    """A hash of dtype, shape and bits of a tensor that comes in row-major pieces (SHA-256, 128 bits kept)."""
-    sha = hashlib.sha256(f"{dtype} {list(shape)} ".encode())
-    for piece in pieces:
-        hash_tensor(sha, piece)
-    return sha.hexdigest()[:32]
-
-
-def tensor_digest(tensor: Tensor) -> str:
-    """`digest` of a tensor in memory."""
-    return digest(tensor.dtype, tensor.shape, [tensor])
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Name -> digest of the tensor: what identifies a base model. Hashes on all threads of torch.
-
-    Raises:
-        TypeError: a tensor is of a subclass, sparse or without values; the message names it.
-    """
-    for name, tensor in tensors.items():
-        check_plain_tensor(tensor, f"fingerprint: {name!r}")
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return dict(zip(tensors, pool.map(tensor_digest, tensors.values()), strict=True))
 
 
 def layer_of(name: str) -> str:

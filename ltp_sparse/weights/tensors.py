@@ -7,6 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+TILE = 65_536
+"""Entries of a tile: the largest block whose positions fit in 16 bits."""
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The dtypes of weights, with the codes that the compiled kernels read."""
 DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
@@ -74,3 +77,13 @@ def has_memory(tensor: Tensor) -> bool:
         return True
     extent = 1 + sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
     return tensor.untyped_storage().nbytes() >= (tensor.storage_offset() + extent) * tensor.element_size()
+
+
+def flat_piece(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Entries start..stop of the row-major order of any tensor, contiguous; copies no more than their rows."""
+    if tensor.is_contiguous() or tensor.dim() < 2:
+        return tensor.reshape(-1)[start:stop].contiguous()  # a strided vector stays strided under reshape
+    row = tensor[0].numel()
+    first = start // row
+    rows = tensor[first : -(-stop // row)].reshape(-1)
+    return rows[start - first * row : stop - first * row].contiguous()

@@ -355,10 +355,10 @@ def test_foreign_files_are_refused(ticket, tmp_path):
 def test_other_kinds_and_versions_are_refused(ticket, saved, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="expected a delta, got a ticket"):
         ls.SparseDelta.load(saved)
-    monkeypatch.setattr(files, "FORMAT_VERSION", 2)
+    monkeypatch.setattr(files, "FORMAT_VERSION", 3)
     ticket.save(tmp_path / "newer.safetensors")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="format 2 is not the format 1 of this version; update"):
+    with pytest.raises(ValueError, match="format 3 is none that this version reads, 1 to 2; update"):
         Ticket.load(tmp_path / "newer.safetensors")
 
 

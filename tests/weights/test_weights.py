@@ -456,7 +456,7 @@ def test_tensors_without_memory_of_their_own_are_refused():
     try:
         sharded = DTensor.from_local(torch.randn(4, 4), init_device_mesh("cpu", (1,)), [Shard(0)])
         with pytest.raises(TypeError, match="must be a plain tensor, got DTensor"):
-            ls.weights.names.fingerprint({"w": sharded})
+            ls.weights.digests.fingerprint({"w": sharded})
         with pytest.raises(TypeError, match="'w' is a DTensor.*select_sharded"):
             ls.select({"w": sharded}, {"w": torch.zeros(4, 4)}, k=1)
     finally:
