@@ -86,7 +86,7 @@ def test_explicit_choice_by_environment_is_refused_in_the_call(no_extension, mon
     ids=["old device", "old driver", "fits"],
 )
 def test_what_a_gpu_is_too_old_for_is_not_taken(monkeypatch, found, reason, served):
-    """Contract 8: before the first launch; and each is asked once."""
+    """Contract 8: found before the first launch, and checked once."""
     module, asked = ModuleType("ltp_sparse._C_cuda"), []
     module.probe = lambda: asked.append(1) or reason
     monkeypatch.setattr(cuda, "extension", lambda: module)

@@ -50,7 +50,7 @@ from ltp_sparse.tickets.tile_table import TileTable
 
 pytestmark = needs_gpu
 
-# First, so that their slots are multiples of 4, what vectors are loaded from; and a matrix of XLM-R-base.
+# The first two start at slots that are multiples of 4, as vector loads need; the matrix is one of XLM-R-base.
 SHAPES = {f"p{n}": (n,) for n in (8192, 131_072, 1, 63, 257, 1000, 4096, 4097, 65_537)} | {"matrix": (768, 768)}
 MODES = {
     "plain": {},
@@ -194,11 +194,11 @@ def test_backward_and_step_replay_from_one_graph(backend, gradients):
 
 
 def pack_on_two_streams(backend: str) -> None:
-    """The second stream does not wait for the first, which has work to do before it comes to its tables."""
+    """The second stream does not wait for the first, which is busy before it copies its tables."""
     problem = on_device(update_problem(SHAPES, density=0.3))
     with using(backend):
         masked_pack_(problem.grads, torch.zeros(problem.table.k, device=DEVICE), problem.table)  # compiles
-        grads = [grad.clone() for grad in problem.grads]  # elsewhere, so that their addresses are new
+        grads = [grad.clone() for grad in problem.grads]  # at new addresses
         outs = [torch.zeros(problem.table.k, device=DEVICE) for _ in range(3)]
         synchronize()
         keep_busy()
@@ -213,7 +213,7 @@ def pack_on_two_streams(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
 def test_streams_do_not_use_what_another_has_yet_to_make(backend):
-    """In a process of its own: an access of memory that is not there ends the GPU's work for a process."""
+    """In another process, as an illegal access would end the use of the GPU in this one."""
     process = multiprocessing.get_context("spawn").Process(target=pack_on_two_streams, args=(backend,))
     process.start()
     process.join(120)
@@ -364,7 +364,7 @@ def test_selection_bits_are_those_of_the_cpu(backend, dtype, deltas, route):
 @pytest.mark.parametrize(("before", "after"), KINDS)
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
 def test_bits_of_topk_delta(backend, before, after, n, rng):
-    """As it is called: one budget, and one for each tensor; aligned and unaligned tensors, and a large one."""
+    """With one budget, and with one for each tensor; aligned, unaligned and large tensors."""
     initial, tuned = pairs_of(before, after, rng)
     large = torch.randn(n, generator=rng) * 0.02
     tuned.append((large + torch.randn(n, generator=rng) * 1e-3).to(DTYPES[after]))
@@ -428,7 +428,7 @@ def test_samples_and_candidates_of_the_reference(backend, rng):
 
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
 def test_a_selection_waits_once(backend):
-    """At its end. Large enough for a sample."""
+    """At its end; the tensors are large enough for the sampled route."""
     initial = [t.to(DEVICE) for t in random_weights({"a": (3000, 2000), "b": (70_001,)}).values()]
     tuned = [t + torch.randn_like(t) * 1e-3 for t in initial]
     with using(backend):

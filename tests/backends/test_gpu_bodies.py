@@ -1,4 +1,4 @@
-"""What is in the GPU tests, run without a GPU: a slip in them would cost minutes of one."""
+"""The bodies of the GPU tests run on the CPU, as a mistake in them would cost time on a GPU."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from ltp_sparse import backends
 
 ROOT = Path(__file__).parents[2]
 CHOSEN = "not (f16 or list16 or master or full or (bf16 and plain))"
-"""Every test, with a part of its parameters."""
+"""All tests, with some of their parameters."""
 
 
 @pytest.mark.slow

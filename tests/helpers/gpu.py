@@ -1,6 +1,6 @@
-"""The device of the GPU tests, and what only a GPU has.
+"""The device of the GPU tests, and functions that only a GPU has.
 
-LTP_SPARSE_TEST_DEVICE=cpu runs the bodies of these tests without one: a graph is then the run itself, a stream nothing.
+LTP_SPARSE_TEST_DEVICE=cpu runs the bodies of these tests without a GPU, and without graphs and streams.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def synchronize() -> None:
 
 
 def captured(run: Callable[[], object]) -> Callable[[], object]:
-    """Replays of a run, which has run before and does not run now."""
+    """Captures a function that has run before; returns its replay."""
     if not ON_GPU:
         return run
     synchronize()
@@ -42,12 +42,12 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
 
 
 def side_stream() -> AbstractContextManager[object]:
-    """What is launched here waits for nothing that was launched before."""
+    """A stream that does not wait for earlier launches."""
     return torch.cuda.stream(torch.cuda.Stream()) if ON_GPU else nullcontext()
 
 
 def keep_busy(cycles: int = 200_000_000) -> None:
-    """The current stream, for a tenth of a second."""
+    """Keeps the current stream busy for a tenth of a second."""
     if ON_GPU:
         torch.cuda._sleep(cycles)
 
