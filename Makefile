@@ -58,11 +58,11 @@ faults: $(TEST)  ## full disks, low memory, two writers, kills at random moments
 bench: $(TEST)  ## CPU benchmarks: CSV, table and plots in benchmarks/results/cpu (about 24 GB of memory, an hour)
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
-gpu:  ## on a GPU machine, with its own Python (PYTHON=...): build, tests, sanitizer, core measurements, plots; 8 minutes
+gpu:  ## on a GPU machine, with its own Python (PYTHON=...): build, tests, what matters most measured; 7 minutes
 	$(PYTHON) benchmarks/gpu/run.py $(ARGS)
 
-gpu-full:  ## the rest of the GPU measurements, cell by cell (PART=i/n), resumable
-	$(PYTHON) benchmarks/gpu/run.py --full --part $(or $(PART),1/1) --seconds 480 $(ARGS)
+gpu-full:  ## the second command there: goes on where the first was cut, then the other cells; 5 minutes
+	$(PYTHON) benchmarks/gpu/run.py --full $(ARGS)
 
 lint: lint-ruff lint-format lint-mypy lint-cpp  ## ruff, mypy, clang-format: check only
 

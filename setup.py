@@ -1,6 +1,6 @@
 """Builds the compiled extensions, `_C` (CPU) and `_C_cuda`; everything else stands in pyproject.toml.
 
-LTP_SPARSE_EXT=auto (what can be built) | cpu | cuda (both; an error without a CUDA toolkit) | off
+LTP_SPARSE_EXT=auto (what can be built) | cpu | cuda (both; an error without a CUDA toolkit) | cuda-only | off
 """
 
 import os
@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
@@ -55,14 +56,18 @@ class BuildExtension(build_ext):
         if ext.name.endswith("_C_cuda"):
             home, folder = cuda_home(), Path(self.build_temp)
             folder.mkdir(parents=True, exist_ok=True)
-            for source in found_in("csrc/cuda", "*.cu"):
+
+            def compile_cuda(source):
                 target = folder / f"{source.stem}.cu.o"
-                command = [str(home / "bin" / "nvcc"), *NVCC_FLAGS, "-c", str(source), "-o", str(target)]
+                command = [str(home / "bin" / "nvcc"), "--threads=0", *NVCC_FLAGS, "-c", str(source), "-o", str(target)]
                 try:
                     subprocess.run(command, check=True)
                 except (OSError, subprocess.CalledProcessError) as error:
                     raise CompileError(f"nvcc failed on {source.name}: {error}") from error
-                ext.extra_objects.append(str(target))
+                return str(target)
+
+            with ThreadPoolExecutor() as executor:
+                ext.extra_objects += executor.map(compile_cuda, found_in("csrc/cuda", "*.cu"))
         compile_one = self.compiler._compile
 
         def compile_with_isa_flags(obj, source, extension, cc_args, extra_postargs, pp_opts):
@@ -105,11 +110,11 @@ def extensions():
     wanted = os.environ.get("LTP_SPARSE_EXT", "auto")
     if wanted == "off":
         return []
-    if wanted not in ("auto", "cpu", "cuda"):
-        sys.exit(f"LTP_SPARSE_EXT must be auto, cpu, cuda or off, got {wanted!r}")
+    if wanted not in ("auto", "cpu", "cuda", "cuda-only"):
+        sys.exit(f"LTP_SPARSE_EXT must be auto, cpu, cuda, cuda-only or off, got {wanted!r}")
     home = cuda_home()
-    if wanted == "cuda" and home is None:
-        sys.exit("LTP_SPARSE_EXT=cuda: no CUDA toolkit; put nvcc on the PATH, or its folder into CUDA_HOME")
+    if wanted.startswith("cuda") and home is None:
+        sys.exit(f"LTP_SPARSE_EXT={wanted}: no CUDA toolkit; put nvcc on the PATH, or its folder into CUDA_HOME")
     sources = [str(path.relative_to(ROOT)) for path in found_in("csrc/cpu", "*.cpp")]
     found = [
         Pybind11Extension(
@@ -123,13 +128,16 @@ def extensions():
             optional=wanted == "auto",
         )
     ]
-    if home is not None and wanted in ("auto", "cuda"):
+    if wanted == "cuda-only":
+        found.clear()
+    if home is not None and wanted != "cpu":
         found_in("csrc/cuda", "*.cu")
         library = home / "lib64"
         found.append(
             Pybind11Extension(
                 "ltp_sparse._C_cuda",
-                ["csrc/bindings_cuda.cpp"],
+                ["csrc/bindings_cuda.cpp", "csrc/cuda/probe.cpp"],
+                include_dirs=[str(home / "include")],
                 depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*h")),
                 cxx_std=17,
                 # the static runtime: one module serves every torch, and imports where there is no driver

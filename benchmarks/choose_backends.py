@@ -10,7 +10,6 @@ Nothing is timed before the backends give the same bits.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu.rows import latest, read
 from harness import Provider, WrongResult, environment, interleaved
 
 import ltp_sparse as ls
@@ -97,34 +97,23 @@ def choice(op: str, dtype: str, density: float, ms: dict[str, float]) -> Choice:
 
 
 def taken_from(folder: Path) -> list[Choice]:
-    """Rows from the results of `make gpu` for the largest model: replayed steps on random masks, sampled selections."""
+    """Rows from the results of `make gpu` for the largest model: replayed steps on random masks, selections."""
     cells: dict[tuple[str, str, float], dict[str, tuple[int, float]]] = {}
-
-    def add(op: str, row: dict[str, str], dtype: str, pattern: str) -> None:
-        if found := re.fullmatch(pattern, row["provider"]):
-            cell = cells.setdefault((op, dtype, float(row["density"])), {})
-            size, time = int(row["n"]), float(row["p50_ms"])
-            cell[found[1]] = max(cell.get(found[1], (0, 0.0)), (size, time))
-
-    for row in rows_of(folder / "masked_adamw.csv"):
-        if row["mode"] == "graph" and row["masks"] == "uniform":
-            add("masked_adamw_", row, row["precision"], r"MaskedAdamW \((\w+)\)")
-    for row in rows_of(folder / "topk_delta.csv"):
-        if row["deltas"] == "normal":
-            add("topk_delta", row, row["dtype"], r"topk_delta, sample \((\w+)\)")
+    operations = {
+        ("step", "uniform", "graph"): ("masked_adamw_", r"MaskedAdamW \((\w+)\)"),
+        ("selection", "normal", "eager"): ("topk_delta", r"topk_delta \((\w+)\)"),
+    }
+    for row in latest(read(folder / "rows.csv")):
+        op, pattern = operations.get((row["op"], row["kind"], row["mode"]), ("", "never"))
+        if row["p50_ms"] and (found := re.fullmatch(pattern, row["provider"])):
+            cell = cells.setdefault((op, row["precision"], float(row["density"])), {})
+            cell[found[1]] = max(cell.get(found[1], (0, 0.0)), (int(row["n"]), float(row["p50_ms"])))
     dtypes = [str(dtype).removeprefix("torch.") for dtype in PRECISIONS]
     return [
         choice(op, dtype, density, {name: time for name, (_, time) in cell.items()})
         for (op, dtype, density), cell in sorted(cells.items())
         if dtype in dtypes
     ]
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def write(path: Path, device_type: str, source: str, rows: list[Choice]) -> None:

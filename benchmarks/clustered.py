@@ -46,15 +46,17 @@ def deltas(shapes: Mapping[str, Sequence[int]], seed: int = 0) -> dict[str, Tens
     return found
 
 
-def ticket(shapes: Mapping[str, Sequence[int]], density: float, seed: int = 0) -> ls.Ticket:
-    """The ticket of the entries that move most.
+def ticket(
+    shapes: Mapping[str, Sequence[int]], density: float, seed: int = 0, device: torch.device | str = "cpu"
+) -> ls.Ticket:
+    """The ticket of the entries that move most, computed on `device`.
 
     Raises:
         ValueError: too few entries move.
     """
-    moves = deltas(shapes, seed)
+    moves = {name: delta.to(device) for name, delta in deltas(shapes, seed).items()}
     k = int(density * sum(delta.numel() for delta in moves.values()))
     sets, _ = ls.topk_delta([], list(moves.values()), k)
     if (found := sum(index_set.k for index_set in sets)) < k:
         raise ValueError(f"clustered ticket: {k:,} entries requested (density {density:g}), {found:,} move")
-    return ls.Ticket({name: found.compact() for name, found in zip(moves, sets, strict=True)}, shapes)
+    return ls.Ticket({name: found.to("cpu").compact() for name, found in zip(moves, sets, strict=True)}, shapes)

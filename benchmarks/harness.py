@@ -9,7 +9,6 @@ import datetime
 import gc
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from sources import RESULTS, commit
 
 import ltp_sparse as ls
 from ltp_sparse.testing import xlmr_shapes
 from ltp_sparse.weights.files import atomic_path, check_writable
 
-RESULTS = Path(__file__).parent / "results"
 EVICTED = 1 << 28  # bytes written between two runs: more than the size of the caches
 
 MODELS = {
@@ -47,6 +46,8 @@ class Provider:
         verify: raises `WrongResult`
         bytes: memory traffic of one run; None: not modelled
         before: called before every timed run, not timed
+        bytes_in_lines: those of `bytes` in whole lines of memory
+        memory: bytes of its state
     """
 
     name: str
@@ -54,6 +55,8 @@ class Provider:
     verify: Callable[[], None]
     bytes: int | None = None
     before: Callable[[], object] | None = None
+    bytes_in_lines: int | None = None
+    memory: int | None = None
 
 
 @dataclass
@@ -89,9 +92,9 @@ class Row:
     time: str = ""
 
 
-def copy_provider(n: int, device: str | torch.device = "cpu") -> Provider:
+def copy_provider(n: int) -> Provider:
     """A plain copy of n float32 entries: the upper bound for code that streams memory."""
-    source, target = torch.zeros(n, device=device), torch.empty(n, device=device)
+    source, target = torch.zeros(n), torch.empty(n)
 
     def verify() -> None:
         if not torch.equal(target.copy_(source), source):
@@ -207,14 +210,11 @@ def with_isa(name: str, run: Callable[[], object]) -> Callable[[], object]:
 def environment() -> dict[str, str]:
     """The columns device, versions, commit and time."""
     cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
     return {
         "device": f"{cpu.partition(':')[2].strip() or platform.machine()}, {torch.get_num_threads()} threads",
         "versions": f"ltp_sparse {ls.__version__}, torch {torch.__version__}, numpy {np.__version__}, "
         f"Python {platform.python_version()}",
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit(),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

@@ -169,10 +169,11 @@ def provider(
 
     def verify() -> None:
         reset()
-        problem.take_steps(step)
+        problem.take_steps(made.run)
         problem.check(name, active, tolerance or tolerance_of(problem.dtype))
 
-    return Provider(name, step, verify, traffic)
+    made = Provider(name, step, verify, traffic)
+    return made
 
 
 def masked(problem: Problem, name: str, optimizer: ls.MaskedAdamW) -> Provider:
@@ -180,10 +181,10 @@ def masked(problem: Problem, name: str, optimizer: ls.MaskedAdamW) -> Provider:
     coded = optimizer.precision.states == "8bit"
     # touched lines of p read and written and of g read; moments and masters read and written; index read
     held = (2 if coded else 8) + (4 if optimizer.precision.keeps_master(problem.dtype) else 0)
-    traffic = 3 * problem.line * problem.lines + held * problem.k + optimizer.state_bytes()
-    ours = provider(
-        problem, name, optimizer.step, moments_of(optimizer), "only", traffic, EIGHT_BITS if coded else None
-    )
+    in_lines, state = 3 * problem.line * problem.lines, optimizer.state_bytes()
+    traffic, tolerance = in_lines + held * problem.k + state, EIGHT_BITS if coded else None
+    ours = provider(problem, name, optimizer.step, moments_of(optimizer), "only", traffic, tolerance)
+    ours.bytes_in_lines, ours.memory = in_lines, state
     if optimizer.precision.keeps_master(problem.dtype):
         # the first step after another provider copies its weights into the masters, which no training loop needs
         ours.before = optimizer.step
@@ -226,8 +227,8 @@ def module_of(params: Mapping[str, nn.Parameter]) -> nn.Module:
     return root
 
 
-def moments_of(optimizer: ls.MaskedAdamW) -> Callable[[], None]:
-    """Sets them to zero."""
+def moments_of(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """Returns a function that sets them to zero in place, as a captured step keeps their addresses."""
 
     def reset() -> None:
         for state in optimizer.state.values():
@@ -313,7 +314,7 @@ def gathered(problem: Problem) -> Provider:
 
     # int64 indices three times, the compact tensors, and the touched lines of p (three times) and of g (once)
     traffic = (24 + 10 * problem.width) * problem.k + 4 * problem.line * problem.lines
-    return provider(problem, GATHERED, step, optimizer.state.clear, "only", traffic)
+    return provider(problem, GATHERED, step, moments_of(optimizer), "only", traffic)
 
 
 def _torchao(params: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -344,13 +345,21 @@ PACKAGES: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
 """AdamW with 8-bit moments over all entries, from other packages."""
 
 
+def package(problem: Problem, name: str) -> Provider:
+    """AdamW of another package.
+
+    Raises:
+        Exception: the package is missing or does not run here.
+    """
+    optimizer = PACKAGES[name](list(problem.params.values()))
+    optimizer.step()
+    return provider(problem, name, optimizer.step, optimizer.state.clear, "all", None, EIGHT_BITS)
+
+
 def packages(problem: Problem) -> Iterator[Provider]:
     """The peers that are installed and run here; prints the others."""
-    for name, make in PACKAGES.items():
+    for name in PACKAGES:
         try:
-            optimizer = make(list(problem.params.values()))
-            optimizer.step()
+            yield package(problem, name)
         except Exception as error:
             print(f"  skipped: {name} ({type(error).__name__}: {error})", flush=True)
-            continue
-        yield provider(problem, name, optimizer.step, optimizer.state.clear, "all", None, EIGHT_BITS)

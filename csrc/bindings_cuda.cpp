@@ -1,6 +1,7 @@
 // The module ltp_sparse._C_cuda: CUDA kernels over the records of ltp_sparse/backends/arguments.py, on the caller's
 // stream and current device.
 #include "cuda/masked_adamw.h"
+#include "cuda/probe.h"
 #include "cuda/topk_delta.h"
 #include "record.h"
 
@@ -85,6 +86,7 @@ void take_ties(py::handle candidates, uintptr_t stream) {
 
 PYBIND11_MODULE(_C_cuda, module) {
     module.doc() = "CUDA kernels of ltp_sparse. Each takes its record of ltp_sparse/backends/arguments.py.";
+    module.def("probe", ltp::cuda_probe);
     module.def("masked_adamw_", masked_adamw_);
     module.def("masked_sum_squares", masked_sum_squares);
     module.def("masked_pack_", masked_pack_);

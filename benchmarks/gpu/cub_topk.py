@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -78,6 +79,19 @@ class CubTopK:
             pointer, pointer, ctypes.c_int, size, pointer, size, pointer, ctypes.POINTER(ctypes.c_size_t), pointer
         ]  # fmt: skip
         self.binding.cub_topk_error.restype = ctypes.c_char_p
+
+    @staticmethod
+    @cache
+    def on(device: torch.device) -> CubTopK:
+        """Compiled for this device.
+
+        Raises:
+            UnavailableError: it is not a CUDA device, or CUB cannot be compiled here.
+        """
+        if device.type != "cuda":
+            raise UnavailableError("needs a CUDA device")
+        major, minor = torch.cuda.get_device_capability(device)
+        return CubTopK(f"sm_{major}{minor}")
 
     def __call__(self, k: int, initial: Tensor, tuned: Tensor | None = None) -> Tensor:
         """The k largest |tuned - initial|, or the k largest values where `tuned` is not given; in no order.

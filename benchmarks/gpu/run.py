@@ -1,8 +1,11 @@
-"""Everything that is to be known on a GPU, in one command: `make gpu`, `make gpu-full PART=i/n`.
+"""Builds, tests and measures on a GPU within minutes: `make gpu`, then `make gpu-full`.
 
-Uses the Python it is started with, needs no network and no `datasets`. Steps: environment, build of the CUDA extension,
-tests, compute-sanitizer, measurements; a step that fails does not hide the later ones, but the exit status tells.
-Results go to `benchmarks/results/<gpu>/`, or to the folder OUT of the environment: at most 8 files, see `report.py`.
+Uses the current Python and no network, and does not import the package before it is built. Each phase runs in a process
+group with a time limit; its results up to then are kept, and the next phase starts. If a provider crashes or hangs, its
+row says so, and a new process continues with the next provider.
+
+Results go to `benchmarks/results/<gpu>/`, or to the folder OUT of the environment, after copying the committed results
+there: rows that exist are not measured again. The folder contains at most the files `KEPT`.
 """
 
 from __future__ import annotations
@@ -14,147 +17,190 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
-import cub_topk
-import report
 import torch
 
-ROOT = Path(__file__).parents[2]
-INSTALLED = ROOT / "build" / "gpu"
+sys.path.append(str(Path(__file__).parents[1]))
+import cub_topk
+import device as devices
+import rows
+from plan import INSTALLED, NCU, TRAIN_STEP, Phase, Plan
+from sources import RESULTS, ROOT, code, commit
+
+KEPT = (
+    "environment.json", "report.md", "log.txt", rows.MEASURED_CSV, rows.FLOORS_CSV, rows.LAUNCHES_CSV, NCU, TRAIN_STEP,
+)  # fmt: skip
+PEERS = ("torchao", "bitsandbytes", "flashoptim")
+LAST_WORDS = 2  # seconds between the interrupt and the kill of a process group
+POLL = 0.05
+TIME_IS_UP = "time is up"
+TOOLS = ("ncu", "compute-sanitizer")
 
 
-def output_of(*command: str) -> str:
-    """What a command prints; "" where it is missing or fails."""
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def version_of(package: str) -> str | None:
+def version_of(package: str) -> str:
     if importlib.util.find_spec(package) is None:
-        return None
+        return "skipped: not installed"
     return str(getattr(importlib.import_module(package), "__version__", "unknown"))
 
 
-def clocks() -> str:
-    """The device's name, driver, clocks now and at most, temperature and power."""
-    query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.limit"
-    return output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv")
-
-
 def environment(device: str) -> dict[str, object]:
-    found: dict[str, object] = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+    nvcc = shutil.which("nvcc")
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout if nvcc else ""
+    return {
+        "device": devices.smi("name") or platform.processor() or platform.machine(),
         "device_type": device,
-        "clocks_before": clocks(),
-        "commit": output_of("git", "describe", "--always", "--dirty") or "unknown",
+        "driver": devices.smi("driver_version"),
+        "clocks_mhz": devices.smi("clocks.max.sm,clocks.max.mem"),
+        "commit": commit(),
+        "code": code(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "nvcc": output_of("nvcc", "--version").rpartition("release ")[2].partition(",")[0],
+        "nvcc": told.rpartition("release ")[2].partition(",")[0],
         "triton": version_of("triton"),
         "time": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+        **{package: version_of(package) for package in PEERS},
+        "CUB": cub_topk.version(),
+        **{tool: shutil.which(tool) or "skipped: not on the PATH" for tool in TOOLS},
     }
-    for peer in report.PEERS:
-        found[peer] = version_of(peer) or "skipped: not installed"
-    found["CUB"] = cub_topk.version()
-    return found
 
 
-class Steps:
-    """Runs commands one after the other, and remembers which failed."""
+class Suite:
+    """Runs phases one after the other; collects those that failed and those that ran out of time."""
 
-    def __init__(self, folder: Path) -> None:
-        self.log = (folder / "log.txt").open("w")
+    def __init__(self, folder: Path, scratch: Path, seconds: float, patience: float) -> None:
+        self.folder, self.patience = folder, patience
+        self.deadline = time.monotonic() + seconds
+        self.log = folder / "log.txt"
+        self.shown = self.log.stat().st_size if self.log.exists() else 0
         self.failed: list[str] = []
+        self.cut: list[str] = []
+        os.environ |= {"PYTHONUNBUFFERED": "1", "TMPDIR": str(scratch)}
+        tempfile.tempdir = str(scratch)
 
-    def run(self, name: str, command: list[str], timeout: float) -> None:
-        print(f"== {name}: {' '.join(command)}", flush=True)
-        start = time.perf_counter()
-        python_path = os.pathsep.join(filter(None, [str(INSTALLED), os.environ.get("PYTHONPATH")]))
-        variables = {**os.environ, "PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1"}
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )  # fmt: skip
-        assert process.stdout is not None
+    def say(self, text: str) -> None:
+        with self.log.open("a") as log:
+            log.write(f"== {text}\n")
+        self.show()
+
+    def show(self) -> None:
+        with self.log.open("rb") as log:
+            log.seek(self.shown)
+            sys.stdout.write(log.read().decode(errors="replace"))
+            self.shown = log.tell()
+        sys.stdout.flush()
+
+    def run(self, phase: Phase) -> None:
+        start = time.monotonic()
+        end = min(start + phase.seconds, self.deadline)
+        while True:
+            before = self.size()
+            how = TIME_IS_UP if time.monotonic() >= end else self.watch(phase, end)
+            if phase.measures and how not in ("", TIME_IS_UP):
+                self.blame(how)
+            if not (phase.measures and how not in ("", TIME_IS_UP) and self.size() > before):
+                break
+        self.say(f"{phase.name}: {how or 'ok'}, {time.monotonic() - start:.0f} s")
+        if how:
+            (self.cut if how == TIME_IS_UP else self.failed).append(phase.name)
+
+    def size(self) -> int:
+        path = self.folder / rows.MEASURED_CSV
+        return path.stat().st_size if path.exists() else 0
+
+    def watch(self, phase: Phase, end: float) -> str:
+        """Runs the command and ends all its processes; returns "" or the reason of a failure."""
+        rows.current().unlink(missing_ok=True)
+        self.say(f"{phase.name}: {' '.join(map(str, phase.command))}")
+        with self.log.open("a") as log:
+            # a process group, not a session: a machine that kills our session then kills these processes, too
+            process = subprocess.Popen(
+                [*map(str, phase.command)], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0
+            )
         try:
-            for line in process.stdout:
-                print(line, end="", flush=True)
-                self.log.write(line)
-                if time.perf_counter() - start > timeout:
-                    process.kill()
-            status = process.wait()
+            while (status := process.poll()) is None:
+                time.sleep(POLL)
+                self.show()
+                if time.monotonic() > end:
+                    return TIME_IS_UP
+                if phase.measures and self.silent() > self.patience:
+                    return f"no answer for {self.patience:g} s"
+            return "" if status == 0 else f"exit status {status}"
         finally:
-            process.kill()
-            self.log.flush()
-        took = time.perf_counter() - start
-        print(f"== {name}: {'ok' if status == 0 else f'FAILED ({status})'}, {took:.0f} s", flush=True)
-        if status != 0:
-            self.failed.append(name)
+            if process.poll() is None:
+                self.signal(process, signal.SIGINT)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(LAST_WORDS)
+            self.signal(process, signal.SIGKILL)
+            process.wait()
+            self.show()
+
+    @staticmethod
+    def signal(process: subprocess.Popen[bytes], number: int) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+
+    @staticmethod
+    def silent() -> float:
+        """Seconds since the start of the current measurement."""
+        with suppress(FileNotFoundError):
+            return time.time() - rows.current().stat().st_mtime
+        return 0.0
+
+    def blame(self, how: str) -> None:
+        """Writes the row of the measurement that was running when the process ended."""
+        with suppress(FileNotFoundError):
+            key = json.loads(rows.current().read_text())
+            rows.append(self.folder / rows.MEASURED_CSV, rows.MEASURED, rows.failure(key, how, key["code"]))
+            self.say(f"{key['provider']}, {key['mode']}: {how}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="the second command: the other cells, and a training step")
+    parser.add_argument("--seconds", type=float, help="for all phases together (default: 420, with --full 300)")
+    parser.add_argument("--patience", type=float, default=30, help="seconds for one provider in one cell")
     parser.add_argument("--device", default="cuda", help="cpu tries the suite without a GPU, on a tiny model")
-    parser.add_argument("--full", action="store_true", help="the rest of the grid instead of the core")
-    parser.add_argument("--part", default="1/1", help="with --full: i/n")
-    parser.add_argument("--seconds", type=float, default=240, help="for the measurements")
     parser.add_argument("--folder", type=Path)
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("make gpu: torch sees no CUDA device; --device cpu tries the suite without one")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("make gpu: terminated"))
     facts = environment(args.device)
-    name = re.sub(r"[^a-z0-9]+", "-", str(facts["device"]).lower()).strip("-")
-    folder = Path(args.folder or os.environ.get("OUT") or ROOT / "benchmarks" / "results" / name)
+    committed = RESULTS / re.sub(r"[^a-z0-9]+", "-", str(facts["device"]).lower()).strip("-")
+    folder = Path(args.folder or os.environ.get("OUT") or committed).resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    for name in KEPT:
+        if (committed / name).exists() and not (folder / name).exists():
+            shutil.copy(committed / name, folder / name)
     (folder / "environment.json").write_text(json.dumps(facts, indent=2) + "\n")
-    print(json.dumps(facts, indent=2))
-
-    steps, python = Steps(folder), sys.executable
-    grid = ["--grid", "tiny" if args.device == "cpu" else "rest" if args.full else "core", "--part", args.part]
     if args.device == "cuda":
-        # Installed into a folder of its own: the environment stays as it is.
-        os.environ["LTP_SPARSE_EXT"] = "cuda"
-        target = ["--target", str(INSTALLED), "--upgrade"]
-        build = [python, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--no-index", *target, "."]
-        steps.run("build", build, 300)
-        if not args.full:
-            # -P: not the sources in this folder, which lack the compiled modules
-            # addopts: without pytest-timeout its setting is unknown, which the strict configuration refuses
-            tests = [python, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=-ra", "-k", "gpu"]
-            tests += ["tests/backends/test_gpu.py", "tests/optim/test_pull.py"]
-            steps.run("tests", tests, 180)
-            if shutil.which("compute-sanitizer"):
-                small = [*tests, "-k", "bitmap and (plain or 8bit) and bf16 or passes and bf16-bf16"]
-                for tool in ("memcheck", "racecheck"):
-                    check = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *small]
-                    steps.run(tool, check, 60)
-            else:
-                print("== skipped: compute-sanitizer is not on the PATH")
-    for name, script, share in (("masked_adamw", "measure", 0.75), ("topk_delta", "measure_topk_delta", 0.25)):
-        seconds = share * args.seconds
-        measure = [python, f"benchmarks/gpu/{script}.py", "--device", args.device, *grid, "--seconds", str(seconds)]
-        if args.device == "cpu":
-            measure += ["--repeats", "4"]
-        steps.run(f"measure {name}", [*measure, "--out", str(folder / f"{name}.csv")], seconds + 120)
-    facts["clocks_after"] = clocks()
-    (folder / "environment.json").write_text(json.dumps(facts, indent=2) + "\n")
-    table = ["--from", str(folder), "--out", str(folder / "backend_choice.json")]
-    steps.run("choose backends", [python, "benchmarks/choose_backends.py", *table], 60)
-    if args.full and args.device == "cuda" and args.part.startswith("1/"):
-        step = [python, "benchmarks/bench_train_step.py", "--out", str(folder / "train_step.csv")]
-        steps.run("measure a training step", step, 300)
-    steps.log.close()
-    report.write(folder)
-    report.pack(folder)
-    print("results:", *sorted(path.name for path in folder.iterdir()), "in", folder)
-    if steps.failed:
-        sys.exit(f"make gpu: failed: {', '.join(steps.failed)}")
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(INSTALLED), os.environ.get("PYTHONPATH")]))
+    with tempfile.TemporaryDirectory(prefix="ltp-sparse-gpu-") as scratch:
+        suite = Suite(folder, Path(scratch), args.seconds or (300 if args.full else 420), args.patience)
+        suite.say(json.dumps(facts))
+        plan = Plan(args.device, folder)
+        phases = plan.trial if args.device != "cuda" else plan.second if args.full else plan.first
+        for phase in phases():
+            suite.run(phase)
+    wrong = [
+        f"{row['op']}, {row['precision']}, {row['density']}: {row['provider']}, {row['mode']}: {row['error']}"
+        for row in rows.latest(rows.read(folder / rows.MEASURED_CSV))
+        if row["error"] and row["code"] == facts["code"]
+    ]
+    for text in (*suite.failed, *wrong):
+        suite.say(f"FAILED: {text}")
+    for text in suite.cut:
+        suite.say(f"cut off, the next command goes on: {text}")
+    suite.say(f"results: {', '.join(sorted(path.name for path in folder.iterdir()))} in {folder}")
+    sys.exit(1 if suite.failed or wrong else 0)
 
 
 if __name__ == "__main__":

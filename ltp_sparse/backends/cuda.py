@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltp_sparse.backends import addresses, digests
+from ltp_sparse.backends import addresses, capability, digests
 from ltp_sparse.backends.arguments import Band, Candidates, Histogram, Norm, Pack, Pairs, Sample, Update
 from ltp_sparse.tickets.bits import tiles_of
 
@@ -34,8 +34,15 @@ def extension() -> ModuleType | str:
 
 
 def probe(device: torch.device) -> str | None:
-    """Why it cannot serve tensors on the device; None if it can."""
-    return reason if isinstance(reason := extension(), str) else None
+    """Why it cannot serve tensors on the device; None if it can, or where no GPU can be asked."""
+    return found if isinstance(found := extension(), str) else _refusal(found, device)
+
+
+@cache
+def _refusal(module: ModuleType, device: torch.device) -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    return capability.too_old(device) or module.probe()
 
 
 def parts(active: int, tiles: int) -> int:

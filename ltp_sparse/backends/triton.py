@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltp_sparse.backends import addresses
+from ltp_sparse.backends import addresses, capability
 from ltp_sparse.backends.arguments import Norm, Pack, Update
 
 NAME = "triton"
@@ -33,7 +33,7 @@ def probe(device: torch.device) -> str | None:
         return reason
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton serves GPU tensors; on the CPU only in its interpreter (TRITON_INTERPRET=1, for tests)"
-    return None
+    return capability.too_old(device) if device.type == "cuda" else None
 
 
 def masked_adamw_(update: Update) -> None:

@@ -137,6 +137,8 @@ void cuda_take_above(const Candidates& candidates, const Above& marks, void*) {
     }
 }
 
+const char* cuda_probe() { return nullptr; }
+
 void cuda_take_ties(const Candidates& candidates, const Ties& marks, void*) {
     for (int64_t tile = candidates.n_tiles - 1; tile >= 0; --tile) {
         HostThreads<kCandidateThreads> threads;

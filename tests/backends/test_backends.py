@@ -2,6 +2,7 @@
 
 import runpy
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from helpers.backends import ALL_BACKENDS, using
 
 import ltp_sparse as ls
 from ltp_sparse import backends
-from ltp_sparse.backends import choice, compiled, cuda, triton
+from ltp_sparse.backends import capability, choice, compiled, cuda, triton
 from ltp_sparse.backends.arguments import RECORDS, fields_of
 from ltp_sparse.testing import random_weights, tuned_weights, update_problem
 
@@ -73,6 +74,41 @@ def test_explicit_choice_by_environment_is_refused_in_the_call(no_extension, mon
     monkeypatch.setenv(backends.ENVIRONMENT, "compiled")
     with pytest.raises(backends.BackendUnavailable, match="no compiler"):
         ls.topk_delta([], [torch.ones(3)], 1)
+
+
+@pytest.mark.parametrize(
+    ("found", "reason", "served"),
+    [
+        ((7, 5), None, "reference"),
+        ((9, 0), "CUDA driver version is insufficient for CUDA runtime version", "triton"),
+        ((9, 0), None, "compiled"),
+    ],
+    ids=["old device", "old driver", "fits"],
+)
+def test_what_a_gpu_is_too_old_for_is_not_taken(monkeypatch, found, reason, served):
+    """Contract 8: found before the first launch, and checked once."""
+    module, asked = ModuleType("ltp_sparse._C_cuda"), []
+    module.probe = lambda: asked.append(1) or reason
+    monkeypatch.setattr(cuda, "extension", lambda: module)
+    monkeypatch.setattr(triton, "kernels", lambda: backends)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "this one")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: found)
+    monkeypatch.setattr(choice, "preferred", lambda *_: ("compiled", "triton", "reference"))
+    capability.too_old.cache_clear()
+    try:
+        assert backends.resolve(CUDA).name == backends.resolve(CUDA).name == served
+        assert len(asked) == (found >= capability.NEEDED)
+        told = ls.available_backends(CUDA)
+        old = "its kernels need compute capability 8.0, this one has 7.5"
+        assert told["triton"] == (old if found == (7, 5) else "ok")
+        assert told["compiled"] == (old if found == (7, 5) else reason or "ok")
+        if told["compiled"] != "ok":
+            ls.use_backend("compiled")
+            with pytest.raises(backends.BackendUnavailable, match=f"compiled was asked for.*{told['compiled']}"):
+                backends.resolve(CUDA)
+    finally:
+        capability.too_old.cache_clear()
 
 
 def test_auto_falls_back_and_says_why(no_extension, no_kernels):

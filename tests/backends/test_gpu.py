@@ -1,15 +1,28 @@
 """What only a GPU can show: both GPU backends against the reference on the CPU, graphs, synchronisation.
 
-`make gpu` runs these; elsewhere they skip.
+`make gpu` runs these; elsewhere they skip, and `test_gpu_bodies.py` runs what is in them on the CPU.
 """
 
 import itertools
-import warnings
+import multiprocessing
+from contextlib import nullcontext
 
 import pytest
 import torch
 from helpers.backends import Unpacked, using
 from helpers.bits import DTYPES, bits
+from helpers.gpu import (
+    DEVICE,
+    GPU_BACKENDS,
+    ON_GPU,
+    captured,
+    keep_busy,
+    needs_gpu,
+    reserved,
+    side_stream,
+    synchronize,
+    waits,
+)  # fmt: skip
 from helpers.selection_passes import (
     BANDS,
     KINDS,
@@ -35,15 +48,10 @@ from ltp_sparse.tickets.bits import TILE, WORDS_PER_TILE
 from ltp_sparse.tickets.layout import Layout
 from ltp_sparse.tickets.tile_table import TileTable
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = needs_gpu
 
-DEVICE = torch.device("cuda")
-GPU_BACKENDS = [
-    pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}"))
-    for name in ("triton", "compiled")
-    for reason in [backends.unavailable_reason(name, DEVICE)]
-]
-SHAPES = {f"p{n}": (n,) for n in (1, 63, 257, 1000, 4096, 4097, 65_537, 300_000)}
+# The first two start at slots that are multiples of 4, as vector loads need; the matrix is one of XLM-R-base.
+SHAPES = {f"p{n}": (n,) for n in (8192, 131_072, 1, 63, 257, 1000, 4096, 4097, 65_537)} | {"matrix": (768, 768)}
 MODES = {
     "plain": {},
     "8bit": {"states": "8bit"},
@@ -53,9 +61,13 @@ MODES = {
     "8bit-stochastic": {"states": "8bit", "stochastic": True},
 }
 CASES = [
-    pytest.param(dtype, mode, id=f"{name}-{mode_name}")
-    for (name, dtype), (mode_name, mode) in itertools.product(DTYPES.items(), MODES.items())
-    if (dtype == torch.bfloat16 or not mode.get("stochastic")) and (dtype != torch.float32 or not mode.get("master"))
+    pytest.param({"dtype": dtype, "grad_dtype": grad, **mode}, packed, id="-".join((name, of, mode_name, given)))
+    for (name, dtype), (of, grad), (mode_name, mode), (given, packed) in itertools.product(
+        DTYPES.items(), DTYPES.items(), MODES.items(), (("dense", False), ("packed", True))
+    )
+    if (grad == dtype or (grad == torch.float32 and not packed))
+    and (dtype == torch.bfloat16 or not mode.get("stochastic"))
+    and (dtype != torch.float32 or not mode.get("master"))
 ]
 
 
@@ -105,15 +117,14 @@ def run(problem: UpdateProblem, with_anchor: bool, packed: bool) -> list[Tensor]
     return [tensor.cpu() for tensor in (*found, *problem.tensors())]
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize("density", [0.02, 0.3, 1.0], ids=["list16", "bitmap", "full"])
-@pytest.mark.parametrize(("dtype", "mode"), CASES)
+@pytest.mark.parametrize(("options", "packed"), CASES)
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
-def test_bits_of_the_reference(backend, dtype, mode, density, packed):
+def test_bits_of_the_reference(backend, options, packed, density):
     with using("reference"):
-        wanted = run(make(density, dtype=dtype, **mode), density == 0.3, packed)
+        wanted = run(make(density, **options), density == 0.3, packed)
     with using(backend):
-        found, again = (run(on_device(make(density, dtype=dtype, **mode)), density == 0.3, packed) for _ in range(2))
+        found, again = (run(on_device(make(density, **options)), density == 0.3, packed) for _ in range(2))
     for number, (a, b, c) in enumerate(zip(found, wanted, again, strict=True)):
         assert torch.equal(*(bits(t) if t.is_floating_point() else t for t in (a, c))), f"{number}: run to run"
         if a.dtype == torch.float64:
@@ -122,36 +133,33 @@ def test_bits_of_the_reference(backend, dtype, mode, density, packed):
             assert torch.equal(*(bits(t) if t.is_floating_point() else t for t in (a, b))), number
 
 
+def tied(seed: int = 0, **options) -> tuple[TiedModel, MaskedAdamW]:
+    """With gradients, on the device."""
+    torch.manual_seed(seed)
+    model = TiedModel()
+    ticket = Ticket.random(model, density=0.4, seed=1)
+    for param in model.to(DEVICE).parameters():
+        param.grad = torch.randn_like(param)
+    return model, MaskedAdamW(model, ticket, lr=1e-2, **options)
+
+
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
 def test_steps_replay_from_a_graph(backend):
     """Contract 7: the learning rate and a skipped step reach the graph; the bits are those of eager steps."""
     outcomes = []
-    for captured in (False, True):
-        torch.manual_seed(0)
-        model = TiedModel().to(DEVICE)
-        ticket = Ticket.random(
-            {name: p.shape for name, p in ls.canonical_parameters(model).items()}, density=0.4, seed=1
-        )
-        for param in model.parameters():
-            param.grad = torch.randn_like(param)
+    for graph in (False, True):
+        model, optimizer = tied(max_grad_norm=1.0)
         with using(backend):
-            optimizer = MaskedAdamW(model, ticket, lr=1e-2, max_grad_norm=1.0)
             optimizer.found_inf, optimizer.grad_scale = torch.zeros(1, device=DEVICE), torch.ones(1, device=DEVICE)
             optimizer.step()
-            graph = torch.cuda.CUDAGraph()
-            if captured:
-                torch.cuda.synchronize()
-                with torch.cuda.graph(graph):
-                    optimizer.step()
+            step = captured(optimizer.step) if graph else optimizer.step
             for number in range(4):
                 optimizer.found_inf.fill_(float(number == 2))
                 for group in optimizer.param_groups:
                     group["lr"] = 1e-2 / (1 + number)
-                if captured:
+                if graph:
                     optimizer.update_hyperparameters()
-                    graph.replay()
-                else:
-                    optimizer.step()
+                step()
         steps = {int(state["step"]) for state in optimizer.state.values()}
         outcomes.append([*(p.detach().cpu() for p in model.parameters()), torch.tensor(sorted(steps))])
     assert outcomes[0][-1].tolist() == [4]
@@ -159,23 +167,84 @@ def test_steps_replay_from_a_graph(backend):
 
 
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
-def test_a_step_waits_for_nothing_and_allocates_nothing_new(backend):
-    model = TiedModel()
-    ticket = Ticket.random(model, density=0.4, seed=1)
-    model.to(DEVICE)
-    for param in model.parameters():
-        param.grad = torch.randn_like(param)
+@pytest.mark.parametrize("gradients", ["dense", "packed"])
+def test_backward_and_step_replay_from_one_graph(backend, gradients):
+    tokens = torch.randint(40, (8, 12), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    outcomes = []
+    for graph in (False, True):
+        model, optimizer = tied(gradients=gradients)
+        optimizer.zero_grad()
+
+        def train(model=model, optimizer=optimizer) -> None:
+            if gradients == "dense":
+                optimizer.zero_grad(set_to_none=False)  # they stay where they are
+            nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
+            optimizer.step()
+
+        synchronize()
+        with using(backend):
+            with side_stream():  # as torch asks for before a backward pass is captured
+                train()
+            synchronize()
+            again = captured(train) if graph else train
+            for _ in range(3):
+                again()
+        outcomes.append([p.detach().cpu() for p in model.parameters()])
+    assert all(map(torch.equal, *outcomes))
+
+
+def pack_on_two_streams(backend: str) -> None:
+    """The second stream does not wait for the first, which is busy before it copies its tables."""
+    problem = on_device(update_problem(SHAPES, density=0.3))
     with using(backend):
-        optimizer = MaskedAdamW(model, ticket, lr=1e-2, max_grad_norm=1.0)
+        masked_pack_(problem.grads, torch.zeros(problem.table.k, device=DEVICE), problem.table)  # compiles
+        grads = [grad.clone() for grad in problem.grads]  # at new addresses
+        outs = [torch.zeros(problem.table.k, device=DEVICE) for _ in range(3)]
+        synchronize()
+        keep_busy()
+        masked_pack_(grads, outs[0], problem.table)
+        with side_stream():
+            masked_pack_(grads, outs[1], problem.table)
+            synchronize()
+    with using("reference"):
+        masked_pack_(grads, outs[2], problem.table)
+    assert torch.equal(outs[0], outs[2]) and torch.equal(outs[1], outs[2])
+
+
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_streams_do_not_use_what_another_has_yet_to_make(backend):
+    """In another process, as an illegal access would end the use of the GPU in this one."""
+    process = multiprocessing.get_context("spawn").Process(target=pack_on_two_streams, args=(backend,))
+    process.start()
+    process.join(120)
+    process.kill()
+    assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_steps_on_another_stream(backend):
+    outcomes = []
+    for stream in (nullcontext, side_stream):
+        model, optimizer = tied(max_grad_norm=1.0)
+        synchronize()
+        with using(backend), stream():
+            for _ in range(3):
+                optimizer.step()
+        synchronize()
+        outcomes.append([p.detach().cpu() for p in model.parameters()])
+    assert all(map(torch.equal, *outcomes))
+
+
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_a_step_waits_for_nothing_and_allocates_nothing_new(backend):
+    model, optimizer = tied(max_grad_norm=1.0)
+    with using(backend):
         for _ in range(2):
             optimizer.step()
-        reserved = torch.cuda.memory_reserved()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        before = reserved()
+        with waits() as found:
             optimizer.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    assert torch.cuda.memory_reserved() == reserved
+    assert not found and reserved() == before
 
 
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
@@ -219,6 +288,8 @@ def test_predicted_memory_is_what_the_allocator_gives(gradients):
         predicted = ls.memory_report(
             fake, ticket, loss=lambda: loss(fake, ids), gradients=gradients, device="cuda"
         ).total
+    if not ON_GPU:
+        pytest.skip("the CPU has no allocator to ask")
     square = torch.ones(256, 256, device=DEVICE)
     square @ square  # the workspace of the matrix library is not the model's
     before = torch.cuda.memory_allocated()
@@ -269,7 +340,7 @@ def test_selection_passes_give_the_outputs_of_the_reference(backend, before, aft
 @pytest.mark.parametrize("deltas", ["normal", "levels"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
-def test_selection_is_that_of_the_cpu(backend, dtype, deltas, route):
+def test_selection_bits_are_those_of_the_cpu(backend, dtype, deltas, route):
     """Untouched rows, and deltas of few values, whose ties overflow the room for candidates; in budgets."""
     shapes = {"a": (700, 900), "b": (70_001,), "roberta.embeddings.x": (3000, 64), "bias": (1,)}
     initial = {name: tensor.to(dtype) for name, tensor in random_weights(shapes).items()}
@@ -287,6 +358,27 @@ def test_selection_is_that_of_the_cpu(backend, dtype, deltas, route):
             found = routes.select_topk(passes, sources.TensorSource(*on_gpu), groups, ks, route=route)
             for name in ("words", "counts", "thresholds"):
                 assert torch.equal(getattr(found, name).cpu(), getattr(wanted, name)), name
+
+
+@pytest.mark.parametrize("n", [70_001, 4_500_000], ids=["by histogram", "by sample"])
+@pytest.mark.parametrize(("before", "after"), KINDS)
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_bits_of_topk_delta(backend, before, after, n, rng):
+    """With one budget, and with one for each tensor; aligned, unaligned and large tensors."""
+    initial, tuned = pairs_of(before, after, rng)
+    large = torch.randn(n, generator=rng) * 0.02
+    tuned.append((large + torch.randn(n, generator=rng) * 1e-3).to(DTYPES[after]))
+    initial += [large.to(DTYPES[before])] if before else []
+    on_gpu = moved(initial), moved(tuned)
+    count = len(tuned)
+    for groups, ks in ((None, 50_000), ([*range(count)], [t.numel() // 3 for t in tuned])):
+        with using("reference"):
+            wanted, thresholds = ls.topk_delta(initial, tuned, ks, groups=groups)
+        with using(backend):
+            found, found_thresholds = ls.topk_delta(*on_gpu, ks, groups=groups)
+        assert torch.equal(found_thresholds.cpu(), thresholds)
+        for a, b in zip(found, wanted, strict=True):
+            assert a.k == b.k and torch.equal(a.bitmap().cpu(), b.bitmap())
 
 
 @pytest.mark.parametrize("route", ["sample", "histogram"])
@@ -336,40 +428,33 @@ def test_samples_and_candidates_of_the_reference(backend, rng):
 
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
 def test_a_selection_waits_once(backend):
-    """Where the route is decided."""
-    initial = {str(i): t.to(DEVICE) for i, t in enumerate(random_weights({"a": (3000, 2000), "b": (70_001,)}).values())}
-    tuned = {name: t + torch.randn_like(t) * 1e-3 for name, t in initial.items()}
-    source = sources.TensorSource(list(initial.values()), list(tuned.values()))
+    """At its end; the tensors are large enough for the sampled route."""
+    initial = [t.to(DEVICE) for t in random_weights({"a": (3000, 2000), "b": (70_001,)}).values()]
+    tuned = [t + torch.randn_like(t) * 1e-3 for t in initial]
     with using(backend):
-        passes = backends.resolve(DEVICE)
-    routes.select_topk(passes, source, [0, 0], [1_000_000], route="sample")  # compiles
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as waits:
-            warnings.simplefilter("always")
-            routes.select_topk(passes, source, [0, 0], [1_000_000], route="sample")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert len(waits) == 1, [str(wait.message) for wait in waits]
+        ls.topk_delta(initial, tuned, 1_000_000)  # compiles
+        with waits() as found:
+            ls.topk_delta(initial, tuned, 1_000_000)
+    assert len(found) == ON_GPU, [str(wait.message) for wait in found]
 
 
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
 def test_selection_beyond_32_bits(backend):
-    """A tensor of more than 2^32 entries; the routes differ in their first pass, so each takes one."""
-    n = (1 << 32) + 70_000
-    if torch.cuda.mem_get_info()[0] < 4 * n:
+    """A tensor of more than 2^32 entries, most of them zero; the earliest of two equal ones is taken."""
+    many = 1 << (32 if ON_GPU else 17)
+    n = many + 70_000
+    if ON_GPU and torch.cuda.mem_get_info()[0] < 4 * n:
         pytest.skip("needs 17 GB of free GPU memory")
     scores = torch.zeros(n, dtype=torch.bfloat16, device=DEVICE)
-    places = [5, (1 << 31) + 1, (1 << 32) - 1, 1 << 32, n - 1]
+    places = [5, many // 2 + 1, many - 1, many, n - 1]
     scores[places] = torch.tensor([3.0, 1.0, 2.0, 1.0, 4.0], dtype=torch.bfloat16, device=DEVICE)
     with using(backend):
-        passes = backends.resolve(DEVICE)
-    for route in ("sample",) if backend == "triton" else ("sample", "histogram"):
-        found = routes.select_topk(passes, sources.TensorSource([], [scores]), [0], [4], route=route)
-        assert found.counts.tolist() == [4] and found.thresholds.tolist() == [1.0]
-        at = found.words.nonzero().view(-1)
-        bit = found.words[at].to(torch.int64) & 0xFFFFFFFF
-        assert (32 * at + bit.double().log2().long()).tolist() == [p for p in places if p != 1 << 32]
+        (found,), thresholds = ls.topk_delta([], [scores], 4)
+    assert found.k == 4 and thresholds.tolist() == [1.0]
+    words = found.bitmap().cpu()
+    at = words.nonzero().view(-1)
+    bit = words[at].to(torch.int64) & 0xFFFFFFFF
+    assert (32 * at + bit.double().log2().long()).tolist() == [place for place in places if place != many]
 
 
 @pytest.mark.parametrize("backend", GPU_BACKENDS)

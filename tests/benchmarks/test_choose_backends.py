@@ -11,8 +11,7 @@ import pytest
 from ltp_sparse import backends
 
 ROOT = Path(__file__).parents[2]
-UPDATES = ("n", "density", "precision", "provider", "mode", "masks", "p50_ms")
-SELECTIONS = ["n", "density", "dtype", "deltas", "provider", "p50_ms"]
+COLUMNS = ("op", "model", "n", "density", "precision", "kind", "provider", "mode", "p50_ms", "error")
 
 
 def choose(*options):
@@ -20,39 +19,35 @@ def choose(*options):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def write_rows(path, columns, rows):
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows([columns, *rows])
-
-
-def results(folder):
+def results(folder, *ops):
     """A made-up folder of `make gpu`."""
     facts = {"device": "NVIDIA H200", "device_type": "cuda", "torch": "2.11.0", "commit": "abc"}
     (folder / "environment.json").write_text(json.dumps(facts))
-    updates = [
-        (100, 0.2, "float32", "copy", "eager", "uniform", 0.1),
-        (100, 0.2, "float32", "torch AdamW(fused=True)", "graph", "uniform", 2.0),
-        (100, 0.2, "float32", "MaskedAdamW (triton)", "graph", "uniform", 1.2),
-        (100, 0.2, "float32", "MaskedAdamW (triton)", "eager", "uniform", 0.5),
-        (100, 0.2, "float32", "MaskedAdamW (compiled)", "graph", "uniform", 1.1),
-        (10, 0.2, "float32", "MaskedAdamW (compiled)", "graph", "uniform", 9.0),
-        (100, 0.01, "bfloat16", "MaskedAdamW (triton)", "graph", "uniform", 0.25),
-        (100, 0.01, "bfloat16-8bit", "MaskedAdamW (compiled)", "graph", "uniform", 0.1),
-        (100, 0.2, "float32", "MaskedAdamW (triton)", "graph", "clustered", 0.1),
+    ours = ("MaskedAdamW (triton)", "MaskedAdamW (compiled)")
+    rows = [
+        ("step", "base", 100, 0.2, "float32", "uniform", "torch AdamW(fused=True)", "graph", 2.0),
+        ("step", "base", 100, 0.2, "float32", "uniform", ours[0], "graph", 9.9),
+        ("step", "base", 100, 0.2, "float32", "uniform", ours[0], "graph", 1.2),
+        ("step", "base", 100, 0.2, "float32", "uniform", ours[0], "eager", 0.5),
+        ("step", "base", 100, 0.2, "float32", "uniform", ours[1], "graph", 1.1),
+        ("step", "small", 10, 0.2, "float32", "uniform", ours[1], "graph", 9.0),
+        ("step", "base", 100, 0.01, "bfloat16", "uniform", ours[0], "graph", 0.25),
+        ("step", "base", 100, 0.01, "bfloat16", "uniform", ours[1], "graph", ""),
+        ("step", "base", 100, 0.01, "bfloat16-8bit", "uniform", ours[1], "graph", 0.1),
+        ("step", "base", 100, 0.2, "float32", "clustered", ours[0], "graph", 0.1),
+        ("selection", "base", 100, 0.2, "float32", "normal", "topk_delta (triton)", "eager", 0.9),
+        ("selection", "base", 100, 0.2, "float32", "normal", "topk_delta (compiled)", "eager", 0.8),
+        ("selection", "base", 100, 0.2, "float32", "normal", "select (compiled)", "eager", 0.1),
+        ("selection", "base", 100, 0.2, "float32", "normal", "topk_delta, histogram (compiled)", "eager", 0.1),
+        ("selection", "base", 100, 0.2, "float32", "untouched", "topk_delta (triton)", "eager", 0.1),
     ]
-    write_rows(folder / "masked_adamw.csv", UPDATES, updates)
-    selections = [
-        (100, 0.2, "float32", "normal", "topk_delta, sample (triton)", 0.9),
-        (100, 0.2, "float32", "normal", "topk_delta, sample (compiled)", 0.8),
-        (100, 0.2, "float32", "normal", "topk_delta, histogram (compiled)", 0.1),
-        (100, 0.2, "float32", "untouched", "topk_delta, sample (triton)", 0.1),
-    ]
-    write_rows(folder / "topk_delta.csv", SELECTIONS, selections)
+    with (folder / "rows.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *((*row, "") for row in rows if row[0] in ops)])
 
 
 @pytest.mark.slow
 def test_rows_of_a_gpu_are_taken_and_others_stay(tmp_path):
-    results(tmp_path)
+    results(tmp_path, "step", "selection")
     table = tmp_path / "table.json"
     table.write_text(backends.CHOICES.read_text())
     run = choose("--from", tmp_path, "--out", table)
@@ -72,8 +67,7 @@ def test_rows_of_a_gpu_are_taken_and_others_stay(tmp_path):
 
 @pytest.mark.slow
 def test_half_a_measurement_changes_nothing(tmp_path):
-    results(tmp_path)
-    (tmp_path / "topk_delta.csv").unlink()
+    results(tmp_path, "step")
     run = choose("--from", tmp_path, "--out", tmp_path / "table.json")
     assert run.returncode != 0 and "nothing was measured of topk_delta" in run.stderr
     assert not (tmp_path / "table.json").exists()

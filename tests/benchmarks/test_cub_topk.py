@@ -1,27 +1,16 @@
 """CUB as a peer of the selection: where its headers are looked for, what is said without them, and that it compiles."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[2] / "benchmarks" / "gpu"
+from ltp_sparse.tickets.index_set import IndexSet
 
 
 @pytest.fixture
-def measure(monkeypatch):
-    monkeypatch.syspath_prepend(FOLDER)
-    import measure_topk_delta
-
-    return measure_topk_delta
-
-
-@pytest.fixture
-def cub_topk(measure):
-    import cub_topk
-
-    return cub_topk
+def cub_topk(gpu):
+    return gpu("cub_topk")
 
 
 def headers(folder, version="3005000"):
@@ -46,7 +35,7 @@ def test_headers_are_those_named_then_those_of_a_package(cub_topk, monkeypatch, 
     assert cub_topk.include() == package and cub_topk.version() == "3.2.1"
 
 
-def test_what_is_missing_is_named(cub_topk, measure, monkeypatch, tmp_path, capsys):
+def test_what_is_missing_is_named(cub_topk, monkeypatch, tmp_path):
     monkeypatch.setattr(cub_topk.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(cub_topk, "HEADER", "cub/device/no_such_header.cuh")
     monkeypatch.setenv("CCCL_INCLUDE", str(tmp_path))
@@ -58,9 +47,8 @@ def test_what_is_missing_is_named(cub_topk, measure, monkeypatch, tmp_path, caps
     monkeypatch.setattr(cub_topk.shutil, "which", lambda name, path: None)
     with pytest.raises(cub_topk.UnavailableError, match="no nvcc"):
         cub_topk.compiler()
-    assert measure.cub_on(torch.device("cpu")) is None
-    printed = capsys.readouterr().out
-    assert all(f"skipped: {measure.PEERS[key]} (needs a CUDA device)" in printed for key in ("cub", "cub_flat"))
+    with pytest.raises(cub_topk.UnavailableError, match="needs a CUDA device"):
+        cub_topk.CubTopK.on(torch.device("cpu"))
 
 
 def test_what_nvcc_says_is_passed_on(cub_topk, monkeypatch, tmp_path):
@@ -98,41 +86,36 @@ def right(k, initial, tuned=None):
     return torch.topk(keys, k).values.flip(0)
 
 
-@pytest.mark.parametrize("cell", [0, 1])
-def test_its_results_are_checked_and_a_wrong_one_has_no_figures(measure, capsys, cell):
-    cell = measure.TINY[cell]
-    problem = measure.Problem(cell, torch.device("cpu"))
-    bench = measure.Bench(problem.device, 2)
-    k = int(cell.density * problem.n)
-    for cub, verified in ((right, True), (wrong, False)):
-        rows = measure.measure(cell, problem, bench, cub)
-        assert {key for row in rows for key in row} <= {*measure.FIELDS}
-        ours = next(row for row in rows if row["provider"].startswith("topk_delta"))
-        for key in ("cub", "cub_flat"):
-            (row,) = [row for row in rows if row["provider"] == measure.PEERS[key]]
-            assert row["verified"] is verified and (row.get("p50_ms", 0) > 0) is verified and row["k"] == k
-            assert (ours.get(f"ratio_to_{key}", 0) > 0) is verified
-            assert f"ratio_to_{key}" in measure.FIELDS
-    assert f"{measure.PEERS['cub']}: the result is not the exact one; nothing is timed" in capsys.readouterr().out
+@pytest.fixture(params=[0, 1])
+def problem(gpu, request):
+    return gpu("selection").Problem(gpu("selection").TINY[request.param], gpu("device").Device())
 
 
-def test_the_check_takes_neither_fewer_nor_other_values(measure):
-    problem = measure.Problem(measure.TINY[0], torch.device("cpu"))
-    k = problem.n // 5
-    found = torch.topk(problem.deltas(), k).values
-    threshold = problem.threshold(k)
-    assert problem.check_values(found, k, threshold)
-    assert not problem.check_values(found[1:], k, threshold)
+def test_a_wrong_result_is_noticed(gpu, problem, monkeypatch):
+    selection = gpu("selection")
+    for name in (selection.CUB, selection.CUB_FLAT):
+        monkeypatch.setattr(selection.CubTopK, "on", lambda device: right)
+        selection.cub(problem, name).verify()
+        monkeypatch.setattr(selection.CubTopK, "on", lambda device: wrong)
+        with pytest.raises(gpu("harness").WrongResult, match="the result is not the exact one"):
+            selection.cub(problem, name).verify()
+
+
+def test_the_check_takes_neither_fewer_nor_other_values(problem):
+    found = torch.topk(problem.deltas(), problem.k).values
+    assert problem.check_values(found)
+    assert not problem.check_values(found[1:])
     twice = found.clone()
-    twice[0] = twice[1]
-    assert not problem.check_values(twice, k, threshold)
+    twice[0] += 1
+    assert not problem.check_values(twice)
 
 
-def test_a_peer_that_does_not_run_is_named(measure, capsys):
-    def broken(k, initial, tuned=None):
-        raise RuntimeError("cub_topk: out of memory")
-
-    problem = measure.Problem(measure.TINY[0], torch.device("cpu"))
-    rows = measure.measure(measure.TINY[0], problem, measure.Bench(problem.device, 2), broken)
-    assert all(row["verified"] and "CUB" not in row["provider"] for row in rows)
-    assert f"skipped: {measure.PEERS['cub']} (RuntimeError: cub_topk: out of memory)" in capsys.readouterr().out
+def test_selections_are_checked_entry_by_entry(gpu, problem):
+    """Those of the library are right in their own order of names; one other entry is noticed."""
+    selection = gpu("selection")
+    for make in (selection.topk_delta, selection.by_histogram, selection.select):
+        make(problem, "reference").verify()
+    sets = selection.topk_delta(problem, "reference").run()
+    masks = [index_set.mask() for index_set in sets]
+    masks[0].view(-1)[masks[0].view(-1).int().argmin()] = True
+    assert problem.check_sets(sets) and not problem.check_sets([IndexSet.from_mask(mask) for mask in masks])

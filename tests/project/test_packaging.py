@@ -143,12 +143,9 @@ def test_extensions_built_from_the_sdist_import(sdist, tmp_path, module, needs):
     setup = setup.replace('"-O3"', '"-O0"').replace('code=[sm_90,compute_90]"', 'code=sm_90"')
     setup = setup.replace('*["-gencode", "arch=compute_80,code=sm_80", "-gencode"', '*["-gencode"')
     setup = setup.replace('"--fmad=false"', '"--fmad=false", "-Xcicc=-O0", "-Xptxas=-O0"')
-    setup = setup.replace(
-        "setup(ext_modules=extensions()", f"setup(ext_modules=[x for x in extensions() if x.name.endswith('.{module}')]"
-    )
     (tree / "setup.py").write_text(setup)
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    environment = {**os.environ, "LTP_SPARSE_EXT": "cpu" if module == "_C" else "cuda"}
+    environment = {**os.environ, "LTP_SPARSE_EXT": "cpu" if module == "_C" else "cuda-only"}
     run = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     code = f"import {module}; print({module}.__doc__)"
