@@ -36,7 +36,8 @@ import ltp_sparse as ls
 from ltp_sparse import backends
 from ltp_sparse.backends.arguments import Band, Tensors
 from ltp_sparse.ops import index_sets
-from ltp_sparse.ops.routes import Selection, room_for, sampled_bracket, select_topk
+from ltp_sparse.ops.routes import Selection, select_topk
+from ltp_sparse.ops.samples import plan_samples, room_for, sampled_bracket
 from ltp_sparse.ops.sources import Reader, StreamSource
 from ltp_sparse.testing import random_weights, tuned_weights
 from ltp_sparse.weights.checkpoints import open_checkpoint
@@ -162,10 +163,10 @@ class BandPass:
     def prepare(self) -> None:
         """Opens the files and takes the samples."""
         self.source = self.stream()
-        bracket = sampled_bracket(self.backend, self.source, self.groups, [self.k])
-        if bracket is None:
+        plan = plan_samples(self.source.sizes, self.groups, [self.k])
+        if plan is None:
             raise WrongResult(f"{BAND}: no bracket")
-        self.low, self.high = bracket
+        self.low, self.high = sampled_bracket(self.backend, self.source, plan)
         layout, room = self.source.layout, room_for(sum(self.source.sizes))
         self.words, self.keys = (torch.empty(m, dtype=torch.int32) for m in (layout.words, room))
         self.positions = torch.empty(room, dtype=torch.int16)

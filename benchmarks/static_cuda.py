@@ -38,14 +38,16 @@ UPDATES = {
 }
 BATCH = {"update_kernel": 4, "update_coded_kernel": 2, "sum_squares_kernel": 4, "pack_kernel": 4}  # entries a thread
 SELECTION = {"histogram_kernel": "delta_histogram", "band_kernel": "delta_band"}
-SMALL = {  # of less than a hundredth of the entries
-    "sample_kernel": "sample_keys",
+SMALL = {  # of a few hundredths of the entries, or none where no deltas are equal
+    "sample_upper_kernel": "sample_upper",
+    "sample_lower_kernel": "sample_lower",
+    "take_last_kernel": "take_last",
     "candidate_histogram_kernel": "candidate_histogram",
     "take_above_kernel": "take_above",
     "take_ties_kernel": "take_ties",
 }
 NAMES = {**UPDATES, **SELECTION, **SMALL}
-DYNAMIC_SHARED = {"histogram_kernel": 4 * 32_768}  # bytes that the launch adds
+DYNAMIC_SHARED = {"histogram_kernel": 4 * 32_768, "candidate_histogram_kernel": 4 * 2048}  # bytes the launch adds
 SHARE = 32  # entries of a thread in a round of the band pass
 ENTRIES = 277_414_656
 LANES_PER_MS = 132 * 128 * 1.755e6

@@ -2,6 +2,7 @@
 // stream and current device.
 #include "cuda/masked_adamw.h"
 #include "cuda/probe.h"
+#include "cuda/sampled_selection.h"
 #include "cuda/topk_delta.h"
 #include "record.h"
 
@@ -44,37 +45,40 @@ void masked_pack_(py::handle pack, py::handle addresses, int parts, uintptr_t st
     ltp::cuda_masked_pack_(launched(update, addresses, parts), out, record.flag("accumulate"), stream_at(stream));
 }
 
-// rows: the table of the pairs
-ltp::DevicePairs pairs_of(py::handle rows, int64_t n_pairs, int64_t n_tiles, int initial_dtype, int tuned_dtype) {
-    return {at<const ltp::DeltaPair>(rows), n_pairs, n_tiles, initial_dtype, tuned_dtype};
+ltp::PairTable table_of(py::handle table, int64_t n_pairs, int64_t n_tiles) {
+    return {n_pairs, n_tiles, at<const int64_t>(table)};
 }
 
-void delta_histogram(py::handle record, py::handle rows, int64_t n_pairs, int64_t n_tiles, int initial_dtype,
-                     int tuned_dtype, uintptr_t stream) {
-    const ltp::DevicePairs pairs = pairs_of(rows, n_pairs, n_tiles, initial_dtype, tuned_dtype);
-    ltp::cuda_delta_histogram(pairs, ltp::Histogram(Record(record)), stream_at(stream));
+void delta_histogram(py::handle record, py::handle table, int64_t n_pairs, int64_t n_tiles, const ltp::Kinds& kinds,
+                     uintptr_t stream) {
+    const ltp::Histogram histogram = ltp::Histogram(Record(record));
+    for (const auto& kind : kinds) {
+        ltp::cuda_delta_histogram(table_of(table, n_pairs, n_tiles).of(kind), histogram, stream_at(stream));
+    }
 }
 
-void sample_keys(py::handle record, py::handle rows, int64_t n_pairs, int64_t n_tiles, int initial_dtype,
-                 int tuned_dtype, uintptr_t stream) {
-    const ltp::DevicePairs pairs = pairs_of(rows, n_pairs, n_tiles, initial_dtype, tuned_dtype);
-    ltp::cuda_sample_keys(pairs, ltp::Sample(Record(record)), stream_at(stream));
+void delta_band(py::handle record, py::handle table, int64_t n_pairs, int64_t n_tiles, const ltp::Kinds& kinds,
+                uintptr_t stream) {
+    const ltp::Band band = ltp::Band(Record(record));
+    for (const auto& kind : kinds) {
+        ltp::cuda_delta_band(table_of(table, n_pairs, n_tiles).of(kind), band, {}, 0, stream_at(stream));
+    }
 }
 
-void delta_band(py::handle record, py::handle rows, int64_t n_pairs, int64_t n_tiles, int initial_dtype,
-                int tuned_dtype, uintptr_t stream) {
-    const ltp::DevicePairs pairs = pairs_of(rows, n_pairs, n_tiles, initial_dtype, tuned_dtype);
-    ltp::cuda_delta_band(pairs, ltp::Band(Record(record)), stream_at(stream));
+void select_sampled(py::handle record, py::handle table, int64_t n_pairs, int64_t n_tiles, const ltp::Kinds& kinds,
+                    int digit_bits, py::handle zeros, uintptr_t stream) {
+    const ltp::PairTable pairs = table_of(table, n_pairs, n_tiles);
+    ltp::SampledSelection(Record(record), pairs, kinds, digit_bits, at<char>(zeros)).launch(stream_at(stream));
 }
 
 void candidate_histogram(py::handle candidates, uintptr_t stream) {
     const Record record(candidates);
-    ltp::cuda_candidate_histogram(ltp::Candidates(record, "low"), ltp::CandidateBins(record), stream_at(stream));
+    ltp::cuda_candidate_histogram(ltp::Candidates(record, "low"), ltp::CandidateBins(record), {}, 0, stream_at(stream));
 }
 
 void take_above(py::handle candidates, uintptr_t stream) {
     const Record record(candidates);
-    ltp::cuda_take_above(ltp::Candidates(record, "cut"), ltp::Above(record), stream_at(stream));
+    ltp::cuda_take_above(ltp::Candidates(record, "cut"), ltp::Above(record), {}, nullptr, 0, stream_at(stream));
 }
 
 void take_ties(py::handle candidates, uintptr_t stream) {
@@ -91,9 +95,10 @@ PYBIND11_MODULE(_C_cuda, module) {
     module.def("masked_sum_squares", masked_sum_squares);
     module.def("masked_pack_", masked_pack_);
     module.def("delta_histogram", delta_histogram);
-    module.def("sample_keys", sample_keys);
     module.def("delta_band", delta_band);
     module.def("candidate_histogram", candidate_histogram);
     module.def("take_above", take_above);
     module.def("take_ties", take_ties);
+    module.def("select_sampled", select_sampled);
+    module.def("sampled_bytes", ltp::SampledSelection::scratch_bytes);
 }

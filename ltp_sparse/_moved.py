@@ -33,7 +33,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "rounding": ("backends.rounding",),
     "staging": ("ops.staging",),
     "ticket": ("tickets.ticket",),
-    "topk": ("ops.routes", "ops.sources", "tickets.counts", "tickets.layout"),
+    "topk": ("ops.routes", "ops.samples", "ops.digits", "ops.ranks", "ops.sources", "tickets.counts", "tickets.layout"),
     "training.adam_l2": ("optim.adam_l2",),
     "training.backbone": ("models.backbone",),
 }

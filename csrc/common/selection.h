@@ -49,6 +49,8 @@ struct Band {
     int64_t* nonfinite;  // [1], set to 1 if a key was NaN or inf
     int64_t* digests;    // out [T, 2]: of the tiles of `initial`, or null
 
+    Band() = default;
+
     template <class Record>
     explicit Band(const Record& record)
         : low(record.template at<const int64_t>("low")),
@@ -77,6 +79,8 @@ struct Candidates {
     const int64_t* groups;   // [n_tiles] budget group
     int64_t n_tiles, n_groups;
 
+    Candidates() = default;
+
     // per_group: a field with an item for each group
     template <class Record>
     Candidates(const Record& record, const char* per_group)
@@ -95,6 +99,8 @@ struct CandidateBins {
     int64_t* histogram;                 // [n_groups, bins], added to; what is beyond the bins is left out
     int64_t bins;
 
+    CandidateBins() = default;
+
     template <class Record>
     explicit CandidateBins(const Record& record)
         : low(record.template at<const int64_t>("low")),
@@ -110,6 +116,8 @@ struct Marks {
     int64_t n_words;
     const int64_t* tile_words;  // [n_tiles], the first word of each tile
 
+    Marks() = default;
+
     template <class Record>
     explicit Marks(const Record& record)
         : cut(record.template at<const int64_t>("cut")),
@@ -121,6 +129,8 @@ struct Marks {
 struct Above : Marks {
     int64_t *taken, *ties;  // out [n_tiles]: candidates above the cut, and at it
 
+    Above() = default;
+
     template <class Record>
     explicit Above(const Record& record)
         : Marks(record), taken(record.template at<int64_t>("taken")), ties(record.template at<int64_t>("ties")) {}
@@ -128,6 +138,8 @@ struct Above : Marks {
 
 struct Ties : Marks {
     const int64_t* take;  // [n_tiles]: so many candidates at the cut are marked, the first ones
+
+    Ties() = default;
 
     template <class Record>
     explicit Ties(const Record& record) : Marks(record), take(record.template at<const int64_t>("take")) {}

@@ -67,6 +67,27 @@ class DeviceThreads {
         return total;
     }
 
+    __device__ void scan_lanes(PerThread<int64_t>& values, PerThread<int64_t>& totals) {
+        const int64_t own = values.own;
+        for (int offset = 1; offset < 32; offset *= 2) {
+            const int64_t earlier = __shfl_up_sync(0xFFFFFFFF, values.own, offset);
+            if (int(threadIdx.x % 32) >= offset) values.own += earlier;
+        }
+        totals.own = __shfl_sync(0xFFFFFFFF, values.own, 31);
+        values.own -= own;
+    }
+
+    // Every thread makes what it wrote visible, then one counts the block: as threadFenceReduction of NVIDIA's samples.
+    __device__ bool last(int64_t* arrived, int64_t blocks) {
+        __shared__ bool is_last;
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) is_last = add(arrived, int64_t(1)) == blocks - 1;
+        __syncthreads();
+        if (is_last) __threadfence();
+        return is_last;
+    }
+
     __device__ void from_lane_xor(const PerThread<uint32_t>& values, int mask, PerThread<uint32_t>& received) {
         received.own = __shfl_xor_sync(0xFFFFFFFF, values.own, mask);
     }
@@ -77,9 +98,12 @@ class DeviceThreads {
         return int64_t(atomicAdd(reinterpret_cast<unsigned long long*>(counter), (unsigned long long)(value)));
     }
 
+    __device__ void add(uint32_t* counter, uint32_t value) { atomicAdd(counter, value); }
+
     __device__ void trap() { __trap(); }
 
     __device__ void set_bits(int32_t* word, int32_t bits) { atomicOr(word, bits); }
+    __device__ void set_bits(uint32_t* word, uint32_t bits) { atomicOr(word, bits); }
 
   private:
     double* scratch_;

@@ -5,7 +5,7 @@
 #include <string>
 
 #include "device_threads.cuh"
-#include "topk_delta_block.cuh"
+#include "topk_delta_search.cuh"
 
 namespace ltp {
 namespace {
@@ -21,35 +21,55 @@ __global__ void __launch_bounds__(kHistogramThreads, 1)
 
 // Four thread blocks a processor keep the memory busy.
 template <class Initial, class Tuned>
-__global__ void __launch_bounds__(kBandThreads, 4) band_kernel(DevicePairs pairs, Band band) {
+__global__ void __launch_bounds__(kBandThreads, 4)
+    band_kernel(DevicePairs pairs, Band band, Search search, int64_t bins) {
     __shared__ BandScratch collected;
     __shared__ double scratch[kBandThreads / 32];
     DeviceThreads<kBandThreads> threads(scratch);
-    band_block<Initial, Tuned>(pairs, band, blockIdx.x, collected, threads);
+    band_kernel_block<Initial, Tuned>(pairs, band, search, bins, blockIdx.x, collected, threads);
 }
 
-template <class Initial, class Tuned>
-__global__ void __launch_bounds__(kSampleThreads) sample_kernel(DevicePairs pairs, Sample sample) {
+__global__ void __launch_bounds__(kSampleThreads) sample_upper_kernel(DevicePairs pairs, Bracket bracket) {
+    __shared__ SampleScratch scratch;
     DeviceThreads<kSampleThreads> threads(nullptr);
-    sample_block<Initial, Tuned>(pairs, sample, blockIdx.x, threads);
+    sample_upper_block(pairs, bracket, blockIdx.x, gridDim.x, scratch, threads);
+    if (threads.last(bracket.arrived, gridDim.x)) decide_upper(bracket, threads);
+}
+
+__global__ void __launch_bounds__(kSampleThreads) sample_lower_kernel(Bracket bracket) {
+    __shared__ uint32_t bins[4 << kDigitBits];
+    DeviceThreads<kSampleThreads> threads(nullptr);
+    sample_lower_block(bracket, blockIdx.x, gridDim.x, bins, threads);
+    if (threads.last(bracket.arrived + 1, gridDim.x)) decide_lower(bracket, threads);
 }
 
 __global__ void __launch_bounds__(kCandidateThreads)
-    candidate_histogram_kernel(Candidates candidates, CandidateBins bands) {
+    candidate_histogram_kernel(Candidates candidates, CandidateBins bands, Search search, int round) {
+    extern __shared__ uint32_t bins[];
     DeviceThreads<kCandidateThreads> threads(nullptr);
-    candidate_histogram_block(candidates, bands, blockIdx.x, threads);
+    candidate_kernel_block(candidates, bands, search, round, blockIdx.x, gridDim.x, bins, threads);
 }
 
-__global__ void __launch_bounds__(kCandidateThreads) take_above_kernel(Candidates candidates, Above marks) {
+__global__ void __launch_bounds__(kCandidateThreads)
+    take_above_kernel(Candidates candidates, Above marks, Search search, const int64_t* above, int rounds) {
     __shared__ double scratch[kCandidateThreads / 32];
     DeviceThreads<kCandidateThreads> threads(scratch);
-    take_above_block(candidates, marks, blockIdx.x, threads);
+    above_kernel_block(candidates, marks, search, above, rounds, blockIdx.x, gridDim.x, threads);
 }
 
-__global__ void __launch_bounds__(kCandidateThreads) take_ties_kernel(Candidates candidates, Ties marks) {
-    __shared__ double scratch[kCandidateThreads / 32];
-    DeviceThreads<kCandidateThreads> threads(scratch);
-    take_ties_block(candidates, marks, blockIdx.x, threads);
+__global__ void __launch_bounds__(kTieThreads) take_ties_kernel(Candidates candidates, Ties marks) {
+    __shared__ double scratch[kTieThreads / 32];
+    DeviceThreads<kTieThreads> threads(scratch);
+    take_ties_block<kTieThreads>(candidates, marks, blockIdx.x, threads);
+}
+
+template <class Initial, class Tuned>
+__global__ void __launch_bounds__(kBandThreads, 4)
+    take_last_kernel(DevicePairs pairs, Candidates candidates, Ties marks, Band band, Search search) {
+    __shared__ BandScratch collected;
+    __shared__ double scratch[kBandThreads / 32];
+    DeviceThreads<kBandThreads> threads(scratch);
+    take_last_block<Initial, Tuned>(pairs, candidates, marks, band, search, blockIdx.x, collected, threads);
 }
 
 void check(cudaError_t status, const char* op) {
@@ -65,21 +85,23 @@ unsigned grid_of(int64_t blocks, const char* op) {
     return unsigned(blocks);
 }
 
-// A thread block a tile.
-template <class Rest>
-void launch_on_tiles(const char* op, void (*kernel)(Candidates, Rest), const Candidates& candidates, const Rest& rest,
-                     void* stream) {
-    if (candidates.n_tiles == 0) return;
-    const unsigned grid = grid_of(candidates.n_tiles, op);
-    kernel<<<grid, kCandidateThreads, 0, static_cast<cudaStream_t>(stream)>>>(candidates, rest);
-    check(cudaGetLastError(), op);
-}
-
 int attribute_of_device(cudaDeviceAttr attribute, const char* op) {
     int device = 0, value = 0;
     check(cudaGetDevice(&device), op);
     check(cudaDeviceGetAttribute(&value, attribute, device), op);
     return value;
+}
+
+// A thread has some samples, a processor one thread block at most.
+unsigned sample_grid(const Bracket& bracket, const char* op) {
+    const int64_t enough = (bracket.runs * kRun + 4 * kSampleThreads - 1) / (4 * kSampleThreads);
+    return unsigned(std::min<int64_t>(attribute_of_device(cudaDevAttrMultiProcessorCount, op), enough));
+}
+
+// A warp a tile, as long as processors have room for two thread blocks each.
+unsigned candidate_grid(const Candidates& candidates, const char* op) {
+    const int64_t enough = (candidates.n_tiles + kCandidateThreads / 32 - 1) / (kCandidateThreads / 32);
+    return unsigned(std::min<int64_t>(2 * attribute_of_device(cudaDevAttrMultiProcessorCount, op), enough));
 }
 
 }  // namespace
@@ -106,38 +128,70 @@ void cuda_delta_histogram(const DevicePairs& pairs, const Histogram& histogram, 
     });
 }
 
-void cuda_delta_band(const DevicePairs& pairs, const Band& band, void* stream) {
+void cuda_delta_band(const DevicePairs& pairs, const Band& band, const Search& search, int64_t bins, void* stream) {
     const char* const op = "delta_band";
     if (pairs.n_tiles == 0) return;
     const unsigned grid = grid_of(pairs.n_tiles, op);
     with_pair_types(pairs, [&](auto initial, auto tuned) {
         band_kernel<decltype(initial), decltype(tuned)>
-            <<<grid, kBandThreads, 0, static_cast<cudaStream_t>(stream)>>>(pairs, band);
+            <<<grid, kBandThreads, 0, static_cast<cudaStream_t>(stream)>>>(pairs, band, search, bins);
     });
     check(cudaGetLastError(), op);
 }
 
-void cuda_sample_keys(const DevicePairs& pairs, const Sample& sample, void* stream) {
-    const char* const op = "sample_keys";
-    if (sample.count == 0) return;
-    const unsigned grid = grid_of((sample.count + kRunsPerBlock - 1) / kRunsPerBlock, op);
-    with_pair_types(pairs, [&](auto initial, auto tuned) {
-        sample_kernel<decltype(initial), decltype(tuned)>
-            <<<grid, kSampleThreads, 0, static_cast<cudaStream_t>(stream)>>>(pairs, sample);
-    });
+void cuda_sample_upper(const DevicePairs& pairs, const Bracket& bracket, void* stream) {
+    const char* const op = "sample_bracket";
+    const unsigned grid = sample_grid(bracket, op);
+    sample_upper_kernel<<<grid, kSampleThreads, 0, static_cast<cudaStream_t>(stream)>>>(pairs, bracket);
     check(cudaGetLastError(), op);
 }
 
-void cuda_candidate_histogram(const Candidates& candidates, const CandidateBins& bands, void* stream) {
-    launch_on_tiles("candidate_histogram", candidate_histogram_kernel, candidates, bands, stream);
+void cuda_sample_lower(const Bracket& bracket, void* stream) {
+    const char* const op = "sample_bracket";
+    const unsigned grid = sample_grid(bracket, op);
+    sample_lower_kernel<<<grid, kSampleThreads, 0, static_cast<cudaStream_t>(stream)>>>(bracket);
+    check(cudaGetLastError(), op);
 }
 
-void cuda_take_above(const Candidates& candidates, const Above& marks, void* stream) {
-    launch_on_tiles("take_above", take_above_kernel, candidates, marks, stream);
+void cuda_candidate_histogram(const Candidates& candidates, const CandidateBins& bands, const Search& search, int round,
+                              void* stream) {
+    const char* const op = "candidate_histogram";
+    if (candidates.n_tiles == 0) return;
+    const unsigned grid = candidate_grid(candidates, op);
+    const int bytes = int(bands.bins * int64_t(sizeof(uint32_t)));
+    check(cudaFuncSetAttribute(candidate_histogram_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), op);
+    candidate_histogram_kernel<<<grid, kCandidateThreads, bytes, static_cast<cudaStream_t>(stream)>>>(candidates, bands,
+                                                                                                      search, round);
+    check(cudaGetLastError(), op);
+}
+
+void cuda_take_above(const Candidates& candidates, const Above& marks, const Search& search, const int64_t* above,
+                     int rounds, void* stream) {
+    const char* const op = "take_above";
+    if (candidates.n_tiles == 0) return;
+    const unsigned grid = candidate_grid(candidates, op);
+    take_above_kernel<<<grid, kCandidateThreads, 0, static_cast<cudaStream_t>(stream)>>>(candidates, marks, search,
+                                                                                         above, rounds);
+    check(cudaGetLastError(), op);
 }
 
 void cuda_take_ties(const Candidates& candidates, const Ties& marks, void* stream) {
-    launch_on_tiles("take_ties", take_ties_kernel, candidates, marks, stream);
+    const char* const op = "take_ties";
+    if (candidates.n_tiles == 0) return;
+    const unsigned grid = grid_of(candidates.n_tiles, op);
+    take_ties_kernel<<<grid, kTieThreads, 0, static_cast<cudaStream_t>(stream)>>>(candidates, marks);
+    check(cudaGetLastError(), op);
+}
+
+void cuda_take_last(const DevicePairs& pairs, const Candidates& candidates, const Ties& marks, const Band& band,
+                    const Search& search, void* stream) {
+    const char* const op = "take_ties";
+    const unsigned grid = grid_of(pairs.n_tiles, op);
+    with_pair_types(pairs, [&](auto initial, auto tuned) {
+        take_last_kernel<decltype(initial), decltype(tuned)>
+            <<<grid, kBandThreads, 0, static_cast<cudaStream_t>(stream)>>>(pairs, candidates, marks, band, search);
+    });
+    check(cudaGetLastError(), op);
 }
 
 }  // namespace ltp

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
+#include <vector>
 
 #include "../common/selection.h"
 
@@ -23,25 +25,104 @@ static_assert(sizeof(DeltaPair) == 8 * sizeof(int64_t), "a row of the pair table
 struct DevicePairs {
     const DeltaPair* rows;  // [n_pairs], n_pairs >= 1
     int64_t n_pairs;
-    int64_t n_tiles;  // of all pairs
+    const int64_t* of_tile;  // [n_tiles], the pair of each tile
+    int64_t n_tiles;         // of all pairs
     int initial_dtype, tuned_dtype;
+};
+
+using Kinds = std::vector<std::pair<int, int>>;  // combinations of dtypes, of `initial` and `tuned`: a launch each
+
+// The numbers of pairs and tiles, and where they lie: what `of_pairs` of ltp_sparse/backends/addresses.py makes.
+struct PairTable {
+    int64_t n_pairs, n_tiles;
+    const int64_t* at;
+
+    const DeltaPair* rows() const { return reinterpret_cast<const DeltaPair*>(at); }
+    const int64_t* of_tile() const { return at + n_pairs * int64_t(sizeof(DeltaPair) / sizeof(int64_t)); }
+    const int64_t* tile_groups() const { return of_tile() + n_tiles; }
+    const int64_t* tile_words() const { return tile_groups() + n_tiles; }
+    const int64_t* tile_order() const { return tile_words() + n_tiles; }
+    const int64_t* pair_order() const { return tile_order() + n_tiles; }
+    const int64_t* starts() const { return pair_order() + n_pairs; }
+
+    DevicePairs of(std::pair<int, int> kind) const {
+        return {rows(), n_pairs, of_tile(), n_tiles, kind.first, kind.second};
+    }
+};
+
+// What is wanted of a group of pairs: a row of the table of budgets.
+struct Budget {
+    int64_t wanted;                // entries to select
+    int64_t entries, first_entry;  // of its pairs; of all pairs of the groups before it
+    int64_t runs, first_run;       // the same of sampled runs
+    int64_t top, centre, bottom;   // ranks among its samples: the ends and the middle of its bracket
+};
+static_assert(sizeof(Budget) == 8 * sizeof(int64_t), "a row of the table of budgets has 8 columns");
+
+// The samples of all groups, and the band of keys that they show: low[g] <= key < high[g] holds the key of rank
+// `wanted`, almost surely. Two launches count two digits of the sampled keys; the last thread block of each decides.
+struct Bracket {
+    const Budget* budgets;  // [n_groups]
+    int64_t n_groups, runs;
+    const int64_t *pairs, *starts;  // [n_pairs]: the pairs, group after group; the entries of those before each
+    int64_t room;                   // candidates that all bands together may hold
+    int64_t *low, *high;            // out [n_groups]
+    int32_t* keys;                  // scratch [runs, kRun]
+    // scratch, zero at first
+    int digit_bits;                             // 8 to kDigitBits
+    uint32_t* upper;                            // [n_groups, bins], sampled keys by their upper digit
+    uint32_t* lower;                            // [n_groups, 3, bins], by the next one: those at top, centre, bottom
+    uint32_t* low_bits;                         // [n_groups, bins]: see sample_lower_block
+    int64_t *digits, *ranks, *larger, *counts;  // [n_groups, 3]
+    int64_t* moved;                             // [n_groups], samples whose key is not zero
+    int64_t* expected;                          // [1], entries inside all bands
+    int64_t* arrived;                           // [2], thread blocks done
+};
+
+constexpr int kKeyBits = 31, kDigitBits = 11;
+
+// Decides what follows from a pass over all tiles, in the last thread block of it, so that the host need not: how many
+// entries each band has to give, what its candidates are cut at, how many ties each tile takes. All zero at first but
+// for low and high. Without budgets, nothing is decided.
+struct Search {
+    const Budget* budgets;  // [n_groups], or null
+    int64_t n_groups;
+    int64_t *low, *high;                         // [n_groups], the band; then the part of it that holds the cut
+    int64_t *missing, *rank, *shift;             // [n_groups]: entries that a band gives; see CandidateBins
+    int64_t* cut;                                // [n_groups]
+    float* thresholds;                           // [n_groups], that of the cut; infinite where nothing is selected
+    int64_t *above, *inside, *unstored, *taken;  // [n_groups], sums over tiles; candidates without room
+    int64_t* starts;                             // [n_groups]
+    int64_t* open;                               // [rounds + 1], groups whose cut is not known before a round
+    int64_t* arrived;                            // [rounds + 2]
+    int64_t* failed;                             // [1]: a band does not hold its cut, or the room its candidates
+    const int64_t* order;                        // [n_tiles], tiles, group after group
+    int64_t *take, *selected;                    // out [n_tiles]: ties to take; entries selected
 };
 
 // Shared memory holds as many bins as the device allows, 32,768 at most: one reading of the pairs for each such part.
 // Neither allocates nor waits. stream: a cudaStream_t. Throws std::runtime_error if the launch fails.
 void cuda_delta_histogram(const DevicePairs& pairs, const Histogram& histogram, void* stream);
 
-// The keys of runs of kRun neighbouring entries. As above.
-void cuda_sample_keys(const DevicePairs& pairs, const Sample& sample, void* stream);
+// The band of keys of each group, from samples: two launches, whatever the dtypes.
+void cuda_sample_upper(const DevicePairs& pairs, const Bracket& bracket, void* stream);
+void cuda_sample_lower(const Bracket& bracket, void* stream);
 
-// As above.
-void cuda_delta_band(const DevicePairs& pairs, const Band& band, void* stream);
+// As above. In a search the last thread block of all combinations of dtypes decides; bins: those of its rounds.
+void cuda_delta_band(const DevicePairs& pairs, const Band& band, const Search& search, int64_t bins, void* stream);
 
 // Adds the candidates of a band to the bins; sets the bits of those above the cut, or of the first take[t] at it of
-// each tile. As above; a tile, or a run to sample, whose numbers lead out of the memory given traps, as in
-// masked_adamw.h.
-void cuda_candidate_histogram(const Candidates& candidates, const CandidateBins& bands, void* stream);
-void cuda_take_above(const Candidates& candidates, const Above& marks, void* stream);
+// each tile. As above; a tile whose numbers lead out of the memory given traps, as in masked_adamw.h. round: which of
+// the histograms of a search it is; one that has nothing left to find does nothing.
+void cuda_candidate_histogram(const Candidates& candidates, const CandidateBins& bands, const Search& search, int round,
+                              void* stream);
+void cuda_take_above(const Candidates& candidates, const Above& marks, const Search& search, const int64_t* above,
+                     int rounds, void* stream);
 void cuda_take_ties(const Candidates& candidates, const Ties& marks, void* stream);
+
+// The same at the end of a search: tiles without stored candidates are read again, and band.take says how many entries
+// inside the band, of a single key, they take.
+void cuda_take_last(const DevicePairs& pairs, const Candidates& candidates, const Ties& marks, const Band& band,
+                    const Search& search, void* stream);
 
 }  // namespace ltp

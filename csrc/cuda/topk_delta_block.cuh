@@ -19,9 +19,8 @@ namespace ltp {
 
 constexpr int kHistogramThreads = 1024;
 constexpr int kBandThreads = 256;
-constexpr int kSampleThreads = 256;
-constexpr int kRunsPerBlock = kSampleThreads / int(kRun);
-constexpr int kCandidateThreads = 128;
+constexpr int kCandidateThreads = 1024;  // a warp a tile
+constexpr int kTieThreads = 128;         // a block a tile
 constexpr int kWordsPerTile = int(kTile / 32);
 constexpr int kShare = 32;  // entries of a thread between two exchanges with its warp: one word
 constexpr int kWarpShare = 32 * kShare;
@@ -76,21 +75,6 @@ LTP_HD Vector<T, N> load_vector(const T* from) {
 #else
     return *reinterpret_cast<const Vector<T, N>*>(from);
 #endif
-}
-
-// Row of the pair that tile number `tile` belongs to.
-LTP_HD int64_t pair_of(const DevicePairs& pairs, int64_t tile) {
-    int64_t first = 0, count = pairs.n_pairs;
-    while (count > 1) {  // the last row that begins at `tile` or before: a pair without entries never is
-        const int64_t half = count / 2;
-        if (pairs.rows[first + half].tile <= tile) {
-            first += half;
-            count -= half;
-        } else {
-            count = half;
-        }
-    }
-    return first;
 }
 
 LTP_HD bool is_served(const DevicePairs& pairs, const DeltaPair& pair) {
@@ -154,14 +138,21 @@ struct BinRange {
     int shift;         // low bits of a key that its bin leaves out
 };
 
-template <class Threads>
-LTP_HD void merge_bins(const BinRange& range, const Histogram& histogram, int64_t group, uint32_t* bins,
-                       Threads& threads) {
+template <int N, class Threads>
+LTP_HD void empty(uint32_t* bins, int count, Threads& threads) {
+    threads.each([&](int thread) {
+        for (int bin = thread; bin < count; bin += N) bins[bin] = 0;
+    });
+    threads.sync();
+}
+
+// Adds bins that are not empty to `to` and empties them.
+template <int N, class Count, class Threads>
+LTP_HD void merge_into(Count* to, uint32_t* bins, int count, Threads& threads) {
     threads.sync();
     threads.each([&](int thread) {
-        int64_t* const row = histogram.bins + group * range.row + range.first;
-        for (int bin = thread; bin < range.count; bin += kHistogramThreads) {
-            if (bins[bin] != 0) threads.add(row + bin, bins[bin]);
+        for (int bin = thread; bin < count; bin += N) {
+            if (bins[bin] != 0) threads.add(to + bin, Count(bins[bin]));
             bins[bin] = 0;
         }
     });
@@ -177,19 +168,19 @@ LTP_HD void histogram_block(const DevicePairs& pairs, const Histogram& histogram
     constexpr int kLoads = 16 / Tile::kVector, kStep = 16 * kHistogramThreads;
     const int64_t begin = pairs.n_tiles * block / blocks, end = pairs.n_tiles * (block + 1) / blocks;
     if (begin == end) return;
-    threads.each([&](int thread) {
-        for (int bin = thread; bin < range.count; bin += kHistogramThreads) bins[bin] = 0;
-    });
-    threads.sync();
+    const auto merge = [&](int64_t group) {
+        int64_t* const row = histogram.bins + group * range.row + range.first;
+        merge_into<kHistogramThreads>(row, bins, range.count, threads);
+    };
+    empty<kHistogramThreads>(bins, range.count, threads);
     typename Threads::template PerThread<int32_t> largest;
     threads.each([&](int thread) { largest[thread] = 0; });
-    int64_t at = pair_of(pairs, begin), group = pairs.rows[at].group;
+    int64_t group = pairs.rows[pairs.of_tile[begin]].group;
     for (int64_t number = begin; number < end; ++number) {
-        while (at + 1 < pairs.n_pairs && pairs.rows[at + 1].tile <= number) ++at;
-        const DeltaPair pair = pairs.rows[at];
+        const DeltaPair pair = pairs.rows[pairs.of_tile[number]];
         if (!is_served(pairs, pair)) continue;
         if (pair.group != group) {
-            merge_bins(range, histogram, group, bins, threads);
+            merge(group);
             group = pair.group;
         }
         const Tile tile(pair, number);
@@ -213,7 +204,7 @@ LTP_HD void histogram_block(const DevicePairs& pairs, const Histogram& histogram
             for (int entry = first + thread; entry < tile.length; entry += kHistogramThreads) count(tile.key(entry));
         });
     }
-    merge_bins(range, histogram, group, bins, threads);
+    merge(group);
     threads.each([&](int thread) {
         if (largest[thread] >= kFirstNonfinite) *histogram.nonfinite = 1;
     });
@@ -249,7 +240,7 @@ LTP_HD void band_block(const DevicePairs& pairs, const Band& band, int64_t numbe
     using Tile = PairTile<Initial, Tuned>;
     constexpr int kVector = Tile::kVector, kLoads = kShare / kVector;
     constexpr int kOwnWords = kWordsPerTile / kBandThreads;
-    const DeltaPair pair = pairs.rows[pair_of(pairs, number)];
+    const DeltaPair pair = pairs.rows[pairs.of_tile[number]];
     if (!is_served(pairs, pair)) return;
     const Tile tile(pair, number);
     const int n_words = 2 * ((tile.length + 63) / 64);
@@ -349,25 +340,6 @@ LTP_HD void band_block(const DevicePairs& pairs, const Band& band, int64_t numbe
     }
 }
 
-// The keys of kRunsPerBlock runs, a thread an entry.
-template <class Initial, class Tuned, class Threads>
-LTP_HD void sample_block(const DevicePairs& pairs, const Sample& sample, int64_t block, Threads& threads) {
-    threads.each([&](int thread) {
-        const int64_t at = block * kSampleThreads + thread, run = at / kRun;
-        if (run >= sample.count) return;
-        if (!lies_in(sample.tensors[run], 1, pairs.n_pairs)) return threads.trap();
-        const DeltaPair pair = pairs.rows[sample.tensors[run]];
-        if (!is_served(pairs, pair)) return;
-        if (!lies_in(sample.runs[run], 1, pair.size < 2 * kRun ? 1 : pair.size / kRun)) return threads.trap();
-        const int64_t entry = sample.runs[run] * kRun + at % kRun;
-        int32_t key = 0;
-        if (entry < pair.size) {
-            key = PairTile<Initial, Tuned>(pair, pair.tile + entry / kTile).key(int(entry % kTile));
-        }
-        sample.keys[at] = key < kFirstNonfinite ? key : kFirstNonfinite - 1;
-    });
-}
-
 // Whether the numbers of a tile lead to its candidates, to a group, and with words to those of its last candidate.
 LTP_HD bool lies_inside(const Candidates& candidates, int64_t tile, const Marks* marks) {
     const int64_t offset = candidates.offsets[tile], count = offset < 0 ? 0 : candidates.inside[tile];
@@ -380,15 +352,9 @@ LTP_HD bool lies_inside(const Candidates& candidates, int64_t tile, const Marks*
     return lies_in(marks->tile_words[tile], last + 1, marks->n_words);
 }
 
-// Calls visit(thread, key, position) for the candidates of a tile, one thread each, if they are stored.
-template <class Threads, class Visit>
-LTP_HD void for_each_candidate(const Candidates& candidates, int64_t tile, Threads& threads, Visit visit) {
-    const int64_t offset = candidates.offsets[tile], count = offset < 0 ? 0 : candidates.inside[tile];
-    threads.each([&](int thread) {
-        for (int64_t i = thread; i < count; i += kCandidateThreads) {
-            visit(thread, candidates.keys[offset + i], candidates.positions[offset + i]);
-        }
-    });
+// Candidates of a tile that are stored.
+LTP_HD int64_t stored(const Candidates& candidates, int64_t tile) {
+    return candidates.offsets[tile] < 0 ? 0 : candidates.inside[tile];
 }
 
 template <class Threads>
@@ -396,48 +362,88 @@ LTP_HD void set_bit(int32_t* words, uint16_t position, Threads& threads) {
     threads.set_bits(words + position / 32, int32_t(1u << position % 32));
 }
 
+// Counts the candidates of part `block` of `blocks` of the tiles. A search counts none of a group whose cut is known.
+// bins: [bands.bins] in shared memory.
 template <class Threads>
-LTP_HD void candidate_histogram_block(const Candidates& candidates, const CandidateBins& bands, int64_t tile,
-                                      Threads& threads) {
-    if (!lies_inside(candidates, tile, nullptr)) return threads.trap();
-    const int64_t group = candidates.groups[tile];
-    const int64_t low = bands.low[group], high = bands.high[group], shift = bands.shift[group];
-    for_each_candidate(candidates, tile, threads, [&](int, int32_t key, uint16_t) {
-        if (key < low || key >= high) return;
-        const int64_t bin = (key - low) >> shift;
-        if (bin < bands.bins) threads.add(bands.histogram + group * bands.bins + bin, 1);
-    });
+LTP_HD void candidate_histogram_block(const Candidates& candidates, const CandidateBins& bands, const Search& search,
+                                      int64_t block, int64_t blocks, uint32_t* bins, Threads& threads) {
+    const int64_t end = candidates.n_tiles * (block + 1) / blocks;
+    empty<kCandidateThreads>(bins, int(bands.bins), threads);
+    for (int64_t begin = candidates.n_tiles * block / blocks, stop; begin < end; begin = stop) {
+        const int64_t group = candidates.groups[begin];
+        for (stop = begin + 1; stop < end && candidates.groups[stop] == group;) ++stop;
+        if (!lies_in(group, 1, candidates.n_groups)) return threads.trap();
+        const int64_t low = bands.low[group], high = bands.high[group], shift = bands.shift[group];
+        if (search.budgets != nullptr && high - low == 1) continue;
+        threads.each([&](int thread) {
+            for (int64_t tile = begin + thread / 32; tile < stop; tile += kCandidateThreads / 32) {
+                if (!lies_inside(candidates, tile, nullptr)) {
+                    if (thread % 32 == 0) threads.trap();
+                    continue;
+                }
+                const int32_t* const keys = candidates.keys + candidates.offsets[tile];
+                const int64_t count = stored(candidates, tile);
+                LTP_UNROLL(4)
+                for (int64_t i = thread % 32; i < count; i += 32) {
+                    const int32_t key = keys[i];
+                    if (key < low || key >= high) continue;
+                    const int64_t bin = (key - low) >> shift;
+                    if (bin < bands.bins) threads.count(bins + bin);
+                }
+            }
+        });
+        merge_into<kCandidateThreads>(bands.histogram + group * bands.bins, bins, int(bands.bins), threads);
+    }
 }
 
+// Part `block` of `blocks` of the tiles, a warp each. In a search, all entries of a band whose candidates have no room
+// are ties: it is a band of a single key.
 template <class Threads>
-LTP_HD void take_above_block(const Candidates& candidates, const Above& marks, int64_t tile, Threads& threads) {
-    if (!lies_inside(candidates, tile, &marks)) return threads.trap();
-    const int64_t cut = marks.cut[candidates.groups[tile]];
-    int32_t* const words = marks.words + marks.tile_words[tile];
-    typename Threads::template PerThread<int> above, equal;
-    threads.each([&](int thread) { above[thread] = equal[thread] = 0; });
-    for_each_candidate(candidates, tile, threads, [&](int thread, int32_t key, uint16_t position) {
-        equal[thread] += key == cut;
-        if (key <= cut) return;
-        ++above[thread];
-        set_bit(words, position, threads);
-    });
-    const int n_above = threads.scan(above), n_equal = threads.scan(equal);
-    threads.each([&](int thread) {
-        if (thread != 0) return;
-        marks.taken[tile] = n_above;
-        marks.ties[tile] = n_equal;
-    });
+LTP_HD void take_above_block(const Candidates& candidates, const Above& marks, const Search& search, int64_t block,
+                             int64_t blocks, Threads& threads) {
+    const int64_t begin = candidates.n_tiles * block / blocks, end = candidates.n_tiles * (block + 1) / blocks;
+    typename Threads::template PerThread<int64_t> above, equal, all_above, all_equal;
+    for (int64_t first = begin; first < end; first += kCandidateThreads / 32) {
+        threads.each([&](int thread) {
+            const int64_t tile = first + thread / 32;
+            above[thread] = equal[thread] = 0;
+            if (tile >= end || !lies_inside(candidates, tile, &marks)) return;
+            const int64_t offset = candidates.offsets[tile], count = stored(candidates, tile);
+            const int64_t cut = marks.cut[candidates.groups[tile]];
+            int32_t* const words = marks.words + marks.tile_words[tile];
+            LTP_UNROLL(4)
+            for (int64_t i = thread % 32; i < count; i += 32) {
+                const int32_t key = candidates.keys[offset + i];
+                equal[thread] += key == cut;
+                if (key <= cut) continue;
+                ++above[thread];
+                set_bit(words, candidates.positions[offset + i], threads);
+            }
+        });
+        threads.scan_lanes(above, all_above);
+        threads.scan_lanes(equal, all_equal);
+        threads.each([&](int thread) {
+            const int64_t tile = first + thread / 32;
+            if (thread % 32 != 0 || tile >= end) return;
+            if (!lies_inside(candidates, tile, &marks)) return threads.trap();
+            marks.taken[tile] = all_above[thread];
+            marks.ties[tile] = all_equal[thread];
+            if (search.budgets == nullptr) return;
+            if (candidates.offsets[tile] < 0) marks.ties[tile] = candidates.inside[tile];
+            threads.add(search.taken + candidates.groups[tile], all_above[thread]);
+        });
+    }
 }
 
-template <class Threads>
+// One tile, by N threads.
+template <int N, class Threads>
 LTP_HD void take_ties_block(const Candidates& candidates, const Ties& marks, int64_t tile, Threads& threads) {
     if (!lies_inside(candidates, tile, &marks)) return threads.trap();
-    const int64_t offset = candidates.offsets[tile], count = offset < 0 ? 0 : candidates.inside[tile];
+    const int64_t offset = candidates.offsets[tile], count = stored(candidates, tile);
     const int64_t cut = marks.cut[candidates.groups[tile]], take = marks.take[tile];
     int32_t* const words = marks.words + marks.tile_words[tile];
     int64_t before = 0;  // ties in earlier steps
-    for (int64_t first = 0; first < count && before < take; first += kCandidateThreads) {
+    for (int64_t first = 0; first < count && before < take; first += N) {
         typename Threads::template PerThread<int> rank;
         threads.each([&](int thread) {
             const int64_t i = first + thread;

@@ -147,7 +147,7 @@ def _pack(flags, lane):
 
 @triton.jit
 def _mark_block(
-    initial_ptr, tuned_ptr, above_ptr, inside_ptr, first, length, low, high, largest, n_above, n_inside,
+    initial_ptr, tuned_ptr, above_ptr, inside_ptr, first, length, below_low, below_high, largest, n_above, n_inside,
     HAS_INITIAL: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Writes two bitmaps of ROWS words; returns the largest keys [ROWS, 32] and the counts [ROWS] so far."""
@@ -158,8 +158,8 @@ def _mark_block(
     # A mask against a bound from memory rules out vector loads: only the last block of a tile has one.
     key = _keys(initial_ptr, tuned_ptr, entry, entry < length if MASKED else None, HAS_INITIAL)
     exists = word < (length + 63) // 64 * 2 if MASKED else None
-    above = _pack(key >= high, lane)
-    inside = _pack((key >= low) & (key < high), lane)
+    above = _pack(key > below_high, lane)
+    inside = _pack((key > below_low) & (key <= below_high), lane)
     tl.store(above_ptr + word, above.to(tl.int32, bitcast=True), exists)
     tl.store(inside_ptr + word, inside.to(tl.int32, bitcast=True))
     return tl.maximum(largest, key), n_above + popcount(above), n_inside + popcount(inside)
@@ -204,8 +204,9 @@ def _delta_band_kernel(
         length = tl.load(row + _LENGTH).to(tl.int32)
         tile = tl.load(row + _TILE)
         group = tl.load(row + _GROUP)
-        low = tl.load(low_ptr + group).to(tl.int32)
-        high = tl.minimum(tl.load(high_ptr + group), _LARGEST_KEY).to(tl.int32)
+        # no key is above the largest, so any larger bound means the same
+        below_low = tl.minimum(tl.load(low_ptr + group) - 1, _LARGEST_KEY).to(tl.int32)
+        below_high = tl.minimum(tl.load(high_ptr + group) - 1, _LARGEST_KEY).to(tl.int32)
         tile_words_ptr = words_ptr + tl.load(row + _WORD)
         tuned_ptr = _pointer(tl.load(row + _TUNED), TUNED, ALIGNED)
         initial_ptr = _pointer(tl.load(row + _INITIAL), INITIAL, ALIGNED) if HAS_INITIAL else tuned_ptr
@@ -217,13 +218,13 @@ def _delta_band_kernel(
         while first + BLOCK <= length:
             largest, row_above, row_inside = _mark_block(
                 initial_ptr, tuned_ptr, tile_words_ptr, inside_words_ptr, tl.multiple_of(first, BLOCK), length,
-                low, high, largest, row_above, row_inside, HAS_INITIAL, False, ROWS,
+                below_low, below_high, largest, row_above, row_inside, HAS_INITIAL, False, ROWS,
             )  # fmt: skip
             first += BLOCK
         if first < length:
             largest, row_above, row_inside = _mark_block(
                 initial_ptr, tuned_ptr, tile_words_ptr, inside_words_ptr, tl.multiple_of(first, BLOCK), length,
-                low, high, largest, row_above, row_inside, HAS_INITIAL, True, ROWS,
+                below_low, below_high, largest, row_above, row_inside, HAS_INITIAL, True, ROWS,
             )  # fmt: skip
         n_inside = tl.sum(row_inside)
         tl.store(above_ptr + tile, tl.sum(row_above).to(tl.int64))

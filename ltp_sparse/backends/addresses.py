@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ltp_sparse.backends.arguments import Norm, Pack, Pairs
-from ltp_sparse.tickets.bits import tiles_of
+from ltp_sparse.tickets.bits import TILE, WORDS_PER_TILE, tiles_of
 
 _captured: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
@@ -49,14 +48,31 @@ def of_pack(pack: Pack) -> Tensor:
 
 
 def of_pairs(pairs: Pairs, groups: Sequence[int], word_offsets: Sequence[int], device: torch.device) -> Tensor:
-    """int64 [M, 8] on the device: the rows `DeltaPair` of csrc/cuda/topk_delta.h."""
-    tuned, initial = pairs.tuned, pairs.initial
-    first_tiles = list(accumulate(map(tiles_of, tuned.sizes), initial=0))[:-1]
-    befores = (initial.addresses, initial.codes) if initial else ([0] * len(tuned), [-1] * len(tuned))
-    columns = (*befores, tuned.addresses, tuned.codes, tuned.sizes, groups, word_offsets, first_tiles)
-    numbers = array("q", chain.from_iterable(columns))  # a fifth of the time of torch.tensor
-    rows = torch.frombuffer(numbers, dtype=torch.int64).view(len(columns), -1).t().contiguous()
-    return rows.to(device, non_blocking=True)  # pageable memory: copied out before the call returns
+    """int64 on the device: the parts of `PairTable` in csrc/cuda/topk_delta.h. Of unchanged pairs it copies nothing."""
+    befores = (pairs.initial.addresses, tuple(pairs.initial.codes))
+    if not pairs.initial:
+        befores = (0,) * len(pairs.tuned), (-1,) * len(pairs.tuned)
+    columns = (*befores, pairs.tuned.addresses, tuple(pairs.tuned.codes), pairs.tuned.sizes)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _pair_table((*columns, tuple(groups), tuple(word_offsets)), device, stream)
+
+
+@lru_cache(maxsize=8)
+def _pair_table(columns: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> Tensor:
+    """columns: those of the rows `DeltaPair` but for the last; stream: that the table is copied on."""
+    *_, sizes, groups, word_offsets = columns
+    first_tiles = tuple(accumulate(map(tiles_of, sizes), initial=0))
+    rows = torch.tensor((*columns, first_tiles[:-1]), dtype=torch.int64, device="cpu").t()
+    size, group, word, first = rows[:, 4:].unbind(1)
+    of_tile = torch.arange(len(sizes), dtype=torch.int64, device="cpu").repeat_interleave((size + TILE - 1) // TILE)
+    tile_groups = group[of_tile]
+    numbers = torch.arange(len(of_tile), dtype=torch.int64, device="cpu") - first[of_tile]
+    tile_words = word[of_tile] + WORDS_PER_TILE * numbers
+    order = group.argsort(stable=True)
+    starts = size[order].cumsum(0) - size[order]
+    parts = (rows.reshape(-1), of_tile, tile_groups, tile_words, tile_groups.argsort(stable=True), order, starts)
+    # pageable memory: copied out before the call returns, without waiting for the device
+    return torch.cat(parts).to(device, non_blocking=True)
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[None]:

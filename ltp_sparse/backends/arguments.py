@@ -143,6 +143,7 @@ class Update(Norm):
 # --- the passes of topk_delta ---
 
 Indices = Annotated[Tensor, Spec(torch.int64, ("groups",))]
+WrittenIndices = Annotated[Tensor, Spec(torch.int64, ("groups",), written=True)]
 PerTile = Annotated[Tensor, Spec(torch.int64, ("tiles",))]
 WrittenPerTile = Annotated[Tensor, Spec(torch.int64, ("tiles",), written=True)]
 One = Annotated[Tensor, Spec(torch.int64, (1,), written=True)]
@@ -189,6 +190,37 @@ class Sample(Pairs):
     keys: Annotated[Tensor, Spec(torch.int32, ("count", RUN), written=True)]
 
 
+TileDigests = Annotated[Tensor | None, Spec(torch.int64, ("tiles", 2), written=True)]
+Budgets = Annotated[Tensor, Spec(torch.int64, ("groups", 8))]
+"""What is wanted of every group, and where its samples lie: the rows `Budget` of csrc/cuda/topk_delta.h."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sampled(Pairs):
+    """`select_sampled`: a selection by samples whose route is decided on the device, so that the host waits once.
+
+    groups:          the group of each pair
+    samples:         scratch, the sampled keys; may lie where `words` are written later
+    low, high:       scratch, the band of keys of each group in which its k-th largest is looked for
+    words, counts:   the bitmaps of the pairs, one after the other, and the entries selected in each tile
+    thresholds:      the smallest selected |delta| of each group; infinite: none was selected
+    keys, positions: room for candidates
+    digests:         as of `Band`
+    """
+
+    groups: list[int]
+    budgets: Budgets
+    samples: Annotated[Tensor, Spec(torch.int32, ("count", RUN), written=True)]
+    low: WrittenIndices
+    high: WrittenIndices
+    words: Bitmaps
+    counts: WrittenPerTile
+    thresholds: Annotated[Tensor, Spec(torch.float32, ("groups",), written=True)]
+    keys: Keys
+    positions: Positions
+    digests: TileDigests = None
+
+
 @dataclass(frozen=True, eq=False)
 class Band(Pairs):
     """`delta_band`: marks the entries above a band of keys, counts, and stores the candidates inside the band.
@@ -219,7 +251,7 @@ class Band(Pairs):
     offsets: WrittenPerTile
     cursor: One
     nonfinite: One
-    digests: Annotated[Tensor | None, Spec(torch.int64, ("tiles", 2), written=True)] = None
+    digests: TileDigests = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,6 +23,7 @@ from ltp_sparse.backends.arguments import (
     Norm,
     Pack,
     Pairs,
+    Sampled,
     Tensors,
     Tiles,
     Update,
@@ -440,9 +441,11 @@ def check_pass(op: str, record: Any) -> None:
         sizes["groups"] = len(record.histogram) if record.histogram.dim() else 0
     if isinstance(record, Pairs):
         _check_sides(op, record, device)
-    if isinstance(record, Histogram | Band):
-        n_groups = sizes.get("groups", record.low.numel() if isinstance(record, Band) else 0)
+    if isinstance(record, Histogram | Band | Sampled):
+        n_groups = sizes["groups"] if isinstance(record, Histogram) else record.low.numel()
         sizes["tiles"] = _check_groups(op, record, record.groups, n_groups)
+    if isinstance(record, Sampled):
+        sizes["words"] = sum(map(bitmap_words, record.tuned.sizes))
     _check_tensors(op, record, list(tensors), sizes, device)
     if isinstance(record, Band):
         _check_word_offsets(op, record)

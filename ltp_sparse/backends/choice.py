@@ -24,6 +24,7 @@ from ltp_sparse.backends.arguments import (
     Norm,
     Pack,
     Sample,
+    Sampled,
     Ties,
     Update,
 )
@@ -46,6 +47,10 @@ class Backend:
     """The functions of a backend's module; those that it does not have are the reference's.
 
     The operators check what update, norm and packing get; the passes of the selection are checked here.
+
+    select_sampled: of a backend that can: a selection in one call, see `Sampled`. Returns int64 [2], set to 1 if [an
+                    infinity or a NaN was seen, the samples have misled it]; the selection is none then
+    decides:        whether it has that for so many groups
     """
 
     masked_adamw_: Callable[[Update], None]
@@ -57,6 +62,8 @@ class Backend:
     candidate_histogram: Callable[[CandidateBins], None]
     take_above: Callable[[Above], None]
     take_ties: Callable[[Ties], None]
+    select_sampled: Callable[[Sampled], Tensor]
+    decides: Callable[[int], bool]
 
     def __init__(self, module: ModuleType) -> None:
         self.name: str = module.NAME
@@ -64,11 +71,14 @@ class Backend:
         for name in RECORDS:
             run = getattr(module, name, getattr(reference, name))
             setattr(self, name, run if name.startswith("masked") else partial(_checked, name, run))
+        self.decides = getattr(module, "decides", lambda groups: False)
+        if hasattr(module, "select_sampled"):
+            self.select_sampled = partial(_checked, "select_sampled", module.select_sampled)
 
 
-def _checked(op: str, run: Callable[[Any], None], record: Any) -> None:
+def _checked(op: str, run: Callable[[Any], Any], record: Any) -> Any:
     checks.check_pass(op, record)
-    run(record)
+    return run(record)
 
 
 @cache

@@ -6,7 +6,9 @@ Its kernels read addresses from device memory: the tables are compared with the 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from functools import cache, partial
+from itertools import accumulate
 from types import ModuleType
 from typing import Any
 
@@ -14,14 +16,20 @@ import torch
 from torch import Tensor
 
 from ltp_sparse.backends import addresses, capability, digests
-from ltp_sparse.backends.arguments import Band, Candidates, Histogram, Norm, Pack, Pairs, Sample, Update
-from ltp_sparse.tickets.bits import tiles_of
+from ltp_sparse.backends.arguments import Band, Candidates, Histogram, Norm, Pack, Sampled, Update
+from ltp_sparse.tickets.bits import bitmap_words, tiles_of
 
 NAME = "compiled"
 NEEDS_RANKS = True
 
 _SUM_PARTS = 16
 """Thread blocks a tile that sum squares."""
+
+_DIGIT_BITS = (11, 10, 9, 8)
+"""Of the keys of samples and candidates, found at a time; fewer where there are many groups."""
+
+_BINS = 3 << 17
+"""Bins of all groups, of 20 bytes each: 192 groups have 11 bits."""
 
 
 @cache
@@ -50,8 +58,12 @@ def parts(active: int, tiles: int) -> int:
     return max(1, min(16, -(-active // (512 * tiles))))
 
 
+def _module() -> Any:
+    return extension()
+
+
 def _launch(name: str, device: torch.device, *arguments: Any) -> None:
-    getattr(extension(), name)(*arguments, torch.cuda.current_stream(device).cuda_stream)
+    getattr(_module(), name)(*arguments, torch.cuda.current_stream(device).cuda_stream)
 
 
 def masked_adamw_(update: Update) -> None:
@@ -77,32 +89,47 @@ def masked_pack_(pack: Pack) -> None:
         _launch("masked_pack_", pack.tiles.device, pack, addresses.of_pack(pack), parts(pack.out.numel(), tiles))
 
 
-def _launch_pairs(name: str, pairs: Pairs, device: torch.device, groups: list[int], word_offsets: list[int]) -> None:
-    """A launch for each pair of dtypes."""
-    tiles = sum(map(tiles_of, pairs.tuned.sizes))
-    if not tiles:
+def _launch_pairs(name: str, pairs: Any, word_offsets: Sequence[int], *arguments: Any) -> None:
+    """Of pairs with entries; a launch of most kernels for each pair of dtypes."""
+    if not (tiles := sum(map(tiles_of, pairs.tuned.sizes))):
         return
-    table = addresses.of_pairs(pairs, groups, word_offsets, device)
-    kinds = zip(pairs.initial.codes or [-1] * len(pairs.tuned), pairs.tuned.codes, strict=True)
+    device = pairs.tuned.present[0].device
+    kinds = sorted({*zip(pairs.initial.codes or [-1] * len(pairs.tuned), pairs.tuned.codes, strict=True)})
+    table = addresses.of_pairs(pairs, pairs.groups, word_offsets, device)
     with addresses.on_device_of(table):
-        for kind in sorted(set(kinds)):
-            _launch(name, device, pairs, table, len(table), tiles, *kind)
+        _launch(name, device, pairs, table, len(pairs.tuned), tiles, kinds, *arguments)
 
 
 def delta_histogram(histogram: Histogram) -> None:
-    nowhere = [0] * len(histogram.tuned)
-    _launch_pairs("delta_histogram", histogram, histogram.histogram.device, histogram.groups, nowhere)
-
-
-def sample_keys(sample: Sample) -> None:
-    nowhere = [0] * len(sample.tuned)
-    _launch_pairs("sample_keys", sample, sample.keys.device, nowhere, nowhere)
+    _launch_pairs("delta_histogram", histogram, [0] * len(histogram.tuned))
 
 
 def delta_band(band: Band) -> None:
-    _launch_pairs("delta_band", band, band.words.device, band.groups, band.word_offsets)
+    _launch_pairs("delta_band", band, band.word_offsets)
     if band.digests is not None:
         digests.on_gpu(band.initial.present, band.digests)
+
+
+def decides(groups: int) -> bool:
+    """Whether it decides the route of a selection with so many groups."""
+    return groups << _DIGIT_BITS[-1] <= _BINS
+
+
+def _digit_bits(groups: int) -> int:
+    return next(bits for bits in _DIGIT_BITS if groups << bits <= _BINS)
+
+
+def select_sampled(sampled: Sampled) -> Tensor:
+    """Eight launches; two more for each further pair of dtypes, and one where many groups take fewer bits at a time."""
+    groups, tiles = len(sampled.low), len(sampled.counts)
+    bits = _digit_bits(groups)
+    nbytes = _module().sampled_bytes(groups, tiles, bits)
+    scratch = torch.zeros(nbytes, dtype=torch.uint8, device=sampled.low.device)
+    word_offsets = list(accumulate(map(bitmap_words, sampled.tuned.sizes), initial=0))[:-1]
+    _launch_pairs("select_sampled", sampled, word_offsets, bits, scratch)
+    if sampled.digests is not None:
+        digests.on_gpu(sampled.initial.present, sampled.digests)
+    return scratch[:16].view(torch.int64)
 
 
 def _launch_candidates(name: str, candidates: Candidates) -> None:

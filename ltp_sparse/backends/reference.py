@@ -198,11 +198,13 @@ def _runs(tensor: Tensor, runs: Tensor) -> Tensor:
 def delta_band(band: Band) -> None:
     """Marks the entries above a band of keys, counts, and stores the candidates inside the band."""
     tile, room = 0, band.keys.numel()
+    # No key is above 2^31 - 1, so any larger bound means the same as 2^31, which an int32 key cannot be compared with.
+    below_low, below_high = ((bound - 1).clamp(max=2**31 - 1) for bound in (band.low, band.high))
     for tensor, start, piece in _key_pieces(band):
         group = band.groups[tensor]
         band.nonfinite.bitwise_or_((piece >= NONFINITE_KEY).any())
-        is_above = piece >= band.high[group]
-        is_inside = (piece >= band.low[group]) & ~is_above
+        is_above = piece > below_high[group]
+        is_inside = (piece > below_low[group]) & ~is_above
         for first in range(0, piece.numel(), TILE):
             mask, found = is_above[first : first + TILE], is_inside[first : first + TILE].nonzero().view(-1)
             band.above[tile], band.inside[tile] = mask.sum(), found.numel()

@@ -13,7 +13,7 @@ _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
 
 
-def _mix32(x: Tensor) -> Tensor:
+def mix32(x: Tensor) -> Tensor:
     """A bijection of 32-bit words that flips every bit with a chance of one half (C. Wellons, hash-prospector)."""
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & _MASK
@@ -31,24 +31,24 @@ def rounding_keys(seed: int, steps: Tensor, numbers: Tensor) -> Tensor:
         numbers: int64 [P], the numbers that tell the parameters apart.
     """
     step = steps.to(torch.int64)
-    key = _mix32(torch.full_like(step, seed & _MASK))
+    key = mix32(torch.full_like(step, seed & _MASK))
     for word in (torch.full_like(step, seed >> 32), step & _MASK, numbers):
-        key = _mix32((key + word * _GOLDEN) & _MASK)
+        key = mix32((key + word * _GOLDEN) & _MASK)
     return key.to(torch.float64)
 
 
 def _tile_key(key: Tensor, indices: Tensor) -> Tensor:
-    return _mix32((key.to(torch.int64) + (indices >> 32) * _GOLDEN) & _MASK)
+    return mix32((key.to(torch.int64) + (indices >> 32) * _GOLDEN) & _MASK)
 
 
 def random16(key: Tensor, indices: Tensor) -> Tensor:
     """int64: 16 random bits per flat index for weights; key: 0-dim, one of `rounding_keys`."""
-    return _mix32(_tile_key(key, indices) ^ (indices & _MASK)) >> 16
+    return mix32(_tile_key(key, indices) ^ (indices & _MASK)) >> 16
 
 
 def moment_bits(key: Tensor, indices: Tensor) -> Tensor:
     """int64: 32 random bits per flat index for 8-bit moments, independent of those for weights."""
-    return _mix32(_mix32((_tile_key(key, indices) + _GOLDEN) & _MASK) ^ (indices & _MASK))
+    return mix32(mix32((_tile_key(key, indices) + _GOLDEN) & _MASK) ^ (indices & _MASK))
 
 
 def round_stochastically(values: Tensor, random16: Tensor) -> Tensor:

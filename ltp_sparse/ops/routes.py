@@ -13,46 +13,37 @@ key is found in one of three ways, each exact:
   sample shows the crowd, a band of its key alone is tried first: two readings, and no candidates.
 
 The passes are a backend's (`backends/arguments.py` says what they do). All counts and bounds stay on the device of the
-weights; the host reads where a route is decided, once if the sampled band holds. Temporary memory: the bitmap that is
+weights; the host reads where a route is decided, once if the sampled band holds. A backend that decides the sampled
+route itself makes one call of it. Temporary memory: the bitmap that is
 the result (n/8 bytes), and candidates of at most n/156 entries at 6 bytes, worked off in pieces.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ltp_sparse.backends import Backend
-from ltp_sparse.backends.arguments import RUN, Above, Band, CandidateBins, Histogram, Tensors, Ties
+from ltp_sparse.backends.arguments import RUN, Above, Band, CandidateBins, Sampled, Tensors, Ties
 from ltp_sparse.backends.reference import NONFINITE_KEY, delta_keys
+from ltp_sparse.ops.digits import BINS_AT_ONCE, bins_of_ranks, digit_pass, joined
+from ltp_sparse.ops.ranks import Ranks
+from ltp_sparse.ops.samples import SamplePlan, plan_samples, room_for, sampled_bracket
 from ltp_sparse.ops.sources import Source, TensorSource
 from ltp_sparse.tickets.bits import WORDS_PER_TILE
 from ltp_sparse.tickets.layout import Layout
-
-SAMPLES = 1 << 20
-"""Sampled keys, in runs of neighbours; at most one entry in `_SAMPLE_SHARE`."""
-
-DEVIATIONS = 8.0
-"""Half the width of a bracket, in standard deviations of independent samples. Neighbours are alike, as rows move more
-than others, or not at all: with such rows, made up for XLM-R-base, samples deviated 1.6 to 2.8 times as far."""
 
 SAMPLE_FROM = 1 << 24
 """Entries from which on the sample pays on a CPU (2^23: 4.0 ms by histogram, 4.6 by sample; 2^26: 33 and 25)."""
 
 SAMPLE_FROM_GPU = 1 << 22
-"""The same on a GPU, where Triton's histogram pass is plain PyTorch."""
+"""The same on a GPU for Triton, whose histogram pass is plain PyTorch."""
 
-_SAMPLE_SHARE = 32
-_FEWEST_DEVIATIONS = 3.0  # a bracket that must be narrower, to fit the room, is not tried
-_SPARE_CANDIDATES = 1 << 18
 _PIECE = 1 << 15  # entries looked at at a time for one that is not finite
-_HISTOGRAMS = 1 << 18  # bins held at a time, of as many groups as they serve
 _CANDIDATE_BITS = 14  # of a candidate's key, found at a time
 
 
@@ -74,25 +65,6 @@ class NonFiniteDelta(ValueError):
             )
         super().__init__(message)
         self.tensor = tensor
-
-
-class Ranks:
-    """The processes that select together, each from its own pieces of the tensors: here, one that has them whole.
-
-    `selection.distributed` knows the others. Every process takes the same route, so these calls pair up.
-    """
-
-    def sum(self, counts: Tensor) -> Tensor:
-        """Sums over the processes, on the same device."""
-        return counts
-
-    def in_order(self, counts: Tensor) -> Tensor:
-        """int64 [P] of every process -> [P, R], each tensor's pieces in the order of their entries."""
-        return counts[:, None]
-
-    def places(self, tensors: int) -> Tensor:
-        """int64 [P]: the columns of `in_order` that are this process's."""
-        return torch.zeros(tensors, dtype=torch.int64, device="cpu")
 
 
 @dataclass
@@ -219,7 +191,7 @@ class _Band:
     def thresholds(self, rank: Tensor) -> Tensor:
         """int64 [G]: the key of each group's candidate of this rank (1: the largest), digit by digit; no rank: 0."""
         groups, device = rank.numel(), rank.device
-        bits = max(1, min(_CANDIDATE_BITS, (_HISTOGRAMS // groups).bit_length() - 1))
+        bits = max(1, min(_CANDIDATE_BITS, (BINS_AT_ONCE // groups).bit_length() - 1))
         low, high = self.low, self.high
         for _ in range(-(-31 // bits)):
             last = (high - low - 1).clamp(min=0)
@@ -230,8 +202,9 @@ class _Band:
             self.passes.candidate_histogram(
                 CandidateBins(**self._candidates, low=low, high=high, shift=shift, histogram=histogram)
             )
-            digit, rank, _ = _bins_of_ranks(self.ranks.sum(histogram), rank)
-            low = low + (digit << shift)
+            digit, of_digit, _ = bins_of_ranks(self.ranks.sum(histogram), rank[:, None])
+            rank = of_digit.view(-1)
+            low = low + (digit.view(-1) << shift)
             high = torch.minimum(high, low + (1 << shift))
         return low
 
@@ -255,23 +228,28 @@ class _Band:
         return self.selection(above + take, torch.where(missing > 0, self.low, NONFINITE_KEY))
 
     def share_ties(self, ties: Tensor, wanted: Tensor) -> Tensor:
-        """int64 [T]: how many ties each tile takes when the earliest tiles of a group are served first."""
-        device, tensors = ties.device, len(self.groups)
-        per_tensor = torch.zeros(tensors, dtype=torch.int64, device=device).index_add_(0, self.tile_tensor, ties)
-        pieces = self.ranks.in_order(per_tensor)
-        # ties of the group in earlier tensors, and in earlier pieces of the tensor
-        group = torch.tensor(self.groups, dtype=torch.int64, device="cpu").repeat_interleave(pieces.shape[1])
-        order = group.argsort(stable=True)
-        first = _on(device, torch.searchsorted(group[order], group[order]))
-        order = _on(device, order)
-        before = _before(pieces.to(device).view(-1)[order])
-        earlier = torch.empty_like(before).index_copy_(0, order, before - before[first]).view(pieces.shape)
-        earlier = earlier.gather(1, _on(device, self.ranks.places(tensors)[:, None])).view(-1)
+        """int64 [T]: how many ties each tile takes when the earliest of each group are served first.
 
-        before = _before(ties)  # in earlier tiles of this process
-        at_start = torch.cat([before, before.new_zeros(1)])[self.first_tile]
-        before = before + (earlier - at_start)[self.tile_tensor]
+        ties: int64 [T], those of each tile; wanted: int64 [G]
+        """
+        per_tensor = torch.zeros(len(self.groups), dtype=torch.int64, device=ties.device)
+        before_tensor = self._before_tensors(per_tensor.index_add_(0, self.tile_tensor, ties))
+        before_tile = _before(ties)
+        of_first_tile = torch.cat([before_tile, before_tile.new_zeros(1)])[self.first_tile]  # the last may be empty
+        before = before_tile + (before_tensor - of_first_tile)[self.tile_tensor]
         return torch.minimum((wanted[self.tile_group] - before).clamp(min=0), ties)
+
+    def _before_tensors(self, ties: Tensor) -> Tensor:
+        """int64 [P]: ties of the same group before each of this process's pieces; ties: int64 [P], those inside it."""
+        pieces = self.ranks.in_order(ties).to(ties.device)
+        group = torch.tensor(self.groups, dtype=torch.int64, device="cpu").repeat_interleave(pieces.shape[1])
+        by_group = group.argsort(stable=True)
+        first_of_group = _on(ties.device, torch.searchsorted(group[by_group], group[by_group]))
+        by_group = _on(ties.device, by_group)
+        before = _before(pieces.view(-1)[by_group])
+        before_piece = torch.empty_like(before).index_copy_(0, by_group, before - before[first_of_group])
+        own = _on(ties.device, self.ranks.places(len(self.groups)))
+        return before_piece.view(pieces.shape).gather(1, own[:, None]).view(-1)
 
     def selection(self, counts: Tensor, cut: Tensor) -> Selection:
         return Selection(self.words, counts, cut.to(torch.int32).view(torch.float32))
@@ -280,18 +258,6 @@ class _Band:
 def _before(counts: Tensor) -> Tensor:
     """Sums of all earlier items."""
     return counts.cumsum(0) - counts
-
-
-def _bins_of_ranks(histogram: Tensor, rank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """int64 [G], three times: the bin of each row that holds the rank-th largest, its rank in the bin, the bin's count.
-
-    histogram: int64 [G, bins]; rank: int64 [G]. Where the rank is 0 or beyond the count of the row, any bin.
-    """
-    from_top = histogram.flip(1).cumsum(1)
-    at = torch.searchsorted(from_top, rank[:, None]).clamp(max=histogram.shape[1] - 1)
-    up_to, bins = from_top.gather(1, at).view(-1), histogram.shape[1] - 1 - at
-    count = histogram.gather(1, bins).view(-1)
-    return bins.view(-1), rank - (up_to - count), count
 
 
 def raise_nonfinite(source: Source, ranks: Ranks) -> NoReturn:
@@ -308,149 +274,6 @@ def raise_nonfinite(source: Source, ranks: Ranks) -> NoReturn:
     raise NonFiniteDelta(first, f"tensor {first}")
 
 
-def room_for(n: int) -> int:
-    """Candidates that there is room for in a selection from n entries."""
-    return n // 156 + _SPARE_CANDIDATES
-
-
-def sampled_bracket(passes: Backend, source: Source, groups: list[int], ks: list[int]) -> tuple[Tensor, Tensor] | None:
-    """Per group a band [low, high) of keys, int64 [G], that holds the k-th largest key almost surely.
-
-    Where many keys are equal and the bands would overflow the room for candidates, those of the k-th largest key of the
-    sample alone: they hold it probably. None where bands that fit the room would hold it hardly.
-    """
-    total, device = sum(source.sizes), source.device
-    entries = [0] * len(ks)
-    for n, group in zip(source.sizes, groups, strict=True):
-        entries[group] += n
-    samples = min(SAMPLES, total // _SAMPLE_SHARE)
-    runs = [max(1, samples * n // (total * RUN)) if n else 0 for n in entries]
-    drawn = [RUN * count for count in runs]
-    margins = _margins(ks, entries, drawn)
-    if margins is None:
-        return None
-    ranks = [k * s / max(n, 1) for k, n, s in zip(ks, entries, drawn, strict=True)]
-    wanted = [
-        max(0, rank)
-        for r, margin, s in zip(ranks, margins, drawn, strict=True)
-        for rank in (math.floor(r - margin), min(max(round(r), 1), s), math.ceil(r + margin))
-    ]
-
-    keys = _sampled_keys(passes, source, groups, entries, runs).view(torch.float32)
-    thrice = [part for part in keys.view(-1).split(drawn) for _ in range(3)]
-    of_samples, each = TensorSource([], thrice), list(range(len(thrice)))
-    rank, unset = _on(device, wanted), torch.zeros(1, dtype=torch.int64, device=device)  # samples are finite
-    upper = digit_pass(passes, of_samples, each, rank, None, Ranks(), unset)
-    lower = digit_pass(passes, of_samples, each, upper.rank, upper.digit, Ranks(), unset)
-    found, beyond = joined(upper, lower).view(-1, 3), (upper.asked < rank).view(-1, 3)
-    none_moved = (beyond & (upper.asked.view(-1, 3) == 0))[:, 0]
-    top = found[:, 0].masked_fill(none_moved, 0)  # beyond what has moved: the smallest key of all that has
-    centre, bottom = found.masked_fill(beyond, 0)[:, 1:].unbind(1)
-    larger = (upper.asked - lower.rank).view(-1, 3)
-    within = larger[:, 2] + lower.count.view(-1, 3)[:, 2] - larger[:, 0]  # samples, of all equal to an end too
-    per_sample = torch.tensor(
-        [n / s if k and n else 0.0 for k, n, s in zip(ks, entries, drawn, strict=True)],
-        dtype=torch.float32,
-        device="cpu",
-    )
-    fits = (within * per_sample.to(device, non_blocking=True)).sum() <= room_for(total)
-
-    one_key, no_budget = ~fits & (centre > 0), _on(device, ks) == 0
-    low = torch.where(one_key, centre, bottom.clamp(min=1)).masked_fill(no_budget, NONFINITE_KEY)
-    high = torch.where(one_key, centre, top.clamp(max=NONFINITE_KEY - 1)).masked_fill(no_budget, NONFINITE_KEY) + 1
-    return low, torch.maximum(high, low + 1)
-
-
-def _margins(ks: list[int], entries: list[int], drawn: list[int]) -> list[float] | None:
-    """Per group half the width of its bracket, in samples: `DEVIATIONS`, or as many as fit the room for candidates.
-
-    None if that is too few.
-    """
-    deviations, width = [], 0.0  # the width is that of all brackets, in entries
-    for k, n, samples in zip(ks, entries, drawn, strict=True):
-        share = k / max(n, 1)
-        deviations.append(math.sqrt(max(samples * share * (1 - share), 1)))
-        width += 2 * DEVIATIONS * deviations[-1] * n / samples if k and n else 0
-    factor = min(DEVIATIONS, DEVIATIONS * 0.9 * room_for(sum(entries)) / max(width, 1))
-    return None if factor < _FEWEST_DEVIATIONS else [factor * deviation + 2 for deviation in deviations]
-
-
-def _sampled_keys(passes: Backend, source: Source, groups: list[int], entries: list[int], runs: list[int]) -> Tensor:
-    """int32 [R, RUN]: the keys of a random run out of each of `runs[g]` equal parts of the entries of every group."""
-    device, generator = source.device, np.random.default_rng(0)  # chooses the route only, never the result
-    order = sorted(range(len(groups)), key=groups.__getitem__)
-    sizes = np.array([source.sizes[tensor] for tensor in order])
-    starts = sizes.cumsum() - sizes  # of the tensors, group after group
-    first, per_run = np.cumsum(entries) - entries, np.array(entries) / np.maximum(runs, 1)
-    entry = np.concatenate(
-        [at + width * (np.arange(n) + generator.random(n)) for at, width, n in zip(first, per_run, runs, strict=True)]
-    ).astype(np.int64)
-    at = np.searchsorted(starts, entry, side="right") - 1
-    run = np.minimum((entry - starts[at]) // RUN, np.maximum(sizes[at] // RUN - 1, 0))
-    keys = torch.empty(len(entry), RUN, dtype=torch.int32, device=device)
-    tensors, runs_there = (_on(device, torch.from_numpy(chosen)) for chosen in (np.array(order)[at], run))
-    source.sample(passes, tensors, runs_there, keys)
-    return keys
-
-
-@dataclass
-class Digits:
-    """Of the key of a certain rank, int64 [G] each, on the device of the weights.
-
-    digit: its upper 15 bits, or its lower 16; where the rank is 0, that of no finite key
-    rank:  its rank among the keys of that digit
-    asked: the rank that was asked for; where a group has fewer keys, their number
-    count: the keys of that digit
-    own:   those of this process
-    """
-
-    digit: Tensor
-    rank: Tensor
-    asked: Tensor
-    count: Tensor
-    own: Tensor
-
-
-def digit_pass(
-    passes: Backend,
-    source: Source,
-    groups: list[int],
-    wanted: Tensor,
-    prefixes: Tensor | None,
-    ranks: Ranks,
-    nonfinite: Tensor,
-) -> Digits:
-    """Per group the upper 15 bits of the key of rank `wanted` or, given these as `prefixes`, the lower 16.
-
-    nonfinite: int64 [1], set to 1 if an infinity or a NaN was seen
-    """
-    bins = 1 << (15 if prefixes is None else 16)
-    at_once = _HISTOGRAMS // bins
-    found = []
-    for first in range(0, wanted.numel(), at_once):
-        batch = range(first, min(first + at_once, wanted.numel()))
-        histogram = torch.zeros(len(batch), bins, dtype=torch.int64, device=source.device)
-        upper = None if prefixes is None else prefixes[first : batch.stop]
-        for chunk in source.chunks([tensor for tensor, group in enumerate(groups) if group in batch]):
-            of_batch = [groups[t] - first for t in chunk.tensors]
-            sides = Tensors(chunk.initial), Tensors(chunk.tuned)
-            passes.delta_histogram(Histogram(*sides, of_batch, upper, histogram, nonfinite))
-        total = ranks.sum(histogram)
-        asked = torch.minimum(wanted[first : batch.stop], total.sum(1))
-        digit, rank, count = _bins_of_ranks(total, asked)
-        own = histogram.gather(1, digit[:, None]).view(-1)
-        none = asked == 0
-        digit = digit.masked_fill(none, NONFINITE_KEY >> 16)
-        found.append((digit, *(t.masked_fill(none, 0) for t in (rank, asked, count, own))))
-    return Digits(*(torch.cat(parts) for parts in zip(*found, strict=True)))
-
-
-def joined(upper: Digits, lower: Digits) -> Tensor:
-    """int64 [G]: the keys that have these digits; where the rank is 0, that of no finite one."""
-    keys = ((upper.digit << 16) + lower.digit).clamp(min=1)
-    return torch.where(lower.rank > 0, keys, NONFINITE_KEY)
-
-
 def check_finite(nonfinite: Tensor, source: Source, ranks: Ranks) -> None:
     """Raises `NonFiniteDelta` if a pass has set the flag."""
     if int(ranks.sum(nonfinite)):
@@ -460,6 +283,84 @@ def check_finite(nonfinite: Tensor, source: Source, ranks: Ranks) -> None:
 def sampling_pays(source: Source) -> bool:
     """Whether the sampled route, of one reading as a rule, is the faster one."""
     return source.can_sample and sum(source.sizes) >= (SAMPLE_FROM if source.device.type == "cpu" else SAMPLE_FROM_GPU)
+
+
+def _decided_on_device(passes: Backend, source: Source, plan: SamplePlan) -> Selection | None:
+    """The sampled route with one wait, at its end. None if the samples have misled it."""
+    assert isinstance(source, TensorSource)
+    device, layout, groups = source.device, source.layout, len(plan.wanted)
+
+    def empty(n: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(n, dtype=dtype, device=device)
+
+    samples = RUN * sum(plan.runs)
+    words = empty(max(samples, layout.words), torch.int32)  # the samples have gone when these are written
+    found = Selection(words[: layout.words], empty(layout.tiles, torch.int64), empty(groups, torch.float32))
+    sampled = Sampled(
+        initial=Tensors(source.initial),
+        tuned=Tensors(source.tuned),
+        groups=plan.groups,
+        budgets=plan.budgets().to(device, non_blocking=True),
+        samples=words[:samples].view(-1, RUN),
+        low=empty(groups, torch.int64),
+        high=empty(groups, torch.int64),
+        words=found.words,
+        counts=found.counts,
+        thresholds=found.thresholds,
+        keys=empty(plan.room, torch.int32),
+        positions=empty(plan.room, torch.int16),
+        digests=source.digests,
+    )
+    nonfinite, misled = passes.select_sampled(sampled).tolist()
+    if nonfinite:
+        raise_nonfinite(source, Ranks())
+    return None if misled else found
+
+
+def _by_samples(passes: Backend, source: Source, plan: SamplePlan) -> Selection | None:
+    """The sampled route. None if the samples have misled it."""
+    low, high = sampled_bracket(passes, source, plan)
+    wanted = _on(source.device, plan.wanted)
+    band = _Band(passes, source, Layout(source.sizes), plan.groups, wanted, Ranks())
+    band.run(low, high)
+    nonfinite, holds, stored, one_key = band.outcome()
+    if nonfinite:
+        raise_nonfinite(source, Ranks())
+    if holds and stored:
+        return band.finish()
+    return band.finish_ties() if holds and one_key else None
+
+
+def _by_histogram(passes: Backend, source: Source, groups: list[int], ks: list[int], ranks: Ranks) -> Selection:
+    wanted = _on(source.device, ks)
+    band = _Band(passes, source, Layout(source.sizes), groups, wanted, ranks)
+    upper = digit_pass(passes, source, groups, wanted, None, ranks, band.nonfinite)
+    band.wanted = upper.asked
+    overflows = upper.own.sum().view(1) > band.keys.numel()
+    nonfinite, overflowing = ranks.sum(torch.cat([band.nonfinite, overflows.long()])).tolist()
+    if nonfinite:
+        raise_nonfinite(source, ranks)
+    if not overflowing:
+        band.run((upper.digit << 16).clamp(min=1), (upper.digit + 1) << 16)
+        return band.finish()
+
+    lower = digit_pass(passes, source, groups, upper.rank, upper.digit, ranks, band.nonfinite)
+    thresholds = joined(upper, lower)
+    band.run(thresholds, thresholds + 1, store=False)
+    return band.finish_ties()
+
+
+def _has_entries(source: Source, ranks: Ranks | None) -> bool:
+    """Whether there are any, in the pieces of any process."""
+    own = any(source.sizes)
+    return own if ranks is None else bool(ranks.sum(torch.tensor([int(own)], dtype=torch.int64, device="cpu")))
+
+
+def _none_selected(source: Source, groups: int) -> Selection:
+    layout, device = Layout(source.sizes), source.device
+    words = torch.zeros(layout.words, dtype=torch.int32, device=device)
+    counts = torch.zeros(layout.tiles, dtype=torch.int64, device=device)
+    return Selection(words, counts, torch.full((groups,), torch.inf, dtype=torch.float32, device=device))
 
 
 def select_topk(
@@ -487,40 +388,17 @@ def select_topk(
     Raises:
         NonFiniteDelta: a delta is NaN or infinite.
     """
-    layout = Layout(source.sizes)
-    if ranks is None:
-        ranks = Ranks()
-    elif route != "histogram":
+    if ranks is not None and route != "histogram":
         raise ValueError(f'select_topk: several processes take the route "histogram", got {route!r}')
-    if not ks or not ranks.sum(torch.tensor([layout.tiles], dtype=torch.int64, device="cpu")).any():
-        counts = torch.zeros(layout.tiles, dtype=torch.int64, device=source.device)
-        none = torch.full((len(ks),), torch.inf, device=source.device, dtype=torch.float32)
-        return Selection(torch.zeros(layout.words, dtype=torch.int32, device=source.device), counts, none)
-    wanted = _on(source.device, ks)
-    sampled = route == "sample" or route == "auto" and sampling_pays(source)
-    bracket = sampled_bracket(passes, source, groups, ks) if sampled else None
-    band = _Band(passes, source, layout, groups, wanted, ranks)  # its arrays come when the samples have gone
-    if bracket is not None:
-        band.run(*bracket)
-        nonfinite, holds, stored, one_key = band.outcome()
-        if nonfinite:
-            raise_nonfinite(source, ranks)
-        if holds and stored:
-            return band.finish()
-        if holds and one_key:
-            return band.finish_ties()
-
-    upper = digit_pass(passes, source, groups, wanted, None, ranks, band.nonfinite)
-    band.wanted = upper.asked
-    overflows = upper.own.sum().view(1) > band.keys.numel()
-    nonfinite, overflowing = ranks.sum(torch.cat([band.nonfinite, overflows.long()])).tolist()
-    if nonfinite:
-        raise_nonfinite(source, ranks)
-    if not overflowing:
-        band.run((upper.digit << 16).clamp(min=1), (upper.digit + 1) << 16)
-        return band.finish()
-
-    lower = digit_pass(passes, source, groups, upper.rank, upper.digit, ranks, band.nonfinite)
-    thresholds = joined(upper, lower)
-    band.run(thresholds, thresholds + 1, store=False)
-    return band.finish_ties()
+    if not ks or not _has_entries(source, ranks):
+        return _none_selected(source, len(ks))
+    whole = isinstance(source, TensorSource) and source.contiguous
+    decides = route != "histogram" and whole and passes.decides(len(ks))
+    plan = None
+    if route == "sample" or (route == "auto" and (decides or sampling_pays(source))):
+        plan = plan_samples(source.sizes, groups, ks, more=decides)
+    if plan is not None:
+        selection = (_decided_on_device if decides else _by_samples)(passes, source, plan)
+        if selection is not None:
+            return selection
+    return _by_histogram(passes, source, groups, ks, Ranks() if ranks is None else ranks)

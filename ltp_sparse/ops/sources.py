@@ -103,11 +103,15 @@ class TensorSource:
             tuned = flat_piece(self.tuned[tensor], start, stop)
             yield _piece_of(self.layout, tensor, start, initial, tuned, self.digests)
 
+    @property
+    def contiguous(self) -> bool:
+        """Whether every tensor is."""
+        return all(map(Tensor.is_contiguous, self.initial)) and all(map(Tensor.is_contiguous, self.tuned))
+
     def sample(self, passes: Backend, tensors: Tensor, runs: Tensor, keys: Tensor) -> None:
         """`sample_keys` of the backend, which wants contiguous tensors, or of the reference."""
-        contiguous = all(t.is_contiguous() for t in (*self.initial, *self.tuned))
         sample = Sample(Tensors(self.initial), Tensors(self.tuned), tensors, runs, keys)
-        (passes if contiguous else reference).sample_keys(sample)
+        (passes if self.contiguous else reference).sample_keys(sample)
 
 
 def _piece_of(

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from ltp_sparse.backends import Backend
 from ltp_sparse.backends.arguments import Band, Tensors
-from ltp_sparse.ops.routes import Ranks, check_finite, digit_pass, joined
+from ltp_sparse.ops.digits import digit_pass, joined
+from ltp_sparse.ops.ranks import Ranks
+from ltp_sparse.ops.routes import check_finite
 from ltp_sparse.ops.sources import Chunk, StreamSource
 from ltp_sparse.tickets.bits import bitmap_words
 from ltp_sparse.tickets.index_set import IndexSet

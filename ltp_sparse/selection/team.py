@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, distributed
 
 from ltp_sparse.backends import Backend
-from ltp_sparse.ops.routes import Ranks
+from ltp_sparse.ops.ranks import Ranks
 from ltp_sparse.ops.sources import Chunk, Source
 
 T = TypeVar("T")

@@ -8,15 +8,15 @@
 
 #include "bindings_cuda.cpp"
 #include "cuda/masked_adamw_block.cuh"
-#include "cuda/topk_delta_block.cuh"
+#include "cuda/topk_delta_search.cuh"
 
 using namespace ltp;
 
 namespace {
 
-int64_t traps = 0;
+int64_t traps = 0, launches = 0, launches_to_run = INT64_MAX;
 
-// Of the histogram pass.
+// Of the histogram pass; the former of all passes with a number of thread blocks of their own.
 int blocks = 3, bins_at_once = 32768;
 int64_t beyond = 0;  // thread blocks that wrote beyond their bins
 
@@ -64,6 +64,20 @@ class HostThreads {
         return total;
     }
 
+    void scan_lanes(PerThread<int64_t>& values, PerThread<int64_t>& totals) {
+        for (int warp = 0; warp < N; warp += 32) {
+            int64_t total = 0;
+            for (int thread = warp; thread < warp + 32; ++thread) {
+                const int64_t own = values[thread];
+                values[thread] = total;
+                total += own;
+            }
+            for (int thread = warp; thread < warp + 32; ++thread) totals[thread] = total;
+        }
+    }
+
+    bool last(int64_t* arrived, int64_t blocks) { return ++*arrived == blocks; }
+
     void from_lane_xor(PerThread<uint32_t>& values, int mask, PerThread<uint32_t>& received) {
         for (int thread = 0; thread < N; ++thread) received[thread] = values[thread ^ mask];
     }
@@ -75,16 +89,26 @@ class HostThreads {
         return *counter - value;
     }
 
+    void add(uint32_t* counter, uint32_t value) { *counter += value; }
+
     void trap() { ++traps; }
 
     void set_bits(int32_t* word, int32_t bits) { *word |= bits; }
+    void set_bits(uint32_t* word, uint32_t bits) { *word |= bits; }
 };
+
+// No thread block may need the work of an earlier one.
+template <class Run>
+void backwards(int64_t count, Run run) {
+    for (int64_t block = count - 1; block >= 0; --block) run(block);
+}
 
 }  // namespace
 
 namespace ltp {
 
 void cuda_delta_histogram(const DevicePairs& pairs, const Histogram& histogram, void*) {
+    if (++launches > launches_to_run) return;
     BinRange range = {};
     range.row = histogram.prefixes == nullptr ? 32768 : 65536;
     range.shift = histogram.prefixes == nullptr ? 16 : 0;
@@ -103,52 +127,84 @@ void cuda_delta_histogram(const DevicePairs& pairs, const Histogram& histogram, 
     });
 }
 
-void cuda_delta_band(const DevicePairs& pairs, const Band& band, void*) {
+void cuda_delta_band(const DevicePairs& pairs, const Band& band, const Search& search, int64_t bins, void*) {
+    if (++launches > launches_to_run) return;
     with_pair_types(pairs, [&](auto initial, auto tuned) {
-        for (int64_t tile = pairs.n_tiles - 1; tile >= 0; --tile) {
+        backwards(pairs.n_tiles, [&](int64_t tile) {
             HostThreads<kBandThreads> threads;
             BandScratch scratch;
             memset(&scratch, 0x77, sizeof scratch);
-            band_block<decltype(initial), decltype(tuned)>(pairs, band, tile, scratch, threads);
-        }
+            band_kernel_block<decltype(initial), decltype(tuned)>(pairs, band, search, bins, tile, scratch, threads);
+        });
     });
 }
 
-void cuda_sample_keys(const DevicePairs& pairs, const Sample& sample, void*) {
-    with_pair_types(pairs, [&](auto initial, auto tuned) {
-        for (int64_t block = (sample.count - 1) / kRunsPerBlock; block >= 0; --block) {
-            HostThreads<kSampleThreads> threads;
-            sample_block<decltype(initial), decltype(tuned)>(pairs, sample, block, threads);
-        }
+void cuda_sample_upper(const DevicePairs& pairs, const Bracket& bracket, void*) {
+    if (++launches > launches_to_run) return;
+    backwards(blocks, [&](int64_t block) {
+        HostThreads<kSampleThreads> threads;
+        SampleScratch scratch;
+        memset(&scratch, 0x77, sizeof scratch);
+        sample_upper_block(pairs, bracket, block, blocks, scratch, threads);
+        if (threads.last(bracket.arrived, blocks)) decide_upper(bracket, threads);
     });
 }
 
-void cuda_candidate_histogram(const Candidates& candidates, const CandidateBins& bands, void*) {
-    for (int64_t tile = candidates.n_tiles - 1; tile >= 0; --tile) {
-        HostThreads<kCandidateThreads> threads;
-        candidate_histogram_block(candidates, bands, tile, threads);
-    }
+void cuda_sample_lower(const Bracket& bracket, void*) {
+    if (++launches > launches_to_run) return;
+    backwards(blocks, [&](int64_t block) {
+        HostThreads<kSampleThreads> threads;
+        std::vector<uint32_t> bins(size_t(4) << kDigitBits, 0x77777777);
+        sample_lower_block(bracket, block, blocks, bins.data(), threads);
+        if (threads.last(bracket.arrived + 1, blocks)) decide_lower(bracket, threads);
+    });
 }
 
-void cuda_take_above(const Candidates& candidates, const Above& marks, void*) {
-    for (int64_t tile = candidates.n_tiles - 1; tile >= 0; --tile) {
+void cuda_candidate_histogram(const Candidates& candidates, const CandidateBins& bands, const Search& search, int round,
+                              void*) {
+    if (++launches > launches_to_run) return;
+    backwards(blocks, [&](int64_t block) {
         HostThreads<kCandidateThreads> threads;
-        take_above_block(candidates, marks, tile, threads);
-    }
+        std::vector<uint32_t> bins(bands.bins, 0x77777777);
+        candidate_kernel_block(candidates, bands, search, round, block, blocks, bins.data(), threads);
+    });
+}
+
+void cuda_take_above(const Candidates& candidates, const Above& marks, const Search& search, const int64_t* above,
+                     int rounds, void*) {
+    if (++launches > launches_to_run) return;
+    backwards(blocks, [&](int64_t block) {
+        HostThreads<kCandidateThreads> threads;
+        above_kernel_block(candidates, marks, search, above, rounds, block, blocks, threads);
+    });
 }
 
 const char* cuda_probe() { return nullptr; }
 
 void cuda_take_ties(const Candidates& candidates, const Ties& marks, void*) {
-    for (int64_t tile = candidates.n_tiles - 1; tile >= 0; --tile) {
-        HostThreads<kCandidateThreads> threads;
-        take_ties_block(candidates, marks, tile, threads);
-    }
+    if (++launches > launches_to_run) return;
+    backwards(candidates.n_tiles, [&](int64_t tile) {
+        HostThreads<kTieThreads> threads;
+        take_ties_block<kTieThreads>(candidates, marks, tile, threads);
+    });
+}
+
+void cuda_take_last(const DevicePairs& pairs, const Candidates& candidates, const Ties& marks, const Band& band,
+                    const Search& search, void*) {
+    if (++launches > launches_to_run) return;
+    with_pair_types(pairs, [&](auto initial, auto tuned) {
+        backwards(pairs.n_tiles, [&](int64_t tile) {
+            HostThreads<kBandThreads> threads;
+            BandScratch scratch;
+            memset(&scratch, 0x77, sizeof scratch);
+            take_last_block<decltype(initial), decltype(tuned)>(pairs, candidates, marks, band, search, tile, scratch,
+                                                                threads);
+        });
+    });
 }
 
 void cuda_masked_adamw_(const DeviceUpdate& update, void*) {
     with_storage_types(update.param_dtype, update.grad_dtype, update.packed, [&](auto param, auto grad, auto packed) {
-        // Backwards: no thread block may need the work of an earlier one.
         for (int64_t block = update.n_tiles * update.parts - 1; block >= 0; --block) {
             HostThreads<kThreads> threads;
             uint16_t listed[kSubTile];
@@ -198,6 +254,12 @@ int64_t take_traps() {
     traps = 0;
     return taken;
 }
+
+// Of the selection's kernels.
+int64_t launches_so_far() { return launches; }
+
+// From now on, so many do something.
+void run_launches(int64_t count) { launches_to_run = launches + count; }
 
 int64_t blocks_beyond_their_bins() { return beyond; }
 

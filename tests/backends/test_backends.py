@@ -6,12 +6,13 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers.backends import ALL_BACKENDS, using
+from helpers.backends import ALL_BACKENDS, Unpacked, using
+from helpers.selection_passes import BandOutputs
 
 import ltp_sparse as ls
 from ltp_sparse import backends
 from ltp_sparse.backends import capability, choice, compiled, cuda, triton
-from ltp_sparse.backends.arguments import RECORDS, fields_of
+from ltp_sparse.backends.arguments import RECORDS, Sampled, fields_of
 from ltp_sparse.testing import random_weights, tuned_weights, update_problem
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -309,6 +310,18 @@ def test_opcheck_topk_delta(backend):
             torch.library.opcheck(torch.ops.ltp_sparse.topk_delta.default, (before, tuned, [0, 1], [100, 9]))
 
 
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+def test_bounds_beyond_all_keys(backend):
+    """No key is above 2^31 - 1, that of a NaN: a bound of 2^31 or more means that all are below it."""
+    tuned = [torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)]
+    for bound in (2**31, 2**31 + 5, 2**62):
+        with using(backend):
+            band = BandOutputs(
+                Unpacked(backends.resolve(CPU)).delta_band, [], tuned, [1], [bound], None, 10, groups=[0, 0]
+            )
+        assert (band.above.tolist(), band.inside.tolist(), band.nonfinite.item()) == ([0, 0], [2, 1], 1)
+
+
 def test_every_operator_is_checked_above():
     defined = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("ltp_sparse::")}
     assert defined == {"masked_adamw_", "masked_sum_squares", "masked_pack_", "topk_delta"}
@@ -317,5 +330,5 @@ def test_every_operator_is_checked_above():
 def test_the_compiled_modules_read_every_field_by_its_name():
     csrc = Path(__file__).parents[2] / "csrc"
     text = "".join(path.read_text() for path in [*csrc.glob("bindings*.cpp"), *csrc.rglob("*.h")])
-    fields = {name for record in RECORDS.values() for name in fields_of(record)}
+    fields = {name for record in (*RECORDS.values(), Sampled) for name in fields_of(record)}
     assert {name for name in fields if f'"{name}"' not in text} == set()

@@ -15,11 +15,11 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 COMPILED = (("topk_delta", "sm_90"), ("topk_delta", "sm_80"), ("masked_adamw", "sm_90"))
 # kernels of a source: 3 x 8 storage types for update, coded update and sum, and 3 for packing; 4 x 3 for either pass
-# over the weights and for samples, and 3 for candidates
-KERNELS = {"masked_adamw": 27, "topk_delta": 39}
+# over the weights and for the end of a search, 2 for samples and 3 for candidates
+KERNELS = {"masked_adamw": 27, "topk_delta": 41}
 REGISTERS = {"masked_adamw": 80, "topk_delta": 64}
 """A thread, at most, of the 65,536 of a processor: six thread blocks of 128 threads (updates, with the loads of four
-entries on the way), four of 256 (band) or one of 1,024 (histogram) then find room."""
+entries on the way), four of 256 (band) or one of 1,024 (histogram, samples, candidates) then find room."""
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,9 @@ This tests everything but what needs a GPU: races, the launch, and the compiler'
 """
 
 import ctypes
-import importlib.util
 import itertools
 import shutil
-import subprocess
-import sysconfig
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,15 +24,15 @@ from helpers.selection_passes import (
     key_at,
     pairs_of,
 )
-from helpers.selections import DELTAS, random_case
+from helpers.selections import DELTAS, random_case, tune
 from torch import Tensor
 
 from ltp_sparse import backends
 from ltp_sparse.backends import addresses, cuda, reference
-from ltp_sparse.backends.arguments import Pack, Tensors, Update
+from ltp_sparse.backends.arguments import Pack, Sample, Sampled, Tensors, Update
 from ltp_sparse.backends.reference import Coefficient
 from ltp_sparse.backends.rounding import rounding_keys
-from ltp_sparse.ops import adamw_coefficients, masked_pack_, masked_sum_squares, routes, sources
+from ltp_sparse.ops import adamw_coefficients, masked_pack_, masked_sum_squares, routes, samples, sources
 from ltp_sparse.testing import UpdateProblem, update_problem
 from ltp_sparse.tickets.bits import TILE, WORDS_PER_TILE
 from ltp_sparse.tickets.layout import Layout
@@ -63,31 +61,23 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def library(once):
+def static_selection():
+    pytest.importorskip("pybind11")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        import static_selection
+    return static_selection
+
+
+@pytest.fixture(scope="module")
+def library(once, static_selection):
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler")
-
-    headers = pytest.importorskip("pybind11").get_include(), sysconfig.get_paths()["include"]
-
-    def build(folder: Path) -> None:
-        flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-attributes", "-ffp-contract=off"]
-        # what a GPU refuses ends the process
-        flags += ["-fsanitize=alignment,shift", "-fsanitize-undefined-trap-on-error"]
-        flags += ["-shared", "-fPIC", f"-I{ROOT / 'csrc'}", *(f"-isystem{header}" for header in headers)]
-        source = Path(__file__).with_name("cuda_emulation.cpp")
-        subprocess.run(["c++", *flags, "-o", str(folder / "emulation.so"), str(source)], check=True)
-
-    path = once("cuda-emulation", build) / "emulation.so"
-    loaded = ctypes.CDLL(str(path))
-    loaded.take_traps.restype = loaded.blocks_beyond_their_bins.restype = ctypes.c_int64
-    spec = importlib.util.spec_from_file_location("_C_cuda", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module, counters = static_selection.load(once("cuda-emulation", static_selection.build) / "emulation.so")
     yield SimpleNamespace(
-        module=module, take_traps=loaded.take_traps, set_histogram=loaded.set_histogram,
-        blocks_beyond=loaded.blocks_beyond_their_bins,
-    )  # fmt: skip
-    assert loaded.take_traps() == loaded.blocks_beyond_their_bins() == 0
+        module=module, counters=counters, take_traps=counters.take_traps, set_histogram=counters.set_histogram
+    )
+    assert counters.take_traps() == counters.blocks_beyond_their_bins() == 0
 
 
 class Emulation:
@@ -164,13 +154,11 @@ def test_bits_of_the_reference(library, dtype, grad_dtype, mode, density):
 
 
 @pytest.fixture
-def passes(library, monkeypatch):
+def passes(library, static_selection):
     """With `launch(blocks, bins)`: those of the histogram pass, the bins in shared memory."""
-    monkeypatch.setattr(cuda, "extension", lambda: library.module)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-    backend = backends.Backend(cuda)
-    backend.launch = library.set_histogram
-    yield backend
+    with static_selection.emulated(library.module) as backend:
+        backend.launch = library.set_histogram
+        yield backend
     library.set_histogram(3, 32_768)
 
 
@@ -212,21 +200,6 @@ def test_band_stores_what_it_has_room_for(passes, rng, missing):
     stored = found.candidates()
     assert (None in stored) == (missing > 0)
     assert all(a is None or a == b for a, b in zip(stored, wanted.candidates(), strict=True))
-
-
-@pytest.mark.parametrize(("before", "after"), KINDS)
-def test_samples_of_the_reference(passes, rng, before, after):
-    """Of tensors of several dtypes in one call, and of some shorter than a run."""
-    initial, tuned = pairs_of(before, after, rng)
-    tuned = [t.bfloat16() if number % 3 == 2 else t for number, t in enumerate(tuned)]
-    tuned[7][40:50] = torch.inf
-    tensors = torch.tensor([0, 1, 3, 4, 4, 5, 6, 7, 7, 9, 9, 9])
-    runs = torch.tensor([0, 0, 1, 0, 1, 4094, 63, 2, 4095, 0, 4096, 8749])
-    wanted, found = (torch.full((12, reference.RUN), 77, dtype=torch.int32) for _ in range(2))
-    Unpacked(reference).sample_keys(initial, tuned, tensors, runs, wanted)
-    Unpacked(passes).sample_keys(initial, tuned, tensors, runs, found)
-    assert torch.equal(found, wanted)
-    assert (found[0, 1:] == 0).all() and (found[7] == reference.NONFINITE_KEY - 1).any()
 
 
 @pytest.fixture
@@ -307,40 +280,178 @@ def test_values_that_are_not_finite_are_seen(passes, rng, dtype, value):
     assert found.counts() == wanted.counts() and found.nonfinite.item() == 1
 
 
+# --- whole selections: what the last thread blocks decide ---
+
+
+def sampled_of(tuned, plan, initial=(), room: int = 0) -> Sampled:
+    """A selection to be made, its outputs poisoned."""
+    layout = Layout(plan.sizes)
+
+    def filled(n: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.full((n,), 77, dtype=dtype)
+
+    groups = len(plan.wanted)
+    return Sampled(
+        Tensors(initial), Tensors(tuned), plan.groups, plan.budgets(),
+        filled(sum(plan.runs) * reference.RUN, torch.int32).view(-1, reference.RUN), filled(groups), filled(groups),
+        filled(layout.words, torch.int32), filled(layout.tiles), filled(groups, torch.float32),
+        filled(room, torch.int32), filled(room, torch.int16),
+    )  # fmt: skip
+
+
+def brackets_of(library, sampled: Sampled) -> list[list[int]]:
+    """[low, high] of every group, from the two launches that take samples."""
+    library.counters.run_launches(ctypes.c_int64(2))
+    cuda.select_sampled(sampled)
+    library.counters.run_launches(ctypes.c_int64(1 << 40))
+    return torch.stack([sampled.low, sampled.high], 1).tolist()
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 50])
+@pytest.mark.parametrize("groups", [1, 5, 300])
+def test_samples_lie_where_a_counter_hashes_to(passes, library, rng, monkeypatch, blocks, groups):
+    """Those of `SamplePlan.places`, of several dtypes, of tensors shorter than a run and of groups without entries."""
+    tune(monkeypatch.setattr, SAMPLES=6000, _SAMPLE_SHARE=2)
+    passes.launch(blocks, 32_768)
+    initial, tuned = pairs_of("f32", "f32", rng)
+    initial = [t.half() if number % 4 == 2 else t for number, t in enumerate(initial)]
+    tuned = [t.bfloat16() if number % 3 == 2 else t for number, t in enumerate(tuned)]
+    tuned[7][40:50_000] = torch.inf
+    sizes = [t.numel() for t in tuned]
+    plan = samples.plan_samples(sizes, [number * 37 % groups for number in range(len(sizes))], [0] * groups)
+    wanted = torch.full((sum(plan.runs), reference.RUN), 77, dtype=torch.int32)
+    reference.sample_keys(Sample(Tensors(initial), Tensors(tuned), *plan.places(), wanted))
+    sampled = sampled_of(tuned, plan, initial)
+    assert brackets_of(library, sampled) == [[reference.NONFINITE_KEY, reference.NONFINITE_KEY + 1]] * groups
+    assert torch.equal(sampled.samples, wanted) and (wanted == reference.NONFINITE_KEY - 1).any()
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("groups", [1, 200])
+@pytest.mark.parametrize("kind", DELTAS)
+def test_brackets_are_those_of_the_samples(passes, library, rng, monkeypatch, kind, groups, blocks):
+    """Where there is room: from the bin of the sample at the bottom to that at the top, both included."""
+    tune(monkeypatch.setattr, SAMPLES=4000, _SAMPLE_SHARE=2)
+    passes.launch(blocks, 32_768)
+    tuned = [DELTAS[kind](n, rng) for n in (9000, 40, 300, 2500)]
+    ks = [0] * groups
+    for group, k in ((0, 2000), (groups // 2, 20), (groups - 1, 100)):
+        ks[group] += k
+    source = sources.TensorSource([], tuned)
+    plan = samples.plan_samples(source.sizes, [0, groups // 2, groups - 1, 0], ks)
+    bounds = torch.stack(samples.sampled_bracket(backends.Backend(reference), source, plan), 1).tolist()
+    rest = 31 - 2 * cuda._digit_bits(groups)
+    for group, (low, high) in enumerate(bounds):
+        if ks[group] and high <= reference.NONFINITE_KEY:
+            bounds[group] = [max(low >> rest << rest, 1), ((high - 1 >> rest) + 1) << rest]
+    assert brackets_of(library, sampled_of(tuned, plan, room=1 << 20)) == bounds
+
+
+def test_a_crowd_has_a_bracket_of_its_key(passes, library, rng, monkeypatch):
+    """Where the bands overflow the room: of the group whose middle it is; not where a bin has two keys."""
+    tune(monkeypatch.setattr, SAMPLES=4000, _SAMPLE_SHARE=2)
+    levels = torch.tensor([0.3, 0.1 + 2e-8, 0.1]).repeat(3000)
+    tuned = [DELTAS["normal"](9000, rng), levels.round(decimals=1), levels]
+    plan = samples.plan_samples([9000] * 3, [0, 1, 2], [2000, 4000, 4500])
+    wide, crowd, two = brackets_of(library, sampled_of(tuned, plan, room=100))
+    assert crowd == [key_at(0.1), key_at(0.1) + 1] and two[0] <= key_at(0.1) < two[1] - 1 and wide[1] - wide[0] > 1000
+
+
 @pytest.mark.parametrize("route", ["sample", "histogram"])
-def test_selection_of_the_reference(passes, monkeypatch, route):
+@pytest.mark.parametrize("room", [40, 5000])
+def test_selection_of_the_reference(passes, monkeypatch, route, room):
     """Every route at a few hundred entries, with tensors of several dtypes and budgets in one call."""
-    monkeypatch.setattr(routes, "SAMPLES", 200)
-    monkeypatch.setattr(routes, "_SAMPLE_SHARE", 2)
-    monkeypatch.setattr(routes, "_SPARE_CANDIDATES", 40)
+    tune(monkeypatch.setattr, SAMPLES=200, _SAMPLE_SHARE=2, _SPARE_CANDIDATES=room)
     for seed in range(40):
+        passes.launch(seed % 5 + 1, 32_768)
         initial, tuned, ks, groups = random_case(seed)
         wanted, found = (
             routes.select_topk(p, sources.TensorSource(initial, tuned), groups, ks, route=route)
-            for p in (reference, passes)
+            for p in (backends.Backend(reference), passes)
         )
         for name in ("words", "counts", "thresholds"):
             assert torch.equal(getattr(found, name), getattr(wanted, name)), f"seed {seed}, {name}"
 
 
+DECIDED = {
+    # deltas, room for candidates, groups
+    "a narrow band": ("normal", 20_000, 1),
+    "a crowd of one key without room for it": ("levels", 3000, 1),
+    "the same, of several dtypes": ("levels of two dtypes", 3000, 1),
+    "budgets": ("normal", 100_000, 147),
+    "budgets among crowds": ("levels", 100_000, 147),
+    "less has moved than is wanted": ("mostly-zero", 20_000, 1),
+}
+
+
+@pytest.mark.parametrize(("kind", "room", "groups"), DECIDED.values(), ids=DECIDED)
+def test_eight_launches_and_one_wait(passes, library, static_selection, rng, monkeypatch, kind, room, groups):
+    """Whatever the number of tensors and budgets. Of torch memory, and zeros before the first launch."""
+    tune(monkeypatch.setattr, SAMPLES=100_000, _SAMPLE_SHARE=2, _SPARE_CANDIDATES=room)
+    two_dtypes = kind == "levels of two dtypes"
+    kind = kind.split(" ")[0]
+    tuned = [DELTAS[kind](700 + 13 * number, rng) for number in range(147)]
+    if two_dtypes:
+        tuned[1::2] = [t.bfloat16() for t in tuned[1::2]]
+    of_tensor = [number % groups for number in range(147)]
+    pools = [sum(t.numel() for t, group in zip(tuned, of_tensor, strict=True) if group == g) for g in range(groups)]
+    ks = [2 * pool // 5 for pool in pools]
+    source = sources.TensorSource([], tuned)
+    wanted = routes.select_topk(backends.Backend(reference), source, of_tensor, ks, route="histogram")
+    with static_selection.Counted(library.counters) as counted:
+        found = routes.select_topk(passes, source, of_tensor, ks)
+    assert counted.launches == (10 if two_dtypes else 8)
+    assert counted.reads == ["tolist"] and not counted.between and counted.before["zeros"] == 1
+    for name in ("words", "counts", "thresholds"):
+        assert torch.equal(getattr(found, name), getattr(wanted, name)), name
+
+
 @pytest.mark.parametrize("kind", ["normal", "levels"])
-@pytest.mark.parametrize("route", ["sample", "histogram"])
-def test_the_host_reads_once(passes, rng, monkeypatch, route, kind):
+def test_the_host_reads_once_by_histogram(passes, library, static_selection, rng, monkeypatch, kind):
     """Where the route is decided; all else stays on the device."""
-    for name, value in {"SAMPLES": 200, "_SAMPLE_SHARE": 2, "_SPARE_CANDIDATES": 600}.items():
-        monkeypatch.setattr(routes, name, value)
+    tune(monkeypatch.setattr, _SPARE_CANDIDATES=600)
     tuned = [DELTAS[kind](n, rng) for n in (700, 1, 1300)]
-    reads = []
-    for name in ("tolist", "item", "__int__", "__float__", "__index__", "cpu", "numpy", "nonzero"):
-        original = getattr(Tensor, name)
+    with static_selection.Counted(library.counters) as counted:
+        routes.select_topk(passes, sources.TensorSource([], tuned), [0, 0, 0], [600], route="histogram")
+    assert counted.reads == ["tolist"]
 
-        def counting(self, *args, name=name, original=original):
-            reads.append(name)
-            return original(self, *args)
 
-        monkeypatch.setattr(Tensor, name, counting)
-    routes.select_topk(passes, sources.TensorSource([], tuned), [0, 0, 0], [600], route=route)
-    assert reads == ["tolist"]
+MISLED = {
+    # (k that the samples are asked for, room for candidates) -> a band too high, too low, too wide
+    "too large": (100, 1200),
+    "too small": (3000, 1200),
+    "more than there is room for": (None, 10),
+}
+
+
+@pytest.mark.parametrize(("k", "room"), MISLED.values(), ids=MISLED)
+def test_a_wrong_bracket_is_seen(passes, rng, monkeypatch, k, room):
+    """Of one group of two; the histogram gives the selection then."""
+    tune(monkeypatch.setattr, SAMPLES=2000, _SAMPLE_SHARE=2, _SPARE_CANDIDATES=1200)
+    tuned, groups, ks = [DELTAS["normal"](n, rng) for n in (1700, 1, 2300)], [0, 1, 0], [600, 1]
+    plan_samples, on_device, outcomes = samples.plan_samples, routes._decided_on_device, []
+
+    def misled(sizes, groups, ks, more):
+        wrong = plan_samples(sizes, groups, ks if k is None else [k, 1], more)
+        tune(monkeypatch.setattr, _SPARE_CANDIDATES=room)
+        return replace(wrong, wanted=ks)
+
+    monkeypatch.setattr(routes, "plan_samples", misled)
+    monkeypatch.setattr(routes, "_decided_on_device", lambda *args: outcomes.append(on_device(*args)) or outcomes[-1])
+    source = sources.TensorSource([], tuned)
+    wanted = routes.select_topk(backends.Backend(reference), source, groups, ks, route="histogram")
+    found = routes.select_topk(passes, source, groups, ks)
+    assert outcomes == [None]
+    for name in ("words", "counts", "thresholds"):
+        assert torch.equal(getattr(found, name), getattr(wanted, name)), name
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_delta_that_is_not_finite_ends_the_selection(passes, rng, value):
+    tuned = [DELTAS["normal"](n, rng) for n in (700, 1300)]
+    tuned[1][70] = value
+    with pytest.raises(routes.NonFiniteDelta, match="tensor 1 "):
+        routes.select_topk(passes, sources.TensorSource([], tuned), [0, 0], [600])
 
 
 # --- numbers that lead out of the memory given ---
@@ -405,12 +516,3 @@ def test_candidates_that_lead_out_trap_untouched(passes, library, candidates):
             if spoilt < 3:
                 Unpacked(passes).candidate_histogram(*chosen, cut, cut + 1, cut, torch.zeros(3, 1, dtype=torch.int64))
                 assert library.take_traps() == 1
-
-
-def test_samples_that_lead_out_trap_untouched(passes, library):
-    tuned = [torch.ones(100), torch.ones(3)]
-    for tensor, run in ((-1, 0), (2, 0), (0, -1), (0, 6), (1, 1), (0, 2**60)):
-        keys = torch.full((2, reference.RUN), 77, dtype=torch.int32)
-        Unpacked(passes).sample_keys([], tuned, torch.tensor([0, tensor]), torch.tensor([5, run]), keys)
-        assert library.take_traps() == reference.RUN
-        assert (keys[0] != 77).all() and (keys[1] == 77).all()

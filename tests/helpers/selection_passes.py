@@ -41,7 +41,7 @@ def pairs_of(before: str | None, after: str, rng: torch.Generator) -> tuple[list
 
 
 class BandOutputs:
-    def __init__(self, run, initial, tuned, low, high, take, capacity: int) -> None:
+    def __init__(self, run, initial, tuned, low, high, take, capacity: int, groups=SELECTION_GROUPS) -> None:
         layout, device = Layout([t.numel() for t in tuned]), tuned[0].device
 
         def filled(n: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -53,7 +53,7 @@ class BandOutputs:
         self.cursor, self.nonfinite = torch.zeros(2, 1, dtype=torch.int64, device=device)
         bounds = torch.tensor([low, high], device=device)
         run(
-            initial, tuned, SELECTION_GROUPS, bounds[0], bounds[1], self.words,
+            initial, tuned, groups, bounds[0], bounds[1], self.words,
             layout.word_offsets[:-1], self.above, self.inside, take, self.keys, self.positions, self.offsets,
             self.cursor, self.nonfinite,
         )  # fmt: skip
@@ -76,5 +76,6 @@ BANDS = {
     "narrow": ([key_at(1e-3)] * 3, [key_at(1.02e-3), key_at(1e-3), key_at(1.5e-3)]),
     "ties": ([key_at(2.0**-9)] * 3, [key_at(2.0**-9) + 1] * 3),
     "all that moved": ([1, 2, 1], [0x7F800000] * 3),
+    "beyond all keys": ([1, 2**31, 2**40], [2**31, 2**31 + 5, 2**62]),
     "none": ([0x7F800000] * 3, [0x7F800000, 0x7F810000, 0x7FFFFFFF]),
 }

@@ -6,13 +6,24 @@ import numpy as np
 import torch
 
 from helpers.bits import DTYPES
+from ltp_sparse.ops import digits, routes, samples
 
 ROUTES = ("sample", "histogram")
 
 SMALL_ROUTES = {
-    "SAMPLES": 200, "_SAMPLE_SHARE": 2, "SAMPLE_FROM": 1, "_SPARE_CANDIDATES": 40, "_PIECE": 64, "_HISTOGRAMS": 1 << 16,
+    "SAMPLES": 200, "_SAMPLE_SHARE": 2, "SAMPLE_FROM": 1, "_SPARE_CANDIDATES": 40, "_PIECE": 64,
+    "BINS_AT_ONCE": 1 << 16,
 }  # fmt: skip
 """Constants of the routes: with these values, all routes and pieces occur at a few hundred entries."""
+
+
+def tune(set_in_module, **constants) -> None:
+    """Sets constants of the routes, each where it is: `tune(monkeypatch.setattr, SAMPLES=200)`."""
+    for name, value in constants.items():
+        for module in (routes, samples, digits):
+            if hasattr(module, name):
+                set_in_module(module, name, value)
+
 
 DELTAS = {
     "normal": lambda n, g: torch.randn(n, generator=g) * 1e-3,

@@ -10,14 +10,14 @@ import torch
 from helpers.backends import ALL_BACKENDS, BACKENDS, instruction_sets, threads, using
 from helpers.bits import DTYPES
 from helpers.process_memory import printed
-from helpers.selections import DELTAS, ROUTES, SMALL_ROUTES, naive, random_case
+from helpers.selections import DELTAS, ROUTES, SMALL_ROUTES, naive, random_case, tune
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ltp_sparse as ls
 from ltp_sparse import backends
 from ltp_sparse.backends import reference
-from ltp_sparse.ops import index_sets, routes
+from ltp_sparse.ops import index_sets
 from ltp_sparse.ops.routes import NonFiniteDelta, select_topk
 from ltp_sparse.ops.sources import TensorSource
 from ltp_sparse.tickets.bits import TILE, bitmap_words
@@ -47,8 +47,7 @@ def by_route(route, initial, tuned, ks, groups=None, backend="reference"):
 @pytest.fixture
 def tiny_routes(monkeypatch):
     """Makes every route, and the work in pieces, happen at a few hundred entries."""
-    for name, value in SMALL_ROUTES.items():
-        monkeypatch.setattr(routes, name, value)
+    tune(monkeypatch.setattr, **SMALL_ROUTES)
 
 
 # --- contract 1: the same entries as a stable sort, on every backend and route ---
@@ -122,12 +121,13 @@ def counted(passes, weights):
 
     names = ("delta_histogram", "delta_band", "sample_keys")
     others = {name: getattr(passes, name) for name in ("candidate_histogram", "take_above", "take_ties")}
-    return SimpleNamespace(**{name: counting(name) for name in names}, **others), calls
+    counted = {name: counting(name) for name in names}
+    return SimpleNamespace(**counted, **others, decides=lambda groups: False), calls
 
 
 ROUTE_CASES = {
     # route asked for, deltas, room for candidates -> passes over the weights (histogram, band)
-    "sampled bracket holds": ("sample", "normal", 800, (0, 1)),
+    "sampled bracket holds": ("sample", "normal", 1400, (0, 1)),
     "no bracket would fit the room": ("sample", "normal", 40, (1, 1)),
     "histogram": ("histogram", "normal", 40, (1, 1)),
     "ties would overflow the histogram's band": ("histogram", "levels", 40, (2, 2)),
@@ -138,7 +138,7 @@ ROUTE_CASES = {
 @pytest.mark.parametrize(("route", "kind", "room", "expected"), ROUTE_CASES.values(), ids=ROUTE_CASES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_each_route_is_taken_and_exact(backend, route, kind, room, expected, tiny_routes, monkeypatch, rng):
-    monkeypatch.setattr(routes, "_SPARE_CANDIDATES", room)
+    tune(monkeypatch.setattr, _SPARE_CANDIDATES=room)
     tuned = [DELTAS[kind](n, rng) for n in (700, 1, 1300)]
     with using(backend):
         passes, calls = counted(backends.resolve(torch.device("cpu")), tuned)
@@ -149,7 +149,7 @@ def test_each_route_is_taken_and_exact(backend, route, kind, room, expected, tin
 
 def test_one_reading_where_fewer_have_moved_than_are_wanted(tiny_routes, monkeypatch, rng):
     """Also where a tiny group, whose samples are padded with zeros, is taken whole."""
-    monkeypatch.setattr(routes, "_SPARE_CANDIDATES", 800)
+    tune(monkeypatch.setattr, _SPARE_CANDIDATES=800)
     sparse = DELTAS["normal"](2000, rng) * (torch.rand(2000, generator=rng) < 0.1)
     tuned = [sparse, DELTAS["normal"](4, rng)]
     passes, calls = counted(reference, tuned)
@@ -176,7 +176,7 @@ MISLEADING = {
 
 @pytest.mark.parametrize(("mislead", "expected"), MISLEADING.values(), ids=MISLEADING)
 def test_samples_choose_the_route_only(mislead, expected, tiny_routes, monkeypatch, rng):
-    monkeypatch.setattr(routes, "_SPARE_CANDIDATES", 450)
+    tune(monkeypatch.setattr, _SPARE_CANDIDATES=450)
     tuned = [DELTAS["normal"](n, rng) for n in (700, 1, 1300)]
     passes, calls = counted(reference, tuned)
 
@@ -192,7 +192,7 @@ def test_samples_choose_the_route_only(mislead, expected, tiny_routes, monkeypat
 
 def test_a_sample_of_a_small_group_is_not_taken_for_a_crowd(tiny_routes, monkeypatch, rng):
     """One hit among the few samples of a bias says nothing, and a group without a budget has no candidates."""
-    monkeypatch.setattr(routes, "_SPARE_CANDIDATES", 800)
+    tune(monkeypatch.setattr, _SPARE_CANDIDATES=800)
     tuned = [DELTAS["normal"](n, rng) for n in (1200, 20, 30)]
     with using("reference"):
         passes, calls = counted(backends.resolve(torch.device("cpu")), tuned)
@@ -202,7 +202,7 @@ def test_a_sample_of_a_small_group_is_not_taken_for_a_crowd(tiny_routes, monkeyp
 
 
 def test_auto_samples_large_selections_only(monkeypatch):
-    monkeypatch.setattr(routes, "SAMPLE_FROM", 1000)
+    tune(monkeypatch.setattr, SAMPLE_FROM=1000)
     for n, expected in ((999, 0), (1000, 1)):
         tuned = [torch.arange(float(n))]
         passes, calls = counted(reference, tuned)
@@ -239,7 +239,7 @@ def test_zero_deltas_are_never_selected(backend, route, tiny_routes):
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_nonfinite_deltas_name_their_tensor(backend, route, value, tiny_routes, monkeypatch, rng):
     """Contract 1; whether the entry would be selected or not, and where only the difference overflows."""
-    monkeypatch.setattr(routes, "_SPARE_CANDIDATES", 10**6)
+    tune(monkeypatch.setattr, _SPARE_CANDIDATES=10**6)
     tuned = [torch.rand(n, generator=rng) for n in (200, 70, TILE + 3)]
     tuned[2][-1] = float(value)
     for k in (1, 500):
@@ -368,7 +368,7 @@ def test_same_bits_on_threads_instruction_sets_and_runs(compiled, rng):
 MEMORY = """
 import gc, sys, torch
 import ltp_sparse as ls
-from ltp_sparse import topk
+from ltp_sparse.ops import routes
 from helpers.process_memory import forget_peak, status
 
 def weights(n, parts, dtype, strided):
@@ -379,7 +379,7 @@ def weights(n, parts, dtype, strided):
 
 ls.select({"a": torch.zeros(5_000_000)}, {"a": torch.rand(5_000_000)}, density=0.2)  # code and pools that stay
 for n, parts, name, strided, budget, sampled in eval(sys.argv[1]):
-    topk.SAMPLE_FROM = 0 if sampled else n + 1
+    routes.SAMPLE_FROM = 0 if sampled else n + 1
     initial, tuned = (weights(n, parts, getattr(torch, name), strided) for _ in range(2))
     gc.collect()
     forget_peak()

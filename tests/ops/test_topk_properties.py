@@ -7,11 +7,12 @@ from threading import Barrier
 import pytest
 import torch
 from helpers.backends import BACKENDS, instruction_sets, using
-from helpers.selections import ROUTES, SMALL_ROUTES, naive, random_case
+from helpers.selections import ROUTES, SMALL_ROUTES, naive, random_case, tune
 
 from ltp_sparse import backends
-from ltp_sparse.ops import index_sets, routes
-from ltp_sparse.ops.routes import Ranks, select_topk
+from ltp_sparse.ops import index_sets
+from ltp_sparse.ops.ranks import Ranks
+from ltp_sparse.ops.routes import select_topk
 from ltp_sparse.ops.sources import TensorSource
 
 pytestmark = pytest.mark.slow
@@ -23,8 +24,7 @@ SHARDED = range(4000, 4400)
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     """Every route, and the work in pieces, happens at a few hundred entries."""
-    for name, value in SMALL_ROUTES.items():
-        monkeypatch.setattr(routes, name, value)
+    tune(monkeypatch.setattr, **SMALL_ROUTES)
 
 
 def passes_of(backend):

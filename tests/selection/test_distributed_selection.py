@@ -15,11 +15,11 @@ import torch
 import torch.multiprocessing as mp
 from helpers.process_memory import forget_peak, status
 from helpers.ranks import leave_group
+from helpers.selections import tune
 from safetensors.torch import save_file
 from torch import distributed, nn
 
 import ltp_sparse as ls
-from ltp_sparse.ops import routes
 from ltp_sparse.ops.routes import NonFiniteDelta
 from ltp_sparse.selection import Shard, scores, select_sharded
 from ltp_sparse.tickets.bits import TILE
@@ -194,14 +194,9 @@ def scored(ranks):
 
 @contextmanager
 def smaller(**values):
-    before = {name: getattr(routes, name) for name in values}
-    for name, value in values.items():
-        setattr(routes, name, value)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        tune(patch.setattr, **values)
         yield
-    finally:
-        for name, value in before.items():
-            setattr(routes, name, value)
 
 
 def overflow(ranks):

@@ -8,6 +8,7 @@ import torch
 from helpers.backends import BACKENDS, using
 from helpers.bits import DTYPES
 from helpers.process_memory import printed
+from helpers.selections import tune
 from helpers.tied_model import EMBEDDING, TiedModel
 from hypothesis import given
 from hypothesis import strategies as st
@@ -346,8 +347,7 @@ def test_the_bar_grows_where_ties_make_more_readings_necessary(tmp_path, capsys)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_large_checkpoints_are_sampled(backend, deltas, kept, tmp_path, capsys, monkeypatch, rng):
     """One reading of what has no crowd of equal deltas, two else; whether the files stay mapped or not."""
-    for name, value in {"SAMPLE_FROM": 1000, "_SPARE_CANDIDATES": 20_000}.items():
-        monkeypatch.setattr(routes, name, value)
+    tune(monkeypatch.setattr, SAMPLE_FROM=1000, _SPARE_CANDIDATES=20_000)
     monkeypatch.setattr(sources, "_KEPT", kept)
     monkeypatch.setattr(sources, "_SAMPLED", 100_000)
     shapes = {"bias": (7,), "roberta.big": (700, 301), "weight": (300, 1000)}
