@@ -35,15 +35,20 @@ def corpus(language: str, lines: int, data: Path | None, *, text: str | None = N
     """At most `lines` random lines of a language.
 
     Args:
-        text: "generated" takes the demo's sentences, None a corpus
+        text: "generated" takes the demo's sentences; a path in the data folder, such as "wikipedia_en", the text there;
+            None a corpus
         data: None takes Wikipedia from the Hub. Otherwise a folder: `corpora/{language}` (.txt files or a folder of
             them) is taken; where it is missing, the nearest text there: WikiText for English, Common Voice sentences or
             the Bible, and at last the training or dev sentences of a task in that language, without their labels.
     """
-    if text not in (None, "generated"):
-        raise ValueError(f"text must be generated, or left out, got {text!r}")
     if text == "generated":
         return Corpus(tuple(generated_text(lines, language)), "generated sentences")
+    if text is not None:
+        if data is None or not (data / text).exists():
+            raise FileNotFoundError(
+                f"text {text!r}: expected generated, or a file or folder in the data folder ({data or 'none is given'})"
+            )
+        return Corpus(tuple(read_text([data / text], max_lines=lines, seed=seed)), text)
     if data is None:
         config = f"{_SNAPSHOT}.{_WIKIPEDIAS.get(language, language)}"
         texts = read_hub_text(_WIKIPEDIA, config, max_lines=lines, seed=seed)

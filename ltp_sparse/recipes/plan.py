@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ltp_sparse.methods import LTP, LTSFT, AdaSFT, Method
+from ltp_sparse.methods import LTP, LTSFT, AdaSFT, Method, RandSFT
 from ltp_sparse.models.backbone import backbone_from_config, load_config
 from ltp_sparse.recipes.cell import check_cell, method_of
 from ltp_sparse.recipes.recipe import Cell, Recipe
@@ -96,7 +96,7 @@ def estimate(cell: Cell, model: Any) -> Estimate:
     active, n = _active(cell, method, model)
     examples = _TRAINING.get(cell["train.task"], len(task(cell["train.task"]).labels) * (cell["shots"] or 1))
     settings = method.settings
-    phases = 2 if isinstance(method, LTSFT | AdaSFT) else 1
+    phases = 1 + (isinstance(method, LTSFT | AdaSFT) or (isinstance(method, RandSFT) and method.match == "layers"))
     updates = math.ceil(examples / settings.batch_size) * settings.epochs
     updates = phases * int(min(updates, settings.max_steps) if settings.max_steps else updates)
     length = settings.max_length / 2
@@ -121,8 +121,8 @@ def _active(cell: Cell, method: Method, model: Any) -> tuple[int, int]:
             maskable = sum(p.numel() for name, p in canonical_parameters(model).items() if in_segment(name))
         return entries_for(maskable, density=cell["ticket.density"] or 0.2), maskable
     ticket = method.ticket(model)
-    if isinstance(method, LTSFT):
-        return method.budget(ticket.n), ticket.n
+    if isinstance(method, LTSFT | RandSFT):
+        return method.budget(model), ticket.n
     return ticket.k, max(ticket.n, 1)
 
 

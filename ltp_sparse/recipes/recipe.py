@@ -5,6 +5,7 @@ paper: ltp-table-1              # figures to print beside ours (papers.yaml), op
 by: [label, shots]              # what makes a row of the table; the other facts are averaged over (the seeds)
 compare: SP                     # a paired comparison of every label with this one, optional
 chance: 0.3333                  # tell in which languages the scores lie above this, optional
+rates: my-rates                 # the recipe whose rows choose the learning rates (ltp-sparse run --rates), optional
 model: FacebookAI/xlm-roberta-base
 plugins: [my_method.py]         # Python files beside this one, run first if allowed: methods of one's own, optional
 defaults:                       # of every cell
@@ -36,6 +37,9 @@ from ltp_sparse.weights.reading import FileFormatError, closest, read_yaml, read
 
 FOLDER = Path(__file__).parent
 _STAGES = ("ticket", "language_sft", "adapters")
+_LISTS = ("test.languages", "ticket.seeds")
+"""Facts that are lists themselves."""
+
 _MOST_CELLS = 100_000
 
 
@@ -69,6 +73,7 @@ class Recipe:
         paper: key of printed figures in `papers.yaml`
         compare: label that the report compares every other one with, in pairs of equal seeds
         chance: score of a guess; the report tells the languages above it
+        rates: name of the recipe whose rows choose the learning rates of this one (`recipes.rates`)
         plots: names of plots in `ltp_sparse.report`
     """
 
@@ -79,6 +84,7 @@ class Recipe:
     paper: str | None = None
     compare: str | None = None
     chance: float | None = None
+    rates: str | None = None
     plots: tuple[str, ...] = ()
     notes: str = ""
 
@@ -143,6 +149,7 @@ def load_recipe(name: str, overrides: Sequence[tuple[str, Any]] = (), *, allow_p
         paper=source.get("paper"),
         compare=source.get("compare"),
         chance=source.get("chance"),
+        rates=source.get("rates"),
         plots=tuple(source.get("plots") or ()),
         notes=source.get("notes") or "",
     )
@@ -201,7 +208,7 @@ def _expand(source: Mapping[str, Any], overrides: Sequence[tuple[str, Any]], pat
             if nested and stage in _STAGES and facts.get(stage) is None and not any(p.startswith(stage) for p in grid):
                 continue  # a cell without this stage keeps none
             grid.pop(dotted, None)
-            if isinstance(value, list) and dotted != "test.languages":
+            if isinstance(value, list) and dotted not in _LISTS:
                 grid[dotted] = value
             else:
                 _set(facts, dotted, value)
@@ -238,6 +245,13 @@ def _set(facts: dict[str, Any], path: str, value: Any) -> None:
             facts[key] = {}
         facts = facts[key]
     facts[last] = value
+
+
+def with_fact(facts: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy of the facts with the value at a dotted path."""
+    changed = copy.deepcopy(dict(facts))
+    _set(changed, path, value)
+    return changed
 
 
 def look_up(facts: Mapping[str, Any], path: str) -> Any:

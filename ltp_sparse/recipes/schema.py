@@ -37,6 +37,10 @@ WORDS = Kind(
     "a language, or class: word for every class",
     lambda v: TEXT.holds(v) or isinstance(v, dict) and all(isinstance(word, str) for word in v.values()),
 )
+SEEDS = Kind(
+    "a list of different whole numbers, e.g. [1, 2]",
+    lambda v: isinstance(v, list) and bool(v) and all(map(WHOLE.holds, v)) and len(set(v)) == len(v),
+)
 FIELDS = Kind("names with values", lambda v: isinstance(v, dict))
 GRID = Kind(
     "names with lists of values, e.g. {shots: [1, 4]}",
@@ -55,12 +59,13 @@ CELL: dict[str, Any] = {
     "settings": FIELDS,
     "shots": COUNT,
     "seed": WHOLE,
+    "last": FLAG,
     "train": {"task": TEXT, "language": TEXT, "stand_in": TEXT, "limit": COUNT},
     "test": {"task": TEXT, "split": TEXT, "languages": SOME, "limit": COUNT},
     "verbalizer": WORDS,
     "ticket": {
-        "strategy": TEXT, "density": SHARE, "budget": TEXT, "segment": TEXT, "intersect": FLAG, "order": TEXT,
-        "language": SOME, **_TEXT_OF_A_STAGE,
+        "strategy": TEXT, "density": SHARE, "of": TEXT, "budget": TEXT, "segment": TEXT, "intersect": FLAG,
+        "order": TEXT, "score": TEXT, "seeds": SEEDS, "language": SOME, **_TEXT_OF_A_STAGE,
     },
     "language_sft": {"kind": TEXT, "source": TEXT, "k": COUNT, "density": SHARE, **_TEXT_OF_A_STAGE},
     "adapters": {"source": TEXT, **_TEXT_OF_A_STAGE},
@@ -68,7 +73,8 @@ CELL: dict[str, Any] = {
     "tokenizer": TEXT,
 }  # fmt: skip
 """Keys of a cell: label in the table; method with its fields (options) and those of its settings; training examples per
-class; the tasks; label words; the stages below (text, tuning); folder or Hub name of model and tokenizer."""
+class; whether the weights of the last update are scored, too; the tasks; label words; the stages below (text, tuning);
+folder or Hub name of model and tokenizer."""
 
 RECIPE: dict[str, Any] = {
     "title": NAME,
@@ -81,6 +87,7 @@ RECIPE: dict[str, Any] = {
     "cells": ENTRIES,
     "compare": NAME,
     "chance": NUMBER,
+    "rates": TEXT,
     "plots": TEXTS,
     "notes": TEXT,
 }

@@ -12,6 +12,7 @@ from ltp_sparse.report.chance import chance_sheet
 from ltp_sparse.report.escaping import Sheet, for_html, for_markdown
 from ltp_sparse.report.paired import compare, comparison_sheet
 from ltp_sparse.report.plots import PLOTS
+from ltp_sparse.report.stage_1 import stage_1_sheet
 from ltp_sparse.report.tables import LARGEST_CLASS, Table, figure, latex, make_table, markdown, to_csv
 from ltp_sparse.weights.files import atomic_path
 from ltp_sparse.weights.reading import read_yaml
@@ -49,6 +50,8 @@ def write_report(recipe: Recipe, rows: Sequence[Mapping[str, Any]], folder: Path
         )
     if recipe.chance is not None:
         tests["Languages above chance"] = chance_sheet(rows, recipe.by, recipe.chance)
+    if (stage_1 := stage_1_sheet(rows, recipe.by)) is not None:
+        tests["Tickets of stage 1"] = stage_1
     written = {
         "report.md": _markdown_page(recipe, table, tests, drawn, facts),
         "report.html": _html_page(recipe, table, tests, drawn, facts),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ltp_sparse.recipes.recipe import look_up
 from ltp_sparse.report.escaping import for_plot
 from ltp_sparse.report.tables import AVERAGE, Table, make_table
 from ltp_sparse.weights.files import atomic_path
@@ -184,6 +185,32 @@ def plot_layers(rows: Rows, path: Path, recipe: Recipe) -> Path | None:
     return _save(figure, path)
 
 
+def plot_overlap(rows: Rows, path: Path, recipe: Recipe) -> Path | None:
+    """What two seeds of stage 1 share of their tickets, against its updates: a line per density and rate, its chance
+    dashed.
+    """
+    lines: dict[tuple[float, float], dict[int, tuple[float, float]]] = {}
+    for row in rows:
+        told = row.get("stage_1") or {}
+        if "overlap" in told and "updates" in told:
+            line = lines.setdefault((look_up(row, "ticket.density"), told["learning_rate"]), {})
+            line[told["updates"]] = 100 * told["overlap"]["share"], 100 * told["overlap"]["chance"]
+    if not lines:
+        return None
+    figure, axes = _figure(8)
+    for position, ((density, rate), points) in enumerate(sorted(lines.items())):
+        updates = sorted(points)
+        shared, chance = zip(*(points[n] for n in updates), strict=True)
+        label, color = f"{100 * density:g} %, rate {rate:g}", f"C{position}"
+        axes.plot(updates, shared, marker="o", markersize=3, color=color, label=label)
+        axes.plot(updates, chance, linestyle="--", linewidth=0.8, color=color)
+    axes.set_xscale("log")
+    axes.set_xlabel("updates of stage 1")
+    axes.set_ylabel("shared by two seeds (%); dashed: chance")
+    axes.legend(fontsize=7)
+    return _save(figure, path)
+
+
 PLOTS: dict[str, Callable[[Rows, Path, Recipe], Path | None]] = {
     "density": plot_density,
     "shots": plot_shots,
@@ -191,6 +218,7 @@ PLOTS: dict[str, Callable[[Rows, Path, Recipe], Path | None]] = {
     "labels": plot_labels,
     "languages": plot_languages,
     "layers": plot_layers,
+    "overlap": plot_overlap,
 }
 """The plots that a recipe can name: (rows, file, recipe) -> the file, or None where there is nothing to draw."""
 

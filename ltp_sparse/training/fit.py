@@ -46,6 +46,7 @@ class Options:
         bf16: compute in bfloat16 under autocast; weights stay float32
         states: "float32" or "8bit" moments, see `MaskedAdamW`
         gradients: "packed" keeps of every gradient the ticket's entries only, "dense" all of them
+        keep_last: keep the weights of the last update, too
         progress: show a progress bar
         check_frozen: hash what must not train, before and after, and raise RuntimeError if a bit of it changed
         arguments: further `transformers.TrainingArguments`, e.g. {"report_to": "tensorboard"}
@@ -61,6 +62,7 @@ class Options:
     bf16: bool = False
     states: str = "float32"
     gradients: str = "packed"
+    keep_last: bool = False
     progress: bool = True
     check_frozen: bool = True
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -88,6 +90,7 @@ class Fit:
         seconds: wall-clock time, evaluation on dev included (of the last part if the run was resumed)
         optimizer_bytes: state of the optimizer: moments and index
         digests: of the model's parameters, which are back at their initial bits; empty if that was not checked
+        last: the delta at the last update, if it is kept
     """
 
     delta: SparseDelta
@@ -96,6 +99,7 @@ class Fit:
     seconds: float
     optimizer_bytes: int
     digests: Mapping[str, str]
+    last: SparseDelta | None = None
 
 
 def fit(
@@ -119,7 +123,7 @@ def fit(
         alone(str(folder)),
     ):
         Path(str(folder)).mkdir(parents=True, exist_ok=True)
-        keep_best = KeepBest(options.metric, on_disk=folder_given)
+        keep_best = KeepBest(options.metric, on_disk=folder_given, last=options.keep_last)
         trainer = SparseTrainer(
             model,
             _arguments(settings, str(folder), options),
@@ -151,7 +155,9 @@ def fit(
     name = f"eval_{options.metric}"
     scores = tuple(log[name] for log in trainer.state.log_history if name in log)
     optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    return Fit(delta, scores, round(delta.metadata["epoch"], 3), seconds, optimizer.state_bytes(), digests)
+    return Fit(
+        delta, scores, round(delta.metadata["epoch"], 3), seconds, optimizer.state_bytes(), digests, keep_best.last
+    )
 
 
 def class_loss(outputs: Mapping[str, Tensor], labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:

@@ -254,17 +254,23 @@ class KeepBest(TrainerCallback):
         greater_is_better: by default True, but for losses.
         on_disk: keep it as `best.safetensors` in the output folder, replaced atomically, so that it survives a kill
             (one process writes it, all read it); otherwise in memory, and in every checkpoint.
+        last: also keep the delta of the last update, in memory.
 
     Attributes:
         best: {"metric", "value", "step", "epoch"} of the best evaluation so far, or None; the metadata of its delta.
+        last: the delta at the end of training, where it is kept; its metadata have "step" and "epoch".
     """
 
     trainer: SparseTrainer
 
-    def __init__(self, metric: str = "loss", *, greater_is_better: bool | None = None, on_disk: bool = True) -> None:
+    def __init__(
+        self, metric: str = "loss", *, greater_is_better: bool | None = None, on_disk: bool = True, last: bool = False
+    ) -> None:
         self.metric = metric if metric.startswith("eval_") else f"eval_{metric}"
         self.greater_is_better = not metric.endswith("loss") if greater_is_better is None else greater_is_better
         self.on_disk = on_disk
+        self.last: SparseDelta | None = None
+        self._keeps_last = last
         self.best: dict[str, Any] | None = None
         self._delta: SparseDelta | None = None
         self._training = False
@@ -333,6 +339,8 @@ class KeepBest(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._training = False
+        if self._keeps_last:
+            self.last = self.trainer.delta({"step": state.global_step, "epoch": state.epoch})
         self.trainer.accelerator.wait_for_everyone()  # one process writes the file, all read it
         self.trainer.base.restore(self.delta())
 
