@@ -4,6 +4,7 @@ title: LTP, table 1
 paper: ltp-table-1              # figures to print beside ours (papers.yaml), optional
 by: [label, shots]              # what makes a row of the table; the other facts are averaged over (the seeds)
 compare: SP                     # a paired comparison of every label with this one, optional
+margin: 1.5                     # points within which it counts labels as equal, optional
 chance: 0.3333                  # tell in which languages the scores lie above this, optional
 rates: my-rates                 # the recipe whose rows choose the learning rates (ltp-sparse run --rates), optional
 model: FacebookAI/xlm-roberta-base
@@ -72,6 +73,7 @@ class Recipe:
         by: facts (dotted paths) that make a row of the table
         paper: key of printed figures in `papers.yaml`
         compare: label that the report compares every other one with, in pairs of equal seeds
+        margin: points within which the comparison counts labels as equal
         chance: score of a guess; the report tells the languages above it
         rates: name of the recipe whose rows choose the learning rates of this one (`recipes.rates`)
         plots: names of plots in `ltp_sparse.report`
@@ -83,6 +85,7 @@ class Recipe:
     by: tuple[str, ...] = ("label",)
     paper: str | None = None
     compare: str | None = None
+    margin: float | None = None
     chance: float | None = None
     rates: str | None = None
     plots: tuple[str, ...] = ()
@@ -148,6 +151,7 @@ def load_recipe(name: str, overrides: Sequence[tuple[str, Any]] = (), *, allow_p
         by=tuple(source.get("by") or ["label"]),
         paper=source.get("paper"),
         compare=source.get("compare"),
+        margin=source.get("margin"),
         chance=source.get("chance"),
         rates=source.get("rates"),
         plots=tuple(source.get("plots") or ()),

@@ -86,6 +86,7 @@ RECIPE: dict[str, Any] = {
     "grid": GRID,
     "cells": ENTRIES,
     "compare": NAME,
+    "margin": NUMBER,
     "chance": NUMBER,
     "rates": TEXT,
     "plots": TEXTS,

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.bits import weights
@@ -550,9 +551,85 @@ def test_paired_comparisons():
     assert up.p_value == 2 / 16  # of 16 sign patterns only all plus and all minus are as far from 0
     assert noise.p_value == 1.0 and noise.interval[0] < 0 < noise.interval[1]
     table = comparison_table([up, noise], "ref", ["label", "shots"])
-    assert "| up | 4 | 4 | **+2.50** | +1.58 to +3.42 | 0.125 |" in table
+    assert "| up | 4 | 4 | **+2.50** | +1.58 to +3.42 | 0.125 | 0.250 | 0.980 | different |" in table
     (single,) = compare(rows[:1] + [{**rows[4], "seed": 0}], "ref", ["label", "shots"])
     assert single.runs == 1 and single.p_value == 1.0
+
+
+def _row(label, seed, mean, language="en", shots=4, last=None):
+    row = {"label": label, "seed": seed, "mean": mean, "shots": shots, "train": {"language": language}}
+    return row if last is None else {**row, "last_update": {"mean": last}}
+
+
+def test_training_languages_of_a_seed_are_one_pair():
+    """They lie beside each other; a language that one side lacks counts on neither."""
+    from ltp_sparse.report.paired import compare
+
+    shifts = {"hi": 0.10, "sw": -0.02, "tr": 0.08}
+    rows = [
+        _row(label, seed, 0.4 + 0.01 * seed + (shifts[language] if label == "up" else 0), language)
+        for language in shifts for label in ("up", "ref") for seed in (1, 2, 3, 4, 5)
+    ]  # fmt: skip
+    (found,) = compare(rows, "ref", ["label", "shots"])
+    assert found.runs == 5 and found.mean == pytest.approx(100 * 0.16 / 3)
+    rows.append(_row("up", 1, 0.99, "zh"))
+    assert compare(rows, "ref", ["label", "shots"])[0].mean == found.mean
+    rows.append(_row("up", 1, 0.99, "hi"))  # two runs of one language: their mean
+    assert compare(rows, "ref", ["label", "shots"])[0].mean > found.mean
+
+
+def test_pooled_comparisons_and_those_of_the_last_update():
+    from ltp_sparse.report.paired import compare, pool
+
+    rows = []
+    for shots, shift in ((1, 0.01), (4, 0.03)):
+        for seed in (1, 2, 3):
+            rows.append(_row("ref", seed, 0.5, shots=shots, last=0.4))
+            rows.append(_row("up", seed, 0.5 + shift * seed, shots=shots, last=0.4))
+    rows.append(_row("up", 9, 0.9, shots=1, last=0.9))
+    rows.append(_row("ref", 9, 0.5, shots=1, last=0.9))  # of one number of shots only: not pooled
+    (found,) = pool(rows, "ref", ["label", "shots"])
+    assert (found.facts, found.runs) == ((), 3) and found.mean == pytest.approx(2 * 2.0)
+    assert [single.runs for single in compare(rows, "ref", ["label", "shots"])] == [4, 3]
+    (last,) = pool(rows, "ref", ["label", "shots"], last=True)
+    assert last.mean == 0 and last.equal_p == 0 and last.verdict() == "equal within 1.5"
+    assert pool(rows, "ref", ["label"]) == []
+
+
+def test_holm_equivalence_and_verdicts_are_those_of_scipy():
+    from scipy import stats
+
+    from ltp_sparse.report.paired import MARGIN, compare, comparison_table
+
+    rng = np.random.default_rng(0)
+    noise = {f"l{i}": rng.normal(0.01 * i, 0.02, 12) for i in range(4)}
+    rows = [_row("ref", seed, 0.5) for seed in range(12)]
+    rows += [_row(label, seed, 0.5 + value) for label, values in noise.items() for seed, value in enumerate(values)]
+    found = compare(rows, "ref", ["label", "shots"])
+    for one, values in zip(found, noise.values(), strict=True):
+        points = 100 * values
+        exact = stats.permutation_test(
+            (points,), np.mean, permutation_type="samples", n_resamples=np.inf, alternative="two-sided"
+        )
+        assert one.p_value == pytest.approx(exact.pvalue, abs=1e-9)
+        below = stats.ttest_1samp(points, -MARGIN, alternative="greater").pvalue
+        above = stats.ttest_1samp(points, MARGIN, alternative="less").pvalue
+        assert one.equal_p == pytest.approx(max(below, above), abs=1e-12)
+        interval = stats.ttest_1samp(points, 0).confidence_interval()
+        assert one.interval == pytest.approx((interval.low, interval.high))
+    order = np.argsort([one.p_value for one in found])
+    by_hand = np.maximum.accumulate([min(1, (4 - i) * found[j].p_value) for i, j in enumerate(order)])
+    assert [found[j].adjusted for j in order] == pytest.approx(list(by_hand))
+    assert found[3].verdict() == "different" and found[3].verdict(50) == "equal within 50, not the same"
+    assert "| finding |" in comparison_table(found, "ref", ["label", "shots"])
+    many = [
+        _row(label, seed, 0.5 + (label == "up") * rng.normal(0.005, 0.02))
+        for seed in range(30)
+        for label in ("ref", "up")
+    ]
+    (one,) = compare(many, "ref", ["label"])
+    points = [100 * (b["mean"] - a["mean"]) for a, b in zip(many[::2], many[1::2], strict=True)]
+    assert one.p_value == pytest.approx(stats.ttest_1samp(points, 0).pvalue)
 
 
 @pytest.mark.parametrize(
