@@ -8,6 +8,7 @@ import platform
 import random
 import statistics
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -23,12 +24,13 @@ from ltp_sparse.models import Adapter
 from ltp_sparse.models.backbone import load_backbone, load_causal
 from ltp_sparse.prompting import CLASSES, WORDS, Verbalizer
 from ltp_sparse.recipes.cache import Cache
-from ltp_sparse.recipes.corpora import Corpus, corpus, mixture
+from ltp_sparse.recipes.corpora import Corpus, StandIn, corpus, mixture
 from ltp_sparse.recipes.recipe import Cell
 from ltp_sparse.selection.ltp import STRATEGIES, find_ticket
 from ltp_sparse.selection.scores import SCORES, magnitude
 from ltp_sparse.tasks import TASKS, Task
 from ltp_sparse.tickets.delta import SparseDelta
+from ltp_sparse.tickets.lt_sft import read_lt_sft
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.training.evaluation import evaluate, largest_class
 from ltp_sparse.training.language import ADAPTER_SETTINGS, LANGUAGE_SETTINGS, train_language, train_language_adapter
@@ -39,8 +41,8 @@ from ltp_sparse.weights import files
 from ltp_sparse.weights.names import canonical_parameters, fingerprint, layer_of, module_of
 from ltp_sparse.weights.reading import closest
 
-_STAGE_1_LINES = 300_000
-_LANGUAGE_LINES = 1_000_000
+STAGE_1_LINES = 300_000
+LANGUAGE_LINES = 1_000_000
 _TICKET_KEYS = (
     "strategy", "density", "of", "budget", "segment", "intersect", "order", "score", "seeds", "language", "lines",
     "text", "mlm",
@@ -299,7 +301,7 @@ def ticket_of(cell: Cell, bench: Workbench, notes: list[str]) -> tuple[Ticket | 
     if score == "magnitude":
         ticket = find_ticket(model, None, score=magnitude(model), strategy=strategy, **options)
         return ticket, {"score": score}
-    text = bench.corpus(spec.get("language", "en"), spec, _STAGE_1_LINES)
+    text = bench.corpus(spec.get("language", "en"), spec, STAGE_1_LINES)
     _note(text, notes)
     settings = MLMSettings(**{"strategy": strategy, "bf16": bench.bf16, **(spec.get("mlm") or {})})
 
@@ -370,7 +372,7 @@ class LanguageDeltas:
         if language is None:
             yield
             return
-        delta = SparseDelta.load(self._path(language, model))
+        delta = self._delta(language, model)
         self.active[language] = active_by_layer(delta.ticket)
         delta.apply(model)
         try:
@@ -378,10 +380,22 @@ class LanguageDeltas:
         finally:
             delta.revert(model)
 
+    def _delta(self, language: str, model: Any) -> SparseDelta:
+        """The file that the recipe provides (`files`), of ours or of LT-SFT's authors; or one that is trained."""
+        if (provided := self.cell["language_sft.files"]) is None:
+            return SparseDelta.load(self._path(language, model))
+        path = Path(provided.format(language=language)).expanduser()
+        if not path.exists():
+            raise FileNotFoundError(f"language_sft, files: no {path}; expected the language SFT of {language!r} there")
+        if path.suffix == ".safetensors":
+            return SparseDelta.load(path)
+        delta = read_lt_sft(path, model)
+        return SparseDelta(delta.ticket, delta.values, delta.originals, {}, delta.metadata)  # without a head
+
     def _path(self, language: str, model: Any) -> Path:
         spec = dict(self.cell["language_sft"])
         kind = spec.get("kind", "lt-sft")
-        text = self.bench.corpus(language, spec, _LANGUAGE_LINES)
+        text = self.bench.corpus(language, spec, LANGUAGE_LINES)
         _note(text, self.notes)
         settings = replace(LANGUAGE_SETTINGS, bf16=self.bench.bf16, **(spec.get("mlm") or {}))
         budget = {key: spec[key] for key in ("k", "density") if key in spec}
@@ -401,7 +415,7 @@ class LanguageDeltas:
 def adapter_of(language: str, cell: Cell, bench: Workbench, notes: list[str]) -> Path:
     """The file of a language adapter, from the cache."""
     spec = cell["adapters"]
-    text = bench.corpus(language, spec, _LANGUAGE_LINES)
+    text = bench.corpus(language, spec, LANGUAGE_LINES)
     _note(text, notes)
     settings = replace(ADAPTER_SETTINGS, bf16=bench.bf16, **(spec.get("mlm") or {}))
     model, tokenizer = bench.model(cell, METHODS["mad-x"]())
@@ -436,6 +450,7 @@ def _training_task(cell: Cell, bench: Workbench, notes: list[str]) -> Task:
         return TASKS[name]
     except FileNotFoundError:
         notes.append(f"{stand_in} stands in for {name}")
+        warnings.warn(f"{notes[-1]}, which is not in {bench.data}", StandIn, stacklevel=2)
         return TASKS[stand_in]
 
 
@@ -467,7 +482,7 @@ def _scores(
 
 
 def _note(text: Corpus, notes: list[str]) -> None:
-    note = f"text: {text.source} stands in"
+    note = f"text: {text.source} stands in, {len(text.texts):,} lines"
     if text.stand_in and note not in notes:
         notes.append(note)
 

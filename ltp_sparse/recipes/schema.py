@@ -41,6 +41,7 @@ SEEDS = Kind(
     "a list of different whole numbers, e.g. [1, 2]",
     lambda v: isinstance(v, list) and bool(v) and all(map(WHOLE.holds, v)) and len(set(v)) == len(v),
 )
+FILES = Kind("a path with {language} in it", lambda v: TEXT.holds(v) and "{language}" in v)
 FIELDS = Kind("names with values", lambda v: isinstance(v, dict))
 GRID = Kind(
     "names with lists of values, e.g. {shots: [1, 4]}",
@@ -67,7 +68,7 @@ CELL: dict[str, Any] = {
         "strategy": TEXT, "density": SHARE, "of": TEXT, "budget": TEXT, "segment": TEXT, "intersect": FLAG,
         "order": TEXT, "score": TEXT, "seeds": SEEDS, "language": SOME, **_TEXT_OF_A_STAGE,
     },
-    "language_sft": {"kind": TEXT, "source": TEXT, "k": COUNT, "density": SHARE, **_TEXT_OF_A_STAGE},
+    "language_sft": {"files": FILES, "kind": TEXT, "source": TEXT, "k": COUNT, "density": SHARE, **_TEXT_OF_A_STAGE},
     "adapters": {"source": TEXT, **_TEXT_OF_A_STAGE},
     "model": TEXT,
     "tokenizer": TEXT,

@@ -32,6 +32,8 @@ from ltp_sparse.report.paired import mean_interval
 from ltp_sparse.report.tables import latex, make_table, markdown, paper_figures, to_csv
 from ltp_sparse.selection import pools
 from ltp_sparse.tasks import TASKS
+from ltp_sparse.tickets.delta import SparseDelta
+from ltp_sparse.tickets.lt_sft import write_lt_sft
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.weights.names import canonical_parameters
 
@@ -344,10 +346,69 @@ def test_language_sfts_and_adapters_compose(world, tmp_path):
     for row in rows:
         assert set(row["scores"]) == {"aym", "gn"}
         assert "mnli-9k stands in for multinli" in row["notes"]
-        assert "text: americasnli-first dev, unlabelled stands in" in row["notes"]  # no corpus of gn
+        assert any(note.startswith("text: americasnli-first dev, unlabelled stands in, ") for note in row["notes"])
     assert set(rows[0]["language_active"]) == {"en", "aym", "gn"}
     files = write_report(recipe, rows, tmp_path / "out")
     assert {file.name for file in files} >= {"report.md", "report.html", "layers.png", "languages.png"}
+
+
+@pytest.mark.slow
+def test_language_sfts_that_are_provided(world, tmp_path):
+    """Files of ours and of LT-SFT's authors give the rows of those that are trained; a missing one is named."""
+    mlm = "{max_steps: 2, step_bounds: null, length: 16, eval_steps: 2}"
+    text = """
+        defaults:
+          model: {model}
+          train: {{task: mnli-9k, language: en, limit: 30}}
+          test: {{task: americasnli-first, languages: [aym]}}
+          settings: {{epochs: 1, max_length: 40}}
+        cells:
+          - {{label: BitFit, method: bitfit, language_sft: {{source: en, {sft}}}}}
+        """
+    desk, rows = bench(world, tmp_path), []
+    trained = "density: 0.05, mlm: " + mlm
+    for sft in (trained, f"files: '{tmp_path}/{{language}}.safetensors'", f"files: '{tmp_path}/{{language}}'"):
+        path = tmp_path / f"recipe-{len(rows)}.yaml"
+        path.write_text(textwrap.dedent(text.format(model=world / "model", sft=sft)))
+        cell = load_recipe(str(path)).cells[0]
+        rows.append(run_cell(cell, desk))
+        if len(rows) == 1:
+            model, _ = desk.model(cell, method_of(cell))
+            for entry in desk.cache.entries():
+                language = "en" if "en" in entry.facts["source"] else "aym"
+                delta = SparseDelta.load(entry.path)
+                delta.save(tmp_path / f"{language}.safetensors")
+                write_lt_sft(delta, tmp_path / language / "pytorch_diff.bin")
+    assert rows[0]["scores"] == rows[1]["scores"]
+    assert rows[0]["language_active"] == rows[1]["language_active"] and rows[2]["language_active"]
+    (tmp_path / "aym.safetensors").unlink()
+    cell = load_recipe(str(tmp_path / "recipe-1.yaml")).cells[0]
+    with pytest.raises(FileNotFoundError, match=r"no .*aym.safetensors; expected the language SFT of 'aym' there"):
+        run_cell(cell, desk)
+    (tmp_path / "recipe-3.yaml").write_text((tmp_path / "recipe-1.yaml").read_text().replace("{language}", "x"))
+    with pytest.raises(ValueError, match=r"expected a path with \{language\} in it"):
+        load_recipe(str(tmp_path / "recipe-3.yaml"))
+
+
+def test_texts_of_a_recipe_by_source(tmp_path, monkeypatch):
+    """Each source by its name; what stands in is warned of, with the number of lines."""
+    from ltp_sparse.recipes import corpora
+
+    (tmp_path / "wikipedia_en" / "wikitext-2").mkdir(parents=True)
+    (tmp_path / "wikipedia_en" / "wikitext-2" / "a.txt").write_text("One line .\nAnother line .\n")
+    with pytest.warns(corpora.StandIn, match=r"wikitext-2 stands in for a corpus in 'en': 2 lines, 300 were asked for"):
+        found = corpora.corpus("en", 300, tmp_path)
+    assert found.stand_in and found.source == "wikipedia_en/wikitext-2"
+    own = corpora.corpus("en", 300, tmp_path, text="wikipedia_en")
+    assert own.texts == found.texts and not own.stand_in and own.source == "wikipedia_en"
+    asked = []
+    monkeypatch.setattr(corpora, "read_hub_text", lambda *args, **options: asked.append((args, options)) or ["A. B."])
+    hub = corpora.corpus("quy", 5, tmp_path, text="hub")
+    assert hub.source == "wikimedia/wikipedia 20231101.qu" and asked[0][1]["sentences"] and not hub.stand_in
+    with pytest.raises(FileNotFoundError, match="text 'nowhere': expected hub, generated, or a file or folder"):
+        corpora.corpus("en", 5, tmp_path, text="nowhere")
+    with pytest.raises(FileNotFoundError, match="no text in 'xx': put one sentence a line"):
+        corpora.corpus("xx", 5, tmp_path)
 
 
 def test_a_text_of_several_languages_has_equal_shares_of_them(tmp_path):
