@@ -28,7 +28,7 @@ from ltp_sparse.recipes.corpora import Corpus, StandIn, corpus, mixture
 from ltp_sparse.recipes.recipe import Cell
 from ltp_sparse.selection.ltp import STRATEGIES, find_ticket
 from ltp_sparse.selection.scores import SCORES, magnitude
-from ltp_sparse.tasks import TASKS, Task
+from ltp_sparse.tasks import TASKS, Task, tested
 from ltp_sparse.tickets.delta import SparseDelta
 from ltp_sparse.tickets.lt_sft import read_lt_sft
 from ltp_sparse.tickets.ticket import Ticket
@@ -264,11 +264,8 @@ def run_cell(
 def test_examples(cell: Cell, bench: Workbench) -> dict[str, Sequence[Any]]:
     """Language -> test examples: all, or `test.limit` random ones, the same for every cell."""
     task = TASKS[cell["test.task"]]
-    languages = cell["test.languages"] or task.languages
-    if languages == "same":
-        languages = [cell["train.language"]]
     tests = {}
-    for language in languages:
+    for language in tested(task.name, cell["test.languages"], cell["train.language"]):
         examples = bench.examples(task.name, cell["test.split"] or "test", language)
         limit = cell["test.limit"]
         tests[language] = examples if limit is None else _sample(examples, limit)

@@ -17,7 +17,7 @@ from ltp_sparse.recipes.cell import LANGUAGE_LINES, STAGE_1_LINES, check_cell, m
 from ltp_sparse.recipes.recipe import Cell, Recipe
 from ltp_sparse.selection import pools
 from ltp_sparse.selection.ltp import STRATEGIES
-from ltp_sparse.tasks import task
+from ltp_sparse.tasks import task, tested
 from ltp_sparse.tickets.counts import entries_for
 from ltp_sparse.training.language import ADAPTER_SETTINGS, LANGUAGE_SETTINGS
 from ltp_sparse.training.mlm import MLMSettings
@@ -100,9 +100,9 @@ def estimate(cell: Cell, model: Any) -> Estimate:
     updates = math.ceil(examples / settings.batch_size) * settings.epochs
     updates = phases * int(min(updates, settings.max_steps) if settings.max_steps else updates)
     length = settings.max_length / 2
-    languages = cell["test.languages"] or task(cell["test.task"]).languages
+    languages = tested(cell["test.task"], cell["test.languages"], cell["train.language"])
     most = min(cell["test.limit"] or 10**9, _TEST.get(cell["test.task"], 5000))
-    tests = (1 if languages == "same" else len(languages)) * most
+    tests = len(languages) * most
     tokens = 6 * updates * settings.batch_size * length + 2 * tests * length
     index = min(n / 8, 2 * active) if 0 < active < n else 0
     return Estimate(active, int(8 * active + index), updates, tokens * _body(model))
@@ -145,7 +145,7 @@ def _shared(cell: Cell, model: Any) -> dict[str, float]:
         phases = 2 if stage == "language_sft" and cell[f"{stage}.kind"] in (None, "lt-sft", "sc-sft") else 1
         settings = replace(settings, **(cell[f"{stage}.mlm"] or {}))
         operations = phases * _tuning(model, settings, cell[f"{stage}.lines"] or LANGUAGE_LINES)
-        languages = cell["test.languages"] or task(cell["test.task"]).languages
+        languages = tested(cell["test.task"], cell["test.languages"], cell["train.language"])
         for language in {cell[f"{stage}.source"], *languages}:
             found[f"{cell['model']} {stage} {cell[stage]} {language}"] = operations
     return found

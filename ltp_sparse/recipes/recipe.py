@@ -3,9 +3,10 @@
 title: LTP, table 1
 paper: ltp-table-1              # figures to print beside ours (papers.yaml), optional
 by: [label, shots]              # what makes a row of the table; the other facts are averaged over (the seeds)
-compare: SP                     # a paired comparison of every label with this one, optional
+compare: SP                     # a paired comparison of every label with this one, or with each of several, optional
 margin: 1.5                     # points within which it counts labels as equal, optional
 chance: 0.3333                  # tell in which languages the scores lie above this, optional
+kinship: true                   # tell scores by kinship with the training language, optional
 rates: my-rates                 # the recipe whose rows choose the learning rates (ltp-sparse run --rates), optional
 model: FacebookAI/xlm-roberta-base
 plugins: [my_method.py]         # Python files beside this one, run first if allowed: methods of one's own, optional
@@ -72,9 +73,10 @@ class Recipe:
     Attributes:
         by: facts (dotted paths) that make a row of the table
         paper: key of printed figures in `papers.yaml`
-        compare: label that the report compares every other one with, in pairs of equal seeds
+        compare: labels that the report compares every other one with, in pairs of equal seeds
         margin: points within which the comparison counts labels as equal
         chance: score of a guess; the report tells the languages above it
+        kinship: the report tells scores by kinship with the training language
         rates: name of the recipe whose rows choose the learning rates of this one (`recipes.rates`)
         plots: names of plots in `ltp_sparse.report`
     """
@@ -84,9 +86,10 @@ class Recipe:
     cells: tuple[Cell, ...]
     by: tuple[str, ...] = ("label",)
     paper: str | None = None
-    compare: str | None = None
+    compare: tuple[str, ...] = ()
     margin: float | None = None
     chance: float | None = None
+    kinship: bool = False
     rates: str | None = None
     plots: tuple[str, ...] = ()
     notes: str = ""
@@ -150,13 +153,18 @@ def load_recipe(name: str, overrides: Sequence[tuple[str, Any]] = (), *, allow_p
         cells=tuple(cells),
         by=tuple(source.get("by") or ["label"]),
         paper=source.get("paper"),
-        compare=source.get("compare"),
+        compare=_listed(source.get("compare")),
         margin=source.get("margin"),
         chance=source.get("chance"),
+        kinship=bool(source.get("kinship")),
         rates=source.get("rates"),
         plots=tuple(source.get("plots") or ()),
         notes=source.get("notes") or "",
     )
+
+
+def _listed(value: Any) -> tuple[str, ...]:
+    return tuple(value) if isinstance(value, list) else () if value is None else (value,)
 
 
 def _run_plugin(recipe: Path, name: str, allowed: bool) -> None:

@@ -33,6 +33,7 @@ TEXTS = Kind(
     "a list of texts, e.g. [label, shots]", lambda v: isinstance(v, list) and all(isinstance(t, str) for t in v)
 )
 SOME = Kind("a text, or a list of texts", lambda v: TEXT.holds(v) or TEXTS.holds(v))
+NAMES = Kind("a label, or a list of labels", lambda v: NAME.holds(v) or TEXTS.holds(v))
 WORDS = Kind(
     "a language, or class: word for every class",
     lambda v: TEXT.holds(v) or isinstance(v, dict) and all(isinstance(word, str) for word in v.values()),
@@ -86,9 +87,10 @@ RECIPE: dict[str, Any] = {
     "defaults": FIELDS,
     "grid": GRID,
     "cells": ENTRIES,
-    "compare": NAME,
+    "compare": NAMES,
     "margin": NUMBER,
     "chance": NUMBER,
+    "kinship": FLAG,
     "rates": TEXT,
     "plots": TEXTS,
     "notes": TEXT,

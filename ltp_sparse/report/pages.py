@@ -10,6 +10,7 @@ from typing import Any
 from ltp_sparse.recipes.recipe import FOLDER, Recipe
 from ltp_sparse.report.chance import chance_sheet
 from ltp_sparse.report.escaping import Sheet, for_html, for_markdown
+from ltp_sparse.report.kinship import kinship_sheet
 from ltp_sparse.report.paired import MARGIN, compare, comparison_sheet, pool
 from ltp_sparse.report.plots import PLOTS
 from ltp_sparse.report.stage_1 import stage_1_sheet
@@ -44,10 +45,12 @@ def write_report(recipe: Recipe, rows: Sequence[Mapping[str, Any]], folder: Path
     drawn = [path for path in plots if path is not None]
     facts = _facts(recipe, rows)
     tests: dict[str, Sheet] = {}
-    if recipe.compare is not None:
-        tests |= _comparisons(rows, recipe, recipe.compare)
+    for reference in recipe.compare:
+        tests |= _comparisons(rows, recipe, reference)
     if recipe.chance is not None:
         tests["Languages above chance"] = chance_sheet(rows, recipe.by, recipe.chance)
+    if recipe.kinship:
+        tests["Languages related to that of training"] = kinship_sheet(rows, recipe.by)
     if (stage_1 := stage_1_sheet(rows, recipe.by)) is not None:
         tests["Tickets of stage 1"] = stage_1
     written = {
@@ -70,7 +73,7 @@ def _comparisons(rows: Sequence[Mapping[str, Any]], recipe: Recipe, reference: s
         kept = ", last update" if last else ", best epoch on dev" if "last_update" in rows[0] else ""
         for heading, make in (("Pooled comparison", pool), ("Paired comparison", compare)):
             if found := make(rows, reference, recipe.by, margin=margin, last=last):
-                sheets[heading + kept] = comparison_sheet(found, reference, recipe.by, margin)
+                sheets[f"{heading} with {reference}{kept}"] = comparison_sheet(found, reference, recipe.by, margin)
     return sheets
 
 

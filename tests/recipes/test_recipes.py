@@ -26,12 +26,14 @@ from ltp_sparse.recipes.cache import Cache
 from ltp_sparse.recipes.cell import Workbench, method_of, overlap, run_cell, ticket_of
 from ltp_sparse.recipes.rates import with_rates
 from ltp_sparse.recipes.run import run_recipe, unfinished
+from ltp_sparse.report import plots
 from ltp_sparse.report.chance import chance_table
+from ltp_sparse.report.kinship import kinship, kinship_sheet
 from ltp_sparse.report.pages import paper_of, write_report
 from ltp_sparse.report.paired import mean_interval
 from ltp_sparse.report.tables import latex, make_table, markdown, paper_figures, to_csv
 from ltp_sparse.selection import pools
-from ltp_sparse.tasks import TASKS
+from ltp_sparse.tasks import TASKS, tested
 from ltp_sparse.tickets.delta import SparseDelta
 from ltp_sparse.tickets.lt_sft import write_lt_sft
 from ltp_sparse.tickets.ticket import Ticket
@@ -164,10 +166,11 @@ def test_recipes_of_the_papers_are_sound(name):
         assert train.kind in method.inputs
         assert train.labels == test.labels and train.metric == test.metric
         assert cell["train.language"] in train.languages
-        if test.name == "sib200" and cell["test.languages"] != "same":  # 205 of them
-            assert all(re.fullmatch("[a-z]{3}_[A-Z][a-z]{3}", code) for code in cell["test.languages"] or ())
+        languages = tested(test.name, cell["test.languages"], cell["train.language"])
+        if test.name == "sib200":  # 205 of them
+            assert all(re.fullmatch("[a-z]{3}_[A-Z][a-z]{3}", code) for code in languages)
         else:
-            assert set(cell["test.languages"] or ()) <= {*test.languages, *"same"}
+            assert set(languages) <= {*test.languages}
         assert (cell["ticket"] is not None) == method.needs_ticket
         assert cell["model"]
     for facts in paper_figures(paper_of(recipe)):
@@ -705,6 +708,41 @@ def test_intervals_are_those_of_students_t_at_any_number_of_runs(n, quantile):
     assert (mean - low) / standard_error == pytest.approx(quantile, abs=1e-6)
 
 
+def test_scores_by_kinship():
+    """Shares of what the relatives of the training language reach; the language itself counts nowhere."""
+    scores = {"eng_Latn": 0.9, "deu_Latn": 0.8, "nld_Latn": 0.6, "spa_Latn": 0.5, "swh_Latn": 0.2, "zho_Hans": 0.4}
+    rows = [{"label": "LTP", "train": {"language": "eng_Latn"}, "scores": scores}]
+    rows.append({"label": "in-language", "train": {"language": "eng_Latn"}, "scores": {"eng_Latn": 0.9}})
+    table = kinship_sheet(rows, ["label"]).markdown().splitlines()
+    assert table[2] == f"| LTP | 70.00 | 50.00 | 30.00 | {0.3 / (1.9 / 3):.3f} |"
+    assert table[3] == "| in-language |  |  |  |  |"
+    assert kinship("en", "deu_Latn") == "same branch" and kinship("swh_Latn", "zul_Latn") == "same branch"
+    assert kinship("ind_Latn", "xx") is None and kinship("en", "eng_Latn") is None
+    for name in ("xnli", "xglm", "bloom"):
+        languages = tested("sib200", name, "eng_Latn")
+        assert len(set(languages)) == len(languages) == {"xnli": 15, "xglm": 30, "bloom": 46}[name]
+        assert all(kinship("eng_Latn", language) for language in languages if language != "eng_Latn")
+    with pytest.raises(ValueError, match="languages must be a list, same or, of sib200, xnli, xglm, bloom: got 'all'"):
+        tested("sib200", "all", "eng_Latn")
+
+
+def test_changes_against_the_line_without_an_option(tmp_path):
+    rows = [
+        {"label": "XGLM", "options": {"bottleneck": b}, "seed": 1, "scores": {"en": s, "sw": s / 2}, "notes": []}
+        for b, s in ((None, 0.4), (50, 0.5), (200, 0.3))
+    ]
+    recipe = load_recipe("spt-reparameterisation")
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "_heat_map", lambda *args: drawn.append(args) or args[3])
+        assert plots.plot_relative_change(rows, tmp_path / "a.png", recipe) == tmp_path / "a.png"
+    ((facts, columns, grid, *_),) = drawn
+    assert facts == [("XGLM", 50), ("XGLM", 200)] and columns == ("en", "sw", "AVG")
+    assert grid == [pytest.approx([25, 25, 25]), pytest.approx([-25, -25, -25])]
+    assert plots.plot_relative_change(rows, tmp_path / "b.png", recipe).stat().st_size > 1000
+    assert plots.plot_relative_change(rows[:1], tmp_path / "c.png", recipe) is None
+
+
 def test_languages_above_chance():
     scores = [{"en": 0.5, "sw": 0.4, "zh": 0.2}, {"en": 0.6, "sw": 0.3, "zh": 0.2}, {"en": 0.55, "sw": 0.45, "zh": 0.2}]
     rows = [{"label": "LTP", "shots": None, "scores": one} for one in scores]
@@ -724,7 +762,7 @@ def test_reports_hold_paired_comparisons(world, tmp_path):
     path = tmp_path / "paired.yaml"
     path.write_text(
         RECIPE.format(model=world / "model").replace(
-            "by: [label, shots]", "by: [label, shots]\ncompare: SP\nchance: 0.3333"
+            "by: [label, shots]", "by: [label, shots]\ncompare: [SP, LTP]\nkinship: true\nchance: 0.3333"
         )
     )
     recipe = load_recipe(str(path)).only([("shots", 2)])
@@ -732,7 +770,8 @@ def test_reports_hold_paired_comparisons(world, tmp_path):
     write_report(recipe, results.read(tmp_path / "out" / results.RESULTS), tmp_path / "out")
     assert "| LTP | 2 | 2 |" in (tmp_path / "out" / "report.md").read_text().split("minus SP")[1]
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "<h2>Paired comparison</h2>" in page and "<h2>Languages above chance</h2>" in page
+    assert "<h2>Paired comparison with SP</h2>" in page and "<h2>Paired comparison with LTP</h2>" in page
+    assert "<h2>Languages related to that of training</h2>" in page and "<h2>Languages above chance</h2>" in page
 
 
 @pytest.mark.slow
