@@ -66,16 +66,16 @@ def corpus(language: str, lines: int, data: Path | None, *, text: str | None = N
     for name in (language, f"{language}.txt", f"{language}.txt.gz"):
         if (own := data / "corpora" / name).exists():
             return Corpus(tuple(read_text([own], max_lines=lines, seed=seed)), f"corpora/{name}")
-    texts, source = _nearest(language, lines, data, seed)
+    nearest, source = _nearest(language, lines, data, seed)
     cure = f"put one sentence a line into {data / 'corpora' / (language + '.txt')}, or set text: hub"
-    if not texts:
+    if not nearest:
         raise FileNotFoundError(f"no text in {language!r}: {cure}")
     warnings.warn(
-        f"{source} stands in for a corpus in {language!r}: {len(texts):,} lines, {lines:,} were asked for; {cure}",
+        f"{source} stands in for a corpus in {language!r}: {len(nearest):,} lines, {lines:,} were asked for; {cure}",
         StandIn,
         stacklevel=2,
     )
-    return Corpus(tuple(texts), source, stand_in=True)
+    return Corpus(tuple(nearest), source, stand_in=True)
 
 
 def _nearest(language: str, lines: int, data: Path, seed: int) -> tuple[Sequence[str], str]:

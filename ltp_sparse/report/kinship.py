@@ -35,12 +35,10 @@ _FAMILIES = {
     "Tupian": "grn",
     "isolate": "eus",
 }
-_CODES = dict(
-    pair.split(":")
-    for pair in (
-        "ar:arb bg:bul de:deu el:ell en:eng es:spa fr:fra hi:hin id:ind ru:rus sw:swh th:tha tr:tur ur:urd vi:vie zh:zho"
-    ).split()
+_XNLI = (
+    "ar:arb bg:bul de:deu el:ell en:eng es:spa fr:fra hi:hin id:ind ru:rus sw:swh th:tha tr:tur ur:urd vi:vie zh:zho"
 )
+_CODES = dict(pair.split(":") for pair in _XNLI.split())
 _FAMILY_OF = {code: family for family, codes in _FAMILIES.items() for code in codes.split()}
 DEGREES = ("same branch", "same family", "others")
 
