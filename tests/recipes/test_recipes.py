@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -525,6 +526,35 @@ def test_lists_and_dry_runs_need_no_data(capsys):
     assert "14.16M" in capsys.readouterr().out
 
 
+def test_dry_runs_count_the_text_and_the_updates_asked_for():
+    """Of stage 1: 300,000 sentences make 1,000 updates of the paper's batches; fewer lines or updates cost less."""
+    from ltp_sparse.recipes import plan
+    from ltp_sparse.recipes.recipe import with_fact
+
+    cell = load_recipe("ltp-table-1", [("seed", 1), ("shots", 1)]).only([("label", "LTP 20 %")]).cells[0]
+    model = plan._meta_model("xlm-roberta-base")
+
+    def cost(**facts):
+        changed = cell
+        for path, value in facts.items():
+            changed = type(cell)(with_fact(changed.facts, f"ticket.{path.replace('__', '.')}", value))
+        return list(plan._shared(changed, model).values())
+
+    (whole,) = cost()
+    tokens = 3 * 1000 * 32 * 256
+    assert whole == pytest.approx(6 * (plan._body(model) + 0.15 * 192_001_536) * tokens, rel=0.02)
+    assert cost(lines=3_000) == [pytest.approx(whole / 100, rel=0.05)]
+    assert cost(mlm={"max_steps": 30}) == [pytest.approx(whole / 100, rel=0.02)]
+    assert cost(mlm={"max_steps": 30, "length": 64, "batch_size": 16}) == [pytest.approx(whole / 800, rel=0.02)]
+    assert cost(mlm={"max_steps": 30}, seeds=[1, 2, 3]) == 3 * cost(mlm={"max_steps": 30})
+    assert cost(score="magnitude") == []
+    sfts = load_recipe("sc-sft-table-1").only([("label", "LT-SFT")]).cells[0]
+    made = plan._shared(sfts, model)
+    assert len(made) == 11 and len(set(made.values())) == 1  # English and ten languages: 100,000 updates at most
+    assert made.popitem()[1] == pytest.approx(2 * whole / tokens * 100_000 * 8 * 256, rel=0.02)
+    assert plan._shared(type(sfts)(with_fact(sfts.facts, "language_sft.files", "x/{language}")), model) == {}
+
+
 ROWS = [
     {"label": "A", "shots": 1, "seed": 1, "scores": {"en": 0.40, "sw": 0.30}, "notes": []},
     {"label": "A", "shots": 1, "seed": 2, "scores": {"en": 0.44, "sw": 0.36}, "notes": ["x stands in"]},
@@ -772,6 +802,38 @@ def test_reports_hold_paired_comparisons(world, tmp_path):
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<h2>Paired comparison with SP</h2>" in page and "<h2>Paired comparison with LTP</h2>" in page
     assert "<h2>Languages related to that of training</h2>" in page and "<h2>Languages above chance</h2>" in page
+
+
+@pytest.fixture
+def evidence(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
+    return importlib.import_module("evidence")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*rows cannot be verified")
+@pytest.mark.parametrize("name", ["evidence-xnli", "evidence-americasnli", "generated-methods"])
+def test_reports_of_the_documentation_come_from_their_rows(evidence, tmp_path, monkeypatch, name):
+    shutil.copytree(evidence.FOLDER / name, tmp_path / name)
+    for old in ("report.md", "table.csv"):
+        (tmp_path / name / old).unlink()
+    monkeypatch.setattr(sys, "argv", ["evidence", "--evidence", str(tmp_path)])
+    evidence.main()
+    assert {file.name for file in (tmp_path / name).iterdir()} == {f.name for f in (evidence.FOLDER / name).iterdir()}
+    for file in ("report.md", "table.csv"):
+        assert (tmp_path / name / file).read_text() == (evidence.FOLDER / name / file).read_text(), file
+
+
+def test_rows_of_a_study_are_taken_over_whole(evidence, tmp_path):
+    study, folder = tmp_path / "study", tmp_path / "evidence"
+    folder.mkdir()
+    for number in (1, 2):
+        results.append(study / "study-sft" / results.RESULTS, {"id": f"cell {number}"})
+        evidence.take_over(study, folder)
+        assert len(results.read(folder / "study-sft" / results.RESULTS)) == number
+    results.append(folder / "study-sft" / results.RESULTS, {"id": "of another"})
+    with pytest.raises(ValueError, match="1 rows of .* are not in it; it is another study"):
+        evidence.take_over(study, folder)
 
 
 @pytest.mark.slow
