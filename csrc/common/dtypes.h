@@ -1,7 +1,8 @@
-// The storage types: conversion to float32 and rounding back.
+// The storage types: their codes, conversion to float32 and rounding back.
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "platform.h"
 
@@ -14,6 +15,38 @@ struct BFloat16 {
 struct Float16 {
     uint16_t bits;
 };
+
+// The codes of ltp_sparse/weights/tensors.py.
+enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// Calls body with a value of the storage type.
+template <class Body>
+auto with_storage_type(Dtype dtype, Body&& body) {
+    switch (dtype) {
+        case Dtype::kBFloat16:
+            return body(BFloat16());
+        case Dtype::kFloat16:
+            return body(Float16());
+        case Dtype::kFloat32:
+            break;
+    }
+    return body(0.0f);
+}
+
+// Calls body with a value of the parameters' type, one of the gradients' type, and whether these are packed (a
+// std::integral_constant). Gradients are float32 where they are packed; else float32 or of the parameters' type.
+template <class Body>
+auto with_storage_types(Dtype param_dtype, Dtype grad_dtype, bool packed, Body&& body) {
+    return with_storage_type(param_dtype, [&](auto param) {
+        if (packed) return body(param, 0.0f, std::true_type());
+        if constexpr (!std::is_same_v<decltype(param), float>) {
+            if (grad_dtype != Dtype::kFloat32) return body(param, param, std::false_type());
+        }
+        return body(param, 0.0f, std::false_type());
+    });
+}
+
+LTP_HD int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
 LTP_HD float float_from_bits(uint32_t bits) {
     float value;

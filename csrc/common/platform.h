@@ -1,4 +1,4 @@
-// What every source of the extensions shares: the host/device marker, the tile size, the codes of encodings and dtypes.
+// What every source of the extensions shares: the host/device marker, the tile size, the codes of encodings.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,5 @@ namespace ltp {
 constexpr int64_t kTile = 65536;  // entries; a position inside a tile fits 16 bits
 
 enum class Encoding : int64_t { kFull = 0, kBitmap = 1, kList16 = 2 };
-
-enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 }  // namespace ltp

@@ -90,7 +90,10 @@ class Walk {
   private:
     static constexpr bool kPlainParam = std::is_same_v<Param, float>;
     static constexpr bool kPlainGrad = std::is_same_v<Grad, float>;
-    static constexpr bool kPacksBoth = (kPlainParam && kPlainGrad) ? kPacksLanes : kPacksHalf && kPacksLanes;
+    // Whether the instruction set has lanes for items of this type; other types go by lists.
+    template <class Storage>
+    static constexpr bool kPacks = sizeof(Storage) == 4 ? kPacksLanes : sizeof(Storage) == 2 && kPacksHalf;
+    static constexpr bool kPacksBoth = kPacks<Param> && kPacks<Grad>;
     static constexpr int64_t kLargestPiece = 256;
     static_assert(kStateBlock <= kLargestPiece && kPackedPiece <= kLargestPiece);
 
@@ -314,19 +317,12 @@ class Walk {
     }
 };
 
-// Calls body(walk) with the walk for the tile's storage types. Gradients are of the parameters' type, float32 or
-// packed.
+// Calls body(walk) with the walk for the tile's storage types.
 template <class Body>
-void with_storage_types(const AdamWTile& tile, Body body) {
-    const auto with_param = [&](auto param) {
-        using Param = decltype(param);
-        if (tile.packed) return body(Walk<Param, float, true>());
-        if (tile.grad_dtype == Dtype::kFloat32) return body(Walk<Param, float, false>());
-        if constexpr (!std::is_same_v<Param, float>) return body(Walk<Param, Param, false>());
-    };
-    if (tile.param_dtype == Dtype::kFloat32) return with_param(0.0f);
-    if (tile.param_dtype == Dtype::kBFloat16) return with_param(BFloat16());
-    return with_param(Float16());
+void with_walk(const AdamWTile& tile, Body body) {
+    with_storage_types(tile.param_dtype, tile.grad_dtype, tile.packed, [&](auto param, auto grad, auto packed) {
+        body(Walk<decltype(param), decltype(grad), decltype(packed)::value>());
+    });
 }
 
 }  // namespace

@@ -13,8 +13,6 @@
 namespace ltp {
 namespace {
 
-int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
-
 bool has_gradient(const HostUpdate& update, const TileRow& row) {
     return update.packed || update.grads[row.param] != 0;
 }

@@ -92,7 +92,7 @@ struct PieceUpdate {
 };
 
 void adamw(const AdamWTile& tile) {
-    with_storage_types(tile, [&](auto walk) {
+    with_walk(tile, [&](auto walk) {
         if (tile.anchor != nullptr) {
             walk.template for_each_piece<Access::kUpdate>(tile, PieceUpdate<true>{tile});
         } else {
@@ -109,7 +109,7 @@ double sum_tile(const AdamWTile& tile) {
     const AdamWCoefficients c = tile.coefficients;
     double lanes[kSumLanes] = {};
     constexpr Access kAccess = HAS_ANCHOR ? Access::kReadBoth : Access::kReadGrads;
-    with_storage_types(tile, [&](auto walk) {
+    with_walk(tile, [&](auto walk) {
         walk.template for_each_piece<kAccess>(
             tile, [&](const float* values, const float* grads, int64_t rank, int64_t count, const uint16_t*) {
                 const auto add = [&](int64_t lane, int64_t i) {
@@ -135,7 +135,7 @@ double sum_squares(const AdamWTile& tile) {
 }
 
 void pack_gradients(const AdamWTile& tile, float* out, bool accumulate) {
-    with_storage_types(tile, [&](auto walk) {
+    with_walk(tile, [&](auto walk) {
         walk.template for_each_piece<Access::kReadGrads>(
             tile, [&](const float*, const float* grads, int64_t rank, int64_t count, const uint16_t*) {
                 if (accumulate) {

@@ -31,7 +31,7 @@ void check(const char* op, const HostPairs& pairs, const std::vector<int64_t>& g
 // At most `length` entries of a pair, from `start` on.
 DeltaTile tile_of(const HostPairs& pairs, int64_t pair, int64_t start, int64_t length) {
     const auto address = [&](uintptr_t base, int dtype) {
-        return reinterpret_cast<const void*>(base + uintptr_t(start) * (dtype == 0 ? 4 : 2));
+        return reinterpret_cast<const void*>(base + uintptr_t(start) * bytes_of(Dtype(dtype)));
     };
     DeltaTile tile = {};
     tile.tuned_dtype = Dtype(pairs.tuned_dtypes[pair]);
@@ -231,6 +231,7 @@ void delta_band(const HostPairs& pairs, const std::vector<int64_t>& groups, cons
                                                                      std::to_string(band.low[g]) + " and " +
                                                                      std::to_string(band.high[g]));
     }
+    require(band.digests == nullptr || !pairs.initial.empty(), "delta_band: digests are of the initial tensors");
     PairTiles tiles("delta_band", pairs, groups, band.n_groups);
     const Kernels& kernel = kernels();
     std::atomic<bool> nonfinite{false};
@@ -250,6 +251,11 @@ void delta_band(const HostPairs& pairs, const std::vector<int64_t>& groups, cons
             const bool fits = counts.inside == 0 || (offset >= 0 && offset <= band.capacity - counts.inside);
             band.offsets[t] = fits ? offset : -1;
             if (fits && counts.inside > 0) kernel.collect(tile, inside, band.keys + offset, band.positions + offset);
+            if (band.digests != nullptr) {  // while the tile is in the cache
+                const Digest digest = kernel.digest(tile.initial, tile.length * bytes_of(tile.initial_dtype));
+                band.digests[2 * t] = int64_t(digest.low);
+                band.digests[2 * t + 1] = int64_t(digest.high);
+            }
         });
     });
     if (nonfinite) *band.nonfinite = 1;

@@ -28,30 +28,13 @@ void single_keys(const void*, const void* tuned, int64_t begin, int64_t count, i
 
 using KeyFunction = void (*)(const void* initial, const void* tuned, int64_t begin, int64_t count, int32_t* keys);
 
-template <class Tuned>
 KeyFunction key_function(const DeltaTile& tile) {
-    if (tile.initial == nullptr) return single_keys<Tuned>;
-    switch (tile.initial_dtype) {
-        case Dtype::kBFloat16:
-            return pair_keys<BFloat16, Tuned>;
-        case Dtype::kFloat16:
-            return pair_keys<Float16, Tuned>;
-        case Dtype::kFloat32:
-            break;
-    }
-    return pair_keys<float, Tuned>;
-}
-
-KeyFunction key_function(const DeltaTile& tile) {
-    switch (tile.tuned_dtype) {
-        case Dtype::kBFloat16:
-            return key_function<BFloat16>(tile);
-        case Dtype::kFloat16:
-            return key_function<Float16>(tile);
-        case Dtype::kFloat32:
-            break;
-    }
-    return key_function<float>(tile);
+    return with_storage_type(tile.tuned_dtype, [&](auto tuned) -> KeyFunction {
+        using Tuned = decltype(tuned);
+        if (tile.initial == nullptr) return single_keys<Tuned>;
+        return with_storage_type(tile.initial_dtype,
+                                 [](auto initial) -> KeyFunction { return pair_keys<decltype(initial), Tuned>; });
+    });
 }
 
 // Computes the keys of a tile, block by block.

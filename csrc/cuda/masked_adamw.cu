@@ -43,25 +43,6 @@ __global__ void __launch_bounds__(kThreads)
     pack_block<Grad>(update, out, accumulate, blockIdx.x, listed, threads);
 }
 
-template <class T>
-struct Type {
-    using type = T;
-};
-
-// Calls launch(param type, gradient type, whether gradients are packed), the last as a std::integral_constant.
-template <class Launch>
-void with_types(const DeviceUpdate& update, Launch launch) {
-    const auto with_param = [&](auto param) {
-        using Param = typename decltype(param)::type;
-        if (update.packed) return launch(param, Type<float>(), std::true_type());
-        if (update.grad_dtype == Dtype::kFloat32) return launch(param, Type<float>(), std::false_type());
-        if constexpr (!std::is_same_v<Param, float>) return launch(param, param, std::false_type());
-    };
-    if (update.param_dtype == Dtype::kFloat32) return with_param(Type<float>());
-    if (update.param_dtype == Dtype::kBFloat16) return with_param(Type<BFloat16>());
-    return with_param(Type<Float16>());
-}
-
 unsigned grid_of(const DeviceUpdate& update, const char* op) {
     const int64_t blocks = update.n_tiles * update.parts;
     if (update.parts < 1 || blocks > 0x7FFFFFFF) {
@@ -83,9 +64,9 @@ void cuda_masked_adamw_(const DeviceUpdate& update, void* stream) {
     if (update.n_tiles == 0) return;
     const unsigned grid = grid_of(update, "masked_adamw_");
     const auto on = static_cast<cudaStream_t>(stream);
-    with_types(update, [&](auto param, auto grad, auto packed) {
-        using Param = typename decltype(param)::type;
-        using Grad = typename decltype(grad)::type;
+    with_storage_types(update.param_dtype, update.grad_dtype, update.packed, [&](auto param, auto grad, auto packed) {
+        using Param = decltype(param);
+        using Grad = decltype(grad);
         constexpr bool kPacked = decltype(packed)::value;
         if (update.state.scales != nullptr) {
             update_coded_kernel<Param, Grad, kPacked><<<grid, kThreads, 0, on>>>(update);
@@ -100,9 +81,9 @@ void cuda_masked_sum_squares(const DeviceUpdate& update, double* out, void* stre
     if (update.n_tiles == 0) return;
     const unsigned grid = grid_of(update, "masked_sum_squares");
     const auto on = static_cast<cudaStream_t>(stream);
-    with_types(update, [&](auto param, auto grad, auto packed) {
-        using Param = typename decltype(param)::type;
-        using Grad = typename decltype(grad)::type;
+    with_storage_types(update.param_dtype, update.grad_dtype, update.packed, [&](auto param, auto grad, auto packed) {
+        using Param = decltype(param);
+        using Grad = decltype(grad);
         sum_squares_kernel<Param, Grad, decltype(packed)::value><<<grid, kThreads, 0, on>>>(update, out);
     });
     check("masked_sum_squares");
@@ -112,13 +93,9 @@ void cuda_masked_pack_(const DeviceUpdate& update, float* out, bool accumulate, 
     if (update.n_tiles == 0) return;
     const unsigned grid = grid_of(update, "masked_pack_");
     const auto on = static_cast<cudaStream_t>(stream);
-    if (update.grad_dtype == Dtype::kFloat32) {
-        pack_kernel<float><<<grid, kThreads, 0, on>>>(update, out, accumulate);
-    } else if (update.grad_dtype == Dtype::kBFloat16) {
-        pack_kernel<BFloat16><<<grid, kThreads, 0, on>>>(update, out, accumulate);
-    } else {
-        pack_kernel<Float16><<<grid, kThreads, 0, on>>>(update, out, accumulate);
-    }
+    with_storage_type(update.grad_dtype, [&](auto grad) {
+        pack_kernel<decltype(grad)><<<grid, kThreads, 0, on>>>(update, out, accumulate);
+    });
     check("masked_pack_");
 }
 

@@ -52,31 +52,6 @@ __global__ void __launch_bounds__(kCandidateThreads) take_ties_kernel(Candidates
     take_ties_block(candidates, marks, blockIdx.x, threads);
 }
 
-// Calls launch(initial, tuned) with values of the storage types.
-template <class Launch>
-void with_types(const DevicePairs& pairs, Launch launch) {
-    const auto with_tuned = [&](auto tuned) {
-        switch (pairs.initial_dtype) {
-            case -1:
-                return launch(Zeros(), tuned);
-            case int(Dtype::kFloat32):
-                return launch(float(), tuned);
-            case int(Dtype::kBFloat16):
-                return launch(BFloat16(), tuned);
-            default:
-                return launch(Float16(), tuned);
-        }
-    };
-    switch (pairs.tuned_dtype) {
-        case int(Dtype::kFloat32):
-            return with_tuned(float());
-        case int(Dtype::kBFloat16):
-            return with_tuned(BFloat16());
-        default:
-            return with_tuned(Float16());
-    }
-}
-
 void check(cudaError_t status, const char* op) {
     if (status != cudaSuccess) {
         throw std::runtime_error(std::string(op) + ": CUDA error, " + cudaGetErrorString(status));
@@ -121,7 +96,7 @@ void cuda_delta_histogram(const DevicePairs& pairs, const Histogram& histogram, 
     range.count = 32768;
     while (range.count * int(sizeof(uint32_t)) + 1024 > shared) range.count /= 2;  // 1024: scratch, and the system's
     const int bytes = range.count * int(sizeof(uint32_t));
-    with_types(pairs, [&](auto initial, auto tuned) {
+    with_pair_types(pairs, [&](auto initial, auto tuned) {
         const auto kernel = histogram_kernel<decltype(initial), decltype(tuned)>;
         check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), op);
         for (range.first = 0; range.first < range.row; range.first += range.count) {
@@ -135,7 +110,7 @@ void cuda_delta_band(const DevicePairs& pairs, const Band& band, void* stream) {
     const char* const op = "delta_band";
     if (pairs.n_tiles == 0) return;
     const unsigned grid = grid_of(pairs.n_tiles, op);
-    with_types(pairs, [&](auto initial, auto tuned) {
+    with_pair_types(pairs, [&](auto initial, auto tuned) {
         band_kernel<decltype(initial), decltype(tuned)>
             <<<grid, kBandThreads, 0, static_cast<cudaStream_t>(stream)>>>(pairs, band);
     });
@@ -146,7 +121,7 @@ void cuda_sample_keys(const DevicePairs& pairs, const Sample& sample, void* stre
     const char* const op = "sample_keys";
     if (sample.count == 0) return;
     const unsigned grid = grid_of((sample.count + kRunsPerBlock - 1) / kRunsPerBlock, op);
-    with_types(pairs, [&](auto initial, auto tuned) {
+    with_pair_types(pairs, [&](auto initial, auto tuned) {
         sample_kernel<decltype(initial), decltype(tuned)>
             <<<grid, kSampleThreads, 0, static_cast<cudaStream_t>(stream)>>>(pairs, sample);
     });

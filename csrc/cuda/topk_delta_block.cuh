@@ -30,6 +30,15 @@ constexpr int kCollected = 2048;  // candidates whose positions are listed in sh
 // The storage type of an `initial` that is not there.
 struct Zeros {};
 
+// Calls body(initial, tuned) with values of the storage types.
+template <class Body>
+void with_pair_types(const DevicePairs& pairs, Body&& body) {
+    with_storage_type(Dtype(pairs.tuned_dtype), [&](auto tuned) {
+        if (pairs.initial_dtype == -1) return body(Zeros(), tuned);
+        with_storage_type(Dtype(pairs.initial_dtype), [&](auto initial) { body(initial, tuned); });
+    });
+}
+
 template <class T>
 LTP_HD float widened(T value) {
     return to_float32(value);

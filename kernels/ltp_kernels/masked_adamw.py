@@ -24,6 +24,7 @@ from torch import Tensor
 from .bits import bit_of_rank, popcount
 from .launch import on_device_of
 from .precision import (
+    TYPES,
     block_scale,
     decode_exp_avg,
     decode_exp_avg_sq,
@@ -56,8 +57,6 @@ _LIST16 = tl.constexpr(2)
 
 _COEFFICIENTS = tl.constexpr(11)
 _ROUNDING_KEY = tl.constexpr(10)
-
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @triton.jit
@@ -410,7 +409,7 @@ def _masked_pack_kernel(
 
 def _type_of(tensors: Any) -> tl.dtype:
     """Of those that are there."""
-    return next((_TYPES[dtype] for dtype in tensors.dtypes), tl.float32)
+    return next((TYPES[dtype] for dtype in tensors.dtypes), tl.float32)
 
 
 def masked_adamw_(update: Any, addresses: Tensor) -> None:

@@ -2,8 +2,11 @@
 
 import os
 
+import torch
 import triton
 import triton.language as tl
+
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 # The interpreter (Triton 3.6) truncates where the compiled conversion to bfloat16 rounds to nearest.
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")

@@ -23,15 +23,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .bits import bit_of_rank, popcount
+from .digests import tile_digests
 from .launch import on_device_of
+from .precision import TYPES
 
 TILE = 65_536
 
 _ROWS = 128  # words of 32 entries that a program reads at a time
 _NUM_WARPS = 8
 _PROGRAMS_PER_PROCESSOR = 2
-
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 # columns of the rows that the launcher makes, one a tile
 _INITIAL = tl.constexpr(0)  # address of the tile's first entry
@@ -132,8 +132,8 @@ def sample_keys(sample: Any) -> None:
                 runs,
                 len(runs),
                 keys,
-                INITIAL=_DTYPES.get(initial_dtype),
-                TUNED=_DTYPES[tuned_dtype],
+                INITIAL=TYPES.get(initial_dtype),
+                TUNED=TYPES[tuned_dtype],
                 num_warps=_SAMPLE_WARPS,
                 enable_fp_fusion=False,
             )
@@ -265,6 +265,8 @@ def _delta_band_kernel(
 
 def delta_band(band: Any) -> None:
     """One launch for all tensors of equal dtypes and alignment: almost always one in all. Scratch: 12 KB a program."""
+    if band.digests is not None:
+        tile_digests(band.initial, band.digests)
     words, keys = band.words, band.keys
     first_tiles = accumulate((-(-size // TILE) for size in band.tuned.sizes), initial=0)
     kinds: dict[tuple[torch.dtype | None, torch.dtype, bool], list[list[int]]] = {}
@@ -296,8 +298,8 @@ def delta_band(band: Any) -> None:
                 band.nonfinite,
                 torch.empty(programs, _WORDS.value, dtype=torch.int32, device=words.device),
                 torch.empty(programs, _WORDS.value, dtype=torch.int16, device=words.device),
-                INITIAL=_DTYPES.get(initial_dtype),
-                TUNED=_DTYPES[tuned_dtype],
+                INITIAL=TYPES.get(initial_dtype),
+                TUNED=TYPES[tuned_dtype],
                 ALIGNED=aligned,
                 HAS_TAKE=band.take is not None,
                 ROWS=_ROWS,

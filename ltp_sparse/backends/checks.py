@@ -32,7 +32,7 @@ from ltp_sparse.backends.arguments import (
 from ltp_sparse.tickets.bits import TILE, bitmap_words, popcount, tiles_of
 from ltp_sparse.tickets.index_set import Encoding
 from ltp_sparse.tickets.tile_table import Column, state_blocks
-from ltp_sparse.weights.tensors import DTYPES, LOWEST_ADDRESS, all_plain, check_plain_tensor, has_memory
+from ltp_sparse.weights.tensors import DTYPE_NAMES, DTYPES, LOWEST_ADDRESS, all_plain, check_plain_tensor, has_memory
 
 _TILES_AT_ONCE = 64  # of a table whose content is read: bounds the temporaries to some megabytes
 
@@ -240,8 +240,7 @@ def _check_dense(op: str, what: str, tensors: Tensors, device: torch.device) -> 
             continue
         if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
             raise TypeError(
-                f"{op}: {what} {i} must be a dense float32, bfloat16 or float16 tensor, "
-                f"got {tensor.dtype} ({tensor.layout})"
+                f"{op}: {what} {i} must be a dense {DTYPE_NAMES} tensor, got {tensor.dtype} ({tensor.layout})"
             )
         if tensor.device != device:
             raise ValueError(f"{op}: {what} {i} is on {tensor.device}, expected it on {device}")
@@ -404,9 +403,7 @@ def check_selection(
     for i, tensors in enumerate(zip(initial, tuned, strict=True) if initial else ((t,) for t in tuned)):
         for tensor in tensors:
             if tensor.dtype not in DTYPES:
-                raise TypeError(
-                    f"{op}: tensor {i} must be float32, bfloat16 or float16, got {tensor.dtype}; convert it"
-                )
+                raise TypeError(f"{op}: tensor {i} must be {DTYPE_NAMES}, got {tensor.dtype}; convert it")
             if tensor.shape != tensors[0].shape:
                 raise ValueError(
                     f"{op}: tensor {i} has initial shape {list(tensors[0].shape)}, tuned {list(tensor.shape)}"

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from ltp_sparse.backends import DTYPES
 from ltp_sparse.optim.launch import Launch, Precision
 from ltp_sparse.optim.members import (
     ParameterHome,
@@ -30,6 +29,8 @@ from ltp_sparse.optim.members import (
 from ltp_sparse.optim.packed_gradients import PackedGradients, check_packable
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Ticket
+from ltp_sparse.weights.digests import is_known
+from ltp_sparse.weights.tensors import DTYPE_NAMES, DTYPES
 
 _DIGESTS = "ltp_sparse"
 _GRADIENTS = "ltp_sparse_gradients"
@@ -451,7 +452,8 @@ class MaskedAdamW(Optimizer):
                 f"MaskedAdamW: the state has parameter groups of {sizes[0]} parameters, this optimizer of {sizes[1]}; "
                 "make it with the ticket and the dense parameters of that run"
             )
-        if digests != self._digests():
+        known = all(map(is_known, digests)) and len(digests) == len(params)
+        if not known or digests != [self._sets[p].digest(like) for p, like in zip(params, digests, strict=True)]:
             raise ValueError(
                 "MaskedAdamW: the state was saved for another ticket, or for other parameters in another order; "
                 "make the optimizer with the ticket of that run"
@@ -634,8 +636,5 @@ def _check_group(group: dict[str, Any], precision: Precision) -> None:
     for param in group["params"]:
         check_ordinary(param, what="MaskedAdamW")
         if param.dtype not in DTYPES:
-            raise TypeError(
-                f"MaskedAdamW: parameters must be {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}, "
-                f"got {param.dtype}"
-            )
+            raise TypeError(f"MaskedAdamW: parameters must be {DTYPE_NAMES}, got {param.dtype}")
         precision.is_stochastic(param.dtype)

@@ -22,20 +22,24 @@ _SHORTEST_LINE = 60  # characters of a line without an end that is no heading
 
 
 class PassedOver(UserWarning):
-    """Rows without a text, which are passed over as blank lines are."""
+    """Rows without a text are skipped, like blank lines."""
 
 
 def read_text(paths: Sequence[str | os.PathLike[str]], *, max_lines: int | None = None, seed: int = 0) -> list[str]:
     """Non-blank lines of text files.
 
     Args:
-        paths: .txt (a text a line), .tsv (the first column) and .jsonl (the key "text") files, also .gz, or folders of
-            them. Nulls as "text" are skipped; a `PassedOver` warning has their number.
-        max_lines: at most so many, drawn at random without replacement in one pass, in the order of the files.
+        paths: .txt (one text per line), .tsv (the first column) and .jsonl (the key "text") files, also .gz, or folders
+            of them.
+        max_lines: draw at most this many lines at random, in the order of the files.
+        seed: of the draw.
+
+    Warns:
+        PassedOver: rows with null as "text" are skipped; the message has their number.
 
     Raises:
-        FileNotFoundError: a file or folder is not there, or a folder has none.
-        FileFormatError: a file cannot be read, or there is no text in it; another value than a text is named by line.
+        FileNotFoundError: a file or folder does not exist, or a folder has no such file.
+        FileFormatError: a file cannot be read, has no text, or has another value than a text (the line is named).
     """
     files = [file for path in paths for file in _files(Path(path))]
     return _sample((line for file in files for line in _lines(file)), max_lines, seed, ", ".join(map(str, paths)))
@@ -51,7 +55,7 @@ def read_hub_text(
     seed: int = 0,
     sentences: bool = False,
 ) -> list[str]:
-    """Non-blank lines of a column of a Hub data set, streamed; arguments as in `read_text`.
+    """Non-blank lines of a column of a streamed Hub data set; arguments as in `read_text`.
 
     Args:
         sentences: cut the lines into sentences (`split_sentences`): articles hold paragraphs and headings.
@@ -109,7 +113,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _texts(rows: Iterable[tuple[Place, dict[str, Any]]], column: str, source: str) -> Iterator[str]:
-    """The lines of the texts in a column; nulls are skipped and counted in a warning at the end."""
+    """The lines of the texts in a column. Nulls are skipped, with a warning at the end."""
     nulls = 0
     for where, row in rows:
         if row.get(column, "") is None:
@@ -117,7 +121,7 @@ def _texts(rows: Iterable[tuple[Place, dict[str, Any]]], column: str, source: st
         else:
             yield from text_in(row, column, where).split("\n")
     if nulls:
-        warnings.warn(f"{source}: {nulls:,} rows without a text (null) are passed over", PassedOver, stacklevel=2)
+        warnings.warn(f"{source}: {nulls:,} rows without a text (null) are skipped", PassedOver, stacklevel=2)
 
 
 def _sample(lines: Iterable[str], max_lines: int | None, seed: int, where: str) -> list[str]:

@@ -80,31 +80,6 @@ class HostThreads {
     void set_bits(int32_t* word, int32_t bits) { *word |= bits; }
 };
 
-template <class Body>
-void with_types(const DeviceUpdate& update, Body body) {
-    const auto with_param = [&](auto param) {
-        if (update.packed) return body(param, 0.0f, std::true_type());
-        if (update.grad_dtype == Dtype::kFloat32) return body(param, 0.0f, std::false_type());
-        return body(param, param, std::false_type());
-    };
-    if (update.param_dtype == Dtype::kFloat32) return with_param(0.0f);
-    if (update.param_dtype == Dtype::kBFloat16) return with_param(BFloat16());
-    return with_param(Float16());
-}
-
-template <class Body>
-void with_types(const DevicePairs& pairs, Body body) {
-    const auto with_tuned = [&](auto tuned) {
-        if (pairs.initial_dtype == -1) return body(Zeros(), tuned);
-        if (pairs.initial_dtype == int(Dtype::kFloat32)) return body(0.0f, tuned);
-        if (pairs.initial_dtype == int(Dtype::kBFloat16)) return body(BFloat16(), tuned);
-        return body(Float16(), tuned);
-    };
-    if (pairs.tuned_dtype == int(Dtype::kFloat32)) return with_tuned(0.0f);
-    if (pairs.tuned_dtype == int(Dtype::kBFloat16)) return with_tuned(BFloat16());
-    return with_tuned(Float16());
-}
-
 }  // namespace
 
 namespace ltp {
@@ -114,7 +89,7 @@ void cuda_delta_histogram(const DevicePairs& pairs, const Histogram& histogram, 
     range.row = histogram.prefixes == nullptr ? 32768 : 65536;
     range.shift = histogram.prefixes == nullptr ? 16 : 0;
     range.count = bins_at_once;
-    with_types(pairs, [&](auto initial, auto tuned) {
+    with_pair_types(pairs, [&](auto initial, auto tuned) {
         for (range.first = 0; range.first < range.row; range.first += range.count) {
             for (int64_t block = blocks - 1; block >= 0; --block) {
                 HostThreads<kHistogramThreads> threads;
@@ -129,7 +104,7 @@ void cuda_delta_histogram(const DevicePairs& pairs, const Histogram& histogram, 
 }
 
 void cuda_delta_band(const DevicePairs& pairs, const Band& band, void*) {
-    with_types(pairs, [&](auto initial, auto tuned) {
+    with_pair_types(pairs, [&](auto initial, auto tuned) {
         for (int64_t tile = pairs.n_tiles - 1; tile >= 0; --tile) {
             HostThreads<kBandThreads> threads;
             BandScratch scratch;
@@ -140,7 +115,7 @@ void cuda_delta_band(const DevicePairs& pairs, const Band& band, void*) {
 }
 
 void cuda_sample_keys(const DevicePairs& pairs, const Sample& sample, void*) {
-    with_types(pairs, [&](auto initial, auto tuned) {
+    with_pair_types(pairs, [&](auto initial, auto tuned) {
         for (int64_t block = (sample.count - 1) / kRunsPerBlock; block >= 0; --block) {
             HostThreads<kSampleThreads> threads;
             sample_block<decltype(initial), decltype(tuned)>(pairs, sample, block, threads);
@@ -170,7 +145,7 @@ void cuda_take_ties(const Candidates& candidates, const Ties& marks, void*) {
 }
 
 void cuda_masked_adamw_(const DeviceUpdate& update, void*) {
-    with_types(update, [&](auto param, auto grad, auto packed) {
+    with_storage_types(update.param_dtype, update.grad_dtype, update.packed, [&](auto param, auto grad, auto packed) {
         // Backwards: no thread block may need the work of an earlier one.
         for (int64_t block = update.n_tiles * update.parts - 1; block >= 0; --block) {
             HostThreads<kThreads> threads;
@@ -186,7 +161,7 @@ void cuda_masked_adamw_(const DeviceUpdate& update, void*) {
 }
 
 void cuda_masked_sum_squares(const DeviceUpdate& update, double* out, void*) {
-    with_types(update, [&](auto param, auto grad, auto packed) {
+    with_storage_types(update.param_dtype, update.grad_dtype, update.packed, [&](auto param, auto grad, auto packed) {
         for (int64_t block = 0; block < update.n_tiles * update.parts; ++block) {
             HostThreads<kThreads> threads;
             uint16_t listed[kSubTile];
@@ -200,10 +175,9 @@ void cuda_masked_pack_(const DeviceUpdate& update, float* out, bool accumulate, 
     for (int64_t block = 0; block < update.n_tiles * update.parts; ++block) {
         HostThreads<kThreads> threads;
         uint16_t listed[kSubTile];
-        if (update.grad_dtype == Dtype::kFloat32) pack_block<float>(update, out, accumulate, block, listed, threads);
-        if (update.grad_dtype == Dtype::kBFloat16)
-            pack_block<BFloat16>(update, out, accumulate, block, listed, threads);
-        if (update.grad_dtype == Dtype::kFloat16) pack_block<Float16>(update, out, accumulate, block, listed, threads);
+        with_storage_type(update.grad_dtype, [&](auto grad) {
+            pack_block<decltype(grad)>(update, out, accumulate, block, listed, threads);
+        });
     }
 }
 
