@@ -25,6 +25,7 @@ from ltp_sparse.recipes.cache import Cache
 from ltp_sparse.recipes.cell import Workbench
 from ltp_sparse.recipes.run import run_recipe
 from ltp_sparse.report.pages import write_report
+from ltp_sparse.tasks import tested
 
 TOKENIZER = "tokenizers/xlm_roberta_base"
 MLM = {"max_steps": 2, "step_bounds": None, "length": 32, "eval_steps": 2}
@@ -88,17 +89,11 @@ def small(name: str, folders: dict[str, Path], *, thin: bool) -> Recipe:
             if any(str(cell["label"]) == str(other["label"]) and facts["model"] == other["model"] for other in cells):
                 continue
             if cell["test.languages"] != "same":
-                languages = cell["test.languages"] or _first_languages(cell["test.task"])
+                languages = tested(cell["test.task"], cell["test.languages"], cell["train.language"])
                 facts["test"] = {**cell["test"], "languages": list(languages)[:2]}
         cells.append(type(cell)(facts))
     unique = {cell.id: cell for cell in cells}
     return replace(recipe, cells=tuple(unique.values()))
-
-
-def _first_languages(task: str) -> tuple[str, ...]:
-    from ltp_sparse.tasks import TASKS
-
-    return TASKS[task].languages
 
 
 def main() -> int:

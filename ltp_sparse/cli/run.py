@@ -42,6 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--only", nargs="+", default=[], metavar="KEY=VALUE", help="only cells with these values")
     parser.add_argument("--cache", type=Path, help="folder of shared artefacts (see ltp-sparse cache)")
+    parser.add_argument("--rates", type=Path, help="results of the recipe that chooses this one's learning rates")
     parser.add_argument("--devices", nargs="+", help="GPUs to distribute the cells to, e.g. 0 1 2 3")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--save-every", type=int, help="epochs between checkpoints inside a cell")
@@ -68,6 +69,7 @@ def run(options: argparse.Namespace) -> int:
         print(plan(recipe))
         return 0
     need(options, "output")
+    recipe = _with_rates(recipe, options.rates)
     _check_model(options, recipe)
     if options.devices and not options.part:
         from ltp_sparse.recipes.run import run_on_devices
@@ -103,6 +105,22 @@ def run(options: argparse.Namespace) -> int:
     plugins = " --allow-plugins" if options.allow_plugins else ""
     print(f"next: ltp-sparse report {shlex.quote(options.recipe)} {shlex.quote(str(options.output))}{plugins}")
     return 0
+
+
+def _with_rates(recipe: Recipe, folder: Path | None) -> Recipe:
+    if recipe.rates is None and folder is None:
+        return recipe
+    if recipe.rates is None:
+        raise CommandError(f"run: {recipe.name} has learning rates of its own; leave --rates out")
+    if folder is None:
+        raise CommandError(
+            f"run: {recipe.name} takes its learning rates from results of {recipe.rates}; run that first, and pass its "
+            "folder by --rates"
+        )
+    from ltp_sparse.recipes import results
+    from ltp_sparse.recipes.rates import with_rates
+
+    return with_rates(recipe, results.read(folder / results.RESULTS))
 
 
 def _check_model(options: argparse.Namespace, recipe: Recipe) -> None:

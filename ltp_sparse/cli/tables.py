@@ -4,7 +4,8 @@ from ltp_sparse.tasks import TASKS
 
 METHOD_NAMES = (
     "ltp", "all-active", "random-ticket", "discrete-prompt", "soft-prompt", "mixed-prompt", "prompt-only",
-    "deep-prompt", "fine-tuning", "bitfit", "lt-sft", "sc-sft", "rand-sft", "ada-sft", "mad-x", "spt",
+    "deep-prompt", "fine-tuning", "bitfit", "head-only", "lt-sft", "sc-sft", "rand-sft", "ada-sft", "mad-x",
+    "spt",
 )  # fmt: skip
 
 MASKED_METHOD_NAMES = tuple(name for name in METHOD_NAMES if name != "spt")

@@ -3,7 +3,7 @@
 from ltp_sparse.methods.adaptive import AdaSFT
 from ltp_sparse.methods.base import Context, Method, Settings, Setup
 from ltp_sparse.methods.deep_prompt import DeepPromptTuning
-from ltp_sparse.methods.fine_tuning import LTSFT, SCSFT, BitFit, FineTuning, RandSFT
+from ltp_sparse.methods.fine_tuning import LTSFT, SCSFT, BitFit, FineTuning, HeadOnly, RandSFT
 from ltp_sparse.methods.madx import MADX
 from ltp_sparse.methods.prompt_learning import (
     LTP,
@@ -22,7 +22,7 @@ METHODS: dict[str, type[Method]] = {
     method.key: method
     for method in (
         LTP, AllActive, RandomTicket, DiscretePrompt, SoftPrompt, MixedPrompt, PromptOnly,
-        DeepPromptTuning, FineTuning, BitFit, LTSFT, SCSFT, RandSFT, AdaSFT, MADX, SPT,
+        DeepPromptTuning, FineTuning, BitFit, HeadOnly, LTSFT, SCSFT, RandSFT, AdaSFT, MADX, SPT,
     )
 }  # fmt: skip
 """Every method by the name that recipes and the command line use."""
@@ -52,6 +52,7 @@ __all__ = [
     "DeepPromptTuning",
     "DiscretePrompt",
     "FineTuning",
+    "HeadOnly",
     "Method",
     "MixedPrompt",
     "PromptMethod",

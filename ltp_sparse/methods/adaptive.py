@@ -60,10 +60,13 @@ class AdaSFT(ClassifierMethod):
         facts = {**setup.facts, "mean_mask": masks.mean(), "share_below_half": masks.share_below(0.5)}
         return replace(setup, facts=facts, undo=masks.remove), ticket
 
-    def finish(self, setup: Setup, delta: SparseDelta) -> SparseDelta:
+    def finish(self, setup: Setup, *deltas: SparseDelta) -> tuple[SparseDelta, ...]:
         masks = getattr(setup.model, SoftMasks.key)
+        finished = []
         with torch.no_grad():
             of_name = dict(zip(masks.names, masks.masks(), strict=True))
-            values = {name: v * of_name[name].reshape(-1).to(v) for name, v in delta.values.items()}
+            for delta in deltas:
+                values = {name: v * of_name[name].reshape(-1).to(v) for name, v in delta.values.items()}
+                finished.append(SparseDelta(delta.ticket, values, delta.originals, delta.dense, delta.metadata))
         masks.remove()
-        return SparseDelta(delta.ticket, values, delta.originals, delta.dense, delta.metadata)
+        return tuple(finished)

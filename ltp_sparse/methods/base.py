@@ -198,9 +198,9 @@ class Method(ABC):
         """Setup and ticket of the last phase, for methods that find them by training: by default the first ones."""
         return setup, ticket
 
-    def finish(self, setup: Setup, delta: SparseDelta) -> SparseDelta:
-        """The delta to keep, from that of the last phase, with the model at its initial bits: by default the same."""
-        return delta
+    def finish(self, setup: Setup, *deltas: SparseDelta) -> tuple[SparseDelta, ...]:
+        """The deltas to keep, from those of the last phase, with the model at its initial bits: by default the same."""
+        return deltas
 
     def describe(self) -> dict[str, Any]:
         """What `from_description` needs to make this method again: for metadata, as JSON can hold it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ltp_sparse.methods.base import Context, Encode, Method, Settings, Setup, Tune
+from ltp_sparse.methods.base import Context, Encode, Method, Settings, Setup, Tune, nothing
 from ltp_sparse.models import SequenceClassifier, collator, encode_pairs, encode_texts
 from ltp_sparse.prompting import kind_of
 from ltp_sparse.selection import pools, select
 from ltp_sparse.tickets.counts import entries_for
 from ltp_sparse.tickets.delta import SparseDelta
-from ltp_sparse.tickets.ticket import Pool, Ticket
+from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.weights.names import canonical_parameters, in_base_model, layer_of
 
 if TYPE_CHECKING:
@@ -101,40 +101,78 @@ def _task_sft() -> Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LTSFT(ClassifierMethod):
+class HeadOnly(ClassifierMethod):
+    """The head alone trains, on an encoder that stays as it is: a control."""
+
+    key = "head-only"
+    name = "head only"
+    settings: Settings = field(default_factory=lambda: Settings(learning_rate=5e-3, max_length=128, schedule="linear"))
+
+    def _ticket(self, language_model: XLMRobertaForMaskedLM, given: Ticket | None, seed: int) -> Ticket:
+        return nothing()
+
+
+SCOPES: dict[str, Callable[[str], bool]] = {
+    "all": pools.maskable,
+    "no-embeddings": pools.without_embeddings,
+    "query-value": lambda name: pools.maskable(name) and (".query." in name or ".value." in name),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSFT(ClassifierMethod):
+    """Sparse fine-tuning of a budget of entries and the head.
+
+    Attributes:
+        k: entries, as counted on XLM-R-base; a model of another size takes the same share of its own
+        density: share of the maskable entries, instead of k
+        scope: what may train: "all", "no-embeddings" or "query-value" (Random Masking's)
+        of: what density counts against: "model", all maskable entries, or "pool", those in scope
+    """
+
+    settings: Settings = field(default_factory=_task_sft)
+    k: int = K_TASK
+    density: float | None = None
+    scope: str = "all"
+    of: str = "model"
+
+    def __post_init__(self) -> None:
+        for key, known in (("scope", tuple(SCOPES)), ("of", ("model", "pool"))):
+            if (found := getattr(self, key)) not in known:
+                raise ValueError(f"{type(self).__name__}: {key} must be one of {', '.join(known)}, got {found!r}")
+
+    def budget(self, model: torch.nn.Module) -> int:
+        """Entries to train of a model."""
+        pool = pools.maskable if self.density is None or self.of == "model" else SCOPES[self.scope]
+        n = sum(parameter.numel() for name, parameter in canonical_parameters(model).items() if pool(name))
+        return scaled_budget(self.k, n) if self.density is None else entries_for(n, density=self.density)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LTSFT(TaskSFT):
     """LT-SFT (Ansell et al. 2022): full tuning picks the entries, rewound to the start these are trained.
 
     LayerNorms stay as they are in both phases; the head trains in both and starts anew in the second.
 
     Attributes:
-        k: entries, as counted on XLM-R-base; a model of another size takes the same share of its own
-        density: share of the maskable entries, instead of k
         iterations: of full tuning; each adds k / iterations entries and starts from the sparse tuning of those found
             before
     """
 
     key = "lt-sft"
     name = "LT-SFT"
-    settings: Settings = field(default_factory=_task_sft)
-    k: int = K_TASK
-    density: float | None = None
     iterations: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.iterations < 1:
             raise ValueError(f"{type(self).__name__}: iterations must be at least 1, got {self.iterations}")
 
     def _ticket(self, language_model: XLMRobertaForMaskedLM, given: Ticket | None, seed: int) -> Ticket:
-        return Ticket.full(language_model, pool=pools.maskable)
-
-    def budget(self, maskable: int) -> int:
-        """Entries to train of a model with so many maskable ones."""
-        if self.density is not None:
-            return entries_for(maskable, density=self.density)
-        return scaled_budget(self.k, maskable)
+        return Ticket.full(language_model, pool=SCOPES[self.scope])
 
     def choose(self, setup: Setup, ticket: Ticket, tune: Tune) -> tuple[Setup, Ticket]:
-        k, chosen = self.budget(ticket.n), None
+        k, chosen = self.budget(setup.model), None
         for iteration in range(self.iterations):
             found = tune(setup, chosen) if chosen is not None else None
             if found is not None:
@@ -207,43 +245,41 @@ def group_shares(groups: str, names: list[str]) -> dict[str, float]:
     return {patterns[group]: share for group, share in SHARES[groups].items()}
 
 
-RANDOM_POOLS: dict[str, Pool] = {
-    "all": pools.maskable,
-    "no-embeddings": pools.without_embeddings,
-    "query-value": lambda name: pools.maskable(name) and (".query." in name or ".value." in name),
-}
-
-
 @dataclass(frozen=True, kw_only=True)
-class RandSFT(ClassifierMethod):
+class RandSFT(TaskSFT):
     """Rand-SFT: random entries and the head train, in one phase.
 
     Attributes:
-        k, density: as in `LTSFT`
-        scope: pool of the draw: "all", "no-embeddings" or "query-value" (Random Masking's)
+        match: "pool" draws uniformly over the scope, "layers" takes as many in every parameter as LT-SFT finds there,
+            and costs its first phase for that
         bernoulli: draw every entry with probability k / pool, instead of exactly k
     """
 
     key = "rand-sft"
     name = "Rand-SFT"
-    settings: Settings = field(default_factory=_task_sft)
-    k: int = K_TASK
-    density: float | None = None
-    scope: str = "all"
+    match: str = "pool"
     bernoulli: bool = False
 
     def __post_init__(self) -> None:
-        if self.scope not in RANDOM_POOLS:
-            raise ValueError(f"RandSFT: scope must be one of {', '.join(RANDOM_POOLS)}, got {self.scope!r}")
+        super().__post_init__()
+        if self.match not in ("pool", "layers"):
+            raise ValueError(f"RandSFT: match must be pool or layers, got {self.match!r}")
+        if self.match == "layers" and self.bernoulli:
+            raise ValueError("RandSFT: match='layers' draws exact counts; it takes no bernoulli=True")
 
     def _ticket(self, language_model: XLMRobertaForMaskedLM, given: Ticket | None, seed: int) -> Ticket:
-        parameters = canonical_parameters(language_model)
-        maskable = sum(p.numel() for name, p in parameters.items() if pools.maskable(name))
-        k = scaled_budget(self.k, maskable)
-        if self.density is not None:
-            k = entries_for(maskable, density=self.density)
-        pool = RANDOM_POOLS[self.scope]
+        k, pool = self.budget(language_model), SCOPES[self.scope]
+        if self.match == "layers":
+            whole = Ticket.full(language_model, pool=pool)
+            return Ticket(whole.sets, whole.shapes, {"seed": seed})
         if not self.bernoulli:
             return Ticket.random(language_model, k=k, seed=seed, pool=pool)
         size = Ticket.full(language_model, pool=pool).n
         return Ticket.random(language_model, density=k / size, seed=seed, pool=pool, bernoulli=True)
+
+    def choose(self, setup: Setup, ticket: Ticket, tune: Tune) -> tuple[Setup, Ticket]:
+        if self.match == "pool":
+            return setup, ticket
+        like = LTSFT(settings=self.settings, k=self.k, density=self.density, scope=self.scope, of=self.of)
+        _, found = like.choose(setup, ticket, tune)
+        return setup, Ticket.random(found.shapes, seed=ticket.metadata["seed"], like=found)

@@ -1,4 +1,4 @@
-"""XLM-R masked-LM backbones: loading, random weights, and the decoupled LM head."""
+"""Masked-LM backbones, XLM-R and BERT: loading, random weights, and the decoupled LM head."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ltp_sparse.models.bert import xlm_roberta_config, xlm_roberta_tensors
 from ltp_sparse.weights.locating import _SHIPPED, locate  # noqa: F401 (`_SHIPPED` by its place before)
 from ltp_sparse.weights.names import canonical_parameters
 from ltp_sparse.weights.reading import FileFormatError, reader
 
 if TYPE_CHECKING:
     from transformers import (
+        BertForMaskedLM,
         BloomForCausalLM,
         PreTrainedTokenizerBase,
         XGLMForCausalLM,
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     )
 
 _DECODER_BIAS = "lm_head.decoder.bias"
-_SPARE = re.compile(r"(^|\.)pooler\.|(^|\.)position_ids$")
+_SPARE = re.compile(r"(^|\.)(pooler|seq_relationship)\.|(^|\.)position_ids$")
 
 
 @reader("model")
@@ -37,6 +39,8 @@ def load_backbone(
     tokenizer: str | os.PathLike[str] | None = None,
 ) -> tuple[XLMRobertaForMaskedLM, PreTrainedTokenizerBase]:
     """An `XLMRobertaForMaskedLM` and its tokenizer, from a local folder or by Hub name (only then is it downloaded).
+
+    A BERT becomes the XLM-R that computes the same (`ltp_sparse.models.bert`), and is saved as one.
 
     Args:
         name_or_path: a folder, a Hub name, or "mini-xlmr", the small model that comes with this package.
@@ -50,19 +54,21 @@ def load_backbone(
             of the model, or hold one of another shape or for another place (a checkpoint without LM head, names with a
             prefix); weights that are NaN or infinite; a tokenizer that is empty or does not fit the model.
     """
-    from transformers import AutoConfig, XLMRobertaForMaskedLM
+    from transformers import AutoConfig, BertForMaskedLM, XLMRobertaForMaskedLM
 
     source, local = locate(name_or_path)
     with _loading("load_backbone", source):
         config = AutoConfig.from_pretrained(source, local_files_only=local)
-    if config.model_type != "xlm-roberta":
+    kinds = {"xlm-roberta": XLMRobertaForMaskedLM, "bert": BertForMaskedLM}
+    if (kind := config.model_type) not in kinds:
         raise ValueError(
-            f"load_backbone: expected an XLM-R masked language model (model_type 'xlm-roberta'), got "
-            f"{config.model_type!r} in {source!r}; pass a folder or Hub name such as 'FacebookAI/xlm-roberta-base'"
+            "load_backbone: expected a masked language model of type 'xlm-roberta' or 'bert', got "
+            f"{kind!r} in {source!r}; pass a folder or Hub name such as 'FacebookAI/xlm-roberta-base'"
         )
-    model = _complete(
-        "load_backbone", XLMRobertaForMaskedLM, source, config=config, dtype=dtype, local_files_only=local
-    )
+    target = xlm_roberta_config(config) if kind == "bert" else config
+    model = _complete("load_backbone", kinds[kind], source, config=config, dtype=dtype, local_files_only=local)
+    if kind == "bert":
+        model = _as_xlm_roberta(model, target)
     if decoupled or not config.tie_word_embeddings:
         decouple(model)
     loaded = _load_tokenizer("load_backbone", name_or_path if tokenizer is None else tokenizer)
@@ -130,6 +136,12 @@ def decouple(model: XLMRobertaForMaskedLM) -> XLMRobertaForMaskedLM:
     if not getattr(model, "saves_both_biases", False):
         model.register_state_dict_post_hook(_save_both_biases)
         model.saves_both_biases = True
+    return model
+
+
+def _as_xlm_roberta(bert: BertForMaskedLM, config: XLMRobertaConfig) -> XLMRobertaForMaskedLM:
+    model = backbone_from_config(config, decoupled=False, dtype=bert.dtype)
+    model.load_state_dict(xlm_roberta_tensors(bert.state_dict(), config.pad_token_id))
     return model
 
 
@@ -241,7 +253,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: XLMRobertaConfi
 
 @reader("config.json")
 def load_config(what: str, name_or_path: str | os.PathLike[str]) -> Any:
-    """The configuration of a model, from a local folder or by Hub name, without its weights.
+    """The configuration of a model, from a local folder or by Hub name, without its weights; of a BERT, the XLM-R's.
 
     Args:
         what: who asks, for the messages.
@@ -250,4 +262,5 @@ def load_config(what: str, name_or_path: str | os.PathLike[str]) -> Any:
 
     source, local = locate(name_or_path)
     with _loading(what, source):
-        return AutoConfig.from_pretrained(source, local_files_only=local)
+        config = AutoConfig.from_pretrained(source, local_files_only=local)
+    return xlm_roberta_config(config) if config.model_type == "bert" else config

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import random
+import statistics
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from ltp_sparse import __version__
 from ltp_sparse.methods import METHODS, Method, Settings
@@ -20,25 +24,30 @@ from ltp_sparse.models import Adapter
 from ltp_sparse.models.backbone import load_backbone, load_causal
 from ltp_sparse.prompting import CLASSES, WORDS, Verbalizer
 from ltp_sparse.recipes.cache import Cache
-from ltp_sparse.recipes.corpora import Corpus, corpus, mixture
+from ltp_sparse.recipes.corpora import Corpus, StandIn, corpus, mixture
 from ltp_sparse.recipes.recipe import Cell
 from ltp_sparse.selection.ltp import STRATEGIES, find_ticket
-from ltp_sparse.tasks import TASKS, Task
+from ltp_sparse.selection.scores import SCORES, magnitude
+from ltp_sparse.tasks import TASKS, Task, tested
 from ltp_sparse.tickets.delta import SparseDelta
+from ltp_sparse.tickets.lt_sft import read_lt_sft
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.training.evaluation import evaluate, largest_class
 from ltp_sparse.training.language import ADAPTER_SETTINGS, LANGUAGE_SETTINGS, train_language, train_language_adapter
 from ltp_sparse.training.masked_texts import text_hash
 from ltp_sparse.training.method import load_trained, train_method
-from ltp_sparse.training.mlm import MLMSettings, tune_mlm
+from ltp_sparse.training.mlm import MLMSettings, mlm_losses, tune_mlm
+from ltp_sparse.weights import files
 from ltp_sparse.weights.digests import EARLIER, fingerprint
-from ltp_sparse.weights.files import save as save_tensors
 from ltp_sparse.weights.names import canonical_parameters, layer_of, module_of
 from ltp_sparse.weights.reading import closest
 
-_STAGE_1_LINES = 300_000
-_LANGUAGE_LINES = 1_000_000
-_TICKET_KEYS = ("strategy", "density", "budget", "segment", "intersect", "order", "language", "lines", "text", "mlm")
+STAGE_1_LINES = 300_000
+LANGUAGE_LINES = 1_000_000
+_TICKET_KEYS = (
+    "strategy", "density", "of", "budget", "segment", "intersect", "order", "score", "seeds", "language", "lines",
+    "text", "mlm",
+)  # fmt: skip
 
 
 @dataclass
@@ -164,7 +173,7 @@ def run_cell(
     if (limit := cell["train.limit"]) is not None:
         train, dev = _sample(train, limit), _sample(dev, limit)
     tests = test_examples(cell, bench)
-    ticket = ticket_of(cell, bench, notes)
+    ticket, stage_1 = ticket_of(cell, bench, notes)
     sft = LanguageDeltas(cell, bench, notes)
     source = cell["adapters.source"]
     if source is not None:
@@ -188,29 +197,39 @@ def run_cell(
             resume=folder is not None,
             micro_batch_size=bench.micro_batch_size,
             bf16=bench.bf16,
+            keep_last=bool(cell["last"]),
             progress=bench.progress,
             arguments={"report_to": bench.report_to},
         )
-        if cell["language_sft"] is None and source is None:
-            scores = _scores(trained, tests, train_task, bench, stuck)
-            trained.release()
-        else:
-            trained.release()
-            scores = {}
-    for test_language in tests if not scores else ():
-        delta = trained.delta
-        if source is not None:
-            path = adapter_of(test_language, cell, bench, notes)
-            options = {**delta.metadata["options"], "language_adapter": str(path)}
-            facts = {**delta.metadata, "options": options}
-            delta = SparseDelta(delta.ticket, delta.values, delta.originals, delta.dense, facts)
-        with sft.applied(test_language if cell["language_sft"] else None, model):
-            setup = load_trained(model, tokenizer, delta)
-            try:
-                scores |= _scores(setup, {test_language: tests[test_language]}, train_task, bench, stuck)
-            finally:
-                delta.revert(setup.model)
-                setup.undo()
+        composed = cell["language_sft"] is not None or source is not None
+        scores = {} if composed else _scores(trained, tests, train_task, bench, stuck)
+        trained.release()
+
+    def scores_of(delta: SparseDelta) -> dict[str, float]:
+        """With the language SFT or adapter of each test language, where the cell has some."""
+        scores: dict[str, float] = {}
+        for test_language in tests:
+            if source is not None:
+                path = adapter_of(test_language, cell, bench, notes)
+                options = {**delta.metadata["options"], "language_adapter": str(path)}
+                facts = {**delta.metadata, "options": options}
+                delta = SparseDelta(delta.ticket, delta.values, delta.originals, delta.dense, facts)
+            with sft.applied(test_language if cell["language_sft"] else None, model):
+                setup = load_trained(model, tokenizer, delta)
+                try:
+                    scores |= _scores(setup, {test_language: tests[test_language]}, train_task, bench, stuck)
+                finally:
+                    delta.revert(setup.model)
+                    setup.undo()
+        return scores
+
+    if composed:
+        scores = scores_of(trained.delta)
+    last = {}
+    if trained.last is not None:
+        epoch = trained.last.metadata["epoch"]
+        of_last = scores if epoch == trained.best_epoch else scores_of(trained.last)
+        last["last_update"] = {"epoch": epoch, "scores": of_last, "mean": statistics.fmean(of_last.values())}
     return {
         "id": cell.id,
         **cell.facts,
@@ -218,11 +237,14 @@ def run_cell(
         "metric": train_task.metric,
         "scores": scores,
         "mean": sum(scores.values()) / len(scores),
+        **last,
         "largest_class": largest_class(tests, train_task.metric),
         "dev_score": max(trained.dev_scores) if method.picks != "loss" else min(trained.dev_scores),
+        "dev_scores": list(trained.dev_scores),
         "epoch": trained.best_epoch,
         "k": trained.delta.ticket.k,
         "active": active_by_layer(trained.delta.ticket),
+        **({} if stage_1 is None else {"stage_1": stage_1}),
         "language_active": sft.active,
         "dense_parameters": sum(tensor.numel() for tensor in trained.delta.dense.values()),
         "optimizer_bytes": trained.optimizer_bytes,
@@ -245,11 +267,8 @@ def run_cell(
 def test_examples(cell: Cell, bench: Workbench) -> dict[str, Sequence[Any]]:
     """Language -> test examples: all, or `test.limit` random ones, the same for every cell."""
     task = TASKS[cell["test.task"]]
-    languages = cell["test.languages"] or task.languages
-    if languages == "same":
-        languages = [cell["train.language"]]
     tests = {}
-    for language in languages:
+    for language in tested(task.name, cell["test.languages"], cell["train.language"]):
         examples = bench.examples(task.name, cell["test.split"] or "test", language)
         limit = cell["test.limit"]
         tests[language] = examples if limit is None else _sample(examples, limit)
@@ -261,41 +280,80 @@ def _sample(examples: Sequence[Any], limit: int) -> Sequence[Any]:
     return examples if limit >= len(examples) else random.Random(0).sample(list(examples), limit)
 
 
-def ticket_of(cell: Cell, bench: Workbench, notes: list[str]) -> Ticket | None:
-    """The ticket of stage 1 that a cell asks for; tuned weights come from the cache."""
+def ticket_of(cell: Cell, bench: Workbench, notes: list[str]) -> tuple[Ticket | None, dict[str, Any] | None]:
+    """The ticket of stage 1 that a cell asks for, and what rows tell of it; tuned weights come from the cache.
+
+    What is told: where the text is from, updates and their tokens, the validation loss of the weights that were kept;
+    and, where there are several seeds of stage 1, which one it is, and the share of entries that it has in common with
+    the ticket of the next one, beside what chance would give tickets with as many entries in each parameter.
+    """
     spec = cell["ticket"]
     if spec is None:
-        return None
+        return None, None
     _refuse_unknown(spec, _TICKET_KEYS, "ticket")
-    strategy = spec.get("strategy", "decoupled")
+    strategy, score = spec.get("strategy", "decoupled"), spec.get("score", "change")
     if strategy not in STRATEGIES:
         raise ValueError(f"ticket: strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
-    text = bench.corpus(spec.get("language", "en"), spec, _STAGE_1_LINES)
+    if score not in ("change", "magnitude", *SCORES):
+        raise ValueError(f"ticket: score must be one of change, magnitude, {', '.join(SCORES)}, got {score!r}")
+    model, tokenizer = bench.model(cell, METHODS["ltp"](), tied=strategy == "vanilla")
+    options = {key: spec[key] for key in ("density", "of", "budget", "segment", "intersect", "order") if key in spec}
+    if score == "magnitude":
+        ticket = find_ticket(model, None, score=magnitude(model), strategy=strategy, **options)
+        return ticket, {"score": score}
+    text = bench.corpus(spec.get("language", "en"), spec, STAGE_1_LINES)
     _note(text, notes)
     settings = MLMSettings(**{"strategy": strategy, "bf16": bench.bf16, **(spec.get("mlm") or {})})
-    model, tokenizer = bench.model(cell, METHODS["ltp"](), tied=strategy == "vanilla")
 
-    def make(path: Path) -> None:
-        result = tune_mlm(model, tokenizer, text.texts, settings, progress=bench.progress, source=text.source)
-        tuned = {name: p.detach() for name, p in canonical_parameters(model).items() if name in result.originals}
-        save_tensors(path, "tuned weights", tuned, {"metadata": result.metadata})
-        result.reset()
+    def found(settings: MLMSettings) -> tuple[Ticket, dict[str, Any]]:
+        def make(path: Path) -> None:
+            result = tune_mlm(model, tokenizer, text.texts, settings, progress=bench.progress, source=text.source)
+            tuned = {name: p.detach() for name, p in canonical_parameters(model).items() if name in result.originals}
+            files.save(path, "tuned weights", tuned, {"metadata": result.metadata})
+            result.reset()
 
-    facts = {"base": bench.digest(), "data": text_hash(text.texts), "settings": _plain(settings), "source": text.source}
-    path = bench.cache.get("tuned", facts, make)
-    ticket = find_ticket(
-        model,
-        path,
-        strategy=strategy,
-        density=spec.get("density", 0.2),
-        budget=spec.get("budget", "global"),
-        segment=spec.get("segment"),
-        intersect=spec.get("intersect", False),
-        order=spec.get("order", "most"),
-    )
+        def make_scores(path: Path) -> None:
+            batches = mlm_losses(model, tokenizer, text.texts, settings)
+            files.save(path, "scores", SCORES[score](model, batches, STRATEGIES[strategy]), {"metadata": {}})
+
+        facts = {
+            "base": bench.digest(), "data": text_hash(text.texts), "settings": _plain(settings), "source": text.source,
+        }  # fmt: skip
+        if score == "change":
+            path = bench.cache.get("tuned", facts, make)
+            return find_ticket(model, path, strategy=strategy, **options), _tuning_of(path)
+        path = bench.cache.get("scores", {**facts, "score": score}, make_scores)
+        return find_ticket(model, None, score=files.load(path, "scores")[0], strategy=strategy, **options), {}
+
+    seeds = spec.get("seeds") or [settings.seed]
+    turn = (cell["seed"] - 1) % len(seeds)
+    ticket, tuned = found(replace(settings, seed=seeds[turn]))
     if ticket.k < (requested := ticket.metadata.get("requested_k", ticket.k)):
         notes.append(f"ticket: {ticket.k:,} of the {requested:,} entries asked for have moved")
-    return ticket
+    told = {"score": score, "text": text.source, "seed": seeds[turn], "learning_rate": settings.learning_rate}
+    if tuned:
+        sequences = tuned["steps"] * settings.batch_size
+        told |= {"updates": tuned["steps"], "tokens": sequences * settings.length, "kept_update": tuned["step"]}
+        told["validation_loss"] = round(tuned["validation_loss"], 4)
+    if len(seeds) > 1:
+        other, _ = found(replace(settings, seed=seeds[(turn + 1) % len(seeds)]))
+        told["overlap"] = {"seed": seeds[(turn + 1) % len(seeds)], **overlap(ticket, other)}
+    return ticket, told
+
+
+def _tuning_of(path: Path) -> dict[str, Any]:
+    """The metadata of tuned weights, which are not read for it."""
+    with safe_open(path, framework="pt") as file:
+        told: dict[str, Any] = json.loads(file.metadata()[files.KEY])["metadata"]
+    return told
+
+
+def overlap(ticket: Ticket, other: Ticket) -> dict[str, float]:
+    """The share of a ticket's entries that are in another, and what is expected of two random ones with as many
+    entries in each parameter.
+    """
+    expected = sum(ticket.sets[name].k * other.sets[name].k / ticket.sets[name].n for name in ticket.active_names)
+    return {"share": round((ticket & other).k / ticket.k, 4), "chance": round(expected / ticket.k, 4)}
 
 
 class LanguageDeltas:
@@ -314,7 +372,7 @@ class LanguageDeltas:
         if language is None:
             yield
             return
-        delta = SparseDelta.load(self._path(language, model))
+        delta = self._delta(language, model)
         self.active[language] = active_by_layer(delta.ticket)
         delta.apply(model)
         try:
@@ -322,10 +380,22 @@ class LanguageDeltas:
         finally:
             delta.revert(model)
 
+    def _delta(self, language: str, model: Any) -> SparseDelta:
+        """The file that the recipe provides (`files`), of ours or of LT-SFT's authors; or one that is trained."""
+        if (provided := self.cell["language_sft.files"]) is None:
+            return SparseDelta.load(self._path(language, model))
+        path = Path(provided.format(language=language)).expanduser()
+        if not path.exists():
+            raise FileNotFoundError(f"language_sft, files: no {path}; expected the language SFT of {language!r} there")
+        if path.suffix == ".safetensors":
+            return SparseDelta.load(path)
+        delta = read_lt_sft(path, model)
+        return SparseDelta(delta.ticket, delta.values, delta.originals, {}, delta.metadata)  # without a head
+
     def _path(self, language: str, model: Any) -> Path:
         spec = dict(self.cell["language_sft"])
         kind = spec.get("kind", "lt-sft")
-        text = self.bench.corpus(language, spec, _LANGUAGE_LINES)
+        text = self.bench.corpus(language, spec, LANGUAGE_LINES)
         _note(text, self.notes)
         settings = replace(LANGUAGE_SETTINGS, bf16=self.bench.bf16, **(spec.get("mlm") or {}))
         budget = {key: spec[key] for key in ("k", "density") if key in spec}
@@ -345,7 +415,7 @@ class LanguageDeltas:
 def adapter_of(language: str, cell: Cell, bench: Workbench, notes: list[str]) -> Path:
     """The file of a language adapter, from the cache."""
     spec = cell["adapters"]
-    text = bench.corpus(language, spec, _LANGUAGE_LINES)
+    text = bench.corpus(language, spec, LANGUAGE_LINES)
     _note(text, notes)
     settings = replace(ADAPTER_SETTINGS, bf16=bench.bf16, **(spec.get("mlm") or {}))
     model, tokenizer = bench.model(cell, METHODS["mad-x"]())
@@ -380,6 +450,7 @@ def _training_task(cell: Cell, bench: Workbench, notes: list[str]) -> Task:
         return TASKS[name]
     except FileNotFoundError:
         notes.append(f"{stand_in} stands in for {name}")
+        warnings.warn(f"{notes[-1]}, which is not in {bench.data}", StandIn, stacklevel=2)
         return TASKS[stand_in]
 
 
@@ -411,7 +482,7 @@ def _scores(
 
 
 def _note(text: Corpus, notes: list[str]) -> None:
-    note = f"text: {text.source} stands in"
+    note = f"text: {text.source} stands in, {len(text.texts):,} lines"
     if text.stand_in and note not in notes:
         notes.append(note)
 

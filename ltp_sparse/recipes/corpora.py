@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -15,6 +16,10 @@ _WIKIPEDIA = "wikimedia/wikipedia"
 _SNAPSHOT = "20231101"
 _WIKIPEDIAS = {"aym": "ay", "quy": "qu", "jav": "jv", "sun": "su", "bbc": "bbc", "ind": "id", "eng": "en"}
 """Language of a task -> Wikipedia's code, where they differ."""
+
+
+class StandIn(UserWarning):
+    """Another text, or less of it, than a recipe asks for."""
 
 
 @dataclass(frozen=True)
@@ -32,39 +37,53 @@ class Corpus:
 
 
 def corpus(language: str, lines: int, data: Path | None, *, text: str | None = None, seed: int = 42) -> Corpus:
-    """At most `lines` random lines of a language.
+    """At most `lines` random sentences of a language.
 
     Args:
-        text: "generated" takes the demo's sentences, None a corpus
+        text: "hub" takes Wikipedia from the Hub, cut into sentences, and "generated" the demo's sentences; a path in
+            the data folder, such as "wikipedia_en", the lines there; None a corpus
         data: None takes Wikipedia from the Hub. Otherwise a folder: `corpora/{language}` (.txt files or a folder of
             them) is taken; where it is missing, the nearest text there: WikiText for English, Common Voice sentences or
             the Bible, and at last the training or dev sentences of a task in that language, without their labels.
+
+    Warns:
+        StandIn: the nearest text is taken for a missing corpus.
     """
-    if text not in (None, "generated"):
-        raise ValueError(f"text must be generated, or left out, got {text!r}")
     if text == "generated":
         return Corpus(tuple(generated_text(lines, language)), "generated sentences")
-    if data is None:
+    if text == "hub" or (text is None and data is None):
         config = f"{_SNAPSHOT}.{_WIKIPEDIAS.get(language, language)}"
-        texts = read_hub_text(_WIKIPEDIA, config, max_lines=lines, seed=seed)
+        texts = read_hub_text(_WIKIPEDIA, config, max_lines=lines, seed=seed, sentences=True)
         return Corpus(tuple(texts), f"{_WIKIPEDIA} {config}")
-    for own in (
-        data / "corpora" / language,
-        data / "corpora" / f"{language}.txt",
-        data / "corpora" / f"{language}.txt.gz",
-    ):
-        if own.exists():
-            return Corpus(tuple(read_text([own], max_lines=lines, seed=seed)), f"corpora/{own.name}")
+    if text is not None:
+        if data is None or not (data / text).exists():
+            raise FileNotFoundError(
+                f"text {text!r}: expected hub, generated, or a file or folder in the data folder "
+                f"({data or 'none is given'})"
+            )
+        return Corpus(tuple(read_text([data / text], max_lines=lines, seed=seed)), text)
+    assert data is not None
+    for name in (language, f"{language}.txt", f"{language}.txt.gz"):
+        if (own := data / "corpora" / name).exists():
+            return Corpus(tuple(read_text([own], max_lines=lines, seed=seed)), f"corpora/{name}")
+    nearest, source = _nearest(language, lines, data, seed)
+    cure = f"put one sentence a line into {data / 'corpora' / (language + '.txt')}, or set text: hub"
+    if not nearest:
+        raise FileNotFoundError(f"no text in {language!r}: {cure}")
+    warnings.warn(
+        f"{source} stands in for a corpus in {language!r}: {len(nearest):,} lines, {lines:,} were asked for; {cure}",
+        StandIn,
+        stacklevel=2,
+    )
+    return Corpus(tuple(nearest), source, stand_in=True)
+
+
+def _nearest(language: str, lines: int, data: Path, seed: int) -> tuple[Sequence[str], str]:
     for folder in _STAND_INS.get(language, (f"multilingual_text/common_voice/{language}",)):
         if (data / folder).is_dir():
-            return Corpus(tuple(read_text([data / folder], max_lines=lines, seed=seed)), folder, stand_in=True)
+            return read_text([data / folder], max_lines=lines, seed=seed), folder
     sentences, source = _of_a_task(language, data)
-    if not sentences:
-        raise FileNotFoundError(
-            f"no text in {language!r}: put one sentence a line into {data / 'corpora' / (language + '.txt')}, or leave "
-            "the data folder out to take Wikipedia from the Hub"
-        )
-    return Corpus(tuple(sentences[:lines]), source, stand_in=True)
+    return sentences[:lines], source
 
 
 def mixture(corpora: Sequence[Corpus]) -> Corpus:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ltp_sparse.methods import LTP, LTSFT, AdaSFT, Method
+from ltp_sparse.methods import LTP, LTSFT, AdaSFT, Method, RandSFT
 from ltp_sparse.models.backbone import backbone_from_config, load_config
-from ltp_sparse.recipes.cell import check_cell, method_of
+from ltp_sparse.recipes.cell import LANGUAGE_LINES, STAGE_1_LINES, check_cell, method_of
 from ltp_sparse.recipes.recipe import Cell, Recipe
 from ltp_sparse.selection import pools
-from ltp_sparse.tasks import task
+from ltp_sparse.selection.ltp import STRATEGIES
+from ltp_sparse.tasks import task, tested
 from ltp_sparse.tickets.counts import entries_for
+from ltp_sparse.training.language import ADAPTER_SETTINGS, LANGUAGE_SETTINGS
+from ltp_sparse.training.mlm import MLMSettings
 from ltp_sparse.weights.names import canonical_parameters, layer_of
 
 _GPU_FLOPS = 1e14
@@ -34,11 +37,8 @@ _TEST = {
     "generated": 300,
 }
 _SIZES = {"base": (768, 12, 12, 3072), "large": (1024, 24, 16, 4096)}
-_STAGE_1 = 3 * 1000 * 32 * 256
-"""Tokens of stage 1: three epochs of 300,000 sentences, packed."""
-
-_LANGUAGE = 2 * 50_000 * 8 * 256
-"""Tokens of a language SFT: two phases, each at the middle of its 10,000 to 100,000 updates."""
+_SENTENCE = 27
+"""Tokens: 300,000 sentences of Wikipedia make about 1,000 updates of 32 x 256 tokens."""
 
 
 @dataclass(frozen=True)
@@ -96,19 +96,16 @@ def estimate(cell: Cell, model: Any) -> Estimate:
     active, n = _active(cell, method, model)
     examples = _TRAINING.get(cell["train.task"], len(task(cell["train.task"]).labels) * (cell["shots"] or 1))
     settings = method.settings
-    phases = 2 if isinstance(method, LTSFT | AdaSFT) else 1
+    phases = 1 + (isinstance(method, LTSFT | AdaSFT) or (isinstance(method, RandSFT) and method.match == "layers"))
     updates = math.ceil(examples / settings.batch_size) * settings.epochs
     updates = phases * int(min(updates, settings.max_steps) if settings.max_steps else updates)
     length = settings.max_length / 2
-    body = sum(
-        p.numel() for name, p in canonical_parameters(model).items() if layer_of(name) not in ("embeddings", "other")
-    )
-    languages = cell["test.languages"] or task(cell["test.task"]).languages
+    languages = tested(cell["test.task"], cell["test.languages"], cell["train.language"])
     most = min(cell["test.limit"] or 10**9, _TEST.get(cell["test.task"], 5000))
-    tests = (1 if languages == "same" else len(languages)) * most
+    tests = len(languages) * most
     tokens = 6 * updates * settings.batch_size * length + 2 * tests * length
     index = min(n / 8, 2 * active) if 0 < active < n else 0
-    return Estimate(active, int(8 * active + index), updates, tokens * body)
+    return Estimate(active, int(8 * active + index), updates, tokens * _body(model))
 
 
 def _active(cell: Cell, method: Method, model: Any) -> tuple[int, int]:
@@ -119,25 +116,56 @@ def _active(cell: Cell, method: Method, model: Any) -> tuple[int, int]:
             layers = len({layer_of(name) for name in canonical_parameters(model)} - {"embeddings", "other"})
             in_segment = pools.segment(cell["ticket.segment"], layers)
             maskable = sum(p.numel() for name, p in canonical_parameters(model).items() if in_segment(name))
-        return entries_for(maskable, density=cell["ticket.density"] or 0.2), maskable
+        density = cell["ticket.density"] or 0.2
+        if cell["ticket.of"] == "pool":
+            maskable = sum(
+                p.numel()
+                for name, p in canonical_parameters(model).items()
+                if STRATEGIES[cell["ticket.strategy"] or "decoupled"](name)
+            )
+        return entries_for(maskable, density=density), maskable
     ticket = method.ticket(model)
-    if isinstance(method, LTSFT):
-        return method.budget(ticket.n), ticket.n
+    if isinstance(method, LTSFT | RandSFT):
+        return method.budget(model), ticket.n
     return ticket.k, max(ticket.n, 1)
 
 
 def _shared(cell: Cell, model: Any) -> dict[str, float]:
     """Artefact -> operations of making it."""
-    body = sum(p.numel() for p in model.parameters())
     found = {}
-    if cell["ticket"] is not None:
-        found[f"{cell['model']} tuned {cell['ticket.strategy'] or 'decoupled'}"] = 6.0 * body * _STAGE_1
-    for stage in ("language_sft", "adapters"):
-        if cell[stage] is not None:
-            languages = cell["test.languages"] or task(cell["test.task"]).languages
-            for language in {cell[f"{stage}.source"], *languages}:
-                found[f"{cell['model']} {stage} {cell[f'{stage}.kind']} {language}"] = 6.0 * body * _LANGUAGE
+    if cell["ticket"] is not None and cell["ticket.score"] != "magnitude":
+        spec = {key: cell[f"ticket.{key}"] for key in ("strategy", "language", "text", "lines", "mlm", "score")}
+        settings = MLMSettings(**(cell["ticket.mlm"] or {}))
+        for seed in cell["ticket.seeds"] or [settings.seed]:
+            operations = _tuning(model, settings, cell["ticket.lines"] or STAGE_1_LINES)
+            found[f"{cell['model']} tuned {spec} {seed}"] = operations
+    for stage, settings in (("language_sft", LANGUAGE_SETTINGS), ("adapters", ADAPTER_SETTINGS)):
+        if cell[stage] is None or cell[f"{stage}.files"] is not None:
+            continue
+        phases = 2 if stage == "language_sft" and cell[f"{stage}.kind"] in (None, "lt-sft", "sc-sft") else 1
+        settings = replace(settings, **(cell[f"{stage}.mlm"] or {}))
+        operations = phases * _tuning(model, settings, cell[f"{stage}.lines"] or LANGUAGE_LINES)
+        languages = tested(cell["test.task"], cell["test.languages"], cell["train.language"])
+        for language in {cell[f"{stage}.source"], *languages}:
+            found[f"{cell['model']} {stage} {cell[stage]} {language}"] = operations
     return found
+
+
+def _tuning(model: Any, settings: MLMSettings, lines: int) -> float:
+    """Operations of tuning as a masked language model on so many sentences."""
+    updates = settings.max_steps
+    if updates <= 0:
+        updates = math.ceil(settings.epochs * lines * _SENTENCE / (settings.batch_size * settings.length))
+        if settings.step_bounds is not None:
+            updates = min(max(updates, settings.step_bounds[0]), settings.step_bounds[1])
+    decoder = settings.mask_probability * model.get_input_embeddings().weight.numel()
+    return 6.0 * (_body(model) + decoder) * updates * settings.batch_size * settings.length
+
+
+def _body(model: Any) -> int:
+    """Entries of the layers, which every token passes."""
+    named = canonical_parameters(model)
+    return sum(p.numel() for name, p in named.items() if layer_of(name) not in ("embeddings", "other"))
 
 
 def _meta_model(name: str) -> Any:
@@ -160,11 +188,14 @@ def _meta_model(name: str) -> Any:
 
 
 def _flops_here(size: int = 1024) -> float:
+    """Of the fastest of some matrix products: others may be at work on this machine now."""
     matrix = torch.randn(size, size, dtype=torch.float32, device="cpu")
-    start = time.perf_counter()
-    for _ in range(8):
+    seconds = []
+    for _ in range(16):
+        start = time.perf_counter()
         matrix @ matrix
-    return 8 * 2 * size**3 / (time.perf_counter() - start)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
 
 
 def _span(values: list[Any], text: Callable[[Any], str]) -> str:

@@ -3,8 +3,11 @@
 title: LTP, table 1
 paper: ltp-table-1              # figures to print beside ours (papers.yaml), optional
 by: [label, shots]              # what makes a row of the table; the other facts are averaged over (the seeds)
-compare: SP                     # a paired comparison of every label with this one, optional
+compare: SP                     # a paired comparison of every label with this one, or with each of several, optional
+margin: 1.5                     # points within which it counts labels as equal, optional
 chance: 0.3333                  # tell in which languages the scores lie above this, optional
+kinship: true                   # tell scores by kinship with the training language, optional
+rates: my-rates                 # the recipe whose rows choose the learning rates (ltp-sparse run --rates), optional
 model: FacebookAI/xlm-roberta-base
 plugins: [my_method.py]         # Python files beside this one, run first if allowed: methods of one's own, optional
 defaults:                       # of every cell
@@ -36,6 +39,9 @@ from ltp_sparse.weights.reading import FileFormatError, closest, read_yaml, read
 
 FOLDER = Path(__file__).parent
 _STAGES = ("ticket", "language_sft", "adapters")
+_LISTS = ("test.languages", "ticket.seeds")
+"""Facts that are lists themselves."""
+
 _MOST_CELLS = 100_000
 
 
@@ -67,8 +73,11 @@ class Recipe:
     Attributes:
         by: facts (dotted paths) that make a row of the table
         paper: key of printed figures in `papers.yaml`
-        compare: label that the report compares every other one with, in pairs of equal seeds
+        compare: labels that the report compares every other one with, in pairs of equal seeds
+        margin: points within which the comparison counts labels as equal
         chance: score of a guess; the report tells the languages above it
+        kinship: the report tells scores by kinship with the training language
+        rates: name of the recipe whose rows choose the learning rates of this one (`recipes.rates`)
         plots: names of plots in `ltp_sparse.report`
     """
 
@@ -77,8 +86,11 @@ class Recipe:
     cells: tuple[Cell, ...]
     by: tuple[str, ...] = ("label",)
     paper: str | None = None
-    compare: str | None = None
+    compare: tuple[str, ...] = ()
+    margin: float | None = None
     chance: float | None = None
+    kinship: bool = False
+    rates: str | None = None
     plots: tuple[str, ...] = ()
     notes: str = ""
 
@@ -141,11 +153,18 @@ def load_recipe(name: str, overrides: Sequence[tuple[str, Any]] = (), *, allow_p
         cells=tuple(cells),
         by=tuple(source.get("by") or ["label"]),
         paper=source.get("paper"),
-        compare=source.get("compare"),
+        compare=_listed(source.get("compare")),
+        margin=source.get("margin"),
         chance=source.get("chance"),
+        kinship=bool(source.get("kinship")),
+        rates=source.get("rates"),
         plots=tuple(source.get("plots") or ()),
         notes=source.get("notes") or "",
     )
+
+
+def _listed(value: Any) -> tuple[str, ...]:
+    return tuple(value) if isinstance(value, list) else () if value is None else (value,)
 
 
 def _run_plugin(recipe: Path, name: str, allowed: bool) -> None:
@@ -201,7 +220,7 @@ def _expand(source: Mapping[str, Any], overrides: Sequence[tuple[str, Any]], pat
             if nested and stage in _STAGES and facts.get(stage) is None and not any(p.startswith(stage) for p in grid):
                 continue  # a cell without this stage keeps none
             grid.pop(dotted, None)
-            if isinstance(value, list) and dotted != "test.languages":
+            if isinstance(value, list) and dotted not in _LISTS:
                 grid[dotted] = value
             else:
                 _set(facts, dotted, value)
@@ -238,6 +257,13 @@ def _set(facts: dict[str, Any], path: str, value: Any) -> None:
             facts[key] = {}
         facts = facts[key]
     facts[last] = value
+
+
+def with_fact(facts: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy of the facts with the value at a dotted path."""
+    changed = copy.deepcopy(dict(facts))
+    _set(changed, path, value)
+    return changed
 
 
 def look_up(facts: Mapping[str, Any], path: str) -> Any:

@@ -33,10 +33,16 @@ TEXTS = Kind(
     "a list of texts, e.g. [label, shots]", lambda v: isinstance(v, list) and all(isinstance(t, str) for t in v)
 )
 SOME = Kind("a text, or a list of texts", lambda v: TEXT.holds(v) or TEXTS.holds(v))
+NAMES = Kind("a label, or a list of labels", lambda v: NAME.holds(v) or TEXTS.holds(v))
 WORDS = Kind(
     "a language, or class: word for every class",
     lambda v: TEXT.holds(v) or isinstance(v, dict) and all(isinstance(word, str) for word in v.values()),
 )
+SEEDS = Kind(
+    "a list of different whole numbers, e.g. [1, 2]",
+    lambda v: isinstance(v, list) and bool(v) and all(map(WHOLE.holds, v)) and len(set(v)) == len(v),
+)
+FILES = Kind("a path with {language} in it", lambda v: TEXT.holds(v) and "{language}" in v)
 FIELDS = Kind("names with values", lambda v: isinstance(v, dict))
 GRID = Kind(
     "names with lists of values, e.g. {shots: [1, 4]}",
@@ -55,20 +61,22 @@ CELL: dict[str, Any] = {
     "settings": FIELDS,
     "shots": COUNT,
     "seed": WHOLE,
+    "last": FLAG,
     "train": {"task": TEXT, "language": TEXT, "stand_in": TEXT, "limit": COUNT},
     "test": {"task": TEXT, "split": TEXT, "languages": SOME, "limit": COUNT},
     "verbalizer": WORDS,
     "ticket": {
-        "strategy": TEXT, "density": SHARE, "budget": TEXT, "segment": TEXT, "intersect": FLAG, "order": TEXT,
-        "language": SOME, **_TEXT_OF_A_STAGE,
+        "strategy": TEXT, "density": SHARE, "of": TEXT, "budget": TEXT, "segment": TEXT, "intersect": FLAG,
+        "order": TEXT, "score": TEXT, "seeds": SEEDS, "language": SOME, **_TEXT_OF_A_STAGE,
     },
-    "language_sft": {"kind": TEXT, "source": TEXT, "k": COUNT, "density": SHARE, **_TEXT_OF_A_STAGE},
+    "language_sft": {"files": FILES, "kind": TEXT, "source": TEXT, "k": COUNT, "density": SHARE, **_TEXT_OF_A_STAGE},
     "adapters": {"source": TEXT, **_TEXT_OF_A_STAGE},
     "model": TEXT,
     "tokenizer": TEXT,
 }  # fmt: skip
 """Keys of a cell: label in the table; method with its fields (options) and those of its settings; training examples per
-class; the tasks; label words; the stages below (text, tuning); folder or Hub name of model and tokenizer."""
+class; whether the weights of the last update are scored, too; the tasks; label words; the stages below (text, tuning);
+folder or Hub name of model and tokenizer."""
 
 RECIPE: dict[str, Any] = {
     "title": NAME,
@@ -79,8 +87,11 @@ RECIPE: dict[str, Any] = {
     "defaults": FIELDS,
     "grid": GRID,
     "cells": ENTRIES,
-    "compare": NAME,
+    "compare": NAMES,
+    "margin": NUMBER,
     "chance": NUMBER,
+    "kinship": FLAG,
+    "rates": TEXT,
     "plots": TEXTS,
     "notes": TEXT,
 }

@@ -10,8 +10,10 @@ from typing import Any
 from ltp_sparse.recipes.recipe import FOLDER, Recipe
 from ltp_sparse.report.chance import chance_sheet
 from ltp_sparse.report.escaping import Sheet, for_html, for_markdown
-from ltp_sparse.report.paired import compare, comparison_sheet
+from ltp_sparse.report.kinship import kinship_sheet
+from ltp_sparse.report.paired import MARGIN, compare, comparison_sheet, pool
 from ltp_sparse.report.plots import PLOTS
+from ltp_sparse.report.stage_1 import stage_1_sheet
 from ltp_sparse.report.tables import LARGEST_CLASS, Table, figure, latex, make_table, markdown, to_csv
 from ltp_sparse.weights.files import atomic_path
 from ltp_sparse.weights.reading import read_yaml
@@ -43,12 +45,14 @@ def write_report(recipe: Recipe, rows: Sequence[Mapping[str, Any]], folder: Path
     drawn = [path for path in plots if path is not None]
     facts = _facts(recipe, rows)
     tests: dict[str, Sheet] = {}
-    if recipe.compare is not None:
-        tests["Paired comparison"] = comparison_sheet(
-            compare(rows, recipe.compare, recipe.by), recipe.compare, recipe.by
-        )
+    for reference in recipe.compare:
+        tests |= _comparisons(rows, recipe, reference)
     if recipe.chance is not None:
         tests["Languages above chance"] = chance_sheet(rows, recipe.by, recipe.chance)
+    if recipe.kinship:
+        tests["Languages related to that of training"] = kinship_sheet(rows, recipe.by)
+    if (stage_1 := stage_1_sheet(rows, recipe.by)) is not None:
+        tests["Tickets of stage 1"] = stage_1
     written = {
         "report.md": _markdown_page(recipe, table, tests, drawn, facts),
         "report.html": _html_page(recipe, table, tests, drawn, facts),
@@ -59,6 +63,18 @@ def write_report(recipe: Recipe, rows: Sequence[Mapping[str, Any]], folder: Path
         with atomic_path(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return [*(folder / name for name in written), *drawn]
+
+
+def _comparisons(rows: Sequence[Mapping[str, Any]], recipe: Recipe, reference: str) -> dict[str, Sheet]:
+    """Heading -> paired comparisons, singly and pooled: of the last update, where rows have it, and the best epoch."""
+    sheets = {}
+    margin = MARGIN if recipe.margin is None else recipe.margin
+    for last in (True, False) if all("last_update" in row for row in rows) else (False,):
+        kept = ", last update" if last else ", best epoch on dev" if "last_update" in rows[0] else ""
+        for heading, make in (("Pooled comparison", pool), ("Paired comparison", compare)):
+            if found := make(rows, reference, recipe.by, margin=margin, last=last):
+                sheets[f"{heading} with {reference}{kept}"] = comparison_sheet(found, reference, recipe.by, margin)
+    return sheets
 
 
 def paper_of(recipe: Recipe) -> Mapping[str, Any] | None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from ltp_sparse.recipes.recipe import look_up
 from ltp_sparse.report.escaping import Bold, Sheet, plain
 
-_EXACT = 15
+MARGIN = 1.5
+"""Points within which two labels count as equal, unless a recipe says another number."""
+
+_EXACT = 20
 
 
 @dataclass(frozen=True)
@@ -20,11 +24,13 @@ class Comparison:
     """A label minus the reference, in points.
 
     Attributes:
-        facts: what both have in common besides the seed (shots, ...)
-        runs: pairs
+        facts: what both have in common besides the seed (shots, ...); of pooled comparisons none
+        runs: pairs, one per seed
         mean: of the differences
         interval: 95 % interval of the mean (Student's t); infinite for a single pair
-        p_value: two-sided, of the sign-flip permutation test: exact up to 15 pairs
+        p_value: two-sided, of the sign-flip permutation test: exact up to 20 pairs, above by Student's t
+        adjusted: the same by Holm's rule, over all comparisons that were made with this one
+        equal_p: of two one-sided t tests: small where the difference lies within the margin
     """
 
     label: str
@@ -33,48 +39,123 @@ class Comparison:
     mean: float
     interval: tuple[float, float]
     p_value: float
+    adjusted: float
+    equal_p: float
+
+    def verdict(self, margin: float = MARGIN) -> str:
+        """What the interval says of the difference: equal within the margin, different, or neither is shown."""
+        low, high = self.interval
+        equal, differs = -margin < low and high < margin, low > 0 or high < 0
+        if equal:
+            return f"equal within {margin:g}" + (", not the same" if differs else "")
+        return "different" if differs else "not shown"
 
 
-def compare(rows: Sequence[Mapping[str, Any]], reference: str, by: Sequence[str]) -> list[Comparison]:
-    """Every label against `reference`, over seeds; runs of the same facts and seed make a pair.
+def compare(
+    rows: Iterable[Mapping[str, Any]], reference: str, by: Sequence[str], *, margin: float = MARGIN, last: bool = False
+) -> list[Comparison]:
+    """Every label against `reference`, for each of the facts in common.
+
+    A seed is one pair: its difference is the mean over everything else that both have (training languages, above all).
 
     Args:
         by: facts as in the recipe; "label" itself is left out. Labels without such pairs are left out, too.
+        margin: of `Comparison.equal_p`, in points.
+        last: compare the scores of the last update instead of those of the best epoch on dev.
     """
-    paths = [path for path in by if path != "label"]
-    runs: dict[str, dict[tuple[Any, ...], dict[Any, float]]] = {}
-    for row in rows:
-        facts = tuple(look_up(row, path) for path in paths)
-        runs.setdefault(str(row["label"]), {}).setdefault(facts, {})[row["seed"]] = row["mean"]
+    found = [
+        _comparison(label, facts, differences, margin)
+        for (label, facts), differences in _differences(rows, reference, by, last).items()
+    ]
+    return _holm(found)
+
+
+def pool(
+    rows: Iterable[Mapping[str, Any]], reference: str, by: Sequence[str], *, margin: float = MARGIN, last: bool = False
+) -> list[Comparison]:
+    """One comparison of each label over all facts in common, where there are several; arguments as of `compare`.
+
+    The difference of a seed is its mean over the facts; seeds that lack some of them are left out.
+    """
+    labels: dict[str, list[Mapping[Any, float]]] = {}
+    for (label, _), differences in _differences(rows, reference, by, last).items():
+        labels.setdefault(label, []).append(differences)
     found = []
-    for label, of_label in runs.items():
-        for facts, scores in of_label.items():
-            theirs = runs.get(reference, {}).get(facts, {})
-            differences = [100 * (score - theirs[seed]) for seed, score in scores.items() if seed in theirs]
-            if label != reference and differences:
-                found.append(
-                    Comparison(label, facts, len(differences), *mean_interval(differences), _sign_flips(differences))
-                )
+    for label, groups in labels.items():
+        seeds = [seed for seed in groups[0] if all(seed in group for group in groups)]
+        if len(groups) > 1 and seeds:
+            means = {seed: statistics.fmean(group[seed] for group in groups) for seed in seeds}
+            found.append(_comparison(label, (), means, margin))
+    return _holm(found)
+
+
+def _differences(
+    rows: Iterable[Mapping[str, Any]], reference: str, by: Sequence[str], last: bool
+) -> dict[tuple[str, tuple[Any, ...]], dict[Any, float]]:
+    """(label, facts) -> seed -> points above the reference, of the seeds that both have."""
+    paths = [path for path in by if path != "label"]
+    runs: dict[tuple[str, tuple[Any, ...]], dict[Any, dict[Any, list[float]]]] = {}
+    for row in rows:
+        group = runs.setdefault((str(row["label"]), tuple(look_up(row, path) for path in paths)), {})
+        part = look_up(row, "train.task"), look_up(row, "train.language")
+        score = (row["last_update"] if last else row)["mean"]
+        group.setdefault(row["seed"], {}).setdefault(part, []).append(score)
+    found = {}
+    for (label, facts), ours in runs.items():
+        theirs = runs.get((reference, facts), {})
+        differences = {}
+        for seed, parts in ours.items():
+            common = [part for part in parts if part in theirs.get(seed, {})]
+            if common:
+                scores = ([statistics.fmean(side[part]) for part in common] for side in (parts, theirs[seed]))
+                one, other = map(statistics.fmean, scores)
+                differences[seed] = 100 * (one - other)
+        if label != reference and differences:
+            found[label, facts] = differences
     return found
 
 
-def comparison_table(comparisons: Sequence[Comparison], reference: str, by: Sequence[str]) -> str:
+def _comparison(label: str, facts: tuple[Any, ...], differences: Mapping[Any, float], margin: float) -> Comparison:
+    values = list(differences.values())
+    p_value = _sign_flips(values)
+    return Comparison(label, facts, len(values), *mean_interval(values), p_value, p_value, _equivalence(values, margin))
+
+
+def _holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """With the adjusted p-values: of m sorted ones the i-th smallest times m - i + 1, none below the one before."""
+    order = sorted(range(len(comparisons)), key=lambda i: comparisons[i].p_value)
+    found, least = list(comparisons), 0.0
+    for position, i in enumerate(order):
+        least = max(least, min(1.0, (len(order) - position) * comparisons[i].p_value))
+        found[i] = replace(comparisons[i], adjusted=least)
+    return found
+
+
+def comparison_table(
+    comparisons: Sequence[Comparison], reference: str, by: Sequence[str], margin: float = MARGIN
+) -> str:
     """A Markdown table; differences whose interval leaves out 0 are bold."""
-    return comparison_sheet(comparisons, reference, by).markdown()
+    return comparison_sheet(comparisons, reference, by, margin).markdown()
 
 
-def comparison_sheet(comparisons: Sequence[Comparison], reference: str, by: Sequence[str]) -> Sheet:
+def comparison_sheet(
+    comparisons: Sequence[Comparison], reference: str, by: Sequence[str], margin: float = MARGIN
+) -> Sheet:
     """The same, for any format."""
     paths = [path for path in by if path != "label"]
-    out = [["label", *paths, "pairs", f"minus {reference}", "95 % interval", "p"]]
+    out = [
+        ["label", *paths, "pairs", f"minus {reference}", "95 % interval", "p", "p, Holm", f"p, {margin:g}", "finding"]
+    ]
     for found in comparisons:
         low, high = found.interval
         mean = f"{found.mean:+.2f}"
         text = "" if math.isinf(high) else f"{low:+.2f} to {high:+.2f}"
         clear = low > 0 or high < 0
-        cells = [Bold(mean) if clear else mean, text, f"{found.p_value:.3f}"]
-        out.append([found.label, *map(plain, found.facts), str(found.runs), *cells])
-    return Sheet(out, [False] * (1 + len(paths)) + [True] * 4)
+        cells = [Bold(mean) if clear else mean, text, *(f"{p:.3f}" for p in (found.p_value, found.adjusted))]
+        facts = found.facts or ("all",) * len(paths)
+        equal = "" if found.runs == 1 else f"{found.equal_p:.3f}"
+        out.append([found.label, *map(plain, facts), str(found.runs), *cells, equal, found.verdict(margin)])
+    return Sheet(out, [False] * (1 + len(paths)) + [True] * 6 + [False])
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
@@ -88,12 +169,30 @@ def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
     return mean, (mean - half, mean + half)
 
 
+def _equivalence(values: Sequence[float], margin: float) -> float:
+    """The larger p-value of two one-sided t tests, of a mean of at most -margin and of at least margin."""
+    n, mean = len(values), statistics.fmean(values)
+    if n == 1:
+        return 1.0
+    return max(_above(n, mean + margin, values), _above(n, margin - mean, values))
+
+
+def _above(n: int, distance: float, values: Sequence[float]) -> float:
+    """One-sided p-value of a mean that lies so far above a bound, by Student's t."""
+    from scipy.special import stdtr
+
+    error = statistics.stdev(values) / math.sqrt(n)
+    if error == 0:
+        return float(distance <= 0)
+    return float(stdtr(n - 1, -distance / error))
+
+
 def _sign_flips(differences: Sequence[float]) -> float:
-    """Share of sign patterns whose sum is at least as far from 0; above 15 pairs, by the normal approximation."""
+    """Share of sign patterns whose sum is at least as far from 0."""
     total = abs(math.fsum(differences))
     if len(differences) > _EXACT:
-        spread = math.sqrt(math.fsum(d * d for d in differences))
-        return 2 * (1 - statistics.NormalDist().cdf(total / spread)) if spread else 1.0
-    sums = [abs(math.fsum(s * d for s, d in zip(signs, differences, strict=True)))
-            for signs in itertools.product((1, -1), repeat=len(differences))]  # fmt: skip
-    return sum(value >= total - 1e-12 for value in sums) / len(sums)
+        return min(1.0, 2 * _above(len(differences), total / len(differences), differences))
+    sums = np.zeros(1)
+    for difference in differences:
+        sums = np.concatenate([sums + difference, sums - difference])
+    return float((np.abs(sums) >= total - 1e-9).mean())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ltp_sparse.recipes.recipe import look_up
 from ltp_sparse.report.escaping import for_plot
 from ltp_sparse.report.tables import AVERAGE, Table, make_table
 from ltp_sparse.weights.files import atomic_path
@@ -143,18 +144,46 @@ def plot_labels(rows: Rows, path: Path, recipe: Recipe) -> Path | None:
 def plot_languages(rows: Rows, path: Path, recipe: Recipe) -> Path | None:
     """A heat map: lines of the table by language."""
     table = make_table(rows, recipe.by)
-    names = [for_plot(" ".join(str(fact) for fact in line.facts if fact is not None)) for line in table.lines]
     grid = [[line.values.get(column, (float("nan"), 0.0))[0] for column in table.columns] for line in table.lines]
-    figure, axes = _figure(len(table.columns) * 1.4)
-    figure.set_size_inches(max(5.0, 0.55 * len(table.columns) + 2), max(2.0, 0.3 * len(names) + 1))
+    return _heat_map([line.facts for line in table.lines], table.columns, grid, path, "score (%)", "{:.0f}")
+
+
+def plot_relative_change(rows: Rows, path: Path, recipe: Recipe) -> Path | None:
+    """A heat map: by how much of its score a language gains or loses, against the line whose last fact is not set
+    (SPT, figure 5: reparameterised prompts against plain ones).
+    """
+    table = make_table(rows, recipe.by)
+    plain = {line.facts[:-1]: line for line in table.lines if line.facts[-1] is None}
+    changed = [line for line in table.lines if line.facts[-1] is not None and line.facts[:-1] in plain]
+    if not changed:
+        return None
+    grid = []
+    for line in changed:
+        before = plain[line.facts[:-1]].values
+        both = [column in line.values and before.get(column, (0.0, 0.0))[0] > 0 for column in table.columns]
+        grid.append(
+            [
+                100 * (line.values[column][0] / before[column][0] - 1) if there else float("nan")
+                for column, there in zip(table.columns, both, strict=True)
+            ]
+        )
+    return _heat_map([line.facts for line in changed], table.columns, grid, path, "change of the score (%)", "{:+.0f}")
+
+
+def _heat_map(
+    facts: Sequence[Sequence[Any]], columns: Sequence[str], grid: list[list[float]], path: Path, label: str, form: str
+) -> Path:
+    names = [for_plot(" ".join(str(fact) for fact in of_line if fact is not None)) for of_line in facts]
+    figure, axes = _figure(len(columns) * 1.4)
+    figure.set_size_inches(max(5.0, 0.55 * len(columns) + 2), max(2.0, 0.3 * len(names) + 1))
     image = axes.imshow(grid, aspect="auto", cmap="viridis")
-    axes.set_xticks(range(len(table.columns)), [for_plot(column) for column in table.columns])
+    axes.set_xticks(range(len(columns)), [for_plot(column) for column in columns])
     axes.set_yticks(range(len(names)), names, fontsize=7)
     for y, line_of_values in enumerate(grid):
         for x, value in enumerate(line_of_values):
             if value == value:
-                axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=6, color="white")
-    figure.colorbar(image, label="score (%)")
+                axes.text(x, y, form.format(value), ha="center", va="center", fontsize=6, color="white")
+    figure.colorbar(image, label=label)
     return _save(figure, path)
 
 
@@ -184,6 +213,32 @@ def plot_layers(rows: Rows, path: Path, recipe: Recipe) -> Path | None:
     return _save(figure, path)
 
 
+def plot_overlap(rows: Rows, path: Path, recipe: Recipe) -> Path | None:
+    """What two seeds of stage 1 share of their tickets, against its updates: a line per density and rate, its chance
+    dashed.
+    """
+    lines: dict[tuple[float, float], dict[int, tuple[float, float]]] = {}
+    for row in rows:
+        told = row.get("stage_1") or {}
+        if "overlap" in told and "updates" in told:
+            line = lines.setdefault((look_up(row, "ticket.density"), told["learning_rate"]), {})
+            line[told["updates"]] = 100 * told["overlap"]["share"], 100 * told["overlap"]["chance"]
+    if not lines:
+        return None
+    figure, axes = _figure(8)
+    for position, ((density, rate), points) in enumerate(sorted(lines.items())):
+        updates = sorted(points)
+        shared, chance = zip(*(points[n] for n in updates), strict=True)
+        label, color = f"{100 * density:g} %, rate {rate:g}", f"C{position}"
+        axes.plot(updates, shared, marker="o", markersize=3, color=color, label=label)
+        axes.plot(updates, chance, linestyle="--", linewidth=0.8, color=color)
+    axes.set_xscale("log")
+    axes.set_xlabel("updates of stage 1")
+    axes.set_ylabel("shared by two seeds (%); dashed: chance")
+    axes.legend(fontsize=7)
+    return _save(figure, path)
+
+
 PLOTS: dict[str, Callable[[Rows, Path, Recipe], Path | None]] = {
     "density": plot_density,
     "shots": plot_shots,
@@ -191,6 +246,8 @@ PLOTS: dict[str, Callable[[Rows, Path, Recipe], Path | None]] = {
     "labels": plot_labels,
     "languages": plot_languages,
     "layers": plot_layers,
+    "overlap": plot_overlap,
+    "relative-change": plot_relative_change,
 }
 """The plots that a recipe can name: (rows, file, recipe) -> the file, or None where there is nothing to draw."""
 

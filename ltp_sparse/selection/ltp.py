@@ -11,9 +11,9 @@ from torch import Tensor
 from ltp_sparse.backends.reference import delta_keys
 from ltp_sparse.selection import Weights, pools, select
 from ltp_sparse.selection.budgets import Budget
-from ltp_sparse.selection.sources import ScoreFunction, Sides, check_shape, names_in_pool
+from ltp_sparse.selection.sources import Score, ScoreFunction, Sides
 from ltp_sparse.tickets.counts import entries_for
-from ltp_sparse.tickets.ticket import Pool, Ticket
+from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.weights.checkpoints import Readable, read_piece
 from ltp_sparse.weights.names import layer_of
 from ltp_sparse.weights.versions import Missing
@@ -30,14 +30,16 @@ STRATEGIES: dict[str, Callable[[str], bool]] = {
 
 def find_ticket(
     initial: Weights,
-    tuned: Weights,
+    tuned: Weights | None,
     *,
     strategy: str = "decoupled",
     density: float = 0.2,
     budget: Budget = "global",
+    of: str = "model",
     segment: str | None = None,
     intersect: bool = False,
     order: str = "most",
+    score: Score | None = None,
     allow_missing: Missing = False,
     metadata: Mapping[str, Any] | None = None,
     progress: bool = False,
@@ -49,11 +51,15 @@ def find_ticket(
 
     Args:
         initial, tuned: modules, mappings from names to tensors, or safetensors checkpoints; at least one of them must
-            hold the whole base model.
+            hold the whole base model. With a score, `tuned` is None.
         strategy: that of the tuning.
         budget: "global" (across layers), "layer" (layer separate), "tensor", or shares, see `select`.
+        of: what `density` counts against with the global budget: "model", or "pool", the strategy's: of
+            "frozen_embedding" the encoder.
         segment: "lower", "middle" or "upper" third of the layers only.
-        order: "most" changed, or "least" changed entries, a control.
+        order: "most" changed; or "least", a control: in every tensor as many as "most" takes there, those that moved
+            least of all that moved.
+        score: ranks by it instead of by change, see `select`.
         allow_missing: which parameters of the pool may be on one side only, see `select`.
         intersect: with `segment`: the part of the whole model's ticket that lies in the segment.
         metadata: added to the ticket's, e.g. `MLMResult.metadata`.
@@ -65,28 +71,34 @@ def find_ticket(
         raise ValueError(f"find_ticket: strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
     if order not in ("most", "least"):
         raise ValueError(f"find_ticket: order must be most or least, got {order!r}")
+    if of not in ("model", "pool"):
+        raise ValueError(f"find_ticket: of must be model or pool, got {of!r}")
+    if order == "least" and score is not None:
+        raise ValueError("find_ticket: order='least' is a control of what moved; it takes no score")
     if intersect and segment is None:
         raise ValueError("find_ticket: intersect=True keeps the part inside a segment; pass segment=, too")
-    sides = Sides.of(initial, tuned, None, what="find_ticket")
+    sides = Sides.of(initial, tuned, score, what="find_ticket")
     sizes = [{name: tensor.numel() for name, tensor in side.items()} for side in (sides.base, sides.after)]
     maskable = max(sum(n for name, n in of.items() if pools.maskable(name)) for of in sizes)
     num_layers = len({layer_of(name) for of in sizes for name in of} - {"embeddings", "other"})
     in_segment = None if segment is None else pools.segment(segment, num_layers)
     pool = STRATEGIES[strategy] if in_segment is None or intersect else in_segment
-    of_model = budget == "global" and pool is not in_segment
+    of_model = budget == "global" and of == "model" and pool is not in_segment
     ticket = select(
-        sides.base if order == "most" else _common(sides, pool, allow_missing),
-        sides.after if order == "most" else None,
-        score=None if order == "most" else least_changed(sides.base, sides.after),
+        sides.base,
+        sides.after if score is None else None,
+        score=score,
         k=entries_for(maskable, density=density, k=None) if of_model else None,
         density=None if of_model else density,
         budget=budget,
         pool=pool,
         allow_missing=allow_missing,
-        method="ltp" if order == "most" else "ltp, least changed",
+        method="ltp",
         metadata=metadata,
         progress=progress,
     )
+    if order == "least":
+        ticket = _least_changed(ticket, sides)
     if intersect:
         ticket = ticket.restrict(in_segment)
     ticket.metadata |= {"strategy": strategy, "density": density, "maskable": maskable, "k": ticket.k}
@@ -95,22 +107,24 @@ def find_ticket(
     return ticket
 
 
+def _least_changed(most: Ticket, sides: Sides) -> Ticket:
+    """In every tensor as many entries as `most` has there: those that moved least, of those that moved."""
+    sets = dict(most.sets)
+    for name in most.active_names:
+        base, after = {name: sides.base[name]}, {name: sides.after[name]}
+        sets |= select(base, score=least_changed(base, after), k=most.sets[name].k).sets
+    return Ticket(sets, most.shapes, {**most.metadata, "method": "ltp, least changed"}, most.fingerprint)
+
+
 def least_changed(before: Mapping[str, Readable], after: Mapping[str, Readable]) -> ScoreFunction:
-    """A score for `select` that is the larger the less an entry has moved.
+    """A score for `select` that is the larger the less an entry has moved, and 0, never selected, if it has not.
 
     Its bits are those of the largest finite float32 minus those of |after - before|: exactly the reverse order.
     """
 
     def score(name: str, start: int, stop: int) -> Tensor:
         pieces = (read_piece(tensors[name], start, stop) for tensors in (before, after))
-        return (_LARGEST_KEY - delta_keys(*pieces)).view(torch.float32)
+        keys = delta_keys(*pieces)
+        return torch.where(keys > 0, _LARGEST_KEY - keys, 0).view(torch.float32)
 
     return score
-
-
-def _common(sides: Sides, pool: Pool, allow_missing: Missing) -> dict[str, Any]:
-    """The initial tensors of what both sides have, which `select` checks itself where it is given both."""
-    names, _ = names_in_pool(sides.base, sides.after, pool, allow_missing, what="find_ticket", scored=False)
-    for name in names:
-        check_shape(name, sides.base[name].shape, sides.after[name].shape)
-    return {name: sides.base[name] for name in names}

@@ -68,6 +68,14 @@ def movement(model: nn.Module, losses: Iterable[Tensor], pool: Pool = None) -> d
     return {name: total.clamp_(min=0) for name, total in totals.items()}
 
 
+SCORES: dict[str, Callable[[nn.Module, Iterable[Tensor], Pool], dict[str, Tensor]]] = {
+    "gradient": gradient_magnitude,
+    "fisher": fisher,
+    "movement": movement,
+}
+"""Scores that are made from losses, by name."""
+
+
 def _accumulated(
     model: nn.Module, losses: Iterable[Tensor], pool: Pool, term: Callable[[Tensor, Tensor], Tensor]
 ) -> dict[str, Tensor]:

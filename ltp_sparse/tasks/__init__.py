@@ -32,6 +32,7 @@ __all__ = [
     "read_pairs",
     "read_text",
     "task",
+    "tested",
 ]
 
 
@@ -116,6 +117,26 @@ def task(name: str) -> Task:
 def languages(name: str) -> tuple[str, ...]:
     """The languages of a task."""
     return task(name).languages
+
+
+def tested(name: str, asked: str | Sequence[str] | None, train_language: str) -> tuple[str, ...]:
+    """The languages that a recipe asks for: a list, the name of one of SIB-200's, "same" for that of training, or None
+    for those of the task.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if asked is None:
+        return task(name).languages
+    if asked == "same":
+        return (train_language,)
+    if not isinstance(asked, str):
+        return tuple(asked)
+    if name != "sib200" or asked not in _sib200.LISTS:
+        raise ValueError(
+            f"{name}: languages must be a list, same or, of sib200, {', '.join(_sib200.LISTS)}: got {asked!r}"
+        )
+    return _sib200.LISTS[asked]
 
 
 def load_pairs(

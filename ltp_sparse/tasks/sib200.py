@@ -18,6 +18,27 @@ XNLI_LANGUAGES = (
 )  # fmt: skip
 """The languages of XNLI, by FLORES-200 code."""
 
+XGLM_LANGUAGES = (
+    "arb_Arab", "ben_Beng", "bul_Cyrl", "cat_Latn", "deu_Latn", "ell_Grek", "eng_Latn", "est_Latn", "eus_Latn",
+    "fin_Latn", "fra_Latn", "hat_Latn", "hin_Deva", "ind_Latn", "ita_Latn", "jpn_Jpan", "kor_Hang", "mya_Mymr",
+    "por_Latn", "quy_Latn", "rus_Cyrl", "spa_Latn", "swh_Latn", "tam_Taml", "tel_Telu", "tha_Thai", "tur_Latn",
+    "urd_Arab", "vie_Latn", "zho_Hans",
+)  # fmt: skip
+"""The 30 languages that XGLM was trained on."""
+
+BLOOM_LANGUAGES = (
+    "aka_Latn", "arb_Arab", "asm_Beng", "bam_Latn", "ben_Beng", "cat_Latn", "eng_Latn", "eus_Latn", "fon_Latn",
+    "fra_Latn", "guj_Gujr", "hin_Deva", "ibo_Latn", "ind_Latn", "kan_Knda", "kik_Latn", "kin_Latn", "lin_Latn",
+    "lug_Latn", "mal_Mlym", "mar_Deva", "npi_Deva", "nso_Latn", "nya_Latn", "ory_Orya", "pan_Guru", "por_Latn",
+    "run_Latn", "sna_Latn", "sot_Latn", "spa_Latn", "swh_Latn", "tam_Taml", "tel_Telu", "tsn_Latn", "tso_Latn",
+    "tum_Latn", "twi_Latn", "urd_Arab", "vie_Latn", "wol_Latn", "xho_Latn", "yor_Latn", "zho_Hans", "zho_Hant",
+    "zul_Latn",
+)  # fmt: skip
+"""The 46 that BLOOM was trained on, Chinese in both of its scripts."""
+
+LISTS = {"xnli": XNLI_LANGUAGES, "xglm": XGLM_LANGUAGES, "bloom": BLOOM_LANGUAGES}
+"""Lists by name, for recipes."""
+
 _SPLITS = ("train", "dev", "test")
 
 

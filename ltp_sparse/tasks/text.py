@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,10 @@ from ltp_sparse.tasks.hub import load_hub
 from ltp_sparse.weights.reading import FileFormatError, Place
 
 _SUFFIXES = ("txt", "tsv", "jsonl")
+_END = re.compile(r"([.!?۔؟।॥։።፧။][\"'»”’)\]]*)\s+|([。！？][」』”’）]*)\s*")
+_ENDED = re.compile(r"[.!?۔؟।॥։።፧။。！？…:;][\"'»”’)\]」』）]*$")
+_ABBREVIATED = re.compile(r"(?:^|[\s(])(?:\w|Mr|Mrs|Ms|Dr|Prof|St|vs|etc|e\.g|i\.e|No|Jr|Sr)\.$")
+_SHORTEST_LINE = 60  # characters of a line without an end that is no heading
 
 
 class PassedOver(UserWarning):
@@ -48,13 +53,39 @@ def read_hub_text(
     split: str = "train",
     max_lines: int | None = None,
     seed: int = 0,
+    sentences: bool = False,
 ) -> list[str]:
-    """Non-blank lines of a column of a streamed Hub data set; arguments as in `read_text`."""
+    """Non-blank lines of a column of a streamed Hub data set; arguments as in `read_text`.
+
+    Args:
+        sentences: cut the lines into sentences (`split_sentences`): articles hold paragraphs and headings.
+    """
     rows = load_hub(name, config, split=split, streaming=True)
     if rows.column_names is not None and column not in rows.column_names:
         raise ValueError(f"{name}: no column {column!r}; it has {', '.join(rows.column_names)}")
     placed = ((Place(name, f"row {number}"), row) for number, row in enumerate(rows))
-    return _sample(_texts(placed, column, name), max_lines, seed, name)
+    lines: Iterable[str] = _texts(placed, column, name)
+    if sentences:
+        lines = (sentence for line in lines for sentence in split_sentences(line))
+    return _sample(lines, max_lines, seed, name)
+
+
+def split_sentences(paragraph: str) -> list[str]:
+    """The sentences of a paragraph; none of a heading, which is a short line without an end of a sentence.
+
+    A sentence ends with a full stop, question or exclamation mark of any script, before a space and no small letter;
+    with those of Chinese and Japanese also without a space. Where a script ends sentences otherwise (Thai), the
+    paragraph is one.
+    """
+    sentences: list[str] = []
+    for part in _END.sub(lambda end: f"{end[1] or end[2]}\n", paragraph.strip()).splitlines():
+        if sentences and (part[0].islower() or _ABBREVIATED.search(sentences[-1])):
+            sentences[-1] += f" {part}"
+        else:
+            sentences.append(part)
+    if len(sentences) == 1 and not _ENDED.search(sentences[0]) and len(sentences[0]) < _SHORTEST_LINE:
+        return []
+    return sentences
 
 
 def _files(path: Path) -> list[Path]:

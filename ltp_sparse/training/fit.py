@@ -46,6 +46,7 @@ class Options:
         bf16: compute in bfloat16 under autocast; weights stay float32
         states: "float32" or "8bit" moments, see `MaskedAdamW`
         gradients: "packed" keeps only the ticket's entries of every gradient, "dense" all
+        keep_last: keep the weights of the last update, too
         progress: show a progress bar
         check_frozen: hash the frozen entries before and after, and raise RuntimeError if a bit changed
         arguments: further `transformers.TrainingArguments`, e.g. {"report_to": "tensorboard"}
@@ -61,6 +62,7 @@ class Options:
     bf16: bool = False
     states: str = "float32"
     gradients: str = "packed"
+    keep_last: bool = False
     progress: bool = True
     check_frozen: bool = True
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -88,6 +90,7 @@ class Fit:
         seconds: wall-clock time with evaluations on dev (since the last resume)
         optimizer_bytes: size of moments and index
         digests: of the model's parameters; empty if `check_frozen` is off
+        last: the delta at the last update, if it is kept
     """
 
     delta: SparseDelta
@@ -96,6 +99,7 @@ class Fit:
     seconds: float
     optimizer_bytes: int
     digests: Mapping[str, str]
+    last: SparseDelta | None = None
 
 
 def fit(
@@ -122,7 +126,7 @@ def fit(
         folder = os.fspath(options.output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(alone(folder))
         Path(folder).mkdir(parents=True, exist_ok=True)
-        keep_best = KeepBest(options.metric, on_disk=options.output_dir is not None)
+        keep_best = KeepBest(options.metric, on_disk=options.output_dir is not None, last=options.keep_last)
         trainer = SparseTrainer(
             model,
             _arguments(settings, folder, options),
@@ -153,7 +157,9 @@ def fit(
     name = f"eval_{options.metric}"
     scores = tuple(log[name] for log in trainer.state.log_history if name in log)
     optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    return Fit(delta, scores, round(delta.metadata["epoch"], 3), seconds, optimizer.state_bytes(), digests)
+    return Fit(
+        delta, scores, round(delta.metadata["epoch"], 3), seconds, optimizer.state_bytes(), digests, keep_best.last
+    )
 
 
 def class_loss(outputs: Mapping[str, Tensor], labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:

@@ -41,6 +41,7 @@ class Trained:
         best_epoch: counted from 1; the first of equally good ones
         seconds: wall-clock time of training, of all phases
         optimizer_bytes: state of the optimizer in the last phase: moments and index
+        last: the delta at the last update, as `delta`, if it is kept (`Options.keep_last`)
     """
 
     setup: Setup
@@ -50,6 +51,7 @@ class Trained:
     best_epoch: float
     seconds: float
     optimizer_bytes: int
+    last: SparseDelta | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -125,7 +127,7 @@ def train_method(
 
         setup, active = method.choose(setup, active, tune)
         last = fit(setup, method.settings, active, *encoded, run)
-        delta = _finished(method, setup, last, run, labels=labels, language=language)
+        delta, *rest = _finished(method, setup, last, run, labels=labels, language=language)
     except BaseException:
         setup.undo()
         raise
@@ -141,6 +143,7 @@ def train_method(
             best_epoch=last.best_epoch,
             seconds=sum(phase.seconds for phase in (*phases, last)),
             optimizer_bytes=last.optimizer_bytes,
+            last=rest[0] if rest else None,
         )
         _trained[language_model] = delta
         return result
@@ -153,21 +156,24 @@ def train_method(
 
 def _finished(
     method: Method, setup: Setup, last: Fit, run: Options, *, labels: tuple[str, ...], language: str
-) -> SparseDelta:
-    """The delta of a run with its metadata, after `method.finish`."""
+) -> tuple[SparseDelta, ...]:
+    """The best delta of a run, and the last one if it is kept, with their metadata, after `method.finish`."""
     metadata = {
         **method.describe(),
         **setup.facts,
         "seed": run.seed,
         "labels": list(labels),
         "language": language,
-        "epoch": last.best_epoch,
         "metric": run.metric,
-        "dev_score": last.delta.metadata["value"],
     }
-    logger.info("%s: epoch %g is kept, dev %s %.4f", method.name, last.best_epoch, run.metric, metadata["dev_score"])
-    trained = last.delta
-    return method.finish(setup, SparseDelta(trained.ticket, trained.values, trained.originals, trained.dense, metadata))
+    best = {"epoch": last.best_epoch, "dev_score": last.delta.metadata["value"]}
+    logger.info("%s: epoch %g is kept, dev %s %.4f", method.name, last.best_epoch, run.metric, best["dev_score"])
+    kept = [(last.delta, best)]
+    if last.last is not None:
+        kept.append((last.last, {"epoch": round(last.last.metadata["epoch"], 3), "dev_score": last.scores[-1]}))
+    return method.finish(
+        setup, *(SparseDelta(d.ticket, d.values, d.originals, d.dense, {**metadata, **facts}) for d, facts in kept)
+    )
 
 
 def _is_applied(delta: SparseDelta, model: nn.Module) -> bool:

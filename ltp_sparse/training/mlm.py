@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -230,6 +230,41 @@ def tune_mlm(
         "settings": asdict(settings),
     }
     return MLMResult(model, trainer.base, metadata, trainer.state.log_history)
+
+
+def mlm_losses(
+    model: XLMRobertaForMaskedLM, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], settings: MLMSettings
+) -> Iterator[Tensor]:
+    """The losses of the batches that `tune_mlm` would see in its first epoch, for `selection.scores`; nothing is tuned.
+
+    With `max_steps`, so many batches at most. Each loss hangs on the model until the next one is asked for. Dropout is
+    off.
+    """
+    training, _ = split_texts(texts, settings.validation, settings.seed)
+    dataset = MaskedTexts(
+        training,
+        tokenizer,
+        length=settings.length,
+        packed=not settings.line_by_line,
+        probability=settings.mask_probability,
+        seed=settings.seed,
+    )
+    generator = torch.Generator().manual_seed(settings.seed)
+    order = torch.randperm(len(dataset), generator=generator, dtype=torch.int64, device="cpu").tolist()
+    if settings.max_steps > 0:
+        order = order[: settings.max_steps * settings.batch_size]
+    collate, device = PadRight(tokenizer.pad_token_id), next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(order), settings.batch_size):
+            batch = collate([dataset[i] for i in order[start : start + settings.batch_size]])
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            labels = batch.pop("labels")
+            with token_losses(model, labels), torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
+                yield masked_token_loss(model(**batch), labels)
+    finally:
+        model.train(was_training)
 
 
 def _check(model: nn.Module, settings: MLMSettings, output_dir: str | os.PathLike[str] | None, resume: bool) -> None:

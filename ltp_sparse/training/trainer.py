@@ -253,17 +253,23 @@ class KeepBest(TrainerCallback):
         greater_is_better: None: True except for losses.
         on_disk: keep the delta as `best.safetensors` in the output folder, so that it survives a kill (one process
             writes it, all read it); otherwise in memory and in every checkpoint.
+        last: also keep the delta of the last update, in memory.
 
     Attributes:
         best: {"metric", "value", "step", "epoch"} of the best evaluation so far, or None; also its delta's metadata.
+        last: the delta at the end of training, where it is kept; its metadata have "step" and "epoch".
     """
 
     trainer: SparseTrainer
 
-    def __init__(self, metric: str = "loss", *, greater_is_better: bool | None = None, on_disk: bool = True) -> None:
+    def __init__(
+        self, metric: str = "loss", *, greater_is_better: bool | None = None, on_disk: bool = True, last: bool = False
+    ) -> None:
         self.metric = metric if metric.startswith("eval_") else f"eval_{metric}"
         self.greater_is_better = not metric.endswith("loss") if greater_is_better is None else greater_is_better
         self.on_disk = on_disk
+        self.last: SparseDelta | None = None
+        self._keeps_last = last
         self.best: dict[str, Any] | None = None
         self._delta: SparseDelta | None = None
         self._training = False
@@ -336,6 +342,8 @@ class KeepBest(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._training = False
+        if self._keeps_last:
+            self.last = self.trainer.delta({"step": state.global_step, "epoch": state.epoch})
         self.trainer.accelerator.wait_for_everyone()  # one process writes the file, all read it
         self.trainer.base.restore(self.delta())
 

@@ -11,11 +11,12 @@ from helpers.interruptions import StopAfter
 from helpers.tiny_nli import tiny_language_model, toy_pairs
 
 import ltp_sparse as ls
-from ltp_sparse.methods import LTSFT, SCSFT, BitFit, FineTuning, RandSFT, Settings
+from ltp_sparse.methods import LTSFT, SCSFT, BitFit, FineTuning, HeadOnly, RandSFT, Settings
 from ltp_sparse.methods.fine_tuning import K_LANGUAGE, K_TASK, group_shares, scaled_budget
 from ltp_sparse.models.backbone import backbone_from_config
 from ltp_sparse.selection import pools
 from ltp_sparse.selection.budgets import share_out
+from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.training.evaluation import evaluate
 from ltp_sparse.training.method import load_trained, train_method
 from ltp_sparse.weights.names import canonical_parameters
@@ -47,7 +48,7 @@ def run(tokenizer, method, *, model=None, epochs=5, **options):
 def test_budgets_of_xlmr_base(xlmr_base):
     maskable = LTSFT().ticket(xlmr_base).n
     assert maskable == 277_414_656
-    assert LTSFT().budget(maskable) == K_TASK == 14_155_776
+    assert LTSFT().budget(xlmr_base) == K_TASK == 14_155_776
     assert scaled_budget(K_LANGUAGE, maskable) == 7_667_712
     assert RandSFT(k=141_557).ticket(xlmr_base).k == 141_557
     assert BitFit().ticket(xlmr_base).k == 102_144
@@ -167,7 +168,7 @@ def test_iterations_add_entries(tokenizer):
     assert twice.delta.ticket.k == int(0.2 * LTSFT().ticket(model).n)
     assert (once.delta.ticket & twice.delta.ticket).k == once.delta.ticket.k  # the first half is that of one iteration
     twice.release()
-    budget = LTSFT(density=0.0999).budget(LTSFT().ticket(model).n)
+    budget = LTSFT(density=0.0999).budget(model)
     assert budget % 2 == 1
     odd = run(
         tokenizer, LTSFT(settings=dataclasses.replace(QUICK, epochs=1), density=0.0999, iterations=2), model=model
@@ -253,3 +254,51 @@ def test_single_texts_train_too(tokenizer):
 def test_options_out_of_range(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def counts(ticket):
+    return {name: ticket.sets[name].k for name in ticket.active_names}
+
+
+def test_random_entries_of_the_shape_that_lt_sft_finds(tokenizer):
+    """As many in every parameter, drawn with the seed of the run, without the embeddings."""
+    model = tiny_language_model(len(tokenizer))
+    options = {"settings": QUICK, "density": 0.1, "scope": "no-embeddings", "of": "pool"}
+    found = []
+    for method, seed in ((LTSFT, 3), (RandSFT, 3), (RandSFT, 4)):
+        match = {"match": "layers"} if method is RandSFT else {}
+        result = run(tokenizer, method(**options, **match), model=model, seed=seed)
+        found.append(result.delta.ticket)
+        result.release()
+    lt_sft, drawn, other = found
+    assert counts(drawn) == counts(lt_sft) and drawn != lt_sft and drawn != other
+    assert drawn.k == LTSFT(**options).budget(model) == int(0.1 * Ticket.full(model, pools.without_embeddings).n)
+    assert not any("embeddings" in name for name in drawn.active_names)
+    with pytest.raises(ValueError, match="takes no bernoulli"):
+        RandSFT(match="layers", bernoulli=True)
+
+
+def test_the_head_alone(tokenizer):
+    model = tiny_language_model(len(tokenizer))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    result = run(tokenizer, HeadOnly(settings=QUICK), model=model)
+    assert result.delta.ticket.k == 0 and result.delta.dense
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+def test_the_weights_of_the_last_update_are_kept(tokenizer):
+    """They are those of a run that is cut at its end: with one epoch, best and last are the same."""
+    model = tiny_language_model(len(tokenizer))
+    result = run(tokenizer, BitFit(settings=dataclasses.replace(QUICK, epochs=4)), model=model, keep_last=True)
+    best, last, scores = result.delta, result.last, result.dev_scores
+    result.release()
+    assert last.metadata["epoch"] == 4 and last.metadata["dev_score"] == scores[-1] and len(scores) == 4
+    name = last.ticket.active_names[0]
+    assert torch.equal(last.values[name], best.values[name]) == (best.metadata["epoch"] == 4)
+    setup = load_trained(model, tokenizer, last)
+    assert not torch.equal(dict(setup.model.named_parameters())[name], last.originals[name])
+    last.revert(setup.model)
+    once = run(tokenizer, BitFit(settings=dataclasses.replace(QUICK, epochs=1)), model=model, keep_last=True)
+    assert all(torch.equal(once.last.values[n], values) for n, values in once.delta.values.items())
+    once.release()
+    assert run(tokenizer, BitFit(settings=QUICK), model=model).last is None

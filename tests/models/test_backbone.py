@@ -177,10 +177,10 @@ def test_loading_refuses(tmp_path):
     wrong_pad.save_pretrained(folder)
     with pytest.raises(ValueError, match="pad id 1, got mask id 54 and pad id 0"):
         load_backbone(folder)
-    from transformers import BertConfig
+    from transformers import RobertaConfig
 
-    BertConfig().save_pretrained(folder)
-    with pytest.raises(ValueError, match="got 'bert'"):
+    RobertaConfig().save_pretrained(folder)
+    with pytest.raises(ValueError, match="of type 'xlm-roberta' or 'bert', got 'roberta'"):
         load_backbone(folder)
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
+import shutil
 import statistics
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.bits import weights
@@ -19,13 +24,20 @@ from ltp_sparse.cli import main
 from ltp_sparse.methods import METHODS
 from ltp_sparse.recipes import load_recipe, recipe_names, results
 from ltp_sparse.recipes.cache import Cache
-from ltp_sparse.recipes.cell import Workbench, method_of, run_cell
+from ltp_sparse.recipes.cell import Workbench, method_of, overlap, run_cell, ticket_of
+from ltp_sparse.recipes.rates import with_rates
 from ltp_sparse.recipes.run import run_recipe, unfinished
+from ltp_sparse.report import plots
 from ltp_sparse.report.chance import chance_table
+from ltp_sparse.report.kinship import kinship, kinship_sheet
 from ltp_sparse.report.pages import paper_of, write_report
 from ltp_sparse.report.paired import mean_interval
 from ltp_sparse.report.tables import latex, make_table, markdown, paper_figures, to_csv
-from ltp_sparse.tasks import TASKS
+from ltp_sparse.selection import pools
+from ltp_sparse.tasks import TASKS, tested
+from ltp_sparse.tickets.delta import SparseDelta
+from ltp_sparse.tickets.lt_sft import write_lt_sft
+from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.weights.names import canonical_parameters
 
 RECIPE = """
@@ -155,14 +167,72 @@ def test_recipes_of_the_papers_are_sound(name):
         assert train.kind in method.inputs
         assert train.labels == test.labels and train.metric == test.metric
         assert cell["train.language"] in train.languages
+        languages = tested(test.name, cell["test.languages"], cell["train.language"])
         if test.name == "sib200":  # 205 of them
-            assert all(re.fullmatch("[a-z]{3}_[A-Z][a-z]{3}", code) for code in cell["test.languages"] or ())
+            assert all(re.fullmatch("[a-z]{3}_[A-Z][a-z]{3}", code) for code in languages)
         else:
-            assert set(cell["test.languages"] or ()) <= {*test.languages, *"same"}
+            assert set(languages) <= {*test.languages}
         assert (cell["ticket"] is not None) == method.needs_ticket
         assert cell["model"]
     for facts in paper_figures(paper_of(recipe)):
         assert any(tuple(cell[path] for path in recipe.by) == facts for cell in recipe.cells), facts
+
+
+def test_learning_rates_of_another_recipe(recipe_file, tmp_path, capsys):
+    """The best mean over seeds of the last update's scores; of equal ones the smallest rate; none is made up."""
+    recipe = replace(load_recipe(str(recipe_file)), rates="rates")
+
+    def row(label, density, rate, seed, last):
+        facts = {"label": label, "settings": {"learning_rate": rate}, "seed": seed, "mean": 1 - last}
+        return {**facts, "ticket": {"density": density} if density else None, "last_update": {"mean": last}}
+
+    rows = [row("LTP", 0.2, 1e-3, 1, 0.6), row("LTP", 0.2, 1e-3, 2, 0.4), row("LTP", 0.2, 1e-2, 1, 0.5)]
+    rows += [row("LTP", 0.2, 1e-2, 2, 0.5), row("LTP", 0.2, 1e-1, 1, 0.3), row("LTP dense", 0.5, 0.5, 1, 0.1)]
+    rows += [row("SP", None, 1e-4, 1, 0.1), row("SP", None, 1e-5, 1, 0.2)]
+    chosen = with_rates(recipe, rows)
+    rates = {(cell["label"], cell["settings.learning_rate"]) for cell in chosen.cells}
+    assert rates == {("LTP", 1e-3), ("LTP dense", 0.5), ("SP", 1e-5)}
+    assert all(cell["settings.epochs"] == 2 for cell in chosen.cells)
+    own = load_recipe(str(recipe_file), [("settings.learning_rate", 0.25)])
+    assert {cell["settings.learning_rate"] for cell in with_rates(own, rows).cells} == {0.25}
+    with pytest.raises(ValueError, match=r"no learning rate for label LTP dense, ticket.density 0.5; run it in"):
+        with_rates(recipe, [row for row in rows if row["label"] != "LTP dense"])
+    assert main(["run", "study-sft", "--output", str(tmp_path)]) == 2
+    assert "takes its learning rates from results of study-rates" in capsys.readouterr().err
+    assert main(["run", "ltp-table-1", "--output", str(tmp_path), "--rates", str(tmp_path)]) == 2
+    assert "ltp-table-1 has learning rates of its own" in capsys.readouterr().err
+
+
+def test_rates_of_the_study_are_chosen_for_all_its_cells():
+    """And with seeds that its recipes do not have."""
+    rows = [{**cell.facts, "mean": 0.5} for cell in load_recipe("study-rates").cells]
+    seeds = {row["seed"] for row in rows}
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        if recipe.rates is not None:
+            assert recipe.rates == "study-rates"
+            chosen = with_rates(recipe, rows).cells
+            assert all(cell["settings.learning_rate"] for cell in chosen)
+            assert seeds.isdisjoint(cell["seed"] for cell in chosen)
+
+
+def test_steps_of_the_study_hold_all_its_cells(monkeypatch, tmp_path):
+    """In one order: a step never needs a rate that no step before it has found."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
+    study = importlib.import_module("study")
+    done: dict[str, dict[str, Any]] = {}
+    for name, wanted in study.STEPS:
+        cells = study.step(name, wanted, "folder", tmp_path).cells
+        assert cells and [cell["seed"] for cell in cells] == sorted(cell["seed"] for cell in cells)
+        new = {cell.id: cell for cell in cells if cell.id not in done.get(name, {})}
+        assert new, (name, wanted)
+        done.setdefault(name, {}).update(new)
+        if name == "study-rates":
+            for cell in new.values():
+                results.append(tmp_path / name / results.RESULTS, {"id": cell.id, **cell.facts, "mean": 0.5})
+    assert set(done) == {name for name in recipe_names() if name.startswith("study-")}
+    for name, cells in done.items():
+        assert len(cells) == len(load_recipe(name).cells), name
 
 
 def test_all_methods_of_the_papers_have_a_recipe():
@@ -196,6 +266,64 @@ def test_a_cell_becomes_a_row(world, recipe_file, tmp_path):
 
 
 @pytest.mark.slow
+def test_rows_tell_of_stage_1_and_of_the_last_update(world, recipe_file, tmp_path):
+    """Seeds of stage 1 take turns; the overlap of two tickets is told beside chance; both epochs are scored."""
+    changes = [("last", True), ("ticket.seeds", [7, 8]), ("ticket.strategy", "frozen_embedding"), ("ticket.of", "pool")]
+    recipe = load_recipe(str(recipe_file), changes).only([("label", "LTP"), ("shots", 2)])
+    desk = bench(world, tmp_path)
+    first, second = (run_cell(cell, desk) for cell in recipe.cells)
+    assert (first["stage_1"]["seed"], second["stage_1"]["seed"]) == (7, 8)
+    assert len(desk.cache.entries()) == 2
+    told = first["stage_1"]
+    assert told["updates"] == told["kept_update"] == 2 and told["tokens"] == 2 * 32 * 16 and told["score"] == "change"
+    assert told["text"] == "corpora/en.txt" and told["validation_loss"] > 1 and told["overlap"]["seed"] == 8
+    overlaps = [row["stage_1"]["overlap"] for row in (first, second)]
+    tickets = [ticket_of(cell, desk, [])[0] for cell in recipe.cells]
+    masks = [torch.cat([ticket.mask(name).flatten() for name in ticket.names]) for ticket in tickets]
+    assert overlaps[0]["share"] == round(int((masks[0] & masks[1]).sum()) / first["k"], 4) == overlaps[1]["share"] < 1
+    assert 0.2 < overlaps[0]["chance"] < 0.5
+    assert len(first["dev_scores"]) == 2 and first["last_update"]["epoch"] == 2
+    assert set(first["last_update"]["scores"]) == {"en", "sw"}
+    if first["epoch"] == 2:
+        assert first["last_update"]["scores"] == first["scores"]
+    pool = sum(p.numel() for n, p in canonical_parameters(desk._model).items() if pools.without_embeddings(n))
+    assert first["k"] == int(0.2 * pool)
+
+
+def test_overlap_of_tickets_beside_chance():
+    shapes = {"a": (40_000,), "b": (10_000,)}
+    like = Ticket.random(shapes, k=4_000, seed=1)
+    one, other = (Ticket.random(shapes, seed=seed, like=like) for seed in (2, 3))
+    found = overlap(one, other)
+    assert found["chance"] == round(sum(s.k**2 / s.n for s in like.sets.values()) / 4_000, 4)
+    assert found["share"] == pytest.approx(found["chance"], abs=0.02)
+    assert overlap(one, one)["share"] == 1 and overlap(one, one)["chance"] == found["chance"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("score", ["magnitude", "gradient", "fisher", "movement"])
+def test_tickets_by_scores(world, recipe_file, tmp_path, score):
+    recipe = load_recipe(str(recipe_file), [("ticket.score", score)]).only(
+        [("label", "LTP"), ("shots", 1), ("seed", 1)]
+    )
+    desk = bench(world, tmp_path)
+    cell = recipe.cells[0]
+    model, tokenizer = desk.model(cell, METHODS["ltp"]())
+    before = weights(model)
+    ticket, told = ticket_of(cell, desk, [])
+    assert told["score"] == score and ticket.k == int(0.2 * Ticket.full(model, pools.maskable).n)
+    assert all(torch.equal(p, before[name]) for name, p in canonical_parameters(model).items())
+    assert len(desk.cache.entries()) == (score != "magnitude")
+    again, _ = ticket_of(cell, bench(world, tmp_path), [])
+    assert again == ticket and ticket != ticket_of(load_recipe(str(recipe_file)).cells[4], desk, [])[0]
+    wrong = load_recipe(str(recipe_file), [("ticket.score", "loss")]).cells[4]
+    with pytest.raises(
+        ValueError, match="score must be one of change, magnitude, gradient, fisher, movement, got 'loss'"
+    ):
+        ticket_of(wrong, desk, [])
+
+
+@pytest.mark.slow
 def test_language_sfts_and_adapters_compose(world, tmp_path):
     mlm = "{max_steps: 2, step_bounds: null, length: 16, eval_steps: 2}"
     path = tmp_path / "compose.yaml"
@@ -222,10 +350,69 @@ def test_language_sfts_and_adapters_compose(world, tmp_path):
     for row in rows:
         assert set(row["scores"]) == {"aym", "gn"}
         assert "mnli-9k stands in for multinli" in row["notes"]
-        assert "text: americasnli-first dev, unlabelled stands in" in row["notes"]  # no corpus of gn
+        assert any(note.startswith("text: americasnli-first dev, unlabelled stands in, ") for note in row["notes"])
     assert set(rows[0]["language_active"]) == {"en", "aym", "gn"}
     files = write_report(recipe, rows, tmp_path / "out")
     assert {file.name for file in files} >= {"report.md", "report.html", "layers.png", "languages.png"}
+
+
+@pytest.mark.slow
+def test_language_sfts_that_are_provided(world, tmp_path):
+    """Files of ours and of LT-SFT's authors give the rows of those that are trained; a missing one is named."""
+    mlm = "{max_steps: 2, step_bounds: null, length: 16, eval_steps: 2}"
+    text = """
+        defaults:
+          model: {model}
+          train: {{task: mnli-9k, language: en, limit: 30}}
+          test: {{task: americasnli-first, languages: [aym]}}
+          settings: {{epochs: 1, max_length: 40}}
+        cells:
+          - {{label: BitFit, method: bitfit, language_sft: {{source: en, {sft}}}}}
+        """
+    desk, rows = bench(world, tmp_path), []
+    trained = "density: 0.05, mlm: " + mlm
+    for sft in (trained, f"files: '{tmp_path}/{{language}}.safetensors'", f"files: '{tmp_path}/{{language}}'"):
+        path = tmp_path / f"recipe-{len(rows)}.yaml"
+        path.write_text(textwrap.dedent(text.format(model=world / "model", sft=sft)))
+        cell = load_recipe(str(path)).cells[0]
+        rows.append(run_cell(cell, desk))
+        if len(rows) == 1:
+            model, _ = desk.model(cell, method_of(cell))
+            for entry in desk.cache.entries():
+                language = "en" if "en" in entry.facts["source"] else "aym"
+                delta = SparseDelta.load(entry.path)
+                delta.save(tmp_path / f"{language}.safetensors")
+                write_lt_sft(delta, tmp_path / language / "pytorch_diff.bin")
+    assert rows[0]["scores"] == rows[1]["scores"]
+    assert rows[0]["language_active"] == rows[1]["language_active"] and rows[2]["language_active"]
+    (tmp_path / "aym.safetensors").unlink()
+    cell = load_recipe(str(tmp_path / "recipe-1.yaml")).cells[0]
+    with pytest.raises(FileNotFoundError, match=r"no .*aym.safetensors; expected the language SFT of 'aym' there"):
+        run_cell(cell, desk)
+    (tmp_path / "recipe-3.yaml").write_text((tmp_path / "recipe-1.yaml").read_text().replace("{language}", "x"))
+    with pytest.raises(ValueError, match=r"expected a path with \{language\} in it"):
+        load_recipe(str(tmp_path / "recipe-3.yaml"))
+
+
+def test_texts_of_a_recipe_by_source(tmp_path, monkeypatch):
+    """Each source by its name; what stands in is warned of, with the number of lines."""
+    from ltp_sparse.recipes import corpora
+
+    (tmp_path / "wikipedia_en" / "wikitext-2").mkdir(parents=True)
+    (tmp_path / "wikipedia_en" / "wikitext-2" / "a.txt").write_text("One line .\nAnother line .\n")
+    with pytest.warns(corpora.StandIn, match=r"wikitext-2 stands in for a corpus in 'en': 2 lines, 300 were asked for"):
+        found = corpora.corpus("en", 300, tmp_path)
+    assert found.stand_in and found.source == "wikipedia_en/wikitext-2"
+    own = corpora.corpus("en", 300, tmp_path, text="wikipedia_en")
+    assert own.texts == found.texts and not own.stand_in and own.source == "wikipedia_en"
+    asked = []
+    monkeypatch.setattr(corpora, "read_hub_text", lambda *args, **options: asked.append((args, options)) or ["A. B."])
+    hub = corpora.corpus("quy", 5, tmp_path, text="hub")
+    assert hub.source == "wikimedia/wikipedia 20231101.qu" and asked[0][1]["sentences"] and not hub.stand_in
+    with pytest.raises(FileNotFoundError, match="text 'nowhere': expected hub, generated, or a file or folder"):
+        corpora.corpus("en", 5, tmp_path, text="nowhere")
+    with pytest.raises(FileNotFoundError, match="no text in 'xx': put one sentence a line"):
+        corpora.corpus("xx", 5, tmp_path)
 
 
 def test_a_text_of_several_languages_has_equal_shares_of_them(tmp_path):
@@ -339,6 +526,35 @@ def test_lists_and_dry_runs_need_no_data(capsys):
     assert "14.16M" in capsys.readouterr().out
 
 
+def test_dry_runs_count_the_text_and_the_updates_asked_for():
+    """Of stage 1: 300,000 sentences make 1,000 updates of the paper's batches; fewer lines or updates cost less."""
+    from ltp_sparse.recipes import plan
+    from ltp_sparse.recipes.recipe import with_fact
+
+    cell = load_recipe("ltp-table-1", [("seed", 1), ("shots", 1)]).only([("label", "LTP 20 %")]).cells[0]
+    model = plan._meta_model("xlm-roberta-base")
+
+    def cost(**facts):
+        changed = cell
+        for path, value in facts.items():
+            changed = type(cell)(with_fact(changed.facts, f"ticket.{path.replace('__', '.')}", value))
+        return list(plan._shared(changed, model).values())
+
+    (whole,) = cost()
+    tokens = 3 * 1000 * 32 * 256
+    assert whole == pytest.approx(6 * (plan._body(model) + 0.15 * 192_001_536) * tokens, rel=0.02)
+    assert cost(lines=3_000) == [pytest.approx(whole / 100, rel=0.05)]
+    assert cost(mlm={"max_steps": 30}) == [pytest.approx(whole / 100, rel=0.02)]
+    assert cost(mlm={"max_steps": 30, "length": 64, "batch_size": 16}) == [pytest.approx(whole / 800, rel=0.02)]
+    assert cost(mlm={"max_steps": 30}, seeds=[1, 2, 3]) == 3 * cost(mlm={"max_steps": 30})
+    assert cost(score="magnitude") == []
+    sfts = load_recipe("sc-sft-table-1").only([("label", "LT-SFT")]).cells[0]
+    made = plan._shared(sfts, model)
+    assert len(made) == 11 and len(set(made.values())) == 1  # English and ten languages: 100,000 updates at most
+    assert made.popitem()[1] == pytest.approx(2 * whole / tokens * 100_000 * 8 * 256, rel=0.02)
+    assert plan._shared(type(sfts)(with_fact(sfts.facts, "language_sft.files", "x/{language}")), model) == {}
+
+
 ROWS = [
     {"label": "A", "shots": 1, "seed": 1, "scores": {"en": 0.40, "sw": 0.30}, "notes": []},
     {"label": "A", "shots": 1, "seed": 2, "scores": {"en": 0.44, "sw": 0.36}, "notes": ["x stands in"]},
@@ -429,9 +645,85 @@ def test_paired_comparisons():
     assert up.p_value == 2 / 16  # of 16 sign patterns only all plus and all minus are as far from 0
     assert noise.p_value == 1.0 and noise.interval[0] < 0 < noise.interval[1]
     table = comparison_table([up, noise], "ref", ["label", "shots"])
-    assert "| up | 4 | 4 | **+2.50** | +1.58 to +3.42 | 0.125 |" in table
+    assert "| up | 4 | 4 | **+2.50** | +1.58 to +3.42 | 0.125 | 0.250 | 0.980 | different |" in table
     (single,) = compare(rows[:1] + [{**rows[4], "seed": 0}], "ref", ["label", "shots"])
     assert single.runs == 1 and single.p_value == 1.0
+
+
+def _row(label, seed, mean, language="en", shots=4, last=None):
+    row = {"label": label, "seed": seed, "mean": mean, "shots": shots, "train": {"language": language}}
+    return row if last is None else {**row, "last_update": {"mean": last}}
+
+
+def test_training_languages_of_a_seed_are_one_pair():
+    """They lie beside each other; a language that one side lacks counts on neither."""
+    from ltp_sparse.report.paired import compare
+
+    shifts = {"hi": 0.10, "sw": -0.02, "tr": 0.08}
+    rows = [
+        _row(label, seed, 0.4 + 0.01 * seed + (shifts[language] if label == "up" else 0), language)
+        for language in shifts for label in ("up", "ref") for seed in (1, 2, 3, 4, 5)
+    ]  # fmt: skip
+    (found,) = compare(rows, "ref", ["label", "shots"])
+    assert found.runs == 5 and found.mean == pytest.approx(100 * 0.16 / 3)
+    rows.append(_row("up", 1, 0.99, "zh"))
+    assert compare(rows, "ref", ["label", "shots"])[0].mean == found.mean
+    rows.append(_row("up", 1, 0.99, "hi"))  # two runs of one language: their mean
+    assert compare(rows, "ref", ["label", "shots"])[0].mean > found.mean
+
+
+def test_pooled_comparisons_and_those_of_the_last_update():
+    from ltp_sparse.report.paired import compare, pool
+
+    rows = []
+    for shots, shift in ((1, 0.01), (4, 0.03)):
+        for seed in (1, 2, 3):
+            rows.append(_row("ref", seed, 0.5, shots=shots, last=0.4))
+            rows.append(_row("up", seed, 0.5 + shift * seed, shots=shots, last=0.4))
+    rows.append(_row("up", 9, 0.9, shots=1, last=0.9))
+    rows.append(_row("ref", 9, 0.5, shots=1, last=0.9))  # of one number of shots only: not pooled
+    (found,) = pool(rows, "ref", ["label", "shots"])
+    assert (found.facts, found.runs) == ((), 3) and found.mean == pytest.approx(2 * 2.0)
+    assert [single.runs for single in compare(rows, "ref", ["label", "shots"])] == [4, 3]
+    (last,) = pool(rows, "ref", ["label", "shots"], last=True)
+    assert last.mean == 0 and last.equal_p == 0 and last.verdict() == "equal within 1.5"
+    assert pool(rows, "ref", ["label"]) == []
+
+
+def test_holm_equivalence_and_verdicts_are_those_of_scipy():
+    from scipy import stats
+
+    from ltp_sparse.report.paired import MARGIN, compare, comparison_table
+
+    rng = np.random.default_rng(0)
+    noise = {f"l{i}": rng.normal(0.01 * i, 0.02, 12) for i in range(4)}
+    rows = [_row("ref", seed, 0.5) for seed in range(12)]
+    rows += [_row(label, seed, 0.5 + value) for label, values in noise.items() for seed, value in enumerate(values)]
+    found = compare(rows, "ref", ["label", "shots"])
+    for one, values in zip(found, noise.values(), strict=True):
+        points = 100 * values
+        exact = stats.permutation_test(
+            (points,), np.mean, permutation_type="samples", n_resamples=np.inf, alternative="two-sided"
+        )
+        assert one.p_value == pytest.approx(exact.pvalue, abs=1e-9)
+        below = stats.ttest_1samp(points, -MARGIN, alternative="greater").pvalue
+        above = stats.ttest_1samp(points, MARGIN, alternative="less").pvalue
+        assert one.equal_p == pytest.approx(max(below, above), abs=1e-12)
+        interval = stats.ttest_1samp(points, 0).confidence_interval()
+        assert one.interval == pytest.approx((interval.low, interval.high))
+    order = np.argsort([one.p_value for one in found])
+    by_hand = np.maximum.accumulate([min(1, (4 - i) * found[j].p_value) for i, j in enumerate(order)])
+    assert [found[j].adjusted for j in order] == pytest.approx(list(by_hand))
+    assert found[3].verdict() == "different" and found[3].verdict(50) == "equal within 50, not the same"
+    assert "| finding |" in comparison_table(found, "ref", ["label", "shots"])
+    many = [
+        _row(label, seed, 0.5 + (label == "up") * rng.normal(0.005, 0.02))
+        for seed in range(30)
+        for label in ("ref", "up")
+    ]
+    (one,) = compare(many, "ref", ["label"])
+    points = [100 * (b["mean"] - a["mean"]) for a, b in zip(many[::2], many[1::2], strict=True)]
+    assert one.p_value == pytest.approx(stats.ttest_1samp(points, 0).pvalue)
 
 
 @pytest.mark.parametrize(
@@ -444,6 +736,41 @@ def test_intervals_are_those_of_students_t_at_any_number_of_runs(n, quantile):
     standard_error = statistics.stdev(values) / n**0.5
     assert (high - mean) / standard_error == pytest.approx(quantile, abs=1e-6)
     assert (mean - low) / standard_error == pytest.approx(quantile, abs=1e-6)
+
+
+def test_scores_by_kinship():
+    """Shares of what the relatives of the training language reach; the language itself counts nowhere."""
+    scores = {"eng_Latn": 0.9, "deu_Latn": 0.8, "nld_Latn": 0.6, "spa_Latn": 0.5, "swh_Latn": 0.2, "zho_Hans": 0.4}
+    rows = [{"label": "LTP", "train": {"language": "eng_Latn"}, "scores": scores}]
+    rows.append({"label": "in-language", "train": {"language": "eng_Latn"}, "scores": {"eng_Latn": 0.9}})
+    table = kinship_sheet(rows, ["label"]).markdown().splitlines()
+    assert table[2] == f"| LTP | 70.00 | 50.00 | 30.00 | {0.3 / (1.9 / 3):.3f} |"
+    assert table[3] == "| in-language |  |  |  |  |"
+    assert kinship("en", "deu_Latn") == "same branch" and kinship("swh_Latn", "zul_Latn") == "same branch"
+    assert kinship("ind_Latn", "xx") is None and kinship("en", "eng_Latn") is None
+    for name in ("xnli", "xglm", "bloom"):
+        languages = tested("sib200", name, "eng_Latn")
+        assert len(set(languages)) == len(languages) == {"xnli": 15, "xglm": 30, "bloom": 46}[name]
+        assert all(kinship("eng_Latn", language) for language in languages if language != "eng_Latn")
+    with pytest.raises(ValueError, match="languages must be a list, same or, of sib200, xnli, xglm, bloom: got 'all'"):
+        tested("sib200", "all", "eng_Latn")
+
+
+def test_changes_against_the_line_without_an_option(tmp_path):
+    rows = [
+        {"label": "XGLM", "options": {"bottleneck": b}, "seed": 1, "scores": {"en": s, "sw": s / 2}, "notes": []}
+        for b, s in ((None, 0.4), (50, 0.5), (200, 0.3))
+    ]
+    recipe = load_recipe("spt-reparameterisation")
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "_heat_map", lambda *args: drawn.append(args) or args[3])
+        assert plots.plot_relative_change(rows, tmp_path / "a.png", recipe) == tmp_path / "a.png"
+    ((facts, columns, grid, *_),) = drawn
+    assert facts == [("XGLM", 50), ("XGLM", 200)] and columns == ("en", "sw", "AVG")
+    assert grid == [pytest.approx([25, 25, 25]), pytest.approx([-25, -25, -25])]
+    assert plots.plot_relative_change(rows, tmp_path / "b.png", recipe).stat().st_size > 1000
+    assert plots.plot_relative_change(rows[:1], tmp_path / "c.png", recipe) is None
 
 
 def test_languages_above_chance():
@@ -465,7 +792,7 @@ def test_reports_hold_paired_comparisons(world, tmp_path):
     path = tmp_path / "paired.yaml"
     path.write_text(
         RECIPE.format(model=world / "model").replace(
-            "by: [label, shots]", "by: [label, shots]\ncompare: SP\nchance: 0.3333"
+            "by: [label, shots]", "by: [label, shots]\ncompare: [SP, LTP]\nkinship: true\nchance: 0.3333"
         )
     )
     recipe = load_recipe(str(path)).only([("shots", 2)])
@@ -473,7 +800,40 @@ def test_reports_hold_paired_comparisons(world, tmp_path):
     write_report(recipe, results.read(tmp_path / "out" / results.RESULTS), tmp_path / "out")
     assert "| LTP | 2 | 2 |" in (tmp_path / "out" / "report.md").read_text().split("minus SP")[1]
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "<h2>Paired comparison</h2>" in page and "<h2>Languages above chance</h2>" in page
+    assert "<h2>Paired comparison with SP</h2>" in page and "<h2>Paired comparison with LTP</h2>" in page
+    assert "<h2>Languages related to that of training</h2>" in page and "<h2>Languages above chance</h2>" in page
+
+
+@pytest.fixture
+def evidence(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
+    return importlib.import_module("evidence")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*rows cannot be verified")
+@pytest.mark.parametrize("name", ["evidence-xnli", "evidence-americasnli", "generated-methods"])
+def test_reports_of_the_documentation_come_from_their_rows(evidence, tmp_path, monkeypatch, name):
+    shutil.copytree(evidence.FOLDER / name, tmp_path / name)
+    for old in ("report.md", "table.csv"):
+        (tmp_path / name / old).unlink()
+    monkeypatch.setattr(sys, "argv", ["evidence", "--evidence", str(tmp_path)])
+    evidence.main()
+    assert {file.name for file in (tmp_path / name).iterdir()} == {f.name for f in (evidence.FOLDER / name).iterdir()}
+    for file in ("report.md", "table.csv"):
+        assert (tmp_path / name / file).read_text() == (evidence.FOLDER / name / file).read_text(), file
+
+
+def test_rows_of_a_study_are_taken_over_whole(evidence, tmp_path):
+    study, folder = tmp_path / "study", tmp_path / "evidence"
+    folder.mkdir()
+    for number in (1, 2):
+        results.append(study / "study-sft" / results.RESULTS, {"id": f"cell {number}"})
+        evidence.take_over(study, folder)
+        assert len(results.read(folder / "study-sft" / results.RESULTS)) == number
+    results.append(folder / "study-sft" / results.RESULTS, {"id": "of another"})
+    with pytest.raises(ValueError, match="1 rows of .* are not in it; it is another study"):
+        evidence.take_over(study, folder)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import pytest
 
 from ltp_sparse.tasks import TASKS, task
 from ltp_sparse.tasks.sib200 import LABELS as TOPICS
+from ltp_sparse.tasks.text import split_sentences
 
 
 def write(path, text):
@@ -228,3 +229,25 @@ def test_the_generated_task_needs_no_files():
     test = of.load("test", "en", seed=1)
     assert test == of.load("test", "en", seed=2) and len(test) == 300
     assert not {p.hypothesis for p in train} & {p.hypothesis for p in of.load("test", "sw")}
+
+
+@pytest.mark.parametrize(
+    ("paragraph", "sentences"),
+    [
+        ("Early life", []),
+        ("He met Dr. Smith in the U.S. and left. Then J. R. R. Tolkien wrote it! Did he?",
+         ["He met Dr. Smith in the U.S. and left.", "Then J. R. R. Tolkien wrote it!", "Did he?"]),
+        ('He said "No." Then he left (at last.) Well.', ['He said "No."', "Then he left (at last.)", "Well."]),
+        ("中国是一个国家。它很大！对吗？", ["中国是一个国家。", "它很大！", "对吗？"]),
+        ("यह एक वाक्य है। दूसरा वाक्य है।", ["यह एक वाक्य है।", "दूसरा वाक्य है।"]),
+        ("Version 2.5 is out. it works.", ["Version 2.5 is out. it works."]),
+        ("  ", []),
+    ],
+)  # fmt: skip
+def test_paragraphs_are_cut_into_sentences(paragraph, sentences):
+    assert split_sentences(paragraph) == sentences
+
+
+def test_a_long_line_without_an_end_is_no_heading():
+    thai = "ภาษาไทยไม่มีเครื่องหมายจบประโยค แต่มีช่องว่าง และประโยคนี้ยาวพอสมควรจริงๆ นะครับ"
+    assert split_sentences(thai) == [thai]

@@ -1,6 +1,7 @@
 """Stage 1: masked text, MLM tuning under the three strategies, and the ticket of what moved."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,10 +20,10 @@ from ltp_sparse import canonical_parameters
 from ltp_sparse.models import masked_losses
 from ltp_sparse.models.masked_losses import masked_token_loss, token_losses
 from ltp_sparse.prompting.inputs import IGNORED_LABEL
-from ltp_sparse.selection import ShortTicket, pools
+from ltp_sparse.selection import ShortTicket, pools, scores
 from ltp_sparse.selection.ltp import find_ticket
 from ltp_sparse.training.masked_texts import MaskedTexts, PadRight, split_texts, text_hash
-from ltp_sparse.training.mlm import MLMSettings, tune_mlm
+from ltp_sparse.training.mlm import MLMSettings, mlm_losses, tune_mlm
 from ltp_sparse.weights.names import is_layer_norm, layer_of
 
 VOCABULARY = 300  # rows of the model; tokens past the tokenizer's occur in no input, not even as random replacements
@@ -499,6 +500,39 @@ def test_layer_separate_budget(tuned):
     assert set(frozen.counts("layer")) == {f"layer {i}" for i in range(6)}
 
 
+def test_density_of_the_pool(tuned):
+    initial, after = tuned
+    pool = sum(t.numel() for name, t in initial.items() if pools.without_embeddings(name))
+    ticket = find_ticket(initial, after, strategy="frozen_embedding", density=0.95, of="pool")
+    assert ticket.k == math.floor(0.95 * pool)
+    with pytest.raises(ValueError, match="of must be model or pool, got 'encoder'"):
+        find_ticket(initial, after, of="encoder")
+
+
+def test_the_least_changed_have_moved_and_the_shape_of_the_most_changed(tuned):
+    """In every tensor as many; none of the entries that did not move, and no entry between that moved less."""
+    initial, after = tuned
+    still = {name: torch.arange(t.numel()).view(t.shape) % 2 == 0 for name, t in initial.items()}
+    after = {name: torch.where(still[name], initial[name], t) for name, t in after.items()}
+    most, least = (find_ticket(initial, after, density=0.1, order=order) for order in ("most", "least"))
+    assert {n: s.k for n, s in least.sets.items()} == {n: s.k for n, s in most.sets.items()}
+    assert least.metadata["k"] == least.k == most.k and least.fingerprint == most.fingerprint
+    assert least.metadata["method"] == "ltp, least changed"
+    for name in least.active_names:
+        mask, delta = least.mask(name), (after[name] - initial[name]).abs()
+        assert not bool((mask & still[name]).any())
+        left = delta[~mask & (delta > 0)]
+        assert not len(left) or delta[mask].max() <= left.min(), name
+    with pytest.raises(ValueError, match="it takes no score"):
+        find_ticket(initial, None, score=initial, order="least")
+
+
+def test_a_ticket_by_a_score(tuned):
+    initial, after = tuned
+    score = {name: t - initial[name] for name, t in after.items()}
+    assert find_ticket(initial, None, score=score, density=0.1) == find_ticket(initial, after, density=0.1)
+
+
 def test_strategy_without_embeddings_ends_at_its_pool(tuned):
     initial, after = tuned
     pool = sum(t.numel() for name, t in initial.items() if pools.without_embeddings(name))
@@ -553,3 +587,17 @@ def test_shortfall_is_told_and_stored(tokenizer, texts):
         ticket = find_ticket(result.initial, model, density=0.95)
     assert ticket.k < ticket.metadata["requested_k"] == math.floor(0.95 * ticket.metadata["maskable"])
     assert not ticket.mask("roberta.embeddings.word_embeddings.weight")[len(tokenizer) :].any()
+
+
+def test_mlm_losses_are_those_of_tuning(tokenizer, texts):
+    """Of every batch once, in an order of the seed; summed up they are the loss of the training texts."""
+    model = tiny_language_model(len(tokenizer))
+    settings = MLMSettings(length=16, batch_size=4, seed=5)
+    losses = [float(loss.detach()) for loss in mlm_losses(model, tokenizer, texts, settings)]
+    again = [float(loss.detach()) for loss in mlm_losses(model, tokenizer, texts, settings)]
+    assert losses == again and len(set(losses)) == len(losses) > 2
+    few = [float(loss.detach()) for loss in mlm_losses(model, tokenizer, texts, replace(settings, max_steps=2))]
+    assert few == losses[:2]
+    gradients = scores.gradient_magnitude(model, mlm_losses(model, tokenizer, texts, settings), pools.maskable)
+    assert all(bool(score.any()) for name, score in gradients.items() if "position" not in name)
+    assert not hasattr(model.lm_head.decoder, "losses") and model.lm_head.decoder.weight.grad is None

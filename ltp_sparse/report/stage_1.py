@@ -1,0 +1,49 @@
+"""What stage 1 did for the tickets of a table: updates, loss, and how far two of its seeds agree."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ltp_sparse.recipes.recipe import look_up
+from ltp_sparse.report.escaping import Sheet, plain
+
+
+def stage_1_sheet(rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> Sheet | None:
+    """A line for each group of `by` with a ticket of stage 1, means over its runs; None where there is no such row.
+
+    "shared" is the share of a ticket's entries that the ticket of another seed has, too; "chance" that of two random
+    tickets with as many entries in each parameter.
+    """
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row.get("stage_1"):
+            groups.setdefault(tuple(look_up(row, path) for path in by), []).append(row["stage_1"])
+    if not groups:
+        return None
+    out = [[*by, "score", "updates", "validation loss", "seeds", "shared", "chance", "times chance"]]
+    for facts, members in groups.items():
+        shared, chance = (_mean(members, f"overlap.{key}") for key in ("share", "chance"))
+        out.append(
+            [
+                *map(plain, facts),
+                ", ".join(dict.fromkeys(member["score"] for member in members)),
+                ", ".join(dict.fromkeys(str(m["updates"]) for m in members if "updates" in m)),
+                _shown(_mean(members, "validation_loss"), "{:.3f}"),
+                str(len({member.get("seed") for member in members})),
+                _shown(shared, "{:.1%}"),
+                _shown(chance, "{:.1%}"),
+                _shown(shared / chance if shared is not None and chance else None, "{:.2f}"),
+            ]
+        )
+    return Sheet(out, [False] * (len(by) + 1) + [True] * 6)
+
+
+def _mean(members: Sequence[Mapping[str, Any]], path: str) -> float | None:
+    values = [value for member in members if (value := look_up(member, path)) is not None]
+    return statistics.fmean(values) if values else None
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
