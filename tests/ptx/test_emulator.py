@@ -262,6 +262,10 @@ with np.errstate(all="ignore"):
             (BITS & 0xFFFF).astype(np.uint16).view(np.float16).astype(np.float32)
         ),
         "cvt.rzi.s32.f32 %r11, %f1": _truncated,
+        "abs.f16x2 %r11, %r10": BITS & 0x7FFF7FFF,
+        "neg.bf16x2 %r11, %r10": BITS ^ 0x80008000,
+        "cvt.u16.u32 %h1, %r10; abs.bf16 %h2, %h1; cvt.u32.u16 %r11, %h2": BITS & 0x7FFF,
+        "abs.s32 %r11, %r10": np.abs(SIGNED.astype(np.int64)),
         "popc.b32 %r11, %r10": np.array([int(x).bit_count() for x in BITS]),
         "clz.b32 %r11, %r10": np.array([32 - int(x).bit_length() for x in BITS]),
         "brev.b32 %r11, %r10": np.array([int(f"{x:032b}"[::-1], 2) for x in BITS]),

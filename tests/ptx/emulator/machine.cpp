@@ -643,7 +643,7 @@ class Machine {
         }
     }
 
-    // v: the operands whole; a, b: the first two as wide as the type
+    // Of halves, too. v: the operands whole; a, b: the first two as wide as the type.
     u64 integer_result(const Instruction& in, const Thread& t, u64 a, u64 b, const u64* v) {
         const int bytes = width_of(in.type);
         const u64 mask = mask_of(bytes), bits = u64(8 * bytes);
@@ -674,9 +674,9 @@ class Machine {
             case OP_max:
                 return (with_sign ? x > y : a > b) ? a : b;
             case OP_neg:
-                return is_float(in.type) ? a ^ sign_bits(in.type) : (0 - a) & mask;
+                return in.type >= F16 ? a ^ sign_bits(in.type) : (0 - a) & mask;
             case OP_abs:
-                return is_float(in.type) ? a & ~sign_bits(in.type) : u64(x < 0 ? -x : x) & mask;
+                return in.type >= F16 ? a & ~sign_bits(in.type) : u64(x < 0 ? -x : x) & mask;
             case OP_and:
                 return a & b;
             case OP_or:
