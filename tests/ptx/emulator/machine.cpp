@@ -7,8 +7,9 @@
 #include <set>
 #include <sstream>
 
-#include "arithmetic.h"
 #include "memory.h"
+#include "numbers.h"
+#include "races.h"
 
 Config config;
 
@@ -43,30 +44,6 @@ class Random {
     u64 state_;
 };
 
-enum class State : u8 { kRuns, kAtBarrier, kAtCollective, kDone };
-
-struct Thread {
-    u32 at = 0;  // the next instruction
-    State state = State::kRuns;
-    u16 number = 0;
-    u16 warp_barriers = 0, releases = 0;
-    u32 members = 0;           // of the collective that it waits in
-    u64* registers = nullptr;  // number n is at 32 n
-    std::unique_ptr<Synchronisation> synchronisation;
-};
-
-struct Block {
-    u32 number = 0, barriers = 0;
-    u32 index[3] = {};
-    std::vector<Thread> threads;
-    std::vector<u64> registers;
-    std::vector<u8> shared, written;
-    std::vector<Cell> cells;
-    u32 done = 0, waiting = 0;
-    bool reported_exits = false;
-    Synchronisation synchronisation;  // of all its threads
-};
-
 std::string name_of(const Kernel& kernel) {
     int status;
     char* const name = abi::__cxa_demangle(kernel.name.c_str(), nullptr, nullptr, &status);
@@ -94,7 +71,7 @@ class Machine {
 
     void run() {
         std::vector<u32> order = shuffled_blocks();
-        first_ = next_block_;
+        races_ = std::make_unique<Races>(k_, number_, next_block_);
         std::deque<std::unique_ptr<Block>> resident;
         for (size_t next = 0; next < order.size() || !resident.empty();) {
             while (int(resident.size()) < config.resident && next < order.size())
@@ -227,156 +204,13 @@ class Machine {
         throw Fault(kind + " in " + name_ + ", line " + std::to_string(in.line) + ": " + in.text + " -- " + more);
     }
 
-    [[noreturn]] void unknown(const Instruction& in) {
-        throw Fault("the emulator does not know this form: " + in.text);
-    }
+    // --- memory ---
 
-    // --- races ---
-
-    bool live(const Access& a) const { return a.kind && a.block >= first_; }
-
-    bool ordered(const Access& a, const Thread& t, u64 place) const {
-        if (a.block < first_ || a.kind == 0) return true;
-        if (a.block != b_->number) {
-            if (places_.empty()) return false;  // nothing was released
-            return over(b_->synchronisation.known, a, place) ||
-                   (t.synchronisation && over(t.synchronisation->known, a, place));
-        }
-        return a.thread == t.number || a.barriers != b_->barriers ||
-               (a.thread / 32 == t.number / 32 && a.warp_barriers != t.warp_barriers);
-    }
-
-    bool over(const Knowledge& known, const Access& a, u64 place) const {
-        if (known.covers(a)) return true;
-        if (a.kind != READ_WRITE) return false;
-        const auto seen = known.places.find(place);
-        return seen != known.places.end() && seen->second == places_.at(place).accesses;
-    }
-
-    // Whether both may be at a place at the same time: strong ones of a scope that holds both threads.
-    bool strong_together(const Access& a, const Instruction& in) const {
-        const Instruction& other = k_.code[a.instruction];
-        return other.strong && in.strong && (a.block == b_->number || (other.wide && in.wide));
-    }
-
-    bool race(const Access& a, AccessKind kind, const Instruction& in, const Thread& t, u64 place, bool shared,
-              bool equal) {
-        if (ordered(a, t, place) || strong_together(a, in)) return false;
-        std::ostringstream more;
-        const Instruction& other = k_.code[a.instruction];
-        more << (shared ? "shared" : "global") << " memory at " << std::hex << place << std::dec << ", against thread "
-             << a.thread << (a.block == b_->number ? " of the same block" : " of another block") << ", line "
-             << other.line << ": " << other.text;
-        std::string what = equal && a.kind == WRITE && kind == WRITE ? "benign: equal bytes written twice" : "race";
-        what += shared ? " in shared memory" : a.block == b_->number ? " in global memory" : " between blocks";
-        report(what, in, t, more.str());
-        return true;
-    }
-
-    // place: the address; before, after: the bytes that a write finds and leaves.
     void look_for_races(Cell* cells, size_t n, AccessKind kind, const Instruction& in, const Thread& t, u64 place,
                         bool shared, const u8* before, const u8* after) {
-        Access own;
-        own.block = b_->number;
-        own.barriers = b_->barriers;
-        own.warp_barriers = t.warp_barriers;
-        own.releases = t.releases;
-        own.instruction = u16(&in - k_.code.data());
-        own.thread = t.number;
-        own.kind = kind;
-        bool told = false;
-        for (size_t i = 0; i < n; ++i) {
-            Cell& c = cells[i];
-            const bool equal = before && before[i] == after[i];
-            told = told || race(c.write, kind, in, t, place, shared, equal);
-            told = told || race(c.other_write, kind, in, t, place, shared, equal);
-            if (kind == READ) {
-                if (in.constant) {
-                    c.constant = number_;
-                    if (!told && live(c.write))
-                        told = true, report("constant load of memory that the launch writes", in, t, "");
-                }
-                if (ordered(c.read, t, place)) {
-                    c.read = own;
-                } else if (c.read.thread != own.thread &&
-                           (ordered(c.other_read, t, place) || c.other_read.thread / 32 == c.read.thread / 32)) {
-                    c.other_read = own;
-                }
-                continue;
-            }
-            told = told || race(c.read, kind, in, t, place, shared, false);
-            told = told || race(c.other_read, kind, in, t, place, shared, false);
-            if (!told && c.constant == number_) told = true, report("write to memory of constant loads", in, t, "");
-            if (kind == WRITE) {
-                c.other_write = Access();
-            } else if (live(c.write) && c.write.kind == READ_WRITE && c.write.block != own.block) {
-                c.other_write = c.write;
-            }
-            c.write = own;
-        }
+        const auto race = races_->access(cells, n, kind, in, *b_, t, place, shared, before, after);
+        if (race) report(race->kind, in, t, race->with);
     }
-
-    // --- what orders blocks ---
-
-    Synchronisation& synchronisation_of(Thread& t) {
-        if (!t.synchronisation) t.synchronisation = std::make_unique<Synchronisation>();
-        return *t.synchronisation;
-    }
-
-    // All that the thread has done or seen until now.
-    Knowledge knowledge_of(Thread& t) {
-        if (t.releases == 0xFFFF) throw Fault("more releases of a thread than the race rule counts: " + name_);
-        t.releases += 1;
-        Knowledge all = b_->synchronisation.known;
-        all.learn(synchronisation_of(t).known);
-        Progress& own = all.blocks[b_->number];
-        own.barriers = std::max(own.barriers, b_->barriers);
-        raise(own.releases, t.number, t.releases);
-        raise(own.warp_barriers, t.number / 32, t.warp_barriers);
-        return all;
-    }
-
-    void fence(Thread& t, const Instruction& in) {
-        if (!in.wide) return;
-        Synchronisation& s = synchronisation_of(t);
-        if (in.acquires) s.known.learn(s.observed);
-        if (in.sequential) {
-            s.known.learn(s.observed_in_order);
-            s.known.learn(b_->synchronisation.observed_in_order);
-        }
-        if (in.releases) s.released = knowledge_of(t);
-        if (in.sequential) s.released_in_order.learn(s.released);
-    }
-
-    // After a strong access to global memory.
-    void synchronise(Thread& t, const Instruction& in, u64 place) {
-        const bool reads = in.op == OP_atom || in.op == OP_ld, writes = in.op != OP_ld;
-        const Synchronisation& block = b_->synchronisation;
-        const bool has_released = t.synchronisation && !t.synchronisation->released.empty();
-        auto found = places_.find(place);
-        if (found == places_.end()) {
-            if (!writes || (!has_released && block.released_in_order.empty())) return;
-            found = places_.emplace(place, Place()).first;
-        }
-        Place& p = found->second;
-        Synchronisation& s = synchronisation_of(t);
-        const Place seen = p;
-        if (writes) {
-            const u64 accesses = p.accesses + 1;
-            if (in.op == OP_st) p = Place();
-            p.accesses = accesses;
-            p.released.learn(s.released);
-            p.released_in_order.learn(s.released_in_order);
-            p.released_in_order.learn(block.released_in_order);
-        }
-        if (!reads) return;
-        for (Knowledge* learns : {in.acquires ? &s.known : &s.observed, &s.observed_in_order}) {
-            learns->learn(learns == &s.observed_in_order ? seen.released_in_order : seen.released);
-            learns->places[place] = p.accesses;
-        }
-    }
-
-    // --- memory ---
 
     u8* global_memory(u64 address, size_t n, AccessKind kind, const Instruction& in, const Thread& t, const u8* after) {
         if (!buffer_ || !buffer_->holds(address, n)) {
@@ -385,8 +219,7 @@ class Machine {
         }
         if (address % n) stop("misaligned", in, t, std::to_string(address % 64) + " mod 64");
         u8* const p = reinterpret_cast<u8*>(address);
-        if (config.races)
-            look_for_races(&cell_of(address), n, kind, in, t, address, false, kind == WRITE ? p : nullptr, after);
+        if (config.races) look_for_races(&cell_of(address), n, kind, in, t, address, false, p, after);
         if (!config.random) {
             if (kind != WRITE && sector_read(address) != number_)
                 sector_read(address) = number_, ++counted_.sectors_read;
@@ -415,8 +248,7 @@ class Machine {
             report("uninitialised shared memory", in, t, "offset " + std::to_string(offset));
         }
         if (kind != READ) std::fill_n(&b_->written[offset], n, 1);
-        if (config.races)
-            look_for_races(&b_->cells[offset], n, kind, in, t, offset, true, kind == WRITE ? p : nullptr, after);
+        if (config.races) look_for_races(&b_->cells[offset], n, kind, in, t, offset, true, p, after);
         return p;
     }
 
@@ -540,7 +372,7 @@ class Machine {
             case OP_ldmatrix:
                 return arrive(t, ~0u);
             case OP_fence:
-                fence(t, in);
+                races_->fence(*b_, t, in);
                 break;
             case OP_trap:
                 stop("trap", in, t, "");
@@ -563,242 +395,21 @@ class Machine {
                 break;
             }
             case OP_setp: {
-                const bool holds = compare(in, value(in.operands[1], t), value(in.operands[2], t));
-                write(in.operands[0], t, holds);
-                if (in.second.kind != ABSENT) write(in.second, t, !holds);
+                const bool result = holds(in, value(in.operands[1], t), value(in.operands[2], t));
+                write(in.operands[0], t, result);
+                if (in.second.kind != ABSENT) write(in.second, t, !result);
                 break;
             }
-            case OP_cvt:
-                convert(t, in);
-                break;
             default: {
-                const u64 mask = mask_of(width_of(in.type));
-                u64 v[4] = {};
-                for (size_t i = 1; i < in.operands.size(); ++i) v[i - 1] = value(in.operands[i], t);
-                const u64 a = v[0] & mask, b = v[1] & mask;
-                if (in.type == F32) {
-                    write(in.operands[0], t, in.op == OP_selp ? (v[2] ? a : b) : float_result(in, t, a, b, v[2]));
-                } else if (in.type == F64) {
-                    write(in.operands[0], t, in.op == OP_selp ? (v[2] ? a : b) : double_result(in, a, b, v[2]));
-                } else {
-                    write(in.operands[0], t, integer_result(in, t, a, b, v));
-                }
+                u64 values[4] = {};
+                for (size_t i = 1; i < in.operands.size(); ++i) values[i - 1] = value(in.operands[i], t);
+                if (in.op == OP_fma) report("fused multiply-add", in, t, "its bits are not those of the CPU");
+                const bool divides = (in.op == OP_div || in.op == OP_rem) && !is_float(in.type);
+                if (divides && (values[1] & mask_of(width_of(in.type))) == 0) stop("division by zero", in, t, "");
+                write(in.operands[0], t, in.op == OP_cvt ? converted(in, values[0], values[1]) : result_of(in, values));
             }
         }
         ++t.at;
-    }
-
-    u64 float_result(const Instruction& in, const Thread& t, u64 a, u64 b, u64 c) {
-        if (in.op == OP_neg) return a ^ 0x80000000u;
-        if (in.op == OP_abs) return a & 0x7FFFFFFFu;
-        const float x = f32(a), y = f32(b);
-        if (in.op == OP_min) return raw(x != x ? y : y != y ? x : std::fmin(x, y));
-        if (in.op == OP_max) return raw(x != x ? y : y != y ? x : std::fmax(x, y));
-        if (in.ftz || in.sat || (in.rounding != R_RN && in.rounding != R_NONE)) unknown(in);
-        switch (in.op) {
-            case OP_add:
-                return raw(x + y);
-            case OP_sub:
-                return raw(x - y);
-            case OP_mul:
-                return raw(x * y);
-            case OP_fma:
-                report("fused multiply-add", in, t, "its bits differ from those of the CPU");
-                return raw(std::fmaf(x, y, f32(c)));
-            default:
-                break;
-        }
-        if (in.rounding != R_RN) unknown(in);
-        switch (in.op) {
-            case OP_div:
-                return raw(x / y);
-            case OP_sqrt:
-                return raw(std::sqrt(x));
-            case OP_rcp:
-                return raw(1.0f / x);
-            default:
-                unknown(in);
-        }
-    }
-
-    u64 double_result(const Instruction& in, u64 a, u64 b, u64 c) {
-        const double x = f64(a), y = f64(b);
-        switch (in.op) {
-            case OP_neg:
-                return a ^ 1ull << 63;
-            case OP_abs:
-                return a & ~(1ull << 63);
-            case OP_add:
-                return raw(x + y);
-            case OP_sub:
-                return raw(x - y);
-            case OP_mul:
-                return raw(x * y);
-            case OP_fma:
-                return raw(std::fma(x, y, f64(c)));
-            case OP_div:
-                return raw(x / y);
-            default:
-                unknown(in);
-        }
-    }
-
-    // Of halves, too. v: the operands whole; a, b: the first two as wide as the type.
-    u64 integer_result(const Instruction& in, const Thread& t, u64 a, u64 b, const u64* v) {
-        const int bytes = width_of(in.type);
-        const u64 mask = mask_of(bytes), bits = u64(8 * bytes);
-        const bool with_sign = is_signed(in.type);
-        const s64 x = extended(a, bytes), y = extended(b, bytes);
-        switch (in.op) {
-            case OP_add:
-                return (a + b) & mask;
-            case OP_sub:
-                return (a - b) & mask;
-            case OP_mul:
-            case OP_mad: {
-                const auto product = with_sign ? __int128(x) * y : __int128((unsigned __int128)a * b);
-                const u64 wide = in.part == WIDE ? mask_of(2 * bytes) : mask;
-                const u64 part = u64(in.part == HIGH ? product >> bits : product);
-                return (part + (in.op == OP_mad ? v[2] : 0)) & wide;
-            }
-            case OP_div:
-            case OP_rem: {
-                if (b == 0) stop("division by zero", in, t, "");
-                const bool quotient = in.op == OP_div;
-                if (!with_sign) return quotient ? a / b : a % b;
-                if (y == -1) return (quotient ? 0 - u64(x) : 0) & mask;
-                return u64(quotient ? x / y : x % y) & mask;
-            }
-            case OP_min:
-                return (with_sign ? x < y : a < b) ? a : b;
-            case OP_max:
-                return (with_sign ? x > y : a > b) ? a : b;
-            case OP_neg:
-                return in.type >= F16 ? a ^ sign_bits(in.type) : (0 - a) & mask;
-            case OP_abs:
-                return in.type >= F16 ? a & ~sign_bits(in.type) : u64(x < 0 ? -x : x) & mask;
-            case OP_and:
-                return a & b;
-            case OP_or:
-                return a | b;
-            case OP_xor:
-                return a ^ b;
-            case OP_not:
-                return in.type == PRED ? !a : ~a & mask;
-            case OP_shl:
-                return u32(v[1]) >= bits ? 0 : (a << u32(v[1])) & mask;
-            case OP_shr:
-                if (with_sign) return u64(x >> std::min<u64>(u32(v[1]), 63)) & mask;
-                return u32(v[1]) >= bits ? 0 : a >> u32(v[1]);
-            case OP_popc:
-                return u64(__builtin_popcountll(a));
-            case OP_clz:
-                return a ? u64(__builtin_clzll(a)) - (64 - bits) : bits;
-            case OP_brev: {
-                u64 reversed = 0;
-                for (u64 i = 0; i < bits; ++i) reversed |= (a >> i & 1) << (bits - 1 - i);
-                return reversed;
-            }
-            case OP_bfe: {
-                if (with_sign) unknown(in);
-                const u64 from = v[1] & 255, length = v[2] & 255;
-                return from >= bits || length == 0 ? 0 : a >> from & (length >= 64 ? ~0ull : (1ull << length) - 1);
-            }
-            case OP_bfi: {
-                const u64 to = v[2] & 255, length = v[3] & 255;
-                if (to >= 64) return b;
-                const u64 field = (length >= 64 ? ~0ull : (1ull << length) - 1) << to & mask;
-                return (b & ~field) | (a << to & field);
-            }
-            case OP_prmt: {
-                const u64 pool = u64(u32(a)) | u64(u32(b)) << 32;
-                u64 result = 0;
-                for (int i = 0; i < 4; ++i) {
-                    const u64 choice = v[2] >> (4 * i) & 15;
-                    u64 byte = pool >> (8 * (choice & 7)) & 255;
-                    if (choice & 8) byte = byte & 128 ? 255 : 0;
-                    result |= byte << (8 * i);
-                }
-                return result;
-            }
-            case OP_selp:
-                return v[2] ? a : b;
-            default:
-                unknown(in);
-        }
-    }
-
-    static u64 sign_bits(Type type) { return type == F16X2 || type == BF16X2 ? 0x80008000u : 0x8000u; }
-
-    bool compare(const Instruction& in, u64 a, u64 b) {
-        if (is_float(in.type)) return compare_floats(in.compare, to_double(in.type, a), to_double(in.type, b));
-        const int bytes = width_of(in.type);
-        a &= mask_of(bytes);
-        b &= mask_of(bytes);
-        const bool less = is_signed(in.type) ? extended(a, bytes) < extended(b, bytes) : a < b;
-        switch (in.compare) {
-            case EQ:
-                return a == b;
-            case NE:
-                return a != b;
-            case LT:
-                return less;
-            case LE:
-                return less || a == b;
-            case GT:
-                return !less && a != b;
-            case GE:
-                return !less;
-            default:
-                unknown(in);
-        }
-    }
-
-    static bool compare_floats(Compare compare, double x, double y) {
-        const bool nan = x != x || y != y;
-        switch (compare) {
-            case EQ:
-                return x == y;
-            case NE:
-                return !nan && x != y;
-            case LT:
-                return x < y;
-            case LE:
-                return x <= y;
-            case GT:
-                return x > y;
-            case GE:
-                return x >= y;
-            case EQU:
-                return nan || x == y;
-            case NEU:
-                return nan || x != y;
-            case LTU:
-                return nan || x < y;
-            case LEU:
-                return nan || x <= y;
-            case GTU:
-                return nan || x > y;
-            case GEU:
-                return nan || x >= y;
-            case NUM:
-                return !nan;
-            default:
-                return nan;
-        }
-    }
-
-    static double to_double(Type type, u64 bits) {
-        switch (type) {
-            case F64:
-                return f64(bits);
-            case F32:
-                return f32(bits);
-            case F16:
-                return from_half(u16(bits));
-            default:
-                return from_bfloat16(u16(bits));
-        }
     }
 
     void move(Thread& t, const Instruction& in) {
@@ -816,66 +427,6 @@ class Machine {
         }
     }
 
-    void convert(Thread& t, const Instruction& in) {
-        const Operand& out = in.operands[0];
-        if (in.sat || in.ftz) unknown(in);
-        if (in.type == F16X2 || in.type == BF16X2) {
-            if (in.rounding != R_RN || in.from != F32) unknown(in);
-            const auto rounded = [&](u64 bits) {
-                return in.type == F16X2 ? to_half(f32(bits)) : to_bfloat16(f32(bits));
-            };
-            const u64 upper = rounded(value(in.operands[1], t)), lower = rounded(value(in.operands[2], t));
-            return write(out, t, upper << 16 | lower);
-        }
-        const int bytes = width_of(in.type), from_bytes = width_of(in.from), room = k_.register_bytes[out.reg];
-        const u64 v = value(in.operands[1], t) & mask_of(from_bytes);
-        const auto widened = [&](u64 bits) {  // a signed result fills its register
-            return is_signed(in.type) && room > bytes ? u64(extended(bits, bytes)) : bits & mask_of(bytes);
-        };
-        if (is_float(in.type)) return write(out, t, to_float(in, v));
-        if (!is_float(in.from)) return write(out, t, widened(is_signed(in.from) ? u64(extended(v, from_bytes)) : v));
-        double x = to_double(in.from, v);
-        switch (in.rounding) {
-            case R_RZI:
-                x = std::trunc(x);
-                break;
-            case R_RNI:
-                x = std::nearbyint(x);
-                break;
-            case R_RMI:
-                x = std::floor(x);
-                break;
-            case R_RPI:
-                x = std::ceil(x);
-                break;
-            default:
-                unknown(in);
-        }
-        if (x != x) return write(out, t, 0);
-        const double high = std::ldexp(1.0, 8 * bytes - is_signed(in.type));
-        if (!is_signed(in.type)) return write(out, t, x >= high ? mask_of(bytes) : x <= 0 ? 0 : u64(x));
-        const u64 largest = mask_of(bytes) >> 1;
-        write(out, t, widened(x >= high ? largest : x < -high ? ~largest : u64(s64(x))));
-    }
-
-    u64 to_float(const Instruction& in, u64 v) {
-        const bool to_nearest = in.rounding == R_RN;
-        if (!is_float(in.from)) {
-            if (!to_nearest || (in.type != F32 && in.type != F64)) unknown(in);
-            const s64 x = extended(v, width_of(in.from));
-            if (in.type == F32) return is_signed(in.from) ? raw(float(x)) : raw(float(v));
-            return is_signed(in.from) ? raw(double(x)) : raw(double(v));
-        }
-        const double x = to_double(in.from, v);
-        if (in.type == F64) return raw(x);
-        if (in.type == F32) {
-            if (in.from == F64 && !to_nearest) unknown(in);
-            return in.from == BF16 ? v << 16 : raw(float(x));  // the bits of a bfloat16, NaN included, stay
-        }
-        if (!to_nearest || in.from != F32) unknown(in);
-        return in.type == F16 ? to_half(float(x)) : to_bfloat16(float(x));
-    }
-
     void load(Thread& t, const Instruction& in) {
         const size_t bytes = size_t(width_of(in.type)), n = bytes * in.vector;
         const u64 a = address(in, in.operands[1], t);
@@ -885,7 +436,7 @@ class Machine {
             p = &params_[a];
         } else {
             p = memory(in, a, n, READ, t);
-            if (in.strong && !is_shared(in, a)) synchronise(t, in, a);
+            if (!is_shared(in, a)) races_->synchronise(*b_, t, in, a);
         }
         for (int i = 0; i < in.vector; ++i) {
             u64 v = 0;
@@ -903,16 +454,16 @@ class Machine {
             const u64 v = value(in.vector > 1 ? in.members[i] : in.operands[1], t);
             memcpy(after + i * bytes, &v, bytes);
         }
-        if (in.releases && in.wide) synchronisation_of(t).released = knowledge_of(t);
+        races_->release(*b_, t, in);
         memcpy(memory(in, a, n, WRITE, t, after), after, n);
-        if (in.strong && in.wide && !is_shared(in, a)) synchronise(t, in, a);
+        if (!is_shared(in, a)) races_->synchronise(*b_, t, in, a);
     }
 
     void atomic(Thread& t, const Instruction& in) {
         const size_t first = in.op == OP_atom ? 1 : 0;  // of the operands
         const int bytes = width_of(in.type);
         const u64 mask = mask_of(bytes), a = address(in, in.operands[first], t);
-        if (in.releases && in.wide) synchronisation_of(t).released = knowledge_of(t);
+        races_->release(*b_, t, in);
         u8* const p = memory(in, a, size_t(bytes), READ_WRITE, t);
         u64 old = 0;
         memcpy(&old, p, size_t(bytes));
@@ -950,7 +501,7 @@ class Machine {
         }
         memcpy(p, &now, size_t(bytes));
         if (in.op == OP_atom) write(in.operands[0], t, old);
-        if (in.wide && !is_shared(in, a)) synchronise(t, in, a);
+        if (!is_shared(in, a)) races_->synchronise(*b_, t, in, a);
     }
 
     // --- barriers and collectives ---
@@ -1014,18 +565,11 @@ class Machine {
     }
 
     void warp_barrier(const std::vector<Thread*>& lanes) {
-        Synchronisation all;
-        bool any = false;
-        for (const Thread* t : lanes) {
-            if (!t || !t->synchronisation) continue;
-            any = true;
-            all.learn(*t->synchronisation);
-        }
         for (Thread* t : lanes) {
-            if (!t) continue;
-            if (++t->warp_barriers == 0) throw Fault("more barriers of a warp than the race rule counts: " + name_);
-            if (any) synchronisation_of(*t).learn(all);
+            if (t && ++t->warp_barriers == 0)
+                throw Fault("more barriers of a warp than the race rule counts: " + name_);
         }
+        races_->meet(lanes);
     }
 
     void shuffle(const Instruction& in, const std::vector<Thread*>& lanes) {
@@ -1141,12 +685,11 @@ class Machine {
     Random random_;
     u32 grid_[3], block_[3];
     u32 n_threads_, n_warps_, shared_bytes_;
-    u32 number_;     // of the launch
-    u32 first_ = 0;  // the number of its first block
+    u32 number_;  // of the launch
+    std::unique_ptr<Races> races_;
     Block* b_ = nullptr;
     const Buffer* buffer_ = nullptr;  // of the last access
-    std::map<u64, Place> places_;
-    std::vector<Request> requests_;  // of the warp's instruction
+    std::vector<Request> requests_;   // of the warp's instruction
     u64 steps_ = 0;
     Statistics counted_;
 

@@ -4,11 +4,10 @@
 #pragma once
 
 #include <map>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "ptx.h"
+#include "arithmetic.h"
 
 struct Config {
     u64 seed = 1;
@@ -38,9 +37,5 @@ extern Config config;
 std::map<std::string, Report>& reports();
 std::map<std::string, Statistics>& statistics();  // by the kernel's name
 
-// A launch that cannot go on. What it found is reported, too.
-struct Fault : std::runtime_error {
-    using std::runtime_error::runtime_error;
-};
-
+// Throws a Fault for a launch that cannot go on; what it found is reported, too.
 void launch(Kernel& kernel, const u32 (&grid)[3], const u32 (&block)[3], u32 dynamic_shared, std::vector<u8> params);
