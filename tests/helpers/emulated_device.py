@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import itertools
 import json
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +32,7 @@ DEFAULTS = {
 }  # fmt: skip
 config = Config(**DEFAULTS)
 _library: Any = None
+_cuda_ptx: list[str] = []
 
 
 def start(emulator: Path, cuda: Path | None) -> None:
@@ -46,8 +50,9 @@ def start(emulator: Path, cuda: Path | None) -> None:
     for name in ("frombuffer", "from_numpy"):  # memory of others: a copy to the device follows
         setattr(torch, name, _copying(getattr(torch, name)))
     if cuda is not None:
-        for path in sorted(cuda.glob("*.compute_*.ptx")):
-            load(path.read_text())
+        _cuda_ptx[:] = [path.read_text() for path in sorted(cuda.glob("*.compute_*.ptx"))]
+        for text in _cuda_ptx:
+            load(text)
         spec = importlib.util.spec_from_file_location("_C_cuda", cuda / "_C_cuda.so")
         sys.modules["ltp_sparse._C_cuda"] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -114,6 +119,44 @@ def statistics() -> dict[str, dict[str, int]]:
 def coverage() -> dict[str, dict[str, tuple[int, int]]]:
     """Architecture -> kernel -> (instructions that ran at least once, all)."""
     return json.loads(_library.ptx_coverage())
+
+
+@contextmanager
+def without(kernel: str, pattern: str, number: int | None = None) -> Iterator[None]:
+    """The CUDA kernels whose names have a part run without the instructions that match; number: without one of them."""
+    loaded = 0
+    for text in _cuda_ptx:
+        pieces = re.split(r"(?=\.entry )", text)
+        spoilt = [_without(p, pattern, number) if kernel in p.split("(")[0] else p for p in pieces]
+        if spoilt != pieces:
+            load("".join(spoilt))
+            loaded += 1
+    assert loaded, f"no kernel {kernel} has {pattern}"
+    try:
+        yield
+    finally:
+        for _ in range(loaded):
+            _library.ptx_unload()
+
+
+def is_noticed(
+    kernel: str, pattern: str, function: Callable[..., Any], arguments: tuple[Any, ...], number: int | None = None
+) -> bool:
+    """Whether it shows what CUDA kernels lack (see `without`) when the function is called: by an error, or a report."""
+    with without(kernel, pattern, number):
+        try:
+            function(*arguments)
+        except (AssertionError, RuntimeError):
+            return True
+        finally:
+            found = reports()
+            clear()
+    return bool(found)
+
+
+def _without(text: str, pattern: str, number: int | None) -> str:
+    numbers = itertools.count()
+    return re.sub(rf"\b{pattern}[^;]*;", lambda m: m[0] if number not in (None, next(numbers)) else "", text)
 
 
 def _copying(function: Callable[..., Any]) -> Callable[..., Any]:

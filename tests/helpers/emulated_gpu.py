@@ -55,6 +55,7 @@ GPU_BACKENDS = [
     for name in ("compiled", "triton")
     for reason in [missing(name)]
 ]
+COMPILED = GPU_BACKENDS[:1]
 
 
 class EmulatedGpu:
@@ -89,9 +90,10 @@ class EmulatedGpu:
             self._process.shutdown()
 
 
-def _made(name: str, sources: Iterable[Path], make: Callable[[Path], None]) -> Path:
-    """build/ptx/name, filled by `make`, anew when a source has changed."""
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()
+def _made(name: str, sources: Iterable[Path], flags: list[str], make: Callable[[Path], None]) -> Path:
+    """build/ptx/name, filled by `make`, anew when sources or flags have changed."""
+    texts = [" ".join(flags).encode(), *(path.read_bytes() for path in sorted(sources))]
+    digest = hashlib.sha256(b"".join(texts)).hexdigest()
     folder = BUILD / name
     BUILD.mkdir(parents=True, exist_ok=True)
     with (BUILD / f"{name}.lock").open("w") as lock:
@@ -105,16 +107,18 @@ def _made(name: str, sources: Iterable[Path], make: Callable[[Path], None]) -> P
     return folder
 
 
-_CXX = ["c++", "-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
+_CXX = ["c++", "-std=c++17", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
 
 
 def _emulator() -> Path:
-    def make(folder: Path) -> None:
-        sources = [str(path) for path in SOURCES.glob("*.cpp") if path.name != "cudart.cpp"]
-        flags = ["-ffp-contract=off", "-frounding-math", "-pthread"]
-        subprocess.run([*_CXX, *flags, "-o", str(folder / "libptx.so"), *sources], check=True)
+    flags = [*_CXX, "-O2", "-ffp-contract=off", "-frounding-math", "-pthread"]
+    sources = [path for path in SOURCES.iterdir() if path.name != "cudart.cpp"]
 
-    return _made("emulator", SOURCES.iterdir(), make)
+    def make(folder: Path) -> None:
+        units = [path for path in sources if path.suffix == ".cpp"]
+        subprocess.run([*flags, "-o", folder / "libptx.so", *units], check=True)
+
+    return _made("emulator", sources, flags, make)
 
 
 def _cuda_module() -> Path:
@@ -141,4 +145,4 @@ def _cuda_module() -> Path:
         subprocess.run([*command, "-o", folder / "_C_cuda.so"], check=True)
 
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file() and path.parent.name != "cpu"]
-    return _made("cuda", [*sources, ROOT / "setup.py", SOURCES / "cudart.cpp", Path(__file__)], make)
+    return _made("cuda", [*sources, SOURCES / "cudart.cpp"], [str(home), *flags], make)

@@ -5,9 +5,10 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers import emulated_device as device
 from helpers.backends import Unpacked, using
 from helpers.bits import DTYPES
-from helpers.emulated_gpu import ARCHITECTURES, GPU_BACKENDS
+from helpers.emulated_gpu import ARCHITECTURES, COMPILED, GPU_BACKENDS
 from helpers.selection_passes import (
     BANDS,
     KINDS,
@@ -34,7 +35,6 @@ SMALL = (1, 31, 0, 32, 33, 700, 1024, 4000)
 SHUFFLED = [(1, 1), (2, 5), (3, 40)]
 """(seed, longest burst) of schedules in which threads run at random."""
 FEW = {name: BANDS[name] for name in ("all that moved", "ties")}
-COMPILED = [param for param in GPU_BACKENDS if param.values == ("compiled",)]
 
 
 def passes_of(backend):
@@ -198,3 +198,18 @@ def test_many_selections(gpu, backend, sm):
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
 def test_a_whole_matrix(gpu, backend, dtype):
     gpu.run(_band, backend, dtype, dtype, (768 * 768, 768), BANDS["narrow"])
+
+
+SPOILT = {
+    "histogram_kernelIff": (_histogram, ("compiled", "f32", "f32", (5000, 70_000))),
+    "band_kernelIff": (_band, ("compiled", "f32", "f32", (5000, 70_000), BANDS["ties"])),
+    "take_above_kernel": (_candidates, ("compiled", (5000, 70_000))),
+    "take_ties_kernel": (_candidates, ("compiled", (5000, 70_000))),
+}
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize("kernel", SPOILT)
+@pytest.mark.parametrize("backend", COMPILED)
+def test_barriers_are_missed(gpu, backend, kernel):
+    assert gpu.run(device.is_noticed, kernel, r"bar\.sync", *SPOILT[kernel], random=1, seed=3, burst=20)

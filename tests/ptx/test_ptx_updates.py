@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from helpers import emulated_device as device
 from helpers.backends import using
 from helpers.bits import bits
-from helpers.emulated_gpu import ARCHITECTURES, GPU_BACKENDS
+from helpers.emulated_gpu import ARCHITECTURES, COMPILED, GPU_BACKENDS
 from helpers.selection_passes import unaligned
 from helpers.update_cases import CASES, options_of, problem_of, rows_of
 
@@ -149,3 +150,18 @@ def test_every_packing(gpu, backend, dtype, sm):
         for shift in (False, True):
             gpu.run(_pack, backend, LARGE, dtype, density, shift, sm=sm)
         gpu.run(_pack, backend, SMALL, dtype, density, False, sm=sm, random=1, seed=1, burst=3)
+
+
+SPOILT = {
+    "update_kernel": (_update, ("compiled", (65_536, 700, 1), ("f32", "f32", "plain"), "plain", 0.07)),
+    "update_coded_kernel": (_update, ("compiled", (9000, 700, 1), ("bf16", "bf16", "8bit"), "plain", 0.4)),
+    "sum_squares_kernel": (_update, ("compiled", (9000, 700, 1), ("f32", "f32", "plain"), "plain", 0.4)),
+    "pack_kernel": (_pack, ("compiled", (65_536,), "f32", 0.07, False)),
+}
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize("kernel", SPOILT)
+@pytest.mark.parametrize("backend", COMPILED)
+def test_barriers_are_missed(gpu, backend, kernel):
+    assert gpu.run(device.is_noticed, kernel, r"bar\.sync", *SPOILT[kernel], random=1, seed=3, burst=20)

@@ -52,6 +52,9 @@ int ptx_load(const char* source) {
     });
 }
 
+// Forgets the last module.
+void ptx_unload() { modules().pop_back(); }
+
 // The kernel of that name, or its only one (null), of a module, or of the last module for the architecture (-1).
 Kernel* ptx_kernel(int module, const char* name) {
     if (module >= 0) {
