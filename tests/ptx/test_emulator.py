@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers import emulated_device as device
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # the first test builds the emulator
 
 HEAD = """
 .version 8.0

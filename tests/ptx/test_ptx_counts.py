@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.emulated_gpu import missing
 
-pytestmark = [pytest.mark.slow, pytest.mark.ptx]
+pytestmark = [pytest.mark.slow, pytest.mark.ptx, pytest.mark.timeout(1200)]
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "static_ptx.py"
 

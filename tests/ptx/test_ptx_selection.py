@@ -27,7 +27,7 @@ from ltp_sparse.ops import routes, sources
 from ltp_sparse.tickets.bits import WORDS_PER_TILE
 from ltp_sparse.tickets.layout import Layout
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # the first test builds the emulator
 
 CPU = torch.device("cpu")
 SIZES = (1, 31, 0, 32, 33, 700, 1024, 4000, 65_537)
@@ -156,7 +156,7 @@ def test_schedules_of_a_selection(gpu, backend):
 
 
 @pytest.mark.ptx
-@pytest.mark.parametrize("sm", ARCHITECTURES)
+@pytest.mark.parametrize("sm", ARCHITECTURES, ids="sm_{}".format)
 @pytest.mark.parametrize(("before", "after"), KINDS)
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
 def test_every_pass(gpu, backend, before, after, sm):
@@ -171,7 +171,7 @@ def test_every_pass(gpu, backend, before, after, sm):
 
 
 @pytest.mark.ptx
-@pytest.mark.parametrize("sm", ARCHITECTURES)
+@pytest.mark.parametrize("sm", ARCHITECTURES, ids="sm_{}".format)
 @pytest.mark.parametrize(("before", "after"), KINDS)
 @pytest.mark.parametrize("backend", COMPILED)
 def test_every_histogram(gpu, backend, before, after, sm):
@@ -182,7 +182,7 @@ def test_every_histogram(gpu, backend, before, after, sm):
 
 
 @pytest.mark.ptx
-@pytest.mark.parametrize("sm", ARCHITECTURES)
+@pytest.mark.parametrize("sm", ARCHITECTURES, ids="sm_{}".format)
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
 def test_many_selections(gpu, backend, sm):
     gpu.run(_candidates, backend, SELECTION_SIZES, sm=sm)

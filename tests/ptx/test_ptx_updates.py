@@ -11,7 +11,7 @@ from helpers.update_cases import CASES, options_of, problem_of, rows_of
 
 from ltp_sparse.ops import masked_pack_, masked_sum_squares
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # the first test builds the emulator
 
 DENSITIES = {"list16": 0.02, "sparse bitmap": 0.07, "bitmap": 0.4, "full": 1.0}
 SIZES = (1, 63, 257, 1000, 4097)
@@ -119,7 +119,7 @@ def test_packing_of_the_reference(gpu, backend, dtype):
 
 
 @pytest.mark.ptx
-@pytest.mark.parametrize("sm", ARCHITECTURES)
+@pytest.mark.parametrize("sm", ARCHITECTURES, ids="sm_{}".format)
 @pytest.mark.parametrize("variant", ["plain", "anchor", "packed", "unaligned"])
 @pytest.mark.parametrize("case", every_case())
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
@@ -142,7 +142,7 @@ def test_a_whole_matrix(gpu, backend, case, density):
 
 
 @pytest.mark.ptx
-@pytest.mark.parametrize("sm", ARCHITECTURES)
+@pytest.mark.parametrize("sm", ARCHITECTURES, ids="sm_{}".format)
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
 def test_every_packing(gpu, backend, dtype, sm):
