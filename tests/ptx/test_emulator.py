@@ -12,7 +12,7 @@ HEAD = """
 .target sm_90
 .address_size 64
 .visible .entry k(.param .u64 data, .param .u64 counter) {
-.reg .pred %p<20>; .reg .b16 %h<20>; .reg .b32 %r<60>; .reg .b64 %d<40>; .reg .f32 %f<20>;
+.reg .pred %p<20>; .reg .b16 %h<20>; .reg .b32 %r<60>; .reg .b64 %d<40>; .reg .f32 %f<20>; .reg .f64 %g<20>;
 .shared .align 16 .b8 sh[1024];
 ld.param.u64 %d0, [data]; ld.param.u64 %d9, [counter];
 mov.u32 %r0, %tid.x; mov.u32 %r2, sh; shl.b32 %r1, %r0, 2; add.s32 %r3, %r2, %r1;
@@ -225,6 +225,26 @@ def test_an_unknown_instruction_is_an_error(gpu):
             outcome(gpu, body)
 
 
+def test_functions_are_called(gpu):
+    """Each call on registers of its own, with labels of its own."""
+    function = """
+    .func (.param .b32 result) smaller(.param .b32 x, .param .b32 y) {
+    .reg .pred %p<2>; .reg .b32 %r<3>;
+    ld.param.b32 %r0, [x]; ld.param.b32 %r1, [y]; setp.le.s32 %p0, %r0, %r1; @!%p0 bra OTHER;
+    st.param.b32 [result], %r0; ret;
+OTHER:
+    st.param.b32 [result], %r1; ret;
+    }
+    """
+    call = """{{ .param .b32 a; .param .b32 b; .param .b32 c; st.param.b32 [a], {}; st.param.b32 [b], {};
+    call.uni (c), smaller, (a, b); ld.param.b32 {}, [c]; }}"""
+    body = call.format("%r0", "9", "%r20") + call.format("4", "%r20", "%r21") + "mad.lo.s32 %r22, %r20, 100, %r21;"
+    body += "st.global.u32 [%d2], %r22; ret; }" + function + ".visible .entry other() { "
+    reports, failed, found = outcome(gpu, body, threads=32)
+    assert (reports, failed) == ([], False)
+    assert found[:32].tolist() == [100 * min(i, 9) + min(i, 9, 4) for i in range(32)]
+
+
 # --- arithmetic ---
 
 EDGES = [
@@ -266,8 +286,16 @@ with np.errstate(all="ignore"):
         "neg.bf16x2 %r11, %r10": BITS ^ 0x80008000,
         "cvt.u16.u32 %h1, %r10; abs.bf16 %h2, %h1; cvt.u32.u16 %r11, %h2": BITS & 0x7FFF,
         "abs.s32 %r11, %r10": np.abs(SIGNED.astype(np.int64)),
+        "cvt.f64.f32 %g1, %f1; cvt.rzi.f64.f64 %g1, %g1; cvt.rn.f32.f64 %f2, %g1; mov.b32 %r11, %f2": _bits(
+            np.trunc(FLOATS)
+        ),
+        "cvt.f64.f32 %g1, %f1; sqrt.rn.f64 %g1, %g1; cvt.rn.f32.f64 %f2, %g1; mov.b32 %r11, %f2": _bits(
+            np.sqrt(FLOATS.astype(np.float64)).astype(np.float32)
+        ),
         "popc.b32 %r11, %r10": np.array([int(x).bit_count() for x in BITS]),
         "clz.b32 %r11, %r10": np.array([32 - int(x).bit_length() for x in BITS]),
+        "bfind.u32 %r11, %r10": np.array([int(x).bit_length() - 1 for x in BITS]),
+        "bfind.shiftamt.u32 %r11, %r10": np.array([32 - int(x).bit_length() if x else -1 for x in BITS]),
         "brev.b32 %r11, %r10": np.array([int(f"{x:032b}"[::-1], 2) for x in BITS]),
         "shr.s32 %r11, %r10, 5": SIGNED >> 5,
         "shr.u32 %r11, %r10, 33": 0 * BITS,
@@ -287,6 +315,15 @@ with np.errstate(all="ignore"):
         "setp.ltu.f32 %p1, %f1, 0f3F800000; selp.b32 %r11, 1, 0, %p1": ~(FLOATS >= 1),
         "setp.eq.u32 %p1, %r0, 9; vote.sync.ballot.b32 %r11, %p1, -1": np.where(LANES < 32, 1 << 9, 0),
     }
+
+
+def test_approximate_roots_are_off_within_the_manual(gpu):
+    """By up to a part of 2^-23, up and down."""
+    body = "ld.global.u32 %r10, [%d2]; mov.b32 %f1, %r10; sqrt.approx.ftz.f32 %f2, %f1; st.global.f32 [%d2], %f2;"
+    values = torch.linspace(0.01, 100, ENTRIES, dtype=torch.float32)
+    _, _, found = outcome(gpu, body, values.view(torch.int32), threads=ENTRIES)
+    error = found.view(torch.float32).double() / values.double().sqrt() - 1
+    assert error.abs().max() <= 2.0**-23 and error.min() < -(2.0**-24) and error.max() > 2.0**-24
 
 
 @pytest.mark.parametrize(("program", "wanted"), ARITHMETIC.items(), ids=[p.split()[0] for p in ARITHMETIC])

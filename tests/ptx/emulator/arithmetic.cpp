@@ -6,12 +6,24 @@ namespace {
 
 u64 sign_bits(Type type) { return type == F16X2 || type == BF16X2 ? 0x80008000u : 0x8000u; }
 
+// sqrt.approx.ftz: one of the values within the error that the manual allows, another for each x, so that results which
+// depend on what a device gives here differ from those of the reference.
+float approximate_root(float x) {
+    if (std::fabs(x) < std::ldexp(1.0f, -126)) return std::copysign(0.0f, x);
+    const double exact = std::sqrt(double(x));
+    const float nearest = float(exact);
+    const int way = int(bits_as<u32>(x) * 2654435761u >> 16) % 3 - 1;
+    const float other = bits_as<float>(bits_as<u32>(nearest) + u32(way));
+    return std::fabs(other - exact) <= std::ldexp(exact, -23) ? other : nearest;
+}
+
 u64 float_result(const Instruction& in, u64 a, u64 b, u64 c) {
     if (in.op == OP_neg) return a ^ 0x80000000u;
     if (in.op == OP_abs) return a & 0x7FFFFFFFu;
     const float x = f32(a), y = f32(b);
     if (in.op == OP_min) return raw(x != x ? y : y != y ? x : std::fmin(x, y));
     if (in.op == OP_max) return raw(x != x ? y : y != y ? x : std::fmax(x, y));
+    if (in.op == OP_sqrt && in.rounding == R_APPROX && in.ftz) return raw(approximate_root(x));
     if (in.ftz || in.sat || (in.rounding != R_RN && in.rounding != R_NONE)) unknown(in);
     switch (in.op) {
         case OP_add:
@@ -55,6 +67,10 @@ u64 double_result(const Instruction& in, u64 a, u64 b, u64 c) {
             return raw(std::fma(x, y, f64(c)));
         case OP_div:
             return raw(x / y);
+        case OP_sqrt:
+            return raw(std::sqrt(x));
+        case OP_rcp:  // approximately: what the upper half of the bits can say
+            return raw(1.0 / x) & (in.rounding == R_APPROX ? ~0xFFFFFFFFull : ~0ull);
         default:
             unknown(in);
     }
@@ -111,6 +127,12 @@ u64 integer_result(const Instruction& in, u64 a, u64 b, const u64* v) {
             return u64(__builtin_popcountll(a));
         case OP_clz:
             return a ? u64(__builtin_clzll(a)) - (64 - bits) : bits;
+        case OP_bfind: {
+            if (with_sign) unknown(in);
+            if (a == 0) return 0xFFFFFFFF;
+            const u64 zeros = u64(__builtin_clzll(a)) - (64 - bits);
+            return in.shift_amount ? zeros : bits - 1 - zeros;
+        }
         case OP_brev: {
             u64 reversed = 0;
             for (u64 i = 0; i < bits; ++i) reversed |= (a >> i & 1) << (bits - 1 - i);
@@ -190,6 +212,22 @@ double to_double(Type type, u64 bits) {
     }
 }
 
+// To an integer, by one of the four modes.
+double rounded(const Instruction& in, double x) {
+    switch (in.rounding) {
+        case R_RZI:
+            return std::trunc(x);
+        case R_RNI:
+            return std::nearbyint(x);
+        case R_RMI:
+            return std::floor(x);
+        case R_RPI:
+            return std::ceil(x);
+        default:
+            unknown(in);
+    }
+}
+
 u64 to_float(const Instruction& in, u64 v) {
     const bool to_nearest = in.rounding == R_RN;
     if (!is_float(in.from)) {
@@ -199,6 +237,7 @@ u64 to_float(const Instruction& in, u64 v) {
         return is_signed(in.from) ? raw(double(x)) : raw(double(v));
     }
     const double x = to_double(in.from, v);
+    if (in.type == in.from) return in.type == F32 ? raw(float(rounded(in, x))) : raw(rounded(in, x));
     if (in.type == F64) return raw(x);
     if (in.type == F32) {
         if (in.from == F64 && !to_nearest) unknown(in);
@@ -257,23 +296,7 @@ u64 converted(const Instruction& in, u64 a, u64 b) {
     const auto widened = [&](u64 bits) { return with_sign ? u64(extended(bits, bytes)) : bits & mask_of(bytes); };
     if (is_float(in.type)) return to_float(in, a);
     if (!is_float(in.from)) return widened(is_signed(in.from) ? u64(extended(a, from_bytes)) : a);
-    double x = to_double(in.from, a);
-    switch (in.rounding) {
-        case R_RZI:
-            x = std::trunc(x);
-            break;
-        case R_RNI:
-            x = std::nearbyint(x);
-            break;
-        case R_RMI:
-            x = std::floor(x);
-            break;
-        case R_RPI:
-            x = std::ceil(x);
-            break;
-        default:
-            unknown(in);
-    }
+    const double x = rounded(in, to_double(in.from, a));
     const u64 largest = mask_of(bytes) >> with_sign;
     const double beyond = std::ldexp(1.0, 8 * bytes - with_sign);
     if (x != x) return 0;

@@ -403,7 +403,8 @@ class Machine {
             default: {
                 u64 values[4] = {};
                 for (size_t i = 1; i < in.operands.size(); ++i) values[i - 1] = value(in.operands[i], t);
-                if (in.op == OP_fma) report("fused multiply-add", in, t, "its bits are not those of the CPU");
+                if (in.op == OP_fma && in.type == F32)
+                    report("fused multiply-add", in, t, "its bits are not those of the CPU");
                 const bool divides = (in.op == OP_div || in.op == OP_rem) && !is_float(in.type);
                 if (divides && (values[1] & mask_of(width_of(in.type))) == 0) stop("division by zero", in, t, "");
                 write(in.operands[0], t, in.op == OP_cvt ? converted(in, values[0], values[1]) : result_of(in, values));

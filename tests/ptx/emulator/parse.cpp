@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cctype>
 #include <set>
 #include <sstream>
@@ -142,28 +143,33 @@ bool number(const std::string& text, u64& value) {
     return true;
 }
 
+struct Function {
+    std::vector<std::string> variables;  // results, then arguments
+    size_t body = 0;
+};
+
 class Parser {
   public:
     explicit Parser(const std::string& text) { read_lines(text); }
 
     Module parse() {
-        while (at_ < source_.size()) {
-            if (isspace(u8(source_[at_])) || source_[at_] == ';') {
-                ++at_;
-                continue;
-            }
-            const size_t stop = source_.find_first_of(";({", at_);
-            if (stop == std::string::npos) break;
-            const std::string head = source_.substr(at_, stop - at_);
+        std::vector<std::pair<size_t, std::string>> entries;  // where they begin, behind their names
+        size_t at = 0;
+        while ((at = source_.find_first_not_of(" \t\r\n;", at)) != std::string::npos) {
+            const size_t stop = source_.find_first_of(";{", at);
+            const std::string head = source_.substr(at, stop - at);
+            const bool body = stop != std::string::npos && source_[stop] == '{';
             if (head.find(".entry") != std::string::npos) {
-                at_ = stop;
-                entry(words(head).back());
-                continue;
+                const size_t name = head.find(".entry") + 6, end = std::min(head.find('('), head.size());
+                entries.emplace_back(at + end, trim(head.substr(name, end - name)));
+            } else if (head.find(".func") != std::string::npos) {
+                if (body) add_function(head.substr(head.find(".func") + 5), stop + 1);
+            } else {
+                module_statement(trim(head));
             }
-            const size_t end = source_.find(';', at_);
-            module_statement(trim(source_.substr(at_, end - at_)));
-            at_ = end + 1;
+            at = body ? behind_brace(stop) : stop;
         }
+        for (const auto& [begin, name] : entries) entry(name, begin);
         return std::move(module_);
     }
 
@@ -195,23 +201,54 @@ class Parser {
         }  // of the others, debug information; an instruction that named one would fail
     }
 
-    void entry(const std::string& name) {
+    // "(.param .b64 result) name (.param .b64 argument, ...)"; body: behind its brace
+    void add_function(const std::string& head, size_t body) {
+        const auto variables = [&](size_t open) {
+            std::vector<std::string> names;
+            const size_t close = head.find(')', open);
+            for (const std::string& one : split(head.substr(open + 1, close - open - 1), ',')) {
+                names.push_back(variable(one).name);
+            }
+            return names;
+        };
+        Function f;
+        size_t name = head.find_first_not_of(" \t\r\n");
+        if (head[name] == '(') {
+            f.variables = variables(name);
+            name = head.find(')') + 1;
+        }
+        const size_t open = head.find('(', name);
+        for (const std::string& one : variables(open)) f.variables.push_back(one);
+        f.body = body;
+        functions_[trim(head.substr(name, open - name))] = f;
+    }
+
+    size_t behind_brace(size_t open) const {
+        int depth = 0;
+        for (size_t at = open; at < source_.size(); ++at) {
+            depth += (source_[at] == '{') - (source_[at] == '}');
+            if (depth == 0) return at + 1;
+        }
+        fail("a brace without an end");
+    }
+
+    void entry(const std::string& name, size_t at) {
         kernel_ = Kernel();
         kernel_.name = name;
         params_.clear();
-        if (source_[at_] == '(') {
-            const size_t close = source_.find(')', at_);
-            for (const std::string& one : split(source_.substr(at_ + 1, close - at_ - 1), ',')) {
+        if (source_[at] == '(') {
+            const size_t close = source_.find(')', at);
+            for (const std::string& one : split(source_.substr(at + 1, close - at - 1), ',')) {
                 const Variable v = variable(one);
                 const u32 offset = round_up(kernel_.param_bytes, v.align);
                 kernel_.params.push_back({v.name, offset, v.bytes, v.align});
                 kernel_.param_bytes = offset + v.bytes;
                 params_[v.name] = offset;
             }
-            at_ = close + 1;
+            at = close + 1;
         }
-        const size_t open = source_.find('{', at_);
-        const std::vector<std::string> directives = words(source_.substr(at_, open - at_));
+        const size_t open = source_.find('{', at);
+        const std::vector<std::string> directives = words(source_.substr(at, open - at));
         for (size_t i = 0; i + 1 < directives.size(); ++i) {
             if (directives[i] == ".maxntid") kernel_.max_threads = u32(std::stoul(directives[i + 1]));
             if (directives[i] == ".reqntid") kernel_.exact_threads = u32(std::stoul(directives[i + 1]));
@@ -224,8 +261,7 @@ class Parser {
             shared_.clear();
             shared_[dynamic_.name] = dynamic_base;
             for (const Variable& v : module_shared_) add_shared(v);
-            at_ = open + 1;
-            body();
+            body(open + 1);
             kernel_.dynamic_base = round_up(kernel_.static_shared, std::max(dynamic_.align, 1u));
         }
         if (kernel_.code.size() > 0xFFFF) fail(name + " has more instructions than accesses can name");
@@ -237,17 +273,32 @@ class Parser {
         kernel_.static_shared = shared_[v.name] + v.bytes;
     }
 
-    void body() {  // at_: behind its brace
+    void body(size_t at) {  // at: behind its brace
         scopes_.assign(1, {});
         labels_.clear();
         jumps_.clear();
+        call_registers_.clear();
+        statements(at);
+        for (const auto& [place, label] : jumps_) {
+            const s32* target = found(labels_, label);
+            if (target == nullptr) fail("label " + label);
+            kernel_.code[place].target = *target;
+        }
+        Instruction end;
+        end.op = OP_ret;
+        end.text = "ret (end)";
+        kernel_.code.push_back(end);
+    }
+
+    // Up to the brace that ends the last scope.
+    void statements(size_t at) {
+        const size_t outer = scopes_.size();
         std::string statement;
         int vectors = 0;  // braces open that belong to a statement
-        u32 first_line = 0, line = 1;
-        for (size_t i = 0; i < at_; ++i) line += source_[i] == '\n';
-        for (; !scopes_.empty(); ++at_) {
-            if (at_ >= source_.size()) fail("no end of the body of " + kernel_.name);
-            const char c = source_[at_];
+        u32 first_line = 0, line = 1 + u32(std::count(source_.begin(), source_.begin() + at, '\n'));
+        for (; scopes_.size() >= outer; ++at) {
+            if (at >= source_.size()) fail("no end of the body of " + kernel_.name);
+            const char c = source_[at];
             line += c == '\n';
             const bool empty = trim(statement).empty();
             if (c == '{' && empty) {
@@ -259,9 +310,9 @@ class Parser {
                 scopes_.pop_back();
                 continue;
             }
-            if (c == ':' && words(statement).size() == 1 && source_[at_ + 1] != ':' &&
+            if (c == ':' && words(statement).size() == 1 && source_[at + 1] != ':' &&
                 statement.find('.') == std::string::npos) {
-                labels_[trim(statement)] = s32(kernel_.code.size());
+                labels_[inside_ + trim(statement)] = s32(kernel_.code.size());
                 statement.clear();
                 continue;
             }
@@ -274,20 +325,44 @@ class Parser {
             if (empty && !isspace(u8(c))) first_line = line;
             statement += c;
         }
-        for (const auto& [place, label] : jumps_) {
-            const s32* target = found(labels_, label);
-            if (target == nullptr) fail("label " + label);
-            kernel_.code[place].target = *target;
+    }
+
+    // "(result), function, (argument, ...)": its body stands in the place of the call, on registers of its own.
+    void inline_call(const std::string& text) {
+        std::vector<std::string> given;
+        std::string name;
+        for (const std::string& part : split(text, ',')) {
+            const std::string one = trim(part);
+            if (one[0] != '(') {
+                name = one;
+                continue;
+            }
+            for (const std::string& variable : split(one.substr(1, one.size() - 2), ','))
+                given.push_back(trim(variable));
         }
-        Instruction end;
-        end.op = OP_ret;
-        end.text = "ret (end)";
-        kernel_.code.push_back(end);
+        const Function* function = found(functions_, name);
+        if (function == nullptr || function->variables.size() != given.size()) fail("call of " + text);
+        Names<u32> aliases;
+        for (size_t i = 0; i < given.size(); ++i) {
+            if (!find_register(given[i], aliases[function->variables[i]])) fail("call with " + given[i]);
+        }
+        const std::string outside = inside_;
+        inside_ = "call " + std::to_string(kernel_.code.size()) + ": ";
+        if (outside.size() > 0) fail("a call inside of " + name);
+        scopes_.push_back(aliases);
+        statements(function->body);
+        labels_[inside_ + "end"] = s32(kernel_.code.size());
+        inside_ = outside;
     }
 
     void body_statement(const std::string& text, u32 line) {
         if (starts_with(text, ".reg")) {
             declare_registers(text.substr(4));
+        } else if (starts_with(text, ".param")) {  // of a call: a register serves
+            call_registers_.insert(u32(kernel_.register_bytes.size()));
+            declare_registers(text.substr(6));
+        } else if (starts_with(text, "call")) {
+            inline_call(text.substr(text.find_first_of(" \t\r\n")));
         } else if (starts_with(text, ".shared")) {
             add_shared(variable(text));
         } else if (text[0] != '.') {
@@ -382,10 +457,22 @@ class Parser {
         const size_t end = std::min(text.find(' '), text.size());
         opcode(in, split(text.substr(0, end), '.'));
         const std::vector<std::string> operands = split(text.substr(end), ',');
-        if (in.op == OP_bra) {
-            jumps_.emplace_back(kernel_.code.size(), trim(operands[0]));
+        const bool returns = in.op == OP_ret && !inside_.empty();
+        if (in.op == OP_bra || returns) {
+            jumps_.emplace_back(kernel_.code.size(), inside_ + (returns ? "end" : trim(operands[0])));
+            in.op = OP_bra;
         } else {
             for (size_t i = 0; i < operands.size(); ++i) add_operand(in, trim(operands[i]), i);
+        }
+        if (in.space == PARAM) {
+            const Operand& variable = in.operands[in.op == OP_st ? 0 : 1];
+            if (variable.kind == REGISTER && call_registers_.count(variable.reg)) {
+                const bool whole = variable.imm == 0 && kernel_.register_bytes[variable.reg] == width_of(in.type);
+                if (!whole) fail("part of an argument: " + in.text);
+                in.op = OP_mov;
+            } else if (in.op == OP_st) {
+                fail("parameters are not written: " + in.text);
+            }
         }
         kernel_.code.push_back(in);
     }
@@ -436,6 +523,10 @@ class Parser {
         } else if (in.op == OP_ldmatrix && (name == "x1" || name == "x2" || name == "x4")) {
             in.vector = u8(name[1] - '0');
         } else if (in.op == OP_ldmatrix && name == "m8n8") {
+        } else if (name == "shiftamt" && in.op == OP_bfind) {
+            in.shift_amount = true;
+        } else if (name == "approx" && (in.op == OP_rcp || in.op == OP_sqrt)) {
+            in.rounding = R_APPROX;
         } else if (const Rounding* rounding = found(kRoundings, name)) {
             in.rounding = *rounding;
         } else if (const Part* part = found(kParts, name)) {
@@ -484,8 +575,8 @@ class Parser {
     }
 
     std::string source_;
-    size_t at_ = 0;
     Module module_;
+    Names<Function> functions_;
     std::vector<Variable> module_shared_;
     Variable dynamic_;
     // of the kernel that is read
@@ -494,6 +585,8 @@ class Parser {
     Names<s32> labels_;
     Names<u32> shared_, params_;
     std::vector<std::pair<size_t, std::string>> jumps_;
+    std::set<u32> call_registers_;  // the variables of calls
+    std::string inside_;            // before the labels of a call that is inlined
 };
 
 }  // namespace

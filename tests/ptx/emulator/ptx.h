@@ -27,7 +27,7 @@ inline bool is_float(Type type) { return type >= F16 && type <= F64; }
 // clang-format off
 #define LTP_PTX_OPCODES(X) \
     X(add) X(sub) X(mul) X(mad) X(fma) X(div) X(rem) X(min) X(max) X(neg) X(abs) X(and) X(or) X(xor) X(not) X(shl) X(shr) \
-    X(popc) X(clz) X(brev) X(bfe) X(bfi) X(prmt) X(selp) X(setp) X(mov) X(cvt) X(cvta) X(ld) X(st) X(atom) X(red) X(bar) \
+    X(popc) X(clz) X(bfind) X(brev) X(bfe) X(bfi) X(prmt) X(selp) X(setp) X(mov) X(cvt) X(cvta) X(ld) X(st) X(atom) X(red) X(bar) \
     X(shfl) X(vote) X(redux) X(bra) X(ret) X(sqrt) X(rcp) X(ldmatrix) X(fence) X(trap)
 enum Opcode : u8 {
 #define X(name) OP_##name,
@@ -40,7 +40,7 @@ enum Special : u32 {
 };
 enum Compare : u8 { EQ, NE, LT, LE, GT, GE, EQU, NEU, LTU, LEU, GTU, GEU, NUM, NAN_ };
 enum AtomicOp : u8 { A_ADD, A_INC, A_OR, A_AND, A_XOR, A_MIN, A_MAX, A_EXCH, A_CAS };
-enum Rounding : u8 { R_NONE, R_RN, R_RZ, R_RM, R_RP, R_RNI, R_RZI, R_RMI, R_RPI };
+enum Rounding : u8 { R_NONE, R_RN, R_RZ, R_RM, R_RP, R_RNI, R_RZI, R_RMI, R_RPI, R_APPROX };
 // clang-format on
 enum OperandKind : u8 { ABSENT, REGISTER, IMMEDIATE, SPECIAL, SINK };
 enum Space : u8 { GENERIC, GLOBAL, SHARED, PARAM };
@@ -63,7 +63,7 @@ struct Instruction {
     Space space = GENERIC;
     Mode mode = UP;
     u8 vector = 1;
-    bool constant = false, to = false, ftz = false, sat = false;
+    bool constant = false, to = false, ftz = false, sat = false, shift_amount = false;
     // strong: the other threads of `wide` (device) or narrow (block) scope may access the place at the same time
     bool strong = false, wide = true, acquires = false, releases = false, sequential = false;
     s32 predicate = -1;
