@@ -44,7 +44,7 @@ def pairs_of(
 
 
 class BandOutputs:
-    def __init__(self, run, initial, tuned, low, high, take, capacity: int) -> None:
+    def __init__(self, run, initial, tuned, low, high, take, capacity: int, groups=SELECTION_GROUPS) -> None:
         layout, device = Layout([t.numel() for t in tuned]), tuned[0].device
 
         def filled(n: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -56,7 +56,7 @@ class BandOutputs:
         self.cursor, self.nonfinite = torch.zeros(2, 1, dtype=torch.int64, device=device)
         bounds = torch.tensor([low, high], device=device)
         run(
-            initial, tuned, SELECTION_GROUPS[: len(tuned)], bounds[0], bounds[1], self.words,
+            initial, tuned, groups, bounds[0], bounds[1], self.words,
             layout.word_offsets[:-1], self.above, self.inside, take, self.keys, self.positions, self.offsets,
             self.cursor, self.nonfinite,
         )  # fmt: skip

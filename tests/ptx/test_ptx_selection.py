@@ -59,11 +59,12 @@ def _histogram(backend, before, after, sizes):
 
 def _band(backend, before, after, sizes, bounds):
     """With room for all candidates, for some, and for none."""
+    groups = SELECTION_GROUPS[: len(sizes)]
     initial, tuned = pairs_of(before, after, generator(), sizes)
     every = torch.tensor([TAKE[tile % len(TAKE)] for tile in range(Layout(sizes).tiles)])
     for take, room in ((None, sum(sizes)), (every, sum(sizes)), (None, sum(sizes) // 7), (None, 0)):
-        wanted = BandOutputs(Unpacked(reference).delta_band, initial, tuned, *bounds, take, sum(sizes))
-        found = BandOutputs(passes_of(backend).delta_band, initial, tuned, *bounds, take, room)
+        wanted = BandOutputs(Unpacked(reference).delta_band, initial, tuned, *bounds, take, sum(sizes), groups)
+        found = BandOutputs(passes_of(backend).delta_band, initial, tuned, *bounds, take, room, groups)
         assert found.counts() == wanted.counts()
         candidates = found.candidates()
         assert int(wanted.cursor) > room or None not in candidates
@@ -86,7 +87,7 @@ def _samples(backend, before, after, sizes):
 def _candidates(backend, sizes):
     band = BandOutputs(
         Unpacked(reference).delta_band, *pairs_of("f32", "f32", generator(), sizes), *BANDS["all that moved"], None,
-        sum(sizes),
+        sum(sizes), SELECTION_GROUPS[: len(sizes)],
     )  # fmt: skip
     layout = Layout(sizes)
     of_tile = torch.arange(len(sizes)).repeat_interleave(torch.tensor(layout.tile_offsets).diff())
