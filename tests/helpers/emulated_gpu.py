@@ -139,7 +139,8 @@ def _cuda_module() -> Path:
 
         includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"], home / "include"]
         command = [*_CXX, "-Wno-attributes", *(f"-isystem{folder}" for folder in includes)]
-        command += [ROOT / "csrc" / "bindings_cuda.cpp", SOURCES / "cudart.cpp", *objects]
+        command += [ROOT / "csrc" / "bindings_cuda.cpp", *(ROOT / "csrc" / "cuda").glob("*.cpp")]
+        command += [SOURCES / "cudart.cpp", *objects]
         # its own runtime, whatever else the process has loaded; what that lacks shows when the module is imported
         command += ["-Wl,-Bsymbolic", "-Wl,-z,now", f"-L{_emulator()}", "-lptx", f"-Wl,-rpath,{_emulator()}"]
         subprocess.run([*command, "-o", folder / "_C_cuda.so"], check=True)
