@@ -20,8 +20,9 @@ TRAIN := $(VENV)/.installed-train
 TEST := $(VENV)/.installed-test
 PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 CPP := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+CPP_OF_TESTS := $(wildcard tests/*/*.cpp tests/*/*/*.cpp tests/*/*/*.h)
 
-.PHONY: help demo test check docs faults asan tsan bench gpu gpu-full lint lint-ruff lint-format lint-mypy lint-cpp format clean
+.PHONY: help demo test check docs faults ptx asan tsan bench gpu gpu-full lint lint-ruff lint-format lint-mypy lint-cpp format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -33,7 +34,7 @@ test: $(TEST)  ## all tests, on all cores (narrow them with ARGS="-k name"; ARGS
 	$(PYTEST) --durations=15 $(ARGS)
 
 check: lint  ## for daily work: linters, types and the fast tests
-	$(PYTEST) -q -m "not slow and not faults" $(ARGS)
+	$(PYTEST) -q -m "not slow and not faults and not ptx" $(ARGS)
 
 docs: $(TEST)  ## the site of all documents and docstrings in build/site, strictly, without network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -54,6 +55,9 @@ asan tsan: $(TEST)
 
 faults: $(TEST)  ## full disks, low memory, two writers, kills at random moments: the long version
 	$(BIN)/pytest -m "faults or not faults" tests/project/test_faults.py $(ARGS)
+
+ptx: $(TEST)  ## the kernels' compiled PTX in an emulated GPU: every kernel, dtype, encoding, sm_80 and sm_90
+	$(PYTEST) -m "ptx or not ptx" --timeout 3600 tests/ptx $(ARGS)
 
 bench: $(TEST)  ## CPU benchmarks: CSV, table and plots in benchmarks/results/cpu (about 24 GB of memory, an hour)
 	$(BIN)/python benchmarks/run.py $(ARGS)
@@ -76,12 +80,12 @@ lint-mypy: $(TEST)
 	$(BIN)/mypy
 
 lint-cpp: $(TEST)
-	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/clang-format --dry-run -Werror $(CPP) $(CPP_OF_TESTS)
 
 format: $(TEST)  ## the same tools, repairing
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CPP)
+	$(BIN)/clang-format -i $(CPP) $(CPP_OF_TESTS)
 
 clean:  ## remove builds, caches and the demo's report; keep the environment
 	rm -rf build dist *.egg-info demo-report .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -24,10 +25,12 @@ def unaligned(tensor: Tensor) -> Tensor:
     return torch.cat([tensor[:1], tensor])[1:]
 
 
-def pairs_of(before: str | None, after: str, rng: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
+def pairs_of(
+    before: str | None, after: str, rng: torch.Generator, sizes: Sequence[int] = SELECTION_SIZES
+) -> tuple[list[Tensor], list[Tensor]]:
     """Tensors whose deltas are normal, tied, denormal and zero; some unaligned."""
     initial, tuned = [], []
-    for number, n in enumerate(SELECTION_SIZES):
+    for number, n in enumerate(sizes):
         base = torch.zeros(n) if before is None else torch.randn(n, generator=rng) * 0.02
         start = base.to(DTYPES[before or "f32"])
         end = start.float() + torch.randn(n, generator=rng) * 1e-3

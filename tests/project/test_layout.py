@@ -7,7 +7,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
 FILES = sorted(TESTS.rglob("*.py"))
-OTHER_FOLDERS = {"benchmarks", "helpers", "project"}
+OTHER_FOLDERS = {"benchmarks", "helpers", "project", "ptx"}
 
 
 def test_folders_are_named_as_the_package_s():

@@ -1,0 +1,167 @@
+"""`masked_adamw_`, `masked_sum_squares`, `masked_pack_` as PTX: the bits of the reference, and nothing to report."""
+
+import pytest
+import torch
+from helpers import emulated_device as device
+from helpers.backends import using
+from helpers.bits import bits
+from helpers.emulated_gpu import ARCHITECTURES, COMPILED, GPU_BACKENDS
+from helpers.selection_passes import unaligned
+from helpers.update_cases import CASES, options_of, problem_of, rows_of
+
+from ltp_sparse.ops import masked_pack_, masked_sum_squares
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # the first test builds the emulator
+
+DENSITIES = {"list16": 0.02, "sparse bitmap": 0.07, "bitmap": 0.4, "full": 1.0}
+SIZES = (1, 63, 257, 1000, 4097)
+LARGE = (1, 257, 4097, 65_700)
+SMALL = (1, 63, 257, 700)
+SHUFFLED = [(1, 1), (2, 5), (3, 40)]
+"""(seed, longest burst) of schedules in which threads run at random."""
+
+
+def assert_same(found, wanted):
+    for number, (a, b) in enumerate(zip(found, wanted, strict=True)):
+        if a.dtype == torch.float64:  # sums, in another order
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+        else:
+            assert torch.equal(*(bits(t) if t.is_floating_point() else t for t in (a, b))), number
+
+
+def shifted(problem):
+    """Nothing is where a vector could be loaded."""
+    problem.params, problem.grads = ([unaligned(t) for t in tensors] for tensors in (problem.params, problem.grads))
+    for name in ("exp_avg", "exp_avg_sq", "master"):
+        if (tensor := getattr(problem, name)) is not None:
+            setattr(problem, name, unaligned(tensor))
+    return problem
+
+
+def _update(backend, sizes, case, variant, density):
+    """Two steps and their norms, on both backends."""
+    results = []
+    for chosen in ("reference", backend):
+        problem = problem_of(sizes, density, **options_of(*case))
+        problem.table = problem.table.with_ranks()
+        if variant == "unaligned":
+            problem = shifted(problem)
+        k = problem.table.k
+        anchor = torch.linspace(-0.03, 0.03, k) if variant == "anchor" else None
+        if variant == "packed":
+            problem.grads = torch.linspace(-1e-3, 1e-3, k)
+        else:
+            problem.grads[1] = None
+        norms = []
+        with using(chosen):
+            for step in (1, 2):
+                rows = rows_of(problem, step)
+                norms.append(
+                    masked_sum_squares(
+                        problem.params, problem.grads, problem.table, rows, anchor, master=problem.master
+                    )
+                )
+                problem.step(rows, anchor)
+        results.append([*problem.tensors(), *norms])
+    assert_same(*results)
+
+
+def _pack(backend, sizes, dtype, density, shift):
+    results = []
+    for chosen in ("reference", backend):
+        problem = problem_of(sizes, density, **options_of(dtype, dtype, "plain"))
+        grads = [unaligned(grad) for grad in problem.grads] if shift else problem.grads
+        out = torch.full((problem.table.k,), 0.5)
+        with using(chosen):
+            for accumulate in (False, True):
+                masked_pack_(grads, out, problem.table.with_ranks(), accumulate=accumulate)
+        results.append([out])
+    assert_same(*results)
+
+
+def every_case(own_gradients_only: bool = False):
+    return [
+        pytest.param(case, id="-".join((case[0], f"grad_{case[1]}", case[2])))
+        for case in CASES
+        if not own_gradients_only or case[0] == case[1]
+    ]
+
+
+@pytest.mark.parametrize("case", every_case(own_gradients_only=True))
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_update_of_the_reference(gpu, backend, case):
+    for density in DENSITIES.values():
+        gpu.run(_update, backend, SIZES, case, "plain", density)
+
+
+@pytest.mark.parametrize("variant", ["anchor", "packed", "unaligned"])
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_variants_of_an_update(gpu, backend, variant):
+    for density in DENSITIES.values():
+        gpu.run(_update, backend, SIZES, ("f32", "f32", "plain"), variant, density)
+
+
+@pytest.mark.parametrize("case", [("f32", "f32", "plain"), ("bf16", "bf16", "8bit-stochastic")], ids="-".join)
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_schedules_of_an_update(gpu, backend, case):
+    for (seed, burst), density in zip(SHUFFLED, (0.07, 0.4, 1.0), strict=True):
+        gpu.run(_update, backend, SMALL, case, "plain", density, random=1, seed=seed, burst=burst)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_packing_of_the_reference(gpu, backend, dtype):
+    for density in DENSITIES.values():
+        gpu.run(_pack, backend, SIZES, dtype, density, False)
+
+
+# --- all of it: `make ptx` ---
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize("sm", ARCHITECTURES, ids="sm_{}".format)
+@pytest.mark.parametrize("variant", ["plain", "anchor", "packed", "unaligned"])
+@pytest.mark.parametrize("case", every_case())
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_every_update(gpu, backend, case, variant, sm):
+    if variant == "packed" and case[1] != "f32":
+        pytest.skip("packed gradients are float32")
+    for density in DENSITIES.values():
+        gpu.run(_update, backend, LARGE, case, variant, density, sm=sm)
+    for (seed, burst), density in zip(SHUFFLED, (0.07, 0.4, 1.0), strict=True):
+        gpu.run(_update, backend, SMALL, case, variant, density, sm=sm, random=1, seed=seed, burst=burst)
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize("case", [("f32", "f32", "plain"), ("bf16", "bf16", "stochastic")], ids="-".join)
+@pytest.mark.parametrize("density", [0.2, 1.0])
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_a_whole_matrix(gpu, backend, case, density):
+    """768 x 768, and what awkward_rows want beside it."""
+    gpu.run(_update, backend, (768 * 768, 768, 1), case, "plain", density)
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize("sm", ARCHITECTURES, ids="sm_{}".format)
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_every_packing(gpu, backend, dtype, sm):
+    for density in DENSITIES.values():
+        for shift in (False, True):
+            gpu.run(_pack, backend, LARGE, dtype, density, shift, sm=sm)
+        gpu.run(_pack, backend, SMALL, dtype, density, False, sm=sm, random=1, seed=1, burst=3)
+
+
+SPOILT = {
+    "update_kernel": (_update, ("compiled", (65_536, 700, 1), ("f32", "f32", "plain"), "plain", 0.07)),
+    "update_coded_kernel": (_update, ("compiled", (9000, 700, 1), ("bf16", "bf16", "8bit"), "plain", 0.4)),
+    "sum_squares_kernel": (_update, ("compiled", (9000, 700, 1), ("f32", "f32", "plain"), "plain", 0.4)),
+    "pack_kernel": (_pack, ("compiled", (65_536,), "f32", 0.07, False)),
+}
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize("kernel", SPOILT)
+@pytest.mark.parametrize("backend", COMPILED)
+def test_barriers_are_missed(gpu, backend, kernel):
+    assert gpu.run(device.is_noticed, kernel, r"bar\.sync", *SPOILT[kernel], random=1, seed=3, burst=20)
