@@ -28,6 +28,18 @@ void masked_adamw_(py::handle update, int64_t threads) {
     run(threads, [&](int64_t n) { ltp::masked_adamw_(arguments, n); });
 }
 
+void prepare_step(py::handle record) {
+    ltp::Step step = {};
+    ltp::read_step(Record(record), step);
+    for (int64_t param = 0; param < step.n_params; ++param) ltp::prepare(step, param, 0, 0);
+}
+
+void gradient_norm(py::handle norm, py::handle record, int64_t threads) {
+    const ltp::HostUpdate arguments = ltp::host_update(Record(norm), ltp::read_norm<Record>);
+    const ltp::NormTotals totals = ltp::read_totals(Record(record));
+    run(threads, [&](int64_t n) { totals.add(ltp::masked_sum_squares(arguments, n)); });
+}
+
 void masked_sum_squares(py::handle norm, py::handle out, int64_t threads) {
     const ltp::HostUpdate arguments = ltp::host_update(Record(norm), ltp::read_norm<Record>);
     double* const sums = reinterpret_cast<double*>(out.attr("data_ptr")().cast<uintptr_t>());
@@ -92,6 +104,8 @@ PYBIND11_MODULE(_C, module) {
     using py::arg;
     module.doc() = "CPU kernels of ltp_sparse. Each takes its record of ltp_sparse/backends/arguments.py.";
     module.def("masked_adamw_", masked_adamw_, arg("update"), arg("threads"));
+    module.def("prepare_step", prepare_step, arg("step"));
+    module.def("gradient_norm", gradient_norm, arg("norm"), arg("totals"), arg("threads"));
     module.def("masked_sum_squares", masked_sum_squares, arg("norm"), arg("out"), arg("threads"));
     module.def("masked_pack_", masked_pack_, arg("pack"), arg("threads"));
     module.def("delta_histogram", delta_histogram, arg("histogram"), arg("threads"));

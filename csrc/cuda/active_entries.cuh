@@ -9,6 +9,8 @@
 //                              all; synchronises
 //   from_lane_xor(v, mask, r)  r of every thread: v of the lane of its warp whose number differs in the bits of mask
 //   count(c), add(c, v)        atomically adds 1 in shared, and v in global memory; the latter returns what was there
+//   is_last(n, blocks)         whether this is the last of so many blocks that come here, on all threads; it sees what
+//                              the others have written before. n: 0 before and after; synchronises
 //   trap()                     ends the kernel with an error: memory is not what the caller said
 //   PerThread<T>               a variable of every thread that outlives each()
 #pragma once

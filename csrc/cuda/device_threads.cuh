@@ -77,6 +77,18 @@ class DeviceThreads {
         return int64_t(atomicAdd(reinterpret_cast<unsigned long long*>(counter), (unsigned long long)(value)));
     }
 
+    __device__ bool is_last(uint32_t* arrived, int blocks) {
+        uint32_t* const scratch = reinterpret_cast<uint32_t*>(scratch_);
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            __threadfence();
+            *scratch = atomicInc(arrived, unsigned(blocks - 1));  // back to 0 by the last one
+            __threadfence();
+        }
+        __syncthreads();
+        return *scratch == unsigned(blocks - 1);
+    }
+
     __device__ void trap() { __trap(); }
 
     __device__ void set_bits(int32_t* word, int32_t bits) { atomicOr(word, bits); }

@@ -11,7 +11,7 @@ from itertools import accumulate, chain
 import torch
 from torch import Tensor
 
-from ltp_sparse.backends.arguments import Norm, Pack, Pairs
+from ltp_sparse.backends.arguments import Norm, Pack, Pairs, Step
 from ltp_sparse.tickets.bits import tiles_of
 
 _captured: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
@@ -35,12 +35,12 @@ def _upload(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(addresses, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
 
 
-def of_update(norm: Norm) -> Tensor:
+def of_update(norm: Norm | Step, device: torch.device) -> Tensor:
     """int64 [2 P]: parameter and gradient in turn, 0: none; packed gradients are all at the same place."""
     params, grads = norm.params.addresses, norm.grads.addresses
     if norm.packed:
         grads *= len(params)
-    return address_table(tuple(chain.from_iterable(zip(params, grads, strict=True))), norm.tiles.device)
+    return address_table(tuple(chain.from_iterable(zip(params, grads, strict=True))), device)
 
 
 def of_pack(pack: Pack) -> Tensor:

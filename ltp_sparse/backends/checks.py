@@ -344,7 +344,7 @@ def _check_extents(op: str, what: str, sizes: Sequence[int], facts: TableFacts, 
 def _check_state(op: str, update: Update, facts: TableFacts) -> None:
     """What only the update has: the moments, and that all it writes is apart."""
     sizes, coded = {"k": facts.k, "blocks": facts.blocks}, update.scales is not None
-    _check_tensors(op, update, ("exp_avg", "exp_avg_sq", "scales"), sizes, update.tiles.device, coded)
+    _check_tensors(op, update, ("exp_avg", "exp_avg_sq", "scales", "clip"), sizes, update.tiles.device, coded)
     if update.stochastic and (update.master is not None or not update.params.dtypes <= {torch.bfloat16}):
         raise ValueError(
             f"{op}: stochastic rounding is for bfloat16 parameters without a master; "

@@ -24,7 +24,9 @@ from ltp_sparse.backends.arguments import (
     Norm,
     Pack,
     Sample,
+    Step,
     Ties,
+    Totals,
     Update,
 )
 
@@ -48,6 +50,8 @@ class Backend:
     The operators check what update, norm and packing get; the passes of the selection are checked here.
     """
 
+    prepare_step: Callable[[Step], None]
+    gradient_norm: Callable[[Norm, Totals], None]
     masked_adamw_: Callable[[Update], None]
     masked_sum_squares: Callable[[Norm], Tensor]
     masked_pack_: Callable[[Pack], None]
@@ -61,9 +65,11 @@ class Backend:
     def __init__(self, module: ModuleType) -> None:
         self.name: str = module.NAME
         self.needs_ranks: bool = module.NEEDS_RANKS  # reads the rank directory of a tile table
-        for name in RECORDS:
+        self.needs_prepared: bool = module.NEEDS_PREPARED  # its kernels read what `prepare_step` has written for them
+        for name in ("prepare_step", "gradient_norm", *RECORDS):
             run = getattr(module, name, getattr(reference, name))
-            setattr(self, name, run if name.startswith("masked") else partial(_checked, name, run))
+            is_pass = name in RECORDS and not name.startswith("masked")
+            setattr(self, name, partial(_checked, name, run) if is_pass else run)
 
 
 def _checked(op: str, run: Callable[[Any], None], record: Any) -> None:

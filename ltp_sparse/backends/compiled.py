@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltp_sparse.backends.arguments import Norm
+from ltp_sparse.backends.arguments import Norm, Step, Totals
 
 NAME = "compiled"
-NEEDS_RANKS = False
+NEEDS_RANKS = NEEDS_PREPARED = False
 
 
 @cache
@@ -53,6 +53,14 @@ def isa() -> str | None:
 
 def _run(name: str, *arguments: Any) -> None:
     getattr(extension(), name)(*arguments, torch.get_num_threads())
+
+
+def prepare_step(step: Step) -> None:
+    extension().prepare_step(step)  # type: ignore[union-attr]
+
+
+def gradient_norm(norm: Norm, totals: Totals) -> None:
+    _run("gradient_norm", norm, totals)
 
 
 def masked_sum_squares(norm: Norm) -> Tensor:

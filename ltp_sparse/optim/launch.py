@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from ltp_sparse import ops
 from ltp_sparse.backends import Backend
-from ltp_sparse.backends.arguments import Tensors, Update
-from ltp_sparse.backends.coefficients import Coefficient, write_options, write_step
+from ltp_sparse.backends.arguments import Step, Tensors, Update
+from ltp_sparse.backends.coefficients import HYPER, Coefficient
 from ltp_sparse.backends.quantization import dequantize_tiles, quantize_tiles
-from ltp_sparse.backends.reference import adamw_update
-from ltp_sparse.backends.rounding import rounding_keys
+from ltp_sparse.backends.reference import adamw_update, prepare_step
 from ltp_sparse.optim.packed_gradients import PackedGradients
 from ltp_sparse.tickets.delta import gather
 from ltp_sparse.tickets.index_set import IndexSet
@@ -87,11 +86,10 @@ class Launch:
     anchor:       float32 [K], initial values for the pull, or None; on the device, or pinned on the host
     room:         float32 [at most PIECE], where pieces of an anchor on the host come to lie on the device, or None
     steps:        float64 [P], updates each parameter has taken
-    hyper:        float64 [G, 7], the hyperparameters of every parameter group; rows: [P, 7], those of every parameter
+    hyper:        float64 [G, 7], the hyperparameters of every parameter group; group: int64 [P], that of each parameter
     coefficients: float64 [P, 11], those of the step being taken
+    clip:         0-dim float64, what scales the gradients of the step being taken, or None; where `ClippedNorm` puts it
     """
-
-    HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "sign", "pull")
 
     def __init__(
         self,
@@ -118,11 +116,12 @@ class Launch:
         self.steps = torch.zeros(len(params), dtype=torch.float64, device=self.device)
         self.numbers = torch.tensor(numbers, dtype=torch.int64, device=self.device)
         self.group = torch.tensor(group, dtype=torch.int64, device=self.device)
-        self.hyper = torch.zeros(groups, len(self.HYPER), dtype=torch.float64, device=self.device)
-        self.rows = torch.zeros(len(params), len(self.HYPER), dtype=torch.float64, device=self.device)
+        self.hyper = torch.zeros(groups, len(HYPER), dtype=torch.float64, device=self.device)
         self.has_grad = torch.zeros(len(params), dtype=torch.float64, device=self.device)
         self.known_grads: list[bool] | None = None
         self.coefficients = torch.zeros(len(params), Coefficient.COUNT, dtype=torch.float64, device=self.device)
+        self.prepared = torch.zeros(len(params), 8, dtype=torch.int64, device=self.device)
+        self.clip: Tensor | None = None
         self.forget()
 
         starts = list(itertools.accumulate(self.table.counts, initial=0))
@@ -172,19 +171,22 @@ class Launch:
         self.seen_grads = Tensors(() if self.packed is not None else [param.grad for param in self.params])
         self.updates: list[tuple[Update, Backend]] = []
 
-    def _runs(self) -> Iterator[tuple[Update, Backend]]:
+    def runs(self) -> Iterator[tuple[Update, Backend]]:
         """What is launched, one after the other, by the norm and by the update of a step, and what serves it.
 
         The copies of an anchor on the host go to the stream of the launches, so that each waits for the launch that
         reads the one before.
         """
-        if not self.updates:
-            _, backend = ops.served(self.table, self.dtype)
-            self.updates = [(self._update_of(piece, backend), backend) for piece in self.pieces]
-        for piece, (update, backend) in zip(self.pieces, self.updates, strict=True):
+        for piece, (update, backend) in zip(self.pieces, self._updates(), strict=True):
             if self.room is not None and self.anchor is not None and update.anchor is not None:
                 update.anchor.copy_(self.anchor[piece.slots], non_blocking=True)
             yield update, backend
+
+    def _updates(self) -> list[tuple[Update, Backend]]:
+        if not self.updates:
+            _, backend = ops.served(self.table, self.dtype)
+            self.updates = [(self._update_of(piece, backend), backend) for piece in self.pieces]
+        return self.updates
 
     def _update_of(self, piece: Piece, backend: Backend) -> Update:
         slots, anchor = piece.slots, self.anchor
@@ -197,7 +199,8 @@ class Launch:
             exp_avg=self.exp_avg[slots], exp_avg_sq=self.exp_avg_sq[slots],
             scales=None if self.scales is None else self.scales[piece.blocks],
         )  # fmt: skip
-        return Update(**fields, stochastic=self.stochastic)
+        prepared = self.prepared if backend.needs_prepared else None
+        return Update(**fields, stochastic=self.stochastic, prepared=prepared, clip=self.clip)
 
     def state(self, position: int) -> dict[str, Tensor]:
         """The state of one parameter, as views of the packed buffers."""
@@ -323,8 +326,8 @@ class Launch:
         """Active entries that an update with the moments as they are would round back to what they are now."""
         if self.dtype == torch.float32 or self.master is not None or self.stochastic:
             return 0
-        rows = self.coefficients.clone()
-        self._write_step(rows, torch.ones_like(self.steps))
+        rows = torch.empty_like(self.coefficients)
+        prepare_step(self._step(torch.ones_like(self.steps), rows, counts=False))
         rows = rows.float()
         rows[:, [Coefficient.ONE_MINUS_BETA1, Coefficient.ONE_MINUS_BETA2]] = 0  # the moments stay
         rows[:, Coefficient.BETA2] = 1
@@ -347,19 +350,17 @@ class Launch:
 
     def set_hyperparameters(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Copies them to the device."""
-        for index, group in enumerate(groups):
-            if group["pull"] and self.anchor is None:
-                raise ValueError("MaskedAdamW: pull must be set at construction, which keeps the values it draws to")
-            lr = group["lr"]
-            values = [0.0 if isinstance(lr, Tensor) else float(lr), *group["betas"], group["eps"]]
+        if self.anchor is None and any(group["pull"] for group in groups):
+            raise ValueError("MaskedAdamW: pull must be set at construction, which keeps the values it draws to")
+        rows = []
+        for group in groups:
+            lr = 0.0 if isinstance(group["lr"], Tensor) else float(group["lr"])
             sign = -1.0 if group["maximize"] else 1.0
-            row = torch.tensor([*values, group["weight_decay"], sign, group["pull"]], dtype=torch.float64, device="cpu")
-            self.hyper[index].copy_(row)
-            if isinstance(lr, Tensor):
-                self.hyper[index, 0].copy_(lr)
-        torch.index_select(self.hyper, 0, self.group, out=self.rows)
-        lr, _, _, eps, weight_decay, _, _ = self.rows.unbind(1)
-        write_options(self.coefficients, lr=lr, betas=self.rows[:, 1:3], eps=eps, weight_decay=weight_decay)
+            rows.append([lr, *group["betas"], group["eps"], group["weight_decay"], sign, group["pull"]])
+        self.hyper.copy_(torch.tensor(rows, dtype=torch.float64, device="cpu"))
+        for index, group in enumerate(groups):
+            if isinstance(group["lr"], Tensor):
+                self.hyper[index, HYPER.index("lr")].copy_(group["lr"])
 
     def has_moved(self) -> bool:
         """Whether a parameter is on another device now."""
@@ -396,41 +397,33 @@ class Launch:
             self.known_grads = present
         return self.has_grad
 
-    def begin_step(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
-        """Counts the step and computes its coefficients; all on the device."""
-        apply = self._find_gradients()
-        if found_inf is not None:
-            apply = apply * (found_inf.to(self.device, torch.float64) == 0)
-        self.steps += apply
-        self._write_step(self.coefficients, apply, grad_scale)
+    def begin_step(
+        self, found_inf: Tensor | None, grad_scale: Tensor | None, pull_factor: Tensor | None, counts: bool = True
+    ) -> None:
+        """Counts the step, unless it is only looked at, and computes its coefficients; all on the device."""
+        scalars = found_inf, grad_scale, pull_factor
+        step = self._step(self._find_gradients(), self.coefficients, *scalars, counts=counts)
+        for _, backend in self._updates()[:1]:
+            ops.prepare_step(step, backend)
 
-    def prepare_norm(self) -> None:
-        """What `sum_squares` reads outside a step."""
-        self.look()
-        self._write_step(self.coefficients, self._find_gradients())
-
-    def _write_step(self, rows: Tensor, apply: Tensor, grad_scale: Tensor | None = None) -> None:
-        lr, _, _, _, _, sign, pull = self.rows.unbind(1)
-        random = self.stochastic or self.scales is not None
-        write_step(
-            rows,
-            apply=apply,
-            grad_factor=sign if grad_scale is None else sign / grad_scale.to(self.device, torch.float64),
-            steps=self.steps,
-            lr=lr,
-            betas=self.rows[:, 1:3],
-            pull=pull,
-            keys=rounding_keys(self.seed, self.steps, self.numbers) if random else None,
-        )
-
-    def clip(self, factor: Tensor) -> None:
-        """Multiplies gradients and pull."""
-        for column in (Coefficient.GRAD_FACTOR, Coefficient.PULL):
-            self.coefficients[:, column] *= factor
-
-    def scale_pull(self, factor: Tensor) -> None:
-        """Multiplies the pull alone, of gradients that are scaled already."""
-        self.coefficients[:, Coefficient.PULL] *= factor
+    def _step(
+        self,
+        has_grad: Tensor,
+        coefficients: Tensor,
+        found_inf: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+        pull_factor: Tensor | None = None,
+        *,
+        counts: bool,
+    ) -> Step:
+        return Step(
+            self.seen, self.seen_grads if self.packed is None else Tensors([self.packed.buffer]),
+            self.packed is not None, self.hyper, self.group, self.numbers, has_grad, self.steps, counts,
+            None if found_inf is None else found_inf.to(self.device, torch.float32),
+            None if grad_scale is None else grad_scale.to(self.device, torch.float32),
+            None if pull_factor is None else pull_factor.to(self.device),
+            self.seed, coefficients, self.prepared,
+        )  # fmt: skip
 
     def scale_gradients(self, factor: Tensor) -> None:
         if self.packed is not None:
@@ -440,13 +433,8 @@ class Launch:
             if param.grad is not None:
                 param.grad *= factor
 
-    def sum_squares(self) -> Tensor:
-        """0-dim float64, over the active entries of the gradients."""
-        sums = [ops.run("masked_sum_squares", update, backend) for update, backend in self._runs()]
-        return torch.cat(sums).sum()
-
     def update(self) -> None:
-        for update, backend in self._runs():
+        for update, backend in self.runs():
             ops.run("masked_adamw_", update, backend)
         self.forget()
         if self.master is not None:

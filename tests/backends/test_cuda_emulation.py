@@ -9,6 +9,7 @@ import itertools
 import shutil
 import subprocess
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +31,7 @@ from helpers.selections import DELTAS, random_case
 from torch import Tensor
 
 from ltp_sparse import backends
-from ltp_sparse.backends import addresses, cuda, reference
+from ltp_sparse.backends import cuda, reference
 from ltp_sparse.backends.arguments import Pack, Tensors, Update
 from ltp_sparse.backends.reference import Coefficient
 from ltp_sparse.backends.rounding import rounding_keys
@@ -105,15 +106,22 @@ class Emulation:
 
     def sum_squares(self) -> Tensor:
         out = torch.full((len(self.problem.table.tiles), self.parts), float("nan"), dtype=torch.float64)
-        self.module.masked_sum_squares(self.record, addresses.of_update(self.record), out, self.parts, 0)
+        self.module.masked_sum_squares(self._prepared(), out, self.parts, 0)
         return out.sum(1)
 
     def update(self) -> None:
-        self.module.masked_adamw_(self.record, addresses.of_update(self.record), self.parts, 0)
+        self.module.masked_adamw_(self._prepared(), self.parts, 0)
+
+    def _prepared(self) -> Update:
+        record = replace(self.record, prepared=torch.empty(len(self.problem.params), 8, dtype=torch.int64))
+        self.module.prepare_norm(record, 0)
+        return record
 
     def pack(self, out: Tensor, accumulate: bool) -> None:
         pack = Pack(*self.index, Tensors(self.problem.grads), out, accumulate)
-        self.module.masked_pack_(pack, addresses.of_pack(pack), self.parts, 0)
+        prepared = torch.empty(len(self.problem.grads), 8, dtype=torch.int64)
+        self.module.prepare_pack(pack, prepared, 0)
+        self.module.masked_pack_(pack, prepared, self.parts, 0)
 
 
 def problem_of(density: float, **options) -> UpdateProblem:
