@@ -67,14 +67,14 @@ void masked_adamw_(py::handle update, int parts, uintptr_t stream) {
 }
 
 void masked_sum_squares(py::handle norm, py::handle out, int parts, uintptr_t stream) {
-    ltp::cuda_masked_sum_squares(device_update(norm, parts, ltp::read_norm<Record>), at<double>(out),
-                                 stream_at(stream));
+    ltp::Total total = {};
+    total.sums = at<double>(out);
+    ltp::cuda_masked_sum_squares(device_update(norm, parts, ltp::read_norm<Record>), total, stream_at(stream));
 }
 
-void gradient_norm(py::handle norm, py::handle totals, py::handle sums, int parts, uintptr_t stream) {
-    const Record own(totals);
-    const ltp::DeviceTotals device = {ltp::read_totals(own), at<double>(sums), own.at<uint32_t>("arrived")};
-    ltp::cuda_gradient_norm(device_update(norm, parts, ltp::read_norm<Record>), device, stream_at(stream));
+void gradient_norm(py::handle norm, py::handle total, int parts, uintptr_t stream) {
+    const ltp::DeviceUpdate update = device_update(norm, parts, ltp::read_norm<Record>);
+    ltp::cuda_masked_sum_squares(update, ltp::read_total(Record(total)), stream_at(stream));
 }
 
 // prepared: None if there is one gradient, whose address is passed by value

@@ -84,18 +84,15 @@ void read_update(const Record& record, int64_t params, Update& to) {
     if (record.has("scales")) to.room.blocks = record.entries("scales") / 2;
 }
 
-// The norm of the gradients of a step, over launches that are made one after the other.
-struct NormTotals {
-    double* totals;  // sums of squares of the launches
-    int64_t launch;  // the number of this one
+// The norm of the gradients of a step, over all tiles of launches that come one after the other.
+struct Total {
+    int64_t first, tiles;  // the tiles of the launches before, and of all
     double max_norm;
-    double *grad_norm, *clip;  // that of the launches so far, and what scales gradients to at most `max_norm`
+    double* sums;  // what each adds
+    uint32_t* arrived;
+    double *grad_norm, *clip;  // the norm, and what scales gradients to at most `max_norm`
 
-    // total: that of this launch
-    LTP_HD void add(double total) const {
-        totals[launch] = total;
-        double squares = 0.0;
-        for (int64_t i = 0; i <= launch; ++i) squares += totals[i];
+    LTP_HD void finish(double squares) const {
         *grad_norm = sqrt(squares);
         const double factor = max_norm / (*grad_norm + 1e-6);
         *clip = factor > 1.0 ? 1.0 : factor;  // NaN stays
@@ -103,9 +100,14 @@ struct NormTotals {
 };
 
 template <class Record>
-NormTotals read_totals(const Record& record) {
-    return {record.template at<double>("totals"), int64_t(record.number("launch")), record.real("max_norm"),
-            record.template at<double>("grad_norm"), record.template at<double>("clip")};
+Total read_total(const Record& record) {
+    return {int64_t(record.number("first")),
+            int64_t(record.number("tiles")),
+            record.real("max_norm"),
+            record.template at<double>("sums"),
+            record.template at<uint32_t>("arrived"),
+            record.template at<double>("grad_norm"),
+            record.template at<double>("clip")};
 }
 
 template <class Record>

@@ -114,12 +114,12 @@ void masked_sum_squares(const HostUpdate& update, double* out, int64_t threads) 
     });
 }
 
-double masked_sum_squares(const HostUpdate& update, int64_t threads) {
-    std::vector<double> sums(size_t(update.n_tiles));
-    masked_sum_squares(update, sums.data(), threads);
-    double sum = 0.0;
-    for (const double of_tile : sums) sum += of_tile;
-    return sum;
+void gradient_norm(const HostUpdate& update, const Total& total, int64_t threads) {
+    masked_sum_squares(update, total.sums + total.first, threads);
+    if (total.first + update.n_tiles != total.tiles) return;
+    double squares = 0.0;
+    for (int64_t t = 0; t < total.tiles; ++t) squares += total.sums[t];
+    total.finish(squares);
 }
 
 void masked_pack_(const HostUpdate& update, float* out, bool accumulate, int64_t threads) {

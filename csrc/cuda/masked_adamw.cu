@@ -41,23 +41,12 @@ __global__ void __launch_bounds__(kThreads) update_coded_kernel(const __grid_con
 
 template <class Param, class Grad, bool PACKED>
 __global__ void __launch_bounds__(kThreads)
-    sum_squares_kernel(const __grid_constant__ DeviceUpdate update, double* out) {
+    sum_squares_kernel(const __grid_constant__ DeviceUpdate update, const __grid_constant__ Total total) {
     __shared__ uint16_t listed[kSubTile];
     __shared__ double scratch[kThreads / 32];
     DeviceThreads<kThreads> threads(scratch);
     const Place place = own_place();
-    if (place.tile >= update.n_tiles) return;
-    const double sum = sum_squares_block<Param, Grad, PACKED>(update, place, listed, threads);
-    if (threadIdx.x == 0) out[place.tile * update.parts + place.part] = sum;
-}
-
-template <class Param, class Grad, bool PACKED>
-__global__ void __launch_bounds__(kThreads)
-    norm_kernel(const __grid_constant__ DeviceUpdate update, const __grid_constant__ DeviceTotals totals) {
-    __shared__ uint16_t listed[kSubTile];
-    __shared__ double scratch[kThreads / 32];
-    DeviceThreads<kThreads> threads(scratch);
-    norm_block<Param, Grad, PACKED>(update, totals, int(blockIdx.x), int(gridDim.x), listed, threads);
+    if (place.tile < update.n_tiles) sum_squares_block<Param, Grad, PACKED>(update, total, place, listed, threads);
 }
 
 template <class Grad>
@@ -122,28 +111,16 @@ void cuda_masked_adamw_(const DeviceUpdate& update, void* stream) {
     check("masked_adamw_");
 }
 
-void cuda_masked_sum_squares(const DeviceUpdate& update, double* out, void* stream) {
+void cuda_masked_sum_squares(const DeviceUpdate& update, const Total& total, void* stream) {
     if (update.n_tiles == 0) return;
     const dim3 grid = grid_of(update, "masked_sum_squares");
     const auto on = static_cast<cudaStream_t>(stream);
     with_storage_types(update.param_dtype, update.grad_dtype, update.packed, [&](auto param, auto grad, auto packed) {
         using Param = decltype(param);
         using Grad = decltype(grad);
-        sum_squares_kernel<Param, Grad, decltype(packed)::value><<<grid, kThreads, 0, on>>>(update, out);
+        sum_squares_kernel<Param, Grad, decltype(packed)::value><<<grid, kThreads, 0, on>>>(update, total);
     });
     check("masked_sum_squares");
-}
-
-void cuda_gradient_norm(const DeviceUpdate& update, const DeviceTotals& totals, void* stream) {
-    const int64_t shares = update.n_tiles * update.parts;
-    const unsigned grid = unsigned(shares < 1 ? 1 : shares < kNormBlocks ? shares : kNormBlocks);
-    const auto on = static_cast<cudaStream_t>(stream);
-    with_storage_types(update.param_dtype, update.grad_dtype, update.packed, [&](auto param, auto grad, auto packed) {
-        using Param = decltype(param);
-        using Grad = decltype(grad);
-        norm_kernel<Param, Grad, decltype(packed)::value><<<grid, kThreads, 0, on>>>(update, totals);
-    });
-    check("gradient_norm");
 }
 
 void cuda_masked_pack_(const DeviceUpdate& update, float* out, bool accumulate, void* stream) {

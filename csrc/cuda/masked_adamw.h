@@ -14,11 +14,8 @@ struct DeviceUpdate : Update {
     int parts;  // thread blocks a tile
 };
 
-struct DeviceTotals : NormTotals {
-    double* sums;       // [kNormBlocks], scratch
-    uint32_t* arrived;  // thread blocks that have written theirs: 0 before and after
-};
-constexpr int kNormBlocks = 1024;  // whatever the GPU: the order of the sum is always the same
+// Tiles whose sums are added up first. Groups are those of all tiles of a step: a norm does not depend on its launches.
+constexpr int64_t kNormGroup = 64;
 
 // Addresses of the parameters and gradients of a launch, by value: nothing is copied there before it, nothing must
 // outlive it.
@@ -41,10 +38,9 @@ void cuda_prepare_step(const Step& step, const uint64_t* params, const uint64_t*
 
 void cuda_masked_adamw_(const DeviceUpdate& update, void* stream);
 
-// out: float64 [T, parts], a sum per thread block, each in a fixed order.
-void cuda_masked_sum_squares(const DeviceUpdate& update, double* out, void* stream);
-
-void cuda_gradient_norm(const DeviceUpdate& update, const DeviceTotals& totals, void* stream);
+// total.sums: float64 [T, parts], a sum per thread block, each in a fixed order. With total.arrived, 1 + G numbers for
+// the G groups of all tiles, the last thread block adds all up; G more sums stand behind the others then.
+void cuda_masked_sum_squares(const DeviceUpdate& update, const Total& total, void* stream);
 
 void cuda_masked_pack_(const DeviceUpdate& update, float* out, bool accumulate, void* stream);
 

@@ -215,14 +215,15 @@ LTP_HD void update_coded_block(const DeviceUpdate& update, const Place& place, T
     });
 }
 
-// Adds the squares of the share's effective gradients to `sums`; every thread adds its own in a fixed order.
+// The sum of squares of the share's effective gradients; every thread adds its own in a fixed order.
 template <class Param, class Grad, bool PACKED, class Threads>
-LTP_HD void add_squares(const DeviceUpdate& update, const Place& place, uint16_t* listed, Threads& threads,
-                        typename Threads::template PerThread<double>& sums) {
+LTP_HD double sum_squares_of_share(const DeviceUpdate& update, const Place& place, uint16_t* listed, Threads& threads) {
+    typename Threads::template PerThread<double> sums;
+    threads.each([&](int thread) { sums[thread] = 0.0; });
     const TileRow tile = update.tiles[place.tile];
-    if (!leads_inside(update, tile, threads)) return;
+    if (!leads_inside(update, tile, threads)) return threads.sum(sums);
     const Prepared prepared = update.prepared[tile.param];
-    if (prepared.grad == 0) return;
+    if (prepared.grad == 0) return threads.sum(sums);
     const Share<Param, Grad, PACKED> share(update, place, tile, prepared, 4);
     for_each_batch(tile, share.index, share.part, update.parts, listed, threads, [&](int thread, const Batch& batch) {
         for (int j = 0; j < kBatch; ++j) {
@@ -233,39 +234,42 @@ LTP_HD void add_squares(const DeviceUpdate& update, const Place& place, uint16_t
             sums[thread] += g * g;
         }
     });
-}
-
-// The sum of squares of one share.
-template <class Param, class Grad, bool PACKED, class Threads>
-LTP_HD double sum_squares_block(const DeviceUpdate& update, const Place& place, uint16_t* listed, Threads& threads) {
-    typename Threads::template PerThread<double> sums;
-    threads.each([&](int thread) { sums[thread] = 0.0; });
-    add_squares<Param, Grad, PACKED>(update, place, listed, threads, sums);
     return threads.sum(sums);
 }
 
-// The sum over every `blocks`-th share, from number `block` on; the last block to arrive adds all up.
-template <class Param, class Grad, bool PACKED, class Threads>
-LTP_HD void norm_block(const DeviceUpdate& update, const DeviceTotals& totals, int block, int blocks, uint16_t* listed,
-                       Threads& threads) {
+// On thread 0, always in the same order.
+template <class Threads>
+LTP_HD double sum_of(const double* values, int64_t count, Threads& threads) {
     typename Threads::template PerThread<double> sums;
-    threads.each([&](int thread) { sums[thread] = 0.0; });
-    for (int64_t share = block; share < update.n_tiles * update.parts; share += blocks) {
-        const Place place = {share / update.parts, int(share % update.parts)};
-        add_squares<Param, Grad, PACKED>(update, place, listed, threads, sums);
-    }
-    const double own = threads.sum(sums);
-    threads.each([&](int thread) {
-        if (thread == 0) totals.sums[block] = own;
-    });
-    if (!threads.is_last(totals.arrived, blocks)) return;
     threads.each([&](int thread) {
         sums[thread] = 0.0;
-        for (int i = thread; i < blocks; i += kThreads) sums[thread] += totals.sums[i];
+        for (int64_t i = thread; i < count; i += kThreads) sums[thread] += values[i];
     });
-    const double total = threads.sum(sums);
+    return threads.sum(sums);
+}
+
+template <class Param, class Grad, bool PACKED, class Threads>
+LTP_HD void sum_squares_block(const DeviceUpdate& update, const Total& total, const Place& place, uint16_t* listed,
+                              Threads& threads) {
+    const int64_t parts = update.parts, tile = total.first + place.tile;
+    const double own = sum_squares_of_share<Param, Grad, PACKED>(update, place, listed, threads);
     threads.each([&](int thread) {
-        if (thread == 0) totals.add(total);
+        if (thread == 0) total.sums[tile * parts + place.part] = own;
+    });
+    if (total.arrived == nullptr) return;
+    const int64_t group = tile / kNormGroup, groups = (total.tiles + kNormGroup - 1) / kNormGroup;
+    const int64_t left = total.tiles - group * kNormGroup;
+    const int64_t in_group = parts * (left < kNormGroup ? left : kNormGroup);
+    if (!threads.is_last(total.arrived + 1 + group, int(in_group))) return;
+    double* const group_sums = total.sums + total.tiles * parts;
+    const double of_group = sum_of(total.sums + group * kNormGroup * parts, in_group, threads);
+    threads.each([&](int thread) {
+        if (thread == 0) group_sums[group] = of_group;
+    });
+    if (!threads.is_last(total.arrived, int(groups))) return;
+    const double squares = sum_of(group_sums, groups, threads);
+    threads.each([&](int thread) {
+        if (thread == 0) total.finish(squares);
     });
 }
 

@@ -59,6 +59,8 @@ _LIST16 = tl.constexpr(2)
 _COEFFICIENTS = tl.constexpr(11)
 _HYPER = tl.constexpr(7)
 
+_NORM_GROUP = tl.constexpr(64)  # tiles whose sums are added up first
+
 _PREPARED = tl.constexpr(8)  # words of a row of `prepared`, as csrc/common/adamw.h lays it out
 _PARAM_ADDRESS = tl.constexpr(5)
 _GRAD_ADDRESS = tl.constexpr(6)
@@ -409,33 +411,45 @@ def _square(
 
 
 @triton.jit
-def _add_total(sum_ptr, count, total_ptr, launch, max_norm, grad_norm_ptr, clip_ptr):
-    """The norm of the launches so far, and what clips it, from the sums of this one; always in the same order."""
-    LANES: tl.constexpr = 1024
+def _sum_of(values_ptr, count):
+    """Always in the same order."""
+    LANES: tl.constexpr = 256
     sums = tl.zeros([LANES], tl.float64)
     first = 0
     while first < count:
         lane = first + tl.arange(0, LANES)
-        sums += tl.load(sum_ptr + lane, lane < count, 0.0, cache_modifier=".cg")
+        sums += tl.load(values_ptr + lane, lane < count, 0.0, cache_modifier=".cg")
         first += LANES
-    squares = tl.sum(sums)
-    tl.store(total_ptr + launch, squares)
-    for earlier in range(launch):
-        squares += tl.load(total_ptr + earlier)
-    norm = tl.sqrt(squares)
-    tl.store(grad_norm_ptr, norm)
-    clip = max_norm / (norm + 1e-6)
-    tl.store(clip_ptr, tl.where(clip > 1.0, 1.0, clip))  # NaN stays
+    return tl.sum(sums)
 
 
-@triton.jit(do_not_specialize=["launch"])
+@triton.jit
+def _add_total(sum_ptr, first, tiles, max_norm, arrived_ptr, grad_norm_ptr, clip_ptr):
+    """The last program of a group of tiles adds up its sums; the last one of all those of the groups."""
+    group = (first + tl.program_id(0) // _PARTS) // _NORM_GROUP
+    in_group = _PARTS * tl.minimum(tiles - group * _NORM_GROUP, _NORM_GROUP)
+    tl.debug_barrier()
+    if tl.atomic_add(arrived_ptr + 1 + group, 1) == in_group - 1:
+        tl.store(arrived_ptr + 1 + group, 0)
+        tl.store(sum_ptr + tiles * _PARTS + group, _sum_of(sum_ptr + group * _NORM_GROUP * _PARTS, in_group))
+        tl.debug_barrier()
+        groups = tl.cdiv(tiles, _NORM_GROUP)
+        if tl.atomic_add(arrived_ptr, 1) == groups - 1:
+            tl.store(arrived_ptr, 0)
+            norm = tl.sqrt(_sum_of(sum_ptr + tiles * _PARTS, groups))
+            tl.store(grad_norm_ptr, norm)
+            clip = max_norm / (norm + 1e-6)
+            tl.store(clip_ptr, tl.where(clip > 1.0, 1.0, clip))  # NaN stays
+
+
+@triton.jit(do_not_specialize=["first", "tiles"])
 def _masked_sum_squares_kernel(
     prepared_ptr, master_ptr, tile_ptr, group_ptr, rank_ptr, position_ptr, anchor_ptr, sum_ptr,
-    arrived_ptr, total_ptr, launch, max_norm, grad_norm_ptr, clip_ptr,
+    first, tiles, max_norm, arrived_ptr, grad_norm_ptr, clip_ptr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, PACKED: tl.constexpr, HAS_MASTER: tl.constexpr, HAS_ANCHOR: tl.constexpr,
-    TOTALS: tl.constexpr, BLOCK: tl.constexpr,
+    TOTAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes the sum of every part of every tile: sum_ptr is float64 [T, _PARTS]. TOTALS: the last program adds up."""
+    """Writes the sum of every part of every tile: sum_ptr is float64 [T, _PARTS]. TOTAL: the last program adds up."""
     PARAM_SIZE: tl.constexpr = PARAM.primitive_bitwidth // 8
     GRAD_SIZE: tl.constexpr = GRAD.primitive_bitwidth // 8
     tile_ptr += (tl.program_id(0) // _PARTS).to(tl.int64) * _TILE_COLUMNS
@@ -482,12 +496,9 @@ def _masked_sum_squares_kernel(
                     mask, grad_factor, pull, HAS_MASTER, HAS_ANCHOR,
                 )  # fmt: skip
                 first += _PARTS * BLOCK
-    tl.store(sum_ptr + tl.program_id(0), tl.sum(total))
-    if TOTALS:
-        tl.debug_barrier()
-        if tl.atomic_add(arrived_ptr, 1) == tl.num_programs(0) - 1:
-            tl.store(arrived_ptr, 0)
-            _add_total(sum_ptr, tl.num_programs(0), total_ptr, launch, max_norm, grad_norm_ptr, clip_ptr)
+    tl.store(sum_ptr + first * _PARTS + tl.program_id(0), tl.sum(total))
+    if TOTAL:
+        _add_total(sum_ptr, first, tiles, max_norm, arrived_ptr, grad_norm_ptr, clip_ptr)
 
 
 @triton.jit(do_not_specialize=["single_address"])
@@ -614,21 +625,20 @@ def _or(tensor: Tensor | None, norm: Any) -> Tensor:
 
 def masked_sum_squares(norm: Any, prepared: Tensor) -> Tensor:
     """float64 [T]; each sum is taken in an order that depends on the tile only."""
-    return _sum_squares(norm, prepared, None).sum(1)
-
-
-def gradient_norm(norm: Any, prepared: Tensor, totals: Any) -> None:
-    """The norm of the gradients of this launch and those before, and what clips them."""
-    _sum_squares(norm, prepared, totals)
-
-
-def _sum_squares(norm: Any, prepared: Tensor, totals: Any) -> Tensor:
     sums = torch.empty(len(norm.tiles), _PARTS.value, dtype=torch.float64, device=norm.tiles.device)
+    _sum_squares(norm, prepared, sums, 0, 0, 1.0, sums, sums, sums, TOTAL=False)
+    return sums.sum(1)
+
+
+def gradient_norm(norm: Any, prepared: Tensor, total: Any) -> None:
+    """The norm of the gradients, after its last launch, and what clips them."""
+    numbers = total.first, total.tiles, total.max_norm
+    _sum_squares(norm, prepared, total.sums, *numbers, total.arrived, total.grad_norm, total.clip, TOTAL=True)
+
+
+def _sum_squares(norm: Any, prepared: Tensor, sums: Tensor, *total: Any, TOTAL: bool) -> None:
     if not len(norm.tiles):
-        return sums
-    into = (sums, sums, 0, 1.0, sums, sums)  # which are not followed
-    if totals is not None:
-        into = totals.arrived, totals.totals, totals.launch, totals.max_norm, totals.grad_norm, totals.clip
+        return
     with on_device_of(norm.tiles):
         _masked_sum_squares_kernel[(len(norm.tiles) * _PARTS.value,)](
             prepared,
@@ -639,18 +649,17 @@ def _sum_squares(norm: Any, prepared: Tensor, totals: Any) -> Tensor:
             norm.positions,
             _or(norm.anchor, norm),
             sums,
-            *into,
+            *total,
             PARAM=_type_of(norm.params),
             GRAD=_type_of(norm.grads),
             PACKED=norm.packed,
             HAS_MASTER=norm.master is not None,
             HAS_ANCHOR=norm.anchor is not None,
-            TOTALS=totals is not None,
+            TOTAL=TOTAL,
             BLOCK=_BLOCK,
             num_warps=_NUM_WARPS,
             enable_fp_fusion=False,
         )
-    return sums
 
 
 def masked_pack_(pack: Any, addresses: Tensor | int) -> None:

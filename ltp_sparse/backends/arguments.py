@@ -46,6 +46,16 @@ class Tensors(list["Tensor | None"]):
     It is made for one call, or for the calls of one step: what changes under it later is not seen.
     """
 
+    def renew(self, tensors: Iterable[Tensor | None], addresses: tuple[int, ...]) -> None:
+        """Takes other tensors that are like these in all but where they are."""
+        self[:] = tensors
+        vars(self).pop("present", None)
+        vars(self)["addresses"] = addresses
+
+    def let_go(self) -> None:
+        """Holds no tensors until it is renewed."""
+        self.renew((), ())
+
     @cached_property
     def present(self) -> list[Tensor]:
         return [tensor for tensor in self if tensor is not None]
@@ -189,22 +199,26 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False)
-class Totals:
-    """`gradient_norm`: the norm over the launches of a step on one device, which are made one after the other.
+class Total:
+    """`gradient_norm`: the norm over all tiles of a step, whose launches come one after the other.
 
-    totals:    the sum of squares of each
-    launch:    the number of this one; what comes after it is not counted yet
-    grad_norm: the norm of the launches so far
-    clip:      what scales gradients to a norm of at most `max_norm`
-    arrived:   for kernels that count their thread blocks: 0 before and after
+    first, tiles: the tiles of the launches before, and of all
+    sums:         what each tile adds, in the backend's own layout
+    arrived:      for kernels that count their thread blocks: 0 before and after
+    grad_norm:    the norm, written by the last launch; clip: what scales gradients to a norm of at most `max_norm`
     """
 
-    totals: Annotated[Tensor, Spec(torch.float64, ("launches",), written=True)]
-    launch: int
+    first: int
+    tiles: int
     max_norm: float
+    sums: Annotated[Tensor, Spec(torch.float64, written=True)]
+    arrived: Annotated[Tensor | None, Spec(torch.int32, written=True)]
     grad_norm: Annotated[Tensor, Spec(torch.float64, written=True)]
     clip: Annotated[Tensor, Spec(torch.float64, written=True)]
-    arrived: Annotated[Tensor, Spec(torch.int32, (1,), written=True)]
+
+
+NORM_GROUP = 64
+"""Tiles whose sums a kernel on a GPU adds up first; as in csrc/cuda/masked_adamw.h."""
 
 
 # --- the passes of topk_delta ---
@@ -354,7 +368,7 @@ RECORDS: dict[str, type] = {
     "take_ties": Ties,
 }
 """The functions of a backend that are checked, and what each takes. Two more are the optimizer's own: `prepare_step`
-takes a `Step`, `gradient_norm` a `Norm` and `Totals`."""
+takes a `Step`, `gradient_norm` a `Norm` and a `Total`."""
 
 
 class Field(NamedTuple):

@@ -286,7 +286,7 @@ def _check_apart(op: str, params: Tensors, state: dict[str, Tensor]) -> None:
 
 
 def check_update(op: str, norm: Norm) -> TableFacts:
-    """The arguments of an update, or of the norm of its gradients; those that both have are looked at once.
+    """The arguments of an update, or of the norm of its gradients. A record is looked at once.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices do not fit the table or each other, or are of no plain tensor.
@@ -295,8 +295,9 @@ def check_update(op: str, norm: Norm) -> TableFacts:
         facts = table_facts(op, norm)
         _check_gradients(op, norm, facts)
         vars(norm)["_facts"] = facts
-    if isinstance(norm, Update) and op == "masked_adamw_":
+    if isinstance(norm, Update) and op == "masked_adamw_" and "_state_known" not in vars(norm):
         _check_state(op, norm, facts)
+        vars(norm)["_state_known"] = True
     return facts
 
 

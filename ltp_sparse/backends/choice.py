@@ -26,7 +26,7 @@ from ltp_sparse.backends.arguments import (
     Sample,
     Step,
     Ties,
-    Totals,
+    Total,
     Update,
 )
 
@@ -51,7 +51,7 @@ class Backend:
     """
 
     prepare_step: Callable[[Step], None]
-    gradient_norm: Callable[[Norm, Totals], None]
+    gradient_norm: Callable[[Norm, Total], None]
     masked_adamw_: Callable[[Update], None]
     masked_sum_squares: Callable[[Norm], Tensor]
     masked_pack_: Callable[[Pack], None]
@@ -66,6 +66,7 @@ class Backend:
         self.name: str = module.NAME
         self.needs_ranks: bool = module.NEEDS_RANKS  # reads the rank directory of a tile table
         self.needs_prepared: bool = module.NEEDS_PREPARED  # its kernels read what `prepare_step` has written for them
+        self.sums_per_tile: int = module.SUMS_PER_TILE  # that `gradient_norm` keeps
         for name in ("prepare_step", "gradient_norm", *RECORDS):
             run = getattr(module, name, getattr(reference, name))
             is_pass = name in RECORDS and not name.startswith("masked")

@@ -24,7 +24,7 @@ from ltp_sparse.backends.arguments import (
     Pairs,
     Sample,
     Step,
-    Totals,
+    Total,
     Update,
 )
 from ltp_sparse.tickets.bits import tiles_of
@@ -32,10 +32,8 @@ from ltp_sparse.tickets.bits import tiles_of
 NAME = "compiled"
 NEEDS_RANKS = NEEDS_PREPARED = True
 
-_SUM_PARTS = 16
+SUMS_PER_TILE = 16
 """Thread blocks a tile that sum squares."""
-_NORM_BLOCKS = 1024
-"""Those of a norm; as in csrc/cuda/masked_adamw.h."""
 
 
 @cache
@@ -83,17 +81,17 @@ def masked_adamw_(update: Update) -> None:
 
 
 def masked_sum_squares(norm: Norm) -> Tensor:
-    out = torch.empty(len(norm.tiles), _SUM_PARTS, dtype=torch.float64, device=norm.tiles.device)
+    out = torch.empty(len(norm.tiles), SUMS_PER_TILE, dtype=torch.float64, device=norm.tiles.device)
     if len(norm.tiles):
         with addresses.on_device_of(norm.tiles):
-            _launch("masked_sum_squares", out.device, _prepared(norm), out, _SUM_PARTS)
+            _launch("masked_sum_squares", out.device, _prepared(norm), out, SUMS_PER_TILE)
     return out.sum(1)
 
 
-def gradient_norm(norm: Norm, totals: Totals) -> None:
-    sums = torch.empty(_NORM_BLOCKS, dtype=torch.float64, device=norm.tiles.device)
-    with addresses.on_device_of(norm.tiles):
-        _launch("gradient_norm", sums.device, _prepared(norm), totals, sums, _SUM_PARTS)
+def gradient_norm(norm: Norm, total: Total) -> None:
+    if len(norm.tiles):
+        with addresses.on_device_of(norm.tiles):
+            _launch("gradient_norm", norm.tiles.device, _prepared(norm), total, SUMS_PER_TILE)
 
 
 def masked_pack_(pack: Pack) -> None:

@@ -26,7 +26,7 @@ from ltp_sparse.backends.arguments import (
     Step,
     Ties,
     Tiles,
-    Totals,
+    Total,
     Update,
 )
 from ltp_sparse.backends.coefficients import Coefficient, write_coefficients
@@ -37,6 +37,7 @@ from ltp_sparse.tickets.tile_table import Column, state_blocks, tile_indices
 
 NAME = "reference"
 NEEDS_RANKS = NEEDS_PREPARED = False
+SUMS_PER_TILE = 1
 
 NONFINITE_KEY = 0x7F800000
 """The smallest key of an infinity or a NaN."""
@@ -148,16 +149,18 @@ def masked_sum_squares(norm: Norm) -> Tensor:
     return sums
 
 
-def gradient_norm(norm: Norm, totals: Totals) -> None:
-    """The norm of the gradients of this launch and those before, and what clips them."""
-    add_total(masked_sum_squares(norm), totals)
+def gradient_norm(norm: Norm, total: Total) -> None:
+    """The norm of the gradients, after its last launch, and what clips them."""
+    add_sums(masked_sum_squares(norm), total)
 
 
-def add_total(sums: Tensor, totals: Totals) -> None:
-    """`gradient_norm` for sums of squares that are there."""
-    totals.totals[totals.launch] = sums.sum()
-    totals.grad_norm.copy_(totals.totals[: totals.launch + 1].sum().sqrt())
-    totals.clip.copy_((totals.max_norm / (totals.grad_norm + 1e-6)).clamp(max=1.0))
+def add_sums(sums: Tensor, total: Total) -> None:
+    """`gradient_norm` for the sums of squares of a launch."""
+    end = total.first + len(sums)
+    total.sums[total.first : end] = sums
+    if end == total.tiles:
+        total.grad_norm.copy_(total.sums[:end].sum().sqrt())
+        total.clip.copy_((total.max_norm / (total.grad_norm + 1e-6)).clamp(max=1.0))
 
 
 def masked_pack_(pack: Pack) -> None:

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltp_sparse.backends import addresses, reference
-from ltp_sparse.backends.arguments import Norm, Pack, Step, Totals, Update
+from ltp_sparse.backends import addresses
+from ltp_sparse.backends.arguments import Norm, Pack, Step, Total, Update
 
 NAME = "triton"
 NEEDS_RANKS = NEEDS_PREPARED = True
+SUMS_PER_TILE = 4
+"""Programs a tile that sum squares; as in kernels/ltp_kernels/masked_adamw.py."""
 # `delta_histogram` is the reference's: Triton has none that beats torch's at 32,768 bins; the sampled route avoids it
 
 
@@ -55,11 +57,8 @@ def masked_sum_squares(norm: Norm) -> Tensor:
     return kernels().masked_sum_squares(norm, _prepared(norm))
 
 
-def gradient_norm(norm: Norm, totals: Totals) -> None:
-    if len(norm.tiles):
-        kernels().gradient_norm(norm, _prepared(norm), totals)
-    else:
-        reference.gradient_norm(norm, totals)
+def gradient_norm(norm: Norm, total: Total) -> None:
+    kernels().gradient_norm(norm, _prepared(norm), total)
 
 
 def masked_pack_(pack: Pack) -> None:

@@ -22,7 +22,7 @@ from ltp_sparse.backends.arguments import (
     Pack,
     Step,
     Tensors,
-    Totals,
+    Total,
     Update,
     arguments_of,
     schema,
@@ -163,13 +163,13 @@ def prepare_step(step: Step, backend: backends.Backend) -> None:
     (reference.prepare_step if _is_watched() else backend.prepare_step)(step)
 
 
-def gradient_norm(norm: Norm, totals: Totals, backend: backends.Backend) -> None:
-    """The norm of the gradients of this launch and those before it, and what clips them."""
+def gradient_norm(norm: Norm, total: Total, backend: backends.Backend) -> None:
+    """The norm of the gradients, after its last launch, and what clips them."""
     if _is_watched():
-        reference.add_total(run("masked_sum_squares", norm, backend), totals)
+        reference.add_sums(run("masked_sum_squares", norm, backend), total)
     else:
         facts = checks.check_update("masked_sum_squares", norm)
-        _serving("masked_sum_squares", norm, norm.params, facts, backend).gradient_norm(_contiguous(norm), totals)
+        _serving("masked_sum_squares", norm, norm.params, facts, backend).gradient_norm(_contiguous(norm), total)
 
 
 @torch.library.impl(_library, "topk_delta", "CompositeExplicitAutograd")

@@ -6,44 +6,59 @@ import torch
 from torch import Tensor
 
 from ltp_sparse import ops
-from ltp_sparse.backends.arguments import Totals
+from ltp_sparse.backends import Backend
+from ltp_sparse.backends.arguments import NORM_GROUP, Total
 from ltp_sparse.optim.launch import Launch
 
 
 class ClippedNorm:
-    """Where the launches of each device add up their squares, and where they find what scales their gradients."""
+    """Measures the norm of what some launches update.
+
+    clips: 0-dim float64 on each device, what scales its gradients
+    """
 
     def __init__(self, launches: list[Launch]) -> None:
-        self._launches: dict[torch.device, list[Launch]] = {}
-        for launch in launches:
-            self._launches.setdefault(launch.device, []).append(launch)
-        self._totals = {
-            device: _zeros(device, sum(len(launch.pieces) for launch in of_device))
-            for device, of_device in self._launches.items()
-        }
-        self._arrived = {device: torch.zeros(1, dtype=torch.int32, device=device) for device in self._launches}
-        self.clips = {device: _zeros(device) for device in self._launches}
-        """0-dim float64 on each device"""
+        self._launches = launches
+        self._tiles = sum(len(launch.table.tiles) for launch in launches)
+        self.clips = {launch.device: _empty(launch.device) for launch in launches}
+        self._arrived: Tensor | None = None
 
     def measure(self, max_norm: float) -> Tensor:
         """Writes the clips for a norm of at most `max_norm`; returns the norm before, 0-dim float64."""
-        norms = []
-        for device, launches in self._launches.items():
-            norms.append(_zeros(device))
-            runs = (run for launch in launches for run in launch.runs())
-            for number, (update, backend) in enumerate(runs):
-                totals = Totals(
-                    self._totals[device], number, max_norm, norms[-1], self.clips[device], self._arrived[device]
-                )
-                ops.gradient_norm(update, totals, backend)
-        if len(norms) > 1:
-            first = norms[0].device
-            norms[0] = torch.stack([totals.sum().to(first) for totals in self._totals.values()]).sum().sqrt()
-            clip = (max_norm / (norms[0] + 1e-6)).clamp(max=1.0)
-            for own in self.clips.values():
-                own.copy_(clip)
-        return norms[0]
+        backends = {launch.backend.name: launch.backend for launch in self._launches}
+        if len(self.clips) > 1 or len(backends) > 1 or not self._tiles:
+            return self._measure_apart(max_norm)
+        ((device, clip),), (backend,) = self.clips.items(), backends.values()
+        grad_norm, first = _empty(device), 0
+        sums, arrived = self._scratch(backend, device)
+        for launch in self._launches:
+            for update, _ in launch.runs():
+                total = Total(first, self._tiles, max_norm, sums, arrived, grad_norm, clip)
+                ops.gradient_norm(update, total, backend)
+                first += len(update.tiles)
+        return grad_norm
+
+    def _scratch(self, backend: Backend, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """The `sums` and `arrived` of `Total`."""
+        if not backend.needs_prepared:
+            return _empty(device, self._tiles), None
+        groups = -(-self._tiles // NORM_GROUP)
+        if self._arrived is None:
+            self._arrived = torch.zeros(1 + groups, dtype=torch.int32, device=device)
+        return _empty(device, self._tiles * backend.sums_per_tile + groups), self._arrived
+
+    def _measure_apart(self, max_norm: float) -> Tensor:
+        """On several devices, or by several backends."""
+        sums = []
+        for launch in self._launches:
+            sums += [ops.run("masked_sum_squares", *run) for run in launch.runs()]
+        first = sums[0].device
+        grad_norm = torch.stack([of_launch.sum().to(first) for of_launch in sums]).sum().sqrt()
+        clip = (max_norm / (grad_norm + 1e-6)).clamp(max=1.0)
+        for own in self.clips.values():
+            own.copy_(clip)
+        return grad_norm
 
 
-def _zeros(device: torch.device, *shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.float64, device=device)
+def _empty(device: torch.device, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float64, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltp_sparse import ops
+from ltp_sparse import backends, ops
 from ltp_sparse.backends import Backend
 from ltp_sparse.backends.arguments import Step, Tensors, Update
 from ltp_sparse.backends.coefficients import HYPER, Coefficient
+from ltp_sparse.backends.compiled import describe
 from ltp_sparse.backends.quantization import dequantize_tiles, quantize_tiles
 from ltp_sparse.backends.reference import adamw_update, prepare_step
 from ltp_sparse.optim.packed_gradients import PackedGradients
@@ -21,6 +23,8 @@ from ltp_sparse.tickets.delta import gather
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.tile_table import Column, TileTable, state_blocks
 from ltp_sparse.weights.tensors import check_plain_tensor
+
+_version = operator.attrgetter("_version")
 
 PIECE = 1 << 24
 """Slots whose pull values are on a GPU at a time if they are kept on the host: 64 MiB."""
@@ -88,8 +92,13 @@ class Launch:
     steps:        float64 [P], updates each parameter has taken
     hyper:        float64 [G, 7], the hyperparameters of every parameter group; group: int64 [P], that of each parameter
     coefficients: float64 [P, 11], those of the step being taken
+    backend:      what serves the step, decided by `look`
     clip:         0-dim float64, what scales the gradients of the step being taken, or None; where `ClippedNorm` puts it
     """
+
+    backend: Backend
+    updates: list[tuple[Update, Backend]]
+    looks: tuple[Any, ...]
 
     def __init__(
         self,
@@ -109,7 +118,7 @@ class Launch:
         self.stochastic = precision.is_stochastic(self.dtype)
         self.seed = precision.seed
         self.master = self.values() if precision.keeps_master(self.dtype) else None
-        self.master_of = [_identity(param) for param in params]
+        self.master_of = self._places()
         self.anchor: Tensor | None = None
         self.room: Tensor | None = None
         self.pieces = [Piece(self.table, slice(None), slice(None))]
@@ -120,9 +129,9 @@ class Launch:
         self.has_grad = torch.zeros(len(params), dtype=torch.float64, device=self.device)
         self.known_grads: list[bool] | None = None
         self.coefficients = torch.zeros(len(params), Coefficient.COUNT, dtype=torch.float64, device=self.device)
-        self.prepared = torch.zeros(len(params), 8, dtype=torch.int64, device=self.device)
+        self.prepared: Tensor | None = None
         self.clip: Tensor | None = None
-        self.forget()
+        self._look_anew()
 
         starts = list(itertools.accumulate(self.table.counts, initial=0))
         self.slots = [slice(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
@@ -165,11 +174,38 @@ class Launch:
         largest = max(piece.slots.stop - piece.slots.start for piece in self.pieces)
         self.room = torch.empty(largest, dtype=torch.float32, device=self.device)
 
-    def look(self) -> None:
-        """Takes note of parameters and gradients as they are now: those of the step to come."""
-        self.seen = Tensors(self.params)
-        self.seen_grads = Tensors(() if self.packed is not None else [param.grad for param in self.params])
-        self.updates: list[tuple[Update, Backend]] = []
+    def look(self) -> bool:
+        """Takes note of parameters and gradients as they are now: those of the step to come.
+
+        Returns:
+            False: all is as in the step before, but for the addresses of gradients, and known to be good.
+        """
+        grads = None if self.packed is not None else [param.grad for param in self.params]
+        found, of_grads = describe(self.params), describe(grads or [])
+        asked = backends.chosen()
+        if found is None or of_grads is None or not self.updates or self.looks != (found, of_grads[0], asked):
+            self._look_anew()
+            self.looks = found, of_grads and of_grads[0], asked
+            self.seen, self.seen_grads = Tensors(self.params), Tensors(grads or [])
+            _, self.backend = ops.served(self.table, self.dtype)
+            return True
+        self.seen_grads.renew(grads or [], of_grads[1])
+        self.changed = False
+        return False
+
+    def _look_anew(self) -> None:
+        """Forgets all that `look` has taken note of."""
+        self.changed = True
+        self.looks = ()
+        self.seen, self.seen_grads = Tensors(), Tensors()
+        self.updates = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles carry: they look anew."""
+        copied = object.__new__(Launch)
+        vars(copied).update(vars(self))
+        copied._look_anew()
+        return vars(copied)
 
     def runs(self) -> Iterator[tuple[Update, Backend]]:
         """What is launched, one after the other, by the norm and by the update of a step, and what serves it.
@@ -182,10 +218,14 @@ class Launch:
                 update.anchor.copy_(self.anchor[piece.slots], non_blocking=True)
             yield update, backend
 
+    def clip_by(self, factor: Tensor | None) -> None:
+        """factor: 0-dim float64, where what scales the gradients of a step stands, or None."""
+        self.clip = factor
+        self._look_anew()
+
     def _updates(self) -> list[tuple[Update, Backend]]:
         if not self.updates:
-            _, backend = ops.served(self.table, self.dtype)
-            self.updates = [(self._update_of(piece, backend), backend) for piece in self.pieces]
+            self.updates = [(self._update_of(piece, self.backend), self.backend) for piece in self.pieces]
         return self.updates
 
     def _update_of(self, piece: Piece, backend: Backend) -> Update:
@@ -199,7 +239,8 @@ class Launch:
             exp_avg=self.exp_avg[slots], exp_avg_sq=self.exp_avg_sq[slots],
             scales=None if self.scales is None else self.scales[piece.blocks],
         )  # fmt: skip
-        prepared = self.prepared if backend.needs_prepared else None
+        whole = self.packed is None or len(self.pieces) == 1  # else its packed gradients start somewhere else
+        prepared = self.prepared if backend.needs_prepared and whole else None
         return Update(**fields, stochastic=self.stochastic, prepared=prepared, clip=self.clip)
 
     def state(self, position: int) -> dict[str, Tensor]:
@@ -388,6 +429,8 @@ class Launch:
     def _find_gradients(self) -> Tensor:
         """float64 [P], 1 for each parameter that has a gradient."""
         if self.packed is None:
+            if not self.changed:
+                return self.has_grad
             present = [grad is not None for grad in self.seen_grads]
         else:
             present = self.present()
@@ -401,10 +444,11 @@ class Launch:
         self, found_inf: Tensor | None, grad_scale: Tensor | None, pull_factor: Tensor | None, counts: bool = True
     ) -> None:
         """Counts the step, unless it is only looked at, and computes its coefficients; all on the device."""
+        if self.backend.needs_prepared and self.prepared is None:
+            self.prepared = torch.empty(len(self.params), 8, dtype=torch.int64, device=self.device)
         scalars = found_inf, grad_scale, pull_factor
         step = self._step(self._find_gradients(), self.coefficients, *scalars, counts=counts)
-        for _, backend in self._updates()[:1]:
-            ops.prepare_step(step, backend)
+        ops.prepare_step(step, self.backend)
 
     def _step(
         self,
@@ -438,13 +482,13 @@ class Launch:
             ops.run("masked_adamw_", update, backend)
         self.forget()
         if self.master is not None:
-            self.master_of = [_identity(param) for param in self.params]
+            self.master_of = self._places()
         if self.packed is not None:
             self.packed.consume()
 
     def forget(self) -> None:
-        """Lets go of what `look` has taken note of: gradients would live as long."""
-        self.seen, self.seen_grads, self.updates = Tensors(), Tensors(), []
+        """Lets go of gradients that `look` has taken note of: they would live as long."""
+        self.seen_grads.let_go()
 
     def refresh_masters(self) -> None:
         """Takes over what others wrote into the weights since the last update (torch counts in-place edits).
@@ -452,13 +496,17 @@ class Launch:
         An entry whose weight is still the rounding of its master keeps the master: loading a checkpoint writes weights
         that the loaded masters know more exactly.
         """
-        if self.master is None:
+        if self.master is None or (places := self._places()) == self.master_of:
             return
         for position, param in enumerate(self.params):
-            if _identity(param) != self.master_of[position]:
+            if places[position] != self.master_of[position]:
                 masters = self.master[self.slots[position]]
                 weights = gather(param, self.sets[position]).to(masters.device)  # it may have moved since
                 masters.copy_(torch.where(masters.to(self.dtype) == weights, masters, weights.float()))
+
+    def _places(self) -> list[tuple[int, int]]:
+        """Where the parameters are, and how often they were edited."""
+        return list(zip(map(Tensor.data_ptr, self.params), map(_version, self.params), strict=True))
 
     def tensors(self) -> list[Tensor]:
         """All that the device holds on top of weights and gradients, but for a few numbers per parameter and tile."""
@@ -494,7 +542,3 @@ def pieces_of(table: TileTable, most: int) -> Iterator[Piece]:
 
 def _is_host(device: torch.device) -> bool:
     return device.type == "cpu"
-
-
-def _identity(param: Tensor) -> tuple[int, int]:
-    return param.data_ptr(), param._version

@@ -232,9 +232,9 @@ class MaskedAdamW(Optimizer):
         self.update_hyperparameters()
 
     def _set_clips(self) -> None:
-        self._norm = ClippedNorm(self._launches)
+        self._norm, self._clips_by = ClippedNorm(self._launches), self.max_grad_norm is not None
         for launch in self._launches:
-            launch.clip = None if self.max_grad_norm is None else self._norm.clips[launch.device]
+            launch.clip_by(self._norm.clips[launch.device] if self._clips_by else None)
 
     def update_hyperparameters(self) -> None:
         """Copies the hyperparameters of `param_groups` to the devices.
@@ -271,10 +271,12 @@ class MaskedAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for launch in self._launches:
-            launch.look()
+        if self._clips_by != (self.max_grad_norm is not None):
+            self._set_clips()
+        changed = [launch for launch in self._launches if launch.look()]
+        for launch in changed:
             launch.check_dtypes()
-        if any(launch.has_moved() for launch in self._launches):
+        if any(launch.has_moved() for launch in changed):
             self._refuse_if_packed()
             self._build()
             for launch in self._launches:

@@ -179,27 +179,14 @@ void cuda_masked_adamw_(const DeviceUpdate& update, void*) {
     });
 }
 
-void cuda_masked_sum_squares(const DeviceUpdate& update, double* out, void*) {
+void cuda_masked_sum_squares(const DeviceUpdate& update, const Total& total, void*) {
     with_storage_types(update.param_dtype, update.grad_dtype, update.packed, [&](auto param, auto grad, auto packed) {
         for_each_place(update, [&](const Place& place) {
             HostThreads<kThreads> threads;
             uint16_t listed[kSubTile];
-            out[place.tile * update.parts + place.part] =
-                sum_squares_block<decltype(param), decltype(grad), decltype(packed)::value>(update, place, listed,
-                                                                                            threads);
+            sum_squares_block<decltype(param), decltype(grad), decltype(packed)::value>(update, total, place, listed,
+                                                                                        threads);
         });
-    });
-}
-
-void cuda_gradient_norm(const DeviceUpdate& update, const DeviceTotals& totals, void*) {
-    constexpr int kBlocks = 7;
-    with_storage_types(update.param_dtype, update.grad_dtype, update.packed, [&](auto param, auto grad, auto packed) {
-        for (int block = kBlocks - 1; block >= 0; --block) {
-            HostThreads<kThreads> threads;
-            uint16_t listed[kSubTile];
-            norm_block<decltype(param), decltype(grad), decltype(packed)::value>(update, totals, block, kBlocks, listed,
-                                                                                 threads);
-        }
     });
 }
 
