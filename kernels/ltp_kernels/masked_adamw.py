@@ -424,9 +424,9 @@ def _sum_of(values_ptr, count):
 
 
 @triton.jit
-def _add_total(sum_ptr, first, tiles, max_norm, arrived_ptr, grad_norm_ptr, clip_ptr):
+def _add_total(sum_ptr, first_tile, tiles, max_norm, arrived_ptr, grad_norm_ptr, clip_ptr):
     """The last program of a group of tiles adds up its sums; the last one of all those of the groups."""
-    group = (first + tl.program_id(0) // _PARTS) // _NORM_GROUP
+    group = (first_tile + tl.program_id(0) // _PARTS) // _NORM_GROUP
     in_group = _PARTS * tl.minimum(tiles - group * _NORM_GROUP, _NORM_GROUP)
     tl.debug_barrier()
     if tl.atomic_add(arrived_ptr + 1 + group, 1) == in_group - 1:
@@ -442,10 +442,10 @@ def _add_total(sum_ptr, first, tiles, max_norm, arrived_ptr, grad_norm_ptr, clip
             tl.store(clip_ptr, tl.where(clip > 1.0, 1.0, clip))  # NaN stays
 
 
-@triton.jit(do_not_specialize=["first", "tiles"])
+@triton.jit(do_not_specialize=["first_tile", "tiles"])
 def _masked_sum_squares_kernel(
     prepared_ptr, master_ptr, tile_ptr, group_ptr, rank_ptr, position_ptr, anchor_ptr, sum_ptr,
-    first, tiles, max_norm, arrived_ptr, grad_norm_ptr, clip_ptr,
+    first_tile, tiles, max_norm, arrived_ptr, grad_norm_ptr, clip_ptr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, PACKED: tl.constexpr, HAS_MASTER: tl.constexpr, HAS_ANCHOR: tl.constexpr,
     TOTAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -496,9 +496,9 @@ def _masked_sum_squares_kernel(
                     mask, grad_factor, pull, HAS_MASTER, HAS_ANCHOR,
                 )  # fmt: skip
                 first += _PARTS * BLOCK
-    tl.store(sum_ptr + first * _PARTS + tl.program_id(0), tl.sum(total))
+    tl.store(sum_ptr + first_tile * _PARTS + tl.program_id(0), tl.sum(total))
     if TOTAL:
-        _add_total(sum_ptr, first, tiles, max_norm, arrived_ptr, grad_norm_ptr, clip_ptr)
+        _add_total(sum_ptr, first_tile, tiles, max_norm, arrived_ptr, grad_norm_ptr, clip_ptr)
 
 
 @triton.jit(do_not_specialize=["single_address"])
