@@ -2,6 +2,7 @@
 // stream and current device.
 #include "cuda/masked_adamw.h"
 #include "cuda/topk_delta.h"
+#include "cuda/versions.h"
 #include "record.h"
 
 namespace py = pybind11;
@@ -134,6 +135,10 @@ void take_ties(py::handle candidates, uintptr_t stream) {
 
 PYBIND11_MODULE(_C_cuda, module) {
     module.doc() = "CUDA kernels of ltp_sparse. Each takes its record of ltp_sparse/backends/arguments.py.";
+    module.def("versions", [] {
+        const ltp::Versions found = ltp::cuda_versions();
+        return py::make_tuple(found.runtime, found.driver);
+    });
     module.def("prepare_step", prepare_step);
     module.def("prepare_norm", prepare_norm);
     module.def("prepare_pack", prepare_pack);

@@ -14,6 +14,7 @@ For every active entry, in float32, in this order and without fused multiply-add
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import torch
@@ -424,7 +425,7 @@ def _sum_of(values_ptr, count):
 
 
 @triton.jit
-def _add_total(sum_ptr, first_tile, tiles, max_norm, arrived_ptr, grad_norm_ptr, clip_ptr):
+def _add_total(sum_ptr, first_tile, tiles, max_norm_bits, arrived_ptr, grad_norm_ptr, clip_ptr):
     """The last program of a group of tiles adds up its sums; the last one of all those of the groups."""
     group = (first_tile + tl.program_id(0) // _PARTS) // _NORM_GROUP
     in_group = _PARTS * tl.minimum(tiles - group * _NORM_GROUP, _NORM_GROUP)
@@ -438,14 +439,14 @@ def _add_total(sum_ptr, first_tile, tiles, max_norm, arrived_ptr, grad_norm_ptr,
             tl.store(arrived_ptr, 0)
             norm = tl.sqrt(_sum_of(sum_ptr + tiles * _PARTS, groups))
             tl.store(grad_norm_ptr, norm)
-            clip = max_norm / (norm + 1e-6)
+            clip = max_norm_bits.to(tl.int64).to(tl.float64, bitcast=True) / (norm + 1e-6)
             tl.store(clip_ptr, tl.where(clip > 1.0, 1.0, clip))  # NaN stays
 
 
-@triton.jit(do_not_specialize=["first_tile", "tiles"])
+@triton.jit(do_not_specialize=["first_tile", "tiles", "max_norm_bits"])
 def _masked_sum_squares_kernel(
     prepared_ptr, master_ptr, tile_ptr, group_ptr, rank_ptr, position_ptr, anchor_ptr, sum_ptr,
-    first_tile, tiles, max_norm, arrived_ptr, grad_norm_ptr, clip_ptr,
+    first_tile, tiles, max_norm_bits, arrived_ptr, grad_norm_ptr, clip_ptr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, PACKED: tl.constexpr, HAS_MASTER: tl.constexpr, HAS_ANCHOR: tl.constexpr,
     TOTAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -498,7 +499,7 @@ def _masked_sum_squares_kernel(
                 first += _PARTS * BLOCK
     tl.store(sum_ptr + first_tile * _PARTS + tl.program_id(0), tl.sum(total))
     if TOTAL:
-        _add_total(sum_ptr, first_tile, tiles, max_norm, arrived_ptr, grad_norm_ptr, clip_ptr)
+        _add_total(sum_ptr, first_tile, tiles, max_norm_bits, arrived_ptr, grad_norm_ptr, clip_ptr)
 
 
 @triton.jit(do_not_specialize=["single_address"])
@@ -626,13 +627,14 @@ def _or(tensor: Tensor | None, norm: Any) -> Tensor:
 def masked_sum_squares(norm: Any, prepared: Tensor) -> Tensor:
     """float64 [T]; each sum is taken in an order that depends on the tile only."""
     sums = torch.empty(len(norm.tiles), _PARTS.value, dtype=torch.float64, device=norm.tiles.device)
-    _sum_squares(norm, prepared, sums, 0, 0, 1.0, sums, sums, sums, TOTAL=False)
+    _sum_squares(norm, prepared, sums, 0, 0, 0, sums, sums, sums, TOTAL=False)
     return sums.sum(1)
 
 
 def gradient_norm(norm: Any, prepared: Tensor, total: Any) -> None:
     """The norm of the gradients, after its last launch, and what clips them."""
-    numbers = total.first, total.tiles, total.max_norm
+    (bits,) = struct.unpack("q", struct.pack("d", total.max_norm))  # as a number it would become a float32
+    numbers = total.first, total.tiles, bits
     _sum_squares(norm, prepared, total.sums, *numbers, total.arrived, total.grad_norm, total.clip, TOTAL=True)
 
 

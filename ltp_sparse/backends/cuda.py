@@ -32,6 +32,9 @@ from ltp_sparse.tickets.bits import tiles_of
 NAME = "compiled"
 NEEDS_RANKS = NEEDS_PREPARED = True
 
+_LOWEST_CAPABILITY = (8, 0)
+"""Of the devices that setup.py compiles for."""
+
 SUMS_PER_TILE = 16
 """Thread blocks a tile that sum squares."""
 
@@ -47,7 +50,28 @@ def extension() -> ModuleType | str:
 
 def probe(device: torch.device) -> str | None:
     """Why it cannot serve tensors on the device; None if it can."""
-    return reason if isinstance(reason := extension(), str) else None
+    return reason if isinstance(reason := extension(), str) else _refusal(device)
+
+
+@cache
+def _refusal(device: torch.device) -> str | None:
+    """What a kernel's first launch would fail for."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    runtime, driver = extension().versions()  # type: ignore[union-attr]
+    if driver // 1000 < runtime // 1000:  # of one major version, every driver serves every runtime
+        return (
+            f"its kernels were built with CUDA {runtime // 1000} and the driver serves CUDA {driver // 1000}."
+            f"{driver % 1000 // 10}; take a newer driver, or build with that toolkit"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _LOWEST_CAPABILITY:
+        return f"its kernels need compute capability {_named(_LOWEST_CAPABILITY)}, the device has {_named(capability)}"
+    return None
+
+
+def _named(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 def parts(active: int, tiles: int) -> int:

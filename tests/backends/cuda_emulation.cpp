@@ -150,6 +150,8 @@ void cuda_take_ties(const Candidates& candidates, const Ties& marks, void*) {
     }
 }
 
+Versions cuda_versions() { return {13000, 13000}; }
+
 void cuda_prepare_step(const Step& step, const uint64_t* params, const uint64_t* grads, Prepared* prepared, void*) {
     for (int64_t param = step.n_params - 1; param >= 0; --param) {
         prepared[param] = prepare(step, param, params[param], grads[param]);
