@@ -22,7 +22,7 @@ ISA_FLAGS = {
     "kernels_avx512": [
         *["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mavx512vbmi2"],
         *["-mavx512vpopcntdq", "-mbmi", "-mbmi2", "-mpopcnt", "-mprefer-vector-width=512"],
-        "-Wno-maybe-uninitialized",  # GCC 12 gives it for its own intrinsics
+        *["-Wno-maybe-uninitialized", "-Wno-uninitialized"],  # GCC 12 gives them for its own intrinsics
     ],
 }
 # IEEE arithmetic: the bits of the CPU kernels. Machine code for two generations, PTX for later ones.

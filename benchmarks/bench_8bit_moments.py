@@ -1,8 +1,8 @@
 """Do 8-bit moments follow float32's? Runs of 10,000 steps in which gradients shrink, stop, grow, or differ in a block.
 
 Every pattern of gradients is a parameter, and all optimizers see the same gradients in one process: torch.optim.AdamW,
-`MaskedAdamW` with float32 and with 8-bit states, and torchao's AdamW8bit where it is installed. The rows are the mean
-of sqrt(v) and how far the weights moved in the last 200 steps, both in parts of torch.optim.AdamW's. Nothing is timed.
+`MaskedAdamW` with float32 and with 8-bit states, and torchao's AdamW8bit if installed. The rows are the mean of sqrt(v)
+and the movement of the weights in the last 200 steps, both relative to torch.optim.AdamW. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EXACT = "torch AdamW"
 
 
 def beside(large: int) -> Tensor:
-    """Mask of the entries that stay large: so many of every block."""
+    """Mask of the entries that stay large: this many in every block."""
     return torch.arange(ENTRIES) % STATE_BLOCK < large
 
 
@@ -46,7 +46,7 @@ PATTERNS: dict[str, tuple[Callable[[int], float], int]] = {
     "100 times smaller beside 128 that stay": (shrunk, 128),
     "always 1,000 times smaller than one": (lambda step: 1e-3, 1),
 }
-"""Name -> (size of the gradients at a step, how many entries of a block keep the size 1 instead)."""
+"""Name -> (size of the gradients at a step, number of entries in a block that keep the size 1)."""
 
 
 def ours(states: str) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:

@@ -1,9 +1,9 @@
 """One optimizer step: `MaskedAdamW` against torch.optim.AdamW over all entries and sparse updates made of torch ops.
 
 All providers update the same weights from the same gradients, on the same ticket: a uniformly random one, or one with
-the clustering of a real one. Before they are timed, each takes a few steps from fresh moments, with gradients that
-change, and is compared with AdamW in float64; ours also bit by bit with the reference. There are cells of float32 and
-of bfloat16 weights; 8-bit moments stand in both, and so do the packages that have them, where they are installed.
+the clustering of a real one. Before they are timed, each takes a few steps from fresh moments with changing gradients,
+and is compared with AdamW in float64; `MaskedAdamW` also bit by bit with the reference. There are cells of float32 and
+of bfloat16 weights, both with 8-bit moments, also of other packages if these are installed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LINE = 64  # bytes of a cache line
 WITH_NORM = "MaskedAdamW, norm and step"
 COMPACTED = "MaskedAdamW, compaction and step"
 ANY_NORM = 1e9  # the gradients are not clipped, but their norm is computed
-CLUSTERED = (0.05, 0.2)  # densities that are measured with clustered masks, too, in float32
+CLUSTERED = (0.05, 0.2)  # densities that are also measured with clustered masks, in float32
 MASKED: dict[torch.dtype, dict[str, dict[str, Any]]] = {
     torch.float32: {"MaskedAdamW": {}, "MaskedAdamW, 8-bit states": {"states": "8bit"}},
     torch.bfloat16: {
@@ -47,7 +47,7 @@ MASKED: dict[torch.dtype, dict[str, dict[str, Any]]] = {
         "MaskedAdamW, stochastic rounding, 8-bit states": {"rounding": "stochastic", "states": "8bit"},
     },
 }
-"""Dtype of the weights -> ours by name, with options."""
+"""Dtype of the weights -> name -> options of `MaskedAdamW`."""
 
 
 def word(dtype: torch.dtype) -> str:
@@ -67,7 +67,7 @@ def problem_of(
 
 
 def check_bits(problem: Problem, name: str, options: Mapping[str, Any]) -> None:
-    """Compares ours with the reference, bit by bit, on the smallest parameters and on one of middle size."""
+    """Compares `MaskedAdamW` with the reference, bit by bit, on the smallest parameters and a medium one."""
     by_size = sorted(problem.params, key=lambda name: problem.params[name].numel())
     names = {*by_size[:12], by_size[len(by_size) // 2]} & {n for n, s in problem.ticket.sets.items() if s.k}
     small, outcomes = problem.ticket.restrict(sorted(names)), []
@@ -85,7 +85,7 @@ def check_bits(problem: Problem, name: str, options: Mapping[str, Any]) -> None:
 
 
 def under_isas(ours: Provider, isas: list[str]) -> list[Provider]:
-    """One provider under each of these instruction sets."""
+    """One provider for each of these instruction sets."""
     return [
         replace(ours, name=f"{ours.name} ({isa})", run=with_isa(isa, ours.run), verify=with_isa(isa, ours.verify))
         for isa in isas
@@ -93,7 +93,7 @@ def under_isas(ours: Provider, isas: list[str]) -> list[Provider]:
 
 
 def of_training(problem: Problem) -> list[Provider]:
-    """The ways of a step in training: with a norm to clip by, and from packed gradients, compaction included."""
+    """Steps as in training: with a norm for clipping, and from packed gradients including compaction."""
 
     def packed(**options: Any) -> Callable[[nn.Module], ls.MaskedAdamW]:
         return lambda model: ls.MaskedAdamW(model, problem.ticket, **OPTIONS, gradients="packed", **options)
@@ -123,7 +123,7 @@ def measure(model: str, density: float, dtype: torch.dtype, rounds: int, masks: 
     held[FUSED] = 2 * problem.width * problem.n
     if density < 1:
         providers += [dense.multiplied(), gathered(problem)]
-    if density == 0.2 and masks == "uniform":  # all that is left depends on neither
+    if density == 0.2 and masks == "uniform":  # the rest depends on neither
         providers += [dense.provider("torch AdamW()", None, foreach=False)]
         providers += [dense.provider(FOREACH, None, foreach=True)]
         providers += packages(problem)
@@ -152,7 +152,7 @@ def main() -> None:
     rows: list[Row] = []
     for case in cases:
         rows += measure(*case)
-        write_csv(args.out, rows)  # after every case: an interrupted run keeps what it has measured
+        write_csv(args.out, rows)  # after every case, to keep the rows of an interrupted run
 
 
 if __name__ == "__main__":

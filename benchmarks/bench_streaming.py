@@ -1,11 +1,11 @@
-"""Selection from two checkpoints on disk, beside reading both files as fast as they come.
+"""Selection from two checkpoints on disk, beside plain reads of both files.
 
-Selection looks at some lines of the files for samples and then reads the weights once; where many deltas are equal, as
-those of bfloat16 weights, twice or more. The peers read both files once: into a buffer of 1 MB, with one thread and
-with as many as the selection has. The ratio of the band pass, which is that reading, to a peer is its share of the
-sequential rate. The whole of `select` also reads the initial weights once more, for their digests. Files that were just
-written stand in the page cache; a --folder on a slower disk and files larger than the memory measure the disk. The
-ticket is compared with that of the same weights in memory.
+Selection takes samples from some lines of the files and then reads the weights once, or more often if many deltas are
+equal, as with bfloat16 weights. The peers read both files once into a buffer of 1 MB, with one thread and with the
+threads of the selection. The ratio of the band pass (the read of the weights) to a peer is its share of the sequential
+rate. `select` as a whole reads no more: it takes digests in the same pass. Files that were just written are in the page
+cache; a --folder on a slower disk and files larger than the memory measure the disk. The ticket is compared with that
+of the same weights in memory.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BUFFER = 1 << 20
 PASSES_ALONE = "select, the passes alone"
 BAND = "select, the band pass"
-_own = threading.local()  # a buffer per thread of the readers, made once
+_own = threading.local()  # one buffer per reading thread
 
 
 class Counted:
@@ -60,7 +60,7 @@ class Counted:
 
 
 def write_checkpoints(folder: Path, model: str, dtype: torch.dtype) -> list[Path]:
-    """A model before and after tuning, in a file each."""
+    """A model before and after tuning, in two files."""
     weights = {name: tensor.to(dtype) for name, tensor in random_weights(MODELS[model]).items()}
     paths = [folder / "initial.safetensors", folder / "tuned.safetensors"]
     for path, tensors in zip(paths, (weights, tuned_weights(weights)), strict=True):
@@ -69,7 +69,7 @@ def write_checkpoints(folder: Path, model: str, dtype: torch.dtype) -> list[Path
 
 
 def read_part(path: Path, start: int, stop: int) -> int:
-    """Reads bytes start..stop of a file, and drops them; returns their number."""
+    """Reads bytes start..stop of a file and drops them; returns their number."""
     if not hasattr(_own, "buffer"):
         _own.buffer = memoryview(bytearray(BUFFER))
     buffer, done = _own.buffer, 0
@@ -84,7 +84,7 @@ def read_part(path: Path, start: int, stop: int) -> int:
 
 
 def read_all(paths: Sequence[Path], pool: ThreadPoolExecutor, threads: int) -> int:
-    """Reads every file, each thread of the pool its part of it; returns the bytes."""
+    """Reads every file, each thread of the pool a part; returns the number of bytes."""
     parts = []
     for path in paths:
         size = path.stat().st_size
@@ -137,11 +137,10 @@ def measure(model: str, dtype: str, density: float, rounds: int, folder: Path) -
         return Provider(name, read, check, files)
 
     threads = torch.get_num_threads()
-    digests = paths[0].stat().st_size
     providers = [
         Provider(PASSES_ALONE, passes, check_passes, readings * files),
         Provider(BAND, band.run, band.check, files, before=band.prepare),
-        Provider("select", select, check_ticket, readings * files + digests),
+        Provider("select", select, check_ticket, readings * files),
         reading(ONE_READER, 1),
     ]
     if threads > 1:
@@ -153,7 +152,7 @@ def measure(model: str, dtype: str, density: float, rounds: int, folder: Path) -
 
 
 class BandPass:
-    """The reading of the weights that follows on the samples."""
+    """The read of the weights after the samples."""
 
     def __init__(
         self, backend: backends.Backend, stream: Callable[[], StreamSource], groups: list[int], k: int

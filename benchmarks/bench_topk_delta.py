@@ -1,4 +1,7 @@
-"""Selection of the k largest |tuned - initial|: `topk_delta` against the usual recipes of torch and numpy.
+"""Selection of the k largest |tuned - initial|: `topk_delta` and `select` against the usual recipes of torch and numpy.
+
+`select` is the whole call: it also checks names and tensors, makes the ticket and takes the digests of the initial
+weights, which the pass that reads them takes along.
 
 The recipes get an easier task: they find the entries (torch.topk, torch.kthvalue, np.partition on the concatenated
 absolute deltas) but build no masks, break ties as they like, and never look for NaN.
@@ -30,15 +33,17 @@ from torch import Tensor
 
 from ltp_sparse import backends
 from ltp_sparse.ops import index_sets
-from ltp_sparse.ops.routes import select_topk
+from ltp_sparse.ops.routes import sampling_pays, select_topk
 from ltp_sparse.ops.sources import TensorSource
+from ltp_sparse.selection import select
 from ltp_sparse.testing import random_weights, tuned_weights
 from ltp_sparse.tickets.index_set import IndexSet
+from ltp_sparse.weights.names import parameter_order
 
 BASELINE = "abs + torch.topk(sorted=False)"
 LT_SFT = "list of floats + np.partition (LT-SFT)"
 LT_SFT_AT = 0.2, "float32", "normal"  # density, dtype and deltas
-UNTOUCHED = 0.7  # share of embedding rows that a tuning run leaves alone: words that its text does not hold
+UNTOUCHED = 0.7  # share of embedding rows that do not move in tuning: words that are not in its text
 OPS = {
     "normal": "topk_delta",
     "heavy": "topk_delta, heavy-tailed deltas",
@@ -67,8 +72,9 @@ class Problem:
             for name, initial in weights.items():
                 tails = torch.randn(initial.shape, generator=generator).exp_()
                 tuned[name].sub_(initial).mul_(tails).add_(initial)
-        self.initial = [t.to(dtype) for t in weights.values()]
-        self.tuned = [t.to(dtype) for t in tuned.values()]
+        names = parameter_order(weights)  # in which ties are resolved
+        self.named = [{name: side[name].to(dtype) for name in names} for side in (weights, tuned)]
+        self.initial, self.tuned = (list(side.values()) for side in self.named)
         self.sizes = [t.numel() for t in self.tuned]
         self.n = sum(self.sizes)
         self.reading = 2 * dtype.itemsize * self.n  # bytes of one pass over both weights
@@ -85,7 +91,7 @@ class Problem:
         return torch.cat(list(self.each_delta()))
 
     def check_sets(self, name: str, sets: list[IndexSet]) -> None:
-        """All entries above the threshold, and of those at the threshold the earliest; zeros never."""
+        """All entries above the threshold and the earliest at it; zeros never."""
         above = sum(int((delta > self.threshold).sum()) for delta in self.each_delta())
         ties = self.k - above if self.threshold > 0 else 0
         for tensor, (delta, found) in enumerate(zip(self.each_delta(), sets, strict=True)):
@@ -111,14 +117,21 @@ def ours(problem: Problem, route: str) -> Callable[[], list[IndexSet]]:
     return run
 
 
+def whole(problem: Problem) -> Callable[[], list[IndexSet]]:
+    """The call that people make: names, checks, the passes, counts, and the digests of the initial weights."""
+    return lambda: list(select(*problem.named, k=problem.k).sets.values())
+
+
 def providers_of(problem: Problem) -> list[Provider]:
     n, k = problem.n, problem.k
     best, *others = instruction_sets()
-    # The bitmap is written once. Among many equal deltas, as of bfloat16 weights, there are more readings.
+    # The bitmap is written once. Many equal deltas, as with bfloat16 weights, need more reads.
     once, twice = problem.reading + n // 8, 2 * problem.reading + n // 8
     if problem.tuned[0].dtype != torch.float32:
         once = twice = None
+    route = "sampled" if sampling_pays(TensorSource(problem.initial, problem.tuned)) else "histogram"
     runs = {
+        f"select, {route} ({best})": (with_isa(best, whole(problem)), once if route == "sampled" else twice),
         f"topk_delta, sampled ({best})": (with_isa(best, ours(problem, "sample")), once),
         f"topk_delta, histogram ({best})": (with_isa(best, ours(problem, "histogram")), twice),
         **{f"topk_delta, sampled ({isa})": (with_isa(isa, ours(problem, "sample")), once) for isa in others},
@@ -155,7 +168,7 @@ def providers_of(problem: Problem) -> list[Provider]:
 
 
 def lt_sft_row(problem: Problem, op: str, baseline: Row) -> Row:
-    """The selection of LT-SFT, which makes a Python list of all deltas; timed once, as it takes so long."""
+    """The selection of LT-SFT, which makes a Python list of all deltas; timed once, because it is slow."""
     start = time.perf_counter()
     deltas: list[float] = []
     for delta in problem.each_delta():
@@ -178,9 +191,7 @@ def measure(cell: Cell, rounds: int) -> list[Row]:
     if cell[1:] == LT_SFT_AT:
         rows.append(lt_sft_row(problem, op, next(row for row in rows if row.provider == BASELINE)))
     for provider in providers:
-        peak = (
-            min(peak_memory(provider.run) for _ in range(2)) / problem.n
-        )  # what stays after the first is not asked for
+        peak = min(peak_memory(provider.run) for _ in range(2)) / problem.n  # leftovers of the first call do not count
         rows.append(value_row(op, provider.name, metric="temporary memory", unit="bytes/entry", value=peak, **size))
     return rows
 
@@ -194,13 +205,13 @@ def main() -> None:
         for dtype in args.dtypes
         for model in args.models
         for density in args.densities
-        # the other distributions at one density, and where there are embeddings to leave alone
+        # the other distributions at one density, and untouched rows if there are embeddings
         if deltas == "normal" or (density == 0.2 and model != "encoder")
     ]
     rows = []
     for cell in cells:
         rows += measure(cell, args.rounds)
-        write_csv(args.out, rows)  # after every cell: an interrupted run keeps what it has measured
+        write_csv(args.out, rows)  # after every cell, to keep the rows of an interrupted run
 
 
 if __name__ == "__main__":

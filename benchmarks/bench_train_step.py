@@ -4,9 +4,9 @@
     python benchmarks/bench_train_step.py --batch 32 --length 256      # GPU
     python benchmarks/bench_train_step.py --model large --bf16
 
-Random weights and tokens. Every setting runs in a process of its own. Memory is what the process takes beyond its
-imports, at its highest: allocated bytes on a GPU, resident bytes on a CPU, weights included. Times are medians over
-the steps after the first, "compaction" being part of backward where gradients are packed.
+Random weights and tokens. Every setting runs in a separate process. Memory is the peak beyond the imports, weights
+included: allocated bytes on a GPU, resident bytes on a CPU. Times are medians over the steps after the first;
+"compaction" is part of backward if gradients are packed.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ from harness import RESULTS, environment, peak_memory
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ltp_sparse.prompting.inputs import IGNORED_LABEL
 from ltp_sparse.weights.files import atomic_path, check_writable
+from ltp_sparse.weights.locating import SIZES as XLMR
 
-SIZES = {"base": (768, 12, 12, 3072), "large": (1024, 24, 16, 4096), "tiny": (32, 2, 4, 64)}
+SIZES = {"base": XLMR["xlm-roberta-base"], "large": XLMR["xlm-roberta-large"], "tiny": (32, 2, 4, 64)}
 DENSITY = 0.2
 WORDS = (7, 9, 11)
 MASK = 4
@@ -83,7 +85,7 @@ class Bench:
 
 
 def prompted(bench: Bench, *, decoupled: bool = True) -> tuple[Any, dict[str, Tensor]]:
-    """Stage 2's model and a batch; decoupled: with a copy of the output embedding, not of the words' rows alone."""
+    """Model and batch of stage 2; decoupled: with a copy of the whole output embedding instead of the words' rows."""
     from ltp_sparse.models.masked_prompt import PromptedMaskedLM
     from ltp_sparse.models.prompt_encoder import PromptEncoder
     from ltp_sparse.prompting import Verbalizer
@@ -120,7 +122,7 @@ def stage_2_ours(bench: Bench, **options: Any) -> Step:
 
 
 def stage_2_dense(bench: Bench, *, full_logits: bool, masked: bool = False) -> Step:
-    """AdamW over all weights that may train; masked: as LT-SFT, every gradient times its mask."""
+    """AdamW over all trainable weights; masked: gradients are multiplied by masks, as in LT-SFT."""
     import ltp_sparse as ls
     from ltp_sparse.selection import pools
 
@@ -177,11 +179,11 @@ def stage_2_lora(bench: Bench) -> Step:
 def masked_batch(bench: Bench, vocabulary: int) -> tuple[Tensor, Tensor]:
     ids = bench.batch(vocabulary)
     chosen = torch.rand(ids.shape, device=bench.device) < 0.15
-    return ids.masked_fill(chosen, vocabulary - 1), ids.masked_fill(~chosen, -100)
+    return ids.masked_fill(chosen, vocabulary - 1), ids.masked_fill(~chosen, IGNORED_LABEL)
 
 
 def stage_1_ours(bench: Bench) -> Step:
-    """Everything but LayerNorms trains, pulled to the initial weights; logits of some masked positions at a time."""
+    """All weights but LayerNorms train, with the pull; logits at masked positions only, some at a time."""
     import ltp_sparse as ls
     from ltp_sparse.models.masked_losses import masked_token_loss, token_losses
     from ltp_sparse.selection import pools
@@ -205,7 +207,7 @@ def stage_1_ours(bench: Bench) -> Step:
 
 
 def stage_1_dense(bench: Bench) -> Step:
-    """Logits of every position, a copy of the initial weights, the L1 pull in the loss, AdamW over all weights."""
+    """Logits at every position, a copy of the initial weights, the L1 pull in the loss, AdamW over all weights."""
     model = language_model(bench.args.model, decoupled=True).to(bench.device).train()
     ids, labels = masked_batch(bench, model.config.vocab_size)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -245,7 +247,7 @@ SETTINGS: dict[str, dict[str, Callable[[Bench], Step]]] = {
 
 def measure(args: argparse.Namespace) -> None:
     """One setting, in this process: prints a JSON line."""
-    import ltp_sparse.training.mlm  # noqa: F401  before memory is measured
+    import ltp_sparse.training.mlm  # noqa: F401  imported before memory is measured
 
     bench, seconds = Bench(args), []
     if bench.device == "cuda":
@@ -305,7 +307,7 @@ def main() -> None:
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes all rows so far: an interrupted run keeps what it has measured."""
+    """Writes all rows so far, to keep those of an interrupted run."""
     where = environment()
     with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], *where])

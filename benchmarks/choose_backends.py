@@ -1,11 +1,10 @@
-"""Measures which backend serves an operation fastest, and writes the table that `auto` reads.
+"""Measures the fastest backend for each operation, and writes the table that `auto` reads.
 
     python benchmarks/choose_backends.py                  # measures on this CPU
-    python benchmarks/choose_backends.py --from FOLDER    # takes what `make gpu` measured
+    python benchmarks/choose_backends.py --from FOLDER    # uses measurements of `make gpu`
 
 Only the section of the device is replaced, in `ltp_sparse/backends/backend_choice.json` or in another file (--out).
-Nothing is
-timed before the backends gave the same bits.
+Nothing is timed before the backends give the same bits.
 """
 
 from __future__ import annotations
@@ -28,27 +27,27 @@ from ltp_sparse.weights.files import check_writable
 
 TABLE = (
     Path(__file__).parents[1] / "ltp_sparse" / "backends" / backends.CHOICES.name
-)  # of this checkout, wherever the package is
+)  # of this checkout, also if the package is installed elsewhere
 DENSITIES = (0.0005, 0.01, 0.05, 0.2, 0.5, 0.75, 1.0)
 PRECISIONS: dict[torch.dtype, dict[str, Any]] = {
     torch.float32: {},
     torch.bfloat16: {"stochastic": True},
     torch.float16: {"master": True},
 }
-SHAPES = xlmr_shapes(layers=1, embeddings=False)  # 7 million entries: an op's share of a small model, out of the caches
+SHAPES = xlmr_shapes(layers=1, embeddings=False)  # 7 million entries: a small model, larger than the caches
 
 Choice = tuple[str, str, float, dict[str, float]]
 """Operation, dtype, density, backend -> milliseconds."""
 
 
 def update_provider(name: str, dtype: torch.dtype, density: float) -> tuple[Provider, list[torch.Tensor]]:
-    """A backend's step, and all that it writes."""
+    """A backend's step, and all tensors that it writes."""
     problem = update_problem(SHAPES, density=density, dtype=dtype, **PRECISIONS[dtype])
     return Provider(name, under(name, problem.step), lambda: None), problem.tensors()
 
 
 def selection_provider(name: str, dtype: torch.dtype, density: float) -> tuple[Provider, list[torch.Tensor]]:
-    """A backend's selection, and the bitmaps that it finds."""
+    """A backend's selection, and its bitmaps."""
     initial = {key: tensor.to(dtype) for key, tensor in random_weights(SHAPES).items()}
     before, after = list(initial.values()), list(tuned_weights(initial).values())
     k = int(density * sum(tensor.numel() for tensor in after))
@@ -83,13 +82,13 @@ def measured(densities: Iterable[float], rounds: int) -> list[Choice]:
                     if not all(map(torch.equal, outcome, made[0][1])):
                         raise WrongResult(f"{op}, {dtype}, {density}: {provider.name} and {names[0]} differ")
                 seconds = interleaved([provider for provider, _ in made], rounds)
-                ms = {name: 1e3 * min(times) for name, times in seconds.items()}  # other work only adds
+                ms = {name: 1e3 * min(times) for name, times in seconds.items()}  # other processes only add time
                 rows.append(choice(op, str(dtype).removeprefix("torch."), density, ms))
     return rows
 
 
 def choice(op: str, dtype: str, density: float, ms: dict[str, float]) -> Choice:
-    """A row, the fastest first."""
+    """A row, the fastest backend first."""
     found = {name: float(f"{ms[name]:.4g}") for name in sorted(ms, key=ms.__getitem__)}
     print(
         f"  {op:<15}{dtype:<10}{density:<8g}" + ", ".join(f"{name} {t:g} ms" for name, t in found.items()), flush=True
@@ -98,8 +97,7 @@ def choice(op: str, dtype: str, density: float, ms: dict[str, float]) -> Choice:
 
 
 def taken_from(folder: Path) -> list[Choice]:
-    """The rows that the results of `make gpu` hold, of the largest model: replayed steps on uniformly random masks,
-    sampled selections."""
+    """Rows from the results of `make gpu` for the largest model: replayed steps on random masks, sampled selections."""
     cells: dict[tuple[str, str, float], dict[str, tuple[int, float]]] = {}
 
     def add(op: str, row: dict[str, str], dtype: str, pattern: str) -> None:
@@ -136,7 +134,7 @@ def write(path: Path, device_type: str, source: str, rows: list[Choice]) -> None
         SystemExit: an operation has no row.
     """
     if missing := {*backends.OPERATIONS} - {op for op, *_ in rows}:
-        raise SystemExit(f"{path} stays as it is: nothing was measured of {', '.join(sorted(missing))}")
+        raise SystemExit(f"{path} is unchanged: there are no measurements of {', '.join(sorted(missing))}")
     sections = json.loads(path.read_text()) if path.exists() else {}
     sections[device_type] = {"measured": True, "source": source, "rows": rows}
     path.write_text(dumps(sections))
@@ -144,7 +142,7 @@ def write(path: Path, device_type: str, source: str, rows: list[Choice]) -> None
 
 
 def dumps(sections: dict[str, dict[str, Any]]) -> str:
-    """JSON, a row a line."""
+    """JSON with one row per line."""
     parts = []
     for device_type, section in sections.items():
         lines = ",\n".join(f"      {json.dumps(row)}" for row in section["rows"])

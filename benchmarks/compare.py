@@ -1,13 +1,12 @@
-"""Both operations of this checkout against those of another one, alternately: is anything slower than before?
+"""Times both operations of this checkout and of another one alternately: is anything slower than before?
 
 The other checkout is named by a Python that has it installed:
 
     git worktree add ../before v0.1.0 && make -C ../before .venv/.installed-test
     python benchmarks/compare.py ../before/.venv/bin/python
 
-Each checkout has a process that keeps its tensors; the two take turns, a case at a time, so that whatever else the
-machine does falls on both. The ratio is the median over the rounds of the ratio of a round. What the kernels compute is
-compared elsewhere.
+Each checkout has a process with its tensors. The two take turns, one case at a time, so that other work on the machine
+affects both. The ratio is the median over the rounds of each round's ratio. Results are compared elsewhere.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ FIELDS = ("case", "entries", "ms", "ms_before", "ratio", "rounds", "threads", "c
 
 
 def problem(options: dict[str, object], shapes: dict[str, tuple[int, int]]) -> Callable[[], object]:
-    """What a case runs once; of an API that older checkouts have as well."""
+    """The function of a case, by an API that older checkouts also have."""
     from ltp_sparse.ops import adamw_coefficients, topk_delta
     from ltp_sparse.testing import random_weights, update_problem
 
@@ -62,13 +61,13 @@ def problem(options: dict[str, object], shapes: dict[str, tuple[int, int]]) -> C
 
 
 def work(entries: int, threads: int) -> None:
-    """Answers each case that is named on standard input by the seconds that it took."""
+    """Reads names of cases from standard input and prints the seconds of each."""
     torch.set_num_threads(threads)
     shapes = {f"w{i}": (entries // 4 // 1024, 1024) for i in range(4)}
     name, run = "", None
     for line in sys.stdin:
         if (case := line.strip()) != name:
-            run = None  # the tensors of the last case go before those of this one come
+            run = None  # frees the tensors of the last case first
             name, run = case, problem(CASES[case], shapes)
             run()
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Rows, interleaved timing, peak memory, and where it all ran. Nothing is timed before its result was verified."""
+"""Rows, interleaved timing, peak memory and the environment. Nothing is timed before its result is verified."""
 
 from __future__ import annotations
 
@@ -24,28 +24,29 @@ from ltp_sparse.testing import xlmr_shapes
 from ltp_sparse.weights.files import atomic_path, check_writable
 
 RESULTS = Path(__file__).parent / "results"
-EVICTED = 1 << 28  # bytes written between two runs: more than the caches hold
+EVICTED = 1 << 28  # bytes written between two runs: more than the size of the caches
 
 MODELS = {
     "tiny": xlmr_shapes(layers=2, hidden=128, intermediate=512, vocabulary=5000),
     "encoder": xlmr_shapes(embeddings=False),
     "base": xlmr_shapes(),
 }
-"""The maskable tensors of a small model (to try a benchmark), of XLM-R-base without and with its embeddings."""
+"""The maskable tensors of a small model (to try a benchmark), and of XLM-R-base without and with embeddings."""
 
 
 class WrongResult(RuntimeError):
-    """A provider's result differs from the expected one: there is nothing to time."""
+    """A provider's result differs from the expected one, so it is not timed."""
 
 
 @dataclass
 class Provider:
-    """One way to do the same thing.
+    """One implementation to compare.
 
-    run:    does it once; what it returns is kept alive until it is measured
-    verify: raises `WrongResult`
-    bytes:  memory traffic of one run, or None where it is not modelled
-    before: called before every timed run, and not timed
+    Attributes:
+        run: runs it once; the result is kept alive until the measurement ends
+        verify: raises `WrongResult`
+        bytes: memory traffic of one run; None: not modelled
+        before: called before every timed run, not timed
     """
 
     name: str
@@ -59,11 +60,13 @@ class Provider:
 class Row:
     """One line of a results file.
 
-    k:             active entries
-    p50, p20, p80: percentiles over the rounds, in `unit`
-    bytes, gbps:   memory traffic of one run, and 1e9 bytes per second of it at p50
-    share_of_copy: gbps in parts of what a plain copy reached in the same run
-    ratio:         p50 of the baseline provider in the same run / p50
+    Attributes:
+        k: active entries
+        p50, p20, p80: percentiles over the rounds, in `unit`
+        bytes: memory traffic of one run
+        gbps: 1e9 bytes per second at p50
+        share_of_copy: gbps divided by that of a plain copy in the same run
+        ratio: p50 of the baseline provider in the same run / p50
     """
 
     op: str
@@ -87,7 +90,7 @@ class Row:
 
 
 def copy_provider(n: int, device: str | torch.device = "cpu") -> Provider:
-    """A plain copy of n float32 entries: the speed of light of anything that streams memory."""
+    """A plain copy of n float32 entries: the upper bound for code that streams memory."""
     source, target = torch.zeros(n, device=device), torch.empty(n, device=device)
 
     def verify() -> None:
@@ -98,9 +101,9 @@ def copy_provider(n: int, device: str | torch.device = "cpu") -> Provider:
 
 
 def interleaved(providers: Sequence[Provider], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Provider -> seconds per run. Every round runs each provider once, so that drift of the machine hits all alike.
+    """Provider -> seconds per run. Every round runs each provider once, so that drift of the machine affects all.
 
-    Each finds what it would find after a backward pass: caches that hold something else, and torch's threads awake.
+    Each starts as after a backward pass: with other data in the caches, and torch's threads awake.
     """
     seconds: dict[str, list[float]] = {provider.name: [] for provider in providers}
     other = torch.zeros(EVICTED // 4)
@@ -122,7 +125,7 @@ def interleaved(providers: Sequence[Provider], rounds: int, warmup: int = 1) -> 
 def time_rows(
     op: str, providers: Sequence[Provider], *, n: int, k: int, rounds: int, baseline: str, dtype: str = "float32"
 ) -> list[Row]:
-    """Verifies, then times all providers beside a copy of n float32 entries; one row each, the copy's among them."""
+    """Verifies and times all providers and a copy of n float32 entries; one row for each."""
     for provider in providers:
         provider.verify()
     copy = copy_provider(n)
@@ -147,7 +150,7 @@ def time_rows(
 def value_row(
     op: str, provider: str, n: int, k: int, metric: str, unit: str, value: float, dtype: str = "float32"
 ) -> Row:
-    """A row of something counted, not timed."""
+    """A row with a counted value instead of a time."""
     print(f"  {provider:<54}{value:>11.4f} {unit}", flush=True)
     return Row(op, provider, dtype, n, k, metric, unit, value, value, value)
 
@@ -156,17 +159,17 @@ _M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def peak_memory(run: Callable[[], object]) -> int:
-    """Bytes by which the resident size of the process grew, at its highest, while `run` ran (Linux)."""
+    """Peak growth of the resident size of the process during `run`, in bytes (Linux)."""
     gc.collect()
     libc = ctypes.CDLL(None)
-    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 16)  # what is freed goes back at once: what is kept of it depends on the past
+    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 16)  # return freed memory at once: no effect of earlier runs
     libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = _status("VmRSS")
     result = run()
     peak = _status("VmHWM")
     del result
-    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # where glibc's own adjusting ends
+    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # the largest value that glibc sets by itself
     return peak - before
 
 
@@ -176,7 +179,7 @@ def _status(key: str) -> int:
 
 
 def instruction_sets() -> list[str]:
-    """The instruction sets of the compiled backend that this processor runs, best first."""
+    """The instruction sets of the compiled backend that this processor supports, best first."""
     from ltp_sparse import _C
 
     chosen, runnable = _C.isa(), []
@@ -217,7 +220,7 @@ def environment() -> dict[str, str]:
 
 
 def write_csv(path: Path, rows: Iterable[Row]) -> None:
-    """Writes the rows; those of other cells (operation, dtype, entries, active ones) that the file has stay there."""
+    """Writes rows; the file keeps its rows of other cells (operation, dtype, entries, active entries)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     where = environment()
     cells = [{**asdict(row), **where} for row in rows]
@@ -226,7 +229,7 @@ def write_csv(path: Path, rows: Iterable[Row]) -> None:
     if path.exists():
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
-            kept = list(reader) if reader.fieldnames == names else []  # lines of another form cannot stay
+            kept = list(reader) if reader.fieldnames == names else []  # lines with other columns are dropped
         lines = [line for line in kept if _cell(line) not in measured] + lines
     with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, names)
@@ -242,7 +245,7 @@ def _cell(line: Mapping[str, object]) -> tuple[str, ...]:
 def argument_parser(
     description: str, csv_name: str, densities: Sequence[float], dtypes: Sequence[str]
 ) -> argparse.ArgumentParser:
-    """The command line that the benchmarks of the operations share."""
+    """The command line of the benchmarks of the operations."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["encoder", "base"], help="sizes to measure")
     parser.add_argument("--densities", nargs="+", type=float, default=densities, help="shares of active entries")
@@ -254,7 +257,7 @@ def argument_parser(
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The arguments, after the threads and the compiled backend that they ask for were set."""
+    """The arguments, after setting threads and the compiled backend."""
     args = parser.parse_args()
     check_writable(args.out)
     torch.set_num_threads(args.threads)

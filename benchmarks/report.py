@@ -1,4 +1,4 @@
-"""Turns the CSV files of a results folder into `README.md` (tables, and the bars of the project) and PNG plots."""
+"""Turns the CSV files of a results folder into `README.md` (tables and the project's aims) and PNG plots."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SELECTION_BYTES = 0.205, 8e6
 """Temporary memory of a selection: bytes per entry, and a constant (contract 2 of docs/contracts.md)."""
 
 STATE_BYTES = {"MaskedAdamW": 1.76, "MaskedAdamW, 8-bit states": 0.56}
-"""Most bytes of optimizer state per entry at a density of 20 %."""
+"""Bytes of optimizer state per entry at a density of 20 %, at most."""
 
 
 def read(folder: Path) -> Rows:
@@ -57,7 +57,7 @@ def table(rows: Rows) -> str:
 
 
 def bars(rows: Rows) -> str:
-    """Every bar of the project whose rows are there, beside what was measured."""
+    """Every aim of the project with rows, beside the measured value."""
     lines = ["| bar | entries | required | measured | |", "|---|---|---|---|---|"]
     times = pick(rows, metric="time")
 
@@ -67,7 +67,7 @@ def bars(rows: Rows) -> str:
     def compare(
         op: str, density: str, prefix: str, peer: str, bar: float, *, slower: bool = False, dtype: str = "float32"
     ) -> None:
-        """`bar`: how many times faster than the peer at least, or, with `slower`, how many times slower at most."""
+        """`bar`: times faster than the peer, at least, or with `slower` times slower, at most."""
         for n in unique(row["n"] for row in pick(times, op=op, dtype=dtype)):
             group = [row for row in pick(times, op=op, n=n, dtype=dtype) if share(row) == density]
             mine, other = best(prefix, group), best(peer, group)
@@ -82,6 +82,9 @@ def bars(rows: Rows) -> str:
     compare("topk_delta", "20 %", "topk_delta, sampled", "abs + torch.topk", 20)
     compare("topk_delta", "20 %", "topk_delta, sampled", "abs + np.partition", 5)
     compare("topk_delta", "20 %", "topk_delta, sampled", "list of floats", 100)
+    compare("topk_delta", "20 %", "select, ", "abs + torch.topk", 40)
+    compare("topk_delta", "20 %", "select, ", "abs + np.partition", 7)
+    compare("topk_delta", "20 %", "select, ", "topk_delta, sampled", 1.3, slower=True)
     for density, minimum in (("20 %", 1.8), ("5 %", 2.3), ("1 %", 7.0), ("75 %", 1.0)):
         compare("masked_adamw_", density, "MaskedAdamW", "torch AdamW(fused=True)", minimum)
     compare("masked_adamw_", "20 %", "MaskedAdamW", "index_select", 2.5)
@@ -137,7 +140,7 @@ def write(folder: Path) -> Path:
         f"# Benchmarks: {folder.name}\n\nMade by `make bench` ({first['device']}; {first['versions']}; "
         f"{first['time'][:10]}; commits of the rows: {commits}). Medians; all providers of a table ran interleaved in "
         "one process, after their results had been verified. In brackets: how many times faster than the baseline "
-        "(the provider at 1.00x), and the modelled memory traffic per second in parts of a plain copy's.\n\n## Bars\n",
+        "(the provider at 1.00x), and the modelled memory traffic per second relative to a plain copy.\n\n## Bars\n",
         bars(rows),
     ]
     for op, dtype in dict.fromkeys((row["op"], row["dtype"]) for row in rows):

@@ -1,4 +1,4 @@
-"""Runs all CPU benchmarks, each in a process of its own, and writes tables and plots: `make bench`.
+"""Runs all CPU benchmarks, each in a separate process, and writes tables and plots: `make bench`.
 
 Options go to the benchmarks of the operations, e.g. `make bench ARGS="--models encoder --rounds 7"`; see `bench_*.py
 --help`.

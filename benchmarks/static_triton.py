@@ -20,7 +20,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # read when the kernels are imported
 
 import triton
 import triton.language as tl
-from ltp_sparse.kernels import masked_adamw, topk_delta
+from ltp_sparse.kernels import digests, masked_adamw, topk_delta
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -159,6 +159,10 @@ def variants() -> Iterator[Variant]:
         ("take_ties", topk_delta._take_ties_kernel, _TAKE | _types("take_ptr:*i64"), {"ties": share}),
     ):
         yield Variant(kernel, "plain", function, types, {}, warps, loops)
+    warps, blocks = digests._NUM_WARPS, digests._BLOCKS
+    loops = {"words": blocks * digests._WORDS.value // (32 * warps)}  # words of 64 bits
+    types = _types("row_ptr:*i64 secret_ptr:*i64 out_ptr:*i64")
+    yield Variant("tile_digests", "plain", digests._tile_digests_kernel, types, {"BLOCKS": blocks}, warps, loops)
 
 
 def compiled(v: Variant, target: GPUTarget) -> Any:

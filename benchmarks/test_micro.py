@@ -32,7 +32,7 @@ def test_topk_delta(benchmark, backend, density):
 
 
 def test_step(benchmark, backend):
-    """The whole optimizer, with what surrounds the update."""
+    """A whole optimizer step."""
     problem = update_problem(SHAPES, density=0.2)
     weights = dict(zip(problem.ticket.sets, problem.params, strict=True))
     for param, grad in zip(problem.params, problem.grads, strict=True):

@@ -1,7 +1,7 @@
-"""One optimizer step, as the benchmarks of CPU and GPU share it: the weights, what is expected of them, and the peers.
+"""One optimizer step for the benchmarks of CPU and GPU: the weights, their expected values, and the peers.
 
-A provider is verified before it is timed: three steps from the initial weights and fresh moments, the gradient scaled
-anew in each, must end where AdamW in float64 ends. The tolerance is that of the provider's precision.
+A provider is verified before it is timed: three steps from the initial weights and fresh moments, each with another
+scale of the gradient, must match AdamW in float64, with the tolerance of the provider's precision.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ MULTIPLIED = "grad.mul_(mask) + fused"
 GATHERED = "index_select + fused + index_copy_"
 LR, DECAY, BETA1, BETA2, EPS = 1e-3, 0.01, 0.9, 0.999, 1e-8
 OPTIONS = {"lr": LR, "weight_decay": DECAY, "betas": (BETA1, BETA2), "eps": EPS}
-SCALES = (1.0, -2.0, 4.0)  # of the gradient, step by step, in the verification; powers of two are undone exactly
-CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}  # entries that are compared at a time
+SCALES = (1.0, -2.0, 4.0)  # of the gradient, step by step, in the verification; powers of two can be undone exactly
+CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}  # entries compared at a time
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far from the float64 result a weight may be, in parts of max(|p|, steps * lr).
+    """The allowed difference of a weight from the float64 result, relative to max(|p|, steps * lr).
 
-    each: any entry
-    mean: all entries that are looked at, on average
+    Attributes:
+        each: of any entry
+        mean: of all compared entries, on average
 
     On average, no update at all is off by 0.12, a learning rate twice too high by 0.12 and one 10 % too high by 0.012;
     moments without bias correction by 0.31, ones that forget the earlier steps by 0.013; no second moment by 0.09 or
@@ -45,8 +46,8 @@ class Tolerance:
 
 EXACT = Tolerance(each=4e-6)  # the bound of docs/design.md, Arithmetic
 BFLOAT16 = Tolerance(each=2**-5)  # three steps of up to one unit in the last place
-FLOAT16 = Tolerance(mean=1e-3)  # torch's second moments, in float16 themselves, vanish where the gradient is small
-EIGHT_BITS = Tolerance(mean=0.01)  # 0.0008 in float32; 0.0035 where bfloat16 weights are rounded stochastically, too
+FLOAT16 = Tolerance(mean=1e-3)  # torch's second moments are float16 and vanish for small gradients
+EIGHT_BITS = Tolerance(mean=0.01)  # 0.0008 in float32; 0.0035 for stochastically rounded bfloat16 weights
 
 
 def tolerance_of(dtype: torch.dtype) -> Tolerance:
@@ -55,9 +56,10 @@ def tolerance_of(dtype: torch.dtype) -> Tolerance:
 
 
 class Problem:
-    """Weights, gradients and a ticket, on one device; every provider works on these very weights.
+    """Weights, gradients and a ticket on one device; all providers work on the same weights.
 
-    line: bytes that memory moves at least where one of them is touched
+    Args:
+        line: bytes of a cache line or sector, the smallest unit of memory traffic.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class Problem:
         first = next(iter(initial.values()))
         self.dtype, self.width, self.device = first.dtype, first.dtype.itemsize, first.device
         self.params = {name: nn.Parameter(tensor.clone()) for name, tensor in initial.items()}
-        self.used_grads: list[Mapping[str, Tensor]] = [grads]  # with the copies that some providers work on
+        self.used_grads: list[Mapping[str, Tensor]] = [grads]  # with the copies of some providers
         self.use_grads(grads)
         self.n, self.k = ticket.n, ticket.k
 
@@ -77,7 +79,7 @@ class Problem:
             param.grad = grads[name]
 
     def copied_grads(self) -> dict[str, Tensor]:
-        """The same gradients at other addresses; they are scaled with the others."""
+        """A copy of the gradients, which is scaled with the others."""
         grads = {name: grad.clone() for name, grad in self.grads.items()}
         self.used_grads.append(grads)
         return grads
@@ -88,7 +90,7 @@ class Problem:
 
     @cached_property
     def lines(self) -> int:
-        """Lines of the weights that hold an active entry."""
+        """Cache lines of the weights with an active entry."""
         entries = self.line // self.width
         bits = {8: torch.int8, 16: torch.int16, 32: torch.int32}[entries]
         return sum(
@@ -113,8 +115,11 @@ class Problem:
     def check(self, name: str, active: str, tolerance: Tolerance) -> None:
         """Compares the weights with the expected ones after `take_steps`.
 
-        active: "all": every entry was to be updated; "ticket": the ticket's, and the others are not looked at;
-            "only": the ticket's, and the others must have kept their bits.
+        Args:
+            name: of the provider.
+            active: "all": all entries must be updated; "ticket": those of the ticket, others are not compared; "only":
+                those of the ticket, and others must have their initial bits.
+            tolerance: of the provider's precision.
         """
         bits = torch.int32 if self.dtype == torch.float32 else torch.int16
         total, seen, size = 0.0, 0, CHUNK[self.device.type]
@@ -125,7 +130,7 @@ class Problem:
                 found, before, grad = (flat[start : start + size] for flat in flats)
                 expected = adamw(before.double(), grad.double())
                 error = (found.double() - expected).abs_() / expected.abs().clamp(min=len(SCALES) * LR)
-                wrong = ~(error <= tolerance.each)  # NaN, too, is wrong
+                wrong = ~(error <= tolerance.each)  # also for NaN
                 chosen = None if mask is None else mask[start : start + size]
                 if chosen is not None:
                     error, wrong = error[chosen], wrong & chosen
@@ -171,7 +176,7 @@ def provider(
 
 
 def masked(problem: Problem, name: str, optimizer: ls.MaskedAdamW) -> Provider:
-    """Ours."""
+    """A step of `MaskedAdamW`."""
     coded = optimizer.precision.states == "8bit"
     # touched lines of p read and written and of g read; moments and masters read and written; index read
     held = (2 if coded else 8) + (4 if optimizer.precision.keeps_master(problem.dtype) else 0)
@@ -180,15 +185,18 @@ def masked(problem: Problem, name: str, optimizer: ls.MaskedAdamW) -> Provider:
         problem, name, optimizer.step, moments_of(optimizer), "only", traffic, EIGHT_BITS if coded else None
     )
     if optimizer.precision.keeps_master(problem.dtype):
-        # the first step after another provider's takes its weights over into the masters, which no training loop needs
+        # the first step after another provider copies its weights into the masters, which no training loop needs
         ours.before = optimizer.step
     return ours
 
 
 def compacted(problem: Problem, name: str, optimizer_of: Callable[[nn.Module], ls.MaskedAdamW]) -> Provider:
-    """Ours with packed gradients: what its hooks do in backward, and the step.
+    """`MaskedAdamW` with packed gradients: the work of its hooks in backward, and the step.
 
-    optimizer_of: makes it, for a module that has the problem's weights
+    Args:
+        problem: the weights.
+        name: of the provider.
+        optimizer_of: makes the optimizer, for a module with the problem's weights.
     """
     params = {parameter: nn.Parameter(param.detach()) for parameter, param in problem.params.items()}
     optimizer = optimizer_of(module_of(params))
@@ -205,7 +213,7 @@ def compacted(problem: Problem, name: str, optimizer_of: Callable[[nn.Module], l
 
 
 def module_of(params: Mapping[str, nn.Parameter]) -> nn.Module:
-    """A module with these parameters under these names."""
+    """A module with these named parameters."""
     root = nn.Module()
     for name, param in params.items():
         *path, leaf = name.split(".")
@@ -230,7 +238,7 @@ def moments_of(optimizer: ls.MaskedAdamW) -> Callable[[], None]:
 
 
 class Dense:
-    """torch.optim.AdamW over all entries in several forms, which share one set of moments to save memory."""
+    """Several forms of torch.optim.AdamW over all entries, with shared moments to save memory."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -263,7 +271,7 @@ class Dense:
         return self.provider(FUSED, 7 * self.problem.width * self.problem.n, fused=True)
 
     def multiplied(self) -> Provider:
-        """The gradient is multiplied by a mask, then everything is updated."""
+        """Multiplies the gradient by a mask, then updates all entries."""
         problem = self.problem
         masks, grads = problem.masks, problem.copied_grads()
         views = {name: nn.Parameter(param.detach()) for name, param in problem.params.items()}
@@ -280,12 +288,12 @@ class Dense:
 
 
 def adamw_of_torch(params: Iterable[nn.Parameter], device: torch.device, **form: bool) -> torch.optim.AdamW:
-    """On a GPU one whose steps can be captured in a graph."""
+    """AdamW; on a GPU one whose steps can be captured in a graph."""
     return torch.optim.AdamW(params, **OPTIONS, **form, capturable=device.type == "cuda")
 
 
 def gathered(problem: Problem) -> Provider:
-    """The active entries are gathered into compact tensors, updated there, and copied back."""
+    """Gathers the active entries into compact tensors, updates these, and copies them back."""
     names = [name for name, index_set in problem.ticket.sets.items() if index_set.k]
     indices = {name: problem.ticket.indices(name).to(problem.device) for name in names}
     flat = {name: problem.params[name].detach().view(-1) for name in names}
@@ -323,7 +331,7 @@ def _bitsandbytes(params: list[nn.Parameter]) -> torch.optim.Optimizer:
 def _flashoptim(params: list[nn.Parameter]) -> torch.optim.Optimizer:
     from flashoptim import FlashAdamW
 
-    # its 24-bit weights are for lower precisions: with float32 it refuses them
+    # it has 24-bit weights for lower precisions only and refuses them for float32
     bits = {"master_weight_bits": None} if params[0].dtype == torch.float32 else {}
     return FlashAdamW(params, **OPTIONS, **bits)
 
@@ -333,11 +341,11 @@ PACKAGES: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "bitsandbytes AdamW8bit": _bitsandbytes,
     "flashoptim FlashAdamW": _flashoptim,
 }
-"""AdamW with 8-bit moments over all entries, of other packages."""
+"""AdamW with 8-bit moments over all entries, from other packages."""
 
 
 def packages(problem: Problem) -> Iterator[Provider]:
-    """Those that are installed and run here; the others are named."""
+    """The peers that are installed and run here; prints the others."""
     for name, make in PACKAGES.items():
         try:
             optimizer = make(list(problem.params.values()))

@@ -1,4 +1,4 @@
-"""Hook of mkdocs: the site is made of the repository's documents where they lie, so that links work in both places."""
+"""Hook of mkdocs: the site has the repository's folders, so that links work in both places."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SUFFIXES = {".md", ".png", ".svg", ".csv", ".py"}
 
 
 def on_config(config: Any) -> Any:
-    """Copies all documents, and what they link to, into build/docs, and builds from there."""
+    """Copies all documents and linked files into build/docs, and builds from there."""
     root = Path(config.config_file_path).parent
     target = root / "build" / "docs"
     shutil.rmtree(target, ignore_errors=True)

@@ -1,10 +1,10 @@
-"""Sparse-update training: select the weights that matter, and train them for the price of that subset.
+"""Sparse-update training: select the weights that matter, and train them at the cost of that subset.
 
-Two operations carry everything: `topk_delta` (which weights moved most between two versions of a model) and
+The library is built on two operations: `topk_delta` (which weights moved most between two versions of a model) and
 `masked_adamw_` (one AdamW step over a ticket, with state for the active entries only).
 
-Names are imported when they are first used, so that the command line answers without torch; where torch has been
-imported before, all of them are there at once, `torch.ops.ltp_sparse` included.
+Names are imported on first use, so that the command line responds without torch. If torch is already imported, all are
+imported at once, with `torch.ops.ltp_sparse`.
 """
 
 __version__ = "0.1.0"
@@ -14,7 +14,7 @@ import importlib.util
 import sys
 from typing import TYPE_CHECKING, Any
 
-from ltp_sparse import _moved  # noqa: F401 (modules by the names that they had before)
+from ltp_sparse import _moved  # noqa: F401 (modules by their earlier names)
 
 if TYPE_CHECKING:
     from ltp_sparse.backends import available_backends, use_backend

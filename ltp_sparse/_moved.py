@@ -1,7 +1,7 @@
-"""Modules by the names that they had in 0.1: `ltp_sparse.names` is `ltp_sparse.weights.names`, and so on, until 0.3.
+"""Modules by their names in 0.1, until 0.3: `ltp_sparse.names` is `ltp_sparse.weights.names`, and so on.
 
-A module that only moved is the same object under both names. One that was cut up is a module of its own that holds the
-names of its parts.
+A module that moved is the same object under both names. For a module that was split, the old name is a module with the
+names of all parts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "generated": ("tasks.generated",),
     "memory": ("optim.memory",),
     "modules": ("models",),
-    "names": ("weights.names", "tickets.delta"),
+    "names": ("weights.names", "weights.digests", "tickets.delta"),
     "prompting.model": ("models.masked_prompt",),
     "prompting.prompt_encoder": ("models.prompt_encoder",),
     "quantization": ("backends.quantization",),
@@ -37,12 +37,12 @@ MOVED: dict[str, tuple[str, ...]] = {
     "training.adam_l2": ("optim.adam_l2",),
     "training.backbone": ("models.backbone",),
 }
-"""Name in 0.1 -> where it is, the main part first; all without `ltp_sparse.`."""
+"""Name in 0.1 -> modules, the main part first; all without `ltp_sparse.`."""
 
 
 class _Moved(MetaPathFinder, Loader):
     def __init__(self) -> None:
-        self._specs: dict[str, ModuleSpec | None] = {}  # of modules that are on their way in under an old name
+        self._specs: dict[str, ModuleSpec | None] = {}  # of modules that are being imported by an old name
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         package, _, old = name.partition(".")
@@ -52,7 +52,7 @@ class _Moved(MetaPathFinder, Loader):
 
     @staticmethod
     def parts(old: str) -> tuple[str, ...]:
-        """Where a module is now, one inside a folder that has moved included; empty: where it always was."""
+        """The present modules for an old name, also inside moved folders; empty if the name has not changed."""
         folder, _, inside = old.partition(".")
         if inside and folder in ("generated", "modules"):
             return (f"{MOVED[folder][0]}.{inside}",)
@@ -71,7 +71,7 @@ class _Moved(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         old = module.__spec__
         if old is not None and old.name in self._specs:
-            module.__spec__ = self._specs.pop(old.name)  # the import machinery has written the old name over it
+            module.__spec__ = self._specs.pop(old.name)  # the import system has replaced it by the old name
 
 
 sys.meta_path.insert(0, _Moved())

@@ -1,4 +1,4 @@
-"""The whole job on generated data and mini-xlmr: select a ticket, train LTP and its controls, report."""
+"""The whole job on generated data with mini-xlmr: select a ticket, train LTP and its controls, write a report."""
 
 from __future__ import annotations
 
@@ -36,11 +36,13 @@ WORDS = {"entailment": "yes", "contradiction": "no", "neutral": "perhaps"}
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """How much the demo does; the defaults take about two minutes on two cores.
+    """Sizes of the demo; the defaults take about two minutes on two cores.
 
-    shots:    English examples per class for training, and as many for dev
-    test:     test examples per language
-    density:  share of the maskable weights in the ticket
+    Attributes:
+        sentences: of text for stage 1
+        shots: English examples per class for training, and as many for dev
+        test: test examples per language
+        density: share of the maskable weights in the ticket
     """
 
     sentences: int = 2000
@@ -55,10 +57,10 @@ class DemoSettings:
 
 
 def demo(output: Path, settings: DemoSettings | None = None, *, progress: bool = True) -> str:
-    """Runs everything, leaves the report in `output`, and returns its text."""
+    """Runs everything, writes the report into `output`, and returns its text."""
     settings = settings or DemoSettings()
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # for so small a model, threads that wait for each other cost more than they give
+    torch.set_num_threads(1)  # for such a small model threads cost more than they gain
     try:
         return _demo(output, settings, progress)
     finally:
@@ -119,7 +121,7 @@ def _demo(output: Path, settings: DemoSettings, progress: bool) -> str:
 
 
 def gpu_hint() -> str | None:
-    """Which kernels this machine's GPU goes without, and what to do; None where there is no GPU, or all are there."""
+    """A note on missing kernels for this machine's GPU, with reasons; None without a GPU or if none is missing."""
     if not torch.cuda.is_available():
         return None
     missing = [
@@ -136,11 +138,13 @@ def _say(*words: str) -> None:
 
 @dataclass(frozen=True)
 class _Fact:
-    """What the report says of a method.
+    """Figures of a method in the report.
 
-    trained: weights of the language model that train
-    state:   bytes of optimizer state, that of the prompt encoder included
-    frozen:  weights that do not train; changed: how many of them have other bits than before
+    Attributes:
+        trained: weights of the language model that train
+        state: bytes of optimizer state, with that of the prompt encoder
+        frozen: weights that do not train
+        changed: frozen weights whose bits changed
     """
 
     trained: int
@@ -174,15 +178,15 @@ def _run_method(
         facts = {"method": method.name, "shots": settings.shots, "seed": seed, "largest_class": largest_class(tests)}
         rows.append(result_row(accuracies, **facts))
         print(f"{method.name}, seed {seed}: {rows[-1]['mean']:.1%} over {len(tests)} languages", flush=True)
-    return rows, _look(result, model, before)
+    return rows, _compared(result, model, before)
 
 
 def new_words(tokenizer: PreTrainedTokenizerBase) -> Verbalizer:
-    """The verbalizer of the demo: words that mini-xlmr knows from text, but never saw as answers."""
+    """The verbalizer of the demo: words that mini-xlmr knows from text but has never seen as answers."""
     return Verbalizer.from_words(tokenizer, WORDS, strict=True)
 
 
-def _look(result: Trained, model: XLMRobertaForMaskedLM, before: dict[str, torch.Tensor]) -> _Fact:
+def _compared(result: Trained, model: XLMRobertaForMaskedLM, before: dict[str, torch.Tensor]) -> _Fact:
     """Compares every weight with its value before training, bit for bit."""
     frozen = changed = trained = 0
     for name, parameter in canonical_parameters(model).items():
@@ -216,15 +220,14 @@ def _report(
         "## Accuracy per language (zero-shot from English, %)",
         "",
         markdown(table, bold=False),
-        "LTP trains the ticket and a prompt; `random ticket` as many weights, drawn at random, as many in each tensor;",
-        "SP all weights; PT-frozen the prompt alone. mini-xlmr answered such questions, by other words, in all these",
-        "languages while it was pre-trained. What is new are the label words,",
-        f"{', '.join(WORDS.values())}, which it sees with English examples alone: how far they carry over to the other",
-        "languages is what the table shows. (By the words it was pre-trained with,",
+        "LTP trains the ticket and a prompt; `random ticket` as many random weights in each tensor; SP all weights;",
+        "PT-frozen the prompt alone. In pre-training mini-xlmr answered such questions in all these languages, with",
+        f"other words. The label words {', '.join(WORDS.values())} are new and seen with English examples only:",
+        "the table shows how well they transfer to the other languages. (With the words of pre-training,",
         f"{', '.join(LANGUAGES['en'].answers.values())}, everything is near 100 % at once.) All seeds share one draw",
         "of examples, too little to rank methods: docs/evidence.md has five draws.",
         "",
-        "## What it cost, and what stayed frozen",
+        "## Cost and frozen weights",
         "",
         "| method | weights trained | optimizer state, bytes | of dense AdamW's | frozen weights | of them changed |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -238,7 +241,7 @@ def _report(
         f"Dense AdamW over the encoder holds {dense:,} bytes. The states above include that of the prompt encoder "
         "(8 bytes per parameter). Frozen weights are compared bit for bit with their values before training.",
         "",
-        "## Where the ticket lives",
+        "## Where the active entries are",
         "",
         f"{ticket}",
         "",

@@ -1,4 +1,4 @@
-"""Inputs that tests and benchmarks share: the tensor shapes of XLM-R, weights before and after tuning, gradients."""
+"""Inputs for tests and benchmarks: the tensor shapes of XLM-R, weights before and after tuning, gradients."""
 
 from __future__ import annotations
 
@@ -62,7 +62,11 @@ def tuned_weights(
 ) -> dict[str, Tensor]:
     """Name -> weights after a tuning run: normal deltas of standard deviation `scale`, in the dtype of `initial`.
 
-    untouched_rows: share of the rows of every embedding matrix that keep their values, as those of absent words do.
+    Args:
+        initial: weights before tuning.
+        seed: of the deltas.
+        scale: their standard deviation.
+        untouched_rows: share of the rows of every embedding matrix that keep their values, as for absent words.
     """
     generator = torch.Generator().manual_seed(seed)
     tuned = {}
@@ -76,7 +80,7 @@ def tuned_weights(
 
 @dataclass
 class UpdateProblem:
-    """The arguments of one `masked_adamw_` call, moments at zero, and the ticket they stand for."""
+    """The arguments of one `masked_adamw_` call with zero moments, and its ticket."""
 
     ticket: Ticket
     params: list[Tensor]
@@ -93,14 +97,14 @@ class UpdateProblem:
         return self.params, self.grads, self.exp_avg, self.exp_avg_sq, self.table, self.coefficients
 
     def step(self, coefficients: Tensor | None = None, anchor: Tensor | None = None) -> None:
-        """One update, with other coefficients where they are given."""
+        """One update, by default with the problem's coefficients."""
         masked_adamw_(
             *self.args()[:5], self.coefficients if coefficients is None else coefficients, anchor,
             scales=self.scales, master=self.master, stochastic=self.stochastic,
         )  # fmt: skip
 
     def tensors(self) -> list[Tensor]:
-        """All that an update writes."""
+        """All tensors that an update writes."""
         optional = (self.scales, self.master)
         return [*self.params, self.exp_avg, self.exp_avg_sq, *(tensor for tensor in optional if tensor is not None)]
 
@@ -125,7 +129,15 @@ def update_problem(
 ) -> UpdateProblem:
     """A first update of random weights on a uniformly random ticket of exactly floor(density * n) entries.
 
-    dtype, grad_dtype (default: as dtype), states, master, stochastic: as in `MaskedAdamW`.
+    Args:
+        shapes: name -> shape of the parameters.
+        density: active share.
+        seed: of weights, gradients and ticket.
+        lr: learning rate.
+        weight_decay: decoupled weight decay.
+        dtype: of the weights.
+        grad_dtype: of the gradients; None: as dtype.
+        states, master, stochastic: as in `MaskedAdamW`.
     """
     ticket = Ticket.full(shapes) if density == 1 else Ticket.random(shapes, density=density, seed=seed)
     params = random_weights({name: ticket.shapes[name] for name in ticket.sets}, seed=seed)

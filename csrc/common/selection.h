@@ -47,6 +47,7 @@ struct Band {
     int64_t* offsets;    // out [T]: where the tile's candidates stand, ascending; -1: they did not fit
     int64_t* cursor;     // [1]: candidates so far, kept or not; advanced
     int64_t* nonfinite;  // [1], set to 1 if a key was NaN or inf
+    int64_t* digests;    // out [T, 2]: of the tiles of `initial`, or null
 
     template <class Record>
     explicit Band(const Record& record)
@@ -62,7 +63,8 @@ struct Band {
           capacity(record.entries("keys")),
           offsets(record.template at<int64_t>("offsets")),
           cursor(record.template at<int64_t>("cursor")),
-          nonfinite(record.template at<int64_t>("nonfinite")) {}
+          nonfinite(record.template at<int64_t>("nonfinite")),
+          digests(record.template at<int64_t>("digests")) {}
 };
 
 // What the band pass has stored. Tiles whose candidates did not fit have none here.

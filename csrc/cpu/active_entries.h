@@ -90,7 +90,10 @@ class Walk {
   private:
     static constexpr bool kPlainParam = std::is_same_v<Param, float>;
     static constexpr bool kPlainGrad = std::is_same_v<Grad, float>;
-    static constexpr bool kPacksBoth = (kPlainParam && kPlainGrad) ? kPacksLanes : kPacksHalf && kPacksLanes;
+    // Whether the instruction set has lanes for items of this type; other types go by lists.
+    template <class Storage>
+    static constexpr bool kPacks = sizeof(Storage) == 4 ? kPacksLanes : sizeof(Storage) == 2 && kPacksHalf;
+    static constexpr bool kPacksBoth = kPacks<Param> && kPacks<Grad>;
     static constexpr int64_t kLargestPiece = 256;
     static_assert(kStateBlock <= kLargestPiece && kPackedPiece <= kLargestPiece);
 

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "../common/adamw.h"
+#include "../common/digest.h"
 #include "../common/dtypes.h"
 #include "../common/update.h"
 
@@ -74,6 +75,9 @@ struct Kernels {
 
     // Stores the key of every entry.
     void (*all_keys)(const DeltaTile& tile, int32_t* keys);
+
+    // Of a tile of 1 byte or more.
+    Digest (*digest)(const void* bytes, int64_t nbytes);
 };
 
 // The kernels in use: the newest instruction set this machine runs, or the one asked for by LTP_SPARSE_ISA or use_isa.

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "../common/digest.h"
 #include "positions.h"
 
 namespace ltp {
@@ -85,6 +86,36 @@ inline uint64_t greater(const int32_t* keys, int32_t bound) {
     }
     return bits;
 }
+
+// The lanes of a digest.
+struct DigestLanes {
+    __m256i lanes[2];
+
+    static __m256i load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+
+    explicit DigestLanes(const uint64_t* from) : lanes{load(from), load(from + 4)} {}
+    void store(uint64_t* to) const {
+        for (int i = 0; i < 2; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 4 * i), lanes[i]);
+    }
+
+    void add(const char* stripe, const uint64_t* secret) {
+        for (int i = 0; i < 2; ++i) {
+            const __m256i words = load(stripe + 32 * i), keyed = _mm256_xor_si256(words, load(secret + 4 * i));
+            const __m256i product = _mm256_mul_epu32(keyed, _mm256_srli_epi64(keyed, 32));
+            lanes[i] = _mm256_add_epi64(_mm256_add_epi64(lanes[i], product), _mm256_permute4x64_epi64(words, 0xB1));
+        }
+    }
+
+    void scramble(const uint64_t* secret) {
+        const __m256i prime = _mm256_set1_epi64x(kPrime32_1);
+        for (int i = 0; i < 2; ++i) {
+            const __m256i mixed = _mm256_xor_si256(lanes[i], _mm256_srli_epi64(lanes[i], 47));
+            const __m256i keyed = _mm256_xor_si256(mixed, load(secret + 4 * i));
+            const __m256i upper = _mm256_mul_epu32(_mm256_srli_epi64(keyed, 32), prime);
+            lanes[i] = _mm256_add_epi64(_mm256_mul_epu32(keyed, prime), _mm256_slli_epi64(upper, 32));
+        }
+    }
+};
 
 }  // namespace
 }  // namespace ltp

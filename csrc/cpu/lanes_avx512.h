@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "../common/digest.h"
 #include "positions.h"
 
 namespace ltp {
@@ -82,6 +83,26 @@ inline uint64_t greater(const int32_t* keys, int32_t bound) {
     }
     return bits;
 }
+
+// The lanes of a digest.
+struct DigestLanes {
+    __m512i lanes;
+
+    explicit DigestLanes(const uint64_t* from) : lanes(_mm512_loadu_si512(from)) {}
+    void store(uint64_t* to) const { _mm512_storeu_si512(to, lanes); }
+
+    void add(const char* stripe, const uint64_t* secret) {
+        const __m512i words = _mm512_loadu_si512(stripe), keyed = _mm512_xor_si512(words, _mm512_loadu_si512(secret));
+        const __m512i product = _mm512_mul_epu32(keyed, _mm512_srli_epi64(keyed, 32));
+        lanes = _mm512_add_epi64(_mm512_add_epi64(lanes, product), _mm512_permutex_epi64(words, 0xB1));
+    }
+
+    void scramble(const uint64_t* secret) {
+        const __m512i mixed = _mm512_xor_si512(lanes, _mm512_srli_epi64(lanes, 47));
+        const __m512i keyed = _mm512_xor_si512(mixed, _mm512_loadu_si512(secret));
+        lanes = _mm512_mullo_epi64(keyed, _mm512_set1_epi64(kPrime32_1));
+    }
+};
 
 }  // namespace
 }  // namespace ltp

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../common/digest.h"
 #include "positions.h"
 
 namespace ltp {
@@ -57,6 +58,27 @@ inline uint64_t greater(const int32_t* keys, int32_t bound) {
     }
     return bits;
 }
+
+// The lanes of a digest.
+struct DigestLanes {
+    uint64_t lanes[8];
+
+    explicit DigestLanes(const uint64_t* from) { memcpy(lanes, from, sizeof lanes); }
+    void store(uint64_t* to) const { memcpy(to, lanes, sizeof lanes); }
+
+    void add(const char* stripe, const uint64_t* secret) {
+        uint64_t words[8];
+        memcpy(words, stripe, sizeof words);
+        for (int i = 0; i < 8; ++i) {
+            const uint64_t keyed = words[i] ^ secret[i];
+            lanes[i] += (keyed & 0xFFFFFFFF) * (keyed >> 32) + words[i ^ 1];
+        }
+    }
+
+    void scramble(const uint64_t* secret) {
+        for (int i = 0; i < 8; ++i) lanes[i] = (lanes[i] ^ lanes[i] >> 47 ^ secret[i]) * kPrime32_1;
+    }
+};
 
 }  // namespace
 }  // namespace ltp

@@ -231,6 +231,7 @@ void delta_band(const HostPairs& pairs, const std::vector<int64_t>& groups, cons
                                                                      std::to_string(band.low[g]) + " and " +
                                                                      std::to_string(band.high[g]));
     }
+    require(band.digests == nullptr || !pairs.initial.empty(), "delta_band: digests are of the initial tensors");
     PairTiles tiles("delta_band", pairs, groups, band.n_groups);
     const Kernels& kernel = kernels();
     std::atomic<bool> nonfinite{false};
@@ -250,6 +251,11 @@ void delta_band(const HostPairs& pairs, const std::vector<int64_t>& groups, cons
             const bool fits = counts.inside == 0 || (offset >= 0 && offset <= band.capacity - counts.inside);
             band.offsets[t] = fits ? offset : -1;
             if (fits && counts.inside > 0) kernel.collect(tile, inside, band.keys + offset, band.positions + offset);
+            if (band.digests != nullptr) {  // while the tile is in the cache
+                const Digest digest = kernel.digest(tile.initial, tile.length * bytes_of(tile.initial_dtype));
+                band.digests[2 * t] = int64_t(digest.low);
+                band.digests[2 * t + 1] = int64_t(digest.high);
+            }
         });
     });
     if (nonfinite) *band.nonfinite = 1;

@@ -1,9 +1,10 @@
-"""Triton kernels of `masked_adamw_` and of the passes of `topk_delta`.
+"""Triton kernels of `masked_adamw_`, of the passes of `topk_delta`, and of digests.
 
 They take the records of `ltp_sparse/backends/arguments.py`, and import nothing of this library. CPU tensors are served
 by Triton's interpreter (TRITON_INTERPRET=1).
 """
 
+from .digests import tile_digests
 from .masked_adamw import (
     gradient_norm,
     masked_adamw_,
@@ -26,4 +27,5 @@ __all__ = [
     "sample_keys",
     "take_above",
     "take_ties",
+    "tile_digests",
 ]

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .bits import bit_of_rank, popcount
+from .digests import tile_digests
 from .launch import on_device_of
 from .precision import TYPES
 
@@ -264,6 +265,8 @@ def _delta_band_kernel(
 
 def delta_band(band: Any) -> None:
     """One launch for all tensors of equal dtypes and alignment: almost always one in all. Scratch: 12 KB a program."""
+    if band.digests is not None:
+        tile_digests(band.initial, band.digests)
     words, keys = band.words, band.keys
     first_tiles = accumulate((-(-size // TILE) for size in band.tuned.sizes), initial=0)
     kinds: dict[tuple[torch.dtype | None, torch.dtype, bool], list[list[int]]] = {}

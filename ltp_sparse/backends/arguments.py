@@ -284,6 +284,7 @@ class Band(Pairs):
     offsets:         where a tile's candidates start; -1: not stored, no room
     cursor:          candidates stored so far, or wanted where it exceeds their room
     nonfinite:       set to 1 if an infinity or a NaN was seen
+    digests:         also those of the tiles of `initial`, if given (`weights.digests.tile_digests`)
     """
 
     groups: list[int]
@@ -299,6 +300,7 @@ class Band(Pairs):
     offsets: WrittenPerTile
     cursor: One
     nonfinite: One
+    digests: Annotated[Tensor | None, Spec(torch.int64, ("tiles", 2), written=True)] = None
 
 
 @dataclass(frozen=True, eq=False)

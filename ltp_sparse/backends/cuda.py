@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltp_sparse.backends import addresses
+from ltp_sparse.backends import addresses, digests
 from ltp_sparse.backends.arguments import (
     Band,
     Candidates,
@@ -153,6 +153,8 @@ def sample_keys(sample: Sample) -> None:
 
 def delta_band(band: Band) -> None:
     _launch_pairs("delta_band", band, band.words.device, band.groups, band.word_offsets)
+    if band.digests is not None:
+        digests.on_gpu(band.initial.present, band.digests)
 
 
 def _launch_candidates(name: str, candidates: Candidates) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ltp_sparse.backends import digests
 from ltp_sparse.backends.arguments import (
     RUN,
     Above,
@@ -252,6 +253,8 @@ def delta_band(band: Band) -> None:
                 band.positions[stored:end] = to_uint16_bits(found)
             band.cursor.add_(found.numel())
             tile += 1
+    if band.digests is not None:
+        digests.on_host(band.initial.present, band.digests)
 
 
 def _candidate_pieces(candidates: Candidates) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -1,4 +1,4 @@
-"""`ltp-sparse`: the command line. Every command takes flags or a YAML file, and its `--help` teaches by example."""
+"""`ltp-sparse`: the command line. Every command takes flags or a YAML file; its `--help` has examples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from ltp_sparse.cli.options import COMMANDS, CommandError, build_parser
 
-_GOES_ON = {
+_HINTS_AFTER_INTERRUPT = {
     "select": "with --run-dir and --save-every, run the same command with --resume to continue",
     "train": "with --save-every, run the same command with --resume to continue",
     "run": "run the same command again to continue",
@@ -22,7 +22,7 @@ _EXTRA = ("accelerate", "datasets", "matplotlib", "pyarrow", "scipy", "tqdm", "t
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; what goes wrong ends with one line on stderr, and exit status 2, or 1 for a fault of ours."""
+    """Runs one command. An error is one line on stderr, with exit status 2, or 1 for a fault that is not the user's."""
     options = None
     try:
         parser = build_parser()
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parser.parse(argv)
         with _warnings_as_notes():
             return int(options.run(options) or 0)
-    except BrokenPipeError:  # what reads the output has had enough
+    except BrokenPipeError:  # the reader of the output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except ModuleNotFoundError as error:
@@ -46,44 +46,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(error)
     except KeyboardInterrupt:
         _end_bars()
-        hint = _GOES_ON.get(getattr(options, "command", ""))
+        hint = _HINTS_AFTER_INTERRUPT.get(getattr(options, "command", ""))
         print("ltp-sparse: stopped" + (f"; {hint}" if hint else ""), file=sys.stderr)
         return 130
 
 
 def _refused(error: Exception) -> int:
-    """Tells a mistake of the user's, without the name of the function that found it."""
-    told = str(error)
+    """Reports a mistake of the user, without the name of the function that found it."""
+    message = str(error)
     for name in {name for frame, _ in traceback.walk_tb(error.__traceback__) for name in _names(frame.f_code)}:
-        told = told.removeprefix(f"{name}: ").replace(f": {name}: ", ": ")
-    _tell(error, told)
+        message = message.removeprefix(f"{name}: ").replace(f": {name}: ", ": ")
+    _report(error, message)
     return 2
 
 
 def _names(code: types.CodeType) -> tuple[str, ...]:
-    """What messages of a function may begin with: its name, or its class; a command keeps its own."""
+    """Prefixes of a function's messages to remove: its name and its class, but no name of a command."""
     return tuple(name for name in (code.co_qualname, code.co_qualname.partition(".")[0]) if name not in COMMANDS)
 
 
 def _failed(error: Exception) -> int:
-    """Tells what we, the machine or torch did wrong."""
-    kind, said = type(error).__name__, str(error)
+    """Reports a fault of the library, the machine or torch."""
+    kind, message = type(error).__name__, str(error)
     if getattr(type(error), "__module__", "").startswith("ltp_sparse"):  # a backend that is not available
         return _refused(error)
-    _tell(error, f"{kind}: {said}" if said else kind, " (LTP_SPARSE_TRACEBACK=1 shows where)")
+    _report(error, f"{kind}: {message}" if message else kind, " (LTP_SPARSE_TRACEBACK=1 shows where)")
     return 1
 
 
-def _tell(error: Exception, told: str, hint: str = "") -> None:
-    """One line, the last one, with no bar around it."""
+def _report(error: Exception, message: str, hint: str = "") -> None:
+    """Prints one line, after closing the progress bars."""
     _end_bars()
     if os.environ.get("LTP_SPARSE_TRACEBACK"):
         traceback.print_exception(error)
-    print(f"ltp-sparse: {' '.join(told.split())}{hint}", file=sys.stderr)
+    print(f"ltp-sparse: {' '.join(message.split())}{hint}", file=sys.stderr)
 
 
 def _open_bars() -> list[Any]:
-    """The bars of tqdm on the screen, of ours and of transformers alike."""
+    """All bars of tqdm on the screen, also those of transformers."""
     return list(sys.modules["tqdm"].tqdm._instances) if "tqdm" in sys.modules else []
 
 
@@ -94,14 +94,17 @@ def _end_bars() -> None:
 
 @contextmanager
 def _warnings_as_notes() -> Iterator[None]:
-    """Warnings of ours as one line each, without the place in the code that raises them."""
+    """Prints warnings of this library as one line each, without a place in the code."""
     before = warnings.formatwarning
 
     def one_line(message, category, filename, lineno, line=None):
         if f"{os.sep}ltp_sparse{os.sep}" not in filename and not issubclass(category, UserWarning):
             return before(message, category, filename, lineno, line)
-        for bar in _open_bars():  # a terminal gets the bar back below the note
-            bar.clear() if sys.stderr.isatty() else print(file=sys.stderr)
+        for bar in _open_bars():  # on a terminal, tqdm draws the bar again below the note
+            if sys.stderr.isatty():
+                bar.clear()
+            else:
+                print(file=sys.stderr)
         return f"ltp-sparse: note: {' '.join(str(message).split())}\n"
 
     warnings.formatwarning = one_line

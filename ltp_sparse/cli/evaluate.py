@@ -30,10 +30,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=TASK_NAMES, help="a known task to test on (default: that of the run)")
     parser.add_argument("--split", default="test", help="part of the task")
     parser.add_argument("--languages", nargs="+", help="languages to test on (default: all of the task or file)")
-    parser.add_argument("--test", metavar="FILE", help=f"data of your own to test on: {SOURCE}")
-    add_columns(parser, remembered="; what is not given is as the run was trained")
+    parser.add_argument("--test", metavar="FILE", help=f"your own data to test on: {SOURCE}")
+    add_columns(parser, default="; default: as the run was trained")
     add_metric(parser)
-    parser.add_argument("--limit", type=at_least_one, help="at most so many examples per language, the first ones")
+    parser.add_argument("--limit", type=at_least_one, help="use only this many examples per language, the first ones")
     parser.add_argument("--seeds", nargs="+", type=int, help="seeds to evaluate (default: all that are trained)")
     parser.add_argument("--batch-size", type=at_least_one, default=64, help="examples per forward pass")
     parser.add_argument("--plot", type=Path, help="also draw bars per language")
@@ -44,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     need(options, "folder")
     if options.task is not None and (given := own_options(options)):
-        raise CommandError(f"evaluate: {given[0]} is of data of your own, --task of a known one; leave one out")
+        raise CommandError(f"evaluate: {given[0]} is for your own data, --task for a known task; leave one out")
     expect(options, "folder", "run of ltp-sparse train")
     expect_source(options, "test")
     from ltp_sparse.cli.runs import Run, finished_seeds, load_seed
@@ -114,7 +114,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _own_examples(options: argparse.Namespace, run: Run) -> tuple[str, str, dict[str, list[Any]]]:
-    """(name, metric, language -> examples) of data of one's own."""
+    """(name, metric, language -> examples) of your own data."""
     from ltp_sparse.tasks.own import read_own
 
     source = options.test or run.test
@@ -122,7 +122,7 @@ def _own_examples(options: argparse.Namespace, run: Run) -> tuple[str, str, dict
         raise CommandError("evaluate: the run was trained without --test; give a file to test on, --test FILE")
     if options.data is not None or options.split != "test":
         option = "--split" if options.data is None else "--data"
-        raise CommandError(f"evaluate: {option} is of a known task, not of data of your own; leave it out")
+        raise CommandError(f"evaluate: {option} is for a known task, not for your own data; leave it out")
     examples = read_own(
         source,
         given_columns(options, run),
@@ -142,11 +142,11 @@ def _own_examples(options: argparse.Namespace, run: Run) -> tuple[str, str, dict
 
 
 def _task_examples(options: argparse.Namespace, run: Run) -> tuple[str, str, dict[str, list[Any]]]:
-    """The same of a known task."""
+    """(name, metric, language -> examples) of a known task."""
     from ltp_sparse.tasks import task
 
     if given := own_options(options):
-        raise CommandError(f"evaluate: {given[0]} is of data of your own; give their file, --test")
+        raise CommandError(f"evaluate: {given[0]} is for your own data; pass its file, --test")
     of = task(options.task or TEST_TASKS.get(run.task or "", run.task or ""))
     if of.kind != run.kind or set(of.labels) != set(run.labels):
         raise CommandError(

@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> None:
     need(options, "folder", "output")
     expect(options, "folder", "run of ltp-sparse train")
     if options.output.is_dir() and any(options.output.iterdir()):
-        raise CommandError(f"export: --output {options.output} holds something; give a new or an empty folder")
+        raise CommandError(f"export: --output {options.output} is not empty; give a new or an empty folder")
     from ltp_sparse.cli.runs import BAKED, Run, finished_seeds
     from ltp_sparse.recipes import results
     from ltp_sparse.tasks.own import UNDETERMINED
@@ -39,8 +39,8 @@ def run(options: argparse.Namespace) -> None:
 
     latest = {row["task"]: row for row in results.read(options.folder / results.RESULTS) if row["seed"] == seed}
     data = made.train or f"{made.task}" + ("" if made.shots is None else f", {made.shots} examples per class")
-    told = made.columns is None or (made.columns.language is None and made.language != UNDETERMINED)
-    language = made.language if told else None  # of rows with a language each, the card has the scores by language
+    known = made.columns is None or (made.columns.language is None and made.language != UNDETERMINED)
+    language = made.language if known else None  # with a language per row, the card has scores by language
     export(
         made.model,
         options.folder / f"seed-{seed}" / BAKED,

@@ -1,4 +1,4 @@
-"""What a file or folder is: the error for one given to the wrong option names it, before torch is imported."""
+"""The kind of a file or folder, to report one that is given to the wrong option before torch is imported."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BELONGS = {
     "text": "--text of ltp-sparse select takes it",
     "YAML file": "ltp-sparse run and report take it as a recipe, all commands as --config",
 }
-"""Kind -> where it goes."""
+"""Kind -> the options and commands that take it."""
 
 _MADE_BY = {
     "ticket": "ltp-sparse select makes one",
@@ -41,17 +41,13 @@ _BY_SUFFIX = {
 
 
 def kind_of(path: str | os.PathLike[str]) -> str | None:
-    """One of the kinds above, by what is in a folder, by the header of a safetensors file, or by a file's name; None
-    where nothing tells it, or nothing is there.
+    """The kind of a folder by its content, of a safetensors file by its header, of another file by its name.
+
+    None if the kind is unknown or the path does not exist.
     """
     path = Path(path)
     if path.is_dir():
-        of_folder = {
-            "run.json": "run of ltp-sparse train",
-            "results.jsonl": "folder of results",
-            "config.json": "model",
-        }
-        return next((kind for name, kind in of_folder.items() if (path / name).is_file()), None)
+        return next((kind for name, kind in _BY_CONTENT.items() if (path / name).is_file()), None)
     if not path.is_file():
         return None
     suffix = path.name.removesuffix(".gz").rpartition(".")[2].lower()
@@ -64,11 +60,12 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
 
 
 def expect(options: argparse.Namespace, name: str, *kinds: str) -> None:
-    """Raises a CommandError if what an option gives is not there, or is evidently of another kind than these.
+    """Raises a CommandError if the path in an option does not exist, or is known to be of another kind.
 
     Args:
-        name: of the option; one that is not given passes.
-        kinds: that it takes. Where nothing tells the kind, whoever reads it will say what is wrong.
+        options: of the command.
+        name: of the option, which may be missing.
+        kinds: accepted ones. Paths of unknown kind pass; their reader will report errors.
     """
     given = getattr(options, name)
     for path in given if isinstance(given, list) else [given]:
@@ -85,14 +82,14 @@ def expect(options: argparse.Namespace, name: str, *kinds: str) -> None:
 
 
 def expect_source(options: argparse.Namespace, name: str) -> None:
-    """The same for labelled data, which may also be a data set of the Hub or a folder with one."""
+    """`expect` for labelled data, which may also be a data set of the Hub or a folder with one."""
     given = getattr(options, name)
     if given is not None and (os.path.isfile(given) or kind_of(given) is not None):
         expect(options, name, "table")
 
 
 def expect_model(options: argparse.Namespace) -> None:
-    """The same for --model and --tokenizer; a name must be on the Hub, or in its cache."""
+    """`expect` for --model and --tokenizer; a name must be on the Hub, or in its cache."""
     from ltp_sparse.weights.locating import locate
 
     for name in ("model", "tokenizer"):

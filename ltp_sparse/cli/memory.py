@@ -1,4 +1,4 @@
-"""`ltp-sparse memory`: what either stage of LTP takes, beside other ways to train."""
+"""`ltp-sparse memory`: the memory of either stage of LTP beside other ways to train."""
 
 from __future__ import annotations
 
@@ -10,20 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from ltp_sparse.cli.kinds import expect_model
 from ltp_sparse.cli.options import CommandError, at_least_one, need, share
+from ltp_sparse.weights.locating import SIZES
 
 if TYPE_CHECKING:
     from ltp_sparse.optim.memory import MemoryReport
 
-HELP = "predict the memory of training a ticket beside full fine-tuning, LT-SFT, LoRA and FlashAdamW; takes none"
+HELP = "predict the memory of training a ticket beside full fine-tuning, LT-SFT, LoRA and FlashAdamW"
 EXAMPLES = """\
   prompt-learning with a ticket, on a GPU
     ltp-sparse memory --model xlm-roberta-base --density 0.2
     ltp-sparse memory --model xlm-roberta-large --density 0.05 --dtype bfloat16 --batch 32 --length 256
   the tuning before it that finds the ticket, on a CPU
     ltp-sparse memory --model xlm-roberta-base --stage 1 --device cpu"""
-
-SIZES = {"xlm-roberta-base": (768, 12, 12, 3072), "xlm-roberta-large": (1024, 24, 16, 4096)}
-"""Hidden size, layers, heads and inner size of models that need no download."""
 
 _LORA_RANK = 8
 _MASKED = 0.15  # of the tokens of stage 1
@@ -46,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--device",
         choices=("cuda", "cpu"),
         default="cuda",
-        help="where it will run: on a GPU attention and dropout keep less (default: cuda; none is needed here)",
+        help="where training will run: on a GPU attention and dropout keep less (default: cuda; none is needed here)",
     )
 
 
@@ -85,8 +83,8 @@ def table(
 ) -> dict[str, MemoryReport]:
     """Way to train -> its memory.
 
-    Stage 1 tunes all maskable weights and the LM head on masked tokens, drawn back to the initial weights; stage 2 is
-    prompt-learning with four prompt embeddings and a BiLSTM encoder.
+    Stage 1 tunes all maskable weights and the LM head on masked tokens, with the pull to the initial weights; stage 2
+    is prompt-learning with four prompt embeddings and a BiLSTM encoder.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode

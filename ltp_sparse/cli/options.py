@@ -1,4 +1,4 @@
-"""Options of the command line: flags, a YAML file under them, and what several commands share."""
+"""Options of the command line: flags, defaults from a YAML file, and options of several commands."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class CommandError(Exception):
 
 
 class _ArgumentParser(argparse.ArgumentParser):
-    """Its errors are those of the other mistakes: one line, without the list of all options."""
+    """Reports errors like all other mistakes: in one line, without the list of options."""
 
     def error(self, message: str) -> NoReturn:
         raise CommandError(
@@ -30,14 +30,14 @@ class _ArgumentParser(argparse.ArgumentParser):
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Shows the default of every option that has one and does not tell it in words of its own."""
+    """Adds the default to the help of an option that does not mention it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        told, default = action.help or "", action.default
-        if default in (None, False, argparse.SUPPRESS) or default == [] or "default" in told:
-            return told
+        text, default = action.help or "", action.default
+        if default in (None, False, argparse.SUPPRESS) or default == [] or "default" in text:
+            return text
         shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
-        return f"{told} (default: {shown})".strip().replace("%", "%%") if told else f"default: {shown}"
+        return f"{text} (default: {shown})".strip().replace("%", "%%") if text else f"default: {shown}"
 
 
 class Parser:
@@ -47,7 +47,7 @@ class Parser:
         self.parser = _ArgumentParser(
             prog="ltp-sparse",
             description="Select a ticket of weights, and train it for the price of the ticket.",
-            epilog="A first look, offline: ltp-sparse demo. Help on a command: ltp-sparse COMMAND --help",
+            epilog="To start, offline: ltp-sparse demo. Help on a command: ltp-sparse COMMAND --help",
             allow_abbrev=False,
         )
         self.parser.add_argument("--version", action="version", version=f"ltp-sparse {__version__}")
@@ -73,13 +73,13 @@ class Parser:
         options = self._parse(argv)
         if options.config is None:
             return options
-        # a second parse with the file's values as defaults, so that flags win
+        # parse again with the file's values as defaults, so that flags win
         command = self.commands[options.command]
         command.set_defaults(**_read_config(options.config, command))
         return self._parse(argv)
 
     def _parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """As `parse_args`, but what is not known is named together with the closest option."""
+        """As `parse_args`, but the error for an unknown option lists the closest ones."""
         options, unknown = self.parser.parse_known_args(argv)
         if not unknown:
             return options
@@ -112,7 +112,7 @@ def _read_config(path: Path, command: argparse.ArgumentParser) -> dict[str, Any]
 
 
 def _converted(action: argparse.Action, value: Any, where: str) -> Any:
-    """A value of the file, as the flag would have it."""
+    """A value of the file, converted like that of a flag."""
     if value is None:
         return None
     if isinstance(action, argparse._StoreTrueAction):
@@ -136,7 +136,7 @@ def _converted(action: argparse.Action, value: Any, where: str) -> Any:
 
 
 def need(options: argparse.Namespace, *names: str) -> None:
-    """Raises for options that neither flags nor the file give."""
+    """Raises for required options that neither flags nor the file give."""
     for name in names:
         if getattr(options, name) in (None, []):
             shown = name.upper() if name in options.positional else f"--{name.replace('_', '-')}"
@@ -158,7 +158,7 @@ def share(text: str) -> float:
 
 
 def check_writable(command: str, path: Path, *, folder: bool = False, option: str = "--output") -> None:
-    """Raises unless a file, or a folder of files, can be written there: before hours of work, not after them."""
+    """Raises unless a file, or files in a folder, can be written there. Call it before hours of work."""
     from ltp_sparse.weights import files
 
     if os.path.isdir(path) != folder and os.path.exists(path):
@@ -171,10 +171,10 @@ def check_writable(command: str, path: Path, *, folder: bool = False, option: st
 
 
 def check_starts_anew(command: str, folder: Path, option: str) -> None:
-    """Raises if an interrupted run has left checkpoints in a folder: a run that starts anew would remove them."""
+    """Raises if a folder has checkpoints of an interrupted run, which a run that starts anew would remove."""
     if any(folder.rglob("checkpoint-*")):
         raise CommandError(
-            f"{command}: {folder} holds checkpoints of an interrupted run; pass --resume to go on, or another {option}"
+            f"{command}: {folder} has checkpoints of an interrupted run; pass --resume to continue, or another {option}"
         )
 
 
@@ -182,7 +182,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", help="the base model: its folder, its Hub name, e.g. xlm-roberta-base, or mini-xlmr (in the package)"
     )
-    parser.add_argument("--tokenizer", help="folder or Hub name of the tokenizer, where it is not beside the model")
+    parser.add_argument("--tokenizer", help="folder or Hub name of the tokenizer, if it is not with the model")
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
@@ -199,7 +199,7 @@ def add_computing(parser: argparse.ArgumentParser) -> None:
 
 
 def quieten(options: argparse.Namespace) -> None:
-    """With --quiet, turns off the bars of transformers, too."""
+    """With --quiet, also turns off the bars of transformers."""
     if options.quiet:
         from transformers.utils import logging
 

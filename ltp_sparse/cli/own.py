@@ -1,4 +1,4 @@
-"""Options for labelled data of one's own, which train, evaluate and predict share."""
+"""Options for your own labelled data, for train, evaluate and predict."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _COLUMNS = {
 }
 
 
-def add_columns(parser: argparse.ArgumentParser, *, remembered: str = "") -> None:
-    for name, told in _COLUMNS.items():
-        parser.add_argument(f"--{name}-column", metavar="NAME", help=told + remembered)
+def add_columns(parser: argparse.ArgumentParser, *, default: str = "") -> None:
+    for name, description in _COLUMNS.items():
+        parser.add_argument(f"--{name}-column", metavar="NAME", help=description + default)
     parser.add_argument("--quoted", action="store_true", help="cells of a .tsv may be in double quotes, as in a .csv")
     parser.add_argument("--hub-config", metavar="NAME", help="configuration of a Hub data set")
 
 
 def add_metric(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--metric", choices=METRIC_NAMES, help="of one's own data (default: accuracy)")
+    parser.add_argument("--metric", choices=METRIC_NAMES, help="for your own data (default: accuracy)")
 
 
 def given_columns(options: argparse.Namespace, run: Run | None = None) -> Columns:
-    """The columns that the options name; those that they do not as the run remembers them, or as they are called."""
+    """The columns that the options name; the others as in the run, or with their usual names."""
     from ltp_sparse.tasks.own import Columns
 
     if run is not None and run.columns is not None:
@@ -54,13 +54,13 @@ def given_columns(options: argparse.Namespace, run: Run | None = None) -> Column
 
 
 def own_options(options: argparse.Namespace) -> list[str]:
-    """The flags of one's own data that are given, those of sources apart."""
+    """The given flags for your own data, without sources."""
     names = [*(f"{name}_column" for name in _COLUMNS), "quoted", "hub_config", "metric", "dev", "test"]
     return [f"--{name.replace('_', '-')}" for name in names if getattr(options, name, None)]
 
 
 def words_of(texts: list[str] | None) -> dict[str, list[str]] | None:
-    """Class -> words of `--words CLASS=WORD ...`; several words of a class are parted by commas."""
+    """Class -> words, from `--words CLASS=WORD ...`; several words of a class are separated by commas."""
     if texts is None:
         return None
     found: dict[str, list[str]] = {}
@@ -75,7 +75,7 @@ def words_of(texts: list[str] | None) -> dict[str, list[str]] | None:
 
 
 def by_language(examples: list[Any]) -> dict[str, list[Any]]:
-    """Language -> its examples, in the order of their first ones."""
+    """Language -> its examples; languages in the order of first occurrence."""
     found: dict[str, list[Any]] = {}
     for example in examples:
         found.setdefault(example.language, []).append(example)

@@ -27,8 +27,8 @@ _SUFFIXES = (".tsv", ".jsonl")
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", nargs="?", type=Path, help="a run of ltp-sparse train")
-    parser.add_argument("examples", nargs="?", help=f"what to label, without classes: {SOURCE}")
-    add_columns(parser, remembered="; what is not given is as the run was trained")
+    parser.add_argument("examples", nargs="?", help=f"examples to label, without classes: {SOURCE}")
+    add_columns(parser, default="; default: as the run was trained")
     parser.add_argument("--seed", type=int, help="seed to label with (default: the first that is trained)")
     parser.add_argument("--batch-size", type=at_least_one, default=64, help="examples per forward pass")
     parser.add_argument("--output", type=Path, help="a .tsv or .jsonl file (default: the screen, as .tsv)")
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _write_tsv(file: IO[str], rows: list[dict[str, Any]]) -> None:
-    """Without quoting, as a .tsv is read: tabs and line breaks inside a text become spaces."""
+    """Writes a .tsv without quoting, as it is read: tabs and line breaks inside a text become spaces."""
     for number, row in enumerate(rows):
         of_class = row.pop("probabilities")
         if number == 0:

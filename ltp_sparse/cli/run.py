@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ltp_sparse.cli.kinds import expect_model
-from ltp_sparse.cli.options import CommandError, add_report_to, check_writable, need
+from ltp_sparse.cli.options import CommandError, add_computing, add_data, add_report_to, check_writable, need
 from ltp_sparse.weights.reading import FileFormatError, parse_yaml
 
 if TYPE_CHECKING:
@@ -35,20 +35,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="folder or Hub name of the base model, instead of the recipe's")
     parser.add_argument("--tokenizer", help="folder or Hub name of the tokenizer, where it is not beside the model")
     parser.add_argument("--allow-plugins", action="store_true", help="run the Python files that the recipe names")
-    parser.add_argument("--data", type=Path, help="folder of the original files; without it, the Hub by name")
+    add_data(parser)
     parser.add_argument("--output", type=Path, help="folder of the results; finished cells in it are not run again")
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="for all cells, e.g. settings.epochs=1"
     )
-    parser.add_argument("--only", nargs="+", default=[], metavar="KEY=VALUE", help="only cells with these facts")
+    parser.add_argument("--only", nargs="+", default=[], metavar="KEY=VALUE", help="only cells with these values")
     parser.add_argument("--cache", type=Path, help="folder of shared artefacts (see ltp-sparse cache)")
-    parser.add_argument("--devices", nargs="+", help="GPUs to share the cells out to, e.g. 0 1 2 3")
+    parser.add_argument("--devices", nargs="+", help="GPUs to distribute the cells to, e.g. 0 1 2 3")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--save-every", type=int, help="epochs between checkpoints inside a cell")
     parser.add_argument("--micro-batch-size", type=int, help="examples per forward pass, to save memory")
     add_report_to(parser)
-    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 under autocast; weights stay float32")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_computing(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -107,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check_model(options: argparse.Namespace, recipe: Recipe) -> None:
-    """Raises if the one model of all cells cannot be had; of several, cells without theirs fail by themselves."""
+    """Raises if the only model of all cells is unavailable. With several models, single cells fail instead."""
     models = {cell["model"] for cell in recipe.cells}
     if len(models) == 1:
         expect_model(argparse.Namespace(command="run", model=models.pop(), tokenizer=options.tokenizer, positional=()))

@@ -1,9 +1,9 @@
-"""The folder of a trained run: what `train` leaves and `evaluate`, `predict` and `export` read.
+"""The folder of a trained run, written by `train` and read by `evaluate`, `predict` and `export`.
 
-run.json                  model, method, data, columns, words, languages: how the run was made
+run.json                  the description of the run: model, method, data, columns, words, languages
 seed-1/trained.safetensors  a SparseDelta: ticket entries and the prompt encoder at the best epoch
-seed-1/baked.safetensors    the same with the prompt in place of its encoder: all that inference needs
-manifest.json             names, sizes and checksums of the files above, of the seeds that are finished
+seed-1/baked.safetensors    the same for inference, with the prompt in place of its encoder
+manifest.json             names, sizes and checksums of the files above, for finished seeds
 results.jsonl             rows of `evaluate`
 """
 
@@ -35,10 +35,10 @@ _DESCRIPTION = "run.json"
 
 @dataclass(frozen=True)
 class Run:
-    """How a run was made; paths and names as given on the command line.
+    """The description of a run, with paths and names as given on the command line.
 
     Attributes:
-        task: None: data of one's own, `train`, `dev` and `test`, with `columns`
+        task: None: your own data in `train`, `dev` and `test`, with `columns`
         words: class -> label words; None: those of the language `verbalizer`
         labels: classes, in the order of the logits
     """
@@ -82,13 +82,14 @@ class Run:
                 facts["columns"] = Columns(**facts["columns"])
             run = cls(**facts)
             _texts([run.model, run.method, run.language, run.verbalizer])
-            task(_texts([run.task])[0]) if run.columns is None else None
+            if run.columns is None:
+                task(_texts([run.task])[0])
             return run
         except (AttributeError, TypeError, ValueError) as error:
             raise FileFormatError(path, f"damaged, or of another version of ltp_sparse ({error})") from error
 
     def check_model(self, command: str) -> None:
-        """Raises if the model or the tokenizer is no longer where it was."""
+        """Raises if the model or the tokenizer is no longer there."""
         from ltp_sparse.weights.locating import locate
 
         try:
@@ -98,7 +99,7 @@ class Run:
             raise CommandError(f"{command}: the run was made with a model that is not found: {error}") from None
 
     def check_continues(self, folder: Path) -> None:
-        """Raises if the folder has seeds of a run that was made in another way: they would pass for seeds of this."""
+        """Raises if the folder has seeds of a run with another description: they would count as seeds of this one."""
         if not (folder / _DESCRIPTION).is_file() or not any(folder.glob("seed-*")):
             return
         before = Run.load(folder)
@@ -118,25 +119,25 @@ def _texts(values: Any) -> list[str]:
 
 
 def finished_seeds(folder: Path, wanted: Sequence[int] | None = None) -> list[int]:
-    """The seeds whose training is done, ascending; or those wanted, which must be among them."""
+    """The finished seeds, ascending; or the wanted ones, which must be finished."""
     if (folder / manifest.MANIFEST).exists():
         parts = tuple(f"seed-{seed}/" for seed in wanted) if wanted else ("seed-",)
         manifest.check(folder, (_DESCRIPTION, *parts))
         found = [Path(name) for name in manifest.names(folder)]
     else:
-        print(f"{folder} has no {manifest.MANIFEST}, as those of earlier versions: a lost seed would not be noticed")
+        print(f"{folder} has no {manifest.MANIFEST}, like runs of earlier versions: a lost seed would not be noticed")
         found = list(folder.glob(f"seed-*/{BAKED}"))
     names = [path.parent.name.removeprefix("seed-") for path in found if path.name == BAKED]
     seeds = sorted(int(name) for name in names if name.isdigit())
     if not seeds:
-        raise CommandError(f"{folder}: no seed has been trained to the end; run ltp-sparse train --resume")
+        raise CommandError(f"{folder}: no seed is finished; run ltp-sparse train --resume")
     if missing := [seed for seed in wanted or () if seed not in seeds]:
         raise CommandError(f"{folder}: expected one of its seeds {', '.join(map(str, seeds))}, got {missing[0]}")
     return seeds if wanted is None else list(wanted)
 
 
 def check_same_training(finished: Path, method: Method, ticket: Ticket | None) -> None:
-    """Raises if a finished seed was trained with other settings, or LTP with another ticket, than those to come."""
+    """Raises if a finished seed was trained with other settings than the next ones, or LTP with another ticket."""
     import ltp_sparse as ls
 
     delta, wanted = ls.SparseDelta.load(finished), method.describe()
@@ -150,23 +151,17 @@ def check_same_training(finished: Path, method: Method, ticket: Ticket | None) -
 
 
 def seeds_to_train(folder: Path, seeds: Sequence[int]) -> Iterator[int]:
-    """Those of the seeds that no other process trains, or has trained meanwhile; nobody else does while one is out."""
-    from filelock import FileLock, Timeout
+    """Yields the seeds that no other process trains or has trained. Each is locked until the next one."""
+    from ltp_sparse.training.run_folder import try_lock
 
     for seed in seeds:
-        path = folder / f"seed-{seed}" / "train.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = FileLock(path).acquire(blocking=False)
-        except Timeout:
-            print(f"seed {seed}: another process trains it, passed over")
-            continue
-        with lock:
-            if (path.parent / BAKED).is_file():
+        with try_lock(folder / f"seed-{seed}" / "train.lock") as acquired:
+            if not acquired:
+                print(f"seed {seed}: another process trains it, skipped")
+            elif (folder / f"seed-{seed}" / BAKED).is_file():
                 print(f"seed {seed}: another process has trained it")
             else:
                 yield seed
-            path.unlink(missing_ok=True)
 
 
 def record(folder: Path, names: Sequence[str]) -> None:
@@ -185,7 +180,7 @@ def record(folder: Path, names: Sequence[str]) -> None:
 
 
 def load_seed(run: Run, folder: Path, seed: int | None) -> tuple[Setup, SparseDelta]:
-    """The model of one seed (default: the first) with what encodes examples for it, and its delta."""
+    """The model of one seed (default: the first) with its encoding of examples, and its delta."""
     import ltp_sparse as ls
     from ltp_sparse.models.backbone import load_backbone
     from ltp_sparse.training.method import load_trained

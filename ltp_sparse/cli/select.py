@@ -42,14 +42,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hub-text", help="Hub data set to take the text from")
     parser.add_argument("--hub-config", help="configuration of the Hub data set")
     parser.add_argument("--hub-column", default="text", help="its column (default: text)")
-    parser.add_argument("--max-lines", type=at_least_one, help="take at most so many lines, drawn with --seed")
+    parser.add_argument("--max-lines", type=at_least_one, help="take at most this many lines, drawn with --seed")
     parser.add_argument("--initial", type=Path, help="instead of tuning: checkpoint of the initial weights")
     parser.add_argument("--tuned", type=Path, help="checkpoint of the tuned weights")
     parser.add_argument(
         "--allow-missing",
         nargs="*",
         metavar="EXPRESSION",
-        help="parameters that may be in one checkpoint only, and are left out; without an expression: any",
+        help="parameters that may be in one checkpoint only and are left out; without an expression: any",
     )
     parser.add_argument(
         "--compare-in",
@@ -58,23 +58,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--density", type=share, default=0.2, help="share of the maskable weights (default: 0.2)")
     parser.add_argument(
-        "--budget", choices=("global", "layer", "tensor"), default="global", help="how it is shared out"
+        "--budget", choices=("global", "layer", "tensor"), default="global", help="how the entries are divided"
     )
     parser.add_argument(
         "--strategy",
         choices=("decoupled", "vanilla", "frozen_embedding"),
-        help="what moves in tuning: the input embedding alone (decoupled, the default), both tied ones, or neither",
+        help="embeddings that train: the input embedding alone (decoupled, the default), both tied ones, or neither",
     )
     parser.add_argument(
         "--segment", choices=("lower", "middle", "upper"), help="select in one third of the layers only"
     )
     parser.add_argument("--intersect", action="store_true", help="with --segment: cut the global ticket instead")
     parser.add_argument("--epochs", type=float, default=3.0, help="passes over the text")
-    parser.add_argument("--max-steps", type=int, default=-1, help="stop after so many updates (default: never)")
+    parser.add_argument("--max-steps", type=int, default=-1, help="stop after this many updates (default: never)")
     parser.add_argument("--batch-size", type=at_least_one, default=32, help="blocks or lines per update")
     parser.add_argument("--learning-rate", type=float, default=5e-5, help="of tuning")
     parser.add_argument(
-        "--length", type=at_least_one, help="tokens of a block (default: 256, as far as the model goes)"
+        "--length", type=at_least_one, help="tokens of a block (default: 256, or the longest input of the model)"
     )
     parser.add_argument("--line-by-line", action="store_true", help="one line per example instead of packed blocks")
     parser.add_argument(
@@ -84,7 +84,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=42, help="of the order of examples, masks and drawn lines")
     parser.add_argument("--run-dir", type=Path, help="folder for checkpoints; with it, --save-every and --resume work")
     parser.add_argument("--save-every", type=at_least_one, help="updates between checkpoints")
-    parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint of --run-dir")
+    parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint in --run-dir")
     parser.add_argument("--output", type=Path, help="the ticket, a .safetensors file")
     add_report_to(parser)
     add_computing(parser)
@@ -109,15 +109,15 @@ def run(options: argparse.Namespace) -> None:
     print(ticket)
     for what, count in ticket.metadata.get("left_out", {}).items():
         print(f"left out: {count} parameters, {what}")
-    print(f"written to {options.output}; look at it with: ltp-sparse inspect {options.output}")
+    print(f"written to {options.output}; inspect it with: ltp-sparse inspect {options.output}")
 
 
 def _from_checkpoints(options: argparse.Namespace):  # type: ignore[no-untyped-def]
     of_tuning = ("text", "text_column", "hub_text", "model", "strategy", "segment", "run_dir")
     if given := [name for name in of_tuning if getattr(options, name) is not None]:
         raise CommandError(
-            f"select: --{given[0].replace('_', '-')} is of tuning and has no part in comparing --initial and --tuned, "
-            "whose parameters are all selected from; leave it out"
+            f"select: --{given[0].replace('_', '-')} is for tuning and not for a comparison of --initial and --tuned, "
+            "which selects from all parameters; leave it out"
         )
     for name in ("initial", "tuned"):
         expect(options, name, "file of weights", "model")
@@ -142,7 +142,7 @@ def _from_text(options: argparse.Namespace):  # type: ignore[no-untyped-def]
     if (options.text is None) == (options.hub_text is None):
         raise CommandError("select: give either --text files or --hub-text NAME")
     if options.text_column is not None and options.text is None:
-        raise CommandError("select: --text-column is of --text; for a Hub data set there is --hub-column")
+        raise CommandError("select: --text-column is for --text; use --hub-column for a Hub data set")
     if (options.resume or options.save_every) and options.run_dir is None:
         raise CommandError("select: --save-every and --resume need a --run-dir")
     if options.run_dir is not None and not options.resume:
@@ -211,10 +211,10 @@ def _from_text(options: argparse.Namespace):  # type: ignore[no-untyped-def]
 
 
 def _only_column(paths: list[Path]) -> str | None:
-    """The column to take the text from, where none is named: the one called text, or a single one.
+    """The column with the text if none is named: "text", or the only one.
 
-    None: these are no tables, or such as `read_text` takes: a .tsv of one column without a header, JSON lines with the
-    key text.
+    None if `read_text` reads the files: they are no tables, a .tsv of one column without a header, or JSON lines with
+    the key text.
     """
     from ltp_sparse.tasks.own import columns_of
 

@@ -41,10 +41,10 @@ EXAMPLES = """\
   in Swahili, with checkpoints; after an interruption, add --resume
     ltp-sparse train --model mini-xlmr --ticket en.safetensors --data data/ --language sw --shots 16 \\
         --output runs/sw --save-every 10
-  a task of single texts, by words of your own
+  a task of single texts, with your own words
     ltp-sparse train --model mini-xlmr --ticket en.safetensors --task smsa --data data/ --shots 16 \\
         --words positive=good neutral=okay negative=bad --output runs/smsa
-  a file of your own
+  your own file
     ltp-sparse train --model mini-xlmr --ticket en.safetensors --train train.tsv --dev dev.tsv --test test.tsv \\
         --text-column text --label-column label --words positive=good negative=bad --language quy --output runs/quy"""
 
@@ -53,17 +53,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--method", choices=MASKED_METHOD_NAMES, default="ltp", help="what trains")
     parser.add_argument(
-        "--match", choices=("pool", "layers"), help="random-ticket: what the draw keeps (default: pool)"
+        "--match",
+        choices=("pool", "layers"),
+        help="random-ticket: draw as many entries per pool or per tensor (default: pool)",
     )
     parser.add_argument("--ticket", type=Path, help="the ticket of ltp-sparse select (ltp and random-ticket need one)")
     parser.add_argument("--task", choices=TASK_NAMES, help="a known task to train on (default: xnli-fewshot)")
     add_data(parser)
-    parser.add_argument("--train", metavar="FILE", help=f"instead of a task, data of your own: {SOURCE}")
+    parser.add_argument("--train", metavar="FILE", help=f"instead of a task, your own data: {SOURCE}")
     parser.add_argument(
-        "--dev", metavar="FILE", help="the same of dev, which picks the epoch (default: part of --train)"
+        "--dev", metavar="FILE", help="your own dev data, which picks the epoch (default: a part of --train)"
     )
     parser.add_argument("--dev-share", type=share, help="without --dev: its share of each class (default: 0.1)")
-    parser.add_argument("--test", metavar="FILE", help="the same of test, which ltp-sparse evaluate will take")
+    parser.add_argument("--test", metavar="FILE", help="your own test data, for ltp-sparse evaluate")
     add_columns(parser)
     add_metric(parser)
     parser.add_argument(
@@ -73,7 +75,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shots", type=at_least_one, help="examples per class (default: all; xnli-fewshot needs it)")
     parser.add_argument(
         "--language",
-        help="of the training examples (default: en, or the task's only one; of your own data: und)",
+        help="of the training examples (default: en, or the task's only one; und for your own data)",
     )
     parser.add_argument("--seeds", nargs="+", type=int, help="default: the method's (LTP: 1 2 3 4 5)")
     parser.add_argument("--epochs", type=at_least_one, help="default: the method's (LTP: 70)")
@@ -82,19 +84,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--micro-batch-size", type=at_least_one, help="examples per forward pass, to save memory")
     parser.add_argument("--states", choices=("float32", "8bit"), default="float32", help="precision of the moments")
     parser.add_argument(
-        "--gradients", choices=("packed", "dense"), default="packed", help="dense keeps all of every gradient"
+        "--gradients", choices=("packed", "dense"), default="packed", help="dense keeps whole gradients"
     )
     parser.add_argument(
         "--max-length",
         type=at_least_one,
-        help="tokens of an input (default: the method's, 256 or 128, as far as the model goes)",
+        help="tokens of an input (default: the method's, 256 or 128, or the longest input of the model)",
     )
     parser.add_argument("--n-prompt", type=at_least_one, help="prompt embeddings (default: 4)")
     parser.add_argument("--encoder", choices=("bilstm", "mlp", "none"), help="prompt encoder (default: bilstm)")
     parser.add_argument(
         "--save-every", type=at_least_one, help="epochs between checkpoints of the whole training state"
     )
-    parser.add_argument("--resume", action="store_true", help="skip finished seeds, go on from the latest checkpoint")
+    parser.add_argument("--resume", action="store_true", help="skip finished seeds, continue from the last checkpoint")
     add_report_to(parser)
     parser.add_argument("--output", type=Path, help="folder of the run")
     add_computing(parser)
@@ -175,7 +177,7 @@ def run(options: argparse.Namespace) -> None:
     run.check_continues(options.output)
     model, tokenizer = load_backbone(options.model, decoupled=False, tokenizer=options.tokenizer)
     if options.max_length is None and method.settings.max_length > (longest := longest_input(model.config)):
-        print(f"inputs have at most {longest} tokens, for which the model has positions")
+        print(f"inputs have at most {longest} tokens, the number of positions of the model")
         method = replace(method, settings=replace(method.settings, max_length=longest))
     if len(todo) < len(seeds):
         done = next(seed for seed in seeds if seed not in todo)
@@ -186,9 +188,9 @@ def run(options: argparse.Namespace) -> None:
     elif method.scores_words:
         verbalizer = Verbalizer.for_language(tokenizer, verbalizer_language)
     elif words is not None:
-        print(f"--words plays no part: {options.method} scores classes by a head")
+        print(f"--words has no effect: {options.method} scores classes by a head")
     if options.method in ("discrete-prompt", "mixed-prompt") and language not in QUESTIONS:
-        print(f"the words of the pattern are English: none are known for {language!r}")
+        print(f"the words of the pattern are English, since none are known for {language!r}")
     run.save(options.output)
     what, languages = f"{kind_of(data.train[0])}s", ", ".join(dict.fromkeys(e.language for e in data.train))
     print(f"{method.name}: {len(data.train)} training and {len(data.dev)} dev {what} ({languages}), seeds {seeds}")
@@ -247,30 +249,28 @@ def _dev_share(options: argparse.Namespace) -> float:
 
 
 def _check_source(options: argparse.Namespace) -> None:
-    """Raises for options of a task beside data of one's own, and the other way round."""
+    """Raises for options that do not fit the source: a task, or your own data."""
     if options.train is None:
         if given := own_options(options) + ["--dev-share"] * (options.dev_share is not None):
-            raise CommandError(f"train: {given[0]} is of data of your own; give their file, --train")
+            raise CommandError(f"train: {given[0]} is for your own data; pass its file, --train")
     elif given := [f"--{name}" for name in ("task", "data") if getattr(options, name) is not None]:
-        raise CommandError(f"train: {given[0]} is of a known task, --train of data of your own; leave one of them out")
+        raise CommandError(f"train: {given[0]} is for a known task, --train for your own data; leave one of them out")
     elif options.dev is not None and options.dev_share is not None:
         raise CommandError("train: --dev-share is for data without --dev; leave one of them out")
 
 
 def _check_method(options: argparse.Namespace) -> None:
-    """Raises for options that the method does not have, and for a ticket that it lacks."""
+    """Raises for options that the method does not have, and for a missing ticket."""
     method = options.method
     if method in TICKET_METHODS and options.ticket is None:
         raise CommandError(f"train: --ticket is needed for {method}; make one with ltp-sparse select")
     if method not in TICKET_METHODS and options.ticket is not None:
-        raise CommandError(f"train: --ticket is of {' and '.join(TICKET_METHODS)}, not of {method}; leave it out")
+        raise CommandError(f"train: --ticket is for {' and '.join(TICKET_METHODS)}, not for {method}; leave it out")
     if options.match is not None and method != "random-ticket":
-        raise CommandError(f"train: --match is of random-ticket, not of {method}; leave it out")
+        raise CommandError(f"train: --match is for random-ticket, not for {method}; leave it out")
     for name in ("n_prompt", "encoder"):
         if getattr(options, name) is not None and method not in PROMPT_METHODS:
-            raise CommandError(
-                f"train: --{name.replace('_', '-')} is of soft prompts and not of {method}; leave it out"
-            )
+            raise CommandError(f"train: --{name.replace('_', '-')} is for soft prompts, not for {method}; leave it out")
 
 
 def _check_words_are_known(options: argparse.Namespace, labels: tuple[str, ...], language: str) -> None:
@@ -285,7 +285,7 @@ def _check_words_are_known(options: argparse.Namespace, labels: tuple[str, ...],
     if language not in LANGUAGES:
         raise CommandError(
             f"train: no label words are known for {language!r}; pass --verbalizer, one of {', '.join(LANGUAGES)}, or "
-            "words of your own, --words"
+            "your own words, --words"
         )
 
 
@@ -311,7 +311,7 @@ def _own_data(options: argparse.Namespace, words: dict[str, list[str]] | None, l
 
     train = read(options.train, "train")
     dev = [] if options.dev is None else read(options.dev, "validation")
-    test = [] if options.test is None else read(options.test, "test")  # fails now, not after the training
+    test = [] if options.test is None else read(options.test, "test")  # to fail before training
     labels = classes_of([*train, *dev], words)
     if foreign := sorted({example.label for example in test} - set(labels)):
         raise CommandError(
@@ -343,7 +343,7 @@ def _next(options: argparse.Namespace) -> str:
 
 
 def _method(options: argparse.Namespace) -> Any:
-    """The method with the settings that are given."""
+    """The method with the given settings."""
     from ltp_sparse.methods import METHODS
 
     kind: Any = METHODS[options.method]

@@ -1,4 +1,4 @@
-"""Model parts that methods put around, into or onto a language model; they know nothing of trainers."""
+"""Parts of models that methods add to a language model. Nothing here depends on trainers."""
 
 from ltp_sparse.models.adapters import Adapter, AdapterStack, InvertibleAdapter
 from ltp_sparse.models.causal_prompt import (
@@ -11,9 +11,9 @@ from ltp_sparse.models.causal_prompt import (
     word_tokens,
 )
 from ltp_sparse.models.classifier import SequenceClassifier, encode_pairs, encode_texts
-from ltp_sparse.models.inputs import collator
 from ltp_sparse.models.prefix import DeepPrompt
 from ltp_sparse.models.soft_masks import SoftMasks
+from ltp_sparse.prompting.inputs import collator
 
 __all__ = [
     "TOPICS",

@@ -22,16 +22,16 @@ _STD = 0.02
 
 
 class Adapter(nn.Module):
-    """One bottleneck U ReLU(D x) per layer, and an invertible adapter on the embeddings if it is for a language.
+    """One bottleneck U ReLU(D x) per layer and, for languages, an invertible adapter on the embeddings.
 
     Weights are drawn from N(0, 0.02), biases are 0.
 
     Args:
-        hidden: H of the model
-        layers: layers that have a bottleneck, counted from the first
-        reduction: the bottleneck is H // reduction wide
-        invertible: with `InvertibleAdapter`
-        metadata: JSON values that are saved with the weights
+        hidden: H of the model.
+        layers: number of layers with a bottleneck, from the first.
+        reduction: the bottleneck has H // reduction units.
+        invertible: add an `InvertibleAdapter`.
+        metadata: JSON values to save with the weights.
     """
 
     def __init__(
@@ -55,10 +55,10 @@ class Adapter(nn.Module):
 
     @classmethod
     def for_language(cls, config: XLMRobertaConfig, reduction: int = 2) -> Adapter:
-        """A language adapter (XLM-R-base: 7,091,712 parameters, and 296,064 of the invertible adapter).
+        """A language adapter (XLM-R-base: 7,091,712 parameters, and 296,064 in the invertible adapter).
 
-        It has a bottleneck in every layer: language modelling uses all of them, and a task that drops the last layer's
-        leaves 590,976 of these parameters aside.
+        It has a bottleneck in every layer. Language modelling uses all; tasks may skip the last one, with 590,976
+        parameters.
         """
         return cls(config.hidden_size, config.num_hidden_layers, reduction, invertible=True)
 
@@ -66,12 +66,13 @@ class Adapter(nn.Module):
     def for_task(cls, config: XLMRobertaConfig, reduction: int = 16, *, drop_last: bool = True) -> Adapter:
         """A task adapter.
 
-        Args:
-            reduction: 16 by default; 1 gives about the budget of a task SFT
-            drop_last: without one in the last layer
-
-        Parameters of XLM-R-base: reduction 16, 819,984 (894,528 with the last layer); reduction 1, 12,993,024
+        Parameters for XLM-R-base: 819,984 with reduction 16 (894,528 with the last layer), 12,993,024 with reduction 1
         (14,174,208).
+
+        Args:
+            config: of the model.
+            reduction: 1 gives about the budget of a task SFT.
+            drop_last: no bottleneck in the last layer.
         """
         return cls(config.hidden_size, config.num_hidden_layers - drop_last, reduction)
 
@@ -94,7 +95,7 @@ class Adapter(nn.Module):
         with files.understanding(path, KIND):
             if not 0 < header["layers"] <= len(tensors):
                 raise ValueError(f"{header['layers']} layers in {len(tensors)} tensors")
-            with torch.device("meta"):  # sizes that its tensors do not have take no memory
+            with torch.device("meta"):  # so that forged sizes take no memory
                 adapter = cls(
                     header["hidden"],
                     header["layers"],
@@ -123,23 +124,24 @@ class InvertibleAdapter(nn.Module):
         return torch.cat([first, second + self.g(first)], -1)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """The x of which y [..., H] is the image."""
+        """The x with forward(x) = y [..., H]."""
         first, second = y.chunk(2, -1)
         second = second - self.g(first)
         return torch.cat([first - self.f(second), second], -1)
 
 
 class AdapterStack(Attachment):
-    """A language adapter and a task adapter on top of it, either of which may be missing, attached to an XLM-R.
+    """A language adapter and a task adapter on top of it, attached to an XLM-R. One of them may be missing.
 
-    With x the output of a layer's FFN after dropout, r the input of the FFN and LN the layer's own norm, an adapter is
-    a(x) = U ReLU(D LN(x + r)) + x, and the layer gives LN(a_task(a_lang(x)) + r). The invertible adapter of the
-    language acts on the output of the embeddings, and its inverse on the input of the module `lm_head.decoder`
-    (`PromptedMaskedLM`, which reads rows of the decoder's weight only, goes without).
+    Let x be the output of a layer's FFN after dropout, r the input of the FFN and LN the norm of the layer. An adapter
+    is a(x) = U ReLU(D LN(x + r)) + x, and the layer gives LN(a_task(a_lang(x)) + r). The invertible adapter of the
+    language acts on the output of the embeddings, its inverse on the input of the module `lm_head.decoder`. (It has no
+    effect in `PromptedMaskedLM`, which only reads rows of the decoder's weight.)
 
     Args:
-        drop_last: leave the last layer without adapters, as in training and testing on a task; give False for language
-            modelling
+        language: the language adapter.
+        task: the task adapter.
+        drop_last: no adapters in the last layer, for training and tests on a task; pass False for language modelling.
     """
 
     key = "adapters"
@@ -151,10 +153,10 @@ class AdapterStack(Attachment):
         self.language, self.task, self.drop_last = language, task, drop_last
 
     def swap(self, language: Adapter | None) -> Adapter | None:
-        """Puts another language adapter in and gives back the one before.
+        """Replaces the language adapter and returns the previous one.
 
         Args:
-            language: on the device of the model; None: the task adapter alone
+            language: on the device of the model; None: the task adapter alone.
 
         Raises:
             ValueError: it does not fit the model.
@@ -169,12 +171,12 @@ class AdapterStack(Attachment):
         return before
 
     def _check(self, roberta: Any) -> None:
-        # another module around the same encoder does not show the stack that is attached to it, its hooks do
+        # a stack that is attached by another module around the same encoder shows in its hooks
         owners = (getattr(hook, "__self__", None) for hook in roberta.embeddings._forward_hooks.values())
         if any(isinstance(owner, AdapterStack) and owner is not self for owner in owners):
             raise ValueError(
-                "AdapterStack: expected an encoder without adapters, another stack is attached to it; remove() that "
-                "one first (of a result of training: release())"
+                "AdapterStack: expected an encoder without adapters, this one has another stack; remove() that one "
+                "first (release() of a training result)"
             )
         config = roberta.config
         total = config.num_hidden_layers
@@ -200,7 +202,7 @@ class AdapterStack(Attachment):
             self._handles.append(decoder.register_forward_pre_hook(self._back))
 
     def _adapt(self, index: int, norm: nn.LayerNorm, args: tuple[Tensor]) -> tuple[Tensor]:
-        # s = x + r is all that is needed: a(x) + r = s + U ReLU(D LN(s)). Calling forward passes this hook by.
+        # s = x + r suffices: a(x) + r = s + U ReLU(D LN(s)). Calling forward directly skips this hook.
         (s,) = args
         for adapter in (self.language, self.task):
             if adapter is not None:

@@ -1,4 +1,4 @@
-"""What adapters, soft masks and deep prompts have in common: they join an XLM-R and leave it again as it was."""
+"""The base class of adapters, soft masks and deep prompts: modules that are attached to an XLM-R and removed again."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from torch.utils.hooks import RemovableHandle
 
 
 class Attachment(nn.Module):
-    """A module that takes part in the forward pass of an XLM-R, whose own parameters keep their names and values.
+    """A module that takes part in the forward pass of an XLM-R. The model's parameters keep their names and values.
 
-    key: the name under which the model holds it while attached; its parameters are "<key>.*" there
+    Attributes:
+        key: name of the submodule in the model while attached; its parameters are "<key>.*" there
     """
 
     key: ClassVar[str]
 
     def __init__(self) -> None:
         super().__init__()
-        # a tuple hides the model from nn.Module, which would take it for a part of this one
+        # in a tuple, or nn.Module would register the model as a submodule
         self._host: tuple[nn.Module, ...] = ()
         self._handles: list[RemovableHandle] = []
         self._overridden: list[nn.Module] = []
 
     def attach(self, model: nn.Module) -> Self:
-        """Joins a model, in its training or evaluation mode, and becomes its submodule `key`. Returns itself.
+        """Becomes the submodule `key` of a model, in the model's training or evaluation mode. Returns itself.
 
         Args:
-            model: an XLM-R model with or without a head, or a module around one that has it as `roberta`. It is the
-                model that will be trained: its `parameters()` and `state_dict()` then hold this module's, too, and its
-                `to(device)` moves both.
+            model: an XLM-R model with or without a head, or a module with one as `roberta`. Its `parameters()`,
+                `state_dict()` and `to(device)` then include this module.
 
         Raises:
             TypeError: the model is of another architecture.
-            ValueError: sizes differ, or it is already attached.
+            ValueError: sizes differ, or the model has such a module already.
         """
         if self._host or hasattr(model, self.key):
             raise ValueError(
@@ -48,7 +48,7 @@ class Attachment(nn.Module):
         return self
 
     def remove(self) -> None:
-        """Leaves the model as it was before `attach`."""
+        """Detaches from the model, which is then as before `attach`."""
         for handle in self._handles:
             handle.remove()
         for module in self._overridden:
@@ -66,7 +66,7 @@ class Attachment(nn.Module):
         raise NotImplementedError
 
     def _override(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        """Gives one module another `forward`; unlike wrapping it, this changes no name of a parameter."""
+        """Replaces the `forward` of a module. Unlike a wrapper, this changes no parameter name."""
         if "forward" in module.__dict__:
             raise ValueError(f"{type(self).__name__}: another attachment changes the same modules; remove() it first")
         module.__dict__["forward"] = forward
@@ -74,7 +74,7 @@ class Attachment(nn.Module):
 
 
 def encoder_of(model: Any) -> Any:
-    """The `XLMRobertaModel` of a model with or without a head, or of a module around one."""
+    """The `XLMRobertaModel` of a model with or without a head, or of a module that has one as `roberta`."""
     roberta = getattr(model, "roberta", model)
     if not hasattr(getattr(roberta, "encoder", None), "layer") or not hasattr(roberta, "embeddings"):
         raise TypeError(

@@ -1,6 +1,6 @@
-"""Soft prompt tuning of a causal language model: text in, class logits out (XGLM and BLOOM).
+"""Soft prompt tuning of a causal language model (XGLM or BLOOM): from texts to class logits.
 
-The prompt follows the text, and the token after its last row is the answer: `text [PROMPT] x n </s>`.
+The prompt follows the text, and the token predicted at its last row is the answer: `text [PROMPT] x n </s>`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from ltp_sparse.models.inputs import token_ids
-from ltp_sparse.prompting.templates import IGNORED_LABEL, Text, label_index
+from ltp_sparse.prompting.inputs import IGNORED_LABEL, token_ids
+from ltp_sparse.prompting.templates import label_index
+from ltp_sparse.tasks.sib200 import LABELS as TOPICS
+from ltp_sparse.tasks.texts import Text
 
 if TYPE_CHECKING:
     from transformers import BloomForCausalLM, PreTrainedTokenizerBase, XGLMForCausalLM
@@ -21,16 +23,13 @@ if TYPE_CHECKING:
 MAX_LENGTH = 128
 """Tokens of an input, prompt and `</s>` included."""
 
-TOPICS = ("science/technology", "travel", "politics", "sports", "health", "entertainment", "geography")
-"""The classes of SIB-200, in the order of its `labels.txt`."""
-
 TOPIC_WORDS: dict[str, dict[str, str]] = {
     "xglm": dict(
         zip(TOPICS, ("science", "travel", "politics", "sports", "health", "entertainment", "earth"), strict=True)
     ),
     "bloom": dict(zip(TOPICS, ("science", "travel", "government", "play", "health", "fun", "earth"), strict=True)),
 }
-"""Model type -> topic -> English word, used for every language."""
+"""Model type -> topic -> English word, for all languages."""
 
 
 class PromptedText(TypedDict):
@@ -38,7 +37,7 @@ class PromptedText(TypedDict):
 
     Attributes:
         input_ids: token ids, prompt slots and `</s>` included, not padded
-        prompt_positions: the n positions whose embeddings the prompt replaces, ascending
+        prompt_positions: positions of the n prompt slots, ascending
         labels: index into the classes, or `IGNORED_LABEL`
     """
 
@@ -55,7 +54,7 @@ def encode_prompted(
     *,
     max_length: int = MAX_LENGTH,
 ) -> list[PromptedText]:
-    """The text, `n_prompt` slots and `</s>`, and no other special token; the end of a long text is cut off.
+    """The text, `n_prompt` slots and `</s>`, without other special tokens; long texts are cut at the end.
 
     Raises:
         ValueError: a label is unknown, or `max_length` leaves no room for a token of the text.
@@ -65,7 +64,7 @@ def encode_prompted(
             f"encode_prompted: n_prompt must be at least 1 and max_length at least n_prompt + 2, got {n_prompt} and "
             f"{max_length}"
         )
-    # The embedding of a slot is overwritten, so that any id serves.
+    # Embeddings of slots are overwritten, so any id will do.
     end = [tokenizer.eos_token_id] * (n_prompt + 1)
     examples = []
     for text, ids in zip(texts, token_ids(tokenizer, [text.text for text in texts]), strict=True):
@@ -83,13 +82,20 @@ def encode_prompted(
 def word_tokens(
     tokenizer: PreTrainedTokenizerBase, words: Mapping[str, str], classes: Sequence[str] = TOPICS
 ) -> tuple[int, ...]:
-    """The token that stands for each class, in the order of `classes`.
+    """The token of each class's word, in the order of `classes`.
+
+    A word should be one token; for other words the last piece is used, as in the source.
 
     Args:
-        words: class -> word, such as `TOPIC_WORDS[config.model_type]`
+        tokenizer: of the model.
+        words: class -> word, such as `TOPIC_WORDS[config.model_type]`.
+        classes: of the task.
 
-    A word should be one token; of another one the last piece is taken, as the source does, with a warning that names
-    it. Raises ValueError for missing classes, unknown words, and words that are the same token.
+    Warns:
+        UserWarning: a word is not one token.
+
+    Raises:
+        ValueError: a class is missing, a word is unknown, or two words are the same token.
     """
     if missing := [name for name in classes if name not in words]:
         raise ValueError(f"word_tokens: expected a word for each of {', '.join(classes)}, none for {missing[0]!r}")
@@ -106,9 +112,11 @@ class CausalPrompt(nn.Module):
     """A prompt P [n, d], learned as its rows, or as P = LN(W2 ReLU(W1 X)) of rows X [n, d] (no residual).
 
     Args:
-        bottleneck: units h of W1 [h, d] and W2 [d, h] (with biases); None: the rows are the prompt
-        compat: leave the LayerNorm at its initial values, as the source does in frozen mode
-        rows: initial rows; drawn from U(-0.5, 0.5) when not given
+        n: rows of the prompt.
+        hidden: hidden size d of the model.
+        bottleneck: units h of W1 [h, d] and W2 [d, h] (with biases); None: the rows are the prompt.
+        compat: keep the LayerNorm at its initial values, as the source does in frozen mode.
+        rows: initial rows; None: drawn from U(-0.5, 0.5).
     """
 
     def __init__(
@@ -128,26 +136,28 @@ class CausalPrompt(nn.Module):
             self.mlp = nn.Sequential(nn.Linear(hidden, bottleneck), nn.ReLU(), nn.Linear(bottleneck, hidden), norm)
 
     def forward(self) -> Tensor:
-        """The prompt P [n, d], computed in the type of the weights also under autocast."""
+        """The prompt P [n, d], computed in the dtype of the weights also under autocast."""
         with torch.autocast(self.rows.device.type, enabled=False):
             return self.rows if self.mlp is None else self.mlp(self.rows)
 
     @torch.no_grad()
     def bake(self) -> Tensor:
-        """A copy of the prompt [n, d]: all that inference needs; `CausalPrompt(n, d, rows=P)` gives it."""
+        """A copy of the prompt P [n, d], for inference with `CausalPrompt(n, d, rows=P)`."""
         return self().detach().clone()
 
 
 class PromptedCausalLM(nn.Module):
-    """A causal language model with a soft prompt behind the text and the words of the classes as its answers.
+    """A causal language model with a soft prompt after the text, which answers with the words of the classes.
 
-    Model and LM head of `language_model` are shared, not copied, and keep their names ("model.*" or "transformer.*",
-    "lm_head.*"), so a ticket over the language model fits this model, too; the prompt adds "prompt.*". The LM head runs
-    at the last row of the prompt only. XGLM multiplies its word embeddings by sqrt(d), and the prompt with them, since
-    its rows stand for rows of the embedding matrix.
+    The model and LM head of `language_model` are shared, not copied, and keep their names ("model.*" or
+    "transformer.*", "lm_head.*"), so a ticket over the language model also fits this model; the prompt adds "prompt.*".
+    The LM head runs at the last row of the prompt only. XGLM multiplies word embeddings by sqrt(d), so the prompt is
+    multiplied as well: its rows take the place of embedding rows.
 
     Args:
-        word_ids: the token of each class, see `word_tokens`
+        language_model: an XGLM or BLOOM.
+        prompt: of its hidden size.
+        word_ids: the token of each class, see `word_tokens`.
     """
 
     def __init__(
@@ -187,17 +197,20 @@ class PromptedCausalLM(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, prompt_positions: Tensor, labels: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """Logits of the classes' words, and the loss when there are labels.
+        """Logits of the classes' words, and the loss if there are labels.
 
         Args:
-            input_ids, attention_mask: [B, L] int64, padded on either side; prompt_positions: [B, n]; labels: [B] class
+            input_ids: int64 [B, L], padded on either side.
+            attention_mask: int64 [B, L].
+            prompt_positions: int64 [B, n].
+            labels: int64 [B], class indices.
 
-        index.
-        Returns "logits" [B, classes] and "log_partition" [B], the log of the summed exponentials of all logits of the
-        vocabulary, both float32 and at the last row of the prompt; with labels also "loss" (`vocabulary_loss`).
+        Returns:
+            "logits" [B, classes] and "log_partition" [B], the logsumexp over the vocabulary, both float32 and at the
+            last row of the prompt; with labels also "loss" (`vocabulary_loss`).
         """
         positions: dict[str, Tensor] = {}
-        if self.config.model_type == "xglm":  # BLOOM's ALiBi reads the attention mask; XGLM would count padding
+        if self.config.model_type == "xglm":  # BLOOM reads the attention mask; XGLM would count padding
             positions["position_ids"] = (attention_mask.cumsum(1) - 1).clamp_min(0)
         hidden = self._base(
             inputs_embeds=self._embed(input_ids, prompt_positions),
@@ -235,9 +248,9 @@ def vocabulary_loss(
     """Cross-entropy of the label's word over the whole vocabulary, averaged over the labelled texts of the batch.
 
     Args:
-        outputs: of `PromptedCausalLM`
-        labels: [B] class index, or `IGNORED_LABEL`
-        num_items_in_batch: labelled texts of the whole batch, of which `outputs` may be a part
+        outputs: of `PromptedCausalLM`.
+        labels: int64 [B], class indices or `IGNORED_LABEL`.
+        num_items_in_batch: labelled texts in the whole batch, if `outputs` is a part of it.
     """
     labelled = labels != IGNORED_LABEL
     chosen = outputs["logits"].gather(1, labels.clamp_min(0)[:, None]).squeeze(1)
@@ -252,7 +265,7 @@ def _word_token(tokenizer: PreTrainedTokenizerBase, word: str) -> int:
         raise ValueError(f"word_tokens: the tokenizer has no piece for {word!r}, only {pieces}; choose another")
     if len(ids) > 1:
         warnings.warn(
-            f"word_tokens: expected {word!r} to be one token, got {pieces}; the last one, {pieces[-1]!r}, is taken",
+            f"word_tokens: expected {word!r} to be one token, got {pieces}; the last one, {pieces[-1]!r}, is used",
             stacklevel=4,
         )
     return ids[-1]

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ltp_sparse.models.inputs import token_ids
-from ltp_sparse.prompting.templates import IGNORED_LABEL, MAX_LENGTH, Pair, Text, label_index
-from ltp_sparse.tasks.pairs import CLASSES
+from ltp_sparse.prompting.inputs import IGNORED_LABEL, token_ids
+from ltp_sparse.prompting.templates import MAX_LENGTH, label_index
+from ltp_sparse.tasks.pairs import CLASSES, Pair
+from ltp_sparse.tasks.texts import Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM, XLMRobertaModel
@@ -36,10 +37,13 @@ def encode_pairs(
     *,
     max_length: int = MAX_LENGTH,
 ) -> list[Encoded]:
-    """`<s> P </s></s> H </s>`, as fine-tuning reads a pair.
+    """`<s> P </s></s> H </s>`, the input of fine-tuning.
 
-    A pair over `max_length` loses tokens at the end of the longer of the two, one by one; of the hypothesis when they
-    are equally long. Raises ValueError for an unknown label and when `max_length` leaves no room.
+    A pair over `max_length` loses tokens at the end of its longer text, one by one (of equally long ones, the
+    hypothesis).
+
+    Raises:
+        ValueError: a label is unknown, or `max_length` leaves no room.
     """
     room = max_length - 4
     if room < 2:
@@ -79,12 +83,13 @@ class SequenceClassifier(nn.Module):
     """An XLM-R encoder with a classification head on the hidden state of `<s>`.
 
     The encoder of `language_model` is shared, not copied, and keeps its names ("roberta.*"), so a ticket over the
-    language model's encoder fits this model, too; the head adds "classifier.*", in the layout and with the
-    initialisation of `XLMRobertaForSequenceClassification`. The head is drawn from torch's global generator.
+    language model's encoder also fits this model; the head adds "classifier.*", with the layout and initialisation of
+    `XLMRobertaForSequenceClassification`. The head is drawn from torch's global generator.
 
     Args:
-        classes: number of classes
-        linear: a single linear layer (dropout before it) instead of dense, tanh and out_proj
+        language_model: with or without an LM head.
+        classes: number of classes.
+        linear: a single linear layer (with dropout before it) instead of dense, tanh and out_proj.
     """
 
     base_model_prefix = "roberta"
@@ -104,16 +109,18 @@ class SequenceClassifier(nn.Module):
         return self.roberta.embeddings.word_embeddings
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Class logits, and the loss when there are labels.
+        """Class logits, and the loss if there are labels.
 
         Args:
-            input_ids, attention_mask: [B, L] int64, padded on either side; labels: [B] class index.
+            input_ids: int64 [B, L], padded on either side.
+            attention_mask: int64 [B, L].
+            labels: int64 [B], class indices or `IGNORED_LABEL`.
 
-        Returns "logits" [B, classes] float32 and, with labels, "loss": the mean cross-entropy of the examples that have
-        a label.
+        Returns:
+            "logits" [B, classes] float32 and, with labels, "loss": the mean cross-entropy over labelled examples.
         """
         hidden = self.roberta(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        # <s> is the first real token; the first of equal maxima is what argmax returns
+        # <s> is the first real token; argmax returns the first of equal maxima
         first, rows = attention_mask.argmax(1), torch.arange(len(input_ids), device=input_ids.device, dtype=torch.int64)
         logits = self.classifier(hidden[rows, first]).float()
         if labels is None:

@@ -1,4 +1,4 @@
-"""Losses of a masked language model at masked positions only, some logits at a time."""
+"""Losses of a masked language model at masked positions only, with a limited number of logits at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ltp_sparse.prompting.templates import IGNORED_LABEL
+from ltp_sparse.prompting.inputs import IGNORED_LABEL
 from ltp_sparse.weights.names import unwrapped
 
 _LOGITS = 1 << 26  # logits that exist at a time
@@ -21,7 +21,9 @@ def masked_token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor |
     """Sum of cross-entropies over the masked tokens, divided by their number in the whole update (or in this batch).
 
     Args:
-        outputs: made within `token_losses`; labels: int64 [B, L], -100 where not masked.
+        outputs: computed within `token_losses`.
+        labels: int64 [B, L], -100 where not masked.
+        num_items_in_batch: masked tokens in the whole update; None: in this batch.
     """
     losses: Tensor = outputs.logits
     count = torch.as_tensor(len(losses) if num_items_in_batch is None else num_items_in_batch)
@@ -33,12 +35,12 @@ def token_losses(model: nn.Module, labels: Tensor) -> Iterator[None]:
     """Within this context `model(...).logits` is the cross-entropy of every masked token, float32 [masked tokens].
 
     Args:
-        model: a masked-LM model, possibly wrapped (DDP): call the wrapper
-        labels: int64 [B, L], -100 where not masked; losses come in row-major order
+        model: a masked-LM model, possibly wrapped (DDP): call the wrapper.
+        labels: int64 [B, L], -100 where not masked; losses are in row-major order.
 
-    The LM head runs at masked positions only, and its decoder on so many of them at a time that their logits stay
-    below 256 MiB; backward makes them again. All logits of a 32 x 256 batch of XLM-R would be 8.2 GB, those of the
-    masked positions 1.2 GB, and as much again for their gradients.
+    The LM head runs at masked positions only, and its decoder in parts whose logits stay below 256 MiB; backward
+    recomputes them. For a 32 x 256 batch of XLM-R all logits would take 8.2 GB, those of the masked positions 1.2 GB,
+    and their gradients the same again.
     """
     flat = labels.reshape(-1)
     positions = (flat != IGNORED_LABEL).nonzero()[:, 0]
@@ -48,7 +50,7 @@ def token_losses(model: nn.Module, labels: Tensor) -> Iterator[None]:
 
 @contextmanager
 def losses_at(model: nn.Module, positions: Tensor, targets: Tensor) -> Iterator[None]:
-    """What `token_losses` does, of given positions in the flattened batch and the tokens there; both int64 [m]."""
+    """`token_losses` at given positions of the flattened batch, with the tokens there; both int64 [m]."""
     head: Any = unwrapped(model).lm_head
     decoder = head.decoder
     rows = max(1, _LOGITS // decoder.weight.shape[0])

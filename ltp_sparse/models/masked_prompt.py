@@ -1,4 +1,4 @@
-"""A masked language model with a soft prompt and a verbalizer: sentence pairs in, class logits out."""
+"""A masked language model with a soft prompt and a verbalizer: from encoded examples to class logits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ltp_sparse.models.prompt_encoder import PromptEncoder
-from ltp_sparse.prompting.templates import IGNORED_LABEL
+from ltp_sparse.prompting.inputs import IGNORED_LABEL
 from ltp_sparse.prompting.verbalizers import Verbalizer
 
 if TYPE_CHECKING:
@@ -17,16 +17,18 @@ if TYPE_CHECKING:
 
 
 class PromptedMaskedLM(nn.Module):
-    """`XLMRobertaForMaskedLM` with a prompt encoder in front and a verbalizer behind.
+    """`XLMRobertaForMaskedLM` with a prompt encoder before it and a verbalizer after it.
 
     The encoder and the LM head of `language_model` are shared, not copied, and keep their names ("roberta.*",
-    "lm_head.*"), so a ticket over the language model fits this model, too; the prompt adds "prompt_encoder.*". Both a
-    tied and a decoupled LM head work. The LM head runs at `<mask>` only, its decoder for the verbalizer's words only.
+    "lm_head.*"), so a ticket over the language model also fits this model; the prompt adds "prompt_encoder.*". The LM
+    head may be tied or decoupled. It runs at `<mask>` only, its decoder for the verbalizer's words only.
 
     Args:
-        prompt_encoder: None for a discrete prompt, whose inputs have no prompt slot
-        frozen_words: score words by a copy of their rows of the output embedding, which stays as it is now: a decoupled
-            head without a copy of the whole matrix (768 MB for XLM-R-base), also around a tied model
+        language_model: the model.
+        prompt_encoder: None for a discrete prompt, whose inputs have no prompt slots.
+        verbalizer: words of the classes.
+        frozen_words: score words by a frozen copy of their rows of the output embedding. That is a decoupled head
+            without a copy of the whole matrix (768 MB for XLM-R-base), also for a tied model.
     """
 
     base_model_prefix = "roberta"
@@ -79,14 +81,18 @@ class PromptedMaskedLM(nn.Module):
         mask_positions: Tensor,
         labels: Tensor | None = None,
     ) -> dict[str, Any]:
-        """Class logits, and the loss when there are labels.
+        """Class logits, and the loss if there are labels.
 
         Args:
-            input_ids, attention_mask: [B, L] int64; prompt_positions: [B, n]; mask_positions: [B]; labels: [B] class
-                index.
+            input_ids: int64 [B, L].
+            attention_mask: int64 [B, L].
+            prompt_positions: int64 [B, n].
+            mask_positions: int64 [B].
+            labels: int64 [B], class indices or `IGNORED_LABEL`.
 
-        Returns "logits" [B, classes] float32 in the order of the verbalizer and, with labels, "loss": the mean
-        cross-entropy over the classes (not over the vocabulary) of the examples that have a label.
+        Returns:
+            "logits" [B, classes] float32 in the order of the verbalizer and, with labels, "loss": the mean over
+            labelled examples of the cross-entropy over the classes (not over the vocabulary).
         """
         hidden = self.roberta(
             inputs_embeds=self._embed(input_ids, prompt_positions),
@@ -100,7 +106,7 @@ class PromptedMaskedLM(nn.Module):
         return {"loss": F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL), "logits": logits}
 
     def _embed(self, input_ids: Tensor, prompt_positions: Tensor) -> Tensor:
-        # Everything is looked up, <mask> included; only the slots are overwritten, so they alone pass no gradient to E.
+        # All embeddings are looked up, <mask> included; only those of slots are overwritten and pass no gradient to E.
         embeddings = self.roberta.embeddings.word_embeddings(input_ids)  # [B, L, H]
         n = 0 if self.prompt_encoder is None else len(self.prompt_encoder.rows)
         if prompt_positions.shape[1] != n:
@@ -115,7 +121,7 @@ class PromptedMaskedLM(nn.Module):
         return embeddings.scatter(1, slots, prompt.expand(len(input_ids), -1, -1))
 
     def _position_ids(self, input_ids: Tensor) -> Tensor:
-        # Without these the model, which sees embeddings only, would count padding: wrong if it is on the left.
+        # The model sees embeddings only and would count padding, which is wrong for padding on the left.
         real = (input_ids != self.config.pad_token_id).long()
         return real.cumsum(1) * real + self.config.pad_token_id
 
@@ -125,7 +131,7 @@ class PromptedMaskedLM(nn.Module):
         features = head.layer_norm(F.gelu(head.dense(hidden)))
         weight = self.word_rows  # [words, H]
         if weight is None:
-            # A lookup, not an index: tied and sparse, it must give the same kind of gradient as that of the input.
+            # A lookup, not an index: a tied sparse matrix needs gradients of the same kind as from the input.
             sparse = self.roberta.embeddings.word_embeddings.sparse
             weight = F.embedding(self.word_ids, head.decoder.weight, sparse=sparse)
         words = F.linear(features, weight, head.decoder.bias[self.word_ids]).float()  # [B, words]

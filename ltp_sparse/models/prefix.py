@@ -1,4 +1,4 @@
-"""Deep prompt tuning: learned keys and values before those of every layer (P-tuning v2)."""
+"""Deep prompt tuning: learned keys and values in every layer (P-tuning v2)."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ if TYPE_CHECKING:
 
 
 class DeepPrompt(Attachment):
-    """n keys and n values per layer and head, which every token attends to before the tokens themselves.
+    """n keys and n values per layer and head, which every token attends to besides the tokens.
 
-    The parameter is a matrix [n, 2 L H] drawn from N(0, 1); row, layer, key or value, head and head size are its axes
-    (XLM-R-base, n=4: 73,728 parameters). The attention of the layers runs in `scaled_dot_product_attention`, whatever
-    implementation the model is set to, and returns no attention weights.
+    The parameter is a matrix [n, 2 L H] drawn from N(0, 1), with the axes row, layer, key or value, head, head size
+    (XLM-R-base, n=4: 73,728 parameters). While attached, attention always runs in `scaled_dot_product_attention` and
+    returns no attention weights.
 
     Args:
-        n: rows of the prompt
-        projection: None, or the inner width d (512 in the source) of H -> d -> 2 L H with a tanh between, applied to
-            rows [n, H] (n=4, d=512: 9,852,416 parameters)
-        dropout: on the keys and values, drawn for each example
-        position_offset: shift of the tokens' positions; None: n, as if the prompt took the first positions
-        rows: initial rows, of a prompt without projection: what `bake` gives
+        config: of the model.
+        n: rows of the prompt.
+        projection: None, or the inner width d (512 in the source) of an MLP H -> d -> 2 L H with tanh that is applied
+            to rows [n, H] (n=4, d=512: 9,852,416 parameters).
+        dropout: of keys and values, drawn for each example.
+        position_offset: shift of the tokens' positions; None: n, as if the prompt took the first positions.
+        rows: initial rows of a prompt without projection, as from `bake`.
     """
 
     key = "deep_prompt"
@@ -70,17 +71,17 @@ class DeepPrompt(Attachment):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self) -> Tensor:
-        """All keys and values [L, 2, heads, n, H / heads], in the type of the weights also under autocast."""
+        """All keys and values [L, 2, heads, n, H / heads], in the dtype of the weights also under autocast."""
         return torch.stack([self._layer(index) for index in range(self.layers)])
 
     @torch.no_grad()
     def bake(self) -> Tensor:
-        """The matrix [n, 2 L H], all that inference needs; `DeepPrompt(config, n, rows=...)` gives the same prompt."""
+        """The matrix [n, 2 L H], for inference with `DeepPrompt(config, n, rows=...)`."""
         return self().permute(3, 0, 1, 2, 4).reshape(self.n, -1).clone()
 
     def _layer(self, index: int) -> Tensor:
         """Keys and values of one layer, [2, heads, n, H / heads]."""
-        # A layer at a time, and nothing kept between layers: gradient checkpointing runs any of them again.
+        # One layer at a time, with nothing kept: gradient checkpointing may run any layer again.
         span = slice(2 * index * self.hidden, 2 * (index + 1) * self.hidden)
         with torch.autocast(self.rows.device.type, enabled=False):
             if self.projection is None:
@@ -127,7 +128,7 @@ class DeepPrompt(Attachment):
         return attended.transpose(1, 2).reshape(batch, length, -1), None
 
     def _extended(self, mask: Tensor | None) -> Tensor | None:
-        """The model's attention mask (bool, or added to the scores) with n columns in front that hide nothing."""
+        """The model's attention mask (bool or additive) with n unmasked columns in front."""
         if mask is None:
             return None
         if not isinstance(mask, Tensor) or mask.dim() != 4:

@@ -1,4 +1,4 @@
-"""The prompt encoder g_phi: n learned vectors become the n embeddings of the soft prompt."""
+"""The prompt encoder: from n learned vectors to the n embeddings of the soft prompt."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ KINDS = ("bilstm", "mlp", "none")
 class PromptEncoder(nn.Module):
     """P = MLP(BiLSTM(X)), P = MLP(X) or P = X for learned rows X [n, H].
 
-    bilstm: one layer, H units per direction, then 2H -> H -> H with a ReLU between and biases (n=4, H=768: 11,223,552
-            parameters)
-    mlp:    H -> H -> H, likewise
-    none:   the rows themselves
-    rows:   initial X [n, H]; drawn from N(0, 1) when not given
+    Args:
+        n: rows.
+        hidden: H of the model.
+        kind: "bilstm", one layer with H units per direction, then an MLP 2H -> H -> H with ReLU (n=4, H=768: 11,223,552
+            parameters); "mlp", H -> H -> H; or "none", the rows themselves.
+        rows: initial X [n, H]; None: drawn from N(0, 1).
     """
 
     def __init__(self, n: int, hidden: int, kind: str = "bilstm", *, rows: Tensor | None = None) -> None:
@@ -37,8 +38,8 @@ class PromptEncoder(nn.Module):
     def forward(self) -> Tensor:
         """The prompt P [n, H].
 
-        It is computed in the type of the weights also under autocast: n rows cost nothing, and a baked prompt then is
-        the prompt that was evaluated.
+        It is computed in the dtype of the weights also under autocast, so that a baked prompt has the bits of the one
+        that was evaluated.
         """
         rows = self.rows
         with torch.autocast(rows.device.type, enabled=False):
@@ -48,15 +49,18 @@ class PromptEncoder(nn.Module):
 
     @torch.no_grad()
     def bake(self) -> Tensor:
-        """A copy of the prompt [n, H]: all that inference needs; `PromptEncoder(n, H, "none", rows=P)` gives it."""
+        """A copy of the prompt P [n, H], for inference with `PromptEncoder(n, H, "none", rows=P)`."""
         return self().detach().clone()
 
 
 def vocabulary_rows(embedding: Tensor, n: int, seed: int, exclude: tuple[int, ...] = ()) -> Tensor:
-    """Initial prompt rows [n, H]: n different rows of the word embedding [V, H], drawn with a generator of their own.
+    """Initial prompt rows [n, H]: n different rows of the word embedding [V, H].
 
     Args:
-        exclude: token ids never drawn (the special tokens).
+        embedding: the word embedding.
+        n: rows to draw.
+        seed: of a separate generator.
+        exclude: token ids that are never drawn (the special tokens).
     """
     allowed = torch.ones(embedding.shape[0], dtype=torch.bool, device="cpu")
     allowed[list(exclude)] = False

@@ -1,4 +1,4 @@
-"""Ada-SFT's learned masks: every linear weight W of the encoder acts as W * sigmoid(S)."""
+"""Ada-SFT's learned masks: every linear weight W of the encoder becomes W * sigmoid(S)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from ltp_sparse.ops import topk_delta
 
 
 class SoftMasks(Attachment):
-    """A float32 score S for every entry of the encoder's linear weights (72 of XLM-R-base); M = sigmoid(S).
+    """A float32 score S for every entry of the encoder's linear weights (72 in XLM-R-base); M = sigmoid(S).
 
-    While attached, W_eff = W * M in the forward pass. Both W and S can learn; the method trains S first, with W frozen
-    (the parameters of this module), then W with S frozen (the parameters called `names`).
+    While attached, the forward pass uses W * M. Both W and S can be trained: the method trains S (the parameters of
+    this module) with W frozen, then W (the parameters in `names`) with S frozen.
 
     Args:
-        init: initial score; +4 gives M = 0.982 (0 would halve every weight and destroy the encoder)
+        model: an XLM-R.
+        init: initial score; 4 gives M = 0.982 (0 would halve every weight and destroy the encoder).
     """
 
     key = "soft_masks"
@@ -55,9 +56,10 @@ class SoftMasks(Attachment):
 
     @torch.no_grad()
     def keep(self, k: int) -> None:
-        """Sets M to 0 outside its k largest entries, in place; of equal ones the earliest stay.
+        """Sets M to 0 outside its k largest entries, in place and for good; ties go to the earliest.
 
-        The others keep their M, and stay at 0 under training, too. Raises ValueError if k exceeds the entries.
+        Raises:
+            ValueError: k exceeds the number of entries.
         """
         kept, _ = topk_delta([], list(self.masks()), k)
         for score, entries in zip(self.scores, kept, strict=True):
@@ -65,9 +67,9 @@ class SoftMasks(Attachment):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Writes W * M into the weights, in place, and removes itself; the model computes the same bits as before."""
+        """Writes W * M into the weights and removes itself; the model computes the same bits as before."""
         if not self._host:
-            raise ValueError("SoftMasks.fold: expected masks that are attached to a model; attach() them first")
+            raise ValueError("SoftMasks.fold: expected attached masks; attach() them first")
         for linear, mask in zip(_linears(encoder_of(self._host[0])).values(), self.masks(), strict=True):
             linear.weight.mul_(mask.to(linear.weight.dtype))
         self.remove()

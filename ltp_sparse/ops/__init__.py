@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any, SupportsIndex
 
 import torch
@@ -174,13 +175,18 @@ def gradient_norm(norm: Norm, total: Total, backend: backends.Backend) -> None:
 
 @torch.library.impl(_library, "topk_delta", "CompositeExplicitAutograd")
 def _topk_delta(initial, tuned, groups, k):
-    with torch.no_grad():
-        checks.check_selection("topk_delta", initial, tuned, groups, k)
-        source = TensorSource(initial, tuned)
-        dtype, density = tuned[0].dtype if tuned else torch.float32, sum(k) / max(1, sum(source.sizes))
-        backend = backends.resolve(source.device, "topk_delta", dtype, density)
-        selection = select_topk(backend, source, list(groups), list(k))
-        return selection.words, selection.counts, selection.thresholds
+    selection = select_from(TensorSource(initial, tuned), list(groups), list(k))
+    return selection.words, selection.counts, selection.thresholds
+
+
+@torch.no_grad()
+def select_from(source: TensorSource, groups: list[int], ks: list[int]) -> Selection:
+    """`topk_delta` from a source that may ask for digests, too; arguments are checked as there."""
+    initial, tuned = source.initial, source.tuned
+    checks.check_selection("topk_delta", initial, tuned, groups, ks)
+    dtype, density = tuned[0].dtype if tuned else torch.float32, sum(ks) / max(1, sum(source.sizes))
+    backend = backends.resolve(source.device, "topk_delta", dtype, density)
+    return select_topk(backend, source, groups, ks)
 
 
 def _check_devices(op: str, device: torch.device, **arguments: Sequence[Tensor] | Tensor) -> None:
@@ -439,7 +445,9 @@ def topk_delta(
 
 
 def index_sets(selection: Selection, sizes: Sequence[int]) -> list[IndexSet]:
-    """The index set of every tensor, cut from the flat bitmap of a selection."""
+    """The index set of every tensor, cut from the flat bitmap of a selection; their counts are read in one copy."""
+    tiles = [tiles_of(n) for n in sizes]
     words = selection.words.split([bitmap_words(n) for n in sizes])
-    counts = selection.counts.split([tiles_of(n) for n in sizes])
-    return [IndexSet.of_counted(*of_tensor) for of_tensor in zip(words, sizes, counts, strict=True)]
+    counts, on_host = selection.counts.split(tiles), selection.counts.tolist()
+    ks = [sum(on_host[end - count : end]) for end, count in zip(accumulate(tiles), tiles, strict=True)]
+    return [IndexSet.of_counted(*of_tensor) for of_tensor in zip(words, sizes, counts, ks, strict=True)]

@@ -174,6 +174,7 @@ class _Band:
                 offsets=self.offsets[chunk.tiles],
                 cursor=self.cursor,
                 nonfinite=self.nonfinite,
+                digests=chunk.digests if take is None else None,
             )
             self.passes.delta_band(band)
 

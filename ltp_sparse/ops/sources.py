@@ -15,7 +15,8 @@ from ltp_sparse.backends.arguments import Sample, Tensors
 from ltp_sparse.ops.staging import Piece, staged
 from ltp_sparse.tickets.bits import TILE, WORDS_PER_TILE, tiles_of
 from ltp_sparse.tickets.layout import Layout
-from ltp_sparse.weights.checkpoints import VIEW, CheckpointTensor, Readable, flat_piece
+from ltp_sparse.weights.checkpoints import VIEW, CheckpointTensor, Readable
+from ltp_sparse.weights.tensors import flat_piece
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Chunk:
     tuned:        contiguous pieces
     word_offsets: where the bitmap of each piece starts
     tiles:        the tiles of all pieces, in order
+    digests:      where those of these tiles of the initial tensors go, if they are asked for: int64 [tiles, 2]
     """
 
     tensors: list[int]
@@ -34,6 +36,7 @@ class Chunk:
     tuned: list[Tensor]
     word_offsets: list[int]
     tiles: slice
+    digests: Tensor | None = None
 
 
 class Source(Protocol):
@@ -49,16 +52,21 @@ class Source(Protocol):
 
 
 class TensorSource:
-    """Tensors in memory. Those that are not contiguous are copied piece by piece, never whole."""
+    """Tensors in memory. Those that are not contiguous are copied piece by piece, never whole.
+
+    Args:
+        initial, tuned: pairs of tensors; `initial` may be empty: zeros.
+        digests: int64 [T, 2], to be filled with those of the tiles of `initial` when a band pass reads them, or None.
+    """
 
     PIECE = 8 * TILE
     can_sample = True
 
-    def __init__(self, initial: Sequence[Tensor], tuned: Sequence[Tensor]) -> None:
+    def __init__(self, initial: Sequence[Tensor], tuned: Sequence[Tensor], digests: Tensor | None = None) -> None:
         self.initial, self.tuned = list(initial), list(tuned)
         self.sizes = [t.numel() for t in tuned]
         self.device = tuned[0].device if tuned else torch.device("cpu")
-        self.layout = Layout(self.sizes)
+        self.layout, self.digests = Layout(self.sizes), digests
 
     def chunks(self, tensors: Sequence[int]) -> Iterator[Chunk]:
         """The given tensors, in ascending order: runs of neighbours at once, strided ones in pieces."""
@@ -78,19 +86,22 @@ class TensorSource:
 
     def _whole(self, tensors: list[int]) -> Chunk:
         layout = self.layout
+        tiles = slice(layout.tile_offsets[tensors[0]], layout.tile_offsets[tensors[-1] + 1])
         return Chunk(
             tensors,
             [self.initial[t] for t in tensors] if self.initial else [],
             [self.tuned[t] for t in tensors],
             [layout.word_offsets[t] for t in tensors],
-            slice(layout.tile_offsets[tensors[0]], layout.tile_offsets[tensors[-1] + 1]),
+            tiles,
+            None if self.digests is None else self.digests[tiles],
         )
 
     def _pieces(self, tensor: int) -> Iterator[Chunk]:
         for start in range(0, self.sizes[tensor], self.PIECE):
             stop = min(start + self.PIECE, self.sizes[tensor])
             initial = [flat_piece(self.initial[tensor], start, stop)] if self.initial else []
-            yield piece_of(self.layout, tensor, start, initial, flat_piece(self.tuned[tensor], start, stop))
+            tuned = flat_piece(self.tuned[tensor], start, stop)
+            yield _piece_of(self.layout, tensor, start, initial, tuned, self.digests)
 
     def sample(self, passes: Backend, tensors: Tensor, runs: Tensor, keys: Tensor) -> None:
         """`sample_keys` of the backend, which wants contiguous tensors, or of the reference."""
@@ -99,11 +110,14 @@ class TensorSource:
         (passes if contiguous else reference).sample_keys(sample)
 
 
-def piece_of(layout: Layout, tensor: int, start: int, initial: list[Tensor], tuned: Tensor) -> Chunk:
+def _piece_of(
+    layout: Layout, tensor: int, start: int, initial: list[Tensor], tuned: Tensor, digests: Tensor | None
+) -> Chunk:
     """The chunk of a piece of one tensor, which starts at entry `start`, a whole number of tiles."""
     first = layout.tile_offsets[tensor] + start // TILE
     words = layout.word_offsets[tensor] + start // TILE * WORDS_PER_TILE
-    return Chunk([tensor], initial, [tuned], [words], slice(first, first + tiles_of(tuned.numel())))
+    tiles = slice(first, first + tiles_of(tuned.numel()))
+    return Chunk([tensor], initial, [tuned], [words], tiles, None if digests is None else digests[tiles])
 
 
 _PIECE = 1 << 19  # entries copied at a time: 2 MB of each float32 tensor
@@ -168,6 +182,7 @@ class StreamSource:
         initial, tuned: a reader per tensor; `initial` may be empty: zeros.
         device: where the passes run. What is read elsewhere is copied there, a piece ahead.
         progress: its `update` is told the bytes that were read.
+        digests: as of `TensorSource`, on `device`.
     """
 
     def __init__(
@@ -176,12 +191,13 @@ class StreamSource:
         tuned: Sequence[Reader],
         device: torch.device | str = "cpu",
         progress: Any = None,
+        digests: Tensor | None = None,
     ) -> None:
         self.initial, self.tuned = list(initial), list(tuned)
         self.sizes = [reader.n for reader in self.tuned]
         self.device = torch.device(device)
         self.layout = Layout(self.sizes)
-        self.progress = progress
+        self.progress, self.digests = progress, digests
 
     @property
     def nbytes(self) -> int:
@@ -204,7 +220,7 @@ class StreamSource:
         room = [max(min(r.n, _STAGED) * r.itemsize for r in side) for side in zip(*pairs.values(), strict=True)]
         found = staged(read, room, self.device) if elsewhere else _in_place(read)
         for (tensor, start, _), (*initial, tuned) in zip(pieces, found, strict=True):
-            yield piece_of(self.layout, tensor, start, initial, tuned)
+            yield _piece_of(self.layout, tensor, start, initial, tuned, self.digests)
             if self.progress is not None:
                 self.progress.update(sum(t.nbytes for t in (*initial, tuned)))
 

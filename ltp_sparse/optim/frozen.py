@@ -7,21 +7,17 @@ ls.verify_frozen(before, model, ticket)      # raises if a bit of an inactive en
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ltp_sparse.optim.members import active_names, dense_parameters, named_parameters, ticket_for
-from ltp_sparse.tickets.bits import TILE, bitmap_words, unpack_bits
+from ltp_sparse.tickets.bits import bitmap_words, unpack_bits
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Ticket
-from ltp_sparse.weights.names import digest
-from ltp_sparse.weights.tensors import check_plain_tensor
-
-_PIECE = 16 * TILE
+from ltp_sparse.weights.digests import fingerprint
+from ltp_sparse.weights.tensors import check_plain_tensor, flat_piece
 
 
 def frozen_digests(model: nn.Module, ticket: Ticket, dense: nn.Module | Iterable[Any] = ()) -> dict[str, str]:
@@ -31,12 +27,18 @@ def frozen_digests(model: nn.Module, ticket: Ticket, dense: nn.Module | Iterable
         dense: a module, parameters or parameter groups that train in full; they are left out, as are parameters without
             an inactive entry
 
-    Works through pieces of 4 MiB on all threads of torch, so it takes no copy of the model. Parameters on a GPU are
+    Works through pieces of some MiB on all threads of torch, so it takes no copy of the model. Parameters on a GPU are
     copied piece by piece. Buffers are not compared.
 
     Raises:
         ValueError: the ticket is not of this model.
     """
+    return _digests(model, ticket, dense)
+
+
+def _digests(
+    model: nn.Module, ticket: Ticket, dense: nn.Module | Iterable[Any], like: Mapping[str, str] | None = None
+) -> dict[str, str]:
     named = named_parameters(model, what="frozen_digests")
     ticket = ticket_for(named, ticket, what="frozen_digests")
     active_names(named, ticket, what="frozen_digests")
@@ -51,12 +53,13 @@ def frozen_digests(model: nn.Module, ticket: Ticket, dense: nn.Module | Iterable
     for name, tensor in watched.items():
         check_plain_tensor(tensor, f"frozen_digests: {name!r}")
 
-    def of(name: str) -> str:
-        tensor = watched[name]
-        return digest(tensor.dtype, tensor.shape, _inactive(tensor, sets.get(name)))
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return dict(zip(watched, pool.map(of, watched), strict=True))
+    return fingerprint(
+        {
+            name: _Inactive(tensor, sets[name]) if name in sets and sets[name].k else tensor
+            for name, tensor in watched.items()
+        },
+        like,
+    )
 
 
 def verify_frozen(
@@ -68,7 +71,7 @@ def verify_frozen(
         RuntimeError: the inactive entries of a parameter have changed; the message names the first.
         ValueError: the model has other parameters than before.
     """
-    after = frozen_digests(model, ticket, dense)
+    after = _digests(model, ticket, dense, like=before)
     if other := before.keys() ^ after.keys():
         raise ValueError(
             f"verify_frozen: expected the same parameters, {min(other)!r} is new or gone ({len(other)} in all); "
@@ -81,13 +84,17 @@ def verify_frozen(
         )
 
 
-def _inactive(tensor: Tensor, index_set: IndexSet | None) -> Iterator[Tensor]:
-    """The tensor in row-major pieces, active entries set to zero."""
-    if index_set is None or index_set.k == 0:
-        yield tensor
-        return
-    flat, words = tensor.reshape(-1), index_set.bitmap()
-    for start in range(0, flat.numel(), _PIECE):
-        piece = flat[start : start + _PIECE].cpu().clone()
-        active = unpack_bits(words[start // 32 :][: bitmap_words(piece.numel())])
-        yield piece.masked_fill_(active[: piece.numel()], 0)
+class _Inactive:
+    """A tensor that is read in pieces with its active entries set to zero."""
+
+    def __init__(self, tensor: Tensor, index_set: IndexSet) -> None:
+        self.dtype, self.shape = tensor.dtype, tensor.shape
+        self._tensor, self._words = tensor, index_set.bitmap()
+
+    def piece(self, start: int, stop: int) -> Tensor:
+        piece = flat_piece(self._tensor, start, stop).cpu().clone()
+        active = unpack_bits(self._words[start // 32 :][: bitmap_words(stop - start)])
+        return piece.masked_fill_(active[: stop - start], 0)
+
+    def release(self, start: int, stop: int) -> None:
+        pass

@@ -30,6 +30,7 @@ from ltp_sparse.optim.members import (
 from ltp_sparse.optim.packed_gradients import PackedGradients, check_packable
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Ticket
+from ltp_sparse.weights.digests import is_known
 from ltp_sparse.weights.tensors import DTYPE_NAMES, DTYPES
 
 _DIGESTS = "ltp_sparse"
@@ -446,7 +447,8 @@ class MaskedAdamW(Optimizer):
                 f"MaskedAdamW: the state has parameter groups of {sizes[0]} parameters, this optimizer of {sizes[1]}; "
                 "make it with the ticket and the dense parameters of that run"
             )
-        if digests != self._digests():
+        known = all(map(is_known, digests)) and len(digests) == len(params)
+        if not known or digests != [self._sets[p].digest(like) for p, like in zip(params, digests, strict=True)]:
             raise ValueError(
                 "MaskedAdamW: the state was saved for another ticket, or for other parameters in another order; "
                 "make the optimizer with the ticket of that run"

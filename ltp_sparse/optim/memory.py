@@ -6,7 +6,7 @@ fake tensors, which have sizes but no memory: a forward and a backward pass run 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +25,10 @@ from ltp_sparse.optim.members import active_names, dense_parameters, ticket_for
 from ltp_sparse.optim.packed_gradients import check_unpacked
 from ltp_sparse.tickets.bits import TILE
 from ltp_sparse.tickets.ticket import Ticket
+from ltp_sparse.tickets.tile_table import STATE_BLOCK, Column
 from ltp_sparse.weights.names import canonical_parameters
 
-_TILE_BYTES = 64
-_BLOCK = 256  # active entries that share two scales in 8-bit states
+_TILE_BYTES = 8 * len(Column)
 
 
 @dataclass(frozen=True)
@@ -103,46 +103,42 @@ def memory_report(
         raise ValueError(f'memory_report: device must be "cpu" or "cuda", got {device!r}')
     named, precision = canonical_parameters(model), Precision(states, master)
     full = set(map(id, dense_parameters(dense, what="memory_report")))
-    if isinstance(ticket, Ticket):
-        with unset_fake_temporarily():  # the ticket is real, also where the model is not
-            ticket = ticket_for(named, ticket, what="memory_report")
-            names = active_names(named, ticket, what="memory_report")
-            active = {name: ticket.sets[name].k for name in names}
-    elif not 0 <= ticket <= 1:
-        raise ValueError(f"memory_report: the density must be in [0, 1], got {ticket}")
-    else:
-        names = [name for name, p in named.items() if p.requires_grad and id(p) not in full]
-        active = {name: int(ticket * named[name].numel()) for name in names}
-    packed = gradients == "packed"
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} if packed else set()
-    index = held = entries = 0
-    state = 0.0
-    for name, parameter in named.items():
-        k = parameter.numel() if id(parameter) in full else active.get(name, 0)
-        if not k:
-            continue
-        stands_alone = id(parameter) in full or not packed
-        held += parameter.numel() * parameter.element_size() if stands_alone else 4 * k
-        entries += k
-        per_entry = 8.0 if states == "float32" else 2.0 + 8 / _BLOCK
-        state += k * (per_entry + 4 * precision.keeps_master(parameter.dtype))
-        index += _index_bytes(k, parameter.numel(), device)
-        if id(parameter) in embeddings and not stands_alone:
-            rows, columns = parameter.shape
-            index += rows * (4 * -(-columns // 32) + 8)
+    active = _active_entries(named, ticket, full)
+    trained = {name: p.numel() if id(p) in full else active.get(name, 0) for name, p in named.items()}
+    trained = {name: k for name, k in trained.items() if k}
+    packed = {name for name in trained if gradients == "packed" and id(named[name]) not in full}
+
+    moments = 8.0 if states == "float32" else 2.0 + 8 / STATE_BLOCK
+    state = sum(k * (moments + 4 * precision.keeps_master(named[name].dtype)) for name, k in trained.items())
     if pull_on is not None:
+        entries = sum(trained.values())
         state += 4 * (entries if pull_on == "device" else min(entries, PIECE))
+    held = sum(4 * k if name in packed else named[name].nbytes for name, k in trained.items())
+    index = sum(_index_bytes(k, named[name].numel(), device) for name, k in trained.items())
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    index += sum(_bytes_of_rows(*named[name].shape) for name in packed if id(named[name]) in embeddings)
+
     passing = held
     if loss is not None:
         for name, parameter in named.items():
             check_unpacked(name, parameter, what="memory_report")
-        ticketed = [named[name] for name, k in active.items() if k] if packed else []
-        packed_bytes = 4 * sum(active.values()) if packed else 0
-        trained = {id(named[name]) for name, k in active.items() if k} | full
+        takes_gradient = {id(named[name]) for name in trained} | full
         with nullcontext() if device == "cpu" else _AsOnGPU():
-            passing = packed_bytes + passing_bytes(model, loss, trained, ticketed)
-    weights = sum(p.numel() * p.element_size() for p in named.values())
+            passing = passing_bytes(model, loss, takes_gradient, [named[name] for name in named if name in packed])
+        passing += sum(4 * trained[name] for name in packed)
+    weights = sum(parameter.nbytes for parameter in named.values())
     return MemoryReport(weights, round(state), index, held, passing)
+
+
+def _active_entries(named: Mapping[str, nn.Parameter], ticket: Ticket | float, full: set[int]) -> dict[str, int]:
+    """Name -> active entries; full: ids of the parameters that a density leaves out, since they train in full."""
+    if isinstance(ticket, Ticket):
+        with unset_fake_temporarily():  # the ticket is real, also where the model is not
+            ticket = ticket_for(named, ticket, what="memory_report")
+            return {name: ticket.sets[name].k for name in active_names(named, ticket, what="memory_report")}
+    if not 0 <= ticket <= 1:
+        raise ValueError(f"memory_report: the density must be in [0, 1], got {ticket}")
+    return {name: int(ticket * p.numel()) for name, p in named.items() if p.requires_grad and id(p) not in full}
 
 
 def passing_bytes(
@@ -226,6 +222,11 @@ def _storages(value: Any) -> list[Any]:
 
 def _free(parameter: Tensor) -> None:
     parameter.grad = None
+
+
+def _bytes_of_rows(rows: int, columns: int) -> int:
+    """Of an embedding whose gradient is row-sparse: a bitmap for every row, and where it begins."""
+    return rows * (4 * -(-columns // 32) + 8)
 
 
 def _index_bytes(k: int, n: int, device: str) -> int:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ltp_sparse.optim.members import ParameterHome, dense_parameters, ticket_for
 from ltp_sparse.tickets.delta import SparseDelta, base_fingerprint, bits, gather
-from ltp_sparse.tickets.restoring import Held, put_back, restoring, write
+from ltp_sparse.tickets.restoring import Held, put_back, restoring, scatter_, write
 from ltp_sparse.tickets.ticket import Ticket
-from ltp_sparse.weights.names import canonical_parameters, fingerprint, match_names
+from ltp_sparse.weights.digests import fingerprint
+from ltp_sparse.weights.names import canonical_parameters, match_names
 
 
 class Snapshot:
@@ -56,10 +57,12 @@ class Snapshot:
         watched = {*names, *(parameters if frozen else ())}.difference(whole)
         self._digests = fingerprint({name: parameters[name].detach() for name in parameters if name in watched})
         base = base_fingerprint(model, names, parameters, self._digests)
-        self.selected_elsewhere = [name for name in names if ticket.fingerprint.get(name, base[name]) != base[name]]
         self.ticket = Ticket(ticket.sets, ticket.shapes, ticket.metadata, base)
         self.originals = {name: gather(parameters[name], ticket.sets[name]).cpu() for name in names}
         self.dense = {name: parameters[name].detach().cpu().clone() for name in whole}
+        self._model = model
+        recorded = {name: ticket.fingerprint[name] for name in names if name in ticket.fingerprint}
+        self.selected_elsewhere = [name for name, digest in recorded.items() if not self._is_of_base(name, digest)]
 
     def _names_of(self, wanted: Iterable[nn.Parameter]) -> list[str]:
         name_of = {id(parameter): name for name, parameter in self.parameters.items()}
@@ -96,7 +99,11 @@ class Snapshot:
         Raises:
             ValueError: the delta is of another ticket, base or set of dense parameters.
         """
-        if delta.ticket != self.ticket or delta.ticket.fingerprint != self.ticket.fingerprint:
+        recorded = delta.ticket.fingerprint
+        same_base = recorded.keys() == self.ticket.fingerprint.keys() and all(
+            self._is_of_base(name, digest) for name, digest in recorded.items()
+        )
+        if delta.ticket != self.ticket or not same_base:
             raise ValueError(
                 f"{self._what}: {delta!r} was saved for another ticket or another base model; "
                 "resume with those of the interrupted run"
@@ -131,6 +138,14 @@ class Snapshot:
                 f"({len(changed)} parameters in all)"
             )
         return after
+
+    def _is_of_base(self, name: str, digest: str) -> bool:
+        """Whether a parameter of the base has this digest, which may be of another kind than its own."""
+        if digest == self.ticket.fingerprint[name]:
+            return True
+        initial = self.parameters[name].detach().clone()
+        scatter_(initial, self.ticket.sets[name], self.originals[name])
+        return base_fingerprint(self._model, [name], {name: initial}, like={name: digest})[name] == digest
 
     def _held(self, values: Mapping[str, Tensor]) -> list[Held]:
         """Values by name, with the places that they belong to."""

@@ -1,4 +1,4 @@
-"""Word embeddings to start from, of parallel sentences: alike where pieces occur in the same rows, in any language."""
+"""Initial word embeddings from parallel sentences: pieces of all languages that occur in the same rows are similar."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ _SPARE = 16  # dimensions worked with beyond those kept
 def parallel_embeddings(
     rows: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, hidden: int, *, seed: int = 0
 ) -> Tensor:
-    """float32 [pieces, hidden]: a direction of length 1 for each piece, zeros for those that occur in no row.
+    """float32 [pieces, hidden]: a unit vector for each piece, zeros for pieces that occur in no row.
 
-    A row's translations are one document: pieces of all languages get their places from the documents they share
-    (cross-language latent semantic indexing: Dumais et al., AAAI Spring Symposium 1997). The table of counts is
-    weighted as in correspondence analysis, count / sqrt(pieces's total * row's total), and cut to its largest singular
-    vectors, found by subspace iteration. Rows in many languages say more about how these hang together: a row counts
-    as often as it has pairs of languages.
+    All translations of a row are one document (cross-language latent semantic indexing: Dumais et al., AAAI Spring
+    Symposium 1997). The counts are weighted as in correspondence analysis, count / sqrt(piece's total * row's total),
+    and reduced to the largest singular vectors by subspace iteration. The weight of a row is its number of pairs of
+    languages, since rows in many languages connect these better.
 
     Args:
-        rows: language -> sentence
+        rows: language -> sentence.
+        tokenizer: of the model.
+        hidden: dimensions.
+        seed: of the initial subspace.
 
     Raises:
         ValueError: there are fewer rows than dimensions.
@@ -67,7 +69,7 @@ def parallel_embeddings(
 
 @torch.no_grad()
 def start_from(model: XLMRobertaForMaskedLM, embeddings: Tensor) -> None:
-    """Gives word embeddings these directions, at the length that random ones have; where they are zero, none."""
+    """Initialises word embeddings with these vectors, scaled to the length of random ones; zeros are skipped."""
     words = model.roberta.embeddings.word_embeddings.weight
     length = model.config.initializer_range * embeddings.shape[1] ** 0.5
     words.copy_(torch.where(embeddings.any(1, keepdim=True), length * embeddings.to(words.device), words))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def mini_xlmr(
     vocabulary: int, *, hidden: int = 192, layers: int = 4, positions: int = 128, seed: int = 0
 ) -> XLMRobertaForMaskedLM:
-    """XLM-R's architecture in small, with random weights: heads of 32, four times `hidden` in between, no dropout."""
+    """A small XLM-R with random weights: heads of size 32, inner size 4 * `hidden`, no dropout."""
     from transformers import XLMRobertaConfig
 
     from ltp_sparse.models.backbone import backbone_from_config

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,13 +25,13 @@ _REPORT = 50
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """How much, and how.
+    """Settings of pre-training.
 
     Attributes:
         steps: updates
-        tokens: tokens per update, padding aside
-        warm_up: updates until the learning rate is reached; from there it falls to zero in a line
-        word_rate: learning rate of the word embeddings, as a share of the others'
+        tokens: tokens per update without padding
+        warm_up: updates of linear warm-up, followed by linear decay to zero
+        word_rate: learning rate of the word embeddings, relative to the others'
         bf16: compute under bfloat16 autocast; weights stay float32
         save_steps: updates between checkpoints
     """
@@ -57,14 +56,19 @@ def pretrain(
     checkpoint: Path | None = None,
     progress: bool = True,
 ) -> None:
-    """Trains `model` in place; each update takes its batch from one of the sources, drawn by their weights.
+    """Trains `model` in place.
+
+    Batches depend on (seed, step) alone, so a resumed run ends with the bits of an uninterrupted one.
 
     Args:
-        checkpoint: a file to resume from if it exists; the caller removes it when the model is saved.
-            Batches depend on (seed, step) alone, so a run that was interrupted ends with the bits of one that was not.
+        model: the model.
+        sources: (weight, source); each update draws one of them by weight.
+        settings: of the run.
+        checkpoint: a file to write, and to resume from if it exists; the caller removes it at the end.
+        progress: show a bar.
 
     Raises:
-        ValueError: the checkpoint is of other settings.
+        ValueError: the checkpoint has other settings.
     """
     words = model.get_input_embeddings().weight
     others = [parameter for parameter in model.parameters() if parameter is not words]
@@ -89,7 +93,7 @@ def pretrain(
         rate = min((step + 1) / settings.warm_up, (settings.steps - step) / max(1, settings.steps - settings.warm_up))
         for group in optimizer.param_groups:
             group["lr"] = group["share"] * settings.learning_rate * min(1.0, rate)
-        with torch.autocast(device.type, torch.bfloat16) if settings.bf16 else nullcontext():
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
             loss = token_loss(model, source.draw(rng, settings.tokens)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
@@ -124,10 +128,10 @@ def held_out_losses(
     length: int = 64,
     tokens: int = 1 << 15,
 ) -> dict[str, tuple[float, float]]:
-    """Language -> mean loss, in nats, of masked tokens of held-out text: the model's, and a unigram model's.
+    """Language -> mean loss, in nats, of masked tokens in held-out text, of the model and of a unigram model.
 
-    The unigram model has the frequencies of the language's training text, with one added to each count. Both predict
-    the same tokens.
+    The unigram model has the frequencies of the language's training text, with add-one smoothing. Both predict the same
+    tokens.
     """
     was_training = model.training
     model.eval()
@@ -161,7 +165,7 @@ def _save(
 def _restore(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, settings: PretrainSettings) -> int:
     tensors, metadata = files.load(path, _KIND)
     if (theirs := metadata.get("settings")) != asdict(settings):
-        raise ValueError(f"{path} is of a run with other settings, {theirs}; delete it, or take these")
+        raise ValueError(f"{path} has other settings, {theirs}; delete it, or use these")
     with files.understanding(path, _KIND):
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[f"{name}:value"])

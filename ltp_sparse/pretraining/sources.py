@@ -1,4 +1,4 @@
-"""What a model is pre-trained on: batches of masked tokens, each a function of a random generator alone."""
+"""Training data of pre-training: batches of masked tokens, each a function of a random generator alone."""
 
 from __future__ import annotations
 
@@ -16,13 +16,20 @@ if TYPE_CHECKING:
     from ltp_sparse.tasks.generated.inference import Document
 
 _MASKED = 0.15
-_WHOLE = 0.8  # share of the answered documents in which nothing but the answer is masked
+_WHOLE = 0.8  # share of the answered documents in which only the answer is masked
+_POWER = 0.5  # of a language's number of tokens
 _FIRST_WORD = 4  # ids below are special tokens
 
 
 @dataclass(frozen=True)
 class Batch:
-    """int64 [B, L]: the tokens, and what the model sees of them; bool [B, L]: which it must predict."""
+    """A batch of masked tokens.
+
+    Attributes:
+        tokens: int64 [B, L], the original tokens
+        seen: int64 [B, L], the input of the model
+        chosen: bool [B, L], the tokens to predict
+    """
 
     tokens: Tensor
     seen: Tensor
@@ -33,19 +40,21 @@ class Source(Protocol):
     """Something to draw batches from."""
 
     def draw(self, rng: np.random.Generator, tokens: int) -> Batch:
-        """A batch of about so many tokens."""
+        """A batch of about this many tokens."""
 
 
 class Sentences:
     """Blocks of a language's sentences, masked at 15 % as XLM-R's: 80 % `<mask>`, 10 % a random token, 10 % kept.
 
     A block begins at a random sentence, continues with the following ones (shuffled once) and is cut at `length`
-    tokens. Languages are drawn with a probability proportional to a power of their number of tokens, XLM-R's way to
-    give small corpora a voice (arXiv 1911.02116, section 3.1).
+    tokens. As in XLM-R (arXiv 1911.02116, section 3.1), languages are drawn with a probability proportional to a power
+    of their number of tokens, which favours small corpora.
 
     Args:
-        texts: language -> sentences
-        summarise: each `<s>` must predict a piece, too; see `summarised`
+        texts: language -> sentences.
+        tokenizer: of the model.
+        length: tokens of a block.
+        summarise: each `<s>` also predicts a piece; see `summarised`.
     """
 
     def __init__(
@@ -54,22 +63,20 @@ class Sentences:
         tokenizer: PreTrainedTokenizerBase,
         *,
         length: int = 64,
-        power: float = 0.5,
         summarise: bool = False,
-        seed: int = 0,
     ) -> None:
         self.length, self.vocabulary, self.mask_id = length, len(tokenizer), tokenizer.mask_token_id
         self.begin_id = tokenizer.bos_token_id if summarise else None
         self._tokens: list[np.ndarray] = []
         self._starts: list[np.ndarray] = []
-        order = np.random.default_rng(seed)
+        order = np.random.default_rng(0)
         for sentences in texts.values():
             encoded = tokenizer([sentences[i] for i in order.permutation(len(sentences))], verbose=False)["input_ids"]
             tokens = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in encoded])
             self._starts.append(np.cumsum([0, *map(len, encoded)])[:-1])
             self._tokens.append(np.concatenate([tokens, np.resize(tokens, length)]))
         counts = np.array([len(tokens) for tokens in self._tokens], dtype=np.float64)
-        self.shares = dict(zip(texts, (counts**power / (counts**power).sum()).tolist(), strict=True))
+        self.shares = dict(zip(texts, (counts**_POWER / (counts**_POWER).sum()).tolist(), strict=True))
 
     def draw(self, rng: np.random.Generator, tokens: int) -> Batch:
         rows = []
@@ -83,14 +90,16 @@ class Sentences:
 
 
 class Translations:
-    """A sentence in one language and the same in another, `<s> A </s></s> B </s>`, masked as `Sentences` are.
+    """A sentence and its translation, `<s> A </s></s> B </s>`, masked as `Sentences`.
 
-    Translation language modelling (arXiv 1901.07291, section 3.3): what is masked in one can be read in the other,
-    which draws languages together.
+    Translation language modelling (arXiv 1901.07291, section 3.3): a masked word of one language can be read in the
+    other, which aligns the languages.
 
     Args:
-        rows: language -> sentence, each in at least two languages
-        summarise: each `<s>` must predict a piece, too; see `summarised`
+        rows: language -> sentence, each in at least two languages.
+        tokenizer: of the model.
+        length: tokens of a pair.
+        summarise: each `<s>` also predicts a piece; see `summarised`.
     """
 
     def __init__(
@@ -127,7 +136,7 @@ class Translations:
 
 
 class Documents:
-    """Generated documents, one a row. Where one answers a question, the answer is masked, and mostly nothing else."""
+    """Generated documents, one per row. The answer to a question is always masked, and mostly nothing else."""
 
     def __init__(self, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> None:
         self.vocabulary, self.mask_id, self.pad_id = len(tokenizer), tokenizer.mask_token_id, tokenizer.pad_token_id
@@ -136,7 +145,7 @@ class Documents:
         self._ids = np.full((len(encoded), self._lengths.max()), self.pad_id, dtype=np.int64)
         for row, ids in zip(self._ids, encoded, strict=True):
             row[: len(ids)] = ids
-        # an exchange ends with the answer, a stop and </s>
+        # a document with an answer ends with the answer, a full stop and </s>
         answered = np.array([document.answer is not None for document in documents])
         self._answers = np.where(answered, self._lengths - 3, -1)
 
@@ -145,7 +154,7 @@ class Documents:
         ids, answers = self._ids[rows, : self._lengths[rows].max()], self._answers[rows]
         chosen = (rng.random(ids.shape) < _MASKED) & (ids >= _FIRST_WORD)
         asks = answers >= 0
-        chosen[asks & (rng.random(len(ids)) < _WHOLE)] = False  # or the answer would often be a guess
+        chosen[asks & (rng.random(len(ids)) < _WHOLE)] = False  # else the answer could often only be guessed
         batch = masked(ids, chosen, rng, self.vocabulary, self.mask_id)
         at = torch.from_numpy(asks.nonzero()[0]), torch.from_numpy(answers[asks])
         batch.chosen[at] = True
@@ -162,10 +171,10 @@ def masked(ids: np.ndarray, chosen: np.ndarray, rng: np.random.Generator, vocabu
 
 
 def summarised(batch: Batch, begin_id: int) -> Batch:
-    """Each `<s>` must predict the rarest masked piece of its text, and so learns to hold what the text is about.
+    """The batch with another target for `<s>`: the rarest masked piece of its text.
 
-    Without it nothing trains the output at `<s>`, which classification heads read. Pieces have ids in the order of
-    their frequency, the rarest the highest. `seen` stays: the model sees `<s>`.
+    Otherwise nothing trains the output at `<s>`, which classification heads read. Ids of pieces ascend as frequencies
+    fall, so the rarest piece has the highest id. `seen` does not change: the model still sees `<s>`.
     """
     begins = batch.tokens == begin_id
     text = begins.cumsum(1)

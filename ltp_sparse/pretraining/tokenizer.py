@@ -19,21 +19,22 @@ _PUNCTUATION = (
     "\u060c\u061b\u061f\u06d4\u0964]"
 )
 _VOWEL_MARKS = "[\u064b-\u0652\u0670\u0640]"
-_WHOLE = 1e-4  # at least so likely is each of the words that must be one piece
+_WHOLE = 1e-4  # the lowest probability of a word that must be one piece
 _RARE = 5  # a character that occurs less often may become <unk>
 
 
 def train_tokenizer(texts: Iterable[str], size: int, whole: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-    """A Unigram tokenizer of at most `size` pieces: those of byte-pair merges, scored by their log frequency.
+    """A Unigram tokenizer of at most `size` pieces from byte-pair merges, scored by their log frequency.
 
-    Merges keep the frequent words whole also of languages with little text, where the pruning of a Unigram trainer
-    splits them.
+    Merges keep frequent words whole also in languages with little text; a Unigram trainer would split them.
 
-    Text is NFKC-normalised and lower-cased, Arabic loses its vowel marks. Words keep their `▁`; punctuation is a word
-    of its own and an apostrophe ends one, so that "." is the same piece after a word and alone, as a template uses it.
+    Text is NFKC-normalised and lower-cased, and Arabic loses its vowel marks. Words keep their `▁`. Punctuation is a
+    separate word and an apostrophe ends a word, so "." is the same piece after a word and alone, as in templates.
 
     Args:
-        whole: words that must be one piece, such as a verbalizer's
+        texts: to train on.
+        size: pieces.
+        whole: words that must be one piece, such as those of a verbalizer.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, processors, trainers
     from transformers import PreTrainedTokenizerFast

@@ -1,4 +1,4 @@
-"""Text preparation and templates: a sentence pair, or a text, becomes token ids with prompt slots and one `<mask>`.
+"""Templates: from a sentence pair or a text to token ids with prompt slots and one `<mask>`.
 
 The text preparation and the order of the parts follow Zhao & Schütze (2021).
 """
@@ -6,13 +6,11 @@ The text preparation and the order of the parts follow Zhao & Schütze (2021).
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
-import torch
-from torch import Tensor
-
+from ltp_sparse.prompting.inputs import IGNORED_LABEL, token_ids
 from ltp_sparse.tasks.pairs import CLASSES
 
 if TYPE_CHECKING:
@@ -21,32 +19,9 @@ if TYPE_CHECKING:
 MAX_LENGTH = 256
 """Tokens of an input, `<s>` and `</s>` included."""
 
-IGNORED_LABEL = -100
-"""The label of a pair without one; the loss leaves it out."""
-
 PREMISE, HYPOTHESIS, TEXT, PROMPT, MASK = "{premise}", "{hypothesis}", "{text}", "{prompt}", "{mask}"
 
 _TRUNCATIONS = ("longest_first", "hypothesis_first")
-
-
-class Pair(Protocol):
-    """What a sentence pair must offer; label is a class of the task, or None when it is to be predicted."""
-
-    @property
-    def premise(self) -> str: ...
-    @property
-    def hypothesis(self) -> str: ...
-    @property
-    def label(self) -> str | None: ...
-
-
-class Text(Protocol):
-    """What a text must offer; label is a class of the task, or None when it is to be predicted."""
-
-    @property
-    def text(self) -> str: ...
-    @property
-    def label(self) -> str | None: ...
 
 
 class Example(TypedDict):
@@ -70,8 +45,9 @@ class Template:
     """A cloze pattern: a list of parts, each encoded on its own and joined between `<s>` and `</s>`.
 
     Attributes:
-        parts: `{premise}` and `{hypothesis}`, or `{text}`; `{prompt}` (n slots), `{mask}`, fixed text; each mark once
-        n_prompt: prompt slots in all
+        parts: `{premise}` and `{hypothesis}`, or `{text}`; `{prompt}` (the prompt slots), `{mask}`; fixed text. Each
+            placeholder occurs once
+        n_prompt: prompt slots
     """
 
     parts: tuple[str, ...]
@@ -85,7 +61,7 @@ class Template:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The marks that stand for the texts of an example."""
+        """The placeholders for the texts of an example."""
         return (TEXT,) if TEXT in self.parts else (PREMISE, HYPOTHESIS)
 
     def encode(
@@ -97,11 +73,15 @@ class Template:
         max_length: int = MAX_LENGTH,
         truncation: str = "longest_first",
     ) -> list[Example]:
-        """Encode pairs (`Pair`) or texts (`Text`); those over `max_length` lose tokens at the end of their texts only.
+        """Encodes pairs (`Pair`) or texts (`Text`).
 
         Args:
-            truncation: "longest_first" takes each token from the longer of the two (the hypothesis when they are
-                equal); "hypothesis_first" empties the hypothesis before it touches the premise, as the original does.
+            tokenizer: of the model.
+            examples: pairs or texts, as the template has them.
+            classes: of the task, in the order of the logits.
+            max_length: longer inputs are cut at the end of their texts only.
+            truncation: "longest_first" takes each token from the longer text (of equally long ones, the hypothesis);
+                "hypothesis_first" empties the hypothesis before it cuts the premise, as the original does.
 
         Raises:
             ValueError: an unknown label or truncation, or the fixed parts alone do not fit.
@@ -121,7 +101,7 @@ class Template:
                 f"token of {names} each), got {max_length}"
             )
         texts = {
-            mark: _encode_texts(tokenizer, [getattr(example, mark.strip("{}")) for example in examples])
+            mark: token_ids(tokenizer, [strip_punctuation(getattr(example, mark.strip("{}"))) for example in examples])
             for mark in self.texts
         }
         encoded = []
@@ -136,7 +116,7 @@ class Template:
         if part == MASK:
             return [tokenizer.mask_token_id]
         if part == PROMPT:
-            # The embedding of a slot is overwritten, so any id but those of padding and mask serves.
+            # Embeddings of slots are overwritten, so any id but those of padding and mask will do.
             return [tokenizer.unk_token_id] * self.n_prompt
         return tokenizer(part, add_special_tokens=False)["input_ids"]
 
@@ -176,17 +156,17 @@ QUESTIONS: dict[str, tuple[str, str]] = {
 
 
 def kind_of(example: Any) -> str:
-    """What an example is: "pair" or "text"."""
+    """The kind of an example: "pair" or "text"."""
     return "pair" if hasattr(example, "premise") else "text"
 
 
 def cloze_template(kind: str = "pair") -> Template:
-    """`P . H ? <mask> .`, of a text `T . <mask> .`: the soft template without a prompt among the tokens."""
+    """`P . H ? <mask> .`, or `T . <mask> .` for a text: the soft template without prompt slots."""
     return soft_template(0, kind)
 
 
 def soft_template(n_prompt: int = 4, kind: str = "pair") -> Template:
-    """`P . H ? p1..pn <mask> .`: the input of SP and LTP; of a text `T . p1..pn <mask> .`."""
+    """`P . H ? p1..pn <mask> .`, or `T . p1..pn <mask> .` for a text: the input of SP and LTP."""
     texts = (PREMISE, ".", HYPOTHESIS, "?") if kind == "pair" else (TEXT, ".")
     prompt = (PROMPT,) if n_prompt else ()
     return Template((*texts, *prompt, MASK, "."), n_prompt)
@@ -195,14 +175,14 @@ def soft_template(n_prompt: int = 4, kind: str = "pair") -> Template:
 def discrete_template(language: str = "en", n_prompt: int = 0, kind: str = "pair") -> Template:
     """`P . Question: H ? Answer: <mask> .` (DP), with `p1..pn` before the mask where n_prompt > 0 (MP).
 
-    Of a text `T . Answer: <mask> .`: the papers have no pattern for those.
+    For a text `T . Answer: <mask> .`; the papers have no pattern for texts.
 
     Raises:
         ValueError: `QUESTIONS` has no words for the language.
     """
     if language not in QUESTIONS:
         raise ValueError(
-            f"discrete_template: words are known for {', '.join(QUESTIONS)}, got {language!r}; make a Template"
+            f"discrete_template: words are known for {', '.join(QUESTIONS)}, got {language!r}; make your own Template"
         )
     question, answer = QUESTIONS[language]
     prompt = (PROMPT,) if n_prompt else ()
@@ -216,45 +196,16 @@ def strip_punctuation(text: str) -> str:
 
 
 def label_index(label: str | None, classes: Sequence[str] = CLASSES) -> int:
-    """Index of a class; `IGNORED_LABEL` for None. Raises ValueError for another label."""
+    """Index of a class; `IGNORED_LABEL` for None.
+
+    Raises:
+        ValueError: the label is unknown.
+    """
     if label is None:
         return IGNORED_LABEL
     if label not in classes:
         raise ValueError(f"label_index: label must be one of {', '.join(classes)}, got {label!r}")
     return list(classes).index(label)
-
-
-def collator(pad_token_id: int) -> Callable[[Sequence[Example]], dict[str, Tensor]]:
-    """A function that pads examples on the right into one batch.
-
-    It returns int64 tensors: input_ids, attention_mask [B, L], prompt_positions [B, n], mask_positions, labels [B].
-    """
-
-    def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
-        length = max(len(example["input_ids"]) for example in examples)
-        input_ids = torch.full((len(examples), length), pad_token_id, dtype=torch.long, device="cpu")
-        for row, example in zip(input_ids, examples, strict=True):
-            row[: len(example["input_ids"])] = torch.tensor(example["input_ids"], dtype=torch.int64, device="cpu")
-        return {
-            "input_ids": input_ids,
-            "attention_mask": (input_ids != pad_token_id).long(),
-            "prompt_positions": torch.tensor(
-                [example["prompt_positions"] for example in examples], dtype=torch.long, device="cpu"
-            ),
-            "mask_positions": torch.tensor(
-                [example["mask_positions"] for example in examples], dtype=torch.int64, device="cpu"
-            ),
-            "labels": torch.tensor([example["labels"] for example in examples], dtype=torch.int64, device="cpu"),
-        }
-
-    return collate
-
-
-def _encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    # A text that spells out "<mask>" or "</s>" must not add a real one.
-    special = set(tokenizer.all_special_ids)
-    encoded = tokenizer([strip_punctuation(text) for text in texts], add_special_tokens=False)["input_ids"]
-    return [[tokenizer.unk_token_id if token in special else token for token in ids] for ids in encoded]
 
 
 def _truncated(lengths: Sequence[int], room: int, truncation: str) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Verbalizers: the word that stands for each class at `<mask>`."""
+"""Verbalizers: the word of each class at `<mask>`."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ WORDS: dict[str, tuple[str, str, str]] = {
     "vi": ("Không", "dạ", "lẽ"),
     "zh": ("否", "是", "也许"),
 }
-"""Language -> words of contradiction, entailment, neutral (Zhao & Schütze 2021, Latin N of the Greek word included)."""
+"""Language -> words of `CLASSES` (Zhao & Schütze 2021, with the Latin N of its Greek word)."""
 
 
 @dataclass(frozen=True)
 class Verbalizer:
-    """Token ids of the words of each class, in the task's order; a class scores the mean of its words' logits."""
+    """Token ids of the words of each class, in the order of the logits. A class scores the mean logit of its words."""
 
     token_ids: tuple[tuple[int, ...], ...]
 
@@ -50,13 +50,13 @@ class Verbalizer:
         """The verbalizer of one of the 15 languages of XNLI.
 
         Raises:
-            ValueError: another language (use `from_words`), or an English word that is not a single piece: the
-                tokenizer is then not XLM-R's.
+            ValueError: another language (use `from_words`), or an English word is not a single piece, which means that
+                the tokenizer is not XLM-R's.
         """
         if language not in WORDS:
             raise ValueError(
-                f"Verbalizer.for_language: words are known for {', '.join(WORDS)}, got {language!r}; give your own to "
-                "Verbalizer.from_words"
+                f"Verbalizer.for_language: words are known for {', '.join(WORDS)}, got {language!r}; pass your own "
+                "to Verbalizer.from_words"
             )
         words = dict(zip(CLASSES, WORDS[language], strict=True))
         return cls.from_words(tokenizer, words, strict=language == "en")
@@ -72,12 +72,20 @@ class Verbalizer:
     ) -> Verbalizer:
         """A verbalizer from class -> word or words.
 
-        Args:
-            classes: those of the task, in the order of the logits
+        A word should be one word-initial piece of the tokenizer. For other words the last piece is used, as by Zhao &
+        Schütze.
 
-        A word should be one word-initial piece of the tokenizer. Of another one the last piece is taken, as Zhao &
-        Schütze do, with a warning that names it; `strict` makes it an error. Raises ValueError for missing classes,
-        unknown words, and words that are the same token.
+        Args:
+            tokenizer: of the model.
+            words: class -> word or words.
+            classes: of the task, in the order of the logits.
+            strict: words of several pieces are errors.
+
+        Warns:
+            UserWarning: a word is not one piece.
+
+        Raises:
+            ValueError: a class is missing, a word is unknown, or two words are the same token.
         """
         if set(words) != set(classes):
             raise ValueError(
@@ -92,9 +100,8 @@ class Verbalizer:
                 token = _word_id(tokenizer, word, label, strict)
                 if token in word_of:
                     raise ValueError(
-                        f"Verbalizer.from_words: the words {word_of[token]!r} and {word!r} come down to the same token "
-                        f"{tokenizer.convert_ids_to_tokens([token])[0]!r}, which cannot tell classes apart; choose "
-                        "other words"
+                        f"Verbalizer.from_words: the words {word_of[token]!r} and {word!r} are the same token "
+                        f"{tokenizer.convert_ids_to_tokens([token])[0]!r}; choose other words"
                     )
                 word_of[token] = word
                 of_label.append(token)
@@ -105,19 +112,19 @@ class Verbalizer:
 def _word_id(tokenizer: PreTrainedTokenizerBase, word: str, label: str, strict: bool) -> int:
     ids = tokenizer(word, add_special_tokens=False)["input_ids"]
     pieces = tokenizer.convert_ids_to_tokens(ids)
-    told = f"the word {word!r} of class {label!r}"
+    subject = f"the word {word!r} of class {label!r}"
     if not ids or set(ids) & set(tokenizer.all_special_ids) or pieces[-1] == _WORD_START:
         made = " + ".join(pieces) or "nothing"
         raise ValueError(
-            f"Verbalizer.from_words: {told} is not in the tokenizer, which makes {made} of it; choose another "
+            f"Verbalizer.from_words: {subject} is not in the tokenizer, which splits it into {made}; choose another "
             f"word{_instead(tokenizer, word)}"
         )
     if len(ids) > 1 or not pieces[0].startswith(_WORD_START):
-        told += f" is not one piece of the tokenizer but {' + '.join(pieces)}"
+        problem = f"{subject} is not one piece of the tokenizer but {' + '.join(pieces)}"
         if strict:
-            raise ValueError(f"Verbalizer.from_words: {told}; use the tokenizer of the model, or choose another word")
+            raise ValueError(f"Verbalizer.from_words: {problem}; use the model's tokenizer, or choose another word")
         warnings.warn(
-            f"{told}; its last piece {pieces[-1]!r} stands for it. A word that is one piece tells more"
+            f"{problem}; its last piece {pieces[-1]!r} is used. A word of one piece works better"
             f"{_instead(tokenizer, word)}",
             stacklevel=3,
         )
@@ -125,7 +132,7 @@ def _word_id(tokenizer: PreTrainedTokenizerBase, word: str, label: str, strict: 
 
 
 def _instead(tokenizer: PreTrainedTokenizerBase, word: str) -> str:
-    """Spellings of the word that are one piece."""
+    """A phrase that suggests a spelling of the word that is one piece, if there is one."""
     spellings = dict.fromkeys((word.strip(), word.lower(), word.capitalize(), word.title().replace(" ", "")))
     known = [s for s in spellings if s != word and len(s.split()) == 1 and _is_a_piece(tokenizer, s)]
     return f", e.g. {known[0]!r}" if known else ""

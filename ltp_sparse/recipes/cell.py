@@ -31,8 +31,9 @@ from ltp_sparse.training.language import ADAPTER_SETTINGS, LANGUAGE_SETTINGS, tr
 from ltp_sparse.training.masked_texts import text_hash
 from ltp_sparse.training.method import load_trained, train_method
 from ltp_sparse.training.mlm import MLMSettings, tune_mlm
+from ltp_sparse.weights.digests import EARLIER, fingerprint
 from ltp_sparse.weights.files import save as save_tensors
-from ltp_sparse.weights.names import canonical_parameters, fingerprint, layer_of, module_of
+from ltp_sparse.weights.names import canonical_parameters, layer_of, module_of
 from ltp_sparse.weights.reading import closest
 
 _STAGE_1_LINES = 300_000
@@ -84,7 +85,9 @@ class Workbench:
             parameters = {name: p.detach() for name, p in canonical_parameters(self._model).items()}
             # a decoupled head repeats the embedding: the same base has one digest
             parameters.pop("lm_head.decoder.weight", None)
-            self._digest, self._key = hashlib.sha256(repr(fingerprint(parameters)).encode()).hexdigest()[:32], key
+            # of the kind of earlier versions, whose artefacts are then found again
+            found = fingerprint(parameters, like=dict.fromkeys(parameters, EARLIER))
+            self._digest, self._key = hashlib.sha256(repr(found).encode()).hexdigest()[:32], key
         return self._model, self._tokenizer
 
     def forget(self) -> None:

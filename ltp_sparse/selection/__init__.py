@@ -1,10 +1,10 @@
-"""Selection: which weights moved most between two versions of a model, and how the budget is shared."""
+"""Selection: which weights moved most between two versions of a model, and how the budget is divided."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ltp_sparse import backends, ops
 from ltp_sparse.ops.routes import NonFiniteDelta, sampling_pays, select_topk
-from ltp_sparse.ops.sources import Reader, StreamSource
+from ltp_sparse.ops.sources import Reader, StreamSource, TensorSource
 from ltp_sparse.selection import pools, scores
 from ltp_sparse.selection.budgets import Budget, share_out
 from ltp_sparse.selection.by_tensor import PASSES, Spool, select_by_tensor
@@ -24,20 +24,20 @@ from ltp_sparse.selection.sources import (
     Score,
     Sides,
     check_dtypes,
+    check_has_values,
     check_shape,
-    check_there,
     device_of,
     equal_infinities,
-    fingerprint,
     names_in_pool,
     score_reader,
-    told_of_dtypes,
+    warn_of_dtypes,
 )
-from ltp_sparse.tickets.bits import bitmap_words
+from ltp_sparse.tickets.bits import bitmap_words, tiles_of
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Pool, Ticket
 from ltp_sparse.weights import files
 from ltp_sparse.weights.checkpoints import CheckpointTensor, Readable
+from ltp_sparse.weights.digests import fingerprint, of_tiles
 from ltp_sparse.weights.versions import Missing, Weights
 
 __all__ = [
@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 LARGE = 512_000_000
-"""Bytes: a bitmap of more is made tensor by tensor when the weights are streamed, a ticket of more kept on disk."""
+"""Bytes. Larger bitmaps of streamed weights are made tensor by tensor, larger tickets kept on disk."""
 
 
 def select(
@@ -77,44 +77,43 @@ def select(
 
     Args:
         initial: the base model, as a module, a mapping from names to tensors, or the path of a safetensors checkpoint,
-            which is read from disk piece by piece. All of these, wrapped or not, give the same names: a tied parameter
-            is there once, buffers, integers and quantised tensors are not (`weights.open_weights`).
-        tuned: the tuned model, likewise.
+            which is streamed from disk. All of these, wrapped or not, give the same names; tied parameters count once,
+            and buffers, integers and quantised tensors are left out (`weights.open_weights`).
+        tuned: the tuned model, in any of these forms.
         density: share of the pool, floor(density * entries) in exact decimals; or
         k: number of entries.
         budget: "global"; "layer" or "tensor" at equal density each; or shares of k by regular expression.
         pool: which parameters may be selected: a predicate on names, regular expressions, or None for all.
-        allow_missing: which parameters of the pool may be on one side only, and are then left out: True for any, or
-            regular expressions, e.g. "^lm_head" where one side has no head.
-        compare_in: a dtype that both sides are rounded to before they are compared: that of the coarser one, where one
-            was saved in another dtype than it was trained in.
-        score: ranks by |score| instead of by |tuned - initial|. A mapping from names to tensors of the parameters'
-            shapes; or a function of (name, start, stop) that gives the scores of entries start..stop of a parameter's
-            row-major order as a float32, bfloat16 or float16 tensor, the same ones whenever it is asked, so that no
-            tensor of the model's size is needed. `selection.scores` has some.
+        allow_missing: which parameters of the pool may be on one side only and are then left out: True for any, or
+            regular expressions, e.g. "^lm_head" if one side has no head.
+        compare_in: round both sides to this dtype before the comparison. Give the coarser one if one side was saved in
+            another dtype than it was trained in.
+        score: rank by |score| instead of |tuned - initial|. Either a mapping from names to tensors in the parameters'
+            shapes, or a function of (name, start, stop) that returns the scores of entries start..stop of a parameter's
+            row-major order as a float32, bfloat16 or float16 tensor, the same ones in every call. Such a function needs
+            no tensor of the model's size; `selection.scores` has some.
         method: a word for the metadata.
         metadata: added to the ticket's.
         progress: show a bar while checkpoints are read.
-        output: a file that the ticket is saved to. When checkpoints are read, a ticket over 512 MB is then kept on disk
-            instead of in memory: its index sets are written to that folder as they are made, and read from there when
-            they are looked at.
-        device: where checkpoints are selected, which gives a ticket on the CPU anyway; None: on a GPU if there is one,
-            to which the next piece is read and copied while it works on one. Tensors in memory are selected where they
+        output: a file to save the ticket to. A ticket over 512 MB that is selected from checkpoints then stays on disk:
+            its index sets are written into that folder and read from there on access.
+        device: where to select from checkpoints; None: on a GPU if there is one, which works on one piece while the
+            next one is read and copied. The ticket is on the CPU in any case. Tensors in memory are selected where they
             are.
 
     Returns:
-        A ticket over the pool; its metadata hold the requested and the real k, the thresholds (smallest selected score
-        by group), and, where there are any, how many parameters were left out ("left_out") or differed in dtype
-        ("mixed_dtypes"); its fingerprint the digests of the initial tensors.
+        A ticket over the pool. Its metadata hold the requested and the actual k, the thresholds (smallest selected
+        score by group), and the numbers of parameters that were left out ("left_out") or differed in dtype
+        ("mixed_dtypes"), if any. Its fingerprint holds the digests of the initial tensors.
 
     Warns:
-        ShortTicket: fewer entries than k have moved at all; those that did are the ticket.
-        MixedDtypes: parameters differ in dtype between the sides, so that rounding counts as a change.
+        ShortTicket: fewer than k entries moved; the ticket holds all that did.
+        MixedDtypes: parameters differ in dtype between the sides, so rounding counts as a change.
         UserWarning: quantised tensors are left out.
 
     Raises:
         ValueError: names, shapes or budgets do not fit; a parameter is on one side only; or a delta is NaN or infinite
-            (the parameter is named), as it is where both sides hold the same infinity.
+            (the parameter is named), as it is if both sides hold the same infinity.
         TypeError: a parameter of the pool is not float32, bfloat16 or float16 (in a file: ValueError).
     """
     if output is not None:
@@ -124,10 +123,11 @@ def select(
     names, alone = names_in_pool(base, after, pool, allow_missing, what="select", scored=score is not None)
     for name in names:
         check_shape(name, base[name].shape, after[name].shape)
-        check_there(name, base, what="select")  # its digest is taken in any case
+        if score is not None:
+            check_has_values(name, base, what="select")  # needed for its digest
     names, groups, labels, ks = share_out({name: base[name].shape for name in names}, budget, density=density, k=k)
     check_dtypes(names, after, *([base] if score is None else []), what="select")
-    noted = told_of_dtypes(names, base, after) if score is None and compare_in is None else {}
+    noted = warn_of_dtypes(names, base, after) if score is None and compare_in is None else {}
     before = [base[name] for name in names] if score is None else []
     folder = None if output is None else Path(output).parent
     try:
@@ -135,21 +135,25 @@ def select(
             device = device_of(base)
             scored = [score_reader(score, name, base[name].numel(), device) for name in names]
             sets, thresholds = _streamed(StreamSource([], scored, device), groups, ks, progress, folder)
+            digests = None
         else:
-            sets, thresholds = _topk(
+            sets, thresholds, digests = _topk(
                 before, [after[name] for name in names], groups, ks, progress, folder, device, compare_in
             )
     except NonFiniteDelta as error:
         name = names[error.tensor]
         alike = equal_infinities(base[name], after[name]) if score is None else 0
         raise NonFiniteDelta(error.tensor, repr(name), alike) from None
+    ticket = Ticket(dict(zip(names, sets, strict=True)), {name: base[name].shape for name in names})
+    if digests is None:
+        ticket.fingerprint = fingerprint({name: base[name] for name in ticket.active_names})
+    else:
+        found = of_tiles({name: base[name] for name in names}, digests)
+        ticket.fingerprint = {name: found[name] for name in ticket.active_names}
     for name in names:
         for tensor in (base[name], after[name]):
             if isinstance(tensor, CheckpointTensor):
                 tensor.check()
-
-    ticket = Ticket(dict(zip(names, sets, strict=True)), {name: base[name].shape for name in names})
-    ticket.fingerprint = fingerprint({name: base[name] for name in ticket.active_names})
     ticket.metadata = describe(
         ks,
         labels,
@@ -176,41 +180,55 @@ def _topk(
     folder: Path | None,
     device: torch.device | str | None,
     compare_in: torch.dtype | None,
-) -> tuple[list[IndexSet], Tensor]:
-    """An index set per tensor and the thresholds: in memory by the operation, from disk by streaming."""
+) -> tuple[list[IndexSet], Tensor, Tensor | None]:
+    """An index set per tensor and the thresholds: by `topk_delta` in memory, or streamed from disk.
+
+    The third is the digests of the tiles of the initial tensors, int64 [T, 2]; None where they are not read unchanged.
+    """
+    tiles = sum(tiles_of(tensor.numel()) for tensor in initial)
+
+    def room(device: torch.device | str) -> Tensor | None:
+        if not initial or compare_in is not None:
+            return None
+        return torch.empty(tiles, 2, dtype=torch.int64, device=device)
+
     before = [t for t in initial if isinstance(t, Tensor)]
     after = [t for t in tuned if isinstance(t, Tensor)]
     if compare_in is None and len(before) == len(initial) and len(after) == len(tuned):
-        return ops.topk_delta(before, after, ks, groups=groups)
+        in_memory = TensorSource(before, after, room(after[0].device))
+        selection = ops.select_from(in_memory, groups, ks)
+        return ops.index_sets(selection, in_memory.sizes), selection.thresholds, in_memory.digests
     if device is None and after and compare_in is not None:
         device = after[0].device
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     sides = [[Reader.of(tensor).rounded(compare_in) for tensor in side] for side in (initial, tuned)]
-    source = StreamSource(sides[0], sides[1], device)
+    source = StreamSource(sides[0], sides[1], device, digests=room(device))
     sets, thresholds = _streamed(source, groups, ks, progress, folder)
-    return [index_set.to("cpu") for index_set in sets], thresholds
+    return [index_set.to("cpu") for index_set in sets], thresholds, source.digests
 
 
 @torch.no_grad()
 def _streamed(
     source: StreamSource, groups: list[int], ks: list[int], progress: bool, folder: Path | None
 ) -> tuple[list[IndexSet], Tensor]:
-    """As `_topk`; folder: where index sets that are too large for memory may be kept, if anywhere."""
+    """Index sets and thresholds of a source. `folder`: for index sets too large for memory; None: keep them in it."""
     passes, bitmap = backends.resolve(source.device, "topk_delta"), 4 * sum(map(bitmap_words, source.sizes))
     by_tensor = bitmap > LARGE
-    times = PASSES if by_tensor else 1 if sampling_pays(source) else 2
-    with readings_bar(source.nbytes, times) if progress else nullcontext() as source.progress:
+    with ExitStack() as stack:
+        if progress:
+            reads = PASSES if by_tensor else 1 if sampling_pays(source) else 2
+            source.progress = stack.enter_context(reading_bar(source.nbytes, reads))
         if by_tensor:
-            spooled = folder if min(bitmap, 2 * sum(ks)) > LARGE else None
-            with nullcontext() if spooled is None else Spool(spooled) as spool:
-                return select_by_tensor(passes, source, groups, ks, spool)
+            large = min(bitmap, 2 * sum(ks)) > LARGE
+            spool = stack.enter_context(Spool(folder)) if large and folder is not None else None
+            return select_by_tensor(passes, source, groups, ks, spool)
         selection = select_topk(passes, source, groups, ks)
     return ops.index_sets(selection, source.sizes), selection.thresholds
 
 
-def readings_bar(nbytes: int, times: int) -> Any:
-    """A bar over readings of so many bytes; it grows by one where one more is necessary, as among many equal deltas."""
+def reading_bar(nbytes: int, times: int) -> Any:
+    """A progress bar over `times` reads of `nbytes`. It grows if more reads are needed, as with many equal deltas."""
     from tqdm.auto import tqdm
 
     class Bar(tqdm):

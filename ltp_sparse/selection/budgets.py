@@ -1,4 +1,4 @@
-"""Budgets: how many entries are taken, and from which group of parameters."""
+"""Budgets: how many entries each group of parameters gets."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from ltp_sparse.tickets.counts import as_share, entries_for
 from ltp_sparse.weights.names import layer_of
 
 Budget = str | Mapping[str, float]
-"""How k is shared: "global", "layer", "tensor", or shares of k for regular expressions over names."""
+"""How k is divided: "global", "layer", "tensor", or shares of k for regular expressions over names."""
 
 
 def share_out(
     shapes: Mapping[str, Size], budget: Budget, *, density: float | None, k: int | None
 ) -> tuple[list[str], list[int], list[str], list[int]]:
-    """Splits a budget over groups of parameters.
+    """Divides a budget among groups of parameters.
 
-    "global": one group. "layer", "tensor": every layer (embeddings, layer 0, ...) or parameter at the same density,
-    floor(density * its entries). Shares: group g takes floor(share * k) of its own entries; every parameter belongs to
-    the first expression found in its name, the others are not in the pool (SC-SFT).
+    "global": one group. "layer", "tensor": every layer (embeddings, layer 0, ...) or parameter gets the same density,
+    floor(density * its entries). Shares: group g gets floor(share * k) of its own entries; a parameter belongs to the
+    first expression that matches its name, and parameters without a match are not in the pool (SC-SFT).
 
     Returns:
-        names of the pool, the group of each, the groups' labels, and the entries to take from each.
+        The names of the pool, the group of each name, the labels of the groups, and the entries to take from each
+        group.
     """
     sizes = {name: shape.numel() for name, shape in shapes.items()}
     if isinstance(budget, Mapping):
@@ -34,7 +35,7 @@ def share_out(
         label_of = {name: pattern for name, pattern in matched.items() if pattern is not None}
         for pattern in budget:
             if pattern not in label_of.values():
-                raise ValueError(f"budget: the expression {pattern!r} is found in no parameter of the pool")
+                raise ValueError(f"budget: the expression {pattern!r} matches no parameter of the pool")
         shares = {pattern: as_share(share, f"budget: the share of {pattern!r}") for pattern, share in budget.items()}
         if not shares:
             raise ValueError("budget: expected shares by expression, got none")
@@ -59,6 +60,6 @@ def share_out(
         ks = [total] if budget == "global" else [math.floor(part * pools[label]) for label in labels]
     for label, wanted in zip(labels, ks, strict=True):
         if wanted > pools[label]:
-            raise ValueError(f"budget: {wanted:,} entries are asked of {label!r}, which has {pools[label]:,}")
+            raise ValueError(f"budget: {wanted:,} entries are requested from {label!r}, which has {pools[label]:,}")
     names = list(label_of)
     return names, [labels.index(label_of[name]) for name in names], labels, ks

@@ -1,9 +1,9 @@
-"""Selection of a model whose bitmap is too much for memory: one tensor after the other, from exact thresholds.
+"""Selection from a model whose bitmap is too large for memory: one tensor after the other, from exact thresholds.
 
-Two passes count digits of the keys, which gives the k-th largest key of every group and how many entries at it are to
-be taken; the third marks what lies above it and the earliest at it. Beside the histograms only the bitmap of one tensor
-exists at a time. What is done is kept in the encoding of least bytes: in memory, or in a spool on disk. The bits are
-those of `topk.select_topk`, which reads everything once or twice or, among many equal deltas, up to four times.
+Two passes count digits of the keys, which gives the threshold of every group and the number of ties to take. The third
+pass marks the entries above the threshold and the earliest ties. Beside the histograms, only the bitmap of one tensor
+exists at a time. Finished index sets are kept in their smallest encoding, in memory or in a spool on disk. The result
+has the bits of `routes.select_topk`, which reads everything once or twice or, with many equal deltas, up to four times.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from ltp_sparse.ops.routes import Ranks, check_finite, digit_pass, joined
 from ltp_sparse.ops.sources import Chunk, StreamSource
 from ltp_sparse.tickets.bits import bitmap_words
 from ltp_sparse.tickets.index_set import IndexSet
-from ltp_sparse.weights.files import host_blocks
+from ltp_sparse.weights.digests import host_blocks
 
 PASSES = 3
-"""Readings of the source."""
+"""Times that the source is read."""
 
 _ALIGNMENT = 8
 
 
 class Spool:
-    """Tensors written to a file one by one and then read through a mapping.
+    """Tensors written to a file one by one and then read through a memory map.
 
-    A context, after which it takes no more. The file has no name: it takes room in its folder until the last of the
-    tensors is gone, whatever happens.
+    Use it as a context; it is closed for writing afterwards. The file has no name: the system frees its space when the
+    last of the tensors is freed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -47,10 +47,10 @@ class Spool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()  # mappings stay
+        self._file.close()  # memory maps stay valid
 
     def append(self, tensor: Tensor) -> None:
-        """tensor: [m], on any device"""
+        """Writes a tensor [m], on any device."""
         self._file.write(bytes(-self._file.tell() % _ALIGNMENT))
         self._parts.append((self._file.tell(), tensor.dtype, tensor.numel()))
         for block in host_blocks(tensor):
@@ -60,7 +60,7 @@ class Spool:
         """The tensors, on the CPU."""
         self._file.flush()
         nbytes = self._file.tell()
-        # copy on write, since torch warns of buffers that cannot be written
+        # copy on write, because torch warns about read-only buffers
         mapped = mmap.mmap(self._file.fileno(), nbytes, access=mmap.ACCESS_COPY) if nbytes else b""
         for start, dtype, count in self._parts:
             yield (
@@ -74,14 +74,14 @@ class Spool:
 def select_by_tensor(
     passes: Backend, source: StreamSource, groups: list[int], ks: list[int], spool: Spool | None = None
 ) -> tuple[list[IndexSet], Tensor]:
-    """An index set per tensor, and float32 [G], the smallest selected |delta| of each group; those of `select_topk`.
+    """An index set per tensor, and the thresholds, float32 [G]; equal to those of `select_topk`.
 
     Args:
         passes: the backend.
         source: the pairs of tensors.
         groups: the group of every tensor.
-        ks: entries wanted from every group.
-        spool: where the index sets are kept; None: in memory.
+        ks: entries to take from every group.
+        spool: where to keep the index sets; None: in memory.
 
     Raises:
         NonFiniteDelta: a delta is NaN or infinite.
@@ -108,10 +108,11 @@ def select_by_tensor(
 
 
 class _Marker:
-    """Marks the entries above the key of their group and, as tensors come in order, the earliest at it.
+    """Marks the entries above the threshold of their group and, as tensors come in order, the earliest ties.
 
     Args:
-        cuts: int64 [G], the k-th largest key of every group; ties: how many entries at it are selected
+        cuts: int64 [G], the threshold of every group, as a key.
+        ties: the number of ties to take from every group.
     """
 
     def __init__(self, passes: Backend, source: StreamSource, groups: list[int], cuts: Tensor, ties: list[int]) -> None:
@@ -129,10 +130,13 @@ class _Marker:
                 self._mark(chunk, words, take)
                 self.open_ties[self.groups[tensor]] -= taken
             counts.append(above + take)
-        return IndexSet.of_counted(words, n, torch.cat(counts)) if counts else IndexSet.from_bitmap(words, n)
+        if not counts:
+            return IndexSet.from_bitmap(words, n)
+        of_tiles = torch.cat(counts)
+        return IndexSet.of_counted(words, n, of_tiles, int(of_tiles.sum()))
 
     def _mark(self, chunk: Chunk, words: Tensor, take: Tensor | None) -> tuple[Tensor, Tensor]:
-        """int64 [tiles of the chunk], twice: entries above the key, and at it; the first `take` of those are marked."""
+        """Marks a chunk, with `take` ties per tile. Returns entries above and at the threshold, int64 [tiles] each."""
         tiles, device = chunk.tiles.stop - chunk.tiles.start, words.device
         above, inside, offsets = (torch.empty(tiles, dtype=torch.int64, device=device) for _ in range(3))
         cursor, nonfinite = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
@@ -153,6 +157,7 @@ class _Marker:
             offsets=offsets,
             cursor=cursor,
             nonfinite=nonfinite,
+            digests=chunk.digests if take is None else None,
         )
         self.passes.delta_band(band)
         return above, inside

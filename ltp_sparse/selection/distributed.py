@@ -23,21 +23,22 @@ from ltp_sparse.selection.sources import (
     device_of,
     names_in_pool,
     score_reader,
-    told_of_dtypes,
+    warn_of_dtypes,
 )
 from ltp_sparse.selection.team import GuardedSource, Team, TeamRanks
 from ltp_sparse.tickets.bits import TILE, bitmap_words, shifted_words, tiles_of
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Pool, Ticket
 from ltp_sparse.weights.checkpoints import Readable
-from ltp_sparse.weights.names import Named, bare_names, digest
+from ltp_sparse.weights.digests import digest
+from ltp_sparse.weights.names import Named, bare_names
 from ltp_sparse.weights.versions import Missing, Weights
 
 _PIECE = 1 << 18  # entries sent at a time, or words of a bitmap
 
 
 class Shard(NamedTuple):
-    """What a rank holds of a parameter: entries start..stop of the row-major order of its whole `shape`."""
+    """A process's part of a parameter: entries start..stop of the row-major order of its whole `shape`."""
 
     start: int
     stop: int
@@ -51,19 +52,19 @@ class _Held(NamedTuple):
     tensor: Readable
 
     def reader(self, start: int, stop: int) -> Reader:
-        """Reads entries start..stop of the whole parameter, which the shard holds."""
+        """A reader of entries start..stop of the whole parameter, which must lie in the shard."""
         return Reader.of(self.tensor).part(start - self.shard.start, stop - self.shard.start)
 
 
 @dataclass(frozen=True, eq=False)
 class TicketShard:
-    """A rank's part of a ticket.
+    """A process's part of a ticket.
 
     Attributes:
-        local: ticket of what the rank holds, under the names and shapes of its own tensors
-        shards: what that is of every parameter of the pool; an empty range where the rank holds nothing
-        metadata: those of the whole ticket
-        fingerprint: likewise
+        local: ticket over the tensors of this process, under their names and shapes
+        shards: this process's shard of every parameter of the pool; an empty range where it holds nothing
+        metadata: of the whole ticket
+        fingerprint: of the whole ticket
     """
 
     local: Ticket
@@ -71,14 +72,14 @@ class TicketShard:
     metadata: dict[str, Any]
     fingerprint: dict[str, str]
     _team: Team
-    _gives: frozenset[str]  # parameters of which this rank, among those with equal shards, hands in its part
-    _everywhere: frozenset[str]  # parameters that every rank holds whole
+    _gives: frozenset[str]  # parameters that this process contributes, of all with an equal shard
+    _everywhere: frozenset[str]  # parameters that every process holds whole
 
     def __repr__(self) -> str:
         return f"TicketShard(rank {self._team.rank} of {self._team.size}, {self.local!r})"
 
     def gather(self) -> Ticket:
-        """The whole ticket, the one that `select` gives, on every rank. All ranks call it."""
+        """The whole ticket, equal to that of `select`, on every process. All processes must call it."""
         sets = {}
         for name, shard in self.shards.items():
             if name in self._everywhere:
@@ -109,24 +110,25 @@ def select_sharded(
     method: str = "delta",
     metadata: Mapping[str, Any] | None = None,
 ) -> TicketShard:
-    """`select` by all ranks of a process group: the same ticket, bit for bit, on any number of ranks and any sharding.
+    """`select` by all processes of a group: the same ticket, bit for bit, for any number of processes and any sharding.
 
-    Each rank counts its own entries; the ranks then add up histograms of the keys' digits, and gather how many entries
-    each has at the threshold, so that ties go to the earliest. What several ranks hold alike is shared out among them.
+    Each process counts its own entries. They then add up histograms of the keys' digits and exchange their counts at
+    the threshold, so that ties go to the earliest entries. Equal shards are divided among the processes that hold them.
 
     Args:
-        initial, tuned, score: as in `select`, on every rank. Its DTensors must be sharded by rows (FSDP2) or
-            replicated; its plain tensors and checkpoints hold whole parameters, or
-        shards: the shard that a plain tensor of this name holds: name -> (start, stop, whole shape). A rank may leave
-            out what it does not hold. A rank's part of the ticket is what it has of both `initial` and `tuned`.
-        group: the ranks; default: all. Every one of them calls.
-        density, k, budget, pool, allow_missing, method, metadata: as in `select`, equal on every rank.
+        initial, tuned, score: as in `select`, on every process. DTensors must be sharded by rows (FSDP2) or replicated;
+            plain tensors and checkpoints hold whole parameters unless `shards` names them.
+        shards: name -> (start, stop, whole shape) of a plain tensor that is a shard. A process may leave out what it
+            does not hold. Its part of the ticket covers what it has of both `initial` and `tuned`.
+        group: the processes; default: all. All of them must call.
+        density, k, budget, pool, allow_missing, method, metadata: as in `select`, equal on every process.
 
-    Raises, on every rank:
-        ValueError: as `select` does; the arguments differ between ranks, or the shards do not cover a parameter.
+    Raises:
+        ValueError: on every process: as in `select`; the arguments differ between processes, or the shards do not cover
+            a parameter.
     """
     team = Team(group)
-    (base, after, _), told = team.every(
+    (base, after, _), reports = team.every(
         lambda: _sides(initial, tuned, score, shards or {}),
         lambda sides: (
             {name: (held.shard, held.tensor.dtype) for name, held in sides[0].items()},
@@ -135,11 +137,14 @@ def select_sharded(
             sides[2],
         ),
     )
-    common = [shards for _, shards, _, _ in told]
+    common = [shards for _, shards, _, _ in reports]
     device = device_of({name: held.tensor for side in (base, after or {}) for name, held in side.items()})
 
     def plan() -> dict[str, Any]:
-        sides = ([name for shards, *_ in told for name in shards], [name for _, _, names, _ in told for name in names])
+        sides = (
+            [name for shards, *_ in reports for name in shards],
+            [name for _, _, names, _ in reports for name in names],
+        )
         names, alone = names_in_pool(
             dict.fromkeys(sides[0]),
             dict.fromkeys(sides[1]),
@@ -152,7 +157,7 @@ def select_sharded(
         tensors = [{name: held.tensor for name, held in side.items()} for side in (base, after or {})]
         check_dtypes(names, *tensors[score is not None :], what="select_sharded")
         both = [name for name in names if all(name in side for side in tensors)] if score is None else []
-        told_of_dtypes(both, *tensors)
+        warn_of_dtypes(both, *tensors)
         names, groups, labels, ks = share_out(shapes, budget, density=density, k=k)
         return {
             "names of the pool": names, "left out": alone, "groups": groups, "labels": labels, "k": ks,
@@ -191,14 +196,14 @@ def select_sharded(
         density=density,
         budget=budget,
         method=method,
-        left_out={**agreed["left out"], "quantised": max(count for *_, count in told)},
+        left_out={**agreed["left out"], "quantised": max(count for *_, count in reports)},
         metadata=metadata,
     )
     return TicketShard(
         Ticket(local, {name: _local_shape(name, held[name][team.rank], base, after) for name in local}, description),
         {name: shards[team.rank] for name, shards in held.items()},
         description,
-        _fingerprint(team, [name for name in names if counts[name]], base, [shards for shards, *_ in told]),
+        _fingerprint(team, [name for name in names if counts[name]], base, [shards for shards, *_ in reports]),
         team,
         frozenset(name for name in local if _ranges(held[name]).index(held[name][team.rank][:2]) == team.rank),
         frozenset(n for n in names if len(set(_ranges(held[n]))) == 1 and all(n in shards for shards in common)),
@@ -208,8 +213,10 @@ def select_sharded(
 def _sides(
     initial: Weights, tuned: Weights | None, score: Score | None, shards: Mapping[str, Shard]
 ) -> tuple[dict[str, _Held], dict[str, _Held] | None, int]:
-    """What this rank holds of both sides, None for a score function, which has scores of everything; and how many
-    quantised tensors were left out."""
+    """This process's tensors of both sides, and the number of quantised ones, which are left out.
+
+    The second side is None for a score function, which has scores of everything.
+    """
     sides = Sides.of(initial, tuned, score, what="select_sharded")
 
     def held(side: Named[Readable]) -> dict[str, _Held]:
@@ -233,7 +240,7 @@ def _held(name: str, tensor: Readable, shards: Mapping[str, Shard]) -> _Held:
     n = Size(shard.shape).numel()
     if not 0 <= shard.start <= shard.stop <= n or tensor.numel() != shard.stop - shard.start:
         raise ValueError(
-            f"select_sharded: the shard of {name!r} says entries {shard.start} to {shard.stop} of {n}, "
+            f"select_sharded: the shard of {name!r} claims entries {shard.start} to {shard.stop} of {n}, "
             f"its tensor has {tensor.numel()}"
         )
     return _Held(shard, tensor)
@@ -261,7 +268,7 @@ def _rows(name: str, tensor: Any) -> Shard:
 
 
 def _common(base: dict[str, _Held], after: dict[str, _Held] | None) -> dict[str, Shard]:
-    """What the rank has of both sides."""
+    """The shards that this process has of both sides."""
     if after is None:
         return {name: held.shard for name, held in base.items()}
     common = {}
@@ -275,7 +282,7 @@ def _common(base: dict[str, _Held], after: dict[str, _Held] | None) -> dict[str,
 
 
 def _check_cover(name: str, shards: Sequence[Shard]) -> Size:
-    """The whole shape of a parameter whose shards, as far as they differ, must follow each other without gaps."""
+    """The whole shape of a parameter, after checking that its distinct shards cover it without gaps or overlaps."""
     shape = Size(shards[0].shape)
     for shard in shards:
         if Size(shard.shape) != shape:
@@ -303,7 +310,7 @@ def _check_equal(plans: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _shared_out(shards: Sequence[Shard]) -> list[tuple[int, int]]:
-    """The ranks' pieces of a parameter: what several hold alike is cut between them, at whole tiles from its start."""
+    """Each process's piece of a parameter: equal shards are divided, in whole tiles, among their holders."""
     holders: dict[tuple[int, int], list[int]] = {}
     for rank, shard in enumerate(shards):
         holders.setdefault((shard.start, shard.stop), []).append(rank)
@@ -323,7 +330,7 @@ def _source(
     score: Score | None,
     device: torch.device,
 ) -> Source:
-    """This rank's pieces of all tensors, in memory as they are, else as a stream."""
+    """This process's pieces of all tensors: directly if they are in memory, else as a stream."""
     nothing = Reader(0, lambda start, stop: torch.empty(0, device=device, dtype=torch.float32), device, copies=False)
 
     def readers(side: Mapping[str, _Held]) -> list[Reader]:
@@ -340,7 +347,7 @@ def _source(
 
 
 def _assembled(team: Team, words: Tensor, shard: Shard) -> IndexSet:
-    """The index set of a whole parameter, from the bitmaps of disjoint shards on all ranks (empty: none here)."""
+    """The index set of a whole parameter from bitmaps of disjoint shards; an empty bitmap: none on this process."""
     n = Size(shard.shape).numel()
     whole = torch.zeros(bitmap_words(n), dtype=torch.int32, device=words.device)
     if words.numel():
@@ -349,12 +356,12 @@ def _assembled(team: Team, words: Tensor, shard: Shard) -> IndexSet:
         there = whole[first : first + moved.numel()]
         there |= moved[: there.numel()]
     for piece in whole.split(_PIECE):
-        piece.copy_(team.sum(piece))  # no bit is set twice, so adding is or-ing
+        piece.copy_(team.sum(piece))  # no bit is set twice, so a sum is a bitwise or
     return IndexSet.from_bitmap(whole, n)
 
 
 def _own_part(team: Team, words: Tensor, held: Sequence[Shard], work: Sequence[tuple[int, int]]) -> IndexSet:
-    """What this rank holds of a parameter, from the bitmaps of what each rank worked on."""
+    """The index set of this process's shard, from the bitmaps of the pieces that each process worked on."""
     shard = held[team.rank]
     if work == _ranges(held):
         return IndexSet.from_bitmap(words, shard.stop - shard.start)
@@ -368,7 +375,7 @@ def _ranges(shards: Sequence[Shard]) -> list[tuple[int, int]]:
 def _local_shape(
     name: str, shard: Shard, base: Mapping[str, _Held], after: Mapping[str, _Held] | None
 ) -> Sequence[int]:
-    """The shape of the rank's own tensor, where one is just the shard; else flat."""
+    """The shape of this process's own tensor if it is exactly the shard, else a flat shape."""
     for side in (after or {}, base):
         if name in side and side[name].shard[:2] == shard[:2]:
             return side[name].tensor.shape

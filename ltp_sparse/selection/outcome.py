@@ -1,4 +1,4 @@
-"""The metadata that a selection leaves in its ticket."""
+"""The metadata of a selected ticket."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ltp_sparse.tickets.counts import as_share
 
 
 class ShortTicket(UserWarning):
-    """Fewer entries have moved than were asked for."""
+    """Fewer entries moved than were requested."""
 
 
 def describe(
@@ -29,18 +29,18 @@ def describe(
     left_out: Mapping[str, int],
     metadata: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """The metadata of a ticket that asked for `ks` entries by group and `found` so many in a pool of `pool` entries.
+    """The metadata of a ticket with `found` of the requested `ks` entries by group, from a pool of `pool` entries.
 
     Args:
-        left_out: what -> how many parameters are not in the pool for that reason; zeros are left out
+        left_out: reason -> parameters left out for it.
 
     Warns:
-        ShortTicket: `found` is less.
+        ShortTicket: fewer entries were found than requested.
     """
     if found < sum(ks):
         warnings.warn(
-            f"select: {sum(ks):,} entries were asked for, only {found:,} of {pool:,} have moved; "
-            "the ticket holds these. Tune longer, or lower the density",
+            f"select: {sum(ks):,} entries were requested, but only {found:,} of {pool:,} moved; the ticket holds "
+            "these. Tune longer, or lower the density",
             ShortTicket,
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""Ready-made scores for `select(model, score=...)`, which takes the entries of largest absolute score.
+"""Ready-made scores for `select(model, score=...)`, which takes the entries with the largest absolute score.
 
 ticket = ls.select(model, score=scores.magnitude(model), density=0.2)
 ticket = ls.select(model, score=scores.fisher(model, (model(**batch).loss for batch in batches)), density=0.005)
@@ -19,7 +19,7 @@ from ltp_sparse.weights.versions import Weights, open_weights
 
 
 def magnitude(weights: Weights) -> ScoreFunction:
-    """|weight|, read piece by piece from a module, a mapping or a checkpoint (Han et al., NeurIPS 2015)."""
+    """|weight| of a module, a mapping or a streamed checkpoint (Han et al., NeurIPS 2015)."""
     readers = {name: Reader.of(tensor) for name, tensor in open_weights(weights).items()}
 
     def score(name: str, start: int, stop: int) -> Tensor:
@@ -40,16 +40,16 @@ def gradient_magnitude(model: nn.Module, losses: Iterable[Tensor], pool: Pool = 
 
 
 def fisher(model: nn.Module, losses: Iterable[Tensor], pool: Pool = None) -> dict[str, Tensor]:
-    """Sum of gradient^2 over losses: the diagonal of the empirical Fisher information (FISH masks: Sung et al.,
-    "Training Neural Networks with Fixed Sparse Masks", NeurIPS 2021), exactly so for losses of one example each.
+    """Sum of gradient^2 over losses, as in FISH masks (Sung et al., "Training Neural Networks with Fixed Sparse Masks",
+    NeurIPS 2021). With one example per loss it is the diagonal of the empirical Fisher information.
 
     Args:
-        model: its weights and `.grad` are left alone.
-        losses: scalars that hang on the model, made one after the other (a generator): their graphs are freed in turn.
+        model: its weights and `.grad` do not change.
+        losses: scalars computed from the model. Pass a generator, so that one graph exists at a time.
         pool: which parameters are scored; the others need no memory.
 
     Returns:
-        Canonical name -> float32 tensor in the parameter's shape, zero where no loss depends on it.
+        Canonical name -> float32 tensor in the parameter's shape, zero where no loss depends on an entry.
 
     Raises:
         ValueError: the pool holds no parameter, or one of it does not require a gradient.
@@ -61,8 +61,8 @@ def movement(model: nn.Module, losses: Iterable[Tensor], pool: Pool = None) -> d
     """Sum of -weight * gradient over losses, where positive: how far descent moves a weight away from zero.
 
     Movement pruning (Sanh et al., NeurIPS 2020) keeps the largest of these sums; weights that move towards zero score
-    zero here, which is never selected. See `fisher` for the arguments; to follow a training run, let `losses` step the
-    optimizer between the losses it yields.
+    zero here, which is never selected. See `fisher` for the arguments. To follow a training run, let the generator
+    `losses` step the optimizer between its losses.
     """
     totals = _accumulated(model, losses, pool, lambda weight, gradient: -weight * gradient)
     return {name: total.clamp_(min=0) for name, total in totals.items()}
@@ -75,7 +75,7 @@ def _accumulated(
     parameters = {name: named[name] for name in in_pool(named, pool)}
     if frozen := [name for name, parameter in parameters.items() if not parameter.requires_grad]:
         raise ValueError(
-            f"scores: {frozen[0]!r} does not require a gradient; call requires_grad_(), or leave it out by pool="
+            f"scores: {frozen[0]!r} does not require a gradient; call requires_grad_(), or leave it out with pool="
         )
     totals = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
     for loss in losses:

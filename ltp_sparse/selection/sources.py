@@ -1,10 +1,9 @@
-"""What a selection reads: versions of a model in memory or on disk, and scores."""
+"""The inputs of a selection: versions of a model in memory or on disk, and scores."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ltp_sparse.ops.sources import Reader
 from ltp_sparse.tickets.ticket import Pool, in_pool
 from ltp_sparse.weights.checkpoints import CheckpointTensor, Readable, read_piece
-from ltp_sparse.weights.names import Named, digest, parameter_order
+from ltp_sparse.weights.names import Named, parameter_order
 from ltp_sparse.weights.tensors import DTYPE_NAMES, DTYPES, check_plain_tensor
 from ltp_sparse.weights.versions import Missing, Weights, check_sides, open_weights, side_by_side
 
@@ -28,11 +27,12 @@ Score = Mapping[str, Tensor] | ScoreFunction
 
 @dataclass(frozen=True)
 class Sides:
-    """What a selection compares.
+    """The two sides of a selection.
 
     Attributes:
-        base, after: the initial and the tuned (or scored) tensors; the same for a score function
-        quantised: tensors that were left out as such
+        base: the initial tensors
+        after: the tuned tensors, or the scores; the initial ones for a score function
+        quantised: the number of quantised tensors, which are left out
     """
 
     base: Named[Readable]
@@ -41,7 +41,11 @@ class Sides:
 
     @classmethod
     def of(cls, initial: Weights, tuned: Weights | None, score: Score | None, what: str = "select") -> Sides:
-        """Opens both; ValueError unless one of `tuned` and `score` is given."""
+        """Opens both sides.
+
+        Raises:
+            ValueError: neither or both of `tuned` and `score` are given.
+        """
         if (tuned is None) == (score is None):
             raise ValueError(f"{what}: give either tuned= or score=")
         base = after = open_weights(initial)
@@ -53,10 +57,10 @@ class Sides:
 def names_in_pool(
     base: Iterable[str], after: Iterable[str], pool: Pool, allow_missing: Missing, *, what: str, scored: bool
 ) -> tuple[list[str], dict[str, int]]:
-    """The names of the pool that both sides have, in canonical order, and by side how many only one has.
+    """The names of the pool on both sides, in canonical order, and the number of names on one side only, by side.
 
     Raises:
-        ValueError: the pool is empty, or a name of it is on one side only and `allow_missing` does not say it may.
+        ValueError: the pool is empty, or a name in it is on one side only and not allowed to be.
     """
     inside = set(in_pool(dict.fromkeys([*base, *after]), pool))
     one, other = ([name for name in names if name in inside] for names in (base, after))
@@ -65,13 +69,18 @@ def names_in_pool(
 
 
 def check_dtypes(names: Iterable[str], *sides: Mapping[str, Readable], what: str) -> None:
-    """Raises a TypeError (of a file: a ValueError) for a parameter that cannot be ranked."""
+    """Checks that parameters can be ranked.
+
+    Raises:
+        TypeError: a tensor is sharded, has no values or is not float32, bfloat16 or float16.
+        ValueError: the same for a dtype in a file.
+    """
     for name in names:
-        check_there(name, *sides, what=what)
+        check_has_values(name, *sides, what=what)
         for side in sides:
             if name in side and is_traceable_wrapper_subclass(side[name]):
                 raise TypeError(
-                    f"{what}: {name!r} is a {type(side[name]).__name__}, of which this process may hold a part only; "
+                    f"{what}: {name!r} is a {type(side[name]).__name__}, and this process may hold only a part of it; "
                     "call select_sharded, or pass its full_tensor()"
                 )
             if name in side and side[name].dtype not in DTYPES:
@@ -83,8 +92,8 @@ def check_dtypes(names: Iterable[str], *sides: Mapping[str, Readable], what: str
                 )
 
 
-def check_there(name: str, *sides: Mapping[str, Readable], what: str) -> None:
-    """Raises a TypeError for a parameter without values, as of a model on the meta device."""
+def check_has_values(name: str, *sides: Mapping[str, Readable], what: str) -> None:
+    """Raises a TypeError for a parameter without values, as on the meta device."""
     for tensor in (side[name] for side in sides if name in side):
         if isinstance(tensor, Tensor) and not is_traceable_wrapper_subclass(tensor):
             check_plain_tensor(tensor, f"{what}: {name!r}")
@@ -94,11 +103,11 @@ class MixedDtypes(UserWarning):
     """The two sides of a selection differ in dtype."""
 
 
-def told_of_dtypes(names: Iterable[str], base: Mapping[str, Readable], after: Mapping[str, Readable]) -> dict[str, int]:
-    """How many parameters differ in dtype between the sides, if any, for the ticket's metadata.
+def warn_of_dtypes(names: Iterable[str], base: Mapping[str, Readable], after: Mapping[str, Readable]) -> dict[str, int]:
+    """Metadata with the number of parameters that differ in dtype between the sides; empty if none does.
 
     Warns:
-        MixedDtypes: some do.
+        MixedDtypes: some differ.
     """
     mixed = [name for name in names if base[name].dtype != after[name].dtype]
     if not mixed:
@@ -107,8 +116,8 @@ def told_of_dtypes(names: Iterable[str], base: Mapping[str, Readable], after: Ma
     coarser = max(one, other, key=lambda dtype: torch.finfo(dtype).eps)
     warnings.warn(
         f"select: {len(mixed)} parameters differ in dtype, e.g. {mixed[0]!r} is {one} in the initial model and {other} "
-        f"in the tuned one: what rounding changed is ranked as if training had. Pass compare_in={coarser}, or the "
-        "version of the other that was not rounded",
+        f"in the tuned one: changes by rounding are ranked like changes by training. Pass compare_in={coarser}, or "
+        "a version of the other side that was not rounded",
         MixedDtypes,
         stacklevel=3,
     )
@@ -116,19 +125,19 @@ def told_of_dtypes(names: Iterable[str], base: Mapping[str, Readable], after: Ma
 
 
 def equal_infinities(before: Readable, after: Readable) -> int:
-    """Entries that are the same infinity on both sides, and whose delta is therefore NaN."""
+    """The number of entries that are the same infinity on both sides, which makes their delta NaN."""
     n = after.numel()
     pieces = ([read_piece(t, i, min(i + _PIECE, n)).float() for t in (before, after)] for i in range(0, n, _PIECE))
     return sum(int((one.isinf() & (one == other)).sum()) for one, other in pieces)
 
 
 def device_of(tensors: Mapping[str, Readable]) -> torch.device:
-    """Where the tensors in memory are; the CPU if there are none."""
+    """The device of the tensors in memory; the CPU if there are none."""
     return next((t.device for t in tensors.values() if isinstance(t, Tensor)), torch.device("cpu"))
 
 
 def score_reader(score: ScoreFunction, name: str, n: int, device: torch.device) -> Reader:
-    """A reader of a score function, whose results are checked."""
+    """A reader of a score function that checks its results."""
 
     def read(start: int, stop: int) -> Tensor:
         piece = score(name, start, stop)
@@ -141,17 +150,6 @@ def score_reader(score: ScoreFunction, name: str, n: int, device: torch.device) 
         return piece.detach().reshape(-1).contiguous().to(device)
 
     return Reader(n, read, device)
-
-
-def fingerprint(tensors: Mapping[str, Readable]) -> dict[str, str]:
-    """`names.fingerprint` of tensors in memory or on disk. Hashes on all threads of torch."""
-
-    def of(tensor: Readable) -> str:
-        pieces = tensor.pieces() if isinstance(tensor, CheckpointTensor) else [tensor]
-        return digest(tensor.dtype, tensor.shape, pieces)
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as executor:
-        return dict(zip(tensors, executor.map(of, tensors.values()), strict=True))
 
 
 def check_shape(name: str, initial: Sequence[int], other: Sequence[int]) -> None:

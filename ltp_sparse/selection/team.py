@@ -1,4 +1,4 @@
-"""The ranks of a process group as the processes that select together."""
+"""Communication between the processes of a sharded selection."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class Team:
-    """The collectives that a selection needs. Every rank makes the same calls in the same order.
+    """The collectives of a selection. Every process makes the same calls in the same order.
 
     Raises:
         ValueError: there is no process group, or this process is not in it.
@@ -35,37 +35,37 @@ class Team:
         self.device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
     def sum(self, counts: Tensor) -> Tensor:
-        """Sums over the ranks."""
+        """Sums over the processes."""
         total = counts.to(self.device)
         if total.numel():
             distributed.all_reduce(total, group=self.group)
         return total.to(counts.device)
 
     def stack(self, counts: Tensor) -> Tensor:
-        """[P] of every rank -> [P, R]."""
+        """[P] of every process -> [P, R]."""
         counts = counts.to(self.device)
         columns = [torch.empty_like(counts) for _ in range(self.size)]
         distributed.all_gather(columns, counts, group=self.group)
         return torch.stack(columns, dim=1)
 
-    def every(self, work: Callable[[], T], tell: Callable[[T], Any] = lambda result: None) -> tuple[T, list[Any]]:
-        """This rank's result, and what every rank reports about its own. An error on one rank is raised on all."""
+    def every(self, work: Callable[[], T], report: Callable[[T], Any] = lambda result: None) -> tuple[T, list[Any]]:
+        """The result of `work` on this process, and the reports of all. An error on one process is raised on all."""
         result: Any = None
-        error, told = None, None
+        error, reported = None, None
         try:
             result = work()
-            told = tell(result)
-        except Exception as failure:  # whatever it is, the other ranks must not wait for this one
+            reported = report(result)
+        except Exception as failure:  # of any kind: the other processes must not wait for this one
             error = failure
         outcomes: list[Any] = [None] * self.size
         message = None if error is None else f"{type(error).__name__}: {error}"
-        distributed.all_gather_object(outcomes, (message, told), group=self.group)
+        distributed.all_gather_object(outcomes, (message, reported), group=self.group)
         if error is not None:
             raise error
         for rank, (message, _) in enumerate(outcomes):
             if message is not None:
                 raise ValueError(f"select_sharded: rank {rank} failed: {message}")
-        return result, [told for _, told in outcomes]
+        return result, [reported for _, reported in outcomes]
 
     def send(self, tensor: Tensor, to: int) -> None:
         distributed.send(tensor.to(self.device), group=self.group, group_dst=to)
@@ -78,7 +78,7 @@ class Team:
 
 
 class GuardedSource:
-    """A source that keeps an error to itself until it is asked to `check`, so that no rank leaves the others alone."""
+    """A source that defers errors to `check()`, so that all processes fail together."""
 
     can_sample = False
 
@@ -93,7 +93,7 @@ class GuardedSource:
             self.error = error
 
     def sample(self, passes: Backend, tensors: Tensor, runs: Tensor, keys: Tensor) -> None:
-        raise RuntimeError("several processes select by the histogram route: they take no samples")
+        raise RuntimeError("several processes select by the histogram route, which takes no samples")
 
     def check(self) -> None:
         if self.error is not None:
@@ -101,12 +101,12 @@ class GuardedSource:
 
 
 class TeamRanks(Ranks):
-    """A team in a selection.
+    """The processes of a selection.
 
     Args:
-        team: the ranks.
-        starts: int64 [P, R], where each rank's piece of each tensor starts.
-        source: what this rank reads; an error of its pieces is raised on all ranks when they next add up.
+        team: their collectives.
+        starts: int64 [P, R], the start of each process's piece of each tensor.
+        source: of this process; an error in it is raised on all processes by the next `sum`.
     """
 
     def __init__(self, team: Team, starts: Tensor, source: GuardedSource) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,9 @@ class Task:
     """A data set of labelled pairs or texts.
 
     Attributes:
-        name: by which recipes and the command line know it
-        languages: what it has, or, of SIB-200's 205, those that are tested when none are named
-        read: (split, language, shots, data folder or None, seed) -> examples
+        name: in recipes and on the command line
+        languages: all of its languages, or for SIB-200 (205 languages) the default ones
+        read: (split, language, data folder or None, shots, seed) -> examples; some readers ignore shots and seed
         labels: classes, in the order of the logits
         metric: "accuracy" or "macro_f1"
         kind: "pair" or "text"
@@ -49,7 +50,7 @@ class Task:
 
     name: str
     languages: tuple[str, ...]
-    read: Callable[[str, str, int | None, Path | None, int], Sequence[Any]]
+    read: Callable[[str, str, Path | None, int | None, int], Sequence[Any]]
     labels: tuple[str, ...] = CLASSES
     metric: str = "accuracy"
     kind: str = "pair"
@@ -66,19 +67,20 @@ class Task:
         """Labelled examples: `Pair` or `Text`.
 
         Args:
-            split: "train", "dev" or "test", of which a task may lack some.
+            split: "train", "dev" or "test"; not every task has all.
             language: one of `languages`.
-            shots: examples per class of "train", and some of "dev": a task's fixed samples of pairs, or a draw of texts
-                (`texts.few_shot`); None: all.
-            data: folder of the original files, or one that holds it under the data set's name; None: the Hub by name.
-            seed: of few-shot draws, where a task has no fixed samples.
+            shots: examples per class of "train", and fewer of "dev": fixed samples of a task with pairs, or a draw of
+                texts (`texts.few_shot`); None: all.
+            data: folder of the original files, or a folder that holds it under the data set's name; None: the Hub.
+            seed: of the draw, if the task has no fixed samples.
 
         Raises:
-            ValueError, FileNotFoundError: unknown names, missing files, or a bad row (file, row and column are named).
+            ValueError: unknown names, or a bad row (file, row and column are named).
+            FileNotFoundError: files are missing.
         """
         if language not in self.languages and self.name != "sib200":
             raise ValueError(f"{self.name}: language must be one of {', '.join(self.languages)}, got {language!r}")
-        examples = self.read(split, language, shots, None if data is None else Path(data), seed)
+        examples = self.read(split, language, None if data is None else Path(data), shots, seed)
         if self.kind != "text" or shots is None or split == "test":
             return examples
         try:
@@ -88,63 +90,17 @@ class Task:
 
 
 _TASKS = (
-    Task("xnli", _xnli.LANGUAGES, lambda split, lang, shots, data, seed: _xnli.xnli(split, lang, shots, data)),
-    Task(
-        "xnli-fewshot", _xnli.LANGUAGES, lambda split, lang, shots, data, seed: _xnli.few_shot(split, lang, shots, data)
-    ),
-    Task(
-        "americasnli",
-        _americasnli.LANGUAGES,
-        lambda split, lang, shots, data, seed: _americasnli.americasnli(split, lang, shots, data),
-    ),
-    Task(
-        "americasnli-first",
-        _americasnli.LANGUAGES,
-        lambda split, lang, shots, data, seed: _americasnli.americasnli(split, lang, shots, data, revised=False),
-    ),
-    Task("multinli", ("en",), lambda split, lang, shots, data, seed: _multinli.multinli(split, data)),
-    Task(
-        "mnli-9k",
-        _multinli.SUBSET_LANGUAGES,
-        lambda split, lang, shots, data, seed: _multinli.multinli_subset(split, lang, data),
-    ),
-    Task(
-        "smsa",
-        ("id",),
-        lambda split, lang, shots, data, seed: _smsa.smsa(split, data),
-        _smsa.LABELS,
-        "macro_f1",
-        "text",
-    ),
-    Task(
-        "smsa-full",
-        ("id",),
-        lambda split, lang, shots, data, seed: _smsa.smsa(split, data, trimmed=False),
-        _smsa.LABELS,
-        "macro_f1",
-        "text",
-    ),
-    Task(
-        "nusax",
-        tuple(_nusax.FOLDERS),
-        lambda split, lang, shots, data, seed: _nusax.nusax(split, lang, data),
-        _smsa.LABELS,
-        "macro_f1",
-        "text",
-    ),
-    Task(
-        "generated",
-        _generated.LANGUAGES,
-        lambda split, lang, shots, data, seed: _generated.generated(split, lang, shots, seed),
-    ),
-    Task(
-        "sib200",
-        _sib200.XNLI_LANGUAGES,
-        lambda split, lang, shots, data, seed: _sib200.sib200(split, lang, data),
-        _sib200.LABELS,
-        "accuracy",
-        "text",
-    ),
+    Task("xnli", _xnli.LANGUAGES, _xnli.xnli),
+    Task("xnli-fewshot", _xnli.LANGUAGES, _xnli.few_shot),
+    Task("americasnli", _americasnli.LANGUAGES, _americasnli.americasnli),
+    Task("americasnli-first", _americasnli.LANGUAGES, partial(_americasnli.americasnli, revised=False)),
+    Task("multinli", ("en",), _multinli.multinli),
+    Task("mnli-9k", _multinli.SUBSET_LANGUAGES, _multinli.multinli_subset),
+    Task("smsa", ("id",), _smsa.smsa, _smsa.LABELS, "macro_f1", "text"),
+    Task("smsa-full", ("id",), partial(_smsa.smsa, trimmed=False), _smsa.LABELS, "macro_f1", "text"),
+    Task("nusax", tuple(_nusax.FOLDERS), _nusax.nusax, _smsa.LABELS, "macro_f1", "text"),
+    Task("generated", _generated.LANGUAGES, _generated.generated),
+    Task("sib200", _sib200.XNLI_LANGUAGES, _sib200.sib200, _sib200.LABELS, "accuracy", "text"),
 )
 
 TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
@@ -170,5 +126,5 @@ def load_pairs(
     shots: int | None = None,
     data: str | os.PathLike[str] | None = None,
 ) -> list[Any]:
-    """`task(name).load(...)`, for tasks whose samples are fixed."""
+    """`task(name).load(...)` of tasks with fixed samples."""
     return list(task(name).load(split, language, shots=shots, data=data))

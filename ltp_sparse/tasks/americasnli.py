@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ltp_sparse.tasks.files import existing, folder_of, read_table
 from ltp_sparse.tasks.hub import hub_pairs
 from ltp_sparse.tasks.pairs import LABELS, Pair, checked_label, pair_in
-from ltp_sparse.weights.reading import FileFormatError, Place
+from ltp_sparse.weights.reading import FileFormatError
 
 LANGUAGES = ("aym", "bzd", "cni", "gn", "hch", "nah", "oto", "quy", "shp", "tar")
 HUB_NAME = "nala-cub/americas_nli"
@@ -19,14 +18,18 @@ _SPLITS = ("train", "dev", "test")
 _DRAW_SEED = 0
 
 
-def americasnli(split: str, language: str, shots: int | None, data: Path | None, *, revised: bool = True) -> list[Pair]:
+def americasnli(
+    split: str, language: str, data: Path | None, shots: int | None = None, *_: Any, revised: bool = True
+) -> list[Pair]:
     """Pairs of one language.
 
     Args:
-        split: "dev" and "test" are the released sets. With `shots`, "train" and "dev" are two disjoint draws of `shots`
-            pairs per class from the released dev set, always the same (docs/papers.md).
-        data: the folder with `dev.tsv`, `test.tsv` and `revised/`, or None: the Hub.
-        revised: the later release of the dev set (LTP reads it), or the first one (the SFT papers).
+        split: "dev" and "test" are the released sets. With `shots`, "train" and "dev" are two disjoint draws from the
+            released dev set, always the same (docs/papers.md).
+        language: one of `LANGUAGES`.
+        data: the folder with `dev.tsv`, `test.tsv` and `revised/`; None: the Hub.
+        shots: pairs per class; None: all.
+        revised: the later release of the dev set (used by LTP) instead of the first one (used by the SFT papers).
     """
     if split not in _SPLITS or (split == "train" and shots is None):
         raise ValueError(f"americasnli: split must be dev or test, or train or dev with shots, got {split!r}")
@@ -49,21 +52,14 @@ def americasnli(split: str, language: str, shots: int | None, data: Path | None,
 
 def _released(split: str, language: str, data: Path | None, revised: bool) -> list[Pair]:
     if data is None:
-        return hub_pairs(HUB_NAME, language, {"dev": "validation", "test": "test"}[split], language)
+        return hub_pairs(HUB_NAME, language, split, language)
     folder = folder_of(data, "americasnli")
-    if split == "dev" and revised:
-        path = existing(folder / "revised" / "anli.dev.tsv.gz", folder / "revised" / "anli.dev.tsv")
-    else:
-        path = existing(folder / f"{split}.tsv", folder / f"{split}.tsv.gz")
-    pairs = _pairs(read_table(path, ("language", "premise", "hypothesis", "label")), language)
+    path = existing(folder / ("revised/anli.dev.tsv" if split == "dev" and revised else f"{split}.tsv"))
+    pairs = [
+        pair_in(row, where, language, checked_label(row["label"], where))
+        for where, row in read_table(path, ("language", "premise", "hypothesis", "label"))
+        if row["language"] == language
+    ]
     if not pairs:
         raise FileFormatError(path, f"no row of language {language!r} in column language")
     return pairs
-
-
-def _pairs(rows: Iterable[tuple[Place, dict[str, Any]]], language: str) -> list[Pair]:
-    return [
-        pair_in(row, where, language, checked_label(row["label"], where))
-        for where, row in rows
-        if row["language"] == language
-    ]

@@ -1,6 +1,6 @@
-"""Text files, plain or gzipped, row by row, with errors that name the place: the doors of text, tables and JSON lines.
+"""Readers of text, tables and JSON lines, plain or gzipped, row by row, with errors that name the place.
 
-One rule for all: UTF-8, lines that end with a line feed, blank lines passed over in tables, no column twice.
+One rule for all: UTF-8, lines end with a line feed, blank lines in tables are skipped, columns are distinct.
 """
 
 from __future__ import annotations
@@ -15,31 +15,35 @@ from typing import Any
 from ltp_sparse.weights.reading import FileFormatError, Place, decoded, parse_json, reader
 
 LONGEST_LINE = 16 << 20
-_MOST_LINES = 20_000  # of one quoted cell: above, a quote was left open
-_UNPACKED, _RATIO = 4 << 20, 50  # a .gz may unpack to so many bytes, and so many times its size more
+_MOST_LINES = 20_000  # of a quoted cell; more means that a quote is not closed
+_UNPACKED, _RATIO = 4 << 20, 50  # a .gz may unpack to this many bytes plus this many times its size
 
 
-def existing(*candidates: Path) -> Path:
-    """The first candidate that is a file; an error that names all of them otherwise."""
-    for path in candidates:
-        if path.is_file():
-            return path
-    raise FileNotFoundError(
-        f"none of these files is there: {', '.join(map(str, candidates))}. Pass the folder of the original files as "
-        "the data folder, or none to load from the Hub by name"
-    )
+def existing(path: Path) -> Path:
+    """The path, or that of its .gz.
+
+    Raises:
+        FileNotFoundError: neither is a file.
+    """
+    packed = path.with_name(f"{path.name}.gz")
+    if not path.is_file() and not packed.is_file():
+        raise FileNotFoundError(
+            f"neither {path} nor {packed.name} is there. Pass the folder of the original files as the data folder, or "
+            "none to load from the Hub by name"
+        )
+    return path if path.is_file() else packed
 
 
 def folder_of(data: Path, *names: str) -> Path:
-    """`data` itself, or its folder of one of these names where several data sets lie side by side."""
+    """`data`, or its subfolder of one of these names if it holds several data sets."""
     return next((data / name for name in names if (data / name).is_dir()), data)
 
 
 @reader("text")
 def read_lines(path: Path) -> Iterator[str]:
-    """Lines without their line feed. Only a line feed ends a line: other control characters occur inside sentences.
+    """Lines of a plain or .gz file without line feeds. Other control characters do not end a line.
 
-    A byte order mark, which spreadsheets write, is no part of the first one. `path`: plain, or .gz.
+    A byte order mark, which spreadsheets write, is removed.
     """
     if packed := path.suffix == ".gz":
         _check_packed(path)
@@ -50,7 +54,7 @@ def read_lines(path: Path) -> Iterator[str]:
             number += 1
             if len(raw) > LONGEST_LINE:
                 raise FileFormatError(path, f"a line of more than {LONGEST_LINE >> 20} MB", f"line {number}")
-            if number > 1 and raw.isascii() and b"\0" not in raw:  # most lines, in one step
+            if number > 1 and raw.isascii() and b"\0" not in raw:  # the fast path for most lines
                 line = raw.decode("ascii")
             else:
                 line = decoded(raw, path, f"line {number}")
@@ -58,7 +62,7 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def _check_packed(path: Path) -> None:
-    """Unpacks a .gz file once, before a line of it is used: its checksum stands at the end."""
+    """Unpacks a .gz file once before its lines are used, because the checksum is at its end."""
     most, total = _UNPACKED + _RATIO * path.stat().st_size, 0
     if not path.stat().st_size:
         raise FileFormatError(path, "not a complete .gz file (it is empty); copy it again")
@@ -68,7 +72,7 @@ def _check_packed(path: Path) -> None:
                 total += len(piece)
                 if total > most:
                     raise FileFormatError(
-                        path, f"it unpacks to more than {_RATIO} times its size; unpack it if that is meant"
+                        path, f"it unpacks to more than {_RATIO} times its size; unpack it if this is intended"
                     )
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise FileFormatError(
@@ -78,7 +82,7 @@ def _check_packed(path: Path) -> None:
 
 @reader("table without header")
 def read_columns(path: Path, columns: Sequence[str]) -> Iterator[tuple[Place, dict[str, str]]]:
-    """(place, row) of a tab-separated file without header and without quoting; blank lines are passed over."""
+    """(place, row) of a tab-separated file without header and quoting; blank lines are skipped."""
     for where, cells in _rows(path, "\t", quoted=False, first=1):
         yield where, _row(where, cells, columns)
 
@@ -87,29 +91,30 @@ def read_columns(path: Path, columns: Sequence[str]) -> Iterator[tuple[Place, di
 def read_table(
     path: Path, columns: Sequence[str] = (), *, quoted: bool = False, comma: bool = False
 ) -> Iterator[tuple[Place, dict[str, str]]]:
-    """(place, row) of a file with a header line; blank lines are passed over.
+    """(place, row) of a file with a header line; blank lines are skipped.
 
     Args:
-        columns: must be in the header.
-        quoted: cells may be in double quotes and hold line breaks.
+        path: the file.
+        columns: required columns.
+        quoted: cells may be in double quotes and contain line breaks.
         comma: cells are separated by commas, not by tabs.
 
     Raises:
-        FileFormatError: no header, a column that is missing or twice, a row of another length, a quote left open.
+        FileFormatError: no header, a missing or duplicate column, a row of another length, an open quote.
     """
     rows = _rows(path, "," if comma else "\t", quoted=quoted, first=0)
     _, header = next(rows, (None, []))
     if missing := [column for column in columns if column not in header]:
         raise FileFormatError(path, f"expected a header with {', '.join(columns)}; {missing[0]!r} is not in {header}")
     if twice := [column for column in header if header.count(column) > 1]:
-        raise FileFormatError(path, f"the column {twice[0]!r} twice; rename one", "header")
+        raise FileFormatError(path, f"the column {twice[0]!r} occurs twice; rename one", "header")
     for where, cells in rows:
         yield where, _row(where, cells, header)
 
 
 @reader("JSON lines")
 def read_jsonl(path: Path, keys: Sequence[str] = ()) -> Iterator[tuple[Place, dict[str, Any]]]:
-    """(place, object) of a file with a JSON object a line; `keys` must be there. Blank lines are passed over."""
+    """(place, object) of a file with one JSON object per line. `keys` are required; blank lines are skipped."""
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
@@ -122,12 +127,12 @@ def read_jsonl(path: Path, keys: Sequence[str] = ()) -> Iterator[tuple[Place, di
 
 
 def text_in(row: Mapping[str, Any], column: str, where: Place) -> str:
-    """The text in a column of a row; an error for a row without one, or with a list or a number in its place."""
+    """The text in a column of a row, checked to be a text."""
     value = row.get(column)
     if not isinstance(value, str):
         got = "null" if value is None else f"a value of type {type(value).__name__}"
-        told = f"expected a text, got {got}" if column in row else f"columns: {', '.join(row)}"
-        raise where.error(f"no text in column {column!r}; {told}")
+        found = f"expected a text, got {got}" if column in row else f"columns: {', '.join(row)}"
+        raise where.error(f"no text in column {column!r}; {found}")
     if "\0" in value or not (value.isascii() or _encodable(value)):
         raise where.error(f"the text in column {column!r} holds a NUL character or half a character")
     return value
@@ -148,10 +153,10 @@ def _row(where: Place, cells: list[str], columns: Sequence[str]) -> dict[str, st
 
 
 def _rows(path: Path, delimiter: str, *, quoted: bool, first: int) -> Iterator[tuple[Place, list[str]]]:
-    """(place, cells) of the rows of a table, without blank ones, which count.
+    """(place, cells) of the rows of a table. Blank lines are skipped, but counted.
 
-    The `csv` module bounds cells at 131,072 characters, stops at a carriage return inside one, and takes a quote that
-    is not closed for the rest of the file.
+    Not by the `csv` module, which limits cells to 131,072 characters, stops at a carriage return inside a cell, and
+    reads the rest of the file into a cell whose quote is not closed.
     """
     lines = read_lines(path)
     for number, line in enumerate(lines, first):
@@ -170,7 +175,7 @@ def _rows(path: Path, delimiter: str, *, quoted: bool, first: int) -> Iterator[t
             else:
                 parts, at = [], at + 1
                 while (stop := line.find('"', at)) < 0 or line.startswith('"', stop + 1):
-                    if stop >= 0:  # a quote that is doubled
+                    if stop >= 0:  # a doubled quote
                         parts.append(line[at : stop + 1])
                         at = stop + 2
                         continue
@@ -183,7 +188,7 @@ def _rows(path: Path, delimiter: str, *, quoted: bool, first: int) -> Iterator[t
                 at = stop + 1
                 if at < len(line) and not line.startswith(delimiter, at):
                     raise where.error(
-                        f"text behind the closing quote of column {len(cells)}; a quote inside a quoted cell is doubled"
+                        f"text after the closing quote of column {len(cells)}; double a quote inside a quoted cell"
                     )
             if at >= len(line):
                 break

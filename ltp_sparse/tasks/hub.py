@@ -1,17 +1,18 @@
-"""What comes from the Hub by name, or from a local copy; labelled pairs of it."""
+"""Data sets from the Hub by name, or from a local copy."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ltp_sparse.tasks.pairs import LABELS, Pair, pair_in
+from ltp_sparse.tasks.pairs import Pair, numbered_label, pair_in
 from ltp_sparse.weights.hub import hub_answers
 from ltp_sparse.weights.reading import Place
 
 
 def load_hub(name: str, config: str | None, **options: Any) -> Any:
-    """`datasets.load_dataset`; where the Hub does not answer, from its cache, without half a minute of tries.
+    """`datasets.load_dataset`; from its cache if the Hub cannot be reached, without half a minute of retries.
 
     Raises:
         ValueError: the Hub cannot be reached, and the data set has not been downloaded before.
@@ -33,26 +34,41 @@ def load_hub(name: str, config: str | None, **options: Any) -> Any:
         constants.HF_HUB_OFFLINE = before
 
 
-def hub_pairs(name: str, config: str | None, split: str, language: str) -> list[Pair]:
-    """One split of a data set with the columns premise, hypothesis and label (its number or its word).
-
-    Args:
-        name: Hub name, or a folder that `datasets.load_dataset` reads.
-    """
+def rows_with_names(data: Any) -> Iterator[dict[str, Any]]:
+    """Rows of a `datasets.Dataset`, with names of classes in place of their numbers; None for -1 (not labelled)."""
     from datasets import ClassLabel
 
-    data = load_hub(name, config, split=split)
-    if missing := {"premise", "hypothesis", "label"} - set(data.column_names):
-        raise ValueError(f"{name} ({config}, {split}): no column {sorted(missing)[0]!r}, only {data.column_names}")
-    feature = data.features["label"]
-    names = tuple(feature.names) if isinstance(feature, ClassLabel) else LABELS
-    if set(names) != set(LABELS):
-        raise ValueError(f"{name}: expected the labels {', '.join(LABELS)}, got {', '.join(names)}")
-    pairs = []
-    for number, row in enumerate(data):
-        label, where = row["label"], Place(f"{name} ({config}, {split})", f"row {number}")
-        word = names[label] if isinstance(label, int) and 0 <= label < len(names) else label
-        if word not in LABELS:
-            raise where.error(f"expected a label, got {label!r}")
-        pairs.append(pair_in(row, where, language, word))
-    return pairs
+    classes = {column: feature.names for column, feature in data.features.items() if isinstance(feature, ClassLabel)}
+    for row in data:
+        for column, names in classes.items():
+            number = row[column]
+            row[column] = None if number is None or not 0 <= number < len(names) else names[number]
+        yield row
+
+
+def hub_rows(
+    name: str, config: str | None, split: str, columns: Sequence[str]
+) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """(place, row) of one split of a data set.
+
+    Args:
+        name: on the Hub, or a folder that `datasets.load_dataset` reads.
+        config: its configuration.
+        split: its split; "dev" is called "validation" there.
+        columns: required columns.
+
+    Raises:
+        ValueError: a column is missing.
+    """
+    split = "validation" if split == "dev" else split
+    data, source = load_hub(name, config, split=split), f"{name} ({config}, {split})"
+    if missing := set(columns) - set(data.column_names):
+        raise ValueError(f"{source}: no column {min(missing)!r}, only {data.column_names}")
+    for number, row in enumerate(rows_with_names(data)):
+        yield Place(source, f"row {number}"), row
+
+
+def hub_pairs(name: str, config: str | None, split: str, language: str) -> list[Pair]:
+    """One split of a data set with the columns premise, hypothesis and label (its number or its name)."""
+    rows = hub_rows(name, config, split, ("premise", "hypothesis", "label"))
+    return [pair_in(row, where, language, numbered_label(row["label"], where)) for where, row in rows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ltp_sparse.tasks.files import existing, folder_of, read_table
 from ltp_sparse.tasks.smsa import LABELS
@@ -29,14 +30,13 @@ HUB_NAME = "indonlp/NusaX-senti"
 _SPLITS = {"train": "train", "dev": "valid", "test": "test"}
 
 
-def nusax(split: str, language: str, data: Path | None) -> list[Text]:
-    """500, 100 or 400 texts of a language; `data`: the folder with `acehnese/train.csv`, ..., or None: the Hub."""
+def nusax(split: str, language: str, data: Path | None, *_: Any) -> list[Text]:
+    """500, 100 or 400 texts of a language. `data`: the folder with `acehnese/train.csv`, ...; None: the Hub."""
     if split not in _SPLITS:
         raise ValueError(f"nusax: split must be one of {', '.join(_SPLITS)}, got {split!r}")
     if data is None:
-        return hub_texts(HUB_NAME, language, {"dev": "validation"}.get(split, split), language, LABELS)
-    folder = folder_of(data, "nusax_senti") / FOLDERS[language]
-    path = existing(folder / f"{_SPLITS[split]}.csv", folder / f"{_SPLITS[split]}.csv.gz")
-    # some texts hold line breaks, inside quotes
+        return hub_texts(HUB_NAME, language, split, language, LABELS)
+    path = existing(folder_of(data, "nusax_senti") / FOLDERS[language] / f"{_SPLITS[split]}.csv")
+    # some texts contain line breaks, inside quotes
     rows = read_table(path, ("id", "text", "label"), quoted=True, comma=True)
     return [labelled_text(row, where, LABELS, language) for where, row in rows]

@@ -1,4 +1,4 @@
-"""Labelled texts and pairs of one's own: a file of any of `FORMATS`, or a data set of the Hub, by names of columns."""
+"""Your own labelled texts and pairs: a file in one of `FORMATS`, or a data set of the Hub, by names of columns."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from ltp_sparse.tasks.files import read_jsonl, read_table, text_in
-from ltp_sparse.tasks.hub import load_hub
+from ltp_sparse.tasks.hub import load_hub, rows_with_names
 from ltp_sparse.tasks.pairs import Pair
 from ltp_sparse.tasks.texts import Text
 from ltp_sparse.weights.reading import FileFormatError, Place, reader
 
 FORMATS = ("tsv", "csv", "jsonl", "parquet")
-"""By the end of the file's name; all but parquet also with .gz behind it."""
+"""Suffixes of files; all but parquet may have .gz added."""
 
 UNDETERMINED = "und"
-"""The language of rows of which nothing says it (ISO 639)."""
+"""The language of rows with an unknown one (ISO 639)."""
 
 _SPLIT_SEED = 0
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
@@ -29,14 +29,14 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Columns:
-    """How the columns of one's own data are called.
+    """Names of columns.
 
     Attributes:
         text: the text, or the first text of a pair
         pair: the second text of a pair; None: single texts
         label: the class
-        language: the language of each row; None: all rows are of one
-        quoted: cells of a .tsv may be in double quotes, as those of a .csv always may
+        language: the language of each row; None: all rows have the same one
+        quoted: cells of a .tsv may be in double quotes; cells of a .csv always may
     """
 
     text: str = "text"
@@ -63,21 +63,22 @@ def read_own(
     """Examples (`Text`, or `Pair` where `columns.pair` is given) in the order of the rows.
 
     Args:
-        source: a file of `FORMATS`, or the name of a Hub data set, or a folder that `datasets.load_dataset` reads, with
-            the split behind an @ where it is another than `split`: "owner/name@validation".
-        columns: a label may be a text, a whole number (0 is one) or true and false; it becomes a text.
-        language: of rows where no column says it.
-        labelled: False leaves the labels out, whether there are any or not.
+        source: a file in one of `FORMATS`, the name of a Hub data set, or a folder that `datasets.load_dataset` reads;
+            optionally with a split, "owner/name@validation".
+        columns: names of columns. Labels may be texts, integers or booleans, and become texts.
+        language: of all rows, if no column has it.
+        labelled: False ignores labels.
+        split: of a Hub data set, if `source` names none.
         config: configuration of a Hub data set.
 
     Raises:
         FileNotFoundError: there is no such file.
-        FileFormatError: a column is missing, a row has no label or a text that is no text, there is no row.
+        FileFormatError: a column is missing, a row has no label or no text, or there is no row.
     """
     wanted = [columns.text, columns.pair, columns.label if labelled else None, columns.language]
     names = [name for name in wanted if name is not None]
     if len(set(names)) < len(names):
-        raise ValueError(f"columns: expected a column of its own for each, got {', '.join(names)}")
+        raise ValueError(f"columns: expected different columns, got {', '.join(names)}")
     examples: list[Any] = []
     for place, row in _rows(str(source), names, columns.quoted, split, config):
         if missing := [name for name in names if name not in row]:
@@ -104,7 +105,7 @@ def columns_of(path: str | os.PathLike[str]) -> list[str]:
     """The names in the first line of a table, the keys of the first row of JSON lines, the columns of a parquet file.
 
     Raises:
-        FileFormatError: there is no row.
+        FileFormatError: the file has no row.
     """
     path = Path(path)
     suffix = path.name.removesuffix(".gz").rpartition(".")[2].lower()
@@ -120,7 +121,7 @@ def columns_of(path: str | os.PathLike[str]) -> list[str]:
 
 
 def split_dev(examples: Sequence[Any], share: float) -> tuple[list[Any], list[Any]]:
-    """(training, dev): a share of every class, at least one example, goes to dev; always the same draw.
+    """(training, dev): a share of every class, at least one example, goes to dev. The draw is always the same.
 
     Raises:
         ValueError: no class has two examples.
@@ -135,7 +136,7 @@ def split_dev(examples: Sequence[Any], share: float) -> tuple[list[Any], list[An
         if len(members) > 1:
             chosen |= set(draws.sample(members, min(len(members) - 1, max(1, round(share * len(members))))))
     if not chosen:
-        raise ValueError("expected a class with two examples, to draw dev from; give dev examples of their own")
+        raise ValueError("expected a class with two examples, to draw dev from; pass separate dev examples")
     parts: tuple[list[Any], list[Any]] = ([], [])
     for number, example in enumerate(examples):
         parts[number in chosen].append(example)
@@ -143,27 +144,27 @@ def split_dev(examples: Sequence[Any], share: float) -> tuple[list[Any], list[An
 
 
 def classes_of(examples: Sequence[Any], words: Mapping[str, Any] | None = None) -> tuple[str, ...]:
-    """The classes of labelled examples: in the order of their words, else by number or by alphabet.
+    """The classes of labelled examples: in the order of `words`, else by number or alphabetically.
 
     Raises:
-        ValueError: a class without a word, a word for no class, or a single class.
+        ValueError: a class has no word, a word has no class, or there is a single class.
     """
     counts: dict[str, int] = {}
     for example in examples:
         counts[example.label] = counts.get(example.label, 0) + 1
     numbers = all(label.removeprefix("-").isdecimal() for label in counts)
     found = sorted(counts, key=int) if numbers else sorted(counts)
-    told = ", ".join(f"{label} {counts[label]}" for label in found)
+    shown = _counts({label: counts[label] for label in found})
     if words is not None:
         if wordless := [label for label in found if label not in words]:
             raise ValueError(
-                f"expected a word for every class, got none for {', '.join(map(repr, wordless))}; classes: {told}"
+                f"expected a word for every class, got none for {', '.join(map(repr, wordless))}; classes: {shown}"
             )
         if unused := [label for label in words if label not in counts]:
-            raise ValueError(f"expected words for classes that occur, got one for {unused[0]!r}; classes: {told}")
+            raise ValueError(f"expected words for classes that occur, got one for {unused[0]!r}; classes: {shown}")
         found = list(words)
     if len(found) < 2:
-        raise ValueError(f"expected at least two classes, got {told}")
+        raise ValueError(f"expected at least two classes, got {shown}")
     return tuple(found)
 
 
@@ -200,7 +201,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         data = Dataset(pyarrow.parquet.read_table(path))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise FileFormatError(path, f"not a readable parquet file ({str(error).splitlines()[0]})") from error
-    yield from _named_rows(data)
+    yield from _placed(data)
 
 
 def _hub_rows(source: str, split: str, config: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -212,37 +213,26 @@ def _hub_rows(source: str, split: str, config: str | None) -> Iterator[tuple[str
         )
     try:
         data = load_hub(os.fspath(folder) if folder.is_dir() else name, config, split=named or split)
-    except Exception as error:  # of many kinds: no network, no such name, configuration or split, damaged files
+    except Exception as error:  # of any kind: no network, no such name, configuration or split, damaged files
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"{source}: expected a file, or a Hub data set with the split {named or split!r}: {reason}"
         ) from error
-    yield from _named_rows(data)
+    yield from _placed(data)
 
 
-def _named_rows(data: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Rows of a `datasets.Dataset`, the numbers of class labels as the names of the classes."""
-    from datasets import ClassLabel
-
-    names = {column: feature.names for column, feature in data.features.items() if isinstance(feature, ClassLabel)}
-    for number, row in enumerate(data, 1):
-        for column, classes in names.items():
-            value = row[column]
-            # -1 stands for "not labelled" in data sets of the Hub
-            row[column] = None if value is None or not 0 <= value < len(classes) else classes[value]
-        yield f"row {number}", row
+def _placed(data: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    return ((f"row {number}", row) for number, row in enumerate(rows_with_names(data), 1))
 
 
 def _label(value: Any, source: str | os.PathLike[str], column: str, place: str) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, float) and value.is_integer():  # whole numbers of a table in which others are missing
+    if isinstance(value, float) and value.is_integer():  # as in a table with missing numbers
         value = int(value)
     if isinstance(value, int) or (isinstance(value, str) and value.strip()):
-        return str(value).strip()  # blanks around a label would make another class of it
-    raise FileFormatError(
-        source, f"expected a label in column {column!r}, a text or a whole number, got {value!r}", place
-    )
+        return str(value).strip()  # blanks around a label would make it another class
+    raise FileFormatError(source, f"expected a label in column {column!r}, a text or an integer, got {value!r}", place)
 
 
 def _warn_of_quotes(source: str | os.PathLike[str], columns: Columns, examples: Sequence[Any]) -> None:
@@ -252,23 +242,25 @@ def _warn_of_quotes(source: str | os.PathLike[str], columns: Columns, examples: 
     texts = [text for example in examples for text in texts_of(example)]
     if quoted := sum(len(text) > 1 and text[0] == text[-1] == '"' for text in texts):
         warnings.warn(
-            f"{source}: {quoted} of {len(texts)} texts begin and end with a double quote, which is taken as a part of "
-            "them; if it stands around cells, as in a .csv, say so (--quoted)",
+            f"{source}: {quoted} of {len(texts)} texts begin and end with a double quote, which is kept as part of the "
+            "text; pass --quoted if the file quotes cells, as a .csv does",
             stacklevel=3,
         )
 
 
 def texts_of(example: Any) -> tuple[str, ...]:
-    """The texts of an example: two of a pair, one of a text, none of anything else."""
+    """The texts of an example: two for a pair, one for a text, none for other objects."""
     found = (getattr(example, name, None) for name in ("premise", "hypothesis", "text"))
     return tuple(text for text in found if isinstance(text, str))
 
 
 def warn_of_gaps(examples: Sequence[Any], labels: Sequence[str] | None, what: str) -> None:
-    """One warning for classes without an example and for blank texts, with the counts per class; nothing is left out.
+    """Warns once about classes without examples and about blank texts, with counts per class. Nothing is left out.
 
     Args:
-        labels: the classes there should be; None where that is not known.
+        examples: to check.
+        labels: the classes of the task; None if unknown.
+        what: the examples' name in the message.
     """
     counts = dict.fromkeys(labels or (), 0)
     blank: dict[str, int] = {}
@@ -277,14 +269,14 @@ def warn_of_gaps(examples: Sequence[Any], labels: Sequence[str] | None, what: st
         counts[label] = counts.get(label, 0) + 1
         if any(not text.strip() for text in texts_of(example)):
             blank[label] = blank.get(label, 0) + 1
-    told = []
+    problems = []
     if missing := [label for label in labels or () if counts[label] == 0]:
-        told.append(f"no example of {', '.join(missing)} ({_counts(counts)})")
+        problems.append(f"no example of {', '.join(missing)} ({_counts(counts)})")
     if blank:
         of_class = f" ({_counts(blank)})" if set(blank) != {"None"} else ""
-        told.append(f"{sum(blank.values())} of {len(examples)} examples have a blank text{of_class}, and are kept")
-    if told:
-        warnings.warn(f"{what}: {'; '.join(told)}", stacklevel=3)
+        problems.append(f"{sum(blank.values())} of {len(examples)} examples have a blank text{of_class}, and are kept")
+    if problems:
+        warnings.warn(f"{what}: {'; '.join(problems)}", stacklevel=3)
 
 
 def _counts(counts: Mapping[str, int]) -> str:

@@ -1,4 +1,4 @@
-"""A labelled sentence pair, and the files of one's own pairs."""
+"""Labelled sentence pairs, and files of pairs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LABELS = ("entailment", "neutral", "contradiction")
 """The labels, in the order of their numbers in XNLI and AmericasNLI."""
 
 CLASSES = ("contradiction", "entailment", "neutral")
-"""The same in the order of the logits and of the loss."""
+"""The same labels in the order of the logits."""
 
 _SENTENCES = ("premise", "hypothesis")
 
@@ -32,15 +32,20 @@ class Pair:
 
 
 def require_label(label: Any, labels: Sequence[str], where: Place, column: str = "label") -> str:
-    """The label, if it is one of `labels`; otherwise an error that says where it stands."""
+    """The label, checked to be one of `labels`."""
     if label not in labels:
         raise where.error(f"expected one of {', '.join(labels)} in column {column}, got {label!r}")
     return str(label)
 
 
 def checked_label(label: Any, where: Place) -> str:
-    """The label of a pair, if it is one."""
+    """The label of a pair, checked to be one of `LABELS`."""
     return require_label(label, LABELS, where)
+
+
+def numbered_label(label: Any, where: Place) -> str:
+    """The label of a pair from its number in XNLI, or from its name."""
+    return checked_label(LABELS[label] if type(label) is int and 0 <= label < len(LABELS) else label, where)
 
 
 def pair_in(
@@ -52,7 +57,7 @@ def pair_in(
 
 
 def check_balance(pairs: Iterable[Pair], per_class: int, path: Path) -> None:
-    """Raises unless every label occurs `per_class` times."""
+    """Raises a FileFormatError unless every label occurs `per_class` times."""
     labels = [pair.label for pair in pairs]
     counts = {label: labels.count(label) for label in LABELS}
     if any(count != per_class for count in counts.values()):
@@ -63,12 +68,12 @@ def check_balance(pairs: Iterable[Pair], per_class: int, path: Path) -> None:
 
 @reader("labelled pairs")
 def read_pairs(path: str | os.PathLike[str], language: str = "") -> list[Pair]:
-    """Pairs of a .tsv, .csv or .jsonl file (also .gz) with premise and hypothesis by name, and label where known.
+    """Pairs from a .tsv, .csv or .jsonl file (also .gz) with the columns premise and hypothesis, and optionally label.
 
     Raises:
         FileNotFoundError: there is no such file.
-        FileFormatError: there is no pair in it, a column is missing, a row is short, no text stands where one should,
-            or a label is unknown; file and row are named.
+        FileFormatError: there is no pair in it, a column is missing, a row is short, a value is no text, or a label is
+            unknown; file and row are named.
     """
     path = Path(path)
     suffix = path.name.removesuffix(".gz").rsplit(".", 1)[-1]
@@ -83,7 +88,7 @@ def read_pairs(path: str | os.PathLike[str], language: str = "") -> list[Pair]:
         label = None if label in (None, "") else checked_label(label, where)
         pairs.append(pair_in(row, where, language, label))
     if not pairs:
-        raise FileFormatError(path, "no pair in it; expected a header with premise and hypothesis, then a pair a row")
+        raise FileFormatError(path, "no pair in it; expected a header with premise and hypothesis, then pairs")
     if blank := sum(not (pair.premise.strip() and pair.hypothesis.strip()) for pair in pairs):
         warnings.warn(f"{path}: {blank:,} of {len(pairs):,} pairs have a blank premise or hypothesis", stacklevel=2)
     return pairs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ltp_sparse.tasks.files import existing, folder_of, read_table
 from ltp_sparse.tasks.texts import Text, hub_texts, labelled_text
@@ -17,29 +18,18 @@ XNLI_LANGUAGES = (
 )  # fmt: skip
 """The languages of XNLI, by FLORES-200 code."""
 
-_SPLITS = {"train": "train", "dev": "dev", "test": "test"}
+_SPLITS = ("train", "dev", "test")
 
 
-def sib200(split: str, language: str, data: Path | None) -> list[Text]:
+def sib200(split: str, language: str, data: Path | None, *_: Any) -> list[Text]:
     """701, 99 or 204 sentences of a language (a FLORES-200 code), the same ones in every language.
 
-    Args:
-        data: the folder with `eng_Latn/train.tsv`, ... (or .gz); None: the Hub
+    `data`: the folder with `eng_Latn/train.tsv`, ...; None: the Hub.
     """
     if split not in _SPLITS:
         raise ValueError(f"sib200: split must be one of {', '.join(_SPLITS)}, got {split!r}")
     if data is None:
-        split_name = {"dev": "validation"}.get(split, split)
-        return hub_texts(HUB_NAME, language, split_name, language, LABELS, label="category")
-    folder = folder_of(data, "sib200") / language
-    path = existing(folder / f"{split}.tsv", folder / f"{split}.tsv.gz")
+        return hub_texts(HUB_NAME, language, split, language, LABELS, label="category")
+    path = existing(folder_of(data, "sib200") / language / f"{split}.tsv")
     rows = read_table(path, ("index_id", "category", "text"), quoted=True)
     return [labelled_text(row, where, LABELS, language, "category") for where, row in rows]
-
-
-def languages(data: Path | None = None) -> tuple[str, ...]:
-    """The languages whose folders are there; None: those of XNLI, which stand for all 205 in defaults."""
-    if data is None:
-        return XNLI_LANGUAGES
-    folder = folder_of(data, "sib200")
-    return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir()))

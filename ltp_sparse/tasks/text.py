@@ -17,20 +17,24 @@ _SUFFIXES = ("txt", "tsv", "jsonl")
 
 
 class PassedOver(UserWarning):
-    """Rows without a text, which are passed over as blank lines are."""
+    """Rows without a text are skipped, like blank lines."""
 
 
 def read_text(paths: Sequence[str | os.PathLike[str]], *, max_lines: int | None = None, seed: int = 0) -> list[str]:
     """Non-blank lines of text files.
 
     Args:
-        paths: .txt (a text a line), .tsv (the first column) and .jsonl (the key "text") files, also .gz, or folders of
-            them. Nulls as "text" are skipped; a `PassedOver` warning has their number.
-        max_lines: at most so many, drawn at random without replacement in one pass, in the order of the files.
+        paths: .txt (one text per line), .tsv (the first column) and .jsonl (the key "text") files, also .gz, or folders
+            of them.
+        max_lines: draw at most this many lines at random, in the order of the files.
+        seed: of the draw.
+
+    Warns:
+        PassedOver: rows with null as "text" are skipped; the message has their number.
 
     Raises:
-        FileNotFoundError: a file or folder is not there, or a folder has none.
-        FileFormatError: a file cannot be read, or there is no text in it; another value than a text is named by line.
+        FileNotFoundError: a file or folder does not exist, or a folder has no such file.
+        FileFormatError: a file cannot be read, has no text, or has another value than a text (the line is named).
     """
     files = [file for path in paths for file in _files(Path(path))]
     return _sample((line for file in files for line in _lines(file)), max_lines, seed, ", ".join(map(str, paths)))
@@ -45,7 +49,7 @@ def read_hub_text(
     max_lines: int | None = None,
     seed: int = 0,
 ) -> list[str]:
-    """Non-blank lines of a column of a Hub data set, streamed; arguments as in `read_text`."""
+    """Non-blank lines of a column of a streamed Hub data set; arguments as in `read_text`."""
     rows = load_hub(name, config, split=split, streaming=True)
     if rows.column_names is not None and column not in rows.column_names:
         raise ValueError(f"{name}: no column {column!r}; it has {', '.join(rows.column_names)}")
@@ -78,7 +82,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _texts(rows: Iterable[tuple[Place, dict[str, Any]]], column: str, source: str) -> Iterator[str]:
-    """The lines of the texts in a column; nulls are skipped and counted in a warning at the end."""
+    """The lines of the texts in a column. Nulls are skipped, with a warning at the end."""
     nulls = 0
     for where, row in rows:
         if row.get(column, "") is None:
@@ -86,7 +90,7 @@ def _texts(rows: Iterable[tuple[Place, dict[str, Any]]], column: str, source: st
         else:
             yield from text_in(row, column, where).split("\n")
     if nulls:
-        warnings.warn(f"{source}: {nulls:,} rows without a text (null) are passed over", PassedOver, stacklevel=2)
+        warnings.warn(f"{source}: {nulls:,} rows without a text (null) are skipped", PassedOver, stacklevel=2)
 
 
 def _sample(lines: Iterable[str], max_lines: int | None, seed: int, where: str) -> list[str]:

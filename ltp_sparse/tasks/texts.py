@@ -1,4 +1,4 @@
-"""A labelled text, and what its readers share."""
+"""Labelled texts, and what their readers share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ltp_sparse.tasks.files import text_in
-from ltp_sparse.tasks.hub import load_hub
+from ltp_sparse.tasks.hub import hub_rows
 from ltp_sparse.tasks.pairs import require_label
 from ltp_sparse.weights.reading import Place
 
@@ -26,33 +26,15 @@ class Text:
 def hub_texts(
     name: str, config: str | None, split: str, language: str, labels: Sequence[str], *, label: str = "label"
 ) -> list[Text]:
-    """One split of a Hub data set (or a folder that `datasets.load_dataset` reads) with a text and a label.
-
-    Args:
-        label: the column of the label, its word or, if it is a ClassLabel, its number
-
-    Raises:
-        ValueError: a column is missing or a label unknown; the message names the row.
-    """
-    from datasets import ClassLabel
-
-    data = load_hub(name, config, split=split)
-    if missing := {"text", label} - set(data.column_names):
-        raise ValueError(f"{name} ({config}, {split}): no column {sorted(missing)[0]!r}, only {data.column_names}")
-    feature = data.features[label]
-    texts = []
-    for number, row in enumerate(data):
-        value, where = row[label], Place(f"{name} ({config}, {split})", f"row {number}")
-        if isinstance(feature, ClassLabel) and isinstance(value, int) and 0 <= value < len(feature.names):
-            value = feature.names[value]
-        texts.append(labelled_text({**row, label: value}, where, labels, language, label))
-    return texts
+    """One split of a Hub data set with the column text and a column of labels, named `label`; see `hub_rows`."""
+    rows = hub_rows(name, config, split, ("text", label))
+    return [labelled_text(row, where, labels, language, label) for where, row in rows]
 
 
 def labelled_text(
     row: dict[str, Any], where: Place, labels: Sequence[str], language: str, label: str = "label"
 ) -> Text:
-    """The text of a row, which must not be empty, with its label, which must be one of `labels`."""
+    """The text and label of a row; the text must not be blank, the label be one of `labels`."""
     text = text_in(row, "text", where)
     if not text.strip():
         raise where.error("no text in column text; the file is not the original")
@@ -60,12 +42,12 @@ def labelled_text(
 
 
 def few_shot(texts: Sequence[Text], split: str, labels: Sequence[str], shots: int, seed: int) -> list[Text]:
-    """`shots` texts a class of "train", and a quarter of it, rounded up, of "dev": as many as its smallest class has.
+    """`shots` texts per class of "train", or a quarter of it, rounded up, of "dev" (fewer if its smallest class is).
 
-    Of data sets whose languages are parallel and in one order, every language gives the same texts.
+    For data sets that are parallel and in the same order, every language gives the same texts.
 
     Raises:
-        ValueError: the smallest class of "train" is smaller.
+        ValueError: a class of "train" is smaller.
     """
     by_label = {label: [i for i, text in enumerate(texts) if text.label == label] for label in labels}
     smallest = min(map(len, by_label.values()))

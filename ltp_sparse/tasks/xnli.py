@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 from ltp_sparse.tasks.files import existing, folder_of, read_columns, read_jsonl, read_table
 from ltp_sparse.tasks.hub import hub_pairs
@@ -16,19 +17,21 @@ HUB_NAME = "facebook/xnli"
 
 _ROWS = {"dev": 2490, "test": 5010}
 _FAULTY_ARABIC_FROM = 382_175
-"""Arabic training rows from this MultiNLI index on have the hypothesis of another example."""
+"""Arabic training rows with this MultiNLI index or a higher one have the hypothesis of another example."""
 
 
 class FaultyRows(UserWarning):
-    """Rows of a data set that are known to be wrong."""
+    """A data set has rows with known errors."""
 
 
-def few_shot(split: str, language: str, shots: int | None, data: Path | None) -> list[Pair]:
-    """The sample of `shots` pairs per class; there is one sample for every K, the same for all seeds (docs/papers.md).
+def few_shot(split: str, language: str, data: Path | None, shots: int | None, *_: Any) -> list[Pair]:
+    """The sample of `shots` pairs per class. There is one per number of shots, the same for all seeds (docs/papers.md).
 
     Args:
         split: "train" (MultiNLI and its translations) or "dev" (from XNLI dev).
-        data: the folder with `train/` and `dev/` of the original files; they are not on the Hub.
+        language: one of `LANGUAGES`.
+        data: the folder with `train/` and `dev/` of the original files, which are not on the Hub.
+        shots: one of `SHOTS`.
     """
     if split not in ("train", "dev"):
         raise ValueError(f"xnli-fewshot: split must be train or dev, got {split!r}; test on the task xnli")
@@ -41,7 +44,7 @@ def few_shot(split: str, language: str, shots: int | None, data: Path | None) ->
         )
     base = folder_of(data, "xnli_fewshot") / split
     name = f"en/{split}_split,{shots}.jsonl" if language == "en" else f"rest/{split}_split,{language},{shots}.jsonl"
-    path = existing(base / name, base / f"{name}.gz")
+    path = existing(base / name)
     pairs, faulty = [], 0
     for where, row in read_jsonl(path, ("lang", "sentence1", "sentence2", "gold")):
         if row["lang"] != language:
@@ -62,14 +65,14 @@ def few_shot(split: str, language: str, shots: int | None, data: Path | None) ->
     return pairs
 
 
-def xnli(split: str, language: str, shots: int | None, data: Path | None) -> list[Pair]:
-    """XNLI dev or test of one language; `data`: the folder of `dev/`, `test/`, `test-labels.tsv`, or None: the Hub."""
+def xnli(split: str, language: str, data: Path | None, *_: Any) -> list[Pair]:
+    """XNLI dev or test of one language. `data`: the folder of `dev/`, `test/`, `test-labels.tsv`; None: the Hub."""
     if split not in _ROWS:
         raise ValueError(f"xnli: split must be dev or test, got {split!r}; train on xnli-fewshot")
     if data is None:
-        return hub_pairs(HUB_NAME, language, {"dev": "validation", "test": "test"}[split], language)
+        return hub_pairs(HUB_NAME, language, split, language)
     data = folder_of(data, "xnli")
-    path = existing(data / split / f"{split}-{language}.tsv.gz", data / split / f"{split}-{language}.tsv")
+    path = existing(data / split / f"{split}-{language}.tsv")
     if split == "dev":
         rows = list(read_columns(path, ("premise", "hypothesis", "label")))
         labels = [checked_label(row["label"], where) for where, row in rows]

@@ -1,6 +1,6 @@
-"""Bitmaps in int32 words and positions in 16 bits: how index sets are packed, in plain torch on any device.
+"""Bitmaps in int32 words and positions in 16 bits: the packing of index sets, in plain torch on any device.
 
-int16 tensors hold uint16 bits, since torch computes little in uint16.
+int16 tensors hold uint16 bits, since torch supports few operations in uint16.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-TILE = 65_536
-"""Entries of a tile: the largest block whose positions fit in 16 bits."""
+from ltp_sparse.weights.tensors import TILE
 
 WORDS_PER_TILE = TILE // 32
 
 
 def bitmap_words(n: int) -> int:
-    """int32 words of a bitmap of `n` entries: an even number, so that 64-bit groups never cross tiles or parameters."""
+    """int32 words of a bitmap of `n` entries: an even number, so that no 64-bit group spans two parameters."""
     return 2 * -(-n // 64)
 
 
@@ -57,7 +56,7 @@ def unpack_bits(words: Tensor) -> Tensor:
 
 
 def shifted_words(words: Tensor, by: int) -> Tensor:
-    """int32 [w] -> int32 [w + 1], every bit moved `by` places up, 0 <= by < 32."""
+    """int32 [w] -> int32 [w + 1], all bits shifted up by `by` positions, 0 <= by < 32."""
     shifted = torch.cat([words << by, words.new_zeros(1)])
     if by:
         shifted[1:] |= (words >> (32 - by)) & ((1 << by) - 1)

@@ -1,4 +1,4 @@
-"""How many entries a share of a model is."""
+"""From a share of a model to a number of entries."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def as_share(share: Any, what: str = "density") -> Fraction:
     """A share in [0, 1] in exact decimals: 0.2 means one fifth.
 
     Args:
-        share: an int, a float, a Fraction or a Decimal, numpy's included.
-        what: what to call it in the message.
+        share: an int, a float, a Fraction or a Decimal, or a numpy number.
+        what: its name in the message.
 
     Raises:
-        TypeError: not a number; True and "0.2" do not count as numbers.
-        ValueError: it is not in [0, 1].
+        TypeError: `share` is no number; True and "0.2" do not count as numbers.
+        ValueError: `share` is not in [0, 1].
     """
     if isinstance(share, Tensor):
         raise TypeError(f"{what} must be a number, got a tensor; pass {what}={share.tolist()}")
@@ -35,8 +35,8 @@ def entries_for(pool: int, *, density: float | None = None, k: int | None = None
     """floor(density * pool), see `as_share`, or k; at most the pool.
 
     Raises:
-        TypeError: they are no numbers, or k is no whole one.
-        ValueError: neither or both are given, or they do not fit the pool.
+        TypeError: `density` is no number, or `k` no integer.
+        ValueError: neither or both are given, or the value does not fit the pool.
     """
     if (density is None) == (k is None):
         raise ValueError(f"give either density= or k=, got density={density} and k={k}")

@@ -1,4 +1,4 @@
-"""`SparseDelta`: what a training run changed on a ticket; applied to a model, composed, taken back bit for bit."""
+"""`SparseDelta`: the changes of a training run on a ticket, to apply, compose and revert bit for bit."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ltp_sparse.tickets.restoring import Held, restoring, scatter_
 from ltp_sparse.tickets.ticket import Ticket, checked_fingerprint, pack_sets, unpack_sets
 from ltp_sparse.weights import files
 from ltp_sparse.weights.checkpoints import Readable, read_piece
+from ltp_sparse.weights.digests import fingerprint
 from ltp_sparse.weights.names import (
     Named,
     bare_names,
     canonical_buffers,
     canonical_parameters,
-    fingerprint,
     match_names,
     unwrapped,
 )
@@ -35,15 +35,15 @@ _PIECE = 1 << 20  # entries compared at a time
 
 @dataclass
 class Applied:
-    """One entry of a model's stack of applied deltas: what it needs to be taken back.
+    """An entry in a model's stack of applied deltas: all that `revert` needs.
+
+    All names are canonical names of the model, even if the delta uses another name of a tied parameter.
 
     Attributes:
         delta: the delta
-        displaced: name -> values of the active entries before it was applied
+        displaced: name -> values of the active entries before the delta was applied
         dense: name -> whole tensors before it was applied
         sets: name -> its active entries
-
-    All names are canonical ones of the model, whatever the delta calls a tied parameter.
     """
 
     delta: SparseDelta
@@ -55,17 +55,16 @@ class Applied:
 class SparseDelta:
     """The new and original values of a ticket's entries (LT-SFT calls it an SFT), and whole tensors such as a head.
 
-    On the base it was made from, `apply` gives the tuned bits. On top of other deltas it adds: an entry that another
-    delta has moved becomes current + (tuned - original), in float32 (LT-SFT's composition). `revert` restores the
-    previous bits.
+    On its own base, `apply` gives the tuned bits. On top of other deltas it adds: an entry that another delta has
+    changed becomes current + (tuned - original), in float32 (LT-SFT's composition). `revert` restores the previous
+    bits.
 
     Args:
         ticket: the active entries, with the fingerprint of the base.
         values: name -> [k] tuned values in slot order, in the dtype of the model.
-        originals: name -> [k] values of the base, or empty: the delta can then not be composed with one that overlaps
-            it.
+        originals: name -> [k] values of the base; without them the delta does not compose with overlapping ones.
         dense: name -> whole tensors that replace the model's.
-        metadata: anything JSON can hold.
+        metadata: JSON values.
     """
 
     def __init__(
@@ -102,17 +101,17 @@ class SparseDelta:
         """The delta from one version of a model to another, on the ticket's entries.
 
         Args:
-            initial: the base: a module, name -> tensor, or a safetensors checkpoint. Deltas that are applied to a
-                module belong to it; the fingerprint is that of the model below them.
-            tuned: the tuned version, likewise.
-            ticket: the entries to keep; what moved outside it is ignored, except for zeros that changed their sign: no
-                ticket of |tuned - initial| holds those, so they are counted and a warning is given.
-            dense: whole tensors to carry along, e.g. a task head or a prompt.
-            originals: keep the base's values of these entries, which doubles the size and allows composing.
-            metadata: anything JSON can hold.
+            initial: the base: a module, name -> tensor, or a safetensors checkpoint. Deltas applied to a module count
+                as part of it; the fingerprint is that of the model below them.
+            tuned: the tuned version, in any of these forms.
+            ticket: the entries to keep. Other changes are ignored.
+            dense: whole tensors to include, e.g. a task head or a prompt.
+            originals: keep the base's values of these entries, which doubles the size and allows composition.
+            metadata: JSON values.
 
         Warns:
-            UserWarning: zeros outside the ticket changed their sign, which `apply` will not give back.
+            UserWarning: zeros outside the ticket changed their sign. No ticket of |tuned - initial| holds those, so
+                `apply` does not restore them.
         """
         base, after = side_by_side(open_weights(initial), open_weights(tuned))
         ticket = ticket.named_as(base)
@@ -125,13 +124,13 @@ class SparseDelta:
             if isinstance(initial, nn.Module):
                 digests = base_fingerprint(initial, names)
             else:
-                digests = fingerprint({name: _whole(base[name]) for name in names})
+                digests = fingerprint({name: base[name] for name in names})
         if flipped := sum(
             _flipped_zeros(base[n], after[n], s) for n, s in ticket.sets.items() if n in base and n in after
         ):
             warnings.warn(
-                f"SparseDelta.between: {flipped:,} zeros outside the ticket changed their sign, and nothing else: a "
-                "ticket of what moved does not hold them, so the delta gives the tuned values, not the tuned bits",
+                f"SparseDelta.between: {flipped:,} zeros outside the ticket changed only their sign, which a ticket of "
+                "what moved does not hold: the delta gives the tuned values, but not the tuned bits",
                 UserWarning,
                 stacklevel=2,
             )
@@ -146,7 +145,7 @@ class SparseDelta:
         )
 
     def named_as(self, tensors: Mapping[str, Any]) -> SparseDelta:
-        """The same delta under the canonical names of a model, as `Ticket.named_as`; its dense tensors keep theirs."""
+        """The same delta under the canonical names of a model, see `Ticket.named_as`; not of dense tensors."""
         ticket = self.ticket.named_as(tensors)
         if ticket is self.ticket:
             return self
@@ -158,8 +157,8 @@ class SparseDelta:
                 canonical = tensors.called(name) or name
                 if not torch.equal(bits(found.setdefault(canonical, values)), bits(values)):
                     raise ValueError(
-                        f"SparseDelta: {name!r} and another name of the delta are one tied parameter of the model, and "
-                        "the delta has other values of each; it was made of a model in which they are not tied"
+                        f"SparseDelta: {name!r} and another name of the delta are one tied parameter of the model, but "
+                        "the delta has different values for each; it was made from a model in which they are not tied"
                     )
             return found
 
@@ -191,15 +190,14 @@ class SparseDelta:
 
         Args:
             model: the base model, possibly with other deltas applied by this method.
-            dtype: "same", or "cast" to accept the same base in another dtype (compared there by the delta's original
-                values, since a fingerprint is one of bits).
-            strict: False accepts any base whose names and shapes fit, and warns.
-            dense: False leaves the delta's whole tensors out: the LM head of a language's delta has no place in a
-                classifier.
-            digests: of the model's parameters as they are now, from a caller that has just taken them.
+            dtype: "same", or "cast" to accept the same base in another dtype. The base is then compared by the delta's
+                original values, since a fingerprint holds for one dtype.
+            strict: False accepts any base with fitting names and shapes, and warns.
+            dense: False leaves out the delta's whole tensors, e.g. the LM head of a language delta for a classifier.
+            digests: current digests of the model's parameters, if the caller has them.
 
         Raises:
-            ValueError: names, shapes, dtypes or the base do not fit; nothing has been changed then.
+            ValueError: names, shapes, dtypes or the base do not fit; the model is unchanged then.
         """
         if dtype not in ("same", "cast"):
             raise ValueError(f'SparseDelta.apply: dtype must be "same" or "cast", got {dtype!r}')
@@ -244,9 +242,8 @@ class SparseDelta:
             stack.append(entry)
 
     def _moved(self, name: str, current: Tensor, overlaps: bool) -> Tensor:
-        """[k] new values of the active entries, given the current ones.
-
-        They are the tuned bits where the current ones are the original bits, else the current value plus the delta.
+        """[k] new values of the active entries: the tuned bits where the current bits are the original ones, else the
+        current value plus the delta.
         """
         values = self.values[name].to(current.device)
         if name in self.originals:
@@ -256,15 +253,25 @@ class SparseDelta:
             return torch.where(untouched, values.to(current.dtype), added)
         if overlaps:
             raise ValueError(
-                f"SparseDelta.apply: another delta has moved entries of {name!r} that this one moves too, and this one "
-                "was made without originals; make it with originals=True to compose"
+                f"SparseDelta.apply: this delta overlaps another one in {name!r} and was made without originals; make "
+                "it with originals=True to compose them"
             )
         return values.to(current.dtype)
 
     def _check_base(
         self, tensors: Mapping[str, Tensor], stack: list[Applied], dtype: str, digests: Mapping[str, str]
     ) -> None:
-        """Compares the model, as it was before any delta, with the base of this one."""
+        """Compares the model, without its applied deltas, with the base of this one."""
+        wanted = self.ticket.fingerprint
+        displaced = {name for applied in stack for name in applied.displaced}
+        unread = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if wanted.get(name) not in (None, digests.get(name))
+            and name not in displaced
+            and tensor.dtype == self.values[name].dtype
+        }
+        digests = {**digests, **fingerprint(unread, like=wanted)}
         for name, tensor in tensors.items():
             cast = tensor.dtype != self.values[name].dtype
             if cast and dtype == "same":
@@ -284,9 +291,8 @@ class SparseDelta:
                 originals = self.originals[name].to(before.device, before.dtype)
                 same = torch.equal(bits(gather(before, self.ticket.sets[name])), bits(originals))
             else:
-                wanted = self.ticket.fingerprint.get(name)
-                known = digests.get(name) if before is tensor else None
-                same = wanted is None or (known or fingerprint({name: before})[name]) == wanted
+                found = digests if before is tensor else fingerprint({name: before}, like=wanted)
+                same = name not in wanted or found[name] == wanted[name]
             if not same:
                 raise ValueError(
                     f"SparseDelta.apply: {name!r} is not the tensor this delta was made from. Load the base model; "
@@ -363,7 +369,7 @@ _applied: weakref.WeakKeyDictionary[nn.Module, list[Applied]] = weakref.WeakKeyD
 def applied_deltas(model: nn.Module) -> list[Applied]:
     """The stack of deltas applied to a model, earliest first: a live list, shared by all models around one base model.
 
-    Copies of a model start with an empty one.
+    A copy of a model starts with an empty stack.
     """
     model = unwrapped(model)
     base = getattr(model, getattr(model, "base_model_prefix", "") or "roberta", model)
@@ -389,25 +395,27 @@ def base_fingerprint(
     names: Iterable[str],
     parameters: Mapping[str, Tensor] | None = None,
     digests: Mapping[str, str] | None = None,
+    like: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Name -> digest of a model's parameters as they were before any delta was applied.
+    """Name -> digest of a model's parameters without the applied deltas.
 
     Args:
         model: possibly with deltas applied.
         names: canonical names of parameters.
         parameters: `canonical_parameters(model)`, if the caller has them.
-        digests: of these parameters as they are now, if the caller has them.
+        digests: current digests of these parameters, if the caller has them.
+        like: digests to compare with, by name (`weights.digests.fingerprint`).
     """
     stack, known = applied_deltas(model), digests or {}
     parameters = canonical_parameters(model) if parameters is None else parameters
     displaced = {name for applied in stack for name in applied.displaced}
     taken = {name: known[name] for name in names if name in known and name not in displaced}
     rest = {name: _before(name, parameters[name].detach(), stack) for name in names if name not in taken}
-    return {**taken, **fingerprint(rest)}
+    return {**taken, **fingerprint(rest, like)}
 
 
 def _before(name: str, tensor: Tensor, stack: list[Applied]) -> Tensor:
-    """The tensor as it was before any delta of the stack was applied."""
+    """The tensor without the deltas of the stack."""
     for applied in reversed(stack):
         if name in applied.displaced:
             tensor = tensor.clone()
@@ -430,7 +438,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def _flipped_zeros(base: Readable, after: Readable, index_set: IndexSet) -> int:
-    """Entries outside the set that are zero on both sides, of different sign."""
+    """The number of entries outside the set that are zeros of different sign."""
     if base.dtype != after.dtype:
         return 0
     found = 0

@@ -1,21 +1,17 @@
-"""Index sets and the tile table: how the active entries of parameters are stored.
-
-An `IndexSet` says which entries of one parameter are active, in one of three encodings:
+"""Index sets: which entries of one parameter are active, in one of three encodings.
 
 * ``FULL``   every entry; no index at all,
 * ``BITMAP`` one bit per entry,
 * ``LIST16`` a uint16 position inside its 65,536-entry tile per active entry.
 
-A `TileTable` lays the index sets of many parameters out so that one launch covers all of them.
-Everything is plain torch and independent of the device. int16 tensors hold uint16 bits, since torch computes little in
+All code is plain torch and works on any device. int16 tensors hold uint16 bits, since torch supports few operations in
 uint16.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
@@ -33,12 +29,12 @@ from ltp_sparse.tickets.bits import (
     to_uint16_bits,
     unpack_bits,
 )
-from ltp_sparse.weights.files import hash_tensor
+from ltp_sparse.weights.digests import Hash
 
 LIST16_MAX_DENSITY = 1 / 16
-"""Up to this density 16 bits per active entry are fewer bytes than one bit per entry."""
+"""Up to this density, 16 bits per active entry take no more space than one bit per entry."""
 
-_CHUNK = 16 * TILE  # entries decoded at a time: bounds the temporaries to a few megabytes
+_CHUNK = 16 * TILE  # entries decoded at a time, which limits temporaries to a few megabytes
 
 
 class Encoding(IntEnum):
@@ -48,7 +44,7 @@ class Encoding(IntEnum):
 
 
 def smallest_encoding(n: int, k: int) -> Encoding:
-    """The encoding of least bytes for `k` active of `n` entries."""
+    """The smallest encoding for `k` active of `n` entries."""
     if k == n:
         return Encoding.FULL
     return Encoding.LIST16 if k <= LIST16_MAX_DENSITY * n else Encoding.BITMAP
@@ -73,32 +69,29 @@ class IndexSet:
 
     Attributes:
         n: entries of the parameter
-        encoding: how `data` is to be read
+        encoding: the encoding of `data`
         data: FULL: empty. BITMAP: int32 [bitmap_words(n)], bit j of word w is entry 32 w + j, bits past n are zero.
             LIST16: int16 [k] with uint16 bits, positions inside their tiles, ascending
         tile_counts: int64 [ceil(n / TILE)], active entries of every tile
+        k: active entries
     """
 
     n: int
     encoding: Encoding
     data: Tensor
     tile_counts: Tensor
+    k: int
 
     @classmethod
     def full(cls, n: int, device: torch.device | str = "cpu") -> IndexSet:
         counts = torch.full((tiles_of(n),), TILE, dtype=torch.int64, device=device)
         if n % TILE:
             counts[-1] = n % TILE
-        return cls(n, Encoding.FULL, torch.empty(0, dtype=torch.int32, device=device), counts)
+        return cls(n, Encoding.FULL, torch.empty(0, dtype=torch.int32, device=device), counts, n)
 
     @classmethod
-    def from_bitmap(cls, words: Tensor, n: int, counts: Tensor | None = None) -> IndexSet:
-        """Adopts `words` (int32 [bitmap_words(n)], no copy); a bitmap of ones becomes FULL.
-
-        Args:
-            counts: int64 [tiles_of(n)], active entries of each tile, which are compared with the bitmap; None: they
-                are counted.
-        """
+    def from_bitmap(cls, words: Tensor, n: int) -> IndexSet:
+        """Adopts `words` (int32 [bitmap_words(n)]) without a copy; a bitmap of ones becomes FULL."""
         if words.dtype != torch.int32 or words.shape != (bitmap_words(n),):
             raise ValueError(
                 f"IndexSet: a bitmap of {n} entries is int32 [{bitmap_words(n)}], got {words.dtype} {list(words.shape)}"
@@ -107,27 +100,26 @@ class IndexSet:
             raise ValueError(f"IndexSet: the bitmap has bits set past its {n} entries")
         if n == 0:
             return cls.full(0, words.device)
-        counted = _tile_counts(words, n)
-        if counts is not None and (counts.dtype != torch.int64 or not torch.equal(counts, counted)):
-            raise ValueError("IndexSet: the counts are not int64 [tiles], the bits of each tile of the bitmap")
-        return cls.of_counted(words, n, counted)
+        counts = _tile_counts(words, n)
+        return cls.of_counted(words, n, counts, int(counts.sum()))
 
     @classmethod
-    def of_counted(cls, words: Tensor, n: int, counts: Tensor) -> IndexSet:
-        """`from_bitmap` for a caller that made the bitmap and counted it; nothing is checked again.
+    def of_counted(cls, words: Tensor, n: int, counts: Tensor, k: int) -> IndexSet:
+        """`from_bitmap` for callers that know the counts; nothing is checked.
 
         Args:
             words: int32 [bitmap_words(n)], without bits past n.
             n: entries of the parameter.
             counts: int64 [tiles_of(n)], active entries of each tile.
+            k: their sum.
         """
-        if int(counts.sum()) == n:
+        if k == n:
             return cls.full(n, words.device)
-        return cls(n, Encoding.BITMAP, words, counts)
+        return cls(n, Encoding.BITMAP, words, counts, k)
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> IndexSet:
-        """mask: bool of any shape, True for active entries."""
+        """The active entries of a bool mask of any shape."""
         flat = mask.reshape(-1)
         words = [pack_bits(piece) for piece in flat.split(_CHUNK)]
         empty = torch.empty(0, dtype=torch.int32, device=flat.device)
@@ -135,11 +127,11 @@ class IndexSet:
 
     @classmethod
     def from_indices(cls, indices: Tensor, n: int) -> IndexSet:
-        """indices: integers [k], unique, ascending, 0 <= index < n."""
+        """A set of integer indices [k], unique, ascending, 0 <= index < n."""
         if indices.numel() and (indices.dim() != 1 or indices.dtype == torch.bool or indices.is_floating_point()):
             raise ValueError(
                 f"IndexSet: expected integer indices [k], got {indices.dtype} {list(indices.shape)}; "
-                "masks go to from_mask, positions of several dimensions become flat ones first"
+                "use from_mask for masks; flatten positions of several dimensions first"
             )
         indices = indices.to(torch.int64)
         if indices.numel():
@@ -152,29 +144,25 @@ class IndexSet:
         if indices.numel() == n:
             return cls.full(n, indices.device)
         counts = torch.bincount(indices // TILE, minlength=tiles_of(n))
-        return cls(n, Encoding.LIST16, to_uint16_bits(indices % TILE), counts)
+        return cls(n, Encoding.LIST16, to_uint16_bits(indices % TILE), counts, indices.numel())
 
     @classmethod
     def from_list16(cls, positions: Tensor, tile_counts: Tensor, n: int) -> IndexSet:
-        """Adopts positions (int16 with uint16 bits) and tile counts (int64), after checking every one of them."""
-        fits = tile_counts.shape == (tiles_of(n),)  # before anything of that size is made
+        """Adopts positions (int16 with uint16 bits) and tile counts (int64) after checking all of them."""
+        fits = tile_counts.shape == (tiles_of(n),)  # checked before memory of that size is allocated
         lengths = cls.full(n, positions.device).tile_counts if fits else tile_counts
         if not fits or bool((tile_counts < 0).any() | (tile_counts > lengths).any()):
             raise ValueError(f"IndexSet: the tile counts do not fit a parameter of {n} entries")
-        if positions.shape != (int(tile_counts.sum()),):
-            raise ValueError(f"IndexSet: expected {int(tile_counts.sum())} positions, got {list(positions.shape)}")
-        index_set = cls(n, Encoding.LIST16, positions, tile_counts)
+        k = int(tile_counts.sum())
+        if positions.shape != (k,):
+            raise ValueError(f"IndexSet: expected {k} positions, got {list(positions.shape)}")
+        index_set = cls(n, Encoding.LIST16, positions, tile_counts, k)
         last = -1
         for _, indices in index_set.chunks():
             if int(indices[0]) <= last or int(indices[-1]) >= n or not bool((indices[1:] > indices[:-1]).all()):
                 raise ValueError(f"IndexSet: positions must be ascending inside their tiles and below {n}")
             last = int(indices[-1])
         return index_set
-
-    @property
-    def k(self) -> int:
-        """Active entries."""
-        return self.n if self.encoding is Encoding.FULL else int(self.tile_counts.sum())
 
     @property
     def nbytes(self) -> int:
@@ -189,7 +177,7 @@ class IndexSet:
         return torch.cat([empty, *(indices for _, indices in self.chunks())])
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """Yields (first slot, int64 indices) in ascending order, with bounded temporaries."""
+        """Yields (first slot, int64 indices) in ascending order, some at a time."""
         slot = 0
         tiles = _CHUNK // TILE
         for tile in range(0, self.tile_counts.numel(), tiles):
@@ -223,7 +211,7 @@ class IndexSet:
             return self.data
         words = torch.zeros(bitmap_words(self.n), dtype=torch.int32, device=self.data.device)
         for _, indices in self.chunks():
-            # every bit occurs once, so adding is or-ing
+            # no bit is set twice, so a sum is a bitwise or
             bits = torch.ones_like(indices, dtype=torch.int32) << (indices & 31).to(torch.int32)
             words.index_add_(0, indices >> 5, bits)
         return words
@@ -237,27 +225,26 @@ class IndexSet:
                 raise ValueError(f"IndexSet: {self!r} cannot be stored as {encoding.name}")
             return IndexSet.full(self.n, self.data.device)
         if encoding is Encoding.BITMAP:
-            return IndexSet(self.n, Encoding.BITMAP, self.bitmap(), self.tile_counts)
+            return IndexSet(self.n, Encoding.BITMAP, self.bitmap(), self.tile_counts, self.k)
         positions = torch.empty(self.k, dtype=torch.int16, device=self.data.device)
         for slot, indices in self.chunks():
             positions[slot : slot + indices.numel()] = to_uint16_bits(indices % TILE)
-        return IndexSet(self.n, Encoding.LIST16, positions, self.tile_counts)
+        return IndexSet(self.n, Encoding.LIST16, positions, self.tile_counts, self.k)
 
     def compact(self) -> IndexSet:
-        """The same set in the encoding of least bytes."""
+        """The same set in its smallest encoding."""
         return self.encoded(smallest_encoding(self.n, self.k))
 
     def to(self, device: torch.device | str) -> IndexSet:
-        return IndexSet(self.n, self.encoding, self.data.to(device), self.tile_counts.to(device))
+        return replace(self, data=self.data.to(device), tile_counts=self.tile_counts.to(device))
 
-    def digest(self) -> str:
-        """A hash of the set itself: the same for every encoding and device."""
-        sha = hashlib.sha256(f"{self.n} ".encode())
-        if self.k == self.n:
-            sha.update(b"full")
-        else:
-            hash_tensor(sha, self.bitmap())
-        return sha.hexdigest()[:32]
+    def digest(self, like: str | None = None) -> str:
+        """The digest of the set itself: the same for every encoding and device.
+
+        like: one that it will be compared with (`weights.digests.Hash`)
+        """
+        found = Hash(like).update(f"{self.n} ".encode())
+        return found.update(b"full" if self.k == self.n else self.bitmap()).digest()
 
     def combine(self, other: IndexSet, operation: str) -> IndexSet:
         """Set algebra: operation is one of "&", "|", "-", "^"."""

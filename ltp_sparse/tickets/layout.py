@@ -1,4 +1,4 @@
-"""`Layout`: where the bitmaps and tiles of several tensors lie in flat arrays."""
+"""`Layout`: the offsets of several tensors' bitmaps and tiles in flat arrays."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from ltp_sparse.tickets.bits import bitmap_words, tiles_of
 
 
 class Layout:
-    """Where the tiles and words of tensors of given sizes lie in the flat arrays of a selection."""
+    """Offsets of each tensor's tiles and words in the flat arrays of a selection.
+
+    Attributes:
+        sizes: entries of each tensor
+        tile_offsets: the first tile of each tensor, and the number of tiles
+        word_offsets: the first bitmap word of each tensor, and the number of words
+    """
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self.sizes = list(sizes)

@@ -28,20 +28,20 @@ from ltp_sparse.weights.reading import FileFormatError, Place, reader
 
 FILE = "pytorch_diff.bin"
 SMALLEST = 1e-7
-"""LT-SFT leaves out entries that moved by no more than this."""
+"""LT-SFT leaves out entries that changed by no more than this."""
 
 
 @reader("LT-SFT")
 def read_lt_sft(path: str | os.PathLike[str], model: nn.Module) -> SparseDelta:
     """The delta of an LT-SFT file, or of the folder that holds it.
 
-    Whole tensors of the file ("abs": a head, which the model may lack) are the `dense` of the delta.
+    Whole tensors of the file ("abs": a head, which the model may lack) become the `dense` of the delta. Only tensors
+    and numbers are unpickled; a file that runs code is refused.
 
     Args:
-        model: the base model. The file has differences only: values and originals of the delta are made from its
-            weights, which must be the initial ones, with no delta applied.
-
-    Only tensors and numbers are unpickled; a file that wants to run code is refused.
+        path: the file or its folder.
+        model: the base model at its initial weights, without deltas. The file has differences only: values and
+            originals of the delta are made from these weights.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -57,7 +57,7 @@ def read_lt_sft(path: str | os.PathLike[str], model: nn.Module) -> SparseDelta:
     twins = _twins(model)
     parts = {part: _named(content.get(part), twins, path, part) for part in ("diffs", "abs")}
     if twice := [name for name in parts["diffs"] if name in parts["abs"]]:
-        raise FileFormatError(path, "both a difference and a whole tensor", f"{twice[0]!r}")
+        raise FileFormatError(path, "it has both a difference and a whole tensor", f"{twice[0]!r}")
     parameters = canonical_parameters(model)
     if parts["diffs"]:
         try:
@@ -79,13 +79,14 @@ def read_lt_sft(path: str | os.PathLike[str], model: nn.Module) -> SparseDelta:
 
 
 def write_lt_sft(delta: SparseDelta, path: str | os.PathLike[str]) -> None:
-    """Writes a delta as LT-SFT reads it, atomically; entries that moved by at most `SMALLEST` are left out, as there.
+    """Writes a delta for LT-SFT, atomically; as there, entries that changed by at most `SMALLEST` are left out.
 
     Args:
-        path: the file, or a folder to write `pytorch_diff.bin` into
+        delta: with originals.
+        path: the file, or a folder to write `pytorch_diff.bin` into.
 
     Raises:
-        ValueError: the delta has no originals, so its differences are not known.
+        ValueError: the delta has no originals, so its differences are unknown.
     """
     if missing := [name for name in delta.values if name not in delta.originals]:
         raise ValueError(f"write_lt_sft: expected a delta with originals, it has none of {missing[0]!r}")
@@ -106,7 +107,7 @@ def write_lt_sft(delta: SparseDelta, path: str | os.PathLike[str]) -> None:
 
 
 def _twins(model: nn.Module) -> dict[str, str]:
-    """Every name of a parameter -> its canonical one: a file may know a tied parameter by the other name."""
+    """Every name of a parameter -> its canonical one: a file may use another name of a tied parameter."""
     canonical = {id(parameter): name for name, parameter in canonical_parameters(model).items()}
     return {strip_wrappers(n): canonical[id(p)] for n, p in model.named_parameters(remove_duplicate=False)}
 
@@ -119,7 +120,7 @@ def _named(part: Any, twins: Mapping[str, str], path: Path, key: str) -> dict[st
     for name, value in (part or {}).items():
         stripped = strip_wrappers(name)
         if (canonical := twins.get(stripped, stripped)) in named:
-            raise FileFormatError(path, f"a second name of {canonical!r}, which is there already", f"{name!r}")
+            raise FileFormatError(path, f"a second name of {canonical!r}", f"{name!r}")
         named[canonical] = value
     return named
 
@@ -135,24 +136,24 @@ def _unpickled(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileFormatError:
         raise
-    except Exception as error:  # an unpickler raises whatever a damaged file makes of it
+    except Exception as error:  # a damaged file can raise any exception here
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise FileFormatError(path, f"not a readable file of tensors and numbers ({reason})") from error
 
 
 def _check_archive(path: Path) -> None:
-    """Compares the checksums of the archive, which torch does not, and refuses one that unpacks to more than it is."""
+    """Compares the checksums of the archive, which torch does not, and refuses compressed archives."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             if any(m.compress_type != zipfile.ZIP_STORED for m in members) or (
                 sum(m.file_size for m in members) > path.stat().st_size
             ):
-                raise FileFormatError(path, "a packed archive; torch.save writes none, unpack it")
+                raise FileFormatError(path, "a compressed archive; torch.save writes none, unpack it")
             for member in members:
-                # all else that torch unpickles takes as much memory as there are bytes for it
+                # the only object that torch unpickles to more memory than the file has bytes
                 if member.filename.endswith("data.pkl") and b"bytearray" in archive.read(member):
-                    raise FileFormatError(path, "it wants room for bytes; LT-SFT's files hold none", member.filename)
+                    raise FileFormatError(path, "it allocates a bytearray; LT-SFT's files have none", member.filename)
             if (damaged := archive.testzip()) is not None:
                 raise FileFormatError(path, "the checksum does not match; the file is damaged, copy it again", damaged)
     except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, EOFError, ValueError, NotImplementedError) as error:
@@ -162,7 +163,7 @@ def _check_archive(path: Path) -> None:
 
 
 class _Array:
-    """What stands for a numpy array while a file is unpickled: numpy's own would take memory before it is checked."""
+    """Replaces numpy arrays during unpickling: numpy would allocate memory before the check."""
 
     def __init__(self) -> None:
         self.values = np.empty(0, dtype=np.int64)
@@ -190,7 +191,7 @@ def _reconstruct(kind: Any, shape: Any, code: Any) -> _Array:
 
 
 def _numpy_numbers() -> list[Any]:
-    """What pickled numpy numbers and arrays are made of, under the names of numpy 1 and 2: the steps hold them."""
+    """The classes in pickled numpy numbers and arrays, under the names of numpy 1 and 2; index steps contain them."""
     names: list[Any] = [(_Array, "numpy.ndarray"), np.dtype]
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
         names += [(_scalar, f"{module}.scalar"), (_reconstruct, f"{module}._reconstruct")]
@@ -207,7 +208,7 @@ def _decoded(diff: Any, where: Place) -> tuple[Tensor, Tensor, Size]:
         raise where.error(f"cannot have the shape {list(size)}")
     steps, deltas = _integers(diff["index_steps"], where), _floats(diff["values"], where)
     if steps.numel() != deltas.numel():
-        raise where.error(f"{steps.numel():,} indices and {deltas.numel():,} values; they must be as many")
+        raise where.error(f"{steps.numel():,} indices and {deltas.numel():,} values; the numbers must be equal")
     columns = steps.cumsum(0)
     if columns.numel() and (
         int(columns[0]) < 0 or bool((columns[1:] <= columns[:-1]).any()) or int(columns[-1]) >= total
@@ -221,7 +222,7 @@ def _decoded(diff: Any, where: Place) -> tuple[Tensor, Tensor, Size]:
 
 
 def _integers(numbers: Any, where: Place) -> Tensor:
-    """int64 [k]: whole numbers of a list (LT-SFT's, whose first item is one of numpy), an array or a tensor."""
+    """int64 [k] from a list (LT-SFT's, whose first item is a numpy number), an array or a tensor."""
     if isinstance(numbers, Tensor):
         found = _tensor(numbers, where).reshape(-1)
         whole = not found.is_floating_point() and not found.is_complex() and found.dtype != torch.bool
@@ -234,7 +235,7 @@ def _integers(numbers: Any, where: Place) -> Tensor:
 
 
 def _floats(numbers: Any, where: Place) -> Tensor:
-    """float32 [k]: the numbers of a tensor, an array or a list."""
+    """float32 [k] from a tensor, an array or a list."""
     if isinstance(numbers, Tensor):
         return _tensor(numbers, where).reshape(-1).float()
     array = numbers.values if isinstance(numbers, _Array) else _listed(numbers, np.float32, where)
@@ -254,7 +255,7 @@ def _listed(numbers: Any, dtype: Any, where: Place) -> np.ndarray:
 
 
 def _tensor(tensor: Any, where: Place) -> Tensor:
-    """A tensor of the file, if its numbers are all there: a view may repeat what is stored once."""
+    """A tensor of the file, checked to be plain and complete: a view could repeat a single stored number."""
     if not isinstance(tensor, Tensor):
         raise where.error(f"expected a tensor, got {type(tensor).__name__}")
     tensor = tensor.detach()
@@ -266,7 +267,7 @@ def _tensor(tensor: Any, where: Place) -> Tensor:
 
 
 def _transposed(indices: Tensor, size: Size) -> Tensor:
-    """Flat row-major indices of a shape -> those of the same entries with the first dimension running fastest."""
+    """Flat row-major indices of a shape -> indices of the same entries with the first dimension running fastest."""
     result, stride = torch.zeros_like(indices), 1
     rest, strides = indices, []
     for n in size:

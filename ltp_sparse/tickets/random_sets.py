@@ -1,8 +1,8 @@
 """Random index sets: exactly k entries, every set of k entries equally likely.
 
-A coin is tossed for every entry, with a chance that leaves a few entries open; these are drawn one by one among the
-entries that are still free. Entries are exchangeable whatever the chance, so the set is uniform, and its counts per
-parameter follow the multivariate hypergeometric distribution; yet there is no permutation, and no score to rank.
+Each entry is first taken at random with a probability a little below k / n; the few missing ones are then drawn one by
+one from the free entries. All entries are treated alike, so the set is uniform, and its counts per parameter follow the
+multivariate hypergeometric distribution. This needs neither a permutation nor a score per entry.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from ltp_sparse.tickets.counts import as_share, entries_for
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.layout import Layout
 
-_PIECE = 1 << 15  # coins tossed at a time: too few for torch to wait for threads
-_DEVIATIONS = 6  # of the number of coins that fall on the right side, left open to be drawn
+_PIECE = 1 << 15  # random numbers drawn at a time: too few for torch to use threads
+_DEVIATIONS = 6  # standard deviations by which the first pass aims below k
 
 
 class _RandomBits:
-    """A stream that depends on the seed only: the same on every machine, in serial order whatever the threads."""
+    """A random stream that depends on the seed only: the same on every machine and with any number of threads."""
 
     def __init__(self, seed: int) -> None:
-        # hashed, so that a ticket is unrelated to weights initialised with the same seed
+        # hashed, so that a ticket is independent of weights initialised with the same seed
         key = hashlib.sha256(f"ltp_sparse random ticket {seed}".encode()).digest()
         self._generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
 
@@ -41,18 +41,18 @@ class _RandomBits:
         return (self.integers(n, torch.int64) & ((1 << 63) - 1)) % bound
 
 
-def _toss(words: Tensor, n: int, chance: int, random: _RandomBits, dtype: torch.dtype) -> int:
-    """Sets each of the n bits of a bitmap with probability chance / 2^(bits of dtype); how many were set."""
+def _bernoulli(words: Tensor, n: int, chance: int, random: _RandomBits, dtype: torch.dtype) -> int:
+    """Sets each of the n bits of a bitmap with probability chance / 2^(bits of dtype). Returns their number."""
     if chance == 0:
         words.zero_()
         return 0
     last = torch.iinfo(dtype).min + chance - 1
-    heads = 0
+    count = 0
     for start in range(0, n, _PIECE):
-        coins = random.integers(min(_PIECE, n - start), dtype) <= last
-        words[start // 32 :][: bitmap_words(coins.numel())] = pack_bits(coins)
-        heads += int(coins.sum())
-    return heads
+        taken = random.integers(min(_PIECE, n - start), dtype) <= last
+        words[start // 32 :][: bitmap_words(taken.numel())] = pack_bits(taken)
+        count += int(taken.sum())
+    return count
 
 
 def _exactly(sizes: Sequence[int], k: int, random: _RandomBits) -> list[Tensor]:
@@ -60,32 +60,35 @@ def _exactly(sizes: Sequence[int], k: int, random: _RandomBits) -> list[Tensor]:
     n, layout = sum(sizes), Layout(sizes)
     words = torch.zeros(layout.words, dtype=torch.int32, device="cpu")
     bitmaps = list(words.split([bitmap_words(size) for size in sizes]))
-    few = min(k, n - k)  # the others are drawn where these are more than half
-    chance = max(0, few - _DEVIATIONS * math.isqrt(few)) * (1 << 16) // max(n, 1)
-    while True:
-        missing = few - sum(
-            _toss(bitmap, size, chance, random, torch.int16) for bitmap, size in zip(bitmaps, sizes, strict=True)
+    inverted = k > n - k  # draw the inactive entries, which are fewer
+    wanted = n - k if inverted else k
+    chance = max(0, wanted - _DEVIATIONS * math.isqrt(wanted)) * (1 << 16) // max(n, 1)
+    taken = wanted + 1
+    while taken > wanted:  # almost never repeated; the set is uniform given its count, so it stays uniform
+        taken = sum(
+            _bernoulli(bitmap, size, chance, random, torch.int16) for bitmap, size in zip(bitmaps, sizes, strict=True)
         )
-        if missing >= 0:  # else once more: a set that is uniform given its count is uniform
-            break
+    _fill(words, layout, wanted - taken, random)
+    if inverted:
+        words.bitwise_not_()
+        for bitmap, size in zip(bitmaps, sizes, strict=True):
+            if size % 64:
+                bitmap[-2:] &= pack_bits(torch.ones(size % 64, dtype=torch.bool, device="cpu"))
+    return bitmaps
 
-    starts = torch.tensor([0, *sizes], dtype=torch.int64, device="cpu").cumsum(0)
+
+def _fill(words: Tensor, layout: Layout, missing: int, random: _RandomBits) -> None:
+    """Sets `missing` more bits, drawn uniformly from the free entries."""
+    starts = torch.tensor([0, *layout.sizes], dtype=torch.int64, device="cpu").cumsum(0)
     word_offsets = torch.tensor(layout.word_offsets, dtype=torch.int64, device="cpu")
     while missing:
-        drawn = random.below(n, missing).unique()
+        drawn = random.below(sum(layout.sizes), missing).unique()
         tensor = torch.searchsorted(starts, drawn, right=True) - 1
         entry = drawn - starts[tensor]
         word, bit = word_offsets[tensor] + (entry >> 5), entry & 31
         free = (words[word] >> bit) & 1 == 0
         words.index_add_(0, word[free], torch.ones_like(word[free], dtype=torch.int32) << bit[free].to(torch.int32))
         missing -= int(free.sum())
-
-    if few < k:
-        words.bitwise_not_()
-        for bitmap, size in zip(bitmaps, sizes, strict=True):
-            if size % 64:
-                bitmap[-2:] &= pack_bits(torch.ones(size % 64, dtype=torch.bool, device="cpu"))
-    return bitmaps
 
 
 def random_sets(
@@ -109,7 +112,7 @@ def random_sets(
         chance = math.floor(as_share(density) * (1 << 32))
         bitmaps = [torch.zeros(bitmap_words(n), dtype=torch.int32, device="cpu") for n in sizes.values()]
         for bitmap, n in zip(bitmaps, sizes.values(), strict=True):
-            _toss(bitmap, n, chance, random, torch.int32)
+            _bernoulli(bitmap, n, chance, random, torch.int32)
     elif per_parameter is not None:
         bitmaps = [_exactly([n], per_parameter[name], random)[0] for name, n in sizes.items()]
     else:

@@ -1,4 +1,4 @@
-"""Changes of several tensors, all or none: whatever interrupts them, the tensors are as they were."""
+"""Changes of several tensors, all or none: after an interruption the tensors have their previous values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ltp_sparse.tickets.index_set import IndexSet
 
 
 class Held(NamedTuple):
-    """What a tensor held: values [k] of these entries in slot order, or with indices None the whole tensor."""
+    """Previous values of a tensor: [k] values of entries in slot order, or the whole tensor if indices is None."""
 
     tensor: Tensor
     indices: IndexSet | None
@@ -22,11 +22,11 @@ class Held(NamedTuple):
 
 @contextmanager
 def restoring(before: Iterable[Held], *lists: list) -> Iterator[None]:
-    """Puts tensors and lists back as they were if the body raises, an interrupt included.
+    """Restores tensors and lists if the body raises, also on an interrupt.
 
     Args:
-        before: what the body is going to overwrite
-        lists: Python lists that it changes, too
+        before: the values that the body overwrites.
+        lists: Python lists that it also changes.
     """
     held, contents = list(before), [list(each) for each in lists]
     try:
@@ -39,7 +39,7 @@ def restoring(before: Iterable[Held], *lists: list) -> Iterator[None]:
 
 
 def put_back(before: Iterable[Held]) -> None:
-    """Writes what tensors held. An interrupt comes through when all is done, an error after one more try of each.
+    """Writes the previous values back. An interrupt is raised at the end; a failing write is tried twice.
 
     Raises:
         RuntimeError: a tensor could not be written.
@@ -60,14 +60,14 @@ def put_back(before: Iterable[Held]) -> None:
                     failed = error
                     break
     if failed is not None:
-        raise RuntimeError("a tensor could not be put back: load the model again") from failed
+        raise RuntimeError("a tensor could not be restored: load the model again") from failed
     if interrupt is not None:
         raise interrupt
 
 
 @torch.no_grad()
 def write(held: Held) -> None:
-    """Writes the values to their place."""
+    """Writes the values into the tensor."""
     tensor, indices, values = held.tensor.detach(), held.indices, held.values
     if indices is None:
         tensor.copy_(values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -16,11 +15,11 @@ from ltp_sparse.tickets.counts import as_share
 from ltp_sparse.tickets.index_set import Encoding, IndexSet
 from ltp_sparse.tickets.random_sets import random_sets
 from ltp_sparse.weights import files
+from ltp_sparse.weights.digests import Hash, fingerprint, is_known
 from ltp_sparse.weights.names import (
     Named,
     bare_names,
     canonical_tensors,
-    fingerprint,
     layer_of,
     match_names,
     matches,
@@ -31,7 +30,7 @@ from ltp_sparse.weights.reading import closest, reader
 from ltp_sparse.weights.tensors import check_plain_tensor
 from ltp_sparse.weights.versions import open_weights
 
-_MOST_ENTRIES = 1 << 40  # of all parameters in a file: a larger claim is an error, not an allocation
+_MOST_ENTRIES = 1 << 40  # of all parameters in a file: a larger number is an error, not an allocation
 
 Pool = Callable[[str], bool] | str | Iterable[str] | None
 """Which parameters may be selected: a predicate on names, a regular expression or several, or None for all."""
@@ -45,7 +44,7 @@ def in_pool(names: Iterable[str], pool: Pool) -> list[str]:
     elif callable(pool):
         kept = [name for name in names if pool(name)]
     else:
-        patterns = [pool] if isinstance(pool, str) else list(pool)  # each letter of a text is found in most names
+        patterns = [pool] if isinstance(pool, str) else list(pool)
         kept = [name for name in names if matches(name, patterns)]
     if not kept:
         raise ValueError(f"the pool holds none of the {len(names)} parameters, e.g. {names[:3]}; check its names")
@@ -53,17 +52,17 @@ def in_pool(names: Iterable[str], pool: Pool) -> list[str]:
 
 
 class Ticket:
-    """Which entries of which parameters are active, with what is known about their origin.
+    """Which entries of which parameters are active, with metadata about their origin.
 
-    A ticket lists every parameter of its pool, also those without an active entry, under canonical names and in
-    canonical order. Make one with `select`, `Ticket.random`, `Ticket.full`, `Ticket.from_masks` or
+    A ticket lists all parameters of its pool, also those without active entries, under canonical names and in canonical
+    order. Make one with `select`, `Ticket.random`, `Ticket.full`, `Ticket.from_masks` or
     `Ticket.from_indices`; combine tickets with ``&``, ``|``, ``-``, ``^`` and ``~``.
 
     Args:
         sets: index set of every parameter.
         shapes: shape of every parameter.
-        metadata: anything JSON can hold: method, density, requested k, threshold, ...
-        fingerprint: name -> digest of the base model's tensor, for the parameters with active entries; may be empty.
+        metadata: JSON values: method, density, requested k, threshold, ...
+        fingerprint: name -> digest of the base model's tensor, for parameters with active entries; may be empty.
     """
 
     def __init__(
@@ -85,13 +84,13 @@ class Ticket:
 
     @classmethod
     def full(cls, model: nn.Module | Mapping[str, Any], pool: Pool = None) -> Ticket:
-        """All entries active. `model`: a module, or a mapping from names to tensors or shapes."""
+        """All entries of the pool. `model`: a module, or a mapping from names to tensors or shapes."""
         shapes = _shapes(model, pool)
         return cls({name: IndexSet.full(shape.numel()) for name, shape in shapes.items()}, shapes, {"method": "full"})
 
     @classmethod
     def from_masks(cls, masks: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> Ticket:
-        """masks: name -> bool tensor in the parameter's shape, True for active entries."""
+        """The entries of masks: name -> bool tensor in the parameter's shape, True for active entries."""
         named = canonical_tensors(masks)
         for name, mask in named.items():
             check_plain_tensor(mask, f"Ticket.from_masks: the mask of {name!r}")
@@ -107,7 +106,13 @@ class Ticket:
         shapes: Mapping[str, Sequence[int]],
         metadata: Mapping[str, Any] | None = None,
     ) -> Ticket:
-        """indices: name -> integers [k], flat row-major positions, unique, any order; shapes: name -> shape."""
+        """The entries at flat positions.
+
+        Args:
+            indices: name -> integers [k], flat row-major positions, unique, in any order.
+            shapes: name -> shape.
+            metadata: JSON values.
+        """
         indices, bare = canonical_tensors(indices), bare_names(shapes)
         shapes = {bare[name]: shape for name, shape in shapes.items()}
         if missing := [name for name in indices if name not in shapes]:
@@ -134,20 +139,19 @@ class Ticket:
         like: Ticket | None = None,
         bernoulli: bool = False,
     ) -> Ticket:
-        """A random ticket: exactly k entries, uniform over the pool.
+        """A random ticket of exactly k entries, uniform over the pool.
 
         Args:
             model: a module, or a mapping from names to tensors or shapes.
-            density, k: active share of the pool, or active entries; one of them, or `like`.
+            density: active share of the pool; or
+            k: active entries; or
+            like: a ticket whose counts per parameter are taken (the layer-matched control).
             seed: the same seed gives the same ticket on every machine.
             pool: which parameters may be selected.
-            like: a ticket whose count per parameter is matched, which makes the layer-matched control.
-            bernoulli: draw every entry with probability `density` instead (the text of SC-SFT).
+            bernoulli: draw each entry with probability `density` instead (the text of SC-SFT).
         """
         if like is not None and (density is not None or k is not None or pool is not None or bernoulli):
-            raise ValueError(
-                "Ticket.random: like= brings pool and counts; leave density=, k=, pool= and bernoulli= out"
-            )
+            raise ValueError("Ticket.random: like= gives pool and counts; leave density=, k=, pool= and bernoulli= out")
         shapes = like.shapes if like is not None else _shapes(model, pool)
         per_parameter = None if like is None else {name: s.k for name, s in like.sets.items()}
         sets = random_sets(shapes, density=density, k=k, seed=seed, per_parameter=per_parameter, bernoulli=bernoulli)
@@ -160,7 +164,7 @@ class Ticket:
         return ticket
 
     def named_as(self, tensors: Mapping[str, Any]) -> Ticket:
-        """The same ticket under the canonical names of a model, where it has others: aliases of tied parameters.
+        """The same ticket under the canonical names of a model, in place of aliases of tied parameters.
 
         Args:
             tensors: `canonical_parameters` of the model.
@@ -176,8 +180,8 @@ class Ticket:
             if self.sets[name].digest() != sets.setdefault(canonical, self.sets[name]).digest():
                 names = [other for other, at in called.items() if at == canonical]
                 raise ValueError(
-                    f"Ticket: {' and '.join(map(repr, names))} are one tied parameter of the model, and the ticket has "
-                    "other entries of each; select it on a model, or checkpoints, tied like this one"
+                    f"Ticket: {' and '.join(map(repr, names))} are one tied parameter of the model, but the ticket has "
+                    "different entries for each; select it from a model, or checkpoints, tied like this one"
                 )
         shapes = {canonical: self.shapes[name] for name, canonical in called.items()}
         digests = {called[name]: digest for name, digest in self.fingerprint.items() if name in called}
@@ -258,9 +262,9 @@ class Ticket:
         return counts
 
     def digest(self) -> str:
-        """A hash of the active entries and shapes: equal tickets have equal digests, however they are encoded."""
+        """A hash of the active entries and shapes, independent of the encoding."""
         content = {name: [list(self.shapes[name]), s.digest()] for name, s in self.sets.items() if s.k}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+        return Hash().update(json.dumps(content, sort_keys=True).encode()).digest()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Ticket) and self.digest() == other.digest()
@@ -292,7 +296,7 @@ class Ticket:
             name: self.sets.get(name, empty[name]).combine(other.sets.get(name, empty[name]), operation)
             for name in shapes
         }
-        # what both know of their base is that of the result; of bases that differ nothing is known
+        # digests that both agree on, or that only one has; differing bases, or kinds of digests, give none
         known = {**self.fingerprint, **other.fingerprint}
         digests = {n: d for n, d in known.items() if self.fingerprint.get(n, d) == d and n in sets and sets[n].k}
         return Ticket(sets, shapes, {"method": f"({self._method()} {operation} {other._method()})"}, digests)
@@ -317,12 +321,12 @@ class Ticket:
         return Ticket(sets, self.shapes, {"method": f"~{self._method()}"}, self.fingerprint)
 
     def jaccard(self, other: Ticket) -> float:
-        """Overlap: shared active entries over all active entries of both; 1 for two empty tickets."""
+        """Overlap: shared active entries divided by the active entries of either; 1 for two empty tickets."""
         union = (self | other).k
         return (self & other).k / union if union else 1.0
 
     def fingerprinted(self, model: nn.Module | Mapping[str, Tensor]) -> Ticket:
-        """The same ticket, tied to a base model by the digests of its tensors."""
+        """The same ticket with the fingerprint of a base model."""
         tensors = canonical_tensors(model)
         names = match_names(self.active_names, tensors, what="Ticket.fingerprinted", where="the model")
         return Ticket(self.sets, self.shapes, self.metadata, fingerprint({name: tensors[name] for name in names}))
@@ -394,14 +398,14 @@ def pack_sets(sets: Mapping[str, IndexSet], shapes: Mapping[str, Size]) -> tuple
 def unpack_sets(
     tensors: Mapping[str, Tensor], description: Mapping[str, Any]
 ) -> tuple[dict[str, IndexSet], dict[str, Size]]:
-    """The inverse of `pack_sets`; every index is checked, since kernels trust it."""
+    """The inverse of `pack_sets`. All indices are checked, since kernels rely on them."""
     sets: dict[str, IndexSet] = {}
     shapes: dict[str, Size] = {}
     total = 0
     for name, entry in description.items():
         shapes[name] = Size(entry["shape"])
         n, k, encoding = math.prod(shapes[name]), entry["k"], entry["encoding"]  # numel() would wrap around
-        # counts of tiles are made for every entry, whatever the file's size: together they are bounded
+        # memory for tile counts follows the claimed shapes, not the size of the file: limit it
         total += n
         if any(size < 0 for size in shapes[name]) or total > _MOST_ENTRIES:
             raise ValueError(
@@ -425,9 +429,9 @@ def unpack_sets(
 
 
 def checked_fingerprint(fingerprint: Any, sets: Mapping[str, IndexSet]) -> dict[str, str]:
-    """The fingerprint of a file: digests of parameters that the file has."""
-    if not isinstance(fingerprint, dict) or not all(isinstance(digest, str) for digest in fingerprint.values()):
-        raise ValueError("the fingerprint is no mapping of names to digests")
+    """The fingerprint in a file, checked: digests for parameters of the file."""
+    if not isinstance(fingerprint, dict) or not all(map(is_known, fingerprint.values())):
+        raise ValueError("the fingerprint is no mapping of names to digests that this version knows")
     if foreign := [name for name in fingerprint if name not in sets]:
         raise ValueError(f"the fingerprint names {foreign[0]!r}, which is no parameter of the file")
     return fingerprint

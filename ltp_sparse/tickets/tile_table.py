@@ -1,4 +1,4 @@
-"""`TileTable`: the index sets of many parameters laid out for one launch."""
+"""`TileTable`: the index sets of many parameters in one table, for one launch."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from ltp_sparse.tickets.bits import (
 from ltp_sparse.tickets.index_set import Encoding, IndexSet
 
 STATE_BLOCK = 256
-"""Active entries of a tile that share scales."""
+"""Active entries of a tile that share the scales of their 8-bit moments."""
 
 Count = TypeVar("Count", int, Tensor)
 
 
 def state_blocks(active: Count) -> Count:
-    """Blocks of a tile with `active` active entries, or of every tile of a tensor of counts."""
+    """State blocks of a tile with `active` active entries; elementwise for a tensor of counts."""
     return (active + STATE_BLOCK - 1) // STATE_BLOCK
 
 
@@ -47,20 +47,20 @@ class Column(IntEnum):
 
 @dataclass(frozen=True, eq=False)
 class TileTable:
-    """The run-time view of index sets over a list of parameters: what a kernel launch reads.
+    """The index sets of a list of parameters, as a kernel launch reads them.
 
     Attributes:
-        tiles: int64 [T, 8], ordered by (parameter, start), columns `Column`. Tiles without active entries do not exist.
-            INDEX counts words (BITMAP) or positions (LIST16) from the start of the shared arrays; SLOT is the tile's
-            first slot in the packed buffers, which are ordered by (parameter, flat index); BLOCK its first block of
-            8-bit moments
+        tiles: int64 [T, 8], ordered by (parameter, start), with the columns of `Column`. Tiles without active entries
+            are left out. INDEX is an offset into `words` (BITMAP) or `positions` (LIST16); SLOT is the tile's first
+            slot in the packed buffers, which are ordered by (parameter, flat index); BLOCK is its first state block
         words: int32 [W], the bitmaps
-        ranks: int16 [W / 2] with uint16 bits, active entries of the tile before each 64-entry group; empty if not built
+        ranks: int16 [W / 2] with uint16 bits, the directory: active entries of the tile before each 64-entry group;
+            empty if not built
         positions: int16 [L] with uint16 bits, the lists
-        blocks: blocks of 8-bit moments
+        blocks: state blocks in all
         counts: active entries of every parameter
         sizes: entries of every parameter
-        density: active entries in parts of all, of the whole that a table was cut from; default: its own
+        density: active share of all entries; of the whole table if this one is a part
     """
 
     tiles: Tensor
@@ -78,7 +78,7 @@ class TileTable:
 
     @classmethod
     def build(cls, sets: Sequence[IndexSet], *, device: torch.device | str = "cpu", ranks: bool = False) -> TileTable:
-        """Lays out `sets`, parameter by parameter; each is re-encoded to the encoding of least bytes."""
+        """Builds the table of `sets`, one per parameter, each in its smallest encoding."""
         tiles, words, positions = [], [], []
         slot = n_words = n_positions = 0
         for param, index_set in enumerate(sets):
@@ -120,7 +120,7 @@ class TileTable:
         return table.with_ranks() if ranks else table
 
     def with_ranks(self) -> TileTable:
-        """The same table with the rank directory that GPU kernels read."""
+        """The same table with the directory that GPU kernels read."""
         if self.ranks.numel() == self.words.numel() // 2:
             return self
         counts = popcount(self.words).view(-1, 2).sum(1, dtype=torch.int64)

@@ -14,10 +14,14 @@ from ltp_sparse.weights.files import atomic_path
 
 
 def write_card(path: Path, base: str, trained: SparseDelta, kind: str, facts: Mapping[str, Any]) -> None:
-    """Writes what the model is, what it was trained on, its scores, and how to use it.
+    """Writes the model, its training data, its scores, and how to use it.
 
     Args:
-        facts: "data", a text; "scores", rows of `evaluate`, of which each has "task", "metric" and "scores"
+        path: the file.
+        base: name of the base model.
+        trained: the baked delta of a run.
+        kind: of the examples, "pair" or "text".
+        facts: "data", a text; "scores", rows of `evaluate` with "task", "metric" and "scores".
     """
     about, ticket = trained.metadata, trained.ticket
     method = METHODS[about["method"]]
@@ -38,7 +42,7 @@ def write_card(path: Path, base: str, trained: SparseDelta, kind: str, facts: Ma
         f"| method | {method.name} (`{about['method']}` of ltp_sparse {__version__}), seed {about['seed']} |",
         f"| trained | {entries} of the weights in its pool{', and a prompt' if prompted else ', and a head'} |",
         f"| classes | {_cell(', '.join(about['labels']))} |",
-        f"| training data | {_cell(str(facts.get('data', 'not told')))} |",
+        f"| training data | {_cell(str(facts.get('data', 'unknown')))} |",
         *([] if language is None else [f"| language of training | {_cell(language)} |"]),
         f"| kept | evaluation at epoch {about['epoch']:g}, {about['metric']} on dev {about['dev_score']:.4f} |",
         "",

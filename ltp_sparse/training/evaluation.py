@@ -1,4 +1,4 @@
-"""Predictions, scores per language, and the row of a run."""
+"""Predictions, scores per language, and the result row of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ltp_sparse.methods.base import Collate, Encode
-from ltp_sparse.prompting.templates import IGNORED_LABEL
+from ltp_sparse.prompting.inputs import IGNORED_LABEL
 from ltp_sparse.tasks.own import warn_of_gaps
 
 
@@ -23,7 +23,7 @@ def accuracy(predicted: Any, labels: Any) -> float:
 
 
 def macro_f1(predicted: Any, labels: Any) -> float:
-    """Unweighted mean of the F1 of every class that occurs in either integer array [N]."""
+    """Unweighted mean of the F1 scores of all classes in either integer array [N]."""
     scores = []
     for label in np.union1d(predicted, labels):
         hits = int(((predicted == label) & (labels == label)).sum())
@@ -45,13 +45,17 @@ def class_logits(
     dtype: torch.dtype | None = None,
     progress: Callable[[int], Any] | None = None,
 ) -> Tensor:
-    """Logits of the classes of every example, float32 [N, C] on the CPU, in the order given; [0, 0] without examples.
+    """Logits of the classes of every example, float32 [N, C] on the CPU, in the given order; [0, 0] without examples.
+
+    The model is in evaluation mode during the call. Batches have examples of similar length, to need little padding.
 
     Args:
-        dtype: compute under autocast in this type (torch.bfloat16); None computes in the type of the weights.
-        progress: called with the number of examples done after each batch.
-
-    The model is put into evaluation mode for the call. Batches hold examples of similar length, so little is padding.
+        model: returns "logits".
+        examples: encoded.
+        collate: from examples to a batch.
+        batch_size: examples per forward pass.
+        dtype: compute under autocast in this dtype (torch.bfloat16); None: in the dtype of the weights.
+        progress: called after each batch with its number of examples.
     """
     if batch_size < 1:
         raise ValueError(f"predict: batch_size must be at least 1, got {batch_size}")
@@ -82,13 +86,13 @@ def class_logits(
 
 
 def predict(model: nn.Module, examples: Sequence[Any], collate: Collate, **options: Any) -> Tensor:
-    """Predicted class of every example, int64 [N] on the CPU, in the order given; options as of `class_logits`."""
+    """Predicted class of every example, int64 [N] on the CPU, in the given order; options as for `class_logits`."""
     logits = class_logits(model, examples, collate, **options)
     return logits.argmax(-1) if len(logits) else torch.empty(0, dtype=torch.long, device="cpu")
 
 
 def largest_class(examples: Mapping[str, Sequence[Any]], metric: str = "accuracy") -> dict[str, float]:
-    """Language -> the score of naming the largest class of its examples always; as an accuracy, the share of it."""
+    """Language -> the score of always predicting the most frequent class of its examples."""
     found = {}
     for language, of_language in examples.items():
         labels = np.asarray([example.label for example in of_language])
@@ -98,7 +102,7 @@ def largest_class(examples: Mapping[str, Sequence[Any]], metric: str = "accuracy
 
 
 class Ready(Protocol):
-    """What can be evaluated: a result of `train_method`, or of `load_trained`."""
+    """A model to evaluate: the result of `train_method` or `load_trained`."""
 
     @property
     def model(self) -> nn.Module: ...
@@ -119,12 +123,20 @@ def evaluate(
     progress: bool = True,
     notes: list[str] | None = None,
 ) -> dict[str, float]:
-    """Score (0 to 1) per language over labelled examples, language -> examples.
+    """Score (0 to 1) per language.
 
     Args:
-        metric: one of `METRICS`
-        labels: classes of the task; one without an example is warned of, as are blank texts
-        notes: is told, as a warning tells it, where all predictions are one class though the examples are of several
+        trained: what to evaluate.
+        examples: language -> labelled examples.
+        metric: one of `METRICS`.
+        labels: classes of the task; there is a warning for classes without examples.
+        batch_size: examples per forward pass.
+        dtype: see `class_logits`.
+        progress: show a bar.
+        notes: notes for the result row are appended to it.
+
+    Warns:
+        UserWarning: a class has no examples, a text is blank, or all predictions are one class (also a note).
 
     Raises:
         ValueError: an unknown metric, an example without a label, or a language without examples.
@@ -157,7 +169,7 @@ def evaluate(
         if notes is not None:
             notes.append(note)
         warnings.warn(
-            f"{note}: the model tells no classes apart; more epochs, another learning rate or more examples may help",
+            f"{note}: the model separates no classes; more epochs, another learning rate or more examples may help",
             stacklevel=2,
         )
     return scores

@@ -1,9 +1,8 @@
-"""Export: the trained weights merged, as a folder for transformers alone.
+"""Export: a trained model with merged weights, as a folder for transformers alone.
 
-A method with a head becomes a sequence classifier. One that scores words becomes a plain masked language model with new
-rows in its vocabulary: one for each slot of the prompt, and one for each label word as the output embedding has it,
-so that a decoupled LM head needs no second copy of the whole matrix. `standalone.py`, which goes along as `predict.py`,
-builds its inputs.
+Methods with a head become a sequence classifier. Methods that score words become a plain masked language model with new
+rows in the vocabulary: one for each prompt slot, and one for each label word with its row of the output embedding, so
+that a decoupled LM head needs no second matrix. `standalone.py`, which is copied as `predict.py`, builds the inputs.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 SCRIPT = "predict.py"
 
 _NO_HEAD = -1.0
-"""As `classifier_dropout` of a masked language model: loading it with a random classification head fails."""
+"""`classifier_dropout` of an exported masked language model, so that loading it as a classifier fails."""
 
 
 def export(
@@ -51,20 +50,20 @@ def export(
     Args:
         model: folder or Hub name of the base model.
         delta: the baked delta of a run (`Trained.baked`).
-        output: the folder to write, new or empty; it is there when all of it is.
-        tokenizer: folder or Hub name of the tokenizer, where it is not beside the model.
-        kind: of the examples, "pair" or "text": that of the template of a prompt.
+        output: the folder to write, new or empty. It appears when it is complete.
+        tokenizer: folder or Hub name of the tokenizer, if it is not with the model.
+        kind: of the examples, "pair" or "text".
         facts: for the model card: "data", a text, and "scores", rows of `evaluate`.
 
     Raises:
         ValueError: the method attaches modules that no model of transformers has, or `output` is the folder of the base
             model or of its tokenizer.
-        OSError: `output` holds something, or cannot be written.
+        OSError: `output` is not empty, or cannot be written.
     """
     for source in (model, model if tokenizer is None else tokenizer):
         where, local = locate(source)
         if local and Path(where).resolve() == Path(output).resolve():
-            raise ValueError(f"export: expected a folder of its own to write to, {where!r} holds what it is made from")
+            raise ValueError(f"export: expected another folder to write to, {where!r} is the base model or tokenizer")
     trained = SparseDelta.load(delta)
     language_model, pieces = load_backbone(
         model, decoupled=trained.metadata.get("decoupled", False), tokenizer=tokenizer
@@ -74,7 +73,7 @@ def export(
     if attached or not isinstance(ready, PromptedMaskedLM | SequenceClassifier):
         raise ValueError(
             f"export: expected a method whose result is a model of transformers, got {trained.metadata['method']!r}, "
-            f"which attaches modules of its own ({', '.join(attached[:2])}); label with ltp-sparse predict"
+            f"which attaches modules ({', '.join(attached[:2])}); use ltp-sparse predict"
         )
     labels = trained.metadata["labels"]
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
@@ -101,7 +100,7 @@ def _classifier(language_model: Any, ready: SequenceClassifier, names: Mapping[s
 
 
 def _masked(language_model: Any, ready: PromptedMaskedLM, facts: dict[str, Any]) -> PreTrainedModel:
-    """With rows for the prompt and the label words behind the vocabulary, input and output embedding as one."""
+    """The masked language model, with rows for prompt and label words at the end of its tied embedding."""
     from transformers import XLMRobertaForMaskedLM
 
     embedding, head = language_model.get_input_embeddings().weight.detach(), language_model.lm_head
@@ -142,14 +141,14 @@ def _prompt(trained: SparseDelta, kind: str) -> dict[str, Any]:
     """What `standalone.py` needs to build an input."""
     facts = trained.metadata
     method = METHODS[facts["method"]].from_description(facts)
-    assert isinstance(method, PromptMethod)  # all else that scores words attaches modules
+    assert isinstance(method, PromptMethod)  # other methods that score words attach modules
     settings = {key: facts["settings"][key] for key in ("max_length", "truncation")}
     parts = list(method.template(facts["language"], kind).parts)
     return {"parts": parts, "words": facts["verbalizer"], **settings}
 
 
 def _read_pairs_as_trained(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Makes the tokenizer put `<s> </s> </s> </s>` around a pair by itself, as `encode_pairs` does."""
+    """Makes the tokenizer encode a pair as `<s> A </s></s> B </s>`, as `encode_pairs` does."""
     from tokenizers.processors import TemplateProcessing
 
     start, end = tokenizer.cls_token, tokenizer.sep_token

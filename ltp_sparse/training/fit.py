@@ -1,12 +1,12 @@
-"""One training phase on `transformers.Trainer`: a setup and a ticket in, the delta of the best evaluation out."""
+"""One training phase on `transformers.Trainer`: from a setup and a ticket to the delta of the best evaluation."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from ltp_sparse.methods.base import Settings, Setup
 from ltp_sparse.optim.snapshot import Snapshot
-from ltp_sparse.prompting.templates import IGNORED_LABEL
+from ltp_sparse.prompting.inputs import IGNORED_LABEL
 from ltp_sparse.tickets.delta import SparseDelta
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.training.bars import show_progress
@@ -34,20 +34,20 @@ class Options:
     """How a run computes, as opposed to what it trains.
 
     Attributes:
-        seed: of initial values, the order of examples, dropout, and what the method draws
-        metric: of dev that picks the evaluation to keep: "accuracy", "macro_f1", or "loss"
-        output_dir: keeps the best evaluation so far (`best.safetensors`) and the checkpoints; None: nothing on disk.
-            Those of an earlier run are removed, unless this one resumes
-        save_every: epochs between checkpoints, of which the latest is kept; None writes none
-        resume: continue from the latest checkpoint of `output_dir`, if there is one. The result has the bits of a run
-            that was never interrupted. ValueError with other settings than those in `settings.json`
-        micro_batch_size: examples per forward pass and device, to save memory; the update is that of the whole batch.
-            With several processes (torchrun) an incomplete last batch is filled up from the beginning
+        seed: of initial values, the order of examples, dropout, and draws of the method
+        metric: of dev, picks the evaluation to keep: "accuracy", "macro_f1", or "loss"
+        output_dir: for the best delta so far (`best.safetensors`) and checkpoints; None: nothing on disk. Files of an
+            earlier run are removed unless this one resumes
+        save_every: epochs between checkpoints, of which the latest is kept; None: no checkpoints
+        resume: continue from the latest checkpoint in `output_dir`, if there is one. The result has the bits of an
+            uninterrupted run. ValueError if the settings differ from `settings.json`
+        micro_batch_size: examples per forward pass and device, to save memory; updates are still those of the whole
+            batch. With several processes (torchrun) an incomplete last batch is filled up from the beginning
         bf16: compute in bfloat16 under autocast; weights stay float32
         states: "float32" or "8bit" moments, see `MaskedAdamW`
-        gradients: "packed" keeps of every gradient the ticket's entries only, "dense" all of them
+        gradients: "packed" keeps only the ticket's entries of every gradient, "dense" all
         progress: show a progress bar
-        check_frozen: hash what must not train, before and after, and raise RuntimeError if a bit of it changed
+        check_frozen: hash the frozen entries before and after, and raise RuntimeError if a bit changed
         arguments: further `transformers.TrainingArguments`, e.g. {"report_to": "tensorboard"}
         callbacks: further callbacks of the Trainer
     """
@@ -79,15 +79,15 @@ class Options:
 
 @dataclass(frozen=True)
 class Fit:
-    """What a phase gives; the model is back at its initial bits.
+    """The result of a phase; the model is back at its initial bits.
 
     Attributes:
         delta: ticket entries and dense parameters at the best evaluation
         scores: the metric at every evaluation
-        best_epoch: of that evaluation, counted from 1 (a fraction, evaluated within an epoch); the first of equals
-        seconds: wall-clock time, evaluation on dev included (of the last part if the run was resumed)
-        optimizer_bytes: state of the optimizer: moments and index
-        digests: of the model's parameters, which are back at their initial bits; empty if that was not checked
+        best_epoch: epoch of the best evaluation, from 1 (fractional within an epoch); the first of equals
+        seconds: wall-clock time with evaluations on dev (since the last resume)
+        optimizer_bytes: size of moments and index
+        digests: of the model's parameters; empty if `check_frozen` is off
     """
 
     delta: SparseDelta
@@ -101,10 +101,15 @@ class Fit:
 def fit(
     setup: Setup, settings: Settings, ticket: Ticket, train: Sequence[Any], dev: Sequence[Any], options: Options
 ) -> Fit:
-    """Trains the ticket's entries and `setup.dense`; the best evaluation on `dev` counts, the first of the best.
+    """Trains the ticket's entries and `setup.dense`, and keeps the best evaluation on `dev`, the first of equals.
 
     Args:
-        train, dev: encoded examples.
+        setup: the model, and what trains in full.
+        settings: of the phase.
+        ticket: the entries to train.
+        train: encoded examples.
+        dev: encoded examples.
+        options: of the run.
     """
     model, dense = setup.model, setup.dense_parameters()
     base = Snapshot(model, ticket, dense, frozen=options.check_frozen, what="train_method")
@@ -113,16 +118,14 @@ def fit(
             f"train_method: the ticket was selected on other initial weights than these: {moved[0]!r} differs "
             f"({len(moved)} tensors in all); load the initial weights again, or revert the deltas applied to them"
         )
-    folder_given = options.output_dir is not None
-    with (
-        nullcontext(options.output_dir) if folder_given else tempfile.TemporaryDirectory() as folder,
-        alone(str(folder)),
-    ):
-        Path(str(folder)).mkdir(parents=True, exist_ok=True)
-        keep_best = KeepBest(options.metric, on_disk=folder_given)
+    with ExitStack() as stack:
+        folder = os.fspath(options.output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
+        stack.enter_context(alone(folder))
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        keep_best = KeepBest(options.metric, on_disk=options.output_dir is not None)
         trainer = SparseTrainer(
             model,
-            _arguments(settings, str(folder), options),
+            _arguments(settings, folder, options),
             base.ticket,
             dense=dense,
             base=base,
@@ -138,14 +141,13 @@ def fit(
         )
         show_progress(trainer, options.progress)
         facts = _facts(settings, train, dev, options)
-        checkpoint = begin(str(folder), facts, what="train_method", resume=options.resume)
+        checkpoint = begin(folder, facts, what="train_method", resume=options.resume)
         start = time.perf_counter()
-        with _back_to(base):
-            try:
-                trainer.train(resume_from_checkpoint=checkpoint)
-            finally:
-                trainer.release_model()
-            seconds = time.perf_counter() - start
+        with ExitStack() as cleanup:  # also after an interrupt
+            cleanup.callback(base.put_back)
+            cleanup.callback(trainer.release_model)
+            trainer.train(resume_from_checkpoint=checkpoint)
+        seconds = time.perf_counter() - start
         digests = base.check_frozen() if options.check_frozen else {}
         delta = keep_best.delta()
     name = f"eval_{options.metric}"
@@ -155,7 +157,7 @@ def fit(
 
 
 def class_loss(outputs: Mapping[str, Tensor], labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
-    """Cross-entropy over the classes, averaged over the whole batch, of which `outputs` may be a part."""
+    """Mean cross-entropy over the classes; `outputs` may be a part of the batch whose examples are counted."""
     if num_items_in_batch is None:
         return F.cross_entropy(outputs["logits"], labels, ignore_index=IGNORED_LABEL)
     total = F.cross_entropy(outputs["logits"], labels, ignore_index=IGNORED_LABEL, reduction="sum")
@@ -169,14 +171,14 @@ def _metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def _facts(settings: Settings, train: Sequence[Any], dev: Sequence[Any], options: Options) -> dict[str, Any]:
-    """What a run that is resumed must have in common with the interrupted one, for its result to have the same bits."""
+    """What must be equal in an interrupted run and its continuation for the result to have the same bits."""
     facts = {key: value for key, value in asdict(settings).items() if key != "seeds"}
     facts |= {key: getattr(options, key) for key in ("seed", "metric", "micro_batch_size", "bf16", "states")}
     return facts | {"train examples": len(train), "dev examples": len(dev)}
 
 
 class _SaveEvery(TrainerCallback):
-    """Of the Trainer's checkpoints, one per epoch, lets one in `epochs` through, after the epoch's evaluation."""
+    """Reduces the Trainer's checkpoints, one per epoch, to every `epochs`-th one."""
 
     def __init__(self, epochs: int) -> None:
         self.epochs = epochs
@@ -225,12 +227,3 @@ def _arguments(settings: Settings, folder: str, options: Options) -> TrainingArg
         "disable_tqdm": not options.progress,
     }
     return TrainingArguments(**{**values, **options.arguments})
-
-
-@contextmanager
-def _back_to(base: Snapshot) -> Iterator[None]:
-    """However training ends, an interrupt included, it leaves the model as it was."""
-    try:
-        yield
-    finally:
-        base.put_back()

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM
 
 LANGUAGE_SETTINGS = MLMSettings(batch_size=8, epochs=100, step_bounds=(10_000, 100_000), validation=0.05)
-"""Of both phases."""
+"""Settings of both phases."""
 
 ADAPTER_SETTINGS = MLMSettings(batch_size=8, epochs=100, step_bounds=(30_000, 100_000), validation=0.05, l1=0.0)
-"""Of language adapters."""
+"""Settings of language adapters."""
 
 KINDS = ("lt-sft", "sc-sft", "bitfit")
 
@@ -41,19 +41,20 @@ def train_language(
     density: float | None = None,
     **options: Any,
 ) -> SparseDelta:
-    """The delta of a language, to be applied below a task delta; the model is back at its initial bits.
+    """The delta of a language, to apply below a task delta; the model is back at its initial bits.
+
+    The LM head is trained as well, but left out of the result, since composition needs the language's weights only.
 
     Args:
-        kind: "lt-sft" and "sc-sft" tune everything, keep the entries that moved most (of all, or by SC-SFT's shares)
-            and tune these anew; "bitfit" tunes the biases of the encoder.
+        kind: "lt-sft" and "sc-sft" tune all weights, keep the entries that moved most (of all, or by SC-SFT's shares)
+            and tune these again from the start; "bitfit" tunes the biases of the encoder.
         model: with a decoupled LM head, at its initial weights.
+        tokenizer: of the model.
         texts: of the language.
         settings: of each phase.
-        k: entries, as counted on XLM-R-base; a model of another size takes the same share of its own.
+        k: entries for XLM-R-base; a model of another size gets the same share of its entries.
         density: share of the maskable entries, instead of k.
-        options: further arguments of `tune_mlm`; each phase has a folder of its own in an `output_dir`.
-
-    The LM head trains, too, but is left out of the result: composition takes a language's deltas only.
+        options: further arguments of `tune_mlm`; each phase gets a subfolder of `output_dir`.
     """
     if kind not in KINDS:
         raise ValueError(f"train_language: kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -84,11 +85,14 @@ def train_language_adapter(
     settings: MLMSettings = ADAPTER_SETTINGS,
     **options: Any,
 ) -> Adapter:
-    """A language adapter with its invertible adapter, trained as a masked language model; the model stays as it is.
+    """A language adapter with its invertible adapter, trained by masked language modelling; the model is unchanged.
 
     Args:
-        model: with a decoupled LM head
-        options: further arguments of `tune_mlm`
+        model: with a decoupled LM head.
+        tokenizer: of the model.
+        texts: of the language.
+        settings: of training.
+        options: further arguments of `tune_mlm`.
     """
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
@@ -103,6 +107,6 @@ def train_language_adapter(
 
 
 def _phase(number: int, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a phase: checkpoints of one must not be taken for those of another."""
+    """The options of a phase, with its own folder for checkpoints."""
     folder = options.get("output_dir")
     return dict(options) if folder is None else {**options, "output_dir": Path(folder) / f"phase-{number}"}

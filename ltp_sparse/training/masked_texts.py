@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-
-from ltp_sparse.prompting.templates import IGNORED_LABEL
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
+
+from ltp_sparse.prompting.inputs import IGNORED_LABEL
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _TOKENIZER_BATCH = 1000
 
 
 def split_texts(texts: Sequence[str], share: float, seed: int) -> tuple[list[str], list[str]]:
-    """Training and validation texts: a random `share`, at least one text, is held out; the order of texts is kept."""
+    """Training and validation texts: a random `share`, at least one text, is for validation; the order is kept."""
     if not 0 < share < 1:
         raise ValueError(f"expected a share of texts to validate on in (0, 1), got {share}")
     if len(texts) < 2:
@@ -37,7 +37,7 @@ def split_texts(texts: Sequence[str], share: float, seed: int) -> tuple[list[str
 
 
 def text_hash(texts: Iterable[str]) -> str:
-    """What a ticket records of its data: SHA-256 (128 bits kept) of the texts in order."""
+    """The digest of the data in a ticket: SHA-256 (128 bits kept) of the texts in order."""
     sha = hashlib.sha256()
     for text in texts:
         sha.update(text.encode() + b"\n")
@@ -45,19 +45,25 @@ def text_hash(texts: Iterable[str]) -> str:
 
 
 class MaskedTexts(Dataset):
-    """Token sequences that are masked anew in every epoch.
+    """Token sequences with new masks in every epoch.
+
+    Each token except `<s>`, `</s>` and padding is chosen with `probability`; of the chosen tokens 80 % become `<mask>`,
+    10 % a random token of the vocabulary, 10 % stay. Items are {"input_ids", "labels"}, int64 [tokens], with label -100
+    for tokens that are not chosen.
+
+    The choice is a counter-based function of (seed, epoch, example), independent of batches, workers, processes and
+    other random numbers, so a resumed run sees the same masks. `begin_epoch` changes them; without it they stay the
+    same, as evaluation needs.
 
     Args:
-        packed: all texts, each between `<s>` and `</s>`, joined and cut into blocks of `length` tokens; the last,
-            incomplete block is dropped. Otherwise one text, cut to `length`, per example.
-
-    Each token but `<s>`, `</s>` and padding is chosen with `probability`; of the chosen 80 % become `<mask>`, 10 % a
-    random token of the whole vocabulary, 10 % stay. Items are {"input_ids", "labels"}, int64 [tokens], labels -100
-    where nothing was chosen.
-
-    The choice is a counter-based function of (seed, epoch, example), so it does not depend on batches, workers, ranks
-    or on what else draws random numbers: a resumed run sees the masks of the uninterrupted one. `begin_epoch` changes
-    it; without it the masks are the same every time, which is what evaluation wants.
+        texts: one per line.
+        tokenizer: of the model.
+        length: tokens of an example.
+        packed: join all texts, each between `<s>` and `</s>`, and cut them into blocks of `length` tokens; an
+            incomplete last block is dropped. False: one text per example, cut to `length`.
+        probability: of a token to be chosen.
+        seed: of the masks.
+        progress: show a bar.
     """
 
     def __init__(
@@ -90,7 +96,7 @@ class MaskedTexts(Dataset):
             [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id,
                          tokenizer.pad_token_id) if i is not None]
         )  # fmt: skip
-        # seen by running dataloader workers
+        # in shared memory, for running dataloader workers
         self.epoch = torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
 
     def __len__(self) -> int:
@@ -122,7 +128,7 @@ class MaskedTexts(Dataset):
 def _tokenize(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int | None, progress: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """All tokens, int32 [T], and where each non-empty text starts, int64 [texts + 1]."""
+    """All tokens, int32 [T], and offsets of the non-empty texts, int64 [texts + 1]."""
     lines = [text for text in (raw.strip() for raw in texts) if text]
     pieces, lengths = [], [0]
     for start in tqdm(range(0, len(lines), _TOKENIZER_BATCH), "tokenize", disable=not progress, unit="k lines"):
@@ -131,7 +137,7 @@ def _tokenize(
             truncation=length is not None,
             max_length=length,
             return_attention_mask=False,
-            verbose=False,  # the model never sees a sequence longer than `length`, packed lines may well be
+            verbose=False,  # no warning for long lines: they are packed or cut to `length`
         )["input_ids"]
         pieces += [np.asarray(ids, dtype=np.int32) for ids in batch]
         lengths += [len(ids) for ids in batch]

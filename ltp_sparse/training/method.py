@@ -1,4 +1,4 @@
-"""Trains any method of `ltp_sparse.methods` on labelled examples, and loads what was trained."""
+"""Trains any method of `ltp_sparse.methods` on labelled examples, and loads results."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _trained: weakref.WeakKeyDictionary[nn.Module, SparseDelta] = weakref.WeakKeyDic
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run gives.
+    """The result of a run.
 
     Attributes:
-        setup: the model with the best weights, and what encodes examples for it
+        setup: the model with the best weights, and its encoding of examples
         delta: ticket entries and dense parameters at the best evaluation on dev, applied to `model`
-        baked: the same as inference needs it (a prompt in place of its encoder): what `load_trained` reads
+        baked: the same for inference (a prompt in place of its encoder), the input of `load_trained`
         dev_scores: of every evaluation, 0 to 1 (losses, if the metric is "loss")
         best_epoch: counted from 1; the first of equally good ones
         seconds: wall-clock time of training, of all phases
@@ -64,10 +64,7 @@ class Trained:
         return self.setup.collate
 
     def release(self) -> None:
-        """Takes the language model back to its initial bits, and off it what the method attached to it.
-
-        Repeated after an interrupt, it does what is left to do.
-        """
+        """Restores the initial bits of the language model and detaches the method's modules. Idempotent."""
         if _is_applied(self.delta, self.model):
             self.delta.revert(self.model)
         self.setup.undo()
@@ -86,23 +83,23 @@ def train_method(
     verbalizer: Verbalizer | None = None,
     **options: Any,
 ) -> Trained:
-    """Trains what a method trains, on labelled examples.
+    """Trains a method on labelled examples.
 
     Args:
-        method: what trains, and its settings.
-        language_model: at its initial weights, or with language deltas applied. Its parameters are trained in place and
-            end at the best evaluation.
-        tokenizer: that of the language model.
-        train, dev: labelled examples of a task; the score on `dev` picks the weights to keep, the first of the best.
-        ticket: of stage 1, for methods that need one. A ticket that was selected on other initial weights is an error.
+        method: the method and its settings.
+        language_model: at its initial weights, or with language deltas applied. It is trained in place and ends with
+            the best weights.
+        tokenizer: of the language model.
+        train: labelled examples of a task.
+        dev: labelled examples; their score picks the weights to keep, the first of equals.
+        ticket: of stage 1, for methods that need one; selected from the same initial weights.
         labels: classes of the task, in the order of the logits.
-        language: of the training examples: that of the words of a pattern.
-        verbalizer: words of the classes, where the method scores words; default: the English ones of inference.
+        language: of the training examples, for the words of a pattern.
+        verbalizer: words of the classes for methods that score words; default: the English ones of inference.
         options: fields of `Options`: seed, output_dir, save_every, resume, bf16, states, ...
 
     Raises:
-        ValueError: examples without a label, a ticket that is missing or does not fit, settings that do not fit the
-            model.
+        ValueError: examples have no label, the ticket is missing or does not fit, or settings do not fit the model.
     """
     run = Options(**options)
     run = replace(run, metric=method.picks or run.metric)
@@ -111,7 +108,7 @@ def train_method(
     warn_of_gaps(dev, labels, "dev examples")
     method.prepare(language_model)
     active = method.ticket(language_model, ticket, seed=run.seed)
-    if ticket is not None:  # one that is drawn after it belongs to the same base
+    if ticket is not None:  # a ticket drawn to match it has the same base
         digests = {name: digest for name, digest in ticket.fingerprint.items() if name in active.sets}
         active = Ticket(active.sets, active.shapes, active.metadata, {**digests, **active.fingerprint})
     context = Context(tokenizer=tokenizer, labels=labels, language=language, verbalizer=verbalizer, seed=run.seed)
@@ -157,7 +154,7 @@ def train_method(
 def _finished(
     method: Method, setup: Setup, last: Fit, run: Options, *, labels: tuple[str, ...], language: str
 ) -> SparseDelta:
-    """The delta of a run. From the base it is applied as any other, so that the model knows it and can revert it."""
+    """The delta of a run with its metadata, after `method.finish`."""
     metadata = {
         **method.describe(),
         **setup.facts,
@@ -178,11 +175,13 @@ def _is_applied(delta: SparseDelta, model: nn.Module) -> bool:
 
 
 def load_trained(language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, delta: SparseDelta) -> Setup:
-    """The model of a result of `train_method` (`delta` or `baked`), and what encodes examples for it.
+    """The model of a result of `train_method`, and its encoding of examples.
 
     Args:
-        language_model: at the initial weights of that run, possibly with language deltas applied; the delta is applied
-            to its parameters, `delta.revert(setup.model)` takes it off again.
+        language_model: at the initial weights of that run, possibly with language deltas applied. The delta is applied
+            to it; `delta.revert(setup.model)` undoes that.
+        tokenizer: of the language model.
+        delta: `delta` or `baked` of the result.
     """
     facts = delta.metadata
     if missing := [key for key in ("method", "settings", "options", "labels") if key not in facts]:
@@ -221,8 +220,8 @@ def _check(method: Method, language_model: PreTrainedModel, train: Sequence[Any]
     earlier = _trained.get(language_model)
     if earlier is not None and _is_applied(earlier, language_model):
         raise ValueError(
-            "train_method: expected a language model at its initial weights, this one has the result of an earlier run "
-            "applied; call result.release(), or load it again"
+            "train_method: expected a language model at its initial weights, this one still has the result of an "
+            "earlier run; call result.release(), or load it again"
         )
     if method.backbone == "masked" and method.settings.max_length > (longest := longest_input(language_model.config)):
         raise ValueError(

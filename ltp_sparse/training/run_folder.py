@@ -1,4 +1,4 @@
-"""The output folder of a run: who works in it, what it was started with, which checkpoint is complete."""
+"""The output folder of a run: its lock, its settings and its checkpoints."""
 
 from __future__ import annotations
 
@@ -24,36 +24,37 @@ SETTINGS_FILE = "settings.json"
 def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     """The latest complete checkpoint of an output folder, checked against its manifest; None if there is none.
 
-    Warns about checkpoints that are skipped.
+    Warns:
+        UserWarning: checkpoints are skipped.
 
     Raises:
-        FileFormatError: every checkpoint that was once complete has been damaged since.
+        FileFormatError: there are damaged checkpoints, but no complete one.
     """
-    passed: list[FileFormatError] = []
+    skipped: list[FileFormatError] = []
     for path in sorted(checkpoints(Path(folder)), key=_steps, reverse=True):
         try:
             manifest.check(path)
         except FileFormatError as error:
-            passed.append(error)
+            skipped.append(error)
             continue
-        if passed:
-            _warn_passed(passed, f"going on from {path}")
+        if skipped:
+            _warn_skipped(skipped, f"continuing from {path}")
         return path
-    for each in passed:
+    for each in skipped:
         if not isinstance(each, manifest.Unfinished):
-            problem = f"{each.problem}. No checkpoint is left to go on from; delete {folder} to start anew"
+            problem = f"{each.problem}. No checkpoint is left to continue from; delete {folder} to start anew"
             raise FileFormatError(each.path, problem, each.place)
-    if passed:
-        _warn_passed(passed, "no checkpoint is complete, the run starts from its beginning")
+    if skipped:
+        _warn_skipped(skipped, "no checkpoint is complete, the run starts from its beginning")
     return None
 
 
-def _warn_passed(passed: Iterable[FileFormatError], what_now: str) -> None:
-    warnings.warn(f"{'; '.join(map(str, passed))}: passed over, {what_now}", UserWarning, stacklevel=4)
+def _warn_skipped(skipped: Iterable[FileFormatError], consequence: str) -> None:
+    warnings.warn(f"{'; '.join(map(str, skipped))}: skipped, {consequence}", UserWarning, stacklevel=4)
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The folders of checkpoints, finished or not, of this class."""
+    """Folders of our checkpoints, finished or not."""
     return [path for path in folder.glob("checkpoint-*") if _is_ours(path)]
 
 
@@ -64,17 +65,19 @@ def _is_ours(path: Path) -> bool:
 def begin(folder: str | os.PathLike[str], facts: Mapping[str, Any], *, what: str, resume: bool) -> Path | None:
     """The checkpoint to resume from, or None to start anew.
 
-    Otherwise the checkpoints of an earlier run are removed, as a later resume would take them for those of this one.
+    A run that starts anew removes the checkpoints of an earlier one, so that no later run resumes from them.
 
     Args:
-        facts: what a resumed run must have in common with the interrupted one to end with the same bits; kept in the
-            folder.
+        folder: of the run.
+        facts: settings that must be equal in both runs for the same bits; written into the folder.
+        what: the caller, for messages.
+        resume: look for a checkpoint.
 
     Raises:
         ValueError: the interrupted run had other facts, or its checkpoints are damaged; nothing is changed then.
     """
     checkpoint, path = last_checkpoint(folder) if resume else None, Path(folder) / SETTINGS_FILE
-    facts = json.loads(json.dumps(facts, default=float))  # as they will be read
+    facts = json.loads(json.dumps(facts, default=float))  # as JSON returns them
     if checkpoint is not None:
         before = _settings(path)
         changed = [f"{key} {before.get(key)!r}, now {now!r}" for key, now in facts.items() if before.get(key) != now]
@@ -95,27 +98,36 @@ def begin(folder: str | os.PathLike[str], facts: Mapping[str, Any], *, what: str
 
 @contextmanager
 def alone(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Keeps other runs out of an output folder; the lock of a process that has died is free.
+    """Locks an output folder against other runs.
 
     Raises:
-        ValueError: another run is at work there.
+        ValueError: another run uses the folder.
     """
     if int(os.environ.get("RANK", "0")):
         yield  # ranks of one run work together
         return
-    path = Path(folder) / "run.lock"
+    with try_lock(Path(folder) / "run.lock") as acquired:
+        if not acquired:
+            raise ValueError(f"another run is using {folder}; wait for its end, or give another folder")
+        yield
+
+
+@contextmanager
+def try_lock(path: Path) -> Iterator[bool]:
+    """Tries to lock a file for the body; yields whether that succeeded. A lock is freed when its process dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(path).acquire(blocking=False)
     except Timeout:
-        raise ValueError(f"another run is at work in {folder}; wait for its end, or give another folder") from None
+        yield False
+        return
     with lock:
-        yield
+        yield True
         path.unlink(missing_ok=True)
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """What the interrupted run had, without which nothing tells whether this one may go on."""
+    """The settings of the interrupted run."""
     expected = "the settings of the run that left the checkpoints beside it; start anew"
     if not path.is_file():
         raise FileFormatError(path, f"is missing; expected {expected}")

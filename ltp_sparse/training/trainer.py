@@ -1,6 +1,6 @@
-"""`SparseTrainer`: `transformers.Trainer` that trains a ticket, and keeps and resumes only what the ticket holds.
+"""`SparseTrainer`: a `transformers.Trainer` that trains a ticket, with checkpoints of the ticket's entries only.
 
-Built on public overrides and callbacks alone. Every file of a run is O(k): a checkpoint holds a `SparseDelta`, the
+Built on public overrides and callbacks only. Every file of a run is O(k): a checkpoint holds a `SparseDelta`, the
 packed optimizer state and the random states instead of the model, and the best evaluation is a `SparseDelta`.
 """
 
@@ -35,30 +35,30 @@ BEST_FILE = "best.safetensors"
 _PLACEHOLDER_FILE = "model.safetensors"
 
 Dense = nn.Module | nn.Parameter | Iterable[nn.Parameter] | Iterable[Mapping[str, Any]]
-"""Parameters updated in full beside the ticket: a module, a parameter, parameters, or optimizer parameter groups."""
+"""Parameters that train in full beside the ticket: a module, parameters, or optimizer parameter groups."""
 
 
 class SparseTrainer(Trainer):
     """A Trainer whose optimizer is `MaskedAdamW` over a ticket.
 
     Args:
-        model: the base model; its weights at construction are what deltas are measured from. It is trained in place.
-        args: learning rate, betas, eps, weight decay, clipping and schedule are taken from here. `max_grad_norm` clips
-            the norm over active and dense entries inside the optimizer; that norm is logged as `grad_norm`.
+        model: the base model, which is trained in place. Deltas are relative to its weights at construction.
+        args: with learning rate, betas, eps, weight decay, clipping and schedule. `max_grad_norm` clips the norm over
+            active and dense entries inside the optimizer; that norm is logged as `grad_norm`.
         ticket: the entries to train.
         dense: parameters of the model to train in full: a module, parameters or parameter groups.
         pull: factor of the L1 pull of the ticket's entries to the base weights, see `MaskedAdamW`.
         keep_best: a `KeepBest`, to end with the weights of the best evaluation.
-        l2: if positive, `AdamL2` with this factor trains instead of `MaskedAdamW`; the ticket must then hold all
-            entries of what it names.
-        base: a `Snapshot` of the model with this ticket and these dense parameters, if there is one already.
+        l2: if positive, train with `AdamL2` and this factor instead of `MaskedAdamW`; the ticket must then be full in
+            every parameter.
+        base: a `Snapshot` of the model with this ticket and these dense parameters, if the caller has one.
         optimizer_options: further arguments of `MaskedAdamW`.
         kwargs: further arguments of `transformers.Trainer`.
 
     During `train`, parameters without an active entry have `requires_grad` off. Checkpoints (`save_strategy`,
     `save_steps`, `save_total_limit` of `args`) take O(k) bytes and resume bit for bit on the same base model;
-    `train(resume_from_checkpoint=True)` takes the latest complete one: each has a manifest of its files, written last,
-    and older ones are removed after that only. `save_model(folder)` writes the whole model.
+    `train(resume_from_checkpoint=True)` takes the latest complete one. A checkpoint is complete with its manifest,
+    which is written last; only then are older ones removed. `save_model(folder)` writes the whole model.
     """
 
     def __init__(
@@ -83,34 +83,34 @@ class SparseTrainer(Trainer):
             )
         args = copy.copy(args)
         self.clip = args.max_grad_norm or None
-        args.max_grad_norm = 0.0  # the Trainer would clip over all gradients, those of inactive entries, too
+        args.max_grad_norm = 0.0  # the Trainer would clip over all gradients, also of inactive entries
         # The Trainer would remove the previous checkpoint before the manifest of the new one is written.
         self.save_total_limit, args.save_total_limit = args.save_total_limit, None
         if args.data_seed is None:
-            args.data_seed = args.seed  # else the order of examples follows whatever seeded torch last
+            args.data_seed = args.seed  # else the order of examples depends on the last seed of torch
         super().__init__(model=model, args=args, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or args.n_gpu > 1:
             raise ValueError(
                 "SparseTrainer: FSDP, DeepSpeed and nn.DataParallel are not supported; "
                 "run one process per device (torchrun), or make one device visible"
             )
-        # Even without clipping the Trainer takes the norm of all gradients and multiplies them by a factor made of it,
-        # so that a NaN of an inactive entry would spread. Our norm exists after the step only; `log` adds it.
+        # Even without clipping the Trainer multiplies all gradients by a factor of their norm, which would spread a NaN
+        # of an inactive entry. Our norm is known after the step only; `log` adds it.
         self.accelerator.clip_grad_norm_ = lambda *args, **kwargs: None
-        dense = dense_groups(dense, what="SparseTrainer")  # a form that can be read more than once
+        dense = dense_groups(dense, what="SparseTrainer")  # a list, since iterators can be read only once
         if base is None:
             base = Snapshot(self.model, ticket, dense, what="SparseTrainer")
             if moved := base.selected_elsewhere:
                 warnings.warn(
                     f"SparseTrainer: the ticket was selected on another base model than this one ({moved[0]!r} "
-                    f"differs, {len(moved)} tensors in all); load the initial weights unless this is meant",
+                    f"differs, {len(moved)} tensors in all); load the initial weights unless this is intended",
                     UserWarning,
                     stacklevel=2,
                 )
         ticket = base.ticket
         if l2 and (partly := [name for name in ticket.active_names if ticket.sets[name].k < ticket.sets[name].n]):
             raise ValueError(
-                f"SparseTrainer: l2={l2} is coupled and moves whole tensors, the ticket has a part of {partly[0]!r}; "
+                f"SparseTrainer: l2={l2} is coupled and changes whole tensors, the ticket has a part of {partly[0]!r}; "
                 "use weight_decay, which is decoupled"
             )
         self.ticket, self.pull, self.l2, self.optimizer_options = ticket, pull, l2, dict(optimizer_options or {})
@@ -123,10 +123,9 @@ class SparseTrainer(Trainer):
         self.add_callback(_Complete(self))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """`MaskedAdamW` over the ticket; on resuming, also writes the checkpoint's weights into the model.
+        """`MaskedAdamW` over the ticket; when resuming, also writes the checkpoint's weights into the model.
 
-        That comes after the optimizer is made, which takes the anchor of the pull from the base weights, and before its
-        state is loaded.
+        The order matters: the optimizer first takes its anchor from the base weights; its state is loaded last.
         """
         args = self.args
         if self.optimizer is None and self.l2:
@@ -168,13 +167,13 @@ class SparseTrainer(Trainer):
         return getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
 
     def release_model(self) -> None:
-        """Takes the hooks of packed gradients off the model; nothing can be trained after that."""
+        """Removes the hooks of packed gradients from the model, which ends training."""
         optimizer = self._unwrapped_optimizer()
         if isinstance(optimizer, MaskedAdamW):
             optimizer.remove()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the norm that clipping saw to the training logs."""
+        """Adds the norm that clipping used to the training logs."""
         optimizer = self._unwrapped_optimizer()
         if "loss" in logs and optimizer is not None and optimizer.grad_norm is not None:
             logs["grad_norm"] = float(optimizer.grad_norm)
@@ -184,7 +183,7 @@ class SparseTrainer(Trainer):
         """As `Trainer.train`; True resumes from the latest complete checkpoint of the output folder."""
         self.resumed_from = self._checkpoint(resume_from_checkpoint)
         flags = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
-        # The Trainer loads the placeholder of a checkpoint and would report every parameter as missing.
+        # The Trainer loads the empty file of a checkpoint and would report all parameters as missing.
         hook = self.model.register_load_state_dict_post_hook(lambda module, keys: keys.missing_keys.clear())
         try:
             return super().train(
@@ -210,17 +209,17 @@ class SparseTrainer(Trainer):
         return folder
 
     def delta(self, metadata: Mapping[str, Any] | None = None) -> SparseDelta:
-        """What training has changed so far, against the base model."""
+        """The changes by training so far."""
         return self.base.delta(metadata)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the whole model, as `Trainer.save_model`; into the Trainer's own checkpoints, what has changed."""
+        """Writes the whole model, as `Trainer.save_model`; checkpoints of the Trainer get the changes only."""
         if not _internal_call:
             super().save_model(output_dir)
         elif self.args.should_save:
             folder = Path(str(output_dir))
             manifest.start(folder)
-            self.base.delta(originals=False).save(folder / DELTA_FILE)  # the base itself is there on resuming
+            self.base.delta(originals=False).save(folder / DELTA_FILE)  # resuming starts from the base
             if self.keep_best is not None:
                 self.keep_best.save_into(folder)
             with atomic_path(folder / _PLACEHOLDER_FILE) as temporary:
@@ -228,7 +227,7 @@ class SparseTrainer(Trainer):
 
 
 class _Complete(TrainerCallback):
-    """Writes the manifest of a checkpoint when all processes have written their files, then removes older ones."""
+    """Writes the manifest of a checkpoint after all processes have written their files, then removes older ones."""
 
     def __init__(self, trainer: SparseTrainer) -> None:
         self.trainer = weakref.proxy(trainer)
@@ -247,16 +246,16 @@ class _Complete(TrainerCallback):
 
 
 class KeepBest(TrainerCallback):
-    """Keeps the delta of the best evaluation and puts it into the model when training ends; of equals, the first wins.
+    """Keeps the delta of the best evaluation, the first of equals, and applies it when training ends.
 
     Args:
         metric: name of an evaluation metric, with or without "eval_".
-        greater_is_better: by default True, but for losses.
-        on_disk: keep it as `best.safetensors` in the output folder, replaced atomically, so that it survives a kill
-            (one process writes it, all read it); otherwise in memory, and in every checkpoint.
+        greater_is_better: None: True except for losses.
+        on_disk: keep the delta as `best.safetensors` in the output folder, so that it survives a kill (one process
+            writes it, all read it); otherwise in memory and in every checkpoint.
 
     Attributes:
-        best: {"metric", "value", "step", "epoch"} of the best evaluation so far, or None; the metadata of its delta.
+        best: {"metric", "value", "step", "epoch"} of the best evaluation so far, or None; also its delta's metadata.
     """
 
     trainer: SparseTrainer
@@ -272,11 +271,15 @@ class KeepBest(TrainerCallback):
 
     @property
     def path(self) -> Path:
-        """Where the best delta lies if it is kept on disk."""
+        """The file of the best delta if it is kept on disk."""
         return Path(self.trainer.args.output_dir) / BEST_FILE
 
     def delta(self) -> SparseDelta:
-        """The best delta; a ValueError before the first evaluation."""
+        """The best delta.
+
+        Raises:
+            ValueError: there was no evaluation yet.
+        """
         if self.best is None:
             raise ValueError(
                 f"KeepBest: no evaluation has given a number for {self.metric!r}; metrics seen: {sorted(self._seen)}. "
@@ -285,7 +288,7 @@ class KeepBest(TrainerCallback):
         return self._delta if self._delta is not None else SparseDelta.load(self.path)
 
     def save_into(self, folder: Path) -> None:
-        """Puts the best delta so far into a checkpoint folder; from disk, without a copy where the file system can."""
+        """Puts the best delta so far into a checkpoint folder, as a hard link if possible."""
         if self._delta is not None:
             self._delta.save(folder / BEST_FILE)
         elif self.best is not None:
@@ -294,7 +297,7 @@ class KeepBest(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # The best of an earlier run, or of steps that are about to be trained again, must not decide this run.
+        # The best of an earlier run, or of steps that are trained again, must not count.
         self.best, self._delta, self._training = None, None, True
         saved = None if self.trainer.resumed_from is None else self.trainer.resumed_from / BEST_FILE
         if saved is not None and saved.is_file():
@@ -338,7 +341,7 @@ class KeepBest(TrainerCallback):
 
 
 def _link(source: Path, target: Path) -> None:
-    """Gives a file a second name, atomically; a copy where hard links are not possible."""
+    """Makes a hard link, or a copy if the file system has none, atomically."""
     with atomic_path(target) as temporary:
         try:
             os.link(source, temporary)

@@ -1,1 +1,1 @@
-"""Names, tensors and files: what models and checkpoints hold, and how they are read and written."""
+"""Names, tensors and files: the content of models and checkpoints, read and written."""

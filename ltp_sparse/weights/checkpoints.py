@@ -1,4 +1,4 @@
-"""Checkpoints on disk as sources of a selection: read piece by piece through a mapping, never whole."""
+"""Checkpoints on disk, read piece by piece through a memory map, never whole."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import mmap
 import os
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Size, Tensor
 from ltp_sparse.weights import files
 from ltp_sparse.weights.names import Named, bare_names, canonical_group, is_floating
 from ltp_sparse.weights.reading import FileFormatError, read_json, reader
+from ltp_sparse.weights.tensors import flat_piece
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -25,15 +25,15 @@ _DTYPES = {
     "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64,
 }  # fmt: skip
 _INDEX = "model.safetensors.index.json"
-VIEW = 1 << 22  # entries mapped at a time: enough to keep all threads busy
+VIEW = 1 << 22  # entries read at a time: enough to keep all threads busy
 
 
 class _MappedFile:
-    """A safetensors file, mapped. Its bytes come from the page cache when they are touched.
+    """A memory-mapped safetensors file. Its bytes come from the page cache when they are read.
 
-    What another process writes into the file meanwhile would be read as if it had been there: its size and time are
-    checked again around every reading. A file that is replaced (moved over) keeps its content here. One that shrinks
-    in the very moment of a reading ends the process (SIGBUS), which no library can prevent.
+    Another process may write into the file meanwhile, so its size and time are checked around every read. A file that
+    is replaced (by a move) keeps its content here. A file that shrinks during a read ends the process (SIGBUS), which
+    no library can prevent.
 
     Raises:
         FileFormatError: the file is damaged.
@@ -46,7 +46,7 @@ class _MappedFile:
                 self.metadata: dict[str, str] = file.metadata() or {}  # checks the header and the size of the file
             self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             weakref.finalize(self, os.close, self._file)
-            # copy on write, since torch warns of buffers that cannot be written
+            # copy on write, because torch warns about read-only buffers
             self.bytes = mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY)
         except (SafetensorError, OSError) as error:
             raise FileFormatError(path, f"not a readable safetensors file ({error}); copy it again") from error
@@ -54,7 +54,7 @@ class _MappedFile:
         self.start = 8 + int.from_bytes(self.bytes[:8], "little")
         self.tensors: dict[str, dict[str, Any]] = json.loads(self.bytes[8 : self.start])
         if files.KEY in (self.tensors.pop("__metadata__", None) or {}):
-            files.verify(path)  # what this library writes carries a checksum
+            files.verify(path)  # files of this library carry a checksum
 
     def _stat(self) -> tuple[int, int]:
         stat = os.fstat(self._file)
@@ -63,15 +63,15 @@ class _MappedFile:
     def check(self) -> None:
         """Raises a FileFormatError if the file has changed since it was opened."""
         if self._stat() != self._state:
-            raise FileFormatError(self.path, "was changed while it was read; read it again when it is written")
+            raise FileFormatError(self.path, "was changed while it was read; try again when it is complete")
 
 
 class CheckpointTensor:
-    """One tensor of a safetensors file; its entries are read when they are used."""
+    """One tensor of a safetensors file; its entries are read on use."""
 
     def __init__(self, file: _MappedFile, name: str) -> None:
         entry = file.tensors[name]
-        # kinds of less than a byte per entry are never read as numbers
+        # dtypes below one byte per entry are never read as numbers
         self.dtype, self.shape = _DTYPES.get(entry["dtype"], torch.uint8), Size(entry["shape"])
         self.stored = f"{entry['dtype']} in {file.path}"
         self._file, self._bytes, self._start = file, file.bytes, file.start + entry["data_offsets"][0]
@@ -92,7 +92,8 @@ class CheckpointTensor:
         self._file.check()
 
     def release(self, start: int, stop: int) -> None:
-        """Takes these entries out of this process's memory; looking at them again reads them again."""
+        """Frees the memory of these entries; another access reads them again. Raises as `check`."""
+        self.check()
         first = self._start + start * self.dtype.itemsize
         last = self._start + stop * self.dtype.itemsize
         first = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -100,25 +101,17 @@ class CheckpointTensor:
         if first < last:
             self._bytes.madvise(mmap.MADV_DONTNEED, first, last - first)
 
-    def pieces(self) -> Iterator[Tensor]:
-        """The tensor in row-major order, some entries at a time."""
-        for start in range(0, self.numel(), VIEW):
-            stop = min(start + VIEW, self.numel())
-            yield self.piece(start, stop)
-            self.release(start, stop)
-        self.check()
-
 
 @reader("checkpoint")
 def open_checkpoint(path: str | os.PathLike[str]) -> Named[CheckpointTensor]:
-    """Canonical name -> tensor of a safetensors file, or of a folder with one file or shards and their index.
+    """Canonical name -> tensor of a safetensors file, or of a folder with one file or with shards and their index.
 
-    All tensors are there, of any dtype, buffers included. The index of shards says which of them holds a tensor; a copy
-    in another is ignored. What `safetensors.torch.save_model` notes of tied tensors makes them one.
+    All tensors are included, of any dtype, buffers too. The index decides which shard holds a tensor; copies in other
+    shards are ignored. Ties that `safetensors.torch.save_model` has recorded are resolved.
 
     Raises:
-        FileNotFoundError: nothing of that kind is there.
-        FileFormatError: a file is damaged; index and shards do not fit; two names are one without the names of
+        FileNotFoundError: there is no such file or folder.
+        FileFormatError: a file is damaged, index and shards do not fit, or two names become one without the names of
             wrapping modules.
     """
     path = Path(path)
@@ -153,16 +146,14 @@ def _sharded(index: Path) -> dict[str, _MappedFile]:
     folder = index.parent
     weight_map = read_json(index, "an index of shards", ("weight_map",))["weight_map"]
     if not isinstance(weight_map, dict):
-        raise FileFormatError(index, f"expected names and their shards, got {type(weight_map).__name__}", "weight_map")
+        raise FileFormatError(index, f"expected a mapping to shards, got {type(weight_map).__name__}", "weight_map")
     if not weight_map:
         raise FileFormatError(index, "its weight_map names no tensor; copy the index again")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not shard or "\0" in shard:
             raise FileFormatError(index, f"expected the name of a shard, got {shard!r}", f"tensor {name!r}")
         if Path(shard).is_absolute() or ".." in Path(shard).parts:
-            raise FileFormatError(
-                index, f"the shard {shard!r} is outside the folder, which is refused", f"tensor {name!r}"
-            )
+            raise FileFormatError(index, f"the shard {shard!r} is outside the folder", f"tensor {name!r}")
     # "./a" is the file "a", however it is written
     pairs = [(name, os.path.normpath(shard)) for name, shard in weight_map.items()]
     shards = {shard: folder / shard for shard in sorted({shard for _, shard in pairs})}
@@ -171,7 +162,7 @@ def _sharded(index: Path) -> dict[str, _MappedFile]:
     beside = {"model.safetensors", *(path.name for path in folder.glob("model-*-of-*.safetensors"))}
     if others := sorted(name for name in beside - shards.keys() if (folder / name).exists()):
         raise FileFormatError(
-            index, f"it does not name {others[0]}, which lies beside it; remove the one that is out of date"
+            index, f"it does not name {others[0]}, which lies beside it; remove the outdated one of the two"
         )
     files = {shard: _MappedFile(path) for shard, path in shards.items()}
     for name, shard in pairs:
@@ -189,16 +180,6 @@ def _sharded(index: Path) -> dict[str, _MappedFile]:
 
 
 Readable = Tensor | CheckpointTensor
-
-
-def flat_piece(tensor: Tensor, start: int, stop: int) -> Tensor:
-    """Entries start..stop of the row-major order of any tensor, contiguous; copies no more than their rows."""
-    if tensor.is_contiguous() or tensor.dim() < 2:
-        return tensor.reshape(-1)[start:stop].contiguous()  # a strided vector stays strided under reshape
-    row = tensor[0].numel()
-    first = start // row
-    rows = tensor[first : -(-stop // row)].reshape(-1)
-    return rows[start - first * row : stop - first * row].contiguous()
 
 
 def read_piece(tensor: Readable, start: int, stop: int) -> Tensor:

@@ -6,7 +6,6 @@ leaves either the old file or the new one.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import hashlib
@@ -30,7 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KEY = "ltp_sparse"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: checksums and fingerprints are XXH3. 1: SHA-256; read as well."""
 _MOST_LINKS = 40
 _LONGEST_NAME = 200  # bytes, of 255 that file systems take
 _FULL = 1 << 16  # bytes: a disk with fewer is full
@@ -44,7 +44,11 @@ _KINDS = (
 
 
 class WrongKind(FileFormatError):
-    """A file of ltp_sparse, but of another kind; found: which."""
+    """A file of ltp_sparse of another kind.
+
+    Attributes:
+        found: the kind of the file
+    """
 
     def __init__(self, path: Path, expected: str, found: str) -> None:
         super().__init__(path, f"expected {_a(expected)}, got {_a(found)}")
@@ -55,35 +59,15 @@ def _a(kind: str) -> str:
     return f"{'an' if kind[:1] in 'aeiou' else 'a'} {kind}"
 
 
-def host_blocks(tensor: Tensor) -> Iterator[ctypes.Array[ctypes.c_char]]:
-    """The bits of a tensor, row-major, some megabytes at a time; a block is good until the next is asked for."""
-    from ltp_sparse.weights.tensors import check_plain_tensor
-
-    check_plain_tensor(tensor, "a tensor that is read bit by bit")
-    tensor = tensor.detach().resolve_conj().resolve_neg()
-    # in blocks, so that copies of strided tensors and from other devices stay small
-    blocks = [tensor] if tensor.is_contiguous() else tensor.split(max(1, (len(tensor) << 20) // tensor.numel()))
-    for piece in (piece for block in blocks for piece in block.reshape(-1).split(1 << 20)):
-        host = piece.cpu().contiguous()
-        if host.nbytes:
-            yield (ctypes.c_char * host.nbytes).from_address(host.data_ptr())
-
-
-def hash_tensor(sha: hashlib._Hash, tensor: Tensor) -> None:
-    """Feeds the bits of a tensor, row-major, into a hash; dtype and shape are the caller's."""
-    for block in host_blocks(tensor):
-        sha.update(block)
-
-
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path to write to in a folder beside `path`; on success the file is moved there in one step, else removed.
 
-    Symbolic links stay, and what they point to is replaced. A file that is there keeps its mode and, where the system
-    lets us, its owner. What killed writes of this name have left is removed.
+    Symbolic links stay and their target is replaced. An existing file keeps its mode and, where the system allows it,
+    its owner. Leftovers of killed writes of this name are removed.
 
     Raises:
-        OSError: `path` is no regular file, or cannot be written. What was there is as it was.
+        OSError: `path` is no regular file, or cannot be written. An existing file is unchanged then.
     """
     target = destination(path)
     with _workplace(target) as temporary:
@@ -99,12 +83,12 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder to fill beside `path`; on success it takes the place of `path` in one step, else it is removed.
 
     Raises:
-        OSError: `path` cannot be written, is a file, or a folder that holds something: nothing there is overwritten.
+        OSError: `path` cannot be written, is a file, or is a folder that is not empty: nothing is overwritten.
     """
     target = Path(path).resolve()
     check_writable(target, folder=True)
     if any(target.iterdir()):
-        raise OSError(errno.ENOTEMPTY, "expected a new or an empty folder to write to; it holds something", str(path))
+        raise OSError(errno.ENOTEMPTY, "expected a new or an empty folder, this one is not empty", str(path))
     with _workplace(target) as temporary:
         temporary.mkdir()
         temporary.chmod(stat.S_IMODE(target.stat().st_mode))
@@ -117,17 +101,17 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def destination(path: str | os.PathLike[str]) -> Path:
-    """The regular file that a path leads to, through its symbolic links; it need not be there yet.
+    """The regular file that a path leads to through its symbolic links. It need not exist yet.
 
     Raises:
-        OSError: something else is there (a folder, a device, a pipe, a socket), or the links lead nowhere.
+        OSError: the path leads to something else (a folder, a device, a pipe, a socket), or its links form a circle.
     """
     place = os.path.abspath(path)
-    with _telling(Path(path)), suppress(FileNotFoundError):
-        os.lstat(place)  # a name that is too long, a folder that cannot be looked into
+    with _naming(Path(path)), suppress(FileNotFoundError):
+        os.lstat(place)  # fails for a name that is too long and for a folder without access
     for _ in range(_MOST_LINKS):
         place = os.path.join(os.path.realpath(os.path.dirname(place)), os.path.basename(place))
-        if place.startswith("/proc/") and os.path.lexists(place):  # /dev/stdout: others may write to what is behind it
+        if place.startswith("/proc/") and os.path.lexists(place):  # as /dev/stdout: others may write to it
             raise OSError(errno.EINVAL, "expected a regular file to write to, this is an open stream", str(path))
         if not os.path.islink(place):
             break
@@ -146,24 +130,24 @@ def destination(path: str | os.PathLike[str]) -> Path:
 
 
 def check_writable(path: str | os.PathLike[str], *, folder: bool = False) -> None:
-    """Raises an OSError unless a file, or a folder of files, can be written there: before hours of work, not after.
+    """Raises an OSError unless a file, or files in a folder, can be written there. Call it before hours of work.
 
-    The folder is made.
+    Makes the folder if it is missing.
     """
     if folder:
         place = Path(path)
-        if os.path.exists(place) and not place.is_dir():  # which passes over a name that is too long
+        if os.path.exists(place) and not place.is_dir():  # exists() is False for a name that is too long
             raise NotADirectoryError(errno.ENOTDIR, "expected a folder to write to, this is a file", str(path))
     else:
         place = destination(path).parent
-    with _telling(Path(path)):
+    with _naming(Path(path)):
         place.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=place):
             pass
 
 
 def sweep(folder: Path, name: str | None = None) -> None:
-    """Removes what killed writes have left in a folder, of one file name or of all; never what is being written."""
+    """Removes leftovers of killed writes from a folder, of one file name or of all; writes in progress stay."""
     wanted = re.compile(rf"\.{'.+' if name is None else re.escape(_shortened(name))}\.[a-z0-9_]{{8}}\.tmp")
     with suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
@@ -172,7 +156,10 @@ def sweep(folder: Path, name: str | None = None) -> None:
                     handle = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW)
                     try:
                         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its writer lives
-                        shutil.rmtree(entry.path) if entry.is_dir() else os.unlink(entry.path)
+                        if entry.is_dir():
+                            shutil.rmtree(entry.path)
+                        else:
+                            os.unlink(entry.path)
                     finally:
                         os.close(handle)
 
@@ -194,7 +181,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _shortened(name: str) -> str:
-    """A file name with room for what is put around it: a long one is cut, and a digest keeps it apart from others."""
+    """A file name short enough to add a prefix and a suffix: a long one is cut and gets a digest to stay distinct."""
     encoded = os.fsencode(name)
     if len(encoded) <= _LONGEST_NAME:
         return name
@@ -203,11 +190,11 @@ def _shortened(name: str) -> str:
 
 @contextmanager
 def _workplace(target: Path) -> Iterator[Path]:
-    """A path of the target's name in a new folder beside it. A lock on that folder tells others that its writer lives.
+    """A path of the target's name in a new folder beside it. The folder is locked as long as its writer lives.
 
-    A folder, because some writers create further files beside the one they are asked for.
+    It is a folder because some writers create further files beside the requested one.
     """
-    with _telling(target):
+    with _naming(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         sweep(target.parent, target.name)
         while True:
@@ -223,7 +210,7 @@ def _workplace(target: Path) -> Iterator[Path]:
                 break
             os.close(handle)
     try:
-        with _telling(target, place):
+        with _naming(target, place):
             yield place / target.name
     finally:
         shutil.rmtree(place, ignore_errors=True)
@@ -235,7 +222,7 @@ def _keep_owner_and_mode(target: Path, temporary: Path) -> None:
     try:
         before = target.stat()
     except FileNotFoundError:
-        probe = temporary.with_name("mode")  # nothing else tells the umask to one thread of several
+        probe = temporary.with_name("mode")  # the only way to learn the umask in a thread
         probe.touch()
         before = probe.stat()
     if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
@@ -245,12 +232,12 @@ def _keep_owner_and_mode(target: Path, temporary: Path) -> None:
 
 
 @contextmanager
-def _telling(path: Path, temporary: Path | None = None) -> Iterator[None]:
-    """Makes what goes wrong while a file, or the temporary folder beside it, is written an OSError that names it."""
+def _naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Turns errors of writing a file, or the temporary folder beside it, into an OSError that names the file."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        found = re.search(r"os error (\d+)", str(error))  # how safetensors tells it
+        found = re.search(r"os error (\d+)", str(error))  # the form in messages of safetensors
         number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
         if number is None and not isinstance(error, OSError) and temporary is not None:
             with suppress(OSError):  # torch.save does not say why it failed
@@ -260,30 +247,32 @@ def _telling(path: Path, temporary: Path | None = None) -> Iterator[None]:
         if not ours or (number is None and not isinstance(error, OSError)):
             raise
         why = str(error) if number is None else os.strerror(number)
-        problem = f"cannot be written: {why[:1].lower()}{why[1:]}; what was there before is unchanged"
+        problem = f"cannot be written: {why[:1].lower()}{why[1:]}; an existing file is unchanged"
         raise OSError(number or errno.EIO, problem, str(path)) from error
 
 
-def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
-    sha = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], like: str | None = None) -> str:
+    from ltp_sparse.weights.digests import Hash
+
+    found = Hash(like).update(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
-        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        hash_tensor(sha, tensor)
-    return sha.hexdigest()
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode()).update(tensor)
+    return found.digest()
 
 
 def verify(path: str | os.PathLike[str]) -> str:
-    """Compares a file written by `save` with its checksum, which is returned. The content is mapped, not loaded.
+    """Compares a file written by `save` with its checksum and returns the checksum. The content is mapped, not loaded.
 
     Raises:
-        FileFormatError: they differ, or it is no such file.
+        FileFormatError: the checksum differs, or `save` did not write the file.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {})[KEY])
             checksum = str(metadata.pop("checksum"))
-            found = _checksum({name: file.get_tensor(name) for name in file.keys()}, metadata)  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            found = _checksum(tensors, metadata, like=checksum)
     except (SafetensorError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise FileFormatError(Path(path), f"not a readable file of ltp_sparse ({error}); copy it again") from error
     if found != checksum:
@@ -303,12 +292,12 @@ def save(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor],
 
 
 def kind_said(path: str | os.PathLike[str]) -> str | None:
-    """What kind a safetensors file says it is, for a message: nothing is verified. "" is not one of ltp_sparse.
+    """The kind that the header of a safetensors file claims, unverified; "" for files of other programs.
 
-    None: the file cannot be read, which whoever loads it will say.
+    None if the file cannot be read: the loader reports that.
     """
     try:
-        with safe_open(path, framework="np") as file:  # which imports no torch
+        with safe_open(path, framework="np") as file:  # imports no torch
             header = (file.metadata() or {}).get(KEY)
         return "" if header is None else str(json.loads(header)["kind"])
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, RecursionError):
@@ -323,6 +312,8 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
         FileNotFoundError: there is no such file.
         FileFormatError: the file is truncated, damaged, of another kind or of a newer format.
     """
+    from ltp_sparse.weights.digests import is_known
+
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected {_a(kind)} written by ltp_sparse")
@@ -341,40 +332,44 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
     if not isinstance(metadata, dict) or not {"checksum", "kind", "format"} <= set(metadata):
         raise FileFormatError(path, "no checksum, kind and format in it; copy the file again", "metadata")
     checksum, found, version = metadata.pop("checksum"), metadata["kind"], metadata["format"]
-    if _checksum(tensors, metadata) != checksum:
+    if version not in (1, FORMAT_VERSION):  # a newer one may have another checksum
+        raise FileFormatError(
+            path, f"format {version} is none that this version reads, 1 to {FORMAT_VERSION}; update ltp_sparse"
+        )
+    if not is_known(checksum) or _checksum(tensors, metadata, like=checksum) != checksum:
         raise FileFormatError(path, "the checksum does not match its content; the file is damaged, copy it again")
     if found != kind:
         raise WrongKind(path, kind, str(found))
-    if version != FORMAT_VERSION:
-        raise FileFormatError(
-            path, f"format {version} is not the format {FORMAT_VERSION} of this version; update ltp_sparse"
-        )
     return tensors, metadata
 
 
 @contextmanager
 def understanding(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
-    """Turns what goes wrong while the content of an intact file is taken apart into one kind of error."""
+    """Turns errors of interpreting the content of an intact file into a FileFormatError."""
     try:
         yield
     except FileFormatError:
         raise
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
-        told = str(error) if type(error) is ValueError else repr(error)
-        raise FileFormatError(path, f"its content is not that of {_a(kind)} of ltp_sparse ({told})") from error
+        reason = str(error) if type(error) is ValueError else repr(error)
+        raise FileFormatError(path, f"its content is not that of {_a(kind)} of ltp_sparse ({reason})") from error
 
 
 def checked_metadata(what: str, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A copy of metadata that a file can hold; a TypeError names the key that JSON cannot."""
+    """A copy of metadata, checked to be JSON.
+
+    Raises:
+        TypeError: a key or a value is not JSON; the message names it.
+    """
     metadata = dict(metadata or {})
     for key, value in metadata.items():
         try:
             if not isinstance(key, str):
-                raise TypeError(f"the key {key!r} is no text")
+                raise TypeError(f"the key {key!r} is no string")
             json.dumps(value)
         except (TypeError, ValueError, RecursionError) as error:
             raise TypeError(
-                f"{what}: metadata[{key!r}] must be what JSON can hold (texts, numbers, lists, mappings), "
+                f"{what}: metadata[{key!r}] must be JSON (strings, numbers, lists, mappings), "
                 f"got {type(value).__name__} ({error})"
             ) from error
     return metadata

@@ -12,12 +12,12 @@ _PATIENCE = 3.0  # seconds for the Hub to answer
 
 
 def hub_answers() -> bool:
-    """Whether the Hub can be reached; asked in a thread, since looking up its address may take any time."""
+    """Whether the Hub can be reached. Tried in a thread, since a name lookup has no time limit."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return False
-    if getproxies():  # which reach where this process cannot
+    if getproxies():  # a proxy may reach it
         return True
     where, answers = urlsplit(constants.ENDPOINT), []
 

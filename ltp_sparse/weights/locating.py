@@ -13,18 +13,21 @@ from ltp_sparse.weights.reading import closest
 MINI_XLMR = "mini-xlmr"
 """Name of the small model that the package ships; its card is `ltp_sparse/mini_xlmr/README.md`."""
 
+SIZES = {"xlm-roberta-base": (768, 12, 12, 3072), "xlm-roberta-large": (1024, 24, 16, 4096)}
+"""Hidden size, layers, heads and inner size of XLM-R, for estimates without a download."""
+
 _SHIPPED = {MINI_XLMR: Path(__file__).parents[1] / "mini_xlmr"}
-_KNOWN = (MINI_XLMR, "xlm-roberta-base", "xlm-roberta-large", "FacebookAI/xlm-roberta-base")
+_KNOWN = (MINI_XLMR, *SIZES, "FacebookAI/xlm-roberta-base")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def locate(name_or_path: str | os.PathLike[str]) -> tuple[str, bool]:
     """The source for `from_pretrained` and whether it is local.
 
-    A mistyped folder thus never becomes a download, and a name that cannot be downloaded is an error at once.
+    A mistyped folder never becomes a download, and a name that cannot be downloaded is an error at once.
 
     Raises:
-        ValueError: there is no such folder; or none of that name, it is not in the cache of the Hub either, and the Hub
+        ValueError: there is no such folder, or the name is neither a folder nor in the cache of the Hub, and the Hub
             cannot be reached.
     """
     text = os.path.expanduser(os.fspath(name_or_path))
@@ -51,7 +54,7 @@ def locate(name_or_path: str | os.PathLike[str]) -> tuple[str, bool]:
 
 
 def _closest(text: str) -> str:
-    """The names that may be meant: known ones, and folders of models beside what was given."""
+    """Names that may be meant: known models, and folders of models beside the given path."""
     if text in _KNOWN:
         return f"{MINI_XLMR}, a small one, comes with the package"
     names = list(_KNOWN)

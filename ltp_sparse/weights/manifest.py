@@ -1,7 +1,6 @@
-"""What a folder has to hold: names, sizes and checksums of its files, written when they are complete, read before them.
+"""The manifest of a folder: names, sizes and checksums of its files, written last and read first.
 
-A folder whose writing has begun has a manifest that says so; one without a manifest was never one of ours, or has lost
-it.
+While a folder is being written its manifest says so. A folder without a manifest is foreign, or has lost it.
 """
 
 from __future__ import annotations
@@ -21,19 +20,20 @@ _KIND = "manifest of ltp_sparse"
 
 
 class Unfinished(FileFormatError):
-    """The writing of a folder was interrupted: it holds nothing yet that could be relied on."""
+    """The writing of a folder was interrupted: its content cannot be used."""
 
 
 def start(folder: Path) -> None:
-    """Marks a folder as one whose files are being written, before the first of them is."""
+    """Marks a folder as unfinished, before its first file is written."""
     _write(folder, {}, finished=False)
 
 
 def finish(folder: Path, names: Iterable[str] | None = None) -> None:
-    """Writes down what a folder holds, after waiting until it is on disk.
+    """Writes the manifest, after the files are on disk.
 
     Args:
-        names: of its files, relative to it; None: all
+        folder: the folder.
+        names: files to list, relative to the folder; None: all.
     """
     if names is None:
         names = [os.fspath(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST]
@@ -41,7 +41,7 @@ def finish(folder: Path, names: Iterable[str] | None = None) -> None:
 
 
 def add(folder: Path, names: Iterable[str]) -> None:
-    """Adds files to the manifest of a folder, or takes them anew; what it says of others stays as it is."""
+    """Adds files to the manifest of a folder, or updates their entries; other entries stay."""
     _write(folder, _read(folder) | _describe(folder, names), finished=True)
 
 
@@ -50,7 +50,7 @@ def names(folder: Path) -> list[str]:
     """The files that the manifest of a folder names.
 
     Raises:
-        FileFormatError: it has none, or a damaged one; `Unfinished` if its writing was interrupted.
+        FileFormatError: the manifest is missing or damaged; `Unfinished` if writing was interrupted.
     """
     return list(_read(folder))
 
@@ -59,10 +59,11 @@ def check(folder: Path, parts: tuple[str, ...] = ("",)) -> None:
     """Compares a folder with its manifest.
 
     Args:
-        parts: how the names begin whose content is read; of the others, sizes are compared
+        folder: the folder.
+        parts: prefixes of the names whose checksums are compared; for the other files only sizes are.
 
     Raises:
-        FileFormatError: a file is missing or another, or the manifest is; `Unfinished` if its writing was interrupted.
+        FileFormatError: a file or the manifest is missing or differs; `Unfinished` if writing was interrupted.
     """
     for name, expected in _read(folder).items():
         path = folder / name
@@ -71,7 +72,7 @@ def check(folder: Path, parts: tuple[str, ...] = ("",)) -> None:
         if (size := path.stat().st_size) != expected["bytes"]:
             raise FileFormatError(path, f"expected {expected['bytes']:,} bytes as {MANIFEST} says, got {size:,}")
         if name.startswith(parts) and _sha256(path) != expected["sha256"]:
-            raise FileFormatError(path, f"its content is not that of which {MANIFEST} has the checksum; it is damaged")
+            raise FileFormatError(path, f"its content does not match its checksum in {MANIFEST}; it is damaged")
 
 
 def _describe(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -1,51 +1,44 @@
-"""Names, ties, fingerprints and the stack of applied deltas. Nothing else in the library matches tensors by name."""
+"""Names and ties. Nothing else in the library matches tensors by name."""
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Collection, Iterable, Mapping
+from functools import lru_cache
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from ltp_sparse.weights.files import hash_tensor
 from ltp_sparse.weights.reading import closest
-from ltp_sparse.weights.tensors import check_plain_tensor
-
-if TYPE_CHECKING:
-    pass
 
 T = TypeVar("T")
 
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
-"""Names of the one child of a wrapping module: torch.compile, FSDP, activation checkpointing and offloading, Fabric.
+"""Names of the only child of a wrapping module: torch.compile, FSDP, activation checkpointing and offloading, Fabric.
 
-No other module is called so: wherever one of them stands between dots, it comes off.
+No other module has such a name, so each is removed wherever it occurs between dots.
 """
 
 LEADING = ("module.", "base_model.model.")
-"""Prefixes of wrapped models (DDP, peft) that may be a model's own names: they come off where all names have them."""
+"""Prefixes of wrapped models (DDP, peft). A model may use them itself: they are removed only if all names have them."""
 
 
 def strip_wrappers(name: str) -> str:
-    """The name of a tensor that is known alone, without what wrapping modules put into it."""
+    """A single name without the parts that wrapping modules add."""
     return bare_names([name])[name]
 
 
 def bare_names(names: Iterable[str], deciding: Iterable[str] | None = None) -> dict[str, str]:
-    """Name -> the name without what wrapping modules put into it. The one rule for modules, mappings and files.
+    """Name -> the name without the parts that wrapping modules add. The one rule for modules, mappings and files.
 
-    A part of a name that is one of `WRAPPERS` comes off wherever it is; a prefix of `LEADING` where all the names begin
-    with it, in any nesting. "module.weight" beside "bias" is thus a child called "module".
+    Parts in `WRAPPERS` are removed wherever they occur, prefixes in `LEADING` if all names begin with them, in any
+    nesting. So "module.weight" beside "bias" is a child called "module".
 
     Args:
-        names: those of one model.
-        deciding: the weights among them, which must all have a leading prefix and stay distinct, whatever buffers of
-            wrapping modules are called; default: all.
+        names: all names of one model.
+        deciding: the weights among them: only these must share a prefix and stay distinct, as wrapping modules name
+            their buffers freely. Default: all.
 
     Raises:
         ValueError: two names become one.
@@ -68,20 +61,20 @@ def check_distinct(pairs: Iterable[tuple[str, str]]) -> None:
     for name, bare in pairs:
         if first.setdefault(bare, name) != name:
             raise ValueError(
-                f"{first[bare]!r} and {name!r} are both called {bare!r} once the names of wrapping modules are taken "
-                "off; rename one"
+                f"{first[bare]!r} and {name!r} are both called {bare!r} once the names of wrapping modules are "
+                "removed; rename one"
             )
 
 
 class Named(dict[str, T]):
-    """Canonical name -> tensor, in canonical order. Looking up another name of a tensor finds it, too.
+    """Canonical name -> tensor, in canonical order. A lookup by an alias works too.
 
     Args:
         tensors: canonical name -> tensor, in any order.
-        aliases: other name -> canonical name: of ties, and of names as wrapping modules make them.
-        buffers: names of tensors that are known to be no weights.
-        quantised: names of tensors in a form that is no number per weight.
-        tied_by_memory: its ties are tensors on the same memory, which may also be chance.
+        aliases: other name -> canonical name, for ties and for names with wrapping modules.
+        buffers: names of known buffers.
+        quantised: names of tensors that do not hold one number per weight.
+        tied_by_memory: ties were found by shared memory, which may be chance.
     """
 
     def __init__(
@@ -103,10 +96,11 @@ class Named(dict[str, T]):
         return self[self.aliases[name]]
 
     def called(self, name: str) -> str | None:
-        """The canonical name of the tensor of that name; None if there is none."""
+        """The canonical name for a name or alias; None if it is unknown."""
         return name if name in self else self.aliases.get(name)
 
 
+@lru_cache(1 << 16)  # names are sorted several times in every call that takes a model
 def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
     """Sorts "layer.2" before "layer.10"."""
     return tuple((0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part)
@@ -115,17 +109,18 @@ def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
 def parameter_order(names: Iterable[str]) -> list[str]:
     """The canonical order of parameters: natural order of their names.
 
-    Ties of the selection go to the earliest parameter, so this order must not depend on how a model class registers its
-    modules (which differs between transformers versions) nor on the order of tensors in a file.
+    Ties of the selection go to the earliest parameter, so this order must depend neither on how a model class registers
+    its modules (which differs between transformers versions) nor on the order of tensors in a file.
     """
     return sorted(names, key=natural_key)
 
 
+@lru_cache(1 << 16)
 def tie_key(name: str) -> tuple[Any, ...]:
-    """Of the names of one tied tensor, the smallest by this is the canonical one, in modules and in files.
+    """Sort key for the names of one tied tensor: the smallest is the canonical one, in modules and in files.
 
-    It is the name that `save_pretrained` stores: inside the base model of an XLM-R, an embedding rather than a head, a
-    shared embedding rather than that of the encoder or decoder, then the one nearest to the root, in natural order.
+    That is the name `save_pretrained` stores: inside the base model of an XLM-R, an embedding before a head, a shared
+    embedding before that of the encoder or decoder, then the name with the fewest parts, in natural order.
     """
     parts = name.split(".")
     return (
@@ -161,9 +156,9 @@ def _joined(path: str, name: str) -> str:
 
 
 def _bare_names_in(model: nn.Module) -> dict[str, str]:
-    """Name -> bare name of all parameters and buffers of a module, every name of tied ones included.
+    """Name -> bare name of all parameters and buffers of a module, with all names of tied ones.
 
-    The names are already without `WRAPPERS`: checkpoint wrappers take theirs out of named_parameters(), not of
+    The keys are already without `WRAPPERS`: checkpoint wrappers remove theirs from named_parameters(), but not from
     named_modules().
     """
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -185,7 +180,7 @@ def _bare_names_in(model: nn.Module) -> dict[str, str]:
 def canonical_group(
     members: Iterable[tuple[str, T]], bare: Mapping[str, str], tied_to: Collection[str] = ()
 ) -> Named[T]:
-    """Each tensor of (name, tensor) once, under its canonical name; tied_to: names that are never it if others are."""
+    """Each tensor of (name, tensor) once, under its canonical name; a name in `tied_to` only if there is no other."""
     names: dict[int, list[str]] = {}
     tensors: dict[int, T] = {}
     for name, tensor in members:
@@ -203,12 +198,12 @@ def canonical_group(
 def canonical_parameters(model: nn.Module) -> Named[nn.Parameter]:
     """Canonical name -> parameter, in canonical order; a tied parameter appears once.
 
-    Of the names of a tied parameter, the one that `save_pretrained` stores wins
-    ("roberta.embeddings.word_embeddings.weight", never "lm_head.decoder.weight"), whichever the model class happens to
-    register first: what transformers knows of its ties decides, then `tie_key`.
+    A tied parameter has the name that `save_pretrained` stores ("roberta.embeddings.word_embeddings.weight", never
+    "lm_head.decoder.weight"), independent of the order in which the model class registers it: the ties that
+    transformers declares decide, then `tie_key`.
 
     Raises:
-        ValueError: two parameters have one name without the names of wrapping modules.
+        ValueError: two parameters have the same name without the names of wrapping modules.
     """
     tied_to = {
         _unwrapped_name(_joined(path, name))
@@ -223,13 +218,13 @@ def canonical_parameters(model: nn.Module) -> Named[nn.Parameter]:
 
 
 def canonical_buffers(model: nn.Module) -> Named[Tensor]:
-    """Canonical name -> buffer, likewise."""
+    """Canonical name -> buffer, in canonical order."""
     members = ((_unwrapped_name(name), b) for name, b in model.named_buffers(remove_duplicate=False))
     return canonical_group(members, _bare_names_in(model))
 
 
 def is_floating(tensor: Any) -> bool:
-    """Whether a tensor holds floating-point (or complex) numbers; a shape in its place counts as one that does."""
+    """Whether a tensor holds floating-point or complex numbers. Objects without a dtype, as shapes, count as such."""
     dtype = getattr(tensor, "dtype", None)
     return dtype is None or dtype.is_floating_point or dtype.is_complex
 
@@ -238,7 +233,7 @@ def canonical_tensors(source: nn.Module | Mapping[str, Any]) -> Named[Any]:
     """Canonical name -> tensor of a module's parameters or of a mapping, in canonical order.
 
     Raises:
-        ValueError: two names are one without the names of wrapping modules.
+        ValueError: two names become one without the names of wrapping modules.
     """
     if isinstance(source, nn.Module):
         named = canonical_parameters(source)
@@ -253,7 +248,11 @@ def canonical_tensors(source: nn.Module | Mapping[str, Any]) -> Named[Any]:
 
 
 def match_names(wanted: Iterable[str], known: Iterable[str], *, what: str, where: str) -> list[str]:
-    """The names of `wanted`, each of which must be in `known`, or an alias there; else an error lists the closest."""
+    """`wanted` as a list, after checking that each name is in `known` or an alias there.
+
+    Raises:
+        ValueError: a name is unknown; the message lists the closest ones.
+    """
     wanted = list(wanted)
     known = known if isinstance(known, Named) else Named(dict.fromkeys(known))
     missing = [name for name in wanted if known.called(name) is None]
@@ -262,39 +261,14 @@ def match_names(wanted: Iterable[str], known: Iterable[str], *, what: str, where
         found = "is" if share == "no name" else "are not"
         if missing[0] in known.buffers:
             raise ValueError(
-                f"{what}: {missing[0]!r} is a buffer in {where}, which does not train; leave buffers out of the ticket "
-                "(ticket.restrict, or pool= where it is selected)"
+                f"{what}: {missing[0]!r} is a buffer in {where} and does not train; leave buffers out of the ticket "
+                "(ticket.restrict, or pool= in the selection)"
             )
         raise ValueError(
             f"{what}: {share} of the ticket {found} in {where}; {missing[0]!r} is missing, "
             f"closest there: {closest(missing[0], known)}. Check that it belongs to this architecture"
         )
     return wanted
-
-
-def digest(dtype: torch.dtype, shape: Sequence[int], pieces: Iterable[Tensor]) -> str:
-    """A hash of dtype, shape and bits of a tensor that comes in row-major pieces (SHA-256, 128 bits kept)."""
-    sha = hashlib.sha256(f"{dtype} {list(shape)} ".encode())
-    for piece in pieces:
-        hash_tensor(sha, piece)
-    return sha.hexdigest()[:32]
-
-
-def tensor_digest(tensor: Tensor) -> str:
-    """`digest` of a tensor in memory."""
-    return digest(tensor.dtype, tensor.shape, [tensor])
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Name -> digest of the tensor: what identifies a base model. Hashes on all threads of torch.
-
-    Raises:
-        TypeError: a tensor is of a subclass, sparse or without values; the message names it.
-    """
-    for name, tensor in tensors.items():
-        check_plain_tensor(tensor, f"fingerprint: {name!r}")
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return dict(zip(tensors, pool.map(tensor_digest, tensors.values()), strict=True))
 
 
 def layer_of(name: str) -> str:
@@ -320,9 +294,9 @@ def is_layer_norm(name: str) -> bool:
     return "LayerNorm" in name
 
 
-def in_base_model(name: str, prefix: str = "roberta") -> bool:
-    """Whether a parameter belongs to the base model, as opposed to a head on top of it."""
-    return name.startswith(prefix + ".")
+def in_base_model(name: str) -> bool:
+    """Whether a parameter belongs to the base model of an XLM-R, as opposed to a head on top of it."""
+    return name.startswith("roberta.")
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -1,7 +1,7 @@
-"""What every reader of a file shares: one exception, the list of readers, bounds, and the doors of JSON and YAML.
+"""What all readers of files share: one exception, the list of readers, limits, and the readers of JSON and YAML.
 
-A file is data of a stranger. Nothing of it is taken at its word: how much it may ask for is bounded before memory is
-taken, and what cannot be read is a `FileFormatError` that names the file and the place, never another exception.
+Files are not trusted. The memory that a file may ask for is limited before it is allocated, and a file that cannot be
+read raises a `FileFormatError` with file and place, never another exception.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 _Read = TypeVar("_Read", bound=Callable[..., Any])
 
 READERS: dict[str, str] = {}
-"""Every reader of a file, by what it reads -> its module and name; the fuzz test walks them."""
+"""What is read -> module and name of the reader, for all readers; the fuzz test runs each."""
 
 LARGEST_JSON = 64 << 20
 LARGEST_YAML = 1 << 20
@@ -27,15 +27,15 @@ _TAGS = ("null", "bool", "int", "float", "str", "seq", "map", "merge")
 
 
 class FileFormatError(ValueError):
-    """A file cannot be read as what it should be: truncated, damaged, foreign, or with content that makes no sense.
+    """A file cannot be read as what it should be: truncated, damaged, foreign, or with invalid content.
 
-    Every reader of the library raises this and nothing else for the content of a file. (A file that is not there is a
+    Every reader of the library raises this and nothing else for the content of a file. (A missing file is a
     FileNotFoundError.)
 
     Args:
         path: the file.
-        problem: what was expected, what came, what to do.
-        place: where in the file, e.g. "line 3", "tensor 'w'" or "metadata"; None for the file as a whole.
+        problem: what was expected, what was found, what to do.
+        place: where in the file, e.g. "line 3", "tensor 'w'" or "metadata"; None for the whole file.
     """
 
     def __init__(self, path: str | os.PathLike[str], problem: str, place: str | None = None) -> None:
@@ -50,11 +50,11 @@ class FileFormatError(ValueError):
 
 @dataclass(frozen=True)
 class Place:
-    """A place in a file; `error` says what is wrong there.
+    """A place in a file, for error messages.
 
     Attributes:
         source: the file, or the name of a data set
-        at: "row 3" (counted behind the header), "'encoder.weight'", ...
+        at: "row 3" (counted from the header), "'encoder.weight'", ...
     """
 
     source: str | os.PathLike[str]
@@ -68,7 +68,7 @@ class Place:
 
 
 def reader(what: str) -> Callable[[_Read], _Read]:
-    """Marks a function as the reader of a kind of file; no other public function opens files to read them."""
+    """Registers a function as the reader of a kind of file. No other public function opens files for reading."""
 
     def register(read: _Read) -> _Read:
         READERS[what] = f"{read.__module__}.{read.__qualname__}"
@@ -84,11 +84,12 @@ def closest(name: str, names: Iterable[str], count: int = 3) -> str:
 
 
 def read_whole(path: str | os.PathLike[str], expected: str, largest: int) -> bytes:
-    """The bytes of a file that is read in one piece.
+    """The bytes of a whole file.
 
     Args:
-        expected: what it should be, for the messages: "a recipe".
-        largest: bytes; a larger file is an error.
+        path: the file.
+        expected: what it should be, for messages: "a recipe".
+        largest: the limit in bytes; a larger file is an error.
     """
     path = Path(path)
     if not path.is_file():
@@ -101,7 +102,7 @@ def read_whole(path: str | os.PathLike[str], expected: str, largest: int) -> byt
 
 
 def decoded(content: bytes, path: str | os.PathLike[str], place: str | None = None) -> str:
-    """UTF-8 text, without the byte order mark that spreadsheets write."""
+    """UTF-8 text without a byte order mark, which spreadsheets write."""
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise FileFormatError(path, "this is UTF-16; convert the file to UTF-8", place)
     try:
@@ -110,15 +111,17 @@ def decoded(content: bytes, path: str | os.PathLike[str], place: str | None = No
         line = content.count(b"\n", 0, error.start) + 1
         raise FileFormatError(path, f"not UTF-8 ({error.reason}); convert the file", place or f"line {line}") from error
     if "\0" in text:
-        raise FileFormatError(path, "a NUL character; this is no text file, or one of another encoding", place)
+        raise FileFormatError(path, "a NUL character; this is no text file, or it has another encoding", place)
     return text
 
 
 def parse_json(text: str, path: str | os.PathLike[str], place: str | None = None) -> Any:
-    """A JSON value; a key given twice, or deep nesting, is an error.
+    """A JSON value. Duplicate keys and deep nesting are errors.
 
     Args:
-        path, place: where the text stands, for the messages; without a place the line is named.
+        text: the JSON.
+        path: its file, for messages.
+        place: its place in the file; None: messages name the line.
     """
     try:
         value = json.loads(text, object_pairs_hook=_unique)
@@ -136,7 +139,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} twice in one object")
+        raise ValueError(
+            f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice in one object"
+        )
     return found
 
 
@@ -154,8 +159,9 @@ def read_json(path: str | os.PathLike[str], expected: str, keys: Sequence[str] =
     """The object of a JSON file.
 
     Args:
-        expected: what the file should be, for the messages: "the description of a run".
-        keys: must be there.
+        path: the file.
+        expected: what it should be, for messages: "the description of a run".
+        keys: required keys.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -171,16 +177,17 @@ def read_json(path: str | os.PathLike[str], expected: str, keys: Sequence[str] =
 
 @reader("YAML")
 def read_yaml(path: str | os.PathLike[str], expected: str) -> dict[str, Any]:
-    """The mapping of a YAML file, made of texts, numbers, booleans, nulls, lists and mappings with texts as keys.
+    """The mapping of a YAML file: strings, numbers, booleans, nulls, lists, and mappings with strings as keys.
 
     Args:
-        expected: what the file should be, for the messages: "a recipe".
+        path: the file.
+        expected: what it should be, for messages: "a recipe".
 
     Raises:
         FileNotFoundError: there is no such file.
-        FileFormatError: it is not such YAML; the line is named.
+        FileFormatError: it is no such YAML; the message names the line.
     """
-    import yaml  # noqa: F401  if it is not installed, that is said first
+    import yaml  # noqa: F401  a missing package is the first error
 
     value = parse_yaml(decoded(read_whole(path, expected, LARGEST_YAML), path), path)
     if value is None:
@@ -191,13 +198,13 @@ def read_yaml(path: str | os.PathLike[str], expected: str) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, path: str | os.PathLike[str]) -> Any:
-    """A YAML value of plain types; see `read_yaml`. `path`: where the text stands, for the messages."""
+    """A YAML value of plain types, see `read_yaml`; `path` is for messages."""
     import yaml
 
     fastest: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     loader, depth = None, 0
     try:
-        for event in yaml.parse(text, Loader=fastest):  # before nodes are made of it, which calls itself at every level
+        for event in yaml.parse(text, Loader=fastest):  # before nodes are made: that recurses at every level
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _DEEPEST:
                 line = event.start_mark.line + 1 if event.start_mark else 1
@@ -222,10 +229,12 @@ def parse_yaml(text: str, path: str | os.PathLike[str]) -> Any:
 
 
 def _weigh(node: Any, path: str | os.PathLike[str], known: dict[int, int | None]) -> int:
-    """Values that a node of YAML stands for, aliases counted each time; refuses what is not plain, endless or large.
+    """Counts the values of a YAML node, aliases each time; refuses other types, cycles and large documents.
 
     Args:
-        known: node -> its values, None while it is open
+        node: the node.
+        path: its file, for messages.
+        known: node -> its count, None while it is being counted.
     """
     import yaml
 
@@ -233,20 +242,20 @@ def _weigh(node: Any, path: str | os.PathLike[str], known: dict[int, int | None]
         return FileFormatError(path, problem, f"line {at.start_mark.line + 1}")
 
     if (before := known.get(id(node), 0)) is None:
-        raise wrong("an alias to what it lies in")
+        raise wrong("an alias of a value that contains it")
     if before:
         return before
     if (tag := node.tag.removeprefix("tag:yaml.org,2002:")) not in _TAGS:
-        raise wrong(f"a value of the type {tag!r}; put a text in quotes, other types are not read")
+        raise wrong(f"a value of the type {tag!r}; put strings in quotes, other types are not read")
     known[id(node)], total = None, 1
     if isinstance(node, yaml.MappingNode):
         names = set()
         for key, value in node.value:
             merged = key.tag.endswith(":merge")
             if not isinstance(key, yaml.ScalarNode) or not (merged or key.tag.endswith(":str")):
-                raise wrong(f"expected a text as a key, got {_shown(key.value)}; put it in quotes", key)
+                raise wrong(f"expected a string as a key, got {_shown(key.value)}; put it in quotes", key)
             if key.value in names and not merged:
-                raise wrong(f"the key {key.value!r} twice", key)
+                raise wrong(f"the key {key.value!r} occurs twice", key)
             names.add(key.value)
             total += 1 + _weigh(value, path, known)
     elif isinstance(node, yaml.SequenceNode):

@@ -1,4 +1,4 @@
-"""What a tensor must be for its memory to be read by address: plain, dense and there."""
+"""Checks that a tensor can be read by address: plain, dense and with memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+TILE = 65_536
+"""Entries of a tile: the largest block whose positions fit in 16 bits."""
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The dtypes of weights, with the codes that the compiled kernels read."""
 DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
@@ -14,29 +17,30 @@ DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 
 _PLAIN = {Tensor, nn.Parameter}
 LOWEST_ADDRESS = 1 << 40
-"""Where memory was given back, the address of a view is its offset alone: less than this, as few others are."""
+"""A view whose storage was freed has its offset as its address: a number below this one, as few others are."""
 
 _ADVICE = {
     "DTensor": "pass its own part, `.to_local()`, or all of it, `.full_tensor()`",
     "AsyncCollectiveTensor": "wait for it first, `.wait()`",
     "FakeTensor": "it has no memory; call this outside of FakeTensorMode, on real tensors",
-    "FunctionalTensor": "it has no memory of its own; call this outside of the transformation",
+    "FunctionalTensor": "it has no memory; call this outside of the transformation",
     "NestedTensor": "pass its `.values()`",
 }
 _OTHERS = "pass a plain tensor, e.g. `.dequantize()` where it is quantised"
 
 
 def check_plain_tensor(tensor: Tensor, what: str) -> None:
-    """Refuses tensors whose numbers are not simply in their memory; parameters pass, as do subclasses that only carry
-    attributes or methods of their own.
+    """Refuses tensors whose values do not simply lie in their memory.
+
+    Parameters pass, and so do subclasses that only add attributes or methods.
 
     Args:
-        tensor: any.
-        what: what to call it in the message, e.g. "MaskedAdamW: parameter 'head.weight'".
+        tensor: any tensor.
+        what: its name in the message, e.g. "MaskedAdamW: parameter 'head.weight'".
 
     Raises:
         TypeError: it is a subclass that computes by itself (DTensor, quantised tensors, ...), sparse, nested,
-            quantised, on the meta device, or its memory was given back. The message says what to do.
+            quantised, on the meta device, or its memory was freed. The message says what to do.
     """
     kind = type(tensor)
     if kind not in _PLAIN:
@@ -54,19 +58,32 @@ def check_plain_tensor(tensor: Tensor, what: str) -> None:
     if tensor.is_meta:
         raise TypeError(f"{what} is on the meta device and has no values; load the weights first")
     if not has_memory(tensor):
-        raise TypeError(
-            f"{what} has {tensor.numel()} entries, but its memory was given back; gather or reload it first"
-        )
+        raise TypeError(f"{what} has {tensor.numel()} entries, but its memory was freed; gather or reload it first")
 
 
 def all_plain(tensors: Iterable[object], *others: object) -> bool:
-    """Whether none can be of a subclass; the quick look that saves `check_plain_tensor` for each. others: pass, too."""
+    """Whether no tensor is of a subclass: a quick test before `check_plain_tensor` is called for each.
+
+    Args:
+        tensors: the tensors.
+        others: objects whose types also pass.
+    """
     return {*map(type, tensors)} <= _PLAIN.union(map(type, others))
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """False where the storage was freed or cut under a tensor, as sharded training does between uses."""
+    """False if the storage of the tensor was freed or shrunk, as sharded training does between uses."""
     if not tensor.numel() or tensor.data_ptr() >= LOWEST_ADDRESS:
         return True
     extent = 1 + sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
     return tensor.untyped_storage().nbytes() >= (tensor.storage_offset() + extent) * tensor.element_size()
+
+
+def flat_piece(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Entries start..stop of the row-major order of any tensor, contiguous; copies no more than their rows."""
+    if tensor.is_contiguous() or tensor.dim() < 2:
+        return tensor.reshape(-1)[start:stop].contiguous()  # a strided vector stays strided under reshape
+    row = tensor[0].numel()
+    first = start // row
+    rows = tensor[first : -(-stop // row)].reshape(-1)
+    return rows[start - first * row : stop - first * row].contiguous()

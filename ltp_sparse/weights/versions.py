@@ -1,4 +1,4 @@
-"""Versions of a model as weights by name: modules, mappings and checkpoints alike, and two of them side by side."""
+"""Versions of a model as weights by name, from modules, mappings or checkpoints, and the comparison of two."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ BUFFERS = re.compile(
     r"|(original_)?inv_freq|inv_timescales|freqs_cis|position_ids|token_type_ids|relative_position_index"
     r"|embed_avg|cluster_size|empty_weight)$"
 )
-"""Names of buffers that hold floating-point numbers (those of integers are known by their dtype).
+"""Names of floating-point buffers (integer buffers are known by their dtype).
 
-A file does not tell buffers from weights. Where the other side of a selection is a module, its own buffers count as
-such, too; between two files, a buffer of floating-point numbers with a name of one's own is taken for a weight.
+A file does not distinguish buffers from weights. If the other side of a selection is a module, its buffers are known.
+Between two files, a floating-point buffer with an unusual name counts as a weight.
 """
 
 _OF_QUANTISED = re.compile(
@@ -50,20 +50,21 @@ _WRAPPED_PART = re.compile(r"(^|\.)(module|base_model\.model)(?=\.)")
 _PIECE = 1 << 20  # entries compared at a time
 
 Missing = bool | str | Iterable[str]
-"""What may be on one side only: everything, nothing, or what one of the regular expressions is found in."""
+"""Which names may be on one side only: all, none, or those that match one of the regular expressions."""
 
 
 def open_weights(weights: Weights) -> Named[Readable]:
     """Canonical name -> weight, in canonical order; the same for a module, its state dict and its checkpoint.
 
-    Left out are buffers (see `BUFFERS`), what a class of transformers does not save, integers, and quantised tensors.
+    Buffers (see `BUFFERS`), tensors that a class of transformers does not save, integers and quantised tensors are left
+    out.
 
     Warns:
-        UserWarning: tensors are quantised: they are no weights that a ticket could train.
+        UserWarning: tensors are quantised, so a ticket cannot train them.
 
     Raises:
         FileFormatError: a file is damaged (see `open_checkpoint`).
-        ValueError: two names are one without the names of wrapping modules.
+        ValueError: two names become one without the names of wrapping modules.
     """
     if isinstance(weights, nn.Module):
         found = _of_module(weights)
@@ -89,7 +90,7 @@ def _of_module(model: nn.Module) -> Named[Readable]:
 
 
 def _is_quantised(tensor: Tensor) -> bool:
-    """Whether a parameter holds something else than a number per weight (bitsandbytes, torchao)."""
+    """Whether a parameter does not hold one number per weight (bitsandbytes, torchao)."""
     if not is_floating(tensor):
         return True
     if not is_traceable_wrapper_subclass(tensor):
@@ -119,7 +120,7 @@ def _of_kept(aliases: Mapping[str, str], kept: Mapping[str, Any]) -> dict[str, s
 def _tied_by_memory(tensors: Mapping[str, Any]) -> Named[Any]:
     """`canonical_tensors` of a mapping in which tensors on the same memory are one, as in a state dict."""
     if not isinstance(tensors, Mapping):
-        return canonical_tensors(tensors)  # which says what is expected
+        return canonical_tensors(tensors)  # raises the error
     bare = bare_names(tensors, [name for name, tensor in tensors.items() if is_floating(tensor)])
     seen: dict[tuple[Any, ...], Any] = {}
     named = canonical_group(((name, seen.setdefault(_place(t), t)) for name, t in tensors.items()), bare)
@@ -134,13 +135,13 @@ def _place(tensor: Any) -> tuple[Any, ...]:
 
 
 def side_by_side(one: Named[Readable], other: Named[Readable]) -> tuple[Named[Readable], Named[Readable]]:
-    """Both sides with what each knows of names: buffers, ties, and names under wrapping modules.
+    """Both sides under common names: each side's buffers, ties and names with wrapping modules apply to the other.
 
-    A tensor that one side has under an alias of the other's gets its name. A twin that one side ties and the other
-    stores twice is dropped where its bits are those of the first; else it is a parameter of its own, on both sides.
+    A tensor that one side has under an alias of the other gets the canonical name. If one side ties two names and the
+    other stores two tensors, the second is dropped if its bits are equal; otherwise both are parameters on both sides.
 
     Warns:
-        UserWarning: twins of equal bits are kept as two parameters, since only memory ties them on the other side.
+        UserWarning: equal tensors are kept as two parameters, since only shared memory ties them on the other side.
     """
     one = _renamed(one, other)
     other = _renamed(other, one)
@@ -148,12 +149,12 @@ def side_by_side(one: Named[Readable], other: Named[Readable]) -> tuple[Named[Re
 
 
 def _renamed(side: Named[Readable], by: Named[Readable]) -> Named[Readable]:
-    """The side under the names that the other knows, without its buffers and the twins of its ties."""
+    """One side under the names of the other, without the other's buffers and without copies of its tied tensors."""
     kept = {name: tensor for name, tensor in side.items() if name not in by.buffers or name in by}
     aliases, clones = dict(side.aliases), []
     for name in [name for name in kept if name not in by]:
         canonical = by.called(name)
-        if canonical is None:  # a part of the model is wrapped, which a mapping or a file does not tell
+        if canonical is None:  # a part of the model is wrapped: unknown to mappings and files
             canonical = by.called(_WRAPPED_PART.sub("", name).removeprefix("."))
             if canonical is None or canonical in kept:
                 continue
@@ -169,9 +170,9 @@ def _renamed(side: Named[Readable], by: Named[Readable]) -> Named[Readable]:
     if clones:
         name, canonical = clones[0]
         warnings.warn(
-            f"{name!r} holds the bits of {canonical!r}, and is one tensor with it on the other side "
-            f"({len(clones)} such pairs): they look like tied weights that were copied, and are taken for two "
-            "parameters. Give the module in place of its state dict, or leave one out (pool=)",
+            f"{name!r} equals {canonical!r} bit for bit, and both are one tensor on the other side ({len(clones)} such "
+            "pairs): they look like copies of tied weights, but count as two parameters. Pass the module in place of "
+            "its state dict, or leave one out (pool=)",
             UserWarning,
             stacklevel=4,
         )
@@ -179,7 +180,7 @@ def _renamed(side: Named[Readable], by: Named[Readable]) -> Named[Readable]:
 
 
 def _untied(side: Named[Readable], by: Named[Readable]) -> Named[Readable]:
-    """The side with its tied tensors under each of the names that are two tensors on the other."""
+    """One side, with a tied tensor under both names if the other side has two tensors."""
     twins = {o: side[c] for o, c in side.aliases.items() if o in by and c in by}
     return Named({**side, **twins}, side.aliases, side.buffers, side.quantised, side.tied_by_memory)
 
@@ -200,16 +201,17 @@ def same_bits(one: Readable, other: Readable) -> bool:
 def check_sides(
     one: Iterable[str], other: Iterable[str], allow_missing: Missing, *, what: str, sides: tuple[str, str]
 ) -> dict[str, int]:
-    """How many names are on one side only, by side.
+    """The number of names that are on one side only, by side.
 
     Args:
-        one, other: the names of the two sides.
-        allow_missing: what may be on one side only.
-        what: who asks.
-        sides: what the sides are called.
+        one: the names of the first side.
+        other: the names of the second side.
+        allow_missing: which names may be on one side only.
+        what: the caller, for messages.
+        sides: what to call the sides in messages.
 
     Raises:
-        ValueError: a name is on one side only, and that is not allowed; or the sides share none.
+        ValueError: the sides share no name, or a name is on one side only and not allowed to be.
     """
     one, other = list(one), list(other)
     here, there = set(one), set(other)
@@ -229,7 +231,7 @@ def check_sides(
         ]
         if phrases:
             raise ValueError(
-                f"{what}: {'; '.join(phrases)}. Give two versions of one model, or a pool= that leaves these out; "
-                "allow_missing= takes expressions for names that may be on one side only, or True"
+                f"{what}: {'; '.join(phrases)}. Pass two versions of one model, or a pool= that leaves these out; "
+                "allow_missing= takes True or regular expressions for names that may be on one side only"
             )
     return {f"only in {side}": len(names) for side, names in zip(sides, alone, strict=True) if names}

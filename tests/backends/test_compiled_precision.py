@@ -24,7 +24,13 @@ MODES = {
     "8bit-stochastic": {"states": "8bit", "stochastic": True},
 }
 CASES = [
-    pytest.param(dtype, grad_dtype, mode, id=f"{name}-grad_{grad_name}-{mode_name}")
+    pytest.param(
+        dtype,
+        grad_dtype,
+        mode,
+        id=f"{name}-grad_{grad_name}-{mode_name}",
+        marks=[] if (name, grad_name) == ("bf16", "f32") else pytest.mark.slow,
+    )
     for (name, dtype), (grad_name, grad_dtype), (mode_name, mode) in itertools.product(
         DTYPES.items(), DTYPES.items(), MODES.items()
     )
@@ -68,7 +74,9 @@ def run(backend: str, density: float, with_anchor: bool, **options) -> list[torc
     return [*problem.tensors(), *sums]
 
 
-@pytest.mark.parametrize("with_anchor", [False, True], ids=["plain", "pull"])
+@pytest.mark.parametrize(
+    "with_anchor", [pytest.param(False, id="plain"), pytest.param(True, id="pull", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(("dtype", "grad_dtype", "mode"), CASES)
 def test_bits_of_the_reference(compiled, dtype, grad_dtype, mode, with_anchor):
     for density in (0.02, 0.3, 0.9, 1.0):

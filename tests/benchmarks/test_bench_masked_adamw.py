@@ -174,7 +174,7 @@ def test_clustered_tickets_touch_what_a_real_one_touches(bench):
         for entries, dtype, share in zip((8, 16), (torch.int8, torch.int16), shares, strict=True):
             touched = sum(int(s.bitmap().view(dtype).count_nonzero()) for s in ticket.sets.values())
             assert touched * entries / ticket.n == pytest.approx(share, rel=0.15)
-    with pytest.raises(ValueError, match="4,803,696 entries wanted .*density 0.75.*, .* move"):
+    with pytest.raises(ValueError, match="4,803,696 entries requested .*density 0.75.*, .* move"):
         clustered.ticket(shapes, 0.75)
 
 

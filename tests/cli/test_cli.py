@@ -121,12 +121,12 @@ def test_interrupted_runs_are_not_started_anew_by_oversight(files, ticket, tmp_p
     left.mkdir(parents=True)
     arguments = [*train_arguments(files, ticket), "--seeds", 1, "--output", tmp_path / "run"]
     assert run("train", *arguments) == 2
-    assert "holds checkpoints of an interrupted run; pass --resume to go on, or another --output" in (
+    assert "has checkpoints of an interrupted run; pass --resume to continue, or another --output" in (
         capsys.readouterr().err
     )
     select = ["select", "--model", files / "model", "--text", files / "text.txt", "--run-dir", left.parent]
     assert run(*select, "--output", tmp_path / "t") == 2
-    assert "pass --resume to go on, or another --run-dir" in capsys.readouterr().err
+    assert "pass --resume to continue, or another --run-dir" in capsys.readouterr().err
     assert left.is_dir()
 
 
@@ -326,8 +326,8 @@ TRAIN = ["train", "--model", "mini-xlmr", "--output", "o"]
         ),
         (["select", "--max-lines", "0"], "--max-lines: must be at least 1, got 0"),
         (["train", "--output", "x"], "--model is needed"),
-        ([*TRAIN, "--method", "bitfit", "--encoder", "mlp"], "--encoder is of soft prompts and not of bitfit"),
-        ([*TRAIN, "--method", "bitfit", "--match", "pool"], "--match is of random-ticket, not of bitfit"),
+        ([*TRAIN, "--method", "bitfit", "--encoder", "mlp"], "--encoder is for soft prompts, not for bitfit"),
+        ([*TRAIN, "--method", "bitfit", "--match", "pool"], "--match is for random-ticket, not for bitfit"),
         ([*TRAIN, "--method", "spt"], "invalid choice: 'spt'"),
         (TRAIN, "--ticket is needed for ltp; make one with ltp-sparse select"),
         ([*TRAIN, "--method", "soft-prompt", "--language", "aym"], "'aym'; pass --verbalizer, one of ar, "),
@@ -342,8 +342,8 @@ TRAIN = ["train", "--model", "mini-xlmr", "--output", "o"]
         ([*TEXT, "--intersect"], "--intersect needs a --segment"),
         ([*TEXT[:-1], "/proc/none/o"], "--output /proc/none/o cannot be written"),
         ([*TEXT[:-1], "."], "--output must be a file, . is not one"),
-        ([*PAIR, "--segment", "middle"], "--segment is of tuning and has no part in comparing"),
-        ([*PAIR, "--text", "t.txt"], "--text is of tuning"),
+        ([*PAIR, "--segment", "middle"], "--segment is for tuning and not for a comparison"),
+        ([*PAIR, "--text", "t.txt"], "--text is for tuning"),
         (
             ["memory", "--model", "./nothing"],
             "a Hub name ('owner/name'), got './nothing'",
@@ -392,7 +392,7 @@ def test_predictions_are_read_as_they_were_written(files, trained, tmp_path):
 def test_an_export_does_not_overwrite_its_model(files, trained, tmp_path, capsys):
     before = {path.name: path.read_bytes() for path in (files / "model").iterdir()}
     assert run("export", trained, "--output", files / "model" / ".." / "model") == 2
-    assert "holds something; give a new or an empty folder" in capsys.readouterr().err
+    assert "is not empty; give a new or an empty folder" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in (files / "model").iterdir()} == before
     assert run("export", trained, "--seed", 7, "--output", tmp_path) == 2
     assert "expected one of its seeds 1, 2, got 7" in capsys.readouterr().err

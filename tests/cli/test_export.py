@@ -124,5 +124,5 @@ def test_what_transformers_has_no_model_for_is_refused(own_files, tmp_path, caps
     data = ["--train", own_files / "train.tsv", "--dev", own_files / "dev.tsv", *COLUMNS, *QUICK, "--epochs", 1]
     assert run("train", "--model", own_files / "model", "--method", "mad-x", *data, "--output", tmp_path / "run") == 0
     assert run("export", tmp_path / "run", "--output", tmp_path / "exported") == 2
-    assert "which attaches modules of its own" in capsys.readouterr().err
+    assert "which attaches modules" in capsys.readouterr().err
     assert list((tmp_path / "exported").iterdir()) == []

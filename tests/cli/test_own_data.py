@@ -135,7 +135,7 @@ def test_numbers_and_truth_values_are_labels(tmp_path):
     ("row", "message"),
     [
         ({"text": "t"}, "expected a column 'label', got text"),
-        ({"text": "t", "label": None}, "row 2: expected a label in column 'label', a text or a whole number, got None"),
+        ({"text": "t", "label": None}, "row 2: expected a label in column 'label', a text or an integer, got None"),
         ({"text": "t", "label": ""}, "got ''"),
         ({"text": "t", "label": 0.5}, "got 0.5"),
         ({"text": "t", "label": ["a"]}, r"got \['a'\]"),
@@ -240,14 +240,14 @@ def test_words_of_two_classes_must_differ_as_tokens():
     for words, message in (
         (
             {"a": "word1 surely", "b": "surely"},
-            "'word1 surely' and 'surely' come down to the same token '\u2581surely'",
+            "'word1 surely' and 'surely' are the same token '\u2581surely'",
         ),
         (
             {"a": "word1", "b": "w\u00fcrde"},
-            "the word 'w\u00fcrde' of class 'b' is not in the tokenizer, which makes \u2581 . <unk> of it",
+            "the word 'w\u00fcrde' of class 'b' is not in the tokenizer, which splits it into \u2581 . <unk>",
         ),
         ({"a": "word1", "b": "\u00fc word2"}, "is not in the tokenizer"),
-        ({"a": "word1", "b": ""}, "the word '' of class 'b' is not in the tokenizer, which makes nothing of it"),
+        ({"a": "word1", "b": ""}, "the word '' of class 'b' is not in the tokenizer, which splits it into nothing"),
     ):
         with pytest.raises(ValueError, match=message), warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -1,1 +1,1 @@
-"""What several test files share, each module named by what it holds."""
+"""Helpers of several test files, in modules named by their content."""

@@ -1,4 +1,4 @@
-"""Backends and instruction sets of this machine, and the choice of one for some lines."""
+"""Backends and instruction sets of this machine, and contexts that choose one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _params(names: tuple[str, ...]) -> list:
 
 BACKENDS = _params(("reference", "compiled"))
 ALL_BACKENDS = _params(backends.NAMES)
-"""With Triton, whose interpreter is slow: for small inputs only."""
+"""Also Triton, whose interpreter is slow: for small inputs only."""
 
 
 @contextmanager
@@ -59,7 +59,7 @@ class Unpacked:
 
 
 def instruction_sets(module) -> list[str]:
-    """Those that this processor runs."""
+    """The instruction sets that this processor supports."""
     found = []
     for name in ("generic", "avx2", "avx512"):
         try:

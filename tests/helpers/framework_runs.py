@@ -1,4 +1,4 @@
-"""A small model, its batches and its plain run, which the run in every framework is compared with."""
+"""A small model, its batches and its plain run, the reference for runs in frameworks."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def poison(model, calls, active):
 
 
 def plain_run(*, size=BATCH, accumulation=1, skip=None):
-    """The reference every framework is compared with, bit for bit: (model, norms)."""
+    """The reference of all frameworks, bit for bit: (model, norms)."""
     model = build_net()
     optimizer, norms = make_optimizer(model), []
     for number, batch in enumerate(batches(size)):

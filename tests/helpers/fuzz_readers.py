@@ -66,10 +66,10 @@ class Case:
     """A kind of file.
 
     reader: its name in `ltp_sparse.weights.reading.READERS`
-    name:   of the file; its suffix tells readers what it is
+    name:   of the file; readers go by its suffix
     made:   the bytes of a whole one
     read:   path -> content that can be compared
-    says:   bytes -> the content they stand for, by other code; None: only `made` is right (checksums)
+    says:   bytes -> their content by independent code; None: only `made` is right (checksums)
     forged: (a source of chance) -> bytes that were never damaged but make no sense, with right checksums
     bombs:  small files that ask for much
     share:  of the files, relative to the others
@@ -151,12 +151,12 @@ def mutated(value: Any, chance: random.Random) -> Any:
 
 
 def sealed(kind: str, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> bytes:
-    """A file of ours with right checksums, whatever it says."""
+    """A file of this library with valid checksums and any content."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "f"
         try:
             files.save(path, kind, tensors, metadata)
-        except (TypeError, ValueError, RecursionError):  # what JSON cannot hold
+        except (TypeError, ValueError, RecursionError):  # no JSON
             files.save(path, kind, tensors, {})
         return path.read_bytes()
 
@@ -301,7 +301,7 @@ def lt_sft_bombs(name: str) -> tuple[bytes, ...]:
 
 
 def cases(folder: Path) -> list[Case]:
-    """All cases; `folder`: for what is written to make them."""
+    """All cases; `folder`: for temporary files."""
     from transformers import BloomConfig, BloomForCausalLM
 
     from ltp_sparse.models import backbone
@@ -405,13 +405,13 @@ def cases(folder: Path) -> list[Case]:
         return [(r["premise"], r["hypothesis"], r.get("label") or None) for r in objects_of(content)]
 
     def rows_without_a_word(path: Path) -> Any:
-        """Rows that are left out, or cannot be verified, are told in a warning, which counts as refused here."""
+        """Rows that are left out or cannot be verified give a warning, which counts as refused here."""
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             try:
                 return results.read(path)
-            except UserWarning as told:
-                raise FileFormatError(path, str(told)) from told
+            except UserWarning as warning:
+                raise FileFormatError(path, str(warning)) from warning
 
     def own(path: Path) -> Any:
         columns = Columns(text="premise", pair="hypothesis", label="label")
@@ -537,17 +537,17 @@ def attempt(case: Case, content: bytes, path: Path, forged: bool) -> tuple[str, 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = case.read(path)
-        outcome, told = "same", ""
+        outcome, detail = "same", ""
     except FileFormatError as error:
-        outcome, told = ("memory", repr(error)) if out_of_memory(error) else ("refused", "")
+        outcome, detail = ("memory", repr(error)) if out_of_memory(error) else ("refused", "")
         if path.name not in str(error) and path.parent.name not in str(error):
-            outcome, told = "crash", f"a message without the file: {error}"
+            outcome, detail = "crash", f"a message without the file: {error}"
     except (Exception, RecursionError) as error:
-        outcome, told = "memory" if out_of_memory(error) else "crash", repr(error)[:300]
+        outcome, detail = "memory" if out_of_memory(error) else "crash", repr(error)[:300]
     if (seconds := time.process_time() - start) > SECONDS and outcome in ("same", "refused"):
         return "slow", f"{seconds:.2f} s"
     if outcome != "same" or content == case.made:
-        return outcome, told
+        return outcome, detail
     original = ORIGINALS[case.name, case.reader]
     if equal(found, original):
         return "same", ""
@@ -580,13 +580,13 @@ def _child(case: Case, jobs: list[tuple[str, bytes]], folder: Path, pipe: int) -
     with os.fdopen(pipe, "w") as out:
         for number, (kind, content) in enumerate(jobs):
             print(json.dumps(["start", number, "", ""]), file=out, flush=True)
-            signal.setitimer(signal.ITIMER_PROF, 20)  # ends this process: told as a crash
-            outcome, told = attempt(case, content, folder / case.name, kind in ("forged", "bomb"))
-            print(json.dumps(["done", number, outcome, told]), file=out, flush=True)
+            signal.setitimer(signal.ITIMER_PROF, 20)  # ends this process, which counts as a crash
+            outcome, detail = attempt(case, content, folder / case.name, kind in ("forged", "bomb"))
+            print(json.dumps(["done", number, outcome, detail]), file=out, flush=True)
 
 
 def tried(case: Case, jobs: list[tuple[str, bytes]]) -> Iterator[tuple[str, bytes, str, str]]:
-    """(kind of damage, bytes, outcome, what was found) of every job; a child that dies is told, the next goes on."""
+    """(kind of damage, bytes, outcome, what was found) of every job; if a child dies, the next one continues."""
     while jobs:
         with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
             ours, theirs = os.pipe()
@@ -600,12 +600,12 @@ def tried(case: Case, jobs: list[tuple[str, bytes]]) -> Iterator[tuple[str, byte
             begun = finished = 0
             with os.fdopen(ours) as lines:
                 for line in lines:
-                    what, number, outcome, told = json.loads(line)
+                    what, number, outcome, detail = json.loads(line)
                     if what == "start":
                         begun = number + 1
                     else:
                         finished = number + 1
-                        yield *jobs[number], outcome, told
+                        yield *jobs[number], outcome, detail
             _, status = os.waitpid(pid, 0)
         if begun > finished:
             yield *jobs[finished], "crash", f"the process ended with status {status}"
@@ -631,7 +631,7 @@ def walk(
     """Counts by (reader, file, damage, outcome), and the faults with their bytes.
 
     count: files in all
-    only:  readers to try, with as many files each as in a run of all; empty: all
+    only:  readers to try, with the same files as in a run of all; empty: all
     """
     counts: Counter[tuple[str, str, str, str]] = Counter()
     faults = []
@@ -646,11 +646,11 @@ def walk(
             (whole / case.name).write_bytes(case.made)
             ORIGINALS[case.name, case.reader] = case.read(whole / case.name)
             start = time.time()
-            for kind, content, outcome, told in tried(case, jobs_of(case, int(count * case.share / total), seed)):
+            for kind, content, outcome, detail in tried(case, jobs_of(case, int(count * case.share / total), seed)):
                 counts[case.reader, case.name, kind, outcome] += 1
                 if outcome in FAULTS or (kind == "none" and outcome != "same"):
                     shown = base64.b64encode(content[:3000]).decode()
-                    faults.append((case.reader, case.name, kind, outcome, told, shown))
+                    faults.append((case.reader, case.name, kind, outcome, detail, shown))
             if progress:
                 found = {o: sum(n for k, n in counts.items() if k[:2] == (case.reader, case.name) and k[3] == o)
                          for o in OUTCOMES}  # fmt: skip

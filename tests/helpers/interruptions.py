@@ -4,7 +4,7 @@ from transformers import TrainerCallback
 
 
 class StopAfter(TrainerCallback):
-    """A kill at the end of a step."""
+    """Ends the run at the end of a step, like a kill."""
 
     def __init__(self, step: int) -> None:
         self.step = step

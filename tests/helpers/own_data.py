@@ -1,4 +1,4 @@
-"""Labelled data of one's own: texts of four classes, and the options that train on them."""
+"""Labelled data in files: texts of four classes, and options to train on them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def run(*arguments) -> int:
 
 
 def rows(count: int, seed: int = 0, languages=("quy", "aym")) -> list[dict]:
-    """Texts of four classes whose first word gives the class away; one class is the number 0."""
+    """Texts of four classes, which follow from the first word; one class is the number 0."""
     draws = random.Random(seed)
     clues = [*CLUES.values(), "word0"]
     return [

@@ -1,4 +1,4 @@
-"""Memory of a process, as Linux counts it, and scripts that measure theirs in a process of their own."""
+"""Memory of a process as counted by Linux, and scripts that measure theirs in a separate process."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def status() -> dict[str, int]:
 
 
 def forget_peak() -> None:
-    """VmHWM counts from here."""
+    """Resets VmHWM."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 @contextmanager
 def anonymous_peak() -> Iterator[list[int]]:
-    """A list that afterwards holds by how many bytes anonymous memory grew at its highest."""
+    """Yields a list; at exit the peak growth of anonymous memory, in bytes, is appended."""
     before, peak, done = status()["RssAnon"], [0], threading.Event()
 
     def watch() -> None:
@@ -43,7 +43,7 @@ def anonymous_peak() -> Iterator[list[int]]:
 
 
 def printed(script: str, *arguments: object) -> str:
-    """What a script prints; it may import `helpers`."""
+    """The output of a script, which may import `helpers`."""
     command = [sys.executable, "-c", script, *map(str, arguments)]
     done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Prompt-learning on the tiny model, in one process or, as a program, on the ranks that torchrun starts."""
+"""Prompt-learning on the tiny model, in one process or, as a program, in the processes of torchrun."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def delta_bits(delta: ls.SparseDelta) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    """Trains as a rank; the first one saves what came out."""
+    """Trains as one process of several; the first one saves the result."""
     torch.set_num_threads(1)
     result = run(tiny_tokenizer(), train=toy_pairs(32))
     if os.environ["RANK"] == "0":

@@ -1,4 +1,4 @@
-"""Raw calls of the operators: right arguments, canaries around them, and, as a program, calls by chance.
+"""Raw calls of the operators: valid arguments, canaries around them, and, as a program, random calls.
 
     python -m helpers.raw_operators SEED COUNT LOG
 
@@ -23,14 +23,14 @@ ERRORS = (ValueError, TypeError, RuntimeError)
 
 
 def random_sets() -> list[IndexSet]:
-    """Every encoding, tiles that are not whole, a parameter of several tiles."""
+    """All encodings, incomplete tiles, and a parameter of several tiles."""
     torch.manual_seed(0)
     sizes, densities = (TILE + 90, 700, 300, 1000), (0.3, 1.0, 0.02, 0.4)
     return [IndexSet.from_mask(torch.rand(n) < d) for n, d in zip(sizes, densities, strict=True)]
 
 
 class Call:
-    """Right arguments of all operators, by name, to be spoilt."""
+    """Valid arguments of all operators, by name, for tests that break them."""
 
     def __init__(self) -> None:
         table = TileTable.build(random_sets(), ranks=True)
@@ -69,7 +69,7 @@ def call(op: str, arguments: dict) -> None:
 
 
 def guarded(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A copy of a tensor between canaries, and all that memory as bytes."""
+    """A copy of a tensor between canaries, and the whole memory as bytes."""
     room = 4096
     whole = torch.full((tensor.nbytes + 2 * room,), 0x5A, dtype=torch.uint8)
     inner = whole[room : room + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
@@ -82,7 +82,7 @@ def intact(inner: torch.Tensor, whole: torch.Tensor) -> bool:
 
 
 def strange(rng: random.Random, tensor: torch.Tensor) -> torch.Tensor:
-    """Another tensor in its place: of another size, dtype, shape or stride, or with other numbers."""
+    """A replacement with another size, dtype, shape or stride, or with other numbers."""
     n = tensor.numel()
     whole = tensor.is_contiguous() and not tensor.is_meta
     if rng.random() < 0.4 and not tensor.is_floating_point() and n and whole:
@@ -110,7 +110,7 @@ def strange(rng: random.Random, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def try_one(number: int, right: Call) -> tuple[bool, bool]:
-    """(whether the call was refused, whether nothing was written beyond its tensors) of a call by chance."""
+    """Makes a random call. Returns whether it was refused, and whether nothing was written beyond its tensors."""
     rng = random.Random(number)
     if rng.random() < 0.2:
         sizes = [rng.randrange(1, 200) for _ in range(3)]

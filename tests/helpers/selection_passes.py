@@ -1,4 +1,4 @@
-"""The passes of a selection over tensors in memory: pairs of weights, bounds of a band, and what a band pass writes."""
+"""The passes of a selection over tensors in memory: pairs of weights, bounds of a band, outputs of a band pass."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TAKE = (1, 0, 5, 33, 1000, 0, 70_000, 3, 1, 65_536, 2000, 2)  # of each tile
 
 
 def unaligned(tensor: Tensor) -> Tensor:
-    """The same entries where no vector can be loaded."""
+    """The same entries at an address where no vector can be loaded."""
     return torch.cat([tensor[:1], tensor])[1:]
 
 
@@ -62,7 +62,7 @@ class BandOutputs:
         return [t.tolist() for t in (self.words, self.above, self.inside, self.cursor, self.nonfinite)]
 
     def candidates(self) -> list[tuple[list[int], list[int]] | None]:
-        """(keys, positions) of every tile, None where they were not stored; wherever they stand."""
+        """(keys, positions) of every tile, independent of their place; None if they were not stored."""
         places = zip(self.offsets.tolist(), self.inside.tolist(), strict=True)
         spans = [slice(first, first + count) if first >= 0 else None for first, count in places]
         return [None if span is None else (self.keys[span].tolist(), self.positions[span].tolist()) for span in spans]

@@ -1,4 +1,4 @@
-"""Selections drawn from a seed, the routes that make them, and what a stable sort selects."""
+"""Random selections, the routes that compute them, and their results by a stable sort."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROUTES = ("sample", "histogram")
 SMALL_ROUTES = {
     "SAMPLES": 200, "_SAMPLE_SHARE": 2, "SAMPLE_FROM": 1, "_SPARE_CANDIDATES": 40, "_PIECE": 64, "_HISTOGRAMS": 1 << 16,
 }  # fmt: skip
-"""Of `topk`: with these, every route and the work in pieces happen at a few hundred entries."""
+"""Constants of the routes: with these values, all routes and pieces occur at a few hundred entries."""
 
 DELTAS = {
     "normal": lambda n, g: torch.randn(n, generator=g) * 1e-3,
@@ -47,7 +47,7 @@ def random_case(seed: int):
 
 
 def naive(initial, tuned, ks, groups=None) -> list[list[int]]:
-    """Per tensor the selected entries, by a stable sort of float32 deltas in numpy; knows nothing of keys."""
+    """Selected entries of each tensor, by a stable sort of float32 deltas in numpy, without keys."""
     groups = groups or [0] * len(tuned)
     after = [t.float().reshape(-1).numpy() for t in tuned]
     before = [t.float().reshape(-1).numpy() for t in initial] or [np.zeros_like(a) for a in after]

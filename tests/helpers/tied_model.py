@@ -10,7 +10,7 @@ DENSE = "roberta.encoder.layer.0.dense.weight"
 
 
 class TiedModel(nn.Module):
-    """Embedding and LM head share their weight, as in XLM-R; the head is registered first, which must not matter."""
+    """Embedding and LM head share their weight, as in XLM-R; the head is registered first, without effect."""
 
     base_model_prefix = "roberta"
 

@@ -1,4 +1,4 @@
-"""A tiny XLM-R, a tiny tokenizer and a toy inference task, for the tests of prompts, methods and prompt-learning."""
+"""A tiny XLM-R, a tiny tokenizer and a toy inference task, for tests of prompts, methods and training."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def tiny_language_model(vocabulary: int, *, decoupled: bool = True, seed: int = 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = backbone_from_config(config, decoupled=decoupled)
-        with torch.no_grad():  # biases and norms start at 0 and 1, where mistakes do not show
+        with torch.no_grad():  # initial biases of 0 and norms of 1 would hide mistakes
             for parameter in {id(p): p for p in model.parameters() if p.dim() == 1}.values():
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
 
 def toy_pairs(count: int, seed: int = 0, language: str = "en") -> list[TinyPair]:
-    """Pairs in which one word of the hypothesis gives the class away; classes take turns."""
+    """Pairs whose class follows from one word of the hypothesis; classes alternate."""
     generator = torch.Generator().manual_seed(seed)
     pairs = []
     for i in range(count):
@@ -73,7 +73,7 @@ def toy_pairs(count: int, seed: int = 0, language: str = "en") -> list[TinyPair]
 
 
 def ticket_of(model, density: float = 0.3) -> ls.Ticket:
-    """A ticket selected on `model`, as stage 1 gives it: with the fingerprint of these weights."""
+    """A ticket as from stage 1: with the fingerprint of the weights of `model`."""
     generator = torch.Generator().manual_seed(0)
     initial = weights(model)
     tuned = {name: t + torch.randn(t.shape, generator=generator) for name, t in initial.items()}

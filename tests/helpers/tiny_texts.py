@@ -1,4 +1,4 @@
-"""An example of the kind text."""
+"""An example of the kind "text"."""
 
 from dataclasses import dataclass
 

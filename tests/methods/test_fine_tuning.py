@@ -158,6 +158,7 @@ class Fixed(FineTuning):
         return given
 
 
+@pytest.mark.slow
 def test_iterations_add_entries(tokenizer):
     model = tiny_language_model(len(tokenizer))
     once = run(tokenizer, LTSFT(settings=QUICK, density=0.1), model=model)
@@ -174,6 +175,7 @@ def test_iterations_add_entries(tokenizer):
     assert odd.delta.ticket.k == budget
 
 
+@pytest.mark.slow
 def test_a_killed_search_resumes_with_its_ticket(tokenizer, tmp_path):
     method = LTSFT(settings=QUICK, density=0.1)
     whole = run(tokenizer, method, output_dir=tmp_path / "whole", save_every=1)

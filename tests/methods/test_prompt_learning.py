@@ -202,7 +202,7 @@ def test_the_language_model_goes_back_to_its_initial_bits(tokenizer):
     result = run(tokenizer, model=model, ticket=ticket)
     assert any(not torch.equal(weights(model)[n], before[n]) for n in before)
     for method in (LTP(settings=SHORT), PromptOnly(settings=SHORT)):
-        with pytest.raises(ValueError, match="result of an earlier run applied; call result.release"):
+        with pytest.raises(ValueError, match="result of an earlier run; call result.release"):
             run(tokenizer, method, model=model, **({"ticket": ticket} if method.needs_ticket else {}))
     result.delta.revert(result.model)
     assert all(torch.equal(weights(model)[n], before[n]) for n in before)

@@ -294,7 +294,7 @@ def test_errors(language_model):
     with pytest.raises(ValueError, match="without 'adapters', it has one"):
         stack.attach(language_model.roberta)
     around = SequenceClassifier(language_model, 2)  # has no `adapters` of its own, but the same encoder
-    with pytest.raises(ValueError, match="another stack is attached to it"):
+    with pytest.raises(ValueError, match="this one has another stack"):
         AdapterStack(task=short).attach(around)
     stack.remove()
     AdapterStack(task=short).attach(around).remove()

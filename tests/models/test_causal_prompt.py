@@ -22,7 +22,7 @@ from ltp_sparse.models import (
     vocabulary_loss,
     word_tokens,
 )
-from ltp_sparse.prompting.templates import IGNORED_LABEL
+from ltp_sparse.prompting.inputs import IGNORED_LABEL
 from ltp_sparse.weights.names import canonical_parameters
 
 KINDS = ("xglm", "bloom")
@@ -122,7 +122,7 @@ def test_words_that_are_one_token(kind):
 
 def test_a_split_word_falls_back_to_its_last_piece_and_says_so(tokenizer):
     words = {"a": "w1", "b": "w2", "c": "earth"}
-    with pytest.warns(UserWarning, match=r"'earth' to be one token, got .*'h'.*the last one, 'h', is taken") as caught:
+    with pytest.warns(UserWarning, match=r"'earth' to be one token, got .*'h'.*the last one, 'h', is used") as caught:
         tokens = word_tokens(tokenizer, words, CLASSES)
     assert tokenizer.convert_ids_to_tokens(tokens) == ["▁w1", "▁w2", "h"]
     assert caught[0].filename == __file__

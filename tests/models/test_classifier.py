@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ltp_sparse.models import SequenceClassifier, collator, encode_pairs, encode_texts
 from ltp_sparse.prompting import CLASSES
-from ltp_sparse.prompting.templates import IGNORED_LABEL
+from ltp_sparse.prompting.inputs import IGNORED_LABEL
 from ltp_sparse.weights.names import canonical_parameters
 
 

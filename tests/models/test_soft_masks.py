@@ -89,7 +89,7 @@ def test_fold_leaves_the_same_function_in_plain_weights(model, batch):
         assert torch.equal(after[name], initial[name] * mask)
     others = set(after) - set(masks.names)
     assert all(torch.equal(after[name], initial[name]) for name in others)
-    with pytest.raises(ValueError, match="attached to a model; attach"):
+    with pytest.raises(ValueError, match="attached masks; attach"):
         masks.fold()
 
 

@@ -143,6 +143,7 @@ def test_encodings_are_views_of_one_state(backend):
     assert all(map(same_bits, *problem.values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_same_bits_on_any_number_of_threads(backend):
     """Contract 6; the sums of squares, too."""

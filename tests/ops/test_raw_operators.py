@@ -21,7 +21,7 @@ from ltp_sparse.testing import update_problem
 from ltp_sparse.tickets.bits import TILE
 from ltp_sparse.tickets.index_set import Encoding, IndexSet
 from ltp_sparse.tickets.tile_table import Column, TileTable
-from ltp_sparse.weights import names
+from ltp_sparse.weights import digests
 from ltp_sparse.weights.tensors import check_plain_tensor
 
 TESTS = Path(__file__).parents[1]
@@ -143,7 +143,7 @@ def test_index_sets_whose_counts_are_wrong_do_not_get_through():
         IndexSet.from_bitmap(words, 1000, torch.tensor([400]))
     with pytest.raises(ValueError, match="counts"):
         IndexSet.from_bitmap(words, 1000, torch.tensor([500.0]))
-    table = TileTable.build([IndexSet(1000, Encoding.BITMAP, words, torch.tensor([400]))])
+    table = TileTable.build([IndexSet(1000, Encoding.BITMAP, words, torch.tensor([400]), 400)])
     with pytest.raises(ValueError, match="ACTIVE must be the bits"):
         ops.masked_pack_([torch.ones(1000)], torch.zeros(400), table)
 
@@ -240,7 +240,7 @@ def test_tensors_without_plain_memory_are_refused_everywhere(kind):
     with pytest.raises(ERRORS):
         ops.masked_pack_([tensor], torch.zeros(6), table)
     with pytest.raises(TypeError, match="fingerprint: 'w'"):
-        names.fingerprint({"w": tensor})
+        digests.fingerprint({"w": tensor})
 
 
 def test_subclasses_that_only_carry_attributes_pass():
@@ -249,9 +249,9 @@ def test_subclasses_that_only_carry_attributes_pass():
 
     check_plain_tensor(torch.ones(3).as_subclass(Labelled), "it")
     check_plain_tensor(torch.nn.Parameter(torch.ones(3)), "it")
-    plain = names.fingerprint({"w": torch.ones(3)})
-    assert names.fingerprint({"w": torch.ones(3).as_subclass(Labelled)}) == plain
-    assert names.fingerprint({"w": torch._neg_view(-torch.ones(3))}) == plain
+    plain = digests.fingerprint({"w": torch.ones(3)})
+    assert digests.fingerprint({"w": torch.ones(3).as_subclass(Labelled)}) == plain
+    assert digests.fingerprint({"w": torch._neg_view(-torch.ones(3))}) == plain
 
 
 # --- one decision per step ---

@@ -77,6 +77,7 @@ def test_random_bits_depend_on_the_entry_alone(backend):
             assert same_bits(ours[mask], all_of_it[mask])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_small_updates_are_lost_by_rounding_to_nearest_only(backend):
     """Updates of a hundredth of the last place of bfloat16: the mean follows them, or the master does."""

@@ -93,6 +93,7 @@ def test_pieces_from_the_host_give_the_same_bits(backend, mode, slots, as_on_a_g
     assert_same(first, second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_every_backend_takes_pieces(backend, as_on_a_gpu):
     """Small, for the interpreter: pieces of a tile each, of which there is one for each parameter."""

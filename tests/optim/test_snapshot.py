@@ -13,7 +13,7 @@ from ltp_sparse.optim.snapshot import Snapshot
 from ltp_sparse.selection import pools
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.training.method import train_method
-from ltp_sparse.weights import names
+from ltp_sparse.weights import digests, names
 
 
 @pytest.fixture
@@ -32,18 +32,18 @@ def test_a_run_passes_over_the_names_three_times_and_reads_the_weights_twice(mon
     model = tiny_language_model(len(tokenizer))
     ticket = ticket_of(model)
     passes, hashed = [], []
-    group, digest = names.canonical_group, names.digest
+    group, tile_digests = names.canonical_group, digests.tile_digests
 
     def counted_group(*arguments):
         passes.append(1)
         return group(*arguments)
 
-    def counted_digest(dtype, shape, pieces):
-        hashed.append(shape.numel())
-        return digest(dtype, shape, pieces)
+    def counted_digests(tensor):
+        hashed.append(tensor.numel())
+        return tile_digests(tensor)
 
     monkeypatch.setattr(names, "canonical_group", counted_group)
-    monkeypatch.setattr(names, "digest", counted_digest)
+    monkeypatch.setattr(digests, "tile_digests", counted_digests)
     method = METHODS["ltp"]()
     method = replace(method, settings=replace(method.settings, max_length=32, epochs=1))
     train_method(method, model, tokenizer, toy_pairs(16), toy_pairs(8, 1), ticket=ticket, progress=False)

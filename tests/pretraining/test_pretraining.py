@@ -212,6 +212,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tokenizer, text, tmp_path):
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_it_learns_and_beats_the_unigram_model(tokenizer, text):
     training = {"en": sentences(300, "en"), "de": sentences(300, "de")}
     held_out = {"en": sentences(40, "en", seed=1)}

@@ -29,7 +29,7 @@ def test_old_names_as_programs_write_them():
 import sys
 import ltp_sparse as ls
 assert "torch" not in sys.modules
-assert ls.names.fingerprint.__module__ == "ltp_sparse.weights.names"
+assert ls.names.fingerprint.__module__ == "ltp_sparse.weights.digests"
 import ltp_sparse.delta as delta
 from ltp_sparse import files, reference, topk
 from ltp_sparse.encoding import *

@@ -123,7 +123,7 @@ def test_an_error_survives_pickling_and_names_file_and_place():
     [
         ("[" * 100_000, "nested more than 100 deep"),
         ("[" * 200 + "]" * 200, "nested more than 100 deep"),
-        ('{"a": 1, "b": 2, "a": 3}', "the key 'a' twice"),
+        ('{"a": 1, "b": 2, "a": 3}', "the key 'a' occurs twice"),
         ('{\n"a": 1,\n}', "line 3: not JSON"),
         ('{"a": ' + "9" * 10_000 + "}", "not JSON"),
         ("[1]", "expected an object, a JSON object, got .1."),
@@ -153,9 +153,9 @@ _LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("[" * 100_000, "line 1: YAML that is nested more than 100 deep"),
         ("- " * 20_000, "nested more than 100 deep"),
         (_LAUGHS, r"line \d: more than 100,000 values, aliases counted each time"),
-        ("a: &a [*a]", "line 1: an alias to what it lies in"),
-        ("x: 1\na: 2\nx: 3", "line 3: the key 'x' twice"),
-        ("languages:\n  no: 1", "line 2: expected a text as a key, got 'no'; put it in quotes"),
+        ("a: &a [*a]", "line 1: an alias of a value that contains it"),
+        ("x: 1\na: 2\nx: 3", "line 3: the key 'x' occurs twice"),
+        ("languages:\n  no: 1", "line 2: expected a string as a key, got 'no'; put it in quotes"),
         ("a: 2001-02-03", "a value of the type 'timestamp'"),
         ("a: !!python/object/apply:os.system [x]", "a value of the type"),
         ("a: !!int ''", "not YAML"),
@@ -221,16 +221,16 @@ def test_tables_that_are_read(tmp_path, name, content, pairs):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.tsv", b"premise\thypothesis\tpremise\na\tb\tc\n", "header: the column 'premise' twice"),
+        ("a.tsv", b"premise\thypothesis\tpremise\na\tb\tc\n", "header: the column 'premise' occurs twice"),
         ("a.csv", b'premise,hypothesis\n"a,b\nc,d\n', "row 1: a quote that is opened here is not closed"),
-        ("a.csv", b'premise,hypothesis\n"a"x,b\n', "row 1: text behind the closing quote"),
+        ("a.csv", b'premise,hypothesis\n"a"x,b\n', "row 1: text after the closing quote"),
         ("a.tsv", HEAD.encode() + b"a\0\tb\tneutral\n", "line 2: a NUL character"),
         ("a.tsv", (HEAD + "a\tb\tneutral\n").encode("utf-16"), "line 1: this is UTF-16"),
         ("a.jsonl", b'{"premise": "a", "hypothesis": "b", "label": 0}', "row 1: expected one of .*got 0"),
         ("a.jsonl", b'{"premise": "a", "hypothesis": "b", "label": false}', "row 1: expected one of .*got False"),
         ("a.jsonl", b'{"premise": "a", "hypothesis": "b", "label": []}', r"row 1: expected one of .*got \[\]"),
         ("a.jsonl", b'{"premise": "a", "hypothesis": null}', "row 1: no text in column 'hypothesis'.*got null"),
-        ("a.jsonl", b'{"premise": "a", "premise": "b", "hypothesis": "c"}', "row 1: .*the key 'premise' twice"),
+        ("a.jsonl", b'{"premise": "a", "premise": "b", "hypothesis": "c"}', "row 1: .*the key 'premise' occurs twice"),
         ("a.jsonl", b"[" * 100_000, "row 1: JSON that is nested more than 100 deep"),
         ("a.tsv.gz", HEAD.encode(), "not a complete .gz file"),
         ("a.tsv.gz", gzip.compress(HEAD.encode() * 50, mtime=0)[:-12], "not a complete .gz file"),
@@ -331,7 +331,7 @@ def test_tickets_that_contradict_themselves(tmp_path):
 def test_metadata_that_json_cannot_hold_is_named_at_once():
     shapes = {"w": [4]}
     sets = ls.Ticket.full(shapes).sets
-    with pytest.raises(TypeError, match=r"Ticket: metadata\['threshold'\] must be what JSON can hold.*Tensor"):
+    with pytest.raises(TypeError, match=r"Ticket: metadata\['threshold'\] must be JSON.*Tensor"):
         ls.Ticket(sets, shapes, {"threshold": torch.ones(1)})
     with pytest.raises(TypeError, match=r"SparseDelta: metadata\['path'\]"):
         ls.SparseDelta(ls.Ticket.full(shapes), {"w": torch.ones(4)}, metadata={"path": Path("x")})

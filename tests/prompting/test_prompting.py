@@ -24,7 +24,8 @@ from ltp_sparse.prompting import (
     discrete_template,
     soft_template,
 )
-from ltp_sparse.prompting.templates import IGNORED_LABEL, label_index, strip_punctuation
+from ltp_sparse.prompting.inputs import IGNORED_LABEL
+from ltp_sparse.prompting.templates import label_index, strip_punctuation
 from ltp_sparse.recipes import results
 from ltp_sparse.report import tables
 from ltp_sparse.training import evaluation
@@ -220,7 +221,7 @@ def test_a_split_word_falls_back_to_its_last_piece_and_says_so(tokenizer):
 
 def test_english_words_that_split_are_an_error_at_load(tokenizer, monkeypatch):
     monkeypatch.setitem(WORDS, "en", ("wrongoff", "right", "maybe"))
-    with pytest.raises(ValueError, match="use the tokenizer of the model"):
+    with pytest.raises(ValueError, match="use the model's tokenizer"):
         Verbalizer.for_language(tokenizer, "en")
 
 

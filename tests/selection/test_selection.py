@@ -112,7 +112,7 @@ def test_ticket_holds_exactly_k_and_tells_its_origin(versions):
 def test_shortfall_warns_and_is_stored():
     """Contract 1: entries that did not move are never selected."""
     tuned = {"a": torch.tensor([0.0, 1.0, 0.0]), "b": torch.tensor([2.0])}
-    with pytest.warns(ShortTicket, match="3 entries were asked for, only 2 of 4 have moved"):
+    with pytest.warns(ShortTicket, match="3 entries were requested, but only 2 of 4 moved"):
         ticket = ls.select({"a": torch.zeros(3), "b": torch.zeros(1)}, tuned, density=0.75)
     assert (ticket.k, ticket.metadata["requested_k"], ticket.metadata["k"]) == (2, 3, 2)
     assert ticket.indices("a").tolist() == [1]
@@ -263,9 +263,9 @@ def test_shares_take_the_most_moved_of_each_group(versions):
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        ({"nothing": 1.0}, "'nothing' is found in no parameter"),
+        ({"nothing": 1.0}, "'nothing' matches no parameter"),
         ({"embeddings": 0.6, "layer": 0.6}, "must not exceed 1, got 1.2"),
-        ({"token_type": 1.0}, "400 entries are asked of 'token_type', which has 16"),
+        ({"token_type": 1.0}, "400 entries are requested from 'token_type', which has 16"),
         ("row", "got 'row'"),
     ],
     ids=str,

@@ -216,5 +216,5 @@ def test_real_first_release_of_americasnli(shared_data):
     from ltp_sparse.tasks.americasnli import americasnli
 
     for language in languages("americasnli"):
-        pairs = americasnli("dev", language, None, shared_data, revised=False)
+        pairs = americasnli("dev", language, shared_data, revised=False)
         assert len(pairs) == FIRST_DEV_SIZES.get(language, 743)

@@ -476,7 +476,7 @@ def test_bits_are_compared_where_bits_are_promised(cast):
 def test_zeros_that_change_their_sign_outside_the_ticket_are_told():
     base, tuned = {"w": torch.tensor([0.0, 1.0, -0.0, 0.0])}, {"w": torch.tensor([-0.0, 2.0, -0.0, 0.0])}
     ticket = ls.select(base, tuned, k=1)
-    with pytest.warns(UserWarning, match="1 zeros outside the ticket changed their sign"):
+    with pytest.warns(UserWarning, match="1 zeros outside the ticket changed only their sign"):
         SparseDelta.between(base, tuned, ticket)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -58,7 +58,7 @@ def test_digest_tells_sets_and_sizes_apart():
         ([4, 10], r"lie in \[0, 10\), got 4 to 10"),
         ([4, 11, 9], "ascending"),
         ([0.0, 1.9], r"expected integer indices \[k\], got torch.float32 \[2\]"),
-        ([False, True], "masks go to from_mask"),
+        ([False, True], "use from_mask for masks"),
         ([[0, 1], [2, 3]], r"got torch.int64 \[2, 2\]"),
     ],
 )

@@ -54,6 +54,7 @@ def test_every_set_is_equally_likely(k, deviations, monkeypatch):
     assert squares < freedom + 4.5 * math.sqrt(2 * freedom) + 4, squares
 
 
+@pytest.mark.slow
 def test_counts_per_parameter_are_hypergeometric():
     """Mean and variance of what falls into one of two parameters."""
     a, b, k, trials = 3000, 7000, 2000, 400

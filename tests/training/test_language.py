@@ -46,6 +46,7 @@ def test_the_entries_are_those_that_full_tuning_moved_most(tokenizer):
     assert ls.select(tuned.initial, model, density=0.05, pool=pools.maskable) == delta.ticket
 
 
+@pytest.mark.slow
 def test_resuming_tells_the_phases_apart(tokenizer, tmp_path):
     settings = dataclasses.replace(QUICK, save_steps=2)
     runs = [

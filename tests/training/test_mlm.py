@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from ltp_sparse import canonical_parameters
 from ltp_sparse.models import masked_losses
 from ltp_sparse.models.masked_losses import masked_token_loss, token_losses
-from ltp_sparse.prompting.templates import IGNORED_LABEL
+from ltp_sparse.prompting.inputs import IGNORED_LABEL
 from ltp_sparse.selection import ShortTicket, pools
 from ltp_sparse.selection.ltp import find_ticket
 from ltp_sparse.training.masked_texts import MaskedTexts, PadRight, split_texts, text_hash
@@ -382,6 +382,7 @@ def test_initial_weights_are_held_once(tokenizer, texts):
     assert_same(result.initial, {name: before[name] for name in result.initial})
 
 
+@pytest.mark.slow
 def test_resumed_tuning_is_the_uninterrupted_one(tokenizer, texts, tmp_path):
     options = {"save_steps": 5, "epochs": 3}
     whole = tune(build(dropout=0.1), tokenizer, texts, output_dir=tmp_path / "a", **options)

@@ -136,9 +136,9 @@ def test_nan_gradients_of_inactive_entries_do_not_spread(tmp_path):
     ("save_steps", "killed_at", "options"),
     [
         pytest.param(5, 8, {}, id="mid-epoch"),
-        pytest.param(6, 7, {}, id="epoch-boundary"),
-        pytest.param(2, 5, {"gradient_accumulation_steps": 2}, id="accumulation"),
-        pytest.param(5, 12, {"bf16": True}, id="bf16"),
+        pytest.param(6, 7, {}, id="epoch-boundary", marks=pytest.mark.slow),
+        pytest.param(2, 5, {"gradient_accumulation_steps": 2}, id="accumulation", marks=pytest.mark.slow),
+        pytest.param(5, 12, {"bf16": True}, id="bf16", marks=pytest.mark.slow),
     ],
 )
 def test_resumed_run_is_the_uninterrupted_run(tmp_path, save_steps, killed_at, options):
@@ -276,7 +276,7 @@ def test_incomplete_checkpoints_are_passed_over(tmp_path):
     state = tmp_path / "checkpoint-18" / "trainer_state.json"
     state.write_text(state.read_text()[:50])
     with pytest.warns(
-        UserWarning, match=r"checkpoint-18/trainer_state.json: expected .* going on from .*checkpoint-12"
+        UserWarning, match=r"checkpoint-18/trainer_state.json: expected .* continuing from .*checkpoint-12"
     ):
         assert last_checkpoint(tmp_path).name == "checkpoint-12"
     (tmp_path / "checkpoint-12" / "trainer_state.json").unlink()
@@ -284,11 +284,11 @@ def test_incomplete_checkpoints_are_passed_over(tmp_path):
         assert last_checkpoint(tmp_path).name == "checkpoint-6"
     shutil.rmtree(tmp_path / "checkpoint-6")
     for call in (lambda: last_checkpoint(tmp_path), lambda: build(tmp_path).train(resume_from_checkpoint=True)):
-        with pytest.raises(FileFormatError, match="No checkpoint is left to go on from; delete"):
+        with pytest.raises(FileFormatError, match="No checkpoint is left to continue from; delete"):
             call()
     manifest.start(tmp_path / "checkpoint-12")  # as if its writing had never come to an end
     shutil.rmtree(tmp_path / "checkpoint-18")
-    with pytest.warns(UserWarning, match="interrupted: passed over, no checkpoint is complete"):
+    with pytest.warns(UserWarning, match="interrupted: skipped, no checkpoint is complete"):
         assert last_checkpoint(tmp_path) is None
 
 
@@ -322,7 +322,7 @@ def test_a_damaged_checkpoint_never_changes_the_result(name, harm, whole_run, tm
     harm(folder / "checkpoint-18" / name)
     options = {"save_strategy": "steps", "save_steps": 9, "max_steps": 18}
     resumed = build(folder, **options)
-    with pytest.warns(UserWarning, match="checkpoint-18.*passed over, going on from .*checkpoint-9"):
+    with pytest.warns(UserWarning, match="checkpoint-18.*skipped, continuing from .*checkpoint-9"):
         resumed.train(resume_from_checkpoint=True)
     assert resumed.resumed_from.name == "checkpoint-9"
     assert_same(weights(resumed.model), whole_run[1])
@@ -355,7 +355,7 @@ def test_the_checkpoint_of_before_stays_until_the_new_one_is_complete(tmp_path, 
         with pytest.raises(KeyboardInterrupt):
             build(tmp_path / "run", **options).train()
     resumed = build(tmp_path / "run", **options)
-    with pytest.warns(UserWarning, match="checkpoint-12: its writing was interrupted: passed over, going on from"):
+    with pytest.warns(UserWarning, match="checkpoint-12: its writing was interrupted: skipped, continuing from"):
         resumed.train(resume_from_checkpoint=True)
     assert resumed.resumed_from.name == "checkpoint-6"
     assert_same(weights(whole.model), weights(resumed.model))

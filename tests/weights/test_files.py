@@ -225,7 +225,7 @@ def test_what_goes_wrong_is_told_with_the_path(failing, number, tmp_path, monkey
     owner = {"mkdir": Path, "save_file": safetensors.torch, "fsync": os}[failing]
     with monkeypatch.context() as patch:
         patch.setattr(owner, failing, fail)
-        message = f"{os.strerror(number)[1:]}; what was there before is unchanged: '{path}'"
+        message = f"{os.strerror(number)[1:]}; an existing file is unchanged: '{path}'"
         with pytest.raises(OSError, match=message) as caught:
             ticket(5).save(path)
     assert caught.value.errno == number
@@ -255,6 +255,7 @@ def rows(n=6):
     return [{"id": f"{i:04x}", "scores": of, "note": "ñandé \u2028", "n": i} for i, of in enumerate(scores)]
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_of_a_results_file_is_found(tmp_path):
     path = tmp_path / "r.jsonl"
     for row in rows():
@@ -337,7 +338,7 @@ def test_manifests(tmp_path):
     (folder / "a").write_bytes(b"a" * 99 + b"A")
     manifest.check(folder, ("sub/", "c"))
     manifest.add(folder, ["c"])  # blesses nothing else
-    with pytest.raises(FileFormatError, match=r"f/a: its content is not that"):
+    with pytest.raises(FileFormatError, match=r"f/a: its content does not match"):
         manifest.check(folder)
     (folder / "a").write_bytes(b"a" * 101)
     with pytest.raises(FileFormatError, match=r"f/a: expected 100 bytes .* got 101"):
@@ -468,7 +469,7 @@ def test_a_tensor_that_cannot_be_put_back_is_told(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "copy_", broken)
-        with pytest.raises(RuntimeError, match="could not be put back: load the model again"):
+        with pytest.raises(RuntimeError, match="could not be restored: load the model again"):
             put_back([Held(a, None, torch.ones(3))])
 
 
@@ -497,7 +498,7 @@ def test_one_run_at_a_time_works_in_a_folder(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)
     try:
         assert other.stdout.readline() == b"in\n"
-        with pytest.raises(ValueError, match="another run is at work in"), alone(tmp_path):
+        with pytest.raises(ValueError, match="another run is using"), alone(tmp_path):
             pass
     finally:
         other.kill(), other.wait()

@@ -1,4 +1,4 @@
-"""Names: wrappers, ties, order, matching errors, fingerprints."""
+"""Names: wrappers, ties, order, matching errors."""
 
 import copy
 
@@ -108,25 +108,6 @@ def test_partly_missing_names_are_an_error():
     ticket = ls.Ticket.full({DENSE: [16, 16], "roberta.pooler.weight": [16, 16]})
     with pytest.raises(ValueError, match=r"1 of 2 names of the ticket are not.*'roberta.pooler.weight' is missing"):
         ls.MaskedAdamW(TiedModel(), ticket)
-
-
-def test_fingerprint_is_of_bits_dtype_and_shape_not_of_memory_layout():
-    tensor = torch.randn(700, 300)
-    prints = {
-        "same": names.tensor_digest(tensor.clone()),
-        "strided": names.tensor_digest(tensor.t().contiguous().t()),
-        "pieces": names.digest(tensor.dtype, tensor.shape, tensor.split(123)),
-    }
-    assert set(prints.values()) == {names.tensor_digest(tensor)}
-    flipped = tensor.clone()
-    flipped.view(torch.int32)[-1, -1] ^= 1
-    others = [flipped, tensor.view(300, 700), tensor.half(), tensor.view(torch.int32), -tensor]
-    assert len({names.tensor_digest(t) for t in [tensor, *others]}) == 6
-
-
-def test_fingerprint_on_any_number_of_threads():
-    tensors = {f"p{i}": torch.randn(i, 7) for i in range(20)}
-    assert names.fingerprint(tensors) == {name: names.tensor_digest(t) for name, t in tensors.items()}
 
 
 def test_copies_of_a_model_have_their_own_stack_of_deltas():

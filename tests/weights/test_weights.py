@@ -319,7 +319,7 @@ def test_copies_of_tied_weights_are_told_where_only_memory_ties_the_other_side(c
         moved.shared.weight += 1
     sides = {"initial": base.state_dict(), "tuned": moved.state_dict()}
     sides[cloned] = {name: tensor.clone() for name, tensor in sides[cloned].items()}
-    told = f"'{OLD}' holds the bits of 'shared.weight', .* tied weights that were copied"
+    told = f"'{OLD}' equals 'shared.weight' bit for bit, .* copies of tied weights"
     with pytest.warns(UserWarning, match=told):
         ticket = ls.select(sides["initial"], sides["tuned"], k=3)
     with pytest.warns(UserWarning, match=told):
@@ -456,7 +456,7 @@ def test_tensors_without_memory_of_their_own_are_refused():
     try:
         sharded = DTensor.from_local(torch.randn(4, 4), init_device_mesh("cpu", (1,)), [Shard(0)])
         with pytest.raises(TypeError, match="must be a plain tensor, got DTensor"):
-            ls.weights.names.fingerprint({"w": sharded})
+            ls.weights.digests.fingerprint({"w": sharded})
         with pytest.raises(TypeError, match="'w' is a DTensor.*select_sharded"):
             ls.select({"w": sharded}, {"w": torch.zeros(4, 4)}, k=1)
     finally:
@@ -524,9 +524,9 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(sharded, change, messa
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"weight_map": {"w": "a", "w": "b"}}', "'w' twice"),
+        ('{"weight_map": {"w": "a", "w": "b"}}', "'w' occurs twice"),
         ("[]", "expected an index of shards, a JSON object"),
-        ('{"weight_map": []}', "expected names and their shards, got list"),
+        ('{"weight_map": []}', "expected a mapping to shards, got list"),
         ("[" * 100_000, "nested"),
         ("\udcff", "not UTF-8"),
     ],

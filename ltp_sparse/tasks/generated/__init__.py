@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ltp_sparse.tasks.pairs import Pair
 
 LANGUAGES = ("en", "de", "fr", "es", "ru", "tr", "sw", "id")
@@ -11,8 +13,8 @@ _SHOTS = 32
 _TEST_PER_CLASS = 100
 
 
-def generated(split: str, language: str, shots: int | None, seed: int) -> list[Pair]:
-    """`shots` examples per class (default 32) drawn with `seed`, or the test set, which is always the same."""
+def generated(split: str, language: str, data: Path | None, shots: int | None, seed: int) -> list[Pair]:
+    """`shots` examples per class (default 32) drawn with `seed`, or the fixed test set; `data` is ignored."""
     from ltp_sparse.tasks.generated.inference import pairs
 
     if split not in _SPLITS:

@@ -1,0 +1,63 @@
+"""From texts to token ids, and from encoded examples to batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED_LABEL = -100
+"""The label of an example without one; losses leave it out."""
+
+SIDES = ("right", "left")
+
+
+def collator(pad_token_id: int, side: str = "right") -> Callable[[Sequence[Any]], dict[str, Tensor]]:
+    """A function that pads encoded examples into one batch.
+
+    Args:
+        pad_token_id: the padding token.
+        side: where the padding goes, "right" or "left"; the models give the same logits for both.
+
+    Returns:
+        A function that returns int64 tensors: input_ids and attention_mask [B, L], labels [B] and, if the examples have
+        them, prompt_positions [B, n] and mask_positions [B].
+    """
+    if side not in SIDES:
+        raise ValueError(f"collator: side must be one of {', '.join(SIDES)}, got {side!r}")
+
+    def collate(examples: Sequence[Any]) -> dict[str, Tensor]:
+        def column(key: str) -> Tensor:
+            return torch.tensor([example[key] for example in examples], dtype=torch.int64, device="cpu")
+
+        sizes = [len(example["input_ids"]) for example in examples]
+        length = max(sizes)
+        shifts = [length - size if side == "left" else 0 for size in sizes]
+        starts = torch.tensor(shifts, dtype=torch.int64, device="cpu")
+        input_ids = torch.full((len(examples), length), pad_token_id, dtype=torch.int64, device="cpu")
+        attention_mask = torch.zeros_like(input_ids)
+        for row, (example, start, size) in enumerate(zip(examples, shifts, sizes, strict=True)):
+            input_ids[row, start : start + size] = torch.tensor(example["input_ids"], dtype=torch.int64, device="cpu")
+            attention_mask[row, start : start + size] = 1
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": column("labels")}
+        if "prompt_positions" in examples[0]:
+            batch["prompt_positions"] = column("prompt_positions") + starts[:, None]
+        if "mask_positions" in examples[0]:
+            batch["mask_positions"] = column("mask_positions") + starts
+        return batch
+
+    return collate
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts, without special tokens: one spelled out in a text ("</s>") becomes the unknown token."""
+    if not texts:
+        return []
+    special = set(tokenizer.all_special_ids)
+    encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return [[tokenizer.unk_token_id if token in special else token for token in ids] for ids in encoded]

@@ -1,0 +1,229 @@
+"""Digests: what identifies the bits of a tensor or the content of a file. This module alone says how they are made.
+
+They guard against mistakes, such as another base model or a damaged file, and not against attackers: XXH3 is no
+cryptographic hash, but it reads as fast as memory does.
+
+A digest is "xxh3:" and 32 hexadecimal digits of XXH3 with 128 bits. That of a tensor is taken of its dtype, its shape
+and the digests of its tiles; that of a tile, of its bytes in row-major order, filled up with zeros to whole kilobytes.
+So tiles may be read in any order, by several threads, on a GPU, or by a pass that reads them anyway.
+
+Earlier versions wrote SHA-256, without a tag, cut to 32 digits or whole. Such a digest is compared with one that is
+made `like` it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import torch
+import xxhash
+from torch import Size, Tensor
+
+from ltp_sparse.weights.tensors import TILE, check_plain_tensor, flat_piece
+
+_TAG = "xxh3:"
+_UNTAGGED = re.compile("[0-9a-f]{32}|[0-9a-f]{64}")
+_TAGGED = re.compile(_TAG + "[0-9a-f]{32}")
+_BLOCK = 1024  # bytes; a tile is filled up to whole ones
+_SPAN = 32 * TILE  # entries that a thread digests at a time
+
+EARLIER = "0" * 32
+"""What a digest of a tensor was like in earlier versions, for names that are not to change with them."""
+
+BYTES = 16
+"""Of the digest of a tile: two little-endian words of 64 bits, the lower one first."""
+
+on_device: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {}
+"""Type of a device -> what takes the digests of the tiles of contiguous tensors there, int64 [T, 2].
+
+`ltp_sparse.backends` enters what it has; tensors on other devices are copied to the host.
+"""
+
+
+class Pieces(Protocol):
+    """A tensor that is read piece by piece, by several threads."""
+
+    dtype: torch.dtype
+    shape: Size
+
+    def piece(self, start: int, stop: int) -> Tensor:
+        """Entries start..stop of the row-major order, contiguous."""
+        ...
+
+    def release(self, start: int, stop: int) -> None:
+        """Told when they are no longer needed; raises if they were changed meanwhile."""
+        ...
+
+
+def is_known(digest: object) -> bool:
+    """Whether it is a digest that this version can compare."""
+    return isinstance(digest, str) and bool(_TAGGED.fullmatch(digest) or _UNTAGGED.fullmatch(digest))
+
+
+def _is_old(digest: str | None) -> bool:
+    if digest is not None and not is_known(digest):
+        raise ValueError(f"{digest!r} is no digest that this version of ltp_sparse knows; update it")
+    return digest is not None and not digest.startswith(_TAG)
+
+
+class Hash:
+    """The digest of bytes and tensors, one after the other.
+
+    Args:
+        like: a digest that it will be compared with; None: the current kind.
+    """
+
+    def __init__(self, like: str | None = None) -> None:
+        self._kept = len(like) if like is not None and _is_old(like) else None
+        self._hash: Any = xxhash.xxh3_128() if self._kept is None else hashlib.sha256()
+
+    def update(self, data: bytes | Tensor) -> Hash:
+        """data: of a tensor, the bits in row-major order; dtype and shape are the caller's."""
+        for block in [data] if isinstance(data, bytes) else host_blocks(data):
+            self._hash.update(block)
+        return self
+
+    def digest(self) -> str:
+        return _TAG + self._hash.hexdigest() if self._kept is None else self._hash.hexdigest()[: self._kept]
+
+
+def host_blocks(tensor: Tensor) -> Iterator[memoryview]:
+    """The bits of a tensor, row-major, some megabytes at a time; a block is good until the next is asked for."""
+    check_plain_tensor(tensor, "a tensor that is read bit by bit")
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    for start in range(0, tensor.numel(), 16 * TILE):
+        piece = flat_piece(tensor, start, min(start + 16 * TILE, tensor.numel())).cpu()
+        yield _bytes_of(piece)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """Of a contiguous tensor on the CPU, which must live as long."""
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def tile_digests(tensor: Tensor) -> bytes:
+    """The digests of the tiles of a contiguous tensor on the CPU, `BYTES` each."""
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    if not tensor.numel():
+        return b""
+    bits, step = _bytes_of(tensor), TILE * tensor.itemsize
+    return b"".join(_tile_digest(bits[at : at + step]) for at in range(0, len(bits), step))
+
+
+def _tile_digest(bits: memoryview) -> bytes:
+    if not len(bits) % _BLOCK:
+        return xxhash.xxh3_128_intdigest(bits).to_bytes(BYTES, "little")
+    filled = xxhash.xxh3_128(bits)
+    filled.update(bytes(-len(bits) % _BLOCK))
+    return filled.intdigest().to_bytes(BYTES, "little")
+
+
+def of_tiles(tensors: Mapping[str, Tensor | Pieces], tiles: Tensor) -> dict[str, str]:
+    """Name -> digest, from the digests of all tiles of all tensors: int64 [T, 2]."""
+    bits, found, at = bytes(_bytes_of(tiles.cpu())), {}, 0
+    for name, tensor in tensors.items():
+        end = at + BYTES * -(-tensor.shape.numel() // TILE)
+        found[name] = _of_tiles(tensor.dtype, tensor.shape, bits[at:end])
+        at = end
+    return found
+
+
+def _of_tiles(dtype: torch.dtype, shape: Sequence[int], tiles: bytes) -> str:
+    return Hash().update(f"{dtype} {list(shape)} ".encode()).update(tiles).digest()
+
+
+def digest(dtype: torch.dtype, shape: Sequence[int], pieces: Iterable[Tensor], like: str | None = None) -> str:
+    """The digest of a tensor that comes in row-major pieces of any length.
+
+    like: as of `Hash`
+    """
+    if _is_old(like):
+        sha = Hash(like).update(f"{dtype} {list(shape)} ".encode())
+        for piece in pieces:
+            sha.update(piece)
+        return sha.digest()
+    found, rest = [], torch.empty(0, dtype=dtype, device="cpu")
+    for piece in pieces:
+        flat = torch.cat([rest, piece.detach().reshape(-1).cpu()])
+        whole = flat.numel() // TILE * TILE
+        found.append(tile_digests(flat[:whole]))
+        rest = flat[whole:]
+    return _of_tiles(dtype, shape, b"".join([*found, tile_digests(rest)]))
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """The digest of a tensor in memory."""
+    return fingerprint({"": tensor})[""]
+
+
+def fingerprint(tensors: Mapping[str, Tensor | Pieces], like: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Name -> digest of the tensor: what identifies a base model. Reads on all threads of torch, or on the GPU.
+
+    Args:
+        tensors: in memory, or read piece by piece.
+        like: digests that they will be compared with, by name.
+
+    Raises:
+        TypeError: a tensor is of a subclass, sparse or without values; the message names it.
+    """
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor):
+            check_plain_tensor(tensor, f"fingerprint: {name!r}")
+    like = like or {}
+    old = {name: like[name] for name in tensors if _is_old(like.get(name))}
+    found = _found_on_device({name: tensor for name, tensor in tensors.items() if name not in old})
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        shas = {
+            name: pool.submit(digest, tensors[name].dtype, tensors[name].shape, _pieces_of(tensors[name]), kind)
+            for name, kind in old.items()
+        }
+        tiles = {
+            name: [pool.submit(_tiles_of, tensor, *span) for span in _spans(tensor)]
+            for name, tensor in tensors.items()
+            if name not in old and name not in found
+        }
+        found |= {name: sha.result() for name, sha in shas.items()}
+        for name, spans in tiles.items():
+            whole = b"".join(span.result() for span in spans)
+            found[name] = _of_tiles(tensors[name].dtype, tensors[name].shape, whole)
+    return {name: found[name] for name in tensors}
+
+
+def _found_on_device(tensors: Mapping[str, Tensor | Pieces]) -> dict[str, str]:
+    """Those that lie where their tiles can be digested: one launch and one copy for each device."""
+    placed: dict[torch.device, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.device.type in on_device:
+            plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+            placed.setdefault(tensor.device, {})[name] = plain
+    found: dict[str, str] = {}
+    for device, there in placed.items():
+        found |= of_tiles(there, on_device[device.type](list(there.values())))
+    return found
+
+
+def _spans(tensor: Tensor | Pieces) -> list[tuple[int, int]]:
+    n = tensor.shape.numel()
+    return [(start, min(start + _SPAN, n)) for start in range(0, n, _SPAN)]
+
+
+def _pieces_of(tensor: Tensor | Pieces) -> Iterator[Tensor]:
+    for span in _spans(tensor):
+        if isinstance(tensor, Tensor):
+            yield flat_piece(tensor, *span)
+        else:
+            yield tensor.piece(*span)
+            tensor.release(*span)
+
+
+def _tiles_of(tensor: Tensor | Pieces, start: int, stop: int) -> bytes:
+    if isinstance(tensor, Tensor):
+        return tile_digests(flat_piece(tensor, start, stop).cpu())
+    found = tile_digests(tensor.piece(start, stop))
+    tensor.release(start, stop)
+    return found
