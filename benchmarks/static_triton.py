@@ -119,8 +119,7 @@ def variants() -> Iterator[Variant]:
             "BLOCK": block,
         }
         function = masked_adamw._masked_sum_squares_kernel
-        sums = {"sums": 256 // (32 * warps)} if total else {}
-        yield Variant("masked_sum_squares", variant, function, _SQUARES, constants, warps, loops | sums)
+        yield Variant("masked_sum_squares", variant, function, _SQUARES, constants, warps, loops)
     scalars = ("HAS_FOUND_INF", "HAS_GRAD_SCALE", "HAS_PULL_FACTOR")
     for variant, step, there in (("step", True, False), ("scaler", True, True), ("coefficients", False, False)):
         constants = {"IS_STEP": step, "COUNTS": step, **dict.fromkeys(scalars, there)}
