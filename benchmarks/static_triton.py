@@ -37,14 +37,21 @@ def _types(text: str) -> dict[str, str]:
 
 
 _UPDATE = _types(
-    "address_ptr:*i64 exp_avg_ptr:*fp32 exp_avg_sq_ptr:*fp32 scale_ptr:*fp32 master_ptr:*fp32 tile_ptr:*i64 "
-    "group_ptr:*i64 rank_ptr:*i16 position_ptr:*i16 coefficient_ptr:*fp64 anchor_ptr:*fp32"
+    "prepared_ptr:*i64 exp_avg_ptr:*fp32 exp_avg_sq_ptr:*fp32 scale_ptr:*fp32 master_ptr:*fp32 tile_ptr:*i64 "
+    "group_ptr:*i64 rank_ptr:*i16 position_ptr:*i16 coefficient_ptr:*fp64 clip_ptr:*fp64 anchor_ptr:*fp32"
 )
 _SQUARES = _types(
-    "address_ptr:*i64 master_ptr:*fp32 tile_ptr:*i64 group_ptr:*i64 rank_ptr:*i16 position_ptr:*i16 "
-    "coefficient_ptr:*fp64 anchor_ptr:*fp32 sum_ptr:*fp64"
+    "prepared_ptr:*i64 master_ptr:*fp32 tile_ptr:*i64 group_ptr:*i64 rank_ptr:*i16 position_ptr:*i16 anchor_ptr:*fp32 "
+    "sum_ptr:*fp64 first_tile:i32 tiles:i32 max_norm_bits:i64 arrived_ptr:*i32 grad_norm_ptr:*fp64 clip_ptr:*fp64"
 )
-_PACK = _types("address_ptr:*i64 out_ptr:*fp32 tile_ptr:*i64 group_ptr:*i64 rank_ptr:*i16 position_ptr:*i16")
+_PACK = _types(
+    "address_ptr:*i64 single_address:i64 out_ptr:*fp32 tile_ptr:*i64 group_ptr:*i64 rank_ptr:*i16 position_ptr:*i16"
+)
+_PREPARE = _types(
+    "address_ptr:*i64 coefficient_ptr:*fp64 prepared_ptr:*i64 n_params:i32 hyper_ptr:*fp64 param_group_ptr:*i64 "
+    "number_ptr:*i64 has_grad_ptr:*fp64 step_ptr:*fp64 found_inf_ptr:*fp32 grad_scale_ptr:*fp32 "
+    "pull_factor_ptr:*fp64 seed:i64"
+)
 _BAND = _types(
     "row_ptr:*i64 n_tiles:i32 low_ptr:*i64 high_ptr:*i64 words_ptr:*i32 above_ptr:*i64 inside_ptr:*i64 take_ptr:*i64 "
     "key_ptr:*i32 position_ptr:*i16 capacity:i32 offset_ptr:*i64 cursor_ptr:*i64 nonfinite_ptr:*i64 "
@@ -84,30 +91,43 @@ def variants() -> Iterator[Variant]:
         ("plain", f32, f32, "", every),
         ("anchor", f32, f32, "HAS_ANCHOR", every),
         ("packed", f32, f32, "PACKED", every),
+        ("clip", f32, f32, "HAS_CLIP", every),
         ("8bit", f32, f32, "CODED", coded),
         ("bfloat16 stochastic", bf16, bf16, "STOCHASTIC", every),
         ("bfloat16 master", bf16, bf16, "HAS_MASTER", every),
         ("bfloat16 8bit stochastic", bf16, bf16, "CODED STOCHASTIC", coded),
         ("float16 master packed", f16, f32, "HAS_MASTER PACKED", every),
     ):
-        flags = ("PACKED", "CODED", "HAS_MASTER", "HAS_ANCHOR", "STOCHASTIC")
+        flags = ("PACKED", "CODED", "HAS_MASTER", "HAS_ANCHOR", "HAS_CLIP", "STOCHASTIC")
         constants = {"PARAM": param, "GRAD": grad, **{flag: flag in modes.split() for flag in flags}, "BLOCK": block}
         types = _UPDATE | ({"exp_avg_ptr": "*i8", "exp_avg_sq_ptr": "*u8"} if "CODED" in modes else {})
         yield Variant("masked_adamw_", variant, masked_adamw._masked_adamw_kernel, types, constants, warps, loops)
     loops = {"bitmap": share, "list16": share}
-    for variant, param, anchor in (("plain", f32, False), ("anchor", f32, True), ("bfloat16", bf16, False)):
+    for variant, param, anchor, total in (
+        ("plain", f32, False, False),
+        ("anchor", f32, True, False),
+        ("bfloat16", bf16, False, False),
+        ("total", f32, False, True),
+    ):
         constants = {
             "PARAM": param,
             "GRAD": param,
             "PACKED": False,
             "HAS_MASTER": False,
             "HAS_ANCHOR": anchor,
+            "TOTAL": total,
             "BLOCK": block,
         }
         function = masked_adamw._masked_sum_squares_kernel
         yield Variant("masked_sum_squares", variant, function, _SQUARES, constants, warps, loops)
+    scalars = ("HAS_FOUND_INF", "HAS_GRAD_SCALE", "HAS_PULL_FACTOR")
+    for variant, step, there in (("step", True, False), ("scaler", True, True), ("coefficients", False, False)):
+        constants = {"IS_STEP": step, "COUNTS": step, **dict.fromkeys(scalars, there)}
+        constants["BLOCK"] = masked_adamw._PREPARED_AT_ONCE
+        function, few = masked_adamw._prepare_kernel, masked_adamw._PREPARED_AT_ONCE // 32
+        yield Variant("prepare_step", variant, function, _PREPARE, constants, few, {})
     for variant, grad, accumulate in (("plain", f32, False), ("accumulate", f32, True), ("bfloat16", bf16, False)):
-        constants = {"GRAD": grad, "ACCUMULATE": accumulate, "BLOCK": block}
+        constants = {"GRAD": grad, "SINGLE": False, "ACCUMULATE": accumulate, "BLOCK": block}
         yield Variant("masked_pack_", variant, masked_adamw._masked_pack_kernel, _PACK, constants, warps, {})
     warps, rows = topk_delta._NUM_WARPS, topk_delta._ROWS
     for variant, initial, tuned, take, aligned in (

@@ -3,6 +3,7 @@
 #include "cpu/masked_adamw.h"
 #include "cpu/thread_pool.h"
 #include "cpu/topk_delta.h"
+#include "layouts.h"
 #include "record.h"
 
 namespace py = pybind11;
@@ -26,6 +27,18 @@ ltp::HostPairs pairs_of(const Record& record) {
 void masked_adamw_(py::handle update, int64_t threads) {
     const ltp::HostUpdate arguments = ltp::host_update(Record(update), ltp::read_update<Record>);
     run(threads, [&](int64_t n) { ltp::masked_adamw_(arguments, n); });
+}
+
+void prepare_step(py::handle record) {
+    ltp::Step step = {};
+    ltp::read_step(Record(record), step);
+    for (int64_t param = 0; param < step.n_params; ++param) ltp::prepare(step, param, 0, 0);
+}
+
+void gradient_norm(py::handle norm, py::handle total, int64_t threads) {
+    const ltp::HostUpdate arguments = ltp::host_update(Record(norm), ltp::read_norm<Record>);
+    const ltp::Total into = ltp::read_total(Record(total));
+    run(threads, [&](int64_t n) { ltp::gradient_norm(arguments, into, n); });
 }
 
 void masked_sum_squares(py::handle norm, py::handle out, int64_t threads) {
@@ -92,6 +105,10 @@ PYBIND11_MODULE(_C, module) {
     using py::arg;
     module.doc() = "CPU kernels of ltp_sparse. Each takes its record of ltp_sparse/backends/arguments.py.";
     module.def("masked_adamw_", masked_adamw_, arg("update"), arg("threads"));
+    module.def("describe", ltp::describe, arg("tensors"), arg("lowest"),
+               "(layouts, addresses) of a list of tensors or None; None if one needs a closer look.");
+    module.def("prepare_step", prepare_step, arg("step"));
+    module.def("gradient_norm", gradient_norm, arg("norm"), arg("total"), arg("threads"));
     module.def("masked_sum_squares", masked_sum_squares, arg("norm"), arg("out"), arg("threads"));
     module.def("masked_pack_", masked_pack_, arg("pack"), arg("threads"));
     module.def("delta_histogram", delta_histogram, arg("histogram"), arg("threads"));

@@ -18,31 +18,80 @@ T* at(py::handle tensor) {
 
 void* stream_at(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
-// addresses: the table of what the kernels read
-ltp::DeviceUpdate launched(ltp::DeviceUpdate update, py::handle addresses, int parts) {
-    update.addresses = at<const int64_t>(addresses);
+// Writes `prepared` for these addresses. packed: all gradients are at the first one.
+void prepare(const ltp::Step& step, std::vector<uintptr_t> params, std::vector<uintptr_t> grads, bool packed,
+             ltp::Prepared* prepared, uintptr_t stream) {
+    if (packed) grads.assign(params.size(), grads.at(0));
+    params.resize(size_t(step.n_params));  // which are not read where they are not given
+    if (grads.size() != params.size()) throw std::invalid_argument("expected a gradient, or 0, for each parameter");
+    const std::vector<uint64_t> of_params(params.begin(), params.end()), of_grads(grads.begin(), grads.end());
+    ltp::cuda_prepare_step(step, of_params.data(), of_grads.data(), prepared, stream_at(stream));
+}
+
+void prepare_step(py::handle record, uintptr_t stream) {
+    const Record own(record);
+    ltp::Step step = {};
+    ltp::read_step(own, step);
+    prepare(step, own.addresses("params"), own.addresses("grads"), own.flag("packed"),
+            own.at<ltp::Prepared>("prepared"), stream);
+}
+
+// For coefficients that are there already.
+void prepare_norm(py::handle record, uintptr_t stream) {
+    const Record norm(record);
+    ltp::Step step = {};
+    step.n_params = int64_t(py::len(record.attr("params")));
+    step.coefficients = norm.at<double>("coefficients");
+    prepare(step, norm.addresses("params"), norm.addresses("grads"), norm.flag("packed"),
+            norm.at<ltp::Prepared>("prepared"), stream);
+}
+
+// For the addresses of gradients alone.
+void prepare_pack(py::handle record, py::handle prepared, uintptr_t stream) {
+    const std::vector<uintptr_t> grads = Record(record).addresses("grads");
+    ltp::Step step = {};
+    step.n_params = int64_t(grads.size());
+    prepare(step, {}, grads, false, at<ltp::Prepared>(prepared), stream);
+}
+
+// read: read_norm or read_update
+ltp::DeviceUpdate device_update(py::handle record, int parts, void (*read)(const Record&, int64_t, ltp::Update&)) {
+    const Record own(record);
+    ltp::DeviceUpdate update = {};
+    read(own, int64_t(py::len(record.attr("params"))), update);
+    update.prepared = own.at<const ltp::Prepared>("prepared");
     update.parts = parts;
     return update;
 }
 
-void masked_adamw_(py::handle record, py::handle addresses, int parts, uintptr_t stream) {
-    ltp::DeviceUpdate update = {};
-    ltp::read_update(Record(record), py::len(record.attr("params")), update);
-    ltp::cuda_masked_adamw_(launched(update, addresses, parts), stream_at(stream));
+void masked_adamw_(py::handle update, int parts, uintptr_t stream) {
+    ltp::cuda_masked_adamw_(device_update(update, parts, ltp::read_update<Record>), stream_at(stream));
 }
 
-void masked_sum_squares(py::handle record, py::handle addresses, py::handle out, int parts, uintptr_t stream) {
-    ltp::DeviceUpdate update = {};
-    ltp::read_norm(Record(record), py::len(record.attr("params")), update);
-    ltp::cuda_masked_sum_squares(launched(update, addresses, parts), at<double>(out), stream_at(stream));
+void masked_sum_squares(py::handle norm, py::handle out, int parts, uintptr_t stream) {
+    ltp::Total total = {};
+    total.sums = at<double>(out);
+    ltp::cuda_masked_sum_squares(device_update(norm, parts, ltp::read_norm<Record>), total, stream_at(stream));
 }
 
-void masked_pack_(py::handle pack, py::handle addresses, int parts, uintptr_t stream) {
+void gradient_norm(py::handle norm, py::handle total, int parts, uintptr_t stream) {
+    const ltp::DeviceUpdate update = device_update(norm, parts, ltp::read_norm<Record>);
+    ltp::cuda_masked_sum_squares(update, ltp::read_total(Record(total)), stream_at(stream));
+}
+
+// prepared: None if there is one gradient, whose address is passed by value
+void masked_pack_(py::handle pack, py::handle prepared, int parts, uintptr_t stream) {
     const Record record(pack);
     ltp::DeviceUpdate update = {};
     ltp::read_tiles(record, py::len(pack.attr("grads")), update);
     float* const out = ltp::read_slots<float>(record, "out", update.room);
-    ltp::cuda_masked_pack_(launched(update, addresses, parts), out, record.flag("accumulate"), stream_at(stream));
+    update.parts = parts;
+    if (prepared.is_none()) {
+        update.grad = record.addresses("grads").at(0);
+    } else {
+        update.prepared = at<const ltp::Prepared>(prepared);
+    }
+    ltp::cuda_masked_pack_(update, out, record.flag("accumulate"), stream_at(stream));
 }
 
 ltp::PairTable table_of(py::handle table, int64_t n_pairs, int64_t n_tiles) {
@@ -91,8 +140,12 @@ void take_ties(py::handle candidates, uintptr_t stream) {
 PYBIND11_MODULE(_C_cuda, module) {
     module.doc() = "CUDA kernels of ltp_sparse. Each takes its record of ltp_sparse/backends/arguments.py.";
     module.def("probe", ltp::cuda_probe);
+    module.def("prepare_step", prepare_step);
+    module.def("prepare_norm", prepare_norm);
+    module.def("prepare_pack", prepare_pack);
     module.def("masked_adamw_", masked_adamw_);
     module.def("masked_sum_squares", masked_sum_squares);
+    module.def("gradient_norm", gradient_norm);
     module.def("masked_pack_", masked_pack_);
     module.def("delta_histogram", delta_histogram);
     module.def("delta_band", delta_band);

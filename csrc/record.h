@@ -20,6 +20,10 @@ class Record {
 
     bool flag(const char* name) const { return field(name).cast<bool>(); }
 
+    uint64_t number(const char* name) const { return field(name).cast<uint64_t>(); }
+
+    double real(const char* name) const { return field(name).cast<double>(); }
+
     std::vector<int64_t> numbers(const char* name) const { return field(name).cast<std::vector<int64_t>>(); }
 
     // Where a tensor is; null if it has no entries or is None.

@@ -4,27 +4,102 @@
 
 #include <math.h>
 
-#include "platform.h"
+#include "rounding.h"
 
 namespace ltp {
 
-// One parameter's row of the float64 `coefficients` table, rounded to float32.
+// The coefficients of one parameter, in float32.
 struct AdamWCoefficients {
-    static constexpr int kColumns = 11;  // column 0 is APPLY, the others stand below in their order
-
     float grad_factor, decay_step, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bias_correction2, eps,
         pull;
+};
 
-    static LTP_HD bool applies(const double* row) { return row[0] != 0.0; }
+// What the kernels on a GPU read of one parameter, and nothing else; `prepare_step` writes it.
+struct alignas(64) Prepared {
+    AdamWCoefficients c;
+    uint32_t rounding_key;
+    uint64_t param, grad;  // addresses; grad 0: there is none
+    uint32_t applies;      // 0: the update leaves everything of this parameter as it is
+};
+static_assert(sizeof(Prepared) == 64, "a row of `prepared` has 8 words of 64 bits");
 
-    // Column 10: 32 bits that the random bits of the step start from, see rounding.h.
-    static LTP_HD uint32_t rounding_key(const double* row) { return uint32_t(row[10]); }
+// The hyperparameters of a parameter group, in the order of `HYPER` in ltp_sparse/backends/coefficients.py.
+struct Hyper {
+    double lr, beta1, beta2, eps, weight_decay, sign, pull;
+};
 
-    static LTP_HD AdamWCoefficients from_row(const double* row) {
-        return {float(row[1]), float(row[2]), float(row[3]), float(row[4]), float(row[5]),
-                float(row[6]), float(row[7]), float(row[8]), float(row[9])};
+// What `prepare_step` counts and computes a step from. A scalar that is null is not there.
+struct Step {
+    int64_t n_params;
+    const Hyper* hyper;         // [G]
+    const int64_t* group;       // [P], the row of `hyper`
+    const int64_t* numbers;     // [P], tell the parameters apart in random bits
+    const double* has_grad;     // [P], 0 or 1
+    double* steps;              // [P], updates taken; null: coefficients are there already
+    const float* found_inf;     // not 0: the step is skipped
+    const float* grad_scale;    // gradients are too large by this factor
+    const double* pull_factor;  // of the pull alone
+    uint64_t seed;
+    bool counts;           // whether `steps` goes up
+    double* coefficients;  // [P, 11]; null: only addresses are wanted
+};
+
+// One parameter's row of the float64 `coefficients`; the columns stand in ltp_sparse/backends/coefficients.py.
+struct CoefficientRow {
+    static constexpr int kColumns = 11;
+
+    double* row;
+
+    LTP_HD CoefficientRow(const double* coefficients, int64_t param)
+        : row(const_cast<double*>(coefficients) + kColumns * param) {}
+
+    LTP_HD bool applies() const { return row[0] != 0.0; }
+
+    // 32 bits that the random bits of the step start from, see rounding.h.
+    LTP_HD uint32_t rounding_key() const { return uint32_t(row[10]); }
+
+    // clip: scales gradients and pull; null: 1
+    LTP_HD AdamWCoefficients rounded(const double* clip) const {
+        const double factor = clip == nullptr ? 1.0 : *clip;
+        return {float(row[1] * factor), float(row[2]), float(row[3]), float(row[4]),         float(row[5]),
+                float(row[6]),          float(row[7]), float(row[8]), float(row[9] * factor)};
+    }
+
+    LTP_HD void write(const Step& step, int64_t param) {
+        const Hyper& h = step.hyper[step.group[param]];
+        const bool skipped = step.found_inf != nullptr && *step.found_inf != 0.0f;
+        const double apply = skipped ? 0.0 : step.has_grad[param];
+        const double count = step.steps[param] + (step.counts ? apply : 0.0);
+        if (step.counts) step.steps[param] = count;
+        // a parameter that has never been updated has no bias correction yet; its row is not applied
+        const double at_least_1 = count < 1.0 ? 1.0 : count;
+        row[0] = apply;
+        row[1] = step.grad_scale == nullptr ? h.sign : h.sign / double(*step.grad_scale);
+        row[2] = h.lr * h.weight_decay;
+        row[3] = 1.0 - h.beta1;
+        row[4] = h.beta2;
+        row[5] = 1.0 - h.beta2;
+        row[6] = h.lr / (1.0 - pow(h.beta1, at_least_1));
+        row[7] = 1.0 / sqrt(1.0 - pow(h.beta2, at_least_1));
+        row[8] = h.eps;
+        row[9] = step.pull_factor == nullptr ? h.pull : h.pull * *step.pull_factor;
+        row[10] = rounding_key_of(step.seed, uint64_t(count), uint64_t(step.numbers[param]));
     }
 };
+
+// Counts the step of a parameter at these addresses, and computes what its kernels read.
+LTP_HD Prepared prepare(const Step& step, int64_t param, uint64_t param_address, uint64_t grad_address) {
+    Prepared prepared = {};
+    prepared.param = param_address;
+    prepared.grad = grad_address;
+    if (step.coefficients == nullptr) return prepared;
+    CoefficientRow row(step.coefficients, param);
+    if (step.steps != nullptr) row.write(step, param);
+    prepared.c = row.rounded(nullptr);
+    prepared.rounding_key = row.rounding_key();
+    prepared.applies = row.applies();
+    return prepared;
+}
 
 // The gradient the step works with; HAS_ANCHOR adds the L1 pull towards `anchor`.
 template <bool HAS_ANCHOR>

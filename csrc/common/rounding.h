@@ -1,6 +1,6 @@
 // The random bits of stochastic rounding, of bfloat16 weights and of 8-bit moments. Those of an entry depend on (seed,
 // step, parameter, flat index) alone, so that neither encoding nor tiling nor device changes a result.
-// `ltp_sparse/backends/rounding.py` is the same in torch and makes the key of a parameter's step from the first three.
+// `ltp_sparse/backends/rounding.py` is the same in torch.
 #pragma once
 
 #include "dtypes.h"
@@ -14,6 +14,14 @@ LTP_HD uint32_t mix32(uint32_t x) {
     x ^= x >> 15;
     x *= 0x846CA68Bu;
     return x ^ x >> 16;
+}
+
+// The key of a parameter's step: `rounding_keys` of ltp_sparse/backends/rounding.py, which says what the numbers are.
+LTP_HD uint32_t rounding_key_of(uint64_t seed, uint64_t step, uint64_t number) {
+    uint32_t key = mix32(uint32_t(seed));
+    const uint32_t words[] = {uint32_t(seed >> 32), uint32_t(step), uint32_t(number)};
+    for (const uint32_t word : words) key = mix32(key + word * 0x9E3779B9u);
+    return key;
 }
 
 // The key of a tile: its first entry is a multiple of 65,536, so the upper half of an index is the same all through it.

@@ -2,7 +2,7 @@
 // Tiles, Norm and Update of ltp_sparse/backends/arguments.py, read by their names.
 #pragma once
 
-#include "dtypes.h"
+#include "adamw.h"
 #include "tile.h"
 
 namespace ltp {
@@ -37,6 +37,7 @@ struct Update {
     bool packed;                 // gradients are float32 [K]
     bool stochastic;             // bfloat16 parameters are rounded stochastically
     const double* coefficients;  // [P, 11], see adamw.h
+    const double* clip;          // one number that scales gradients and pull in the update; null: 1
     PackedState state;
 };
 
@@ -76,10 +77,53 @@ template <class Record>
 void read_update(const Record& record, int64_t params, Update& to) {
     read_norm(record, params, to);
     to.stochastic = record.flag("stochastic");
+    to.clip = record.template at<const double>("clip");
     to.state.exp_avg = read_slots<void>(record, "exp_avg", to.room);
     to.state.exp_avg_sq = read_slots<void>(record, "exp_avg_sq", to.room);
     to.state.scales = record.template at<float>("scales");
     if (record.has("scales")) to.room.blocks = record.entries("scales") / 2;
+}
+
+// The norm of the gradients of a step, over all tiles of launches that come one after the other.
+struct Total {
+    int64_t first, tiles;  // the tiles of the launches before, and of all
+    double max_norm;
+    double* sums;  // what each adds
+    uint32_t* arrived;
+    double *grad_norm, *clip;  // the norm, and what scales gradients to at most `max_norm`
+
+    LTP_HD void finish(double squares) const {
+        *grad_norm = sqrt(squares);
+        const double factor = max_norm / (*grad_norm + 1e-6);
+        *clip = factor > 1.0 ? 1.0 : factor;  // NaN stays
+    }
+};
+
+template <class Record>
+Total read_total(const Record& record) {
+    return {int64_t(record.number("first")),
+            int64_t(record.number("tiles")),
+            record.real("max_norm"),
+            record.template at<double>("sums"),
+            record.template at<uint32_t>("arrived"),
+            record.template at<double>("grad_norm"),
+            record.template at<double>("clip")};
+}
+
+template <class Record>
+void read_step(const Record& record, Step& to) {
+    to.n_params = record.entries("group");
+    to.hyper = record.template at<const Hyper>("hyper");
+    to.group = record.template at<const int64_t>("group");
+    to.numbers = record.template at<const int64_t>("numbers");
+    to.has_grad = record.template at<const double>("has_grad");
+    to.steps = record.template at<double>("steps");
+    to.found_inf = record.template at<const float>("found_inf");
+    to.grad_scale = record.template at<const float>("grad_scale");
+    to.pull_factor = record.template at<const double>("pull_factor");
+    to.seed = record.number("seed");
+    to.counts = record.flag("counts");
+    to.coefficients = record.template at<double>("coefficients");
 }
 
 }  // namespace ltp

@@ -36,10 +36,6 @@ void queue_tiles(const HostUpdate& update, TileQueue& queue) {
     }
 }
 
-const double* coefficients_of(const HostUpdate& update, const TileRow& row) {
-    return update.coefficients + AdamWCoefficients::kColumns * row.param;
-}
-
 // Which entries of the tile are active.
 AdamWTile resolve_index(const HostUpdate& update, const TileRow& row) {
     AdamWTile tile = {};
@@ -68,7 +64,7 @@ AdamWTile resolve(const HostUpdate& update, const TileRow& row) {
     AdamWTile tile = resolve_gradients(update, row);
     tile.param = reinterpret_cast<void*>(update.params[row.param] + bytes_of(update.param_dtype) * row.start);
     static_cast<PackedState&>(tile) = update.state.of_tile(row, update.state.scales != nullptr ? 1 : 4);
-    tile.coefficients = AdamWCoefficients::from_row(coefficients_of(update, row));
+    tile.coefficients = CoefficientRow(update.coefficients, row.param).rounded(update.clip);
     return tile;
 }
 
@@ -102,11 +98,11 @@ void for_each_tile(const HostUpdate& update, int64_t threads, Body body) {
 void masked_adamw_(const HostUpdate& update, int64_t threads) {
     const auto run = kernels().adamw;
     for_each_tile(update, threads, [&](int64_t, const TileRow& row) {
-        const double* coefficients = coefficients_of(update, row);
-        if (!has_gradient(update, row) || !AdamWCoefficients::applies(coefficients)) return;
+        const CoefficientRow coefficients(update.coefficients, row.param);
+        if (!has_gradient(update, row) || !coefficients.applies()) return;
         AdamWTile tile = resolve(update, row);
         tile.stochastic = update.stochastic;
-        tile.key = tile_key(AdamWCoefficients::rounding_key(coefficients), row.start);
+        tile.key = tile_key(coefficients.rounding_key(), row.start);
         run(tile);
     });
 }
@@ -116,6 +112,14 @@ void masked_sum_squares(const HostUpdate& update, double* out, int64_t threads) 
     for_each_tile(update, threads, [&](int64_t t, const TileRow& row) {
         out[t] = has_gradient(update, row) ? sum_squares(resolve(update, row)) : 0.0;
     });
+}
+
+void gradient_norm(const HostUpdate& update, const Total& total, int64_t threads) {
+    masked_sum_squares(update, total.sums + total.first, threads);
+    if (total.first + update.n_tiles != total.tiles) return;
+    double squares = 0.0;
+    for (int64_t t = 0; t < total.tiles; ++t) squares += total.sums[t];
+    total.finish(squares);
 }
 
 void masked_pack_(const HostUpdate& update, float* out, bool accumulate, int64_t threads) {

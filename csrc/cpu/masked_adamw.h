@@ -54,6 +54,9 @@ void masked_adamw_(const HostUpdate& update, int64_t threads);
 // Writes to out [T] the sum of the squared effective gradients of each tile's active entries; 0 without a gradient.
 void masked_sum_squares(const HostUpdate& update, double* out, int64_t threads);
 
+// The norm over all tiles, after its last launch; always in their order.
+void gradient_norm(const HostUpdate& update, const Total& total, int64_t threads);
+
 // Copies the active entries of `grads` to their slots of out [K], or adds them. Reads no parameters.
 void masked_pack_(const HostUpdate& update, float* out, bool accumulate, int64_t threads);
 

@@ -8,11 +8,10 @@
 //   scan(v)                    replaces a number per thread by the sum of those of earlier threads, returns that of
 //                              all; synchronises
 //   scan_lanes(v, t)           replaces a number per thread by the sum of those of earlier lanes of its warp, t: of all
-//   last(c, n)                 whether this is the last of n thread blocks to come here, which c counts; what the
-//   others
-//                              have written is then visible to all threads of it. Synchronises
+//   last(c, n)                 whether this is the last of n thread blocks to come here; all its threads see what the
+//                              others have written before. c: 0 before and after; synchronises
 //   from_lane_xor(v, mask, r)  r of every thread: v of the lane of its warp whose number differs in the bits of mask
-//   count(c), add(c, v)        atomically adds 1 in shared, and v in global memory; of int64 it returns what was there
+//   count(c), add(c, v)        atomically adds 1 in shared, and v in global memory; the latter returns what was there
 //   set_bits(w, b)             atomically sets bits of a word
 //   trap()                     ends the kernel with an error: memory is not what the caller said
 //   PerThread<T>               a variable of every thread that outlives each()

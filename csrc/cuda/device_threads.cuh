@@ -78,11 +78,15 @@ class DeviceThreads {
     }
 
     // Every thread makes what it wrote visible, then one counts the block: as threadFenceReduction of NVIDIA's samples.
-    __device__ bool last(int64_t* arrived, int64_t blocks) {
+    template <class Count>
+    __device__ bool last(Count* arrived, int64_t blocks) {
         __shared__ bool is_last;
         __threadfence();
         __syncthreads();
-        if (threadIdx.x == 0) is_last = add(arrived, int64_t(1)) == blocks - 1;
+        if (threadIdx.x == 0) {
+            is_last = add(arrived, Count(1)) == Count(blocks - 1);
+            if (is_last) *arrived = 0;
+        }
         __syncthreads();
         if (is_last) __threadfence();
         return is_last;
@@ -98,7 +102,7 @@ class DeviceThreads {
         return int64_t(atomicAdd(reinterpret_cast<unsigned long long*>(counter), (unsigned long long)(value)));
     }
 
-    __device__ void add(uint32_t* counter, uint32_t value) { atomicAdd(counter, value); }
+    __device__ uint32_t add(uint32_t* counter, uint32_t value) { return atomicAdd(counter, value); }
 
     __device__ void trap() { __trap(); }
 

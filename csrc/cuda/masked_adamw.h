@@ -9,8 +9,21 @@ namespace ltp {
 
 // All pointers are device memory.
 struct DeviceUpdate : Update {
-    const int64_t* addresses;  // [P, 2] of parameter and gradient, 0: none; packed: all gradients are at the same [K]
-    int parts;                 // thread blocks a tile
+    const Prepared* prepared;  // [P], from `cuda_prepare_step`; null: what is packed is one gradient, `grad`
+    uint64_t grad;
+    int parts;  // thread blocks a tile
+};
+
+// Tiles whose sums are added up first. Groups are those of all tiles of a step: a norm does not depend on its launches.
+constexpr int64_t kNormGroup = 64;
+
+// Addresses of the parameters and gradients of a launch, by value: nothing is copied there before it, nothing must
+// outlive it.
+struct Addresses {
+    static constexpr int kMost = 224;  // with `Step` less than 4 KB, which the arguments of a kernel may have
+    int64_t first;                     // the parameter that comes first
+    int count;
+    uint64_t param[kMost], grad[kMost];
 };
 
 // As in csrc/cpu/masked_adamw.h. stream: a cudaStream_t. Throw std::runtime_error if the launch fails; they neither
@@ -18,12 +31,17 @@ struct DeviceUpdate : Update {
 // and ends the kernel by a trap, as a failed assertion of torch does: the next call that waits for the device raises.
 // Not seen here are rows that lead out of their parameter and ranks that are wrong in between, which the operator looks
 // at.
+//
+// prepared: [P], written. params, grads: P addresses; 0: none. A launch for every `Addresses::kMost` parameters.
+void cuda_prepare_step(const Step& step, const uint64_t* params, const uint64_t* grads, Prepared* prepared,
+                       void* stream);
+
 void cuda_masked_adamw_(const DeviceUpdate& update, void* stream);
 
-// out: float64 [T, parts], a sum per thread block, each in a fixed order.
-void cuda_masked_sum_squares(const DeviceUpdate& update, double* out, void* stream);
+// total.sums: float64 [T, parts], a sum per thread block, each in a fixed order. With total.arrived, 1 + G numbers for
+// the G groups of all tiles, the last thread block adds all up; G more sums stand behind the others then.
+void cuda_masked_sum_squares(const DeviceUpdate& update, const Total& total, void* stream);
 
-// addresses: [P] of the gradients alone.
 void cuda_masked_pack_(const DeviceUpdate& update, float* out, bool accumulate, void* stream);
 
 }  // namespace ltp

@@ -16,6 +16,23 @@ struct alignas(16) Four {
     float item[kBatch];
 };
 
+LTP_HD Index index_of(const DeviceUpdate& update, const TileRow& tile) {
+    Index index = {};
+    if (tile.encoding == Encoding::kBitmap) {
+        index.words = update.words + tile.index;
+        index.ranks = update.ranks + tile.index / 2;
+    } else {
+        index.positions = update.positions + tile.index;
+    }
+    return index;
+}
+
+// Where a thread block works: its tile, and its part of the `parts` that share it.
+struct Place {
+    int64_t tile;
+    int part;
+};
+
 // The share of a thread block: resolved addresses of one tile. PACKED: gradients are float32 in slot order.
 template <class Param, class Grad, bool PACKED>
 struct Share : PackedState {
@@ -28,42 +45,17 @@ struct Share : PackedState {
     bool stochastic;
     int part;
 
-    // moment_size: bytes of a moment
-    LTP_HD Share(const DeviceUpdate& update, int64_t block, int64_t moment_size)
-        : Share(update, block, update.tiles[block / update.parts], moment_size) {}
-
-    LTP_HD Share(const DeviceUpdate& update, int64_t block, const TileRow& own, int64_t moment_size)
+    // own: the row of `place`; prepared: that of its parameter; moment_size: bytes of a moment
+    LTP_HD Share(const DeviceUpdate& update, const Place& place, const TileRow& own, const Prepared& prepared,
+                 int64_t moment_size)
         : PackedState(update.state.of_tile(own, moment_size)), tile(own) {
-        part = int(block % update.parts);
-        const double* row = update.coefficients + AdamWCoefficients::kColumns * tile.param;
+        part = place.part;
         index = index_of(update, tile);
-        param = reinterpret_cast<Param*>(update.addresses[2 * tile.param]) + tile.start;
-        grad = reinterpret_cast<const Grad*>(update.addresses[2 * tile.param + 1]) + (PACKED ? tile.slot : tile.start);
-        c = AdamWCoefficients::from_row(row);
-        key = tile_key(AdamWCoefficients::rounding_key(row), tile.start);
+        param = reinterpret_cast<Param*>(prepared.param) + tile.start;
+        grad = reinterpret_cast<const Grad*>(prepared.grad) + (PACKED ? tile.slot : tile.start);
+        c = prepared.c;
+        key = tile_key(prepared.rounding_key, tile.start);
         stochastic = update.stochastic;
-    }
-
-    static LTP_HD Index index_of(const DeviceUpdate& update, const TileRow& tile) {
-        Index index = {};
-        if (tile.encoding == Encoding::kBitmap) {
-            index.words = update.words + tile.index;
-            index.ranks = update.ranks + tile.index / 2;
-        } else {
-            index.positions = update.positions + tile.index;
-        }
-        return index;
-    }
-
-    // Whether there is something to do; what leads out of the memory given traps.
-    template <class Threads>
-    static LTP_HD bool has_gradient(const DeviceUpdate& update, int64_t block, Threads& threads) {
-        const TileRow tile = update.tiles[block / update.parts];
-        if (!lies_inside(tile, update.room, INT64_MAX) || !ends_inside(tile, index_of(update, tile))) {
-            threads.trap();
-            return false;
-        }
-        return update.addresses[2 * tile.param + 1] != 0;
     }
 
     LTP_HD float value(int entry, int rank) const {
@@ -97,15 +89,31 @@ struct Share : PackedState {
     }
 };
 
+// Whether a tile leads to memory that was given; else it traps.
+template <class Threads>
+LTP_HD bool leads_inside(const DeviceUpdate& update, const TileRow& tile, Threads& threads) {
+    if (lies_inside(tile, update.room, INT64_MAX) && ends_inside(tile, index_of(update, tile))) return true;
+    threads.trap();
+    return false;
+}
+
+// The coefficients are those of `prepared`, unless they are clipped: then gradients and pull are scaled in float64, as
+// everywhere, before they are rounded.
+LTP_HD void clip_coefficients(const DeviceUpdate& update, int64_t param, Prepared& prepared) {
+    if (update.clip == nullptr) return;
+    prepared.c = CoefficientRow(update.coefficients, param).rounded(update.clip);
+}
+
 LTP_HD bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % sizeof(Four) == 0; }
 
 template <class Param, class Grad, bool PACKED, class Threads>
-LTP_HD void update_block(const DeviceUpdate& update, int64_t block, uint16_t* listed, Threads& threads) {
-    using OwnShare = Share<Param, Grad, PACKED>;
-    if (!OwnShare::has_gradient(update, block, threads)) return;
-    const int64_t param = update.tiles[block / update.parts].param;
-    if (!AdamWCoefficients::applies(update.coefficients + AdamWCoefficients::kColumns * param)) return;
-    OwnShare share(update, block, 4);
+LTP_HD void update_block(const DeviceUpdate& update, const Place& place, uint16_t* listed, Threads& threads) {
+    const TileRow tile = update.tiles[place.tile];
+    if (!leads_inside(update, tile, threads)) return;
+    Prepared prepared = update.prepared[tile.param];
+    if (prepared.grad == 0 || prepared.applies == 0) return;
+    clip_coefficients(update, tile.param, prepared);
+    const Share<Param, Grad, PACKED> share(update, place, tile, prepared, 4);
     float* const first = static_cast<float*>(share.exp_avg);
     float* const second = static_cast<float*>(share.exp_avg_sq);
     const bool plain = sizeof(Param) == 4 && sizeof(Grad) == 4 && share.master == nullptr && share.anchor == nullptr;
@@ -147,12 +155,13 @@ LTP_HD void update_block(const DeviceUpdate& update, int64_t block, uint16_t* li
 }
 
 template <class Param, class Grad, bool PACKED, class Threads>
-LTP_HD void update_coded_block(const DeviceUpdate& update, int64_t block, Threads& threads) {
-    using OwnShare = Share<Param, Grad, PACKED>;
-    if (!OwnShare::has_gradient(update, block, threads)) return;
-    const int64_t param = update.tiles[block / update.parts].param;
-    if (!AdamWCoefficients::applies(update.coefficients + AdamWCoefficients::kColumns * param)) return;
-    OwnShare share(update, block, 1);
+LTP_HD void update_coded_block(const DeviceUpdate& update, const Place& place, Threads& threads) {
+    const TileRow tile = update.tiles[place.tile];
+    if (!leads_inside(update, tile, threads)) return;
+    Prepared prepared = update.prepared[tile.param];
+    if (prepared.grad == 0 || prepared.applies == 0) return;
+    clip_coefficients(update, tile.param, prepared);
+    const Share<Param, Grad, PACKED> share(update, place, tile, prepared, 1);
     int8_t* const first = static_cast<int8_t*>(share.exp_avg);
     uint8_t* const second = static_cast<uint8_t*>(share.exp_avg_sq);
     float* const scales = share.scales;
@@ -208,37 +217,73 @@ LTP_HD void update_coded_block(const DeviceUpdate& update, int64_t block, Thread
 
 // The sum of squares of the share's effective gradients; every thread adds its own in a fixed order.
 template <class Param, class Grad, bool PACKED, class Threads>
-LTP_HD double sum_squares_block(const DeviceUpdate& update, int64_t block, uint16_t* listed, Threads& threads) {
-    using OwnShare = Share<Param, Grad, PACKED>;
+LTP_HD double sum_squares_of_share(const DeviceUpdate& update, const Place& place, uint16_t* listed, Threads& threads) {
     typename Threads::template PerThread<double> sums;
     threads.each([&](int thread) { sums[thread] = 0.0; });
-    if (OwnShare::has_gradient(update, block, threads)) {
-        const OwnShare share(update, block, 4);
-        for_each_batch(share.tile, share.index, share.part, update.parts, listed, threads,
-                       [&](int thread, const Batch& batch) {
-                           for (int j = 0; j < kBatch; ++j) {
-                               const int rank = batch.rank[j], entry = batch.entry[j];
-                               if (rank < 0) continue;
-                               const float value = share.anchor == nullptr ? 0.0f : share.value(entry, rank);
-                               const double g = share.gradient(share.raw_gradient(entry, rank), value, rank);
-                               sums[thread] += g * g;
-                           }
-                       });
-    }
+    const TileRow tile = update.tiles[place.tile];
+    if (!leads_inside(update, tile, threads)) return threads.sum(sums);
+    const Prepared prepared = update.prepared[tile.param];
+    if (prepared.grad == 0) return threads.sum(sums);
+    const Share<Param, Grad, PACKED> share(update, place, tile, prepared, 4);
+    for_each_batch(tile, share.index, share.part, update.parts, listed, threads, [&](int thread, const Batch& batch) {
+        for (int j = 0; j < kBatch; ++j) {
+            const int rank = batch.rank[j], entry = batch.entry[j];
+            if (rank < 0) continue;
+            const float value = share.anchor == nullptr ? 0.0f : share.value(entry, rank);
+            const double g = share.gradient(share.raw_gradient(entry, rank), value, rank);
+            sums[thread] += g * g;
+        }
+    });
     return threads.sum(sums);
 }
 
+// On thread 0, always in the same order.
+template <class Threads>
+LTP_HD double sum_of(const double* values, int64_t count, Threads& threads) {
+    typename Threads::template PerThread<double> sums;
+    threads.each([&](int thread) {
+        sums[thread] = 0.0;
+        for (int64_t i = thread; i < count; i += kThreads) sums[thread] += values[i];
+    });
+    return threads.sum(sums);
+}
+
+template <class Param, class Grad, bool PACKED, class Threads>
+LTP_HD void sum_squares_block(const DeviceUpdate& update, const Total& total, const Place& place, uint16_t* listed,
+                              Threads& threads) {
+    const int64_t parts = update.parts, tile = total.first + place.tile;
+    const double own = sum_squares_of_share<Param, Grad, PACKED>(update, place, listed, threads);
+    threads.each([&](int thread) {
+        if (thread == 0) total.sums[tile * parts + place.part] = own;
+    });
+    if (total.arrived == nullptr) return;
+    const int64_t group = tile / kNormGroup, groups = (total.tiles + kNormGroup - 1) / kNormGroup;
+    const int64_t left = total.tiles - group * kNormGroup;
+    const int64_t in_group = parts * (left < kNormGroup ? left : kNormGroup);
+    if (!threads.last(total.arrived + 1 + group, in_group)) return;
+    double* const group_sums = total.sums + total.tiles * parts;
+    const double of_group = sum_of(total.sums + group * kNormGroup * parts, in_group, threads);
+    threads.each([&](int thread) {
+        if (thread == 0) group_sums[group] = of_group;
+    });
+    if (!threads.last(total.arrived, groups)) return;
+    const double squares = sum_of(group_sums, groups, threads);
+    threads.each([&](int thread) {
+        if (thread == 0) total.finish(squares);
+    });
+}
+
 template <class Grad, class Threads>
-LTP_HD void pack_block(const DeviceUpdate& update, float* out, bool accumulate, int64_t block, uint16_t* listed,
+LTP_HD void pack_block(const DeviceUpdate& update, float* out, bool accumulate, const Place& place, uint16_t* listed,
                        Threads& threads) {
-    const TileRow tile = update.tiles[block / update.parts];
-    if (!lies_inside(tile, update.room, INT64_MAX)) return threads.trap();
-    const Index index = Share<Grad, Grad, false>::index_of(update, tile);
-    if (!ends_inside(tile, index)) return threads.trap();
-    if (update.addresses[tile.param] == 0) return;
-    const Grad* const grad = reinterpret_cast<const Grad*>(update.addresses[tile.param]) + tile.start;
+    const TileRow tile = update.tiles[place.tile];
+    if (!leads_inside(update, tile, threads)) return;
+    const uint64_t address = update.prepared == nullptr ? update.grad : update.prepared[tile.param].grad;
+    if (address == 0) return;
+    const Index index = index_of(update, tile);
+    const Grad* const grad = reinterpret_cast<const Grad*>(address) + tile.start;
     float* const slots = out + tile.slot;
-    for_each_batch(tile, index, int(block % update.parts), update.parts, listed, threads, [&](int, const Batch& batch) {
+    for_each_batch(tile, index, place.part, update.parts, listed, threads, [&](int, const Batch& batch) {
         for (int j = 0; j < kBatch; ++j) {
             if (batch.rank[j] < 0) continue;
             const float value = to_float32(grad[batch.entry[j]]);

@@ -5,15 +5,25 @@ by Triton's interpreter (TRITON_INTERPRET=1).
 """
 
 from .digests import tile_digests
-from .masked_adamw import masked_adamw_, masked_pack_, masked_sum_squares
+from .masked_adamw import (
+    gradient_norm,
+    masked_adamw_,
+    masked_pack_,
+    masked_sum_squares,
+    prepare_step,
+    prepared_of,
+)
 from .topk_delta import candidate_histogram, delta_band, sample_keys, take_above, take_ties
 
 __all__ = [
     "candidate_histogram",
     "delta_band",
+    "gradient_norm",
     "masked_adamw_",
     "masked_pack_",
     "masked_sum_squares",
+    "prepare_step",
+    "prepared_of",
     "sample_keys",
     "take_above",
     "take_ties",

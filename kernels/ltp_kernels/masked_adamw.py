@@ -14,6 +14,7 @@ For every active entry, in float32, in this order and without fused multiply-add
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from .precision import (
     moment_bits,
     round_stochastically,
     round_to,
+    rounding_key,
     tile_key,
 )
 
@@ -56,22 +58,118 @@ _BITMAP = tl.constexpr(1)
 _LIST16 = tl.constexpr(2)
 
 _COEFFICIENTS = tl.constexpr(11)
-_ROUNDING_KEY = tl.constexpr(10)
+_HYPER = tl.constexpr(7)
+
+_NORM_GROUP = tl.constexpr(64)  # tiles whose sums are added up first
+
+_PREPARED = tl.constexpr(8)  # words of a row of `prepared`, as csrc/common/adamw.h lays it out
+_PARAM_ADDRESS = tl.constexpr(5)
+_GRAD_ADDRESS = tl.constexpr(6)
+_ROUNDING_KEY = tl.constexpr(9)  # in halves of a word, as the next
+_APPLIES = tl.constexpr(14)
+_PREPARED_AT_ONCE = 128
 
 
 @triton.jit
-def _coefficients(row):
-    """The columns 1 to 9 of a parameter's coefficients, rounded to float32."""
+def _power(base, exponent):
+    """base ** exponent in float64, by squaring: exponent int64, below 2^53."""
+    power = tl.full(base.shape, 1.0, tl.float64)
+    for _ in range(53):
+        power = tl.where((exponent & 1) != 0, power * base, power)
+        base = base * base
+        exponent = exponent >> 1
+    return power
+
+
+@triton.jit
+def _write_coefficients(
+    row_ptr, param, mask, hyper_ptr, param_group_ptr, number_ptr, has_grad_ptr, step_ptr, found_inf_ptr, grad_scale_ptr,
+    pull_factor_ptr, seed,
+    COUNTS: tl.constexpr, HAS_FOUND_INF: tl.constexpr, HAS_GRAD_SCALE: tl.constexpr, HAS_PULL_FACTOR: tl.constexpr,
+):  # fmt: skip
+    """Counts the step of some parameters, and computes their rows of coefficients, as in csrc/common/adamw.h."""
+    hyper_ptr += tl.load(param_group_ptr + param, mask, 0) * _HYPER
+    lr = tl.load(hyper_ptr, mask, 1.0)
+    beta1 = tl.load(hyper_ptr + 1, mask, 0.5)
+    beta2 = tl.load(hyper_ptr + 2, mask, 0.5)
+    grad_factor = tl.load(hyper_ptr + 5, mask, 1.0)
+    pull = tl.load(hyper_ptr + 6, mask, 0.0)
+    if HAS_GRAD_SCALE:
+        grad_factor = grad_factor / tl.load(grad_scale_ptr).to(tl.float64)
+    if HAS_PULL_FACTOR:
+        pull = pull * tl.load(pull_factor_ptr)
+    apply = tl.load(has_grad_ptr + param, mask, 0.0)
+    if HAS_FOUND_INF:
+        apply = tl.where(tl.load(found_inf_ptr) == 0.0, apply, 0.0)
+    steps = tl.load(step_ptr + param, mask, 1.0)
+    if COUNTS:
+        steps += apply
+        tl.store(step_ptr + param, steps, mask)
+    # a parameter that has never been updated has no bias correction yet; its row is not applied
+    exponent = tl.maximum(steps, 1.0).to(tl.int64)
+    key = rounding_key(seed, steps.to(tl.int64), tl.load(number_ptr + param, mask, 0))
+    tl.store(row_ptr, apply, mask)
+    tl.store(row_ptr + 1, grad_factor, mask)
+    tl.store(row_ptr + 2, lr * tl.load(hyper_ptr + 4, mask, 0.0), mask)
+    tl.store(row_ptr + 3, 1.0 - beta1, mask)
+    tl.store(row_ptr + 4, beta2, mask)
+    tl.store(row_ptr + 5, 1.0 - beta2, mask)
+    tl.store(row_ptr + 6, lr / (1.0 - _power(beta1, exponent)), mask)
+    tl.store(row_ptr + 7, 1.0 / tl.sqrt(1.0 - _power(beta2, exponent)), mask)
+    tl.store(row_ptr + 8, tl.load(hyper_ptr + 3, mask, 0.0), mask)
+    tl.store(row_ptr + 9, pull, mask)
+    tl.store(row_ptr + 10, key.to(tl.float64), mask)
+
+
+@triton.jit(do_not_specialize=["n_params", "seed"])
+def _prepare_kernel(
+    address_ptr, coefficient_ptr, prepared_ptr, n_params, hyper_ptr, param_group_ptr, number_ptr, has_grad_ptr,
+    step_ptr, found_inf_ptr, grad_scale_ptr, pull_factor_ptr, seed,
+    IS_STEP: tl.constexpr, COUNTS: tl.constexpr, HAS_FOUND_INF: tl.constexpr, HAS_GRAD_SCALE: tl.constexpr,
+    HAS_PULL_FACTOR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What the other kernels read of the parameters. IS_STEP: their coefficients are computed; else they are there."""
+    param = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = param < n_params
+    row_ptr = coefficient_ptr + param * _COEFFICIENTS
+    if IS_STEP:
+        _write_coefficients(
+            row_ptr, param, mask, hyper_ptr, param_group_ptr, number_ptr, has_grad_ptr, step_ptr, found_inf_ptr,
+            grad_scale_ptr, pull_factor_ptr, seed, COUNTS, HAS_FOUND_INF, HAS_GRAD_SCALE, HAS_PULL_FACTOR,
+        )  # fmt: skip
+        tl.debug_barrier()  # the same thread reads what it has written, but the compiler need not know
+    prepared_ptr += param * _PREPARED
+    value_ptr = prepared_ptr.to(tl.pointer_type(tl.float32), bitcast=True)
+    number_ptr = prepared_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    for column in tl.static_range(1, 10):
+        tl.store(value_ptr + (column - 1), tl.load(row_ptr + column, mask, 0.0).to(tl.float32), mask)
+    key = tl.load(row_ptr + 10, mask, 0.0).to(tl.int64).to(tl.int32)
+    tl.store(number_ptr + _ROUNDING_KEY, key, mask)
+    tl.store(number_ptr + _APPLIES, (tl.load(row_ptr, mask, 0.0) != 0).to(tl.int32), mask)
+    tl.store(prepared_ptr + _PARAM_ADDRESS, tl.load(address_ptr + 2 * param, mask, 0), mask)
+    tl.store(prepared_ptr + _GRAD_ADDRESS, tl.load(address_ptr + 2 * param + 1, mask, 0), mask)
+
+
+@triton.jit
+def _coefficients(prepared_ptr, row_ptr, clip_ptr, HAS_CLIP: tl.constexpr):
+    """A parameter's coefficients in float32; the clip scales gradients and pull in float64."""
+    value_ptr = prepared_ptr.to(tl.pointer_type(tl.float32), bitcast=True)
+    grad_factor = tl.load(value_ptr)
+    pull = tl.load(value_ptr + 8)
+    if HAS_CLIP:
+        clip = tl.load(clip_ptr)
+        grad_factor = (tl.load(row_ptr + 1) * clip).to(tl.float32)
+        pull = (tl.load(row_ptr + 9) * clip).to(tl.float32)
     return (
-        tl.load(row + 1).to(tl.float32),
-        tl.load(row + 2).to(tl.float32),
-        tl.load(row + 3).to(tl.float32),
-        tl.load(row + 4).to(tl.float32),
-        tl.load(row + 5).to(tl.float32),
-        tl.load(row + 6).to(tl.float32),
-        tl.load(row + 7).to(tl.float32),
-        tl.load(row + 8).to(tl.float32),
-        tl.load(row + 9).to(tl.float32),
+        grad_factor,
+        tl.load(value_ptr + 1),
+        tl.load(value_ptr + 2),
+        tl.load(value_ptr + 3),
+        tl.load(value_ptr + 4),
+        tl.load(value_ptr + 5),
+        tl.load(value_ptr + 6),
+        tl.load(value_ptr + 7),
+        pull,
     )
 
 
@@ -199,10 +297,10 @@ def _entry_of_rank(group_ptr, rank_ptr, rank, groups):
 
 @triton.jit
 def _masked_adamw_kernel(
-    address_ptr, exp_avg_ptr, exp_avg_sq_ptr, scale_ptr, master_ptr, tile_ptr, group_ptr, rank_ptr, position_ptr,
-    coefficient_ptr, anchor_ptr,
+    prepared_ptr, exp_avg_ptr, exp_avg_sq_ptr, scale_ptr, master_ptr, tile_ptr, group_ptr, rank_ptr, position_ptr,
+    coefficient_ptr, clip_ptr, anchor_ptr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, PACKED: tl.constexpr, CODED: tl.constexpr, HAS_MASTER: tl.constexpr,
-    HAS_ANCHOR: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_ANCHOR: tl.constexpr, HAS_CLIP: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`_PARTS` programs a tile. group_ptr: the bitmaps as 64-bit groups; rank_ptr: active entries before each."""
     PARAM_SIZE: tl.constexpr = PARAM.primitive_bitwidth // 8
@@ -210,12 +308,13 @@ def _masked_adamw_kernel(
     part = tl.program_id(0) % _PARTS
     tile_ptr += (tl.program_id(0) // _PARTS).to(tl.int64) * _TILE_COLUMNS
     param = tl.load(tile_ptr + _PARAM)
-    param_address = tl.load(address_ptr + 2 * param)
-    grad_address = tl.load(address_ptr + 2 * param + 1)
-    coefficient_ptr += param * _COEFFICIENTS
-    if (grad_address == 0) | (tl.load(coefficient_ptr) == 0):
+    prepared_ptr += param * _PREPARED
+    number_ptr = prepared_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    param_address = tl.load(prepared_ptr + _PARAM_ADDRESS)
+    grad_address = tl.load(prepared_ptr + _GRAD_ADDRESS)
+    if (grad_address == 0) | (tl.load(number_ptr + _APPLIES) == 0):
         return
-    coefficients = _coefficients(coefficient_ptr)
+    coefficients = _coefficients(prepared_ptr, coefficient_ptr + param * _COEFFICIENTS, clip_ptr, HAS_CLIP)
     start = tl.load(tile_ptr + _START)
     length = tl.load(tile_ptr + _LENGTH).to(tl.int32)
     active = tl.load(tile_ptr + _ACTIVE).to(tl.int32)
@@ -224,7 +323,7 @@ def _masked_adamw_kernel(
     encoding = tl.load(tile_ptr + _ENCODING)
     param_address += PARAM_SIZE * start
     grad_address += GRAD_SIZE * (slot if PACKED else start)
-    key = tile_key(tl.load(coefficient_ptr + _ROUNDING_KEY), start) if STOCHASTIC or CODED else 0
+    key = tile_key(tl.load(number_ptr + _ROUNDING_KEY), start) if STOCHASTIC or CODED else 0
     low = start.to(tl.uint32)  # the lower half of the flat index of the tile's first entry
 
     done = 0
@@ -313,21 +412,55 @@ def _square(
 
 
 @triton.jit
+def _sum_of(values_ptr, count):
+    """Always in the same order."""
+    LANES: tl.constexpr = 256
+    sums = tl.zeros([LANES], tl.float64)
+    first = 0
+    while first < count:
+        lane = first + tl.arange(0, LANES)
+        sums += tl.load(values_ptr + lane, lane < count, 0.0, cache_modifier=".cg")
+        first += LANES
+    return tl.sum(sums)
+
+
+@triton.jit
+def _add_total(sum_ptr, first_tile, tiles, max_norm_bits, arrived_ptr, grad_norm_ptr, clip_ptr):
+    """The last program of a group of tiles adds up its sums; the last one of all those of the groups."""
+    group = (first_tile + tl.program_id(0) // _PARTS) // _NORM_GROUP
+    in_group = _PARTS * tl.minimum(tiles - group * _NORM_GROUP, _NORM_GROUP)
+    tl.debug_barrier()
+    if tl.atomic_add(arrived_ptr + 1 + group, 1) == in_group - 1:
+        tl.store(arrived_ptr + 1 + group, 0)
+        tl.store(sum_ptr + tiles * _PARTS + group, _sum_of(sum_ptr + group * _NORM_GROUP * _PARTS, in_group))
+        tl.debug_barrier()
+        groups = tl.cdiv(tiles, _NORM_GROUP)
+        if tl.atomic_add(arrived_ptr, 1) == groups - 1:
+            tl.store(arrived_ptr, 0)
+            norm = tl.sqrt(_sum_of(sum_ptr + tiles * _PARTS, groups))
+            tl.store(grad_norm_ptr, norm)
+            clip = max_norm_bits.to(tl.int64).to(tl.float64, bitcast=True) / (norm + 1e-6)
+            tl.store(clip_ptr, tl.where(clip > 1.0, 1.0, clip))  # NaN stays
+
+
+@triton.jit(do_not_specialize=["first_tile", "tiles", "max_norm_bits"])
 def _masked_sum_squares_kernel(
-    address_ptr, master_ptr, tile_ptr, group_ptr, rank_ptr, position_ptr, coefficient_ptr, anchor_ptr, sum_ptr,
+    prepared_ptr, master_ptr, tile_ptr, group_ptr, rank_ptr, position_ptr, anchor_ptr, sum_ptr,
+    first_tile, tiles, max_norm_bits, arrived_ptr, grad_norm_ptr, clip_ptr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, PACKED: tl.constexpr, HAS_MASTER: tl.constexpr, HAS_ANCHOR: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TOTAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes the sum of every part of every tile: sum_ptr is float64 [T, _PARTS]."""
+    """Writes the sum of every part of every tile: sum_ptr is float64 [T, _PARTS]. TOTAL: the last program adds up."""
     PARAM_SIZE: tl.constexpr = PARAM.primitive_bitwidth // 8
     GRAD_SIZE: tl.constexpr = GRAD.primitive_bitwidth // 8
     tile_ptr += (tl.program_id(0) // _PARTS).to(tl.int64) * _TILE_COLUMNS
     param = tl.load(tile_ptr + _PARAM)
-    param_address = tl.load(address_ptr + 2 * param)
-    grad_address = tl.load(address_ptr + 2 * param + 1)
-    coefficient_ptr += param * _COEFFICIENTS
-    grad_factor = tl.load(coefficient_ptr + 1).to(tl.float32)
-    pull = tl.load(coefficient_ptr + 9).to(tl.float32)
+    prepared_ptr += param * _PREPARED
+    param_address = tl.load(prepared_ptr + _PARAM_ADDRESS)
+    grad_address = tl.load(prepared_ptr + _GRAD_ADDRESS)
+    value_ptr = prepared_ptr.to(tl.pointer_type(tl.float32), bitcast=True)
+    grad_factor = tl.load(value_ptr)
+    pull = tl.load(value_ptr + 8)
     start = tl.load(tile_ptr + _START)
     length = tl.load(tile_ptr + _LENGTH).to(tl.int32)
     active = tl.load(tile_ptr + _ACTIVE).to(tl.int32)
@@ -364,18 +497,20 @@ def _masked_sum_squares_kernel(
                     mask, grad_factor, pull, HAS_MASTER, HAS_ANCHOR,
                 )  # fmt: skip
                 first += _PARTS * BLOCK
-    tl.store(sum_ptr + tl.program_id(0), tl.sum(total))
+    tl.store(sum_ptr + first_tile * _PARTS + tl.program_id(0), tl.sum(total))
+    if TOTAL:
+        _add_total(sum_ptr, first_tile, tiles, max_norm_bits, arrived_ptr, grad_norm_ptr, clip_ptr)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["single_address"])
 def _masked_pack_kernel(
-    address_ptr, out_ptr, tile_ptr, group_ptr, rank_ptr, position_ptr,
-    GRAD: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr,
+    address_ptr, single_address, out_ptr, tile_ptr, group_ptr, rank_ptr, position_ptr,
+    GRAD: tl.constexpr, SINGLE: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     GRAD_SIZE: tl.constexpr = GRAD.primitive_bitwidth // 8
     part = tl.program_id(0) % _PARTS
     tile_ptr += (tl.program_id(0) // _PARTS).to(tl.int64) * _TILE_COLUMNS
-    grad_address = tl.load(address_ptr + tl.load(tile_ptr + _PARAM))
+    grad_address = single_address if SINGLE else tl.load(address_ptr + tl.load(tile_ptr + _PARAM))
     if grad_address == 0:
         return
     length = tl.load(tile_ptr + _LENGTH).to(tl.int32)
@@ -412,13 +547,53 @@ def _type_of(tensors: Any) -> tl.dtype:
     return next((TYPES[dtype] for dtype in tensors.dtypes), tl.float32)
 
 
-def masked_adamw_(update: Any, addresses: Tensor) -> None:
+def prepare_step(step: Any, addresses: Tensor) -> None:
+    """Counts a step, computes its coefficients, and writes what the other kernels read of the parameters."""
+    _prepare(step.coefficients, step.prepared, addresses, step)
+
+
+def prepared_of(norm: Any, addresses: Tensor) -> Tensor:
+    """The same for coefficients that are there."""
+    prepared = torch.empty(len(norm.params), _PREPARED.value, dtype=torch.int64, device=norm.tiles.device)
+    _prepare(norm.coefficients, prepared, addresses, None)
+    return prepared
+
+
+def _prepare(coefficients: Tensor, prepared: Tensor, addresses: Tensor, step: Any) -> None:
+    if not len(prepared):
+        return
+    nothing = coefficients.new_empty(0)
+    tensors = [nothing] * 8
+    if step is not None:
+        tensors = [step.hyper, step.group, step.numbers, step.has_grad, step.steps]
+        scalars = (step.found_inf, step.grad_scale, step.pull_factor)
+        tensors += [nothing if scalar is None else scalar for scalar in scalars]
+    with on_device_of(coefficients):
+        _prepare_kernel[(triton.cdiv(len(prepared), _PREPARED_AT_ONCE),)](
+            addresses,
+            coefficients,
+            prepared,
+            len(prepared),
+            *tensors,
+            0 if step is None else step.seed,
+            IS_STEP=step is not None,
+            COUNTS=step is not None and step.counts,
+            HAS_FOUND_INF=step is not None and step.found_inf is not None,
+            HAS_GRAD_SCALE=step is not None and step.grad_scale is not None,
+            HAS_PULL_FACTOR=step is not None and step.pull_factor is not None,
+            BLOCK=_PREPARED_AT_ONCE,
+            num_warps=_PREPARED_AT_ONCE // 32,
+            enable_fp_fusion=False,
+        )
+
+
+def masked_adamw_(update: Any, prepared: Tensor) -> None:
     """One launch over all tiles. The ranks must be there if any tile is a bitmap (`TileTable.with_ranks`)."""
     if not len(update.tiles):
         return
     with on_device_of(update.tiles):
         _masked_adamw_kernel[(len(update.tiles) * _PARTS.value,)](
-            addresses,
+            prepared,
             update.exp_avg,
             update.exp_avg_sq,
             _or(update.scales, update),
@@ -428,6 +603,7 @@ def masked_adamw_(update: Any, addresses: Tensor) -> None:
             update.ranks,
             update.positions,
             update.coefficients,
+            update.coefficients if update.clip is None else update.clip,
             _or(update.anchor, update),
             PARAM=_type_of(update.params),
             GRAD=_type_of(update.grads),
@@ -435,6 +611,7 @@ def masked_adamw_(update: Any, addresses: Tensor) -> None:
             CODED=update.scales is not None,
             HAS_MASTER=update.master is not None,
             HAS_ANCHOR=update.anchor is not None,
+            HAS_CLIP=update.clip is not None,
             STOCHASTIC=update.stochastic,
             BLOCK=_BLOCK,
             num_warps=_NUM_WARPS,
@@ -447,46 +624,62 @@ def _or(tensor: Tensor | None, norm: Any) -> Tensor:
     return norm.coefficients.new_empty(0, dtype=torch.float32) if tensor is None else tensor
 
 
-def masked_sum_squares(norm: Any, addresses: Tensor) -> Tensor:
+def masked_sum_squares(norm: Any, prepared: Tensor) -> Tensor:
     """float64 [T]; each sum is taken in an order that depends on the tile only."""
     sums = torch.empty(len(norm.tiles), _PARTS.value, dtype=torch.float64, device=norm.tiles.device)
-    if len(norm.tiles):
-        with on_device_of(norm.tiles):
-            _masked_sum_squares_kernel[(len(norm.tiles) * _PARTS.value,)](
-                addresses,
-                _or(norm.master, norm),
-                norm.tiles,
-                norm.words.view(torch.int64),
-                norm.ranks,
-                norm.positions,
-                norm.coefficients,
-                _or(norm.anchor, norm),
-                sums,
-                PARAM=_type_of(norm.params),
-                GRAD=_type_of(norm.grads),
-                PACKED=norm.packed,
-                HAS_MASTER=norm.master is not None,
-                HAS_ANCHOR=norm.anchor is not None,
-                BLOCK=_BLOCK,
-                num_warps=_NUM_WARPS,
-                enable_fp_fusion=False,
-            )
+    _sum_squares(norm, prepared, sums, 0, 0, 0, sums, sums, sums, TOTAL=False)
     return sums.sum(1)
 
 
-def masked_pack_(pack: Any, addresses: Tensor) -> None:
-    """One launch over the tiles of all gradients that are there."""
+def gradient_norm(norm: Any, prepared: Tensor, total: Any) -> None:
+    """The norm of the gradients, after its last launch, and what clips them."""
+    (bits,) = struct.unpack("q", struct.pack("d", total.max_norm))  # as a number it would become a float32
+    numbers = total.first, total.tiles, bits
+    _sum_squares(norm, prepared, total.sums, *numbers, total.arrived, total.grad_norm, total.clip, TOTAL=True)
+
+
+def _sum_squares(norm: Any, prepared: Tensor, sums: Tensor, *total: Any, TOTAL: bool) -> None:
+    if not len(norm.tiles):
+        return
+    with on_device_of(norm.tiles):
+        _masked_sum_squares_kernel[(len(norm.tiles) * _PARTS.value,)](
+            prepared,
+            _or(norm.master, norm),
+            norm.tiles,
+            norm.words.view(torch.int64),
+            norm.ranks,
+            norm.positions,
+            _or(norm.anchor, norm),
+            sums,
+            *total,
+            PARAM=_type_of(norm.params),
+            GRAD=_type_of(norm.grads),
+            PACKED=norm.packed,
+            HAS_MASTER=norm.master is not None,
+            HAS_ANCHOR=norm.anchor is not None,
+            TOTAL=TOTAL,
+            BLOCK=_BLOCK,
+            num_warps=_NUM_WARPS,
+            enable_fp_fusion=False,
+        )
+
+
+def masked_pack_(pack: Any, addresses: Tensor | int) -> None:
+    """One launch over the tiles of all gradients that are there, or of one whose address is given."""
     if not len(pack.tiles):
         return
+    single = isinstance(addresses, int)
     with on_device_of(pack.tiles):
         _masked_pack_kernel[(len(pack.tiles) * _PARTS.value,)](
-            addresses,
+            pack.tiles if single else addresses,
+            addresses if single else 0,
             pack.out,
             pack.tiles,
             pack.words.view(torch.int64),
             pack.ranks,
             pack.positions,
             GRAD=_type_of(pack.grads),
+            SINGLE=single,
             ACCUMULATE=pack.accumulate,
             BLOCK=_BLOCK,
             num_warps=_NUM_WARPS,

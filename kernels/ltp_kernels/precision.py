@@ -33,10 +33,19 @@ def _mix32(x):
 
 
 @triton.jit
+def rounding_key(seed, step, number):
+    """uint32 keys of the steps of some parameters, from int64."""
+    key = _mix32(tl.full(step.shape, 0, tl.uint32) + seed.to(tl.int64).to(tl.uint32))
+    key = _mix32(key + (seed.to(tl.int64) >> 32).to(tl.uint32) * 0x9E3779B9)
+    key = _mix32(key + step.to(tl.uint32) * 0x9E3779B9)
+    return _mix32(key + number.to(tl.uint32) * 0x9E3779B9)
+
+
+@triton.jit
 def tile_key(rounding_key, start):
-    """uint32 key of the tile whose first entry is `start` (int64); rounding_key: the float64 of the coefficients."""
+    """uint32 key of the tile whose first entry is `start` (int64); rounding_key: int32, of the parameter's step."""
     upper = (start >> 32).to(tl.uint32)
-    return _mix32(rounding_key.to(tl.int64).to(tl.uint32) + upper * 0x9E3779B9)
+    return _mix32(rounding_key.to(tl.uint32, bitcast=True) + upper * 0x9E3779B9)
 
 
 @triton.jit

@@ -2,44 +2,82 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
 
-from ltp_sparse.backends.arguments import Norm, Pack, Pairs
+from ltp_sparse.backends.arguments import Norm, Pack, Pairs, Step
 from ltp_sparse.tickets.bits import TILE, WORDS_PER_TILE, tiles_of
 
-_captured: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+_MOST = 64
+"""Tables that are kept."""
+
+
+@dataclass(frozen=True)
+class _Table:
+    """stream: the one it was copied on; copied: when that has happened"""
+
+    data: Tensor
+    stream: torch.cuda.Stream | None
+    copied: torch.cuda.Event | None
+
+
+_tables: OrderedDict[tuple[tuple[int, ...], torch.device], _Table] = OrderedDict()
+_captured: dict[tuple[tuple[int, ...], torch.device], _Table] = {}
 
 
 def address_table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
-    """int64 [len(addresses)] on `device`; an unchanged list copies nothing.
+    """int64 [len(addresses)] on `device`; an unchanged list copies nothing, on whatever stream it is used.
 
-    A table used while a CUDA graph is captured is kept for good, since replays read it. One that would first have to be
-    copied there is an error from torch: take a step before capturing.
+    A table used while a CUDA graph is captured is kept for good, since replays read it.
+
+    Raises:
+        RuntimeError: a graph is being captured, and the table would first have to be copied there.
     """
-    table = _upload(addresses, device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _captured[addresses, device] = table
-    return table
+    key = addresses, device
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if (table := _tables.get(key)) is None:
+        if capturing:
+            raise RuntimeError(
+                "a CUDA graph is being captured, and the addresses of its parameters or gradients have not been seen "
+                "before; take a step on the same tensors before capturing, or use the compiled backend, which copies "
+                "no addresses"
+            )
+        table = _tables[key] = _upload(addresses, device)
+        if len(_tables) > _MOST:
+            _tables.popitem(last=False)
+    _tables.move_to_end(key)
+    if capturing:  # all that came before has ended
+        _captured[key] = table
+    elif table.stream is not None and table.copied is not None:
+        current = torch.cuda.current_stream(device)
+        if current != table.stream:
+            current.wait_event(table.copied)
+            table.data.record_stream(current)
+    return table.data
 
 
-@lru_cache(maxsize=64)
-def _upload(addresses: tuple[int, ...], device: torch.device) -> Tensor:
+def _upload(addresses: tuple[int, ...], device: torch.device) -> _Table:
     # Pageable memory: copied out before the call returns, without waiting for the device.
-    return torch.tensor(addresses, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
+    data = torch.tensor(addresses, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
+    if device.type != "cuda":
+        return _Table(data, None, None)
+    stream = torch.cuda.current_stream(device)
+    return _Table(data, stream, stream.record_event())
 
 
-def of_update(norm: Norm) -> Tensor:
+def of_update(norm: Norm | Step, device: torch.device) -> Tensor:
     """int64 [2 P]: parameter and gradient in turn, 0: none; packed gradients are all at the same place."""
     params, grads = norm.params.addresses, norm.grads.addresses
     if norm.packed:
         grads *= len(params)
-    return address_table(tuple(chain.from_iterable(zip(params, grads, strict=True))), norm.tiles.device)
+    return address_table(tuple(chain.from_iterable(zip(params, grads, strict=True))), device)
 
 
 def of_pack(pack: Pack) -> Tensor:

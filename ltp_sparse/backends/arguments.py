@@ -6,6 +6,7 @@ annotations say of dtype, shape and whether they are written. A tensor that may 
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hi
 import torch
 from torch import Tensor
 
-from ltp_sparse.backends.coefficients import Coefficient
+from ltp_sparse.backends.coefficients import HYPER, Coefficient
 from ltp_sparse.tickets.tile_table import Column
 from ltp_sparse.weights.tensors import DTYPES
 
@@ -24,12 +25,16 @@ RUN = 16
 
 
 class Spec(NamedTuple):
-    """What a tensor must be. shape: numbers, or names of sizes; coded: the dtype of 8-bit moments; None: any."""
+    """What a tensor must be. shape: numbers, or names of sizes; coded: the dtype of 8-bit moments; None: any.
+
+    internal: no operator takes it.
+    """
 
     dtype: torch.dtype | None = None
     shape: tuple[int | str, ...] = ()
     written: bool = False
     coded: torch.dtype | None = None
+    internal: bool = False
 
 
 _dtype_of = operator.attrgetter("dtype")
@@ -40,6 +45,16 @@ class Tensors(list["Tensor | None"]):
 
     It is made for one call, or for the calls of one step: what changes under it later is not seen.
     """
+
+    def renew(self, tensors: Iterable[Tensor | None], addresses: tuple[int, ...]) -> None:
+        """Takes other tensors that are like these in all but where they are."""
+        self[:] = tensors
+        vars(self).pop("present", None)
+        vars(self)["addresses"] = addresses
+
+    def let_go(self) -> None:
+        """Holds no tensors until it is renewed."""
+        self.renew((), ())
 
     @cached_property
     def present(self) -> list[Tensor]:
@@ -116,9 +131,11 @@ class Pack(Tiles):
 class Norm(Tiles):
     """`masked_sum_squares`: what the gradient of an update is made of.
 
-    packed: `grads` is one tensor, float32 [K] in slot order; whether a parameter is updated, APPLY alone says
-    master: the exact values of the active entries; None: those of the parameters are exact
-    anchor: the values that the pull draws to, if any
+    packed:   `grads` is one tensor, float32 [K] in slot order; whether a parameter is updated, APPLY alone says
+    master:   the exact values of the active entries; None: those of the parameters are exact
+    anchor:   the values that the pull draws to, if any
+    prepared: what `prepare_step` has written of these parameters and coefficients for kernels on a GPU, the rows
+              `Prepared` of csrc/common/adamw.h; None: they are made when they are needed
     """
 
     params: Parameters
@@ -126,11 +143,18 @@ class Norm(Tiles):
     packed: bool
     master: Annotated[Tensor | None, Spec(torch.float32, ("k",))]
     anchor: Annotated[Tensor | None, Spec(torch.float32, ("k",))]
+    prepared: Annotated[Tensor | None, Spec(torch.int64, ("params", 8), internal=True)] = dataclasses.field(
+        default=None, kw_only=True
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class Update(Norm):
-    """`masked_adamw_`. scales: of 8-bit moments, whose codes the other two are then; None: they are float32."""
+    """`masked_adamw_`.
+
+    scales: of 8-bit moments, whose codes the other two are then; None: they are float32
+    clip:   multiplies GRAD_FACTOR and PULL, in float64; None: 1
+    """
 
     params: WrittenParameters
     master: Annotated[Tensor | None, Spec(torch.float32, ("k",), written=True)]
@@ -138,6 +162,63 @@ class Update(Norm):
     exp_avg_sq: Annotated[Tensor, Spec(torch.float32, ("k",), written=True, coded=torch.uint8)]
     scales: Annotated[Tensor | None, Spec(torch.float32, ("blocks", 2), written=True)]
     stochastic: bool
+    clip: Annotated[Tensor | None, Spec(torch.float64)] = dataclasses.field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """`prepare_step`: counts a step of P parameters and computes their coefficients.
+
+    grads:       as in `Norm`, with `packed`
+    hyper:       of every parameter group
+    group:       of each parameter
+    numbers:     tell the parameters apart in random bits
+    has_grad:    1 for each parameter that has a gradient, else 0
+    steps:       updates that each has taken; goes up with `counts`
+    found_inf:   not 0: the step is skipped
+    grad_scale:  gradients are too large by this factor
+    pull_factor: multiplies the pull
+    prepared:    see `Norm`; None: the backend does not need it
+    """
+
+    params: Parameters
+    grads: Annotated[Tensors, Spec()]
+    packed: bool
+    hyper: Annotated[Tensor, Spec(torch.float64, ("groups", len(HYPER)))]
+    group: Annotated[Tensor, Spec(torch.int64, ("params",))]
+    numbers: Annotated[Tensor, Spec(torch.int64, ("params",))]
+    has_grad: Annotated[Tensor, Spec(torch.float64, ("params",))]
+    steps: Annotated[Tensor, Spec(torch.float64, ("params",), written=True)]
+    counts: bool
+    found_inf: Annotated[Tensor | None, Spec(torch.float32)]
+    grad_scale: Annotated[Tensor | None, Spec(torch.float32)]
+    pull_factor: Annotated[Tensor | None, Spec(torch.float64)]
+    seed: int
+    coefficients: Annotated[Tensor, Spec(torch.float64, ("params", Coefficient.COUNT), written=True)]
+    prepared: Annotated[Tensor | None, Spec(torch.int64, ("params", 8), written=True)]
+
+
+@dataclass(frozen=True, eq=False)
+class Total:
+    """`gradient_norm`: the norm over all tiles of a step, whose launches come one after the other.
+
+    first, tiles: the tiles of the launches before, and of all
+    sums:         what each tile adds, in the backend's own layout
+    arrived:      for kernels that count their thread blocks: 0 before and after
+    grad_norm:    the norm, written by the last launch; clip: what scales gradients to a norm of at most `max_norm`
+    """
+
+    first: int
+    tiles: int
+    max_norm: float
+    sums: Annotated[Tensor, Spec(torch.float64, written=True)]
+    arrived: Annotated[Tensor | None, Spec(torch.int32, written=True)]
+    grad_norm: Annotated[Tensor, Spec(torch.float64, written=True)]
+    clip: Annotated[Tensor, Spec(torch.float64, written=True)]
+
+
+NORM_GROUP = 64
+"""Tiles whose sums a kernel on a GPU adds up first; as in csrc/cuda/masked_adamw.h."""
 
 
 # --- the passes of topk_delta ---
@@ -320,7 +401,8 @@ RECORDS: dict[str, type] = {
     "take_above": Above,
     "take_ties": Ties,
 }
-"""The functions of a backend, and what each takes."""
+"""The functions of a backend that are checked, and what each takes. Two more are the optimizer's own: `prepare_step`
+takes a `Step`, `gradient_norm` a `Norm` and a `Total`."""
 
 
 class Field(NamedTuple):
@@ -333,7 +415,7 @@ class Field(NamedTuple):
 
 @cache
 def fields_of(record: Any) -> dict[str, Field]:
-    """Name -> field of a class of records, in order."""
+    """Name -> field of a class of records, in the order of its constructor."""
     found = {}
     for name, hint in get_type_hints(record, include_extras=True).items():
         spec = Spec()
@@ -341,7 +423,8 @@ def fields_of(record: Any) -> dict[str, Field]:
             hint, spec = get_args(hint)
         optional = type(None) in get_args(hint)
         found[name] = Field(get_args(hint)[0] if optional else get_origin(hint) or hint, optional, spec)
-    return {name: found[name] for name in record.__dataclass_fields__}
+    order = sorted(record.__dataclass_fields__.values(), key=lambda field: field.kw_only)
+    return {field.name: found[field.name] for field in order}
 
 
 _ORDER = (
@@ -355,7 +438,8 @@ _ORDER = (
 def arguments_of(record: type) -> dict[str, Field]:
     """The fields of a record in the order of the operator's arguments."""
     places = {name: place for place, name in enumerate(_ORDER)}
-    return dict(sorted(fields_of(record).items(), key=lambda item: places.get(item[0], len(places))))
+    fields = {name: field for name, field in fields_of(record).items() if not field.spec.internal}
+    return dict(sorted(fields.items(), key=lambda item: places.get(item[0], len(places))))
 
 
 def schema(op: str, record: type, *more: str, returns: str) -> str:
@@ -367,7 +451,8 @@ def schema(op: str, record: type, *more: str, returns: str) -> str:
             kind += f"({next(letters)}!)"
         if field.kind is Tensors:
             kind += "?[]" if name == "grads" else "[]"
-        arguments.append(f"{kind}{'?' if field.optional else ''} {name}")
+        default = "=None" if field.optional and name not in _ORDER else ""
+        arguments.append(f"{kind}{'?' if field.optional else ''} {name}{default}")
     return f"{op}({', '.join([*arguments, *more])}) -> {returns}"
 
 

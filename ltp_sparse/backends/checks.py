@@ -287,7 +287,7 @@ def _check_apart(op: str, params: Tensors, state: dict[str, Tensor]) -> None:
 
 
 def check_update(op: str, norm: Norm) -> TableFacts:
-    """The arguments of an update, or of the norm of its gradients; those that both have are looked at once.
+    """The arguments of an update, or of the norm of its gradients. A record is looked at once.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices do not fit the table or each other, or are of no plain tensor.
@@ -296,8 +296,9 @@ def check_update(op: str, norm: Norm) -> TableFacts:
         facts = table_facts(op, norm)
         _check_gradients(op, norm, facts)
         vars(norm)["_facts"] = facts
-    if isinstance(norm, Update) and op == "masked_adamw_":
+    if isinstance(norm, Update) and op == "masked_adamw_" and "_state_known" not in vars(norm):
         _check_state(op, norm, facts)
+        vars(norm)["_state_known"] = True
     return facts
 
 
@@ -345,7 +346,7 @@ def _check_extents(op: str, what: str, sizes: Sequence[int], facts: TableFacts, 
 def _check_state(op: str, update: Update, facts: TableFacts) -> None:
     """What only the update has: the moments, and that all it writes is apart."""
     sizes, coded = {"k": facts.k, "blocks": facts.blocks}, update.scales is not None
-    _check_tensors(op, update, ("exp_avg", "exp_avg_sq", "scales"), sizes, update.tiles.device, coded)
+    _check_tensors(op, update, ("exp_avg", "exp_avg_sq", "scales", "clip"), sizes, update.tiles.device, coded)
     if update.stochastic and (update.master is not None or not update.params.dtypes <= {torch.bfloat16}):
         raise ValueError(
             f"{op}: stochastic rounding is for bfloat16 parameters without a master; "

@@ -25,7 +25,9 @@ from ltp_sparse.backends.arguments import (
     Pack,
     Sample,
     Sampled,
+    Step,
     Ties,
+    Total,
     Update,
 )
 
@@ -53,6 +55,8 @@ class Backend:
     decides:        whether it has that for so many groups
     """
 
+    prepare_step: Callable[[Step], None]
+    gradient_norm: Callable[[Norm, Total], None]
     masked_adamw_: Callable[[Update], None]
     masked_sum_squares: Callable[[Norm], Tensor]
     masked_pack_: Callable[[Pack], None]
@@ -68,9 +72,12 @@ class Backend:
     def __init__(self, module: ModuleType) -> None:
         self.name: str = module.NAME
         self.needs_ranks: bool = module.NEEDS_RANKS  # reads the rank directory of a tile table
-        for name in RECORDS:
+        self.needs_prepared: bool = module.NEEDS_PREPARED  # its kernels read what `prepare_step` has written for them
+        self.sums_per_tile: int = module.SUMS_PER_TILE  # that `gradient_norm` keeps
+        for name in ("prepare_step", "gradient_norm", *RECORDS):
             run = getattr(module, name, getattr(reference, name))
-            setattr(self, name, run if name.startswith("masked") else partial(_checked, name, run))
+            is_pass = name in RECORDS and not name.startswith("masked")
+            setattr(self, name, partial(_checked, name, run) if is_pass else run)
         self.decides = getattr(module, "decides", lambda groups: False)
         if hasattr(module, "select_sampled"):
             self.select_sampled = partial(_checked, "select_sampled", module.select_sampled)

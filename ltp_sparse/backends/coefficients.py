@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -23,49 +22,46 @@ class Coefficient:
     COUNT = 11
 
 
-def write_options(rows: Tensor, *, lr: Tensor, betas: Tensor, eps: Tensor, weight_decay: Tensor) -> None:
-    """Writes the coefficients that stay as they are from step to step.
-
-    Args:
-        rows: float64 [P, COUNT].
-        lr, eps, weight_decay: float64 [P].
-        betas: float64 [P, 2].
-    """
-    rest = 1 - betas
-    rows[:, Coefficient.DECAY_STEP] = lr * weight_decay
-    rows[:, Coefficient.ONE_MINUS_BETA1] = rest[:, 0]
-    rows[:, Coefficient.BETA2] = betas[:, 1]
-    rows[:, Coefficient.ONE_MINUS_BETA2] = rest[:, 1]
-    rows[:, Coefficient.EPS] = eps
+HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "sign", "pull")
+"""Columns of the hyperparameters they are computed from; sign: -1 maximizes."""
 
 
-def write_step(
+def write_coefficients(
     rows: Tensor,
     *,
+    hyper: Tensor,
     apply: Tensor,
-    grad_factor: Tensor,
     steps: Tensor,
-    lr: Tensor,
-    betas: Tensor,
-    pull: Tensor,
-    keys: Tensor | None = None,
+    keys: Tensor,
+    grad_scale: Tensor | None = None,
+    pull_factor: Tensor | None = None,
 ) -> None:
-    """Writes the other ones, those of one step. No host synchronisation.
+    """Writes the coefficients of a step. No host synchronisation. `csrc/common/adamw.h` and Triton do the same.
 
     Args:
         rows: float64 [P, COUNT].
-        apply, grad_factor, lr, pull: float64 [P]; see `Coefficient`.
+        hyper: float64 [P, len(HYPER)].
+        apply: float64 [P]; see `Coefficient`.
         steps: float64 [P], updates taken, this one included. At least 1, but where `apply` is 0.
-        betas: float64 [P, 2].
-        keys: float64 [P], `rounding_keys`, if something is rounded at random.
+        keys: float64 [P], `rounding_keys`.
+        grad_scale: one number, by which gradients are too large.
+        pull_factor: one number that multiplies the pull.
     """
-    columns = rows.unbind(1)
+    lr, beta1, beta2, eps, weight_decay, sign, pull = hyper.unbind(1)
     # a parameter that has never been updated has no bias correction yet; its row is not applied
-    first, second = (1 - betas ** steps.clamp(min=1)[:, None]).unbind(1)
-    torch.div(lr, first, out=columns[Coefficient.STEP_SIZE])
-    torch.rsqrt(second, out=columns[Coefficient.INV_SQRT_BC2])
-    columns[Coefficient.APPLY].copy_(apply)
-    columns[Coefficient.GRAD_FACTOR].copy_(grad_factor)
-    columns[Coefficient.PULL].copy_(pull)
-    if keys is not None:
-        columns[Coefficient.ROUNDING_KEY].copy_(keys)
+    steps = steps.clamp(min=1)
+    columns = {
+        Coefficient.APPLY: apply,
+        Coefficient.GRAD_FACTOR: sign if grad_scale is None else sign / grad_scale.double(),
+        Coefficient.DECAY_STEP: lr * weight_decay,
+        Coefficient.ONE_MINUS_BETA1: 1 - beta1,
+        Coefficient.BETA2: beta2,
+        Coefficient.ONE_MINUS_BETA2: 1 - beta2,
+        Coefficient.STEP_SIZE: lr / (1 - beta1**steps),
+        Coefficient.INV_SQRT_BC2: 1 / (1 - beta2**steps).sqrt(),
+        Coefficient.EPS: eps,
+        Coefficient.PULL: pull if pull_factor is None else pull * pull_factor,
+        Coefficient.ROUNDING_KEY: keys,
+    }
+    for column, values in columns.items():
+        rows[:, column] = values

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltp_sparse.backends.arguments import Norm
+from ltp_sparse.backends.arguments import Norm, Step, Total
+from ltp_sparse.weights.tensors import LOWEST_ADDRESS
 
 NAME = "compiled"
-NEEDS_RANKS = False
+NEEDS_RANKS = NEEDS_PREPARED = False
+SUMS_PER_TILE = 1
 
 
 @cache
@@ -51,8 +53,26 @@ def isa() -> str | None:
     return found.isa() if isinstance(found, ModuleType) else None
 
 
+def describe(tensors: list[Any]) -> tuple[bytes, tuple[int, ...]] | None:
+    """What tensors are like, and where they are, of which some may be None; both are compared for equality alone.
+
+    Returns:
+        (layouts, addresses), or None: one needs a closer look, or there is nothing compiled to take a quick one.
+    """
+    found = extension()
+    return None if isinstance(found, str) else found.describe(tensors, LOWEST_ADDRESS)
+
+
 def _run(name: str, *arguments: Any) -> None:
     getattr(extension(), name)(*arguments, torch.get_num_threads())
+
+
+def prepare_step(step: Step) -> None:
+    extension().prepare_step(step)  # type: ignore[union-attr]
+
+
+def gradient_norm(norm: Norm, total: Total) -> None:
+    _run("gradient_norm", norm, total)
 
 
 def masked_sum_squares(norm: Norm) -> Tensor:

@@ -1,12 +1,13 @@
 """The backend `compiled` for CUDA tensors (`csrc/cuda`), which reads the records by the names of their fields.
 
-Its kernels read addresses from device memory: the tables are compared with the live tensors in every call.
+Addresses of parameters and gradients go to `prepare_step` by value, so that nothing is copied to the device.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache, partial
 from itertools import accumulate
 from types import ModuleType
@@ -16,13 +17,23 @@ import torch
 from torch import Tensor
 
 from ltp_sparse.backends import addresses, capability, digests
-from ltp_sparse.backends.arguments import Band, Candidates, Histogram, Norm, Pack, Sampled, Update
+from ltp_sparse.backends.arguments import (
+    Band,
+    Candidates,
+    Histogram,
+    Norm,
+    Pack,
+    Sampled,
+    Step,
+    Total,
+    Update,
+)
 from ltp_sparse.tickets.bits import bitmap_words, tiles_of
 
 NAME = "compiled"
-NEEDS_RANKS = True
+NEEDS_RANKS = NEEDS_PREPARED = True
 
-_SUM_PARTS = 16
+SUMS_PER_TILE = 16
 """Thread blocks a tile that sum squares."""
 
 _DIGIT_BITS = (11, 10, 9, 8)
@@ -66,27 +77,50 @@ def _launch(name: str, device: torch.device, *arguments: Any) -> None:
     getattr(_module(), name)(*arguments, torch.cuda.current_stream(device).cuda_stream)
 
 
+def prepare_step(step: Step) -> None:
+    with addresses.on_device_of(step.steps):
+        _launch("prepare_step", step.steps.device, step)
+
+
+def _prepared(norm: Any) -> Any:
+    """The record with what its kernels read of the parameters, where no step has prepared it."""
+    if norm.prepared is not None:
+        return norm
+    norm = replace(norm, prepared=norm.coefficients.new_empty(len(norm.params), 8, dtype=torch.int64))
+    _launch("prepare_norm", norm.tiles.device, norm)
+    return norm
+
+
 def masked_adamw_(update: Update) -> None:
     if not (tiles := len(update.tiles)):
         return
     with addresses.on_device_of(update.tiles):
-        table = addresses.of_update(update)
-        _launch("masked_adamw_", update.tiles.device, update, table, parts(update.exp_avg.numel(), tiles))
+        _launch("masked_adamw_", update.tiles.device, _prepared(update), parts(update.exp_avg.numel(), tiles))
 
 
 def masked_sum_squares(norm: Norm) -> Tensor:
-    out = torch.empty(len(norm.tiles), _SUM_PARTS, dtype=torch.float64, device=norm.tiles.device)
+    out = torch.empty(len(norm.tiles), SUMS_PER_TILE, dtype=torch.float64, device=norm.tiles.device)
     if len(norm.tiles):
         with addresses.on_device_of(norm.tiles):
-            _launch("masked_sum_squares", out.device, norm, addresses.of_update(norm), out, _SUM_PARTS)
+            _launch("masked_sum_squares", out.device, _prepared(norm), out, SUMS_PER_TILE)
     return out.sum(1)
+
+
+def gradient_norm(norm: Norm, total: Total) -> None:
+    if len(norm.tiles):
+        with addresses.on_device_of(norm.tiles):
+            _launch("gradient_norm", norm.tiles.device, _prepared(norm), total, SUMS_PER_TILE)
 
 
 def masked_pack_(pack: Pack) -> None:
     if not (tiles := len(pack.tiles)):
         return
     with addresses.on_device_of(pack.tiles):
-        _launch("masked_pack_", pack.tiles.device, pack, addresses.of_pack(pack), parts(pack.out.numel(), tiles))
+        prepared = None
+        if len(pack.grads) > 1:
+            prepared = torch.empty(len(pack.grads), 8, dtype=torch.int64, device=pack.tiles.device)
+            _launch("prepare_pack", prepared.device, pack, prepared)
+        _launch("masked_pack_", pack.tiles.device, pack, prepared, parts(pack.out.numel(), tiles))
 
 
 def _launch_pairs(name: str, pairs: Any, word_offsets: Sequence[int], *arguments: Any) -> None:

@@ -24,18 +24,21 @@ from ltp_sparse.backends.arguments import (
     Pack,
     Pairs,
     Sample,
+    Step,
     Ties,
     Tiles,
+    Total,
     Update,
 )
-from ltp_sparse.backends.coefficients import Coefficient
+from ltp_sparse.backends.coefficients import Coefficient, write_coefficients
 from ltp_sparse.backends.quantization import dequantize, exact_sqrt, quantize
-from ltp_sparse.backends.rounding import moment_bits, random16, round_stochastically
+from ltp_sparse.backends.rounding import moment_bits, random16, round_stochastically, rounding_keys
 from ltp_sparse.tickets.bits import TILE, WORDS_PER_TILE, bitmap_words, pack_bits, to_uint16_bits
 from ltp_sparse.tickets.tile_table import Column, state_blocks, tile_indices
 
 NAME = "reference"
-NEEDS_RANKS = False
+NEEDS_RANKS = NEEDS_PREPARED = False
+SUMS_PER_TILE = 1
 
 NONFINITE_KEY = 0x7F800000
 """The smallest key of an infinity or a NaN."""
@@ -62,6 +65,22 @@ def adamw_update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: Tensor) -> tuple
     return p - (c[Coefficient.DECAY_STEP] * p + c[Coefficient.STEP_SIZE] * (m / denominator)), m, v
 
 
+def prepare_step(step: Step) -> None:
+    """Counts a step and computes its coefficients."""
+    apply = step.has_grad if step.found_inf is None else step.has_grad * (step.found_inf == 0)
+    if step.counts:
+        step.steps.add_(apply)
+    write_coefficients(
+        step.coefficients,
+        hyper=step.hyper[step.group],
+        apply=apply,
+        steps=step.steps,
+        keys=rounding_keys(step.seed, step.steps, step.numbers),
+        grad_scale=step.grad_scale,
+        pull_factor=step.pull_factor,
+    )
+
+
 def _tiles(table: Tiles, packed: bool) -> Iterator[tuple[int, list[int], Tensor]]:
     """(position in the table, row, gradients) of every tile whose parameter has some, flat or packed."""
     for position, tile in enumerate(table.tiles.tolist()):
@@ -74,16 +93,19 @@ def _slots(tile: list[int]) -> slice:
     return slice(tile[Column.SLOT], tile[Column.SLOT] + tile[Column.ACTIVE])
 
 
-def _values_and_gradients(norm: Norm, tile: list[int], grad: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+def _values_and_gradients(
+    norm: Norm, tile: list[int], grad: Tensor, indices: Tensor, clip: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The active entries in the precision they are updated in, and the gradients that the update works with."""
     param, slots = norm.params[tile[Column.PARAM]], _slots(tile)
     assert param is not None
     values = norm.master[slots] if norm.master is not None else param.view(-1)[indices]
     values = values if values.dtype == torch.float64 else values.float()
-    c = norm.coefficients[tile[Column.PARAM]].to(values.dtype)
-    g = grad[slots if norm.packed else indices].to(values.dtype) * c[Coefficient.GRAD_FACTOR]
+    scales = norm.coefficients[tile[Column.PARAM], [Coefficient.GRAD_FACTOR, Coefficient.PULL]]
+    grad_factor, pull = (scales if clip is None else scales * clip).to(values.dtype)
+    g = grad[slots if norm.packed else indices].to(values.dtype) * grad_factor
     if norm.anchor is not None:
-        g = g + c[Coefficient.PULL] * torch.sign(values - norm.anchor[slots])
+        g = g + pull * torch.sign(values - norm.anchor[slots])
     return values, g
 
 
@@ -100,7 +122,7 @@ def masked_adamw_(update: Update) -> None:
         if scales is not None:
             m, v = dequantize(m, v, scales[blocks])
 
-        old, g = _values_and_gradients(update, tile, grad, indices)
+        old, g = _values_and_gradients(update, tile, grad, indices, update.clip)
         p, m, v = adamw_update(old, g, m, v, row.to(old.dtype))
 
         written: list[tuple[Tensor, slice | Tensor, Tensor]] = [(exp_avg, slots, m), (exp_avg_sq, slots, v)]
@@ -126,6 +148,20 @@ def masked_sum_squares(norm: Norm) -> Tensor:
         _, g = _values_and_gradients(norm, tile, grad, tile_indices(tile, norm.words, norm.positions))
         sums[position] = g.double().square().sum()
     return sums
+
+
+def gradient_norm(norm: Norm, total: Total) -> None:
+    """The norm of the gradients, after its last launch, and what clips them."""
+    add_sums(masked_sum_squares(norm), total)
+
+
+def add_sums(sums: Tensor, total: Total) -> None:
+    """`gradient_norm` for the sums of squares of a launch."""
+    end = total.first + len(sums)
+    total.sums[total.first : end] = sums
+    if end == total.tiles:
+        total.grad_norm.copy_(total.sums[:end].sum().sqrt())
+        total.clip.copy_((total.max_norm / (total.grad_norm + 1e-6)).clamp(max=1.0))
 
 
 def masked_pack_(pack: Pack) -> None:

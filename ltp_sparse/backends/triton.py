@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from ltp_sparse.backends import addresses, capability
-from ltp_sparse.backends.arguments import Norm, Pack, Update
+from ltp_sparse.backends.arguments import Norm, Pack, Step, Total, Update
 
 NAME = "triton"
-NEEDS_RANKS = True
+NEEDS_RANKS = NEEDS_PREPARED = True
+SUMS_PER_TILE = 4
+"""Programs a tile that sum squares; as in kernels/ltp_kernels/masked_adamw.py."""
 # `delta_histogram` is the reference's: Triton has none that beats torch's at 32,768 bins; the sampled route avoids it
 
 
@@ -36,16 +38,32 @@ def probe(device: torch.device) -> str | None:
     return capability.too_old(device) if device.type == "cuda" else None
 
 
+def prepare_step(step: Step) -> None:
+    kernels().prepare_step(step, addresses.of_update(step, step.steps.device))
+
+
+def _prepared(norm: Norm) -> Tensor:
+    """What the kernels read of the parameters: what is there, or made for the call."""
+    if norm.prepared is not None:
+        return norm.prepared
+    return kernels().prepared_of(norm, addresses.of_update(norm, norm.tiles.device))
+
+
 def masked_adamw_(update: Update) -> None:
-    kernels().masked_adamw_(update, addresses.of_update(update))
+    kernels().masked_adamw_(update, _prepared(update))
 
 
 def masked_sum_squares(norm: Norm) -> Tensor:
-    return kernels().masked_sum_squares(norm, addresses.of_update(norm))
+    return kernels().masked_sum_squares(norm, _prepared(norm))
+
+
+def gradient_norm(norm: Norm, total: Total) -> None:
+    kernels().gradient_norm(norm, _prepared(norm), total)
 
 
 def masked_pack_(pack: Pack) -> None:
-    kernels().masked_pack_(pack, addresses.of_pack(pack))
+    single = len(pack.grads) == 1
+    kernels().masked_pack_(pack, pack.grads.addresses[0] if single else addresses.of_pack(pack))
 
 
 def _launch(name: str, record: Any) -> None:

@@ -16,19 +16,20 @@ import torch
 from torch import Tensor
 
 from ltp_sparse import backends
-from ltp_sparse.backends import checks
+from ltp_sparse.backends import checks, reference
 from ltp_sparse.backends.arguments import (
     RECORDS,
     Norm,
     Pack,
+    Step,
     Tensors,
+    Total,
     Update,
     arguments_of,
-    fields_of,
     schema,
     tensors_of,
 )
-from ltp_sparse.backends.coefficients import Coefficient, write_options, write_step
+from ltp_sparse.backends.coefficients import Coefficient, write_coefficients
 from ltp_sparse.backends.rounding import rounding_keys
 from ltp_sparse.ops.routes import Selection, select_topk
 from ltp_sparse.ops.sources import TensorSource
@@ -79,7 +80,10 @@ def _contiguous(record: Any) -> Any:
     lists = {name: getattr(record, name) for name in _LISTS if hasattr(record, name)}
     if all(tensors.contiguous for tensors in lists.values()):
         return record
-    return replace(record, **{name: tensors.to_contiguous() for name, tensors in lists.items()})
+    copies: dict[str, Any] = {name: tensors.to_contiguous() for name, tensors in lists.items()}
+    if isinstance(record, Norm):  # made of the addresses of others
+        copies["prepared"] = None
+    return replace(record, **copies)
 
 
 def _serving(
@@ -142,12 +146,31 @@ _register("masked_pack_", "()")
 
 def run(op: str, record: Any, backend: backends.Backend) -> Any:
     """Runs at once, or through the operator where something wants to see it."""
-    if not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack():
+    if not _is_watched():
         return _RUN[op](record, backend)
     for name, what in _LISTS.items():
         _refuse_subclasses(op, what, getattr(record, name, ()))
-    fields = {name: getattr(record, name) for name in fields_of(RECORDS[op])}
+    fields = {name: getattr(record, name) for name in arguments_of(RECORDS[op])}
     return getattr(torch.ops.ltp_sparse, op)(**fields, backend=backend.name)
+
+
+def _is_watched() -> bool:
+    """Whether something wants to see operators."""
+    return torch.compiler.is_compiling() or bool(torch._C._len_torch_dispatch_stack())
+
+
+def prepare_step(step: Step, backend: backends.Backend) -> None:
+    """Counts a step and computes its coefficients."""
+    (reference.prepare_step if _is_watched() else backend.prepare_step)(step)
+
+
+def gradient_norm(norm: Norm, total: Total, backend: backends.Backend) -> None:
+    """The norm of the gradients, after its last launch, and what clips them."""
+    if _is_watched():
+        reference.add_sums(run("masked_sum_squares", norm, backend), total)
+    else:
+        facts = checks.check_update("masked_sum_squares", norm)
+        _serving("masked_sum_squares", norm, norm.params, facts, backend).gradient_norm(_contiguous(norm), total)
 
 
 @torch.library.impl(_library, "topk_delta", "CompositeExplicitAutograd")
@@ -379,10 +402,9 @@ def adamw_coefficients(
         return torch.as_tensor(value, dtype=torch.float64, device=step.device).expand(step.numel())
 
     rows = torch.zeros(step.numel(), Coefficient.COUNT, dtype=torch.float64, device=step.device)
-    rate, pairs = column(lr), torch.stack([column(beta) for beta in betas], 1)
-    write_options(rows, lr=rate, betas=pairs, eps=column(eps), weight_decay=column(weight_decay))
-    one, keys = column(1.0), rounding_keys(seed, step, numbers)
-    write_step(rows, apply=one, grad_factor=one, steps=step, lr=rate, betas=pairs, pull=column(pull), keys=keys)
+    hyper = torch.stack([column(value) for value in (lr, *betas, eps, weight_decay, 1.0, pull)], 1)
+    keys = rounding_keys(seed, step, numbers)
+    write_coefficients(rows, hyper=hyper, apply=column(1.0), steps=step, keys=keys)
     return rows
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,18 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltp_sparse import ops
+from ltp_sparse import backends, ops
 from ltp_sparse.backends import Backend
-from ltp_sparse.backends.arguments import Tensors, Update
-from ltp_sparse.backends.coefficients import Coefficient, write_options, write_step
+from ltp_sparse.backends.arguments import Step, Tensors, Update
+from ltp_sparse.backends.coefficients import HYPER, Coefficient
+from ltp_sparse.backends.compiled import describe
 from ltp_sparse.backends.quantization import dequantize_tiles, quantize_tiles
-from ltp_sparse.backends.reference import adamw_update
-from ltp_sparse.backends.rounding import rounding_keys
+from ltp_sparse.backends.reference import adamw_update, prepare_step
 from ltp_sparse.optim.packed_gradients import PackedGradients
 from ltp_sparse.tickets.delta import gather
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.tile_table import Column, TileTable, state_blocks
 from ltp_sparse.weights.tensors import check_plain_tensor
+
+_version = operator.attrgetter("_version")
 
 PIECE = 1 << 24
 """Slots whose pull values are on a GPU at a time if they are kept on the host: 64 MiB."""
@@ -87,11 +90,15 @@ class Launch:
     anchor:       float32 [K], initial values for the pull, or None; on the device, or pinned on the host
     room:         float32 [at most PIECE], where pieces of an anchor on the host come to lie on the device, or None
     steps:        float64 [P], updates each parameter has taken
-    hyper:        float64 [G, 7], the hyperparameters of every parameter group; rows: [P, 7], those of every parameter
+    hyper:        float64 [G, 7], the hyperparameters of every parameter group; group: int64 [P], that of each parameter
     coefficients: float64 [P, 11], those of the step being taken
+    backend:      what serves the step, decided by `look`
+    clip:         0-dim float64, what scales the gradients of the step being taken, or None; where `ClippedNorm` puts it
     """
 
-    HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay", "sign", "pull")
+    backend: Backend
+    updates: list[tuple[Update, Backend]]
+    looks: tuple[Any, ...]
 
     def __init__(
         self,
@@ -111,19 +118,20 @@ class Launch:
         self.stochastic = precision.is_stochastic(self.dtype)
         self.seed = precision.seed
         self.master = self.values() if precision.keeps_master(self.dtype) else None
-        self.master_of = [_identity(param) for param in params]
+        self.master_of = self._places()
         self.anchor: Tensor | None = None
         self.room: Tensor | None = None
         self.pieces = [Piece(self.table, slice(None), slice(None))]
         self.steps = torch.zeros(len(params), dtype=torch.float64, device=self.device)
         self.numbers = torch.tensor(numbers, dtype=torch.int64, device=self.device)
         self.group = torch.tensor(group, dtype=torch.int64, device=self.device)
-        self.hyper = torch.zeros(groups, len(self.HYPER), dtype=torch.float64, device=self.device)
-        self.rows = torch.zeros(len(params), len(self.HYPER), dtype=torch.float64, device=self.device)
+        self.hyper = torch.zeros(groups, len(HYPER), dtype=torch.float64, device=self.device)
         self.has_grad = torch.zeros(len(params), dtype=torch.float64, device=self.device)
         self.known_grads: list[bool] | None = None
         self.coefficients = torch.zeros(len(params), Coefficient.COUNT, dtype=torch.float64, device=self.device)
-        self.forget()
+        self.prepared: Tensor | None = None
+        self.clip: Tensor | None = None
+        self._look_anew()
 
         starts = list(itertools.accumulate(self.table.counts, initial=0))
         self.slots = [slice(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
@@ -166,25 +174,59 @@ class Launch:
         largest = max(piece.slots.stop - piece.slots.start for piece in self.pieces)
         self.room = torch.empty(largest, dtype=torch.float32, device=self.device)
 
-    def look(self) -> None:
-        """Takes note of parameters and gradients as they are now: those of the step to come."""
-        self.seen = Tensors(self.params)
-        self.seen_grads = Tensors(() if self.packed is not None else [param.grad for param in self.params])
-        self.updates: list[tuple[Update, Backend]] = []
+    def look(self) -> bool:
+        """Takes note of parameters and gradients as they are now: those of the step to come.
 
-    def _runs(self) -> Iterator[tuple[Update, Backend]]:
+        Returns:
+            False: all is as in the step before, but for the addresses of gradients, and known to be good.
+        """
+        grads = None if self.packed is not None else [param.grad for param in self.params]
+        found, of_grads = describe(self.params), describe(grads or [])
+        asked = backends.chosen()
+        if found is None or of_grads is None or not self.updates or self.looks != (found, of_grads[0], asked):
+            self._look_anew()
+            self.looks = found, of_grads and of_grads[0], asked
+            self.seen, self.seen_grads = Tensors(self.params), Tensors(grads or [])
+            _, self.backend = ops.served(self.table, self.dtype)
+            return True
+        self.seen_grads.renew(grads or [], of_grads[1])
+        self.changed = False
+        return False
+
+    def _look_anew(self) -> None:
+        """Forgets all that `look` has taken note of."""
+        self.changed = True
+        self.looks = ()
+        self.seen, self.seen_grads = Tensors(), Tensors()
+        self.updates = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles carry: they look anew."""
+        copied = object.__new__(Launch)
+        vars(copied).update(vars(self))
+        copied._look_anew()
+        return vars(copied)
+
+    def runs(self) -> Iterator[tuple[Update, Backend]]:
         """What is launched, one after the other, by the norm and by the update of a step, and what serves it.
 
         The copies of an anchor on the host go to the stream of the launches, so that each waits for the launch that
         reads the one before.
         """
-        if not self.updates:
-            _, backend = ops.served(self.table, self.dtype)
-            self.updates = [(self._update_of(piece, backend), backend) for piece in self.pieces]
-        for piece, (update, backend) in zip(self.pieces, self.updates, strict=True):
+        for piece, (update, backend) in zip(self.pieces, self._updates(), strict=True):
             if self.room is not None and self.anchor is not None and update.anchor is not None:
                 update.anchor.copy_(self.anchor[piece.slots], non_blocking=True)
             yield update, backend
+
+    def clip_by(self, factor: Tensor | None) -> None:
+        """factor: 0-dim float64, where what scales the gradients of a step stands, or None."""
+        self.clip = factor
+        self._look_anew()
+
+    def _updates(self) -> list[tuple[Update, Backend]]:
+        if not self.updates:
+            self.updates = [(self._update_of(piece, self.backend), self.backend) for piece in self.pieces]
+        return self.updates
 
     def _update_of(self, piece: Piece, backend: Backend) -> Update:
         slots, anchor = piece.slots, self.anchor
@@ -197,7 +239,9 @@ class Launch:
             exp_avg=self.exp_avg[slots], exp_avg_sq=self.exp_avg_sq[slots],
             scales=None if self.scales is None else self.scales[piece.blocks],
         )  # fmt: skip
-        return Update(**fields, stochastic=self.stochastic)
+        whole = self.packed is None or len(self.pieces) == 1  # else its packed gradients start somewhere else
+        prepared = self.prepared if backend.needs_prepared and whole else None
+        return Update(**fields, stochastic=self.stochastic, prepared=prepared, clip=self.clip)
 
     def state(self, position: int) -> dict[str, Tensor]:
         """The state of one parameter, as views of the packed buffers."""
@@ -323,8 +367,8 @@ class Launch:
         """Active entries that an update with the moments as they are would round back to what they are now."""
         if self.dtype == torch.float32 or self.master is not None or self.stochastic:
             return 0
-        rows = self.coefficients.clone()
-        self._write_step(rows, torch.ones_like(self.steps))
+        rows = torch.empty_like(self.coefficients)
+        prepare_step(self._step(torch.ones_like(self.steps), rows, counts=False))
         rows = rows.float()
         rows[:, [Coefficient.ONE_MINUS_BETA1, Coefficient.ONE_MINUS_BETA2]] = 0  # the moments stay
         rows[:, Coefficient.BETA2] = 1
@@ -347,19 +391,17 @@ class Launch:
 
     def set_hyperparameters(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Copies them to the device."""
-        for index, group in enumerate(groups):
-            if group["pull"] and self.anchor is None:
-                raise ValueError("MaskedAdamW: pull must be set at construction, which keeps the values it draws to")
-            lr = group["lr"]
-            values = [0.0 if isinstance(lr, Tensor) else float(lr), *group["betas"], group["eps"]]
+        if self.anchor is None and any(group["pull"] for group in groups):
+            raise ValueError("MaskedAdamW: pull must be set at construction, which keeps the values it draws to")
+        rows = []
+        for group in groups:
+            lr = 0.0 if isinstance(group["lr"], Tensor) else float(group["lr"])
             sign = -1.0 if group["maximize"] else 1.0
-            row = torch.tensor([*values, group["weight_decay"], sign, group["pull"]], dtype=torch.float64, device="cpu")
-            self.hyper[index].copy_(row)
-            if isinstance(lr, Tensor):
-                self.hyper[index, 0].copy_(lr)
-        torch.index_select(self.hyper, 0, self.group, out=self.rows)
-        lr, _, _, eps, weight_decay, _, _ = self.rows.unbind(1)
-        write_options(self.coefficients, lr=lr, betas=self.rows[:, 1:3], eps=eps, weight_decay=weight_decay)
+            rows.append([lr, *group["betas"], group["eps"], group["weight_decay"], sign, group["pull"]])
+        self.hyper.copy_(torch.tensor(rows, dtype=torch.float64, device="cpu"))
+        for index, group in enumerate(groups):
+            if isinstance(group["lr"], Tensor):
+                self.hyper[index, HYPER.index("lr")].copy_(group["lr"])
 
     def has_moved(self) -> bool:
         """Whether a parameter is on another device now."""
@@ -387,6 +429,8 @@ class Launch:
     def _find_gradients(self) -> Tensor:
         """float64 [P], 1 for each parameter that has a gradient."""
         if self.packed is None:
+            if not self.changed:
+                return self.has_grad
             present = [grad is not None for grad in self.seen_grads]
         else:
             present = self.present()
@@ -396,41 +440,34 @@ class Launch:
             self.known_grads = present
         return self.has_grad
 
-    def begin_step(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> None:
-        """Counts the step and computes its coefficients; all on the device."""
-        apply = self._find_gradients()
-        if found_inf is not None:
-            apply = apply * (found_inf.to(self.device, torch.float64) == 0)
-        self.steps += apply
-        self._write_step(self.coefficients, apply, grad_scale)
+    def begin_step(
+        self, found_inf: Tensor | None, grad_scale: Tensor | None, pull_factor: Tensor | None, counts: bool = True
+    ) -> None:
+        """Counts the step, unless it is only looked at, and computes its coefficients; all on the device."""
+        if self.backend.needs_prepared and self.prepared is None:
+            self.prepared = torch.empty(len(self.params), 8, dtype=torch.int64, device=self.device)
+        scalars = found_inf, grad_scale, pull_factor
+        step = self._step(self._find_gradients(), self.coefficients, *scalars, counts=counts)
+        ops.prepare_step(step, self.backend)
 
-    def prepare_norm(self) -> None:
-        """What `sum_squares` reads outside a step."""
-        self.look()
-        self._write_step(self.coefficients, self._find_gradients())
-
-    def _write_step(self, rows: Tensor, apply: Tensor, grad_scale: Tensor | None = None) -> None:
-        lr, _, _, _, _, sign, pull = self.rows.unbind(1)
-        random = self.stochastic or self.scales is not None
-        write_step(
-            rows,
-            apply=apply,
-            grad_factor=sign if grad_scale is None else sign / grad_scale.to(self.device, torch.float64),
-            steps=self.steps,
-            lr=lr,
-            betas=self.rows[:, 1:3],
-            pull=pull,
-            keys=rounding_keys(self.seed, self.steps, self.numbers) if random else None,
-        )
-
-    def clip(self, factor: Tensor) -> None:
-        """Multiplies gradients and pull."""
-        for column in (Coefficient.GRAD_FACTOR, Coefficient.PULL):
-            self.coefficients[:, column] *= factor
-
-    def scale_pull(self, factor: Tensor) -> None:
-        """Multiplies the pull alone, of gradients that are scaled already."""
-        self.coefficients[:, Coefficient.PULL] *= factor
+    def _step(
+        self,
+        has_grad: Tensor,
+        coefficients: Tensor,
+        found_inf: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+        pull_factor: Tensor | None = None,
+        *,
+        counts: bool,
+    ) -> Step:
+        return Step(
+            self.seen, self.seen_grads if self.packed is None else Tensors([self.packed.buffer]),
+            self.packed is not None, self.hyper, self.group, self.numbers, has_grad, self.steps, counts,
+            None if found_inf is None else found_inf.to(self.device, torch.float32),
+            None if grad_scale is None else grad_scale.to(self.device, torch.float32),
+            None if pull_factor is None else pull_factor.to(self.device),
+            self.seed, coefficients, self.prepared,
+        )  # fmt: skip
 
     def scale_gradients(self, factor: Tensor) -> None:
         if self.packed is not None:
@@ -440,23 +477,18 @@ class Launch:
             if param.grad is not None:
                 param.grad *= factor
 
-    def sum_squares(self) -> Tensor:
-        """0-dim float64, over the active entries of the gradients."""
-        sums = [ops.run("masked_sum_squares", update, backend) for update, backend in self._runs()]
-        return torch.cat(sums).sum()
-
     def update(self) -> None:
-        for update, backend in self._runs():
+        for update, backend in self.runs():
             ops.run("masked_adamw_", update, backend)
         self.forget()
         if self.master is not None:
-            self.master_of = [_identity(param) for param in self.params]
+            self.master_of = self._places()
         if self.packed is not None:
             self.packed.consume()
 
     def forget(self) -> None:
-        """Lets go of what `look` has taken note of: gradients would live as long."""
-        self.seen, self.seen_grads, self.updates = Tensors(), Tensors(), []
+        """Lets go of gradients that `look` has taken note of: they would live as long."""
+        self.seen_grads.let_go()
 
     def refresh_masters(self) -> None:
         """Takes over what others wrote into the weights since the last update (torch counts in-place edits).
@@ -464,13 +496,17 @@ class Launch:
         An entry whose weight is still the rounding of its master keeps the master: loading a checkpoint writes weights
         that the loaded masters know more exactly.
         """
-        if self.master is None:
+        if self.master is None or (places := self._places()) == self.master_of:
             return
         for position, param in enumerate(self.params):
-            if _identity(param) != self.master_of[position]:
+            if places[position] != self.master_of[position]:
                 masters = self.master[self.slots[position]]
                 weights = gather(param, self.sets[position]).to(masters.device)  # it may have moved since
                 masters.copy_(torch.where(masters.to(self.dtype) == weights, masters, weights.float()))
+
+    def _places(self) -> list[tuple[int, int]]:
+        """Where the parameters are, and how often they were edited."""
+        return list(zip(map(Tensor.data_ptr, self.params), map(_version, self.params), strict=True))
 
     def tensors(self) -> list[Tensor]:
         """All that the device holds on top of weights and gradients, but for a few numbers per parameter and tile."""
@@ -506,7 +542,3 @@ def pieces_of(table: TileTable, most: int) -> Iterator[Piece]:
 
 def _is_host(device: torch.device) -> bool:
     return device.type == "cpu"
-
-
-def _identity(param: Tensor) -> tuple[int, int]:
-    return param.data_ptr(), param._version

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
+from ltp_sparse.optim.clipping import ClippedNorm
 from ltp_sparse.optim.launch import Launch, Precision
 from ltp_sparse.optim.members import (
     ParameterHome,
@@ -228,7 +229,13 @@ class MaskedAdamW(Optimizer):
                 for key, value in before.get(param, {}).items():
                     state[key].copy_(value)
                 self.state[param] = state
+        self._set_clips()
         self.update_hyperparameters()
+
+    def _set_clips(self) -> None:
+        self._norm, self._clips_by = ClippedNorm(self._launches), self.max_grad_norm is not None
+        for launch in self._launches:
+            launch.clip_by(self._norm.clips[launch.device] if self._clips_by else None)
 
     def update_hyperparameters(self) -> None:
         """Copies the hyperparameters of `param_groups` to the devices.
@@ -265,10 +272,12 @@ class MaskedAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for launch in self._launches:
-            launch.look()
+        if self._clips_by != (self.max_grad_norm is not None):
+            self._set_clips()
+        changed = [launch for launch in self._launches if launch.look()]
+        for launch in changed:
             launch.check_dtypes()
-        if any(launch.has_moved() for launch in self._launches):
+        if any(launch.has_moved() for launch in changed):
             self._refuse_if_packed()
             self._build()
             for launch in self._launches:
@@ -285,22 +294,13 @@ class MaskedAdamW(Optimizer):
             _tell_accelerate(self, found_inf)
         for launch in self._launches:
             launch.refresh_masters()
-            launch.begin_step(found_inf, grad_scale)
-            self._scale_pull(launch)
+            launch.begin_step(found_inf, grad_scale, self._pull_factor)
         self._pull_factor = None
         if self.max_grad_norm is not None:
-            factor = self._clip_factor(self.max_grad_norm)
-            for launch in self._launches:
-                launch.clip(factor.to(launch.device))
+            self.grad_norm = self._norm.measure(self.max_grad_norm)
         for launch in self._launches:
             launch.update()
         return loss
-
-    def _clip_factor(self, max_norm: float) -> Tensor:
-        """What scales gradients and pull to a norm of at most `max_norm` over active and dense entries."""
-        sums = [launch.sum_squares() for launch in self._launches]
-        self.grad_norm = torch.stack([s.to(sums[0].device) for s in sums]).sum().sqrt()
-        return (max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -320,21 +320,16 @@ class MaskedAdamW(Optimizer):
         if self._hyper_known != self._hyper_key():
             self.update_hyperparameters()
         for launch in self._launches:
-            launch.prepare_norm()
-            self._scale_pull(launch)
-        factor = self._clip_factor(max_norm)
+            launch.look()
+            launch.begin_step(None, None, self._pull_factor, counts=False)
+        self.grad_norm = self._norm.measure(max_norm)
         for launch in self._launches:
             launch.forget()
-            launch.scale_gradients(factor.to(launch.device))
+            launch.scale_gradients(self._norm.clips[launch.device])
         if any(group["pull"] for group in self.param_groups):
-            self._pull_factor = factor if self._pull_factor is None else factor * self._pull_factor
-        assert self.grad_norm is not None
+            clip = next(iter(self._norm.clips.values()))
+            self._pull_factor = clip.clone() if self._pull_factor is None else clip * self._pull_factor
         return self.grad_norm
-
-    def _scale_pull(self, launch: Launch) -> None:
-        """By what `clip_grad_norm_` has scaled the gradients with."""
-        if self._pull_factor is not None:
-            launch.scale_pull(self._pull_factor.to(launch.device))
 
     def _check_parameters(self) -> None:
         """Raises ValueError where a step would train tensors that the model, or this optimizer, no longer has."""
@@ -512,6 +507,7 @@ class MaskedAdamW(Optimizer):
             group.setdefault("pull", 0.0)
             group.setdefault("maximize", False)
             group.setdefault("index_sets", [self._sets[param].digest() for param in group["params"]])
+        self._set_clips()
         for launch in self._launches:  # a pickle has given every view a storage of its own
             for position, param in enumerate(launch.params):
                 self.state[param] = launch.state(position)

@@ -76,7 +76,12 @@ class HostThreads {
         }
     }
 
-    bool last(int64_t* arrived, int64_t blocks) { return ++*arrived == blocks; }
+    template <class Count>
+    bool last(Count* arrived, int64_t blocks) {
+        if (++*arrived != Count(blocks)) return false;
+        *arrived = 0;
+        return true;
+    }
 
     void from_lane_xor(PerThread<uint32_t>& values, int mask, PerThread<uint32_t>& received) {
         for (int thread = 0; thread < N; ++thread) received[thread] = values[thread ^ mask];
@@ -89,7 +94,10 @@ class HostThreads {
         return *counter - value;
     }
 
-    void add(uint32_t* counter, uint32_t value) { *counter += value; }
+    uint32_t add(uint32_t* counter, uint32_t value) {
+        *counter += value;
+        return *counter - value;
+    }
 
     void trap() { ++traps; }
 
@@ -203,40 +211,54 @@ void cuda_take_last(const DevicePairs& pairs, const Candidates& candidates, cons
     });
 }
 
+void cuda_prepare_step(const Step& step, const uint64_t* params, const uint64_t* grads, Prepared* prepared, void*) {
+    for (int64_t param = step.n_params - 1; param >= 0; --param) {
+        prepared[param] = prepare(step, param, params[param], grads[param]);
+    }
+}
+
+// Backwards: no thread block may need the work of an earlier one.
+template <class Body>
+void for_each_place(const DeviceUpdate& update, Body body) {
+    for (int64_t tile = update.n_tiles - 1; tile >= 0; --tile) {
+        for (int part = update.parts - 1; part >= 0; --part) body(Place{tile, part});
+    }
+}
+
 void cuda_masked_adamw_(const DeviceUpdate& update, void*) {
     with_storage_types(update.param_dtype, update.grad_dtype, update.packed, [&](auto param, auto grad, auto packed) {
-        for (int64_t block = update.n_tiles * update.parts - 1; block >= 0; --block) {
+        for_each_place(update, [&](const Place& place) {
             HostThreads<kThreads> threads;
             uint16_t listed[kSubTile];
             constexpr bool kPacked = decltype(packed)::value;
             if (update.state.scales != nullptr) {
-                update_coded_block<decltype(param), decltype(grad), kPacked>(update, block, threads);
+                update_coded_block<decltype(param), decltype(grad), kPacked>(update, place, threads);
             } else {
-                update_block<decltype(param), decltype(grad), kPacked>(update, block, listed, threads);
+                update_block<decltype(param), decltype(grad), kPacked>(update, place, listed, threads);
             }
-        }
+        });
     });
 }
 
-void cuda_masked_sum_squares(const DeviceUpdate& update, double* out, void*) {
+void cuda_masked_sum_squares(const DeviceUpdate& update, const Total& total, void*) {
     with_storage_types(update.param_dtype, update.grad_dtype, update.packed, [&](auto param, auto grad, auto packed) {
-        for (int64_t block = 0; block < update.n_tiles * update.parts; ++block) {
+        for_each_place(update, [&](const Place& place) {
             HostThreads<kThreads> threads;
             uint16_t listed[kSubTile];
-            out[block] = sum_squares_block<decltype(param), decltype(grad), decltype(packed)::value>(update, block,
-                                                                                                     listed, threads);
-        }
+            sum_squares_block<decltype(param), decltype(grad), decltype(packed)::value>(update, total, place, listed,
+                                                                                        threads);
+        });
     });
 }
 
 void cuda_masked_pack_(const DeviceUpdate& update, float* out, bool accumulate, void*) {
-    for (int64_t block = 0; block < update.n_tiles * update.parts; ++block) {
+    for_each_place(update, [&](const Place& place) {
         HostThreads<kThreads> threads;
         uint16_t listed[kSubTile];
         with_storage_type(update.grad_dtype, [&](auto grad) {
-            pack_block<decltype(grad)>(update, out, accumulate, block, listed, threads);
+            pack_block<decltype(grad)>(update, out, accumulate, place, listed, threads);
         });
-    }
+    });
 }
 
 }  // namespace ltp

@@ -25,10 +25,11 @@ from helpers.selection_passes import (
     pairs_of,
 )
 from helpers.selections import DELTAS, random_case, tune
-from torch import Tensor
+from torch import Tensor, nn
 
+import ltp_sparse as ls
 from ltp_sparse import backends
-from ltp_sparse.backends import addresses, cuda, reference
+from ltp_sparse.backends import choice, cuda, reference
 from ltp_sparse.backends.arguments import Pack, Sample, Sampled, Tensors, Update
 from ltp_sparse.backends.reference import Coefficient
 from ltp_sparse.backends.rounding import rounding_keys
@@ -95,15 +96,22 @@ class Emulation:
 
     def sum_squares(self) -> Tensor:
         out = torch.full((len(self.problem.table.tiles), self.parts), float("nan"), dtype=torch.float64)
-        self.module.masked_sum_squares(self.record, addresses.of_update(self.record), out, self.parts, 0)
+        self.module.masked_sum_squares(self._prepared(), out, self.parts, 0)
         return out.sum(1)
 
     def update(self) -> None:
-        self.module.masked_adamw_(self.record, addresses.of_update(self.record), self.parts, 0)
+        self.module.masked_adamw_(self._prepared(), self.parts, 0)
+
+    def _prepared(self) -> Update:
+        record = replace(self.record, prepared=torch.empty(len(self.problem.params), 8, dtype=torch.int64))
+        self.module.prepare_norm(record, 0)
+        return record
 
     def pack(self, out: Tensor, accumulate: bool) -> None:
         pack = Pack(*self.index, Tensors(self.problem.grads), out, accumulate)
-        self.module.masked_pack_(pack, addresses.of_pack(pack), self.parts, 0)
+        prepared = torch.empty(len(self.problem.grads), 8, dtype=torch.int64)
+        self.module.prepare_pack(pack, prepared, 0)
+        self.module.masked_pack_(pack, prepared, self.parts, 0)
 
 
 def problem_of(density: float, **options) -> UpdateProblem:
@@ -148,6 +156,52 @@ def test_bits_of_the_reference(library, dtype, grad_dtype, mode, density):
                 wanted.step(rows, anchor)
         for number, (a, b) in enumerate(zip(found.tensors(), wanted.tensors(), strict=True)):
             assert torch.equal(*(bits(t) if t.is_floating_point() else t for t in (a, b))), (packed, parts, number)
+
+
+class Two(nn.Module):
+    """A launch for each of two dtypes; one of the tensors has tiles for more than one group of the norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(70, 40)
+        self.wide = nn.Parameter(torch.randn(66 * TILE // 64, 64))
+        self.last = nn.Linear(30, 5).bfloat16()
+
+
+@pytest.mark.parametrize("options", [{"states": "8bit"}, {"rounding": "stochastic", "pull": 0.1}], ids=["8bit", "pull"])
+def test_steps_of_the_reference(library, monkeypatch, options):
+    """prepare_step, norm over two launches, clip and update, as the optimizer calls them."""
+    monkeypatch.setattr(cuda, "extension", lambda: library.module)
+    monkeypatch.setattr(cuda, "probe", lambda device: None)
+    monkeypatch.setattr(choice, "_module", lambda name, device: {"compiled": cuda, "reference": reference}[name])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    results = []
+    for name in ("compiled", "reference"):
+        choice._backend.cache_clear()
+        with using(name):
+            model, generator = Two(), torch.Generator().manual_seed(1)
+            ticket = ls.Ticket.random(model, density=0.02)
+            optimizer = ls.MaskedAdamW(model, ticket, lr=1e-2, max_grad_norm=0.5, seed=2**33 + 1, **options)
+            norms = []
+            for number in range(4):
+                for param in model.parameters():
+                    param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+                if number == 1:
+                    model.first.bias.grad = None
+                optimizer.found_inf, optimizer.grad_scale = torch.tensor(float(number == 2)), torch.tensor(3.0)
+                optimizer.step()
+                norms.append(float(optimizer.grad_norm))
+            state = [t for s in optimizer.state_dict()["state"].values() for t in s.values()]
+            results.append((norms, [*model.parameters(), *state], optimizer._launches))
+    (norms, found, launches), (their_norms, wanted, _) = results
+    assert len(launches) == 2 and launches[0].prepared is not None
+    assert norms == pytest.approx(their_norms, rel=1e-12)
+    assert all(
+        torch.equal(*(bits(t) if t.is_floating_point() else t for t in (a.detach(), b.detach())))
+        for a, b in zip(found, wanted, strict=True)
+    )
+    choice._backend.cache_clear()
 
 
 # --- topk_delta: the passes of the compiled backend for CUDA tensors, on CPU tensors ---

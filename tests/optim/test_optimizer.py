@@ -539,8 +539,8 @@ def test_state_bytes_are_those_of_the_formula(density, pull):
     storages = held({**vars(optimizer)})
     for storage in held([list(params.values()), ticket]):  # these are the caller's
         storages.pop(storage, None)
-    per_parameter = 8 * (4 + 7 + 11)  # steps, has_grad, group, number; hyperparameters; coefficients
-    scalars = per_parameter * len(ticket.active_names) + 8 * 7
+    per_parameter = 8 * (4 + 11)  # steps, has_grad, group, number; coefficients
+    scalars = per_parameter * len(ticket.active_names) + 8 * (7 + 1)  # hyperparameters, clip
     assert sum(storages.values()) == formula + scalars
     if density == 0.2 and not pull:
         assert sum(storages.values()) / ticket.n <= 1.76
