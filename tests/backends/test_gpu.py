@@ -382,12 +382,12 @@ def test_bits_of_topk_delta(backend, before, after, n, rng):
             assert a.k == b.k and torch.equal(a.bitmap().cpu(), b.bitmap())
 
 
-@pytest.mark.parametrize("kind", ["normal", "levels", "mostly-zero"])
-@pytest.mark.parametrize("groups", [1, 147, 400])
+@pytest.mark.parametrize("kind", ["normal", "levels"])
+@pytest.mark.parametrize("groups", [1, 147])
 @pytest.mark.parametrize("backend", [p for p in GPU_BACKENDS if p.values == ("compiled",)])
 def test_thread_blocks_that_finish_last_decide_alike(backend, groups, kind, rng):
     """Many times over: what a block decides on must be what all the others have written, in whatever order."""
-    tuned = [DELTAS[kind](20_000 + 701 * number % 90_000, rng) for number in range(400)]
+    tuned = [DELTAS[kind](2000 + 701 * number % 9000, rng) for number in range(147)]
     tuned[::5] = [t.bfloat16() for t in tuned[::5]]
     of_tensor = [number % groups for number in range(len(tuned))]
     pools = [sum(t.numel() for t, group in zip(tuned, of_tensor, strict=True) if group == g) for g in range(groups)]
@@ -396,7 +396,7 @@ def test_thread_blocks_that_finish_last_decide_alike(backend, groups, kind, rng)
         passes = backends.resolve(DEVICE)
     on_gpu = sources.TensorSource([], moved(tuned))
     wanted = routes.select_topk(reference, sources.TensorSource([], tuned), of_tensor, ks, route="histogram")
-    for _ in range(50):
+    for _ in range(20):
         found = routes.select_topk(passes, on_gpu, of_tensor, ks)
         for name in ("words", "counts", "thresholds"):
             assert torch.equal(getattr(found, name).cpu(), getattr(wanted, name)), name
