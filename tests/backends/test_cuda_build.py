@@ -93,7 +93,9 @@ def test_updates_wait_once_for_a_batch(cubins, static_cuda, source):
         listed, vectors = (8, 8) if coded else (4, 4 if moments or anchor else 8)
         found = [tuple(map(int, row[f"{kind}_in_flight"].split("/"))) for kind in ("list", "full")]
         loads = [coded + tensors * listed, coded + tensors * vectors // 4]  # coded: and the scales
-        assert found == [(n, n) for n in loads], row
+        assert [n for _, n in found] == loads, row
+        # a pass over gradients that reads three tensors in vectors may wait for two of them first
+        assert [n for n, _ in found] >= [loads[0], loads[1] - (summed and anchor)], row
         assert row["generic"] == row["spills"] == 0, row
         per_listed, per_vector = map(float, row["instructions_per_entry"].split())
         assert per_vector < per_listed < (210 if coded else 90 if moments else 36), row
