@@ -362,6 +362,10 @@ def main() -> None:
         writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)
+    for row in table:
+        if row["target"] == TARGETS[0] and row["memory_floor_ms"]:
+            counts = f"{row['instructions_per_entry']:>11} instructions, {row['issue_floor_ms']:>9} ms"
+            print(f"{row['kernel']:<20}{row['types']:<40}{counts} beside {row['memory_floor_ms']:>9} ms of memory")
     print(f"{output}: {len(table)} rows")
 
 
