@@ -26,10 +26,13 @@ ISA_FLAGS = {
         *["-Wno-maybe-uninitialized", "-Wno-uninitialized"],  # GCC 12 gives them for its own intrinsics
     ],
 }
-# IEEE arithmetic: the bits of the CPU kernels. Machine code for two generations, PTX for later ones.
+# IEEE arithmetic: the bits of the CPU kernels. Machine code for four generations, PTX for later ones; lines of the
+# sources for profilers.
 NVCC_FLAGS = [
     *["-std=c++17", "-O3", "--fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false", "-Xcompiler=-fPIC"],
-    *["-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=[sm_90,compute_90]"],
+    *["-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=sm_90"],
+    *["-gencode", "arch=compute_100,code=sm_100", "-gencode", "arch=compute_120,code=[sm_120,compute_120]"],
+    "-lineinfo",
 ]
 # `make asan` and `make tsan`: "address,undefined" or "thread"
 SANITIZE = os.environ.get("LTP_SPARSE_SANITIZE", "")

@@ -54,38 +54,44 @@ void prepare_pack(py::handle record, py::handle prepared, uintptr_t stream) {
     prepare(step, {}, grads, false, at<ltp::Prepared>(prepared), stream);
 }
 
+void read_items(py::handle items, ltp::DeviceUpdate& to) {
+    to.items = at<const ltp::WorkItem>(items);
+    to.n_items = int64_t(py::len(items));
+}
+
 // read: read_norm or read_update
-ltp::DeviceUpdate device_update(py::handle record, int parts, void (*read)(const Record&, int64_t, ltp::Update&)) {
+ltp::DeviceUpdate device_update(py::handle record, py::handle items,
+                                void (*read)(const Record&, int64_t, ltp::Update&)) {
     const Record own(record);
     ltp::DeviceUpdate update = {};
     read(own, int64_t(py::len(record.attr("params"))), update);
     update.prepared = own.at<const ltp::Prepared>("prepared");
-    update.parts = parts;
+    read_items(items, update);
     return update;
 }
 
-void masked_adamw_(py::handle update, int parts, uintptr_t stream) {
-    ltp::cuda_masked_adamw_(device_update(update, parts, ltp::read_update<Record>), stream_at(stream));
+void masked_adamw_(py::handle update, py::handle items, uintptr_t stream) {
+    ltp::cuda_masked_adamw_(device_update(update, items, ltp::read_update<Record>), stream_at(stream));
 }
 
-void masked_sum_squares(py::handle norm, py::handle out, int parts, uintptr_t stream) {
+void masked_sum_squares(py::handle norm, py::handle items, py::handle out, uintptr_t stream) {
     ltp::Total total = {};
     total.sums = at<double>(out);
-    ltp::cuda_masked_sum_squares(device_update(norm, parts, ltp::read_norm<Record>), total, stream_at(stream));
+    ltp::cuda_masked_sum_squares(device_update(norm, items, ltp::read_norm<Record>), total, stream_at(stream));
 }
 
-void gradient_norm(py::handle norm, py::handle total, int parts, uintptr_t stream) {
-    const ltp::DeviceUpdate update = device_update(norm, parts, ltp::read_norm<Record>);
+void gradient_norm(py::handle norm, py::handle items, py::handle total, uintptr_t stream) {
+    const ltp::DeviceUpdate update = device_update(norm, items, ltp::read_norm<Record>);
     ltp::cuda_masked_sum_squares(update, ltp::read_total(Record(total)), stream_at(stream));
 }
 
 // prepared: None if there is one gradient, whose address is passed by value
-void masked_pack_(py::handle pack, py::handle prepared, int parts, uintptr_t stream) {
+void masked_pack_(py::handle pack, py::handle prepared, py::handle items, uintptr_t stream) {
     const Record record(pack);
     ltp::DeviceUpdate update = {};
     ltp::read_tiles(record, py::len(pack.attr("grads")), update);
     float* const out = ltp::read_slots<float>(record, "out", update.room);
-    update.parts = parts;
+    read_items(items, update);
     if (prepared.is_none()) {
         update.grad = record.addresses("grads").at(0);
     } else {

@@ -16,6 +16,12 @@ struct Float16 {
     uint16_t bits;
 };
 
+// Neighbours in memory, moved in one access.
+template <class T, int N>
+struct alignas(sizeof(T) * N) Vector {
+    T item[N];
+};
+
 // The codes of ltp_sparse/weights/tensors.py.
 enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
@@ -65,8 +71,13 @@ LTP_HD float to_float32(float value) { return value; }
 LTP_HD float to_float32(BFloat16 value) { return float_from_bits(uint32_t(value.bits) << 16); }
 
 // Exact for every value. Branch-free, so that it vectorises, and free of denormal arithmetic, which is slow on some
-// CPUs.
+// CPUs. A GPU has an instruction for it, and for the rounding below, but for its NaN.
 LTP_HD float to_float32(Float16 value) {
+#if defined(__CUDA_ARCH__)
+    float result;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+    return result;
+#else
     const uint32_t magnitude = uint32_t(value.bits & 0x7FFF) << 13;
     const uint32_t rebias = uint32_t(127 - 15) << 23;
     const uint32_t smallest_normal = uint32_t(1) << 23;
@@ -77,18 +88,28 @@ LTP_HD float to_float32(Float16 value) {
     const uint32_t normal = magnitude + rebias + (magnitude >= infinity ? rebias : 0);
     const uint32_t bits = magnitude < smallest_normal ? bits_of_float(denormal) : normal;
     return float_from_bits(bits | uint32_t(value.bits & 0x8000) << 16);
+#endif
 }
 
 // Rounds to the nearest, ties to even; NaN becomes the quiet NaN of positive sign, overflow infinity.
 LTP_HD void round_to(float value, float& out) { out = value; }
 
 LTP_HD void round_to(float value, BFloat16& out) {
+#if defined(__CUDA_ARCH__)
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(value));
+    if (isnan(value)) out.bits = 0x7FC0;
+#else
     const uint32_t bits = bits_of_float(value);
     const uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
     out.bits = uint16_t((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+#endif
 }
 
 LTP_HD void round_to(float value, Float16& out) {
+#if defined(__CUDA_ARCH__)
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(value));
+    if (isnan(value)) out.bits = 0x7E00;
+#else
     const uint32_t bits = bits_of_float(value);
     const uint32_t magnitude = bits & 0x7FFFFFFF;
     // The unit in the last place of 0.5 is that of a float16 denormal, so the addition rounds as it should.
@@ -99,6 +120,7 @@ LTP_HD void round_to(float value, Float16& out) {
     const uint32_t large = magnitude > infinity ? 0x7E00 : 0x7C00;
     const uint32_t sign = magnitude > infinity ? 0 : bits >> 16 & 0x8000;
     out.bits = uint16_t(sign | (magnitude >= first_overflow ? large : finite));
+#endif
 }
 
 }  // namespace ltp

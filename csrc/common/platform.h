@@ -7,8 +7,15 @@
 // one the linker keeps for all objects.
 #if defined(__CUDACC__)
 #define LTP_HD __host__ __device__ __forceinline__
-#else
+#elif !defined(LTP_HD)  // tests that compile much and run little say `inline`
 #define LTP_HD inline __attribute__((always_inline))
+#endif
+
+// Before a loop: a turn has enough to do; several at once would only be more code.
+#if defined(__CUDACC__)
+#define LTP_KEEP_LOOP _Pragma("unroll 1")
+#else
+#define LTP_KEEP_LOOP
 #endif
 
 namespace ltp {

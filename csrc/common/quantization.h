@@ -12,7 +12,7 @@
 
 namespace ltp {
 
-constexpr int64_t kStateBlock = 256;  // active entries of a tile that share scales
+constexpr int kStateBlock = 256;  // active entries of a tile that share scales
 
 constexpr int kFirstLevels = 127, kSecondLevels = 255;  // the largest codes
 
@@ -35,9 +35,30 @@ LTP_HD float inverse_scale(float scale) {
     return scale > 0.0f ? fourth_power(float(LEVELS)) / scale : 0.0f;
 }
 
+// The whole part of sqrtf(sqrtf(x)), for 0 <= x <= 255^4. approximate: a square root that is off by a part of 2^-23 at
+// most. Two of them and the two exact ones end less than 2^-13 apart, so that they agree but near a whole number.
+template <class Approximate>
+LTP_HD float whole_fourth_root(float x, Approximate approximate) {
+    const float root = approximate(approximate(x)), whole = truncf(root);
+    const bool is_sure = fabsf(root - whole - 0.5f) < 0.5f - 1.0f / 4096.0f;
+    return __builtin_expect(is_sure, 1) ? whole : float(int(sqrtf(sqrtf(x))));
+}
+
+LTP_HD float whole_fourth_root(float x) {
+#if defined(__CUDA_ARCH__)
+    return whole_fourth_root(x, [](float square) {
+        float root;
+        asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(square));
+        return root;
+    });
+#else
+    return float(int(sqrtf(sqrtf(x))));
+#endif
+}
+
 // The code below or above x >= 0, the one as likely as x is near it; random16: 16 random bits
 LTP_HD float encode_magnitude(float x, uint32_t random16) {
-    const float code = float(int(sqrtf(sqrtf(x))));
+    const float code = whole_fourth_root(x);
     const float below = fourth_power(code), above = fourth_power(code + 1.0f);
     const float chance = (float(int(random16)) + 0.5f) * (1.0f / 65536.0f);
     return code + float(chance * (above - below) < x - below);

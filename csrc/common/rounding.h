@@ -40,11 +40,9 @@ LTP_HD uint32_t moment_bits(uint32_t moment_key, uint32_t index) { return mix32(
 
 // Rounds away from zero with the probability that makes the mean exact. What is not finite is rounded to nearest.
 LTP_HD BFloat16 round_stochastically(float value, uint32_t random16) {
-    const uint32_t bits = bits_of_float(value);
-    BFloat16 out;
-    round_to(value, out);
-    if ((bits & 0x7F800000) != 0x7F800000) out.bits = uint16_t((bits + random16) >> 16);
-    return out;
+    const uint32_t bits = bits_of_float(value), magnitude = bits & 0x7FFFFFFF, infinity = 0x7F800000;
+    const uint32_t rounded = (bits + (magnitude == infinity ? 0 : random16)) >> 16;
+    return {uint16_t(magnitude > infinity ? 0x7FC0 : rounded)};
 }
 
 }  // namespace ltp

@@ -1,10 +1,13 @@
-// The walk of one thread block over the active entries of its share of a tile.
+// The active entries that one thread block works on, and how its threads read and write them.
 //
 // Everything is written over a `Threads` policy, so that the same code runs on a GPU and, thread by thread, in the
 // emulation that tests it without one:
 //   each(f)                    calls f(thread) on every thread of the block; what the threads did before is not visible
 //                              to others until sync()
-//   largest(v), sum(v)         of a number per thread, on all threads and on thread 0; synchronise
+//   load(p), store(p, v)       of global memory, 1 to 16 bytes, aligned to their size, or a struct of such; loads stay
+//                              where they stand
+//   largest_of_warp(v)         replaces a number per thread by the largest of its warp; synchronises the warp
+//   sum(v)                     of a number per thread, on thread 0; synchronises
 //   scan(v)                    replaces a number per thread by the sum of those of earlier threads, returns that of
 //                              all; synchronises
 //   scan_lanes(v, t)           replaces a number per thread by the sum of those of earlier lanes of its warp, t: of all
@@ -17,19 +20,21 @@
 //   PerThread<T>               a variable of every thread that outlives each()
 #pragma once
 
+#include "../common/dtypes.h"
 #include "../common/tile.h"
+#include "masked_adamw.h"
 
 namespace ltp {
 
 constexpr int kThreads = 128;
-constexpr int kBatch = 4;             // entries that a thread has in flight
-constexpr int kSubTile = 4096;        // entries of a bitmap whose positions are listed in shared memory at a time
-constexpr int kStateBlockSize = 256;  // active entries of a block of 8-bit moments: two a thread
+constexpr int kWarp = 32;
 
 struct Index {
     const int32_t* words;       // the tile's bitmap
     const uint16_t* ranks;      // active entries of the tile before each 64-entry group of it
     const uint16_t* positions;  // the tile's list
+
+    LTP_HD const Vector<uint32_t, 2>* groups() const { return reinterpret_cast<const Vector<uint32_t, 2>*>(words); }
 };
 
 LTP_HD int count_bits(uint32_t word) {
@@ -40,117 +45,209 @@ LTP_HD int count_bits(uint32_t word) {
 #endif
 }
 
-// Active entries of a bitmap tile before its 32-bit word number `word`.
-LTP_HD int rank_before(const Index& index, int word) {
-    const int rank = index.ranks[word / 2];
-    return word % 2 == 0 ? rank : rank + count_bits(uint32_t(index.words[word - 1]));
+LTP_HD int lowest_bit(uint32_t word) {
+#if defined(__CUDA_ARCH__)
+    return __ffs(word) - 1;
+#else
+    return __builtin_ctz(word);
+#endif
 }
 
-// Where in a bitmap tile of so many 64-entry groups its active entry number `rank` stands.
-LTP_HD int entry_of_rank(const Index& index, int groups, int rank) {
-    int group = 0;  // the last one with at most `rank` active entries before it
-    for (int step = 512; step > 0; step /= 2) {
-        if (group + step < groups && index.ranks[group + step] <= rank) group += step;
-    }
-    int left = rank - index.ranks[group];
-    int word = 2 * group;
-    const int lower = count_bits(uint32_t(index.words[word]));
-    if (left >= lower) {
-        left -= lower;
-        ++word;
-    }
-    uint32_t bits = uint32_t(index.words[word]);
-    int bit = 0;
-    for (int width = 16; width > 0; width /= 2) {
-        const int below = count_bits(bits & ((1u << width) - 1));
-        if (left >= below) {
-            left -= below;
-            bit += width;
-            bits >>= width;
-        }
-    }
-    return 32 * word + bit;
+LTP_HD int least(int a, int b) { return a < b ? a : b; }
+
+// base + i, for at most kTile items: a 32-bit offset, which the hardware adds to the base itself.
+template <class T>
+LTP_HD T* at(T* base, uint32_t i) {
+    using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+    return reinterpret_cast<T*>(reinterpret_cast<Byte*>(base) + i * uint32_t(sizeof(T)));
 }
 
 // Whether a tile has `active` entries by its list or rank directory, the last of them in it; once per tile, by its end.
-LTP_HD bool ends_inside(const TileRow& tile, const Index& index) {
+template <class Threads>
+LTP_HD bool ends_inside(const TileRow& tile, const Index& index, Threads& threads) {
     if (tile.encoding == Encoding::kFull) return true;
-    if (tile.encoding == Encoding::kList16) return index.positions[tile.active - 1] < tile.length;
-    const int last = 2 * int((tile.length - 1) / 64), rest = int(tile.length - 32 * last);  // 1 .. 64 entries
-    const uint32_t low = uint32_t(index.words[last]), high = uint32_t(index.words[last + 1]);
+    if (tile.encoding == Encoding::kList16) return threads.load(index.positions + tile.active - 1) < tile.length;
+    const int last = int((tile.length - 1) / 64), rest = int(tile.length - 64 * last);  // 1 .. 64 entries
+    const Vector<uint32_t, 2> group = threads.load(index.groups() + last);
+    const int rank = threads.load(index.ranks + last);
+    const uint32_t low = group.item[0], high = group.item[1];
     const uint32_t beyond_low = rest < 32 ? low >> rest : 0;
     const uint32_t beyond_high = rest <= 32 ? high : rest < 64 ? high >> (rest - 32) : 0;
-    return (beyond_low | beyond_high) == 0 && index.ranks[last / 2] + count_bits(low) + count_bits(high) == tile.active;
+    return (beyond_low | beyond_high) == 0 && rank + count_bits(low) + count_bits(high) == tile.active;
 }
 
-// Up to kBatch active entries of one thread: where they stand in the tile, and their number among its active entries.
-// Numbers below 0 are no entries. `consecutive`: all there, side by side from a multiple of 4 on.
-struct Batch {
-    int entry[kBatch], rank[kBatch];
-    bool consecutive;
+// Whether an item is one of the tile. Only its own numbers can be wrong: they are not the caller's.
+LTP_HD bool lies_inside(const WorkItem& item, const TileRow& tile) {
+    return lies_in(item.first, 1, tile.active) && item.first % kWorkItem == 0 &&
+           (tile.encoding != Encoding::kBitmap ||
+            (item.group >= 0 && item.group < item.end_group && item.end_group <= (tile.length + 63) / 64));
+}
+
+// Where in the tile the active entries of an item stand, in shared memory.
+class Listed {
+  public:
+    LTP_HD uint16_t& operator[](int i) { return entries_[kSpare + i]; }
+    LTP_HD uint16_t operator[](int i) const { return entries_[kSpare + i]; }
+
+    // For the entries of a word, at most: a group that holds the first or the last ones of an item holds others, too.
+    LTP_HD uint16_t* from(int i) { return entries_ + kSpare + least(i < -kSpare ? -kSpare : i, kWorkItem + 32); }
+
+  private:
+    static constexpr int kSpare = 64;
+    uint16_t entries_[kWorkItem + 2 * kSpare];
 };
 
-// Calls visit(thread, batch) for the active entries of share `part` of `parts` of a tile.
-template <class Threads, class Visit>
-LTP_HD void for_each_batch(const TileRow& tile, const Index& index, int part, int parts, uint16_t* listed,
-                           Threads& threads, Visit visit) {
-    const int active = int(tile.active), length = int(tile.length);
-    if (tile.encoding == Encoding::kBitmap) {
-        const int words = 2 * ((length + 63) / 64);
-        for (int first = part * kSubTile; first < length; first += parts * kSubTile) {
-            const int first_word = first / 32, end_word = first_word + kSubTile / 32;
-            const int base = rank_before(index, first_word);
-            const int end = end_word < words ? rank_before(index, end_word) : active;
+// Lists the active entries number item.first + `done` and on, up to `count`.
+template <class Threads>
+LTP_HD void list_entries(const TileRow& tile, const Index& index, const WorkItem& item, int done, int count,
+                         Listed& listed, Threads& threads) {
+    static_assert(kThreads % 2 == 0, "a thread has the lower words of groups, or the upper ones");
+    constexpr int kWords = 4, kPositions = 8;  // that a thread loads at once
+    switch (tile.encoding) {
+        case Encoding::kFull:
             threads.each([&](int thread) {
-                const int word = first_word + thread;
-                if (word >= words) return;
-                int at = rank_before(index, word) - base;
-                for (uint32_t bits = uint32_t(index.words[word]); bits != 0; bits &= bits - 1) {
-                    listed[at++] = uint16_t(32 * word + count_bits((bits & (0u - bits)) - 1));
-                }
+                LTP_KEEP_LOOP
+                for (int i = done + thread; i < count; i += kThreads) listed[i] = uint16_t(item.first + i);
             });
-            threads.sync();
+            break;
+        case Encoding::kBitmap:
             threads.each([&](int thread) {
-                for (int i = base + thread; i < end; i += kBatch * kThreads) {
-                    Batch batch;
-                    batch.consecutive = false;
-                    for (int j = 0; j < kBatch; ++j) {
-                        const int rank = i + j * kThreads;
-                        batch.rank[j] = rank < end ? rank : -1;
-                        batch.entry[j] = rank < end ? listed[rank - base] : 0;
+                const int end = 2 * item.end_group;
+                LTP_KEEP_LOOP
+                for (int word = 2 * item.group + thread; word < end; word += kWords * kThreads) {
+                    Vector<uint32_t, 2> group[kWords];
+                    int rank[kWords];
+                    for (int j = 0; j < kWords; ++j) {
+                        const int own = word + j * kThreads < end ? word + j * kThreads : word;
+                        group[j] = threads.load(index.groups() + own / 2);
+                        rank[j] = threads.load(index.ranks + own / 2);
                     }
-                    visit(thread, batch);
+                    uint32_t bits[kWords];
+                    for (int j = 0; j < kWords; ++j) {
+                        const uint32_t low = group[j].item[0], high = group[j].item[1];
+                        bits[j] = word + j * kThreads >= end ? 0 : word % 2 == 0 ? low : high;
+                        rank[j] += word % 2 == 0 ? 0 : count_bits(low);
+                    }
+                    for (int j = 0; j < kWords; ++j) {
+                        uint16_t* to = listed.from(rank[j] - item.first);
+                        for (; bits[j] != 0; bits[j] &= bits[j] - 1) {
+                            *to++ = uint16_t(32 * (word + j * kThreads) + lowest_bit(bits[j]));
+                        }
+                    }
                 }
             });
-            threads.sync();
-        }
-        return;
+            break;
+        case Encoding::kList16:
+            threads.each([&](int thread) {
+                LTP_KEEP_LOOP
+                for (int i = thread; i < count; i += kPositions * kThreads) {
+                    // the last ones are read and written more than once, rather than not
+                    uint16_t position[kPositions];
+                    int own[kPositions];
+                    for (int j = 0; j < kPositions; ++j) {
+                        own[j] = i + j * kThreads < count ? i + j * kThreads : i;
+                        position[j] = threads.load(index.positions + item.first + own[j]);
+                    }
+                    for (int j = 0; j < kPositions; ++j) listed[own[j]] = position[j];
+                }
+            });
+            break;
     }
-    const bool is_list = tile.encoding == Encoding::kList16;
-    threads.each([&](int thread) {
-        for (int first = part * kBatch * kThreads; first < active; first += parts * kBatch * kThreads) {
-            Batch batch;
-            batch.consecutive = !is_list && first + kBatch * kThreads <= active;
-            for (int j = 0; j < kBatch; ++j) {
-                const int rank = batch.consecutive ? first + kBatch * thread + j : first + j * kThreads + thread;
-                batch.rank[j] = rank < active ? rank : -1;
-                batch.entry[j] = rank >= active ? 0 : is_list ? index.positions[rank] : rank;
-            }
-            visit(thread, batch);
+    threads.sync();
+}
+
+// Active entries of a thread that are in flight together, a batch. Arrays that have a number per entry of the tile are
+// read by entry, those that have one per active entry by rank. Loads do not wait for each other.
+
+// N of them `STRIDE` apart in the list: neighbouring threads take neighbouring ones. Those beyond the end of the list
+// read as the first one does, and are not stored.
+template <int N, int STRIDE>
+struct Scattered {
+    static constexpr int kCount = N;
+    uint32_t entry[N], rank[N];
+    bool there[N];
+
+    // place: of the first one in the list, which is there; first: the rank of listed[0]
+    LTP_HD Scattered(const Listed& listed, int place, int count, int first) {
+        for (int j = 0; j < N; ++j) {
+            there[j] = place + j * STRIDE < count;
+            const int own = there[j] ? place + j * STRIDE : place;
+            entry[j] = listed[own];
+            rank[j] = uint32_t(first + own);
         }
-    });
-}
+    }
 
-// Calls visit(first) for the blocks of 256 active entries of share `part` of `parts`, with entry_of(rank) to find them.
-template <class Visit>
-LTP_HD void for_each_state_block(const TileRow& tile, int part, int parts, Visit visit) {
-    for (int first = part * kStateBlockSize; first < tile.active; first += parts * kStateBlockSize) visit(first);
-}
+    LTP_HD bool has(int j) const { return there[j]; }
 
-LTP_HD int entry_of(const TileRow& tile, const Index& index, int rank) {
-    if (tile.encoding == Encoding::kFull) return rank;
-    if (tile.encoding == Encoding::kList16) return index.positions[rank];
-    return entry_of_rank(index, int((tile.length + 63) / 64), rank);
-}
+    template <class T, class Threads>
+    LTP_HD void load_by_entry(Threads& threads, const T* from, T (&to)[N]) const {
+        for (int j = 0; j < N; ++j) to[j] = threads.load(at(from, entry[j]));
+    }
+
+    template <class T, class Threads>
+    LTP_HD void load_by_rank(Threads& threads, const T* from, T (&to)[N]) const {
+        for (int j = 0; j < N; ++j) to[j] = threads.load(at(from, rank[j]));
+    }
+
+    template <class T, class Threads>
+    LTP_HD void store_by_entry(Threads& threads, T* to, const T (&from)[N]) const {
+        for (int j = 0; j < N; ++j) {
+            if (there[j]) threads.store(at(to, entry[j]), from[j]);
+        }
+    }
+
+    template <class T, class Threads>
+    LTP_HD void store_by_rank(Threads& threads, T* to, const T (&from)[N]) const {
+        for (int j = 0; j < N; ++j) {
+            if (there[j]) threads.store(at(to, rank[j]), from[j]);
+        }
+    }
+};
+
+// N of a FULL tile, in vectors of four that are `STRIDE` entries apart: neighbouring threads take neighbouring vectors,
+// so that every request is of whole lines, whatever the width of an entry.
+template <int N, int STRIDE>
+struct Neighbours {
+    static constexpr int kCount = N, kVector = 4;
+    uint32_t entry[N];
+
+    LTP_HD explicit Neighbours(int first) {
+        for (int j = 0; j < N; ++j) entry[j] = uint32_t(first + j / kVector * STRIDE + j % kVector);
+    }
+
+    LTP_HD bool has(int) const { return true; }
+
+    template <class T, class Threads>
+    LTP_HD void load_by_entry(Threads& threads, const T* from, T (&to)[N]) const {
+        for (int j = 0; j < N; j += kVector) {
+            const auto vector = threads.load(reinterpret_cast<const Vector<T, kVector>*>(at(from, entry[j])));
+            for (int i = 0; i < kVector; ++i) to[j + i] = vector.item[i];
+        }
+    }
+
+    template <class T, class Threads>
+    LTP_HD void load_by_rank(Threads& threads, const T* from, T (&to)[N]) const {
+        load_by_entry(threads, from, to);
+    }
+
+    template <class T, class Threads>
+    LTP_HD void store_by_entry(Threads& threads, T* to, const T (&from)[N]) const {
+        for (int j = 0; j < N; j += kVector) {
+            Vector<T, kVector> vector;
+            for (int i = 0; i < kVector; ++i) vector.item[i] = from[j + i];
+            threads.store(reinterpret_cast<Vector<T, kVector>*>(at(to, entry[j])), vector);
+        }
+    }
+
+    template <class T, class Threads>
+    LTP_HD void store_by_rank(Threads& threads, T* to, const T (&from)[N]) const {
+        store_by_entry(threads, to, from);
+    }
+
+    template <class T>
+    static LTP_HD bool can_read(const T* from) {
+        return reinterpret_cast<uintptr_t>(from) % sizeof(Vector<T, kVector>) == 0;
+    }
+};
 
 }  // namespace ltp

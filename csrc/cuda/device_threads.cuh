@@ -2,6 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
+
+#include "../common/dtypes.h"
 
 namespace ltp {
 
@@ -24,15 +27,79 @@ class DeviceThreads {
 
     __device__ void sync() { __syncthreads(); }
 
-    __device__ int largest(PerThread<int>& values) {
-        int* const scratch = reinterpret_cast<int*>(scratch_);
-        const int warp = __reduce_max_sync(0xFFFFFFFF, values.own);
-        __syncthreads();  // the scratch may still be read
-        if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = warp;
-        __syncthreads();
-        int result = scratch[0];
-        for (int i = 1; i < N / 32; ++i) result = max(result, scratch[i]);
-        return result;
+    // By inline assembly, for two reasons: an address out of a table is not known to be of global memory, and the
+    // compiler moves plain loads down to their first use, where each is waited for on its own.
+    template <class T>
+    __device__ T load(const T* from) const {
+        const size_t at = __cvta_generic_to_global(from);
+        T item;
+        if constexpr (sizeof(T) > 16) {
+            using Part = Vector<uint32_t, (alignof(T) < 16 ? alignof(T) : 16) / 4>;
+            constexpr int kParts = sizeof(T) / sizeof(Part);
+            Part parts[kParts];
+            for (int i = 0; i < kParts; ++i) parts[i] = load(reinterpret_cast<const Part*>(from) + i);
+            memcpy(&item, parts, sizeof parts);
+        } else if constexpr (sizeof(T) == 16) {
+            uint4 bits;
+            asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+                         : "l"(at));
+            memcpy(&item, &bits, 16);
+        } else if constexpr (sizeof(T) == 8) {
+            uint2 bits;
+            asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(bits.x), "=r"(bits.y) : "l"(at));
+            memcpy(&item, &bits, 8);
+        } else if constexpr (sizeof(T) == 4) {
+            uint32_t bits;
+            asm volatile("ld.global.u32 %0, [%1];" : "=r"(bits) : "l"(at));
+            memcpy(&item, &bits, 4);
+        } else if constexpr (sizeof(T) == 2) {
+            uint16_t bits;
+            asm volatile("ld.global.u16 %0, [%1];" : "=h"(bits) : "l"(at));
+            memcpy(&item, &bits, 2);
+        } else {
+            static_assert(sizeof(T) == 1, "1, 2, 4, 8 or 16 bytes");
+            uint32_t bits;
+            asm volatile("ld.global.u8 %0, [%1];" : "=r"(bits) : "l"(at));
+            const uint8_t byte = uint8_t(bits);
+            memcpy(&item, &byte, 1);
+        }
+        return item;
+    }
+
+    template <class T>
+    __device__ void store(T* to, const T& item) const {
+        const size_t at = __cvta_generic_to_global(to);
+        if constexpr (sizeof(T) == 16) {
+            uint4 bits;
+            memcpy(&bits, &item, 16);
+            asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(bits.x), "r"(bits.y), "r"(bits.z),
+                         "r"(bits.w)
+                         : "memory");
+        } else if constexpr (sizeof(T) == 8) {
+            uint2 bits;
+            memcpy(&bits, &item, 8);
+            asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(at), "r"(bits.x), "r"(bits.y) : "memory");
+        } else if constexpr (sizeof(T) == 4) {
+            uint32_t bits;
+            memcpy(&bits, &item, 4);
+            asm volatile("st.global.u32 [%0], %1;" ::"l"(at), "r"(bits) : "memory");
+        } else if constexpr (sizeof(T) == 2) {
+            uint16_t bits;
+            memcpy(&bits, &item, 2);
+            asm volatile("st.global.u16 [%0], %1;" ::"l"(at), "h"(bits) : "memory");
+        } else {
+            static_assert(sizeof(T) == 1, "1, 2, 4, 8 or 16 bytes");
+            uint8_t byte;
+            memcpy(&byte, &item, 1);
+            asm volatile("st.global.u8 [%0], %1;" ::"l"(at), "r"(uint32_t(byte)) : "memory");
+        }
+    }
+
+    // What the warp did before is visible to all of it.
+    __device__ void largest_of_warp(PerThread<int>& values) {
+        values.own = __reduce_max_sync(0xFFFFFFFF, values.own);
+        __syncwarp();
     }
 
     // Thread 0 has the result; always in the same order.

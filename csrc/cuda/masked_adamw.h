@@ -7,11 +7,22 @@
 
 namespace ltp {
 
+constexpr int kWorkItem = 2048;  // active entries of a thread block, at most: whole blocks of 8-bit moments
+constexpr int kItemsPerTile = int(kTile) / kWorkItem;
+
+// Active entries of a tile from number `first` on, at most kWorkItem of them, the share of one thread block. Where the
+// tile is a bitmap, they stand in its 64-entry groups from `group` on, before `end_group`. Rows of `work_items` in
+// ltp_sparse/backends/work_items.py.
+struct alignas(16) WorkItem {
+    int32_t tile, first, group, end_group;
+};
+
 // All pointers are device memory.
 struct DeviceUpdate : Update {
     const Prepared* prepared;  // [P], from `cuda_prepare_step`; null: what is packed is one gradient, `grad`
     uint64_t grad;
-    int parts;  // thread blocks a tile
+    const WorkItem* items;  // [I]
+    int64_t n_items;
 };
 
 // Tiles whose sums are added up first. Groups are those of all tiles of a step: a norm does not depend on its launches.
@@ -38,8 +49,12 @@ void cuda_prepare_step(const Step& step, const uint64_t* params, const uint64_t*
 
 void cuda_masked_adamw_(const DeviceUpdate& update, void* stream);
 
-// total.sums: float64 [T, parts], a sum per thread block, each in a fixed order. With total.arrived, 1 + G numbers for
-// the G groups of all tiles, the last thread block adds all up; G more sums stand behind the others then.
+// The same for 8-bit moments, which it calls; in a source of its own for the time that it takes to compile.
+void cuda_masked_adamw_8bit_(const DeviceUpdate& update, void* stream);
+
+// total.sums: float64 [T, kItemsPerTile], the sum of each work item in a fixed order; what a tile has no item for is
+// left as it is. With total.arrived, 1 + G + T numbers for the G groups of all T tiles, the last thread block of each
+// adds its own up; T and then G more sums stand behind the others then.
 void cuda_masked_sum_squares(const DeviceUpdate& update, const Total& total, void* stream);
 
 void cuda_masked_pack_(const DeviceUpdate& update, float* out, bool accumulate, void* stream);

@@ -6,235 +6,330 @@
 #include "../common/quantization.h"
 #include "../common/rounding.h"
 #include "active_entries.cuh"
-#include "masked_adamw.h"
 
 namespace ltp {
 
-static_assert(kStateBlockSize == kStateBlock && kStateBlock == 2 * kThreads, "two entries of a block a thread");
+constexpr int kBatch = 4;  // active entries of a thread in flight: more need more predicates than there are
+constexpr int kCodedBatch = kStateBlock / kWarp;             // 8-bit moments: a warp has a block of them in flight
+constexpr int kGradientVectors = 8;                          // of the passes over gradients, where there are vectors
+constexpr int kCodedRound = kThreads / kWarp * kStateBlock;  // active entries of 8-bit moments in flight
 
-struct alignas(16) Four {
-    float item[kBatch];
+static_assert(kWorkItem % kCodedRound == 0 && kWorkItem % (kThreads * kGradientVectors) == 0, "rounds are whole");
+
+// What a launch is compiled for. PACKED: gradients are float32 in slot order. MASTER: the exact values are there, in
+// slot order as well.
+template <class PARAM, class GRAD, bool PACKED, bool MASTER, bool ANCHOR, bool STOCHASTIC>
+struct Variant {
+    using Param = PARAM;
+    using Grad = GRAD;
+    using Value = std::conditional_t<MASTER, float, PARAM>;
+    static constexpr bool kPacked = PACKED, kMaster = MASTER, kAnchor = ANCHOR, kStochastic = STOCHASTIC;
 };
 
-LTP_HD Index index_of(const DeviceUpdate& update, const TileRow& tile) {
-    Index index = {};
-    if (tile.encoding == Encoding::kBitmap) {
-        index.words = update.words + tile.index;
-        index.ranks = update.ranks + tile.index / 2;
-    } else {
-        index.positions = update.positions + tile.index;
-    }
-    return index;
+template <class Body>
+auto with_flag(bool flag, Body&& body) {
+    return flag ? body(std::true_type()) : body(std::false_type());
 }
 
-// Where a thread block works: its tile, and its part of the `parts` that share it.
-struct Place {
-    int64_t tile;
-    int part;
-};
+// Calls body with the `Variant` of an update.
+template <class Body>
+void with_variant(const Update& update, Body&& body) {
+    with_storage_types(update.param_dtype, update.grad_dtype, update.packed, [&](auto param, auto grad, auto packed) {
+        with_flag(update.state.anchor != nullptr, [&](auto anchor) {
+            using Param = decltype(param);
+            using Grad = decltype(grad);
+            constexpr bool kPacked = decltype(packed)::value, kAnchor = decltype(anchor)::value;
+            if (update.state.master != nullptr) return body(Variant<Param, Grad, kPacked, true, kAnchor, false>());
+            if constexpr (std::is_same_v<Param, BFloat16>) {
+                if (update.stochastic) return body(Variant<Param, Grad, kPacked, false, kAnchor, true>());
+            }
+            return body(Variant<Param, Grad, kPacked, false, kAnchor, false>());
+        });
+    });
+}
 
-// The share of a thread block: resolved addresses of one tile. PACKED: gradients are float32 in slot order.
-template <class Param, class Grad, bool PACKED>
-struct Share : PackedState {
+// The same for a norm, which reads values only where something pulls at them: without, it goes by gradients alone.
+template <class Body>
+void with_norm_variant(const Update& update, Body&& body) {
+    with_storage_types(update.param_dtype, update.grad_dtype, update.packed, [&](auto param, auto grad, auto packed) {
+        using Param = decltype(param);
+        using Grad = decltype(grad);
+        constexpr bool kPacked = decltype(packed)::value;
+        if (update.state.anchor == nullptr) return body(Variant<Grad, Grad, kPacked, false, false, false>());
+        if (update.state.master != nullptr) return body(Variant<Grad, Grad, kPacked, true, true, false>());
+        return body(Variant<Param, Grad, kPacked, false, true, false>());
+    });
+}
+
+// A work item, its tile, and where the index of that is.
+struct Share {
+    WorkItem item;
     TileRow tile;
     Index index;
-    Param* param;
-    const Grad* grad;
-    AdamWCoefficients c;
-    uint32_t key;
-    bool stochastic;
-    int part;
+    int count;  // active entries
 
-    // own: the row of `place`; prepared: that of its parameter; moment_size: bytes of a moment
-    LTP_HD Share(const DeviceUpdate& update, const Place& place, const TileRow& own, const Prepared& prepared,
-                 int64_t moment_size)
-        : PackedState(update.state.of_tile(own, moment_size)), tile(own) {
-        part = place.part;
-        index = index_of(update, tile);
-        param = reinterpret_cast<Param*>(prepared.param) + tile.start;
-        grad = reinterpret_cast<const Grad*>(prepared.grad) + (PACKED ? tile.slot : tile.start);
-        c = prepared.c;
-        key = tile_key(prepared.rounding_key, tile.start);
-        stochastic = update.stochastic;
+    // What leads out of the memory given traps, here and by `ends_inside`.
+    template <class Threads>
+    LTP_HD bool resolve(const DeviceUpdate& update, int64_t number, Threads& threads) {
+        item = threads.load(update.items + number);
+        if (!lies_in(item.tile, 1, update.n_tiles)) return trapped(threads);
+        tile = threads.load(update.tiles + item.tile);
+        if (!lies_inside(tile, update.room, INT64_MAX) || !lies_inside(item, tile)) return trapped(threads);
+        index = {};
+        if (tile.encoding == Encoding::kBitmap) {
+            index.words = update.words + tile.index;
+            index.ranks = update.ranks + tile.index / 2;
+        } else {
+            index.positions = update.positions + tile.index;
+        }
+        count = least(kWorkItem, int(tile.active) - item.first);
+        return true;
     }
 
-    LTP_HD float value(int entry, int rank) const {
-        return master != nullptr ? master[rank] : to_float32(param[entry]);
+    template <class Threads>
+    LTP_HD bool ends_inside(Threads& threads) const {
+        return ltp::ends_inside(tile, index, threads) || trapped(threads);
     }
 
-    LTP_HD float raw_gradient(int entry, int rank) const { return to_float32(grad[PACKED ? rank : entry]); }
-
-    LTP_HD float gradient(float raw, float value, int rank) const {
-        return anchor == nullptr ? effective_gradient<false>(raw, 0.0f, 0.0f, c)
-                                 : effective_gradient<true>(raw, value, anchor[rank], c);
-    }
-
-    LTP_HD void store(float value, int entry, int rank) const {
-        if (master != nullptr) master[rank] = value;
-        param[entry] = rounded(value, entry, Param());
+    // Calls visit(thread, entries) for batches of its active entries: `Neighbours`, `VECTORS` of them, or `Scattered`.
+    // BY_RANK: nothing is read by entry, which is then not known; vectors: whether all can be read in vectors
+    template <int VECTORS, bool BY_RANK, class Threads, class Visit>
+    LTP_HD void for_each_batch(bool vectors, Listed& listed, Threads& threads, Visit visit) const {
+        constexpr int kRound = VECTORS * kThreads;
+        const bool is_consecutive = BY_RANK || tile.encoding == Encoding::kFull;
+        const int whole = vectors && is_consecutive ? count / kRound * kRound : 0;
+        threads.each([&](int thread) {
+            LTP_KEEP_LOOP
+            for (int at = 0; at < whole; at += kRound) {
+                visit(thread, Neighbours<VECTORS, 4 * kThreads>(item.first + at + 4 * thread));
+            }
+        });
+        if (whole == count) return;
+        if constexpr (!BY_RANK) list_entries(tile, index, item, whole, count, listed, threads);
+        threads.each([&](int thread) {
+            LTP_KEEP_LOOP
+            for (int at = whole + thread; at < count; at += kBatch * kThreads) {
+                visit(thread, Scattered<kBatch, kThreads>(listed, at, count, item.first));
+            }
+        });
     }
 
   private:
-    LTP_HD float rounded(float value, int, float) const { return value; }
+    template <class Threads>
+    static LTP_HD bool trapped(Threads& threads) {
+        threads.trap();
+        return false;
+    }
+};
 
-    LTP_HD BFloat16 rounded(float value, int entry, BFloat16 out) const {
-        if (stochastic) return round_stochastically(value, random16(key, uint32_t(tile.start + entry)));
-        round_to(value, out);
-        return out;
+// The share with the addresses of its tile.
+template <class V>
+struct GradientShare : Share {
+    using Param = typename V::Param;
+    using Grad = typename V::Grad;
+
+    AdamWCoefficients c;
+    uint32_t rounding_key;
+    Param* param;
+    const Grad* grad;
+    float* master;
+    const float* anchor;
+
+    // Whether there is something to do. is_update: not, if nothing is applied to the parameter
+    template <class Threads>
+    LTP_HD bool resolve(const DeviceUpdate& update, int64_t number, bool is_update, Threads& threads) {
+        if (!Share::resolve(update, number, threads)) return false;
+        const Prepared prepared = update.prepared[tile.param];  // plain: the same for all threads, in uniform registers
+        if (!ends_inside(threads) || prepared.grad == 0 || (is_update && prepared.applies == 0)) return false;
+        c = prepared.c;
+        // Gradients and pull are scaled in float64, as everywhere, before they are rounded.
+        if (is_update && update.clip != nullptr)
+            c = CoefficientRow(update.coefficients, tile.param).rounded(update.clip);
+        rounding_key = prepared.rounding_key;
+        param = reinterpret_cast<Param*>(prepared.param) + tile.start;
+        grad = reinterpret_cast<const Grad*>(prepared.grad) + (V::kPacked ? tile.slot : tile.start);
+        if constexpr (V::kMaster) master = update.state.master + tile.slot;
+        if constexpr (V::kAnchor) anchor = update.state.anchor + tile.slot;
+        return true;
     }
 
-    LTP_HD Float16 rounded(float value, int, Float16 out) const {
+    LTP_HD bool can_read_vectors() const {
+        using Four = Neighbours<4, 4>;
+        bool can = Four::can_read(grad);
+        if constexpr (!V::kMaster || V::kAnchor) can = can && Four::can_read(param);
+        if constexpr (V::kMaster) can = can && Four::can_read(master);
+        if constexpr (V::kAnchor) can = can && Four::can_read(anchor);
+        return can;
+    }
+};
+
+// What is read of the weights and gradients of N active entries.
+template <class V, int N>
+struct Loaded {
+    typename V::Value value[N];
+    typename V::Grad grad[N];
+    float anchor[N];
+
+    // values: whether they are needed
+    template <class Entries, class Threads>
+    LTP_HD void load(const GradientShare<V>& share, const Entries& entries, bool values, Threads& threads) {
+        if constexpr (V::kMaster) {
+            if (values) entries.load_by_rank(threads, share.master, value);
+        } else {
+            if (values) entries.load_by_entry(threads, share.param, value);
+        }
+        if constexpr (V::kPacked) {
+            entries.load_by_rank(threads, share.grad, grad);
+        } else {
+            entries.load_by_entry(threads, share.grad, grad);
+        }
+        if constexpr (V::kAnchor) entries.load_by_rank(threads, share.anchor, anchor);
+    }
+
+    LTP_HD float gradient(int j, float exact, const AdamWCoefficients& c) const {
+        if constexpr (V::kAnchor) return effective_gradient<true>(to_float32(grad[j]), exact, anchor[j], c);
+        return effective_gradient<false>(to_float32(grad[j]), 0.0f, 0.0f, c);
+    }
+};
+
+template <class V>
+struct Rounding {
+    uint32_t key;    // of the tile
+    uint32_t start;  // the lower half of the flat index of its first entry
+
+    LTP_HD typename V::Param operator()(float value, uint32_t entry) const {
+        if constexpr (V::kStochastic) return round_stochastically(value, random16(key, start + entry));
+        typename V::Param out;
         round_to(value, out);
         return out;
     }
 };
 
-// Whether a tile leads to memory that was given; else it traps.
-template <class Threads>
-LTP_HD bool leads_inside(const DeviceUpdate& update, const TileRow& tile, Threads& threads) {
-    if (lies_inside(tile, update.room, INT64_MAX) && ends_inside(tile, index_of(update, tile))) return true;
-    threads.trap();
-    return false;
+// Stores the values of N active entries.
+template <class V, int N, class Entries, class Threads>
+LTP_HD void store_values(const GradientShare<V>& share, const Entries& entries, const float (&value)[N],
+                         const Rounding<V>& rounding, Threads& threads) {
+    typename V::Param rounded[N];
+    for (int j = 0; j < N; ++j) rounded[j] = rounding(value[j], entries.entry[j]);
+    entries.store_by_entry(threads, share.param, rounded);
+    if constexpr (V::kMaster) entries.store_by_rank(threads, share.master, value);
 }
 
-// The coefficients are those of `prepared`, unless they are clipped: then gradients and pull are scaled in float64, as
-// everywhere, before they are rounded.
-LTP_HD void clip_coefficients(const DeviceUpdate& update, int64_t param, Prepared& prepared) {
-    if (update.clip == nullptr) return;
-    prepared.c = CoefficientRow(update.coefficients, param).rounded(update.clip);
-}
-
-LTP_HD bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % sizeof(Four) == 0; }
-
-template <class Param, class Grad, bool PACKED, class Threads>
-LTP_HD void update_block(const DeviceUpdate& update, const Place& place, uint16_t* listed, Threads& threads) {
-    const TileRow tile = update.tiles[place.tile];
-    if (!leads_inside(update, tile, threads)) return;
-    Prepared prepared = update.prepared[tile.param];
-    if (prepared.grad == 0 || prepared.applies == 0) return;
-    clip_coefficients(update, tile.param, prepared);
-    const Share<Param, Grad, PACKED> share(update, place, tile, prepared, 4);
-    float* const first = static_cast<float*>(share.exp_avg);
-    float* const second = static_cast<float*>(share.exp_avg_sq);
-    const bool plain = sizeof(Param) == 4 && sizeof(Grad) == 4 && share.master == nullptr && share.anchor == nullptr;
-    const bool vectors =
-        plain && is_aligned(share.param) && is_aligned(share.grad) && is_aligned(first) && is_aligned(second);
-    for_each_batch(share.tile, share.index, share.part, update.parts, listed, threads, [&](int, const Batch& batch) {
-        float value[kBatch], raw[kBatch], m[kBatch], v[kBatch];
-        if (vectors && batch.consecutive) {
-            const int at = batch.rank[0];
-            Four p4 = *reinterpret_cast<const Four*>(reinterpret_cast<const char*>(share.param) + 4 * at);
-            const Four g4 = *reinterpret_cast<const Four*>(reinterpret_cast<const char*>(share.grad) + 4 * at);
-            Four m4 = *reinterpret_cast<const Four*>(first + at);
-            Four v4 = *reinterpret_cast<const Four*>(second + at);
-            for (int j = 0; j < kBatch; ++j) {
-                const float g = effective_gradient<false>(g4.item[j], 0.0f, 0.0f, share.c);
-                adamw_update(p4.item[j], g, m4.item[j], v4.item[j], share.c);
-            }
-            *reinterpret_cast<Four*>(reinterpret_cast<char*>(share.param) + 4 * at) = p4;
-            *reinterpret_cast<Four*>(first + at) = m4;
-            *reinterpret_cast<Four*>(second + at) = v4;
-            return;
+template <class V, class Threads>
+LTP_HD void update_block(const DeviceUpdate& update, int64_t number, Listed& listed, Threads& threads) {
+    GradientShare<V> share;
+    if (!share.resolve(update, number, true, threads)) return;
+    const TileRow& tile = share.tile;
+    float* const exp_avg = static_cast<float*>(update.state.exp_avg) + tile.slot;
+    float* const exp_avg_sq = static_cast<float*>(update.state.exp_avg_sq) + tile.slot;
+    const Rounding<V> rounding = {tile_key(share.rounding_key, tile.start), uint32_t(tile.start)};
+    using Four = Neighbours<4, 4>;
+    const bool vectors = share.can_read_vectors() && Four::can_read(share.param) && Four::can_read(exp_avg) &&
+                         Four::can_read(exp_avg_sq);
+    share.template for_each_batch<kBatch, false>(vectors, listed, threads, [&](int, const auto& entries) {
+        constexpr int N = kBatch;
+        Loaded<V, N> loaded;
+        float value[N], m[N], v[N];
+        loaded.load(share, entries, true, threads);
+        entries.load_by_rank(threads, exp_avg, m);
+        entries.load_by_rank(threads, exp_avg_sq, v);
+        for (int j = 0; j < N; ++j) {
+            value[j] = to_float32(loaded.value[j]);
+            adamw_update(value[j], loaded.gradient(j, value[j], share.c), m[j], v[j], share.c);
         }
-        // All loads come before all stores: the memory of kBatch entries is waited for once.
-        for (int j = 0; j < kBatch; ++j) {
-            if (batch.rank[j] < 0) continue;
-            value[j] = share.value(batch.entry[j], batch.rank[j]);
-            raw[j] = share.raw_gradient(batch.entry[j], batch.rank[j]);
-            m[j] = first[batch.rank[j]];
-            v[j] = second[batch.rank[j]];
-        }
-        for (int j = 0; j < kBatch; ++j) {
-            if (batch.rank[j] < 0) continue;
-            adamw_update(value[j], share.gradient(raw[j], value[j], batch.rank[j]), m[j], v[j], share.c);
-            first[batch.rank[j]] = m[j];
-            second[batch.rank[j]] = v[j];
-            share.store(value[j], batch.entry[j], batch.rank[j]);
-        }
+        entries.store_by_rank(threads, exp_avg, m);
+        entries.store_by_rank(threads, exp_avg_sq, v);
+        store_values(share, entries, value, rounding, threads);
     });
 }
 
-template <class Param, class Grad, bool PACKED, class Threads>
-LTP_HD void update_coded_block(const DeviceUpdate& update, const Place& place, Threads& threads) {
-    const TileRow tile = update.tiles[place.tile];
-    if (!leads_inside(update, tile, threads)) return;
-    Prepared prepared = update.prepared[tile.param];
-    if (prepared.grad == 0 || prepared.applies == 0) return;
-    clip_coefficients(update, tile.param, prepared);
-    const Share<Param, Grad, PACKED> share(update, place, tile, prepared, 1);
-    int8_t* const first = static_cast<int8_t*>(share.exp_avg);
-    uint8_t* const second = static_cast<uint8_t*>(share.exp_avg_sq);
-    float* const scales = share.scales;
-    const int active = int(share.tile.active);
-    const uint32_t key = moment_key(share.key);
+// A warp takes a block of 8-bit moments at a time, so that no other waits for its scales.
+template <class V, class Threads>
+LTP_HD void update_coded_block(const DeviceUpdate& update, int64_t number, Listed& listed, Threads& threads) {
+    constexpr int N = kCodedBatch;
+    GradientShare<V> share;
+    if (!share.resolve(update, number, true, threads)) return;
+    const TileRow& tile = share.tile;
+    const int first = share.item.first, count = share.count;
+    int8_t* const exp_avg = static_cast<int8_t*>(update.state.exp_avg) + tile.slot;
+    uint8_t* const exp_avg_sq = static_cast<uint8_t*>(update.state.exp_avg_sq) + tile.slot;
+    Vector<float, 2>* const scales =
+        reinterpret_cast<Vector<float, 2>*>(update.state.scales) + tile.block + first / kStateBlock;
+    const uint32_t key = tile_key(share.rounding_key, tile.start), moments = moment_key(key);
+    const Rounding<V> rounding = {key, uint32_t(tile.start)};
+    using Four = Neighbours<4, 4>;
+    const bool vectors = tile.encoding == Encoding::kFull && share.can_read_vectors() && Four::can_read(share.param) &&
+                         Four::can_read(exp_avg) && Four::can_read(exp_avg_sq);
+    list_entries(tile, share.index, share.item, vectors ? count / kStateBlock * kStateBlock : 0, count, listed,
+                 threads);
 
-    for_each_state_block(share.tile, share.part, update.parts, [&](int begin) {
-        float* const own = scales + 2 * (begin / kStateBlockSize);
-        typename Threads::template PerThread<float[2]> m, root;
-        typename Threads::template PerThread<int[2]> entries;
+    // Calls visit(entries) for what the thread has of the block that begins at a place of the list.
+    const auto with_entries = [&](int begin, int thread, auto visit) {
+        if (vectors && begin + kStateBlock <= count) {
+            visit(Neighbours<N, 4 * kWarp>(first + begin + 4 * (thread % kWarp)));
+        } else if (begin + thread % kWarp < count) {
+            visit(Scattered<N, kWarp>(listed, begin + thread % kWarp, count, first));
+        }
+    };
+    LTP_KEEP_LOOP
+    for (int round = 0; round < count; round += kCodedRound) {
+        typename Threads::template PerThread<float[N]> m, root;
         typename Threads::template PerThread<int> largest_m, largest_root;
         threads.each([&](int thread) {
-            const float first_scale = own[0], second_scale = own[1];
+            const int begin = round + thread / kWarp * kStateBlock;
             largest_m[thread] = largest_root[thread] = 0;
-            for (int j = 0; j < 2; ++j) {
-                const int rank = begin + j * kThreads + thread;
-                if (rank >= active) continue;
-                const int entry = entry_of(share.tile, share.index, rank);
-                float value = share.value(entry, rank);
-                float mean = decode_exp_avg(first[rank], first_scale);
-                float square = decode_exp_avg_sq(second[rank], second_scale);
-                const float g = share.gradient(share.raw_gradient(entry, rank), value, rank);
-                root[thread][j] = adamw_update(value, g, mean, square, share.c);
-                share.store(value, entry, rank);
-                m[thread][j] = mean;
-                entries[thread][j] = entry;
-                const int mean_bits = int(bits_of_float(mean) & 0x7FFFFFFF);
+            if (begin + thread % kWarp >= count) return;
+            Loaded<V, N> loaded;
+            int8_t first_code[N];
+            uint8_t second_code[N];
+            const Vector<float, 2> scale = threads.load(scales + begin / kStateBlock);
+            with_entries(begin, thread, [&](const auto& entries) {
+                loaded.load(share, entries, true, threads);
+                entries.load_by_rank(threads, exp_avg, first_code);
+                entries.load_by_rank(threads, exp_avg_sq, second_code);
+            });
+            float value[N];
+            for (int j = 0; j < N; ++j) {
+                value[j] = to_float32(loaded.value[j]);
+                float square = decode_exp_avg_sq(second_code[j], scale.item[1]);
+                m[thread][j] = decode_exp_avg(first_code[j], scale.item[0]);
+                root[thread][j] =
+                    adamw_update(value[j], loaded.gradient(j, value[j], share.c), m[thread][j], square, share.c);
+                const int m_bits = int(bits_of_float(m[thread][j]) & 0x7FFFFFFF);
                 const int root_bits = int(bits_of_float(root[thread][j]) & 0x7FFFFFFF);
-                largest_m[thread] = mean_bits > largest_m[thread] ? mean_bits : largest_m[thread];
+                largest_m[thread] = m_bits > largest_m[thread] ? m_bits : largest_m[thread];
                 largest_root[thread] = root_bits > largest_root[thread] ? root_bits : largest_root[thread];
             }
+            with_entries(begin, thread,
+                         [&](const auto& entries) { store_values(share, entries, value, rounding, threads); });
         });
-        // Both synchronise, so that every thread has read the old scales.
-        const float first_scale = block_scale(float_from_bits(uint32_t(threads.largest(largest_m))));
-        const float second_scale = block_scale(float_from_bits(uint32_t(threads.largest(largest_root))));
+        threads.largest_of_warp(largest_m);
+        threads.largest_of_warp(largest_root);  // every thread of the warp has read the old scales
         threads.each([&](int thread) {
-            const float first_inverse = inverse_scale<kFirstLevels>(first_scale);
-            const float second_inverse = inverse_scale<kSecondLevels>(second_scale);
-            for (int j = 0; j < 2; ++j) {
-                const int rank = begin + j * kThreads + thread;
-                if (rank >= active) continue;
-                const uint32_t random = moment_bits(key, uint32_t(share.tile.start + entries[thread][j]));
-                first[rank] = encode_exp_avg(m[thread][j], first_inverse, random);
-                second[rank] = encode_exp_avg_sq(root[thread][j], second_inverse, random);
+            const int begin = round + thread / kWarp * kStateBlock;
+            if (begin + thread % kWarp >= count) return;
+            Vector<float, 2> scale;
+            scale.item[0] = block_scale(float_from_bits(uint32_t(largest_m[thread])));
+            scale.item[1] = block_scale(float_from_bits(uint32_t(largest_root[thread])));
+            if (thread % kWarp == 0) threads.store(scales + begin / kStateBlock, scale);
+            const float first_inverse = inverse_scale<kFirstLevels>(scale.item[0]);
+            const float second_inverse = inverse_scale<kSecondLevels>(scale.item[1]);
+            int8_t first_code[N];
+            uint8_t second_code[N];
+            uint32_t random[N];
+            with_entries(begin, thread, [&](const auto& entries) {
+                for (int j = 0; j < N; ++j) random[j] = moments ^ (rounding.start + entries.entry[j]);
+            });
+            for (int j = 0; j < N; ++j) {
+                first_code[j] = encode_exp_avg(m[thread][j], first_inverse, mix32(random[j]));
+                second_code[j] = encode_exp_avg_sq(root[thread][j], second_inverse, mix32(random[j]));
             }
-            if (thread == 0) {
-                own[0] = first_scale;
-                own[1] = second_scale;
-            }
+            with_entries(begin, thread, [&](const auto& entries) {
+                entries.store_by_rank(threads, exp_avg, first_code);
+                entries.store_by_rank(threads, exp_avg_sq, second_code);
+            });
         });
-    });
-}
-
-// The sum of squares of the share's effective gradients; every thread adds its own in a fixed order.
-template <class Param, class Grad, bool PACKED, class Threads>
-LTP_HD double sum_squares_of_share(const DeviceUpdate& update, const Place& place, uint16_t* listed, Threads& threads) {
-    typename Threads::template PerThread<double> sums;
-    threads.each([&](int thread) { sums[thread] = 0.0; });
-    const TileRow tile = update.tiles[place.tile];
-    if (!leads_inside(update, tile, threads)) return threads.sum(sums);
-    const Prepared prepared = update.prepared[tile.param];
-    if (prepared.grad == 0) return threads.sum(sums);
-    const Share<Param, Grad, PACKED> share(update, place, tile, prepared, 4);
-    for_each_batch(tile, share.index, share.part, update.parts, listed, threads, [&](int thread, const Batch& batch) {
-        for (int j = 0; j < kBatch; ++j) {
-            const int rank = batch.rank[j], entry = batch.entry[j];
-            if (rank < 0) continue;
-            const float value = share.anchor == nullptr ? 0.0f : share.value(entry, rank);
-            const double g = share.gradient(share.raw_gradient(entry, rank), value, rank);
-            sums[thread] += g * g;
-        }
-    });
-    return threads.sum(sums);
+    }
 }
 
 // On thread 0, always in the same order.
@@ -248,23 +343,56 @@ LTP_HD double sum_of(const double* values, int64_t count, Threads& threads) {
     return threads.sum(sums);
 }
 
-template <class Param, class Grad, bool PACKED, class Threads>
-LTP_HD void sum_squares_block(const DeviceUpdate& update, const Total& total, const Place& place, uint16_t* listed,
+// The sum of squares of the effective gradients of a work item; every thread adds its own in a fixed order.
+template <class V, class Threads>
+LTP_HD double sum_squares_of(const GradientShare<V>& share, Listed& listed, Threads& threads) {
+    constexpr bool kByRank = V::kPacked && !V::kAnchor;
+    constexpr int kVectors = V::kAnchor ? kBatch : kGradientVectors;
+    const bool vectors = share.can_read_vectors();
+    typename Threads::template PerThread<double> sums;
+    threads.each([&](int thread) { sums[thread] = 0.0; });
+    share.template for_each_batch<kVectors, kByRank>(vectors, listed, threads, [&](int thread, const auto& entries) {
+        constexpr int N = std::decay_t<decltype(entries)>::kCount;
+        Loaded<V, N> loaded;
+        loaded.load(share, entries, V::kAnchor, threads);
+        for (int j = 0; j < N; ++j) {
+            float value = 0.0f;
+            if constexpr (V::kAnchor) value = to_float32(loaded.value[j]);
+            const double g = loaded.gradient(j, value, share.c);
+            sums[thread] += entries.has(j) ? g * g : 0.0;
+        }
+    });
+    return threads.sum(sums);
+}
+
+template <class V, class Threads>
+LTP_HD void sum_squares_block(const DeviceUpdate& update, const Total& total, int64_t number, Listed& listed,
                               Threads& threads) {
-    const int64_t parts = update.parts, tile = total.first + place.tile;
-    const double own = sum_squares_of_share<Param, Grad, PACKED>(update, place, listed, threads);
+    GradientShare<V> share = {};
+    const bool has_gradient = share.resolve(update, number, false, threads);
+    if (share.count == 0) return;  // it trapped
+    const double own = has_gradient ? sum_squares_of(share, listed, threads) : 0.0;
+    const int64_t tile = total.first + share.item.tile;
+    double* const of_tile = total.sums + tile * kItemsPerTile;
     threads.each([&](int thread) {
-        if (thread == 0) total.sums[tile * parts + place.part] = own;
+        if (thread == 0) of_tile[share.item.first / kWorkItem] = own;
     });
     if (total.arrived == nullptr) return;
     const int64_t group = tile / kNormGroup, groups = (total.tiles + kNormGroup - 1) / kNormGroup;
-    const int64_t left = total.tiles - group * kNormGroup;
-    const int64_t in_group = parts * (left < kNormGroup ? left : kNormGroup);
-    if (!threads.last(total.arrived + 1 + group, in_group)) return;
-    double* const group_sums = total.sums + total.tiles * parts;
-    const double of_group = sum_of(total.sums + group * kNormGroup * parts, in_group, threads);
+    const int64_t left = total.tiles - group * kNormGroup, in_group = left < kNormGroup ? left : kNormGroup;
+    double* const tile_sums = total.sums + total.tiles * kItemsPerTile;
+    double* const group_sums = tile_sums + total.tiles;
+
+    const int items = int((share.tile.active + kWorkItem - 1) / kWorkItem);
+    if (!threads.last(total.arrived + 1 + groups + tile, items)) return;
+    const double tile_sum = sum_of(of_tile, items, threads);
     threads.each([&](int thread) {
-        if (thread == 0) group_sums[group] = of_group;
+        if (thread == 0) tile_sums[tile] = tile_sum;
+    });
+    if (!threads.last(total.arrived + 1 + group, in_group)) return;
+    const double group_sum = sum_of(tile_sums + group * kNormGroup, in_group, threads);
+    threads.each([&](int thread) {
+        if (thread == 0) group_sums[group] = group_sum;
     });
     if (!threads.last(total.arrived, groups)) return;
     const double squares = sum_of(group_sums, groups, threads);
@@ -273,22 +401,25 @@ LTP_HD void sum_squares_block(const DeviceUpdate& update, const Total& total, co
     });
 }
 
-template <class Grad, class Threads>
-LTP_HD void pack_block(const DeviceUpdate& update, float* out, bool accumulate, const Place& place, uint16_t* listed,
-                       Threads& threads) {
-    const TileRow tile = update.tiles[place.tile];
-    if (!leads_inside(update, tile, threads)) return;
-    const uint64_t address = update.prepared == nullptr ? update.grad : update.prepared[tile.param].grad;
-    if (address == 0) return;
-    const Index index = index_of(update, tile);
-    const Grad* const grad = reinterpret_cast<const Grad*>(address) + tile.start;
-    float* const slots = out + tile.slot;
-    for_each_batch(tile, index, place.part, update.parts, listed, threads, [&](int, const Batch& batch) {
-        for (int j = 0; j < kBatch; ++j) {
-            if (batch.rank[j] < 0) continue;
-            const float value = to_float32(grad[batch.entry[j]]);
-            slots[batch.rank[j]] = accumulate ? slots[batch.rank[j]] + value : value;
-        }
+template <class Grad, bool ACCUMULATE, class Threads>
+LTP_HD void pack_block(const DeviceUpdate& update, float* out, int64_t number, Listed& listed, Threads& threads) {
+    Share share = {};
+    if (!share.resolve(update, number, threads)) return;
+    const int64_t param = share.tile.param;
+    const uint64_t address = update.prepared == nullptr ? update.grad : threads.load(&update.prepared[param].grad);
+    if (!share.ends_inside(threads) || address == 0) return;
+    const Grad* const grad = reinterpret_cast<const Grad*>(address) + share.tile.start;
+    float* const slots = out + share.tile.slot;
+    using Four = Neighbours<4, 4>;
+    const bool vectors = Four::can_read(grad) && Four::can_read(slots);
+    share.template for_each_batch<kGradientVectors, false>(vectors, listed, threads, [&](int, const auto& entries) {
+        constexpr int N = std::decay_t<decltype(entries)>::kCount;
+        Grad read[N];
+        float sum[N];
+        entries.load_by_entry(threads, grad, read);
+        if constexpr (ACCUMULATE) entries.load_by_rank(threads, slots, sum);
+        for (int j = 0; j < N; ++j) sum[j] = ACCUMULATE ? sum[j] + to_float32(read[j]) : to_float32(read[j]);
+        entries.store_by_rank(threads, slots, sum);
     });
 }
 

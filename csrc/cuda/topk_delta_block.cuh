@@ -59,11 +59,6 @@ LTP_HD float delta_of(Initial initial, float tuned) {
 }
 
 template <class T, int N>
-struct alignas(sizeof(T) * N) Vector {
-    T item[N];
-};
-
-template <class T, int N>
 LTP_HD Vector<T, N> load_vector(const T* from) {
 #if defined(__CUDA_ARCH__)
     // Says what the compiler cannot see: global memory, and never written.

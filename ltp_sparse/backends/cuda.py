@@ -28,13 +28,15 @@ from ltp_sparse.backends.arguments import (
     Total,
     Update,
 )
-from ltp_sparse.tickets.bits import bitmap_words, tiles_of
+from ltp_sparse.backends.work_items import WORK_ITEM, work_items
+from ltp_sparse.tickets.bits import TILE, bitmap_words, tiles_of
 
 NAME = "compiled"
 NEEDS_RANKS = NEEDS_PREPARED = True
 
-SUMS_PER_TILE = 16
-"""Thread blocks a tile that sum squares."""
+_ITEMS_PER_TILE = TILE // WORK_ITEM
+SUMS_PER_TILE = _ITEMS_PER_TILE + 1
+"""Those of its work items, and its own."""
 
 _DIGIT_BITS = (11, 10, 9, 8)
 """Of the keys of samples and candidates, found at a time; fewer where there are many groups."""
@@ -64,11 +66,6 @@ def _refusal(module: ModuleType, device: torch.device) -> str | None:
     return capability.too_old(device) or module.probe()
 
 
-def parts(active: int, tiles: int) -> int:
-    """Thread blocks a tile: each has some hundred active entries to work on."""
-    return max(1, min(16, -(-active // (512 * tiles))))
-
-
 def _module() -> Any:
     return extension()
 
@@ -92,35 +89,34 @@ def _prepared(norm: Any) -> Any:
 
 
 def masked_adamw_(update: Update) -> None:
-    if not (tiles := len(update.tiles)):
-        return
-    with addresses.on_device_of(update.tiles):
-        _launch("masked_adamw_", update.tiles.device, _prepared(update), parts(update.exp_avg.numel(), tiles))
+    if len(update.tiles):
+        with addresses.on_device_of(update.tiles):
+            _launch("masked_adamw_", update.tiles.device, _prepared(update), work_items(update))
 
 
 def masked_sum_squares(norm: Norm) -> Tensor:
-    out = torch.empty(len(norm.tiles), SUMS_PER_TILE, dtype=torch.float64, device=norm.tiles.device)
+    out = torch.zeros(len(norm.tiles), _ITEMS_PER_TILE, dtype=torch.float64, device=norm.tiles.device)
     if len(norm.tiles):
         with addresses.on_device_of(norm.tiles):
-            _launch("masked_sum_squares", out.device, _prepared(norm), out, SUMS_PER_TILE)
+            _launch("masked_sum_squares", out.device, _prepared(norm), work_items(norm), out)
     return out.sum(1)
 
 
 def gradient_norm(norm: Norm, total: Total) -> None:
     if len(norm.tiles):
         with addresses.on_device_of(norm.tiles):
-            _launch("gradient_norm", norm.tiles.device, _prepared(norm), total, SUMS_PER_TILE)
+            _launch("gradient_norm", norm.tiles.device, _prepared(norm), work_items(norm), total)
 
 
 def masked_pack_(pack: Pack) -> None:
-    if not (tiles := len(pack.tiles)):
+    if not len(pack.tiles):
         return
     with addresses.on_device_of(pack.tiles):
         prepared = None
         if len(pack.grads) > 1:
             prepared = torch.empty(len(pack.grads), 8, dtype=torch.int64, device=pack.tiles.device)
             _launch("prepare_pack", prepared.device, pack, prepared)
-        _launch("masked_pack_", pack.tiles.device, pack, prepared, parts(pack.out.numel(), tiles))
+        _launch("masked_pack_", pack.tiles.device, pack, prepared, work_items(pack))
 
 
 def _launch_pairs(name: str, pairs: Any, word_offsets: Sequence[int], *arguments: Any) -> None:

@@ -44,7 +44,7 @@ class ClippedNorm:
             return _empty(device, self._tiles), None
         groups = -(-self._tiles // NORM_GROUP)
         if self._arrived is None:
-            self._arrived = torch.zeros(1 + groups, dtype=torch.int32, device=device)
+            self._arrived = torch.zeros(1 + groups + self._tiles, dtype=torch.int32, device=device)
         return _empty(device, self._tiles * backend.sums_per_tile + groups), self._arrived
 
     def _measure_apart(self, max_norm: float) -> Tensor:

@@ -1,5 +1,6 @@
 // The module ltp_sparse._C_cuda with launches that run the kernels' thread blocks on the CPU, thread by thread: the
 // code of csrc/cuda, and its bindings, without a GPU.
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstring>
@@ -36,10 +37,23 @@ class HostThreads {
 
     void sync() {}
 
-    int largest(PerThread<int>& values) {
-        int result = values[0];
-        for (int thread = 1; thread < N; ++thread) result = values[thread] > result ? values[thread] : result;
-        return result;
+    // Alignment is what the sanitizer looks at.
+    template <class T>
+    T load(const T* from) const {
+        return *from;
+    }
+
+    template <class T>
+    void store(T* to, const T& item) const {
+        *to = item;
+    }
+
+    void largest_of_warp(PerThread<int>& values) {
+        for (int warp = 0; warp < N; warp += 32) {
+            int result = values[warp];
+            for (int lane = 1; lane < 32; ++lane) result = std::max(result, values[warp + lane]);
+            for (int lane = 0; lane < 32; ++lane) values[warp + lane] = result;
+        }
     }
 
     // In the order of the warps' shuffles.
@@ -110,6 +124,11 @@ template <class Run>
 void backwards(int64_t count, Run run) {
     for (int64_t block = count - 1; block >= 0; --block) run(block);
 }
+
+// Shared memory of a thread block, with what nobody has written in it.
+struct PoisonedListed : Listed {
+    PoisonedListed() { memset(static_cast<void*>(this), 0x77, sizeof(Listed)); }
+};
 
 }  // namespace
 
@@ -217,46 +236,40 @@ void cuda_prepare_step(const Step& step, const uint64_t* params, const uint64_t*
     }
 }
 
-// Backwards: no thread block may need the work of an earlier one.
-template <class Body>
-void for_each_place(const DeviceUpdate& update, Body body) {
-    for (int64_t tile = update.n_tiles - 1; tile >= 0; --tile) {
-        for (int part = update.parts - 1; part >= 0; --part) body(Place{tile, part});
-    }
-}
-
 void cuda_masked_adamw_(const DeviceUpdate& update, void*) {
-    with_storage_types(update.param_dtype, update.grad_dtype, update.packed, [&](auto param, auto grad, auto packed) {
-        for_each_place(update, [&](const Place& place) {
+    with_variant(update, [&](auto variant) {
+        using V = decltype(variant);
+        // Backwards: no thread block may need the work of an earlier one.
+        for (int64_t item = update.n_items - 1; item >= 0; --item) {
             HostThreads<kThreads> threads;
-            uint16_t listed[kSubTile];
-            constexpr bool kPacked = decltype(packed)::value;
+            PoisonedListed listed;
             if (update.state.scales != nullptr) {
-                update_coded_block<decltype(param), decltype(grad), kPacked>(update, place, threads);
+                update_coded_block<V>(update, item, listed, threads);
             } else {
-                update_block<decltype(param), decltype(grad), kPacked>(update, place, listed, threads);
+                update_block<V>(update, item, listed, threads);
             }
-        });
+        }
     });
 }
 
 void cuda_masked_sum_squares(const DeviceUpdate& update, const Total& total, void*) {
-    with_storage_types(update.param_dtype, update.grad_dtype, update.packed, [&](auto param, auto grad, auto packed) {
-        for_each_place(update, [&](const Place& place) {
+    with_norm_variant(update, [&](auto variant) {
+        for (int64_t item = update.n_items - 1; item >= 0; --item) {
             HostThreads<kThreads> threads;
-            uint16_t listed[kSubTile];
-            sum_squares_block<decltype(param), decltype(grad), decltype(packed)::value>(update, total, place, listed,
-                                                                                        threads);
-        });
+            PoisonedListed listed;
+            sum_squares_block<decltype(variant)>(update, total, item, listed, threads);
+        }
     });
 }
 
 void cuda_masked_pack_(const DeviceUpdate& update, float* out, bool accumulate, void*) {
-    for_each_place(update, [&](const Place& place) {
-        HostThreads<kThreads> threads;
-        uint16_t listed[kSubTile];
-        with_storage_type(update.grad_dtype, [&](auto grad) {
-            pack_block<decltype(grad)>(update, out, accumulate, place, listed, threads);
+    with_storage_type(update.grad_dtype, [&](auto grad) {
+        with_flag(accumulate, [&](auto accumulated) {
+            for (int64_t item = 0; item < update.n_items; ++item) {
+                HostThreads<kThreads> threads;
+                PoisonedListed listed;
+                pack_block<decltype(grad), decltype(accumulated)::value>(update, out, item, listed, threads);
+            }
         });
     });
 }
@@ -282,6 +295,24 @@ int64_t launches_so_far() { return launches; }
 
 // From now on, so many do something.
 void run_launches(int64_t count) { launches_to_run = launches + count; }
+
+// How often the whole part of a fourth root is wrong with square roots that are as far off as a GPU's may be.
+int64_t wrong_fourth_roots() {
+    int64_t wrong = 0;
+    for (int code = 0; code <= 256; ++code) {
+        const float border = fourth_power(float(code));
+        for (int64_t step = -4000; step <= 4000; ++step) {
+            const int64_t bits = int64_t(bits_of_float(border)) + step * (step % 2 == 0 ? 1 : 97);
+            const float x = std::min(float_from_bits(uint32_t(std::max(bits, int64_t(0)))), fourth_power(255.0f));
+            for (const double error : {0x1p-23, -0x1p-23}) {
+                const float found =
+                    whole_fourth_root(x, [=](float square) { return float(std::sqrt(double(square)) * (1 + error)); });
+                wrong += found != float(int(sqrtf(sqrtf(x))));
+            }
+        }
+    }
+    return wrong;
+}
 
 int64_t blocks_beyond_their_bins() { return beyond; }
 

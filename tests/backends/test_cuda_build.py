@@ -13,13 +13,17 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-COMPILED = (("topk_delta", "sm_90"), ("topk_delta", "sm_80"), ("masked_adamw", "sm_90"))
-# kernels of a source: 3 x 8 storage types for update, coded update and sum, and 3 for packing; 4 x 3 for either pass
-# over the weights and for the end of a search, 2 for samples and 3 for candidates
-KERNELS = {"masked_adamw": 27, "topk_delta": 41}
-REGISTERS = {"masked_adamw": 80, "topk_delta": 64}
-"""A thread, at most, of the 65,536 of a processor: six thread blocks of 128 threads (updates, with the loads of four
-entries on the way), four of 256 (band) or one of 1,024 (histogram, samples, candidates) then find room."""
+UPDATES = ("masked_adamw", "masked_adamw_8bit", "masked_gradients")
+COMPILED = (("topk_delta", "sm_90"), ("topk_delta", "sm_80"), *((source, "sm_90") for source in UPDATES))
+# kernels of a source: of the update, 3 x 8 storage types with a master or without, and one with stochastic rounding for
+# each gradient of bfloat16, all that with an anchor or without, and the one that prepares a step; sums by gradients
+# alone, and with an anchor also by values; packing, 3 gradients, added or not; 4 x 3 for either pass over the weights
+# and for the end of a search, 2 for samples and 3 for candidates
+KERNELS = {"masked_adamw": 39, "masked_adamw_8bit": 38, "masked_gradients": 22, "topk_delta": 41}
+REGISTERS = {"masked_adamw": 80, "masked_adamw_8bit": 96, "masked_gradients": 56, "topk_delta": 64}
+"""A thread, at most, of the 65,536 of a processor: six thread blocks of 128 threads (updates), five (8-bit moments,
+which have eight entries on the way), nine (gradients), four of 256 (band) or one of 1,024 (histogram, samples,
+candidates) find room."""
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +76,33 @@ def test_selection_is_bound_by_memory(cubins, static_cuda):
         assert row["spills"] == 0 and row["loads_128"] >= 2, row
         if "alone" not in row["types"]:
             assert float(row["issue_floor_ms"]) < 0.8 * float(row["memory_floor_ms"]), row
+
+
+@pytest.mark.parametrize("source", UPDATES)
+def test_updates_wait_once_for_a_batch(cubins, static_cuda, source):
+    """All loads of a batch are on the way before the first is waited for; those of whole tiles are vectors of four."""
+    rows = [row for row in static_cuda.kernels(cubins / f"{source}-sm_90.cubin", "sm_90") if row["list_in_flight"]]
+    assert len(rows) == KERNELS[source] - (source == "masked_adamw")  # but for that which prepares a step
+    for row in rows:
+        moments, coded, summed = (
+            row["kernel"].startswith("masked_adamw_"),
+            row["kernel"] == "masked_adamw_ 8-bit",
+            row["kernel"] == "masked_sum_squares",
+        )
+        anchor, added = "anchor" in row["types"], "added" in row["types"]
+        tensors = (4 + anchor) if moments else (1 + 2 * anchor) if summed else 1 + added
+        listed, vectors = (8, 8) if coded else (4, 4 if moments or anchor else 8)
+        found = [tuple(map(int, row[f"{kind}_in_flight"].split("/"))) for kind in ("list", "full")]
+        loads = [coded + tensors * listed, coded + tensors * vectors // 4]  # coded: and the scales
+        assert [n for _, n in found] == loads, row
+        # a pass over gradients that reads three tensors in vectors may wait for two of them first
+        assert [n for n, _ in found] >= [loads[0], loads[1] - (summed and anchor)], row
+        assert row["generic"] == row["spills"] == 0, row
+        per_listed, per_vector = map(float, row["instructions_per_entry"].split())
+        assert per_vector < per_listed < (210 if coded else 90 if moments else 36), row
+        if not coded:
+            issue, memory = (map(float, row[key].split()) for key in ("issue_floor_ms", "memory_floor_ms"))
+            assert all(a < 0.7 * b for a, b in zip(issue, memory, strict=True)), row
 
 
 def test_asking_for_cuda_without_a_toolkit_is_an_error(tmp_path):

@@ -30,13 +30,16 @@ from torch import Tensor, nn
 import ltp_sparse as ls
 from ltp_sparse import backends
 from ltp_sparse.backends import choice, cuda, reference
-from ltp_sparse.backends.arguments import Pack, Sample, Sampled, Tensors, Update
+from ltp_sparse.backends.arguments import NORM_GROUP, Pack, Sample, Sampled, Tensors, Total, Update
 from ltp_sparse.backends.reference import Coefficient
 from ltp_sparse.backends.rounding import rounding_keys
+from ltp_sparse.backends.work_items import WORK_ITEM, work_items
 from ltp_sparse.ops import adamw_coefficients, masked_pack_, masked_sum_squares, routes, samples, sources
 from ltp_sparse.testing import UpdateProblem, update_problem
-from ltp_sparse.tickets.bits import TILE, WORDS_PER_TILE
+from ltp_sparse.tickets.bits import TILE, WORDS_PER_TILE, unpack_bits
+from ltp_sparse.tickets.index_set import Encoding
 from ltp_sparse.tickets.layout import Layout
+from ltp_sparse.tickets.tile_table import tile_indices
 
 pytestmark = pytest.mark.slow
 
@@ -76,16 +79,17 @@ def library(once, static_selection):
         pytest.skip("no C++ compiler")
     module, counters = static_selection.load(once("cuda-emulation", static_selection.build) / "emulation.so")
     yield SimpleNamespace(
-        module=module, counters=counters, take_traps=counters.take_traps, set_histogram=counters.set_histogram
-    )
+        module=module, counters=counters, take_traps=counters.take_traps, set_histogram=counters.set_histogram,
+        wrong_fourth_roots=counters.wrong_fourth_roots,
+    )  # fmt: skip
     assert counters.take_traps() == counters.blocks_beyond_their_bins() == 0
 
 
 class Emulation:
-    """Launches of so many thread blocks a tile."""
+    """Launches of the operations on CPU tensors."""
 
-    def __init__(self, library, problem: UpdateProblem, rows: Tensor, anchor: Tensor | None, parts: int) -> None:
-        self.module, self.problem, self.parts = library.module, problem, parts
+    def __init__(self, library, problem: UpdateProblem, rows: Tensor, anchor: Tensor | None = None) -> None:
+        self.module, self.problem = library.module, problem
         table = problem.table.with_ranks()
         packed = isinstance(problem.grads, Tensor)
         self.index = table.tiles, table.words, table.ranks, table.positions
@@ -93,14 +97,18 @@ class Emulation:
             *self.index, Tensors([problem.grads] if packed else problem.grads), Tensors(problem.params), rows, packed,
             problem.master, anchor, problem.exp_avg, problem.exp_avg_sq, problem.scales, problem.stochastic,
         )  # fmt: skip
+        self.items = work_items(self.record)
 
     def sum_squares(self) -> Tensor:
-        out = torch.full((len(self.problem.table.tiles), self.parts), float("nan"), dtype=torch.float64)
-        self.module.masked_sum_squares(self._prepared(), out, self.parts, 0)
+        out = torch.zeros(len(self.problem.table.tiles), TILE // WORK_ITEM, dtype=torch.float64)
+        self.module.masked_sum_squares(self._prepared(), self.items, out, 0)
         return out.sum(1)
 
+    def norm(self, total: Total) -> None:
+        self.module.gradient_norm(self._prepared(), self.items, total, 0)
+
     def update(self) -> None:
-        self.module.masked_adamw_(self._prepared(), self.parts, 0)
+        self.module.masked_adamw_(self._prepared(), self.items, 0)
 
     def _prepared(self) -> Update:
         record = replace(self.record, prepared=torch.empty(len(self.problem.params), 8, dtype=torch.int64))
@@ -111,7 +119,7 @@ class Emulation:
         pack = Pack(*self.index, Tensors(self.problem.grads), out, accumulate)
         prepared = torch.empty(len(self.problem.grads), 8, dtype=torch.int64)
         self.module.prepare_pack(pack, prepared, 0)
-        self.module.masked_pack_(pack, prepared, self.parts, 0)
+        self.module.masked_pack_(pack, prepared, self.items, 0)
 
 
 def problem_of(density: float, **options) -> UpdateProblem:
@@ -132,7 +140,7 @@ def rows_of(problem: UpdateProblem, step: int) -> Tensor:
 @pytest.mark.parametrize("density", [0.02, 0.3, 1.0], ids=["list16", "bitmap", "full"])
 @pytest.mark.parametrize(("dtype", "grad_dtype", "mode"), CASES)
 def test_bits_of_the_reference(library, dtype, grad_dtype, mode, density):
-    for packed, with_anchor, parts in ((False, False, 16), (False, True, 3), (True, False, 1)):
+    for packed, with_anchor in itertools.product((False, True), repeat=2):
         options = {"dtype": dtype, "grad_dtype": grad_dtype, **mode}
         wanted, found = problem_of(density, **options), problem_of(density, **options)
         anchor = torch.linspace(-0.03, 0.03, found.table.k) if with_anchor else None
@@ -142,20 +150,50 @@ def test_bits_of_the_reference(library, dtype, grad_dtype, mode, density):
                 emulated = flat.clone()
                 for accumulate in (False, True):
                     masked_pack_(wanted.grads, flat, wanted.table, accumulate=accumulate)
-                    Emulation(library, found, rows_of(found, 1), None, parts).pack(emulated, accumulate)
+                    Emulation(library, found, rows_of(found, 1)).pack(emulated, accumulate)
                 assert torch.equal(bits(flat), bits(emulated))
                 wanted.grads = found.grads = flat
             else:
                 wanted.grads[1] = found.grads[1] = None
             for step in (1, 2):
                 rows = rows_of(found, step)
-                emulation = Emulation(library, found, rows, anchor, parts)
+                emulation = Emulation(library, found, rows, anchor)
                 sums = masked_sum_squares(wanted.params, wanted.grads, wanted.table, rows, anchor, master=wanted.master)
                 torch.testing.assert_close(emulation.sum_squares(), sums, rtol=1e-12, atol=0)
                 emulation.update()
                 wanted.step(rows, anchor)
         for number, (a, b) in enumerate(zip(found.tensors(), wanted.tensors(), strict=True)):
-            assert torch.equal(*(bits(t) if t.is_floating_point() else t for t in (a, b))), (packed, parts, number)
+            same = torch.equal(*(bits(t) if t.is_floating_point() else t for t in (a, b)))
+            assert same, (packed, with_anchor, number)
+
+
+@pytest.mark.parametrize("density", [0.02, 0.3, 1.0], ids=["list16", "bitmap", "full"])
+def test_norm_over_two_launches(library, density):
+    """The tiles of the second one come after those of the first, in groups that both share."""
+    problems = [
+        update_problem({f"p{n}": (n,) for n in sizes}, density=density, seed=len(sizes))
+        for sizes in (range(300, 380), (1, 70_000, 131_072))
+    ]
+    emulations = [Emulation(library, problem, rows_of(problem, 1)) for problem in problems]
+    launches = [len(emulation.record.tiles) for emulation in emulations]
+    tiles, groups = sum(launches), -(-sum(launches) // NORM_GROUP)
+    sums = torch.full((tiles * cuda.SUMS_PER_TILE + groups,), float("nan"), dtype=torch.float64)
+    arrived = torch.zeros(1 + groups + tiles, dtype=torch.int32)
+    norm, clip = torch.full((2,), float("nan"), dtype=torch.float64)
+    for _ in range(2):
+        for emulation, first in zip(emulations, (0, launches[0]), strict=True):
+            assert norm.isnan() or first == 0
+            emulation.norm(Total(first, tiles, 0.5, sums, arrived, norm, clip))
+        with using("reference"):
+            wanted = torch.cat([masked_sum_squares(p.params, p.grads, p.table, rows_of(p, 1)) for p in problems])
+        torch.testing.assert_close(norm, wanted.sum().sqrt(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(clip, (0.5 / (norm + 1e-6)).clamp(max=1), rtol=1e-12, atol=0)
+        assert not arrived.any()
+        norm.fill_(float("nan"))
+
+
+def test_codes_are_exact_with_approximate_roots(library):
+    assert library.wrong_fourth_roots() == 0
 
 
 class Two(nn.Module):
@@ -522,9 +560,12 @@ def test_tiles_that_lead_out_trap_untouched(library, density, mode, packed):
         wanted, problem = (problem_of(density, **MODES[mode]) for _ in range(2))
         if packed:
             wanted.grads = problem.grads = torch.full((problem.table.k,), 0.5)
-        table = problem.table.with_ranks()
+        table = problem.table = problem.table.with_ranks()
         of_tile = table.tiles[:, 0] == 3  # 1000 entries
         row = int(of_tile.nonzero()[0])
+        rows = rows_of(problem, 1)
+        rows[:, Coefficient.APPLY] = 1
+        emulation = Emulation(library, problem, rows)  # the work items are those of the table as it should be
         active, index = (int(table.tiles[row, c]) for c in (3, 5))
         if name != "end":
             table.tiles[row, column] = value
@@ -534,10 +575,6 @@ def test_tiles_that_lead_out_trap_untouched(library, density, mode, packed):
             table.words[index + 31] |= 1 << 20
         else:
             continue
-        problem.table = table
-        rows = rows_of(problem, 1)
-        rows[:, Coefficient.APPLY] = 1
-        emulation = Emulation(library, problem, rows, None, 1)
         emulation.sum_squares()
         emulation.update()
         looks_by_slot = packed or name != "slot"  # the norm does not, where gradients are dense
@@ -548,6 +585,51 @@ def test_tiles_that_lead_out_trap_untouched(library, density, mode, packed):
         assert torch.equal(problem.params[3], kept)
         for i in (0, 1, 2, 4, 5, 6, 7):
             assert torch.equal(bits(problem.params[i]), bits(wanted.params[i])), (name, i)
+
+
+@pytest.mark.parametrize("density", [0.02, 0.3, 1.0], ids=["list16", "bitmap", "full"])
+def test_work_items_that_lead_out_trap_untouched(library, density):
+    problem = problem_of(density)
+    rows = rows_of(problem, 1)
+    rows[:, Coefficient.APPLY] = 1
+    emulation = Emulation(library, problem, rows)
+    last = len(emulation.items) - 1
+    first = int(emulation.items[last, 1])
+    wrong = [(0, -1), (0, 2**30), (1, -WORK_ITEM), (1, 4 * WORK_ITEM), (1, 1)]
+    for column, value in [*wrong, (2, -1), (3, 2**30), (3, 0)] if density == 0.3 else wrong:
+        emulation.items = work_items(emulation.record).clone()
+        emulation.items[last, column] = value
+        before = problem.params[-1].clone()
+        emulation.update()
+        assert library.take_traps() == 1, (column, value)
+        changed = (bits(before) != bits(problem.params[-1])).view(-1)
+        assert changed.any() and not changed[TILE + first :].any()
+
+
+@pytest.mark.parametrize("density", [0.02, 0.07, 0.3, 1.0])
+def test_work_items_hold_every_active_entry_once(density):
+    problem = problem_of(density)
+    table = problem.table.with_ranks()
+    words = unpack_bits(table.words)
+    found: list[list[Tensor]] = [[torch.empty(0, dtype=torch.int64)] for _ in problem.params]
+    items = work_items(table)
+    assert (items[:, 1] % WORK_ITEM == 0).all()
+    for tile, first, group, end_group in items.tolist():
+        param, start, length, active, _, index, encoding, _ = table.tiles[tile].tolist()
+        count = min(WORK_ITEM, active - first)
+        assert count > 0
+        if encoding == Encoding.BITMAP:
+            assert 0 <= group < end_group <= (length + 63) // 64
+            held = words[32 * index :][64 * group : 64 * end_group].nonzero().view(-1) + 64 * group
+            skipped = first - (int(table.ranks[index // 2 + group]) & 0xFFFF)
+            assert 0 <= skipped < 64 and held[-1] // 64 == end_group - 1
+            held = start + held[skipped : skipped + count]
+        else:
+            held = tile_indices(table.tiles[tile].tolist(), table.words, table.positions)[first : first + count]
+        assert len(held) == count
+        found[param].append(held)
+    for name, held in zip(problem.ticket.names, found, strict=True):
+        assert torch.equal(torch.cat(held), problem.ticket.mask(name).view(-1).nonzero().view(-1))
 
 
 def test_candidates_that_lead_out_trap_untouched(passes, library, candidates):

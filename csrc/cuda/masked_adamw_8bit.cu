@@ -1,0 +1,27 @@
+#include "device_threads.cuh"
+#include "launch.cuh"
+#include "masked_adamw_block.cuh"
+
+namespace ltp {
+namespace {
+
+// With an anchor there are more numbers on the way than fit into the registers of six blocks.
+template <class V>
+__global__ void __launch_bounds__(kThreads, V::kAnchor ? 5 : 6)
+    update_coded_kernel(const __grid_constant__ DeviceUpdate update) {
+    __shared__ Listed listed;
+    DeviceThreads<kThreads> threads(nullptr);
+    update_coded_block<V>(update, blockIdx.x, listed, threads);
+}
+
+}  // namespace
+
+void cuda_masked_adamw_8bit_(const DeviceUpdate& update, void* stream) {
+    const unsigned grid = blocks_of(update.n_items, "masked_adamw_");
+    with_variant(update, [&](auto variant) {
+        update_coded_kernel<decltype(variant)><<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(update);
+    });
+    check("masked_adamw_");
+}
+
+}  // namespace ltp
