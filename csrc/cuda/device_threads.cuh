@@ -152,7 +152,7 @@ class DeviceThreads {
         __syncthreads();
         if (threadIdx.x == 0) {
             is_last = add(arrived, Count(1)) == Count(blocks - 1);
-            if (is_last) *arrived = 0;
+            if (is_last) add(arrived, Count(-blocks));
         }
         __syncthreads();
         if (is_last) __threadfence();

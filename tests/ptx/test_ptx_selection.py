@@ -1,7 +1,6 @@
 """The passes of `topk_delta` as PTX, and whole selections: the results of the reference, and nothing to report."""
 
 import itertools
-from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from helpers.selection_passes import (
     key_at,
     pairs_of,
 )
-from helpers.selections import ROUTES, SMALL_ROUTES, random_case
+from helpers.selections import ROUTES, SMALL_ROUTES, random_case, tune
 
 from ltp_sparse import backends
 from ltp_sparse.backends import reference
@@ -113,13 +112,13 @@ def _candidates(backend, sizes):
 
 
 def _selections(backend, seeds):
-    small = {name: value for name, value in SMALL_ROUTES.items() if hasattr(routes, name)}
-    with mock.patch.multiple(routes, **small):
+    with pytest.MonkeyPatch.context() as patch:
+        tune(patch.setattr, **SMALL_ROUTES)
         for seed, route in itertools.product(seeds, ROUTES):
             initial, tuned, ks, groups = random_case(seed)
             wanted, found = (
                 routes.select_topk(passes, sources.TensorSource(initial, tuned), groups, ks, route=route)
-                for passes in (reference, passes_of(backend).functions)
+                for passes in (backends.Backend(reference), passes_of(backend).functions)
             )
             for name in ("words", "counts", "thresholds"):
                 assert torch.equal(getattr(found, name), getattr(wanted, name)), f"seed {seed}, {route}, {name}"
