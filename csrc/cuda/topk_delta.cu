@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kSampleThreads) sample_lower_kernel(Bracket br
     if (threads.last(bracket.arrived + 1, gridDim.x)) decide_lower(bracket, threads);
 }
 
-__global__ void __launch_bounds__(kCandidateThreads)
+__global__ void __launch_bounds__(kCandidateThreads, 1)
     candidate_histogram_kernel(Candidates candidates, CandidateBins bands, Search search, int round) {
     extern __shared__ uint32_t bins[];
     DeviceThreads<kCandidateThreads> threads(nullptr);

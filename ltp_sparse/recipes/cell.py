@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import random
 import statistics
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from ltp_sparse import __version__
 from ltp_sparse.methods import METHODS, Method, Settings
@@ -321,7 +319,9 @@ def ticket_of(cell: Cell, bench: Workbench, notes: list[str]) -> tuple[Ticket | 
         }  # fmt: skip
         if score == "change":
             path = bench.cache.get("tuned", facts, make)
-            return find_ticket(model, path, strategy=strategy, **options), _tuning_of(path)
+            return find_ticket(model, path, strategy=strategy, **options), files.load(path, "tuned weights")[1][
+                "metadata"
+            ]
         path = bench.cache.get("scores", {**facts, "score": score}, make_scores)
         return find_ticket(model, None, score=files.load(path, "scores")[0], strategy=strategy, **options), {}
 
@@ -339,13 +339,6 @@ def ticket_of(cell: Cell, bench: Workbench, notes: list[str]) -> tuple[Ticket | 
         other, _ = found(replace(settings, seed=seeds[(turn + 1) % len(seeds)]))
         told["overlap"] = {"seed": seeds[(turn + 1) % len(seeds)], **overlap(ticket, other)}
     return ticket, told
-
-
-def _tuning_of(path: Path) -> dict[str, Any]:
-    """The metadata of tuned weights, which are not read for it."""
-    with safe_open(path, framework="pt") as file:
-        told: dict[str, Any] = json.loads(file.metadata()[files.KEY])["metadata"]
-    return told
 
 
 def overlap(ticket: Ticket, other: Ticket) -> dict[str, float]:

@@ -69,5 +69,5 @@ def test_rows_of_a_gpu_are_taken_and_others_stay(tmp_path):
 def test_half_a_measurement_changes_nothing(tmp_path):
     results(tmp_path, "step")
     run = choose("--from", tmp_path, "--out", tmp_path / "table.json")
-    assert run.returncode != 0 and "nothing was measured of topk_delta" in run.stderr
+    assert run.returncode != 0 and "there are no measurements of topk_delta" in run.stderr
     assert not (tmp_path / "table.json").exists()

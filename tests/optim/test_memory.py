@@ -314,14 +314,14 @@ def test_the_command_needs_no_download(capsys):
         (["--length", "0"], "--length must be in [1, 512]"),
         (["--model", "no/such/folder"], "got 'no/such/folder', which does not exist; closest: 'mini-xlmr'"),
         (["--model", "{folder}/empty"], "no config of an XLM-R model in"),
-        (["--model", "{folder}/other"], "expected a model of type 'xlm-roberta', '{folder}/other' is of type 'bert'"),
+        (["--model", "{folder}/other"], "expected a model of type 'xlm-roberta', '{folder}/other' is of type 'gpt2'"),
         (["--model", "{folder}/short", "--length", "31"], "--length must be in [1, 30] for {folder}/short, got 31"),
     ],
     ids=str,
 )
 def test_the_command_says_what_does_not_fit(options, message, tmp_path, capsys):
     short = {"model_type": "xlm-roberta", "max_position_embeddings": 32, "pad_token_id": 1}
-    for name, config in (("empty", {}), ("other", {"model_type": "bert"}), ("short", short)):
+    for name, config in (("empty", {}), ("other", {"model_type": "gpt2"}), ("short", short)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     options = [option.replace("{folder}", str(tmp_path)) for option in options]

@@ -48,7 +48,7 @@ def contents(optimizer):
     state = optimizer.state_dict(include_gradients=True)
     found = {f"{i}.{key}": value.clone() for i, entry in state["state"].items() for key, value in entry.items()}
     for launch in optimizer._launches:
-        found |= {f"hyper.{id(launch)}": launch.hyper.clone(), f"rows.{id(launch)}": launch.rows.clone()}
+        found[f"hyper.{id(launch)}"] = launch.hyper.clone()
     return found, copy.deepcopy(state["param_groups"])
 
 

@@ -565,7 +565,7 @@ def test_what_reports_print_is_escaped(tmp_path):
         for label in labels for seed in (1, 2)
     ]  # fmt: skip
     recipe = Recipe(
-        "r", EVIL, (Cell({"label": "x"}),), by=("label", "shots"), compare="+1", chance=0.3,
+        "r", EVIL, (Cell({"label": "x"}),), by=("label", "shots"), compare=("+1",), chance=0.3,
         plots=("languages", "labels", "shots"), notes=EVIL,
     )  # fmt: skip
     with warnings.catch_warnings():

@@ -34,7 +34,8 @@ from ltp_sparse.report.pages import paper_of, write_report
 from ltp_sparse.report.paired import mean_interval
 from ltp_sparse.report.tables import latex, make_table, markdown, paper_figures, to_csv
 from ltp_sparse.selection import pools
-from ltp_sparse.tasks import TASKS, tested
+from ltp_sparse.tasks import TASKS
+from ltp_sparse.tasks import tested as languages_tested
 from ltp_sparse.tickets.delta import SparseDelta
 from ltp_sparse.tickets.lt_sft import write_lt_sft
 from ltp_sparse.tickets.ticket import Ticket
@@ -167,7 +168,7 @@ def test_recipes_of_the_papers_are_sound(name):
         assert train.kind in method.inputs
         assert train.labels == test.labels and train.metric == test.metric
         assert cell["train.language"] in train.languages
-        languages = tested(test.name, cell["test.languages"], cell["train.language"])
+        languages = languages_tested(test.name, cell["test.languages"], cell["train.language"])
         if test.name == "sib200":  # 205 of them
             assert all(re.fullmatch("[a-z]{3}_[A-Z][a-z]{3}", code) for code in languages)
         else:
@@ -749,11 +750,11 @@ def test_scores_by_kinship():
     assert kinship("en", "deu_Latn") == "same branch" and kinship("swh_Latn", "zul_Latn") == "same branch"
     assert kinship("ind_Latn", "xx") is None and kinship("en", "eng_Latn") is None
     for name in ("xnli", "xglm", "bloom"):
-        languages = tested("sib200", name, "eng_Latn")
+        languages = languages_tested("sib200", name, "eng_Latn")
         assert len(set(languages)) == len(languages) == {"xnli": 15, "xglm": 30, "bloom": 46}[name]
         assert all(kinship("eng_Latn", language) for language in languages if language != "eng_Latn")
     with pytest.raises(ValueError, match="languages must be a list, same or, of sib200, xnli, xglm, bloom: got 'all'"):
-        tested("sib200", "all", "eng_Latn")
+        languages_tested("sib200", "all", "eng_Latn")
 
 
 def test_changes_against_the_line_without_an_option(tmp_path):
