@@ -29,14 +29,14 @@ __global__ void __launch_bounds__(kBandThreads, 4)
     band_kernel_block<Initial, Tuned>(pairs, band, search, bins, blockIdx.x, collected, threads);
 }
 
-__global__ void __launch_bounds__(kSampleThreads) sample_upper_kernel(DevicePairs pairs, Bracket bracket) {
+__global__ void __launch_bounds__(kSampleThreads, 1) sample_upper_kernel(DevicePairs pairs, Bracket bracket) {
     __shared__ SampleScratch scratch;
     DeviceThreads<kSampleThreads> threads(nullptr);
     sample_upper_block(pairs, bracket, blockIdx.x, gridDim.x, scratch, threads);
     if (threads.last(bracket.arrived, gridDim.x)) decide_upper(bracket, threads);
 }
 
-__global__ void __launch_bounds__(kSampleThreads) sample_lower_kernel(Bracket bracket) {
+__global__ void __launch_bounds__(kSampleThreads, 1) sample_lower_kernel(Bracket bracket) {
     __shared__ uint32_t bins[4 << kDigitBits];
     DeviceThreads<kSampleThreads> threads(nullptr);
     sample_lower_block(bracket, blockIdx.x, gridDim.x, bins, threads);
@@ -50,14 +50,14 @@ __global__ void __launch_bounds__(kCandidateThreads, 1)
     candidate_kernel_block(candidates, bands, search, round, blockIdx.x, gridDim.x, bins, threads);
 }
 
-__global__ void __launch_bounds__(kCandidateThreads)
+__global__ void __launch_bounds__(kCandidateThreads, 1)
     take_above_kernel(Candidates candidates, Above marks, Search search, const int64_t* above, int rounds) {
     __shared__ double scratch[kCandidateThreads / 32];
     DeviceThreads<kCandidateThreads> threads(scratch);
     above_kernel_block(candidates, marks, search, above, rounds, blockIdx.x, gridDim.x, threads);
 }
 
-__global__ void __launch_bounds__(kTieThreads) take_ties_kernel(Candidates candidates, Ties marks) {
+__global__ void __launch_bounds__(kTieThreads, 1) take_ties_kernel(Candidates candidates, Ties marks) {
     __shared__ double scratch[kTieThreads / 32];
     DeviceThreads<kTieThreads> threads(scratch);
     take_ties_block<kTieThreads>(candidates, marks, blockIdx.x, threads);
