@@ -29,6 +29,7 @@ __global__ void __launch_bounds__(kBandThreads, 4)
     band_kernel_block<Initial, Tuned>(pairs, band, search, bins, blockIdx.x, collected, threads);
 }
 
+// Of one thread block a processor, here and below: asked for none, ptxas takes 32 registers and spills.
 __global__ void __launch_bounds__(kSampleThreads, 1) sample_upper_kernel(DevicePairs pairs, Bracket bracket) {
     __shared__ SampleScratch scratch;
     DeviceThreads<kSampleThreads> threads(nullptr);
