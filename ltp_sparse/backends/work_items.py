@@ -41,7 +41,7 @@ def _made(tiles: Tensor, words: Tensor) -> Tensor:
     per_tile = (active + WORK_ITEM - 1) // WORK_ITEM
     tile = torch.repeat_interleave(per_tile)
     earlier = per_tile.cumsum(0) - per_tile
-    first = WORK_ITEM * (torch.arange(len(tile), device=tile.device) - earlier[tile])
+    first = WORK_ITEM * (torch.arange(len(tile), dtype=torch.int64, device=tile.device) - earlier[tile])
     last = torch.minimum(first + WORK_ITEM, active[tile]) - 1
     is_bitmap = tiles[tile, Column.ENCODING] == Encoding.BITMAP
     groups = torch.zeros(2, len(tile), dtype=torch.int64, device=tile.device)
