@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.backends import instruction_sets, using
 from helpers.bits import DTYPES, bits
+from helpers.update_cases import MODES
 
 from ltp_sparse.backends.reference import Coefficient
 from ltp_sparse.backends.rounding import rounding_keys
@@ -15,14 +16,6 @@ from ltp_sparse.tickets.index_set import Encoding
 from ltp_sparse.tickets.tile_table import Column
 
 SIZES = (1, 63, 64, 65, 255, 256, 257, 1000, 4097, 65_536, 65_537, 131_073)
-MODES = {
-    "plain": {},
-    "8bit": {"states": "8bit"},
-    "master": {"master": True},
-    "8bit-master": {"states": "8bit", "master": True},
-    "stochastic": {"stochastic": True},
-    "8bit-stochastic": {"states": "8bit", "stochastic": True},
-}
 CASES = [
     pytest.param(
         dtype,

@@ -25,6 +25,7 @@ from helpers.selection_passes import (
     pairs_of,
 )
 from helpers.selections import DELTAS, random_case, tune
+from helpers.update_cases import MODES, rows_of
 from torch import Tensor, nn
 
 import ltp_sparse as ls
@@ -32,9 +33,8 @@ from ltp_sparse import backends
 from ltp_sparse.backends import choice, cuda, reference
 from ltp_sparse.backends.arguments import NORM_GROUP, Pack, Sample, Sampled, Tensors, Total, Update
 from ltp_sparse.backends.reference import Coefficient
-from ltp_sparse.backends.rounding import rounding_keys
 from ltp_sparse.backends.work_items import WORK_ITEM, work_items
-from ltp_sparse.ops import adamw_coefficients, masked_pack_, masked_sum_squares, routes, samples, sources
+from ltp_sparse.ops import masked_pack_, masked_sum_squares, routes, samples, sources
 from ltp_sparse.testing import UpdateProblem, update_problem
 from ltp_sparse.tickets.bits import TILE, WORDS_PER_TILE, unpack_bits
 from ltp_sparse.tickets.index_set import Encoding
@@ -45,14 +45,6 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 SIZES = (1, 63, 257, 1000, 4096, 4097, 65_537, 70_000)
-MODES = {
-    "plain": {},
-    "8bit": {"states": "8bit"},
-    "master": {"master": True},
-    "8bit-master": {"states": "8bit", "master": True},
-    "stochastic": {"stochastic": True},
-    "8bit-stochastic": {"states": "8bit", "stochastic": True},
-}
 CASES = [
     pytest.param(dtype, grad_dtype, mode, id=f"{name}-grad_{grad_name}-{mode_name}")
     for (name, dtype), (grad_name, grad_dtype), (mode_name, mode) in itertools.product(
@@ -127,14 +119,6 @@ def problem_of(density: float, **options) -> UpdateProblem:
     for name, grad in zip(problem.ticket.names, problem.grads, strict=True):
         grad[~problem.ticket.mask(name)] = float("nan")
     return problem
-
-
-def rows_of(problem: UpdateProblem, step: int) -> Tensor:
-    steps = torch.full((len(problem.params),), step)
-    rows = adamw_coefficients(steps, lr=1e-2, weight_decay=0.1, pull=0.3)
-    rows[:, Coefficient.ROUNDING_KEY] = rounding_keys(3, steps, torch.arange(len(rows)))
-    rows[2, Coefficient.APPLY] = 0
-    return rows
 
 
 @pytest.mark.parametrize("density", [0.02, 0.3, 1.0], ids=["list16", "bitmap", "full"])

@@ -35,15 +35,14 @@ from helpers.selection_passes import (
 )
 from helpers.selections import DELTAS
 from helpers.tied_model import TiedModel
+from helpers.update_cases import MODES, rows_of
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import ltp_sparse as ls
 from ltp_sparse import MaskedAdamW, Ticket, backends, selection
 from ltp_sparse.backends import reference
-from ltp_sparse.backends.reference import Coefficient
-from ltp_sparse.backends.rounding import rounding_keys
-from ltp_sparse.ops import adamw_coefficients, masked_pack_, masked_sum_squares, routes, sources
+from ltp_sparse.ops import masked_pack_, masked_sum_squares, routes, sources
 from ltp_sparse.testing import UpdateProblem, random_weights, tuned_weights, update_problem
 from ltp_sparse.tickets.bits import TILE, WORDS_PER_TILE
 from ltp_sparse.tickets.layout import Layout
@@ -53,14 +52,6 @@ pytestmark = needs_gpu
 
 # The first two start at slots that are multiples of 4, as vector loads need; the matrix is one of XLM-R-base.
 SHAPES = {f"p{n}": (n,) for n in (8192, 131_072, 1, 63, 257, 1000, 4096, 4097, 65_537)} | {"matrix": (768, 768)}
-MODES = {
-    "plain": {},
-    "8bit": {"states": "8bit"},
-    "master": {"master": True},
-    "8bit-master": {"states": "8bit", "master": True},
-    "stochastic": {"stochastic": True},
-    "8bit-stochastic": {"states": "8bit", "stochastic": True},
-}
 CASES = [
     pytest.param({"dtype": dtype, "grad_dtype": grad, **mode}, packed, id="-".join((name, of, mode_name, given)))
     for (name, dtype), (of, grad), (mode_name, mode), (given, packed) in itertools.product(
@@ -88,14 +79,6 @@ def make(density: float, **options) -> UpdateProblem:
     for name, grad in zip(problem.ticket.names, problem.grads, strict=True):
         grad[~problem.ticket.mask(name)] = float("nan")
     return problem
-
-
-def rows_of(problem: UpdateProblem, step: int) -> Tensor:
-    steps = torch.full((len(problem.params),), step)
-    rows = adamw_coefficients(steps, lr=1e-2, weight_decay=0.1, pull=0.3)
-    rows[:, Coefficient.ROUNDING_KEY] = rounding_keys(3, steps, torch.arange(len(rows)))
-    rows[2, Coefficient.APPLY] = 0
-    return rows
 
 
 def run(problem: UpdateProblem, with_anchor: bool, packed: bool) -> list[Tensor]:

@@ -6,11 +6,10 @@ import pytest
 import torch
 from helpers.backends import using
 from helpers.bits import DTYPES, bits
+from helpers.update_cases import MODES, rows_of
 from torch import Tensor
 
 from ltp_sparse import backends
-from ltp_sparse.backends.reference import Coefficient
-from ltp_sparse.backends.rounding import rounding_keys
 from ltp_sparse.ops import adamw_coefficients, masked_pack_, masked_sum_squares
 from ltp_sparse.testing import UpdateProblem, update_problem
 from ltp_sparse.tickets.index_set import Encoding, IndexSet
@@ -20,14 +19,6 @@ if reason := backends.unavailable_reason("triton", torch.device("cpu")):
     pytest.skip(f"triton on the CPU: {reason}", allow_module_level=True)
 
 SHAPES = {"a": (1000,), "b": (63,), "c": (5,), "d": (257,)}
-MODES = {
-    "plain": {},
-    "8bit": {"states": "8bit"},
-    "master": {"master": True},
-    "8bit-master": {"states": "8bit", "master": True},
-    "stochastic": {"stochastic": True},
-    "8bit-stochastic": {"states": "8bit", "stochastic": True},
-}
 CASES = [
     pytest.param(dtype, mode, id=f"{name}-{mode_name}")
     for (name, dtype), (mode_name, mode) in itertools.product(DTYPES.items(), MODES.items())
@@ -45,14 +36,6 @@ def poisoned(density: float, **options) -> UpdateProblem:
     return problem
 
 
-def coefficients(problem: UpdateProblem, step: int) -> Tensor:
-    steps = torch.full((len(problem.params),), step)
-    rows = adamw_coefficients(steps, lr=1e-2, weight_decay=0.1, pull=0.3)
-    rows[:, Coefficient.ROUNDING_KEY] = rounding_keys(3, steps, torch.arange(len(rows)))
-    rows[2, Coefficient.APPLY] = 0
-    return rows
-
-
 def run(backend: str, density: float, with_anchor: bool, packed: bool, **options) -> list[Tensor]:
     problem = poisoned(density, **options)
     anchor = torch.linspace(-0.03, 0.03, problem.table.k) if with_anchor else None
@@ -67,7 +50,7 @@ def run(backend: str, density: float, with_anchor: bool, packed: bool, **options
         else:
             problem.grads[1] = None
         for step in (1, 2):
-            rows = coefficients(problem, step)
+            rows = rows_of(problem, step)
             sums = masked_sum_squares(problem.params, problem.grads, problem.table, rows, anchor, master=problem.master)
             found.append(sums)
             problem.step(rows, anchor)
