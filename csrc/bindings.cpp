@@ -55,6 +55,15 @@ void masked_pack_(py::handle pack, int64_t threads) {
     run(threads, [&](int64_t n) { ltp::masked_pack_(arguments, out, accumulate, n); });
 }
 
+template <ltp::Copy HOW>
+void masked_copy(py::handle entries, int64_t threads) {
+    const Record record(entries);
+    ltp::HostUpdate arguments = ltp::host_entries(record);
+    void* const slots = ltp::read_slots<void>(record, "packed", arguments.room);
+    const int64_t item_bytes = record.item_bytes("packed");
+    run(threads, [&](int64_t n) { ltp::masked_copy(arguments, slots, item_bytes, HOW, n); });
+}
+
 void delta_histogram(py::handle histogram, int64_t threads) {
     const Record record(histogram);
     const ltp::HostPairs pairs = pairs_of(record);
@@ -111,6 +120,9 @@ PYBIND11_MODULE(_C, module) {
     module.def("gradient_norm", gradient_norm, arg("norm"), arg("total"), arg("threads"));
     module.def("masked_sum_squares", masked_sum_squares, arg("norm"), arg("out"), arg("threads"));
     module.def("masked_pack_", masked_pack_, arg("pack"), arg("threads"));
+    module.def("masked_gather_", masked_copy<ltp::Copy::kGather>, arg("entries"), arg("threads"));
+    module.def("masked_scatter_", masked_copy<ltp::Copy::kScatter>, arg("entries"), arg("threads"));
+    module.def("masked_swap_", masked_copy<ltp::Copy::kSwap>, arg("entries"), arg("threads"));
     module.def("delta_histogram", delta_histogram, arg("histogram"), arg("threads"));
     module.def("sample_keys", sample_keys, arg("sample"), arg("threads"));
     module.def("delta_band", delta_band, arg("band"), arg("threads"));

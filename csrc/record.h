@@ -38,6 +38,8 @@ class Record {
         return tensor.is_none() ? 0 : tensor.attr("numel")().cast<int64_t>();
     }
 
+    int64_t item_bytes(const char* name) const { return field(name).attr("element_size")().cast<int64_t>(); }
+
     // Of a list of tensors. An address of 0: it is not there.
     std::vector<uintptr_t> addresses(const char* name) const {
         return field(name).attr("addresses").cast<std::vector<uintptr_t>>();

@@ -42,14 +42,19 @@ struct Update {
 };
 
 template <class Record>
-void read_tiles(const Record& record, int64_t params, Update& to) {
+void read_index(const Record& record, int64_t params, Update& to) {
     to.tiles = record.template at<const TileRow>("tiles");
     to.n_tiles = record.entries("tiles") / int64_t(sizeof(TileRow) / sizeof(int64_t));
     to.words = record.template at<const int32_t>("words");
     to.ranks = record.template at<const uint16_t>("ranks");
     to.positions = record.template at<const uint16_t>("positions");
-    to.param_dtype = to.grad_dtype = record.dtype("grads");  // one of a kind, if parameters are not read
     to.room = {params, record.entries("words"), record.entries("positions"), kNoLimit, kNoLimit};
+}
+
+template <class Record>
+void read_tiles(const Record& record, int64_t params, Update& to) {
+    read_index(record, params, to);
+    to.param_dtype = to.grad_dtype = record.dtype("grads");  // one of a kind, if parameters are not read
 }
 
 // A tensor of a number per slot, and the room it leaves.

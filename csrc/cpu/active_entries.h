@@ -36,7 +36,7 @@ inline uint64_t load_group(const int32_t* words, int64_t group) {
 }
 
 // Writes the positions of all active entries of a bitmap.
-inline void decode_tile(const AdamWTile& tile, uint16_t* positions) {
+inline void decode_tile(const TileIndex& tile, uint16_t* positions) {
     for (int64_t group = 0; 64 * group < tile.length; ++group) {
         const uint64_t bits = load_group(tile.words, group);
         if (bits != 0) positions += decode(bits, uint16_t(64 * group), positions);
@@ -44,7 +44,7 @@ inline void decode_tile(const AdamWTile& tile, uint16_t* positions) {
 }
 
 // The largest position is looked for, not taken from the end: the walk is safe with a list in any order.
-bool fits(const AdamWTile& tile) {
+bool fits(const TileIndex& tile) {
     if (tile.encoding == Encoding::kList16) {
         uint16_t largest = 0;
         for (int64_t i = 0; i < tile.active; ++i) {

@@ -11,20 +11,35 @@
 
 namespace ltp {
 
-// One tile of one parameter, addresses already resolved to the tile's first entry, slot or block.
-struct AdamWTile : PackedState {
+// Which entries of one tile of one tensor are active. Addresses are already resolved to the tile.
+struct TileIndex {
     Encoding encoding;
-    int64_t start, length;  // entries of the parameter before the tile, and in it, 1 .. kTile
-    int64_t active;         // active entries, 1 .. length
-    void* param;            // [length] of param_dtype, updated at active entries only
-    const void* grad;       // [length] of grad_dtype, or packed: [active] float32
-    Dtype param_dtype, grad_dtype;
-    bool packed;
+    int64_t start, length;      // entries of the tensor before the tile, and in it, 1 .. kTile
+    int64_t active;             // active entries, 1 .. length
     const int32_t* words;       // kBitmap: [2 * ceil(length / 64)]
     const uint16_t* positions;  // kList16: [active] ascending
-    bool stochastic;            // rounds bfloat16 parameters stochastically
-    uint32_t key;               // of the random bits, see rounding.h
+};
+
+// One tile of one parameter, addresses already resolved to its first entry, slot or block.
+struct AdamWTile : TileIndex, PackedState {
+    void* param;       // [length] of param_dtype, updated at active entries only
+    const void* grad;  // [length] of grad_dtype, or packed: [active] float32
+    Dtype param_dtype, grad_dtype;
+    bool packed;
+    bool stochastic;  // rounds bfloat16 parameters stochastically
+    uint32_t key;     // of the random bits, see rounding.h
     AdamWCoefficients coefficients;
+};
+
+// What becomes of the active entries of a tensor and of their slots.
+enum class Copy { kGather, kScatter, kSwap };
+
+// One tile of a tensor whose active entries are copied.
+struct EntryTile : TileIndex {
+    void* items;         // [length]
+    void* slots;         // [active]
+    int64_t item_bytes;  // 1, 2, 4 or 8
+    Copy how;
 };
 
 // One tile of a pair of tensors to compare. `initial` null: the key is that of |tuned|.
@@ -46,8 +61,8 @@ struct Kernels {
     const char* name;
 
     // Whether the tile's list or bitmap has `active` entries, and none beyond its end. The one look at an index before
-    // it is followed; reads encoding, length, active, words and positions only.
-    bool (*fits)(const AdamWTile& tile);
+    // it is followed.
+    bool (*fits)(const TileIndex& tile);
 
     // Updates the tile's active entries and their state.
     void (*adamw)(const AdamWTile& tile);
@@ -58,6 +73,9 @@ struct Kernels {
 
     // Copies the active entries of grad to out [active], or adds them.
     void (*pack)(const AdamWTile& tile, float* out, bool accumulate);
+
+    // Copies the active entries to their slots, back, or exchanges them; every other entry keeps its bits.
+    void (*copy)(const EntryTile& tile);
 
     // Adds the tile's keys, zero keys excepted, to bins[kHighBins] by key >> 16. Returns the largest key.
     int32_t (*histogram_high)(const DeltaTile& tile, uint32_t* bins);

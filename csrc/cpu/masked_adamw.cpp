@@ -37,8 +37,8 @@ void queue_tiles(const HostUpdate& update, TileQueue& queue) {
 }
 
 // Which entries of the tile are active.
-AdamWTile resolve_index(const HostUpdate& update, const TileRow& row) {
-    AdamWTile tile = {};
+TileIndex resolve_index(const HostUpdate& update, const TileRow& row) {
+    TileIndex tile = {};
     tile.encoding = row.encoding;
     tile.start = row.start;
     tile.length = row.length;
@@ -50,7 +50,8 @@ AdamWTile resolve_index(const HostUpdate& update, const TileRow& row) {
 
 // These, and where its gradients are.
 AdamWTile resolve_gradients(const HostUpdate& update, const TileRow& row) {
-    AdamWTile tile = resolve_index(update, row);
+    AdamWTile tile = {};
+    static_cast<TileIndex&>(tile) = resolve_index(update, row);
     tile.param_dtype = update.param_dtype;
     tile.packed = update.packed;
     tile.grad_dtype = update.packed ? Dtype::kFloat32 : update.grad_dtype;
@@ -126,6 +127,19 @@ void masked_pack_(const HostUpdate& update, float* out, bool accumulate, int64_t
     const auto pack = kernels().pack;
     for_each_tile(update, threads, [&](int64_t, const TileRow& row) {
         if (has_gradient(update, row)) pack(resolve_gradients(update, row), out + row.slot, accumulate);
+    });
+}
+
+void masked_copy(const HostUpdate& entries, void* slots, int64_t item_bytes, Copy how, int64_t threads) {
+    const auto run = kernels().copy;
+    for_each_tile(entries, threads, [&](int64_t, const TileRow& row) {
+        EntryTile tile = {};
+        static_cast<TileIndex&>(tile) = resolve_index(entries, row);
+        tile.items = reinterpret_cast<void*>(entries.grads[row.param] + item_bytes * row.start);
+        tile.slots = static_cast<char*>(slots) + item_bytes * row.slot;
+        tile.item_bytes = item_bytes;
+        tile.how = how;
+        run(tile);
     });
 }
 

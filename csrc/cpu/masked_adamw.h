@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../common/update.h"
+#include "kernels.h"
 
 namespace ltp {
 
@@ -25,6 +26,16 @@ HostUpdate host_pack(const Record& record) {
     update.sizes = record.sizes("grads");
     read_tiles(record, int64_t(update.grads.size()), update);
     return update;
+}
+
+// Tensors of any one dtype take the place of the gradients.
+template <class Record>
+HostUpdate host_entries(const Record& record) {
+    HostUpdate entries = {};
+    entries.grads = record.addresses("tensors");
+    entries.sizes = record.sizes("tensors");
+    read_index(record, int64_t(entries.grads.size()), entries);
+    return entries;
 }
 
 // read: read_norm or read_update
@@ -59,5 +70,8 @@ void gradient_norm(const HostUpdate& update, const Total& total, int64_t threads
 
 // Copies the active entries of `grads` to their slots of out [K], or adds them. Reads no parameters.
 void masked_pack_(const HostUpdate& update, float* out, bool accumulate, int64_t threads);
+
+// Copies the active entries of tensors with items of this size to their slots, back, or exchanges them.
+void masked_copy(const HostUpdate& entries, void* slots, int64_t item_bytes, Copy how, int64_t threads);
 
 }  // namespace ltp
