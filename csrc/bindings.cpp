@@ -59,8 +59,8 @@ template <ltp::Copy HOW>
 void masked_copy(py::handle entries, int64_t threads) {
     const Record record(entries);
     ltp::HostUpdate arguments = ltp::host_entries(record);
-    void* const slots = ltp::read_slots<void>(record, "packed", arguments.room);
-    const int64_t item_bytes = record.item_bytes("packed");
+    void* const slots = ltp::read_slots<void>(record, "slots", arguments.room);
+    const int64_t item_bytes = record.item_bytes("slots");
     run(threads, [&](int64_t n) { ltp::masked_copy(arguments, slots, item_bytes, HOW, n); });
 }
 

@@ -109,13 +109,19 @@ WrittenParameters = Annotated[Tensors, Spec(written=True)]
 
 
 @dataclass(frozen=True, eq=False)
-class Tiles:
-    """The active entries of P parameters, and their gradients; see `TileTable`."""
+class Index:
+    """The active entries of P tensors; see `TileTable`."""
 
     tiles: Annotated[Tensor, Spec(torch.int64, ("tiles", len(Column)))]
     words: Annotated[Tensor, Spec(torch.int32, ("words",))]
     ranks: Annotated[Tensor, Spec(torch.int16, ("ranks",))]
     positions: Annotated[Tensor, Spec(torch.int16, ("positions",))]
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles(Index):
+    """The active entries of P parameters, and their gradients."""
+
     grads: Annotated[Tensors, Spec()]
 
 
@@ -219,6 +225,33 @@ class Total:
 
 NORM_GROUP = 64
 """Tiles whose sums a kernel on a GPU adds up first; as in csrc/cuda/masked_adamw.h."""
+
+
+# --- copies of active entries; tensors and slots are of one dtype, any whose items have 1, 2, 4 or 8 bytes ---
+
+
+@dataclass(frozen=True, eq=False)
+class Gather(Index):
+    """`masked_gather_`: copies the active entries of `tensors` to their slots."""
+
+    tensors: Parameters
+    slots: Annotated[Tensor, Spec(shape=("k",), written=True)]
+
+
+@dataclass(frozen=True, eq=False)
+class Scatter(Index):
+    """`masked_scatter_`: copies the slots to the active entries of `tensors`."""
+
+    tensors: WrittenParameters
+    slots: Annotated[Tensor, Spec(shape=("k",))]
+
+
+@dataclass(frozen=True, eq=False)
+class Swap(Index):
+    """`masked_swap_`: exchanges the active entries of `tensors` and their slots."""
+
+    tensors: WrittenParameters
+    slots: Annotated[Tensor, Spec(shape=("k",), written=True)]
 
 
 # --- the passes of topk_delta ---
@@ -394,6 +427,9 @@ RECORDS: dict[str, type] = {
     "masked_adamw_": Update,
     "masked_sum_squares": Norm,
     "masked_pack_": Pack,
+    "masked_gather_": Gather,
+    "masked_scatter_": Scatter,
+    "masked_swap_": Swap,
     "delta_histogram": Histogram,
     "sample_keys": Sample,
     "delta_band": Band,

@@ -19,13 +19,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ltp_sparse.backends.arguments import (
     Band,
+    Gather,
     Histogram,
+    Index,
     Norm,
     Pack,
     Pairs,
     Sampled,
+    Scatter,
+    Swap,
     Tensors,
-    Tiles,
     Update,
     fields_of,
     tensors_of,
@@ -65,7 +68,7 @@ def _stamp(tensor: Tensor) -> tuple[int, int, int] | None:
     return None if tensor.is_inference() else (tensor.data_ptr(), tensor.numel(), tensor._version)
 
 
-def table_facts(op: str, table: Tiles) -> TableFacts:
+def table_facts(op: str, table: Index) -> TableFacts:
     """The facts of a tile table, which is read through unless it is known.
 
     Raises:
@@ -371,6 +374,30 @@ def check_pack(op: str, pack: Pack) -> TableFacts:
         )
     _check_extents(op, "gradient", pack.grads.sizes, facts, absent=True)
     _check_tensors(op, pack, ("out",), {"k": facts.k}, device)
+    return facts
+
+
+def check_copy(op: str, copy: Gather | Scatter | Swap) -> TableFacts:
+    """Tensors of one dtype, of any layout in memory, and slots of the same dtype.
+
+    Raises:
+        TypeError, ValueError: dtypes, sizes or devices do not fit, a tensor is not plain, or what is written shares
+            memory.
+    """
+    facts, device, tensors = table_facts(op, copy), copy.tiles.device, copy.tensors
+    for i, tensor in enumerate(tensors.present):
+        check_plain_tensor(tensor, f"{op}: tensor {i}")
+        if tensor.device != device:
+            raise ValueError(f"{op}: tensor {i} is on {tensor.device}, expected it on {device}")
+    if len(tensors.dtypes) > 1 or (tensors.present and tensors.present[0].element_size() > 8):
+        raise TypeError(
+            f"{op}: expected tensors of one dtype of at most 8 bytes an entry, got {_names(tensors.dtypes)}; make a "
+            "call, and a table, per dtype"
+        )
+    _check_extents(op, "tensor", tensors.sizes, facts)
+    _expect(op, "slots", copy.slots, next(iter(tensors.dtypes), copy.slots.dtype), (facts.k,), device)
+    if not isinstance(copy, Gather):
+        _check_apart(op, tensors, {"slots": copy.slots})
     return facts
 
 

@@ -20,12 +20,15 @@ from ltp_sparse.backends.arguments import (
     Above,
     Band,
     CandidateBins,
+    Gather,
     Histogram,
     Norm,
     Pack,
     Sample,
     Sampled,
+    Scatter,
     Step,
+    Swap,
     Ties,
     Total,
     Update,
@@ -60,6 +63,9 @@ class Backend:
     masked_adamw_: Callable[[Update], None]
     masked_sum_squares: Callable[[Norm], Tensor]
     masked_pack_: Callable[[Pack], None]
+    masked_gather_: Callable[[Gather], None]
+    masked_scatter_: Callable[[Scatter], None]
+    masked_swap_: Callable[[Swap], None]
     delta_histogram: Callable[[Histogram], None]
     sample_keys: Callable[[Sample], None]
     delta_band: Callable[[Band], None]

@@ -83,6 +83,9 @@ def masked_sum_squares(norm: Norm) -> Tensor:
 
 masked_adamw_ = partial(_run, "masked_adamw_")
 masked_pack_ = partial(_run, "masked_pack_")
+masked_gather_ = partial(_run, "masked_gather_")
+masked_scatter_ = partial(_run, "masked_scatter_")
+masked_swap_ = partial(_run, "masked_swap_")
 delta_histogram = partial(_run, "delta_histogram")
 sample_keys = partial(_run, "sample_keys")
 delta_band = partial(_run, "delta_band")

@@ -18,13 +18,18 @@ from ltp_sparse.backends.arguments import (
     Band,
     CandidateBins,
     Candidates,
+    Gather,
     Histogram,
+    Index,
     Marks,
     Norm,
     Pack,
     Pairs,
     Sample,
+    Scatter,
     Step,
+    Swap,
+    Tensors,
     Ties,
     Tiles,
     Total,
@@ -169,6 +174,34 @@ def masked_pack_(pack: Pack) -> None:
     for _, tile, grad in _tiles(pack, packed=False):
         values, slots = grad[tile_indices(tile, pack.words, pack.positions)].float(), _slots(tile)
         pack.out[slots] = pack.out[slots] + values if pack.accumulate else values
+
+
+def _copies(entries: Index, tensors: Tensors) -> Iterator[tuple[Tensor, Tensor, slice]]:
+    """(flat tensor, its active entries, their slots) of every tile."""
+    for tile in entries.tiles.tolist():
+        tensor = tensors[tile[Column.PARAM]]
+        assert tensor is not None
+        yield tensor.view(-1), tile_indices(tile, entries.words, entries.positions), _slots(tile)
+
+
+def masked_gather_(gather: Gather) -> None:
+    """Copies the active entries to their slots."""
+    for tensor, indices, slots in _copies(gather, gather.tensors):
+        gather.slots[slots] = tensor[indices]
+
+
+def masked_scatter_(scatter: Scatter) -> None:
+    """Copies the slots to the active entries."""
+    for tensor, indices, slots in _copies(scatter, scatter.tensors):
+        tensor[indices] = scatter.slots[slots]
+
+
+def masked_swap_(swap: Swap) -> None:
+    """Exchanges the active entries and their slots."""
+    for tensor, indices, slots in _copies(swap, swap.tensors):
+        held = tensor[indices]
+        tensor[indices] = swap.slots[slots]
+        swap.slots[slots] = held
 
 
 _CANDIDATES = 1 << 15  # candidates worked off at a time

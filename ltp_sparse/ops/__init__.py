@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from typing import Any, SupportsIndex
 
@@ -19,9 +20,12 @@ from ltp_sparse import backends
 from ltp_sparse.backends import checks, reference
 from ltp_sparse.backends.arguments import (
     RECORDS,
+    Gather,
     Norm,
     Pack,
+    Scatter,
     Step,
+    Swap,
     Tensors,
     Total,
     Update,
@@ -41,7 +45,7 @@ from ltp_sparse.weights.tensors import all_plain, check_plain_tensor
 _library = torch.library.Library("ltp_sparse", "DEF")  # noqa: TOR901 (kept for the life of the process)
 _library.define("topk_delta(Tensor[] initial, Tensor[] tuned, int[] groups, int[] k) -> (Tensor, Tensor, Tensor)")
 
-_LISTS = {"params": "parameter", "grads": "gradient"}
+_LISTS = {"params": "parameter", "grads": "gradient", "tensors": "tensor"}
 
 
 def _update(record: Update, backend: backends.Backend | None = None) -> None:
@@ -49,10 +53,7 @@ def _update(record: Update, backend: backends.Backend | None = None) -> None:
     facts = checks.check_update("masked_adamw_", record)
     contiguous = _contiguous(record)
     _serving("masked_adamw_", record, record.params, facts, backend).masked_adamw_(contiguous)
-    if contiguous is not record:
-        for param, updated in zip(record.params.present, contiguous.params.present, strict=True):
-            if param is not updated:
-                param.copy_(updated)
+    _copy_back(record.params, contiguous.params)
 
 
 def _sum_squares(record: Norm, backend: backends.Backend | None = None) -> Tensor:
@@ -68,10 +69,27 @@ def _pack(record: Pack, backend: backends.Backend | None = None) -> None:
     _serving("masked_pack_", record, record.grads, facts, backend).masked_pack_(_contiguous(record))
 
 
+def _copy(op: str, record: Gather | Scatter | Swap, backend: backends.Backend | None = None) -> None:
+    """`masked_gather_`, `masked_scatter_` or `masked_swap_` of a record."""
+    facts = checks.check_copy(op, record)
+    contiguous = _contiguous(record)
+    getattr(_serving(op, record, record.tensors, facts, backend), op)(contiguous)
+    if not isinstance(record, Gather):
+        _copy_back(record.tensors, contiguous.tensors)
+
+
+def _copy_back(tensors: Tensors, contiguous: Tensors) -> None:
+    """What was written into copies, since the tensors are not contiguous."""
+    for tensor, written in zip(tensors.present, contiguous.present, strict=True):
+        if tensor is not written:
+            tensor.copy_(written)
+
+
 _RUN: dict[str, Callable[..., Any]] = {
     "masked_adamw_": _update,
     "masked_sum_squares": _sum_squares,
     "masked_pack_": _pack,
+    **{op: partial(_copy, op) for op in ("masked_gather_", "masked_scatter_", "masked_swap_")},
 }
 
 
@@ -142,6 +160,9 @@ def _register(op: str, returns: str) -> None:
 _register("masked_adamw_", "()")
 _register("masked_sum_squares", "Tensor")
 _register("masked_pack_", "()")
+_register("masked_gather_", "()")
+_register("masked_scatter_", "()")
+_register("masked_swap_", "()")
 
 
 def run(op: str, record: Any, backend: backends.Backend) -> Any:
@@ -352,6 +373,55 @@ def masked_pack_(grads: Sequence[Tensor | None], out: Tensor, table: TileTable, 
     _check_sizes("masked_pack_", "gradient", [None if grad is None else grad.numel() for grad in listed], table)
     table, backend = served(table, _dtype(listed))
     run("masked_pack_", Pack(**_index(table), grads=listed, out=out, accumulate=accumulate), backend)
+
+
+@torch.no_grad()
+def masked_gather(tensors: Sequence[Tensor], table: TileTable) -> Tensor:
+    """The active entries of some tensors, bit by bit.
+
+    Args:
+        tensors: of the sizes that the table was built for, all of one dtype, any whose items have at most 8 bytes.
+        table: the active entries.
+
+    Returns:
+        [table.k] of that dtype, in slot order.
+
+    Raises:
+        TypeError, ValueError: dtypes, sizes or devices do not fit.
+    """
+    dtype = tensors[0].dtype if tensors else torch.float32
+    slots = torch.empty(table.k, dtype=dtype, device=table.tiles.device)
+    _run_copy("masked_gather_", Gather, tensors, slots, table)
+    return slots
+
+
+@torch.no_grad()
+def masked_scatter_(tensors: Sequence[Tensor], slots: Tensor, table: TileTable) -> None:
+    """Writes slots to the active entries of some tensors; all others keep their bits. The inverse of `masked_gather`.
+
+    Args:
+        tensors: as in `masked_gather`; written in place.
+        slots: [table.k] of their dtype, in slot order.
+        table: the active entries.
+
+    Raises:
+        TypeError, ValueError: dtypes, sizes or devices do not fit, or tensors share memory.
+    """
+    _run_copy("masked_scatter_", Scatter, tensors, slots, table)
+
+
+@torch.no_grad()
+def masked_swap_(tensors: Sequence[Tensor], slots: Tensor, table: TileTable) -> None:
+    """Exchanges slots and the active entries of some tensors: twice is never. Arguments as in `masked_scatter_`."""
+    _run_copy("masked_swap_", Swap, tensors, slots, table)
+
+
+def _run_copy(op: str, kind: type, tensors: Sequence[Tensor], slots: Tensor, table: TileTable) -> None:
+    listed = Tensors(tensors)
+    _refuse_subclasses(op, "tensor", [*listed, slots])
+    _check_sizes(op, "tensor", listed.sizes, table)
+    table, backend = served(table, _dtype(listed))
+    run(op, kind(**_index(table), tensors=listed, slots=slots), backend)
 
 
 def _check_sizes(op: str, what: str, found: Sequence[int | None], table: TileTable) -> None:
