@@ -18,12 +18,12 @@ from ltp_sparse import _moved  # noqa: F401 (modules by their earlier names)
 
 if TYPE_CHECKING:
     from ltp_sparse.backends import available_backends, use_backend
+    from ltp_sparse.deltas.delta import SparseDelta
     from ltp_sparse.ops import masked_adamw_, topk_delta
     from ltp_sparse.optim import MaskedAdamW, PackedParameters
     from ltp_sparse.optim.frozen import frozen_digests, verify_frozen
     from ltp_sparse.optim.memory import memory_report
     from ltp_sparse.selection import Shard, TicketShard, select, select_sharded
-    from ltp_sparse.tickets.delta import SparseDelta
     from ltp_sparse.tickets.ticket import Ticket
     from ltp_sparse.weights.names import canonical_parameters
     from ltp_sparse.weights.reading import FileFormatError
@@ -55,7 +55,7 @@ _MODULES = {  # of the names above
     "optim.frozen": ("frozen_digests", "verify_frozen"),
     "optim.memory": ("memory_report",),
     "selection": ("Shard", "TicketShard", "select", "select_sharded"),
-    "tickets.delta": ("SparseDelta",),
+    "deltas.delta": ("SparseDelta",),
     "tickets.ticket": ("Ticket",),
     "weights.names": ("canonical_parameters",),
     "weights.reading": ("FileFormatError",),

@@ -15,15 +15,15 @@ from typing import Any
 
 MOVED: dict[str, tuple[str, ...]] = {
     "checkpoints": ("weights.checkpoints", "ops.sources"),
-    "delta": ("tickets.delta",),
+    "delta": ("deltas.delta",),
     "encoding": ("tickets.index_set", "tickets.bits", "tickets.tile_table"),
     "files": ("weights.files",),
-    "foreign": ("tickets.lt_sft",),
+    "foreign": ("deltas.lt_sft",),
     "frozen": ("optim.frozen",),
     "generated": ("tasks.generated",),
     "memory": ("optim.memory",),
     "modules": ("models",),
-    "names": ("weights.names", "weights.digests", "tickets.delta"),
+    "names": ("weights.names", "weights.digests", "deltas.delta"),
     "prompting.model": ("models.masked_prompt",),
     "prompting.prompt_encoder": ("models.prompt_encoder",),
     "quantization": ("backends.quantization",),

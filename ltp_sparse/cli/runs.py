@@ -24,8 +24,8 @@ from ltp_sparse.weights.files import atomic_path
 from ltp_sparse.weights.reading import FileFormatError, read_json
 
 if TYPE_CHECKING:
+    from ltp_sparse.deltas.delta import SparseDelta
     from ltp_sparse.methods.base import Method, Setup
-    from ltp_sparse.tickets.delta import SparseDelta
     from ltp_sparse.tickets.ticket import Ticket
 
 TRAINED = "trained.safetensors"

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ltp_sparse.deltas.delta import SparseDelta
 from ltp_sparse.methods.base import Settings, Setup, Tune, nothing
 from ltp_sparse.methods.fine_tuning import ClassifierMethod
 from ltp_sparse.models import SoftMasks
 from ltp_sparse.tickets.counts import entries_for
-from ltp_sparse.tickets.delta import SparseDelta
 from ltp_sparse.tickets.ticket import Ticket
 
 if TYPE_CHECKING:

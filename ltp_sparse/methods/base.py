@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from ltp_sparse.deltas.delta import SparseDelta
 from ltp_sparse.prompting.verbalizers import Verbalizer
 from ltp_sparse.tasks.pairs import CLASSES
-from ltp_sparse.tickets.delta import SparseDelta
 from ltp_sparse.tickets.ticket import Ticket
 
 if TYPE_CHECKING:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ltp_sparse.deltas.delta import SparseDelta
 from ltp_sparse.methods.base import Context, Encode, Method, Settings, Setup, Tune, nothing
 from ltp_sparse.models import SequenceClassifier, collator, encode_pairs, encode_texts
 from ltp_sparse.prompting import kind_of
 from ltp_sparse.selection import pools, select
 from ltp_sparse.tickets.counts import entries_for
-from ltp_sparse.tickets.delta import SparseDelta
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.weights.names import canonical_parameters, in_base_model, layer_of
 

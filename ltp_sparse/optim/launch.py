@@ -18,8 +18,8 @@ from ltp_sparse.backends.coefficients import HYPER, Coefficient
 from ltp_sparse.backends.compiled import describe
 from ltp_sparse.backends.quantization import dequantize_tiles, quantize_tiles
 from ltp_sparse.backends.reference import adamw_update, prepare_step
+from ltp_sparse.deltas.delta import gather
 from ltp_sparse.optim.packed_gradients import PackedGradients
-from ltp_sparse.tickets.delta import gather
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.tile_table import Column, TileTable, state_blocks
 from ltp_sparse.weights.tensors import check_plain_tensor

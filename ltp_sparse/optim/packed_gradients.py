@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ltp_sparse import backends, ops
+from ltp_sparse.deltas.delta import gather
 from ltp_sparse.optim.gradient_view import GradientView, PackedTensor
 from ltp_sparse.tickets.bits import unpack_bits
-from ltp_sparse.tickets.delta import gather
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.tile_table import Column, TileTable
 

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ltp_sparse.deltas.delta import gather
+from ltp_sparse.deltas.restoring import scatter_
 from ltp_sparse.optim.members import (
     ParameterHome,
     active_names,
@@ -19,8 +21,6 @@ from ltp_sparse.optim.members import (
     ticket_for,
 )
 from ltp_sparse.optim.packed_gradients import PackedGradients, WeakHook, check_packable
-from ltp_sparse.tickets.delta import gather
-from ltp_sparse.tickets.restoring import scatter_
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.tickets.tile_table import TileTable
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ltp_sparse.deltas.delta import SparseDelta, base_fingerprint, bits, gather
+from ltp_sparse.deltas.restoring import Held, put_back, restoring, scatter_, write
 from ltp_sparse.optim.members import ParameterHome, dense_parameters, ticket_for
-from ltp_sparse.tickets.delta import SparseDelta, base_fingerprint, bits, gather
-from ltp_sparse.tickets.restoring import Held, put_back, restoring, scatter_, write
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.weights.digests import fingerprint
 from ltp_sparse.weights.names import canonical_parameters, match_names

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 from ltp_sparse import __version__
+from ltp_sparse.deltas.delta import SparseDelta
+from ltp_sparse.deltas.lt_sft import read_lt_sft
 from ltp_sparse.methods import METHODS, Method, Settings
 from ltp_sparse.models import Adapter
 from ltp_sparse.models.backbone import load_backbone, load_causal
@@ -27,8 +29,6 @@ from ltp_sparse.recipes.recipe import Cell
 from ltp_sparse.selection.ltp import STRATEGIES, find_ticket
 from ltp_sparse.selection.scores import SCORES, magnitude
 from ltp_sparse.tasks import TASKS, Task, tested
-from ltp_sparse.tickets.delta import SparseDelta
-from ltp_sparse.tickets.lt_sft import read_lt_sft
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.training.evaluation import evaluate, largest_class
 from ltp_sparse.training.language import ADAPTER_SETTINGS, LANGUAGE_SETTINGS, train_language, train_language_adapter

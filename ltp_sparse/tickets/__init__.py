@@ -1,1 +1,1 @@
-"""Which entries of a model are active, and what has changed on them."""
+"""Which entries of a model are active."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ltp_sparse import __version__
+from ltp_sparse.deltas.delta import SparseDelta
 from ltp_sparse.methods import METHODS
-from ltp_sparse.tickets.delta import SparseDelta
 from ltp_sparse.weights.files import atomic_path
 
 

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ltp_sparse.deltas.delta import SparseDelta
 from ltp_sparse.methods import METHODS
 from ltp_sparse.methods.prompt_learning import BAKED_PROMPT, PromptMethod
 from ltp_sparse.models import SequenceClassifier
 from ltp_sparse.models.backbone import load_backbone
 from ltp_sparse.models.masked_prompt import PromptedMaskedLM
-from ltp_sparse.tickets.delta import SparseDelta
 from ltp_sparse.training.card import write_card
 from ltp_sparse.training.method import load_trained
 from ltp_sparse.weights.files import atomic_folder

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+from ltp_sparse.deltas.delta import SparseDelta
 from ltp_sparse.methods.base import Settings, Setup
 from ltp_sparse.optim.snapshot import Snapshot
 from ltp_sparse.prompting.inputs import IGNORED_LABEL
-from ltp_sparse.tickets.delta import SparseDelta
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.training.bars import show_progress
 from ltp_sparse.training.evaluation import METRICS

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ltp_sparse.deltas.delta import SparseDelta
 from ltp_sparse.methods.base import nothing
 from ltp_sparse.methods.fine_tuning import K_LANGUAGE, group_shares, most_changed, scaled_budget
 from ltp_sparse.models import Adapter, AdapterStack
 from ltp_sparse.selection import pools
 from ltp_sparse.tickets.counts import entries_for
-from ltp_sparse.tickets.delta import SparseDelta
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.training.mlm import MLMSettings, tune_mlm
 from ltp_sparse.weights.names import in_base_model

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ltp_sparse.deltas.delta import SparseDelta, applied_deltas
 from ltp_sparse.methods import METHODS
 from ltp_sparse.methods.base import Collate, Context, Encode, Method, Settings, Setup
 from ltp_sparse.models.backbone import longest_input
 from ltp_sparse.prompting import CLASSES, Verbalizer, kind_of
 from ltp_sparse.tasks.own import warn_of_gaps
-from ltp_sparse.tickets.delta import SparseDelta, applied_deltas
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.training.fit import Fit, Options, fit
 

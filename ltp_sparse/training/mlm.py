@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+from ltp_sparse.deltas.delta import SparseDelta
 from ltp_sparse.models.backbone import is_decoupled, longest_input
 from ltp_sparse.models.masked_losses import masked_token_loss, token_losses
 from ltp_sparse.optim.snapshot import Snapshot
 from ltp_sparse.prompting.templates import IGNORED_LABEL
 from ltp_sparse.selection.ltp import STRATEGIES, find_ticket  # noqa: F401 (its name before it moved, until 0.3)
-from ltp_sparse.tickets.delta import SparseDelta
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.training.bars import show_progress
 from ltp_sparse.training.masked_texts import MaskedTexts, PadRight, split_texts, text_hash

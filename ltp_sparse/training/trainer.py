@@ -21,11 +21,11 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+from ltp_sparse.deltas.delta import SparseDelta
 from ltp_sparse.optim import MaskedAdamW
 from ltp_sparse.optim.adam_l2 import AdamL2
 from ltp_sparse.optim.members import dense_groups
 from ltp_sparse.optim.snapshot import Snapshot
-from ltp_sparse.tickets.delta import SparseDelta
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.training.run_folder import DELTA_FILE, checkpoints, last_checkpoint
 from ltp_sparse.weights import manifest

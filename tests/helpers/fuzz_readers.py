@@ -45,12 +45,12 @@ from torch import Tensor
 
 import ltp_sparse as ls
 from helpers.tiny_nli import tiny_language_model, tiny_tokenizer
+from ltp_sparse.deltas.lt_sft import read_lt_sft
 from ltp_sparse.models import Adapter
 from ltp_sparse.recipes import load_recipe, results
 from ltp_sparse.tasks import read_pairs, read_text
 from ltp_sparse.tasks.files import read_columns, read_jsonl, read_lines, read_table
 from ltp_sparse.tasks.own import Columns, read_own
-from ltp_sparse.tickets.lt_sft import read_lt_sft
 from ltp_sparse.weights import files, manifest
 from ltp_sparse.weights.checkpoints import open_checkpoint
 from ltp_sparse.weights.reading import FileFormatError, read_json, read_yaml

@@ -216,7 +216,7 @@ def test_a_task_sft_composes_with_a_language_sft(tokenizer):
                 expected[mask] += delta.values[name] - delta.originals[name]
         torch.testing.assert_close(parameter.detach(), expected, msg=name)
     assert evaluate(setup, {"en": toy_pairs(6)}, progress=False)["en"] >= 0
-    result_delta = next(entry.delta for entry in reversed(ls.tickets.delta.applied_deltas(model)))
+    result_delta = next(entry.delta for entry in reversed(ls.deltas.delta.applied_deltas(model)))
     result_delta.revert(setup.model)
     target.revert(model)
     assert all(torch.equal(p, base[n]) for n, p in canonical_parameters(model).items())

@@ -42,7 +42,7 @@ def _ticket(k):
 
 
 def _lt_sft(path):
-    from ltp_sparse.tickets.lt_sft import write_lt_sft
+    from ltp_sparse.deltas.lt_sft import write_lt_sft
 
     ticket = _ticket(400_000)
     values = torch.ones(400_000)

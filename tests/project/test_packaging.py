@@ -20,14 +20,27 @@ KERNELS = ROOT / "kernels" / "ltp_kernels"
 
 # In this order: a folder knows nothing of those behind it, not even in annotations.
 ORDER = [
-    *["_moved", "_C", "kernels", "weights", "tickets", "backends", "ops", "selection", "optim", "tasks", "prompting"],
+    *[
+        "_moved",
+        "_C",
+        "kernels",
+        "weights",
+        "tickets",
+        "backends",
+        "ops",
+        "deltas",
+        "selection",
+        "optim",
+        "tasks",
+        "prompting",
+    ],
     *["models", "methods", "training", "pretraining", "recipes", "report", "testing", "demo", "cli", "__main__"],
 ]
 PLACE = {part: place for place, part in enumerate(ORDER)}
 
 HEAVY = ["transformers", "datasets", "accelerate", "matplotlib"]
 LIGHT = [  # must import without any of HEAVY
-    *["weights", "tickets", "backends", "ops", "selection", "optim", "tasks", "prompting"],
+    *["weights", "tickets", "backends", "ops", "deltas", "selection", "optim", "tasks", "prompting"],
     *["models", "report", "testing", "cli"],
 ]
 

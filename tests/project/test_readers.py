@@ -21,13 +21,13 @@ import torch
 
 import ltp_sparse as ls
 from ltp_sparse.cli import main
+from ltp_sparse.deltas.lt_sft import FILE, read_lt_sft
 from ltp_sparse.models import Adapter
 from ltp_sparse.recipes import load_recipe
 from ltp_sparse.recipes.cell import check_cell
 from ltp_sparse.tasks import read_hub_text, read_pairs, read_text
 from ltp_sparse.tasks.files import read_jsonl, read_table
 from ltp_sparse.tasks.text import PassedOver
-from ltp_sparse.tickets.lt_sft import FILE, read_lt_sft
 from ltp_sparse.weights import files
 from ltp_sparse.weights.reading import READERS, FileFormatError, parse_json, parse_yaml, read_json, read_yaml
 

@@ -21,6 +21,8 @@ from helpers.bits import weights
 from helpers.tiny_nli import WORDS, tiny_language_model, tiny_tokenizer, toy_pairs
 
 from ltp_sparse.cli import main
+from ltp_sparse.deltas.delta import SparseDelta
+from ltp_sparse.deltas.lt_sft import write_lt_sft
 from ltp_sparse.methods import METHODS
 from ltp_sparse.recipes import load_recipe, recipe_names, results
 from ltp_sparse.recipes.cache import Cache
@@ -36,8 +38,6 @@ from ltp_sparse.report.tables import latex, make_table, markdown, paper_figures,
 from ltp_sparse.selection import pools
 from ltp_sparse.tasks import TASKS
 from ltp_sparse.tasks import tested as languages_tested
-from ltp_sparse.tickets.delta import SparseDelta
-from ltp_sparse.tickets.lt_sft import write_lt_sft
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.weights.names import canonical_parameters
 

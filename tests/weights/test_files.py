@@ -18,8 +18,8 @@ import torch
 
 import ltp_sparse as ls
 from ltp_sparse import FileFormatError, SparseDelta, Ticket
+from ltp_sparse.deltas.restoring import Held, put_back, restoring
 from ltp_sparse.recipes import results
-from ltp_sparse.tickets.restoring import Held, put_back, restoring
 from ltp_sparse.weights import files, manifest
 
 

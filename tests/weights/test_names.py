@@ -8,7 +8,7 @@ from helpers.tied_model import DENSE, EMBEDDING, TiedModel
 from torch import nn
 
 import ltp_sparse as ls
-from ltp_sparse.tickets import delta
+from ltp_sparse.deltas import delta
 from ltp_sparse.weights import names
 
 

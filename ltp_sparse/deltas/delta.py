@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ltp_sparse.deltas.restoring import Held, restoring, scatter_
 from ltp_sparse.tickets.index_set import IndexSet
-from ltp_sparse.tickets.restoring import Held, restoring, scatter_
 from ltp_sparse.tickets.ticket import Ticket, checked_fingerprint, pack_sets, unpack_sets
 from ltp_sparse.weights import files
 from ltp_sparse.weights.checkpoints import Readable, read_piece

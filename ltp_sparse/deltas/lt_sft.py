@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Size, Tensor, nn
 
-from ltp_sparse.tickets.delta import SparseDelta, base_fingerprint, gather
+from ltp_sparse.deltas.delta import SparseDelta, base_fingerprint, gather
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.weights.files import atomic_path

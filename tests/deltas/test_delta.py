@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 import ltp_sparse as ls
 from ltp_sparse import SparseDelta, Ticket
+from ltp_sparse.deltas.delta import applied_deltas
 from ltp_sparse.selection import pools
-from ltp_sparse.tickets.delta import applied_deltas
 from ltp_sparse.weights import files
 
 LANGUAGE, TASK = 1, 2

@@ -11,8 +11,8 @@ import torch
 from helpers.tiny_nli import tiny_language_model, tiny_tokenizer
 
 import ltp_sparse as ls
+from ltp_sparse.deltas.lt_sft import FILE, read_lt_sft, write_lt_sft
 from ltp_sparse.selection import pools
-from ltp_sparse.tickets.lt_sft import FILE, read_lt_sft, write_lt_sft
 from ltp_sparse.weights.names import canonical_parameters
 
 QUERY = "roberta.encoder.layer.0.attention.self.query.weight"
@@ -140,7 +140,7 @@ def test_damaged_files(tmp_path, model, content, message):
 
 def test_indices_above_int32():
     """A tensor of more than 2^31 entries has steps that add up to more than an int32 holds."""
-    from ltp_sparse.tickets.lt_sft import _decoded
+    from ltp_sparse.deltas.lt_sft import _decoded
 
     size = torch.Size([70_000, 70_000])
     steps = torch.full((4,), 2**30, dtype=torch.int32)

@@ -1,0 +1,1 @@
+"""What has changed on a ticket's entries: kept, applied, reverted, and exchanged with LT-SFT."""
