@@ -1,12 +1,12 @@
-"""The one door to compiled code and kernels: which backends there are, why one is missing, and which one serves a call.
+"""The only access to compiled code and kernels: the backends, the reason when one is missing, and the choice of one.
 
 * ``reference``: plain PyTorch, every device.
 * ``compiled``:  C++ for CPU tensors, CUDA for GPU tensors (`csrc/`).
 * ``triton``:    Triton kernels (`kernels/`), GPU tensors; CPU tensors under TRITON_INTERPRET=1.
 
-A backend is a module with NAME, NEEDS_RANKS (whether it reads the rank directory of a tile table), `probe(device)`
-(why it cannot serve a device) and the functions of `arguments.RECORDS`. ``auto`` takes the fastest that serves the
-call; an explicit choice is obeyed or refused.
+A backend is a module with NAME, NEEDS_RANKS (whether it reads the directory of a tile table), `probe(device)` (the
+reason why it cannot serve a device) and functions of `arguments.RECORDS`. ``auto`` takes the fastest backend that can
+serve the call. A backend chosen by name is used, or the call is refused.
 """
 
 from ltp_sparse.backends.choice import (

@@ -1,4 +1,4 @@
-"""Tables of addresses that kernels on a GPU read, and the device of a launch."""
+"""Tables of tensor addresses for kernels on a GPU, kept from one call to the next."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ltp_sparse.backends.arguments import Norm, Pack, Pairs, Step
 from ltp_sparse.tickets.bits import TILE, WORDS_PER_TILE, tiles_of
 
 _MOST = 64
-"""Tables that are kept."""
+"""How many tables are kept."""
 
 
 @dataclass(frozen=True)
 class _Table:
-    """stream: the one it was copied on; copied: when that has happened"""
+    """A table on a device, the stream that copied it there, and the event after the copy."""
 
     data: Tensor
     stream: torch.cuda.Stream | None
@@ -33,9 +33,9 @@ _captured: dict[tuple[tuple[int, ...], torch.device], _Table] = {}
 
 
 def address_table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
-    """int64 [len(addresses)] on `device`; an unchanged list copies nothing, on whatever stream it is used.
+    """int64 [len(addresses)] on `device`. A list that was seen before is not copied again, on any stream.
 
-    A table used while a CUDA graph is captured is kept for good, since replays read it.
+    A table used while a CUDA graph is captured is kept forever, since every replay reads it.
 
     Raises:
         RuntimeError: a graph is being captured, and the table would first have to be copied there.
@@ -53,7 +53,7 @@ def address_table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
         if len(_tables) > _MOST:
             _tables.popitem(last=False)
     _tables.move_to_end(key)
-    if capturing:  # all that came before has ended
+    if capturing:  # the copy has ended: a capture starts after all earlier work
         _captured[key] = table
     elif table.stream is not None and table.copied is not None:
         current = torch.cuda.current_stream(device)
@@ -64,7 +64,7 @@ def address_table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _upload(addresses: tuple[int, ...], device: torch.device) -> _Table:
-    # Pageable memory: copied out before the call returns, without waiting for the device.
+    # From pageable memory CUDA copies before the call returns, without waiting for earlier work of the device.
     data = torch.tensor(addresses, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
     if device.type != "cuda":
         return _Table(data, None, None)
@@ -73,7 +73,7 @@ def _upload(addresses: tuple[int, ...], device: torch.device) -> _Table:
 
 
 def of_update(norm: Norm | Step, device: torch.device) -> Tensor:
-    """int64 [2 P]: parameter and gradient in turn, 0: none; packed gradients are all at the same place."""
+    """int64 [2 P]: the addresses of each parameter and its gradient, 0 for none. Packed gradients share one address."""
     params, grads = norm.params.addresses, norm.grads.addresses
     if norm.packed:
         grads *= len(params)
@@ -81,12 +81,12 @@ def of_update(norm: Norm | Step, device: torch.device) -> Tensor:
 
 
 def of_pack(pack: Pack) -> Tensor:
-    """int64 [P]: the gradients, 0: none."""
+    """int64 [P]: the addresses of the gradients, 0 for none."""
     return address_table(pack.grads.addresses, pack.tiles.device)
 
 
 def of_pairs(pairs: Pairs, groups: Sequence[int], word_offsets: Sequence[int], device: torch.device) -> Tensor:
-    """int64 on the device: the parts of `PairTable` in csrc/cuda/topk_delta.h. Of unchanged pairs it copies nothing."""
+    """int64 on the device: the parts of `PairTable` in csrc/cuda/topk_delta.h. Known pairs are not copied again."""
     befores = (pairs.initial.addresses, tuple(pairs.initial.codes))
     if not pairs.initial:
         befores = (0,) * len(pairs.tuned), (-1,) * len(pairs.tuned)
@@ -97,7 +97,7 @@ def of_pairs(pairs: Pairs, groups: Sequence[int], word_offsets: Sequence[int], d
 
 @lru_cache(maxsize=8)
 def _pair_table(columns: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> Tensor:
-    """columns: those of the rows `DeltaPair` but for the last; stream: that the table is copied on."""
+    """`columns` are those of the rows `DeltaPair` except the last one; the table is copied on `stream`."""
     *_, sizes, groups, word_offsets = columns
     first_tiles = tuple(accumulate(map(tiles_of, sizes), initial=0))
     rows = torch.tensor((*columns, first_tiles[:-1]), dtype=torch.int64, device="cpu").t()
@@ -109,10 +109,10 @@ def _pair_table(columns: tuple[tuple[int, ...], ...], device: torch.device, stre
     order = group.argsort(stable=True)
     starts = size[order].cumsum(0) - size[order]
     parts = (rows.reshape(-1), of_tile, tile_groups, tile_words, tile_groups.argsort(stable=True), order, starts)
-    # pageable memory: copied out before the call returns, without waiting for the device
+    # from pageable memory, as in `_upload`
     return torch.cat(parts).to(device, non_blocking=True)
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
-    """Kernels launch on the current device, whatever the arguments; does nothing for CPU tensors."""
+    """Makes the device of a tensor the current one, where kernels are launched. Does nothing for CPU tensors."""
     return torch.cuda.device_of(tensor)

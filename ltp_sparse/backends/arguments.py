@@ -1,7 +1,7 @@
-"""What each function of a backend takes: one record. These are the only lists of arguments.
+"""The records that the functions of a backend take. Their fields are the only lists of arguments.
 
-The operators' schemas, the checks and the readers of the compiled modules go by the fields: their names, and what their
-annotations say of dtype, shape and whether they are written. A tensor that may be missing is None then.
+The schemas of the operators, the checks of arguments and the compiled modules all read the fields: their names, and the
+dtype, the shape and whether they are written, from the annotations. An optional tensor that is absent is None.
 """
 
 from __future__ import annotations
@@ -21,13 +21,18 @@ from ltp_sparse.tickets.tile_table import Column
 from ltp_sparse.weights.tensors import DTYPES
 
 RUN = 16
-"""Neighbouring entries that are sampled together: a cache line of float32."""
+"""Neighbouring entries that are sampled together: one cache line of float32."""
 
 
 class Spec(NamedTuple):
-    """What a tensor must be. shape: numbers, or names of sizes; coded: the dtype of 8-bit moments; None: any.
+    """What a tensor must be.
 
-    internal: no operator takes it.
+    Attributes:
+        dtype: None allows any.
+        shape: sizes as numbers, or as names that stand for one size in the whole record.
+        written: the function writes into it.
+        coded: the dtype where moments have 8 bits.
+        internal: it is not an argument of the operator.
     """
 
     dtype: torch.dtype | None = None
@@ -41,19 +46,19 @@ _dtype_of = operator.attrgetter("dtype")
 
 
 class Tensors(list["Tensor | None"]):
-    """A list of tensors, or None for one that is not there, that reads each property of them once.
+    """A list of tensors, with None for an absent one. Each property of the tensors is read once and kept.
 
-    It is made for one call, or for the calls of one step: what changes under it later is not seen.
+    It lives for one call, or for the calls of one step. It does not see later changes of its tensors.
     """
 
     def renew(self, tensors: Iterable[Tensor | None], addresses: tuple[int, ...]) -> None:
-        """Takes other tensors that are like these in all but where they are."""
+        """Takes other tensors, which differ from the present ones in their addresses only."""
         self[:] = tensors
         vars(self).pop("present", None)
         vars(self)["addresses"] = addresses
 
     def let_go(self) -> None:
-        """Holds no tensors until it is renewed."""
+        """Drops the tensors, so that they can be freed, until `renew`."""
         self.renew((), ())
 
     @cached_property
@@ -62,12 +67,12 @@ class Tensors(list["Tensor | None"]):
 
     @cached_property
     def addresses(self) -> tuple[int, ...]:
-        """Where the data is; 0: there is none."""
+        """The address of each tensor's data, 0 where there is none."""
         return self._each(Tensor.data_ptr)
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """Entries; 0: the tensor is not there."""
+        """The number of entries of each tensor, 0 for an absent one."""
         return self._each(Tensor.numel)
 
     def _each(self, read: Callable[[Tensor], int]) -> tuple[int, ...]:
@@ -81,7 +86,7 @@ class Tensors(list["Tensor | None"]):
 
     @cached_property
     def devices(self) -> set[int]:
-        """The numbers of the GPUs; -1: the CPU."""
+        """The numbers of the GPUs they are on; -1 is the CPU."""
         return {*map(Tensor.get_device, self.present)}
 
     @cached_property
@@ -90,12 +95,12 @@ class Tensors(list["Tensor | None"]):
 
     @property
     def code(self) -> int:
-        """The code of their one dtype."""
+        """The code of the dtype that they all have."""
         return next((DTYPES[dtype] for dtype in self.dtypes), 0)
 
     @cached_property
     def codes(self) -> list[int]:
-        """The codes of all dtypes."""
+        """The code of each tensor's dtype."""
         return [DTYPES[tensor.dtype] for tensor in self.present]
 
     def to_contiguous(self) -> Tensors:
@@ -105,12 +110,12 @@ class Tensors(list["Tensor | None"]):
 Parameters = Annotated[Tensors, Spec()]
 WrittenParameters = Annotated[Tensors, Spec(written=True)]
 
-# --- masked_adamw_, and what goes with it ---
+# --- masked_adamw_ and the functions around it ---
 
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """The active entries of P tensors; see `TileTable`."""
+    """The active entries of P tensors, as the tensors of a `TileTable`."""
 
     tiles: Annotated[Tensor, Spec(torch.int64, ("tiles", len(Column)))]
     words: Annotated[Tensor, Spec(torch.int32, ("words",))]
@@ -127,7 +132,7 @@ class Tiles(Index):
 
 @dataclass(frozen=True, eq=False)
 class Pack(Tiles):
-    """`masked_pack_`: copies the active entries of `grads` to their slots of `out`, or adds them to what is there."""
+    """`masked_pack_`: copies the active entries of `grads` to their slots in `out`, or adds them to the slots."""
 
     out: Annotated[Tensor, Spec(torch.float32, ("k",), written=True)]
     accumulate: bool
@@ -135,13 +140,14 @@ class Pack(Tiles):
 
 @dataclass(frozen=True, eq=False)
 class Norm(Tiles):
-    """`masked_sum_squares`: what the gradient of an update is made of.
+    """`masked_sum_squares`: everything that the gradient of an update depends on.
 
-    packed:   `grads` is one tensor, float32 [K] in slot order; whether a parameter is updated, APPLY alone says
-    master:   the exact values of the active entries; None: those of the parameters are exact
-    anchor:   the values that the pull draws to, if any
-    prepared: what `prepare_step` has written of these parameters and coefficients for kernels on a GPU, the rows
-              `Prepared` of csrc/common/adamw.h; None: they are made when they are needed
+    Attributes:
+        packed: `grads` is one tensor, float32 [k] in slot order. Only APPLY says then whether a parameter is updated.
+        master: float32 values of the active entries; None where the parameters themselves are exact.
+        anchor: the values that the pull draws to; None without a pull.
+        prepared: the rows `Prepared` of csrc/common/adamw.h, which `prepare_step` has written for kernels on a GPU.
+            None: the backend makes them when it needs them.
     """
 
     params: Parameters
@@ -158,8 +164,10 @@ class Norm(Tiles):
 class Update(Norm):
     """`masked_adamw_`.
 
-    scales: of 8-bit moments, whose codes the other two are then; None: they are float32
-    clip:   multiplies GRAD_FACTOR and PULL, in float64; None: 1
+    Attributes:
+        exp_avg, exp_avg_sq: float32 moments, or their codes if there are scales.
+        scales: of 8-bit moments.
+        clip: a float64 factor for GRAD_FACTOR and PULL; None stands for 1.
     """
 
     params: WrittenParameters
@@ -175,16 +183,17 @@ class Update(Norm):
 class Step:
     """`prepare_step`: counts a step of P parameters and computes their coefficients.
 
-    grads:       as in `Norm`, with `packed`
-    hyper:       of every parameter group
-    group:       of each parameter
-    numbers:     tell the parameters apart in random bits
-    has_grad:    1 for each parameter that has a gradient, else 0
-    steps:       updates that each has taken; goes up with `counts`
-    found_inf:   not 0: the step is skipped
-    grad_scale:  gradients are too large by this factor
-    pull_factor: multiplies the pull
-    prepared:    see `Norm`; None: the backend does not need it
+    Attributes:
+        grads, packed: as in `Norm`.
+        hyper: hyperparameters of every parameter group.
+        group: the group of each parameter.
+        numbers: distinguish the parameters in random bits.
+        has_grad: 1 for each parameter with a gradient, else 0.
+        steps: updates that each parameter has taken, this one included if `counts`.
+        found_inf: if it is not 0, the step is skipped.
+        grad_scale: the loss scale that the gradients contain.
+        pull_factor: multiplies the pull.
+        prepared: see `Norm`; None if the backend does not read it.
     """
 
     params: Parameters
@@ -206,12 +215,16 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Total:
-    """`gradient_norm`: the norm over all tiles of a step, whose launches come one after the other.
+    """`gradient_norm`: the norm over all tiles of a step, which its launches sum up one after the other.
 
-    first, tiles: the tiles of the launches before, and of all
-    sums:         what each tile adds, in the backend's own layout
-    arrived:      for kernels that count their thread blocks: 0 before and after
-    grad_norm:    the norm, written by the last launch; clip: what scales gradients to a norm of at most `max_norm`
+    Attributes:
+        first: tiles of the earlier launches.
+        tiles: tiles of all launches.
+        max_norm: the largest norm that is not clipped.
+        sums: the sum of squares of each tile, in the backend's own layout.
+        arrived: a counter for kernels that count their thread blocks; 0 before and after a launch.
+        grad_norm: the norm, written by the last launch.
+        clip: the factor that makes the norm at most `max_norm`, written with it.
     """
 
     first: int
@@ -224,7 +237,7 @@ class Total:
 
 
 NORM_GROUP = 64
-"""Tiles whose sums a kernel on a GPU adds up first; as in csrc/cuda/masked_adamw.h."""
+"""How many tiles' sums a kernel on a GPU adds to one, as in csrc/cuda/masked_adamw.h."""
 
 
 # --- copies of active entries; tensors and slots are of one dtype, any whose items have 1, 2, 4 or 8 bytes ---
@@ -268,7 +281,7 @@ Bitmaps = Annotated[Tensor, Spec(torch.int32, ("words",), written=True)]
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Tensors before and after; `initial` may be empty: zeros."""
+    """Tensors before and after tuning. An empty `initial` stands for zeros."""
 
     initial: Parameters
     tuned: Parameters
@@ -278,10 +291,12 @@ class Pairs:
 class Histogram(Pairs):
     """`delta_histogram`: counts digits of the non-zero keys of each group.
 
-    groups:    the group of each pair
-    prefixes:  None: counted are the upper 15 bits of all keys; else the lower 16, of the keys with this upper part
-    histogram: added to
-    nonfinite: set to 1 if an infinity or a NaN was seen
+    Attributes:
+        groups: the group of each pair.
+        prefixes: None counts the upper 15 bits of all keys. Otherwise the lower 16 bits are counted, of the keys whose
+            upper bits equal the prefix of their group.
+        histogram: the counts are added to it.
+        nonfinite: set to 1 if an infinity or a NaN was seen.
     """
 
     groups: list[int]
@@ -294,9 +309,10 @@ class Histogram(Pairs):
 class Sample(Pairs):
     """`sample_keys`: the keys of some runs of `RUN` neighbouring entries.
 
-    tensors, runs: run number r of a tensor has its entries RUN * r and on, in row-major order;
-                   0 <= r < max(1, n // RUN)
-    keys:          at most the largest finite key, 0 beyond the end of a tensor
+    Attributes:
+        tensors: the tensor of each run.
+        runs: the number of each run in its tensor, 0 <= r < max(1, n // RUN). It starts at the row-major index RUN * r.
+        keys: the keys, with the largest finite key in place of infinity and NaN, and 0 beyond the end of a tensor.
     """
 
     tensors: Annotated[Tensor, Spec(torch.int64, ("count",))]
@@ -306,20 +322,23 @@ class Sample(Pairs):
 
 TileDigests = Annotated[Tensor | None, Spec(torch.int64, ("tiles", 2), written=True)]
 Budgets = Annotated[Tensor, Spec(torch.int64, ("groups", 8))]
-"""What is wanted of every group, and where its samples lie: the rows `Budget` of csrc/cuda/topk_delta.h."""
+"""The budget of every group and the place of its samples: the rows `Budget` of csrc/cuda/topk_delta.h."""
 
 
 @dataclass(frozen=True, eq=False)
 class Sampled(Pairs):
-    """`select_sampled`: a selection by samples whose route is decided on the device, so that the host waits once.
+    """`select_sampled`: a selection by samples whose route the device decides, so that the host waits once.
 
-    groups:          the group of each pair
-    samples:         scratch, the sampled keys; may lie where `words` are written later
-    low, high:       scratch, the band of keys of each group in which its k-th largest is looked for
-    words, counts:   the bitmaps of the pairs, one after the other, and the entries selected in each tile
-    thresholds:      the smallest selected |delta| of each group; infinite: none was selected
-    keys, positions: room for candidates
-    digests:         as of `Band`
+    Attributes:
+        groups: the group of each pair.
+        budgets: see `Budgets`.
+        samples: scratch for the sampled keys. It may share memory with `words`, which are written later.
+        low, high: scratch for the band of keys of each group in which its k-th largest key is looked for.
+        words: the bitmaps of the pairs, one after the other.
+        counts: the number of entries selected in each tile.
+        thresholds: the smallest selected |delta| of each group; infinite where nothing was selected.
+        keys, positions: room for candidates.
+        digests: as in `Band`.
     """
 
     groups: list[int]
@@ -337,19 +356,22 @@ class Sampled(Pairs):
 
 @dataclass(frozen=True, eq=False)
 class Band(Pairs):
-    """`delta_band`: marks the entries above a band of keys, counts, and stores the candidates inside the band.
+    """`delta_band`: marks and counts the entries above a band of keys, and stores the candidates inside the band.
 
-    groups:          the group of each pair
-    low, high:       1 <= low <= high, of each group
-    words:           every word of every pair is written: the bits of keys >= high
-    word_offsets:    the first word of each pair
-    above, inside:   the number of keys >= high of each tile, and of low <= key < high
-    take:            also set the bits of each tile's first `take` entries inside the band, if given
-    keys, positions: the candidates (uint16 bits), each tile's contiguous and ascending
-    offsets:         where a tile's candidates start; -1: not stored, no room
-    cursor:          candidates stored so far, or wanted where it exceeds their room
-    nonfinite:       set to 1 if an infinity or a NaN was seen
-    digests:         also those of the tiles of `initial`, if given (`weights.digests.tile_digests`)
+    Attributes:
+        groups: the group of each pair.
+        low, high: the band of each group, low <= key < high, with 1 <= low <= high.
+        words: the bitmaps; every word of every pair is written. A bit is set where key >= high.
+        word_offsets: the first word of each pair.
+        above: the number of keys >= high in each tile.
+        inside: the number of keys inside the band in each tile.
+        take: if given, the bits of each tile's first `take` entries inside the band are set too.
+        keys, positions: the candidates, with their place in the tile as uint16 bits. Those of a tile stand together, in
+            ascending order.
+        offsets: where the candidates of each tile start, or -1 if there was no room for them.
+        cursor: the number of candidates stored, or the number there would be if it exceeds their room.
+        nonfinite: set to 1 if an infinity or a NaN was seen.
+        digests: if given, the digests of the tiles of `initial` (`weights.digests.tile_digests`).
     """
 
     groups: list[int]
@@ -370,7 +392,7 @@ class Band(Pairs):
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """What `delta_band` has stored, none left out. tile_groups: the group of each tile."""
+    """The candidates of a `delta_band` that had room for all of them, and the group of each tile."""
 
     keys: Annotated[Tensor, Spec(torch.int32, ("capacity",))]
     positions: Annotated[Tensor, Spec(torch.int16, ("capacity",))]
@@ -383,7 +405,7 @@ class Candidates:
 class CandidateBins(Candidates):
     """`candidate_histogram`: counts the candidates low <= key < high of each group, by (key - low) >> shift.
 
-    histogram: added to; what is beyond the bins is left out
+    The counts are added to the histogram. Candidates beyond its last bin are not counted.
     """
 
     low: Indices
@@ -394,10 +416,12 @@ class CandidateBins(Candidates):
 
 @dataclass(frozen=True, eq=False)
 class Marks(Candidates):
-    """Where candidates are marked: those above the cut of their group, or at it.
+    """Candidates and the bitmaps in which some of them are to be marked.
 
-    words:      bitmaps as `delta_band` writes them
-    tile_words: the first word of each tile
+    Attributes:
+        cut: the threshold of each group.
+        words: bitmaps as `delta_band` writes them.
+        tile_words: the first word of each tile.
     """
 
     cut: Indices
@@ -409,7 +433,9 @@ class Marks(Candidates):
 class Above(Marks):
     """`take_above`: sets the bits of the candidates above the cut.
 
-    taken, ties: how many these are in each tile, and how many lie at the cut
+    Attributes:
+        taken: the number of these in each tile.
+        ties: the number of candidates at the cut in each tile.
     """
 
     taken: WrittenPerTile
@@ -437,12 +463,12 @@ RECORDS: dict[str, type] = {
     "take_above": Above,
     "take_ties": Ties,
 }
-"""The functions of a backend that are checked, and what each takes. Two more are the optimizer's own: `prepare_step`
-takes a `Step`, `gradient_norm` a `Norm` and a `Total`."""
+"""The functions of a backend whose arguments are checked. The optimizer calls two more: `prepare_step` with a `Step`,
+`gradient_norm` with a `Norm` and a `Total`."""
 
 
 class Field(NamedTuple):
-    """A field of a record. kind: Tensor, Tensors, bool or list."""
+    """A field of a record; `kind` is Tensor, Tensors, bool or list."""
 
     kind: type
     optional: bool
@@ -451,7 +477,7 @@ class Field(NamedTuple):
 
 @cache
 def fields_of(record: Any) -> dict[str, Field]:
-    """Name -> field of a class of records, in the order of its constructor."""
+    """Name -> field of a record class, in the order of its constructor."""
     found = {}
     for name, hint in get_type_hints(record, include_extras=True).items():
         spec = Spec()
@@ -467,7 +493,7 @@ _ORDER = (
     *("params", "grads", "out", "exp_avg", "exp_avg_sq", "scales", "master", "tiles", "words", "ranks", "positions"),
     *("coefficients", "anchor", "stochastic", "packed", "accumulate"),
 )
-"""Of an operator's arguments, since programs pass them by position. What is new goes to the end."""
+"""The order of an operator's arguments, which programs pass by position. New ones go to the end."""
 
 
 @cache
@@ -479,7 +505,7 @@ def arguments_of(record: type) -> dict[str, Field]:
 
 
 def schema(op: str, record: type, *more: str, returns: str) -> str:
-    """What torch.library is told of an operator with the fields of a record as its arguments."""
+    """The schema, for torch.library, of an operator whose arguments are the fields of a record."""
     letters, arguments = iter("abcdefghijklmnopqrstuvwxyz"), []
     for name, field in arguments_of(record).items():
         kind = {bool: "bool", list: "int[]"}.get(field.kind, "Tensor")
@@ -493,7 +519,7 @@ def schema(op: str, record: type, *more: str, returns: str) -> str:
 
 
 def tensors_of(record: Any) -> Iterable[tuple[str, Tensor]]:
-    """(name, tensor) of all fields that are one tensor and there."""
+    """(name, tensor) of all fields that hold one tensor."""
     for name, field in fields_of(record.__class__).items():
         if field.kind is Tensor and (value := getattr(record, name)) is not None:
             yield name, value

@@ -1,4 +1,4 @@
-"""GPUs that the kernels, compiled or Triton's, are not made for."""
+"""Which GPUs are too old for the kernels, CUDA and Triton alike."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NEEDED = (8, 0)
 
 @cache
 def too_old(device: torch.device) -> str | None:
-    """What a GPU lacks; None: nothing, or there is none to ask."""
+    """Why a GPU is too old; None if it is not, or if there is no GPU to ask."""
     if not torch.cuda.is_available() or torch.version.hip:
         return None
     found = torch.cuda.get_device_capability(device)

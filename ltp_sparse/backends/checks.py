@@ -1,7 +1,7 @@
-"""What an operator's arguments must be before a backend reads their addresses: looked at here, once per call.
+"""Checks of an operator's arguments, once per call, before a backend reads addresses.
 
-A table of tiles is read through once, when it is first seen, and again when torch has counted a change of it; after
-that its numbers are known good, and the tensors of a call only have to fit them.
+The content of a tile table is checked when the table is first seen, and again after a change that torch has counted.
+Otherwise only the tensors of the call are compared with what the table needs.
 """
 
 from __future__ import annotations
@@ -38,18 +38,19 @@ from ltp_sparse.tickets.index_set import Encoding
 from ltp_sparse.tickets.tile_table import Column, state_blocks
 from ltp_sparse.weights.tensors import DTYPE_NAMES, DTYPES, LOWEST_ADDRESS, all_plain, check_plain_tensor, has_memory
 
-_TILES_AT_ONCE = 64  # of a table whose content is read: bounds the temporaries to some megabytes
+_TILES_AT_ONCE = 64  # tiles whose content is checked together: bounds the temporaries to some megabytes
 
 
 @dataclass(frozen=True)
 class TableFacts:
-    """What the rows of a tile table ask of the tensors of a call.
+    """What the tensors of a call must fit, as read from the rows of a tile table.
 
-    k:       slots
-    blocks:  blocks of 8-bit moments
-    extents: of every parameter up to the last one named, the entries it must have
-    index:   words, ranks and positions, kept so that they are the same ones in a later call
-    stamps:  their state, and that of the tiles
+    Attributes:
+        k: number of slots.
+        blocks: number of state blocks of 8-bit moments.
+        extents: the fewest entries that each parameter may have, up to the last parameter of the table.
+        index: words, ranks and positions; the next call must bring the same tensors.
+        stamps: address, size and version of the tiles and of these.
     """
 
     k: int
@@ -64,15 +65,15 @@ _known = WeakTensorKeyDictionary()
 
 
 def _stamp(tensor: Tensor) -> tuple[int, int, int] | None:
-    """None: torch does not count its changes."""
+    """Address, size and version of a tensor; None if torch does not count its changes."""
     return None if tensor.is_inference() else (tensor.data_ptr(), tensor.numel(), tensor._version)
 
 
 def table_facts(op: str, table: Index) -> TableFacts:
-    """The facts of a tile table, which is read through unless it is known.
+    """The facts of a tile table. Its content is checked unless the table is known.
 
     Raises:
-        TypeError, ValueError: it is not a table as `TileTable.build` lays it out.
+        TypeError, ValueError: it is not a table as `TileTable.build` makes it.
     """
     tensors = table.tiles, table.words, table.ranks, table.positions
     facts: TableFacts | None = _known.get(table.tiles)
@@ -95,7 +96,7 @@ def _read_table(
     _expect(op, "positions", positions, torch.int16, (positions.numel(),), device)
     rows = tiles.detach().cpu()
     param, start, length, active, slot, index, encoding, block = rows.unbind(1)
-    last = torch.iinfo(torch.int64).max - TILE  # sums of what is below do not overflow
+    last = torch.iinfo(torch.int64).max - TILE  # the sums of smaller numbers below do not overflow
 
     def refuse(wrong: Tensor, problem: str) -> None:
         if bool(wrong.any()):
@@ -154,7 +155,7 @@ def _read_table(
 
 
 def _refuser(op: str, own: Tensor) -> Callable[[int, Tensor, str], None]:
-    """Raises for the first wrong tile of some rows of one encoding, those from number `first` on; own: which."""
+    """A function that raises for the first wrong tile among rows of one encoding, which `own` marks in the table."""
 
     def refuse(first: int, wrong: Tensor, problem: str) -> None:
         if bool(wrong.any()):
@@ -165,7 +166,7 @@ def _refuser(op: str, own: Tensor) -> Callable[[int, Tensor, str], None]:
 
 
 def _read_bitmaps(rows: Tensor, words: Tensor, ranks: Tensor, refuse: Callable[[int, Tensor, str], None]) -> None:
-    """Every bitmap has as many bits as its row says, none past its end, and the ranks count them."""
+    """Checks that every bitmap has as many bits as its row says, none past its end, and that the ranks count them."""
     for first in range(0, len(rows), _TILES_AT_ONCE):
         piece = rows[first : first + _TILES_AT_ONCE].to(words.device)
         length, active, index = (piece[:, column] for column in (Column.LENGTH, Column.ACTIVE, Column.INDEX))
@@ -190,7 +191,7 @@ def _read_bitmaps(rows: Tensor, words: Tensor, ranks: Tensor, refuse: Callable[[
 
 
 def _read_lists(rows: Tensor, positions: Tensor, refuse: Callable[[int, Tensor, str], None]) -> None:
-    """The positions of every list ascend, and lie in its tile."""
+    """Checks that the positions of every list ascend and lie in its tile."""
     for first in range(0, len(rows), _TILES_AT_ONCE):
         piece = rows[first : first + _TILES_AT_ONCE].to(positions.device)
         length, active, index = (piece[:, column] for column in (Column.LENGTH, Column.ACTIVE, Column.INDEX))
@@ -211,7 +212,7 @@ def _read_lists(rows: Tensor, positions: Tensor, refuse: Callable[[int, Tensor, 
 def _expect(
     op: str, what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
 ) -> None:
-    """Backends read the addresses of these tensors, so all that such an address takes for granted is looked at."""
+    """Checks everything that must hold before a backend reads the address of a tensor."""
     if tensor.dtype != dtype or tensor.shape != shape or tensor.device != device or not tensor.is_contiguous():
         _refuse(op, what, tensor, dtype, shape, device)
     if not has_memory(tensor):
@@ -236,7 +237,7 @@ def _names(dtypes: set[torch.dtype]) -> str:
 
 
 def _check_dense(op: str, what: str, tensors: Tensors, device: torch.device) -> None:
-    """Tensors of `DTYPES`, on one device, whose memory is there; what is not raises, by its number."""
+    """Checks that tensors are dense, of a dtype in `DTYPES`, on the device and in memory. The error names the first."""
     if tensors.dtypes <= DTYPES.keys() and all_plain(tensors.present) and _all_there(tensors, device):
         return
     for i, tensor in enumerate(tensors):
@@ -252,7 +253,7 @@ def _check_dense(op: str, what: str, tensors: Tensors, device: torch.device) -> 
 
 
 def _all_there(tensors: Tensors, device: torch.device) -> bool:
-    """Whether all are dense and in memory on one device; the quick look. False may only mean that some are empty."""
+    """Whether all are dense and in memory on the device, found out quickly. False may also mean that one is empty."""
     try:
         whole = len(tensors.present) == len(tensors)
         lowest = min(tensors.addresses if whole else map(Tensor.data_ptr, tensors.present), default=LOWEST_ADDRESS)
@@ -265,7 +266,7 @@ def _all_there(tensors: Tensors, device: torch.device) -> bool:
 def _overlap(
     starts: tuple[int, ...], sizes: tuple[int, ...], itemsize: int, more: tuple[tuple[int, int], ...]
 ) -> tuple[int, int] | None:
-    """The numbers of two spans of addresses that have one in common, or None; more: (start, bytes) of further ones."""
+    """The numbers of two spans of addresses that overlap, or None; `more` lists further spans as (start, bytes)."""
     given = [*zip(starts, (itemsize * size for size in sizes), strict=True), *more]
     spans = sorted((start, start + length, i) for i, (start, length) in enumerate(given))
     spans = [span for span in spans if span[0] < span[1]]
@@ -273,9 +274,9 @@ def _overlap(
 
 
 def _check_apart(op: str, params: Tensors, state: dict[str, Tensor]) -> None:
-    """What is written must not share memory: the result would depend on the order of the threads."""
+    """Checks that tensors which are written share no memory: the result would depend on the order of threads."""
     itemsize, sizes = max((dtype.itemsize for dtype in params.dtypes), default=0), params.sizes
-    if not params.contiguous:  # of one that is written through a copy, the first entry alone
+    if not params.contiguous:  # one that is written through a copy counts with its first entry
         sizes = tuple(p.numel() if p.is_contiguous() else min(p.numel(), 1) for p in params.present)
         for i, param in enumerate(params.present):
             if torch._debug_has_internal_overlap(param) == 1:
@@ -290,10 +291,10 @@ def _check_apart(op: str, params: Tensors, state: dict[str, Tensor]) -> None:
 
 
 def check_update(op: str, norm: Norm) -> TableFacts:
-    """The arguments of an update, or of the norm of its gradients. A record is looked at once.
+    """Checks the arguments of an update, or of the norm of its gradients, once per record.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes or devices do not fit the table or each other, or are of no plain tensor.
+        TypeError, ValueError: dtypes, shapes or devices do not fit the table or each other, or a tensor is not plain.
     """
     if (facts := vars(norm).get("_facts")) is None:
         facts = table_facts(op, norm)
@@ -336,7 +337,7 @@ def _check_gradients(op: str, norm: Norm, facts: TableFacts) -> None:
 
 
 def _check_extents(op: str, what: str, sizes: Sequence[int], facts: TableFacts, absent: bool = False) -> None:
-    """absent: tensors without entries are passed over."""
+    """Checks that each tensor reaches as far as the table. With `absent`, empty ones are passed over."""
     if len(sizes) < len(facts.extents):
         raise ValueError(f"{op}: the tile table names {what} {len(facts.extents) - 1}, got {len(sizes)} {what}s")
     if all(map(operator.ge, sizes, facts.extents)):
@@ -347,7 +348,7 @@ def _check_extents(op: str, what: str, sizes: Sequence[int], facts: TableFacts, 
 
 
 def _check_state(op: str, update: Update, facts: TableFacts) -> None:
-    """What only the update has: the moments, and that all it writes is apart."""
+    """Checks what only an update has: its moments, and that the tensors it writes share no memory."""
     sizes, coded = {"k": facts.k, "blocks": facts.blocks}, update.scales is not None
     _check_tensors(op, update, ("exp_avg", "exp_avg_sq", "scales", "clip"), sizes, update.tiles.device, coded)
     if update.stochastic and (update.master is not None or not update.params.dtypes <= {torch.bfloat16}):
@@ -360,7 +361,7 @@ def _check_state(op: str, update: Update, facts: TableFacts) -> None:
 
 
 def check_pack(op: str, pack: Pack) -> TableFacts:
-    """Dense gradients of one dtype, None where there is none, and their slots.
+    """Checks dense gradients of one dtype, None where there is none, and their slots.
 
     Raises:
         TypeError, ValueError: as in `check_update`.
@@ -378,7 +379,7 @@ def check_pack(op: str, pack: Pack) -> TableFacts:
 
 
 def check_copy(op: str, copy: Gather | Scatter | Swap) -> TableFacts:
-    """Tensors of one dtype, of any layout in memory, and slots of the same dtype.
+    """Checks tensors of one dtype, contiguous or not, and slots of the same dtype.
 
     Raises:
         TypeError, ValueError: dtypes, sizes or devices do not fit, a tensor is not plain, or what is written shares
@@ -404,7 +405,7 @@ def check_copy(op: str, copy: Gather | Scatter | Swap) -> TableFacts:
 def _check_tensors(
     op: str, record: Any, names: Sequence[str], sizes: dict[str, int], device: torch.device, coded: bool = False
 ) -> None:
-    """The tensors of these fields are what the record says. sizes: those of its shapes, by name; new ones are added."""
+    """Checks the tensors of these fields against their `Spec`; `sizes` holds named sizes, and learns new ones."""
     fields = fields_of(record.__class__)
     for name in names:
         tensor, spec = getattr(record, name), fields[name].spec
@@ -422,7 +423,7 @@ def _check_tensors(
 def check_selection(
     op: str, initial: Sequence[Tensor], tuned: Sequence[Tensor], groups: Sequence[int], ks: Sequence[int]
 ) -> None:
-    """Pairs of tensors to rank, the group of each, and the entries wanted from every group.
+    """Checks pairs of tensors to rank, the group of each, and the number of entries wanted from every group.
 
     Raises:
         TypeError, ValueError: dtypes, shapes, devices or counts do not fit, or a tensor is not plain.
@@ -453,14 +454,14 @@ def check_selection(
         raise ValueError(f"{op}: a pool of {sum(pools)} entries is more than can be counted")
 
 
-# The passes of the selection, of any backend. Numbers inside device tensors are not read here.
+# The passes of a selection, on any backend. Nothing here reads the content of a tensor on a device.
 
 
 def check_pass(op: str, record: Any) -> None:
-    """The arguments of a pass.
+    """Checks the arguments of a pass.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes or devices do not fit each other, or are of no plain tensor.
+        TypeError, ValueError: dtypes, shapes or devices do not fit each other, or a tensor is not plain.
     """
     tensors = dict(tensors_of(record))
     device, sizes = next(reversed(tensors.values())).device, {}

@@ -1,4 +1,4 @@
-"""Which backend serves a call: the one asked for, or the fastest by the table in `backend_choice.json`."""
+"""The choice of a backend: the one asked for by name, or the fastest one by the table `backend_choice.json`."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ from ltp_sparse.backends.arguments import (
 ENVIRONMENT = "LTP_SPARSE_BACKEND"
 NAMES = ("reference", "compiled", "triton")
 OPERATIONS = ("masked_adamw_", "topk_delta")
-"""What the table tells apart; `masked_sum_squares` and `masked_pack_` go with the update that they serve."""
+"""The operations in the table. All other functions of a step go with its `masked_adamw_`."""
 
 CHOICES = Path(__file__).with_name("backend_choice.json")
-"""Kind of device -> {"measured": bool, "source": where the order comes from, "rows": [[operation, dtype, density,
-{backend: milliseconds or null}], ...]}, the fastest first. `benchmarks/choose_backends.py` writes it."""
+"""Device type -> {"measured": bool, "source": where the order comes from, "rows": [[operation, dtype, density,
+{backend: milliseconds or null}], ...]}, the fastest backend first. `benchmarks/choose_backends.py` writes it."""
 
 
 class BackendUnavailable(RuntimeError):
@@ -49,13 +49,14 @@ class BackendUnavailable(RuntimeError):
 
 
 class Backend:
-    """The functions of a backend's module; those that it does not have are the reference's.
+    """The functions of a backend's module, with the reference's in place of those that it lacks.
 
-    The operators check what update, norm and packing get; the passes of the selection are checked here.
+    The arguments of the passes of a selection are checked here, all others by the operators.
 
-    select_sampled: of a backend that can: a selection in one call, see `Sampled`. Returns int64 [2], set to 1 if [an
-                    infinity or a NaN was seen, the samples have misled it]; the selection is none then
-    decides:        whether it has that for so many groups
+    Attributes:
+        select_sampled: a whole selection in one call, see `Sampled`; only some backends have it. It returns int64 [2]:
+            whether an infinity or a NaN was seen, and whether the samples misled it. The selection is void then.
+        decides: whether `select_sampled` can be called for that many groups.
     """
 
     prepare_step: Callable[[Step], None]
@@ -77,9 +78,9 @@ class Backend:
 
     def __init__(self, module: ModuleType) -> None:
         self.name: str = module.NAME
-        self.needs_ranks: bool = module.NEEDS_RANKS  # reads the rank directory of a tile table
-        self.needs_prepared: bool = module.NEEDS_PREPARED  # its kernels read what `prepare_step` has written for them
-        self.sums_per_tile: int = module.SUMS_PER_TILE  # that `gradient_norm` keeps
+        self.needs_ranks: bool = module.NEEDS_RANKS  # its kernels read the directory of a tile table
+        self.needs_prepared: bool = module.NEEDS_PREPARED  # its kernels read rows that `prepare_step` writes
+        self.sums_per_tile: int = module.SUMS_PER_TILE  # numbers that `gradient_norm` writes for each tile
         for name in ("prepare_step", "gradient_norm", *RECORDS):
             run = getattr(module, name, getattr(reference, name))
             is_pass = name in RECORDS and not name.startswith("masked")
@@ -110,26 +111,26 @@ def _module(name: str, device: torch.device) -> ModuleType:
 
 
 def unavailable_reason(name: str, device: torch.device) -> str | None:
-    """Why a backend cannot serve tensors on `device`; None if it can."""
+    """The reason why a backend cannot serve tensors on `device`; None if it can."""
     return _module(name, device).probe(device)
 
 
 @cache
 def choices() -> dict[str, dict[str, Any]]:
-    """What `CHOICES` holds."""
+    """The content of `CHOICES`."""
     return json.loads(CHOICES.read_text())
 
 
 @cache
 def _orders(device_type: str, op: str, dtype: torch.dtype) -> list[tuple[float, tuple[str, ...]]]:
-    """(log of the density, backends) of the rows for these; a dtype without rows takes those of the others."""
+    """(log of the density, backends) of the matching rows; those of all dtypes if this one has none."""
     rows = [row for row in choices()[device_type]["rows"] if row[0] == op]
     rows = [row for row in rows if row[1] == str(dtype).removeprefix("torch.")] or rows
     return [(math.log(density), tuple(found)) for _, _, density, found in rows]
 
 
 def preferred(device_type: str, op: str, dtype: torch.dtype, density: float) -> tuple[str, ...]:
-    """The backends in the order in which `auto` tries them: the row of the nearest density, then the reference."""
+    """The backends in the order in which `auto` tries them: those of the nearest density, then the reference."""
     if device_type not in choices():
         return ("reference",)
     at = math.log(max(density, 1e-9))
@@ -141,9 +142,15 @@ _asked_for: str | None = None
 
 
 def use_backend(name: str | None) -> None:
-    """Chooses the backend of all later calls: "reference", "compiled", "triton", or "auto" (also None).
+    """Chooses the backend of all later calls.
 
-    The environment variable LTP_SPARSE_BACKEND does the same where this was not called.
+    Args:
+        name: "reference", "compiled", "triton", or "auto" (also None), which takes the fastest one for each call. The
+            environment variable LTP_SPARSE_BACKEND holds where this function has not been called.
+
+    Raises:
+        ValueError: there is no backend of this name.
+        BackendUnavailable: it can serve no device of this machine.
     """
     global _asked_for
     if name not in (None, "auto", *NAMES):
@@ -156,10 +163,10 @@ def use_backend(name: str | None) -> None:
 
 
 def chosen() -> str:
-    """The backend asked for by `use_backend` or by the environment; "auto" where none was.
+    """The name given to `use_backend`, or by the environment, or "auto".
 
     Raises:
-        ValueError: the environment names none.
+        ValueError: the environment gives no name of a backend.
     """
     name = _asked_for or os.environ.get(ENVIRONMENT) or "auto"
     if name not in ("auto", *NAMES):
@@ -173,13 +180,13 @@ def resolve(
     """The backend that serves a call on tensors on `device`.
 
     Args:
-        device: of the tensors.
+        device: where the tensors are.
         op: one of `OPERATIONS`.
-        dtype: of the parameters.
-        density: active entries in parts of all.
+        dtype: dtype of the parameters.
+        density: share of the entries that are active.
 
     Raises:
-        BackendUnavailable: the chosen backend cannot.
+        BackendUnavailable: the backend chosen by name cannot serve this device.
     """
     name = chosen()
     if name == "auto":
@@ -193,10 +200,10 @@ def resolve(
 
 
 def named(name: str, device: torch.device) -> Backend:
-    """The backend that `resolve` has chosen before, by its name.
+    """The backend of this name.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no backend of this name.
         BackendUnavailable: it cannot serve tensors on `device`.
     """
     if name not in NAMES:

@@ -1,4 +1,4 @@
-"""The backend `compiled` for CPU tensors: C++ (`csrc/cpu`), which reads the records by the names of their fields."""
+"""The backend `compiled` for CPU tensors, in C++ (`csrc/cpu`). The extension reads the fields of records by name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SUMS_PER_TILE = 1
 
 @cache
 def extension() -> ModuleType | str:
-    """The compiled module, or why it is missing."""
+    """The compiled module, or the reason why it is missing."""
     try:
         found = importlib.import_module("ltp_sparse._C")
     except ImportError as error:
@@ -32,7 +32,7 @@ def extension() -> ModuleType | str:
 
 
 def gomp_parallel() -> int:
-    """Address of GOMP_parallel in the OpenMP runtime that torch itself runs on; 0 if torch was built without."""
+    """The address of GOMP_parallel in torch's own OpenMP runtime; 0 if torch was built without OpenMP."""
     try:
         torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         return ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p).value or 0
@@ -41,23 +41,23 @@ def gomp_parallel() -> int:
 
 
 def probe(device: torch.device) -> str | None:
-    """Why it cannot serve tensors on the device; None if it can."""
+    """The reason why it cannot serve tensors on the device; None if it can."""
     if device.type != "cpu":
         return f"it serves CPU and CUDA tensors, not {device.type}"
     return reason if isinstance(reason := extension(), str) else None
 
 
 def isa() -> str | None:
-    """The instruction set that was chosen for this processor, e.g. "avx512"."""
+    """The instruction set in use, such as "avx512"; None without the extension."""
     found = extension()
     return found.isa() if isinstance(found, ModuleType) else None
 
 
 def describe(tensors: list[Any]) -> tuple[bytes, tuple[int, ...]] | None:
-    """What tensors are like, and where they are, of which some may be None; both are compared for equality alone.
+    """Layouts and addresses of tensors, some of which may be None, to compare with those of another call.
 
     Returns:
-        (layouts, addresses), or None: one needs a closer look, or there is nothing compiled to take a quick one.
+        (layouts, addresses). None if a tensor needs a closer look, or without the extension.
     """
     found = extension()
     return None if isinstance(found, str) else found.describe(tensors, LOWEST_ADDRESS)

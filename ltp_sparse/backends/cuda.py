@@ -1,6 +1,7 @@
-"""The backend `compiled` for CUDA tensors (`csrc/cuda`), which reads the records by the names of their fields.
+"""The backend `compiled` for CUDA tensors (`csrc/cuda`). The extension reads the fields of records by name.
 
-Addresses of parameters and gradients go to `prepare_step` by value, so that nothing is copied to the device.
+`prepare_step` gets the addresses of parameters and gradients as launch arguments, so that a step copies nothing to the
+device.
 """
 
 from __future__ import annotations
@@ -36,18 +37,18 @@ NEEDS_RANKS = NEEDS_PREPARED = True
 
 _ITEMS_PER_TILE = TILE // WORK_ITEM
 SUMS_PER_TILE = _ITEMS_PER_TILE + 1
-"""Those of its work items, and its own."""
+"""One sum for each work item of the tile, and their total."""
 
 _DIGIT_BITS = (11, 10, 9, 8)
-"""Of the keys of samples and candidates, found at a time; fewer where there are many groups."""
+"""How many bits of the keys of samples and candidates are found at a time: fewer for many groups."""
 
 _BINS = 3 << 17
-"""Bins of all groups, of 20 bytes each: 192 groups have 11 bits."""
+"""Bins of all groups together, 20 bytes each. It allows 11 bits for up to 192 groups."""
 
 
 @cache
 def extension() -> ModuleType | str:
-    """The compiled CUDA module, or why it is missing."""
+    """The compiled CUDA module, or the reason why it is missing."""
     try:
         return importlib.import_module("ltp_sparse._C_cuda")
     except ImportError as error:
@@ -55,7 +56,7 @@ def extension() -> ModuleType | str:
 
 
 def probe(device: torch.device) -> str | None:
-    """Why it cannot serve tensors on the device; None if it can, or where no GPU can be asked."""
+    """The reason why it cannot serve tensors on the device; None if it can, or if there is no GPU to ask."""
     return found if isinstance(found := extension(), str) else _refusal(found, device)
 
 
@@ -80,7 +81,7 @@ def prepare_step(step: Step) -> None:
 
 
 def _prepared(norm: Any) -> Any:
-    """The record with what its kernels read of the parameters, where no step has prepared it."""
+    """The record with the rows that its kernels read; they are made here if no step has prepared them."""
     if norm.prepared is not None:
         return norm
     norm = replace(norm, prepared=norm.coefficients.new_empty(len(norm.params), 8, dtype=torch.int64))
@@ -120,7 +121,7 @@ def masked_pack_(pack: Pack) -> None:
 
 
 def _launch_pairs(name: str, pairs: Any, word_offsets: Sequence[int], *arguments: Any) -> None:
-    """Of pairs with entries; a launch of most kernels for each pair of dtypes."""
+    """Launches a pass over pairs, unless they are empty. Most kernels are launched once for each pair of dtypes."""
     if not (tiles := sum(map(tiles_of, pairs.tuned.sizes))):
         return
     device = pairs.tuned.present[0].device
@@ -141,7 +142,7 @@ def delta_band(band: Band) -> None:
 
 
 def decides(groups: int) -> bool:
-    """Whether it decides the route of a selection with so many groups."""
+    """Whether `select_sampled` can serve this number of groups."""
     return groups << _DIGIT_BITS[-1] <= _BINS
 
 
@@ -150,7 +151,7 @@ def _digit_bits(groups: int) -> int:
 
 
 def select_sampled(sampled: Sampled) -> Tensor:
-    """Eight launches; two more for each further pair of dtypes, and one where many groups take fewer bits at a time."""
+    """A selection in eight launches. Each further pair of dtypes adds two, and many groups add one."""
     groups, tiles = len(sampled.low), len(sampled.counts)
     bits = _digit_bits(groups)
     nbytes = _module().sampled_bytes(groups, tiles, bits)

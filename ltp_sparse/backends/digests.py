@@ -1,6 +1,6 @@
-"""Digests of tiles, int64 [T, 2], where the tensors lie; `weights.digests` says what they are.
+"""Digests of tiles, int64 [T, 2], computed on the device of the tensors; `weights.digests` defines them.
 
-On a GPU Triton's kernel takes them. Where there is no Triton the tensors are copied to the host, at the speed of that
+On a GPU a Triton kernel computes them. Without Triton the tensors are copied to the host, which takes as long as the
 copy.
 """
 
@@ -17,14 +17,14 @@ from ltp_sparse.weights import digests
 
 
 def on_host(tensors: Sequence[Tensor], out: Tensor) -> None:
-    """tensors: contiguous, on any device"""
+    """Writes the digests of contiguous tensors, on any device, to `out`."""
     found = bytearray().join(digests.tile_digests(tensor.cpu()) for tensor in tensors)
     if found:
         out.copy_(torch.frombuffer(found, dtype=torch.int64).view(-1, 2))
 
 
 def on_gpu(tensors: Sequence[Tensor], out: Tensor) -> None:
-    """tensors: contiguous, on the GPU of `out`"""
+    """Writes the digests of contiguous tensors, on the GPU of `out`, to `out`."""
     kernels = triton.kernels()
     (on_host if isinstance(kernels, str) else kernels.tile_digests)(tensors, out)
 

@@ -1,4 +1,4 @@
-"""Moments in 8 bits, in torch; `csrc/common/quantization.h` explains the codes and is the same for compiled kernels."""
+"""Moments in 8 bits, in torch. `csrc/common/quantization.h` is the same for compiled kernels and explains the codes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from ltp_sparse.tickets.tile_table import STATE_BLOCK, state_blocks
 _FIRST_TOP, _SECOND_TOP = (
     torch.tensor(float(code), dtype=torch.float32, device="cpu").pow(4).item() for code in (127, 255)
 )
-"""Fourth powers of the largest codes, of the first moment and of the root of the second."""
+"""Fourth powers of the largest codes: of the first moment, and of the root of the second."""
 
 
 def _block_scale(values: Tensor) -> Tensor:
-    """float32 [B] of the non-negative values [a]: the largest of each block.
+    """float32 [B]: the largest value of each block of non-negative values [a].
 
-    As bits a NaN is above everything. Below 2^-90 the block is zero; with a NaN or an infinity in it, all is NaN.
+    The values are compared as bits, where a NaN is above all numbers. The scale is 0 below 2^-90, and NaN if the block
+    has a NaN or an infinity.
     """
     bits = pad(values, (0, -values.numel() % STATE_BLOCK)).view(torch.int32).view(-1, STATE_BLOCK).amax(1)
     bits = torch.where(bits >= 0x7F800000, 0x7FC00000, bits)
@@ -32,7 +33,7 @@ def _spread(scale: Tensor, count: int) -> Tensor:
 
 
 def exact_sqrt(values: Tensor) -> Tensor:
-    """The root rounded as IEEE 754 says; torch's own in float32 may be off by a bit."""
+    """The square root, rounded correctly; torch's own in float32 may be off in the last bit."""
     return values.double().sqrt().to(values.dtype)
 
 
@@ -42,15 +43,15 @@ def _fourth_power(codes: Tensor) -> Tensor:
 
 
 def _scaled(size: Tensor, scale: Tensor, top: float) -> Tensor:
-    """The magnitudes in fourth powers of codes, at most `top`; so is what is not finite, and in a block that is NaN."""
-    # torch divides a number by a tensor as a product with 1 / tensor, which rounds twice
+    """Magnitudes on the scale of fourth powers of codes, at most `top`, which also stands for values not finite."""
+    # a number divided by a tensor would be a product with 1 / tensor in torch, which rounds twice
     inverse = torch.where(scale > 0, torch.full_like(scale, top) / scale, 0.0)
     x = size * _spread(inverse, size.numel())
     return torch.where(x < top, x, top)
 
 
 def _encode(x: Tensor, chance: Tensor | float) -> Tensor:
-    """float32 codes: the upper one of the two around `x` where `chance`, in [0, 1], is small enough."""
+    """float32 codes: of the two codes around `x`, the upper one where `chance`, in [0, 1], is small enough."""
     code = exact_sqrt(exact_sqrt(x)).floor()
     below, above = _fourth_power(code), _fourth_power(code + 1)
     return torch.where(chance * (above - below) < x - below, code + 1, code)
@@ -62,8 +63,8 @@ def quantize(exp_avg: Tensor, exp_avg_sq: Tensor, random: Tensor | None = None) 
     Args:
         exp_avg: first moments.
         exp_avg_sq: second moments.
-        random: int64 [a], 32 random bits per entry (`rounding.moment_bits`); None: rounds to nearest, as is right once
-            but not in every step.
+        random: int64 [a], 32 random bits per entry (`rounding.moment_bits`). None rounds to nearest, which is right for
+            one conversion but not for every step.
     """
     chances: tuple[Tensor | float, Tensor | float] = (0.5, 0.5)
     if random is not None:
@@ -73,7 +74,7 @@ def quantize(exp_avg: Tensor, exp_avg_sq: Tensor, random: Tensor | None = None) 
     first = _encode(_scaled(size, scales[:, 0], _FIRST_TOP), chances[0])
     x = _scaled(root, scales[:, 1], _SECOND_TOP)
     second = _encode(x, chances[1])
-    # what is not zero stays above zero, or the next step would divide by eps alone
+    # a second moment above zero gets a code above zero, or the next step would divide by eps alone
     second = torch.where((x > 0) & (second < 1), 1.0, second)
     return torch.where(exp_avg < 0, -first, first).to(torch.int8), second.to(torch.uint8), scales
 

@@ -1,7 +1,7 @@
-"""The two operations in plain PyTorch: what they mean, and the fallback where nothing faster is there.
+"""All operations in plain PyTorch: the definition of each, and the fallback where no other backend can serve.
 
-Written to be read. Works on every device; the update also in float64. What each function takes is told in
-`backends/arguments.py`.
+It is written to be read. It works on every device, and the update also in float64. `backends/arguments.py` describes
+what each function takes.
 """
 
 from __future__ import annotations
@@ -55,14 +55,17 @@ def probe(device: torch.device) -> str | None:
 
 
 def adamw_update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The new (p, m, v) of some entries: AdamW (arXiv 1711.05101), as torch.optim.AdamW but for one thing.
+    """The new (p, m, v) of some entries: AdamW (arXiv 1711.05101), as torch.optim.AdamW with one difference.
 
-    Decay and step leave a weight in one subtraction: 1 - lr * weight_decay, rounded to float32, would be off in the
-    same direction in every step.
+    Decay and step are subtracted from a weight together. A factor 1 - lr * weight_decay, rounded to float32, would be
+    wrong in the same direction in every step.
 
     Args:
-        p, g, m, v: values, effective gradients and moments, of one shape and dtype.
-        c: a row of coefficients, of that dtype.
+        p: values.
+        g: effective gradients, of the shape and dtype of the values.
+        m: first moments, the same.
+        v: second moments, the same.
+        c: a row of coefficients, of the same dtype.
     """
     m = m + c[Coefficient.ONE_MINUS_BETA1] * (g - m)
     v = v * c[Coefficient.BETA2] + c[Coefficient.ONE_MINUS_BETA2] * (g * g)
@@ -87,7 +90,7 @@ def prepare_step(step: Step) -> None:
 
 
 def _tiles(table: Tiles, packed: bool) -> Iterator[tuple[int, list[int], Tensor]]:
-    """(position in the table, row, gradients) of every tile whose parameter has some, flat or packed."""
+    """(position in the table, row, flat or packed gradients) of every tile whose parameter has a gradient."""
     for position, tile in enumerate(table.tiles.tolist()):
         grad = table.grads[0 if packed else tile[Column.PARAM]]
         if grad is not None:
@@ -101,7 +104,7 @@ def _slots(tile: list[int]) -> slice:
 def _values_and_gradients(
     norm: Norm, tile: list[int], grad: Tensor, indices: Tensor, clip: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The active entries in the precision they are updated in, and the gradients that the update works with."""
+    """The active entries in the precision of the update, and their effective gradients."""
     param, slots = norm.params[tile[Column.PARAM]], _slots(tile)
     assert param is not None
     values = norm.master[slots] if norm.master is not None else param.view(-1)[indices]
@@ -140,7 +143,7 @@ def masked_adamw_(update: Update) -> None:
         if update.stochastic:
             stored = round_stochastically(p, random16(row[Coefficient.ROUNDING_KEY], indices))
         written.append((param.view(-1), indices, stored))
-        # a select, not a branch on the host: on a GPU the flag stays on the device
+        # no branch on the host, which would wait for a flag on a GPU
         apply = row[Coefficient.APPLY] != 0
         for target, where, values in written:
             target[where] = torch.where(apply, values, target[where])
@@ -156,12 +159,12 @@ def masked_sum_squares(norm: Norm) -> Tensor:
 
 
 def gradient_norm(norm: Norm, total: Total) -> None:
-    """The norm of the gradients, after its last launch, and what clips them."""
+    """After the last launch of a step: the norm of the gradients, and the factor that clips them."""
     add_sums(masked_sum_squares(norm), total)
 
 
 def add_sums(sums: Tensor, total: Total) -> None:
-    """`gradient_norm` for the sums of squares of a launch."""
+    """`gradient_norm`, from the sums of squares of a launch."""
     end = total.first + len(sums)
     total.sums[total.first : end] = sums
     if end == total.tiles:
@@ -170,7 +173,7 @@ def add_sums(sums: Tensor, total: Total) -> None:
 
 
 def masked_pack_(pack: Pack) -> None:
-    """Copies the active entries of the gradients to their slots, or adds them to what is there."""
+    """Copies the active entries of the gradients to their slots, or adds them to the slots."""
     for _, tile, grad in _tiles(pack, packed=False):
         values, slots = grad[tile_indices(tile, pack.words, pack.positions)].float(), _slots(tile)
         pack.out[slots] = pack.out[slots] + values if pack.accumulate else values
@@ -204,13 +207,13 @@ def masked_swap_(swap: Swap) -> None:
         swap.slots[slots] = held
 
 
-_CANDIDATES = 1 << 15  # candidates worked off at a time
-_STRIDE = 4 * TILE  # entries keyed at a time: keeps the temporaries to a few megabytes
+_CANDIDATES = 1 << 15  # candidates processed at a time
+_STRIDE = 4 * TILE  # entries processed at a time: keeps the temporaries to a few megabytes
 _RUNS = 1 << 13  # sampled runs read at a time
 
 
 def delta_keys(initial: Tensor | None, tuned: Tensor) -> Tensor:
-    """int32 keys bits(|float32(tuned) - float32(initial)|), which order like the deltas; `initial` None: zeros."""
+    """int32 keys, the bits of |float32(tuned) - float32(initial)|, ordered like these numbers. No `initial`: zeros."""
     delta = tuned.float() if initial is None else tuned.float() - initial.float()
     return delta.abs().view(torch.int32)
 
@@ -250,7 +253,7 @@ def sample_keys(sample: Sample) -> None:
 
 
 def _runs(tensor: Tensor, runs: Tensor) -> Tensor:
-    """[len(runs), RUN] entries; zeros beyond the end."""
+    """[len(runs), RUN]: the entries of each run, zeros beyond the end of the tensor."""
     n = tensor.numel()
     if n < RUN:
         return torch.nn.functional.pad(tensor.reshape(-1), (0, RUN - n)).expand(len(runs), RUN)
@@ -265,9 +268,9 @@ def _runs(tensor: Tensor, runs: Tensor) -> Tensor:
 
 
 def delta_band(band: Band) -> None:
-    """Marks the entries above a band of keys, counts, and stores the candidates inside the band."""
+    """Marks and counts the entries above a band of keys, and stores the candidates inside the band."""
     tile, room = 0, band.keys.numel()
-    # No key is above 2^31 - 1, so any larger bound means the same as 2^31, which an int32 key cannot be compared with.
+    # No key is above 2^31 - 1. A larger bound means the same as 2^31, with which an int32 key cannot be compared.
     below_low, below_high = ((bound - 1).clamp(max=2**31 - 1) for bound in (band.low, band.high))
     for tensor, start, piece in _key_pieces(band):
         group = band.groups[tensor]
@@ -320,7 +323,7 @@ def candidate_histogram(candidates: CandidateBins) -> None:
 
 
 def take_above(candidates: Above) -> None:
-    """Sets the bits of the candidates whose key is above the cut of their group, and counts."""
+    """Sets the bits of the candidates whose key is above the cut of their group, and counts these and the ties."""
     candidates.taken.zero_()
     candidates.ties.zero_()
     for tile, piece, places in _candidate_pieces(candidates):
@@ -344,6 +347,6 @@ def take_ties(candidates: Ties) -> None:
 
 
 def _set_bits(marks: Marks, tile: Tensor, positions: Tensor) -> None:
-    # every bit is set once, so adding is or-ing
+    # each bit is set once, so that adding is the same as or
     bits = torch.ones_like(positions, dtype=torch.int32) << (positions & 31).to(torch.int32)
     marks.words.index_add_(0, marks.tile_words[tile] + (positions >> 5), bits)

@@ -1,7 +1,7 @@
-"""The random bits of stochastic rounding, in torch; `csrc/common/rounding.h` is the same for the compiled kernels.
+"""The random bits of stochastic rounding, in torch. `csrc/common/rounding.h` is the same for compiled kernels.
 
-The random bits of an entry depend on (seed, step, parameter, flat index) alone: neither encoding, tiling, backend nor
-device changes a result. Words of 32 bits are held in int64 tensors.
+The random bits of an entry depend only on (seed, step, parameter, flat index), so that encoding, tiling, backend and
+device do not change a result. Words of 32 bits are kept in int64 tensors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ _GOLDEN = 0x9E3779B9
 
 
 def mix32(x: Tensor) -> Tensor:
-    """A bijection of 32-bit words that flips every bit with a chance of one half (C. Wellons, hash-prospector)."""
+    """A bijection of 32-bit words: one changed bit flips every other one in half of all cases.
+
+    It is `lowbias32` by C. Wellons (hash-prospector).
+    """
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & _MASK
     x = x ^ (x >> 15)
@@ -23,12 +26,12 @@ def mix32(x: Tensor) -> Tensor:
 
 
 def rounding_keys(seed: int, steps: Tensor, numbers: Tensor) -> Tensor:
-    """float64 [P]: a 32-bit key per parameter, for the `coefficients` of its next update. No host synchronisation.
+    """float64 [P]: a 32-bit key per parameter, for the `coefficients` of an update. Does not wait for the device.
 
     Args:
-        seed: of the run, 0 <= seed < 2^63.
+        seed: seed of the run, 0 <= seed < 2^63.
         steps: [P], steps taken, this one included.
-        numbers: int64 [P], the numbers that tell the parameters apart.
+        numbers: int64 [P], a different number for each parameter.
     """
     step = steps.to(torch.int64)
     key = mix32(torch.full_like(step, seed & _MASK))
@@ -42,7 +45,7 @@ def _tile_key(key: Tensor, indices: Tensor) -> Tensor:
 
 
 def random16(key: Tensor, indices: Tensor) -> Tensor:
-    """int64: 16 random bits per flat index for weights; key: 0-dim, one of `rounding_keys`."""
+    """int64: 16 random bits per flat index, for weights. The key is one of `rounding_keys`, with 0 dimensions."""
     return mix32(_tile_key(key, indices) ^ (indices & _MASK)) >> 16
 
 
@@ -52,7 +55,7 @@ def moment_bits(key: Tensor, indices: Tensor) -> Tensor:
 
 
 def round_stochastically(values: Tensor, random16: Tensor) -> Tensor:
-    """float32 -> bfloat16, away from zero with the probability that makes the mean exact; not finite: to nearest."""
+    """float32 -> bfloat16, rounded up or down at random so that the mean is exact. Values not finite stay so."""
     bits = values.view(torch.int32).to(torch.int64) & _MASK
     rounded = ((bits + random16) & _MASK) >> 16
     rounded = torch.where(rounded >= 0x8000, rounded - 0x10000, rounded).to(torch.int16).view(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""The backend `triton`: the kernels of `kernels/`, for GPU tensors; CPU tensors under TRITON_INTERPRET=1."""
+"""The backend `triton`: the kernels in `kernels/`, for GPU tensors, and for CPU tensors under TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ltp_sparse.backends.arguments import Norm, Pack, Step, Total, Update
 NAME = "triton"
 NEEDS_RANKS = NEEDS_PREPARED = True
 SUMS_PER_TILE = 4
-"""Programs a tile that sum squares; as in kernels/ltp_kernels/masked_adamw.py."""
-# `delta_histogram` is the reference's: Triton has none that beats torch's at 32,768 bins; the sampled route avoids it
+"""Programs that sum the squares of one tile, as in kernels/ltp_kernels/masked_adamw.py."""
+# There is no `delta_histogram`: a Triton kernel is not faster than torch at 32,768 bins. The sampled route needs none.
 
 
 @cache
 def kernels() -> Any:
-    """The Triton kernels, or why they are missing."""
+    """The module of Triton kernels, or the reason why it is missing."""
     try:
         return importlib.import_module("ltp_sparse.kernels")
     except ImportError as error:
@@ -30,7 +30,7 @@ def kernels() -> Any:
 
 
 def probe(device: torch.device) -> str | None:
-    """Why it cannot serve tensors on the device; None if it can."""
+    """The reason why it cannot serve tensors on the device; None if it can."""
     if isinstance(reason := kernels(), str):
         return reason
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -43,7 +43,7 @@ def prepare_step(step: Step) -> None:
 
 
 def _prepared(norm: Norm) -> Tensor:
-    """What the kernels read of the parameters: what is there, or made for the call."""
+    """The rows that the kernels read; they are made here if no step has prepared them."""
     if norm.prepared is not None:
         return norm.prepared
     return kernels().prepared_of(norm, addresses.of_update(norm, norm.tiles.device))

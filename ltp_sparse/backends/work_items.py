@@ -1,4 +1,4 @@
-"""The shares of the thread blocks of a launch, made once for a tile table: the rows `WorkItem` of csrc/cuda."""
+"""How a launch is divided among thread blocks: the rows `WorkItem` of csrc/cuda, made once for each tile table."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ltp_sparse.tickets.index_set import Encoding
 from ltp_sparse.tickets.tile_table import Column
 
 WORK_ITEM = 2048
-"""Active entries of a thread block, at most. More spare prologues, fewer spread better: at 1 % a tile is one item, and
-at 20 % of 278 million entries there are still 25 for every block that a GPU runs at once."""
+"""The most active entries of a thread block. Larger items save prologues, smaller ones spread better over a GPU. At 1 %
+active a tile is one item; at 20 % of 278 million entries there are 25 items for every block that runs at a time."""
 
 _known = WeakTensorKeyDictionary()
-"""Tiles -> (what they were made from, `work_items`)."""
+"""Tiles -> (address and version of what they were made from, work items)."""
 
 
 def work_items(table: Tiles) -> Tensor:
-    """int32 [I, 4]: tile, number of the first active entry, and the 64-entry groups of a bitmap that hold the item.
+    """int32 [I, 4]: the tile of each item, the number of its first active entry there, and its groups of a bitmap.
 
-    Tile by tile; of the groups the first one, and the one after the last. Waits for the device when a table is seen
-    first, or was changed.
+    A group has 64 entries; given are the first group of the item and the one after its last. The items of a tile stand
+    together. Waits for the device when the table is new or has changed.
     """
     stamp = tuple((tensor.data_ptr(), _version(tensor)) for tensor in (table.tiles, table.words))
     known: tuple[object, Tensor] | None = _known.get(table.tiles)
@@ -49,7 +49,7 @@ def _made(tiles: Tensor, words: Tensor) -> Tensor:
         counts = popcount(words).view(-1, 2).sum(1, dtype=torch.int64)
         before = counts.cumsum(0) - counts
         start = torch.where(is_bitmap, tiles[tile, Column.INDEX] // 2, 0)
-        # the last group with at most as many active entries before it: empty ones come after the one before them
+        # the last group with at most that many active entries before it; empty groups have as many as the next one
         places = torch.stack([first, last]) + before[start]
         groups = torch.searchsorted(before, places, right=True) - 1 - start
         groups[1] += 1
