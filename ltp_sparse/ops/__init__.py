@@ -1,7 +1,7 @@
-"""The two operations: registered once with torch.library, checked inside (`backends/checks.py`), served by a backend.
+"""The operations as functions of lists of tensors: `topk_delta`, `masked_adamw_`, and copies of active entries.
 
-`topk_delta` and `masked_adamw_` are functional, on lists of tensors; `select` and `MaskedAdamW` are what most people
-use.
+Each is registered with torch.library once. Inside, its arguments are checked (`backends/checks.py`) and a backend runs
+it. Most people use `select` and `MaskedAdamW` instead, which are built on them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _LISTS = {"params": "parameter", "grads": "gradient", "tensors": "tensor"}
 
 
 def _update(record: Update, backend: backends.Backend | None = None) -> None:
-    """`masked_adamw_` of a record; without a backend, one is chosen for it."""
+    """`masked_adamw_` of a record, by the given backend or the one that suits the record."""
     facts = checks.check_update("masked_adamw_", record)
     contiguous = _contiguous(record)
     _serving("masked_adamw_", record, record.params, facts, backend).masked_adamw_(contiguous)
@@ -57,7 +57,7 @@ def _update(record: Update, backend: backends.Backend | None = None) -> None:
 
 
 def _sum_squares(record: Norm, backend: backends.Backend | None = None) -> Tensor:
-    """`masked_sum_squares` of a record, which may be that of the update to come."""
+    """`masked_sum_squares` of a record, which may be the `Update` that follows."""
     facts = checks.check_update("masked_sum_squares", record)
     served = _serving("masked_sum_squares", record, record.params, facts, backend)
     return served.masked_sum_squares(_contiguous(record))
@@ -79,7 +79,7 @@ def _copy(op: str, record: Gather | Scatter | Swap, backend: backends.Backend | 
 
 
 def _copy_back(tensors: Tensors, contiguous: Tensors) -> None:
-    """What was written into copies, since the tensors are not contiguous."""
+    """Copies results back to the tensors that were not contiguous."""
     for tensor, written in zip(tensors.present, contiguous.present, strict=True):
         if tensor is not written:
             tensor.copy_(written)
@@ -94,12 +94,12 @@ _RUN: dict[str, Callable[..., Any]] = {
 
 
 def _contiguous(record: Any) -> Any:
-    """The record with copies of the listed tensors that are not contiguous."""
+    """The record with contiguous copies in place of listed tensors that are not contiguous."""
     lists = {name: getattr(record, name) for name in _LISTS if hasattr(record, name)}
     if all(tensors.contiguous for tensors in lists.values()):
         return record
     copies: dict[str, Any] = {name: tensors.to_contiguous() for name, tensors in lists.items()}
-    if isinstance(record, Norm):  # made of the addresses of others
+    if isinstance(record, Norm):  # these rows hold the addresses of the originals
         copies["prepared"] = None
     return replace(record, **copies)
 
@@ -107,7 +107,7 @@ def _contiguous(record: Any) -> Any:
 def _serving(
     op: str, record: Any, tensors: Tensors, facts: checks.TableFacts, backend: backends.Backend | None
 ) -> backends.Backend:
-    """The backend, or without one that for so many active entries of these tensors."""
+    """The given backend, or the one that suits these tensors and their share of active entries."""
     if backend is None:
         dtype = next(iter(tensors.dtypes), torch.float32)
         density = facts.k / max(1, sum(tensors.sizes))
@@ -118,9 +118,9 @@ def _serving(
 
 
 def _record(op: str, arguments: Sequence[Any]) -> tuple[Any, str]:
-    """The record of an operator's arguments, and the name of a backend, if there is one among them.
+    """The record of an operator's arguments, and the name of the backend, "" if none was given.
 
-    An empty tensor in the place of one that may be missing, gradients included, means that it is missing.
+    An empty tensor stands for an optional tensor, or a gradient, that is absent.
     """
     fields = arguments_of(RECORDS[op])
     values: dict[str, Any] = {}
@@ -139,7 +139,7 @@ def _none_if_empty(tensor: Tensor | None) -> Tensor | None:
 
 
 def _register(op: str, returns: str) -> None:
-    """An operator has the fields of its record as arguments, and `backend`, the name of one."""
+    """Registers an operator whose arguments are the fields of its record, and `backend`, a name."""
     _library.define(schema(op, RECORDS[op], "str backend=''", returns=returns))
 
     @torch.library.impl(_library, op, "CompositeExplicitAutograd")
@@ -166,7 +166,7 @@ _register("masked_swap_", "()")
 
 
 def run(op: str, record: Any, backend: backends.Backend) -> Any:
-    """Runs at once, or through the operator where something wants to see it."""
+    """Runs a record on a backend: directly, or through the operator if torch is tracing or has a dispatch mode."""
     if not _is_watched():
         return _RUN[op](record, backend)
     for name, what in _LISTS.items():
@@ -176,7 +176,7 @@ def run(op: str, record: Any, backend: backends.Backend) -> Any:
 
 
 def _is_watched() -> bool:
-    """Whether something wants to see operators."""
+    """Whether torch is compiling, or a dispatch mode wants to see operators."""
     return torch.compiler.is_compiling() or bool(torch._C._len_torch_dispatch_stack())
 
 
@@ -186,7 +186,7 @@ def prepare_step(step: Step, backend: backends.Backend) -> None:
 
 
 def gradient_norm(norm: Norm, total: Total, backend: backends.Backend) -> None:
-    """The norm of the gradients, after its last launch, and what clips them."""
+    """After the last launch of a step: the norm of the gradients, and the factor that clips them."""
     if _is_watched():
         reference.add_sums(run("masked_sum_squares", norm, backend), total)
     else:
@@ -202,7 +202,7 @@ def _topk_delta(initial, tuned, groups, k):
 
 @torch.no_grad()
 def select_from(source: TensorSource, groups: list[int], ks: list[int]) -> Selection:
-    """`topk_delta` from a source that may ask for digests, too; arguments are checked as there."""
+    """`topk_delta` from a source, which may also ask for digests; arguments are checked in the same way."""
     initial, tuned = source.initial, source.tuned
     checks.check_selection("topk_delta", initial, tuned, groups, ks)
     dtype, density = tuned[0].dtype if tuned else torch.float32, sum(ks) / max(1, sum(source.sizes))
@@ -211,7 +211,7 @@ def select_from(source: TensorSource, groups: list[int], ks: list[int]) -> Selec
 
 
 def _check_devices(op: str, device: torch.device, **arguments: Sequence[Tensor] | Tensor) -> None:
-    """Torch takes this road if any tensor is on the meta device: one that is not would be left as it is, unnoticed."""
+    """Torch comes here if any tensor is on the meta device. One on a real device would silently stay as it was."""
     for what, tensors in arguments.items():
         for i, tensor in enumerate([tensors] if isinstance(tensors, Tensor) else tensors):
             if tensor.device != device:
@@ -234,10 +234,10 @@ def _(initial, tuned, groups, k):
 
 
 def served(table: TileTable, dtype: torch.dtype) -> tuple[TileTable, backends.Backend]:
-    """The backend for parameters of a dtype, and the table with the rank directory if it reads one.
+    """The table, with its directory if the backend reads it, and the backend for parameters of a dtype.
 
-    Norm, packing and update of a step are served by one backend: the choice goes by the density of the whole, which
-    tables of a part of it keep. Build the table with `ranks=True` to save the work on a GPU.
+    One backend serves norm, packing and update of a step: the choice depends on the density of the whole table, which
+    tables of its parts keep. On a GPU, `ranks=True` when the table is built saves making the directory here.
     """
     if table.tiles.is_meta:
         check_plain_tensor(table.tiles, "the tile table")
@@ -255,7 +255,7 @@ def norm_fields(
     master: Tensor | None,
     **state: Tensor | None,
 ) -> dict[str, Any]:
-    """The fields of a `Norm`, and `state`; whether they fit the table is seen here, all else where the record runs."""
+    """The fields of a `Norm` and `state`. Here they are compared with the table; `run` checks the rest."""
     listed = grads if isinstance(grads, Tensors) else Tensors([grads])
     packed = listed is not grads
     count = len(params) if packed else len(listed)
@@ -304,23 +304,24 @@ def masked_adamw_(
     master: Tensor | None = None,
     stochastic: bool = False,
 ) -> None:
-    """One AdamW step on the active entries of `params`; all others keep their bits, whatever their gradients hold.
+    """One AdamW step on the active entries of `params`. All others keep their bits, whatever their gradients are.
 
     Args:
-        params: all float32, bfloat16 or float16, any shapes; updated in place at the active entries only, in float32
-            arithmetic, and rounded to nearest.
-        grads: of the shapes of `params`, all of their dtype or all float32; None: the parameter is skipped, moments
-            included. Or packed gradients: one float32 tensor [table.k] in slot order, as `masked_pack_` makes them.
-        exp_avg: [table.k], first moments in slot order; updated in place. float32, or with `scales` int8 codes.
-        exp_avg_sq: [table.k], second moments; updated in place. float32, or with `scales` uint8 codes.
+        params: P tensors of any shapes, all float32, bfloat16 or float16. The active entries are updated in place, in
+            float32 arithmetic, and rounded to nearest.
+        grads: dense gradients in the shapes of `params`, all in their dtype or all in float32. A parameter whose
+            gradient is None is skipped, with its moments. Or packed gradients: one float32 tensor [table.k] in slot
+            order, as `masked_pack_` makes it.
+        exp_avg: [table.k] first moments in slot order, float32, or int8 codes with `scales`; updated in place.
+        exp_avg_sq: [table.k] second moments, float32, or uint8 codes with `scales`; updated in place.
         table: the active entries, `TileTable.build([index set per parameter])`.
-        coefficients: float64 [P, 11], a row per parameter: `adamw_coefficients(...)`. It and all packed tensors must be
-            contiguous, and on the device of the table.
-        anchor: float32 [table.k], values that the pull of the coefficients draws to, or None.
-        scales: float32 [table.blocks, 2], of the 8-bit moments (see `backends/quantization.py`); updated in place.
-            Zeros, with codes of zero, are moments of zero. Codes are rounded stochastically, keyed by ROUNDING_KEY.
-        master: float32 [table.k], the exact values of the active entries; updated in place, and rounded into `params`.
-        stochastic: rounds bfloat16 parameters stochastically, keyed by the coefficients' ROUNDING_KEY (`seed` of
+        coefficients: float64 [P, 11], a row per parameter from `adamw_coefficients`. It and all packed tensors must be
+            contiguous and on the device of the table.
+        anchor: float32 [table.k], the values that the pull draws to, or None.
+        scales: float32 [table.blocks, 2], scales of 8-bit moments (`backends/quantization.py`); updated in place. All
+            zeros, with codes of zero, are moments of zero. New codes are rounded stochastically by the ROUNDING_KEY.
+        master: float32 [table.k], the exact values of the active entries; updated in place and rounded into `params`.
+        stochastic: rounds bfloat16 parameters stochastically, by the ROUNDING_KEY of the coefficients (`seed` of
             `adamw_coefficients`).
 
     Raises:
@@ -345,9 +346,18 @@ def masked_sum_squares(
     *,
     master: Tensor | None = None,
 ) -> Tensor:
-    """float64 [T]: per tile, the sum of squares of the active gradient entries, scaled and pulled as in the update.
+    """float64 [T]: for each tile, the sum of squares of the effective gradients of its active entries.
 
-    Arguments as for `masked_adamw_`.
+    Args:
+        params: as for `masked_adamw_`, and so are the other arguments.
+        grads: dense or packed gradients.
+        table: the active entries.
+        coefficients: float64 [P, 11]; GRAD_FACTOR and PULL are used.
+        anchor: float32 [table.k] or None.
+        master: float32 [table.k] or None.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or devices do not fit.
     """
     listed = Tensors(params)
     table, backend = served(table, _dtype(listed))
@@ -357,13 +367,14 @@ def masked_sum_squares(
 
 @torch.no_grad()
 def masked_pack_(grads: Sequence[Tensor | None], out: Tensor, table: TileTable, *, accumulate: bool = False) -> None:
-    """Copies the active entries of dense gradients to their slots; what is not active is dropped, NaN included.
+    """Copies the active entries of dense gradients to their slots. All other entries are ignored, NaN included.
 
     Args:
-        grads: of the sizes that the table was built for, all of one dtype; None: its slots stay as they are.
-        out: float32 [table.k], in slot order; written in place.
+        grads: gradients of the sizes that the table was built for, all of one dtype. The slots of one that is None stay
+            as they are.
+        out: float32 [table.k] in slot order; written in place.
         table: the active entries.
-        accumulate: adds to `out` instead.
+        accumulate: adds the entries to `out` instead.
 
     Raises:
         TypeError, ValueError: dtypes, sizes or devices do not fit.
@@ -377,14 +388,14 @@ def masked_pack_(grads: Sequence[Tensor | None], out: Tensor, table: TileTable, 
 
 @torch.no_grad()
 def masked_gather(tensors: Sequence[Tensor], table: TileTable) -> Tensor:
-    """The active entries of some tensors, bit by bit.
+    """Copies the active entries of some tensors, bit by bit, to a new tensor in slot order.
 
     Args:
-        tensors: of the sizes that the table was built for, all of one dtype, any whose items have at most 8 bytes.
+        tensors: tensors of the sizes that the table was built for, all of one dtype of at most 8 bytes.
         table: the active entries.
 
     Returns:
-        [table.k] of that dtype, in slot order.
+        [table.k] of that dtype.
 
     Raises:
         TypeError, ValueError: dtypes, sizes or devices do not fit.
@@ -397,7 +408,7 @@ def masked_gather(tensors: Sequence[Tensor], table: TileTable) -> Tensor:
 
 @torch.no_grad()
 def masked_scatter_(tensors: Sequence[Tensor], slots: Tensor, table: TileTable) -> None:
-    """Writes slots to the active entries of some tensors; all others keep their bits. The inverse of `masked_gather`.
+    """Writes slots to the active entries of some tensors. All others keep their bits. It undoes `masked_gather`.
 
     Args:
         tensors: as in `masked_gather`; written in place.
@@ -412,7 +423,10 @@ def masked_scatter_(tensors: Sequence[Tensor], slots: Tensor, table: TileTable) 
 
 @torch.no_grad()
 def masked_swap_(tensors: Sequence[Tensor], slots: Tensor, table: TileTable) -> None:
-    """Exchanges slots and the active entries of some tensors: twice is never. Arguments as in `masked_scatter_`."""
+    """Exchanges slots with the active entries of some tensors. A second call undoes the first.
+
+    Arguments and errors are those of `masked_scatter_`; the slots are written too.
+    """
     _run_copy("masked_swap_", Swap, tensors, slots, table)
 
 
@@ -425,7 +439,7 @@ def _run_copy(op: str, kind: type, tensors: Sequence[Tensor], slots: Tensor, tab
 
 
 def _check_sizes(op: str, what: str, found: Sequence[int | None], table: TileTable) -> None:
-    """found: entries of each tensor, None of one that is not there."""
+    """Compares the number of entries of each tensor, None for an absent one, with the table."""
     if len(found) != len(table.sizes):
         raise ValueError(f"{op}: expected {len(table.sizes)} {what}s, those of the table, got {len(found)}")
     if tuple(found) == table.sizes:
@@ -438,7 +452,7 @@ def _check_sizes(op: str, what: str, found: Sequence[int | None], table: TileTab
 
 
 def _refuse_subclasses(op: str, what: str, tensors: Sequence[Tensor | None]) -> None:
-    """Before torch hands the call to a subclass, whose words would be less clear; None passes."""
+    """Refuses subclasses of tensors with a clear error, before torch hands the call to them. None passes."""
     if all_plain(tensors, None) or torch._guards.detect_fake_mode() is not None:
         return
     for i, tensor in enumerate(tensors):
@@ -456,14 +470,17 @@ def adamw_coefficients(
     pull: float = 0.0,
     seed: int = 0,
 ) -> Tensor:
-    """float64 [P, 11] coefficients of `masked_adamw_` for parameters that have taken `steps` steps, this one included.
+    """float64 [P, 11]: the coefficients of `masked_adamw_` for one step.
 
     Args:
-        steps: [P], >= 1.
-        lr: step size; the others as in torch.optim.AdamW.
-        pull: weight of sign(param - anchor), added to the gradient.
-        seed: of the random bits of stochastic rounding and 8-bit moments, 0 <= seed < 2^63; the parameters are told
-            apart by their positions.
+        steps: [P], steps that each parameter has taken, this one included: at least 1.
+        lr: step size.
+        betas: decay rates of the two moments, as in torch.optim.AdamW.
+        eps: added to the denominator.
+        weight_decay: decoupled weight decay.
+        pull: weight of sign(param - anchor), which is added to the gradient.
+        seed: seed of the random bits of stochastic rounding and 8-bit moments, 0 <= seed < 2^63. Parameters get
+            different bits by their positions.
     """
     step = steps.to(torch.float64)
     numbers = torch.arange(step.numel(), dtype=torch.int64, device=step.device)
@@ -486,18 +503,18 @@ def topk_delta(
     *,
     groups: Sequence[int] | None = None,
 ) -> tuple[list[IndexSet], Tensor]:
-    """The k entries of largest |tuned - initial| over all tensors, exactly; ties go to the earliest (tensor, index).
+    """The k entries of largest |tuned - initial| over all tensors, exactly. Of ties, the earliest (tensor, index) wins.
 
     Args:
-        initial: float32, bfloat16 or float16 tensors, any contiguity; an empty list stands for zeros, which ranks
-            |tuned|.
-        tuned: of the same shapes; dtypes of a pair may differ, deltas are taken in float32.
-        k: entries to select; with `groups`, a number per group.
-        groups: the group of every tensor, 0, 1, ...; default: all in one.
+        initial: float32, bfloat16 or float16 tensors, contiguous or not. An empty list stands for zeros: |tuned| is
+            ranked.
+        tuned: tensors of the same shapes. The dtypes of a pair may differ; deltas are computed in float32.
+        k: the number of entries to select; with `groups`, one number per group.
+        groups: the group of every tensor, 0, 1, and so on; by default all are in one.
 
     Returns:
-        An index set per tensor, and float32 [G], the smallest selected |delta| of every group (infinite: none
-        selected). Entries whose delta is zero are never selected, so that fewer than k may come.
+        An index set per tensor, and float32 [G], the smallest selected |delta| of every group, infinite where nothing
+        was selected. Entries whose delta is zero are never selected, so that there may be fewer than k.
 
     Raises:
         NonFiniteDelta (a ValueError): a delta is NaN or infinite.
@@ -515,7 +532,7 @@ def topk_delta(
 
 
 def index_sets(selection: Selection, sizes: Sequence[int]) -> list[IndexSet]:
-    """The index set of every tensor, cut from the flat bitmap of a selection; their counts are read in one copy."""
+    """The index set of every tensor, cut from the bitmaps of a selection. All counts are read in one copy."""
     tiles = [tiles_of(n) for n in sizes]
     words = selection.words.split([bitmap_words(n) for n in sizes])
     counts, on_host = selection.counts.split(tiles), selection.counts.tolist()

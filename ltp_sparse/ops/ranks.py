@@ -1,4 +1,4 @@
-"""The processes that select together."""
+"""The processes of torch.distributed that select together."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from torch import Tensor
 
 
 class Ranks:
-    """The processes that select together, each from its own pieces of the tensors: here, one that has them whole.
+    """The processes that select together. This class stands for one process that has all tensors whole.
 
-    `selection.distributed` knows the others. Every process takes the same route, so these calls pair up.
+    `selection.distributed` has the one for several processes, each with its pieces of the tensors. All of them take the
+    same route, so that their calls of these methods match.
     """
 
     def sum(self, counts: Tensor) -> Tensor:
@@ -17,9 +18,9 @@ class Ranks:
         return counts
 
     def in_order(self, counts: Tensor) -> Tensor:
-        """int64 [P] of every process -> [P, R], each tensor's pieces in the order of their entries."""
+        """int64 [P] of every process -> [P, R] for all R processes, each tensor's pieces in the order of entries."""
         return counts[:, None]
 
     def places(self, tensors: int) -> Tensor:
-        """int64 [P]: the columns of `in_order` that are this process's."""
+        """int64 [P]: the column of `in_order` that belongs to this process, for each tensor."""
         return torch.zeros(tensors, dtype=torch.int64, device="cpu")

@@ -1,21 +1,20 @@
-"""The routes of `topk_delta`: exact global top-k of |tuned - initial|, in one or two readings of the weights where no
-crowd of equal deltas is in the way.
+"""The routes of `topk_delta`: the exact global top-k of |tuned - initial|, in one or two readings of the weights.
 
-Every entry has a key, the 31 bits of its absolute delta in float32, which order like the delta itself. The k-th largest
-key is found in one of three ways, each exact:
+Every entry has a key, the 31 bits of its absolute delta in float32, which are ordered like the delta itself. The k-th
+largest key is found by one of three routes, all exact:
 
-* sampled bracket: a million sampled keys give a narrow band that holds the k-th key almost surely; one pass marks
-  what lies above it and collects the candidates inside. The counts verify it; otherwise
-* histogram: one pass counts the keys by their upper 15 bits, the second is the band pass over the bin that holds the
-  k-th key;
-* ties: where the band overflows the room for candidates (many equal deltas, as of bfloat16 weights), a second histogram
-  gives the exact key, and two band passes give the entries at that key to the earliest: four readings. Where the
-  sample shows the crowd, a band of its key alone is tried first: two readings, and no candidates.
+* Sample: a million sampled keys give a narrow band that holds the k-th key almost surely. One pass marks the entries
+  above it and collects the candidates inside. Its counts show whether the band was right; if not, the next route runs.
+* Histogram: one pass counts the keys by their upper 15 bits. The second is the band pass over the bin that holds the
+  k-th key.
+* Ties: many equal deltas, as of bfloat16 weights, can overflow the room for candidates. Then a second histogram finds
+  the exact key, and two band passes give the entries at that key to the earliest: four readings. If the sample shows
+  the crowd, a band of its one key is tried first: two readings and no candidates.
 
-The passes are a backend's (`backends/arguments.py` says what they do). All counts and bounds stay on the device of the
-weights; the host reads where a route is decided, once if the sampled band holds. A backend that decides the sampled
-route itself makes one call of it. Temporary memory: the bitmap that is
-the result (n/8 bytes), and candidates of at most n/156 entries at 6 bytes, worked off in pieces.
+A backend runs the passes (`backends/arguments.py` describes them). All counts and bounds stay on the device of the
+weights. The host reads them where a route is decided, which is once if the sampled band holds. A backend with
+`select_sampled` decides the sampled route on the device, in one call. Temporary memory is the bitmap of the result, n/8
+bytes, and at most n/156 candidates of 6 bytes, processed in pieces.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from torch import Tensor
 from ltp_sparse.backends import Backend
 from ltp_sparse.backends.arguments import RUN, Above, Band, CandidateBins, Sampled, Tensors, Ties
 from ltp_sparse.backends.reference import NONFINITE_KEY, delta_keys
-from ltp_sparse.ops.digits import BINS_AT_ONCE, bins_of_ranks, digit_pass, joined
+from ltp_sparse.ops.digits import BINS_AT_ONCE, bins_of_orders, digit_pass, joined
 from ltp_sparse.ops.ranks import Ranks
 from ltp_sparse.ops.samples import SamplePlan, plan_samples, room_for, sampled_bracket
 from ltp_sparse.ops.sources import Source, TensorSource
@@ -38,13 +37,14 @@ from ltp_sparse.tickets.bits import WORDS_PER_TILE
 from ltp_sparse.tickets.layout import Layout
 
 SAMPLE_FROM = 1 << 24
-"""Entries from which on the sample pays on a CPU (2^23: 4.0 ms by histogram, 4.6 by sample; 2^26: 33 and 25)."""
+"""The fewest entries for which a sample pays on a CPU. 2^23 entries took 4.0 ms by histogram and 4.6 ms by sample, 2^26
+took 33 and 25 ms."""
 
 SAMPLE_FROM_GPU = 1 << 22
-"""The same on a GPU for Triton, whose histogram pass is plain PyTorch."""
+"""The same for Triton on a GPU, where the histogram pass is plain PyTorch."""
 
-_PIECE = 1 << 15  # entries looked at at a time for one that is not finite
-_CANDIDATE_BITS = 14  # of a candidate's key, found at a time
+_PIECE = 1 << 15  # entries searched at a time for one that is not finite
+_CANDIDATE_BITS = 14  # bits of a candidate's key found at a time
 
 
 class NonFiniteDelta(ValueError):
@@ -52,8 +52,8 @@ class NonFiniteDelta(ValueError):
 
     Args:
         tensor: the position of its tensor.
-        what: how the tensor is called.
-        alike: entries that are the same infinity in both versions, if that is known.
+        what: the name of the tensor in the message.
+        alike: how many entries are the same infinity in both versions, if that is known.
     """
 
     def __init__(self, tensor: int, what: str, alike: int = 0) -> None:
@@ -69,13 +69,12 @@ class NonFiniteDelta(ValueError):
 
 @dataclass
 class Selection:
-    """The result of `topk_delta`.
+    """The result of `topk_delta`, on the device of the weights.
 
-    words:      int32, the bitmaps of all tensors, 2 * ceil(n / 64) words each
-    counts:     int64 [T], active entries of every tile
-    thresholds: float32 [G], the smallest selected |delta| of each group; infinite where nothing was selected
-
-    All on the device of the weights.
+    Attributes:
+        words: int32, the bitmaps of all tensors, 2 * ceil(n / 64) words each.
+        counts: int64 [T], the number of active entries of every tile.
+        thresholds: float32 [G], the smallest selected |delta| of each group; infinite where nothing was selected.
     """
 
     words: Tensor
@@ -84,16 +83,17 @@ class Selection:
 
 
 def _on(device: torch.device, values: Sequence[int] | Tensor) -> Tensor:
-    """int64 [len(values)] on `device`; torch does not wait for it."""
+    """int64 [len(values)] on `device`, copied without waiting."""
     if not isinstance(values, Tensor):
         values = torch.tensor(values, dtype=torch.int64, device="cpu")
     return values.to(device, torch.int64, non_blocking=True)
 
 
 class _Band:
-    """The arrays of a band pass, and what can be told from them.
+    """The arrays of a band pass, and what follows from them.
 
-    wanted: int64 [G], entries to be selected from each group
+    Attributes:
+        wanted: int64 [G], the number of entries to select from each group.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class _Band:
         self.nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
 
     def run(self, low: Tensor, high: Tensor, take: Tensor | None = None, store: bool = True) -> None:
-        """Marks, counts and collects. low, high: int64 [G]"""
+        """The band pass over low <= key < high, int64 [G] each: marks, counts and collects."""
         self.low, self.high = low, high
         self.cursor = torch.zeros(1, dtype=torch.int64, device=self.words.device)
         capacity = self.keys.numel() if store else 0
@@ -151,24 +151,25 @@ class _Band:
             self.passes.delta_band(band)
 
     def per_group(self, per_tile: Tensor) -> Tensor:
-        """int64 [G]: sums of a count over the tiles of every group."""
+        """int64 [G]: the sums of a count over the tiles of every group."""
         sums = torch.zeros_like(self.wanted)
         return self.ranks.sum(sums.index_add_(0, self.tile_group, per_tile))
 
     def missing(self) -> Tensor:
         """int64 [G]: how many entries of its band each group still has to take.
 
-        A band that starts at the smallest key holds all there is: then fewer entries than wanted may have moved, and
-        all are taken.
+        A band that starts at the smallest key holds all remaining entries that have moved. If they are too few, all are
+        taken.
         """
         missing = self.wanted - self.per_group(self.above)
         return torch.where(self.low == 1, torch.minimum(missing, self.per_group(self.inside)), missing)
 
     def outcome(self) -> tuple[bool, bool, bool, bool]:
-        """Of a band that has run. Waits for the device.
+        """Four facts about a band that has run. Waits for the device.
 
-        (a delta is not finite, the k-th largest key of every group lies inside its band, all candidates are stored,
-        every band is a single key, so that its entries differ in nothing but their place)
+        Returns:
+            (a delta is not finite; the k-th largest key of every group lies inside its band; all candidates are stored;
+            every band is a single key, so that all its entries are ties)
         """
         missing, inside = self.missing(), self.per_group(self.inside)
         holds = ((self.wanted == 0) | ((missing >= 1) & (missing <= inside))).all()
@@ -188,22 +189,22 @@ class _Band:
             "tile_groups": self.tile_group,
         }
 
-    def thresholds(self, rank: Tensor) -> Tensor:
-        """int64 [G]: the key of each group's candidate of this rank (1: the largest), digit by digit; no rank: 0."""
-        groups, device = rank.numel(), rank.device
+    def thresholds(self, order: Tensor) -> Tensor:
+        """int64 [G]: the key of each group's candidate at an order from 1 for the largest, found digit by digit."""
+        groups, device = order.numel(), order.device
         bits = max(1, min(_CANDIDATE_BITS, (BINS_AT_ONCE // groups).bit_length() - 1))
         low, high = self.low, self.high
         for _ in range(-(-31 // bits)):
             last = (high - low - 1).clamp(min=0)
-            if device.type == "cpu" and not last.any():  # where looking is free
+            if device.type == "cpu" and not last.any():  # on a GPU this would wait for the device
                 break
             shift = (torch.frexp(last.double()).exponent - bits).clamp(min=0).long()
             histogram = torch.zeros(groups, 1 << bits, dtype=torch.int64, device=device)
             self.passes.candidate_histogram(
                 CandidateBins(**self._candidates, low=low, high=high, shift=shift, histogram=histogram)
             )
-            digit, of_digit, _ = bins_of_ranks(self.ranks.sum(histogram), rank[:, None])
-            rank = of_digit.view(-1)
+            digit, of_digit, _ = bins_of_orders(self.ranks.sum(histogram), order[:, None])
+            order = of_digit.view(-1)
             low = low + (digit.view(-1) << shift)
             high = torch.minimum(high, low + (1 << shift))
         return low
@@ -220,17 +221,19 @@ class _Band:
         return self.selection(self.above + taken + take, cut)
 
     def finish_ties(self) -> Selection:
-        """Takes the missing entries of bands of a single key, the earliest first."""
+        """Takes the missing entries from bands of a single key, the earliest first."""
         missing, above = self.missing(), self.above.clone()
         take = self.share_ties(self.inside, missing)
         self.run(self.low, self.high, take=take, store=False)
-        self.ranks.sum(self.nonfinite)  # where the others hear of an error in this reading
+        self.ranks.sum(self.nonfinite)  # a process that failed to read tells the others in this sum
         return self.selection(above + take, torch.where(missing > 0, self.low, NONFINITE_KEY))
 
     def share_ties(self, ties: Tensor, wanted: Tensor) -> Tensor:
-        """int64 [T]: how many ties each tile takes when the earliest of each group are served first.
+        """int64 [T]: how many ties each tile takes if the earliest ties of each group are taken first.
 
-        ties: int64 [T], those of each tile; wanted: int64 [G]
+        Args:
+            ties: int64 [T], the number of ties in each tile.
+            wanted: int64 [G], the number of ties to take in each group.
         """
         per_tensor = torch.zeros(len(self.groups), dtype=torch.int64, device=ties.device)
         before_tensor = self._before_tensors(per_tensor.index_add_(0, self.tile_tensor, ties))
@@ -240,7 +243,7 @@ class _Band:
         return torch.minimum((wanted[self.tile_group] - before).clamp(min=0), ties)
 
     def _before_tensors(self, ties: Tensor) -> Tensor:
-        """int64 [P]: ties of the same group before each of this process's pieces; ties: int64 [P], those inside it."""
+        """int64 [P]: the ties of the same group before each piece of this process. `ties`, int64 [P], are inside it."""
         pieces = self.ranks.in_order(ties).to(ties.device)
         group = torch.tensor(self.groups, dtype=torch.int64, device="cpu").repeat_interleave(pieces.shape[1])
         by_group = group.argsort(stable=True)
@@ -256,12 +259,12 @@ class _Band:
 
 
 def _before(counts: Tensor) -> Tensor:
-    """Sums of all earlier items."""
+    """The sum of all earlier items, for each item."""
     return counts.cumsum(0) - counts
 
 
 def raise_nonfinite(source: Source, ranks: Ranks) -> NoReturn:
-    """Raises `NonFiniteDelta` for the first tensor that holds one."""
+    """Raises `NonFiniteDelta` for the first tensor with a delta that is not finite."""
     found = torch.zeros(len(source.sizes), dtype=torch.int64, device="cpu")
     for chunk in source.chunks(range(len(source.sizes))):
         for at, tensor in enumerate(chunk.tensors):
@@ -281,12 +284,12 @@ def check_finite(nonfinite: Tensor, source: Source, ranks: Ranks) -> None:
 
 
 def sampling_pays(source: Source) -> bool:
-    """Whether the sampled route, of one reading as a rule, is the faster one."""
+    """Whether the sampled route, which usually reads the weights once, is the faster one."""
     return source.can_sample and sum(source.sizes) >= (SAMPLE_FROM if source.device.type == "cpu" else SAMPLE_FROM_GPU)
 
 
 def _decided_on_device(passes: Backend, source: Source, plan: SamplePlan) -> Selection | None:
-    """The sampled route with one wait, at its end. None if the samples have misled it."""
+    """The sampled route, decided on the device, with one wait at its end. None if the samples misled it."""
     assert isinstance(source, TensorSource)
     device, layout, groups = source.device, source.layout, len(plan.wanted)
 
@@ -294,7 +297,7 @@ def _decided_on_device(passes: Backend, source: Source, plan: SamplePlan) -> Sel
         return torch.empty(n, dtype=dtype, device=device)
 
     samples = RUN * sum(plan.runs)
-    words = empty(max(samples, layout.words), torch.int32)  # the samples have gone when these are written
+    words = empty(max(samples, layout.words), torch.int32)  # the samples are no longer needed when words are written
     found = Selection(words[: layout.words], empty(layout.tiles, torch.int64), empty(groups, torch.float32))
     sampled = Sampled(
         initial=Tensors(source.initial),
@@ -318,7 +321,7 @@ def _decided_on_device(passes: Backend, source: Source, plan: SamplePlan) -> Sel
 
 
 def _by_samples(passes: Backend, source: Source, plan: SamplePlan) -> Selection | None:
-    """The sampled route. None if the samples have misled it."""
+    """The sampled route. None if the samples misled it."""
     low, high = sampled_bracket(passes, source, plan)
     wanted = _on(source.device, plan.wanted)
     band = _Band(passes, source, Layout(source.sizes), plan.groups, wanted, Ranks())
@@ -344,14 +347,14 @@ def _by_histogram(passes: Backend, source: Source, groups: list[int], ks: list[i
         band.run((upper.digit << 16).clamp(min=1), (upper.digit + 1) << 16)
         return band.finish()
 
-    lower = digit_pass(passes, source, groups, upper.rank, upper.digit, ranks, band.nonfinite)
+    lower = digit_pass(passes, source, groups, upper.order, upper.digit, ranks, band.nonfinite)
     thresholds = joined(upper, lower)
     band.run(thresholds, thresholds + 1, store=False)
     return band.finish_ties()
 
 
 def _has_entries(source: Source, ranks: Ranks | None) -> bool:
-    """Whether there are any, in the pieces of any process."""
+    """Whether any process has an entry in its pieces."""
     own = any(source.sizes)
     return own if ranks is None else bool(ranks.sum(torch.tensor([int(own)], dtype=torch.int64, device="cpu")))
 
@@ -372,18 +375,18 @@ def select_topk(
     route: str = "auto",
     ranks: Ranks | None = None,
 ) -> Selection:
-    """The `ks[g]` entries of largest |tuned - initial| of every group of tensors: exact, the earliest first among ties.
+    """The `ks[g]` entries of largest |tuned - initial| of every group of tensors, exactly; of ties the earliest first.
 
-    Entries whose delta is zero are never selected: a group may then hold fewer than its k.
+    Entries whose delta is zero are never selected, so that a group may get fewer than its k.
 
     Args:
         passes: the backend.
         source: the pairs of tensors.
         groups: the group of every tensor.
-        ks: entries wanted from every group.
-        route: "sample", "histogram" or "auto"; all give the same bits.
-        ranks: other processes that select together with this one, by the histogram route: the source then has this
-            process's pieces of all tensors, the counts asked for are those of all processes.
+        ks: number of entries wanted from every group.
+        route: "sample", "histogram" or "auto". All give the same bits.
+        ranks: the processes that select together, by the histogram route. The source of each has its pieces of all
+            tensors, and `ks` are the numbers for all processes.
 
     Raises:
         NonFiniteDelta: a delta is NaN or infinite.

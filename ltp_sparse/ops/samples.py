@@ -1,7 +1,7 @@
-"""Between which two keys the k-th largest of each group lies, almost surely: what a million sampled keys say.
+"""The bracket: two keys between which the k-th largest key of each group lies almost surely, from a million samples.
 
-Samples choose the route of a selection, never its result. They are runs of 16 neighbours, since a cache line costs what
-one entry would, at places that a counter hashes to: the same on every backend and in every call.
+Samples decide the route of a selection, never its result. They are read in runs of 16 neighbours, since a cache line
+costs as much as one entry. Their places come from a hashed counter, the same on every backend and in every call.
 """
 
 from __future__ import annotations
@@ -23,31 +23,34 @@ from ltp_sparse.ops.ranks import Ranks
 from ltp_sparse.ops.sources import Source, TensorSource
 
 SAMPLES = 1 << 20
-"""Sampled keys, in runs of neighbours; at most one entry in `_SAMPLE_SHARE`."""
+"""The number of sampled keys; at most one entry in `_SAMPLE_SHARE` is sampled."""
 
 DEVIATIONS = 8.0
-"""Half the width of a bracket, in standard deviations of independent samples. Neighbours are alike, as rows move more
-than others, or not at all: with such rows, made up for XLM-R-base, samples deviated 1.6 to 2.8 times as far."""
+"""Half the width of a bracket, in standard deviations of independent samples. Neighbours are not independent: some rows
+move more than others, or not at all. With made-up rows of this kind in the shapes of XLM-R-base, samples deviated 1.6
+to 2.8 times as far."""
 
 _SAMPLE_SHARE = 32
-_FEWEST_DEVIATIONS = 3.0  # a bracket that must be narrower, to fit the room, is not tried
+_FEWEST_DEVIATIONS = 3.0  # a bracket that must be narrower to fit the room for candidates is not tried
 _SPARE_CANDIDATES = 1 << 18
 
 
 def room_for(n: int) -> int:
-    """Candidates that there is room for in a selection from n entries."""
+    """How many candidates a selection from n entries has room for."""
     return n // 156 + _SPARE_CANDIDATES
 
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """How many runs are sampled from each group, and which ranks among the samples bound its bracket.
+    """How many runs are sampled from each group, and which of its sorted samples bound the bracket.
 
-    sizes, groups: entries and group of every tensor
-    wanted:        entries to select from each group
-    entries:       those of each group
-    runs:          sampled from each group: one out of each of so many equal parts of it
-    ranks:         (top, centre, bottom) of each group: 1 is the largest sample, 0 is beyond it
+    Attributes:
+        sizes: number of entries of every tensor.
+        groups: group of every tensor.
+        wanted: number of entries to select from each group.
+        entries: number of entries of each group.
+        runs: number of runs sampled from each group, one from each of that many equal parts of it.
+        orders: (top, centre, bottom) of each group. 1 is the largest sample; 0 stands for a key above it.
     """
 
     sizes: list[int]
@@ -55,21 +58,21 @@ class SamplePlan:
     wanted: list[int]
     entries: list[int]
     runs: list[int]
-    ranks: list[tuple[int, int, int]]
+    orders: list[tuple[int, int, int]]
 
     @property
     def room(self) -> int:
-        """Candidates that all brackets together may hold."""
+        """How many candidates all brackets together may hold."""
         return room_for(sum(self.sizes))
 
     def budgets(self) -> Tensor:
-        """int64 [G, 8] on the CPU: the rows of `Bracket.budgets`."""
+        """int64 [G, 8] on the CPU: the `budgets` of a `Sampled`."""
         first_entry, first_run = ([0, *accumulate(counts)][:-1] for counts in (self.entries, self.runs))
-        columns = (self.wanted, self.entries, first_entry, self.runs, first_run, *zip(*self.ranks, strict=True))
+        columns = (self.wanted, self.entries, first_entry, self.runs, first_run, *zip(*self.orders, strict=True))
         return torch.tensor(list(columns), dtype=torch.int64, device="cpu").t().contiguous()
 
     def places(self) -> tuple[Tensor, Tensor]:
-        """int64 [R] on the CPU, twice: the tensor of every run, and its number there. As `sampled_key` of csrc/cuda."""
+        """The tensor of every run, and its number there: int64 [R] on the CPU. As `sampled_key` in csrc/cuda."""
         sizes, groups = (torch.tensor(of, dtype=torch.int64, device="cpu") for of in (self.sizes, self.groups))
         order = groups.argsort(stable=True)  # tensors, group after group
         starts = sizes[order].cumsum(0) - sizes[order]
@@ -88,9 +91,13 @@ class SamplePlan:
 def plan_samples(
     sizes: Sequence[int], groups: Sequence[int], ks: Sequence[int], more: bool = False
 ) -> SamplePlan | None:
-    """None where brackets that fit the room for candidates would hardly hold what they are to hold.
+    """The plan of a sampled selection; None if brackets that fit the room for candidates would often miss.
 
-    more: takes more samples than `SAMPLES` where brackets are too wide otherwise, as those of many groups are
+    Args:
+        sizes: number of entries of every tensor.
+        groups: group of every tensor.
+        ks: number of entries to select from each group.
+        more: takes more samples than `SAMPLES` if the brackets are too wide otherwise, as with many groups.
     """
     total, entries = sum(sizes), [0] * len(ks)
     for n, group in zip(sizes, groups, strict=True):
@@ -103,16 +110,16 @@ def plan_samples(
     factor = min(DEVIATIONS, DEVIATIONS * room / max(width, 1))
     if factor < _FEWEST_DEVIATIONS:
         return None
-    ranks = []
+    orders = []
     for k, n, count, deviation in zip(ks, entries, runs, deviations, strict=True):
-        rank, margin = k * RUN * count / max(n, 1), factor * deviation + 2
-        centre = min(max(round(rank), 1), max(RUN * count, 1))
-        ranks.append((max(0, math.floor(rank - margin)), centre, math.ceil(rank + margin)))
-    return SamplePlan(list(sizes), list(groups), list(ks), entries, runs, ranks)
+        order, margin = k * RUN * count / max(n, 1), factor * deviation + 2
+        centre = min(max(round(order), 1), max(RUN * count, 1))
+        orders.append((max(0, math.floor(order - margin)), centre, math.ceil(order + margin)))
+    return SamplePlan(list(sizes), list(groups), list(ks), entries, runs, orders)
 
 
 def _spread(ks: Sequence[int], entries: Sequence[int], samples: int) -> tuple[list[int], list[float], float]:
-    """(runs of each group, standard deviations of its rank in samples, entries in all brackets) of so many samples."""
+    """What a number of samples gives: runs of each group, standard deviation of its order, entries in all brackets."""
     total = max(sum(entries), 1)
     runs = [max(1, samples * n // (total * RUN)) if n else 0 for n in entries]
     deviations, width = [], 0.0
@@ -124,24 +131,24 @@ def _spread(ks: Sequence[int], entries: Sequence[int], samples: int) -> tuple[li
 
 
 def sampled_bracket(passes: Backend, source: Source, plan: SamplePlan) -> tuple[Tensor, Tensor]:
-    """Per group a band [low, high) of keys, int64 [G], that holds the k-th largest key almost surely.
+    """A band low <= key < high for each group, int64 [G], that holds the k-th largest key almost surely.
 
-    Where many keys are equal and the bands would overflow the room for candidates, those of the k-th largest key of the
-    sample alone: they hold it probably.
+    # If fewer samples have moved than an order asks for, the top is the smallest of these, the bottom the smallest key.
+    k-th largest in the sample, which is probably the right one.
     """
     device = source.device
     keys = torch.empty(sum(plan.runs), RUN, dtype=torch.int32, device=device)
     tensors, runs = plan.places()
     source.sample(passes, _sent(device, tensors), _sent(device, runs), keys)
-    found = _keys_of_ranks(passes, keys, plan)
+    found = _keys_of_orders(passes, keys, plan)
 
-    # Beyond what has moved in the sample, the top is the smallest key that has, the bottom the smallest there is.
+    # If fewer samples have moved than an order asks for, the top is the smallest of them, the bottom the smallest key.
     top = found.key[:, 0].masked_fill(found.asked[:, 0] == 0, 0)
     top = torch.where(found.wanted[:, 0] == 0, NONFINITE_KEY, top)
     beyond = found.asked < found.wanted
     centre, bottom = found.key.masked_fill(beyond, 0)[:, 1:].unbind(1)
 
-    within = found.larger[:, 2] + found.count[:, 2] - found.larger[:, 0]  # samples, of all equal to an end too
+    within = found.larger[:, 2] + found.count[:, 2] - found.larger[:, 0]  # samples in the band, its ends included
     per_sample = [n / (RUN * count) if k and n else 0.0 for k, n, count in zip(plan.wanted, plan.entries, plan.runs)]  # noqa: B905 (of one plan)
     weights = torch.tensor(per_sample, dtype=torch.float32, device="cpu").to(device, non_blocking=True)
     crowd = ((within * weights).sum() > plan.room) & (centre > 0)
@@ -152,15 +159,20 @@ def sampled_bracket(passes: Backend, source: Source, plan: SamplePlan) -> tuple[
 
 
 def _sent(device: torch.device, values: Tensor) -> Tensor:
-    """On the device; torch does not wait for it."""
+    """The values on the device, copied without waiting."""
     return values.to(device, non_blocking=True)
 
 
 @dataclass
 class _Found:
-    """int64 [G, 3] each: keys of the ranks `wanted`, or where fewer have moved, of their number `asked`.
+    """Sampled keys at three orders of each group, int64 [G, 3] each.
 
-    larger, count: samples above the key, and those equal to it
+    Attributes:
+        wanted: the orders.
+        asked: the orders that were looked for, at most the number of samples that have moved.
+        key: the keys at these.
+        larger: the number of samples above the key.
+        count: the number of samples equal to it.
     """
 
     wanted: Tensor
@@ -170,14 +182,14 @@ class _Found:
     count: Tensor
 
 
-def _keys_of_ranks(passes: Backend, keys: Tensor, plan: SamplePlan) -> _Found:
-    """keys: int32 [R, RUN]; of the samples of every group those of its three ranks."""
+def _keys_of_orders(passes: Backend, keys: Tensor, plan: SamplePlan) -> _Found:
+    """The keys at the three orders of every group, among its samples in int32 [R, RUN] `keys`."""
     of_group = keys.view(torch.float32).view(-1).split([RUN * count for count in plan.runs])
-    wanted = _sent(keys.device, torch.tensor(plan.ranks, dtype=torch.int64, device="cpu"))
+    wanted = _sent(keys.device, torch.tensor(plan.orders, dtype=torch.int64, device="cpu"))
     unset = torch.zeros(1, dtype=torch.int64, device=keys.device)  # samples are finite
     upper = digit_pass(passes, TensorSource([], of_group), list(range(len(of_group))), wanted, None, Ranks(), unset)
     thrice = TensorSource([], [part for part in of_group for _ in range(3)])
-    rows, digits, ranks = list(range(3 * len(of_group))), upper.digit.view(-1), upper.rank.view(-1)
-    lower = digit_pass(passes, thrice, rows, ranks, digits, Ranks(), unset)
-    lower = Digits(*(column.view(-1, 3) for column in (lower.digit, lower.rank, lower.asked, lower.count, lower.own)))
-    return _Found(wanted, upper.asked, joined(upper, lower), upper.asked - lower.rank, lower.count)
+    rows, digits, orders = list(range(3 * len(of_group))), upper.digit.view(-1), upper.order.view(-1)
+    lower = digit_pass(passes, thrice, rows, orders, digits, Ranks(), unset)
+    lower = Digits(*(column.view(-1, 3) for column in (lower.digit, lower.order, lower.asked, lower.count, lower.own)))
+    return _Found(wanted, upper.asked, joined(upper, lower), upper.asked - lower.order, lower.count)

@@ -1,4 +1,4 @@
-"""What a selection reads: pairs of tensors, in memory or read piece by piece."""
+"""The pairs of tensors that a selection reads, in memory or piece by piece."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from ltp_sparse.weights.tensors import flat_piece
 
 @dataclass
 class Chunk:
-    """Whole tiles of consecutive tensors that are in memory at once.
+    """Whole tiles of consecutive tensors that are in memory at the same time.
 
-    tensors:      positions of the tensors
-    initial:      contiguous pieces, or nothing: zeros
-    tuned:        contiguous pieces
-    word_offsets: where the bitmap of each piece starts
-    tiles:        the tiles of all pieces, in order
-    digests:      where those of these tiles of the initial tensors go, if they are asked for: int64 [tiles, 2]
+    Attributes:
+        tensors: positions of the tensors.
+        initial: contiguous pieces; empty for zeros.
+        tuned: contiguous pieces.
+        word_offsets: where the bitmap of each piece starts.
+        tiles: the tiles of all pieces, in order.
+        digests: int64 [tiles, 2], to be filled with the digests of the initial tiles; None if nobody wants them.
     """
 
     tensors: list[int]
@@ -40,7 +41,7 @@ class Chunk:
 
 
 class Source(Protocol):
-    """Pairs of tensors to select from, in memory or not."""
+    """Pairs of tensors to select from."""
 
     sizes: list[int]
     device: torch.device
@@ -55,8 +56,9 @@ class TensorSource:
     """Tensors in memory. Those that are not contiguous are copied piece by piece, never whole.
 
     Args:
-        initial, tuned: pairs of tensors; `initial` may be empty: zeros.
-        digests: int64 [T, 2], to be filled with those of the tiles of `initial` when a band pass reads them, or None.
+        initial: tensors before tuning; empty for zeros.
+        tuned: tensors after it.
+        digests: int64 [T, 2], which the band pass fills with the digests of the tiles of `initial`, or None.
     """
 
     PIECE = 8 * TILE
@@ -69,7 +71,7 @@ class TensorSource:
         self.layout, self.digests = Layout(self.sizes), digests
 
     def chunks(self, tensors: Sequence[int]) -> Iterator[Chunk]:
-        """The given tensors, in ascending order: runs of neighbours at once, strided ones in pieces."""
+        """The given tensors in ascending order: contiguous neighbours together, strided tensors in pieces."""
         run: list[int] = []
         for tensor in tensors:
             sides = (self.initial, self.tuned) if self.initial else (self.tuned,)
@@ -105,11 +107,11 @@ class TensorSource:
 
     @property
     def contiguous(self) -> bool:
-        """Whether every tensor is."""
+        """Whether every tensor is contiguous."""
         return all(map(Tensor.is_contiguous, self.initial)) and all(map(Tensor.is_contiguous, self.tuned))
 
     def sample(self, passes: Backend, tensors: Tensor, runs: Tensor, keys: Tensor) -> None:
-        """`sample_keys` of the backend, which wants contiguous tensors, or of the reference."""
+        """`sample_keys` by the backend, or by the reference if a tensor is not contiguous."""
         sample = Sample(Tensors(self.initial), Tensors(self.tuned), tensors, runs, keys)
         (passes if self.contiguous else reference).sample_keys(sample)
 
@@ -126,23 +128,25 @@ def _piece_of(
 
 _PIECE = 1 << 19  # entries copied at a time: 2 MB of each float32 tensor
 
-_KEPT = 384 << 20  # bytes of both sides that stay mapped from one reading to the next: page cache, taken back at need
+_KEPT = 384 << 20  # up to so many bytes of both sides stay mapped between passes; the page cache can drop them
 
-_SAMPLED = 64 << 20  # bytes of both sides that samples are taken from at a time, if they may not
+_SAMPLED = 64 << 20  # bytes of both sides that are mapped at a time for samples, if there are more than that
 
-_STAGED = 1 << 23  # entries sent to a GPU at a time: 32 MB of each float32 tensor, twice page-locked
+_STAGED = 1 << 23  # entries sent to a GPU at a time: 32 MB of a float32 tensor, page-locked in two buffers
 
 
 @dataclass(frozen=True)
 class Reader:
     """A tensor that is read piece by piece.
 
-    n:        entries
-    read:     (start, stop) -> these entries of the row-major order, contiguous
-    device:   where these are
-    copies:   whether a piece takes memory of its own
-    release:  told (start, stop) when a piece is no longer needed, if given; not by a `StreamSource` of small pairs
-    itemsize: bytes of an entry
+    Attributes:
+        n: number of entries.
+        read: (start, stop) -> these entries in row-major order, contiguous.
+        device: the device of what is read.
+        copies: whether a piece has memory of its own.
+        release: called with (start, stop) when a piece is not needed any more, or None. A `StreamSource` does not call
+            it if all its pairs are small.
+        itemsize: bytes per entry.
     """
 
     n: int
@@ -154,7 +158,7 @@ class Reader:
 
     @classmethod
     def of(cls, tensor: Readable) -> Reader:
-        """Reads a tensor where it is: in memory, or on disk through the CPU's."""
+        """A reader of a tensor in memory, or of a checkpoint's tensor on disk."""
         n, itemsize = tensor.numel(), tensor.dtype.itemsize
         if isinstance(tensor, CheckpointTensor):
             return cls(n, tensor.piece, torch.device("cpu"), False, tensor.release, itemsize)
@@ -162,14 +166,14 @@ class Reader:
         return cls(n, read, tensor.device, not tensor.is_contiguous(), None, itemsize)
 
     def rounded(self, dtype: torch.dtype | None) -> Reader:
-        """Reads the entries rounded to a dtype; None: as they are."""
+        """A reader of the same entries rounded to a dtype; None leaves them as they are."""
         if dtype is None:
             return self
         read = self.read
         return replace(self, read=lambda start, stop: read(start, stop).to(dtype), copies=True, itemsize=dtype.itemsize)
 
     def part(self, start: int, stop: int) -> Reader:
-        """Entries start..stop as a tensor of their own."""
+        """A reader of the entries start..stop as if they were a tensor."""
         release = self.release
         return replace(
             self,
@@ -180,13 +184,14 @@ class Reader:
 
 
 class StreamSource:
-    """Pairs of tensors that are read piece by piece, anew in every pass; samples are taken where the entries lie.
+    """Pairs of tensors that every pass reads piece by piece.
 
     Args:
-        initial, tuned: a reader per tensor; `initial` may be empty: zeros.
-        device: where the passes run. What is read elsewhere is copied there, a piece ahead.
-        progress: its `update` is told the bytes that were read.
-        digests: as of `TensorSource`, on `device`.
+        initial: a reader per tensor; empty for zeros.
+        tuned: a reader per tensor.
+        device: where the passes run. Entries read elsewhere are copied there, one piece ahead.
+        progress: an object whose `update` is called with the number of bytes read.
+        digests: as in `TensorSource`, on `device`.
     """
 
     def __init__(
@@ -230,7 +235,7 @@ class StreamSource:
 
     @property
     def can_sample(self) -> bool:
-        """Whether all entries can be looked at where they lie."""
+        """Whether single entries can be read in place."""
         return not any(reader.copies or reader.device != self.device for reader in (*self.initial, *self.tuned))
 
     def sample(self, passes: Backend, tensors: Tensor, runs: Tensor, keys: Tensor) -> None:

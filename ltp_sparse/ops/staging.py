@@ -1,4 +1,4 @@
-"""Pieces of tensors on their way to a GPU: while it works on one, the next is read from disk and copied to it."""
+"""Staging for a GPU: while it works on one piece of a tensor, the next piece is read from disk and copied to it."""
 
 from __future__ import annotations
 
@@ -16,22 +16,27 @@ SLOTS = 2
 
 
 class Piece(NamedTuple):
-    """read: gives the tensors of the piece, contiguous, on any device; release: told when they are copied."""
+    """A piece that is read later.
+
+    Attributes:
+        read: returns the tensors of the piece, contiguous, on any device.
+        release: called when they have been copied.
+    """
 
     read: Callable[[], Sequence[Tensor]]
     release: Callable[[], None]
 
 
 def staged(pieces: Iterable[Piece], room: Sequence[int], device: torch.device) -> Iterator[list[Tensor]]:
-    """The tensors of each piece, on the device, in order. They are valid until the next ones are asked for.
+    """Yields the tensors of each piece in order, on the device. They are valid until the next ones are asked for.
 
-    A thread reads, one piece ahead. What is on the host goes through page-locked memory, so that the copy runs while
-    the GPU computes.
+    A thread reads one piece ahead. Tensors on the host go through page-locked memory, so that the copy runs while the
+    GPU computes.
 
     Args:
-        pieces: what to read; an error of a piece is raised in its place.
+        pieces: the pieces to read. An error of a piece is raised where its tensors were due.
         room: bytes of the largest tensor at each position of a piece.
-        device: where the tensors are wanted. On the CPU they are copied, too.
+        device: where the tensors are wanted. They are copied on the CPU too.
     """
     lane = torch.cuda.Stream(device) if device.type == "cuda" else None
     if lane is not None:
@@ -56,7 +61,7 @@ def staged(pieces: Iterable[Piece], room: Sequence[int], device: torch.device) -
                 filled.cancel()
             reader.shutdown()
             if lane is not None:
-                lane.synchronize()  # before the room on the device is given to others
+                lane.synchronize()  # before the room on the device is freed
 
 
 class _Slot:
@@ -72,10 +77,10 @@ class _Slot:
             self.copied, self.worked_on = torch.cuda.Event(), torch.cuda.Event()
 
     def fill(self, piece: Piece) -> list[Tensor]:
-        """Reads, and starts the copies. Runs in the thread."""
+        """Reads a piece and starts its copies. Runs in the thread."""
         if self.lane is not None:
-            self.copied.synchronize()  # else the room on the host is still being read
-            self.lane.wait_event(self.worked_on)  # else that on the device is
+            self.copied.synchronize()  # the last copy may still read the room on the host
+            self.lane.wait_event(self.worked_on)  # kernels may still read the room on the device
         filled = []
         with torch.cuda.stream(self.lane) if self.lane is not None else nullcontext():
             for host, there, tensor in zip(self.host, self.there, piece.read(), strict=True):
@@ -88,16 +93,16 @@ class _Slot:
         return filled
 
     def wait(self) -> None:
-        """What is launched from now on finds the copies done."""
+        """Makes all later launches wait for the copies."""
         if self.lane is not None:
             torch.cuda.current_stream(self.lane.device).wait_event(self.copied)
 
     def used(self) -> None:
-        """What was launched so far is the last to look at the tensors."""
+        """Marks the launches so far as the last ones that read the tensors."""
         if self.lane is not None:
             self.worked_on.record(torch.cuda.current_stream(self.lane.device))
 
 
 def _as(room: Tensor, tensor: Tensor) -> Tensor:
-    """The start of the room, in the shape and dtype of a tensor [m]."""
+    """The start of the room as a tensor with the shape and dtype of `tensor`, [m]."""
     return room[: tensor.nbytes].view(tensor.dtype)

@@ -93,9 +93,9 @@ def select_by_tensor(
         passes, source, groups, torch.tensor(ks, device=source.device, dtype=torch.int64), None, ranks, nonfinite
     )
     check_finite(nonfinite, source, ranks)
-    lower = digit_pass(passes, source, groups, upper.rank, upper.digit, ranks, nonfinite)
+    lower = digit_pass(passes, source, groups, upper.order, upper.digit, ranks, nonfinite)
     cuts = joined(upper, lower)
-    marker = _Marker(passes, source, groups, cuts, lower.rank.tolist())
+    marker = _Marker(passes, source, groups, cuts, lower.order.tolist())
     sets: list[IndexSet] = []
     kept: Spool | list[Tensor] = [] if spool is None else spool
     for tensor in range(len(groups)):
