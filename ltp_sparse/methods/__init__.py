@@ -1,4 +1,4 @@
-"""Training methods: small classes that say which weights train, which input is built, and which ticket applies."""
+"""Training methods: small classes that define which weights train, which inputs are built and which ticket applies."""
 
 from ltp_sparse.methods.adaptive import AdaSFT
 from ltp_sparse.methods.base import Context, Method, Settings, Setup
@@ -25,11 +25,15 @@ METHODS: dict[str, type[Method]] = {
         DeepPromptTuning, FineTuning, BitFit, HeadOnly, LTSFT, SCSFT, RandSFT, AdaSFT, MADX, SPT,
     )
 }  # fmt: skip
-"""Every method by the name that recipes and the command line use."""
+"""Name in recipes and on the command line -> method."""
 
 
 def register(method: type[Method]) -> type[Method]:
-    """Class decorator: makes a method of one's own known by its key, to recipes and to `load_trained`."""
+    """Class decorator that adds your own method, so that recipes and `load_trained` find it by its key.
+
+    Raises:
+        ValueError: another method has this key.
+    """
     if METHODS.get(method.key, method).__qualname__ != method.__qualname__:
         raise ValueError(
             f"register: there is a method {method.key!r} already, {METHODS[method.key].__name__}; take another key"

@@ -1,4 +1,4 @@
-"""Ada-SFT: a soft mask over the encoder's linear weights is learned first, then the weights under it."""
+"""Ada-SFT: first a soft mask over the linear weights of the encoder is learned, then the weights under the mask."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class AdaSFT(ClassifierMethod):
-    """W acts as W * M with M = sigmoid(S): S learns with W fixed, then W with M fixed; the head learns in both steps.
+    """A weight W acts as W * M, M = sigmoid(S). S trains with W fixed, then W with M fixed; the head trains in both.
 
     Biases, LayerNorms and embeddings stay as they are. The result is the dense difference M * W_T - W_s over all linear
-    weights, so that it composes with language SFTs; it saves no parameters (85 million values for XLM-R-base).
+    weights, so that it composes with language SFTs. It saves no parameters: 85 million values for XLM-R-base.
 
     Attributes:
-        init: of S
-        mask_learning_rate: of the first step; the settings' is that of the second
-        keep: share of M that stays; the smallest others become 0 after the first step. None: all stay
+        init: initial value of S.
+        mask_learning_rate: learning rate of the first step; the second step has that of the settings.
+        keep: share of M that is kept; the smallest values become 0 after the first step. None keeps all.
     """
 
     key = "ada-sft"

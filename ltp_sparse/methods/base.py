@@ -1,4 +1,4 @@
-"""What every training method is: which weights train, which input is built, which ticket applies, what is saved."""
+"""`Method`, the base class: which weights train, which inputs are built, which ticket applies, what is saved."""
 
 from __future__ import annotations
 
@@ -23,16 +23,19 @@ class Settings:
     """How a method trains.
 
     Attributes:
-        learning_rate: of the language model's entries and of everything that trains beside them
-        epochs: over the training examples; `max_steps`, if positive, caps the updates
-        batch_size: examples per update
-        weight_decay: decoupled, of AdamW
-        l2: coupled, of Adam (added to the gradient; not of biases and LayerNorms); trains all weights or none
-        max_grad_norm: norm to which the gradient of what trains is clipped; 0: no clipping
-        schedule: "constant", or "linear" decay to 0 after `warmup`, a share of the updates
-        eval_steps: updates between evaluations on dev; 0: once an epoch
-        max_length: tokens of an input
-        seeds: those of the repeated runs of an experiment
+        learning_rate: learning rate of everything that trains.
+        epochs: passes over the training examples.
+        batch_size: examples per update.
+        weight_decay: decoupled weight decay of AdamW.
+        l2: coupled decay of Adam, added to the gradients except those of biases and LayerNorms. It needs a method that
+            trains all weights or none.
+        max_grad_norm: norm to which the gradients are clipped; 0 does not clip.
+        schedule: "constant", or "linear", which decays to 0 after the warm-up.
+        warmup: share of the updates in which the learning rate rises from 0.
+        eval_steps: updates between evaluations on dev; 0 evaluates once an epoch.
+        max_steps: if positive, the most updates.
+        max_length: tokens per input.
+        seeds: seeds of the repeated runs of an experiment.
     """
 
     learning_rate: float = 2e-5
@@ -62,13 +65,14 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What a run gives to its method.
+    """What a run tells its method.
 
     Attributes:
-        labels: classes of the task, in the order of the logits
-        language: that of the training examples: the pattern's words, where a pattern has some
-        verbalizer: words of the classes, where a method scores words; None: the English ones of inference
-        seed: of initial values and of whatever the method draws
+        tokenizer: the language model's tokenizer.
+        labels: classes of the task, in the order of the logits.
+        language: language of the training examples, for the words of a discrete pattern.
+        verbalizer: words of the classes, for methods that score words; None takes the English words of inference.
+        seed: seed of initial values and random choices.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -78,7 +82,11 @@ class Context:
     seed: int = 1
 
     def words(self) -> Verbalizer:
-        """The verbalizer; ValueError where none fits the classes."""
+        """The verbalizer.
+
+        Raises:
+            ValueError: there is none that fits the classes.
+        """
         if self.verbalizer is None and self.labels == CLASSES:
             return Verbalizer.for_language(self.tokenizer, "en")
         found = None if self.verbalizer is None else len(self.verbalizer.token_ids)
@@ -100,16 +108,18 @@ Collate = Callable[[Sequence[Any]], dict[str, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """A model made ready by a method.
+    """A model that a method has made ready to train.
 
     Attributes:
-        model: `model(**batch)["logits"]` is [B, C]; it holds the language model's parameters under their own names
-        dense: modules and parameters of `model` that train, and are stored, in full
-        loss: (outputs, labels [B], examples of the whole update or None) -> scalar; None: cross-entropy over the
-            classes
-        bake: dense tensors that inference needs in place of those of `dense`; None: the same ones
-        facts: for the metadata of results
-        undo: takes what the method attached to the language model off again
+        model: `model(**batch)["logits"]` is [B, C]. The parameters of the language model have their own names in it.
+        encode: see `Encode`.
+        collate: see `Collate`.
+        dense: modules and parameters of `model` that train in full and are stored in full.
+        loss: (outputs, labels [B], number of examples of the whole update or None) -> scalar; None stands for
+            cross-entropy over the classes.
+        bake: returns the dense tensors that inference needs; None if they are those of `dense`.
+        facts: metadata of the results.
+        undo: removes what the method attached to the language model.
     """
 
     model: nn.Module
@@ -129,22 +139,23 @@ class Setup:
 
 
 class Tune(Protocol):
-    """Trains a setup once with a ticket and takes everything back to its initial bits; what it found is the delta."""
+    """Trains a setup with a ticket, puts all weights back to their initial bits, and returns the delta it found."""
 
     def __call__(self, setup: Setup, ticket: Ticket, settings: Settings | None = None) -> SparseDelta: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """A training method: a frozen dataclass of options, and of `settings`.
+    """A training method: a frozen dataclass of options and `settings`.
 
     Attributes:
-        key: its name in recipes and on the command line
-        name: its name in tables
-        needs_ticket: whether `ticket` wants one to be given
-        backbone: "masked" (XLM-R) or "causal" (XGLM, BLOOM)
-        inputs: the kinds of examples it reads: "pair", "text"
-        picks: "loss" where the evaluation of smallest loss on dev is kept; None: that of the best metric
+        key: name in recipes and on the command line.
+        name: name in tables.
+        needs_ticket: whether `ticket` needs the ticket of stage 1.
+        backbone: "masked" (XLM-R) or "causal" (XGLM, BLOOM).
+        inputs: kinds of examples that it reads: "pair", "text".
+        picks: "loss" keeps the weights of the smallest loss on dev; None keeps those of the best metric.
+        settings: how it trains.
     """
 
     key: ClassVar[str]
@@ -162,23 +173,37 @@ class Method(ABC):
 
     @property
     def tied(self) -> bool:
-        """Whether the LM head has to share the word embedding; otherwise it may have a frozen copy of its own."""
+        """Whether the LM head must share the word embedding. Otherwise it may have a frozen copy."""
         return False
 
     @abstractmethod
     def prepare(self, language_model: PreTrainedModel) -> None:
-        """Brings the LM head, in place, into the state that the method trains with; raises ValueError if it cannot."""
+        """Brings the LM head, in place, into the state that the method trains with.
+
+        Raises:
+            ValueError: the head of this model cannot be brought into that state.
+        """
 
     @abstractmethod
     def build(self, language_model: PreTrainedModel, context: Context, *, baked: bool = False) -> Setup:
-        """The model to train, around the language model, and its inputs. baked: as `Setup.bake` stores it."""
+        """The model to train, around the language model, and its inputs.
+
+        Args:
+            language_model: it stays as it is, except for modules that `Setup.undo` removes.
+            context: what the run gives.
+            baked: builds the model that reads the tensors of `Setup.bake`.
+        """
 
     def ticket(self, language_model: PreTrainedModel, given: Ticket | None = None, *, seed: int = 0) -> Ticket:
         """The entries of the language model that train.
 
         Args:
-            given: the ticket of stage 1, for methods that need one; the others refuse it.
-            seed: that of the run, for methods that draw.
+            language_model: the model at its initial weights.
+            given: the ticket of stage 1, if the method needs one.
+            seed: seed of the run, for methods that draw entries at random.
+
+        Raises:
+            ValueError: a ticket is missing, or given to a method without one.
         """
         if self.needs_ticket and given is None:
             raise ValueError(
@@ -195,22 +220,22 @@ class Method(ABC):
     def _ticket(self, language_model: PreTrainedModel, given: Ticket | None, seed: int) -> Ticket: ...
 
     def choose(self, setup: Setup, ticket: Ticket, tune: Tune) -> tuple[Setup, Ticket]:
-        """Setup and ticket of the last phase, for methods that find them by training: by default the first ones."""
+        """Setup and ticket of the last phase. Methods that find these by training override it."""
         return setup, ticket
 
     def finish(self, setup: Setup, *deltas: SparseDelta) -> tuple[SparseDelta, ...]:
-        """The deltas to keep, from those of the last phase, with the model at its initial bits: by default the same."""
+        """The deltas to keep, made from those of the last phase, with the model at its initial bits."""
         return deltas
 
     def describe(self) -> dict[str, Any]:
-        """What `from_description` needs to make this method again: for metadata, as JSON can hold it."""
+        """JSON values, for metadata, from which `from_description` makes this method again."""
         options = asdict(self)
         settings = options.pop("settings")
         return {"method": self.key, "settings": {**settings, "seeds": list(settings["seeds"])}, "options": options}
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> Method:
-        """The method that `describe` described, of this class."""
+        """The method of this class that `describe` has described."""
         settings = type(cls().settings)(**description["settings"])
         return cls(**description["options"], settings=settings)
 

@@ -28,11 +28,11 @@ class DeepPromptTuning(Method):
     """P-tuning v2: the prompt of every layer trains, and a head.
 
     Attributes:
-        n: rows of the prompt
-        head: "classifier", a linear layer on `<s>` as in the source, or "mlm": the frozen LM head and the verbalizer at
-            `<mask>`, for comparison with the other prompts
-        projection: see `DeepPrompt`
-        position_offset: see `DeepPrompt`
+        n: number of rows of the prompt.
+        head: "classifier" is a linear layer on `<s>`, as in the paper. "mlm" is the frozen LM head with the verbalizer
+            at `<mask>`, for comparison with the other prompts.
+        projection: see `DeepPrompt`.
+        position_offset: see `DeepPrompt`.
     """
 
     key = "deep-prompt"
@@ -53,7 +53,7 @@ class DeepPromptTuning(Method):
         return self.head == "mlm"
 
     def prepare(self, language_model: XLMRobertaForMaskedLM) -> None:
-        """Frozen, a tied head and a decoupled one are the same."""
+        """Nothing to do: a frozen head gives the same logits whether tied or decoupled."""
 
     def _ticket(self, language_model: XLMRobertaForMaskedLM, given: Ticket | None, seed: int) -> Ticket:
         return nothing()

@@ -36,16 +36,16 @@ SHARES: dict[str, dict[str, float]] = {
     "sentiment": {"embeddings": 0.005, "layer -2": 0.02, "layer -1": 0.02, "other layers": 0.955},
     "language": {"embeddings and last two layers": 0.6, "other layers": 0.4},
 }
-"""SC-SFT's shares of the budget by task; layers count from the end."""
+"""SC-SFT's shares of the budget, by task. Negative layers count from the end."""
 
 
 def scaled_budget(k: int, maskable: int) -> int:
-    """`k` of XLM-R-base's 277,414,656 maskable entries, as the same share of another model's."""
+    """The budget of a model that is the same share of its maskable entries as `k` is of XLM-R-base's 277,414,656."""
     return math.floor(Fraction(k, _MASKABLE) * maskable)
 
 
 def encode_for_classifier(tokenizer: Any, labels: tuple[str, ...], max_length: int) -> Encode:
-    """What encodes pairs and single texts for a `SequenceClassifier`."""
+    """A function that encodes pairs or single texts for a `SequenceClassifier`."""
     pairs = partial(encode_pairs, tokenizer, classes=labels, max_length=max_length)
     texts = partial(encode_texts, tokenizer, classes=labels, max_length=max_length)
     return lambda examples: (pairs if examples and kind_of(examples[0]) == "pair" else texts)(examples)
@@ -53,12 +53,12 @@ def encode_for_classifier(tokenizer: Any, labels: tuple[str, ...], max_length: i
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierMethod(Method):
-    """A method that trains a classification head on `<s>` in full, beside its share of the encoder."""
+    """A method that trains a classification head on `<s>` in full, and some or no entries of the encoder."""
 
     inputs = ("pair", "text")
 
     def prepare(self, language_model: XLMRobertaForMaskedLM) -> None:
-        """The LM head plays no part."""
+        """Nothing to do: the LM head is not used."""
 
     def build(self, language_model: XLMRobertaForMaskedLM, context: Context, *, baked: bool = False) -> Setup:
         with torch.random.fork_rng():
@@ -102,7 +102,7 @@ def _task_sft() -> Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadOnly(ClassifierMethod):
-    """The head alone trains, on an encoder that stays as it is: a control."""
+    """Only the head trains, on a frozen encoder. A control."""
 
     key = "head-only"
     name = "head only"
@@ -124,10 +124,10 @@ class TaskSFT(ClassifierMethod):
     """Sparse fine-tuning of a budget of entries and the head.
 
     Attributes:
-        k: entries, as counted on XLM-R-base; a model of another size takes the same share of its own
-        density: share of the maskable entries, instead of k
-        scope: what may train: "all", "no-embeddings" or "query-value" (Random Masking's)
-        of: what density counts against: "model", all maskable entries, or "pool", those in scope
+        k: number of entries for XLM-R-base. A model of another size trains the same share of its entries.
+        density: share of the entries that trains, instead of k.
+        scope: which entries may train: "all", "no-embeddings" or "query-value" (as in Random Masking).
+        of: which entries `density` is a share of: all maskable ones ("model"), or those in scope ("pool").
     """
 
     settings: Settings = field(default_factory=_task_sft)
@@ -142,7 +142,7 @@ class TaskSFT(ClassifierMethod):
                 raise ValueError(f"{type(self).__name__}: {key} must be one of {', '.join(known)}, got {found!r}")
 
     def budget(self, model: torch.nn.Module) -> int:
-        """Entries to train of a model."""
+        """How many entries of a model train."""
         pool = pools.maskable if self.density is None or self.of == "model" else SCOPES[self.scope]
         n = sum(parameter.numel() for name, parameter in canonical_parameters(model).items() if pool(name))
         return scaled_budget(self.k, n) if self.density is None else entries_for(n, density=self.density)
@@ -150,13 +150,13 @@ class TaskSFT(ClassifierMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class LTSFT(TaskSFT):
-    """LT-SFT (Ansell et al. 2022): full tuning picks the entries, rewound to the start these are trained.
+    """LT-SFT (Ansell et al. 2022): full tuning finds the entries, then they train again from the initial weights.
 
-    LayerNorms stay as they are in both phases; the head trains in both and starts anew in the second.
+    LayerNorms are frozen in both phases. The head trains in both, from new initial values in the second.
 
     Attributes:
-        iterations: of full tuning; each adds k / iterations entries and starts from the sparse tuning of those found
-            before
+        iterations: how often the first phase runs. Each time it adds k / iterations entries, and starts from a sparse
+            tuning of the entries found so far.
     """
 
     key = "lt-sft"
@@ -190,7 +190,7 @@ class LTSFT(TaskSFT):
         return setup, chosen
 
     def shares(self, ticket: Ticket) -> Mapping[str, float] | None:
-        """Shares of the budget by regular expression over names; None: one budget for all."""
+        """Regular expression over names -> share of the budget; None stands for one budget over all."""
         return None
 
 
@@ -205,7 +205,7 @@ def most_changed(tuned: SparseDelta, but: Ticket | None, k: int, shares: Mapping
             for name, values in after.items()
         }
     ticket = select(initial, after, k=k, budget="global" if shares is None else shares)
-    # the weights may carry deltas: the trainer takes the fingerprint of what lies below them
+    # without the fingerprint: deltas may be applied, and the trainer computes that of the weights below them
     return Ticket(ticket.sets, ticket.shapes, ticket.metadata)
 
 
@@ -214,7 +214,7 @@ class SCSFT(LTSFT):
     """SC-SFT: LT-SFT with a share of the budget for each group of layers.
 
     Attributes:
-        groups: a name of `SHARES`, or shares by regular expression over parameter names
+        groups: a key of `SHARES`, or regular expression over parameter names -> share.
     """
 
     key = "sc-sft"
@@ -233,7 +233,7 @@ class SCSFT(LTSFT):
 
 
 def group_shares(groups: str, names: list[str]) -> dict[str, float]:
-    """Shares by regular expression for a model with these parameters. The first expression found in a name counts."""
+    """Regular expression -> share, for a model with these parameter names. The first expression that matches counts."""
     layers = len({layer_of(name) for name in names} - {"embeddings", "other"})
     patterns = {
         "embeddings": r"embeddings\.",
@@ -250,9 +250,9 @@ class RandSFT(TaskSFT):
     """Rand-SFT: random entries and the head train, in one phase.
 
     Attributes:
-        match: "pool" draws uniformly over the scope, "layers" takes as many in every parameter as LT-SFT finds there,
-            and costs its first phase for that
-        bernoulli: draw every entry with probability k / pool, instead of exactly k
+        match: "pool" draws uniformly from the scope. "layers" draws as many entries in every parameter as LT-SFT finds
+            there, for which it has to run the first phase of LT-SFT.
+        bernoulli: draws every entry with probability k / pool, instead of exactly k entries.
     """
 
     key = "rand-sft"

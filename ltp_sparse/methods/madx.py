@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class MADX(ClassifierMethod):
-    """A task adapter and the head train; below the task adapter a language adapter stays as it is.
+    """A task adapter and the head train. The language adapter below the task adapter stays as it is.
 
     Attributes:
-        reduction: of the task adapter; 1 gives about the budget of a task SFT
-        drop_last: no adapters in the last layer
-        language_adapter: file of the adapter of the training language, or, on loading, of the language to be labelled;
-            None: none
+        reduction: hidden size divided by the size of the task adapter. 1 gives about as many values as a task SFT.
+        drop_last: leaves the adapters of the last layer out.
+        language_adapter: file with the adapter of the training language or, when a trained model is loaded, of the
+            language to label. None uses no language adapter.
     """
 
     key = "mad-x"

@@ -1,7 +1,7 @@
 """Prompt-learning methods: LTP and its controls, DP, SP and MP.
 
-All of them read a cloze template, score the verbalizer's words at `<mask>`, and save a `SparseDelta` over their ticket
-with the prompt in its dense tensors.
+Each fills a cloze template, scores the words of the verbalizer at `<mask>`, and saves a `SparseDelta` over its ticket,
+with the prompt among the dense tensors.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class PromptSettings(Settings):
     """Settings of prompt-learning; the defaults are LTP's.
 
     Attributes:
-        n_prompt: prompt embeddings
-        encoder: "bilstm", "mlp" or "none"
-        init: "normal" draws the rows of the prompt encoder from N(0, 1), "vocabulary" copies word embeddings
-        truncation: "longest_first" or "hypothesis_first" (see `Template.encode`)
+        n_prompt: number of prompt embeddings.
+        encoder: "bilstm", "mlp" or "none".
+        init: "normal" draws the rows of the prompt encoder from N(0, 1); "vocabulary" copies word embeddings.
+        truncation: "longest_first" or "hypothesis_first" (see `Template.encode`).
     """
 
     epochs: float = 70
@@ -59,20 +59,20 @@ def _zhao_schutze() -> PromptSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptMethod(Method):
-    """Which entries of a language model train beside a prompt, and in which template; with the soft one by default."""
+    """A method with a template, by default the soft one, whose prompt trains beside entries of the language model."""
 
     settings: PromptSettings = field(default_factory=PromptSettings)
 
     inputs = ("pair", "text")
     freezes_words: ClassVar[bool] = False
-    """Whether the label words are scored by rows of the output embedding that stay as they are."""
+    """Whether the label words are scored by frozen copies of their rows of the output embedding."""
 
     @property
     def scores_words(self) -> bool:
         return True
 
     def template(self, language: str, kind: str) -> Template:
-        """The cloze pattern for examples of a kind, "pair" or "text", in words of a language."""
+        """The template for examples of a kind, "pair" or "text", with the words of a language."""
         return soft_template(self.settings.n_prompt, kind)
 
     def build(self, language_model: XLMRobertaForMaskedLM, context: Context, *, baked: bool = False) -> Setup:
@@ -114,7 +114,7 @@ class PromptMethod(Method):
 class LTP(PromptMethod):
     """Lottery Ticket Prompt-learning: the ticket's entries and the prompt encoder train, from the initial weights.
 
-    LayerNorms and the LM head stay as they are, and so do the rows of its decoupled output embedding that are used.
+    LayerNorms and the LM head are frozen, and so are the rows of the decoupled output embedding that score the words.
     """
 
     key = "ltp"
@@ -123,7 +123,7 @@ class LTP(PromptMethod):
     freezes_words = True
 
     def prepare(self, language_model: XLMRobertaForMaskedLM) -> None:
-        """The head may share the word embedding: the rows of the label words are set aside as they are."""
+        """Nothing to do: the rows of the label words are copied, so that the head may share the word embedding."""
 
     def _ticket(self, language_model: XLMRobertaForMaskedLM, given: Ticket | None, seed: int) -> Ticket:
         assert given is not None  # checked in `ticket`
@@ -137,10 +137,10 @@ class LTP(PromptMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class RandomTicket(LTP):
-    """LTP with as many entries as its ticket, drawn at random from the ticket's pool with the seed of the run.
+    """LTP with a random ticket: as many entries of the same pool as the given ticket, drawn with the seed of the run.
 
     Attributes:
-        match: "pool" draws uniformly over the whole pool, "layers" keeps the ticket's count in every parameter
+        match: "pool" draws uniformly from the pool; "layers" keeps the number of entries in every parameter.
     """
 
     key = "random-ticket"
@@ -160,7 +160,7 @@ class RandomTicket(LTP):
 
 @dataclass(frozen=True, kw_only=True)
 class AllActive(LTP):
-    """LTP with every maskable entry in its ticket: LayerNorms, LM head and output embedding frozen."""
+    """LTP with every maskable entry in its ticket. LayerNorms, LM head and output embedding are frozen."""
 
     key = "all-active"
     name = "LTP, all active"
@@ -174,7 +174,7 @@ class AllActive(LTP):
 class SoftPrompt(PromptMethod):
     """SP: the prompt encoder and every weight of the (tied) language model train (Zhao & Schütze 2021).
 
-    The default schedule is the original's; `SoftPrompt(settings=PromptSettings())` is SP on LTP's schedule.
+    The default schedule is that of the paper. `SoftPrompt(settings=PromptSettings())` is SP on LTP's schedule.
     """
 
     key = "soft-prompt"
@@ -198,7 +198,7 @@ class SoftPrompt(PromptMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class DiscretePrompt(SoftPrompt):
-    """DP: a pattern in words, no prompt embeddings; every weight trains (Zhao & Schütze 2021)."""
+    """DP: a pattern in words, without prompt embeddings. Every weight trains (Zhao & Schütze 2021)."""
 
     key = "discrete-prompt"
     name = "DP"
@@ -220,14 +220,14 @@ class MixedPrompt(SoftPrompt):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOnly(PromptMethod):
-    """The prompt encoder alone trains; the language model is frozen ("Fixed-LM")."""
+    """Only the prompt encoder trains; the language model is frozen ("Fixed-LM")."""
 
     key = "prompt-only"
     name = "PT-frozen"
     settings: PromptSettings = field(default_factory=lambda: PromptSettings(learning_rate=5e-3))
 
     def prepare(self, language_model: XLMRobertaForMaskedLM) -> None:
-        """Frozen, a tied head and a decoupled one are the same."""
+        """Nothing to do: a frozen head gives the same logits whether tied or decoupled."""
 
     def _ticket(self, language_model: XLMRobertaForMaskedLM, given: Ticket | None, seed: int) -> Ticket:
         return nothing()
@@ -236,7 +236,7 @@ class PromptOnly(PromptMethod):
 def prompt_encoder(
     settings: PromptSettings, language_model: Any, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> PromptEncoder:
-    """A prompt encoder with initial values of its own generator."""
+    """A new prompt encoder, whose initial values depend on the seed alone."""
     embedding: Tensor = language_model.get_input_embeddings().weight
     rows = None
     if settings.init == "vocabulary":

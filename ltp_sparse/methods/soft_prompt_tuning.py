@@ -34,17 +34,17 @@ def _spt() -> Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class SPT(Method):
-    """Soft prompt tuning of a causal language model; the token after the prompt is the class's word.
+    """Soft prompt tuning of a causal language model. The token after the prompt is the word of the class.
 
-    Training minimises the cross-entropy over the whole vocabulary, and the best epoch is that of the smallest loss on
-    dev.
+    Training minimises the cross-entropy over the whole vocabulary. The epoch with the smallest loss on dev is kept.
 
     Attributes:
-        n: prompt embeddings
-        bottleneck: width of the reparameterisation; None: the rows are the prompt
-        frozen: the language model stays as it is; otherwise all of it trains, at a rate of 1e-5 to 5e-5
-        compat: with a reparameterisation, leave its LayerNorm at the initial values, as the source does when frozen
-        words: class -> word; None: those of SIB-200's topics for the model
+        n: number of prompt embeddings.
+        bottleneck: width of the reparameterisation; None trains the embeddings directly.
+        frozen: freezes the language model. Otherwise all of it trains, at a rate of 1e-5 to 5e-5.
+        compat: keeps the LayerNorm of the reparameterisation at its initial values, as the paper's code does with a
+            frozen model.
+        words: class -> word; None takes the words of SIB-200's topics for this model.
     """
 
     key = "spt"

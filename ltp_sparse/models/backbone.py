@@ -1,4 +1,4 @@
-"""Masked-LM backbones, XLM-R and BERT: loading, random weights, and the decoupled LM head."""
+"""Language models to train: loading masked ones (XLM-R, BERT) and causal ones, and decoupling the LM head."""
 
 from __future__ import annotations
 
@@ -38,21 +38,22 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     tokenizer: str | os.PathLike[str] | None = None,
 ) -> tuple[XLMRobertaForMaskedLM, PreTrainedTokenizerBase]:
-    """An `XLMRobertaForMaskedLM` and its tokenizer, from a local folder or by Hub name (only then is it downloaded).
+    """An `XLMRobertaForMaskedLM` and its tokenizer, from a local folder or the Hub.
 
-    A BERT becomes the XLM-R that computes the same (`ltp_sparse.models.bert`), and is saved as one.
+    A BERT is turned into the XLM-R that computes the same (`ltp_sparse.models.bert`), and is saved as one.
 
     Args:
         name_or_path: a folder, a Hub name, or "mini-xlmr", the small model that comes with this package.
-        decoupled: give the LM head its own frozen copy of the word embedding (`decouple`). A folder that was saved
-            decoupled stays so whatever this says.
-        dtype: of the weights. Deltas of about 1e-4 vanish in bfloat16: train float32 weights, under autocast if wanted.
-        tokenizer: folder or Hub name of the tokenizer when it is not beside the weights.
+        decoupled: gives the LM head its own frozen copy of the word embedding (`decouple`). A model that was saved
+            decoupled always stays so.
+        dtype: dtype of the weights. Changes of about 1e-4 vanish in bfloat16, so train float32 weights, under autocast
+            if you like.
+        tokenizer: folder or Hub name of the tokenizer, if it is not beside the weights.
 
     Raises:
-        ValueError: a missing folder or name; missing or damaged files; another architecture; files that lack a weight
-            of the model, or hold one of another shape or for another place (a checkpoint without LM head, names with a
-            prefix); weights that are NaN or infinite; a tokenizer that is empty or does not fit the model.
+        ValueError: the folder or name does not exist; a file is missing or damaged; it is another architecture; the
+            files lack a weight, hold one of another shape, or hold weights without a place in the model (no LM head,
+            names with a prefix); a weight is NaN or infinite; the tokenizer is empty or does not fit the model.
     """
     from transformers import AutoConfig, BertForMaskedLM, XLMRobertaForMaskedLM
 
@@ -83,10 +84,15 @@ def load_causal(
     dtype: torch.dtype = torch.float32,
     tokenizer: str | os.PathLike[str] | None = None,
 ) -> tuple[XGLMForCausalLM | BloomForCausalLM, PreTrainedTokenizerBase]:
-    """An XGLM or BLOOM language model and its tokenizer, from a local folder or by Hub name; as `load_backbone`.
+    """An XGLM or BLOOM language model and its tokenizer, from a local folder or the Hub.
+
+    Args:
+        name_or_path: a folder or a Hub name.
+        dtype: dtype of the weights.
+        tokenizer: folder or Hub name of the tokenizer, if it is not beside the weights.
 
     Raises:
-        ValueError: as `load_backbone`.
+        ValueError: as in `load_backbone`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -105,10 +111,10 @@ def load_causal(
 def backbone_from_config(
     config: XLMRobertaConfig, *, decoupled: bool = True, dtype: torch.dtype = torch.float32
 ) -> XLMRobertaForMaskedLM:
-    """An `XLMRobertaForMaskedLM` with random weights from torch's global generator; works on the meta device, too."""
+    """An `XLMRobertaForMaskedLM` with random weights from torch's global generator. It can be on the meta device."""
     from transformers import XLMRobertaForMaskedLM
 
-    # The config is copied because decoupling writes into it and callers reuse theirs.
+    # a copy of the config, since decoupling changes it
     model = XLMRobertaForMaskedLM(type(config).from_dict(config.to_dict())).to(dtype)
     return decouple(model) if decoupled else model
 
@@ -116,11 +122,13 @@ def backbone_from_config(
 def decouple(model: XLMRobertaForMaskedLM) -> XLMRobertaForMaskedLM:
     """Unties the LM head in place: `lm_head.decoder.weight` becomes a frozen copy of the word embedding.
 
-    `lm_head.bias` stays one parameter with `decoder.bias`. An already separate decoder keeps its values and is frozen:
-    call this again after `resize_token_embeddings`, which splits the bias of an untied model.
-    `config.tie_word_embeddings` becomes False, without which saving, loading and resizing would tie the two again.
-    transformers 5 then no longer ties the bias either, so a saved folder gets both bias names and loads anywhere.
-    Returns the model.
+    `lm_head.bias` and `decoder.bias` stay one parameter. A decoder that is already separate keeps its values and is
+    frozen. Call this again after `resize_token_embeddings`, which splits the bias of an untied model.
+    `config.tie_word_embeddings` becomes False; otherwise saving, loading and resizing would tie the two again.
+    transformers 5 then stops tying the bias too, so that a saved folder gets both names of the bias and loads anywhere.
+
+    Returns:
+        The same model.
     """
     head, embedding = model.lm_head, model.get_input_embeddings()
     if head.decoder.weight is embedding.weight:
@@ -131,7 +139,7 @@ def decouple(model: XLMRobertaForMaskedLM) -> XLMRobertaForMaskedLM:
     else:  # resize_token_embeddings of an untied model resizes the decoder and leaves lm_head.bias behind
         head.bias = head.decoder.bias
     model.config.tie_word_embeddings = False
-    # tie_weights(recompute_mapping=False) reads this public record instead of the config.
+    # tie_weights(recompute_mapping=False) reads this public attribute instead of the config
     model.all_tied_weights_keys = {}
     if not getattr(model, "saves_both_biases", False):
         model.register_state_dict_post_hook(_save_both_biases)
@@ -146,7 +154,7 @@ def _as_xlm_roberta(bert: BertForMaskedLM, config: XLMRobertaConfig) -> XLMRober
 
 
 def longest_input(config: XLMRobertaConfig) -> int:
-    """Tokens that an XLM-R has positions for; they count from behind the padding index."""
+    """How many tokens an XLM-R has positions for. The first position is behind the padding index."""
     return config.max_position_embeddings - config.pad_token_id - 1
 
 
@@ -156,23 +164,23 @@ def is_decoupled(model: Any) -> bool:
 
 
 def _save_both_biases(module: nn.Module, state_dict: dict, prefix: str, local_metadata: dict) -> None:
-    # Shared tensors are saved under one name only, and a loader that does not tie leaves the other one zero.
+    # shared tensors are saved under one name, and a loader that does not tie them would leave the other one zero
     name = prefix + _DECODER_BIAS
     if name in state_dict:
         state_dict[name] = state_dict[name].clone()
 
 
 def _complete(what: str, cls: Any, source: str, **options: Any) -> Any:
-    """`cls.from_pretrained`, which gives random weights to what is not in the files and says so in a log.
+    """`cls.from_pretrained`, with an error for absent weights, which transformers makes random with a mere warning.
 
     Raises:
         FileFormatError: a weight of the model is not in the files or has another shape there, or the files hold weights
-            that the model has no place for, which is what becomes of names with a prefix.
+            without a place in the model, as under names with a prefix.
     """
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what it would warn of is the error below
+    logging.set_verbosity_error()  # its warnings are the error below
     try:
         with _loading(what, source):
             model, found = cls.from_pretrained(
@@ -183,7 +191,7 @@ def _complete(what: str, cls: Any, source: str, **options: Any) -> Any:
     named = canonical_parameters(model)
     missing = sorted({named.called(name) or name for name in found["missing_keys"]} - set(named.buffers))
     reshaped = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in found["mismatched_keys"])
-    # a pooler has no part in a language model, and files hold tied parameters under several names
+    # a language model has no pooler, and files can hold a tied parameter under several names
     strange = sorted(n for n in found["unexpected_keys"] if named.called(n) is None and not _SPARE.search(n))
     problems = [
         f"{text}, e.g. {names[0]!r}"
@@ -209,10 +217,10 @@ def _complete(what: str, cls: Any, source: str, **options: Any) -> Any:
 
 @contextmanager
 def _loading(what: str, source: str) -> Iterator[None]:
-    """Turns what `from_pretrained` raises for missing and damaged files into an error of one line."""
+    """Turns any exception of `from_pretrained` for missing and damaged files into an error of one line."""
     try:
         yield
-    except Exception as error:  # transformers and tokenizers raise whatever a damaged file makes of them
+    except Exception as error:  # transformers and tokenizers raise all kinds of exceptions for damaged files
         reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
         raise FileFormatError(
             source,
@@ -228,7 +236,7 @@ def _load_tokenizer(what: str, name_or_path: str | os.PathLike[str]) -> PreTrain
     with _loading(what, source):
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        # what transformers makes of a folder with a config alone; every word would be unknown
+        # transformers makes such a tokenizer from a folder with only a config; every word would be unknown
         raise ValueError(
             f"{what}: expected the files of a tokenizer in {source!r}, found none; save it there, or pass tokenizer= "
             "(--tokenizer), its folder or Hub name"
@@ -247,16 +255,17 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: XLMRobertaConfi
             f"load_backbone: expected a tokenizer with a mask token and pad id {config.pad_token_id}, got mask id "
             f"{tokenizer.mask_token_id} and pad id {tokenizer.pad_token_id}; pass an XLM-R tokenizer"
         )
-    # Positions of `inputs_embeds` count from the left and ignore padding.
+    # with `inputs_embeds`, positions are counted from the left and ignore padding
     tokenizer.padding_side = "right"
 
 
 @reader("config.json")
 def load_config(what: str, name_or_path: str | os.PathLike[str]) -> Any:
-    """The configuration of a model, from a local folder or by Hub name, without its weights; of a BERT, the XLM-R's.
+    """The configuration of a model, from a local folder or the Hub, without its weights.
 
     Args:
-        what: who asks, for the messages.
+        what: the caller's name, for messages.
+        name_or_path: a folder or a Hub name. For a BERT, the configuration is that of the equal XLM-R.
     """
     from transformers import AutoConfig
 

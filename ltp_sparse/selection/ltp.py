@@ -1,4 +1,4 @@
-"""Stage 1 of LTP: the ticket of the weights that moved most while a masked language model was tuned."""
+"""Stage 1 of LTP: the ticket of the weights that moved most in masked-language-model tuning."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STRATEGIES: dict[str, Callable[[str], bool]] = {
     "decoupled": pools.maskable,
     "frozen_embedding": pools.without_embeddings,
 }
-"""What may move in tuning and be selected. "vanilla" wants a tied LM head, "decoupled" a decoupled one."""
+"""Strategy -> which parameters train and may be selected. "vanilla" needs a tied head, "decoupled" a decoupled one."""
 
 
 def find_ticket(
@@ -44,25 +44,27 @@ def find_ticket(
     metadata: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Ticket:
-    """The winning ticket: the entries of the strategy's pool that tuning moved most.
+    """The winning ticket: the entries of the strategy's pool that moved most in tuning.
 
-    With the global budget, `density` counts against all maskable entries (277,414,656 of XLM-R-base) for every
-    strategy, so that "20 %" is the same number of entries; in a segment, and for the other budgets, against the pool.
+    With the global budget, `density` is a share of all maskable entries (277,414,656 of XLM-R-base) for every strategy,
+    so that 20 % is always the same number. In a segment, and with other budgets, it is a share of the pool.
 
     Args:
-        initial, tuned: modules, mappings from names to tensors, or safetensors checkpoints; at least one of them must
-            hold the whole base model. With a score, `tuned` is None.
-        strategy: that of the tuning.
-        budget: "global" (across layers), "layer" (layer separate), "tensor", or shares, see `select`.
-        of: what `density` counts against with the global budget: "model", or "pool", the strategy's: of
-            "frozen_embedding" the encoder.
-        segment: "lower", "middle" or "upper" third of the layers only.
-        order: "most" changed; or "least", a control: in every tensor as many as "most" takes there, those that moved
-            least of all that moved.
-        score: ranks by it instead of by change, see `select`.
-        allow_missing: which parameters of the pool may be on one side only, see `select`.
-        intersect: with `segment`: the part of the whole model's ticket that lies in the segment.
-        metadata: added to the ticket's, e.g. `MLMResult.metadata`.
+        initial: a module, a mapping from names to tensors, or a safetensors checkpoint.
+        tuned: in the same forms; None with a score. At least one of the two must hold the whole base model.
+        strategy: the strategy of the tuning, a key of `STRATEGIES`.
+        density: share of the entries to select.
+        budget: "global" (across layers), "layer" (each layer by itself), "tensor", or shares, see `select`.
+        of: with the global budget, which entries `density` is a share of: "model", or "pool", which leaves the
+            embeddings out for "frozen_embedding".
+        segment: only the "lower", "middle" or "upper" third of the layers.
+        intersect: with `segment`, selects from the whole model and keeps the part inside the segment.
+        order: "most" takes the entries that moved most. "least" is a control: of the entries that moved, it takes those
+            that moved least, as many in every tensor as "most" takes there.
+        score: ranks the entries instead of their change, see `select`.
+        allow_missing: which parameters of the pool may be absent on one side, see `select`.
+        metadata: added to that of the ticket, e.g. `MLMResult.metadata`.
+        progress: shows a bar.
 
     Raises:
         ValueError: unknown strategy or segment, a parameter on one side only, or a budget above its pool.
@@ -108,7 +110,7 @@ def find_ticket(
 
 
 def _least_changed(most: Ticket, sides: Sides) -> Ticket:
-    """In every tensor as many entries as `most` has there: those that moved least, of those that moved."""
+    """The entries that moved least of those that moved, as many in every tensor as `most` has there."""
     sets = dict(most.sets)
     for name in most.active_names:
         base, after = {name: sides.base[name]}, {name: sides.after[name]}
@@ -117,9 +119,10 @@ def _least_changed(most: Ticket, sides: Sides) -> Ticket:
 
 
 def least_changed(before: Mapping[str, Readable], after: Mapping[str, Readable]) -> ScoreFunction:
-    """A score for `select` that is the larger the less an entry has moved, and 0, never selected, if it has not.
+    """A score for `select` that is larger the less an entry has moved. It is 0, never selected, if it has not moved.
 
-    Its bits are those of the largest finite float32 minus those of |after - before|: exactly the reverse order.
+    Its bits are those of the largest finite float32 minus those of |after - before|, so that the order is exactly
+    reversed.
     """
 
     def score(name: str, start: int, stop: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Stage 1 of LTP: masked-language-model tuning, and the winning ticket of what it moved (docs/papers.md).
+"""Stage 1 of LTP: masked-language-model tuning, after which the winning ticket is selected (docs/papers.md).
 
 result = tune_mlm(model, tokenizer, texts, MLMSettings(strategy="decoupled"))
 ticket = find_ticket(result.initial, result.model, density=0.2, metadata=result.metadata)
@@ -40,21 +40,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MLMSettings:
-    """How stage 1 tunes. The defaults are the paper's, or where it is silent those of LT-SFT, whose settings it shares.
+    """How stage 1 tunes. The defaults are the paper's, and where it is silent those of LT-SFT, which it builds on.
 
     Attributes:
-        strategy: "vanilla", "decoupled" or "frozen_embedding"
-        batch_size: sequences per update, over all processes and accumulation steps
-        accumulation: micro-batches per update
-        l1: pull to the initial weights; divided by the number of all model parameters
-        length: tokens per sequence
-        line_by_line: one text per sequence, instead of texts joined and cut into full blocks
-        validation: share of the texts held out; evaluated every `eval_steps` updates and at the end
-        max_steps: if positive, updates, instead of epochs
-        step_bounds: least and most updates, whatever the epochs come to (LT-SFT: 10,000 and 100,000)
-        bf16: compute under bfloat16 autocast; weights stay float32
-        states: "float32" or "8bit" moments, see `MaskedAdamW`
-        save_steps: updates between resumable checkpoints, 0: none. All weights train here, so one of XLM-R-base is 6 GB
+        strategy: "vanilla", "decoupled" or "frozen_embedding".
+        epochs: passes over the training texts.
+        batch_size: sequences per update, over all processes and micro-batches.
+        accumulation: micro-batches per update.
+        learning_rate: decays linearly to 0.
+        weight_decay: decoupled weight decay.
+        max_grad_norm: norm to which the gradients are clipped.
+        l1: pull to the initial weights, before it is divided by the number of all model parameters.
+        length: tokens per sequence.
+        line_by_line: one text per sequence, instead of texts joined and cut into full blocks.
+        mask_probability: share of the tokens that are predicted.
+        validation: share of the texts held out.
+        eval_steps: updates between evaluations on these; there is one more at the end.
+        max_steps: if positive, the number of updates, instead of epochs.
+        step_bounds: fewest and most updates, whatever the epochs would give (LT-SFT: 10,000 and 100,000).
+        bf16: computes under bfloat16 autocast; weights stay float32.
+        states: "float32" or "8bit" moments, see `MaskedAdamW`.
+        save_steps: updates between checkpoints for resuming; 0 writes none. All weights train here: a checkpoint of
+            XLM-R-base has 6 GB.
+        save_total_limit: how many checkpoints are kept.
     """
 
     strategy: str = "decoupled"
@@ -81,13 +89,13 @@ class MLMSettings:
 
 @dataclass
 class MLMResult:
-    """A tuned model and what it was before.
+    """A tuned model and its initial weights.
 
     Attributes:
-        model: the model that was passed in, with the weights of the best validation loss
-        base: the model before: the ticket that was trained, the initial values of its entries and of the LM head
-        metadata: strategy, steps, step and loss of the best evaluation, data hash and settings: for the ticket
-        history: the log of the run, as `TrainerState.log_history`
+        model: the model that was passed in, with the weights of the best validation loss.
+        base: the ticket that was trained, and the initial values of its entries and of the LM head.
+        metadata: metadata for the ticket: strategy, steps, step and loss of the best evaluation, data hash, settings.
+        history: the log of the run, as `TrainerState.log_history`.
     """
 
     model: XLMRobertaForMaskedLM
@@ -107,19 +115,19 @@ class MLMResult:
 
     @property
     def initial(self) -> dict[str, Tensor]:
-        """Canonical name -> initial values of all tensors that were trained whole, the LM head included; on the CPU."""
+        """Canonical name -> initial values of all tensors that trained in full, with the LM head; on the CPU."""
         shapes, sets = self.ticket.shapes, self.ticket.sets
         whole = {name: v.view(shapes[name]) for name, v in self.originals.items() if sets[name].k == sets[name].n}
         return {**whole, **self.base.dense}
 
     def delta(self) -> SparseDelta:
-        """What training changed: the ticket's entries, and what trained in full."""
+        """The changes of the ticket's entries, and the tensors that trained in full."""
         return self.base.delta(self.metadata)
 
     def reset(self) -> XLMRobertaForMaskedLM:
-        """Puts the initial weights back, bit for bit, those of the LM head included; returns the model.
+        """Puts all initial weights back, bit for bit, and returns the model.
 
-        An interrupt comes through when all of them are.
+        An interrupt is raised after that.
         """
         self.base.put_back()
         return self.model
@@ -140,29 +148,32 @@ def tune_mlm(
     source: str = "tune_mlm",
     **arguments: Any,
 ) -> MLMResult:
-    """Tunes `model` in place as a masked language model and leaves it at its best validation loss.
+    """Tunes `model` in place as a masked language model. It ends with the weights of the best validation loss.
 
-    Everything in the strategy's pool trains, and the LM head's dense, layer_norm and bias (never selected; `reset`
-    takes them back); LayerNorms and a decoupled output embedding stay fixed. All of it is one `MaskedAdamW` with the L1
-    pull fused in. The initial weights are held once, on the host, for the pull and for the result. Logits are made at
-    masked positions only, some at a time.
+    All parameters in the strategy's pool train, and so do dense, layer_norm and bias of the LM head, which are never
+    selected and which `reset` puts back. LayerNorms and a decoupled output embedding are frozen. One `MaskedAdamW`
+    trains it all, with the L1 pull fused in. The initial weights are kept once, on the host, for the pull and for the
+    result.
+    Logits are computed only at masked positions, some at a time.
 
     Args:
         model: tied for "vanilla", decoupled for "decoupled": `load_backbone(..., decoupled=...)`.
+        tokenizer: the model's tokenizer.
         texts: one sentence or paragraph each.
+        settings: see `MLMSettings`.
         ticket: the entries to train, instead of all in the strategy's pool.
-        dense: a part of the model to train in full, instead of the LM head's dense, layer_norm and bias.
-        output_dir: folder for checkpoints; None: a temporary one. Those of an earlier run are removed, unless this one
-            resumes.
-        resume: continue from the latest checkpoint in `output_dir`, if there is one. ValueError if settings or texts
-            differ from those in its `settings.json`.
-        progress: show bars and the log.
+        dense: a part of the model to train in full, instead of dense, layer_norm and bias of the LM head.
+        output_dir: folder for checkpoints; None takes a temporary one. Checkpoints of an earlier run are removed unless
+            this run resumes.
+        resume: continues from the latest checkpoint in `output_dir`, if there is one.
+        progress: shows bars and the log.
+        callbacks: further callbacks of the trainer.
         source: where the texts are from, for messages.
         arguments: further `transformers.TrainingArguments`, e.g. logging_steps=10.
 
     Raises:
-        ValueError: unknown strategy, a model tied where it must not be or the reverse, too little text, sequences
-            longer than the model has positions.
+        ValueError: the strategy is unknown or does not fit the LM head, there is too little text, sequences are longer
+            than the model allows, or settings or texts differ from those of the run to resume.
     """
     settings = settings or MLMSettings()
     _check(model, settings, output_dir, resume)
@@ -235,10 +246,10 @@ def tune_mlm(
 def mlm_losses(
     model: XLMRobertaForMaskedLM, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], settings: MLMSettings
 ) -> Iterator[Tensor]:
-    """The losses of the batches that `tune_mlm` would see in its first epoch, for `selection.scores`; nothing is tuned.
+    """The losses of the batches of the first epoch of `tune_mlm`, for `selection.scores`. Nothing is tuned.
 
-    With `max_steps`, so many batches at most. Each loss hangs on the model until the next one is asked for. Dropout is
-    off.
+    There are at most `max_steps` batches, if that is set. Call `backward` on a loss before you ask for the next one.
+    Dropout is off.
     """
     training, _ = split_texts(texts, settings.validation, settings.seed)
     dataset = MaskedTexts(
@@ -328,17 +339,17 @@ def _training_arguments(
 
 
 class MLMTrainer(SparseTrainer):
-    """A `SparseTrainer` on masked tokens: the LM head at masked positions only, and a loss per masked token.
+    """A `SparseTrainer` that computes the LM head at masked positions only, and the mean loss per masked token.
 
-    Datasets give what `PadRight` collates. The training loss is the mean over the masked tokens of an update, over all
-    its micro-batches and processes; `eval_loss` is that over all masked tokens of the set, whatever the batch size.
+    The training loss is the mean over the masked tokens of an update, in all its micro-batches and processes.
+    `eval_loss` is the mean over all masked tokens of the set, whatever the batch size. `PadRight` collates.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, compute_loss_func=masked_token_loss, compute_metrics=_token_mean, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The loss of a micro-batch, see `masked_token_loss`."""
+        """`masked_token_loss` of a micro-batch."""
         with token_losses(model, inputs["labels"]):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
@@ -346,7 +357,7 @@ class MLMTrainer(SparseTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[None, Tensor, Tensor]:
-        """Sum of losses (float64 [B]) and number of masked tokens (int64 [B]) of every sequence, for `_token_mean`."""
+        """For each sequence, the sum of losses (float64 [B]) and the number of masked tokens (int64 [B])."""
         labels = inputs["labels"]
         masked = labels != IGNORED_LABEL
         with token_losses(model, labels):
@@ -361,7 +372,7 @@ def _token_mean(prediction: Any) -> dict[str, float]:
 
 
 class _Epochs(TrainerCallback):
-    """Tells a dataset the epoch; the dataloader of a distributed run would tell its sampler only."""
+    """Tells a dataset the epoch. In a distributed run the dataloader would tell only its sampler."""
 
     def __init__(self, dataset: MaskedTexts) -> None:
         self.dataset = dataset
@@ -373,7 +384,7 @@ class _Epochs(TrainerCallback):
 
 
 class _EvaluateAtEnd(TrainerCallback):
-    """Makes the last weights a candidate, too."""
+    """Evaluates after the last update, so that the last weights can be the best ones."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
