@@ -1,5 +1,5 @@
-// What many tensors are like and where they are, in one call, by torch's DLPack exchange API: plain C, the same for
-// every torch that has it. dlpack.h of DLPack 1.3 defines what stands here.
+// Layouts and addresses of many tensors in one call, by torch's DLPack exchange API, which is plain C and the same for
+// every torch that has it. The structs are those of dlpack.h in DLPack 1.3.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -21,10 +21,10 @@ struct DLTensor {
 struct DLPackExchangeAPI {
     uint32_t major, minor;
     void *previous, *allocate, *from_object, *to_object;
-    int (*describe)(void* object, DLTensor* out);  // what `out` points to belongs to the object
+    int (*describe)(void* object, DLTensor* out);  // the object owns what `out` points to
 };
 
-// That of this torch, or null.
+// The API of this torch, or null.
 inline const DLPackExchangeAPI* dlpack_api() {
     static const DLPackExchangeAPI* const found = [] {
         const pybind11::object tensor = pybind11::module_::import("torch").attr("Tensor");
@@ -37,9 +37,9 @@ inline const DLPackExchangeAPI* dlpack_api() {
     return found;
 }
 
-// (layouts, addresses) of a list of tensors, or None for one that is not there: device, dtype, shape and strides of
-// each as bytes, and a tuple of addresses, 0: none. None if one needs a closer look: it is of a subclass, not dense, or
-// its memory is below `lowest`.
+// (layouts, addresses) of a list of tensors, some of which may be None: device, dtype, shape and strides of each as
+// bytes, and a tuple of addresses, 0 for None. The result is None if a tensor needs a closer look: it is of a subclass,
+// not dense, or its memory is below `lowest`.
 inline pybind11::object describe(const pybind11::list& tensors, uintptr_t lowest) {
     static const PyObject* const plain =
         pybind11::object(pybind11::module_::import("torch").attr("Tensor")).release().ptr();

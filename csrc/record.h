@@ -1,5 +1,5 @@
-// Reads a record of ltp_sparse/backends/arguments.py by the names of its fields. Shapes, dtypes and devices were
-// checked in Python, at the door.
+// Reads a record of ltp_sparse/backends/arguments.py by the names of its fields. Python has checked shapes, dtypes and
+// devices (ltp_sparse/backends/checks.py).
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -26,7 +26,7 @@ class Record {
 
     std::vector<int64_t> numbers(const char* name) const { return field(name).cast<std::vector<int64_t>>(); }
 
-    // Where a tensor is; null if it has no entries or is None.
+    // The address of a tensor; null if it has no entries or is None.
     template <class T>
     T* at(const char* name) const {
         const pybind11::object tensor = field(name);
@@ -40,7 +40,7 @@ class Record {
 
     int64_t item_bytes(const char* name) const { return field(name).attr("element_size")().cast<int64_t>(); }
 
-    // Of a list of tensors. An address of 0: it is not there.
+    // The addresses of a list of tensors, 0 for an absent one.
     std::vector<uintptr_t> addresses(const char* name) const {
         return field(name).attr("addresses").cast<std::vector<uintptr_t>>();
     }

@@ -1,5 +1,5 @@
-// The update rule of masked_adamw_, once for all devices: float32, in exactly this order, and compiled without fused
-// multiply-add, so that every instruction set gives the bits of an eager evaluation.
+// The update rule of masked_adamw_ for CPUs and GPUs: in float32, in exactly this order, and compiled without fused
+// multiply-add, so that every instruction set gives the same bits as the reference.
 #pragma once
 
 #include <math.h>
@@ -14,12 +14,12 @@ struct AdamWCoefficients {
         pull;
 };
 
-// What the kernels on a GPU read of one parameter, and nothing else; `prepare_step` writes it.
+// All that kernels on a GPU read about one parameter. `prepare_step` writes it.
 struct alignas(64) Prepared {
     AdamWCoefficients c;
     uint32_t rounding_key;
-    uint64_t param, grad;  // addresses; grad 0: there is none
-    uint32_t applies;      // 0: the update leaves everything of this parameter as it is
+    uint64_t param, grad;  // addresses; grad is 0 if there is none
+    uint32_t applies;      // 0: the update leaves the parameter and its state as they are
 };
 static_assert(sizeof(Prepared) == 64, "a row of `prepared` has 8 words of 64 bits");
 
@@ -28,23 +28,23 @@ struct Hyper {
     double lr, beta1, beta2, eps, weight_decay, sign, pull;
 };
 
-// What `prepare_step` counts and computes a step from. A scalar that is null is not there.
+// The arguments of `prepare_step`. Pointers to optional values are null where a value is absent.
 struct Step {
     int64_t n_params;
     const Hyper* hyper;         // [G]
     const int64_t* group;       // [P], the row of `hyper`
-    const int64_t* numbers;     // [P], tell the parameters apart in random bits
+    const int64_t* numbers;     // [P], distinguish the parameters in random bits
     const double* has_grad;     // [P], 0 or 1
-    double* steps;              // [P], updates taken; null: coefficients are there already
-    const float* found_inf;     // not 0: the step is skipped
-    const float* grad_scale;    // gradients are too large by this factor
-    const double* pull_factor;  // of the pull alone
+    double* steps;              // [P], updates taken; null if the coefficients are computed already
+    const float* found_inf;     // if it is not 0, the step is skipped
+    const float* grad_scale;    // the loss scale that the gradients contain
+    const double* pull_factor;  // multiplies the pull
     uint64_t seed;
     bool counts;           // whether `steps` goes up
-    double* coefficients;  // [P, 11]; null: only addresses are wanted
+    double* coefficients;  // [P, 11]; null if only addresses are wanted
 };
 
-// One parameter's row of the float64 `coefficients`; the columns stand in ltp_sparse/backends/coefficients.py.
+// One parameter's row of the float64 `coefficients`, with the columns of ltp_sparse/backends/coefficients.py.
 struct CoefficientRow {
     static constexpr int kColumns = 11;
 
@@ -55,10 +55,10 @@ struct CoefficientRow {
 
     LTP_HD bool applies() const { return row[0] != 0.0; }
 
-    // 32 bits that the random bits of the step start from, see rounding.h.
+    // The key of the random bits of this step, see rounding.h.
     LTP_HD uint32_t rounding_key() const { return uint32_t(row[10]); }
 
-    // clip: scales gradients and pull; null: 1
+    // clip: a factor of gradients and pull; null stands for 1
     LTP_HD AdamWCoefficients rounded(const double* clip) const {
         const double factor = clip == nullptr ? 1.0 : *clip;
         return {float(row[1] * factor), float(row[2]), float(row[3]), float(row[4]),         float(row[5]),
@@ -71,7 +71,7 @@ struct CoefficientRow {
         const double apply = skipped ? 0.0 : step.has_grad[param];
         const double count = step.steps[param] + (step.counts ? apply : 0.0);
         if (step.counts) step.steps[param] = count;
-        // a parameter that has never been updated has no bias correction yet; its row is not applied
+        // a parameter without an update yet would divide by 0; its row is not applied
         const double at_least_1 = count < 1.0 ? 1.0 : count;
         row[0] = apply;
         row[1] = step.grad_scale == nullptr ? h.sign : h.sign / double(*step.grad_scale);
@@ -87,7 +87,7 @@ struct CoefficientRow {
     }
 };
 
-// Counts the step of a parameter at these addresses, and computes what its kernels read.
+// Counts the step of a parameter at these addresses, and computes the row that kernels read.
 LTP_HD Prepared prepare(const Step& step, int64_t param, uint64_t param_address, uint64_t grad_address) {
     Prepared prepared = {};
     prepared.param = param_address;
@@ -101,7 +101,7 @@ LTP_HD Prepared prepare(const Step& step, int64_t param, uint64_t param_address,
     return prepared;
 }
 
-// The gradient the step works with; HAS_ANCHOR adds the L1 pull towards `anchor`.
+// The effective gradient: scaled, and with HAS_ANCHOR pulled towards `anchor`.
 template <bool HAS_ANCHOR>
 LTP_HD float effective_gradient(float grad, float param, float anchor, const AdamWCoefficients& c) {
     const float scaled = grad * c.grad_factor;
@@ -110,9 +110,9 @@ LTP_HD float effective_gradient(float grad, float param, float anchor, const Ada
     return scaled + c.pull * (float(distance > 0.0f) - float(distance < 0.0f));
 }
 
-// Updates one active entry in place and returns the root of its second moment; `grad` is the effective gradient.
-// Decay and step leave the weight in one subtraction: 1 - lr * weight_decay, rounded to float32, would be off in the
-// same direction in every step, and a subtraction each would round twice.
+// Updates one active entry in place and returns the root of its second moment; `grad` is the effective gradient. Decay
+// and step are subtracted from the weight together. A factor 1 - lr * weight_decay, rounded to float32, would be wrong
+// in the same direction in every step, and two subtractions would round twice.
 LTP_HD float adamw_update(float& param, float grad, float& exp_avg, float& exp_avg_sq, const AdamWCoefficients& c) {
     exp_avg = exp_avg + c.one_minus_beta1 * (grad - exp_avg);
     exp_avg_sq = exp_avg_sq * c.beta2 + c.one_minus_beta2 * (grad * grad);

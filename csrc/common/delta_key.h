@@ -1,6 +1,6 @@
-// The ranking key of topk_delta: the 31 magnitude bits of float32(tuned) - float32(initial). As integers these order
-// like the magnitudes, so the largest deltas are the largest keys; 0 is "did not move", >= kFirstNonfinite is NaN or
-// inf.
+// The key by which topk_delta ranks an entry: the 31 magnitude bits of float32(tuned) - float32(initial). As integers
+// they are ordered like the magnitudes. 0 stands for an entry that did not move; keys from kFirstNonfinite on are
+// infinity and NaN.
 #pragma once
 
 #include "dtypes.h"

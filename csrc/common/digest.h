@@ -1,5 +1,5 @@
-// The digest of a tile: XXH3 of 128 bits (xxhash.com) of its bytes, filled up with zeros to whole blocks. So no other
-// form of the algorithm than that for long inputs is needed. ltp_sparse/weights/digests.py says what it is good for.
+// The digest of a tile: the 128-bit XXH3 (xxhash.com) of its bytes, filled up with zeros to whole blocks, so that only
+// the algorithm for long inputs is needed. ltp_sparse/weights/digests.py says what digests are for.
 #pragma once
 
 #include "platform.h"
@@ -33,14 +33,14 @@ LTP_HD constexpr uint64_t secret_at(int byte) {
     return shift == 0 ? kSecret[word] : kSecret[word] >> shift | kSecret[word + 1] << (64 - shift);
 }
 
-// Where the secret of the last stripe starts, in bytes, and that of the scrambling after all blocks but the last, in
-// words.
+// Where the secret of the last stripe starts, in bytes, and that of the scrambling after every block except the last,
+// in words.
 constexpr int kLastStripe = 121, kScrambling = 16;
 
 constexpr uint64_t kDigestStart[8] = {kPrime32_3, kPrime64_1, kPrime64_2, kPrime64_3,
                                       kPrime64_4, kPrime32_2, kPrime64_5, kPrime32_1};
 
-// The 128 bits of a * b, halves combined.
+// The two halves of the 128 bits of a * b, combined by xor.
 LTP_HD uint64_t folded_product(uint64_t a, uint64_t b) {
     const unsigned __int128 product = static_cast<unsigned __int128>(a) * b;
     return uint64_t(product) ^ uint64_t(product >> 64);
@@ -54,7 +54,7 @@ LTP_HD uint64_t merged(const uint64_t* lanes, int secret, uint64_t sum) {
     return sum ^ sum >> 32;
 }
 
-// nbytes: of the tile, zeros included.
+// nbytes: bytes of the tile, with the added zeros.
 LTP_HD Digest digest_of(const uint64_t* lanes, uint64_t nbytes) {
     return {merged(lanes, 11, nbytes * kPrime64_1), merged(lanes, 117, ~(nbytes * kPrime64_2))};
 }

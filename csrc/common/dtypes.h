@@ -1,4 +1,4 @@
-// The storage types: their codes, conversion to float32 and rounding back.
+// The storage types: their codes, conversion to float32, and rounding to them.
 #pragma once
 
 #include <cstring>
@@ -8,7 +8,7 @@
 
 namespace ltp {
 
-// float32 is itself.
+// The storage type of float32 is float.
 struct BFloat16 {
     uint16_t bits;
 };
@@ -40,7 +40,7 @@ auto with_storage_type(Dtype dtype, Body&& body) {
 }
 
 // Calls body with a value of the parameters' type, one of the gradients' type, and whether these are packed (a
-// std::integral_constant). Gradients are float32 where they are packed; else float32 or of the parameters' type.
+// std::integral_constant). Packed gradients are float32; others are float32 or of the parameters' type.
 template <class Body>
 auto with_storage_types(Dtype param_dtype, Dtype grad_dtype, bool packed, Body&& body) {
     return with_storage_type(param_dtype, [&](auto param) {
@@ -70,8 +70,8 @@ LTP_HD float to_float32(float value) { return value; }
 
 LTP_HD float to_float32(BFloat16 value) { return float_from_bits(uint32_t(value.bits) << 16); }
 
-// Exact for every value. Branch-free, so that it vectorises, and free of denormal arithmetic, which is slow on some
-// CPUs. A GPU has an instruction for it, and for the rounding below, but for its NaN.
+// Exact for every value. Without branches, so that it vectorises, and without arithmetic on denormals, which is slow on
+// some CPUs. A GPU has instructions for this and for the rounding below, except for its NaN.
 LTP_HD float to_float32(Float16 value) {
 #if defined(__CUDA_ARCH__)
     float result;
@@ -82,7 +82,7 @@ LTP_HD float to_float32(Float16 value) {
     const uint32_t rebias = uint32_t(127 - 15) << 23;
     const uint32_t smallest_normal = uint32_t(1) << 23;
     const uint32_t infinity = uint32_t(31) << 23;
-    // A denormal reads as 2^-14 + its value; the subtraction is exact and normalises it.
+    // These bits of a denormal read as 2^-14 + its value; the subtraction is exact and normalises it.
     const float denormal =
         float_from_bits(magnitude + rebias + smallest_normal) - float_from_bits(rebias + smallest_normal);
     const uint32_t normal = magnitude + rebias + (magnitude >= infinity ? rebias : 0);
@@ -91,7 +91,7 @@ LTP_HD float to_float32(Float16 value) {
 #endif
 }
 
-// Rounds to the nearest, ties to even; NaN becomes the quiet NaN of positive sign, overflow infinity.
+// Rounds to nearest, ties to even. NaN becomes the positive quiet NaN, and overflow infinity.
 LTP_HD void round_to(float value, float& out) { out = value; }
 
 LTP_HD void round_to(float value, BFloat16& out) {
@@ -112,7 +112,7 @@ LTP_HD void round_to(float value, Float16& out) {
 #else
     const uint32_t bits = bits_of_float(value);
     const uint32_t magnitude = bits & 0x7FFFFFFF;
-    // The unit in the last place of 0.5 is that of a float16 denormal, so the addition rounds as it should.
+    // the last bit of 0.5 in float32 is worth as much as that of a float16 denormal, so that the addition rounds right
     const uint32_t denormal = bits_of_float(float_from_bits(magnitude) + 0.5f) - bits_of_float(0.5f);
     const uint32_t normal = (magnitude - (uint32_t(127 - 15) << 23) + 0xFFF + (magnitude >> 13 & 1)) >> 13;
     const uint32_t first_normal = 0x38800000, first_overflow = 0x477FF000, infinity = 0x7F800000;

@@ -1,17 +1,17 @@
-// What every source of the extensions shares: the host/device marker, the tile size, the codes of encodings.
+// Shared by all sources of the extensions: the marker for host and device, the tile size, the codes of encodings.
 #pragma once
 
 #include <cstdint>
 
-// Marks a function of csrc/common. Always inlined: a copy compiled for a newer instruction set must never become the
-// one the linker keeps for all objects.
+// Marks a function of csrc/common. It is always inlined: otherwise the linker could keep the copy compiled for a newer
+// instruction set and use it everywhere.
 #if defined(__CUDACC__)
 #define LTP_HD __host__ __device__ __forceinline__
-#elif !defined(LTP_HD)  // tests that compile much and run little say `inline`
+#elif !defined(LTP_HD)  // tests define it as `inline`, to compile faster
 #define LTP_HD inline __attribute__((always_inline))
 #endif
 
-// Before a loop: a turn has enough to do; several at once would only be more code.
+// Before a loop whose body is long enough: unrolling it would only make more code.
 #if defined(__CUDACC__)
 #define LTP_KEEP_LOOP _Pragma("unroll 1")
 #else

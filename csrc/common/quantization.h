@@ -1,9 +1,10 @@
-// Moments in 8 bits: codes in blocks of 256 consecutive active entries of a tile, with a float32 scale per block and
-// moment, its largest magnitude. Codes are fourth roots: code c of L stands for (c / L)^4 of the scale, so that steps
-// are fine near the scale (4 / L) and values far below it still have a code (down to L^-4). The second moment is kept
-// by its root. A value is rounded to one of the two codes around it at random, with the probability that makes the mean
-// exact: rounded to nearest, a moment that changes by less than half a code a step, as with beta2 = 0.999, would never
-// change. All in float32, in exactly this order.
+// Moments in 8 bits. Blocks of 256 consecutive active entries of a tile have a float32 scale for each moment, the
+// largest magnitude of the block. Code c of L stands for (c / L)^4 of the scale: steps are fine near the scale (4 / L),
+// and values far below it still have a code (down to L^-4). Of the second moment the root is stored.
+//
+// A value is rounded at random to one of the two codes around it, with the probability that makes the mean exact.
+// Rounded to nearest, a moment that changes by less than half a code per step, as with beta2 = 0.999, would never
+// change. All is computed in float32, in exactly this order.
 #pragma once
 
 #include <math.h>
@@ -21,22 +22,23 @@ LTP_HD float fourth_power(float code) {
     return square * square;
 }
 
-// The scale of a block whose largest magnitude is `largest`. Below 2^-90 the block is zero; with a NaN or an infinity
-// in it, all of it is NaN from then on. `largest` is compared as bits, where a NaN is above everything.
+// The scale of a block whose largest magnitude is `largest`, compared as bits, where a NaN is above all numbers. Below
+// 2^-90 the whole block becomes zero. With a NaN or an infinity in it, the whole block becomes NaN and stays so.
 LTP_HD float block_scale(float largest) {
     const uint32_t bits = bits_of_float(largest) & 0x7FFFFFFF;
     if (bits >= 0x7F800000) return float_from_bits(0x7FC00000);
     return bits < uint32_t(127 - 90) << 23 ? 0.0f : largest;
 }
 
-// What a value is multiplied by before it is encoded: then code c stands for c^4.
+// The factor of a value before it is encoded, after which code c stands for c^4.
 template <int LEVELS>
 LTP_HD float inverse_scale(float scale) {
     return scale > 0.0f ? fourth_power(float(LEVELS)) / scale : 0.0f;
 }
 
-// The whole part of sqrtf(sqrtf(x)), for 0 <= x <= 255^4. approximate: a square root that is off by a part of 2^-23 at
-// most. Two of them and the two exact ones end less than 2^-13 apart, so that they agree but near a whole number.
+// The whole part of sqrtf(sqrtf(x)), for 0 <= x <= 255^4, from an approximate square root with a relative error of at
+// most 2^-23. Two approximate roots differ from two exact ones by less than 2^-13, which matters only near a whole
+// number.
 template <class Approximate>
 LTP_HD float whole_fourth_root(float x, Approximate approximate) {
     const float root = approximate(approximate(x)), whole = truncf(root);
@@ -56,7 +58,7 @@ LTP_HD float whole_fourth_root(float x) {
 #endif
 }
 
-// The code below or above x >= 0, the one as likely as x is near it; random16: 16 random bits
+// The code below or above x >= 0, chosen by 16 random bits so that the mean is x.
 LTP_HD float encode_magnitude(float x, uint32_t random16) {
     const float code = whole_fourth_root(x);
     const float below = fourth_power(code), above = fourth_power(code + 1.0f);
@@ -64,8 +66,8 @@ LTP_HD float encode_magnitude(float x, uint32_t random16) {
     return code + float(chance * (above - below) < x - below);
 }
 
-// |value| * inverse, at most LEVELS^4; what is not finite, and stands in a block that is NaN, is that as well. A
-// minimum of the bits: compilers make a branch of a comparison with a constant, and do not vectorise.
+// |value| * inverse, at most LEVELS^4, which also stands for values that are not finite; their block is NaN anyway. It
+// is a minimum of bits, since compilers turn a comparison of floats with a constant into a branch and do not vectorise.
 template <int LEVELS>
 LTP_HD float scaled_magnitude(float value, float inverse) {
     const int32_t bits = int32_t(bits_of_float(value * inverse) & 0x7FFFFFFF);
@@ -85,7 +87,7 @@ LTP_HD float decode_exp_avg(int8_t code, float scale) {
     return code < 0 ? -value : value;
 }
 
-// sqrt(exp_avg_sq) -> 0 .. 255. What is not zero stays above zero, or the next step would divide by eps alone.
+// sqrt(exp_avg_sq) -> 0 .. 255. A root above zero gets a code above zero, or the next step would divide by eps alone.
 LTP_HD uint8_t encode_exp_avg_sq(float root, float inverse, uint32_t random) {
     const float x = scaled_magnitude<kSecondLevels>(root, inverse);
     const int code = int(encode_magnitude(x, random & 0xFFFF)), least = int(x > 0.0f);

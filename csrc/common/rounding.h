@@ -1,13 +1,13 @@
-// The random bits of stochastic rounding, of bfloat16 weights and of 8-bit moments. Those of an entry depend on (seed,
-// step, parameter, flat index) alone, so that neither encoding nor tiling nor device changes a result.
-// `ltp_sparse/backends/rounding.py` is the same in torch.
+// The random bits of stochastic rounding, for bfloat16 weights and 8-bit moments. They depend only on (seed, step,
+// parameter, flat index), so that encoding, tiling and device do not change a result. `ltp_sparse/backends/rounding.py`
+// is the same in torch.
 #pragma once
 
 #include "dtypes.h"
 
 namespace ltp {
 
-// A bijection of 32-bit words that flips every bit with a chance of one half (constants: C. Wellons, hash-prospector).
+// A bijection of 32-bit words, `lowbias32` by C. Wellons: one changed bit flips every other one in half of all cases.
 LTP_HD uint32_t mix32(uint32_t x) {
     x ^= x >> 16;
     x *= 0x7FEB352Du;
@@ -16,7 +16,7 @@ LTP_HD uint32_t mix32(uint32_t x) {
     return x ^ x >> 16;
 }
 
-// The key of a parameter's step: `rounding_keys` of ltp_sparse/backends/rounding.py, which says what the numbers are.
+// The key of one step of a parameter, as `rounding_keys` of ltp_sparse/backends/rounding.py.
 LTP_HD uint32_t rounding_key_of(uint64_t seed, uint64_t step, uint64_t number) {
     uint32_t key = mix32(uint32_t(seed));
     const uint32_t words[] = {uint32_t(seed >> 32), uint32_t(step), uint32_t(number)};
@@ -24,7 +24,7 @@ LTP_HD uint32_t rounding_key_of(uint64_t seed, uint64_t step, uint64_t number) {
     return key;
 }
 
-// The key of a tile: its first entry is a multiple of 65,536, so the upper half of an index is the same all through it.
+// The key of a tile. Tiles start at multiples of 65,536, so that all its indices have the same upper 32 bits.
 LTP_HD uint32_t tile_key(uint32_t rounding_key, int64_t start) {
     return mix32(rounding_key + uint32_t(start >> 32) * 0x9E3779B9u);
 }
@@ -35,10 +35,10 @@ LTP_HD uint32_t random16(uint32_t tile_key, uint32_t index) { return mix32(tile_
 // The key of a tile's 8-bit moments, whose bits are independent of those of its weights.
 LTP_HD uint32_t moment_key(uint32_t tile_key) { return mix32(tile_key + 0x9E3779B9u); }
 
-// 32 random bits for the moments of the entry with this flat index: the upper half is the first one's.
+// 32 random bits for the moments of the entry with this flat index; the upper half is for the first moment.
 LTP_HD uint32_t moment_bits(uint32_t moment_key, uint32_t index) { return mix32(moment_key ^ index); }
 
-// Rounds away from zero with the probability that makes the mean exact. What is not finite is rounded to nearest.
+// Rounds up or down at random so that the mean is exact. Values that are not finite are rounded to nearest.
 LTP_HD BFloat16 round_stochastically(float value, uint32_t random16) {
     const uint32_t bits = bits_of_float(value), magnitude = bits & 0x7FFFFFFF, infinity = 0x7F800000;
     const uint32_t rounded = (bits + (magnitude == infinity ? 0 : random16)) >> 16;

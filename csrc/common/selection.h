@@ -1,6 +1,6 @@
-// What the passes of topk_delta read and write on either device: the fields of the records of the same names in
+// The arguments of the passes of topk_delta on CPUs and GPUs: the fields of the records of the same names in
 // ltp_sparse/backends/arguments.py. The pairs of tensors are in cpu/topk_delta.h and cuda/topk_delta.h. Arrays are
-// contiguous; T tiles, which are every 65,536 entries of each tensor, in order.
+// contiguous. T is the number of tiles: 65,536 entries each, in order, the last tile of a tensor may be shorter.
 #pragma once
 
 #include "platform.h"
@@ -69,7 +69,7 @@ struct Band {
           digests(record.template at<int64_t>("digests")) {}
 };
 
-// What the band pass has stored. Tiles whose candidates did not fit have none here.
+// The candidates that the band pass has stored. Tiles whose candidates had no room have none here.
 struct Candidates {
     const int32_t* keys;
     const uint16_t* positions;

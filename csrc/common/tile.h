@@ -1,4 +1,4 @@
-// A row of the tile table, and the memory that it must lead to.
+// A row of the tile table, and the check that it stays inside the memory of the call.
 #pragma once
 
 #include <cstdint>
@@ -16,16 +16,16 @@ static_assert(sizeof(TileRow) == 8 * sizeof(int64_t), "a row of the tile table h
 
 constexpr int64_t kNoLimit = INT64_MAX;
 
-// How much there is of all that the rows of a table lead to.
+// The sizes of all arrays that the rows of a table refer to.
 struct TileRoom {
     int64_t params, words, positions;
-    int64_t slots, blocks;  // kNoLimit where nothing is kept by them
+    int64_t slots, blocks;  // kNoLimit if no array is indexed by them
 };
 
-// Whether `count` items from `first` on lie in `size` of them.
+// Whether the items first .. first + count - 1 lie inside an array of `size` items.
 LTP_HD bool lies_in(int64_t first, int64_t count, int64_t size) { return (first >= 0) & (first <= size - count); }
 
-// size: entries of the row's parameter. All is looked at, without a branch: a GPU then waits for the row once.
+// size: entries of the row's parameter. Without branches, so that a GPU waits for the row only once.
 LTP_HD bool lies_inside(const TileRow& row, const TileRoom& room, int64_t size) {
     const bool counts = (row.length >= 1) & (row.length <= kTile) & (row.active >= 1) & (row.active <= row.length);
     const int64_t length = counts ? row.length : 1, active = counts ? row.active : 1;

@@ -1,5 +1,5 @@
-// What masked_adamw_, masked_sum_squares and masked_pack_ read and write on either device: the fields of the records
-// Tiles, Norm and Update of ltp_sparse/backends/arguments.py, read by their names.
+// The arguments of masked_adamw_, masked_sum_squares and masked_pack_ on CPUs and GPUs, read by name from the fields of
+// the records Tiles, Norm and Update of ltp_sparse/backends/arguments.py.
 #pragma once
 
 #include "adamw.h"
@@ -7,14 +7,14 @@
 
 namespace ltp {
 
-// The packed state, contiguous and in slot order; null where something is not used.
+// The packed state, contiguous and in slot order. Parts that are not used are null.
 struct PackedState {
     void *exp_avg, *exp_avg_sq;  // [K] float32, or with scales int8 and uint8, see quantization.h; updated
-    float* scales;               // [B, 2], of the 8-bit moments; updated
-    float* master;               // [K] the exact weights, updated; null: the parameters' own are exact
-    const float* anchor;         // [K] the weights to pull to
+    float* scales;               // [B, 2] scales of 8-bit moments; updated
+    float* master;               // [K] the exact weights, updated; null if the parameters are exact
+    const float* anchor;         // [K] the weights that the pull draws to
 
-    // That of a tile, from its first slot and block on. size: bytes of a moment
+    // The state of a tile, from its first slot and block on. size: bytes of a moment
     LTP_HD PackedState of_tile(const TileRow& row, int64_t size) const {
         PackedState own = {};
         if (exp_avg != nullptr) own.exp_avg = static_cast<char*>(exp_avg) + size * row.slot;
@@ -30,14 +30,14 @@ struct Update {
     const TileRow* tiles;  // [T]
     int64_t n_tiles;
     const int32_t* words;       // bitmaps, 2 * ceil(LENGTH / 64) words at INDEX
-    const uint16_t* ranks;      // the rank directory of the bitmaps; read on GPUs alone
+    const uint16_t* ranks;      // the directory of the bitmaps; read only on GPUs
     const uint16_t* positions;  // lists, ACTIVE ascending positions in the tile at INDEX
     TileRoom room;
     Dtype param_dtype, grad_dtype;
     bool packed;                 // gradients are float32 [K]
     bool stochastic;             // bfloat16 parameters are rounded stochastically
     const double* coefficients;  // [P, 11], see adamw.h
-    const double* clip;          // one number that scales gradients and pull in the update; null: 1
+    const double* clip;          // one factor of gradients and pull in the update; null stands for 1
     PackedState state;
 };
 
@@ -54,10 +54,10 @@ void read_index(const Record& record, int64_t params, Update& to) {
 template <class Record>
 void read_tiles(const Record& record, int64_t params, Update& to) {
     read_index(record, params, to);
-    to.param_dtype = to.grad_dtype = record.dtype("grads");  // one of a kind, if parameters are not read
+    to.param_dtype = to.grad_dtype = record.dtype("grads");  // the same, if parameters are not read
 }
 
-// A tensor of a number per slot, and the room it leaves.
+// The address of a tensor with one number per slot; its size limits `room`.
 template <class T, class Record>
 T* read_slots(const Record& record, const char* name, TileRoom& room) {
     if (!record.has(name)) return nullptr;
@@ -89,13 +89,13 @@ void read_update(const Record& record, int64_t params, Update& to) {
     if (record.has("scales")) to.room.blocks = record.entries("scales") / 2;
 }
 
-// The norm of the gradients of a step, over all tiles of launches that come one after the other.
+// The norm of the gradients of a step, over the tiles of all its launches.
 struct Total {
-    int64_t first, tiles;  // the tiles of the launches before, and of all
+    int64_t first, tiles;  // tiles of the earlier launches, and of all
     double max_norm;
-    double* sums;  // what each adds
+    double* sums;  // the sum of squares of each tile
     uint32_t* arrived;
-    double *grad_norm, *clip;  // the norm, and what scales gradients to at most `max_norm`
+    double *grad_norm, *clip;  // the norm, and the factor that makes it at most `max_norm`
 
     LTP_HD void finish(double squares) const {
         *grad_norm = sqrt(squares);

@@ -1,10 +1,10 @@
-// The walk over the active entries of a tile, whatever its encoding and storage types.
+// The walk over the active entries of a tile, for all encodings and storage types.
 //
-// Active entries are handled in pieces, each in three phases: bring the piece's values and gradients into float32
-// buffers in the L1 cache, work on these as on a dense array (the compiler vectorises it, and square roots and
-// divisions are spent on active entries only), put the new values back. Working in place, one vector at a time, is
-// slower: each masked load would wait for the masked store before it. Pieces are small, so that the processor reads the
-// memory of the next one while it still works on this one.
+// Active entries are processed in pieces of three phases: copy the values and gradients of the piece to float32 buffers
+// in the L1 cache, update these as a dense array, copy the new values back. So the compiler vectorises the update, with
+// square roots and divisions for active entries only. Updating in place, one vector at a time, is slower: each masked
+// load would wait for the masked store before it. Pieces are small, so that the processor loads the next piece while it
+// still computes this one.
 #pragma once
 
 #include <cstring>
@@ -21,10 +21,10 @@ namespace {
 
 constexpr int64_t kPackedPiece = 192;  // active entries, at most
 constexpr int64_t kListPiece = 16;
-constexpr int64_t kListAhead = 32;  // entries from a piece to the one that is fetched meanwhile
+constexpr int64_t kListAhead = 32;  // entries between a piece and the one that is prefetched meanwhile
 
-// A bitmap with at least this many entries per active one is sparse: turned into a list, which leaves the cache lines
-// without active entries alone. Up to there reading on through memory costs less than skipping lines.
+// A bitmap with at least this many entries per active one is sparse. It is turned into a list, so that cache lines
+// without active entries are not read. For denser bitmaps, reading all lines costs less than skipping some.
 constexpr int64_t kSparse = 24;
 
 enum class Access { kUpdate, kReadGrads, kReadBoth };
@@ -43,7 +43,7 @@ inline void decode_tile(const TileIndex& tile, uint16_t* positions) {
     }
 }
 
-// The largest position is looked for, not taken from the end: the walk is safe with a list in any order.
+// Looks for the largest position instead of taking the last one, so that a list in any order is safe.
 bool fits(const TileIndex& tile) {
     if (tile.encoding == Encoding::kList16) {
         uint16_t largest = 0;
@@ -63,15 +63,15 @@ bool fits(const TileIndex& tile) {
 template <class Param, class Grad, bool PACKED>
 class Walk {
   public:
-    // Calls body(values, grads, rank, count, positions) for pieces of active entries in order: `count` of them from the
-    // tile's active entry `rank` on; with 8-bit moments each piece is one of their blocks, and `positions` are those of
-    // its entries in the tile, or null if they are `rank` and so on. With kUpdate, what body leaves in
-    // values is rounded into the parameters; with kReadGrads, values is not to be read.
+    // Calls body(values, grads, rank, count, positions) for pieces of active entries in order: `count` entries from the
+    // tile's active entry number `rank` on, at these positions in the tile; null stands for rank, rank + 1 and so on.
+    // With 8-bit moments each piece is one of their blocks. With kUpdate, body leaves the new values in `values`, which
+    // are rounded into the parameters. With kReadGrads, `values` must not be read.
     template <Access ACCESS, class Body>
     void for_each_piece(const AdamWTile& tile, Body body) const {
         const bool lanes = kPacksBoth && kSparse * tile.active > tile.length;
         const bool listed = tile.encoding == Encoding::kList16;
-        // Random bits belong to positions.
+        // random bits depend on positions
         const bool random = ACCESS == Access::kUpdate && (tile.scales != nullptr || tile.stochastic);
         uint16_t decoded[kTile + 64];
         if (tile.encoding == Encoding::kBitmap && (random || !lanes)) decode_tile(tile, decoded);
@@ -98,7 +98,7 @@ class Walk {
     static_assert(kStateBlock <= kLargestPiece && kPackedPiece <= kLargestPiece);
 
     struct Buffers {
-        // A piece, what is left of the groups at its ends, and 64 items that the primitives may touch behind.
+        // a piece, the rests of the groups at its ends, and 64 items behind them that the primitives may touch
         static constexpr int64_t kSize = kLargestPiece + 3 * 64;
         alignas(64) float values[kSize];
         alignas(64) float grads[kSize];
@@ -125,7 +125,7 @@ class Walk {
     static Param* params_of(const AdamWTile& tile) { return static_cast<Param*>(tile.param); }
     static const Grad* grads_of(const AdamWTile& tile) { return static_cast<const Grad*>(tile.grad); }
 
-    // Where body finds the values of a piece: in the master, or brought into the buffer.
+    // The values of a piece for body: in the master, or copied to the buffer.
     template <Access ACCESS, class Bring>
     static float* values_of(const AdamWTile& tile, int64_t rank, Buffers& buffers, Bring bring) {
         if (tile.master != nullptr) return tile.master + rank;
@@ -149,7 +149,7 @@ class Walk {
         for (int64_t i = 0; i < count; ++i) round_to(values[i], to[i]);
     }
 
-    // Rounds the values of a piece; position(i) is where the i-th of them stands in the tile.
+    // Rounds the values of a piece; position(i) is the position of the i-th value in the tile.
     template <class Position>
     static void round_piece(const AdamWTile& tile, const float* values, int64_t count, Position position, Param* to) {
         if constexpr (std::is_same_v<Param, BFloat16>) {
@@ -198,14 +198,14 @@ class Walk {
     static void for_each_listed_piece_of(const AdamWTile& tile, const uint16_t* positions, Body body) {
         Buffers buffers;
         int64_t rank = 0;
-        // The compiler knows the count of all but the last one.
+        // the compiler knows the size of every piece except the last
         for (; rank + SIZE <= tile.active; rank += SIZE) {
             listed_piece<ACCESS>(tile, positions, rank, std::integral_constant<int64_t, SIZE>(), buffers, body);
         }
         if (rank < tile.active) listed_piece<ACCESS>(tile, positions, rank, tile.active - rank, buffers, body);
     }
 
-    // Count: int64_t, or an integral_constant of it
+    // Count: int64_t, or a std::integral_constant of it.
     template <Access ACCESS, class Count, class Body>
     LTP_INLINE static void listed_piece(const AdamWTile& tile, const uint16_t* positions, int64_t rank, Count count,
                                         Buffers& buffers, Body body) {
@@ -213,8 +213,8 @@ class Walk {
         const bool touches_params =
             ACCESS == Access::kUpdate || (ACCESS == Access::kReadBoth && tile.master == nullptr);
         const uint16_t* const piece = positions + rank;
-        // The lines of a piece to come: a gather alone keeps too few on the way. The hint "not needed again" keeps
-        // the processor from fetching the neighbours of these lines too, which often hold nothing active.
+        // Prefetches the lines of a later piece, since a gather alone keeps too few loads in flight. The hint "not
+        // needed again" stops the processor from fetching neighbouring lines, which often have no active entry.
         const int64_t left = tile.active - rank - kListAhead, fetched = left < count ? left : int64_t(count);
         for (int64_t i = kListAhead; i < kListAhead + fetched; ++i) {
             if (touches_params) __builtin_prefetch(params + piece[i], 0, 0);
@@ -237,15 +237,16 @@ class Walk {
         }
     }
 
-    // BLOCKS: pieces are blocks of 8-bit moments, which end within a group; else whole groups of 64 entries.
+    // With BLOCKS, pieces are blocks of 8-bit moments, which can end inside a group; otherwise whole groups of 64
+    // entries.
     template <Access ACCESS, bool BLOCKS, class Body>
     static void for_each_packed_piece(const AdamWTile& tile, const uint16_t* positions, Body body) {
         constexpr int64_t kEnough = BLOCKS ? kStateBlock : kPackedPiece - 63;
         Buffers buffers;
         const bool reads_params = ACCESS != Access::kReadGrads && tile.master == nullptr;
         const int64_t groups = (tile.length + 63) / 64;
-        int64_t brought = 0, back = 0;           // groups brought into the buffers, and put back
-        int64_t held = 0, worked = 0, rank = 0;  // entries in the buffers, of them worked on; of the tile
+        int64_t brought = 0, back = 0;           // groups copied to the buffers, and copied back
+        int64_t held = 0, worked = 0, rank = 0;  // entries in the buffers, updated ones of these, and of the whole tile
         while (rank < tile.active) {
             for (; brought < groups && held - worked < kEnough; ++brought) {
                 const uint64_t bits = load_group(tile.words, brought);
@@ -294,7 +295,7 @@ class Walk {
         }
     }
 
-    // Brings the active items of a group to the `at`-th place of the buffer of their type.
+    // Copies the active items of a group to the buffer of their type, from its item number `at` on.
     template <class Storage>
     static void bring_group(const Storage* from, int64_t length, int64_t group, uint64_t bits, Storage* stored,
                             float* floats, int64_t at) {
@@ -306,7 +307,7 @@ class Walk {
         }
         from += 64 * group;
         if (64 * group + 64 <= length) return pack(from, bits, to);
-        // Vectors would reach past the end of the tensor.
+        // vectors would reach past the end of the tensor
         for (; bits != 0; bits &= bits - 1) *to++ = from[__builtin_ctzll(bits)];
     }
 

@@ -20,17 +20,17 @@ inline __mmask16 quarter(uint64_t bits, int number) { return __mmask16(bits >> (
 inline int64_t count_before(uint64_t bits, int number) { return __builtin_popcountll(_bzhi_u64(bits, 16 * number)); }
 
 // Packs from[j] of every set bit j to `to`, in order. Reads 64 floats, writes up to 64.
-// Register forms of compress and expand only: their memory forms are microcoded on some CPUs.
+// Only the register forms of compress and expand are used: their memory forms are slow microcode on some CPUs.
 inline void pack(const float* from, uint64_t bits, float* to) {
     for (int i = 0; i < 4; ++i) {
-        // Merging into the source itself: the zeroing form waits for the last use of its output register on some CPUs.
+        // merges into the source, since on some CPUs the zeroing form waits for the last use of its output register
         const __m512 values = _mm512_loadu_ps(from + 16 * i);
         _mm512_storeu_ps(to + count_before(bits, i), _mm512_mask_compress_ps(values, quarter(bits, i), values));
     }
 }
 
-// The inverse: consecutive floats to to[j] of every set bit j. The others are written back as they were, which is
-// faster than a masked store. Reads up to 64 floats.
+// The inverse: copies consecutive floats to to[j] of every set bit j. The other floats are written back unchanged,
+// which is faster than a masked store. Reads up to 64 floats.
 inline void unpack(const float* from, uint64_t bits, float* to) {
     for (int i = 0; i < 4; ++i) {
         const __m512 packed = _mm512_loadu_ps(from + count_before(bits, i));

@@ -17,7 +17,7 @@ bool has_gradient(const HostUpdate& update, const TileRow& row) {
     return update.packed || update.grads[row.param] != 0;
 }
 
-// The entries of a row's parameter; where there is no gradient, nothing of it is touched.
+// The entries of a row's parameter; one without a gradient is not touched.
 int64_t size_of(const HostUpdate& update, const TileRow& row) {
     if (!lies_in(row.param, 1, update.room.params)) return 0;
     return has_gradient(update, row) ? update.sizes[row.param] : kNoLimit;
@@ -31,7 +31,7 @@ void queue_tiles(const HostUpdate& update, TileQueue& queue) {
             throw std::invalid_argument("row " + std::to_string(t) +
                                         " of the tile table is not a tile of the parameters and state given");
         }
-        // An entry of a list costs a cache line.
+        // each entry of a list costs a cache line
         queue.add(row.encoding == Encoding::kList16 ? std::min(row.length, 16 * row.active) : row.length);
     }
 }
@@ -48,7 +48,7 @@ TileIndex resolve_index(const HostUpdate& update, const TileRow& row) {
     return tile;
 }
 
-// These, and where its gradients are.
+// The active entries of a tile, and the address of its gradients.
 AdamWTile resolve_gradients(const HostUpdate& update, const TileRow& row) {
     AdamWTile tile = {};
     static_cast<TileIndex&>(tile) = resolve_index(update, row);
@@ -69,7 +69,7 @@ AdamWTile resolve(const HostUpdate& update, const TileRow& row) {
     return tile;
 }
 
-// Calls body(number, row) for every tile, on `threads` threads; leaves out those whose index does not fit, and throws.
+// Calls body(number, row) for every tile, on `threads` threads. Skips tiles whose index does not fit, and then throws.
 template <class Body>
 void for_each_tile(const HostUpdate& update, int64_t threads, Body body) {
     TileQueue queue;

@@ -11,11 +11,11 @@
 
 namespace ltp {
 
-// The parameters of an update, at addresses of contiguous memory, which the caller keeps alive.
+// The parameters of an update: addresses of contiguous memory, which the caller keeps alive.
 struct HostUpdate : Update {
     std::vector<uintptr_t> params;  // P addresses of [numel] of param_dtype
-    std::vector<uintptr_t> grads;   // P addresses of [numel] of grad_dtype; 0 = no gradient, the parameter is skipped.
-                                    // Packed: one, of [K]
+    std::vector<uintptr_t> grads;   // P addresses of [numel] of grad_dtype; parameters with address 0 are skipped.
+                                    // If packed, the address of [K]
     std::vector<int64_t> sizes;     // P times numel
 };
 
@@ -55,20 +55,21 @@ HostUpdate host_update(const Record& record, void (*read)(const Record&, int64_t
     return update;
 }
 
-// Updates the active entries of `params`, their moments and masters, of every parameter that has a gradient and whose
-// APPLY is not 0; bfloat16 parameters are rounded to nearest or stochastically.
+// Updates the active entries, moments and masters of every parameter that has a gradient and whose APPLY is not 0.
+// Parameters in bfloat16 are rounded to nearest or stochastically.
 //
-// As the two below, throws std::invalid_argument for a table whose tiles do not lie in the memory given: before
-// anything is written if a row says so; for a list or a bitmap that its row does not fit, after all other tiles.
+// This and the functions below throw std::invalid_argument for a table that leads outside the memory of the call. If a
+// row is wrong, nothing has been written. If a list or bitmap does not fit its row, all other tiles have been
+// processed.
 void masked_adamw_(const HostUpdate& update, int64_t threads);
 
 // Writes to out [T] the sum of the squared effective gradients of each tile's active entries; 0 without a gradient.
 void masked_sum_squares(const HostUpdate& update, double* out, int64_t threads);
 
-// The norm over all tiles, after its last launch; always in their order.
+// The norm over all tiles, after the last launch of a step. The sums are added in the order of the tiles.
 void gradient_norm(const HostUpdate& update, const Total& total, int64_t threads);
 
-// Copies the active entries of `grads` to their slots of out [K], or adds them. Reads no parameters.
+// Copies the active entries of `grads` to their slots in out [K], or adds them. Parameters are not read.
 void masked_pack_(const HostUpdate& update, float* out, bool accumulate, int64_t threads);
 
 // Copies the active entries of tensors with items of this size to their slots, back, or exchanges them.

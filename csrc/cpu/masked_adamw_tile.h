@@ -8,8 +8,9 @@
 namespace ltp {
 namespace {
 
-// Inlined into the walk, as is PieceUpdate (a lambda would not be): a list has a piece per 16 entries, and a call with
-// its nine coefficients costs as much as they do. ROOTS: leaves the roots of the second moments in their place.
+// Inlined into the walk, like PieceUpdate, which is no lambda for that reason: a list has a piece per 16 entries, and a
+// call with nine coefficients costs as much as such a piece. With ROOTS, the roots of the second moments take their
+// place.
 template <bool HAS_ANCHOR, bool ROOTS = false>
 LTP_INLINE void update_piece(float* __restrict values, const float* __restrict grads, float* __restrict exp_avg,
                              float* __restrict exp_avg_sq, const float* __restrict anchor, int64_t count,
@@ -21,8 +22,8 @@ LTP_INLINE void update_piece(float* __restrict values, const float* __restrict g
     }
 }
 
-// The moments of one block of 256 active entries, decoded; to be encoded with the roots in the place of the second
-// ones.
+// The decoded moments of one block of 256 active entries. When they are encoded, the roots of the second moments must
+// be in their place.
 class DecodedBlock {
   public:
     alignas(64) float exp_avg[kStateBlock];
@@ -34,7 +35,7 @@ class DecodedBlock {
         for (int64_t i = 0; i < count; ++i) exp_avg_sq[i] = decode_exp_avg_sq(second[i], second_scale);
     }
 
-    // random: the moment bits of every entry
+    // random: `moment_bits` of every entry
     void encode(int8_t* first, uint8_t* second, float* scales, const uint32_t* random, int64_t count) {
         scales[0] = block_scale(largest(exp_avg, count));
         scales[1] = block_scale(largest(exp_avg_sq, count));
@@ -47,7 +48,7 @@ class DecodedBlock {
     }
 
   private:
-    // The largest magnitude; compared as bits, so that a NaN is above everything.
+    // The largest magnitude, compared as bits, where a NaN is above all numbers.
     static float largest(const float* values, int64_t count) {
         int32_t bits = 0;
         for (int64_t i = 0; i < count; ++i) {
@@ -58,7 +59,7 @@ class DecodedBlock {
     }
 };
 
-// A piece that is one block of 8-bit moments; positions: of its entries in the tile, null: consecutive ones.
+// A piece that is one block of 8-bit moments, at these positions in the tile; null stands for consecutive ones.
 template <bool HAS_ANCHOR>
 __attribute__((noinline)) void update_block(const AdamWTile& tile, float* values, const float* grads, int64_t rank,
                                             int64_t count, const uint16_t* positions) {
@@ -101,7 +102,7 @@ void adamw(const AdamWTile& tile) {
     });
 }
 
-// Entry number r of the tile goes to lane r % 16, whatever the pieces: the order of the sum is always the same.
+// Active entry number r of the tile is added to lane r % 16, so that the order of the sum does not depend on pieces.
 constexpr int64_t kSumLanes = 16;
 
 template <bool HAS_ANCHOR>

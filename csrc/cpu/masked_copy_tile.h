@@ -1,5 +1,4 @@
-// Moves the active entries of one tile between a tensor and their slots, bit by bit. Items are told apart by their size
-// alone.
+// Copies the active entries of one tile between a tensor and their slots, bit by bit. Only the size of an item matters.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +9,7 @@
 namespace ltp {
 namespace {
 
-// Item: the unsigned integer of the size.
+// Item: the unsigned integer of that size.
 template <class Item>
 class EntryCopy {
   public:
@@ -50,7 +49,7 @@ class EntryCopy {
     template <Copy HOW>
     void move_listed(const uint16_t* positions) const {
         for (int64_t i = 0; i < tile_.active; ++i) {
-            // Rows of the list lie far apart in memory: fetched early, so that many are on the way at a time.
+            // entries of a list are far apart in memory: prefetching keeps many loads in flight
             if (i + kListAhead < tile_.active) {
                 __builtin_prefetch(items_ + positions[i + kListAhead], HOW != Copy::kGather, 0);
             }
@@ -58,7 +57,8 @@ class EntryCopy {
         }
     }
 
-    // Lanes read 64 items and write up to 64, so the last of a tensor and of the slots go through a buffer or singly.
+    // Lanes read 64 items and write up to 64. At the end of the tensor or of the slots, items go through a buffer or
+    // singly.
     template <Copy HOW>
     void move_groups() const {
         Item taken[64], given[64];

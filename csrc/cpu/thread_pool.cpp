@@ -16,7 +16,7 @@ namespace {
 
 using Body = std::function<void(int64_t)>;
 
-// A flush-to-zero mode set in the caller's thread (torch.set_flush_denormal) must not reach the results.
+// A flush-to-zero mode of the caller's thread (torch.set_flush_denormal) must not change results.
 class DefaultFloatEnvironment {
   public:
     DefaultFloatEnvironment() {

@@ -1,4 +1,5 @@
-// Hands out tiles to threads: consecutive tiles in groups of enough work that taking one costs nothing.
+// Gives tiles to threads, in groups of consecutive tiles that are large enough to make the cost of taking one
+// negligible.
 #pragma once
 
 #include <atomic>
@@ -7,8 +8,8 @@
 
 namespace ltp {
 
-// Every worker owns a range of consecutive groups and works through it in order, since memory read in long streams is
-// read a fifth faster. One that is done takes groups from the far end of the others' ranges.
+// Every worker has a range of consecutive groups and processes it in order, since memory is read a fifth faster in long
+// streams. A worker that is done takes groups from the ends of the others' ranges.
 class TileQueue {
   public:
     static constexpr int64_t kEntriesPerGroup = 32768;
