@@ -11,7 +11,7 @@ using ltp::Record;
 
 namespace {
 
-// Runs without the lock of the interpreter: all that it needs of Python objects has been read.
+// Runs without the interpreter's lock: everything from Python objects has been read before.
 template <class Run>
 void run(int64_t threads, Run run_on) {
     if (threads < 1) throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));

@@ -18,11 +18,11 @@ T* at(py::handle tensor) {
 
 void* stream_at(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
-// Writes `prepared` for these addresses. packed: all gradients are at the first one.
+// Writes `prepared` for these addresses. If packed, all gradients have the first address.
 void prepare(const ltp::Step& step, std::vector<uintptr_t> params, std::vector<uintptr_t> grads, bool packed,
              ltp::Prepared* prepared, uintptr_t stream) {
     if (packed) grads.assign(params.size(), grads.at(0));
-    params.resize(size_t(step.n_params));  // which are not read where they are not given
+    params.resize(size_t(step.n_params));  // addresses of 0 are not read
     if (grads.size() != params.size()) throw std::invalid_argument("expected a gradient, or 0, for each parameter");
     const std::vector<uint64_t> of_params(params.begin(), params.end()), of_grads(grads.begin(), grads.end());
     ltp::cuda_prepare_step(step, of_params.data(), of_grads.data(), prepared, stream_at(stream));
@@ -36,7 +36,7 @@ void prepare_step(py::handle record, uintptr_t stream) {
             own.at<ltp::Prepared>("prepared"), stream);
 }
 
-// For coefficients that are there already.
+// `prepared` from coefficients that are computed already.
 void prepare_norm(py::handle record, uintptr_t stream) {
     const Record norm(record);
     ltp::Step step = {};
@@ -46,7 +46,7 @@ void prepare_norm(py::handle record, uintptr_t stream) {
             norm.at<ltp::Prepared>("prepared"), stream);
 }
 
-// For the addresses of gradients alone.
+// `prepared` with only the addresses of gradients.
 void prepare_pack(py::handle record, py::handle prepared, uintptr_t stream) {
     const std::vector<uintptr_t> grads = Record(record).addresses("grads");
     ltp::Step step = {};
@@ -85,7 +85,7 @@ void gradient_norm(py::handle norm, py::handle items, py::handle total, uintptr_
     ltp::cuda_masked_sum_squares(update, ltp::read_total(Record(total)), stream_at(stream));
 }
 
-// prepared: None if there is one gradient, whose address is passed by value
+// prepared: None for one gradient, whose address is passed by value.
 void masked_pack_(py::handle pack, py::handle prepared, py::handle items, uintptr_t stream) {
     const Record record(pack);
     ltp::DeviceUpdate update = {};

@@ -87,7 +87,7 @@ class ThreadBins {
   public:
     ThreadBins(int64_t bins, int64_t* histogram) : bins_(bins), histogram_(histogram) {}
 
-    // The bins for `entries` more entries of `group`.
+    // The bins, for `entries` more entries of `group`.
     uint32_t* bins(int64_t group, int64_t entries) {
         if (group != group_ || entries_ > INT32_MAX) flush();
         group_ = group;
@@ -130,8 +130,8 @@ bool lie_in_words(const Marks& marks, int64_t t, const uint16_t* positions, int6
     return marks.tile_words[t] >= 0 && marks.tile_words[t] < marks.n_words - (largest >> 5);
 }
 
-// Calls body(worker, tile, its keys, its positions) for every tile that holds candidates, on `threads` threads. marks:
-// where the body sets bits, or null. Leaves out tiles whose numbers lead out of this memory, and throws.
+// Calls body(worker, tile, its keys, its positions) for every tile with candidates, on `threads` threads. marks: where
+// the body sets bits, or null. Skips tiles that lead outside the memory of the call, and then throws.
 template <class Body>
 void for_each_tile(const char* op, const Candidates& candidates, const Marks* marks, int64_t threads, Body body) {
     TileQueue queue;
@@ -202,10 +202,10 @@ void sample_keys(const HostPairs& pairs, const Sample& sample, int64_t threads) 
                                         std::to_string(size) + " entries");
         }
     }
-    constexpr int64_t kAhead = 16;  // runs: the lines of a run wait for memory, those of the next ones meanwhile
+    constexpr int64_t kAhead = 16;  // runs that are prefetched while earlier ones wait for memory
     const Kernels& kernel = kernels();
     TileQueue queue;
-    for (int64_t r = 0; r < count; ++r) queue.add(64 * kRun);  // each waits for memory
+    for (int64_t r = 0; r < count; ++r) queue.add(64 * kRun);  // a run costs as much as this, since it waits for memory
     run_parallel(queue.split(threads), [&](int64_t worker) {
         for (int64_t begin, end; queue.take(worker, begin, end);) {
             for (int64_t r = begin; r < end; ++r) {

@@ -1,6 +1,6 @@
-// The passes of topk_delta over pairs of tensors, and over the candidates that one of them stores. The key of an entry
-// is defined in common/delta_key.h; keys of 0 are never counted and never selected. Tiles are every 65,536 entries of
-// each tensor, in order, T in all.
+// The passes of topk_delta over pairs of tensors, and over the candidates that the band pass stores. common/delta_key.h
+// defines the key of an entry. Keys of 0 are never counted and never selected. T is the number of tiles: 65,536 entries
+// each, in order, the last tile of a tensor may be shorter.
 #pragma once
 
 #include <cstdint>
@@ -29,13 +29,13 @@ void sample_keys(const HostPairs& pairs, const Sample& sample, int64_t threads);
 void delta_band(const HostPairs& pairs, const std::vector<int64_t>& groups, const std::vector<int64_t>& word_offsets,
                 const Band& band, int64_t threads);
 
-// These three throw std::invalid_argument for a tile whose numbers lead out of the memory given: the bins stay as they
-// were, bits are set for all other tiles.
+// These three throw std::invalid_argument for a tile that leads outside the memory of the call. The bins are unchanged
+// then, and bits have been set for all other tiles.
 
 void candidate_histogram(const Candidates& candidates, const CandidateBins& bands, int64_t threads);
 
 // Sets the bits of the candidates whose key is above cut[group]. Writes for every tile how many these are, and how many
-// have that key.
+// keys equal the cut.
 void take_above(const Candidates& candidates, const Above& marks, int64_t threads);
 
 // Sets the bits of the first take[t] candidates of each tile whose key is cut[group].

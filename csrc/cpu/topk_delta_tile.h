@@ -1,6 +1,6 @@
 // Tile kernels of delta_histogram and delta_band, over the primitives of a lanes_*.h included before.
 //
-// Keys are computed a block at a time into a buffer in the L1 cache; whatever follows does not depend on dtypes.
+// Keys are computed a block at a time into a buffer in the L1 cache. All that follows does not depend on dtypes.
 #pragma once
 
 #include <cstring>
@@ -83,7 +83,7 @@ int32_t histogram_high(const DeltaTile& tile, uint32_t* bins) {
         largest = largest_key(keys, largest);
         uint64_t moved = greater(keys, 0);
         const int64_t count = count_bits(moved);
-        if (count >= 32) {  // no branches on single entries: zeros are counted, too, and taken out at the end
+        if (count >= 32) {  // no branches on single entries: zeros are counted too, and subtracted at the end
             for (int j = 0; j < 64; ++j) ++bins[keys[j] >> 16];
             still += uint32_t(64 - count);
         } else {

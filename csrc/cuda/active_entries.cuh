@@ -1,23 +1,24 @@
 // The active entries that one thread block works on, and how its threads read and write them.
 //
-// Everything is written over a `Threads` policy, so that the same code runs on a GPU and, thread by thread, in the
-// emulation that tests it without one:
-//   each(f)                    calls f(thread) on every thread of the block; what the threads did before is not visible
-//                              to others until sync()
-//   load(p), store(p, v)       of global memory, 1 to 16 bytes, aligned to their size, or a struct of such; loads stay
-//                              where they stand
-//   largest_of_warp(v)         replaces a number per thread by the largest of its warp; synchronises the warp
-//   sum(v)                     of a number per thread, on thread 0; synchronises
-//   scan(v)                    replaces a number per thread by the sum of those of earlier threads, returns that of
-//                              all; synchronises
-//   scan_lanes(v, t)           replaces a number per thread by the sum of those of earlier lanes of its warp, t: of all
-//   last(c, n)                 whether this is the last of n thread blocks to come here; all its threads see what the
-//                              others have written before. c: 0 before and after; synchronises
-//   from_lane_xor(v, mask, r)  r of every thread: v of the lane of its warp whose number differs in the bits of mask
-//   count(c), add(c, v)        atomically adds 1 in shared, and v in global memory; the latter returns what was there
+// Everything is a template over a `Threads` policy, so that the same code runs on a GPU and, one thread after the
+// other, in the emulation that tests it without one:
+//   each(f)                    calls f(thread) on every thread of the block; its writes are visible to other threads
+//                              after sync()
+//   load(p), store(p, v)       access global memory, 1 to 16 bytes aligned to their size, or a struct of such; the
+//                              compiler does not move loads
+//   largest_of_warp(v)         replaces a number of each thread by the largest of its warp; synchronises the warp
+//   sum(v)                     the sum of a number of each thread, on thread 0; synchronises
+//   scan(v)                    replaces a number of each thread by the sum over earlier threads, and returns the sum
+//                              over all; synchronises
+//   scan_lanes(v, t)           replaces a number of each thread by the sum over earlier lanes of its warp; t: over all
+//   last(c, n)                 whether this is the last of n thread blocks to call it; its threads then see all that
+//   the
+//                              other blocks have written. The counter c is 0 before and after; synchronises
+//   from_lane_xor(v, mask, r)  sets r of every thread to v of the lane whose number differs in the bits of mask
+//   count(c), add(c, v)        atomically adds 1 in shared memory, or v in global memory and returns the old value
 //   set_bits(w, b)             atomically sets bits of a word
-//   trap()                     ends the kernel with an error: memory is not what the caller said
-//   PerThread<T>               a variable of every thread that outlives each()
+//   trap()                     ends the kernel with an error: the table does not fit the memory of the call
+//   PerThread<T>               a variable of every thread that lives longer than each()
 #pragma once
 
 #include "../common/dtypes.h"
@@ -55,14 +56,15 @@ LTP_HD int lowest_bit(uint32_t word) {
 
 LTP_HD int least(int a, int b) { return a < b ? a : b; }
 
-// base + i, for at most kTile items: a 32-bit offset, which the hardware adds to the base itself.
+// base + i, for at most kTile items: the hardware adds a 32-bit offset without an instruction of its own.
 template <class T>
 LTP_HD T* at(T* base, uint32_t i) {
     using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
     return reinterpret_cast<T*>(reinterpret_cast<Byte*>(base) + i * uint32_t(sizeof(T)));
 }
 
-// Whether a tile has `active` entries by its list or rank directory, the last of them in it; once per tile, by its end.
+// Whether a tile has `active` entries by its list or directory, and the last of them lies in it. One block per tile
+// asks.
 template <class Threads>
 LTP_HD bool ends_inside(const TileRow& tile, const Index& index, Threads& threads) {
     if (tile.encoding == Encoding::kFull) return true;
@@ -76,20 +78,20 @@ LTP_HD bool ends_inside(const TileRow& tile, const Index& index, Threads& thread
     return (beyond_low | beyond_high) == 0 && rank + count_bits(low) + count_bits(high) == tile.active;
 }
 
-// Whether an item is one of the tile. Only its own numbers can be wrong: they are not the caller's.
+// Whether an item is one of the tile. Items are made by the library, so that only their own numbers are checked.
 LTP_HD bool lies_inside(const WorkItem& item, const TileRow& tile) {
     return lies_in(item.first, 1, tile.active) && item.first % kWorkItem == 0 &&
            (tile.encoding != Encoding::kBitmap ||
             (item.group >= 0 && item.group < item.end_group && item.end_group <= (tile.length + 63) / 64));
 }
 
-// Where in the tile the active entries of an item stand, in shared memory.
+// The positions in the tile of the active entries of an item, in shared memory.
 class Listed {
   public:
     LTP_HD uint16_t& operator[](int i) { return entries_[kSpare + i]; }
     LTP_HD uint16_t operator[](int i) const { return entries_[kSpare + i]; }
 
-    // For the entries of a word, at most: a group that holds the first or the last ones of an item holds others, too.
+    // with room for the groups at both ends, which may also hold entries of other items
     LTP_HD uint16_t* from(int i) { return entries_ + kSpare + least(i < -kSpare ? -kSpare : i, kWorkItem + 32); }
 
   private:
@@ -97,12 +99,12 @@ class Listed {
     uint16_t entries_[kWorkItem + 2 * kSpare];
 };
 
-// Lists the active entries number item.first + `done` and on, up to `count`.
+// Lists up to `count` active entries, from number item.first + `done` on.
 template <class Threads>
 LTP_HD void list_entries(const TileRow& tile, const Index& index, const WorkItem& item, int done, int count,
                          Listed& listed, Threads& threads) {
     static_assert(kThreads % 2 == 0, "a thread has the lower words of groups, or the upper ones");
-    constexpr int kWords = 4, kPositions = 8;  // that a thread loads at once
+    constexpr int kWords = 4, kPositions = 8;  // loads of a thread in flight
     switch (tile.encoding) {
         case Encoding::kFull:
             threads.each([&](int thread) {
@@ -141,7 +143,7 @@ LTP_HD void list_entries(const TileRow& tile, const Index& index, const WorkItem
             threads.each([&](int thread) {
                 LTP_KEEP_LOOP
                 for (int i = thread; i < count; i += kPositions * kThreads) {
-                    // the last ones are read and written more than once, rather than not
+                    // beyond the end, the last positions are copied again, without a branch
                     uint16_t position[kPositions];
                     int own[kPositions];
                     for (int j = 0; j < kPositions; ++j) {
@@ -156,18 +158,18 @@ LTP_HD void list_entries(const TileRow& tile, const Index& index, const WorkItem
     threads.sync();
 }
 
-// Active entries of a thread that are in flight together, a batch. Arrays that have a number per entry of the tile are
-// read by entry, those that have one per active entry by rank. Loads do not wait for each other.
+// A batch: active entries of a thread whose loads are in flight together. Arrays with a number for each entry of the
+// tile are read by entry, arrays with a number for each active entry by rank.
 
-// N of them `STRIDE` apart in the list: neighbouring threads take neighbouring ones. Those beyond the end of the list
-// read as the first one does, and are not stored.
+// N active entries that are `STRIDE` apart in the list, so that neighbouring threads take neighbouring ones. Beyond the
+// end of the list, the first one is read again and nothing is stored.
 template <int N, int STRIDE>
 struct Scattered {
     static constexpr int kCount = N;
     uint32_t entry[N], rank[N];
     bool there[N];
 
-    // place: of the first one in the list, which is there; first: the rank of listed[0]
+    // place: the place of the first one, inside the list; first: the rank of listed[0]
     LTP_HD Scattered(const Listed& listed, int place, int count, int first) {
         for (int j = 0; j < N; ++j) {
             there[j] = place + j * STRIDE < count;
@@ -204,8 +206,8 @@ struct Scattered {
     }
 };
 
-// N of a FULL tile, in vectors of four that are `STRIDE` entries apart: neighbouring threads take neighbouring vectors,
-// so that every request is of whole lines, whatever the width of an entry.
+// N entries of a FULL tile, in vectors of four that are `STRIDE` entries apart. Neighbouring threads take neighbouring
+// vectors, so that every request is for whole cache lines, for any size of an entry.
 template <int N, int STRIDE>
 struct Neighbours {
     static constexpr int kCount = N, kVector = 4;

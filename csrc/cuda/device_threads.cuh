@@ -27,8 +27,8 @@ class DeviceThreads {
 
     __device__ void sync() { __syncthreads(); }
 
-    // By inline assembly, for two reasons: an address out of a table is not known to be of global memory, and the
-    // compiler moves plain loads down to their first use, where each is waited for on its own.
+    // In inline assembly for two reasons. The compiler does not know that an address from a table is in global memory.
+    // And it would move plain loads down to their first use, where each would be waited for by itself.
     template <class T>
     __device__ T load(const T* from) const {
         const size_t at = __cvta_generic_to_global(from);
@@ -96,13 +96,13 @@ class DeviceThreads {
         }
     }
 
-    // What the warp did before is visible to all of it.
+    // Makes earlier writes of the warp visible to all its lanes.
     __device__ void largest_of_warp(PerThread<int>& values) {
         values.own = __reduce_max_sync(0xFFFFFFFF, values.own);
         __syncwarp();
     }
 
-    // Thread 0 has the result; always in the same order.
+    // The result is on thread 0. The order of the sum is always the same.
     __device__ double sum(PerThread<double>& values) {
         for (int offset = 16; offset > 0; offset /= 2) {
             values.own += __shfl_down_sync(0xFFFFFFFF, values.own, offset);
@@ -144,7 +144,7 @@ class DeviceThreads {
         values.own -= own;
     }
 
-    // Every thread makes what it wrote visible, then one counts the block: as threadFenceReduction of NVIDIA's samples.
+    // Every thread makes its writes visible, then one counts the block, as in NVIDIA's sample threadFenceReduction.
     template <class Count>
     __device__ bool last(Count* arrived, int64_t blocks) {
         __shared__ bool is_last;

@@ -1,4 +1,4 @@
-// What every launch of a kernel does around it.
+// A kernel launch with its checks.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -7,54 +7,54 @@
 
 namespace ltp {
 
-constexpr int kWorkItem = 2048;  // active entries of a thread block, at most: whole blocks of 8-bit moments
+constexpr int kWorkItem = 2048;  // the most active entries of a thread block: whole blocks of 8-bit moments
 constexpr int kItemsPerTile = int(kTile) / kWorkItem;
 
-// Active entries of a tile from number `first` on, at most kWorkItem of them, the share of one thread block. Where the
-// tile is a bitmap, they stand in its 64-entry groups from `group` on, before `end_group`. Rows of `work_items` in
-// ltp_sparse/backends/work_items.py.
+// The share of one thread block: at most kWorkItem active entries of a tile, from number `first` on. In a bitmap they
+// are in the 64-entry groups from `group` to `end_group` - 1. ltp_sparse/backends/work_items.py makes these rows.
 struct alignas(16) WorkItem {
     int32_t tile, first, group, end_group;
 };
 
 // All pointers are device memory.
 struct DeviceUpdate : Update {
-    const Prepared* prepared;  // [P], from `cuda_prepare_step`; null: what is packed is one gradient, `grad`
+    const Prepared* prepared;  // [P], from `cuda_prepare_step`; null if the one gradient `grad` is packed
     uint64_t grad;
     const WorkItem* items;  // [I]
     int64_t n_items;
 };
 
-// Tiles whose sums are added up first. Groups are those of all tiles of a step: a norm does not depend on its launches.
+// How many tiles' sums are added to one. Groups are formed over all tiles of a step, so that a norm does not depend on
+// its launches.
 constexpr int64_t kNormGroup = 64;
 
-// Addresses of the parameters and gradients of a launch, by value: nothing is copied there before it, nothing must
-// outlive it.
+// Addresses of the parameters and gradients of a launch. They are passed by value, so that nothing is copied to the
+// device before it.
 struct Addresses {
-    static constexpr int kMost = 224;  // with `Step` less than 4 KB, which the arguments of a kernel may have
-    int64_t first;                     // the parameter that comes first
+    static constexpr int kMost = 224;  // with `Step` less than 4 KB, the limit for the arguments of a kernel
+    int64_t first;                     // the first parameter
     int count;
     uint64_t param[kMost], grad[kMost];
 };
 
-// As in csrc/cpu/masked_adamw.h. stream: a cudaStream_t. Throw std::runtime_error if the launch fails; they neither
-// allocate nor wait, so that a CUDA graph can capture them. A tile that leads out of the memory given is not touched,
-// and ends the kernel by a trap, as a failed assertion of torch does: the next call that waits for the device raises.
-// Not seen here are rows that lead out of their parameter and ranks that are wrong in between, which the operator looks
-// at.
+// The functions of csrc/cpu/masked_adamw.h on a GPU. stream: a cudaStream_t. They throw std::runtime_error if the
+// launch fails. They neither allocate nor wait, so that a CUDA graph can capture them. A tile that leads outside the
+// memory of the call is not touched and ends the kernel by a trap, like a failed assertion of torch: the next call that
+// waits for the device raises. Only the operator's checks see rows that lead outside their parameter, and wrong ranks
+// before the last one.
 //
-// prepared: [P], written. params, grads: P addresses; 0: none. A launch for every `Addresses::kMost` parameters.
+// prepared: [P], written. params, grads: P addresses, 0 for none. One launch for every `Addresses::kMost` parameters.
 void cuda_prepare_step(const Step& step, const uint64_t* params, const uint64_t* grads, Prepared* prepared,
                        void* stream);
 
 void cuda_masked_adamw_(const DeviceUpdate& update, void* stream);
 
-// The same for 8-bit moments, which it calls; in a source of its own for the time that it takes to compile.
+// The part for 8-bit moments, in a source of its own since it takes long to compile.
 void cuda_masked_adamw_8bit_(const DeviceUpdate& update, void* stream);
 
-// total.sums: float64 [T, kItemsPerTile], the sum of each work item in a fixed order; what a tile has no item for is
-// left as it is. With total.arrived, 1 + G + T numbers for the G groups of all T tiles, the last thread block of each
-// adds its own up; T and then G more sums stand behind the others then.
+// total.sums: float64 [T, kItemsPerTile], the sum of each work item in a fixed order. Places without an item are not
+// written. With total.arrived, 1 + G + T counters for the G groups of all T tiles, the last thread block of each tile
+// and group adds up its sums; T and then G more sums follow behind the others.
 void cuda_masked_sum_squares(const DeviceUpdate& update, const Total& total, void* stream);
 
 void cuda_masked_pack_(const DeviceUpdate& update, float* out, bool accumulate, void* stream);

@@ -5,7 +5,7 @@
 namespace ltp {
 namespace {
 
-// With an anchor there are more numbers on the way than fit into the registers of six blocks.
+// With an anchor, the loads in flight need more registers than six blocks have.
 template <class V>
 __global__ void __launch_bounds__(kThreads, V::kAnchor ? 5 : 6)
     update_coded_kernel(const __grid_constant__ DeviceUpdate update) {

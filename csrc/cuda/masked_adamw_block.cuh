@@ -1,4 +1,4 @@
-// What one thread block does of masked_adamw_, masked_sum_squares and masked_pack_; see active_entries.cuh for
+// The work of one thread block in masked_adamw_, masked_sum_squares and masked_pack_. active_entries.cuh describes
 // `Threads`.
 #pragma once
 
@@ -16,8 +16,8 @@ constexpr int kCodedRound = kThreads / kWarp * kStateBlock;  // active entries o
 
 static_assert(kWorkItem % kCodedRound == 0 && kWorkItem % (kThreads * kGradientVectors) == 0, "rounds are whole");
 
-// What a launch is compiled for. PACKED: gradients are float32 in slot order. MASTER: the exact values are there, in
-// slot order as well.
+// The options that a kernel is compiled for. PACKED: gradients are float32 in slot order. MASTER: the exact values are
+// given, also in slot order.
 template <class PARAM, class GRAD, bool PACKED, bool MASTER, bool ANCHOR, bool STOCHASTIC>
 struct Variant {
     using Param = PARAM;
@@ -48,7 +48,7 @@ void with_variant(const Update& update, Body&& body) {
     });
 }
 
-// The same for a norm, which reads values only where something pulls at them: without, it goes by gradients alone.
+// The same for a norm. It reads values only for a pull.
 template <class Body>
 void with_norm_variant(const Update& update, Body&& body) {
     with_storage_types(update.param_dtype, update.grad_dtype, update.packed, [&](auto param, auto grad, auto packed) {
@@ -61,14 +61,14 @@ void with_norm_variant(const Update& update, Body&& body) {
     });
 }
 
-// A work item, its tile, and where the index of that is.
+// A work item, its tile, and the tile's index.
 struct Share {
     WorkItem item;
     TileRow tile;
     Index index;
     int count;  // active entries
 
-    // What leads out of the memory given traps, here and by `ends_inside`.
+    // Traps if it leads outside the memory of the call, and so does `ends_inside`.
     template <class Threads>
     LTP_HD bool resolve(const DeviceUpdate& update, int64_t number, Threads& threads) {
         item = threads.load(update.items + number);
@@ -92,7 +92,7 @@ struct Share {
     }
 
     // Calls visit(thread, entries) for batches of its active entries: `Neighbours`, `VECTORS` of them, or `Scattered`.
-    // BY_RANK: nothing is read by entry, which is then not known; vectors: whether all can be read in vectors
+    // With BY_RANK, nothing is read by entry, and entries are not known. vectors: whether all can be read in vectors.
     template <int VECTORS, bool BY_RANK, class Threads, class Visit>
     LTP_HD void for_each_batch(bool vectors, Listed& listed, Threads& threads, Visit visit) const {
         constexpr int kRound = VECTORS * kThreads;
@@ -122,7 +122,7 @@ struct Share {
     }
 };
 
-// The share with the addresses of its tile.
+// The share, with the addresses of its tile.
 template <class V>
 struct GradientShare : Share {
     using Param = typename V::Param;
@@ -135,14 +135,15 @@ struct GradientShare : Share {
     float* master;
     const float* anchor;
 
-    // Whether there is something to do. is_update: not, if nothing is applied to the parameter
+    // Whether there is something to do: an update does nothing for a parameter whose APPLY is 0.
     template <class Threads>
     LTP_HD bool resolve(const DeviceUpdate& update, int64_t number, bool is_update, Threads& threads) {
         if (!Share::resolve(update, number, threads)) return false;
-        const Prepared prepared = update.prepared[tile.param];  // plain: the same for all threads, in uniform registers
+        const Prepared prepared =
+            update.prepared[tile.param];  // a plain load: uniform registers hold it for all threads
         if (!ends_inside(threads) || prepared.grad == 0 || (is_update && prepared.applies == 0)) return false;
         c = prepared.c;
-        // Gradients and pull are scaled in float64, as everywhere, before they are rounded.
+        // as in all backends, the factors of gradients and pull are multiplied in float64 before they are rounded
         if (is_update && update.clip != nullptr)
             c = CoefficientRow(update.coefficients, tile.param).rounded(update.clip);
         rounding_key = prepared.rounding_key;
@@ -163,7 +164,7 @@ struct GradientShare : Share {
     }
 };
 
-// What is read of the weights and gradients of N active entries.
+// Weights and gradients of N active entries, as loaded.
 template <class V, int N>
 struct Loaded {
     typename V::Value value[N];
@@ -243,7 +244,7 @@ LTP_HD void update_block(const DeviceUpdate& update, int64_t number, Listed& lis
     });
 }
 
-// A warp takes a block of 8-bit moments at a time, so that no other waits for its scales.
+// A warp processes a block of 8-bit moments at a time, so that no other warp waits for its scales.
 template <class V, class Threads>
 LTP_HD void update_coded_block(const DeviceUpdate& update, int64_t number, Listed& listed, Threads& threads) {
     constexpr int N = kCodedBatch;
@@ -263,7 +264,7 @@ LTP_HD void update_coded_block(const DeviceUpdate& update, int64_t number, Liste
     list_entries(tile, share.index, share.item, vectors ? count / kStateBlock * kStateBlock : 0, count, listed,
                  threads);
 
-    // Calls visit(entries) for what the thread has of the block that begins at a place of the list.
+    // Calls visit(entries) for the thread's entries of the block that begins at a place of the list.
     const auto with_entries = [&](int begin, int thread, auto visit) {
         if (vectors && begin + kStateBlock <= count) {
             visit(Neighbours<N, 4 * kWarp>(first + begin + 4 * (thread % kWarp)));
@@ -332,7 +333,7 @@ LTP_HD void update_coded_block(const DeviceUpdate& update, int64_t number, Liste
     }
 }
 
-// On thread 0, always in the same order.
+// The sum, on thread 0, always in the same order.
 template <class Threads>
 LTP_HD double sum_of(const double* values, int64_t count, Threads& threads) {
     typename Threads::template PerThread<double> sums;
@@ -343,7 +344,7 @@ LTP_HD double sum_of(const double* values, int64_t count, Threads& threads) {
     return threads.sum(sums);
 }
 
-// The sum of squares of the effective gradients of a work item; every thread adds its own in a fixed order.
+// The sum of squares of the effective gradients of a work item. Every thread adds its own ones in a fixed order.
 template <class V, class Threads>
 LTP_HD double sum_squares_of(const GradientShare<V>& share, Listed& listed, Threads& threads) {
     constexpr bool kByRank = V::kPacked && !V::kAnchor;
@@ -370,7 +371,7 @@ LTP_HD void sum_squares_block(const DeviceUpdate& update, const Total& total, in
                               Threads& threads) {
     GradientShare<V> share = {};
     const bool has_gradient = share.resolve(update, number, false, threads);
-    if (share.count == 0) return;  // it trapped
+    if (share.count == 0) return;  // the share has trapped
     const double own = has_gradient ? sum_squares_of(share, listed, threads) : 0.0;
     const int64_t tile = total.first + share.item.tile;
     double* const of_tile = total.sums + tile * kItemsPerTile;

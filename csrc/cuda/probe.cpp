@@ -8,7 +8,7 @@ const char* cuda_probe() {
     int devices = 0;
     const cudaError_t status = cudaGetDeviceCount(&devices);
     if (status == cudaSuccess) return nullptr;
-    cudaGetLastError();  // what is returned here is not to be found by others
+    cudaGetLastError();  // clears the error, so that no later call reports it
     return cudaGetErrorString(status);
 }
 

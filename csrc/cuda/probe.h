@@ -2,7 +2,7 @@
 
 namespace ltp {
 
-// Why the runtime that is linked into this module cannot be used, as with a driver that is older; null: it can.
+// The reason why the CUDA runtime of this module cannot be used, such as an older driver; null if it can.
 const char* cuda_probe();
 
 }  // namespace ltp

@@ -1,4 +1,4 @@
-// A selection by samples: the launches, in order, and the memory that they share. The host does not wait in between.
+// A selection by samples: its launches in order, and their memory. The host does not wait between them.
 #pragma once
 
 #include <utility>
@@ -9,7 +9,7 @@
 
 namespace ltp {
 
-// Hands out the parts of some zeros; counts their bytes where there are none.
+// Divides a buffer of zeros into parts. Without a buffer, it only counts the bytes.
 class Scratch {
   public:
     explicit Scratch(char* zeros = nullptr) : zeros_(zeros) {}
@@ -37,7 +37,7 @@ class SampledSelection {
         return scratch.bytes();
     }
 
-    // record: `Sampled` of ltp_sparse/backends/arguments.py; zeros: the scratch, which begins with its outcome.
+    // record: `Sampled` of ltp_sparse/backends/arguments.py. zeros: the scratch, which begins with the outcome.
     template <class Record>
     SampledSelection(const Record& record, const PairTable& pairs, const Kinds& kinds, int digit_bits, char* zeros)
         : pairs_(pairs), kinds_(kinds) {
@@ -72,7 +72,7 @@ class SampledSelection {
         }
     }
 
-    // Two launches find the bands; six, of several dtypes or many groups some more, select.
+    // Two launches find the bands, six select. Several dtypes or many groups need some more.
     void launch(void* stream) const {
         cuda_sample_upper(pairs_.of({}), bracket_, stream);
         cuda_sample_lower(bracket_, stream);
@@ -97,7 +97,7 @@ class SampledSelection {
         const auto per_tile = [&] { return scratch.part<int64_t>(n_tiles); };
         const int64_t n_bins = n_groups << digit_bits;
         rounds_ = (kKeyBits + digit_bits - 1) / digit_bits;
-        band_.nonfinite = scratch.part<int64_t>(2);  // and whether the search has failed
+        band_.nonfinite = scratch.part<int64_t>(2);  // the second number: whether the search has failed
 
         bracket_.n_groups = search_.n_groups = band_.n_groups = candidates_.n_groups = n_groups;
         bracket_.digit_bits = digit_bits;
@@ -120,7 +120,7 @@ class SampledSelection {
         ties_.take = search_.take = per_tile();
         bins_.shift = search_.shift;
         bins_.bins = int64_t(1) << digit_bits;
-        bins_.histogram = reinterpret_cast<int64_t*>(bracket_.lower);  // which the samples leave empty
+        bins_.histogram = reinterpret_cast<int64_t*>(bracket_.lower);  // zeros again after the samples
 
         band_.above = per_tile();
         candidates_.inside = band_.inside = per_tile();

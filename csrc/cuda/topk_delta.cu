@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kHistogramThreads, 1)
     histogram_block<Initial, Tuned>(pairs, histogram, range, blockIdx.x, gridDim.x, bins, threads);
 }
 
-// Four thread blocks a processor keep the memory busy.
+// Four thread blocks per processor keep the memory busy.
 template <class Initial, class Tuned>
 __global__ void __launch_bounds__(kBandThreads, 4)
     band_kernel(DevicePairs pairs, Band band, Search search, int64_t bins) {
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kBandThreads, 4)
     band_kernel_block<Initial, Tuned>(pairs, band, search, bins, blockIdx.x, collected, threads);
 }
 
-// Of one thread block a processor, here and below: asked for none, ptxas takes 32 registers and spills.
+// One thread block per processor is named here and below, since ptxas otherwise takes 32 registers and spills.
 __global__ void __launch_bounds__(kSampleThreads, 1) sample_upper_kernel(DevicePairs pairs, Bracket bracket) {
     __shared__ SampleScratch scratch;
     DeviceThreads<kSampleThreads> threads(nullptr);
@@ -93,13 +93,13 @@ int attribute_of_device(cudaDeviceAttr attribute, const char* op) {
     return value;
 }
 
-// A thread has some samples, a processor one thread block at most.
+// A thread has several samples, and a processor at most one thread block.
 unsigned sample_grid(const Bracket& bracket, const char* op) {
     const int64_t enough = (bracket.runs * kRun + 4 * kSampleThreads - 1) / (4 * kSampleThreads);
     return unsigned(std::min<int64_t>(attribute_of_device(cudaDevAttrMultiProcessorCount, op), enough));
 }
 
-// A warp a tile, as long as processors have room for two thread blocks each.
+// A warp for each tile, up to two thread blocks per processor.
 unsigned candidate_grid(const Candidates& candidates, const char* op) {
     const int64_t enough = (candidates.n_tiles + kCandidateThreads / 32 - 1) / (kCandidateThreads / 32);
     return unsigned(std::min<int64_t>(2 * attribute_of_device(cudaDevAttrMultiProcessorCount, op), enough));
@@ -117,7 +117,8 @@ void cuda_delta_histogram(const DevicePairs& pairs, const Histogram& histogram, 
     range.row = histogram.prefixes == nullptr ? 32768 : 65536;
     range.shift = histogram.prefixes == nullptr ? 16 : 0;
     range.count = 32768;
-    while (range.count * int(sizeof(uint32_t)) + 1024 > shared) range.count /= 2;  // 1024: scratch, and the system's
+    while (range.count * int(sizeof(uint32_t)) + 1024 > shared)
+        range.count /= 2;  // 1024 bytes for scratch and the system
     const int bytes = range.count * int(sizeof(uint32_t));
     with_pair_types(pairs, [&](auto initial, auto tuned) {
         const auto kernel = histogram_kernel<decltype(initial), decltype(tuned)>;

@@ -1,5 +1,4 @@
-// The passes of topk_delta on a GPU, as in csrc/cpu/topk_delta.h: launches over the tiles of all pairs, on the
-// caller's stream.
+// The passes of csrc/cpu/topk_delta.h on a GPU: launches over the tiles of all pairs, on the caller's stream.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +11,7 @@ namespace ltp {
 
 // A row of the pair table. Addresses are of contiguous device memory; dtypes are codes of Dtype.
 struct DeltaPair {
-    int64_t initial, initial_dtype;  // address 0 and dtype -1: the key is that of |tuned|
+    int64_t initial, initial_dtype;  // address 0 and dtype -1 stand for zeros
     int64_t tuned, tuned_dtype;
     int64_t size;   // entries
     int64_t group;  // budget group
@@ -21,7 +20,7 @@ struct DeltaPair {
 };
 static_assert(sizeof(DeltaPair) == 8 * sizeof(int64_t), "a row of the pair table has 8 columns");
 
-// All pointers are device memory. A launch serves the pairs of one combination of dtypes and leaves the others.
+// All pointers are device memory. A launch serves the pairs of one combination of dtypes and skips the others.
 struct DevicePairs {
     const DeltaPair* rows;  // [n_pairs], n_pairs >= 1
     int64_t n_pairs;
@@ -32,7 +31,7 @@ struct DevicePairs {
 
 using Kinds = std::vector<std::pair<int, int>>;  // combinations of dtypes, of `initial` and `tuned`: a launch each
 
-// The numbers of pairs and tiles, and where they lie: what `of_pairs` of ltp_sparse/backends/addresses.py makes.
+// The numbers of pairs and tiles, and their table, which `of_pairs` of ltp_sparse/backends/addresses.py makes.
 struct PairTable {
     int64_t n_pairs, n_tiles;
     const int64_t* at;
@@ -50,21 +49,21 @@ struct PairTable {
     }
 };
 
-// What is wanted of a group of pairs: a row of the table of budgets.
+// The budget of a group of pairs: a row of the table of budgets.
 struct Budget {
     int64_t wanted;                // entries to select
     int64_t entries, first_entry;  // of its pairs; of all pairs of the groups before it
     int64_t runs, first_run;       // the same of sampled runs
-    int64_t top, centre, bottom;   // ranks among its samples: the ends and the middle of its bracket
+    int64_t top, centre, bottom;   // orders among its samples: the ends and the middle of its bracket
 };
 static_assert(sizeof(Budget) == 8 * sizeof(int64_t), "a row of the table of budgets has 8 columns");
 
-// The samples of all groups, and the band of keys that they show: low[g] <= key < high[g] holds the key of rank
-// `wanted`, almost surely. Two launches count two digits of the sampled keys; the last thread block of each decides.
+// The samples of all groups, and the band of keys that they give: low[g] <= key < high[g] holds the key at order
+// `wanted` almost surely. Two launches count two digits of the sampled keys, and the last thread block of each decides.
 struct Bracket {
     const Budget* budgets;  // [n_groups]
     int64_t n_groups, runs;
-    const int64_t *pairs, *starts;  // [n_pairs]: the pairs, group after group; the entries of those before each
+    const int64_t *pairs, *starts;  // [n_pairs]: the pairs, group after group; the entries before each
     int64_t room;                   // candidates that all bands together may hold
     int64_t *low, *high;            // out [n_groups]
     int32_t* keys;                  // scratch [runs, kRun]
@@ -81,9 +80,9 @@ struct Bracket {
 
 constexpr int kKeyBits = 31, kDigitBits = 11;
 
-// Decides what follows from a pass over all tiles, in the last thread block of it, so that the host need not: how many
-// entries each band has to give, what its candidates are cut at, how many ties each tile takes. All zero at first but
-// for low and high. Without budgets, nothing is decided.
+// The decisions after a pass over all tiles, made by its last thread block instead of the host: how many entries each
+// band has to give, the cut of its candidates, and how many ties each tile takes. All but low and high are zero at
+// first. Without budgets, nothing is decided.
 struct Search {
     const Budget* budgets;  // [n_groups], or null
     int64_t n_groups;
@@ -95,33 +94,33 @@ struct Search {
     int64_t* starts;                             // [n_groups]
     int64_t* open;                               // [rounds + 1], groups whose cut is not known before a round
     int64_t* arrived;                            // [rounds + 2]
-    int64_t* failed;                             // [1]: a band does not hold its cut, or the room its candidates
+    int64_t* failed;                             // [1]: a band does not hold its cut, or candidates have no room
     const int64_t* order;                        // [n_tiles], tiles, group after group
     int64_t *take, *selected;                    // out [n_tiles]: ties to take; entries selected
 };
 
-// Shared memory holds as many bins as the device allows, 32,768 at most: one reading of the pairs for each such part.
-// Neither allocates nor waits. stream: a cudaStream_t. Throws std::runtime_error if the launch fails.
+// Shared memory holds as many bins as the device allows, at most 32,768. The pairs are read once for each such part of
+// the bins. It neither allocates nor waits. stream: a cudaStream_t. It throws std::runtime_error if the launch fails.
 void cuda_delta_histogram(const DevicePairs& pairs, const Histogram& histogram, void* stream);
 
-// The band of keys of each group, from samples: two launches, whatever the dtypes.
+// The band of keys of each group, from samples: two launches for all dtypes.
 void cuda_sample_upper(const DevicePairs& pairs, const Bracket& bracket, void* stream);
 void cuda_sample_lower(const Bracket& bracket, void* stream);
 
-// As above. In a search the last thread block of all combinations of dtypes decides; bins: those of its rounds.
+// As above. In a search, the last thread block of all combinations of dtypes decides. bins: those of the search.
 void cuda_delta_band(const DevicePairs& pairs, const Band& band, const Search& search, int64_t bins, void* stream);
 
-// Adds the candidates of a band to the bins; sets the bits of those above the cut, or of the first take[t] at it of
-// each tile. As above; a tile whose numbers lead out of the memory given traps, as in masked_adamw.h. round: which of
-// the histograms of a search it is; one that has nothing left to find does nothing.
+// Add the candidates of a band to the bins; set the bits of those above the cut; set the bits of the first take[t] at
+// the cut in each tile. As above; a tile that leads outside the memory of the call traps, as in masked_adamw.h. round:
+// the number of the histogram in a search. It does nothing if every cut is known already.
 void cuda_candidate_histogram(const Candidates& candidates, const CandidateBins& bands, const Search& search, int round,
                               void* stream);
 void cuda_take_above(const Candidates& candidates, const Above& marks, const Search& search, const int64_t* above,
                      int rounds, void* stream);
 void cuda_take_ties(const Candidates& candidates, const Ties& marks, void* stream);
 
-// The same at the end of a search: tiles without stored candidates are read again, and band.take says how many entries
-// inside the band, of a single key, they take.
+// The same at the end of a search. Tiles without stored candidates are read again, and take band.take of the entries
+// inside the band, which have a single key.
 void cuda_take_last(const DevicePairs& pairs, const Candidates& candidates, const Ties& marks, const Band& band,
                     const Search& search, void* stream);
 

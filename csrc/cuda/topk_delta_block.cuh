@@ -1,4 +1,4 @@
-// What one thread block does of the passes of topk_delta; see active_entries.cuh for `Threads`.
+// The work of one thread block in the passes of topk_delta. active_entries.cuh describes `Threads`.
 #pragma once
 
 #include <type_traits>
@@ -9,7 +9,7 @@
 
 namespace ltp {
 
-// Before a loop: how often nvcc is to unroll it, a constant expression.
+// Before a loop: how often nvcc unrolls it, as a constant expression.
 #if defined(__CUDACC__)
 #define LTP_PRAGMA(text) _Pragma(#text)
 #define LTP_UNROLL(times) LTP_PRAGMA(unroll(times))
@@ -19,14 +19,14 @@ namespace ltp {
 
 constexpr int kHistogramThreads = 1024;
 constexpr int kBandThreads = 256;
-constexpr int kCandidateThreads = 1024;  // a warp a tile
-constexpr int kTieThreads = 128;         // a block a tile
+constexpr int kCandidateThreads = 1024;  // a warp for each tile
+constexpr int kTieThreads = 128;         // a block for each tile
 constexpr int kWordsPerTile = int(kTile / 32);
 constexpr int kShare = 32;  // entries of a thread between two exchanges with its warp: one word
 constexpr int kWarpShare = 32 * kShare;
 constexpr int kCollected = 2048;  // candidates whose positions are listed in shared memory at a time
 
-// The storage type of an `initial` that is not there.
+// The storage type of an absent `initial`.
 struct Zeros {};
 
 // Calls body(initial, tuned) with values of the storage types.
@@ -44,7 +44,7 @@ LTP_HD float widened(T value) {
 }
 
 #if defined(__CUDA_ARCH__)
-__device__ __forceinline__ float widened(Float16 value) {  // one instruction, and as exact
+__device__ __forceinline__ float widened(Float16 value) {  // one instruction, also exact
     float result;
     asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
     return result;
@@ -61,7 +61,7 @@ LTP_HD float delta_of(Initial initial, float tuned) {
 template <class T, int N>
 LTP_HD Vector<T, N> load_vector(const T* from) {
 #if defined(__CUDA_ARCH__)
-    // Says what the compiler cannot see: global memory, and never written.
+    // Tells the compiler that this is global memory that is never written.
     using Raw = std::conditional_t<sizeof(T) * N == 16, int4, int2>;
     const Raw raw = __ldg(reinterpret_cast<const Raw*>(from));
     Vector<T, N> vector;
@@ -101,8 +101,8 @@ struct PairTile {
         return delta_key(delta_of(before, widened(tuned[entry])));
     }
 
-    // The keys of kVector entries from `entry` on, a multiple of kVector; 0 beyond the end. WHOLE: none is beyond, and
-    // they can be loaded as vectors.
+    // The keys of kVector entries from `entry` on, a multiple of kVector; 0 beyond the end. With WHOLE, none is beyond
+    // the end, and they are loaded as a vector.
     template <bool WHOLE>
     LTP_HD void keys(int entry, int32_t* out) const {
         if constexpr (WHOLE) {
@@ -130,7 +130,7 @@ struct PairTile {
 struct BinRange {
     int row;           // bins of a group
     int first, count;  // the range
-    int shift;         // low bits of a key that its bin leaves out
+    int shift;         // low bits of a key that its bin ignores
 };
 
 template <int N, class Threads>
@@ -141,7 +141,7 @@ LTP_HD void empty(uint32_t* bins, int count, Threads& threads) {
     threads.sync();
 }
 
-// Adds bins that are not empty to `to` and empties them.
+// Adds the bins that are not empty to `to`, and empties them.
 template <int N, class Count, class Threads>
 LTP_HD void merge_into(Count* to, uint32_t* bins, int count, Threads& threads) {
     threads.sync();
@@ -154,8 +154,8 @@ LTP_HD void merge_into(Count* to, uint32_t* bins, int count, Threads& threads) {
     threads.sync();
 }
 
-// Counts the keys of part `block` of `blocks` of the tiles. bins: [range.count] in shared memory; 32 bits do, as no
-// thread block has 2^32 entries of the memory of a device.
+// Counts the keys of part `block` of `blocks` of the tiles. bins: [range.count] in shared memory, of 32 bits, since no
+// thread block can have 2^32 entries.
 template <class Initial, class Tuned, class Threads>
 LTP_HD void histogram_block(const DevicePairs& pairs, const Histogram& histogram, const BinRange& range, int64_t block,
                             int64_t blocks, uint32_t* bins, Threads& threads) {
@@ -183,13 +183,14 @@ LTP_HD void histogram_block(const DevicePairs& pairs, const Histogram& histogram
         const uint32_t base = uint32_t(prefix + (range.first << range.shift));
         threads.each([&](int thread) {
             const auto count = [&](int32_t key) {
-                const uint32_t bin = (uint32_t(key) - base) >> range.shift;  // what is below the range wraps beyond it
+                const uint32_t bin =
+                    (uint32_t(key) - base) >> range.shift;  // keys below the range wrap to bins beyond it
                 if (key != 0 && bin < uint32_t(range.count)) threads.count(bins + bin);
                 largest[thread] = key > largest[thread] ? key : largest[thread];
             };
             int first = 0;
             for (; tile.aligned && first + kStep <= tile.length; first += kStep) {
-                // All loads come before the first count: their memory is waited for once.
+                // all loads come before the first count, so that they are waited for together
                 int32_t keys[kLoads][Tile::kVector];
                 for (int load = 0; load < kLoads; ++load) {
                     tile.template keys<true>(first + (load * kHistogramThreads + thread) * Tile::kVector, keys[load]);
@@ -212,8 +213,8 @@ struct BandScratch {
     int64_t offset;
 };
 
-// Every thread has bits of 32 / N pieces of its own: piece s, the N bits from N * s on, belongs to N entries of the
-// word number s of its group of 32 / N lanes. After it, lane i of the group has word i.
+// A transposition in groups of 32 / N lanes. Before it, piece s of a lane, the N bits from N * s on, belongs to word
+// number s of the group. After it, lane i has word i.
 template <int N, class Threads>
 LTP_HD void gather_words(typename Threads::template PerThread<uint32_t>& bits, Threads& threads) {
     typename Threads::template PerThread<uint32_t> other;
@@ -228,7 +229,7 @@ LTP_HD void gather_words(typename Threads::template PerThread<uint32_t>& bits, T
     }
 }
 
-// Marks, counts and collects the entries of one tile.
+// The band pass over one tile: marks, counts and collects.
 template <class Initial, class Tuned, class Threads>
 LTP_HD void band_block(const DevicePairs& pairs, const Band& band, int64_t number, BandScratch& scratch,
                        Threads& threads) {
@@ -280,8 +281,8 @@ LTP_HD void band_block(const DevicePairs& pairs, const Band& band, int64_t numbe
             n_above[thread] += count_bits(marked[thread]);
         });
     }
-    const int total_above = threads.scan(n_above);  // its synchronisation shows the words to all
-    // From here on, thread t has the words from t * kOwnWords on.
+    const int total_above = threads.scan(n_above);  // it synchronises, so that all threads see the words
+    // from here on, thread t has the words from t * kOwnWords on
     threads.each([&](int thread) {
         n_inside[thread] = 0;
         for (int word = thread * kOwnWords; word < (thread + 1) * kOwnWords; ++word) {
@@ -357,8 +358,8 @@ LTP_HD void set_bit(int32_t* words, uint16_t position, Threads& threads) {
     threads.set_bits(words + position / 32, int32_t(1u << position % 32));
 }
 
-// Counts the candidates of part `block` of `blocks` of the tiles. A search counts none of a group whose cut is known.
-// bins: [bands.bins] in shared memory.
+// Counts the candidates of part `block` of `blocks` of the tiles. A search skips groups whose cut is known. bins:
+// [bands.bins] in shared memory.
 template <class Threads>
 LTP_HD void candidate_histogram_block(const Candidates& candidates, const CandidateBins& bands, const Search& search,
                                       int64_t block, int64_t blocks, uint32_t* bins, Threads& threads) {
@@ -391,8 +392,8 @@ LTP_HD void candidate_histogram_block(const Candidates& candidates, const Candid
     }
 }
 
-// Part `block` of `blocks` of the tiles, a warp each. In a search, all entries of a band whose candidates have no room
-// are ties: it is a band of a single key.
+// `take_above` for part `block` of `blocks` of the tiles, a warp for each. In a search, a band whose candidates have no
+// room is a single key, so that all its entries are ties.
 template <class Threads>
 LTP_HD void take_above_block(const Candidates& candidates, const Above& marks, const Search& search, int64_t block,
                              int64_t blocks, Threads& threads) {
@@ -430,7 +431,7 @@ LTP_HD void take_above_block(const Candidates& candidates, const Above& marks, c
     }
 }
 
-// One tile, by N threads.
+// `take_ties` for one tile, by N threads.
 template <int N, class Threads>
 LTP_HD void take_ties_block(const Candidates& candidates, const Ties& marks, int64_t tile, Threads& threads) {
     if (!lies_inside(candidates, tile, &marks)) return threads.trap();

@@ -1,6 +1,6 @@
-// What the thread blocks of a selection decide on the GPU, so that the host waits once: the bands of keys that samples
-// show, and after each pass over the tiles what the next one needs. See topk_delta.h; `Threads` is in
-// active_entries.cuh.
+// The decisions of a selection that its last thread blocks make on the GPU, so that the host waits once: the bands of
+// keys from samples, and after each pass over the tiles the input of the next. See topk_delta.h; active_entries.cuh
+// describes `Threads`.
 #pragma once
 
 #include "../common/rounding.h"
@@ -10,16 +10,16 @@ namespace ltp {
 
 constexpr int kSampleThreads = 1024;
 
-// Where in a row of bins an entry of a certain rank is, the largest having rank 1.
+// The place, in a row of bins, of the entry at some order; 1 is the largest.
 struct Place {
-    int64_t bin, rank;      // its bin, and its rank in it; no entry has this rank: -1 and 0
+    int64_t bin, rank;      // its bin, and its order there; -1 and 0 if there is no such entry
     int64_t larger, count;  // entries in higher bins, and in this one
     int64_t total;          // entries of the row
 };
 
-// Of rows [n_rows, bins], a warp each, bins at least 256: calls found(row, i, place) on one thread for the rank number
-// i < RANKS of the row, rank_of(row, i, entries of the row); a rank of 0 is that of no entry. CLEAR: leaves empty rows
-// behind.
+// Looks for RANKS orders in each of the rows [n_rows, bins], a warp for each row, with at least 256 bins. Order number
+// i is rank_of(row, i, entries of the row), or 0 for none. Calls found(row, i, place) on one thread. With CLEAR, the
+// rows are zero afterwards.
 template <int N, int RANKS, bool CLEAR, class Count, class Threads, class RankOf, class Found>
 LTP_HD void find_ranks(Count* rows, int64_t n_rows, int bins, Threads& threads, RankOf rank_of, Found found) {
     const int own = bins / 32;  // bins of a lane, in descending order
@@ -49,7 +49,7 @@ LTP_HD void find_ranks(Count* rows, int64_t n_rows, int bins, Threads& threads, 
             const int64_t row = first + thread / 32;
             for (int i = 0; i < RANKS && row < n_rows; ++i) ranks[thread].of[i] = rank_of(row, i, total[thread]);
         });
-        threads.sync();  // what is found may be written over the ranks
+        threads.sync();  // `found` may overwrite the orders
         threads.each([&](int thread) {
             const int64_t row = first + thread / 32;
             if (row >= n_rows) return;
@@ -74,7 +74,7 @@ LTP_HD void find_ranks(Count* rows, int64_t n_rows, int bins, Threads& threads, 
 
 // --- samples ---
 
-// The last of `count` ascending numbers that is at most `value`.
+// The index of the last of `count` ascending numbers that is at most `value`.
 LTP_HD int64_t last_up_to(const int64_t* numbers, int64_t stride, int64_t count, int64_t value) {
     int64_t first = 0;
     while (count > 1) {
@@ -88,12 +88,12 @@ LTP_HD int64_t last_up_to(const int64_t* numbers, int64_t stride, int64_t count,
 
 constexpr int64_t kBudgetColumns = sizeof(Budget) / sizeof(int64_t);
 
-// The group of a sampled run. A group without runs never is it: the next one starts at the same run.
+// The group of a sampled run. Groups without runs are never found, since the next group starts at the same run.
 LTP_HD int64_t group_of_run(const Bracket& bracket, int64_t run) {
     return last_up_to(&bracket.budgets->first_run, kBudgetColumns, bracket.n_groups, run);
 }
 
-// Samples are few: their types are chosen one by one, so that one launch serves all.
+// Samples are few, so that the dtypes are chosen for each of them, and one launch serves all.
 LTP_HD float value_at(int64_t address, int64_t dtype, int64_t entry) {
     switch (Dtype(dtype)) {
         case Dtype::kBFloat16:
@@ -109,11 +109,11 @@ LTP_HD float value_at(int64_t address, int64_t dtype, int64_t entry) {
 // The shared memory of sample_upper_block.
 struct SampleScratch {
     uint32_t bins[1 << kDigitBits];
-    int64_t first[kSampleThreads];  // of runs: the first entry, and the pair
+    int64_t first[kSampleThreads];  // the first entry of each run, and its pair
     int64_t pair[kSampleThreads];
 };
 
-// Where a run lies: a random one out of each of budget.runs equal parts of a group. As `places` of
+// The place of a run: a random one in each of budget.runs equal parts of a group, as `places` in
 // ltp_sparse/ops/samples.py.
 LTP_HD void place_run(const DevicePairs& pairs, const Bracket& bracket, const Budget& budget, int64_t run,
                       int64_t& pair, int64_t& first) {
@@ -153,7 +153,7 @@ LTP_HD void for_each_group(const Bracket& bracket, int64_t block, int64_t blocks
 template <class Threads>
 LTP_HD void sample_upper_block(const DevicePairs& pairs, const Bracket& bracket, int64_t block, int64_t blocks,
                                SampleScratch& scratch, Threads& threads) {
-    constexpr int kSamples = 4;  // of a thread: their memory is waited for once
+    constexpr int kSamples = 4;  // samples of a thread in flight
     const int n_bins = 1 << bracket.digit_bits, shift = kKeyBits - bracket.digit_bits;
     empty<kSampleThreads>(scratch.bins, n_bins, threads);
     for_each_group(bracket, block, blocks, [&](int64_t group, int64_t first, int64_t stop) {
@@ -187,7 +187,7 @@ LTP_HD void sample_upper_block(const DevicePairs& pairs, const Bracket& bracket,
     });
 }
 
-// The upper digits of the three ranks of every group. Beyond what has moved: that of the smallest of it.
+// The upper digits at the three orders of every group. If fewer samples have moved, that of the smallest of these.
 template <class Threads>
 LTP_HD void decide_upper(const Bracket& bracket, Threads& threads) {
     const int n_bins = 1 << bracket.digit_bits;
@@ -204,9 +204,9 @@ LTP_HD void decide_upper(const Bracket& bracket, Threads& threads) {
                                          });
 }
 
-// Counts the next digit of the samples that share the upper one with an end or the middle of their bracket. Of those in
-// the middle, low_bits keeps which of the bits below that digit were set, and in its upper half which were not: where
-// no bit was both, all keys of a bin are one. bins: four rows, shared.
+// Counts the next digit of the samples that share the upper one with an end or the middle of their bracket. For those
+// in the middle, low_bits records which bits below that digit were set, and in its upper half which were not. If no bit
+// was both, all keys of the bin are equal. bins: four rows in shared memory.
 template <class Threads>
 LTP_HD void sample_lower_block(const Bracket& bracket, int64_t block, int64_t blocks, uint32_t* bins,
                                Threads& threads) {
@@ -241,9 +241,9 @@ LTP_HD void sample_lower_block(const Bracket& bracket, int64_t block, int64_t bl
     });
 }
 
-// The band of every group, from the lower end of the bin of its bottom to the upper one of its top: that of keys which
-// share two digits. The bins of `lower` are empty afterwards. Where the bands hold more candidates than there is room
-// for, a group whose middle is a crowd of one key takes a band of that key alone, which needs none.
+// The band of every group, from the lower end of its bottom's bin to the upper end of its top's bin; the keys of a bin
+// share two digits. The bins of `lower` are zero afterwards. If the bands hold more candidates than there is room for,
+// a group whose middle is a crowd of one key takes a band of that key alone, which needs no candidates.
 template <class Threads>
 LTP_HD void decide_lower(const Bracket& bracket, Threads& threads) {
     const int bits = bracket.digit_bits, n_bins = 1 << bits, shift = kKeyBits - 2 * bits;
@@ -261,14 +261,14 @@ LTP_HD void decide_lower(const Bracket& bracket, Threads& threads) {
             const int64_t top = 3 * group, bottom = top + 2, moved = bracket.moved[group];
             int64_t low = kFirstNonfinite, high = kFirstNonfinite + int64_t(1), within = 0;
             if (budget.wanted > 0) {
-                const bool all = budget.bottom > moved;  // even the smallest of the sample may be selected
+                const bool all = budget.bottom > moved;  // even the smallest key may be selected
                 low = all || bracket.digits[bottom] == 0 ? 1 : bracket.digits[bottom] << shift;
                 within = all ? moved : bracket.larger[bottom] + bracket.counts[bottom];
                 if (bracket.digits[top] >= 0) {
                     high = (bracket.digits[top] + 1) << shift;
                     within -= bracket.larger[top];
                 } else {
-                    high = budget.top > 0 ? low + 1 : kFirstNonfinite;  // of a sample in which nothing has moved
+                    high = budget.top > 0 ? low + 1 : kFirstNonfinite;  // if nothing has moved in the sample
                 }
             }
             bracket.low[group] = low;
@@ -291,16 +291,16 @@ LTP_HD void decide_lower(const Bracket& bracket, Threads& threads) {
     });
 }
 
-// --- after the passes over the tiles ---
+// --- decisions after the passes over the tiles ---
 
-// The shift with which a round of `bins` bins covers the keys low .. high - 1.
+// The shift with which `bins` bins cover the keys low .. high - 1.
 LTP_HD int64_t shift_of(int64_t low, int64_t high, int64_t bins) {
     int64_t shift = 0;
     while ((high - 1 - low) >> shift >= bins) ++shift;
     return shift;
 }
 
-// Keeps the keys low .. high - 1 as those that hold the cut of a group. A single key is the cut.
+// Narrows the range that holds the cut of a group to the keys low .. high - 1. A single key is the cut.
 template <class Threads>
 LTP_HD void narrow(const Search& search, int64_t group, int64_t low, int64_t high, int64_t bins, int round,
                    Threads& threads) {
@@ -316,7 +316,7 @@ LTP_HD void narrow(const Search& search, int64_t group, int64_t low, int64_t hig
     search.thresholds[group] = float_from_bits(uint32_t(low));
 }
 
-// What the band pass has found in one tile, added to its group.
+// Adds the counts of the band pass in one tile to those of its group.
 template <class Threads>
 LTP_HD void add_tile(const DevicePairs& pairs, const Band& band, const Search& search, int64_t tile, Threads& threads) {
     threads.each([&](int thread) {
@@ -328,7 +328,7 @@ LTP_HD void add_tile(const DevicePairs& pairs, const Band& band, const Search& s
     });
 }
 
-// How many entries each band gives, and whether it can: the cut lies in it, and its candidates are stored or all alike.
+// How many entries each band has to give, and whether it can: its candidates are stored, or all its keys are equal.
 template <int N, class Threads>
 LTP_HD void decide_band(const Band& band, const Search& search, int64_t bins, Threads& threads) {
     threads.each([&](int thread) {
@@ -336,7 +336,7 @@ LTP_HD void decide_band(const Band& band, const Search& search, int64_t bins, Th
         for (int64_t group = thread; group < search.n_groups; group += N) {
             const int64_t low = search.low[group], high = search.high[group], wanted = search.budgets[group].wanted;
             const int64_t above = search.above[group], inside = search.inside[group];
-            // A band that starts at the smallest key holds all that has moved, perhaps fewer entries than wanted.
+            // a band that starts at the smallest key holds all entries that have moved, perhaps fewer than wanted
             int64_t missing = wanted - above;
             if (low == 1 && missing > inside) missing = inside;
             const bool none = missing == 0 && (wanted == 0 || (low == 1 && above == 0));
@@ -352,7 +352,7 @@ LTP_HD void decide_band(const Band& band, const Search& search, int64_t bins, Th
     });
 }
 
-// The bin of each group that holds its cut; the bins are empty afterwards.
+// The bin of each group that holds its cut. The bins are zero afterwards.
 template <class Threads>
 LTP_HD void decide_round(const CandidateBins& bands, const Search& search, int round, Threads& threads) {
     const auto rank_of = [&](int64_t group, int, int64_t) { return search.rank[group]; };
@@ -367,7 +367,7 @@ LTP_HD void decide_round(const CandidateBins& bands, const Search& search, int r
         });
 }
 
-// How many ties each tile takes, the earliest tiles of a group first, and how many entries are selected in it.
+// How many ties each tile takes, the earliest tiles of a group first, and how many entries each tile selects.
 template <class Threads>
 LTP_HD void decide_ties(const Above& marks, const Candidates& candidates, const int64_t* above, const Search& search,
                         Threads& threads) {
@@ -401,7 +401,7 @@ LTP_HD void decide_ties(const Above& marks, const Candidates& candidates, const 
     });
 }
 
-// --- the thread blocks of kernels: a pass, and in a search what its last thread block decides ---
+// --- the thread blocks of kernels: a pass and, in a search, the decision of its last block ---
 
 template <class Initial, class Tuned, class Threads>
 LTP_HD void band_kernel_block(const DevicePairs& pairs, const Band& band, const Search& search, int64_t bins,
@@ -422,7 +422,7 @@ LTP_HD void candidate_kernel_block(const Candidates& candidates, const Candidate
     if (decides && threads.last(search.arrived + 1 + round, blocks)) decide_round(bands, search, round, threads);
 }
 
-// above: [n_tiles], of the band pass
+// above: [n_tiles], from the band pass.
 template <class Threads>
 LTP_HD void above_kernel_block(const Candidates& candidates, const Above& marks, const Search& search,
                                const int64_t* above, int rounds, int64_t block, int64_t blocks, Threads& threads) {
@@ -434,7 +434,7 @@ LTP_HD void above_kernel_block(const Candidates& candidates, const Above& marks,
     }
 }
 
-// One tile at the end of a search: from its candidates, or where they had no room, from its weights.
+// One tile at the end of a search, from its candidates or, if they had no room, from its weights.
 template <class Initial, class Tuned, class Threads>
 LTP_HD void take_last_block(const DevicePairs& pairs, const Candidates& candidates, const Ties& marks, const Band& band,
                             const Search& search, int64_t tile, BandScratch& scratch, Threads& threads) {
