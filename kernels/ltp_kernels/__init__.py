@@ -1,7 +1,7 @@
 """Triton kernels of `masked_adamw_`, of the passes of `topk_delta`, and of digests.
 
-They take the records of `ltp_sparse/backends/arguments.py`, and import nothing of this library. CPU tensors are served
-by Triton's interpreter (TRITON_INTERPRET=1).
+They take the records of `ltp_sparse/backends/arguments.py` without importing this library. Triton's interpreter runs
+them on CPU tensors (TRITON_INTERPRET=1).
 """
 
 from .digests import tile_digests

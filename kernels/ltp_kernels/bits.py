@@ -1,4 +1,4 @@
-"""Bit arithmetic that the kernels share."""
+"""Bit arithmetic for several kernels."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def popcount(word):
-    """int32 number of set bits of uint32 words; compiles to POPC."""
+    """int32: the number of set bits of uint32 words. It compiles to POPC."""
     word = word - ((word >> 1) & 0x55555555)
     word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
     word = (word + (word >> 4)) & 0x0F0F0F0F
@@ -15,7 +15,7 @@ def popcount(word):
 
 @triton.jit
 def bit_of_rank(word, rank):
-    """Position 0..31 of the set bit of uint32 `word` that has `rank` set bits below it; rank < popcount(word)."""
+    """The position, 0 to 31, of the set bit of a uint32 word with `rank` set bits below it; rank < popcount(word)."""
     position = tl.zeros_like(rank)
     for log_width in tl.static_range(4, -1, -1):
         width = 1 << log_width

@@ -1,8 +1,8 @@
-"""Digests of tiles: XXH3 with 128 bits, of bytes filled up with zeros to whole blocks of 1,024.
+"""Digests of tiles: the 128-bit XXH3 of their bytes, filled up with zeros to whole blocks of 1,024.
 
-`ltp_sparse/weights/digests.py` says what they are good for. A block is 16 stripes of eight words of 64 bits. What its
-stripes add to the eight lanes does not depend on what was there before, so a program reads several blocks at a time and
-mixes them in one after the other.
+`ltp_sparse/weights/digests.py` says what digests are for. A block is 16 stripes of eight words of 64 bits. The sums
+that its stripes add to the eight lanes do not depend on the lanes, so that a program reads several blocks together and
+then mixes them in one after the other.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from .launch import on_device_of
 TILE = 65_536
 
 _BLOCK = tl.constexpr(1024)  # bytes
-_WORDS = tl.constexpr(128)  # of a block
-_BLOCKS = 4  # that a program reads at a time
-_NUM_WARPS = 1  # lanes are then exchanged without barriers
+_WORDS = tl.constexpr(128)  # words of a block
+_BLOCKS = 4  # blocks that a program reads together
+_NUM_WARPS = 1  # a single warp exchanges lanes without barriers
 
 _PRIME32_1 = tl.constexpr(0x9E3779B1)
 _PRIME64_1 = tl.constexpr(0x9E3779B185EBCA87)
@@ -50,7 +50,7 @@ _OF_HIGH = tl.constexpr(280)
 
 @lru_cache
 def _words(device: torch.device) -> Tensor:
-    """int64 [288]: what the kernel needs of the secret, and the lanes at the start."""
+    """int64 [288]: the words of the secret that the kernel needs, and the first values of the lanes."""
     keys = [8 * (stripe + lane) for stripe in range(16) for lane in range(8)]
     eight = [8 * lane for lane in range(8)]
     last = [*keys[:120], *(121 + at for at in eight)]
@@ -68,7 +68,7 @@ def _load(pointer, mask=None):
 
 @triton.jit
 def _swapped(lanes):
-    """[8], neighbours exchanged."""
+    """The lanes [8], with neighbours exchanged."""
     even, odd = tl.split(tl.reshape(lanes, [4, 2]))
     return tl.reshape(tl.join(odd, even), [8])
 
@@ -89,7 +89,7 @@ def _merged(lanes, secret_ptr, start):
 
 @triton.jit
 def _tile_digests_kernel(row_ptr, secret_ptr, out_ptr, BLOCKS: tl.constexpr):
-    """A program a tile. Rows: address, bytes."""
+    """A program for each tile. Its row has the address and the number of bytes."""
     row = row_ptr + 2 * tl.program_id(0)
     address, nbytes = tl.load(row), tl.load(row + 1)
     words_ptr = address.to(tl.pointer_type(tl.int64))
@@ -129,11 +129,11 @@ def _tile_digests_kernel(row_ptr, secret_ptr, out_ptr, BLOCKS: tl.constexpr):
 
 
 def tile_digests(tensors: Sequence[Tensor], out: Tensor) -> None:
-    """The digests of the tiles of contiguous tensors on one device, in order, in one launch; does not wait for it.
+    """The digests of the tiles of tensors, in order, in one launch. Does not wait for the device.
 
     Args:
-        tensors: of any dtypes.
-        out: int64 [T, 2], the lower word of each digest first.
+        tensors: contiguous tensors of any dtypes, on the device of `out`.
+        out: int64 [T, 2]; written, the lower word of each digest first.
     """
     aligned = [t if t.data_ptr() % 8 == 0 else t.clone() for t in tensors]
     rows = [

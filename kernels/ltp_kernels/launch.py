@@ -1,4 +1,4 @@
-"""What the launchers share."""
+"""The device of a launch."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from torch import Tensor
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
-    """Triton launches on the current device, whatever the arguments; does nothing for CPU tensors."""
+    """Makes the device of a tensor the current one, where Triton launches. Does nothing for CPU tensors."""
     return torch.cuda.device_of(tensor)

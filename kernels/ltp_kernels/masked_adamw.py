@@ -1,5 +1,5 @@
-"""`masked_adamw_`, `masked_sum_squares`, `masked_pack_`: AdamW on the active entries, the norm and the packing of their
-gradients; `kernels/README.md` explains the design.
+"""`masked_adamw_`, `masked_sum_squares` and `masked_pack_`: AdamW on the active entries, the norm of their gradients,
+and packing these. `kernels/README.md` explains the design.
 
 For every active entry, in float32, in this order and without fused multiply-add:
 
@@ -9,7 +9,8 @@ For every active entry, in float32, in this order and without fused multiply-add
     p = p - (DECAY_STEP * p + STEP_SIZE * (m / (sqrt(v) * INV_SQRT_BC2 + EPS)))
 
 `tiles` is int64 [T, 8]: PARAM, START, LENGTH, ACTIVE, SLOT, INDEX, ENCODING, BLOCK. The launchers take the records of
-`ltp_sparse/backends/arguments.py`, and the addresses of parameters and gradients; those without a gradient are skipped.
+`ltp_sparse/backends/arguments.py` and the addresses of parameters and gradients. Parameters without a gradient are
+skipped.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from .precision import (
 )
 
 _PARTS = tl.constexpr(4)  # programs that share a tile, block by block
-_BLOCK = 512  # entries of a program's block, where each is looked up
+_BLOCK = 512  # entries of a block
 _NUM_WARPS = 4
 _STATE_BLOCK = tl.constexpr(256)  # active entries that share the scales of 8-bit moments
 
@@ -60,19 +61,19 @@ _LIST16 = tl.constexpr(2)
 _COEFFICIENTS = tl.constexpr(11)
 _HYPER = tl.constexpr(7)
 
-_NORM_GROUP = tl.constexpr(64)  # tiles whose sums are added up first
+_NORM_GROUP = tl.constexpr(64)  # tiles whose sums are added to one
 
-_PREPARED = tl.constexpr(8)  # words of a row of `prepared`, as csrc/common/adamw.h lays it out
+_PREPARED = tl.constexpr(8)  # words of a row `Prepared` of csrc/common/adamw.h
 _PARAM_ADDRESS = tl.constexpr(5)
 _GRAD_ADDRESS = tl.constexpr(6)
-_ROUNDING_KEY = tl.constexpr(9)  # in halves of a word, as the next
+_ROUNDING_KEY = tl.constexpr(9)  # counted in halves of a word, as the next one
 _APPLIES = tl.constexpr(14)
 _PREPARED_AT_ONCE = 128
 
 
 @triton.jit
 def _power(base, exponent):
-    """base ** exponent in float64, by squaring: exponent int64, below 2^53."""
+    """base ** exponent in float64, by squaring, for an int64 exponent below 2^53."""
     power = tl.full(base.shape, 1.0, tl.float64)
     for _ in range(53):
         power = tl.where((exponent & 1) != 0, power * base, power)
@@ -105,7 +106,7 @@ def _write_coefficients(
     if COUNTS:
         steps += apply
         tl.store(step_ptr + param, steps, mask)
-    # a parameter that has never been updated has no bias correction yet; its row is not applied
+    # a parameter without an update yet would divide by 0; its row is not applied
     exponent = tl.maximum(steps, 1.0).to(tl.int64)
     key = rounding_key(seed, steps.to(tl.int64), tl.load(number_ptr + param, mask, 0))
     tl.store(row_ptr, apply, mask)
@@ -128,7 +129,7 @@ def _prepare_kernel(
     IS_STEP: tl.constexpr, COUNTS: tl.constexpr, HAS_FOUND_INF: tl.constexpr, HAS_GRAD_SCALE: tl.constexpr,
     HAS_PULL_FACTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What the other kernels read of the parameters. IS_STEP: their coefficients are computed; else they are there."""
+    """Writes the rows that other kernels read. With IS_STEP, the coefficients are computed before."""
     param = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = param < n_params
     row_ptr = coefficient_ptr + param * _COEFFICIENTS
@@ -137,7 +138,7 @@ def _prepare_kernel(
             row_ptr, param, mask, hyper_ptr, param_group_ptr, number_ptr, has_grad_ptr, step_ptr, found_inf_ptr,
             grad_scale_ptr, pull_factor_ptr, seed, COUNTS, HAS_FOUND_INF, HAS_GRAD_SCALE, HAS_PULL_FACTOR,
         )  # fmt: skip
-        tl.debug_barrier()  # the same thread reads what it has written, but the compiler need not know
+        tl.debug_barrier()  # a thread reads only its own writes, but the compiler does not know that
     prepared_ptr += param * _PREPARED
     value_ptr = prepared_ptr.to(tl.pointer_type(tl.float32), bitcast=True)
     number_ptr = prepared_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
@@ -152,7 +153,7 @@ def _prepare_kernel(
 
 @triton.jit
 def _coefficients(prepared_ptr, row_ptr, clip_ptr, HAS_CLIP: tl.constexpr):
-    """A parameter's coefficients in float32; the clip scales gradients and pull in float64."""
+    """A parameter's coefficients in float32. The clip multiplies GRAD_FACTOR and PULL in float64."""
     value_ptr = prepared_ptr.to(tl.pointer_type(tl.float32), bitcast=True)
     grad_factor = tl.load(value_ptr)
     pull = tl.load(value_ptr + 8)
@@ -181,7 +182,7 @@ def _pull(grad, param, anchor, pull):
 
 @triton.jit
 def adamw_update(p, g, m, v, coefficients):
-    """The new (p, m, v) of some entries, and the root of v; g is the effective gradient."""
+    """The new (p, m, v) of some entries, and the root of v. `g` is the effective gradient."""
     _, decay_step, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bc2, eps, _ = coefficients
     m = m + one_minus_beta1 * (g - m)
     v = v * beta2 + one_minus_beta2 * (g * g)
@@ -195,7 +196,7 @@ def _value_and_gradient(
     param_ptr, grad_ptr, master_ptr, anchor_ptr, mask, coefficients,
     HAS_MASTER: tl.constexpr, HAS_ANCHOR: tl.constexpr,
 ):  # fmt: skip
-    # Lanes without an entry compute on ones: zeros or leftovers would take the slow paths of the division and the root.
+    # Lanes without an entry compute with ones, since zeros or garbage would take slow paths of division and root.
     other: tl.constexpr = None if mask is None else 1.0
     grad_factor, _, _, _, _, _, _, _, pull = coefficients
     p = tl.load(master_ptr, mask, other) if HAS_MASTER else tl.load(param_ptr, mask, other).to(tl.float32)
@@ -222,7 +223,7 @@ def _update(
     param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, master_ptr, anchor_ptr, mask, key, index, coefficients,
     HAS_MASTER: tl.constexpr, HAS_ANCHOR: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
-    """AdamW on the entries at the pointers, where `mask`; index: their flat indices."""
+    """AdamW on the entries at the pointers where `mask` is True; `index` are their flat indices."""
     other: tl.constexpr = None if mask is None else 1.0
     p, g = _value_and_gradient(
         param_ptr, grad_ptr, master_ptr, anchor_ptr, mask, coefficients, HAS_MASTER, HAS_ANCHOR
@@ -240,7 +241,7 @@ def _update_coded(
     param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, scale_ptr, master_ptr, anchor_ptr, mask, key, index, coefficients,
     HAS_MASTER: tl.constexpr, HAS_ANCHOR: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
-    """The same for one block of 8-bit moments, whose two scales are at `scale_ptr`."""
+    """The same for one block of 8-bit moments, with its two scales at `scale_ptr`."""
     p, g = _value_and_gradient(
         param_ptr, grad_ptr, master_ptr, anchor_ptr, mask, coefficients, HAS_MASTER, HAS_ANCHOR
     )  # fmt: skip
@@ -253,35 +254,35 @@ def _update_coded(
     random = moment_bits(key, index)
     tl.store(exp_avg_ptr, encode_exp_avg(m, scale, random), mask)
     tl.store(exp_avg_sq_ptr, encode_exp_avg_sq(root, root_scale, random), mask)
-    tl.debug_barrier()  # every thread has read the old scales
+    tl.debug_barrier()  # after it, every thread has read the old scales
     tl.store(scale_ptr, scale)
     tl.store(scale_ptr + 1, root_scale)
 
 
 @triton.jit
 def _bitmap_block(group_ptr, rank_ptr, first, lane, length):
-    """For the entries first + lane of a BITMAP tile: (number among the tile's active entries, whether active)."""
-    # Bits past the end are zero, so only the index itself needs the bound.
+    """(number among the tile's active entries, whether active) of the entries first + lane of a BITMAP tile."""
+    # bits past the end are zero, so that only the index needs the bound
     exists = first + lane < length
     group = tl.load(group_ptr + (first >> 6) + (lane >> 6), exists, 0).to(tl.uint64, bitcast=True)
     before = tl.load(rank_ptr + (first >> 6) + (lane >> 6), exists, 0).to(tl.uint16, bitcast=True).to(tl.int32)
     bit = tl.full([], 1, tl.uint64) << (lane & 63).to(tl.uint64)
     below = group & (bit - 1)
-    # In 32-bit halves, or LLVM widens the sum and with it every address made of it to 64-bit arithmetic.
+    # in 32-bit halves; otherwise LLVM computes the sum, and every address made of it, in 64 bits
     rank = before + popcount(below.to(tl.uint32)) + popcount((below >> 32).to(tl.uint32))
     return rank, (group & bit) != 0
 
 
 @triton.jit
 def _list_block(position_ptr, rank, active, listed):
-    """For the active entries number `rank` of a LIST16 or FULL (listed = 0) tile: (entry, whether there is one)."""
+    """(entry, whether it exists) of the active entries number `rank` of a LIST16 tile, or a FULL one (listed = 0)."""
     position = tl.load(position_ptr + rank, rank < listed, 0).to(tl.uint16, bitcast=True).to(tl.int32)
     return tl.where(listed > 0, position, rank), rank < active
 
 
 @triton.jit
 def _entry_of_rank(group_ptr, rank_ptr, rank, groups):
-    """Where in a BITMAP tile of so many 64-entry groups its active entries number `rank` stand."""
+    """The positions of the active entries number `rank` in a BITMAP tile with that many 64-entry groups."""
     at = tl.zeros_like(rank)
     for log_step in tl.static_range(9, -1, -1):  # the last group with at most `rank` active entries before it
         probe = at + (1 << log_step)
@@ -302,7 +303,7 @@ def _masked_adamw_kernel(
     PARAM: tl.constexpr, GRAD: tl.constexpr, PACKED: tl.constexpr, CODED: tl.constexpr, HAS_MASTER: tl.constexpr,
     HAS_ANCHOR: tl.constexpr, HAS_CLIP: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`_PARTS` programs a tile. group_ptr: the bitmaps as 64-bit groups; rank_ptr: active entries before each."""
+    """`_PARTS` programs per tile. group_ptr: bitmaps in groups of 64 bits; rank_ptr: active entries before each."""
     PARAM_SIZE: tl.constexpr = PARAM.primitive_bitwidth // 8
     GRAD_SIZE: tl.constexpr = GRAD.primitive_bitwidth // 8
     part = tl.program_id(0) % _PARTS
@@ -328,9 +329,9 @@ def _masked_adamw_kernel(
 
     done = 0
     if (encoding == _FULL) & (((param_address | grad_address | 4 * slot) & 15) == 0) & (not CODED):
-        # Another block shape than below: blocks of equal shape get one layout, and vectors would spoil the gathers.
+        # Blocks of equal shape get one layout. With another shape, that of vectors does not slow the gathers below.
         VECTOR_BLOCK: tl.constexpr = 2 * BLOCK
-        # Alignment by construction: a hint on an address would hold for all its uses, also below.
+        # The division shows the alignment. A hint on the address itself would also hold for its uses below.
         param_ptr = tl.multiple_of((param_address // 16 * 16).to(tl.pointer_type(PARAM)), 16)
         grad_ptr = tl.multiple_of((grad_address // 16 * 16).to(tl.pointer_type(GRAD)), 16)
         done = active // VECTOR_BLOCK * VECTOR_BLOCK
@@ -353,7 +354,7 @@ def _masked_adamw_kernel(
     anchor_ptr += slot
     first = done + part * BLOCK
     if CODED:
-        # A program takes whole blocks of active entries, whatever the encoding.
+        # a program takes whole blocks of active entries, for every encoding
         scale_ptr += 2 * tl.load(tile_ptr + _FIRST_BLOCK)
         listed = tl.where(encoding == _LIST16, active, 0)
         group_ptr += tl.where(encoding == _BITMAP, index // 2, 0)
@@ -402,7 +403,7 @@ def _square(
     grad_ptr, param_ptr, master_ptr, anchor_ptr, mask, grad_factor, pull,
     HAS_MASTER: tl.constexpr, HAS_ANCHOR: tl.constexpr,
 ):  # fmt: skip
-    """float64 squares of the gradients that the update would see; lanes outside `mask` read zeros and give 0."""
+    """float64 squares of the effective gradients. Lanes outside `mask` read zeros and give 0."""
     g = tl.load(grad_ptr, mask, 0.0).to(tl.float32) * grad_factor
     if HAS_ANCHOR:
         p = tl.load(master_ptr, mask, 0.0) if HAS_MASTER else tl.load(param_ptr, mask, 0.0).to(tl.float32)
@@ -413,7 +414,7 @@ def _square(
 
 @triton.jit
 def _sum_of(values_ptr, count):
-    """Always in the same order."""
+    """The sum of float64 values, always in the same order."""
     LANES: tl.constexpr = 256
     sums = tl.zeros([LANES], tl.float64)
     first = 0
@@ -426,7 +427,7 @@ def _sum_of(values_ptr, count):
 
 @triton.jit
 def _add_total(sum_ptr, first_tile, tiles, max_norm_bits, arrived_ptr, grad_norm_ptr, clip_ptr):
-    """The last program of a group of tiles adds up its sums; the last one of all those of the groups."""
+    """The last program of a group of tiles adds up its sums, and the last program of all adds up the groups."""
     group = (first_tile + tl.program_id(0) // _PARTS) // _NORM_GROUP
     in_group = _PARTS * tl.minimum(tiles - group * _NORM_GROUP, _NORM_GROUP)
     tl.debug_barrier()
@@ -450,7 +451,7 @@ def _masked_sum_squares_kernel(
     PARAM: tl.constexpr, GRAD: tl.constexpr, PACKED: tl.constexpr, HAS_MASTER: tl.constexpr, HAS_ANCHOR: tl.constexpr,
     TOTAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes the sum of every part of every tile: sum_ptr is float64 [T, _PARTS]. TOTAL: the last program adds up."""
+    """Writes the sum of every part of every tile, float64 [T, _PARTS]. With TOTAL, the last programs add these up."""
     PARAM_SIZE: tl.constexpr = PARAM.primitive_bitwidth // 8
     GRAD_SIZE: tl.constexpr = GRAD.primitive_bitwidth // 8
     tile_ptr += (tl.program_id(0) // _PARTS).to(tl.int64) * _TILE_COLUMNS
@@ -543,17 +544,17 @@ def _masked_pack_kernel(
 
 
 def _type_of(tensors: Any) -> tl.dtype:
-    """Of those that are there."""
+    """The Triton type of the tensors that are not None."""
     return next((TYPES[dtype] for dtype in tensors.dtypes), tl.float32)
 
 
 def prepare_step(step: Any, addresses: Tensor) -> None:
-    """Counts a step, computes its coefficients, and writes what the other kernels read of the parameters."""
+    """Counts a step, computes its coefficients, and writes the rows that the other kernels read."""
     _prepare(step.coefficients, step.prepared, addresses, step)
 
 
 def prepared_of(norm: Any, addresses: Tensor) -> Tensor:
-    """The same for coefficients that are there."""
+    """The rows for coefficients that are computed already."""
     prepared = torch.empty(len(norm.params), _PREPARED.value, dtype=torch.int64, device=norm.tiles.device)
     _prepare(norm.coefficients, prepared, addresses, None)
     return prepared
@@ -588,7 +589,7 @@ def _prepare(coefficients: Tensor, prepared: Tensor, addresses: Tensor, step: An
 
 
 def masked_adamw_(update: Any, prepared: Tensor) -> None:
-    """One launch over all tiles. The ranks must be there if any tile is a bitmap (`TileTable.with_ranks`)."""
+    """One launch over all tiles. A table with a bitmap needs its directory (`TileTable.with_ranks`)."""
     if not len(update.tiles):
         return
     with on_device_of(update.tiles):
@@ -620,20 +621,20 @@ def masked_adamw_(update: Any, prepared: Tensor) -> None:
 
 
 def _or(tensor: Tensor | None, norm: Any) -> Tensor:
-    """The tensor, or for one that is not there a pointer of its type that is not followed."""
+    """The tensor; instead of None, an empty one, whose pointer the kernel does not follow."""
     return norm.coefficients.new_empty(0, dtype=torch.float32) if tensor is None else tensor
 
 
 def masked_sum_squares(norm: Any, prepared: Tensor) -> Tensor:
-    """float64 [T]; each sum is taken in an order that depends on the tile only."""
+    """float64 [T]: the sum of squares of each tile. Its order depends only on the tile."""
     sums = torch.empty(len(norm.tiles), _PARTS.value, dtype=torch.float64, device=norm.tiles.device)
     _sum_squares(norm, prepared, sums, 0, 0, 0, sums, sums, sums, TOTAL=False)
     return sums.sum(1)
 
 
 def gradient_norm(norm: Any, prepared: Tensor, total: Any) -> None:
-    """The norm of the gradients, after its last launch, and what clips them."""
-    (bits,) = struct.unpack("q", struct.pack("d", total.max_norm))  # as a number it would become a float32
+    """After the last launch of a step: the norm of the gradients, and the factor that clips them."""
+    (bits,) = struct.unpack("q", struct.pack("d", total.max_norm))  # Triton would turn a number into a float32
     numbers = total.first, total.tiles, bits
     _sum_squares(norm, prepared, total.sums, *numbers, total.arrived, total.grad_norm, total.clip, TOTAL=True)
 
@@ -665,7 +666,7 @@ def _sum_squares(norm: Any, prepared: Tensor, sums: Tensor, *total: Any, TOTAL: 
 
 
 def masked_pack_(pack: Any, addresses: Tensor | int) -> None:
-    """One launch over the tiles of all gradients that are there, or of one whose address is given."""
+    """One launch over the tiles of all gradients, by a table of addresses or the address of a single one."""
     if not len(pack.tiles):
         return
     single = isinstance(addresses, int)

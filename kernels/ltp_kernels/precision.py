@@ -8,13 +8,13 @@ import triton.language as tl
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-# The interpreter (Triton 3.6) truncates where the compiled conversion to bfloat16 rounds to nearest.
+# The interpreter of Triton 3.6 truncates to bfloat16, where compiled code rounds to nearest.
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
 def round_to(value, TYPE: tl.constexpr):
-    """float32 -> TYPE, to the nearest, ties to even."""
+    """float32 -> TYPE, rounded to nearest, ties to even."""
     if _INTERPRETED and TYPE == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
@@ -34,7 +34,7 @@ def _mix32(x):
 
 @triton.jit
 def rounding_key(seed, step, number):
-    """uint32 keys of the steps of some parameters, from int64."""
+    """uint32 keys for one step of some parameters; all arguments are int64."""
     key = _mix32(tl.full(step.shape, 0, tl.uint32) + seed.to(tl.int64).to(tl.uint32))
     key = _mix32(key + (seed.to(tl.int64) >> 32).to(tl.uint32) * 0x9E3779B9)
     key = _mix32(key + step.to(tl.uint32) * 0x9E3779B9)
@@ -43,14 +43,14 @@ def rounding_key(seed, step, number):
 
 @triton.jit
 def tile_key(rounding_key, start):
-    """uint32 key of the tile whose first entry is `start` (int64); rounding_key: int32, of the parameter's step."""
+    """uint32 key of the tile that starts at int64 `start`, from the int32 key of the parameter's step."""
     upper = (start >> 32).to(tl.uint32)
     return _mix32(rounding_key.to(tl.uint32, bitcast=True) + upper * 0x9E3779B9)
 
 
 @triton.jit
 def round_stochastically(value, key, index):
-    """float32 -> bfloat16 with the random bits of the entries `index` (lower 32 bits of their flat indices)."""
+    """float32 -> bfloat16 with the random bits of the entries `index`, the lower 32 bits of their flat indices."""
     bits = value.to(tl.uint32, bitcast=True)
     random = _mix32(key ^ index.to(tl.uint32)) >> 16
     rounded = ((bits + random) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -60,13 +60,13 @@ def round_stochastically(value, key, index):
 
 @triton.jit
 def moment_bits(tile_key, index):
-    """uint32 random bits for the 8-bit moments of the entries `index` (lower 32 bits of their flat indices)."""
+    """uint32 random bits for the 8-bit moments of the entries `index`, the lower 32 bits of their flat indices."""
     return _mix32(_mix32(tile_key + 0x9E3779B9) ^ index.to(tl.uint32))
 
 
 @triton.jit
 def block_scale(values):
-    """float32 scalar: the scale of a block of values, its largest magnitude. As bits a NaN is above everything."""
+    """float32 scalar: the scale of a block of values, its largest magnitude, compared as bits. See quantization.h."""
     largest = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
     scale = tl.where(largest >= 0x7F800000, 0x7FC00000, largest)
     return tl.where(largest < ((127 - 90) << 23), 0, scale).to(tl.float32, bitcast=True)
@@ -84,14 +84,14 @@ def _fourth_power(code):
 
 @triton.jit
 def _scaled_magnitude(value, scale, TOP: tl.constexpr):
-    """In fourth powers of codes, at most TOP; so is what is not finite, and stands in a block that is NaN."""
+    """Magnitudes on the scale of fourth powers of codes, at most TOP, which also stands for values not finite."""
     x = tl.abs(value * tl.where(scale > 0.0, tl.div_rn(TOP, scale), 0.0))
     return tl.where(x < TOP, x, TOP)
 
 
 @triton.jit
 def _encode_magnitude(x, random):
-    """The code below or above `x`, by 16 random bits."""
+    """The code below or above `x`, chosen by 16 random bits so that the mean is x."""
     code = tl.sqrt_rn(tl.sqrt_rn(x)).to(tl.int32).to(tl.float32)
     below = _fourth_power(code)
     chance = (random.to(tl.int32).to(tl.float32) + 0.5) * 0.0000152587890625  # 2^-16

@@ -1,15 +1,15 @@
-"""The passes of `topk_delta`; `kernels/README.md` explains the design.
+"""The passes of `topk_delta`. `kernels/README.md` explains the design.
 
     key = bits(|float32(tuned) - float32(initial)|)
 
 * `sample_keys`: the keys of some runs of neighbouring entries
 * `delta_band`: marks, counts and collects
-      key >= high:        bit set in the bitmap, counted as above
-      low <= key < high:  counted as inside, stored among the candidates of its tile
-* `candidate_histogram`, `take_above`, `take_ties`: work off the candidates
+      key >= high:        its bit is set, and it is counted as above
+      low <= key < high:  it is counted as inside, and stored among the candidates of its tile
+* `candidate_histogram`, `take_above`, `take_ties`: process the candidates
 
-The launchers take the records of `ltp_sparse/backends/arguments.py`; none waits for the device. There is no histogram
-of all keys: Triton has no shared-memory atomics.
+The launchers take the records of `ltp_sparse/backends/arguments.py` and do not wait for the device. There is no
+histogram of all keys, since Triton has no atomics in shared memory.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from .precision import TYPES
 
 TILE = 65_536
 
-_ROWS = 128  # words of 32 entries that a program reads at a time
+_ROWS = 128  # words of 32 entries that a program reads together
 _NUM_WARPS = 8
 _PROGRAMS_PER_PROCESSOR = 2
 
-# columns of the rows that the launcher makes, one a tile
+# columns of the launcher's table, with a row per tile
 _INITIAL = tl.constexpr(0)  # address of the tile's first entry
 _TUNED = tl.constexpr(1)
 _WORD = tl.constexpr(2)  # first word of its bitmap
 _LENGTH = tl.constexpr(3)
 _GROUP = tl.constexpr(4)
-_TILE = tl.constexpr(5)  # its place in above, inside, take and offsets
+_TILE = tl.constexpr(5)  # its index in above, inside, take and offsets
 _COLUMNS = tl.constexpr(6)
 
-# columns of the rows of `sample_keys`, one a tensor, after the two addresses
+# columns of the table of `sample_keys`, with a row per tensor, after the two addresses
 _ENTRIES = tl.constexpr(2)
-_KIND = tl.constexpr(3)  # which of the combinations of dtypes it has
+_KIND = tl.constexpr(3)  # the number of its combination of dtypes
 _SAMPLE_COLUMNS = tl.constexpr(4)
 
 _WORDS = tl.constexpr(TILE // 32)
-_CANDIDATES = tl.constexpr(512)  # candidates collected or worked off at a time
+_CANDIDATES = tl.constexpr(512)  # candidates processed together
 _CANDIDATE_WARPS = 4
 _RUN = tl.constexpr(16)  # neighbouring entries that are sampled together
 _RUNS = tl.constexpr(64)  # runs of a program
@@ -56,10 +56,10 @@ _SAMPLE_WARPS = 4
 _NONFINITE_KEY = tl.constexpr(0x7F800000)
 _LARGEST_KEY = tl.constexpr(0x7FFFFFFF)
 
-# Arguments that may be slices: vectors gain nothing, and a kernel for each alignment would be compiled.
+# These arguments may be slices. Otherwise Triton would compile a kernel for each alignment, which gains nothing here.
 _READ_SINGLY = [
     *("tensor_ptr", "run_ptr", "cursor_ptr", "nonfinite_ptr"),
-    *("low_ptr", "high_ptr", "shift_ptr", "cut_ptr"),  # one a group
+    *("low_ptr", "high_ptr", "shift_ptr", "cut_ptr"),  # a number per group
     *("above_ptr", "inside_ptr", "offset_ptr", "group_ptr", "tile_word_ptr", "take_ptr", "taken_ptr", "ties_ptr"),
 ]
 
@@ -67,14 +67,14 @@ _READ_SINGLY = [
 @triton.jit
 def _pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     if ALIGNED:
-        # Alignment by construction: a hint on `address` itself would hold for every use of it.
+        # the division shows the alignment; a hint on `address` itself would hold for all its uses
         return tl.multiple_of((address // 16 * 16).to(tl.pointer_type(DTYPE)), 16)
     return address.to(tl.pointer_type(DTYPE))
 
 
 @triton.jit
 def _keys(initial_ptr, tuned_ptr, entry, mask, HAS_INITIAL: tl.constexpr):
-    """int32 keys; 0, which no band contains, where `mask` is False."""
+    """int32 keys; where `mask` is False it is 0, which no band contains."""
     other: tl.constexpr = None if mask is None else 0.0
     delta = tl.load(tuned_ptr + entry, mask, other).to(tl.float32)
     if HAS_INITIAL:
@@ -86,7 +86,7 @@ def _keys(initial_ptr, tuned_ptr, entry, mask, HAS_INITIAL: tl.constexpr):
 def _sample_keys_kernel(
     row_ptr, kind, tensor_ptr, run_ptr, n_runs, key_ptr, INITIAL: tl.constexpr, TUNED: tl.constexpr,
 ):  # fmt: skip
-    """Writes the runs of the tensors of one kind. INITIAL, TUNED: their dtypes; None stands for zeros."""
+    """Writes the sampled keys of tensors of one kind. INITIAL and TUNED are their dtypes; None stands for zeros."""
     HAS_INITIAL: tl.constexpr = INITIAL is not None
     number = tl.program_id(0).to(tl.int64) * _RUNS + tl.arange(0, _RUNS)
     exists = number < n_runs
@@ -102,7 +102,7 @@ def _sample_keys_kernel(
 
 
 def _dtypes(pairs: Any) -> list[tuple[torch.dtype | None, torch.dtype]]:
-    """Of either side of every pair; None: zeros."""
+    """The dtypes of both sides of every pair; None for zeros."""
     before = [t.dtype for t in pairs.initial] or [None] * len(pairs.tuned)
     return list(zip(before, (t.dtype for t in pairs.tuned), strict=True))
 
@@ -112,7 +112,7 @@ def _addresses(pairs: Any) -> list[tuple[int, int]]:
 
 
 def sample_keys(sample: Any) -> None:
-    """One launch for each combination of dtypes: almost always one in all."""
+    """One launch for each combination of dtypes, which is nearly always a single one."""
     tensors, runs, keys = sample.tensors, sample.runs, sample.keys
     if not len(runs):
         return
@@ -141,7 +141,7 @@ def sample_keys(sample: Any) -> None:
 
 @triton.jit
 def _pack(flags, lane):
-    """bool [ROWS, 32] -> uint32 words [ROWS], lane 0 in the lowest bit."""
+    """bool [ROWS, 32] -> uint32 words [ROWS], with lane 0 in the lowest bit."""
     return tl.sum(flags.to(tl.uint32) << lane, 1)
 
 
@@ -150,12 +150,12 @@ def _mark_block(
     initial_ptr, tuned_ptr, above_ptr, inside_ptr, first, length, below_low, below_high, largest, n_above, n_inside,
     HAS_INITIAL: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Writes two bitmaps of ROWS words; returns the largest keys [ROWS, 32] and the counts [ROWS] so far."""
+    """Writes ROWS words of two bitmaps. Returns the largest keys [ROWS, 32] and the counts [ROWS] so far."""
     row = tl.arange(0, ROWS)
     lane = tl.arange(0, 32)[None, :]
     entry = first + row[:, None] * 32 + lane
     word = first // 32 + row
-    # A mask against a bound from memory rules out vector loads: only the last block of a tile has one.
+    # a mask from a bound in memory prevents vector loads, so that only the last block of a tile has one
     key = _keys(initial_ptr, tuned_ptr, entry, entry < length if MASKED else None, HAS_INITIAL)
     exists = word < (length + 63) // 64 * 2 if MASKED else None
     above = _pack(key > below_high, lane)
@@ -170,10 +170,10 @@ def _collect(
     initial_ptr, tuned_ptr, inside_words_ptr, before_ptr, key_ptr, position_ptr, rank, n_inside,
     HAS_INITIAL: tl.constexpr,
 ):  # fmt: skip
-    """Stores the candidates numbered `rank`: finds the word by bisection and the bit by popcounts, reads it again."""
+    """Stores the candidates number `rank`, after finding the word by bisection and the bit by popcounts."""
     mask = rank < n_inside
     word = tl.zeros_like(rank)
-    for log_step in tl.static_range(10, -1, -1):  # down to the last word that has at most `rank` candidates before it
+    for log_step in tl.static_range(10, -1, -1):  # the last word with at most `rank` candidates before it
         probe = word + (1 << log_step)
         before = tl.load(before_ptr + probe).to(tl.uint16, bitcast=True).to(tl.int32)
         word = tl.where(before <= rank, probe, word)
@@ -193,7 +193,7 @@ def _delta_band_kernel(
     offset_ptr, cursor_ptr, nonfinite_ptr, inside_words_ptr, before_ptr,
     INITIAL: tl.constexpr, TUNED: tl.constexpr, ALIGNED: tl.constexpr, HAS_TAKE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """A program works off every num_programs-th tile. INITIAL, TUNED: dtypes of the inputs; None stands for zeros."""
+    """A program processes every num_programs-th tile. INITIAL and TUNED are dtypes; None stands for zeros."""
     HAS_INITIAL: tl.constexpr = INITIAL is not None
     BLOCK: tl.constexpr = ROWS * 32
     inside_words_ptr += tl.program_id(0) * _WORDS
@@ -204,7 +204,7 @@ def _delta_band_kernel(
         length = tl.load(row + _LENGTH).to(tl.int32)
         tile = tl.load(row + _TILE)
         group = tl.load(row + _GROUP)
-        # no key is above the largest, so any larger bound means the same
+        # no key is above the largest, so that any larger bound means the same
         below_low = tl.minimum(tl.load(low_ptr + group) - 1, _LARGEST_KEY).to(tl.int32)
         below_high = tl.minimum(tl.load(high_ptr + group) - 1, _LARGEST_KEY).to(tl.int32)
         tile_words_ptr = words_ptr + tl.load(row + _WORD)
@@ -234,7 +234,7 @@ def _delta_band_kernel(
 
         offset = tl.full([], 0, tl.int64)
         if n_inside > 0:
-            tl.debug_barrier()  # other threads of the program wrote the words
+            tl.debug_barrier()  # other threads of the program have written the words
             word = tl.arange(0, _WORDS)
             exists = word < (length + 63) // 64 * 2
             inside = tl.load(inside_words_ptr + word, exists, 0).to(tl.uint32, bitcast=True)
@@ -265,7 +265,7 @@ def _delta_band_kernel(
 
 
 def delta_band(band: Any) -> None:
-    """One launch for all tensors of equal dtypes and alignment: almost always one in all. Scratch: 12 KB a program."""
+    """A launch for each combination of dtypes and alignment, nearly always one. Scratch is 12 KB per program."""
     if band.digests is not None:
         tile_digests(band.initial, band.digests)
     words, keys = band.words, band.keys
@@ -310,7 +310,7 @@ def delta_band(band: Any) -> None:
 
 
 def _tile_rows(tensors: list[list[int]], initial_dtype: torch.dtype | None, tuned_dtype: torch.dtype) -> Tensor:
-    """int64 [T, 6]: the rows of `tensors`, of the same columns but for whole tensors, cut into tiles."""
+    """int64 [T, 6]: a row for each tile, from `tensors`, which has the same columns for whole tensors."""
     whole = torch.tensor(tensors, dtype=torch.int64, device="cpu")
     counts = (whole[:, _LENGTH.value] + TILE - 1) // TILE
     rows = whole.repeat_interleave(counts, 0)
@@ -330,20 +330,20 @@ def _tile_rows(tensors: list[list[int]], initial_dtype: torch.dtype | None, tune
 
 def _resident_programs(device: torch.device) -> int:
     if device.type == "cpu":
-        return 2  # the interpreter runs them one after the other
+        return 2  # the interpreter runs programs one after the other
     return torch.cuda.get_device_properties(device).multi_processor_count * _PROGRAMS_PER_PROCESSOR
 
 
 @triton.jit
 def _stored(offset_ptr, inside_ptr, tile):
-    """(place of the tile's first candidate, their number: 0 where they are not stored)."""
+    """(place of the tile's first candidate, number of its candidates, or 0 if they are not stored)."""
     offset = tl.load(offset_ptr + tile)
     return offset, tl.where(offset < 0, 0, tl.load(inside_ptr + tile)).to(tl.int32)
 
 
 @triton.jit
 def _set_bits(tile_words_ptr, position_ptr, place, mask):
-    """Sets the bits of the candidates at `place`; by atomics, as several may share a word."""
+    """Sets the bits of the candidates at `place`, with atomics, since several may share a word."""
     position = tl.load(position_ptr + place, mask, 0).to(tl.uint16, bitcast=True).to(tl.int32)
     bit = tl.full([], 1, tl.uint32) << (position & 31).to(tl.uint32)
     tl.atomic_or(tile_words_ptr + position // 32, bit.to(tl.int32, bitcast=True), mask, sem="relaxed")
@@ -359,7 +359,7 @@ def _launch_per_tile(kernel: Any, offsets: Tensor, *arguments: Tensor | int) -> 
 def _candidate_histogram_kernel(
     key_ptr, offset_ptr, inside_ptr, group_ptr, low_ptr, high_ptr, shift_ptr, histogram_ptr, bins
 ):
-    """A program per tile, as in the next two."""
+    """A program for each tile, as in the next two kernels."""
     tile = tl.program_id(0)
     offset, n = _stored(offset_ptr, inside_ptr, tile)
     group = tl.load(group_ptr + tile)
