@@ -22,7 +22,7 @@ PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 CPP := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 CPP_OF_TESTS := $(wildcard tests/*/*.cpp tests/*/*/*.cpp tests/*/*/*.h)
 
-.PHONY: help demo test check docs faults ptx asan tsan bench gpu gpu-full lint lint-ruff lint-format lint-mypy lint-cpp format clean
+.PHONY: help demo test check docs wheels hashes faults ptx asan tsan bench gpu gpu-full lint lint-ruff lint-format lint-mypy lint-cpp format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -38,6 +38,15 @@ check: lint  ## for daily work: linters, types and the fast tests
 
 docs: $(TEST)  ## the site of all documents and docstrings in build/site, strictly, without network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+wheels:  ## sdist and checked wheels of this commit in dist/, for every Python 3.11 to 3.14 of this machine
+	$(PYTHON) tools/wheels.py $(ARGS)
+
+hashes:  ## constraints-hashes.txt: the pins of constraints.txt with the hashes of their files
+	$(PYTHON) -m venv build/hashes
+	build/hashes/bin/python -m pip --disable-pip-version-check -q install --constraint constraints.txt uv
+	build/hashes/bin/uv pip compile -q --no-deps --no-header --python-version 3.11 --generate-hashes \
+		constraints.txt --output-file constraints-hashes.txt
 
 # The C++ kernels under a sanitizer, as a module of their own in build/; threads: those of the kernels, not of OpenMP.
 asan: SANITIZE = address,undefined  ## tests of the C++ kernels under AddressSanitizer and UBSan

@@ -1,6 +1,9 @@
 """Builds the compiled extensions, `_C` (CPU) and `_C_cuda`; everything else stands in pyproject.toml.
 
 LTP_SPARSE_EXT=auto (what can be built) | cpu | cuda (both; an error without a CUDA toolkit) | cuda-only | off
+LTP_SPARSE_CUDA_ARCH=80,90,100,120 (the default), or fewer in less time: 90 alone for compute capability 9.0
+
+The modules depend on sources, compilers and Python alone: no path and no time of the build is in them.
 """
 
 import os
@@ -17,7 +20,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 # No fused multiply-add: every instruction set gives the same bits. The next two let square roots and selects vectorise.
-FLAGS = ["-O3", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread"]
+# Debug information, which Python's own flags ask for, would hold the paths of this machine.
+FLAGS = ["-O3", "-g0", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread"]
 ISA_FLAGS = {
     "kernels_avx2": ["-mavx2", "-mbmi", "-mbmi2", "-mpopcnt"],
     "kernels_avx512": [
@@ -26,12 +30,9 @@ ISA_FLAGS = {
         *["-Wno-maybe-uninitialized", "-Wno-uninitialized"],  # GCC 12 gives them for its own intrinsics
     ],
 }
-# IEEE arithmetic: the bits of the CPU kernels. Machine code for four generations, PTX for later ones; lines of the
-# sources for profilers.
+# IEEE arithmetic: the bits of the CPU kernels. Lines of the sources for profilers.
 NVCC_FLAGS = [
     *["-std=c++17", "-O3", "--fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false", "-Xcompiler=-fPIC"],
-    *["-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=sm_90"],
-    *["-gencode", "arch=compute_100,code=sm_100", "-gencode", "arch=compute_120,code=[sm_120,compute_120]"],
     "-lineinfo",
 ]
 # `make asan` and `make tsan`: "address,undefined" or "thread"
@@ -52,17 +53,35 @@ def cuda_home():
     return next((home for home in homes if all((home / part).exists() for part in needed)), None)
 
 
+def gencode():
+    """Machine code for each architecture, and PTX of the last one for later GPUs."""
+    wanted = os.environ.get("LTP_SPARSE_CUDA_ARCH", "80,90,100,120")
+    numbers = wanted.split(",")
+    if not all(number.isdigit() and int(number) >= 80 for number in numbers):
+        sys.exit(f"LTP_SPARSE_CUDA_ARCH must be numbers as in 80,90, none below 80, got {wanted!r}")
+    flags = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
+    return [*flags, f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}"]
+
+
 class BuildExtension(build_ext):
     """Compiles the kernels of each instruction set with its own flags, and CUDA sources with nvcc."""
 
+    def build_extensions(self):
+        # A Python with a shared library of its own has modules search its folder, which a module has no use for.
+        for name in ("linker_so", "linker_so_cxx"):
+            command = getattr(self.compiler, name, None) or []
+            setattr(self.compiler, name, [part for part in command if not part.startswith("-Wl,-rpath")])
+        super().build_extensions()
+
     def build_extension(self, ext):
         if ext.name.endswith("_C_cuda"):
-            home, folder = cuda_home(), Path(self.build_temp)
+            home, folder, code = cuda_home(), Path(self.build_temp), gencode()
             folder.mkdir(parents=True, exist_ok=True)
 
             def compile_cuda(source):
                 target = folder / f"{source.stem}.cu.o"
-                command = [str(home / "bin" / "nvcc"), "--threads=0", *NVCC_FLAGS, "-c", str(source), "-o", str(target)]
+                nvcc = [str(home / "bin" / "nvcc"), "--threads=0", *NVCC_FLAGS, *code]
+                command = [*nvcc, "-c", str(source.relative_to(ROOT)), "-o", str(target)]
                 try:
                     subprocess.run(command, check=True)
                 except (OSError, subprocess.CalledProcessError) as error:

