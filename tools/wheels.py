@@ -1,6 +1,6 @@
-"""`make wheels`: sdist and wheels of the commit that is checked out, in dist/, for every Python of this machine; checked.
+"""`make wheels`: sdist and wheels of the commit checked out in dist/, for every Python of this machine, checked.
 
-The same commit gives the same bytes: the sources come from git, times from SOURCE_DATE_EPOCH (by default the time of the
+The same commit gives the same bytes: the sources come from git, times from SOURCE_DATE_EPOCH (by default those of
 commit), and the first wheel is built twice, in two folders. `--check WHEEL...` checks wheels that were built elsewhere.
 
 Each wheel is installed in an empty environment of its Python. Where the package sources have a torch without CUDA for

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import cub_topk
+import torch
 from sources import ROOT
 
 HERE = Path(__file__).parent
@@ -61,9 +62,12 @@ class Plan:
         return Phase("training step", 100, (sys.executable, script, "--out", self.folder / TRAIN_STEP))
 
     def build(self) -> Phase:
-        """Builds the package with the CUDA module alone in a separate folder, without changing the environment."""
+        """Builds the package with the CUDA module alone, for this GPU, in a folder apart from the environment."""
         places = ("--build-lib", INSTALLED, "--build-temp", INSTALLED / "temporary")
-        command = ("env", "LTP_SPARSE_EXT=cuda-only", sys.executable, "setup.py", "-q", "build", "--force", *places)
+        settings = ["LTP_SPARSE_EXT=cuda-only"]
+        if torch.cuda.is_available():
+            settings.append("LTP_SPARSE_CUDA_ARCH={}{}".format(*torch.cuda.get_device_capability()))
+        command = ("env", *settings, sys.executable, "setup.py", "-q", "build", "--force", *places)
         return Phase("build", 120, command)
 
     def testing(self, name: str, seconds: float, files: Sequence[str], chosen: str, under: Sequence[str] = ()) -> Phase:

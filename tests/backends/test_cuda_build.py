@@ -1,14 +1,17 @@
 """The CUDA extension builds where a toolkit is: no spills, within the registers of its thread blocks."""
 
+import json
 import os
 import re
-import shutil
+import runpy
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from helpers.builds import built
+from helpers.emulated_gpu import cuda_home, cuda_module, missing
 
 pytestmark = pytest.mark.slow
 
@@ -27,35 +30,37 @@ candidates) find room."""
 
 
 @pytest.fixture(scope="module")
-def static_cuda():
+def figures() -> Path:
+    """A folder with what ptxas says of each source and target of COMPILED (.log), and a row per kernel (.json)."""
     pytest.importorskip("triton")  # brings the disassembler
+    if (reason := missing("compiled")) is not None:
+        pytest.skip(reason)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "benchmarks")
         import static_cuda
-    return static_cuda
+    module = cuda_module()
+
+    def count_all(folder: Path) -> None:
+        def count(source: str, target: str) -> None:
+            ptx, cubin = module / f"{source}.{target.replace('sm', 'compute')}.ptx", folder / f"{source}-{target}.cubin"
+            command = [cuda_home() / "bin" / "ptxas", "-v", f"-arch={target}", "--generate-line-info", "-o", cubin, ptx]
+            run = subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
+            cubin.with_suffix(".log").write_text(run.stderr)
+            cubin.with_suffix(".json").write_text(json.dumps(list(static_cuda.kernels(cubin, target))))
+
+        with ThreadPoolExecutor(os.cpu_count()) as executor:
+            list(executor.map(count, *zip(*COMPILED, strict=True)))
+
+    return built("cuda-figures", count_all, [*module.glob("*.ptx"), Path(static_cuda.__file__)], COMPILED)
 
 
-@pytest.fixture(scope="module")
-def cubins(once, static_cuda) -> Path:
-    """A folder with every cubin of COMPILED and what ptxas says of it."""
-    if shutil.which("nvcc") is None:
-        pytest.skip("no CUDA toolkit: nvcc is not on the PATH")
-
-    def compile_all(folder: Path) -> None:
-        def compile_one(source: str, target: str) -> None:
-            cubin = folder / f"{source}-{target}.cubin"
-            log = static_cuda.compiled(ROOT / "csrc" / "cuda" / f"{source}.cu", target, cubin)
-            cubin.with_suffix(".log").write_text(log)
-
-        with ThreadPoolExecutor(2) as executor:
-            list(executor.map(compile_one, *zip(*COMPILED, strict=True)))
-
-    return once("cubins", compile_all)
+def rows_of(figures: Path, source: str, target: str) -> list[dict]:
+    return json.loads((figures / f"{source}-{target}.json").read_text())
 
 
 @pytest.mark.parametrize(("source", "target"), COMPILED)
-def test_kernels_do_not_spill(cubins, source, target):
-    log = (cubins / f"{source}-{target}.log").read_text()
+def test_kernels_do_not_spill(figures, source, target):
+    log = (figures / f"{source}-{target}.log").read_text()
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", log)]
     spills = [int(count) for count in re.findall(r"(\d+) bytes spill", log)]
     stacks = [int(count) for count in re.findall(r"(\d+) bytes stack frame", log)]
@@ -64,11 +69,11 @@ def test_kernels_do_not_spill(cubins, source, target):
     assert spills and set(spills) == set(stacks) == {0}
 
 
-def test_selection_is_bound_by_memory(cubins, static_cuda):
+def test_selection_is_bound_by_memory(figures):
     """By the static figures: instructions take less time than bytes, entries are loaded as vectors."""
     rows = []
     for source, target in COMPILED:
-        found = list(static_cuda.kernels(cubins / f"{source}-{target}.cubin", target))
+        found = rows_of(figures, source, target)
         assert len(found) == KERNELS[source]
         rows += [row for row in found if row["kernel"].startswith("delta_")]
     assert len(rows) == 2 * 2 * 4 * 3
@@ -79,9 +84,9 @@ def test_selection_is_bound_by_memory(cubins, static_cuda):
 
 
 @pytest.mark.parametrize("source", UPDATES)
-def test_updates_wait_once_for_a_batch(cubins, static_cuda, source):
+def test_updates_wait_once_for_a_batch(figures, source):
     """All loads of a batch are on the way before the first is waited for; those of whole tiles are vectors of four."""
-    rows = [row for row in static_cuda.kernels(cubins / f"{source}-sm_90.cubin", "sm_90") if row["list_in_flight"]]
+    rows = [row for row in rows_of(figures, source, "sm_90") if row["list_in_flight"]]
     assert len(rows) == KERNELS[source] - (source == "masked_adamw")  # but for that which prepares a step
     for row in rows:
         moments, coded, summed = (
@@ -110,3 +115,16 @@ def test_asking_for_cuda_without_a_toolkit_is_an_error(tmp_path):
     command = [sys.executable, "setup.py", "--version"]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode != 0 and "no CUDA toolkit; put nvcc on the PATH" in run.stderr
+
+
+def test_architectures_are_chosen(monkeypatch):
+    gencode = runpy.run_path(str(ROOT / "setup.py"))["gencode"]
+    monkeypatch.delenv("LTP_SPARSE_CUDA_ARCH", raising=False)
+    every = gencode()
+    monkeypatch.setenv("LTP_SPARSE_CUDA_ARCH", "90")
+    chosen = ["-gencode=arch=compute_90,code=sm_90", "-gencode=arch=compute_90,code=compute_90"]
+    assert gencode() == chosen and chosen[0] in every and len(every) == 5
+    for wrong in ("sm_90", "70", "90,"):
+        monkeypatch.setenv("LTP_SPARSE_CUDA_ARCH", wrong)
+        with pytest.raises(SystemExit, match="LTP_SPARSE_CUDA_ARCH must be numbers as in 80,90, none below 80"):
+            gencode()

@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers.backends import Unpacked, using
 from helpers.bits import DTYPES, bits
+from helpers.builds import built
 from helpers.selection_passes import (
     BANDS,
     KINDS,
@@ -66,10 +67,15 @@ def static_selection():
 
 
 @pytest.fixture(scope="module")
-def library(once, static_selection):
+def library(static_selection):
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler")
-    module, counters = static_selection.load(once("cuda-emulation", static_selection.build) / "emulation.so")
+    import pybind11
+
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file() and path.parent.name != "cpu"]
+    sources += [ROOT / "tests" / "backends" / "cuda_emulation.cpp", Path(static_selection.__file__)]
+    folder = built("cuda-emulation", static_selection.build, sources, pybind11.__version__)
+    module, counters = static_selection.load(folder / "emulation.so")
     yield SimpleNamespace(
         module=module, counters=counters, take_traps=counters.take_traps, set_histogram=counters.set_histogram,
         wrong_fourth_roots=counters.wrong_fourth_roots,

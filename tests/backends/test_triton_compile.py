@@ -7,16 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.builds import built
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "static_triton.py"
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "benchmarks" / "static_triton.py"
 
 
 @pytest.fixture(scope="module")
-def table(once) -> dict[tuple[str, str, str], dict[str, str]]:
+def table() -> dict[tuple[str, str, str], dict[str, str]]:
     """(kernel, variant, target) -> counts, from a process of its own: in this one the interpreter may be on."""
 
     def count(folder: Path) -> None:
@@ -25,7 +27,8 @@ def table(once) -> dict[tuple[str, str, str], dict[str, str]]:
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
 
-    with (once("static-triton", count) / "triton.csv").open() as file:
+    folder = built("static-triton", count, [SCRIPT, *(ROOT / "kernels").rglob("*.py")], triton.__version__)
+    with (folder / "triton.csv").open() as file:
         return {(row["kernel"], row["variant"], row["target"]): row for row in csv.DictReader(file)}
 
 

@@ -6,17 +6,16 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import importlib.util
+import itertools
 import multiprocessing
 import os
 import runpy
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from pathlib import Path
@@ -26,10 +25,10 @@ from unittest import mock
 import pytest
 
 from helpers import emulated_device
+from helpers.builds import CACHE, built
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "tests" / "ptx" / "emulator"
-BUILD = ROOT / "build" / "ptx"
 ARCHITECTURES = (90, 80)
 
 
@@ -39,11 +38,15 @@ def _setup() -> dict[str, Any]:
     return runpy.run_path(str(ROOT / "setup.py"))
 
 
+def cuda_home() -> Path | None:
+    return _setup()["cuda_home"]()
+
+
 def missing(backend: str | None) -> str | None:
     """What is not there to emulate the kernels of a backend (None: to emulate at all); None if all is."""
     if shutil.which("c++") is None:
         return "no C++ compiler"
-    if backend == "compiled" and _setup()["cuda_home"]() is None:
+    if backend == "compiled" and cuda_home() is None:
         return "no CUDA toolkit"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "no Triton"
@@ -62,7 +65,7 @@ class EmulatedGpu:
     """The process starts with the first call, and again after one that ended it."""
 
     def __init__(self) -> None:
-        self._folders = _emulator(), None if missing("compiled") else _cuda_module()
+        self._folders = _emulator(), None if missing("compiled") else cuda_module()
         self._process: ProcessPoolExecutor | None = None
 
     def run(self, function: Callable[..., Any], *arguments: Any, **settings: int) -> Any:
@@ -73,7 +76,7 @@ class EmulatedGpu:
             )
         environment = {
             "LD_PRELOAD": str(self._folders[0] / "libptx.so"),
-            "TRITON_CACHE_DIR": str(BUILD / "triton"),
+            "TRITON_CACHE_DIR": str(CACHE / "triton"),
             "TRITON_INTERPRET": "0",
             "CUDA_VISIBLE_DEVICES": "",
         }
@@ -90,60 +93,56 @@ class EmulatedGpu:
             self._process.shutdown()
 
 
-def _made(name: str, sources: Iterable[Path], flags: list[str], make: Callable[[Path], None]) -> Path:
-    """build/ptx/name, filled by `make`, anew when sources or flags have changed."""
-    texts = [" ".join(flags).encode(), *(path.read_bytes() for path in sorted(sources))]
-    digest = hashlib.sha256(b"".join(texts)).hexdigest()
-    folder = BUILD / name
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with (BUILD / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        stamp = folder / "digest"
-        if not stamp.exists() or stamp.read_text() != digest:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            make(folder)
-            stamp.write_text(digest)
-    return folder
-
-
 _CXX = ["c++", "-std=c++17", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror"]
 
 
 def _emulator() -> Path:
-    flags = [*_CXX, "-O2", "-ffp-contract=off", "-frounding-math", "-pthread"]
+    flags = [*_CXX, "-O2", "-ffp-contract=off", "-frounding-math", "-pthread", "-Wl,-soname,libptx.so"]
     sources = [path for path in SOURCES.iterdir() if path.name != "cudart.cpp"]
+
+    def compiled(unit: Path, folder: Path) -> Path:
+        subprocess.run([*flags, "-c", "-o", folder / f"{unit.stem}.o", unit], check=True)
+        return folder / f"{unit.stem}.o"
 
     def make(folder: Path) -> None:
         units = [path for path in sources if path.suffix == ".cpp"]
-        subprocess.run([*flags, "-o", folder / "libptx.so", *units], check=True)
+        with ThreadPoolExecutor(os.cpu_count()) as executor:
+            objects = list(executor.map(compiled, units, itertools.repeat(folder)))
+        subprocess.run([*flags, "-o", folder / "libptx.so", *objects], check=True)
 
-    return _made("emulator", sources, flags, make)
+    return built("emulator", make, sources, flags)
 
 
-def _cuda_module() -> Path:
+def cuda_module() -> Path:
     """The module of setup.py, with PTX alone for machine code and the emulator's runtime; the PTX lies beside it."""
-    names = _setup()
-    home, given = names["cuda_home"](), names["NVCC_FLAGS"]
-    flags = [flag for before, flag in zip(["", *given], given, strict=False) if "-gencode" not in (before, flag)]
-    for sm in ARCHITECTURES:
-        flags += ["-gencode", f"arch=compute_{sm},code=compute_{sm}"]
+    import pybind11
+
+    home, flags = cuda_home(), list(_setup()["NVCC_FLAGS"])
+    flags += [f"-gencode=arch=compute_{sm},code=compute_{sm}" for sm in ARCHITECTURES]
+
+    def compiled(source: Path, folder: Path) -> Path:
+        kept = folder / source.stem  # of its own: all sources have files of some names
+        kept.mkdir()
+        command = [home / "bin" / "nvcc", *flags, "--keep", f"--keep-dir={kept}", "-c", source, "-o", kept / "out.o"]
+        subprocess.run(command, check=True)
+        for ptx in kept.glob("*.ptx"):
+            ptx.rename(folder / ptx.name)
+        return kept / "out.o"
 
     def make(folder: Path) -> None:
-        objects = []
-        for source in (ROOT / "csrc" / "cuda").glob("*.cu"):
-            objects.append(str(folder / f"{source.stem}.o"))
-            command = [home / "bin" / "nvcc", *flags, "--keep", f"--keep-dir={folder}", "-c", source, "-o", objects[-1]]
-            subprocess.run(command, check=True)
-        import pybind11
-
+        with ThreadPoolExecutor(os.cpu_count()) as executor:
+            cuda = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+            objects = list(executor.map(compiled, cuda, itertools.repeat(folder)))
         includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"], home / "include"]
-        command = [*_CXX, "-Wno-attributes", *(f"-isystem{folder}" for folder in includes)]
+        command = [*_CXX, "-Wno-attributes", *(f"-isystem{include}" for include in includes)]
         command += [ROOT / "csrc" / "bindings_cuda.cpp", *(ROOT / "csrc" / "cuda").glob("*.cpp")]
         command += [SOURCES / "cudart.cpp", *objects]
-        # its own runtime, whatever else the process has loaded; what that lacks shows when the module is imported
-        command += ["-Wl,-Bsymbolic", "-Wl,-z,now", f"-L{_emulator()}", "-lptx", f"-Wl,-rpath,{_emulator()}"]
+        # Its own runtime, whatever else the process has loaded; what that lacks shows when the module is imported. The
+        # emulator is there before: the process is started with it.
+        command += ["-Wl,-Bsymbolic", "-Wl,-z,now", f"-L{_emulator()}", "-lptx"]
         subprocess.run([*command, "-o", folder / "_C_cuda.so"], check=True)
+        for kept in filter(Path.is_dir, folder.iterdir()):
+            shutil.rmtree(kept)
 
     sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file() and path.parent.name != "cpu"]
-    return _made("cuda", [*sources, SOURCES / "cudart.cpp"], [str(home), *flags], make)
+    return built("cuda", make, [*sources, SOURCES / "cudart.cpp"], home, flags, pybind11.__version__)
