@@ -4,11 +4,13 @@ import ast
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -289,10 +291,40 @@ except SystemExit as end:
 
 
 @pytest.mark.slow
-def test_one_version(wheel):
+def test_wheel_has_the_version_of_the_package(wheel):
     import ltp_sparse
 
     assert wheel.name.split("-")[1] == ltp_sparse.__version__
+
+
+def test_one_version():
+    """The package's, that to cite, and the last of the changelog."""
+    import ltp_sparse
+
+    cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.M)
+    changed = re.search(r"^## (\d\S*)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert cited and changed and cited[1] == changed[1] == ltp_sparse.__version__
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def pins(file: str, pattern: str) -> dict[str, str]:
+    """Normal name of a package -> version."""
+    return {normal(name): version for name, version in re.findall(pattern, (ROOT / file).read_text(), re.M)}
+
+
+def test_every_pin_has_hashes():
+    """`make hashes` was run after the last change of constraints.txt."""
+    hashed = pins("constraints-hashes.txt", r"^([\w.-]+)==(\S+) \\\n +--hash=sha256:")
+    assert hashed and hashed == pins("constraints.txt", r"^([\w.-]+)==(\S+)$")
+
+
+def test_all_that_extras_bring_is_pinned():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    wanted = {normal(re.match(r"[\w.-]+", need)[0]) for extra in extras.values() for need in extra}
+    assert wanted <= {*pins("constraints.txt", r"^([\w.-]+)==(\S+)$")}
 
 
 def test_one_door_to_compiled_code():
