@@ -12,6 +12,9 @@ TORCH ?= torch==2.13.0
 # With a compiler a failing build is an error; without one the library runs on its other backends.
 LTP_SPARSE_EXT ?= $(if $(shell command -v c++),cpu,auto)
 export LTP_SPARSE_EXT
+# Bytecode is kept, whatever the environment says: without it each process that imports torch takes 3 seconds more, with
+# transformers 9, and pytest rewrites all tests anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install --no-compile --constraint constraints.txt
@@ -22,7 +25,7 @@ PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 CPP := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 CPP_OF_TESTS := $(wildcard tests/*/*.cpp tests/*/*/*.cpp tests/*/*/*.h)
 
-.PHONY: help demo test check docs wheels hashes faults ptx asan tsan bench gpu gpu-full lint lint-ruff lint-format lint-mypy lint-cpp format clean
+.PHONY: help demo test test-fast check docs wheels hashes faults ptx asan tsan bench gpu gpu-full lint lint-ruff lint-format lint-mypy lint-cpp format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -33,7 +36,10 @@ demo: $(TRAIN)  ## the whole job on generated data, offline: ticket, LTP, contro
 test: $(TEST)  ## all tests, on all cores (narrow them with ARGS="-k name"; ARGS="-n 0": in one process)
 	$(PYTEST) --durations=15 $(ARGS)
 
-check: lint  ## for daily work: linters, types and the fast tests
+check: $(TEST)  ## for daily work: linters, types and the fast tests
+	$(MAKE) --jobs --output-sync=target lint test-fast
+
+test-fast: $(TEST)
 	$(PYTEST) -q -m "not slow and not faults and not ptx" $(ARGS)
 
 docs: $(TEST)  ## the site of all documents and docstrings in build/site, strictly, without network
