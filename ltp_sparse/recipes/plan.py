@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,7 @@ def _tuning(model: Any, settings: MLMSettings, lines: int) -> float:
     return 6.0 * (_body(model) + decoder) * updates * settings.batch_size * settings.length
 
 
+@cache
 def _body(model: Any) -> int:
     """Entries of the layers, which every token passes."""
     named = canonical_parameters(model)
