@@ -3,7 +3,7 @@
 LTP_SPARSE_EXT=auto (what can be built) | cpu | cuda (both; an error without a CUDA toolkit) | cuda-only | off
 LTP_SPARSE_CUDA_ARCH=80,90,100,120 (the default), or fewer in less time: 90 alone for compute capability 9.0
 
-The modules depend on sources, compilers and Python alone: no path and no time of the build is in them.
+The same sources, compilers and Python give the same bytes; of `_C_cuda` in the same folder, which its line table names.
 """
 
 import os
@@ -80,7 +80,7 @@ class BuildExtension(build_ext):
 
             def compile_cuda(source):
                 target = folder / f"{source.stem}.cu.o"
-                nvcc = [str(home / "bin" / "nvcc"), "--threads=0", *NVCC_FLAGS, *code]
+                nvcc = [str(home / "bin" / "nvcc"), "--threads=0", *NVCC_FLAGS, *code, f"-frandom-seed={source.stem}"]
                 command = [*nvcc, "-c", str(source.relative_to(ROOT)), "-o", str(target)]
                 try:
                     subprocess.run(command, check=True)
@@ -163,7 +163,8 @@ def extensions():
                 depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*h")),
                 cxx_std=17,
                 # the static runtime: one module serves every torch, and imports where there is no driver
-                extra_link_args=[f"-L{library}", "-lcudart_static", "-ldl", "-lrt", "-pthread"],
+                # and without symbols: among them are names of nvcc's temporary files
+                extra_link_args=["-Wl,-s", f"-L{library}", "-lcudart_static", "-ldl", "-lrt", "-pthread"],
                 optional=wanted == "auto",
             )
         )

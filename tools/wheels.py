@@ -162,7 +162,8 @@ def check_installed(wheel: Path, python: str, torch: str) -> None:
     pip_install(own, "--no-deps", wheel)
     print(" ", run(own, "-I", "-c", WITHOUT_TORCH).strip())
     # warnings of the compiler are errors: a later Python may refuse what this one only warns of
-    run(own, "-I", "-W", "error", "-m", "compileall", "-q", "-f", own.parents[1] / "lib")
+    (installed,) = own.parents[1].glob("lib/python*/site-packages/ltp_sparse")
+    run(own, "-I", "-W", "error", "-m", "compileall", "-q", installed)
     helped = run(own.parent / "ltp-sparse", "--help", cwd=WORK)
     assert "select" in helped, helped
     pip = [own, "-m", "pip", "-q", "install", "--no-compile", "--no-deps"]
