@@ -6,13 +6,13 @@ import os
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ltp_sparse.deltas.entries import Entries, entries_of, gather, gather_all, scatter_
+from ltp_sparse.deltas.entries import Entries, entries_of, fit, gather, gather_all, scatter_
 from ltp_sparse.deltas.restoring import Exchange, Held, restoring
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Ticket, checked_fingerprint, pack_sets, unpack_sets
@@ -45,14 +45,12 @@ class Applied:
         displaced: name -> values of the active entries before the delta was applied
         dense: name -> whole tensors before it was applied
         sets: name -> its active entries
-        entries: the same, as they were written
     """
 
     delta: SparseDelta
+    displaced: dict[str, Tensor]
+    dense: dict[str, Tensor]
     sets: dict[str, IndexSet]
-    entries: list[Entries]
-    displaced: dict[str, Tensor] = field(default_factory=dict)
-    dense: dict[str, Tensor] = field(default_factory=dict)
 
 
 class SparseDelta:
@@ -83,6 +81,7 @@ class SparseDelta:
         self.originals = dict(originals or {})
         self.dense = dict(dense or {})
         self.metadata = files.checked_metadata("SparseDelta", metadata)
+        self._known: list[Entries] = []  # where it was written last
         for what, packed in (("values", self.values), ("originals", self.originals)):
             for name, tensor in packed.items():
                 if name not in ticket.sets or tensor.shape != (ticket.sets[name].k,):
@@ -240,9 +239,9 @@ class SparseDelta:
                 "make it with originals=True to compose them"
             )
         written = {name: tensors[name].detach() for name in [*names, *map(canonical, whole)]}
-        entry = Applied(self, mine.ticket.sets, entries_of({name: written[name] for name in names}, mine.ticket.sets))
-        entry.dense |= {name: written[name].clone() for name in map(canonical, whole)}
-        exchanges = [Exchange(entries, written, mine.values) for entries in entry.entries]
+        entry = Applied(self, {}, {name: written[name].clone() for name in map(canonical, whole)}, mine.ticket.sets)
+        places = self._places({name: written[name] for name in names}, entry.sets)
+        exchanges = [Exchange(entries, written, mine.values) for entries in places]
         with torch.no_grad(), restoring([*exchanges, *_held(entry.dense, written)], stack):
             for exchange in exchanges:
                 exchange.run()
@@ -253,6 +252,12 @@ class SparseDelta:
             for name, tensor in whole.items():
                 written[canonical(name)].copy_(tensor)
             stack.append(entry)
+
+    def _places(self, tensors: Mapping[str, Tensor], sets: Mapping[str, IndexSet]) -> list[Entries]:
+        """The active entries in a model; made once for models that are alike."""
+        if not fit(self._known, tensors):
+            self._known = entries_of(tensors, sets)
+        return self._known
 
     def _is_base(self, name: str, current: Tensor) -> bool:
         """Whether the entries hold the original bits; also if these are not known."""
@@ -329,9 +334,7 @@ class SparseDelta:
                 )
         tensors = _everything(model, canonical_parameters(model))
         written = {name: tensors[name].detach() for name in [*entry.displaced, *entry.dense]}
-        places = entry.entries
-        if not all(entries.fit(written) for entries in places):  # the model has moved since
-            places = entries_of({name: written[name] for name in entry.displaced}, entry.sets)
+        places = self._places({name: written[name] for name in entry.displaced}, entry.sets)
         exchanges = [Exchange(entries, written, entry.displaced) for entries in places]
         now = {name: written[name].clone() for name in entry.dense}
         with torch.no_grad(), restoring([*exchanges, *_held(now, written)], stack):

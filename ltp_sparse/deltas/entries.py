@@ -31,10 +31,6 @@ class Entries:
     def device(self) -> torch.device:
         return self.table.tiles.device
 
-    def fit(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether all of its tensors are there, on its device."""
-        return all(name in tensors and tensors[name].device == self.device for name in self.names)
-
     def gather(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """[table.k] values in slot order."""
         return masked_gather(self._of(tensors), self.table)
@@ -52,7 +48,11 @@ class Entries:
 
     def join(self, values: Mapping[str, Tensor]) -> Tensor:
         """Name -> [k] values, in one new buffer of the tensors' dtype, on their device."""
-        return torch.cat([values[name] for name in self.names]).to(self.device, self.dtype)
+        there = values[self.names[0]].device if self.names else self.device
+        joined = torch.empty(self.table.k, dtype=self.dtype, device=there)
+        for name, share in self.split(joined).items():  # copies run on all threads, unlike `torch.cat`
+            share.copy_(values[name].detach())
+        return joined.to(self.device)
 
     def split(self, slots: Tensor) -> dict[str, Tensor]:
         """Name -> its share of a buffer."""
@@ -73,6 +73,12 @@ def entries_of(tensors: Mapping[str, Tensor], sets: Mapping[str, IndexSet]) -> l
         Entries(tuple(names), dtype, _table([sets[name] for name in names], device))
         for (device, dtype), names in alike.items()
     ]
+
+
+def fit(known: list[Entries], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether these are the entries of exactly these tensors, on the devices and in the dtypes that they have now."""
+    places = {name: (entries.device, entries.dtype) for entries in known for name in entries.names}
+    return places == {name: (tensor.device, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def gather_all(tensors: Mapping[str, Tensor], sets: Mapping[str, IndexSet]) -> dict[str, Tensor]:

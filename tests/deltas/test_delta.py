@@ -85,7 +85,7 @@ def test_odd_bits_survive(model):
 
 
 @pytest.mark.parametrize("step", ["apply", "revert"])
-@pytest.mark.parametrize("stop_at", range(0, 20, 3))
+@pytest.mark.parametrize("stop_at", [0, 1, 4, 9])
 def test_a_swap_interrupted_half_way_is_undone(model, step, stop_at, monkeypatch):
     """Between two writes of the reference, to a tensor or to slots: each has the old value in one of them."""
     delta, writes, write = delta_of(model, TASK), [], torch.Tensor.__setitem__
