@@ -113,7 +113,7 @@ def _serving(
     if backend is None:
         dtype = next(iter(tensors.dtypes), torch.float32)
         density = facts.k / max(1, sum(tensors.sizes))
-        backend = backends.resolve(record.words.device, dtype=dtype, density=density)
+        backend = backends.resolve(record.words.device, _kind(op), dtype, density)
     if backend.needs_ranks and record.ranks.numel() != record.words.numel() // 2:
         raise ValueError(f"{op}: the {backend.name} backend needs a table with ranks: TileTable.with_ranks()")
     return backend
@@ -235,7 +235,12 @@ def _(initial, tuned, groups, k):
     )
 
 
-def served(table: TileTable, dtype: torch.dtype) -> tuple[TileTable, backends.Backend]:
+def _kind(op: str) -> str:
+    """What the table of choices calls an operator."""
+    return "masked_copy" if op in ("masked_gather_", "masked_scatter_", "masked_swap_") else "masked_adamw_"
+
+
+def served(table: TileTable, dtype: torch.dtype, op: str = "masked_adamw_") -> tuple[TileTable, backends.Backend]:
     """The table, with its directory if the backend reads it, and the backend for parameters of a dtype.
 
     One backend serves norm, packing and update of a step: the choice depends on the density of the whole table, which
@@ -243,7 +248,7 @@ def served(table: TileTable, dtype: torch.dtype) -> tuple[TileTable, backends.Ba
     """
     if table.tiles.is_meta:
         check_plain_tensor(table.tiles, "the tile table")
-    backend = backends.resolve(table.tiles.device, dtype=dtype, density=table.density)
+    backend = backends.resolve(table.tiles.device, _kind(op), dtype, table.density)
     return table.with_ranks() if backend.needs_ranks else table, backend
 
 
@@ -436,7 +441,7 @@ def _run_copy(op: str, kind: type, tensors: Sequence[Tensor], slots: Tensor, tab
     listed = Tensors(tensors)
     _refuse_subclasses(op, "tensor", [*listed, slots])
     _check_sizes(op, "tensor", listed.sizes, table)
-    table, backend = served(table, _dtype(listed))
+    table, backend = served(table, _dtype(listed), op)
     run(op, kind(**_index(table), tensors=listed, slots=slots), backend)
 
 
