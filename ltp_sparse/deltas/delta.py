@@ -7,12 +7,12 @@ import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ltp_sparse.deltas.entries import Entries, entries_of, fit, gather, gather_all, scatter_
+from ltp_sparse.deltas.entries import Entries, entries_of, gather, gather_all, same_places, scatter_
 from ltp_sparse.deltas.restoring import Exchange, Held, restoring
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Ticket, checked_fingerprint, pack_sets, unpack_sets
@@ -51,6 +51,22 @@ class Applied:
     displaced: dict[str, Tensor]
     dense: dict[str, Tensor]
     sets: dict[str, IndexSet]
+
+
+class Fitted(NamedTuple):
+    """A delta and its places in a model.
+
+    Attributes:
+        delta: under the canonical names of the model
+        names: of the parameters with active entries
+        tensors: name -> parameter or buffer, detached, of these and of `dense`
+        dense: name -> whole tensors that replace the model's
+    """
+
+    delta: SparseDelta
+    names: list[str]
+    tensors: dict[str, Tensor]
+    dense: dict[str, Tensor]
 
 
 class SparseDelta:
@@ -201,6 +217,42 @@ class SparseDelta:
         Raises:
             ValueError: names, shapes, dtypes or the base do not fit; the model is unchanged then.
         """
+        found, stack = (
+            self.fitted_to(model, dtype=dtype, strict=strict, dense=dense, digests=digests),
+            applied_deltas(model),
+        )
+        mine, tensors, sets = found.delta, found.tensors, found.delta.ticket.sets
+        without = [name for name in found.names if name not in mine.originals]
+        if clash := [name for name in without if any(_touches(a, name, sets[name]) for a in stack)]:
+            raise ValueError(
+                f"SparseDelta.apply: this delta overlaps another one in {clash[0]!r} and was made without originals; "
+                "make it with originals=True to compose them"
+            )
+        entry = Applied(self, {}, {name: tensors[name].clone() for name in found.dense}, sets)
+        places = self._places({name: tensors[name] for name in found.names}, sets)
+        exchanges = [Exchange(entries, tensors, mine.values) for entries in places]
+        with torch.no_grad(), restoring([*exchanges, *_held(entry.dense, tensors)], stack):
+            for exchange in exchanges:
+                exchange.run()
+                entry.displaced |= exchange.entries.split(exchange.displaced)
+            new = mine.values_over(entry.displaced)
+            composed = {name: values for name, values in new.items() if values is not mine.values[name]}
+            for entries in entries_of({name: tensors[name] for name in composed}, sets):
+                entries.scatter_(tensors, entries.join(composed))
+            for name, tensor in found.dense.items():
+                tensors[name].copy_(tensor)
+            stack.append(entry)
+
+    def fitted_to(
+        self,
+        model: nn.Module,
+        *,
+        dtype: str = "same",
+        strict: bool = True,
+        dense: bool = True,
+        digests: Mapping[str, str] | None = None,
+    ) -> Fitted:
+        """Finds the places of the delta in a model, and compares the base; arguments and errors as of `apply`."""
         if dtype not in ("same", "cast"):
             raise ValueError(f'SparseDelta.apply: dtype must be "same" or "cast", got {dtype!r}')
         parameters = canonical_parameters(model)
@@ -222,40 +274,26 @@ class SparseDelta:
                     f"SparseDelta.apply: {name!r} is {tensors[name].dtype} in the model, {tensor.dtype} in the delta; "
                     'pass dtype="cast" to convert it'
                 )
-        stack = applied_deltas(model)
-
-        def canonical(name: str) -> str:
-            return tensors.called(name) or name
-
         if strict:
-            mine._check_base({name: parameters[name].detach() for name in names}, stack, dtype, digests or {})
+            current = {name: parameters[name].detach() for name in names}
+            mine._check_base(current, applied_deltas(model), dtype, digests or {})
         else:
-            warnings.warn("SparseDelta.apply: strict=False, the base model is not compared", UserWarning, stacklevel=2)
+            warnings.warn("SparseDelta.apply: strict=False, the base model is not compared", UserWarning, stacklevel=3)
+        replaced = {tensors.called(name) or name: tensor for name, tensor in whole.items()}
+        return Fitted(mine, names, {n: tensors[n].detach() for n in [*names, *replaced]}, replaced)
 
-        without = [name for name in names if name not in mine.originals]
-        if clash := [name for name in without if any(_touches(a, name, mine.ticket.sets[name]) for a in stack)]:
-            raise ValueError(
-                f"SparseDelta.apply: this delta overlaps another one in {clash[0]!r} and was made without originals; "
-                "make it with originals=True to compose them"
-            )
-        written = {name: tensors[name].detach() for name in [*names, *map(canonical, whole)]}
-        entry = Applied(self, {}, {name: written[name].clone() for name in map(canonical, whole)}, mine.ticket.sets)
-        places = self._places({name: written[name] for name in names}, entry.sets)
-        exchanges = [Exchange(entries, written, mine.values) for entries in places]
-        with torch.no_grad(), restoring([*exchanges, *_held(entry.dense, written)], stack):
-            for exchange in exchanges:
-                exchange.run()
-                entry.displaced |= exchange.entries.split(exchange.displaced)
-            composed = {n: mine._added_to(n, held) for n, held in entry.displaced.items() if not mine._is_base(n, held)}
-            for entries in entries_of({name: written[name] for name in composed}, entry.sets):
-                entries.scatter_(written, entries.join(composed))
-            for name, tensor in whole.items():
-                written[canonical(name)].copy_(tensor)
-            stack.append(entry)
+    def values_over(self, current: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Name -> [k] new values of entries that hold `current`: the tuned ones, or where the current bits are not the
+        original ones, the current value plus the delta. `values[name]` itself if that is all of it.
+        """
+        return {
+            name: self.values[name] if self._is_base(name, held) else self._added_to(name, held)
+            for name, held in current.items()
+        }
 
     def _places(self, tensors: Mapping[str, Tensor], sets: Mapping[str, IndexSet]) -> list[Entries]:
         """The active entries in a model; made once for models that are alike."""
-        if not fit(self._known, tensors):
+        if not same_places(self._known, tensors):
             self._known = entries_of(tensors, sets)
         return self._known
 

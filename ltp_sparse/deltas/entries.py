@@ -75,7 +75,7 @@ def entries_of(tensors: Mapping[str, Tensor], sets: Mapping[str, IndexSet]) -> l
     ]
 
 
-def fit(known: list[Entries], tensors: Mapping[str, Tensor]) -> bool:
+def same_places(known: list[Entries], tensors: Mapping[str, Tensor]) -> bool:
     """Whether these are the entries of exactly these tensors, on the devices and in the dtypes that they have now."""
     places = {name: (entries.device, entries.dtype) for entries in known for name in entries.names}
     return places == {name: (tensor.device, tensor.dtype) for name, tensor in tensors.items()}
