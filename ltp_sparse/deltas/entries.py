@@ -31,9 +31,9 @@ class Entries:
     def device(self) -> torch.device:
         return self.table.tiles.device
 
-    def gather(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """[table.k] values in slot order."""
-        return masked_gather(self._of(tensors), self.table)
+    def gather(self, tensors: Mapping[str, Tensor], out: Tensor | None = None) -> Tensor:
+        """[table.k] values in slot order, in a buffer or a new one."""
+        return masked_gather(self._of(tensors), self.table, out=out)
 
     def scatter_(self, tensors: Mapping[str, Tensor], slots: Tensor) -> None:
         """Writes [table.k] values to the entries."""

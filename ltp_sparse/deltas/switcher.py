@@ -57,8 +57,9 @@ class TicketSwitcher:
     The base is hashed once, when the switcher is made. Use one switcher for a model, and call it between requests: the
     weights change under a forward pass that runs meanwhile.
 
-    Kept are the values of every delta on the device of the model, the base values of all their entries, and for the
-    latest pairs of deltas an index. It is made in the first switch between the two, which takes longer.
+    Kept are the values of every delta on the device of the model, the base values of all their entries, a buffer of the
+    largest switch, and for the latest pairs of deltas an index. It is made in the first switch between the two, which
+    takes longer.
 
     Args:
         model: the base, without applied deltas.
@@ -114,6 +115,7 @@ class TicketSwitcher:
         ]
         self._places = {name: (tensor.device, tensor.dtype) for name, tensor in self._tensors.items()}
         self._pairs: OrderedDict[frozenset[str | None], _Pair] = OrderedDict()
+        self._room: dict[Place, Tensor] = {}
         self._kept = pairs
         self._active: list[str | None] = [None]
 
@@ -130,7 +132,7 @@ class TicketSwitcher:
     @property
     def nbytes(self) -> int:
         """Bytes that are kept beside the model: values, base values and indices."""
-        tensors = [*self._base.values(), *self._base_dense.values()]
+        tensors = [*self._base.values(), *self._base_dense.values(), *self._room.values()]
         for version in self._versions.values():
             tensors += [*version.values.values(), *version.dense.values()]
         indices = sum(index_set.nbytes for v in self._versions.values() for index_set in v.sets.values())
@@ -182,12 +184,18 @@ class TicketSwitcher:
             if own is not None and own.table.k == union.table.k:
                 slots = version.values[place]
             else:
-                slots = pair.in_base[place].gather(self._base)
+                slots = pair.in_base[place].gather(self._base, self._room_for(place, union.table.k))
                 if own is not None:
                     own.scatter_(union.split(slots), version.values[place])
             union.scatter_(tensors, slots)
         for name, whole in version.dense.items():
             tensors[name].copy_(whole)
+
+    def _room_for(self, place: Place, k: int) -> Tensor:
+        """A buffer that is used again: new memory costs a CPU as much as the copy."""
+        if place not in self._room or len(self._room[place]) < k:
+            self._room[place] = torch.empty(k, dtype=place[1], device=place[0])
+        return self._room[place][:k]
 
     def _pair_of(self, one: str | None, other: str | None) -> _Pair:
         key = frozenset((one, other))

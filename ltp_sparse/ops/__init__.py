@@ -394,12 +394,13 @@ def masked_pack_(grads: Sequence[Tensor | None], out: Tensor, table: TileTable, 
 
 
 @torch.no_grad()
-def masked_gather(tensors: Sequence[Tensor], table: TileTable) -> Tensor:
+def masked_gather(tensors: Sequence[Tensor], table: TileTable, *, out: Tensor | None = None) -> Tensor:
     """Copies the active entries of some tensors, bit by bit, to a new tensor in slot order.
 
     Args:
         tensors: tensors of the sizes that the table was built for, all of one dtype of at most 8 bytes.
         table: the active entries.
+        out: [table.k] of their dtype, to write into; None: a new tensor.
 
     Returns:
         [table.k] of that dtype.
@@ -408,7 +409,7 @@ def masked_gather(tensors: Sequence[Tensor], table: TileTable) -> Tensor:
         TypeError, ValueError: dtypes, sizes or devices do not fit.
     """
     dtype = tensors[0].dtype if tensors else torch.float32
-    slots = torch.empty(table.k, dtype=dtype, device=table.tiles.device)
+    slots = torch.empty(table.k, dtype=dtype, device=table.tiles.device) if out is None else out
     _run_copy("masked_gather_", Gather, tensors, slots, table)
     return slots
 
