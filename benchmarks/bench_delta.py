@@ -73,7 +73,7 @@ def copies(model: nn.Module, delta: ls.SparseDelta) -> Iterator[list[Provider]]:
     k, item = table.k, slots.element_size()
     lines = touched(model, delta.ticket, LINE)
     source = torch.zeros(LINE * lines // item, dtype=slots.dtype)
-    target = torch.zeros_like(source)
+    target, gathered = torch.zeros_like(source), torch.zeros_like(slots)
     index = 2 * k if delta.ticket.density < 1 / 16 else sum(table.sizes) // 8
 
     def provider(name: str, run: Callable[[], object], moved: int) -> Provider:
@@ -87,14 +87,15 @@ def copies(model: nn.Module, delta: ls.SparseDelta) -> Iterator[list[Provider]]:
         for tensor, where, share in zip(tensors, indices, slots.split(table.counts), strict=True):
             tensor.view(-1).index_put_((where,), share)
 
-    def select() -> list[Tensor]:
-        return [tensor.view(-1).index_select(0, where) for tensor, where in zip(tensors, indices, strict=True)]
+    def select() -> None:
+        for tensor, where, share in zip(tensors, indices, gathered.split(table.counts), strict=True):
+            torch.index_select(tensor.view(-1), 0, where, out=share)
 
     plain = provider("copy of the touched lines", lambda: target.copy_(source), 2 * LINE * lines)
     read, written = LINE * lines + item * k + index, 2 * LINE * lines + item * k + index
     yield [
         plain,
-        provider("masked_gather", lambda: masked_gather(tensors, table), read),
+        provider("masked_gather", lambda: masked_gather(tensors, table, out=gathered), read),
         provider("index_select", select, read),
     ]
     yield [

@@ -217,11 +217,8 @@ class SparseDelta:
         Raises:
             ValueError: names, shapes, dtypes or the base do not fit; the model is unchanged then.
         """
-        found, stack = (
-            self.fitted_to(model, dtype=dtype, strict=strict, dense=dense, digests=digests),
-            applied_deltas(model),
-        )
-        mine, tensors, sets = found.delta, found.tensors, found.delta.ticket.sets
+        found = self.fitted_to(model, dtype=dtype, strict=strict, dense=dense, digests=digests)
+        mine, tensors, sets, stack = found.delta, found.tensors, found.delta.ticket.sets, applied_deltas(model)
         without = [name for name in found.names if name not in mine.originals]
         if clash := [name for name in without if any(_touches(a, name, sets[name]) for a in stack)]:
             raise ValueError(
