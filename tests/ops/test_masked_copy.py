@@ -5,6 +5,7 @@ import torch
 from helpers.backends import instruction_sets, using
 from helpers.bits import bits
 
+import ltp_sparse as ls
 from ltp_sparse.ops import masked_gather, masked_scatter_, masked_swap_
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.tile_table import TileTable
@@ -85,6 +86,24 @@ def test_tensors_may_be_of_any_layout():
     assert torch.equal(tensor, torch.where(mask, -held.t(), held.t()))
     masked_swap_([tensor], slots, table)
     assert torch.equal(tensor, held.t())
+
+
+@pytest.mark.parametrize("backend", ["reference", "compiled"])
+def test_torch_counts_what_is_written(backend):
+    """A master of the optimizer takes over weights that others have edited."""
+    if backend == "compiled" and ls.available_backends()[backend] != "ok":
+        pytest.skip("there is no extension")
+    tensor, mask = torch.randn(100), torch.rand(100) < 0.5
+    table, out = TileTable.build([IndexSet.from_mask(mask)]), torch.zeros(int(mask.sum()))
+    versions = [tensor._version]
+    with using(backend):
+        assert masked_gather([tensor], table, out=out) is out and torch.equal(out, tensor[mask])
+        versions.append(tensor._version)
+        masked_scatter_([tensor], out, table)
+        versions.append(tensor._version)
+        masked_swap_([tensor], out, table)
+        versions.append(tensor._version)
+    assert versions[0] == versions[1] < versions[2] < versions[3]
 
 
 def test_bad_arguments_change_nothing():
