@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from harness import Provider, WrongResult, environment, interleaved
 
 import ltp_sparse as ls
 from ltp_sparse import backends
+from ltp_sparse.ops import masked_swap_
 from ltp_sparse.testing import random_weights, tuned_weights, update_problem, xlmr_shapes
 from ltp_sparse.weights.files import check_writable
 
@@ -36,7 +37,7 @@ PRECISIONS: dict[torch.dtype, dict[str, Any]] = {
 }
 SHAPES = xlmr_shapes(layers=1, embeddings=False)  # 7 million entries: a small model, larger than the caches
 
-Choice = tuple[str, str, float, dict[str, float]]
+Choice = tuple[str, str, float, Mapping[str, float | None]]
 """Operation, dtype, density, backend -> milliseconds."""
 
 
@@ -56,6 +57,14 @@ def selection_provider(name: str, dtype: torch.dtype, density: float) -> tuple[P
     return Provider(name, select, lambda: None), [index_set.bitmap() for index_set in sets]
 
 
+def copy_provider(name: str, dtype: torch.dtype, density: float) -> tuple[Provider, list[torch.Tensor]]:
+    """A backend's swap, as scatter and gather in one, and all tensors that it writes."""
+    problem = update_problem(SHAPES, density=density, dtype=dtype)
+    slots = torch.zeros(problem.table.k, dtype=dtype)
+    swap = under(name, lambda: masked_swap_(problem.params, slots, problem.table))
+    return Provider(name, swap, lambda: None), [*problem.params, slots]
+
+
 def under(name: str, run: Callable[[], Any]) -> Callable[[], Any]:
     def run_under() -> Any:
         ls.use_backend(name)
@@ -70,7 +79,7 @@ def under(name: str, run: Callable[[], Any]) -> Callable[[], Any]:
 def measured(densities: Iterable[float], rounds: int) -> list[Choice]:
     """A row per operation, dtype and density, of all backends that serve CPU tensors."""
     names = [name for name in ("compiled", "reference") if ls.available_backends()[name] == "ok"]
-    makers = {"masked_adamw_": update_provider, "topk_delta": selection_provider}
+    makers = {"masked_adamw_": update_provider, "topk_delta": selection_provider, "masked_copy": copy_provider}
     rows: list[Choice] = []
     for op in backends.OPERATIONS:
         for dtype in PRECISIONS:
@@ -109,11 +118,13 @@ def taken_from(folder: Path) -> list[Choice]:
             cell = cells.setdefault((op, row["precision"], float(row["density"])), {})
             cell[found[1]] = max(cell.get(found[1], (0, 0.0)), (int(row["n"]), float(row["p50_ms"])))
     dtypes = [str(dtype).removeprefix("torch.") for dtype in PRECISIONS]
-    return [
+    rows = [
         choice(op, dtype, density, {name: time for name, (_, time) in cell.items()})
         for (op, dtype, density), cell in sorted(cells.items())
         if dtype in dtypes
     ]
+    # nothing to measure: no other backend has kernels for copies
+    return rows + [("masked_copy", dtype, 1.0, {"triton": None}) for dtype in dtypes]
 
 
 def write(path: Path, device_type: str, source: str, rows: list[Choice]) -> None:

@@ -20,7 +20,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # read when the kernels are imported
 
 import triton
 import triton.language as tl
-from ltp_sparse.kernels import digests, masked_adamw, topk_delta
+from ltp_sparse.kernels import digests, masked_adamw, masked_copy, topk_delta
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -47,6 +47,7 @@ _SQUARES = _types(
 _PACK = _types(
     "address_ptr:*i64 single_address:i64 out_ptr:*fp32 tile_ptr:*i64 group_ptr:*i64 rank_ptr:*i16 position_ptr:*i16"
 )
+_COPY = _types("address_ptr:*i64 slot_ptr:*i8 tile_ptr:*i64 group_ptr:*i64 rank_ptr:*i16 position_ptr:*i16")
 _PREPARE = _types(
     "address_ptr:*i64 coefficient_ptr:*fp64 prepared_ptr:*i64 n_params:i32 hyper_ptr:*fp64 param_group_ptr:*i64 "
     "number_ptr:*i64 has_grad_ptr:*fp64 step_ptr:*fp64 found_inf_ptr:*fp32 grad_scale_ptr:*fp32 "
@@ -129,6 +130,16 @@ def variants() -> Iterator[Variant]:
     for variant, grad, accumulate in (("plain", f32, False), ("accumulate", f32, True), ("bfloat16", bf16, False)):
         constants = {"GRAD": grad, "SINGLE": False, "ACCUMULATE": accumulate, "BLOCK": block}
         yield Variant("masked_pack_", variant, masked_adamw._masked_pack_kernel, _PACK, constants, warps, {})
+    for variant, item in (("bytes", "i8"), ("16 bits", "i16"), ("32 bits", "i32"), ("64 bits", "i64")):
+        for kernel, reads, writes in (
+            ("masked_gather_", True, False),
+            ("masked_scatter_", False, True),
+            ("masked_swap_", True, True),
+        ):
+            constants = {"READS": reads, "WRITES": writes, "BLOCK": masked_copy._BLOCK}
+            types = _COPY | {"slot_ptr": f"*{item}"}
+            function = masked_copy._masked_copy_kernel
+            yield Variant(kernel, variant, function, types, constants, masked_copy._NUM_WARPS, {})
     warps, rows = topk_delta._NUM_WARPS, topk_delta._ROWS
     for variant, initial, tuned, take, aligned in (
         ("float32", tl.float32, tl.float32, False, True),

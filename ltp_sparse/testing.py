@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Size, Tensor
 
-from ltp_sparse.deltas.delta import gather
+from ltp_sparse.deltas.entries import gather
 from ltp_sparse.ops import adamw_coefficients, masked_adamw_
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.tickets.tile_table import TileTable

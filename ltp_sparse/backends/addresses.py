@@ -12,7 +12,7 @@ from itertools import accumulate, chain
 import torch
 from torch import Tensor
 
-from ltp_sparse.backends.arguments import Norm, Pack, Pairs, Step
+from ltp_sparse.backends.arguments import Gather, Norm, Pack, Pairs, Scatter, Step, Swap
 from ltp_sparse.tickets.bits import TILE, WORDS_PER_TILE, tiles_of
 
 _MOST = 64
@@ -83,6 +83,11 @@ def of_update(norm: Norm | Step, device: torch.device) -> Tensor:
 def of_pack(pack: Pack) -> Tensor:
     """int64 [P]: the addresses of the gradients, 0 for none."""
     return address_table(pack.grads.addresses, pack.tiles.device)
+
+
+def of_copy(copy: Gather | Scatter | Swap) -> Tensor:
+    """int64 [P]: the tensors."""
+    return address_table(copy.tensors.addresses, copy.tiles.device)
 
 
 def of_pairs(pairs: Pairs, groups: Sequence[int], word_offsets: Sequence[int], device: torch.device) -> Tensor:

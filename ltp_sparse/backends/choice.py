@@ -36,8 +36,9 @@ from ltp_sparse.backends.arguments import (
 
 ENVIRONMENT = "LTP_SPARSE_BACKEND"
 NAMES = ("reference", "compiled", "triton")
-OPERATIONS = ("masked_adamw_", "topk_delta")
-"""The operations in the table. All other functions of a step go with its `masked_adamw_`."""
+OPERATIONS = ("masked_adamw_", "topk_delta", "masked_copy")
+"""The operations in the table. All other functions of a step go with its `masked_adamw_`; `masked_copy` are gather,
+scatter and swap."""
 
 CHOICES = Path(__file__).with_name("backend_choice.json")
 """Device type -> {"measured": bool, "source": where the order comes from, "rows": [[operation, dtype, density,

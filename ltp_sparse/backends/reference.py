@@ -202,9 +202,9 @@ def masked_scatter_(scatter: Scatter) -> None:
 def masked_swap_(swap: Swap) -> None:
     """Exchanges the active entries and their slots."""
     for tensor, indices, slots in _copies(swap, swap.tensors):
-        held = tensor[indices]
-        tensor[indices] = swap.slots[slots]
-        swap.slots[slots] = held
+        new = swap.slots[slots].clone()
+        swap.slots[slots] = tensor[indices]  # first, so that whoever knows the new values can undo half a swap
+        tensor[indices] = new
 
 
 _CANDIDATES = 1 << 15  # candidates processed at a time

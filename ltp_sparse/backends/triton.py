@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ltp_sparse.backends import addresses, capability
-from ltp_sparse.backends.arguments import Norm, Pack, Step, Total, Update
+from ltp_sparse.backends.arguments import Gather, Norm, Pack, Scatter, Step, Swap, Total, Update
 
 NAME = "triton"
 NEEDS_RANKS = NEEDS_PREPARED = True
@@ -64,6 +64,15 @@ def gradient_norm(norm: Norm, total: Total) -> None:
 def masked_pack_(pack: Pack) -> None:
     single = len(pack.grads) == 1
     kernels().masked_pack_(pack, pack.grads.addresses[0] if single else addresses.of_pack(pack))
+
+
+def _copy(name: str, copy: Gather | Scatter | Swap) -> None:
+    getattr(kernels(), name)(copy, addresses.of_copy(copy))
+
+
+masked_gather_ = partial(_copy, "masked_gather_")
+masked_scatter_ = partial(_copy, "masked_scatter_")
+masked_swap_ = partial(_copy, "masked_swap_")
 
 
 def _launch(name: str, record: Any) -> None:

@@ -7,12 +7,13 @@ import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ltp_sparse.deltas.restoring import Held, restoring, scatter_
+from ltp_sparse.deltas.entries import Entries, entries_of, gather, gather_all, same_places, scatter_
+from ltp_sparse.deltas.restoring import Exchange, Held, restoring
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Ticket, checked_fingerprint, pack_sets, unpack_sets
 from ltp_sparse.weights import files
@@ -27,7 +28,7 @@ from ltp_sparse.weights.names import (
     unwrapped,
 )
 from ltp_sparse.weights.reading import closest, reader
-from ltp_sparse.weights.tensors import check_plain_tensor
+from ltp_sparse.weights.tensors import bits, check_plain_tensor
 from ltp_sparse.weights.versions import Weights, open_weights, side_by_side
 
 _PIECE = 1 << 20  # entries compared at a time
@@ -50,6 +51,22 @@ class Applied:
     displaced: dict[str, Tensor]
     dense: dict[str, Tensor]
     sets: dict[str, IndexSet]
+
+
+class Fitted(NamedTuple):
+    """A delta and its places in a model.
+
+    Attributes:
+        delta: under the canonical names of the model
+        names: of the parameters with active entries
+        tensors: name -> parameter or buffer, detached, of these and of `dense`
+        dense: name -> whole tensors that replace the model's
+    """
+
+    delta: SparseDelta
+    names: list[str]
+    tensors: dict[str, Tensor]
+    dense: dict[str, Tensor]
 
 
 class SparseDelta:
@@ -80,6 +97,7 @@ class SparseDelta:
         self.originals = dict(originals or {})
         self.dense = dict(dense or {})
         self.metadata = files.checked_metadata("SparseDelta", metadata)
+        self._known: list[Entries] = []  # where it was written last
         for what, packed in (("values", self.values), ("originals", self.originals)):
             for name, tensor in packed.items():
                 if name not in ticket.sets or tensor.shape != (ticket.sets[name].k,):
@@ -138,8 +156,8 @@ class SparseDelta:
         carrier = Ticket(ticket.sets, ticket.shapes, ticket.metadata, digests)
         return cls(
             carrier,
-            {name: gather(_whole(after[name]), ticket.sets[name]).cpu() for name in names},
-            {name: gather(_whole(base[name]), ticket.sets[name]).cpu() for name in names} if originals else None,
+            _read_entries(after, ticket, names),
+            _read_entries(base, ticket, names) if originals else None,
             {bare[name]: tensor.detach().cpu().clone() for name, tensor in (dense or {}).items()},
             metadata,
         )
@@ -199,6 +217,39 @@ class SparseDelta:
         Raises:
             ValueError: names, shapes, dtypes or the base do not fit; the model is unchanged then.
         """
+        found = self.fitted_to(model, dtype=dtype, strict=strict, dense=dense, digests=digests)
+        mine, tensors, sets, stack = found.delta, found.tensors, found.delta.ticket.sets, applied_deltas(model)
+        without = [name for name in found.names if name not in mine.originals]
+        if clash := [name for name in without if any(_touches(a, name, sets[name]) for a in stack)]:
+            raise ValueError(
+                f"SparseDelta.apply: this delta overlaps another one in {clash[0]!r} and was made without originals; "
+                "make it with originals=True to compose them"
+            )
+        entry = Applied(self, {}, {name: tensors[name].clone() for name in found.dense}, sets)
+        places = self._places({name: tensors[name] for name in found.names}, sets)
+        exchanges = [Exchange(entries, tensors, mine.values) for entries in places]
+        with torch.no_grad(), restoring([*exchanges, *_held(entry.dense, tensors)], stack):
+            for exchange in exchanges:
+                exchange.run()
+                entry.displaced |= exchange.entries.split(exchange.displaced)
+            new = mine.values_over(entry.displaced)
+            composed = {name: values for name, values in new.items() if values is not mine.values[name]}
+            for entries in entries_of({name: tensors[name] for name in composed}, sets):
+                entries.scatter_(tensors, entries.join(composed))
+            for name, tensor in found.dense.items():
+                tensors[name].copy_(tensor)
+            stack.append(entry)
+
+    def fitted_to(
+        self,
+        model: nn.Module,
+        *,
+        dtype: str = "same",
+        strict: bool = True,
+        dense: bool = True,
+        digests: Mapping[str, str] | None = None,
+    ) -> Fitted:
+        """Finds the places of the delta in a model, and compares the base; arguments and errors as of `apply`."""
         if dtype not in ("same", "cast"):
             raise ValueError(f'SparseDelta.apply: dtype must be "same" or "cast", got {dtype!r}')
         parameters = canonical_parameters(model)
@@ -220,43 +271,42 @@ class SparseDelta:
                     f"SparseDelta.apply: {name!r} is {tensors[name].dtype} in the model, {tensor.dtype} in the delta; "
                     'pass dtype="cast" to convert it'
                 )
-        stack = applied_deltas(model)
         if strict:
-            mine._check_base({name: parameters[name].detach() for name in names}, stack, dtype, digests or {})
+            current = {name: parameters[name].detach() for name in names}
+            mine._check_base(current, applied_deltas(model), dtype, digests or {})
         else:
-            warnings.warn("SparseDelta.apply: strict=False, the base model is not compared", UserWarning, stacklevel=2)
+            warnings.warn("SparseDelta.apply: strict=False, the base model is not compared", UserWarning, stacklevel=3)
+        replaced = {tensors.called(name) or name: tensor for name, tensor in whole.items()}
+        return Fitted(mine, names, {n: tensors[n].detach() for n in [*names, *replaced]}, replaced)
 
-        entry = Applied(self, {}, {}, mine.ticket.sets)
-        updates = {}
-        for name in names:
-            index_set, parameter = mine.ticket.sets[name], parameters[name].detach()
-            current = gather(parameter, index_set)
-            updates[name] = mine._moved(name, current, any(_touches(a, name, index_set) for a in stack))
-            entry.displaced[name] = current
-        entry.dense |= {tensors.called(name) or name: tensors[name].detach().clone() for name in whole}
-        with torch.no_grad(), restoring(_held(entry, tensors), stack):
-            for name, update in updates.items():
-                scatter_(parameters[name].detach(), entry.sets[name], update)
-            for name, tensor in whole.items():
-                tensors[name].detach().copy_(tensor)
-            stack.append(entry)
+    def values_over(self, current: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Name -> [k] new values of entries that hold `current`: the tuned ones, or where the current bits are not the
+        original ones, the current value plus the delta. `values[name]` itself if that is all of it.
+        """
+        return {
+            name: self.values[name] if self._is_base(name, held) else self._added_to(name, held)
+            for name, held in current.items()
+        }
 
-    def _moved(self, name: str, current: Tensor, overlaps: bool) -> Tensor:
+    def _places(self, tensors: Mapping[str, Tensor], sets: Mapping[str, IndexSet]) -> list[Entries]:
+        """The active entries in a model; made once for models that are alike."""
+        if not same_places(self._known, tensors):
+            self._known = entries_of(tensors, sets)
+        return self._known
+
+    def _is_base(self, name: str, current: Tensor) -> bool:
+        """Whether the entries hold the original bits; also if these are not known."""
+        if name not in self.originals:
+            return True
+        return torch.equal(bits(current), bits(self.originals[name].to(current.device, current.dtype)))
+
+    def _added_to(self, name: str, current: Tensor) -> Tensor:
         """[k] new values of the active entries: the tuned bits where the current bits are the original ones, else the
         current value plus the delta.
         """
-        values = self.values[name].to(current.device)
-        if name in self.originals:
-            originals = self.originals[name].to(current.device)
-            added = (current.float() + (values.float() - originals.float())).to(current.dtype)
-            untouched = bits(current) == bits(originals.to(current.dtype))
-            return torch.where(untouched, values.to(current.dtype), added)
-        if overlaps:
-            raise ValueError(
-                f"SparseDelta.apply: this delta overlaps another one in {name!r} and was made without originals; make "
-                "it with originals=True to compose them"
-            )
-        return values.to(current.dtype)
+        values, originals = (each[name].to(current.device) for each in (self.values, self.originals))
+        added = (current.float() + (values.float() - originals.float())).to(current.dtype)
+        return torch.where(bits(current) == bits(originals.to(current.dtype)), values.to(current.dtype), added)
 
     def _check_base(
         self, tensors: Mapping[str, Tensor], stack: list[Applied], dtype: str, digests: Mapping[str, str]
@@ -318,17 +368,15 @@ class SparseDelta:
                     f"SparseDelta.revert: {later.delta!r} was applied later and overlaps in {shared[0]!r}: revert it"
                 )
         tensors = _everything(model, canonical_parameters(model))
-        now = Applied(
-            self,
-            {name: gather(tensors[name], entry.sets[name]) for name in entry.displaced},
-            {name: tensors[name].detach().clone() for name in entry.dense},
-            entry.sets,
-        )
-        with torch.no_grad(), restoring(_held(now, tensors), stack):
-            for name, values in entry.displaced.items():
-                scatter_(tensors[name].detach(), entry.sets[name], values)
+        written = {name: tensors[name].detach() for name in [*entry.displaced, *entry.dense]}
+        places = self._places({name: written[name] for name in entry.displaced}, entry.sets)
+        exchanges = [Exchange(entries, written, entry.displaced) for entries in places]
+        now = {name: written[name].clone() for name in entry.dense}
+        with torch.no_grad(), restoring([*exchanges, *_held(now, written)], stack):
+            for exchange in exchanges:
+                exchange.run()
             for name, tensor in entry.dense.items():
-                tensors[name].detach().copy_(tensor)
+                written[name].copy_(tensor)
             del stack[at]
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -376,18 +424,8 @@ def applied_deltas(model: nn.Module) -> list[Applied]:
     return _applied.setdefault(base if isinstance(base, nn.Module) else model, [])
 
 
-def gather(tensor: Tensor, index_set: IndexSet) -> Tensor:
-    """[k] values of the active entries, in slot order."""
-    flat = tensor.detach().reshape(-1)
-    packed = flat.new_empty(index_set.k)
-    for slot, indices in index_set.to(flat.device).chunks():
-        packed[slot : slot + indices.numel()] = flat[indices]
-    return packed
-
-
-def _held(applied: Applied, tensors: Mapping[str, Tensor]) -> list[Held]:
-    entries = [Held(tensors[name], applied.sets[name], values) for name, values in applied.displaced.items()]
-    return entries + [Held(tensors[name], None, values) for name, values in applied.dense.items()]
+def _held(values: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[Held]:
+    return [Held(tensors[name], held) for name, held in values.items()]
 
 
 def base_fingerprint(
@@ -427,14 +465,15 @@ def _touches(applied: Applied, name: str, index_set: IndexSet) -> bool:
     return name in applied.displaced and applied.sets[name].combine(index_set, "&").k > 0
 
 
-def _whole(tensor: Readable) -> Tensor:
-    return tensor if isinstance(tensor, Tensor) else read_piece(tensor, 0, tensor.numel()).view(tensor.shape)
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """The bits of a tensor as integers of the same shape, so that NaN equals itself and 0 differs from -0."""
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.detach().contiguous().view(integers[tensor.element_size()])
+def _read_entries(tensors: Mapping[str, Readable], ticket: Ticket, names: Iterable[str]) -> dict[str, Tensor]:
+    """Name -> [k] values of the active entries, on the CPU; of a checkpoint one tensor is in memory at a time."""
+    held = {name: tensor for name in names if isinstance(tensor := tensors[name], Tensor)}
+    found = {name: values.cpu() for name, values in gather_all(held, ticket.sets).items()}
+    for name in names:
+        if name not in held:
+            whole = read_piece(tensors[name], 0, tensors[name].numel())
+            found[name] = gather(whole, ticket.sets[name])
+    return {name: found[name] for name in names}
 
 
 def _flipped_zeros(base: Readable, after: Readable, index_set: IndexSet) -> int:

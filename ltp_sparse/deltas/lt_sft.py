@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Size, Tensor, nn
 
-from ltp_sparse.deltas.delta import SparseDelta, base_fingerprint, gather
+from ltp_sparse.deltas.delta import SparseDelta, base_fingerprint
+from ltp_sparse.deltas.entries import gather_all
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.weights.files import atomic_path
@@ -64,15 +65,16 @@ def read_lt_sft(path: str | os.PathLike[str], model: nn.Module) -> SparseDelta:
             match_names(parts["diffs"], parameters, what="read_lt_sft", where="the model")
         except ValueError as error:
             raise FileFormatError(path, str(error)) from error
-    sets, shapes, values, originals = {}, {}, {}, {}
+    sets, shapes, moved = {}, {}, {}
     for name in (name for name in parameters if name in parts["diffs"]):  # in canonical order
         where = Place(path, repr(name))
         indices, deltas, size = _decoded(parts["diffs"][name], where)
         if size != parameters[name].shape:
             raise where.error(f"has shape {list(size)}, in the model {list(parameters[name].shape)}")
         sets[name], shapes[name] = IndexSet.from_indices(indices, size.numel()).compact(), size
-        originals[name] = gather(parameters[name], sets[name]).cpu()
-        values[name] = (originals[name].float() + deltas).to(originals[name].dtype)
+        moved[name] = deltas
+    originals = {name: held.cpu() for name, held in gather_all({n: parameters[n] for n in sets}, sets).items()}
+    values = {name: (held.float() + moved[name]).to(held.dtype) for name, held in originals.items()}
     dense = {name: _tensor(tensor, Place(path, repr(name))).clone() for name, tensor in parts["abs"].items()}
     ticket = Ticket(sets, shapes, {"method": "lt-sft", "source": path.name}, base_fingerprint(model, sets))
     return SparseDelta(ticket, values, originals, dense, {"method": "lt-sft", "source": path.name})

@@ -2,43 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ltp_sparse.tickets.index_set import IndexSet
+from ltp_sparse.deltas.entries import Entries
+from ltp_sparse.weights.tensors import bits
+
+
+class Change(Protocol):
+    """A change that can be undone, wherever it was interrupted."""
+
+    def put_back(self) -> None: ...
 
 
 class Held(NamedTuple):
-    """Previous values of a tensor: [k] values of entries in slot order, or the whole tensor if indices is None."""
+    """The previous values of a whole tensor."""
 
     tensor: Tensor
-    indices: IndexSet | None
     values: Tensor
+
+    def put_back(self) -> None:
+        self.tensor.detach().copy_(self.values)
+
+
+class HeldEntries(NamedTuple):
+    """The previous values of active entries: [entries.table.k]."""
+
+    entries: Entries
+    tensors: Mapping[str, Tensor]
+    values: Tensor
+
+    def put_back(self) -> None:
+        self.entries.scatter_(self.tensors, self.values)
+
+
+class Exchange:
+    """Values put in the place of active entries, in one pass over the tensors.
+
+    Args:
+        entries: which.
+        tensors: name -> tensor, written in place by `run`.
+        values: name -> [k] new values.
+
+    Attributes:
+        displaced: [entries.table.k], after `run`: the values that were there.
+    """
+
+    def __init__(self, entries: Entries, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+        self.entries, self._tensors, self._values = entries, tensors, values
+        self.displaced = entries.join(values)
+        self._done = False
+
+    def run(self) -> None:
+        self.entries.swap_(self._tensors, self.displaced)
+        self._done = True
+
+    def put_back(self) -> None:
+        if not self._done:
+            # A slot takes the old value of its entry before the entry changes. So one that does not hold the new value
+            # any more holds the old one, and where it does, the entry still has its old value, or one equal to it.
+            new, now, slots = self.entries.join(self._values), self.entries.gather(self._tensors), bits(self.displaced)
+            self.displaced = torch.where(slots == bits(new), bits(now), slots).view(now.dtype)
+            self._done = True
+        self.entries.scatter_(self._tensors, self.displaced)
 
 
 @contextmanager
-def restoring(before: Iterable[Held], *lists: list) -> Iterator[None]:
+def restoring(changes: Iterable[Change], *lists: list) -> Iterator[None]:
     """Restores tensors and lists if the body raises, also on an interrupt.
 
     Args:
-        before: the values that the body overwrites.
+        changes: to tensors that the body makes.
         lists: Python lists that it also changes.
     """
-    held, contents = list(before), [list(each) for each in lists]
+    changes, contents = list(changes), [list(each) for each in lists]
     try:
         yield
     except BaseException:
-        put_back(held)
+        put_back(changes)
         for each, content in zip(lists, contents, strict=True):
             each[:] = content
         raise
 
 
-def put_back(before: Iterable[Held]) -> None:
+@torch.no_grad()
+def put_back(changes: Iterable[Change]) -> None:
     """Writes the previous values back. An interrupt is raised at the end; a failing write is tried twice.
 
     Raises:
@@ -46,11 +98,11 @@ def put_back(before: Iterable[Held]) -> None:
     """
     interrupt: KeyboardInterrupt | None = None
     failed: Exception | None = None
-    for held in before:
+    for change in changes:
         tries = 0
         while True:
             try:
-                write(held)
+                change.put_back()
                 break
             except KeyboardInterrupt as error:
                 interrupt = error
@@ -63,23 +115,3 @@ def put_back(before: Iterable[Held]) -> None:
         raise RuntimeError("a tensor could not be restored: load the model again") from failed
     if interrupt is not None:
         raise interrupt
-
-
-@torch.no_grad()
-def write(held: Held) -> None:
-    """Writes the values into the tensor."""
-    tensor, indices, values = held.tensor.detach(), held.indices, held.values
-    if indices is None:
-        tensor.copy_(values)
-    else:
-        scatter_(tensor, indices, values)
-
-
-def scatter_(tensor: Tensor, index_set: IndexSet, packed: Tensor) -> None:
-    """Writes [k] values to the active entries of a tensor, in place."""
-    flat = tensor.view(-1) if tensor.is_contiguous() else tensor.reshape(-1)
-    packed = packed.to(flat.device)
-    for slot, indices in index_set.to(flat.device).chunks():
-        flat[indices] = packed[slot : slot + indices.numel()]
-    if flat.data_ptr() != tensor.data_ptr():
-        tensor.copy_(flat.view(tensor.shape))

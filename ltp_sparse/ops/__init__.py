@@ -76,6 +76,8 @@ def _copy(op: str, record: Gather | Scatter | Swap, backend: backends.Backend | 
     getattr(_serving(op, record, record.tensors, facts, backend), op)(contiguous)
     if not isinstance(record, Gather):
         _copy_back(record.tensors, contiguous.tensors)
+        # kernels write by address: torch, and whoever looks for edits, is told here
+        torch.autograd.graph.increment_version(t for t in record.tensors.present if not t.is_inference())
 
 
 def _copy_back(tensors: Tensors, contiguous: Tensors) -> None:
@@ -111,7 +113,7 @@ def _serving(
     if backend is None:
         dtype = next(iter(tensors.dtypes), torch.float32)
         density = facts.k / max(1, sum(tensors.sizes))
-        backend = backends.resolve(record.words.device, dtype=dtype, density=density)
+        backend = backends.resolve(record.words.device, _kind(op), dtype, density)
     if backend.needs_ranks and record.ranks.numel() != record.words.numel() // 2:
         raise ValueError(f"{op}: the {backend.name} backend needs a table with ranks: TileTable.with_ranks()")
     return backend
@@ -233,7 +235,12 @@ def _(initial, tuned, groups, k):
     )
 
 
-def served(table: TileTable, dtype: torch.dtype) -> tuple[TileTable, backends.Backend]:
+def _kind(op: str) -> str:
+    """What the table of choices calls an operator."""
+    return "masked_copy" if op in ("masked_gather_", "masked_scatter_", "masked_swap_") else "masked_adamw_"
+
+
+def served(table: TileTable, dtype: torch.dtype, op: str = "masked_adamw_") -> tuple[TileTable, backends.Backend]:
     """The table, with its directory if the backend reads it, and the backend for parameters of a dtype.
 
     One backend serves norm, packing and update of a step: the choice depends on the density of the whole table, which
@@ -241,7 +248,7 @@ def served(table: TileTable, dtype: torch.dtype) -> tuple[TileTable, backends.Ba
     """
     if table.tiles.is_meta:
         check_plain_tensor(table.tiles, "the tile table")
-    backend = backends.resolve(table.tiles.device, dtype=dtype, density=table.density)
+    backend = backends.resolve(table.tiles.device, _kind(op), dtype, table.density)
     return table.with_ranks() if backend.needs_ranks else table, backend
 
 
@@ -387,12 +394,13 @@ def masked_pack_(grads: Sequence[Tensor | None], out: Tensor, table: TileTable, 
 
 
 @torch.no_grad()
-def masked_gather(tensors: Sequence[Tensor], table: TileTable) -> Tensor:
+def masked_gather(tensors: Sequence[Tensor], table: TileTable, *, out: Tensor | None = None) -> Tensor:
     """Copies the active entries of some tensors, bit by bit, to a new tensor in slot order.
 
     Args:
         tensors: tensors of the sizes that the table was built for, all of one dtype of at most 8 bytes.
         table: the active entries.
+        out: [table.k] of their dtype, to write into; None: a new tensor.
 
     Returns:
         [table.k] of that dtype.
@@ -401,7 +409,7 @@ def masked_gather(tensors: Sequence[Tensor], table: TileTable) -> Tensor:
         TypeError, ValueError: dtypes, sizes or devices do not fit.
     """
     dtype = tensors[0].dtype if tensors else torch.float32
-    slots = torch.empty(table.k, dtype=dtype, device=table.tiles.device)
+    slots = torch.empty(table.k, dtype=dtype, device=table.tiles.device) if out is None else out
     _run_copy("masked_gather_", Gather, tensors, slots, table)
     return slots
 
@@ -434,7 +442,7 @@ def _run_copy(op: str, kind: type, tensors: Sequence[Tensor], slots: Tensor, tab
     listed = Tensors(tensors)
     _refuse_subclasses(op, "tensor", [*listed, slots])
     _check_sizes(op, "tensor", listed.sizes, table)
-    table, backend = served(table, _dtype(listed))
+    table, backend = served(table, _dtype(listed), op)
     run(op, kind(**_index(table), tensors=listed, slots=slots), backend)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ltp_sparse.deltas.delta import gather, scatter_
+from ltp_sparse.deltas.entries import gather, scatter_
 from ltp_sparse.tickets.index_set import IndexSet
 
 aten = torch.ops.aten

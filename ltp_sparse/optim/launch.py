@@ -18,7 +18,7 @@ from ltp_sparse.backends.coefficients import HYPER, Coefficient
 from ltp_sparse.backends.compiled import describe
 from ltp_sparse.backends.quantization import dequantize_tiles, quantize_tiles
 from ltp_sparse.backends.reference import adamw_update, prepare_step
-from ltp_sparse.deltas.delta import gather
+from ltp_sparse.deltas.entries import gather
 from ltp_sparse.optim.packed_gradients import PackedGradients
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.tile_table import Column, TileTable, state_blocks
@@ -154,22 +154,16 @@ class Launch:
 
     def values(self) -> Tensor:
         """float32 [K], the active entries of the parameters."""
-        return self._gathered(torch.empty(self.table.k, dtype=torch.float32, device=self.device))
-
-    def _gathered(self, out: Tensor) -> Tensor:
-        slot = 0
-        for param, index_set in zip(self.params, self.sets, strict=True):
-            out[slot : slot + index_set.k] = gather(param, index_set)
-            slot += index_set.k
-        return out
+        return ops.masked_gather(self.params, self.table).float()
 
     def keep_anchor(self, place: str) -> None:
         """Keeps the values as they are now for the pull, on the "device" or on the "host"."""
         if place == "device" or _is_host(self.device) or not self.table.k:
             self.anchor = self.values()
             return
-        pinned = torch.empty(self.table.k, dtype=torch.float32, device="cpu", pin_memory=torch.cuda.is_available())
-        self.anchor = self._gathered(pinned)
+        self.anchor = torch.empty(self.table.k, dtype=torch.float32, device="cpu", pin_memory=torch.cuda.is_available())
+        for param, index_set, slots in zip(self.params, self.sets, self.slots, strict=True):
+            self.anchor[slots] = gather(param, index_set)
         self.pieces = list(pieces_of(self.table.with_ranks(), PIECE))
         largest = max(piece.slots.stop - piece.slots.start for piece in self.pieces)
         self.room = torch.empty(largest, dtype=torch.float32, device=self.device)

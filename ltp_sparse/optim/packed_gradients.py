@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ltp_sparse import backends, ops
-from ltp_sparse.deltas.delta import gather
+from ltp_sparse.deltas.entries import gather
 from ltp_sparse.optim.gradient_view import GradientView, PackedTensor
 from ltp_sparse.tickets.bits import unpack_bits
 from ltp_sparse.tickets.index_set import IndexSet

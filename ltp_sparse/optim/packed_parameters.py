@@ -7,10 +7,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ltp_sparse.deltas.delta import gather
-from ltp_sparse.deltas.restoring import scatter_
+from ltp_sparse.deltas.entries import entries_of
 from ltp_sparse.optim.members import (
     ParameterHome,
     active_names,
@@ -72,7 +71,9 @@ class PackedParameters:
         device = devices.pop()
         self._params = {name: named[name] for name in names}
         self._sets = {name: ticket.sets[name].to(device) for name in names}
-        self._packed = {name: nn.Parameter(gather(named[name], self._sets[name]).float()) for name in names}
+        self._entries = entries_of(self._params, self._sets)
+        held = self._gathered()
+        self._packed = {name: nn.Parameter(held[name].to(torch.float32, copy=True)) for name in names}
         table = TileTable.build(list(self._sets.values()), device=device, ranks=device.type != "cpu")
         members = list(self._params.values()), list(self._sets.values()), table, list(self._packed.values())
         self._gradients = PackedGradients(model, *members)
@@ -97,17 +98,23 @@ class PackedParameters:
     @torch.no_grad()
     def scatter_(self) -> None:
         """Writes the packed values into the model; every other entry keeps its bits."""
-        for name, packed in self._packed.items():
-            target = self._params[name]
-            scatter_(target.detach(), self._sets[name], packed.detach().to(target.dtype))
+        for entries in self._entries:
+            entries.scatter_(self._params, entries.join(self._packed))
         self._written = self._versions()
 
     @torch.no_grad()
     def gather_(self) -> None:
         """Reads the values from the model, which others have changed."""
+        held = self._gathered()
         for name, packed in self._packed.items():
-            packed.copy_(gather(self._params[name], self._sets[name]))
+            packed.copy_(held[name])
         self._written = self._versions()
+
+    def _gathered(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for entries in self._entries:
+            found |= entries.split(entries.gather(self._params))
+        return found
 
     def _versions(self) -> list[int]:
         return [packed._version for packed in self._packed.values()]

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltp_sparse.deltas.delta import SparseDelta, base_fingerprint, bits, gather
-from ltp_sparse.deltas.restoring import Held, put_back, restoring, scatter_, write
+from ltp_sparse.deltas.delta import SparseDelta, base_fingerprint
+from ltp_sparse.deltas.entries import entries_of, gather_all, scatter_
+from ltp_sparse.deltas.restoring import Change, Held, HeldEntries, put_back, restoring
 from ltp_sparse.optim.members import ParameterHome, dense_parameters, ticket_for
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.weights.digests import fingerprint
 from ltp_sparse.weights.names import canonical_parameters, match_names
+from ltp_sparse.weights.tensors import bits
 
 
 class Snapshot:
@@ -58,7 +60,7 @@ class Snapshot:
         self._digests = fingerprint({name: parameters[name].detach() for name in parameters if name in watched})
         base = base_fingerprint(model, names, parameters, self._digests)
         self.ticket = Ticket(ticket.sets, ticket.shapes, ticket.metadata, base)
-        self.originals = {name: gather(parameters[name], ticket.sets[name]).cpu() for name in names}
+        self.originals = self._entries(names)
         self.dense = {name: parameters[name].detach().cpu().clone() for name in whole}
         self._model = model
         recorded = {name: ticket.fingerprint[name] for name in names if name in ticket.fingerprint}
@@ -88,10 +90,8 @@ class Snapshot:
 
     def delta(self, metadata: Mapping[str, Any] | None = None, *, originals: bool = True) -> SparseDelta:
         """What training has changed until now: the ticket's entries, and whole what trains in full."""
-        held = {name: each.values for name, each in self._now().items()}
-        values = {name: held[name] for name in self.originals}
-        dense = {name: held[name] for name in self.dense}
-        return SparseDelta(self.ticket, values, self.originals if originals else None, dense, metadata)
+        entries, dense = self._now()
+        return SparseDelta(self.ticket, entries, self.originals if originals else None, dense, metadata)
 
     def restore(self, delta: SparseDelta) -> None:
         """Writes a delta of the same run into the model, whatever the trained entries hold now; all or nothing.
@@ -113,14 +113,14 @@ class Snapshot:
                 f"{self._what}: expected the dense parameters {sorted(self.dense)}, the saved run has "
                 f"{sorted(delta.dense)}; resume with those of the interrupted run"
             )
-        with restoring(self._now().values()):
-            for held in self._held({**delta.values, **delta.dense}):
-                write(held)
+        with restoring(self._changes(*self._now())):
+            for change in self._changes(delta.values, delta.dense):
+                change.put_back()
 
     def put_back(self) -> None:
         """Writes the initial values into the model. An interrupt comes through when all of them are there."""
         self._home.check(what=self._what)
-        put_back(self._held({**self.originals, **self.dense}))
+        put_back(self._changes(self.originals, self.dense))
 
     def check_frozen(self) -> dict[str, str]:
         """Compares all that a run must not change with the digests taken before; call it after `put_back`.
@@ -147,18 +147,21 @@ class Snapshot:
         scatter_(initial, self.ticket.sets[name], self.originals[name])
         return base_fingerprint(self._model, [name], {name: initial}, like={name: digest})[name] == digest
 
-    def _held(self, values: Mapping[str, Tensor]) -> list[Held]:
-        """Values by name, with the places that they belong to."""
-        sets = self.ticket.sets
+    def _changes(self, entries: Mapping[str, Tensor], dense: Mapping[str, Tensor]) -> list[Change]:
+        """What writes values into the places that they belong to."""
+        places = entries_of({name: self.parameters[name] for name in entries}, self.ticket.sets)
         return [
-            Held(self.parameters[name], None if name in self.dense else sets[name], tensor)
-            for name, tensor in values.items()
+            *(HeldEntries(each, self.parameters, each.join(entries)) for each in places),
+            *(Held(self.parameters[name], tensor) for name, tensor in dense.items()),
         ]
 
-    def _now(self) -> dict[str, Held]:
-        """What all places hold that training changes; copies, on the CPU."""
+    def _entries(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Copies of the active entries, on the CPU."""
+        held = gather_all({name: self.parameters[name] for name in names}, self.ticket.sets)
+        return {name: values.cpu() for name, values in held.items()}
+
+    def _now(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What all places hold that training changes, entries and whole tensors; copies, on the CPU."""
         self._home.check(what=self._what)
-        entries = {name: gather(self.parameters[name], self.ticket.sets[name]).cpu() for name in self.originals}
         whole = {name: self.parameters[name].detach().cpu().clone() for name in self.dense}
-        values = {**entries, **whole}
-        return dict(zip(values, self._held(values), strict=True))
+        return self._entries(self.originals), whole

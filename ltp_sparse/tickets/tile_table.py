@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import TypeVar
@@ -79,40 +79,39 @@ class TileTable:
     @classmethod
     def build(cls, sets: Sequence[IndexSet], *, device: torch.device | str = "cpu", ranks: bool = False) -> TileTable:
         """Builds the table of `sets`, one per parameter, each in its smallest encoding."""
-        tiles, words, positions = [], [], []
-        slot = n_words = n_positions = 0
-        for param, index_set in enumerate(sets):
-            index_set = index_set.compact()
-            counts = index_set.tile_counts.cpu()
-            rows = torch.empty(counts.numel(), len(Column), dtype=torch.int64, device="cpu")
-            rows[:, Column.PARAM] = param
-            rows[:, Column.START] = TILE * torch.arange(counts.numel(), dtype=torch.int64, device="cpu")
-            rows[:, Column.LENGTH] = (index_set.n - rows[:, Column.START]).clamp(max=TILE)
-            rows[:, Column.ACTIVE] = counts
-            rows[:, Column.SLOT] = slot + counts.cumsum(0) - counts
-            rows[:, Column.ENCODING] = index_set.encoding
-            if index_set.encoding is Encoding.FULL:
-                rows[:, Column.INDEX] = 0
-            elif index_set.encoding is Encoding.BITMAP:
-                occupied = [w for w, c in zip(index_set.data.split(WORDS_PER_TILE), counts.tolist(), strict=True) if c]
-                lengths = (rows[:, Column.LENGTH] + 63) // 64 * 2 * (counts > 0)
-                rows[:, Column.INDEX] = n_words + lengths.cumsum(0) - lengths
-                words += [w.to(device) for w in occupied]
-                n_words += int(lengths.sum())
-            else:
-                rows[:, Column.INDEX] = n_positions + counts.cumsum(0) - counts
-                positions.append(index_set.data.to(device))
-                n_positions += index_set.data.numel()
-            slot += int(counts.sum())
-            tiles.append(rows[counts > 0])
-        rows = torch.cat([torch.empty(0, len(Column), dtype=torch.int64, device="cpu"), *tiles])
+        sets = [index_set.compact() for index_set in sets]
+        tiles_of_set = torch.tensor(
+            [index_set.tile_counts.numel() for index_set in sets], dtype=torch.int64, device="cpu"
+        )
+
+        def of_tiles(numbers: Iterable[int]) -> Tensor:
+            """A number per set, as a number per tile."""
+            return torch.tensor(list(numbers), dtype=torch.int64, device="cpu").repeat_interleave(tiles_of_set)
+
+        counts = _joined([index_set.tile_counts for index_set in sets], torch.int64, "cpu")
+        rows = torch.zeros(counts.numel(), len(Column), dtype=torch.int64, device="cpu")
+        encoding = of_tiles(index_set.encoding for index_set in sets)
+        first = (tiles_of_set.cumsum(0) - tiles_of_set).repeat_interleave(tiles_of_set)
+        rows[:, Column.PARAM] = of_tiles(range(len(sets)))
+        rows[:, Column.START] = TILE * (torch.arange(counts.numel(), dtype=torch.int64, device="cpu") - first)
+        rows[:, Column.LENGTH] = (of_tiles(s.n for s in sets) - rows[:, Column.START]).clamp(max=TILE)
+        rows[:, Column.ACTIVE] = counts
+        rows[:, Column.SLOT] = counts.cumsum(0) - counts
+        rows[:, Column.ENCODING] = encoding
+        lengths = (rows[:, Column.LENGTH] + 63) // 64 * 2 * (counts > 0)
+        for each, taken in ((Encoding.BITMAP, lengths), (Encoding.LIST16, counts)):
+            taken = taken * (encoding == each)
+            rows[:, Column.INDEX] += (taken.cumsum(0) - taken) * (encoding == each)
+        rows = rows[counts > 0]
+        words = [words for index_set in sets if index_set.encoding is Encoding.BITMAP for words in _occupied(index_set)]
+        positions = [index_set.data for index_set in sets if index_set.encoding is Encoding.LIST16]
         blocks = state_blocks(rows[:, Column.ACTIVE])
         rows[:, Column.BLOCK] = blocks.cumsum(0) - blocks
         table = cls(
             tiles=rows.to(device),
-            words=torch.cat([torch.empty(0, dtype=torch.int32, device=device), *words]),
+            words=_joined(words, torch.int32, device),
             ranks=torch.empty(0, dtype=torch.int16, device=device),
-            positions=torch.cat([torch.empty(0, dtype=torch.int16, device=device), *positions]),
+            positions=_joined(positions, torch.int16, device),
             blocks=int(blocks.sum()),
             counts=tuple(index_set.k for index_set in sets),
             sizes=tuple(index_set.n for index_set in sets),
@@ -143,6 +142,20 @@ class TileTable:
     def __repr__(self) -> str:
         where = f"{len(self.counts)} parameters, {len(self.tiles):,} tiles"
         return f"TileTable({self.k:,} active entries of {where}, {self.nbytes:,} bytes)"
+
+
+def _joined(parts: Iterable[Tensor], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """The parts in one new tensor on a device."""
+    return torch.cat([torch.empty(0, dtype=dtype, device=device), *(part.to(device) for part in parts)])
+
+
+def _occupied(index_set: IndexSet) -> Sequence[Tensor]:
+    """The words of the tiles of a bitmap that have active entries."""
+    has_some = index_set.tile_counts.cpu() > 0
+    if bool(has_some.all()):
+        return [index_set.data]
+    words = index_set.data.split(WORDS_PER_TILE)
+    return [piece for piece, some in zip(words, has_some.tolist(), strict=True) if some]
 
 
 def tile_indices(tile: Sequence[int], words: Tensor, positions: Tensor) -> Tensor:

@@ -79,6 +79,12 @@ def has_memory(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() >= (tensor.storage_offset() + extent) * tensor.element_size()
 
 
+def bits(tensor: Tensor) -> Tensor:
+    """The bits of a tensor as integers of the same shape, so that NaN equals itself and 0 differs from -0."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.detach().contiguous().view(integers[tensor.element_size()])
+
+
 def flat_piece(tensor: Tensor, start: int, stop: int) -> Tensor:
     """Entries start..stop of the row-major order of any tensor, contiguous; copies no more than their rows."""
     if tensor.is_contiguous() or tensor.dim() < 2:

@@ -3,6 +3,7 @@
 `make gpu` runs these; elsewhere they skip, and `test_gpu_bodies.py` runs what is in them on the CPU.
 """
 
+import copy
 import itertools
 import multiprocessing
 from contextlib import nullcontext
@@ -10,7 +11,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from helpers.backends import Unpacked, using
-from helpers.bits import DTYPES, bits
+from helpers.bits import DTYPES, bits, weights
 from helpers.gpu import (
     DEVICE,
     GPU_BACKENDS,
@@ -125,6 +126,42 @@ def tied(seed: int = 0, **options) -> tuple[TiedModel, MaskedAdamW]:
     for param in model.to(DEVICE).parameters():
         param.grad = torch.randn_like(param)
     return model, MaskedAdamW(model, ticket, lr=1e-2, **options)
+
+
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_deltas_and_switches_copy_the_bits_of_the_cpu(backend):
+    """Entries of bfloat16 and float32 parameters, in all three encodings."""
+    base = TiedModel()
+    base.roberta.bfloat16()
+    tuned = [copy.deepcopy(base) for _ in range(2)]
+    with torch.no_grad():
+        for number, model in enumerate(tuned, 1):
+            for parameter in model.parameters():
+                parameter.add_(0.25 * number)
+    tickets = [Ticket.random(base, density=density, seed=0) for density in (0.03, 0.4)]
+    deltas = {str(n): ls.SparseDelta.between(base, model, tickets[n]) for n, model in enumerate(tuned)}
+    deltas["full"] = ls.SparseDelta.between(base, tuned[0], Ticket.full(base))
+    wanted = {None: weights(base)}
+    for name, delta in deltas.items():
+        delta.apply(base)
+        wanted[name] = weights(base)
+        delta.revert(base)
+    placed = copy.deepcopy(base).to(DEVICE)
+
+    def holds(name: str | None) -> bool:
+        found = weights(placed)
+        return all(torch.equal(bits(found[key].cpu()), bits(tensor)) for key, tensor in wanted[name].items())
+
+    with using(backend):
+        for name, delta in deltas.items():
+            delta.apply(placed)
+            assert holds(name)
+            delta.revert(placed)
+            assert holds(None)
+        switcher = ls.TicketSwitcher(placed, deltas)
+        for name in ("0", "1", "full", "0", None):
+            switcher.switch(name)
+            assert holds(name), name
 
 
 @pytest.mark.parametrize("backend", GPU_BACKENDS)

@@ -61,6 +61,7 @@ def test_rows_of_a_gpu_are_taken_and_others_stay(tmp_path):
             ["masked_adamw_", "bfloat16", 0.01, {"triton": 0.25}],
             ["masked_adamw_", "float32", 0.2, {"compiled": 1.1, "triton": 1.2}],
             ["topk_delta", "float32", 0.2, {"compiled": 0.8, "triton": 0.9}],
+            *(["masked_copy", dtype, 1.0, {"triton": None}] for dtype in ("float32", "bfloat16", "float16")),
         ],
     }
 

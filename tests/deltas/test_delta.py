@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from helpers.backends import using
 from helpers.bits import DTYPES, same_bits, weights
 from helpers.tied_model import DENSE, EMBEDDING, TiedModel
 from safetensors.torch import save_file
@@ -81,6 +82,29 @@ def test_odd_bits_survive(model):
     assert same_bits(holder.w, tuned["w"])
     delta.revert(holder)
     assert same_bits(holder.w, base["w"])
+
+
+@pytest.mark.parametrize("step", ["apply", "revert"])
+@pytest.mark.parametrize("stop_at", [0, 1, 4, 9])
+def test_a_swap_interrupted_half_way_is_undone(model, step, stop_at, monkeypatch):
+    """Between two writes of the reference, to a tensor or to slots: each has the old value in one of them."""
+    delta, writes, write = delta_of(model, TASK), [], torch.Tensor.__setitem__
+
+    def counted(tensor, *args):
+        writes.extend([tensor] if tensor.is_floating_point() else [])
+        if len(writes) == stop_at + 1 and tensor is writes[-1]:
+            raise KeyboardInterrupt
+        write(tensor, *args)
+
+    with using("reference"):
+        if step == "revert":
+            delta.apply(model)
+        before = weights(model)
+        monkeypatch.setattr(torch.Tensor, "__setitem__", counted)
+        with pytest.raises(KeyboardInterrupt):
+            getattr(delta, step)(model)
+        assert len(writes) > stop_at + 1, "what was changed is written back"
+    assert unchanged(model, before) and len(applied_deltas(model)) == (step == "revert")
 
 
 def test_strided_parameters_are_written_in_place(model):

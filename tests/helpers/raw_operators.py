@@ -58,10 +58,13 @@ class Call:
             return own
         if op == "masked_sum_squares":
             return {name: own[name] for name in own if name not in ("exp_avg", "exp_avg_sq", "scales", "stochastic")}
+        if op in COPIES:
+            return {**self.index(), "tensors": own["params"], "slots": torch.zeros(self.table.k)}
         return {"grads": own["grads"], "out": torch.zeros(self.table.k), **self.index(), "accumulate": False}
 
 
-OPERATORS = ("masked_adamw_", "masked_sum_squares", "masked_pack_")
+COPIES = ("masked_gather_", "masked_scatter_", "masked_swap_")
+OPERATORS = ("masked_adamw_", "masked_sum_squares", "masked_pack_", *COPIES)
 
 
 def call(op: str, arguments: dict) -> None:

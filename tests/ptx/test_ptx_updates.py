@@ -1,4 +1,4 @@
-"""`masked_adamw_`, `masked_sum_squares`, `masked_pack_` as PTX: the bits of the reference, and nothing to report."""
+"""`masked_adamw_`, `masked_sum_squares`, `masked_pack_` and copies as PTX: the bits of the reference, no report."""
 
 import pytest
 import torch
@@ -9,7 +9,9 @@ from helpers.emulated_gpu import ARCHITECTURES, COMPILED, GPU_BACKENDS
 from helpers.selection_passes import unaligned
 from helpers.update_cases import CASES, options_of, problem_of, rows_of
 
-from ltp_sparse.ops import masked_pack_, masked_sum_squares
+from ltp_sparse.ops import masked_gather, masked_pack_, masked_scatter_, masked_sum_squares, masked_swap_
+from ltp_sparse.tickets.index_set import IndexSet
+from ltp_sparse.tickets.tile_table import TileTable
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # the first test builds the emulator
 
@@ -79,6 +81,23 @@ def _pack(backend, sizes, dtype, density, shift):
     assert_same(*results)
 
 
+def _copy(backend, sizes, dtype, density):
+    """Gather, scatter and swap of any bits."""
+    results = []
+    for chosen in ("reference", backend):
+        generator = torch.Generator().manual_seed(7)
+        tensors = [torch.randint(0, 100, (n,), generator=generator).to(dtype) for n in sizes]
+        masks = [torch.rand(n, generator=generator) < density for n in sizes]
+        table = TileTable.build([IndexSet.from_mask(mask) for mask in masks], ranks=True)
+        with using(chosen):
+            slots = masked_gather(tensors, table)
+            held = slots.clone()
+            masked_scatter_(tensors, slots + 1, table)
+            masked_swap_(tensors, slots, table)
+        results.append([held, slots, *tensors])
+    assert_same(*results)
+
+
 def every_case(own_gradients_only: bool = False):
     return [
         pytest.param(case, id="-".join((case[0], f"grad_{case[1]}", case[2])))
@@ -113,6 +132,13 @@ def test_schedules_of_an_update(gpu, backend, case):
 def test_packing_of_the_reference(gpu, backend, dtype):
     for density in DENSITIES.values():
         gpu.run(_pack, backend, SIZES, dtype, density, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.float32, torch.int64], ids=str)
+@pytest.mark.parametrize("backend", GPU_BACKENDS[1:])
+def test_copies_of_the_reference(gpu, backend, dtype):
+    for density in DENSITIES.values():
+        gpu.run(_copy, backend, SIZES, dtype, density)
 
 
 # --- all of it: `make ptx` ---
