@@ -45,7 +45,7 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
 
     None if the kind is unknown or the path does not exist.
     """
-    from ltp_sparse.weights.sharded import index_of, kind_said
+    from ltp_sparse.weights.file_shards import index_of, kind_said
 
     path = index_of(path) or Path(path)
     if path.is_dir():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ltp_sparse.deltas.restoring import Held, restoring, scatter_
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Ticket, checked_fingerprint, pack_sets, unpack_sets
-from ltp_sparse.weights import files, sharded
+from ltp_sparse.weights import file_shards, files
 from ltp_sparse.weights.checkpoints import Readable, read_piece
 from ltp_sparse.weights.digests import fingerprint
 from ltp_sparse.weights.names import (
@@ -331,12 +331,14 @@ class SparseDelta:
                 tensors[name].detach().copy_(tensor)
             del stack[at]
 
-    def save(self, path: str | os.PathLike[str], *, max_shard_size: int | str | None = sharded.MAX_SHARD_SIZE) -> None:
+    def save(
+        self, path: str | os.PathLike[str], *, max_shard_size: int | str | None = file_shards.MAX_SHARD_SIZE
+    ) -> None:
         """Writes a safetensors file, atomically; above `max_shard_size` shards and their index, as `Ticket.save`."""
         tensors, description = pack_sets(self.ticket.sets, self.ticket.shapes)
         for part in ("values", "originals", "dense"):
             tensors |= {f"{part}/{name}": tensor for name, tensor in getattr(self, part).items()}
-        sharded.save(
+        file_shards.save(
             path,
             "delta",
             tensors,
@@ -357,7 +359,7 @@ class SparseDelta:
         Args:
             path: the one given to `save`, an index, or a folder that holds one delta.
         """
-        tensors, metadata = sharded.load(path, "delta")
+        tensors, metadata = file_shards.load(path, "delta")
         parts = {
             part: {n.removeprefix(f"{part}/"): t for n, t in tensors.items() if n.startswith(f"{part}/")}
             for part in ("values", "originals", "dense")

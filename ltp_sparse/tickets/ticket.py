@@ -14,7 +14,7 @@ from torch import Size, Tensor, nn
 from ltp_sparse.tickets.counts import as_share
 from ltp_sparse.tickets.index_set import Encoding, IndexSet
 from ltp_sparse.tickets.random_sets import random_sets
-from ltp_sparse.weights import files, sharded
+from ltp_sparse.weights import file_shards, files
 from ltp_sparse.weights.digests import Hash, fingerprint, is_known
 from ltp_sparse.weights.names import (
     Named,
@@ -337,7 +337,9 @@ class Ticket:
         fingerprint = {name: self.fingerprint[name] for name in names if name in self.fingerprint}
         return Ticket({n: self.sets[n] for n in names}, self.shapes, self.metadata, fingerprint)
 
-    def save(self, path: str | os.PathLike[str], *, max_shard_size: int | str | None = sharded.MAX_SHARD_SIZE) -> None:
+    def save(
+        self, path: str | os.PathLike[str], *, max_shard_size: int | str | None = file_shards.MAX_SHARD_SIZE
+    ) -> None:
         """Writes a safetensors file, atomically, each parameter in its smallest encoding.
 
         Args:
@@ -346,7 +348,7 @@ class Ticket:
                 their index `PATH.index.json`, written last. None: one file, however large.
         """
         tensors, description = pack_sets(self.sets, self.shapes)
-        sharded.save(
+        file_shards.save(
             path,
             "ticket",
             tensors,
@@ -368,7 +370,7 @@ class Ticket:
         Args:
             path: the one given to `save`, an index, or a folder that holds one ticket.
         """
-        tensors, metadata = sharded.load(path, "ticket")
+        tensors, metadata = file_shards.load(path, "ticket")
         with files.understanding(path, "ticket"):
             sets, shapes = unpack_sets(tensors, metadata["parameters"])
             ticket = cls(sets, shapes, metadata["metadata"], checked_fingerprint(metadata["fingerprint"], sets))
