@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ltp_sparse.optim import MaskedAdamW, PackedParameters
     from ltp_sparse.optim.frozen import frozen_digests, verify_frozen
     from ltp_sparse.optim.memory import memory_report
+    from ltp_sparse.optim.reduce_scatter import compress_gradients
     from ltp_sparse.selection import Shard, TicketShard, select, select_sharded
     from ltp_sparse.tickets.ticket import Ticket
     from ltp_sparse.weights.names import canonical_parameters
@@ -40,6 +41,7 @@ __all__ = [
     "TicketSwitcher",
     "available_backends",
     "canonical_parameters",
+    "compress_gradients",
     "frozen_digests",
     "masked_adamw_",
     "memory_report",
@@ -56,6 +58,7 @@ _MODULES = {  # of the names above
     "optim": ("MaskedAdamW", "PackedParameters"),
     "optim.frozen": ("frozen_digests", "verify_frozen"),
     "optim.memory": ("memory_report",),
+    "optim.reduce_scatter": ("compress_gradients",),
     "selection": ("Shard", "TicketShard", "select", "select_sharded"),
     "deltas.delta": ("SparseDelta",),
     "deltas.switcher": ("TicketSwitcher",),

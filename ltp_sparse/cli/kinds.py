@@ -41,11 +41,13 @@ _BY_SUFFIX = {
 
 
 def kind_of(path: str | os.PathLike[str]) -> str | None:
-    """The kind of a folder by its content, of a safetensors file by its header, of another file by its name.
+    """The kind of a folder by its content, of a safetensors file or an index by its header, of others by their names.
 
     None if the kind is unknown or the path does not exist.
     """
-    path = Path(path)
+    from ltp_sparse.weights.file_shards import index_of, kind_said
+
+    path = index_of(path) or Path(path)
     if path.is_dir():
         return next((kind for name, kind in _BY_CONTENT.items() if (path / name).is_file()), None)
     if not path.is_file():
@@ -53,8 +55,6 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
     suffix = path.name.removesuffix(".gz").rpartition(".")[2].lower()
     if suffix in _BY_SUFFIX:
         return _BY_SUFFIX[suffix]
-    from ltp_sparse.weights.files import kind_said
-
     said = kind_said(path)
     return "file of weights" if said == "" else said if said in _BELONGS else None
 
@@ -77,7 +77,7 @@ def expect(options: argparse.Namespace, name: str, *kinds: str) -> None:
         made = "; " + _MADE_BY[kinds[0]] if kinds[0] in _MADE_BY else ""
         if found is not None and found not in kinds:
             raise CommandError(f"{where} expects a {wanted}, {path} is a {found}: {_BELONGS[found]}{made}")
-        if not os.path.exists(path):
+        if found is None and not os.path.exists(path):
             raise CommandError(f"{where} {path}: no such file or folder; expected a {wanted}{made}")
 
 

@@ -1,4 +1,4 @@
-"""`ltp-sparse memory`: the memory of either stage of LTP beside other ways to train."""
+"""`ltp-sparse memory`: the memory of either stage of LTP, or of a decoder on many GPUs, beside other ways to train."""
 
 from __future__ import annotations
 
@@ -9,20 +9,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ltp_sparse.cli.kinds import expect_model
+from ltp_sparse.cli.memory_of_decoders import DTYPES, SHAPES, decoder_config, is_decoder, sharded_table
 from ltp_sparse.cli.options import CommandError, at_least_one, need, share
 from ltp_sparse.weights.locating import SIZES
 
 if TYPE_CHECKING:
     from ltp_sparse.optim.memory import MemoryReport
 
-HELP = "predict the memory of training a ticket beside full fine-tuning, LT-SFT, LoRA and FlashAdamW"
+HELP = "predict the memory of training a ticket beside full fine-tuning, LT-SFT, LoRA, QLoRA and FlashAdamW"
 EXAMPLES = """\
   prompt-learning with a ticket, on a GPU
     ltp-sparse memory --model xlm-roberta-base --density 0.2
     ltp-sparse memory --model xlm-roberta-large --density 0.05 --dtype bfloat16 --batch 32 --length 256
   the tuning before it that finds the ticket, on a CPU
-    ltp-sparse memory --model xlm-roberta-base --stage 1 --device cpu"""
+    ltp-sparse memory --model xlm-roberta-base --stage 1 --device cpu
+  a decoder, sharded over eight GPUs by FSDP2
+    ltp-sparse memory --model llama-8b --ranks 8
+    ltp-sparse memory --model llama-70b --ranks 8 --density 0.02 0.1 --states 8bit
+    ltp-sparse memory --model path/to/config.json --ranks 4"""
 
+_OF_XLMR = ("stage", "batch", "length", "device")
+_OF_DECODERS = ("ranks", "states", "gradients", "no_master")
 _LORA_RANK = 8
 _MASKED = 0.15  # of the tokens of stage 1
 _DESCRIPTIONS = {
@@ -32,50 +39,89 @@ _DESCRIPTIONS = {
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help=f"{', '.join(SIZES)}, a folder with a config, or a Hub name")
+    known = ", ".join([*SIZES, *SHAPES])
+    parser.add_argument("--model", help=f"{known}, a folder with a config or its config.json, or a Hub name")
     parser.add_argument(
-        "--stage", type=int, choices=(1, 2), default=2, help="1: tuning, to select; 2: prompt-learning (default)"
+        "--density",
+        type=share,
+        nargs="+",
+        help="share of the weights that is active; of an XLM-R one, of stage 2 (0.2); of a decoder any (0.01 0.05 0.2)",
     )
-    parser.add_argument("--density", type=share, default=0.2, help="of stage 2: share of the maskable weights (0.2)")
-    parser.add_argument("--batch", type=at_least_one, default=32, help="examples per forward pass (default: 32)")
-    parser.add_argument("--length", type=int, default=256, help="tokens of each (default: 256)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
-    parser.add_argument(
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (XLM-R: float32, decoders: bfloat16)")
+    of_xlmr = parser.add_argument_group("an XLM-R")
+    of_xlmr.add_argument("--stage", type=int, choices=(1, 2), help="1: tuning, to select; 2: prompt-learning (default)")
+    of_xlmr.add_argument("--batch", type=at_least_one, help="examples per forward pass (default: 32)")
+    of_xlmr.add_argument("--length", type=int, help="tokens of each (default: 256)")
+    of_xlmr.add_argument(
         "--device",
         choices=("cuda", "cpu"),
-        default="cuda",
         help="where training will run: on a GPU attention and dropout keep less (default: cuda; none is needed here)",
+    )
+    of_decoder = parser.add_argument_group("a decoder")
+    of_decoder.add_argument("--ranks", type=at_least_one, help="GPUs that FSDP2 shards it over (default: 1)")
+    of_decoder.add_argument("--states", choices=("float32", "8bit"), help="moments of the tickets (default: both)")
+    of_decoder.add_argument("--gradients", choices=("packed", "dense"), help="of the tickets (default: packed)")
+    of_decoder.add_argument(
+        "--no-master",
+        action="store_true",
+        default=None,
+        help="stochastic rounding in place of a float32 master; 8-bit states have it in any case",
     )
 
 
 def run(options: argparse.Namespace) -> None:
     need(options, "model")
-    if options.model.rpartition("/")[2] not in SIZES:
+    if options.model.rpartition("/")[2] not in {*SIZES, *SHAPES}:
         expect_model(options)
+    config = _config(options.model)
+    is_decoder = config.model_type != "xlm-roberta"
+    kind, others = ("decoders", _OF_XLMR) if is_decoder else ("an XLM-R", _OF_DECODERS)
+    if wrong := [name for name in others if getattr(options, name) is not None]:
+        raise CommandError(f"memory: --{wrong[0].replace('_', '-')} is not for {kind}, and {options.model} is one")
+    (_print_sharded if is_decoder else _print_stage)(options, config)
+
+
+def _print_sharded(options: argparse.Namespace, config: Any) -> None:
+    densities, ranks = options.density or (0.01, 0.05, 0.2), options.ranks or 1
+    rows = sharded_table(
+        config,
+        densities=densities,
+        ranks=ranks,
+        states=("float32", "8bit") if options.states is None else (options.states,),
+        gradients=options.gradients or "packed",
+        master=not options.no_master,
+        dtype=options.dtype or "bfloat16",
+    )
+    where = "one GPU" if ranks == 1 else f"each of {ranks} GPUs, sharded by rows (FSDP2)"
+    print(f"{options.model} on {where}; in GB\n")
+    _print_rows(rows, ("weights", "gradients", "states", "index", "held"))
+    print("\nheld: between backward and step, without activations and what FSDP2 gathers of other ranks meanwhile.")
+
+
+def _print_stage(options: argparse.Namespace, config: Any) -> None:
     from ltp_sparse.models.backbone import longest_input
 
-    config = _config(options.model)
+    stage, batch, length = options.stage or 2, options.batch or 32, 256 if options.length is None else options.length
+    device, dtype = options.device or "cuda", options.dtype or "float32"
+    (density, *more) = options.density or (0.2,)
+    if more:
+        raise CommandError(f"memory: one --density of an XLM-R, got {len(more) + 1}; several are for decoders")
     longest = longest_input(config)
-    if not 1 <= options.length <= longest:
-        raise CommandError(f"memory: --length must be in [1, {longest}] for {options.model}, got {options.length}")
-    rows = table(
-        config,
-        options.stage,
-        density=options.density,
-        batch=options.batch,
-        length=options.length,
-        dtype=options.dtype,
-        device=options.device,
-    )
-    print(f"{options.model}, {options.dtype} weights, on {'a CPU' if options.device == 'cpu' else 'a GPU'};")
-    print(_DESCRIPTIONS[options.stage].format(density=options.density), end=" ")
-    print(f"on batches of {options.batch} x {options.length} tokens; in GB\n")
-    columns = ("weights", "gradients", "states", "index", "held", "peak")
+    if not 1 <= length <= longest:
+        raise CommandError(f"memory: --length must be in [1, {longest}] for {options.model}, got {length}")
+    rows = table(config, stage, density=density, batch=batch, length=length, dtype=dtype, device=device)
+    print(f"{options.model}, {dtype} weights, on {'a CPU' if device == 'cpu' else 'a GPU'};")
+    print(_DESCRIPTIONS[stage].format(density=density), end=" ")
+    print(f"on batches of {batch} x {length} tokens; in GB\n")
+    _print_rows(rows, ("weights", "gradients", "states", "index", "held", "peak"))
+    print("\nheld: between backward and step. peak: with activations and logits, in forward and backward.")
+
+
+def _print_rows(rows: dict[str, MemoryReport], columns: tuple[str, ...]) -> None:
     print(f"{'':<48}" + "".join(f"{column:>11}" for column in columns))
     for name, report in rows.items():
-        parts = (report.weights, report.gradients, report.states, report.index, report.held, report.total)
+        parts = (report.total if column == "peak" else getattr(report, column) for column in columns)
         print(f"{name:<48}" + "".join(f"{part / 1e9:>11.3f}" for part in parts))
-    print("\nheld: between backward and step. peak: with activations and logits, in forward and backward.")
 
 
 def table(
@@ -225,24 +271,29 @@ def _add_lora(model: Any) -> list[Any]:
 
 
 def _config(name: str) -> Any:
-    from transformers import XLMRobertaConfig
+    from transformers import AutoConfig, XLMRobertaConfig
 
     from ltp_sparse.models.backbone import load_config
 
-    size = SIZES.get(name.rpartition("/")[2])
-    if size is not None and not Path(name).is_dir():
-        hidden, layers, heads, inner = size
-        return XLMRobertaConfig(
-            vocab_size=250002, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-            intermediate_size=inner, max_position_embeddings=514, type_vocab_size=1, pad_token_id=1,
-        )  # fmt: skip
+    last = name.rpartition("/")[2]
+    if not Path(name).exists():
+        if last in SHAPES:
+            return decoder_config(last)
+        if last in SIZES:
+            hidden, layers, heads, inner = SIZES[last]
+            return XLMRobertaConfig(
+                vocab_size=250002, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+                intermediate_size=inner, max_position_embeddings=514, type_vocab_size=1, pad_token_id=1,
+            )  # fmt: skip
     try:
-        config = load_config("memory", name)
+        config = AutoConfig.from_pretrained(name) if Path(name).is_file() else load_config("memory", name)
     except (OSError, ValueError) as error:
-        known = ", ".join(SIZES)
+        known = ", ".join([*SIZES, *SHAPES])
         raise CommandError(
-            f"memory: no config of an XLM-R model in {name!r}; give {known}, a folder with config.json, or a Hub name"
+            f"memory: no config in {name!r}; give {known}, a config.json, its folder, or a Hub name"
         ) from error
-    if config.model_type != "xlm-roberta":
-        raise CommandError(f"memory: expected a model of type 'xlm-roberta', {name!r} is of type {config.model_type!r}")
+    if config.model_type != "xlm-roberta" and not is_decoder(config):
+        raise CommandError(
+            f"memory: expected an XLM-R or a causal language model, {name!r} is of type {config.model_type!r}"
+        )
     return config

@@ -218,8 +218,8 @@ def run(options: argparse.Namespace) -> None:
             progress=not options.quiet,
             arguments={"report_to": options.report_to},
         )
-        result.delta.save(folder / TRAINED)
-        result.baked.save(folder / BAKED)
+        result.delta.save(folder / TRAINED, max_shard_size=None)  # the files that the manifest names
+        result.baked.save(folder / BAKED, max_shard_size=None)
         record(options.output, [f"seed-{seed}/{name}" for name in (TRAINED, BAKED)])
         result.release()
         print(

@@ -16,7 +16,7 @@ from ltp_sparse.deltas.entries import Entries, entries_of, gather, gather_all, s
 from ltp_sparse.deltas.restoring import Exchange, Held, restoring
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Ticket, checked_fingerprint, pack_sets, unpack_sets
-from ltp_sparse.weights import files
+from ltp_sparse.weights import file_shards, files
 from ltp_sparse.weights.checkpoints import Readable, read_piece
 from ltp_sparse.weights.digests import fingerprint
 from ltp_sparse.weights.names import (
@@ -379,12 +379,14 @@ class SparseDelta:
                 written[name].copy_(tensor)
             del stack[at]
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file, atomically."""
+    def save(
+        self, path: str | os.PathLike[str], *, max_shard_size: int | str | None = file_shards.MAX_SHARD_SIZE
+    ) -> None:
+        """Writes a safetensors file, atomically; above `max_shard_size` shards and their index, as `Ticket.save`."""
         tensors, description = pack_sets(self.ticket.sets, self.ticket.shapes)
         for part in ("values", "originals", "dense"):
             tensors |= {f"{part}/{name}": tensor for name, tensor in getattr(self, part).items()}
-        files.save(
+        file_shards.save(
             path,
             "delta",
             tensors,
@@ -394,13 +396,18 @@ class SparseDelta:
                 "ticket": self.ticket.metadata,
                 "metadata": self.metadata,
             },
+            max_shard_size,
         )
 
     @classmethod
     @reader("delta")
     def load(cls, path: str | os.PathLike[str]) -> SparseDelta:
-        """Reads and verifies a file written by `save`; a damaged or foreign file is a FileFormatError."""
-        tensors, metadata = files.load(path, "delta")
+        """Reads and verifies what `save` has written; a damaged or foreign file is a FileFormatError.
+
+        Args:
+            path: the one given to `save`, an index, or a folder that holds one delta.
+        """
+        tensors, metadata = file_shards.load(path, "delta")
         parts = {
             part: {n.removeprefix(f"{part}/"): t for n, t in tensors.items() if n.startswith(f"{part}/")}
             for part in ("values", "originals", "dense")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
@@ -75,6 +75,7 @@ def memory_report(
     master: bool | None = None,
     pull_on: str | None = None,
     device: str = "cpu",
+    ranks: int = 1,
 ) -> MemoryReport:
     """What a step of `MaskedAdamW` takes.
 
@@ -90,6 +91,8 @@ def memory_report(
             piece of the initial values only (on a CPU, "device" says what there is to say).
         device: where the step runs, wherever `model` is. On "cuda" bitmaps have ranks (n/32 bytes), attention keeps no
             probabilities, and dropout a byte of each value.
+        ranks: processes that FSDP2 shards the model over by rows; the bytes are those of the one that holds most. What
+            it gathers for a forward or backward pass, one group of parameters at a time, comes on top.
 
     Raises:
         ValueError: the ticket is not of this model or an option is out of range, and, with `loss`, when an optimizer
@@ -101,10 +104,15 @@ def memory_report(
         raise ValueError(f'memory_report: pull_on must be "device", "host" or None, got {pull_on!r}')
     if device not in ("cpu", "cuda"):
         raise ValueError(f'memory_report: device must be "cpu" or "cuda", got {device!r}')
+    if ranks < 1:
+        raise ValueError(f"memory_report: ranks must be at least 1, got {ranks}")
+    if ranks > 1 and loss is not None:
+        raise ValueError("memory_report: activations of a sharded model are not counted; leave loss= out with ranks=")
     named, precision = canonical_parameters(model), Precision(states, master)
     full = set(map(id, dense_parameters(dense, what="memory_report")))
-    active = _active_entries(named, ticket, full)
-    trained = {name: p.numel() if id(p) in full else active.get(name, 0) for name, p in named.items()}
+    sizes = {name: _entries_of_rank(p.shape, ranks) for name, p in named.items()}
+    active = _active_entries(named, sizes, ticket, full, ranks)
+    trained = {name: sizes[name] if id(p) in full else active.get(name, 0) for name, p in named.items()}
     trained = {name: k for name, k in trained.items() if k}
     packed = {name for name in trained if gradients == "packed" and id(named[name]) not in full}
 
@@ -113,10 +121,12 @@ def memory_report(
     if pull_on is not None:
         entries = sum(trained.values())
         state += 4 * (entries if pull_on == "device" else min(entries, PIECE))
-    held = sum(4 * k if name in packed else named[name].nbytes for name, k in trained.items())
-    index = sum(_index_bytes(k, named[name].numel(), device) for name, k in trained.items())
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    index += sum(_bytes_of_rows(*named[name].shape) for name in packed if id(named[name]) in embeddings)
+    whole = {name: size * named[name].element_size() for name, size in sizes.items()}
+    held = sum(4 * k if name in packed else whole[name] for name, k in trained.items())
+    index = sum(_index_bytes(k, sizes[name], device) for name, k in trained.items())
+    if ranks == 1:  # FSDP2 takes gradients of whole embeddings
+        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        index += sum(_bytes_of_rows(*named[name].shape) for name in packed if id(named[name]) in embeddings)
 
     passing = held
     if loss is not None:
@@ -126,19 +136,40 @@ def memory_report(
         with nullcontext() if device == "cpu" else _AsOnGPU():
             passing = passing_bytes(model, loss, takes_gradient, [named[name] for name in named if name in packed])
         passing += sum(4 * trained[name] for name in packed)
-    weights = sum(parameter.nbytes for parameter in named.values())
-    return MemoryReport(weights, round(state), index, held, passing)
+    return MemoryReport(sum(whole.values()), round(state), index, held, passing)
 
 
-def _active_entries(named: Mapping[str, nn.Parameter], ticket: Ticket | float, full: set[int]) -> dict[str, int]:
-    """Name -> active entries; full: ids of the parameters that a density leaves out, since they train in full."""
+def _entries_of_rank(shape: Size, ranks: int) -> int:
+    """Entries of a parameter that FSDP2 keeps on each rank: as many rows on all, of which the last may be unused."""
+    return shape.numel() if ranks == 1 or not shape else -(-shape[0] // ranks) * shape[1:].numel()
+
+
+def _active_entries(
+    named: Mapping[str, nn.Parameter], sizes: Mapping[str, int], ticket: Ticket | float, full: set[int], ranks: int
+) -> dict[str, int]:
+    """Name -> active entries of the rank that has most.
+
+    sizes: entries of a rank; full: ids of the parameters that a density leaves out, since they train in full
+    """
     if isinstance(ticket, Ticket):
         with unset_fake_temporarily():  # the ticket is real, also where the model is not
             ticket = ticket_for(named, ticket, what="memory_report")
-            return {name: ticket.sets[name].k for name in active_names(named, ticket, what="memory_report")}
+            names = active_names(named, ticket, what="memory_report")
+            if ranks == 1:
+                return {name: ticket.sets[name].k for name in names}
+            of_ranks = ({name: _active_rows(ticket, name, rank, ranks) for name in names} for rank in range(ranks))
+            return max(of_ranks, key=lambda counts: sum(counts.values()))
     if not 0 <= ticket <= 1:
         raise ValueError(f"memory_report: the density must be in [0, 1], got {ticket}")
-    return {name: int(ticket * p.numel()) for name, p in named.items() if p.requires_grad and id(p) not in full}
+    return {name: int(ticket * sizes[name]) for name, p in named.items() if p.requires_grad and id(p) not in full}
+
+
+def _active_rows(ticket: Ticket, name: str, rank: int, ranks: int) -> int:
+    rows = ticket.shapes[name][:1].numel()
+    each = -(-rows // ranks)
+    row = ticket.shapes[name][1:].numel()
+    bounds = torch.tensor([min(at * each, rows) * row for at in (rank, rank + 1)], dtype=torch.int64, device="cpu")
+    return int(ticket.sets[name].slots_at(bounds).diff())
 
 
 def passing_bytes(

@@ -396,7 +396,7 @@ class LanguageDeltas:
         def make(path: Path) -> None:
             _, tokenizer = self.bench._model, self.bench._tokenizer
             options = {"progress": self.bench.progress, **budget}
-            train_language(kind, model, tokenizer, text.texts, settings, **options).save(path)
+            train_language(kind, model, tokenizer, text.texts, settings, **options).save(path, max_shard_size=None)
 
         facts = {
             "base": self.bench.digest(), "data": text_hash(text.texts), "settings": _plain(settings), "kind": kind,

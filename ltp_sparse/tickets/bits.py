@@ -63,8 +63,9 @@ def shifted_words(words: Tensor, by: int) -> Tensor:
     return shifted
 
 
-def to_uint16_bits(positions: Tensor) -> Tensor:
-    return torch.where(positions >= 32768, positions - 65536, positions).to(torch.int16)
+def to_uint16_bits(numbers: Tensor) -> Tensor:
+    """The lowest 16 bits of int64 numbers: of an entry of a parameter, its position in its tile."""
+    return numbers.contiguous().view(torch.int16)[::4].contiguous()  # little-endian, as bitmaps are
 
 
 def from_uint16_bits(positions: Tensor) -> Tensor:

@@ -143,8 +143,9 @@ class IndexSet:
                 raise ValueError("IndexSet: indices must be unique and ascending; sort them and drop duplicates")
         if indices.numel() == n:
             return cls.full(n, indices.device)
-        counts = torch.bincount(indices // TILE, minlength=tiles_of(n))
-        return cls(n, Encoding.LIST16, to_uint16_bits(indices % TILE), counts, indices.numel())
+        ends = TILE * torch.arange(1, tiles_of(n) + 1, dtype=torch.int64, device=indices.device)
+        slots = torch.searchsorted(indices, ends)
+        return cls(n, Encoding.LIST16, to_uint16_bits(indices), slots.diff(prepend=slots.new_zeros(1)), indices.numel())
 
     @classmethod
     def from_list16(cls, positions: Tensor, tile_counts: Tensor, n: int) -> IndexSet:
@@ -201,6 +202,10 @@ class IndexSet:
         if self.encoding is Encoding.FULL:
             return torch.ones(self.n, dtype=torch.bool, device=self.data.device)
         mask = torch.zeros(self.n, dtype=torch.bool, device=self.data.device)
+        if self.encoding is Encoding.BITMAP:
+            for piece, words in zip(mask.split(_CHUNK), self.data.split(_CHUNK // 32), strict=True):
+                piece.copy_(unpack_bits(words)[: piece.numel()])
+            return mask
         for _, indices in self.chunks():
             mask[indices] = True
         return mask
@@ -228,7 +233,7 @@ class IndexSet:
             return IndexSet(self.n, Encoding.BITMAP, self.bitmap(), self.tile_counts, self.k)
         positions = torch.empty(self.k, dtype=torch.int16, device=self.data.device)
         for slot, indices in self.chunks():
-            positions[slot : slot + indices.numel()] = to_uint16_bits(indices % TILE)
+            positions[slot : slot + indices.numel()] = to_uint16_bits(indices)
         return IndexSet(self.n, Encoding.LIST16, positions, self.tile_counts, self.k)
 
     def compact(self) -> IndexSet:
@@ -257,13 +262,46 @@ class IndexSet:
     def complement(self) -> IndexSet:
         return IndexSet.full(self.n, self.data.device).combine(self, "-")
 
+    def slots_at(self, entries: Tensor) -> Tensor:
+        """Active entries before each of some entries: the slot where the next active one lies.
+
+        Args:
+            entries: int64 [m], each in [0, n].
+
+        Returns:
+            int64 [m], on the device of `entries`.
+        """
+        entries, device = entries.to(self.data.device), entries.device
+        if self.encoding is Encoding.FULL:
+            return entries.to(device)
+        first = torch.cat([self.tile_counts.new_zeros(1), self.tile_counts.cumsum(0)])  # slot of every tile
+        tiles = entries // TILE
+        low = first[tiles]
+        if self.encoding is Encoding.BITMAP:
+            for number, (tile, rest) in enumerate(zip(tiles.tolist(), (entries % TILE).tolist(), strict=True)):
+                words = self.data[tile * WORDS_PER_TILE :][: bitmap_words(rest)]
+                low[number] += unpack_bits(words)[:rest].sum()
+            return low.to(device)
+        high = first[(tiles + 1).clamp(max=first.numel() - 1)]
+        for _ in range(TILE.bit_length() if self.k else 0):  # bisection in all tiles at once
+            middle = (low + high) // 2
+            below = from_uint16_bits(self.data[middle.clamp(max=self.k - 1)]) < entries % TILE
+            low, high = torch.where(below & (low < high), middle + 1, low), torch.where(below, high, middle)
+        return low.to(device)
+
     def entries(self, start: int, stop: int) -> IndexSet:
-        """The entries start..stop of the parameter, as a set over that range."""
+        """The entries start..stop of the parameter, as a set over that range, of memory of its own."""
         if (start, stop) == (0, self.n):
             return self
         n = stop - start
+        if self.encoding is Encoding.FULL or n == 0:
+            return IndexSet.full(n, self.data.device)
+        return self._listed(start, n) if self.encoding is Encoding.LIST16 else self._cut(start, n)
+
+    def _cut(self, start: int, n: int) -> IndexSet:
+        """`n` entries of a bitmap from `start` on."""
         first, shift = divmod(start, 32)
-        words = self.bitmap()[first : -(-stop // 32)]
+        words = self.data[first : -(-(start + n) // 32)]
         if shift:
             words = shifted_words(words, 32 - shift)[1:]
         cut = torch.zeros(bitmap_words(n), dtype=torch.int32, device=words.device)
@@ -271,6 +309,17 @@ class IndexSet:
         if n % 32:
             cut[n // 32] &= (1 << n % 32) - 1
         return IndexSet.from_bitmap(cut, n)
+
+    def _listed(self, start: int, n: int) -> IndexSet:
+        """`n` entries of a list from `start` on."""
+        bounds = start + TILE * torch.arange(tiles_of(n) + 1, dtype=torch.int64, device=self.data.device)
+        slots = self.slots_at(bounds.clamp(max=start + n))
+        first, last = int(slots[0]), int(slots[-1])
+        if last - first == n:
+            return IndexSet.full(n, self.data.device)
+        by = start % TILE  # positions wrap around as those of the tiles do
+        positions = self.data[first:last] - (by - TILE if by >= TILE // 2 else by)
+        return IndexSet(n, Encoding.LIST16, positions, slots.diff(), last - first)
 
     def rows(self, start: int, stop: int, row: int) -> IndexSet:
         """The entries of rows start..stop of a parameter with `row` entries a row, as a set over that block."""

@@ -14,7 +14,7 @@ from torch import Size, Tensor, nn
 from ltp_sparse.tickets.counts import as_share
 from ltp_sparse.tickets.index_set import Encoding, IndexSet
 from ltp_sparse.tickets.random_sets import random_sets
-from ltp_sparse.weights import files
+from ltp_sparse.weights import file_shards, files
 from ltp_sparse.weights.digests import Hash, fingerprint, is_known
 from ltp_sparse.weights.names import (
     Named,
@@ -337,10 +337,18 @@ class Ticket:
         fingerprint = {name: self.fingerprint[name] for name in names if name in self.fingerprint}
         return Ticket({n: self.sets[n] for n in names}, self.shapes, self.metadata, fingerprint)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file, atomically, each parameter in its smallest encoding."""
+    def save(
+        self, path: str | os.PathLike[str], *, max_shard_size: int | str | None = file_shards.MAX_SHARD_SIZE
+    ) -> None:
+        """Writes a safetensors file, atomically, each parameter in its smallest encoding.
+
+        Args:
+            path: of the file.
+            max_shard_size: bytes, or "500MB" or "5GB". A larger ticket becomes shards `PATH-TAG-00001-of-00002` and
+                their index `PATH.index.json`, written last. None: one file, however large.
+        """
         tensors, description = pack_sets(self.sets, self.shapes)
-        files.save(
+        file_shards.save(
             path,
             "ticket",
             tensors,
@@ -351,13 +359,18 @@ class Ticket:
                 "k": self.k,
                 "n": self.n,
             },
+            max_shard_size,
         )
 
     @classmethod
     @reader("ticket")
     def load(cls, path: str | os.PathLike[str]) -> Ticket:
-        """Reads and verifies a file written by `save`; a damaged or foreign file is a FileFormatError."""
-        tensors, metadata = files.load(path, "ticket")
+        """Reads and verifies what `save` has written; a damaged or foreign file is a FileFormatError.
+
+        Args:
+            path: the one given to `save`, an index, or a folder that holds one ticket.
+        """
+        tensors, metadata = file_shards.load(path, "ticket")
         with files.understanding(path, "ticket"):
             sets, shapes = unpack_sets(tensors, metadata["parameters"])
             ticket = cls(sets, shapes, metadata["metadata"], checked_fingerprint(metadata["fingerprint"], sets))

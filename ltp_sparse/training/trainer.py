@@ -219,7 +219,8 @@ class SparseTrainer(Trainer):
         elif self.args.should_save:
             folder = Path(str(output_dir))
             manifest.start(folder)
-            self.base.delta(originals=False).save(folder / DELTA_FILE)  # resuming starts from the base
+            # resuming starts from the base; one file, which the manifest names
+            self.base.delta(originals=False).save(folder / DELTA_FILE, max_shard_size=None)
             if self.keep_best is not None:
                 self.keep_best.save_into(folder)
             with atomic_path(folder / _PLACEHOLDER_FILE) as temporary:
@@ -296,7 +297,7 @@ class KeepBest(TrainerCallback):
     def save_into(self, folder: Path) -> None:
         """Puts the best delta so far into a checkpoint folder, as a hard link if possible."""
         if self._delta is not None:
-            self._delta.save(folder / BEST_FILE)
+            self._delta.save(folder / BEST_FILE, max_shard_size=None)
         elif self.best is not None:
             _link(self.path, folder / BEST_FILE)
 
@@ -336,7 +337,7 @@ class KeepBest(TrainerCallback):
         if not self.on_disk:
             self._delta = self.trainer.delta(self.best)
         elif state.is_world_process_zero:
-            self.trainer.delta(self.best).save(self.path)
+            self.trainer.delta(self.best).save(self.path, max_shard_size=None)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -28,11 +28,14 @@ from ltp_sparse.weights.reading import FileFormatError, parse_json, reader
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ltp_sparse.weights.digests import Hash
+
 KEY = "ltp_sparse"
 FORMAT_VERSION = 2
 """2: checksums and fingerprints are XXH3. 1: SHA-256; read as well."""
 _MOST_LINKS = 40
 _LONGEST_NAME = 200  # bytes, of 255 that file systems take
+_PIECE = 1 << 20  # bytes that stay in the cache between copying and digesting
 _FULL = 1 << 16  # bytes: a disk with fewer is full
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -257,8 +260,18 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], like: 
     found = Hash(like).update(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode()).update(tensor)
+        found.update(_said_of(name, tensor)).update(tensor)
     return found.digest()
+
+
+def checksum_of(described: Mapping[str, Any], like: str | None = None) -> str:
+    """The checksum of JSON values."""
+    return _checksum({}, described, like)
+
+
+def _said_of(name: str, tensor: Tensor) -> bytes:
+    """What a checksum takes of a tensor beside its bits."""
+    return f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode()
 
 
 def verify(path: str | os.PathLike[str]) -> str:
@@ -282,11 +295,22 @@ def verify(path: str | os.PathLike[str]) -> str:
 
 def save(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Writes `tensors` and `metadata` (JSON values) as a file of the given kind, e.g. "ticket"."""
-    from safetensors.torch import save_file
+    contiguous, header, _ = ready(kind, tensors, metadata)
+    write(path, contiguous, header)
 
+
+def ready(kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> tuple[dict[str, Tensor], str, str]:
+    """What `write` takes, tensors on the host and a header, and the checksum in this header."""
     metadata = {**metadata, "kind": kind, "format": FORMAT_VERSION}
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = json.dumps({**metadata, "checksum": _checksum(contiguous, metadata)}, sort_keys=True)
+    checksum = _checksum(contiguous, metadata)
+    return contiguous, json.dumps({**metadata, "checksum": checksum}, sort_keys=True), checksum
+
+
+def write(path: str | os.PathLike[str], contiguous: dict[str, Tensor], header: str) -> None:
+    """Writes what `ready` has made."""
+    from safetensors.torch import save_file
+
     with atomic_path(path) as temporary:
         save_file(contiguous, temporary, metadata={KEY: header})
 
@@ -312,35 +336,70 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
         FileNotFoundError: there is no such file.
         FileFormatError: the file is truncated, damaged, of another kind or of a newer format.
     """
-    from ltp_sparse.weights.digests import is_known
+    tensors, metadata, _ = load_verified(path, kind)
+    return tensors, metadata
+
+
+def load_verified(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """`load`, and the checksum of the file. Each tensor is copied once, and digested piece by piece as it is copied."""
+    from ltp_sparse.weights.digests import Hash
 
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected {_a(kind)} written by ltp_sparse")
+    with _opened(path) as file:
+        header = (file.metadata() or {}).get(KEY)
+        if header is None:
+            raise FileFormatError(path, f"a safetensors file, but not one of ltp_sparse; expected {_a(kind)}")
+        metadata = parse_json(header, path, "metadata")
+        check_format(path, metadata)
+        checksum, found = metadata.pop("checksum"), metadata["kind"]
+        content = Hash(checksum).update(json.dumps(metadata, sort_keys=True).encode())
+        copies = {name: _copied(name, file.get_tensor(name), content) for name in sorted(file.keys())}
+        tensors = {name: copies[name] for name in file.keys()}  # noqa: SIM118
+    if content.digest() != checksum:
+        raise FileFormatError(path, "the checksum does not match its content; the file is damaged, copy it again")
+    if found != kind:
+        raise WrongKind(path, kind, str(found))
+    return tensors, metadata, checksum
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, mapped."""
     try:
         with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get(KEY)
-            # clones: a view of the mapped file would change, or fault, when the file is replaced
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            yield file
+    except FileFormatError:
+        raise
     except (SafetensorError, ValueError, RuntimeError, OSError, LookupError, TypeError, MemoryError) as error:
         raise FileFormatError(
             path, f"not a readable safetensors file ({error}); it may be truncated, copy it again"
         ) from error
-    if header is None:
-        raise FileFormatError(path, f"a safetensors file, but not one of ltp_sparse; expected {_a(kind)}")
-    metadata = parse_json(header, path, "metadata")
-    if not isinstance(metadata, dict) or not {"checksum", "kind", "format"} <= set(metadata):
+
+
+def check_format(path: Path, described: object) -> None:
+    """Raises a FileFormatError unless it describes content of a format that this version reads."""
+    from ltp_sparse.weights.digests import is_known
+
+    if not isinstance(described, dict) or not {"checksum", "kind", "format"} <= set(described):
         raise FileFormatError(path, "no checksum, kind and format in it; copy the file again", "metadata")
-    checksum, found, version = metadata.pop("checksum"), metadata["kind"], metadata["format"]
-    if version not in (1, FORMAT_VERSION):  # a newer one may have another checksum
+    if (version := described["format"]) not in (1, FORMAT_VERSION):  # a newer one may have another checksum
         raise FileFormatError(
             path, f"format {version} is none that this version reads, 1 to {FORMAT_VERSION}; update ltp_sparse"
         )
-    if not is_known(checksum) or _checksum(tensors, metadata, like=checksum) != checksum:
-        raise FileFormatError(path, "the checksum does not match its content; the file is damaged, copy it again")
-    if found != kind:
-        raise WrongKind(path, kind, str(found))
-    return tensors, metadata
+    if not is_known(described["checksum"]):
+        raise FileFormatError(path, "its checksum is none that this version knows; the file is damaged, copy it again")
+
+
+def _copied(name: str, mapped: Tensor, content: Hash) -> Tensor:
+    """A copy of a mapped tensor: a view would change, or fault, when the file is replaced."""
+    own = mapped.new_empty(mapped.shape)
+    content.update(_said_of(name, own))
+    size = max(1, _PIECE // own.element_size())
+    for to, piece in zip(own.view(-1).split(size), mapped.view(-1).split(size), strict=True):
+        content.update(to.copy_(piece))
+    return own
 
 
 @contextmanager

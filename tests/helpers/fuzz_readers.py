@@ -320,6 +320,9 @@ def cases(folder: Path) -> list[Case]:
     ticket.save(folder / "ticket")
     delta.save(folder / "delta")
     adapter.save(folder / "adapter")
+    (folder / "sharded").mkdir(exist_ok=True)
+    ticket.save(folder / "sharded" / "t.safetensors", max_shard_size=500)
+    index = json.loads((folder / "sharded" / "t.safetensors.index.json").read_bytes())
     results.append(folder / "results", {"id": "a", "mean": 0.5, "scores": {"en": 0.5}})
     results.append(folder / "results", {"id": "b", "mean": 0.25, "scores": {"en": 0.25}})
     lt, name = lt_sft(model)
@@ -365,6 +368,21 @@ def cases(folder: Path) -> list[Case]:
 
     def ticket_content(found: ls.Ticket) -> Any:
         return found.digest(), found.names, found.shapes, found.metadata, found.fingerprint
+
+    def sharded_content(path: Path) -> Any:
+        for shard in (folder / "sharded").glob("*.safetensors"):
+            if not (path.parent / shard.name).exists():
+                (path.parent / shard.name).symlink_to(shard)
+        return ticket_content(ls.Ticket.load(path))
+
+    def forged_index(chance: random.Random) -> bytes:
+        content = mutated(copy.deepcopy(index), chance)
+        try:
+            content[files.KEY].pop("checksum", None)
+            content[files.KEY]["checksum"] = files.checksum_of(content)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            pass
+        return json.dumps(content).encode()
 
     def delta_content(path: Path) -> Any:
         found = ls.SparseDelta.load(path)
@@ -468,6 +486,8 @@ def cases(folder: Path) -> list[Case]:
               of_sets({"w": {"shape": [2**39, 2**39], "encoding": "list16", "k": 0}}, 0))),
         Case("delta", "delta.safetensors", (folder / "delta").read_bytes(), delta_content, None,
              forged(folder / "delta", "delta"), (of_delta(huge), of_delta(many))),
+        Case("index of shards", "t.safetensors.index.json", json.dumps(index).encode(), sharded_content, None,
+             forged_index, (brackets, b'{"metadata": {}, "weight_map": {}, "ltp_sparse": {}}')),
         Case("adapter", "adapter.safetensors", (folder / "adapter").read_bytes(), adapter_content, None,
              forged(folder / "adapter", "adapter"),
              tuple(sealed("adapter", dict(adapter.state_dict()), {**sizes, "invertible": True, "metadata": {}})

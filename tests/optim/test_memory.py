@@ -313,17 +313,112 @@ def test_the_command_needs_no_download(capsys):
         (["--length", "513"], "--length must be in [1, 512] for xlm-roberta-base, got 513"),
         (["--length", "0"], "--length must be in [1, 512]"),
         (["--model", "no/such/folder"], "got 'no/such/folder', which does not exist; closest: 'mini-xlmr'"),
-        (["--model", "{folder}/empty"], "no config of an XLM-R model in"),
-        (["--model", "{folder}/other"], "expected a model of type 'xlm-roberta', '{folder}/other' is of type 'gpt2'"),
+        (["--model", "{folder}/empty"], "no config in '{folder}/empty'; give xlm-roberta-base"),
+        (["--model", "{folder}/other"], "an XLM-R or a causal language model, '{folder}/other' is of type 'vit'"),
+        (["--ranks", "8"], "--ranks is not for an XLM-R, and xlm-roberta-base is one"),
+        (["--density", "0.1", "0.2"], "one --density of an XLM-R, got 2"),
+        (["--model", "llama-8b", "--batch", "8"], "--batch is not for decoders, and llama-8b is one"),
+        (["--model", "llama-8b", "--ranks", "0"], "--ranks: must be at least 1, got 0"),
         (["--model", "{folder}/short", "--length", "31"], "--length must be in [1, 30] for {folder}/short, got 31"),
     ],
     ids=str,
 )
 def test_the_command_says_what_does_not_fit(options, message, tmp_path, capsys):
     short = {"model_type": "xlm-roberta", "max_position_embeddings": 32, "pad_token_id": 1}
-    for name, config in (("empty", {}), ("other", {"model_type": "gpt2"}), ("short", short)):
+    for name, config in (("empty", {}), ("other", {"model_type": "vit"}), ("short", short)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     options = [option.replace("{folder}", str(tmp_path)) for option in options]
     assert main(["memory", "--model", "xlm-roberta-base", *options]) == 2
     assert message.replace("{folder}", str(tmp_path)) in capsys.readouterr().err
+
+
+# --- sharded ----------------------------------------------------------------------------------------------------------
+
+
+def small_decoder(dtype=torch.bfloat16):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=301, hidden_size=72, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=257,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(dtype)
+
+
+class Part(nn.Module):
+    """The rows that a rank holds of a model."""
+
+    def __init__(self, model, rank, ranks):
+        super().__init__()
+        for name, parameter in model.named_parameters():
+            place = self
+            *path, last = name.split(".")
+            for step in path:
+                if not hasattr(place, step):
+                    place.add_module(step, nn.Module())
+                place = getattr(place, step)
+            each = -(-len(parameter) // ranks)
+            rows = parameter.detach()[rank * each : (rank + 1) * each].clone()
+            place.register_parameter(last, nn.Parameter(rows))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("states", ["float32", "8bit"])
+@pytest.mark.parametrize("density", [0.03, 0.2])
+def test_what_a_rank_holds_is_predicted_within_five_percent(density, states, ranks):
+    model = small_decoder()
+    ticket = ls.Ticket.random(model, density=density)
+    options = {"states": states, "gradients": "packed", "master": states == "float32"}
+    predicted = ls.memory_report(model, ticket, ranks=ranks, **options)
+    uniform = ls.memory_report(model, density, ranks=ranks, **options)
+    held = []
+    for rank in range(ranks):
+        part = Part(model, rank, ranks)
+        sets = {}
+        for name, parameter in part.named_parameters():
+            first = rank * -(-ticket.shapes[name][0] // ranks)
+            sets[name] = ticket.rows(name, first, first + len(parameter))
+        local = ls.Ticket(sets, {name: p.shape for name, p in part.named_parameters()})
+        rounding = {} if options["master"] else {"rounding": "stochastic"}
+        opt = ls.MaskedAdamW(part, local, freeze=True, **options, **rounding)
+        packed = sum(launch.packed.buffer.nbytes for launch in opt._launches)
+        assert packed == 4 * local.k
+        held.append(sum(p.nbytes for p in part.parameters()) + opt.state_bytes() + packed)
+    assert max(held) == pytest.approx(predicted.held, rel=0.05)
+    assert max(held) == pytest.approx(uniform.held, rel=0.05)
+
+
+@pytest.mark.parametrize(("shape", "entries", "linear"), [("llama-8b", 8_030_261_248, 6_979_321_856)])
+def test_bytes_of_decoders_by_hand(shape, entries, linear, capsys):
+    """Of 8 GPUs, from the numbers of entries alone."""
+    assert main(["memory", "--model", shape, "--ranks", "8"]) == 0
+    held = {line[:48].strip(): 1e9 * float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[3:-2]}
+    tiles = 64 / 65_536
+    adapters = 16 * 32 * (2 * 4096 + 2 * (4096 + 1024) + 2 * 4096 + 3 * (4096 + 14336))
+    by_hand = {
+        "ticket 1 %, packed, float32 states, master": entries * (2 + 0.01 * (8 + 4 + 4 + 2) + tiles),
+        "ticket 5 %, packed, float32 states, master": entries * (2 + 0.05 * (8 + 4 + 4 + 2) + tiles),
+        "ticket 20 %, packed, float32 states, master": entries * (2 + 0.2 * (8 + 4 + 4) + (1 / 8 + 1 / 32) + tiles),
+        "ticket 5 %, packed, 8bit states, stochastic": entries * (2 + 0.05 * (2 + 8 / 256 + 4 + 2) + tiles),
+        "AdamW, all float32": entries * 16,
+        "AdamW, all bfloat16": entries * 8,
+        "LoRA, rank 16, bfloat16 weights": entries * 2 + adapters * 16,
+        "QLoRA, rank 16, nf4 weights": (entries - linear) * 2 + linear * (0.5 + 1 / 64 + 1 / 4096) + adapters * 16,
+    }
+    for name, whole in by_hand.items():
+        assert held[name] == pytest.approx(whole / 8, rel=2e-3), name
+    assert len(held) == len(by_hand) + 2
+
+
+def test_the_table_takes_any_decoder_and_its_options(tmp_path, capsys):
+    small_decoder().config.save_pretrained(tmp_path)
+    options = ["--density", "0.1", "--states", "float32", "--gradients", "dense", "--no-master", "--ranks", "2"]
+    for model in (tmp_path, tmp_path / "config.json"):
+        assert main(["memory", "--model", str(model), *options]) == 0
+        text = capsys.readouterr().out
+        assert "each of 2 GPUs" in text and "ticket 10 %, dense, float32 states, stochastic" in text
+        assert "8bit" not in text and "master" not in text
+    for wrong, message in ({"ranks": 0}, "at least 1"), ({"ranks": 2, "loss": lambda: None}, "leave loss= out"):
+        with pytest.raises(ValueError, match=message):
+            ls.memory_report(nn.Linear(2, 2), 0.5, **wrong)

@@ -106,6 +106,29 @@ def test_positions_beyond_31_bits():
     assert torch.equal(torch.cat(found), indices)
 
 
+@pytest.mark.parametrize("n", [TILE - 5, 2 * TILE, 3 * TILE + 77])
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.4, 1.0])
+def test_a_range_of_entries_in_every_encoding(n, density):
+    """Ranges that begin and end inside words and tiles, at their bounds, and in stretches all or none of it active."""
+    mask = random_mask(n, density, seed=1)
+    mask[1000:1200], mask[TILE - 300 : TILE - 100] = True, False
+    bounds = [0, 1, 31, 64, 1000, 1100, 1200, TILE // 2, TILE - 300, TILE - 6, n // 2, n - 1, n]
+    bounds = sorted({*bounds, *(b for b in (TILE - 1, TILE, TILE + 1, 2 * TILE) if b <= n)})
+    for view in views(IndexSet.from_mask(mask)):
+        before = [int(mask[:bound].sum()) for bound in bounds]
+        assert view.slots_at(torch.tensor(bounds)).tolist() == before
+        for start, stop in itertools.combinations_with_replacement(bounds, 2):
+            part, expected = view.entries(start, stop), IndexSet.from_mask(mask[start:stop])
+            assert (part.n, part.k) == (expected.n, expected.k)
+            assert torch.equal(part.tile_counts, expected.tile_counts)
+            assert part.encoding in (view.encoding, Encoding.FULL)
+            if part.encoding is Encoding.LIST16:
+                expected = IndexSet.from_list16(part.data, part.tile_counts, part.n)  # checks every position
+            assert torch.equal(part.bitmap(), expected.bitmap()) and torch.equal(part.mask(), mask[start:stop])
+            if (start, stop) != (0, n):
+                assert part.data.untyped_storage().nbytes() == part.data.nbytes, "it must not hold the whole set"
+
+
 SETS = st.integers(1, 150).flatmap(
     lambda n: st.tuples(st.just(n), *(st.sets(st.integers(0, n - 1)) for _ in range(2)), st.integers(0, 2))
 )

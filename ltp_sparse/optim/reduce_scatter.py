@@ -1,0 +1,269 @@
+"""Sparse reduce-scatter: the ranks of FSDP2 exchange the active entries of gradients, not whole gradients.
+
+Every rank has the gradient of all rows and needs the sum of its own. It packs the active entries of each rank's rows,
+all ranks reduce-scatter `[ranks, k]` packed values, and each puts what it gets into an output of zeros. k is that of
+the rank with the most active entries; those of the others are filled up with zeros.
+
+FSDP2 has a public hook for this, but says to nobody what lies where in its buffer: `_Layout` reads that from its group
+of parameters, and a buffer of another size than expected is sent whole.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, distributed, nn
+
+from ltp_sparse.ops import masked_gather, masked_scatter_
+from ltp_sparse.optim.members import active_names, check_ticket, named_parameters
+from ltp_sparse.tickets.index_set import IndexSet
+from ltp_sparse.tickets.ticket import Ticket
+from ltp_sparse.tickets.tile_table import TileTable
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+
+_WHAT = "compress_gradients"
+_ALIGNED = 16  # entries that a rank's part is a multiple of: gloo would cut other lengths within the parts
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one rank has given to reduce-scatters.
+
+    Attributes:
+        sent: bytes
+        dense: bytes that whole gradients would have been
+        calls: reduce-scatters
+        whole: reason -> how many of them sent whole gradients for it
+    """
+
+    sent: int
+    dense: int
+    calls: int
+    whole: dict[str, int]
+
+
+class CompressedGradients:
+    """The reduce-scatters of a model, compressed until `remove`. `compress_gradients` makes it."""
+
+    def __init__(self, groups: Sequence[tuple[FSDPModule, _Group]]) -> None:
+        self._groups = list(groups)
+        for module, group in self._groups:
+            module.set_custom_reduce_scatter(cast(Any, group))
+
+    def report(self) -> Traffic:
+        """The traffic of this rank since compression began."""
+        groups = [group for _, group in self._groups]
+        return Traffic(
+            sum(group.sent for group in groups),
+            sum(group.dense for group in groups),
+            sum(group.calls for group in groups),
+            dict(sum((group.whole for group in groups), Counter())),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the index that this takes on each rank: that of the whole ticket, once it has been used."""
+        return sum(layout.nbytes for _, group in self._groups for layout in group.layouts.values())
+
+    def remove(self) -> None:
+        """Gives FSDP2 its own reduce-scatters back. What was counted stays."""
+        for module, group in self._groups:
+            if group.is_in_place():
+                module.set_custom_reduce_scatter(group.before)
+
+    def __repr__(self) -> str:
+        found = self.report()
+        share = f", {found.sent / found.dense:.2%}" if found.dense else ""
+        whole = "".join(f"; {count} whole: {reason}" for reason, count in found.whole.items())
+        return (
+            f"CompressedGradients({len(self._groups)} groups, {found.sent:,} of {found.dense:,} bytes{share}, "
+            f"in {found.calls} reduce-scatters{whole})"
+        )
+
+
+def compress_gradients(model: nn.Module, ticket: Ticket) -> CompressedGradients:
+    """Lets the ranks of a model under FSDP2 exchange only the active entries of gradients: density times the bytes.
+
+    Gradients of a parameter with active entries are then zero elsewhere. Those of all other parameters stay whole, and
+    so do those of parameters that are not sharded by rows. A group of parameters of which some have had no gradient, or
+    that would save nothing, sends whole gradients. The all-reduce between replicas (HSDP) is not compressed.
+
+    The sums are those of whole gradients, bit for bit on two ranks. On more they are where the order of summation is
+    that of the ranks, as with gloo, but for entries at the ends of ranks whose part of a group is an odd number.
+    NCCL promises no order: there they may differ by rounding.
+
+    Args:
+        model: after `fully_shard`.
+        ticket: the whole ticket, on every rank.
+
+    Returns:
+        What counts the bytes (`report()`) and undoes it (`remove()`).
+
+    Raises:
+        ValueError: the model is not sharded by FSDP2 or is compressed already, or the ticket is not of this model.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    check_ticket(ticket, what=_WHAT)
+    named = named_parameters(model, what=_WHAT)
+    ticket = ticket.named_as(named)
+    active = active_names(named, ticket, what=_WHAT)
+    names = {id(named[name]): name for name in active}
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if not modules:
+        raise ValueError(f"{_WHAT}: expected a model sharded by FSDP2; call fully_shard on it before")
+    groups = []
+    for module in modules:
+        for group in _groups_of(module):
+            if isinstance(group._reduce_scatter_comm, _Group):
+                raise ValueError(f"{_WHAT}: the model is compressed already; call remove() of what that has returned")
+            if any(id(param.sharded_param) in names for param in group.fsdp_params):
+                groups.append((module, _Group(group, names, ticket)))
+    return CompressedGradients(groups)
+
+
+def _groups_of(module: FSDPModule) -> list[Any]:
+    """FSDP2's groups of the parameters that a module gathers and scatters together."""
+    return list(module._get_fsdp_state()._fsdp_param_groups)
+
+
+class _Group:
+    """The reduce-scatter of one group of parameters, as FSDP2 calls it."""
+
+    def __init__(self, group: Any, names: dict[int, str], ticket: Ticket) -> None:
+        self._group, self._names, self._ticket = group, names, ticket
+        self.before = group._reduce_scatter_comm
+        self.layouts: dict[tuple[Any, ...], _Layout] = {}
+        self.sent = self.dense = self.calls = 0
+        self.whole: Counter[str] = Counter()
+
+    def is_in_place(self) -> bool:
+        return self._group._reduce_scatter_comm is self
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for whole gradients."""
+        return self.before.allocate(size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: distributed.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> Any:
+        """Sums `input_tensor`, [ranks * n] of which rank r gets the r-th part, into `output_tensor`, [n]."""
+        layout = self._layout(input_tensor.device, group)
+        self.calls += 1
+        self.dense += input_tensor.nbytes
+        if reason := layout.objection(input_tensor) or ("it was asked not to wait" if async_op else ""):
+            self.whole[reason] += 1
+            self.sent += input_tensor.nbytes
+            return self.before(
+                output_tensor=output_tensor, input_tensor=input_tensor, group=group, op=op, async_op=async_op
+            )
+        packed = layout.packed(input_tensor)
+        self.sent += packed.nbytes
+        received = packed.new_empty(layout.room)
+        distributed.reduce_scatter_tensor(received, packed, op=op, group=group)
+        output_tensor.zero_()
+        layout.unpack(received, output_tensor)
+        return None
+
+    def _layout(self, device: torch.device, group: distributed.ProcessGroup) -> _Layout:
+        params = [param for param in self._group.fsdp_params if param.sharded_param.requires_grad]
+        key = device, group.size(), *map(id, params)
+        if key not in self.layouts:
+            blocks = [_Block.of(param, self._names, self._ticket, group.size()) for param in params]
+            self.layouts[key] = _Layout(blocks, group.rank(), group.size(), device)
+        return self.layouts[key]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A parameter's part of the buffer: the same number of entries for every rank, the last of them maybe unused.
+
+    length: entries of each rank, used or not
+    sets:   of every rank, over the entries that it uses
+    """
+
+    length: int
+    sets: list[IndexSet]
+
+    @classmethod
+    def of(cls, param: Any, names: dict[int, str], ticket: Ticket, ranks: int) -> _Block:
+        from torch.distributed.tensor import Shard
+
+        size, name = param._orig_size, names.get(id(param.sharded_param))
+        if param.fsdp_placement.dim != 0:  # the same number of columns for every rank
+            return cls(size.numel() // ranks, [IndexSet.full(size.numel() // ranks)] * ranks)
+        rows, row = -(-size[0] // ranks), size[1:].numel()
+        bounds = [min(rank * rows, size[0]) for rank in range(ranks + 1)]
+        cuts = list(zip(bounds[:-1], bounds[1:], strict=True))
+        by_rows = all(type(p) is Shard or p.is_replicate() for p in param.sharded_param.placements)
+        if name is None or not by_rows or size != ticket.shapes[name]:
+            return cls(rows * row, [IndexSet.full((stop - start) * row) for start, stop in cuts])
+        return cls(rows * row, [ticket.rows(name, start, stop) for start, stop in cuts])
+
+
+class _Layout:
+    """Where the active entries lie in the buffers of a group all of whose parameters have gradients.
+
+    n:    entries of the output
+    room: packed values that a rank gets: the most that one has, rounded up
+    """
+
+    def __init__(self, blocks: Sequence[_Block], rank: int, ranks: int, device: torch.device) -> None:
+        self.n, self._ranks = sum(block.length for block in blocks), ranks
+        counts = [sum(block.sets[to].k for block in blocks) for to in range(ranks)]
+        self.room, self._least = -(-max(counts) // _ALIGNED) * _ALIGNED, min(counts)
+        places: list[tuple[int, int] | None] = []  # what each set of the table of all ranks lies over; None: zeros
+        sets: list[IndexSet] = []
+        self._own: list[tuple[int, int]] = []
+        own_sets: list[IndexSet] = []
+        for to in range(ranks):
+            at = 0
+            for block in blocks:
+                if (index_set := block.sets[to]).k:
+                    places.append((to * self.n + at, index_set.n))
+                    sets.append(index_set)
+                    if to == rank:
+                        self._own.append((at, index_set.n))
+                        own_sets.append(index_set)
+                at += block.length
+            if filling := self.room - counts[to]:
+                places.append(None)
+                sets.append(IndexSet.full(filling))
+        self._places, self._fillings = places, [s.n for s in sets]
+        ranked = device.type != "cpu"
+        self._all = TileTable.build(sets, device=device, ranks=ranked)
+        self._mine = TileTable.build(own_sets, device=device, ranks=ranked)
+
+    @property
+    def nbytes(self) -> int:
+        return self._all.nbytes + self._mine.nbytes
+
+    def objection(self, buffer: Tensor) -> str:
+        """Why a buffer is sent whole; empty if it is not."""
+        if buffer.numel() != self._ranks * self.n:
+            return "a parameter had no gradient"
+        return "nothing to save" if self.room >= self.n else ""
+
+    def packed(self, buffer: Tensor) -> Tensor:
+        """[ranks * room] values of a buffer [ranks * n]."""
+        zeros = buffer.new_zeros(self.room - self._least)
+        tensors = [
+            zeros[:size] if place is None else buffer[place[0] : place[0] + place[1]]
+            for place, size in zip(self._places, self._fillings, strict=True)
+        ]
+        return masked_gather(tensors, self._all)
+
+    def unpack(self, values: Tensor, output: Tensor) -> None:
+        """Writes this rank's values, [room], to its output, [n]."""
+        masked_scatter_([output[at : at + n] for at, n in self._own], values[: self._mine.k], self._mine)

@@ -1,0 +1,236 @@
+"""Large files of the library as shards of limited size beside an index, as the Hub keeps models.
+
+`ticket.safetensors` becomes `ticket.safetensors.index.json` and `ticket-TAG-00001-of-00002.safetensors`, ... The tag
+follows from the content. So the shards of a new save never take the place of older ones: the older index stays good
+until the new one, written last, replaces it in one step.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ltp_sparse.weights import files
+from ltp_sparse.weights.reading import FileFormatError, read_json, reader
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_SHARD_SIZE = "5GB"
+"""What the Hub advises."""
+_INDEX = ".index.json"
+_SUFFIX = ".safetensors"
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def save(
+    path: str | os.PathLike[str],
+    kind: str,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+    max_shard_size: int | str | None = MAX_SHARD_SIZE,
+) -> None:
+    """Writes one file, or shards and their index if that file would be larger than `max_shard_size`.
+
+    Args:
+        path: of the file; of shards, what their names and that of the index begin with.
+        kind: e.g. "ticket".
+        tensors: what is written. A tensor is never cut: one above the limit has a shard of its own.
+        metadata: JSON values.
+        max_shard_size: bytes, or "500MB" or "5GB"; None: one file, however large.
+    """
+    parts = _split(tensors, None if max_shard_size is None else _bytes_of(max_shard_size))
+    target = files.destination(path)
+    index = target.with_name(target.name + _INDEX)
+    files.check_writable(target)
+    if len(parts) == 1:
+        files.save(path, kind, tensors, metadata)
+        if index.exists():
+            with _locked(target.parent):
+                index.unlink(missing_ok=True)
+                _remove_shards(target, kept=())
+        return
+    with _threads(len(parts)) as pool:
+        ready = list(pool.map(lambda part: files.ready(_shard_of(kind), part, {}), parts))
+    checksums = [checksum for _, _, checksum in ready]
+    tag, stem = files.checksum_of({"shards": checksums})[-8:], target.name.removesuffix(_SUFFIX)
+    names = [f"{stem}-{tag}-{number:05}-of-{len(parts):05}{_SUFFIX}" for number in range(1, len(parts) + 1)]
+    described: dict[str, dict[str, Any]] = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+        "weight_map": {name: shard for shard, part in zip(names, parts, strict=True) for name in part},
+        files.KEY: {
+            **metadata,
+            "kind": kind,
+            "format": files.FORMAT_VERSION,
+            "shards": dict(zip(names, checksums, strict=True)),
+        },
+    }
+    described[files.KEY]["checksum"] = files.checksum_of(described)
+    with _locked(target.parent):
+        for name, (contiguous, header, _) in zip(names, ready, strict=True):
+            files.write(target.with_name(name), contiguous, header)
+        with files.atomic_path(index) as temporary:
+            temporary.write_text(json.dumps(described, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        target.unlink(missing_ok=True)
+        _remove_shards(target, kept=names)
+
+
+@reader("index of shards")
+def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads what `save` wrote, verified against its checksums; shards on several threads.
+
+    Args:
+        path: the one given to `save`, an index, or a folder that holds one file or index of this kind.
+        kind: e.g. "ticket".
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FileFormatError: a file is damaged, of another kind, missing, or of another save.
+    """
+    found = _located(Path(path), kind)
+    if not found.name.endswith(_INDEX):
+        try:
+            return files.load(found, kind)
+        except files.WrongKind as error:
+            if error.found != _shard_of(kind):
+                raise
+            problem = f"is one of several shards of a {kind}; give the folder or the index of them"
+            raise FileFormatError(found, problem) from error
+    weight_map, metadata, checksums = _read_index(found, kind)
+    with _threads(len(checksums)) as pool:
+        shards = dict(zip(checksums, pool.map(lambda name: _read_shard(found, name, kind), checksums), strict=True))
+    for name, (_, checksum) in shards.items():
+        if checksum != checksums[name]:
+            raise FileFormatError(found, f"{name} is of another save; copy index and shards again")
+    for name, (held, _) in shards.items():
+        if held.keys() != {tensor for tensor, shard in weight_map.items() if shard == name}:
+            raise FileFormatError(found, f"{name} does not hold the tensors that the index says")
+    return {tensor: shards[shard][0][tensor] for tensor, shard in weight_map.items()}, metadata
+
+
+def index_of(path: str | os.PathLike[str]) -> Path | None:
+    """The index of the shards that a path given to `save` stands for, if it is one file no longer."""
+    path = Path(path)
+    if path.name.endswith(_INDEX) or path.is_dir():
+        return None
+    with suppress(OSError):
+        path = files.destination(path)
+    index = path.with_name(path.name + _INDEX)
+    return index if index.is_file() else None
+
+
+def kind_said(path: str | os.PathLike[str]) -> str | None:
+    """`files.kind_said`, also of an index."""
+    if not str(path).endswith(_INDEX):
+        return files.kind_said(path)
+    try:
+        return str(read_json(path, "an index of shards", (files.KEY,))[files.KEY]["kind"])
+    except (OSError, FileFormatError, LookupError, TypeError):
+        return None
+
+
+def _located(path: Path, kind: str) -> Path:
+    """The file or index that a path stands for."""
+    if path.is_dir():
+        names = sorted(entry.name for entry in path.iterdir() if entry.name.endswith((_SUFFIX, _INDEX)))
+        found = [path / name for name in names if kind_said(path / name) == kind]
+        if not found:
+            raise FileNotFoundError(errno.ENOENT, f"no {kind} in this folder, neither a file nor an index", str(path))
+        if len(found) > 1:
+            several = ", ".join(one.name for one in found)
+            raise FileFormatError(path, f"expected one {kind} in this folder, got {several}; give one of them")
+        return found[0]
+    index = index_of(path)
+    if index is not None and path.is_file():
+        problem = f"{index.name} lies beside it, since a save was interrupted; remove the older one of the two"
+        raise FileFormatError(path, problem)
+    return index or path
+
+
+def _read_index(index: Path, kind: str) -> tuple[dict[str, str], dict[str, Any], dict[str, str]]:
+    """Tensor -> its shard, the metadata, and shard -> its checksum."""
+    content = read_json(index, f"the index of a {kind} of ltp_sparse", ("metadata", "weight_map", files.KEY))
+    with files.understanding(index, kind):
+        described = content[files.KEY]
+        files.check_format(index, described)
+        checksum = described.pop("checksum")
+        if files.checksum_of(content, like=checksum) != checksum:
+            raise FileFormatError(index, "the checksum does not match its content; it is damaged, copy it again")
+        if described["kind"] != kind:
+            raise files.WrongKind(index, kind, str(described["kind"]))
+        checksums = described.pop("shards")
+        for name in checksums:
+            if Path(name).name != name:
+                raise FileFormatError(index, f"the shard {name!r} is outside the folder")
+        if foreign := set(content["weight_map"].values()) - checksums.keys():
+            raise FileFormatError(index, f"it has no checksum of {sorted(foreign)[0]}")
+        return content["weight_map"], described, checksums
+
+
+def _read_shard(index: Path, name: str, kind: str) -> tuple[dict[str, Tensor], str]:
+    shard = index.with_name(name)
+    if not shard.is_file():
+        raise FileFormatError(index, f"it names the shard {name}, which is not there; copy it again")
+    tensors, _, checksum = files.load_verified(shard, _shard_of(kind))
+    return tensors, checksum
+
+
+def _shard_of(kind: str) -> str:
+    return f"shard of a {kind}"
+
+
+def _split(tensors: Mapping[str, Tensor], limit: int | None) -> list[dict[str, Tensor]]:
+    """The tensors in their order, as many together as have room."""
+    parts: list[dict[str, Tensor]] = [{}]
+    room = limit
+    for name, tensor in tensors.items():
+        if room is not None and limit is not None:
+            if tensor.nbytes > room and parts[-1]:
+                parts.append({})
+                room = limit
+            room -= tensor.nbytes
+        parts[-1][name] = tensor
+    return parts
+
+
+def _bytes_of(size: int | str) -> int:
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(|B|KB|MB|GB)\s*", str(size), re.IGNORECASE)
+    n = int(float(found[1]) * _UNITS.get(found[2].upper(), 0)) if found else 0
+    if n < 1 or isinstance(size, bool):
+        raise ValueError(f'max_shard_size must be bytes, or "500MB" or "5GB", or None for one file, got {size!r}')
+    return n
+
+
+def _threads(tasks: int) -> ThreadPoolExecutor:
+    import torch
+
+    return ThreadPoolExecutor(min(tasks, torch.get_num_threads()))
+
+
+def _remove_shards(target: Path, kept: Collection[str]) -> None:
+    """Removes shards of other saves to `target`."""
+    stem = re.escape(target.name.removesuffix(_SUFFIX))
+    shard = re.compile(rf"{stem}-[0-9a-f]{{8}}-\d{{5}}-of-\d{{5}}{re.escape(_SUFFIX)}")
+    for entry in list(target.parent.iterdir()):
+        if shard.fullmatch(entry.name) and entry.name not in kept:
+            entry.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One writer of shards at a time in a folder, so that none removes those of another."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):  # where nothing can be locked, the user must see to it
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
