@@ -25,29 +25,35 @@ from ltp_sparse.recipes.rates import with_rates
 from ltp_sparse.recipes.run import run_recipe, unfinished
 from ltp_sparse.report.pages import write_report
 
-DENSITY, OF_SFT, RATE, UPDATES = "ticket.density", "options.density", "ticket.mlm.learning_rate", "ticket.mlm.max_steps"
-LTP = [("label", name) for name in ("LTP", "random", "least moved", "gradient")]
-OTHERS = [("label", name) for name in ("SP", "DP", "FT", "BitFit", "head only", "prompt only")]
+DENSITY, RATE, UPDATES = "ticket.density", "ticket.mlm.learning_rate", "ticket.mlm.max_steps"
+CLAIM = [("label", "LTP"), ("label", "random")]
+TICKETS = [*CLAIM, ("label", "least moved"), ("label", "gradient")]
+PROMPTS = [("label", "SP"), ("label", "DP")]
+OTHERS = [*PROMPTS, *(("label", name) for name in ("FT", "BitFit", "head only", "prompt only"))]
 SFT = [("label", "LT-SFT"), ("label", "Rand-SFT")]
 STEPS: list[tuple[str, Sequence[tuple[str, Any]]]] = [
-    ("study-tickets", [(UPDATES, 500), (RATE, 5e-4)]),
-    ("study-rates", [(DENSITY, 0.05), *LTP]),
-    ("study-zero-shot", [(DENSITY, 0.05)]),
-    ("study-rates", [(DENSITY, 0.01), *LTP]),
-    ("study-zero-shot", [(DENSITY, 0.01)]),
-    ("study-tickets", [(UPDATES, 125), (UPDATES, 17), (UPDATES, 1000)]),
-    ("study-rates", OTHERS),
+    ("study-backbone", []),
+    ("study-tickets", [(RATE, 5e-4), (UPDATES, 17), (UPDATES, 125)]),
+    ("study-tickets", [(RATE, 5e-4), (UPDATES, 500)]),
+    ("study-rates", [(DENSITY, 0.05), *CLAIM]),
+    ("study-zero-shot", [(DENSITY, 0.05), *CLAIM]),
+    ("study-rates", [(DENSITY, 0.01), *CLAIM]),
+    ("study-zero-shot", [(DENSITY, 0.01), *CLAIM]),
+    ("study-rates", PROMPTS),
     ("study-in-language", [("shots", 4)]),
+    ("study-rates", [(DENSITY, 0.05), (DENSITY, 0.01), *TICKETS]),
+    ("study-zero-shot", [(DENSITY, 0.05), (DENSITY, 0.01)]),
+    ("study-tickets", [(RATE, 5e-4), (UPDATES, 1000)]),
     ("study-in-language", []),
+    ("study-rates", OTHERS),
     ("study-baselines", []),
     ("study-rates", SFT),
     ("study-sft", []),
-    ("study-tickets", [(RATE, 5e-5)]),
     ("study-rates", []),
     ("study-zero-shot", []),
     ("study-nusax", []),
     ("study-tickets", []),
-]  # fmt: skip
+]
 """(recipe, which of its cells), in order."""
 
 

@@ -225,7 +225,7 @@ def _report(
         f"other words. The label words {', '.join(WORDS.values())} are new and seen with English examples only:",
         "the table shows how well they transfer to the other languages. (With the words of pre-training,",
         f"{', '.join(LANGUAGES['en'].answers.values())}, everything is near 100 % at once.) All seeds share one draw",
-        "of examples, too little to rank methods: docs/evidence.md has five draws.",
+        "of examples, too little to rank methods: docs/evidence-small-models.md has five draws.",
         "",
         "## Cost and frozen weights",
         "",

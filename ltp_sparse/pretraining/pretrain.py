@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ def pretrain(
     checkpoint: Path | None = None,
     progress: bool = True,
 ) -> None:
-    """Trains `model` in place.
+    """Trains `model` in place, all that takes a gradient.
 
     Batches depend on (seed, step) alone, so a resumed run ends with the bits of an uninterrupted one.
 
@@ -71,9 +71,13 @@ def pretrain(
         ValueError: the checkpoint has other settings.
     """
     words = model.get_input_embeddings().weight
-    others = [parameter for parameter in model.parameters() if parameter is not words]
+    trained = list(_trained(model).values())
+    others = [parameter for parameter in trained if parameter is not words]
+    groups: list[dict[str, Any]] = [{"params": others, "share": 1.0}]
+    if words.requires_grad:
+        groups.append({"params": [words], "share": settings.word_rate})
     optimizer = torch.optim.AdamW(
-        [{"params": others, "share": 1.0}, {"params": [words], "share": settings.word_rate}],
+        groups,
         lr=settings.learning_rate,
         betas=(0.9, 0.98),
         weight_decay=settings.weight_decay,
@@ -96,7 +100,7 @@ def pretrain(
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
             loss = token_loss(model, source.draw(rng, settings.tokens)).mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         bar.update()
@@ -151,11 +155,15 @@ def held_out_losses(
     return losses
 
 
+def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def _save(
     path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, settings: PretrainSettings, step: int
 ) -> None:
     tensors = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in _trained(model).items():
         tensors[f"{name}:value"] = parameter.detach()
         tensors |= {f"{name}:{key}": optimizer.state[parameter][key] for key in ("exp_avg", "exp_avg_sq", "step")}
     files.save(path, _KIND, tensors, {"step": step, "settings": asdict(settings)})
@@ -167,7 +175,7 @@ def _restore(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimize
     if (theirs := metadata.get("settings")) != asdict(settings):
         raise ValueError(f"{path} has other settings, {theirs}; delete it, or use these")
     with files.understanding(path, _KIND):
-        for name, parameter in model.named_parameters():
+        for name, parameter in _trained(model).items():
             parameter.copy_(tensors[f"{name}:value"])
             optimizer.state[parameter] = {
                 key: tensors[f"{name}:{key}"].to(parameter.device if key != "step" else "cpu")

