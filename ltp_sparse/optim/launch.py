@@ -22,6 +22,7 @@ from ltp_sparse.deltas.delta import gather
 from ltp_sparse.optim.packed_gradients import PackedGradients
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.tile_table import Column, TileTable, state_blocks
+from ltp_sparse.weights.sharding import is_sharded, local, own_gradient, spread
 from ltp_sparse.weights.tensors import check_plain_tensor
 
 _version = operator.attrgetter("_version")
@@ -81,8 +82,11 @@ _UNDERFLOW = 1e-15
 
 
 class Launch:
-    """The parameters of one device and dtype, in the order of the parameter groups.
+    """The parameters of one device, dtype and sharding, in the order of the parameter groups.
 
+    Of sharded parameters it is this rank's tensors that are updated; P and K count what they hold.
+
+    spread:       over which dimensions of which mesh their entries are spread, as `weights.sharding.spread` says
     table:        their active entries
     exp_avg:      [K], first moments in slot order: float32, or int8 codes; exp_avg_sq: the second ones, or uint8 codes
     scales:       float32 [B, 2], of the 8-bit moments, or None
@@ -111,6 +115,8 @@ class Launch:
     ) -> None:
         """numbers: tell the parameters apart in random bits; group: the parameter group of each."""
         self.params, self.sets = params, sets
+        self.spread = spread(params[0])
+        self._sharded = any(map(is_sharded, params))
         self.packed: PackedGradients | None = None
         self.device, self.dtype = params[0].device, params[0].dtype
         self.table = TileTable.build(sets, device=self.device, ranks=self.device.type != "cpu")
@@ -142,6 +148,10 @@ class Launch:
         ends = list(itertools.accumulate((sum(map(state_blocks, active)) for active in self.active), initial=0))
         self.blocks = [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
 
+    def _held(self) -> list[Any]:
+        """The tensors whose memory is updated."""
+        return [local(param) for param in self.params] if self._sharded else self.params
+
     def _zero_moments(self, coded: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)
@@ -158,7 +168,7 @@ class Launch:
 
     def _gathered(self, out: Tensor) -> Tensor:
         slot = 0
-        for param, index_set in zip(self.params, self.sets, strict=True):
+        for param, index_set in zip(self._held(), self.sets, strict=True):
             out[slot : slot + index_set.k] = gather(param, index_set)
             slot += index_set.k
         return out
@@ -180,13 +190,14 @@ class Launch:
         Returns:
             False: all is as in the step before, but for the addresses of gradients, and known to be good.
         """
-        grads = None if self.packed is not None else [param.grad for param in self.params]
-        found, of_grads = describe(self.params), describe(grads or [])
+        params = self._held()
+        grads = None if self.packed is not None else [own_gradient(param) for param in self.params]
+        found, of_grads = describe(params), describe(grads or [])
         asked = backends.chosen()
         if found is None or of_grads is None or not self.updates or self.looks != (found, of_grads[0], asked):
             self._look_anew()
             self.looks = found, of_grads and of_grads[0], asked
-            self.seen, self.seen_grads = Tensors(self.params), Tensors(grads or [])
+            self.seen, self.seen_grads = Tensors(params), Tensors(grads or [])
             _, self.backend = ops.served(self.table, self.dtype)
             return True
         self.seen_grads.renew(grads or [], of_grads[1])
@@ -324,7 +335,7 @@ class Launch:
         """The state of a parameter that has not been updated."""
         state = {key: torch.zeros_like(value) for key, value in self.state(position).items() if key != "anchor"}
         if self.master is not None:
-            state["master"] = gather(self.params[position], self.sets[position]).float()
+            state["master"] = gather(local(self.params[position]), self.sets[position]).float()
         return state
 
     def load(self, position: int, saved: Mapping[str, Tensor]) -> None:
@@ -373,7 +384,7 @@ class Launch:
         rows[:, [Coefficient.ONE_MINUS_BETA1, Coefficient.ONE_MINUS_BETA2]] = 0  # the moments stay
         rows[:, Coefficient.BETA2] = 1
         count = 0
-        for position, (param, index_set) in enumerate(zip(self.params, self.sets, strict=True)):
+        for position, (param, index_set) in enumerate(zip(self._held(), self.sets, strict=True)):
             state, c = self.state(position), rows[position]
             if self.scales is not None and self.active[position]:
                 moments = state["exp_avg"], state["exp_avg_sq"]
@@ -474,8 +485,9 @@ class Launch:
             self.packed.buffer *= factor
             return
         for param in self.params:
-            if param.grad is not None:
-                param.grad *= factor
+            grad = own_gradient(param)
+            if grad is not None:
+                grad *= factor
 
     def update(self) -> None:
         for update, backend in self.runs():
@@ -498,7 +510,7 @@ class Launch:
         """
         if self.master is None or (places := self._places()) == self.master_of:
             return
-        for position, param in enumerate(self.params):
+        for position, param in enumerate(self._held()):
             if places[position] != self.master_of[position]:
                 masters = self.master[self.slots[position]]
                 weights = gather(param, self.sets[position]).to(masters.device)  # it may have moved since
@@ -506,7 +518,8 @@ class Launch:
 
     def _places(self) -> list[tuple[int, int]]:
         """Where the parameters are, and how often they were edited."""
-        return list(zip(map(Tensor.data_ptr, self.params), map(_version, self.params), strict=True))
+        held = self._held()
+        return list(zip(map(Tensor.data_ptr, held), map(_version, held), strict=True))
 
     def tensors(self) -> list[Tensor]:
         """All that the device holds on top of weights and gradients, but for a few numbers per parameter and tile."""
