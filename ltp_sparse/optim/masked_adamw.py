@@ -437,6 +437,8 @@ class MaskedAdamW(Optimizer):
 
         The moments are in slot order, which depends neither on backend, device nor encoding; those of an optimizer
         with other `states` load as well. Index sets are not stored: the ticket that makes the optimizer brings them.
+        Of sharded parameters the state is sharded, too: torch.distributed.checkpoint saves it on n ranks and loads it
+        on m, sharded or not.
 
         Args:
             include_gradients: also what micro-batches have accumulated so far (copies), to go on in the middle of an
@@ -444,6 +446,11 @@ class MaskedAdamW(Optimizer):
         """
         self._settle_parameters()
         saved = {**super().state_dict(), _DIGESTS: {"version": 1, "index_sets": self._digests()}}
+        for number, param in enumerate(self._members()):
+            if spread(param):
+                from ltp_sparse.optim.sharded_state import to_save  # takes long to import
+
+                saved["state"][number] = to_save(saved["state"][number], param, self._parts[param])
         if include_gradients:
             found = {p: launch.gradient(i) for launch in self._launches for i, p in enumerate(launch.params)}
             grads = [found[param] for param in self._members()]
@@ -548,7 +555,7 @@ class MaskedAdamW(Optimizer):
         of_key = dict(zip((key for group in groups for key in group["params"]), params, strict=True))
         if unknown := [key for key in state_dict["state"] if key not in of_key]:
             raise ValueError(f"MaskedAdamW: the state holds {unknown[0]!r}, which is in none of its parameter groups")
-        saved = {of_key[key]: state for key, state in state_dict["state"].items()}
+        saved = {of_key[key]: self._own_state(of_key[key], state) for key, state in state_dict["state"].items()}
         if saved and not any(saved.values()):
             saved = {}
         members = zip(self.param_groups, loaded, strict=True)
@@ -566,6 +573,15 @@ class MaskedAdamW(Optimizer):
                 if gradients is not None:
                     launch.check_gradient(position, gradients[param], name)
         return saved, loaded, gradients
+
+    def _own_state(self, param: nn.Parameter, state: Any) -> Any:
+        """What is this rank's of the saved state of a parameter."""
+        if not spread(param) or not isinstance(state, Mapping):
+            return state
+        from ltp_sparse.optim.sharded_state import to_load
+
+        lengths = {key: len(values) for key, values in self.state[param].items() if values.dim()}
+        return to_load(dict(state), self._parts[param], lengths)
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles carry; torch's own would leave the packed buffers behind."""

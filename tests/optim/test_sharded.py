@@ -14,6 +14,8 @@ import torch.multiprocessing as mp
 from helpers.ranks import leave_group
 from helpers.sharded_model import loss_of, net, shard_columns, shard_rows, shard_tensors, whole
 from torch import distributed
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import Replicate
 
 from ltp_sparse import MaskedAdamW, Ticket
@@ -38,8 +40,15 @@ OPTIONS = {
 class Ranks:
     """What a case sees: this process among the first `size` ranks."""
 
-    def __init__(self, group, rank, size, folder):
-        self.group, self.rank, self.size, self.folder = group, rank, size, folder
+    def __init__(self, groups, rank, size, folder):
+        self.groups, self.rank, self.size, self.folder = groups, rank, size, folder
+
+    @property
+    def group(self):
+        return self.groups[self.size]
+
+    def among(self, size):
+        return Ranks(self.groups, self.rank, size, self.folder)
 
     def mesh(self, *shape):
         from torch.distributed.device_mesh import DeviceMesh
@@ -57,10 +66,11 @@ def ticket_of(model, density=0.2, without=()):
 class Pair:
     """A sharded model with its optimizer, and a whole one with its own."""
 
-    def __init__(self, ranks, shard, *, first=False, dtype=torch.float32, dense=(), lr=0.01, **options):
+    def __init__(self, ranks, shard=None, *, first=False, dtype=torch.float32, dense=(), lr=0.01, seed=0, **options):
         """first: the optimizer is made before the model is sharded."""
         self.ranks = ranks
-        self.plain, self.sharded = net(dtype), net(dtype)
+        self.plain, self.sharded = net(dtype, seed=seed), net(dtype, seed=seed)
+        shard = shard or (lambda model: shard_rows(model, ranks.mesh()) if ranks.size > 1 else model)
         ticket = ticket_of(self.plain, without=dense)
 
         def optimizer(model, **options):
@@ -68,6 +78,8 @@ class Pair:
             in_full = [p for module in modules for p in module.parameters()]
             return MaskedAdamW(model, ticket, lr=lr, dense=in_full, **options)
 
+        if ranks.size == 1:
+            options["gradients"] = "dense"
         # packed, an ordinary embedding adds up the gradients of its rows in another order
         self.own = optimizer(self.plain, **{**options, "gradients": "dense"})
         if first:
@@ -102,12 +114,23 @@ class Pair:
             digests = zip(one["index_sets"], two["index_sets"], by_rows, strict=True)
             assert all((a == b) == row for a, b, row in digests), "another cut by columns is another state"
 
+    def check_state(self):
+        """What this rank holds of the state is its part of that of the whole parameter."""
+        members = [[p for group in o.param_groups for p in group["params"]] for o in (self.own, self.optimizer)]
+        for twin, param in zip(*members, strict=True):
+            slots = self.optimizer._parts[param].slots
+            for key, values in self.optimizer.state[param].items():
+                expected = self.own.state[twin][key]
+                assert torch.equal(values, expected[slots] if expected.dim() else expected), key
+
 
 def trains(pair, steps=3, **options):
     before = [p.detach().clone() for p in pair.plain.parameters()]
     for _ in range(steps):
         pair.step(**options)
     pair.check()
+    if all(Cut.of(param, "it").by_rows for param in pair.sharded.parameters()):
+        pair.check_state()
     assert any(not torch.equal(p, b) for p, b in zip(pair.plain.parameters(), before, strict=True))
 
 
@@ -177,18 +200,50 @@ def tensor_parallel_and_rows(ranks, name):
     given_gradients(ranks, shard, name)
 
 
+def saved(folder, model, optimizer, group, load=False):
+    """Through torch.distributed.checkpoint, as `get_state_dict` gives it."""
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    (checkpoint.load if load else checkpoint.save)(state, checkpoint_id=folder, process_group=group)
+    if load:
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+
+def resharding(ranks, name):
+    """Saved on 1, 2 and 3 ranks, loaded on 1 to 4: the same bits, then and after two more steps."""
+    for n in (2, 1, 3):
+        folder, twins = ranks.folder / f"{name}-{n}", ranks.folder / f"{name}-{n}.pt"
+        if ranks.rank < n:
+            pair = Pair(ranks.among(n), **OPTIONS[name])
+            trains(pair)
+            saved(folder, pair.sharded, pair.optimizer, ranks.groups[n])
+            if ranks.rank == 0:
+                torch.save([pair.plain.state_dict(), pair.own.state_dict()], twins)
+        distributed.barrier()
+        for m in (1, 2, 3, 4) if n == 2 else (1, 2):
+            if ranks.rank < m:
+                pair = Pair(ranks.among(m), seed=1, **OPTIONS[name])
+                saved(folder, pair.sharded, pair.optimizer, ranks.groups[m], load=True)
+                for loaded, state in zip((pair.plain, pair.own), torch.load(twins), strict=True):
+                    loaded.load_state_dict(state)
+                pair.count = 3
+                pair.check()
+                trains(pair, steps=2)
+            distributed.barrier()
+
+
 CASES = {
     f"{case.__name__}-{name}": (case, name)
     for case, names in ((rows, OPTIONS), (optimizer_first, ("plain", "packed", "master-packed", "dense")),
         (accumulation, ("plain", "packed", "master")),
         (replicas, ("plain", "packed-clipped")), (columns, ("plain", "packed-clipped", "master")),
         (tensor_parallel, ("plain", "packed", "clipped", "master")),
-        (tensor_parallel_and_rows, ("plain", "packed", "clipped")))
+        (tensor_parallel_and_rows, ("plain", "packed", "clipped")),
+        (resharding, ("plain", "master-packed", "dense", "pull")))
     for name in names
 }  # fmt: skip
 
 
-GRIDS = (replicas, tensor_parallel_and_rows)  # meshes of two dimensions, made by all processes
+GRIDS = (replicas, tensor_parallel_and_rows, resharding)  # meshes of two dimensions, made by all processes
 
 
 def _rank(rank, folder, cases):
@@ -196,13 +251,13 @@ def _rank(rank, folder, cases):
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timedelta(seconds=120)
     )
-    groups = {size: distributed.new_group(range(size), timeout=timedelta(seconds=120)) for size in range(2, WORLD + 1)}
+    groups = {size: distributed.new_group(range(size), timeout=timedelta(seconds=120)) for size in range(1, WORLD + 1)}
     outcome = {}
     for size in range(2, WORLD + 1):
         for key in (key for key, of in cases if of == size and rank < size):
             case, name = CASES[key]
             try:
-                case(Ranks(groups[size], rank, size, folder), name)
+                case(Ranks(groups, rank, size, folder), name)
             except Exception:
                 outcome[f"{key}-{size}"] = traceback.format_exc()
                 break  # the other ranks may wait for this one: no later case of this group would mean anything
@@ -218,11 +273,11 @@ def run(folder, cases):
 
 
 ALL = [(key, size) for key in CASES for size in range(2, WORLD + 1) if size == WORLD or CASES[key][0] not in GRIDS]
-THIN = [(key, size) for key, size in ALL if (key, size) in {
-    ("rows-packed", 3), ("rows-dense", 3), ("optimizer_first-packed", 3), ("rows-pull", 2), ("accumulation-packed", 4),
-    ("rows-master", 4), ("replicas-packed-clipped", 4), ("tensor_parallel_and_rows-clipped", 4), ("columns-master", 2),
-    ("tensor_parallel-packed", 3),
-}]  # fmt: skip
+THIN = [
+    *[("rows-pull", 2), ("columns-master", 2), ("rows-packed", 3), ("rows-dense", 3), ("optimizer_first-packed", 3)],
+    *[("tensor_parallel-packed", 3), ("rows-master", 4), ("accumulation-packed", 4), ("replicas-packed-clipped", 4)],
+    *[("tensor_parallel_and_rows-clipped", 4), ("resharding-master-packed", 4)],
+]
 
 
 @pytest.fixture(scope="module")
