@@ -35,7 +35,7 @@ from ltp_sparse.selection.shards import Part, TicketShard
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.weights.digests import is_known
-from ltp_sparse.weights.sharding import Cut, is_sharded, local, reshard, spread, sum_over
+from ltp_sparse.weights.sharding import Cut, is_sharded, local, spread, sum_over
 from ltp_sparse.weights.tensors import DTYPE_NAMES, DTYPES
 
 _DIGESTS = "ltp_sparse"
@@ -130,7 +130,6 @@ class MaskedAdamW(Optimizer):
     ) -> None:
         if isinstance(model, nn.Module):
             check_engine(model, what="MaskedAdamW")
-            reshard(model)
         named = named_parameters(model, what="MaskedAdamW", mappings=True)
         parts = parts_of(named, ticket, what="MaskedAdamW")
         names = list(parts)

@@ -24,6 +24,7 @@ _IN_TRANSFORMERS = (
 def named_parameters(model: Any, *, what: str, mappings: bool = False) -> dict[str, nn.Parameter]:
     """Canonical name -> parameter of a module or, if that will do, of a mapping."""
     if isinstance(model, nn.Module):
+        reshard(model)
         return canonical_parameters(model)
     if isinstance(model, Mapping) and mappings:
         return dict(model)

@@ -8,11 +8,11 @@ VOCABULARY, WIDTH = 1031, 64
 
 
 class Block(nn.Module):
-    def __init__(self):
+    def __init__(self, middle):
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
-        self.up = nn.Linear(WIDTH, 97)
-        self.down = nn.Linear(97, WIDTH)
+        self.up = nn.Linear(WIDTH, middle)
+        self.down = nn.Linear(middle, WIDTH)
 
     def forward(self, x):
         return x + self.down(torch.tanh(self.up(self.norm(x))))
@@ -21,10 +21,10 @@ class Block(nn.Module):
 class Net(nn.Module):
     """An embedding of more than a tile, tied to the head, a block, and a layer of two rows."""
 
-    def __init__(self, tied=True):
+    def __init__(self, tied=True, middle=97):
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        self.block = Block()
+        self.block = Block(middle)
         self.small = nn.Linear(WIDTH, 2)
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
         if tied:
@@ -35,9 +35,9 @@ class Net(nn.Module):
         return self.head(hidden), self.small(hidden)
 
 
-def net(dtype=torch.float32, tied=True, seed=0):
+def net(dtype=torch.float32, tied=True, middle=97, seed=0):
     torch.manual_seed(seed)
-    return Net(tied).to(dtype)
+    return Net(tied, middle).to(dtype)
 
 
 def loss_of(model, seed, device="cpu"):

@@ -5,19 +5,31 @@ model each rank trains a whole one. The first rank alone has a loss, and FSDP2 s
 """
 
 import json
+import os
+import subprocess
+import sys
 import traceback
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from helpers.ranks import leave_group
 from helpers.sharded_model import loss_of, net, shard_columns, shard_rows, shard_tensors, whole
-from torch import distributed
+from torch import distributed, nn
 from torch.distributed import checkpoint
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.tensor import Replicate
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
+import ltp_sparse as ls
 from ltp_sparse import MaskedAdamW, Ticket
 from ltp_sparse.weights.names import canonical_parameters
 from ltp_sparse.weights.sharding import Cut
@@ -66,10 +78,14 @@ def ticket_of(model, density=0.2, without=()):
 class Pair:
     """A sharded model with its optimizer, and a whole one with its own."""
 
-    def __init__(self, ranks, shard=None, *, first=False, dtype=torch.float32, dense=(), lr=0.01, seed=0, **options):
-        """first: the optimizer is made before the model is sharded."""
-        self.ranks = ranks
-        self.plain, self.sharded = net(dtype, seed=seed), net(dtype, seed=seed)
+    def __init__(
+        self, ranks, shard=None, *, first=False, dtype=torch.float32, dense=(), lr=0.01, seed=0, middle=97,
+        everyone=False, **options,
+    ):  # fmt: skip
+        """shard: by rows, unless given; first: the optimizer is made before the model is sharded; everyone: all
+        ranks have a loss."""
+        self.has_loss = everyone or ranks.rank == 0
+        self.plain, self.sharded = net(dtype, middle=middle, seed=seed), net(dtype, middle=middle, seed=seed)
         shard = shard or (lambda model: shard_rows(model, ranks.mesh()) if ranks.size > 1 else model)
         ticket = ticket_of(self.plain, without=dense)
 
@@ -95,7 +111,7 @@ class Pair:
                 self.sharded.set_requires_gradient_sync(sync or batch == micro_batches - 1)
             for model in (self.plain, self.sharded):
                 loss = loss_of(model, self.count)
-                (loss if model is self.plain or self.ranks.rank == 0 else loss * 0).backward()
+                (loss if model is self.plain or self.has_loss else loss * 0).backward()
             self.count += 1
         for optimizer in (self.own, self.optimizer):
             if clip is not None:
@@ -231,6 +247,146 @@ def resharding(ranks, name):
             distributed.barrier()
 
 
+def own_parts(ranks, name):
+    """Each rank selects its part of the ticket; none holds the whole."""
+    initial, tuned = net(), net(seed=1)
+    pair = Pair(ranks, **OPTIONS[name])
+    for model in (initial, tuned):
+        shard_rows(model, ranks.mesh())
+    part = ls.select_sharded(initial, tuned, density=0.1, group=ranks.group)
+    ticket = ls.select(net(), net(seed=1), density=0.1)
+    pair.own = MaskedAdamW(pair.plain, ticket, lr=0.01)
+    del pair.optimizer  # it packs the gradients of these parameters
+    pair.optimizer = MaskedAdamW(pair.sharded, part, lr=0.01, **OPTIONS[name])
+    trains(pair)
+    with pytest.raises(ValueError, match="and the model (holds )?entries 0 to"):
+        MaskedAdamW(net(), part)
+
+
+def engines(ranks, name):
+    """What else acts on the model of a sharded run; all of it leaves the bits as they are."""
+
+    def checkpointed(model):
+        model.block = checkpoint_wrapper(model.block)
+        return shard_rows(model, ranks.mesh())
+
+    def kept(model):
+        return shard_rows(model, ranks.mesh(), reshard_after_forward=False)
+
+    def compiled(model):
+        shard_rows(model, ranks.mesh())
+        model.block.compile(backend="eager")
+
+    for shard in (checkpointed, kept, compiled):
+        pair = Pair(ranks, shard, **OPTIONS[name])
+        with torch.no_grad():
+            loss_of(pair.sharded, 0)  # leaves the gathered parameters of the root in the model
+        trains(pair)
+        assert torch.isfinite(loss_of(pair.sharded, 0).detach())
+
+
+def evaluated_first(ranks, name):
+    """A forward pass before the optimizer is made leaves gathered parameters in the model."""
+
+    def shard(model):
+        shard_rows(model, ranks.mesh())
+        with torch.no_grad():
+            loss_of(model, 0)
+
+    trains(Pair(ranks, shard, **OPTIONS[name]))
+
+
+def within_a_bound(ranks, name):
+    """Gradients that are summed in another order, or computed in bfloat16: the bounds of docs/sharded.md."""
+    low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for bound, everyone, shard in (
+        (1e-6, True, lambda model: shard_tensors(model, ranks.mesh())),
+        (1e-2, False, lambda model: shard_rows(model, ranks.mesh(), mp_policy=low)),
+    ):
+        pair = Pair(ranks, shard, eps=1e-3, middle=96, everyone=everyone, **OPTIONS[name])
+        for _ in range(3):
+            pair.step(clip=1.0)
+        for n, param in canonical_parameters(pair.plain).items():
+            off = whole(canonical_parameters(pair.sharded)[n].detach()) - param
+            assert float(off.abs().max()) <= bound, (n, float(off.abs().max()))
+        assert torch.isclose(pair.own.grad_norm, pair.optimizer.grad_norm, rtol=bound)
+
+
+def partial_gradients(ranks, name):
+    """As tensor parallelism leaves them where it cuts the sequence: each rank has a part of the sum."""
+    mesh, states = ranks.mesh(), nn.Linear(5, 4).state_dict()
+    for param in states.values():
+        distributed.broadcast(param, group=ranks.group, group_src=0)
+    plain, copied, twin = (nn.Linear(5, 4) for _ in range(3))
+    for model in (plain, copied, twin):
+        model.load_state_dict(states)
+    for key, param in list(copied.named_parameters()):
+        copied.register_parameter(key, nn.Parameter(DTensor.from_local(param.detach(), mesh, [Replicate()])))
+    ticket = Ticket.random(plain, density=0.5)
+    optimizers = [MaskedAdamW(model, ticket, **OPTIONS[name]) for model in (plain, copied)]
+    for model in (plain, twin):
+        model(torch.ones(3, 5)).square().sum().backward()
+    for key, param in copied.named_parameters():
+        grad = twin.get_parameter(key).grad
+        param.grad = DTensor.from_local(grad if ranks.rank == 0 else torch.zeros_like(grad), mesh, [Partial()])
+        for hook in list((getattr(param, "_post_accumulate_grad_hooks", None) or {}).values()):
+            hook(param)
+    for optimizer in optimizers:
+        optimizer.step()
+    for key, param in copied.named_parameters():
+        assert torch.equal(whole(param.detach()), plain.get_parameter(key)), key
+
+
+def refused(ranks, name):
+    mesh = ranks.mesh()
+    param = torch.nn.Parameter(DTensor.from_local(torch.ones(4, 4), mesh, [Partial()]))
+    with pytest.raises(ValueError, match="'a' is placed as .*redistribute"):
+        MaskedAdamW({"a": param}, Ticket.full({"a": torch.ones(4, 4)}))
+    pair = Pair(ranks)
+    pair.step()
+    shard_rows(pair.plain, mesh)
+    with pytest.raises(ValueError, match="sharded after a step was taken"):
+        pair.own.step()
+    pair = Pair(ranks)
+    pair.sharded.embed.weight = torch.nn.Parameter(torch.zeros(3, 3))
+    with pytest.raises(ValueError, match="'weight' of a Embedding has been replaced"):
+        pair.optimizer.step()
+    with pytest.raises(ValueError, match="those of all ranks already"):
+        Pair(ranks, gradients="packed").optimizer.average_gradients()
+    pair = Pair(ranks)
+    with pytest.raises(NotImplementedError, match="stays sharded"):
+        get_optimizer_state_dict(pair.sharded, pair.optimizer, options=StateDictOptions(full_state_dict=True))
+    model = nn.Linear(4, 4)
+    ticket = Ticket.full(model)
+    with pytest.raises(ValueError, match="flattened by FullyShardedDataParallel"):
+        MaskedAdamW(FullyShardedDataParallel(model, ranks.group, device_id=torch.device("cpu")), ticket)
+    model.weight.ds_id = 0
+    with pytest.raises(ValueError, match="flattened by DeepSpeed"):
+        MaskedAdamW(model, ticket)
+
+
+def stages(ranks, name):
+    """Pipeline stages: each rank trains its own part of the model, by the part of the ticket that is its own."""
+    plain = net(tied=False)
+    ticket = ticket_of(plain)
+    own = MaskedAdamW(plain, ticket, lr=0.01, **OPTIONS[name])
+    stage = net(tied=False)
+    kept = [["embed"], ["block"], ["small"], ["head"]][ranks.rank :: ranks.size]
+    for child in ("embed", "block", "small", "head"):
+        if [child] not in kept:
+            delattr(stage, child)
+    optimizer = MaskedAdamW(stage, ticket.restrict(lambda name: [name.split(".")[0]] in kept), lr=0.01)
+    for seed in range(3):
+        loss_of(plain, seed).backward()
+        for name, param in stage.named_parameters():
+            param.grad = plain.get_parameter(name).grad.clone()
+        own.step()
+        optimizer.step()
+        own.zero_grad()
+    for name, param in stage.named_parameters():
+        assert torch.equal(param, plain.get_parameter(name))
+
+
 CASES = {
     f"{case.__name__}-{name}": (case, name)
     for case, names in ((rows, OPTIONS), (optimizer_first, ("plain", "packed", "master-packed", "dense")),
@@ -238,7 +394,9 @@ CASES = {
         (replicas, ("plain", "packed-clipped")), (columns, ("plain", "packed-clipped", "master")),
         (tensor_parallel, ("plain", "packed", "clipped", "master")),
         (tensor_parallel_and_rows, ("plain", "packed", "clipped")),
-        (resharding, ("plain", "master-packed", "dense", "pull")))
+        (resharding, ("plain", "master-packed", "dense", "pull")), (own_parts, ("plain", "packed")),
+        (engines, ("plain", "packed")), (evaluated_first, ("plain", "packed")), (within_a_bound, ("plain", "packed")),
+        (partial_gradients, ("plain", "packed")), (refused, ("plain",)), (stages, ("plain",)))
     for name in names
 }  # fmt: skip
 
@@ -277,6 +435,13 @@ THIN = [
     *[("rows-pull", 2), ("columns-master", 2), ("rows-packed", 3), ("rows-dense", 3), ("optimizer_first-packed", 3)],
     *[("tensor_parallel-packed", 3), ("rows-master", 4), ("accumulation-packed", 4), ("replicas-packed-clipped", 4)],
     *[("tensor_parallel_and_rows-clipped", 4), ("resharding-master-packed", 4)],
+    *[
+        ("own_parts-packed", 3),
+        ("engines-packed", 2),
+        ("within_a_bound-packed", 4),
+        ("refused-plain", 2),
+        *[("stages-plain", 2), ("partial_gradients-packed", 3)],
+    ],
 ]
 
 
@@ -306,3 +471,24 @@ def test_on_ranks(outcomes, key, size):
 @pytest.mark.parametrize(("key", "size"), ALL)
 def test_all_on_ranks(all_outcomes, key, size):
     check(all_outcomes, key, size)
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_in_the_same_bits(tmp_path):
+    """torchrun starts all ranks again after one was killed; they go on from the last checkpoint."""
+    found = []
+    for killed in (0, 3):
+        folder = tmp_path / str(killed)
+        folder.mkdir()
+        command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        script = Path(__file__).with_name("resumed_run.py")
+        run = subprocess.run(
+            [*command, "--max-restarts=1", str(script), str(folder), str(killed)],
+            capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr[-3000:]
+        found.append(torch.load(folder / "final.pt"))
+    straight, resumed = found
+    assert (straight["restarts"], resumed["restarts"], resumed["started at"]) == (0, 1, 2)
+    for name, param in straight["model"].items():
+        assert torch.equal(resumed["model"][name], param), name
