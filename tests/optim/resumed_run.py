@@ -24,11 +24,12 @@ STEPS = 4
 
 
 def main(folder, killed):
-    distributed.init_process_group("gloo")
-    rank = distributed.get_rank()
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]  # gloo finds the dead ranks in torchrun's own store
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store-{attempt}", rank=rank, world_size=world)
     model = net(torch.bfloat16)
     ticket = Ticket.random(model, density=0.2)
-    shard_rows(model, init_device_mesh("cpu", (distributed.get_world_size(),)))
+    shard_rows(model, init_device_mesh("cpu", (world,)))
     optimizer = MaskedAdamW(model, ticket, lr=0.01, max_grad_norm=1.0, gradients="packed")
     done = max((int(path.name) for path in folder.glob("[0-9]*") if (path / ".metadata").exists()), default=0)
     if done:
@@ -37,15 +38,14 @@ def main(folder, killed):
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     for step in range(done + 1, STEPS + 1):
         loss_of(model, 2 * step + rank).backward()
-        if step == killed and rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        if step == killed and rank == 1 and attempt == "0":
             os.kill(os.getpid(), signal.SIGKILL)
         optimizer.step()
         state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
         checkpoint.save(state, checkpoint_id=folder / str(step))
     found = {name: whole(param.detach()) for name, param in model.named_parameters()}
     if rank == 0:
-        attempts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-        torch.save({"model": found, "restarts": attempts, "started at": done}, folder / "final.pt")
+        torch.save({"model": found, "restarts": int(attempt), "started at": done}, folder / "final.pt")
     distributed.destroy_process_group()
 
 

@@ -360,6 +360,7 @@ def refused(ranks, name):
     ticket = Ticket.full(model)
     with pytest.raises(ValueError, match="flattened by FullyShardedDataParallel"):
         MaskedAdamW(FullyShardedDataParallel(model, ranks.group, device_id=torch.device("cpu")), ticket)
+    model = nn.Linear(4, 4)
     model.weight.ds_id = 0
     with pytest.raises(ValueError, match="flattened by DeepSpeed"):
         MaskedAdamW(model, ticket)
@@ -426,7 +427,7 @@ def _rank(rank, folder, cases):
 
 def run(folder, cases):
     """[(case, ranks)] -> what each rank of them says, by case; "" is good."""
-    mp.start_processes(_rank, (folder, cases), nprocs=WORLD, start_method="forkserver")
+    mp.start_processes(_rank, (folder, cases), nprocs=WORLD, start_method="spawn")
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(WORLD)]
 
 
