@@ -30,7 +30,7 @@ from ltp_sparse.optim.members import (
     parts_of,
     ticket_for,
 )
-from ltp_sparse.optim.packed_gradients import PackedGradients, check_packable
+from ltp_sparse.optim.packed_gradients import PackedGradients, WeakHook, check_packable
 from ltp_sparse.selection.shards import Part, TicketShard
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Ticket
@@ -155,6 +155,7 @@ class MaskedAdamW(Optimizer):
         self._ticketed = set(members)
         in_full = dense_groups(dense, what="MaskedAdamW")
         self._packs: set[nn.Parameter] = set()
+        self._watch: Any = None
         if gradients == "packed":
             if not isinstance(model, nn.Module):
                 raise ValueError('MaskedAdamW: gradients="packed" needs the module, not a mapping of its parameters')
@@ -187,6 +188,19 @@ class MaskedAdamW(Optimizer):
                 model = self._model()
                 assert model is not None
                 launch.packed = PackedGradients(model, launch.params, launch.sets, launch.table)
+                if self._watch is None:
+                    self._watch = model.register_forward_pre_hook(WeakHook(self._before_forward))
+
+    def _before_forward(self, model: nn.Module, *_: object) -> None:
+        """Packs already the first gradients of parameters that were sharded since the optimizer was made."""
+        if not torch.is_grad_enabled() or self._home is None or not self._home.awaits_sharded():
+            return
+
+        def settle(*_: object) -> None:  # FSDP2 has its own parameters in the model until the forward pass has ended
+            handle.remove()
+            self._settle_parameters()
+
+        handle = model.register_forward_hook(settle)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters that are updated in full."""
@@ -349,6 +363,7 @@ class MaskedAdamW(Optimizer):
             self._pull_factor = clip.clone() if self._pull_factor is None else clip * self._pull_factor
         return self.grad_norm
 
+    @torch.no_grad()
     def _settle_parameters(self) -> None:
         """Takes over parameters that were sharded since the optimizer was made: `fully_shard` replaces them.
 
@@ -597,7 +612,8 @@ class MaskedAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._home = self._model = None  # a copy stands for another model
+        if "_launches" in state:  # a copy, which stands for another model; torch loads state dicts this way, too
+            self._home = self._model = None
         self.__dict__.setdefault("_laid_out", self._members())
         for group in self.param_groups:
             group.setdefault("pull", 0.0)
@@ -620,6 +636,8 @@ class MaskedAdamW(Optimizer):
 
     def remove(self) -> None:
         """Takes the hooks of packed gradients away; a further step is an error. Without such hooks it does nothing."""
+        if self._watch is not None:
+            self._watch.remove()
         for launch in self._launches:
             if launch.packed is not None:
                 launch.packed.remove()

@@ -136,6 +136,10 @@ class ParameterHome:
                 "loaded with assign=True does so): make a new optimizer"
             )
 
+    def awaits_sharded(self) -> bool:
+        """Whether an ordinary parameter was replaced, as `fully_shard` does."""
+        return any(known is not None and not is_sharded(known) for _, _, known, _ in self._replaced())
+
     def sharded(self, model: nn.Module, *, what: str) -> dict[nn.Parameter, nn.Parameter]:
         """Parameter -> the sharded one that the model has in its place now, for those that were replaced.
 

@@ -31,8 +31,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 import ltp_sparse as ls
 from ltp_sparse import MaskedAdamW, Ticket
+from ltp_sparse.optim.gradient_view import GradientView
 from ltp_sparse.weights.names import canonical_parameters
-from ltp_sparse.weights.sharding import Cut
+from ltp_sparse.weights.sharding import Cut, local
 
 WORLD = 4
 BF16 = {"dtype": torch.bfloat16}
@@ -366,6 +367,38 @@ def refused(ranks, name):
         MaskedAdamW(model, ticket)
 
 
+def accelerated(ranks, name):
+    """accelerate's FSDP2 path, which clips by the gradients that it sees in the model."""
+    accelerate = pytest.importorskip("accelerate")
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    here = {"RANK": ranks.rank, "LOCAL_RANK": ranks.rank, "WORLD_SIZE": ranks.size, "LOCAL_WORLD_SIZE": ranks.size}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"} | {key: str(value) for key, value in here.items()}
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Block"],
+        reshard_after_forward=True, cpu_ram_efficient_loading=False,
+    )  # fmt: skip
+    accelerator = accelerate.Accelerator(fsdp_plugin=plugin, cpu=True)
+    accelerator.state.distributed_type = DistributedType.FSDP  # it takes this path on accelerators only
+    accelerator.state.fsdp_plugin = plugin
+    pair = Pair(ranks, lambda model: model, **OPTIONS[name])
+    pair.own = MaskedAdamW(pair.plain, ticket_of(pair.plain), lr=0.01, **OPTIONS[name])
+    pair.sharded, _ = accelerator._prepare_fsdp2(pair.sharded, pair.optimizer)
+    for seed in range(3):
+        for model in (pair.plain, pair.sharded):
+            loss_of(model, seed).backward()
+            (nn.utils if model is pair.plain else accelerator).clip_grad_norm_(model.parameters(), 0.5)
+        if name == "packed":
+            grads = [local(param.grad) for param in pair.optimizer.param_groups[0]["params"]]
+            assert all(isinstance(grad, GradientView) for grad in grads), "from the first backward on"
+        for optimizer in (pair.own, pair.optimizer):
+            optimizer.step()
+            optimizer.zero_grad()
+    for n, param in canonical_parameters(pair.plain).items():
+        off = whole(canonical_parameters(pair.sharded)[n].detach()) - param
+        assert float(off.abs().max()) <= 1e-6, (n, float(off.abs().max()))
+
+
 def stages(ranks, name):
     """Pipeline stages: each rank trains its own part of the model, by the part of the ticket that is its own."""
     plain = net(tied=False)
@@ -397,12 +430,13 @@ CASES = {
         (tensor_parallel_and_rows, ("plain", "packed", "clipped")),
         (resharding, ("plain", "master-packed", "dense", "pull")), (own_parts, ("plain", "packed")),
         (engines, ("plain", "packed")), (evaluated_first, ("plain", "packed")), (within_a_bound, ("plain", "packed")),
-        (partial_gradients, ("plain", "packed")), (refused, ("plain",)), (stages, ("plain",)))
+        (partial_gradients, ("plain", "packed")), (refused, ("plain",)), (stages, ("plain",)),
+        (accelerated, ("plain", "packed")))
     for name in names
 }  # fmt: skip
 
 
-GRIDS = (replicas, tensor_parallel_and_rows, resharding)  # meshes of two dimensions, made by all processes
+GRIDS = (replicas, tensor_parallel_and_rows, resharding, accelerated)  # what all processes do together
 
 
 def _rank(rank, folder, cases):
@@ -435,7 +469,7 @@ ALL = [(key, size) for key in CASES for size in range(2, WORLD + 1) if size == W
 THIN = [
     *[("rows-pull", 2), ("columns-master", 2), ("rows-packed", 3), ("rows-dense", 3), ("optimizer_first-packed", 3)],
     *[("tensor_parallel-packed", 3), ("rows-master", 4), ("accumulation-packed", 4), ("replicas-packed-clipped", 4)],
-    *[("tensor_parallel_and_rows-clipped", 4), ("resharding-master-packed", 4)],
+    *[("tensor_parallel_and_rows-clipped", 4), ("resharding-master-packed", 4), ("accelerated-packed", 4)],
     *[
         ("own_parts-packed", 3),
         ("engines-packed", 2),
