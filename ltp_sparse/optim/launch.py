@@ -112,8 +112,10 @@ class Launch:
         sets: list[IndexSet],
         groups: int,
         precision: Precision,
+        origins: tuple[int, ...] = (),
     ) -> None:
-        """numbers: tell the parameters apart in random bits; group: the parameter group of each."""
+        """numbers: tell the parameters apart in random bits; group: the parameter group of each; origins: see
+        `Tensors.origins`, for parameters whose random bits go by the entry of the whole."""
         self.params, self.sets = params, sets
         self.spread = spread(params[0])
         self._sharded = any(map(is_sharded, params))
@@ -127,7 +129,8 @@ class Launch:
         self.master_of = self._places()
         self.anchor: Tensor | None = None
         self.room: Tensor | None = None
-        self.pieces = [Piece(self.table, slice(None), slice(None))]
+        self.origins = origins
+        self.pieces = [Piece(self._of_wholes(), slice(None), slice(None))]
         self.steps = torch.zeros(len(params), dtype=torch.float64, device=self.device)
         self.numbers = torch.tensor(numbers, dtype=torch.int64, device=self.device)
         self.group = torch.tensor(group, dtype=torch.int64, device=self.device)
@@ -173,6 +176,17 @@ class Launch:
             slot += index_set.k
         return out
 
+    def _of_wholes(self) -> TileTable:
+        """The table, with the tiles where they are in the whole parameters if random bits go by these."""
+        if not self.origins:
+            return self.table
+        tiles = self.table.tiles.clone()
+        tiles[:, Column.START] += torch.tensor(self.origins, dtype=torch.int64, device=self.device)[
+            tiles[:, Column.PARAM]
+        ]
+        sizes = tuple(n and n + at for n, at in zip(self.table.sizes, self.origins, strict=True))
+        return replace(self.table, tiles=tiles, sizes=sizes)
+
     def keep_anchor(self, place: str) -> None:
         """Keeps the values as they are now for the pull, on the "device" or on the "host"."""
         if place == "device" or _is_host(self.device) or not self.table.k:
@@ -180,7 +194,7 @@ class Launch:
             return
         pinned = torch.empty(self.table.k, dtype=torch.float32, device="cpu", pin_memory=torch.cuda.is_available())
         self.anchor = self._gathered(pinned)
-        self.pieces = list(pieces_of(self.table.with_ranks(), PIECE))
+        self.pieces = list(pieces_of(self._of_wholes().with_ranks(), PIECE))
         largest = max(piece.slots.stop - piece.slots.start for piece in self.pieces)
         self.room = torch.empty(largest, dtype=torch.float32, device=self.device)
 
@@ -197,7 +211,7 @@ class Launch:
         if found is None or of_grads is None or not self.updates or self.looks != (found, of_grads[0], asked):
             self._look_anew()
             self.looks = found, of_grads and of_grads[0], asked
-            self.seen, self.seen_grads = Tensors(params), Tensors(grads or [])
+            self.seen, self.seen_grads = (Tensors.of_parts(t, self.origins) for t in (params, grads or []))
             _, self.backend = ops.served(self.table, self.dtype)
             return True
         self.seen_grads.renew(grads or [], of_grads[1])

@@ -7,7 +7,7 @@ import math
 import operator
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -249,6 +249,7 @@ class MaskedAdamW(Optimizer):
                     sets=[self._parts[param].index_set for param in params],
                     groups=len(self.param_groups),
                     precision=self.precision,
+                    origins=self._origins(params),
                 )
             )
         for launch in self._launches:
@@ -412,11 +413,25 @@ class MaskedAdamW(Optimizer):
     def _check_parts(self, params: Iterable[nn.Parameter]) -> None:
         """Raises ValueError where ranks could not update what they hold of a parameter each on its own."""
         for param in params:
-            if is_sharded(param) and (self.precision.states == "8bit" or self.precision.is_stochastic(param.dtype)):
+            part, name = self._parts[param], self._names.get(param, "a parameter")
+            if self._is_keyed(param) and part.start is None:
                 raise ValueError(
-                    'MaskedAdamW: states="8bit" and rounding="stochastic" are not for sharded parameters; train '
-                    f"{self._names.get(param, 'them')!r} with float32 states and master=True"
+                    f'MaskedAdamW: states="8bit" and rounding="stochastic" are for parameters cut by rows, {name!r} is '
+                    "cut by columns; train it with float32 states and master=True"
                 )
+            if self.precision.states == "8bit" and part.blocks is None:
+                raise ValueError(
+                    f'MaskedAdamW: states="8bit" has blocks of 256 active entries of a tile of 65,536, and {name!r} is '
+                    "cut inside of one; leave it out of the ticket, or train with float32 states"
+                )
+
+    def _is_keyed(self, param: nn.Parameter) -> bool:
+        """Whether random bits go with the entries of a sharded parameter."""
+        return bool(spread(param)) and (self.precision.states == "8bit" or self.precision.is_stochastic(param.dtype))
+
+    def _origins(self, params: Sequence[nn.Parameter]) -> tuple[int, ...]:
+        """The entry of the whole parameter that each begins with here, where random bits go by it."""
+        return tuple(self._parts[param].start or 0 for param in params) if self._is_keyed(params[0]) else ()
 
     def _on_all_ranks(self, found_inf: Tensor) -> Tensor:
         """A found_inf that is the same on all ranks that share parameters: what one sees, all skip."""

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 import ltp_sparse as ls
@@ -47,6 +47,7 @@ OPTIONS = {
     "master": BF16,
     "master-packed": {**BF16, "gradients": "packed"},
     "nearest": {**BF16, "master": False},
+    "stochastic": {**BF16, "rounding": "stochastic"},
 }
 
 
@@ -338,6 +339,45 @@ def partial_gradients(ranks, name):
         assert torch.equal(whole(param.detach()), plain.get_parameter(key)), key
 
 
+def keyed(ranks, name):
+    """8-bit moments and stochastic rounding: blocks and random bits are those of the whole parameter."""
+    stochastic = {"dtype": torch.bfloat16, "rounding": "stochastic"}
+    options = {"stochastic": stochastic, "8bit": {"states": "8bit"}, "both": {**stochastic, "states": "8bit"}}[name]
+    dtype = options.pop("dtype", torch.float32)
+    for gradients in ("dense", "packed"):
+        torch.manual_seed(0)
+        # 4 ranks have a tile each, 3 and 2 tiles and more; of the bias all is active, and no tile is needed
+        plain = nn.Linear(64, 12 * 1024, bias=True).to(dtype)
+        ticket = Ticket.random(plain, density=0.03, pool="weight") | Ticket.full(plain, pool="bias")
+        sharded = nn.Linear(64, 12 * 1024, bias=True).to(dtype)
+        sharded.load_state_dict(plain.state_dict())
+        fully_shard(sharded, mesh=ranks.mesh())
+        own = MaskedAdamW(plain, ticket, lr=1e-2, seed=7, max_grad_norm=1.0, **options)
+        optimizer = MaskedAdamW(sharded, ticket, lr=1e-2, seed=7, max_grad_norm=1.0, gradients=gradients, **options)
+        for _ in range(3):
+            for key, param in plain.named_parameters():
+                param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+                part = sharded.get_parameter(key)
+                part.grad = cut_like(part, param.grad)
+                for hook in list((getattr(part, "_post_accumulate_grad_hooks", None) or {}).values()):
+                    hook(part)
+            own.step()
+            optimizer.step()
+        for key, param in plain.named_parameters():
+            assert torch.equal(whole(sharded.get_parameter(key).detach()), param), (key, gradients)
+        for key, param in sharded.named_parameters():
+            part, state = optimizer._parts[param], own.state[plain.get_parameter(key)]
+            for what, values in optimizer.state[param].items():
+                first = part.blocks[0] if what == "scales" else part.first
+                expected = state[what][first:][: len(values)] if values.dim() else state[what]
+                assert torch.equal(values, expected), what
+    if ranks.size == 3 and name == "8bit":
+        with pytest.raises(ValueError, match="cut inside of one"):
+            Pair(ranks, **options)
+        with pytest.raises(ValueError, match="is cut by columns"):
+            Pair(ranks, lambda model: shard_tensors(model, ranks.mesh()), **options)
+
+
 def refused(ranks, name):
     mesh = ranks.mesh()
     param = torch.nn.Parameter(DTensor.from_local(torch.ones(4, 4), mesh, [Partial()]))
@@ -431,7 +471,7 @@ CASES = {
         (resharding, ("plain", "master-packed", "dense", "pull")), (own_parts, ("plain", "packed")),
         (engines, ("plain", "packed")), (evaluated_first, ("plain", "packed")), (within_a_bound, ("plain", "packed")),
         (partial_gradients, ("plain", "packed")), (refused, ("plain",)), (stages, ("plain",)),
-        (accelerated, ("plain", "packed")))
+        (accelerated, ("plain", "packed")), (keyed, ("stochastic", "8bit", "both")))
     for name in names
 }  # fmt: skip
 
@@ -475,7 +515,7 @@ THIN = [
         ("engines-packed", 2),
         ("within_a_bound-packed", 4),
         ("refused-plain", 2),
-        *[("stages-plain", 2), ("partial_gradients-packed", 3)],
+        *[("stages-plain", 2), ("partial_gradients-packed", 3), ("rows-stochastic", 3), ("keyed-both", 4)],
     ],
 ]
 
