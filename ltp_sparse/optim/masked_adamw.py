@@ -59,11 +59,14 @@ class MaskedAdamW(Optimizer):
     decay, bias correction, one step count per parameter). A parameter whose gradient is None is skipped altogether.
     Weight decay, too, acts on active entries only. One call of `masked_adamw_` serves all parameters of a device and
     dtype. Works with learning-rate schedulers, `torch.amp.GradScaler`, accelerate, the Hugging Face Trainer and DDP.
+    A model may be sharded by FSDP2 or tensor parallelism, before or after the optimizer is made: each rank updates what
+    it holds (docs/sharded.md).
 
     Args:
         model: a module, or a mapping from names to parameters. In a transformers Trainer:
             `optimizer_cls_and_kwargs=(MaskedAdamW, {"model": model, "ticket": ticket, "lr": 2e-5})`.
-        ticket: the active entries, by canonical name. Parameters of the model that are neither in it nor in `dense` are
+        ticket: the active entries, by canonical name; of a sharded model the whole ticket, which is cut, or this rank's
+            part of it (`select_sharded`). Parameters of the model that are neither in it nor in `dense` are
             left out.
         lr: step size, a number or a 0-dim tensor.
         betas, eps, weight_decay, maximize: as in torch.optim.AdamW.

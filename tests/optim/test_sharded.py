@@ -257,10 +257,17 @@ def own_parts(ranks, name):
         shard_rows(model, ranks.mesh())
     part = ls.select_sharded(initial, tuned, density=0.1, group=ranks.group)
     ticket = ls.select(net(), net(seed=1), density=0.1)
+    assert Ticket.random(initial, density=0.2, seed=3) == Ticket.random(net(), density=0.2, seed=3)
+    before = ls.frozen_digests(pair.sharded, part)
     pair.own = MaskedAdamW(pair.plain, ticket, lr=0.01)
     del pair.optimizer  # it packs the gradients of these parameters
     pair.optimizer = MaskedAdamW(pair.sharded, part, lr=0.01, **OPTIONS[name])
     trains(pair)
+    ls.verify_frozen(before, pair.sharded, part)
+    with torch.no_grad():
+        pair.sharded.embed.weight.to_local().add_(1)
+    with pytest.raises(RuntimeError, match="have changed"):
+        ls.verify_frozen(before, pair.sharded, part)
     with pytest.raises(ValueError, match="and the model (holds )?entries 0 to"):
         MaskedAdamW(net(), part)
 
