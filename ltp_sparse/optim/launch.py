@@ -176,6 +176,9 @@ class Launch:
             slot += index_set.k
         return out
 
+    def _gradients(self) -> list[Tensor | None]:
+        return list(map(own_gradient, self.params)) if self._sharded else [param.grad for param in self.params]
+
     def _of_wholes(self) -> TileTable:
         """The table, with the tiles where they are in the whole parameters if random bits go by these."""
         if not self.origins:
@@ -205,7 +208,7 @@ class Launch:
             False: all is as in the step before, but for the addresses of gradients, and known to be good.
         """
         params = self._held()
-        grads = None if self.packed is not None else [own_gradient(param) for param in self.params]
+        grads = None if self.packed is not None else self._gradients()
         found, of_grads = describe(params), describe(grads or [])
         asked = backends.chosen()
         if found is None or of_grads is None or not self.updates or self.looks != (found, of_grads[0], asked):
@@ -498,8 +501,7 @@ class Launch:
         if self.packed is not None:
             self.packed.buffer *= factor
             return
-        for param in self.params:
-            grad = own_gradient(param)
+        for grad in self._gradients():
             if grad is not None:
                 grad *= factor
 

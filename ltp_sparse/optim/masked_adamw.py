@@ -19,7 +19,6 @@ from ltp_sparse.optim.clipping import ClippedNorm
 from ltp_sparse.optim.launch import Launch, Precision
 from ltp_sparse.optim.members import (
     ParameterHome,
-    active_names,
     check_embeddings,
     check_engine,
     check_ordinary,
@@ -28,7 +27,6 @@ from ltp_sparse.optim.members import (
     dense_parameters,
     named_parameters,
     parts_of,
-    ticket_for,
 )
 from ltp_sparse.optim.packed_gradients import PackedGradients, WeakHook, check_packable
 from ltp_sparse.selection.shards import Part, TicketShard
@@ -193,6 +191,7 @@ class MaskedAdamW(Optimizer):
                 launch.packed = PackedGradients(model, launch.params, launch.sets, launch.table)
                 if self._watch is None:
                     self._watch = model.register_forward_pre_hook(WeakHook(self._before_forward))
+                    weakref.finalize(self, self._watch.remove).atexit = False
 
     def _before_forward(self, model: nn.Module, *_: object) -> None:
         """Packs already the first gradients of parameters that were sharded since the optimizer was made."""
@@ -218,7 +217,7 @@ class MaskedAdamW(Optimizer):
         for param in group["params"]:
             if param not in self._parts:
                 self._parts[param] = Part.of(IndexSet.full(param.numel()), Cut.of(param, "MaskedAdamW: a parameter"))
-        self._check_parts(group["params"])
+            self._check_part(param, self._parts[param], self._names.get(param, "a parameter"))
         group["index_sets"] = self._digests_of(group)
         if self._launches:
             self._build()
@@ -376,10 +375,10 @@ class MaskedAdamW(Optimizer):
         """
         model = None if self._model is None else self._model()
         moved = {} if self._home is None or model is None else self._home.sharded(model, what="MaskedAdamW")
-        members, settled = self._members(), [moved.get(param, param) for param in self._laid_out]
-        if not any(
-            len(members) == len(known) and all(map(operator.is_, members, known)) for known in (self._laid_out, settled)
-        ):
+        members, settled = self._members(), self._laid_out
+        if moved:
+            settled = [moved.get(param, param) for param in settled]
+        if not (_are_same(members, self._laid_out) or _are_same(members, settled)):
             raise ValueError(
                 "MaskedAdamW: the parameters in param_groups are not those of construction; add some with "
                 "add_param_group, and make a new optimizer for another model or for parameters that were replaced"
@@ -392,16 +391,21 @@ class MaskedAdamW(Optimizer):
                 "make a new optimizer and load the state into that"
             )
         assert model is not None
-        for old, new in moved.items():
-            if old in self._parts:
-                name = self._names[old]
-                self._parts[new] = Part.of(self._parts.pop(old).index_set, Cut.of(new, f"MaskedAdamW: {name!r}"))
+        parts = {
+            old: Part.of(self._parts[old].index_set, Cut.of(new, f"MaskedAdamW: {self._names[old]!r}"))
+            for old, new in moved.items()
+            if old in self._parts
+        }
+        for old, part in parts.items():
+            self._check_part(moved[old], part, self._names[old])
+        for old, part in parts.items():
+            del self._parts[old]
+            self._parts[moved[old]] = part
         self._names = {moved.get(param, param): name for param, name in self._names.items()}
         self._home = ParameterHome(model, {name: param for param, name in self._names.items()})
         for params in (self._ticketed, self._packs):
             params.update([moved[param] for param in params & moved.keys()])
             params.difference_update(moved)
-        self._check_parts(settled)
         for group in self.param_groups:
             group["params"] = [moved.get(param, param) for param in group["params"]]
             group["index_sets"] = self._digests_of(group)
@@ -413,20 +417,18 @@ class MaskedAdamW(Optimizer):
         self._build()
         self._pack()
 
-    def _check_parts(self, params: Iterable[nn.Parameter]) -> None:
+    def _check_part(self, param: nn.Parameter, part: Part, name: str) -> None:
         """Raises ValueError where ranks could not update what they hold of a parameter each on its own."""
-        for param in params:
-            part, name = self._parts[param], self._names.get(param, "a parameter")
-            if self._is_keyed(param) and part.start is None:
-                raise ValueError(
-                    f'MaskedAdamW: states="8bit" and rounding="stochastic" are for parameters cut by rows, {name!r} is '
-                    "cut by columns; train it with float32 states and master=True"
-                )
-            if self.precision.states == "8bit" and part.blocks is None:
-                raise ValueError(
-                    f'MaskedAdamW: states="8bit" has blocks of 256 active entries of a tile of 65,536, and {name!r} is '
-                    "cut inside of one; leave it out of the ticket, or train with float32 states"
-                )
+        if self._is_keyed(param) and part.start is None:
+            raise ValueError(
+                f'MaskedAdamW: states="8bit" and rounding="stochastic" are for parameters cut by rows, {name!r} is '
+                "cut by columns; train it with float32 states and master=True"
+            )
+        if self.precision.states == "8bit" and part.blocks is None:
+            raise ValueError(
+                f'MaskedAdamW: states="8bit" has blocks of 256 active entries of a tile of 65,536, and {name!r} is '
+                "cut inside of one; leave it out of the ticket, or train with float32 states"
+            )
 
     def _is_keyed(self, param: nn.Parameter) -> bool:
         """Whether random bits go with the entries of a sharded parameter."""
@@ -714,14 +716,17 @@ class MaskedAdamW(Optimizer):
         return "\n".join([*lines, ")"])
 
 
-def freeze(model: nn.Module, ticket: Ticket, dense: nn.Module | Iterable[Any] = ()) -> None:
+def _are_same(some: list[nn.Parameter], others: list[nn.Parameter]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
+
+
+def freeze(model: nn.Module, ticket: Ticket | TicketShard, dense: nn.Module | Iterable[Any] = ()) -> None:
     """Turns `requires_grad` off for all parameters without an active entry that are not in `dense`.
 
     Do so before wrapping the model in DDP, which decides at construction which gradients it waits for.
     """
     named = named_parameters(model, what="freeze")
-    ticket = ticket_for(named, ticket, what="freeze")
-    trained = {named[name] for name in active_names(named, ticket, what="freeze")}
+    trained = {named[name] for name in parts_of(named, ticket, what="freeze")}
     _freeze(model, trained | set(dense_parameters(dense, what="freeze")))
 
 

@@ -36,6 +36,7 @@ from ltp_sparse.weights.names import canonical_parameters
 from ltp_sparse.weights.sharding import Cut, local
 
 WORLD = 4
+WAIT = timedelta(minutes=20)  # of ranks for those that have cases of fewer ranks to run first
 BF16 = {"dtype": torch.bfloat16}
 OPTIONS = {
     "plain": {},
@@ -489,9 +490,9 @@ GRIDS = (replicas, tensor_parallel_and_rows, resharding, accelerated)  # what al
 def _rank(rank, folder, cases):
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timedelta(seconds=120)
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=WAIT
     )
-    groups = {size: distributed.new_group(range(size), timeout=timedelta(seconds=120)) for size in range(1, WORLD + 1)}
+    groups = {size: distributed.new_group(range(size), timeout=WAIT) for size in range(1, WORLD + 1)}
     outcome = {}
     for size in range(2, WORLD + 1):
         for key in (key for key, of in cases if of == size and rank < size):
