@@ -25,7 +25,7 @@ PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 CPP := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 CPP_OF_TESTS := $(wildcard tests/*/*.cpp tests/*/*/*.cpp tests/*/*/*.h)
 
-.PHONY: help demo test test-fast check docs wheels hashes faults ptx asan tsan bench gpu gpu-full lint lint-ruff lint-format lint-mypy lint-cpp format clean
+.PHONY: help demo test test-fast check docs wheels hashes faults ptx ranks asan tsan bench gpu gpu-full lint lint-ruff lint-format lint-mypy lint-cpp format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -40,7 +40,7 @@ check: $(TEST)  ## for daily work: linters, types and the fast tests
 	$(MAKE) --jobs --output-sync=target lint test-fast
 
 test-fast: $(TEST)
-	$(PYTEST) -q -m "not slow and not faults and not ptx" $(ARGS)
+	$(PYTEST) -q -m "not slow and not faults and not ptx and not ranks" $(ARGS)
 
 docs: $(TEST)  ## the site of all documents and docstrings in build/site, strictly, without network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -73,6 +73,9 @@ faults: $(TEST)  ## full disks, low memory, two writers, kills at random moments
 
 ptx: $(TEST)  ## the kernels' compiled PTX in an emulated GPU: every kernel, dtype, encoding, sm_80 and sm_90
 	$(PYTEST) -m "ptx or not ptx" --timeout 3600 tests/ptx $(ARGS)
+
+ranks: $(TEST)  ## sharded training on 2, 3 and 4 ranks: every sharding, option and checkpoint
+	$(PYTEST) -m "ranks or not ranks" --timeout 1200 tests/optim/test_sharded.py $(ARGS)
 
 bench: $(TEST)  ## CPU benchmarks: CSV, table and plots in benchmarks/results/cpu (about 24 GB of memory, an hour)
 	$(BIN)/python benchmarks/run.py $(ARGS)

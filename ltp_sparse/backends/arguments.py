@@ -51,11 +51,23 @@ class Tensors(list["Tensor | None"]):
     It lives for one call, or for the calls of one step. It does not see later changes of its tensors.
     """
 
+    origins: tuple[int, ...] = ()
+    """Of parts of larger tensors: the entry of the whole that each begins with. Empty: they are whole.
+
+    Tiles, addresses and sizes are then those of the wholes, so that random bits go by the entry of the whole.
+    """
+
+    @classmethod
+    def of_parts(cls, tensors: Iterable[Tensor | None], origins: tuple[int, ...]) -> Tensors:
+        made = cls(tensors)
+        made.origins = origins
+        return made
+
     def renew(self, tensors: Iterable[Tensor | None], addresses: tuple[int, ...]) -> None:
         """Takes other tensors, which differ from the present ones in their addresses only."""
         self[:] = tensors
         vars(self).pop("present", None)
-        vars(self)["addresses"] = addresses
+        vars(self)["addresses"] = self._from_origins(addresses, -1)
 
     def let_go(self) -> None:
         """Drops the tensors, so that they can be freed, until `renew`."""
@@ -68,12 +80,29 @@ class Tensors(list["Tensor | None"]):
     @cached_property
     def addresses(self) -> tuple[int, ...]:
         """The address of each tensor's data, 0 where there is none."""
-        return self._each(Tensor.data_ptr)
+        return self._from_origins(self._each(Tensor.data_ptr), -1)
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """The number of entries of each tensor, 0 for an absent one."""
-        return self._each(Tensor.numel)
+        return self._from_origins(self._each(Tensor.numel))
+
+    def _from_origins(self, numbers: tuple[int, ...], sign: int = 1) -> tuple[int, ...]:
+        """Sizes, or with -1 addresses, of the wholes; what has no entries stays as it is."""
+        if not self.origins or not self:
+            return numbers
+        units = [0 if t is None or not t.numel() else 1 if sign > 0 else -t.element_size() for t in self]
+        return tuple(number + unit * at for number, unit, at in zip(numbers, units, self.origins, strict=True))
+
+    def memory(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Addresses and numbers of entries of what is there."""
+        if not self.origins:
+            return self.addresses, self.sizes
+        return self._each(Tensor.data_ptr), self._each(Tensor.numel)
+
+    def inside(self, number: int, indices: Tensor) -> Tensor:
+        """Entries of a whole as entries of its part."""
+        return indices - self.origins[number] if self.origins else indices
 
     def _each(self, read: Callable[[Tensor], int]) -> tuple[int, ...]:
         if len(self.present) == len(self):
@@ -104,7 +133,9 @@ class Tensors(list["Tensor | None"]):
         return [DTYPES[tensor.dtype] for tensor in self.present]
 
     def to_contiguous(self) -> Tensors:
-        return self if self.contiguous else Tensors(None if t is None else t.contiguous() for t in self)
+        if self.contiguous:
+            return self
+        return Tensors.of_parts((None if t is None else t.contiguous() for t in self), self.origins)
 
 
 Parameters = Annotated[Tensors, Spec()]

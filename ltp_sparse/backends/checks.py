@@ -275,14 +275,14 @@ def _overlap(
 
 def _check_apart(op: str, params: Tensors, state: dict[str, Tensor]) -> None:
     """Checks that tensors which are written share no memory: the result would depend on the order of threads."""
-    itemsize, sizes = max((dtype.itemsize for dtype in params.dtypes), default=0), params.sizes
+    itemsize, sizes = max((dtype.itemsize for dtype in params.dtypes), default=0), params.memory()[1]
     if not params.contiguous:  # one that is written through a copy counts with its first entry
         sizes = tuple(p.numel() if p.is_contiguous() else min(p.numel(), 1) for p in params.present)
         for i, param in enumerate(params.present):
             if torch._debug_has_internal_overlap(param) == 1:
                 raise ValueError(f"{op}: parameter {i} is expanded, its entries share memory; pass a `.clone()`")
     spans = tuple((tensor.data_ptr(), tensor.nbytes) for tensor in state.values())
-    if (found := _overlap(params.addresses, sizes, itemsize, spans)) is not None:
+    if (found := _overlap(params.memory()[0], sizes, itemsize, spans)) is not None:
         names = [f"parameter {i}" for i in range(len(params))] + list(state)
         raise ValueError(
             f"{op}: {names[found[0]]} and {names[found[1]]} share memory; each must have its own, and a tied parameter "

@@ -107,11 +107,12 @@ def _values_and_gradients(
     """The active entries in the precision of the update, and their effective gradients."""
     param, slots = norm.params[tile[Column.PARAM]], _slots(tile)
     assert param is not None
-    values = norm.master[slots] if norm.master is not None else param.view(-1)[indices]
+    inside = norm.params.inside(tile[Column.PARAM], indices)
+    values = norm.master[slots] if norm.master is not None else param.view(-1)[inside]
     values = values if values.dtype == torch.float64 else values.float()
     scales = norm.coefficients[tile[Column.PARAM], [Coefficient.GRAD_FACTOR, Coefficient.PULL]]
     grad_factor, pull = (scales if clip is None else scales * clip).to(values.dtype)
-    g = grad[slots if norm.packed else indices].to(values.dtype) * grad_factor
+    g = grad[slots if norm.packed else inside].to(values.dtype) * grad_factor
     if norm.anchor is not None:
         g = g + pull * torch.sign(values - norm.anchor[slots])
     return values, g
@@ -142,7 +143,7 @@ def masked_adamw_(update: Update) -> None:
         stored = p.to(param.dtype)
         if update.stochastic:
             stored = round_stochastically(p, random16(row[Coefficient.ROUNDING_KEY], indices))
-        written.append((param.view(-1), indices, stored))
+        written.append((param.view(-1), update.params.inside(tile[Column.PARAM], indices), stored))
         # no branch on the host, which would wait for a flag on a GPU
         apply = row[Coefficient.APPLY] != 0
         for target, where, values in written:

@@ -9,6 +9,7 @@ from ltp_sparse import ops
 from ltp_sparse.backends import Backend
 from ltp_sparse.backends.arguments import NORM_GROUP, Total
 from ltp_sparse.optim.launch import Launch
+from ltp_sparse.weights.sharding import sum_over
 
 
 class ClippedNorm:
@@ -26,7 +27,8 @@ class ClippedNorm:
     def measure(self, max_norm: float) -> Tensor:
         """Writes the clips for a norm of at most `max_norm`; returns the norm before, 0-dim float64."""
         backends = {launch.backend.name: launch.backend for launch in self._launches}
-        if len(self.clips) > 1 or len(backends) > 1 or not self._tiles:
+        spread = any(launch.spread for launch in self._launches)
+        if len(self.clips) > 1 or len(backends) > 1 or not self._tiles or spread:
             return self._measure_apart(max_norm)
         ((device, clip),), (backend,) = self.clips.items(), backends.values()
         grad_norm, first = _empty(device), 0
@@ -48,12 +50,12 @@ class ClippedNorm:
         return _empty(device, self._tiles * backend.sums_per_tile + groups), self._arrived
 
     def _measure_apart(self, max_norm: float) -> Tensor:
-        """On several devices, or by several backends."""
+        """On several devices, by several backends, or over several ranks, which each have a part of the sum."""
         sums = []
         for launch in self._launches:
-            sums += [ops.run("masked_sum_squares", *run) for run in launch.runs()]
-        first = sums[0].device
-        grad_norm = torch.stack([of_launch.sum().to(first) for of_launch in sums]).sum().sqrt()
+            own = torch.stack([ops.run("masked_sum_squares", *run).sum() for run in launch.runs()]).sum()
+            sums.append(sum_over(launch.spread, own))
+        grad_norm = torch.stack([of_launch.to(sums[0].device) for of_launch in sums]).sum().sqrt()
         clip = (max_norm / (grad_norm + 1e-6)).clamp(max=1.0)
         for own in self.clips.values():
             own.copy_(clip)

@@ -12,15 +12,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ltp_sparse.optim.members import active_names, dense_parameters, named_parameters, ticket_for
+from ltp_sparse.optim.members import dense_parameters, named_parameters, parts_of
+from ltp_sparse.selection.shards import TicketShard
 from ltp_sparse.tickets.bits import bitmap_words, unpack_bits
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.weights.digests import fingerprint
+from ltp_sparse.weights.sharding import local
 from ltp_sparse.weights.tensors import check_plain_tensor, flat_piece
 
 
-def frozen_digests(model: nn.Module, ticket: Ticket, dense: nn.Module | Iterable[Any] = ()) -> dict[str, str]:
+def frozen_digests(
+    model: nn.Module, ticket: Ticket | TicketShard, dense: nn.Module | Iterable[Any] = ()
+) -> dict[str, str]:
     """Canonical name -> digest of a parameter's shape, dtype and the bits of its inactive entries.
 
     Args:
@@ -28,7 +32,7 @@ def frozen_digests(model: nn.Module, ticket: Ticket, dense: nn.Module | Iterable
             an inactive entry
 
     Works through pieces of some MiB on all threads of torch, so it takes no copy of the model. Parameters on a GPU are
-    copied piece by piece. Buffers are not compared.
+    copied piece by piece. Buffers are not compared. Of a sharded model the digests are those of this rank's part.
 
     Raises:
         ValueError: the ticket is not of this model.
@@ -37,15 +41,16 @@ def frozen_digests(model: nn.Module, ticket: Ticket, dense: nn.Module | Iterable
 
 
 def _digests(
-    model: nn.Module, ticket: Ticket, dense: nn.Module | Iterable[Any], like: Mapping[str, str] | None = None
+    model: nn.Module,
+    ticket: Ticket | TicketShard,
+    dense: nn.Module | Iterable[Any],
+    like: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     named = named_parameters(model, what="frozen_digests")
-    ticket = ticket_for(named, ticket, what="frozen_digests")
-    active_names(named, ticket, what="frozen_digests")
+    sets = {name: part.index_set for name, part in parts_of(named, ticket, what="frozen_digests").items()}
     trained = set(map(id, dense_parameters(dense, what="frozen_digests")))
-    sets = ticket.sets
     watched = {
-        name: parameter.detach()
+        name: local(parameter).detach()
         for name, parameter in named.items()
         if id(parameter) not in trained and not (name in sets and sets[name].k == sets[name].n)
     }
@@ -63,7 +68,7 @@ def _digests(
 
 
 def verify_frozen(
-    before: Mapping[str, str], model: nn.Module, ticket: Ticket, dense: nn.Module | Iterable[Any] = ()
+    before: Mapping[str, str], model: nn.Module, ticket: Ticket | TicketShard, dense: nn.Module | Iterable[Any] = ()
 ) -> None:
     """Compares the current `frozen_digests` with earlier ones.
 

@@ -22,6 +22,7 @@ from ltp_sparse.deltas.entries import gather
 from ltp_sparse.optim.packed_gradients import PackedGradients
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.tile_table import Column, TileTable, state_blocks
+from ltp_sparse.weights.sharding import is_sharded, local, own_gradient, spread
 from ltp_sparse.weights.tensors import check_plain_tensor
 
 _version = operator.attrgetter("_version")
@@ -81,8 +82,11 @@ _UNDERFLOW = 1e-15
 
 
 class Launch:
-    """The parameters of one device and dtype, in the order of the parameter groups.
+    """The parameters of one device, dtype and sharding, in the order of the parameter groups.
 
+    Of sharded parameters it is this rank's tensors that are updated; P and K count what they hold.
+
+    spread:       over which dimensions of which mesh their entries are spread, as `weights.sharding.spread` says
     table:        their active entries
     exp_avg:      [K], first moments in slot order: float32, or int8 codes; exp_avg_sq: the second ones, or uint8 codes
     scales:       float32 [B, 2], of the 8-bit moments, or None
@@ -108,9 +112,13 @@ class Launch:
         sets: list[IndexSet],
         groups: int,
         precision: Precision,
+        origins: tuple[int, ...] = (),
     ) -> None:
-        """numbers: tell the parameters apart in random bits; group: the parameter group of each."""
+        """numbers: tell the parameters apart in random bits; group: the parameter group of each; origins: see
+        `Tensors.origins`, for parameters whose random bits go by the entry of the whole."""
         self.params, self.sets = params, sets
+        self.spread = spread(params[0])
+        self._sharded = any(map(is_sharded, params))
         self.packed: PackedGradients | None = None
         self.device, self.dtype = params[0].device, params[0].dtype
         self.table = TileTable.build(sets, device=self.device, ranks=self.device.type != "cpu")
@@ -121,7 +129,8 @@ class Launch:
         self.master_of = self._places()
         self.anchor: Tensor | None = None
         self.room: Tensor | None = None
-        self.pieces = [Piece(self.table, slice(None), slice(None))]
+        self.origins = origins
+        self.pieces = [Piece(self._of_wholes(), slice(None), slice(None))]
         self.steps = torch.zeros(len(params), dtype=torch.float64, device=self.device)
         self.numbers = torch.tensor(numbers, dtype=torch.int64, device=self.device)
         self.group = torch.tensor(group, dtype=torch.int64, device=self.device)
@@ -142,6 +151,10 @@ class Launch:
         ends = list(itertools.accumulate((sum(map(state_blocks, active)) for active in self.active), initial=0))
         self.blocks = [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
 
+    def _held(self) -> list[Any]:
+        """The tensors whose memory is updated."""
+        return [local(param) for param in self.params] if self._sharded else self.params
+
     def _zero_moments(self, coded: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)
@@ -154,17 +167,32 @@ class Launch:
 
     def values(self) -> Tensor:
         """float32 [K], the active entries of the parameters."""
-        return ops.masked_gather(self.params, self.table).float()
+        return ops.masked_gather(self._held(), self.table).float()
+
+    def _gradients(self) -> list[Tensor | None]:
+        return list(map(own_gradient, self.params)) if self._sharded else [param.grad for param in self.params]
+
+    def _of_wholes(self) -> TileTable:
+        """The table, with the tiles where they are in the whole parameters if random bits go by these."""
+        if not self.origins:
+            return self.table
+        tiles = self.table.tiles.clone()
+        tiles[:, Column.START] += torch.tensor(self.origins, dtype=torch.int64, device=self.device)[
+            tiles[:, Column.PARAM]
+        ]
+        sizes = tuple(n and n + at for n, at in zip(self.table.sizes, self.origins, strict=True))
+        return replace(self.table, tiles=tiles, sizes=sizes)
 
     def keep_anchor(self, place: str) -> None:
         """Keeps the values as they are now for the pull, on the "device" or on the "host"."""
         if place == "device" or _is_host(self.device) or not self.table.k:
             self.anchor = self.values()
             return
-        self.anchor = torch.empty(self.table.k, dtype=torch.float32, device="cpu", pin_memory=torch.cuda.is_available())
-        for param, index_set, slots in zip(self.params, self.sets, self.slots, strict=True):
-            self.anchor[slots] = gather(param, index_set)
-        self.pieces = list(pieces_of(self.table.with_ranks(), PIECE))
+        pinned = torch.empty(self.table.k, dtype=torch.float32, device="cpu", pin_memory=torch.cuda.is_available())
+        for param, index_set, slots in zip(self._held(), self.sets, self.slots, strict=True):
+            pinned[slots] = gather(param, index_set)
+        self.anchor = pinned
+        self.pieces = list(pieces_of(self._of_wholes().with_ranks(), PIECE))
         largest = max(piece.slots.stop - piece.slots.start for piece in self.pieces)
         self.room = torch.empty(largest, dtype=torch.float32, device=self.device)
 
@@ -174,13 +202,14 @@ class Launch:
         Returns:
             False: all is as in the step before, but for the addresses of gradients, and known to be good.
         """
-        grads = None if self.packed is not None else [param.grad for param in self.params]
-        found, of_grads = describe(self.params), describe(grads or [])
+        params = self._held()
+        grads = None if self.packed is not None else self._gradients()
+        found, of_grads = describe(params), describe(grads or [])
         asked = backends.chosen()
         if found is None or of_grads is None or not self.updates or self.looks != (found, of_grads[0], asked):
             self._look_anew()
             self.looks = found, of_grads and of_grads[0], asked
-            self.seen, self.seen_grads = Tensors(self.params), Tensors(grads or [])
+            self.seen, self.seen_grads = (Tensors.of_parts(t, self.origins) for t in (params, grads or []))
             _, self.backend = ops.served(self.table, self.dtype)
             return True
         self.seen_grads.renew(grads or [], of_grads[1])
@@ -318,7 +347,7 @@ class Launch:
         """The state of a parameter that has not been updated."""
         state = {key: torch.zeros_like(value) for key, value in self.state(position).items() if key != "anchor"}
         if self.master is not None:
-            state["master"] = gather(self.params[position], self.sets[position]).float()
+            state["master"] = gather(local(self.params[position]), self.sets[position]).float()
         return state
 
     def load(self, position: int, saved: Mapping[str, Tensor]) -> None:
@@ -367,7 +396,7 @@ class Launch:
         rows[:, [Coefficient.ONE_MINUS_BETA1, Coefficient.ONE_MINUS_BETA2]] = 0  # the moments stay
         rows[:, Coefficient.BETA2] = 1
         count = 0
-        for position, (param, index_set) in enumerate(zip(self.params, self.sets, strict=True)):
+        for position, (param, index_set) in enumerate(zip(self._held(), self.sets, strict=True)):
             state, c = self.state(position), rows[position]
             if self.scales is not None and self.active[position]:
                 moments = state["exp_avg"], state["exp_avg_sq"]
@@ -467,9 +496,9 @@ class Launch:
         if self.packed is not None:
             self.packed.buffer *= factor
             return
-        for param in self.params:
-            if param.grad is not None:
-                param.grad *= factor
+        for grad in self._gradients():
+            if grad is not None:
+                grad *= factor
 
     def update(self) -> None:
         for update, backend in self.runs():
@@ -492,7 +521,7 @@ class Launch:
         """
         if self.master is None or (places := self._places()) == self.master_of:
             return
-        for position, param in enumerate(self.params):
+        for position, param in enumerate(self._held()):
             if places[position] != self.master_of[position]:
                 masters = self.master[self.slots[position]]
                 weights = gather(param, self.sets[position]).to(masters.device)  # it may have moved since
@@ -500,7 +529,8 @@ class Launch:
 
     def _places(self) -> list[tuple[int, int]]:
         """Where the parameters are, and how often they were edited."""
-        return list(zip(map(Tensor.data_ptr, self.params), map(_version, self.params), strict=True))
+        held = self._held()
+        return list(zip(map(Tensor.data_ptr, held), map(_version, held), strict=True))
 
     def tensors(self) -> list[Tensor]:
         """All that the device holds on top of weights and gradients, but for a few numbers per parameter and tile."""

@@ -6,7 +6,8 @@ import inspect
 import math
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,19 +19,21 @@ from ltp_sparse.optim.clipping import ClippedNorm
 from ltp_sparse.optim.launch import Launch, Precision
 from ltp_sparse.optim.members import (
     ParameterHome,
-    active_names,
     check_embeddings,
+    check_engine,
     check_ordinary,
     check_trainable,
     dense_groups,
     dense_parameters,
     named_parameters,
-    ticket_for,
+    parts_of,
 )
-from ltp_sparse.optim.packed_gradients import PackedGradients, check_packable
+from ltp_sparse.optim.packed_gradients import PackedGradients, WeakHook, check_packable
+from ltp_sparse.selection.shards import Part, TicketShard
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.weights.digests import is_known
+from ltp_sparse.weights.sharding import Cut, is_sharded, local, spread, sum_over
 from ltp_sparse.weights.tensors import DTYPE_NAMES, DTYPES
 
 _DIGESTS = "ltp_sparse"
@@ -54,11 +57,14 @@ class MaskedAdamW(Optimizer):
     decay, bias correction, one step count per parameter). A parameter whose gradient is None is skipped altogether.
     Weight decay, too, acts on active entries only. One call of `masked_adamw_` serves all parameters of a device and
     dtype. Works with learning-rate schedulers, `torch.amp.GradScaler`, accelerate, the Hugging Face Trainer and DDP.
+    A model may be sharded by FSDP2 or tensor parallelism, before or after the optimizer is made: each rank updates what
+    it holds (docs/sharded.md).
 
     Args:
         model: a module, or a mapping from names to parameters. In a transformers Trainer:
             `optimizer_cls_and_kwargs=(MaskedAdamW, {"model": model, "ticket": ticket, "lr": 2e-5})`.
-        ticket: the active entries, by canonical name. Parameters of the model that are neither in it nor in `dense` are
+        ticket: the active entries, by canonical name; of a sharded model the whole ticket, which is cut, or this rank's
+            part of it (`select_sharded`). Parameters of the model that are neither in it nor in `dense` are
             left out.
         lr: step size, a number or a 0-dim tensor.
         betas, eps, weight_decay, maximize: as in torch.optim.AdamW.
@@ -105,7 +111,7 @@ class MaskedAdamW(Optimizer):
     def __init__(
         self,
         model: nn.Module | Mapping[str, nn.Parameter],
-        ticket: Ticket,
+        ticket: Ticket | TicketShard,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -123,10 +129,12 @@ class MaskedAdamW(Optimizer):
         seed: int = 0,
         gradients: str = "dense",
     ) -> None:
+        if isinstance(model, nn.Module):
+            check_engine(model, what="MaskedAdamW")
         named = named_parameters(model, what="MaskedAdamW", mappings=True)
-        ticket = ticket_for(named, ticket, what="MaskedAdamW")
-        names = active_names(named, ticket, what="MaskedAdamW")
-        check_trainable({name: named[name] for name in names}, what="MaskedAdamW")
+        parts = parts_of(named, ticket, what="MaskedAdamW")
+        names = list(parts)
+        check_trainable({name: named[name] for name in names}, what="MaskedAdamW", sharded=True)
         if isinstance(model, nn.Module):
             check_embeddings(model, {name: named[name] for name in names}, what="MaskedAdamW")
         if max_grad_norm is not None and not max_grad_norm > 0:
@@ -137,8 +145,9 @@ class MaskedAdamW(Optimizer):
         self.pull_on = pull_on
         self.max_grad_norm = max_grad_norm
         self.grad_norm: Tensor | None = None
-        self._sets = {named[name]: ticket.sets[name] for name in names}  # all other parameters are dense
+        self._parts = {named[name]: part for name, part in parts.items()}  # all other parameters are dense
         self._names = {param: name for name, param in named.items()}
+        self._model = weakref.ref(model) if isinstance(model, nn.Module) else None
         self._home = ParameterHome(model, named) if isinstance(model, nn.Module) else None
         self._launches: list[Launch] = []
         self._removed = self._warned = False
@@ -147,6 +156,7 @@ class MaskedAdamW(Optimizer):
         self._ticketed = set(members)
         in_full = dense_groups(dense, what="MaskedAdamW")
         self._packs: set[nn.Parameter] = set()
+        self._watch: Any = None
         if gradients == "packed":
             if not isinstance(model, nn.Module):
                 raise ValueError('MaskedAdamW: gradients="packed" needs the module, not a mapping of its parameters')
@@ -169,10 +179,30 @@ class MaskedAdamW(Optimizer):
             if not isinstance(model, nn.Module):
                 raise ValueError("MaskedAdamW: freeze=True needs the module, not a mapping of its parameters")
             _freeze(model, set(self._members()))
+        self._pack()
+
+    def _pack(self) -> None:
+        """Puts the hooks of packed gradients on the model."""
         for launch in self._launches:
             if launch.params[0] in self._packs:
-                assert isinstance(model, nn.Module)
+                assert self._model is not None
+                model = self._model()
+                assert model is not None
                 launch.packed = PackedGradients(model, launch.params, launch.sets, launch.table)
+                if self._watch is None:
+                    self._watch = model.register_forward_pre_hook(WeakHook(self._before_forward))
+                    weakref.finalize(self, self._watch.remove).atexit = False
+
+    def _before_forward(self, model: nn.Module, *_: object) -> None:
+        """Packs already the first gradients of parameters that were sharded since the optimizer was made."""
+        if not torch.is_grad_enabled() or self._home is None or not self._home.awaits_sharded():
+            return
+
+        def settle(*_: object) -> None:  # FSDP2 has its own parameters in the model until the forward pass has ended
+            handle.remove()
+            self._settle_parameters()
+
+        handle = model.register_forward_hook(settle)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters that are updated in full."""
@@ -185,8 +215,10 @@ class MaskedAdamW(Optimizer):
             self.param_groups.pop()
             raise
         for param in group["params"]:
-            self._sets.setdefault(param, IndexSet.full(param.numel()))
-        group["index_sets"] = [self._sets[param].digest() for param in group["params"]]
+            if param not in self._parts:
+                self._parts[param] = Part.of(IndexSet.full(param.numel()), Cut.of(param, "MaskedAdamW: a parameter"))
+            self._check_part(param, self._parts[param], self._names.get(param, "a parameter"))
+        group["index_sets"] = self._digests_of(group)
         if self._launches:
             self._build()
 
@@ -202,11 +234,11 @@ class MaskedAdamW(Optimizer):
         for launch in self._launches:
             launch.refresh_masters()  # those of the new launches take the weights to be theirs
         before = {param: dict(state) for param, state in self.state.items()}
-        placed: dict[tuple[torch.device, torch.dtype, bool], list[tuple[nn.Parameter, int, int]]] = {}
+        placed: dict[tuple[Any, ...], list[tuple[nn.Parameter, int, int]]] = {}
         self._laid_out = self._members()
         members = [(param, index) for index, group in enumerate(self.param_groups) for param in group["params"]]
         for number, (param, index) in enumerate(members):
-            place = param.device, param.dtype, param in self._packs
+            place = param.device, param.dtype, param in self._packs, spread(param)
             placed.setdefault(place, []).append((param, number, index))
         self._launches = []
         for triples in placed.values():
@@ -216,9 +248,10 @@ class MaskedAdamW(Optimizer):
                     params,
                     numbers=[number for _, number, _ in triples],
                     group=[index for _, _, index in triples],
-                    sets=[self._sets[param] for param in params],
+                    sets=[self._parts[param].index_set for param in params],
                     groups=len(self.param_groups),
                     precision=self.precision,
+                    origins=self._origins(params),
                 )
             )
         for launch in self._launches:
@@ -260,14 +293,14 @@ class MaskedAdamW(Optimizer):
 
         Raises:
             ValueError: a gradient is sparse or of another dtype, a parameter changed its shape or dtype, or the model
-                has other parameters than at construction, as after FSDP2's `fully_shard`.
+                has other parameters than at construction, and not just those, sharded.
 
         Warns:
             NoGradients: no entry of the ticket has a gradient; once per optimizer.
         """
         if self._removed:
             raise RuntimeError("MaskedAdamW: remove() has taken the hooks of its packed gradients away; make a new one")
-        self._check_parameters()
+        self._settle_parameters()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -291,6 +324,7 @@ class MaskedAdamW(Optimizer):
         self._warn_without_gradients()
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found_inf is not None:
+            found_inf = self._on_all_ranks(local(found_inf))
             _tell_accelerate(self, found_inf)
         for launch in self._launches:
             launch.refresh_masters()
@@ -317,6 +351,7 @@ class MaskedAdamW(Optimizer):
         """
         if not max_norm > 0:
             raise ValueError(f"MaskedAdamW.clip_grad_norm_: max_norm must be above 0, got {max_norm}")
+        self._settle_parameters()
         if self._hyper_known != self._hyper_key():
             self.update_hyperparameters()
         for launch in self._launches:
@@ -331,17 +366,87 @@ class MaskedAdamW(Optimizer):
             self._pull_factor = clip.clone() if self._pull_factor is None else clip * self._pull_factor
         return self.grad_norm
 
-    def _check_parameters(self) -> None:
-        """Raises ValueError where a step would train tensors that the model, or this optimizer, no longer has."""
-        if self._home is not None:
-            self._home.check(what="MaskedAdamW")
-        members = self._members()
-        if len(members) != len(self._laid_out) or not all(map(operator.is_, members, self._laid_out)):
+    @torch.no_grad()
+    def _settle_parameters(self) -> None:
+        """Takes over parameters that were sharded since the optimizer was made: `fully_shard` replaces them.
+
+        Raises:
+            ValueError: a step would train tensors that the model, or this optimizer, no longer has.
+        """
+        model = None if self._model is None else self._model()
+        moved = {} if self._home is None or model is None else self._home.sharded(model, what="MaskedAdamW")
+        members, settled = self._members(), self._laid_out
+        if moved:
+            settled = [moved.get(param, param) for param in settled]
+        if not (_are_same(members, self._laid_out) or _are_same(members, settled)):
             raise ValueError(
                 "MaskedAdamW: the parameters in param_groups are not those of construction; add some with "
-                "add_param_group, and make a new optimizer for another model or for parameters that were replaced "
-                "(FSDP2, which replaces them, is not supported yet)"
+                "add_param_group, and make a new optimizer for another model or for parameters that were replaced"
             )
+        if not moved:
+            return
+        if any(bool(launch.steps.any()) for launch in self._launches):
+            raise ValueError(
+                "MaskedAdamW: the model was sharded after a step was taken or a state was loaded; shard it before, or "
+                "make a new optimizer and load the state into that"
+            )
+        assert model is not None
+        parts = {
+            old: Part.of(self._parts[old].index_set, Cut.of(new, f"MaskedAdamW: {self._names[old]!r}"))
+            for old, new in moved.items()
+            if old in self._parts
+        }
+        for old, part in parts.items():
+            self._check_part(moved[old], part, self._names[old])
+        for old, part in parts.items():
+            del self._parts[old]
+            self._parts[moved[old]] = part
+        self._names = {moved.get(param, param): name for param, name in self._names.items()}
+        self._home = ParameterHome(model, {name: param for param, name in self._names.items()})
+        for params in (self._ticketed, self._packs):
+            params.update([moved[param] for param in params & moved.keys()])
+            params.difference_update(moved)
+        for group in self.param_groups:
+            group["params"] = [moved.get(param, param) for param in group["params"]]
+            group["index_sets"] = self._digests_of(group)
+        for launch in self._launches:
+            if launch.packed is not None:
+                launch.packed.remove()
+        self._launches = []
+        self.state.clear()
+        self._build()
+        self._pack()
+
+    def _check_part(self, param: nn.Parameter, part: Part, name: str) -> None:
+        """Raises ValueError where ranks could not update what they hold of a parameter each on its own."""
+        if self._is_keyed(param) and part.start is None:
+            raise ValueError(
+                f'MaskedAdamW: states="8bit" and rounding="stochastic" are for parameters cut by rows, {name!r} is '
+                "cut by columns; train it with float32 states and master=True"
+            )
+        if self.precision.states == "8bit" and part.blocks is None:
+            raise ValueError(
+                f'MaskedAdamW: states="8bit" has blocks of 256 active entries of a tile of 65,536, and {name!r} is '
+                "cut inside of one; leave it out of the ticket, or train with float32 states"
+            )
+
+    def _is_keyed(self, param: nn.Parameter) -> bool:
+        """Whether random bits go with the entries of a sharded parameter."""
+        return bool(spread(param)) and (self.precision.states == "8bit" or self.precision.is_stochastic(param.dtype))
+
+    def _origins(self, params: Sequence[nn.Parameter]) -> tuple[int, ...]:
+        """The entry of the whole parameter that each begins with here, where random bits go by it."""
+        return tuple(self._parts[param].start or 0 for param in params) if self._is_keyed(params[0]) else ()
+
+    def _on_all_ranks(self, found_inf: Tensor) -> Tensor:
+        """A found_inf that is the same on all ranks that share parameters: what one sees, all skip."""
+        spreads = {launch.spread for launch in self._launches if launch.spread}
+        if not spreads:
+            return found_inf
+        found_inf = found_inf.clone()
+        for one in spreads:
+            sum_over(one, found_inf)
+        return found_inf
 
     def _warn_without_gradients(self) -> None:
         if self._warned:
@@ -366,12 +471,20 @@ class MaskedAdamW(Optimizer):
 
         The moments are in slot order, which depends neither on backend, device nor encoding; those of an optimizer
         with other `states` load as well. Index sets are not stored: the ticket that makes the optimizer brings them.
+        Of sharded parameters the state is sharded, too: torch.distributed.checkpoint saves it on n ranks and loads it
+        on m, sharded or not.
 
         Args:
             include_gradients: also what micro-batches have accumulated so far (copies), to go on in the middle of an
                 accumulation; `load_state_dict` puts it back into an optimizer with the same `gradients`.
         """
+        self._settle_parameters()
         saved = {**super().state_dict(), _DIGESTS: {"version": 1, "index_sets": self._digests()}}
+        for number, param in enumerate(self._members()):
+            if spread(param):
+                from ltp_sparse.optim.sharded_state import to_save  # takes long to import
+
+                saved["state"][number] = to_save(saved["state"][number], param, self._parts[param])
         if include_gradients:
             found = {p: launch.gradient(i) for launch in self._launches for i, p in enumerate(launch.params)}
             grads = [found[param] for param in self._members()]
@@ -382,7 +495,15 @@ class MaskedAdamW(Optimizer):
         return [member for group in self.param_groups for member in group["params"]]
 
     def _digests(self) -> list[str]:
-        return [self._sets[param].digest() for group in self.param_groups for param in group["params"]]
+        return [digest for group in self.param_groups for digest in group["index_sets"]]
+
+    def _digests_of(self, group: Mapping[str, Any]) -> list[str]:
+        return [self._parts[param].digest for param in group["params"]]
+
+    def _is_of_ticket(self, param: nn.Parameter, digest: str) -> bool:
+        """Whether a digest, which may be of an earlier kind, is that of the active entries of a parameter."""
+        part = self._parts[param]
+        return digest == part.digest or (not is_sharded(param) and digest == part.index_set.digest(digest))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` gave, onto any device, or `torch.distributed.checkpoint.state_dict` made of it.
@@ -393,6 +514,7 @@ class MaskedAdamW(Optimizer):
             ValueError: it belongs to another ticket, other parameters, or is of a newer version; something is missing
                 or impossible, such as a negative second moment. Nothing is changed then.
         """
+        self._settle_parameters()
         params = self._members()
         saved, groups, gradients = self._checked(state_dict, params)
         state, own_groups, before = self.state, self.param_groups, self._written()
@@ -448,7 +570,7 @@ class MaskedAdamW(Optimizer):
                 "make it with the ticket and the dense parameters of that run"
             )
         known = all(map(is_known, digests)) and len(digests) == len(params)
-        if not known or digests != [self._sets[p].digest(like) for p, like in zip(params, digests, strict=True)]:
+        if not known or not all(map(self._is_of_ticket, params, digests)):
             raise ValueError(
                 "MaskedAdamW: the state was saved for another ticket, or for other parameters in another order; "
                 "make the optimizer with the ticket of that run"
@@ -467,7 +589,7 @@ class MaskedAdamW(Optimizer):
         of_key = dict(zip((key for group in groups for key in group["params"]), params, strict=True))
         if unknown := [key for key in state_dict["state"] if key not in of_key]:
             raise ValueError(f"MaskedAdamW: the state holds {unknown[0]!r}, which is in none of its parameter groups")
-        saved = {of_key[key]: state for key, state in state_dict["state"].items()}
+        saved = {of_key[key]: self._own_state(of_key[key], state) for key, state in state_dict["state"].items()}
         if saved and not any(saved.values()):
             saved = {}
         members = zip(self.param_groups, loaded, strict=True)
@@ -486,6 +608,15 @@ class MaskedAdamW(Optimizer):
                     launch.check_gradient(position, gradients[param], name)
         return saved, loaded, gradients
 
+    def _own_state(self, param: nn.Parameter, state: Any) -> Any:
+        """What is this rank's of the saved state of a parameter."""
+        if not spread(param) or not isinstance(state, Mapping):
+            return state
+        from ltp_sparse.optim.sharded_state import to_load
+
+        lengths = {key: len(values) for key, values in self.state[param].items() if values.dim()}
+        return to_load(dict(state), self._parts[param], lengths)
+
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles carry; torch's own would leave the packed buffers behind."""
         if self._packs:
@@ -494,19 +625,20 @@ class MaskedAdamW(Optimizer):
                 "copy of the model and load the state_dict"
             )
         own = (
-            "max_grad_norm", "grad_norm", "precision", "pull_on", "_removed", "_packs", "_sets", "_launches",
+            "max_grad_norm", "grad_norm", "precision", "pull_on", "_removed", "_packs", "_parts", "_launches",
             "_hyper_known", "_laid_out", "_names", "_ticketed", "_warned", "_pull_factor",
         )  # fmt: skip
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._home = None  # a copy stands for another model
+        if "_launches" in state:  # a copy, which stands for another model; torch loads state dicts this way, too
+            self._home = self._model = None
         self.__dict__.setdefault("_laid_out", self._members())
         for group in self.param_groups:
             group.setdefault("pull", 0.0)
             group.setdefault("maximize", False)
-            group.setdefault("index_sets", [self._sets[param].digest() for param in group["params"]])
+            group.setdefault("index_sets", self._digests_of(group))
         self._set_clips()
         for launch in self._launches:  # a pickle has given every view a storage of its own
             for position, param in enumerate(launch.params):
@@ -514,12 +646,18 @@ class MaskedAdamW(Optimizer):
 
     def average_gradients(self, group: ProcessGroup | None = None) -> None:
         """Averages packed gradients over the ranks, for loops without DDP; call it after the last micro-batch."""
+        if any(launch.spread for launch in self._launches):
+            raise ValueError(
+                "MaskedAdamW.average_gradients: gradients of sharded parameters are those of all ranks already"
+            )
         for launch in self._launches:
             if launch.packed is not None:
                 launch.packed.average(group)
 
     def remove(self) -> None:
         """Takes the hooks of packed gradients away; a further step is an error. Without such hooks it does nothing."""
+        if self._watch is not None:
+            self._watch.remove()
         for launch in self._launches:
             if launch.packed is not None:
                 launch.packed.remove()
@@ -578,14 +716,17 @@ class MaskedAdamW(Optimizer):
         return "\n".join([*lines, ")"])
 
 
-def freeze(model: nn.Module, ticket: Ticket, dense: nn.Module | Iterable[Any] = ()) -> None:
+def _are_same(some: list[nn.Parameter], others: list[nn.Parameter]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
+
+
+def freeze(model: nn.Module, ticket: Ticket | TicketShard, dense: nn.Module | Iterable[Any] = ()) -> None:
     """Turns `requires_grad` off for all parameters without an active entry that are not in `dense`.
 
     Do so before wrapping the model in DDP, which decides at construction which gradients it waits for.
     """
     named = named_parameters(model, what="freeze")
-    ticket = ticket_for(named, ticket, what="freeze")
-    trained = {named[name] for name in active_names(named, ticket, what="freeze")}
+    trained = {named[name] for name in parts_of(named, ticket, what="freeze")}
     _freeze(model, trained | set(dense_parameters(dense, what="freeze")))
 
 
@@ -630,7 +771,7 @@ def _check_options(group: Mapping[str, Any]) -> None:
 def _check_group(group: dict[str, Any], precision: Precision) -> None:
     _check_options(group)
     for param in group["params"]:
-        check_ordinary(param, what="MaskedAdamW")
+        check_ordinary(local(param), what="MaskedAdamW")
         if param.dtype not in DTYPES:
             raise TypeError(f"MaskedAdamW: parameters must be {DTYPE_NAMES}, got {param.dtype}")
         precision.is_stochastic(param.dtype)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from typing import Any
 
 from torch import Tensor, nn
 
+from ltp_sparse.selection.shards import Part, TicketShard
 from ltp_sparse.tickets.ticket import Ticket
-from ltp_sparse.weights.names import canonical_parameters, match_names
+from ltp_sparse.weights.names import Named, canonical_parameters, match_names
+from ltp_sparse.weights.sharding import Cut, is_sharded, local, reshard
 from ltp_sparse.weights.tensors import check_plain_tensor
 
 _IN_TRANSFORMERS = (
@@ -21,6 +24,7 @@ _IN_TRANSFORMERS = (
 def named_parameters(model: Any, *, what: str, mappings: bool = False) -> dict[str, nn.Parameter]:
     """Canonical name -> parameter of a module or, if that will do, of a mapping."""
     if isinstance(model, nn.Module):
+        reshard(model)
         return canonical_parameters(model)
     if isinstance(model, Mapping) and mappings:
         return dict(model)
@@ -65,10 +69,25 @@ def check_ordinary(param: Tensor, *, what: str, name: str = "") -> None:
     check_plain_tensor(param, f"{what}: {name!r}" if name else f"{what}: a parameter")
 
 
-def check_trainable(named: Mapping[str, nn.Parameter], *, what: str) -> None:
-    """Raises ValueError or TypeError if a parameter of the ticket could not train as it is."""
+def check_engine(model: nn.Module, *, what: str) -> None:
+    """Raises ValueError for a model whose parameters are flattened: by FSDP1, or by DeepSpeed's ZeRO."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
+        by = "FullyShardedDataParallel (FSDP1)"
+    elif any(hasattr(param, "ds_id") for param in model.parameters()):
+        by = "DeepSpeed's ZeRO-3"
+    else:
+        return
+    raise ValueError(
+        f"{what}: expected parameters of the ticket's shapes, those of this model are flattened by {by}; shard it by "
+        "torch.distributed.fsdp.fully_shard (FSDP2) instead"
+    )
+
+
+def check_trainable(named: Mapping[str, nn.Parameter], *, what: str, sharded: bool = False) -> None:
+    """Raises ValueError or TypeError if a parameter of the ticket could not train as it is; sharded: DTensors may."""
     for name, param in named.items():
-        check_ordinary(param, what=what, name=name)
+        check_ordinary(local(param) if sharded else param, what=what, name=name)
         if not param.requires_grad:
             raise ValueError(
                 f"{what}: expected a gradient for each parameter of the ticket, {name!r} takes none; call its "
@@ -110,22 +129,40 @@ class ParameterHome:
 
     def check(self, *, what: str) -> None:
         """Raises ValueError if a parameter of the model was replaced by another."""
+        for module, name, _, _ in self._replaced():
+            raise ValueError(
+                f"{what}: the parameter {name!r} of a {type(module).__name__} has been replaced since the optimizer "
+                "was made, and a step would train nothing; it is now another one (a model moved, resized, sharded, or "
+                "loaded with assign=True does so): make a new optimizer"
+            )
+
+    def awaits_sharded(self) -> bool:
+        """Whether an ordinary parameter was replaced, as `fully_shard` does."""
+        return any(known is not None and not is_sharded(known) for _, _, known, _ in self._replaced())
+
+    def sharded(self, model: nn.Module, *, what: str) -> dict[nn.Parameter, nn.Parameter]:
+        """Parameter -> the sharded one that the model has in its place now, for those that were replaced.
+
+        Raises:
+            ValueError: a parameter was replaced by another one than itself, sharded.
+        """
+        if next(self._replaced(), None) is None:
+            return {}
+        reshard(model)
+        moved: dict[nn.Parameter, nn.Parameter] = {}
+        for _, _, known, now in self._replaced():
+            if known is None or is_sharded(known) or not is_sharded(now) or now.shape != known.shape:
+                self.check(what=what)
+            moved[known] = now
+        return moved
+
+    def _replaced(self) -> Iterator[tuple[nn.Module, str, Any, nn.Parameter]]:
+        """(module, name of its parameter, the known one, the one there is now) of those that are not the same."""
         for module_ref, name, known in self._places:
             module = module_ref()
             now = None if module is None else module._parameters.get(name)
-            if now is None or now is known():
-                continue
-            sharded = type(now).__torch_dispatch__ is not Tensor.__torch_dispatch__
-            how = (
-                f"a {type(now).__name__} (fully_shard of FSDP2 does so), which is not supported yet: train without "
-                "sharding, or by DistributedDataParallel"
-                if sharded
-                else "another one (a model moved, resized, or loaded with assign=True does so): make a new optimizer"
-            )
-            raise ValueError(
-                f"{what}: the parameter {name!r} of a {type(module).__name__} has been replaced since the optimizer "
-                f"was made, and a step would train nothing; it is now {how}"
-            )
+            if module is not None and now is not None and now is not known():
+                yield module, name, known(), now
 
 
 def ticket_for(named: Mapping[str, nn.Parameter], ticket: Ticket, *, what: str) -> Ticket:
@@ -144,6 +181,38 @@ def active_names(named: Mapping[str, nn.Parameter], ticket: Ticket, *, what: str
                 f"{list(ticket.shapes[name])} in the ticket; select the ticket on this model"
             )
     return names
+
+
+def parts_of(named: Mapping[str, nn.Parameter], ticket: Ticket | TicketShard, *, what: str) -> dict[str, Part]:
+    """Name -> this rank's part of its active entries, for parameters with active entries on any rank.
+
+    Raises:
+        ValueError: as `active_names`, or this rank's part of the ticket is not what it holds of a parameter.
+    """
+    if isinstance(ticket, TicketShard):
+        return _parts_of_shard(named, ticket, what=what)
+    ticket = ticket_for(named, ticket, what=what)
+    cuts = {name: Cut.of(named[name], f"{what}: {name!r}") for name in active_names(named, ticket, what=what)}
+    return {name: Part.of(ticket.sets[name], cut) for name, cut in cuts.items()}
+
+
+def _parts_of_shard(named: Mapping[str, nn.Parameter], ticket: TicketShard, *, what: str) -> dict[str, Part]:
+    called = {name: named.called(name) or name if isinstance(named, Named) else name for name in ticket.parts}
+    parts = {called[name]: part for name, part in ticket.parts.items() if part.k}
+    match_names(list(parts), named, what=what, where="the model")
+    for name, canonical in called.items():
+        if canonical not in parts:
+            continue
+        shard, param = ticket.shards[name], named[canonical]
+        cut = Cut.of(param, f"{what}: {canonical!r}")
+        if tuple(shard.shape) != cut.shape or not cut.by_rows or cut.entries != (shard.start, shard.stop):
+            holds = f"entries {cut.entries[0]} to {cut.entries[1]}" if cut.by_rows else "some columns"
+            raise ValueError(
+                f"{what}: this rank's part of the ticket has the entries {shard.start} to {shard.stop} of "
+                f"{canonical!r} with shape {list(shard.shape)}, and the model {holds} of {list(cut.shape)}; call "
+                "select_sharded on the model sharded as it trains, or pass the whole ticket"
+            )
+    return parts
 
 
 def dense_groups(dense: nn.Module | Iterable[Any], *, what: str) -> list[dict[str, Any]]:

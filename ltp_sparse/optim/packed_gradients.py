@@ -22,6 +22,7 @@ from ltp_sparse.optim.gradient_view import GradientView, PackedTensor
 from ltp_sparse.tickets.bits import unpack_bits
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.tile_table import Column, TileTable
+from ltp_sparse.weights.sharding import is_sharded, like, local, own_gradient
 
 # rows of a batch that are packed at a time: bounds the temporaries to a few megabytes
 _ROWS_AT_A_TIME = 512
@@ -234,7 +235,8 @@ class PackedGradients:
         numbers = {param: number for number, param in enumerate(params)}
         for module in model.modules():
             weight = getattr(module, "weight", None)
-            if isinstance(module, nn.Embedding) and weight in numbers:
+            # no reduction over shards takes sparse gradients
+            if isinstance(module, nn.Embedding) and weight in numbers and not is_sharded(weight):
                 if not module.sparse:
                     module.sparse = True
                     embeddings.append(module)
@@ -246,7 +248,8 @@ class PackedGradients:
         handles.append(model.register_forward_pre_hook(_ModelHook(self._before_forward, ignored, embeddings)))
         for number, param in enumerate(params):
             handles.append(param.register_post_accumulate_grad_hook(self._hook(number)))
-        weak = [weakref.ref(thing) for thing in (*embeddings, *self.params)]
+        self._embeddings = [weakref.ref(embedding) for embedding in embeddings]
+        weak = [*self._embeddings, *map(weakref.ref, self.params)]
         self._undo = weakref.finalize(self, _undo, own, handles, weak, weakref.ref(model), ignored)
         self._undo.atexit = False
 
@@ -262,7 +265,7 @@ class PackedGradients:
 
     def _pack(self, number: int, param: Tensor) -> None:
         """Takes a gradient that backward has made, unless it was added to the view already."""
-        share, grad = self.shares[number], param.grad
+        share, grad = self.shares[number], own_gradient(param)
         assert grad is not None
         self._hide_used()
         if not self._is_shown(number, grad):
@@ -275,7 +278,7 @@ class PackedGradients:
             Variable._execution_engine.queue_callback(lambda: self._end_backward(ddp.process_group))
 
     def _is_shown(self, number: int, grad: Tensor | None) -> bool:
-        shown = self._shown[number]
+        shown, grad = self._shown[number], local(grad)
         return isinstance(grad, GradientView) and shown is not None and grad.source is shown()
 
     def _show(self, number: int) -> None:
@@ -284,7 +287,8 @@ class PackedGradients:
         if not self._is_shown(number, param.grad):
             shown = Shown(share)
             self._shown[number] = weakref.ref(shown)
-            param.grad = GradientView(shown, param.shape, param.dtype, param.device)
+            held = local(param)
+            param.grad = like(param, GradientView(shown, held.shape, held.dtype, held.device))
 
     def _let_go(self, number: int) -> None:
         """Gives those who still hold the gradient in the buffer a copy of it, before the buffer is overwritten."""
@@ -303,7 +307,7 @@ class PackedGradients:
     def settle(self) -> None:
         """Takes over what others have made of the `.grad` of the parameters: None, or a tensor of their own."""
         for number, (param, share) in enumerate(zip(self.params, self.shares, strict=True)):
-            grad = param.grad
+            grad = own_gradient(param)
             if grad is None:
                 if share.shown:
                     share.present = share.shown = False
@@ -322,13 +326,16 @@ class PackedGradients:
         """Notes whether the model runs inside DDP, and that DDP leaves its parameters to us."""
         if not torch.is_grad_enabled():
             return
+        own = set(map(id, self.params))
+        for embedding in (ref() for ref in self._embeddings):
+            if embedding is not None and id(embedding.weight) not in own:
+                embedding.sparse = False  # its weight has been sharded
         self._used = self._used or any(share.carrier is not None for share in self.shares)
         self._hide_used()
         ddp = DistributedDataParallel._get_active_ddp_module()
         self._ddp = None if ddp is None else weakref.ref(ddp)  # it must not outlive its process group
         self._averaging = False  # a backward that failed may have left it set
         if ddp is not None:
-            own = set(map(id, self.params))
             if any(id(param) in own for param in ddp._module_parameters):
                 raise ValueError(
                     'MaskedAdamW: gradients="packed" must be set up before the model is wrapped in '
@@ -447,7 +454,7 @@ def _undo(own: Any, handles: list[Any], things: list[Any], model_ref: Any, ignor
             thing.sparse = False
         elif isinstance(thing, Tensor) and _packed.get(thing) is own:
             _packed.pop(thing)
-            if isinstance(thing.grad, GradientView):
+            if isinstance(local(thing.grad), GradientView):
                 thing.grad = None
     if (model := model_ref()) is not None:
         _leave_to_ddp(model, ignored)

@@ -17,8 +17,9 @@ from ltp_sparse.ops.sources import Reader, StreamSource, TensorSource
 from ltp_sparse.selection import pools, scores
 from ltp_sparse.selection.budgets import Budget, share_out
 from ltp_sparse.selection.by_tensor import PASSES, Spool, select_by_tensor
-from ltp_sparse.selection.distributed import Shard, TicketShard, select_sharded
+from ltp_sparse.selection.distributed import select_sharded
 from ltp_sparse.selection.outcome import ShortTicket, describe
+from ltp_sparse.selection.shards import Shard, TicketShard
 from ltp_sparse.selection.sources import (
     MixedDtypes,
     Score,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from ltp_sparse.ops.routes import NonFiniteDelta, select_topk
 from ltp_sparse.ops.sources import Reader, Source, StreamSource, TensorSource
 from ltp_sparse.selection.budgets import Budget, share_out
 from ltp_sparse.selection.outcome import describe
+from ltp_sparse.selection.shards import Part, Shard, TicketShard, assembled, whole_digest
 from ltp_sparse.selection.sources import (
     Score,
     Sides,
@@ -26,23 +26,17 @@ from ltp_sparse.selection.sources import (
     warn_of_dtypes,
 )
 from ltp_sparse.selection.team import GuardedSource, Team, TeamRanks
-from ltp_sparse.tickets.bits import TILE, bitmap_words, shifted_words, tiles_of
+from ltp_sparse.tickets.bits import TILE, bitmap_words, tiles_of
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Pool, Ticket
+from ltp_sparse.tickets.tile_table import STATE_BLOCK, state_blocks
 from ltp_sparse.weights.checkpoints import Readable
 from ltp_sparse.weights.digests import digest
 from ltp_sparse.weights.names import Named, bare_names
+from ltp_sparse.weights.sharding import Cut, is_sharded, local
 from ltp_sparse.weights.versions import Missing, Weights
 
 _PIECE = 1 << 18  # entries sent at a time, or words of a bitmap
-
-
-class Shard(NamedTuple):
-    """A process's part of a parameter: entries start..stop of the row-major order of its whole `shape`."""
-
-    start: int
-    stop: int
-    shape: Sequence[int]
 
 
 class _Held(NamedTuple):
@@ -54,45 +48,6 @@ class _Held(NamedTuple):
     def reader(self, start: int, stop: int) -> Reader:
         """A reader of entries start..stop of the whole parameter, which must lie in the shard."""
         return Reader.of(self.tensor).part(start - self.shard.start, stop - self.shard.start)
-
-
-@dataclass(frozen=True, eq=False)
-class TicketShard:
-    """A process's part of a ticket.
-
-    Attributes:
-        local: ticket over the tensors of this process, under their names and shapes
-        shards: this process's shard of every parameter of the pool; an empty range where it holds nothing
-        metadata: of the whole ticket
-        fingerprint: of the whole ticket
-    """
-
-    local: Ticket
-    shards: dict[str, Shard]
-    metadata: dict[str, Any]
-    fingerprint: dict[str, str]
-    _team: Team
-    _gives: frozenset[str]  # parameters that this process contributes, of all with an equal shard
-    _everywhere: frozenset[str]  # parameters that every process holds whole
-
-    def __repr__(self) -> str:
-        return f"TicketShard(rank {self._team.rank} of {self._team.size}, {self.local!r})"
-
-    def gather(self) -> Ticket:
-        """The whole ticket, equal to that of `select`, on every process. All processes must call it."""
-        sets = {}
-        for name, shard in self.shards.items():
-            if name in self._everywhere:
-                sets[name] = self.local.sets[name]
-                continue
-            part = (
-                self.local.sets[name].bitmap()
-                if name in self._gives
-                else torch.empty(0, dtype=torch.int32, device="cpu")
-            )
-            sets[name] = _assembled(self._team, part, shard)
-        shapes = {name: shard.shape for name, shard in self.shards.items()}
-        return Ticket(sets, shapes, self.metadata, self.fingerprint)
 
 
 def select_sharded(
@@ -184,7 +139,7 @@ def select_sharded(
 
     bitmaps = dict(zip(names, selection.words.split([bitmap_words(n) for n in source.sizes]), strict=True))
     parts = {name: _own_part(team, bitmaps[name], held[name], work[name]) for name in names}
-    local = {name: part for name, part in parts.items() if name in common[team.rank]}
+    local_sets = {name: part for name, part in parts.items() if name in common[team.rank]}
     of_tensors = [counts.sum() for counts in selection.counts.split([tiles_of(n) for n in source.sizes])]
     counts = dict(zip(names, team.sum(torch.stack(of_tensors)).tolist(), strict=True))
     description = describe(
@@ -199,13 +154,19 @@ def select_sharded(
         left_out={**agreed["left out"], "quantised": max(count for *_, count in reports)},
         metadata=metadata,
     )
+    gives = frozenset(name for name in local_sets if _ranges(held[name]).index(held[name][team.rank][:2]) == team.rank)
     return TicketShard(
-        Ticket(local, {name: _local_shape(name, held[name][team.rank], base, after) for name in local}, description),
+        Ticket(
+            local_sets,
+            {name: _local_shape(name, held[name][team.rank], base, after) for name in local_sets},
+            description,
+        ),
         {name: shards[team.rank] for name, shards in held.items()},
+        _parts(team, local_sets, held, gives, counts),
         description,
         _fingerprint(team, [name for name in names if counts[name]], base, [shards for shards, *_ in reports]),
         team,
-        frozenset(name for name in local if _ranges(held[name]).index(held[name][team.rank][:2]) == team.rank),
+        gives,
         frozenset(n for n in names if len(set(_ranges(held[n]))) == 1 and all(n in shards for shards in common)),
     )
 
@@ -228,11 +189,9 @@ def _sides(
 
 
 def _held(name: str, tensor: Readable, shards: Mapping[str, Shard]) -> _Held:
-    from torch.distributed.tensor import DTensor
-
-    if isinstance(tensor, DTensor):
+    if is_sharded(tensor):
         shard = _rows(name, tensor)
-        tensor = tensor.to_local()
+        tensor = local(tensor).detach()
     elif name in shards and isinstance(tensor, Tensor) and tensor.shape != Size(shards[name].shape):
         shard = shards[name]
     else:
@@ -248,23 +207,13 @@ def _held(name: str, tensor: Readable, shards: Mapping[str, Shard]) -> _Held:
 
 def _rows(name: str, tensor: Any) -> Shard:
     """The row-major range of a DTensor's local part."""
-    from torch.distributed.tensor import Shard as ShardedDim
-
-    rows, mesh = tensor.shape[:1].numel(), tensor.device_mesh
-    start, stop = 0, rows
-    for dim, placement in enumerate(tensor.placements):
-        if placement.is_replicate():
-            continue
-        if type(placement) is not ShardedDim or placement.dim != 0:
-            raise ValueError(
-                f"select_sharded: {name!r} is placed as {placement} over its mesh; expected DTensors that are "
-                "sharded by rows, Shard(0), or replicated; redistribute() it first"
-            )
-        size = -(-(stop - start) // mesh.size(dim))  # as torch.chunk
-        start = min(start + mesh.get_local_rank(dim) * size, stop)
-        stop = min(start + size, stop)
-    row = tensor.shape[1:].numel()
-    return Shard(start * row, stop * row, tensor.shape)
+    cut = Cut.of(tensor, f"select_sharded: {name!r}")
+    if not cut.by_rows:
+        raise ValueError(
+            f"select_sharded: {name!r} is placed as {tensor.placements} over its mesh; expected DTensors that are "
+            "sharded by rows, Shard(0), or replicated; redistribute() it first"
+        )
+    return Shard(*cut.entries, tensor.shape)
 
 
 def _common(base: dict[str, _Held], after: dict[str, _Held] | None) -> dict[str, Shard]:
@@ -346,26 +295,38 @@ def _source(
     return TensorSource([r.read(0, r.n) for r in initial], [r.read(0, r.n) for r in tuned])
 
 
-def _assembled(team: Team, words: Tensor, shard: Shard) -> IndexSet:
-    """The index set of a whole parameter from bitmaps of disjoint shards; an empty bitmap: none on this process."""
-    n = Size(shard.shape).numel()
-    whole = torch.zeros(bitmap_words(n), dtype=torch.int32, device=words.device)
-    if words.numel():
-        first, shift = divmod(shard.start, 32)
-        moved = shifted_words(words, shift) if shift else words
-        there = whole[first : first + moved.numel()]
-        there |= moved[: there.numel()]
-    for piece in whole.split(_PIECE):
-        piece.copy_(team.sum(piece))  # no bit is set twice, so a sum is a bitwise or
-    return IndexSet.from_bitmap(whole, n)
-
-
 def _own_part(team: Team, words: Tensor, held: Sequence[Shard], work: Sequence[tuple[int, int]]) -> IndexSet:
     """The index set of this process's shard, from the bitmaps of the pieces that each process worked on."""
     shard = held[team.rank]
     if work == _ranges(held):
         return IndexSet.from_bitmap(words, shard.stop - shard.start)
-    return _assembled(team, words, Shard(*work[team.rank], shard.shape)).entries(shard.start, shard.stop)
+    return assembled(team, words, Shard(*work[team.rank], shard.shape)).entries(shard.start, shard.stop)
+
+
+def _parts(
+    team: Team,
+    sets: Mapping[str, IndexSet],
+    held: Mapping[str, Sequence[Shard]],
+    gives: frozenset[str],
+    counts: Mapping[str, int],
+) -> dict[str, Part]:
+    """Where this process's active entries lie among all. counts: name -> active entries of the whole parameter."""
+    own = [[sets[n].k, int(state_blocks(sets[n].tile_counts).sum())] if n in gives else [0, 0] for n in held]
+    table = torch.tensor(own, dtype=torch.int64, device="cpu").reshape(-1)
+    of_ranks = team.stack(table).view(len(held), 2, team.size).tolist() if len(held) else []
+    parts = {}
+    for (name, shards), (ks, blocks) in zip(held.items(), of_ranks, strict=True):
+        n, shard = Size(shards[team.rank].shape).numel(), shards[team.rank]
+        before = [rank for rank, other in enumerate(shards) if other.start < shard.start]
+        unit = STATE_BLOCK if counts[name] == n else TILE
+        apart = all(start % unit == 0 and (stop % unit == 0 or stop == n) for start, stop in _ranges(shards))
+        digest = whole_digest(team, sets[name].bitmap() if name in gives else None, shard, counts[name])
+        if name in sets:
+            parts[name] = Part(
+                sets[name], sum(ks[rank] for rank in before), counts[name],
+                (sum(blocks[rank] for rank in before), sum(blocks)) if apart else None, shard.start, digest,
+            )  # fmt: skip
+    return parts
 
 
 def _ranges(shards: Sequence[Shard]) -> list[tuple[int, int]]:

@@ -488,24 +488,3 @@ def test_a_step_without_gradients_warns_once(gradients):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step()
-
-
-def test_fsdp2_after_the_optimizer_is_refused():
-    pytest.importorskip("torch.distributed.fsdp")
-    from torch import distributed
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        model = nn.Linear(8, 8)
-        ticket = Ticket.full(model)
-        optimizer = MaskedAdamW(model, ticket)
-        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-        model(torch.ones(2, 8)).sum().backward()
-        with pytest.raises(ValueError, match="it is now a DTensor.*not supported yet"):
-            optimizer.step()
-        with pytest.raises(TypeError, match="'weight' is a DTensor, which is not supported yet|DTensor"):
-            MaskedAdamW(model, ticket)
-    finally:
-        distributed.destroy_process_group()

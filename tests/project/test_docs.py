@@ -3,7 +3,9 @@
 import contextlib
 import importlib
 import io
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -152,6 +154,19 @@ def test_snippets_run_and_print_what_the_page_says(page, tmp_path, monkeypatch):
             assert same(printed) == same(body)
             compared += 1
     assert compared
+
+
+@pytest.mark.slow
+def test_the_sharded_tutorial_runs_on_two_ranks(tmp_path):
+    pytest.importorskip("transformers")
+    blocks = re.findall(r"^```(python|text)\n(.*?)^```", read(ROOT / "docs/sharded.md"), flags=re.M | re.S)
+    script, said = ("".join(body for kind, body in blocks if kind == wanted) for wanted in ("python", "text"))
+    (tmp_path / "tune.py").write_text(script)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tune.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(launcher, cwd=tmp_path, capture_output=True, text=True, timeout=200, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert shape(run.stdout) == shape(said)
 
 
 # --- README and site ---

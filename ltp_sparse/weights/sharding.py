@@ -1,0 +1,187 @@
+"""Parameters that several ranks hold together, as DTensors (FSDP2, tensor parallelism): what is this rank's."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether it is a DTensor, be it cut or a copy on every rank."""
+    module = sys.modules.get("torch.distributed.tensor")  # without it there are none, and it takes long to import
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Any) -> Any:
+    """What this rank holds of a tensor: its own memory, not a copy."""
+    if not is_sharded(tensor):
+        return tensor
+    held = tensor._local_tensor
+    return held.wait() if hasattr(held, "wait") else held  # an AsyncCollectiveTensor
+
+
+def like(param: Tensor, held: Any) -> Any:
+    """A tensor of which this rank holds `held`, in the sharding of a parameter."""
+    if not is_sharded(param):
+        return held
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    return DTensor.from_local(held, mesh, placements, run_check=False, shape=param.shape, stride=param.stride())
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a parameter is cut into blocks, one on each rank or on several.
+
+    Attributes:
+        shape: of the whole parameter
+        ranges: for each dimension the (start, stop) of its pieces, in order
+        own: for each dimension, which of them is this rank's
+    """
+
+    shape: tuple[int, ...]
+    ranges: tuple[tuple[tuple[int, int], ...], ...]
+    own: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Any, what: str) -> Cut:
+        """That of a DTensor, or of an ordinary tensor, which is whole.
+
+        Args:
+            tensor: the parameter.
+            what: its name in messages.
+
+        Raises:
+            ValueError: it is placed otherwise than cut by dimensions or copied.
+        """
+        ranges = [[(0, size)] for size in tensor.shape]
+        own = [0 for _ in tensor.shape]
+        if is_sharded(tensor):
+            for mesh_dim, dim in _cuts(tensor, what):
+                count, rank = tensor.device_mesh.size(mesh_dim), tensor.device_mesh.get_local_rank(mesh_dim)
+                ranges[dim] = [piece for whole in ranges[dim] for piece in _chunks(*whole, count)]
+                own[dim] = own[dim] * count + rank
+        cut = cls(tuple(tensor.shape), tuple(map(tuple, ranges)), tuple(own))
+        if tuple(local(tensor).shape) != cut.sizes:
+            raise ValueError(
+                f"{what} is placed as {tensor.placements} over its mesh, and this rank's part has shape "
+                f"{list(local(tensor).shape)}, expected {list(cut.sizes)}; shard it by fully_shard, parallelize_module "
+                "or distribute_tensor"
+            )
+        return cut
+
+    @property
+    def block(self) -> tuple[tuple[int, int], ...]:
+        """(start, stop) of this rank's block in each dimension."""
+        return tuple(pieces[number] for pieces, number in zip(self.ranges, self.own, strict=True))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The shape of this rank's block."""
+        return tuple(stop - start for start, stop in self.block)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether every block is a range of the row-major order."""
+        return all(len(pieces) == 1 for pieces in self.ranges[1:])
+
+    @property
+    def entries(self) -> tuple[int, int]:
+        """(start, stop) of this rank's entries in the row-major order, where it is cut by rows."""
+        if not self.block:
+            return 0, 1
+        row = math.prod(self.shape[1:])
+        return self.block[0][0] * row, self.block[0][1] * row
+
+    def blocks(self) -> Iterator[tuple[tuple[int, int], ...]]:
+        """All blocks, in the order of their first entries."""
+        return product(*self.ranges)
+
+
+def _cuts(tensor: Any, what: str) -> list[tuple[int, int]]:
+    """(dimension of the mesh, dimension of the tensor) of each cut, in the order they were made."""
+    cuts, later, counts = [], [], dict.fromkeys(range(tensor.dim()), 1)
+    for mesh_dim, placement in enumerate(tensor.placements):
+        kind = type(placement).__name__
+        if kind == "Shard":
+            cuts.append((mesh_dim, placement.dim))
+            counts[placement.dim] *= tensor.device_mesh.size(mesh_dim)
+        elif kind == "_StridedShard":  # FSDP2 of what is cut already along a later dimension of the mesh
+            later.append((mesh_dim, placement.dim, placement.split_factor))
+        elif kind != "Replicate":
+            raise ValueError(
+                f"{what} is placed as {placement} over its mesh; expected one that is cut, Shard, or copied, "
+                "Replicate: redistribute() it first"
+            )
+    if len(later) > 1 or any(factor != counts[dim] for _, dim, factor in later):
+        raise ValueError(
+            f"{what} is placed as {tensor.placements} over its mesh: its ranks hold no blocks of it; expected tensor "
+            "parallelism first, then fully_shard"
+        )
+    return cuts + [(mesh_dim, dim) for mesh_dim, dim, _ in later]
+
+
+def _chunks(start: int, stop: int, count: int) -> Iterator[tuple[int, int]]:
+    """As torch.chunk, with empty ones at the end."""
+    size = -(-(stop - start) // count)
+    for number in range(count):
+        yield min(start + number * size, stop), min(start + (number + 1) * size, stop)
+
+
+def spread(param: Tensor) -> tuple[Any, ...]:
+    """Over which dimensions of which mesh the entries of a parameter are spread: sums run over these.
+
+    Empty for a parameter that every rank has whole.
+    """
+    if not is_sharded(param):
+        return ()
+    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    return tuple((mesh, dim) for dim, placement in enumerate(placements) if not placement.is_replicate())
+
+
+def sum_over(spread: Sequence[Any], total: Tensor) -> Tensor:
+    """Adds up what ranks have of something spread; in place, on all of them."""
+    from torch import distributed
+
+    for mesh, dim in spread:
+        distributed.all_reduce(total, group=mesh.get_group(dim))
+    return total
+
+
+def reshard(model: nn.Module) -> list[Any]:
+    """Lets FSDP2 put its sharded parameters in place, where a forward pass has left the gathered ones.
+
+    Returns:
+        The modules that FSDP2 serves.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    served = [module for module in model.modules() if fsdp is not None and isinstance(module, fsdp.FSDPModule)]
+    for module in served:
+        module.reshard()
+    return served
+
+
+def own_gradient(param: Tensor) -> Tensor | None:
+    """What this rank holds of a parameter's gradient, which comes to be sharded as the parameter is.
+
+    Raises:
+        TypeError: the gradient of a sharded parameter is an ordinary tensor.
+    """
+    grad = param.grad
+    if grad is None or not is_sharded(param):
+        return grad
+    if not is_sharded(grad):
+        raise TypeError(
+            f"expected the gradient of a sharded parameter to be sharded, too, got a {type(grad).__name__} of shape "
+            f"{list(grad.shape)}; run backward() through the sharded model"
+        )
+    if grad.placements != param.placements:  # type: ignore[attr-defined]
+        grad = param.grad = grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
+    return local(grad)

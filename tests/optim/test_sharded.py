@@ -1,0 +1,577 @@
+"""`MaskedAdamW` on sharded models: given the same gradients, the bits of one process, on 2 to 4 ranks.
+
+All cases run in one group of processes, which keep a record; a test reads what they say of its case. Beside the sharded
+model each rank trains a whole one. The first rank alone has a loss, and FSDP2 sums: so both have the same gradients.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from helpers.ranks import leave_group
+from helpers.sharded_model import loss_of, net, shard_columns, shard_rows, shard_tensors, whole
+from torch import distributed, nn
+from torch.distributed import checkpoint
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate
+
+import ltp_sparse as ls
+from ltp_sparse import MaskedAdamW, Ticket
+from ltp_sparse.optim.gradient_view import GradientView
+from ltp_sparse.weights.names import canonical_parameters
+from ltp_sparse.weights.sharding import Cut, local
+
+WORLD = 4
+WAIT = timedelta(minutes=20)  # of ranks for those that have cases of fewer ranks to run first
+BF16 = {"dtype": torch.bfloat16}
+OPTIONS = {
+    "plain": {},
+    "packed": {"gradients": "packed"},
+    "clipped": {"max_grad_norm": 0.1},
+    "packed-clipped": {"gradients": "packed", "max_grad_norm": 0.1},
+    "pull": {"pull": 1e-3},
+    "dense": {"dense": ["block.norm", "small"]},
+    "master": BF16,
+    "master-packed": {**BF16, "gradients": "packed"},
+    "nearest": {**BF16, "master": False},
+    "stochastic": {**BF16, "rounding": "stochastic"},
+}
+
+
+class Ranks:
+    """What a case sees: this process among the first `size` ranks."""
+
+    def __init__(self, groups, rank, size, folder):
+        self.groups, self.rank, self.size, self.folder = groups, rank, size, folder
+
+    @property
+    def group(self):
+        return self.groups[self.size]
+
+    def among(self, size):
+        return Ranks(self.groups, self.rank, size, self.folder)
+
+    def mesh(self, *shape):
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if not shape:
+            return DeviceMesh.from_group(self.group, "cpu")
+        return DeviceMesh("cpu", torch.arange(self.size).view(shape), mesh_dim_names=("outer", "inner"))
+
+
+def ticket_of(model, density=0.2, without=()):
+    pool = [name for name in canonical_parameters(model) if not name.startswith(tuple(without) or "-")]
+    return Ticket.random(model, density=density, seed=3, pool=lambda name: name in pool)
+
+
+class Pair:
+    """A sharded model with its optimizer, and a whole one with its own."""
+
+    def __init__(
+        self, ranks, shard=None, *, first=False, dtype=torch.float32, dense=(), lr=0.01, seed=0, middle=97,
+        everyone=False, **options,
+    ):  # fmt: skip
+        """shard: by rows, unless given; first: the optimizer is made before the model is sharded; everyone: all
+        ranks have a loss."""
+        self.has_loss = everyone or ranks.rank == 0
+        self.plain, self.sharded = net(dtype, middle=middle, seed=seed), net(dtype, middle=middle, seed=seed)
+        shard = shard or (lambda model: shard_rows(model, ranks.mesh()) if ranks.size > 1 else model)
+        ticket = ticket_of(self.plain, without=dense)
+
+        def optimizer(model, **options):
+            modules = [model.get_submodule(name) for name in dense]
+            in_full = [p for module in modules for p in module.parameters()]
+            return MaskedAdamW(model, ticket, lr=lr, dense=in_full, **options)
+
+        if ranks.size == 1:
+            options["gradients"] = "dense"
+        # packed, an ordinary embedding adds up the gradients of its rows in another order
+        self.own = optimizer(self.plain, **{**options, "gradients": "dense"})
+        if first:
+            self.optimizer = optimizer(self.sharded, **options)
+        shard(self.sharded)
+        if not first:
+            self.optimizer = optimizer(self.sharded, **options)
+        self.count = 0
+
+    def step(self, micro_batches=1, sync=True, clip=None):
+        for batch in range(micro_batches):
+            if hasattr(self.sharded, "set_requires_gradient_sync"):
+                self.sharded.set_requires_gradient_sync(sync or batch == micro_batches - 1)
+            for model in (self.plain, self.sharded):
+                loss = loss_of(model, self.count)
+                (loss if model is self.plain or self.has_loss else loss * 0).backward()
+            self.count += 1
+        for optimizer in (self.own, self.optimizer):
+            if clip is not None:
+                optimizer.clip_grad_norm_(clip)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def check(self):
+        own, other = canonical_parameters(self.plain), canonical_parameters(self.sharded)
+        assert list(own) == list(other)
+        for name, param in own.items():
+            found = whole(other[name].detach())
+            assert torch.equal(found, param), f"{name}: {int((found != param).sum())} entries differ"
+        for one, two in zip(self.own.param_groups, self.optimizer.param_groups, strict=True):
+            by_rows = [Cut.of(param, "it").by_rows for param in two["params"]]
+            digests = zip(one["index_sets"], two["index_sets"], by_rows, strict=True)
+            assert all((a == b) == row for a, b, row in digests), "another cut by columns is another state"
+
+    def check_state(self):
+        """What this rank holds of the state is its part of that of the whole parameter."""
+        members = [[p for group in o.param_groups for p in group["params"]] for o in (self.own, self.optimizer)]
+        for twin, param in zip(*members, strict=True):
+            slots = self.optimizer._parts[param].slots
+            for key, values in self.optimizer.state[param].items():
+                expected = self.own.state[twin][key]
+                assert torch.equal(values, expected[slots] if expected.dim() else expected), key
+
+
+def trains(pair, steps=3, **options):
+    before = [p.detach().clone() for p in pair.plain.parameters()]
+    for _ in range(steps):
+        pair.step(**options)
+    pair.check()
+    if all(Cut.of(param, "it").by_rows for param in pair.sharded.parameters()):
+        pair.check_state()
+    assert any(not torch.equal(p, b) for p, b in zip(pair.plain.parameters(), before, strict=True))
+
+
+def rows(ranks, name):
+    trains(Pair(ranks, lambda model: shard_rows(model, ranks.mesh()), **OPTIONS[name]))
+
+
+def optimizer_first(ranks, name):
+    trains(Pair(ranks, lambda model: shard_rows(model, ranks.mesh()), first=True, **OPTIONS[name]))
+
+
+def accumulation(ranks, name):
+    pair = Pair(ranks, lambda model: shard_rows(model, ranks.mesh()), **OPTIONS[name])
+    trains(pair, micro_batches=2)
+    trains(pair, micro_batches=2, clip=0.05)
+    trains(pair, micro_batches=3, sync=False)
+
+
+def grid(ranks):
+    return ranks.mesh(2, ranks.size // 2)
+
+
+def replicas(ranks, name):
+    """HSDP: rows on the inner dimension, copies on the outer."""
+    trains(Pair(ranks, lambda model: shard_rows(model, grid(ranks)), **OPTIONS[name]))
+
+
+def columns(ranks, name):
+    trains(Pair(ranks, lambda model: shard_columns(model, ranks.mesh()), **OPTIONS[name]))
+
+
+def given_gradients(ranks, shard, name):
+    """The gradients of the whole model, cut: what tensor parallelism computes differs in the last bits."""
+    pair = Pair(ranks, shard, **OPTIONS[name])
+    for _ in range(3):
+        loss_of(pair.plain, pair.count).backward()
+        pair.count += 1
+        grads = {n: p.grad for n, p in canonical_parameters(pair.plain).items()}
+        for n, param in canonical_parameters(pair.sharded).items():
+            param.grad = cut_like(param, grads[n])
+            for hook in list((getattr(param, "_post_accumulate_grad_hooks", None) or {}).values()):
+                hook(param)
+        for optimizer in (pair.own, pair.optimizer):
+            optimizer.step()
+            optimizer.zero_grad()
+        pair.check()
+
+
+def cut_like(param, grad):
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(param, DTensor):
+        return grad.clone()
+    plain = DTensor.from_local(grad.clone(), param.device_mesh, [Replicate()] * param.device_mesh.ndim, run_check=False)
+    return plain.redistribute(placements=param.placements)
+
+
+def tensor_parallel(ranks, name):
+    given_gradients(ranks, lambda model: shard_tensors(model, ranks.mesh()), name)
+
+
+def tensor_parallel_and_rows(ranks, name):
+    def shard(model):
+        mesh = grid(ranks)
+        return shard_rows(shard_tensors(model, mesh["inner"]), mesh["outer"])
+
+    given_gradients(ranks, shard, name)
+
+
+def saved(folder, model, optimizer, group, load=False):
+    """Through torch.distributed.checkpoint, as `get_state_dict` gives it."""
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    (checkpoint.load if load else checkpoint.save)(state, checkpoint_id=folder, process_group=group)
+    if load:
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+
+def resharding(ranks, name):
+    """Saved on 1, 2 and 3 ranks, loaded on 1 to 4: the same bits, then and after two more steps."""
+    for n in (2, 1, 3):
+        folder, twins = ranks.folder / f"{name}-{n}", ranks.folder / f"{name}-{n}.pt"
+        if ranks.rank < n:
+            pair = Pair(ranks.among(n), **OPTIONS[name])
+            trains(pair)
+            saved(folder, pair.sharded, pair.optimizer, ranks.groups[n])
+            if ranks.rank == 0:
+                torch.save([pair.plain.state_dict(), pair.own.state_dict()], twins)
+        distributed.barrier()
+        for m in (1, 2, 3, 4) if n == 2 else (1, 2):
+            if ranks.rank < m:
+                pair = Pair(ranks.among(m), seed=1, **OPTIONS[name])
+                saved(folder, pair.sharded, pair.optimizer, ranks.groups[m], load=True)
+                for loaded, state in zip((pair.plain, pair.own), torch.load(twins), strict=True):
+                    loaded.load_state_dict(state)
+                pair.count = 3
+                pair.check()
+                trains(pair, steps=2)
+            distributed.barrier()
+
+
+def own_parts(ranks, name):
+    """Each rank selects its part of the ticket; none holds the whole."""
+    initial, tuned = net(), net(seed=1)
+    pair = Pair(ranks, **OPTIONS[name])
+    for model in (initial, tuned):
+        shard_rows(model, ranks.mesh())
+    part = ls.select_sharded(initial, tuned, density=0.1, group=ranks.group)
+    ticket = ls.select(net(), net(seed=1), density=0.1)
+    assert Ticket.random(initial, density=0.2, seed=3) == Ticket.random(net(), density=0.2, seed=3)
+    before = ls.frozen_digests(pair.sharded, part)
+    pair.own = MaskedAdamW(pair.plain, ticket, lr=0.01)
+    del pair.optimizer  # it packs the gradients of these parameters
+    pair.optimizer = MaskedAdamW(pair.sharded, part, lr=0.01, **OPTIONS[name])
+    trains(pair)
+    ls.verify_frozen(before, pair.sharded, part)
+    with torch.no_grad():
+        pair.sharded.embed.weight.to_local().add_(1)
+    with pytest.raises(RuntimeError, match="have changed"):
+        ls.verify_frozen(before, pair.sharded, part)
+    with pytest.raises(ValueError, match="and the model (holds )?entries 0 to"):
+        MaskedAdamW(net(), part)
+
+
+def engines(ranks, name):
+    """What else acts on the model of a sharded run; all of it leaves the bits as they are."""
+
+    def checkpointed(model):
+        model.block = checkpoint_wrapper(model.block)
+        return shard_rows(model, ranks.mesh())
+
+    def kept(model):
+        return shard_rows(model, ranks.mesh(), reshard_after_forward=False)
+
+    def compiled(model):
+        shard_rows(model, ranks.mesh())
+        model.block.compile(backend="eager")
+
+    for shard in (checkpointed, kept, compiled):
+        pair = Pair(ranks, shard, **OPTIONS[name])
+        with torch.no_grad():
+            loss_of(pair.sharded, 0)  # leaves the gathered parameters of the root in the model
+        trains(pair)
+        assert torch.isfinite(loss_of(pair.sharded, 0).detach())
+
+
+def evaluated_first(ranks, name):
+    """A forward pass before the optimizer is made leaves gathered parameters in the model."""
+
+    def shard(model):
+        shard_rows(model, ranks.mesh())
+        with torch.no_grad():
+            loss_of(model, 0)
+
+    trains(Pair(ranks, shard, **OPTIONS[name]))
+
+
+def within_a_bound(ranks, name):
+    """Gradients that are summed in another order, or computed in bfloat16: the bounds of docs/sharded.md."""
+    low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for bound, everyone, shard in (
+        (1e-6, True, lambda model: shard_tensors(model, ranks.mesh())),
+        (1e-2, False, lambda model: shard_rows(model, ranks.mesh(), mp_policy=low)),
+    ):
+        pair = Pair(ranks, shard, eps=1e-3, middle=96, everyone=everyone, **OPTIONS[name])
+        for _ in range(3):
+            pair.step(clip=1.0)
+        for n, param in canonical_parameters(pair.plain).items():
+            off = whole(canonical_parameters(pair.sharded)[n].detach()) - param
+            assert float(off.abs().max()) <= bound, (n, float(off.abs().max()))
+        assert torch.isclose(pair.own.grad_norm, pair.optimizer.grad_norm, rtol=bound)
+
+
+def partial_gradients(ranks, name):
+    """As tensor parallelism leaves them where it cuts the sequence: each rank has a part of the sum."""
+    mesh, states = ranks.mesh(), nn.Linear(5, 4).state_dict()
+    for param in states.values():
+        distributed.broadcast(param, group=ranks.group, group_src=0)
+    plain, copied, twin = (nn.Linear(5, 4) for _ in range(3))
+    for model in (plain, copied, twin):
+        model.load_state_dict(states)
+    for key, param in list(copied.named_parameters()):
+        copied.register_parameter(key, nn.Parameter(DTensor.from_local(param.detach(), mesh, [Replicate()])))
+    ticket = Ticket.random(plain, density=0.5)
+    optimizers = [MaskedAdamW(model, ticket, **OPTIONS[name]) for model in (plain, copied)]
+    for model in (plain, twin):
+        model(torch.ones(3, 5)).square().sum().backward()
+    for key, param in copied.named_parameters():
+        grad = twin.get_parameter(key).grad
+        param.grad = DTensor.from_local(grad if ranks.rank == 0 else torch.zeros_like(grad), mesh, [Partial()])
+        for hook in list((getattr(param, "_post_accumulate_grad_hooks", None) or {}).values()):
+            hook(param)
+    for optimizer in optimizers:
+        optimizer.step()
+    for key, param in copied.named_parameters():
+        assert torch.equal(whole(param.detach()), plain.get_parameter(key)), key
+
+
+def keyed(ranks, name):
+    """8-bit moments and stochastic rounding: blocks and random bits are those of the whole parameter."""
+    stochastic = {"dtype": torch.bfloat16, "rounding": "stochastic"}
+    options = {"stochastic": stochastic, "8bit": {"states": "8bit"}, "both": {**stochastic, "states": "8bit"}}[name]
+    dtype = options.pop("dtype", torch.float32)
+    for gradients in ("dense", "packed"):
+        torch.manual_seed(0)
+        # 4 ranks have a tile each, 3 and 2 tiles and more; of the bias all is active, and no tile is needed
+        plain = nn.Linear(64, 12 * 1024, bias=True).to(dtype)
+        ticket = Ticket.random(plain, density=0.03, pool="weight") | Ticket.full(plain, pool="bias")
+        sharded = nn.Linear(64, 12 * 1024, bias=True).to(dtype)
+        sharded.load_state_dict(plain.state_dict())
+        fully_shard(sharded, mesh=ranks.mesh())
+        own = MaskedAdamW(plain, ticket, lr=1e-2, seed=7, max_grad_norm=1.0, **options)
+        optimizer = MaskedAdamW(sharded, ticket, lr=1e-2, seed=7, max_grad_norm=1.0, gradients=gradients, **options)
+        for _ in range(3):
+            for key, param in plain.named_parameters():
+                param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+                part = sharded.get_parameter(key)
+                part.grad = cut_like(part, param.grad)
+                for hook in list((getattr(part, "_post_accumulate_grad_hooks", None) or {}).values()):
+                    hook(part)
+            own.step()
+            optimizer.step()
+        for key, param in plain.named_parameters():
+            assert torch.equal(whole(sharded.get_parameter(key).detach()), param), (key, gradients)
+        for key, param in sharded.named_parameters():
+            part, state = optimizer._parts[param], own.state[plain.get_parameter(key)]
+            for what, values in optimizer.state[param].items():
+                first = part.blocks[0] if what == "scales" else part.first
+                expected = state[what][first:][: len(values)] if values.dim() else state[what]
+                assert torch.equal(values, expected), what
+    if ranks.size == 3 and name == "8bit":
+        with pytest.raises(ValueError, match="cut inside of one"):
+            Pair(ranks, **options)
+        with pytest.raises(ValueError, match="is cut by columns"):
+            Pair(ranks, lambda model: shard_tensors(model, ranks.mesh()), **options)
+
+
+def refused(ranks, name):
+    mesh = ranks.mesh()
+    param = torch.nn.Parameter(DTensor.from_local(torch.ones(4, 4), mesh, [Partial()]))
+    with pytest.raises(ValueError, match="'a' is placed as .*redistribute"):
+        MaskedAdamW({"a": param}, Ticket.full({"a": torch.ones(4, 4)}))
+    pair = Pair(ranks)
+    pair.step()
+    shard_rows(pair.plain, mesh)
+    with pytest.raises(ValueError, match="sharded after a step was taken"):
+        pair.own.step()
+    pair = Pair(ranks)
+    pair.sharded.embed.weight = torch.nn.Parameter(torch.zeros(3, 3))
+    with pytest.raises(ValueError, match="'weight' of a Embedding has been replaced"):
+        pair.optimizer.step()
+    with pytest.raises(ValueError, match="those of all ranks already"):
+        Pair(ranks, gradients="packed").optimizer.average_gradients()
+    pair = Pair(ranks)
+    with pytest.raises(NotImplementedError, match="stays sharded"):
+        get_optimizer_state_dict(pair.sharded, pair.optimizer, options=StateDictOptions(full_state_dict=True))
+    model = nn.Linear(4, 4)
+    ticket = Ticket.full(model)
+    with pytest.raises(ValueError, match="flattened by FullyShardedDataParallel"):
+        MaskedAdamW(FullyShardedDataParallel(model, ranks.group, device_id=torch.device("cpu")), ticket)
+    model = nn.Linear(4, 4)
+    model.weight.ds_id = 0
+    with pytest.raises(ValueError, match="flattened by DeepSpeed"):
+        MaskedAdamW(model, ticket)
+
+
+def accelerated(ranks, name):
+    """accelerate's FSDP2 path, which clips by the gradients that it sees in the model."""
+    accelerate = pytest.importorskip("accelerate")
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    here = {"RANK": ranks.rank, "LOCAL_RANK": ranks.rank, "WORLD_SIZE": ranks.size, "LOCAL_WORLD_SIZE": ranks.size}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"} | {key: str(value) for key, value in here.items()}
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Block"],
+        reshard_after_forward=True, cpu_ram_efficient_loading=False,
+    )  # fmt: skip
+    accelerator = accelerate.Accelerator(fsdp_plugin=plugin, cpu=True)
+    accelerator.state.distributed_type = DistributedType.FSDP  # it takes this path on accelerators only
+    accelerator.state.fsdp_plugin = plugin
+    pair = Pair(ranks, lambda model: model, **OPTIONS[name])
+    pair.own = MaskedAdamW(pair.plain, ticket_of(pair.plain), lr=0.01, **OPTIONS[name])
+    pair.sharded, _ = accelerator._prepare_fsdp2(pair.sharded, pair.optimizer)
+    for seed in range(3):
+        for model in (pair.plain, pair.sharded):
+            loss_of(model, seed).backward()
+            (nn.utils if model is pair.plain else accelerator).clip_grad_norm_(model.parameters(), 0.5)
+        if name == "packed":
+            grads = [local(param.grad) for param in pair.optimizer.param_groups[0]["params"]]
+            assert all(isinstance(grad, GradientView) for grad in grads), "from the first backward on"
+        for optimizer in (pair.own, pair.optimizer):
+            optimizer.step()
+            optimizer.zero_grad()
+    for n, param in canonical_parameters(pair.plain).items():
+        off = whole(canonical_parameters(pair.sharded)[n].detach()) - param
+        assert float(off.abs().max()) <= 1e-6, (n, float(off.abs().max()))
+
+
+def stages(ranks, name):
+    """Pipeline stages: each rank trains its own part of the model, by the part of the ticket that is its own."""
+    plain = net(tied=False)
+    ticket = ticket_of(plain)
+    own = MaskedAdamW(plain, ticket, lr=0.01, **OPTIONS[name])
+    stage = net(tied=False)
+    kept = [["embed"], ["block"], ["small"], ["head"]][ranks.rank :: ranks.size]
+    for child in ("embed", "block", "small", "head"):
+        if [child] not in kept:
+            delattr(stage, child)
+    optimizer = MaskedAdamW(stage, ticket.restrict(lambda name: [name.split(".")[0]] in kept), lr=0.01)
+    for seed in range(3):
+        loss_of(plain, seed).backward()
+        for name, param in stage.named_parameters():
+            param.grad = plain.get_parameter(name).grad.clone()
+        own.step()
+        optimizer.step()
+        own.zero_grad()
+    for name, param in stage.named_parameters():
+        assert torch.equal(param, plain.get_parameter(name))
+
+
+CASES = {
+    f"{case.__name__}-{name}": (case, name)
+    for case, names in ((rows, OPTIONS), (optimizer_first, ("plain", "packed", "master-packed", "dense")),
+        (accumulation, ("plain", "packed", "master")),
+        (replicas, ("plain", "packed-clipped")), (columns, ("plain", "packed-clipped", "master")),
+        (tensor_parallel, ("plain", "packed", "clipped", "master")),
+        (tensor_parallel_and_rows, ("plain", "packed", "clipped")),
+        (resharding, ("plain", "master-packed", "dense", "pull")), (own_parts, ("plain", "packed")),
+        (engines, ("plain", "packed")), (evaluated_first, ("plain", "packed")), (within_a_bound, ("plain", "packed")),
+        (partial_gradients, ("plain", "packed")), (refused, ("plain",)), (stages, ("plain",)),
+        (accelerated, ("plain", "packed")), (keyed, ("stochastic", "8bit", "both")))
+    for name in names
+}  # fmt: skip
+
+
+GRIDS = (replicas, tensor_parallel_and_rows, resharding, accelerated)  # what all processes do together
+
+
+def _rank(rank, folder, cases):
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=WAIT
+    )
+    groups = {size: distributed.new_group(range(size), timeout=WAIT) for size in range(1, WORLD + 1)}
+    outcome = {}
+    for size in range(2, WORLD + 1):
+        for key in (key for key, of in cases if of == size and rank < size):
+            case, name = CASES[key]
+            try:
+                case(Ranks(groups, rank, size, folder), name)
+            except Exception:
+                outcome[f"{key}-{size}"] = traceback.format_exc()
+                break  # the other ranks may wait for this one: no later case of this group would mean anything
+            outcome[f"{key}-{size}"] = ""
+    (folder / f"rank-{rank}.json").write_text(json.dumps(outcome))
+    leave_group()
+
+
+def run(folder, cases):
+    """[(case, ranks)] -> what each rank of them says, by case; "" is good."""
+    mp.start_processes(_rank, (folder, cases), nprocs=WORLD, start_method="spawn")
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(WORLD)]
+
+
+ALL = [(key, size) for key in CASES for size in range(2, WORLD + 1) if size == WORLD or CASES[key][0] not in GRIDS]
+THIN = [
+    *[("rows-pull", 2), ("columns-master", 2), ("rows-packed", 3), ("rows-dense", 3), ("optimizer_first-packed", 3)],
+    *[("tensor_parallel-packed", 3), ("rows-master", 4), ("accumulation-packed", 4), ("replicas-packed-clipped", 4)],
+    *[("tensor_parallel_and_rows-clipped", 4), ("resharding-master-packed", 4), ("accelerated-packed", 4)],
+    *[
+        ("own_parts-packed", 3),
+        ("engines-packed", 2),
+        ("within_a_bound-packed", 4),
+        ("refused-plain", 2),
+        *[("stages-plain", 2), ("partial_gradients-packed", 3), ("rows-stochastic", 3), ("keyed-both", 4)],
+    ],
+]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("thin"), THIN)
+
+
+@pytest.fixture(scope="module")
+def all_outcomes(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("all"), ALL)
+
+
+def check(outcomes, key, size):
+    said = [outcome.get(f"{key}-{size}") for outcome in outcomes[:size]]
+    assert said == [""] * size, "\n".join(filter(None, said)) or "it was not reached"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("key", "size"), THIN)
+def test_on_ranks(outcomes, key, size):
+    check(outcomes, key, size)
+
+
+@pytest.mark.ranks
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("key", "size"), ALL)
+def test_all_on_ranks(all_outcomes, key, size):
+    check(all_outcomes, key, size)
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_in_the_same_bits(tmp_path):
+    """torchrun starts all ranks again after one was killed; they go on from the last checkpoint."""
+    found = []
+    for killed in (0, 3):
+        folder = tmp_path / str(killed)
+        folder.mkdir()
+        command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        script = Path(__file__).with_name("resumed_run.py")
+        run = subprocess.run(
+            [*command, "--max-restarts=1", str(script), str(folder), str(killed)],
+            capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr[-3000:]
+        found.append(torch.load(folder / "final.pt"))
+    straight, resumed = found
+    assert (straight["restarts"], resumed["restarts"], resumed["started at"]) == (0, 1, 2)
+    for name, param in straight["model"].items():
+        assert torch.equal(resumed["model"][name], param), name
