@@ -19,6 +19,7 @@ from ltp_sparse import _moved  # noqa: F401 (modules by their earlier names)
 if TYPE_CHECKING:
     from ltp_sparse.backends import available_backends, use_backend
     from ltp_sparse.deltas.delta import SparseDelta
+    from ltp_sparse.loading import load
     from ltp_sparse.ops import masked_adamw_, topk_delta
     from ltp_sparse.optim import MaskedAdamW, PackedParameters
     from ltp_sparse.optim.frozen import frozen_digests, verify_frozen
@@ -39,6 +40,7 @@ __all__ = [
     "available_backends",
     "canonical_parameters",
     "frozen_digests",
+    "load",
     "masked_adamw_",
     "memory_report",
     "select",
@@ -56,6 +58,7 @@ _MODULES = {  # of the names above
     "optim.memory": ("memory_report",),
     "selection": ("Shard", "TicketShard", "select", "select_sharded"),
     "deltas.delta": ("SparseDelta",),
+    "loading": ("load",),
     "tickets.ticket": ("Ticket",),
     "weights.names": ("canonical_parameters",),
     "weights.reading": ("FileFormatError",),

@@ -20,7 +20,11 @@ _HINTS_AFTER_INTERRUPT = {
     "train": "with --save-every, run the same command with --resume to continue",
     "run": "run the same command again to continue",
 }
-_EXTRA = ("accelerate", "datasets", "matplotlib", "pyarrow", "scipy", "tqdm", "transformers", "yaml")
+_EXTRA = (
+    *("accelerate", "datasets", "filelock", "huggingface_hub", "jinja2", "matplotlib", "pyarrow", "scipy"),
+    *("transformers", "yaml"),
+)
+"""Packages that the extra `train` installs."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,6 +11,8 @@ from ltp_sparse.cli.options import COMMANDS, Parser, build_parser, flags_of, nee
 
 HELP = "print what completes commands, options and choices in bash or zsh"
 EXAMPLES = """\
+  what it prints
+    ltp-sparse completion bash
   in ~/.bashrc
     eval "$(ltp-sparse completion bash)"
   in ~/.zshrc

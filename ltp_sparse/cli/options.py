@@ -16,7 +16,7 @@ from ltp_sparse.weights.reading import FileFormatError, read_yaml
 
 COMMANDS = (
     *("select", "train", "evaluate", "predict", "export", "inspect", "run", "report", "cache", "memory", "demo"),
-    "completion",
+    *("push", "pull", "completion"),
 )
 
 REPORTERS = (

@@ -20,6 +20,7 @@ from ltp_sparse.cli.options import COMMANDS, build_parser
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "docs/own-data.md", "docs/own-method.md", "docs/methods.md", "docs/memory.md", "docs/evidence.md"]
+PAGES += ["docs/share.md"]
 
 
 class Reached(BaseException):
@@ -102,7 +103,7 @@ def stand_ins(own_files, tmp_path_factory):
 
 
 EXECUTED = [
-    command for name, command in HELP if name in ("select", "train", "evaluate", "predict", "export", "inspect")
+    command for name, command in HELP if name in ("select", "train", "evaluate", "predict", "export", "inspect", "push")
 ]
 
 
