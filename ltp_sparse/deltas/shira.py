@@ -76,6 +76,8 @@ def _entries(stored: Mapping[str, Tensor], layer: str, shape: torch.Size, place:
     if indices is None or differences is None:
         raise place.error("expected its shira_indices and shira_weight, and no other tensor")
     k = differences.numel()
+    if indices.dtype not in (torch.int32, torch.int64, torch.float32) or not differences.is_floating_point():
+        raise place.error(f"expected int32 indices and float differences, got {indices.dtype}, {differences.dtype}")
     if len(shape) != 2 or indices.shape != (2, k) or differences.dim() != 1:
         found = f"{list(indices.shape)} indices and {list(differences.shape)} differences"
         raise place.error(f"expected [2, k] indices and [k] differences of a matrix, got {found} of {list(shape)}")

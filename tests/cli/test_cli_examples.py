@@ -103,7 +103,7 @@ def stand_ins(own_files, tmp_path_factory):
 
 
 EXECUTED = [
-    command for name, command in HELP if name in ("select", "train", "evaluate", "predict", "export", "inspect", "push")
+    command for name, command in HELP if name in ("select", "train", "evaluate", "predict", "export", "inspect")
 ]
 
 
