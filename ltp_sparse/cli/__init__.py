@@ -21,8 +21,8 @@ _HINTS_AFTER_INTERRUPT = {
     "run": "run the same command again to continue",
 }
 _EXTRA = (
-    *("accelerate", "datasets", "filelock", "huggingface_hub", "jinja2", "matplotlib", "pyarrow", "scipy"),
-    *("transformers", "yaml"),
+    *("accelerate", "datasets", "filelock", "huggingface_hub", "jinja2", "markdown_it", "matplotlib"),
+    *("pyarrow", "scipy", "transformers", "yaml"),
 )
 """Packages that the extra `train` installs."""
 
