@@ -10,11 +10,6 @@ from ltp_sparse.report.escaping import Sheet, plain
 from ltp_sparse.report.paired import mean_interval
 
 
-def chance_table(rows: Sequence[Mapping[str, Any]], by: Sequence[str], chance: float) -> str:
-    """`chance_sheet` in Markdown."""
-    return chance_sheet(rows, by, chance).markdown()
-
-
 def chance_sheet(rows: Sequence[Mapping[str, Any]], by: Sequence[str], chance: float) -> Sheet:
     """For each group of rows, the number of languages above chance, and the other languages.
 

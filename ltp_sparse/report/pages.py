@@ -109,7 +109,7 @@ def _markdown(
     recipe: Recipe, table: Table, tests: Mapping[str, Sheet], images: Mapping[str, str], facts: Sequence[str]
 ) -> str:
     """The page; `images` are their names and addresses."""
-    parts = [f"## {heading}\n\n{sheet.markdown()}" for heading, sheet in tests.items()]
+    parts = [f"## {for_markdown(heading)}\n\n{sheet.markdown()}" for heading, sheet in tests.items()]
     told = [f"# {for_markdown(recipe.title)}", *map(for_markdown, facts)]
     shown = [f"![{name}]({address})" for name, address in images.items()]
     return "\n\n".join([*told, markdown(table), *parts, *shown]) + "\n"

@@ -137,13 +137,6 @@ def _holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
     return found
 
 
-def comparison_table(
-    comparisons: Sequence[Comparison], reference: str, by: Sequence[str], margin: float = MARGIN
-) -> str:
-    """`comparison_sheet` in Markdown."""
-    return comparison_sheet(comparisons, reference, by, margin).markdown()
-
-
 def comparison_sheet(
     comparisons: Sequence[Comparison], reference: str, by: Sequence[str], margin: float = MARGIN
 ) -> Sheet:
