@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ltp_sparse.backends import available_backends, use_backend
     from ltp_sparse.deltas.delta import SparseDelta
     from ltp_sparse.deltas.switcher import TicketSwitcher
+    from ltp_sparse.loading import load
     from ltp_sparse.ops import masked_adamw_, topk_delta
     from ltp_sparse.optim import MaskedAdamW, PackedParameters
     from ltp_sparse.optim.frozen import frozen_digests, verify_frozen
@@ -43,6 +44,7 @@ __all__ = [
     "canonical_parameters",
     "compress_gradients",
     "frozen_digests",
+    "load",
     "masked_adamw_",
     "memory_report",
     "select",
@@ -62,6 +64,7 @@ _MODULES = {  # of the names above
     "selection": ("Shard", "TicketShard", "select", "select_sharded"),
     "deltas.delta": ("SparseDelta",),
     "deltas.switcher": ("TicketSwitcher",),
+    "loading": ("load",),
     "tickets.ticket": ("Ticket",),
     "weights.names": ("canonical_parameters",),
     "weights.reading": ("FileFormatError",),

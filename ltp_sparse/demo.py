@@ -56,18 +56,28 @@ class DemoSettings:
     prompt_only_learning_rate: float = 5e-3
 
 
-def demo(output: Path, settings: DemoSettings | None = None, *, progress: bool = True) -> str:
-    """Runs everything, writes the report into `output`, and returns its text."""
+def demo(output: Path, settings: DemoSettings | None = None, *, progress: bool = True, report_to: str = "none") -> str:
+    """Runs everything and writes the report.
+
+    Args:
+        output: the folder of the report.
+        settings: sizes; default: those of two minutes.
+        progress: bars on the screen.
+        report_to: where training logs to, as in transformers; what it leaves on disk is in `output`/runs.
+
+    Returns:
+        The text of the report.
+    """
     settings = settings or DemoSettings()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # for such a small model threads cost more than they gain
     try:
-        return _demo(output, settings, progress)
+        return _demo(output, settings, progress, report_to)
     finally:
         torch.set_num_threads(threads)
 
 
-def _demo(output: Path, settings: DemoSettings, progress: bool) -> str:
+def _demo(output: Path, settings: DemoSettings, progress: bool, report_to: str) -> str:
     start = time.perf_counter()
     if hint := gpu_hint():
         print(hint)
@@ -81,7 +91,9 @@ def _demo(output: Path, settings: DemoSettings, progress: bool) -> str:
         tokenizer,
         sentences(settings.sentences, "en"),
         MLMSettings(epochs=1, learning_rate=5e-4, length=32, eval_steps=50),
+        output_dir=None if report_to == "none" else output / "runs" / "stage-1",
         progress=progress,
+        report_to=report_to,
     )
     ticket = find_ticket(tuned.initial, tuned.model, density=settings.density, metadata=tuned.metadata)
     ticket.save(output / "ticket.safetensors")
@@ -99,8 +111,9 @@ def _demo(output: Path, settings: DemoSettings, progress: bool) -> str:
     ]
     rows: list[dict[str, Any]] = []
     facts = {}
+    logs = None if report_to == "none" else output / "runs"
     for method, given in methods:
-        of_method, facts[method.name] = _run_method(method, given, settings, progress)
+        of_method, facts[method.name] = _run_method(method, given, settings, progress, report_to, logs)
         rows += of_method
     for row in rows:
         results.append(output / results.RESULTS, row)
@@ -154,7 +167,12 @@ class _Fact:
 
 
 def _run_method(
-    method: PromptMethod, ticket: Ticket | None, settings: DemoSettings, progress: bool
+    method: PromptMethod,
+    ticket: Ticket | None,
+    settings: DemoSettings,
+    progress: bool,
+    report_to: str,
+    logs: Path | None,
 ) -> tuple[list[dict[str, Any]], _Fact]:
     """Result rows over seeds, and the facts of the last seed."""
     train, dev = (pairs(3 * settings.shots, split, "en") for split in ("train", "dev"))
@@ -172,7 +190,9 @@ def _run_method(
             ticket=ticket,
             verbalizer=new_words(tokenizer),
             seed=seed,
+            output_dir=None if logs is None else logs / f"{method.name}-{seed}",
             progress=progress,
+            arguments={"report_to": report_to},
         )
         accuracies = evaluate(result, tests, labels=CLASSES, progress=False)
         facts = {"method": method.name, "shots": settings.shots, "seed": seed, "largest_class": largest_class(tests)}

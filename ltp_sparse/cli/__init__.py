@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import sys
 import traceback
 import types
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ltp_sparse.cli.options import COMMANDS, CommandError, build_parser
+from ltp_sparse.cli.options import COMMANDS, CommandError, build_parser, flags_of
 
 _HINTS_AFTER_INTERRUPT = {
     "select": "with --run-dir and --save-every, run the same command with --resume to continue",
     "train": "with --save-every, run the same command with --resume to continue",
     "run": "run the same command again to continue",
 }
-_EXTRA = ("accelerate", "datasets", "matplotlib", "pyarrow", "scipy", "tqdm", "transformers", "yaml")
+_EXTRA = (
+    *("accelerate", "datasets", "filelock", "huggingface_hub", "jinja2", "markdown_it", "matplotlib"),
+    *("pyarrow", "scipy", "transformers", "yaml"),
+)
+"""Packages that the extra `train` installs."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. An error is one line on stderr, with exit status 2, or 1 for a fault that is not the user's."""
-    options = None
+    options, parser = None, None
     try:
         parser = build_parser()
         if not (sys.argv[1:] if argv is None else argv):
@@ -36,12 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except ModuleNotFoundError as error:
-        if error.name not in _EXTRA:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "ltp_sparse"):
             return _failed(error)
-        print(f'ltp-sparse: {error.name} is not installed; pip install "ltp-sparse[train]"', file=sys.stderr)
+        wanted = '"ltp-sparse[train]"' if package in _EXTRA else package
+        _report(error, f"{package} is not installed; pip install {wanted}")
         return 2
-    except (CommandError, ValueError, TypeError, OSError) as error:
+    except CommandError as error:
         return _refused(error)
+    except (ValueError, TypeError, OSError) as error:
+        return _refused(error, {} if parser is None or options is None else flags_of(parser.commands[options.command]))
     except Exception as error:
         return _failed(error)
     except KeyboardInterrupt:
@@ -51,13 +61,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _refused(error: Exception) -> int:
-    """Reports a mistake of the user, without the name of the function that found it."""
-    message = str(error)
+def _refused(error: Exception, flags: Mapping[str, argparse.Action] | None = None) -> int:
+    """Reports a mistake of the user, without the name of the function that found it, in terms of the flags."""
+    message = _with_flags(str(error), flags or {})
     for name in {name for frame, _ in traceback.walk_tb(error.__traceback__) for name in _names(frame.f_code)}:
         message = message.removeprefix(f"{name}: ").replace(f": {name}: ", ": ")
     _report(error, message)
     return 2
+
+
+def _with_flags(message: str, flags: Mapping[str, argparse.Action]) -> str:
+    """A message of the library with the options of a command in place of arguments: `epochs=3` is `--epochs 3`."""
+    for flag, action in flags.items():
+        value = "=True" if action.nargs == 0 else r"=(?:(['\"]?)([\w.+-]*\w)\1)?"
+        form = flag if action.nargs == 0 else lambda found, flag=flag: " ".join(filter(None, (flag, found[2])))
+        message = re.sub(rf"(?<![\w.-]){action.dest}{value}(?![\w(])", form, message)
+    return message
 
 
 def _names(code: types.CodeType) -> tuple[str, ...]:
@@ -84,7 +103,8 @@ def _report(error: Exception, message: str, hint: str = "") -> None:
 
 def _open_bars() -> list[Any]:
     """All bars of tqdm on the screen, also those of transformers."""
-    return list(sys.modules["tqdm"].tqdm._instances) if "tqdm" in sys.modules else []
+    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    return [] if tqdm is None else list(tqdm._instances)
 
 
 def _end_bars() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ltp_sparse.cli.options import check_writable
+from ltp_sparse.cli.options import add_report_to, check_writable
 
 HELP = "run the whole job on generated data and the small model of the package: ticket, LTP, controls, report"
 EXAMPLES = """\
@@ -15,6 +15,7 @@ EXAMPLES = """\
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("demo-report"), help="folder (default: demo-report)")
+    add_report_to(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
@@ -25,5 +26,5 @@ def run(options: argparse.Namespace) -> None:
     from ltp_sparse.demo import demo
 
     logging.disable_progress_bar()  # of loading a model, which takes no time here
-    print(demo(options.output, progress=not options.quiet))
+    print(demo(options.output, progress=not options.quiet, report_to=options.report_to))
     print(f"report, plots and ticket: {options.output}/")

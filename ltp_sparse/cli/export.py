@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ltp_sparse.cli.kinds import expect
 from ltp_sparse.cli.options import CommandError, check_writable, need
+
+if TYPE_CHECKING:
+    from ltp_sparse.cli.runs import Run
 
 HELP = "write a trained run as a folder that works with transformers alone, with a model card"
 EXAMPLES = """\
@@ -28,7 +32,6 @@ def run(options: argparse.Namespace) -> None:
     if options.output.is_dir() and any(options.output.iterdir()):
         raise CommandError(f"export: --output {options.output} is not empty; give a new or an empty folder")
     from ltp_sparse.cli.runs import BAKED, Run, finished_seeds
-    from ltp_sparse.recipes import results
     from ltp_sparse.tasks.own import UNDETERMINED
 
     made = Run.load(options.folder)
@@ -37,8 +40,6 @@ def run(options: argparse.Namespace) -> None:
     check_writable("export", options.output, folder=True)
     from ltp_sparse.training.export import SCRIPT, export
 
-    latest = {row["task"]: row for row in results.read(options.folder / results.RESULTS) if row["seed"] == seed}
-    data = made.train or f"{made.task}" + ("" if made.shots is None else f", {made.shots} examples per class")
     known = made.columns is None or (made.columns.language is None and made.language != UNDETERMINED)
     language = made.language if known else None  # with a language per row, the card has scores by language
     export(
@@ -47,10 +48,19 @@ def run(options: argparse.Namespace) -> None:
         options.output,
         tokenizer=made.tokenizer,
         kind=made.kind,
-        facts={"data": data, "scores": list(latest.values()), "language": language},
+        facts={**data_and_scores(made, options.folder, seed), "language": language},
     )
     texts = "PREMISE HYPOTHESIS" if made.kind == "pair" else "TEXT"
     print(
         f"seed {seed} of {made.method} written to {options.output}; "
         f"try: python {shlex.quote(str(options.output / SCRIPT))} {texts}"
     )
+
+
+def data_and_scores(run: Run, folder: Path, seed: int) -> dict[str, Any]:
+    """For a card: what a run was trained on, and the latest scores of a seed on each task."""
+    from ltp_sparse.recipes import results
+
+    latest = {row["task"]: row for row in results.read(folder / results.RESULTS) if row["seed"] == seed}
+    data = run.train or f"{run.task}" + ("" if run.shots is None else f", {run.shots} examples per class")
+    return {"data": data, "scores": list(latest.values())}

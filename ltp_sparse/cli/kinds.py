@@ -9,11 +9,11 @@ from pathlib import Path
 from ltp_sparse.cli.options import CommandError
 
 _BELONGS = {
-    "ticket": "--ticket of ltp-sparse train takes it, and ltp-sparse inspect",
-    "delta": "ltp-sparse inspect takes it",
+    "ticket": "--ticket of ltp-sparse train takes it, and ltp-sparse inspect and push",
+    "delta": "ltp-sparse inspect and push take it",
     "file of weights": "--initial and --tuned of ltp-sparse select take it",
     "model": "--model takes it",
-    "run of ltp-sparse train": "ltp-sparse evaluate, predict and export take it",
+    "run of ltp-sparse train": "ltp-sparse evaluate, predict, export and push take it",
     "folder of results": "ltp-sparse report takes it",
     "table": "--train, --dev and --test take it, and --text of ltp-sparse select",
     "text": "--text of ltp-sparse select takes it",

@@ -5,15 +5,30 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ltp_sparse import __version__
 from ltp_sparse.weights.reading import FileFormatError, read_yaml
 
-COMMANDS = ("select", "train", "evaluate", "predict", "export", "inspect", "run", "report", "cache", "memory", "demo")
+COMMANDS = (
+    *("select", "train", "evaluate", "predict", "export", "inspect", "run", "report", "cache", "memory", "demo"),
+    *("push", "pull", "completion"),
+)
+
+REPORTERS = (
+    *("none", "all", "tensorboard", "wandb", "trackio", "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub"),
+    *("dvclive", "flyte", "kubeflow", "mlflow", "neptune", "swanlab"),
+)
+"""What the Trainer of transformers can log to."""
+_REPORTER_PACKAGES = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "azure_ml": ("azureml",),
+    "flyte": ("flytekit",),
+}
 
 
 class CommandError(Exception):
@@ -21,7 +36,14 @@ class CommandError(Exception):
 
 
 class _ArgumentParser(argparse.ArgumentParser):
-    """Reports errors like all other mistakes: in one line, without the list of options."""
+    """Reports errors like all other mistakes: in one line, with the closest choice, without the list of options."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = list(map(str, action.choices))
+            raise argparse.ArgumentError(
+                action, f"invalid choice: {value!r}{_closest(str(value), known)} (choose from {', '.join(known)})"
+            )
 
     def error(self, message: str) -> NoReturn:
         raise CommandError(
@@ -51,7 +73,7 @@ class Parser:
             allow_abbrev=False,
         )
         self.parser.add_argument("--version", action="version", version=f"ltp-sparse {__version__}")
-        commands = self.parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+        commands = self.parser.add_subparsers(dest="command", metavar="COMMAND")
         self.commands: dict[str, argparse.ArgumentParser] = {}
         for name in COMMANDS:
             module = importlib.import_module(f"ltp_sparse.cli.{name}")
@@ -79,21 +101,34 @@ class Parser:
         return self._parse(argv)
 
     def _parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """As `parse_args`, but the error for an unknown option lists the closest ones."""
+        """As `parse_args`, but the error for an unknown option names the closest one."""
         options, unknown = self.parser.parse_known_args(argv)
-        if not unknown:
-            return options
-        command = self.commands[options.command]
-        flag = unknown[0].partition("=")[0]
-        known = [name for action in command._actions for name in action.option_strings if name.startswith("--")]
-        close = [name for name in known if name.startswith(flag)] or difflib.get_close_matches(flag, known, n=3)
-        if not flag.startswith("-"):
-            command.error(f"unexpected {unknown[0]!r}")
-        command.error(f"unknown option {flag}{', closest: ' + ', '.join(close) if close else ''}")
+        command = self.parser if options.command is None else self.commands[options.command]
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            if not flag.startswith("-"):
+                command.error(f"unexpected {unknown[0]!r}")
+            command.error(f"unknown option {flag}{_closest(flag, flags_of(command))}")
+        if options.command is None:
+            command.error("a command is needed")
+        return options
 
 
 def build_parser() -> Parser:
     return Parser()
+
+
+def flags_of(command: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """Long option -> its action, without those that no help shows."""
+    shown = (action for action in command._actions if action.help != argparse.SUPPRESS)
+    return {flag: action for action in shown for flag in action.option_strings if flag.startswith("--")}
+
+
+def _closest(given: str, known: Iterable[str]) -> str:
+    """Those that begin with what was given, else the closest one, as a phrase; nothing where none is close."""
+    known = list(known)
+    close = [name for name in known if name.startswith(given)] or difflib.get_close_matches(given, known, n=1)
+    return f", closest: {', '.join(close)}" if close else ""
 
 
 def _read_config(path: Path, command: argparse.ArgumentParser) -> dict[str, Any]:
@@ -190,7 +225,22 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def add_report_to(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--report-to", default="none", help="logging integration of transformers, e.g. tensorboard")
+    parser.add_argument(
+        "--report-to",
+        type=_reporter,
+        choices=REPORTERS,
+        metavar="NAME",
+        default="none",
+        help="where training logs to: tensorboard, wandb, trackio or another one of transformers, all, none",
+    )
+
+
+def _reporter(text: str) -> str:
+    """The type of --report-to: what it names has to be installed, which transformers would find out much later."""
+    packages = _REPORTER_PACKAGES.get(text, (text,))
+    if text in REPORTERS[2:] and not any(importlib.util.find_spec(package) for package in packages):
+        raise argparse.ArgumentTypeError(f"{text} needs a package that is not installed; pip install {packages[0]}")
+    return text
 
 
 def add_computing(parser: argparse.ArgumentParser) -> None:

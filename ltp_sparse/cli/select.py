@@ -145,6 +145,8 @@ def _from_text(options: argparse.Namespace):  # type: ignore[no-untyped-def]
         raise CommandError("select: --text-column is for --text; use --hub-column for a Hub data set")
     if (options.resume or options.save_every) and options.run_dir is None:
         raise CommandError("select: --save-every and --resume need a --run-dir")
+    if options.report_to in ("tensorboard", "all") and options.run_dir is None:
+        raise CommandError(f"select: --report-to {options.report_to} needs a --run-dir, where its logs stay")
     if options.run_dir is not None and not options.resume:
         check_starts_anew("select", options.run_dir, "--run-dir")
     expect_model(options)

@@ -19,6 +19,7 @@ from ltp_sparse.tickets.ticket import Ticket, checked_fingerprint, pack_sets, un
 from ltp_sparse.weights import file_shards, files
 from ltp_sparse.weights.checkpoints import Readable, read_piece
 from ltp_sparse.weights.digests import fingerprint
+from ltp_sparse.weights.hub import OnHub
 from ltp_sparse.weights.names import (
     Named,
     bare_names,
@@ -69,7 +70,7 @@ class Fitted(NamedTuple):
     dense: dict[str, Tensor]
 
 
-class SparseDelta:
+class SparseDelta(OnHub):
     """The new and original values of a ticket's entries (LT-SFT calls it an SFT), and whole tensors such as a head.
 
     On its own base, `apply` gives the tuned bits. On top of other deltas it adds: an entry that another delta has
@@ -83,6 +84,8 @@ class SparseDelta:
         dense: name -> whole tensors that replace the model's.
         metadata: JSON values.
     """
+
+    _kind = "delta"
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ltp_sparse.selection.shards import Part, TicketShard
 from ltp_sparse.tickets.ticket import Ticket
-from ltp_sparse.weights.names import Named, canonical_parameters, match_names
+from ltp_sparse.weights.names import Named, canonical_parameters, is_floating, match_names
 from ltp_sparse.weights.sharding import Cut, is_sharded, local, reshard
 from ltp_sparse.weights.tensors import check_plain_tensor
 
@@ -172,9 +172,14 @@ def ticket_for(named: Mapping[str, nn.Parameter], ticket: Ticket, *, what: str) 
 
 
 def active_names(named: Mapping[str, nn.Parameter], ticket: Ticket, *, what: str) -> list[str]:
-    """The ticket's names with active entries; ValueError unless each is a parameter of the same shape here."""
+    """The ticket's names with active entries; an error unless each is an ordinary parameter of the same shape here."""
     names = match_names(ticket.active_names, named, what=what, where="the model")
     for name in names:
+        if not is_floating(named[name]):
+            raise TypeError(
+                f"{what}: {name!r} is quantised in the model ({type(named[name]).__name__} of {named[name].dtype}) and "
+                "cannot train; leave it out (ticket.restrict, or pool= in the selection), the others train beside it"
+            )
         if named[name].shape != ticket.shapes[name]:
             raise ValueError(
                 f"{what}: {name!r} has shape {list(named[name].shape)} in the model and "

@@ -10,15 +10,17 @@ from ltp_sparse.report.escaping import Sheet, plain
 from ltp_sparse.report.paired import mean_interval
 
 
-def chance_table(rows: Sequence[Mapping[str, Any]], by: Sequence[str], chance: float) -> str:
-    """A Markdown table: for each group of `by`, the languages whose 95 % interval of the mean over seeds (Student's t)
-    lies above `chance` (a share, such as 1 / 3), and the others. Languages of a single run are left out.
-    """
-    return chance_sheet(rows, by, chance).markdown()
-
-
 def chance_sheet(rows: Sequence[Mapping[str, Any]], by: Sequence[str], chance: float) -> Sheet:
-    """The same, for any format."""
+    """For each group of rows, the number of languages above chance, and the other languages.
+
+    A language is above chance if the 95 % interval of its mean over seeds (Student's t) is. Languages with one run are
+    left out.
+
+    Args:
+        rows: results, with "scores" by language.
+        by: dotted paths of the facts that make a group.
+        chance: the score of guessing, in [0, 1], such as 1 / 3.
+    """
     groups: dict[tuple[Any, ...], dict[str, list[float]]] = {}
     for row in rows:
         group = groups.setdefault(tuple(look_up(row, path) for path in by), {})

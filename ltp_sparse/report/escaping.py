@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,21 +23,19 @@ def plain(value: Any) -> str:
 
 
 def for_markdown(value: Any) -> str:
-    """Without tags, links, emphasis or new columns."""
+    """A fact as a text of Markdown, without tags, links, emphasis, headings, lists or new columns; code stays code."""
     text = plain(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\|*\[\]])", r"\\\1", text)
-
-
-def for_html(value: Any) -> str:
-    return html.escape(plain(value))
+    text = re.sub(r"([\\|*\[\]#]|(?<!\w)_|_(?!\w)|^~|^[-+](?=[-\s]|$))", r"\\\1", text)
+    return re.sub(r"^(\d+)(?=[.)](\s|$))", r"\1\\", text)
 
 
 def for_latex(value: Any) -> str:
+    """A fact as a text of LaTeX, without commands or formulas."""
     return "".join(_LATEX.get(character, character) for character in plain(value))
 
 
 def for_csv(value: Any) -> Any:
-    """Numbers as they are; a text that a spreadsheet would take for a formula gets an apostrophe before it."""
+    """A fact as a cell: a number as it is, a text that a spreadsheet would take for a formula after an apostrophe."""
     if value is None or isinstance(value, int | float):
         return value
     text = str(value)
@@ -46,7 +43,7 @@ def for_csv(value: Any) -> Any:
 
 
 def for_plot(value: Any) -> str:
-    """Without formulas; matplotlib leaves labels that begin with an underscore out of a legend."""
+    """A fact as a label, without formulas. matplotlib leaves labels that begin with an underscore out of a legend."""
     text = plain(value).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 
@@ -56,22 +53,15 @@ class Sheet:
     """A table of texts, of which nothing is escaped yet.
 
     Attributes:
-        rows: the head and the lines
-        right: which columns are numbers
+        rows: the head, then the lines.
+        right: for each column, whether it has numbers.
     """
 
     rows: Sequence[Sequence[str]]
     right: Sequence[bool]
 
     def markdown(self) -> str:
+        """The table in Markdown, escaped."""
         out = [[f"**{for_markdown(c)}**" if isinstance(c, Bold) else for_markdown(c) for c in row] for row in self.rows]
         out.insert(1, ["---:" if numbers else "---" for numbers in self.right])
         return "\n".join("| " + " | ".join(cells) + " |" for cells in out) + "\n"
-
-    def html(self) -> str:
-        head, *body = self.rows
-        out = "".join(f"<th>{for_html(name)}</th>" for name in head)
-        for row in body:
-            cells = (f"<b>{for_html(cell)}</b>" if isinstance(cell, Bold) else for_html(cell) for cell in row)
-            out += "</tr>\n<tr>" + "".join(f"<td>{cell}</td>" for cell in cells)
-        return f"<table><tr>{out}</tr></table>\n"

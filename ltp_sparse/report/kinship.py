@@ -1,4 +1,4 @@
-"""Whether a method favours languages that are related to the one it was trained on."""
+"""Scores by kinship of languages: whether a method favours relatives of the language of training."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ DEGREES = ("same branch", "same family", "others")
 
 
 def kinship(language: str, other: str) -> str | None:
-    """One of `DEGREES`; None of a language itself, and where the family of one of them is not known."""
+    """One of `DEGREES`; None for a language and itself, and if one of their families is not known."""
     one, two = (_CODES.get(code, code.partition("_")[0]) for code in (language, other))
     if one == two or one not in _FAMILY_OF or two not in _FAMILY_OF:
         return None
@@ -54,10 +54,14 @@ def kinship(language: str, other: str) -> str | None:
 
 
 def kinship_sheet(rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> Sheet:
-    """For each group of `by`: mean scores by kinship with the training language, that of the runs, in percent, and the
-    share of its score on the training language's relatives that the others reach ("others / related").
+    """For each group of rows, the mean scores in percent by kinship with the language of training.
 
-    A smaller share is a stronger bias towards related languages. The training language itself is left out.
+    The last column, "others / related", is the mean score of unrelated languages divided by that of related ones. The
+    smaller it is, the more a method favours related languages. The language of training itself is left out.
+
+    Args:
+        rows: results, with "scores" by language and "train.language".
+        by: dotted paths of the facts that make a group.
     """
     groups: dict[tuple[Any, ...], dict[str, list[float]]] = {}
     for row in rows:

@@ -7,30 +7,32 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+
 from ltp_sparse.recipes.recipe import FOLDER, Recipe
 from ltp_sparse.report.chance import chance_sheet
-from ltp_sparse.report.escaping import Sheet, for_html, for_markdown
+from ltp_sparse.report.escaping import Sheet, for_markdown, plain
 from ltp_sparse.report.kinship import kinship_sheet
 from ltp_sparse.report.paired import MARGIN, compare, comparison_sheet, pool
 from ltp_sparse.report.plots import PLOTS
 from ltp_sparse.report.stage_1 import stage_1_sheet
-from ltp_sparse.report.tables import LARGEST_CLASS, Table, figure, latex, make_table, markdown, to_csv
+from ltp_sparse.report.tables import Table, latex, make_table, markdown, to_csv
 from ltp_sparse.weights.files import atomic_path
 from ltp_sparse.weights.reading import read_yaml
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; color: #222; }
-table { border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto; }
-th, td { padding: .25em .6em; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-tr.paper td { color: #777; border-bottom: none; }
-.best { font-weight: 700; }
-img { max-width: 100%; margin: 1em 0; }
-"""
-
 
 def write_report(recipe: Recipe, rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """Writes report.md, report.html, table.csv, table.tex and the recipe's plots; returns the files.
+    """Writes report.md, report.html, table.csv, table.tex and the recipe's plots.
+
+    Args:
+        recipe: the recipe.
+        rows: results, also those of other recipes, which are left out.
+        folder: the folder to write to.
+
+    Returns:
+        The files.
 
     Raises:
         ValueError: there is no row of the recipe yet.
@@ -53,9 +55,10 @@ def write_report(recipe: Recipe, rows: Sequence[Mapping[str, Any]], folder: Path
         tests["Languages related to that of training"] = kinship_sheet(rows, recipe.by)
     if (stage_1 := stage_1_sheet(rows, recipe.by)) is not None:
         tests["Tickets of stage 1"] = stage_1
+    embedded = {plot.stem: _embedded(plot) for plot in drawn}
     written = {
-        "report.md": _markdown_page(recipe, table, tests, drawn, facts),
-        "report.html": _html_page(recipe, table, tests, drawn, facts),
+        "report.md": _markdown(recipe, table, tests, {plot.stem: plot.name for plot in drawn}, facts),
+        "report.html": _html(recipe.title, _markdown(recipe, table, tests, embedded, facts)),
         "table.csv": to_csv(table),
         "table.tex": latex(table),
     }
@@ -102,48 +105,23 @@ def _facts(recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*facts, *(f"Note: {note}." for note in notes), *([recipe.notes] if recipe.notes else [])]
 
 
-def _markdown_page(
-    recipe: Recipe, table: Table, tests: Mapping[str, Sheet], plots: Sequence[Path], facts: Sequence[str]
+def _markdown(
+    recipe: Recipe, table: Table, tests: Mapping[str, Sheet], images: Mapping[str, str], facts: Sequence[str]
 ) -> str:
-    images = [f"![{path.stem}]({path.name})" for path in plots]
-    parts = [f"## {heading}\n\n{sheet.markdown()}" for heading, sheet in tests.items()]
+    """The page; `images` are their names and addresses."""
+    parts = [f"## {for_markdown(heading)}\n\n{sheet.markdown()}" for heading, sheet in tests.items()]
     told = [f"# {for_markdown(recipe.title)}", *map(for_markdown, facts)]
-    return "\n\n".join([*told, markdown(table), *parts, *images]) + "\n"
+    shown = [f"![{name}]({address})" for name, address in images.items()]
+    return "\n\n".join([*told, markdown(table), *parts, *shown]) + "\n"
 
 
-def _html_page(
-    recipe: Recipe, table: Table, tests: Mapping[str, Sheet], plots: Sequence[Path], facts: Sequence[str]
-) -> str:
-    images = "".join(
-        f'<img alt="{path.stem}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">\n'
-        for path in plots
-    )
-    paragraphs = "".join(f"<p>{for_html(fact)}</p>\n" for fact in facts)
-    comparisons = "".join(f"<h2>{for_html(heading)}</h2>\n{sheet.html()}" for heading, sheet in tests.items())
-    title = for_html(recipe.title)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{_STYLE}</style></head><body>\n<h1>{title}</h1>\n{paragraphs}{_html_table(table)}{comparisons}{images}</body></html>\n"
-    )
+def _html(title: str, page: str) -> str:
+    """A page in Markdown as one in HTML. Tags inside are text: the parser makes none of them, the template escapes."""
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(page)
+    templates = Environment(loader=PackageLoader("ltp_sparse", "report"), autoescape=True, keep_trailing_newline=True)
+    return templates.get_template("page.html.jinja").render(title=plain(title), body=Markup(body))
 
 
-def _html_table(table: Table) -> str:
-    best, lines = table.best, []
-    head = "".join(f"<th>{for_html(name)}</th>" for name in (*table.by, "runs", *table.columns))
-    for line in table.lines:
-        cells = [*map(for_html, line.facts), str(line.runs)]
-        body = "".join(f"<td>{cell}</td>" for cell in cells)
-        for column in table.columns:
-            mean, deviation = line.values.get(column, (float("nan"), float("nan")))
-            text = "" if mean != mean else f"{mean:.2f}" + ("" if deviation != deviation else f" ± {deviation:.2f}")
-            body += f"<td{' class=best' if (line.facts, column) in best else ''}>{text}</td>"
-        lines.append(f"<tr>{body}</tr>")
-        if line.paper:
-            figures = "".join(
-                f"<td>{line.paper[c]:.2f}</td>" if c in line.paper else "<td></td>" for c in table.columns
-            )
-            lines.append(f'<tr class="paper"><td>paper</td>{"<td></td>" * len(table.by)}{figures}</tr>')
-    if table.largest_class:
-        shares = "".join(f"<td>{figure(table.largest_class.get(column))}</td>" for column in table.columns)
-        lines.append(f'<tr class="paper"><td>{LARGEST_CLASS}</td>{"<td></td>" * len(table.by)}{shares}</tr>')
-    return f"<table><thead><tr>{head}</tr></thead><tbody>\n" + "\n".join(lines) + "\n</tbody></table>\n"
+def _embedded(plot: Path) -> str:
+    """The address of a plot that is part of its page."""
+    return f"data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}"

@@ -24,13 +24,14 @@ class Comparison:
     """A label minus the reference, in points.
 
     Attributes:
-        facts: what both have in common besides the seed (shots, ...); of pooled comparisons none
-        runs: pairs, one per seed
-        mean: of the differences
-        interval: 95 % interval of the mean (Student's t); infinite for a single pair
-        p_value: two-sided, of the sign-flip permutation test: exact up to 20 pairs, above by Student's t
-        adjusted: the same by Holm's rule, over all comparisons that were made with this one
-        equal_p: of two one-sided t tests: small where the difference lies within the margin
+        label: the label.
+        facts: what both have in common besides the seed (shots, ...); empty for pooled comparisons.
+        runs: the number of pairs, one per seed.
+        mean: the mean difference.
+        interval: the 95 % interval of the mean (Student's t); infinite for a single pair.
+        p_value: two-sided p-value of the sign-flip permutation test: exact up to 20 pairs, else by Student's t.
+        adjusted: the p-value after Holm's correction for all comparisons that were made with this one.
+        equal_p: p-value of two one-sided t tests: small if the difference is within the margin.
     """
 
     label: str
@@ -43,7 +44,7 @@ class Comparison:
     equal_p: float
 
     def verdict(self, margin: float = MARGIN) -> str:
-        """What the interval says of the difference: equal within the margin, different, or neither is shown."""
+        """What the interval shows: equal within the margin, different, or neither."""
         low, high = self.interval
         equal, differs = -margin < low and high < margin, low > 0 or high < 0
         if equal:
@@ -54,14 +55,19 @@ class Comparison:
 def compare(
     rows: Iterable[Mapping[str, Any]], reference: str, by: Sequence[str], *, margin: float = MARGIN, last: bool = False
 ) -> list[Comparison]:
-    """Every label against `reference`, for each of the facts in common.
+    """Every label against a reference, for each set of facts in common.
 
-    A seed is one pair: its difference is the mean over everything else that both have (training languages, above all).
+    A seed is one pair. Its difference is the mean over all else that both have, such as languages of training.
 
     Args:
-        by: facts as in the recipe; "label" itself is left out. Labels without such pairs are left out, too.
-        margin: of `Comparison.equal_p`, in points.
+        rows: results.
+        reference: the label to compare with.
+        by: dotted paths of facts, as in the recipe; "label" is ignored.
+        margin: the margin of `Comparison.equal_p`, in points.
         last: compare the scores of the last update instead of those of the best epoch on dev.
+
+    Returns:
+        The comparisons; labels without a pair have none.
     """
     found = [
         _comparison(label, facts, differences, margin)
@@ -73,9 +79,9 @@ def compare(
 def pool(
     rows: Iterable[Mapping[str, Any]], reference: str, by: Sequence[str], *, margin: float = MARGIN, last: bool = False
 ) -> list[Comparison]:
-    """One comparison of each label over all facts in common, where there are several; arguments as of `compare`.
+    """One comparison of each label over all sets of facts, if there are several; arguments as in `compare`.
 
-    The difference of a seed is its mean over the facts; seeds that lack some of them are left out.
+    The difference of a seed is its mean over these sets; seeds that lack one of them are left out.
     """
     labels: dict[str, list[Mapping[Any, float]]] = {}
     for (label, _), differences in _differences(rows, reference, by, last).items():
@@ -92,7 +98,7 @@ def pool(
 def _differences(
     rows: Iterable[Mapping[str, Any]], reference: str, by: Sequence[str], last: bool
 ) -> dict[tuple[str, tuple[Any, ...]], dict[Any, float]]:
-    """(label, facts) -> seed -> points above the reference, of the seeds that both have."""
+    """(label, facts) -> seed -> points above the reference, for seeds that both have."""
     paths = [path for path in by if path != "label"]
     runs: dict[tuple[str, tuple[Any, ...]], dict[Any, dict[Any, list[float]]]] = {}
     for row in rows:
@@ -122,7 +128,7 @@ def _comparison(label: str, facts: tuple[Any, ...], differences: Mapping[Any, fl
 
 
 def _holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """With the adjusted p-values: of m sorted ones the i-th smallest times m - i + 1, none below the one before."""
+    """Adds the adjusted p-values: of m, the i-th smallest times m - i + 1, and none below the one before."""
     order = sorted(range(len(comparisons)), key=lambda i: comparisons[i].p_value)
     found, least = list(comparisons), 0.0
     for position, i in enumerate(order):
@@ -131,17 +137,10 @@ def _holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
     return found
 
 
-def comparison_table(
-    comparisons: Sequence[Comparison], reference: str, by: Sequence[str], margin: float = MARGIN
-) -> str:
-    """A Markdown table; differences whose interval leaves out 0 are bold."""
-    return comparison_sheet(comparisons, reference, by, margin).markdown()
-
-
 def comparison_sheet(
     comparisons: Sequence[Comparison], reference: str, by: Sequence[str], margin: float = MARGIN
 ) -> Sheet:
-    """The same, for any format."""
+    """Comparisons as a table; differences are bold if their interval leaves out 0."""
     paths = [path for path in by if path != "label"]
     out = [
         ["label", *paths, "pairs", f"minus {reference}", "95 % interval", "p", "p, Holm", f"p, {margin:g}", "finding"]
@@ -159,7 +158,7 @@ def comparison_sheet(
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
-    """The mean, and its 95 % interval by Student's t; infinite for a single value."""
+    """The mean and its 95 % interval (Student's t), which is infinite for a single value."""
     n, mean = len(values), statistics.fmean(values)
     if n == 1:
         return mean, (-math.inf, math.inf)
@@ -170,7 +169,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
 
 
 def _equivalence(values: Sequence[float], margin: float) -> float:
-    """The larger p-value of two one-sided t tests, of a mean of at most -margin and of at least margin."""
+    """The larger p-value of two one-sided t tests: of a mean of at most -margin, and of at least margin."""
     n, mean = len(values), statistics.fmean(values)
     if n == 1:
         return 1.0
@@ -178,7 +177,7 @@ def _equivalence(values: Sequence[float], margin: float) -> float:
 
 
 def _above(n: int, distance: float, values: Sequence[float]) -> float:
-    """One-sided p-value of a mean that lies so far above a bound, by Student's t."""
+    """One-sided p-value (Student's t) of a mean that is this far above a bound."""
     from scipy.special import stdtr
 
     error = statistics.stdev(values) / math.sqrt(n)

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 
 def plot_ticket(ticket: Ticket, path: str | os.PathLike[str], *, by: str = "layer") -> Path:
-    """Draws where a ticket lives: the share of active entries per layer, module type or parameter.
+    """Draws the share of active entries per layer, module type or parameter.
 
     Args:
+        ticket: the ticket.
         path: the file; its suffix (.png, .pdf, .svg) is the format.
         by: "layer", "module" or "parameter", as in `Ticket.counts`.
     """
@@ -58,6 +59,8 @@ def plot_accuracy(
         path: the file; its suffix (.png, .pdf, .svg) is the format.
         errors: method -> language -> standard deviation over seeds, drawn as whiskers.
         chance: accuracy of guessing, drawn as a line.
+        title: the title.
+        metric: its name, for the axis.
     """
     languages = list(dict.fromkeys(language for row in scores.values() for language in row))
     figure, axes = _figure(len(languages) * (len(scores) + 1) / 2)
@@ -149,8 +152,9 @@ def plot_languages(rows: Rows, path: Path, recipe: Recipe) -> Path | None:
 
 
 def plot_relative_change(rows: Rows, path: Path, recipe: Recipe) -> Path | None:
-    """A heat map: by how much of its score a language gains or loses, against the line whose last fact is not set
-    (SPT, figure 5: reparameterised prompts against plain ones).
+    """A heat map of gains and losses in percent, against the line whose last fact is not set.
+
+    In SPT's figure 5 these are reparameterised prompts against plain ones.
     """
     table = make_table(rows, recipe.by)
     plain = {line.facts[:-1]: line for line in table.lines if line.facts[-1] is None}
@@ -188,7 +192,7 @@ def _heat_map(
 
 
 def plot_layers(rows: Rows, path: Path, recipe: Recipe) -> Path | None:
-    """Where the entries of each label's ticket lie: share per layer, attention below and the rest above."""
+    """The entries of each label's ticket by layer: attention below, all other parts above."""
     tickets = {str(row["label"]): row["active"] for row in rows if row["k"]}
     for row in rows:
         tickets |= {f"language SFT, {language}": active for language, active in row["language_active"].items()}
@@ -214,8 +218,9 @@ def plot_layers(rows: Rows, path: Path, recipe: Recipe) -> Path | None:
 
 
 def plot_overlap(rows: Rows, path: Path, recipe: Recipe) -> Path | None:
-    """What two seeds of stage 1 share of their tickets, against its updates: a line per density and rate, its chance
-    dashed.
+    """The share that tickets of two seeds of stage 1 have in common, against updates; a line per density and rate.
+
+    Dashed: the same for random tickets.
     """
     lines: dict[tuple[float, float], dict[int, tuple[float, float]]] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""What stage 1 did for the tickets of a table: updates, loss, and how far two of its seeds agree."""
+"""Stage 1 behind the tickets of a table: updates, loss, and the overlap of the tickets of two seeds."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ from ltp_sparse.report.escaping import Sheet, plain
 
 
 def stage_1_sheet(rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> Sheet | None:
-    """A line for each group of `by` with a ticket of stage 1, means over its runs; None where there is no such row.
+    """For each group of rows with a ticket of stage 1, the means over its runs.
 
-    "shared" is the share of a ticket's entries that the ticket of another seed has, too; "chance" that of two random
-    tickets with as many entries in each parameter.
+    "shared" is the share of a ticket's entries that the ticket of another seed has as well; "chance" is the same for
+    two random tickets with as many entries in each parameter.
+
+    Args:
+        rows: results.
+        by: dotted paths of the facts that make a group.
+
+    Returns:
+        The table; None if no row has a ticket of stage 1.
     """
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:

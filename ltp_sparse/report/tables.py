@@ -18,14 +18,14 @@ LARGEST_CLASS = "always the largest class"
 
 @dataclass
 class Line:
-    """One row of a table.
+    """A line of a table.
 
     Attributes:
-        facts: what makes it a row of its own
-        values: column -> (mean, standard deviation over seeds or NaN), in percent
-        paper: column -> the printed figure, in percent
-        runs: seeds
-        notes: of its runs: stand-ins, shortfalls
+        facts: the values of `Table.by` in it.
+        values: column -> (mean, standard deviation over seeds), in percent; the deviation of a single run is NaN.
+        runs: the number of seeds.
+        paper: column -> the figure of the paper, in percent.
+        notes: notes of its runs, e.g. on stand-ins.
     """
 
     facts: tuple[Any, ...]
@@ -40,12 +40,10 @@ class Table:
     """Lines with common columns.
 
     Attributes:
-        by: names of the facts
-        columns: languages, and their average
-        largest_class: column -> the score of naming the largest class always, in percent; empty where rows do not tell
-            it
-
-    best:    (facts of a line, column) of the best means: among the lines that differ in the first fact only
+        by: dotted paths of the facts.
+        columns: languages, and their average.
+        lines: the lines.
+        largest_class: column -> the score of always naming the largest class, in percent; empty if rows do not have it.
     """
 
     by: tuple[str, ...]
@@ -55,6 +53,7 @@ class Table:
 
     @property
     def best(self) -> set[tuple[tuple[Any, ...], str]]:
+        """(facts of a line, column) of the best means among lines that differ in their first fact only."""
         rivals: dict[tuple[Any, ...], list[Line]] = {}
         for line in self.lines:
             rivals.setdefault(line.facts[1:], []).append(line)
@@ -67,13 +66,13 @@ class Table:
         return found
 
     def means(self) -> dict[str, dict[str, float]]:
-        """First fact of a line -> column -> mean, in [0, 1]: what `plot_accuracy` draws."""
+        """First fact of a line -> column -> mean in [0, 1], as `plot_accuracy` takes it."""
         return {
             str(line.facts[0]): {name: mean / 100 for name, (mean, _) in line.values.items()} for line in self.lines
         }
 
     def deviations(self) -> dict[str, dict[str, float]]:
-        """The same of the standard deviations over seeds; lines of a single run have none."""
+        """The same for the standard deviations over seeds; lines with one run have none."""
         return {
             str(line.facts[0]): {name: spread / 100 for name, (_, spread) in line.values.items() if spread == spread}
             for line in self.lines
@@ -81,12 +80,13 @@ class Table:
 
 
 def make_table(rows: Iterable[Mapping[str, Any]], by: Sequence[str], paper: Mapping[str, Any] | None = None) -> Table:
-    """Rows of a run as a table.
+    """Results as a table.
 
     Args:
-        by: facts (dotted paths); rows that agree in them are runs of one line: several seeds, and, where every language
-            was trained on its own, several languages. Each row has a "seed"
-        paper: an entry of `papers.yaml`
+        rows: results, each with a "seed".
+        by: dotted paths of facts. Rows with the same facts are runs of one line: its seeds and, if every language was
+            trained on its own, its languages.
+        paper: an entry of `papers.yaml`.
     """
     rows = list(rows)
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
@@ -111,7 +111,7 @@ def make_table(rows: Iterable[Mapping[str, Any]], by: Sequence[str], paper: Mapp
 
 
 def _largest_class(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Of the columns for which all rows tell the same: rows of different test data have no common one."""
+    """For columns in which all rows have the same figure: rows of different test data have none in common."""
     told: dict[str, set[float]] = {}
     for row in rows:
         for language in row["scores"]:
@@ -132,7 +132,12 @@ def paper_figures(paper: Mapping[str, Any] | None) -> dict[tuple[Any, ...], dict
 
 
 def markdown(table: Table, *, bold: bool = True) -> str:
-    """Under each line with printed figures these, and the difference. bold: the best means."""
+    """A table in Markdown. Under a line with figures of the paper are these, and the difference to them.
+
+    Args:
+        table: the table.
+        bold: whether the best means are bold.
+    """
     best = table.best if bold else set()
     out: list[list[str]] = [[*table.by, "runs", *table.columns]]
     for line in table.lines:
@@ -151,7 +156,7 @@ def markdown(table: Table, *, bold: bool = True) -> str:
 
 
 def to_csv(table: Table) -> str:
-    """One line per cell of the table: facts, column, mean, deviation, runs, figure of the paper."""
+    """A table as CSV, a line per cell: facts, column, mean, deviation, runs, figure of the paper."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*map(for_csv, table.by), "column", "mean", "deviation", "runs", "paper"])
@@ -166,7 +171,7 @@ def to_csv(table: Table) -> str:
 
 
 def latex(table: Table) -> str:
-    """A booktabs tabular, best means in bold."""
+    """A table in LaTeX (booktabs), with the best means in bold."""
     best = table.best
     head = [for_latex(name) for name in (*table.by, *table.columns)]
     body = []
@@ -196,6 +201,7 @@ def _number(value: tuple[float, float] | None) -> str:
 
 
 def figure(value: float | None) -> str:
+    """A figure in percent as a text; None is nothing."""
     return "" if value is None else f"{value:.2f}"
 
 

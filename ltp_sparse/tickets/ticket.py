@@ -16,6 +16,7 @@ from ltp_sparse.tickets.index_set import Encoding, IndexSet
 from ltp_sparse.tickets.random_sets import random_sets
 from ltp_sparse.weights import file_shards, files
 from ltp_sparse.weights.digests import Hash, fingerprint, is_known
+from ltp_sparse.weights.hub import OnHub
 from ltp_sparse.weights.names import (
     Named,
     bare_names,
@@ -51,7 +52,7 @@ def in_pool(names: Iterable[str], pool: Pool) -> list[str]:
     return parameter_order(kept)
 
 
-class Ticket:
+class Ticket(OnHub):
     """Which entries of which parameters are active, with metadata about their origin.
 
     A ticket lists all parameters of its pool, also those without active entries, under canonical names and in canonical
@@ -64,6 +65,8 @@ class Ticket:
         metadata: JSON values: method, density, requested k, threshold, ...
         fingerprint: name -> digest of the base model's tensor, for parameters with active entries; may be empty.
     """
+
+    _kind = "ticket"
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ from typing import Any
 from ltp_sparse import __version__
 from ltp_sparse.deltas.delta import SparseDelta
 from ltp_sparse.methods import METHODS
+from ltp_sparse.weights.card import cell, front_matter, score_lines
 from ltp_sparse.weights.files import atomic_path
 
 
@@ -30,25 +31,20 @@ def write_card(path: Path, base: str, trained: SparseDelta, kind: str, facts: Ma
     example = '{"text": "...", "text_pair": "..."}' if kind == "pair" else '"..."'
     entries = f"{ticket.k:,} of {ticket.n:,} entries" + (f" ({ticket.density:.2%})" if ticket.n else "")
     lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-classification",
-        f"base_model: {json.dumps(base)}",
-        "---",
-        "",
+        *front_matter("transformers", "pipeline_tag: text-classification", f"base_model: {json.dumps(base)}"),
         f"# {method.name} on {base}",
         "",
         f"| | |\n| --- | --- |\n| base model | {base} |",
         f"| method | {method.name} (`{about['method']}` of ltp_sparse {__version__}), seed {about['seed']} |",
         f"| trained | {entries} of the weights in its pool{', and a prompt' if prompted else ', and a head'} |",
-        f"| classes | {_cell(', '.join(about['labels']))} |",
-        f"| training data | {_cell(str(facts.get('data', 'unknown')))} |",
-        *([] if language is None else [f"| language of training | {_cell(language)} |"]),
+        f"| classes | {cell(', '.join(about['labels']))} |",
+        f"| training data | {cell(facts.get('data', 'unknown'))} |",
+        *([] if language is None else [f"| language of training | {cell(language)} |"]),
         f"| kept | evaluation at epoch {about['epoch']:g}, {about['metric']} on dev {about['dev_score']:.4f} |",
         "",
         "## Scores",
         "",
-        *_scores(facts.get("scores", ())),
+        *score_lines(facts.get("scores", ())),
         "",
         "## Use",
         "",
@@ -78,21 +74,3 @@ def _how(prompted: bool) -> list[str]:
         "build by itself: `predict.py` does. Prompt and label words are the last rows of the vocabulary. There is no",
         "classification head; `classifier_dropout` is -1 in `config.json` so that none is made up from random numbers.",
     ]
-
-
-def _scores(rows: Any) -> list[str]:
-    if not rows:
-        return ["None were computed; `ltp-sparse evaluate` does."]
-    lines = ["| data | metric | language | score | always the largest class |", "| --- | --- | --- | ---: | ---: |"]
-    for row in rows:
-        for language, score in row["scores"].items():
-            largest = row.get("largest_class", {}).get(language)
-            cells = [_cell(str(row.get("task"))), str(row.get("metric", "accuracy")), _cell(language), f"{score:.4f}"]
-            cells.append("" if largest is None else f"{largest:.4f}")
-            lines.append("| " + " | ".join(cells) + " |")
-    notes = dict.fromkeys(f"{_cell(str(row.get('task')))}: {_cell(n)}." for row in rows for n in row.get("notes", ()))
-    return [*lines, "", *notes] if notes else lines
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

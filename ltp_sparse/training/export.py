@@ -25,7 +25,9 @@ from ltp_sparse.models.masked_prompt import PromptedMaskedLM
 from ltp_sparse.training.card import write_card
 from ltp_sparse.training.method import load_trained
 from ltp_sparse.weights.files import atomic_folder
+from ltp_sparse.weights.hub import EXPORT, files_in, kind_held, upload
 from ltp_sparse.weights.locating import locate
+from ltp_sparse.weights.reading import FileFormatError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,6 +90,30 @@ def export(
         pieces.save_pretrained(folder)
         shutil.copyfile(Path(__file__).with_name("standalone.py"), folder / SCRIPT)
         write_card(folder / "README.md", str(model), trained, kind, dict(facts or {}))
+
+
+def push_to_hub(folder: str | os.PathLike[str], name: str, *, private: bool = False) -> str:
+    """Writes an exported folder into a repository of the Hub, which is made if it is missing.
+
+    Args:
+        folder: as `export` wrote it.
+        name: of the repository, owner/name; the card names it in place of the folder.
+        private: whether a new repository is private.
+
+    Returns:
+        The address with the hash of the commit, which `ltp_sparse.load` takes.
+
+    Raises:
+        FileFormatError: the folder is no export, or the repository holds something else.
+        OSError: the Hub cannot be reached or refuses, e.g. without a token.
+    """
+    folder = Path(folder)
+    if (held := kind_held(files_in(folder), folder)) != EXPORT:
+        raise FileFormatError(folder, f"expected an {EXPORT}, it holds a {held}")
+    files: dict[str, Path | bytes] = {path: folder / path for path in files_in(folder)}
+    if (card := folder / "README.md").is_file():
+        files[card.name] = card.read_text(encoding="utf-8").replace('"FOLDER"', f'"{name}"').encode()
+    return upload(name, files, message=f"An {EXPORT}", private=private)
 
 
 def _classifier(language_model: Any, ready: SequenceClassifier, names: Mapping[str, Any]) -> PreTrainedModel:

@@ -85,7 +85,7 @@ class MaskedTexts(Dataset):
             raise ValueError(
                 f"{len(self.tokens)} tokens give no example"
                 + (
-                    f" of {length} tokens; give more text or line_by_line=True (--line-by-line)"
+                    f" of {length} tokens; give more text or line_by_line=True"
                     if packed
                     else "; give texts that are not empty"
                 )

@@ -1,13 +1,40 @@
-"""Whether the Hub can be reached. Without torch."""
+"""The Hub: whether it can be reached, and tickets, deltas and exported models as its repositories. Without torch.
+
+A repository holds one of them: `ticket.safetensors`, `delta.safetensors`, or an exported model, with a card. Its
+address is owner/name, or owner/name@revision; uploads and downloads tell the address with the hash of the commit.
+"""
 
 from __future__ import annotations
 
+import os
+import re
 import socket
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from threading import Thread
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from ltp_sparse.weights.card import write_up
+from ltp_sparse.weights.reading import FileFormatError
+
+if TYPE_CHECKING:
+    from typing import Self
+
+EXPORT = "exported model"
+HELD = {
+    "ticket": ("ticket.safetensors",),
+    "delta": ("delta.safetensors",),
+    EXPORT: ("config.json", "predict.py"),
+    "SHiRA adapter": ("adapter_config.json", "adapter_model.safetensors"),
+    "LT-SFT delta": ("pytorch_diff.bin",),
+}
+"""What a folder or a repository can hold -> the files that it is known by."""
+
+_ADDRESS = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _PATIENCE = 3.0  # seconds for the Hub to answer
 
 
@@ -30,3 +57,205 @@ def hub_answers() -> bool:
     thread.start()
     thread.join(_PATIENCE)
     return bool(answers)
+
+
+def split_address(address: str, revision: str | None = None) -> tuple[str, str | None]:
+    """Repository and revision of an address; a revision beside it may not contradict one inside."""
+    found = _ADDRESS.fullmatch(address)
+    if found is None:
+        raise ValueError(f"expected a repository of the Hub, owner/name or owner/name@revision, got {address!r}")
+    if revision is not None and found[2] not in (None, revision):
+        raise ValueError(f"two revisions: {address!r} and {revision!r}; give one")
+    return found[1], revision or found[2]
+
+
+def kind_held(names: Iterable[str], where: str | os.PathLike[str]) -> str:
+    """The kind of what files belong to, see `HELD`.
+
+    Args:
+        names: paths of all files of a folder or repository.
+        where: the folder or address, for messages.
+
+    Raises:
+        FileFormatError: it is none of these kinds, or several.
+    """
+    names = set(names)
+    kinds = [kind for kind, files in HELD.items() if names.issuperset(files)]
+    if len(kinds) == 1:
+        return kinds[0]
+    known = ", ".join(f"{kind} ({' and '.join(files)})" for kind, files in HELD.items())
+    holds = ", ".join(sorted(names)[:4]) or "nothing"
+    problem = f"it holds {' and '.join(kinds)}; keep one" if kinds else f"expected one of {known}; it holds {holds}"
+    raise FileFormatError(where, problem)
+
+
+def files_in(folder: Path) -> list[str]:
+    """The paths of all files in a folder, relative to it."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def download(address: str, revision: str | None = None) -> tuple[Path, str]:
+    """A repository as a folder in the cache of the Hub, from which it also comes without a network.
+
+    Args:
+        address: owner/name or owner/name@revision.
+        revision: a branch, a tag or the hash of a commit. Default: that of the address, else main.
+
+    Returns:
+        The folder, and the address with the hash of its commit.
+
+    Raises:
+        FileNotFoundError: there is no such repository or revision, or it is not in the cache and the Hub does not
+            answer.
+        FileFormatError: it is foreign (see `HELD`); nothing was downloaded.
+        OSError: the Hub refuses, or the download is damaged.
+    """
+    name, revision = split_address(address, revision)
+    from huggingface_hub import HfApi, snapshot_download
+
+    with _told(name, revision):
+        there = hub_answers()
+        if there:
+            found = HfApi().model_info(name, revision=revision)
+            kind_held((file.rfilename for file in found.siblings or ()), f"{name}@{found.sha}")
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=not there))
+    return folder, f"{name}@{folder.name}"
+
+
+def upload(name: str, files: Mapping[str, Path | bytes], *, message: str, private: bool = False) -> str:
+    """Writes files into a repository, in one commit. Makes the repository if it is missing.
+
+    Args:
+        name: owner/name.
+        files: path in the repository -> its content, or the file with it.
+        message: of the commit.
+        private: whether a new repository is private.
+
+    Returns:
+        The address with the hash of the commit.
+
+    Raises:
+        FileFormatError: the repository holds something else; nothing was written.
+        OSError: the Hub cannot be reached or refuses, e.g. without a token.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    name, revision = split_address(name)
+    if revision is not None:
+        raise ValueError(f"expected a repository to write to, owner/name, got {name}@{revision}")
+    kind = kind_held(files, name)
+    with _told(name, None):
+        api = HfApi()
+        api.create_repo(name, private=private, exist_ok=True)
+        before = api.model_info(name)
+        others = [file.rfilename for file in before.siblings or () if file.rfilename != ".gitattributes"]
+        if others and (held := kind_held(others, name)) != kind:
+            raise FileFormatError(name, f"it holds a {held}; push the {kind} to a repository of its own")
+        operations = [CommitOperationAdd(path, content) for path, content in files.items()]
+        commit = api.create_commit(name, operations, commit_message=message, parent_commit=before.sha)
+    return f"{name}@{commit.oid}"
+
+
+@contextmanager
+def _told(name: str, revision: str | None) -> Iterator[None]:
+    """Turns errors of huggingface_hub into one line: what was wanted, where, and what to do."""
+    from huggingface_hub import constants, errors
+
+    try:
+        yield
+    except FileFormatError:
+        raise
+    except errors.RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{name}: no revision {revision!r} in it") from error
+    except errors.RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name}: no such repository on {constants.ENDPOINT}, or none that your token may read (hf auth login)"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        at = "" if revision is None else f" at {revision}"
+        raise FileNotFoundError(
+            f"{name}{at}: not in the cache, or not all of it, and {constants.ENDPOINT} does not answer"
+        ) from error
+    except (errors.HTTPError, OSError, RuntimeError, ValueError) as error:
+        told = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise OSError(f"{name}: the Hub at {constants.ENDPOINT} refuses or fails: {told}") from error
+
+
+class OnHub:
+    """What tickets and deltas have in common: a file each, and a repository of the Hub for it."""
+
+    _kind: ClassVar[str]
+    metadata: dict[str, Any]
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        base: str | None = None,
+        data: str | None = None,
+        scores: Iterable[Mapping[str, Any]] = (),
+        private: bool = False,
+    ) -> str:
+        """Writes it and its card into a repository of the Hub, which is made if it is missing.
+
+        Args:
+            name: of the repository, owner/name.
+            base: Hub name of the base model, for the card; owner/name@revision pins it.
+            data: what it was selected or trained on, for the card.
+            scores: rows of `evaluate`, for the card.
+            private: whether a new repository is private.
+
+        Returns:
+            The address with the hash of the commit, which `ltp_sparse.load` takes.
+
+        Raises:
+            FileFormatError: the repository holds something else.
+            OSError: the Hub cannot be reached or refuses, e.g. without a token.
+        """
+        ticket: Any = getattr(self, "ticket", self)
+        active = f"{ticket.k:,} of {ticket.n:,} entries ({ticket.density:.4g} of them)"
+        card = write_up(self._kind, name, active=active, base=base, data=data, scores=scores, metadata=self.metadata)
+        (file,) = HELD[self._kind]
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(Path(folder, file))
+            return upload(
+                name,
+                {file: Path(folder, file), "README.md": card.encode()},
+                message=f"A {self._kind}",
+                private=private,
+            )
+
+    @classmethod
+    def from_hub(cls, address: str, *, revision: str | None = None) -> Self:
+        """Downloads and verifies it. Its metadata has the address under "hub", with the hash of the commit.
+
+        Args:
+            address: owner/name or owner/name@revision.
+            revision: a branch, a tag or the hash of a commit.
+
+        Raises:
+            FileNotFoundError: there is no such repository or revision, or no copy of it without a network.
+            FileFormatError: the repository holds something else, or the file is damaged.
+        """
+        return read_pinned(cls, *download(address, revision))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the file."""
+        raise NotImplementedError
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Reads the file."""
+        raise NotImplementedError
+
+
+_Held = TypeVar("_Held", bound=OnHub)
+
+
+def read_pinned(wanted: type[_Held], folder: Path, pinned: str) -> _Held:
+    """The ticket or delta of a folder in the cache, with its address (see `download`) in the metadata."""
+    if (held := kind_held(files_in(folder), pinned)) != wanted._kind:
+        raise FileFormatError(pinned, f"expected a {wanted._kind}, it holds a {held}")
+    found = wanted.load(folder / HELD[held][0])
+    found.metadata["hub"] = pinned
+    return found

@@ -27,6 +27,7 @@ PAGES = [
     "docs/memory.md",
     "docs/evidence.md",
     "docs/evidence-small-models.md",
+    "docs/share.md",
 ]
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from ltp_sparse.cli import main
-from ltp_sparse.cli.options import COMMANDS, build_parser
+from ltp_sparse.cli.options import COMMANDS, REPORTERS, CommandError, build_parser
 
 TRAIN = ["train", "--model", "mini-xlmr", "--output", "o", "--method", "bitfit"]
 TSV = "text\tlabel\none\ta\ntwo\tb\nthree\ta\nfour\tb\n"
@@ -23,6 +23,15 @@ TABLE = [
     ("select --dens 0.2", ["unknown option --dens", "closest: --density"]),
     ("train --seed 1", ["unknown option --seed", "--seeds"]),
     ("evaluate runs --tasks xnli", ["unknown option --tasks", "--task"]),
+    ("train --tiket t", ["unknown option --tiket, closest: --ticket; see"]),
+    ("--verison", ["ltp-sparse: unknown option --verison, closest: --version; see ltp-sparse --help"]),
+    ("selct", ["argument COMMAND: invalid choice: 'selct', closest: select (choose from"]),
+    ("train --method ltpp", ["argument --method: invalid choice: 'ltpp', closest: ltp (choose from"]),
+    ("demo --report-to wandbb", ["argument --report-to: invalid choice: 'wandbb', closest: wandb (choose from"]),
+    (
+        "select --model mini-xlmr --text t.tsv --report-to all --output o",
+        ["--report-to all needs a --run-dir, where its logs stay"],
+    ),
     ("inspect a b", ["unexpected 'b'"]),
     ("train --task foo", ["argument --task: invalid choice: 'foo'", "xnli-fewshot", "nusax", "sib200"]),
     ("evaluate runs --task foo", ["argument --task: invalid choice: 'foo'", "americasnli"]),
@@ -75,13 +84,16 @@ def python(*arguments) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["train", "--task", "foo"], ["--version"]])
 def test_help_and_mistakes_do_not_wait_for_torch(arguments):
+    """Counted in modules, not in seconds: nothing but the standard library, and of that little."""
     script = (
-        "import sys\nfrom ltp_sparse.cli import main\n"
+        "import sys\nbefore = set(sys.modules)\nfrom ltp_sparse.cli import main\n"
         f"try: main({arguments!r})\nexcept SystemExit: pass\n"
-        "print([name for name in ('torch', 'numpy', 'transformers', 'yaml') if name in sys.modules])"
+        "new = set(sys.modules) - before\n"
+        "known = {*sys.stdlib_module_names, 'ltp_sparse'}\n"
+        "print([name for name in new if name.partition('.')[0] not in known], len(new) < 250)"
     )
     done = python("-c", script)
-    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+    assert done.stdout.splitlines()[-1] == "[] True", done.stdout + done.stderr
 
 
 RUN = {"model": "mini-xlmr", "tokenizer": None, "method": "BitFit", "task": None, "shots": None, "language": "und"}
@@ -304,6 +316,43 @@ def test_errors_are_without_the_names_of_functions(monkeypatch, capsys):
     assert "in from_words" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        ("too short; give more text or line_by_line=True", "too short; give more text or --line-by-line"),
+        ("pass segment=, too", "pass --segment, too"),
+        ("take strategy='vanilla' or epochs=3", "take --strategy vanilla or --epochs 3"),
+        ("x.epochs=3, epochs=a(b) and pool=r", "x.epochs=3, epochs=a(b) and pool=r"),
+    ],
+)
+def test_errors_speak_of_options_and_not_of_arguments(message, told, monkeypatch, capsys):
+    def work(options):
+        raise ValueError(message)
+
+    monkeypatch.setattr("ltp_sparse.cli.select.run", work)
+    assert main(["select"]) == 2
+    assert capsys.readouterr().err == f"ltp-sparse: {told}\n"
+
+
+@pytest.mark.parametrize(
+    ("package", "install"),
+    [("torch", "torch"), ("xxhash", "xxhash"), ("safetensors", "safetensors"), ("transformers", '"ltp-sparse[train]"')],
+)
+def test_a_missing_package_is_one_line(package, install, tmp_path):
+    (tmp_path / "t.txt").write_text("a b\n" * 9)
+    script = (
+        "import sys\nfrom ltp_sparse.cli import main\n"
+        "class Missing:\n"
+        "    def find_spec(name, *_):\n"
+        f"        if name.split('.')[0] == {package!r}: raise ModuleNotFoundError('no', name=name)\n"
+        "sys.meta_path.insert(0, Missing)\n"
+        f"sys.exit(main(['select', '--model', 'mini-xlmr', '--text', {str(tmp_path / 't.txt')!r}, '--output', 'o']))"
+    )
+    done = python("-c", script)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"ltp-sparse: {package} is not installed; pip install {install}\n"
+
+
 def test_version(capsys):
     import ltp_sparse
 
@@ -324,9 +373,20 @@ def test_help_tells_every_option_and_its_default(name):
             assert f"(default: {action.default})" in shown, action.dest
 
 
-@pytest.mark.parametrize("name", ["select", "train", "run"])
-def test_long_commands_report_to_what_is_asked(name):
-    assert build_parser().parse([name, "--report-to", "tensorboard"]).report_to == "tensorboard"
+@pytest.mark.parametrize("name", ["select", "train", "run", "demo"])
+def test_long_commands_report_to_what_is_asked_and_installed(name, monkeypatch):
+    parser = build_parser()
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: package == "tensorboardX" or None)
+    for reporter in ("tensorboard", "none", "all"):
+        assert parser.parse([name, "--report-to", reporter]).report_to == reporter
+    with pytest.raises(CommandError, match=f"{name}: argument --report-to: wandb needs a package .*pip install wandb"):
+        parser.parse([name, "--report-to", "wandb"])
+
+
+def test_reporters_are_those_of_transformers():
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    assert set(REPORTERS[2:]) == set(INTEGRATION_TO_CALLBACK)
 
 
 def test_what_to_do_next_names_the_task_and_its_data():

@@ -150,7 +150,7 @@ def test_the_demo_draws_whiskers_over_seeds(tmp_path, monkeypatch):
         for seed in (1, 2)
     }
 
-    def run_method(method, ticket, settings, progress):
+    def run_method(method, ticket, settings, *_):
         rows = [
             {"method": method.name, "shots": 1, "seed": seed, "scores": scores[method.name, seed], "mean": 0.5}
             for seed in settings.seeds

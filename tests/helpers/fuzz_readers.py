@@ -46,6 +46,7 @@ from torch import Tensor
 import ltp_sparse as ls
 from helpers.tiny_nli import tiny_language_model, tiny_tokenizer
 from ltp_sparse.deltas.lt_sft import read_lt_sft
+from ltp_sparse.deltas.shira import read_shira, write_shira
 from ltp_sparse.models import Adapter
 from ltp_sparse.recipes import load_recipe, results
 from ltp_sparse.tasks import read_pairs, read_text
@@ -316,6 +317,8 @@ def cases(folder: Path) -> list[Case]:
 
     ticket = ls.Ticket.random(model, density=0.1, seed=0, pool=lambda name: "layer.0" in name)
     delta = ls.SparseDelta.between(model, model, ticket, dense={"head": torch.ones(3)}, metadata={"steps": 3})
+    in_linear = ls.Ticket.random(model, density=0.1, seed=0, pool=r"layer\.0\.attention.*(query|key)\.weight")
+    write_shira(ls.SparseDelta.between(model, model, in_linear), folder / "shira")
     adapter = Adapter(32, 2, 4, metadata={"language": "en"})
     ticket.save(folder / "ticket")
     delta.save(folder / "delta")
@@ -365,6 +368,10 @@ def cases(folder: Path) -> list[Case]:
     def lt_content(path: Path) -> Any:
         found = read_lt_sft(path, model)
         return found.ticket.digest(), found.values, found.dense
+
+    def shira_content(path: Path) -> Any:
+        found = read_shira(path, model)
+        return found.ticket.digest(), found.values
 
     def ticket_content(found: ls.Ticket) -> Any:
         return found.digest(), found.names, found.shapes, found.metadata, found.fingerprint
@@ -494,6 +501,10 @@ def cases(folder: Path) -> list[Case]:
                    for sizes in ({"hidden": 10**6, "layers": 2, "reduction": 1},
                                  {"hidden": 32, "layers": 10**9, "reduction": 4}))),
         Case("LT-SFT", "pytorch_diff.bin", saved(lt), lt_content, None, forged_lt, lt_sft_bombs(name)),
+        Case("SHiRA", "adapter_model.safetensors", model_file("adapter_model.safetensors", "shira"),
+             beside("adapter_model.safetensors", shira_content, "shira"), lambda b: ANYTHING, share=0.5),
+        Case("SHiRA", "adapter_config.json", model_file("adapter_config.json", "shira"),
+             beside("adapter_config.json", shira_content, "shira"), lambda b: ANYTHING, share=0.1),
         Case("recipe", "small.yaml", _RECIPE, recipe_content, lambda b: ANYTHING, forged_recipe,
              (_LAUGHS, _RECIPE.replace(b"[1, 2], seed: [1, 2]", b"%s, seed: %s, train.limit: %s" % (
                  (str(list(range(1, 1001))).encode(),) * 3)), b"cells: [" + b"{}, " * 20_000 + b"]")),

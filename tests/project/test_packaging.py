@@ -36,14 +36,26 @@ ORDER = [
         "tasks",
         "prompting",
     ],
-    *["models", "methods", "training", "pretraining", "recipes", "report", "testing", "demo", "cli", "__main__"],
+    *[
+        "models",
+        "methods",
+        "training",
+        "loading",
+        "pretraining",
+        "recipes",
+        "report",
+        "testing",
+        "demo",
+        "cli",
+        "__main__",
+    ],
 ]
 PLACE = {part: place for place, part in enumerate(ORDER)}
 
 HEAVY = ["transformers", "datasets", "accelerate", "matplotlib"]
 LIGHT = [  # must import without any of HEAVY
     *["weights", "tickets", "backends", "ops", "deltas", "selection", "optim", "tasks", "prompting"],
-    *["models", "report", "testing", "cli"],
+    *["models", "loading", "report", "testing", "cli"],
 ]
 
 

@@ -9,6 +9,7 @@ import html.parser
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
 import time
@@ -44,7 +45,7 @@ _ALLOWED = {  # functions that read what is no file of a stranger, or nothing at
     "backends.choice.choices": "a table that comes with the package",
     "cli.__init__.main": "the null device",
     "cli.report.run": "the report that has just been written",
-    "report.pages._html_page": "the plots that have just been drawn",
+    "report.pages._embedded": "the plots that have just been drawn",
     "tasks.hub.load_hub": "datasets reads and checks them",
 }
 
@@ -553,6 +554,49 @@ def test_plugins_run_only_if_allowed_and_only_beside_the_recipe(tmp_path, capsys
 EVIL = "<script>alert(1)</script> | a\n# b **c** [d](e) =1+1 & % $ # _ { } ~ ^ \\"
 
 
+OF_REPORTS = {
+    *("html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "img"),
+    *("table", "thead", "tbody", "tr", "th", "td", "strong"),
+}
+
+
+class Seen(html.parser.HTMLParser):
+    """Tags, addresses and texts of a page."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.addresses, self.texts = set(), [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_text_comes_through_a_report_as_it_is(seed):
+    """As a heading, a paragraph and a cell: no text makes a tag, and none loses a character."""
+    from ltp_sparse.report.escaping import Sheet, for_markdown, plain
+    from ltp_sparse.report.pages import _html
+
+    chance, nasty = random.Random(seed), "ab12 \\*_{}[]()#+-.!|<>&;:/~=$%\"'^@?\t\n\u00fc"
+    for _ in range(300):
+        text = plain("".join(chance.choices(nasty, k=chance.randrange(1, 24)))) or "x"
+        page = (
+            f"# {for_markdown(text)}\n\n{for_markdown(text)}\n\n"
+            + Sheet([["head one", "head two"], [text, text]], [False] * 2).markdown()
+        )
+        seen = Seen()
+        seen.feed(_html(text, page))
+        assert seen.tags <= OF_REPORTS and not seen.addresses, text
+        assert [found for found in seen.texts if found.strip()].count(text) == 5, (text, seen.texts)
+        seen = Seen()  # code spans stay what they are, for the notes of recipes
+        seen.feed(_html(text, for_markdown(f"`{text}` {text}`")))
+        assert seen.tags <= {*OF_REPORTS, "code"} and not seen.addresses, text
+
+
 @pytest.mark.slow
 def test_what_reports_print_is_escaped(tmp_path):
     from ltp_sparse.recipes.recipe import Cell, Recipe
@@ -580,14 +624,12 @@ def test_what_reports_print_is_escaped(tmp_path):
     for table in tables:  # no label makes a column or a line
         assert len({line.replace(r"\|", "").count("|") for line in table}) == 1
 
-    class Tags(html.parser.HTMLParser):
-        seen: set[str] = set()
-
-        def handle_starttag(self, tag, attributes):
-            self.seen.add(tag)
-
-    Tags().feed((tmp_path / "report.html").read_text())
-    assert Tags.seen and "script" not in Tags.seen
+    seen = Seen()
+    seen.feed((tmp_path / "report.html").read_text())
+    assert {"title", "h1", "p", "table", "td", "img"} <= seen.tags <= OF_REPORTS
+    assert all(address.startswith("data:image/png;base64,") for address in seen.addresses) and seen.addresses
+    for text in (EVIL, *labels):
+        assert " ".join(text.split()) in seen.texts
 
     with (tmp_path / "table.csv").open(newline="") as file:
         cells = [cell for row in csv.reader(file) for cell in row]

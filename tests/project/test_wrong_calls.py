@@ -118,7 +118,7 @@ CALLS = {
     "dtype": (lambda m, t: M(m.double(), t), TypeError, ["float32, bfloat16, float16", "got torch.float64"]),
     "quantized": (
         lambda m, t: M({"weight": Quantized().weight}, Ticket.from_masks({"weight": torch.ones(9, dtype=torch.bool)})),
-        ValueError, ["'weight' takes none"],
+        TypeError, ["'weight' is quantised in the model", "torch.uint8", "leave it out"],
     ),
     "nothing": (lambda m, t: M(m, t - t), ValueError, ["no active entry"]),
     "attach": (

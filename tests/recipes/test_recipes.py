@@ -30,7 +30,7 @@ from ltp_sparse.recipes.cell import Workbench, method_of, overlap, run_cell, tic
 from ltp_sparse.recipes.rates import with_rates
 from ltp_sparse.recipes.run import run_recipe, unfinished
 from ltp_sparse.report import plots
-from ltp_sparse.report.chance import chance_table
+from ltp_sparse.report.chance import chance_sheet
 from ltp_sparse.report.kinship import kinship, kinship_sheet
 from ltp_sparse.report.pages import paper_of, write_report
 from ltp_sparse.report.paired import mean_interval
@@ -629,7 +629,7 @@ def test_the_method_of_the_documentation(world, tmp_path, capsys):
 
 
 def test_paired_comparisons():
-    from ltp_sparse.report.paired import compare, comparison_table
+    from ltp_sparse.report.paired import compare, comparison_sheet
 
     scores = {"ref": [0.30, 0.40, 0.50, 0.60], "up": [0.32, 0.43, 0.52, 0.63], "noise": [0.35, 0.35, 0.55, 0.56]}
     rows = [
@@ -645,7 +645,7 @@ def test_paired_comparisons():
     assert up.interval == pytest.approx((2.5 - half, 2.5 + half), abs=1e-3)
     assert up.p_value == 2 / 16  # of 16 sign patterns only all plus and all minus are as far from 0
     assert noise.p_value == 1.0 and noise.interval[0] < 0 < noise.interval[1]
-    table = comparison_table([up, noise], "ref", ["label", "shots"])
+    table = comparison_sheet([up, noise], "ref", ["label", "shots"]).markdown()
     assert "| up | 4 | 4 | **+2.50** | +1.58 to +3.42 | 0.125 | 0.250 | 0.980 | different |" in table
     (single,) = compare(rows[:1] + [{**rows[4], "seed": 0}], "ref", ["label", "shots"])
     assert single.runs == 1 and single.p_value == 1.0
@@ -694,7 +694,7 @@ def test_pooled_comparisons_and_those_of_the_last_update():
 def test_holm_equivalence_and_verdicts_are_those_of_scipy():
     from scipy import stats
 
-    from ltp_sparse.report.paired import MARGIN, compare, comparison_table
+    from ltp_sparse.report.paired import MARGIN, compare, comparison_sheet
 
     rng = np.random.default_rng(0)
     noise = {f"l{i}": rng.normal(0.01 * i, 0.02, 12) for i in range(4)}
@@ -716,7 +716,7 @@ def test_holm_equivalence_and_verdicts_are_those_of_scipy():
     by_hand = np.maximum.accumulate([min(1, (4 - i) * found[j].p_value) for i, j in enumerate(order)])
     assert [found[j].adjusted for j in order] == pytest.approx(list(by_hand))
     assert found[3].verdict() == "different" and found[3].verdict(50) == "equal within 50, not the same"
-    assert "| finding |" in comparison_table(found, "ref", ["label", "shots"])
+    assert "| finding |" in comparison_sheet(found, "ref", ["label", "shots"]).markdown()
     many = [
         _row(label, seed, 0.5 + (label == "up") * rng.normal(0.005, 0.02))
         for seed in range(30)
@@ -778,14 +778,14 @@ def test_languages_above_chance():
     scores = [{"en": 0.5, "sw": 0.4, "zh": 0.2}, {"en": 0.6, "sw": 0.3, "zh": 0.2}, {"en": 0.55, "sw": 0.45, "zh": 0.2}]
     rows = [{"label": "LTP", "shots": None, "scores": one} for one in scores]
     rows += [{"label": "SP", "shots": 4, "scores": one} for one in scores[:1]]  # one seed tells nothing
-    assert chance_table(rows, ["label", "shots"], 1 / 3).splitlines() == [
+    assert chance_sheet(rows, ["label", "shots"], 1 / 3).markdown().splitlines() == [
         "| label | shots | seeds | above 33.3 % | not shown to be |",
         "| --- | --- | ---: | ---: | --- |",
         "| LTP |  | 3 | 1 of 3 | sw, zh |",
     ]
-    assert "| LTP | 3 | 3 of 3 |  |" in chance_table(rows[:3], ["label"], 0.19)
+    assert "| LTP | 3 | 3 of 3 |  |" in chance_sheet(rows[:3], ["label"], 0.19).markdown()
     in_language = [{"label": "FT", "scores": {language: 0.5}} for language in ("en", "sw", "en")]
-    assert chance_table(in_language, ["label"], 1 / 3).endswith("| FT | 2 | 1 of 1 |  |\n")
+    assert chance_sheet(in_language, ["label"], 1 / 3).markdown().endswith("| FT | 2 | 1 of 1 |  |\n")
 
 
 @pytest.mark.slow

@@ -1,0 +1,65 @@
+"""`ltp-sparse push`: a ticket, a delta, a run or an exported folder to the Hub."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ltp_sparse.cli.kinds import expect, kind_of
+from ltp_sparse.cli.options import CommandError, need
+
+HELP = "push a ticket, a delta, the delta of a run or an exported folder to the Hub, with a card"
+EXAMPLES = """\
+  a ticket, for others to train on; the token is that of `hf auth login`, or HF_TOKEN
+    ltp-sparse push en.safetensors owner/en-ticket --base xlm-roberta-base --data "300,000 lines of Wikipedia"
+  what a run has trained, in kilobytes to megabytes: the delta of its first seed, with the scores of evaluate
+    ltp-sparse push runs/ace owner/ace-delta
+  the whole model, for servers
+    ltp-sparse export runs/ace --output exported
+    ltp-sparse push exported owner/ace --private"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", nargs="?", type=Path, help="a ticket, a delta, a run, or a folder of export")
+    parser.add_argument("name", nargs="?", help="the repository, owner/name; it is made if it is missing")
+    parser.add_argument("--base", metavar="MODEL", help="for the card: Hub name of the base model (default: the run's)")
+    parser.add_argument("--data", metavar="TEXT", help="for the card: what it was selected or trained on")
+    parser.add_argument("--seed", type=int, help="of a run: the seed to push (default: the first that is trained)")
+    parser.add_argument("--private", action="store_true", help="a new repository is private")
+
+
+def run(options: argparse.Namespace) -> None:
+    need(options, "source", "name")
+    expect(options, "source", "ticket", "delta", "run of ltp-sparse train", "model")
+    kind = kind_of(options.source)
+    if kind != "run of ltp-sparse train" and options.seed is not None:
+        raise CommandError("push: --seed is for a run; leave it out")
+    if kind == "model":
+        if given := [name for name in ("base", "data") if getattr(options, name) is not None]:
+            raise CommandError(f"push: --{given[0]} is not for an exported folder, which has its card; leave it out")
+        from ltp_sparse.training.export import push_to_hub
+
+        address = push_to_hub(options.source, options.name, private=options.private)
+    else:
+        address = _push_file(options, kind)
+    print(f"pushed to {address}; get it with: ltp-sparse pull {address}, or ltp_sparse.load({address!r})")
+
+
+def _push_file(options: argparse.Namespace, kind: str | None) -> str:
+    """A ticket or a delta, with what the options say, or else the run that it is from."""
+    facts: dict[str, Any] = {}
+    path = options.source
+    if kind == "run of ltp-sparse train":
+        from ltp_sparse.cli.export import data_and_scores
+        from ltp_sparse.cli.runs import BAKED, Run, finished_seeds
+
+        made = Run.load(path)
+        seed = finished_seeds(path, None if options.seed is None else [options.seed])[0]
+        facts = {"base": made.model, **data_and_scores(made, path, seed)}
+        path = path / f"seed-{seed}" / BAKED
+    import ltp_sparse as ls
+
+    facts |= {key: getattr(options, key) for key in ("base", "data") if getattr(options, key) is not None}
+    held: Any = ls.load(path)
+    return held.push_to_hub(options.name, private=options.private, **facts)

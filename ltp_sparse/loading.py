@@ -1,0 +1,89 @@
+"""`load`: a ticket, a delta or an exported model from a file, a folder or the Hub, by what is there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ltp_sparse.deltas.delta import SparseDelta
+from ltp_sparse.deltas.lt_sft import read_lt_sft
+from ltp_sparse.deltas.shira import read_shira
+from ltp_sparse.tickets.ticket import Ticket
+from ltp_sparse.weights.files import kind_said
+from ltp_sparse.weights.hub import EXPORT, HELD, download, files_in, kind_held, read_pinned
+from ltp_sparse.weights.reading import FileFormatError
+
+if TYPE_CHECKING:
+    from transformers import Pipeline
+
+_READERS = {"SHiRA adapter": read_shira, "LT-SFT delta": read_lt_sft}
+
+
+def load(
+    source: str | os.PathLike[str], *, revision: str | None = None, model: nn.Module | None = None
+) -> Ticket | SparseDelta | Pipeline:
+    """A ticket, a delta or an exported model.
+
+    Args:
+        source: a file; a folder (an export, a SHiRA adapter of PEFT, an LT-SFT delta); or a repository of the Hub with
+            one of these, owner/name or owner/name@revision. What was downloaded before needs no network.
+        revision: a branch, a tag or the hash of a commit of the repository.
+        model: the base model at its initial weights, for adapters and LT-SFT deltas, which hold differences.
+
+    Returns:
+        `Ticket` or `SparseDelta`, from the Hub with its address and commit in `metadata["hub"]`; of an exported model a
+        text-classification pipeline of transformers, whose `model.config._commit_hash` is that commit. No code of a
+        repository is run.
+
+    Raises:
+        FileNotFoundError: there is no such file, folder, repository or revision.
+        FileFormatError: what is there is damaged, or nothing of these.
+        ValueError: `model` is needed.
+    """
+    path = Path(os.path.expanduser(source))
+    if path.is_file():
+        kinds: dict[str | None, type[Ticket | SparseDelta]] = {"delta": SparseDelta}
+        return kinds.get(kind_said(path), Ticket).load(path)
+    pinned = None
+    if path.is_dir():
+        folder = path
+    elif isinstance(source, os.PathLike) or source.startswith((".", os.sep, "~")) or source.count("/") != 1:
+        raise FileNotFoundError(f"{source}: no such file or folder, and no repository of the Hub (owner/name)")
+    else:
+        folder, pinned = download(source, revision)
+    return _held_in(folder, pinned, model)
+
+
+def _held_in(folder: Path, pinned: str | None, model: nn.Module | None) -> Ticket | SparseDelta | Pipeline:
+    """What a folder holds; `pinned` is the address that it came from."""
+    where = pinned or folder
+    kind = kind_held(files_in(folder), where)
+    if kind == EXPORT:
+        return _pipeline(folder, pinned)
+    if kind in _READERS:
+        if model is None:
+            raise ValueError(f"{where}: expected the base model, model=, to which this {kind} holds the differences")
+        found = _READERS[kind](folder, model)
+    elif pinned is not None:
+        return read_pinned(Ticket if kind == "ticket" else SparseDelta, folder, pinned)
+    else:
+        return load(folder / HELD[kind][0])
+    if pinned is not None:
+        found.metadata["hub"] = pinned
+    return found
+
+
+def _pipeline(folder: Path, pinned: str | None) -> Pipeline:
+    from ltp_sparse.training import standalone
+
+    try:
+        found = standalone.load(folder)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        told = " ".join(str(error).split())
+        raise FileFormatError(pinned or folder, f"its exported model cannot be loaded: {told}") from error
+    if pinned is not None:
+        found.model.config._commit_hash = pinned.partition("@")[2]
+    return found
