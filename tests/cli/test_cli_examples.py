@@ -19,7 +19,15 @@ from ltp_sparse.cli import main
 from ltp_sparse.cli.options import COMMANDS, build_parser
 
 ROOT = Path(__file__).parents[2]
-PAGES = ["README.md", "docs/own-data.md", "docs/own-method.md", "docs/methods.md", "docs/memory.md", "docs/evidence.md"]
+PAGES = [
+    "README.md",
+    "docs/own-data.md",
+    "docs/own-method.md",
+    "docs/cluster.md",
+    "docs/methods.md",
+    "docs/memory.md",
+    "docs/evidence.md",
+]
 
 
 class Reached(BaseException):
