@@ -22,8 +22,8 @@ from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, XGLMConfi
 from ltp_sparse.models.backbone import backbone_from_config
 from ltp_sparse.recipes import Recipe, load_recipe, recipe_names, results
 from ltp_sparse.recipes.cache import Cache
-from ltp_sparse.recipes.cell import Workbench
 from ltp_sparse.recipes.run import run_recipe
+from ltp_sparse.recipes.workbench import Workbench
 from ltp_sparse.report.pages import write_report
 from ltp_sparse.tasks import tested
 

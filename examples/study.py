@@ -20,9 +20,9 @@ import torch
 
 from ltp_sparse.recipes import Recipe, load_recipe, results
 from ltp_sparse.recipes.cache import Cache
-from ltp_sparse.recipes.cell import Workbench
 from ltp_sparse.recipes.rates import with_rates
 from ltp_sparse.recipes.run import run_recipe, unfinished
+from ltp_sparse.recipes.workbench import Workbench
 from ltp_sparse.report.pages import write_report
 
 DENSITY, RATE, UPDATES = "ticket.density", "ticket.mlm.learning_rate", "ticket.mlm.max_steps"

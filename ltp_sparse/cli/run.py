@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,10 @@ EXAMPLES = """\
     ltp-sparse run --list
     ltp-sparse run ltp-table-1 --dry-run
   table 1 of LTP, from the original files, on two GPUs; run it again to continue where it stopped
-    ltp-sparse run ltp-table-1 --data data/ --output results/table-1 --devices 0 1 --bf16
+    ltp-sparse run ltp-table-1 --data data/ --output results/table-1 --on local:0,1 --bf16
+  on a Ray cluster with two cells on each GPU, or as jobs of SLURM
+    ltp-sparse run ltp-table-1 --data data/ --output results/table-1 --on ray://head:10001 --gpus-per-cell 0.5
+    ltp-sparse run ltp-table-1 --data data/ --output results/table-1 --on slurm:partition=gpu,time=60
   a part of it, with another model and fewer epochs
     ltp-sparse run ltp-table-1 --only method=ltp shots=4 --model my-model/ --set settings.epochs=10 --output results/t
   the table beside the paper's
@@ -43,12 +46,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", default=[], metavar="KEY=VALUE", help="only cells with these values")
     parser.add_argument("--cache", type=Path, help="folder of shared artefacts (see ltp-sparse cache)")
     parser.add_argument("--rates", type=Path, help="results of the recipe that chooses this one's learning rates")
-    parser.add_argument("--devices", nargs="+", help="GPUs to distribute the cells to, e.g. 0 1 2 3")
-    parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--on",
+        metavar="WHERE",
+        help="local:0,1 (GPUs), ray://HOST:PORT, ray:auto or slurm:partition=NAME,time=MINUTES",
+    )
+    parser.add_argument("--gpus-per-cell", type=float, help="share of a GPU, e.g. 0.5 (default: 1 where there are any)")
+    parser.add_argument("--retries", type=_at_least_zero, default=3, help="new attempts at a cell whose worker died")
     parser.add_argument("--save-every", type=int, help="epochs between checkpoints inside a cell")
     parser.add_argument("--micro-batch-size", type=int, help="examples per forward pass, to save memory")
     add_report_to(parser)
     add_computing(parser)
+
+
+def _at_least_zero(text: str) -> int:
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
+    return number
 
 
 def run(options: argparse.Namespace) -> int:
@@ -71,15 +85,13 @@ def run(options: argparse.Namespace) -> int:
     need(options, "output")
     recipe = _with_rates(recipe, options.rates)
     _check_model(options, recipe)
-    if options.devices and not options.part:
-        from ltp_sparse.recipes.run import run_on_devices
-
-        return run_on_devices([sys.executable, "-m", "ltp_sparse.cli", *sys.argv[1:]], options.devices)
-
+    if options.on is None and options.gpus_per_cell is not None:
+        raise CommandError("run: --gpus-per-cell needs --on; without it, one cell runs after the other")
     check_writable("run", options.output, folder=True)
     from ltp_sparse.recipes.cache import Cache, default_cache
-    from ltp_sparse.recipes.cell import Workbench
+    from ltp_sparse.recipes.engines import Here, engine_on
     from ltp_sparse.recipes.run import run_recipe, unfinished
+    from ltp_sparse.recipes.workbench import Workbench
 
     bench = Workbench(
         data=options.data,
@@ -90,15 +102,19 @@ def run(options: argparse.Namespace) -> int:
     )
     left = len(unfinished(recipe, options.output))
     print(f"{recipe.title}: {len(recipe.cells)} cells, {len(recipe.cells) - left} of them finished before")
-    part = tuple(map(int, options.part.split("/"))) if options.part else (1, 1)
-    failed = run_recipe(
-        recipe,
-        options.output,
-        bench,
-        save_every=options.save_every,
-        part=part,  # type: ignore[arg-type]
-        progress=not options.quiet,
-    )
+    jobs = options.output / "jobs"
+    with closing(Here() if options.on is None else engine_on(options.on, jobs, options.gpus_per_cell)) as engine:
+        if options.on is not None:
+            print(f"on {engine}", flush=True)
+        failed = run_recipe(
+            recipe,
+            options.output,
+            bench,
+            engine=engine,
+            retries=options.retries,
+            save_every=options.save_every,
+            progress=not options.quiet,
+        )
     if failed:
         print(f"{failed} cells failed, see {options.output / 'failures.jsonl'}; the same command tries them again")
         return 1

@@ -54,7 +54,7 @@ class Cache:
         """The file of an artefact; `make` writes it (`files.save`) if it is not there. Other processes wait meanwhile.
 
         Raises:
-            FileFormatError: the artefact, or its description, is damaged.
+            FileFormatError: The artefact, or its description, is damaged.
         """
         text = json.dumps(facts, sort_keys=True)
         path = self.folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"

@@ -27,8 +27,8 @@ class Corpus:
     """Sentences of a language.
 
     Attributes:
-        source: where they come from
-        stand_in: whether this is not the corpus that was asked for; rows of results say so
+        source: Where they come from.
+        stand_in: Whether this is not the corpus that was asked for; rows of results say so.
     """
 
     texts: tuple[str, ...]
@@ -41,13 +41,13 @@ def corpus(language: str, lines: int, data: Path | None, *, text: str | None = N
 
     Args:
         text: "hub" takes Wikipedia from the Hub, cut into sentences, and "generated" the demo's sentences; a path in
-            the data folder, such as "wikipedia_en", the lines there; None a corpus
+            the data folder, such as "wikipedia_en", the lines there; None a corpus.
         data: None takes Wikipedia from the Hub. Otherwise a folder: `corpora/{language}` (.txt files or a folder of
             them) is taken; where it is missing, the nearest text there: WikiText for English, Common Voice sentences or
             the Bible, and at last the training or dev sentences of a task in that language, without their labels.
 
     Warns:
-        StandIn: the nearest text is taken for a missing corpus.
+        StandIn: The nearest text is taken for a missing corpus.
     """
     if text == "generated":
         return Corpus(tuple(generated_text(lines, language)), "generated sentences")

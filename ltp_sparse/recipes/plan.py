@@ -14,7 +14,8 @@ import torch
 
 from ltp_sparse.methods import LTP, LTSFT, AdaSFT, Method, RandSFT
 from ltp_sparse.models.backbone import backbone_from_config, load_config
-from ltp_sparse.recipes.cell import LANGUAGE_LINES, STAGE_1_LINES, check_cell, method_of
+from ltp_sparse.recipes.artefacts import LINES, Artefact, needed
+from ltp_sparse.recipes.checks import check_cell, method_of
 from ltp_sparse.recipes.recipe import Cell, Recipe
 from ltp_sparse.selection import pools
 from ltp_sparse.selection.ltp import STRATEGIES
@@ -22,6 +23,7 @@ from ltp_sparse.tasks import task, tested
 from ltp_sparse.tickets.counts import entries_for
 from ltp_sparse.training.language import ADAPTER_SETTINGS, LANGUAGE_SETTINGS
 from ltp_sparse.training.mlm import MLMSettings
+from ltp_sparse.weights.locating import SIZES
 from ltp_sparse.weights.names import canonical_parameters, layer_of
 
 _GPU_FLOPS = 1e14
@@ -37,7 +39,6 @@ _TEST = {
     "smsa": 492,
     "generated": 300,
 }
-_SIZES = {"base": (768, 12, 12, 3072), "large": (1024, 24, 16, 4096)}
 _SENTENCE = 27
 """Tokens: 300,000 sentences of Wikipedia make about 1,000 updates of 32 x 256 tokens."""
 
@@ -70,7 +71,7 @@ def plan(recipe: Recipe) -> str:
         of_cell = estimate(cell, model)
         total += of_cell.flops
         groups.setdefault((cell["label"], cell["method"]), []).append(of_cell)
-        shared |= _shared(cell, model)
+        shared |= {artefact.id: _making(artefact, model) for artefact in needed(cell)}
     for (label, method), members in groups.items():
         active, state, updates = (sorted({getattr(e, f) for e in members}) for f in ("active", "state", "updates"))
         lines.append(
@@ -131,25 +132,13 @@ def _active(cell: Cell, method: Method, model: Any) -> tuple[int, int]:
     return ticket.k, max(ticket.n, 1)
 
 
-def _shared(cell: Cell, model: Any) -> dict[str, float]:
-    """Artefact -> operations of making it."""
-    found = {}
-    if cell["ticket"] is not None and cell["ticket.score"] != "magnitude":
-        spec = {key: cell[f"ticket.{key}"] for key in ("strategy", "language", "text", "lines", "mlm", "score")}
-        settings = MLMSettings(**(cell["ticket.mlm"] or {}))
-        for seed in cell["ticket.seeds"] or [settings.seed]:
-            operations = _tuning(model, settings, cell["ticket.lines"] or STAGE_1_LINES)
-            found[f"{cell['model']} tuned {spec} {seed}"] = operations
-    for stage, settings in (("language_sft", LANGUAGE_SETTINGS), ("adapters", ADAPTER_SETTINGS)):
-        if cell[stage] is None or cell[f"{stage}.files"] is not None:
-            continue
-        phases = 2 if stage == "language_sft" and cell[f"{stage}.kind"] in (None, "lt-sft", "sc-sft") else 1
-        settings = replace(settings, **(cell[f"{stage}.mlm"] or {}))
-        operations = phases * _tuning(model, settings, cell[f"{stage}.lines"] or LANGUAGE_LINES)
-        languages = tested(cell["test.task"], cell["test.languages"], cell["train.language"])
-        for language in {cell[f"{stage}.source"], *languages}:
-            found[f"{cell['model']} {stage} {cell[stage]} {language}"] = operations
-    return found
+def _making(artefact: Artefact, model: Any) -> float:
+    """Operations of making an artefact."""
+    cell, stage = artefact.cell, artefact.stage
+    settings = {"ticket": MLMSettings(), "language_sft": LANGUAGE_SETTINGS, "adapters": ADAPTER_SETTINGS}[stage]
+    phases = 2 if stage == "language_sft" and cell[f"{stage}.kind"] in (None, "lt-sft", "sc-sft") else 1
+    settings = replace(settings, **(cell[f"{stage}.mlm"] or {}))
+    return phases * _tuning(model, settings, cell[f"{stage}.lines"] or LINES[stage])
 
 
 def _tuning(model: Any, settings: MLMSettings, lines: int) -> float:
@@ -174,9 +163,9 @@ def _meta_model(name: str) -> Any:
     """The base model without weights: from its folder or the Hub, or from the known sizes of XLM-R."""
     from transformers import AutoModelForCausalLM, XLMRobertaConfig
 
-    size = next((size for size in _SIZES if name.endswith(f"xlm-roberta-{size}")), None)
+    size = SIZES.get(name.rpartition("/")[2])
     if size is not None and not Path(name).is_dir():
-        hidden, layers, heads, inner = _SIZES[size]
+        hidden, layers, heads, inner = size
         config = XLMRobertaConfig(
             vocab_size=250002, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
             intermediate_size=inner, max_position_embeddings=514, type_vocab_size=1,

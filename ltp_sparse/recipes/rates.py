@@ -30,10 +30,10 @@ def with_rates(recipe: Recipe, rows: Iterable[Mapping[str, Any]]) -> Recipe:
     """The recipe with the best rate of rows in every cell that has none of its own.
 
     Args:
-        rows: of a recipe with the same labels and densities, with other seeds.
+        rows: Of a recipe with the same labels and densities, with other seeds.
 
     Raises:
-        ValueError: a cell without a rate that no row tells of.
+        ValueError: A cell without a rate that no row tells of.
     """
     rates = best_rates(rows)
     cells = []

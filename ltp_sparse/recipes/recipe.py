@@ -71,14 +71,15 @@ class Recipe:
     """A titled list of cells, and how their results become a table.
 
     Attributes:
-        by: facts (dotted paths) that make a row of the table
-        paper: key of printed figures in `papers.yaml`
-        compare: labels that the report compares every other one with, in pairs of equal seeds
-        margin: points within which the comparison counts labels as equal
-        chance: score of a guess; the report tells the languages above it
-        kinship: the report tells scores by kinship with the training language
-        rates: name of the recipe whose rows choose the learning rates of this one (`recipes.rates`)
-        plots: names of plots in `ltp_sparse.report`
+        by: Facts (dotted paths) that make a row of the table.
+        paper: Key of printed figures in `papers.yaml`.
+        compare: Labels that the report compares every other one with, in pairs of equal seeds.
+        margin: Points within which the comparison counts labels as equal.
+        chance: Score of a guess; the report tells the languages above it.
+        kinship: The report tells scores by kinship with the training language.
+        rates: Name of the recipe whose rows choose the learning rates of this one (`recipes.rates`).
+        plots: Names of plots in `ltp_sparse.report`.
+        plugins: Python files of methods of one's own, which have run.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Recipe:
     rates: str | None = None
     plots: tuple[str, ...] = ()
     notes: str = ""
+    plugins: tuple[Path, ...] = ()
 
     def only(self, filters: Iterable[tuple[str, Any]]) -> Recipe:
         """The recipe with the cells in which every dotted path has one of the values given for it."""
@@ -119,13 +121,13 @@ def load_recipe(name: str, overrides: Sequence[tuple[str, Any]] = (), *, allow_p
         overrides: (dotted path, value) set in every cell, such as ("settings.epochs", 1) or ("model", "folder"); a list
             as the value becomes a dimension of the grid. Those of a stage ("ticket.density") are for the cells that
             have it.
-        allow_plugins: run the Python files that the recipe names (`plugins`), which lie beside it.
+        allow_plugins: Run the Python files that the recipe names (`plugins`), which lie beside it.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        FileFormatError: an unknown key, method or task, with the known ones; a value of another kind; too many cells;
+        FileNotFoundError: There is no such file.
+        FileFormatError: An unknown key, method or task, with the known ones; a value of another kind; too many cells;
             or plugins that are not allowed.
-        ValueError: an unknown recipe, with the known ones.
+        ValueError: An unknown recipe, with the known ones.
     """
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
@@ -138,8 +140,9 @@ def load_recipe(name: str, overrides: Sequence[tuple[str, Any]] = (), *, allow_p
     check(source, RECIPE, path, "")
     if not source.get("cells"):
         raise FileFormatError(path, "expected a mapping with title and cells")
-    for plugin in source.get("plugins") or ():
-        _run_plugin(path, plugin, allow_plugins)
+    plugins = tuple(_plugin(path, plugin, allow_plugins) for plugin in source.get("plugins") or ())
+    for plugin in plugins:
+        run_plugin(plugin)
     cells = list(_expand(source, overrides, path))
     different = {cell.id: cell for cell in reversed(cells)}
     if overrides:  # which may make cells equal: the first one stays
@@ -160,6 +163,7 @@ def load_recipe(name: str, overrides: Sequence[tuple[str, Any]] = (), *, allow_p
         rates=source.get("rates"),
         plots=tuple(source.get("plots") or ()),
         notes=source.get("notes") or "",
+        plugins=plugins,
     )
 
 
@@ -167,8 +171,8 @@ def _listed(value: Any) -> tuple[str, ...]:
     return tuple(value) if isinstance(value, list) else () if value is None else (value,)
 
 
-def _run_plugin(recipe: Path, name: str, allowed: bool) -> None:
-    """Runs a Python file, which must lie in the recipe's folder itself: a link that leads elsewhere is another file."""
+def _plugin(recipe: Path, name: str, allowed: bool) -> Path:
+    """A Python file, which must lie in the recipe's folder itself: a link that leads elsewhere is another file."""
     folder = recipe.parent.resolve()
     path = (folder / name).resolve()
     if path.parent != folder or path.suffix != ".py":
@@ -182,6 +186,11 @@ def _run_plugin(recipe: Path, name: str, allowed: bool) -> None:
         )
     if not path.is_file():
         raise FileNotFoundError(f"{recipe}: no plugin {path}; plugins are files in the recipe's folder")
+    return path
+
+
+def run_plugin(path: Path) -> None:
+    """Runs a Python file, which registers what it defines."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -58,7 +58,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     Rows without a hash, which earlier versions wrote, are taken as they are, and a warning counts them.
 
     Raises:
-        FileFormatError: a line is not what was written.
+        FileFormatError: A line is not what was written.
     """
     rows, bare = [], []
     for number, line in enumerate(path.read_bytes().split(b"\n") if path.is_file() else [], 1):

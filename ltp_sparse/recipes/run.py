@@ -1,24 +1,22 @@
-"""Runs a recipe cell by cell: finished cells are kept, interrupted ones resume, failures are reported."""
+"""The driver: runs a recipe, and alone writes its results. Finished cells are kept, interrupted ones resume."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import traceback
-from collections import Counter, deque
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from ltp_sparse.recipes import results
-from ltp_sparse.recipes.cell import Workbench, check_cell, run_cell
+from ltp_sparse.recipes.checks import check_cell
+from ltp_sparse.recipes.engines import Engine, Here
+from ltp_sparse.recipes.jobs import Job, Outcome, jobs_of
 from ltp_sparse.recipes.recipe import Cell, Recipe
+from ltp_sparse.recipes.workbench import Workbench
+from ltp_sparse.training.run_folder import alone
 
 
 def unfinished(recipe: Recipe, folder: Path) -> list[Cell]:
@@ -32,106 +30,103 @@ def run_recipe(
     folder: Path,
     bench: Workbench,
     *,
+    engine: Engine | None = None,
+    retries: int = 3,
     save_every: int | None = None,
-    part: tuple[int, int] = (1, 1),
     progress: bool = True,
 ) -> int:
     """Runs the cells that have no row yet, and adds their rows to `results.jsonl` in the folder.
 
-    Several processes may work on one folder: a cell is locked while one runs it, and the others take the next.
-
     Args:
-        save_every: epochs between checkpoints inside a cell; None: an interrupted cell starts anew
-        part: (i, n): every n-th cell from the i-th on, for n processes on one recipe
+        recipe: What to run.
+        folder: Of the results. One run at a time may write there.
+        bench: Where data and artefacts are, and how to compute.
+        engine: What runs cells and makes artefacts; None: this process, one after the other.
+        retries: How often a job is tried again whose worker died. A cell that raises is not tried again.
+        save_every: Epochs between checkpoints inside a cell; None: an interrupted cell starts anew.
+        progress: Show a bar, and finished cells.
 
-    Returns the number of cells that failed; each is listed in `failures.jsonl` with its error.
+    Returns:
+        The number of cells that failed; each is listed in `failures.jsonl` with its error.
+
+    Raises:
+        ValueError: A cell has options or settings that are unknown, or another run writes into the folder.
     """
-    index, parts = part
-    mine = {cell.id for cell in recipe.cells[index - 1 :: parts]}
-    todo = deque(cell for cell in unfinished(recipe, folder) if cell.id in mine)
-    for cell in todo:
-        check_cell(cell)
-    failed, failures = 0, _failures(folder)
-    others: set[str] = set()
-    with tqdm(total=len(todo), unit="cell", disable=not progress, desc=recipe.name) as bar:
-        while todo:
-            cell = todo.popleft()
-            bar.set_postfix_str(str(cell))
-            path = folder / "cells" / f"{cell.id}.lock"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:  # what another process works at comes last; if that has died by then, it is ours
-                lock = FileLock(path).acquire(blocking=cell.id in others)
-            except Timeout:
-                others.add(cell.id)
-                todo.append(cell)
-                continue
-            with lock:
-                if not unfinished(replace(recipe, cells=(cell,)), folder):
-                    tqdm.write(f"{cell}: another process has finished it") if progress else None
-                elif cell.id in others and _failures(folder)[cell.id] > failures[cell.id]:
-                    failed += 1
-                    tqdm.write(f"{cell}: another process has tried it and failed")
-                else:
-                    failed += not _run(cell, recipe, folder, bench, save_every, progress)
-                path.unlink(missing_ok=True)
-            bar.update()
+    failed, scratch = 0, folder / "cells"
+    with alone(folder):
+        cells = unfinished(recipe, folder)
+        for cell in cells:
+            check_cell(cell)
+        jobs = jobs_of(recipe, cells, bench, scratch, save_every)
+        with tqdm(total=len(cells), unit="cell", disable=not progress, desc=recipe.name) as bar:
+            for job, outcome in run_jobs(jobs, engine or Here(), retries, bar.set_postfix_str):
+                if outcome.error is not None:
+                    tqdm.write(f"{job}: {outcome.error}")
+                elif progress:
+                    score = "" if outcome.row is None else f"{outcome.row['mean']:.2%} "
+                    tqdm.write(f"{job}: {score}({outcome.seconds:.0f} s)")
+                if isinstance(job.work, Cell):
+                    bar.update()
+                    failed += outcome.error is not None
+                    _write(job.work, outcome, recipe, folder)
+                    if outcome.error is None:
+                        shutil.rmtree(scratch / job.id, ignore_errors=True)
     return failed
 
 
-def _run(cell: Cell, recipe: Recipe, folder: Path, bench: Workbench, save_every: int | None, progress: bool) -> bool:
-    """Adds a row of results, or of failures; whether it is the former."""
-    own = folder / "cells" / cell.id if save_every is not None else None
-    try:
-        row = run_cell(cell, bench, folder=own, save_every=save_every)
-    except Exception as error:  # one cell that cannot run must not cost the others
-        told = {"id": cell.id, "cell": dict(cell.facts), "error": repr(error), "trace": traceback.format_exc()}
-        results.append(folder / results.FAILURES, told)
-        tqdm.write(f"{cell}: {error}")
-        bench.forget()
-        return False
-    results.append(folder / results.RESULTS, {"recipe": recipe.name, **row})
-    if own is not None:
-        shutil.rmtree(own, ignore_errors=True)
-    tqdm.write(f"{cell}: {row['mean']:.2%} ({row['seconds']:.0f} s)") if progress else None
-    return True
+def _write(cell: Cell, outcome: Outcome, recipe: Recipe, folder: Path) -> None:
+    """Adds a row of results, or of failures."""
+    if outcome.row is not None:
+        row = {"recipe": recipe.name, **outcome.row, "attempts": outcome.attempts}
+        results.append(folder / results.RESULTS, row)
+    else:
+        told = {"error": outcome.error, "trace": outcome.trace, "attempts": outcome.attempts}
+        results.append(folder / results.FAILURES, {"id": cell.id, "cell": dict(cell.facts), **told})
 
 
-def _failures(folder: Path) -> Counter[str]:
-    """Cell -> how often it has failed."""
-    return Counter(row["id"] for row in results.read(folder / results.FAILURES))
+def run_jobs(
+    jobs: Sequence[Job], engine: Engine, retries: int, told: Callable[[str], object] = lambda text: None
+) -> Iterator[tuple[Job, Outcome]]:
+    """Runs jobs in their order, each after those that it needs, as many at once as the engine has room for.
 
+    Args:
+        jobs: What to run.
+        engine: What runs them.
+        retries: How often a job is tried again whose worker died.
+        told: Takes a text that names the jobs at work, whenever these change.
 
-def run_on_devices(command: Sequence[str], devices: Sequence[str]) -> int:
-    """Runs a command once a device, with the cells shared out among them; returns the worst exit status.
-
-    Every process sees one device (CUDA_VISIBLE_DEVICES); all write into the same results. One that ends by a signal
-    has failed, and is told, like any whose status is not 0.
+    Yields:
+        Jobs as they end, with their outcomes. A job that needs one that failed fails like this, without an attempt.
     """
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
-        for i, device in enumerate(devices, 1):
-            part = [*command, "--part", f"{i}/{len(devices)}"]
-            processes.append(subprocess.Popen(part, env={**os.environ, "CUDA_VISIBLE_DEVICES": device}))
-        statuses = [process.wait() for process in processes]
-    except BaseException:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.wait()
-        raise
-    for device, status in zip(devices, statuses, strict=True):
-        if status:
-            print(
-                f"device {device}: the process {_ended(status)}; run the same command again to continue",
-                file=sys.stderr,
-            )
-    return max(128 - status if status < 0 else status for status in statuses)  # as a shell gives them
+    needs = {job.id: job.needs for job in jobs}
+    waiting, running = list(jobs), dict[str, Job]()
+    ended, attempts = dict[str, Outcome](), Counter[str]()
+    while waiting or running:
+        still = []
+        for job in waiting:
+            before = [ended.get(id) for id in needs[job.id]]
+            broken = next((outcome for outcome in before if outcome is not None and outcome.error is not None), None)
+            if broken is not None:
+                ended[job.id] = replace(broken, attempts=0)
+                yield job, ended[job.id]
+            elif None in before or len(running) >= engine.room:
+                still.append(job)
+            else:
+                attempts[job.id] += 1
+                running[job.id] = job
+                engine.submit(job)
+        waiting = still
+        told(_named(list(running.values())))
+        for job, outcome in engine.wait() if running else ():
+            del running[job.id]
+            if outcome.died and attempts[job.id] <= retries:
+                tqdm.write(f"{job}: its worker died ({outcome.error}), attempt {attempts[job.id] + 1} follows")
+                waiting.insert(0, job)
+                continue
+            ended[job.id] = replace(outcome, attempts=attempts[job.id])
+            yield job, ended[job.id]
 
 
-def _ended(status: int) -> str:
-    if status > 0:
-        return f"ended with status {status}"
-    try:
-        return f"was ended by {signal.Signals(-status).name}"
-    except ValueError:
-        return f"was ended by signal {-status}"
+def _named(jobs: Sequence[Job]) -> str:
+    more = [] if len(jobs) <= 3 else [f"{len(jobs) - 3} more"]
+    return ", ".join([*map(str, jobs[:3]), *more])

@@ -101,8 +101,8 @@ def check(value: Any, schema: Mapping[str, Any] | Kind, path: Path, place: str, 
     """Raises FileFormatError for an unknown key, with the closest known ones, or a value of another kind.
 
     Args:
-        value: what the recipe says; None is what is left out.
-        place: its dotted path in the recipe, for the message.
+        value: What the recipe says; None is what is left out.
+        place: Its dotted path in the recipe, for the message.
         where: " in a cell", for the message of an unknown key.
     """
     if value is None:

@@ -28,6 +28,7 @@ PAGES = [
     "docs/evidence.md",
     "docs/evidence-small-models.md",
     "docs/share.md",
+    "docs/cluster.md",
 ]
 
 

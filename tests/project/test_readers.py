@@ -25,7 +25,7 @@ from ltp_sparse.cli import main
 from ltp_sparse.deltas.lt_sft import FILE, read_lt_sft
 from ltp_sparse.models import Adapter
 from ltp_sparse.recipes import load_recipe
-from ltp_sparse.recipes.cell import check_cell
+from ltp_sparse.recipes.checks import check_cell
 from ltp_sparse.tasks import read_hub_text, read_pairs, read_text
 from ltp_sparse.tasks.files import read_jsonl, read_table
 from ltp_sparse.tasks.text import PassedOver

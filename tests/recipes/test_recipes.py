@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import re
 import shutil
 import statistics
@@ -18,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from helpers.bits import weights
-from helpers.tiny_nli import WORDS, tiny_language_model, tiny_tokenizer, toy_pairs
 
 from ltp_sparse.cli import main
 from ltp_sparse.deltas.delta import SparseDelta
@@ -26,9 +24,11 @@ from ltp_sparse.deltas.lt_sft import write_lt_sft
 from ltp_sparse.methods import METHODS
 from ltp_sparse.recipes import load_recipe, recipe_names, results
 from ltp_sparse.recipes.cache import Cache
-from ltp_sparse.recipes.cell import Workbench, method_of, overlap, run_cell, ticket_of
+from ltp_sparse.recipes.cell import overlap, run_cell, ticket_of
+from ltp_sparse.recipes.checks import method_of
 from ltp_sparse.recipes.rates import with_rates
 from ltp_sparse.recipes.run import run_recipe, unfinished
+from ltp_sparse.recipes.workbench import Workbench
 from ltp_sparse.report import plots
 from ltp_sparse.report.chance import chance_sheet
 from ltp_sparse.report.kinship import kinship, kinship_sheet
@@ -57,50 +57,6 @@ cells:
   - {{label: LTP dense, method: ltp, ticket: {{density: 0.5}}, grid: {{shots: [2]}}}}
 plots: [shots, languages, layers]
 """
-
-
-def _jsonl(path: Path, rows) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A tiny model, and data sets in their original layouts, all of the toy inference task."""
-    folder = tmp_path_factory.mktemp("recipes")
-    tokenizer = tiny_tokenizer()
-    tiny_language_model(len(tokenizer), decoupled=False).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    data = folder / "data"
-    for split, seed in (("train", 0), ("dev", 1)):
-        for shots in (1, 2):
-            rows = [
-                {"lang": "en", "sentence1": p.premise, "sentence2": p.hypothesis, "gold": p.label, "file_idx": 0}
-                for p in toy_pairs(3 * shots, seed=seed)
-            ]
-            _jsonl(data / "xnli_fewshot" / split / "en" / f"{split}_split,{shots}.jsonl", rows)
-    test = toy_pairs(5010, seed=2)
-    (data / "xnli" / "test").mkdir(parents=True)
-    for language in ("en", "sw"):
-        lines = "".join(f"{p.premise}\t{p.hypothesis}\n" for p in test)
-        (data / "xnli" / "test" / f"test-{language}.tsv").write_text(lines)
-    (data / "xnli" / "test-labels.tsv").write_text("label\tgenre\n" + "".join(f"{p.label}\tg\n" for p in test))
-    number = {"entailment": 0, "neutral": 1, "contradiction": 2}
-    rows = [
-        {"premise": p.premise, "hypothesis": p.hypothesis, "label": number[p.label]} for p in toy_pairs(930, seed=3)
-    ]
-    _jsonl(data / "mnli_9k" / "en" / "train.jsonl", rows)
-    header = "language\tpremise\thypothesis\tlabel\n"
-    for split in ("dev", "test"):
-        pairs = [(language, p) for language in ("aym", "gn") for p in toy_pairs(60, seed=4)]
-        text = header + "".join(f"{lang}\t{p.premise}\t{p.hypothesis}\t{p.label}\n" for lang, p in pairs)
-        (data / "americasnli").mkdir(exist_ok=True)
-        (data / "americasnli" / f"{split}.tsv").write_text(text)
-    (data / "corpora").mkdir()
-    for language in ("en", "aym"):
-        lines = [" ".join(WORDS[(i * 7 + j) % len(WORDS)] for j in range(10)) for i in range(80)]
-        (data / "corpora" / f"{language}.txt").write_text("\n".join(lines))
-    return folder
 
 
 @pytest.fixture
@@ -452,9 +408,9 @@ def test_finished_cells_are_skipped_and_failures_told(world, recipe_file, tmp_pa
 
 @pytest.mark.slow
 def test_an_interrupt_keeps_what_is_finished(world, recipe_file, tmp_path, monkeypatch):
-    from ltp_sparse.recipes import run
+    from ltp_sparse.recipes import jobs
 
-    recipe, real, calls = load_recipe(str(recipe_file)).only([("method", "soft-prompt")]), run.run_cell, []
+    recipe, real, calls = load_recipe(str(recipe_file)).only([("method", "soft-prompt")]), jobs.run_cell, []
 
     def stop_at_third(cell, *args, **kwargs):
         calls.append(cell)
@@ -462,22 +418,11 @@ def test_an_interrupt_keeps_what_is_finished(world, recipe_file, tmp_path, monke
             raise KeyboardInterrupt
         return real(cell, *args, **kwargs)
 
-    monkeypatch.setattr(run, "run_cell", stop_at_third)
+    monkeypatch.setattr(jobs, "run_cell", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe, tmp_path / "out", bench(world, tmp_path), progress=False)
     assert len(results.read(tmp_path / "out" / results.RESULTS)) == 2
     assert len(unfinished(recipe, tmp_path / "out")) == 2
-
-
-@pytest.mark.slow
-def test_several_processes_share_a_recipe(world, recipe_file, tmp_path):
-    options = ["--data", world / "data", "--output", tmp_path / "out", "--cache", tmp_path / "cache", "--quiet"]
-    command = [sys.executable, "-m", "ltp_sparse.cli", "run", recipe_file, *options, "--only", "seed=1"]
-    done = subprocess.run([*map(str, command), "--devices", "0", "1"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    rows = results.read(tmp_path / "out" / results.RESULTS)
-    assert len(rows) == 5 and len({row["id"] for row in rows}) == 5
-    assert len(Cache(tmp_path / "cache").entries()) == 1  # one process tuned, the other waited
 
 
 @pytest.mark.slow
@@ -530,6 +475,7 @@ def test_lists_and_dry_runs_need_no_data(capsys):
 def test_dry_runs_count_the_text_and_the_updates_asked_for():
     """Of stage 1: 300,000 sentences make 1,000 updates of the paper's batches; fewer lines or updates cost less."""
     from ltp_sparse.recipes import plan
+    from ltp_sparse.recipes.artefacts import needed
     from ltp_sparse.recipes.recipe import with_fact
 
     cell = load_recipe("ltp-table-1", [("seed", 1), ("shots", 1)]).only([("label", "LTP 20 %")]).cells[0]
@@ -539,7 +485,7 @@ def test_dry_runs_count_the_text_and_the_updates_asked_for():
         changed = cell
         for path, value in facts.items():
             changed = type(cell)(with_fact(changed.facts, f"ticket.{path.replace('__', '.')}", value))
-        return list(plan._shared(changed, model).values())
+        return [plan._making(artefact, model) for artefact in needed(changed)]
 
     (whole,) = cost()
     tokens = 3 * 1000 * 32 * 256
@@ -547,13 +493,13 @@ def test_dry_runs_count_the_text_and_the_updates_asked_for():
     assert cost(lines=3_000) == [pytest.approx(whole / 100, rel=0.05)]
     assert cost(mlm={"max_steps": 30}) == [pytest.approx(whole / 100, rel=0.02)]
     assert cost(mlm={"max_steps": 30, "length": 64, "batch_size": 16}) == [pytest.approx(whole / 800, rel=0.02)]
-    assert cost(mlm={"max_steps": 30}, seeds=[1, 2, 3]) == 3 * cost(mlm={"max_steps": 30})
+    assert cost(mlm={"max_steps": 30}, seeds=[1, 2, 3]) == 2 * cost(mlm={"max_steps": 30})  # its own and the next
     assert cost(score="magnitude") == []
     sfts = load_recipe("sc-sft-table-1").only([("label", "LT-SFT")]).cells[0]
-    made = plan._shared(sfts, model)
-    assert len(made) == 11 and len(set(made.values())) == 1  # English and ten languages: 100,000 updates at most
-    assert made.popitem()[1] == pytest.approx(2 * whole / tokens * 100_000 * 8 * 256, rel=0.02)
-    assert plan._shared(type(sfts)(with_fact(sfts.facts, "language_sft.files", "x/{language}")), model) == {}
+    made = [plan._making(artefact, model) for artefact in needed(sfts)]
+    assert len(made) == 11 and len(set(made)) == 1  # English and ten languages: 100,000 updates at most
+    assert made[0] == pytest.approx(2 * whole / tokens * 100_000 * 8 * 256, rel=0.02)
+    assert needed(type(sfts)(with_fact(sfts.facts, "language_sft.files", "x/{language}"))) == []
 
 
 ROWS = [

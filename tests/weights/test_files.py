@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import random
-import signal
 import socket
 import stat
 import subprocess
@@ -475,16 +474,6 @@ def test_a_tensor_that_cannot_be_put_back_is_told(monkeypatch):
 
 
 # --- processes ---
-
-
-def test_a_worker_that_a_signal_ends_has_failed(capfd):
-    from ltp_sparse.recipes.run import run_on_devices
-
-    script = "import os; os.environ['CUDA_VISIBLE_DEVICES'] == '1' and os.kill(os.getpid(), 9)"
-    assert run_on_devices([sys.executable, "-c", script], ["0", "1"]) == 128 + signal.SIGKILL
-    assert "device 1: the process was ended by SIGKILL" in capfd.readouterr().err
-    assert run_on_devices([sys.executable, "-c", script], ["0", "2"]) == 0
-    assert run_on_devices([sys.executable, "-c", "import sys; sys.exit(3)"], ["0"]) == 3
 
 
 @pytest.mark.slow

@@ -1,0 +1,72 @@
+"""The method, and the choices of stage 1, that the facts of a cell name; all of them checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+from ltp_sparse.methods import METHODS, Method, Settings
+from ltp_sparse.recipes.recipe import Cell
+from ltp_sparse.selection.ltp import STRATEGIES
+from ltp_sparse.selection.scores import SCORES
+from ltp_sparse.training.mlm import MLMSettings
+from ltp_sparse.weights.reading import closest
+
+_TICKET_KEYS = (
+    "strategy", "density", "of", "budget", "segment", "intersect", "order", "score", "seeds", "language", "lines",
+    "text", "mlm",
+)  # fmt: skip
+
+
+def check_cell(cell: Cell) -> None:
+    """Raises ValueError for options, settings, or settings of a stage that are unknown or of another kind."""
+    method_of(cell)
+    if cell["ticket"] is not None:
+        strategy_and_score(cell)
+    for stage in ("ticket", "language_sft", "adapters"):
+        if cell[f"{stage}.mlm"]:
+            _refuse_unknown(cell[f"{stage}.mlm"], [f.name for f in fields(MLMSettings)], f"{stage}, mlm")
+            _refuse_texts(cell[f"{stage}.mlm"], MLMSettings(), f"{stage}, mlm")
+
+
+def method_of(cell: Cell) -> Method:
+    """The method of a cell, with its options and settings; a ValueError names what it does not know."""
+    if cell["method"] not in METHODS:
+        raise ValueError(f"unknown method {cell['method']!r}; known: {', '.join(METHODS)}")
+    kind = METHODS[cell["method"]]
+    default = kind()
+    known = [f.name for f in fields(default) if f.name != "settings"]
+    _refuse_unknown(cell["options"], known, f"options of {cell['method']}")
+    _refuse_unknown(cell["settings"], [f.name for f in fields(default.settings)], f"settings of {cell['method']}")
+    _refuse_texts(cell["settings"], default.settings, f"settings of {cell['method']}")
+    settings: Settings = replace(default.settings, **(cell["settings"] or {}))
+    try:
+        return kind(settings=settings, **(cell["options"] or {}))
+    except TypeError as error:
+        raise ValueError(f"options of {cell['method']}: {error}") from error
+
+
+def strategy_and_score(cell: Cell) -> tuple[str, str]:
+    """Of the ticket of a cell: which parameters may be in it, and what ranks their entries."""
+    spec = cell["ticket"]
+    _refuse_unknown(spec, _TICKET_KEYS, "ticket")
+    strategy, score = spec.get("strategy", "decoupled"), spec.get("score", "change")
+    if strategy not in STRATEGIES:
+        raise ValueError(f"ticket: strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    if score not in ("change", "magnitude", *SCORES):
+        raise ValueError(f"ticket: score must be one of change, magnitude, {', '.join(SCORES)}, got {score!r}")
+    return strategy, score
+
+
+def _refuse_texts(given: Mapping[str, Any] | None, defaults: Any, what: str) -> None:
+    for key, value in (given or {}).items():
+        if type(getattr(defaults, key)) in (int, float) and type(value) not in (int, float):
+            raise ValueError(
+                f"{what}: {key} must be a number, got {value!r} (YAML takes 1e-3 for a text: write 1.0e-3)"
+            )
+
+
+def _refuse_unknown(given: Mapping[str, Any] | None, known: Sequence[str], what: str) -> None:
+    if unknown := [key for key in given or {} if key not in known]:
+        raise ValueError(f"{what}: unknown {unknown[0]!r}, closest: {closest(unknown[0], known)}")

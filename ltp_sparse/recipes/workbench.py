@@ -1,0 +1,115 @@
+"""What the cells of a run share: where data and artefacts are, how to compute, and the base model last used."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ltp_sparse.methods import Method
+from ltp_sparse.models.backbone import load_backbone, load_causal
+from ltp_sparse.recipes.cache import Cache
+from ltp_sparse.recipes.corpora import Corpus, corpus, mixture
+from ltp_sparse.recipes.recipe import Cell
+from ltp_sparse.tasks import TASKS
+from ltp_sparse.weights.digests import EARLIER, fingerprint
+from ltp_sparse.weights.names import canonical_parameters
+
+
+@dataclass
+class Workbench:
+    """What the cells of a run share, and the base model, data and text last used.
+
+    A copy in another process has the settings alone. All equal copies there are one object: what one cell has loaded
+    serves the next.
+
+    Attributes:
+        data: Folder of the data sets' original files; None: the Hub.
+        cache: Of what cells share.
+        bf16: Compute in bfloat16 under autocast.
+        micro_batch_size: Examples per forward pass; None: the whole batch.
+        batch_size: Examples of a forward pass in evaluation.
+        report_to: Logging integration of transformers, of the training of a cell.
+        progress: Show bars of training and evaluation.
+    """
+
+    data: Path | None
+    cache: Cache
+    bf16: bool = False
+    micro_batch_size: int | None = None
+    batch_size: int = 64
+    report_to: str = "none"
+    progress: bool = False
+    _key: tuple[Any, ...] = ()
+    _model: Any = None
+    _tokenizer: Any = None
+    _digest: str = ""
+    _corpora: dict[tuple[Any, ...], Corpus] = field(default_factory=dict)
+    _examples: dict[tuple[Any, ...], Sequence[Any]] = field(default_factory=dict)
+
+    def settings(self) -> tuple[Any, ...]:
+        """Everything but what was loaded, in the order of the constructor; the cache by its folder."""
+        computing = self.bf16, self.micro_batch_size, self.batch_size, self.report_to, self.progress
+        return self.data, self.cache.folder, *computing
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _only_one, self.settings()
+
+    def model(self, cell: Cell, method: Method, *, tied: bool | None = None) -> tuple[Any, Any]:
+        """The base model of a cell at its initial weights, and its tokenizer; the same objects while they serve."""
+        tied = method.tied if tied is None else tied
+        key = (cell["model"], cell["tokenizer"], method.backbone, tied)
+        if key != self._key:
+            self.forget()
+            if method.backbone == "causal":
+                self._model, self._tokenizer = load_causal(cell["model"], tokenizer=cell["tokenizer"])
+            else:
+                self._model, self._tokenizer = load_backbone(
+                    cell["model"], decoupled=not tied, tokenizer=cell["tokenizer"]
+                )
+            if torch.cuda.is_available():
+                self._model.to("cuda")
+            parameters = {name: p.detach() for name, p in canonical_parameters(self._model).items()}
+            # a decoupled head repeats the embedding: the same base has one digest
+            parameters.pop("lm_head.decoder.weight", None)
+            # of the kind of earlier versions, whose artefacts are then found again
+            found = fingerprint(parameters, like=dict.fromkeys(parameters, EARLIER))
+            self._digest, self._key = hashlib.sha256(repr(found).encode()).hexdigest()[:32], key
+        return self._model, self._tokenizer
+
+    def forget(self) -> None:
+        """Drops the base model: the next cell loads it anew."""
+        self._key, self._model = (), None
+
+    def examples(
+        self, task: str, split: str, language: str, *, shots: int | None = None, seed: int = 0
+    ) -> Sequence[Any]:
+        """Examples of a task; read once for all cells."""
+        key = (task, split, language, shots, seed)
+        if key not in self._examples:
+            self._examples[key] = TASKS[task].load(split, language, shots=shots, data=self.data, seed=seed)
+        return self._examples[key]
+
+    def corpus(self, language: str | Sequence[str], spec: Mapping[str, Any], lines: int) -> Corpus:
+        """The text that a stage (`spec`) asks for, in a language, or equal shares of several; read once for all."""
+        lines = spec.get("lines", lines)
+        if not isinstance(language, str):
+            return mixture([self.corpus(one, {**spec, "lines": lines // len(language)}, lines) for one in language])
+        key = (language, lines, spec.get("text"))
+        if key not in self._corpora:
+            self._corpora[key] = corpus(*key[:2], self.data, text=key[2])
+        return self._corpora[key]
+
+    def digest(self) -> str:
+        """Of the base model loaded last."""
+        return self._digest
+
+
+@functools.lru_cache(maxsize=1)
+def _only_one(data: Path | None, cache: Path, *computing: Any) -> Workbench:
+    return Workbench(data, Cache(cache), *computing)
