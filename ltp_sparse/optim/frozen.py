@@ -60,7 +60,7 @@ def _digests(
 
     return fingerprint(
         {
-            name: _Inactive(tensor, sets[name]) if name in sets and sets[name].k else tensor
+            name: Inactive(tensor, sets[name]) if name in sets and sets[name].k else tensor
             for name, tensor in watched.items()
         },
         like,
@@ -89,7 +89,7 @@ def verify_frozen(
         )
 
 
-class _Inactive:
+class Inactive:
     """A tensor that is read in pieces with its active entries set to zero."""
 
     def __init__(self, tensor: Tensor, index_set: IndexSet) -> None:

@@ -491,6 +491,10 @@ class MaskedAdamW(Optimizer):
             saved[_GRADIENTS] = [None if grad is None else grad.detach().clone() for grad in grads]
         return saved
 
+    def named_members(self) -> dict[str, nn.Parameter]:
+        """Canonical name -> parameter, of all that it trains; one that is not in the model is called by its number."""
+        return {self._names.get(param, f"parameter {i}"): param for i, param in enumerate(self._members())}
+
     def _members(self) -> list[nn.Parameter]:
         return [member for group in self.param_groups for member in group["params"]]
 

@@ -16,20 +16,25 @@ T = TypeVar("T")
 
 
 class Team:
-    """The collectives of a selection. Every process makes the same calls in the same order.
+    """The collectives of a selection, or of other work that processes share. All make the same calls in one order.
+
+    Args:
+        group: the processes; None: all.
+        what: the caller, for messages.
+        alone: what to use without a process group, for messages.
 
     Raises:
         ValueError: there is no process group, or this process is not in it.
     """
 
-    def __init__(self, group: distributed.ProcessGroup | None) -> None:
+    def __init__(
+        self, group: distributed.ProcessGroup | None, what: str = "select_sharded", alone: str = ", or use select"
+    ) -> None:
         if not distributed.is_available() or not distributed.is_initialized():
-            raise ValueError(
-                "select_sharded: expected a process group; call torch.distributed.init_process_group, or use select"
-            )
-        self.group, self.rank = group, distributed.get_rank(group)
+            raise ValueError(f"{what}: expected a process group; call torch.distributed.init_process_group{alone}")
+        self.what, self.group, self.rank = what, group, distributed.get_rank(group)
         if self.rank < 0:
-            raise ValueError("select_sharded: this process is not in the group; only its ranks may call")
+            raise ValueError(f"{what}: this process is not in the group; only its ranks may call")
         self.size = distributed.get_world_size(group)
         nccl = distributed.get_backend(group) == "nccl"
         self.device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
@@ -64,7 +69,7 @@ class Team:
             raise error
         for rank, (message, _) in enumerate(outcomes):
             if message is not None:
-                raise ValueError(f"select_sharded: rank {rank} failed: {message}")
+                raise ValueError(f"{self.what}: rank {rank} failed: {message}")
         return result, [reported for _, reported in outcomes]
 
     def send(self, tensor: Tensor, to: int) -> None:

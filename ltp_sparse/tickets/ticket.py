@@ -350,20 +350,16 @@ class Ticket(OnHub):
             max_shard_size: bytes, or "500MB" or "5GB". A larger ticket becomes shards `PATH-TAG-00001-of-00002` and
                 their index `PATH.index.json`, written last. None: one file, however large.
         """
+        file_shards.save(path, "ticket", *self._packed(), max_shard_size)
+
+    def to_bytes(self) -> bytes:
+        """The content of the file that `save` writes, however large."""
+        return files.to_bytes("ticket", *self._packed())
+
+    def _packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, description = pack_sets(self.sets, self.shapes)
-        file_shards.save(
-            path,
-            "ticket",
-            tensors,
-            {
-                "parameters": description,
-                "fingerprint": self.fingerprint,
-                "metadata": self.metadata,
-                "k": self.k,
-                "n": self.n,
-            },
-            max_shard_size,
-        )
+        facts = {"parameters": description, "fingerprint": self.fingerprint, "metadata": self.metadata}
+        return tensors, {**facts, "k": self.k, "n": self.n}
 
     @classmethod
     @reader("ticket")
@@ -373,7 +369,17 @@ class Ticket(OnHub):
         Args:
             path: the one given to `save`, an index, or a folder that holds one ticket.
         """
-        tensors, metadata = file_shards.load(path, "ticket")
+        return cls._unpacked(path, *file_shards.load(path, "ticket"))
+
+    @classmethod
+    def from_bytes(cls, content: bytes, path: str | os.PathLike[str]) -> Ticket:
+        """What `load` gives for a file with this content; `path` is its name in errors."""
+        return cls._unpacked(path, *files.from_bytes(content, path, "ticket"))
+
+    @classmethod
+    def _unpacked(
+        cls, path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
+    ) -> Ticket:
         with files.understanding(path, "ticket"):
             sets, shapes = unpack_sets(tensors, metadata["parameters"])
             ticket = cls(sets, shapes, metadata["metadata"], checked_fingerprint(metadata["fingerprint"], sets))

@@ -299,6 +299,14 @@ def save(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor],
     write(path, contiguous, header)
 
 
+def to_bytes(kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
+    """The content of the file that `save` writes."""
+    from safetensors.torch import save as save_bytes
+
+    contiguous, header, _ = ready(kind, tensors, metadata)
+    return save_bytes(contiguous, metadata={KEY: header})
+
+
 def ready(kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> tuple[dict[str, Tensor], str, str]:
     """What `write` takes, tensors on the host and a header, and the checksum in this header."""
     metadata = {**metadata, "kind": kind, "format": FORMAT_VERSION}
@@ -364,12 +372,38 @@ def load_verified(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Te
     return tensors, metadata, checksum
 
 
+def from_bytes(content: bytes, path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `load` gives for a file with this content; `path` is its name in errors."""
+    from safetensors.torch import load as load_bytes
+
+    path = Path(path)
+    with _reading(path):
+        tensors = load_bytes(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
+    if KEY not in header:
+        raise FileFormatError(path, f"a safetensors file, but not one of ltp_sparse; expected {_a(kind)}")
+    metadata = parse_json(header[KEY], path, "metadata")
+    check_format(path, metadata)
+    checksum, found = metadata.pop("checksum"), metadata["kind"]
+    if _checksum(tensors, metadata, like=checksum) != checksum:
+        raise FileFormatError(path, "the checksum does not match its content; the file is damaged, copy it again")
+    if found != kind:
+        raise WrongKind(path, kind, str(found))
+    return tensors, metadata
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """A safetensors file, mapped."""
+    with _reading(path), safe_open(path, framework="pt") as file:
+        yield file
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns errors of reading a safetensors file into a FileFormatError."""
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
+        yield
     except FileFormatError:
         raise
     except (SafetensorError, ValueError, RuntimeError, OSError, LookupError, TypeError, MemoryError) as error:

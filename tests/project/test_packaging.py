@@ -33,6 +33,7 @@ ORDER = [
         "deltas",
         "selection",
         "optim",
+        "sync",
         "tasks",
         "prompting",
     ],
@@ -54,7 +55,7 @@ PLACE = {part: place for place, part in enumerate(ORDER)}
 
 HEAVY = ["transformers", "datasets", "accelerate", "matplotlib"]
 LIGHT = [  # must import without any of HEAVY
-    *["weights", "tickets", "backends", "ops", "deltas", "selection", "optim", "tasks", "prompting"],
+    *["weights", "tickets", "backends", "ops", "deltas", "selection", "optim", "sync", "tasks", "prompting"],
     *["models", "loading", "report", "testing", "cli"],
 ]
 

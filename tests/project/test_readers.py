@@ -46,6 +46,7 @@ _ALLOWED = {  # functions that read what is no file of a stranger, or nothing at
     "cli.__init__.main": "the null device",
     "cli.report.run": "the report that has just been written",
     "report.pages._embedded": "the plots that have just been drawn",
+    "sync.stores.read": "bytes, which the readers of a store check",
     "tasks.hub.load_hub": "datasets reads and checks them",
 }
 

@@ -1,0 +1,130 @@
+"""Slots as few bytes: their values, or what changed against earlier ones.
+
+Two forms, of which the smaller is taken:
+
+* `VALUES`   the bits of every slot
+* `CHANGES`  of the slots that differ, the number of equal ones before each, and the exclusive or with the earlier bits
+
+Integers are cut into planes, their first bytes, second bytes and so on, because a plane of upper bytes is nearly all
+zeros. A plane of zeros is left out, any other is deflated with run lengths and Huffman codes only (`zlib.Z_RLE`): what
+is in it is close to chance, where a search for repeated strings costs thirty times as much and finds less.
+"""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+VALUES, CHANGES = "values", "changes"
+
+_PROBE = 1 << 16  # bytes that tell whether a plane gets smaller
+_HALF = 1 / 2  # share of changed slots up to which their changes are smaller in any case
+_UNSIGNED: dict[int, np.dtype] = {size: np.dtype(f"<u{size}") for size in (1, 2, 4, 8)}
+
+Encoded = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+def as_integers(slots: Tensor) -> np.ndarray:
+    """A view of the bits of a contiguous tensor on the CPU as unsigned integers."""
+    assert sys.byteorder == "little"  # torch knows no other machines
+    return slots.view(torch.uint8).numpy().view(_UNSIGNED[slots.element_size()])
+
+
+def encode(slots: Tensor, earlier: Tensor | None) -> Encoded:
+    """The planes of some slots, uint8 tensors, and the facts that `decode` needs (JSON).
+
+    Args:
+        slots: [k] on the CPU, of any dtype.
+        earlier: of the same dtype and length; None: they are not known to who decodes.
+    """
+    new = as_integers(slots)
+    if earlier is None:
+        return _planes(VALUES, {"value": new})
+    flips = new ^ as_integers(earlier)
+    at = np.flatnonzero(flips)
+    gaps = (np.diff(at, prepend=-1) - 1).astype("<u8")
+    found = [_planes(CHANGES, {"gap": gaps, "flip": flips[at]})]
+    if at.size > _HALF * new.size:
+        found.append(_planes(VALUES, {"value": new}))
+    return min(found, key=lambda encoded: sum(plane.numel() for plane in encoded[0].values()))
+
+
+def decode(planes: Mapping[str, Tensor], facts: Mapping[str, Any], earlier: Tensor | None, slots: Tensor) -> None:
+    """Fills `slots` with what was encoded; `earlier` may be `slots` itself.
+
+    Raises:
+        ValueError: planes and facts do not fit the number of slots.
+    """
+    form, counts, out = facts["form"], facts["counts"], as_integers(slots)
+    if form not in (VALUES, CHANGES):
+        raise ValueError(f"slots in the unknown form {form!r}")
+    if form == VALUES:
+        out[:] = _integers(planes, "value", counts, out.dtype, out.size)
+        return
+    if earlier is None:
+        raise ValueError(f"slots in the form {form!r} without earlier ones")
+    gaps = _integers(planes, "gap", counts, _UNSIGNED[8], out.size)
+    flips = _integers(planes, "flip", counts, out.dtype, out.size)
+    if gaps.size != flips.size or (gaps.size and int(gaps.max()) >= out.size):
+        raise ValueError(f"{gaps.size} gaps of {flips.size} changes do not fit {out.size} slots")
+    at = np.cumsum(gaps + np.uint64(1)).astype(np.int64) - 1
+    if at.size and not 0 <= int(at[-1]) < out.size:
+        raise ValueError(f"a change of slot {int(at[-1])} of {out.size}")
+    if earlier is not slots:
+        out[:] = as_integers(earlier)
+    out[at] ^= flips
+
+
+def _planes(form: str, integers: Mapping[str, np.ndarray]) -> Encoded:
+    planes = {}
+    for name, array in integers.items():
+        by_byte = array.view(np.uint8).reshape(array.size, array.itemsize)
+        for i in range(array.itemsize):
+            plane = np.ascontiguousarray(by_byte[:, i])
+            if plane.any():
+                planes[f"{name}.{i}"] = torch.from_numpy(np.frombuffer(_deflated(plane.tobytes()), np.uint8).copy())
+    return planes, {"form": form, "counts": {name: array.size for name, array in integers.items()}}
+
+
+def _integers(
+    planes: Mapping[str, Tensor], name: str, counts: Mapping[str, Any], dtype: np.dtype, most: int
+) -> np.ndarray:
+    count = counts[name]
+    if type(count) is not int or not 0 <= count <= most or (name == "value" and count != most):
+        raise ValueError(f"{count!r} integers {name!r}, expected those of {most} slots")
+    by_byte = np.zeros((count, dtype.itemsize), np.uint8)
+    for i in range(dtype.itemsize):
+        if (plane := planes.get(f"{name}.{i}")) is not None:
+            by_byte[:, i] = np.frombuffer(_inflated(plane.numpy().tobytes(), count), np.uint8)
+    return by_byte.reshape(-1).view(dtype)
+
+
+def _deflated(plane: bytes) -> bytes:
+    """The plane deflated, or as it is if that does not make it shorter."""
+    if len(_deflate(plane[:_PROBE])) > 0.97 * min(len(plane), _PROBE):
+        return plane
+    return min(_deflate(plane), plane, key=len)
+
+
+def _deflate(content: bytes) -> bytes:
+    machine = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_RLE)
+    return machine.compress(content) + machine.flush()
+
+
+def _inflated(content: bytes, count: int) -> bytes:
+    if len(content) == count:
+        return content
+    machine = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        found = machine.decompress(content, count + 1)
+    except zlib.error as error:
+        raise ValueError(f"a plane that cannot be inflated ({error})") from error
+    if len(found) != count or not machine.eof:
+        raise ValueError(f"a plane inflates to {len(found)} bytes or more, expected {count}")
+    return found

@@ -1,0 +1,119 @@
+"""The part of each tensor that this process holds, and the active entries in it, read and written for all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Size, Tensor, nn
+from torch.optim import Optimizer
+
+from ltp_sparse.deltas.restoring import Held, restoring
+from ltp_sparse.ops import masked_gather, masked_scatter_
+from ltp_sparse.optim.masked_adamw import MaskedAdamW
+from ltp_sparse.tickets.index_set import IndexSet
+from ltp_sparse.tickets.tile_table import TileTable
+from ltp_sparse.weights.names import Named, canonical_tensors
+from ltp_sparse.weights.tensors import check_plain_tensor
+from ltp_sparse.weights.versions import open_weights
+
+Model = nn.Module | Mapping[str, Any]
+"""A module, or name -> tensor."""
+
+
+class Local(NamedTuple):
+    """Entries `start` to `start + tensor.numel()` of the row-major order of a tensor of the whole `shape`."""
+
+    name: str
+    tensor: Tensor
+    start: int
+    shape: Size
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.tensor.numel()
+
+
+def weights_of(source: Model | Optimizer, what: str) -> Named[Any]:
+    """Canonical name -> weight of a model, or of what an optimizer trains."""
+    if isinstance(source, MaskedAdamW):
+        return canonical_tensors(source.named_members())
+    if isinstance(source, nn.Module):
+        return open_weights(source)
+    if isinstance(source, Mapping):
+        return canonical_tensors(source)
+    raise TypeError(f"{what}: expected a model, name -> tensor or a MaskedAdamW, got {type(source).__name__}")
+
+
+def is_sharded(tensor: Any) -> bool:
+    return hasattr(tensor, "device_mesh")
+
+
+def local_part(name: str, tensor: Any, what: str) -> Local | None:
+    """What this process holds of a tensor. None: another one holds the same, or this one holds nothing.
+
+    Raises:
+        ValueError: a DTensor that is not sharded by rows.
+        TypeError: another subclass of tensors.
+    """
+    if not is_sharded(tensor):
+        check_plain_tensor(tensor, f"{what}: {name!r}")
+        return Local(name, tensor.detach(), 0, tensor.shape)
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    placements, coordinate = tensor.placements, tensor.device_mesh.get_coordinate()
+    if not all(type(p) is Replicate or (type(p) is Shard and p.dim == 0) for p in placements):
+        raise ValueError(
+            f"{what}: {name!r} is placed as {tuple(placements)}; expected shards of rows, Shard(0), and replicas. "
+            "Redistribute it, or publish from a model that is not cut otherwise"
+        )
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, placements)
+    replica = coordinate is None or any(c and type(p) is Replicate for p, c in zip(placements, coordinate, strict=True))
+    if replica or not Size(shape).numel():
+        return None
+    return Local(name, tensor.to_local().detach(), sum(offset[:1]) * tensor.shape[1:].numel(), tensor.shape)
+
+
+class ActiveEntries:
+    """The active entries of some tensors: a launch per device and dtype.
+
+    Args:
+        locals_: the tensors.
+        sets: name -> the active entries of the part that is held.
+    """
+
+    def __init__(self, locals_: Iterable[Local], sets: Mapping[str, IndexSet]) -> None:
+        placed: dict[tuple[torch.device, torch.dtype], list[Local]] = {}
+        for local in locals_:
+            placed.setdefault((local.tensor.device, local.tensor.dtype), []).append(local)
+        self.groups = list(placed.values())
+        self.sets = dict(sets)
+        self._tables = [
+            TileTable.build([self.sets[local.name] for local in group], device=device, ranks=device.type != "cpu")
+            for (device, _), group in placed.items()
+        ]
+
+    @torch.no_grad()
+    def gather(self) -> list[Tensor]:
+        """The slots of every group, copied to the host."""
+        pairs = zip(self.groups, self._tables, strict=True)
+        return [masked_gather([local.tensor for local in group], table).cpu() for group, table in pairs]
+
+    def named(self, slots: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Name -> its part of the slots of the groups, views of them."""
+        return {
+            local.name: part
+            for group, table, values in zip(self.groups, self._tables, slots, strict=True)
+            for local, part in zip(group, values.split(list(table.counts)), strict=True)
+        }
+
+    @torch.no_grad()
+    def scatter_(self, slots: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+        """Writes the slots of all groups, or of none: an interruption leaves those of `before`."""
+        earlier = self.named(before)
+        held = [Held(x.tensor, self.sets[x.name], earlier[x.name]) for group in self.groups for x in group]
+        with restoring(held):
+            for group, table, values in zip(self.groups, self._tables, slots, strict=True):
+                masked_scatter_([local.tensor for local in group], values.to(table.tiles.device), table)

@@ -1,0 +1,231 @@
+"""`Publisher`: writes versions of a model to a store, as what changed on a ticket since the version before."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, distributed
+from torch.optim import Optimizer
+
+from ltp_sparse.selection.team import Team
+from ltp_sparse.sync import records
+from ltp_sparse.sync.base import described, inactive_digests
+from ltp_sparse.sync.local import ActiveEntries, Local, Model, is_sharded, local_part, weights_of
+from ltp_sparse.sync.records import ANCHOR, CHANGES, Group, Marker, PartFile, Range
+from ltp_sparse.sync.stores import Store, open_store
+from ltp_sparse.sync.version import Version
+from ltp_sparse.tickets.ticket import Ticket
+from ltp_sparse.weights.names import match_names
+
+
+class Publisher:
+    """Publishes versions of a model that trains, for any number of followers.
+
+    publisher = ls.sync.Publisher(model, ticket, "weights/")
+    for step, batch in enumerate(batches):
+        ...
+        publisher.publish(step)
+
+    With a ticket, a version costs what changed on the ticket: neither a copy of the model nor indices, and time in
+    proportion to the ticket. The ticket is written once. Without one, every weight is compared with a copy of the last
+    version that the publisher holds on the host. Changed are bits, so that 0 and -0 differ.
+
+    Every `anchor_every`th version also is an anchor, which holds all active values: there a newcomer begins. So does
+    the first version of every process, which makes a trainer that was killed continue without knowing what the store
+    holds. Weights outside the ticket are digested when the publisher is made, and compared at every anchor.
+
+    Of an FSDP2 model each process publishes the rows that it has, and all of them make the same calls; the version is
+    committed when every part is in the store.
+
+    Args:
+        model: a module, name -> tensor, or the MaskedAdamW that trains it. Its optimizer must train nothing outside the
+            ticket (of an optimizer this is checked): `ticket | Ticket.full(model, pool=r"^head\\.")` adds a head.
+        ticket: the entries that change; None: any weight may.
+        store: a folder, a URL of fsspec, or a store (`ltp_sparse.sync.stores`).
+        anchor_every: versions from an anchor to the next.
+        keep: anchors that are kept, with all versions from the oldest of them on; older versions are removed.
+        group: the processes of a sharded model; default: all.
+
+    Attributes:
+        version: the newest one in the store when the publisher was made, or that it has published; None: there is none
+
+    Raises:
+        ValueError: the store has another ticket, the ticket does not fit the model, or a weight is sharded other than
+            by rows.
+    """
+
+    def __init__(
+        self,
+        model: Model | Optimizer,
+        ticket: Ticket | None,
+        store: Store | str | os.PathLike[str],
+        *,
+        anchor_every: int = 100,
+        keep: int = 2,
+        group: distributed.ProcessGroup | None = None,
+    ) -> None:
+        for what, value in (("anchor_every", anchor_every), ("keep", keep)):
+            if value < 1:
+                raise ValueError(f"Publisher: {what} must be at least 1, got {value}")
+        weights = weights_of(model, "Publisher")
+        self._team = Team(group, "Publisher", "") if any(map(is_sharded, weights.values())) else None
+        ticket = Ticket.full(weights) if ticket is None else ticket.named_as(weights)
+        if self._team is None:
+            match_names(ticket.active_names, weights, what="Publisher", where="the model")
+        if isinstance(model, Optimizer):
+            _check_trained(weights, ticket)
+        self._store, self._ticket, self._digest = open_store(store), ticket, ticket.digest()
+        self._names = ticket.active_names
+        self._anchor_every, self._keep = anchor_every, keep
+        parts = [local_part(name, weight, "Publisher") for name, weight in weights.items()]
+        self._weights = [part for part in parts if part is not None]
+        self._active = _active(self._weights, ticket)
+        self._ranges = [[_range(local, ticket, self._active) for local in group] for group in self._active.groups]
+        self._inactive = inactive_digests(self._weights, ticket)
+        self._earlier: list[Tensor] | None = None
+        self._since = 0  # versions since the last anchor
+        self.version = self._together(self._open)[0]
+
+    def __repr__(self) -> str:
+        return f"Publisher({self._ticket!r}, {self._store!r}, version {self.version})"
+
+    @property
+    def ticket(self) -> Ticket:
+        return self._ticket
+
+    def _together(self, work: Callable[[], Any]) -> list[Any]:
+        """What `work` gives on each process; an error on one is raised on all."""
+        return [work()] if self._team is None else self._team.every(work, lambda result: result)[1]
+
+    @property
+    def _first(self) -> bool:
+        return self._team is None or self._team.rank == 0
+
+    def _open(self) -> int | None:
+        """Removes what a killed publisher left; the newest version."""
+        names = self._store.names()
+        versions = records.versions(names)
+        if versions:
+            newest = records.read_marker(self._store, versions[-1])
+            if newest.ticket != self._digest:
+                raise ValueError(
+                    f"Publisher: {self._store!r} has versions of another ticket ({newest.ticket}, this one is "
+                    f"{self._digest}); publish to a new store"
+                )
+        if self._first:
+            for name in records.outdated(names, self._keep):
+                self._store.remove(name)
+            records.write_ticket(self._store, self._ticket)
+        return versions[-1] if versions else None
+
+    def publish(self, version: int | None = None) -> Version:
+        """Writes the weights as they are now as the next version. When it returns, followers can have them.
+
+        Args:
+            version: its number, above that of the last one; default: the next.
+
+        Returns:
+            What changed; of a sharded model, on this process.
+
+        Raises:
+            ValueError: the number is not above the last one, or another publisher has written to the store.
+            RuntimeError: a weight outside the ticket has changed (seen at anchors). Nothing is published then.
+        """
+        number = (-1 if self.version is None else self.version) + 1 if version is None else version
+        anchor = self._earlier is None or self._since + 1 >= self._anchor_every
+        slots: list[Tensor] = []
+
+        def write() -> tuple[int, list[PartFile], list[PartFile]]:
+            self._check(number)
+            slots.extend(self._active.gather())
+            return (sum(map(len, slots)), *self._write(number, slots, anchor))
+
+        written = self._together(write)
+        marker = Marker(
+            version=number,
+            base=None if self._earlier is None else self.version,
+            ticket=self._digest,
+            changes=tuple(part for _, changes, _ in written for part in changes),
+            anchor=tuple(part for _, _, anchors in written for part in anchors),
+        )
+
+        def commit() -> None:
+            if (found := sum(count for count, _, _ in written)) != self._ticket.k:
+                raise ValueError(
+                    f"Publisher: the processes have {found:,} of the {self._ticket.k:,} entries of the ticket; every "
+                    "one must be on exactly one process, replicas aside"
+                )
+            if self._first:
+                records.write_marker(self._store, marker)
+
+        self._together(commit)
+        earlier, self._earlier = self._earlier, slots
+        base, self.version = marker.base, number
+        self._since = 0 if anchor else self._since + 1
+        if anchor and self._first:
+            for name in records.outdated(self._store.names(), self._keep):
+                self._store.remove(name)
+        mine = written[0 if self._team is None else self._team.rank]
+        nbytes = sum(part.nbytes for part in (*mine[1], *mine[2]))
+        return Version.of(number, base, nbytes, self._active, slots, earlier)
+
+    def _check(self, number: int) -> None:
+        newest = max(records.versions(self._store.names()), default=None) if self._first else self.version
+        if newest != self.version:
+            raise ValueError(
+                f"Publisher: the newest version in {self._store!r} is {newest}, this publisher's is {self.version}: "
+                "another one has written to the store, or the last call was interrupted; make a new Publisher"
+            )
+        if not 0 <= number < 10**12 or (newest is not None and number <= newest):
+            raise ValueError(
+                f"Publisher: expected a version above {newest}, the newest in the store, got {number}; a trainer that "
+                "was resumed from an older step publishes again once it is past that version"
+            )
+
+    def _write(self, number: int, slots: list[Tensor], anchor: bool) -> tuple[list[PartFile], list[PartFile]]:
+        groups = [Group(ranges, values) for ranges, values in zip(self._ranges, slots, strict=True)]
+        rank = 0 if self._team is None else self._team.rank
+        changes, anchors = [], []
+        if self._earlier is not None:
+            name = records.part_name(number, CHANGES, rank)
+            changes.append(records.write_part(self._store, name, self._names, groups, self._earlier))
+        if anchor:
+            inactive = inactive_digests(self._weights, self._ticket)
+            if changed := [name for (name, first), digest in inactive.items() if digest != self._inactive[name, first]]:
+                raise RuntimeError(
+                    f"Publisher: entries of {changed[0]!r} outside the ticket have changed ({len(changed)} weights in "
+                    "all), which followers would not see; publish ticket | Ticket.full(model, pool=...)"
+                )
+            base, digests = described(self._weights, inactive)
+            name = records.part_name(number, ANCHOR, rank)
+            anchors.append(records.write_part(self._store, name, self._names, groups, None, base, digests))
+        return changes, anchors
+
+
+def _active(weights: list[Local], ticket: Ticket) -> ActiveEntries:
+    held = [local for local in weights if local.name in ticket.sets]
+    for local in held:
+        if local.shape != ticket.shapes[local.name]:
+            raise ValueError(
+                f"Publisher: {local.name!r} has shape {list(local.shape)} in the model, "
+                f"{list(ticket.shapes[local.name])} in the ticket"
+            )
+    sets = {local.name: ticket.entries(local.name, local.start, local.stop) for local in held}
+    sets = {name: index_set for name, index_set in sets.items() if index_set.k}
+    return ActiveEntries([local for local in held if local.name in sets], sets)
+
+
+def _range(local: Local, ticket: Ticket, active: ActiveEntries) -> Range:
+    before = ticket.entries(local.name, 0, local.start).k if local.start else 0
+    return Range(local.name, before, active.sets[local.name].k)
+
+
+def _check_trained(weights: dict[str, Any], ticket: Ticket) -> None:
+    outside = [name for name in weights if name not in ticket.sets or not ticket.sets[name].k]
+    if outside:
+        raise ValueError(
+            f"Publisher: the optimizer trains {outside[0]!r} in full, which is not in the ticket ({len(outside)} "
+            "weights in all); publish ticket | Ticket.full(model, pool=...)"
+        )

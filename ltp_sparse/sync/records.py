@@ -1,0 +1,302 @@
+"""What lies in a store, as files that are checked when they are read.
+
+    ticket-DIGEST.safetensors       the ticket, once
+    v000000000012-changes-0.safetensors   a process's part of version 12: what changed since the version before
+    v000000000012-anchor-0.safetensors    a process's part of an anchor: all slots, and what a base model must hold
+    v000000000012.json              the commit marker, written last: version, base, and the parts with their digests
+
+Without its marker a version does not exist, whatever else of it lies there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ltp_sparse.sync.encoding import decode, encode
+from ltp_sparse.sync.stores import Store
+from ltp_sparse.tickets.ticket import Ticket
+from ltp_sparse.weights import files
+from ltp_sparse.weights.digests import Hash, is_known
+from ltp_sparse.weights.reading import FileFormatError, decoded, parse_json, reader
+
+_KIND = "version of ltp_sparse"
+_MARKER = re.compile(r"v(\d{12})\.json")
+_PART = re.compile(r"v(\d{12})-(changes|anchor)-\d+\.safetensors")
+_DIGEST = 16  # bytes
+
+CHANGES, ANCHOR = "changes", "anchor"
+
+
+class Range(NamedTuple):
+    """Slots `first` to `first + k` of a parameter of the ticket."""
+
+    name: str
+    first: int
+    k: int
+
+
+@dataclass(frozen=True)
+class PartFile:
+    """A file of a version, as its marker names it."""
+
+    name: str
+    nbytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Marker:
+    """That a version is complete.
+
+    Attributes:
+        version: its number
+        base: the version that its changes apply to; None: there are no changes, only an anchor
+        ticket: the digest of the ticket
+        changes: the files of its changes, one per process
+        anchor: the files of its anchor; empty for most versions
+    """
+
+    version: int
+    base: int | None
+    ticket: str
+    changes: tuple[PartFile, ...]
+    anchor: tuple[PartFile, ...]
+
+    def nbytes(self, kind: str) -> int:
+        return sum(part.nbytes for part in (self.changes if kind == CHANGES else self.anchor))
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def marker_name(version: int) -> str:
+    return f"v{version:012d}.json"
+
+
+def part_name(version: int, kind: str, rank: int) -> str:
+    return f"v{version:012d}-{kind}-{rank}.safetensors"
+
+
+def ticket_name(digest: str) -> str:
+    return f"ticket-{digest.rpartition(':')[2]}.safetensors"
+
+
+def versions(names: set[str]) -> list[int]:
+    """The committed ones, ascending."""
+    return sorted(int(found[1]) for name in names if (found := _MARKER.fullmatch(name)))
+
+
+def outdated(names: set[str], keep: int) -> list[str]:
+    """What a store can do without: versions before the `keep` newest anchors, and parts without a marker.
+
+    Markers come first, so that an interruption leaves no marker without its parts.
+    """
+    committed = set(versions(names))
+    parts = {name: (int(found[1]), found[2]) for name in names if (found := _PART.fullmatch(name))}
+    anchored = sorted({version for version, kind in parts.values() if kind == ANCHOR} & committed)
+    oldest = anchored[-keep] if len(anchored) >= keep else -1
+    gone = sorted(version for version in committed if version < oldest)
+    left = committed.difference(gone)
+    return [*map(marker_name, gone), *sorted(name for name, (version, _) in parts.items() if version not in left)]
+
+
+# --- markers ----------------------------------------------------------------------------------------------------------
+
+
+def write_marker(store: Store, marker: Marker) -> None:
+    facts = {"kind": _KIND, **asdict(marker)}
+    store.write(marker_name(marker.version), json.dumps({**facts, "checksum": _checksum(facts)}).encode())
+
+
+def _checksum(facts: Mapping[str, Any]) -> str:
+    return Hash().update(json.dumps(facts, sort_keys=True).encode()).digest()
+
+
+@reader("marker of a version")
+def read_marker(store: Store, version: int) -> Marker:
+    """Raises FileNotFoundError, or FileFormatError for a damaged marker."""
+    name = marker_name(version)
+    facts = parse_json(decoded(store.read(name), name), name)
+    with files.understanding(name, _KIND):
+        if facts.pop("checksum") != _checksum(facts) or facts.pop("kind") != _KIND:
+            raise FileFormatError(name, "damaged: its content does not match its own checksum")
+        changes, anchor = (tuple(PartFile(**part) for part in facts.pop(kind)) for kind in (CHANGES, ANCHOR))
+        marker = Marker(**facts, changes=changes, anchor=anchor)
+        if marker.version != version or not is_known(marker.ticket):
+            raise ValueError(f"it is of version {marker.version}")
+        return marker
+
+
+def write_ticket(store: Store, ticket: Ticket) -> None:
+    if (name := ticket_name(ticket.digest())) not in store.names():
+        store.write(name, ticket.to_bytes())
+
+
+@reader("ticket of a store")
+def read_ticket(store: Store, digest: str) -> Ticket:
+    name = ticket_name(digest)
+    ticket = Ticket.from_bytes(store.read(name), name)
+    if ticket.digest() != digest:
+        raise FileFormatError(name, f"the ticket in it has the digest {ticket.digest()}, not {digest}")
+    return ticket
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+class Group(NamedTuple):
+    """Slots of one dtype, of several parameters."""
+
+    ranges: list[Range]
+    slots: Tensor
+
+
+def write_part(
+    store: Store,
+    name: str,
+    names: Sequence[str],
+    groups: Sequence[Group],
+    earlier: Sequence[Tensor] | None,
+    base: Mapping[str, Any] | None = None,
+    digests: Sequence[str] = (),
+) -> PartFile:
+    """Writes a process's part of a version.
+
+    Args:
+        store: the store.
+        name: of the file.
+        names: the ticket's active parameters; a range is stored with the position of its name there.
+        groups: the slots of this process.
+        earlier: those of the version before, per group; None for an anchor.
+        base: JSON, for an anchor: what a model must hold outside the ticket.
+        digests: of what `base` names, in its order.
+    """
+    place = {parameter: position for position, parameter in enumerate(names)}
+    tensors: dict[str, Tensor] = {}
+    facts = []
+    for number, (ranges, slots) in enumerate(groups):
+        planes, how = encode(slots, None if earlier is None else earlier[number])
+        tensors |= {f"{number}.{key}": plane for key, plane in planes.items()}
+        facts.append({"dtype": str(slots.dtype).removeprefix("torch."), "ranges": len(ranges), **how})
+    everything = [one for group in groups for one in group.ranges]
+    tensors["ranges"] = torch.tensor([(place[r.name], r.first, r.k) for r in everything], dtype=torch.int64)
+    tensors["ranges"] = tensors["ranges"].view(-1, 3)
+    tensors["digests"] = _packed([digest_of(part) for group in groups for part in _cut(group)])
+    if base is not None:
+        tensors["base"] = _packed(digests)
+    content = files.to_bytes("part of a version", tensors, {"groups": facts, "base": base})
+    store.write(name, content)
+    return PartFile(name, len(content), Hash().update(content).digest())
+
+
+class Part(NamedTuple):
+    """A part as read: `fill` has the slots decoded; `base` and its digests only in an anchor."""
+
+    name: str
+    groups: list[dict[str, Any]]
+    ranges: list[Range]
+    digests: list[str]
+    tensors: dict[str, Tensor]
+    base: dict[str, Any] | None
+    base_digests: list[str]
+
+    def fill(self, slots: dict[str, Tensor], names: Mapping[str, str]) -> None:
+        """Writes the decoded slots into name -> [k], which holds those of the base version, and compares digests.
+
+        Args:
+            slots: the slots of whole parameters.
+            names: parameter of the ticket -> its key in `slots`.
+
+        Raises:
+            FileFormatError: the part is damaged, or was made for other parameters.
+            WrongBase: the slots were not those of the base version.
+        """
+        at = 0
+        for number, facts in enumerate(self.groups):
+            ranges = self.ranges[at : at + facts["ranges"]]
+            digests = self.digests[at : at + facts["ranges"]]
+            at += facts["ranges"]
+            if not ranges:
+                continue
+            with files.understanding(self.name, "part of a version"):
+                targets = [slots[names[r.name]][r.first : r.first + r.k] for r in ranges]
+                if any(len(target) != r.k for target, r in zip(targets, ranges, strict=True)):
+                    raise ValueError("a range past the slots of its parameter")
+                if {str(target.dtype) for target in targets} != {f"torch.{facts['dtype']}"}:
+                    raise ValueError(f"slots in {facts['dtype']} for {ranges[0].name!r} in {targets[0].dtype}")
+                values = torch.cat(targets)
+                planes = {key.partition(".")[2]: t for key, t in self.tensors.items() if key.startswith(f"{number}.")}
+                decode(planes, facts, values, values)
+            for target, one, digest, new in zip(
+                targets, ranges, digests, values.split([r.k for r in ranges]), strict=True
+            ):
+                if digest_of(new) != digest:
+                    raise WrongBase(one.name)
+                target.copy_(new)
+
+
+class WrongBase(ValueError):
+    """Slots, once changed, are not those that were published."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+@reader("part of a version")
+def read_part(store: Store, part: PartFile, ticket: Ticket) -> Part:
+    """A part whose bytes are those that the marker names.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FileFormatError: it is damaged.
+    """
+    content = store.read(part.name)
+    if len(content) != part.nbytes or Hash(part.digest).update(content).digest() != part.digest:
+        raise FileFormatError(
+            part.name, f"its {len(content):,} bytes are not the {part.nbytes:,} bytes that its marker names"
+        )
+    tensors, facts = files.from_bytes(content, part.name, "part of a version")
+    with files.understanding(part.name, "part of a version"):
+        names, rows = ticket.active_names, tensors.pop("ranges")
+        if rows.dtype != torch.int64 or rows.dim() != 2 or rows.shape[1] != 3:
+            raise ValueError(f"ranges of {rows.dtype} {list(rows.shape)}")
+        ranges = []
+        for place, first, k in rows.tolist():
+            if not 0 <= place < len(names) or first < 0 or k < 0:
+                raise ValueError(f"the range {(place, first, k)}")
+            ranges.append(Range(names[place], first, k))
+        digests, base = _unpacked(tensors.pop("digests")), facts["base"]
+        base_digests = _unpacked(tensors.pop("base")) if base is not None else []
+        counts = [group["ranges"] for group in facts["groups"]]
+        if sum(counts) != len(ranges) or min(counts, default=0) < 0 or len(digests) != len(ranges):
+            raise ValueError(f"{len(ranges)} ranges, {len(digests)} digests, groups of {counts}")
+        return Part(part.name, facts["groups"], ranges, digests, tensors, base, base_digests)
+
+
+def digest_of(slots: Tensor) -> str:
+    """The digest of the slots of a range."""
+    return Hash().update(slots).digest()
+
+
+def _cut(group: Group) -> tuple[Tensor, ...]:
+    return group.slots.split([one.k for one in group.ranges])
+
+
+def _packed(digests: Sequence[str]) -> Tensor:
+    raw = b"".join(bytes.fromhex(digest.rpartition(":")[2]) for digest in digests)
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8)
+
+
+def _unpacked(packed: Tensor) -> list[str]:
+    raw = packed.numpy().tobytes()
+    if len(raw) % _DIGEST:
+        raise ValueError(f"digests of {len(raw)} bytes")
+    return ["xxh3:" + raw[at : at + _DIGEST].hex() for at in range(0, len(raw), _DIGEST)]

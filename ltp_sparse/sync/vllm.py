@@ -1,0 +1,93 @@
+"""Sparse patches in the form of vLLM, which applies them in checkpoint coordinates while it serves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ltp_sparse.deltas.delta import SparseDelta
+from ltp_sparse.sync.version import Change, Version
+
+_MOST = 2**31  # entries of a tensor that int32 can count
+
+
+@dataclass
+class SparseWeightPatch:
+    """New values of some entries of a checkpoint's tensor: the fields of vLLM's class of this name.
+
+    Attributes:
+        name: of the tensor in the checkpoint
+        indices: int32 [c], flat row-major positions, ascending
+        values: [c], in the tensor's dtype
+        full_shape: of the whole tensor
+    """
+
+    name: str
+    indices: Tensor
+    values: Tensor
+    full_shape: tuple[int, ...]
+
+
+def vllm_patches(source: Version | SparseDelta) -> Iterator[SparseWeightPatch]:
+    """The patches of a version, or of a delta, for vLLM's `sparse_nccl` and `sparse_disk` weight transfer.
+
+    engine.send_weights(ls.sync.vllm_patches(publisher.publish(step)))
+
+    vLLM takes them by name as its own class. A version gives what changed since the one before; a delta gives all its
+    values. Values of a sharded model are those of this process.
+
+    Args:
+        source: what `publish`, `follow` or training gave.
+
+    Raises:
+        ValueError: a tensor has 2^31 entries or more, which int32 cannot number, or a value is NaN, which marks entries
+            that stay in vLLM; nothing has been yielded then.
+    """
+    changes = list(source.changes() if isinstance(source, Version) else _of_delta(source))
+    for change in changes:
+        if change.shape.numel() > _MOST:
+            raise ValueError(
+                f"vllm_patches: {change.name!r} has {change.shape.numel():,} entries; vLLM numbers at most {_MOST:,} "
+                "with int32. Send this tensor whole"
+            )
+        if bool(change.values.isnan().any()):
+            raise ValueError(
+                f"vllm_patches: {change.name!r} has a NaN among its new values; vLLM would leave such an entry as it is"
+            )
+    for change in changes:
+        yield SparseWeightPatch(change.name, change.indices.to(torch.int32), change.values, tuple(change.shape))
+
+
+def _of_delta(delta: SparseDelta) -> Iterator[Change]:
+    for name in delta.ticket.active_names:
+        yield Change(name, delta.ticket.indices(name), delta.values[name], delta.ticket.shapes[name])
+    for name, tensor in delta.dense.items():
+        yield Change(name, torch.arange(tensor.numel()), tensor.reshape(-1), tensor.shape)
+
+
+def write_vllm_patches(
+    source: Version | SparseDelta | Iterable[SparseWeightPatch], folder: str | os.PathLike[str], version: int
+) -> None:
+    """Writes the file of a version for vLLM's `sparse_disk` backend, by vLLM's own writer.
+
+    Args:
+        source: a version, a delta, or patches; the changes from version - 1 to this one.
+        folder: the `patch_dir` of the backend.
+        version: the version that the patches lead to.
+
+    Raises:
+        ImportError: this vLLM has no `sparse_disk` backend, or vLLM is not installed.
+    """
+    try:
+        from vllm.distributed.weight_transfer.sparse_disk_engine import save_sparse_patches
+    except ImportError as error:
+        raise ImportError(
+            "write_vllm_patches needs a vLLM with the sparse_disk backend, whose writer alone knows the form of its "
+            "files; followers of a store need no vLLM"
+        ) from error
+    patches = vllm_patches(source) if isinstance(source, Version | SparseDelta) else source
+    save_sparse_patches(patches=list(patches), patch_dir=os.fspath(folder), version=version)
