@@ -127,7 +127,7 @@ def placements(rank, mesh, folder):
 
     whole = {"a": torch.arange(60.0).view(10, 6), "b": torch.arange(8.0), "c": torch.tensor(2.0)}
     places = {"a": Shard(0), "b": Replicate(), "c": Replicate()}
-    tensors = {name: distribute_tensor(t, mesh, [places[name]]) for name, t in whole.items()}
+    tensors = {name: distribute_tensor(t.clone(), mesh, [places[name]]) for name, t in whole.items()}
     publisher = Publisher(tensors, None, f"{folder}/places")
     publisher.publish()
     for tensor in tensors.values():
