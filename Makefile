@@ -25,7 +25,7 @@ PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 CPP := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 CPP_OF_TESTS := $(wildcard tests/*/*.cpp tests/*/*/*.cpp tests/*/*/*.h)
 
-.PHONY: help demo test test-fast check docs wheels hashes faults ptx ranks asan tsan bench gpu gpu-full lint lint-ruff lint-format lint-mypy lint-cpp format clean
+.PHONY: help demo test test-fast check docs wheels hashes faults soak ptx ranks asan tsan bench gpu gpu-full lint lint-ruff lint-format lint-mypy lint-cpp format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -70,6 +70,9 @@ asan tsan: $(TEST)
 
 faults: $(TEST)  ## full disks, low memory, two writers, kills at random moments: the long version
 	$(BIN)/pytest -m "faults or not faults" tests/project/test_faults.py $(ARGS)
+
+soak: $(TEST)  ## 1,000 published versions, trainer and follower killed 20 times each, every followed bit compared
+	$(BIN)/pytest -s -m "faults or not faults" tests/sync/test_sync_soak.py -k long $(ARGS)
 
 ptx: $(TEST)  ## the kernels' compiled PTX in an emulated GPU: every kernel, dtype, encoding, sm_80 and sm_90
 	$(PYTEST) -m "ptx or not ptx" --timeout 3600 tests/ptx $(ARGS)
