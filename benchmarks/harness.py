@@ -29,8 +29,19 @@ MODELS = {
     "tiny": xlmr_shapes(layers=2, hidden=128, intermediate=512, vocabulary=5000),
     "encoder": xlmr_shapes(embeddings=False),
     "base": xlmr_shapes(),
+    "decoder": {
+        f"model.layers.{layer}.{name}.weight": torch.Size(shape)
+        for layer in range(12)
+        for name, shape in {
+            **{f"self_attn.{part}_proj": (1024, 1024) for part in "qkvo"},
+            **{f"mlp.{part}_proj": (2816, 1024) for part in ("gate", "up")},
+            "mlp.down_proj": (1024, 2816),
+        }.items()
+    },
 }
-"""The maskable tensors of a small model (to try a benchmark), and of XLM-R-base without and with embeddings."""
+"""The maskable tensors of a small model (to try a benchmark), of XLM-R-base without and with embeddings, and of the
+layers of a decoder with 154 million weights.
+"""
 
 
 class WrongResult(RuntimeError):
