@@ -11,6 +11,7 @@ Without its marker a version does not exist, whatever else of it lies there.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -112,10 +113,11 @@ def outdated(names: set[str], keep: int) -> list[str]:
 
 def write_marker(store: Store, marker: Marker) -> None:
     facts = {"kind": _KIND, **asdict(marker)}
-    store.write(marker_name(marker.version), json.dumps({**facts, "checksum": _checksum(facts)}).encode())
+    store.write(marker_name(marker.version), json.dumps({**facts, "checksum": checksum(facts)}).encode())
 
 
-def _checksum(facts: Mapping[str, Any]) -> str:
+def checksum(facts: Mapping[str, Any]) -> str:
+    """Of the facts of a marker."""
     return Hash().update(json.dumps(facts, sort_keys=True).encode()).digest()
 
 
@@ -125,7 +127,7 @@ def read_marker(store: Store, version: int) -> Marker:
     name = marker_name(version)
     facts = parse_json(decoded(store.read(name), name), name)
     with files.understanding(name, _KIND):
-        if facts.pop("checksum") != _checksum(facts) or facts.pop("kind") != _KIND:
+        if facts.pop("checksum") != checksum(facts) or facts.pop("kind") != _KIND:
             raise FileFormatError(name, "damaged: its content does not match its own checksum")
         changes, anchor = (tuple(PartFile(**part) for part in facts.pop(kind)) for kind in (CHANGES, ANCHOR))
         marker = Marker(**facts, changes=changes, anchor=anchor)
@@ -274,11 +276,23 @@ def read_part(store: Store, part: PartFile, ticket: Ticket) -> Part:
                 raise ValueError(f"the range {(place, first, k)}")
             ranges.append(Range(names[place], first, k))
         digests, base = _unpacked(tensors.pop("digests")), facts["base"]
-        base_digests = _unpacked(tensors.pop("base")) if base is not None else []
+        base_digests = [] if base is None else _unpacked(tensors.pop("base"))
+        if base is not None:
+            _check_described(base, len(base_digests))
         counts = [group["ranges"] for group in facts["groups"]]
         if sum(counts) != len(ranges) or min(counts, default=0) < 0 or len(digests) != len(ranges):
             raise ValueError(f"{len(ranges)} ranges, {len(digests)} digests, groups of {counts}")
         return Part(part.name, facts["groups"], ranges, digests, tensors, base, base_digests)
+
+
+def _check_described(base: Mapping[str, Any], digests: int) -> None:
+    """Raises ValueError, or an error of missing keys and wrong types, unless `base` is as `sync.base` writes it."""
+    sizes = {name: math.prod(shape) for name, _, shape in base["weights"]}
+    if len(base["inactive"]) != digests:
+        raise ValueError(f"{digests} digests of {len(base['inactive'])} parts outside the ticket")
+    for name, start, stop in base["inactive"]:
+        if not 0 <= start <= stop <= sizes[name]:
+            raise ValueError(f"entries {start} to {stop} of {name!r}, which has {sizes[name]}")
 
 
 def digest_of(slots: Tensor) -> str:

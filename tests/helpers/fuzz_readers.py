@@ -49,11 +49,13 @@ from ltp_sparse.deltas.lt_sft import read_lt_sft
 from ltp_sparse.deltas.shira import read_shira, write_shira
 from ltp_sparse.models import Adapter
 from ltp_sparse.recipes import load_recipe, results
+from ltp_sparse.sync import FolderStore, records
 from ltp_sparse.tasks import read_pairs, read_text
 from ltp_sparse.tasks.files import read_columns, read_jsonl, read_lines, read_table
 from ltp_sparse.tasks.own import Columns, read_own
 from ltp_sparse.weights import files, manifest
 from ltp_sparse.weights.checkpoints import open_checkpoint
+from ltp_sparse.weights.digests import Hash
 from ltp_sparse.weights.reading import FileFormatError, read_json, read_yaml
 
 SECONDS, MEMORY = 1.0, 256 << 20
@@ -456,6 +458,42 @@ def cases(folder: Path) -> list[Case]:
     def model_file(file: str, kind: str = "model") -> bytes:
         return (folder / kind / file).read_bytes()
 
+    weights = {name: parameter.detach().clone() for name, parameter in ls.canonical_parameters(model).items()}
+    publisher = ls.sync.Publisher(weights, ticket, folder / "store")
+    publisher.publish(0)
+    for name in ticket.active_names:
+        weights[name].mul_(1 + ticket.mask(name))
+    publisher.publish(1)
+    of_ticket = records.ticket_name(ticket.digest())
+    of_version = {kind: records.part_name(number, kind, 0) for kind, number in (("anchor", 0), ("changes", 1))}
+    slots = {name: parameter[ticket.mask(name)] for name, parameter in ls.canonical_parameters(model).items()
+             if name in ticket.active_names}  # fmt: skip
+
+    def part_content(path: Path) -> Any:
+        """As a follower reads it, if the marker names these very bytes."""
+        content, found = path.read_bytes(), {name: values.detach().clone() for name, values in slots.items()}
+        file = records.PartFile(path.name, len(content), Hash().update(content).digest())
+        part = records.read_part(FolderStore(path.parent), file, ticket)
+        try:
+            part.fill(found, dict(zip(found, found, strict=True)))
+        except records.WrongBase as error:
+            raise FileFormatError(path, f"other slots of {error}") from error
+        return found, part.base, part.base_digests, part.ranges
+
+    def marker_content(path: Path) -> Any:
+        return records.read_marker(FolderStore(path.parent), 1)
+
+    def of_store(name: str) -> bytes:
+        return (folder / "store" / name).read_bytes()
+
+    def forged_marker(chance: random.Random) -> bytes:
+        try:
+            facts = mutated(json.loads(of_store(records.marker_name(1))), chance)
+            facts.pop("checksum", None)
+            return json.dumps({**facts, "checksum": records.checksum(facts)}).encode()
+        except (AttributeError, TypeError, UnicodeEncodeError, ValueError, RecursionError):
+            return b"[]"
+
     return [
         Case("JSON", "state.json", json.dumps(state, indent=1).encode(), read,
              lambda b: json.loads(unpacked(b, False)), forged_json(state),
@@ -512,6 +550,13 @@ def cases(folder: Path) -> list[Case]:
         Case("results", "results.jsonl", (folder / "results").read_bytes(), rows_without_a_word),
         Case("manifest", "manifest.json", (folder / "run" / "manifest.json").read_bytes(),
              lambda p: manifest.names(p.parent)),
+        Case("marker of a version", records.marker_name(1), of_store(records.marker_name(1)), marker_content, None,
+             forged_marker, (brackets,), share=0.5),
+        *(Case("part of a version", name, of_store(name), part_content, None,
+               forged(folder / "store" / name, "part of a version"), share=0.5) for name in of_version.values()),
+        Case("ticket of a store", of_ticket, of_store(of_ticket),
+             lambda p: ticket_content(records.read_ticket(FolderStore(p.parent), ticket.digest())), None,
+             forged(folder / "ticket", "ticket"), share=0.3),
         Case("own data", "own.csv", table.encode(), own, lambda b: own_says(rows_of(b, quoted=True))),
         Case("own data", "own.jsonl", pairs.encode(), own, lambda b: own_says(objects_of(b))),
         Case("own data", "own.parquet", parquet, own, lambda b: ANYTHING, share=0.1),

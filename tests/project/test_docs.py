@@ -129,7 +129,7 @@ def test_the_tests_that_documents_name_exist():
 
 # --- snippets ---
 
-WITH_SNIPPETS = ["README.md", "docs/own-loop.md", "docs/decoder.md"]
+WITH_SNIPPETS = ["README.md", "docs/own-loop.md", "docs/decoder.md", "docs/serving.md"]
 
 
 def shape(text: str) -> str:
