@@ -185,6 +185,45 @@ class SparseDelta(OnHub):
 
         return SparseDelta(ticket, renamed(self.values), renamed(self.originals), self.dense, self.metadata)
 
+    def followed_by(self, later: SparseDelta) -> SparseDelta:
+        """Both deltas in one: from this one's base to what `later` leads to.
+
+        Args:
+            later: made from the weights that this delta leads to, with originals, under the same names.
+
+        Raises:
+            ValueError: this delta leads to other values than `later` was made from, or one of them has no originals.
+        """
+        for delta, what in ((self, "the first"), (later, "the later")):
+            if missing := [name for name in delta.values if name not in delta.originals]:
+                raise ValueError(
+                    f"SparseDelta.followed_by: {what} delta has no originals of {missing[0]!r}, so nothing says where "
+                    "it begins; make it with originals=True"
+                )
+        union = self.ticket | later.ticket
+        values, originals = {}, {}
+        for name in union.active_names:
+            indices = union.indices(name)
+            halves = [delta for delta in (self, later) if name in delta.values and len(delta.values[name])]
+            places = [torch.searchsorted(indices, delta.ticket.indices(name)) for delta in halves]
+            values[name] = halves[0].values[name].new_zeros(len(indices))
+            originals[name] = values[name].clone()
+            for delta, at in zip(halves[::-1], places[::-1], strict=True):
+                originals[name][at] = delta.originals[name]
+            values[name][places[0]] = halves[0].values[name]
+            if len(halves) == 2:
+                known = torch.isin(places[1], places[0])
+                if not torch.equal(bits(values[name][places[1]][known]), bits(later.originals[name][known])):
+                    raise ValueError(
+                        f"SparseDelta.followed_by: {name!r} has other values after the first delta than the later one "
+                        "was made from; a delta between them is missing, or they are of two runs"
+                    )
+                values[name][places[1]] = later.values[name]
+        digests = {**later.ticket.fingerprint, **self.ticket.fingerprint}
+        ticket = Ticket(union.sets, union.shapes, later.ticket.metadata, digests)
+        dense = {**self.dense, **later.dense}
+        return SparseDelta(ticket, values, originals, dense, {**self.metadata, **later.metadata})
+
     @property
     def nbytes(self) -> int:
         """Bytes of index and values."""
@@ -351,6 +390,55 @@ class SparseDelta(OnHub):
                     f"SparseDelta.apply: {name!r} is not the tensor this delta was made from. Load the base model; "
                     'dtype="cast" accepts it in another dtype, strict=False any model'
                 )
+
+    def advance(self, model: nn.Module) -> SparseDelta:
+        """Writes this delta on top of the latest one of a model, and makes one of the two: chains leave no stack.
+
+        first.apply(model)
+        latest = second.advance(model)  # made from the weights with `first`
+        latest = third.advance(model)   # made from those with `second`
+        latest.revert(model)            # the base again
+
+        Args:
+            model: with a delta applied; this one was made from its weights as they are.
+
+        Returns:
+            Both in one, which is applied now in the place of the latest.
+
+        Raises:
+            ValueError: no delta is applied, or the model is not what this delta was made from; nothing is changed then.
+        """
+        stack = applied_deltas(model)
+        if not stack:
+            raise ValueError(
+                "SparseDelta.advance: no delta is applied to the model that this one could follow: apply it"
+            )
+        parameters = canonical_parameters(model)
+        mine, below = self.named_as(parameters), stack[-1].delta
+        names = match_names(mine.ticket.active_names, parameters, what="SparseDelta.advance", where="the model")
+        _check_shapes(mine.ticket, parameters, "the model")
+        both = below.named_as(parameters).followed_by(mine)
+        wanted, now = mine.ticket.fingerprint, {name: parameters[name].detach() for name in names}
+        found = fingerprint({name: tensor for name, tensor in now.items() if name in wanted}, like=wanted)
+        others = [name for name in found if found[name] != wanted[name]]
+        found |= base_fingerprint(model, others, parameters, like=wanted)  # it was made from the model with its deltas
+        for name, tensor in now.items():
+            here = gather(tensor, mine.ticket.sets[name]).cpu()
+            if here.dtype != mine.originals[name].dtype or not torch.equal(bits(here), bits(mine.originals[name])):
+                found[name] = "other entries"
+            if name in found and found[name] != wanted.get(name):
+                raise ValueError(
+                    f"SparseDelta.advance: {name!r} is not the tensor that this delta was made from; apply the deltas "
+                    "of a chain in their order, each once"
+                )
+        try:
+            below.revert(model)
+            both.apply(model)
+        except BaseException:
+            if not stack or stack[-1].delta not in (below, both):
+                below.apply(model)
+            raise
+        return both
 
     def revert(self, model: nn.Module) -> None:
         """Undoes the latest `apply` of this delta, bit for bit.
