@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import ltp_sparse as ls
 from ltp_sparse.testing import random_weights
 
-DIFF = "changed entries, int32 + values (safetensors)"
+DIFF = "changed entries, int32 + values"
 WARMUP = 2  # steps, the first of which publish anchors
 MEMORY = Path("/dev/shm")
 
@@ -95,7 +95,7 @@ def measure(model_name: str, density: float, lr: float, rounds: int) -> list[Row
     makers: dict[str, Callable[[Path, Weights, Weights], Sync | Diff | Whole]] = {
         f"ls.sync, {'a ticket' if static else 'without a ticket'}": lambda *a: Sync(*a, ticket if static else None),
         DIFF: Diff,
-        "the whole model (safetensors)": Whole,
+        "the whole model": Whole,
     }
     sizes: dict[str, list[float]] = {name: [] for name in makers}
     seconds: dict[str, dict[str, list[float]]] = {
@@ -118,20 +118,21 @@ def measure(model_name: str, density: float, lr: float, rounds: int) -> list[Row
                     sizes[name].append(nbytes)
                     seconds["publish"][name].append(between - begin)
                     seconds["follow"][name].append(end - between)
-    what = f"{density:.0%}, lr {lr:g}"
-    rows = [_row(f"version of a step: {what}", "size", "MB", name, sizes, 1e6, ticket) for name in makers]
+    rows = [_row(lr, "size", "MB", name, sizes, 1e6, ticket) for name in makers]
     for phase, found in seconds.items():
-        rows += [_row(f"{phase} a step: {what}", "time", "ms", name, found, 1e-3, ticket) for name in makers]
+        rows += [_row(lr, phase, "ms", name, found, 1e-3, ticket) for name in makers]
     return rows
 
 
 def _row(
-    op: str, metric: str, unit: str, name: str, found: Mapping[str, list[float]], per: float, ticket: ls.Ticket
+    lr: float, metric: str, unit: str, name: str, found: Mapping[str, list[float]], per: float, ticket: ls.Ticket
 ) -> Row:
     p20, p50, p80 = (float(value) / per for value in np.percentile(found[name], [20, 50, 80]))
     ratio = float(np.median(found[DIFF])) / per / p50
-    print(f"  {op:<40}{name:<50}{p50:>12.3f} {unit}   {ratio:>7.2f} x", flush=True)
-    return Row(op, name, "bfloat16", ticket.n, ticket.k, metric, unit, p50, p20, p80, ratio=ratio)
+    print(f"  {ticket.density:<6.0%}{metric:<10}{name:<50}{p50:>12.3f} {unit}   {ratio:>7.2f} x", flush=True)
+    return Row(
+        f"sync of a step, lr {lr:g}", name, "bfloat16", ticket.n, ticket.k, metric, unit, p50, p20, p80, ratio=ratio
+    )
 
 
 def main() -> None:
@@ -140,8 +141,8 @@ def main() -> None:
     parser.set_defaults(models=["decoder"], rounds=5)
     args = parse(parser)
     for model in args.models:
-        for density in args.densities:
-            for lr in args.lrs:
+        for lr in args.lrs:
+            for density in args.densities:
                 write_csv(args.out, measure(model, density, lr, args.rounds))
 
 
