@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ltp_sparse.sync import records
 from ltp_sparse.sync.base import check_base
-from ltp_sparse.sync.local import ActiveEntries, Model, is_sharded, local_part, weights_of
+from ltp_sparse.sync.local import ActiveEntries, Model, have_moved, is_sharded, local_part, weights_of
 from ltp_sparse.sync.records import ANCHOR, CHANGES, Marker, Part, PartFile, WrongBase
 from ltp_sparse.sync.stores import Store, open_store
 from ltp_sparse.sync.version import Version
@@ -83,7 +83,8 @@ class Follower:
             return None
         anchor, chain = self._way(versions)
         newest = [*([anchor] if anchor else []), *chain][-1]
-        if self._digest != newest.ticket:
+        placed = [local for group in self._active.groups for local in group]
+        if self._digest != newest.ticket or have_moved(self._tensors, placed):
             self._take(newest.ticket)
         before = self._active.gather()
         slots = [values.clone() for values in before]
@@ -129,6 +130,8 @@ class Follower:
     def _take(self, digest: str) -> None:
         """Reads a ticket and finds its entries in the model."""
         ticket = records.read_ticket(self._store, digest)
+        if digest != self._digest:
+            self._checked = ""
         for name in ticket.active_names:
             if self._tensors.called(name) is None or self._tensors[name].shape != ticket.shapes[name]:
                 raise ValueError(f"Follower: the model has no weight {name!r} of shape {list(ticket.shapes[name])}")
@@ -138,7 +141,7 @@ class Follower:
             [part for part in parts if part is not None],
             {name: mine.sets[name].to(self._tensors[name].device) for name in mine.active_names},
         )
-        self._ticket, self._digest, self._active, self._checked = ticket, digest, active, ""
+        self._ticket, self._digest, self._active = ticket, digest, active
 
     def _fill(self, marker: Marker, files: Sequence[PartFile], slots: Sequence[Tensor], check: bool = False) -> None:
         """Decodes the parts of a version into the slots, which are those of its base."""

@@ -14,7 +14,7 @@ from ltp_sparse.ops import masked_gather, masked_scatter_
 from ltp_sparse.optim.masked_adamw import MaskedAdamW
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.tile_table import TileTable
-from ltp_sparse.weights.names import Named, canonical_tensors
+from ltp_sparse.weights.names import Named, canonical_parameters, canonical_tensors
 from ltp_sparse.weights.tensors import check_plain_tensor
 from ltp_sparse.weights.versions import open_weights
 
@@ -40,7 +40,8 @@ def weights_of(source: Model | Optimizer, what: str) -> Named[Any]:
     if isinstance(source, MaskedAdamW):
         return canonical_tensors(source.named_members())
     if isinstance(source, nn.Module):
-        return open_weights(source)
+        weights, parameters = open_weights(source), canonical_parameters(source)
+        return Named({name: parameters[name] for name in weights}, weights.aliases)
     if isinstance(source, Mapping):
         return canonical_tensors(source)
     raise TypeError(f"{what}: expected a model, name -> tensor or a MaskedAdamW, got {type(source).__name__}")
@@ -48,6 +49,15 @@ def weights_of(source: Model | Optimizer, what: str) -> Named[Any]:
 
 def is_sharded(tensor: Any) -> bool:
     return hasattr(tensor, "device_mesh")
+
+
+def have_moved(weights: Mapping[str, Any], parts: Iterable[Local]) -> bool:
+    """Whether weights lie elsewhere than when their parts were taken, as after `model.to(...)`."""
+    for name, tensor, *_ in parts:
+        now = weights[name].to_local() if is_sharded(weights[name]) else weights[name]
+        if now.data_ptr() != tensor.data_ptr() or now.device != tensor.device or now.dtype != tensor.dtype:
+            return True
+    return False
 
 
 def local_part(name: str, tensor: Any, what: str) -> Local | None:

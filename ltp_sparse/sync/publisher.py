@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from ltp_sparse.selection.team import Team
 from ltp_sparse.sync import records
 from ltp_sparse.sync.base import described, inactive_digests
-from ltp_sparse.sync.local import ActiveEntries, Local, Model, is_sharded, local_part, weights_of
+from ltp_sparse.sync.local import ActiveEntries, Local, Model, have_moved, is_sharded, local_part, weights_of
 from ltp_sparse.sync.records import ANCHOR, CHANGES, Group, Marker, PartFile, Range
 from ltp_sparse.sync.stores import Store, open_store
 from ltp_sparse.sync.version import Version
@@ -79,12 +79,9 @@ class Publisher:
         self._store, self._ticket, self._digest = open_store(store), ticket, ticket.digest()
         self._names = ticket.active_names
         self._anchor_every, self._keep = anchor_every, keep
-        parts = [local_part(name, weight, "Publisher") for name, weight in weights.items()]
-        self._weights = [part for part in parts if part is not None]
-        self._active = _active(self._weights, ticket)
-        self._ranges = [[_range(local, ticket, self._active) for local in group] for group in self._active.groups]
-        self._inactive = inactive_digests(self._weights, ticket)
-        self._earlier: list[Tensor] | None = None
+        self._weights = weights
+        self._locate()
+        self._inactive = inactive_digests(self._parts, ticket)
         self._since = 0  # versions since the last anchor
         self.version = self._together(self._open)[0]
 
@@ -94,6 +91,20 @@ class Publisher:
     @property
     def ticket(self) -> Ticket:
         return self._ticket
+
+    def _locate(self) -> None:
+        """Finds the weights in memory."""
+        parts = [local_part(name, weight, "Publisher") for name, weight in self._weights.items()]
+        self._parts = [part for part in parts if part is not None]
+        self._active = _active(self._parts, self._ticket)
+        self._ranges = [[_range(one, self._ticket, self._active) for one in group] for group in self._active.groups]
+        self._earlier: list[Tensor] | None = None
+
+    def _follow_moves(self) -> bool:
+        """Finds the weights again if they have moved; true if so."""
+        if moved := have_moved(self._weights, self._parts):
+            self._locate()
+        return moved
 
     def _together(self, work: Callable[[], Any]) -> list[Any]:
         """What `work` gives on each process; an error on one is raised on all."""
@@ -134,6 +145,8 @@ class Publisher:
             RuntimeError: a weight outside the ticket has changed (seen at anchors). Nothing is published then.
         """
         number = (-1 if self.version is None else self.version) + 1 if version is None else version
+        if any(self._together(self._follow_moves)):
+            self._earlier = None
         anchor = self._earlier is None or self._since + 1 >= self._anchor_every
         slots: list[Tensor] = []
 
@@ -192,20 +205,20 @@ class Publisher:
             name = records.part_name(number, CHANGES, rank)
             changes.append(records.write_part(self._store, name, self._names, groups, self._earlier))
         if anchor:
-            inactive = inactive_digests(self._weights, self._ticket)
+            inactive = inactive_digests(self._parts, self._ticket)
             if changed := [name for (name, first), digest in inactive.items() if digest != self._inactive[name, first]]:
                 raise RuntimeError(
                     f"Publisher: entries of {changed[0]!r} outside the ticket have changed ({len(changed)} weights in "
                     "all), which followers would not see; publish ticket | Ticket.full(model, pool=...)"
                 )
-            base, digests = described(self._weights, inactive)
+            base, digests = described(self._parts, inactive)
             name = records.part_name(number, ANCHOR, rank)
             anchors.append(records.write_part(self._store, name, self._names, groups, None, base, digests))
         return changes, anchors
 
 
-def _active(weights: list[Local], ticket: Ticket) -> ActiveEntries:
-    held = [local for local in weights if local.name in ticket.sets]
+def _active(parts: list[Local], ticket: Ticket) -> ActiveEntries:
+    held = [local for local in parts if local.name in ticket.sets]
     for local in held:
         if local.shape != ticket.shapes[local.name]:
             raise ValueError(

@@ -135,6 +135,22 @@ def test_neither_side_grows(pair, tmp_path):
     assert run(range(12)) == run(range(12, 24))
 
 
+def test_models_may_move(pair, tmp_path):
+    """`.to` gives parameters new memory, and so do loaders that assign."""
+    model, served = pair
+    ticket = ticket_of(model)
+    publisher, follower = Publisher(model, ticket, tmp_path), Follower(served, tmp_path)
+    for step in range(4):
+        assert publisher.publish().base == (0 if step == 1 else 2 if step == 3 else None)
+        assert follower.follow() is not None
+        assert_same(weights(served), weights(model))
+        for moved, when in ((model, 1), (served, 2)):
+            if step == when:
+                for parameter in moved.parameters():
+                    parameter.data = parameter.data.clone()
+        train(model, ticket, step)
+
+
 def test_numbers_ascend(pair, tmp_path):
     publisher = Publisher(pair[0], None, tmp_path)
     publisher.publish(10)

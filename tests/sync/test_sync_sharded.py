@@ -80,7 +80,7 @@ def versions(rank, mesh, folder, kind):
     publisher = Publisher(model, ticket, store, anchor_every=3, keep=1)
     for step in range(5):
         published = publisher.publish()
-        assert published.number == step and publisher.version == step
+        assert (published.number, published.base) == (step, step - 1 if step else None)
         follower.follow()
         follows(store, served, model, rank)
         train(model, ticket, step)
