@@ -83,8 +83,7 @@ class Follower:
             return None
         anchor, chain = self._way(versions)
         newest = [*([anchor] if anchor else []), *chain][-1]
-        placed = [local for group in self._active.groups for local in group]
-        if self._digest != newest.ticket or have_moved(self._tensors, placed):
+        if self._digest != newest.ticket or have_moved(self._tensors, self._active.parts.values()):
             self._take(newest.ticket)
         before = self._active.gather()
         slots = [values.clone() for values in before]

@@ -9,11 +9,10 @@ import torch
 from torch import Size, Tensor, nn
 from torch.optim import Optimizer
 
-from ltp_sparse.deltas.restoring import Held, restoring
-from ltp_sparse.ops import masked_gather, masked_scatter_
+from ltp_sparse.deltas.entries import entries_of
+from ltp_sparse.deltas.restoring import HeldEntries, restoring
 from ltp_sparse.optim.masked_adamw import MaskedAdamW
 from ltp_sparse.tickets.index_set import IndexSet
-from ltp_sparse.tickets.tile_table import TileTable
 from ltp_sparse.weights.names import Named, canonical_parameters, canonical_tensors
 from ltp_sparse.weights.tensors import check_plain_tensor
 from ltp_sparse.weights.versions import open_weights
@@ -87,43 +86,40 @@ def local_part(name: str, tensor: Any, what: str) -> Local | None:
 
 
 class ActiveEntries:
-    """The active entries of some tensors: a launch per device and dtype.
+    """The active entries of some parts of tensors, with a launch per device and dtype.
 
     Args:
-        locals_: the tensors.
-        sets: name -> the active entries of the part that is held.
+        parts: the parts.
+        sets: name -> the active entries of the part.
+
+    Attributes:
+        parts: name -> part
+        sets: name -> the active entries of the part
+        groups: the entries of each device and dtype
     """
 
-    def __init__(self, locals_: Iterable[Local], sets: Mapping[str, IndexSet]) -> None:
-        placed: dict[tuple[torch.device, torch.dtype], list[Local]] = {}
-        for local in locals_:
-            placed.setdefault((local.tensor.device, local.tensor.dtype), []).append(local)
-        self.groups = list(placed.values())
+    def __init__(self, parts: Iterable[Local], sets: Mapping[str, IndexSet]) -> None:
+        self.parts = {part.name: part for part in parts}
         self.sets = dict(sets)
-        self._tables = [
-            TileTable.build([self.sets[local.name] for local in group], device=device, ranks=device.type != "cpu")
-            for (device, _), group in placed.items()
-        ]
+        self._tensors = {name: part.tensor for name, part in self.parts.items()}
+        self.groups = entries_of(self._tensors, self.sets)
 
     @torch.no_grad()
     def gather(self) -> list[Tensor]:
         """The slots of every group, copied to the host."""
-        pairs = zip(self.groups, self._tables, strict=True)
-        return [masked_gather([local.tensor for local in group], table).cpu() for group, table in pairs]
+        return [group.gather(self._tensors).cpu() for group in self.groups]
 
     def named(self, slots: Sequence[Tensor]) -> dict[str, Tensor]:
         """Name -> its part of the slots of the groups, views of them."""
-        return {
-            local.name: part
-            for group, table, values in zip(self.groups, self._tables, slots, strict=True)
-            for local, part in zip(group, values.split(list(table.counts)), strict=True)
-        }
+        found: dict[str, Tensor] = {}
+        for group, values in zip(self.groups, slots, strict=True):
+            found |= group.split(values)
+        return found
 
     @torch.no_grad()
     def scatter_(self, slots: Sequence[Tensor], before: Sequence[Tensor]) -> None:
         """Writes the slots of all groups, or of none: an interruption leaves those of `before`."""
-        earlier = self.named(before)
-        held = [Held(x.tensor, self.sets[x.name], earlier[x.name]) for group in self.groups for x in group]
-        with restoring(held):
-            for group, table, values in zip(self.groups, self._tables, slots, strict=True):
-                masked_scatter_([local.tensor for local in group], values.to(table.tiles.device), table)
+        new, old = ([v.to(g.device) for g, v in zip(self.groups, side, strict=True)] for side in (slots, before))
+        with restoring([HeldEntries(g, self._tensors, v) for g, v in zip(self.groups, old, strict=True)]):
+            for group, values in zip(self.groups, new, strict=True):
+                group.scatter_(self._tensors, values)

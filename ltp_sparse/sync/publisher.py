@@ -88,17 +88,17 @@ class Publisher:
     def __repr__(self) -> str:
         return f"Publisher({self._ticket!r}, {self._store!r}, version {self.version})"
 
-    @property
-    def ticket(self) -> Ticket:
-        return self._ticket
-
     def _locate(self) -> None:
         """Finds the weights in memory."""
         parts = [local_part(name, weight, "Publisher") for name, weight in self._weights.items()]
         self._parts = [part for part in parts if part is not None]
         self._active = _active(self._parts, self._ticket)
-        self._ranges = [[_range(one, self._ticket, self._active) for one in group] for group in self._active.groups]
+        self._ranges = [[self._range(name) for name in group.names] for group in self._active.groups]
         self._earlier: list[Tensor] | None = None
+
+    def _range(self, name: str) -> Range:
+        start, k = self._active.parts[name].start, self._active.sets[name].k
+        return Range(name, self._ticket.entries(name, 0, start).k if start else 0, k)
 
     def _follow_moves(self) -> bool:
         """Finds the weights again if they have moved; true if so."""
@@ -228,11 +228,6 @@ def _active(parts: list[Local], ticket: Ticket) -> ActiveEntries:
     sets = {local.name: ticket.entries(local.name, local.start, local.stop) for local in held}
     sets = {name: index_set for name, index_set in sets.items() if index_set.k}
     return ActiveEntries([local for local in held if local.name in sets], sets)
-
-
-def _range(local: Local, ticket: Ticket, active: ActiveEntries) -> Range:
-    before = ticket.entries(local.name, 0, local.start).k if local.start else 0
-    return Range(local.name, before, active.sets[local.name].k)
 
 
 def _check_trained(weights: dict[str, Any], ticket: Ticket) -> None:

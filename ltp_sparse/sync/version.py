@@ -65,11 +65,11 @@ class Version:
 
     def changes(self) -> Iterator[Change]:
         """The entries whose bits differ, parameter by parameter; of a sharded model, those of this process."""
-        for local in (local for group in self._active.groups for local in group):
-            slots, indices = self._slots[local.name], self._active.sets[local.name].indices().cpu().add_(local.start)
+        for name, part in self._active.parts.items():
+            slots, indices = self._slots[name], self._active.sets[name].indices().cpu().add_(part.start)
             if self._earlier is not None:
-                differ = as_integers(slots) != as_integers(self._earlier[local.name])
+                differ = as_integers(slots) != as_integers(self._earlier[name])
                 at = torch.from_numpy(differ.nonzero()[0])
                 indices, slots = indices[at], slots[at]
             if indices.numel():
-                yield Change(local.name, indices, slots, local.shape)
+                yield Change(name, indices, slots, part.shape)

@@ -321,10 +321,10 @@ def test_a_store_that_was_replaced_is_refused(store, pair, tmp_path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_an_interrupted_follow_leaves_the_old_bits(store, monkeypatch, error):
-    from ltp_sparse.sync import local
+    from ltp_sparse.deltas import entries
 
     path, follower, before = store
-    write, calls = local.masked_scatter_, []
+    write, calls = entries.masked_scatter_, []
 
     def interrupted(*arguments):
         write(*arguments)
@@ -332,7 +332,7 @@ def test_an_interrupted_follow_leaves_the_old_bits(store, monkeypatch, error):
         if len(calls) == 1:
             raise error
 
-    monkeypatch.setattr(local, "masked_scatter_", interrupted)
+    monkeypatch.setattr(entries, "masked_scatter_", interrupted)
     with pytest.raises(error):
         follower.follow()
     assert_same(before, {name: follower._tensors[name].detach() for name in before})
