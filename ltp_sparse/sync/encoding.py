@@ -24,6 +24,7 @@ from torch import Tensor
 VALUES, CHANGES = "values", "changes"
 
 _PROBE = 1 << 16  # bytes that tell whether a plane gets smaller
+_PIECE = 1 << 18  # slots compared at a time
 _HALF = 1 / 2  # share of changed slots up to which their changes are smaller in any case
 _UNSIGNED: dict[int, np.dtype] = {size: np.dtype(f"<u{size}") for size in (1, 2, 4, 8)}
 
@@ -46,10 +47,9 @@ def encode(slots: Tensor, earlier: Tensor | None) -> Encoded:
     new = as_integers(slots)
     if earlier is None:
         return _planes(VALUES, {"value": new})
-    flips = new ^ as_integers(earlier)
-    at = np.flatnonzero(flips)
-    gaps = (np.diff(at, prepend=-1) - 1).astype("<u8")
-    found = [_planes(CHANGES, {"gap": gaps, "flip": flips[at]})]
+    at, flips = _changes(new, as_integers(earlier))
+    gaps = np.diff(at, prepend=-1) - 1
+    found = [_planes(CHANGES, {"gap": gaps.astype(_holding(int(gaps.max(initial=0)))), "flip": flips})]
     if at.size > _HALF * new.size:
         found.append(_planes(VALUES, {"value": new}))
     return min(found, key=lambda encoded: sum(plane.numel() for plane in encoded[0].values()))
@@ -69,16 +69,36 @@ def decode(planes: Mapping[str, Tensor], facts: Mapping[str, Any], earlier: Tens
         return
     if earlier is None:
         raise ValueError(f"slots in the form {form!r} without earlier ones")
-    gaps = _integers(planes, "gap", counts, _UNSIGNED[8], out.size)
+    wide = next(size for size in _UNSIGNED if all(f"gap.{i}" not in planes for i in range(size, 8)))
+    gaps = _integers(planes, "gap", counts, _UNSIGNED[wide], out.size)
     flips = _integers(planes, "flip", counts, out.dtype, out.size)
     if gaps.size != flips.size or (gaps.size and int(gaps.max()) >= out.size):
         raise ValueError(f"{gaps.size} gaps of {flips.size} changes do not fit {out.size} slots")
-    at = np.cumsum(gaps + np.uint64(1)).astype(np.int64) - 1
+    at = gaps.astype(np.int64)
+    at += 1
+    np.cumsum(at, out=at)
+    at -= 1
     if at.size and not 0 <= int(at[-1]) < out.size:
         raise ValueError(f"a change of slot {int(at[-1])} of {out.size}")
     if earlier is not slots:
         out[:] = as_integers(earlier)
     out[at] ^= flips
+
+
+def _changes(new: np.ndarray, old: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where two arrays differ, int64 ascending, and the exclusive or there; in pieces that stay in the cache."""
+    places, flips = [np.empty(0, np.int64)], [new[:0]]
+    for start in range(0, new.size, _PIECE):
+        flipped = new[start : start + _PIECE] ^ old[start : start + _PIECE]
+        at = np.flatnonzero(flipped)
+        places.append(at + start)
+        flips.append(flipped[at])
+    return np.concatenate(places), np.concatenate(flips)
+
+
+def _holding(largest: int) -> np.dtype:
+    """The smallest unsigned dtype for a number."""
+    return next(dtype for size, dtype in _UNSIGNED.items() if largest < 1 << 8 * size)
 
 
 def _planes(form: str, integers: Mapping[str, np.ndarray]) -> Encoded:

@@ -233,7 +233,7 @@ class Part(NamedTuple):
                     raise ValueError("a range past the slots of its parameter")
                 if {str(target.dtype) for target in targets} != {f"torch.{facts['dtype']}"}:
                     raise ValueError(f"slots in {facts['dtype']} for {ranges[0].name!r} in {targets[0].dtype}")
-                values = torch.cat(targets)
+                values = _one_block(targets)
                 planes = {key.partition(".")[2]: t for key, t in self.tensors.items() if key.startswith(f"{number}.")}
                 decode(planes, facts, values, values)
             for target, one, digest, new in zip(
@@ -241,7 +241,18 @@ class Part(NamedTuple):
             ):
                 if digest_of(new) != digest:
                     raise WrongBase(one.name)
-                target.copy_(new)
+                if new.data_ptr() != target.data_ptr():
+                    target.copy_(new)
+
+
+def _one_block(pieces: Sequence[Tensor]) -> Tensor:
+    """Pieces one after the other: a view where they lie so in one buffer, else a copy."""
+    after = pieces[0].data_ptr()
+    for piece in pieces:
+        if piece.data_ptr() != after or piece.untyped_storage().data_ptr() != pieces[0].untyped_storage().data_ptr():
+            return torch.cat(list(pieces))
+        after += piece.nbytes
+    return pieces[0].as_strided((sum(map(len, pieces)),), (1,))
 
 
 class WrongBase(ValueError):
