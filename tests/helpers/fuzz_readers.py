@@ -409,7 +409,7 @@ def cases(folder: Path) -> list[Case]:
         """Reads a model's folder with one of its files replaced."""
 
         def read(path: Path) -> Any:
-            place = path.parent / "folder"
+            place = path.parent / f"folder-{kind}"  # transformers reads an adapter that lies beside a model
             place.mkdir(exist_ok=True)
             for one in (folder / kind).iterdir():
                 (place / one.name).unlink(missing_ok=True)
