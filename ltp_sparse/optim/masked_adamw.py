@@ -33,7 +33,7 @@ from ltp_sparse.selection.shards import Part, TicketShard
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.weights.digests import is_known
-from ltp_sparse.weights.sharding import Cut, is_sharded, local, spread, sum_over
+from ltp_sparse.weights.sharding import Cut, fsdp_modules, is_sharded, local, spread, sum_over
 from ltp_sparse.weights.tensors import DTYPE_NAMES, DTYPES
 
 _DIGESTS = "ltp_sparse"
@@ -196,6 +196,8 @@ class MaskedAdamW(Optimizer):
     def _before_forward(self, model: nn.Module, *_: object) -> None:
         """Packs already the first gradients of parameters that were sharded since the optimizer was made."""
         if not torch.is_grad_enabled() or self._home is None or not self._home.awaits_sharded():
+            return
+        if not fsdp_modules(model):
             return
 
         def settle(*_: object) -> None:  # FSDP2 has its own parameters in the model until the forward pass has ended

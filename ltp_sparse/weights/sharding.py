@@ -155,17 +155,16 @@ def sum_over(spread: Sequence[Any], total: Tensor) -> Tensor:
     return total
 
 
-def reshard(model: nn.Module) -> list[Any]:
-    """Lets FSDP2 put its sharded parameters in place, where a forward pass has left the gathered ones.
-
-    Returns:
-        The modules that FSDP2 serves.
-    """
+def fsdp_modules(model: nn.Module) -> list[Any]:
+    """The modules that FSDP2 serves."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    served = [module for module in model.modules() if fsdp is not None and isinstance(module, fsdp.FSDPModule)]
-    for module in served:
+    return [module for module in model.modules() if fsdp is not None and isinstance(module, fsdp.FSDPModule)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Lets FSDP2 put its sharded parameters in place, where a forward pass has left the gathered ones."""
+    for module in fsdp_modules(model):
         module.reshard()
-    return served
 
 
 def own_gradient(param: Tensor) -> Tensor | None:
