@@ -409,7 +409,10 @@ def test_quiet_shows_no_bar(files, trained, tmp_path):
     (tmp_path / "pairs.tsv").write_text("premise\thypothesis\nword1\tword2\n")
     command = [sys.executable, "-m", "ltp_sparse.cli", "predict", trained, tmp_path / "pairs.tsv", "--quiet"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    assert done.stderr == "" and done.stdout.splitlines()[1].startswith("word1\tword2\t")
+    told = [
+        line for line in done.stderr.splitlines() if "kernels-community" not in line
+    ]  # bitsandbytes, if it is there
+    assert told == [] and done.stdout.splitlines()[1].startswith("word1\tword2\t")
 
 
 def test_help_teaches_by_example(capsys):

@@ -48,7 +48,7 @@ class Quantised(nn.Module):
 
     def __init__(self):
         super().__init__()
-        bnb = pytest.importorskip("bitsandbytes")
+        bnb = pytest.importorskip("bitsandbytes", reason="4-bit weights are those of bitsandbytes: extra `quantised`")
         torch.manual_seed(0)
         self.embedding, self.norm, self.head = nn.Embedding(20, 64), nn.LayerNorm(64), nn.Linear(64, 4)
         self.linear = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32)
