@@ -131,5 +131,5 @@ $(TRAIN): $(BASE) pyproject.toml setup.py $(CPP)
 $(TEST): $(TRAIN)
 	@echo "[setup] tools for tests, benchmarks and lint"
 	@# the extension lies in the package since the step before: it is not compiled a second time
-	@LTP_SPARSE_EXT=off $(PIP) --no-build-isolation -e '.[train,triton,ray,slurm,test,bench,dev,docs]'
+	@LTP_SPARSE_EXT=off $(PIP) --no-build-isolation -e '.[train,triton,ray,slurm,quantised,test,bench,dev,docs]'
 	@touch $@
