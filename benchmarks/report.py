@@ -160,7 +160,7 @@ def write(folder: Path) -> Path:
                 unit = group[0]["unit"]
                 parts += [f"\n## {op}: {metric} ({unit}), {int(n):,} {dtype} entries\n", table(group)]
         timed = pick(mine, metric="time")
-        if len(unique(row["k"] for row in pick(timed, n=timed[0]["n"]))) > 1:
+        if timed and len(unique(row["k"] for row in pick(timed, n=timed[0]["n"]))) > 1:
             stem = re.sub(r"_?\W+|_$", "-", op if dtype == "float32" else f"{op}, {dtype}").strip("-")
             name = f"{stem}.png"
             plot(f"{op}, {dtype}", timed, folder / name)
