@@ -1,5 +1,6 @@
 // The module ltp_sparse._C: CPU kernels over the records of ltp_sparse/backends/arguments.py.
 #include "cpu/kernels.h"
+#include "cpu/list_positions.h"
 #include "cpu/masked_adamw.h"
 #include "cpu/thread_pool.h"
 #include "cpu/topk_delta.h"
@@ -108,6 +109,16 @@ void take_ties(py::handle candidates, int64_t threads) {
     run(threads, [&](int64_t n) { ltp::take_ties(stored, marks, n); });
 }
 
+void list_positions(py::handle words, py::handle positions) {
+    const auto address = [](py::handle tensor) { return tensor.attr("data_ptr")().cast<uintptr_t>(); };
+    const auto entries = [](py::handle tensor) { return tensor.attr("numel")().cast<int64_t>(); };
+    const auto* const from = reinterpret_cast<const uint32_t*>(address(words));
+    auto* const to = reinterpret_cast<uint16_t*>(address(positions));
+    const int64_t n_words = entries(words), k = entries(positions);
+    const py::gil_scoped_release release;
+    ltp::list_positions(from, n_words, to, k);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -123,6 +134,8 @@ PYBIND11_MODULE(_C, module) {
     module.def("masked_gather_", masked_copy<ltp::Copy::kGather>, arg("entries"), arg("threads"));
     module.def("masked_scatter_", masked_copy<ltp::Copy::kScatter>, arg("entries"), arg("threads"));
     module.def("masked_swap_", masked_copy<ltp::Copy::kSwap>, arg("entries"), arg("threads"));
+    module.def("list_positions", list_positions, arg("words"), arg("positions"),
+               "Fills positions with those of the set bits of a bitmap, as many.");
     module.def("delta_histogram", delta_histogram, arg("histogram"), arg("threads"));
     module.def("sample_keys", sample_keys, arg("sample"), arg("threads"));
     module.def("delta_band", delta_band, arg("band"), arg("threads"));

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ltp_sparse.backends.arguments import Norm, Step, Total
+from ltp_sparse.tickets import bits
 from ltp_sparse.weights.tensors import LOWEST_ADDRESS
 
 NAME = "compiled"
@@ -61,6 +62,18 @@ def describe(tensors: list[Any]) -> tuple[bytes, tuple[int, ...]] | None:
     """
     found = extension()
     return None if isinstance(found, str) else found.describe(tensors, LOWEST_ADDRESS)
+
+
+def list_positions(words: Tensor, positions: Tensor) -> bool:
+    """As `tickets.bits.listed` expects; False without the extension."""
+    found = extension()
+    if isinstance(found, str):
+        return False
+    found.list_positions(words.contiguous(), positions)
+    return True
+
+
+bits.listed["cpu"] = list_positions
 
 
 def _run(name: str, *arguments: Any) -> None:

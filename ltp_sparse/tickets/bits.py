@@ -5,6 +5,7 @@ int16 tensors hold uint16 bits, since torch supports few operations in uint16.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -13,6 +14,12 @@ from torch import Tensor
 from ltp_sparse.weights.tensors import TILE
 
 WORDS_PER_TILE = TILE // 32
+
+listed: dict[str, Callable[[Tensor, Tensor], bool]] = {}
+"""Type of a device -> what fills int16 [k] with the positions of the k set bits of a bitmap, or says that it cannot.
+
+`ltp_sparse.backends` enters what it has. torch finds positions by reading a byte for every bit.
+"""
 
 
 def bitmap_words(n: int) -> int:

@@ -44,6 +44,19 @@ def test_compact_takes_the_encoding_of_least_bytes(n, density):
     assert index_set.compact().nbytes == min(view.nbytes for view in views(index_set))
 
 
+@pytest.mark.parametrize("density", [0.0, 0.01, 0.0625, 0.9])
+def test_lists_of_bitmaps_are_those_of_torch(density, compiled, monkeypatch):
+    """Compiled code writes them, by which a bitmap is read once."""
+    index_set = IndexSet.from_mask(random_mask(3 * TILE + 77, density, seed=2))
+    found = index_set.encoded(Encoding.LIST16)
+    monkeypatch.setattr("ltp_sparse.tickets.bits.listed", {})
+    monkeypatch.setattr("ltp_sparse.tickets.index_set.listed", {})
+    assert torch.equal(found.data, index_set.encoded(Encoding.LIST16).data)
+    for k in {max(0, index_set.k - 1), index_set.k + 1} - {index_set.k}:
+        with pytest.raises(ValueError, match="bits set than expected"):
+            compiled.list_positions(index_set.data, torch.empty(k, dtype=torch.int16))
+
+
 def test_digest_tells_sets_and_sizes_apart():
     sets = [IndexSet.from_indices(torch.tensor(i), n) for i, n in (([1], 9), ([2], 9), ([1], 10), ([1, 2], 9))]
     assert len({index_set.digest() for index_set in sets}) == 4
