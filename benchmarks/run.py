@@ -20,6 +20,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=RESULTS / "cpu", help="where CSV files, tables and plots go")
     args, options = parser.parse_known_args()
     for benchmark in sorted(Path(__file__).parent.glob("bench_*.py")):
+        if benchmark.stem == "bench_sharded":  # counts only
+            continue
         out = args.folder / f"{benchmark.stem.removeprefix('bench_')}.csv"
         of_operation = options if benchmark.stem != "bench_train_step" else []
         subprocess.run([sys.executable, benchmark, "--out", out, *of_operation], check=True)

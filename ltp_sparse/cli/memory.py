@@ -96,6 +96,8 @@ def _print_sharded(options: argparse.Namespace, config: Any) -> None:
     print(f"{options.model} on {where}; in GB\n")
     _print_rows(rows, ("weights", "gradients", "states", "index", "held"))
     print("\nheld: between backward and step, without activations and what FSDP2 gathers of other ranks meanwhile.")
+    if ranks > 1 and any("stochastic" in name for name in rows):
+        print("stochastic: MaskedAdamW refuses 8-bit states and stochastic rounding of sharded parameters so far.")
 
 
 def _print_stage(options: argparse.Namespace, config: Any) -> None:

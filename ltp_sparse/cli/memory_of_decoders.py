@@ -23,7 +23,7 @@ SHAPES = {  # hidden, layers, heads, heads of keys and values, inner size
 
 _VOCABULARY = 128256
 _LORA_RANK = 16
-_NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes an entry: 4 bits, 8 for the scale of 64 entries, and 32 for that of 256 scales."""
 
 
@@ -73,7 +73,7 @@ def sharded_table(
         rows[f"AdamW, all {name}"] = _in_full(model.to(getattr(torch, name)), ranks)
     model.to(getattr(torch, dtype))
     rows[f"LoRA, rank {_LORA_RANK}, {dtype} weights"] = _with_adapters(model, ranks, None)
-    rows[f"QLoRA, rank {_LORA_RANK}, nf4 weights"] = _with_adapters(model.to(torch.bfloat16), ranks, _NF4)
+    rows[f"QLoRA, rank {_LORA_RANK}, nf4 weights"] = _with_adapters(model.to(torch.bfloat16), ranks, NF4)
     return rows
 
 

@@ -393,7 +393,7 @@ def test_what_a_rank_holds_is_predicted_within_five_percent(density, states, ran
 def test_bytes_of_decoders_by_hand(shape, entries, linear, capsys):
     """Of 8 GPUs, from the numbers of entries alone."""
     assert main(["memory", "--model", shape, "--ranks", "8"]) == 0
-    held = {line[:48].strip(): 1e9 * float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[3:-2]}
+    held = {line[:48].strip(): 1e9 * float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[3:-3]}
     tiles = 64 / 65_536
     adapters = 16 * 32 * (2 * 4096 + 2 * (4096 + 1024) + 2 * 4096 + 3 * (4096 + 14336))
     by_hand = {
