@@ -111,10 +111,12 @@ def main() -> None:
     print(f"{model.num_parameters():,} parameters, {len(tokenizer):,} pieces", flush=True)
     head = options.output / "head.safetensors"
     if head.is_file():
-        model.lm_head.load_state_dict(load_file(head), strict=False)
+        for name, tensor in load_file(head).items():
+            model.lm_head.get_parameter(name).data.copy_(tensor)
     else:
         fit_head(model, tokenizer, training, options.output, options.tokens)
-        save_file({name: tensor for name, tensor in model.lm_head.state_dict().items() if "decoder" not in name}, head)
+        fitted = {name: tensor for name, tensor in model.lm_head.state_dict().items() if "decoder" not in name}
+        save_file(fitted, head)
     checkpoint = options.output / "checkpoint.safetensors"
     tune(model, tokenizer, training, options.updates, checkpoint)
     model.save_pretrained(options.output)
