@@ -85,7 +85,7 @@ def _entries(stored: Mapping[str, Tensor], layer: str, shape: torch.Size, place:
     if k and not (0 <= rows.min() and rows.max() < shape[0] and 0 <= columns.min() and columns.max() < shape[1]):
         raise place.error(f"an index is outside {list(shape)}; the adapter is of another model, or damaged")
     flat, places = (rows * shape[1] + columns).unique(return_inverse=True)
-    return flat, torch.zeros(len(flat)).index_add_(0, places, differences.float())
+    return flat, torch.zeros(len(flat), dtype=torch.float32, device="cpu").index_add_(0, places, differences.float())
 
 
 def write_shira(delta: SparseDelta, folder: str | os.PathLike[str], *, base: str | None = None) -> int:

@@ -54,7 +54,7 @@ def to_save(state: dict[str, Tensor], param: Any, part: Part) -> dict[str, Tenso
             placements,
             run_check=False,
             shape=shape,
-            stride=torch.empty(shape, device="meta").stride(),
+            stride=torch.empty(shape, dtype=values.dtype, device="meta").stride(),
         )
 
     return {key: of(key, values) for key, values in state.items()}

@@ -188,7 +188,9 @@ def write_part(
         tensors |= {f"{number}.{key}": plane for key, plane in planes.items()}
         facts.append({"dtype": str(slots.dtype).removeprefix("torch."), "ranges": len(ranges), **how})
     everything = [one for group in groups for one in group.ranges]
-    tensors["ranges"] = torch.tensor([(place[r.name], r.first, r.k) for r in everything], dtype=torch.int64)
+    tensors["ranges"] = torch.tensor(
+        [(place[r.name], r.first, r.k) for r in everything], dtype=torch.int64, device="cpu"
+    )
     tensors["ranges"] = tensors["ranges"].view(-1, 3)
     tensors["digests"] = _packed([digest_of(part) for group in groups for part in _cut(group)])
     if base is not None:
@@ -317,7 +319,9 @@ def _cut(group: Group) -> tuple[Tensor, ...]:
 
 def _packed(digests: Sequence[str]) -> Tensor:
     raw = b"".join(bytes.fromhex(digest.rpartition(":")[2]) for digest in digests)
-    return torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8)
+    return (
+        torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8, device="cpu")
+    )
 
 
 def _unpacked(packed: Tensor) -> list[str]:

@@ -66,7 +66,9 @@ def _of_delta(delta: SparseDelta) -> Iterator[Change]:
     for name in delta.ticket.active_names:
         yield Change(name, delta.ticket.indices(name), delta.values[name], delta.ticket.shapes[name])
     for name, tensor in delta.dense.items():
-        yield Change(name, torch.arange(tensor.numel()), tensor.reshape(-1), tensor.shape)
+        yield Change(
+            name, torch.arange(tensor.numel(), dtype=torch.int64, device="cpu"), tensor.reshape(-1), tensor.shape
+        )
 
 
 def write_vllm_patches(

@@ -197,7 +197,7 @@ def test_operations_say_what_they_are_called_with(monkeypatch):
     monkeypatch.setattr(backends, "resolve", lambda device, *args, **kw: asked.append((args, kw)) or resolve(device))
     problem = update_problem({"a": (40, 5)}, density=0.3, dtype=torch.bfloat16, stochastic=True)
     problem.step()
-    assert ((), {"dtype": torch.bfloat16, "density": 0.3}) in asked
+    assert (("masked_adamw_", torch.bfloat16, 0.3), {}) in asked
     ls.topk_delta([], [torch.ones(8, dtype=torch.float16)], 2)
     assert (("topk_delta", torch.float16, 0.25), {}) in asked
 

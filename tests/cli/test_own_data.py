@@ -271,9 +271,10 @@ def test_text_for_a_ticket_comes_from_a_column(own_files, tmp_path, monkeypatch)
         "--max-lines",
         5,
     ]
-    assert run("select", *arguments, "--quiet", "--report-to", "tensorboard", "--output", tmp_path / "t") == 1
+    reports = ("--report-to", "all", "--run-dir", tmp_path / "run")
+    assert run("select", *arguments, "--quiet", *reports, "--output", tmp_path / "t") == 1
     ((found, more),) = seen
-    assert len(found) == 5 and set(found) <= {row["says"] for row in rows(48)} and more["report_to"] == "tensorboard"
+    assert len(found) == 5 and set(found) <= {row["says"] for row in rows(48)} and more["report_to"] == "all"
 
 
 def test_text_for_a_ticket_without_a_named_column(own_files, tmp_path, monkeypatch, capsys):

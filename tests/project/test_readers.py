@@ -44,7 +44,9 @@ _READS = {
 _ALLOWED = {  # functions that read what is no file of a stranger, or nothing at all
     "backends.choice.choices": "a table that comes with the package",
     "cli.__init__.main": "the null device",
+    "cli.memory._config": "transformers reads a config file, and its errors become one of the command line",
     "cli.report.run": "the report that has just been written",
+    "recipes.engines.submit": "the number of a job, written by an earlier driver",
     "report.pages._embedded": "the plots that have just been drawn",
     "sync.stores.read": "bytes, which the readers of a store check",
     "tasks.hub.load_hub": "datasets reads and checks them",
