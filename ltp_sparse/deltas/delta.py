@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ltp_sparse.deltas.entries import Entries, entries_of, gather, gather_all, same_places, scatter_
+from ltp_sparse.deltas.ranks import gather_from_ranks, hold, own_block, own_entries
 from ltp_sparse.deltas.restoring import Exchange, Held, restoring
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Ticket, checked_fingerprint, pack_sets, unpack_sets
 from ltp_sparse.weights import file_shards, files
 from ltp_sparse.weights.checkpoints import Readable, read_piece
-from ltp_sparse.weights.digests import fingerprint
 from ltp_sparse.weights.hub import OnHub
 from ltp_sparse.weights.names import (
     Named,
@@ -29,6 +29,8 @@ from ltp_sparse.weights.names import (
     unwrapped,
 )
 from ltp_sparse.weights.reading import closest, reader
+from ltp_sparse.weights.sharded_digests import whole_fingerprint
+from ltp_sparse.weights.sharding import Cut, is_sharded, local, reshard, spread, sum_over
 from ltp_sparse.weights.tensors import bits, check_plain_tensor
 from ltp_sparse.weights.versions import Weights, open_weights, side_by_side
 
@@ -46,12 +48,14 @@ class Applied:
         displaced: name -> values of the active entries before the delta was applied
         dense: name -> whole tensors before it was applied
         sets: name -> its active entries
+        own: name -> those of them that this rank holds, which `displaced` is of; the same if the model is not sharded
     """
 
     delta: SparseDelta
     displaced: dict[str, Tensor]
     dense: dict[str, Tensor]
     sets: dict[str, IndexSet]
+    own: dict[str, IndexSet]
 
 
 class Fitted(NamedTuple):
@@ -59,12 +63,14 @@ class Fitted(NamedTuple):
 
     Attributes:
         delta: under the canonical names of the model
+        own: this rank's part of it; the same if the model is not sharded
         names: of the parameters with active entries
-        tensors: name -> parameter or buffer, detached, of these and of `dense`
-        dense: name -> whole tensors that replace the model's
+        tensors: name -> parameter or buffer, detached, of these and of `dense`; what this rank holds of it
+        dense: name -> whole tensors that replace the model's; this rank's block of them
     """
 
     delta: SparseDelta
+    own: SparseDelta
     names: list[str]
     tensors: dict[str, Tensor]
     dense: dict[str, Tensor]
@@ -101,6 +107,7 @@ class SparseDelta(OnHub):
         self.dense = dict(dense or {})
         self.metadata = files.checked_metadata("SparseDelta", metadata)
         self._known: list[Entries] = []  # where it was written last
+        self._known_sets: Mapping[str, IndexSet] = {}
         for what, packed in (("values", self.values), ("originals", self.originals)):
             for name, tensor in packed.items():
                 if name not in ticket.sets or tensor.shape != (ticket.sets[name].k,):
@@ -121,6 +128,8 @@ class SparseDelta(OnHub):
     ) -> SparseDelta:
         """The delta from one version of a model to another, on the ticket's entries.
 
+        Of sharded models every rank gets the whole delta, equal to that of one process; all of them must call.
+
         Args:
             initial: the base: a module, name -> tensor, or a safetensors checkpoint. Deltas applied to a module count
                 as part of it; the fingerprint is that of the model below them.
@@ -134,6 +143,9 @@ class SparseDelta(OnHub):
             UserWarning: zeros outside the ticket changed their sign. No ticket of |tuned - initial| holds those, so
                 `apply` does not restore them.
         """
+        if not isinstance(ticket, Ticket):
+            advice = "; pass its gather()" if hasattr(ticket, "gather") else ""
+            raise TypeError(f"SparseDelta.between: expected a Ticket, got a {type(ticket).__name__}{advice}")
         base, after = side_by_side(open_weights(initial), open_weights(tuned))
         ticket = ticket.named_as(base)
         names = ticket.active_names
@@ -145,7 +157,7 @@ class SparseDelta(OnHub):
             if isinstance(initial, nn.Module):
                 digests = base_fingerprint(initial, names)
             else:
-                digests = fingerprint({name: base[name] for name in names})
+                digests = whole_fingerprint({name: base[name] for name in names})
         if flipped := sum(
             _flipped_zeros(base[n], after[n], s) for n, s in ticket.sets.items() if n in base and n in after
         ):
@@ -161,7 +173,7 @@ class SparseDelta(OnHub):
             carrier,
             _read_entries(after, ticket, names),
             _read_entries(base, ticket, names) if originals else None,
-            {bare[name]: tensor.detach().cpu().clone() for name, tensor in (dense or {}).items()},
+            {bare[name]: _whole(tensor).detach().cpu().clone() for name, tensor in (dense or {}).items()},
             metadata,
         )
 
@@ -246,7 +258,7 @@ class SparseDelta(OnHub):
         dense: bool = True,
         digests: Mapping[str, str] | None = None,
     ) -> None:
-        """Writes the delta into the model's parameters, in place.
+        """Writes the delta into the model's parameters, in place. Of a sharded model each rank writes what it holds.
 
         Args:
             model: the base model, possibly with other deltas applied by this method.
@@ -260,22 +272,23 @@ class SparseDelta(OnHub):
             ValueError: names, shapes, dtypes or the base do not fit; the model is unchanged then.
         """
         found = self.fitted_to(model, dtype=dtype, strict=strict, dense=dense, digests=digests)
-        mine, tensors, sets, stack = found.delta, found.tensors, found.delta.ticket.sets, applied_deltas(model)
+        mine, own, tensors, stack = found.delta, found.own, found.tensors, applied_deltas(model)
         without = [name for name in found.names if name not in mine.originals]
-        if clash := [name for name in without if any(_touches(a, name, sets[name]) for a in stack)]:
+        if clash := [name for name in without if any(_touches(a, name, mine.ticket.sets[name]) for a in stack)]:
             raise ValueError(
                 f"SparseDelta.apply: this delta overlaps another one in {clash[0]!r} and was made without originals; "
                 "make it with originals=True to compose them"
             )
-        entry = Applied(self, {}, {name: tensors[name].clone() for name in found.dense}, sets)
+        sets = own.ticket.sets
+        entry = Applied(self, {}, {name: tensors[name].clone() for name in found.dense}, mine.ticket.sets, sets)
         places = self._places({name: tensors[name] for name in found.names}, sets)
-        exchanges = [Exchange(entries, tensors, mine.values) for entries in places]
+        exchanges = [Exchange(entries, tensors, own.values) for entries in places]
         with torch.no_grad(), restoring([*exchanges, *_held(entry.dense, tensors)], stack):
             for exchange in exchanges:
                 exchange.run()
                 entry.displaced |= exchange.entries.split(exchange.displaced)
-            new = mine.values_over(entry.displaced)
-            composed = {name: values for name, values in new.items() if values is not mine.values[name]}
+            new = own.values_over(entry.displaced)
+            composed = {name: values for name, values in new.items() if values is not own.values[name]}
             for entries in entries_of({name: tensors[name] for name in composed}, sets):
                 entries.scatter_(tensors, entries.join(composed))
             for name, tensor in found.dense.items():
@@ -294,6 +307,7 @@ class SparseDelta(OnHub):
         """Finds the places of the delta in a model, and compares the base; arguments and errors as of `apply`."""
         if dtype not in ("same", "cast"):
             raise ValueError(f'SparseDelta.apply: dtype must be "same" or "cast", got {dtype!r}')
+        reshard(model)
         parameters = canonical_parameters(model)
         tensors = _everything(model, parameters)
         match_names(self.ticket.active_names, parameters, what="SparseDelta.apply", where="the model")
@@ -319,7 +333,23 @@ class SparseDelta(OnHub):
         else:
             warnings.warn("SparseDelta.apply: strict=False, the base model is not compared", UserWarning, stacklevel=3)
         replaced = {tensors.called(name) or name: tensor for name, tensor in whole.items()}
-        return Fitted(mine, names, {n: tensors[n].detach() for n in [*names, *replaced]}, replaced)
+        blocks = {name: own_block(tensor, Cut.of(tensors[name], f"{name!r}")) for name, tensor in replaced.items()}
+        held = {name: local(tensors[name]).detach() for name in [*names, *replaced]}
+        return Fitted(mine, mine._own_part(parameters), names, held, blocks)
+
+    def _own_part(self, tensors: Mapping[str, Tensor]) -> SparseDelta:
+        """What this rank holds of it in tensors that may be sharded."""
+        names = self.ticket.active_names
+        if not any(is_sharded(tensors[name]) for name in names):
+            return self
+        cuts = {name: Cut.of(tensors[name], f"SparseDelta: {name!r}") for name in names}
+        found = {name: own_entries(self.ticket.sets[name], cut) for name, cut in cuts.items()}
+        ticket = Ticket({name: own for name, (own, _) in found.items()}, {n: cut.sizes for n, cut in cuts.items()})
+        values, originals = (
+            {name: packed[name][slots] for name, (_, slots) in found.items() if name in packed}
+            for packed in (self.values, self.originals)
+        )
+        return SparseDelta(ticket, values, originals)
 
     def values_over(self, current: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Name -> [k] new values of entries that hold `current`: the tuned ones, or where the current bits are not the
@@ -332,8 +362,8 @@ class SparseDelta(OnHub):
 
     def _places(self, tensors: Mapping[str, Tensor], sets: Mapping[str, IndexSet]) -> list[Entries]:
         """The active entries in a model; made once for models that are alike."""
-        if not same_places(self._known, tensors):
-            self._known = entries_of(tensors, sets)
+        if self._known_sets is not sets or not same_places(self._known, tensors):
+            self._known, self._known_sets = entries_of(tensors, sets), sets
         return self._known
 
     def _is_base(self, name: str, current: Tensor) -> bool:
@@ -363,7 +393,7 @@ class SparseDelta(OnHub):
             and name not in displaced
             and tensor.dtype == self.values[name].dtype
         }
-        digests = {**digests, **fingerprint(unread, like=wanted)}
+        digests = {**digests, **whole_fingerprint(unread, like=wanted)}
         for name, tensor in tensors.items():
             cast = tensor.dtype != self.values[name].dtype
             if cast and dtype == "same":
@@ -380,10 +410,9 @@ class SparseDelta(OnHub):
             before = _before(name, tensor, stack)
             if cast:
                 # in another dtype only the delta's own original values can be compared
-                originals = self.originals[name].to(before.device, before.dtype)
-                same = torch.equal(bits(gather(before, self.ticket.sets[name])), bits(originals))
+                same = hold(before, self.ticket.sets[name], self.originals[name].to(before.dtype))
             else:
-                found = digests if before is tensor else fingerprint({name: before}, like=wanted)
+                found = digests if before is tensor else whole_fingerprint({name: before}, like=wanted)
                 same = name not in wanted or found[name] == wanted[name]
             if not same:
                 raise ValueError(
@@ -413,18 +442,19 @@ class SparseDelta(OnHub):
             raise ValueError(
                 "SparseDelta.advance: no delta is applied to the model that this one could follow: apply it"
             )
+        reshard(model)
         parameters = canonical_parameters(model)
         mine, below = self.named_as(parameters), stack[-1].delta
         names = match_names(mine.ticket.active_names, parameters, what="SparseDelta.advance", where="the model")
         _check_shapes(mine.ticket, parameters, "the model")
         both = below.named_as(parameters).followed_by(mine)
         wanted, now = mine.ticket.fingerprint, {name: parameters[name].detach() for name in names}
-        found = fingerprint({name: tensor for name, tensor in now.items() if name in wanted}, like=wanted)
+        found = whole_fingerprint({name: tensor for name, tensor in now.items() if name in wanted}, like=wanted)
         others = [name for name in found if found[name] != wanted[name]]
         found |= base_fingerprint(model, others, parameters, like=wanted)  # it was made from the model with its deltas
         for name, tensor in now.items():
-            here = gather(tensor, mine.ticket.sets[name]).cpu()
-            if here.dtype != mine.originals[name].dtype or not torch.equal(bits(here), bits(mine.originals[name])):
+            originals = mine.originals[name]
+            if tensor.dtype != originals.dtype or not hold(tensor, mine.ticket.sets[name], originals):
                 found[name] = "other entries"
             if name in found and found[name] != wanted.get(name):
                 raise ValueError(
@@ -458,9 +488,10 @@ class SparseDelta(OnHub):
                 raise ValueError(
                     f"SparseDelta.revert: {later.delta!r} was applied later and overlaps in {shared[0]!r}: revert it"
                 )
+        reshard(model)
         tensors = _everything(model, canonical_parameters(model))
-        written = {name: tensors[name].detach() for name in [*entry.displaced, *entry.dense]}
-        places = self._places({name: written[name] for name in entry.displaced}, entry.sets)
+        written = {name: local(tensors[name]).detach() for name in [*entry.displaced, *entry.dense]}
+        places = self._places({name: written[name] for name in entry.displaced}, entry.own)
         exchanges = [Exchange(entries, written, entry.displaced) for entries in places]
         now = {name: written[name].clone() for name in entry.dense}
         with torch.no_grad(), restoring([*exchanges, *_held(now, written)], stack):
@@ -543,11 +574,13 @@ def base_fingerprint(
         like: digests to compare with, by name (`weights.digests.fingerprint`).
     """
     stack, known = applied_deltas(model), digests or {}
+    if parameters is None:
+        reshard(model)
     parameters = canonical_parameters(model) if parameters is None else parameters
     displaced = {name for applied in stack for name in applied.displaced}
     taken = {name: known[name] for name in names if name in known and name not in displaced}
     rest = {name: _before(name, parameters[name].detach(), stack) for name in names if name not in taken}
-    return {**taken, **fingerprint(rest, like)}
+    return {**taken, **whole_fingerprint(rest, like)}
 
 
 def _before(name: str, tensor: Tensor, stack: list[Applied]) -> Tensor:
@@ -555,7 +588,7 @@ def _before(name: str, tensor: Tensor, stack: list[Applied]) -> Tensor:
     for applied in reversed(stack):
         if name in applied.displaced:
             tensor = tensor.clone()
-            scatter_(tensor, applied.sets[name], applied.displaced[name])
+            scatter_(local(tensor), applied.own[name], applied.displaced[name])
     return tensor
 
 
@@ -565,10 +598,12 @@ def _touches(applied: Applied, name: str, index_set: IndexSet) -> bool:
 
 def _read_entries(tensors: Mapping[str, Readable], ticket: Ticket, names: Iterable[str]) -> dict[str, Tensor]:
     """Name -> [k] values of the active entries, on the CPU; of a checkpoint one tensor is in memory at a time."""
-    held = {name: tensor for name in names if isinstance(tensor := tensors[name], Tensor)}
+    held = {n: tensor for n in names if isinstance(tensor := tensors[n], Tensor) and not is_sharded(tensor)}
     found = {name: values.cpu() for name, values in gather_all(held, ticket.sets).items()}
     for name in names:
-        if name not in held:
+        if is_sharded(tensors[name]):
+            found[name] = gather_from_ranks(tensors[name], ticket.sets[name]).cpu()
+        elif name not in held:
             whole = read_piece(tensors[name], 0, tensors[name].numel())
             found[name] = gather(whole, ticket.sets[name])
     return {name: found[name] for name in names}
@@ -578,6 +613,13 @@ def _flipped_zeros(base: Readable, after: Readable, index_set: IndexSet) -> int:
     """The number of entries outside the set that are zeros of different sign."""
     if base.dtype != after.dtype:
         return 0
+    sharded = next((tensor for tensor in (base, after) if is_sharded(tensor)), None)
+    if sharded is not None:
+        cut = Cut.of(sharded, "SparseDelta.between")
+        own, _ = own_entries(index_set, cut)
+        found = _flipped_zeros(own_block(base, cut), own_block(after, cut), own)
+        count = torch.tensor([found], device=local(sharded).device)
+        return int(sum_over(spread(sharded), count))
     found = 0
     for start in range(0, index_set.n, _PIECE):
         stop = min(start + _PIECE, index_set.n)
@@ -586,6 +628,10 @@ def _flipped_zeros(base: Readable, after: Readable, index_set: IndexSet) -> int:
         if bool(flipped.any()):
             found += int((flipped & ~index_set.entries(start, stop).mask().cpu()).sum())
     return found
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def _everything(model: nn.Module, parameters: Named[nn.Parameter]) -> Named[Tensor]:

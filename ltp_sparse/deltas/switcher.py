@@ -16,6 +16,7 @@ from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.weights.digests import fingerprint
 from ltp_sparse.weights.names import canonical_buffers, canonical_parameters, parameter_order
 from ltp_sparse.weights.reading import closest
+from ltp_sparse.weights.sharding import is_sharded
 
 Place = tuple[torch.device, torch.dtype]
 
@@ -87,6 +88,10 @@ class TicketSwitcher:
         self._check_stack()
         parameters = canonical_parameters(model)
         tensors = {**canonical_buffers(model), **parameters}
+        if any(map(is_sharded, parameters.values())):
+            raise ValueError(
+                "TicketSwitcher: expected a model that is not sharded; on this one use apply and revert of the deltas"
+            )
         named = {name for delta in deltas.values() for name in delta.ticket.active_names}
         known = {n: parameters[n].detach() for n in {parameters.called(n) for n in named} if n is not None}
         digests = fingerprint(known) if strict else {}

@@ -65,7 +65,8 @@ def is_known(digest: object) -> bool:
     return isinstance(digest, str) and bool(_TAGGED.fullmatch(digest) or _UNTAGGED.fullmatch(digest))
 
 
-def _is_old(digest: str | None) -> bool:
+def is_old(digest: str | None) -> bool:
+    """Whether it is of an earlier version."""
     if digest is not None and not is_known(digest):
         raise ValueError(f"{digest!r} is no digest that this version of ltp_sparse knows; update it")
     return digest is not None and not digest.startswith(_TAG)
@@ -79,7 +80,7 @@ class Hash:
     """
 
     def __init__(self, like: str | None = None) -> None:
-        self._kept = len(like) if like is not None and _is_old(like) else None
+        self._kept = len(like) if like is not None and is_old(like) else None
         self._hash: Any = xxhash.xxh3_128() if self._kept is None else hashlib.sha256()
 
     def update(self, data: bytes | Tensor) -> Hash:
@@ -115,6 +116,15 @@ def tile_digests(tensor: Tensor) -> bytes:
     return b"".join(_tile_digest(bits[at : at + step]) for at in range(0, len(bits), step))
 
 
+def tile_digests_anywhere(tensor: Tensor) -> bytes:
+    """`tile_digests` of a tensor on any device: there if it can do so, else on all threads of torch."""
+    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    if plain.device.type in on_device:
+        return bytes(_bytes_of(on_device[plain.device.type]([plain]).cpu()))
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return b"".join(pool.map(lambda span: _tiles_of(plain, *span), _spans(plain)))
+
+
 def _tile_digest(bits: memoryview) -> bytes:
     if not len(bits) % _BLOCK:
         return xxhash.xxh3_128_intdigest(bits).to_bytes(BYTES, "little")
@@ -142,7 +152,7 @@ def digest(dtype: torch.dtype, shape: Sequence[int], pieces: Iterable[Tensor], l
 
     like: as of `Hash`
     """
-    if _is_old(like):
+    if is_old(like):
         sha = Hash(like).update(f"{dtype} {list(shape)} ".encode())
         for piece in pieces:
             sha.update(piece)
@@ -175,7 +185,7 @@ def fingerprint(tensors: Mapping[str, Tensor | Pieces], like: Mapping[str, str] 
         if isinstance(tensor, Tensor):
             check_plain_tensor(tensor, f"fingerprint: {name!r}")
     like = like or {}
-    old = {name: like[name] for name in tensors if _is_old(like.get(name))}
+    old = {name: like[name] for name in tensors if is_old(like.get(name))}
     found = _found_on_device({name: tensor for name, tensor in tensors.items() if name not in old})
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         shas = {

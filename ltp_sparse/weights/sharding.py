@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -100,6 +101,19 @@ class Cut:
         row = math.prod(self.shape[1:])
         return self.block[0][0] * row, self.block[0][1] * row
 
+    def find(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Which entries of the whole, by row-major index, lie in this rank's block, and where in it those do."""
+        inside, places = torch.ones_like(indices, dtype=torch.bool), torch.zeros_like(indices)
+        coordinates = torch.unravel_index(indices, self.shape)
+        for coordinate, (start, stop) in zip(coordinates, self.block, strict=True):
+            inside &= (start <= coordinate) & (coordinate < stop)
+            places = places * (stop - start) + coordinate - start
+        return inside, places[inside]
+
+    def taken_from(self, whole: Tensor) -> Tensor:
+        """This rank's block of a whole tensor, a view of it."""
+        return whole[tuple(slice(*piece) for piece in self.block)]
+
     def blocks(self) -> Iterator[tuple[tuple[int, int], ...]]:
         """All blocks, in the order of their first entries."""
         return product(*self.ranges)
@@ -135,14 +149,14 @@ def _chunks(start: int, stop: int, count: int) -> Iterator[tuple[int, int]]:
         yield min(start + number * size, stop), min(start + (number + 1) * size, stop)
 
 
-def spread(param: Tensor) -> tuple[Any, ...]:
+def spread(param: Any) -> tuple[Any, ...]:
     """Over which dimensions of which mesh the entries of a parameter are spread: sums run over these.
 
     Empty for a parameter that every rank has whole.
     """
     if not is_sharded(param):
         return ()
-    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    mesh, placements = param.device_mesh, param.placements
     return tuple((mesh, dim) for dim, placement in enumerate(placements) if not placement.is_replicate())
 
 

@@ -24,6 +24,7 @@ from ltp_sparse.weights.names import (
     unwrapped,
 )
 from ltp_sparse.weights.reading import closest
+from ltp_sparse.weights.sharding import reshard
 
 Weights = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
 """A version of a model: a module, name -> tensor, or a safetensors checkpoint (file or folder)."""
@@ -81,6 +82,7 @@ def open_weights(weights: Weights) -> Named[Readable]:
 
 
 def _of_module(model: nn.Module) -> Named[Readable]:
+    reshard(model)
     named = canonical_parameters(model)
     quantised = {name for name, parameter in named.items() if _is_quantised(parameter)}
     unsaved = getattr(unwrapped(model), "_keys_to_ignore_on_save", None) or ()

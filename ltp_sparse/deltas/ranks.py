@@ -1,0 +1,62 @@
+"""The active entries of sharded tensors: each rank reads and writes those that it holds.
+
+All of it takes ordinary tensors, too, which are whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ltp_sparse.deltas.entries import gather
+from ltp_sparse.tickets.index_set import IndexSet
+from ltp_sparse.weights.checkpoints import Readable, read_piece
+from ltp_sparse.weights.sharding import Cut, is_sharded, local, spread, sum_over
+from ltp_sparse.weights.tensors import bits
+
+
+def own_entries(whole: IndexSet, cut: Cut) -> tuple[IndexSet, slice | Tensor]:
+    """The active entries in this rank's block of a tensor, and their slots among all of them."""
+    if cut.by_rows:
+        start, stop = cut.entries
+        first, own = (whole.entries(0, start).k if start else 0), whole.entries(start, stop)
+        return own if own is whole else own.compact(), slice(first, first + own.k)
+    inside, places = cut.find(whole.to("cpu").indices())
+    return IndexSet.from_indices(places, torch.Size(cut.sizes).numel()).compact(), inside.nonzero()[:, 0]
+
+
+def gather_from_ranks(tensor: Any, index_set: IndexSet) -> Tensor:
+    """[k] values of the active entries of a whole tensor, on every rank."""
+    own, slots = own_entries(index_set, Cut.of(tensor, "a tensor"))
+    held = local(tensor).detach()
+    found = torch.zeros(index_set.k, dtype=held.dtype, device=held.device)
+    found[slots] = gather(held, own)
+    sum_over(spread(tensor), found.view(torch.uint8))  # of each entry one rank has the bits, the others have zeros
+    return found
+
+
+def hold(tensor: Tensor, index_set: IndexSet, values: Tensor) -> bool:
+    """Whether the active entries of a whole tensor are [k] values, bit for bit, on all ranks."""
+    own, slots = own_entries(index_set, Cut.of(tensor, "a tensor"))
+    held = local(tensor).detach()
+    same = torch.equal(bits(gather(held, own)), bits(values[slots].to(held.device)))
+    differ = torch.tensor([0 if same else 1], dtype=torch.int32, device=held.device)
+    return not int(sum_over(spread(tensor), differ))
+
+
+def own_block(tensor: Readable, cut: Cut) -> Tensor:
+    """This rank's block of a tensor, be it sharded or whole, in memory or in a file."""
+    if is_sharded(tensor):
+        if Cut.of(tensor, "a tensor") != cut:
+            raise ValueError(
+                f"SparseDelta.between: a tensor of shape {list(cut.shape)} is sharded in two ways, expected one; shard "
+                "both models alike"
+            )
+        return local(tensor).detach()
+    if isinstance(tensor, Tensor):
+        return cut.taken_from(tensor)
+    if cut.by_rows:
+        return read_piece(tensor, *cut.entries)
+    return cut.taken_from(read_piece(tensor, 0, tensor.numel()).view(cut.shape))

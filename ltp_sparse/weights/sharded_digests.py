@@ -1,0 +1,67 @@
+"""Digests of sharded tensors: those of the whole, from what each rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from ltp_sparse.weights.digests import BYTES, Pieces, digest, fingerprint, is_old, of_tiles, tile_digests_anywhere
+from ltp_sparse.weights.sharding import Cut, is_sharded, local, spread, sum_over
+from ltp_sparse.weights.tensors import TILE, check_plain_tensor, flat_piece
+
+
+def whole_fingerprint(tensors: Mapping[str, Tensor | Pieces], like: Mapping[str, str] | None = None) -> dict[str, str]:
+    """`fingerprint`, of DTensors that of the whole tensor, which no rank holds at once. All their ranks must call it.
+
+    Each rank digests the tiles in its rows, and is sent the digests of the others. Only a tile that is cut by ranks is
+    sent itself; of a tensor that is cut by columns, that is every tile.
+
+    Args:
+        tensors: the same names in the same order on every rank.
+        like: as of `fingerprint`.
+
+    Raises:
+        TypeError, ValueError: a tensor is not plain, or a DTensor is neither cut nor copied.
+    """
+    found = fingerprint({name: tensor for name, tensor in tensors.items() if not is_sharded(tensor)}, like)
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and is_sharded(tensor):
+            found[name] = _digest(name, tensor, (like or {}).get(name))
+    return {name: found[name] for name in tensors}
+
+
+def _digest(name: str, tensor: Tensor, like: str | None) -> str:
+    cut, held = Cut.of(tensor, f"fingerprint: {name!r}"), local(tensor).detach()
+    check_plain_tensor(held, f"fingerprint: {name!r}")
+    if is_old(like) or not cut.by_rows:
+        return digest(tensor.dtype, tensor.shape, _pieces(tensor, cut), like)
+    tiles, (start, stop) = -(-tensor.numel() // TILE), cut.entries
+    digests = torch.zeros(tiles, BYTES, dtype=torch.uint8, device=held.device)
+    first, last = -(-start // TILE), tiles if stop == tensor.numel() else stop // TILE
+    if first < last:
+        own = tile_digests_anywhere(flat_piece(held, first * TILE - start, min(last * TILE, stop) - start))
+        digests[first:last] = torch.frombuffer(bytearray(own), dtype=torch.uint8).view(-1, BYTES)
+    sum_over(spread(tensor), digests)
+    row = tensor.shape[1:].numel()
+    ends = [end * row for _, end in cut.ranges[0]] if cut.ranges else []
+    for tile in sorted({end // TILE for end in ends if end % TILE and end < tensor.numel()}):
+        bits = tile_digests_anywhere(_piece(tensor, cut, tile))
+        digests[tile] = torch.frombuffer(bytearray(bits), dtype=torch.uint8)
+    return of_tiles({name: tensor}, digests)[name]
+
+
+def _pieces(tensor: Tensor, cut: Cut) -> Iterator[Tensor]:
+    for tile in range(-(-tensor.numel() // TILE)):
+        yield _piece(tensor, cut, tile)
+
+
+def _piece(tensor: Tensor, cut: Cut, tile: int) -> Tensor:
+    """The entries of a tile, from all ranks."""
+    start, stop, held = tile * TILE, min((tile + 1) * TILE, tensor.numel()), local(tensor).detach()
+    inside, places = cut.find(torch.arange(start, stop, device=held.device))
+    piece = torch.zeros(stop - start, dtype=tensor.dtype, device=held.device)
+    piece[inside] = held.reshape(-1)[places]
+    sum_over(spread(tensor), piece.view(torch.uint8))  # of each entry one rank has the bits, the others have zeros
+    return piece
