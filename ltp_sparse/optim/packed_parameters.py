@@ -12,16 +12,18 @@ from torch import Tensor, nn
 from ltp_sparse.deltas.entries import entries_of
 from ltp_sparse.optim.members import (
     ParameterHome,
-    active_names,
     check_embeddings,
+    check_engine,
     check_trainable,
     dense_parameters,
     named_parameters,
-    ticket_for,
+    parts_of,
 )
 from ltp_sparse.optim.packed_gradients import PackedGradients, WeakHook, check_packable
+from ltp_sparse.selection.shards import TicketShard
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.tickets.tile_table import TileTable
+from ltp_sparse.weights.sharding import is_sharded, local, reshard
 
 _Optimizer = TypeVar("_Optimizer", bound=torch.optim.Optimizer)
 
@@ -43,9 +45,12 @@ class PackedParameters:
     Call `scatter_()` where neither comes before the weights are read, and `gather_()` after writing weights from
     outside. Embeddings of the ticket become `sparse=True` until `remove()`.
 
+    Of a model sharded by FSDP2 or tensor parallelism each rank has the entries that it holds, [k] is their number, and
+    a norm of their gradients is this rank's alone. Shard the model before.
+
     Args:
         model: the module whose weights train, all of them on one device.
-        ticket: the active entries.
+        ticket: the active entries, or of a sharded model a rank's part of them.
         dense: parameters that train in full, such as a head: a module, parameters or parameter groups. `parameters()`
             yields them after the packed ones.
 
@@ -55,29 +60,34 @@ class PackedParameters:
             is changed then.
     """
 
-    def __init__(self, model: nn.Module, ticket: Ticket, *, dense: nn.Module | Iterable[Any] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, ticket: Ticket | TicketShard, *, dense: nn.Module | Iterable[Any] = ()
+    ) -> None:
         named = named_parameters(model, what="PackedParameters")
-        ticket = ticket_for(named, ticket, what="PackedParameters")
-        names = active_names(named, ticket, what="PackedParameters")
+        check_engine(model, what="PackedParameters")
+        parts = parts_of(named, ticket, what="PackedParameters")
+        names = list(parts)
         if not names:
             raise ValueError("PackedParameters: expected a ticket with active entries, this one has none")
         self._dense = dense_parameters(dense, what="PackedParameters")
-        check_trainable({name: named[name] for name in names}, what="PackedParameters")
+        check_trainable({name: named[name] for name in names}, what="PackedParameters", sharded=True)
         check_embeddings(model, {name: named[name] for name in names}, what="PackedParameters")
         check_packable({name: named[name] for name in names}, self._dense, what="PackedParameters")
         devices = {named[name].device for name in names}
         if len(devices) > 1:
             raise ValueError(f"PackedParameters: expected the model on one device, got {', '.join(map(str, devices))}")
         device = devices.pop()
-        self._params = {name: named[name] for name in names}
-        self._sets = {name: ticket.sets[name].to(device) for name in names}
-        self._entries = entries_of(self._params, self._sets)
+        self._model, self._params = weakref.ref(model), {name: named[name] for name in names}
+        self._sets = {name: parts[name].index_set.to(device) for name in names}
+        self._entries = entries_of(self._held(), self._sets)
         held = self._gathered()
         self._packed = {name: nn.Parameter(held[name].to(torch.float32, copy=True)) for name in names}
         table = TileTable.build(list(self._sets.values()), device=device, ranks=device.type != "cpu")
         members = list(self._params.values()), list(self._sets.values()), table, list(self._packed.values())
         self._gradients = PackedGradients(model, *members)
-        self._handles: list[Any] = [model.register_forward_pre_hook(WeakHook(self._before_forward))]
+        self._handles: list[Any] = [
+            model.register_forward_pre_hook(WeakHook(self._before_forward), prepend=True)  # before FSDP2 gathers
+        ]
         weakref.finalize(self, _remove, self._handles).atexit = False
         self._written = self._versions()
         self._home = ParameterHome(model, self._params)
@@ -95,25 +105,31 @@ class PackedParameters:
         yield from self._packed.values()
         yield from self._dense
 
+    def _held(self) -> dict[str, Tensor]:
+        """Name -> what this rank holds of the parameter."""
+        return {name: local(param) for name, param in self._params.items()}
+
     @torch.no_grad()
     def scatter_(self) -> None:
         """Writes the packed values into the model; every other entry keeps its bits."""
+        self._reshard()
+        held = self._held()
         for entries in self._entries:
-            entries.scatter_(self._params, entries.join(self._packed))
+            entries.scatter_(held, entries.join(self._packed))
         self._written = self._versions()
 
     @torch.no_grad()
     def gather_(self) -> None:
         """Reads the values from the model, which others have changed."""
-        held = self._gathered()
+        values = self._gathered()
         for name, packed in self._packed.items():
-            packed.copy_(held[name])
+            packed.copy_(values[name])
         self._written = self._versions()
 
     def _gathered(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+        held, found = self._held(), dict[str, Tensor]()
         for entries in self._entries:
-            found |= entries.split(entries.gather(self._params))
+            found |= entries.split(entries.gather(held))
         return found
 
     def _versions(self) -> list[int]:
@@ -138,7 +154,13 @@ class PackedParameters:
         self._handles.append(optimizer.register_step_post_hook(lambda *_: self.scatter_()))
         return optimizer
 
+    def _reshard(self) -> None:
+        model = self._model()
+        if model is not None and any(map(is_sharded, self._params.values())):
+            reshard(model)
+
     def _before_step(self) -> None:
+        self._reshard()
         self._home.check(what="PackedParameters")
         self._gradients.settle()
 

@@ -169,6 +169,6 @@ def test_the_base_is_hashed_once(model, monkeypatch):
 
     deltas = deltas_of(model)
     monkeypatch.setattr(switcher, "fingerprint", counted)
-    monkeypatch.setattr(delta, "fingerprint", counted)
+    monkeypatch.setattr(delta, "whole_fingerprint", counted)
     ls.TicketSwitcher(model, deltas).switch("first")
     assert sorted(hashed) == sorted(set(hashed)) and hashed

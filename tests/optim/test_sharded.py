@@ -410,6 +410,13 @@ def refused(ranks, name):
     with pytest.raises(ValueError, match="flattened by FullyShardedDataParallel"):
         MaskedAdamW(FullyShardedDataParallel(model, ranks.group, device_id=torch.device("cpu")), ticket)
     model = nn.Linear(4, 4)
+    sharded = net()
+    packed = ls.PackedParameters(sharded, ticket_of(sharded))
+    optimizer = packed.attach(torch.optim.SGD(packed.parameters(), lr=0.1))
+    shard_rows(sharded, mesh)
+    with pytest.raises(ValueError, match="has been replaced since the optimizer was made"):
+        optimizer.step()
+    model = nn.Linear(4, 4)
     model.weight.ds_id = 0
     with pytest.raises(ValueError, match="flattened by DeepSpeed"):
         MaskedAdamW(model, ticket)
@@ -447,6 +454,45 @@ def accelerated(ranks, name):
         assert float(off.abs().max()) <= 1e-6, (n, float(off.abs().max()))
 
 
+PACKED = {
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.01),
+    "adam": lambda params: torch.optim.Adam(params, lr=0.01),
+}
+
+
+def packed_parameters(ranks, name):
+    """Other optimizers, each rank's over the entries that it holds."""
+    for shard in (shard_rows, shard_columns):
+        plain, sharded = net(), shard(net(), ranks.mesh())
+        ticket = ticket_of(plain, without=["embed"])  # packed, an embedding adds up its rows in another order
+        before = ls.frozen_digests(sharded, ticket)
+        packs = [ls.PackedParameters(model, ticket) for model in (plain, sharded)]
+        optimizers = [packed.attach(PACKED[name](packed.parameters())) for packed in packs]
+        for seed in range(4):
+            for model in (plain, sharded):
+                loss = loss_of(model, seed)
+                (loss if model is plain or ranks.rank == 0 else loss * 0).backward()
+            with torch.no_grad():
+                loss_of(sharded, seed)  # leaves the gathered parameters of the root in the model
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        with torch.no_grad():
+            loss_of(sharded, 0)
+            for packed in packs:
+                for values in packed.parameters():
+                    values.mul_(1.5)
+            losses = [loss_of(model, 0) for model in (plain, sharded)]
+        assert torch.isclose(*losses, rtol=1e-5), "the forward pass has the changed values"
+        for key, param in canonical_parameters(plain).items():
+            assert torch.equal(whole(canonical_parameters(sharded)[key].detach()), param), key
+        own = sum(packed.numel() for packed in packs[1].parameters())
+        total = torch.tensor(own)
+        distributed.all_reduce(total, group=ranks.group)
+        assert int(total) == ticket.k > own
+        ls.verify_frozen(before, sharded, ticket)
+
+
 def stages(ranks, name):
     """Pipeline stages: each rank trains its own part of the model, by the part of the ticket that is its own."""
     plain = net(tied=False)
@@ -479,7 +525,8 @@ CASES = {
         (resharding, ("plain", "master-packed", "dense", "pull")), (own_parts, ("plain", "packed")),
         (engines, ("plain", "packed")), (evaluated_first, ("plain", "packed")), (within_a_bound, ("plain", "packed")),
         (partial_gradients, ("plain", "packed")), (refused, ("plain",)), (stages, ("plain",)),
-        (accelerated, ("plain", "packed")), (keyed, ("stochastic", "8bit", "both")))
+        (accelerated, ("plain", "packed")), (keyed, ("stochastic", "8bit", "both")),
+        (packed_parameters, PACKED))
     for name in names
 }  # fmt: skip
 
@@ -524,6 +571,7 @@ THIN = [
         ("within_a_bound-packed", 4),
         ("refused-plain", 2),
         *[("stages-plain", 2), ("partial_gradients-packed", 3), ("rows-stochastic", 3), ("keyed-both", 4)],
+        ("packed_parameters-sgd", 3),
     ],
 ]
 
