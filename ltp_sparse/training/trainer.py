@@ -91,8 +91,9 @@ class SparseTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or args.n_gpu > 1:
             raise ValueError(
-                "SparseTrainer: FSDP, DeepSpeed and nn.DataParallel are not supported; "
-                "run one process per device (torchrun), or make one device visible"
+                "SparseTrainer: FSDP, DeepSpeed and nn.DataParallel are not supported; run one process per device "
+                "(torchrun), or make one device visible. A model that needs FSDP2 trains by the Trainer of "
+                "transformers with optimizer_cls_and_kwargs=(MaskedAdamW, ...), see docs/sharded.md"
             )
         # Even without clipping the Trainer multiplies all gradients by a factor of their norm, which would spread a NaN
         # of an inactive entry. Our norm is known after the step only; `log` adds it.

@@ -422,13 +422,17 @@ def refused(ranks, name):
         MaskedAdamW(model, ticket)
 
 
+def as_torchrun(ranks):
+    here = {"RANK": ranks.rank, "LOCAL_RANK": ranks.rank, "WORLD_SIZE": ranks.size, "LOCAL_WORLD_SIZE": ranks.size}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"} | {key: str(value) for key, value in here.items()}
+
+
 def accelerated(ranks, name):
     """accelerate's FSDP2 path, which clips by the gradients that it sees in the model."""
     accelerate = pytest.importorskip("accelerate")
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-    here = {"RANK": ranks.rank, "LOCAL_RANK": ranks.rank, "WORLD_SIZE": ranks.size, "LOCAL_WORLD_SIZE": ranks.size}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"} | {key: str(value) for key, value in here.items()}
+    as_torchrun(ranks)
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Block"],
         reshard_after_forward=True, cpu_ram_efficient_loading=False,
@@ -452,6 +456,63 @@ def accelerated(ranks, name):
     for n, param in canonical_parameters(pair.plain).items():
         off = whole(canonical_parameters(pair.sharded)[n].detach()) - param
         assert float(off.abs().max()) <= 1e-6, (n, float(off.abs().max()))
+
+
+class WithLoss(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def forward(self, seed):
+        return {"loss": torch.stack([loss_of(self.net, int(each)) for each in seed]).mean()}
+
+
+def trainer(ranks, name):
+    """The Trainer of transformers with `fsdp` set. One epoch is one batch, so its order does not matter."""
+    transformers = pytest.importorskip("transformers")
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    class Forced(transformers.Trainer):
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            state = self.accelerator.state
+            state.distributed_type = DistributedType.FSDP  # it takes this path on accelerators only
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
+    as_torchrun(ranks)
+    arguments = transformers.TrainingArguments(
+        str(ranks.folder / f"trainer-{name}"), use_cpu=True, fsdp=True, per_device_train_batch_size=2, max_steps=3,
+        fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": ["Block"], "cpu_ram_efficient_loading": False},
+        max_grad_norm=0.05, logging_steps=1, lr_scheduler_type="constant", save_strategy="no", report_to=[],
+        disable_tqdm=True,
+    )  # fmt: skip
+    plain, model = WithLoss(), WithLoss()
+    ticket = ticket_of(plain)
+    before = {key: param.detach().clone() for key, param in canonical_parameters(plain).items()}
+    options = {"lr": 0.01, "eps": 1e-3, "freeze": True}  # it clips by the gradients of all parameters that have one
+    own = MaskedAdamW(plain, ticket, max_grad_norm=0.05, **options)
+    with_model = {"model": model, "ticket": ticket, "gradients": name, **options}
+    data = [{"seed": seed} for seed in range(2 * ranks.size)]
+    trainer = Forced(model, arguments, train_dataset=data, optimizer_cls_and_kwargs=(MaskedAdamW, with_model))
+    trainer.train()
+    norms = []
+    for _ in range(3):
+        plain(torch.arange(2 * ranks.size))["loss"].backward()
+        own.step()
+        own.zero_grad()
+        norms.append(float(own.grad_norm))
+    logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert logged == pytest.approx(norms, rel=1e-5)
+    sharded = canonical_parameters(trainer.model)
+    assert all(isinstance(param, DTensor) for param in sharded.values())
+    moved = 0
+    for key, param in canonical_parameters(plain).items():
+        found = whole(sharded[key].detach())
+        assert float((found - param).abs().max()) <= 1e-6, key
+        assert torch.equal(found[~ticket.mask(key)], before[key][~ticket.mask(key)]), key
+        moved += int((found != before[key]).sum())
+    assert 0.9 * ticket.k < moved <= ticket.k
 
 
 PACKED = {
@@ -526,12 +587,12 @@ CASES = {
         (engines, ("plain", "packed")), (evaluated_first, ("plain", "packed")), (within_a_bound, ("plain", "packed")),
         (partial_gradients, ("plain", "packed")), (refused, ("plain",)), (stages, ("plain",)),
         (accelerated, ("plain", "packed")), (keyed, ("stochastic", "8bit", "both")),
-        (packed_parameters, PACKED))
+        (packed_parameters, PACKED), (trainer, ("packed",)))
     for name in names
 }  # fmt: skip
 
 
-GRIDS = (replicas, tensor_parallel_and_rows, resharding, accelerated)  # what all processes do together
+GRIDS = (replicas, tensor_parallel_and_rows, resharding, accelerated, trainer)  # what all processes do together
 
 
 def _rank(rank, folder, cases):
@@ -572,6 +633,7 @@ THIN = [
         ("refused-plain", 2),
         *[("stages-plain", 2), ("partial_gradients-packed", 3), ("rows-stochastic", 3), ("keyed-both", 4)],
         ("packed_parameters-sgd", 3),
+        ("trainer-packed", 4),
     ],
 ]
 
