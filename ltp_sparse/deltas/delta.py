@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ltp_sparse.deltas.entries import Entries, entries_of, gather, gather_all, same_places, scatter_
-from ltp_sparse.deltas.ranks import gather_from_ranks, hold, own_block, own_entries
+from ltp_sparse.deltas.ranks import gather_from_ranks, hold, own_entries
 from ltp_sparse.deltas.restoring import Exchange, Held, restoring
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Ticket, checked_fingerprint, pack_sets, unpack_sets
@@ -32,7 +32,7 @@ from ltp_sparse.weights.reading import closest, reader
 from ltp_sparse.weights.sharded_digests import whole_fingerprint
 from ltp_sparse.weights.sharding import Cut, is_sharded, local, reshard, spread, sum_over
 from ltp_sparse.weights.tensors import bits, check_plain_tensor
-from ltp_sparse.weights.versions import Weights, open_weights, side_by_side
+from ltp_sparse.weights.versions import Weights, open_weights, own_block, side_by_side
 
 _PIECE = 1 << 20  # entries compared at a time
 

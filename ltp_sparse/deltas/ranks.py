@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ltp_sparse.deltas.entries import gather
 from ltp_sparse.tickets.index_set import IndexSet
-from ltp_sparse.weights.checkpoints import Readable, read_piece
-from ltp_sparse.weights.sharding import Cut, is_sharded, local, spread, sum_over
+from ltp_sparse.weights.sharding import Cut, everywhere, local, spread, sum_over
 from ltp_sparse.weights.tensors import bits
 
 
@@ -41,22 +40,4 @@ def hold(tensor: Tensor, index_set: IndexSet, values: Tensor) -> bool:
     """Whether the active entries of a whole tensor are [k] values, bit for bit, on all ranks."""
     own, slots = own_entries(index_set, Cut.of(tensor, "a tensor"))
     held = local(tensor).detach()
-    same = torch.equal(bits(gather(held, own)), bits(values[slots].to(held.device)))
-    differ = torch.tensor([0 if same else 1], dtype=torch.int32, device=held.device)
-    return not int(sum_over(spread(tensor), differ))
-
-
-def own_block(tensor: Readable, cut: Cut) -> Tensor:
-    """This rank's block of a tensor, be it sharded or whole, in memory or in a file."""
-    if is_sharded(tensor):
-        if Cut.of(tensor, "a tensor") != cut:
-            raise ValueError(
-                f"SparseDelta.between: a tensor of shape {list(cut.shape)} is sharded in two ways, expected one; shard "
-                "both models alike"
-            )
-        return local(tensor).detach()
-    if isinstance(tensor, Tensor):
-        return cut.taken_from(tensor)
-    if cut.by_rows:
-        return read_piece(tensor, *cut.entries)
-    return cut.taken_from(read_piece(tensor, 0, tensor.numel()).view(cut.shape))
+    return everywhere(tensor, torch.equal(bits(gather(held, own)), bits(values[slots].to(held.device))))

@@ -169,6 +169,12 @@ def sum_over(spread: Sequence[Any], total: Tensor) -> Tensor:
     return total
 
 
+def everywhere(tensor: Any, holds: bool) -> bool:
+    """Whether something holds on all ranks that a tensor is spread over, which must all call this."""
+    failed = torch.tensor([0 if holds else 1], dtype=torch.int32, device=local(tensor).device)
+    return not int(sum_over(spread(tensor), failed))
+
+
 def fsdp_modules(model: nn.Module) -> list[Any]:
     """The modules that FSDP2 serves."""
     fsdp = sys.modules.get("torch.distributed.fsdp")

@@ -24,7 +24,7 @@ from ltp_sparse.weights.names import (
     unwrapped,
 )
 from ltp_sparse.weights.reading import closest
-from ltp_sparse.weights.sharding import reshard
+from ltp_sparse.weights.sharding import Cut, everywhere, is_sharded, local, reshard
 
 Weights = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
 """A version of a model: a module, name -> tensor, or a safetensors checkpoint (file or folder)."""
@@ -188,16 +188,37 @@ def _untied(side: Named[Readable], by: Named[Readable]) -> Named[Readable]:
 
 
 def same_bits(one: Readable, other: Readable) -> bool:
-    """Whether two tensors have the same dtype, shape and bits."""
+    """Whether two tensors have the same dtype, shape and bits; of sharded ones, on all ranks."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    tensors = [t.to_local() if hasattr(t, "to_local") else t for t in (one, other)]
-    n = tensors[0].numel()
+    if sharded := [tensor for tensor in (one, other) if is_sharded(tensor)]:
+        cut = Cut.of(sharded[0], "a tensor")
+        return everywhere(sharded[0], same_bits(own_block(one, cut), own_block(other, cut)))
+    n = one.numel()
     pairs = (
-        [read_piece(t, start, min(start + _PIECE, n)).contiguous().view(torch.uint8) for t in tensors]
+        [read_piece(t, start, min(start + _PIECE, n)).contiguous().view(torch.uint8) for t in (one, other)]
         for start in range(0, n, _PIECE)
     )
     return all(torch.equal(*pair) for pair in pairs)
+
+
+def own_block(tensor: Readable, cut: Cut) -> Tensor:
+    """This rank's block of a tensor, be it sharded or whole, in memory or in a file.
+
+    Raises:
+        ValueError: it is sharded otherwise.
+    """
+    if is_sharded(tensor):
+        if Cut.of(tensor, "a tensor") != cut:
+            raise ValueError(
+                f"a tensor of shape {list(cut.shape)} is sharded in two ways, expected one; shard both models alike"
+            )
+        return local(tensor).detach()
+    if isinstance(tensor, Tensor):
+        return cut.taken_from(tensor)
+    if cut.by_rows:
+        return read_piece(tensor, *cut.entries).view(cut.sizes)
+    return cut.taken_from(read_piece(tensor, 0, tensor.numel()).view(cut.shape))
 
 
 def check_sides(

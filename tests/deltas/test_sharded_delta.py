@@ -1,4 +1,4 @@
-"""Deltas of sharded models: the bits of one process, on 3 ranks. All cases run in one group of processes."""
+"""Deltas of sharded models: the bits of one process, on 4 ranks. All cases run in one group of processes."""
 
 import json
 import traceback
@@ -10,6 +10,7 @@ import torch
 import torch.multiprocessing as mp
 from helpers.ranks import leave_group
 from helpers.sharded_model import loss_of, net, shard_columns, shard_rows, shard_tensors, whole
+from safetensors.torch import save_file
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -20,7 +21,7 @@ from ltp_sparse.weights.names import canonical_parameters
 from ltp_sparse.weights.sharded_digests import whole_fingerprint
 from ltp_sparse.weights.sharding import local
 
-WORLD = 3
+WORLD = 4
 
 
 def mesh():
@@ -39,8 +40,21 @@ def by_tensors(model):
     return shard_tensors(model, mesh())
 
 
+def grid():
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+
+
+def with_copies(model):
+    """HSDP."""
+    return shard_rows(model, grid())
+
+
+def by_tensors_and_rows(model):
+    return shard_rows(shard_tensors(model, grid()["inner"]), grid()["outer"])
+
+
 def models(shard, *seeds, dtype=torch.float32):
-    """(whole, sharded) of each seed; 96 in the middle divides evenly, 64 does not."""
+    """(whole, sharded) of each seed; 96 in the middle divides evenly."""
     return [(net(dtype, seed=seed, middle=96), shard(net(dtype, seed=seed, middle=96))) for seed in seeds]
 
 
@@ -68,7 +82,11 @@ def between_apply_revert(shard, folder):
         dense = {"small.weight": tuned_cut.small.weight}
         delta = ls.SparseDelta.between(base_cut, tuned_cut, ticket, dense=dense)
         same_delta(delta, expected)
-        same_delta(ls.SparseDelta.between(base, tuned_cut, ticket, dense=head), expected)
+        # the tied weights as two equal tensors
+        twins = {name: param.detach().clone() for name, param in base.named_parameters(remove_duplicate=False)}
+        save_file(twins, folder / f"base-{distributed.get_rank()}.safetensors")
+        for whole_base in (base, twins, folder / f"base-{distributed.get_rank()}.safetensors"):
+            same_delta(ls.SparseDelta.between(whole_base, tuned_cut, ticket, dense=head), expected)
         with torch.no_grad():
             loss_of(base_cut, 0)  # leaves the gathered parameters of the root in the model
         delta.apply(base_cut)
@@ -169,7 +187,7 @@ def flipped(shard, folder):
     with torch.no_grad():
         for model, zero in ((base_cut, 0.0), (tuned_cut, -0.0)):
             local(model.block.up.weight)[-1].fill_(zero if distributed.get_rank() == 1 else 1.0)
-    outside = 64 - int(ticket.mask("block.up.weight")[63].sum())
+    outside = 64 - int(ticket.mask("block.up.weight")[2 * 24 - 1].sum())
     with pytest.warns(UserWarning, match=f"{outside} zeros outside the ticket"):
         ls.SparseDelta.between(base_cut, tuned_cut, ticket)
 
@@ -177,7 +195,8 @@ def flipped(shard, folder):
 CASES = {
     f"{case.__name__} {shard.__name__}": (case, shard)
     for case, shards in (
-        (between_apply_revert, (by_rows, by_columns, by_tensors)), (composed, (by_rows, by_columns)),
+        (between_apply_revert, (by_rows, by_columns, by_tensors, with_copies, by_tensors_and_rows)),
+        (composed, (by_rows, by_columns)),
         (casts, (by_rows,)), (digests, (by_rows,)), (refused, (by_rows,)), (flipped, (by_rows,)))
     for shard in shards
 }  # fmt: skip
