@@ -41,8 +41,8 @@ class _Batch:
 class SmallGradients:
     """Dense gradients that are not in the flat buffer yet. Whoever reads the buffer calls `pack_` first.
 
-    They wait until their storage takes more than `WAITING` bytes. Those of sharded parameters do not wait: FSDP2 makes
-    them on a stream of its own.
+    They wait until their storage takes more than `WAITING` bytes. Those of sharded parameters do not wait, as FSDP2
+    makes them on a stream of its own, nor do those under compiled autograd or while a CUDA graph is captured.
 
     Args:
         params: the parameters of the table, or none if nothing is to wait
@@ -74,7 +74,7 @@ class SmallGradients:
             own: nobody else will write into it. Otherwise a copy waits.
         """
         batch, place = self._batches.get(number, (None, 0))
-        if batch is None:
+        if batch is None or torch.compiler.is_compiling():
             return False
         if place in batch.copied or place in batch.added:
             self.pack_()
@@ -83,14 +83,22 @@ class SmallGradients:
         size = grad.untyped_storage().nbytes() if own else grad.nbytes
         if size > WAITING:  # it is a part of something large, which it would keep alive
             return False
-        if grad.is_cuda and (stream := torch.cuda.current_stream(grad.device)) != self._stream:
-            self.pack_()
-            self._stream = stream
+        if grad.is_cuda and not self._is_on_stream(torch.cuda.current_stream(grad.device)):
+            return False
         (batch.added if add else batch.copied)[place] = grad if own else grad.clone()
         self._waiting[batch] = None
         self._bytes += size
         if self._bytes > WAITING:
             self.pack_()
+        return True
+
+    def _is_on_stream(self, stream: torch.cuda.Stream) -> bool:
+        """Whether a gradient may wait that this stream makes: all that wait are of one stream."""
+        if torch.cuda.is_current_stream_capturing():  # nothing may be uploaded then, such as a list of addresses
+            return False
+        if stream != self._stream:
+            self.pack_()
+            self._stream = stream
         return True
 
     @property
