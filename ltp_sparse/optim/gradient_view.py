@@ -7,6 +7,7 @@ view they read and change what the next step will use.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -103,6 +104,8 @@ class PackedTensor(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is aten.add_.Tensor and isinstance(args[0], PackedTensor) and args[0]._accumulates(args[1], kwargs):
+            return args[0]  # first, as every further backward does this for every parameter
         name = func._schema.name.removeprefix("aten::")
         self = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, PackedTensor))
         if func in _ITSELF:
@@ -110,8 +113,6 @@ class PackedTensor(Tensor):
         if name in _SAME_ORDER:
             other = torch.empty(self.shape, dtype=self.dtype, device="meta")
             return self._again(func(other, *args[1:], **kwargs).shape)
-        if func is aten.add_.Tensor and self is args[0] and self._accumulates(args[1], kwargs):
-            return self
         if name.startswith("_foreach_"):
             return _one_by_one(name.removeprefix("_foreach_"), args, kwargs)
         if name.startswith("_amp_foreach_"):  # as a GradScaler unscales
@@ -182,8 +183,11 @@ class GradientView(PackedTensor):
     def __new__(cls, source: Source, shape: Any, dtype: torch.dtype, device: torch.device) -> GradientView:
         made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         made.source, made.index_set = source, source.index_set
-        made.fill = torch.zeros((), dtype=dtype, device=device)
         return made
+
+    @cached_property
+    def fill(self) -> Tensor:  # type: ignore[override]
+        return torch.zeros((), dtype=self.dtype, device=self.device)
 
     def values_now(self) -> Tensor:
         return self.source.values()

@@ -494,7 +494,7 @@ class Launch:
 
     def scale_gradients(self, factor: Tensor) -> None:
         if self.packed is not None:
-            self.packed.buffer *= factor
+            self.packed.buffer.mul_(factor)
             return
         for grad in self._gradients():
             if grad is not None:

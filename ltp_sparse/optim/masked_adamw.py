@@ -89,11 +89,12 @@ class MaskedAdamW(Optimizer):
         seed: of the random bits that round weights and 8-bit moments: those of (seed, step, parameter, index) alone.
         gradients: "dense" reads the `.grad` of the parameters. "packed" replaces the gradient of every parameter of the
             ticket by its active entries as soon as backward has made it: 4 bytes per active entry are held, and of
-            dense gradients at most one at a time. Later micro-batches add to it, a step consumes it, skipped or not,
-            and `zero_grad` is not needed. `param.grad` is then a view of the packed gradient (`GradientView`): clipping
-            by norm or value, norm loggers and checks for NaN that reach the model see the active entries, and what
-            they change is what `step` uses. Embeddings become `sparse=True`. Make the optimizer before wrapping the
-            model in DDP, which then leaves these parameters to us. `remove()` undoes the hooks.
+            dense gradients at most one at a time, with 256 KiB of small ones. Later micro-batches add to it, a step
+            consumes it, skipped or not, and `zero_grad` is not needed. `param.grad` is then a view of the packed
+            gradient (`GradientView`): clipping by norm or value, norm loggers and checks for NaN that reach the model
+            see the active entries, and what they change is what `step` uses. Embeddings become `sparse=True`. Make the
+            optimizer before wrapping the model in DDP, which then leaves these parameters to us. `remove()` undoes the
+            hooks.
 
     Attributes:
         grad_norm: 0-dim float64 tensor, the last norm over active and dense entries before clipping; None without

@@ -6,7 +6,6 @@ import gc
 import itertools
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,9 +18,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ltp_sparse import backends, ops
 from ltp_sparse.deltas.entries import gather
 from ltp_sparse.optim.gradient_view import GradientView, PackedTensor
+from ltp_sparse.optim.small_gradients import SmallGradients, parts_of
 from ltp_sparse.tickets.bits import unpack_bits
 from ltp_sparse.tickets.index_set import IndexSet
-from ltp_sparse.tickets.tile_table import Column, TileTable
+from ltp_sparse.tickets.tile_table import TileTable
 from ltp_sparse.weights.sharding import is_sharded, like, local, own_gradient
 
 # rows of a batch that are packed at a time: bounds the temporaries to a few megabytes
@@ -105,6 +105,9 @@ class Share:
     """The packed gradient of one parameter: its slots of the flat buffer, and how a dense gradient comes to them.
 
     Args:
+        number: which parameter
+        slots: its slots of the flat buffer
+        small: where its dense gradient may wait
         carrier: a parameter [k] whose `.grad` it is, too (see `PackedParameters`), or None
 
     shown:   whether the parameter shows it as its `.grad`
@@ -112,14 +115,23 @@ class Share:
 
     def __init__(
         self,
+        number: int,
         index_set: IndexSet,
-        buffer: Tensor,
+        slots: Tensor,
         table: TileTable,
+        small: SmallGradients,
         carrier: nn.Parameter | None = None,
     ) -> None:
-        self.index_set, self.buffer, self.table, self.carrier = index_set, buffer, table, carrier
+        self.number, self.index_set, self.table, self.carrier = number, index_set, table, carrier
+        self._slots, self._small = slots, small
         self.rows: _Rows | None = None
         self.shown = self._present = False
+
+    @property
+    def buffer(self) -> Tensor:
+        """float32 [k], the packed gradient."""
+        self._small.pack_()
+        return self._slots
 
     @property
     def present(self) -> bool:
@@ -130,7 +142,7 @@ class Share:
     def present(self, there: bool) -> None:
         self._present = there
         if self.carrier is not None:
-            self.carrier.grad = self.buffer if there else None
+            self.carrier.grad = self._slots if there else None
 
     def values(self) -> Tensor:
         self.settle()
@@ -141,7 +153,7 @@ class Share:
     def settle(self) -> None:
         """Takes over what others have put in the place of the carrier's gradient."""
         grad = None if self.carrier is None else self.carrier.grad
-        if grad is not None and grad.data_ptr() != self.buffer.data_ptr():
+        if grad is not None and grad.data_ptr() != self._slots.data_ptr():
             self.buffer.copy_(grad)
             self.present = True
 
@@ -157,8 +169,8 @@ class Share:
             if fresh:
                 self.buffer.zero_()
             self.rows.pack_(grad, self.buffer)
-        else:
-            ops.masked_pack_([grad], self.buffer, self.table, accumulate=not fresh)
+        elif not self._small.take(self.number, grad, add=not fresh, own=not accumulate):
+            ops.masked_pack_([grad], self._slots, self.table, accumulate=not fresh)
         if fresh:
             self.present = True
 
@@ -217,18 +229,24 @@ class PackedGradients:
         self.params, self.table = list(params), table
         own = weakref.ref(self)
         _packed.update(dict.fromkeys(self.params, own))
-        self.buffer = torch.zeros(table.k, dtype=torch.float32, device=params[0].device)
+        self._buffer = torch.zeros(table.k, dtype=torch.float32, device=params[0].device)
         ends = list(itertools.accumulate(table.counts))
-        views = [self.buffer[end - count : end] for end, count in zip(ends, table.counts, strict=True)]
+        slots = [self._buffer[end - count : end] for end, count in zip(ends, table.counts, strict=True)]
         # of a part of the tiles the rank directory could not be built any more
         ranked = backends.resolve(table.tiles.device, dtype=params[0].dtype, density=table.density).needs_ranks
-        tables = _single_tables(table.with_ranks() if ranked else table)
-        stand_ins: Sequence[nn.Parameter | None] = carriers or [None] * len(views)
-        parts = zip(sets, views, tables, stand_ins, strict=True)
-        self.shares = [Share(*part) for part in parts]
-        self._shown: list[weakref.ref[Shown] | None] = [None] * len(views)  # alive while somebody holds a view
+        whole = table.with_ranks() if ranked else table
+        tables = parts_of(whole, [range(number, number + 1) for number in range(len(params))])
+        # optimizers of others read carriers whenever they like
+        self._small = SmallGradients(params if carriers is None else (), self._buffer, whole)
+        stand_ins: Sequence[nn.Parameter | None] = carriers or [None] * len(slots)
+        parts = zip(sets, slots, tables, stand_ins, strict=True)
+        self.shares = [
+            Share(number, index_set, held, part, self._small, carrier)
+            for number, (index_set, held, part, carrier) in enumerate(parts)
+        ]
+        self._shown: list[weakref.ref[Shown] | None] = [None] * len(slots)  # alive while somebody holds a view
         self._ddp: weakref.ref[DistributedDataParallel] | None = None
-        self._averaging = self._used = False
+        self._ending = self._used = False
 
         embeddings: list[Any] = []
         handles: list[Any] = []
@@ -253,6 +271,12 @@ class PackedGradients:
         self._undo = weakref.finalize(self, _undo, own, handles, weak, weakref.ref(model), ignored)
         self._undo.atexit = False
 
+    @property
+    def buffer(self) -> Tensor:
+        """float32 [K], the packed gradients in slot order."""
+        self._small.pack_()
+        return self._buffer
+
     def _hook(self, number: int) -> Any:
         own = weakref.ref(self)
 
@@ -272,10 +296,9 @@ class PackedGradients:
             self._let_go(number)
             share.pack_(grad, accumulate=False)
         self._show(number)
-        ddp = self._ddp() if self._ddp is not None else None
-        if ddp is not None and ddp.require_backward_grad_sync and not self._averaging:
-            self._averaging = True
-            Variable._execution_engine.queue_callback(lambda: self._end_backward(ddp.process_group))
+        if not self._ending and (self._small.waits or self._ddp is not None):
+            self._ending = True
+            Variable._execution_engine.queue_callback(self._end_backward)
 
     def _is_shown(self, number: int, grad: Tensor | None) -> bool:
         shown, grad = self._shown[number], local(grad)
@@ -316,6 +339,7 @@ class PackedGradients:
                 share.pack_(grad, accumulate=False)
                 self.show(number)
             share.settle()
+        self._small.pack_()
 
     def show(self, number: int) -> None:
         """Lets a parameter have the gradient that is in the buffer."""
@@ -334,7 +358,7 @@ class PackedGradients:
         self._hide_used()
         ddp = DistributedDataParallel._get_active_ddp_module()
         self._ddp = None if ddp is None else weakref.ref(ddp)  # it must not outlive its process group
-        self._averaging = False  # a backward that failed may have left it set
+        self._ending = False  # a backward that failed may have left it set
         if ddp is not None:
             if any(id(param) in own for param in ddp._module_parameters):
                 raise ValueError(
@@ -342,9 +366,12 @@ class PackedGradients:
                     "DistributedDataParallel; make the optimizer first"
                 )
 
-    def _end_backward(self, group: ProcessGroup) -> None:
-        self._averaging = False
-        self.average(group)
+    def _end_backward(self) -> None:
+        self._ending = False
+        self._small.pack_()
+        ddp = self._ddp() if self._ddp is not None else None
+        if ddp is not None and ddp.require_backward_grad_sync:
+            self.average(ddp.process_group)
 
     @torch.no_grad()
     def average(self, group: ProcessGroup | None = None) -> None:
@@ -355,7 +382,7 @@ class PackedGradients:
         present = torch.tensor([share.present for share in self.shares], dtype=torch.int32, device="cpu")
         present = present.to(self.buffer.device)
         torch.distributed.all_reduce(present, torch.distributed.ReduceOp.MAX, group)
-        self.buffer /= torch.distributed.get_world_size(group)
+        self.buffer.div_(torch.distributed.get_world_size(group))
         torch.distributed.all_reduce(self.buffer, group=group)
         for number, there in enumerate(present.tolist()):
             if there and not self.shares[number].present:
@@ -474,17 +501,3 @@ def _forget_copied(model: nn.Module) -> None:
             elif isinstance(hook, _CopiedSparse):
                 del module._forward_pre_hooks[key]
                 setattr(module, "sparse", False)  # noqa: B010 (of an nn.Embedding)
-
-
-def _single_tables(table: TileTable) -> list[TileTable]:
-    """A table for each parameter alone, over the shared index; slots count from the parameter's first."""
-    of = table.tiles[:, Column.PARAM].contiguous().cpu()
-    tables, slot = [], 0
-    for number, (count, size) in enumerate(zip(table.counts, table.sizes, strict=True)):
-        low, high = torch.searchsorted(of, torch.tensor([number, number + 1], dtype=of.dtype, device="cpu")).tolist()
-        tiles = table.tiles[low:high].clone()
-        tiles[:, Column.PARAM] = 0
-        tiles[:, Column.SLOT] -= slot
-        tables.append(replace(table, tiles=tiles, counts=(count,), sizes=(size,)))
-        slot += count
-    return tables

@@ -111,13 +111,45 @@ def test_a_step_is_two_launches_and_three_with_clipping(recorder, dtype, options
     assert set(computing.seen) <= {"tensor", "copy_"} and computing.seen.count("copy_") == 1
 
 
-def test_a_backward_hook_is_one_launch_that_copies_nothing(recorder):
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+def test_small_gradients_of_a_backward_are_one_launch_and_a_large_one_its_own(recorder):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8200), nn.Linear(8200, 8))
     optimizer = ls.MaskedAdamW(model, ls.Ticket.random(model, density=0.5), gradients="packed")
+    for times in (1, 2):  # a further micro-batch adds
+        recorder.launches.clear()
+        model(torch.ones(2, 8)).sum().backward()
+        assert recorder.launches == ["masked_pack_"] * 2 + ["prepare_pack", "masked_pack_"], times
     recorder.launches.clear()
-    model(torch.ones(2, 8)).sum().backward()
     optimizer.step()
-    assert recorder.launches == ["masked_pack_"] * 4 + ["prepare_step", "masked_adamw_"]
+    assert recorder.launches == ["prepare_step", "masked_adamw_"]
+
+
+def calls_of(run):
+    """How many Python functions are called."""
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+@COMPILED
+def test_the_python_of_a_backward_hook():
+    """Counted, not timed: calls of Python functions per parameter, of which 400 are packed at a time."""
+    model = nn.ParameterList(nn.Parameter(torch.ones(8, 16)) for _ in range(400))
+    optimizer = ls.MaskedAdamW(model, ls.Ticket.random(model, density=0.3), gradients="packed")
+    for _ in range(2):
+        first, further = (sum((2.0 * p).sum() for p in model) for _ in range(2))
+        assert calls_of(first.backward) < 48 * 400
+        assert calls_of(further.backward) < 48 * 400
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 @COMPILED
@@ -132,24 +164,14 @@ def test_the_python_of_a_step_does_not_grow_with_the_tensors(monkeypatch, max_no
     try:
         model = Wide()
         optimizer = ls.MaskedAdamW(model, ls.Ticket.random(model, density=0.3), max_grad_norm=max_norm)
-        calls = 0
-
-        def count(frame, event, argument):
-            nonlocal calls
-            calls += event == "call"
-
         for number in range(3):
             give_gradients(model, number)
             looks.clear()
-            calls = 0
-            sys.setprofile(count)
-            optimizer.step()
-            sys.setprofile(None)
+            calls = calls_of(optimizer.step)
             assert sorted(set(looks)) == ([] if number else ["_check_gradients", "_check_state", "table_facts"])
             assert len(looks) == len(set(looks))
         assert calls < 147
     finally:
-        sys.setprofile(None)
         with_backend(None)
 
 

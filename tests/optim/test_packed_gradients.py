@@ -10,6 +10,7 @@ from helpers.bits import DTYPES, same_bits
 from helpers.gradients import has_dense_gradient
 from helpers.tied_model import TiedModel
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import ltp_sparse as ls
@@ -189,7 +190,7 @@ def test_micro_batches_accumulate_until_a_step_consumes_them(zero_grad):
 
 
 def test_gradients_are_freed_as_backward_makes_them():
-    """At most one dense gradient lives at a time, and none of the embedding's size at all."""
+    """No parameter shows a dense one, and none of the embedding's size is made at all."""
     _, (packed, optimizer) = pair()
     alive, seen = [], []
     for name, param in packed.named_parameters():
@@ -207,6 +208,105 @@ def test_gradients_are_freed_as_backward_makes_them():
     held = [p for group in optimizer.param_groups[:1] for p in group["params"]]
     assert [p.grad is not None for p in held].count(False) == 2, "the unused layer's weight and bias have none"
     assert all(p.grad.dtype == p.dtype and p.grad.shape == p.shape for p in held if p.grad is not None)
+
+
+def test_dense_gradients_that_wait_are_bounded():
+    """Small ones wait for each other, up to 256 KiB; none does after backward, nor of what a larger tensor holds."""
+    model = nn.ParameterList(nn.Parameter(torch.ones(64, 64)) for _ in range(60))  # 16 KiB each
+    optimizer = MaskedAdamW(model, Ticket.random(model, density=0.3), gradients="packed")
+    alive, most = [], 0
+
+    def look(param):
+        nonlocal most
+        most = max(most, sum(reference() is not None for reference in alive))
+
+    for param in model:
+        param.register_hook(lambda grad: alive.append(StorageWeakReference(grad)))
+        param.register_post_accumulate_grad_hook(look)
+    for _ in range(2):
+        sum((p * p).sum() for p in model).backward()
+    assert 8 <= most <= 17
+    assert not any(reference() for reference in alive)
+    optimizer.step()
+
+
+class StorageWeakReference:
+    """Of the memory of a gradient, which several tensor objects may share."""
+
+    def __init__(self, tensor):
+        self.reference = StorageWeakRef(tensor.untyped_storage())
+
+    def __call__(self):
+        return None if self.reference.expired() else self
+
+
+@pytest.mark.parametrize("cleared", [False, True])
+def test_a_backward_that_fails_loses_and_leaves_nothing(cleared):
+    """What it has made is seen like any gradient; after zero_grad, only what the next backward makes."""
+    (dense, first), (packed, second) = pair()
+    for model, optimizer in ((dense, first), (packed, second)):
+
+        def fail(grad):
+            raise RuntimeError("out of memory")
+
+        handle = model.layers[0].weight.register_hook(fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            backward(model, 0)
+        handle.remove()
+        if cleared:
+            optimizer.zero_grad()
+            model.layers[1].requires_grad_(False)
+            backward(model, 1)
+            model.layers[1].requires_grad_(True)
+            assert model.layers[1].weight.grad is None
+        optimizer.step()
+    assert_same_model(dense, packed)
+
+
+def test_gradients_are_read_inside_backward_and_added_with_retain_graph():
+    (dense, first), (packed, second) = pair()
+    seen = {}
+    for model in (dense, packed):
+        for name, param in model.named_parameters():
+            param.register_post_accumulate_grad_hook(
+                lambda p, name=name, model=model: seen.setdefault((model is packed, name), []).append(p.grad.sum())
+            )
+        tokens, labels = batch(0)
+        loss = nn.functional.cross_entropy(model(tokens), labels)
+        loss.backward(retain_graph=True)
+        loss.backward()
+    masks = Ticket.random(dense, density=0.3, seed=1)
+    assert {name for is_packed, name in seen if is_packed} == {name for is_packed, name in seen if not is_packed}
+    for name, _ in packed.named_parameters():
+        if (True, name) in seen and not name.startswith("head"):
+            once, twice = seen[True, name]
+            torch.testing.assert_close(twice, 2 * once, rtol=1e-5, atol=1e-7)
+            wanted = (dense.get_parameter(name).grad.to_dense() * masks.mask(name)).sum()
+            torch.testing.assert_close(twice, wanted, rtol=1e-4, atol=1e-6)
+    first.step()
+    second.step()
+    assert_same_model(dense, packed)
+
+
+def test_a_gradient_that_autograd_shares_is_not_kept():
+    """A further gradient goes to the parameter and to a function that writes into what it gets."""
+
+    class Overwrites(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad.mul_(0)
+
+    model = nn.ParameterList(nn.Parameter(torch.ones(6, 5)) for _ in range(2))
+    optimizer = MaskedAdamW(model, Ticket.full(model), gradients="packed")
+    x = torch.ones(6, 5, requires_grad=True)
+    for _ in range(2):
+        ((Overwrites.apply(x) + model[0]) * torch.arange(30.0).view(6, 5) + model[1]).sum().backward()
+    assert torch.equal(model[0].grad.dense(), 2 * torch.arange(30.0).view(6, 5))
+    optimizer.step()
 
 
 def test_tied_embedding_is_counted_once():
