@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from operator import index
 from typing import Any
 
 from torch import Tensor, distributed
@@ -157,9 +158,12 @@ class Publisher:
                 has another tensor in the place of a weight.
             RuntimeError: a weight outside the ticket has changed (seen at anchors). Nothing is published then.
         """
-        number = (-1 if self.version is None else self.version) + 1 if version is None else version
-        if any(self._together(self._follow_moves)):
+        number = (-1 if self.version is None else self.version) + 1 if version is None else int(index(version))
+        moved, numbers = zip(*self._together(lambda: (self._follow_moves(), number)), strict=True)
+        if any(moved):
             self._earlier = None
+        if len(set(numbers)) > 1:
+            raise ValueError(f"Publisher: the processes publish the versions {numbers}, expected one number for all")
         anchor = self._earlier is None or self._since + 1 >= self._anchor_every
         slots: list[Tensor] = []
 
@@ -184,6 +188,7 @@ class Publisher:
                     "one must be on exactly one process, replicas aside"
                 )
             if self._first:
+                self._check_parts(marker)
                 records.write_marker(self._store, marker)
 
         self._together(commit)
@@ -208,6 +213,16 @@ class Publisher:
             raise ValueError(
                 f"Publisher: expected a version above {newest}, the newest in the store, got {number}; a trainer that "
                 "was resumed from an older step publishes again once it is past that version"
+            )
+
+    def _check_parts(self, marker: Marker) -> None:
+        if self._team is None:
+            return
+        names = self._store.names()
+        if missing := [part.name for part in (*marker.changes, *marker.anchor) if part.name not in names]:
+            raise ValueError(
+                f"Publisher: process 0 has no {missing[0]} of another process in {self._store!r}; every process must "
+                "publish to the same store, which a folder of each machine is not"
             )
 
     def _write(self, number: int, slots: list[Tensor], anchor: bool) -> tuple[list[PartFile], list[PartFile]]:

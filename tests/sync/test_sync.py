@@ -5,6 +5,7 @@ import gc
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from helpers.bits import assert_same, bits, weights
@@ -149,6 +150,16 @@ def test_models_may_move(pair, tmp_path):
                 for parameter in moved.parameters():
                     parameter.data = parameter.data.clone()
         train(model, ticket, step)
+
+
+def test_numbers_are_integers_of_any_kind(pair, tmp_path):
+    publisher = Publisher(pair[0], None, tmp_path)
+    for number in (np.int64(0), True, torch.tensor(2)):
+        publisher.publish(number)
+    assert Follower(pair[1], tmp_path).follow().number == 2 and type(publisher.version) is int
+    for wrong in ("3", 3.0):
+        with pytest.raises(TypeError, match="integer"):
+            publisher.publish(wrong)
 
 
 def test_numbers_ascend(pair, tmp_path):
@@ -423,6 +434,7 @@ def test_fsspec(pair, tmp_path):
     assert len(memory.ls("/weights/run-1")) == 4  # ticket, changes, anchor, marker
     assert Follower(copy.deepcopy(served), FsspecStore(memory, "/weights/run-1")).follow().number == 4
     assert isinstance(open_store(f"file://{tmp_path}"), FolderStore)
+    assert open_store("~/run").folder.is_absolute()
     with pytest.raises(FileNotFoundError):
         open_store(url).read("nothing")
     open_store(url).remove("nothing")
