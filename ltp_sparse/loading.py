@@ -12,7 +12,7 @@ from ltp_sparse.deltas.delta import SparseDelta
 from ltp_sparse.deltas.lt_sft import read_lt_sft
 from ltp_sparse.deltas.shira import read_shira
 from ltp_sparse.tickets.ticket import Ticket
-from ltp_sparse.weights.files import kind_said
+from ltp_sparse.weights.file_shards import index_of, kind_said
 from ltp_sparse.weights.hub import EXPORT, HELD, download, files_in, kind_held, read_pinned
 from ltp_sparse.weights.reading import FileFormatError
 
@@ -41,9 +41,13 @@ def load(
     Raises:
         FileNotFoundError: there is no such file, folder, repository or revision.
         FileFormatError: what is there is damaged, or nothing of these.
-        ValueError: `model` is needed.
+        ValueError: `model` is needed, or `revision` is given with a file or folder.
     """
     path = Path(os.path.expanduser(source))
+    if not path.is_file():
+        path = index_of(path) or path
+    if path.exists() and revision is not None:
+        raise ValueError(f"{source}: it is here, so that the revision {revision!r} of a repository has no meaning")
     if path.is_file():
         kinds: dict[str | None, type[Ticket | SparseDelta]] = {"delta": SparseDelta}
         return kinds.get(kind_said(path), Ticket).load(path)

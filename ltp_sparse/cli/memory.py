@@ -96,8 +96,8 @@ def _print_sharded(options: argparse.Namespace, config: Any) -> None:
     print(f"{options.model} on {where}; in GB\n")
     _print_rows(rows, ("weights", "gradients", "states", "index", "held"))
     print("\nheld: between backward and step, without activations and what FSDP2 gathers of other ranks meanwhile.")
-    if ranks > 1 and any("stochastic" in name for name in rows):
-        print("stochastic: MaskedAdamW refuses 8-bit states and stochastic rounding of sharded parameters so far.")
+    if ranks > 1 and any("8bit" in name for name in rows):
+        print("8bit: MaskedAdamW takes parameters that are cut between tiles of 65,536 entries, or not at all.")
 
 
 def _print_stage(options: argparse.Namespace, config: Any) -> None:

@@ -217,6 +217,11 @@ class SparseDelta(OnHub):
         for name in union.active_names:
             indices = union.indices(name)
             halves = [delta for delta in (self, later) if name in delta.values and len(delta.values[name])]
+            if len(dtypes := {str(delta.values[name].dtype) for delta in halves}) > 1:
+                raise ValueError(
+                    f"SparseDelta.followed_by: the deltas hold {name!r} in {' and '.join(sorted(dtypes))}; make both "
+                    "from weights of one dtype"
+                )
             places = [torch.searchsorted(indices, delta.ticket.indices(name)) for delta in halves]
             values[name] = halves[0].values[name].new_zeros(len(indices))
             originals[name] = values[name].clone()
@@ -444,10 +449,13 @@ class SparseDelta(OnHub):
             )
         reshard(model)
         parameters = canonical_parameters(model)
-        mine, below = self.named_as(parameters), stack[-1].delta
+        mine, below, with_dense = self.named_as(parameters), stack[-1].delta, bool(stack[-1].dense)
         names = match_names(mine.ticket.active_names, parameters, what="SparseDelta.advance", where="the model")
         _check_shapes(mine.ticket, parameters, "the model")
-        both = below.named_as(parameters).followed_by(mine)
+        first = below.named_as(parameters)
+        if not with_dense:  # it was applied without its whole tensors
+            first = SparseDelta(first.ticket, first.values, first.originals, None, first.metadata)
+        both = first.followed_by(mine)
         wanted, now = mine.ticket.fingerprint, {name: parameters[name].detach() for name in names}
         found = whole_fingerprint({name: tensor for name, tensor in now.items() if name in wanted}, like=wanted)
         others = [name for name in found if found[name] != wanted[name]]
@@ -466,7 +474,8 @@ class SparseDelta(OnHub):
             both.apply(model)
         except BaseException:
             if not stack or stack[-1].delta not in (below, both):
-                below.apply(model)
+                with warnings.catch_warnings(action="ignore"):  # the base is that of the first time
+                    below.apply(model, strict=False, dense=with_dense)
             raise
         return both
 

@@ -14,7 +14,7 @@ from ltp_sparse.deltas.entries import Entries, entries_of, gather, gather_all
 from ltp_sparse.deltas.restoring import restoring
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.weights.digests import fingerprint
-from ltp_sparse.weights.names import canonical_buffers, canonical_parameters, parameter_order
+from ltp_sparse.weights.names import canonical_buffers, canonical_parameters, homes_of, parameter_order
 from ltp_sparse.weights.reading import closest
 from ltp_sparse.weights.sharding import is_sharded
 
@@ -110,14 +110,7 @@ class TicketSwitcher:
         self._base = gather_all({name: self._tensors[name] for name in self._union}, self._union)
         dense_names = {name for version in self._versions.values() for name in version.dense}
         self._base_dense = {name: self._tensors[name].detach().clone() for name in dense_names}
-        ids = {id(tensor): name for name, tensor in self._tensors.items()}
-        self._homes = [
-            (held, key, ids[id(tensor)])
-            for module in model.modules()
-            for held in (module._parameters, module._buffers)
-            for key, tensor in held.items()
-            if id(tensor) in ids
-        ]
+        self._homes = homes_of(model, self._tensors)
         self._places = {name: (tensor.device, tensor.dtype) for name, tensor in self._tensors.items()}
         self._pairs: OrderedDict[frozenset[str | None], _Pair] = OrderedDict()
         self._room: dict[Place, Tensor] = {}

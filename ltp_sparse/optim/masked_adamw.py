@@ -376,7 +376,7 @@ class MaskedAdamW(Optimizer):
         Raises:
             ValueError: a step would train tensors that the model, or this optimizer, no longer has.
         """
-        model = None if self._model is None else self._model()
+        model = self.model
         moved = {} if self._home is None or model is None else self._home.sharded(model, what="MaskedAdamW")
         members, settled = self._members(), self._laid_out
         if moved:
@@ -493,6 +493,11 @@ class MaskedAdamW(Optimizer):
             grads = [found[param] for param in self._members()]
             saved[_GRADIENTS] = [None if grad is None else grad.detach().clone() for grad in grads]
         return saved
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The module that it was made with; None: it was made with a mapping, or the module is gone."""
+        return None if self._model is None else self._model()
 
     def named_members(self) -> dict[str, nn.Parameter]:
         """Canonical name -> parameter, of all that it trains; one that is not in the model is called by its number."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
@@ -18,6 +19,8 @@ from ltp_sparse.recipes.jobs import Job, Outcome
 from ltp_sparse.weights.files import atomic_path
 
 _FORMS = "local:0,1 (GPUs), ray://HOST:PORT, ray:auto or slurm:partition=NAME,time=MINUTES"
+
+_GPU = re.compile(r"\d+|(GPU|MIG)-[\w./-]+")  # CUDA hides all GPUs from a name that it does not know
 
 
 class Engine(Protocol):
@@ -51,9 +54,11 @@ def engine_on(where: str, folder: Path, gpus: float | None = None) -> Engine:
         ValueError: Another form, or a package that is not installed.
     """
     name, _, rest = where.partition(":")
-    if gpus is not None and not 0 <= gpus <= 1:
-        raise ValueError(f"--gpus-per-cell must be in [0, 1], as a cell uses one GPU at most; got {gpus:g}")
-    if name == "local" and all(devices := rest.split(",")):
+    if gpus is not None and gpus != 0 and not 0.01 <= gpus <= 1:
+        raise ValueError(f"--gpus-per-cell must be 0 or in [0.01, 1], as a cell uses one GPU at most; got {gpus:g}")
+    if name == "local" and all(map(_GPU.fullmatch, devices := rest.split(","))):
+        if len(set(devices)) < len(devices):
+            raise ValueError(f"--on {where}: a GPU is named twice; --gpus-per-cell 0.5 runs two cells on each")
         return Local(devices, 1 if not gpus else int(1 / gpus))
     if name == "ray" and rest:
         return Ray(where if rest.startswith("//") else rest, gpus)

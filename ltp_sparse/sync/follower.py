@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ltp_sparse.sync import records
 from ltp_sparse.sync.base import check_base
-from ltp_sparse.sync.local import ActiveEntries, Model, have_moved, is_sharded, local_part, weights_of
+from ltp_sparse.sync.local import ActiveEntries, Homes, Model, have_moved, is_sharded, local_part, weights_of
 from ltp_sparse.sync.records import ANCHOR, CHANGES, Marker, Part, PartFile, WrongBase
 from ltp_sparse.sync.stores import Store, open_store
 from ltp_sparse.sync.version import Version
@@ -46,6 +46,7 @@ class Follower:
         self._tensors = weights_of(model, "Follower")
         if sharded := [name for name, tensor in self._tensors.items() if is_sharded(tensor)]:
             raise ValueError(f"Follower: {sharded[0]!r} is sharded; expected a whole model, or name -> whole tensor")
+        self._homes = Homes(model, self._tensors, "Follower")
         self._store = open_store(store)
         self._ticket: Ticket | None = None
         self._digest = ""  # of the ticket
@@ -63,7 +64,8 @@ class Follower:
             What changed in the model; None: there is nothing new.
 
         Raises:
-            ValueError: the model is not the published one, or was changed by others at active entries.
+            ValueError: the model is not the published one, was changed by others at active entries, or a weight was
+                replaced in it.
             FileFormatError: a version between here and the newest one is missing or damaged.
             Exception: what a store raises that cannot be reached. The model has its former bits in every case.
         """
@@ -81,6 +83,7 @@ class Follower:
         versions = records.versions(self._store.names())
         if not versions or versions[-1] == self.version:
             return None
+        self._homes.check()
         anchor, chain = self._way(versions)
         newest = [*([anchor] if anchor else []), *chain][-1]
         if self._digest != newest.ticket or have_moved(self._tensors, self._active.parts.values()):

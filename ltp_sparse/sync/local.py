@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Size, Tensor, nn
-from torch.optim import Optimizer
 
 from ltp_sparse.deltas.entries import entries_of
 from ltp_sparse.deltas.restoring import HeldEntries, restoring
 from ltp_sparse.optim.masked_adamw import MaskedAdamW
 from ltp_sparse.tickets.index_set import IndexSet
-from ltp_sparse.weights.names import Named, canonical_parameters, canonical_tensors
+from ltp_sparse.weights.names import Named, canonical_parameters, canonical_tensors, homes_of
 from ltp_sparse.weights.tensors import check_plain_tensor
 from ltp_sparse.weights.versions import open_weights
 
@@ -34,10 +33,15 @@ class Local(NamedTuple):
         return self.start + self.tensor.numel()
 
 
-def weights_of(source: Model | Optimizer, what: str) -> Named[Any]:
-    """Canonical name -> weight of a model, or of what an optimizer trains."""
-    if isinstance(source, MaskedAdamW):
-        return canonical_tensors(source.named_members())
+def model_of(source: Any) -> Any:
+    """The model of an optimizer; without one, what it trains. Anything else as it is."""
+    if not isinstance(source, MaskedAdamW):
+        return source
+    return source.named_members() if source.model is None else source.model
+
+
+def weights_of(source: Model, what: str) -> Named[Any]:
+    """Canonical name -> weight of a model."""
     if isinstance(source, nn.Module):
         weights, parameters = open_weights(source), canonical_parameters(source)
         return Named({name: parameters[name] for name in weights}, weights.aliases)
@@ -48,6 +52,29 @@ def weights_of(source: Model | Optimizer, what: str) -> Named[Any]:
 
 def is_sharded(tensor: Any) -> bool:
     return hasattr(tensor, "device_mesh")
+
+
+class Homes:
+    """Where a model keeps its weights, to see that it still does. FSDP2 itself replaces sharded ones: not of those.
+
+    Args:
+        model: the model.
+        weights: of it, as `weights_of` gives them.
+        what: "Publisher" or "Follower".
+    """
+
+    def __init__(self, model: Model, weights: Mapping[str, Any], what: str) -> None:
+        plain = {name: tensor for name, tensor in weights.items() if not is_sharded(tensor)}
+        self._what, self._places = what, [(*home, plain[home[2]]) for home in homes_of(model, plain)]
+
+    def check(self) -> None:
+        """Raises a ValueError if the model has another tensor in the place of one of the weights."""
+        for held, key, name, tensor in self._places:
+            if held.get(key) is not tensor:
+                raise ValueError(
+                    f"{self._what}: {name!r} has been replaced in the model since the {self._what} was made, as "
+                    "load_state_dict(assign=True) does; make a new one"
+                )
 
 
 def have_moved(weights: Mapping[str, Any], parts: Iterable[Local]) -> bool:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from operator import index
 from typing import Any
 
 from torch import Tensor, distributed
-from torch.optim import Optimizer
 
+from ltp_sparse.optim.masked_adamw import MaskedAdamW
 from ltp_sparse.selection.team import Team
 from ltp_sparse.sync import records
 from ltp_sparse.sync.base import described, inactive_digests
-from ltp_sparse.sync.local import ActiveEntries, Local, Model, have_moved, is_sharded, local_part, weights_of
+from ltp_sparse.sync.local import (
+    ActiveEntries,
+    Homes,
+    Local,
+    Model,
+    have_moved,
+    is_sharded,
+    local_part,
+    model_of,
+    weights_of,
+)
 from ltp_sparse.sync.records import ANCHOR, CHANGES, Group, Marker, PartFile, Range
 from ltp_sparse.sync.stores import Store, open_store
 from ltp_sparse.sync.version import Version
@@ -58,7 +69,7 @@ class Publisher:
 
     def __init__(
         self,
-        model: Model | Optimizer,
+        model: Model | MaskedAdamW,
         ticket: Ticket | None,
         store: Store | str | os.PathLike[str],
         *,
@@ -69,17 +80,18 @@ class Publisher:
         for what, value in (("anchor_every", anchor_every), ("keep", keep)):
             if value < 1:
                 raise ValueError(f"Publisher: {what} must be at least 1, got {value}")
-        weights = weights_of(model, "Publisher")
+        source = model_of(model)
+        weights = weights_of(source, "Publisher")
         self._team = Team(group, "Publisher", "") if any(map(is_sharded, weights.values())) else None
         ticket = Ticket.full(weights) if ticket is None else ticket.named_as(weights)
         if self._team is None:
             match_names(ticket.active_names, weights, what="Publisher", where="the model")
-        if isinstance(model, Optimizer):
-            _check_trained(weights, ticket)
+        if isinstance(model, MaskedAdamW):
+            _check_trained(model.named_members(), ticket)
         self._store, self._ticket, self._digest = open_store(store), ticket, ticket.digest()
         self._names = ticket.active_names
         self._anchor_every, self._keep = anchor_every, keep
-        self._weights = weights
+        self._weights, self._homes = weights, Homes(source, weights, "Publisher")
         self._locate()
         self._inactive = inactive_digests(self._parts, ticket)
         self._since = 0  # versions since the last anchor
@@ -102,6 +114,7 @@ class Publisher:
 
     def _follow_moves(self) -> bool:
         """Finds the weights again if they have moved; true if so."""
+        self._homes.check()
         if moved := have_moved(self._weights, self._parts):
             self._locate()
         return moved
@@ -141,12 +154,16 @@ class Publisher:
             What changed; of a sharded model, on this process.
 
         Raises:
-            ValueError: the number is not above the last one, or another publisher has written to the store.
+            ValueError: the number is not above the last one, another publisher has written to the store, or the model
+                has another tensor in the place of a weight.
             RuntimeError: a weight outside the ticket has changed (seen at anchors). Nothing is published then.
         """
-        number = (-1 if self.version is None else self.version) + 1 if version is None else version
-        if any(self._together(self._follow_moves)):
+        number = (-1 if self.version is None else self.version) + 1 if version is None else int(index(version))
+        moved, numbers = zip(*self._together(lambda: (self._follow_moves(), number)), strict=True)
+        if any(moved):
             self._earlier = None
+        if len(set(numbers)) > 1:
+            raise ValueError(f"Publisher: the processes publish the versions {numbers}, expected one number for all")
         anchor = self._earlier is None or self._since + 1 >= self._anchor_every
         slots: list[Tensor] = []
 
@@ -171,6 +188,7 @@ class Publisher:
                     "one must be on exactly one process, replicas aside"
                 )
             if self._first:
+                self._check_parts(marker)
                 records.write_marker(self._store, marker)
 
         self._together(commit)
@@ -195,6 +213,16 @@ class Publisher:
             raise ValueError(
                 f"Publisher: expected a version above {newest}, the newest in the store, got {number}; a trainer that "
                 "was resumed from an older step publishes again once it is past that version"
+            )
+
+    def _check_parts(self, marker: Marker) -> None:
+        if self._team is None:
+            return
+        names = self._store.names()
+        if missing := [part.name for part in (*marker.changes, *marker.anchor) if part.name not in names]:
+            raise ValueError(
+                f"Publisher: process 0 has no {missing[0]} of another process in {self._store!r}; every process must "
+                "publish to the same store, which a folder of each machine is not"
             )
 
     def _write(self, number: int, slots: list[Tensor], anchor: bool) -> tuple[list[PartFile], list[PartFile]]:
@@ -230,7 +258,7 @@ def _active(parts: list[Local], ticket: Ticket) -> ActiveEntries:
     return ActiveEntries([local for local in held if local.name in sets], sets)
 
 
-def _check_trained(weights: dict[str, Any], ticket: Ticket) -> None:
+def _check_trained(weights: Mapping[str, Any], ticket: Ticket) -> None:
     outside = [name for name in weights if name not in ticket.sets or not ticket.sets[name].k]
     if outside:
         raise ValueError(

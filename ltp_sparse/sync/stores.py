@@ -102,7 +102,7 @@ def open_store(store: Store | str | os.PathLike[str]) -> Store:
         protocols = [filesystem.protocol] if isinstance(filesystem.protocol, str) else filesystem.protocol
         return FolderStore(folder) if "file" in protocols else FsspecStore(filesystem, folder)
     if isinstance(store, str | os.PathLike):
-        return FolderStore(store)
+        return FolderStore(os.path.expanduser(store))
     if isinstance(store, Store):
         return store
     raise TypeError(f"expected a folder, a URL or a store with names, read, write and remove, got {store!r}")

@@ -212,7 +212,7 @@ def _bytes_of(size: int | str) -> int:
 def _threads(tasks: int) -> ThreadPoolExecutor:
     import torch
 
-    return ThreadPoolExecutor(min(tasks, torch.get_num_threads()))
+    return ThreadPoolExecutor(min(max(tasks, 1), torch.get_num_threads()))
 
 
 def _remove_shards(target: Path, kept: Collection[str]) -> None:

@@ -80,7 +80,8 @@ def kind_held(names: Iterable[str], where: str | os.PathLike[str]) -> str:
         FileFormatError: it is none of these kinds, or several.
     """
     names = set(names)
-    kinds = [kind for kind, files in HELD.items() if names.issuperset(files)]
+    whole = names | {name.removesuffix(".index.json") for name in names}  # shards are known by their index
+    kinds = [kind for kind, files in HELD.items() if whole.issuperset(files)]
     if len(kinds) == 1:
         return kinds[0]
     known = ", ".join(f"{kind} ({' and '.join(files)})" for kind, files in HELD.items())
@@ -218,12 +219,8 @@ class OnHub:
         (file,) = HELD[self._kind]
         with tempfile.TemporaryDirectory() as folder:
             self.save(Path(folder, file))
-            return upload(
-                name,
-                {file: Path(folder, file), "README.md": card.encode()},
-                message=f"A {self._kind}",
-                private=private,
-            )
+            written = {path.name: path for path in Path(folder).iterdir()}  # one file, or shards and their index
+            return upload(name, {**written, "README.md": card.encode()}, message=f"A {self._kind}", private=private)
 
     @classmethod
     def from_hub(cls, address: str, *, revision: str | None = None) -> Self:

@@ -223,6 +223,21 @@ def canonical_buffers(model: nn.Module) -> Named[Tensor]:
     return canonical_group(members, _bare_names_in(model))
 
 
+def homes_of(
+    model: nn.Module | Mapping[str, Any], tensors: Mapping[str, Any]
+) -> list[tuple[Mapping[str, Any], str, str]]:
+    """Where a model keeps tensors, as (mapping, key in it, name of the tensor); a tied one has several places."""
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    places = [held for module in modules for held in (module._parameters, module._buffers)]
+    return [
+        (held, key, names[id(tensor)])
+        for held in ([model] if isinstance(model, Mapping) else places)
+        for key, tensor in held.items()
+        if id(tensor) in names
+    ]
+
+
 def is_floating(tensor: Any) -> bool:
     """Whether a tensor holds floating-point or complex numbers. Objects without a dtype, as shapes, count as such."""
     dtype = getattr(tensor, "dtype", None)

@@ -102,3 +102,37 @@ def test_what_does_not_follow_is_refused_and_changes_nothing(chain, monkeypatch)
     assert [entry.delta for entry in applied_deltas(model)] == [first]
     second.advance(model)
     assert_same(weights(model), weights(models[2]))
+
+
+def test_whole_tensors_that_were_left_out_stay_out(chain, monkeypatch):
+    models, (first, second, _) = chain
+    first.dense = {"head.weight": torch.ones(3)}  # of another model
+    model = copy.deepcopy(models[0])
+    first.apply(model, dense=False)
+
+    apply = ls.SparseDelta.apply
+
+    def interrupted(self, model, **options):
+        if self is not first:
+            raise KeyboardInterrupt
+        apply(self, model, **options)
+
+    monkeypatch.setattr(ls.SparseDelta, "apply", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        second.advance(model)
+    monkeypatch.undo()
+    assert [entry.delta for entry in applied_deltas(model)] == [first]
+    latest = second.advance(model)
+    assert_same(weights(model), weights(models[2]))
+    assert not latest.dense
+    latest.revert(model)
+    assert_same(weights(model), weights(models[0]))
+
+
+def test_deltas_of_two_dtypes_do_not_follow(chain):
+    models, (first, _, _) = chain
+    base = copy.deepcopy(models[0]).float()
+    ticket = ls.Ticket.random(base, density=0.3, seed=8)
+    later = ls.SparseDelta.between(base, {n: p + 1 for n, p in base.named_parameters()}, ticket)
+    with pytest.raises(ValueError, match=r"'0.bias' in torch.bfloat16 and torch.float32"):
+        first.followed_by(later)

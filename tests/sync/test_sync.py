@@ -5,6 +5,7 @@ import gc
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from helpers.bits import assert_same, bits, weights
@@ -151,6 +152,16 @@ def test_models_may_move(pair, tmp_path):
         train(model, ticket, step)
 
 
+def test_numbers_are_integers_of_any_kind(pair, tmp_path):
+    publisher = Publisher(pair[0], None, tmp_path)
+    for number in (np.int64(0), True, torch.tensor(2)):
+        publisher.publish(number)
+    assert Follower(pair[1], tmp_path).follow().number == 2 and type(publisher.version) is int
+    for wrong in ("3", 3.0):
+        with pytest.raises(TypeError, match="integer"):
+            publisher.publish(wrong)
+
+
 def test_numbers_ascend(pair, tmp_path):
     publisher = Publisher(pair[0], None, tmp_path)
     publisher.publish(10)
@@ -227,6 +238,35 @@ def test_what_an_optimizer_trains_is_published(pair, tmp_path):
     publisher.publish()
     Follower(served, tmp_path).follow()
     assert_same(weights(served), weights(model))
+
+
+def test_an_optimizer_stands_for_all_of_its_model(pair, tmp_path):
+    model, served = pair
+    ticket = ls.Ticket.random(model, density=0.2, seed=1, pool="layers")
+    publisher = Publisher(ls.MaskedAdamW(model, ticket, lr=0.01), ticket, tmp_path, anchor_every=1)
+    publisher.publish()
+    with torch.no_grad():
+        served.embed.weight[0, 0] += 1  # in no tensor that the optimizer trains
+        model.norm.bias[0] += 1
+    with pytest.raises(ValueError, match=r"'embed.weight' differs"):
+        Follower(served, tmp_path).follow()
+    with pytest.raises(RuntimeError, match=r"'norm.bias' outside the ticket"):
+        publisher.publish()
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["module", "mapping"])
+def test_weights_that_were_replaced_are_refused(pair, tmp_path, named):
+    sides = [dict(side.named_parameters()) if named else side for side in pair]
+    publisher, follower = Publisher(sides[0], None, tmp_path), Follower(sides[1], tmp_path)
+    publisher.publish(), follower.follow()
+    train(pair[0], ls.Ticket.full(pair[0]), 0)
+    publisher.publish()
+    for side, model in zip(sides, pair, strict=True):
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        side.update(state) if named else side.load_state_dict(state, assign=True)
+    for act in (publisher.publish, follower.follow):
+        with pytest.raises(ValueError, match="has been replaced in the model since"):
+            act()
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
@@ -394,6 +434,7 @@ def test_fsspec(pair, tmp_path):
     assert len(memory.ls("/weights/run-1")) == 4  # ticket, changes, anchor, marker
     assert Follower(copy.deepcopy(served), FsspecStore(memory, "/weights/run-1")).follow().number == 4
     assert isinstance(open_store(f"file://{tmp_path}"), FolderStore)
+    assert open_store("~/run").folder.is_absolute()
     with pytest.raises(FileNotFoundError):
         open_store(url).read("nothing")
     open_store(url).remove("nothing")

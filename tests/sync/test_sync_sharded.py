@@ -109,6 +109,12 @@ def versions(rank, mesh, folder, kind):
     assert publisher.publish().number == 6
     distributed.barrier()
 
+    with pytest.raises(ValueError, match="expected one number for all"):
+        publisher.publish(7 + rank)
+    with pytest.raises(ValueError, match=r"process 0 has no v000000000000-anchor-1.safetensors of another process"):
+        Publisher(model, ticket, f"{folder}/{kind}-of-{rank}").publish()
+    distributed.barrier()
+
     # one process goes on where three have ended
     if rank == 0:
         plain = copy.deepcopy(served)

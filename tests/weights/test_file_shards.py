@@ -144,6 +144,11 @@ def spoiled(folder: Path, how: str) -> None:
         del described[files.KEY]["checksum"]
         described[files.KEY]["checksum"] = files.checksum_of(described)
         index.write_text(json.dumps(described))
+    elif how == "empty":
+        described["weight_map"], described[files.KEY]["shards"] = {}, {}
+        del described[files.KEY]["checksum"]
+        described[files.KEY]["checksum"] = files.checksum_of(described)
+        index.write_text(json.dumps(described))
     else:
         described["weight_map"].popitem()
         index.write_text(json.dumps(described))
@@ -157,6 +162,7 @@ def spoiled(folder: Path, how: str) -> None:
         ("swapped", "of another save"),
         ("of another save", "of another save"),
         ("outside", "outside the folder"),
+        ("empty", "its content is not that of a ticket"),
         ("index", "does not match its content"),
     ],
 )

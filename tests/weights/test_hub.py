@@ -1,5 +1,7 @@
 """Tickets and deltas on the Hub, against a stand-in of its HTTP surface."""
 
+from functools import partialmethod
+
 import pytest
 import torch
 from helpers.hub_stand_in import here
@@ -72,6 +74,28 @@ def test_a_delta_gives_the_tuned_bits_on_another_machine(hub, delta, model):
     assert all(torch.equal(p, tuned[name]) for name, p in model.named_parameters())
     found.revert(model)
     assert all(torch.equal(p, wanted[name]) for name, p in model.named_parameters())
+
+
+def test_shards_load_and_travel_as_one_file_does(hub, ticket, delta, tmp_path, monkeypatch):
+    for held, name in ((ticket, "ticket.safetensors"), (delta, "delta.safetensors")):
+        monkeypatch.setattr(type(held), "save", partialmethod(type(held).save, max_shard_size=1))
+        held.save(tmp_path / name / name)
+        held.push_to_hub(f"owner/{name}")
+        index = tmp_path / name / f"{name}.index.json"
+        for place in (tmp_path / name / name, index, tmp_path / name, f"owner/{name}"):
+            found = ls.load(place)
+            assert type(found) is type(held) and getattr(found, "ticket", found) == ticket
+        (tmp_path / name / name).write_bytes(b"an older save")
+        with pytest.raises(ls.FileFormatError, match="lies beside it"):
+            ls.load(tmp_path / name / name)
+
+
+def test_a_revision_of_what_is_here_is_refused(ticket, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ticket.save(tmp_path / "owner" / "en" / "ticket.safetensors")
+    assert ls.load("owner/en") == ticket
+    with pytest.raises(ValueError, match="the revision 'v1' of a repository has no meaning"):
+        ls.load("owner/en", revision="v1")
 
 
 def test_revisions(hub, model, ticket):
