@@ -469,6 +469,10 @@ class SparseDelta(OnHub):
                     f"SparseDelta.advance: {name!r} is not the tensor that this delta was made from; apply the deltas "
                     "of a chain in their order, each once"
                 )
+        if lower := [n for n in names if n not in first.values and any(n in each.displaced for each in stack[:-1])]:
+            # of these only the later delta says what it was made from, which has the lower deltas of the stack
+            digests = {**both.ticket.fingerprint, **base_fingerprint(model, lower, parameters, like=wanted)}
+            both.ticket = Ticket(both.ticket.sets, both.ticket.shapes, both.ticket.metadata, digests)
         try:
             below.revert(model)
             both.apply(model)

@@ -136,3 +136,22 @@ def test_deltas_of_two_dtypes_do_not_follow(chain):
     later = ls.SparseDelta.between(base, {n: p + 1 for n, p in base.named_parameters()}, ticket)
     with pytest.raises(ValueError, match=r"'0.bias' in torch.bfloat16 and torch.float32"):
         first.followed_by(later)
+
+
+def test_a_chain_goes_on_above_another_delta(chain):
+    models, deltas = chain
+    model = copy.deepcopy(models[0])
+    ticket = ls.Ticket.random(model, density=0.2, seed=9, pool="1")  # where the first of the chain has no entries
+    lower = ls.SparseDelta.between(model, {n: p + 1 for n, p in model.named_parameters()}, ticket)
+    lower.apply(model)
+    below = weights(model)
+    deltas[0].apply(model)
+    wanted, later = copy.deepcopy(model), ls.Ticket.random(model, density=0.3, seed=8, pool="1")
+    with torch.no_grad():
+        wanted[1].weight += later.mask("1.weight")
+    latest = ls.SparseDelta.between(copy.deepcopy(model), wanted, later).advance(model)
+    assert_same(weights(model), weights(wanted))
+    latest.revert(model)
+    assert_same(weights(model), below)
+    lower.revert(model)
+    assert_same(weights(model), weights(models[0]))
