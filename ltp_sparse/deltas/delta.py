@@ -631,7 +631,7 @@ def _flipped_zeros(base: Readable, after: Readable, index_set: IndexSet) -> int:
         cut = Cut.of(sharded, "SparseDelta.between")
         own, _ = own_entries(index_set, cut)
         found = _flipped_zeros(own_block(base, cut), own_block(after, cut), own)
-        count = torch.tensor([found], device=local(sharded).device)
+        count = torch.tensor([found], dtype=torch.int64, device=local(sharded).device)
         return int(sum_over(spread(sharded), count))
     found = 0
     for start in range(0, index_set.n, _PIECE):

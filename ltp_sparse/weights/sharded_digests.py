@@ -60,7 +60,7 @@ def _pieces(tensor: Tensor, cut: Cut) -> Iterator[Tensor]:
 def _piece(tensor: Tensor, cut: Cut, tile: int) -> Tensor:
     """The entries of a tile, from all ranks."""
     start, stop, held = tile * TILE, min((tile + 1) * TILE, tensor.numel()), local(tensor).detach()
-    inside, places = cut.find(torch.arange(start, stop, device=held.device))
+    inside, places = cut.find(torch.arange(start, stop, dtype=torch.int64, device=held.device))
     piece = torch.zeros(stop - start, dtype=tensor.dtype, device=held.device)
     piece[inside] = held.reshape(-1)[places]
     sum_over(spread(tensor), piece.view(torch.uint8))  # of each entry one rank has the bits, the others have zeros
