@@ -296,7 +296,9 @@ class PackedGradients:
             self._let_go(number)
             share.pack_(grad, accumulate=False)
         self._show(number)
-        if not self._ending and (self._small.waits or self._ddp is not None):
+        if torch._C._current_graph_task_id() < 0:  # the hook was called by hand, after a backward
+            self._small.pack_()
+        elif not self._ending and (self._small.waits or self._ddp is not None):
             self._ending = True
             Variable._execution_engine.queue_callback(self._end_backward)
 
