@@ -19,6 +19,7 @@ import pytest
 from helpers import fake_slurm
 
 from ltp_sparse.cli import main
+from ltp_sparse.methods import METHODS as REGISTERED
 from ltp_sparse.recipes import load_recipe, results
 from ltp_sparse.recipes.cache import Cache
 from ltp_sparse.recipes.engines import Here, Local, Slurm, engine_on
@@ -46,6 +47,16 @@ cells:
   - {{label: raises, method: told, options: {{act: raise, folder: {folder}}}}}
   - {{label: kills, method: told, options: {{act: driver, folder: {folder}}}}}
 """
+
+
+@pytest.fixture(autouse=True)
+def _no_method_stays():
+    """Methods of plugins that ran in this process are not those of later tests."""
+    before = dict(REGISTERED)
+    yield
+    REGISTERED.clear()
+    REGISTERED.update(before)
+
 
 METHODS = """
 import os, platform, time
