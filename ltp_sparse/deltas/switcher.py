@@ -56,7 +56,8 @@ class TicketSwitcher:
     The model then holds the bits that `SparseDelta.apply` gives on the base. A switch reads and writes the entries of
     the old and the new delta together, in one launch per device and dtype, and nothing is added to a forward pass.
     The base is hashed once, when the switcher is made. Use one switcher for a model, and call it between requests: the
-    weights change under a forward pass that runs meanwhile.
+    weights change under a forward pass that runs meanwhile. A switch overwrites what others have written to the entries
+    of its deltas since the last one, such as a training step, and does not notice it.
 
     Kept are the values of every delta on the device of the model, the base values of all their entries, a buffer of the
     largest switch, and for the latest pairs of deltas an index. It is made in the first switch between the two, which

@@ -87,17 +87,7 @@ def test_what_does_not_follow_is_refused_and_changes_nothing(chain, monkeypatch)
     with pytest.raises(ValueError, match="'1.weight' is not the tensor"):
         second.advance(other)
 
-    apply = ls.SparseDelta.apply
-
-    def interrupted(self, model, **options):
-        if self is not first:
-            raise KeyboardInterrupt
-        apply(self, model, **options)
-
-    monkeypatch.setattr(ls.SparseDelta, "apply", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        second.advance(model)
-    monkeypatch.undo()
+    interrupt_advance(first, second, model, monkeypatch)
     assert_same(weights(model), weights(models[1]))
     assert [entry.delta for entry in applied_deltas(model)] == [first]
     second.advance(model)
@@ -110,17 +100,7 @@ def test_whole_tensors_that_were_left_out_stay_out(chain, monkeypatch):
     model = copy.deepcopy(models[0])
     first.apply(model, dense=False)
 
-    apply = ls.SparseDelta.apply
-
-    def interrupted(self, model, **options):
-        if self is not first:
-            raise KeyboardInterrupt
-        apply(self, model, **options)
-
-    monkeypatch.setattr(ls.SparseDelta, "apply", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        second.advance(model)
-    monkeypatch.undo()
+    interrupt_advance(first, second, model, monkeypatch)
     assert [entry.delta for entry in applied_deltas(model)] == [first]
     latest = second.advance(model)
     assert_same(weights(model), weights(models[2]))
@@ -155,3 +135,18 @@ def test_a_chain_goes_on_above_another_delta(chain):
     assert_same(weights(model), below)
     lower.revert(model)
     assert_same(weights(model), weights(models[0]))
+
+
+def interrupt_advance(first, second, model, monkeypatch):
+    """Stops `second.advance` when it applies another delta than the first."""
+    apply = ls.SparseDelta.apply
+
+    def interrupted(self, model, **options):
+        if self is not first:
+            raise KeyboardInterrupt
+        apply(self, model, **options)
+
+    monkeypatch.setattr(ls.SparseDelta, "apply", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        second.advance(model)
+    monkeypatch.undo()
