@@ -15,6 +15,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from ltp_sparse.recipes.jobs import Job, Outcome
 from ltp_sparse.weights.files import atomic_path
 
@@ -59,6 +61,11 @@ def engine_on(where: str, folder: Path, gpus: float | None = None) -> Engine:
     if name == "local" and all(map(_GPU.fullmatch, devices := rest.split(","))):
         if len(set(devices)) < len(devices):
             raise ValueError(f"--on {where}: a GPU is named twice; --gpus-per-cell 0.5 runs two cells on each")
+        here = 0 if "CUDA_VISIBLE_DEVICES" in os.environ else torch.cuda.device_count()  # else it numbers them anew
+        if here and (beyond := [device for device in devices if device.isdigit() and int(device) >= here]):
+            raise ValueError(
+                f"--on {where}: there is no GPU {beyond[0]}, its cells would run on the CPU; got {here} GPUs"
+            )
         return Local(devices, 1 if not gpus else int(1 / gpus))
     if name == "ray" and rest:
         return Ray(where if rest.startswith("//") else rest, gpus)

@@ -434,3 +434,13 @@ def test_one_driver_writes_into_a_folder(world, tmp_path, capsys):
     with alone(tmp_path / "out"):
         assert main(["run", "evidence-generated", "--output", str(tmp_path / "out"), "--only", "seed=1"]) == 2
     assert f"another run is using {tmp_path / 'out'}" in capsys.readouterr().err
+
+
+def test_a_gpu_that_is_not_there_is_refused(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(ValueError, match="there is no GPU 7, its cells would run on the CPU; got 2 GPUs"):
+        engine_on("local:0,7", tmp_path)
+    assert engine_on("local:0,1", tmp_path).room == 2
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)  # the names only count workers
+    assert engine_on("local:0,7", tmp_path).room == 2
