@@ -91,6 +91,13 @@ class IndexSet:
         return cls(n, Encoding.FULL, torch.empty(0, dtype=torch.int32, device=device), counts, n)
 
     @classmethod
+    def empty(cls, n: int, device: torch.device | str = "cpu") -> IndexSet:
+        if n == 0:
+            return cls.full(0, device)
+        counts = torch.zeros(tiles_of(n), dtype=torch.int64, device=device)
+        return cls(n, Encoding.LIST16, torch.empty(0, dtype=torch.int16, device=device), counts, 0)
+
+    @classmethod
     def from_bitmap(cls, words: Tensor, n: int) -> IndexSet:
         """Adopts `words` (int32 [bitmap_words(n)]) without a copy; a bitmap of ones becomes FULL."""
         if words.dtype != torch.int32 or words.shape != (bitmap_words(n),):

@@ -291,10 +291,7 @@ class Ticket(OnHub):
                     f"Ticket: {name!r} has shape {list(self.shapes[name])} in one ticket and "
                     f"{list(other.shapes[name])} in the other; they belong to different models"
                 )
-        empty = {
-            name: IndexSet.from_indices(torch.empty(0, dtype=torch.int64, device="cpu"), shape.numel())
-            for name, shape in shapes.items()
-        }
+        empty = {name: IndexSet.empty(shape.numel()) for name, shape in shapes.items()}
         sets = {
             name: self.sets.get(name, empty[name]).combine(other.sets.get(name, empty[name]), operation)
             for name in shapes
@@ -438,7 +435,7 @@ def unpack_sets(
         elif encoding == "bitmap":
             sets[name] = IndexSet.from_bitmap(tensors[f"{name}.bitmap"], n)
         elif encoding == "list16" and k == 0:
-            sets[name] = IndexSet.from_indices(torch.empty(0, dtype=torch.int64, device="cpu"), n)
+            sets[name] = IndexSet.empty(n)
         elif encoding == "list16":
             sets[name] = IndexSet.from_list16(
                 tensors[f"{name}.list16"].view(torch.int16), tensors[f"{name}.tile_counts"].to(torch.int64), n

@@ -49,7 +49,7 @@ cells:
 """
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")  # before the grid of the module, which runs in this process
 def _no_method_stays():
     """Methods of plugins that ran in this process are not those of later tests."""
     before = dict(REGISTERED)

@@ -46,11 +46,12 @@ bool Races::over(const Knowledge& known, const Access& a, u64 place) const {
 
 std::optional<Race> Races::race(const Access& a, const Access& own, const Instruction& in, const Block& b,
                                 const Thread& t, u64 place, bool shared, bool equal) const {
+    // first of all: accesses of earlier launches are ordered, and the instructions they name are another kernel's
+    if (ordered(a, b, t, place)) return {};
     const Instruction& other = k_.code[a.instruction];
     const bool same_block = a.block == own.block;
     // two strong accesses of a scope that holds both threads may be at a place at the same time
     if (other.strong && in.strong && (same_block || (other.wide && in.wide))) return {};
-    if (ordered(a, b, t, place)) return {};
     std::ostringstream with;
     with << (shared ? "shared" : "global") << " memory at " << std::hex << place << std::dec << ", against thread "
          << a.thread << (same_block ? " of the same block" : " of another block") << ", line " << other.line << ": "
