@@ -21,7 +21,7 @@ namespace {
 
 constexpr int64_t kPackedPiece = 192;  // active entries, at most
 constexpr int64_t kListPiece = 16;
-constexpr int64_t kListAhead = 32;  // entries between a piece and the one that is prefetched meanwhile
+constexpr int64_t kListAhead = 64;  // entries between a piece and the one that is prefetched meanwhile
 
 // A bitmap with at least this many entries per active one is sparse. It is turned into a list, so that cache lines
 // without active entries are not read. For denser bitmaps, reading all lines costs less than skipping some.
@@ -198,6 +198,7 @@ class Walk {
     static void for_each_listed_piece_of(const AdamWTile& tile, const uint16_t* positions, Body body) {
         Buffers buffers;
         int64_t rank = 0;
+        fetch_listed<ACCESS>(tile, positions, kListAhead < tile.active ? kListAhead : tile.active);
         // the compiler knows the size of every piece except the last
         for (; rank + SIZE <= tile.active; rank += SIZE) {
             listed_piece<ACCESS>(tile, positions, rank, std::integral_constant<int64_t, SIZE>(), buffers, body);
@@ -205,21 +206,26 @@ class Walk {
         if (rank < tile.active) listed_piece<ACCESS>(tile, positions, rank, tile.active - rank, buffers, body);
     }
 
+    // Entries of a list are far apart in memory, and a gather alone keeps too few loads in flight. They are asked for
+    // early and into the second cache, which waits for more of them at a time than the first.
+    template <Access ACCESS>
+    LTP_INLINE static void fetch_listed(const AdamWTile& tile, const uint16_t* positions, int64_t count) {
+        const bool touches_params =
+            ACCESS == Access::kUpdate || (ACCESS == Access::kReadBoth && tile.master == nullptr);
+        for (int64_t i = 0; i < count; ++i) {
+            if (touches_params) __builtin_prefetch(params_of(tile) + positions[i], 0, 1);
+            if (!PACKED) __builtin_prefetch(grads_of(tile) + positions[i], 0, 1);
+        }
+    }
+
     // Count: int64_t, or a std::integral_constant of it.
     template <Access ACCESS, class Count, class Body>
     LTP_INLINE static void listed_piece(const AdamWTile& tile, const uint16_t* positions, int64_t rank, Count count,
                                         Buffers& buffers, Body body) {
         Param* const params = params_of(tile);
-        const bool touches_params =
-            ACCESS == Access::kUpdate || (ACCESS == Access::kReadBoth && tile.master == nullptr);
         const uint16_t* const piece = positions + rank;
-        // Prefetches the lines of a later piece, since a gather alone keeps too few loads in flight. The hint "not
-        // needed again" stops the processor from fetching neighbouring lines, which often have no active entry.
         const int64_t left = tile.active - rank - kListAhead, fetched = left < count ? left : int64_t(count);
-        for (int64_t i = kListAhead; i < kListAhead + fetched; ++i) {
-            if (touches_params) __builtin_prefetch(params + piece[i], 0, 0);
-            if (!PACKED) __builtin_prefetch(grads_of(tile) + piece[i], 0, 0);
-        }
+        fetch_listed<ACCESS>(tile, piece + kListAhead, fetched);
         float* values = values_of<ACCESS>(tile, rank, buffers, [&] {
             for (int64_t i = 0; i < count; ++i) buffers.values[i] = to_float32(params[piece[i]]);
         });

@@ -48,11 +48,11 @@ class EntryCopy {
 
     template <Copy HOW>
     void move_listed(const uint16_t* positions) const {
+        // Entries of a list are far apart in memory. The second cache holds more loads in flight than the first.
+        const auto fetch = [&](int64_t i) { __builtin_prefetch(items_ + positions[i], 0, 1); };
+        for (int64_t i = 0; i < std::min(kListAhead, tile_.active); ++i) fetch(i);
         for (int64_t i = 0; i < tile_.active; ++i) {
-            // entries of a list are far apart in memory: prefetching keeps many loads in flight
-            if (i + kListAhead < tile_.active) {
-                __builtin_prefetch(items_ + positions[i + kListAhead], HOW != Copy::kGather, 0);
-            }
+            if (i + kListAhead < tile_.active) fetch(i + kListAhead);
             move_item<HOW>(items_[positions[i]], slots_[i]);
         }
     }
