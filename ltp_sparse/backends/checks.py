@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Any, NoReturn
 
@@ -29,6 +29,7 @@ from ltp_sparse.backends.arguments import (
     Scatter,
     Swap,
     Tensors,
+    Tiles,
     Update,
     fields_of,
     tensors_of,
@@ -333,7 +334,7 @@ def _check_gradients(op: str, norm: Norm, facts: TableFacts) -> None:
             f"got parameters of {_names(params.dtypes)} and gradients of {_names(grads.dtypes)}; make a call per dtype"
         )
     sizes = {"params": len(params), "k": facts.k}
-    _check_tensors(op, norm, ("coefficients", "master", "anchor"), sizes, device)
+    _check_tensors(op, norm, _added(Norm, Tiles), sizes, device)
 
 
 def _check_extents(op: str, what: str, sizes: Sequence[int], facts: TableFacts, absent: bool = False) -> None:
@@ -350,7 +351,7 @@ def _check_extents(op: str, what: str, sizes: Sequence[int], facts: TableFacts, 
 def _check_state(op: str, update: Update, facts: TableFacts) -> None:
     """Checks what only an update has: its moments, and that the tensors it writes share no memory."""
     sizes, coded = {"k": facts.k, "blocks": facts.blocks}, update.scales is not None
-    _check_tensors(op, update, ("exp_avg", "exp_avg_sq", "scales", "clip"), sizes, update.tiles.device, coded)
+    _check_tensors(op, update, _added(Update, Norm), sizes, update.tiles.device, coded)
     if update.stochastic and (update.master is not None or not update.params.dtypes <= {torch.bfloat16}):
         raise ValueError(
             f"{op}: stochastic rounding is for bfloat16 parameters without a master; "
@@ -400,6 +401,13 @@ def check_copy(op: str, copy: Gather | Scatter | Swap) -> TableFacts:
     if not isinstance(copy, Gather):
         _check_apart(op, tensors, {"slots": copy.slots})
     return facts
+
+
+@cache
+def _added(record: type, base: type) -> list[str]:
+    """The arguments that are one tensor each and that a record class adds to those of its base."""
+    fields = fields_of(record).items()
+    return [n for n, f in fields if f.kind is Tensor and not f.spec.internal and n not in fields_of(base)]
 
 
 def _check_tensors(

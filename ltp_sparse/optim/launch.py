@@ -21,11 +21,14 @@ from ltp_sparse.backends.reference import adamw_update, prepare_step
 from ltp_sparse.deltas.entries import gather
 from ltp_sparse.optim.packed_gradients import PackedGradients
 from ltp_sparse.tickets.index_set import IndexSet
-from ltp_sparse.tickets.tile_table import Column, TileTable, state_blocks
+from ltp_sparse.tickets.tile_table import STATE_BLOCK, Column, TileTable, state_blocks
 from ltp_sparse.weights.sharding import is_sharded, local, own_gradient, spread
 from ltp_sparse.weights.tensors import check_plain_tensor
 
 _version = operator.attrgetter("_version")
+
+PACKED = ("exp_avg", "exp_avg_sq", "scales", "master", "anchor")
+"""The packed buffers of a `Launch`, by the names that checkpoints and the fields of `Update` have for them."""
 
 PIECE = 1 << 24
 """Slots whose pull values are on a GPU at a time if they are kept on the host: 64 MiB."""
@@ -54,6 +57,11 @@ class Precision:
         if dtype == torch.float32:
             return False
         return self.rounding == "nearest" if self.master is None else self.master
+
+    def bytes_per_entry(self, dtype: torch.dtype) -> float:
+        """Packed state of an active entry of a parameter of this dtype, without its pull."""
+        moments = 8.0 if self.states == "float32" else 2.0 + 8 / STATE_BLOCK
+        return moments + 4 * self.keeps_master(dtype)
 
     def is_stochastic(self, dtype: torch.dtype) -> bool:
         if self.rounding == "stochastic" and dtype == torch.float16:
@@ -252,15 +260,12 @@ class Launch:
         return self.updates
 
     def _update_of(self, piece: Piece, backend: Backend) -> Update:
-        slots, anchor = piece.slots, self.anchor
-        if anchor is not None:
-            anchor = anchor[slots] if self.room is None else self.room[: slots.stop - slots.start]
+        slots, packed = piece.slots, self._packed(piece.slots, piece.blocks)
+        if self.room is not None:
+            packed["anchor"] = self.room[: slots.stop - slots.start]
         fields = ops.norm_fields(
             "masked_adamw_", self.seen, self.seen_grads if self.packed is None else self.packed.buffer[slots],
-            piece.table.with_ranks() if backend.needs_ranks else piece.table, self.coefficients, anchor,
-            None if self.master is None else self.master[slots],
-            exp_avg=self.exp_avg[slots], exp_avg_sq=self.exp_avg_sq[slots],
-            scales=None if self.scales is None else self.scales[piece.blocks],
+            piece.table.with_ranks() if backend.needs_ranks else piece.table, self.coefficients, **packed,
         )  # fmt: skip
         whole = self.packed is None or len(self.pieces) == 1  # else its packed gradients start somewhere else
         prepared = self.prepared if backend.needs_prepared and whole else None
@@ -268,26 +273,23 @@ class Launch:
 
     def state(self, position: int) -> dict[str, Tensor]:
         """The state of one parameter, as views of the packed buffers."""
-        slots = self.slots[position]
-        state = {"step": self.steps[position], "exp_avg": self.exp_avg[slots], "exp_avg_sq": self.exp_avg_sq[slots]}
-        if self.scales is not None:
-            state["scales"] = self.scales[self.blocks[position]]
-        if self.master is not None:
-            state["master"] = self.master[slots]
-        if self.anchor is not None:
-            state["anchor"] = self.anchor[slots]
-        return state
+        packed = self._packed(self.slots[position], self.blocks[position])
+        return {"step": self.steps[position], **{key: part for key, part in packed.items() if part is not None}}
+
+    def _packed(self, slots: slice, blocks: slice) -> dict[str, Tensor | None]:
+        """Name -> view of these slots, or state blocks, of each packed buffer; None for an absent one."""
+        parts = {key: blocks if key == "scales" else slots for key in PACKED}
+        buffers = {key: getattr(self, key) for key in PACKED}
+        return {key: None if buffer is None else buffer[parts[key]] for key, buffer in buffers.items()}
 
     def check(self, position: int, saved: Mapping[str, Any], name: str, group: Mapping[str, Any]) -> None:
         """Raises ValueError, naming key and parameter, unless `load` can take the state. group: its hyperparameters."""
         if not isinstance(saved, Mapping):
             raise ValueError(f"MaskedAdamW: the state of {name!r} must be a mapping, got {type(saved).__name__}")
         k, blocks = self.table.counts[position], self.blocks[position]
-        packed = dict.fromkeys(("exp_avg", "exp_avg_sq", "master", "anchor"), (k,))
-        shapes = {"step": (), "scales": (blocks.stop - blocks.start, 2), **packed}
+        shapes = {"step": (), **dict.fromkeys(PACKED, (k,)), "scales": (blocks.stop - blocks.start, 2)}
         coded = "scales" in saved or getattr(saved.get("exp_avg"), "dtype", None) == torch.int8
-        floats: tuple[torch.dtype, ...] = (torch.float32,)
-        dtypes = dict.fromkeys(("exp_avg", "exp_avg_sq", "master", "anchor"), floats)
+        dtypes: dict[str, tuple[torch.dtype, ...]] = dict.fromkeys(PACKED, (torch.float32,))
         dtypes["scales"] = (torch.float32, torch.bfloat16)
         if coded:
             dtypes |= {"exp_avg": (torch.int8,), "exp_avg_sq": (torch.uint8,)}
@@ -535,8 +537,8 @@ class Launch:
     def tensors(self) -> list[Tensor]:
         """All that the device holds on top of weights and gradients, but for a few numbers per parameter and tile."""
         table = self.table
-        optional = (self.scales, self.master, self.anchor if self.room is None else self.room)
-        state = [self.exp_avg, self.exp_avg_sq, *(tensor for tensor in optional if tensor is not None)]
+        buffers = (self.room if key == "anchor" and self.room is not None else getattr(self, key) for key in PACKED)
+        state = [buffer for buffer in buffers if buffer is not None]
         if self.packed is not None:
             state += self.packed.index_tensors()
         return [*state, table.tiles, table.words, table.ranks, table.positions]

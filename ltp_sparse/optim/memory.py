@@ -25,7 +25,7 @@ from ltp_sparse.optim.members import active_names, dense_parameters, ticket_for
 from ltp_sparse.optim.packed_gradients import check_unpacked
 from ltp_sparse.tickets.bits import TILE
 from ltp_sparse.tickets.ticket import Ticket
-from ltp_sparse.tickets.tile_table import STATE_BLOCK, Column
+from ltp_sparse.tickets.tile_table import Column
 from ltp_sparse.weights.names import canonical_parameters
 
 _TILE_BYTES = 8 * len(Column)
@@ -116,8 +116,7 @@ def memory_report(
     trained = {name: k for name, k in trained.items() if k}
     packed = {name for name in trained if gradients == "packed" and id(named[name]) not in full}
 
-    moments = 8.0 if states == "float32" else 2.0 + 8 / STATE_BLOCK
-    state = sum(k * (moments + 4 * precision.keeps_master(named[name].dtype)) for name, k in trained.items())
+    state = sum(k * precision.bytes_per_entry(named[name].dtype) for name, k in trained.items())
     if pull_on is not None:
         entries = sum(trained.values())
         state += 4 * (entries if pull_on == "device" else min(entries, PIECE))
