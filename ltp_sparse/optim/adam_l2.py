@@ -15,8 +15,13 @@ class AdamL2(torch.optim.Adam):
     """`torch.optim.Adam` that clips the norm of all gradients before the step.
 
     Args:
-        parameters: canonical name -> parameter; biases and LayerNorms take no L2
-        l2: factor of the weights that is added to their gradients
+        parameters: canonical name -> parameter; biases and LayerNorms have no L2 term.
+        l2: l2 * weight is added to the gradient.
+        max_grad_norm: the largest norm of all gradients, with that term left out; None: they are not clipped.
+        options: as for `torch.optim.Adam`.
+
+    Attributes:
+        grad_norm: 0-dim tensor, the latest norm before clipping.
     """
 
     def __init__(

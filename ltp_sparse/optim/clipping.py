@@ -1,4 +1,4 @@
-"""The norm of the gradients of a step, over all launches, and what clips them to it."""
+"""The norm of the gradients over all launches of a step, and the factor that clips them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from ltp_sparse.weights.sharding import sum_over
 
 
 class ClippedNorm:
-    """Measures the norm of what some launches update.
+    """Measures the norm of the gradients of some launches.
 
-    clips: 0-dim float64 on each device, what scales its gradients
+    Attributes:
+        clips: device -> 0-dim float64, the factor for the gradients on it.
     """
 
     def __init__(self, launches: list[Launch]) -> None:
@@ -25,7 +26,7 @@ class ClippedNorm:
         self._arrived: Tensor | None = None
 
     def measure(self, max_norm: float) -> Tensor:
-        """Writes the clips for a norm of at most `max_norm`; returns the norm before, 0-dim float64."""
+        """Writes the factors that clip to a norm of `max_norm`; returns the norm before clipping, 0-dim float64."""
         backends = {launch.backend.name: launch.backend for launch in self._launches}
         spread = any(launch.spread for launch in self._launches)
         if len(self.clips) > 1 or len(backends) > 1 or not self._tiles or spread:
@@ -50,7 +51,7 @@ class ClippedNorm:
         return _empty(device, self._tiles * backend.sums_per_tile + groups), self._arrived
 
     def _measure_apart(self, max_norm: float) -> Tensor:
-        """On several devices, by several backends, or over several ranks, which each have a part of the sum."""
+        """Measures with one sum per launch: for several devices, several backends, or parameters sharded over ranks."""
         sums = []
         for launch in self._launches:
             own = torch.stack([ops.run("masked_sum_squares", *run).sum() for run in launch.runs()]).sum()

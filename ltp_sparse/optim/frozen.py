@@ -1,4 +1,4 @@
-"""Proof of freeze: a digest of everything that a ticket leaves alone, before and after training.
+"""Proof that training left all entries outside a ticket as they were: their digests, before and after.
 
 before = ls.frozen_digests(model, ticket)
 ...                                          # train
@@ -27,12 +27,15 @@ def frozen_digests(
 ) -> dict[str, str]:
     """Canonical name -> digest of a parameter's shape, dtype and the bits of its inactive entries.
 
-    Args:
-        dense: a module, parameters or parameter groups that train in full; they are left out, as are parameters without
-            an inactive entry
+    It works on pieces of some MiB, on all threads of torch, and makes no copy of the model; parameters on a GPU are
+    copied to the host piece by piece. Buffers are not included. For a sharded model, the digests are those of this
+    rank's shards.
 
-    Works through pieces of some MiB on all threads of torch, so it takes no copy of the model. Parameters on a GPU are
-    copied piece by piece. Buffers are not compared. Of a sharded model the digests are those of this rank's part.
+    Args:
+        model: the model that is trained.
+        ticket: the active entries.
+        dense: a module, parameters or parameter groups that train in full. They are left out, and so are parameters
+            without an inactive entry.
 
     Raises:
         ValueError: the ticket is not of this model.
@@ -72,6 +75,10 @@ def verify_frozen(
 ) -> None:
     """Compares the current `frozen_digests` with earlier ones.
 
+    Args:
+        before: the result of `frozen_digests` before training.
+        model, ticket, dense: as in that call.
+
     Raises:
         RuntimeError: the inactive entries of a parameter have changed; the message names the first.
         ValueError: the model has other parameters than before.
@@ -79,8 +86,8 @@ def verify_frozen(
     after = _digests(model, ticket, dense, like=before)
     if other := before.keys() ^ after.keys():
         raise ValueError(
-            f"verify_frozen: expected the same parameters, {min(other)!r} is new or gone ({len(other)} in all); "
-            "give the same model, ticket and dense"
+            f"verify_frozen: expected the same parameters as before, but {min(other)!r} was added or removed "
+            f"({len(other)} in all); pass the same model, ticket and dense"
         )
     if changed := [name for name, found in after.items() if found != before[name]]:
         raise RuntimeError(

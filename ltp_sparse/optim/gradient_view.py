@@ -1,7 +1,7 @@
-"""What a parameter whose gradient is packed shows as its `.grad`: the packed gradient, in the parameter's shape.
+"""The `.grad` of a parameter whose gradient is packed: a view of the packed gradient in the parameter's shape.
 
-Frameworks reach the model, not the optimizer: they clip, log and check `p.grad` of `model.parameters()`. Through this
-view they read and change what the next step will use.
+Frameworks clip, log and check `p.grad` for `model.parameters()` and know nothing of our optimizer. Through this view
+they read and change the values that the next step uses.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _REDUCTIONS = ("sum", "mean", "max", "min", "amax", "amin", "any", "all", "linal
 
 
 class Source(Protocol):
-    """Where the packed gradient of one parameter lives."""
+    """The owner of the packed gradient of one parameter."""
 
     index_set: IndexSet
 
     def values(self) -> Tensor:
-        """float32 [k], the gradient as it is now; writes to it count."""
+        """float32 [k], the gradient itself, not a copy."""
         ...
 
     def pack_(self, grad: Tensor, *, accumulate: bool) -> None:
@@ -40,11 +40,11 @@ class Source(Protocol):
 
 
 class PackedTensor(Tensor):
-    """A tensor that is held for k of its n entries, all others being one value.
+    """A tensor that stores k of its n entries; all others have one common value.
 
-    Element-wise operations and reductions work on the k values. Every other operation reads a dense copy, made for it
-    alone; of what it writes into a view of a packed gradient, the active entries are taken over. An operation that
-    would give a dense alias, to which writes would be lost, is refused.
+    Element-wise operations and reductions work on the k values. Any other operation gets a temporary dense copy; if it
+    writes into a view of a packed gradient, the active entries of the result are kept. Operations that return an alias
+    of their input are refused, since writes to a dense alias would be lost.
     """
 
     index_set: IndexSet
@@ -63,7 +63,7 @@ class PackedTensor(Tensor):
         return self.packed_values
 
     def dense(self) -> Tensor:
-        """An ordinary tensor of the same entries."""
+        """An ordinary tensor with the same values."""
         out = torch.empty(self.index_set.n, dtype=self.dtype, device=self.device).copy_(self.fill.expand(self.numel()))
         scatter_(out, self.index_set, self.values_now().to(self.dtype))
         return out.view(self.shape)
@@ -87,7 +87,7 @@ class PackedTensor(Tensor):
 
     @data.setter
     def data(self, values: Tensor) -> None:
-        """Takes the values over; torch's own setter would change this object alone."""
+        """Copies the values; torch's own setter would change this object but not the packed gradient."""
         with torch.no_grad():
             self.copy_(values)
 
@@ -105,7 +105,7 @@ class PackedTensor(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         if func is aten.add_.Tensor and isinstance(args[0], PackedTensor) and args[0]._accumulates(args[1], kwargs):
-            return args[0]  # first, as every further backward does this for every parameter
+            return args[0]  # checked first, since each further backward does this for every parameter
         name = func._schema.name.removeprefix("aten::")
         self = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, PackedTensor))
         if func in _ITSELF:
@@ -115,7 +115,7 @@ class PackedTensor(Tensor):
             return self._again(func(other, *args[1:], **kwargs).shape)
         if name.startswith("_foreach_"):
             return _one_by_one(name.removeprefix("_foreach_"), args, kwargs)
-        if name.startswith("_amp_foreach_"):  # as a GradScaler unscales
+        if name.startswith("_amp_foreach_"):  # a GradScaler unscales
             for grad in args[0]:
                 func([_values_of(grad)], *args[1:], **kwargs)
             return None
@@ -144,7 +144,7 @@ class PackedTensor(Tensor):
         return PackedTensor(self.index_set, values, fill, self.shape)
 
     def _reduced(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
-        """Over all entries; None where only a part of the dimensions is reduced."""
+        """The reduction over all entries; None if only some dimensions are reduced."""
         options = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
         if options.get("dim") or options.get("dim") == 0 or options.get("keepdim"):
             return None
@@ -175,7 +175,7 @@ class PackedTensor(Tensor):
 
 
 class GradientView(PackedTensor):
-    """The `.grad` of a parameter whose gradient is packed; entries that are not active are zero, and stay so."""
+    """The `.grad` of a parameter whose gradient is packed. Its inactive entries are always zero."""
 
     source: Source
 
@@ -199,7 +199,7 @@ class GradientView(PackedTensor):
         return GradientView(self.source, shape, self.dtype, self.device)
 
     def _accumulates(self, grad: Any, kwargs: dict[str, Any]) -> bool:
-        """Whether it took what autograd adds: a further gradient."""
+        """Adds a further gradient of autograd to the packed one; False if this one cannot be added."""
         if not isinstance(grad, Tensor) or isinstance(grad, PackedTensor) or grad.shape != self.shape or kwargs:
             return False
         if grad.dtype != self.dtype:
@@ -227,7 +227,7 @@ def _is_elementwise(func: Any, name: str) -> bool:
 
 
 def _have_one_index_set(args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether all tensors have the same active entries or are scalars, on one device."""
+    """Whether all tensors are scalars or have the same active entries, and stay on one device."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     packed = [tensor for tensor in tensors if isinstance(tensor, PackedTensor)]
     first = packed[0]
@@ -241,7 +241,7 @@ def _have_one_index_set(args: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _one_by_one(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
-    """`torch._foreach_<name>` as a loop, so that at most one dense copy is there at a time."""
+    """`torch._foreach_<name>` as a loop, so that there is at most one dense copy at a time."""
     of = aten.linalg_vector_norm if name == "norm" else getattr(aten, name)
     first, *rest = args
     made = [
@@ -252,14 +252,14 @@ def _one_by_one(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _densely(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Runs an operation on dense copies, and takes over what it wrote."""
+    """Runs an operation on dense copies and keeps the active entries of those that it wrote."""
     schema = func._schema
     aliases = any(made.alias_info is not None and not made.alias_info.is_write for made in schema.returns)
     if func.namespace not in ("aten", "prims") or aliases:
         raise RuntimeError(
-            f"{schema.name} would not reach the packed gradient that this .grad stands for; read a copy, "
-            "`p.grad.clone()` or `p.grad.dense()`, change it by p.grad.copy_(...) or p.grad.mul_(...), and average "
-            "packed gradients over ranks by the optimizer's average_gradients()"
+            f"{schema.name} would not change the packed gradient behind this .grad; read a copy, `p.grad.clone()` or "
+            "`p.grad.dense()`, change it by p.grad.copy_(...) or p.grad.mul_(...), and average packed gradients over "
+            "ranks by the optimizer's average_gradients()"
         )
     copies: dict[int, tuple[PackedTensor, Tensor]] = {}
 

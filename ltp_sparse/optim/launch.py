@@ -1,4 +1,4 @@
-"""What one launch of `masked_adamw_` updates: parameters of one device and dtype, and their packed state."""
+"""`Launch`: the parameters that one launch of `masked_adamw_` updates, and their packed state."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ PACKED = ("exp_avg", "exp_avg_sq", "scales", "master", "anchor")
 """The packed buffers of a `Launch`, by the names that checkpoints and the fields of `Update` have for them."""
 
 PIECE = 1 << 24
-"""Slots whose pull values are on a GPU at a time if they are kept on the host: 64 MiB."""
+"""Slots of an anchor kept on the host that are copied to a GPU at a time: 64 MiB."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """How parameters are rounded and moments are stored; see `MaskedAdamW`."""
+    """How parameters are rounded and moments are stored; the options of `MaskedAdamW`."""
 
     states: str = "float32"
     master: bool | None = None
@@ -59,7 +59,7 @@ class Precision:
         return self.rounding == "nearest" if self.master is None else self.master
 
     def bytes_per_entry(self, dtype: torch.dtype) -> float:
-        """Packed state of an active entry of a parameter of this dtype, without its pull."""
+        """Bytes of packed state per active entry of a parameter of this dtype, without the anchor."""
         moments = 8.0 if self.states == "float32" else 2.0 + 8 / STATE_BLOCK
         return moments + 4 * self.keeps_master(dtype)
 
@@ -73,10 +73,10 @@ class Precision:
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive tiles of a launch, with the slots and the blocks of 8-bit moments that are theirs.
+    """Consecutive tiles of a launch, with their slots and state blocks.
 
     Attributes:
-        table: these tiles alone, over all parameters of the launch; slots and blocks count from the first of the piece
+        table: these tiles alone, over all parameters of the launch. Slots and blocks count from the first of the piece.
     """
 
     table: TileTable
@@ -86,26 +86,37 @@ class Piece:
 
 _MOST_STEPS = 2**53
 _UNDERFLOW = 1e-15
-"""Of a first moment whose second one may have become 0 in float32."""
+"""First moments up to this size can have a second moment that is 0 in float32."""
 
 
 class Launch:
     """The parameters of one device, dtype and sharding, in the order of the parameter groups.
 
-    Of sharded parameters it is this rank's tensors that are updated; P and K count what they hold.
+    For sharded parameters, this rank's shards are updated, and P and K count these.
 
-    spread:       over which dimensions of which mesh their entries are spread, as `weights.sharding.spread` says
-    table:        their active entries
-    exp_avg:      [K], first moments in slot order: float32, or int8 codes; exp_avg_sq: the second ones, or uint8 codes
-    scales:       float32 [B, 2], of the 8-bit moments, or None
-    master:       float32 [K], the exact values of the active entries, or None
-    anchor:       float32 [K], initial values for the pull, or None; on the device, or pinned on the host
-    room:         float32 [at most PIECE], where pieces of an anchor on the host come to lie on the device, or None
-    steps:        float64 [P], updates each parameter has taken
-    hyper:        float64 [G, 7], the hyperparameters of every parameter group; group: int64 [P], that of each parameter
-    coefficients: float64 [P, 11], those of the step being taken
-    backend:      what serves the step, decided by `look`
-    clip:         0-dim float64, what scales the gradients of the step being taken, or None; where `ClippedNorm` puts it
+    Args:
+        params: the P parameters.
+        numbers: a number per parameter, which distinguishes it in random bits.
+        group: the parameter group of each parameter.
+        sets: the active entries of each parameter, K together.
+        groups: the number G of parameter groups.
+        precision: how moments are stored and parameters are rounded.
+        origins: see `Tensors.origins`; for parameters whose random bits depend on the entry of the whole.
+
+    Attributes:
+        spread: the mesh and its dimensions over which the parameters are sharded, as `weights.sharding.spread` returns.
+        table: the active entries.
+        exp_avg: [K], first moments in slot order, float32 or int8 codes.
+        exp_avg_sq: [K], second moments, float32 or uint8 codes.
+        scales: float32 [B, 2], scales of the 8-bit moments, or None.
+        master: float32 [K], the exact values of the active entries, or None.
+        anchor: float32 [K], initial values for the pull, or None; on the device, or pinned on the host.
+        room: float32 [at most PIECE], the buffer on the device for pieces of an anchor on the host, or None.
+        steps: float64 [P], updates that each parameter has taken.
+        hyper: float64 [G, 7], the hyperparameters of every parameter group.
+        coefficients: float64 [P, 11], those of the present step.
+        backend: the backend of the present step, chosen by `look`.
+        clip: 0-dim float64, the factor for the gradients of the present step, which `ClippedNorm` writes, or None.
     """
 
     backend: Backend
@@ -122,8 +133,6 @@ class Launch:
         precision: Precision,
         origins: tuple[int, ...] = (),
     ) -> None:
-        """numbers: tell the parameters apart in random bits; group: the parameter group of each; origins: see
-        `Tensors.origins`, for parameters whose random bits go by the entry of the whole."""
         self.params, self.sets = params, sets
         self.spread = spread(params[0])
         self._sharded = any(map(is_sharded, params))
@@ -160,7 +169,7 @@ class Launch:
         self.blocks = [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
 
     def _held(self) -> list[Any]:
-        """The tensors whose memory is updated."""
+        """The parameters, or this rank's shards of them."""
         return [local(param) for param in self.params] if self._sharded else self.params
 
     def _zero_moments(self, coded: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -181,7 +190,7 @@ class Launch:
         return list(map(own_gradient, self.params)) if self._sharded else [param.grad for param in self.params]
 
     def _of_wholes(self) -> TileTable:
-        """The table, with the tiles where they are in the whole parameters if random bits go by these."""
+        """The table. If random bits depend on entries of whole parameters, its tiles are numbered by these."""
         if not self.origins:
             return self.table
         tiles = self.table.tiles.clone()
@@ -192,7 +201,7 @@ class Launch:
         return replace(self.table, tiles=tiles, sizes=sizes)
 
     def keep_anchor(self, place: str) -> None:
-        """Keeps the values as they are now for the pull, on the "device" or on the "host"."""
+        """Keeps the present values as the anchor of the pull, on the "device" or on the "host"."""
         if place == "device" or _is_host(self.device) or not self.table.k:
             self.anchor = self.values()
             return
@@ -205,10 +214,10 @@ class Launch:
         self.room = torch.empty(largest, dtype=torch.float32, device=self.device)
 
     def look(self) -> bool:
-        """Takes note of parameters and gradients as they are now: those of the step to come.
+        """Notes the present parameters and gradients, for the next step.
 
         Returns:
-            False: all is as in the step before, but for the addresses of gradients, and known to be good.
+            Whether anything but the addresses of gradients has changed since the last step and must be checked.
         """
         params = self._held()
         grads = None if self.packed is not None else self._gradients()
@@ -225,24 +234,24 @@ class Launch:
         return False
 
     def _look_anew(self) -> None:
-        """Forgets all that `look` has taken note of."""
+        """Forgets what `look` has noted."""
         self.changed = True
         self.looks = ()
         self.seen, self.seen_grads = Tensors(), Tensors()
         self.updates = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles carry: they look anew."""
+        """The state of copies and pickles, without what `look` has noted."""
         copied = object.__new__(Launch)
         vars(copied).update(vars(self))
         copied._look_anew()
         return vars(copied)
 
     def runs(self) -> Iterator[tuple[Update, Backend]]:
-        """What is launched, one after the other, by the norm and by the update of a step, and what serves it.
+        """The launches of a step in order, for norm and update: records, each with its backend.
 
-        The copies of an anchor on the host go to the stream of the launches, so that each waits for the launch that
-        reads the one before.
+        Pieces of an anchor on the host are copied on the stream of the launches, so that a copy waits for the launch
+        that reads the piece before.
         """
         for piece, (update, backend) in zip(self.pieces, self._updates(), strict=True):
             if self.room is not None and self.anchor is not None and update.anchor is not None:
@@ -250,7 +259,7 @@ class Launch:
             yield update, backend
 
     def clip_by(self, factor: Tensor | None) -> None:
-        """factor: 0-dim float64, where what scales the gradients of a step stands, or None."""
+        """Sets the tensor (0-dim float64) that holds the factor for the gradients of each step, or None."""
         self.clip = factor
         self._look_anew()
 
@@ -267,7 +276,8 @@ class Launch:
             "masked_adamw_", self.seen, self.seen_grads if self.packed is None else self.packed.buffer[slots],
             piece.table.with_ranks() if backend.needs_ranks else piece.table, self.coefficients, **packed,
         )  # fmt: skip
-        whole = self.packed is None or len(self.pieces) == 1  # else its packed gradients start somewhere else
+        # the addresses in `prepared` are those of the whole buffer of packed gradients
+        whole = self.packed is None or len(self.pieces) == 1
         prepared = self.prepared if backend.needs_prepared and whole else None
         return Update(**fields, stochastic=self.stochastic, prepared=prepared, clip=self.clip)
 
@@ -283,7 +293,17 @@ class Launch:
         return {key: None if buffer is None else buffer[parts[key]] for key, buffer in buffers.items()}
 
     def check(self, position: int, saved: Mapping[str, Any], name: str, group: Mapping[str, Any]) -> None:
-        """Raises ValueError, naming key and parameter, unless `load` can take the state. group: its hyperparameters."""
+        """Checks that `load` accepts a state.
+
+        Args:
+            position: of the parameter in this launch.
+            saved: its state.
+            name: of the parameter, for messages.
+            group: its hyperparameters in the saved state.
+
+        Raises:
+            ValueError: it does not; the message names key and parameter.
+        """
         if not isinstance(saved, Mapping):
             raise ValueError(f"MaskedAdamW: the state of {name!r} must be a mapping, got {type(saved).__name__}")
         k, blocks = self.table.counts[position], self.blocks[position]
@@ -330,19 +350,21 @@ class Launch:
             first, second = saved["exp_avg"].abs(), saved["exp_avg_sq"]
             if not float(saved["step"]) and bool((first + second).any()):
                 refuse("step", "is 0, but the moments are not")
-            # While beta1^2 < beta2 the second moment outlasts the first: beside zero the first is next to nothing, too.
+            # While beta1^2 < beta2 the first moment decays faster than the root of the second. So if the second is 0,
+            # the first is nearly 0, too.
             beta1, beta2 = group["betas"]
             if beta1**2 < beta2 < 1 and bool(((second == 0) & (first > _UNDERFLOW)).any()):
                 refuse("exp_avg_sq", "is 0 where 'exp_avg' is not")
 
     def check_gradient(self, position: int, grad: Tensor | None, name: str) -> None:
-        """Raises ValueError unless `put_gradient` can take the gradient."""
+        """Raises ValueError unless `put_gradient` accepts a gradient."""
         packed = self.packed is not None
         shape = (self.sets[position].k,) if packed else tuple(self.params[position].shape)
         if grad is not None and tuple(grad.shape) != shape:
             raise ValueError(
                 f"MaskedAdamW: the saved gradients were packed and those of this optimizer are dense, or the reverse "
-                f"({name!r}: expected {list(shape)}, got {list(grad.shape)}); make it with the `gradients` of that run"
+                f"({name!r}: expected {list(shape)}, got {list(grad.shape)}); make the optimizer with the `gradients=` "
+                "of that run"
             )
 
     def fresh(self, position: int) -> dict[str, Tensor]:
@@ -353,7 +375,7 @@ class Launch:
         return state
 
     def load(self, position: int, saved: Mapping[str, Tensor]) -> None:
-        """Takes the state of one parameter, saved in whatever precision of moments."""
+        """Copies a saved state of one parameter, converting its moments if they have another precision."""
         saved = dict(saved)
         if saved:
             saved |= self._converted(saved, self.active[position])
@@ -362,7 +384,7 @@ class Launch:
             own[key].copy_(torch.as_tensor(saved[key], dtype=own[key].dtype, device=own[key].device))
 
     def put_gradient(self, position: int, grad: Tensor | None) -> None:
-        """Takes what `gradient` gave."""
+        """Sets a gradient that `gradient` has returned."""
         param = self.params[position]
         if grad is None or self.packed is None:
             param.grad = None if grad is None else grad.to(param.device, copy=True)
@@ -371,13 +393,13 @@ class Launch:
             self.packed.show(position)
 
     def gradient(self, position: int) -> Tensor | None:
-        """The gradient that one parameter has accumulated, packed where gradients are."""
+        """The gradient that one parameter has accumulated, packed or dense as in this optimizer, or None."""
         if not self.present()[position]:
             return None
         return self.params[position].grad if self.packed is None else self.packed.shares[position].buffer
 
     def _converted(self, saved: Mapping[str, Tensor], active: Sequence[int]) -> dict[str, Tensor]:
-        """The moments of a saved state in this launch's precision, where they are not; older codes are converted."""
+        """The moments of a saved state that have another precision or older codes, converted to this launch's."""
         scales = saved.get("scales")
         if not active or (None if scales is None else scales.dtype) == (None if self.scales is None else torch.float32):
             return {}
@@ -389,7 +411,7 @@ class Launch:
         return dict(zip(("exp_avg", "exp_avg_sq", "scales"), quantize_tiles(*moments, active), strict=True))
 
     def stalled(self) -> int:
-        """Active entries that an update with the moments as they are would round back to what they are now."""
+        """Counts the active entries whose weight an update with the present moments would not change."""
         if self.dtype == torch.float32 or self.master is not None or self.stochastic:
             return 0
         rows = torch.empty_like(self.coefficients)
@@ -404,7 +426,7 @@ class Launch:
                 moments = state["exp_avg"], state["exp_avg_sq"]
                 decoded = dequantize_tiles(*moments, state["scales"], self.active[position])
                 state |= dict(zip(("exp_avg", "exp_avg_sq"), decoded, strict=True))
-            if c[Coefficient.STEP_SIZE] == 0:  # before a warm-up and after a decay nothing is to move
+            if c[Coefficient.STEP_SIZE] == 0:  # at a learning rate of 0 no weight is meant to change
                 continue
             flat = param.detach().reshape(-1)
             for slot, indices in index_set.to(self.device).chunks():
@@ -415,9 +437,9 @@ class Launch:
         return count
 
     def set_hyperparameters(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Copies them to the device."""
+        """Copies the hyperparameters of the parameter groups to the device."""
         if self.anchor is None and any(group["pull"] for group in groups):
-            raise ValueError("MaskedAdamW: pull must be set at construction, which keeps the values it draws to")
+            raise ValueError("MaskedAdamW: pull must be set at construction, when the initial values are kept")
         rows = []
         for group in groups:
             lr = 0.0 if isinstance(group["lr"], Tensor) else float(group["lr"])
@@ -447,7 +469,7 @@ class Launch:
         return [share.present for share in self.packed.shares]
 
     def having_gradients(self) -> Iterator[nn.Parameter]:
-        if self.packed is None:  # without a list: the first one does
+        if self.packed is None:  # lazy, since the caller stops at the first
             return (param for param in self.params if param.grad is not None)
         return itertools.compress(self.params, self.present())
 
@@ -468,7 +490,7 @@ class Launch:
     def begin_step(
         self, found_inf: Tensor | None, grad_scale: Tensor | None, pull_factor: Tensor | None, counts: bool = True
     ) -> None:
-        """Counts the step, unless it is only looked at, and computes its coefficients; all on the device."""
+        """Computes the coefficients of a step on the device and, with `counts`, counts the step."""
         if self.backend.needs_prepared and self.prepared is None:
             self.prepared = torch.empty(len(self.params), 8, dtype=torch.int64, device=self.device)
         scalars = found_inf, grad_scale, pull_factor
@@ -512,30 +534,30 @@ class Launch:
             self.packed.consume()
 
     def forget(self) -> None:
-        """Lets go of gradients that `look` has taken note of: they would live as long."""
+        """Drops the references to gradients that `look` has noted, so that they can be freed."""
         self.seen_grads.let_go()
 
     def refresh_masters(self) -> None:
-        """Takes over what others wrote into the weights since the last update (torch counts in-place edits).
+        """Updates masters of weights that other code has changed since the last update (torch counts in-place edits).
 
-        An entry whose weight is still the rounding of its master keeps the master: loading a checkpoint writes weights
-        that the loaded masters know more exactly.
+        An entry whose weight still equals its rounded master keeps the master: loading a checkpoint writes weights for
+        which the loaded masters have the exact values.
         """
         if self.master is None or (places := self._places()) == self.master_of:
             return
         for position, param in enumerate(self._held()):
             if places[position] != self.master_of[position]:
                 masters = self.master[self.slots[position]]
-                weights = gather(param, self.sets[position]).to(masters.device)  # it may have moved since
+                weights = gather(param, self.sets[position]).to(masters.device)  # they can have moved
                 masters.copy_(torch.where(masters.to(self.dtype) == weights, masters, weights.float()))
 
     def _places(self) -> list[tuple[int, int]]:
-        """Where the parameters are, and how often they were edited."""
+        """(address, count of in-place edits) of each parameter."""
         held = self._held()
         return list(zip(map(Tensor.data_ptr, held), map(_version, held), strict=True))
 
     def tensors(self) -> list[Tensor]:
-        """All that the device holds on top of weights and gradients, but for a few numbers per parameter and tile."""
+        """The tensors on the device besides weights, gradients, and a few numbers per parameter and tile."""
         table = self.table
         buffers = (self.room if key == "anchor" and self.room is not None else getattr(self, key) for key in PACKED)
         state = [buffer for buffer in buffers if buffer is not None]
@@ -545,7 +567,7 @@ class Launch:
 
 
 def pieces_of(table: TileTable, most: int) -> Iterator[Piece]:
-    """The tiles of a table in order, so many at a time that they have at most `most` slots, but at least one."""
+    """Cuts a table into pieces of consecutive tiles with at most `most` slots each, but at least one tile."""
     first_slots = table.tiles[:, Column.SLOT].cpu()
     ends = first_slots + table.tiles[:, Column.ACTIVE].cpu()
     first_blocks = table.tiles[:, Column.BLOCK].cpu()

@@ -1,4 +1,4 @@
-"""`MaskedAdamW`: AdamW over a ticket. Its state exists for the active entries only."""
+"""`MaskedAdamW`: AdamW on the active entries of a ticket, with state for these entries only."""
 
 from __future__ import annotations
 
@@ -46,64 +46,67 @@ class StalledUpdates(UserWarning):
 
 
 class NoGradients(UserWarning):
-    """A step in which nothing of the ticket has a gradient."""
+    """No entry of the ticket had a gradient in a step."""
 
 
 class MaskedAdamW(Optimizer):
     """AdamW that updates the active entries of a ticket and leaves every other entry bitwise as it is.
 
-    The moments, and nothing else of the model's size, are held: 8 bytes per active entry, plus the index. Parameters
-    may be float32, bfloat16 or float16; the arithmetic is float32, and that of torch.optim.AdamW (decoupled weight
-    decay, bias correction, one step count per parameter). A parameter whose gradient is None is skipped altogether.
-    Weight decay, too, acts on active entries only. One call of `masked_adamw_` serves all parameters of a device and
-    dtype. Works with learning-rate schedulers, `torch.amp.GradScaler`, accelerate, the Hugging Face Trainer and DDP.
-    A model may be sharded by FSDP2 or tensor parallelism, before or after the optimizer is made: each rank updates what
-    it holds (docs/sharded.md).
+    It holds the moments of the active entries (8 bytes per entry) and their index, and no tensor of the model's size.
+    Parameters can be float32, bfloat16 or float16. The arithmetic is in float32 and follows torch.optim.AdamW:
+    decoupled weight decay, bias correction, one step count per parameter. A parameter whose gradient is None is
+    skipped. Weight decay acts on active entries only. One call of `masked_adamw_` updates all parameters of a device
+    and dtype. It works with learning-rate schedulers, `torch.amp.GradScaler`, accelerate, the Hugging Face Trainer and
+    DDP. The model can be sharded by FSDP2 or tensor parallelism, before or after the optimizer is made; each rank then
+    updates the shards that it holds (docs/sharded.md).
 
     Args:
         model: a module, or a mapping from names to parameters. In a transformers Trainer:
             `optimizer_cls_and_kwargs=(MaskedAdamW, {"model": model, "ticket": ticket, "lr": 2e-5})`.
-        ticket: the active entries, by canonical name; of a sharded model the whole ticket, which is cut, or this rank's
-            part of it (`select_sharded`). Parameters of the model that are neither in it nor in `dense` are
-            left out.
+        ticket: the active entries, by canonical name. For a sharded model, either the whole ticket, which the
+            optimizer cuts, or this rank's part of it (`select_sharded`). Parameters that are neither in the ticket nor
+            in `dense` are not trained.
         lr: step size, a number or a 0-dim tensor.
         betas, eps, weight_decay, maximize: as in torch.optim.AdamW.
         dense: parameters updated in full in the same launch, such as a prompt encoder or a task head: a module,
             parameters, or parameter groups with their own options (`[{"params": head.parameters(), "lr": 1e-3}]`).
-        max_grad_norm: clips the gradient of active and dense entries to this norm inside the step. Clipping of
-            `model.parameters()` by a framework counts all that has a gradient, with dense gradients the inactive
-            entries, too: leave it off, or call `clip_grad_norm_` of the optimizer.
-        pull: adds pull * sign(param - initial) to the gradient of the ticket's entries, before norm, clip and moments:
-            the L1 term that draws them to their values at construction. Holds a float32 copy of them,
-        pull_on: on the "device" of the parameters or, with parameters on a GPU, on the "host": 4 bytes per active entry
-            less there; every step copies them over in pieces of 64 MiB, twice with `max_grad_norm`. The same bits.
+        max_grad_norm: clips the gradients of active and dense entries to this norm inside the step. A framework that
+            clips `model.parameters()` also counts the dense gradients of inactive entries: turn that off, or call
+            `clip_grad_norm_` of the optimizer.
+        pull: weight of an L1 term that pulls the ticket's entries towards their values at construction: adds
+            pull * sign(param - initial) to the gradient, before norm, clip and moments. The optimizer keeps a float32
+            copy of these values.
+        pull_on: where that copy is kept: on the "device" of the parameters, or on the "host" to save 4 bytes per active
+            entry of GPU memory. Every step then copies the values to the GPU in pieces of 64 MiB, twice with
+            `max_grad_norm`. The results have the same bits.
         freeze: turns `requires_grad` off for parameters without an active entry (see `freeze`). The constructor changes
             nothing else in the model.
-        states: "float32", or "8bit": moments in 1 byte each, with a scale per 256 active entries and moment (see
+        states: "float32", or "8bit" for moments of 1 byte each, with a scale per moment and 256 active entries (see
             `backends/quantization.py`).
-        master: keeps the exact value of every active entry of bfloat16 and float16 parameters in float32, 4 bytes each,
-            and rounds it into the weight. Default: yes, unless `rounding` is stochastic. What others write into the
-            weights is taken over at the next step, as far as torch counts it (edits through `.data` are not).
+        master: keeps a float32 value for every active entry of bfloat16 and float16 parameters (4 bytes each) and
+            rounds it into the weight. Default: True, unless `rounding` is stochastic. If other code changes the weights
+            in place, the next step starts from its values; edits through `.data`, which torch does not count, go
+            unnoticed.
         rounding: "nearest", or "stochastic" for bfloat16 parameters without a master: up or down with probabilities
             that make the mean exact, so that small updates are not lost.
-        seed: of the random bits that round weights and 8-bit moments: those of (seed, step, parameter, index) alone.
-        gradients: "dense" reads the `.grad` of the parameters. "packed" replaces the gradient of every parameter of the
-            ticket by its active entries as soon as backward has made it: 4 bytes per active entry are held, and of
-            dense gradients at most one at a time, with 256 KiB of small ones. Later micro-batches add to it, a step
-            consumes it, skipped or not, and `zero_grad` is not needed. `param.grad` is then a view of the packed
-            gradient (`GradientView`): clipping by norm or value, norm loggers and checks for NaN that reach the model
-            see the active entries, and what they change is what `step` uses. Embeddings become `sparse=True`. Make the
-            optimizer before wrapping the model in DDP, which then leaves these parameters to us. `remove()` undoes the
-            hooks.
+        seed: of the random bits that round weights and 8-bit moments. They depend on nothing but (seed, step,
+            parameter, index).
+        gradients: "dense" reads the `.grad` of the parameters. "packed" keeps only the active entries of each gradient,
+            as soon as backward has computed it: 4 bytes per active entry, and at most one dense gradient at a time
+            besides 256 KiB of small ones. Later micro-batches are added, every step consumes the gradients, even a
+            skipped one, and `zero_grad` is not needed. `param.grad` is a view of the packed gradient (`GradientView`):
+            code that clips, logs or checks the gradients of the model sees the active entries, and `step` uses what it
+            changes. Embeddings become `sparse=True`. Make the optimizer before you wrap the model in DDP, so that DDP
+            leaves these parameters out. `remove()` removes the hooks.
 
     Attributes:
-        grad_norm: 0-dim float64 tensor, the last norm over active and dense entries before clipping; None without
+        grad_norm: 0-dim float64 tensor, the latest norm of active and dense entries before clipping; None without
             `max_grad_norm`.
 
     Raises:
-        ValueError: no name of the ticket is in the model (the closest are listed), a shape differs, an option is out of
-            range, a parameter is in the ticket and in `dense`, or gradients are to be packed that another optimizer
-            packs already.
+        ValueError: no name of the ticket is in the model (the message lists the closest ones), a shape differs, an
+            option is out of range, a parameter is both in the ticket and in `dense`, or another optimizer already packs
+            the gradients.
     """
 
     # GradScaler hands us its scale and found_inf; whether a step is skipped is then decided on the device
@@ -195,7 +198,7 @@ class MaskedAdamW(Optimizer):
                     weakref.finalize(self, self._watch.remove).atexit = False
 
     def _before_forward(self, model: nn.Module, *_: object) -> None:
-        """Packs already the first gradients of parameters that were sharded since the optimizer was made."""
+        """Adopts parameters that were sharded after construction early enough to pack their first gradients."""
         if not torch.is_grad_enabled() or self._home is None or not self._home.awaits_sharded():
             return
         if not fsdp_modules(model):
@@ -233,9 +236,9 @@ class MaskedAdamW(Optimizer):
             )
 
     def _build(self) -> None:
-        """Lays parameters out, a launch per device and dtype, and carries the state over."""
+        """Groups the parameters into launches, one per device and dtype, and carries the state over."""
         for launch in self._launches:
-            launch.refresh_masters()  # those of the new launches take the weights to be theirs
+            launch.refresh_masters()  # new launches note the present version of the weights as already seen
         before = {param: dict(state) for param, state in self.state.items()}
         placed: dict[tuple[Any, ...], list[tuple[nn.Parameter, int, int]]] = {}
         self._laid_out = self._members()
@@ -276,8 +279,8 @@ class MaskedAdamW(Optimizer):
     def update_hyperparameters(self) -> None:
         """Copies the hyperparameters of `param_groups` to the devices.
 
-        `step` does so itself, except in a captured CUDA graph: call this before replaying one, so that a scheduler's
-        learning rate reaches it.
+        `step` does this itself, but the replay of a captured CUDA graph does not: call this method before the replay
+        so that the graph uses the scheduler's learning rate.
         """
         for launch in self._launches:
             launch.set_hyperparameters(self.param_groups)
@@ -289,14 +292,17 @@ class MaskedAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update. Parameters without a gradient are skipped; a found_inf of a GradScaler skips all of them.
+        """Updates the active entries. Parameters without a gradient are skipped.
+
+        If a GradScaler has found infinities, the step is skipped for all parameters.
 
         Args:
             closure: re-evaluates the model and returns the loss.
 
         Raises:
-            ValueError: a gradient is sparse or of another dtype, a parameter changed its shape or dtype, or the model
-                has other parameters than at construction, and not just those, sharded.
+            RuntimeError: `remove` was called.
+            ValueError: a gradient is sparse or of another dtype, a parameter changed its shape or dtype, or parameters
+                of the model were replaced since construction by anything other than sharding.
 
         Warns:
             NoGradients: no entry of the ticket has a gradient; once per optimizer.
@@ -341,16 +347,20 @@ class MaskedAdamW(Optimizer):
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Clips what the next `step` will use to this norm, over active and dense entries; for loops of one's own.
+        """Clips the gradients of active and dense entries to a norm, for training loops of your own.
 
-        Call it between backward and step, as `torch.nn.utils.clip_grad_norm_`, after `GradScaler.unscale_` where a
-        scaler is used. A pull counts and is scaled, too: the step is the one that `max_grad_norm=` would give.
+        Call it between backward and step, like `torch.nn.utils.clip_grad_norm_`, and after `GradScaler.unscale_` if you
+        use a scaler. The norm includes the pull, which is scaled with the gradients, so that the step has the result
+        that `max_grad_norm=` gives.
 
         Args:
-            max_norm: above 0; infinity only measures.
+            max_norm: above 0; with infinity nothing is scaled and the norm is returned.
 
         Returns:
             0-dim float64, the norm before clipping, also in `grad_norm`.
+
+        Raises:
+            ValueError: `max_norm` is not above 0.
         """
         if not max_norm > 0:
             raise ValueError(f"MaskedAdamW.clip_grad_norm_: max_norm must be above 0, got {max_norm}")
@@ -371,10 +381,10 @@ class MaskedAdamW(Optimizer):
 
     @torch.no_grad()
     def _settle_parameters(self) -> None:
-        """Takes over parameters that were sharded since the optimizer was made: `fully_shard` replaces them.
+        """Adopts the parameters by which `fully_shard` has replaced those of construction.
 
         Raises:
-            ValueError: a step would train tensors that the model, or this optimizer, no longer has.
+            ValueError: parameters were replaced in any other way, or the model was sharded after the first step.
         """
         model = self.model
         moved = {} if self._home is None or model is None else self._home.sharded(model, what="MaskedAdamW")
@@ -421,7 +431,7 @@ class MaskedAdamW(Optimizer):
         self._pack()
 
     def _check_part(self, param: nn.Parameter, part: Part, name: str) -> None:
-        """Raises ValueError where ranks could not update what they hold of a parameter each on its own."""
+        """Raises ValueError if the ranks cannot update their shards of a parameter independently."""
         if self._is_keyed(param) and part.start is None:
             raise ValueError(
                 f'MaskedAdamW: states="8bit" and rounding="stochastic" are for parameters cut by rows, {name!r} is '
@@ -434,15 +444,15 @@ class MaskedAdamW(Optimizer):
             )
 
     def _is_keyed(self, param: nn.Parameter) -> bool:
-        """Whether random bits go with the entries of a sharded parameter."""
+        """Whether a parameter is sharded and its update needs random bits, which depend on the entry of the whole."""
         return bool(spread(param)) and (self.precision.states == "8bit" or self.precision.is_stochastic(param.dtype))
 
     def _origins(self, params: Sequence[nn.Parameter]) -> tuple[int, ...]:
-        """The entry of the whole parameter that each begins with here, where random bits go by it."""
+        """The origin of each shard if random bits depend on it, else nothing."""
         return tuple(self._parts[param].start or 0 for param in params) if self._is_keyed(params[0]) else ()
 
     def _on_all_ranks(self, found_inf: Tensor) -> Tensor:
-        """A found_inf that is the same on all ranks that share parameters: what one sees, all skip."""
+        """A found_inf that is the same on all ranks which share parameters, so that all of them skip the step."""
         spreads = {launch.spread for launch in self._launches if launch.spread}
         if not spreads:
             return found_inf
@@ -472,14 +482,14 @@ class MaskedAdamW(Optimizer):
     def state_dict(self, *, include_gradients: bool = False) -> dict[str, Any]:
         """The packed state and the parameter groups, with a digest of every index set.
 
-        The moments are in slot order, which depends neither on backend, device nor encoding; those of an optimizer
-        with other `states` load as well. Index sets are not stored: the ticket that makes the optimizer brings them.
-        Of sharded parameters the state is sharded, too: torch.distributed.checkpoint saves it on n ranks and loads it
-        on m, sharded or not.
+        The moments are in slot order, which depends on neither backend, device nor encoding. An optimizer with other
+        `states` can load them, too. Index sets are not stored, because the optimizer has them from its ticket. The
+        state of sharded parameters is sharded: torch.distributed.checkpoint saves it on n ranks and loads it on m.
 
         Args:
-            include_gradients: also what micro-batches have accumulated so far (copies), to go on in the middle of an
-                accumulation; `load_state_dict` puts it back into an optimizer with the same `gradients`.
+            include_gradients: also copies the gradients that micro-batches have accumulated so far, so that training
+                can resume in the middle of an accumulation. `load_state_dict` restores them if the optimizer has the
+                same `gradients` option.
         """
         self._settle_parameters()
         saved = {**super().state_dict(), _DIGESTS: {"version": 1, "index_sets": self._digests()}}
@@ -496,11 +506,11 @@ class MaskedAdamW(Optimizer):
 
     @property
     def model(self) -> nn.Module | None:
-        """The module that it was made with; None: it was made with a mapping, or the module is gone."""
+        """The module given at construction; None if a mapping was given, or if the module no longer exists."""
         return None if self._model is None else self._model()
 
     def named_members(self) -> dict[str, nn.Parameter]:
-        """Canonical name -> parameter, of all that it trains; one that is not in the model is called by its number."""
+        """Canonical name -> parameter, for all trained parameters. One outside the model is named by its number."""
         return {self._names.get(param, f"parameter {i}"): param for i, param in enumerate(self._members())}
 
     def _members(self) -> list[nn.Parameter]:
@@ -513,18 +523,21 @@ class MaskedAdamW(Optimizer):
         return [self._parts[param].digest for param in group["params"]]
 
     def _is_of_ticket(self, param: nn.Parameter, digest: str) -> bool:
-        """Whether a digest, which may be of an earlier kind, is that of the active entries of a parameter."""
+        """Whether a digest, possibly by an earlier hash function, is that of the active entries of a parameter."""
         part = self._parts[param]
         return digest == part.digest or (not is_sharded(param) and digest == part.index_set.digest(digest))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` gave, onto any device, or `torch.distributed.checkpoint.state_dict` made of it.
+        """Loads the result of `state_dict`, also as `torch.distributed.checkpoint.state_dict` returns it.
 
-        All is checked first, and taken or left as a whole. Without any state (`"state": {}`) the optimizer starts anew.
+        Everything is checked before anything changes. With `"state": {}` the optimizer starts anew.
+
+        Args:
+            state_dict: tensors on any device.
 
         Raises:
-            ValueError: it belongs to another ticket, other parameters, or is of a newer version; something is missing
-                or impossible, such as a negative second moment. Nothing is changed then.
+            ValueError: the state belongs to another ticket, to other parameters or to a newer version, or a value is
+                missing or impossible, such as a negative second moment. Nothing has changed then.
         """
         self._settle_parameters()
         params = self._members()
@@ -549,12 +562,12 @@ class MaskedAdamW(Optimizer):
         self._pull_factor = None
 
     def _written(self) -> list[tuple[Tensor, Tensor]]:
-        """All that loading writes to, each with a copy."""
+        """The tensors that loading writes to, each with a copy."""
         tensors = [t for launch in self._launches for i in range(len(launch.params)) for t in launch.state(i).values()]
         return [(tensor, tensor.clone()) for tensor in tensors]
 
     def _checked(self, state_dict: Mapping[str, Any], params: list[nn.Parameter]) -> tuple[Any, ...]:
-        """(parameter -> its state, parameter groups, parameter -> its gradient or None), all fit to be taken."""
+        """(parameter -> state, parameter groups, parameter -> gradient or None), once everything is checked."""
         for key, kind in (("state", Mapping), ("param_groups", list)):
             if key not in state_dict:
                 raise ValueError(f"MaskedAdamW: the state has no {key!r}; expected what state_dict() gave")
@@ -621,7 +634,7 @@ class MaskedAdamW(Optimizer):
         return saved, loaded, gradients
 
     def _own_state(self, param: nn.Parameter, state: Any) -> Any:
-        """What is this rank's of the saved state of a parameter."""
+        """This rank's share of the saved state of a parameter."""
         if not spread(param) or not isinstance(state, Mapping):
             return state
         from ltp_sparse.optim.sharded_state import to_load
@@ -630,7 +643,7 @@ class MaskedAdamW(Optimizer):
         return to_load(dict(state), self._parts[param], lengths)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles carry; torch's own would leave the packed buffers behind."""
+        """The state of copies and pickles. The base class would leave the packed buffers out."""
         if self._packs:
             raise TypeError(
                 'MaskedAdamW: gradients="packed" hooks into its model and cannot be copied; make an optimizer for the '
@@ -657,7 +670,14 @@ class MaskedAdamW(Optimizer):
                 self.state[param] = launch.state(position)
 
     def average_gradients(self, group: ProcessGroup | None = None) -> None:
-        """Averages packed gradients over the ranks, for loops without DDP; call it after the last micro-batch."""
+        """Averages packed gradients over the ranks. Without DDP, call it after the last micro-batch.
+
+        Args:
+            group: the process group; None: the default one.
+
+        Raises:
+            ValueError: parameters are sharded, so that their gradients are those of all ranks already.
+        """
         if any(launch.spread for launch in self._launches):
             raise ValueError(
                 "MaskedAdamW.average_gradients: gradients of sharded parameters are those of all ranks already"
@@ -667,7 +687,7 @@ class MaskedAdamW(Optimizer):
                 launch.packed.average(group)
 
     def remove(self) -> None:
-        """Takes the hooks of packed gradients away; a further step is an error. Without such hooks it does nothing."""
+        """Removes the hooks of packed gradients; a further step is an error. Does nothing if there are none."""
         if self._watch is not None:
             self._watch.remove()
         for launch in self._launches:
@@ -676,14 +696,18 @@ class MaskedAdamW(Optimizer):
                 self._removed = True
 
     def stalled_share(self, warn_above: float = 0.5) -> float:
-        """Share of the active entries whose update, with the moments as they are, rounds to nothing.
+        """Share of the active entries whose next update rounds to nothing, assuming that the moments stay as they are.
 
-        That happens to bfloat16 and float16 weights that are rounded to nearest and have no master: their steps are
-        finer than the weights. Call it now and then, e.g. after the first hundred steps; it reads the device.
+        This affects bfloat16 and float16 weights that are rounded to nearest and have no master: an update can be
+        smaller than half the distance to the next weight. Call it occasionally, e.g. after the first hundred steps; it
+        waits for the device.
+
+        Args:
+            warn_above: the share from which on a warning is given.
 
         Warns:
             StalledUpdates: the share is above `warn_above`. The text is always the same, so that Python's default
-                filter shows it once for every place that calls.
+                filter shows it once per place that calls this method.
         """
         with torch.no_grad():  # as a decorator it would take the caller's place in the warning
             share = sum(launch.stalled() for launch in self._launches) / max(self.active_entries, 1)
@@ -698,13 +722,13 @@ class MaskedAdamW(Optimizer):
 
     @property
     def active_entries(self) -> int:
-        """Entries that train: the ticket's and the dense ones."""
+        """The number of trained entries, those of dense parameters included."""
         return sum(launch.table.k for launch in self._launches)
 
     def initial_values(self) -> dict[nn.Parameter, Tensor]:
         """Parameter -> float32 [k], the values that `pull` draws its active entries to, in slot order.
 
-        They are views of what the optimizer holds: read them, do not write them. Empty without a pull.
+        They are views of the optimizer's own tensors and must not be changed. Empty without a pull.
         """
         return {
             param: launch.anchor[slots]
@@ -714,8 +738,8 @@ class MaskedAdamW(Optimizer):
         }
 
     def state_bytes(self) -> int:
-        """Bytes held where the parameters are on top of weights and gradients: moments, masters, index, and the pull's
-        initial values, or room for a piece of them."""
+        """Bytes on the parameters' devices besides weights and gradients: moments, masters, index, and the values of a
+        pull, or the buffer for a piece of them."""
         return sum(tensor.nbytes for launch in self._launches for tensor in launch.tensors())
 
     def __repr__(self) -> str:
@@ -735,7 +759,15 @@ def _are_same(some: list[nn.Parameter], others: list[nn.Parameter]) -> bool:
 def freeze(model: nn.Module, ticket: Ticket | TicketShard, dense: nn.Module | Iterable[Any] = ()) -> None:
     """Turns `requires_grad` off for all parameters without an active entry that are not in `dense`.
 
-    Do so before wrapping the model in DDP, which decides at construction which gradients it waits for.
+    Call it before wrapping the model in DDP, which decides at construction which gradients it waits for.
+
+    Args:
+        model: the model that is trained.
+        ticket: the active entries.
+        dense: as in `MaskedAdamW`.
+
+    Raises:
+        ValueError: the model is already wrapped in DDP, or the ticket is not one of this model.
     """
     named = named_parameters(model, what="freeze")
     trained = {named[name] for name in parts_of(named, ticket, what="freeze")}
@@ -752,10 +784,10 @@ def _freeze(model: nn.Module, trained: set[nn.Parameter]) -> None:
 
 
 def _tell_accelerate(optimizer: Optimizer, found_inf: Tensor) -> None:
-    """Lets accelerate know of a step that a GradScaler skips, so that its scheduler does not move.
+    """Tells accelerate that a GradScaler skips this step, so that its scheduler does not advance.
 
-    For the time of a step accelerate puts a function of its own in the place of `step`; a call of it counts as a step
-    taken. Only then found_inf is read from the device.
+    During a step accelerate replaces `step` by a function of its own, whose call counts as a step taken. Only in this
+    case is found_inf read from the device.
     """
     patched = optimizer.__dict__.get("step")
     if patched is not None and patched.__module__ == "accelerate.optimizer" and found_inf.item():

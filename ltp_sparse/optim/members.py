@@ -1,4 +1,4 @@
-"""What trains: the parameters that a ticket names in a model, and those that train in full."""
+"""The parameters that train: those that a ticket names in a model, and those that train in full."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _IN_TRANSFORMERS = (
 
 
 def named_parameters(model: Any, *, what: str, mappings: bool = False) -> dict[str, nn.Parameter]:
-    """Canonical name -> parameter of a module or, if that will do, of a mapping."""
+    """Canonical name -> parameter, of a module or, with `mappings`, of a mapping. `what`: the caller, for messages."""
     if isinstance(model, nn.Module):
         reshard(model)
         return canonical_parameters(model)
@@ -30,7 +30,7 @@ def named_parameters(model: Any, *, what: str, mappings: bool = False) -> dict[s
         return dict(model)
     expected = "the model or a mapping from names to parameters" if mappings else "the model"
     raise TypeError(
-        f"{what}: expected {expected}, got {_described(model)}; a ticket names its parameters: give the model itself"
+        f"{what}: expected {expected}, got {_described(model)}; a ticket goes by names, so pass the model itself"
         + (", or dict(model.named_parameters()). In transformers: " + _IN_TRANSFORMERS if mappings else "")
     )
 
@@ -42,7 +42,7 @@ def _described(value: Any) -> str:
 
 
 def check_ticket(ticket: Any, *, what: str) -> None:
-    """Raises TypeError unless it is a ticket."""
+    """Raises TypeError for anything but a `Ticket`, with the way to get one."""
     if isinstance(ticket, Ticket):
         return
     if isinstance(ticket, str | PathLike):
@@ -57,7 +57,7 @@ def check_ticket(ticket: Any, *, what: str) -> None:
 
 
 def check_ordinary(param: Tensor, *, what: str, name: str = "") -> None:
-    """Raises TypeError for a tensor whose entries are not an ordinary block of memory, such as a sharded one."""
+    """Raises TypeError unless a parameter is an ordinary tensor in memory; a sharded one is not."""
     called = f"{name!r} is " if name else "got "
     if not isinstance(param, Tensor):
         raise TypeError(f"{what}: expected parameters, {called}a {type(param).__name__}")
@@ -70,7 +70,7 @@ def check_ordinary(param: Tensor, *, what: str, name: str = "") -> None:
 
 
 def check_engine(model: nn.Module, *, what: str) -> None:
-    """Raises ValueError for a model whose parameters are flattened: by FSDP1, or by DeepSpeed's ZeRO."""
+    """Raises ValueError for a model whose parameters FSDP1 or DeepSpeed's ZeRO-3 has flattened."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
         by = "FullyShardedDataParallel (FSDP1)"
@@ -79,26 +79,26 @@ def check_engine(model: nn.Module, *, what: str) -> None:
     else:
         return
     raise ValueError(
-        f"{what}: expected parameters of the ticket's shapes, those of this model are flattened by {by}; shard it by "
+        f"{what}: expected parameters of the ticket's shapes, but {by} has flattened those of this model; shard it by "
         "torch.distributed.fsdp.fully_shard (FSDP2) instead"
     )
 
 
 def check_trainable(named: Mapping[str, nn.Parameter], *, what: str, sharded: bool = False) -> None:
-    """Raises ValueError or TypeError if a parameter of the ticket could not train as it is; sharded: DTensors may."""
+    """Raises ValueError or TypeError if a parameter of the ticket cannot be trained. `sharded` allows DTensors."""
     for name, param in named.items():
         check_ordinary(local(param) if sharded else param, what=what, name=name)
         if not param.requires_grad:
             raise ValueError(
-                f"{what}: expected a gradient for each parameter of the ticket, {name!r} takes none; call its "
-                "requires_grad_(), or restrict the ticket"
+                f"{what}: expected parameters with gradients, but {name!r} of the ticket has requires_grad=False; call "
+                "its requires_grad_(), or restrict the ticket"
             )
         if not param.is_leaf:
-            raise ValueError(f"{what}: {name!r} is computed from other tensors; give the parameters it is made of")
+            raise ValueError(f"{what}: {name!r} is computed from other tensors; pass the parameters it is made of")
 
 
 def check_embeddings(model: nn.Module, named: Mapping[str, nn.Parameter], *, what: str) -> None:
-    """Raises ValueError for an embedding of the ticket whose own options would change what must not change."""
+    """Raises ValueError for an embedding of the ticket whose options need or change inactive entries."""
     names: dict[Tensor, str] = {param: name for name, param in named.items()}
     for module in model.modules():
         if not isinstance(module, nn.Embedding | nn.EmbeddingBag) or module.weight not in names:
@@ -110,13 +110,13 @@ def check_embeddings(model: nn.Module, named: Mapping[str, nn.Parameter], *, wha
             )
         if module.scale_grad_by_freq:
             raise ValueError(
-                f"{what}: the embedding {names[module.weight]!r} has scale_grad_by_freq=True, which works with "
-                "dense gradients of the whole matrix alone; set it to False"
+                f"{what}: the embedding {names[module.weight]!r} has scale_grad_by_freq=True, which needs "
+                "dense gradients of the whole matrix; set it to False"
             )
 
 
 class ParameterHome:
-    """Where a model keeps its parameters, to see that they are still the ones that an optimizer has."""
+    """Notices when parameters of a model are replaced, since an optimizer would go on with the old ones."""
 
     def __init__(self, model: nn.Module, named: Mapping[str, nn.Parameter]) -> None:
         known = set(map(id, named.values()))
@@ -132,19 +132,19 @@ class ParameterHome:
         for module, name, _, _ in self._replaced():
             raise ValueError(
                 f"{what}: the parameter {name!r} of a {type(module).__name__} has been replaced since the optimizer "
-                "was made, and a step would train nothing; it is now another one (a model moved, resized, sharded, or "
-                "loaded with assign=True does so): make a new optimizer"
+                "was made, so a step would not change the model (moving, resizing, sharding, or loading with "
+                "assign=True can replace parameters); make a new optimizer"
             )
 
     def awaits_sharded(self) -> bool:
-        """Whether an ordinary parameter was replaced, as `fully_shard` does."""
+        """Whether an ordinary parameter was replaced, which `fully_shard` does."""
         return any(known is not None and not is_sharded(known) for _, _, known, _ in self._replaced())
 
     def sharded(self, model: nn.Module, *, what: str) -> dict[nn.Parameter, nn.Parameter]:
-        """Parameter -> the sharded one that the model has in its place now, for those that were replaced.
+        """Old parameter -> the sharded parameter that has replaced it.
 
         Raises:
-            ValueError: a parameter was replaced by another one than itself, sharded.
+            ValueError: a parameter was replaced by anything other than its own sharded form.
         """
         if next(self._replaced(), None) is None:
             return {}
@@ -157,7 +157,7 @@ class ParameterHome:
         return moved
 
     def _replaced(self) -> Iterator[tuple[nn.Module, str, Any, nn.Parameter]]:
-        """(module, name of its parameter, the known one, the one there is now) of those that are not the same."""
+        """(module, name, parameter at construction, present parameter), for each that was replaced."""
         for module_ref, name, known in self._places:
             module = module_ref()
             now = None if module is None else module._parameters.get(name)
@@ -166,19 +166,24 @@ class ParameterHome:
 
 
 def ticket_for(named: Mapping[str, nn.Parameter], ticket: Ticket, *, what: str) -> Ticket:
-    """The ticket under the names of `named_parameters`; TypeError unless it is a ticket."""
+    """The ticket under the names of `named_parameters`. Raises TypeError unless it is a `Ticket`."""
     check_ticket(ticket, what=what)
     return ticket.named_as(named)
 
 
 def active_names(named: Mapping[str, nn.Parameter], ticket: Ticket, *, what: str) -> list[str]:
-    """The ticket's names with active entries; an error unless each is an ordinary parameter of the same shape here."""
+    """The names of the ticket's parameters with active entries.
+
+    Raises:
+        ValueError: a name is not in the model, or its shape differs.
+        TypeError: a parameter is quantised.
+    """
     names = match_names(ticket.active_names, named, what=what, where="the model")
     for name in names:
         if not is_floating(named[name]):
             raise TypeError(
                 f"{what}: {name!r} is quantised in the model ({type(named[name]).__name__} of {named[name].dtype}) and "
-                "cannot train; leave it out (ticket.restrict, or pool= in the selection), the others train beside it"
+                "cannot train; leave it out (ticket.restrict, or pool= in the selection) and train the others"
             )
         if named[name].shape != ticket.shapes[name]:
             raise ValueError(
@@ -192,7 +197,7 @@ def parts_of(named: Mapping[str, nn.Parameter], ticket: Ticket | TicketShard, *,
     """Name -> this rank's part of its active entries, for parameters with active entries on any rank.
 
     Raises:
-        ValueError: as `active_names`, or this rank's part of the ticket is not what it holds of a parameter.
+        ValueError: as `active_names`, or a part of a `TicketShard` covers other entries than this rank holds.
     """
     if isinstance(ticket, TicketShard):
         return _parts_of_shard(named, ticket, what=what)
@@ -221,7 +226,11 @@ def _parts_of_shard(named: Mapping[str, nn.Parameter], ticket: TicketShard, *, w
 
 
 def dense_groups(dense: nn.Module | Iterable[Any], *, what: str) -> list[dict[str, Any]]:
-    """Parameter groups from a module, parameters, or parameter groups."""
+    """Parameter groups from a module, parameters, or parameter groups.
+
+    Raises:
+        TypeError: `dense` is anything else, or a mixture.
+    """
     if isinstance(dense, Tensor):
         dense = [dense]
     if isinstance(dense, str | Mapping) or not isinstance(dense, Iterable | nn.Module):

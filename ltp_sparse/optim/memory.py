@@ -1,4 +1,4 @@
-"""What training takes: bytes of weights, gradients, optimizer state, index and activations, before it starts.
+"""How much memory training needs, before it starts: weights, gradients, optimizer state, index, activations.
 
 Weights, states and index follow from counts. Activations, logits and gradients are counted on
 fake tensors, which have sizes but no memory: a forward and a backward pass run as they would.
@@ -33,14 +33,14 @@ _TILE_BYTES = 8 * len(Column)
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Bytes.
+    """Bytes that a training step needs.
 
     Attributes:
-        weights: parameters, frozen ones included
-        states: moments, masters and what a pull draws to
-        index: of the ticket: bitmaps or lists, tiles, rows of embeddings
-        gradients: held between backward and step
-        passing: the most that activations, logits and gradients take together in forward and backward
+        weights: of all parameters, frozen ones included.
+        states: moments, masters and the initial values of a pull.
+        index: bitmaps or lists of the ticket, tiles, and rows of embeddings.
+        gradients: held between backward and step.
+        passing: the peak of activations, logits and gradients in forward and backward.
     """
 
     weights: int
@@ -77,26 +77,29 @@ def memory_report(
     device: str = "cpu",
     ranks: int = 1,
 ) -> MemoryReport:
-    """What a step of `MaskedAdamW` takes.
+    """Computes how much memory a training step with `MaskedAdamW` needs.
 
     Args:
         model: in memory, on the meta device, or made under torch's `FakeTensorMode`.
         ticket: the active entries, or the density of a uniform ticket over all parameters that are neither frozen nor
             in `dense`.
         dense: a module, parameters or parameter groups that train in full.
-        loss: runs the forward pass and gives the loss; under a `FakeTensorMode` it takes no memory. None: `passing`
-            counts the gradients only.
+        loss: runs the forward pass and returns the loss; under a `FakeTensorMode` this takes no memory. With None,
+            `passing` counts the gradients only.
         states, gradients, master: as in `MaskedAdamW`.
-        pull_on: None: the optimizer has no pull. Else as there; "host" is for a model on a GPU, which then holds a
-            piece of the initial values only (on a CPU, "device" says what there is to say).
-        device: where the step runs, wherever `model` is. On "cuda" bitmaps have ranks (n/32 bytes), attention keeps no
-            probabilities, and dropout a byte of each value.
-        ranks: processes that FSDP2 shards the model over by rows; the bytes are those of the one that holds most. What
-            it gathers for a forward or backward pass, one group of parameters at a time, comes on top.
+        pull_on: as in `MaskedAdamW`, or None for an optimizer without a pull. "host" is for a model on a GPU, which
+            then holds one piece of the initial values.
+        device: "cpu" or "cuda", where the step will run; `model` can be elsewhere. On "cuda", bitmaps have a directory
+            (n/32 bytes), attention keeps no probabilities, and dropout keeps a byte per value.
+        ranks: the number of processes over which FSDP2 shards the model by rows. The report is for the rank that holds
+            most. The parameters that FSDP2 gathers for a pass, one group at a time, are not included.
+
+    Returns:
+        The bytes by kind.
 
     Raises:
-        ValueError: the ticket is not of this model or an option is out of range, and, with `loss`, when an optimizer
-            packs gradients of the model: it would take those of the trial for its own.
+        ValueError: the ticket is not of this model, an option is out of range, or, with `loss`, an optimizer already
+            packs gradients of the model and would take those of this trial for its own.
     """
     if gradients not in ("dense", "packed"):
         raise ValueError(f'memory_report: gradients must be "dense" or "packed", got {gradients!r}')
@@ -107,7 +110,7 @@ def memory_report(
     if ranks < 1:
         raise ValueError(f"memory_report: ranks must be at least 1, got {ranks}")
     if ranks > 1 and loss is not None:
-        raise ValueError("memory_report: activations of a sharded model are not counted; leave loss= out with ranks=")
+        raise ValueError("memory_report: activations of a sharded model cannot be counted; leave loss= out with ranks=")
     named, precision = canonical_parameters(model), Precision(states, master)
     full = set(map(id, dense_parameters(dense, what="memory_report")))
     sizes = {name: _entries_of_rank(p.shape, ranks) for name, p in named.items()}
@@ -139,16 +142,21 @@ def memory_report(
 
 
 def _entries_of_rank(shape: Size, ranks: int) -> int:
-    """Entries of a parameter that FSDP2 keeps on each rank: as many rows on all, of which the last may be unused."""
+    """Entries of a parameter that FSDP2 keeps on each rank: the same number of rows, padded on the last ranks."""
     return shape.numel() if ranks == 1 or not shape else -(-shape[0] // ranks) * shape[1:].numel()
 
 
 def _active_entries(
     named: Mapping[str, nn.Parameter], sizes: Mapping[str, int], ticket: Ticket | float, full: set[int], ranks: int
 ) -> dict[str, int]:
-    """Name -> active entries of the rank that has most.
+    """Name -> active entries, on the rank that has most.
 
-    sizes: entries of a rank; full: ids of the parameters that a density leaves out, since they train in full
+    Args:
+        named: name -> parameter.
+        sizes: name -> entries of a rank.
+        ticket: a ticket, or the density of a uniform one.
+        full: ids of parameters that train in full, to which the density does not apply.
+        ranks: the number of ranks.
     """
     if isinstance(ticket, Ticket):
         with unset_fake_temporarily():  # the ticket is real, also where the model is not
@@ -174,11 +182,13 @@ def _active_rows(ticket: Ticket, name: str, rank: int, ranks: int) -> int:
 def passing_bytes(
     model: nn.Module, loss: Callable[[], Tensor], trained: set[int], packed: Iterable[nn.Parameter] = ()
 ) -> int:
-    """The most bytes that live at a time, beyond what lived before, in forward and backward.
+    """The peak of the bytes that forward and backward allocate.
 
     Args:
-        trained: ids of the parameters that take gradients
-        packed: those whose gradient is freed as soon as it is made; embeddings among them have row-sparse ones
+        model: its parameters get their gradients and options back afterwards.
+        loss: runs the forward pass and returns the loss.
+        trained: ids of the parameters that have gradients.
+        packed: parameters whose gradient is freed at once; embeddings among them have row-sparse gradients.
     """
     packed = list(packed)
     before = {p: (p.requires_grad, p.grad) for p in model.parameters()}
@@ -206,9 +216,10 @@ def passing_bytes(
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that operations make while this mode is on, as long as they live.
+    """Counts the bytes of living tensors that operations have made in this mode.
 
-    peak: the largest sum so far
+    Attributes:
+        peak: the largest sum so far.
     """
 
     def __init__(self) -> None:
@@ -223,7 +234,7 @@ class LiveBytes(TorchDispatchMode):
             if storage._cdata not in before and storage._cdata not in self._live:
                 self._live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
                 self._now += storage.nbytes()
-        if self._now > self.peak:  # only then must it be known what has died
+        if self._now > self.peak:  # only then does it matter which tensors have been freed
             for key in [key for key, (reference, _) in self._live.items() if reference.expired()]:
                 self._now -= self._live.pop(key)[1]
             self.peak = max(self.peak, self._now)
@@ -231,12 +242,12 @@ class LiveBytes(TorchDispatchMode):
 
 
 class _AsOnGPU(TorchFunctionMode):
-    """Lets operations on a CPU keep for the backward pass what those on a GPU would."""
+    """Makes operations on a CPU save the tensors for backward that operations on a GPU save."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is F.scaled_dot_product_attention:
-            kwargs["dropout_p"] = 0.0  # with it, a CPU has no kernel that does without the probabilities
+            kwargs["dropout_p"] = 0.0  # with dropout, every CPU kernel saves the probabilities
         elif func is F.dropout and kwargs["training"] and kwargs["p"] and not kwargs["inplace"]:
             return torch.native_dropout(args[0], kwargs["p"], True)[0]
         return func(*args, **kwargs)
@@ -255,12 +266,12 @@ def _free(parameter: Tensor) -> None:
 
 
 def _bytes_of_rows(rows: int, columns: int) -> int:
-    """Of an embedding whose gradient is row-sparse: a bitmap for every row, and where it begins."""
+    """Bytes to locate rows of an embedding with a row-sparse gradient: a bitmap and the first slot of every row."""
     return rows * (4 * -(-columns // 32) + 8)
 
 
 def _index_bytes(k: int, n: int, device: str) -> int:
-    """Of a uniform set: nothing for all entries, a bitmap from a density of 1/16 on, a list below; and its tiles."""
+    """Bytes of the index of a uniform set: its tiles, and a list, a bitmap from a density of 1/16 on, or nothing."""
     tiles, bitmap, listed = _TILE_BYTES * -(-n // TILE), 8 * -(-n // 64), 2 * k
     if k == n:
         return tiles

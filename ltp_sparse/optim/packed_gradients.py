@@ -1,4 +1,4 @@
-"""Packed gradients: of a dense gradient only the active entries are kept, from the moment backward has made it."""
+"""Packed gradients: as soon as backward has computed a dense gradient, only its active entries are kept."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ _IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
 def check_packable(named: Mapping[str, nn.Parameter], dense: Iterable[nn.Parameter], *, what: str) -> None:
-    """Raises ValueError if a parameter takes no gradient, is in `dense`, too, or has its gradient packed already."""
+    """Raises ValueError if a parameter is also in `dense`, or if its gradient is packed already."""
     in_full = set(map(id, dense))
     for name, param in named.items():
         if id(param) in in_full:
-            raise ValueError(f"{what}: {name!r} is in the ticket and in dense; leave it out of one of them")
+            raise ValueError(f"{what}: {name!r} is both in the ticket and in dense; leave it out of one of them")
         check_unpacked(name, param, what=what)
 
 
 def check_unpacked(name: str, param: nn.Parameter, *, what: str) -> None:
     """Raises ValueError if the gradient of a parameter is packed already."""
-    if _is_packed(param) and not (gc.collect() and not _is_packed(param)):  # one may only wait to be collected
+    if _is_packed(param) and not (gc.collect() and not _is_packed(param)):  # an unused one can still await collection
         raise ValueError(
-            f"{what}: the gradient of {name!r} goes to an earlier MaskedAdamW or PackedParameters; call remove() on "
-            "that one first"
+            f"{what}: an earlier MaskedAdamW or PackedParameters already packs the gradient of {name!r}; call its "
+            "remove() first"
         )
 
 
@@ -58,10 +58,11 @@ def _is_packed(param: nn.Parameter) -> bool:
 
 
 class _Rows:
-    """Where the active entries of each row of a matrix are, to pack gradients that hold some rows only.
+    """The active entries of a matrix by rows, to pack gradients that hold some rows only.
 
-    words:  int32 [rows, ceil(columns / 32)], a bitmap that starts anew with every row
-    starts: int64 [rows], slot of the first active entry
+    Attributes:
+        words: int32 [rows, ceil(columns / 32)], a bitmap per row.
+        starts: int64 [rows], slot of the first active entry of the row.
     """
 
     def __init__(self, index_set: IndexSet, columns: int, device: torch.device) -> None:
@@ -94,7 +95,7 @@ class _Rows:
             offsets = self.starts[some] - (counts.cumsum(0) - counts)
             slots = offsets[row].add_(torch.arange(len(row), dtype=torch.int64, device=row.device))
             added = values[row, column].float()
-            # both add in the order of the rows; the other operation of either device is not deterministic
+            # each is the operation that adds in the order of the rows on its device; the other is not deterministic
             if out.is_cpu:
                 out.index_add_(0, slots, added)
             else:
@@ -102,15 +103,18 @@ class _Rows:
 
 
 class Share:
-    """The packed gradient of one parameter: its slots of the flat buffer, and how a dense gradient comes to them.
+    """The packed gradient of one parameter: its slots of the flat buffer, and the packing of dense gradients.
 
     Args:
-        number: which parameter
-        slots: its slots of the flat buffer
-        small: where its dense gradient may wait
-        carrier: a parameter [k] whose `.grad` it is, too (see `PackedParameters`), or None
+        number: the parameter's place in the list of parameters.
+        index_set: its active entries.
+        slots: float32 [k], its slots of the flat buffer.
+        table: its tiles alone.
+        small: where small dense gradients wait to be packed together.
+        carrier: a parameter [k] whose `.grad` is these slots, too (see `PackedParameters`), or None.
 
-    shown:   whether the parameter shows it as its `.grad`
+    Attributes:
+        shown: whether the `.grad` of the parameter is a view of these slots.
     """
 
     def __init__(
@@ -151,7 +155,7 @@ class Share:
         return self.buffer
 
     def settle(self) -> None:
-        """Takes over what others have put in the place of the carrier's gradient."""
+        """Copies a tensor that others have set as the carrier's gradient."""
         grad = None if self.carrier is None else self.carrier.grad
         if grad is not None and grad.data_ptr() != self._slots.data_ptr():
             self.buffer.copy_(grad)
@@ -176,9 +180,9 @@ class Share:
 
 
 class Shown:
-    """One gradient of a parameter as its views show it: what is in the buffer, and a copy of it after that has gone.
+    """The values behind the views of one gradient: the buffer, or a copy once the buffer holds the next gradient.
 
-    Whoever holds a gradient (`first = p.grad; opt.zero_grad(); ...`) still has it when the next one comes.
+    So a reference to a gradient (`first = p.grad; opt.zero_grad(); ...`) stays valid after the next backward.
     """
 
     def __init__(self, share: Share) -> None:
@@ -197,23 +201,30 @@ class Shown:
             self._kept.copy_(self._kept + values if accumulate else values)
 
     def keep(self) -> None:
-        """From now on the views show a copy of what is in the buffer."""
+        """Makes the views show a copy of the buffer from now on."""
         self._kept = self.share.buffer.clone()
 
 
 class PackedGradients:
     """Hooks that replace the gradient of each parameter by its active entries, in float32, and free it.
 
-    The gradients are slices of one flat buffer in slot order. Until a step consumes them, later micro-batches add to
-    them. What a parameter shows as its `.grad` is a `GradientView` of its slice: whoever reads or changes that, or sets
-    it to None or to a tensor, reads and changes what the next step uses. After a step it shows the gradient that was
-    used until the next pass. An `nn.Embedding` among the parameters is set to `sparse=True`, so that its gradient holds
-    the rows of the batch only and is never a matrix of the vocabulary's size.
+    The gradients are slices of one flat buffer in slot order. Later micro-batches add to them until a step consumes
+    them. The `.grad` of a parameter is a `GradientView` of its slice: code that reads it, changes it, or sets it to
+    None or a tensor works on the gradient that the next step uses. After a step it keeps its values until the next
+    forward pass. An `nn.Embedding` among the parameters is set to `sparse=True`, so that its gradient holds the rows of
+    the batch only and is never a matrix of the vocabulary's size.
 
-    The hooks refer to this object weakly and go when it does; what steps must hold it.
+    The hooks refer to this object weakly and disappear with it, so the optimizer must hold a reference.
 
-    Inside DistributedDataParallel its reducer leaves these parameters alone; instead the buffer is averaged over the
-    ranks at the end of backward: `density` times the bytes. `no_sync()` is heeded.
+    The reducer of DistributedDataParallel ignores these parameters. Instead, the buffer is averaged over the ranks at
+    the end of backward, which takes `density` times the bytes. Inside `no_sync()` it is not.
+
+    Args:
+        model: the model that the parameters belong to.
+        params: P parameters, all on one device and of one dtype.
+        sets: their active entries.
+        table: the tile table of `sets`, in which the tiles of a parameter are neighbours.
+        carriers: P parameters [k] whose `.grad` is the packed gradient, or None.
     """
 
     def __init__(
@@ -224,7 +235,6 @@ class PackedGradients:
         table: TileTable,
         carriers: Sequence[nn.Parameter] | None = None,
     ) -> None:
-        """table: lays `sets` out, a parameter's tiles together; carriers: whose `.grad` the packed gradients are."""
         _forget_copied(model)
         self.params, self.table = list(params), table
         own = weakref.ref(self)
@@ -232,11 +242,11 @@ class PackedGradients:
         self._buffer = torch.zeros(table.k, dtype=torch.float32, device=params[0].device)
         ends = list(itertools.accumulate(table.counts))
         slots = [self._buffer[end - count : end] for end, count in zip(ends, table.counts, strict=True)]
-        # of a part of the tiles the rank directory could not be built any more
+        # the directory can be built for the whole table only, not for parts of it
         ranked = backends.resolve(table.tiles.device, dtype=params[0].dtype, density=table.density).needs_ranks
         whole = table.with_ranks() if ranked else table
         tables = parts_of(whole, [range(number, number + 1) for number in range(len(params))])
-        # optimizers of others read carriers whenever they like
+        # other optimizers read the carriers at any time, so nothing can wait
         self._small = SmallGradients(params if carriers is None else (), self._buffer, whole)
         stand_ins: Sequence[nn.Parameter | None] = carriers or [None] * len(slots)
         parts = zip(sets, slots, tables, stand_ins, strict=True)
@@ -253,7 +263,7 @@ class PackedGradients:
         numbers = {param: number for number, param in enumerate(params)}
         for module in model.modules():
             weight = getattr(module, "weight", None)
-            # no reduction over shards takes sparse gradients
+            # reductions over shards do not support sparse gradients
             if isinstance(module, nn.Embedding) and weight in numbers and not is_sharded(weight):
                 if not module.sparse:
                     module.sparse = True
@@ -288,7 +298,7 @@ class PackedGradients:
         return pack
 
     def _pack(self, number: int, param: Tensor) -> None:
-        """Takes a gradient that backward has made, unless it was added to the view already."""
+        """Packs a gradient of backward, unless autograd has already added it to the view."""
         share, grad = self.shares[number], own_gradient(param)
         assert grad is not None
         self._hide_used()
@@ -316,13 +326,13 @@ class PackedGradients:
             param.grad = like(param, GradientView(shown, held.shape, held.dtype, held.device))
 
     def _let_go(self, number: int) -> None:
-        """Gives those who still hold the gradient in the buffer a copy of it, before the buffer is overwritten."""
+        """Gives views of the present gradient a copy of it, before the buffer is overwritten."""
         reference, self._shown[number] = self._shown[number], None
         if reference is not None and (shown := reference()) is not None:
             shown.keep()
 
     def _hide_used(self) -> None:
-        """Takes away what parameters still show of gradients that a step has consumed."""
+        """Sets `.grad` to None where it still shows a gradient that a step has consumed."""
         if self._used:
             self._used = False
             for number, (param, share) in enumerate(zip(self.params, self.shares, strict=True)):
@@ -330,7 +340,7 @@ class PackedGradients:
                     param.grad, share.shown = None, False
 
     def settle(self) -> None:
-        """Takes over what others have made of the `.grad` of the parameters: None, or a tensor of their own."""
+        """Takes over any `.grad` that other code has set: None, or a tensor."""
         for number, (param, share) in enumerate(zip(self.params, self.shares, strict=True)):
             grad = own_gradient(param)
             if grad is None:
@@ -344,12 +354,12 @@ class PackedGradients:
         self._small.pack_()
 
     def show(self, number: int) -> None:
-        """Lets a parameter have the gradient that is in the buffer."""
+        """Makes the content of the buffer the gradient of a parameter."""
         self.shares[number].present = True
         self._show(number)
 
     def _before_forward(self, *_: object) -> None:
-        """Notes whether the model runs inside DDP, and that DDP leaves its parameters to us."""
+        """Notes whether the model runs inside DDP, and checks that DDP ignores the packed parameters."""
         if not torch.is_grad_enabled():
             return
         own = set(map(id, self.params))
@@ -377,7 +387,7 @@ class PackedGradients:
 
     @torch.no_grad()
     def average(self, group: ProcessGroup | None = None) -> None:
-        """Averages over the ranks of a group. A parameter that has a gradient on some rank has one on all then."""
+        """Averages over the ranks of a group. A parameter with a gradient on any rank then has one on all ranks."""
         self.settle()
         self._hide_used()
         self.clear_absent()
@@ -391,7 +401,7 @@ class PackedGradients:
                 self.show(number)
 
     def clear_absent(self) -> None:
-        """Zeros where no gradient has come, so that a norm does not count what an earlier step left."""
+        """Zeros the slots of parameters without a gradient, so that a norm does not count values of earlier steps."""
         for number, share in enumerate(self.shares):
             if not share.present:
                 if not self._is_shown(number, self.params[number].grad):
@@ -399,22 +409,22 @@ class PackedGradients:
                 share.buffer.zero_()
 
     def index_tensors(self) -> list[Tensor]:
-        """What is held to find the active entries of embedding rows."""
+        """The tensors that locate the active entries of embedding rows."""
         return [t for share in self.shares if share.rows is not None for t in (share.rows.words, share.rows.starts)]
 
     def consume(self) -> None:
-        """The next backward overwrites."""
+        """Marks the gradients consumed; the next backward starts from zero."""
         self._used = True
         for share in self.shares:
             share.present = False
 
     def remove(self) -> None:
-        """Takes the hooks away and makes the embeddings dense again. Once more, it does nothing."""
+        """Removes the hooks and makes the embeddings dense again. A second call does nothing."""
         self._undo()
 
 
 class WeakHook:
-    """A hook that calls a method of an object that it does not keep alive; in a copy of its module it does nothing."""
+    """A hook that calls a method of an object without keeping it alive. In a copy of its module it does nothing."""
 
     def __init__(self, method: Any = None) -> None:
         self._method = None if method is None else weakref.WeakMethod(method)
@@ -429,7 +439,7 @@ class WeakHook:
 
 
 class _ModelHook(WeakHook):
-    """The one on the model; a copy of the model carries a `_CopiedHook`."""
+    """The hook on the model. In a copy of the model it becomes a `_CopiedHook`."""
 
     def __init__(self, method: Any, ignored: list[str], embeddings: list[Any]) -> None:
         super().__init__(method)
@@ -440,7 +450,7 @@ class _ModelHook(WeakHook):
 
 
 class _CopiedHook:
-    """What a copy of the model carries: its gradients are its own and dense, but DDP would still leave them alone."""
+    """The hook on a copy of the model, whose gradients are dense, but which DDP would still ignore."""
 
     def __init__(self, ignored: list[str], embeddings: list[Any]) -> None:
         self.ignored = ignored
@@ -450,15 +460,13 @@ class _CopiedHook:
     def __call__(self, *_: object) -> None:
         if torch.is_grad_enabled() and DistributedDataParallel._get_active_ddp_module() is not None:
             raise ValueError(
-                "this model is a copy of one with packed gradients, and DistributedDataParallel would not average "
-                "its own; copy before making the optimizer, or after its remove()"
+                "this model is a copy of one with packed gradients, and DistributedDataParallel would not average its "
+                "gradients; copy it before making the optimizer, or after remove()"
             )
 
 
 class _Sparse:
-    """Marks an embedding that was set to `sparse=True`; it does nothing, but a copy of the embedding, alone or inside
-    a part of the model, is dense again: nobody packs its gradient.
-    """
+    """Marks an embedding that was set to `sparse=True`. Copies become dense, since nobody packs their gradient."""
 
     def __call__(self, *_: object) -> None:
         pass
@@ -468,14 +476,14 @@ class _Sparse:
 
 
 class _CopiedSparse:
-    """What the copy carries until its first forward: its `sparse` may be copied after this."""
+    """The hook on such a copy until its first forward, because `sparse` can be copied after the hook."""
 
     def __call__(self, module: nn.Module, *_: object) -> None:
         _forget_copied(module)
 
 
 def _undo(own: Any, handles: list[Any], things: list[Any], model_ref: Any, ignored: list[str]) -> None:
-    """Takes away what a packer has put on a model, or on what is left of it."""
+    """Removes hooks, views and options from a model, or from those of its parts that still exist."""
     for handle in handles:
         handle.remove()
     for thing in (ref() for ref in things):
@@ -494,7 +502,7 @@ def _leave_to_ddp(model: nn.Module, ignored: list[str]) -> None:
 
 
 def _forget_copied(model: nn.Module) -> None:
-    """Undoes what a copy of a model with packed gradients, or a copied part of one, has of them."""
+    """Removes the hooks that a model has because it, or a part of it, is a copy of one with packed gradients."""
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, _CopiedHook):

@@ -1,4 +1,4 @@
-"""`PackedParameters`: a ticket's entries as ordinary parameters, for any optimizer of torch."""
+"""`PackedParameters`: the entries of a ticket as ordinary parameters, for any torch optimizer."""
 
 from __future__ import annotations
 
@@ -35,29 +35,30 @@ class PackedParameters:
     opt = packed.attach(torch.optim.SGD(packed.parameters(), lr=0.1, momentum=0.9))
     loss.backward(); opt.step(); opt.zero_grad()
 
-    Optimizers that work entry by entry (SGD, Adam, RMSprop, schedule-free, 8-bit ones, ...) train the entries as they
-    would train a tensor under a mask. Those that look at a matrix's shape see vectors here: Muon, which is for matrices
-    only, refuses them, and Adafactor does not factor its moments. The float32 values are masters: a model in bfloat16
-    holds their rounding. For AdamW, `MaskedAdamW` does the same in one pass and without a copy of the values.
+    Optimizers that work entry by entry (SGD, Adam, RMSprop, schedule-free, 8-bit ones, ...) give the active entries
+    the values that they would give them in a masked dense tensor. Optimizers that use the shape of a matrix see vectors
+    here: Muon, which needs matrices, refuses them, and Adafactor does not factor its moments. The float32 values are
+    masters, which are rounded into a model in bfloat16. For AdamW, `MaskedAdamW` does the same in one pass and without
+    a copy of the values.
 
-    The values reach the model after every step of an attached optimizer, and before every forward pass if they have
-    changed since: in a closure that is called several times (LBFGS), or by the `eval()` of a schedule-free optimizer.
-    Call `scatter_()` where neither comes before the weights are read, and `gather_()` after writing weights from
-    outside. Embeddings of the ticket become `sparse=True` until `remove()`.
+    The values are written into the model after every step of an attached optimizer. They are also written before a
+    forward pass if they have changed, e.g. in a closure that is called several times (LBFGS) or by the `eval()` of a
+    schedule-free optimizer. Call `scatter_()` if the weights are read in any other situation, and `gather_()` after
+    other code has changed the weights. Embeddings of the ticket become `sparse=True` until `remove()`.
 
-    Of a model sharded by FSDP2 or tensor parallelism each rank has the entries that it holds, [k] is their number, and
-    a norm of their gradients is this rank's alone. Shard the model before.
+    If the model is sharded by FSDP2 or tensor parallelism, each rank has the k entries of its shards, and a norm of
+    their gradients is that of this rank alone. Shard the model first.
 
     Args:
         model: the module whose weights train, all of them on one device.
-        ticket: the active entries, or of a sharded model a rank's part of them.
+        ticket: the active entries; for a sharded model, the whole ticket or this rank's part.
         dense: parameters that train in full, such as a head: a module, parameters or parameter groups. `parameters()`
             yields them after the packed ones.
 
     Raises:
-        ValueError: no name of the ticket is in the model, a shape differs, the ticket has no active entry, a parameter
-            of it takes no gradient or is in `dense`, too, or another optimizer packs these gradients already; nothing
-            is changed then.
+        ValueError: no name of the ticket is in the model, a shape differs, the ticket has no active entry, one of its
+            parameters has no gradient or is also in `dense`, or another optimizer already packs the gradients. Nothing
+            has changed then.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class PackedParameters:
         parts = parts_of(named, ticket, what="PackedParameters")
         names = list(parts)
         if not names:
-            raise ValueError("PackedParameters: expected a ticket with active entries, this one has none")
+            raise ValueError("PackedParameters: expected a ticket with active entries, but this one has none")
         self._dense = dense_parameters(dense, what="PackedParameters")
         check_trainable({name: named[name] for name in names}, what="PackedParameters", sharded=True)
         check_embeddings(model, {name: named[name] for name in names}, what="PackedParameters")
@@ -97,21 +98,21 @@ class PackedParameters:
         return f"PackedParameters({k:,} entries of {len(self._packed)} parameters)"
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(canonical name, parameter [k] of the active entries in slot order)"""
+        """Yields (canonical name, parameter [k] of the active entries in slot order)."""
         yield from self._packed.items()
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The packed parameters, whose `.grad` is packed, too, and the dense ones."""
+        """Yields the packed parameters, whose `.grad` is packed as well, and then the dense ones."""
         yield from self._packed.values()
         yield from self._dense
 
     def _held(self) -> dict[str, Tensor]:
-        """Name -> what this rank holds of the parameter."""
+        """Name -> the parameter, or this rank's shard of it."""
         return {name: local(param) for name, param in self._params.items()}
 
     @torch.no_grad()
     def scatter_(self) -> None:
-        """Writes the packed values into the model; every other entry keeps its bits."""
+        """Writes the packed values into the model. All other entries keep their bits."""
         self._reshard()
         held = self._held()
         for entries in self._entries:
@@ -120,7 +121,7 @@ class PackedParameters:
 
     @torch.no_grad()
     def gather_(self) -> None:
-        """Reads the values from the model, which others have changed."""
+        """Reads the packed values from the model, after other code has changed it."""
         values = self._gathered()
         for name, packed in self._packed.items():
             packed.copy_(values[name])
@@ -140,10 +141,19 @@ class PackedParameters:
             self.scatter_()
 
     def attach(self, optimizer: _Optimizer) -> _Optimizer:
-        """Writes the values into the model after every step of an optimizer, which it returns.
+        """Makes every step of an optimizer write the values into the model.
 
-        Before a step it takes over what others have made of the `.grad` of the model's parameters. The optimizer keeps
-        this object alive; without one that does, hold it yourself: its hooks go with it.
+        A step also uses changes that other code has made to the `.grad` of the model's parameters. The optimizer keeps
+        this object alive. Without an attached optimizer keep a reference yourself, or the hooks disappear.
+
+        Args:
+            optimizer: one that has packed parameters.
+
+        Returns:
+            The optimizer.
+
+        Raises:
+            ValueError: it has none.
         """
         mine, theirs = set(map(id, self._packed.values())), optimizer.param_groups
         if not any(id(param) in mine for group in theirs for param in group["params"]):
@@ -165,7 +175,7 @@ class PackedParameters:
         self._gradients.settle()
 
     def remove(self) -> None:
-        """Takes the hooks off model and optimizers; gradients are dense again, and steps no longer reach the model."""
+        """Removes all hooks. Gradients are dense again, and steps no longer change the model."""
         _remove(self._handles)
         self._gradients.remove()
 

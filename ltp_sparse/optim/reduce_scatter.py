@@ -1,11 +1,11 @@
 """Sparse reduce-scatter: the ranks of FSDP2 exchange the active entries of gradients, not whole gradients.
 
-Every rank has the gradient of all rows and needs the sum of its own. It packs the active entries of each rank's rows,
-all ranks reduce-scatter `[ranks, k]` packed values, and each puts what it gets into an output of zeros. k is that of
-the rank with the most active entries; those of the others are filled up with zeros.
+Every rank has the gradient of all rows and needs the sum over all ranks for its own rows. It packs the active entries
+of each rank's rows; all ranks reduce-scatter `[ranks, k]` packed values; and each rank scatters what it receives into
+an output of zeros. k is the count of the rank with the most active entries; the others fill up with zeros.
 
-FSDP2 has a public hook for this, but says to nobody what lies where in its buffer: `_Layout` reads that from its group
-of parameters, and a buffer of another size than expected is sent whole.
+FSDP2 has a public hook for reduce-scatters, but no public description of its buffer. `_Layout` derives it from FSDP2's
+group of parameters, and a buffer of any other size is sent whole.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
 _WHAT = "compress_gradients"
-_ALIGNED = 16  # entries that a rank's part is a multiple of: gloo would cut other lengths within the parts
+_ALIGNED = 16  # the length of a rank's part is a multiple of this, or gloo would cut the buffer within parts
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one rank has given to reduce-scatters.
+    """The traffic of one rank's reduce-scatters.
 
     Attributes:
-        sent: bytes
-        dense: bytes that whole gradients would have been
-        calls: reduce-scatters
-        whole: reason -> how many of them sent whole gradients for it
+        sent: bytes sent.
+        dense: bytes of the whole gradients.
+        calls: number of reduce-scatters.
+        whole: reason -> number of reduce-scatters that sent whole gradients for it.
     """
 
     sent: int
@@ -49,7 +49,7 @@ class Traffic:
 
 
 class CompressedGradients:
-    """The reduce-scatters of a model, compressed until `remove`. `compress_gradients` makes it."""
+    """The compressed reduce-scatters of a model, as `compress_gradients` returns them."""
 
     def __init__(self, groups: Sequence[tuple[FSDPModule, _Group]]) -> None:
         self._groups = list(groups)
@@ -68,11 +68,11 @@ class CompressedGradients:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the index that this takes on each rank: that of the whole ticket, once it has been used."""
+        """Bytes of the index on each rank: that of the whole ticket, from the first backward on."""
         return sum(layout.nbytes for _, group in self._groups for layout in group.layouts.values())
 
     def remove(self) -> None:
-        """Gives FSDP2 its own reduce-scatters back. What was counted stays."""
+        """Restores FSDP2's own reduce-scatters. The report stays."""
         for module, group in self._groups:
             if group.is_in_place():
                 module.set_custom_reduce_scatter(group.before)
@@ -88,22 +88,23 @@ class CompressedGradients:
 
 
 def compress_gradients(model: nn.Module, ticket: Ticket) -> CompressedGradients:
-    """Lets the ranks of a model under FSDP2 exchange only the active entries of gradients: density times the bytes.
+    """Makes the ranks of FSDP2 exchange only the active entries of gradients: about `density` times the bytes.
 
-    Gradients of a parameter with active entries are then zero elsewhere. Those of all other parameters stay whole, and
-    so do those of parameters that are not sharded by rows. A group of parameters of which some have had no gradient, or
-    that would save nothing, sends whole gradients. The all-reduce between replicas (HSDP) is not compressed.
+    A parameter with active entries then has a gradient that is zero at its inactive entries. Gradients of all other
+    parameters stay whole, and so do those of parameters that are not sharded by rows. FSDP2 reduces groups of
+    parameters; a group sends whole gradients if one of its parameters had no gradient or if packing saves nothing. The
+    all-reduce between replicas (HSDP) is not compressed.
 
-    The sums are those of whole gradients, bit for bit on two ranks. On more they are where the order of summation is
-    that of the ranks, as with gloo, but for entries at the ends of ranks whose part of a group is an odd number.
-    NCCL promises no order: there they may differ by rounding.
+    On two ranks the sums have the bits of the uncompressed ones. On more ranks they have them if the order of summation
+    does not depend on the place in the buffer. With gloo that holds but for entries at the ends of parts of odd length.
+    NCCL promises no order, so results can differ by rounding.
 
     Args:
-        model: after `fully_shard`.
+        model: a model on which `fully_shard` was called.
         ticket: the whole ticket, on every rank.
 
     Returns:
-        What counts the bytes (`report()`) and undoes it (`remove()`).
+        An object that counts the bytes (`report()`) and ends the compression (`remove()`).
 
     Raises:
         ValueError: the model is not sharded by FSDP2 or is compressed already, or the ticket is not of this model.
@@ -117,19 +118,19 @@ def compress_gradients(model: nn.Module, ticket: Ticket) -> CompressedGradients:
     names = {id(named[name]): name for name in active}
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not modules:
-        raise ValueError(f"{_WHAT}: expected a model sharded by FSDP2; call fully_shard on it before")
+        raise ValueError(f"{_WHAT}: expected a model sharded by FSDP2; call fully_shard on it first")
     groups = []
     for module in modules:
         for group in _groups_of(module):
             if isinstance(group._reduce_scatter_comm, _Group):
-                raise ValueError(f"{_WHAT}: the model is compressed already; call remove() of what that has returned")
+                raise ValueError(f"{_WHAT}: the model is compressed already; call remove() on the earlier result first")
             if any(id(param.sharded_param) in names for param in group.fsdp_params):
                 groups.append((module, _Group(group, names, ticket)))
     return CompressedGradients(groups)
 
 
 def _groups_of(module: FSDPModule) -> list[Any]:
-    """FSDP2's groups of the parameters that a module gathers and scatters together."""
+    """FSDP2's groups of parameters that a module gathers and reduces together."""
     return list(module._get_fsdp_state()._fsdp_param_groups)
 
 
@@ -158,11 +159,11 @@ class _Group:
         op: Any,
         async_op: bool = False,
     ) -> Any:
-        """Sums `input_tensor`, [ranks * n] of which rank r gets the r-th part, into `output_tensor`, [n]."""
+        """Sums `input_tensor` [ranks * n] over the ranks and writes this rank's part to `output_tensor` [n]."""
         layout = self._layout(input_tensor.device, group)
         self.calls += 1
         self.dense += input_tensor.nbytes
-        if reason := layout.objection(input_tensor) or ("it was asked not to wait" if async_op else ""):
+        if reason := layout.objection(input_tensor) or ("asynchronous" if async_op else ""):
             self.whole[reason] += 1
             self.sent += input_tensor.nbytes
             return self.before(
@@ -187,10 +188,11 @@ class _Group:
 
 @dataclass(frozen=True)
 class _Block:
-    """A parameter's part of the buffer: the same number of entries for every rank, the last of them maybe unused.
+    """The place of a parameter in the buffer: the same number of entries for every rank, padded at its end.
 
-    length: entries of each rank, used or not
-    sets:   of every rank, over the entries that it uses
+    Attributes:
+        length: entries of each rank, with padding.
+        sets: the active entries of every rank, over its entries without padding.
     """
 
     length: int
@@ -201,7 +203,7 @@ class _Block:
         from torch.distributed.tensor import Shard
 
         size, name = param._orig_size, names.get(id(param.sharded_param))
-        if param.fsdp_placement.dim != 0:  # the same number of columns for every rank
+        if param.fsdp_placement.dim != 0:  # cut by columns, the same number for every rank
             return cls(size.numel() // ranks, [IndexSet.full(size.numel() // ranks)] * ranks)
         rows, row = -(-size[0] // ranks), size[1:].numel()
         bounds = [min(rank * rows, size[0]) for rank in range(ranks + 1)]
@@ -213,17 +215,18 @@ class _Block:
 
 
 class _Layout:
-    """Where the active entries lie in the buffers of a group all of whose parameters have gradients.
+    """The places of active entries in the buffers of a group whose parameters all have gradients.
 
-    n:    entries of the output
-    room: packed values that a rank gets: the most that one has, rounded up
+    Attributes:
+        n: entries of the output.
+        room: packed values that a rank receives: the count of the rank with the most, rounded up.
     """
 
     def __init__(self, blocks: Sequence[_Block], rank: int, ranks: int, device: torch.device) -> None:
         self.n, self._ranks = sum(block.length for block in blocks), ranks
         counts = [sum(block.sets[to].k for block in blocks) for to in range(ranks)]
         self.room, self._least = -(-max(counts) // _ALIGNED) * _ALIGNED, min(counts)
-        places: list[tuple[int, int] | None] = []  # what each set of the table of all ranks lies over; None: zeros
+        places: list[tuple[int, int] | None] = []  # (start, length) of each set in the buffer; None: zeros
         sets: list[IndexSet] = []
         self._own: list[tuple[int, int]] = []
         own_sets: list[IndexSet] = []
@@ -250,7 +253,7 @@ class _Layout:
         return self._all.nbytes + self._mine.nbytes
 
     def objection(self, buffer: Tensor) -> str:
-        """Why a buffer is sent whole; empty if it is not."""
+        """The reason to send a buffer whole, or an empty string."""
         if buffer.numel() != self._ranks * self.n:
             return "a parameter had no gradient"
         return "nothing to save" if self.room >= self.n else ""

@@ -14,7 +14,7 @@ from ltp_sparse.selection.shards import Part
 
 
 class Slots(LocalShardsWrapper):
-    """This rank's slots of a parameter's packed state; writing to it in place loads them. None at all: nothing."""
+    """This rank's slots of a parameter's packed state; loading writes to them in place. There may be none."""
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -39,7 +39,13 @@ class Slots(LocalShardsWrapper):
 
 
 def to_save(state: dict[str, Tensor], param: Any, part: Part) -> dict[str, Tensor]:
-    """The state of a parameter with what is this rank's alone as a part of the whole; it shares its memory."""
+    """The state of a parameter as parts of a sharded whole, sharing memory with it.
+
+    Args:
+        state: name -> this rank's tensor.
+        param: the sharded parameter.
+        part: this rank's part of its active entries.
+    """
     placements = [placement if placement.is_replicate() else Shard(0) for placement in param.placements]
 
     def of(key: str, values: Tensor) -> Tensor:
@@ -61,9 +67,15 @@ def to_save(state: dict[str, Tensor], param: Any, part: Part) -> dict[str, Tenso
 
 
 def to_load(state: dict[str, Any], part: Part, lengths: dict[str, int]) -> dict[str, Any]:
-    """This rank's part of a saved state: of one that `to_save` gave, or of that of a whole parameter.
+    """This rank's part of a saved state, which is a result of `to_save` or the state of a whole parameter.
 
-    lengths: the number of slots, or blocks, that each entry has here
+    Args:
+        state: name -> saved tensor.
+        part: this rank's part of the parameter's active entries.
+        lengths: name -> number of slots, or state blocks, on this rank.
+
+    Raises:
+        ValueError: the state is cut in another place.
     """
 
     def of(key: str, values: Any) -> Any:
@@ -85,7 +97,7 @@ def to_load(state: dict[str, Any], part: Part, lengths: dict[str, int]) -> dict[
 
 
 def _range(key: str, part: Part) -> tuple[int, int]:
-    """The first of this rank's slots, or blocks, and the number of those of the whole parameter."""
+    """(first slot or state block of this rank, number of those of the whole parameter)."""
     if key != "scales":
         return part.first, part.k
     assert part.blocks is not None

@@ -1,4 +1,4 @@
-"""Small dense gradients wait for each other, so that one call packs many: a call takes longer than their copy."""
+"""Small dense gradients wait, so that one call packs many of them: a call costs more than their copy."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from ltp_sparse.tickets.tile_table import Column, TileTable
 from ltp_sparse.weights.sharding import is_sharded
 
 WAITING = 1 << 18
-"""Bytes of dense gradients from which on none waits any longer; also of those that one call packs."""
+"""The most bytes of dense gradients that wait, and that one call packs."""
 
 
 @dataclass(eq=False)
 class _Batch:
     """A range of parameters; the gradients of the small ones among them are packed together.
 
-    slots:  their part of the flat buffer
-    copied: place in the range -> gradient to copy to the slots; added: to add to them
+    Attributes:
+        table: the tiles of these parameters.
+        slots: their part of the flat buffer.
+        copied: place in the range -> gradient to copy to the slots.
+        added: place in the range -> gradient to add to the slots.
     """
 
     table: TileTable
@@ -39,14 +42,15 @@ class _Batch:
 
 
 class SmallGradients:
-    """Dense gradients that are not in the flat buffer yet. Whoever reads the buffer calls `pack_` first.
+    """Dense gradients that are not in the flat buffer yet. Readers of the buffer must call `pack_` first.
 
-    They wait until their storage takes more than `WAITING` bytes. Those of sharded parameters do not wait, as FSDP2
-    makes them on a stream of its own, nor do those under compiled autograd or while a CUDA graph is captured.
+    They wait until their storage takes more than `WAITING` bytes. Gradients do not wait if their parameter is sharded,
+    because FSDP2 computes them on a stream of its own, under compiled autograd, or while a CUDA graph is captured.
 
     Args:
-        params: the parameters of the table, or none if nothing is to wait
-        buffer: float32 [table.k], where the gradients are packed
+        params: the parameters of the table, or none if no gradient is to wait.
+        buffer: float32 [table.k], the flat buffer.
+        table: the tiles of the parameters.
     """
 
     def __init__(self, params: Sequence[Tensor], buffer: Tensor, table: TileTable) -> None:
@@ -65,13 +69,16 @@ class SmallGradients:
         self._stream: torch.cuda.Stream | None = None
 
     def take(self, number: int, grad: Tensor, *, add: bool, own: bool) -> bool:
-        """Lets the gradient of a parameter wait, unless it is not for that: then the caller packs it.
+        """Lets a gradient wait if it can.
 
         Args:
-            number: which parameter.
-            grad: in its shape.
-            add: to what is in the slots.
-            own: nobody else will write into it. Otherwise a copy waits.
+            number: the parameter's place in the list.
+            grad: its gradient, in its shape.
+            add: whether to add to the slots instead of overwriting them.
+            own: whether no other code writes into `grad`. Otherwise a copy waits.
+
+        Returns:
+            False if the gradient cannot wait, so that the caller must pack it.
         """
         batch, place = self._batches.get(number, (None, 0))
         if batch is None or torch.compiler.is_compiling():
@@ -81,7 +88,7 @@ class SmallGradients:
         if type(grad) is not Tensor or grad.layout != torch.strided or grad.dtype != self._dtype:
             return False
         size = grad.untyped_storage().nbytes() if own else grad.nbytes
-        if size > WAITING:  # it is a part of something large, which it would keep alive
+        if size > WAITING:  # a view of a large tensor, which it would keep alive
             return False
         if grad.is_cuda and not self._is_on_stream(torch.cuda.current_stream(grad.device)):
             return False
@@ -93,8 +100,8 @@ class SmallGradients:
         return True
 
     def _is_on_stream(self, stream: torch.cuda.Stream) -> bool:
-        """Whether a gradient may wait that this stream makes: all that wait are of one stream."""
-        if torch.cuda.is_current_stream_capturing():  # nothing may be uploaded then, such as a list of addresses
+        """Whether a gradient computed on this stream can wait; all waiting gradients are of one stream."""
+        if torch.cuda.is_current_stream_capturing():  # packing uploads a list of addresses, which a capture forbids
             return False
         if stream != self._stream:
             self.pack_()
@@ -106,7 +113,7 @@ class SmallGradients:
         return bool(self._waiting)
 
     def pack_(self) -> None:
-        """Packs all that waits, on the stream that has made it; the current one waits for that."""
+        """Packs all waiting gradients on the stream that has computed them; the current stream waits for it."""
         if not self._waiting:
             return
         waiting, self._waiting, self._bytes = self._waiting, {}, 0
@@ -120,7 +127,7 @@ class SmallGradients:
 
 
 def _ranges(sizes: Sequence[int]) -> Iterator[range]:
-    """Cuts a list of parameters so that the bytes of each range are at most `WAITING`."""
+    """Cuts a list of parameters into ranges of at most `WAITING` bytes each."""
     first = taken = 0
     for number, size in enumerate(sizes):
         taken += size
@@ -132,7 +139,7 @@ def _ranges(sizes: Sequence[int]) -> Iterator[range]:
 
 
 def parts_of(table: TileTable, ranges: Sequence[range]) -> Iterator[TileTable]:
-    """A table for each range of parameters, over the shared index; parameters and slots count from its first."""
+    """A table for each range of parameters, over the shared index. Parameters and slots count from the first."""
     of = table.tiles[:, Column.PARAM].contiguous().cpu()
     for numbers in ranges:
         bounds = torch.tensor([numbers.start, numbers.stop], dtype=of.dtype, device="cpu")

@@ -1,4 +1,4 @@
-"""`Snapshot`: a model as it was before a training run: what trains, its values, and digests of the base, taken once."""
+"""`Snapshot`: the state of a model before a training run: its trained entries, and digests of the base."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from ltp_sparse.weights.tensors import bits
 
 
 class Snapshot:
-    """The trained entries of a model before training, and what is needed to make deltas and to return to the start.
+    """The trained entries of a model before training, for making deltas and for restoring the initial weights.
 
-    Takes O(k) memory on the host, one pass over the names of the model and one digest of each of its parameters. It
-    belongs to the parameters that the model has now; a model whose parameters are replaced needs a new one.
+    It takes O(k) memory on the host, one pass over the names of the model, and one digest per parameter. It belongs to
+    the present parameters of the model; if they are replaced, a new snapshot is needed.
 
     Args:
-        model: at its initial weights, deltas of earlier runs possibly applied.
-        ticket: the entries that train; its names may be those of another wrapping of the model.
+        model: a model at its initial weights, which may include deltas of earlier runs.
+        ticket: the entries that train. Its names can be those of another wrapping of the model.
         dense: a module, parameters or parameter groups that train in full.
-        frozen: also digests the parameters outside the ticket, for `check_frozen`.
+        frozen: whether to digest the parameters outside the ticket as well, for `check_frozen`.
         what: the caller's name, for messages.
 
     Attributes:
-        selected_elsewhere: parameters of the ticket that differ here from the base it was selected on.
+        selected_elsewhere: names of parameters that differ from the base on which the ticket was selected.
         parameters: canonical name -> parameter.
-        ticket: the given one under these names, with the fingerprint of this base.
+        ticket: the given ticket under these names, with the fingerprint of this base.
         originals: name -> [k] values of the ticket's entries, on the CPU.
-        dense: name -> values of what trains in full, on the CPU.
+        dense: name -> values of the parameters that train in full, on the CPU.
 
     Raises:
-        ValueError: the model lacks a parameter of the ticket or of `dense`, or one that is to train takes no gradient.
+        ValueError: the model lacks a parameter of the ticket or of `dense`, or one of them has no gradient.
     """
 
     def __init__(
@@ -72,14 +72,17 @@ class Snapshot:
         if foreign := [parameter for parameter in wanted if id(parameter) not in name_of]:
             raise ValueError(
                 f"{self._what}: {len(foreign)} parameters of dense are not part of the model, the first of shape "
-                f"{list(foreign[0].shape)}; make their module a part of the model"
+                f"{list(foreign[0].shape)}; make their module a submodule of the model"
             )
         return list(dict.fromkeys(name_of[id(parameter)] for parameter in wanted))
 
     def share(self, held: Mapping[nn.Parameter, Tensor]) -> None:
-        """Takes an optimizer's initial values for its own where they lie on the host and are the same bits.
+        """Uses an optimizer's initial values in place of its own where these are on the host and have the same bits.
 
-        The host would otherwise hold them twice.
+        Otherwise the host would hold them twice.
+
+        Args:
+            held: parameter -> [k] initial values, as `MaskedAdamW.initial_values` returns.
         """
         for name, own in self.originals.items():
             other = held.get(self.parameters[name])
@@ -89,15 +92,23 @@ class Snapshot:
                 self.originals[name] = other
 
     def delta(self, metadata: Mapping[str, Any] | None = None, *, originals: bool = True) -> SparseDelta:
-        """What training has changed until now: the ticket's entries, and whole what trains in full."""
+        """The changes of training so far: entries of the ticket, and whole tensors of `dense`.
+
+        Args:
+            metadata: for the delta.
+            originals: whether the delta keeps the initial values.
+        """
         entries, dense = self._now()
         return SparseDelta(self.ticket, entries, self.originals if originals else None, dense, metadata)
 
     def restore(self, delta: SparseDelta) -> None:
-        """Writes a delta of the same run into the model, whatever the trained entries hold now; all or nothing.
+        """Writes a delta of the same run into the model, over the present values, and either completely or not at all.
+
+        Args:
+            delta: an earlier result of `delta`.
 
         Raises:
-            ValueError: the delta is of another ticket, base or set of dense parameters.
+            ValueError: the delta has another ticket, base or set of dense parameters.
         """
         recorded = delta.ticket.fingerprint
         same_base = recorded.keys() == self.ticket.fingerprint.keys() and all(
@@ -110,7 +121,7 @@ class Snapshot:
             )
         if set(delta.dense) != set(self.dense):
             raise ValueError(
-                f"{self._what}: expected the dense parameters {sorted(self.dense)}, the saved run has "
+                f"{self._what}: expected the dense parameters {sorted(self.dense)}, but the saved run has "
                 f"{sorted(delta.dense)}; resume with those of the interrupted run"
             )
         with restoring(self._changes(*self._now())):
@@ -118,18 +129,18 @@ class Snapshot:
                 change.put_back()
 
     def put_back(self) -> None:
-        """Writes the initial values into the model. An interrupt comes through when all of them are there."""
+        """Writes the initial values into the model. An interrupt is raised only after all of them are written."""
         self._home.check(what=self._what)
         put_back(self._changes(self.originals, self.dense))
 
     def check_frozen(self) -> dict[str, str]:
-        """Compares all that a run must not change with the digests taken before; call it after `put_back`.
+        """Compares everything that a run must not change with the digests from before; call it after `put_back`.
 
         Returns:
-            Name -> digest of every parameter that was compared, as it is now.
+            Name -> present digest of every compared parameter.
 
         Raises:
-            RuntimeError: a parameter is not what it was; the message names the first.
+            RuntimeError: a parameter has changed; the message names the first.
         """
         after = fingerprint({name: self.parameters[name].detach() for name in self._digests})
         if changed := [name for name, digest in after.items() if digest != self._digests[name]]:
@@ -140,7 +151,7 @@ class Snapshot:
         return after
 
     def _is_of_base(self, name: str, digest: str) -> bool:
-        """Whether a parameter of the base has this digest, which may be of another kind than its own."""
+        """Whether a parameter of the base has this digest, which can be by another hash function."""
         if digest == self.ticket.fingerprint[name]:
             return True
         initial = self.parameters[name].detach().clone()
@@ -148,7 +159,7 @@ class Snapshot:
         return base_fingerprint(self._model, [name], {name: initial}, like={name: digest})[name] == digest
 
     def _changes(self, entries: Mapping[str, Tensor], dense: Mapping[str, Tensor]) -> list[Change]:
-        """What writes values into the places that they belong to."""
+        """The changes that write values into the model."""
         places = entries_of({name: self.parameters[name] for name in entries}, self.ticket.sets)
         return [
             *(HeldEntries(each, self.parameters, each.join(entries)) for each in places),
@@ -161,7 +172,7 @@ class Snapshot:
         return {name: values.cpu() for name, values in held.items()}
 
     def _now(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What all places hold that training changes, entries and whole tensors; copies, on the CPU."""
+        """Copies on the CPU of everything that training changes: entries and whole tensors."""
         self._home.check(what=self._what)
         whole = {name: self.parameters[name].detach().cpu().clone() for name in self.dense}
         return self._entries(self.originals), whole

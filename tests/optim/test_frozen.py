@@ -66,7 +66,7 @@ def test_full_parameters_and_other_models(model):
     before = ls.frozen_digests(model, ticket)
     assert not any(name.startswith("head") for name in before)
     del model["body"]
-    with pytest.raises(ValueError, match="'body.bias' is new or gone"):
+    with pytest.raises(ValueError, match="'body.bias' was added or removed"):
         ls.verify_frozen(before, model, ticket)
 
 
@@ -94,7 +94,7 @@ def test_dense_is_given_as_to_the_optimizer(model, ticket):
         model["head"].bias.add_(1)
     ls.verify_frozen(before, model, ticket, [{"params": model["head"].parameters()}])
     with pytest.raises(
-        ValueError, match="'head.bias' is new or gone \\(2 in all\\); give the same model, ticket and dense"
+        ValueError, match="'head.bias' was added or removed \\(2 in all\\); pass the same model, ticket and dense"
     ):
         ls.verify_frozen(before, model, ticket)
 

@@ -178,7 +178,7 @@ def test_gradients_of_a_running_optimizer_are_not_mixed_with_the_trial():
     model = Words()
     ticket = ls.Ticket.random(model, density=0.3)
     opt = ls.MaskedAdamW(model, ticket, gradients="packed")
-    with pytest.raises(ValueError, match=r"memory_report: the gradient of 'embed.weight' goes to an earlier"):
+    with pytest.raises(ValueError, match=r"memory_report: an earlier .* already packs the gradient of 'embed.weight'"):
         ls.memory_report(model, ticket, loss=model)
     assert ls.memory_report(model, ticket).held  # counting alone is fine
     opt.remove()

@@ -530,7 +530,7 @@ def test_a_second_packer_of_a_gradient_is_refused_until_the_first_is_removed(fir
     whole = Ticket.random(model, density=0.3, seed=1)
     earlier = PACKERS[first](model, whole.restrict(["embedding", "layers.0"]))
     hooks = dict(model._forward_pre_hooks)
-    with pytest.raises(ValueError, match=r"'layers.0.bias' goes to an earlier .*call remove\(\) on that one first"):
+    with pytest.raises(ValueError, match=r"packs the gradient of 'layers.0.bias'; call its remove\(\) first"):
         PACKERS[second](model, whole.restrict(["layers"]))
     assert model._forward_pre_hooks == hooks
     other = PACKERS[second](model, whole.restrict(["layers.1"]))  # another gradient
@@ -556,7 +556,7 @@ def test_removing_one_packer_leaves_the_others():
     third = MaskedAdamW(model, whole.restrict(["embedding"]), gradients="packed")
     first.remove()
     assert model._ddp_params_and_buffers_to_ignore == [*layers, "embedding.weight"] and model.embedding.sparse
-    with pytest.raises(ValueError, match="'embedding.weight' goes to an earlier"):
+    with pytest.raises(ValueError, match="packs the gradient of 'embedding.weight'"):
         ls.PackedParameters(model, whole.restrict(["embedding"]))
     backward(model, 0)
     assert not any(map(has_dense_gradient, (model.embedding.weight, model.layers[0].weight)))
@@ -620,7 +620,10 @@ def test_a_parameter_without_gradient_is_refused(packer):
     model = Untied()
     ticket = Ticket.random(model, density=0.3, seed=1)
     model.layers[1].weight.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"'layers.1.weight' takes none; call its requires_grad_\(\), or restrict"):
+    with pytest.raises(
+        ValueError,
+        match=r"'layers.1.weight' of the ticket has requires_grad=False; call its requires_grad_\(\), or restrict",
+    ):
         PACKERS[packer](model, ticket)
     assert not model._forward_pre_hooks and not model.embedding.sparse
     PACKERS[packer](model, ticket.restrict(["embedding", "layers.0"])).remove()
@@ -629,7 +632,7 @@ def test_a_parameter_without_gradient_is_refused(packer):
 @pytest.mark.parametrize("gradients", ["dense", "packed"])
 def test_a_parameter_of_ticket_and_dense_is_refused(gradients):
     model = Untied()
-    with pytest.raises(ValueError, match="in the ticket and in dense|more than one parameter group"):
+    with pytest.raises(ValueError, match="both in the ticket and in dense|more than one parameter group"):
         MaskedAdamW(model, Ticket.random(model, density=0.3), dense=model.head.parameters(), gradients=gradients)
     assert not model._forward_pre_hooks
 

@@ -182,7 +182,7 @@ def test_dense_parameters_come_last(model, ticket):
         if name in ticket.sets:
             assert not moved[~ticket.mask(name)].any()
     packed.remove()
-    with pytest.raises(ValueError, match=r"'body.bias' is in the ticket and in dense"):
+    with pytest.raises(ValueError, match=r"'body.bias' is both in the ticket and in dense"):
         ls.PackedParameters(model, ticket, dense=model.body)
 
 

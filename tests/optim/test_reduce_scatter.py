@@ -203,7 +203,7 @@ def nothing_to_save(ranks):
 
 
 def wrong_calls(ranks):
-    with pytest.raises(ValueError, match="call fully_shard on it before"):
+    with pytest.raises(ValueError, match="call fully_shard on it first"):
         ls.compress_gradients(Model(), ticket())
     with pytest.raises(TypeError, match="expected a Ticket"):
         ls.compress_gradients(sharded(ranks), "ticket.safetensors")
@@ -271,5 +271,5 @@ def test_on_ranks(case, size, outcomes):
 
 
 def test_a_model_that_is_not_sharded_is_refused():
-    with pytest.raises(ValueError, match="call fully_shard on it before"):
+    with pytest.raises(ValueError, match="call fully_shard on it first"):
         ls.compress_gradients(Model(), ticket())

@@ -85,7 +85,7 @@ CALLS = {
     "dense-mixture": (lambda m, t: M(m, t, dense=[m["head"].weight, {}]), TypeError, ["not a mixture", "dict"]),
     "dense-number": (lambda m, t: M(m, t, dense=3), TypeError, ["dense must be", "got a int"]),
     "dense-twice": (
-        lambda m, t: M(m, t, dense=m["body"], gradients="packed"), ValueError, ["in the ticket and in dense"],
+        lambda m, t: M(m, t, dense=m["body"], gradients="packed"), ValueError, ["both in the ticket and in dense"],
     ),
     "lr": (lambda m, t: M(m, t, lr=-1e-3), ValueError, ["lr must be at least 0, got -0.001"]),
     "lr-nan": (lambda m, t: M(m, t, lr=float("nan")), ValueError, ["lr must be at least 0, got nan"]),
@@ -102,11 +102,11 @@ CALLS = {
     "packed-mapping": (
         lambda m, t: M(dict(m.named_parameters()), t, gradients="packed"), ValueError, ["needs the module"],
     ),
-    "frozen": (lambda m, t: M(frozen(), t), ValueError, ["'body.weight' takes none", "requires_grad_()"]),
+    "frozen": (lambda m, t: M(frozen(), t), ValueError, ["'body.weight' of the ticket has requires_grad=False", "requires_grad_()"]),
     "frozen-packed": (
-        lambda m, t: M(frozen(), t, gradients="packed"), ValueError, ["'body.weight' takes none", "requires_grad_()"],
+        lambda m, t: M(frozen(), t, gradients="packed"), ValueError, ["'body.weight' of the ticket has requires_grad=False", "requires_grad_()"],
     ),
-    "frozen-own": (lambda m, t: ls.PackedParameters(frozen(), t), ValueError, ["'body.weight' takes none"]),
+    "frozen-own": (lambda m, t: ls.PackedParameters(frozen(), t), ValueError, ["'body.weight' of the ticket has requires_grad=False"]),
     "max-norm": (lambda m, t: M(build(max_norm=1.0), t), ValueError, ["'embed.weight'", "max_norm=1.0", "to None"]),
     "by-frequency": (
         lambda m, t: M(build(scale_grad_by_freq=True), t, gradients="packed"), ValueError, ["scale_grad_by_freq=True"],
