@@ -74,47 +74,48 @@ def select(
     output: str | os.PathLike[str] | None = None,
     device: torch.device | str | None = None,
 ) -> Ticket:
-    """The ticket of the entries that moved most from `initial` to `tuned`: exactly k, ties to the earliest.
+    """Selects the k entries that moved most from `initial` to `tuned`. Of equal ones, the earliest are taken.
 
     Args:
         initial: the base model, as a module, a mapping from names to tensors, or the path of a safetensors checkpoint,
-            which is streamed from disk. All of these, wrapped or not, give the same names; tied parameters count once,
-            and buffers, integers and quantised tensors are left out (`weights.open_weights`).
+            which is streamed from disk. Names do not depend on the form or on wrappers. Tied parameters count once;
+            buffers, integers and quantised tensors are left out (`weights.versions.open_weights`).
         tuned: the tuned model, in any of these forms.
-        density: share of the pool, floor(density * entries) in exact decimals; or
-        k: number of entries.
-        budget: "global"; "layer" or "tensor" at equal density each; or shares of k by regular expression.
+        density: share of the pool to select: floor(density * entries), computed in exact decimals.
+        k: the number of entries to select, instead of `density`.
+        budget: "global" ranks all entries together. "layer" and "tensor" give each layer or tensor the same density. A
+            mapping gives shares of k to regular expressions over names.
         pool: which parameters may be selected: a predicate on names, regular expressions, or None for all.
-        allow_missing: which parameters of the pool may be on one side only and are then left out: True for any, or
-            regular expressions, e.g. "^lm_head" if one side has no head.
-        compare_in: round both sides to this dtype before the comparison. Give the coarser one if one side was saved in
-            another dtype than it was trained in.
+        allow_missing: which parameters of the pool are left out if they are on one side only, instead of raising an
+            error: True for any, or regular expressions, e.g. "^lm_head" if one side has no head.
+        compare_in: round both sides to this dtype before the comparison. Pass the coarser of the two dtypes if one side
+            was saved in another dtype than it was trained in.
         score: rank by |score| instead of |tuned - initial|. Either a mapping from names to tensors in the parameters'
             shapes, or a function of (name, start, stop) that returns the scores of entries start..stop of a parameter's
             row-major order as a float32, bfloat16 or float16 tensor, the same ones in every call. Such a function needs
             no tensor of the model's size; `selection.scores` has some.
-        method: a word for the metadata.
-        metadata: added to the ticket's.
-        progress: show a bar while checkpoints are read.
-        output: a file to save the ticket to. A ticket over 512 MB that is selected from checkpoints then stays on disk:
-            its index sets are written into that folder and read from there on access.
-        device: where to select from checkpoints; None: on a GPU if there is one, which works on one piece while the
-            next one is read and copied. The ticket is on the CPU in any case. Tensors in memory are selected where they
-            are.
+        method: the name of the method, for the metadata.
+        metadata: further entries for the ticket's metadata.
+        progress: show a progress bar while checkpoints are read.
+        output: a file to save the ticket to. The index sets of a ticket over 512 MB that is selected from checkpoints
+            are then kept in a file in the same folder, not in memory.
+        device: the device on which checkpoints are compared; None: a GPU if there is one, which works on one piece
+            while the next is read and copied. The ticket is always on the CPU. Tensors in memory are compared where
+            they are.
 
     Returns:
-        A ticket over the pool. Its metadata hold the requested and the actual k, the thresholds (smallest selected
-        score by group), and the numbers of parameters that were left out ("left_out") or differed in dtype
-        ("mixed_dtypes"), if any. Its fingerprint holds the digests of the initial tensors.
+        A ticket over the pool. Its metadata has the requested and the actual k, the thresholds (the smallest selected
+        score of each group) and, if there are any, the numbers of parameters that were left out ("left_out") or
+        differed in dtype ("mixed_dtypes"). Its fingerprint has the digests of the initial tensors.
 
     Warns:
-        ShortTicket: fewer than k entries moved; the ticket holds all that did.
+        ShortTicket: fewer than k entries moved; the ticket has all of these.
         MixedDtypes: parameters differ in dtype between the sides, so rounding counts as a change.
         UserWarning: quantised tensors are left out.
 
     Raises:
-        ValueError: names, shapes or budgets do not fit; a parameter is on one side only; or a delta is NaN or infinite
-            (the parameter is named), as it is if both sides hold the same infinity.
+        ValueError: names, shapes or budgets do not fit, a parameter is on one side only, or a delta is NaN or infinite;
+            the message names the parameter. The delta of two equal infinities is NaN.
         TypeError: a parameter of the pool is not float32, bfloat16 or float16 (in a file: ValueError).
     """
     if output is not None:
@@ -182,9 +183,10 @@ def _topk(
     device: torch.device | str | None,
     compare_in: torch.dtype | None,
 ) -> tuple[list[IndexSet], Tensor, Tensor | None]:
-    """An index set per tensor and the thresholds: by `topk_delta` in memory, or streamed from disk.
+    """(index set per tensor, thresholds, digests), selected in memory or from streams.
 
-    The third is the digests of the tiles of the initial tensors, int64 [T, 2]; None where they are not read unchanged.
+    The digests are those of the tiles of the initial tensors, int64 [T, 2]. They are None if the initial tensors are
+    not read, or are rounded first.
     """
     tiles = sum(tiles_of(tensor.numel()) for tensor in initial)
 
@@ -213,7 +215,7 @@ def _topk(
 def _streamed(
     source: StreamSource, groups: list[int], ks: list[int], progress: bool, folder: Path | None
 ) -> tuple[list[IndexSet], Tensor]:
-    """Index sets and thresholds of a source. `folder`: for index sets too large for memory; None: keep them in it."""
+    """(index set per tensor, thresholds) of a source. `folder`: for large index sets; None: keep them in memory."""
     passes, bitmap = backends.resolve(source.device, "topk_delta"), 4 * sum(map(bitmap_words, source.sizes))
     by_tensor = bitmap > LARGE
     with ExitStack() as stack:

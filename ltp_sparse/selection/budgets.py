@@ -13,7 +13,7 @@ from ltp_sparse.tickets.counts import as_share, entries_for
 from ltp_sparse.weights.names import layer_of
 
 Budget = str | Mapping[str, float]
-"""How k is divided: "global", "layer", "tensor", or shares of k for regular expressions over names."""
+"""The division of k: "global", "layer", "tensor", or shares of k by regular expression over names."""
 
 
 def share_out(
@@ -21,13 +21,20 @@ def share_out(
 ) -> tuple[list[str], list[int], list[str], list[int]]:
     """Divides a budget among groups of parameters.
 
-    "global": one group. "layer", "tensor": every layer (embeddings, layer 0, ...) or parameter gets the same density,
-    floor(density * its entries). Shares: group g gets floor(share * k) of its own entries; a parameter belongs to the
-    first expression that matches its name, and parameters without a match are not in the pool (SC-SFT).
+    Args:
+        shapes: name -> shape of the parameters of the pool.
+        budget: "global" is one group. "layer" and "tensor" select floor(density * entries) from every layer
+            (embeddings, layer 0, ...) or parameter. With shares by regular expression (SC-SFT), each group gets
+            floor(share * k) entries; a parameter belongs to the first expression that matches its name, and without a
+            match it is not in the pool.
+        density: share of all entries to select.
+        k: the number of entries to select, instead of `density`.
 
     Returns:
-        The names of the pool, the group of each name, the labels of the groups, and the entries to take from each
-        group.
+        (names of the pool, group of each name, labels of the groups, number of entries to select from each group)
+
+    Raises:
+        ValueError: an expression matches nothing, shares exceed 1, or a group has fewer entries than requested.
     """
     sizes = {name: shape.numel() for name, shape in shapes.items()}
     if isinstance(budget, Mapping):
@@ -38,7 +45,7 @@ def share_out(
                 raise ValueError(f"budget: the expression {pattern!r} matches no parameter of the pool")
         shares = {pattern: as_share(share, f"budget: the share of {pattern!r}") for pattern, share in budget.items()}
         if not shares:
-            raise ValueError("budget: expected shares by expression, got none")
+            raise ValueError("budget: expected shares by regular expression, got an empty mapping")
         if sum(shares.values()) > 1 + 1e-9:
             raise ValueError(f"budget: the shares must not exceed 1, got {sum(budget.values())}")
     elif budget == "global":

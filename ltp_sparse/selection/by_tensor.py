@@ -1,9 +1,10 @@
 """Selection from a model whose bitmap is too large for memory: one tensor after the other, from exact thresholds.
 
 Two passes count digits of the keys, which gives the threshold of every group and the number of ties to take. The third
-pass marks the entries above the threshold and the earliest ties. Beside the histograms, only the bitmap of one tensor
+pass marks the entries above the threshold and the earliest ties. Besides the histograms, only the bitmap of one tensor
 exists at a time. Finished index sets are kept in their smallest encoding, in memory or in a spool on disk. The result
-has the bits of `routes.select_topk`, which reads everything once or twice or, with many equal deltas, up to four times.
+is the same as that of `routes.select_topk`, which reads the weights once or twice, or up to four times with many equal
+deltas.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.weights.digests import host_blocks
 
 PASSES = 3
-"""Times that the source is read."""
+"""How often the source is read."""
 
 _ALIGNMENT = 8
 
@@ -36,8 +37,8 @@ _ALIGNMENT = 8
 class Spool:
     """Tensors written to a file one by one and then read through a memory map.
 
-    Use it as a context; it is closed for writing afterwards. The file has no name: the system frees its space when the
-    last of the tensors is freed.
+    Use it as a context manager, which closes the file for writing. The file has no name, so the system frees its space
+    together with the last of the tensors.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -76,7 +77,7 @@ class Spool:
 def select_by_tensor(
     passes: Backend, source: StreamSource, groups: list[int], ks: list[int], spool: Spool | None = None
 ) -> tuple[list[IndexSet], Tensor]:
-    """An index set per tensor, and the thresholds, float32 [G]; equal to those of `select_topk`.
+    """Selects like `select_topk`, but tensor by tensor.
 
     Args:
         passes: the backend.
@@ -84,6 +85,9 @@ def select_by_tensor(
         groups: the group of every tensor.
         ks: entries to take from every group.
         spool: where to keep the index sets; None: in memory.
+
+    Returns:
+        (index set per tensor, thresholds float32 [G])
 
     Raises:
         NonFiniteDelta: a delta is NaN or infinite.

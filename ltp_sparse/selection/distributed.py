@@ -40,7 +40,7 @@ _PIECE = 1 << 18  # entries sent at a time, or words of a bitmap
 
 
 class _Held(NamedTuple):
-    """A shard and its entries."""
+    """A shard and the tensor of its entries."""
 
     shard: Shard
     tensor: Readable
@@ -65,22 +65,27 @@ def select_sharded(
     method: str = "delta",
     metadata: Mapping[str, Any] | None = None,
 ) -> TicketShard:
-    """`select` by all processes of a group: the same ticket, bit for bit, for any number of processes and any sharding.
+    """`select` by all ranks of a process group. The ticket is that of `select` for any number of ranks and any
+    sharding.
 
-    Each process counts its own entries. They then add up histograms of the keys' digits and exchange their counts at
-    the threshold, so that ties go to the earliest entries. Equal shards are divided among the processes that hold them.
+    Each rank counts the keys of its own entries. The ranks then add up their histograms, and exchange their counts at
+    the threshold so that the earliest of equal entries are taken. Ranks that hold equal shards divide the work.
 
     Args:
-        initial, tuned, score: as in `select`, on every process. DTensors must be sharded by rows (FSDP2) or replicated;
-            plain tensors and checkpoints hold whole parameters unless `shards` names them.
-        shards: name -> (start, stop, whole shape) of a plain tensor that is a shard. A process may leave out what it
-            does not hold. Its part of the ticket covers what it has of both `initial` and `tuned`.
-        group: the processes; default: all. All of them must call.
-        density, k, budget, pool, allow_missing, method, metadata: as in `select`, equal on every process.
+        initial, tuned, score: as in `select`, on every rank. DTensors must be sharded by rows (FSDP2) or replicated.
+            Plain tensors and checkpoints are whole parameters unless `shards` names them.
+        shards: name -> (start, stop, whole shape), for plain tensors that are shards. A rank can leave out parameters
+            of which it holds nothing. Its part of the ticket covers the entries that it has of both `initial` and
+            `tuned`.
+        group: the process group; None: the default one. All of its ranks must call this function.
+        density, k, budget, pool, allow_missing, method, metadata: as in `select`, equal on every rank.
+
+    Returns:
+        This rank's part of the ticket.
 
     Raises:
-        ValueError: on every process: as in `select`; the arguments differ between processes, or the shards do not cover
-            a parameter.
+        ValueError: on every rank: as in `select`, the arguments differ between ranks, or the shards do not cover a
+            parameter.
     """
     team = Team(group)
     (base, after, _), reports = team.every(
@@ -174,9 +179,9 @@ def select_sharded(
 def _sides(
     initial: Weights, tuned: Weights | None, score: Score | None, shards: Mapping[str, Shard]
 ) -> tuple[dict[str, _Held], dict[str, _Held] | None, int]:
-    """This process's tensors of both sides, and the number of quantised ones, which are left out.
+    """(initial tensors, tuned tensors or scores, number of quantised tensors) of this rank.
 
-    The second side is None for a score function, which has scores of everything.
+    The second is None for a score function, which has scores of all entries.
     """
     sides = Sides.of(initial, tuned, score, what="select_sharded")
 
@@ -199,14 +204,14 @@ def _held(name: str, tensor: Readable, shards: Mapping[str, Shard]) -> _Held:
     n = Size(shard.shape).numel()
     if not 0 <= shard.start <= shard.stop <= n or tensor.numel() != shard.stop - shard.start:
         raise ValueError(
-            f"select_sharded: the shard of {name!r} claims entries {shard.start} to {shard.stop} of {n}, "
-            f"its tensor has {tensor.numel()}"
+            f"select_sharded: the shard of {name!r} is said to hold the entries {shard.start} to {shard.stop} of {n}, "
+            f"but its tensor has {tensor.numel()} entries"
         )
     return _Held(shard, tensor)
 
 
 def _rows(name: str, tensor: Any) -> Shard:
-    """The row-major range of a DTensor's local part."""
+    """The row-major range of entries that a DTensor holds locally."""
     cut = Cut.of(tensor, f"select_sharded: {name!r}")
     if not cut.by_rows:
         raise ValueError(
@@ -217,7 +222,7 @@ def _rows(name: str, tensor: Any) -> Shard:
 
 
 def _common(base: dict[str, _Held], after: dict[str, _Held] | None) -> dict[str, Shard]:
-    """The shards that this process has of both sides."""
+    """The shards that this rank has on both sides."""
     if after is None:
         return {name: held.shard for name, held in base.items()}
     common = {}
@@ -231,7 +236,7 @@ def _common(base: dict[str, _Held], after: dict[str, _Held] | None) -> dict[str,
 
 
 def _check_cover(name: str, shards: Sequence[Shard]) -> Size:
-    """The whole shape of a parameter, after checking that its distinct shards cover it without gaps or overlaps."""
+    """The whole shape of a parameter. Raises ValueError unless its distinct shards cover it exactly."""
     shape = Size(shards[0].shape)
     for shard in shards:
         if Size(shard.shape) != shape:
@@ -243,7 +248,7 @@ def _check_cover(name: str, shards: Sequence[Shard]) -> Size:
     if [start for start, _ in ranges] != ends[:-1] or ends[-1] != shape.numel():
         raise ValueError(
             f"select_sharded: the shards of {name!r} must cover its {shape.numel()} entries without gaps or overlaps "
-            f"(equal ones apart), got {reprlib.repr(ranges)}"
+            f"(but for equal shards), got {reprlib.repr(ranges)}"
         )
     return shape
 
@@ -259,7 +264,7 @@ def _check_equal(plans: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _shared_out(shards: Sequence[Shard]) -> list[tuple[int, int]]:
-    """Each process's piece of a parameter: equal shards are divided, in whole tiles, among their holders."""
+    """The piece of a parameter that each rank works on. Ranks with equal shards divide them in whole tiles."""
     holders: dict[tuple[int, int], list[int]] = {}
     for rank, shard in enumerate(shards):
         holders.setdefault((shard.start, shard.stop), []).append(rank)
@@ -279,7 +284,7 @@ def _source(
     score: Score | None,
     device: torch.device,
 ) -> Source:
-    """This process's pieces of all tensors: directly if they are in memory, else as a stream."""
+    """This rank's pieces of all tensors, in memory if they are there, else as a stream."""
     nothing = Reader(0, lambda start, stop: torch.empty(0, device=device, dtype=torch.float32), device, copies=False)
 
     def readers(side: Mapping[str, _Held]) -> list[Reader]:
@@ -296,7 +301,7 @@ def _source(
 
 
 def _own_part(team: Team, words: Tensor, held: Sequence[Shard], work: Sequence[tuple[int, int]]) -> IndexSet:
-    """The index set of this process's shard, from the bitmaps of the pieces that each process worked on."""
+    """The index set of this rank's shard, from the bitmaps of the pieces that the ranks worked on."""
     shard = held[team.rank]
     if work == _ranges(held):
         return IndexSet.from_bitmap(words, shard.stop - shard.start)
@@ -310,7 +315,7 @@ def _parts(
     gives: frozenset[str],
     counts: Mapping[str, int],
 ) -> dict[str, Part]:
-    """Where this process's active entries lie among all. counts: name -> active entries of the whole parameter."""
+    """Name -> place of this rank's active entries among all. `counts`: active entries of the whole parameters."""
     own = [[sets[n].k, int(state_blocks(sets[n].tile_counts).sum())] if n in gives else [0, 0] for n in held]
     table = torch.tensor(own, dtype=torch.int64, device="cpu").reshape(-1)
     of_ranks = team.stack(table).view(len(held), 2, team.size).tolist() if len(held) else []
@@ -336,7 +341,7 @@ def _ranges(shards: Sequence[Shard]) -> list[tuple[int, int]]:
 def _local_shape(
     name: str, shard: Shard, base: Mapping[str, _Held], after: Mapping[str, _Held] | None
 ) -> Sequence[int]:
-    """The shape of this process's own tensor if it is exactly the shard, else a flat shape."""
+    """The shape of this rank's own tensor if that is exactly the shard, else a flat shape."""
     for side in (after or {}, base):
         if name in side and side[name].shard[:2] == shard[:2]:
             return side[name].tensor.shape
@@ -349,7 +354,7 @@ def _fingerprint(
     base: Mapping[str, _Held],
     of_ranks: Sequence[Mapping[str, tuple[Shard, torch.dtype]]],
 ) -> dict[str, str]:
-    """Digests of the whole initial tensors; the ranks take turns in hashing, and are sent what they do not hold."""
+    """Digests of the whole initial tensors. The ranks take turns in hashing and receive the entries they lack."""
     own = {}
     for turn, name in enumerate(names):
         to = turn % team.size
@@ -369,7 +374,7 @@ def _fingerprint(
 def _sent(
     team: Team, to: int, held: _Held | None, shards: Sequence[Shard], n: int, dtype: torch.dtype
 ) -> Iterator[Tensor]:
-    """A parameter's entries in order, on rank `to`; the others send theirs when it is their turn."""
+    """Yields the entries of a parameter in order on rank `to`; the other ranks send theirs in turn."""
     at = 0
     while at < n:
         source = max(range(team.size), key=lambda r: (shards[r].start <= at < shards[r].stop, r == to, shards[r].stop))

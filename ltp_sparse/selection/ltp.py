@@ -44,27 +44,31 @@ def find_ticket(
     metadata: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Ticket:
-    """The winning ticket: the entries of the strategy's pool that moved most in tuning.
+    """Selects the winning ticket: the entries of the strategy's pool that moved most in tuning.
 
-    With the global budget, `density` is a share of all maskable entries (277,414,656 of XLM-R-base) for every strategy,
-    so that 20 % is always the same number. In a segment, and with other budgets, it is a share of the pool.
+    With the global budget, `density` is a share of all maskable entries (277,414,656 in XLM-R-base) for every strategy,
+    so that 20 % is always the same number of entries. For a segment, and with other budgets, it is a share of the pool.
 
     Args:
         initial: a module, a mapping from names to tensors, or a safetensors checkpoint.
-        tuned: in the same forms; None with a score. At least one of the two must hold the whole base model.
+        tuned: the tuned weights in any of these forms; None with a score. At least one of the two must have the whole
+            base model.
         strategy: the strategy of the tuning, a key of `STRATEGIES`.
         density: share of the entries to select.
         budget: "global" (across layers), "layer" (each layer by itself), "tensor", or shares, see `select`.
-        of: with the global budget, which entries `density` is a share of: "model", or "pool", which leaves the
-            embeddings out for "frozen_embedding".
-        segment: only the "lower", "middle" or "upper" third of the layers.
+        of: with the global budget, the entries of which `density` is a share: "model", or "pool", which for
+            "frozen_embedding" has no embeddings.
+        segment: selects from the "lower", "middle" or "upper" third of the layers only.
         intersect: with `segment`, selects from the whole model and keeps the part inside the segment.
-        order: "most" takes the entries that moved most. "least" is a control: of the entries that moved, it takes those
-            that moved least, as many in every tensor as "most" takes there.
-        score: ranks the entries instead of their change, see `select`.
-        allow_missing: which parameters of the pool may be absent on one side, see `select`.
-        metadata: added to that of the ticket, e.g. `MLMResult.metadata`.
-        progress: shows a bar.
+        order: "most" selects the entries that moved most. "least" is a control: of the entries that moved, it selects
+            those that moved least, in every tensor as many as "most" selects.
+        score: ranks the entries in place of their change, see `select`.
+        allow_missing: which parameters of the pool can be absent on one side, see `select`.
+        metadata: further entries for the ticket's metadata, e.g. `MLMResult.metadata`.
+        progress: show a progress bar.
+
+    Returns:
+        The ticket, with strategy, density, the number of maskable entries and k in its metadata.
 
     Raises:
         ValueError: unknown strategy or segment, a parameter on one side only, or a budget above its pool.
@@ -76,9 +80,9 @@ def find_ticket(
     if of not in ("model", "pool"):
         raise ValueError(f"find_ticket: of must be model or pool, got {of!r}")
     if order == "least" and score is not None:
-        raise ValueError("find_ticket: order='least' is a control of what moved; it takes no score")
+        raise ValueError("find_ticket: order='least' ranks entries by their change; leave out score=")
     if intersect and segment is None:
-        raise ValueError("find_ticket: intersect=True keeps the part inside a segment; pass segment=, too")
+        raise ValueError("find_ticket: intersect=True keeps the part inside a segment; pass segment= as well")
     sides = Sides.of(initial, tuned, score, what="find_ticket")
     sizes = [{name: tensor.numel() for name, tensor in side.items()} for side in (sides.base, sides.after)]
     maskable = max(sum(n for name, n in of.items() if pools.maskable(name)) for of in sizes)
@@ -110,7 +114,7 @@ def find_ticket(
 
 
 def _least_changed(most: Ticket, sides: Sides) -> Ticket:
-    """The entries that moved least of those that moved, as many in every tensor as `most` has there."""
+    """The entries that moved, but least, in every tensor as many as `most` has there."""
     sets = dict(most.sets)
     for name in most.active_names:
         base, after = {name: sides.base[name]}, {name: sides.after[name]}
@@ -119,10 +123,10 @@ def _least_changed(most: Ticket, sides: Sides) -> Ticket:
 
 
 def least_changed(before: Mapping[str, Readable], after: Mapping[str, Readable]) -> ScoreFunction:
-    """A score for `select` that is larger the less an entry has moved. It is 0, never selected, if it has not moved.
+    """A score for `select` that is larger for entries that moved less. Entries that did not move score 0.
 
-    Its bits are those of the largest finite float32 minus those of |after - before|, so that the order is exactly
-    reversed.
+    The bits of a score are those of the largest finite float32 minus those of |after - before|, which exactly reverses
+    the order.
     """
 
     def score(name: str, start: int, stop: int) -> Tensor:

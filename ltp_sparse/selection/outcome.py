@@ -29,10 +29,16 @@ def describe(
     left_out: Mapping[str, int],
     metadata: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """The metadata of a ticket with `found` of the requested `ks` entries by group, from a pool of `pool` entries.
+    """The metadata of a ticket.
 
     Args:
-        left_out: reason -> parameters left out for it.
+        ks: the requested number of entries of each group.
+        labels: the names of the groups.
+        thresholds: float32 [G], the smallest selected score of each group; infinite if nothing was selected.
+        found: the number of entries of the ticket.
+        pool: the number of entries of the pool.
+        density, budget, method, metadata: as in `select`.
+        left_out: reason -> number of parameters left out for it.
 
     Warns:
         ShortTicket: fewer entries were found than requested.

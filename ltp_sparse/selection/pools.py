@@ -8,7 +8,7 @@ from ltp_sparse.weights.names import in_base_model, is_layer_norm, layer_of
 
 
 def maskable(name: str) -> bool:
-    """The base model without its LayerNorms; heads, with a decoupled output embedding, are never selected."""
+    """The base model without its LayerNorms. Heads are never selected, nor is a decoupled output embedding."""
     return in_base_model(name) and not is_layer_norm(name)
 
 

@@ -19,7 +19,11 @@ from ltp_sparse.weights.versions import Weights, open_weights
 
 
 def magnitude(weights: Weights) -> ScoreFunction:
-    """|weight| of a module, a mapping or a streamed checkpoint (Han et al., NeurIPS 2015)."""
+    """|weight| (Han et al., "Learning both Weights and Connections for Efficient Neural Networks", NeurIPS 2015).
+
+    Args:
+        weights: a module, a mapping from names to tensors, or the path of a checkpoint, which is streamed.
+    """
     readers = {name: Reader.of(tensor) for name, tensor in open_weights(weights).items()}
 
     def score(name: str, start: int, stop: int) -> Tensor:
@@ -58,11 +62,11 @@ def fisher(model: nn.Module, losses: Iterable[Tensor], pool: Pool = None) -> dic
 
 
 def movement(model: nn.Module, losses: Iterable[Tensor], pool: Pool = None) -> dict[str, Tensor]:
-    """Sum of -weight * gradient over losses, where positive: how far descent moves a weight away from zero.
+    """Sum of -weight * gradient over losses, or 0 if it is negative: how far descent moves a weight away from zero.
 
-    Movement pruning (Sanh et al., NeurIPS 2020) keeps the largest of these sums; weights that move towards zero score
-    zero here, which is never selected. See `fisher` for the arguments. To follow a training run, let the generator
-    `losses` step the optimizer between its losses.
+    Movement pruning (Sanh et al., "Movement Pruning: Adaptive Sparsity by Fine-Tuning", NeurIPS 2020) keeps the weights
+    with the largest sums. Weights that move towards zero score 0 and are never selected. See `fisher` for the
+    arguments. To follow a training run, let the generator `losses` step the optimizer between its losses.
     """
     totals = _accumulated(model, losses, pool, lambda weight, gradient: -weight * gradient)
     return {name: total.clamp_(min=0) for name, total in totals.items()}
@@ -73,7 +77,7 @@ SCORES: dict[str, Callable[[nn.Module, Iterable[Tensor], Pool], dict[str, Tensor
     "fisher": fisher,
     "movement": movement,
 }
-"""Scores that are made from losses, by name."""
+"""Name -> score that is computed from losses."""
 
 
 def _accumulated(

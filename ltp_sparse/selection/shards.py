@@ -1,4 +1,4 @@
-"""`TicketShard`: a rank's part of a ticket."""
+"""`TicketShard`: one rank's part of a ticket."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PIECE = 1 << 18  # words of a bitmap sent at a time
 
 
 class Shard(NamedTuple):
-    """A process's part of a parameter: entries start..stop of the row-major order of its whole `shape`."""
+    """The entries start..stop, in row-major order, of a parameter with the given whole `shape`."""
 
     start: int
     stop: int
@@ -31,14 +31,15 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """A rank's part of the active entries of a parameter, and where it lies among all of them.
+    """A rank's part of the active entries of a parameter, and its place among all of them.
 
     Attributes:
-        index_set: those of this rank's tensor
-        first, k: the number of active entries before them, and in all
-        blocks: (first, number in all) of the blocks of 8-bit moments; None where ranks would share a block
-        start: the first entry of this rank's tensor in the row-major order; None: it is no range of it
-        digest: of all active entries; where ranks hold no ranges, of how they are cut, too
+        index_set: the active entries of this rank's tensor.
+        first: the number of active entries before them.
+        k: the number of active entries of the whole parameter.
+        blocks: (first state block, number of state blocks of the whole parameter); None if ranks share a block.
+        start: the entry of the whole parameter with which this rank's tensor begins; None if it is no range of rows.
+        digest: the digest of all active entries and, unless ranks hold ranges of rows, of the cut.
     """
 
     index_set: IndexSet
@@ -63,7 +64,7 @@ class Part:
 
     @property
     def slots(self) -> slice:
-        """Where they lie in the packed state of the whole parameter."""
+        """The slots of this part among those of the whole parameter."""
         return slice(self.first, self.first + self.index_set.k)
 
 
@@ -77,7 +78,7 @@ def _blocks(whole: IndexSet, start: int, stop: int) -> tuple[int, int] | None:
 
 
 def _part_of_block(whole: IndexSet, cut: Cut) -> Part:
-    """Of a block with columns: blocks have their slots one after the other, in the order of their first entries."""
+    """The part of a rank that holds some columns. The slots of each such block come after those of the one before."""
     counts = torch.zeros(prod(map(len, cut.ranges)), dtype=torch.int64, device="cpu")
     mine, own = 0, []
     for number, pieces in zip(cut.own, cut.ranges, strict=True):
@@ -99,14 +100,14 @@ def _part_of_block(whole: IndexSet, cut: Cut) -> Part:
 
 @dataclass(frozen=True, eq=False)
 class TicketShard:
-    """A process's part of a ticket, as `MaskedAdamW` takes it for a model sharded alike.
+    """One rank's part of a ticket. `MaskedAdamW` accepts it for a model that is sharded in the same way.
 
     Attributes:
-        local: ticket over the tensors of this process, under their names and shapes
-        shards: this process's shard of every parameter of the pool; an empty range where it holds nothing
-        parts: name -> where its active entries lie among all, for the parameters of `local`
-        metadata: of the whole ticket
-        fingerprint: of the whole ticket
+        local: a ticket over this rank's tensors, with their names and shapes.
+        shards: name -> this rank's shard, for every parameter of the pool; an empty range if it holds nothing of it.
+        parts: name -> place of this rank's active entries among all, for the parameters of `local`.
+        metadata: that of the whole ticket.
+        fingerprint: that of the whole ticket.
     """
 
     local: Ticket
@@ -115,14 +116,14 @@ class TicketShard:
     metadata: dict[str, Any]
     fingerprint: dict[str, str]
     _team: Team
-    _gives: frozenset[str]  # parameters that this process contributes, of all with an equal shard
-    _everywhere: frozenset[str]  # parameters that every process holds whole
+    _gives: frozenset[str]  # parameters that this rank contributes for all ranks with the same shard
+    _everywhere: frozenset[str]  # parameters that every rank holds whole
 
     def __repr__(self) -> str:
         return f"TicketShard(rank {self._team.rank} of {self._team.size}, {self.local!r})"
 
     def gather(self) -> Ticket:
-        """The whole ticket, equal to that of `select`, on every process. All processes must call it."""
+        """Assembles the whole ticket, equal to that of `select`, on every rank. All ranks must call it."""
         sets = {}
         for name, shard in self.shards.items():
             if name in self._everywhere:
@@ -135,7 +136,13 @@ class TicketShard:
 
 
 def assembled(team: Team, words: Tensor | None, shard: Shard) -> IndexSet:
-    """The index set of a whole parameter from bitmaps of disjoint shards; None: none on this process."""
+    """The index set of a whole parameter, from the bitmaps of disjoint shards.
+
+    Args:
+        team: the ranks.
+        words: this rank's bitmap, or None if it contributes nothing.
+        shard: the shard that the bitmap covers.
+    """
     n = Size(shard.shape).numel()
     whole = torch.empty(bitmap_words(n), dtype=torch.int32, device="cpu" if words is None else words.device)
     for to, piece in zip(whole.split(_PIECE), whole_words(team, words, shard), strict=True):
@@ -144,7 +151,7 @@ def assembled(team: Team, words: Tensor | None, shard: Shard) -> IndexSet:
 
 
 def whole_digest(team: Team, words: Tensor | None, shard: Shard, k: int) -> str:
-    """The digest of that set, of k entries, which no process holds at once."""
+    """The digest of the index set of `assembled`, which has k entries, without holding all of it on any rank."""
     n = Size(shard.shape).numel()
     found = Hash().update(f"{n} ".encode())
     if k == n:
@@ -155,7 +162,7 @@ def whole_digest(team: Team, words: Tensor | None, shard: Shard, k: int) -> str:
 
 
 def whole_words(team: Team, words: Tensor | None, shard: Shard) -> Iterator[Tensor]:
-    """The bitmap of a whole parameter, some words at a time; arguments as of `assembled`."""
+    """Yields the bitmap of a whole parameter piece by piece; arguments as for `assembled`."""
     first, shift = divmod(shard.start, 32)
     device = torch.device("cpu") if words is None else words.device
     count = bitmap_words(Size(shard.shape).numel())

@@ -30,9 +30,9 @@ class Sides:
     """The two sides of a selection.
 
     Attributes:
-        base: the initial tensors
-        after: the tuned tensors, or the scores; the initial ones for a score function
-        quantised: the number of quantised tensors, which are left out
+        base: the initial tensors.
+        after: the tuned tensors or the scores; for a score function, the initial tensors.
+        quantised: the number of quantised tensors, which are left out.
     """
 
     base: Named[Readable]
@@ -47,7 +47,7 @@ class Sides:
             ValueError: neither or both of `tuned` and `score` are given.
         """
         if (tuned is None) == (score is None):
-            raise ValueError(f"{what}: give either tuned= or score=")
+            raise ValueError(f"{what}: pass either tuned= or score=")
         base = after = open_weights(initial)
         if not callable(score):
             base, after = side_by_side(base, open_weights(tuned if score is None else score))  # type: ignore[arg-type]
@@ -57,10 +57,10 @@ class Sides:
 def names_in_pool(
     base: Iterable[str], after: Iterable[str], pool: Pool, allow_missing: Missing, *, what: str, scored: bool
 ) -> tuple[list[str], dict[str, int]]:
-    """The names of the pool on both sides, in canonical order, and the number of names on one side only, by side.
+    """(names of the pool that are on both sides, in canonical order; side -> number of names on this side only).
 
     Raises:
-        ValueError: the pool is empty, or a name in it is on one side only and not allowed to be.
+        ValueError: the pool is empty, or one of its names is on one side only and `allow_missing` does not cover it.
     """
     inside = set(in_pool(dict.fromkeys([*base, *after]), pool))
     one, other = ([name for name in names if name in inside] for names in (base, after))
@@ -69,7 +69,7 @@ def names_in_pool(
 
 
 def check_dtypes(names: Iterable[str], *sides: Mapping[str, Readable], what: str) -> None:
-    """Checks that parameters can be ranked.
+    """Checks that the entries of parameters can be compared.
 
     Raises:
         TypeError: a tensor is sharded, has no values or is not float32, bfloat16 or float16.
@@ -80,7 +80,7 @@ def check_dtypes(names: Iterable[str], *sides: Mapping[str, Readable], what: str
         for side in sides:
             if name in side and is_traceable_wrapper_subclass(side[name]):
                 raise TypeError(
-                    f"{what}: {name!r} is a {type(side[name]).__name__}, and this process may hold only a part of it; "
+                    f"{what}: {name!r} is a {type(side[name]).__name__}, of which this process can hold a part only; "
                     "call select_sharded, or pass its full_tensor()"
                 )
             if name in side and side[name].dtype not in DTYPES:
@@ -144,7 +144,7 @@ def score_reader(score: ScoreFunction, name: str, n: int, device: torch.device) 
         if not isinstance(piece, Tensor) or piece.dtype not in DTYPES or piece.numel() != stop - start:
             got = f"{piece.dtype} {list(piece.shape)}" if isinstance(piece, Tensor) else type(piece).__name__
             raise ValueError(
-                f"select: score({name!r}, {start}, {stop}) must give a {DTYPE_NAMES} tensor of "
+                f"select: score({name!r}, {start}, {stop}) must return a {DTYPE_NAMES} tensor of "
                 f"{stop - start} entries, got {got}"
             )
         return piece.detach().reshape(-1).contiguous().to(device)

@@ -16,12 +16,12 @@ T = TypeVar("T")
 
 
 class Team:
-    """The collectives of a selection, or of other work that processes share. All make the same calls in one order.
+    """The collectives of a selection or of other shared work. All ranks must make the same calls in the same order.
 
     Args:
-        group: the processes; None: all.
+        group: the process group; None: the default one.
         what: the caller, for messages.
-        alone: what to use without a process group, for messages.
+        alone: the alternative without a process group, for messages.
 
     Raises:
         ValueError: there is no process group, or this process is not in it.
@@ -40,27 +40,27 @@ class Team:
         self.device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
     def sum(self, counts: Tensor) -> Tensor:
-        """Sums over the processes."""
+        """The sum over the ranks."""
         total = counts.to(self.device)
         if total.numel():
             distributed.all_reduce(total, group=self.group)
         return total.to(counts.device)
 
     def stack(self, counts: Tensor) -> Tensor:
-        """[P] of every process -> [P, R]."""
+        """[P] on each of R ranks -> [P, R] on all."""
         counts = counts.to(self.device)
         columns = [torch.empty_like(counts) for _ in range(self.size)]
         distributed.all_gather(columns, counts, group=self.group)
         return torch.stack(columns, dim=1)
 
     def every(self, work: Callable[[], T], report: Callable[[T], Any] = lambda result: None) -> tuple[T, list[Any]]:
-        """The result of `work` on this process, and the reports of all. An error on one process is raised on all."""
+        """(result of `work` on this rank, reports of all ranks). An error on one rank is raised on all of them."""
         result: Any = None
         error, reported = None, None
         try:
             result = work()
             reported = report(result)
-        except Exception as failure:  # of any kind: the other processes must not wait for this one
+        except Exception as failure:  # any error: the other ranks must not wait for this one
             error = failure
         outcomes: list[Any] = [None] * self.size
         message = None if error is None else f"{type(error).__name__}: {error}"
@@ -83,7 +83,7 @@ class Team:
 
 
 class GuardedSource:
-    """A source that defers errors to `check()`, so that all processes fail together."""
+    """A source that defers errors to `check()`, so that all ranks fail together."""
 
     can_sample = False
 
@@ -98,7 +98,7 @@ class GuardedSource:
             self.error = error
 
     def sample(self, passes: Backend, tensors: Tensor, runs: Tensor, keys: Tensor) -> None:
-        raise RuntimeError("several processes select by the histogram route, which takes no samples")
+        raise RuntimeError("several ranks select by the histogram route, which draws no samples")
 
     def check(self) -> None:
         if self.error is not None:
@@ -106,12 +106,12 @@ class GuardedSource:
 
 
 class TeamRanks(Ranks):
-    """The processes of a selection.
+    """The ranks of a selection.
 
     Args:
         team: their collectives.
-        starts: int64 [P, R], the start of each process's piece of each tensor.
-        source: of this process; an error in it is raised on all processes by the next `sum`.
+        starts: int64 [P, R], the start of each rank's piece of each tensor.
+        source: this rank's tensors. An error in it is raised on all ranks by the next `sum`.
     """
 
     def __init__(self, team: Team, starts: Tensor, source: GuardedSource) -> None:

@@ -320,7 +320,7 @@ def test_errors_are_without_the_names_of_functions(monkeypatch, capsys):
     ("message", "told"),
     [
         ("too short; give more text or line_by_line=True", "too short; give more text or --line-by-line"),
-        ("pass segment=, too", "pass --segment, too"),
+        ("pass segment= as well", "pass --segment, too"),
         ("take strategy='vanilla' or epochs=3", "take --strategy vanilla or --epochs 3"),
         ("x.epochs=3, epochs=a(b) and pool=r", "x.epochs=3, epochs=a(b) and pool=r"),
     ],

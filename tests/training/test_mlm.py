@@ -523,7 +523,7 @@ def test_the_least_changed_have_moved_and_the_shape_of_the_most_changed(tuned):
         assert not bool((mask & still[name]).any())
         left = delta[~mask & (delta > 0)]
         assert not len(left) or delta[mask].max() <= left.min(), name
-    with pytest.raises(ValueError, match="it takes no score"):
+    with pytest.raises(ValueError, match="leave out score="):
         find_ticket(initial, None, score=initial, order="least")
 
 
