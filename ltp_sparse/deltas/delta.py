@@ -39,16 +39,16 @@ _PIECE = 1 << 20  # entries compared at a time
 
 @dataclass
 class Applied:
-    """An entry in a model's stack of applied deltas: all that `revert` needs.
+    """An item in a model's stack of applied deltas, with everything that `revert` needs.
 
     All names are canonical names of the model, even if the delta uses another name of a tied parameter.
 
     Attributes:
-        delta: the delta
-        displaced: name -> values of the active entries before the delta was applied
-        dense: name -> whole tensors before it was applied
-        sets: name -> its active entries
-        own: name -> those of them that this rank holds, which `displaced` is of; the same if the model is not sharded
+        delta: the delta.
+        displaced: name -> values of this rank's active entries before the delta was applied.
+        dense: name -> whole tensors before it was applied.
+        sets: name -> active entries.
+        own: name -> active entries that this rank holds; equal to `sets` if the model is not sharded.
     """
 
     delta: SparseDelta
@@ -59,14 +59,14 @@ class Applied:
 
 
 class Fitted(NamedTuple):
-    """A delta and its places in a model.
+    """A delta and the tensors of a model that it changes.
 
     Attributes:
-        delta: under the canonical names of the model
-        own: this rank's part of it; the same if the model is not sharded
-        names: of the parameters with active entries
-        tensors: name -> parameter or buffer, detached, of these and of `dense`; what this rank holds of it
-        dense: name -> whole tensors that replace the model's; this rank's block of them
+        delta: the delta under the canonical names of the model.
+        own: this rank's part of the delta; the same if the model is not sharded.
+        names: names of the parameters with active entries.
+        tensors: name -> parameter or buffer, detached, for `names` and `dense`; if sharded, what this rank holds of it.
+        dense: name -> this rank's block of a whole tensor that replaces the model's.
     """
 
     delta: SparseDelta
@@ -77,18 +77,21 @@ class Fitted(NamedTuple):
 
 
 class SparseDelta(OnHub):
-    """The new and original values of a ticket's entries (LT-SFT calls it an SFT), and whole tensors such as a head.
+    """The tuned and original values of a ticket's entries, and whole tensors such as a head. LT-SFT calls it an SFT.
 
     On its own base, `apply` gives the tuned bits. On top of other deltas it adds: an entry that another delta has
-    changed becomes current + (tuned - original), in float32 (LT-SFT's composition). `revert` restores the previous
-    bits.
+    changed becomes current + (tuned - original), computed in float32 (LT-SFT's composition). `revert` restores the
+    previous bits.
 
     Args:
         ticket: the active entries, with the fingerprint of the base.
         values: name -> [k] tuned values in slot order, in the dtype of the model.
-        originals: name -> [k] values of the base; without them the delta does not compose with overlapping ones.
+        originals: name -> [k] values of the base. Without them, the delta cannot be composed with overlapping ones.
         dense: name -> whole tensors that replace the model's.
         metadata: JSON values.
+
+    Raises:
+        ValueError: values or originals do not fit the ticket.
     """
 
     _kind = "delta"
@@ -106,7 +109,7 @@ class SparseDelta(OnHub):
         self.originals = dict(originals or {})
         self.dense = dict(dense or {})
         self.metadata = files.checked_metadata("SparseDelta", metadata)
-        self._known: list[Entries] = []  # where it was written last
+        self._known: list[Entries] = []  # the places of the latest `apply` or `revert`
         self._known_sets: Mapping[str, IndexSet] = {}
         for what, packed in (("values", self.values), ("originals", self.originals)):
             for name, tensor in packed.items():
@@ -126,13 +129,14 @@ class SparseDelta(OnHub):
         originals: bool = True,
         metadata: Mapping[str, Any] | None = None,
     ) -> SparseDelta:
-        """The delta from one version of a model to another, on the ticket's entries.
+        """Makes the delta from one version of a model to another, on the entries of a ticket.
 
-        Of sharded models every rank gets the whole delta, equal to that of one process; all of them must call.
+        For sharded models, every rank gets the same whole delta, and all ranks must call this method.
 
         Args:
-            initial: the base: a module, name -> tensor, or a safetensors checkpoint. Deltas applied to a module count
-                as part of it; the fingerprint is that of the model below them.
+            initial: the base: a module, a mapping from names to tensors, or a safetensors checkpoint. If deltas are
+                applied to a module, the delta starts from its present values, and the fingerprint is that of the model
+                without them.
             tuned: the tuned version, in any of these forms.
             ticket: the entries to keep. Other changes are ignored.
             dense: whole tensors to include, e.g. a task head or a prompt.
@@ -140,8 +144,12 @@ class SparseDelta(OnHub):
             metadata: JSON values.
 
         Warns:
-            UserWarning: zeros outside the ticket changed their sign. No ticket of |tuned - initial| holds those, so
-                `apply` does not restore them.
+            UserWarning: zeros outside the ticket changed their sign, which `apply` will not reproduce: their delta is
+                0, so that no ticket of |tuned - initial| includes them.
+
+        Raises:
+            TypeError: `ticket` is no `Ticket`.
+            ValueError: a parameter of the ticket is missing on one side, or its shape differs.
         """
         if not isinstance(ticket, Ticket):
             advice = "; pass its gather()" if hasattr(ticket, "gather") else ""
@@ -162,8 +170,8 @@ class SparseDelta(OnHub):
             _flipped_zeros(base[n], after[n], s) for n, s in ticket.sets.items() if n in base and n in after
         ):
             warnings.warn(
-                f"SparseDelta.between: {flipped:,} zeros outside the ticket changed only their sign, which a ticket of "
-                "what moved does not hold: the delta gives the tuned values, but not the tuned bits",
+                f"SparseDelta.between: {flipped:,} zeros outside the ticket changed only their sign, and a ticket of "
+                "moved entries does not include them: the delta gives the tuned values, but not the tuned bits",
                 UserWarning,
                 stacklevel=2,
             )
@@ -178,7 +186,7 @@ class SparseDelta(OnHub):
         )
 
     def named_as(self, tensors: Mapping[str, Any]) -> SparseDelta:
-        """The same delta under the canonical names of a model, see `Ticket.named_as`; not of dense tensors."""
+        """The same delta under the canonical names of a model, see `Ticket.named_as`; dense tensors keep theirs."""
         ticket = self.ticket.named_as(tensors)
         if ticket is self.ticket:
             return self
@@ -198,19 +206,23 @@ class SparseDelta(OnHub):
         return SparseDelta(ticket, renamed(self.values), renamed(self.originals), self.dense, self.metadata)
 
     def followed_by(self, later: SparseDelta) -> SparseDelta:
-        """Both deltas in one: from this one's base to what `later` leads to.
+        """Joins two consecutive deltas into one, which starts from the base of this one.
 
         Args:
-            later: made from the weights that this delta leads to, with originals, under the same names.
+            later: a delta with originals that was made from the result of this one, under the same names.
+
+        Returns:
+            The joined delta.
 
         Raises:
-            ValueError: this delta leads to other values than `later` was made from, or one of them has no originals.
+            ValueError: `later` was made from other values than the result of this delta, or one of them has no
+                originals.
         """
         for delta, what in ((self, "the first"), (later, "the later")):
             if missing := [name for name in delta.values if name not in delta.originals]:
                 raise ValueError(
-                    f"SparseDelta.followed_by: {what} delta has no originals of {missing[0]!r}, so nothing says where "
-                    "it begins; make it with originals=True"
+                    f"SparseDelta.followed_by: {what} delta has no originals of {missing[0]!r}, so its base is "
+                    "unknown; make it with originals=True"
                 )
         union = self.ticket | later.ticket
         values, originals = {}, {}
@@ -233,7 +245,7 @@ class SparseDelta(OnHub):
                 if not torch.equal(bits(values[name][places[1]][known]), bits(later.originals[name][known])):
                     raise ValueError(
                         f"SparseDelta.followed_by: {name!r} has other values after the first delta than the later one "
-                        "was made from; a delta between them is missing, or they are of two runs"
+                        "was made from; a delta between them is missing, or they belong to different runs"
                     )
                 values[name][places[1]] = later.values[name]
         digests = {**later.ticket.fingerprint, **self.ticket.fingerprint}
@@ -263,18 +275,18 @@ class SparseDelta(OnHub):
         dense: bool = True,
         digests: Mapping[str, str] | None = None,
     ) -> None:
-        """Writes the delta into the model's parameters, in place. Of a sharded model each rank writes what it holds.
+        """Writes the delta into the model's parameters, in place. If the model is sharded, each rank writes its shards.
 
         Args:
-            model: the base model, possibly with other deltas applied by this method.
+            model: the base model, with or without other deltas that this method has applied.
             dtype: "same", or "cast" to accept the same base in another dtype. The base is then compared by the delta's
-                original values, since a fingerprint holds for one dtype.
-            strict: False accepts any base with fitting names and shapes, and warns.
+                original values, because a fingerprint is valid for one dtype only.
+            strict: False accepts, with a warning, any base with fitting names and shapes.
             dense: False leaves out the delta's whole tensors, e.g. the LM head of a language delta for a classifier.
-            digests: current digests of the model's parameters, if the caller has them.
+            digests: name -> present digest of the model's parameters, if the caller has them.
 
         Raises:
-            ValueError: names, shapes, dtypes or the base do not fit; the model is unchanged then.
+            ValueError: names, shapes, dtypes or the base do not fit. The model is unchanged then.
         """
         found = self.fitted_to(model, dtype=dtype, strict=strict, dense=dense, digests=digests)
         mine, own, tensors, stack = found.delta, found.own, found.tensors, applied_deltas(model)
@@ -309,7 +321,7 @@ class SparseDelta(OnHub):
         dense: bool = True,
         digests: Mapping[str, str] | None = None,
     ) -> Fitted:
-        """Finds the places of the delta in a model, and compares the base; arguments and errors as of `apply`."""
+        """Finds the tensors of the delta in a model and compares the base. Arguments and errors as for `apply`."""
         if dtype not in ("same", "cast"):
             raise ValueError(f'SparseDelta.apply: dtype must be "same" or "cast", got {dtype!r}')
         reshard(model)
@@ -343,7 +355,7 @@ class SparseDelta(OnHub):
         return Fitted(mine, mine._own_part(parameters), names, held, blocks)
 
     def _own_part(self, tensors: Mapping[str, Tensor]) -> SparseDelta:
-        """What this rank holds of it in tensors that may be sharded."""
+        """The part of the delta that lies in this rank's shards."""
         names = self.ticket.active_names
         if not any(is_sharded(tensors[name]) for name in names):
             return self
@@ -357,8 +369,15 @@ class SparseDelta(OnHub):
         return SparseDelta(ticket, values, originals)
 
     def values_over(self, current: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Name -> [k] new values of entries that hold `current`: the tuned ones, or where the current bits are not the
-        original ones, the current value plus the delta. `values[name]` itself if that is all of it.
+        """Name -> [k] values that `apply` writes over the current ones.
+
+        They are the tuned values, or `current + delta` where the current bits are not the original ones.
+
+        Args:
+            current: name -> [k] present values.
+
+        Returns:
+            `values[name]` itself where all current bits are the original ones.
         """
         return {
             name: self.values[name] if self._is_base(name, held) else self._added_to(name, held)
@@ -366,21 +385,19 @@ class SparseDelta(OnHub):
         }
 
     def _places(self, tensors: Mapping[str, Tensor], sets: Mapping[str, IndexSet]) -> list[Entries]:
-        """The active entries in a model; made once for models that are alike."""
+        """The active entries in a model. They are reused for models with the same devices and dtypes."""
         if self._known_sets is not sets or not same_places(self._known, tensors):
             self._known, self._known_sets = entries_of(tensors, sets), sets
         return self._known
 
     def _is_base(self, name: str, current: Tensor) -> bool:
-        """Whether the entries hold the original bits; also if these are not known."""
+        """Whether the entries have the original bits; True if these are not known."""
         if name not in self.originals:
             return True
         return torch.equal(bits(current), bits(self.originals[name].to(current.device, current.dtype)))
 
     def _added_to(self, name: str, current: Tensor) -> Tensor:
-        """[k] new values of the active entries: the tuned bits where the current bits are the original ones, else the
-        current value plus the delta.
-        """
+        """[k] the tuned bits where the current bits are the original ones, else the current value plus the delta."""
         values, originals = (each[name].to(current.device) for each in (self.values, self.originals))
         added = (current.float() + (values.float() - originals.float())).to(current.dtype)
         return torch.where(bits(current) == bits(originals.to(current.dtype)), values.to(current.dtype), added)
@@ -388,7 +405,7 @@ class SparseDelta(OnHub):
     def _check_base(
         self, tensors: Mapping[str, Tensor], stack: list[Applied], dtype: str, digests: Mapping[str, str]
     ) -> None:
-        """Compares the model, without its applied deltas, with the base of this one."""
+        """Raises ValueError unless the model without its applied deltas is the base of this one."""
         wanted = self.ticket.fingerprint
         displaced = {name for applied in stack for name in applied.displaced}
         unread = {
@@ -414,7 +431,7 @@ class SparseDelta(OnHub):
                 )
             before = _before(name, tensor, stack)
             if cast:
-                # in another dtype only the delta's own original values can be compared
+                # fingerprints are of one dtype, so only the original values can be compared
                 same = hold(before, self.ticket.sets[name], self.originals[name].to(before.dtype))
             else:
                 found = digests if before is tensor else whole_fingerprint({name: before}, like=wanted)
@@ -426,27 +443,25 @@ class SparseDelta(OnHub):
                 )
 
     def advance(self, model: nn.Module) -> SparseDelta:
-        """Writes this delta on top of the latest one of a model, and makes one of the two: chains leave no stack.
+        """Applies this delta on top of the latest one of a model and joins the two, so that chains build no stack.
 
         first.apply(model)
-        latest = second.advance(model)  # made from the weights with `first`
-        latest = third.advance(model)   # made from those with `second`
-        latest.revert(model)            # the base again
+        latest = second.advance(model)  # `second` was made from the weights with `first`
+        latest = third.advance(model)   # `third` was made from the weights with `second`
+        latest.revert(model)            # back to the base
 
         Args:
-            model: with a delta applied; this one was made from its weights as they are.
+            model: a model with a delta applied, whose present weights are the base of this delta.
 
         Returns:
-            Both in one, which is applied now in the place of the latest.
+            The joined delta, which is now applied in place of the latest one.
 
         Raises:
-            ValueError: no delta is applied, or the model is not what this delta was made from; nothing is changed then.
+            ValueError: no delta is applied, or this delta has another base. Nothing has changed then.
         """
         stack = applied_deltas(model)
         if not stack:
-            raise ValueError(
-                "SparseDelta.advance: no delta is applied to the model that this one could follow: apply it"
-            )
+            raise ValueError("SparseDelta.advance: no delta is applied to the model; use apply for the first one")
         reshard(model)
         parameters = canonical_parameters(model)
         mine, below, with_dense = self.named_as(parameters), stack[-1].delta, bool(stack[-1].dense)
@@ -459,7 +474,8 @@ class SparseDelta(OnHub):
         wanted, now = mine.ticket.fingerprint, {name: parameters[name].detach() for name in names}
         found = whole_fingerprint({name: tensor for name, tensor in now.items() if name in wanted}, like=wanted)
         others = [name for name in found if found[name] != wanted[name]]
-        found |= base_fingerprint(model, others, parameters, like=wanted)  # it was made from the model with its deltas
+        # `between` on a module with deltas records the fingerprint of the model without them
+        found |= base_fingerprint(model, others, parameters, like=wanted)
         for name, tensor in now.items():
             originals = mine.originals[name]
             if tensor.dtype != originals.dtype or not hold(tensor, mine.ticket.sets[name], originals):
@@ -470,7 +486,7 @@ class SparseDelta(OnHub):
                     "of a chain in their order, each once"
                 )
         if lower := [n for n in names if n not in first.values and any(n in each.displaced for each in stack[:-1])]:
-            # of these only the later delta says what it was made from, which has the lower deltas of the stack
+            # for these, only this delta has a fingerprint, and that of weights with the lower deltas of the stack
             digests = {**both.ticket.fingerprint, **base_fingerprint(model, lower, parameters, like=wanted)}
             both.ticket = Ticket(both.ticket.sets, both.ticket.shapes, both.ticket.metadata, digests)
         try:
@@ -478,7 +494,7 @@ class SparseDelta(OnHub):
             both.apply(model)
         except BaseException:
             if not stack or stack[-1].delta not in (below, both):
-                with warnings.catch_warnings(action="ignore"):  # the base is that of the first time
+                with warnings.catch_warnings(action="ignore"):  # the warning that the base is not compared
                     below.apply(model, strict=False, dense=with_dense)
             raise
         return both
@@ -487,7 +503,7 @@ class SparseDelta(OnHub):
         """Undoes the latest `apply` of this delta, bit for bit.
 
         Raises:
-            ValueError: it is not applied, or a delta applied later overlaps it (revert that one first).
+            ValueError: it is not applied, or a later delta overlaps it and must be reverted first.
         """
         stack = applied_deltas(model)
         at = next((i for i in reversed(range(len(stack))) if stack[i].delta is self), None)
@@ -499,7 +515,8 @@ class SparseDelta(OnHub):
             shared += [name for name in entry.dense if name in later.dense]
             if shared:
                 raise ValueError(
-                    f"SparseDelta.revert: {later.delta!r} was applied later and overlaps in {shared[0]!r}: revert it"
+                    f"SparseDelta.revert: {later.delta!r} was applied later and overlaps in {shared[0]!r}; "
+                    "revert that one first"
                 )
         reshard(model)
         tensors = _everything(model, canonical_parameters(model))
@@ -517,7 +534,12 @@ class SparseDelta(OnHub):
     def save(
         self, path: str | os.PathLike[str], *, max_shard_size: int | str | None = file_shards.MAX_SHARD_SIZE
     ) -> None:
-        """Writes a safetensors file, atomically; above `max_shard_size` shards and their index, as `Ticket.save`."""
+        """Writes a safetensors file atomically, or several shards and an index.
+
+        Args:
+            path: the file.
+            max_shard_size: bytes, or text such as "5GB", from which on shards are written; None: never.
+        """
         tensors, description = pack_sets(self.ticket.sets, self.ticket.shapes)
         for part in ("values", "originals", "dense"):
             tensors |= {f"{part}/{name}": tensor for name, tensor in getattr(self, part).items()}
@@ -537,10 +559,13 @@ class SparseDelta(OnHub):
     @classmethod
     @reader("delta")
     def load(cls, path: str | os.PathLike[str]) -> SparseDelta:
-        """Reads and verifies what `save` has written; a damaged or foreign file is a FileFormatError.
+        """Reads and verifies a delta that `save` has written.
 
         Args:
-            path: the one given to `save`, an index, or a folder that holds one delta.
+            path: the path that was given to `save`, an index of shards, or a folder with one delta.
+
+        Raises:
+            FileFormatError: the file is damaged or of another kind.
         """
         tensors, metadata = file_shards.load(path, "delta")
         parts = {
@@ -557,9 +582,9 @@ _applied: weakref.WeakKeyDictionary[nn.Module, list[Applied]] = weakref.WeakKeyD
 
 
 def applied_deltas(model: nn.Module) -> list[Applied]:
-    """The stack of deltas applied to a model, earliest first: a live list, shared by all models around one base model.
+    """The stack of deltas applied to a model, earliest first.
 
-    A copy of a model starts with an empty stack.
+    It is the list itself, not a copy, and shared by all wrappers of one base model. A copy of a model has an empty one.
     """
     model = unwrapped(model)
     base = getattr(model, getattr(model, "base_model_prefix", "") or "roberta", model)
@@ -580,11 +605,11 @@ def base_fingerprint(
     """Name -> digest of a model's parameters without the applied deltas.
 
     Args:
-        model: possibly with deltas applied.
+        model: a model with or without applied deltas.
         names: canonical names of parameters.
         parameters: `canonical_parameters(model)`, if the caller has them.
-        digests: current digests of these parameters, if the caller has them.
-        like: digests to compare with, by name (`weights.digests.fingerprint`).
+        digests: present digests of these parameters, if the caller has them.
+        like: name -> digest to compare with (`weights.digests.fingerprint`).
     """
     stack, known = applied_deltas(model), digests or {}
     if parameters is None:
@@ -610,7 +635,7 @@ def _touches(applied: Applied, name: str, index_set: IndexSet) -> bool:
 
 
 def _read_entries(tensors: Mapping[str, Readable], ticket: Ticket, names: Iterable[str]) -> dict[str, Tensor]:
-    """Name -> [k] values of the active entries, on the CPU; of a checkpoint one tensor is in memory at a time."""
+    """Name -> [k] values of the active entries, on the CPU. Tensors of a checkpoint are read one at a time."""
     held = {n: tensor for n in names if isinstance(tensor := tensors[n], Tensor) and not is_sharded(tensor)}
     found = {name: values.cpu() for name, values in gather_all(held, ticket.sets).items()}
     for name in names:

@@ -1,4 +1,4 @@
-"""Active entries of many tensors, copied together: one launch per device and dtype."""
+"""Copies of the active entries of many tensors, with one launch per device and dtype."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ltp_sparse.tickets.tile_table import TileTable
 
 @dataclass(frozen=True, eq=False)
 class Entries:
-    """The active entries of named tensors of one device and dtype. The tensors themselves come with each call.
+    """The active entries of named tensors of one device and dtype. The tensors themselves are passed to each call.
 
     Attributes:
-        names: of the tensors, in the order of the table.
-        dtype: theirs.
+        names: names of the tensors, in the order of the table.
+        dtype: their dtype.
         table: their active entries.
     """
 
@@ -32,7 +32,7 @@ class Entries:
         return self.table.tiles.device
 
     def gather(self, tensors: Mapping[str, Tensor], out: Tensor | None = None) -> Tensor:
-        """[table.k] values in slot order, in a buffer or a new one."""
+        """[table.k] values in slot order, in `out` or in a new tensor."""
         return masked_gather(self._of(tensors), self.table, out=out)
 
     def scatter_(self, tensors: Mapping[str, Tensor], slots: Tensor) -> None:
@@ -47,7 +47,7 @@ class Entries:
         return [tensors[name].detach() for name in self.names]
 
     def join(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Name -> [k] values, in one new buffer of the tensors' dtype, on their device."""
+        """[table.k]: values by name, joined in a new tensor of the tensors' dtype and on their device."""
         there = values[self.names[0]].device if self.names else self.device
         joined = torch.empty(self.table.k, dtype=self.dtype, device=there)
         for name, share in self.split(joined).items():  # copies run on all threads, unlike `torch.cat`
@@ -55,16 +55,16 @@ class Entries:
         return joined.to(self.device)
 
     def split(self, slots: Tensor) -> dict[str, Tensor]:
-        """Name -> its share of a buffer."""
+        """Name -> its slots, as views."""
         return dict(zip(self.names, slots.split(self.table.counts), strict=True))
 
 
 def entries_of(tensors: Mapping[str, Tensor], sets: Mapping[str, IndexSet]) -> list[Entries]:
-    """The active entries of tensors, in a table per device and dtype.
+    """The active entries of tensors, as one `Entries` per device and dtype.
 
     Args:
-        tensors: of any devices and dtypes.
-        sets: name -> active entries, of these tensors at least.
+        tensors: name -> tensor, on any devices and of any dtypes.
+        sets: name -> active entries, for all of these tensors.
     """
     alike: dict[tuple[torch.device, torch.dtype], list[str]] = {}
     for name, tensor in tensors.items():
@@ -76,7 +76,7 @@ def entries_of(tensors: Mapping[str, Tensor], sets: Mapping[str, IndexSet]) -> l
 
 
 def same_places(known: list[Entries], tensors: Mapping[str, Tensor]) -> bool:
-    """Whether these are the entries of exactly these tensors, on the devices and in the dtypes that they have now."""
+    """Whether these entries are of exactly these names, devices and dtypes."""
     places = {name: (entries.device, entries.dtype) for entries in known for name in entries.names}
     return places == {name: (tensor.device, tensor.dtype) for name, tensor in tensors.items()}
 

@@ -1,7 +1,7 @@
-"""LT-SFT's files: `pytorch_diff.bin` read into a `SparseDelta`, and written from one.
+"""Files of LT-SFT: reads `pytorch_diff.bin` into a `SparseDelta` and writes it.
 
-The file is a pickled dict. "diffs": name -> {"size": shape, "index_steps": first differences of sorted flat indices,
-in which the first dimension runs fastest, as a list, "values": deltas}; "abs": name -> whole tensors, such as a head.
+The file is a pickled dict. "diffs": name -> {"size": shape, "index_steps": list of the first differences of sorted flat
+indices, in which the first dimension runs fastest, "values": deltas}. "abs": name -> whole tensors, such as a head.
 """
 
 from __future__ import annotations
@@ -29,24 +29,27 @@ from ltp_sparse.weights.reading import FileFormatError, Place, reader
 
 FILE = "pytorch_diff.bin"
 SMALLEST = 1e-7
-"""LT-SFT leaves out entries that changed by no more than this."""
+"""LT-SFT leaves out entries that changed by at most this much."""
 
 
 @reader("LT-SFT")
 def read_lt_sft(path: str | os.PathLike[str], model: nn.Module) -> SparseDelta:
-    """The delta of an LT-SFT file, or of the folder that holds it.
+    """Reads an LT-SFT file.
 
-    Whole tensors of the file ("abs": a head, which the model may lack) become the `dense` of the delta. Only tensors
-    and numbers are unpickled; a file that runs code is refused.
+    Whole tensors of the file ("abs", e.g. a head that the model lacks) become the `dense` of the delta. Only tensors
+    and numbers are unpickled. A file that would run code is refused.
 
     Args:
         path: the file or its folder.
-        model: the base model at its initial weights, without deltas. The file has differences only: values and
-            originals of the delta are made from these weights.
+        model: the base model at its initial weights, without deltas. The file has differences only; values and
+            originals of the delta are computed from these weights.
+
+    Returns:
+        The delta.
 
     Raises:
         FileNotFoundError: there is no such file.
-        FileFormatError: it is damaged, not of this kind, or made for another model.
+        FileFormatError: the file is damaged, of another kind, or made for another model.
     """
     path = Path(path)
     path = path / FILE if path.is_dir() else path
@@ -81,17 +84,18 @@ def read_lt_sft(path: str | os.PathLike[str], model: nn.Module) -> SparseDelta:
 
 
 def write_lt_sft(delta: SparseDelta, path: str | os.PathLike[str]) -> None:
-    """Writes a delta for LT-SFT, atomically; as there, entries that changed by at most `SMALLEST` are left out.
+    """Writes a delta as a file of LT-SFT, atomically. Entries that changed by at most `SMALLEST` are left out, as
+    there.
 
     Args:
-        delta: with originals.
+        delta: a delta with originals.
         path: the file, or a folder to write `pytorch_diff.bin` into.
 
     Raises:
         ValueError: the delta has no originals, so its differences are unknown.
     """
     if missing := [name for name in delta.values if name not in delta.originals]:
-        raise ValueError(f"write_lt_sft: expected a delta with originals, it has none of {missing[0]!r}")
+        raise ValueError(f"write_lt_sft: expected a delta with originals, but it has none of {missing[0]!r}")
     diffs = {}
     for name, values in delta.values.items():
         moved = values.float() - delta.originals[name].float()
@@ -109,7 +113,7 @@ def write_lt_sft(delta: SparseDelta, path: str | os.PathLike[str]) -> None:
 
 
 def _twins(model: nn.Module) -> dict[str, str]:
-    """Every name of a parameter -> its canonical one: a file may use another name of a tied parameter."""
+    """Every name of a parameter -> its canonical name; a file can use any name of a tied parameter."""
     canonical = {id(parameter): name for name, parameter in canonical_parameters(model).items()}
     return {strip_wrappers(n): canonical[id(p)] for n, p in model.named_parameters(remove_duplicate=False)}
 
@@ -144,14 +148,14 @@ def _unpickled(path: Path) -> Any:
 
 
 def _check_archive(path: Path) -> None:
-    """Compares the checksums of the archive, which torch does not, and refuses compressed archives."""
+    """Verifies the checksums of the archive, which torch ignores, and refuses compressed archives."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             if any(m.compress_type != zipfile.ZIP_STORED for m in members) or (
                 sum(m.file_size for m in members) > path.stat().st_size
             ):
-                raise FileFormatError(path, "a compressed archive; torch.save writes none, unpack it")
+                raise FileFormatError(path, "a compressed archive, which torch.save never writes; unpack it")
             for member in members:
                 # the only object that torch unpickles to more memory than the file has bytes
                 if member.filename.endswith("data.pkl") and b"bytearray" in archive.read(member):

@@ -1,6 +1,6 @@
-"""The active entries of sharded tensors: each rank reads and writes those that it holds.
+"""The active entries of sharded tensors, of which each rank reads and writes those in its shard.
 
-All of it takes ordinary tensors, too, which are whole.
+All functions accept ordinary tensors as well.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ def own_entries(whole: IndexSet, cut: Cut) -> tuple[IndexSet, slice | Tensor]:
 
 
 def gather_from_ranks(tensor: Any, index_set: IndexSet) -> Tensor:
-    """[k] values of the active entries of a whole tensor, on every rank."""
+    """[k] values of the active entries of a whole tensor, on every rank. All ranks must call it."""
     own, slots = own_entries(index_set, Cut.of(tensor, "a tensor"))
     held = local(tensor).detach()
     found = torch.zeros(index_set.k, dtype=held.dtype, device=held.device)
     found[slots] = gather(held, own)
-    sum_over(spread(tensor), found.view(torch.uint8))  # of each entry one rank has the bits, the others have zeros
+    sum_over(spread(tensor), found.view(torch.uint8))  # one rank has the bits of each entry, the others have zeros
     return found
 
 
 def hold(tensor: Tensor, index_set: IndexSet, values: Tensor) -> bool:
-    """Whether the active entries of a whole tensor are [k] values, bit for bit, on all ranks."""
+    """Whether the active entries of a whole tensor have the bits of `values` [k], on all ranks. All must call it."""
     own, slots = own_entries(index_set, Cut.of(tensor, "a tensor"))
     held = local(tensor).detach()
     return everywhere(tensor, torch.equal(bits(gather(held, own)), bits(values[slots].to(held.device))))

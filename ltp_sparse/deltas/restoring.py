@@ -1,4 +1,4 @@
-"""Changes of several tensors, all or none: after an interruption the tensors have their previous values."""
+"""Changes of several tensors that happen completely or not at all: an interruption restores the previous values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ltp_sparse.weights.tensors import bits
 
 
 class Change(Protocol):
-    """A change that can be undone, wherever it was interrupted."""
+    """A change that can be undone, even after an interruption in its middle."""
 
     def put_back(self) -> None: ...
 
@@ -41,15 +41,15 @@ class HeldEntries(NamedTuple):
 
 
 class Exchange:
-    """Values put in the place of active entries, in one pass over the tensors.
+    """Replaces active entries by new values, in one pass over the tensors.
 
     Args:
-        entries: which.
-        tensors: name -> tensor, written in place by `run`.
+        entries: the active entries.
+        tensors: name -> tensor; `run` changes it in place.
         values: name -> [k] new values.
 
     Attributes:
-        displaced: [entries.table.k], after `run`: the values that were there.
+        displaced: [entries.table.k], after `run` the previous values.
     """
 
     def __init__(self, entries: Entries, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
@@ -63,8 +63,8 @@ class Exchange:
 
     def put_back(self) -> None:
         if not self._done:
-            # A slot takes the old value of its entry before the entry changes. So one that does not hold the new value
-            # any more holds the old one, and where it does, the entry still has its old value, or one equal to it.
+            # A swap stores the old value of an entry in its slot before it changes the entry. So a slot without the new
+            # value has the old one. If a slot has the new value, either the entry is unchanged or both are equal.
             new, now, slots = self.entries.join(self._values), self.entries.gather(self._tensors), bits(self.displaced)
             self.displaced = torch.where(slots == bits(new), bits(now), slots).view(now.dtype)
             self._done = True
@@ -73,11 +73,11 @@ class Exchange:
 
 @contextmanager
 def restoring(changes: Iterable[Change], *lists: list) -> Iterator[None]:
-    """Restores tensors and lists if the body raises, also on an interrupt.
+    """Restores tensors and lists if the body raises an exception, KeyboardInterrupt included.
 
     Args:
-        changes: to tensors that the body makes.
-        lists: Python lists that it also changes.
+        changes: changes of tensors that the body makes.
+        lists: Python lists that the body changes.
     """
     changes, contents = list(changes), [list(each) for each in lists]
     try:
@@ -91,7 +91,7 @@ def restoring(changes: Iterable[Change], *lists: list) -> Iterator[None]:
 
 @torch.no_grad()
 def put_back(changes: Iterable[Change]) -> None:
-    """Writes the previous values back. An interrupt is raised at the end; a failing write is tried twice.
+    """Writes the previous values back. A failing write is tried twice; an interrupt is raised at the end.
 
     Raises:
         RuntimeError: a tensor could not be written.
@@ -112,6 +112,6 @@ def put_back(changes: Iterable[Change]) -> None:
                     failed = error
                     break
     if failed is not None:
-        raise RuntimeError("a tensor could not be restored: load the model again") from failed
+        raise RuntimeError("a tensor could not be restored; load the model again") from failed
     if interrupt is not None:
         raise interrupt

@@ -1,8 +1,8 @@
-"""SHiRA adapters of PEFT (sparse high-rank adapters) read into a `SparseDelta`, and written from one.
+"""SHiRA adapters of PEFT (sparse high-rank adapters): reads them into a `SparseDelta` and writes them.
 
-`adapter_model.safetensors` has for each linear layer "base_model.model.LAYER.shira_indices", int32 [2, k] rows and
-columns, and "...shira_weight", float32 [k] differences. PEFT allocates r * (rows + columns) of them in every layer, r
-from `adapter_config.json`, and adds them to the weight.
+For each linear layer, `adapter_model.safetensors` has "base_model.model.LAYER.shira_indices", int32 [2, k] rows and
+columns, and "...shira_weight", float32 [k] differences, which PEFT adds to the weight. In every layer
+k = r * (rows + columns), with r from `adapter_config.json`.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ _INDICES, _DIFFERENCES = ".shira_indices", ".shira_weight"
 
 @reader("SHiRA")
 def read_shira(folder: str | os.PathLike[str], model: nn.Module) -> SparseDelta:
-    """The delta of a SHiRA adapter.
+    """Reads a SHiRA adapter.
 
     Args:
-        folder: with `adapter_config.json` and `adapter_model.safetensors`, as PEFT saves it.
-        model: the base model at its initial weights, without PEFT around it and without deltas. The adapter has
-            differences only: values and originals of the delta are made from these weights.
+        folder: a folder with `adapter_config.json` and `adapter_model.safetensors`, as PEFT saves it.
+        model: the base model at its initial weights, not wrapped by PEFT and without deltas. The adapter has
+            differences only; values and originals of the delta are computed from these weights.
 
     Returns:
-        The delta, whose values are the bits of PEFT's merged weights.
+        The delta, whose values have the bits of PEFT's merged weights.
 
     Raises:
         FileNotFoundError: there is no such file.
-        FileFormatError: it is damaged, another kind of adapter, or made for another model.
+        FileFormatError: the adapter is damaged, of another kind, or made for another model.
     """
     folder = Path(folder)
     config = read_json(folder / CONFIG, "the configuration of a SHiRA adapter", ["peft_type"])
@@ -71,7 +71,7 @@ def read_shira(folder: str | os.PathLike[str], model: nn.Module) -> SparseDelta:
 
 
 def _entries(stored: Mapping[str, Tensor], layer: str, shape: torch.Size, place: Place) -> tuple[Tensor, Tensor]:
-    """Flat indices in ascending order, and their differences, float32. Those of one entry are added up, as by PEFT."""
+    """(flat indices, ascending; their float32 differences). Like PEFT, adds up the differences of repeated indices."""
     indices, differences = stored.get(layer + _INDICES), stored.get(layer + _DIFFERENCES)
     if indices is None or differences is None:
         raise place.error("expected its shira_indices and shira_weight, and no other tensor")
@@ -91,20 +91,20 @@ def _entries(stored: Mapping[str, Tensor], layer: str, shape: torch.Size, place:
 def write_shira(delta: SparseDelta, folder: str | os.PathLike[str], *, base: str | None = None) -> int:
     """Writes a delta as a SHiRA adapter, which `peft.PeftModel.from_pretrained` loads.
 
-    PEFT has one r for all layers, so that those with fewer active entries are filled up: their last one, plus 0.
+    PEFT has one r for all layers. Layers with fewer active entries repeat their last entry with a difference of 0.
 
     Args:
-        delta: with originals, and with entries in the weights of linear layers only.
-        folder: to write to, new or empty.
+        delta: a delta with originals and with entries in the weights of linear layers only.
+        folder: the folder to write, new or empty.
         base: Hub name or folder of the base model, for the configuration.
 
     Returns:
-        The number of entries for which no float32 difference gives the tuned bits when PEFT adds it; these differ in
-        their last places.
+        The number of entries for which no float32 difference gives the tuned bits when PEFT adds it. These differ in
+        their last bits.
 
     Raises:
-        ValueError: the delta has no originals, or holds what no SHiRA adapter does: whole tensors, entries outside of
-            matrices, or too many of them for PEFT.
+        ValueError: the delta has no originals, or has what a SHiRA adapter cannot hold: whole tensors, entries outside
+            of matrices, or too many entries for PEFT.
         OSError: `folder` is not empty, or cannot be written.
     """
     names = delta.ticket.active_names
@@ -121,7 +121,7 @@ def write_shira(delta: SparseDelta, folder: str | os.PathLike[str], *, base: str
         most = max(names, key=lambda name: delta.ticket.sets[name].k / sum(shapes[name]))
         raise ValueError(
             f"write_shira: {most!r} needs r = {rank}, for which {full[0]!r} of shape {list(shapes[full[0]])} is too "
-            "small in PEFT: a smaller density, or a pool without one of them"
+            "small in PEFT; select at a lower density, or leave one of them out of the pool"
         )
     tensors, inexact = {}, 0
     for name in names:
@@ -150,7 +150,7 @@ def write_shira(delta: SparseDelta, folder: str | os.PathLike[str], *, base: str
 
 
 def _differences(values: Tensor, originals: Tensor) -> tuple[Tensor, int]:
-    """float32 [k] differences that, added to the originals, give the values; the number of those that do not."""
+    """(float32 [k] differences to add to the originals, number of entries where the sum is not the value)."""
     wanted, start = values.float(), originals.float()
     found = wanted - start
     for towards in (-torch.inf, torch.inf):  # the rounded difference may miss by one place

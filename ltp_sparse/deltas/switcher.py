@@ -1,4 +1,4 @@
-"""`TicketSwitcher`: many deltas over one base, of which one at a time is in the model."""
+"""`TicketSwitcher`: keeps many deltas of one base and puts one at a time into the model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Place = tuple[torch.device, torch.dtype]
 
 @dataclass
 class _Version:
-    """What the model holds under a name: the active entries of a delta, and whole tensors; nothing for the base."""
+    """The content of the model for one delta: its active entries and whole tensors. Those of the base are empty."""
 
     sets: dict[str, IndexSet]
     values: dict[Place, Tensor]
@@ -32,11 +32,11 @@ class _Version:
 
 @dataclass
 class _Pair:
-    """Two versions, ready to be exchanged.
+    """The index for switching between two versions.
 
     Attributes:
-        union: the entries of either, in the model.
-        in_base: the same, in the kept base values.
+        union: the entries of either version in the model.
+        in_base: the same entries among the base values.
         in_union: version -> its entries among those of the union.
     """
 
@@ -46,31 +46,33 @@ class _Pair:
 
 
 class TicketSwitcher:
-    """Many deltas over one base model; `switch` brings another one into the model in one pass.
+    """Keeps many deltas of one base model; `switch` replaces the delta in the model by another in one pass.
 
     switcher = ls.TicketSwitcher(model, {"jv": javanese, "su": sundanese})
     switcher.switch("su")
     ...
     switcher.switch(None)  # the base
 
-    The model then holds the bits that `SparseDelta.apply` gives on the base. A switch reads and writes the entries of
-    the old and the new delta together, in one launch per device and dtype, and nothing is added to a forward pass.
-    The base is hashed once, when the switcher is made. Use one switcher for a model, and call it between requests: the
-    weights change under a forward pass that runs meanwhile. A switch overwrites what others have written to the entries
-    of its deltas since the last one, such as a training step, and does not notice it.
+    The model then has the bits that `SparseDelta.apply` gives on the base. A switch writes the entries of the old and
+    the new delta together, in one launch per device and dtype. A forward pass costs nothing extra. The base is hashed
+    once, when the switcher is made.
 
-    Kept are the values of every delta on the device of the model, the base values of all their entries, a buffer of the
-    largest switch, and for the latest pairs of deltas an index. It is made in the first switch between the two, which
-    takes longer.
+    Use one switcher per model, and switch between requests: a forward pass that is running would see the weights
+    change. If other code changes entries of these deltas, e.g. by a training step, the next switch overwrites them
+    without noticing.
+
+    The switcher holds the values of every delta and the base values of all their entries on the device of the model, a
+    buffer for the largest switch, and an index for each of the latest pairs of deltas. The first switch between two
+    deltas builds their index and takes longer.
 
     Args:
         model: the base, without applied deltas.
         deltas: name -> delta of this base.
-        dtype, strict, dense: as of `SparseDelta.apply`.
-        pairs: how many pairs keep their index.
+        dtype, strict, dense: as for `SparseDelta.apply`.
+        pairs: the number of pairs of deltas whose index is kept.
 
     Raises:
-        ValueError: a delta does not fit the model, or deltas are applied to it; the model is unchanged.
+        ValueError: a delta does not fit the model, or deltas are applied to it. The model is unchanged then.
     """
 
     def __init__(
@@ -90,9 +92,7 @@ class TicketSwitcher:
         parameters = canonical_parameters(model)
         tensors = {**canonical_buffers(model), **parameters}
         if any(map(is_sharded, parameters.values())):
-            raise ValueError(
-                "TicketSwitcher: expected a model that is not sharded; on this one use apply and revert of the deltas"
-            )
+            raise ValueError("TicketSwitcher: sharded models are not supported; use apply and revert of the deltas")
         named = {name for delta in deltas.values() for name in delta.ticket.active_names}
         known = {n: parameters[n].detach() for n in {parameters.called(n) for n in named} if n is not None}
         digests = fingerprint(known) if strict else {}
@@ -120,17 +120,17 @@ class TicketSwitcher:
 
     @property
     def active(self) -> str | None:
-        """The delta in the model; None: the base."""
+        """The name of the delta in the model; None for the base."""
         return self._active[0]
 
     @property
     def names(self) -> list[str]:
-        """Of the deltas."""
+        """The names of the deltas."""
         return [name for name in self._versions if name is not None]
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are kept beside the model: values, base values and indices."""
+        """Bytes held besides the model: values, base values and indices."""
         tensors = [*self._base.values(), *self._base_dense.values(), *self._room.values()]
         for version in self._versions.values():
             tensors += [*version.values.values(), *version.dense.values()]
@@ -148,13 +148,14 @@ class TicketSwitcher:
         return f"TicketSwitcher({len(self.names)} deltas over {entries:,} entries, {self.active!r} is in the model)"
 
     def switch(self, name: str | None) -> None:
-        """Brings a delta into the model in the place of the active one; None returns the bits of the base.
+        """Replaces the active delta in the model by another one. After an interruption the old one is still active.
 
-        An interrupted switch leaves the delta that was active.
+        Args:
+            name: the name of a delta, or None for the base.
 
         Raises:
-            ValueError: there is no delta of this name, or the model was moved, or others have changed it: deltas are
-                applied to it, or parameters replaced. Nothing is changed then.
+            ValueError: there is no delta of this name, deltas are applied to the model, or its parameters were moved or
+                replaced. Nothing has changed then.
         """
         if name not in self._versions:
             raise ValueError(f"TicketSwitcher: there is no delta {name!r}; closest: {closest(str(name), self.names)}")
@@ -163,7 +164,7 @@ class TicketSwitcher:
             tensor = held.get(key)
             if tensor is not self._tensors[of] or (tensor.device, tensor.dtype) != self._places[of]:
                 raise ValueError(
-                    f"TicketSwitcher: {of!r} was replaced or moved since the switcher was made; make another"
+                    f"TicketSwitcher: {of!r} was replaced or moved since the switcher was made; make a new one"
                 )
         if name == self.active:
             return
@@ -173,7 +174,7 @@ class TicketSwitcher:
             self._active[:] = [name]
 
     def _write(self, pair: _Pair, old: str | None, new: str | None) -> None:
-        """Old and new entries take the values of the new version; whole tensors of the old one are the base's first."""
+        """Writes the new version over the old one: entries of both, base values of whole tensors, and new ones."""
         tensors = {name: tensor.detach() for name, tensor in self._tensors.items()}
         version = self._versions[new]
         for name in self._versions[old].dense.keys() - version.dense.keys():
@@ -191,7 +192,7 @@ class TicketSwitcher:
             tensors[name].copy_(whole)
 
     def _room_for(self, place: Place, k: int) -> Tensor:
-        """A buffer that is used again: new memory costs a CPU as much as the copy."""
+        """A buffer that is reused, because allocating memory on a CPU takes as long as the copy."""
         if place not in self._room or len(self._room[place]) < k:
             self._room[place] = torch.empty(k, dtype=place[1], device=place[0])
         return self._room[place][:k]
@@ -222,14 +223,14 @@ class TicketSwitcher:
     def _check_stack(self) -> None:
         if stack := applied_deltas(self._model):
             raise ValueError(
-                f"TicketSwitcher: {stack[-1].delta!r} is applied to the model; revert it, a switcher writes its deltas "
-                "over the base alone"
+                f"TicketSwitcher: {stack[-1].delta!r} is applied to the model; revert it first, since the "
+                "switcher needs the base"
             )
 
 
 @dataclass
 class _Written:
-    """A switch from `old` to `new`, to be undone."""
+    """A switch from `old` to `new`, which can be undone."""
 
     switcher: TicketSwitcher
     pair: _Pair
@@ -266,7 +267,7 @@ def _united(some: Mapping[str, IndexSet], more: Mapping[str, IndexSet]) -> dict[
 
 
 def _inside(part: IndexSet, whole: IndexSet) -> IndexSet:
-    """The entries of a part among those of the whole, which are counted in slot order."""
+    """The entries of a part as a set over the slots of the whole."""
     if part.k == whole.k:
         return IndexSet.full(whole.k)
     return IndexSet.from_mask(gather(part.mask(), whole)).compact()

@@ -74,7 +74,10 @@ def test_what_does_not_follow_is_refused_and_changes_nothing(chain, monkeypatch)
     with pytest.raises(ValueError, match="no delta is applied"):
         second.advance(model)
     first.apply(model)
-    for wrong, match in ((third, "chain in their order|is missing"), (first, "is missing, or they are of two runs")):
+    for wrong, match in (
+        (third, "chain in their order|is missing"),
+        (first, "is missing, or they belong to different runs"),
+    ):
         with pytest.raises(ValueError, match=match):
             wrong.advance(model)
     bare = ls.SparseDelta(second.ticket, second.values)

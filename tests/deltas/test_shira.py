@@ -86,7 +86,7 @@ def test_entries_that_no_difference_reaches_are_counted(tmp_path):
     [
         (("0.weight", "1.weight"), 0.5, "weights of linear layers only, not of '1.weight'"),
         (("0.weight", "0.bias"), 0.5, "weights of linear layers only, not of '0.bias'"),
-        (LINEAR, 0.97, "needs r = .* is too small in PEFT: a smaller density"),
+        (LINEAR, 0.97, "needs r = .* is too small in PEFT; select at a lower density"),
     ],
 )
 def test_what_no_adapter_holds_is_refused(pool, density, message, tmp_path):
