@@ -1,4 +1,4 @@
-"""Cards: the README.md of a repository, with what it holds, how it scored and how to use it."""
+"""Cards: the README.md of a repository, with facts, scores and an example of use."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ delta = ls.load("{name}")
 model, tokenizer = load_backbone({base!r}, decoupled=delta.metadata["decoupled"])  # the base model above
 setup = load_trained(model, tokenizer, delta)  # setup.model(**setup.collate(setup.encode(examples)))["logits"]""",
 }
-"""Of a ticket, a delta, and a delta of `ltp-sparse train`, which includes prompt or head."""
+"""Examples for a ticket, a delta, and a delta of `ltp-sparse train`, which includes prompt or head."""
 
 
 def write_up(
@@ -40,18 +40,21 @@ def write_up(
 
     Args:
         kind: "ticket" or "delta".
-        name: of the repository, owner/name.
-        active: the number of active entries, as a text.
+        name: the repository, owner/name.
+        active: the number of active entries, as text.
         base: Hub name of the base model.
-        data: what it was selected or trained on, as a text.
+        data: the data of selection or training, as text.
         scores: rows of `evaluate`, with "task", "metric" and "scores".
-        metadata: of the ticket or delta, JSON values.
+        metadata: that of the ticket or delta, JSON values.
+
+    Returns:
+        The text of the card.
     """
     facts = {
-        "base model": base or "not told; the fingerprint in the file tells whether a model is it",
+        "base model": base or "not stated; the fingerprint in the file identifies it",
         "active": active,
-        "method": metadata.get("method", "not told"),
-        "data": data or metadata.get("source") or "not told",
+        "method": metadata.get("method", "not stated"),
+        "data": data or metadata.get("source") or "not stated",
         **{key: metadata[key] for key in ("labels", "language", "seed", "epoch", "steps", "hub") if key in metadata},
         "made with": f"ltp_sparse {__version__}",
     }
@@ -81,14 +84,14 @@ def write_up(
 
 
 def front_matter(library: str, *lines: str) -> list[str]:
-    """The lines that the Hub reads."""
+    """The lines at the top of a card that the Hub reads."""
     return ["---", f"library_name: {library}", *lines, "---", ""]
 
 
 def score_lines(rows: Iterable[Mapping[str, Any]]) -> Sequence[str]:
     """A table of rows of `evaluate`, with their notes."""
     if not (rows := list(rows)):
-        return ["None were computed; `ltp-sparse evaluate` does."]
+        return ["There are none; `ltp-sparse evaluate` computes them."]
     lines = ["| data | metric | language | score | always the largest class |", "| --- | --- | --- | ---: | ---: |"]
     for row in rows:
         for language, score in row["scores"].items():
@@ -101,5 +104,5 @@ def score_lines(rows: Iterable[Mapping[str, Any]]) -> Sequence[str]:
 
 
 def cell(value: Any) -> str:
-    """A fact as the text of a cell, without new columns, lines or tags."""
+    """A fact as the text of a table cell, which cannot add columns, lines or tags."""
     return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")

@@ -1,4 +1,4 @@
-"""Checkpoints on disk, read piece by piece through a memory map, never whole."""
+"""Checkpoints on disk, read piece by piece through a memory map and never as a whole."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _DTYPES = {
     "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64,
 }  # fmt: skip
 _INDEX = "model.safetensors.index.json"
-VIEW = 1 << 22  # entries read at a time: enough to keep all threads busy
+VIEW = 1 << 22  # entries read at a time, enough to keep all threads busy
 
 
 class _MappedFile:
     """A memory-mapped safetensors file. Its bytes come from the page cache when they are read.
 
-    Another process may write into the file meanwhile, so its size and time are checked around every read. A file that
-    is replaced (by a move) keeps its content here. A file that shrinks during a read ends the process (SIGBUS), which
-    no library can prevent.
+    Another process could write into the file, so its size and time are checked around every read. If the file is
+    replaced by a move, the old content remains readable here. If it shrinks during a read, the system ends this process
+    (SIGBUS), which no library can prevent.
 
     Raises:
         FileFormatError: the file is damaged.
@@ -92,7 +92,7 @@ class CheckpointTensor:
         self._file.check()
 
     def release(self, start: int, stop: int) -> None:
-        """Frees the memory of these entries; another access reads them again. Raises as `check`."""
+        """Frees the memory of these entries; the next access reads them again. Raises the errors of `check`."""
         self.check()
         first = self._start + start * self.dtype.itemsize
         last = self._start + stop * self.dtype.itemsize
@@ -106,12 +106,15 @@ class CheckpointTensor:
 def open_checkpoint(path: str | os.PathLike[str]) -> Named[CheckpointTensor]:
     """Canonical name -> tensor of a safetensors file, or of a folder with one file or with shards and their index.
 
-    All tensors are included, of any dtype, buffers too. The index decides which shard holds a tensor; copies in other
+    All tensors of any dtype are included, also buffers. The index decides which shard holds a tensor; copies in other
     shards are ignored. Ties that `safetensors.torch.save_model` has recorded are resolved.
+
+    Args:
+        path: the file or folder.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        FileFormatError: a file is damaged, index and shards do not fit, or two names become one without the names of
+        FileFormatError: a file is damaged, index and shards do not agree, or two names are equal without the names of
             wrapping modules.
     """
     path = Path(path)
@@ -142,7 +145,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Named[CheckpointTensor]:
 
 
 def _sharded(index: Path) -> dict[str, _MappedFile]:
-    """Name -> the shard that holds it, by the index."""
+    """Name -> the shard that holds the tensor, according to the index."""
     folder = index.parent
     weight_map = read_json(index, "an index of shards", ("weight_map",))["weight_map"]
     if not isinstance(weight_map, dict):
@@ -158,18 +161,18 @@ def _sharded(index: Path) -> dict[str, _MappedFile]:
     pairs = [(name, os.path.normpath(shard)) for name, shard in weight_map.items()]
     shards = {shard: folder / shard for shard in sorted({shard for _, shard in pairs})}
     if gone := next((path for path in shards.values() if not path.is_file()), None):
-        raise FileFormatError(index, f"it names the shard {gone.name}, which is not there; copy it again")
+        raise FileFormatError(index, f"it names the shard {gone.name}, which is missing; copy it again")
     beside = {"model.safetensors", *(path.name for path in folder.glob("model-*-of-*.safetensors"))}
     if others := sorted(name for name in beside - shards.keys() if (folder / name).exists()):
         raise FileFormatError(
-            index, f"it does not name {others[0]}, which lies beside it; remove the outdated one of the two"
+            index, f"it does not name {others[0]}, which is in the same folder; remove the outdated one of the two"
         )
     files = {shard: _MappedFile(path) for shard, path in shards.items()}
     for name, shard in pairs:
         if name not in files[shard].tensors:
             where = next((other for other, file in files.items() if name in file.tensors), "none of its shards")
             raise FileFormatError(
-                index, f"it says that {name!r} is in {shard}, but {where} holds it; copy index and shards again"
+                index, f"it says that {name!r} is in {shard}, but it is in {where}; copy index and shards again"
             )
     for shard, file in files.items():
         if unknown := next((name for name in file.tensors if name not in weight_map), None):

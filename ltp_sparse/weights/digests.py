@@ -1,14 +1,14 @@
-"""Digests: what identifies the bits of a tensor or the content of a file. This module alone says how they are made.
+"""Digests identify the bits of a tensor or the content of a file. Only this module defines how they are computed.
 
-They guard against mistakes, such as another base model or a damaged file, and not against attackers: XXH3 is no
-cryptographic hash, but it reads as fast as memory does.
+They protect against mistakes, such as another base model or a damaged file, but not against attackers: XXH3 is not a
+cryptographic hash, but it runs at the speed of memory.
 
-A digest is "xxh3:" and 32 hexadecimal digits of XXH3 with 128 bits. That of a tensor is taken of its dtype, its shape
-and the digests of its tiles; that of a tile, of its bytes in row-major order, filled up with zeros to whole kilobytes.
-So tiles may be read in any order, by several threads, on a GPU, or by a pass that reads them anyway.
+A digest is "xxh3:" and 32 hexadecimal digits of XXH3 with 128 bits. The digest of a tensor is computed from its dtype,
+its shape and the digests of its tiles, and the digest of a tile from its bytes in row-major order, padded with zeros to
+whole kilobytes. So tiles can be read in any order, by several threads, on a GPU, or by a pass that reads them anyway.
 
-Earlier versions wrote SHA-256, without a tag, cut to 32 digits or whole. Such a digest is compared with one that is
-made `like` it.
+Earlier versions wrote SHA-256 without a tag, whole or cut to 32 digits. To compare with such a digest, pass it as
+`like`, and the result is computed in the same way.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _BLOCK = 1024  # bytes; a tile is filled up to whole ones
 _SPAN = 32 * TILE  # entries that a thread digests at a time
 
 EARLIER = "0" * 32
-"""What a digest of a tensor was like in earlier versions, for names that are not to change with them."""
+"""Stands for a digest of an earlier version, as `like`: for file names that must not change between versions."""
 
 BYTES = 16
-"""Of the digest of a tile: two little-endian words of 64 bits, the lower one first."""
+"""Size of the digest of a tile: two little-endian words of 64 bits, the lower one first."""
 
 on_device: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {}
 """Type of a device -> what takes the digests of the tiles of contiguous tensors there, int64 [T, 2].
@@ -148,9 +148,13 @@ def _of_tiles(dtype: torch.dtype, shape: Sequence[int], tiles: bytes) -> str:
 
 
 def digest(dtype: torch.dtype, shape: Sequence[int], pieces: Iterable[Tensor], like: str | None = None) -> str:
-    """The digest of a tensor that comes in row-major pieces of any length.
+    """The digest of a tensor that is passed in row-major pieces of any length.
 
-    like: as of `Hash`
+    Args:
+        dtype: its dtype.
+        shape: its shape.
+        pieces: its entries, on any device.
+        like: as for `Hash`.
     """
     if is_old(like):
         sha = Hash(like).update(f"{dtype} {list(shape)} ".encode())
@@ -172,11 +176,13 @@ def tensor_digest(tensor: Tensor) -> str:
 
 
 def fingerprint(tensors: Mapping[str, Tensor | Pieces], like: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Name -> digest of the tensor: what identifies a base model. Reads on all threads of torch, or on the GPU.
+    """Name -> digest of the tensor. Digests of all weights identify a base model.
+
+    It works on all threads of torch, or on the GPU.
 
     Args:
-        tensors: in memory, or read piece by piece.
-        like: digests that they will be compared with, by name.
+        tensors: name -> tensor, in memory or read piece by piece.
+        like: name -> digest that the result will be compared with.
 
     Raises:
         TypeError: a tensor is of a subclass, sparse or without values; the message names it.
@@ -205,7 +211,7 @@ def fingerprint(tensors: Mapping[str, Tensor | Pieces], like: Mapping[str, str] 
 
 
 def _found_on_device(tensors: Mapping[str, Tensor | Pieces]) -> dict[str, str]:
-    """Those that lie where their tiles can be digested: one launch and one copy for each device."""
+    """Name -> digest of tensors on devices that can compute it, with one launch and one copy per device."""
     placed: dict[torch.device, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and tensor.device.type in on_device:

@@ -1,8 +1,8 @@
-"""Large files of the library as shards of limited size beside an index, as the Hub keeps models.
+"""Large files of the library, written as shards of limited size and an index, as the Hub keeps models.
 
 `ticket.safetensors` becomes `ticket.safetensors.index.json` and `ticket-TAG-00001-of-00002.safetensors`, ... The tag
-follows from the content. So the shards of a new save never take the place of older ones: the older index stays good
-until the new one, written last, replaces it in one step.
+follows from the content, so the shards of a new save never overwrite those of an earlier one. The earlier index stays
+valid until the new one, which is written last, replaces it in one step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_SHARD_SIZE = "5GB"
-"""What the Hub advises."""
+"""The size that the Hub recommends."""
 _INDEX = ".index.json"
 _SUFFIX = ".safetensors"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -41,11 +41,15 @@ def save(
     """Writes one file, or shards and their index if that file would be larger than `max_shard_size`.
 
     Args:
-        path: of the file; of shards, what their names and that of the index begin with.
-        kind: e.g. "ticket".
-        tensors: what is written. A tensor is never cut: one above the limit has a shard of its own.
+        path: the file. The names of shards and index are derived from it.
+        kind: the kind of file, e.g. "ticket".
+        tensors: name -> tensor. Tensors are never cut; one above the limit gets a shard of its own.
         metadata: JSON values.
-        max_shard_size: bytes, or "500MB" or "5GB"; None: one file, however large.
+        max_shard_size: bytes, or text such as "500MB" or "5GB"; None: always one file.
+
+    Raises:
+        ValueError: `max_shard_size` cannot be understood.
+        OSError: a file cannot be written.
     """
     parts = _split(tensors, None if max_shard_size is None else _bytes_of(max_shard_size))
     target = files.destination(path)
@@ -85,15 +89,18 @@ def save(
 
 @reader("index of shards")
 def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads what `save` wrote, verified against its checksums; shards on several threads.
+    """Reads files that `save` has written and verifies their checksums. Shards are read on several threads.
 
     Args:
-        path: the one given to `save`, an index, or a folder that holds one file or index of this kind.
-        kind: e.g. "ticket".
+        path: the path that was given to `save`, an index, or a folder with one file or index of this kind.
+        kind: the kind of file, e.g. "ticket".
+
+    Returns:
+        (name -> tensor, metadata)
 
     Raises:
         FileNotFoundError: there is no such file.
-        FileFormatError: a file is damaged, of another kind, missing, or of another save.
+        FileFormatError: a file is damaged, missing, of another kind, or belongs to another save.
     """
     found = _located(Path(path), kind)
     if not found.name.endswith(_INDEX):
@@ -102,22 +109,22 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
         except files.WrongKind as error:
             if error.found != _shard_of(kind):
                 raise
-            problem = f"is one of several shards of a {kind}; give the folder or the index of them"
+            problem = f"is one of several shards of a {kind}; pass their folder or index"
             raise FileFormatError(found, problem) from error
     weight_map, metadata, checksums = _read_index(found, kind)
     with _threads(len(checksums)) as pool:
         shards = dict(zip(checksums, pool.map(lambda name: _read_shard(found, name, kind), checksums), strict=True))
     for name, (_, checksum) in shards.items():
         if checksum != checksums[name]:
-            raise FileFormatError(found, f"{name} is of another save; copy index and shards again")
+            raise FileFormatError(found, f"{name} belongs to another save; copy index and shards again")
     for name, (held, _) in shards.items():
         if held.keys() != {tensor for tensor, shard in weight_map.items() if shard == name}:
-            raise FileFormatError(found, f"{name} does not hold the tensors that the index says")
+            raise FileFormatError(found, f"{name} does not hold the tensors that the index lists")
     return {tensor: shards[shard][0][tensor] for tensor, shard in weight_map.items()}, metadata
 
 
 def index_of(path: str | os.PathLike[str]) -> Path | None:
-    """The index of the shards that a path given to `save` stands for, if it is one file no longer."""
+    """The index of the shards that were saved under this path; None if it was saved as one file."""
     path = Path(path)
     if path.name.endswith(_INDEX) or path.is_dir():
         return None
@@ -128,7 +135,7 @@ def index_of(path: str | os.PathLike[str]) -> Path | None:
 
 
 def kind_said(path: str | os.PathLike[str]) -> str | None:
-    """`files.kind_said`, also of an index."""
+    """The kind that a file or an index claims to have, unverified, as `files.kind_said`."""
     if not str(path).endswith(_INDEX):
         return files.kind_said(path)
     try:
@@ -138,7 +145,7 @@ def kind_said(path: str | os.PathLike[str]) -> str | None:
 
 
 def _located(path: Path, kind: str) -> Path:
-    """The file or index that a path stands for."""
+    """The file or index to read for a path."""
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir() if entry.name.endswith((_SUFFIX, _INDEX)))
         found = [path / name for name in names if kind_said(path / name) == kind]
@@ -146,17 +153,17 @@ def _located(path: Path, kind: str) -> Path:
             raise FileNotFoundError(errno.ENOENT, f"no {kind} in this folder, neither a file nor an index", str(path))
         if len(found) > 1:
             several = ", ".join(one.name for one in found)
-            raise FileFormatError(path, f"expected one {kind} in this folder, got {several}; give one of them")
+            raise FileFormatError(path, f"expected one {kind} in this folder, got {several}; pass one of them")
         return found[0]
     index = index_of(path)
     if index is not None and path.is_file():
-        problem = f"{index.name} lies beside it, since a save was interrupted; remove the older one of the two"
+        problem = f"{index.name} is there as well, since a save was interrupted; remove the older one of the two"
         raise FileFormatError(path, problem)
     return index or path
 
 
 def _read_index(index: Path, kind: str) -> tuple[dict[str, str], dict[str, Any], dict[str, str]]:
-    """Tensor -> its shard, the metadata, and shard -> its checksum."""
+    """(tensor -> shard, metadata, shard -> checksum) of an index."""
     content = read_json(index, f"the index of a {kind} of ltp_sparse", ("metadata", "weight_map", files.KEY))
     with files.understanding(index, kind):
         described = content[files.KEY]
@@ -178,7 +185,7 @@ def _read_index(index: Path, kind: str) -> tuple[dict[str, str], dict[str, Any],
 def _read_shard(index: Path, name: str, kind: str) -> tuple[dict[str, Tensor], str]:
     shard = index.with_name(name)
     if not shard.is_file():
-        raise FileFormatError(index, f"it names the shard {name}, which is not there; copy it again")
+        raise FileFormatError(index, f"it names the shard {name}, which is missing; copy it again")
     tensors, _, checksum = files.load_verified(shard, _shard_of(kind))
     return tensors, checksum
 
@@ -188,7 +195,7 @@ def _shard_of(kind: str) -> str:
 
 
 def _split(tensors: Mapping[str, Tensor], limit: int | None) -> list[dict[str, Tensor]]:
-    """The tensors in their order, as many together as have room."""
+    """The tensors in their order, divided into shards of at most `limit` bytes."""
     parts: list[dict[str, Tensor]] = [{}]
     room = limit
     for name, tensor in tensors.items():
@@ -226,10 +233,10 @@ def _remove_shards(target: Path, kept: Collection[str]) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One writer of shards at a time in a folder, so that none removes those of another."""
+    """Lets one writer of shards at a time into a folder, so that none removes the shards of another."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with suppress(OSError):  # where nothing can be locked, the user must see to it
+        with suppress(OSError):  # on file systems without locks, the user must prevent this
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:

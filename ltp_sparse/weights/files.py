@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 KEY = "ltp_sparse"
 FORMAT_VERSION = 2
-"""2: checksums and fingerprints are XXH3. 1: SHA-256; read as well."""
+"""2: checksums and fingerprints are XXH3. 1: SHA-256; such files can be read as well."""
 _MOST_LINKS = 40
-_LONGEST_NAME = 200  # bytes, of 255 that file systems take
+_LONGEST_NAME = 200  # bytes, of the 255 that file systems allow
 _PIECE = 1 << 20  # bytes that stay in the cache between copying and digesting
-_FULL = 1 << 16  # bytes: a disk with fewer is full
+_FULL = 1 << 16  # bytes; a disk with less free space counts as full
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISCHR, "a device"),
@@ -50,7 +50,7 @@ class WrongKind(FileFormatError):
     """A file of ltp_sparse of another kind.
 
     Attributes:
-        found: the kind of the file
+        found: the kind of the file.
     """
 
     def __init__(self, path: Path, expected: str, found: str) -> None:
@@ -64,7 +64,8 @@ def _a(kind: str) -> str:
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path to write to in a folder beside `path`; on success the file is moved there in one step, else removed.
+    """Gives a path to write to, in a temporary folder next to `path`. On success the file is moved to `path` in one
+    step.
 
     Symbolic links stay and their target is replaced. An existing file keeps its mode and, where the system allows it,
     its owner. Leftovers of killed writes of this name are removed.
@@ -83,7 +84,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder to fill beside `path`; on success it takes the place of `path` in one step, else it is removed.
+    """Gives a temporary folder next to `path` to fill. On success it replaces `path` in one step.
 
     Raises:
         OSError: `path` cannot be written, is a file, or is a folder that is not empty: nothing is overwritten.
@@ -91,7 +92,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path).resolve()
     check_writable(target, folder=True)
     if any(target.iterdir()):
-        raise OSError(errno.ENOTEMPTY, "expected a new or an empty folder, this one is not empty", str(path))
+        raise OSError(errno.ENOTEMPTY, "expected a new or empty folder, but this one is not empty", str(path))
     with _workplace(target) as temporary:
         temporary.mkdir()
         temporary.chmod(stat.S_IMODE(target.stat().st_mode))
@@ -104,7 +105,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def destination(path: str | os.PathLike[str]) -> Path:
-    """The regular file that a path leads to through its symbolic links. It need not exist yet.
+    """The regular file to which a path leads through symbolic links. It need not exist.
 
     Raises:
         OSError: the path leads to something else (a folder, a device, a pipe, a socket), or its links form a circle.
@@ -114,8 +115,10 @@ def destination(path: str | os.PathLike[str]) -> Path:
         os.lstat(place)  # fails for a name that is too long and for a folder without access
     for _ in range(_MOST_LINKS):
         place = os.path.join(os.path.realpath(os.path.dirname(place)), os.path.basename(place))
-        if place.startswith("/proc/") and os.path.lexists(place):  # as /dev/stdout: others may write to it
-            raise OSError(errno.EINVAL, "expected a regular file to write to, this is an open stream", str(path))
+        if place.startswith("/proc/") and os.path.lexists(
+            place
+        ):  # e.g. /dev/stdout, to which other processes can write
+            raise OSError(errno.EINVAL, "expected a regular file to write to, but this is an open stream", str(path))
         if not os.path.islink(place):
             break
         place = os.path.join(os.path.dirname(place), os.readlink(place))
@@ -128,19 +131,24 @@ def destination(path: str | os.PathLike[str]) -> Path:
     if not stat.S_ISREG(mode):
         kind = next((name for test, name in _KINDS if test(mode)), "something else")
         number = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
-        raise OSError(number, f"expected a regular file to write to, this is {kind}", str(path))
+        raise OSError(number, f"expected a regular file to write to, but this is {kind}", str(path))
     return Path(place)
 
 
 def check_writable(path: str | os.PathLike[str], *, folder: bool = False) -> None:
-    """Raises an OSError unless a file, or files in a folder, can be written there. Call it before hours of work.
+    """Checks before hours of work that a file, or files in a folder, can be written. Creates a missing folder.
 
-    Makes the folder if it is missing.
+    Args:
+        path: the file, or with `folder` the folder.
+        folder: whether `path` is a folder.
+
+    Raises:
+        OSError: they cannot.
     """
     if folder:
         place = Path(path)
         if os.path.exists(place) and not place.is_dir():  # exists() is False for a name that is too long
-            raise NotADirectoryError(errno.ENOTDIR, "expected a folder to write to, this is a file", str(path))
+            raise NotADirectoryError(errno.ENOTDIR, "expected a folder to write to, but this is a file", str(path))
     else:
         place = destination(path).parent
     with _naming(Path(path)):
@@ -150,7 +158,7 @@ def check_writable(path: str | os.PathLike[str], *, folder: bool = False) -> Non
 
 
 def sweep(folder: Path, name: str | None = None) -> None:
-    """Removes leftovers of killed writes from a folder, of one file name or of all; writes in progress stay."""
+    """Removes leftovers of killed writes from a folder, for one file name or all. Writes in progress are kept."""
     wanted = re.compile(rf"\.{'.+' if name is None else re.escape(_shortened(name))}\.[a-z0-9_]{{8}}\.tmp")
     with suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
@@ -177,14 +185,14 @@ def sync_folder(folder: Path) -> None:
     """Waits until the names in a folder are on disk."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with suppress(OSError):  # not every file system can
+        with suppress(OSError):  # some file systems cannot
             os.fsync(handle)
     finally:
         os.close(handle)
 
 
 def _shortened(name: str) -> str:
-    """A file name short enough to add a prefix and a suffix: a long one is cut and gets a digest to stay distinct."""
+    """A file name that leaves room for a prefix and a suffix. Long names are cut and made distinct by a digest."""
     encoded = os.fsencode(name)
     if len(encoded) <= _LONGEST_NAME:
         return name
@@ -193,9 +201,9 @@ def _shortened(name: str) -> str:
 
 @contextmanager
 def _workplace(target: Path) -> Iterator[Path]:
-    """A path of the target's name in a new folder beside it. The folder is locked as long as its writer lives.
+    """Gives a path with the target's name in a new folder next to it, which is locked while its writer lives.
 
-    It is a folder because some writers create further files beside the requested one.
+    It is a folder because some writers create further files next to the requested one.
     """
     with _naming(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -207,7 +215,7 @@ def _workplace(target: Path) -> Iterator[Path]:
                 handle = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             except FileNotFoundError:  # swept between the two calls
                 continue
-            with suppress(OSError):  # where nothing can be locked, nothing is swept
+            with suppress(OSError):  # on file systems without locks, nothing is swept
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if place.exists():
                 break
@@ -236,7 +244,7 @@ def _keep_owner_and_mode(target: Path, temporary: Path) -> None:
 
 @contextmanager
 def _naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
-    """Turns errors of writing a file, or the temporary folder beside it, into an OSError that names the file."""
+    """Turns errors of writing a file or its temporary folder into an OSError that names the file."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -270,12 +278,12 @@ def checksum_of(described: Mapping[str, Any], like: str | None = None) -> str:
 
 
 def _said_of(name: str, tensor: Tensor) -> bytes:
-    """What a checksum takes of a tensor beside its bits."""
+    """The description of a tensor that goes into a checksum with its bits."""
     return f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode()
 
 
 def verify(path: str | os.PathLike[str]) -> str:
-    """Compares a file written by `save` with its checksum and returns the checksum. The content is mapped, not loaded.
+    """Compares a file of `save` with its checksum, and returns the checksum. The file is mapped, not loaded.
 
     Raises:
         FileFormatError: the checksum differs, or `save` did not write the file.
@@ -308,7 +316,7 @@ def to_bytes(kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, An
 
 
 def ready(kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> tuple[dict[str, Tensor], str, str]:
-    """What `write` takes, tensors on the host and a header, and the checksum in this header."""
+    """(contiguous tensors on the host, header, checksum in this header), ready for `write`."""
     metadata = {**metadata, "kind": kind, "format": FORMAT_VERSION}
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     checksum = _checksum(contiguous, metadata)
@@ -316,7 +324,7 @@ def ready(kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any])
 
 
 def write(path: str | os.PathLike[str], contiguous: dict[str, Tensor], header: str) -> None:
-    """Writes what `ready` has made."""
+    """Writes the tensors and the header that `ready` has returned."""
     from safetensors.torch import save_file
 
     with atomic_path(path) as temporary:
@@ -326,7 +334,7 @@ def write(path: str | os.PathLike[str], contiguous: dict[str, Tensor], header: s
 def kind_said(path: str | os.PathLike[str]) -> str | None:
     """The kind that the header of a safetensors file claims, unverified; "" for files of other programs.
 
-    None if the file cannot be read: the loader reports that.
+    It is None for a file that cannot be read, so that the loader can report the reason.
     """
     try:
         with safe_open(path, framework="np") as file:  # imports no torch
@@ -349,7 +357,7 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
 
 
 def load_verified(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    """`load`, and the checksum of the file. Each tensor is copied once, and digested piece by piece as it is copied."""
+    """(tensors, metadata, checksum) of a file. Each tensor is copied once and digested piece by piece meanwhile."""
     from ltp_sparse.weights.digests import Hash
 
     path = Path(path)

@@ -1,7 +1,7 @@
-"""The Hub: whether it can be reached, and tickets, deltas and exported models as its repositories. Without torch.
+"""The Hub: tickets, deltas and exported models as its repositories. This module does not import torch.
 
-A repository holds one of them: `ticket.safetensors`, `delta.safetensors`, or an exported model, with a card. Its
-address is owner/name, or owner/name@revision; uploads and downloads tell the address with the hash of the commit.
+A repository holds `ticket.safetensors`, `delta.safetensors` or an exported model, and a card. Its address is owner/name
+or owner/name@revision. Uploads and downloads return the address with the hash of the commit.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ HELD = {
     "SHiRA adapter": ("adapter_config.json", "adapter_model.safetensors"),
     "LT-SFT delta": ("pytorch_diff.bin",),
 }
-"""What a folder or a repository can hold -> the files that it is known by."""
+"""Kind of a folder or repository -> the files by which it is recognised."""
 
 _ADDRESS = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _PATIENCE = 3.0  # seconds for the Hub to answer
 
 
 def hub_answers() -> bool:
-    """Whether the Hub can be reached. Tried in a thread, since a name lookup has no time limit."""
+    """Whether the Hub can be reached. It is tried in a thread, because a name lookup has no time limit."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return False
-    if getproxies():  # a proxy may reach it
+    if getproxies():  # a proxy can possibly reach it
         return True
     where, answers = urlsplit(constants.ENDPOINT), []
 
@@ -60,17 +60,25 @@ def hub_answers() -> bool:
 
 
 def split_address(address: str, revision: str | None = None) -> tuple[str, str | None]:
-    """Repository and revision of an address; a revision beside it may not contradict one inside."""
+    """(repository, revision) of an address.
+
+    Args:
+        address: owner/name or owner/name@revision.
+        revision: a revision that is given separately.
+
+    Raises:
+        ValueError: it is no address, or there are two different revisions.
+    """
     found = _ADDRESS.fullmatch(address)
     if found is None:
         raise ValueError(f"expected a repository of the Hub, owner/name or owner/name@revision, got {address!r}")
     if revision is not None and found[2] not in (None, revision):
-        raise ValueError(f"two revisions: {address!r} and {revision!r}; give one")
+        raise ValueError(f"two revisions: {address!r} and {revision!r}; pass one of them")
     return found[1], revision or found[2]
 
 
 def kind_held(names: Iterable[str], where: str | os.PathLike[str]) -> str:
-    """The kind of what files belong to, see `HELD`.
+    """The kind of a folder or repository, see `HELD`.
 
     Args:
         names: paths of all files of a folder or repository.
@@ -96,7 +104,7 @@ def files_in(folder: Path) -> list[str]:
 
 
 def download(address: str, revision: str | None = None) -> tuple[Path, str]:
-    """A repository as a folder in the cache of the Hub, from which it also comes without a network.
+    """Downloads a repository into the cache of the Hub, or finds it there if the Hub cannot be reached.
 
     Args:
         address: owner/name or owner/name@revision.
@@ -108,7 +116,7 @@ def download(address: str, revision: str | None = None) -> tuple[Path, str]:
     Raises:
         FileNotFoundError: there is no such repository or revision, or it is not in the cache and the Hub does not
             answer.
-        FileFormatError: it is foreign (see `HELD`); nothing was downloaded.
+        FileFormatError: the repository is of no kind in `HELD`; nothing was downloaded.
         OSError: the Hub refuses, or the download is damaged.
     """
     name, revision = split_address(address, revision)
@@ -124,12 +132,12 @@ def download(address: str, revision: str | None = None) -> tuple[Path, str]:
 
 
 def upload(name: str, files: Mapping[str, Path | bytes], *, message: str, private: bool = False) -> str:
-    """Writes files into a repository, in one commit. Makes the repository if it is missing.
+    """Writes files into a repository in one commit. Creates the repository if it is missing.
 
     Args:
         name: owner/name.
-        files: path in the repository -> its content, or the file with it.
-        message: of the commit.
+        files: path in the repository -> content, or the file with it.
+        message: the message of the commit.
         private: whether a new repository is private.
 
     Returns:
@@ -159,7 +167,7 @@ def upload(name: str, files: Mapping[str, Path | bytes], *, message: str, privat
 
 @contextmanager
 def _told(name: str, revision: str | None) -> Iterator[None]:
-    """Turns errors of huggingface_hub into one line: what was wanted, where, and what to do."""
+    """Turns errors of huggingface_hub into errors of one line that say what was wanted, where, and what to do."""
     from huggingface_hub import constants, errors
 
     try:
@@ -167,23 +175,23 @@ def _told(name: str, revision: str | None) -> Iterator[None]:
     except FileFormatError:
         raise
     except errors.RevisionNotFoundError as error:
-        raise FileNotFoundError(f"{name}: no revision {revision!r} in it") from error
+        raise FileNotFoundError(f"{name}: it has no revision {revision!r}") from error
     except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"{name}: no such repository on {constants.ENDPOINT}, or none that your token may read (hf auth login)"
+            f"{name}: no such repository on {constants.ENDPOINT}, or your token cannot read it (hf auth login)"
         ) from error
     except errors.LocalEntryNotFoundError as error:
         at = "" if revision is None else f" at {revision}"
         raise FileNotFoundError(
-            f"{name}{at}: not in the cache, or not all of it, and {constants.ENDPOINT} does not answer"
+            f"{name}{at}: not completely in the cache, and {constants.ENDPOINT} does not answer"
         ) from error
     except (errors.HTTPError, OSError, RuntimeError, ValueError) as error:
         told = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise OSError(f"{name}: the Hub at {constants.ENDPOINT} refuses or fails: {told}") from error
+        raise OSError(f"{name}: error of the Hub at {constants.ENDPOINT}: {told}") from error
 
 
 class OnHub:
-    """What tickets and deltas have in common: a file each, and a repository of the Hub for it."""
+    """Base class of tickets and deltas, which can be files or repositories of the Hub."""
 
     _kind: ClassVar[str]
     metadata: dict[str, Any]
@@ -197,17 +205,17 @@ class OnHub:
         scores: Iterable[Mapping[str, Any]] = (),
         private: bool = False,
     ) -> str:
-        """Writes it and its card into a repository of the Hub, which is made if it is missing.
+        """Uploads it with a card to a repository of the Hub, which is created if it is missing.
 
         Args:
-            name: of the repository, owner/name.
+            name: the repository, owner/name.
             base: Hub name of the base model, for the card; owner/name@revision pins it.
-            data: what it was selected or trained on, for the card.
+            data: the data of selection or training, for the card.
             scores: rows of `evaluate`, for the card.
             private: whether a new repository is private.
 
         Returns:
-            The address with the hash of the commit, which `ltp_sparse.load` takes.
+            The address with the hash of the commit, which `ltp_sparse.load` accepts.
 
         Raises:
             FileFormatError: the repository holds something else.
@@ -224,7 +232,7 @@ class OnHub:
 
     @classmethod
     def from_hub(cls, address: str, *, revision: str | None = None) -> Self:
-        """Downloads and verifies it. Its metadata has the address under "hub", with the hash of the commit.
+        """Downloads and verifies it. Its metadata has the address with the hash of the commit under "hub".
 
         Args:
             address: owner/name or owner/name@revision.
@@ -252,7 +260,7 @@ _Held = TypeVar("_Held", bound=OnHub)
 def read_pinned(wanted: type[_Held], folder: Path, pinned: str) -> _Held:
     """The ticket or delta of a folder in the cache, with its address (see `download`) in the metadata."""
     if (held := kind_held(files_in(folder), pinned)) != wanted._kind:
-        raise FileFormatError(pinned, f"expected a {wanted._kind}, it holds a {held}")
+        raise FileFormatError(pinned, f"expected a {wanted._kind}, but it holds a {held}")
     found = wanted.load(folder / HELD[held][0])
     found.metadata["hub"] = pinned
     return found

@@ -1,4 +1,4 @@
-"""Where a model is: in the package, in a folder, in the cache of the Hub or on the Hub. Without torch."""
+"""Finds a model in the package, in a folder, in the cache of the Hub or on the Hub, without importing torch."""
 
 from __future__ import annotations
 
@@ -22,9 +22,12 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def locate(name_or_path: str | os.PathLike[str]) -> tuple[str, bool]:
-    """The source for `from_pretrained` and whether it is local.
+    """(source for `from_pretrained`, whether it is local).
 
-    A mistyped folder never becomes a download, and a name that cannot be downloaded is an error at once.
+    A mistyped folder never causes a download, and a name that cannot be downloaded is an error at once.
+
+    Args:
+        name_or_path: a folder, the name of a model of this package, or a Hub name.
 
     Raises:
         ValueError: there is no such folder, or the name is neither a folder nor in the cache of the Hub, and the Hub
@@ -54,9 +57,9 @@ def locate(name_or_path: str | os.PathLike[str]) -> tuple[str, bool]:
 
 
 def _closest(text: str) -> str:
-    """Names that may be meant: known models, and folders of models beside the given path."""
+    """The closest names: of known models, and of folders with models next to the given path."""
     if text in _KNOWN:
-        return f"{MINI_XLMR}, a small one, comes with the package"
+        return f"{MINI_XLMR}, a small model, comes with the package"
     names = list(_KNOWN)
     with suppress(OSError), os.scandir(Path(text).parent) as entries:
         names += [str(Path(text).parent / e.name) for e in entries if os.path.isfile(os.path.join(e, "config.json"))]

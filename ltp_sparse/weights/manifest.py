@@ -1,6 +1,6 @@
 """The manifest of a folder: names, sizes and checksums of its files, written last and read first.
 
-While a folder is being written its manifest says so. A folder without a manifest is foreign, or has lost it.
+While a folder is being written, its manifest says that it is unfinished.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _KIND = "manifest of ltp_sparse"
 
 
 class Unfinished(FileFormatError):
-    """The writing of a folder was interrupted: its content cannot be used."""
+    """The writing of a folder was interrupted, so its content cannot be used."""
 
 
 def start(folder: Path) -> None:
@@ -29,7 +29,7 @@ def start(folder: Path) -> None:
 
 
 def finish(folder: Path, names: Iterable[str] | None = None) -> None:
-    """Writes the manifest, after the files are on disk.
+    """Writes the manifest once the files are on disk.
 
     Args:
         folder: the folder.
@@ -41,13 +41,13 @@ def finish(folder: Path, names: Iterable[str] | None = None) -> None:
 
 
 def add(folder: Path, names: Iterable[str]) -> None:
-    """Adds files to the manifest of a folder, or updates their entries; other entries stay."""
+    """Adds files to the manifest of a folder, or updates their entries. Other entries are kept."""
     _write(folder, _read(folder) | _describe(folder, names), finished=True)
 
 
 @reader("manifest")
 def names(folder: Path) -> list[str]:
-    """The files that the manifest of a folder names.
+    """The files that the manifest of a folder lists.
 
     Raises:
         FileFormatError: the manifest is missing or damaged; `Unfinished` if writing was interrupted.
@@ -60,7 +60,7 @@ def check(folder: Path, parts: tuple[str, ...] = ("",)) -> None:
 
     Args:
         folder: the folder.
-        parts: prefixes of the names whose checksums are compared; for the other files only sizes are.
+        parts: prefixes of file names. Checksums are compared for these files, sizes for all.
 
     Raises:
         FileFormatError: a file or the manifest is missing or differs; `Unfinished` if writing was interrupted.
@@ -68,11 +68,11 @@ def check(folder: Path, parts: tuple[str, ...] = ("",)) -> None:
     for name, expected in _read(folder).items():
         path = folder / name
         if not path.is_file():
-            raise FileFormatError(path, f"is missing, and {MANIFEST} names it")
+            raise FileFormatError(path, f"is missing, but {MANIFEST} lists it")
         if (size := path.stat().st_size) != expected["bytes"]:
-            raise FileFormatError(path, f"expected {expected['bytes']:,} bytes as {MANIFEST} says, got {size:,}")
+            raise FileFormatError(path, f"expected {expected['bytes']:,} bytes according to {MANIFEST}, got {size:,}")
         if name.startswith(parts) and _sha256(path) != expected["sha256"]:
-            raise FileFormatError(path, f"its content does not match its checksum in {MANIFEST}; it is damaged")
+            raise FileFormatError(path, f"its content does not match its checksum in {MANIFEST}; the file is damaged")
 
 
 def _describe(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Names and ties. Nothing else in the library matches tensors by name."""
+"""Names of tensors, and ties. Only this module matches tensors by name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ No other module has such a name, so each is removed wherever it occurs between d
 """
 
 LEADING = ("module.", "base_model.model.")
-"""Prefixes of wrapped models (DDP, peft). A model may use them itself: they are removed only if all names have them."""
+"""Prefixes of wrapped models (DDP, peft). They are removed only if all names have them, as a model can use them too."""
 
 
 def strip_wrappers(name: str) -> str:
@@ -37,11 +37,11 @@ def bare_names(names: Iterable[str], deciding: Iterable[str] | None = None) -> d
 
     Args:
         names: all names of one model.
-        deciding: the weights among them: only these must share a prefix and stay distinct, as wrapping modules name
-            their buffers freely. Default: all.
+        deciding: the weights among them. Only these must share a prefix and stay distinct, because wrapping modules
+            name their buffers freely. Default: all.
 
     Raises:
-        ValueError: two names become one.
+        ValueError: two names are equal afterwards.
     """
     bare = {name: _unwrapped_name(name) for name in names}
     judges = list(bare if deciding is None else deciding) or list(bare)
@@ -56,7 +56,7 @@ def _unwrapped_name(name: str) -> str:
 
 
 def check_distinct(pairs: Iterable[tuple[str, str]]) -> None:
-    """Raises a ValueError that names both if two of the (name, bare name) pairs have one bare name."""
+    """Raises ValueError, with both names, if two of the (name, bare name) pairs have the same bare name."""
     first: dict[str, str] = {}
     for name, bare in pairs:
         if first.setdefault(bare, name) != name:
@@ -67,14 +67,14 @@ def check_distinct(pairs: Iterable[tuple[str, str]]) -> None:
 
 
 class Named(dict[str, T]):
-    """Canonical name -> tensor, in canonical order. A lookup by an alias works too.
+    """Canonical name -> tensor, in canonical order. Aliases can be looked up as well.
 
     Args:
         tensors: canonical name -> tensor, in any order.
         aliases: other name -> canonical name, for ties and for names with wrapping modules.
         buffers: names of known buffers.
         quantised: names of tensors that do not hold one number per weight.
-        tied_by_memory: ties were found by shared memory, which may be chance.
+        tied_by_memory: whether ties were found by shared memory, and not declared.
     """
 
     def __init__(
@@ -109,8 +109,8 @@ def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
 def parameter_order(names: Iterable[str]) -> list[str]:
     """The canonical order of parameters: natural order of their names.
 
-    Ties of the selection go to the earliest parameter, so this order must depend neither on how a model class registers
-    its modules (which differs between transformers versions) nor on the order of tensors in a file.
+    Of equal entries a selection takes those of the earliest parameter. So this order must not depend on the order of
+    modules in a model class, which differs between versions of transformers, or on the order of tensors in a file.
     """
     return sorted(names, key=natural_key)
 
@@ -180,7 +180,7 @@ def _bare_names_in(model: nn.Module) -> dict[str, str]:
 def canonical_group(
     members: Iterable[tuple[str, T]], bare: Mapping[str, str], tied_to: Collection[str] = ()
 ) -> Named[T]:
-    """Each tensor of (name, tensor) once, under its canonical name; a name in `tied_to` only if there is no other."""
+    """Each tensor once, under its canonical name, which is in `tied_to` only if there is no other."""
     names: dict[int, list[str]] = {}
     tensors: dict[int, T] = {}
     for name, tensor in members:
@@ -198,9 +198,9 @@ def canonical_group(
 def canonical_parameters(model: nn.Module) -> Named[nn.Parameter]:
     """Canonical name -> parameter, in canonical order; a tied parameter appears once.
 
-    A tied parameter has the name that `save_pretrained` stores ("roberta.embeddings.word_embeddings.weight", never
-    "lm_head.decoder.weight"), independent of the order in which the model class registers it: the ties that
-    transformers declares decide, then `tie_key`.
+    A tied parameter has the name under which `save_pretrained` stores it ("roberta.embeddings.word_embeddings.weight",
+    never "lm_head.decoder.weight"). The ties that transformers declares decide, then `tie_key`, and never the order in
+    which a model class registers its modules.
 
     Raises:
         ValueError: two parameters have the same name without the names of wrapping modules.
@@ -226,7 +226,7 @@ def canonical_buffers(model: nn.Module) -> Named[Tensor]:
 def homes_of(
     model: nn.Module | Mapping[str, Any], tensors: Mapping[str, Any]
 ) -> list[tuple[Mapping[str, Any], str, str]]:
-    """Where a model keeps tensors, as (mapping, key in it, name of the tensor); a tied one has several places."""
+    """The places of tensors in a model: (mapping, key in it, name of the tensor). A tied tensor has several."""
     names = {id(tensor): name for name, tensor in tensors.items()}
     modules = model.modules() if isinstance(model, nn.Module) else ()
     places = [held for module in modules for held in (module._parameters, module._buffers)]
@@ -239,7 +239,7 @@ def homes_of(
 
 
 def is_floating(tensor: Any) -> bool:
-    """Whether a tensor holds floating-point or complex numbers. Objects without a dtype, as shapes, count as such."""
+    """Whether a tensor has floating-point or complex numbers. Objects without a dtype, e.g. shapes, count as such."""
     dtype = getattr(tensor, "dtype", None)
     return dtype is None or dtype.is_floating_point or dtype.is_complex
 
@@ -248,7 +248,8 @@ def canonical_tensors(source: nn.Module | Mapping[str, Any]) -> Named[Any]:
     """Canonical name -> tensor of a module's parameters or of a mapping, in canonical order.
 
     Raises:
-        ValueError: two names become one without the names of wrapping modules.
+        ValueError: two names are equal without the names of wrapping modules.
+        TypeError: it is neither.
     """
     if isinstance(source, nn.Module):
         named = canonical_parameters(source)
@@ -263,7 +264,16 @@ def canonical_tensors(source: nn.Module | Mapping[str, Any]) -> Named[Any]:
 
 
 def match_names(wanted: Iterable[str], known: Iterable[str], *, what: str, where: str) -> list[str]:
-    """`wanted` as a list, after checking that each name is in `known` or an alias there.
+    """Checks that names are known.
+
+    Args:
+        wanted: the names of a ticket.
+        known: the names of a model, with aliases if it is `Named`.
+        what: the caller, for messages.
+        where: e.g. "the model", for messages.
+
+    Returns:
+        `wanted` as a list.
 
     Raises:
         ValueError: a name is unknown; the message lists the closest ones.
@@ -276,7 +286,7 @@ def match_names(wanted: Iterable[str], known: Iterable[str], *, what: str, where
         found = "is" if share == "no name" else "are not"
         if missing[0] in known.buffers:
             raise ValueError(
-                f"{what}: {missing[0]!r} is a buffer in {where} and does not train; leave buffers out of the ticket "
+                f"{what}: {missing[0]!r} is a buffer in {where} and cannot train; leave buffers out of the ticket "
                 "(ticket.restrict, or pool= in the selection)"
             )
         raise ValueError(
@@ -287,14 +297,14 @@ def match_names(wanted: Iterable[str], known: Iterable[str], *, what: str, where
 
 
 def layer_of(name: str) -> str:
-    """The layer a parameter belongs to: "embeddings", "layer 0", "layer 1", ..., or "other" (heads)."""
+    """The layer of a parameter: "embeddings", "layer 0", "layer 1", ..., or "other" (heads)."""
     if match := re.search(r"\b(?:layers?|h|blocks?)\.(\d+)\.", name):
         return f"layer {match[1]}"
     return "embeddings" if "embed" in name else "other"
 
 
 def module_of(name: str) -> str:
-    """The kind of module a parameter belongs to: "embeddings", "attention", "feed-forward", "LayerNorm" or "other"."""
+    """The kind of module of a parameter: "embeddings", "attention", "feed-forward", "LayerNorm" or "other"."""
     if is_layer_norm(name):
         return "LayerNorm"
     if "embed" in name:

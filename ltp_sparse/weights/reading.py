@@ -1,7 +1,7 @@
-"""What all readers of files share: one exception, the list of readers, limits, and the readers of JSON and YAML.
+"""Common parts of all readers of files: their exception, the list of readers, limits, and readers of JSON and YAML.
 
-Files are not trusted. The memory that a file may ask for is limited before it is allocated, and a file that cannot be
-read raises a `FileFormatError` with file and place, never another exception.
+Files are not trusted. The memory that a file requests is limited before it is allocated, and a file that cannot be read
+raises a `FileFormatError` with file and place, and no other exception.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 _Read = TypeVar("_Read", bound=Callable[..., Any])
 
 READERS: dict[str, str] = {}
-"""What is read -> module and name of the reader, for all readers; the fuzz test runs each."""
+"""Kind of file -> module and name of its reader. The fuzz test runs all of them."""
 
 LARGEST_JSON = 64 << 20
 LARGEST_YAML = 1 << 20
@@ -27,15 +27,15 @@ _TAGS = ("null", "bool", "int", "float", "str", "seq", "map", "merge")
 
 
 class FileFormatError(ValueError):
-    """A file cannot be read as what it should be: truncated, damaged, foreign, or with invalid content.
+    """A file is truncated, damaged, of another kind, or has invalid content.
 
-    Every reader of the library raises this and nothing else for the content of a file. (A missing file is a
-    FileNotFoundError.)
+    For the content of a file, every reader of the library raises this error and no other. A missing file raises
+    FileNotFoundError.
 
     Args:
         path: the file.
-        problem: what was expected, what was found, what to do.
-        place: where in the file, e.g. "line 3", "tensor 'w'" or "metadata"; None for the whole file.
+        problem: what was expected, what was found, and what to do.
+        place: the place in the file, e.g. "line 3", "tensor 'w'" or "metadata"; None for the whole file.
     """
 
     def __init__(self, path: str | os.PathLike[str], problem: str, place: str | None = None) -> None:
@@ -53,8 +53,8 @@ class Place:
     """A place in a file, for error messages.
 
     Attributes:
-        source: the file, or the name of a data set
-        at: "row 3" (counted from the header), "'encoder.weight'", ...
+        source: the file, or the name of a data set.
+        at: the place, e.g. "row 3" (counted from the header) or "'encoder.weight'".
     """
 
     source: str | os.PathLike[str]
@@ -97,12 +97,12 @@ def read_whole(path: str | os.PathLike[str], expected: str, largest: int) -> byt
     with path.open("rb") as file:
         content = file.read(largest + 1)
     if len(content) > largest:
-        raise FileFormatError(path, f"expected {expected} of at most {largest >> 20} MB, this file is larger")
+        raise FileFormatError(path, f"expected {expected} of at most {largest >> 20} MB, but this file is larger")
     return content
 
 
 def decoded(content: bytes, path: str | os.PathLike[str], place: str | None = None) -> str:
-    """UTF-8 text without a byte order mark, which spreadsheets write."""
+    """The text of UTF-8 bytes, without the byte order mark that spreadsheets write."""
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise FileFormatError(path, "this is UTF-16; convert the file to UTF-8", place)
     try:
@@ -171,7 +171,7 @@ def read_json(path: str | os.PathLike[str], expected: str, keys: Sequence[str] =
     if not isinstance(value, dict):
         raise FileFormatError(path, f"expected {expected}, a JSON object, got {_shown(value)}")
     if missing := [key for key in keys if key not in value]:
-        raise FileFormatError(path, f"expected {expected}, it has no {missing[0]!r}, only {_shown(list(value))}")
+        raise FileFormatError(path, f"expected {expected}, but it has no {missing[0]!r}, only {_shown(list(value))}")
     return value
 
 
@@ -185,7 +185,7 @@ def read_yaml(path: str | os.PathLike[str], expected: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        FileFormatError: it is no such YAML; the message names the line.
+        FileFormatError: it is not YAML, or has other types; the message names the line.
     """
     import yaml  # noqa: F401  a missing package is the first error
 
@@ -204,7 +204,7 @@ def parse_yaml(text: str, path: str | os.PathLike[str]) -> Any:
     fastest: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     loader, depth = None, 0
     try:
-        for event in yaml.parse(text, Loader=fastest):  # before nodes are made: that recurses at every level
+        for event in yaml.parse(text, Loader=fastest):  # before nodes are made, which recurses at every level
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _DEEPEST:
                 line = event.start_mark.line + 1 if event.start_mark else 1
@@ -229,7 +229,7 @@ def parse_yaml(text: str, path: str | os.PathLike[str]) -> Any:
 
 
 def _weigh(node: Any, path: str | os.PathLike[str], known: dict[int, int | None]) -> int:
-    """Counts the values of a YAML node, aliases each time; refuses other types, cycles and large documents.
+    """Counts the values of a YAML node, aliases each time. Refuses other types, cycles and large documents.
 
     Args:
         node: the node.
@@ -246,7 +246,7 @@ def _weigh(node: Any, path: str | os.PathLike[str], known: dict[int, int | None]
     if before:
         return before
     if (tag := node.tag.removeprefix("tag:yaml.org,2002:")) not in _TAGS:
-        raise wrong(f"a value of the type {tag!r}; put strings in quotes, other types are not read")
+        raise wrong(f"a value of the type {tag!r}; put strings in quotes; other types are not supported")
     known[id(node)], total = None, 1
     if isinstance(node, yaml.MappingNode):
         names = set()

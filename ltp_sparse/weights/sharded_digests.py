@@ -1,4 +1,4 @@
-"""Digests of sharded tensors: those of the whole, from what each rank holds."""
+"""Digests of whole tensors whose ranks hold shards."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from ltp_sparse.weights.tensors import TILE, check_plain_tensor, flat_piece
 
 
 def whole_fingerprint(tensors: Mapping[str, Tensor | Pieces], like: Mapping[str, str] | None = None) -> dict[str, str]:
-    """`fingerprint`, of DTensors that of the whole tensor, which no rank holds at once. All their ranks must call it.
+    """Like `fingerprint`, but a DTensor gets the digest of the whole tensor. All of its ranks must call it.
 
-    Each rank digests the tiles in its rows, and is sent the digests of the others. Only a tile that is cut by ranks is
-    sent itself; of a tensor that is cut by columns, that is every tile.
+    No rank holds the whole tensor at any time. Each rank digests the tiles in its rows, and the ranks exchange their
+    digests. Only tiles that are cut between ranks are exchanged themselves; if a tensor is cut by columns, these are
+    all of its tiles.
 
     Args:
         tensors: the same names in the same order on every rank.
-        like: as of `fingerprint`.
+        like: as for `fingerprint`.
 
     Raises:
-        TypeError, ValueError: a tensor is not plain, or a DTensor is neither cut nor copied.
+        TypeError, ValueError: a tensor is not plain, or a DTensor is neither sharded nor replicated.
     """
     found = fingerprint({name: tensor for name, tensor in tensors.items() if not is_sharded(tensor)}, like)
     for name, tensor in tensors.items():
@@ -58,10 +59,10 @@ def _pieces(tensor: Tensor, cut: Cut) -> Iterator[Tensor]:
 
 
 def _piece(tensor: Tensor, cut: Cut, tile: int) -> Tensor:
-    """The entries of a tile, from all ranks."""
+    """The entries of a tile, collected from all ranks."""
     start, stop, held = tile * TILE, min((tile + 1) * TILE, tensor.numel()), local(tensor).detach()
     inside, places = cut.find(torch.arange(start, stop, dtype=torch.int64, device=held.device))
     piece = torch.zeros(stop - start, dtype=tensor.dtype, device=held.device)
     piece[inside] = held.reshape(-1)[places]
-    sum_over(spread(tensor), piece.view(torch.uint8))  # of each entry one rank has the bits, the others have zeros
+    sum_over(spread(tensor), piece.view(torch.uint8))  # one rank has the bits of each entry, the others have zeros
     return piece

@@ -1,4 +1,4 @@
-"""Parameters that several ranks hold together, as DTensors (FSDP2, tensor parallelism): what is this rank's."""
+"""Sharded parameters (DTensors of FSDP2 and tensor parallelism): which part of them this rank holds."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether it is a DTensor, be it cut or a copy on every rank."""
-    module = sys.modules.get("torch.distributed.tensor")  # without it there are none, and it takes long to import
+    """Whether a tensor is a DTensor, sharded or replicated."""
+    module = sys.modules.get("torch.distributed.tensor")  # slow to import; without it there are no DTensors
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Any) -> Any:
-    """What this rank holds of a tensor: its own memory, not a copy."""
+    """The part of a tensor that this rank holds: the memory itself, not a copy."""
     if not is_sharded(tensor):
         return tensor
     held = tensor._local_tensor
@@ -28,7 +28,7 @@ def local(tensor: Any) -> Any:
 
 
 def like(param: Tensor, held: Any) -> Any:
-    """A tensor of which this rank holds `held`, in the sharding of a parameter."""
+    """A tensor that is sharded like a parameter and of which this rank holds `held`."""
     if not is_sharded(param):
         return held
     from torch.distributed.tensor import DTensor
@@ -39,12 +39,12 @@ def like(param: Tensor, held: Any) -> Any:
 
 @dataclass(frozen=True)
 class Cut:
-    """How a parameter is cut into blocks, one on each rank or on several.
+    """The division of a parameter into blocks. Each rank holds one block; several ranks can hold the same one.
 
     Attributes:
-        shape: of the whole parameter
-        ranges: for each dimension the (start, stop) of its pieces, in order
-        own: for each dimension, which of them is this rank's
+        shape: the shape of the whole parameter.
+        ranges: for each dimension, (start, stop) of its pieces, in order.
+        own: for each dimension, the number of this rank's piece.
     """
 
     shape: tuple[int, ...]
@@ -53,14 +53,14 @@ class Cut:
 
     @classmethod
     def of(cls, tensor: Any, what: str) -> Cut:
-        """That of a DTensor, or of an ordinary tensor, which is whole.
+        """The cut of a DTensor, or of an ordinary tensor, which is one block.
 
         Args:
             tensor: the parameter.
-            what: its name in messages.
+            what: its name, for messages.
 
         Raises:
-            ValueError: it is placed otherwise than cut by dimensions or copied.
+            ValueError: its placements are neither sharded by dimensions nor replicated.
         """
         ranges = [[(0, size)] for size in tensor.shape]
         own = [0 for _ in tensor.shape]
@@ -95,14 +95,21 @@ class Cut:
 
     @property
     def entries(self) -> tuple[int, int]:
-        """(start, stop) of this rank's entries in the row-major order, where it is cut by rows."""
+        """(start, stop) of this rank's entries in row-major order, if the parameter is cut by rows."""
         if not self.block:
             return 0, 1
         row = math.prod(self.shape[1:])
         return self.block[0][0] * row, self.block[0][1] * row
 
     def find(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Which entries of the whole, by row-major index, lie in this rank's block, and where in it those do."""
+        """Finds entries of the whole in this rank's block.
+
+        Args:
+            indices: int64 [m], row-major indices of the whole.
+
+        Returns:
+            (bool [m], whether each entry is in the block; int64, the row-major indices in the block of those that are)
+        """
         inside, places = torch.ones_like(indices, dtype=torch.bool), torch.zeros_like(indices)
         coordinates = torch.unravel_index(indices, self.shape)
         for coordinate, (start, stop) in zip(coordinates, self.block, strict=True):
@@ -127,32 +134,31 @@ def _cuts(tensor: Any, what: str) -> list[tuple[int, int]]:
         if kind == "Shard":
             cuts.append((mesh_dim, placement.dim))
             counts[placement.dim] *= tensor.device_mesh.size(mesh_dim)
-        elif kind == "_StridedShard":  # FSDP2 of what is cut already along a later dimension of the mesh
+        elif kind == "_StridedShard":  # FSDP2 on a parameter that a later mesh dimension cuts already
             later.append((mesh_dim, placement.dim, placement.split_factor))
         elif kind != "Replicate":
             raise ValueError(
-                f"{what} is placed as {placement} over its mesh; expected one that is cut, Shard, or copied, "
-                "Replicate: redistribute() it first"
+                f"{what} is placed as {placement} over its mesh; expected Shard or Replicate, redistribute() it first"
             )
     if len(later) > 1 or any(factor != counts[dim] for _, dim, factor in later):
         raise ValueError(
-            f"{what} is placed as {tensor.placements} over its mesh: its ranks hold no blocks of it; expected tensor "
+            f"{what} is placed as {tensor.placements} over its mesh, so its ranks do not hold blocks; use tensor "
             "parallelism first, then fully_shard"
         )
     return cuts + [(mesh_dim, dim) for mesh_dim, dim, _ in later]
 
 
 def _chunks(start: int, stop: int, count: int) -> Iterator[tuple[int, int]]:
-    """As torch.chunk, with empty ones at the end."""
+    """(start, stop) of the pieces of torch.chunk, with empty ones at the end up to `count`."""
     size = -(-(stop - start) // count)
     for number in range(count):
         yield min(start + number * size, stop), min(start + (number + 1) * size, stop)
 
 
 def spread(param: Any) -> tuple[Any, ...]:
-    """Over which dimensions of which mesh the entries of a parameter are spread: sums run over these.
+    """(mesh, dimension) pairs over which a parameter is sharded, for sums over its ranks.
 
-    Empty for a parameter that every rank has whole.
+    It is empty for a parameter of which every rank has the whole.
     """
     if not is_sharded(param):
         return ()
@@ -161,7 +167,12 @@ def spread(param: Any) -> tuple[Any, ...]:
 
 
 def sum_over(spread: Sequence[Any], total: Tensor) -> Tensor:
-    """Adds up what ranks have of something spread; in place, on all of them."""
+    """Sums a tensor over the ranks of a sharded parameter, in place and on all of them.
+
+    Args:
+        spread: as the function `spread` returns it.
+        total: this rank's summand.
+    """
     from torch import distributed
 
     for mesh, dim in spread:
@@ -170,25 +181,25 @@ def sum_over(spread: Sequence[Any], total: Tensor) -> Tensor:
 
 
 def everywhere(tensor: Any, holds: bool) -> bool:
-    """Whether something holds on all ranks that a tensor is spread over, which must all call this."""
+    """Whether `holds` is True on all ranks of a sharded tensor. All of them must call it."""
     failed = torch.tensor([0 if holds else 1], dtype=torch.int32, device=local(tensor).device)
     return not int(sum_over(spread(tensor), failed))
 
 
 def fsdp_modules(model: nn.Module) -> list[Any]:
-    """The modules that FSDP2 serves."""
+    """The modules on which `fully_shard` was called."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return [module for module in model.modules() if fsdp is not None and isinstance(module, fsdp.FSDPModule)]
 
 
 def reshard(model: nn.Module) -> None:
-    """Lets FSDP2 put its sharded parameters in place, where a forward pass has left the gathered ones."""
+    """Makes FSDP2 restore its sharded parameters, in place of gathered ones that a forward pass has left."""
     for module in fsdp_modules(model):
         module.reshard()
 
 
 def own_gradient(param: Tensor) -> Tensor | None:
-    """What this rank holds of a parameter's gradient, which comes to be sharded as the parameter is.
+    """The part of a parameter's gradient that this rank holds. The gradient is first sharded like the parameter.
 
     Raises:
         TypeError: the gradient of a sharded parameter is an ordinary tensor.
@@ -198,7 +209,7 @@ def own_gradient(param: Tensor) -> Tensor | None:
         return grad
     if not is_sharded(grad):
         raise TypeError(
-            f"expected the gradient of a sharded parameter to be sharded, too, got a {type(grad).__name__} of shape "
+            f"expected the gradient of a sharded parameter to be sharded, got a {type(grad).__name__} of shape "
             f"{list(grad.shape)}; run backward() through the sharded model"
         )
     if grad.placements != param.placements:  # type: ignore[attr-defined]

@@ -17,29 +17,29 @@ DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 
 _PLAIN = {Tensor, nn.Parameter}
 LOWEST_ADDRESS = 1 << 40
-"""A view whose storage was freed has its offset as its address: a number below this one, as few others are."""
+"""The address of a view whose storage was freed is its offset, which is below this number; few valid ones are."""
 
 _ADVICE = {
-    "DTensor": "pass its own part, `.to_local()`, or all of it, `.full_tensor()`",
+    "DTensor": "pass this rank's part, `.to_local()`, or the whole, `.full_tensor()`",
     "AsyncCollectiveTensor": "wait for it first, `.wait()`",
     "FakeTensor": "it has no memory; call this outside of FakeTensorMode, on real tensors",
     "FunctionalTensor": "it has no memory; call this outside of the transformation",
     "NestedTensor": "pass its `.values()`",
 }
-_OTHERS = "pass a plain tensor, e.g. `.dequantize()` where it is quantised"
+_OTHERS = "pass a plain tensor, e.g. `.dequantize()` if it is quantised"
 
 
 def check_plain_tensor(tensor: Tensor, what: str) -> None:
-    """Refuses tensors whose values do not simply lie in their memory.
+    """Refuses tensors whose values cannot be read from their memory by address.
 
-    Parameters pass, and so do subclasses that only add attributes or methods.
+    Parameters are accepted, and so are subclasses that only add attributes or methods.
 
     Args:
         tensor: any tensor.
-        what: its name in the message, e.g. "MaskedAdamW: parameter 'head.weight'".
+        what: its name, for messages, e.g. "MaskedAdamW: parameter 'head.weight'".
 
     Raises:
-        TypeError: it is a subclass that computes by itself (DTensor, quantised tensors, ...), sparse, nested,
+        TypeError: it is a subclass with operations of its own (DTensor, quantised tensors, ...), sparse, nested,
             quantised, on the meta device, or its memory was freed. The message says what to do.
     """
     kind = type(tensor)
@@ -66,13 +66,13 @@ def all_plain(tensors: Iterable[object], *others: object) -> bool:
 
     Args:
         tensors: the tensors.
-        others: objects whose types also pass.
+        others: objects whose types are allowed as well.
     """
     return {*map(type, tensors)} <= _PLAIN.union(map(type, others))
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """False if the storage of the tensor was freed or shrunk, as sharded training does between uses."""
+    """Whether the tensor has its memory; sharded training frees or shrinks storages between uses."""
     if not tensor.numel() or tensor.data_ptr() >= LOWEST_ADDRESS:
         return True
     extent = 1 + sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
@@ -86,7 +86,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def flat_piece(tensor: Tensor, start: int, stop: int) -> Tensor:
-    """Entries start..stop of the row-major order of any tensor, contiguous; copies no more than their rows."""
+    """Entries start..stop of any tensor in row-major order, contiguous. It copies their rows at most."""
     if tensor.is_contiguous() or tensor.dim() < 2:
         return tensor.reshape(-1)[start:stop].contiguous()  # a strided vector stays strided under reshape
     row = tensor[0].numel()

@@ -1,4 +1,4 @@
-"""Versions of a model as weights by name, from modules, mappings or checkpoints, and the comparison of two."""
+"""Versions of a model (modules, mappings or checkpoints) as weights by name, and the matching of two versions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ltp_sparse.weights.reading import closest
 from ltp_sparse.weights.sharding import Cut, everywhere, is_sharded, local, reshard
 
 Weights = nn.Module | Mapping[str, Any] | str | os.PathLike[str]
-"""A version of a model: a module, name -> tensor, or a safetensors checkpoint (file or folder)."""
+"""A version of a model: a module, a mapping from names to tensors, or a safetensors checkpoint (file or folder)."""
 
 BUFFERS = re.compile(
     r"(^|\.)(running_mean|running_var|num_batches_tracked|final_logits_bias|e_score_correction_bias|masked_bias"
@@ -44,28 +44,31 @@ _OF_QUANTISED = re.compile(
     r"(SCB|weight_format|absmax|quant_map|nested_absmax|nested_quant_map|scales|qzeros|g_idx|weight_scale(_inv)?"
     r"|weight_zero_point|weight_shape|quant_state\..*)$"
 )
-"""What bitsandbytes, GPTQ, AWQ and compressed-tensors store beside a quantised weight."""
+"""Names of tensors that bitsandbytes, GPTQ, AWQ and compressed-tensors store with a quantised weight."""
 
 _WRAPPED_PART = re.compile(r"(^|\.)(module|base_model\.model)(?=\.)")
 
 _PIECE = 1 << 20  # entries compared at a time
 
 Missing = bool | str | Iterable[str]
-"""Which names may be on one side only: all, none, or those that match one of the regular expressions."""
+"""Names that can be on one side only: all, none, or those that match one of the regular expressions."""
 
 
 def open_weights(weights: Weights) -> Named[Readable]:
     """Canonical name -> weight, in canonical order; the same for a module, its state dict and its checkpoint.
 
-    Buffers (see `BUFFERS`), tensors that a class of transformers does not save, integers and quantised tensors are left
-    out.
+    Buffers (see `BUFFERS`), integers, quantised tensors, and tensors that a class of transformers does not save are
+    left out.
+
+    Args:
+        weights: the version of the model.
 
     Warns:
         UserWarning: tensors are quantised, so a ticket cannot train them.
 
     Raises:
         FileFormatError: a file is damaged (see `open_checkpoint`).
-        ValueError: two names become one without the names of wrapping modules.
+        ValueError: two names are equal without the names of wrapping modules.
     """
     if isinstance(weights, nn.Module):
         found = _of_module(weights)
@@ -120,7 +123,7 @@ def _of_kept(aliases: Mapping[str, str], kept: Mapping[str, Any]) -> dict[str, s
 
 
 def _tied_by_memory(tensors: Mapping[str, Any]) -> Named[Any]:
-    """`canonical_tensors` of a mapping in which tensors on the same memory are one, as in a state dict."""
+    """Like `canonical_tensors` of a mapping, but tensors that share their memory are tied, as in a state dict."""
     if not isinstance(tensors, Mapping):
         return canonical_tensors(tensors)  # raises the error
     bare = bare_names(tensors, [name for name, tensor in tensors.items() if is_floating(tensor)])
@@ -137,13 +140,14 @@ def _place(tensor: Any) -> tuple[Any, ...]:
 
 
 def side_by_side(one: Named[Readable], other: Named[Readable]) -> tuple[Named[Readable], Named[Readable]]:
-    """Both sides under common names: each side's buffers, ties and names with wrapping modules apply to the other.
+    """Both sides under common names. What one side knows of buffers, ties and wrapping modules applies to the other.
 
     A tensor that one side has under an alias of the other gets the canonical name. If one side ties two names and the
-    other stores two tensors, the second is dropped if its bits are equal; otherwise both are parameters on both sides.
+    other has two tensors, the second one is dropped if both have the same bits. Otherwise both are parameters on both
+    sides.
 
     Warns:
-        UserWarning: equal tensors are kept as two parameters, since only shared memory ties them on the other side.
+        UserWarning: equal tensors stay two parameters, because only shared memory ties them on the other side.
     """
     one = _renamed(one, other)
     other = _renamed(other, one)
@@ -156,7 +160,7 @@ def _renamed(side: Named[Readable], by: Named[Readable]) -> Named[Readable]:
     aliases, clones = dict(side.aliases), []
     for name in [name for name in kept if name not in by]:
         canonical = by.called(name)
-        if canonical is None:  # a part of the model is wrapped: unknown to mappings and files
+        if canonical is None:  # a wrapped part of a model, which mappings and files do not show
             canonical = by.called(_WRAPPED_PART.sub("", name).removeprefix("."))
             if canonical is None or canonical in kept:
                 continue
@@ -173,7 +177,7 @@ def _renamed(side: Named[Readable], by: Named[Readable]) -> Named[Readable]:
         name, canonical = clones[0]
         warnings.warn(
             f"{name!r} equals {canonical!r} bit for bit, and both are one tensor on the other side ({len(clones)} such "
-            "pairs): they look like copies of tied weights, but count as two parameters. Pass the module in place of "
+            "pairs): they look like copies of tied weights, but count as two parameters. Pass the module instead of "
             "its state dict, or leave one out (pool=)",
             UserWarning,
             stacklevel=4,
@@ -188,7 +192,7 @@ def _untied(side: Named[Readable], by: Named[Readable]) -> Named[Readable]:
 
 
 def same_bits(one: Readable, other: Readable) -> bool:
-    """Whether two tensors have the same dtype, shape and bits; of sharded ones, on all ranks."""
+    """Whether two tensors have the same dtype, shape and bits; if they are sharded, on all ranks."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     if sharded := [tensor for tensor in (one, other) if is_sharded(tensor)]:
@@ -203,15 +207,15 @@ def same_bits(one: Readable, other: Readable) -> bool:
 
 
 def own_block(tensor: Readable, cut: Cut) -> Tensor:
-    """This rank's block of a tensor, be it sharded or whole, in memory or in a file.
+    """This rank's block of a tensor that is sharded or whole, in memory or in a file.
 
     Raises:
-        ValueError: it is sharded otherwise.
+        ValueError: it is sharded in another way.
     """
     if is_sharded(tensor):
         if Cut.of(tensor, "a tensor") != cut:
             raise ValueError(
-                f"a tensor of shape {list(cut.shape)} is sharded in two ways, expected one; shard both models alike"
+                f"a tensor of shape {list(cut.shape)} is sharded in two ways; shard both models in the same way"
             )
         return local(tensor).detach()
     if isinstance(tensor, Tensor):
@@ -224,17 +228,17 @@ def own_block(tensor: Readable, cut: Cut) -> Tensor:
 def check_sides(
     one: Iterable[str], other: Iterable[str], allow_missing: Missing, *, what: str, sides: tuple[str, str]
 ) -> dict[str, int]:
-    """The number of names that are on one side only, by side.
+    """Side -> number of names that are on this side only.
 
     Args:
         one: the names of the first side.
         other: the names of the second side.
-        allow_missing: which names may be on one side only.
+        allow_missing: names that can be on one side only.
         what: the caller, for messages.
         sides: what to call the sides in messages.
 
     Raises:
-        ValueError: the sides share no name, or a name is on one side only and not allowed to be.
+        ValueError: the sides share no name, or a name is on one side only and `allow_missing` does not cover it.
     """
     one, other = list(one), list(other)
     here, there = set(one), set(other)
@@ -255,6 +259,6 @@ def check_sides(
         if phrases:
             raise ValueError(
                 f"{what}: {'; '.join(phrases)}. Pass two versions of one model, or a pool= that leaves these out; "
-                "allow_missing= takes True or regular expressions for names that may be on one side only"
+                "allow_missing= takes True or regular expressions for names that can be on one side only"
             )
     return {f"only in {side}": len(names) for side, names in zip(sides, alone, strict=True) if names}

@@ -197,7 +197,7 @@ SELECTIONS = {
     "share-text": (lambda m: picked(m, k=3, budget={"body": "1"}), TypeError, ["the share of 'body'", *SHARE]),
     "share-nan": (lambda m: picked(m, k=3, budget={"body": float("nan")}), ValueError, ["'body' must be in", "nan"]),
     "share-below": (lambda m: picked(m, k=3, budget={"body": -0.1}), ValueError, ["'body' must be in [0, 1]"]),
-    "no-share": (lambda m: picked(m, k=3, budget={}), ValueError, ["expected shares by regular expression, got an empty mapping"]),
+    "no-share": (lambda m: picked(m, k=3, budget={}), ValueError, ["got an empty mapping"]),
     "random-k": (lambda m: Ticket.random(m, k=3.0), TypeError, ["k must be a whole number"]),
     "random-k-bool": (lambda m: Ticket.random(m, k=True), TypeError, ["k must be a whole number"]),
     "random-density": (lambda m: Ticket.random(m, density="0.2"), TypeError, SHARE),

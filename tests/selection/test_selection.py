@@ -392,7 +392,7 @@ def test_unusable_checkpoints_are_clear_errors(damage, versions, tmp_path):
         message = "model-1.safetensors: not a readable"
     elif damage == "no-shard":
         shard.unlink()
-        message = "names the shard model-1.safetensors, which is not there"
+        message = "names the shard model-1.safetensors, which is missing"
     elif damage == "no-index":
         index.write_text('{"weight_map": ')
         message = "index.json, line 1: not JSON"

@@ -46,7 +46,7 @@ def test_shards_are_read_by_path_index_and_folder(make, tmp_path):
     for place in (path, index, tmp_path):
         assert content(type(made).load(place)) == content(made)
         assert place.is_dir() or kinds.kind_of(place) == type(made).__name__.lower().removeprefix("sparse")
-    with pytest.raises(FileFormatError, match="give the folder or the index"):
+    with pytest.raises(FileFormatError, match="pass their folder or index"):
         type(made).load(shards[0])
     with pytest.raises(FileFormatError, match=r"expected an? .*, got a"):
         (Ticket if make is delta else SparseDelta).load(index)
@@ -105,7 +105,7 @@ def test_an_interrupted_save_leaves_the_old_or_the_new(before, now, tmp_path, mo
             try:
                 assert Ticket.load(place) in (old, new)
             except FileFormatError as error:  # the file and the index, of the two saves
-                assert "lies beside it" in str(error) or "expected one ticket" in str(error)
+                assert "is there as well" in str(error) or "expected one ticket" in str(error)
         new.save(path, max_shard_size=now)
         assert Ticket.load(path) == Ticket.load(path.parent) == new
         stops += 1
@@ -157,10 +157,10 @@ def spoiled(folder: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("missing", "is not there"),
+        ("missing", "is missing"),
         ("damaged", "does not match its content"),
-        ("swapped", "of another save"),
-        ("of another save", "of another save"),
+        ("swapped", "belongs to another save"),
+        ("of another save", "belongs to another save"),
         ("outside", "outside the folder"),
         ("empty", "its content is not that of a ticket"),
         ("index", "does not match its content"),

@@ -469,7 +469,7 @@ def test_a_tensor_that_cannot_be_put_back_is_told(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "copy_", broken)
-        with pytest.raises(RuntimeError, match="could not be restored: load the model again"):
+        with pytest.raises(RuntimeError, match="could not be restored; load the model again"):
             put_back([Held(a, torch.ones(3))])
 
 

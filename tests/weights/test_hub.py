@@ -86,7 +86,7 @@ def test_shards_load_and_travel_as_one_file_does(hub, ticket, delta, tmp_path, m
             found = ls.load(place)
             assert type(found) is type(held) and getattr(found, "ticket", found) == ticket
         (tmp_path / name / name).write_bytes(b"an older save")
-        with pytest.raises(ls.FileFormatError, match="lies beside it"):
+        with pytest.raises(ls.FileFormatError, match="is there as well"):
             ls.load(tmp_path / name / name)
 
 
@@ -107,9 +107,9 @@ def test_revisions(hub, model, ticket):
     for asked in ("owner/en@v1", first):
         assert ls.load(asked) == ticket and ls.load(asked).metadata["hub"] == first
     assert ls.Ticket.from_hub("owner/en", revision="v1") == ticket
-    with pytest.raises(FileNotFoundError, match="owner/en: no revision 'v2' in it"):
+    with pytest.raises(FileNotFoundError, match="owner/en: it has no revision 'v2'"):
         ls.load("owner/en@v2")
-    with pytest.raises(ValueError, match="two revisions: 'owner/en@v1' and 'main'; give one"):
+    with pytest.raises(ValueError, match="two revisions: 'owner/en@v1' and 'main'; pass one of them"):
         ls.load("owner/en@v1", revision="main")
 
 
@@ -121,17 +121,17 @@ def test_without_a_network_the_cache_serves(hub, ticket, monkeypatch):
     for address in ("owner/en", pushed):
         assert ls.load(address) == ticket and ls.load(address).metadata["hub"] == pushed
     assert len(hub.requests) == asked
-    with pytest.raises(FileNotFoundError, match="owner/other: not in the cache, or not all of it, and .*not answer"):
+    with pytest.raises(FileNotFoundError, match="owner/other: not completely in the cache, and .*not answer"):
         ls.load("owner/other")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
     assert ls.load("owner/en") == ticket
-    with pytest.raises(OSError, match="owner/en: the Hub at http://127.0.0.1:9 refuses or fails"):
+    with pytest.raises(OSError, match="owner/en: error of the Hub at http://127.0.0.1:9"):
         ticket.push_to_hub("owner/en")
 
 
 def test_what_is_not_there_is_one_clear_error(hub, ticket, delta, tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="owner/none: no such repository on .*, or none that your token may"):
+    with pytest.raises(FileNotFoundError, match="owner/none: no such repository on .*, or your token cannot"):
         ls.load("owner/none")
     for wrong in ("./none", "none", "a/b/c.safetensors", tmp_path / "none"):
         with pytest.raises(FileNotFoundError, match="no such file or folder, and no repository of the Hub"):
@@ -149,7 +149,7 @@ def test_what_is_not_there_is_one_clear_error(hub, ticket, delta, tmp_path, monk
     delta.push_to_hub("owner/delta")
     with pytest.raises(ls.FileFormatError, match="it holds a delta; push the ticket to a repository of its own"):
         ticket.push_to_hub("owner/delta")
-    with pytest.raises(ls.FileFormatError, match="expected a ticket, it holds a delta"):
+    with pytest.raises(ls.FileFormatError, match="expected a ticket, but it holds a delta"):
         ls.Ticket.from_hub("owner/delta")
     monkeypatch.setenv("HF_TOKEN", "wrong")
     with pytest.raises(OSError, match="owner/en: .*(401|token)"):

@@ -508,7 +508,7 @@ def test_an_index_may_write_a_name_in_several_ways(sharded):
         (lambda folder, index: shard(folder, 1, {"w": torch.zeros(4), "u": torch.zeros(1)}), "does not name 'u'"),
         (lambda folder, index: index.update(w="/etc/passwd"), "'/etc/passwd' is outside the folder"),
         (lambda folder, index: index.update(w="../w.safetensors"), "'../w.safetensors' is outside the folder"),
-        (lambda folder, index: index.update(w="gone.safetensors"), "shard gone.safetensors, which is not there"),
+        (lambda folder, index: index.update(w="gone.safetensors"), "shard gone.safetensors, which is missing"),
         (lambda folder, index: index.update(w=3), "name of a shard, got 3"),
         (lambda folder, index: save_file({"w": torch.ones(4)}, folder / "model.safetensors"), "name model.safetensors"),
     ],
