@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ltp_sparse.methods import LTP, LTSFT, AdaSFT, Method, RandSFT
+from ltp_sparse.methods.fine_tuning import SCOPES, TaskSFT
 from ltp_sparse.models.backbone import backbone_from_config, load_config
 from ltp_sparse.recipes.artefacts import LINES, Artefact, needed
 from ltp_sparse.recipes.checks import check_cell, method_of
@@ -21,6 +22,7 @@ from ltp_sparse.selection import pools
 from ltp_sparse.selection.ltp import STRATEGIES
 from ltp_sparse.tasks import task, tested
 from ltp_sparse.tickets.counts import entries_for
+from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.training.language import ADAPTER_SETTINGS, LANGUAGE_SETTINGS
 from ltp_sparse.training.mlm import MLMSettings
 from ltp_sparse.weights.locating import SIZES
@@ -126,9 +128,9 @@ def _active(cell: Cell, method: Method, model: Any) -> tuple[int, int]:
                 if STRATEGIES[cell["ticket.strategy"] or "decoupled"](name)
             )
         return entries_for(maskable, density=density), maskable
+    if isinstance(method, TaskSFT):  # random entries are not drawn to be counted
+        return method.budget(model), Ticket.full(model, SCOPES[method.scope]).n
     ticket = method.ticket(model)
-    if isinstance(method, LTSFT | RandSFT):
-        return method.budget(model), ticket.n
     return ticket.k, max(ticket.n, 1)
 
 
