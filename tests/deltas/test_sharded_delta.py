@@ -7,8 +7,7 @@ from datetime import timedelta
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from helpers.ranks import leave_group
+from helpers.ranks import leave_group, start
 from helpers.sharded_model import loss_of, net, shard_columns, shard_rows, shard_tensors, whole
 from safetensors.torch import save_file
 from torch import distributed, nn
@@ -223,7 +222,7 @@ def _rank(rank, folder):
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(_rank, (folder,), nprocs=WORLD, start_method="spawn")
+    start(_rank, (folder,), WORLD)
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(WORLD)]
 
 

@@ -1,8 +1,28 @@
 """Processes of one group."""
 
 import gc
+from collections.abc import Callable
+from multiprocessing import get_context
+from typing import Any
 
 import torch
+from torch import multiprocessing
+
+IMPORTED = [
+    "pytest", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torch.distributed.tensor.parallel",
+    "ltp_sparse.deltas", "ltp_sparse.selection", "ltp_sparse.sync", "ltp_sparse.training.trainer",
+]  # fmt: skip
+"""Once for all processes of a test process: each would take seconds for them."""
+
+
+def start(rank: Callable[..., Any], arguments: tuple[Any, ...], size: int) -> None:
+    """Calls rank(number, *arguments) in so many processes, forks of one that has imported what is slow to import.
+
+    Raises:
+        ProcessRaisedException: one of them failed; the others are ended.
+    """
+    get_context("forkserver").set_forkserver_preload(IMPORTED)
+    multiprocessing.start_processes(rank, arguments, nprocs=size, start_method="forkserver")
 
 
 def leave_group():

@@ -9,7 +9,6 @@ import socket
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from helpers.bits import assert_same, weights
 from helpers.framework_runs import (
     BAD_STEP,
@@ -30,7 +29,7 @@ from helpers.framework_runs import (
     trained_mask,
     training_arguments,
 )
-from helpers.ranks import leave_group
+from helpers.ranks import leave_group, start
 from torch import nn
 
 from ltp_sparse import SparseDelta, canonical_parameters
@@ -262,7 +261,7 @@ def _ddp_loop(rank, folder):
 
 @pytest.mark.slow
 def test_ddp(tmp_path):
-    mp.spawn(_ddp_loop, args=(str(tmp_path),), nprocs=2)
+    start(_ddp_loop, (str(tmp_path),), 2)
     before, ticket = weights(build_net()), ticket_of(build_net())
     for run, skip in (("clean", None), ("skip", BAD_STEP)):
         first, second = (torch.load(tmp_path / f"{run}-{rank}.pt", weights_only=True) for rank in (0, 1))
@@ -323,7 +322,7 @@ def test_sparse_trainer_on_two_ranks(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_ddp_trainer, args=(str(tmp_path), port), nprocs=2)
+    start(_ddp_trainer, (str(tmp_path), port), 2)
     results = [torch.load(tmp_path / f"result-{rank}.pt", weights_only=True) for rank in (0, 1)]
     whole = results[0]["whole"]
     assert len(whole["norms"]) == 2 * STEPS

@@ -8,7 +8,6 @@ import gc
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from helpers.bits import assert_same, weights
 from helpers.framework_runs import (
     BAD_STEP,
@@ -28,7 +27,7 @@ from helpers.framework_runs import (
     training_arguments,
 )
 from helpers.gradients import has_dense_gradient
-from helpers.ranks import leave_group
+from helpers.ranks import leave_group, start
 from torch import nn
 
 from ltp_sparse import MaskedAdamW, canonical_parameters
@@ -203,7 +202,7 @@ def packed_optimizer_unfrozen(model):
 
 @pytest.mark.slow
 def test_ddp(tmp_path):
-    mp.spawn(_ddp_loop, args=(str(tmp_path),), nprocs=2)
+    start(_ddp_loop, (str(tmp_path),), 2)
     before, ticket = weights(build_net()), ticket_of(build_net())
     for run, skip in (("clean", None), ("sync-twice", None), ("skip", BAD_STEP)):
         first, second = (torch.load(tmp_path / f"{run}-{rank}.pt", weights_only=True) for rank in (0, 1))

@@ -9,8 +9,7 @@ from datetime import timedelta
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from helpers.ranks import leave_group
+from helpers.ranks import leave_group, start
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -256,7 +255,7 @@ def _rank(rank, folder):
 
 @pytest.fixture(scope="module")
 def outcomes(once):
-    folder = once("reduce_scatter", lambda folder: mp.spawn(_rank, args=(folder,), nprocs=WORLD))
+    folder = once("reduce_scatter", lambda folder: start(_rank, (folder,), WORLD))
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(WORLD)]
 
 

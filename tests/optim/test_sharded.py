@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from helpers.ranks import leave_group
+from helpers.ranks import leave_group, start
 from helpers.sharded_model import loss_of, net, shard_columns, shard_rows, shard_tensors, whole
 from torch import distributed, nn
 from torch.distributed import checkpoint
@@ -617,7 +616,7 @@ def _rank(rank, folder, cases):
 
 def run(folder, cases):
     """[(case, ranks)] -> what each rank of them says, by case; "" is good."""
-    mp.start_processes(_rank, (folder, cases), nprocs=WORLD, start_method="spawn")
+    start(_rank, (folder, cases), WORLD)
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(WORLD)]
 
 

@@ -12,9 +12,8 @@ from datetime import timedelta
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from helpers.process_memory import forget_peak, status
-from helpers.ranks import leave_group
+from helpers.process_memory import forget_peak, return_freed_memory, status
+from helpers.ranks import leave_group, start
 from helpers.selections import tune
 from safetensors.torch import save_file
 from torch import distributed, nn
@@ -314,6 +313,7 @@ CASES = {
 
 
 def _rank(rank, folder):
+    return_freed_memory()
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD, timeout=timedelta(seconds=120)
@@ -335,13 +335,7 @@ def _rank(rank, folder):
 
 @pytest.fixture(scope="module")
 def outcomes(once):
-    def run(folder):
-        # freed memory goes back to the system at once: what malloc keeps of it depends on its mood
-        with pytest.MonkeyPatch.context() as environment:
-            environment.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
-            mp.spawn(_rank, args=(folder,), nprocs=WORLD)
-
-    folder = once("ranks", run)
+    folder = once("ranks", lambda folder: start(_rank, (folder,), WORLD))
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(WORLD)]
 
 

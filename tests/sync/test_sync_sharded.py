@@ -8,9 +8,8 @@ from datetime import timedelta
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from helpers.bits import assert_same, weights
-from helpers.ranks import leave_group
+from helpers.ranks import leave_group, start
 from torch import distributed, nn
 
 import ltp_sparse as ls
@@ -163,4 +162,4 @@ def process(rank, folder):
 
 @pytest.mark.slow
 def test_sharded_models_are_published_without_gathering(tmp_path):
-    mp.spawn(process, args=(str(tmp_path),), nprocs=WORLD)
+    start(process, (str(tmp_path),), WORLD)
