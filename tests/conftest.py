@@ -30,6 +30,17 @@ if importlib.util.find_spec("hypothesis"):  # the tests that `make gpu` runs do 
 SEED = 20_240_611
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files whose tests may take longest come first, so that no process has them left when the others are through."""
+    longest: dict[Path, float] = {}
+    for item in items:
+        limit = item.get_closest_marker("timeout")
+        seconds = limit.args[0] if limit else 300 * (item.get_closest_marker("slow") is not None)
+        longest[item.path] = max(seconds, longest.get(item.path, 0))
+    items.sort(key=lambda item: -longest[item.path])
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _modules_are_no_garbage() -> None:
     """Collections, of which accelerate asks for one a run, pass over the million objects of imported modules."""
