@@ -35,6 +35,7 @@ from ltp_sparse.weights.tensors import bits, check_plain_tensor
 from ltp_sparse.weights.versions import Weights, open_weights, own_block, side_by_side
 
 _PIECE = 1 << 20  # entries compared at a time
+_PARTS = ("values", "originals", "dense")  # of a file: their tensors are called part/name, beside those of the ticket
 
 
 @dataclass
@@ -540,8 +541,9 @@ class SparseDelta(OnHub):
             path: the file.
             max_shard_size: bytes, or text such as "5GB", from which on shards are written; None: never.
         """
+        _check_keys(self.ticket)
         tensors, description = pack_sets(self.ticket.sets, self.ticket.shapes)
-        for part in ("values", "originals", "dense"):
+        for part in _PARTS:
             tensors |= {f"{part}/{name}": tensor for name, tensor in getattr(self, part).items()}
         file_shards.save(
             path,
@@ -570,11 +572,12 @@ class SparseDelta(OnHub):
         tensors, metadata = file_shards.load(path, "delta")
         parts = {
             part: {n.removeprefix(f"{part}/"): t for n, t in tensors.items() if n.startswith(f"{part}/")}
-            for part in ("values", "originals", "dense")
+            for part in _PARTS
         }
         with files.understanding(path, "delta"):
             sets, shapes = unpack_sets(tensors, metadata["parameters"])
             ticket = Ticket(sets, shapes, metadata["ticket"], checked_fingerprint(metadata["fingerprint"], sets))
+            _check_keys(ticket)
             return cls(ticket, parts["values"], parts["originals"], parts["dense"], metadata["metadata"])
 
 
@@ -676,6 +679,15 @@ def _everything(model: nn.Module, parameters: Named[nn.Parameter]) -> Named[Tens
     """Canonical name -> parameter or buffer."""
     buffers = canonical_buffers(model)
     return Named({**buffers, **parameters}, {**buffers.aliases, **parameters.aliases})
+
+
+def _check_keys(ticket: Ticket) -> None:
+    for name in ticket.sets:
+        if name.startswith(tuple(f"{part}/" for part in _PARTS)):
+            raise ValueError(
+                f"SparseDelta: in a file the indices of {name!r} cannot be told from {name.partition('/')[0]}; "
+                "rename the parameter"
+            )
 
 
 def _check_shapes(ticket: Ticket, tensors: Mapping[str, Any], where: str) -> None:

@@ -14,7 +14,9 @@ import ltp_sparse as ls
 from ltp_sparse import SparseDelta, Ticket
 from ltp_sparse.deltas.delta import applied_deltas
 from ltp_sparse.selection import pools
+from ltp_sparse.tickets.ticket import pack_sets
 from ltp_sparse.weights import files
+from ltp_sparse.weights.reading import FileFormatError
 
 LANGUAGE, TASK = 1, 2
 
@@ -469,6 +471,22 @@ def test_files_with_a_valid_checksum_and_wrong_content_are_refused(model, change
     change(tensors, metadata)
     files.save(path, "delta", tensors, metadata)
     with pytest.raises(ValueError, match="not that of a delta"):
+        SparseDelta.load(path)
+
+
+@pytest.mark.parametrize("name", ["values/w", "originals/w", "dense/w"])
+def test_names_that_are_keys_of_the_file_are_refused(tmp_path, name):
+    """Their indices would be read as values of a parameter w.bitmap, and could replace them."""
+    path = tmp_path / "delta.safetensors"
+    base, tuned = ({name: torch.full((9,), value), "w.values/": torch.full((9,), value)} for value in (0.0, 1.0))
+    delta = SparseDelta.between(base, tuned, Ticket.random(base, k=9, seed=0))
+    with pytest.raises(ValueError, match=f"the indices of '{name}' cannot be told from {name[:-2]}; rename"):
+        delta.save(path)
+    assert not path.exists()
+    tensors, described = pack_sets(delta.ticket.sets, delta.ticket.shapes)
+    metadata = {"parameters": described, "fingerprint": {}, "ticket": {}, "metadata": {}}
+    files.save(path, "delta", tensors | {f"values/{key}": values for key, values in delta.values.items()}, metadata)
+    with pytest.raises(FileFormatError, match="not that of a delta|cannot be told"):
         SparseDelta.load(path)
 
 
