@@ -69,8 +69,11 @@ def engine_on(where: str, folder: Path, gpus: float | None = None) -> Engine:
         return Local(devices, 1 if not gpus else int(1 / gpus))
     if name == "ray" and rest:
         return Ray(where if rest.startswith("//") else rest, gpus)
-    options = dict(part.partition("=")[::2] for part in rest.split(",")) if rest else {}
+    pairs = [part.partition("=")[::2] for part in rest.split(",")] if rest else []
+    options = dict(pairs)
     if name == "slurm" and all(options.values()):
+        if len(options) < len(pairs):
+            raise ValueError(f"--on {where}: an option is given twice")
         return Slurm(folder, options, gpus)
     raise ValueError(f"--on must be {_FORMS}; got {where!r}")
 

@@ -398,6 +398,7 @@ def test_ray_is_asked_again_if_its_server_dies_at_its_start(tmp_path, monkeypatc
         (["--on", "local:0", "--gpus-per-cell", "1e-9"], "must be 0 or in [0.01, 1]"),
         (["--on", "dask:9"], "got 'dask:9'"),
         (["--on", "slurm:gpu"], "got 'slurm:gpu'"),
+        (["--on", "slurm:time=5,mem=9G,time=50"], "an option is given twice"),
         (["--on", "slurm:jobs=0"], "jobs must be a number of at least 1, got 0"),
         (["--on", "local:0", "--gpus-per-cell", "2"], "0 or in [0.01, 1], as a cell uses one GPU at most; got 2"),
         (["--on", "slurm:", "--gpus-per-cell", "0.5"], "SLURM hands out whole GPUs, expected 0 or 1, got 0.5"),
