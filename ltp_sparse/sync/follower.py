@@ -52,7 +52,11 @@ class Follower:
         self._digest = ""  # of the ticket
         self._checked = ""  # digest of what was compared outside the ticket
         self._active = ActiveEntries([], {})
-        self.version: int | None = None
+        self._marker: Marker | None = None  # of the version that the model is at
+
+    @property
+    def version(self) -> int | None:
+        return None if self._marker is None else self._marker.version
 
     def __repr__(self) -> str:
         return f"Follower({self._store!r}, version {self.version})"
@@ -81,11 +85,14 @@ class Follower:
 
     def _follow(self) -> Version | None:
         versions = records.versions(self._store.names())
-        if not versions or versions[-1] == self.version:
+        if not versions:
+            return None
+        newest = records.read_marker(self._store, versions[-1])
+        self._check_run(newest)
+        if newest.version == self.version:
             return None
         self._homes.check()
-        anchor, chain = self._way(versions)
-        newest = [*([anchor] if anchor else []), *chain][-1]
+        anchor, chain = self._way(versions, newest)
         if self._digest != newest.ticket or have_moved(self._tensors, self._active.parts.values()):
             self._take(newest.ticket)
         before = self._active.gather()
@@ -96,24 +103,32 @@ class Follower:
             self._fill(marker, marker.changes, slots)
         self._active.scatter_(slots, before)
         nbytes = sum(marker.nbytes(CHANGES) for marker in chain) + (anchor.nbytes(ANCHOR) if anchor else 0)
-        base, self.version = self.version, newest.version
+        base, self._marker = self.version, newest
         return Version.of(newest.version, base, nbytes, self._active, slots, before)
 
-    def _way(self, versions: Sequence[int]) -> tuple[Marker | None, list[Marker]]:
+    def _check_run(self, newest: Marker) -> None:
+        """Raises a ValueError if the store has lost the version that the model is at to another one."""
+        at = self._marker
+        if at is None:
+            return
+        problem = ""
+        if newest.run != at.run:
+            problem = f"the versions in {self._store!r} are of another run than this model's version {at.version}"
+        elif newest.version < at.version:
+            problem = f"the newest version in {self._store!r} is {newest.version}, this model is at {at.version}"
+        elif newest.version == at.version and newest != at:
+            problem = f"version {at.version} in {self._store!r} is not the one that this model is at"
+        if problem:
+            raise ValueError(f"Follower: {problem}: the store was replaced; make a new Follower")
+
+    def _way(self, versions: Sequence[int], newest: Marker) -> tuple[Marker | None, list[Marker]]:
         """An anchor to begin with, or None for the model as it is, and the versions whose changes come then.
 
         Of two ways it is that with fewer bytes.
         """
-        there, chain = set(versions), list[Marker]()
-        if self.version is not None and self.version > versions[-1]:
-            raise ValueError(
-                f"Follower: the newest version in {self._store!r} is {versions[-1]}, this model is at {self.version}: "
-                "the store was replaced; make a new Follower"
-            )
-        number, read = versions[-1], 0
+        there, chain, marker, read = set(versions), list[Marker](), newest, 0
         best: tuple[int, Marker, list[Marker]] | None = None
         while True:
-            marker = records.read_marker(self._store, number)
             if marker.anchor and (best is None or read + marker.nbytes(ANCHOR) < best[0]):
                 best = read + marker.nbytes(ANCHOR), marker, chain[::-1]
             chain.append(marker)
@@ -124,10 +139,11 @@ class Follower:
                 return best[1:]
             if marker.base not in there:
                 raise FileFormatError(
-                    records.marker_name(number),
-                    f"version {number} is based on version {marker.base}, which is missing, and no anchor comes later",
+                    records.marker_name(marker.version),
+                    f"version {marker.version} is based on version {marker.base}, which is missing, and no anchor "
+                    "comes later",
                 )
-            number = marker.base
+            marker = records.read_marker(self._store, marker.base)
 
     def _take(self, digest: str) -> None:
         """Reads a ticket and finds its entries in the model."""

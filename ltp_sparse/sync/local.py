@@ -65,11 +65,18 @@ class Homes:
 
     def __init__(self, model: Model, weights: Mapping[str, Any], what: str) -> None:
         plain = {name: tensor for name, tensor in weights.items() if not is_sharded(tensor)}
-        self._what, self._places = what, [(*home, plain[home[2]]) for home in homes_of(model, plain)]
+        self._what = what
+        self._places = [(*home, plain[home[2]], plain[home[2]].dtype) for home in homes_of(model, plain)]
 
     def check(self) -> None:
-        """Raises a ValueError if the model has another tensor in the place of one of the weights."""
-        for held, key, name, tensor in self._places:
+        """Raises a ValueError if another tensor is in the place of a weight, or a weight has another dtype."""
+        for held, key, name, tensor, dtype in self._places:
+            if tensor.dtype != dtype:
+                raise ValueError(
+                    f"{self._what}: {name!r} was {dtype} when the {self._what} was made and is {tensor.dtype} now, as "
+                    "after model.half(); versions are bits of one dtype. Load the weights again as they were and make "
+                    "a new one; to use them in another dtype, convert a copy of the model"
+                )
             if held.get(key) is not tensor:
                 raise ValueError(
                     f"{self._what}: {name!r} has been replaced in the model since the {self._what} was made, as "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from operator import index
 from typing import Any
@@ -95,7 +96,7 @@ class Publisher:
         self._locate()
         self._inactive = inactive_digests(self._parts, ticket)
         self._since = 0  # versions since the last anchor
-        self.version = self._together(self._open)[0]
+        self.version, self._run = self._together(self._open)[0]
 
     def __repr__(self) -> str:
         return f"Publisher({self._ticket!r}, {self._store!r}, version {self.version})"
@@ -127,12 +128,13 @@ class Publisher:
     def _first(self) -> bool:
         return self._team is None or self._team.rank == 0
 
-    def _open(self) -> int | None:
-        """Removes what a killed publisher left; the newest version."""
+    def _open(self) -> tuple[int | None, str]:
+        """Removes what a killed publisher left; the newest version, and its run or a new one."""
         names = self._store.names()
-        versions = records.versions(names)
+        versions, run = records.versions(names), secrets.token_hex(8)
         if versions:
             newest = records.read_marker(self._store, versions[-1])
+            run = newest.run
             if newest.ticket != self._digest:
                 raise ValueError(
                     f"Publisher: {self._store!r} has versions of another ticket ({newest.ticket}, this one is "
@@ -142,7 +144,7 @@ class Publisher:
             for name in records.outdated(names, self._keep):
                 self._store.remove(name)
             records.write_ticket(self._store, self._ticket)
-        return versions[-1] if versions else None
+        return versions[-1] if versions else None, run
 
     def publish(self, version: int | None = None) -> Version:
         """Writes the weights as they are now as the next version. When it returns, followers can have them.
@@ -179,6 +181,7 @@ class Publisher:
             ticket=self._digest,
             changes=tuple(part for _, changes, _ in written for part in changes),
             anchor=tuple(part for _, _, anchors in written for part in anchors),
+            run=self._run,
         )
 
         def commit() -> None:

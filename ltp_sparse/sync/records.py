@@ -62,6 +62,7 @@ class Marker:
         ticket: the digest of the ticket
         changes: the files of its changes, one per process
         anchor: the files of its anchor; empty for most versions
+        run: made by chance with the first version of a store, and the same in all later ones
     """
 
     version: int
@@ -69,6 +70,7 @@ class Marker:
     ticket: str
     changes: tuple[PartFile, ...]
     anchor: tuple[PartFile, ...]
+    run: str = ""
 
     def nbytes(self, kind: str) -> int:
         return sum(part.nbytes for part in (self.changes if kind == CHANGES else self.anchor))

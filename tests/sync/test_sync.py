@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from helpers.bits import assert_same, bits, weights
 from torch import nn
 
 import ltp_sparse as ls
-from ltp_sparse.sync import FolderStore, Follower, FsspecStore, Publisher, open_store, stores
+from ltp_sparse.sync import FolderStore, Follower, FsspecStore, Publisher, open_store, records, stores
 from ltp_sparse.weights.reading import FileFormatError
 
 
@@ -269,6 +270,15 @@ def test_weights_that_were_replaced_are_refused(pair, tmp_path, named):
             act()
 
 
+def test_models_of_another_dtype_are_refused(pair, tmp_path):
+    publisher, follower = Publisher(pair[0], None, tmp_path), Follower(pair[1], tmp_path)
+    publisher.publish(), follower.follow(), publisher.publish()
+    for side, act, who in zip(pair, (publisher.publish, follower.follow), ("Publisher", "Follower"), strict=True):
+        side.half()
+        with pytest.raises(ValueError, match=rf"{who}: 'scale' was torch.float32 .* is torch.float16 now"):
+            act()
+
+
 # --- damage -----------------------------------------------------------------------------------------------------------
 
 
@@ -333,8 +343,10 @@ def test_a_record_of_other_weights_is_refused(store, tmp_path):
     for step in range(4):
         publisher.publish()
         train(other, ticket, 10 + step)
-    for name in (CHANGES, MARKER):
-        shutil.copy(tmp_path / "other" / name, store[0] / name)
+    shutil.copy(tmp_path / "other" / CHANGES, store[0] / CHANGES)
+    run = records.read_marker(FolderStore(store[0]), 3).run
+    marker = records.read_marker(FolderStore(tmp_path / "other"), 3)
+    records.write_marker(FolderStore(store[0]), replace(marker, run=run))
     refused(store, "damaged: other values of")
 
 
@@ -353,10 +365,26 @@ def test_a_model_that_others_changed_is_refused_and_a_new_follower_is_not(store)
 def test_a_store_that_was_replaced_is_refused(store, pair, tmp_path):
     path, follower, _ = store
     follower.follow()
+    before, kept = weights(pair[1]), {file.name: file.read_bytes() for file in path.iterdir()}
     shutil.rmtree(path)
-    Publisher(pair[0], ticket_of(pair[0]), path).publish(1)
-    with pytest.raises(ValueError, match="newest version in .* is 1, this model is at 3"):
+    assert follower.follow() is None
+    publisher = Publisher(pair[0], ticket_of(pair[0]), path, keep=1, anchor_every=1)
+    for number in (1, 3, 4):  # at 4 nothing is left of version 3
+        publisher.publish(number)
+        with pytest.raises(ValueError, match="of another run than this model's version 3: the store was replaced"):
+            follower.follow()
+    shutil.rmtree(path), path.mkdir()
+    for name, content in kept.items():
+        (path / name).write_bytes(content)
+    (path / MARKER).unlink()
+    with pytest.raises(ValueError, match="newest version in .* is 2, this model is at 3"):
         follower.follow()
+    train(pair[0], ticket_of(pair[0]), 99)
+    Publisher(pair[0], ticket_of(pair[0]), path).publish(3)
+    with pytest.raises(ValueError, match="version 3 in .* is not the one that this model is at"):
+        follower.follow()
+    assert_same(before, weights(pair[1]))
+    assert Follower(pair[1], path).follow().number == 3
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
