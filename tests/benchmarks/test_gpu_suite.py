@@ -205,6 +205,7 @@ def test_rows_of_other_sources_are_measured_anew(gpu, tmp_path, monkeypatch):
         assert (rows.key_of({**key, "provider": who}) in errors) is known
 
 
+@pytest.mark.usefixtures("source_tree")
 def test_without_git_the_sources_are_named(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import sources

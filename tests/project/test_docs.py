@@ -49,6 +49,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in bare}
 
 
+@pytest.mark.usefixtures("source_tree")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     missing = []
@@ -82,6 +83,7 @@ def resolves(dotted: str) -> bool:
     return True
 
 
+@pytest.mark.usefixtures("source_tree")
 def test_dotted_names_resolve():
     """`ltp_sparse.x.y` in documents, docstrings, comments and messages."""
 
@@ -93,6 +95,7 @@ def test_dotted_names_resolve():
     assert wrong([*PAGES, *SOURCES], unknown) == {}
 
 
+@pytest.mark.usefixtures("source_tree")
 def test_paths_exist():
     """Paths from the root, or from the package, in documents, docstrings and messages; `*` matches as in a shell."""
     rooms = [path.name for path in (ROOT / "ltp_sparse").iterdir() if (path / "__init__.py").exists()]
@@ -186,11 +189,13 @@ def test_the_picture_shows_the_rows(monkeypatch):
     assert read(picture.PICTURE) == picture.draw(rows), "run `python benchmarks/picture.py`"
 
 
+@pytest.mark.usefixtures("source_tree")
 def test_every_page_is_in_the_site():
     listed = set(re.findall(r": (\S+\.md)$", read(ROOT / "mkdocs.yml"), flags=re.M))
     assert listed == {str(page.relative_to(ROOT)) for page in PAGES}
 
 
+@pytest.mark.usefixtures("source_tree")
 def test_the_stub_has_the_names_of_the_compiled_module():
     module = pytest.importorskip("ltp_sparse._C")
     stubs = set(re.findall(r"^def (\w+)", read(ROOT / "ltp_sparse" / "_C.pyi"), flags=re.M))

@@ -5,11 +5,14 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).parents[1]
 FILES = sorted(TESTS.rglob("*.py"))
 OTHER_FOLDERS = {"benchmarks", "helpers", "project", "ptx"}
 
 
+@pytest.mark.usefixtures("source_tree")
 def test_folders_are_named_as_the_package_s():
     folders = {path.parent.name for path in FILES} - {TESTS.name} - OTHER_FOLDERS
     package = {path.name for path in (TESTS.parent / "ltp_sparse").iterdir() if path.is_dir()}

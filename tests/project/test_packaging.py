@@ -108,7 +108,7 @@ def build(call: str, tree: Path, **environment: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def sdist(tmp_path_factory) -> Path:
+def sdist(tmp_path_factory, source_tree) -> Path:
     """What an sdist of a copy of the tree, without the extension, unpacks to."""
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("sdist")
     skip = shutil.ignore_patterns("*.so", "__pycache__")
@@ -340,6 +340,7 @@ def test_all_that_extras_bring_is_pinned():
     assert wanted <= {*pins("constraints.txt", r"^([\w.-]+)==(\S+)$")}
 
 
+@pytest.mark.usefixtures("source_tree")
 def test_one_door_to_compiled_code():
     users = {
         name
@@ -351,12 +352,14 @@ def test_one_door_to_compiled_code():
     assert users == {f"ltp_sparse/backends/{name}.py" for name in ("compiled", "cuda", "triton")}
 
 
+@pytest.mark.usefixtures("source_tree")
 def test_kernels_import_nothing_of_ours():
     for name, path in sources().items():
         if name.startswith("ltp_sparse/kernels/") and path.suffix == ".py":
             assert parts(imports(path, module_name(name))) <= {"kernels"}, name
 
 
+@pytest.mark.usefixtures("source_tree")
 def test_imports_point_one_way():
     wrong = []
     for name, path in sources().items():

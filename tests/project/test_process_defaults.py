@@ -27,6 +27,7 @@ EXEMPT = {
 }
 
 
+@pytest.mark.usefixtures("source_tree")
 def test_every_tensor_is_made_with_a_dtype_and_a_device():
     found: dict[str, list[int]] = {}
     for folder in (ROOT / "ltp_sparse", ROOT / "kernels"):
