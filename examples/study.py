@@ -27,20 +27,26 @@ from ltp_sparse.report.pages import write_report
 
 DENSITY, RATE, UPDATES = "ticket.density", "ticket.mlm.learning_rate", "ticket.mlm.max_steps"
 CLAIM = [("label", "LTP"), ("label", "random")]
-TICKETS = [*CLAIM, ("label", "least moved"), ("label", "gradient")]
+GRADIENT = ("label", "gradient")
+TICKETS = [*CLAIM, ("label", "least moved"), GRADIENT]
 PROMPTS = [("label", "SP"), ("label", "DP")]
 OTHERS = [*PROMPTS, *(("label", name) for name in ("FT", "BitFit", "head only", "prompt only"))]
 SFT = [("label", "LT-SFT"), ("label", "Rand-SFT")]
 STEPS: list[tuple[str, Sequence[tuple[str, Any]]]] = [
     ("study-backbone", []),
     ("study-tickets", [(RATE, 5e-4), (UPDATES, 17), (UPDATES, 125)]),
+    ("study-rates", [(DENSITY, 0.01), *CLAIM]),
+    ("study-zero-shot", [(DENSITY, 0.01), (UPDATES, 125), *CLAIM]),
+    ("study-rates", [(DENSITY, 0.01), GRADIENT]),
+    ("study-zero-shot", [(DENSITY, 0.01), GRADIENT]),
     ("study-tickets", [(RATE, 5e-4), (UPDATES, 500)]),
+    ("study-in-language", [("shots", 1), *CLAIM]),
+    ("study-in-language", [("shots", 4), *CLAIM]),
+    ("study-zero-shot", [(DENSITY, 0.01), (UPDATES, 500), *CLAIM]),
     ("study-rates", [(DENSITY, 0.05), *CLAIM]),
     ("study-zero-shot", [(DENSITY, 0.05), *CLAIM]),
-    ("study-rates", [(DENSITY, 0.01), *CLAIM]),
-    ("study-zero-shot", [(DENSITY, 0.01), *CLAIM]),
     ("study-rates", PROMPTS),
-    ("study-in-language", [("shots", 4)]),
+    ("study-in-language", [("shots", 1), ("shots", 4)]),
     ("study-rates", [(DENSITY, 0.05), (DENSITY, 0.01), *TICKETS]),
     ("study-zero-shot", [(DENSITY, 0.05), (DENSITY, 0.01)]),
     ("study-tickets", [(RATE, 5e-4), (UPDATES, 1000)]),
