@@ -28,7 +28,15 @@ _EXTRA = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. An error is one line on stderr, with exit status 2, or 1 for a fault that is not the user's."""
+    """Runs one command and returns its exit status.
+
+    Args:
+        argv: the arguments without the name of the program; None: those of this process.
+
+    Returns:
+        0; 1 for a fault of the library or the machine, 2 for a mistake of the user, 130 after an interrupt. Errors are
+        one line on stderr.
+    """
     options, parser = None, None
     try:
         parser = build_parser()
@@ -62,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _refused(error: Exception, flags: Mapping[str, argparse.Action] | None = None) -> int:
-    """Reports a mistake of the user, without the name of the function that found it, in terms of the flags."""
+    """Reports a mistake of the user in terms of flags, without the name of the function that found it."""
     message = _with_flags(str(error), flags or {})
     for name in {name for frame, _ in traceback.walk_tb(error.__traceback__) for name in _names(frame.f_code)}:
         message = message.removeprefix(f"{name}: ").replace(f": {name}: ", ": ")
@@ -71,7 +79,7 @@ def _refused(error: Exception, flags: Mapping[str, argparse.Action] | None = Non
 
 
 def _with_flags(message: str, flags: Mapping[str, argparse.Action]) -> str:
-    """A message of the library with the options of a command in place of arguments: `epochs=3` is `--epochs 3`."""
+    """A message of the library with flags of a command in place of arguments: `epochs=3` becomes `--epochs 3`."""
     for flag, action in flags.items():
         value = "=True" if action.nargs == 0 else r"=(?:(['\"]?)([\w.+-]*\w)\1)?"
         form = flag if action.nargs == 0 else lambda found, flag=flag: " ".join(filter(None, (flag, found[2])))
@@ -80,7 +88,7 @@ def _with_flags(message: str, flags: Mapping[str, argparse.Action]) -> str:
 
 
 def _names(code: types.CodeType) -> tuple[str, ...]:
-    """Prefixes of a function's messages to remove: its name and its class, but no name of a command."""
+    """The prefixes to remove from messages of a function: its name and its class, but never a command."""
     return tuple(name for name in (code.co_qualname, code.co_qualname.partition(".")[0]) if name not in COMMANDS)
 
 
@@ -102,7 +110,7 @@ def _report(error: Exception, message: str, hint: str = "") -> None:
 
 
 def _open_bars() -> list[Any]:
-    """All bars of tqdm on the screen, also those of transformers."""
+    """All progress bars on the screen, also those of transformers."""
     tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
     return [] if tqdm is None else list(tqdm._instances)
 
@@ -114,7 +122,7 @@ def _end_bars() -> None:
 
 @contextmanager
 def _warnings_as_notes() -> Iterator[None]:
-    """Prints warnings of this library as one line each, without a place in the code."""
+    """Prints warnings of this library as one line each, without their place in the code."""
     before = warnings.formatwarning
 
     def one_line(message, category, filename, lineno, line=None):

@@ -1,4 +1,4 @@
-"""`ltp-sparse completion`: commands, options and their choices by the Tab key, in bash and zsh."""
+"""`ltp-sparse completion`: completion of commands, options and choices in bash and zsh."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 from ltp_sparse.cli.options import COMMANDS, Parser, build_parser, flags_of, need
 
-HELP = "print what completes commands, options and choices in bash or zsh"
+HELP = "print the script that completes commands, options and choices in bash or zsh"
 EXAMPLES = """\
-  what it prints
+  the script
     ltp-sparse completion bash
   in ~/.bashrc
     eval "$(ltp-sparse completion bash)"
@@ -35,7 +35,7 @@ autoload -U +X bashcompinit && bashcompinit
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shell", nargs="?", choices=("bash", "zsh"), help="bash or zsh, which takes bash's as well")
+    parser.add_argument("shell", nargs="?", choices=("bash", "zsh"), help="the shell")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def script(parser: Parser) -> str:
-    """The completion as a function of bash. Where it knows no word, the shell completes file names."""
+    """The completion as a bash function. If it has no words to offer, the shell completes file names."""
     cases: list[tuple[str, Iterable[Any]]] = [("1:*", COMMANDS)]
     for name, command in parser.commands.items():
         flags = flags_of(command)

@@ -1,4 +1,4 @@
-"""`ltp-sparse demo`: the whole job, offline, on data that it makes itself."""
+"""`ltp-sparse demo`: the whole job, offline, on generated data."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ def run(options: argparse.Namespace) -> None:
 
     from ltp_sparse.demo import demo
 
-    logging.disable_progress_bar()  # of loading a model, which takes no time here
+    logging.disable_progress_bar()  # loading the small model takes no time
     print(demo(options.output, progress=not options.quiet, report_to=options.report_to))
     print(f"report, plots and ticket: {options.output}/")

@@ -20,7 +20,7 @@ EXAMPLES = """\
     ltp-sparse evaluate runs/ltp-4
     ltp-sparse evaluate runs/ltp-4 --data data/xnli
     ltp-sparse evaluate runs/ltp-4 --task americasnli --languages aym quy --plot aym-quy.png
-  a run on data of your own: on the test file it was trained with, or on another one
+  a run on your own data, on the test file that was given to train or on another one
     ltp-sparse evaluate runs/quy
     ltp-sparse evaluate runs/quy --test other.tsv --language-column language --plot languages.png"""
 
@@ -28,12 +28,14 @@ EXAMPLES = """\
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", nargs="?", type=Path, help="a run of ltp-sparse train")
     parser.add_argument("--task", choices=TASK_NAMES, help="a known task to test on (default: that of the run)")
-    parser.add_argument("--split", default="test", help="part of the task")
+    parser.add_argument("--split", default="test", help="split of the task")
     parser.add_argument("--languages", nargs="+", help="languages to test on (default: all of the task or file)")
     parser.add_argument("--test", metavar="FILE", help=f"your own data to test on: {SOURCE}")
     add_columns(parser, default="; default: as the run was trained")
     add_metric(parser)
-    parser.add_argument("--limit", type=at_least_one, help="use only this many examples per language, the first ones")
+    parser.add_argument(
+        "--limit", type=at_least_one, help="evaluate only the first examples of each language, this many"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, help="seeds to evaluate (default: all that are trained)")
     parser.add_argument("--batch-size", type=at_least_one, default=64, help="examples per forward pass")
     parser.add_argument("--plot", type=Path, help="also draw bars per language")
@@ -119,7 +121,7 @@ def _own_examples(options: argparse.Namespace, run: Run) -> tuple[str, str, dict
 
     source = options.test or run.test
     if source is None:
-        raise CommandError("evaluate: the run was trained without --test; give a file to test on, --test FILE")
+        raise CommandError("evaluate: the run was trained without --test; pass a file to test on, --test FILE")
     if options.data is not None or options.split != "test":
         option = "--split" if options.data is None else "--data"
         raise CommandError(f"evaluate: {option} is for a known task, not for your own data; leave it out")
@@ -150,8 +152,8 @@ def _task_examples(options: argparse.Namespace, run: Run) -> tuple[str, str, dic
     of = task(options.task or TEST_TASKS.get(run.task or "", run.task or ""))
     if of.kind != run.kind or set(of.labels) != set(run.labels):
         raise CommandError(
-            f"evaluate: --task must be one of {run.kind}s of the classes {', '.join(run.labels)}; {of.name} is one of "
-            f"{of.kind}s of the classes {', '.join(of.labels)}"
+            f"evaluate: the run was trained on {run.kind}s of the classes {', '.join(run.labels)}, but "
+            f"--task {of.name} has {of.kind}s of the classes {', '.join(of.labels)}"
         )
     languages = options.languages or of.languages
     return of.name, of.metric, {name: list(of.load(options.split, name, data=options.data)) for name in languages}

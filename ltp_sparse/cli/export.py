@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> None:
     need(options, "folder", "output")
     expect(options, "folder", "run of ltp-sparse train")
     if options.output.is_dir() and any(options.output.iterdir()):
-        raise CommandError(f"export: --output {options.output} is not empty; give a new or an empty folder")
+        raise CommandError(f"export: --output {options.output} is not empty; choose a new or empty folder")
     from ltp_sparse.cli.runs import BAKED, Run, finished_seeds
     from ltp_sparse.tasks.own import UNDETERMINED
 
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def data_and_scores(run: Run, folder: Path, seed: int) -> dict[str, Any]:
-    """For a card: what a run was trained on, and the latest scores of a seed on each task."""
+    """Facts for a card: the training data of a run, and the latest scores of a seed on each task."""
     from ltp_sparse.recipes import results
 
     latest = {row["task"]: row for row in results.read(folder / results.RESULTS) if row["seed"] == seed}

@@ -1,4 +1,4 @@
-"""`ltp-sparse inspect`: where a ticket lives."""
+"""`ltp-sparse inspect`: the distribution of a ticket over a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from ltp_sparse.cli.kinds import expect
 from ltp_sparse.cli.options import check_writable, need
 
-HELP = "show where a ticket lives: per layer, per module type, as a plot, and against another ticket"
+HELP = "show how a ticket is distributed over layers and module types, as a plot, and its overlap with another ticket"
 EXAMPLES = """\
   ltp-sparse inspect en.safetensors
   ltp-sparse inspect en.safetensors --by parameter --plot en.png
@@ -22,10 +22,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=("layer", "module", "parameter"),
         default=["layer", "module"],
-        help="what the counts are by (default: layer module)",
+        help="the units that are counted (default: layer module)",
     )
     parser.add_argument("--plot", type=Path, help="also draw the distribution over layers (.png, .pdf, .svg)")
-    parser.add_argument("--compare", type=Path, help="another ticket: overlap by layer")
+    parser.add_argument("--compare", type=Path, help="another ticket, to show the overlap by layer")
 
 
 def run(options: argparse.Namespace) -> None:

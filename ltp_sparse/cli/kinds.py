@@ -1,4 +1,4 @@
-"""The kind of a file or folder, to report one that is given to the wrong option before torch is imported."""
+"""The kind of a file or folder, to report a wrong one before torch is imported."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 from ltp_sparse.cli.options import CommandError
 
 _BELONGS = {
-    "ticket": "--ticket of ltp-sparse train takes it, and ltp-sparse inspect and push",
-    "delta": "ltp-sparse inspect and push take it",
-    "file of weights": "--initial and --tuned of ltp-sparse select take it",
-    "model": "--model takes it",
-    "run of ltp-sparse train": "ltp-sparse evaluate, predict, export and push take it",
-    "folder of results": "ltp-sparse report takes it",
-    "table": "--train, --dev and --test take it, and --text of ltp-sparse select",
-    "text": "--text of ltp-sparse select takes it",
-    "YAML file": "ltp-sparse run and report take it as a recipe, all commands as --config",
+    "ticket": "pass it to --ticket of ltp-sparse train, or to ltp-sparse inspect or push",
+    "delta": "pass it to ltp-sparse inspect or push",
+    "file of weights": "pass it to --initial or --tuned of ltp-sparse select",
+    "model": "pass it to --model",
+    "run of ltp-sparse train": "pass it to ltp-sparse evaluate, predict, export or push",
+    "folder of results": "pass it to ltp-sparse report",
+    "table": "pass it to --train, --dev or --test, or to --text of ltp-sparse select",
+    "text": "pass it to --text of ltp-sparse select",
+    "YAML file": "pass a recipe to ltp-sparse run or report, and options to --config",
 }
-"""Kind -> the options and commands that take it."""
+"""Kind -> the options and commands that accept it."""
 
 _MADE_BY = {
     "ticket": "ltp-sparse select makes one",
@@ -41,9 +41,9 @@ _BY_SUFFIX = {
 
 
 def kind_of(path: str | os.PathLike[str]) -> str | None:
-    """The kind of a folder by its content, of a safetensors file or an index by its header, of others by their names.
+    """The kind of a folder by its content, of a safetensors file by its header, and of other files by their names.
 
-    None if the kind is unknown or the path does not exist.
+    It is None if the kind is unknown or the path does not exist.
     """
     from ltp_sparse.weights.file_shards import index_of, kind_said
 
@@ -63,9 +63,9 @@ def expect(options: argparse.Namespace, name: str, *kinds: str) -> None:
     """Raises a CommandError if the path in an option does not exist, or is known to be of another kind.
 
     Args:
-        options: of the command.
-        name: of the option, which may be missing.
-        kinds: accepted ones. Paths of unknown kind pass; their reader will report errors.
+        options: the options of the command.
+        name: the name of an option, which can be absent.
+        kinds: the accepted kinds. Paths of unknown kind are accepted, as their reader reports errors.
     """
     given = getattr(options, name)
     for path in given if isinstance(given, list) else [given]:
@@ -76,20 +76,20 @@ def expect(options: argparse.Namespace, name: str, *kinds: str) -> None:
         where = f"{options.command}: {shown}"
         made = "; " + _MADE_BY[kinds[0]] if kinds[0] in _MADE_BY else ""
         if found is not None and found not in kinds:
-            raise CommandError(f"{where} expects a {wanted}, {path} is a {found}: {_BELONGS[found]}{made}")
+            raise CommandError(f"{where} expects a {wanted}, but {path} is a {found}: {_BELONGS[found]}{made}")
         if found is None and not os.path.exists(path):
             raise CommandError(f"{where} {path}: no such file or folder; expected a {wanted}{made}")
 
 
 def expect_source(options: argparse.Namespace, name: str) -> None:
-    """`expect` for labelled data, which may also be a data set of the Hub or a folder with one."""
+    """`expect` for labelled data, which can also be a data set of the Hub or a folder with one."""
     given = getattr(options, name)
     if given is not None and (os.path.isfile(given) or kind_of(given) is not None):
         expect(options, name, "table")
 
 
 def expect_model(options: argparse.Namespace) -> None:
-    """`expect` for --model and --tokenizer; a name must be on the Hub, or in its cache."""
+    """`expect` for --model and --tokenizer. A name must be on the Hub or in its cache."""
     from ltp_sparse.weights.locating import locate
 
     for name in ("model", "tokenizer"):

@@ -1,4 +1,4 @@
-"""`ltp-sparse memory`: the memory of either stage of LTP, or of a decoder on many GPUs, beside other ways to train."""
+"""`ltp-sparse memory`: the memory of either stage of LTP, or of a decoder on many GPUs, compared with other methods."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ltp_sparse.weights.locating import SIZES
 if TYPE_CHECKING:
     from ltp_sparse.optim.memory import MemoryReport
 
-HELP = "predict the memory of training a ticket beside full fine-tuning, LT-SFT, LoRA, QLoRA and FlashAdamW"
+HELP = "predict the memory of training a ticket, compared with full fine-tuning, LT-SFT, LoRA, QLoRA and FlashAdamW"
 EXAMPLES = """\
   prompt-learning with a ticket, on a GPU
     ltp-sparse memory --model xlm-roberta-base --density 0.2
@@ -45,27 +45,36 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--density",
         type=share,
         nargs="+",
-        help="share of the weights that is active; of an XLM-R one, of stage 2 (0.2); of a decoder any (0.01 0.05 0.2)",
+        help="share of active weights: one for stage 2 of an XLM-R (default: 0.2), one or several for a decoder "
+        "(default: 0.01 0.05 0.2)",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (XLM-R: float32, decoders: bfloat16)")
-    of_xlmr = parser.add_argument_group("an XLM-R")
-    of_xlmr.add_argument("--stage", type=int, choices=(1, 2), help="1: tuning, to select; 2: prompt-learning (default)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of the weights (default: float32 for an XLM-R, bfloat16 for a decoder)"
+    )
+    of_xlmr = parser.add_argument_group("for an XLM-R")
+    of_xlmr.add_argument(
+        "--stage", type=int, choices=(1, 2), help="1: the tuning that finds the ticket; 2: prompt-learning (default)"
+    )
     of_xlmr.add_argument("--batch", type=at_least_one, help="examples per forward pass (default: 32)")
-    of_xlmr.add_argument("--length", type=int, help="tokens of each (default: 256)")
+    of_xlmr.add_argument("--length", type=int, help="tokens per example (default: 256)")
     of_xlmr.add_argument(
         "--device",
         choices=("cuda", "cpu"),
-        help="where training will run: on a GPU attention and dropout keep less (default: cuda; none is needed here)",
+        help="where training will run; attention and dropout need less on a GPU (default: cuda; none is needed here)",
     )
-    of_decoder = parser.add_argument_group("a decoder")
-    of_decoder.add_argument("--ranks", type=at_least_one, help="GPUs that FSDP2 shards it over (default: 1)")
-    of_decoder.add_argument("--states", choices=("float32", "8bit"), help="moments of the tickets (default: both)")
-    of_decoder.add_argument("--gradients", choices=("packed", "dense"), help="of the tickets (default: packed)")
+    of_decoder = parser.add_argument_group("for a decoder")
+    of_decoder.add_argument("--ranks", type=at_least_one, help="number of GPUs over which FSDP2 shards it (default: 1)")
+    of_decoder.add_argument(
+        "--states", choices=("float32", "8bit"), help="precision of the ticket's moments (default: both)"
+    )
+    of_decoder.add_argument(
+        "--gradients", choices=("packed", "dense"), help="gradients of the ticket (default: packed)"
+    )
     of_decoder.add_argument(
         "--no-master",
         action="store_true",
         default=None,
-        help="stochastic rounding in place of a float32 master; 8-bit states have it in any case",
+        help="stochastic rounding in place of a float32 master; 8-bit states always have it",
     )
 
 
@@ -77,7 +86,9 @@ def run(options: argparse.Namespace) -> None:
     is_decoder = config.model_type != "xlm-roberta"
     kind, others = ("decoders", _OF_XLMR) if is_decoder else ("an XLM-R", _OF_DECODERS)
     if wrong := [name for name in others if getattr(options, name) is not None]:
-        raise CommandError(f"memory: --{wrong[0].replace('_', '-')} is not for {kind}, and {options.model} is one")
+        raise CommandError(
+            f"memory: --{wrong[0].replace('_', '-')} is not for {kind} such as {options.model}; leave it out"
+        )
     (_print_sharded if is_decoder else _print_stage)(options, config)
 
 
@@ -95,9 +106,9 @@ def _print_sharded(options: argparse.Namespace, config: Any) -> None:
     where = "one GPU" if ranks == 1 else f"each of {ranks} GPUs, sharded by rows (FSDP2)"
     print(f"{options.model} on {where}; in GB\n")
     _print_rows(rows, ("weights", "gradients", "states", "index", "held"))
-    print("\nheld: between backward and step, without activations and what FSDP2 gathers of other ranks meanwhile.")
+    print("\nheld: between backward and step, without activations and parameters that FSDP2 gathers for a pass.")
     if ranks > 1 and any("8bit" in name for name in rows):
-        print("8bit: MaskedAdamW takes parameters that are cut between tiles of 65,536 entries, or not at all.")
+        print("8bit: MaskedAdamW needs parameters that are not cut, or cut at multiples of 65,536 entries.")
 
 
 def _print_stage(options: argparse.Namespace, config: Any) -> None:
@@ -107,7 +118,9 @@ def _print_stage(options: argparse.Namespace, config: Any) -> None:
     device, dtype = options.device or "cuda", options.dtype or "float32"
     (density, *more) = options.density or (0.2,)
     if more:
-        raise CommandError(f"memory: one --density of an XLM-R, got {len(more) + 1}; several are for decoders")
+        raise CommandError(
+            f"memory: expected one --density for an XLM-R, got {len(more) + 1}; several are for decoders"
+        )
     longest = longest_input(config)
     if not 1 <= length <= longest:
         raise CommandError(f"memory: --length must be in [1, {longest}] for {options.model}, got {length}")
@@ -129,10 +142,19 @@ def _print_rows(rows: dict[str, MemoryReport], columns: tuple[str, ...]) -> None
 def table(
     config: Any, stage: int, *, density: float, batch: int, length: int, dtype: str, device: str
 ) -> dict[str, MemoryReport]:
-    """Way to train -> its memory.
+    """Method -> its memory.
 
-    Stage 1 tunes all maskable weights and the LM head on masked tokens, with the pull to the initial weights; stage 2
-    is prompt-learning with four prompt embeddings and a BiLSTM encoder.
+    Stage 1 tunes all maskable weights and the LM head on masked tokens, with a pull to the initial weights. Stage 2 is
+    prompt-learning with four prompt embeddings and a BiLSTM encoder.
+
+    Args:
+        config: the configuration of an XLM-R.
+        stage: 1 or 2.
+        density: share of the maskable weights that is active, in stage 2.
+        batch: examples per forward pass.
+        length: tokens per example.
+        dtype: dtype of the weights.
+        device: "cuda" or "cpu", where training will run.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -228,7 +250,7 @@ def _prompt_learning(config: Any, density: float, batch: int, length: int, devic
 
 
 def _prompted(config: Any, batch: int, length: int) -> tuple[Any, Any, Any]:
-    """A prompted model of fake tensors; its loss from the label words alone, and from all logits of the vocabulary."""
+    """(prompted model of fake tensors, loss from label words only, loss from the logits of the whole vocabulary)."""
     import torch
     from torch.nn import functional as F
     from transformers import XLMRobertaForMaskedLM
@@ -259,7 +281,7 @@ def _prompted(config: Any, batch: int, length: int) -> tuple[Any, Any, Any]:
 
 
 def _add_lora(model: Any) -> list[Any]:
-    """Low-rank updates beside the query and value projections; their parameters."""
+    """Adds low-rank updates to the query and value projections and returns their parameters."""
     from torch import nn
 
     parameters: list[Any] = []
@@ -292,10 +314,10 @@ def _config(name: str) -> Any:
     except (OSError, ValueError) as error:
         known = ", ".join([*SIZES, *SHAPES])
         raise CommandError(
-            f"memory: no config in {name!r}; give {known}, a config.json, its folder, or a Hub name"
+            f"memory: no config in {name!r}; pass {known}, a config.json, its folder, or a Hub name"
         ) from error
     if config.model_type != "xlm-roberta" and not is_decoder(config):
         raise CommandError(
-            f"memory: expected an XLM-R or a causal language model, {name!r} is of type {config.model_type!r}"
+            f"memory: expected an XLM-R or a causal language model, but {name!r} is of type {config.model_type!r}"
         )
     return config

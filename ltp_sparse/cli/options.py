@@ -23,7 +23,7 @@ REPORTERS = (
     *("none", "all", "tensorboard", "wandb", "trackio", "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub"),
     *("dvclive", "flyte", "kubeflow", "mlflow", "neptune", "swanlab"),
 )
-"""What the Trainer of transformers can log to."""
+"""Services to which the Trainer of transformers can log."""
 _REPORTER_PACKAGES = {
     "tensorboard": ("tensorboard", "tensorboardX"),
     "azure_ml": ("azureml",),
@@ -36,7 +36,7 @@ class CommandError(Exception):
 
 
 class _ArgumentParser(argparse.ArgumentParser):
-    """Reports errors like all other mistakes: in one line, with the closest choice, without the list of options."""
+    """Reports errors in one line with the closest choice, like all other mistakes, and without the list of options."""
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -86,7 +86,9 @@ class Parser:
                 allow_abbrev=False,
             )
             module.add_options(command)
-            command.add_argument("--config", type=Path, metavar="YAML", help="options by name; flags win over the file")
+            command.add_argument(
+                "--config", type=Path, metavar="YAML", help="file with options by name; flags override it"
+            )
             positional = frozenset(a.dest for a in command._actions if not a.option_strings)
             command.set_defaults(run=module.run, positional=positional)
             self.commands[name] = command
@@ -95,13 +97,13 @@ class Parser:
         options = self._parse(argv)
         if options.config is None:
             return options
-        # parse again with the file's values as defaults, so that flags win
+        # parse again with the file's values as defaults, so that flags override them
         command = self.commands[options.command]
         command.set_defaults(**_read_config(options.config, command))
         return self._parse(argv)
 
     def _parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """As `parse_args`, but the error for an unknown option names the closest one."""
+        """Like `parse_args`, but the error for an unknown option names the closest one."""
         options, unknown = self.parser.parse_known_args(argv)
         command = self.parser if options.command is None else self.commands[options.command]
         if unknown:
@@ -119,13 +121,13 @@ def build_parser() -> Parser:
 
 
 def flags_of(command: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    """Long option -> its action, without those that no help shows."""
+    """Long option -> its action, without hidden ones."""
     shown = (action for action in command._actions if action.help != argparse.SUPPRESS)
     return {flag: action for action in shown for flag in action.option_strings if flag.startswith("--")}
 
 
 def _closest(given: str, known: Iterable[str]) -> str:
-    """Those that begin with what was given, else the closest one, as a phrase; nothing where none is close."""
+    """A phrase with the names that begin with the given one, or the closest name; empty if none is close."""
     known = list(known)
     close = [name for name in known if name.startswith(given)] or difflib.get_close_matches(given, known, n=1)
     return f", closest: {', '.join(close)}" if close else ""
@@ -147,7 +149,7 @@ def _read_config(path: Path, command: argparse.ArgumentParser) -> dict[str, Any]
 
 
 def _converted(action: argparse.Action, value: Any, where: str) -> Any:
-    """A value of the file, converted like that of a flag."""
+    """A value of the file, converted like the value of a flag."""
     if value is None:
         return None
     if isinstance(action, argparse._StoreTrueAction):
@@ -160,7 +162,7 @@ def _converted(action: argparse.Action, value: Any, where: str) -> Any:
     found = []
     for one in value if isinstance(value, list) else [value]:
         if isinstance(one, bool | dict | list):
-            raise CommandError(f"{where} must be a text or a number, got {one!r}; put it in quotes if it is a text")
+            raise CommandError(f"{where} must be a string or a number, got {one!r}; put a string in quotes")
         try:
             found.append(action.type(str(one)) if callable(action.type) else str(one))
         except (argparse.ArgumentTypeError, ValueError) as error:
@@ -171,7 +173,7 @@ def _converted(action: argparse.Action, value: Any, where: str) -> Any:
 
 
 def need(options: argparse.Namespace, *names: str) -> None:
-    """Raises for required options that neither flags nor the file give."""
+    """Raises CommandError for required options that are given by neither flags nor the file."""
     for name in names:
         if getattr(options, name) in (None, []):
             shown = name.upper() if name in options.positional else f"--{name.replace('_', '-')}"
@@ -179,7 +181,7 @@ def need(options: argparse.Namespace, *names: str) -> None:
 
 
 def at_least_one(text: str) -> int:
-    """The type of options that count something."""
+    """The type of options that are counts."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return number
@@ -193,11 +195,11 @@ def share(text: str) -> float:
 
 
 def check_writable(command: str, path: Path, *, folder: bool = False, option: str = "--output") -> None:
-    """Raises unless a file, or files in a folder, can be written there. Call it before hours of work."""
+    """Raises CommandError unless a file, or files in a folder, can be written. Call it before hours of work."""
     from ltp_sparse.weights import files
 
     if os.path.isdir(path) != folder and os.path.exists(path):
-        raise CommandError(f"{command}: {option} must be a {'folder' if folder else 'file'}, {path} is not one")
+        raise CommandError(f"{command}: {option} must be a {'folder' if folder else 'file'}, but {path} is not")
     try:
         files.check_writable(path, folder=folder)
     except OSError as error:
@@ -206,7 +208,7 @@ def check_writable(command: str, path: Path, *, folder: bool = False, option: st
 
 
 def check_starts_anew(command: str, folder: Path, option: str) -> None:
-    """Raises if a folder has checkpoints of an interrupted run, which a run that starts anew would remove."""
+    """Raises CommandError if a folder has checkpoints of an interrupted run, which a new run would remove."""
     if any(folder.rglob("checkpoint-*")):
         raise CommandError(
             f"{command}: {folder} has checkpoints of an interrupted run; pass --resume to continue, or another {option}"
@@ -215,13 +217,15 @@ def check_starts_anew(command: str, folder: Path, option: str) -> None:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", help="the base model: its folder, its Hub name, e.g. xlm-roberta-base, or mini-xlmr (in the package)"
+        "--model", help="the base model: a folder, a Hub name, e.g. xlm-roberta-base, or mini-xlmr (in the package)"
     )
     parser.add_argument("--tokenizer", help="folder or Hub name of the tokenizer, if it is not with the model")
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, help="folder of the task's original files; without it, the Hub by name")
+    parser.add_argument(
+        "--data", type=Path, help="folder of the task's original files (default: download from the Hub)"
+    )
 
 
 def add_report_to(parser: argparse.ArgumentParser) -> None:
@@ -231,12 +235,12 @@ def add_report_to(parser: argparse.ArgumentParser) -> None:
         choices=REPORTERS,
         metavar="NAME",
         default="none",
-        help="where training logs to: tensorboard, wandb, trackio or another one of transformers, all, none",
+        help="service to log to: tensorboard, wandb, trackio or another one of transformers; all; none",
     )
 
 
 def _reporter(text: str) -> str:
-    """The type of --report-to: what it names has to be installed, which transformers would find out much later."""
+    """The type of --report-to. Its package must be installed, which transformers would notice much later."""
     packages = _REPORTER_PACKAGES.get(text, (text,))
     if text in REPORTERS[2:] and not any(importlib.util.find_spec(package) for package in packages):
         raise argparse.ArgumentTypeError(f"{text} needs a package that is not installed; pip install {packages[0]}")
@@ -249,7 +253,7 @@ def add_computing(parser: argparse.ArgumentParser) -> None:
 
 
 def quieten(options: argparse.Namespace) -> None:
-    """With --quiet, also turns off the bars of transformers."""
+    """With --quiet, turns off the progress bars of transformers as well."""
     if options.quiet:
         from transformers.utils import logging
 

@@ -16,17 +16,19 @@ if TYPE_CHECKING:
 SOURCE = "a .tsv, .csv, .jsonl or .parquet file, or a Hub data set as NAME or NAME@SPLIT"
 
 _COLUMNS = {
-    "text": "column of the text, or of the first text of a pair (default: text; of pairs: premise)",
+    "text": "column of the text, or of the first text of a pair (default: text; for pairs: premise)",
     "pair": "column of the second text of a pair",
     "label": "column of the class (default: label)",
-    "language": "column of each row's language, for scores per language out of one file",
+    "language": "column with the language of each row, for scores per language from one file",
 }
 
 
 def add_columns(parser: argparse.ArgumentParser, *, default: str = "") -> None:
     for name, description in _COLUMNS.items():
         parser.add_argument(f"--{name}-column", metavar="NAME", help=description + default)
-    parser.add_argument("--quoted", action="store_true", help="cells of a .tsv may be in double quotes, as in a .csv")
+    parser.add_argument(
+        "--quoted", action="store_true", help="cells of a .tsv are in double quotes where needed, as in a .csv"
+    )
     parser.add_argument("--hub-config", metavar="NAME", help="configuration of a Hub data set")
 
 
@@ -35,7 +37,7 @@ def add_metric(parser: argparse.ArgumentParser) -> None:
 
 
 def given_columns(options: argparse.Namespace, run: Run | None = None) -> Columns:
-    """The columns that the options name; the others as in the run, or with their usual names."""
+    """The columns that the options name. Others are those of the run, or have their usual names."""
     from ltp_sparse.tasks.own import Columns
 
     if run is not None and run.columns is not None:
@@ -48,13 +50,13 @@ def given_columns(options: argparse.Namespace, run: Run | None = None) -> Column
     columns = replace(base, **{name: value for name, value in named.items() if value is not None})
     if run is not None and columns.kind != run.kind:
         raise CommandError(
-            f"{options.command}: --pair-column makes pairs, the run was trained on single texts; leave it out"
+            f"{options.command}: --pair-column is for pairs, but the run was trained on single texts; leave it out"
         )
     return replace(columns, quoted=True) if options.quoted else columns
 
 
 def own_options(options: argparse.Namespace) -> list[str]:
-    """The given flags for your own data, without sources."""
+    """The flags for your own data that are given, without sources."""
     names = [*(f"{name}_column" for name in _COLUMNS), "quoted", "hub_config", "metric", "dev", "test"]
     return [f"--{name.replace('_', '-')}" for name in names if getattr(options, name, None)]
 
@@ -69,13 +71,15 @@ def words_of(texts: list[str] | None) -> dict[str, list[str]] | None:
         if not equals or not label or not all(words.split(",")):
             raise CommandError(f"train: --words expects CLASS=WORD, e.g. positive=good, got {text!r}")
         if label in found:
-            raise CommandError(f"train: --words has two entries for {label!r}; several words of a class: {label}=a,b")
+            raise CommandError(
+                f"train: --words has two entries for {label!r}; write several words of a class as {label}=a,b"
+            )
         found[label] = words.split(",")
     return found
 
 
 def by_language(examples: list[Any]) -> dict[str, list[Any]]:
-    """Language -> its examples; languages in the order of first occurrence."""
+    """Language -> its examples, in the order in which languages first occur."""
     found: dict[str, list[Any]] = {}
     for example in examples:
         found.setdefault(example.language, []).append(example)

@@ -13,13 +13,13 @@ from ltp_sparse.cli.kinds import expect, expect_source
 from ltp_sparse.cli.options import CommandError, add_computing, at_least_one, check_writable, need, quieten
 from ltp_sparse.cli.own import SOURCE, add_columns, given_columns
 
-HELP = "label the texts or pairs of a file with a trained run: the label, and the probability of each class"
+HELP = "label the texts or pairs of a file with a trained run, with the probability of each class"
 EXAMPLES = """\
-  pairs.tsv: a header with the columns premise and hypothesis, then a pair a line
+  pairs.tsv has a header with the columns premise and hypothesis, then one pair per line
     ltp-sparse predict runs/ltp-4 pairs.tsv --output labelled.tsv
   the third seed, to the screen
     ltp-sparse predict runs/ltp-4 pairs.tsv --seed 3
-  a run on data of your own reads the columns it was trained on, or those that you name
+  a run on your own data reads the columns of training, or those that you name
     ltp-sparse predict runs/quy new.jsonl --text-column sentence --output labelled.jsonl"""
 
 _SUFFIXES = (".tsv", ".jsonl")
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _write_tsv(file: IO[str], rows: list[dict[str, Any]]) -> None:
-    """Writes a .tsv without quoting, as it is read: tabs and line breaks inside a text become spaces."""
+    """Writes a .tsv without quotes, as it is read. Tabs and line breaks inside a text become spaces."""
     for number, row in enumerate(rows):
         of_class = row.pop("probabilities")
         if number == 0:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ltp_sparse.cli.options import check_writable, need
 
-HELP = "pull a ticket, a delta or an exported model from the Hub, verified, with the commit that it is from"
+HELP = "download and verify a ticket, a delta or an exported model from the Hub, and print its commit"
 EXAMPLES = """\
   ltp-sparse pull owner/en-ticket --output en.safetensors
   ltp-sparse pull owner/ace@v1 --output exported                # a branch, a tag or the hash of a commit
@@ -17,7 +17,7 @@ EXAMPLES = """\
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="the repository, owner/name or owner/name@revision")
-    parser.add_argument("--output", type=Path, help="where to: a file, of an exported model a folder")
+    parser.add_argument("--output", type=Path, help="the file to write, or the folder for an exported model")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 from ltp_sparse.cli.kinds import expect, kind_of
 from ltp_sparse.cli.options import CommandError, need
 
-HELP = "push a ticket, a delta, the delta of a run or an exported folder to the Hub, with a card"
+HELP = "upload a ticket, a delta, the delta of a run or an exported folder to the Hub, with a card"
 EXAMPLES = """\
-  a ticket, for others to train on; the token is that of `hf auth login`, or HF_TOKEN
+  a ticket for others to train on; the token comes from `hf auth login` or HF_TOKEN
     ltp-sparse push en.safetensors owner/en-ticket --base xlm-roberta-base --data "300,000 lines of Wikipedia"
-  what a run has trained, in kilobytes to megabytes: the delta of its first seed, with the scores of evaluate
+  the result of a run (some kilobytes to megabytes): the delta of its first seed, with the scores of evaluate
     ltp-sparse push runs/ace owner/ace-delta
   the whole model, for servers
     ltp-sparse export runs/ace --output exported
@@ -22,11 +22,11 @@ EXAMPLES = """\
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", nargs="?", type=Path, help="a ticket, a delta, a run, or a folder of export")
-    parser.add_argument("name", nargs="?", help="the repository, owner/name; it is made if it is missing")
+    parser.add_argument("name", nargs="?", help="the repository, owner/name; it is created if it is missing")
     parser.add_argument("--base", metavar="MODEL", help="for the card: Hub name of the base model (default: the run's)")
-    parser.add_argument("--data", metavar="TEXT", help="for the card: what it was selected or trained on")
-    parser.add_argument("--seed", type=int, help="of a run: the seed to push (default: the first that is trained)")
-    parser.add_argument("--private", action="store_true", help="a new repository is private")
+    parser.add_argument("--data", metavar="TEXT", help="for the card: the data of selection or training")
+    parser.add_argument("--seed", type=int, help="the seed of a run to upload (default: the first that is trained)")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -37,7 +37,9 @@ def run(options: argparse.Namespace) -> None:
         raise CommandError("push: --seed is for a run; leave it out")
     if kind == "model":
         if given := [name for name in ("base", "data") if getattr(options, name) is not None]:
-            raise CommandError(f"push: --{given[0]} is not for an exported folder, which has its card; leave it out")
+            raise CommandError(
+                f"push: --{given[0]} is not for an exported folder, which already has a card; leave it out"
+            )
         from ltp_sparse.training.export import push_to_hub
 
         address = push_to_hub(options.source, options.name, private=options.private)
@@ -47,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _push_file(options: argparse.Namespace, kind: str | None) -> str:
-    """A ticket or a delta, with what the options say, or else the run that it is from."""
+    """Uploads a ticket or a delta. The facts for its card come from the options, or else from its run."""
     facts: dict[str, Any] = {}
     path = options.source
     if kind == "run of ltp-sparse train":

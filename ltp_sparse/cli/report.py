@@ -1,4 +1,4 @@
-"""`ltp-sparse report`: the table of a recipe's results beside the paper's figures, plots, one HTML page."""
+"""`ltp-sparse report`: the results of a recipe as tables next to the paper's figures, plots and an HTML page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from ltp_sparse.cli.kinds import expect
 from ltp_sparse.cli.options import check_writable, need
 
-HELP = "turn the results of a recipe into tables beside the paper's figures, plots and an HTML page"
+HELP = "turn the results of a recipe into tables next to the paper's figures, plots and an HTML page"
 EXAMPLES = """\
   ltp-sparse report ltp-table-1 results/table-1
   ltp-sparse report my-recipe.yaml results/mine --output report/"""
@@ -16,7 +16,7 @@ EXAMPLES = """\
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", help="name of the recipe, or its .yaml file")
-    parser.add_argument("results", nargs="?", type=Path, help="folder that ltp-sparse run wrote")
+    parser.add_argument("results", nargs="?", type=Path, help="the folder of results that ltp-sparse run has written")
     parser.add_argument("--allow-plugins", action="store_true", help="run the Python files that the recipe names")
     parser.add_argument("--output", type=Path, help="folder of the report (default: the results' folder)")
 

@@ -17,42 +17,48 @@ if TYPE_CHECKING:
 
 HELP = "run a recipe: all cells of a table or figure of the papers, or of your own YAML file"
 EXAMPLES = """\
-  what there is, and what a recipe would do
+  list the recipes, and show what one would do
     ltp-sparse run --list
     ltp-sparse run ltp-table-1 --dry-run
-  table 1 of LTP, from the original files, on two GPUs; run it again to continue where it stopped
+  table 1 of LTP from the original files, on two GPUs; the same command continues after an interruption
     ltp-sparse run ltp-table-1 --data data/ --output results/table-1 --on local:0,1 --bf16
   on a Ray cluster with two cells on each GPU, or as jobs of SLURM
     ltp-sparse run ltp-table-1 --data data/ --output results/table-1 --on ray://head:10001 --gpus-per-cell 0.5
     ltp-sparse run ltp-table-1 --data data/ --output results/table-1 --on slurm:partition=gpu,time=60
   a part of it, with another model and fewer epochs
     ltp-sparse run ltp-table-1 --only method=ltp shots=4 --model my-model/ --set settings.epochs=10 --output results/t
-  the table beside the paper's
+  the table next to the paper's
     ltp-sparse report ltp-table-1 results/table-1"""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", help="name of a recipe, or a .yaml file")
     parser.add_argument("--list", action="store_true", help="list the recipes that come with the library")
-    parser.add_argument("--dry-run", action="store_true", help="print cells, memory and time, train nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print cells, memory and time without training")
     parser.add_argument("--model", help="folder or Hub name of the base model, instead of the recipe's")
-    parser.add_argument("--tokenizer", help="folder or Hub name of the tokenizer, where it is not beside the model")
+    parser.add_argument("--tokenizer", help="folder or Hub name of the tokenizer, if it is not with the model")
     parser.add_argument("--allow-plugins", action="store_true", help="run the Python files that the recipe names")
     add_data(parser)
     parser.add_argument("--output", type=Path, help="folder of the results; finished cells in it are not run again")
     parser.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="for all cells, e.g. settings.epochs=1"
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="change values of all cells, e.g. settings.epochs=1"
     )
-    parser.add_argument("--only", nargs="+", default=[], metavar="KEY=VALUE", help="only cells with these values")
+    parser.add_argument("--only", nargs="+", default=[], metavar="KEY=VALUE", help="run only cells with these values")
     parser.add_argument("--cache", type=Path, help="folder of shared artefacts (see ltp-sparse cache)")
-    parser.add_argument("--rates", type=Path, help="results of the recipe that chooses this one's learning rates")
+    parser.add_argument(
+        "--rates", type=Path, help="folder of results of the recipe that chooses the learning rates of this one"
+    )
     parser.add_argument(
         "--on",
         metavar="WHERE",
-        help="local:0,1 (GPUs), ray://HOST:PORT, ray:auto or slurm:partition=NAME,time=MINUTES",
+        help="where to run: local:0,1 (GPUs), ray://HOST:PORT, ray:auto or slurm:partition=NAME,time=MINUTES",
     )
-    parser.add_argument("--gpus-per-cell", type=float, help="share of a GPU, e.g. 0.5 (default: 1 where there are any)")
-    parser.add_argument("--retries", type=_at_least_zero, default=3, help="new attempts at a cell whose worker died")
+    parser.add_argument(
+        "--gpus-per-cell", type=float, help="share of a GPU for each cell, e.g. 0.5 (default: 1 if there are GPUs)"
+    )
+    parser.add_argument(
+        "--retries", type=_at_least_zero, default=3, help="further attempts at a cell whose worker died"
+    )
     parser.add_argument("--save-every", type=int, help="epochs between checkpoints inside a cell")
     parser.add_argument("--micro-batch-size", type=int, help="examples per forward pass, to save memory")
     add_report_to(parser)
@@ -86,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
     recipe = _with_rates(recipe, options.rates)
     _check_model(options, recipe)
     if options.on is None and options.gpus_per_cell is not None:
-        raise CommandError("run: --gpus-per-cell needs --on; without it, one cell runs after the other")
+        raise CommandError("run: --gpus-per-cell needs --on; without it, cells run one after the other")
     check_writable("run", options.output, folder=True)
     from ltp_sparse.recipes.cache import Cache, default_cache
     from ltp_sparse.recipes.engines import Here, engine_on
@@ -116,7 +122,7 @@ def run(options: argparse.Namespace) -> int:
             progress=not options.quiet,
         )
     if failed:
-        print(f"{failed} cells failed, see {options.output / 'failures.jsonl'}; the same command tries them again")
+        print(f"{failed} cells failed, see {options.output / 'failures.jsonl'}; run the same command to try them again")
         return 1
     plugins = " --allow-plugins" if options.allow_plugins else ""
     print(f"next: ltp-sparse report {shlex.quote(options.recipe)} {shlex.quote(str(options.output))}{plugins}")
@@ -130,8 +136,8 @@ def _with_rates(recipe: Recipe, folder: Path | None) -> Recipe:
         raise CommandError(f"run: {recipe.name} has learning rates of its own; leave --rates out")
     if folder is None:
         raise CommandError(
-            f"run: {recipe.name} takes its learning rates from results of {recipe.rates}; run that first, and pass its "
-            "folder by --rates"
+            f"run: {recipe.name} takes its learning rates from results of {recipe.rates}; run that recipe first, and "
+            "pass its folder by --rates"
         )
     from ltp_sparse.recipes import results
     from ltp_sparse.recipes.rates import with_rates
@@ -140,7 +146,7 @@ def _with_rates(recipe: Recipe, folder: Path | None) -> Recipe:
 
 
 def _check_model(options: argparse.Namespace, recipe: Recipe) -> None:
-    """Raises if the only model of all cells is unavailable. With several models, single cells fail instead."""
+    """Raises CommandError if all cells have one model, which is unavailable. Of several models, only cells fail."""
     models = {cell["model"] for cell in recipe.cells}
     if len(models) == 1:
         expect_model(argparse.Namespace(command="run", model=models.pop(), tokenizer=options.tokenizer, positional=()))

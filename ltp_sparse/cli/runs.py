@@ -38,9 +38,9 @@ class Run:
     """The description of a run, with paths and names as given on the command line.
 
     Attributes:
-        task: None: your own data in `train`, `dev` and `test`, with `columns`
-        words: class -> label words; None: those of the language `verbalizer`
-        labels: classes, in the order of the logits
+        task: the name of a known task; None for your own data in `train`, `dev` and `test`, with `columns`.
+        words: class -> label words; None: the words of the language `verbalizer`.
+        labels: the classes, in the order of the logits.
     """
 
     model: str
@@ -62,7 +62,7 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """Of the examples: "pair" or "text"."""
+        """The kind of the examples: "pair" or "text"."""
         return task(self.task).kind if self.task is not None else self.columns.kind  # type: ignore[union-attr]
 
     def save(self, folder: Path) -> None:
@@ -89,17 +89,17 @@ class Run:
             raise FileFormatError(path, f"damaged, or of another version of ltp_sparse ({error})") from error
 
     def check_model(self, command: str) -> None:
-        """Raises if the model or the tokenizer is no longer there."""
+        """Raises CommandError if the model or the tokenizer is no longer available."""
         from ltp_sparse.weights.locating import locate
 
         try:
             for name in filter(None, (self.model, self.tokenizer)):
                 locate(name)
         except ValueError as error:
-            raise CommandError(f"{command}: the run was made with a model that is not found: {error}") from None
+            raise CommandError(f"{command}: the model of the run was not found: {error}") from None
 
     def check_continues(self, folder: Path) -> None:
-        """Raises if the folder has seeds of a run with another description: they would count as seeds of this one."""
+        """Raises CommandError if the folder has seeds of another run, which would count as seeds of this one."""
         if not (folder / _DESCRIPTION).is_file() or not any(folder.glob("seed-*")):
             return
         before = Run.load(folder)
@@ -107,8 +107,8 @@ class Run:
             old, new = getattr(before, field.name), getattr(self, field.name)
             if old != new and field.name != "test":
                 raise CommandError(
-                    f"train: {folder} holds seeds of a run with {field.name.replace('_', ' ')} {old!r}, this one has "
-                    f"{new!r}; give another --output"
+                    f"train: {folder} holds seeds of a run with {field.name.replace('_', ' ')} {old!r}, but this one "
+                    f"has {new!r}; choose another --output"
                 )
 
 
@@ -119,7 +119,7 @@ def _texts(values: Any) -> list[str]:
 
 
 def finished_seeds(folder: Path, wanted: Sequence[int] | None = None) -> list[int]:
-    """The finished seeds, ascending; or the wanted ones, which must be finished."""
+    """The finished seeds in ascending order, or the wanted ones. Raises CommandError if one is not finished."""
     if (folder / manifest.MANIFEST).exists():
         parts = tuple(f"seed-{seed}/" for seed in wanted) if wanted else ("seed-",)
         manifest.check(folder, (_DESCRIPTION, *parts))
@@ -137,7 +137,7 @@ def finished_seeds(folder: Path, wanted: Sequence[int] | None = None) -> list[in
 
 
 def check_same_training(finished: Path, method: Method, ticket: Ticket | None) -> None:
-    """Raises if a finished seed was trained with other settings than the next ones, or LTP with another ticket."""
+    """Raises CommandError if a finished seed was trained with other settings or, with LTP, on another ticket."""
     import ltp_sparse as ls
 
     delta, wanted = ls.SparseDelta.load(finished), method.describe()
@@ -145,21 +145,23 @@ def check_same_training(finished: Path, method: Method, ticket: Ticket | None) -
         for key, new in wanted[part].items():
             old = delta.metadata[part].get(key)
             if key != "seeds" and old != new:
-                raise CommandError(f"train: {finished} was trained with {key} {old}, not {new}; give another --output")
+                raise CommandError(
+                    f"train: {finished} was trained with {key} {old}, not {new}; choose another --output"
+                )
     if method.key == "ltp" and delta.ticket != ticket:
-        raise CommandError(f"train: {finished} was trained on another ticket than --ticket; give another --output")
+        raise CommandError(f"train: {finished} was trained on another ticket than --ticket; choose another --output")
 
 
 def seeds_to_train(folder: Path, seeds: Sequence[int]) -> Iterator[int]:
-    """Yields the seeds that no other process trains or has trained. Each is locked until the next one."""
+    """Yields the seeds that no other process trains or has trained. Each is locked until the next is requested."""
     from ltp_sparse.training.run_folder import try_lock
 
     for seed in seeds:
         with try_lock(folder / f"seed-{seed}" / "train.lock") as acquired:
             if not acquired:
-                print(f"seed {seed}: another process trains it, skipped")
+                print(f"seed {seed}: skipped, another process is training it")
             elif (folder / f"seed-{seed}" / BAKED).is_file():
-                print(f"seed {seed}: another process has trained it")
+                print(f"seed {seed}: skipped, another process has trained it")
             else:
                 yield seed
 
@@ -180,7 +182,7 @@ def record(folder: Path, names: Sequence[str]) -> None:
 
 
 def load_seed(run: Run, folder: Path, seed: int | None) -> tuple[Setup, SparseDelta]:
-    """The model of one seed (default: the first) with its encoding of examples, and its delta."""
+    """(setup with the trained model, delta) of one seed; None: of the first."""
     import ltp_sparse as ls
     from ltp_sparse.models.backbone import load_backbone
     from ltp_sparse.training.method import load_trained

@@ -49,12 +49,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--allow-missing",
         nargs="*",
         metavar="EXPRESSION",
-        help="parameters that may be in one checkpoint only and are left out; without an expression: any",
+        help="leave out parameters that are in one checkpoint only and match; without an expression: any",
     )
     parser.add_argument(
         "--compare-in",
         choices=("bfloat16", "float16"),
-        help="round both checkpoints to this dtype first: that of the coarser one, where they differ",
+        help="round both checkpoints to this dtype first; if their dtypes differ, choose the coarser one",
     )
     parser.add_argument("--density", type=share, default=0.2, help="share of the maskable weights (default: 0.2)")
     parser.add_argument(
@@ -63,7 +63,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strategy",
         choices=("decoupled", "vanilla", "frozen_embedding"),
-        help="embeddings that train: the input embedding alone (decoupled, the default), both tied ones, or neither",
+        help="trained embeddings: the input embedding only (decoupled, the default), both tied ones, or none",
     )
     parser.add_argument(
         "--segment", choices=("lower", "middle", "upper"), help="select in one third of the layers only"
@@ -72,7 +72,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=float, default=3.0, help="passes over the text")
     parser.add_argument("--max-steps", type=int, default=-1, help="stop after this many updates (default: never)")
     parser.add_argument("--batch-size", type=at_least_one, default=32, help="blocks or lines per update")
-    parser.add_argument("--learning-rate", type=float, default=5e-5, help="of tuning")
+    parser.add_argument("--learning-rate", type=float, default=5e-5, help="learning rate of tuning")
     parser.add_argument(
         "--length", type=at_least_one, help="tokens of a block (default: 256, or the longest input of the model)"
     )
@@ -81,8 +81,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--eval-steps", type=at_least_one, default=1000, help="updates between evaluations (default: 1000)"
     )
     parser.add_argument("--states", choices=("float32", "8bit"), default="float32", help="precision of the moments")
-    parser.add_argument("--seed", type=int, default=42, help="of the order of examples, masks and drawn lines")
-    parser.add_argument("--run-dir", type=Path, help="folder for checkpoints; with it, --save-every and --resume work")
+    parser.add_argument(
+        "--seed", type=int, default=42, help="seed of the order of examples, the masks and the drawn lines"
+    )
+    parser.add_argument("--run-dir", type=Path, help="folder for checkpoints; needed for --save-every and --resume")
     parser.add_argument("--save-every", type=at_least_one, help="updates between checkpoints")
     parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint in --run-dir")
     parser.add_argument("--output", type=Path, help="the ticket, a .safetensors file")
@@ -140,13 +142,13 @@ def _from_checkpoints(options: argparse.Namespace):  # type: ignore[no-untyped-d
 def _from_text(options: argparse.Namespace):  # type: ignore[no-untyped-def]
     need(options, "model")
     if (options.text is None) == (options.hub_text is None):
-        raise CommandError("select: give either --text files or --hub-text NAME")
+        raise CommandError("select: pass either --text FILES or --hub-text NAME")
     if options.text_column is not None and options.text is None:
         raise CommandError("select: --text-column is for --text; use --hub-column for a Hub data set")
     if (options.resume or options.save_every) and options.run_dir is None:
         raise CommandError("select: --save-every and --resume need a --run-dir")
     if options.report_to in ("tensorboard", "all") and options.run_dir is None:
-        raise CommandError(f"select: --report-to {options.report_to} needs a --run-dir, where its logs stay")
+        raise CommandError(f"select: --report-to {options.report_to} needs a --run-dir, where its logs are kept")
     if options.run_dir is not None and not options.resume:
         check_starts_anew("select", options.run_dir, "--run-dir")
     expect_model(options)
@@ -215,8 +217,8 @@ def _from_text(options: argparse.Namespace):  # type: ignore[no-untyped-def]
 def _only_column(paths: list[Path]) -> str | None:
     """The column with the text if none is named: "text", or the only one.
 
-    None if `read_text` reads the files: they are no tables, a .tsv of one column without a header, or JSON lines with
-    the key text.
+    It is None if `read_text` reads the files, i.e. if they are plain text, a .tsv of one column without a header, or
+    JSON lines with the key "text".
     """
     from ltp_sparse.tasks.own import columns_of
 
@@ -237,7 +239,9 @@ def _only_column(paths: list[Path]) -> str | None:
                 f"select: {path} has the columns {', '.join(names)}; name the one with the text, --text-column"
             )
     if len(found) > 1:
-        raise CommandError("select: --text mixes files of different columns; name the column, --text-column")
+        raise CommandError(
+            "select: the files of --text have different columns; name the one with the text, --text-column"
+        )
     return found.pop()
 
 

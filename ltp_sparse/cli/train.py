@@ -51,20 +51,24 @@ EXAMPLES = """\
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument("--method", choices=MASKED_METHOD_NAMES, default="ltp", help="what trains")
+    parser.add_argument("--method", choices=MASKED_METHOD_NAMES, default="ltp", help="the method")
     parser.add_argument(
         "--match",
         choices=("pool", "layers"),
-        help="random-ticket: draw as many entries per pool or per tensor (default: pool)",
+        help="for random-ticket: draw as many entries as the ticket has in the pool, or in each tensor (default: pool)",
     )
-    parser.add_argument("--ticket", type=Path, help="the ticket of ltp-sparse select (ltp and random-ticket need one)")
+    parser.add_argument(
+        "--ticket", type=Path, help="the ticket of ltp-sparse select (needed for ltp and random-ticket)"
+    )
     parser.add_argument("--task", choices=TASK_NAMES, help="a known task to train on (default: xnli-fewshot)")
     add_data(parser)
     parser.add_argument("--train", metavar="FILE", help=f"instead of a task, your own data: {SOURCE}")
     parser.add_argument(
         "--dev", metavar="FILE", help="your own dev data, which picks the epoch (default: a part of --train)"
     )
-    parser.add_argument("--dev-share", type=share, help="without --dev: its share of each class (default: 0.1)")
+    parser.add_argument(
+        "--dev-share", type=share, help="without --dev: the share of each class that becomes dev data (default: 0.1)"
+    )
     parser.add_argument("--test", metavar="FILE", help="your own test data, for ltp-sparse evaluate")
     add_columns(parser)
     add_metric(parser)
@@ -75,11 +79,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shots", type=at_least_one, help="examples per class (default: all; xnli-fewshot needs it)")
     parser.add_argument(
         "--language",
-        help="of the training examples (default: en, or the task's only one; und for your own data)",
+        help="language of the training examples (default: en, or the only one of the task; und for your own data)",
     )
-    parser.add_argument("--seeds", nargs="+", type=int, help="default: the method's (LTP: 1 2 3 4 5)")
-    parser.add_argument("--epochs", type=at_least_one, help="default: the method's (LTP: 70)")
-    parser.add_argument("--learning-rate", type=float, help="default: the method's (LTP: 2e-5)")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, help="seeds to train (default: those of the method; LTP: 1 2 3 4 5)"
+    )
+    parser.add_argument("--epochs", type=at_least_one, help="epochs (default: those of the method; LTP: 70)")
+    parser.add_argument("--learning-rate", type=float, help="learning rate (default: that of the method; LTP: 2e-5)")
     parser.add_argument("--batch-size", type=at_least_one, help="examples per update (default: 32)")
     parser.add_argument("--micro-batch-size", type=at_least_one, help="examples per forward pass, to save memory")
     parser.add_argument("--states", choices=("float32", "8bit"), default="float32", help="precision of the moments")
@@ -89,7 +95,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-length",
         type=at_least_one,
-        help="tokens of an input (default: the method's, 256 or 128, or the longest input of the model)",
+        help="tokens of an input (default: that of the method, 256 or 128, or the longest input of the model)",
     )
     parser.add_argument("--n-prompt", type=at_least_one, help="prompt embeddings (default: 4)")
     parser.add_argument("--encoder", choices=("bilstm", "mlp", "none"), help="prompt encoder (default: bilstm)")
@@ -104,7 +110,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class _Data:
-    """What a run trains on."""
+    """The data of a run."""
 
     train: Sequence[Any]
     dev: Sequence[Any]
@@ -190,7 +196,7 @@ def run(options: argparse.Namespace) -> None:
     elif words is not None:
         print(f"--words has no effect: {options.method} scores classes by a head")
     if options.method in ("discrete-prompt", "mixed-prompt") and language not in QUESTIONS:
-        print(f"the words of the pattern are English, since none are known for {language!r}")
+        print(f"the words of the pattern are English, because none are known for {language!r}")
     run.save(options.output)
     what, languages = f"{kind_of(data.train[0])}s", ", ".join(dict.fromkeys(e.language for e in data.train))
     print(f"{method.name}: {len(data.train)} training and {len(data.dev)} dev {what} ({languages}), seeds {seeds}")
@@ -249,7 +255,7 @@ def _dev_share(options: argparse.Namespace) -> float:
 
 
 def _check_source(options: argparse.Namespace) -> None:
-    """Raises for options that do not fit the source: a task, or your own data."""
+    """Raises CommandError for options that do not fit the source, a task or your own data."""
     if options.train is None:
         if given := own_options(options) + ["--dev-share"] * (options.dev_share is not None):
             raise CommandError(f"train: {given[0]} is for your own data; pass its file, --train")
@@ -260,7 +266,7 @@ def _check_source(options: argparse.Namespace) -> None:
 
 
 def _check_method(options: argparse.Namespace) -> None:
-    """Raises for options that the method does not have, and for a missing ticket."""
+    """Raises CommandError for options that the method does not have, and for a missing ticket."""
     method = options.method
     if method in TICKET_METHODS and options.ticket is None:
         raise CommandError(f"train: --ticket is needed for {method}; make one with ltp-sparse select")

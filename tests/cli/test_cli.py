@@ -179,7 +179,7 @@ def test_seeds_that_another_process_trains_are_passed_over(tmp_path, capsys):
     with FileLock(tmp_path / "seed-1" / "train.lock"):
         assert list(seeds_to_train(tmp_path, [1, 2, 3])) == [2]
     told = capsys.readouterr().out
-    assert "seed 1: another process trains it" in told and "seed 3: another process has trained it" in told
+    assert "seed 1: skipped, another process is training it" in told and "seed 3: skipped, another process has" in told
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_seeds_of_another_run_are_not_joined(files, ticket, trained, tmp_path, c
     for arguments, message in changes:
         assert run("train", *arguments, "--seeds", 1, 3, "--output", trained, "--resume") == 2
         error = capsys.readouterr().err
-        assert message in error and "give another --output" in error
+        assert message in error and "choose another --output" in error
     assert not (trained / "seed-3").exists() and (trained / "run.json").read_bytes() == before
 
 
@@ -338,10 +338,10 @@ TRAIN = ["train", "--model", "mini-xlmr", "--output", "o"]
         (["evaluate", ".", "--limit", "-1"], "--limit: must be at least 1, got -1"),
         (["predict", ".", "p.tsv", "--batch-size", "-1"], "--batch-size: must be at least 1, got -1"),
         (["predict", ".", "missing.tsv"], "not a run of ltp-sparse train"),
-        (["select", "--model", "m", "--output", "o"], "either --text files or --hub-text"),
+        (["select", "--model", "m", "--output", "o"], "either --text FILES or --hub-text"),
         ([*TEXT, "--intersect"], "--intersect needs a --segment"),
         ([*TEXT[:-1], "/proc/none/o"], "--output /proc/none/o cannot be written"),
-        ([*TEXT[:-1], "."], "--output must be a file, . is not one"),
+        ([*TEXT[:-1], "."], "--output must be a file, but . is not"),
         ([*PAIR, "--segment", "middle"], "--segment is for tuning and not for a comparison"),
         ([*PAIR, "--text", "t.txt"], "--text is for tuning"),
         (
@@ -392,7 +392,7 @@ def test_predictions_are_read_as_they_were_written(files, trained, tmp_path):
 def test_an_export_does_not_overwrite_its_model(files, trained, tmp_path, capsys):
     before = {path.name: path.read_bytes() for path in (files / "model").iterdir()}
     assert run("export", trained, "--output", files / "model" / ".." / "model") == 2
-    assert "is not empty; give a new or an empty folder" in capsys.readouterr().err
+    assert "is not empty; choose a new or empty folder" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in (files / "model").iterdir()} == before
     assert run("export", trained, "--seed", 7, "--output", tmp_path) == 2
     assert "expected one of its seeds 1, 2, got 7" in capsys.readouterr().err

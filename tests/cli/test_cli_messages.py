@@ -129,7 +129,7 @@ MISTAKES = [  # with names and files, which a first look at them shows
     ("evaluate .", "not a run of ltp-sparse train"),
     ("evaluate run --test t.tsv --label-column class", "'class' is not in"),
     ("evaluate run --test none.tsv", "none.tsv: no such file"),
-    ("evaluate moved --test t.tsv", "evaluate: the run was made with a model that is not found"),
+    ("evaluate moved --test t.tsv", "evaluate: the model of the run was not found"),
     ("predict run none.tsv", "no such file"),
     ("predict run ?a-text", "?a-text: no such file or folder; expected a file that ends in .tsv, .csv"),
     ("predict run t.tsv --text-column says", "'says' is not in"),
@@ -142,24 +142,30 @@ MISTAKES = [  # with names and files, which a first look at them shows
     # one kind of file in place of another
     (
         "train --method ltp --ticket t.tsv --train t.tsv",
-        "--ticket expects a ticket, t.tsv is a table: --train",
+        "--ticket expects a ticket, but t.tsv is a table: pass it to --train",
     ),
-    ("train --method ltp --ticket run --train t.tsv", "run is a run of ltp-sparse train: ltp-sparse evaluate, predict"),
-    ("train --method ltp --ticket weights.safetensors --train t.tsv", "is a file of weights: --initial and --tuned of"),
+    (
+        "train --method ltp --ticket run --train t.tsv",
+        "run is a run of ltp-sparse train: pass it to ltp-sparse evaluate, predict",
+    ),
+    (
+        "train --method ltp --ticket weights.safetensors --train t.tsv",
+        "is a file of weights: pass it to --initial or --tuned of",
+    ),
     (
         "train --method ltp --ticket model --train t.tsv",
-        "model is a model: --model takes it",
+        "but model is a model: pass it to --model",
     ),
-    ("train --train en", "--train expects a table, en is a ticket: --ticket of ltp-sparse train takes it"),
-    ("train --train t.tsv --model en", "--model expects a model, en is a ticket"),
-    ("train --train t.tsv --model run", "--model expects a model, run is a run of ltp-sparse train"),
-    ("select --model mini-xlmr --text en", "--text expects a text or a table, en is a ticket"),
-    ("select --initial t.tsv --tuned model", "--initial expects a file of weights or a model, t.tsv is a table"),
+    ("train --train en", "--train expects a table, but en is a ticket: pass it to --ticket of"),
+    ("train --train t.tsv --model en", "--model expects a model, but en is a ticket"),
+    ("train --train t.tsv --model run", "--model expects a model, but run is a run of ltp-sparse train"),
+    ("select --model mini-xlmr --text en", "--text expects a text or a table, but en is a ticket"),
+    ("select --initial t.tsv --tuned model", "--initial expects a file of weights or a model, but t.tsv is a table"),
     ("evaluate t.tsv", "FOLDER expects a run of ltp-sparse train, t.tsv is a table"),
-    ("evaluate results", "FOLDER expects a run of ltp-sparse train, results is a folder of results: ltp-sparse report"),
-    ("predict run en", "EXAMPLES expects a table, en is a ticket"),
-    ("inspect t.tsv", "TICKET expects a ticket or a delta, t.tsv is a table"),
-    ("report ltp-table-1 run", "RESULTS expects a folder of results, run is a run of ltp-sparse train"),
+    ("evaluate results", "FOLDER expects a run of ltp-sparse train, but results is a folder of results: pass it to"),
+    ("predict run en", "EXAMPLES expects a table, but en is a ticket"),
+    ("inspect t.tsv", "TICKET expects a ticket or a delta, but t.tsv is a table"),
+    ("report ltp-table-1 run", "RESULTS expects a folder of results, but run is a run of ltp-sparse train"),
 ]
 
 

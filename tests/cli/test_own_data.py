@@ -75,7 +75,7 @@ def test_pairs_of_any_classes_without_dev(own_files, method, tmp_path, capsys):
     assert "dev: 4 of the examples" in printed and "36 training and 4 dev pairs (quy)" in printed
     assert f"next: ltp-sparse evaluate {tmp_path / 'run'} --test FILE" in printed
     assert run("evaluate", tmp_path / "run", "--quiet") == 2
-    assert "give a file to test on, --test FILE" in capsys.readouterr().err
+    assert "pass a file to test on, --test FILE" in capsys.readouterr().err
     assert run("evaluate", tmp_path / "run", "--test", tmp_path / "pairs.tsv", "--quiet") == 0
     assert "| quy |" in capsys.readouterr().out
 
@@ -298,7 +298,7 @@ def test_text_for_a_ticket_without_a_named_column(own_files, tmp_path, monkeypat
         assert ("the column 'text' of" in told) == (name in ("a.tsv", "e.tsv")) and ("'says'" in told) == ("b" in name)
     arguments = ["--text", tmp_path / "a.tsv", tmp_path / "b.csv", "--output", tmp_path / "t"]
     assert run("select", "--model", own_files / "model", *arguments) == 2
-    assert "--text mixes files of different columns" in capsys.readouterr().err
+    assert "the files of --text have different columns" in capsys.readouterr().err
 
 
 def test_probabilities_are_those_of_the_logits(own_files, own_run):

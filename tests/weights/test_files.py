@@ -158,7 +158,7 @@ def test_folders_are_whole_or_not_there(tmp_path):
         (folder / "a").write_text("a")
         assert not list((tmp_path / "out").iterdir())
     assert (tmp_path / "out" / "a").read_text() == "a" and [p.name for p in tmp_path.iterdir()] == ["out"]
-    with pytest.raises(OSError, match="a new or an empty folder"), files.atomic_folder(tmp_path / "out"):
+    with pytest.raises(OSError, match="a new or empty folder"), files.atomic_folder(tmp_path / "out"):
         pass
 
 
