@@ -1,4 +1,4 @@
-"""`load`: a ticket, a delta or an exported model from a file, a folder or the Hub, by what is there."""
+"""`load`: loads a ticket, a delta or an exported model from a file, a folder or the Hub."""
 
 from __future__ import annotations
 
@@ -25,29 +25,31 @@ _READERS = {"SHiRA adapter": read_shira, "LT-SFT delta": read_lt_sft}
 def load(
     source: str | os.PathLike[str], *, revision: str | None = None, model: nn.Module | None = None
 ) -> Ticket | SparseDelta | Pipeline:
-    """A ticket, a delta or an exported model.
+    """Loads a ticket, a delta or an exported model.
 
     Args:
-        source: a file; a folder (an export, a SHiRA adapter of PEFT, an LT-SFT delta); or a repository of the Hub with
-            one of these, owner/name or owner/name@revision. What was downloaded before needs no network.
+        source: a file, a folder (an export, a SHiRA adapter of PEFT, an LT-SFT delta), or a repository of the Hub with
+            one of these, as owner/name or owner/name@revision. Repositories in the cache need no network.
         revision: a branch, a tag or the hash of a commit of the repository.
-        model: the base model at its initial weights, for adapters and LT-SFT deltas, which hold differences.
+        model: the base model at its initial weights, for adapters and LT-SFT deltas, which have differences only.
 
     Returns:
-        `Ticket` or `SparseDelta`, from the Hub with its address and commit in `metadata["hub"]`; of an exported model a
-        text-classification pipeline of transformers, whose `model.config._commit_hash` is that commit. No code of a
-        repository is run.
+        `Ticket` or `SparseDelta`, with address and commit in `metadata["hub"]` if it is from the Hub. For an exported
+        model, a text-classification pipeline of transformers, with the commit in `model.config._commit_hash`. No code
+        of a repository is run.
 
     Raises:
         FileNotFoundError: there is no such file, folder, repository or revision.
-        FileFormatError: what is there is damaged, or nothing of these.
-        ValueError: `model` is needed, or `revision` is given with a file or folder.
+        FileFormatError: the file or folder is damaged, or of another kind.
+        ValueError: `model` is missing, or `revision` is given with a file or folder.
     """
     path = Path(os.path.expanduser(source))
     if not path.is_file():
         path = index_of(path) or path
     if path.exists() and revision is not None:
-        raise ValueError(f"{source}: it is here, so that the revision {revision!r} of a repository has no meaning")
+        raise ValueError(
+            f"{source}: it is a local file or folder, which has no revision {revision!r}; leave revision= out"
+        )
     if path.is_file():
         kinds: dict[str | None, type[Ticket | SparseDelta]] = {"delta": SparseDelta}
         return kinds.get(kind_said(path), Ticket).load(path)
@@ -62,14 +64,14 @@ def load(
 
 
 def _held_in(folder: Path, pinned: str | None, model: nn.Module | None) -> Ticket | SparseDelta | Pipeline:
-    """What a folder holds; `pinned` is the address that it came from."""
+    """The content of a folder. `pinned`: the address from which it was downloaded."""
     where = pinned or folder
     kind = kind_held(files_in(folder), where)
     if kind == EXPORT:
         return _pipeline(folder, pinned)
     if kind in _READERS:
         if model is None:
-            raise ValueError(f"{where}: expected the base model, model=, to which this {kind} holds the differences")
+            raise ValueError(f"{where}: this {kind} has differences only; pass its base model, model=")
         found = _READERS[kind](folder, model)
     elif pinned is not None:
         return read_pinned(Ticket if kind == "ticket" else SparseDelta, folder, pinned)

@@ -1,4 +1,4 @@
-"""Weights that follow a trainer: versions published to a store as their changes, and applied by servers bit for bit."""
+"""Weights that follow a trainer: it publishes versions to a store as changes, and servers apply them bit for bit."""
 
 from ltp_sparse.sync.follower import Follower
 from ltp_sparse.sync.publisher import Publisher

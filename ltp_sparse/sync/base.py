@@ -1,4 +1,4 @@
-"""What a follower's model must hold beside the active entries: names, dtypes, shapes, and bits outside the ticket."""
+"""The parts of a follower's model that are not published: names, dtypes, shapes, and bits outside the ticket."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ltp_sparse.weights.reading import closest
 
 
 def inactive_digests(weights: Sequence[Local], ticket: Ticket) -> dict[tuple[str, int], str]:
-    """(name, first entry) of each part of a weight that has entries outside the ticket -> digest of those."""
+    """(name, first entry) of each part of a weight -> digest of its entries outside the ticket, if it has any."""
     pieces: dict[str, Tensor | Inactive] = {}
     keys = []
     for local in weights:
@@ -34,20 +34,20 @@ def inactive_digests(weights: Sequence[Local], ticket: Ticket) -> dict[tuple[str
 
 
 def described(weights: Sequence[Local], inactive: Mapping[tuple[str, int], str]) -> tuple[dict[str, Any], list[str]]:
-    """The weights of this process in JSON, and the digests of what they have outside the ticket."""
+    """(description of this process's weights in JSON, digests of their entries outside the ticket)."""
     everything = [[x.name, str(x.tensor.dtype).removeprefix("torch."), list(x.shape)] for x in weights]
     pieces = [[x.name, x.start, x.stop] for x in weights if (x.name, x.start) in inactive]
     return {"weights": everything, "inactive": pieces}, list(inactive.values())
 
 
 def check_base(tensors: Named[Tensor], base: Mapping[str, Any], digests: Sequence[str], ticket: Ticket) -> None:
-    """Compares a model with what `described` told.
+    """Compares a model with the result of `described`.
 
     Args:
-        tensors: of the model.
-        base: as of `described`.
-        digests: as of `described`.
-        ticket: under the names of the publisher.
+        tensors: name -> weight of the model.
+        base: the description.
+        digests: the digests.
+        ticket: the ticket, under the names of the publisher.
 
     Raises:
         ValueError: a weight is missing or has another dtype or shape, or other bits outside the ticket.
@@ -58,8 +58,8 @@ def check_base(tensors: Named[Tensor], base: Mapping[str, Any], digests: Sequenc
         tensor = tensors[name]
         if (str(tensor.dtype), list(tensor.shape)) != (f"torch.{dtype}", shape):
             raise ValueError(
-                f"Follower: {name!r} is {tensor.dtype} {list(tensor.shape)} in the model, torch.{dtype} {shape} in the "
-                "published one; load the model that the trainer began with, in its dtype"
+                f"Follower: {name!r} is {tensor.dtype} {list(tensor.shape)} in the model, but torch.{dtype} {shape} in "
+                "the published one; load the trainer's initial model, in its dtype"
             )
     pieces = [
         Local(name, tensors[name].detach().reshape(-1)[start:stop], start, tensors[name].shape)
@@ -70,5 +70,5 @@ def check_base(tensors: Named[Tensor], base: Mapping[str, Any], digests: Sequenc
         if found.get((piece.name, piece.start)) != digest:
             raise ValueError(
                 f"Follower: {piece.name!r} differs from the published model outside the ticket, where nothing is "
-                "published; load the model that the trainer began with"
+                "published; load the trainer's initial model"
             )

@@ -1,13 +1,14 @@
-"""Slots as few bytes: their values, or what changed against earlier ones.
+"""Encodes slots in few bytes, as their values or as changes from earlier ones.
 
-Two forms, of which the smaller is taken:
+The smaller of two forms is used:
 
 * `VALUES`   the bits of every slot
-* `CHANGES`  of the slots that differ, the number of equal ones before each, and the exclusive or with the earlier bits
+* `CHANGES`  for every slot that differs, the number of equal slots before it, and the exclusive or with its earlier
+bits
 
-Integers are cut into planes, their first bytes, second bytes and so on, because a plane of upper bytes is nearly all
-zeros. A plane of zeros is left out, any other is deflated with run lengths and Huffman codes only (`zlib.Z_RLE`): what
-is in it is close to chance, where a search for repeated strings costs thirty times as much and finds less.
+Integers are split into planes (all first bytes, all second bytes and so on), because a plane of upper bytes is nearly
+all zeros. Planes of zeros are left out. Others are deflated with run lengths and Huffman codes only (`zlib.Z_RLE`):
+they are close to random, so a search for repeated strings would take thirty times as long and find less.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from torch import Tensor
 
 VALUES, CHANGES = "values", "changes"
 
-_PROBE = 1 << 16  # bytes that tell whether a plane gets smaller
+_PROBE = 1 << 16  # bytes that are deflated to see whether a plane gets smaller
 _PIECE = 1 << 18  # slots compared at a time
-_HALF = 1 / 2  # share of changed slots up to which their changes are smaller in any case
+_HALF = 1 / 2  # share of changed slots up to which changes are always smaller than values
 _UNSIGNED: dict[int, np.dtype] = {size: np.dtype(f"<u{size}") for size in (1, 2, 4, 8)}
 
 Encoded = tuple[dict[str, Tensor], dict[str, Any]]
@@ -33,16 +34,19 @@ Encoded = tuple[dict[str, Tensor], dict[str, Any]]
 
 def as_integers(slots: Tensor) -> np.ndarray:
     """A view of the bits of a contiguous tensor on the CPU as unsigned integers."""
-    assert sys.byteorder == "little"  # torch knows no other machines
+    assert sys.byteorder == "little"  # torch supports no other machines
     return slots.view(torch.uint8).numpy().view(_UNSIGNED[slots.element_size()])
 
 
 def encode(slots: Tensor, earlier: Tensor | None) -> Encoded:
-    """The planes of some slots, uint8 tensors, and the facts that `decode` needs (JSON).
+    """Encodes slots.
 
     Args:
         slots: [k] on the CPU, of any dtype.
-        earlier: of the same dtype and length; None: they are not known to who decodes.
+        earlier: [k] of the same dtype, which the decoder must have, or None.
+
+    Returns:
+        (planes as uint8 tensors, facts for `decode` as JSON values)
     """
     new = as_integers(slots)
     if earlier is None:
@@ -56,7 +60,13 @@ def encode(slots: Tensor, earlier: Tensor | None) -> Encoded:
 
 
 def decode(planes: Mapping[str, Tensor], facts: Mapping[str, Any], earlier: Tensor | None, slots: Tensor) -> None:
-    """Fills `slots` with what was encoded; `earlier` may be `slots` itself.
+    """Decodes the result of `encode`.
+
+    Args:
+        planes: name -> plane.
+        facts: as `encode` has returned them.
+        earlier: [k], as given to `encode`; it can be `slots` itself.
+        slots: [k], filled with the decoded values.
 
     Raises:
         ValueError: planes and facts do not fit the number of slots.
@@ -86,7 +96,7 @@ def decode(planes: Mapping[str, Tensor], facts: Mapping[str, Any], earlier: Tens
 
 
 def _changes(new: np.ndarray, old: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where two arrays differ, int64 ascending, and the exclusive or there; in pieces that stay in the cache."""
+    """(int64 positions where two arrays differ, exclusive or there), computed in pieces that fit the cache."""
     places, flips = [np.empty(0, np.int64)], [new[:0]]
     for start in range(0, new.size, _PIECE):
         flipped = new[start : start + _PIECE] ^ old[start : start + _PIECE]
@@ -126,7 +136,7 @@ def _integers(
 
 
 def _deflated(plane: bytes) -> bytes:
-    """The plane deflated, or as it is if that does not make it shorter."""
+    """The deflated plane, or the plane itself if that is not longer."""
     if len(_deflate(plane[:_PROBE])) > 0.97 * min(len(plane), _PROBE):
         return plane
     return min(_deflate(plane), plane, key=len)

@@ -17,11 +17,11 @@ from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.weights.digests import Hash
 from ltp_sparse.weights.reading import FileFormatError
 
-_TRIES = 3  # a publisher may remove old versions while they are read
+_TRIES = 3  # a publisher can remove old versions while they are read
 
 
 class Follower:
-    """Brings a model to the newest version of a store, and keeps it there.
+    """Keeps a model at the newest version of a store.
 
     follower = ls.sync.Follower(model, "weights/")
     while serving:
@@ -29,30 +29,35 @@ class Follower:
             print(version.number)
         ...
 
-    The model begins as the one that the trainer began with; what it holds at the ticket's entries does not matter. The
-    first call reads an anchor and compares everything outside the ticket, the next ones read what changed. Every value
-    of every version is compared with its digest before the model is touched, and all tensors are written or none.
-    The follower itself holds nothing but the ticket and a number.
+    Load the trainer's initial model first; its values at the ticket's entries do not matter. The first call of `follow`
+    reads an anchor version and compares everything outside the ticket. Later calls read changes only. Every value of
+    every version is compared with its digest before the model is changed, and either all tensors are written or none.
+    The follower holds the ticket and the marker of the present version, and no weights.
 
     Args:
-        model: a module, or name -> tensor. Weights that the store does not know stay as they are.
-        store: as of `Publisher`.
+        model: a module or a mapping from names to tensors. Weights that are not in the store are left as they are.
+        store: as for `Publisher`.
 
     Attributes:
-        version: that the model is at; None: it has not followed yet
+        version: the present version of the model; None before the first one.
+
+    Raises:
+        ValueError: a weight of the model is sharded.
     """
 
     def __init__(self, model: Model, store: Store | str | os.PathLike[str]) -> None:
         self._tensors = weights_of(model, "Follower")
         if sharded := [name for name, tensor in self._tensors.items() if is_sharded(tensor)]:
-            raise ValueError(f"Follower: {sharded[0]!r} is sharded; expected a whole model, or name -> whole tensor")
+            raise ValueError(
+                f"Follower: {sharded[0]!r} is sharded; expected a model, or a mapping to tensors, that is not"
+            )
         self._homes = Homes(model, self._tensors, "Follower")
         self._store = open_store(store)
         self._ticket: Ticket | None = None
         self._digest = ""  # of the ticket
-        self._checked = ""  # digest of what was compared outside the ticket
+        self._checked = ""  # digest of the part outside the ticket that was compared last
         self._active = ActiveEntries([], {})
-        self._marker: Marker | None = None  # of the version that the model is at
+        self._marker: Marker | None = None  # that of the present version
 
     @property
     def version(self) -> int | None:
@@ -65,13 +70,13 @@ class Follower:
         """Brings the model to the newest version.
 
         Returns:
-            What changed in the model; None: there is nothing new.
+            The changes of the model, or None if there is no new version.
 
         Raises:
-            ValueError: the model is not the published one, was changed by others at active entries, or a weight was
-                replaced in it.
-            FileFormatError: a version between here and the newest one is missing or damaged.
-            Exception: what a store raises that cannot be reached. The model has its former bits in every case.
+            ValueError: the model is not the published one, other code has changed its active entries or replaced a
+                weight, or the store was replaced.
+            FileFormatError: a version up to the newest one is missing or damaged.
+            Exception: any error of a store that cannot be reached. The model has its previous bits after every error.
         """
         for left in reversed(range(_TRIES)):
             try:
@@ -79,7 +84,7 @@ class Follower:
             except FileNotFoundError as error:
                 if not left:
                     raise FileFormatError(
-                        str(error.filename or error), "is missing, and another file of the store names it"
+                        str(error.filename or error), "is missing, but another file of the store names it"
                     ) from error
         raise AssertionError
 
@@ -107,7 +112,7 @@ class Follower:
         return Version.of(newest.version, base, nbytes, self._active, slots, before)
 
     def _check_run(self, newest: Marker) -> None:
-        """Raises a ValueError if the store has lost the version that the model is at to another one."""
+        """Raises ValueError if the store no longer has the present version of the model, but that of another run."""
         at = self._marker
         if at is None:
             return
@@ -122,10 +127,7 @@ class Follower:
             raise ValueError(f"Follower: {problem}: the store was replaced; make a new Follower")
 
     def _way(self, versions: Sequence[int], newest: Marker) -> tuple[Marker | None, list[Marker]]:
-        """An anchor to begin with, or None for the model as it is, and the versions whose changes come then.
-
-        Of two ways it is that with fewer bytes.
-        """
+        """(anchor to start from, or None for the present model; versions whose changes follow), in the fewest bytes."""
         there, chain, marker, read = set(versions), list[Marker](), newest, 0
         best: tuple[int, Marker, list[Marker]] | None = None
         while True:
@@ -162,10 +164,10 @@ class Follower:
         self._ticket, self._digest, self._active = ticket, digest, active
 
     def _fill(self, marker: Marker, files: Sequence[PartFile], slots: Sequence[Tensor], check: bool = False) -> None:
-        """Decodes the parts of a version into the slots, which are those of its base."""
+        """Decodes the parts of a version in place, over the slots of its base."""
         assert self._ticket is not None
         if marker.ticket != self._digest:
-            raise FileFormatError(records.marker_name(marker.version), "it is of another ticket than a later version")
+            raise FileFormatError(records.marker_name(marker.version), "it has another ticket than a later version")
         parts = [records.read_part(self._store, file, self._ticket) for file in files]
         _check_cover(parts, self._ticket)
         if check:
@@ -178,15 +180,15 @@ class Follower:
             except WrongBase as error:
                 if check or marker.base != self.version:
                     raise FileFormatError(
-                        part.name, f"damaged: other values of {error.name!r} than its digests say"
+                        part.name, f"damaged: the values of {error.name!r} do not match their digests"
                     ) from error
                 raise ValueError(
-                    f"Follower: active entries of {error.name!r} are not those of version {self.version}: others have "
-                    "written to the model since; a new Follower begins with an anchor"
+                    f"Follower: active entries of {error.name!r} are not those of version {self.version}: other "
+                    "code has changed the model since; make a new Follower, which begins with an anchor"
                 ) from error
 
     def _check_base(self, parts: Sequence[Part]) -> None:
-        """Compares what lies outside the ticket, once for each table of digests."""
+        """Compares the entries outside the ticket, unless the digests are those of the last comparison."""
         assert self._ticket is not None
         known = Hash()
         for part in parts:
@@ -195,13 +197,13 @@ class Follower:
             return
         for part in parts:
             if part.base is None:
-                raise FileFormatError(part.name, "an anchor that does not say which model it is of")
+                raise FileFormatError(part.name, "an anchor without a description of its model")
             check_base(self._tensors, part.base, part.base_digests, self._ticket)
         self._checked = known.digest()
 
 
 def _check_cover(parts: Sequence[Part], ticket: Ticket) -> None:
-    """Raises a FileFormatError unless the parts have every slot once."""
+    """Raises FileFormatError unless the parts have every slot exactly once."""
     ranges = sorted((one for part in parts for one in part.ranges), key=lambda one: (one.name, one.first))
     at = dict.fromkeys(ticket.active_names, 0)
     for one in ranges:

@@ -1,4 +1,4 @@
-"""The part of each tensor that this process holds, and the active entries in it, read and written for all at once."""
+"""The parts of tensors that this process holds, and their active entries, which are read and written together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ltp_sparse.weights.tensors import check_plain_tensor
 from ltp_sparse.weights.versions import open_weights
 
 Model = nn.Module | Mapping[str, Any]
-"""A module, or name -> tensor."""
+"""A module, or a mapping from names to tensors."""
 
 
 class Local(NamedTuple):
@@ -34,7 +34,7 @@ class Local(NamedTuple):
 
 
 def model_of(source: Any) -> Any:
-    """The model of an optimizer; without one, what it trains. Anything else as it is."""
+    """The model of an optimizer, or its trained parameters if it has none. Any other object is returned as it is."""
     if not isinstance(source, MaskedAdamW):
         return source
     return source.named_members() if source.model is None else source.model
@@ -47,7 +47,9 @@ def weights_of(source: Model, what: str) -> Named[Any]:
         return Named({name: parameters[name] for name in weights}, weights.aliases)
     if isinstance(source, Mapping):
         return canonical_tensors(source)
-    raise TypeError(f"{what}: expected a model, name -> tensor or a MaskedAdamW, got {type(source).__name__}")
+    raise TypeError(
+        f"{what}: expected a model, a mapping from names to tensors or a MaskedAdamW, got {type(source).__name__}"
+    )
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -55,12 +57,12 @@ def is_sharded(tensor: Any) -> bool:
 
 
 class Homes:
-    """Where a model keeps its weights, to see that it still does. FSDP2 itself replaces sharded ones: not of those.
+    """Notices when weights of a model are replaced. Sharded weights, which FSDP2 itself replaces, are not watched.
 
     Args:
         model: the model.
-        weights: of it, as `weights_of` gives them.
-        what: "Publisher" or "Follower".
+        weights: its weights, as `weights_of` returns them.
+        what: "Publisher" or "Follower", for messages.
     """
 
     def __init__(self, model: Model, weights: Mapping[str, Any], what: str) -> None:
@@ -85,7 +87,7 @@ class Homes:
 
 
 def have_moved(weights: Mapping[str, Any], parts: Iterable[Local]) -> bool:
-    """Whether weights lie elsewhere than when their parts were taken, as after `model.to(...)`."""
+    """Whether weights have moved in memory since their parts were taken, e.g. by `model.to(...)`."""
     for name, tensor, *_ in parts:
         now = weights[name].to_local() if is_sharded(weights[name]) else weights[name]
         if now.data_ptr() != tensor.data_ptr() or now.device != tensor.device or now.dtype != tensor.dtype:
@@ -94,11 +96,11 @@ def have_moved(weights: Mapping[str, Any], parts: Iterable[Local]) -> bool:
 
 
 def local_part(name: str, tensor: Any, what: str) -> Local | None:
-    """What this process holds of a tensor. None: another one holds the same, or this one holds nothing.
+    """The part of a tensor that this process publishes: None if it holds nothing, or if another one holds the same.
 
     Raises:
-        ValueError: a DTensor that is not sharded by rows.
-        TypeError: another subclass of tensors.
+        ValueError: it is a DTensor that is not sharded by rows.
+        TypeError: it is of another subclass of tensors.
     """
     if not is_sharded(tensor):
         check_plain_tensor(tensor, f"{what}: {name!r}")
@@ -110,7 +112,7 @@ def local_part(name: str, tensor: Any, what: str) -> Local | None:
     if not all(type(p) is Replicate or (type(p) is Shard and p.dim == 0) for p in placements):
         raise ValueError(
             f"{what}: {name!r} is placed as {tuple(placements)}; expected shards of rows, Shard(0), and replicas. "
-            "Redistribute it, or publish from a model that is not cut otherwise"
+            "Redistribute it, or publish a model that is sharded in this way"
         )
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, placements)
     replica = coordinate is None or any(c and type(p) is Replicate for p, c in zip(placements, coordinate, strict=True))
@@ -120,16 +122,16 @@ def local_part(name: str, tensor: Any, what: str) -> Local | None:
 
 
 class ActiveEntries:
-    """The active entries of some parts of tensors, with a launch per device and dtype.
+    """The active entries of parts of tensors, read and written by one launch per device and dtype.
 
     Args:
         parts: the parts.
-        sets: name -> the active entries of the part.
+        sets: name -> active entries of the part.
 
     Attributes:
-        parts: name -> part
-        sets: name -> the active entries of the part
-        groups: the entries of each device and dtype
+        parts: name -> part.
+        sets: name -> active entries of the part.
+        groups: the entries of each device and dtype.
     """
 
     def __init__(self, parts: Iterable[Local], sets: Mapping[str, IndexSet]) -> None:
@@ -144,7 +146,7 @@ class ActiveEntries:
         return [group.gather(self._tensors).cpu() for group in self.groups]
 
     def named(self, slots: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Name -> its part of the slots of the groups, views of them."""
+        """Name -> its slots, as views of those of the groups."""
         found: dict[str, Tensor] = {}
         for group, values in zip(self.groups, slots, strict=True):
             found |= group.split(values)
@@ -152,7 +154,7 @@ class ActiveEntries:
 
     @torch.no_grad()
     def scatter_(self, slots: Sequence[Tensor], before: Sequence[Tensor]) -> None:
-        """Writes the slots of all groups, or of none: an interruption leaves those of `before`."""
+        """Writes the slots of all groups. After an interruption, all groups have the values of `before`."""
         new, old = ([v.to(g.device) for g, v in zip(self.groups, side, strict=True)] for side in (slots, before))
         with restoring([HeldEntries(g, self._tensors, v) for g, v in zip(self.groups, old, strict=True)]):
             for group, values in zip(self.groups, new, strict=True):

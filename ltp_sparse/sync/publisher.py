@@ -1,4 +1,4 @@
-"""`Publisher`: writes versions of a model to a store, as what changed on a ticket since the version before."""
+"""`Publisher`: writes versions of a model to a store, as the changes of a ticket's entries since the last version."""
 
 from __future__ import annotations
 
@@ -33,39 +33,39 @@ from ltp_sparse.weights.names import match_names
 
 
 class Publisher:
-    """Publishes versions of a model that trains, for any number of followers.
+    """Publishes versions of a model during training, for any number of followers.
 
     publisher = ls.sync.Publisher(model, ticket, "weights/")
     for step, batch in enumerate(batches):
         ...
         publisher.publish(step)
 
-    With a ticket, a version costs what changed on the ticket: neither a copy of the model nor indices, and time in
-    proportion to the ticket. The ticket is written once. Without one, every weight is compared with a copy of the last
-    version that the publisher holds on the host. Changed are bits, so that 0 and -0 differ.
+    With a ticket, which is written once, a version has only the changes of the ticket's entries: no copy of the model
+    and no indices, and publishing takes time in proportion to the ticket. Without a ticket, every weight is compared
+    with a copy of the last version, which the publisher holds on the host. Bits are compared, so 0 and -0 differ.
 
-    Every `anchor_every`th version also is an anchor, which holds all active values: there a newcomer begins. So does
-    the first version of every process, which makes a trainer that was killed continue without knowing what the store
-    holds. Weights outside the ticket are digested when the publisher is made, and compared at every anchor.
+    Every `anchor_every`-th version is also an anchor version, which has all active values and with which new followers
+    begin. The first version of every publisher is one, too, so that a restarted trainer need not read the store.
+    Weights outside the ticket are digested when the publisher is made, and compared at every anchor version.
 
-    Of an FSDP2 model each process publishes the rows that it has, and all of them make the same calls; the version is
-    committed when every part is in the store.
+    For an FSDP2 model, each process publishes its own rows, and all processes must make the same calls. A version is
+    committed when all of its parts are in the store.
 
     Args:
-        model: a module, name -> tensor, or the MaskedAdamW that trains it. Its optimizer must train nothing outside the
-            ticket (of an optimizer this is checked): `ticket | Ticket.full(model, pool=r"^head\\.")` adds a head.
-        ticket: the entries that change; None: any weight may.
+        model: a module, a mapping from names to tensors, or the MaskedAdamW that trains it. Nothing outside the ticket
+            may train, which is checked for an optimizer. `ticket | Ticket.full(model, pool=r"^head\\.")` adds a head.
+        ticket: the entries that change; None: any weight can change.
         store: a folder, a URL of fsspec, or a store (`ltp_sparse.sync.stores`).
-        anchor_every: versions from an anchor to the next.
-        keep: anchors that are kept, with all versions from the oldest of them on; older versions are removed.
-        group: the processes of a sharded model; default: all.
+        anchor_every: the number of versions from one anchor version to the next.
+        keep: the number of anchor versions to keep. Versions before the oldest of them are removed.
+        group: the process group of a sharded model; None: the default one.
 
     Attributes:
-        version: the newest one in the store when the publisher was made, or that it has published; None: there is none
+        version: the latest version of this publisher, or the newest in the store before; None if there is none.
 
     Raises:
-        ValueError: the store has another ticket, the ticket does not fit the model, or a weight is sharded other than
-            by rows.
+        ValueError: the store has another ticket, the ticket does not fit the model, or a weight is sharded, but not by
+            rows.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Publisher:
         return f"Publisher({self._ticket!r}, {self._store!r}, version {self.version})"
 
     def _locate(self) -> None:
-        """Finds the weights in memory."""
+        """Notes the places of the weights in memory."""
         parts = [local_part(name, weight, "Publisher") for name, weight in self._weights.items()]
         self._parts = [part for part in parts if part is not None]
         self._active = _active(self._parts, self._ticket)
@@ -114,14 +114,14 @@ class Publisher:
         return Range(name, self._ticket.entries(name, 0, start).k if start else 0, k)
 
     def _follow_moves(self) -> bool:
-        """Finds the weights again if they have moved; true if so."""
+        """Whether the weights have moved in memory; if so, notes their new places."""
         self._homes.check()
         if moved := have_moved(self._weights, self._parts):
             self._locate()
         return moved
 
     def _together(self, work: Callable[[], Any]) -> list[Any]:
-        """What `work` gives on each process; an error on one is raised on all."""
+        """The results of `work` on all processes. An error on one is raised on all of them."""
         return [work()] if self._team is None else self._team.every(work, lambda result: result)[1]
 
     @property
@@ -129,7 +129,7 @@ class Publisher:
         return self._team is None or self._team.rank == 0
 
     def _open(self) -> tuple[int | None, str]:
-        """Removes what a killed publisher left; the newest version, and its run or a new one."""
+        """Removes the leftovers of a killed publisher. Returns (newest version, its run or a new one)."""
         names = self._store.names()
         versions, run = records.versions(names), secrets.token_hex(8)
         if versions:
@@ -147,18 +147,19 @@ class Publisher:
         return versions[-1] if versions else None, run
 
     def publish(self, version: int | None = None) -> Version:
-        """Writes the weights as they are now as the next version. When it returns, followers can have them.
+        """Writes the present weights as the next version. Followers can read it as soon as this method returns.
 
         Args:
-            version: its number, above that of the last one; default: the next.
+            version: its number, which must be above the last one; None: the next number.
 
         Returns:
-            What changed; of a sharded model, on this process.
+            The changes; for a sharded model, those of this process.
 
         Raises:
-            ValueError: the number is not above the last one, another publisher has written to the store, or the model
-                has another tensor in the place of a weight.
-            RuntimeError: a weight outside the ticket has changed (seen at anchors). Nothing is published then.
+            ValueError: the number is not above the last one, another publisher has written to the store, or a weight of
+                the model was replaced.
+            RuntimeError: a weight outside the ticket has changed, which is checked for anchor versions. Nothing is
+                published then.
         """
         number = (-1 if self.version is None else self.version) + 1 if version is None else int(index(version))
         moved, numbers = zip(*self._together(lambda: (self._follow_moves(), number)), strict=True)
@@ -187,8 +188,8 @@ class Publisher:
         def commit() -> None:
             if (found := sum(count for count, _, _ in written)) != self._ticket.k:
                 raise ValueError(
-                    f"Publisher: the processes have {found:,} of the {self._ticket.k:,} entries of the ticket; every "
-                    "one must be on exactly one process, replicas aside"
+                    f"Publisher: the processes have {found:,} of the {self._ticket.k:,} entries of the ticket; but "
+                    "for replicas, each must be on exactly one process"
                 )
             if self._first:
                 self._check_parts(marker)
@@ -209,8 +210,9 @@ class Publisher:
         newest = max(records.versions(self._store.names()), default=None) if self._first else self.version
         if newest != self.version:
             raise ValueError(
-                f"Publisher: the newest version in {self._store!r} is {newest}, this publisher's is {self.version}: "
-                "another one has written to the store, or the last call was interrupted; make a new Publisher"
+                f"Publisher: the newest version in {self._store!r} is {newest}, but this publisher's is "
+                f"{self.version}: another one has written to the store, or the last call was interrupted; make "
+                "a new Publisher"
             )
         if not 0 <= number < 10**12 or (newest is not None and number <= newest):
             raise ValueError(
@@ -224,8 +226,8 @@ class Publisher:
         names = self._store.names()
         if missing := [part.name for part in (*marker.changes, *marker.anchor) if part.name not in names]:
             raise ValueError(
-                f"Publisher: process 0 has no {missing[0]} of another process in {self._store!r}; every process must "
-                "publish to the same store, which a folder of each machine is not"
+                f"Publisher: process 0 does not see {missing[0]} of another process in {self._store!r}; all processes "
+                "must publish to one store, not to folders of their machines"
             )
 
     def _write(self, number: int, slots: list[Tensor], anchor: bool) -> tuple[list[PartFile], list[PartFile]]:
@@ -265,6 +267,6 @@ def _check_trained(weights: Mapping[str, Any], ticket: Ticket) -> None:
     outside = [name for name in weights if name not in ticket.sets or not ticket.sets[name].k]
     if outside:
         raise ValueError(
-            f"Publisher: the optimizer trains {outside[0]!r} in full, which is not in the ticket ({len(outside)} "
+            f"Publisher: the optimizer trains {outside[0]!r} in full, but it is not in the ticket ({len(outside)} "
             "weights in all); publish ticket | Ticket.full(model, pool=...)"
         )

@@ -1,11 +1,11 @@
-"""What lies in a store, as files that are checked when they are read.
+"""The files of a store, which are verified when they are read.
 
     ticket-DIGEST.safetensors       the ticket, once
-    v000000000012-changes-0.safetensors   a process's part of version 12: what changed since the version before
-    v000000000012-anchor-0.safetensors    a process's part of an anchor: all slots, and what a base model must hold
-    v000000000012.json              the commit marker, written last: version, base, and the parts with their digests
+    v000000000012-changes-0.safetensors   a process's part of version 12: the changes since the version before
+    v000000000012-anchor-0.safetensors    a process's part of an anchor: all slots, and a description of the base model
+    v000000000012.json              the marker, written last: version, base, and the parts with their digests
 
-Without its marker a version does not exist, whatever else of it lies there.
+A version without its marker does not exist, even if its parts are there.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Range(NamedTuple):
 
 @dataclass(frozen=True)
 class PartFile:
-    """A file of a version, as its marker names it."""
+    """A file of a version, as listed in its marker."""
 
     name: str
     nbytes: int
@@ -54,15 +54,15 @@ class PartFile:
 
 @dataclass(frozen=True)
 class Marker:
-    """That a version is complete.
+    """The marker that commits a version.
 
     Attributes:
-        version: its number
-        base: the version that its changes apply to; None: there are no changes, only an anchor
-        ticket: the digest of the ticket
-        changes: the files of its changes, one per process
-        anchor: the files of its anchor; empty for most versions
-        run: made by chance with the first version of a store, and the same in all later ones
+        version: its number.
+        base: the version to which its changes apply; None if it has no changes, only an anchor.
+        ticket: the digest of the ticket.
+        changes: the files of its changes, one per process.
+        anchor: the files of its anchor; empty for most versions.
+        run: a random string that is drawn with the first version of a store and kept in all later ones.
     """
 
     version: int
@@ -92,12 +92,12 @@ def ticket_name(digest: str) -> str:
 
 
 def versions(names: set[str]) -> list[int]:
-    """The committed ones, ascending."""
+    """The numbers of committed versions, ascending."""
     return sorted(int(found[1]) for name in names if (found := _MARKER.fullmatch(name)))
 
 
 def outdated(names: set[str], keep: int) -> list[str]:
-    """What a store can do without: versions before the `keep` newest anchors, and parts without a marker.
+    """The files to remove: those of versions before the `keep` newest anchors, and parts without a marker.
 
     Markers come first, so that an interruption leaves no marker without its parts.
     """
@@ -119,13 +119,18 @@ def write_marker(store: Store, marker: Marker) -> None:
 
 
 def checksum(facts: Mapping[str, Any]) -> str:
-    """Of the facts of a marker."""
+    """The checksum of the facts of a marker."""
     return Hash().update(json.dumps(facts, sort_keys=True).encode()).digest()
 
 
 @reader("marker of a version")
 def read_marker(store: Store, version: int) -> Marker:
-    """Raises FileNotFoundError, or FileFormatError for a damaged marker."""
+    """The marker of a version.
+
+    Raises:
+        FileNotFoundError: there is none.
+        FileFormatError: it is damaged.
+    """
     name = marker_name(version)
     facts = parse_json(decoded(store.read(name), name), name)
     with files.understanding(name, _KIND):
@@ -156,7 +161,7 @@ def read_ticket(store: Store, digest: str) -> Ticket:
 
 
 class Group(NamedTuple):
-    """Slots of one dtype, of several parameters."""
+    """Slots of several parameters of one dtype."""
 
     ranges: list[Range]
     slots: Tensor
@@ -175,12 +180,15 @@ def write_part(
 
     Args:
         store: the store.
-        name: of the file.
-        names: the ticket's active parameters; a range is stored with the position of its name there.
+        name: the name of the file.
+        names: the ticket's active parameters. A range is stored with the position of its name in this list.
         groups: the slots of this process.
-        earlier: those of the version before, per group; None for an anchor.
-        base: JSON, for an anchor: what a model must hold outside the ticket.
-        digests: of what `base` names, in its order.
+        earlier: for each group, the slots of the version before; None for an anchor.
+        base: for an anchor, the description of the base model (JSON values, see `sync.base.described`).
+        digests: the digests that belong to `base`.
+
+    Returns:
+        The file, for the marker.
     """
     place = {parameter: position for position, parameter in enumerate(names)}
     tensors: dict[str, Tensor] = {}
@@ -203,7 +211,7 @@ def write_part(
 
 
 class Part(NamedTuple):
-    """A part as read: `fill` has the slots decoded; `base` and its digests only in an anchor."""
+    """A part that was read, whose slots `fill` decodes. `base` and its digests are those of an anchor."""
 
     name: str
     groups: list[dict[str, Any]]
@@ -250,7 +258,7 @@ class Part(NamedTuple):
 
 
 def _one_block(pieces: Sequence[Tensor]) -> Tensor:
-    """Pieces one after the other: a view where they lie so in one buffer, else a copy."""
+    """The pieces in one tensor: a view if they follow each other in one buffer, else a copy."""
     after = pieces[0].data_ptr()
     for piece in pieces:
         if piece.data_ptr() != after or piece.untyped_storage().data_ptr() != pieces[0].untyped_storage().data_ptr():
@@ -260,7 +268,7 @@ def _one_block(pieces: Sequence[Tensor]) -> Tensor:
 
 
 class WrongBase(ValueError):
-    """Slots, once changed, are not those that were published."""
+    """The decoded slots do not match the published digests."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -269,7 +277,7 @@ class WrongBase(ValueError):
 
 @reader("part of a version")
 def read_part(store: Store, part: PartFile, ticket: Ticket) -> Part:
-    """A part whose bytes are those that the marker names.
+    """Reads a part and compares it with the digest in its marker.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -278,7 +286,7 @@ def read_part(store: Store, part: PartFile, ticket: Ticket) -> Part:
     content = store.read(part.name)
     if len(content) != part.nbytes or Hash(part.digest).update(content).digest() != part.digest:
         raise FileFormatError(
-            part.name, f"its {len(content):,} bytes are not the {part.nbytes:,} bytes that its marker names"
+            part.name, f"its {len(content):,} bytes are not the {part.nbytes:,} bytes that its marker lists"
         )
     tensors, facts = files.from_bytes(content, part.name, "part of a version")
     with files.understanding(part.name, "part of a version"):
@@ -301,7 +309,7 @@ def read_part(store: Store, part: PartFile, ticket: Ticket) -> Part:
 
 
 def _check_described(base: Mapping[str, Any], digests: int) -> None:
-    """Raises ValueError, or an error of missing keys and wrong types, unless `base` is as `sync.base` writes it."""
+    """Raises ValueError, KeyError or TypeError unless `base` has the form that `sync.base.described` gives it."""
     sizes = {name: math.prod(shape) for name, _, shape in base["weights"]}
     if len(base["inactive"]) != digests:
         raise ValueError(f"{digests} digests of {len(base['inactive'])} parts outside the ticket")

@@ -12,10 +12,10 @@ from ltp_sparse.weights.files import atomic_path
 
 @runtime_checkable
 class Store(Protocol):
-    """Names and their contents. What is written appears whole or not at all."""
+    """A flat list of names with contents. A write takes effect completely or not at all."""
 
     def names(self) -> set[str]:
-        """All names, as they are now."""
+        """All present names."""
         ...
 
     def read(self, name: str) -> bytes:
@@ -27,12 +27,12 @@ class Store(Protocol):
         ...
 
     def remove(self, name: str) -> None:
-        """Removes a name; nothing happens if it is gone already."""
+        """Removes a name. Does nothing if there is no such name."""
         ...
 
 
 class FolderStore:
-    """A folder, made by the first write. On network file systems as good as their `rename`."""
+    """A folder, which the first write creates. Network file systems must have an atomic `rename`."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
@@ -58,11 +58,11 @@ class FolderStore:
 
 
 class FsspecStore:
-    """A folder of an fsspec file system. Object stores (S3, GCS, ...) write whole objects, as is needed here.
+    """A folder of an fsspec file system whose writes are atomic, as those of object stores are (S3, GCS, ...).
 
     Args:
-        filesystem: of fsspec.
-        folder: its path there.
+        filesystem: a file system of fsspec.
+        folder: the path of the folder in it.
     """
 
     def __init__(self, filesystem: Any, folder: str) -> None:
@@ -92,12 +92,17 @@ class FsspecStore:
 
 
 def open_store(store: Store | str | os.PathLike[str]) -> Store:
-    """The store at a place: a folder, a URL of fsspec as "s3://bucket/run", or a store, which is given back."""
+    """The store for a folder or a URL of fsspec such as "s3://bucket/run". A store is returned as it is.
+
+    Raises:
+        ImportError: a URL needs fsspec, which is not installed.
+        TypeError: it is none of these.
+    """
     if isinstance(store, str) and "://" in store:
         try:
             from fsspec.core import url_to_fs
         except ImportError as error:
-            raise ImportError(f"{store!r} needs fsspec: pip install fsspec; a folder needs nothing") from error
+            raise ImportError(f"{store!r} needs fsspec: pip install fsspec; a folder does not need it") from error
         filesystem, folder = url_to_fs(store)
         protocols = [filesystem.protocol] if isinstance(filesystem.protocol, str) else filesystem.protocol
         return FolderStore(folder) if "file" in protocols else FsspecStore(filesystem, folder)

@@ -1,4 +1,4 @@
-"""`Version`: what a publication or a step of a follower has changed."""
+"""`Version`: the changes that a publisher has written or a follower has applied."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Change(NamedTuple):
     """Entries of a parameter that changed.
 
     Attributes:
-        name: its canonical name
-        indices: int64 [c], flat row-major positions in the whole parameter, ascending
-        values: [c], the new values
-        shape: of the whole parameter
+        name: the canonical name of the parameter.
+        indices: int64 [c], flat row-major positions in the whole parameter, ascending.
+        values: [c], the new values.
+        shape: the shape of the whole parameter.
     """
 
     name: str
@@ -31,14 +31,14 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Version:
-    """A version of the weights, and how it differs from the one before.
+    """A version of the weights and its changes from the version before.
 
-    It holds the slots of both: drop it when it has been used.
+    It holds the slots of both versions, so do not keep it longer than needed.
 
     Attributes:
-        number: of this version
-        base: the version before; None: it was not known, and every active entry counts as changed
-        nbytes: written to, or read from the store by this process
+        number: the number of this version.
+        base: the version before; None if it is unknown, in which case every active entry counts as changed.
+        nbytes: bytes that this process has written to the store or read from it.
     """
 
     number: int
@@ -58,13 +58,13 @@ class Version:
         slots: Sequence[Tensor],
         earlier: Sequence[Tensor] | None,
     ) -> Version:
-        """From the slots of the groups of `active`, and those before."""
+        """Makes a version from the slots of the groups of `active`, and from those of the version before."""
         return cls(
             number, base, nbytes, active, active.named(slots), None if earlier is None else active.named(earlier)
         )
 
     def changes(self) -> Iterator[Change]:
-        """The entries whose bits differ, parameter by parameter; of a sharded model, those of this process."""
+        """Yields the entries whose bits differ, by parameter; for a sharded model, those of this process."""
         for name, part in self._active.parts.items():
             slots, indices = self._slots[name], self._active.sets[name].indices().cpu().add_(part.start)
             if self._earlier is not None:

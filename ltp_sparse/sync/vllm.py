@@ -1,4 +1,4 @@
-"""Sparse patches in the form of vLLM, which applies them in checkpoint coordinates while it serves."""
+"""Sparse patches for vLLM, which applies them to tensors by their names in the checkpoint while it serves."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _MOST = 2**31  # entries of a tensor that int32 can count
 
 @dataclass
 class SparseWeightPatch:
-    """New values of some entries of a checkpoint's tensor: the fields of vLLM's class of this name.
+    """New values of some entries of a checkpoint's tensor, with the fields of vLLM's class of this name.
 
     Attributes:
-        name: of the tensor in the checkpoint
-        indices: int32 [c], flat row-major positions, ascending
-        values: [c], in the tensor's dtype
-        full_shape: of the whole tensor
+        name: the name of the tensor in the checkpoint.
+        indices: int32 [c], flat row-major positions, ascending.
+        values: [c], in the tensor's dtype.
+        full_shape: the shape of the whole tensor.
     """
 
     name: str
@@ -37,15 +37,18 @@ def vllm_patches(source: Version | SparseDelta) -> Iterator[SparseWeightPatch]:
 
     engine.send_weights(ls.sync.vllm_patches(publisher.publish(step)))
 
-    vLLM takes them by name as its own class. A version gives what changed since the one before; a delta gives all its
-    values. Values of a sharded model are those of this process.
+    vLLM reads the fields by name, like those of its own class. Patches of a version have its changes from the version
+    before; those of a delta have all of its values. For a sharded model they are those of this process.
 
     Args:
-        source: what `publish`, `follow` or training gave.
+        source: the result of `publish` or `follow`, or a delta.
+
+    Yields:
+        One patch per tensor.
 
     Raises:
-        ValueError: a tensor has 2^31 entries or more, which int32 cannot number, or a value is NaN, which marks entries
-            that stay in vLLM; nothing has been yielded then.
+        ValueError: a tensor has more than 2^31 entries, which int32 cannot number, or a value is NaN, with which vLLM
+            marks unchanged entries. Nothing has been yielded then.
     """
     changes = list(source.changes() if isinstance(source, Version) else _of_delta(source))
     for change in changes:
@@ -74,12 +77,12 @@ def _of_delta(delta: SparseDelta) -> Iterator[Change]:
 def write_vllm_patches(
     source: Version | SparseDelta | Iterable[SparseWeightPatch], folder: str | os.PathLike[str], version: int
 ) -> None:
-    """Writes the file of a version for vLLM's `sparse_disk` backend, by vLLM's own writer.
+    """Writes the file of a version for vLLM's `sparse_disk` backend, with vLLM's own writer.
 
     Args:
-        source: a version, a delta, or patches; the changes from version - 1 to this one.
+        source: a version, a delta, or patches, with the changes from `version - 1` to `version`.
         folder: the `patch_dir` of the backend.
-        version: the version that the patches lead to.
+        version: the number of the version.
 
     Raises:
         ImportError: this vLLM has no `sparse_disk` backend, or vLLM is not installed.
@@ -88,8 +91,8 @@ def write_vllm_patches(
         from vllm.distributed.weight_transfer.sparse_disk_engine import save_sparse_patches
     except ImportError as error:
         raise ImportError(
-            "write_vllm_patches needs a vLLM with the sparse_disk backend, whose writer alone knows the form of its "
-            "files; followers of a store need no vLLM"
+            "write_vllm_patches needs a vLLM with the sparse_disk backend, whose writer defines the files' format; "
+            "followers do not need vLLM"
         ) from error
     patches = vllm_patches(source) if isinstance(source, Version | SparseDelta) else source
     save_sparse_patches(patches=list(patches), patch_dir=os.fspath(folder), version=version)

@@ -207,7 +207,7 @@ def test_other_models_and_tickets_are_refused(pair, tmp_path):
             Follower(other, tmp_path).follow()
     with pytest.raises(ValueError, match="no weight .*of shape"):
         Follower(nn.Linear(3, 3), tmp_path).follow()
-    with pytest.raises(ValueError, match="expected a whole model|has no weight 'norm.bias'"):
+    with pytest.raises(ValueError, match="has no weight 'norm.bias'"):
         Follower({n: p for n, p in before.items() if n != "norm.bias"}, tmp_path).follow()
     Follower(served, tmp_path).follow()
     assert_same(before, weights(served))
@@ -347,7 +347,7 @@ def test_a_record_of_other_weights_is_refused(store, tmp_path):
     run = records.read_marker(FolderStore(store[0]), 3).run
     marker = records.read_marker(FolderStore(tmp_path / "other"), 3)
     records.write_marker(FolderStore(store[0]), replace(marker, run=run))
-    refused(store, "damaged: other values of")
+    refused(store, "damaged: the values of")
 
 
 def test_a_model_that_others_changed_is_refused_and_a_new_follower_is_not(store):
@@ -356,7 +356,7 @@ def test_a_model_that_others_changed_is_refused_and_a_new_follower_is_not(store)
     at = int(ls.Ticket.load(next(path.glob("ticket*"))).indices(name)[0])
     with torch.no_grad():
         follower._tensors[name].view(-1)[at] += 1
-    with pytest.raises(ValueError, match=f"entries of '{name}' are not those of version 1: others have written"):
+    with pytest.raises(ValueError, match=f"entries of '{name}' are not those of version 1: other code has"):
         follower.follow()
     again = Follower(dict(follower._tensors), path)
     assert again.follow().number == 3

@@ -145,7 +145,7 @@ def placements(rank, mesh, folder):
     columns = {"a": distribute_tensor(whole["a"], mesh, [Shard(1)])}
     with pytest.raises(ValueError, match=r"'a' is placed as .*expected shards of rows"):
         Publisher(columns, None, f"{folder}/columns")
-    with pytest.raises(ValueError, match="is sharded; expected a whole model"):
+    with pytest.raises(ValueError, match="is sharded; expected a model, or a mapping"):
         Follower(tensors, f"{folder}/places")
 
 
