@@ -16,9 +16,9 @@ from ltp_sparse.weights.tensors import TILE
 WORDS_PER_TILE = TILE // 32
 
 listed: dict[str, Callable[[Tensor, Tensor], bool]] = {}
-"""Type of a device -> what fills int16 [k] with the positions of the k set bits of a bitmap, or says that it cannot.
+"""Type of a device -> function that fills int16 [k] with the positions of the k set bits of a bitmap, if it can.
 
-`ltp_sparse.backends` enters what it has. torch finds positions by reading a byte for every bit.
+`ltp_sparse.backends` adds its functions. In torch, finding positions takes a byte per bit.
 """
 
 
@@ -71,7 +71,7 @@ def shifted_words(words: Tensor, by: int) -> Tensor:
 
 
 def to_uint16_bits(numbers: Tensor) -> Tensor:
-    """The lowest 16 bits of int64 numbers: of an entry of a parameter, its position in its tile."""
+    """The lowest 16 bits of int64 numbers. For entries of a parameter, these are the positions in their tiles."""
     return numbers.contiguous().view(torch.int16)[::4].contiguous()  # little-endian, as bitmaps are
 
 

@@ -1,4 +1,4 @@
-"""From a share of a model to a number of entries."""
+"""The number of entries that a share of a model stands for."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def as_share(share: Any, what: str = "density") -> Fraction:
     """A share in [0, 1] in exact decimals: 0.2 means one fifth.
 
     Args:
-        share: an int, a float, a Fraction or a Decimal, or a numpy number.
-        what: its name in the message.
+        share: an int, a float, a Fraction, a Decimal or a numpy number.
+        what: its name, for messages.
 
     Raises:
         TypeError: `share` is no number; True and "0.2" do not count as numbers.
@@ -32,14 +32,19 @@ def as_share(share: Any, what: str = "density") -> Fraction:
 
 
 def entries_for(pool: int, *, density: float | None = None, k: int | None = None) -> int:
-    """floor(density * pool), see `as_share`, or k; at most the pool.
+    """floor(density * pool), computed in exact decimals (`as_share`), or k.
+
+    Args:
+        pool: entries of the pool.
+        density: the share.
+        k: the number, instead of `density`.
 
     Raises:
         TypeError: `density` is no number, or `k` no integer.
         ValueError: neither or both are given, or the value does not fit the pool.
     """
     if (density is None) == (k is None):
-        raise ValueError(f"give either density= or k=, got density={density} and k={k}")
+        raise ValueError(f"pass either density= or k=, got density={density} and k={k}")
     if density is not None:
         return math.floor(as_share(density) * pool)
     if isinstance(k, bool) or not isinstance(k, numbers.Integral):

@@ -69,8 +69,8 @@ class IndexSet:
     """The active entries of one parameter.
 
     Attributes:
-        n: entries of the parameter
-        encoding: the encoding of `data`
+        n: entries of the parameter.
+        encoding: the encoding of `data`.
         data: FULL: empty. BITMAP: int32 [bitmap_words(n)], bit j of word w is entry 32 w + j, bits past n are zero.
             LIST16: int16 [k] with uint16 bits, positions inside their tiles, ascending
         tile_counts: int64 [ceil(n / TILE)], active entries of every tile
@@ -99,7 +99,15 @@ class IndexSet:
 
     @classmethod
     def from_bitmap(cls, words: Tensor, n: int) -> IndexSet:
-        """Adopts `words` (int32 [bitmap_words(n)]) without a copy; a bitmap of ones becomes FULL."""
+        """A set from a bitmap, which it uses without a copy. A bitmap of ones becomes FULL.
+
+        Args:
+            words: int32 [bitmap_words(n)], without bits past n.
+            n: entries of the parameter.
+
+        Raises:
+            ValueError: dtype or shape differ, or there are bits past n.
+        """
         if words.dtype != torch.int32 or words.shape != (bitmap_words(n),):
             raise ValueError(
                 f"IndexSet: a bitmap of {n} entries is int32 [{bitmap_words(n)}], got {words.dtype} {list(words.shape)}"
@@ -113,7 +121,7 @@ class IndexSet:
 
     @classmethod
     def of_counted(cls, words: Tensor, n: int, counts: Tensor, k: int) -> IndexSet:
-        """`from_bitmap` for callers that know the counts; nothing is checked.
+        """Like `from_bitmap`, for callers that know the counts. Nothing is checked.
 
         Args:
             words: int32 [bitmap_words(n)], without bits past n.
@@ -135,7 +143,15 @@ class IndexSet:
 
     @classmethod
     def from_indices(cls, indices: Tensor, n: int) -> IndexSet:
-        """A set of integer indices [k], unique, ascending, 0 <= index < n."""
+        """A set from indices.
+
+        Args:
+            indices: integers [k], unique, ascending, 0 <= index < n.
+            n: entries of the parameter.
+
+        Raises:
+            ValueError: they are not.
+        """
         if indices.numel() and (indices.dim() != 1 or indices.dtype == torch.bool or indices.is_floating_point()):
             raise ValueError(
                 f"IndexSet: expected integer indices [k], got {indices.dtype} {list(indices.shape)}; "
@@ -157,7 +173,16 @@ class IndexSet:
 
     @classmethod
     def from_list16(cls, positions: Tensor, tile_counts: Tensor, n: int) -> IndexSet:
-        """Adopts positions (int16 with uint16 bits) and tile counts (int64) after checking all of them."""
+        """A set from a list, which it uses without a copy after checking all of it.
+
+        Args:
+            positions: int16 [k] with uint16 bits, the positions inside the tiles.
+            tile_counts: int64 [tiles_of(n)], active entries of each tile.
+            n: entries of the parameter.
+
+        Raises:
+            ValueError: they do not fit each other, or positions are not ascending.
+        """
         fits = tile_counts.shape == (tiles_of(n),)  # checked before memory of that size is allocated
         lengths = cls.full(n, positions.device).tile_counts if fits else tile_counts
         if not fits or bool((tile_counts < 0).any() | (tile_counts > lengths).any()):
@@ -186,7 +211,7 @@ class IndexSet:
         return torch.cat([empty, *(indices for _, indices in self.chunks())])
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """Yields (first slot, int64 indices) in ascending order, some at a time."""
+        """Yields (first slot, int64 indices) in ascending order, some tiles at a time."""
         slot = 0
         tiles = _CHUNK // TILE
         for tile in range(0, self.tile_counts.numel(), tiles):
@@ -255,15 +280,16 @@ class IndexSet:
         return replace(self, data=self.data.to(device), tile_counts=self.tile_counts.to(device))
 
     def digest(self, like: str | None = None) -> str:
-        """The digest of the set itself: the same for every encoding and device.
+        """The digest of the set, which does not depend on encoding and device.
 
-        like: one that it will be compared with (`weights.digests.Hash`)
+        Args:
+            like: a digest that it will be compared with (`weights.digests.Hash`).
         """
         found = Hash(like).update(f"{self.n} ".encode())
         return found.update(b"full" if self.k == self.n else self.bitmap()).digest()
 
     def combine(self, other: IndexSet, operation: str) -> IndexSet:
-        """Set algebra: operation is one of "&", "|", "-", "^"."""
+        """The set operation "&", "|", "-" or "^" with another set over as many entries."""
         if self.n != other.n:
             raise ValueError(f"IndexSet: sets of {self.n} and {other.n} entries cannot be combined")
         a, b = self.bitmap(), other.bitmap()
@@ -274,7 +300,7 @@ class IndexSet:
         return IndexSet.full(self.n, self.data.device).combine(self, "-")
 
     def slots_at(self, entries: Tensor) -> Tensor:
-        """Active entries before each of some entries: the slot where the next active one lies.
+        """Counts the active entries before some entries, which is the slot of the next active one.
 
         Args:
             entries: int64 [m], each in [0, n].
@@ -301,7 +327,7 @@ class IndexSet:
         return low.to(device)
 
     def entries(self, start: int, stop: int) -> IndexSet:
-        """The entries start..stop of the parameter, as a set over that range, of memory of its own."""
+        """The active entries in start..stop, as a set over that range, with its own memory."""
         if (start, stop) == (0, self.n):
             return self
         n = stop - start
@@ -310,7 +336,7 @@ class IndexSet:
         return self._listed(start, n) if self.encoding is Encoding.LIST16 else self._cut(start, n)
 
     def _cut(self, start: int, n: int) -> IndexSet:
-        """`n` entries of a bitmap from `start` on."""
+        """The set over `n` entries of a bitmap from `start` on."""
         first, shift = divmod(start, 32)
         words = self.data[first : -(-(start + n) // 32)]
         if shift:
@@ -322,7 +348,7 @@ class IndexSet:
         return IndexSet.from_bitmap(cut, n)
 
     def _listed(self, start: int, n: int) -> IndexSet:
-        """`n` entries of a list from `start` on."""
+        """The set over `n` entries of a list from `start` on."""
         bounds = start + TILE * torch.arange(tiles_of(n) + 1, dtype=torch.int64, device=self.data.device)
         slots = self.slots_at(bounds.clamp(max=start + n))
         first, last = int(slots[0]), int(slots[-1])
@@ -333,5 +359,5 @@ class IndexSet:
         return IndexSet(n, Encoding.LIST16, positions, slots.diff(), last - first)
 
     def rows(self, start: int, stop: int, row: int) -> IndexSet:
-        """The entries of rows start..stop of a parameter with `row` entries a row, as a set over that block."""
+        """The active entries in rows start..stop, as a set over these rows. `row`: entries of a row."""
         return self.entries(start * row, stop * row).compact()

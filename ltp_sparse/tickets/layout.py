@@ -11,9 +11,9 @@ class Layout:
     """Offsets of each tensor's tiles and words in the flat arrays of a selection.
 
     Attributes:
-        sizes: entries of each tensor
-        tile_offsets: the first tile of each tensor, and the number of tiles
-        word_offsets: the first bitmap word of each tensor, and the number of words
+        sizes: entries of each tensor.
+        tile_offsets: the first tile of each tensor, and at the end the number of tiles.
+        word_offsets: the first bitmap word of each tensor, and at the end the number of words.
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:

@@ -38,7 +38,7 @@ Pool = Callable[[str], bool] | str | Iterable[str] | None
 
 
 def in_pool(names: Iterable[str], pool: Pool) -> list[str]:
-    """The names in a pool, in canonical order; an error if the pool is empty."""
+    """The names in a pool, in canonical order. Raises ValueError if there are none."""
     names = list(names)
     if pool is None:
         kept = names
@@ -87,13 +87,26 @@ class Ticket(OnHub):
 
     @classmethod
     def full(cls, model: nn.Module | Mapping[str, Any], pool: Pool = None) -> Ticket:
-        """All entries of the pool. `model`: a module, or a mapping from names to tensors or shapes."""
+        """A ticket of all entries of the pool.
+
+        Args:
+            model: a module, or a mapping from names to tensors or shapes.
+            pool: the parameters to include.
+        """
         shapes = _shapes(model, pool)
         return cls({name: IndexSet.full(shape.numel()) for name, shape in shapes.items()}, shapes, {"method": "full"})
 
     @classmethod
     def from_masks(cls, masks: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> Ticket:
-        """The entries of masks: name -> bool tensor in the parameter's shape, True for active entries."""
+        """A ticket from masks.
+
+        Args:
+            masks: name -> bool tensor in the parameter's shape, True for active entries.
+            metadata: JSON values.
+
+        Raises:
+            TypeError: a mask is not a bool tensor.
+        """
         named = canonical_tensors(masks)
         for name, mask in named.items():
             check_plain_tensor(mask, f"Ticket.from_masks: the mask of {name!r}")
@@ -109,12 +122,15 @@ class Ticket(OnHub):
         shapes: Mapping[str, Sequence[int]],
         metadata: Mapping[str, Any] | None = None,
     ) -> Ticket:
-        """The entries at flat positions.
+        """A ticket from flat positions.
 
         Args:
             indices: name -> integers [k], flat row-major positions, unique, in any order.
-            shapes: name -> shape.
+            shapes: name -> shape of the parameter.
             metadata: JSON values.
+
+        Raises:
+            ValueError: a shape is missing, or positions repeat or lie outside their parameter.
         """
         indices, bare = canonical_tensors(indices), bare_names(shapes)
         shapes = {bare[name]: shape for name, shape in shapes.items()}
@@ -146,15 +162,20 @@ class Ticket(OnHub):
 
         Args:
             model: a module, or a mapping from names to tensors or shapes.
-            density: active share of the pool; or
-            k: active entries; or
-            like: a ticket whose counts per parameter are taken (the layer-matched control).
+            density: active share of the pool.
+            k: number of active entries, instead of `density`.
+            like: a ticket with the counts per parameter to use, instead of `density` (the layer-matched control).
             seed: the same seed gives the same ticket on every machine.
-            pool: which parameters may be selected.
-            bernoulli: draw each entry with probability `density` instead (the text of SC-SFT).
+            pool: the parameters to draw from.
+            bernoulli: draw each entry with probability `density` instead (as described in the text of SC-SFT).
+
+        Raises:
+            ValueError: the arguments contradict each other or do not fit the pool.
         """
         if like is not None and (density is not None or k is not None or pool is not None or bernoulli):
-            raise ValueError("Ticket.random: like= gives pool and counts; leave density=, k=, pool= and bernoulli= out")
+            raise ValueError(
+                "Ticket.random: pool and counts come from like=; leave density=, k=, pool= and bernoulli= out"
+            )
         shapes = like.shapes if like is not None else _shapes(model, pool)
         per_parameter = None if like is None else {name: s.k for name, s in like.sets.items()}
         sets = random_sets(shapes, density=density, k=k, seed=seed, per_parameter=per_parameter, bernoulli=bernoulli)
@@ -296,7 +317,7 @@ class Ticket(OnHub):
             name: self.sets.get(name, empty[name]).combine(other.sets.get(name, empty[name]), operation)
             for name in shapes
         }
-        # digests that both agree on, or that only one has; differing bases, or kinds of digests, give none
+        # Digests that both tickets share, or that only one has. Of different bases, or kinds of digests, none is kept.
         known = {**self.fingerprint, **other.fingerprint}
         digests = {n: d for n, d in known.items() if self.fingerprint.get(n, d) == d and n in sets and sets[n].k}
         return Ticket(sets, shapes, {"method": f"({self._method()} {operation} {other._method()})"}, digests)
@@ -321,7 +342,7 @@ class Ticket(OnHub):
         return Ticket(sets, self.shapes, {"method": f"~{self._method()}"}, self.fingerprint)
 
     def jaccard(self, other: Ticket) -> float:
-        """Overlap: shared active entries divided by the active entries of either; 1 for two empty tickets."""
+        """The overlap: active entries of both divided by active entries of either; 1 for two empty tickets."""
         union = (self | other).k
         return (self & other).k / union if union else 1.0
 
@@ -340,17 +361,17 @@ class Ticket(OnHub):
     def save(
         self, path: str | os.PathLike[str], *, max_shard_size: int | str | None = file_shards.MAX_SHARD_SIZE
     ) -> None:
-        """Writes a safetensors file, atomically, each parameter in its smallest encoding.
+        """Writes a safetensors file atomically, each parameter in its smallest encoding.
 
         Args:
-            path: of the file.
-            max_shard_size: bytes, or "500MB" or "5GB". A larger ticket becomes shards `PATH-TAG-00001-of-00002` and
-                their index `PATH.index.json`, written last. None: one file, however large.
+            path: the file.
+            max_shard_size: bytes, or text such as "500MB" or "5GB". A larger ticket becomes shards
+                `PATH-TAG-00001-of-00002` and their index `PATH.index.json`, written last. None: always one file.
         """
         file_shards.save(path, "ticket", *self._packed(), max_shard_size)
 
     def to_bytes(self) -> bytes:
-        """The content of the file that `save` writes, however large."""
+        """The content of the file that `save` writes with `max_shard_size=None`."""
         return files.to_bytes("ticket", *self._packed())
 
     def _packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -361,16 +382,20 @@ class Ticket(OnHub):
     @classmethod
     @reader("ticket")
     def load(cls, path: str | os.PathLike[str]) -> Ticket:
-        """Reads and verifies what `save` has written; a damaged or foreign file is a FileFormatError.
+        """Reads and verifies a ticket that `save` has written.
 
         Args:
-            path: the one given to `save`, an index, or a folder that holds one ticket.
+            path: the path that was given to `save`, an index of shards, or a folder with one ticket.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            FileFormatError: it is damaged or of another kind.
         """
         return cls._unpacked(path, *file_shards.load(path, "ticket"))
 
     @classmethod
     def from_bytes(cls, content: bytes, path: str | os.PathLike[str]) -> Ticket:
-        """What `load` gives for a file with this content; `path` is its name in errors."""
+        """The ticket in a file with this content. `path`: its name, for messages."""
         return cls._unpacked(path, *files.from_bytes(content, path, "ticket"))
 
     @classmethod
@@ -382,7 +407,7 @@ class Ticket(OnHub):
             ticket = cls(sets, shapes, metadata["metadata"], checked_fingerprint(metadata["fingerprint"], sets))
             if (ticket.k, ticket.n) != (metadata["k"], metadata["n"]):
                 raise ValueError(
-                    f"it holds {ticket.k:,} of {ticket.n:,} entries, its metadata says {metadata['k']} of "
+                    f"it holds {ticket.k:,} of {ticket.n:,} entries, but its metadata says {metadata['k']} of "
                     f"{metadata['n']}"
                 )
             return ticket
@@ -443,14 +468,14 @@ def unpack_sets(
         else:
             raise ValueError(f"{name!r} has the unknown encoding {encoding!r}")
         if sets[name].k != k:
-            raise ValueError(f"the index of {name!r} holds {sets[name].k} entries, its description says {k}")
+            raise ValueError(f"the index of {name!r} holds {sets[name].k} entries, but its description says {k}")
     return sets, shapes
 
 
 def checked_fingerprint(fingerprint: Any, sets: Mapping[str, IndexSet]) -> dict[str, str]:
-    """The fingerprint in a file, checked: digests for parameters of the file."""
+    """The fingerprint in a file. Raises ValueError unless it has digests of parameters in the file."""
     if not isinstance(fingerprint, dict) or not all(map(is_known, fingerprint.values())):
-        raise ValueError("the fingerprint is no mapping of names to digests that this version knows")
+        raise ValueError("the fingerprint is not a mapping from names to digests of a known kind")
     if foreign := [name for name in fingerprint if name not in sets]:
-        raise ValueError(f"the fingerprint names {foreign[0]!r}, which is no parameter of the file")
+        raise ValueError(f"the fingerprint names {foreign[0]!r}, which is not a parameter of the file")
     return fingerprint

@@ -47,20 +47,20 @@ class Column(IntEnum):
 
 @dataclass(frozen=True, eq=False)
 class TileTable:
-    """The index sets of a list of parameters, as a kernel launch reads them.
+    """The index sets of a list of parameters, in the form that a kernel launch reads.
 
     Attributes:
         tiles: int64 [T, 8], ordered by (parameter, start), with the columns of `Column`. Tiles without active entries
             are left out. INDEX is an offset into `words` (BITMAP) or `positions` (LIST16); SLOT is the tile's first
             slot in the packed buffers, which are ordered by (parameter, flat index); BLOCK is its first state block
-        words: int32 [W], the bitmaps
-        ranks: int16 [W / 2] with uint16 bits, the directory: active entries of the tile before each 64-entry group;
-            empty if not built
-        positions: int16 [L] with uint16 bits, the lists
-        blocks: state blocks in all
-        counts: active entries of every parameter
-        sizes: entries of every parameter
-        density: active share of all entries; of the whole table if this one is a part
+        words: int32 [W], the bitmaps.
+        ranks: int16 [W / 2] with uint16 bits, the directory: active entries of the tile before each 64-entry group. It
+            is empty until `with_ranks` builds it.
+        positions: int16 [L] with uint16 bits, the lists.
+        blocks: number of state blocks.
+        counts: active entries of every parameter.
+        sizes: entries of every parameter.
+        density: active share of all entries; in a part of a table, that of the whole.
     """
 
     tiles: Tensor
@@ -78,7 +78,13 @@ class TileTable:
 
     @classmethod
     def build(cls, sets: Sequence[IndexSet], *, device: torch.device | str = "cpu", ranks: bool = False) -> TileTable:
-        """Builds the table of `sets`, one per parameter, each in its smallest encoding."""
+        """Builds the table of some index sets, each in its smallest encoding.
+
+        Args:
+            sets: one per parameter.
+            device: the device of the table.
+            ranks: whether to build the directory, which kernels on a GPU read.
+        """
         sets = [index_set.compact() for index_set in sets]
         tiles_of_set = torch.tensor(
             [index_set.tile_counts.numel() for index_set in sets], dtype=torch.int64, device="cpu"

@@ -11,7 +11,7 @@ _TIMES = ("runtime", "per_second")
 
 
 class LatestFigures(ProgressCallback):
-    """The bars of transformers, with the latest figures beside them instead of a line per log."""
+    """The progress bars of transformers, which show the latest figures instead of printing a line per log."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class LatestFigures(ProgressCallback):
 
 
 def show_progress(trainer: Trainer, progress: bool) -> None:
-    """Gives a trainer these bars, or neither bars nor logs on the screen."""
+    """Gives a trainer these bars, or removes both bars and logs from the screen."""
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     if progress:

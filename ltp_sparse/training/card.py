@@ -15,14 +15,14 @@ from ltp_sparse.weights.files import atomic_path
 
 
 def write_card(path: Path, base: str, trained: SparseDelta, kind: str, facts: Mapping[str, Any]) -> None:
-    """Writes the model, its training data, its scores, and how to use it.
+    """Writes a card with the model, its training data, its scores, and an example of use.
 
     Args:
         path: the file.
         base: name of the base model.
         trained: the baked delta of a run.
-        kind: of the examples, "pair" or "text".
-        facts: "data", a text; "scores", rows of `evaluate` with "task", "metric" and "scores".
+        kind: the kind of the examples, "pair" or "text".
+        facts: "data", a description of the training data; "scores", rows of `evaluate` with "task", "metric", "scores".
     """
     about, ticket = trained.metadata, trained.ticket
     method = METHODS[about["method"]]
@@ -72,5 +72,5 @@ def _how(prompted: bool) -> list[str]:
         "",
         "The classes are words at `<mask>` in a template with learned prompt embeddings, which transformers cannot",
         "build by itself: `predict.py` does. Prompt and label words are the last rows of the vocabulary. There is no",
-        "classification head; `classifier_dropout` is -1 in `config.json` so that none is made up from random numbers.",
+        "classification head; `classifier_dropout` is -1 in `config.json`, so that loading one fails.",
     ]

@@ -32,7 +32,7 @@ def macro_f1(predicted: Any, labels: Any) -> float:
 
 
 METRICS: dict[str, Callable[[Any, Any], float]] = {"accuracy": accuracy, "macro_f1": macro_f1}
-"""Scores of predictions, 0 to 1."""
+"""Name -> score of predictions, 0 to 1."""
 
 
 @torch.no_grad()
@@ -47,12 +47,13 @@ def class_logits(
 ) -> Tensor:
     """Logits of the classes of every example, float32 [N, C] on the CPU, in the given order; [0, 0] without examples.
 
-    The model is in evaluation mode during the call. Batches have examples of similar length, to need little padding.
+    The model is in evaluation mode during the call. Batches have examples of similar length, so that there is little
+    padding.
 
     Args:
-        model: returns "logits".
-        examples: encoded.
-        collate: from examples to a batch.
+        model: a model that returns "logits".
+        examples: encoded examples.
+        collate: turns encoded examples into a batch.
         batch_size: examples per forward pass.
         dtype: compute under autocast in this dtype (torch.bfloat16); None: in the dtype of the weights.
         progress: called after each batch with its number of examples.
@@ -123,17 +124,17 @@ def evaluate(
     progress: bool = True,
     notes: list[str] | None = None,
 ) -> dict[str, float]:
-    """Score (0 to 1) per language.
+    """Language -> score, 0 to 1.
 
     Args:
-        trained: what to evaluate.
+        trained: the model to evaluate, with its encoding of examples.
         examples: language -> labelled examples.
         metric: one of `METRICS`.
-        labels: classes of the task; there is a warning for classes without examples.
+        labels: classes of the task. Classes without examples cause a warning.
         batch_size: examples per forward pass.
         dtype: see `class_logits`.
-        progress: show a bar.
-        notes: notes for the result row are appended to it.
+        progress: show a progress bar.
+        notes: a list to which notes for the result row are appended.
 
     Warns:
         UserWarning: a class has no examples, a text is blank, or all predictions are one class (also a note).
@@ -169,7 +170,7 @@ def evaluate(
         if notes is not None:
             notes.append(note)
         warnings.warn(
-            f"{note}: the model separates no classes; more epochs, another learning rate or more examples may help",
+            f"{note}: the model does not separate the classes; try more epochs, another learning rate or more examples",
             stacklevel=2,
         )
     return scores

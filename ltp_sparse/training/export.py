@@ -47,25 +47,27 @@ def export(
     kind: str = "pair",
     facts: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes config, merged weights, tokenizer, a model card and a `predict.py` that needs transformers alone.
+    """Writes config, merged weights, tokenizer, a model card and a `predict.py` that needs transformers only.
 
     Args:
         model: folder or Hub name of the base model.
         delta: the baked delta of a run (`Trained.baked`).
-        output: the folder to write, new or empty. It appears when it is complete.
+        output: the folder to write, new or empty. Its files appear together, when all are written.
         tokenizer: folder or Hub name of the tokenizer, if it is not with the model.
-        kind: of the examples, "pair" or "text".
-        facts: for the model card: "data", a text, and "scores", rows of `evaluate`.
+        kind: the kind of the examples, "pair" or "text".
+        facts: for the model card: "data", a description of the training data, and "scores", rows of `evaluate`.
 
     Raises:
-        ValueError: the method attaches modules that no model of transformers has, or `output` is the folder of the base
-            model or of its tokenizer.
+        ValueError: the method attaches modules, which models of transformers do not have, or `output` is the folder of
+            the base model or of its tokenizer.
         OSError: `output` is not empty, or cannot be written.
     """
     for source in (model, model if tokenizer is None else tokenizer):
         where, local = locate(source)
         if local and Path(where).resolve() == Path(output).resolve():
-            raise ValueError(f"export: expected another folder to write to, {where!r} is the base model or tokenizer")
+            raise ValueError(
+                f"export: expected another folder to write to, but {where!r} is the base model or tokenizer"
+            )
     trained = SparseDelta.load(delta)
     language_model, pieces = load_backbone(
         model, decoupled=trained.metadata.get("decoupled", False), tokenizer=tokenizer
@@ -93,15 +95,15 @@ def export(
 
 
 def push_to_hub(folder: str | os.PathLike[str], name: str, *, private: bool = False) -> str:
-    """Writes an exported folder into a repository of the Hub, which is made if it is missing.
+    """Uploads an exported folder to a repository of the Hub, which is created if it is missing.
 
     Args:
-        folder: as `export` wrote it.
-        name: of the repository, owner/name; the card names it in place of the folder.
+        folder: a folder that `export` has written.
+        name: the repository, owner/name. It replaces the folder in the card's example.
         private: whether a new repository is private.
 
     Returns:
-        The address with the hash of the commit, which `ltp_sparse.load` takes.
+        The address with the hash of the commit, which `ltp_sparse.load` accepts.
 
     Raises:
         FileFormatError: the folder is no export, or the repository holds something else.
@@ -109,7 +111,7 @@ def push_to_hub(folder: str | os.PathLike[str], name: str, *, private: bool = Fa
     """
     folder = Path(folder)
     if (held := kind_held(files_in(folder), folder)) != EXPORT:
-        raise FileFormatError(folder, f"expected an {EXPORT}, it holds a {held}")
+        raise FileFormatError(folder, f"expected an {EXPORT}, but it holds a {held}")
     files: dict[str, Path | bytes] = {path: folder / path for path in files_in(folder)}
     if (card := folder / "README.md").is_file():
         files[card.name] = card.read_text(encoding="utf-8").replace('"FOLDER"', f'"{name}"').encode()
@@ -164,7 +166,7 @@ def _config(language_model: Any, **facts: Any) -> Any:
 
 
 def _prompt(trained: SparseDelta, kind: str) -> dict[str, Any]:
-    """What `standalone.py` needs to build an input."""
+    """The facts from which `standalone.py` builds an input."""
     facts = trained.metadata
     method = METHODS[facts["method"]].from_description(facts)
     assert isinstance(method, PromptMethod)  # other methods that score words attach modules

@@ -34,23 +34,23 @@ class Options:
     """How a run computes, as opposed to what it trains.
 
     Attributes:
-        seed: of initial values, the order of examples, dropout, and draws of the method
-        metric: of dev, picks the evaluation to keep: "accuracy", "macro_f1", or "loss"
-        output_dir: for the best delta so far (`best.safetensors`) and checkpoints; None: nothing on disk. Files of an
-            earlier run are removed unless this one resumes
-        save_every: epochs between checkpoints, of which the latest is kept; None: no checkpoints
+        seed: seed of initial values, the order of examples, dropout, and random choices of the method.
+        metric: the score on dev that decides which evaluation is kept: "accuracy", "macro_f1", or "loss".
+        output_dir: folder for the best delta so far (`best.safetensors`) and checkpoints; None: nothing is written.
+            Files of an earlier run are removed unless this run resumes.
+        save_every: epochs between checkpoints, of which the latest is kept; None: no checkpoints.
         resume: continue from the latest checkpoint in `output_dir`, if there is one. The result has the bits of an
-            uninterrupted run. ValueError if the settings differ from `settings.json`
-        micro_batch_size: examples per forward pass and device, to save memory; updates are still those of the whole
-            batch. With several processes (torchrun) an incomplete last batch is filled up from the beginning
-        bf16: compute in bfloat16 under autocast; weights stay float32
-        states: "float32" or "8bit" moments, see `MaskedAdamW`
-        gradients: "packed" keeps only the ticket's entries of every gradient, "dense" all
-        keep_last: keep the weights of the last update, too
-        progress: show a progress bar
-        check_frozen: hash the frozen entries before and after, and raise RuntimeError if a bit changed
-        arguments: further `transformers.TrainingArguments`, e.g. {"report_to": "tensorboard"}
-        callbacks: further callbacks of the Trainer
+            uninterrupted run. The settings must be those in `settings.json`.
+        micro_batch_size: examples per forward pass and device, to save memory. Updates are those of the whole batch.
+            With several processes (torchrun), an incomplete last batch is filled up with the first examples.
+        bf16: compute in bfloat16 under autocast; weights stay float32.
+        states: "float32" or "8bit" moments, see `MaskedAdamW`.
+        gradients: "packed" keeps only the ticket's entries of every gradient, "dense" keeps all.
+        keep_last: also keep the weights of the last update.
+        progress: show a progress bar.
+        check_frozen: hash the frozen entries before and after, and raise RuntimeError if a bit has changed.
+        arguments: further `transformers.TrainingArguments`, e.g. {"report_to": "tensorboard"}.
+        callbacks: further callbacks of the Trainer.
     """
 
     seed: int = 1
@@ -81,16 +81,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Fit:
-    """The result of a phase; the model is back at its initial bits.
+    """The result of a phase. The model has its initial bits again.
 
     Attributes:
-        delta: ticket entries and dense parameters at the best evaluation
-        scores: the metric at every evaluation
-        best_epoch: epoch of the best evaluation, from 1 (fractional within an epoch); the first of equals
-        seconds: wall-clock time with evaluations on dev (since the last resume)
-        optimizer_bytes: size of moments and index
-        digests: of the model's parameters; empty if `check_frozen` is off
-        last: the delta at the last update, if it is kept
+        delta: ticket entries and dense parameters at the best evaluation.
+        scores: the metric at every evaluation.
+        best_epoch: epoch of the best evaluation, counted from 1, with a fraction within an epoch; the first of equals.
+        seconds: wall-clock time since the last resume, with evaluations on dev.
+        optimizer_bytes: bytes of moments and index.
+        digests: name -> digest of the model's parameters; empty if `check_frozen` is off.
+        last: the delta at the last update, if it is kept.
     """
 
     delta: SparseDelta
@@ -108,12 +108,16 @@ def fit(
     """Trains the ticket's entries and `setup.dense`, and keeps the best evaluation on `dev`, the first of equals.
 
     Args:
-        setup: the model, and what trains in full.
-        settings: of the phase.
+        setup: the model and its parameters that train in full.
+        settings: the settings of the phase.
         ticket: the entries to train.
-        train: encoded examples.
-        dev: encoded examples.
-        options: of the run.
+        train: encoded training examples.
+        dev: encoded dev examples.
+        options: the options of the run.
+
+    Raises:
+        ValueError: the ticket has other initial weights, or the settings do not fit those of a run to resume.
+        RuntimeError: a frozen entry has changed.
     """
     model, dense = setup.model, setup.dense_parameters()
     base = Snapshot(model, ticket, dense, frozen=options.check_frozen, what="train_method")
@@ -163,7 +167,7 @@ def fit(
 
 
 def class_loss(outputs: Mapping[str, Tensor], labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy over the classes; `outputs` may be a part of the batch whose examples are counted."""
+    """Mean cross-entropy over the classes. `num_items_in_batch`: examples of the whole batch, of a part of it."""
     if num_items_in_batch is None:
         return F.cross_entropy(outputs["logits"], labels, ignore_index=IGNORED_LABEL)
     total = F.cross_entropy(outputs["logits"], labels, ignore_index=IGNORED_LABEL, reduction="sum")
@@ -177,7 +181,7 @@ def _metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def _facts(settings: Settings, train: Sequence[Any], dev: Sequence[Any], options: Options) -> dict[str, Any]:
-    """What must be equal in an interrupted run and its continuation for the result to have the same bits."""
+    """The facts that must be equal in an interrupted run and its continuation for the result to have the same bits."""
     facts = {key: value for key, value in asdict(settings).items() if key != "seeds"}
     facts |= {key: getattr(options, key) for key in ("seed", "metric", "micro_batch_size", "bf16", "states")}
     return facts | {"train examples": len(train), "dev examples": len(dev)}

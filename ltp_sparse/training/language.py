@@ -41,20 +41,23 @@ def train_language(
     density: float | None = None,
     **options: Any,
 ) -> SparseDelta:
-    """The delta of a language, to apply below a task delta; the model is back at its initial bits.
+    """Trains the delta of a language, which is applied before a task delta. The model gets its initial bits back.
 
-    The LM head is trained as well, but left out of the result, since composition needs the language's weights only.
+    The LM head is trained as well, but is not part of the result, since composition needs the language's weights only.
 
     Args:
         kind: "lt-sft" and "sc-sft" tune all weights, keep the entries that moved most (of all, or by SC-SFT's shares)
             and tune these again from the start; "bitfit" tunes the biases of the encoder.
-        model: with a decoupled LM head, at its initial weights.
-        tokenizer: of the model.
-        texts: of the language.
-        settings: of each phase.
+        model: a model with a decoupled LM head, at its initial weights.
+        tokenizer: its tokenizer.
+        texts: texts in the language.
+        settings: the settings of each phase.
         k: entries for XLM-R-base; a model of another size gets the same share of its entries.
         density: share of the maskable entries, instead of k.
         options: further arguments of `tune_mlm`; each phase gets a subfolder of `output_dir`.
+
+    Raises:
+        ValueError: unknown kind, or as `tune_mlm`.
     """
     if kind not in KINDS:
         raise ValueError(f"train_language: kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -85,13 +88,13 @@ def train_language_adapter(
     settings: MLMSettings = ADAPTER_SETTINGS,
     **options: Any,
 ) -> Adapter:
-    """A language adapter with its invertible adapter, trained by masked language modelling; the model is unchanged.
+    """Trains a language adapter and its invertible adapter by masked language modelling. The model is unchanged.
 
     Args:
-        model: with a decoupled LM head.
-        tokenizer: of the model.
-        texts: of the language.
-        settings: of training.
+        model: a model with a decoupled LM head.
+        tokenizer: its tokenizer.
+        texts: texts in the language.
+        settings: the settings of training.
         options: further arguments of `tune_mlm`.
     """
     with torch.random.fork_rng():

@@ -21,11 +21,11 @@ _TOKENIZER_BATCH = 1000
 
 
 def split_texts(texts: Sequence[str], share: float, seed: int) -> tuple[list[str], list[str]]:
-    """Training and validation texts: a random `share`, at least one text, is for validation; the order is kept."""
+    """(training texts, validation texts) in their order. A random `share`, at least one text, is for validation."""
     if not 0 < share < 1:
-        raise ValueError(f"expected a share of texts to validate on in (0, 1), got {share}")
+        raise ValueError(f"expected a share of validation texts in (0, 1), got {share}")
     if len(texts) < 2:
-        raise ValueError(f"expected at least 2 texts, one of them to validate on, got {len(texts)}")
+        raise ValueError(f"expected at least 2 texts, one of them for validation, got {len(texts)}")
     held_out = max(1, round(share * len(texts)))
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(texts), generator=generator, dtype=torch.int64, device="cpu")
@@ -57,13 +57,13 @@ class MaskedTexts(Dataset):
 
     Args:
         texts: one per line.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         length: tokens of an example.
         packed: join all texts, each between `<s>` and `</s>`, and cut them into blocks of `length` tokens; an
             incomplete last block is dropped. False: one text per example, cut to `length`.
-        probability: of a token to be chosen.
-        seed: of the masks.
-        progress: show a bar.
+        probability: the probability with which a token is chosen.
+        seed: seed of the masks.
+        progress: show a progress bar.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Trains any method of `ltp_sparse.methods` on labelled examples, and loads results."""
+"""Trains any method of `ltp_sparse.methods` on labelled examples, and loads the results."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class Trained:
     """The result of a run.
 
     Attributes:
-        setup: the model with the best weights, and its encoding of examples
-        delta: ticket entries and dense parameters at the best evaluation on dev, applied to `model`
-        baked: the same for inference (a prompt in place of its encoder), the input of `load_trained`
-        dev_scores: of every evaluation, 0 to 1 (losses, if the metric is "loss")
-        best_epoch: counted from 1; the first of equally good ones
-        seconds: wall-clock time of training, of all phases
-        optimizer_bytes: state of the optimizer in the last phase: moments and index
-        last: the delta at the last update, as `delta`, if it is kept (`Options.keep_last`)
+        setup: the model with the best weights, and its encoding of examples.
+        delta: ticket entries and dense parameters at the best evaluation on dev, applied to `model`.
+        baked: the same delta for inference, with a prompt in place of its encoder; the input of `load_trained`.
+        dev_scores: the score of every evaluation, 0 to 1 (losses if the metric is "loss").
+        best_epoch: the best epoch, counted from 1; the first of equally good ones.
+        seconds: wall-clock time of training in all phases.
+        optimizer_bytes: bytes of the optimizer's moments and index in the last phase.
+        last: the delta at the last update, if it is kept (`Options.keep_last`).
     """
 
     setup: Setup
@@ -89,16 +89,19 @@ def train_method(
 
     Args:
         method: the method and its settings.
-        language_model: at its initial weights, or with language deltas applied. It is trained in place and ends with
-            the best weights.
-        tokenizer: of the language model.
+        language_model: a model at its initial weights, with or without language deltas applied. It is trained in place
+            and ends with the best weights.
+        tokenizer: its tokenizer.
         train: labelled examples of a task.
-        dev: labelled examples; their score picks the weights to keep, the first of equals.
-        ticket: of stage 1, for methods that need one; selected from the same initial weights.
+        dev: labelled examples whose score decides which weights are kept, the first of equals.
+        ticket: the ticket of stage 1 for methods that need one, selected from the same initial weights.
         labels: classes of the task, in the order of the logits.
-        language: of the training examples, for the words of a pattern.
-        verbalizer: words of the classes for methods that score words; default: the English ones of inference.
+        language: language of the training examples, for the words of a pattern.
+        verbalizer: words of the classes, for methods that score words; None: the English words of inference.
         options: fields of `Options`: seed, output_dir, save_every, resume, bf16, states, ...
+
+    Returns:
+        The result, with the trained model.
 
     Raises:
         ValueError: examples have no label, the ticket is missing or does not fit, or settings do not fit the model.
@@ -181,18 +184,21 @@ def _is_applied(delta: SparseDelta, model: nn.Module) -> bool:
 
 
 def load_trained(language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, delta: SparseDelta) -> Setup:
-    """The model of a result of `train_method`, and its encoding of examples.
+    """Builds the model of a result of `train_method`, and its encoding of examples.
 
     Args:
-        language_model: at the initial weights of that run, possibly with language deltas applied. The delta is applied
-            to it; `delta.revert(setup.model)` undoes that.
-        tokenizer: of the language model.
+        language_model: a model at the initial weights of that run, with the same language deltas applied. The delta is
+            applied to it; `delta.revert(setup.model)` undoes that.
+        tokenizer: its tokenizer.
         delta: `delta` or `baked` of the result.
+
+    Raises:
+        ValueError: `train_method` did not make the delta, or it does not fit the model.
     """
     facts = delta.metadata
     if missing := [key for key in ("method", "settings", "options", "labels") if key not in facts]:
         raise ValueError(
-            f"load_trained: expected a delta made by train_method, this one has no {missing[0]!r}: {delta!r}"
+            f"load_trained: expected a delta of train_method, but this one has no {missing[0]!r}: {delta!r}"
         )
     words = facts.get("verbalizer")
     context = Context(
@@ -226,7 +232,7 @@ def _check(method: Method, language_model: PreTrainedModel, train: Sequence[Any]
     earlier = _trained.get(language_model)
     if earlier is not None and _is_applied(earlier, language_model):
         raise ValueError(
-            "train_method: expected a language model at its initial weights, this one still has the result of an "
+            "train_method: expected a language model at its initial weights, but this one still has the result of an "
             "earlier run; call result.release(), or load it again"
         )
     if method.backbone == "masked" and method.settings.max_length > (longest := longest_input(language_model.config)):

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MLMSettings:
-    """How stage 1 tunes. The defaults are the paper's, and where it is silent those of LT-SFT, which it builds on.
+    """How stage 1 tunes. The defaults are those of the paper or, if it does not state them, of LT-SFT.
 
     Attributes:
         strategy: "vanilla", "decoupled" or "frozen_embedding".
@@ -57,12 +57,12 @@ class MLMSettings:
         validation: share of the texts held out.
         eval_steps: updates between evaluations on these; there is one more at the end.
         max_steps: if positive, the number of updates, instead of epochs.
-        step_bounds: fewest and most updates, whatever the epochs would give (LT-SFT: 10,000 and 100,000).
+        step_bounds: the fewest and the most updates, which limit those of the epochs (LT-SFT: 10,000 and 100,000).
         bf16: computes under bfloat16 autocast; weights stay float32.
         states: "float32" or "8bit" moments, see `MaskedAdamW`.
         save_steps: updates between checkpoints for resuming; 0 writes none. All weights train here: a checkpoint of
             XLM-R-base has 6 GB.
-        save_total_limit: how many checkpoints are kept.
+        save_total_limit: the number of checkpoints that are kept.
     """
 
     strategy: str = "decoupled"
@@ -92,7 +92,7 @@ class MLMResult:
     """A tuned model and its initial weights.
 
     Attributes:
-        model: the model that was passed in, with the weights of the best validation loss.
+        model: the given model, with the weights of the best validation loss.
         base: the ticket that was trained, and the initial values of its entries and of the LM head.
         metadata: metadata for the ticket: strategy, steps, step and loss of the best evaluation, data hash, settings.
         history: the log of the run, as `TrainerState.log_history`.
@@ -150,25 +150,25 @@ def tune_mlm(
 ) -> MLMResult:
     """Tunes `model` in place as a masked language model. It ends with the weights of the best validation loss.
 
-    All parameters in the strategy's pool train, and so do dense, layer_norm and bias of the LM head, which are never
-    selected and which `reset` puts back. LayerNorms and a decoupled output embedding are frozen. One `MaskedAdamW`
-    trains it all, with the L1 pull fused in. The initial weights are kept once, on the host, for the pull and for the
-    result.
-    Logits are computed only at masked positions, some at a time.
+    All parameters in the strategy's pool train. So do dense, layer_norm and bias of the LM head, which are never
+    selected and which `reset` restores. LayerNorms and a decoupled output embedding are frozen. One `MaskedAdamW`
+    trains all of them, with the L1 pull fused in. The initial weights are kept once, on the host, for the pull and for
+    the result. Logits are computed at masked positions only, some at a time.
 
     Args:
-        model: tied for "vanilla", decoupled for "decoupled": `load_backbone(..., decoupled=...)`.
+        model: a model with a tied LM head for "vanilla", or a decoupled one for "decoupled":
+            `load_backbone(..., decoupled=...)`.
         tokenizer: the model's tokenizer.
         texts: one sentence or paragraph each.
         settings: see `MLMSettings`.
         ticket: the entries to train, instead of all in the strategy's pool.
         dense: a part of the model to train in full, instead of dense, layer_norm and bias of the LM head.
-        output_dir: folder for checkpoints; None takes a temporary one. Checkpoints of an earlier run are removed unless
-            this run resumes.
+        output_dir: folder for checkpoints; None: a temporary one. Checkpoints of an earlier run are removed unless this
+            run resumes.
         resume: continues from the latest checkpoint in `output_dir`, if there is one.
-        progress: shows bars and the log.
+        progress: shows progress bars with the latest figures.
         callbacks: further callbacks of the trainer.
-        source: where the texts are from, for messages.
+        source: the source of the texts, for messages.
         arguments: further `transformers.TrainingArguments`, e.g. logging_steps=10.
 
     Raises:
@@ -246,10 +246,15 @@ def tune_mlm(
 def mlm_losses(
     model: XLMRobertaForMaskedLM, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], settings: MLMSettings
 ) -> Iterator[Tensor]:
-    """The losses of the batches of the first epoch of `tune_mlm`, for `selection.scores`. Nothing is tuned.
+    """Yields the losses of the batches of the first epoch of `tune_mlm`, for `selection.scores`, without tuning.
 
-    There are at most `max_steps` batches, if that is set. Call `backward` on a loss before you ask for the next one.
-    Dropout is off.
+    Call `backward` on a loss before you request the next one. Dropout is off.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        texts: the texts of `tune_mlm`.
+        settings: its settings; if `max_steps` is positive, there are at most so many batches.
     """
     training, _ = split_texts(texts, settings.validation, settings.seed)
     dataset = MaskedTexts(
@@ -291,9 +296,9 @@ def _check(model: nn.Module, settings: MLMSettings, output_dir: str | os.PathLik
     if settings.length < 1:
         raise ValueError(f"tune_mlm: length must be at least 1 token, got {settings.length}")
     if settings.max_steps <= 0 and settings.step_bounds is None and not settings.epochs > 0:
-        raise ValueError(f"tune_mlm: epochs must be above 0 where max_steps is not, got {settings.epochs}")
+        raise ValueError(f"tune_mlm: epochs must be above 0 unless max_steps is, got {settings.epochs}")
     if (resume or settings.save_steps) and output_dir is None:
-        raise ValueError("tune_mlm: checkpoints need a folder that stays; pass output_dir=")
+        raise ValueError("tune_mlm: checkpoints need a folder; pass output_dir=")
 
 
 def _training_arguments(
@@ -372,7 +377,7 @@ def _token_mean(prediction: Any) -> dict[str, float]:
 
 
 class _Epochs(TrainerCallback):
-    """Tells a dataset the epoch. In a distributed run the dataloader would tell only its sampler."""
+    """Passes the epoch to a dataset. In a distributed run the dataloader passes it to its sampler only."""
 
     def __init__(self, dataset: MaskedTexts) -> None:
         self.dataset = dataset

@@ -22,7 +22,7 @@ SETTINGS_FILE = "settings.json"
 
 
 def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
-    """The latest complete checkpoint of an output folder, checked against its manifest; None if there is none.
+    """The latest complete checkpoint of an output folder, or None. It is compared with its manifest.
 
     Warns:
         UserWarning: checkpoints are skipped.
@@ -54,7 +54,7 @@ def _warn_skipped(skipped: Iterable[FileFormatError], consequence: str) -> None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Folders of our checkpoints, finished or not."""
+    """The folders of checkpoints of this library, complete or not."""
     return [path for path in folder.glob("checkpoint-*") if _is_ours(path)]
 
 
@@ -63,18 +63,22 @@ def _is_ours(path: Path) -> bool:
 
 
 def begin(folder: str | os.PathLike[str], facts: Mapping[str, Any], *, what: str, resume: bool) -> Path | None:
-    """The checkpoint to resume from, or None to start anew.
+    """Prepares the folder of a run.
 
     A run that starts anew removes the checkpoints of an earlier one, so that no later run resumes from them.
 
     Args:
-        folder: of the run.
-        facts: settings that must be equal in both runs for the same bits; written into the folder.
+        folder: the folder of the run.
+        facts: settings that must be equal in both runs for the result to have the same bits. They are written into the
+            folder.
         what: the caller, for messages.
-        resume: look for a checkpoint.
+        resume: whether to look for a checkpoint.
+
+    Returns:
+        The checkpoint to resume from, or None to start anew.
 
     Raises:
-        ValueError: the interrupted run had other facts, or its checkpoints are damaged; nothing is changed then.
+        ValueError: the interrupted run had other facts, or its checkpoints are damaged. Nothing has changed then.
     """
     checkpoint, path = last_checkpoint(folder) if resume else None, Path(folder) / SETTINGS_FILE
     facts = json.loads(json.dumps(facts, default=float))  # as JSON returns them
@@ -108,7 +112,7 @@ def alone(folder: str | os.PathLike[str]) -> Iterator[None]:
         return
     with try_lock(Path(folder) / "run.lock") as acquired:
         if not acquired:
-            raise ValueError(f"another run is using {folder}; wait for its end, or give another folder")
+            raise ValueError(f"another run is using {folder}; wait for its end, or choose another folder")
         yield
 
 
@@ -128,7 +132,7 @@ def try_lock(path: Path) -> Iterator[bool]:
 
 def _settings(path: Path) -> dict[str, Any]:
     """The settings of the interrupted run."""
-    expected = "the settings of the run that left the checkpoints beside it; start anew"
+    expected = "the settings of the run whose checkpoints are in this folder; start anew"
     if not path.is_file():
         raise FileFormatError(path, f"is missing; expected {expected}")
     return read_json(path, expected)

@@ -1,7 +1,7 @@
-"""Labels a text, or a pair of texts, with torch and transformers alone: python predict.py TEXT [SECOND TEXT].
+"""Labels a text or a pair of texts with torch and transformers only: python predict.py TEXT [SECOND TEXT].
 
-In Python: transformers.pipeline("text-classification", FOLDER), with trust_remote_code=True where this file is named in
-config.json, since the code of this file then builds the model's input.
+In Python: transformers.pipeline("text-classification", FOLDER). If config.json names this file, pass
+trust_remote_code=True, since its code builds the model's input.
 """
 
 import string
@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, Pipeli
 
 
 def encode(tokenizer, prompt, texts):
-    """Token ids: every part of the template on its own, joined between <s> and </s>; long texts lose their ends."""
+    """Token ids: the parts of the template, each encoded on its own, between <s> and </s>. Long texts are cut."""
     special = set(tokenizer.all_special_ids)
     parts = {"{prompt}": list(prompt["slots"]), "{mask}": [tokenizer.mask_token_id]}
     for part in prompt["parts"]:
@@ -34,7 +34,7 @@ def encode(tokenizer, prompt, texts):
 
 
 class PromptPipeline(Pipeline):
-    """Scores classes by the mean logit of their words at <mask>; in and out as transformers' text-classification."""
+    """Scores classes by the mean logit of their words at <mask>, with the interface of text-classification."""
 
     def _sanitize_parameters(self, top_k=1):
         return {}, {}, {"top_k": top_k}

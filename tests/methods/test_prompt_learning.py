@@ -390,5 +390,5 @@ def test_errors_come_before_training(tokenizer):
 def test_a_foreign_delta_is_refused(tokenizer):
     model = tiny_language_model(len(tokenizer))
     foreign = ls.SparseDelta.between(model, model, ticket_of(model))
-    with pytest.raises(ValueError, match="expected a delta made by train_method, this one has no 'method'"):
+    with pytest.raises(ValueError, match="expected a delta of train_method, but this one has no 'method'"):
         load_trained(model, tokenizer, foreign)
