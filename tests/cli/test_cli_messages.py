@@ -30,7 +30,7 @@ TABLE = [
     ("demo --report-to wandbb", ["argument --report-to: invalid choice: 'wandbb', closest: wandb (choose from"]),
     (
         "select --model mini-xlmr --text t.tsv --report-to all --output o",
-        ["--report-to all needs a --run-dir, where its logs stay"],
+        ["--report-to all needs a --run-dir, where its logs are kept"],
     ),
     ("inspect a b", ["unexpected 'b'"]),
     ("train --task foo", ["argument --task: invalid choice: 'foo'", "xnli-fewshot", "nusax", "sib200"]),
@@ -56,7 +56,7 @@ TABLE = [
     ([*TRAIN[:-1], "prompt-only", "--train", "t.tsv"], ["needs a word for each class: --words a=WORD b=WORD"]),
     ([*TRAIN, "--ticket", "t"], ["--ticket is for ltp and random-ticket, not for bitfit"]),
     # recipes
-    ("run ltp-table-1 --output o", ["no model 'FacebookAI/xlm-roberta-base'", "mini-xlmr, a small one, comes with"]),
+    ("run ltp-table-1 --output o", ["no model 'FacebookAI/xlm-roberta-base'", "mini-xlmr, a small model, comes with"]),
     ("run ltp-table-1 --output o --model ./mini", ["run: --model: expected the folder of a model", "'./mini'"]),
     ("run own.yaml --dry-run", ["'xnly'", "xnli-fewshot", "sib200"]),
 ]
@@ -133,7 +133,7 @@ MISTAKES = [  # with names and files, which a first look at them shows
     ("predict run none.tsv", "no such file"),
     ("predict run ?a-text", "?a-text: no such file or folder; expected a file that ends in .tsv, .csv"),
     ("predict run t.tsv --text-column says", "'says' is not in"),
-    ("export run --output full", "--output full is not empty; give a new or an empty folder"),
+    ("export run --output full", "--output full is not empty; choose a new or empty folder"),
     ("inspect none", "TICKET none: no such file or folder; expected a ticket or a delta; ltp-sparse select makes one"),
     ("run unknown", "unknown recipe 'unknown'; known: "),
     ("report unknown full", "unknown recipe 'unknown'"),
@@ -161,7 +161,7 @@ MISTAKES = [  # with names and files, which a first look at them shows
     ("train --train t.tsv --model run", "--model expects a model, but run is a run of ltp-sparse train"),
     ("select --model mini-xlmr --text en", "--text expects a text or a table, but en is a ticket"),
     ("select --initial t.tsv --tuned model", "--initial expects a file of weights or a model, but t.tsv is a table"),
-    ("evaluate t.tsv", "FOLDER expects a run of ltp-sparse train, t.tsv is a table"),
+    ("evaluate t.tsv", "FOLDER expects a run of ltp-sparse train, but t.tsv is a table"),
     ("evaluate results", "FOLDER expects a run of ltp-sparse train, but results is a folder of results: pass it to"),
     ("predict run en", "EXAMPLES expects a table, but en is a ticket"),
     ("inspect t.tsv", "TICKET expects a ticket or a delta, but t.tsv is a table"),
@@ -326,7 +326,7 @@ def test_errors_are_without_the_names_of_functions(monkeypatch, capsys):
     ("message", "told"),
     [
         ("too short; give more text or line_by_line=True", "too short; give more text or --line-by-line"),
-        ("pass segment= as well", "pass --segment, too"),
+        ("pass segment= as well", "pass --segment as well"),
         ("take strategy='vanilla' or epochs=3", "take --strategy vanilla or --epochs 3"),
         ("x.epochs=3, epochs=a(b) and pool=r", "x.epochs=3, epochs=a(b) and pool=r"),
     ],

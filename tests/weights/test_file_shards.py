@@ -179,7 +179,7 @@ def test_folders_with_none_or_several_are_refused(tmp_path):
     ticket().save(tmp_path / "a.safetensors")
     assert Ticket.load(tmp_path) == ticket()
     ticket(1).save(tmp_path / "b.safetensors", max_shard_size=LIMIT)
-    with pytest.raises(FileFormatError, match=r"got a\.safetensors, b\.safetensors\.index\.json; give one"):
+    with pytest.raises(FileFormatError, match=r"got a\.safetensors, b\.safetensors\.index\.json; pass one"):
         Ticket.load(tmp_path)
 
 
