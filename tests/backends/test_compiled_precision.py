@@ -1,5 +1,6 @@
 """The C++ backend in every precision, on every instruction set: the bits of the reference."""
 
+import copy
 import itertools
 
 import pytest
@@ -53,8 +54,8 @@ def coefficients(problem: UpdateProblem, step: int) -> torch.Tensor:
     return rows
 
 
-def run(backend: str, density: float, with_anchor: bool, **options) -> list[torch.Tensor]:
-    problem = problems(density, **options)
+def run(backend: str, problem: UpdateProblem, with_anchor: bool) -> list[torch.Tensor]:
+    problem = copy.deepcopy(problem)
     anchor = torch.linspace(-0.03, 0.03, problem.table.k) if with_anchor else None
     sums = []
     with using(backend):
@@ -73,11 +74,11 @@ def run(backend: str, density: float, with_anchor: bool, **options) -> list[torc
 @pytest.mark.parametrize(("dtype", "grad_dtype", "mode"), CASES)
 def test_bits_of_the_reference(compiled, dtype, grad_dtype, mode, with_anchor):
     for density in (0.02, 0.3, 0.9, 1.0):
-        options = {"dtype": dtype, "grad_dtype": grad_dtype, **mode}
-        wanted = run("reference", density, with_anchor, **options)
+        problem = problems(density, dtype=dtype, grad_dtype=grad_dtype, **mode)
+        wanted = run("reference", problem, with_anchor)
         for isa in instruction_sets(compiled):
             compiled.set_isa(isa)
-            found = run("compiled", density, with_anchor, **options)
+            found = run("compiled", problem, with_anchor)
             for number, (a, b) in enumerate(zip(found, wanted, strict=True)):
                 assert a.dtype == b.dtype, number
                 if a.dtype == torch.float64:  # sums of squares: the reference adds in another order
