@@ -210,10 +210,9 @@ def _tuning(config: Any, batch: int, length: int, device: str) -> dict[str, Memo
     for name, parameter in named.items():
         parameter.requires_grad_(pools.maskable(name) or any(parameter is p for p in head))
     where = "device" if device == "cpu" else "host"
-    for states in ("float32", "8bit"):
-        rows[f"ours, {states} states"] = memory_report(
-            model, 1.0, dense=head, loss=loss, states=states, gradients="dense", pull_on=where, device=device
-        )
+    ours = partial(memory_report, model, 1.0, dense=head, gradients="dense", pull_on=where, device=device)
+    rows["ours, float32 states"] = report = ours(loss=loss)
+    rows["ours, 8bit states"] = replace(report, states=ours(states="8bit").states)
     return rows
 
 
@@ -240,10 +239,9 @@ def _prompt_learning(config: Any, density: float, batch: int, length: int, devic
     )
     for name, parameter in named.items():
         parameter.requires_grad_(pools.maskable(name) or any(parameter is p for p in encoder))
-    for states in ("float32", "8bit"):
-        rows[f"ticket, packed gradients, {states} states"] = memory_report(
-            model, density, dense=encoder, loss=loss, states=states, device=device
-        )
+    ticket = partial(memory_report, model, density, dense=encoder, device=device)
+    rows["ticket, packed gradients, float32 states"] = report = ticket(loss=loss)
+    rows["ticket, packed gradients, 8bit states"] = replace(report, states=ticket(states="8bit").states)
     adapters = _add_lora(model)
     rows[f"LoRA, rank {_LORA_RANK} on query and value"] = dense(dense=[*encoder, *adapters], loss=loss)
     return rows
