@@ -101,7 +101,7 @@ def test_every_reader_is_tried(tmp_path):
 @pytest.mark.timeout(600)
 def test_damaged_and_forged_files(tmp_path):
     """The thin version, in a process of its own: it forks, which a pool of threads does not survive."""
-    command = [sys.executable, "-m", "helpers.fuzz_readers", "--files", "3000", "--seconds", "20"]  # no timing decides
+    command = [sys.executable, "-m", "helpers.fuzz_readers", "--files", "1500", "--seconds", "20"]  # no timing decides
     command += ["--output", str(tmp_path / "f")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, env=environment)
@@ -109,7 +109,7 @@ def test_damaged_and_forged_files(tmp_path):
     with (tmp_path / "f").open(newline="") as file:
         rows = list(csv.DictReader(file))
     counts = {outcome: sum(int(row[outcome]) for row in rows) for outcome in list(rows[0])[3:]}
-    assert sum(counts.values()) >= 2900 and counts["refused"] > 1500
+    assert sum(counts.values()) >= 1400 and counts["refused"] > 750
     assert not any(counts[fault] for fault in ("other", "slow", "memory", "crash")), counts
     assert all(row["same"] == "1" for row in rows if row["damage"] == "none")
 
