@@ -222,8 +222,7 @@ def run_tests(own: Path, wheel: Path) -> str:
     options = ["-q", "-m", FAST, "-p", "no:cacheprovider", "-n", "auto", "--maxprocesses", "8", "tests"]
     print(f"  the fast tests against the installed wheel, see {report}", flush=True)
     with report.open("w") as log:
-        settings = {**with_tools(own), "PYTHONSAFEPATH": "1"}
-        done = subprocess.run([own, "-P", "-c", TESTS, *options], cwd=tree, env=settings, stdout=log, stderr=log)
+        done = subprocess.run([own, "-P", "-c", TESTS, *options], cwd=tree, env=with_tools(own), stdout=log, stderr=log)
     last = report.read_text().rstrip().rpartition("\n")[2]
     if done.returncode:
         raise Failed(f"{report.read_text()[-5000:]}\ntests against the installed {wheel.name} failed")
