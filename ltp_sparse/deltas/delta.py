@@ -30,7 +30,7 @@ from ltp_sparse.weights.names import (
 )
 from ltp_sparse.weights.reading import closest, reader
 from ltp_sparse.weights.sharded_digests import whole_fingerprint
-from ltp_sparse.weights.sharding import Cut, is_sharded, local, reshard, spread, sum_over
+from ltp_sparse.weights.sharding import Cut, is_sharded, local, reshard, spread, sum_over, whole
 from ltp_sparse.weights.tensors import bits, check_plain_tensor
 from ltp_sparse.weights.versions import Weights, open_weights, own_block, side_by_side
 
@@ -180,9 +180,9 @@ class SparseDelta(OnHub):
         carrier = Ticket(ticket.sets, ticket.shapes, ticket.metadata, digests)
         return cls(
             carrier,
-            _read_entries(after, ticket, names),
-            _read_entries(base, ticket, names) if originals else None,
-            {bare[name]: _whole(tensor).detach().cpu().clone() for name, tensor in (dense or {}).items()},
+            read_entries(after, ticket, names),
+            read_entries(base, ticket, names) if originals else None,
+            {bare[name]: whole(tensor).detach().cpu().clone() for name, tensor in (dense or {}).items()},
             metadata,
         )
 
@@ -637,7 +637,7 @@ def _touches(applied: Applied, name: str, index_set: IndexSet) -> bool:
     return name in applied.displaced and applied.sets[name].combine(index_set, "&").k > 0
 
 
-def _read_entries(tensors: Mapping[str, Readable], ticket: Ticket, names: Iterable[str]) -> dict[str, Tensor]:
+def read_entries(tensors: Mapping[str, Readable], ticket: Ticket, names: Iterable[str]) -> dict[str, Tensor]:
     """Name -> [k] values of the active entries, on the CPU. Tensors of a checkpoint are read one at a time."""
     held = {n: tensor for n in names if isinstance(tensor := tensors[n], Tensor) and not is_sharded(tensor)}
     found = {name: values.cpu() for name, values in gather_all(held, ticket.sets).items()}
@@ -669,10 +669,6 @@ def _flipped_zeros(base: Readable, after: Readable, index_set: IndexSet) -> int:
         if bool(flipped.any()):
             found += int((flipped & ~index_set.entries(start, stop).mask().cpu()).sum())
     return found
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def _everything(model: nn.Module, parameters: Named[nn.Parameter]) -> Named[Tensor]:

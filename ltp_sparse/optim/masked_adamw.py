@@ -33,7 +33,7 @@ from ltp_sparse.selection.shards import Part, TicketShard
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.weights.digests import is_known
-from ltp_sparse.weights.sharding import Cut, fsdp_modules, is_sharded, local, spread, sum_over
+from ltp_sparse.weights.sharding import Cut, fsdp_modules, is_same, is_sharded, local, mesh_of, spread, sum_over
 from ltp_sparse.weights.tensors import DTYPE_NAMES, DTYPES
 
 _DIGESTS = "ltp_sparse"
@@ -154,7 +154,7 @@ class MaskedAdamW(Optimizer):
         self._model = weakref.ref(model) if isinstance(model, nn.Module) else None
         self._home = ParameterHome(model, named) if isinstance(model, nn.Module) else None
         self._launches: list[Launch] = []
-        self._removed = self._warned = False
+        self._removed = self._warned = self._compared = False
         self._pull_factor: Tensor | None = None
         members = [named[name] for name in names]
         self._ticketed = set(members)
@@ -310,6 +310,7 @@ class MaskedAdamW(Optimizer):
         if self._removed:
             raise RuntimeError("MaskedAdamW: remove() has taken the hooks of its packed gradients away; make a new one")
         self._settle_parameters()
+        self._compare_ranks()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -317,6 +318,8 @@ class MaskedAdamW(Optimizer):
         if self._clips_by != (self.max_grad_norm is not None):
             self._set_clips()
         changed = [launch for launch in self._launches if launch.look()]
+        if changed and (model := self.model) is not None:
+            check_engine(model, what="MaskedAdamW")
         for launch in changed:
             launch.check_dtypes()
         if any(launch.has_moved() for launch in changed):
@@ -414,6 +417,7 @@ class MaskedAdamW(Optimizer):
         for old, part in parts.items():
             del self._parts[old]
             self._parts[moved[old]] = part
+        self._compared = False
         self._names = {moved.get(param, param): name for param, name in self._names.items()}
         self._home = ParameterHome(model, {name: param for param, name in self._names.items()})
         for params in (self._ticketed, self._packs):
@@ -429,6 +433,22 @@ class MaskedAdamW(Optimizer):
         self.state.clear()
         self._build()
         self._pack()
+
+    def _compare_ranks(self) -> None:
+        """Raises ValueError, on all ranks, if those that share parameters train other entries of them; looks once.
+
+        Other meshes are not waited for: the stages of a pipeline have other parameters.
+        """
+        if self._compared:
+            return
+        self._compared = True
+        for mesh in dict.fromkeys(map(mesh_of, self._names)):
+            shared = [(self._names.get(p), self._parts[p].digest) for p in self._members() if mesh_of(p) == mesh]
+            if mesh is not None and not is_same(mesh, str(shared)):
+                raise ValueError(
+                    "MaskedAdamW: expected the same ticket and `dense` on all ranks that share parameters, got others; "
+                    "load one file on each, draw with one seed, or let select_sharded give each rank its part"
+                )
 
     def _check_part(self, param: nn.Parameter, part: Part, name: str) -> None:
         """Raises ValueError if the ranks cannot update their shards of a parameter independently."""
@@ -468,6 +488,8 @@ class MaskedAdamW(Optimizer):
         for launch in self._launches:
             if any(p in ticketed for p in launch.having_gradients()):
                 return
+        if (model := self.model) is not None:
+            check_engine(model, what="MaskedAdamW")
         self._warned = True
         frozen = sum(not param.requires_grad for param in ticketed)
         warnings.warn(
@@ -651,7 +673,7 @@ class MaskedAdamW(Optimizer):
             )
         own = (
             "max_grad_norm", "grad_norm", "precision", "pull_on", "_removed", "_packs", "_parts", "_launches",
-            "_hyper_known", "_laid_out", "_names", "_ticketed", "_warned", "_pull_factor",
+            "_hyper_known", "_laid_out", "_names", "_ticketed", "_warned", "_pull_factor", "_compared",
         )  # fmt: skip
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 

@@ -72,7 +72,8 @@ def check_ordinary(param: Tensor, *, what: str, name: str = "") -> None:
 def check_engine(model: nn.Module, *, what: str) -> None:
     """Raises ValueError for a model whose parameters FSDP1 or DeepSpeed's ZeRO-3 has flattened."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
+    inside = fsdp is not None and any(isinstance(m, fsdp.FullyShardedDataParallel) for m in model.modules())
+    if inside or any(hasattr(param, "_fsdp_flattened") for param in model.parameters()):  # also if it is around us
         by = "FullyShardedDataParallel (FSDP1)"
     elif any(hasattr(param, "ds_id") for param in model.parameters()):
         by = "DeepSpeed's ZeRO-3"

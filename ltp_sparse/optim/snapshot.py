@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ltp_sparse.deltas.delta import SparseDelta, base_fingerprint
-from ltp_sparse.deltas.entries import entries_of, gather_all, scatter_
+from ltp_sparse.deltas.delta import SparseDelta, base_fingerprint, read_entries
+from ltp_sparse.deltas.entries import entries_of, scatter_
+from ltp_sparse.deltas.ranks import own_entries
 from ltp_sparse.deltas.restoring import Change, Held, HeldEntries, put_back, restoring
 from ltp_sparse.optim.members import ParameterHome, dense_parameters, ticket_for
+from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Ticket
-from ltp_sparse.weights.digests import fingerprint
 from ltp_sparse.weights.names import canonical_parameters, match_names
+from ltp_sparse.weights.sharded_digests import whole_fingerprint
+from ltp_sparse.weights.sharding import Cut, local, reshard, whole
 from ltp_sparse.weights.tensors import bits
 
 
@@ -22,7 +25,9 @@ class Snapshot:
     """The trained entries of a model before training, for making deltas and for restoring the initial weights.
 
     It takes O(k) memory on the host, one pass over the names of the model, and one digest per parameter. It belongs to
-    the present parameters of the model; if they are replaced, a new snapshot is needed.
+    the present parameters of the model, also after they are sharded; if others replace them, a new snapshot is needed.
+    Of a sharded model each rank holds all values of the ticket's entries and writes those of its own shards; all ranks
+    call what compares, reads or writes the model.
 
     Args:
         model: a model at its initial weights, which may include deltas of earlier runs.
@@ -46,22 +51,23 @@ class Snapshot:
         self, model: nn.Module, ticket: Ticket, dense: Any = (), *, frozen: bool = False, what: str = "Snapshot"
     ) -> None:
         self._what = what
+        reshard(model)
         self.parameters = parameters = canonical_parameters(model)
         ticket = ticket_for(parameters, ticket, what=what)
         names = match_names(ticket.active_names, parameters, what=what, where="the model")
-        whole = self._names_of(dense_parameters(dense, what=what))
-        if untrained := [name for name in [*names, *whole] if not parameters[name].requires_grad]:
+        in_full = self._names_of(dense_parameters(dense, what=what))
+        if untrained := [name for name in [*names, *in_full] if not parameters[name].requires_grad]:
             raise ValueError(
                 f"{what}: {untrained[0]!r} is to be trained but has requires_grad off ({len(untrained)} parameters in "
                 "all); turn it on, or leave the parameter out of the ticket and of dense"
             )
-        self._home = ParameterHome(model, {name: parameters[name] for name in [*names, *whole]})
-        watched = {*names, *(parameters if frozen else ())}.difference(whole)
-        self._digests = fingerprint({name: parameters[name].detach() for name in parameters if name in watched})
+        self._home = ParameterHome(model, {name: parameters[name] for name in [*names, *in_full]})
+        watched = {*names, *(parameters if frozen else ())}.difference(in_full)
+        self._digests = whole_fingerprint({name: parameters[name].detach() for name in parameters if name in watched})
         base = base_fingerprint(model, names, parameters, self._digests)
         self.ticket = Ticket(ticket.sets, ticket.shapes, ticket.metadata, base)
         self.originals = self._entries(names)
-        self.dense = {name: parameters[name].detach().cpu().clone() for name in whole}
+        self.dense = {name: _copied(parameters[name]) for name in in_full}
         self._model = model
         recorded = {name: ticket.fingerprint[name] for name in names if name in ticket.fingerprint}
         self.selected_elsewhere = [name for name, digest in recorded.items() if not self._is_of_base(name, digest)]
@@ -130,7 +136,7 @@ class Snapshot:
 
     def put_back(self) -> None:
         """Writes the initial values into the model. An interrupt is raised only after all of them are written."""
-        self._home.check(what=self._what)
+        self._settle()
         put_back(self._changes(self.originals, self.dense))
 
     def check_frozen(self) -> dict[str, str]:
@@ -142,7 +148,8 @@ class Snapshot:
         Raises:
             RuntimeError: a parameter has changed; the message names the first.
         """
-        after = fingerprint({name: self.parameters[name].detach() for name in self._digests})
+        self._settle()
+        after = whole_fingerprint({name: self.parameters[name].detach() for name in self._digests})
         if changed := [name for name, digest in after.items() if digest != self._digests[name]]:
             raise RuntimeError(
                 f"{self._what}: entries of {changed[0]!r} that must not train have changed "
@@ -150,29 +157,49 @@ class Snapshot:
             )
         return after
 
+    def _settle(self) -> None:
+        """Finds the parameters again if the model was sharded since; ValueError if others have taken their place."""
+        if self._home.sharded(self._model, what=self._what):
+            self.parameters = canonical_parameters(self._model)
+            trained = {name: self.parameters[name] for name in [*self.originals, *self.dense]}
+            self._home = ParameterHome(self._model, trained)
+
     def _is_of_base(self, name: str, digest: str) -> bool:
         """Whether a parameter of the base has this digest, which can be by another hash function."""
         if digest == self.ticket.fingerprint[name]:
             return True
         initial = self.parameters[name].detach().clone()
-        scatter_(initial, self.ticket.sets[name], self.originals[name])
+        own, slots = self._own(name)
+        scatter_(local(initial), own, self.originals[name][slots])
         return base_fingerprint(self._model, [name], {name: initial}, like={name: digest})[name] == digest
+
+    def _own(self, name: str) -> tuple[IndexSet, slice | Tensor]:
+        """The active entries that this rank holds of a parameter, and their slots among all."""
+        return own_entries(self.ticket.sets[name], self._cut(name))
+
+    def _cut(self, name: str) -> Cut:
+        return Cut.of(self.parameters[name], f"{self._what}: {name!r}")
 
     def _changes(self, entries: Mapping[str, Tensor], dense: Mapping[str, Tensor]) -> list[Change]:
         """The changes that write values into the model."""
-        places = entries_of({name: self.parameters[name] for name in entries}, self.ticket.sets)
+        held = {name: local(self.parameters[name]) for name in [*entries, *dense]}
+        own = {name: self._own(name) for name in entries}
+        places = entries_of({name: held[name] for name in entries}, {name: part for name, (part, _) in own.items()})
+        values = {name: entries[name][slots] for name, (_, slots) in own.items()}
         return [
-            *(HeldEntries(each, self.parameters, each.join(entries)) for each in places),
-            *(Held(self.parameters[name], tensor) for name, tensor in dense.items()),
+            *(HeldEntries(each, held, each.join(values)) for each in places),
+            *(Held(held[name], self._cut(name).taken_from(tensor)) for name, tensor in dense.items()),
         ]
 
     def _entries(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Copies of the active entries, on the CPU."""
-        held = gather_all({name: self.parameters[name] for name in names}, self.ticket.sets)
-        return {name: values.cpu() for name, values in held.items()}
+        return read_entries(self.parameters, self.ticket, names)
 
     def _now(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Copies on the CPU of everything that training changes: entries and whole tensors."""
-        self._home.check(what=self._what)
-        whole = {name: self.parameters[name].detach().cpu().clone() for name in self.dense}
-        return self._entries(self.originals), whole
+        self._settle()
+        return self._entries(self.originals), {name: _copied(self.parameters[name]) for name in self.dense}
+
+
+def _copied(parameter: nn.Parameter) -> Tensor:
+    return whole(parameter.detach()).cpu().clone()

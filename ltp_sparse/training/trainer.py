@@ -1,7 +1,7 @@
 """`SparseTrainer`: a `transformers.Trainer` that trains a ticket, with checkpoints of the ticket's entries only.
 
-Built on public overrides and callbacks only. Every file of a run is O(k): a checkpoint holds a `SparseDelta`, the
-packed optimizer state and the random states instead of the model, and the best evaluation is a `SparseDelta`.
+Every file of a run is O(k): a checkpoint holds a `SparseDelta`, the packed optimizer state and the random states
+instead of the model, and the best evaluation is a `SparseDelta`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from ltp_sparse.deltas.delta import SparseDelta
 from ltp_sparse.optim import MaskedAdamW
 from ltp_sparse.optim.adam_l2 import AdamL2
-from ltp_sparse.optim.members import dense_groups
+from ltp_sparse.optim.members import dense_groups, named_parameters
 from ltp_sparse.optim.snapshot import Snapshot
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.training.run_folder import DELTA_FILE, checkpoints, last_checkpoint
@@ -32,7 +32,6 @@ from ltp_sparse.weights import manifest
 from ltp_sparse.weights.files import atomic_path
 
 BEST_FILE = "best.safetensors"
-_PLACEHOLDER_FILE = "model.safetensors"
 
 Dense = nn.Module | nn.Parameter | Iterable[nn.Parameter] | Iterable[Mapping[str, Any]]
 """Parameters that train in full beside the ticket: a module, parameters, or optimizer parameter groups."""
@@ -59,6 +58,9 @@ class SparseTrainer(Trainer):
     `save_steps`, `save_total_limit` of `args`) take O(k) bytes and resume bit for bit on the same base model;
     `train(resume_from_checkpoint=True)` takes the latest complete one. A checkpoint is complete with its manifest,
     which is written last; only then are older ones removed. `save_model(folder)` writes the whole model.
+
+    With `fsdp` set, FSDP2 shards the model when training begins. A checkpoint has the optimizer's state in shards then
+    (torch.distributed.checkpoint), whatever `state_dict_type` says. All processes call `delta` and `save_model`.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class SparseTrainer(Trainer):
                 "SparseTrainer: load_best_model_at_end needs checkpoints of the whole model; "
                 "pass keep_best=KeepBest(metric) instead"
             )
-        args = copy.copy(args)
+        args, self.l2 = copy.copy(args), l2
         self.clip = args.max_grad_norm or None
         args.max_grad_norm = 0.0  # the Trainer would clip over all gradients, also of inactive entries
         # The Trainer would remove the previous checkpoint before the manifest of the new one is written.
@@ -89,12 +91,7 @@ class SparseTrainer(Trainer):
         if args.data_seed is None:
             args.data_seed = args.seed  # else the order of examples depends on the last seed of torch
         super().__init__(model=model, args=args, **kwargs)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or args.n_gpu > 1:
-            raise ValueError(
-                "SparseTrainer: FSDP, DeepSpeed and nn.DataParallel are not supported; run one process per device "
-                "(torchrun), or make one device visible. A model that needs FSDP2 trains by the Trainer of "
-                "transformers with optimizer_cls_and_kwargs=(MaskedAdamW, ...), see docs/sharded.md"
-            )
+        self._prepare_engine()
         # Even without clipping the Trainer multiplies all gradients by a factor of their norm, which would spread a NaN
         # of an inactive entry. Our norm is known after the step only; `log` adds it.
         self.accelerator.clip_grad_norm_ = lambda *args, **kwargs: None
@@ -114,7 +111,7 @@ class SparseTrainer(Trainer):
                 f"SparseTrainer: l2={l2} is coupled and changes whole tensors, the ticket has a part of {partly[0]!r}; "
                 "use weight_decay, which is decoupled"
             )
-        self.ticket, self.pull, self.l2, self.optimizer_options = ticket, pull, l2, dict(optimizer_options or {})
+        self.ticket, self.pull, self.optimizer_options = ticket, pull, dict(optimizer_options or {})
         self.dense, self.base = dense, base
         self.resumed_from: Path | None = None
         self.keep_best = keep_best
@@ -122,6 +119,24 @@ class SparseTrainer(Trainer):
             keep_best.trainer = self
             self.add_callback(keep_best)
         self.add_callback(_Complete(self))
+
+    def _prepare_engine(self) -> None:
+        """Raises ValueError for what runs several devices and is not served."""
+        if self.is_deepspeed_enabled or self.is_fsdp_xla_enabled or self.args.n_gpu > 1:
+            raise ValueError(
+                "SparseTrainer: DeepSpeed, FSDP on XLA and nn.DataParallel are not supported; run one process per "
+                "device (torchrun), or make one device visible. A model that one device does not hold trains with "
+                "fsdp=True"
+            )
+        if not self.is_fsdp_enabled:
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise ValueError('SparseTrainer: FSDP1 flattens parameters; pass fsdp_config={"version": 2}')
+        if self.l2:
+            raise ValueError(f"SparseTrainer: l2={self.l2} is for models that are not sharded; use weight_decay")
+        plugin.state_dict_config = plugin.optim_state_dict_config = None  # of another type, which would stay
+        plugin.set_state_dict_type("SHARDED_STATE_DICT")  # as the optimizer's state is
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """`MaskedAdamW` over the ticket; when resuming, also writes the checkpoint's weights into the model.
@@ -183,17 +198,15 @@ class SparseTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, **kwargs: Any) -> Any:
         """As `Trainer.train`; True resumes from the latest complete checkpoint of the output folder."""
         self.resumed_from = self._checkpoint(resume_from_checkpoint)
-        flags = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
-        # The Trainer loads the empty file of a checkpoint and would report all parameters as missing.
-        hook = self.model.register_load_state_dict_post_hook(lambda module, keys: keys.missing_keys.clear())
+        parameters = named_parameters(self.model, what="SparseTrainer")
+        flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
         try:
             return super().train(
                 resume_from_checkpoint=None if self.resumed_from is None else str(self.resumed_from), **kwargs
             )
         finally:
-            hook.remove()
-            for parameter, flag in flags.items():
-                parameter.requires_grad_(flag)
+            for name, parameter in named_parameters(self.model, what="SparseTrainer").items():
+                parameter.requires_grad_(flags[name])
 
     def _checkpoint(self, resume_from_checkpoint: str | os.PathLike[str] | bool | None) -> Path | None:
         if not resume_from_checkpoint:
@@ -215,17 +228,37 @@ class SparseTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the whole model, as `Trainer.save_model`; checkpoints of the Trainer get the changes only."""
-        if not _internal_call:
+        if _internal_call:
+            self._save_changes(Path(str(output_dir)))
+        elif self.is_fsdp_enabled:  # of which the Trainer would write nothing, as its state is in shards
+            state = self.accelerator.get_state_dict(self.model)
+            if self.args.should_save:
+                self._save(output_dir, state_dict=state)
+        else:
             super().save_model(output_dir)
-        elif self.args.should_save:
-            folder = Path(str(output_dir))
+
+    def _save_changes(self, folder: Path) -> None:
+        changes = self.base.delta(originals=False)  # resuming starts from the base
+        if self.args.should_save:
             manifest.start(folder)
-            # resuming starts from the base; one file, which the manifest names
-            self.base.delta(originals=False).save(folder / DELTA_FILE, max_shard_size=None)
+            changes.save(folder / DELTA_FILE, max_shard_size=None)  # one file, which the manifest names
             if self.keep_best is not None:
                 self.keep_best.save_into(folder)
-            with atomic_path(folder / _PLACEHOLDER_FILE) as temporary:
-                save_file({}, temporary, metadata={"note": f"the weights are in {DELTA_FILE}"})
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As the Trainer's, which under FSDP2 would write all weights, too."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        from accelerate.utils import save_fsdp_optimizer
+
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Nothing: `create_optimizer` writes the weights of a checkpoint into the model."""
 
 
 class _Complete(TrainerCallback):
@@ -335,10 +368,11 @@ class KeepBest(TrainerCallback):
         if value != value or (self.best is not None and not sign * value > sign * self.best["value"]):
             return
         self.best = {"metric": self.metric, "value": value, "step": state.global_step, "epoch": state.epoch}
+        delta = self.trainer.delta(self.best)  # by all processes, as each may have a part of the model
         if not self.on_disk:
-            self._delta = self.trainer.delta(self.best)
+            self._delta = delta
         elif state.is_world_process_zero:
-            self.trainer.delta(self.best).save(self.path, max_shard_size=None)
+            delta.save(self.path, max_shard_size=None)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

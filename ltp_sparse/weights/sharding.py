@@ -10,6 +10,7 @@ from itertools import product
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor, nn
 
 
@@ -25,6 +26,11 @@ def local(tensor: Any) -> Any:
         return tensor
     held = tensor._local_tensor
     return held.wait() if hasattr(held, "wait") else held  # an AsyncCollectiveTensor
+
+
+def whole(tensor: Any) -> Any:
+    """All of a tensor; the ranks of a sharded one must all call this."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def like(param: Tensor, held: Any) -> Any:
@@ -155,6 +161,11 @@ def _chunks(start: int, stop: int, count: int) -> Iterator[tuple[int, int]]:
         yield min(start + number * size, stop), min(start + (number + 1) * size, stop)
 
 
+def mesh_of(param: Any) -> Any:
+    """The mesh of ranks that share a parameter; None: it is not sharded."""
+    return param.device_mesh if is_sharded(param) else None
+
+
 def spread(param: Any) -> tuple[Any, ...]:
     """(mesh, dimension) pairs over which a parameter is sharded, for sums over its ranks.
 
@@ -184,6 +195,17 @@ def everywhere(tensor: Any, holds: bool) -> bool:
     """Whether `holds` is True on all ranks of a sharded tensor. All of them must call it."""
     failed = torch.tensor([0 if holds else 1], dtype=torch.int32, device=local(tensor).device)
     return not int(sum_over(spread(tensor), failed))
+
+
+def is_same(mesh: Any, text: str) -> bool:
+    """Whether all ranks of a mesh, which must all call this, have the same text."""
+    from torch import distributed
+
+    number = xxhash.xxh3_64_intdigest(text.encode()) >> 1  # as int64 has a sign
+    extremes = torch.tensor([number, -number], dtype=torch.int64, device=mesh.device_type)
+    for dim in range(mesh.ndim):
+        distributed.all_reduce(extremes, distributed.ReduceOp.MAX, group=mesh.get_group(dim))
+    return extremes.tolist() == [number, -number]
 
 
 def fsdp_modules(model: nn.Module) -> list[Any]:

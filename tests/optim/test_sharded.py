@@ -10,6 +10,7 @@ import subprocess
 import sys
 import traceback
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -25,14 +26,14 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import ltp_sparse as ls
 from ltp_sparse import MaskedAdamW, Ticket
 from ltp_sparse.optim.gradient_view import GradientView
 from ltp_sparse.weights.names import canonical_parameters
-from ltp_sparse.weights.sharding import Cut, local
+from ltp_sparse.weights.sharding import Cut, local, reshard
 
 WORLD = 4
 WAIT = timedelta(minutes=20)  # of ranks for those that have cases of fewer ranks to run first
@@ -284,14 +285,51 @@ def engines(ranks, name):
 
     def compiled(model):
         shard_rows(model, ranks.mesh())
-        model.block.compile(backend="eager")
+        model.block.compile(backend="aot_eager")
 
-    for shard in (checkpointed, kept, compiled):
+    def compiled_first(model):
+        model.block.compile(backend="aot_eager")
+        shard_rows(model, ranks.mesh())
+
+    def compiled_whole(model):
+        shard_rows(model, ranks.mesh())
+        model.compile(backend="aot_eager")
+
+    def offloaded(model):
+        return shard_rows(model, ranks.mesh(), offload_policy=CPUOffloadPolicy(pin_memory=False))
+
+    for shard in (checkpointed, kept, compiled, compiled_first, compiled_whole, offloaded):
         pair = Pair(ranks, shard, **OPTIONS[name])
         with torch.no_grad():
             loss_of(pair.sharded, 0)  # leaves the gathered parameters of the root in the model
         trains(pair)
         assert torch.isfinite(loss_of(pair.sharded, 0).detach())
+
+
+def scaled(ranks, name):
+    """float16 with a GradScaler on each rank: a step that overflows on one rank is skipped on all."""
+    pair = Pair(ranks, dtype=torch.float16, **OPTIONS[name])
+    scalers = [torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=2) for _ in range(2)]
+    entry = int(ticket_of(pair.plain).indices("block.up.weight")[0])  # of the first rank
+    for step in range(5):
+        for model, scaler in zip((pair.plain, pair.sharded), scalers, strict=True):
+            loss = loss_of(model, step)
+            scaler.scale(loss if model is pair.plain or pair.has_loss else loss * 0).backward()
+        if step == 2:
+            pair.plain.block.up.weight.grad.view(-1)[entry] = torch.inf
+            if ranks.rank == 0:
+                local(pair.sharded.block.up.weight.grad).mul_(torch.inf)
+        before = [whole(param.detach()).clone() for param in pair.sharded.parameters()]
+        for optimizer, scaler in zip((pair.own, pair.optimizer), scalers, strict=True):
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        pair.check()
+        after = [whole(param.detach()) for param in pair.sharded.parameters()]
+        assert all(map(torch.equal, before, after)) == (step == 2)
+        assert scalers[0].get_scale() == scalers[1].get_scale()
+    pair.check_state()
+    assert scalers[0].get_scale() == 32 and int(pair.own.state[pair.plain.block.up.weight]["step"]) == 4
 
 
 def evaluated_first(ranks, name):
@@ -378,18 +416,45 @@ def keyed(ranks, name):
                 first = part.blocks[0] if what == "scales" else part.first
                 expected = state[what][first:][: len(values)] if values.dim() else state[what]
                 assert torch.equal(values, expected), what
-    if ranks.size == 3 and name == "8bit":
-        with pytest.raises(ValueError, match="cut inside of one"):
-            Pair(ranks, **options)
-        with pytest.raises(ValueError, match="is cut by columns"):
-            Pair(ranks, lambda model: shard_tensors(model, ranks.mesh()), **options)
 
 
 def refused(ranks, name):
+    """With one sentence, in the constructor and, of what is done to the model later, in `step`."""
     mesh = ranks.mesh()
     param = torch.nn.Parameter(DTensor.from_local(torch.ones(4, 4), mesh, [Partial()]))
     with pytest.raises(ValueError, match="'a' is placed as .*redistribute"):
         MaskedAdamW({"a": param}, Ticket.full({"a": torch.ones(4, 4)}))
+    model = nn.Linear(4, 4)
+    optimizer = MaskedAdamW(model, Ticket.full(model))
+    model.weight = param
+    with pytest.raises(ValueError, match="'weight' is placed as .*redistribute"):
+        optimizer.step()
+    keyed = [{"states": "8bit"}, {**BF16, "rounding": "stochastic"}]
+    shards = [(keyed[0], Shard(0), "cut inside of one"), *((options, Shard(1), "cut by columns") for options in keyed)]
+    for options, cut, told in shards:
+        model = nn.Linear(64, 64, bias=False, dtype=options.get("dtype"))
+        options = {key: value for key, value in options.items() if key != "dtype"}
+        ticket = Ticket.random(model, density=0.2)
+        optimizer = MaskedAdamW(model, ticket, **options)
+        fully_shard(model, mesh=mesh, shard_placement_fn=lambda param, cut=cut: cut)
+        with pytest.raises(ValueError, match=told):
+            MaskedAdamW(model, ticket, **options)
+        with pytest.raises(ValueError, match=told):
+            optimizer.step()
+    model = nn.Linear(4, 4)
+    optimizer = MaskedAdamW(model, Ticket.full(model))
+    with pytest.raises(TypeError, match="meta"):
+        MaskedAdamW(nn.Linear(4, 4, device="meta"), Ticket.full(model))
+    model.to("meta")
+    with pytest.raises(ValueError, match="has been replaced"):
+        optimizer.step()
+    for first in (False, True):
+        model, other = net(), Ticket.random(net(), density=0.2, seed=ranks.rank)
+        optimizer = MaskedAdamW(model, other) if first else None
+        shard_rows(model, mesh)
+        optimizer = optimizer or MaskedAdamW(model, other)
+        with pytest.raises(ValueError, match="the same ticket and `dense` on all ranks"):
+            optimizer.step()
     pair = Pair(ranks)
     pair.step()
     shard_rows(pair.plain, mesh)
@@ -408,6 +473,13 @@ def refused(ranks, name):
     ticket = Ticket.full(model)
     with pytest.raises(ValueError, match="flattened by FullyShardedDataParallel"):
         MaskedAdamW(FullyShardedDataParallel(model, ranks.group, device_id=torch.device("cpu")), ticket)
+    for original, packed in product((False, True), ("dense", "packed")):
+        model = nn.Linear(4, 4)
+        optimizer = MaskedAdamW(model, ticket, gradients=packed)
+        around = FullyShardedDataParallel(model, ranks.group, device_id=torch.device("cpu"), use_orig_params=original)
+        around(torch.ones(2, 4)).sum().backward()
+        with pytest.raises(ValueError, match="flattened by FullyShardedDataParallel"):
+            optimizer.step()
     model = nn.Linear(4, 4)
     sharded = net()
     packed = ls.PackedParameters(sharded, ticket_of(sharded))
@@ -416,9 +488,13 @@ def refused(ranks, name):
     with pytest.raises(ValueError, match="has been replaced since the optimizer was made"):
         optimizer.step()
     model = nn.Linear(4, 4)
+    optimizer = MaskedAdamW(model, ticket)
     model.weight.ds_id = 0
     with pytest.raises(ValueError, match="flattened by DeepSpeed"):
         MaskedAdamW(model, ticket)
+    model.weight.data = torch.empty(0)
+    with pytest.raises(ValueError, match="flattened by DeepSpeed"):
+        optimizer.step()
 
 
 def as_torchrun(ranks):
@@ -466,52 +542,124 @@ class WithLoss(nn.Module):
         return {"loss": torch.stack([loss_of(self.net, int(each)) for each in seed]).mean()}
 
 
-def trainer(ranks, name):
-    """The Trainer of transformers with `fsdp` set. One epoch is one batch, so its order does not matter."""
-    transformers = pytest.importorskip("transformers")
+def forced(trainer, version=2):
+    """A class of Trainers that take the path of FSDP2, which they have on accelerators only."""
+    from accelerate import PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-    class Forced(transformers.Trainer):
+    class Forced(trainer):
         def create_accelerator_and_postprocess(self):
             super().create_accelerator_and_postprocess()
             state = self.accelerator.state
-            state.distributed_type = DistributedType.FSDP  # it takes this path on accelerators only
+            state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            state.fsdp_plugin.fsdp_version = version
             self.is_fsdp_enabled = True
 
-    as_torchrun(ranks)
-    arguments = transformers.TrainingArguments(
-        str(ranks.folder / f"trainer-{name}"), use_cpu=True, fsdp=True, per_device_train_batch_size=2, max_steps=3,
-        fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": ["Block"], "cpu_ram_efficient_loading": False},
-        max_grad_norm=0.05, logging_steps=1, lr_scheduler_type="constant", save_strategy="no", report_to=[],
-        disable_tqdm=True,
+    return Forced
+
+
+def arguments(folder, **options):
+    """Of a Trainer: three steps, each over all of the data, so that its order does not matter."""
+    from transformers import TrainingArguments
+
+    config = {"version": 2, "transformer_layer_cls_to_wrap": ["Block"], "cpu_ram_efficient_loading": False}
+    options = {"save_strategy": "no", **options}
+    return TrainingArguments(
+        str(folder), use_cpu=True, fsdp=True, fsdp_config=config, per_device_train_batch_size=2,
+        max_steps=3, learning_rate=0.01, weight_decay=0.01, adam_epsilon=1e-3, max_grad_norm=0.05, logging_steps=1,
+        lr_scheduler_type="constant", report_to=[], disable_tqdm=True, **options,
     )  # fmt: skip
-    plain, model = WithLoss(), WithLoss()
-    ticket = ticket_of(plain)
+
+
+def check_trained(trainer, plain, own, ticket, dense=()):
+    """Three steps of one process lead to the norms and the entries of a Trainer; frozen entries have their bits."""
     before = {key: param.detach().clone() for key, param in canonical_parameters(plain).items()}
-    options = {"lr": 0.01, "eps": 1e-3, "freeze": True}  # it clips by the gradients of all parameters that have one
-    own = MaskedAdamW(plain, ticket, max_grad_norm=0.05, **options)
-    with_model = {"model": model, "ticket": ticket, "gradients": name, **options}
-    data = [{"seed": seed} for seed in range(2 * ranks.size)]
-    trainer = Forced(model, arguments, train_dataset=data, optimizer_cls_and_kwargs=(MaskedAdamW, with_model))
-    trainer.train()
-    norms = []
+    size, norms = 2 * distributed.get_world_size(), []
     for _ in range(3):
-        plain(torch.arange(2 * ranks.size))["loss"].backward()
+        plain(torch.arange(size))["loss"].backward()
         own.step()
         own.zero_grad()
         norms.append(float(own.grad_norm))
     logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
     assert logged == pytest.approx(norms, rel=1e-5)
+    reshard(trainer.model)
     sharded = canonical_parameters(trainer.model)
     assert all(isinstance(param, DTensor) for param in sharded.values())
     moved = 0
     for key, param in canonical_parameters(plain).items():
         found = whole(sharded[key].detach())
         assert float((found - param).abs().max()) <= 1e-6, key
-        assert torch.equal(found[~ticket.mask(key)], before[key][~ticket.mask(key)]), key
-        moved += int((found != before[key]).sum())
+        if key not in dense:
+            assert torch.equal(found[~ticket.mask(key)], before[key][~ticket.mask(key)]), key
+            moved += int((found != before[key]).sum())
     assert 0.9 * ticket.k < moved <= ticket.k
+
+
+def trainer(ranks, name):
+    """The Trainer of transformers with `fsdp` set."""
+    transformers = pytest.importorskip("transformers")
+    as_torchrun(ranks)
+    plain, model = WithLoss(), WithLoss()
+    ticket = ticket_of(plain)
+    options = {"lr": 0.01, "eps": 1e-3, "freeze": True}  # it clips by the gradients of all parameters that have one
+    with_model = {"model": model, "ticket": ticket, "gradients": name, **options}
+    trainer = forced(transformers.Trainer)(
+        model, arguments(ranks.folder / f"trainer-{name}"), train_dataset=[{"seed": i} for i in range(2 * ranks.size)],
+        optimizer_cls_and_kwargs=(MaskedAdamW, with_model),
+    )  # fmt: skip
+    trainer.train()
+    check_trained(trainer, plain, MaskedAdamW(plain, ticket, max_grad_norm=0.05, **options), ticket)
+
+
+def sparse_trainer(ranks, name):
+    """Ours with `fsdp` set: trained, saved, resumed, the best kept, and put back."""
+    pytest.importorskip("transformers")
+    from safetensors.torch import load_file
+
+    from ltp_sparse.training.trainer import KeepBest, SparseTrainer
+
+    as_torchrun(ranks)
+    plain, data = WithLoss(), [{"seed": seed} for seed in range(2 * ranks.size)]
+    ticket, dense = ticket_of(plain, without=["net.block.norm"]), ["net.block.norm.weight", "net.block.norm.bias"]
+    before = {key: param.detach().clone() for key, param in canonical_parameters(plain).items()}
+
+    def made(folder, *, version=2, l2=0.0):
+        model, keep = WithLoss(), KeepBest(last=True)
+        options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
+        return forced(SparseTrainer, version)(
+            model, arguments(ranks.folder / folder, label_names=["seed"], **options), ticket,
+            dense=model.net.block.norm, pull=1e-3, l2=l2, keep_best=keep, optimizer_options={"gradients": name},
+            train_dataset=data, eval_dataset=data,
+        )  # fmt: skip
+
+    trainer, resumed = made(f"straight-{name}"), made(f"resumed-{name}")
+    trainer.train()
+    options = {"lr": 0.01, "eps": 1e-3, "pull": 1e-3, "max_grad_norm": 0.05}
+    own = MaskedAdamW(plain, ticket, dense=plain.net.block.norm, **options)
+    trainer.base.restore(trainer.keep_best.last)
+    check_trained(trainer, plain, own, ticket, dense)
+    saved = trainer.args.output_dir + "/checkpoint-2"
+    resumed.train(resume_from_checkpoint=saved)
+    for one, other in ((trainer.keep_best.last, resumed.keep_best.last), (trainer.keep_best, resumed.keep_best)):
+        one, other = (each if isinstance(each, ls.SparseDelta) else each.delta() for each in (one, other))
+        for part in ("values", "originals", "dense"):
+            assert all(torch.equal(getattr(other, part)[key], held) for key, held in getattr(one, part).items())
+    best = trainer.keep_best.delta()
+    assert all(torch.equal(best.values[key], values) for key, values in resumed.delta().values.items())
+    assert not list(Path(saved).glob("*model*")), "no weights but the changed ones"
+    resumed.save_model(f"{resumed.args.output_dir}/whole")
+    distributed.barrier()
+    written = load_file(f"{resumed.args.output_dir}/whole/model.safetensors")
+    best.apply(plain_again := WithLoss())
+    for key, param in canonical_parameters(plain_again).items():
+        assert torch.equal(written[key], param), key
+    resumed.base.put_back()
+    for key, param in canonical_parameters(resumed.model).items():
+        assert torch.equal(whole(param.detach()), before[key]), key
+    for told, other in (("FSDP1 flattens", {"version": 1}), ("l2=0.1", {"l2": 0.1})):
+        with pytest.raises(ValueError, match=told):
+            made("refused", **other)
 
 
 PACKED = {
@@ -583,15 +731,17 @@ CASES = {
         (tensor_parallel, ("plain", "packed", "clipped", "master")),
         (tensor_parallel_and_rows, ("plain", "packed", "clipped")),
         (resharding, ("plain", "master-packed", "dense", "pull")), (own_parts, ("plain", "packed")),
-        (engines, ("plain", "packed")), (evaluated_first, ("plain", "packed")), (within_a_bound, ("plain", "packed")),
+        (engines, ("plain", "packed")), (scaled, ("plain", "packed")),
+        (evaluated_first, ("plain", "packed")), (within_a_bound, ("plain", "packed")),
         (partial_gradients, ("plain", "packed")), (refused, ("plain",)), (stages, ("plain",)),
         (accelerated, ("plain", "packed")), (keyed, ("stochastic", "8bit", "both")),
-        (packed_parameters, PACKED), (trainer, ("packed",)))
+        (packed_parameters, PACKED), (trainer, ("packed",)), (sparse_trainer, ("packed",)))
     for name in names
 }  # fmt: skip
 
 
-GRIDS = (replicas, tensor_parallel_and_rows, resharding, accelerated, trainer)  # what all processes do together
+# What all processes do together.
+GRIDS = (replicas, tensor_parallel_and_rows, resharding, accelerated, trainer, sparse_trainer)
 
 
 def _rank(rank, folder, cases):
@@ -628,11 +778,13 @@ THIN = [
     *[
         ("own_parts-packed", 3),
         ("engines-packed", 2),
+        ("scaled-packed", 3),
         ("within_a_bound-packed", 4),
         ("refused-plain", 2),
         *[("stages-plain", 2), ("partial_gradients-packed", 3), ("rows-stochastic", 3), ("keyed-both", 4)],
         ("packed_parameters-sgd", 3),
         ("trainer-packed", 4),
+        ("sparse_trainer-packed", 4),
     ],
 ]
 

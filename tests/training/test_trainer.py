@@ -178,8 +178,7 @@ def test_checkpoints_hold_what_has_changed_only(tmp_path):
     tensors = sum((checkpoint / name).stat().st_size for name in (DELTA_FILE, BEST_FILE, "optimizer.pt"))
     n = sum(p.numel() for p in trainer.model.parameters())
     assert tensors < (8 + 8 + 8) * k + n // 4 + 40_000  # delta, best delta, moments; indices; headers of many tensors
-    assert (checkpoint / "model.safetensors").stat().st_size < 200
-    assert not list(checkpoint.glob("*.bin"))
+    assert not list(checkpoint.glob("model*")) and not list(checkpoint.glob("*.bin"))
     assert (checkpoint / BEST_FILE).samefile(tmp_path / BEST_FILE)
 
 
