@@ -30,6 +30,8 @@ BEGIN, END = "<!-- from rows: begin -->", "<!-- from rows: end -->"
 TICKETS, LEVELS = "study-tickets", ("study-backbone", "study-baselines")
 CLAIMS = ("study-zero-shot", "study-in-language", "study-sft", "study-nusax")
 FIGURE = "differences.png"
+NAMES = {"ticket.density": "density", "options.density": "density", "ticket.mlm.max_steps": "updates"}
+"""Facts, as the page calls them."""
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -120,7 +122,7 @@ def differences(name: str, rows: Rows) -> list[tuple[str, Comparison]]:
     recipe = load_recipe(name)
     (reference,) = recipe.compare
     last = bool(rows) and all("last_update" in row for row in rows)
-    paths = [path.rpartition(".")[2] for path in recipe.by if path != "label"]
+    paths = [NAMES.get(path, path) for path in recipe.by if path != "label"]
     found = []
     for make in (pool, compare):
         for of in make(rows, reference, recipe.by, last=last):

@@ -25,7 +25,8 @@ from ltp_sparse.recipes.run import run_recipe, unfinished
 from ltp_sparse.recipes.workbench import Workbench
 from ltp_sparse.report.pages import write_report
 
-DENSITY, RATE, UPDATES = "ticket.density", "ticket.mlm.learning_rate", "ticket.mlm.max_steps"
+DENSITY, SCORE = "ticket.density", "ticket.score"
+RATE, UPDATES = "ticket.mlm.learning_rate", "ticket.mlm.max_steps"
 CLAIM = [("label", "LTP"), ("label", "random")]
 GRADIENT = ("label", "gradient")
 TICKETS = [*CLAIM, ("label", "least moved"), GRADIENT]
@@ -34,11 +35,12 @@ OTHERS = [*PROMPTS, *(("label", name) for name in ("FT", "BitFit", "head only", 
 SFT = [("label", "LT-SFT"), ("label", "Rand-SFT")]
 STEPS: list[tuple[str, Sequence[tuple[str, Any]]]] = [
     ("study-backbone", []),
-    ("study-tickets", [(RATE, 5e-4), (UPDATES, 17), (UPDATES, 125)]),
+    ("study-tickets", [(RATE, 5e-4), (UPDATES, 17), (UPDATES, 125), (SCORE, None)]),
     ("study-rates", [(DENSITY, 0.01), *CLAIM]),
     ("study-zero-shot", [(DENSITY, 0.01), (UPDATES, 125), *CLAIM]),
     ("study-rates", [(DENSITY, 0.01), GRADIENT]),
     ("study-zero-shot", [(DENSITY, 0.01), GRADIENT]),
+    ("study-tickets", [(SCORE, "gradient")]),
     ("study-tickets", [(RATE, 5e-4), (UPDATES, 500)]),
     ("study-in-language", [("shots", 1), *CLAIM]),
     ("study-in-language", [("shots", 4), *CLAIM]),

@@ -11,7 +11,7 @@ from ltp_sparse.report.escaping import Sheet, plain
 
 
 def stage_1_sheet(rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> Sheet | None:
-    """For each group of rows with a ticket of stage 1, the means over its runs.
+    """For each group of rows with a ticket of stage 1, and each score in it, the means over its runs.
 
     "shared" is the share of a ticket's entries that the ticket of another seed has as well; "chance" is the same for
     two random tickets with as many entries in each parameter.
@@ -26,16 +26,17 @@ def stage_1_sheet(rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> Sheet
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         if row.get("stage_1"):
-            groups.setdefault(tuple(look_up(row, path) for path in by), []).append(row["stage_1"])
+            group = *(look_up(row, path) for path in by), row["stage_1"]["score"]
+            groups.setdefault(group, []).append(row["stage_1"])
     if not groups:
         return None
     out = [[*by, "score", "updates", "validation loss", "seeds", "shared", "chance", "times chance"]]
-    for facts, members in groups.items():
+    for (*facts, score), members in groups.items():
         shared, chance = (_mean(members, f"overlap.{key}") for key in ("share", "chance"))
         out.append(
             [
                 *map(plain, facts),
-                ", ".join(dict.fromkeys(member["score"] for member in members)),
+                score,
                 ", ".join(dict.fromkeys(str(m["updates"]) for m in members if "updates" in m)),
                 _shown(_mean(members, "validation_loss"), "{:.3f}"),
                 str(len({member.get("seed") for member in members})),
