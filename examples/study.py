@@ -4,11 +4,13 @@
 
 `real-xlmr` is what examples/real_backbone.py leaves. Finished cells have a row in OUTPUT/RECIPE/results.jsonl and are
 not run again: the same command goes on where it was stopped, by a kill too. Reports are written after every step.
+`--workers 2` runs two cells at a time on the CPU; rows are the same, and come sooner where there are cores for them.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ import torch
 
 from ltp_sparse.recipes import Recipe, load_recipe, results
 from ltp_sparse.recipes.cache import Cache
+from ltp_sparse.recipes.engines import Here, Local
 from ltp_sparse.recipes.rates import with_rates
 from ltp_sparse.recipes.run import run_recipe, unfinished
 from ltp_sparse.recipes.workbench import Workbench
@@ -70,17 +73,21 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", required=True, help="folder of the backbone, or a Hub name")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--workers", type=int, default=1, help="processes on the CPU (default: this one, or its GPU)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)  # of workers
+    engine = Local([""], options.workers) if options.workers > 1 else Here()
     bench = Workbench(data=options.data, cache=Cache(options.output / "cache"), bf16=True)
     failed = 0
     for name, wanted in STEPS:
         folder = options.output / name
         recipe = step(name, wanted, options.model, options.output)
         print(f"{time.strftime('%H:%M')} {name}: {len(unfinished(recipe, folder))} cells to do", flush=True)
-        failed += run_recipe(recipe, folder, bench)
+        failed += run_recipe(recipe, folder, bench, engine=engine)
         write_report(load_recipe(name), results.read(folder / results.RESULTS), folder)
+    engine.close()
     print(f"{failed} cells failed")
     return min(failed, 1)
 
