@@ -141,6 +141,15 @@ def is_global(text: str) -> bool:
     return bool(re.search(r"\b(LDG|STG)\.", text))
 
 
+def is_wide(text: str) -> bool:
+    return bool(re.search(r"\b(LDG|STG)\S*\.(64|128)", text))
+
+
+def of_entries(text: str) -> bool:
+    """Whether it reads or writes entries, or where they are."""
+    return is_global(text) or "LDS" in text
+
+
 def path_of(code: Code, span: tuple[int, int], vectors: bool) -> list[str]:
     """The instructions of one turn of a loop over batches: without slow paths, and the way of vectors, or of lists.
 
@@ -165,12 +174,14 @@ def path_of(code: Code, span: tuple[int, int], vectors: bool) -> list[str]:
         ):
             at = target
             continue
-        accesses = sum(is_global(t) for _, t in skipped)
+        accesses = sum(of_entries(t) for _, t in skipped)
         end = re.match(r"BRA\S*\s+0x([0-9a-f]+)", skipped[-1][1]) if skipped else None
         if end and target < int(end[1], 16) <= last:  # one way or the other
-            others = sum(is_global(t) for address, t in code if target <= address < int(end[1], 16))
+            others = sum(of_entries(t) for address, t in code if target <= address < int(end[1], 16))
             if (accesses or others) and (accesses < others) != vectors:
                 at = target
+        elif vectors and accesses and not any(is_wide(t) for _, t in skipped):  # nothing is left where vectors are
+            at = target
     return found
 
 

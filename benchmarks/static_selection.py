@@ -66,7 +66,7 @@ def build(folder: Path) -> Path:
 def load(path: Path) -> tuple[Any, ctypes.CDLL]:
     """The module `_C_cuda` of the emulation, and its counters."""
     counters = ctypes.CDLL(str(path))
-    for name in ("take_traps", "launches_so_far", "blocks_beyond_their_bins", "wrong_fourth_roots"):
+    for name in ("take_traps", "launches_so_far", "blocks_beyond_their_bins"):
         getattr(counters, name).restype = ctypes.c_int64
     spec = importlib.util.spec_from_file_location("_C_cuda", path)
     assert spec is not None and spec.loader is not None

@@ -91,6 +91,34 @@ LTP_HD float to_float32(Float16 value) {
 #endif
 }
 
+LTP_HD float to_float32(int8_t value) { return float(value); }
+
+LTP_HD float to_float32(uint8_t value) { return float(value); }
+
+// One of four neighbours. It is converted from their words, as taking it out first costs one instruction more.
+template <class T>
+LTP_HD float to_float32(const Vector<T, 4>& vector, int i) {
+    return to_float32(vector.item[i]);
+}
+
+LTP_HD float to_float32(const Vector<BFloat16, 4>& vector, int i) {
+    uint32_t words[2];
+    memcpy(words, &vector, sizeof words);
+    return float_from_bits(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xFFFF0000);
+}
+
+LTP_HD float to_float32(const Vector<int8_t, 4>& vector, int i) {
+    uint32_t word;
+    memcpy(&word, &vector, sizeof word);
+    return float(int8_t(word >> 8 * i));
+}
+
+LTP_HD float to_float32(const Vector<uint8_t, 4>& vector, int i) {
+    uint32_t word;
+    memcpy(&word, &vector, sizeof word);
+    return float(word >> 8 * i & 0xFF);
+}
+
 // Rounds to nearest, ties to even. NaN becomes the positive quiet NaN, and overflow infinity.
 LTP_HD void round_to(float value, float& out) { out = value; }
 

@@ -36,67 +36,91 @@ LTP_HD float inverse_scale(float scale) {
     return scale > 0.0f ? fourth_power(float(LEVELS)) / scale : 0.0f;
 }
 
-// The whole part of sqrtf(sqrtf(x)), for 0 <= x <= 255^4, from an approximate square root with a relative error of at
-// most 2^-23. Two approximate roots differ from two exact ones by less than 2^-13, which matters only near a whole
-// number.
-template <class Approximate>
-LTP_HD float whole_fourth_root(float x, Approximate approximate) {
-    const float root = approximate(approximate(x)), whole = truncf(root);
-    const bool is_sure = fabsf(root - whole - 0.5f) < 0.5f - 1.0f / 4096.0f;
-    return __builtin_expect(is_sure, 1) ? whole : float(int(sqrtf(sqrtf(x))));
-}
+// (random16 + 1/2) / 65536: bits behind the point of a number from 128 on, without a conversion.
+LTP_HD float chance_of(uint32_t random16) { return float_from_bits(0x43000000 | random16) - (128.0f - 0x1p-17f); }
 
-LTP_HD float whole_fourth_root(float x) {
-#if defined(__CUDA_ARCH__)
-    return whole_fourth_root(x, [](float square) {
-        float root;
-        asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(square));
-        return root;
-    });
-#else
-    return float(int(sqrtf(sqrtf(x))));
-#endif
-}
+// A magnitude x to encode: 0 <= x <= 255^4.
+struct Magnitude {
+    float x, chance;
 
-// The code below or above x >= 0, chosen by 16 random bits so that the mean is x.
-LTP_HD float encode_magnitude(float x, uint32_t random16) {
-    const float code = whole_fourth_root(x);
-    const float below = fourth_power(code), above = fourth_power(code + 1.0f);
-    const float chance = (float(int(random16)) + 0.5f) * (1.0f / 65536.0f);
-    return code + float(chance * (above - below) < x - below);
-}
+    // |value| * inverse, at most LEVELS^4, which also stands for values that are not finite; their block is NaN anyway.
+    // It is a minimum of bits, since compilers turn a comparison of floats with a constant into a branch and do not
+    // vectorise.
+    template <int LEVELS>
+    static LTP_HD Magnitude of(float value, float inverse, uint32_t random16) {
+        const uint32_t bits = bits_of_float(fabsf(value) * inverse);
+        const uint32_t most = bits_of_float(fourth_power(float(LEVELS)));
+        return {float_from_bits(bits < most ? bits : most), chance_of(random16)};
+    }
 
-// |value| * inverse, at most LEVELS^4, which also stands for values that are not finite; their block is NaN anyway. It
-// is a minimum of bits, since compilers turn a comparison of floats with a constant into a branch and do not vectorise.
-template <int LEVELS>
-LTP_HD float scaled_magnitude(float value, float inverse) {
-    const int32_t bits = int32_t(bits_of_float(value * inverse) & 0x7FFFFFFF);
-    const int32_t most = int32_t(bits_of_float(fourth_power(float(LEVELS))));
-    return float_from_bits(uint32_t(bits < most ? bits : most));
-}
+    // The code below or above x, chosen so that the mean is x. whole: the whole part of the fourth root of x.
+    LTP_HD float code(float whole) const {
+        const float below = fourth_power(whole), above = fourth_power(whole + 1.0f);
+        return whole + float(chance * (above - below) < x - below);
+    }
+
+    LTP_HD float whole_root() const { return float(int(sqrtf(sqrtf(x)))); }
+
+    // Whether a whole part that is one too small or too large, since two roots with a relative error of 2^-23 are on
+    // the other side of a whole number n, gives the same code. Then x differs from n^4 by less than 2^-14 of the way to
+    // the next code, and the code is n but for the first and last chances.
+    LTP_HD bool forgives() const { return fabsf(chance - 0.5f) < 0.5f - 0x1p-14f; }
+};
 
 // exp_avg -> -127 .. 127
+LTP_HD int8_t first_code(float exp_avg, float code) { return int8_t(int(exp_avg < 0.0f ? -code : code)); }
+
 LTP_HD int8_t encode_exp_avg(float value, float inverse, uint32_t random) {
-    const float x = scaled_magnitude<kFirstLevels>(value, inverse);
-    const float code = encode_magnitude(x, random >> 16);
-    return int8_t(int(value < 0.0f ? -code : code));
+    const Magnitude size = Magnitude::of<kFirstLevels>(value, inverse, random >> 16);
+    return first_code(value, size.code(size.whole_root()));
 }
 
-LTP_HD float decode_exp_avg(int8_t code, float scale) {
-    const float value = fourth_power(float(code)) * (scale / fourth_power(float(kFirstLevels)));
-    return code < 0 ? -value : value;
+LTP_HD float decode_exp_avg(float code, float scale) {
+    const float square = code * fabsf(code);
+    return square * fabsf(square) * (scale / fourth_power(float(kFirstLevels)));
 }
 
 // sqrt(exp_avg_sq) -> 0 .. 255. A root above zero gets a code above zero, or the next step would divide by eps alone.
-LTP_HD uint8_t encode_exp_avg_sq(float root, float inverse, uint32_t random) {
-    const float x = scaled_magnitude<kSecondLevels>(root, inverse);
-    const int code = int(encode_magnitude(x, random & 0xFFFF)), least = int(x > 0.0f);
-    return uint8_t(code > least ? code : least);
+LTP_HD uint8_t second_code(const Magnitude& root, float code) {
+    const uint32_t bits = bits_of_float(code), least = bits_of_float(float(root.x > 0.0f));
+    return uint8_t(int(float_from_bits(bits > least ? bits : least)));
 }
 
-LTP_HD float decode_exp_avg_sq(uint8_t code, float scale) {
-    const float root = fourth_power(float(code)) * (scale / fourth_power(float(kSecondLevels)));
+LTP_HD uint8_t encode_exp_avg_sq(float root, float inverse, uint32_t random) {
+    const Magnitude size = Magnitude::of<kSecondLevels>(root, inverse, random & 0xFFFF);
+    return second_code(size, size.code(size.whole_root()));
+}
+
+LTP_HD float decode_exp_avg_sq(float code, float scale) {
+    const float root = fourth_power(code) * (scale / fourth_power(float(kSecondLevels)));
     return root * root;
+}
+
+// The codes of N entries, from a square root with a relative error of at most 2^-23.
+template <int N, class Approximate>
+LTP_HD void encode_moments(const float (&exp_avg)[N], const float (&root)[N], float first_inverse, float second_inverse,
+                           const uint32_t (&random)[N], int8_t (&first)[N], uint8_t (&second)[N],
+                           Approximate approximate) {
+    Magnitude a[N], b[N];
+    float of_a[N], of_b[N];
+    bool is_forgiven = true;
+    for (int j = 0; j < N; ++j) {
+        a[j] = Magnitude::of<kFirstLevels>(exp_avg[j], first_inverse, random[j] >> 16);
+        b[j] = Magnitude::of<kSecondLevels>(root[j], second_inverse, random[j] & 0xFFFF);
+        of_a[j] = truncf(approximate(approximate(a[j].x)));
+        of_b[j] = truncf(approximate(approximate(b[j].x)));
+        is_forgiven = is_forgiven & a[j].forgives() & b[j].forgives();
+    }
+    if (__builtin_expect(!is_forgiven, 0)) {
+        for (int j = 0; j < N; ++j) {
+            of_a[j] = a[j].whole_root();
+            of_b[j] = b[j].whole_root();
+        }
+    }
+    for (int j = 0; j < N; ++j) {
+        first[j] = first_code(exp_avg[j], a[j].code(of_a[j]));
+        second[j] = second_code(b[j], b[j].code(of_b[j]));
+    }
 }
 
 }  // namespace ltp

@@ -7,14 +7,19 @@
 
 namespace ltp {
 
-// A bijection of 32-bit words, `lowbias32` by C. Wellons: one changed bit flips every other one in half of all cases.
-LTP_HD uint32_t mix32(uint32_t x) {
-    x ^= x >> 16;
+// The first step of `mix32`. It is linear: that of key ^ index is that of the key ^ that of the index.
+LTP_HD uint32_t folded(uint32_t x) { return x ^ x >> 16; }
+
+// The other steps.
+LTP_HD uint32_t mix_folded(uint32_t x) {
     x *= 0x7FEB352Du;
     x ^= x >> 15;
     x *= 0x846CA68Bu;
     return x ^ x >> 16;
 }
+
+// A bijection of 32-bit words, `lowbias32` by C. Wellons: one changed bit flips every other one in half of all cases.
+LTP_HD uint32_t mix32(uint32_t x) { return mix_folded(folded(x)); }
 
 // The key of one step of a parameter, as `rounding_keys` of ltp_sparse/backends/rounding.py.
 LTP_HD uint32_t rounding_key_of(uint64_t seed, uint64_t step, uint64_t number) {
@@ -38,11 +43,9 @@ LTP_HD uint32_t moment_key(uint32_t tile_key) { return mix32(tile_key + 0x9E3779
 // 32 random bits for the moments of the entry with this flat index; the upper half is for the first moment.
 LTP_HD uint32_t moment_bits(uint32_t moment_key, uint32_t index) { return mix32(moment_key ^ index); }
 
-// Rounds up or down at random so that the mean is exact. Values that are not finite are rounded to nearest.
+// Rounds up or down at random so that the mean is exact. Infinity stays, as its lower bits are zeros, and so does NaN.
 LTP_HD BFloat16 round_stochastically(float value, uint32_t random16) {
-    const uint32_t bits = bits_of_float(value), magnitude = bits & 0x7FFFFFFF, infinity = 0x7F800000;
-    const uint32_t rounded = (bits + (magnitude == infinity ? 0 : random16)) >> 16;
-    return {uint16_t(magnitude > infinity ? 0x7FC0 : rounded)};
+    return {uint16_t((value != value ? 0x7FC00000 : bits_of_float(value) + random16) >> 16)};
 }
 
 }  // namespace ltp

@@ -31,8 +31,8 @@ class DecodedBlock {
 
     DecodedBlock(const int8_t* first, const uint8_t* second, const float* scales, int64_t count) {
         const float first_scale = scales[0], second_scale = scales[1];
-        for (int64_t i = 0; i < count; ++i) exp_avg[i] = decode_exp_avg(first[i], first_scale);
-        for (int64_t i = 0; i < count; ++i) exp_avg_sq[i] = decode_exp_avg_sq(second[i], second_scale);
+        for (int64_t i = 0; i < count; ++i) exp_avg[i] = decode_exp_avg(float(first[i]), first_scale);
+        for (int64_t i = 0; i < count; ++i) exp_avg_sq[i] = decode_exp_avg_sq(float(second[i]), second_scale);
     }
 
     // random: `moment_bits` of every entry

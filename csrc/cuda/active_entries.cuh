@@ -22,6 +22,7 @@
 #pragma once
 
 #include "../common/dtypes.h"
+#include "../common/rounding.h"
 #include "../common/tile.h"
 #include "masked_adamw.h"
 
@@ -159,7 +160,8 @@ LTP_HD void list_entries(const TileRow& tile, const Index& index, const WorkItem
 }
 
 // A batch: active entries of a thread whose loads are in flight together. Arrays with a number for each entry of the
-// tile are read by entry, arrays with a number for each active entry by rank.
+// tile are read by entry, arrays with a number for each active entry by rank. `Numbers` are those of a batch, as
+// loaded; [j] is one of them in float32.
 
 // N active entries that are `STRIDE` apart in the list, so that neighbouring threads take neighbouring ones. Beyond the
 // end of the list, the first one is read again and nothing is stored.
@@ -168,6 +170,12 @@ struct Scattered {
     static constexpr int kCount = N;
     uint32_t entry[N], rank[N];
     bool there[N];
+
+    template <class T>
+    struct Numbers {
+        T item[N];
+        LTP_HD float operator[](int j) const { return to_float32(item[j]); }
+    };
 
     // place: the place of the first one, inside the list; first: the rank of listed[0]
     LTP_HD Scattered(const Listed& listed, int place, int count, int first) {
@@ -181,14 +189,20 @@ struct Scattered {
 
     LTP_HD bool has(int j) const { return there[j]; }
 
-    template <class T, class Threads>
-    LTP_HD void load_by_entry(Threads& threads, const T* from, T (&to)[N]) const {
-        for (int j = 0; j < N; ++j) to[j] = threads.load(at(from, entry[j]));
+    // For each entry visit(j, key ^ folded(index)). start: the index of the tile's first entry
+    template <class Threads, class Visit>
+    LTP_HD void for_each_index(Threads&, uint32_t key, uint32_t start, Visit visit) const {
+        for (int j = 0; j < N; ++j) visit(j, key ^ folded(start + entry[j]));
     }
 
     template <class T, class Threads>
-    LTP_HD void load_by_rank(Threads& threads, const T* from, T (&to)[N]) const {
-        for (int j = 0; j < N; ++j) to[j] = threads.load(at(from, rank[j]));
+    LTP_HD void load_by_entry(Threads& threads, const T* from, Numbers<T>& to) const {
+        for (int j = 0; j < N; ++j) to.item[j] = threads.load(at(from, entry[j]));
+    }
+
+    template <class T, class Threads>
+    LTP_HD void load_by_rank(Threads& threads, const T* from, Numbers<T>& to) const {
+        for (int j = 0; j < N; ++j) to.item[j] = threads.load(at(from, rank[j]));
     }
 
     template <class T, class Threads>
@@ -213,22 +227,36 @@ struct Neighbours {
     static constexpr int kCount = N, kVector = 4;
     uint32_t entry[N];
 
+    template <class T>
+    struct Numbers {
+        Vector<T, kVector> vector[N / kVector];
+        LTP_HD float operator[](int j) const { return to_float32(vector[j / kVector], j % kVector); }
+    };
+
     LTP_HD explicit Neighbours(int first) {
         for (int j = 0; j < N; ++j) entry[j] = uint32_t(first + j / kVector * STRIDE + j % kVector);
     }
 
     LTP_HD bool has(int) const { return true; }
 
-    template <class T, class Threads>
-    LTP_HD void load_by_entry(Threads& threads, const T* from, T (&to)[N]) const {
+    // The indices of a vector differ in their last two bits.
+    template <class Threads, class Visit>
+    LTP_HD void for_each_index(Threads& threads, uint32_t key, uint32_t start, Visit visit) const {
         for (int j = 0; j < N; j += kVector) {
-            const auto vector = threads.load(reinterpret_cast<const Vector<T, kVector>*>(at(from, entry[j])));
-            for (int i = 0; i < kVector; ++i) to[j + i] = vector.item[i];
+            const uint32_t first = threads.keep(key ^ folded(start + entry[j]));
+            for (int i = 0; i < kVector; ++i) visit(j + i, first ^ uint32_t(i));
         }
     }
 
     template <class T, class Threads>
-    LTP_HD void load_by_rank(Threads& threads, const T* from, T (&to)[N]) const {
+    LTP_HD void load_by_entry(Threads& threads, const T* from, Numbers<T>& to) const {
+        for (int j = 0; j < N; j += kVector) {
+            to.vector[j / kVector] = threads.load(reinterpret_cast<const Vector<T, kVector>*>(place(from, j)));
+        }
+    }
+
+    template <class T, class Threads>
+    LTP_HD void load_by_rank(Threads& threads, const T* from, Numbers<T>& to) const {
         load_by_entry(threads, from, to);
     }
 
@@ -237,7 +265,7 @@ struct Neighbours {
         for (int j = 0; j < N; j += kVector) {
             Vector<T, kVector> vector;
             for (int i = 0; i < kVector; ++i) vector.item[i] = from[j + i];
-            threads.store(reinterpret_cast<Vector<T, kVector>*>(at(to, entry[j])), vector);
+            threads.store(reinterpret_cast<Vector<T, kVector>*>(place(to, j)), vector);
         }
     }
 
@@ -249,6 +277,13 @@ struct Neighbours {
     template <class T>
     static LTP_HD bool can_read(const T* from) {
         return reinterpret_cast<uintptr_t>(from) % sizeof(Vector<T, kVector>) == 0;
+    }
+
+  private:
+    // The distance from the first vector is part of the instruction.
+    template <class T>
+    LTP_HD T* place(T* base, int j) const {
+        return at(base, entry[0]) + j / kVector * STRIDE;
     }
 };
 

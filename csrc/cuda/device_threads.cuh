@@ -97,9 +97,25 @@ class DeviceThreads {
     }
 
     // Makes earlier writes of the warp visible to all its lanes.
-    __device__ void largest_of_warp(PerThread<int>& values) {
+    __device__ void largest_of_warp(PerThread<uint32_t>& values) {
         values.own = __reduce_max_sync(0xFFFFFFFF, values.own);
         __syncwarp();
+    }
+
+    __device__ float keep(float value) {
+        asm volatile("" : "+f"(value));
+        return value;
+    }
+
+    __device__ uint32_t keep(uint32_t value) {
+        asm volatile("" : "+r"(value));
+        return value;
+    }
+
+    __device__ float square_root(float x) {
+        float root;
+        asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
+        return root;
     }
 
     // The result is on thread 0. The order of the sum is always the same.

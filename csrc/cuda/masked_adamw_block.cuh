@@ -164,15 +164,15 @@ struct GradientShare : Share {
     }
 };
 
-// Weights and gradients of N active entries, as loaded.
-template <class V, int N>
+// Weights and gradients of a batch.
+template <class V, class Entries>
 struct Loaded {
-    typename V::Value value[N];
-    typename V::Grad grad[N];
-    float anchor[N];
+    typename Entries::template Numbers<typename V::Value> value;
+    typename Entries::template Numbers<typename V::Grad> grad;
+    typename Entries::template Numbers<float> anchor;
 
     // values: whether they are needed
-    template <class Entries, class Threads>
+    template <class Threads>
     LTP_HD void load(const GradientShare<V>& share, const Entries& entries, bool values, Threads& threads) {
         if constexpr (V::kMaster) {
             if (values) entries.load_by_rank(threads, share.master, value);
@@ -188,30 +188,29 @@ struct Loaded {
     }
 
     LTP_HD float gradient(int j, float exact, const AdamWCoefficients& c) const {
-        if constexpr (V::kAnchor) return effective_gradient<true>(to_float32(grad[j]), exact, anchor[j], c);
-        return effective_gradient<false>(to_float32(grad[j]), 0.0f, 0.0f, c);
+        if constexpr (V::kAnchor) return effective_gradient<true>(grad[j], exact, anchor[j], c);
+        return effective_gradient<false>(grad[j], 0.0f, 0.0f, c);
     }
 };
 
-template <class V>
+// Where the random bits of a tile come from.
 struct Rounding {
-    uint32_t key;    // of the tile
+    uint32_t key;    // folded
     uint32_t start;  // the lower half of the flat index of its first entry
-
-    LTP_HD typename V::Param operator()(float value, uint32_t entry) const {
-        if constexpr (V::kStochastic) return round_stochastically(value, random16(key, start + entry));
-        typename V::Param out;
-        round_to(value, out);
-        return out;
-    }
 };
 
 // Stores the values of N active entries.
 template <class V, int N, class Entries, class Threads>
 LTP_HD void store_values(const GradientShare<V>& share, const Entries& entries, const float (&value)[N],
-                         const Rounding<V>& rounding, Threads& threads) {
+                         const Rounding& rounding, Threads& threads) {
     typename V::Param rounded[N];
-    for (int j = 0; j < N; ++j) rounded[j] = rounding(value[j], entries.entry[j]);
+    if constexpr (V::kStochastic) {
+        entries.for_each_index(threads, rounding.key, rounding.start, [&](int j, uint32_t index) {
+            rounded[j] = round_stochastically(value[j], mix_folded(index) >> 16);
+        });
+    } else {
+        for (int j = 0; j < N; ++j) round_to(value[j], rounded[j]);
+    }
     entries.store_by_entry(threads, share.param, rounded);
     if constexpr (V::kMaster) entries.store_by_rank(threads, share.master, value);
 }
@@ -223,19 +222,23 @@ LTP_HD void update_block(const DeviceUpdate& update, int64_t number, Listed& lis
     const TileRow& tile = share.tile;
     float* const exp_avg = static_cast<float*>(update.state.exp_avg) + tile.slot;
     float* const exp_avg_sq = static_cast<float*>(update.state.exp_avg_sq) + tile.slot;
-    const Rounding<V> rounding = {tile_key(share.rounding_key, tile.start), uint32_t(tile.start)};
+    const Rounding rounding = {folded(tile_key(share.rounding_key, tile.start)), uint32_t(tile.start)};
     using Four = Neighbours<4, 4>;
     const bool vectors = share.can_read_vectors() && Four::can_read(share.param) && Four::can_read(exp_avg) &&
                          Four::can_read(exp_avg_sq);
     share.template for_each_batch<kBatch, false>(vectors, listed, threads, [&](int, const auto& entries) {
         constexpr int N = kBatch;
-        Loaded<V, N> loaded;
-        float value[N], m[N], v[N];
+        using Entries = std::decay_t<decltype(entries)>;
+        Loaded<V, Entries> loaded;
+        typename Entries::template Numbers<float> old_m, old_v;
         loaded.load(share, entries, true, threads);
-        entries.load_by_rank(threads, exp_avg, m);
-        entries.load_by_rank(threads, exp_avg_sq, v);
+        entries.load_by_rank(threads, exp_avg, old_m);
+        entries.load_by_rank(threads, exp_avg_sq, old_v);
+        float value[N], m[N], v[N];
         for (int j = 0; j < N; ++j) {
-            value[j] = to_float32(loaded.value[j]);
+            value[j] = loaded.value[j];
+            m[j] = old_m[j];
+            v[j] = old_v[j];
             adamw_update(value[j], loaded.gradient(j, value[j], share.c), m[j], v[j], share.c);
         }
         entries.store_by_rank(threads, exp_avg, m);
@@ -256,11 +259,11 @@ LTP_HD void update_coded_block(const DeviceUpdate& update, int64_t number, Liste
     uint8_t* const exp_avg_sq = static_cast<uint8_t*>(update.state.exp_avg_sq) + tile.slot;
     Vector<float, 2>* const scales =
         reinterpret_cast<Vector<float, 2>*>(update.state.scales) + tile.block + first / kStateBlock;
-    const uint32_t key = tile_key(share.rounding_key, tile.start), moments = moment_key(key);
-    const Rounding<V> rounding = {key, uint32_t(tile.start)};
+    const uint32_t key = tile_key(share.rounding_key, tile.start), moments = threads.keep(folded(moment_key(key)));
+    const Rounding rounding = {folded(key), uint32_t(tile.start)};
     using Four = Neighbours<4, 4>;
-    const bool vectors = tile.encoding == Encoding::kFull && share.can_read_vectors() && Four::can_read(share.param) &&
-                         Four::can_read(exp_avg) && Four::can_read(exp_avg_sq);
+    const bool vectors = tile.encoding == Encoding::kFull && tile.start % 4 == 0 && share.can_read_vectors() &&
+                         Four::can_read(share.param) && Four::can_read(exp_avg) && Four::can_read(exp_avg_sq);
     list_entries(tile, share.index, share.item, vectors ? count / kStateBlock * kStateBlock : 0, count, listed,
                  threads);
 
@@ -275,29 +278,34 @@ LTP_HD void update_coded_block(const DeviceUpdate& update, int64_t number, Liste
     LTP_KEEP_LOOP
     for (int round = 0; round < count; round += kCodedRound) {
         typename Threads::template PerThread<float[N]> m, root;
-        typename Threads::template PerThread<int> largest_m, largest_root;
+        typename Threads::template PerThread<uint32_t> largest_m, largest_root;
         threads.each([&](int thread) {
             const int begin = round + thread / kWarp * kStateBlock;
             largest_m[thread] = largest_root[thread] = 0;
             if (begin + thread % kWarp >= count) return;
-            Loaded<V, N> loaded;
-            int8_t first_code[N];
-            uint8_t second_code[N];
-            const Vector<float, 2> scale = threads.load(scales + begin / kStateBlock);
+            const Vector<float, 2> scale = threads.load(scales + unsigned(begin) / kStateBlock);
+            float value[N], gradient[N], first[N], second[N];
             with_entries(begin, thread, [&](const auto& entries) {
+                using Entries = std::decay_t<decltype(entries)>;
+                Loaded<V, Entries> loaded;
+                typename Entries::template Numbers<int8_t> first_code;
+                typename Entries::template Numbers<uint8_t> second_code;
                 loaded.load(share, entries, true, threads);
                 entries.load_by_rank(threads, exp_avg, first_code);
                 entries.load_by_rank(threads, exp_avg_sq, second_code);
+                for (int j = 0; j < N; ++j) {
+                    value[j] = threads.keep(loaded.value[j]);
+                    gradient[j] = threads.keep(loaded.gradient(j, value[j], share.c));
+                    first[j] = threads.keep(first_code[j]);
+                    second[j] = threads.keep(second_code[j]);
+                }
             });
-            float value[N];
             for (int j = 0; j < N; ++j) {
-                value[j] = to_float32(loaded.value[j]);
-                float square = decode_exp_avg_sq(second_code[j], scale.item[1]);
-                m[thread][j] = decode_exp_avg(first_code[j], scale.item[0]);
-                root[thread][j] =
-                    adamw_update(value[j], loaded.gradient(j, value[j], share.c), m[thread][j], square, share.c);
-                const int m_bits = int(bits_of_float(m[thread][j]) & 0x7FFFFFFF);
-                const int root_bits = int(bits_of_float(root[thread][j]) & 0x7FFFFFFF);
+                float square = decode_exp_avg_sq(second[j], scale.item[1]);
+                m[thread][j] = decode_exp_avg(first[j], scale.item[0]);
+                root[thread][j] = adamw_update(value[j], gradient[j], m[thread][j], square, share.c);
+                const uint32_t m_bits = bits_of_float(m[thread][j]) & 0x7FFFFFFF;
+                const uint32_t root_bits = bits_of_float(root[thread][j]);
                 largest_m[thread] = m_bits > largest_m[thread] ? m_bits : largest_m[thread];
                 largest_root[thread] = root_bits > largest_root[thread] ? root_bits : largest_root[thread];
             }
@@ -310,24 +318,23 @@ LTP_HD void update_coded_block(const DeviceUpdate& update, int64_t number, Liste
             const int begin = round + thread / kWarp * kStateBlock;
             if (begin + thread % kWarp >= count) return;
             Vector<float, 2> scale;
-            scale.item[0] = block_scale(float_from_bits(uint32_t(largest_m[thread])));
-            scale.item[1] = block_scale(float_from_bits(uint32_t(largest_root[thread])));
-            if (thread % kWarp == 0) threads.store(scales + begin / kStateBlock, scale);
+            scale.item[0] = block_scale(float_from_bits(largest_m[thread]));
+            scale.item[1] = block_scale(float_from_bits(largest_root[thread]));
+            if (thread % kWarp == 0) threads.store(scales + unsigned(begin) / kStateBlock, scale);
             const float first_inverse = inverse_scale<kFirstLevels>(scale.item[0]);
             const float second_inverse = inverse_scale<kSecondLevels>(scale.item[1]);
-            int8_t first_code[N];
-            uint8_t second_code[N];
+            int8_t first[N];
+            uint8_t second[N];
             uint32_t random[N];
             with_entries(begin, thread, [&](const auto& entries) {
-                for (int j = 0; j < N; ++j) random[j] = moments ^ (rounding.start + entries.entry[j]);
+                entries.for_each_index(threads, moments, rounding.start,
+                                       [&](int j, uint32_t index) { random[j] = mix_folded(index); });
             });
-            for (int j = 0; j < N; ++j) {
-                first_code[j] = encode_exp_avg(m[thread][j], first_inverse, mix32(random[j]));
-                second_code[j] = encode_exp_avg_sq(root[thread][j], second_inverse, mix32(random[j]));
-            }
+            encode_moments(m[thread], root[thread], first_inverse, second_inverse, random, first, second,
+                           [&](float x) { return threads.square_root(x); });
             with_entries(begin, thread, [&](const auto& entries) {
-                entries.store_by_rank(threads, exp_avg, first_code);
-                entries.store_by_rank(threads, exp_avg_sq, second_code);
+                entries.store_by_rank(threads, exp_avg, first);
+                entries.store_by_rank(threads, exp_avg_sq, second);
             });
         });
     }
@@ -353,12 +360,12 @@ LTP_HD double sum_squares_of(const GradientShare<V>& share, Listed& listed, Thre
     typename Threads::template PerThread<double> sums;
     threads.each([&](int thread) { sums[thread] = 0.0; });
     share.template for_each_batch<kVectors, kByRank>(vectors, listed, threads, [&](int thread, const auto& entries) {
-        constexpr int N = std::decay_t<decltype(entries)>::kCount;
-        Loaded<V, N> loaded;
+        using Entries = std::decay_t<decltype(entries)>;
+        Loaded<V, Entries> loaded;
         loaded.load(share, entries, V::kAnchor, threads);
-        for (int j = 0; j < N; ++j) {
+        for (int j = 0; j < Entries::kCount; ++j) {
             float value = 0.0f;
-            if constexpr (V::kAnchor) value = to_float32(loaded.value[j]);
+            if constexpr (V::kAnchor) value = loaded.value[j];
             const double g = loaded.gradient(j, value, share.c);
             sums[thread] += entries.has(j) ? g * g : 0.0;
         }
@@ -414,12 +421,13 @@ LTP_HD void pack_block(const DeviceUpdate& update, float* out, int64_t number, L
     using Four = Neighbours<4, 4>;
     const bool vectors = Four::can_read(grad) && Four::can_read(slots);
     share.template for_each_batch<kGradientVectors, false>(vectors, listed, threads, [&](int, const auto& entries) {
-        constexpr int N = std::decay_t<decltype(entries)>::kCount;
-        Grad read[N];
-        float sum[N];
+        using Entries = std::decay_t<decltype(entries)>;
+        typename Entries::template Numbers<Grad> read;
+        typename Entries::template Numbers<float> before;
         entries.load_by_entry(threads, grad, read);
-        if constexpr (ACCUMULATE) entries.load_by_rank(threads, slots, sum);
-        for (int j = 0; j < N; ++j) sum[j] = ACCUMULATE ? sum[j] + to_float32(read[j]) : to_float32(read[j]);
+        if constexpr (ACCUMULATE) entries.load_by_rank(threads, slots, before);
+        float sum[Entries::kCount];
+        for (int j = 0; j < Entries::kCount; ++j) sum[j] = ACCUMULATE ? before[j] + read[j] : read[j];
         entries.store_by_rank(threads, slots, sum);
     });
 }

@@ -53,9 +53,8 @@ def round_stochastically(value, key, index):
     """float32 -> bfloat16 with the random bits of the entries `index`, the lower 32 bits of their flat indices."""
     bits = value.to(tl.uint32, bitcast=True)
     random = _mix32(key ^ index.to(tl.uint32)) >> 16
-    rounded = ((bits + random) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    finite = (bits & 0x7F800000) != 0x7F800000
-    return tl.where(finite, rounded, round_to(value, tl.bfloat16))
+    rounded = tl.where(value != value, 0x7FC00000, bits + random) >> 16  # infinity stays: its lower bits are zeros
+    return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit

@@ -48,9 +48,19 @@ class HostThreads {
         *to = item;
     }
 
-    void largest_of_warp(PerThread<int>& values) {
+    template <class T>
+    T keep(T value) const {
+        return value;
+    }
+
+    // As wrong as a GPU's may be, in either direction.
+    float square_root(float x) const {
+        return float(std::sqrt(double(x)) * (1 + (bits_of_float(x) % 2 == 0 ? 0x1p-23 : -0x1p-23)));
+    }
+
+    void largest_of_warp(PerThread<uint32_t>& values) {
         for (int warp = 0; warp < N; warp += 32) {
-            int result = values[warp];
+            uint32_t result = values[warp];
             for (int lane = 1; lane < 32; ++lane) result = std::max(result, values[warp + lane]);
             for (int lane = 0; lane < 32; ++lane) values[warp + lane] = result;
         }
@@ -296,22 +306,25 @@ int64_t launches_so_far() { return launches; }
 // From now on, so many do something.
 void run_launches(int64_t count) { launches_to_run = launches + count; }
 
-// How often the whole part of a fourth root is wrong with square roots that are as far off as a GPU's may be.
-int64_t wrong_fourth_roots() {
-    int64_t wrong = 0;
+// How often a code is wrong, and the whole part of its root, with roots that are as far off as a GPU's may be.
+void wrong_codes(int64_t* codes, int64_t* roots) {
+    *codes = *roots = 0;
     for (int code = 0; code <= 256; ++code) {
         const float border = fourth_power(float(code));
-        for (int64_t step = -4000; step <= 4000; ++step) {
+        for (int64_t step = -600; step <= 600; ++step) {
             const int64_t bits = int64_t(bits_of_float(border)) + step * (step % 2 == 0 ? 1 : 97);
             const float x = std::min(float_from_bits(uint32_t(std::max(bits, int64_t(0)))), fourth_power(255.0f));
             for (const double error : {0x1p-23, -0x1p-23}) {
-                const float found =
-                    whole_fourth_root(x, [=](float square) { return float(std::sqrt(double(square)) * (1 + error)); });
-                wrong += found != float(int(sqrtf(sqrtf(x))));
+                const auto root = [=](float square) { return float(std::sqrt(double(square)) * (1 + error)); };
+                for (int random = -8; random < 8; ++random) {
+                    const Magnitude size = {x, chance_of(uint32_t(random) & 0xFFFF)};
+                    const float whole = truncf(root(root(x)));
+                    *codes += size.forgives() && size.code(whole) != size.code(size.whole_root());
+                    *roots += whole != size.whole_root();
+                }
             }
         }
     }
-    return wrong;
 }
 
 int64_t blocks_beyond_their_bins() { return beyond; }
