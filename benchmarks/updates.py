@@ -55,6 +55,14 @@ def tolerance_of(dtype: torch.dtype) -> Tolerance:
     return {torch.float32: EXACT, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}[dtype]
 
 
+def touched_lines(ticket: ls.Ticket, entries: int) -> int:
+    """Of the lines of that many entries, those with an active one."""
+    bits = {8: torch.int8, 16: torch.int16, 32: torch.int32}[entries]
+    return sum(
+        -(-s.n // entries) if s.k == s.n else int(s.bitmap().view(bits).count_nonzero()) for s in ticket.sets.values()
+    )
+
+
 class Problem:
     """Weights, gradients and a ticket on one device; all providers work on the same weights.
 
@@ -91,12 +99,7 @@ class Problem:
     @cached_property
     def lines(self) -> int:
         """Cache lines of the weights with an active entry."""
-        entries = self.line // self.width
-        bits = {8: torch.int8, 16: torch.int16, 32: torch.int32}[entries]
-        return sum(
-            -(-s.n // entries) if s.k == s.n else int(s.bitmap().view(bits).count_nonzero())
-            for s in self.ticket.sets.values()
-        )
+        return touched_lines(self.ticket, self.line // self.width)
 
     def take_steps(self, step: Callable[[], object]) -> None:
         """Steps from the initial weights, under the gradients that `check` expects."""

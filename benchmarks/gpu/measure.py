@@ -1,9 +1,9 @@
-"""Measures both operations in the cells of a grid, for one backend or for the peers. `make gpu` runs it.
+"""Measures steps, selections and copies in the cells of a grid, for one backend or for the peers. `make gpu` runs it.
 
 All providers of a cell get the same weights and gradients. Each is verified first, in the same form that is timed: a
-step, replayed from a graph or eager, must match AdamW in float64, ours also the bits of the reference, and a selection
-must be exact. Then it is timed in turns with the baseline of the operation. Its row, with times or with an error, is
-written at once. Providers that have a row are skipped, so that an interrupted run can be continued.
+step, replayed from a graph or eager, must match AdamW in float64, ours also the bits of the reference; selections and
+copies must be exact. Then it is timed in turns with the baseline of the operation. Its row, with times or with an
+error, is written at once. Providers that have a row are skipped, so that an interrupted run can be continued.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 
 sys.path.append(str(Path(__file__).parents[1]))  # last: this folder, too, has a report.py and a run.py
+import copies
 import device as devices
 import rows
 import selection
@@ -30,7 +31,7 @@ from sources import code
 
 import ltp_sparse as ls
 
-OPERATIONS = (step, selection)
+OPERATIONS = (step, selection, copies)
 WHO = ("compiled", "triton", "peers", "cub", "kthvalue")
 T = TypeVar("T")
 

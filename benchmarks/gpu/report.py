@@ -1,6 +1,6 @@
 """Writes the report of a results folder of `make gpu` from its CSV files: `python benchmarks/gpu/report.py FOLDER`.
 
-It has tables of both operations, launches, floors and targets. --plot adds plots of milliseconds over density (PNG).
+It has tables of the operations, launches, floors and targets. --plot adds plots of milliseconds over density (PNG).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import targets
 
 Rows = list[dict[str, str]]
 
-BASELINES = {"step": targets.FUSED, "selection": targets.TOPK}
+BASELINES = {"step": targets.FUSED, "selection": targets.TOPK, "copy": targets.COPY}
 NUMBERS = {
     "p50_ms": ("ms", "{:.4f}", 1),
     "host_ms": ("host ms", "{:.4f}", 1),

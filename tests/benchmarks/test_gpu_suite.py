@@ -71,6 +71,10 @@ def test_what_is_measured(tmp_path):
     assert all(float(row["memory_per_entry"]) > 0 for row in steps)
     ours = {row["provider"] for row in rows if row["op"] == "selection" and row["code"]}
     assert ours == {f"{call} (compiled)" for call in ("topk_delta", "select", "topk_delta, histogram")}
+    copies = {row["provider"]: row for row in rows if row["op"] == "copy" and row["precision"] == "float32"}
+    ours = {f"{call} (compiled)" for call in ("masked_gather", "masked_scatter_", "masked_swap_")}
+    assert {*copies} == ours | {"copy_ of whole tensors", "index_select", "index_put_"}
+    assert all(0 < int(copies[name]["sector_bytes"]) < int(copies[name]["bytes"]) for name in ours)
     assert {"grad.mul_(mask) + fused", "index_select + fused + index_copy_"} < {row["provider"] for row in rows}
     (last,) = [row for row in rows if not row["ratio"]]
     assert last is rows[-1] and "kthvalue" in last["provider"]
@@ -112,7 +116,7 @@ def test_failures_cost_their_own_rows_and_a_second_command_goes_on(tmp_path):
     assert [names_of(row) for row in first].count(("step", "float32", ours, "fresh")) == 1
     errors = {names_of(row): row["error"] for row in first if row["error"]}
     assert {names: error[: len(expected.get(names, ""))] for names, error in errors.items()} == expected
-    assert sum(row["provider"].endswith("(compiled)") for row in first) == 4 * 3 + 2 * 3
+    assert sum(row["provider"].endswith("(compiled)") for row in first) == 4 * 3 + 2 * 3 + 2 * 3
     assert first[-1]["provider"] == "torch AdamW(fused=True)"
     child = int((tmp_path / "log.txt").read_text().partition("sleeping beside ")[2].split()[0])
     assert not running(child)
