@@ -32,7 +32,15 @@ from helpers.update_cases import options_of
 from static_cuda import BYTES_PER_MS, ENTRIES, LANES_PER_MS
 
 from ltp_sparse import backends
-from ltp_sparse.ops import masked_pack_, masked_sum_squares, routes, sources
+from ltp_sparse.ops import (
+    masked_gather,
+    masked_pack_,
+    masked_scatter_,
+    masked_sum_squares,
+    masked_swap_,
+    routes,
+    sources,
+)  # fmt: skip
 from ltp_sparse.testing import update_problem
 from ltp_sparse.tickets.bits import TILE
 
@@ -90,6 +98,18 @@ def _pack(backend: str, density: float) -> dict[str, dict[str, int]]:
     return emulated_device.statistics()
 
 
+def _copy(backend: str, operation: str, density: float, dtype: str) -> dict[str, dict[str, int]]:
+    tensors = [torch.ones(UPDATE_TILES * TILE, dtype=DTYPES[dtype])]
+    table = update_problem({"p": tuple(tensors[0].shape)}, density=density).table.with_ranks()
+    slots = torch.zeros(table.k, dtype=DTYPES[dtype])
+    with using(backend):
+        if operation == "masked_gather":
+            masked_gather(tensors, table, out=slots)
+        else:
+            {"masked_scatter_": masked_scatter_, "masked_swap_": masked_swap_}[operation](tensors, slots, table)
+    return emulated_device.statistics()
+
+
 def _selection(backend: str, before: str | None, after: str, route: str) -> dict[str, dict[str, int]]:
     """Of the largest fifth of all deltas."""
     n, rng = SELECTION_TILES * TILE, torch.Generator().manual_seed(1)
@@ -139,6 +159,7 @@ UPDATES = [
     ("f16", "f16", "master", False, "full", 1.0),
 ]
 """(dtype, of gradients, mode, whether these are packed, encoding, density)"""
+COPIES = [("f32", "list16", 0.05), ("f32", "bitmap", 0.2), ("f32", "full", 1.0), ("bf16", "bitmap", 0.2)]
 SELECTIONS = [("f32", "f32"), ("bf16", "bf16"), ("f16", "f16"), ("bf16", "f32"), (None, "f32")]
 
 
@@ -154,6 +175,12 @@ def rows(gpu: EmulatedGpu, backend: str) -> Iterator[dict[str, Any]]:
         for operation, run, more in (("masked_sum_squares", _norm, 0), ("masked_pack_", _pack, 4 * density)):
             for kernel, found in gpu.run(run, backend, density).items():
                 yield row(backend, operation, variant, kernel, found, entries, floor + more)
+    for dtype, encoding, density in COPIES if backend == "triton" else ():  # the only one with kernels for them
+        size = DTYPES[dtype].itemsize
+        for operation, passes in (("masked_gather", 1), ("masked_scatter_", 1), ("masked_swap_", 2)):
+            floor = passes * (touched(density, size) + size * density) + index_bytes(encoding, density)
+            for kernel, found in gpu.run(_copy, backend, operation, density, dtype).items():
+                yield row(backend, operation, f"{dtype} {encoding} {density:.0%}", kernel, found, entries, floor)
     for before, after in SELECTIONS:
         pair_bytes = (DTYPES[before].itemsize if before else 0) + DTYPES[after].itemsize
         for route in ("sample", "histogram"):

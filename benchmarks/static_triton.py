@@ -70,7 +70,12 @@ _TAKE = _types(
 
 
 class Variant(NamedTuple):
-    """A specialisation of a kernel, as its launcher makes it. loops: entries per thread of each loop over entries."""
+    """A specialisation of a kernel, as its launcher makes it.
+
+    Attributes:
+        loops: entries per thread of each loop over entries
+        work: instructions that such loops have, and no other
+    """
 
     kernel: str
     variant: str
@@ -79,6 +84,7 @@ class Variant(NamedTuple):
     constants: dict[str, Any]
     num_warps: int
     loops: dict[str, int]
+    work: tuple[str, ...] = ("MUFU", "F2F", "SHFL", "REDUX")
 
 
 def variants() -> Iterator[Variant]:
@@ -129,7 +135,8 @@ def variants() -> Iterator[Variant]:
         yield Variant("prepare_step", variant, function, _PREPARE, constants, few, {})
     for variant, grad, accumulate in (("plain", f32, False), ("accumulate", f32, True), ("bfloat16", bf16, False)):
         constants = {"GRAD": grad, "SINGLE": False, "ACCUMULATE": accumulate, "BLOCK": block}
-        yield Variant("masked_pack_", variant, masked_adamw._masked_pack_kernel, _PACK, constants, warps, {})
+        function = masked_adamw._masked_pack_kernel
+        yield Variant("masked_pack_", variant, function, _PACK, constants, warps, loops, ("STG",))
     for variant, item in (("bytes", "i8"), ("16 bits", "i16"), ("32 bits", "i32"), ("64 bits", "i64")):
         for kernel, reads, writes in (
             ("masked_gather_", True, False),
@@ -139,7 +146,7 @@ def variants() -> Iterator[Variant]:
             constants = {"READS": reads, "WRITES": writes, "BLOCK": masked_copy._BLOCK}
             types = _COPY | {"slot_ptr": f"*{item}"}
             function = masked_copy._masked_copy_kernel
-            yield Variant(kernel, variant, function, types, constants, masked_copy._NUM_WARPS, {})
+            yield Variant(kernel, variant, function, types, constants, masked_copy._NUM_WARPS, loops, ("STG",))
     warps, rows = topk_delta._NUM_WARPS, topk_delta._ROWS
     for variant, initial, tuned, take, aligned in (
         ("float32", tl.float32, tl.float32, False, True),
@@ -255,19 +262,30 @@ def counted(v: Variant, target: str) -> dict[str, Any]:
         for width in (128, 64, 32, 16):
             found = [c for c in opcodes if c.startswith(kind) and _width(c) == width]
             facts[f"{kind.lower()}_{width}"] = len(found)
+    facts["generic"] = sum(bool(re.match(r"(LD|ST)(\.|$)", code)) for code in opcodes)
     facts["atom"] = sum(code.startswith("ATOM") for code in opcodes)  # waits for the old value, which RED does not
     facts["red"] = sum(code.startswith("RED") and not code.startswith("REDUX") for code in opcodes)
     loops = [
         loop
         for loop in innermost_loops(instructions, labels)
-        if any(c.startswith(("MUFU", "F2F", "SHFL", "REDUX")) for c in opcodes[loop[0] : loop[1] + 1])
+        if any(c.startswith(v.work) for c in opcodes[loop[0] : loop[1] + 1])
     ]
     per_entry = [
         f"{name} {executed(instructions, labels, *loop) / entries:.1f}"
         for (name, entries), loop in zip(v.loops.items(), loops, strict=True)
     ]
     facts["instructions_per_entry"] = ", ".join(per_entry)
+    facts["loads_before_stores"] = ", ".join(
+        f"{name} {_before_stores(opcodes[first : last + 1])}"
+        for name, (first, last) in zip(v.loops, loops, strict=True)
+    )
     return facts
+
+
+def _before_stores(opcodes: list[str]) -> str:
+    """Loads before the first store of a loop, out of all."""
+    loads, stores = ([i for i, code in enumerate(opcodes) if code.startswith(kind)] for kind in ("LDG", "STG"))
+    return f"{sum(i < min(stores, default=len(opcodes)) for i in loads)}/{len(loads)}"
 
 
 def _width(opcode: str) -> int:

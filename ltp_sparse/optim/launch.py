@@ -471,7 +471,7 @@ class Launch:
     def having_gradients(self) -> Iterator[nn.Parameter]:
         if self.packed is None:  # lazy, since the caller stops at the first
             return (param for param in self.params if param.grad is not None)
-        return itertools.compress(self.params, self.present())
+        return self.packed.having_gradients()
 
     def _find_gradients(self) -> Tensor:
         """float64 [P], 1 for each parameter that has a gradient."""
@@ -481,7 +481,8 @@ class Launch:
             present = [grad is not None for grad in self.seen_grads]
         else:
             present = self.present()
-            self.packed.clear_absent()
+            if not all(present):
+                self.packed.clear_absent()
         if present != self.known_grads:
             self.has_grad.copy_(torch.tensor(present, dtype=torch.float64, device="cpu"))
             self.known_grads = present

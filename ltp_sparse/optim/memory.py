@@ -20,15 +20,21 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ltp_sparse.backends.coefficients import Coefficient
+from ltp_sparse.backends.work_items import WORK_ITEM
 from ltp_sparse.optim.launch import PIECE, Precision
 from ltp_sparse.optim.members import active_names, dense_parameters, ticket_for
 from ltp_sparse.optim.packed_gradients import check_unpacked
+from ltp_sparse.optim.small_gradients import WAITING
 from ltp_sparse.tickets.bits import TILE
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.tickets.tile_table import Column
 from ltp_sparse.weights.names import canonical_parameters
 
 _TILE_BYTES = 8 * len(Column)
+_PARAMETER_BYTES = 8 * (Coefficient.COUNT + 4)  # coefficients, steps, number, group, whether there is a gradient
+_WORK_ITEM_BYTES = 16
+_PREPARED_BYTES = 64  # a parameter's row for GPU kernels
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class MemoryReport:
     Attributes:
         weights: of all parameters, frozen ones included.
         states: moments, masters and the initial values of a pull.
-        index: bitmaps or lists of the ticket, tiles, and rows of embeddings.
+        index: bitmaps or lists of the ticket, tiles, rows of embeddings, numbers per parameter, work items on a GPU.
         gradients: held between backward and step.
         passing: the peak of activations, logits and gradients in forward and backward.
     """
@@ -125,7 +131,8 @@ def memory_report(
         state += 4 * (entries if pull_on == "device" else min(entries, PIECE))
     whole = {name: size * named[name].element_size() for name, size in sizes.items()}
     held = sum(4 * k if name in packed else whole[name] for name, k in trained.items())
-    index = sum(_index_bytes(k, sizes[name], device) for name, k in trained.items())
+    index = sum(_index_bytes(k, sizes[name], device, packed=name in packed) for name, k in trained.items())
+    index += len(trained) * (_PARAMETER_BYTES + (_PREPARED_BYTES if device == "cuda" else 0))
     if ranks == 1:  # FSDP2 takes gradients of whole embeddings
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         index += sum(_bytes_of_rows(*named[name].shape) for name in packed if id(named[name]) in embeddings)
@@ -138,6 +145,7 @@ def memory_report(
         with nullcontext() if device == "cpu" else _AsOnGPU():
             passing = passing_bytes(model, loss, takes_gradient, [named[name] for name in named if name in packed])
         passing += sum(4 * trained[name] for name in packed)
+        passing += min(WAITING, sum(whole[name] for name in packed if whole[name] <= WAITING))
     return MemoryReport(sum(whole.values()), round(state), index, held, passing)
 
 
@@ -270,9 +278,16 @@ def _bytes_of_rows(rows: int, columns: int) -> int:
     return rows * (4 * -(-columns // 32) + 8)
 
 
-def _index_bytes(k: int, n: int, device: str) -> int:
-    """Bytes of the index of a uniform set: its tiles, and a list, a bitmap from a density of 1/16 on, or nothing."""
-    tiles, bitmap, listed = _TILE_BYTES * -(-n // TILE), 8 * -(-n // 64), 2 * k
+def _index_bytes(k: int, n: int, device: str, *, packed: bool) -> int:
+    """Bytes of the index of a uniform set: its tiles, and a list, a bitmap from a density of 1/16 on, or nothing.
+
+    Gradients are packed one by one or, small ones, together: each has a table of tiles of its own. On a GPU the update
+    and the packing have work items.
+    """
+    n_tiles, bitmap, listed = -(-n // TILE), 8 * -(-n // 64), 2 * k
+    tiles = n_tiles * _TILE_BYTES * (3 if packed else 1)
+    if device == "cuda":
+        tiles += n_tiles * _WORK_ITEM_BYTES * -(-k // (n_tiles * WORK_ITEM)) * (2 if packed else 1)
     if k == n:
         return tiles
     if listed < bitmap:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -254,6 +254,7 @@ class PackedGradients:
             Share(number, index_set, held, part, self._small, carrier)
             for number, (index_set, held, part, carrier) in enumerate(parts)
         ]
+        self._carried = carriers is not None
         self._shown: list[weakref.ref[Shown] | None] = [None] * len(slots)  # alive while somebody holds a view
         self._ddp: weakref.ref[DistributedDataParallel] | None = None
         self._ending = self._used = False
@@ -340,6 +341,7 @@ class PackedGradients:
                     param.grad, share.shown = None, False
 
     def settle(self) -> None:
+<<<<<<< HEAD
         """Takes over any `.grad` that other code has set: None, or a tensor."""
         for number, (param, share) in enumerate(zip(self.params, self.shares, strict=True)):
             grad = own_gradient(param)
@@ -351,7 +353,33 @@ class PackedGradients:
                 share.pack_(grad, accumulate=False)
                 self.show(number)
             share.settle()
+=======
+        """Takes over what others have made of the `.grad` of the parameters: None, or a tensor of their own."""
+        for number, param in enumerate(self.params):
+            grad, shown = param.grad, self._shown[number]
+            # in most steps all are as backward left them, which is seen without a call of Python
+            if type(grad) is not GradientView or shown is None or grad.source is not shown() or self._carried:
+                self._settle(number, param)
+>>>>>>> gpu2
         self._small.pack_()
+
+    def having_gradients(self) -> Iterator[nn.Parameter]:
+        """Each is settled when its turn comes."""
+        for number, (param, share) in enumerate(zip(self.params, self.shares, strict=True)):
+            self._settle(number, param)
+            if share.present:
+                yield param
+
+    def _settle(self, number: int, param: nn.Parameter) -> None:
+        share, grad = self.shares[number], own_gradient(param)
+        if grad is None:
+            if share.shown:
+                share.present = share.shown = False
+        elif not self._is_shown(number, grad):
+            self._let_go(number)
+            share.pack_(grad, accumulate=False)
+            self.show(number)
+        share.settle()
 
     def show(self, number: int) -> None:
         """Makes the content of the buffer the gradient of a parameter."""

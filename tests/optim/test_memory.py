@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+from types import FunctionType, MethodType, ModuleType
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ltp_sparse as ls
+from ltp_sparse.backends.work_items import work_items
 from ltp_sparse.cli import main
 from ltp_sparse.cli.memory import SIZES, table
 from ltp_sparse.models.backbone import decouple
@@ -243,11 +246,51 @@ def test_a_gpu_keeps_less_for_the_backward_pass():
 
 
 def test_bitmaps_have_ranks_on_a_gpu():
+    """Work items and a row for each parameter come on top."""
     model = nn.Linear(256, 256)
-    on_cpu, on_gpu = (ls.memory_report(model, 0.5, device=device).index for device in ("cpu", "cuda"))
-    assert on_gpu - on_cpu == (256 * 256 + 256) // 32
-    listed = [ls.memory_report(model, 0.01, device=device).index for device in ("cpu", "cuda")]
-    assert listed[0] == listed[1]
+    for density, ranks in ((0.5, (256 * 256 + 256) // 32), (0.01, 0)):
+        on_cpu, on_gpu = (ls.memory_report(model, density, device=device).index for device in ("cpu", "cuda"))
+        items = 2 * 16 * sum(-(-int(density * n) // 2048) for n in (256 * 256, 256))
+        assert on_gpu - on_cpu == ranks + items + 2 * 64
+
+
+def storages_of(root) -> dict[int, int]:
+    """Address -> bytes of all memory of tensors that can be reached, but not by way of modules and parameters."""
+    others = (type, ModuleType, FunctionType, MethodType, nn.Module, nn.Parameter)
+    found, seen, waiting = {}, {id(root)}, [root]
+    while waiting:
+        thing = waiting.pop()
+        if type(thing) is torch.Tensor:
+            found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+        new = [thing for thing in gc.get_referents(thing) if id(thing) not in seen and not isinstance(thing, others)]
+        seen.update(map(id, new))
+        waiting += new
+    return found
+
+
+@pytest.mark.parametrize("states", ["float32", "8bit"])
+@pytest.mark.parametrize("density", [0.03, 0.3])
+def test_all_that_the_optimizer_holds_is_predicted(states, density):
+    """On a GPU, it has work items for the update and for packing, too."""
+    model = nn.Sequential(nn.Embedding(4000, 95), nn.Linear(95, 384), nn.Linear(384, 700), nn.LayerNorm(700))
+    ticket = ls.Ticket.random(model, density=density, seed=0)
+    on_cpu, on_gpu = (ls.memory_report(model, ticket, states=states, device=device) for device in ("cpu", "cuda"))
+    opt = ls.MaskedAdamW(model, ticket, states=states, gradients="packed", max_grad_norm=1.0)
+    model(torch.randint(0, 4000, (4, 8))).square().sum().backward()
+    opt.step()
+    held = storages_of(opt)
+    for parameter in model.parameters():
+        held.pop(parameter.untyped_storage().data_ptr(), None)
+    for index_set in ticket.sets.values():
+        for tensor in (index_set.data, index_set.tile_counts):
+            held.pop(tensor.untyped_storage().data_ptr(), None)
+    assert on_cpu.held - on_cpu.weights == pytest.approx(sum(held.values()), rel=0.002)
+
+    (launch,) = opt._launches
+    tables = [launch.table, *(share.table for share in launch.packed.shares)]
+    items = sum(work_items(table).nbytes for table in tables)
+    ranks = launch.table.with_ranks().ranks.nbytes
+    assert on_gpu.held - on_cpu.held == pytest.approx(items + ranks + 64 * len(ticket.sets), rel=0.05)
 
 
 @pytest.fixture(scope="module")

@@ -300,6 +300,11 @@ with np.errstate(all="ignore"):
         "shr.s32 %r11, %r10, 5": SIGNED >> 5,
         "shr.u32 %r11, %r10, 33": 0 * BITS,
         "bfe.u32 %r11, %r10, 7, 9": BITS >> 7 & 511,
+        "bfe.s32 %r11, %r10, 2, 1": -(SIGNED.astype(np.int64) >> 2 & 1),
+        "bfe.s32 %r11, %r10, 25, 12": SIGNED >> 25,
+        "cvt.f64.f32 %g1, %f1; max.f64 %g1, %g1, 0d3FF0000000000000; cvt.rn.f32.f64 %f2, %g1; mov.b32 %r11, %f2": _bits(
+            np.fmax(FLOATS, np.float32(1))
+        ),
         "bfi.b32 %r11, %r10, 0x12345678, 8, 4": (0x12345678 & ~0xF00) | (BITS & 15) << 8,
         "prmt.b32 %r11, %r10, 0xAABBCCDD, 0x7410": (BITS & 0xFFFF) | 0xAADD0000,
         "max.s32 %r11, %r10, -5": np.maximum(SIGNED, -5),

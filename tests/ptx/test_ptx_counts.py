@@ -31,7 +31,8 @@ def test_bytes_are_those_of_the_operation(rows):
     """Within 3 % for updates; a selection of eight tiles has the candidates beside."""
     with_floor = [row for row in rows if row["floor_bytes"]]
     assert {row["operation"] for row in with_floor} == {
-        "masked_adamw_", "masked_sum_squares", "masked_pack_", "topk_delta",
+        "masked_adamw_", "masked_sum_squares", "masked_pack_", "masked_gather", "masked_scatter_", "masked_swap_",
+        "topk_delta",
     }  # fmt: skip
     for row in with_floor:
         above = 0.15 if row["operation"] == "topk_delta" else 0.03

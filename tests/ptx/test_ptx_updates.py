@@ -1,4 +1,4 @@
-"""`masked_adamw_`, `masked_sum_squares`, `masked_pack_` and copies as PTX: the bits of the reference, no report."""
+"""Updates, norms, packing, copies and digests as PTX: the bits of the reference, and nothing to report."""
 
 import pytest
 import torch
@@ -9,7 +9,10 @@ from helpers.emulated_gpu import ARCHITECTURES, COMPILED, GPU_BACKENDS
 from helpers.selection_passes import unaligned
 from helpers.update_cases import CASES, options_of, problem_of, rows_of
 
+import ltp_sparse as ls
+from ltp_sparse.backends import digests
 from ltp_sparse.ops import masked_gather, masked_pack_, masked_scatter_, masked_sum_squares, masked_swap_
+from ltp_sparse.tickets.bits import tiles_of
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.tile_table import TileTable
 
@@ -98,6 +101,39 @@ def _copy(backend, sizes, dtype, density):
     assert_same(*results)
 
 
+OPTIMIZERS = {
+    "f32": (torch.float32, {}),
+    "bf16-8bit-stochastic": (torch.bfloat16, {"states": "8bit", "rounding": "stochastic"}),
+}
+
+
+def _clipped_steps(backend, sizes, name):
+    """Of the optimizer: it counts steps on the device, and the last thread blocks of the norm compute the clip."""
+    results, (dtype, options) = [], OPTIMIZERS[name]
+    for chosen in ("reference", backend):
+        generator = torch.Generator().manual_seed(7)
+        params = {str(n): torch.nn.Parameter(torch.randn(n, generator=generator).to(dtype)) for n in sizes}
+        ticket = ls.Ticket.random(params, density=0.3)
+        with using(chosen):
+            optimizer = ls.MaskedAdamW(params, ticket, lr=1e-2, max_grad_norm=0.5, **options)
+            norms = []
+            for _ in range(3):
+                for param in params.values():
+                    param.grad = torch.randn(param.shape, generator=generator).to(dtype)
+                optimizer.step()
+                norms.append(optimizer.grad_norm.clone())
+        results.append([*(param.detach() for param in params.values()), *norms])
+    assert_same(*results)
+
+
+def _digests(sizes, dtype):
+    tensors = [torch.arange(n).remainder(251).to(dtype) for n in sizes]
+    wanted, found = (torch.zeros(sum(map(tiles_of, sizes)), 2, dtype=torch.int64) for _ in range(2))
+    digests.on_host(tensors, wanted)
+    digests.on_gpu(tensors, found)
+    assert torch.equal(found, wanted)
+
+
 def every_case(own_gradients_only: bool = False):
     return [
         pytest.param(case, id="-".join((case[0], f"grad_{case[1]}", case[2])))
@@ -141,6 +177,18 @@ def test_copies_of_the_reference(gpu, backend, dtype):
         gpu.run(_copy, backend, SIZES, dtype, density)
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_clipped_steps_of_the_reference(gpu, backend, name):
+    gpu.run(_clipped_steps, backend, (700, 4097, 65_700), name)
+    gpu.run(_clipped_steps, backend, SMALL, name, random=1, seed=2, burst=5)
+
+
+@pytest.mark.parametrize("backend", GPU_BACKENDS[1:])
+def test_digests_of_the_host(gpu, backend):
+    gpu.run(_digests, (1, 63, 65_537), torch.float32)
+
+
 # --- all of it: `make ptx` ---
 
 
@@ -152,8 +200,8 @@ def test_copies_of_the_reference(gpu, backend, dtype):
 def test_every_update(gpu, backend, case, variant, sm):
     if variant == "packed" and case[1] != "f32":
         pytest.skip("packed gradients are float32")
-    for density in DENSITIES.values():
-        gpu.run(_update, backend, LARGE, case, variant, density, sm=sm)
+    for density in DENSITIES.values():  # a second tile where few are active: the others would be slow, and the same
+        gpu.run(_update, backend, LARGE if density < 0.1 else SIZES, case, variant, density, sm=sm)
     for (seed, burst), density in zip(SHUFFLED, (0.07, 0.4, 1.0), strict=True):
         gpu.run(_update, backend, SMALL, case, variant, density, sm=sm, random=1, seed=seed, burst=burst)
 
@@ -176,6 +224,34 @@ def test_every_packing(gpu, backend, dtype, sm):
         for shift in (False, True):
             gpu.run(_pack, backend, LARGE, dtype, density, shift, sm=sm)
         gpu.run(_pack, backend, SMALL, dtype, density, False, sm=sm, random=1, seed=1, burst=3)
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize("sm", ARCHITECTURES, ids="sm_{}".format)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.float32, torch.int64], ids=str)
+@pytest.mark.parametrize("backend", GPU_BACKENDS[1:])
+def test_every_copy(gpu, backend, dtype, sm):
+    for density in DENSITIES.values():
+        gpu.run(_copy, backend, LARGE if density < 0.1 else SIZES, dtype, density, sm=sm)
+        gpu.run(_copy, backend, SMALL, dtype, density, sm=sm, random=1, seed=1, burst=3)
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize("sm", ARCHITECTURES, ids="sm_{}".format)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("backend", GPU_BACKENDS)
+def test_every_clipped_step(gpu, backend, name, sm):
+    for seed, burst in SHUFFLED:
+        settings = {"random": 1, "seed": seed, "burst": burst, "resident": 1 + seed, "sm": sm}
+        gpu.run(_clipped_steps, backend, (700, 4097, 9000), name, **settings)
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize("sm", ARCHITECTURES, ids="sm_{}".format)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("backend", GPU_BACKENDS[1:])
+def test_every_digest(gpu, backend, dtype, sm):
+    gpu.run(_digests, (1, 63, 1000, 4097, 65_536, 140_000), dtype, sm=sm)
 
 
 SPOILT = {

@@ -57,6 +57,10 @@ u64 double_result(const Instruction& in, u64 a, u64 b, u64 c) {
             return a ^ 1ull << 63;
         case OP_abs:
             return a & ~(1ull << 63);
+        case OP_min:
+            return raw(x != x ? y : y != y ? x : std::fmin(x, y));
+        case OP_max:
+            return raw(x != x ? y : y != y ? x : std::fmax(x, y));
         case OP_add:
             return raw(x + y);
         case OP_sub:
@@ -139,9 +143,13 @@ u64 integer_result(const Instruction& in, u64 a, u64 b, const u64* v) {
             return reversed;
         }
         case OP_bfe: {
-            if (with_sign) unknown(in);
             const u64 from = v[1] & 255, length = v[2] & 255;
-            return from >= bits || length == 0 ? 0 : a >> from & (length >= 64 ? ~0ull : (1ull << length) - 1);
+            if (length == 0) return 0;
+            const u64 taken = length >= 64 ? ~0ull : (1ull << length) - 1;
+            const u64 field = from >= bits ? 0 : a >> from & taken;
+            const u64 last = from + length - 1 < bits ? from + length - 1 : bits - 1;  // with a sign, it goes on
+            const u64 beyond = last >= from ? last - from + 1 : 0;
+            return with_sign && a >> last & 1 ? field | (beyond >= 64 ? 0 : ~0ull << beyond) : field;
         }
         case OP_bfi: {
             const u64 to = v[2] & 255, length = v[3] & 255;
