@@ -39,11 +39,6 @@ class SoftMasks(Attachment):
         """M of every weight, in the order of `names`; differentiable."""
         return (torch.sigmoid(score) for score in self.scores)
 
-    def penalty(self) -> Tensor:
-        """The mean of M over all entries, differentiable: the L1 norm divided by its number of terms."""
-        total = torch.stack([mask.sum() for mask in self.masks()]).sum()
-        return total / self._entries()
-
     @torch.no_grad()
     def mean(self) -> float:
         """The mean of M over all entries."""

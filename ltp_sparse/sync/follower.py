@@ -9,13 +9,14 @@ from torch import Tensor
 
 from ltp_sparse.sync import records
 from ltp_sparse.sync.base import check_base
-from ltp_sparse.sync.local import ActiveEntries, Homes, Model, have_moved, is_sharded, local_part, weights_of
+from ltp_sparse.sync.local import ActiveEntries, Homes, Model, have_moved, local_part, weights_of
 from ltp_sparse.sync.records import ANCHOR, CHANGES, Marker, Part, PartFile, WrongBase
 from ltp_sparse.sync.stores import Store, open_store
 from ltp_sparse.sync.version import Version
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.weights.digests import Hash
 from ltp_sparse.weights.reading import FileFormatError
+from ltp_sparse.weights.sharding import is_sharded
 
 _TRIES = 3  # a publisher can remove old versions while they are read
 

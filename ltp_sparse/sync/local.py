@@ -13,6 +13,7 @@ from ltp_sparse.deltas.restoring import HeldEntries, restoring
 from ltp_sparse.optim.masked_adamw import MaskedAdamW
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.weights.names import Named, canonical_parameters, canonical_tensors, homes_of
+from ltp_sparse.weights.sharding import Cut, is_sharded, local
 from ltp_sparse.weights.tensors import check_plain_tensor
 from ltp_sparse.weights.versions import open_weights
 
@@ -52,10 +53,6 @@ def weights_of(source: Model, what: str) -> Named[Any]:
     )
 
 
-def is_sharded(tensor: Any) -> bool:
-    return hasattr(tensor, "device_mesh")
-
-
 class Homes:
     """Notices when weights of a model are replaced. Sharded weights, which FSDP2 itself replaces, are not watched.
 
@@ -89,7 +86,7 @@ class Homes:
 def have_moved(weights: Mapping[str, Any], parts: Iterable[Local]) -> bool:
     """Whether weights have moved in memory since their parts were taken, e.g. by `model.to(...)`."""
     for name, tensor, *_ in parts:
-        now = weights[name].to_local() if is_sharded(weights[name]) else weights[name]
+        now = local(weights[name])
         if now.data_ptr() != tensor.data_ptr() or now.device != tensor.device or now.dtype != tensor.dtype:
             return True
     return False
@@ -105,20 +102,18 @@ def local_part(name: str, tensor: Any, what: str) -> Local | None:
     if not is_sharded(tensor):
         check_plain_tensor(tensor, f"{what}: {name!r}")
         return Local(name, tensor.detach(), 0, tensor.shape)
-    from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    placements, coordinate = tensor.placements, tensor.device_mesh.get_coordinate()
-    if not all(type(p) is Replicate or (type(p) is Shard and p.dim == 0) for p in placements):
+    cut, coordinate = Cut.of(tensor, f"{what}: {name!r}"), tensor.device_mesh.get_coordinate()
+    if not cut.by_rows:
         raise ValueError(
-            f"{what}: {name!r} is placed as {tuple(placements)}; expected shards of rows, Shard(0), and replicas. "
-            "Redistribute it, or publish a model that is sharded in this way"
+            f"{what}: {name!r} is placed as {tuple(tensor.placements)}; expected shards of rows, Shard(0), and "
+            "replicas. Redistribute it, or publish a model that is sharded in this way"
         )
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, placements)
-    replica = coordinate is None or any(c and type(p) is Replicate for p, c in zip(placements, coordinate, strict=True))
-    if replica or not Size(shape).numel():
+    start, stop = cut.entries
+    if start == stop or coordinate is None:
         return None
-    return Local(name, tensor.to_local().detach(), sum(offset[:1]) * tensor.shape[1:].numel(), tensor.shape)
+    if any(number and kind.is_replicate() for kind, number in zip(tensor.placements, coordinate, strict=True)):
+        return None  # the first replica publishes
+    return Local(name, local(tensor).detach(), start, tensor.shape)
 
 
 class ActiveEntries:

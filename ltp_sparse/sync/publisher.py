@@ -20,7 +20,6 @@ from ltp_sparse.sync.local import (
     Local,
     Model,
     have_moved,
-    is_sharded,
     local_part,
     model_of,
     weights_of,
@@ -30,6 +29,7 @@ from ltp_sparse.sync.stores import Store, open_store
 from ltp_sparse.sync.version import Version
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.weights.names import match_names
+from ltp_sparse.weights.sharding import is_sharded
 
 
 class Publisher:

@@ -41,12 +41,12 @@ class Task:
     """A data set of labelled pairs or texts.
 
     Attributes:
-        name: in recipes and on the command line
-        languages: all of its languages, or for SIB-200 (205 languages) the default ones
-        read: (split, language, data folder or None, shots, seed) -> examples; some readers ignore shots and seed
-        labels: classes, in the order of the logits
-        metric: "accuracy" or "macro_f1"
-        kind: "pair" or "text"
+        name: its name in recipes and on the command line.
+        languages: all of its languages, or for SIB-200 (205 languages) the default ones.
+        read: (split, language, data folder or None, shots, seed) -> examples. Some readers ignore shots and seed.
+        labels: the classes, in the order of the logits.
+        metric: "accuracy" or "macro_f1".
+        kind: "pair" or "text".
     """
 
     name: str
@@ -68,12 +68,15 @@ class Task:
         """Labelled examples: `Pair` or `Text`.
 
         Args:
-            split: "train", "dev" or "test"; not every task has all.
+            split: "train", "dev" or "test". Not every task has all of them.
             language: one of `languages`.
-            shots: examples per class of "train", and fewer of "dev": fixed samples of a task with pairs, or a draw of
-                texts (`texts.few_shot`); None: all.
+            shots: examples per class of "train", and fewer of "dev". Tasks with pairs have fixed samples; texts are
+                drawn (`texts.few_shot`). None: all examples.
             data: folder of the original files, or a folder that holds it under the data set's name; None: the Hub.
-            seed: of the draw, if the task has no fixed samples.
+            seed: seed of the draw, if the task has no fixed samples.
+
+        Returns:
+            The examples.
 
         Raises:
             ValueError: unknown names, or a bad row (file, row and column are named).
@@ -108,7 +111,7 @@ TASKS: dict[str, Task] = {task.name: task for task in _TASKS}
 
 
 def task(name: str) -> Task:
-    """A task by name; a ValueError lists the known ones."""
+    """A task by its name. Raises ValueError, with the known names, if there is none."""
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}; expected one of {', '.join(TASKS)}")
     return TASKS[name]
@@ -120,11 +123,16 @@ def languages(name: str) -> tuple[str, ...]:
 
 
 def tested(name: str, asked: str | Sequence[str] | None, train_language: str) -> tuple[str, ...]:
-    """The languages that a recipe asks for: a list, the name of one of SIB-200's, "same" for that of training, or None
-    for those of the task.
+    """The languages on which a recipe tests.
+
+    Args:
+        name: the task.
+        asked: a list of languages, the name of one of SIB-200's lists, "same" for the language of training, or None for
+            all languages of the task.
+        train_language: the language of training.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: `asked` is an unknown name.
     """
     if asked is None:
         return task(name).languages
@@ -134,7 +142,7 @@ def tested(name: str, asked: str | Sequence[str] | None, train_language: str) ->
         return tuple(asked)
     if name != "sib200" or asked not in _sib200.LISTS:
         raise ValueError(
-            f"{name}: languages must be a list, same or, of sib200, {', '.join(_sib200.LISTS)}: got {asked!r}"
+            f"{name}: languages must be a list, same or, for sib200, {', '.join(_sib200.LISTS)}; got {asked!r}"
         )
     return _sib200.LISTS[asked]
 
@@ -147,5 +155,5 @@ def load_pairs(
     shots: int | None = None,
     data: str | os.PathLike[str] | None = None,
 ) -> list[Any]:
-    """`task(name).load(...)` of tasks with fixed samples."""
+    """`task(name).load(...)` for tasks with fixed samples."""
     return list(task(name).load(split, language, shots=shots, data=data))

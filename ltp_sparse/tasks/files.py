@@ -1,6 +1,6 @@
 """Readers of text, tables and JSON lines, plain or gzipped, row by row, with errors that name the place.
 
-One rule for all: UTF-8, lines end with a line feed, blank lines in tables are skipped, columns are distinct.
+For all of them: text is UTF-8, lines end with a line feed, blank lines in tables are skipped, columns are distinct.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ltp_sparse.weights.reading import FileFormatError, Place, decoded, parse_js
 
 LONGEST_LINE = 16 << 20
 _MOST_LINES = 20_000  # of a quoted cell; more means that a quote is not closed
-_UNPACKED, _RATIO = 4 << 20, 50  # a .gz may unpack to this many bytes plus this many times its size
+_UNPACKED, _RATIO = 4 << 20, 50  # a .gz can have this many bytes unpacked, plus this many times its size
 
 
 def existing(path: Path) -> Path:
@@ -28,8 +28,8 @@ def existing(path: Path) -> Path:
     packed = path.with_name(f"{path.name}.gz")
     if not path.is_file() and not packed.is_file():
         raise FileNotFoundError(
-            f"neither {path} nor {packed.name} is there. Pass the folder of the original files as the data folder, or "
-            "none to load from the Hub by name"
+            f"neither {path} nor {packed.name} exists. Pass the folder of the original files as the data folder, or "
+            "none to load from the Hub"
         )
     return path if path.is_file() else packed
 
@@ -96,7 +96,7 @@ def read_table(
     Args:
         path: the file.
         columns: required columns.
-        quoted: cells may be in double quotes and contain line breaks.
+        quoted: cells can be in double quotes and contain line breaks.
         comma: cells are separated by commas, not by tabs.
 
     Raises:
@@ -155,8 +155,8 @@ def _row(where: Place, cells: list[str], columns: Sequence[str]) -> dict[str, st
 def _rows(path: Path, delimiter: str, *, quoted: bool, first: int) -> Iterator[tuple[Place, list[str]]]:
     """(place, cells) of the rows of a table. Blank lines are skipped, but counted.
 
-    Not by the `csv` module, which limits cells to 131,072 characters, stops at a carriage return inside a cell, and
-    reads the rest of the file into a cell whose quote is not closed.
+    The `csv` module is not used, because it limits cells to 131,072 characters, stops at a carriage return inside a
+    cell, and reads the rest of the file into a cell whose quote is not closed.
     """
     lines = read_lines(path)
     for number, line in enumerate(lines, first):

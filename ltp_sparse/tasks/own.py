@@ -1,4 +1,4 @@
-"""Your own labelled texts and pairs: a file in one of `FORMATS`, or a data set of the Hub, by names of columns."""
+"""Your own labelled texts and pairs, from a file in one of `FORMATS` or a data set of the Hub."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ltp_sparse.tasks.texts import Text
 from ltp_sparse.weights.reading import FileFormatError, Place, reader
 
 FORMATS = ("tsv", "csv", "jsonl", "parquet")
-"""Suffixes of files; all but parquet may have .gz added."""
+"""Suffixes of files. All but parquet can be followed by .gz."""
 
 UNDETERMINED = "und"
-"""The language of rows with an unknown one (ISO 639)."""
+"""The code of an undetermined language (ISO 639)."""
 
 _SPLIT_SEED = 0
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
@@ -32,11 +32,11 @@ class Columns:
     """Names of columns.
 
     Attributes:
-        text: the text, or the first text of a pair
-        pair: the second text of a pair; None: single texts
-        label: the class
-        language: the language of each row; None: all rows have the same one
-        quoted: cells of a .tsv may be in double quotes; cells of a .csv always may
+        text: the text, or the first text of a pair.
+        pair: the second text of a pair; None: single texts.
+        label: the class.
+        language: the language of each row; None: all rows have the same language.
+        quoted: whether cells of a .tsv can be in double quotes; cells of a .csv always can.
     """
 
     text: str = "text"
@@ -60,15 +60,15 @@ def read_own(
     split: str = "train",
     config: str | None = None,
 ) -> list[Any]:
-    """Examples (`Text`, or `Pair` where `columns.pair` is given) in the order of the rows.
+    """Examples (`Pair` if `columns.pair` is given, else `Text`) in the order of the rows.
 
     Args:
         source: a file in one of `FORMATS`, the name of a Hub data set, or a folder that `datasets.load_dataset` reads;
             optionally with a split, "owner/name@validation".
-        columns: names of columns. Labels may be texts, integers or booleans, and become texts.
-        language: of all rows, if no column has it.
+        columns: names of columns. Labels can be strings, integers or booleans, and become strings.
+        language: the language of all rows, if no column has it.
         labelled: False ignores labels.
-        split: of a Hub data set, if `source` names none.
+        split: the split of a Hub data set, if `source` names none.
         config: configuration of a Hub data set.
 
     Raises:
@@ -232,7 +232,9 @@ def _label(value: Any, source: str | os.PathLike[str], column: str, place: str) 
         value = int(value)
     if isinstance(value, int) or (isinstance(value, str) and value.strip()):
         return str(value).strip()  # blanks around a label would make it another class
-    raise FileFormatError(source, f"expected a label in column {column!r}, a text or an integer, got {value!r}", place)
+    raise FileFormatError(
+        source, f"expected a label in column {column!r}, a string or an integer, got {value!r}", place
+    )
 
 
 def _warn_of_quotes(source: str | os.PathLike[str], columns: Columns, examples: Sequence[Any]) -> None:
@@ -258,9 +260,9 @@ def warn_of_gaps(examples: Sequence[Any], labels: Sequence[str] | None, what: st
     """Warns once about classes without examples and about blank texts, with counts per class. Nothing is left out.
 
     Args:
-        examples: to check.
+        examples: the examples to check.
         labels: the classes of the task; None if unknown.
-        what: the examples' name in the message.
+        what: the name of the examples, for messages.
     """
     counts = dict.fromkeys(labels or (), 0)
     blank: dict[str, int] = {}

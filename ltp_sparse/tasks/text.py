@@ -32,14 +32,14 @@ def read_text(paths: Sequence[str | os.PathLike[str]], *, max_lines: int | None 
         paths: .txt (one text per line), .tsv (the first column) and .jsonl (the key "text") files, also .gz, or folders
             of them.
         max_lines: draw at most this many lines at random, in the order of the files.
-        seed: of the draw.
+        seed: seed of the draw.
 
     Warns:
         PassedOver: rows with null as "text" are skipped; the message has their number.
 
     Raises:
         FileNotFoundError: a file or folder does not exist, or a folder has no such file.
-        FileFormatError: a file cannot be read, has no text, or has another value than a text (the line is named).
+        FileFormatError: a file cannot be read, has no text, or has a value that is not a string (the line is named).
     """
     files = [file for path in paths for file in _files(Path(path))]
     return _sample((line for file in files for line in _lines(file)), max_lines, seed, ", ".join(map(str, paths)))
@@ -71,11 +71,10 @@ def read_hub_text(
 
 
 def split_sentences(paragraph: str) -> list[str]:
-    """The sentences of a paragraph; none of a heading, which is a short line without an end of a sentence.
+    """The sentences of a paragraph. A heading, which is a short line without the end of a sentence, has none.
 
-    A sentence ends with a full stop, question or exclamation mark of any script, before a space and no small letter;
-    with those of Chinese and Japanese also without a space. Where a script ends sentences otherwise (Thai), the
-    paragraph is one.
+    A sentence ends with a full stop, question or exclamation mark of any script, if a space and no small letter
+    follows. Chinese and Japanese need no space. In scripts without such marks (Thai), a paragraph is one sentence.
     """
     sentences: list[str] = []
     for part in _END.sub(lambda end: f"{end[1] or end[2]}\n", paragraph.strip()).splitlines():

@@ -34,7 +34,7 @@ from ltp_sparse.weights.files import atomic_path
 BEST_FILE = "best.safetensors"
 
 Dense = nn.Module | nn.Parameter | Iterable[nn.Parameter] | Iterable[Mapping[str, Any]]
-"""Parameters that train in full beside the ticket: a module, parameters, or optimizer parameter groups."""
+"""Parameters that train in full besides the ticket: a module, parameters, or optimizer parameter groups."""
 
 
 class SparseTrainer(Trainer):
@@ -42,14 +42,14 @@ class SparseTrainer(Trainer):
 
     Args:
         model: the base model, which is trained in place. Deltas are relative to its weights at construction.
-        args: with learning rate, betas, eps, weight decay, clipping and schedule. `max_grad_norm` clips the norm over
-            active and dense entries inside the optimizer; that norm is logged as `grad_norm`.
+        args: training arguments with learning rate, betas, eps, weight decay, clipping and schedule. `max_grad_norm`
+            clips the norm over active and dense entries inside the optimizer; that norm is logged as `grad_norm`.
         ticket: the entries to train.
         dense: parameters of the model to train in full: a module, parameters or parameter groups.
         pull: factor of the L1 pull of the ticket's entries to the base weights, see `MaskedAdamW`.
         keep_best: a `KeepBest`, to end with the weights of the best evaluation.
-        l2: if positive, train with `AdamL2` and this factor instead of `MaskedAdamW`; the ticket must then be full in
-            every parameter.
+        l2: if positive, trains with `AdamL2` and this factor instead of `MaskedAdamW`. The ticket must then be full in
+            each of its parameters.
         base: a `Snapshot` of the model with this ticket and these dense parameters, if the caller has one.
         optimizer_options: further arguments of `MaskedAdamW`.
         kwargs: further arguments of `transformers.Trainer`.
@@ -59,8 +59,8 @@ class SparseTrainer(Trainer):
     `train(resume_from_checkpoint=True)` takes the latest complete one. A checkpoint is complete with its manifest,
     which is written last; only then are older ones removed. `save_model(folder)` writes the whole model.
 
-    With `fsdp` set, FSDP2 shards the model when training begins. A checkpoint has the optimizer's state in shards then
-    (torch.distributed.checkpoint), whatever `state_dict_type` says. All processes call `delta` and `save_model`.
+    With `fsdp` set, FSDP2 shards the model when training begins. Checkpoints then have the optimizer's state in shards
+    (torch.distributed.checkpoint), regardless of `state_dict_type`. All processes must call `delta` and `save_model`.
     """
 
     def __init__(
@@ -108,8 +108,8 @@ class SparseTrainer(Trainer):
         ticket = base.ticket
         if l2 and (partly := [name for name in ticket.active_names if ticket.sets[name].k < ticket.sets[name].n]):
             raise ValueError(
-                f"SparseTrainer: l2={l2} is coupled and changes whole tensors, the ticket has a part of {partly[0]!r}; "
-                "use weight_decay, which is decoupled"
+                f"SparseTrainer: l2={l2} is coupled and changes whole tensors, but the ticket has a part of "
+                f"{partly[0]!r}; use weight_decay, which is decoupled"
             )
         self.ticket, self.pull, self.optimizer_options = ticket, pull, dict(optimizer_options or {})
         self.dense, self.base = dense, base
@@ -121,11 +121,11 @@ class SparseTrainer(Trainer):
         self.add_callback(_Complete(self))
 
     def _prepare_engine(self) -> None:
-        """Raises ValueError for what runs several devices and is not served."""
+        """Raises ValueError for engines of several devices that are not supported."""
         if self.is_deepspeed_enabled or self.is_fsdp_xla_enabled or self.args.n_gpu > 1:
             raise ValueError(
                 "SparseTrainer: DeepSpeed, FSDP on XLA and nn.DataParallel are not supported; run one process per "
-                "device (torchrun), or make one device visible. A model that one device does not hold trains with "
+                "device (torchrun), or make one device visible. A model that does not fit on one device trains with "
                 "fsdp=True"
             )
         if not self.is_fsdp_enabled:
@@ -135,13 +135,14 @@ class SparseTrainer(Trainer):
             raise ValueError('SparseTrainer: FSDP1 flattens parameters; pass fsdp_config={"version": 2}')
         if self.l2:
             raise ValueError(f"SparseTrainer: l2={self.l2} is for models that are not sharded; use weight_decay")
-        plugin.state_dict_config = plugin.optim_state_dict_config = None  # of another type, which would stay
+        # else configurations of another type would remain
+        plugin.state_dict_config = plugin.optim_state_dict_config = None
         plugin.set_state_dict_type("SHARDED_STATE_DICT")  # as the optimizer's state is
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """`MaskedAdamW` over the ticket; when resuming, also writes the checkpoint's weights into the model.
+        """Makes `MaskedAdamW` over the ticket and, when resuming, writes the checkpoint's weights into the model.
 
-        The order matters: the optimizer first takes its anchor from the base weights; its state is loaded last.
+        The order matters: the optimizer first copies its anchor from the base weights, and its state is loaded last.
         """
         args = self.args
         if self.optimizer is None and self.l2:
@@ -196,7 +197,7 @@ class SparseTrainer(Trainer):
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, **kwargs: Any) -> Any:
-        """As `Trainer.train`; True resumes from the latest complete checkpoint of the output folder."""
+        """Trains as `Trainer.train`. With True it resumes from the latest complete checkpoint of the output folder."""
         self.resumed_from = self._checkpoint(resume_from_checkpoint)
         parameters = named_parameters(self.model, what="SparseTrainer")
         flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
@@ -230,7 +231,7 @@ class SparseTrainer(Trainer):
         """Writes the whole model, as `Trainer.save_model`; checkpoints of the Trainer get the changes only."""
         if _internal_call:
             self._save_changes(Path(str(output_dir)))
-        elif self.is_fsdp_enabled:  # of which the Trainer would write nothing, as its state is in shards
+        elif self.is_fsdp_enabled:  # the Trainer would write nothing, because the state is in shards
             state = self.accelerator.get_state_dict(self.model)
             if self.args.should_save:
                 self._save(output_dir, state_dict=state)
@@ -246,7 +247,7 @@ class SparseTrainer(Trainer):
                 self.keep_best.save_into(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """As the Trainer's, which under FSDP2 would write all weights, too."""
+        """Saves both as the Trainer does, which under FSDP2 would also write all weights."""
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
@@ -258,7 +259,7 @@ class SparseTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Nothing: `create_optimizer` writes the weights of a checkpoint into the model."""
+        """Does nothing, because `create_optimizer` writes the weights of a checkpoint into the model."""
 
 
 class _Complete(TrainerCallback):
@@ -287,12 +288,12 @@ class KeepBest(TrainerCallback):
         metric: name of an evaluation metric, with or without "eval_".
         greater_is_better: None: True except for losses.
         on_disk: keep the delta as `best.safetensors` in the output folder, so that it survives a kill (one process
-            writes it, all read it); otherwise in memory and in every checkpoint.
+            writes it, all read it). Otherwise it is kept in memory and in every checkpoint.
         last: also keep the delta of the last update, in memory.
 
     Attributes:
         best: {"metric", "value", "step", "epoch"} of the best evaluation so far, or None; also its delta's metadata.
-        last: the delta at the end of training, where it is kept; its metadata have "step" and "epoch".
+        last: the delta at the end of training, if it is kept. Its metadata has "step" and "epoch".
     """
 
     trainer: SparseTrainer

@@ -170,11 +170,6 @@ def digest(dtype: torch.dtype, shape: Sequence[int], pieces: Iterable[Tensor], l
     return _of_tiles(dtype, shape, b"".join([*found, tile_digests(rest)]))
 
 
-def tensor_digest(tensor: Tensor) -> str:
-    """The digest of a tensor in memory."""
-    return fingerprint({"": tensor})[""]
-
-
 def fingerprint(tensors: Mapping[str, Tensor | Pieces], like: Mapping[str, str] | None = None) -> dict[str, str]:
     """Name -> digest of the tensor. Digests of all weights identify a base model.
 

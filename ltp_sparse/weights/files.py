@@ -363,48 +363,42 @@ def load_verified(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Te
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected {_a(kind)} written by ltp_sparse")
-    with _opened(path) as file:
-        header = (file.metadata() or {}).get(KEY)
-        if header is None:
-            raise FileFormatError(path, f"a safetensors file, but not one of ltp_sparse; expected {_a(kind)}")
-        metadata = parse_json(header, path, "metadata")
-        check_format(path, metadata)
-        checksum, found = metadata.pop("checksum"), metadata["kind"]
+    with _reading(path), safe_open(path, framework="pt") as file:
+        metadata, checksum = _described((file.metadata() or {}).get(KEY), path, kind)
         content = Hash(checksum).update(json.dumps(metadata, sort_keys=True).encode())
         copies = {name: _copied(name, file.get_tensor(name), content) for name in sorted(file.keys())}
         tensors = {name: copies[name] for name in file.keys()}  # noqa: SIM118
-    if content.digest() != checksum:
-        raise FileFormatError(path, "the checksum does not match its content; the file is damaged, copy it again")
-    if found != kind:
-        raise WrongKind(path, kind, str(found))
+    _check_found(path, kind, metadata, content.digest() == checksum)
     return tensors, metadata, checksum
 
 
 def from_bytes(content: bytes, path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `load` gives for a file with this content; `path` is its name in errors."""
+    """What `load` returns for a file with this content. `path`: its name, for messages."""
     from safetensors.torch import load as load_bytes
 
     path = Path(path)
     with _reading(path):
         tensors = load_bytes(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
-    if KEY not in header:
-        raise FileFormatError(path, f"a safetensors file, but not one of ltp_sparse; expected {_a(kind)}")
-    metadata = parse_json(header[KEY], path, "metadata")
-    check_format(path, metadata)
-    checksum, found = metadata.pop("checksum"), metadata["kind"]
-    if _checksum(tensors, metadata, like=checksum) != checksum:
-        raise FileFormatError(path, "the checksum does not match its content; the file is damaged, copy it again")
-    if found != kind:
-        raise WrongKind(path, kind, str(found))
+    metadata, checksum = _described(header.get(KEY), path, kind)
+    _check_found(path, kind, metadata, _checksum(tensors, metadata, like=checksum) == checksum)
     return tensors, metadata
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file, mapped."""
-    with _reading(path), safe_open(path, framework="pt") as file:
-        yield file
+def _described(header: str | None, path: Path, kind: str) -> tuple[dict[str, Any], str]:
+    """(metadata, checksum) in the header of a file."""
+    if header is None:
+        raise FileFormatError(path, f"a safetensors file, but not one of ltp_sparse; expected {_a(kind)}")
+    metadata = parse_json(header, path, "metadata")
+    check_format(path, metadata)
+    return metadata, metadata.pop("checksum")
+
+
+def _check_found(path: Path, kind: str, metadata: Mapping[str, Any], intact: bool) -> None:
+    if not intact:
+        raise FileFormatError(path, "the checksum does not match its content; the file is damaged, copy it again")
+    if metadata["kind"] != kind:
+        raise WrongKind(path, kind, str(metadata["kind"]))
 
 
 @contextmanager

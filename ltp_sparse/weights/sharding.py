@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import torch
@@ -126,10 +125,6 @@ class Cut:
     def taken_from(self, whole: Tensor) -> Tensor:
         """This rank's block of a whole tensor, a view of it."""
         return whole[tuple(slice(*piece) for piece in self.block)]
-
-    def blocks(self) -> Iterator[tuple[tuple[int, int], ...]]:
-        """All blocks, in the order of their first entries."""
-        return product(*self.ranges)
 
 
 def _cuts(tensor: Any, what: str) -> list[tuple[int, int]]:

@@ -207,7 +207,7 @@ def test_seeds_of_another_run_are_not_joined(files, ticket, trained, tmp_path, c
     other = tmp_path / "other.safetensors"
     ls.Ticket.random(dict(ls.Ticket.load(ticket).shapes), k=100).save(other)
     changes = [
-        (["--method", "soft-prompt", *soft], "holds seeds of a run with method 'LTP', this one has 'SP'"),
+        (["--method", "soft-prompt", *soft], "holds seeds of a run with method 'LTP', but this one has 'SP'"),
         ([*train_arguments(files, ticket), "--epochs", 3], "was trained with epochs 2, not 3"),
         ([*train_arguments(files, ticket), "--ticket", other], "was trained on another ticket than --ticket"),
     ]
@@ -296,7 +296,7 @@ def test_options_come_from_a_file_and_flags_win(files, tmp_path, capsys):
         ("train", "epochs: 3.5", "epochs: invalid literal for int() with base 10: '3.5'"),
         ("train", "seeds: [1, two]", "seeds: invalid literal for int()"),
         ("train", "method: LTP", "method must be one of ltp, "),
-        ("train", "language: no", "language must be a text or a number, got False; put it in quotes"),
+        ("train", "language: no", "language must be a string or a number, got False; put a string in quotes"),
         ("inspect", "by: [layer, rows]", "by must be one of layer, module, parameter, got 'rows'"),
         ("select", "a: [", "while parsing"),
         ("select", "- a", "expected options by name"),

@@ -135,7 +135,7 @@ def test_numbers_and_truth_values_are_labels(tmp_path):
     ("row", "message"),
     [
         ({"text": "t"}, "expected a column 'label', got text"),
-        ({"text": "t", "label": None}, "row 2: expected a label in column 'label', a text or an integer, got None"),
+        ({"text": "t", "label": None}, "row 2: expected a label in column 'label', a string or an integer, got None"),
         ({"text": "t", "label": ""}, "got ''"),
         ({"text": "t", "label": 0.5}, "got 0.5"),
         ({"text": "t", "label": ["a"]}, r"got \['a'\]"),

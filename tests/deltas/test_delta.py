@@ -197,7 +197,7 @@ def test_out_of_order_revert_with_overlap_is_an_error(model):
     between = weights(model)
     task.apply(model)
     composed = weights(model)
-    with pytest.raises(ValueError, match="was applied later and overlaps in .*revert it"):
+    with pytest.raises(ValueError, match="was applied later and overlaps in .*revert that one first"):
         language.revert(model)
     assert unchanged(model, composed)
     task.revert(model)

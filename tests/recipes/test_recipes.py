@@ -699,7 +699,7 @@ def test_scores_by_kinship():
         languages = languages_tested("sib200", name, "eng_Latn")
         assert len(set(languages)) == len(languages) == {"xnli": 15, "xglm": 30, "bloom": 46}[name]
         assert all(kinship("eng_Latn", language) for language in languages if language != "eng_Latn")
-    with pytest.raises(ValueError, match="languages must be a list, same or, of sib200, xnli, xglm, bloom: got 'all'"):
+    with pytest.raises(ValueError, match="languages must be a list, same or, for sib200, xnli, xglm, bloom; got 'all'"):
         languages_tested("sib200", "all", "eng_Latn")
 
 

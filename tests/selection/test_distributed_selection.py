@@ -283,7 +283,7 @@ def errors(ranks):
 
         large = {"a": torch.zeros(400_000 * ranks.size)}  # more on each rank than there is room for candidates
         expect("a score that fails half way", failures, first=large, second=None, score=failing)
-    expect("must give a float32", second=None, score=lambda *at: torch.ones(at[2] - at[1] + last))
+    expect("must return a float32", second=None, score=lambda *at: torch.ones(at[2] - at[1] + last))
 
 
 def memory(ranks):

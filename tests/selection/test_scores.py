@@ -52,7 +52,7 @@ def test_function_of_pieces_gives_the_ticket_of_its_tensors(backend, budget, wei
     ids=["size", "dtype", "type"],
 )
 def test_wrong_pieces_say_what_was_expected(piece, got):
-    with pytest.raises(ValueError, match=rf"score\('a', 0, 30\) must give a float32.*of 30 entries, {got}"):
+    with pytest.raises(ValueError, match=rf"score\('a', 0, 30\) must return a float32.*of 30 entries, {got}"):
         ls.select({"a": torch.zeros(30)}, score=lambda name, start, stop: piece(stop - start), k=1)
 
 

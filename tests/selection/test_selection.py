@@ -398,7 +398,7 @@ def test_unusable_checkpoints_are_clear_errors(damage, versions, tmp_path):
         message = "index.json, line 1: not JSON"
     elif damage == "lost-tensor":
         save_file({EMBEDDING + "2": torch.zeros(1)}, shard)
-        message = "is in model-1.safetensors, but none of its shards holds it"
+        message = "is in model-1.safetensors, but it is in none of its shards"
     else:
         save_file({**tuned, EMBEDDING: tuned[EMBEDDING].double()}, tmp_path / "f64.safetensors")
         folder, message = tmp_path / "f64.safetensors", f"'{EMBEDDING}' must be float32, .*, got F64 in .*f64"

@@ -472,7 +472,7 @@ def test_wrong_calls(pair, tmp_path):
     model, _ = pair
     with pytest.raises(TypeError, match="expected a folder, a URL or a store"):
         Publisher(model, None, 3)
-    with pytest.raises(TypeError, match="expected a model, name -> tensor or a MaskedAdamW, got SGD"):
+    with pytest.raises(TypeError, match="expected a model, a mapping from names to tensors or a MaskedAdamW"):
         Publisher(torch.optim.SGD(model.parameters()), None, tmp_path)
     with pytest.raises(ValueError, match="anchor_every must be at least 1"):
         Publisher(model, None, tmp_path, anchor_every=0)

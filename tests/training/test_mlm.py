@@ -419,7 +419,7 @@ def test_bf16_computes_low_and_stores_high(tokenizer, texts):
         ({"save_steps": 3}, True, "pass output_dir="),
         ({"length": 65}, True, "positions for 64 tokens, got 65; pass length=64 or less"),
         ({"length": 0}, True, "length must be at least 1 token, got 0"),
-        ({"epochs": 0}, True, "epochs must be above 0 where max_steps is not, got 0"),
+        ({"epochs": 0}, True, "epochs must be above 0 unless max_steps is, got 0"),
     ],
 )
 def test_tuning_refuses(options, decoupled, message, tokenizer, texts):

@@ -502,7 +502,7 @@ def test_an_index_may_write_a_name_in_several_ways(sharded):
     ("change", "message"),
     [
         (lambda folder, index: index.clear(), "names no tensor"),
-        (lambda folder, index: index.update(w=index["v"], v=index["w"]), "'w' is in .*00002.*but model-00001"),
+        (lambda folder, index: index.update(w=index["v"], v=index["w"]), "'w' is in .*00002.*but it is in model-00001"),
         (lambda folder, index: index.pop("v"), r"does not name model-00002"),
         (lambda folder, index: index.update(x=index["v"]), "says that 'x' is in .* none of its shards"),
         (lambda folder, index: shard(folder, 1, {"w": torch.zeros(4), "u": torch.zeros(1)}), "does not name 'u'"),
