@@ -11,6 +11,7 @@ there: rows that exist are not measured again. The folder contains at most the f
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -47,7 +48,10 @@ TOOLS = ("ncu", "compute-sanitizer")
 def version_of(package: str) -> str:
     if importlib.util.find_spec(package) is None:
         return "skipped: not installed"
-    return str(getattr(importlib.import_module(package), "__version__", "unknown"))
+    try:  # without an import, which takes seconds for some
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # it came under another name
+        return str(getattr(importlib.import_module(package), "__version__", "unknown"))
 
 
 def environment(device: str) -> dict[str, object]:
