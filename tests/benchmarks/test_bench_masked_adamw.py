@@ -24,7 +24,13 @@ def updates(bench):
     return updates
 
 
-@pytest.mark.parametrize("density, masks", [(0.2, "uniform"), (1.0, "uniform"), (0.2, "clustered")])
+@pytest.mark.parametrize(
+    "density, masks",
+    [
+        (0.2, "uniform"),
+        *(pytest.param(*more, marks=pytest.mark.slow) for more in ((1.0, "uniform"), (0.2, "clustered"))),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_are_those_of_verified_results(bench, monkeypatch, capsys, dtype, density, masks):
     monkeypatch.setitem(bench.MODELS, "smallest", SHAPES)

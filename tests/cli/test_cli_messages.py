@@ -340,6 +340,7 @@ def test_errors_speak_of_options_and_not_of_arguments(message, told, monkeypatch
     assert capsys.readouterr().err == f"ltp-sparse: {told}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("package", "install"),
     [("torch", "torch"), ("xxhash", "xxhash"), ("safetensors", "safetensors"), ("transformers", '"ltp-sparse[train]"')],

@@ -37,6 +37,8 @@ VARIANTS = [
     ("spt", {"frozen": False, "bottleneck": None}),
     ("mad-x", {"language_adapter": "en", "drop_last": True}),
 ]
+FAST = ("ltp", "lt-sft", "bitfit", "spt")
+"""One of each kind of method, for `make check`."""
 TOPICS = {"a": "word1", "b": "word2", "c": "word3", "d": "word4"}
 
 
@@ -67,7 +69,13 @@ def setting(key, options, tmp_path, causal="bloom"):
     return dataclasses.replace(method, settings=quick), model, tokenizer, examples, examples[:6], more
 
 
-@pytest.mark.parametrize(("key", "options"), VARIANTS, ids=[f"{k}-{'-'.join(o)}" for k, o in VARIANTS])
+@pytest.mark.parametrize(
+    ("key", "options"),
+    [
+        pytest.param(key, options, id=f"{key}-{'-'.join(options)}", marks=[] if key in FAST else pytest.mark.slow)
+        for key, options in VARIANTS
+    ],
+)
 def test_what_moves_is_what_is_saved(key, options, tmp_path):
     """After 25 updates exactly the delta's entries have moved; file and fresh model give the same logits."""
     method, model, tokenizer, train, dev, more = setting(key, options, tmp_path)
