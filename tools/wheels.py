@@ -268,19 +268,25 @@ def main() -> None:
     summary = {version: "no such Python here" for version in VERSIONS if version not in found}
     with_tests = found if arguments.tests == [] else arguments.tests or []
     WORK.mkdir(parents=True, exist_ok=True)
-    try:
-        for wheel in arguments.check or build(found):
-            print(f"checking {wheel.name}")
+    failed = False
+    for wheel in arguments.check or build(found):
+        print(f"checking {wheel.name}")
+        version = version_of(wheel)
+        try:
             check_contents(wheel)
-            version = version_of(wheel)
             if version in found:
                 told = check_installed(wheel.resolve(), found[version], arguments.torch, version in with_tests)
                 summary[version] = f"{wheel.name}: {told}"
-    except Failed as error:
-        sys.exit(str(error))
+        except Failed as error:
+            print(error)
+            failed, summary[version] = True, f"{wheel.name}: FAILED, see above"
     for version in sorted(summary):
         print(f"{version}  {summary[version]}")
+    sys.exit(failed)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Failed as error:
+        sys.exit(str(error))
