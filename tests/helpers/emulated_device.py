@@ -183,8 +183,11 @@ def _drive_triton() -> None:
     driver.set_active(_Driver())
 
 
-def _stop_at_ptx(backend: Any, stages: dict[str, Any], *more: Any) -> None:
-    stages["cubin"] = lambda ptx, metadata: ptx.encode()
+def _stop_at_ptx(backend: Any = None, stages: dict[str, Any] | None = None, *more: Any) -> tuple[str, str]:
+    """Without arguments, as Triton 3.7 calls it also: its part of the keys of Triton's caches."""
+    if stages is not None:
+        stages["cubin"] = lambda ptx, metadata: ptx.encode()
+    return "ptx", "ptx"
 
 
 class _Utils:
