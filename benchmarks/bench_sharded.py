@@ -1,14 +1,13 @@
 """What a rank of FSDP2 holds and exchanges, counted, with no timings: `python benchmarks/bench_sharded.py`.
 
-A small decoder trains on processes of this machine, by a ticket, by torch's AdamW and by LoRA (peft). Counted are, of
-the rank with the most, in bytes:
+A small decoder trains on processes of this machine, by a ticket, by torch's AdamW, by LoRA (peft) and by QLoRA (peft
+and bitsandbytes). Counted are, of the rank with the most, in bytes:
 
-* weights, gradients, states: held between backward and step; states with the index of a ticket
+* weights, gradients, states: held between backward and step; states with the index of a ticket, weights with the scales
+  of quantized ones, which are no parameters: FSDP2 does not shard them
 * predicted: what `ltp-sparse memory` says of their sum
 * all_gather: gathered parameters of a step, for forward and backward
 * reduce_scatter: gradients that a rank gives, those for the other ranks and its own; all_reduce: other numbers
-
-QLoRA is arithmetic: bitsandbytes quantizes on a GPU. Its weights are those of `ltp-sparse memory`.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ltp_sparse as ls
-from ltp_sparse.cli.memory_of_decoders import NF4, adapted_layers, sharded_table
+from ltp_sparse.cli.memory_of_decoders import adapted_layers, sharded_table
 
 OUT = RESULTS / "static" / "sharded.csv"
 DENSITIES = (0.01, 0.05, 0.2)
@@ -99,12 +98,29 @@ def by_ticket(mesh: Any, density: float, compressed: bool) -> tuple[nn.Module, A
     return model, ls.MaskedAdamW(model, active, gradients="packed", master=True)
 
 
-def lora(mesh: Any) -> tuple[nn.Module, Any]:
+def lora(mesh: Any, quantized: bool) -> tuple[nn.Module, Any]:
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(decoder(torch.bfloat16), LoraConfig(r=16, target_modules="all-linear"))
+    model = decoder(torch.bfloat16)
+    if quantized:
+        quantize(model)
+    model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
     sharded(model, model.base_model.model.model.layers, mesh)
     return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+
+
+def quantize(model: Any) -> None:
+    """Puts 4-bit layers in the place of those that adapters lie beside, in the dtype that FSDP2 shards the rest in."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    options: dict[str, Any] = {"quant_type": "nf4", "quant_storage": torch.bfloat16}
+    layers = adapted_layers(model)
+    for name, layer in list(model.named_modules()):
+        if any(layer is one for one in layers):
+            found = Linear4bit(layer.in_features, layer.out_features, False, torch.bfloat16, **options)
+            found.weight = Params4bit(layer.weight.data, requires_grad=False, module=found, **options)
+            model.set_submodule(name, found.to("cpu"))  # which quantizes
+    model.is_loaded_in_4bit = True  # as transformers does; peft looks for it
 
 
 Way = Callable[[Any], tuple[nn.Module, Any]]
@@ -120,7 +136,8 @@ def ways() -> dict[str, Way]:
         found[f"{name}, compressed"] = partial(by_ticket, density=density, compressed=True)
     found["AdamW, all float32"] = partial(adamw, dtype=torch.float32)
     found["AdamW, all bfloat16"] = partial(adamw, dtype=torch.bfloat16)
-    found["LoRA, rank 16, bfloat16 weights"] = lora
+    found["LoRA, rank 16, bfloat16 weights"] = partial(lora, quantized=False)
+    found["QLoRA, rank 16, nf4 weights"] = partial(lora, quantized=True)
     return found
 
 
@@ -134,7 +151,7 @@ def count(way: Way, mesh: Any) -> dict[str, int]:
             gradients = gradient_bytes(model, optimizer)
             optimizer.step()
         optimizer.zero_grad()
-    weights = sum(local_bytes(parameter) for parameter in model.parameters())
+    weights = sum(local_bytes(parameter) for parameter in model.parameters()) + scale_bytes(model)
     found = {"weights": weights, "gradients": gradients, "states": state_bytes(optimizer)}
     columns = [column for column, _ in _COLLECTIVES.values()]
     return found | {column: exchanged.bytes[column] for column in columns}
@@ -144,6 +161,14 @@ def local_bytes(tensor: Tensor) -> int:
     """With the unused rows of the last ranks, for which FSDP2 has memory."""
     own = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return own.untyped_storage().nbytes()
+
+
+def scale_bytes(model: nn.Module) -> int:
+    """Of what bitsandbytes keeps beside quantized weights."""
+    quantized = [state for module in model.modules() if (state := getattr(module, "quant_state", None)) is not None]
+    tensors = [t for state in quantized for t in state.as_dict().values() if isinstance(t, Tensor)]
+    places = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}  # layers share tables
+    return sum(places.values())
 
 
 def gradient_bytes(model: nn.Module, optimizer: Any) -> int:
@@ -196,13 +221,6 @@ def rows(ranks: int, names: Iterable[str] | None = None) -> list[dict[str, objec
         known = predicted[name.removesuffix(", compressed")]
         parts = {column: most[column] for column in ("weights", "gradients", "states")}
         found.append({"way": name, "ranks": ranks, **parts, "held": held(most), "predicted": known, **rest})
-        if name.startswith("LoRA"):
-            layers = adapted_layers(decoder(torch.bfloat16))
-            saved = round(sum(layer.weight.numel() * (2 - NF4) for layer in layers))
-            weights, gathered = most["weights"] - saved // ranks, most["all_gather"] - 2 * saved
-            quantized = {"way": "QLoRA, rank 16, nf4 weights", "ranks": ranks, **parts, "weights": weights}
-            quantized |= {"held": held(quantized), "predicted": predicted["QLoRA, rank 16, nf4 weights"], **rest}
-            found.append(quantized | {"all_gather": gathered})
     return found
 
 

@@ -23,8 +23,11 @@ SHAPES = {  # hidden, layers, heads, heads of keys and values, inner size
 
 _VOCABULARY = 128256
 _LORA_RANK = 16
-NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Bytes an entry: 4 bits, 8 for the scale of 64 entries, and 32 for that of 256 scales."""
+_NF4 = 0.5
+_NF4_SCALES = 1 / 64 + 4 / (64 * 256)
+_NF4_TABLES = 4 * (16 + 256)
+"""Bytes: an entry in 4 bits; 8 bits for the scale of 64 entries, 32 for that of 256 scales; a layer's tables of both.
+Scales and tables are no parameters: each rank has all of them."""
 
 
 def decoder_config(name: str) -> Any:
@@ -72,8 +75,8 @@ def sharded_table(
     for name in ("float32", "bfloat16"):
         rows[f"AdamW, all {name}"] = _in_full(model.to(getattr(torch, name)), ranks)
     model.to(getattr(torch, dtype))
-    rows[f"LoRA, rank {_LORA_RANK}, {dtype} weights"] = _with_adapters(model, ranks, None)
-    rows[f"QLoRA, rank {_LORA_RANK}, nf4 weights"] = _with_adapters(model.to(torch.bfloat16), ranks, NF4)
+    rows[f"LoRA, rank {_LORA_RANK}, {dtype} weights"] = _with_adapters(model, ranks)
+    rows[f"QLoRA, rank {_LORA_RANK}, nf4 weights"] = _with_adapters(model.to(torch.bfloat16), ranks, quantized=True)
     return rows
 
 
@@ -92,18 +95,17 @@ def _in_full(model: nn.Module, ranks: int) -> MemoryReport:
     return MemoryReport(held.weights, 2 * held.weights, 0, held.gradients)
 
 
-def _with_adapters(model: nn.Module, ranks: int, quantized: float | None) -> MemoryReport:
-    """Low-rank adapters beside all linear layers but the output.
-
-    quantized: bytes an entry of the weights of these layers; None: as they are
-    """
+def _with_adapters(model: nn.Module, ranks: int, *, quantized: bool = False) -> MemoryReport:
+    """Low-rank adapters beside all linear layers but the output; quantized: the weights of these are in 4 bits."""
     from ltp_sparse.optim.memory import MemoryReport, memory_report
 
     layers = adapted_layers(model)
     adapters = sum(_LORA_RANK * (layer.in_features + layer.out_features) for layer in layers) / ranks
     weights = float(memory_report(model, 0.0, gradients="dense", master=False, ranks=ranks).weights)
-    if quantized is not None:
-        weights += sum(layer.weight.numel() * (quantized - layer.weight.element_size()) for layer in layers) / ranks
+    if quantized:
+        in_full = sum(layer.weight.nbytes for layer in layers)
+        entries = sum(layer.weight.numel() for layer in layers)
+        weights += (entries * _NF4 - in_full) / ranks + entries * _NF4_SCALES + len(layers) * _NF4_TABLES
     return MemoryReport(round(weights + 4 * adapters), round(8 * adapters), 0, round(4 * adapters))
 
 

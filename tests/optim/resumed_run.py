@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from helpers.ranks import leave_group
 from helpers.sharded_model import loss_of, net, shard_rows, whole
 
 from ltp_sparse import MaskedAdamW, Ticket
@@ -46,8 +47,9 @@ def main(folder, killed):
     found = {name: whole(param.detach()) for name, param in model.named_parameters()}
     if rank == 0:
         torch.save({"model": found, "restarts": int(attempt), "started at": done}, folder / "final.pt")
-    distributed.destroy_process_group()
+    distributed.barrier()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]))
+    leave_group()

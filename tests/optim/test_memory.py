@@ -449,7 +449,7 @@ def test_bytes_of_decoders_by_hand(shape, entries, linear, capsys):
         "AdamW, all float32": entries * 16,
         "AdamW, all bfloat16": entries * 8,
         "LoRA, rank 16, bfloat16 weights": entries * 2 + adapters * 16,
-        "QLoRA, rank 16, nf4 weights": (entries - linear) * 2 + linear * (0.5 + 1 / 64 + 1 / 4096) + adapters * 16,
+        "QLoRA, rank 16, nf4 weights": (entries - linear) * 2 + linear * (0.5 + 8 / 64 + 8 / 4096) + adapters * 16,
     }
     for name, whole in by_hand.items():
         assert held[name] == pytest.approx(whole / 8, rel=2e-3), name

@@ -111,23 +111,25 @@ class Grid:
             words = self.command(output, *on)
             assert main(words[words.index("run") :]) == 1
 
-    def run_until_killed(self, output: str, *on: str, end: int) -> None:
-        """One worker dies, then a signal ends the driver."""
+    def run_until_killed(self, output: str, *on: str, end: int = signal.SIGKILL, dies: bool = True) -> None:
+        """One worker dies, if it shall, then a signal ends the driver, and with it all that holds its pipe."""
         rows = self.folder / "rows"
         rows.unlink(missing_ok=True)
         (self.folder / output).mkdir()
         (self.folder / output / results.RESULTS).touch()
         rows.symlink_to(self.folder / output / results.RESULTS)
         (self.folder / "started").unlink()
-        (self.folder / "die").touch()
+        if dies:
+            (self.folder / "die").touch()
+        command = ["env", "--default-signal=INT", *self.command(output, *on)]  # background jobs of a shell ignore it
         driver = subprocess.Popen(
-            self.command(output, *on), env={**ENVIRONMENT, "PATH": os.environ["PATH"]}, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True,
+            command, env={**ENVIRONMENT, "PATH": os.environ["PATH"]}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True,
         )  # fmt: skip
         (self.folder / "driver").write_text(f"{driver.pid} {end}")
         told, _ = driver.communicate()
         assert driver.returncode == (130 if end == signal.SIGINT else -end), told
-        assert "dies xnli-fewshot en 1-shot seed 1: its worker died" in told
+        assert ("dies xnli-fewshot en 1-shot seed 1: its worker died" in told) == dies, told
 
     def rows(self, output: str) -> dict[str, dict]:
         """Label and density -> row, without what differs between two runs anyway."""
@@ -154,12 +156,12 @@ def grid(world, once):
     return Grid(world, once("grid", make))
 
 
-def check_same(grid: Grid, output: str) -> None:
+def check_same(grid: Grid, output: str, dies: bool = True) -> None:
     """Rows equal those of the plain run but for attempts; artefacts were made once; what raised was not tried again."""
     plain, rows = grid.rows("plain"), grid.rows(output)
     assert sorted(rows) == ["LTP 0.2", "LTP 0.5", "dies", "kills"]
     attempts = {name: row.pop("attempts") for name, row in rows.items()}
-    assert attempts == {**dict.fromkeys(rows, 1), "dies": 2}
+    assert attempts == {**dict.fromkeys(rows, 1), "dies": 1 + dies}
     assert {row.pop("attempts") for row in plain.values()} == {1}
     assert rows == plain
     assert len(Cache(grid.folder / f"{output}-cache").entries()) == 1
@@ -170,9 +172,9 @@ def failures(grid: Grid, output: str) -> list[tuple[str, int]]:
     return [(row["error"], row["attempts"]) for row in results.read(grid.folder / output / results.FAILURES)]
 
 
-def killed_and_continued(grid: Grid, output: str, *on: str, end: int = signal.SIGKILL) -> list[str]:
+def killed_and_continued(grid: Grid, output: str, *on: str) -> list[str]:
     """Kills a worker and the driver, goes on by the same command; returns which cells were started."""
-    grid.run_until_killed(output, *on, end=end)
+    grid.run_until_killed(output, *on)
     artefact = Cache(grid.folder / f"{output}-cache").entries()[0]
     grid.run(output, *on)
     check_same(grid, output)
@@ -193,10 +195,17 @@ def test_workers_of_this_machine(grid, capsys):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
-def test_workers_end_with_their_driver(grid, end):
-    started = killed_and_continued(grid, f"local-{end}", "--on", "local:0,1", end=end)
+def test_workers_end_with_their_driver(grid):
+    started = killed_and_continued(grid, "killed", "--on", "local:0,1")
     assert started.count("die") == 2 and started.count("driver") == 2
+
+
+@pytest.mark.faults
+def test_an_interrupt_ends_all_and_another_engine_goes_on(grid):
+    grid.run_until_killed("interrupted", "--on", "local:0", end=signal.SIGINT, dies=False)
+    grid.run("interrupted")  # in this process: every worker starts for some seconds
+    check_same(grid, "interrupted", dies=False)
+    assert sorted(grid.started()) == ["die", "driver", "driver", "raise", "raise"]
 
 
 @pytest.mark.slow
