@@ -341,30 +341,16 @@ class PackedGradients:
                     param.grad, share.shown = None, False
 
     def settle(self) -> None:
-<<<<<<< HEAD
         """Takes over any `.grad` that other code has set: None, or a tensor."""
-        for number, (param, share) in enumerate(zip(self.params, self.shares, strict=True)):
-            grad = own_gradient(param)
-            if grad is None:
-                if share.shown:
-                    share.present = share.shown = False
-            elif not self._is_shown(number, grad):
-                self._let_go(number)
-                share.pack_(grad, accumulate=False)
-                self.show(number)
-            share.settle()
-=======
-        """Takes over what others have made of the `.grad` of the parameters: None, or a tensor of their own."""
         for number, param in enumerate(self.params):
             grad, shown = param.grad, self._shown[number]
             # in most steps all are as backward left them, which is seen without a call of Python
             if type(grad) is not GradientView or shown is None or grad.source is not shown() or self._carried:
                 self._settle(number, param)
->>>>>>> gpu2
         self._small.pack_()
 
     def having_gradients(self) -> Iterator[nn.Parameter]:
-        """Each is settled when its turn comes."""
+        """The parameters with a gradient; each is settled when its turn comes."""
         for number, (param, share) in enumerate(zip(self.params, self.shares, strict=True)):
             self._settle(number, param)
             if share.present:
