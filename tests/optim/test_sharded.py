@@ -819,7 +819,7 @@ def test_all_on_ranks(all_outcomes, key, size):
 
 @pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_bits(tmp_path):
-    """torchrun starts all ranks again after one was killed; they go on from the last checkpoint. It restarts no other."""
+    """torchrun starts all ranks again after one was killed, and only then; they go on from the last checkpoint."""
     found = []
     for killed in (0, 3):
         folder = tmp_path / str(killed)
