@@ -69,7 +69,8 @@ def test_predictions_hold_within_five_percent(gradients, states, density):
     assert uniform.states == pytest.approx(predicted.states, rel=0.03)
 
     opt = ls.MaskedAdamW(model, ticket, dense=model.prompt_encoder.parameters(), freeze=True, **options)
-    assert predicted.states + predicted.index == pytest.approx(opt.state_bytes(), rel=0.02, abs=4000)
+    beside = predicted.states + predicted.index - opt.state_bytes()  # rows of parameters, and tables to pack gradients
+    assert -0.005 * opt.state_bytes() < beside < 256 * len(list(model.parameters())) + 4000
     assert predicted.weights == sum(p.nbytes for p in model.parameters())
     inputs = batch()
     for _ in range(2):  # the second step is as all later ones
@@ -96,7 +97,8 @@ def test_what_a_pull_holds_is_predicted(pull_on, states, monkeypatch):
     options = {"dense": list(model.prompt_encoder.parameters()), "states": states}
     predicted = ls.memory_report(model, ticket, gradients="dense", pull_on=pull_on, **options)
     opt = ls.MaskedAdamW(model, ticket, pull=0.1, pull_on=pull_on, **options)
-    assert predicted.states + predicted.index == pytest.approx(opt.state_bytes(), rel=0.02, abs=4000)
+    beside = predicted.states + predicted.index - opt.state_bytes()  # rows of parameters, and tables to pack gradients
+    assert -0.005 * opt.state_bytes() < beside < 256 * len(list(model.parameters())) + 4000
     without = ls.memory_report(model, ticket, gradients="dense", **options)
     assert predicted.states - without.states == 4 * (opt.active_entries if pull_on == "device" else 200_000)
     with pytest.raises(ValueError, match='pull_on must be "device", "host" or None, got .disk.'):
