@@ -24,12 +24,13 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from ltp_sparse.deltas.delta import SparseDelta
 from ltp_sparse.optim import MaskedAdamW
 from ltp_sparse.optim.adam_l2 import AdamL2
-from ltp_sparse.optim.members import dense_groups, named_parameters
+from ltp_sparse.optim.members import dense_groups
 from ltp_sparse.optim.snapshot import Snapshot
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.training.run_folder import DELTA_FILE, checkpoints, last_checkpoint
 from ltp_sparse.weights import manifest
 from ltp_sparse.weights.files import atomic_path
+from ltp_sparse.weights.sharding import reshard
 
 BEST_FILE = "best.safetensors"
 
@@ -199,15 +200,15 @@ class SparseTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, **kwargs: Any) -> Any:
         """Trains as `Trainer.train`. With True it resumes from the latest complete checkpoint of the output folder."""
         self.resumed_from = self._checkpoint(resume_from_checkpoint)
-        parameters = named_parameters(self.model, what="SparseTrainer")
-        flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
+        flags = [parameter.requires_grad for parameter in self.model.parameters()]
         try:
             return super().train(
                 resume_from_checkpoint=None if self.resumed_from is None else str(self.resumed_from), **kwargs
             )
         finally:
-            for name, parameter in named_parameters(self.model, what="SparseTrainer").items():
-                parameter.requires_grad_(flags[name])
+            reshard(self.model)
+            for parameter, flag in zip(self.model.parameters(), flags, strict=True):  # may be sharded by now
+                parameter.requires_grad_(flag)
 
     def _checkpoint(self, resume_from_checkpoint: str | os.PathLike[str] | bool | None) -> Path | None:
         if not resume_from_checkpoint:
