@@ -36,7 +36,7 @@ from ltp_sparse.weights.names import canonical_parameters
 from ltp_sparse.weights.sharding import Cut, local, reshard
 
 WORLD = 4
-WAIT = timedelta(hours=1)  # of ranks for those that have cases of fewer ranks to run first
+WAIT = timedelta(minutes=20)  # of ranks for those that have cases of fewer ranks to run first
 BF16 = {"dtype": torch.bfloat16}
 OPTIONS = {
     "plain": {},
@@ -432,7 +432,7 @@ def refused(ranks, name):
     keyed = [{"states": "8bit"}, {**BF16, "rounding": "stochastic"}]
     shards = [(keyed[0], Shard(0), "cut inside of one"), *((options, Shard(1), "cut by columns") for options in keyed)]
     for options, cut, told in shards:
-        model = nn.Linear(48, 64, bias=False, dtype=options.get("dtype"))
+        model = nn.Linear(64, 64, bias=False, dtype=options.get("dtype"))
         options = {key: value for key, value in options.items() if key != "dtype"}
         ticket = Ticket.random(model, density=0.2)
         optimizer = MaskedAdamW(model, ticket, **options)
@@ -471,14 +471,14 @@ def refused(ranks, name):
         get_optimizer_state_dict(pair.sharded, pair.optimizer, options=StateDictOptions(full_state_dict=True))
     model = nn.Linear(4, 4)
     ticket = Ticket.full(model)
-    with pytest.raises(ValueError, match="FSDP1. has flattened"):
+    with pytest.raises(ValueError, match="FullyShardedDataParallel .* has flattened"):
         MaskedAdamW(FullyShardedDataParallel(model, ranks.group, device_id=torch.device("cpu")), ticket)
     for original, packed in product((False, True), ("dense", "packed")):
         model = nn.Linear(4, 4)
         optimizer = MaskedAdamW(model, ticket, gradients=packed)
         around = FullyShardedDataParallel(model, ranks.group, device_id=torch.device("cpu"), use_orig_params=original)
         around(torch.ones(2, 4)).sum().backward()
-        with pytest.raises(ValueError, match="FSDP1. has flattened"):
+        with pytest.raises(ValueError, match="FullyShardedDataParallel .* has flattened"):
             optimizer.step()
     model = nn.Linear(4, 4)
     sharded = net()
@@ -490,10 +490,10 @@ def refused(ranks, name):
     model = nn.Linear(4, 4)
     optimizer = MaskedAdamW(model, ticket)
     model.weight.ds_id = 0
-    with pytest.raises(ValueError, match="ZeRO-3 has flattened"):
+    with pytest.raises(ValueError, match="DeepSpeed.* has flattened"):
         MaskedAdamW(model, ticket)
     model.weight.data = torch.empty(0)
-    with pytest.raises(ValueError, match="ZeRO-3 has flattened"):
+    with pytest.raises(ValueError, match="DeepSpeed.* has flattened"):
         optimizer.step()
 
 
@@ -811,7 +811,7 @@ def test_on_ranks(outcomes, key, size):
 
 
 @pytest.mark.ranks
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("key", "size"), ALL)
 def test_all_on_ranks(all_outcomes, key, size):
     check(all_outcomes, key, size)
