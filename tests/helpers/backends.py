@@ -21,6 +21,10 @@ def _params(names: tuple[str, ...]) -> list:
 BACKENDS = _params(("reference", "compiled"))
 ALL_BACKENDS = _params(backends.NAMES)
 """Also Triton, whose interpreter is slow: for small inputs only."""
+SLOW_ON_TRITON = [
+    pytest.param(*param.values, marks=[*param.marks, *[pytest.mark.slow] * (param.values == ("triton",))])
+    for param in ALL_BACKENDS
+]
 
 
 @contextmanager

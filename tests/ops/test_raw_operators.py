@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.backends import ALL_BACKENDS, Unpacked, using
+from helpers.backends import SLOW_ON_TRITON, Unpacked, using
 from helpers.raw_operators import ERRORS, OPERATORS, Call, call, guarded, intact
 
 import ltp_sparse as ls
@@ -27,7 +27,7 @@ from ltp_sparse.weights.tensors import check_plain_tensor
 TESTS = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("backend", ALL_BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_ON_TRITON)
 @pytest.mark.parametrize("op", OPERATORS)
 def test_right_arguments_pass(op, backend):
     with using(backend):

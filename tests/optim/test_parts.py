@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.backends import ALL_BACKENDS, using
+from helpers.backends import SLOW_ON_TRITON, using
 
 from ltp_sparse import ops
 from ltp_sparse.backends.arguments import Tensors, Update
@@ -33,7 +33,7 @@ def updated(param, grad, index_set, origin, eight_bit):
     return state
 
 
-@pytest.mark.parametrize("backend", ALL_BACKENDS)
+@pytest.mark.parametrize("backend", SLOW_ON_TRITON)
 @pytest.mark.parametrize(("at", "eight_bit", "density"), [(1003, False, 0.3), (TILE, True, 0.01)])
 def test_a_part_has_the_bits_of_the_whole(backend, at, eight_bit, density):
     n = TILE + 1500
