@@ -425,9 +425,9 @@ def test_targets_name_what_is_measured(gpu):
     prefixes = (targets.OURS, targets.SELECTED, targets.SELECT, targets.HISTOGRAM)
     assert [sum(name.startswith(prefix) for name in ours) for prefix in prefixes] == [1, 1, 1, 1]
     assert {*targets.FASTER} <= {cell.density for cell in step.CORE}
-    report = gpu("report")
-    assert {"step": step.BASELINE, "selection": selection.BASELINE} == report.BASELINES
-    assert {"step", "selection"} == {op.CORE[0].op for op in (step, selection)}
+    operations = gpu("measure").OPERATIONS
+    assert {op.CORE[0].op: op.BASELINE for op in operations} == gpu("report").BASELINES
+    assert [*gpu("report").BASELINES] == ["step", "selection", "copy"]
 
 
 def test_the_report_is_made_again_with_plots(gpu, tmp_path):
