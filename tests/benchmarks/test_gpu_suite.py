@@ -249,18 +249,20 @@ def test_its_tests_are_found_without_what_a_gpu_machine_may_lack(gpu, tmp_path):
     phases = gpu("plan").Plan("cuda", tmp_path).first()
     testing = [phase.command for phase in phases if "pytest" in phase.command]
     assert len(testing) == 2 + 2 * bool(shutil.which("compute-sanitizer"))
+    calls = []
     for command in testing:
         chosen = [*command[command.index("pytest") + 1 :]]
         if "-n" in chosen:
             del chosen[chosen.index("-n") :]
-        code = (
-            "import sys, pytest\n"
-            "for name in ('datasets', 'accelerate', 'matplotlib', 'yaml', 'scipy'): sys.modules[name] = None\n"
-            f"sys.exit(pytest.main({[*map(str, chosen), '--collect-only']!r}))"
-        )
-        environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-        run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+        calls.append([*map(str, chosen), "--collect-only"])
+    code = (
+        "import sys, pytest\n"
+        "for name in ('datasets', 'accelerate', 'matplotlib', 'yaml', 'scipy'): sys.modules[name] = None\n"
+        f"for call in {calls!r}:\n    assert pytest.main(call) == 0, call"
+    )
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
 
 
 @pytest.mark.slow
