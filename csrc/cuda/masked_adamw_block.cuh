@@ -224,8 +224,8 @@ LTP_HD void update_block(const DeviceUpdate& update, int64_t number, Listed& lis
     float* const exp_avg_sq = static_cast<float*>(update.state.exp_avg_sq) + tile.slot;
     const Rounding rounding = {folded(tile_key(share.rounding_key, tile.start)), uint32_t(tile.start)};
     using Four = Neighbours<4, 4>;
-    const bool vectors = share.can_read_vectors() && Four::can_read(share.param) && Four::can_read(exp_avg) &&
-                         Four::can_read(exp_avg_sq);
+    const bool vectors = (!V::kStochastic || tile.start % 4 == 0) && share.can_read_vectors() &&
+                         Four::can_read(share.param) && Four::can_read(exp_avg) && Four::can_read(exp_avg_sq);
     share.template for_each_batch<kBatch, false>(vectors, listed, threads, [&](int, const auto& entries) {
         constexpr int N = kBatch;
         using Entries = std::decay_t<decltype(entries)>;

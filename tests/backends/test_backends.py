@@ -11,7 +11,7 @@ from helpers.selection_passes import BandOutputs
 
 import ltp_sparse as ls
 from ltp_sparse import backends
-from ltp_sparse.backends import capability, choice, compiled, cuda, triton
+from ltp_sparse.backends import capability, choice, compiled, cuda, reference, triton
 from ltp_sparse.backends.arguments import RECORDS, Sampled, fields_of
 from ltp_sparse.testing import random_weights, tuned_weights, update_problem
 
@@ -53,6 +53,17 @@ def test_explicit_backend_that_is_missing_raises_with_the_reason(no_extension, n
         with pytest.raises(backends.BackendUnavailable, match=reason):
             ls.use_backend(name)
     assert backends.resolve(CPU).name == "reference", "a refused choice must not stay"
+
+
+def test_copies_on_a_gpu_without_triton_are_those_of_the_reference(no_kernels, monkeypatch):
+    """CUDA has no kernels for them; whether it was chosen or not, they work on any device."""
+    monkeypatch.setattr(cuda, "probe", lambda device: None)
+    assert backends.resolve(CUDA, "masked_copy").name == "reference"
+    ls.use_backend("compiled")
+    chosen = backends.resolve(CUDA, "masked_copy")
+    assert chosen.name == "compiled"
+    for name in ("masked_gather_", "masked_scatter_", "masked_swap_"):
+        assert getattr(chosen, name) is getattr(reference, name)
 
 
 def test_explicit_backend_is_refused_where_it_cannot_serve_the_device(monkeypatch):

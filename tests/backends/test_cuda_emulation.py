@@ -40,7 +40,7 @@ from ltp_sparse.testing import UpdateProblem, update_problem
 from ltp_sparse.tickets.bits import TILE, WORDS_PER_TILE, unpack_bits
 from ltp_sparse.tickets.index_set import Encoding
 from ltp_sparse.tickets.layout import Layout
-from ltp_sparse.tickets.tile_table import tile_indices
+from ltp_sparse.tickets.tile_table import Column, tile_indices
 
 pytestmark = pytest.mark.slow
 
@@ -155,6 +155,30 @@ def test_bits_of_the_reference(library, dtype, grad_dtype, mode, density):
         for number, (a, b) in enumerate(zip(found.tensors(), wanted.tensors(), strict=True)):
             same = torch.equal(*(bits(t) if t.is_floating_point() else t for t in (a, b)))
             assert same, (packed, with_anchor, number)
+
+
+@pytest.mark.parametrize("states", ["float32", "8bit"])
+def test_random_bits_of_vectors_at_any_place(library, states):
+    """A part of a parameter that is cut anywhere: aligned in memory, but not in the order of all entries."""
+    n, problems = 4099, []
+    for _ in range(2):
+        problem = update_problem({"p": (n,)}, density=1.0, dtype=torch.bfloat16, states=states, stochastic=True)
+        tiles = problem.table.tiles.clone()
+        tiles[:, Column.START] = 1
+        problem.table = replace(problem.table, tiles=tiles, sizes=(n + 1,))
+        held = [
+            torch.cat([torch.zeros(4, dtype=t.dtype), t])[3:] for t in (problem.params[0].detach(), problem.grads[0])
+        ]
+        problem.params, problem.grads = [held[0]], [held[1]]
+        assert held[0][1:].data_ptr() % 8 == 0
+        problems.append(problem)
+    wanted, found = problems
+    rows = rows_of(found, 1)
+    Emulation(library, found, rows).update()
+    with using("reference"):
+        wanted.step(rows)
+    for a, b in zip(found.tensors(), wanted.tensors(), strict=True):
+        assert torch.equal(*(bits(t) if t.is_floating_point() else t for t in (a, b)))
 
 
 @pytest.mark.parametrize("density", [0.02, 0.3, 1.0], ids=["list16", "bitmap", "full"])
