@@ -166,14 +166,14 @@ def test_random_bits_of_vectors_at_any_place(library, states):
         tiles = problem.table.tiles.clone()
         tiles[:, Column.START] = 1
         problem.table = replace(problem.table, tiles=tiles, sizes=(n + 1,))
-        held = [
-            torch.cat([torch.zeros(4, dtype=t.dtype), t])[3:] for t in (problem.params[0].detach(), problem.grads[0])
-        ]
-        problem.params, problem.grads = [held[0]], [held[1]]
-        assert held[0][1:].data_ptr() % 8 == 0
+        for tensors in (problem.params, problem.grads):
+            own = tensors[0].detach()
+            tensors[:] = [torch.cat([torch.zeros(4, dtype=own.dtype), own])[3:]]
+            assert tensors[0][1:].data_ptr() % 8 == 0
         problems.append(problem)
     wanted, found = problems
-    rows = rows_of(found, 1)
+    rows = found.coefficients.clone()
+    rows[:, Coefficient.ROUNDING_KEY] = 12_345
     Emulation(library, found, rows).update()
     with using("reference"):
         wanted.step(rows)
