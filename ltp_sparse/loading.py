@@ -88,8 +88,8 @@ def _pipeline(folder: Path, pinned: str | None) -> Pipeline:
     try:
         found = standalone.load(folder)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        told = " ".join(str(error).split())
-        raise FileFormatError(pinned or folder, f"its exported model cannot be loaded: {told}") from error
+        reason = " ".join(str(error).split())
+        raise FileFormatError(pinned or folder, f"its exported model cannot be loaded: {reason}") from error
     if pinned is not None:
         found.model.config._commit_hash = pinned.partition("@")[2]
     return found

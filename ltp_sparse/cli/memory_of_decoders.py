@@ -58,7 +58,7 @@ def sharded_table(
     master: bool,
     dtype: str,
 ) -> dict[str, MemoryReport]:
-    """Way to train -> bytes of the rank that holds most."""
+    """For each way to train, the bytes on the process that holds most."""
     import torch
 
     from ltp_sparse.optim.memory import memory_report
@@ -96,7 +96,7 @@ def _in_full(model: nn.Module, ranks: int) -> MemoryReport:
 
 
 def _with_adapters(model: nn.Module, ranks: int, *, quantized: bool = False) -> MemoryReport:
-    """Low-rank adapters beside all linear layers but the output; quantized: the weights of these are in 4 bits."""
+    """Low-rank adapters on all linear layers except the output; quantized: the weights of these are in 4 bits."""
     from ltp_sparse.optim.memory import MemoryReport, memory_report
 
     layers = adapted_layers(model)
@@ -110,7 +110,7 @@ def _with_adapters(model: nn.Module, ranks: int, *, quantized: bool = False) -> 
 
 
 def adapted_layers(model: Any) -> list[nn.Linear]:
-    """The layers that adapters lie beside: all linear ones but the output."""
+    """The layers that get adapters: all linear ones except the output."""
     from torch import nn
 
     output = model.get_output_embeddings()

@@ -35,7 +35,7 @@ from ltp_sparse.weights.tensors import bits, check_plain_tensor
 from ltp_sparse.weights.versions import Weights, open_weights, own_block, side_by_side
 
 _PIECE = 1 << 20  # entries compared at a time
-_PARTS = ("values", "originals", "dense")  # of a file: their tensors are called part/name, beside those of the ticket
+_PARTS = ("values", "originals", "dense")  # in a file their tensors are called part/name, next to those of the ticket
 
 
 @dataclass
@@ -681,7 +681,7 @@ def _check_keys(ticket: Ticket) -> None:
     for name in ticket.sets:
         if name.startswith(tuple(f"{part}/" for part in _PARTS)):
             raise ValueError(
-                f"SparseDelta: in a file the indices of {name!r} cannot be told from {name.partition('/')[0]}; "
+                f"SparseDelta: in a file the indices of {name!r} would be taken for {name.partition('/')[0]}; "
                 "rename the parameter"
             )
 

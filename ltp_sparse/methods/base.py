@@ -65,7 +65,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What a run tells its method.
+    """What a run hands to its method.
 
     Attributes:
         tokenizer: the language model's tokenizer.

@@ -59,7 +59,7 @@ def _zhao_schutze() -> PromptSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptMethod(Method):
-    """A method with a template, by default the soft one, whose prompt trains beside entries of the language model."""
+    """A method with a template (by default the soft one) that trains its prompt and entries of the language model."""
 
     settings: PromptSettings = field(default_factory=PromptSettings)
 

@@ -48,7 +48,7 @@ def load_backbone(
             decoupled always stays so.
         dtype: dtype of the weights. Changes of about 1e-4 vanish in bfloat16, so train float32 weights, under autocast
             if you like.
-        tokenizer: folder or Hub name of the tokenizer, if it is not beside the weights.
+        tokenizer: folder or Hub name of the tokenizer, if it is not in the folder of the weights.
 
     Raises:
         ValueError: the folder or name does not exist; a file is missing or damaged; it is another architecture; the
@@ -89,7 +89,7 @@ def load_causal(
     Args:
         name_or_path: a folder or a Hub name.
         dtype: dtype of the weights.
-        tokenizer: folder or Hub name of the tokenizer, if it is not beside the weights.
+        tokenizer: folder or Hub name of the tokenizer, if it is not in the folder of the weights.
 
     Raises:
         ValueError: as in `load_backbone`.

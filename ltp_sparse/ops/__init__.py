@@ -76,7 +76,7 @@ def _copy(op: str, record: Gather | Scatter | Swap, backend: backends.Backend | 
     getattr(_serving(op, record, record.tensors, facts, backend), op)(contiguous)
     if not isinstance(record, Gather):
         _copy_back(record.tensors, contiguous.tensors)
-        # kernels write by address: torch, and whoever looks for edits, is told here
+        # kernels write by address, so torch must be told that the tensors have changed
         torch.autograd.graph.increment_version(t for t in record.tensors.present if not t.is_inference())
 
 

@@ -225,7 +225,7 @@ class _Band:
         missing, above = self.missing(), self.above.clone()
         take = self.share_ties(self.inside, missing)
         self.run(self.low, self.high, take=take, store=False)
-        self.ranks.sum(self.nonfinite)  # a process that failed to read tells the others in this sum
+        self.ranks.sum(self.nonfinite)  # in this sum the others learn of a process that failed to read
         return self.selection(above + take, torch.where(missing > 0, self.low, NONFINITE_KEY))
 
     def share_ties(self, ties: Tensor, wanted: Tensor) -> Tensor:

@@ -630,8 +630,8 @@ class MaskedAdamW(Optimizer):
             _check_options(loaded[-1])
             if loaded[-1]["pull"] and any(launch.anchor is None for launch in self._launches):
                 raise ValueError(
-                    "MaskedAdamW: the state is of an optimizer with a pull; make this one with pull=, too, which keeps "
-                    "the values it draws to"
+                    "MaskedAdamW: the state is of an optimizer with a pull; create this one with pull=, too, to keep "
+                    "the values that the pull draws to"
                 )
         of_key = dict(zip((key for group in groups for key in group["params"]), params, strict=True))
         if unknown := [key for key in state_dict["state"] if key not in of_key]:
@@ -806,7 +806,7 @@ def _freeze(model: nn.Module, trained: set[nn.Parameter]) -> None:
 
 
 def _tell_accelerate(optimizer: Optimizer, found_inf: Tensor) -> None:
-    """Tells accelerate that a GradScaler skips this step, so that its scheduler does not advance.
+    """Shows accelerate that a GradScaler skips this step, so that its scheduler does not advance.
 
     During a step accelerate replaces `step` by a function of its own, whose call counts as a step taken. Only in this
     case is found_inf read from the device.

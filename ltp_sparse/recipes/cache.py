@@ -39,7 +39,7 @@ class Entry:
 class Cache:
     """A folder of artefacts, each named by a digest of what it was made from: base model, data and settings.
 
-    Beside each lies a description, written after it and read before it: what it is, and its checksum. An
+    Each has a description next to it, written after it and read before it: what it is, and its checksum. An
     artefact without one was not written to its end.
     """
 
@@ -65,7 +65,7 @@ class Cache:
                 self._check(path, kind, json.loads(text))
                 return path
             if path.is_file():
-                warnings.warn(f"{path} has no description beside it: it is made anew", stacklevel=2)
+                warnings.warn(f"{path} has no description next to it; it is made again", stacklevel=2)
             files.sweep(self.folder)
             make(path)
             about = {"kind": kind, "facts": facts, "made": time.time(), "checksum": files.verify(path)}
@@ -98,7 +98,7 @@ class Cache:
         return sorted(found, key=lambda entry: -entry.made)
 
     def clear(self) -> int:
-        """Removes all artefacts, but those in use at the moment; returns how many bytes that frees."""
+        """Removes all artefacts except those in use at the moment; returns how many bytes that frees."""
         freed = 0
         for path in self.folder.glob("*.safetensors"):
             lock = path.with_suffix(".lock")

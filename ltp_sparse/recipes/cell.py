@@ -174,11 +174,11 @@ def _sample(examples: Sequence[Any], limit: int) -> Sequence[Any]:
 
 
 def ticket_of(cell: Cell, bench: Workbench, notes: list[str]) -> tuple[Ticket | None, dict[str, Any] | None]:
-    """The ticket of stage 1 that a cell asks for, and what rows tell of it.
+    """The ticket of stage 1 that a cell asks for, and the facts about it that rows of results keep.
 
-    What is told: where the text is from, updates and their tokens, the validation loss of the weights that were kept;
+    The facts are: where the text is from, updates and their tokens, the validation loss of the weights that were kept;
     and, where there are several seeds of stage 1, which one it is, and the share of entries that it has in common with
-    the ticket of the next one, beside what chance would give tickets with as many entries in each parameter.
+    the ticket of the next one, next to what chance would give tickets with as many entries in each parameter.
     """
     spec = cell["ticket"]
     if spec is None:
@@ -201,15 +201,15 @@ def ticket_of(cell: Cell, bench: Workbench, notes: list[str]) -> tuple[Ticket | 
     if ticket.k < (requested := ticket.metadata.get("requested_k", ticket.k)):
         notes.append(f"ticket: {ticket.k:,} of the {requested:,} entries asked for have moved")
     settings = MLMSettings(**{**(cell["ticket.mlm"] or {}), "seed": seed})
-    told = {"score": score, "text": text.source, "seed": seed, "learning_rate": settings.learning_rate}
+    facts = {"score": score, "text": text.source, "seed": seed, "learning_rate": settings.learning_rate}
     if score == "change":
         tuned = files.load(path, "tuned weights")[1]["metadata"]
         tokens = tuned["steps"] * settings.batch_size * settings.length
-        told |= {"updates": tuned["steps"], "tokens": tokens, "kept_update": tuned["step"]}
-        told["validation_loss"] = round(tuned["validation_loss"], 4)
+        facts |= {"updates": tuned["steps"], "tokens": tokens, "kept_update": tuned["step"]}
+        facts["validation_loss"] = round(tuned["validation_loss"], 4)
     for other in others:
-        told["overlap"] = {"seed": other, **overlap(ticket, found(stage_1(cell, bench, other)))}
-    return ticket, told
+        facts["overlap"] = {"seed": other, **overlap(ticket, found(stage_1(cell, bench, other)))}
+    return ticket, facts
 
 
 def overlap(ticket: Ticket, other: Ticket) -> dict[str, float]:

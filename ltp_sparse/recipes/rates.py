@@ -33,7 +33,7 @@ def with_rates(recipe: Recipe, rows: Iterable[Mapping[str, Any]]) -> Recipe:
         rows: Of a recipe with the same labels and densities, with other seeds.
 
     Raises:
-        ValueError: A cell without a rate that no row tells of.
+        ValueError: A cell has no rate, and no row gives one.
     """
     rates = best_rates(rows)
     cells = []
@@ -43,7 +43,7 @@ def with_rates(recipe: Recipe, rows: Iterable[Mapping[str, Any]]) -> Recipe:
             continue
         group = tuple(cell[path] for path in _GROUP)
         if group not in rates:
-            told = ", ".join(f"{path} {value}" for path, value in zip(_GROUP, group, strict=True) if value is not None)
-            raise ValueError(f"recipe {recipe.name}: no learning rate for {told}; run it in the recipe of the rates")
+            named = ", ".join(f"{path} {value}" for path, value in zip(_GROUP, group, strict=True) if value is not None)
+            raise ValueError(f"recipe {recipe.name}: no learning rate for {named}; run it in the recipe of the rates")
         cells.append(Cell(with_fact(cell.facts, _RATE, rates[group])))
     return replace(recipe, cells=tuple(cells))

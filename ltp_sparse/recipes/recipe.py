@@ -1,15 +1,15 @@
 """Recipes: a YAML file that names methods x data x grid; every combination is a cell, which is run once.
 
 title: LTP, table 1
-paper: ltp-table-1              # figures to print beside ours (papers.yaml), optional
+paper: ltp-table-1              # figures to print next to ours (papers.yaml), optional
 by: [label, shots]              # what makes a row of the table; the other facts are averaged over (the seeds)
 compare: SP                     # a paired comparison of every label with this one, or with each of several, optional
 margin: 1.5                     # points within which it counts labels as equal, optional
-chance: 0.3333                  # tell in which languages the scores lie above this, optional
-kinship: true                   # tell scores by kinship with the training language, optional
+chance: 0.3333                  # the report names the languages with scores above this, optional
+kinship: true                   # the report gives scores by kinship with the training language, optional
 rates: my-rates                 # the recipe whose rows choose the learning rates (ltp-sparse run --rates), optional
 model: FacebookAI/xlm-roberta-base
-plugins: [my_method.py]         # Python files beside this one, run first if allowed: methods of one's own, optional
+plugins: [my_method.py]         # Python files in its folder, run first if allowed: methods of one's own, optional
 defaults:                       # of every cell
   train: {task: xnli-fewshot, language: en}
   test: {task: xnli}
@@ -75,8 +75,8 @@ class Recipe:
         paper: Key of printed figures in `papers.yaml`.
         compare: Labels that the report compares every other one with, in pairs of equal seeds.
         margin: Points within which the comparison counts labels as equal.
-        chance: Score of a guess; the report tells the languages above it.
-        kinship: The report tells scores by kinship with the training language.
+        chance: Score of a guess; the report names the languages above it.
+        kinship: The report also gives scores by kinship with the training language.
         rates: Name of the recipe whose rows choose the learning rates of this one (`recipes.rates`).
         plots: Names of plots in `ltp_sparse.report`.
         plugins: Python files of methods of one's own, which have run.
@@ -121,7 +121,7 @@ def load_recipe(name: str, overrides: Sequence[tuple[str, Any]] = (), *, allow_p
         overrides: (dotted path, value) set in every cell, such as ("settings.epochs", 1) or ("model", "folder"); a list
             as the value becomes a dimension of the grid. Those of a stage ("ticket.density") are for the cells that
             have it.
-        allow_plugins: Run the Python files that the recipe names (`plugins`), which lie beside it.
+        allow_plugins: Run the Python files that the recipe names (`plugins`); they lie in its folder.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -213,8 +213,8 @@ def _check_names(cells: Sequence[Cell], path: Path) -> None:
                 continue
             if value is None or value not in names:
                 what = "method" if key == "method" else "task"
-                told = f"no {what}" if value is None else f"unknown {what} {value!r}"
-                raise FileFormatError(path, f"{told}; known: {', '.join(names)}", f"cell {cell['label']!r}, {key}")
+                problem = f"no {what}" if value is None else f"unknown {what} {value!r}"
+                raise FileFormatError(path, f"{problem}; known: {', '.join(names)}", f"cell {cell['label']!r}, {key}")
 
 
 def _expand(source: Mapping[str, Any], overrides: Sequence[tuple[str, Any]], path: Path) -> Iterable[Cell]:

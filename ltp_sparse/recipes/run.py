@@ -80,12 +80,12 @@ def _write(cell: Cell, outcome: Outcome, recipe: Recipe, folder: Path) -> None:
         row = {"recipe": recipe.name, **outcome.row, "attempts": outcome.attempts}
         results.append(folder / results.RESULTS, row)
     else:
-        told = {"error": outcome.error, "trace": outcome.trace, "attempts": outcome.attempts}
-        results.append(folder / results.FAILURES, {"id": cell.id, "cell": dict(cell.facts), **told})
+        facts = {"error": outcome.error, "trace": outcome.trace, "attempts": outcome.attempts}
+        results.append(folder / results.FAILURES, {"id": cell.id, "cell": dict(cell.facts), **facts})
 
 
 def run_jobs(
-    jobs: Sequence[Job], engine: Engine, retries: int, told: Callable[[str], object] = lambda text: None
+    jobs: Sequence[Job], engine: Engine, retries: int, report: Callable[[str], object] = lambda text: None
 ) -> Iterator[tuple[Job, Outcome]]:
     """Runs jobs in their order, each after those that it needs, as many at once as the engine has room for.
 
@@ -93,7 +93,7 @@ def run_jobs(
         jobs: What to run.
         engine: What runs them.
         retries: How often a job is tried again whose worker died.
-        told: Takes a text that names the jobs at work, whenever these change.
+        report: Takes a text that names the jobs at work, whenever these change.
 
     Yields:
         Jobs as they end, with their outcomes. A job that needs one that failed fails like this, without an attempt.
@@ -116,7 +116,7 @@ def run_jobs(
                 running[job.id] = job
                 engine.submit(job)
         waiting = still
-        told(_named(list(running.values())))
+        report(_named(list(running.values())))
         for job, outcome in engine.wait() if running else ():
             del running[job.id]
             if outcome.died and attempts[job.id] <= retries:

@@ -1,4 +1,4 @@
-"""A report of a recipe's results: tables, plots, and one HTML page that needs nothing beside it."""
+"""A report of a recipe's results: tables, plots, and one HTML page that needs no other file."""
 
 from __future__ import annotations
 
@@ -110,9 +110,9 @@ def _markdown(
 ) -> str:
     """The page; `images` are their names and addresses."""
     parts = [f"## {for_markdown(heading)}\n\n{sheet.markdown()}" for heading, sheet in tests.items()]
-    told = [f"# {for_markdown(recipe.title)}", *map(for_markdown, facts)]
+    head = [f"# {for_markdown(recipe.title)}", *map(for_markdown, facts)]
     shown = [f"![{name}]({address})" for name, address in images.items()]
-    return "\n\n".join([*told, markdown(table), *parts, *shown]) + "\n"
+    return "\n\n".join([*head, markdown(table), *parts, *shown]) + "\n"
 
 
 def _html(title: str, page: str) -> str:

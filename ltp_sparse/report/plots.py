@@ -224,10 +224,10 @@ def plot_overlap(rows: Rows, path: Path, recipe: Recipe) -> Path | None:
     """
     lines: dict[tuple[float, float], dict[int, tuple[float, float]]] = {}
     for row in rows:
-        told = row.get("stage_1") or {}
-        if "overlap" in told and "updates" in told:
-            line = lines.setdefault((look_up(row, "ticket.density"), told["learning_rate"]), {})
-            line[told["updates"]] = 100 * told["overlap"]["share"], 100 * told["overlap"]["chance"]
+        facts = row.get("stage_1") or {}
+        if "overlap" in facts and "updates" in facts:
+            line = lines.setdefault((look_up(row, "ticket.density"), facts["learning_rate"]), {})
+            line[facts["updates"]] = 100 * facts["overlap"]["share"], 100 * facts["overlap"]["chance"]
     if not lines:
         return None
     figure, axes = _figure(8)

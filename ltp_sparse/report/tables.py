@@ -1,4 +1,4 @@
-"""Tables of results: mean and standard deviation over seeds, beside a paper's figures; Markdown, CSV and LaTeX."""
+"""Tables of results: mean and standard deviation over seeds, next to a paper's figures; Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
@@ -111,13 +111,15 @@ def make_table(rows: Iterable[Mapping[str, Any]], by: Sequence[str], paper: Mapp
 
 
 def _largest_class(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """For columns in which all rows have the same figure: rows of different test data have none in common."""
-    told: dict[str, set[float]] = {}
+    """The share of the largest class, in percent, of each column in which all rows give the same one.
+
+    Rows of different test data give different ones."""
+    shares: dict[str, set[float]] = {}
     for row in rows:
         for language in row["scores"]:
-            told.setdefault(language, set()).add(row.get("largest_class", {}).get(language))
-    found = {name: 100 * values.pop() for name, values in told.items() if len(values) == 1 and None not in values}
-    return found | {AVERAGE: statistics.fmean(found.values())} if found and len(found) == len(told) else found
+            shares.setdefault(language, set()).add(row.get("largest_class", {}).get(language))
+    found = {name: 100 * values.pop() for name, values in shares.items() if len(values) == 1 and None not in values}
+    return found | {AVERAGE: statistics.fmean(found.values())} if found and len(found) == len(shares) else found
 
 
 def paper_figures(paper: Mapping[str, Any] | None) -> dict[tuple[Any, ...], dict[str, float]]:

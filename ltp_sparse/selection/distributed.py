@@ -204,7 +204,7 @@ def _held(name: str, tensor: Readable, shards: Mapping[str, Shard]) -> _Held:
     n = Size(shard.shape).numel()
     if not 0 <= shard.start <= shard.stop <= n or tensor.numel() != shard.stop - shard.start:
         raise ValueError(
-            f"select_sharded: the shard of {name!r} is said to hold the entries {shard.start} to {shard.stop} of {n}, "
+            f"select_sharded: by shards, {name!r} has the entries {shard.start} to {shard.stop} of {n} here, "
             f"but its tensor has {tensor.numel()} entries"
         )
     return _Held(shard, tensor)

@@ -56,7 +56,7 @@ class Pieces(Protocol):
         ...
 
     def release(self, start: int, stop: int) -> None:
-        """Told when they are no longer needed; raises if they were changed meanwhile."""
+        """Called when the originals are no longer needed; raises if they were changed meanwhile."""
         ...
 
 

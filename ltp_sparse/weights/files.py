@@ -1,6 +1,6 @@
 """Safe, atomic, checksummed files: safetensors with one metadata key of sorted JSON.
 
-Nothing here unpickles. A file is written beside its destination and moved there in one step, so that an interrupted run
+Nothing here unpickles. A file is written next to its destination and renamed in one step, so that an interrupted run
 leaves either the old file or the new one.
 """
 

@@ -186,8 +186,8 @@ def _told(name: str, revision: str | None) -> Iterator[None]:
             f"{name}{at}: not completely in the cache, and {constants.ENDPOINT} does not answer"
         ) from error
     except (errors.HTTPError, OSError, RuntimeError, ValueError) as error:
-        told = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise OSError(f"{name}: error of the Hub at {constants.ENDPOINT}: {told}") from error
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise OSError(f"{name}: error of the Hub at {constants.ENDPOINT}: {reason}") from error
 
 
 class OnHub:

@@ -33,7 +33,7 @@ def bare_names(names: Iterable[str], deciding: Iterable[str] | None = None) -> d
     """Name -> the name without the parts that wrapping modules add. The one rule for modules, mappings and files.
 
     Parts in `WRAPPERS` are removed wherever they occur, prefixes in `LEADING` if all names begin with them, in any
-    nesting. So "module.weight" beside "bias" is a child called "module".
+    nesting. So "module.weight" next to "bias" is a child called "module".
 
     Args:
         names: all names of one model.

@@ -300,7 +300,7 @@ def test_artefacts_of_the_cache_are_found_out_when_damaged(tmp_path):
         cache.get("tuned", {"base": "y"}, make)
     second.write_bytes(swapped)
     second.with_suffix(".json").unlink()
-    with pytest.warns(UserWarning, match="has no description beside it: it is made anew"):
+    with pytest.warns(UserWarning, match="has no description next to it; it is made again"):
         cache.get("tuned", {"base": "y"}, make)
     assert len(made) == 3
     cache.clear()

@@ -22,11 +22,11 @@ SPLITS = {"text": 70, "train": 10, "dev": 5, "test": 15}
 """Percentage of all examples in each split. "text" is for the pre-training text."""
 
 VALUES = {"place": PLACES, "thing": THINGS}
-"""Values of the two slots, parents beside their children."""
+"""Values of the two slots, parents next to their children."""
 
 _FILLED = 0.7  # how often a slot of a hypothesis is filled
 _TRIES = 60
-_PARALLEL = 0.2  # share of the documents that are a sentence beside its translation
+_PARALLEL = 0.2  # share of the documents that are a sentence next to its translation
 
 
 @dataclass(frozen=True)
