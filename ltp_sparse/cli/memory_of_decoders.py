@@ -26,8 +26,8 @@ _LORA_RANK = 16
 _NF4 = 0.5
 _NF4_SCALES = 1 / 64 + 4 / (64 * 256)
 _NF4_TABLES = 4 * (16 + 256)
-"""Bytes: an entry in 4 bits; 8 bits for the scale of 64 entries, 32 for that of 256 scales; a layer's tables of both.
-Scales and tables are no parameters: each rank has all of them."""
+"""Bytes for NF4: of an entry (4 bits); of its share of scales (8 bits for 64 entries, and 32 bits for 256 scales); of a
+layer's tables for entries and scales. Scales and tables are not parameters, so every process holds all of them."""
 
 
 def decoder_config(name: str) -> Any:
