@@ -13,8 +13,10 @@ __global__ void __launch_bounds__(kThreads)
     prepared[param] = prepare(step, param, addresses.param[i], addresses.grad[i]);
 }
 
+// With random bits, ptxas aims at nine blocks and spills; 0 leaves the number to it.
 template <class V>
-__global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant__ DeviceUpdate update) {
+__global__ void __launch_bounds__(kThreads, V::kStochastic ? 7 : 0)
+    update_kernel(const __grid_constant__ DeviceUpdate update) {
     __shared__ Listed listed;
     DeviceThreads<kThreads> threads(nullptr);
     update_block<V>(update, blockIdx.x, listed, threads);
