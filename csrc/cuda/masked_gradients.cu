@@ -14,8 +14,10 @@ __global__ void __launch_bounds__(kThreads)
     sum_squares_block<V>(update, total, blockIdx.x, listed, threads);
 }
 
+// What is added to needs more registers in flight than ptxas gives of its own.
 template <class Grad, bool ACCUMULATE>
-__global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ DeviceUpdate update, float* out) {
+__global__ void __launch_bounds__(kThreads, ACCUMULATE ? 10 : 0)
+    pack_kernel(const __grid_constant__ DeviceUpdate update, float* out) {
     __shared__ Listed listed;
     DeviceThreads<kThreads> threads(nullptr);
     pack_block<Grad, ACCUMULATE>(update, out, blockIdx.x, listed, threads);
