@@ -29,7 +29,7 @@ LTP_HD uint32_t rounding_key_of(uint64_t seed, uint64_t step, uint64_t number) {
     return key;
 }
 
-// The key of a tile. Tiles start at multiples of 65,536, so that all its indices have the same upper 32 bits.
+// The key of a tile, all of whose indices have the same upper 32 bits: `tiles_have_keys` of rounding.py checks shards.
 LTP_HD uint32_t tile_key(uint32_t rounding_key, int64_t start) {
     return mix32(rounding_key + uint32_t(start >> 32) * 0x9E3779B9u);
 }

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ltp_sparse.tickets.bits import TILE
+
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
 
@@ -38,6 +40,16 @@ def rounding_keys(seed: int, steps: Tensor, numbers: Tensor) -> Tensor:
     for word in (torch.full_like(step, seed >> 32), step & _MASK, numbers):
         key = mix32((key + word * _GOLDEN) & _MASK)
     return key.to(torch.float64)
+
+
+def tiles_have_keys(start: int, n: int) -> bool:
+    """Whether each tile of a shard has one key, as kernels expect: its indices have the same upper 32 bits.
+
+    Args:
+        start: flat index of the shard's first entry in the whole parameter.
+        n: entries of the shard.
+    """
+    return start % TILE == 0 or start >> 32 == (start + n - 1) >> 32
 
 
 def _tile_key(key: Tensor, indices: Tensor) -> Tensor:

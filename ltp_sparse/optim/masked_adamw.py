@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
+from ltp_sparse.backends.rounding import tiles_have_keys
 from ltp_sparse.optim.clipping import ClippedNorm
 from ltp_sparse.optim.launch import Launch, Precision
 from ltp_sparse.optim.members import (
@@ -456,6 +457,11 @@ class MaskedAdamW(Optimizer):
             raise ValueError(
                 f'MaskedAdamW: states="8bit" and rounding="stochastic" are for parameters cut by rows, {name!r} is '
                 "cut by columns; train it with float32 states and master=True"
+            )
+        if self._is_keyed(param) and not tiles_have_keys(part.start or 0, local(param).numel()):
+            raise ValueError(
+                f'MaskedAdamW: states="8bit" and rounding="stochastic" need shards that start at a multiple of 65,536 '
+                f"or do not contain entry 2**32, {name!r} has another; train it with float32 states and master=True"
             )
         if self.precision.states == "8bit" and part.blocks is None:
             raise ValueError(

@@ -10,7 +10,7 @@ from helpers.bits import DTYPES, bits
 from helpers.update_cases import MODES
 
 from ltp_sparse.backends.reference import Coefficient
-from ltp_sparse.backends.rounding import rounding_keys
+from ltp_sparse.backends.rounding import rounding_keys, tiles_have_keys
 from ltp_sparse.ops import adamw_coefficients, masked_sum_squares
 from ltp_sparse.testing import UpdateProblem, update_problem
 from ltp_sparse.tickets.index_set import Encoding
@@ -123,3 +123,17 @@ def test_rounding_is_torchs(compiled, dtype):
         finite = values.isfinite()  # an infinite weight has no step: the update makes a NaN of it
         assert torch.equal(bits(problem.params[0][finite]), bits(values.to(dtype)[finite]))
         assert bool(problem.params[0][~finite].isnan().all())
+
+
+@pytest.mark.parametrize(
+    ("start", "n", "have"),
+    [
+        (0, 1 << 33, True),
+        (65536, 1 << 33, True),
+        (1, (1 << 32) - 1, True),
+        (1, 1 << 32, False),
+        ((1 << 32) + 1, 9, True),
+    ],
+)
+def test_a_tile_of_a_shard_has_one_key(start, n, have):
+    assert tiles_have_keys(start, n) == have
