@@ -416,6 +416,8 @@ def test_ray_is_asked_again_if_its_server_dies_at_its_start(tmp_path, monkeypatc
     ],
 )
 def test_mistakes_are_told_in_one_line(tmp_path, capsys, words, told):
+    if words[1].startswith("slurm:jobs"):
+        pytest.importorskip("submitit", reason="needs the extra slurm")
     assert main(["run", "evidence-generated", "--output", str(tmp_path / "out"), *words]) == 2
     error = capsys.readouterr().err
     assert told in error and error.count("\n") == 1
