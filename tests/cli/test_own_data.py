@@ -50,7 +50,7 @@ def test_a_run_resumes_only_with_the_same_data(own_files, own_run, capsys):
     model = ["--model", own_files / "model", "--ticket", own_files / "ticket.safetensors"]
     assert run("train", *model, *data, "--output", own_run, "--resume") == 0
     assert run("train", *model, *data, "--metric", "macro_f1", "--output", own_run, "--resume") == 2
-    assert "holds seeds of a run with metric 'accuracy', this one has 'macro_f1'" in capsys.readouterr().err
+    assert "holds seeds of a run with metric 'accuracy', but this one has 'macro_f1'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["bitfit", "discrete-prompt"])
