@@ -166,7 +166,7 @@ def test_nothing_of_the_size_of_the_model_is_kept(tokenizer, tmp_path):
         assert held[name] < 30_000 + 2 * tensors, held
     assert result.optimizer_bytes < 8 * (ticket.k + 128) + ticket.n / 8 + 10_000
     model_bytes = 4 * sum(p.numel() for p in model.parameters())
-    assert held["model.safetensors"] < 1000 < model_bytes
+    assert max(held.values()) < model_bytes / 2, held
 
 
 @pytest.mark.parametrize("method", [LTP, PromptOnly, SoftPrompt])
