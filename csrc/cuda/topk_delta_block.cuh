@@ -62,7 +62,9 @@ template <class T, int N>
 LTP_HD Vector<T, N> load_vector(const T* from) {
 #if defined(__CUDA_ARCH__)
     // Tells the compiler that this is global memory that is never written.
-    using Raw = std::conditional_t<sizeof(T) * N == 16, int4, int2>;
+    constexpr size_t kBytes = sizeof(T) * N;
+    using Single = std::conditional_t<kBytes == 4, int, short>;
+    using Raw = std::conditional_t<kBytes == 16, int4, std::conditional_t<kBytes == 8, int2, Single>>;
     const Raw raw = __ldg(reinterpret_cast<const Raw*>(from));
     Vector<T, N> vector;
     memcpy(&vector, &raw, sizeof vector);
@@ -70,6 +72,11 @@ LTP_HD Vector<T, N> load_vector(const T* from) {
 #else
     return *reinterpret_cast<const Vector<T, N>*>(from);
 #endif
+}
+
+template <class T>
+LTP_HD float load_widened(const T* from) {
+    return widened(load_vector<T, 1>(from).item[0]);
 }
 
 LTP_HD bool is_served(const DevicePairs& pairs, const DeltaPair& pair) {
@@ -96,9 +103,12 @@ struct PairTile {
     }
 
     LTP_HD int32_t key(int entry) const {
-        Initial before = {};
-        if constexpr (kHasInitial) before = initial[entry];
-        return delta_key(delta_of(before, widened(tuned[entry])));
+        const float after = load_widened(tuned + entry);
+        if constexpr (kHasInitial) {
+            return delta_key(after - load_widened(initial + entry));
+        } else {
+            return delta_key(after);
+        }
     }
 
     // The keys of kVector entries from `entry` on, a multiple of kVector; 0 beyond the end. With WHOLE, none is beyond

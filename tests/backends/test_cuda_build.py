@@ -60,6 +60,7 @@ def rows_of(figures: Path, source: str, target: str) -> list[dict]:
 
 @pytest.mark.parametrize(("source", "target"), COMPILED)
 def test_kernels_do_not_spill(figures, source, target):
+    """Nor do they search at run time for the kind of memory that an address is in."""
     log = (figures / f"{source}-{target}.log").read_text()
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", log)]
     spills = [int(count) for count in re.findall(r"(\d+) bytes spill", log)]
@@ -67,6 +68,7 @@ def test_kernels_do_not_spill(figures, source, target):
     assert len(registers) == KERNELS[source]
     assert max(registers) <= REGISTERS[source]
     assert spills and set(spills) == set(stacks) == {0}
+    assert {row["generic"] for row in rows_of(figures, source, target)} == {0}
 
 
 def test_selection_is_bound_by_memory(figures):
