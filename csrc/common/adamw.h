@@ -82,7 +82,8 @@ struct CoefficientRow {
         row[6] = h.lr / (1.0 - pow(h.beta1, at_least_1));
         row[7] = 1.0 / sqrt(1.0 - pow(h.beta2, at_least_1));
         row[8] = h.eps;
-        row[9] = step.pull_factor == nullptr ? h.pull : h.pull * *step.pull_factor;
+        // a norm counts the pull of parameters with a gradient only
+        row[9] = apply * (step.pull_factor == nullptr ? h.pull : h.pull * *step.pull_factor);
         row[10] = rounding_key_of(step.seed, uint64_t(count), uint64_t(step.numbers[param]));
     }
 };

@@ -118,7 +118,7 @@ def _write_coefficients(
     tl.store(row_ptr + 6, lr / (1.0 - _power(beta1, exponent)), mask)
     tl.store(row_ptr + 7, 1.0 / tl.sqrt(1.0 - _power(beta2, exponent)), mask)
     tl.store(row_ptr + 8, tl.load(hyper_ptr + 3, mask, 0.0), mask)
-    tl.store(row_ptr + 9, pull, mask)
+    tl.store(row_ptr + 9, apply * pull, mask)  # a norm counts the pull of parameters with a gradient only
     tl.store(row_ptr + 10, key.to(tl.float64), mask)
 
 

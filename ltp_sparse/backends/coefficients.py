@@ -60,7 +60,8 @@ def write_coefficients(
         Coefficient.STEP_SIZE: lr / (1 - beta1**steps),
         Coefficient.INV_SQRT_BC2: 1 / (1 - beta2**steps).sqrt(),
         Coefficient.EPS: eps,
-        Coefficient.PULL: pull if pull_factor is None else pull * pull_factor,
+        # a norm counts the pull of parameters with a gradient only
+        Coefficient.PULL: apply * (pull if pull_factor is None else pull * pull_factor),
         Coefficient.ROUNDING_KEY: keys,
     }
     for column, values in columns.items():

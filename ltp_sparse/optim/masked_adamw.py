@@ -226,6 +226,7 @@ class MaskedAdamW(Optimizer):
                 self._parts[param] = Part.of(IndexSet.full(param.numel()), Cut.of(param, "MaskedAdamW: a parameter"))
             self._check_part(param, self._parts[param], self._names.get(param, "a parameter"))
         group["index_sets"] = self._digests_of(group)
+        self._compared = False
         if self._launches:
             self._build()
 
@@ -445,7 +446,7 @@ class MaskedAdamW(Optimizer):
         self._compared = True
         for mesh in dict.fromkeys(map(mesh_of, self._names)):
             shared = [(self._names.get(p), self._parts[p].digest) for p in self._members() if mesh_of(p) == mesh]
-            if mesh is not None and not is_same(mesh, str(shared)):
+            if mesh is not None and not is_same(str(shared), mesh.get_all_groups(), mesh.device_type):
                 raise ValueError(
                     "MaskedAdamW: expected the same ticket and `dense` on all ranks that share parameters, got others; "
                     "load one file on each, draw with one seed, or let select_sharded give each rank its part"
@@ -704,7 +705,8 @@ class MaskedAdamW(Optimizer):
             group: the process group; None: the default one.
 
         Raises:
-            ValueError: parameters are sharded, so that their gradients are those of all ranks already.
+            ValueError: parameters are sharded, so that their gradients are those of all ranks already; or the ranks
+                have different tickets.
         """
         if any(launch.spread for launch in self._launches):
             raise ValueError(

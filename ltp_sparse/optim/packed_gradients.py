@@ -22,7 +22,7 @@ from ltp_sparse.optim.small_gradients import SmallGradients, parts_of
 from ltp_sparse.tickets.bits import unpack_bits
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.tile_table import TileTable
-from ltp_sparse.weights.sharding import is_sharded, like, local, own_gradient
+from ltp_sparse.weights.sharding import is_same, is_sharded, like, local, own_gradient
 
 # rows of a batch that are packed at a time: bounds the temporaries to a few megabytes
 _ROWS_AT_A_TIME = 512
@@ -257,7 +257,7 @@ class PackedGradients:
         self._carried = carriers is not None
         self._shown: list[weakref.ref[Shown] | None] = [None] * len(slots)  # alive while somebody holds a view
         self._ddp: weakref.ref[DistributedDataParallel] | None = None
-        self._ending = self._used = False
+        self._ending = self._used = self._compared = False
 
         embeddings: list[Any] = []
         handles: list[Any] = []
@@ -337,15 +337,18 @@ class PackedGradients:
         if self._used:
             self._used = False
             for number, (param, share) in enumerate(zip(self.params, self.shares, strict=True)):
-                if not share.present and self._is_shown(number, param.grad):
-                    param.grad, share.shown = None, False
+                if not share.present:
+                    if self._is_shown(number, param.grad):
+                        param.grad = None
+                    share.shown = False
 
     def settle(self) -> None:
         """Takes over any `.grad` that other code has set: None, or a tensor."""
-        for number, param in enumerate(self.params):
+        for number, (param, share) in enumerate(zip(self.params, self.shares, strict=True)):
             grad, shown = param.grad, self._shown[number]
             # in most steps all are as backward left them, which is seen without a call of Python
-            if type(grad) is not GradientView or shown is None or grad.source is not shown() or self._carried:
+            as_left = share.shown and type(grad) is GradientView and shown is not None and grad.source is shown()
+            if self._carried or not as_left:
                 self._settle(number, param)
         self._small.pack_()
 
@@ -364,6 +367,8 @@ class PackedGradients:
         elif not self._is_shown(number, grad):
             self._let_go(number)
             share.pack_(grad, accumulate=False)
+            self.show(number)
+        elif not share.shown:  # somebody has put a view back
             self.show(number)
         share.settle()
 
@@ -401,7 +406,19 @@ class PackedGradients:
 
     @torch.no_grad()
     def average(self, group: ProcessGroup | None = None) -> None:
-        """Averages over the ranks of a group. A parameter with a gradient on any rank then has one on all ranks."""
+        """Averages over the ranks of a group. A parameter with a gradient on any rank then has one on all ranks.
+
+        Raises:
+            ValueError: on all ranks, in the first call: they have different tickets.
+        """
+        if not self._compared:
+            digests = str([share.index_set.digest() for share in self.shares])
+            if not is_same(digests, [group], self._buffer.device):
+                raise ValueError(
+                    "MaskedAdamW: expected the same ticket on all ranks that average gradients, got others; load "
+                    "one file on each, or draw with one seed"
+                )
+            self._compared = True
         self.settle()
         self._hide_used()
         self.clear_absent()

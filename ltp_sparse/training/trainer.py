@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from ltp_sparse.deltas.delta import SparseDelta
@@ -114,6 +114,7 @@ class SparseTrainer(Trainer):
             )
         self.ticket, self.pull, self.optimizer_options = ticket, pull, dict(optimizer_options or {})
         self.dense, self.base = dense, base
+        self._check_dtypes()
         self.resumed_from: Path | None = None
         self.keep_best = keep_best
         if keep_best is not None:
@@ -139,6 +140,17 @@ class SparseTrainer(Trainer):
         # else configurations of another type would remain
         plugin.state_dict_config = plugin.optim_state_dict_config = None
         plugin.set_state_dict_type("SHARDED_STATE_DICT")  # as the optimizer's state is
+
+    def _check_dtypes(self) -> None:
+        """Raises ValueError where accelerate would turn trained parameters into float32 when it shards the model."""
+        if not self.is_fsdp_enabled or self.accelerator.mixed_precision == "no":
+            return
+        for name in (*self.base.originals, *self.base.dense):
+            if (dtype := self.base.parameters[name].dtype) != torch.float32:
+                raise ValueError(
+                    f"SparseTrainer: with fsdp and bf16=True or fp16=True, expected trained parameters in float32, "
+                    f"{name!r} has {dtype}; load the model in float32, or leave out bf16=True to train it as it is"
+                )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Makes `MaskedAdamW` over the ticket and, when resuming, writes the checkpoint's weights into the model.
@@ -217,11 +229,20 @@ class SparseTrainer(Trainer):
             latest = last_checkpoint(self.args.output_dir)
             if latest is None:
                 raise ValueError(f"SparseTrainer: no complete checkpoint in {self.args.output_dir!r} to resume from")
-            return latest
-        folder = Path(resume_from_checkpoint)
-        if not folder.is_dir() or DELTA_FILE not in manifest.names(folder):
-            raise ValueError(f"SparseTrainer: {str(folder)!r} is not one of its checkpoints: it has no {DELTA_FILE}")
-        manifest.check(folder)
+            folder = latest
+        else:
+            folder = Path(resume_from_checkpoint)
+            if not folder.is_dir() or DELTA_FILE not in manifest.names(folder):
+                raise ValueError(
+                    f"SparseTrainer: {str(folder)!r} is not one of its checkpoints: it has no {DELTA_FILE}"
+                )
+            manifest.check(folder)
+        is_sharded, is_whole = any(folder.glob("optimizer_*")), (folder / OPTIMIZER_NAME).exists()
+        if is_whole if self.is_fsdp_enabled else is_sharded:
+            raise ValueError(
+                f"SparseTrainer: the optimizer's state in {str(folder)!r} is {'in shards' if is_sharded else 'whole'}; "
+                f"resume {'with' if is_sharded else 'without'} fsdp, as the run began"
+            )
         return folder
 
     def delta(self, metadata: Mapping[str, Any] | None = None) -> SparseDelta:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,14 +192,14 @@ def everywhere(tensor: Any, holds: bool) -> bool:
     return not int(sum_over(spread(tensor), failed))
 
 
-def is_same(mesh: Any, text: str) -> bool:
-    """Whether all ranks of a mesh, which must all call this, have the same text."""
+def is_same(text: str, groups: Iterable[Any], device: str | torch.device) -> bool:
+    """Whether all ranks of some process groups, which must all call this, have the same text."""
     from torch import distributed
 
     number = xxhash.xxh3_64_intdigest(text.encode()) >> 1  # as int64 has a sign
-    extremes = torch.tensor([number, -number], dtype=torch.int64, device=mesh.device_type)
-    for dim in range(mesh.ndim):
-        distributed.all_reduce(extremes, distributed.ReduceOp.MAX, group=mesh.get_group(dim))
+    extremes = torch.tensor([number, -number], dtype=torch.int64, device=device)
+    for group in groups:
+        distributed.all_reduce(extremes, distributed.ReduceOp.MAX, group=group)
     return extremes.tolist() == [number, -number]
 
 

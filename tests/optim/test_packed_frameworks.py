@@ -30,7 +30,7 @@ from helpers.gradients import has_dense_gradient
 from helpers.ranks import leave_group, start
 from torch import nn
 
-from ltp_sparse import MaskedAdamW, canonical_parameters
+from ltp_sparse import MaskedAdamW, Ticket, canonical_parameters
 
 
 def packed_optimizer(model):
@@ -191,6 +191,12 @@ def _ddp_loop(rank, folder):
     optimizer.average_gradients()
     later = [p.grad for p in optimizer.param_groups[0]["params"]]
     torch.save({"own": own, "average": average, "later": later}, f"{folder}/alone-{rank}.pt")
+
+    alone = build_net()
+    optimizer = MaskedAdamW(alone, Ticket.random(alone, density=0.1, seed=rank), gradients="packed", freeze=True)
+    alone(**batches()[0])["loss"].backward()
+    with pytest.raises(ValueError, match="the same ticket on all ranks"):
+        optimizer.average_gradients()
     del alone, optimizer
     gc.collect()
     leave_group()

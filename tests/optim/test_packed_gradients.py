@@ -680,3 +680,53 @@ def test_a_batch_without_rows():
     assert all(not p.grad.any() for p in packed.parameters())
     model(torch.empty(0, 3, dtype=torch.long)).sum().backward()
     assert all(not p.grad.any() for p in packed.parameters())
+
+
+class OneOfTwo(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(6, 8)
+
+    def forward(self, x, second):
+        return (self.b if second else self.a)(x)
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+def test_a_norm_counts_no_pull_of_parameters_without_a_gradient(backend):
+    torch.manual_seed(0)
+    base, x = OneOfTwo(), torch.randn(4, 6)
+    found = []
+    for gradients in ("dense", "packed"):
+        model = copy.deepcopy(base)
+        with using(backend):
+            optimizer = MaskedAdamW(
+                model, Ticket.full(model), lr=0.1, pull=0.01, max_grad_norm=0.05, gradients=gradients
+            )
+            for second in (False, True, True):
+                (model(x, second) * 1e-3).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        found.append((optimizer.grad_norm, *model.parameters()))
+    assert all(map(same_bits, *found))
+
+
+@pytest.mark.parametrize("then", ["state", "forward"])
+def test_a_view_that_is_put_back_is_a_gradient(then):
+    torch.manual_seed(0)
+    base, x = nn.Linear(6, 8), torch.randn(4, 6)
+    found = []
+    for gradients in ("dense", "packed"):
+        model = copy.deepcopy(base)
+        optimizer = MaskedAdamW(model, Ticket.full(model), lr=0.1, gradients=gradients)
+        model(x).square().sum().backward()
+        kept = [param.grad for param in model.parameters()]
+        if then == "forward":
+            optimizer.step()
+        model.zero_grad()
+        optimizer.state_dict()
+        model(x)
+        for param, grad in zip(model.parameters(), kept, strict=True):
+            param.grad = grad
+        optimizer.step()
+        found.append(tuple(model.parameters()))
+    assert all(map(same_bits, *found))
