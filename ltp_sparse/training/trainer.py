@@ -237,12 +237,9 @@ class SparseTrainer(Trainer):
                     f"SparseTrainer: {str(folder)!r} is not one of its checkpoints: it has no {DELTA_FILE}"
                 )
             manifest.check(folder)
-        is_sharded, is_whole = any(folder.glob("optimizer_*")), (folder / OPTIMIZER_NAME).exists()
-        if is_whole if self.is_fsdp_enabled else is_sharded:
-            raise ValueError(
-                f"SparseTrainer: the optimizer's state in {str(folder)!r} is {'in shards' if is_sharded else 'whole'}; "
-                f"resume {'with' if is_sharded else 'without'} fsdp, as the run began"
-            )
+        of_another, how = (OPTIMIZER_NAME, "without") if self.is_fsdp_enabled else ("optimizer_*", "with")
+        if any(folder.glob(of_another)):
+            raise ValueError(f"SparseTrainer: {str(folder)!r} was written {how} fsdp; resume it {how} fsdp, too")
         return folder
 
     def delta(self, metadata: Mapping[str, Any] | None = None) -> SparseDelta:

@@ -624,11 +624,11 @@ def sparse_trainer(ranks, name):
     ticket, dense = ticket_of(plain, without=["net.block.norm"]), ["net.block.norm.weight", "net.block.norm.bias"]
     before = {key: param.detach().clone() for key, param in canonical_parameters(plain).items()}
 
-    def made(folder, *, version=2, l2=0.0):
-        model, keep = WithLoss(), KeepBest(last=True)
+    def made(folder, *, version=2, l2=0.0, **also):
+        model, keep = WithLoss().to(torch.bfloat16 if also else torch.float32), KeepBest(last=True)
         options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
         return forced(SparseTrainer, version)(
-            model, arguments(ranks.folder / folder, label_names=["seed"], **options), ticket,
+            model, arguments(ranks.folder / folder, label_names=["seed"], **options, **also), ticket,
             dense=model.net.block.norm, pull=1e-3, l2=l2, keep_best=keep, optimizer_options={"gradients": name},
             train_dataset=data, eval_dataset=data,
         )  # fmt: skip
@@ -657,9 +657,20 @@ def sparse_trainer(ranks, name):
     resumed.base.put_back()
     for key, param in canonical_parameters(resumed.model).items():
         assert torch.equal(whole(param.detach()), before[key]), key
-    for told, other in (("FSDP1 flattens", {"version": 1}), ("l2=0.1", {"l2": 0.1})):
+    lowered = {"bf16": True}  # accelerate would turn the trained parameters into float32
+    for told, other in (
+        ("FSDP1 flattens", {"version": 1}),
+        ("l2=0.1", {"l2": 0.1}),
+        ("in float32, .*bfloat16", lowered),
+    ):
         with pytest.raises(ValueError, match=told):
             made("refused", **other)
+    distributed.barrier()
+    if ranks.rank == 0:
+        Path(saved, "optimizer.pt").touch()
+    distributed.barrier()
+    with pytest.raises(ValueError, match="was written without fsdp"):
+        resumed.train(resume_from_checkpoint=saved)
 
 
 PACKED = {

@@ -415,6 +415,10 @@ def test_resuming_on_other_weights_or_from_other_files_is_refused(tmp_path):
     with pytest.raises(ValueError, match="another ticket or another base model"):
         build(tmp_path, model=other, **options).train(resume_from_checkpoint=True)
     assert_same(weights(other), before)
+    (shards := tmp_path / "checkpoint-6" / "optimizer_0").mkdir()
+    with pytest.raises(ValueError, match="was written with fsdp"):
+        build(tmp_path, model=other, **options).train(resume_from_checkpoint=shards.parent)
+    shards.rmdir()
     (tmp_path / "checkpoint-6" / DELTA_FILE).unlink()
     with pytest.raises(ValueError, match=f"{DELTA_FILE}: is missing"):
         build(tmp_path, **options).train(resume_from_checkpoint=tmp_path / "checkpoint-6")
