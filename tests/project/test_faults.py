@@ -95,13 +95,22 @@ def test_a_read_only_folder_is_refused_before_the_work(small_disk):
 LOW_MEMORY = """
 import resource, sys, torch, ltp_sparse as ls
 from ltp_sparse import files
-path, model = sys.argv[1], torch.nn.Linear(3200, 3200, bias=False)  # 41 MB: never from memory that was freed
+path, model = sys.argv[1], torch.nn.Linear(3200, 3200, bias=False)  # 41 MB
 tuned = torch.nn.Linear(3200, 3200, bias=False)
 delta = ls.SparseDelta.between(model, tuned, ls.Ticket.full(model))
 delta.save(path)
 before, held = open(path, "rb").read(), model.weight.detach().clone()
-def limit(room):  # MB above what is in use
+kept = []
+def limit(room):  # MB above what is in use, after what others have freed is in use, too
+    kept.clear()
     size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
+    for piece in (32 << 20, 2 << 20):
+        try:
+            while True:
+                kept.append(torch.empty(piece, dtype=torch.uint8, device="cpu"))
+        except RuntimeError:
+            pass
     resource.setrlimit(resource.RLIMIT_AS, (size + (room << 20), resource.RLIM_INFINITY))
 for room in range(0, 240, 20):
     limit(room)
