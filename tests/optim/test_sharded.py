@@ -455,6 +455,15 @@ def refused(ranks, name):
         optimizer = optimizer or MaskedAdamW(model, other)
         with pytest.raises(ValueError, match="the same ticket and `dense` on all ranks"):
             optimizer.step()
+    model = net()
+    optimizer = MaskedAdamW(model, ticket_of(model, without=["block.norm"]))
+    shard_rows(model, mesh)
+    loss_of(model, ranks.rank).backward()
+    optimizer.step()
+    norm = model.block.norm
+    optimizer.add_param_group({"params": [norm.weight if ranks.rank else norm.bias]})  # compared again
+    with pytest.raises(ValueError, match="the same ticket and `dense` on all ranks"):
+        optimizer.step()
     pair = Pair(ranks)
     pair.step()
     shard_rows(pair.plain, mesh)
