@@ -9,7 +9,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import accumulate
 from typing import Any, SupportsIndex
 
@@ -47,52 +46,30 @@ _library.define("topk_delta(Tensor[] initial, Tensor[] tuned, int[] groups, int[
 
 _LISTS = {"params": "parameter", "grads": "gradient", "tensors": "tensor"}
 
-
-def _update(record: Update, backend: backends.Backend | None = None) -> None:
-    """`masked_adamw_` of a record, by the given backend or the one that suits the record."""
-    facts = checks.check_update("masked_adamw_", record)
-    contiguous = _contiguous(record)
-    _serving("masked_adamw_", record, record.params, facts, backend).masked_adamw_(contiguous)
-    _copy_back(record.params, contiguous.params)
-
-
-def _sum_squares(record: Norm, backend: backends.Backend | None = None) -> Tensor:
-    """`masked_sum_squares` of a record, which may be the `Update` that follows."""
-    facts = checks.check_update("masked_sum_squares", record)
-    served = _serving("masked_sum_squares", record, record.params, facts, backend)
-    return served.masked_sum_squares(_contiguous(record))
-
-
-def _pack(record: Pack, backend: backends.Backend | None = None) -> None:
-    """`masked_pack_` of a record."""
-    facts = checks.check_pack("masked_pack_", record)
-    _serving("masked_pack_", record, record.grads, facts, backend).masked_pack_(_contiguous(record))
-
-
-def _copy(op: str, record: Gather | Scatter | Swap, backend: backends.Backend | None = None) -> None:
-    """`masked_gather_`, `masked_scatter_` or `masked_swap_` of a record."""
-    facts = checks.check_copy(op, record)
-    contiguous = _contiguous(record)
-    getattr(_serving(op, record, record.tensors, facts, backend), op)(contiguous)
-    if not isinstance(record, Gather):
-        _copy_back(record.tensors, contiguous.tensors)
-        # kernels write by address, so torch must be told that the tensors have changed
-        torch.autograd.graph.increment_version(t for t in record.tensors.present if not t.is_inference())
-
-
-def _copy_back(tensors: Tensors, contiguous: Tensors) -> None:
-    """Copies results back to the tensors that were not contiguous."""
-    for tensor, written in zip(tensors.present, contiguous.present, strict=True):
-        if tensor is not written:
-            tensor.copy_(written)
-
-
-_RUN: dict[str, Callable[..., Any]] = {
-    "masked_adamw_": _update,
-    "masked_sum_squares": _sum_squares,
-    "masked_pack_": _pack,
-    **{op: partial(_copy, op) for op in ("masked_gather_", "masked_scatter_", "masked_swap_")},
+_CHECKS: dict[str, Callable[[str, Any], checks.TableFacts]] = {
+    "masked_adamw_": checks.check_update,
+    "masked_sum_squares": checks.check_update,
+    "masked_pack_": checks.check_pack,
+    **dict.fromkeys(("masked_gather_", "masked_scatter_", "masked_swap_"), checks.check_copy),
 }
+
+
+def _run(op: str, record: Any, backend: backends.Backend | None) -> Any:
+    """Runs an operator on its record, by the given backend or the one that suits the record."""
+    served, contiguous = _serving(op, record, backend), _contiguous(record)
+    result = getattr(served, op)(contiguous)
+    if contiguous is not record and op in ("masked_adamw_", "masked_scatter_", "masked_swap_"):
+        for tensor, copy in zip(_first_list(record).present, _first_list(contiguous).present, strict=True):
+            if tensor is not copy:
+                tensor.copy_(copy)
+    if op in ("masked_scatter_", "masked_swap_"):  # they write by address, so torch must be told of the change
+        torch.autograd.graph.increment_version(t for t in record.tensors.present if not t.is_inference())
+    return result
+
+
+def _first_list(record: Any) -> Tensors:
+    """The tensors whose entries a record is about: its parameters, gradients or other tensors."""
+    return next(getattr(record, name) for name in _LISTS if hasattr(record, name))
 
 
 def _contiguous(record: Any) -> Any:
@@ -106,14 +83,13 @@ def _contiguous(record: Any) -> Any:
     return replace(record, **copies)
 
 
-def _serving(
-    op: str, record: Any, tensors: Tensors, facts: checks.TableFacts, backend: backends.Backend | None
-) -> backends.Backend:
-    """The given backend, or the one that suits these tensors and their share of active entries."""
+def _serving(op: str, record: Any, backend: backends.Backend | None) -> backends.Backend:
+    """Checks a record; returns the given backend, or the one that suits its tensors and their density."""
+    facts = _CHECKS[op](op, record)
     if backend is None:
-        dtype = next(iter(tensors.dtypes), torch.float32)
+        tensors = _first_list(record)
         density = facts.k / max(1, sum(tensors.sizes))
-        backend = backends.resolve(record.words.device, _kind(op), dtype, density)
+        backend = backends.resolve(record.words.device, _kind(op), _dtype(tensors), density)
     if backend.needs_ranks and record.ranks.numel() != record.words.numel() // 2:
         raise ValueError(f"{op}: the {backend.name} backend needs a table with ranks: TileTable.with_ranks()")
     return backend
@@ -148,7 +124,7 @@ def _register(op: str, returns: str) -> None:
     def _(*arguments: Any) -> Any:
         record, name = _record(op, arguments)
         with torch.no_grad():
-            return _RUN[op](record, backends.named(name, record.words.device) if name else None)
+            return _run(op, record, backends.named(name, record.words.device) if name else None)
 
     @torch.library.register_fake(f"ltp_sparse::{op}", lib=_library)
     def _(*arguments: Any) -> Any:
@@ -159,18 +135,14 @@ def _register(op: str, returns: str) -> None:
         return record.tiles.new_empty(record.tiles.shape[:1], dtype=torch.float64) if returns == "Tensor" else None
 
 
-_register("masked_adamw_", "()")
-_register("masked_sum_squares", "Tensor")
-_register("masked_pack_", "()")
-_register("masked_gather_", "()")
-_register("masked_scatter_", "()")
-_register("masked_swap_", "()")
+for _op in _CHECKS:
+    _register(_op, "Tensor" if _op == "masked_sum_squares" else "()")
 
 
 def run(op: str, record: Any, backend: backends.Backend) -> Any:
     """Runs a record on a backend: directly, or through the operator if torch is tracing or has a dispatch mode."""
     if not _is_watched():
-        return _RUN[op](record, backend)
+        return _run(op, record, backend)
     for name, what in _LISTS.items():
         _refuse_subclasses(op, what, getattr(record, name, ()))
     fields = {name: getattr(record, name) for name in arguments_of(RECORDS[op])}
@@ -192,8 +164,7 @@ def gradient_norm(norm: Norm, total: Total, backend: backends.Backend) -> None:
     if _is_watched():
         reference.add_sums(run("masked_sum_squares", norm, backend), total)
     else:
-        facts = checks.check_update("masked_sum_squares", norm)
-        _serving("masked_sum_squares", norm, norm.params, facts, backend).gradient_norm(_contiguous(norm), total)
+        _serving("masked_sum_squares", norm, backend).gradient_norm(_contiguous(norm), total)
 
 
 @torch.library.impl(_library, "topk_delta", "CompositeExplicitAutograd")
