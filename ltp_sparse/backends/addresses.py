@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, chain
@@ -116,8 +115,3 @@ def _pair_table(columns: tuple[tuple[int, ...], ...], device: torch.device, stre
     parts = (rows.reshape(-1), of_tile, tile_groups, tile_words, tile_groups.argsort(stable=True), order, starts)
     # from pageable memory, as in `_upload`
     return torch.cat(parts).to(device, non_blocking=True)
-
-
-def on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
-    """Makes the device of a tensor the current one, where kernels are launched. Does nothing for CPU tensors."""
-    return torch.cuda.device_of(tensor)

@@ -26,8 +26,6 @@ from ltp_sparse.backends.arguments import (
     Pack,
     Sampled,
     Step,
-    Total,
-    Update,
 )
 from ltp_sparse.backends.work_items import WORK_ITEM, work_items
 from ltp_sparse.tickets.bits import TILE, bitmap_words, tiles_of
@@ -67,57 +65,44 @@ def _refusal(module: ModuleType, device: torch.device) -> str | None:
     return capability.too_old(device) or module.probe()
 
 
-def _module() -> Any:
-    return extension()
-
-
-def _launch(name: str, device: torch.device, *arguments: Any) -> None:
-    getattr(_module(), name)(*arguments, torch.cuda.current_stream(device).cuda_stream)
+def _launch(name: str, near: Tensor, *arguments: Any) -> None:
+    """Launches a kernel on the device of a tensor, on its present stream."""
+    with torch.cuda.device_of(near):
+        getattr(extension(), name)(*arguments, torch.cuda.current_stream(near.device).cuda_stream)
 
 
 def prepare_step(step: Step) -> None:
-    with addresses.on_device_of(step.steps):
-        _launch("prepare_step", step.steps.device, step)
+    _launch("prepare_step", step.steps, step)
 
 
-def _prepared(norm: Any) -> Any:
-    """The record with the rows that its kernels read; they are made here if no step has prepared them."""
-    if norm.prepared is not None:
-        return norm
-    norm = replace(norm, prepared=norm.coefficients.new_empty(len(norm.params), 8, dtype=torch.int64))
-    _launch("prepare_norm", norm.tiles.device, norm)
-    return norm
+def _launch_items(name: str, norm: Norm, *arguments: Any) -> None:
+    """Launches an update or a norm over the work items of its tiles, if there are any."""
+    if not len(norm.tiles):
+        return
+    if norm.prepared is None:  # no step has made the rows that the kernels read
+        norm = replace(norm, prepared=norm.coefficients.new_empty(len(norm.params), 8, dtype=torch.int64))
+        _launch("prepare_norm", norm.tiles, norm)
+    _launch(name, norm.tiles, norm, work_items(norm), *arguments)
 
 
-def masked_adamw_(update: Update) -> None:
-    if len(update.tiles):
-        with addresses.on_device_of(update.tiles):
-            _launch("masked_adamw_", update.tiles.device, _prepared(update), work_items(update))
+masked_adamw_ = partial(_launch_items, "masked_adamw_")
+gradient_norm = partial(_launch_items, "gradient_norm")
 
 
 def masked_sum_squares(norm: Norm) -> Tensor:
     out = torch.zeros(len(norm.tiles), _ITEMS_PER_TILE, dtype=torch.float64, device=norm.tiles.device)
-    if len(norm.tiles):
-        with addresses.on_device_of(norm.tiles):
-            _launch("masked_sum_squares", out.device, _prepared(norm), work_items(norm), out)
+    _launch_items("masked_sum_squares", norm, out)
     return out.sum(1)
-
-
-def gradient_norm(norm: Norm, total: Total) -> None:
-    if len(norm.tiles):
-        with addresses.on_device_of(norm.tiles):
-            _launch("gradient_norm", norm.tiles.device, _prepared(norm), work_items(norm), total)
 
 
 def masked_pack_(pack: Pack) -> None:
     if not len(pack.tiles):
         return
-    with addresses.on_device_of(pack.tiles):
-        prepared = None
-        if len(pack.grads) > 1:
-            prepared = torch.empty(len(pack.grads), 8, dtype=torch.int64, device=pack.tiles.device)
-            _launch("prepare_pack", prepared.device, pack, prepared)
-        _launch("masked_pack_", pack.tiles.device, pack, prepared, work_items(pack))
+    prepared = None
+    if len(pack.grads) > 1:
+        prepared = torch.empty(len(pack.grads), 8, dtype=torch.int64, device=pack.tiles.device)
+        _launch("prepare_pack", prepared, pack, prepared)
+    _launch("masked_pack_", pack.tiles, pack, prepared, work_items(pack))
 
 
 def _launch_pairs(name: str, pairs: Any, word_offsets: Sequence[int], *arguments: Any) -> None:
@@ -127,8 +112,7 @@ def _launch_pairs(name: str, pairs: Any, word_offsets: Sequence[int], *arguments
     device = pairs.tuned.present[0].device
     kinds = sorted({*zip(pairs.initial.codes or [-1] * len(pairs.tuned), pairs.tuned.codes, strict=True)})
     table = addresses.of_pairs(pairs, pairs.groups, word_offsets, device)
-    with addresses.on_device_of(table):
-        _launch(name, device, pairs, table, len(pairs.tuned), tiles, kinds, *arguments)
+    _launch(name, table, pairs, table, len(pairs.tuned), tiles, kinds, *arguments)
 
 
 def delta_histogram(histogram: Histogram) -> None:
@@ -154,7 +138,7 @@ def select_sampled(sampled: Sampled) -> Tensor:
     """A selection in eight launches. Each further pair of dtypes adds two, and many groups add one."""
     groups, tiles = len(sampled.low), len(sampled.counts)
     bits = _digit_bits(groups)
-    nbytes = _module().sampled_bytes(groups, tiles, bits)
+    nbytes = extension().sampled_bytes(groups, tiles, bits)  # type: ignore[union-attr]
     scratch = torch.zeros(nbytes, dtype=torch.uint8, device=sampled.low.device)
     word_offsets = list(accumulate(map(bitmap_words, sampled.tuned.sizes), initial=0))[:-1]
     _launch_pairs("select_sampled", sampled, word_offsets, bits, scratch)
@@ -164,8 +148,7 @@ def select_sampled(sampled: Sampled) -> Tensor:
 
 
 def _launch_candidates(name: str, candidates: Candidates) -> None:
-    with addresses.on_device_of(candidates.keys):
-        _launch(name, candidates.keys.device, candidates)
+    _launch(name, candidates.keys, candidates)
 
 
 candidate_histogram = partial(_launch_candidates, "candidate_histogram")
