@@ -9,9 +9,9 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import pairwise
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,53 +96,41 @@ def _read_table(
     _expect(op, "ranks", ranks, torch.int16, (words.numel() // 2 if ranks.numel() else 0,), device)
     _expect(op, "positions", positions, torch.int16, (positions.numel(),), device)
     rows = tiles.detach().cpu()
-    param, start, length, active, slot, index, encoding, block = rows.unbind(1)
+    param, start, length, active, slot, _, encoding, block = rows.unbind(1)
     last = torch.iinfo(torch.int64).max - TILE  # the sums of smaller numbers below do not overflow
-
-    def refuse(wrong: Tensor, problem: str) -> None:
-        if bool(wrong.any()):
-            row = int(wrong.nonzero()[0])
-            named = ", ".join(
-                f"{column.name} {value}" for column, value in zip(Column, rows[row].tolist(), strict=True)
-            )
-            raise ValueError(f"{op}: row {row} of the tile table: {problem}, got {named}; make it with TileTable.build")
-
     most = torch.iinfo(torch.int32).max
+    known = torch.tensor(list(Encoding), dtype=torch.int64, device="cpu")
+    refuse = partial(_refuse, op, rows, torch.arange(len(rows), dtype=torch.int64, device="cpu"))
     refuse((param < 0) | (param > most), "PARAM must be the number of a parameter")
     refuse((start < 0) | (start > last), "START must be an entry of the parameter")
     refuse((length < 1) | (length > TILE), f"LENGTH must be in [1, {TILE}]")
     refuse((active < 1) | (active > length), "ACTIVE must be in [1, LENGTH]")
-    refuse(
-        ~torch.isin(encoding, torch.tensor(list(Encoding), dtype=torch.int64, device="cpu")),
-        "ENCODING must be 0, 1 or 2",
-    )
+    refuse(~torch.isin(encoding, known), "ENCODING must be 0, 1 or 2")
     refuse((encoding == Encoding.FULL) & (active != length), "a FULL tile has all its entries active")
-    if len(rows) > 1:
-        later = torch.cat([torch.zeros(1, dtype=torch.bool, device="cpu"), param[1:] > param[:-1]])
-        after = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), start[:-1] + length[:-1]])
-        first = torch.arange(len(rows), dtype=torch.int64, device="cpu") == 0
-        same = torch.cat([torch.zeros(1, dtype=torch.bool, device="cpu"), param[1:] == param[:-1]])
-        refuse(~(first | later | (same & (start >= after))), "tiles must be in order and apart")
+    apart = (param[1:] == param[:-1]) & (start[1:] >= start[:-1] + length[:-1])
+    in_order = torch.cat([torch.ones(1, dtype=torch.bool, device="cpu"), apart | (param[1:] > param[:-1])])
+    refuse(~in_order, "tiles must be in order and apart")
     refuse(slot != active.cumsum(0) - active, "SLOT must count the active entries before")
-    blocks = state_blocks(active)
-    first_block = block[:1] if len(rows) else block
-    refuse((block < 0) | (block > last), "BLOCK must count the blocks of 256 active entries before")
-    refuse(block - first_block != blocks.cumsum(0) - blocks, "BLOCK must count the blocks of 256 active entries before")
-
-    groups = 2 * ((length + 63) // 64)
-    for kind, sizes, room, what in (
-        (Encoding.BITMAP, groups, words.numel(), "words"),
-        (Encoding.LIST16, active, positions.numel(), "positions"),
+    blocks, first_block = state_blocks(active), block[:1]
+    wrong = (block < 0) | (block > last) | (block - first_block != blocks.cumsum(0) - blocks)
+    refuse(wrong, "BLOCK must count the blocks of 256 active entries before")
+    for kind, room, what in (
+        (Encoding.BITMAP, words.numel(), "words"),
+        (Encoding.LIST16, positions.numel(), "positions"),
     ):
-        own = encoding == kind
-        refuse(own & ((index < 0) | (index > room - sizes)), f"INDEX must lie in the {room} {what}")
+        numbers = (encoding == kind).nonzero().view(-1)
+        own, refuse = rows[numbers], partial(_refuse, op, rows, numbers)
+        index = own[:, Column.INDEX]
+        sizes = 2 * ((own[:, Column.LENGTH] + 63) // 64) if kind is Encoding.BITMAP else own[:, Column.ACTIVE]
+        refuse((index < 0) | (index > room - sizes), f"INDEX must lie in the {room} {what}")
         if kind is Encoding.BITMAP:
-            refuse(own & (index % 2 != 0), "INDEX of a bitmap must be even")
-        before = torch.where(own, sizes, 0).cumsum(0) - torch.where(own, sizes, 0)
-        origin = index[own][:1] if bool(own.any()) else index[:1]
-        refuse(own & (index - origin != before), f"INDEX must follow on that of the tile before in the {what}")
-    _read_bitmaps(rows[encoding == Encoding.BITMAP], words, ranks, _refuser(op, encoding == Encoding.BITMAP))
-    _read_lists(rows[encoding == Encoding.LIST16], positions, _refuser(op, encoding == Encoding.LIST16))
+            refuse(index % 2 != 0, "INDEX of a bitmap must be even")
+        before = sizes.cumsum(0) - sizes
+        refuse(index - index[:1] != before, f"INDEX must follow on that of the tile before in the {what}")
+        if kind is Encoding.BITMAP:
+            _read_bitmaps(own, words, ranks, refuse)
+        else:
+            _read_lists(own, positions, refuse)
 
     extents = torch.zeros(int(param[-1]) + 1 if len(rows) else 0, dtype=torch.int64, device="cpu")
     extents.scatter_reduce_(0, param, start + length, "amax")
@@ -155,18 +143,16 @@ def _read_table(
     )
 
 
-def _refuser(op: str, own: Tensor) -> Callable[[int, Tensor, str], None]:
-    """A function that raises for the first wrong tile among rows of one encoding, which `own` marks in the table."""
-
-    def refuse(first: int, wrong: Tensor, problem: str) -> None:
-        if bool(wrong.any()):
-            row = int(own.nonzero()[first + int(wrong.nonzero()[0])])
-            raise ValueError(f"{op}: row {row} of the tile table: {problem}; make the table with TileTable.build")
-
-    return refuse
+def _refuse(op: str, rows: Tensor, numbers: Tensor, wrong: Tensor, problem: str, first: int = 0) -> None:
+    """Raises for the first wrong tile among those with these numbers, from number `first` of them on."""
+    if bool(wrong.any()):
+        row = int(numbers[first + int(wrong.nonzero()[0])])
+        values = zip(Column, rows[row].tolist(), strict=True)
+        found = ", ".join(f"{column.name} {value}" for column, value in values)
+        raise ValueError(f"{op}: row {row} of the tile table: {problem}, got {found}; make it with TileTable.build")
 
 
-def _read_bitmaps(rows: Tensor, words: Tensor, ranks: Tensor, refuse: Callable[[int, Tensor, str], None]) -> None:
+def _read_bitmaps(rows: Tensor, words: Tensor, ranks: Tensor, refuse: Callable[..., None]) -> None:
     """Checks that every bitmap has as many bits as its row says, none past its end, and that the ranks count them."""
     for first in range(0, len(rows), _TILES_AT_ONCE):
         piece = rows[first : first + _TILES_AT_ONCE].to(words.device)
@@ -177,21 +163,21 @@ def _read_bitmaps(rows: Tensor, words: Tensor, ranks: Tensor, refuse: Callable[[
         counts = popcount(own).view(-1, 2).sum(1, dtype=torch.int64)
         before = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         starts = (index - begin) // 2
-        refuse(first, before[starts + groups] - before[starts] != active, "ACTIVE must be the bits of its bitmap")
+        refuse(before[starts + groups] - before[starts] != active, "ACTIVE must be the bits of its bitmap", first)
         rest = length % 64
         tail = own.view(-1, 2)[starts + groups - 1].to(torch.int64) & 0xFFFFFFFF
         past = (tail[:, 0] >> rest.clamp(max=32)) | (tail[:, 1] >> (rest - 32).clamp(min=0))
-        refuse(first, (rest != 0) & (past != 0), "its bitmap has bits set past its end")
+        refuse((rest != 0) & (past != 0), "its bitmap has bits set past its end", first)
         if ranks.numel():
             of_group = torch.repeat_interleave(torch.arange(len(piece), dtype=torch.int64, device=words.device), groups)
             expected = (before[:-1] - before[starts][of_group]) & 0xFFFF
             found = ranks[begin // 2 : end // 2].to(torch.int64) & 0xFFFF
             wrong = torch.zeros(len(piece), dtype=torch.int64, device=words.device)
             wrong.index_add_(0, of_group, (expected != found).long())
-            refuse(first, wrong != 0, "its ranks do not count the bits before each 64 entries")
+            refuse(wrong != 0, "its ranks do not count the bits before each 64 entries", first)
 
 
-def _read_lists(rows: Tensor, positions: Tensor, refuse: Callable[[int, Tensor, str], None]) -> None:
+def _read_lists(rows: Tensor, positions: Tensor, refuse: Callable[..., None]) -> None:
     """Checks that the positions of every list ascend and lie in its tile."""
     for first in range(0, len(rows), _TILES_AT_ONCE):
         piece = rows[first : first + _TILES_AT_ONCE].to(positions.device)
@@ -199,7 +185,7 @@ def _read_lists(rows: Tensor, positions: Tensor, refuse: Callable[[int, Tensor, 
         begin, end = int(index[0]), int(index[-1] + active[-1])
         own = positions[begin:end]
         last = index - begin + active - 1
-        refuse(first, (own[last].to(torch.int64) & 0xFFFF) >= length, "a position lies past its end")
+        refuse((own[last].to(torch.int64) & 0xFFFF) >= length, "a position lies past its end", first)
         shifted = own ^ -32768  # signed numbers in the order of the uint16 bits
         falls = shifted[1:] <= shifted[:-1]
         falls[last[:-1]] = False  # from one tile to the next
@@ -207,7 +193,7 @@ def _read_lists(rows: Tensor, positions: Tensor, refuse: Callable[[int, Tensor, 
             of_entry = torch.repeat_interleave(torch.arange(len(piece), dtype=torch.int64, device=own.device), active)
             wrong = torch.zeros(len(piece), dtype=torch.bool, device=own.device)
             wrong[of_entry[1:][falls]] = True
-            refuse(first, wrong, "the positions of its list must ascend")
+            refuse(wrong, "the positions of its list must ascend", first)
 
 
 def _expect(
@@ -215,22 +201,16 @@ def _expect(
 ) -> None:
     """Checks everything that must hold before a backend reads the address of a tensor."""
     if tensor.dtype != dtype or tensor.shape != shape or tensor.device != device or not tensor.is_contiguous():
-        _refuse(op, what, tensor, dtype, shape, device)
+        if tensor.device != device:
+            raise ValueError(f"{op}: {what} is on {tensor.device}, expected it on {device}")
+        check_plain_tensor(tensor, f"{op}: {what}")
+        strides = "" if tensor.is_contiguous() else f" with strides {list(tensor.stride())}"
+        raise ValueError(
+            f"{op}: {what} must be {dtype} {list(shape)} on {device}, contiguous, "
+            f"got {tensor.dtype} {list(tensor.shape)}{strides} on {tensor.device}"
+        )
     if not has_memory(tensor):
         check_plain_tensor(tensor, f"{op}: {what}")
-
-
-def _refuse(
-    op: str, what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device
-) -> NoReturn:
-    if tensor.device != device:
-        raise ValueError(f"{op}: {what} is on {tensor.device}, expected it on {device}")
-    check_plain_tensor(tensor, f"{op}: {what}")
-    strides = "" if tensor.is_contiguous() else f" with strides {list(tensor.stride())}"
-    raise ValueError(
-        f"{op}: {what} must be {dtype} {list(shape)} on {device}, contiguous, "
-        f"got {tensor.dtype} {list(tensor.shape)}{strides} on {tensor.device}"
-    )
 
 
 def _names(dtypes: set[torch.dtype]) -> str:
