@@ -143,10 +143,10 @@ def variants() -> Iterator[Variant]:
             ("masked_scatter_", False, True),
             ("masked_swap_", True, True),
         ):
-            constants = {"READS": reads, "WRITES": writes, "BLOCK": masked_copy._BLOCK}
+            constants = {"READS": reads, "WRITES": writes, "BLOCK": block}
             types = _COPY | {"slot_ptr": f"*{item}"}
             function = masked_copy._masked_copy_kernel
-            yield Variant(kernel, variant, function, types, constants, masked_copy._NUM_WARPS, loops, ("STG",))
+            yield Variant(kernel, variant, function, types, constants, warps, loops, ("STG",))
     warps, rows = topk_delta._NUM_WARPS, topk_delta._ROWS
     for variant, initial, tuned, take, aligned in (
         ("float32", tl.float32, tl.float32, False, True),

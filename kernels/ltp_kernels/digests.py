@@ -15,8 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device_of
-
 TILE = 65_536
 
 _BLOCK = tl.constexpr(1024)  # bytes
@@ -144,5 +142,5 @@ def tile_digests(tensors: Sequence[Tensor], out: Tensor) -> None:
     if not rows:
         return
     table = torch.tensor(rows, dtype=torch.int64, device="cpu").to(out.device, non_blocking=True)
-    with on_device_of(out):
+    with torch.cuda.device_of(out):
         _tile_digests_kernel[(len(rows),)](table, _words(out.device), out, BLOCKS=_BLOCKS, num_warps=_NUM_WARPS)

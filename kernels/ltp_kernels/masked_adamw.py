@@ -24,7 +24,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .bits import bit_of_rank, popcount
-from .launch import on_device_of
 from .precision import (
     TYPES,
     block_scale,
@@ -569,7 +568,7 @@ def _prepare(coefficients: Tensor, prepared: Tensor, addresses: Tensor, step: An
         tensors = [step.hyper, step.group, step.numbers, step.has_grad, step.steps]
         scalars = (step.found_inf, step.grad_scale, step.pull_factor)
         tensors += [nothing if scalar is None else scalar for scalar in scalars]
-    with on_device_of(coefficients):
+    with torch.cuda.device_of(coefficients):
         _prepare_kernel[(triton.cdiv(len(prepared), _PREPARED_AT_ONCE),)](
             addresses,
             coefficients,
@@ -588,41 +587,53 @@ def _prepare(coefficients: Tensor, prepared: Tensor, addresses: Tensor, step: An
         )
 
 
-def masked_adamw_(update: Any, prepared: Tensor) -> None:
-    """One launch over all tiles. A table with a bitmap needs its directory (`TileTable.with_ranks`)."""
-    if not len(update.tiles):
+def launch_per_tile(kernel: Any, table: Any, **arguments: Any) -> None:
+    """Launches `_PARTS` programs for each tile. A table with a bitmap needs its directory (`TileTable.with_ranks`)."""
+    if not len(table.tiles):
         return
-    with on_device_of(update.tiles):
-        _masked_adamw_kernel[(len(update.tiles) * _PARTS.value,)](
-            prepared,
-            update.exp_avg,
-            update.exp_avg_sq,
-            _or(update.scales, update),
-            _or(update.master, update),
-            update.tiles,
-            update.words.view(torch.int64),
-            update.ranks,
-            update.positions,
-            update.coefficients,
-            update.coefficients if update.clip is None else update.clip,
-            _or(update.anchor, update),
-            PARAM=_type_of(update.params),
-            GRAD=_type_of(update.grads),
-            PACKED=update.packed,
-            CODED=update.scales is not None,
-            HAS_MASTER=update.master is not None,
-            HAS_ANCHOR=update.anchor is not None,
-            HAS_CLIP=update.clip is not None,
-            STOCHASTIC=update.stochastic,
+    with torch.cuda.device_of(table.tiles):
+        kernel[(len(table.tiles) * _PARTS.value,)](
+            tile_ptr=table.tiles,
+            group_ptr=table.words.view(torch.int64),
+            rank_ptr=table.ranks,
+            position_ptr=table.positions,
+            **arguments,
             BLOCK=_BLOCK,
             num_warps=_NUM_WARPS,
             enable_fp_fusion=False,
         )
 
 
-def _or(tensor: Tensor | None, norm: Any) -> Tensor:
-    """The tensor; instead of None, an empty one, whose pointer the kernel does not follow."""
-    return norm.coefficients.new_empty(0, dtype=torch.float32) if tensor is None else tensor
+def _of_entries(norm: Any) -> dict[str, Any]:
+    """Arguments that an update and a norm share. An absent tensor is an empty one, whose pointer no kernel follows."""
+    nothing = norm.coefficients.new_empty(0, dtype=torch.float32)
+    return {
+        "master_ptr": nothing if norm.master is None else norm.master,
+        "anchor_ptr": nothing if norm.anchor is None else norm.anchor,
+        "PARAM": _type_of(norm.params),
+        "GRAD": _type_of(norm.grads),
+        "PACKED": norm.packed,
+        "HAS_MASTER": norm.master is not None,
+        "HAS_ANCHOR": norm.anchor is not None,
+    }
+
+
+def masked_adamw_(update: Any, prepared: Tensor) -> None:
+    """One launch over all tiles."""
+    launch_per_tile(
+        _masked_adamw_kernel,
+        update,
+        **_of_entries(update),
+        prepared_ptr=prepared,
+        exp_avg_ptr=update.exp_avg,
+        exp_avg_sq_ptr=update.exp_avg_sq,
+        scale_ptr=update.exp_avg if update.scales is None else update.scales,
+        coefficient_ptr=update.coefficients,
+        clip_ptr=update.coefficients if update.clip is None else update.clip,
+        CODED=update.scales is not None,
+        HAS_CLIP=update.clip is not None,
+        STOCHASTIC=update.stochastic,
+    )
 
 
 def masked_sum_squares(norm: Any, prepared: Tensor) -> Tensor:
@@ -639,50 +650,22 @@ def gradient_norm(norm: Any, prepared: Tensor, total: Any) -> None:
     _sum_squares(norm, prepared, total.sums, *numbers, total.arrived, total.grad_norm, total.clip, TOTAL=True)
 
 
-def _sum_squares(norm: Any, prepared: Tensor, sums: Tensor, *total: Any, TOTAL: bool) -> None:
-    if not len(norm.tiles):
-        return
-    with on_device_of(norm.tiles):
-        _masked_sum_squares_kernel[(len(norm.tiles) * _PARTS.value,)](
-            prepared,
-            _or(norm.master, norm),
-            norm.tiles,
-            norm.words.view(torch.int64),
-            norm.ranks,
-            norm.positions,
-            _or(norm.anchor, norm),
-            sums,
-            *total,
-            PARAM=_type_of(norm.params),
-            GRAD=_type_of(norm.grads),
-            PACKED=norm.packed,
-            HAS_MASTER=norm.master is not None,
-            HAS_ANCHOR=norm.anchor is not None,
-            TOTAL=TOTAL,
-            BLOCK=_BLOCK,
-            num_warps=_NUM_WARPS,
-            enable_fp_fusion=False,
-        )
+def _sum_squares(norm: Any, prepared: Tensor, *sums: Any, TOTAL: bool) -> None:
+    names = ("sum_ptr", "first_tile", "tiles", "max_norm_bits", "arrived_ptr", "grad_norm_ptr", "clip_ptr")
+    arguments = {**_of_entries(norm), **dict(zip(names, sums, strict=True))}
+    launch_per_tile(_masked_sum_squares_kernel, norm, prepared_ptr=prepared, **arguments, TOTAL=TOTAL)
 
 
 def masked_pack_(pack: Any, addresses: Tensor | int) -> None:
     """One launch over the tiles of all gradients, by a table of addresses or the address of a single one."""
-    if not len(pack.tiles):
-        return
     single = isinstance(addresses, int)
-    with on_device_of(pack.tiles):
-        _masked_pack_kernel[(len(pack.tiles) * _PARTS.value,)](
-            pack.tiles if single else addresses,
-            addresses if single else 0,
-            pack.out,
-            pack.tiles,
-            pack.words.view(torch.int64),
-            pack.ranks,
-            pack.positions,
-            GRAD=_type_of(pack.grads),
-            SINGLE=single,
-            ACCUMULATE=pack.accumulate,
-            BLOCK=_BLOCK,
-            num_warps=_NUM_WARPS,
-            enable_fp_fusion=False,
-        )
+    launch_per_tile(
+        _masked_pack_kernel,
+        pack,
+        address_ptr=pack.tiles if single else addresses,
+        single_address=addresses if single else 0,
+        out_ptr=pack.out,
+        GRAD=_type_of(pack.grads),
+        SINGLE=single,
+        ACCUMULATE=pack.accumulate,
+    )

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device_of
 from .masked_adamw import (
     _ACTIVE,
     _BITMAP,
@@ -29,10 +28,8 @@ from .masked_adamw import (
     _TILE_COLUMNS,
     _bitmap_block,
     _list_block,
+    launch_per_tile,
 )
-
-_BLOCK = 512
-_NUM_WARPS = 4
 
 ITEMS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Bytes of an item -> the integers that it is copied as."""
@@ -83,21 +80,8 @@ def _masked_copy_kernel(
 
 def _copy(copy: Any, addresses: Tensor, *, reads: bool, writes: bool) -> None:
     """One launch over all tiles."""
-    if not len(copy.tiles):
-        return
-    with on_device_of(copy.tiles):
-        _masked_copy_kernel[(len(copy.tiles) * _PARTS.value,)](
-            addresses,
-            copy.slots.view(ITEMS[copy.slots.element_size()]),
-            copy.tiles,
-            copy.words.view(torch.int64),
-            copy.ranks,
-            copy.positions,
-            READS=reads,
-            WRITES=writes,
-            BLOCK=_BLOCK,
-            num_warps=_NUM_WARPS,
-        )
+    slots = copy.slots.view(ITEMS[copy.slots.element_size()])
+    launch_per_tile(_masked_copy_kernel, copy, address_ptr=addresses, slot_ptr=slots, READS=reads, WRITES=writes)
 
 
 masked_gather_ = partial(_copy, reads=True, writes=False)

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from .bits import bit_of_rank, popcount
 from .digests import tile_digests
-from .launch import on_device_of
 from .precision import TYPES
 
 TILE = 65_536
@@ -124,7 +123,7 @@ def sample_keys(sample: Any) -> None:
     table = torch.tensor(rows, dtype=torch.int64, device="cpu").to(keys.device, non_blocking=True)
 
     for (initial_dtype, tuned_dtype), kind in kinds.items():
-        with on_device_of(keys):
+        with torch.cuda.device_of(keys):
             _sample_keys_kernel[(triton.cdiv(len(runs), _RUNS.value),)](
                 table,
                 kind,
@@ -281,7 +280,7 @@ def delta_band(band: Any) -> None:
         if not len(rows):
             continue
         programs = min(len(rows), _resident_programs(words.device))
-        with on_device_of(words):
+        with torch.cuda.device_of(words):
             _delta_band_kernel[(programs,)](
                 rows,
                 len(rows),
@@ -351,7 +350,7 @@ def _set_bits(tile_words_ptr, position_ptr, place, mask):
 
 def _launch_per_tile(kernel: Any, offsets: Tensor, *arguments: Tensor | int) -> None:
     if len(offsets):
-        with on_device_of(offsets):
+        with torch.cuda.device_of(offsets):
             kernel[(len(offsets),)](*arguments, num_warps=_CANDIDATE_WARPS, enable_fp_fusion=False)
 
 
@@ -377,19 +376,8 @@ def _candidate_histogram_kernel(
 
 
 def candidate_histogram(c: Any) -> None:
-    _launch_per_tile(
-        _candidate_histogram_kernel,
-        c.offsets,
-        c.keys,
-        c.offsets,
-        c.inside,
-        c.tile_groups,
-        c.low,
-        c.high,
-        c.shift,
-        c.histogram,
-        c.histogram.shape[1],
-    )
+    stored, bounds = (c.keys, c.offsets, c.inside, c.tile_groups), (c.low, c.high, c.shift)
+    _launch_per_tile(_candidate_histogram_kernel, c.offsets, *stored, *bounds, c.histogram, c.histogram.shape[1])
 
 
 @triton.jit(do_not_specialize_on_alignment=_READ_SINGLY)
