@@ -269,12 +269,14 @@ class PackedGradients:
                 if not module.sparse:
                     module.sparse = True
                     embeddings.append(module)
-                    handles.append(module.register_forward_pre_hook(_Sparse()))
+                    handles.append(module.register_forward_pre_hook(WeakHook(None, _CopiedSparse)))
                 self.shares[numbers[weight]].rows = _Rows(sets[numbers[weight]], weight.shape[1], weight.device)
         named = model.named_parameters(remove_duplicate=False)
         ignored = [name for name, param in named if param in numbers]
         setattr(model, _IGNORED, [*getattr(model, _IGNORED, []), *ignored])
-        handles.append(model.register_forward_pre_hook(_ModelHook(self._before_forward, ignored, embeddings)))
+        handles.append(
+            model.register_forward_pre_hook(WeakHook(self._before_forward, _CopiedHook, ignored, embeddings))
+        )
         for number, param in enumerate(params):
             handles.append(param.register_post_accumulate_grad_hook(self._hook(number)))
         self._embeddings = [weakref.ref(embedding) for embedding in embeddings]
@@ -455,10 +457,17 @@ class PackedGradients:
 
 
 class WeakHook:
-    """A hook that calls a method of an object without keeping it alive. In a copy of its module it does nothing."""
+    """A hook that calls a method of an object without keeping it alive.
 
-    def __init__(self, method: Any = None) -> None:
+    Args:
+        method: the method; None: the hook does nothing.
+        copied: makes the hook of a copy of the module. By default that one does nothing.
+        arguments: for `copied`; a copy of the module passes its copies of them.
+    """
+
+    def __init__(self, method: Any = None, copied: Any = None, *arguments: Any) -> None:
         self._method = None if method is None else weakref.WeakMethod(method)
+        self._copied = copied or WeakHook, arguments
 
     def __call__(self, *args: Any) -> None:
         method = None if self._method is None else self._method()
@@ -466,18 +475,7 @@ class WeakHook:
             method(*args)
 
     def __reduce__(self) -> Any:
-        return WeakHook, ()
-
-
-class _ModelHook(WeakHook):
-    """The hook on the model. In a copy of the model it becomes a `_CopiedHook`."""
-
-    def __init__(self, method: Any, ignored: list[str], embeddings: list[Any]) -> None:
-        super().__init__(method)
-        self._copied = ignored, embeddings
-
-    def __reduce__(self) -> Any:
-        return _CopiedHook, self._copied
+        return self._copied
 
 
 class _CopiedHook:
@@ -496,18 +494,11 @@ class _CopiedHook:
             )
 
 
-class _Sparse:
-    """Marks an embedding that was set to `sparse=True`. Copies become dense, since nobody packs their gradient."""
-
-    def __call__(self, *_: object) -> None:
-        pass
-
-    def __reduce__(self) -> Any:
-        return _CopiedSparse, ()
-
-
 class _CopiedSparse:
-    """The hook on such a copy until its first forward, because `sparse` can be copied after the hook."""
+    """The hook on a copy of an embedding that was set to `sparse=True`, until its first forward.
+
+    Nobody packs the gradient of the copy, so it becomes dense. Before, `sparse` may not be copied yet.
+    """
 
     def __call__(self, module: nn.Module, *_: object) -> None:
         _forget_copied(module)
