@@ -23,6 +23,13 @@ _ITSELF = (aten.detach.default, aten.alias.default, aten.lift_fresh.default)
 _SAME_ORDER = ("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze")
 _COPIES = ("clone", "_to_copy")
 _REDUCTIONS = ("sum", "mean", "max", "min", "amax", "amin", "any", "all", "linalg_vector_norm")
+_OF_TWO: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    **dict.fromkeys(("max", "amax"), torch.maximum),
+    **dict.fromkeys(("min", "amin"), torch.minimum),
+    "any": torch.bitwise_or,
+    "all": torch.bitwise_and,
+}
+"""The reductions of two entries."""
 
 
 class Source(Protocol):
@@ -137,10 +144,10 @@ class PackedTensor(Tensor):
         return False
 
     def _elementwise(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        values = func(*_each(_values_of, args), **_each(_values_of, kwargs))
+        values = func(*tree_map(_values_of, args), **tree_map(_values_of, kwargs))
         if func._schema.is_mutable:
             return args[0]
-        fill = func(*_each(_fill_of, args), **_each(_fill_of, kwargs))
+        fill = func(*tree_map(_fill_of, args), **tree_map(_fill_of, kwargs))
         return PackedTensor(self.index_set, values, fill, self.shape)
 
     def _reduced(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
@@ -157,20 +164,13 @@ class PackedTensor(Tensor):
         kept = of(values, **options)
         if others:
             fill = self.fill.to(kept.dtype)
-            rest = {
-                "sum": lambda: kept + others * fill,
-                "mean": lambda: kept + others * fill,
-                "any": lambda: kept | fill,
-                "all": lambda: kept & fill,
-                "linalg_vector_norm": lambda: torch.linalg.vector_norm(
-                    torch.stack([kept, others ** (1 / order) * fill.abs()]), order
-                ),
-                "max": lambda: torch.maximum(kept, fill),
-                "amax": lambda: torch.maximum(kept, fill),
-                "min": lambda: torch.minimum(kept, fill),
-                "amin": lambda: torch.minimum(kept, fill),
-            }
-            kept = rest[name]()
+            if name in ("sum", "mean"):
+                kept = kept + others * fill
+            elif name == "linalg_vector_norm":
+                both = torch.stack([kept, others ** (1 / order) * fill.abs()])
+                kept = torch.linalg.vector_norm(both, order)
+            else:
+                kept = _OF_TWO[name](kept, fill)
         return kept / self.numel() if name == "mean" else kept
 
 
@@ -214,10 +214,6 @@ def _values_of(leaf: Any) -> Any:
 
 def _fill_of(leaf: Any) -> Any:
     return leaf.fill if isinstance(leaf, PackedTensor) else leaf
-
-
-def _each(function: Callable[[Any], Any], arguments: Any) -> Any:
-    return tree_map(function, arguments)
 
 
 def _is_elementwise(func: Any, name: str) -> bool:
@@ -268,7 +264,7 @@ def _densely(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return leaf
         return copies.setdefault(id(leaf), (leaf, leaf.dense()))[1]
 
-    out = func(*_each(copied, args), **_each(copied, kwargs))
+    out = func(*tree_map(copied, args), **tree_map(copied, kwargs))
     given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
     for argument in schema.arguments:
         if argument.alias_info is not None and argument.alias_info.is_write:

@@ -253,7 +253,9 @@ class Launch:
         Pieces of an anchor on the host are copied on the stream of the launches, so that a copy waits for the launch
         that reads the piece before.
         """
-        for piece, (update, backend) in zip(self.pieces, self._updates(), strict=True):
+        if not self.updates:
+            self.updates = [(self._update_of(piece, self.backend), self.backend) for piece in self.pieces]
+        for piece, (update, backend) in zip(self.pieces, self.updates, strict=True):
             if self.room is not None and self.anchor is not None and update.anchor is not None:
                 update.anchor.copy_(self.anchor[piece.slots], non_blocking=True)
             yield update, backend
@@ -262,11 +264,6 @@ class Launch:
         """Sets the tensor (0-dim float64) that holds the factor for the gradients of each step, or None."""
         self.clip = factor
         self._look_anew()
-
-    def _updates(self) -> list[tuple[Update, Backend]]:
-        if not self.updates:
-            self.updates = [(self._update_of(piece, self.backend), self.backend) for piece in self.pieces]
-        return self.updates
 
     def _update_of(self, piece: Piece, backend: Backend) -> Update:
         slots, packed = piece.slots, self._packed(piece.slots, piece.blocks)
