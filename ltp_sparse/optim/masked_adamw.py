@@ -20,14 +20,13 @@ from ltp_sparse.optim.clipping import ClippedNorm
 from ltp_sparse.optim.launch import Launch, Precision
 from ltp_sparse.optim.members import (
     ParameterHome,
-    check_embeddings,
     check_engine,
     check_ordinary,
-    check_trainable,
     dense_groups,
     dense_parameters,
     named_parameters,
     parts_of,
+    trainable_parts,
 )
 from ltp_sparse.optim.packed_gradients import PackedGradients, WeakHook, check_packable
 from ltp_sparse.selection.shards import Part, TicketShard
@@ -134,14 +133,8 @@ class MaskedAdamW(Optimizer):
         seed: int = 0,
         gradients: str = "dense",
     ) -> None:
-        if isinstance(model, nn.Module):
-            check_engine(model, what="MaskedAdamW")
-        named = named_parameters(model, what="MaskedAdamW", mappings=True)
-        parts = parts_of(named, ticket, what="MaskedAdamW")
-        names = list(parts)
-        check_trainable({name: named[name] for name in names}, what="MaskedAdamW", sharded=True)
-        if isinstance(model, nn.Module):
-            check_embeddings(model, {name: named[name] for name in names}, what="MaskedAdamW")
+        named, parts = trainable_parts(model, ticket, what="MaskedAdamW", mappings=True)
+        ticketed = {name: named[name] for name in parts}
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"MaskedAdamW: max_grad_norm must be above 0 or None, got {max_grad_norm}")
         if pull_on not in ("device", "host"):
@@ -157,20 +150,18 @@ class MaskedAdamW(Optimizer):
         self._launches: list[Launch] = []
         self._removed = self._warned = self._compared = False
         self._pull_factor: Tensor | None = None
-        members = [named[name] for name in names]
-        self._ticketed = set(members)
+        self._ticketed = set(ticketed.values())
         in_full = dense_groups(dense, what="MaskedAdamW")
         self._packs: set[nn.Parameter] = set()
         self._watch: Any = None
         if gradients == "packed":
             if not isinstance(model, nn.Module):
                 raise ValueError('MaskedAdamW: gradients="packed" needs the module, not a mapping of its parameters')
-            ticketed = dict(zip(names, members, strict=True))
             check_packable(ticketed, (p for group in in_full for p in group["params"]), what="MaskedAdamW")
-            self._packs = set(members)
+            self._packs = set(ticketed.values())
         elif gradients != "dense":
             raise ValueError(f'MaskedAdamW: gradients must be "dense" or "packed", got {gradients!r}')
-        groups: list[dict[str, Any]] = [{"params": members, "pull": pull}] if names else []
+        groups: list[dict[str, Any]] = [{"params": list(ticketed.values()), "pull": pull}] if parts else []
         groups += in_full
         if not groups:
             raise ValueError(

@@ -85,22 +85,34 @@ def check_engine(model: nn.Module, *, what: str) -> None:
     )
 
 
-def check_trainable(named: Mapping[str, nn.Parameter], *, what: str, sharded: bool = False) -> None:
-    """Raises ValueError or TypeError if a parameter of the ticket cannot be trained. `sharded` allows DTensors."""
-    for name, param in named.items():
-        check_ordinary(local(param) if sharded else param, what=what, name=name)
-        if not param.requires_grad:
+def trainable_parts(
+    model: Any, ticket: Ticket | TicketShard, *, what: str, mappings: bool = False
+) -> tuple[dict[str, nn.Parameter], dict[str, Part]]:
+    """(`named_parameters`, `parts_of` the ticket), after checks that these can be trained.
+
+    Raises:
+        ValueError, TypeError: as the two functions, or a parameter of the ticket cannot be trained.
+    """
+    if isinstance(model, nn.Module):
+        check_engine(model, what=what)
+    named = named_parameters(model, what=what, mappings=mappings)
+    parts = parts_of(named, ticket, what=what)
+    for name in parts:
+        check_ordinary(local(named[name]), what=what, name=name)
+        if not named[name].requires_grad:
             raise ValueError(
                 f"{what}: expected parameters with gradients, but {name!r} of the ticket has requires_grad=False; call "
                 "its requires_grad_(), or restrict the ticket"
             )
-        if not param.is_leaf:
+        if not named[name].is_leaf:
             raise ValueError(f"{what}: {name!r} is computed from other tensors; pass the parameters it is made of")
+    if isinstance(model, nn.Module):
+        _check_embeddings(model, {named[name]: name for name in parts}, what=what)
+    return named, parts
 
 
-def check_embeddings(model: nn.Module, named: Mapping[str, nn.Parameter], *, what: str) -> None:
+def _check_embeddings(model: nn.Module, names: Mapping[Tensor, str], *, what: str) -> None:
     """Raises ValueError for an embedding of the ticket whose options need or change inactive entries."""
-    names: dict[Tensor, str] = {param: name for name, param in named.items()}
     for module in model.modules():
         if not isinstance(module, nn.Embedding | nn.EmbeddingBag) or module.weight not in names:
             continue

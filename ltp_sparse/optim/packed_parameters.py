@@ -10,15 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ltp_sparse.deltas.entries import entries_of
-from ltp_sparse.optim.members import (
-    ParameterHome,
-    check_embeddings,
-    check_engine,
-    check_trainable,
-    dense_parameters,
-    named_parameters,
-    parts_of,
-)
+from ltp_sparse.optim.members import ParameterHome, dense_parameters, trainable_parts
 from ltp_sparse.optim.packed_gradients import PackedGradients, WeakHook, check_packable
 from ltp_sparse.selection.shards import TicketShard
 from ltp_sparse.tickets.ticket import Ticket
@@ -64,25 +56,21 @@ class PackedParameters:
     def __init__(
         self, model: nn.Module, ticket: Ticket | TicketShard, *, dense: nn.Module | Iterable[Any] = ()
     ) -> None:
-        named = named_parameters(model, what="PackedParameters")
-        check_engine(model, what="PackedParameters")
-        parts = parts_of(named, ticket, what="PackedParameters")
-        names = list(parts)
-        if not names:
+        named, parts = trainable_parts(model, ticket, what="PackedParameters")
+        if not parts:
             raise ValueError("PackedParameters: expected a ticket with active entries, but this one has none")
+        self._params = {name: named[name] for name in parts}
         self._dense = dense_parameters(dense, what="PackedParameters")
-        check_trainable({name: named[name] for name in names}, what="PackedParameters", sharded=True)
-        check_embeddings(model, {name: named[name] for name in names}, what="PackedParameters")
-        check_packable({name: named[name] for name in names}, self._dense, what="PackedParameters")
-        devices = {named[name].device for name in names}
+        check_packable(self._params, self._dense, what="PackedParameters")
+        devices = {param.device for param in self._params.values()}
         if len(devices) > 1:
             raise ValueError(f"PackedParameters: expected the model on one device, got {', '.join(map(str, devices))}")
         device = devices.pop()
-        self._model, self._params = weakref.ref(model), {name: named[name] for name in names}
-        self._sets = {name: parts[name].index_set.to(device) for name in names}
+        self._model = weakref.ref(model)
+        self._sets = {name: part.index_set.to(device) for name, part in parts.items()}
         self._entries = entries_of(self._held(), self._sets)
         held = self._gathered()
-        self._packed = {name: nn.Parameter(held[name].to(torch.float32, copy=True)) for name in names}
+        self._packed = {name: nn.Parameter(held[name].to(torch.float32, copy=True)) for name in parts}
         table = TileTable.build(list(self._sets.values()), device=device, ranks=device.type != "cpu")
         members = list(self._params.values()), list(self._sets.values()), table, list(self._packed.values())
         self._gradients = PackedGradients(model, *members)
