@@ -23,7 +23,11 @@ from ltp_sparse.weights.tensors import check_plain_tensor, flat_piece
 
 
 def frozen_digests(
-    model: nn.Module, ticket: Ticket | TicketShard, dense: nn.Module | Iterable[Any] = ()
+    model: nn.Module,
+    ticket: Ticket | TicketShard,
+    dense: nn.Module | Iterable[Any] = (),
+    *,
+    like: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Canonical name -> digest of a parameter's shape, dtype and the bits of its inactive entries.
 
@@ -36,38 +40,22 @@ def frozen_digests(
         ticket: the active entries.
         dense: a module, parameters or parameter groups that train in full. They are left out, and so are parameters
             without an inactive entry.
+        like: digests that the result will be compared with; those of earlier versions used another hash function.
 
     Raises:
         ValueError: the ticket is not of this model.
     """
-    return _digests(model, ticket, dense)
-
-
-def _digests(
-    model: nn.Module,
-    ticket: Ticket | TicketShard,
-    dense: nn.Module | Iterable[Any],
-    like: Mapping[str, str] | None = None,
-) -> dict[str, str]:
     named = named_parameters(model, what="frozen_digests")
     sets = {name: part.index_set for name, part in parts_of(named, ticket, what="frozen_digests").items()}
     trained = set(map(id, dense_parameters(dense, what="frozen_digests")))
-    watched = {
-        name: local(parameter).detach()
-        for name, parameter in named.items()
-        if id(parameter) not in trained and not (name in sets and sets[name].k == sets[name].n)
-    }
-
-    for name, tensor in watched.items():
+    watched: dict[str, Tensor | Inactive] = {}
+    for name, parameter in named.items():
+        if id(parameter) in trained or (name in sets and sets[name].k == sets[name].n):
+            continue
+        tensor = local(parameter).detach()
         check_plain_tensor(tensor, f"frozen_digests: {name!r}")
-
-    return fingerprint(
-        {
-            name: Inactive(tensor, sets[name]) if name in sets and sets[name].k else tensor
-            for name, tensor in watched.items()
-        },
-        like,
-    )
+        watched[name] = Inactive(tensor, sets[name]) if name in sets and sets[name].k else tensor
+    return fingerprint(watched, like)
 
 
 def verify_frozen(
@@ -83,16 +71,20 @@ def verify_frozen(
         RuntimeError: the inactive entries of a parameter have changed; the message names the first.
         ValueError: the model has other parameters than before.
     """
-    after = _digests(model, ticket, dense, like=before)
+    after = frozen_digests(model, ticket, dense, like=before)
     if other := before.keys() ^ after.keys():
         raise ValueError(
             f"verify_frozen: expected the same parameters as before, but {min(other)!r} was added or removed "
             f"({len(other)} in all); pass the same model, ticket and dense"
         )
+    check_unchanged(before, after, what="verify_frozen")
+
+
+def check_unchanged(before: Mapping[str, str], after: Mapping[str, str], *, what: str) -> None:
+    """Raises RuntimeError, which names the first, if digests of parameters differ. `what`: the caller, for messages."""
     if changed := [name for name, found in after.items() if found != before[name]]:
         raise RuntimeError(
-            f"verify_frozen: entries of {changed[0]!r} that must not train have changed "
-            f"({len(changed)} parameters in all)"
+            f"{what}: entries of {changed[0]!r} that must not train have changed ({len(changed)} parameters in all)"
         )
 
 

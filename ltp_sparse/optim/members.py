@@ -41,21 +41,6 @@ def _described(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def check_ticket(ticket: Any, *, what: str) -> None:
-    """Raises TypeError for anything but a `Ticket`, with the way to get one."""
-    if isinstance(ticket, Ticket):
-        return
-    if isinstance(ticket, str | PathLike):
-        cure = f"load it: Ticket.load({str(ticket)!r})"
-    elif isinstance(getattr(ticket, "ticket", None), Ticket):
-        cure = "pass its .ticket"
-    elif isinstance(ticket, Mapping):
-        cure = "make one: Ticket.from_masks(masks) or Ticket.from_indices(...)"
-    else:
-        cure = "make one by ltp_sparse.select, Ticket.random or Ticket.full"
-    raise TypeError(f"{what}: expected a Ticket, got {_described(ticket)}; {cure}")
-
-
 def check_ordinary(param: Tensor, *, what: str, name: str = "") -> None:
     """Raises TypeError unless a parameter is an ordinary tensor in memory; a sharded one is not."""
     called = f"{name!r} is " if name else "got "
@@ -179,9 +164,22 @@ class ParameterHome:
 
 
 def ticket_for(named: Mapping[str, nn.Parameter], ticket: Ticket, *, what: str) -> Ticket:
-    """The ticket under the names of `named_parameters`. Raises TypeError unless it is a `Ticket`."""
-    check_ticket(ticket, what=what)
-    return ticket.named_as(named)
+    """The ticket under the names of `named_parameters`.
+
+    Raises:
+        TypeError: it is no `Ticket`; the message says how to get one.
+    """
+    if isinstance(ticket, Ticket):
+        return ticket.named_as(named)
+    if isinstance(ticket, str | PathLike):
+        cure = f"load it: Ticket.load({str(ticket)!r})"
+    elif isinstance(getattr(ticket, "ticket", None), Ticket):
+        cure = "pass its .ticket"
+    elif isinstance(ticket, Mapping):
+        cure = "make one: Ticket.from_masks(masks) or Ticket.from_indices(...)"
+    else:
+        cure = "make one by ltp_sparse.select, Ticket.random or Ticket.full"
+    raise TypeError(f"{what}: expected a Ticket, got {_described(ticket)}; {cure}")
 
 
 def active_names(named: Mapping[str, nn.Parameter], ticket: Ticket, *, what: str) -> list[str]:

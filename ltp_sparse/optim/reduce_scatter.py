@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
 
 from ltp_sparse.ops import masked_gather, masked_scatter_
-from ltp_sparse.optim.members import active_names, check_ticket, named_parameters
+from ltp_sparse.optim.members import active_names, named_parameters, ticket_for
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.tickets.tile_table import TileTable
@@ -111,27 +112,20 @@ def compress_gradients(model: nn.Module, ticket: Ticket) -> CompressedGradients:
     """
     from torch.distributed.fsdp import FSDPModule
 
-    check_ticket(ticket, what=_WHAT)
     named = named_parameters(model, what=_WHAT)
-    ticket = ticket.named_as(named)
-    active = active_names(named, ticket, what=_WHAT)
-    names = {id(named[name]): name for name in active}
+    ticket = ticket_for(named, ticket, what=_WHAT)
+    names = {id(named[name]): name for name in active_names(named, ticket, what=_WHAT)}
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not modules:
         raise ValueError(f"{_WHAT}: expected a model sharded by FSDP2; call fully_shard on it first")
     groups = []
     for module in modules:
-        for group in _groups_of(module):
+        for group in module._get_fsdp_state()._fsdp_param_groups:  # parameters that it gathers and reduces together
             if isinstance(group._reduce_scatter_comm, _Group):
                 raise ValueError(f"{_WHAT}: the model is compressed already; call remove() on the earlier result first")
             if any(id(param.sharded_param) in names for param in group.fsdp_params):
                 groups.append((module, _Group(group, names, ticket)))
     return CompressedGradients(groups)
-
-
-def _groups_of(module: FSDPModule) -> list[Any]:
-    """FSDP2's groups of parameters that a module gathers and reduces together."""
-    return list(module._get_fsdp_state()._fsdp_param_groups)
 
 
 class _Group:
@@ -226,27 +220,26 @@ class _Layout:
         self.n, self._ranks = sum(block.length for block in blocks), ranks
         counts = [sum(block.sets[to].k for block in blocks) for to in range(ranks)]
         self.room, self._least = -(-max(counts) // _ALIGNED) * _ALIGNED, min(counts)
-        places: list[tuple[int, int] | None] = []  # (start, length) of each set in the buffer; None: zeros
+        starts = list(accumulate((block.length for block in blocks), initial=0))
+
+        def placed(to: int) -> list[tuple[int, IndexSet]]:
+            """(start in the part of a rank, active entries there) of the blocks that have some."""
+            found = [(start, block.sets[to]) for start, block in zip(starts[:-1], blocks, strict=True)]
+            return [(start, index_set) for start, index_set in found if index_set.k]
+
+        self._places: list[tuple[int | None, int]] = []  # (start, length) of each set in the buffer; None: zeros
         sets: list[IndexSet] = []
-        self._own: list[tuple[int, int]] = []
-        own_sets: list[IndexSet] = []
         for to in range(ranks):
-            at = 0
-            for block in blocks:
-                if (index_set := block.sets[to]).k:
-                    places.append((to * self.n + at, index_set.n))
-                    sets.append(index_set)
-                    if to == rank:
-                        self._own.append((at, index_set.n))
-                        own_sets.append(index_set)
-                at += block.length
+            for start, index_set in placed(to):
+                self._places.append((to * self.n + start, index_set.n))
+                sets.append(index_set)
             if filling := self.room - counts[to]:
-                places.append(None)
+                self._places.append((None, filling))
                 sets.append(IndexSet.full(filling))
-        self._places, self._fillings = places, [s.n for s in sets]
         ranked = device.type != "cpu"
         self._all = TileTable.build(sets, device=device, ranks=ranked)
-        self._mine = TileTable.build(own_sets, device=device, ranks=ranked)
+        self._mine = TileTable.build([index_set for _, index_set in placed(rank)], device=device, ranks=ranked)
+        self._own = [(start, index_set.n) for start, index_set in placed(rank)]
 
     @property
     def nbytes(self) -> int:
@@ -262,8 +255,7 @@ class _Layout:
         """[ranks * room] values of a buffer [ranks * n]."""
         zeros = buffer.new_zeros(self.room - self._least)
         tensors = [
-            zeros[:size] if place is None else buffer[place[0] : place[0] + place[1]]
-            for place, size in zip(self._places, self._fillings, strict=True)
+            zeros[:length] if start is None else buffer[start : start + length] for start, length in self._places
         ]
         return masked_gather(tensors, self._all)
 

@@ -12,6 +12,7 @@ from ltp_sparse.deltas.delta import SparseDelta, base_fingerprint, read_entries
 from ltp_sparse.deltas.entries import entries_of, scatter_
 from ltp_sparse.deltas.ranks import own_entries
 from ltp_sparse.deltas.restoring import Change, Held, HeldEntries, put_back, restoring
+from ltp_sparse.optim.frozen import check_unchanged
 from ltp_sparse.optim.members import ParameterHome, dense_parameters, ticket_for
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Ticket
@@ -66,7 +67,7 @@ class Snapshot:
         self._digests = whole_fingerprint({name: parameters[name].detach() for name in parameters if name in watched})
         base = base_fingerprint(model, names, parameters, self._digests)
         self.ticket = Ticket(ticket.sets, ticket.shapes, ticket.metadata, base)
-        self.originals = self._entries(names)
+        self.originals = read_entries(parameters, self.ticket, names)
         self.dense = {name: _copied(parameters[name]) for name in in_full}
         self._model = model
         recorded = {name: ticket.fingerprint[name] for name in names if name in ticket.fingerprint}
@@ -150,11 +151,7 @@ class Snapshot:
         """
         self._settle()
         after = whole_fingerprint({name: self.parameters[name].detach() for name in self._digests})
-        if changed := [name for name, digest in after.items() if digest != self._digests[name]]:
-            raise RuntimeError(
-                f"{self._what}: entries of {changed[0]!r} that must not train have changed "
-                f"({len(changed)} parameters in all)"
-            )
+        check_unchanged(self._digests, after, what=self._what)
         return after
 
     def _settle(self) -> None:
@@ -191,14 +188,11 @@ class Snapshot:
             *(Held(held[name], self._cut(name).taken_from(tensor)) for name, tensor in dense.items()),
         ]
 
-    def _entries(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Copies of the active entries, on the CPU."""
-        return read_entries(self.parameters, self.ticket, names)
-
     def _now(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Copies on the CPU of everything that training changes: entries and whole tensors."""
         self._settle()
-        return self._entries(self.originals), {name: _copied(self.parameters[name]) for name in self.dense}
+        entries = read_entries(self.parameters, self.ticket, self.originals)
+        return entries, {name: _copied(self.parameters[name]) for name in self.dense}
 
 
 def _copied(parameter: nn.Parameter) -> Tensor:

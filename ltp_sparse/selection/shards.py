@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Size, Tensor
 
+from ltp_sparse.deltas.ranks import own_entries
 from ltp_sparse.selection.team import Team
 from ltp_sparse.tickets.bits import TILE, bitmap_words, shifted_words
 from ltp_sparse.tickets.index_set import IndexSet
@@ -54,13 +54,9 @@ class Part:
         """This rank's part of an index set of a whole parameter."""
         if not cut.by_rows:
             return _part_of_block(whole, cut)
-        start, stop = cut.entries
-        before = whole.entries(0, start).k if start else 0
-        part = whole.entries(start, stop)
-        return cls(
-            part if part is whole else part.compact(), before, whole.k, _blocks(whole, start, stop), start,
-            whole.digest(),
-        )  # fmt: skip
+        own, slots = own_entries(whole, cut)
+        assert isinstance(slots, slice)
+        return cls(own, slots.start, whole.k, _blocks(whole, *cut.entries), cut.entries[0], whole.digest())
 
     @property
     def slots(self) -> slice:
@@ -79,23 +75,17 @@ def _blocks(whole: IndexSet, start: int, stop: int) -> tuple[int, int] | None:
 
 def _part_of_block(whole: IndexSet, cut: Cut) -> Part:
     """The part of a rank that holds some columns. The slots of each such block come after those of the one before."""
-    counts = torch.zeros(prod(map(len, cut.ranges)), dtype=torch.int64, device="cpu")
-    mine, own = 0, []
+    first = mine = 0
     for number, pieces in zip(cut.own, cut.ranges, strict=True):
         mine = mine * len(pieces) + number
     for _, indices in whole.to("cpu").chunks():
-        block, inside = torch.zeros_like(indices), torch.zeros_like(indices)
-        coordinates = torch.unravel_index(indices, cut.shape)
-        for coordinate, pieces, (start, stop) in zip(coordinates, cut.ranges, cut.block, strict=True):
+        block = torch.zeros_like(indices)
+        for coordinate, pieces in zip(torch.unravel_index(indices, cut.shape), cut.ranges, strict=True):
             ends = torch.tensor([end for _, end in pieces], dtype=torch.int64, device="cpu")
             block = block * len(pieces) + torch.searchsorted(ends, coordinate, right=True)
-            inside = inside * (stop - start) + coordinate - start
-        counts += torch.bincount(block, minlength=len(counts))
-        own.append(inside[block == mine])
-    indices = torch.cat([torch.empty(0, dtype=torch.int64, device="cpu"), *own])
-    part = IndexSet.from_indices(indices, prod(cut.sizes)).compact()
+        first += int((block < mine).sum())
     digest = Hash().update(f"{whole.digest()} {cut.ranges}".encode()).digest()
-    return Part(part, int(counts[:mine].sum()), whole.k, None, None, digest)
+    return Part(own_entries(whole, cut)[0], first, whole.k, None, None, digest)
 
 
 @dataclass(frozen=True, eq=False)
