@@ -11,8 +11,9 @@ from itertools import accumulate, chain
 import torch
 from torch import Tensor
 
-from ltp_sparse.backends.arguments import Gather, Norm, Pack, Pairs, Scatter, Step, Swap
-from ltp_sparse.tickets.bits import TILE, WORDS_PER_TILE, tiles_of
+from ltp_sparse.backends.arguments import Norm, Pairs, Step
+from ltp_sparse.tickets.bits import tiles_of
+from ltp_sparse.tickets.layout import tiles_in_order
 
 _MOST = 64
 """How many tables are kept."""
@@ -79,16 +80,6 @@ def of_update(norm: Norm | Step, device: torch.device) -> Tensor:
     return address_table(tuple(chain.from_iterable(zip(params, grads, strict=True))), device)
 
 
-def of_pack(pack: Pack) -> Tensor:
-    """int64 [P]: the addresses of the gradients, 0 for none."""
-    return address_table(pack.grads.addresses, pack.tiles.device)
-
-
-def of_copy(copy: Gather | Scatter | Swap) -> Tensor:
-    """int64 [P]: the tensors."""
-    return address_table(copy.tensors.addresses, copy.tiles.device)
-
-
 def of_pairs(pairs: Pairs, groups: Sequence[int], word_offsets: Sequence[int], device: torch.device) -> Tensor:
     """int64 on the device: the parts of `PairTable` in csrc/cuda/topk_delta.h. Known pairs are not copied again."""
     befores = (pairs.initial.addresses, tuple(pairs.initial.codes))
@@ -105,11 +96,9 @@ def _pair_table(columns: tuple[tuple[int, ...], ...], device: torch.device, stre
     *_, sizes, groups, word_offsets = columns
     first_tiles = tuple(accumulate(map(tiles_of, sizes), initial=0))
     rows = torch.tensor((*columns, first_tiles[:-1]), dtype=torch.int64, device="cpu").t()
-    size, group, word, first = rows[:, 4:].unbind(1)
-    of_tile = torch.arange(len(sizes), dtype=torch.int64, device="cpu").repeat_interleave((size + TILE - 1) // TILE)
+    size, group = rows[:, 4], rows[:, 5]
+    of_tile, tile_words = tiles_in_order(sizes, word_offsets)
     tile_groups = group[of_tile]
-    numbers = torch.arange(len(of_tile), dtype=torch.int64, device="cpu") - first[of_tile]
-    tile_words = word[of_tile] + WORDS_PER_TILE * numbers
     order = group.argsort(stable=True)
     starts = size[order].cumsum(0) - size[order]
     parts = (rows.reshape(-1), of_tile, tile_groups, tile_words, tile_groups.argsort(stable=True), order, starts)

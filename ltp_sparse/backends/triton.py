@@ -62,12 +62,12 @@ def gradient_norm(norm: Norm, total: Total) -> None:
 
 
 def masked_pack_(pack: Pack) -> None:
-    single = len(pack.grads) == 1
-    kernels().masked_pack_(pack, pack.grads.addresses[0] if single else addresses.of_pack(pack))
+    found = pack.grads.addresses
+    kernels().masked_pack_(pack, found[0] if len(found) == 1 else addresses.address_table(found, pack.tiles.device))
 
 
 def _copy(name: str, copy: Gather | Scatter | Swap) -> None:
-    getattr(kernels(), name)(copy, addresses.of_copy(copy))
+    getattr(kernels(), name)(copy, addresses.address_table(copy.tensors.addresses, copy.tiles.device))
 
 
 masked_gather_ = partial(_copy, "masked_gather_")

@@ -19,7 +19,6 @@ bytes, and at most n/156 candidates of 6 bytes, processed in pieces.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -31,10 +30,9 @@ from ltp_sparse.backends.arguments import RUN, Above, Band, CandidateBins, Sampl
 from ltp_sparse.backends.reference import NONFINITE_KEY, delta_keys
 from ltp_sparse.ops.digits import BINS_AT_ONCE, bins_of_orders, digit_pass, joined
 from ltp_sparse.ops.ranks import Ranks
-from ltp_sparse.ops.samples import SamplePlan, plan_samples, room_for, sampled_bracket
+from ltp_sparse.ops.samples import SamplePlan, plan_samples, room_for, sampled_bracket, sent
 from ltp_sparse.ops.sources import Source, TensorSource
-from ltp_sparse.tickets.bits import WORDS_PER_TILE
-from ltp_sparse.tickets.layout import Layout
+from ltp_sparse.tickets.layout import Layout, tiles_in_order
 
 SAMPLE_FROM = 1 << 24
 """The fewest entries for which a sample pays on a CPU. 2^23 entries took 4.0 ms by histogram and 4.6 ms by sample, 2^26
@@ -82,13 +80,6 @@ class Selection:
     thresholds: Tensor
 
 
-def _on(device: torch.device, values: Sequence[int] | Tensor) -> Tensor:
-    """int64 [len(values)] on `device`, copied without waiting."""
-    if not isinstance(values, Tensor):
-        values = torch.tensor(values, dtype=torch.int64, device="cpu")
-    return values.to(device, torch.int64, non_blocking=True)
-
-
 class _Band:
     """The arrays of a band pass, and what follows from them.
 
@@ -102,19 +93,10 @@ class _Band:
         device = source.device
         self.passes, self.source, self.layout, self.ranks = passes, source, layout, ranks
         self.groups, self.wanted = groups, wanted
-        tile_offsets, word_offsets = (
-            torch.tensor(layout.tile_offsets, dtype=torch.int64, device="cpu"),
-            torch.tensor(layout.word_offsets, dtype=torch.int64, device="cpu"),
-        )
-        tile_tensor = torch.repeat_interleave(
-            torch.arange(len(groups), dtype=torch.int64, device="cpu"), tile_offsets.diff()
-        )
-        tile_word = word_offsets[tile_tensor] + WORDS_PER_TILE * (
-            torch.arange(layout.tiles, dtype=torch.int64, device="cpu") - tile_offsets[tile_tensor]
-        )
-        self.tile_tensor, self.tile_word = _on(device, tile_tensor), _on(device, tile_word)
-        self.tile_group = _on(device, torch.tensor(groups, dtype=torch.int64, device="cpu")[tile_tensor])
-        self.first_tile = _on(device, tile_offsets[:-1])
+        tile_tensor, tile_word = tiles_in_order(layout.sizes, layout.word_offsets[:-1])
+        self.tile_tensor, self.tile_word = sent(device, tile_tensor), sent(device, tile_word)
+        self.tile_group = sent(device, torch.tensor(groups, dtype=torch.int64, device="cpu")[tile_tensor])
+        self.first_tile = sent(device, layout.tile_offsets[:-1])
         capacity = room_for(sum(layout.sizes))
         self.words = torch.empty(layout.words, dtype=torch.int32, device=device)
         self.above, self.inside, self.offsets = (
@@ -247,11 +229,11 @@ class _Band:
         pieces = self.ranks.in_order(ties).to(ties.device)
         group = torch.tensor(self.groups, dtype=torch.int64, device="cpu").repeat_interleave(pieces.shape[1])
         by_group = group.argsort(stable=True)
-        first_of_group = _on(ties.device, torch.searchsorted(group[by_group], group[by_group]))
-        by_group = _on(ties.device, by_group)
+        first_of_group = sent(ties.device, torch.searchsorted(group[by_group], group[by_group]))
+        by_group = sent(ties.device, by_group)
         before = _before(pieces.view(-1)[by_group])
         before_piece = torch.empty_like(before).index_copy_(0, by_group, before - before[first_of_group])
-        own = _on(ties.device, self.ranks.places(len(self.groups)))
+        own = sent(ties.device, self.ranks.places(len(self.groups)))
         return before_piece.view(pieces.shape).gather(1, own[:, None]).view(-1)
 
     def selection(self, counts: Tensor, cut: Tensor) -> Selection:
@@ -323,7 +305,7 @@ def _decided_on_device(passes: Backend, source: Source, plan: SamplePlan) -> Sel
 def _by_samples(passes: Backend, source: Source, plan: SamplePlan) -> Selection | None:
     """The sampled route. None if the samples misled it."""
     low, high = sampled_bracket(passes, source, plan)
-    wanted = _on(source.device, plan.wanted)
+    wanted = sent(source.device, plan.wanted)
     band = _Band(passes, source, Layout(source.sizes), plan.groups, wanted, Ranks())
     band.run(low, high)
     nonfinite, holds, stored, one_key = band.outcome()
@@ -335,7 +317,7 @@ def _by_samples(passes: Backend, source: Source, plan: SamplePlan) -> Selection 
 
 
 def _by_histogram(passes: Backend, source: Source, groups: list[int], ks: list[int], ranks: Ranks) -> Selection:
-    wanted = _on(source.device, ks)
+    wanted = sent(source.device, ks)
     band = _Band(passes, source, Layout(source.sizes), groups, wanted, ranks)
     upper = digit_pass(passes, source, groups, wanted, None, ranks, band.nonfinite)
     band.wanted = upper.asked

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,63 +134,40 @@ def _spread(ks: Sequence[int], entries: Sequence[int], samples: int) -> tuple[li
 def sampled_bracket(passes: Backend, source: Source, plan: SamplePlan) -> tuple[Tensor, Tensor]:
     """A band low <= key < high for each group, int64 [G], that holds the k-th largest key almost surely.
 
-    # If fewer samples have moved than an order asks for, the top is the smallest of these, the bottom the smallest key.
+    If many keys are equal, so that the bands would overflow the room for candidates, each band is a single key: the
     k-th largest in the sample, which is probably the right one.
     """
     device = source.device
     keys = torch.empty(sum(plan.runs), RUN, dtype=torch.int32, device=device)
     tensors, runs = plan.places()
-    source.sample(passes, _sent(device, tensors), _sent(device, runs), keys)
-    found = _keys_of_orders(passes, keys, plan)
-
-    # If fewer samples have moved than an order asks for, the top is the smallest of them, the bottom the smallest key.
-    top = found.key[:, 0].masked_fill(found.asked[:, 0] == 0, 0)
-    top = torch.where(found.wanted[:, 0] == 0, NONFINITE_KEY, top)
-    beyond = found.asked < found.wanted
-    centre, bottom = found.key.masked_fill(beyond, 0)[:, 1:].unbind(1)
-
-    within = found.larger[:, 2] + found.count[:, 2] - found.larger[:, 0]  # samples in the band, its ends included
-    per_sample = [n / (RUN * count) if k and n else 0.0 for k, n, count in zip(plan.wanted, plan.entries, plan.runs)]  # noqa: B905 (of one plan)
-    weights = torch.tensor(per_sample, dtype=torch.float32, device="cpu").to(device, non_blocking=True)
-    crowd = ((within * weights).sum() > plan.room) & (centre > 0)
-    none = _sent(device, torch.tensor(plan.wanted, dtype=torch.int64, device="cpu")) == 0
-    low = torch.where(crowd, centre, bottom.clamp(min=1)).masked_fill(none, NONFINITE_KEY)
-    last = torch.where(crowd, centre, top.clamp(max=NONFINITE_KEY - 1)).masked_fill(none, NONFINITE_KEY)
-    return low, torch.maximum(last, low) + 1
-
-
-def _sent(device: torch.device, values: Tensor) -> Tensor:
-    """The values on the device, copied without waiting."""
-    return values.to(device, non_blocking=True)
-
-
-@dataclass
-class _Found:
-    """Sampled keys at three orders of each group, int64 [G, 3] each.
-
-    Attributes:
-        wanted: the orders.
-        asked: the orders that were looked for, at most the number of samples that have moved.
-        key: the keys at these.
-        larger: the number of samples above the key.
-        count: the number of samples equal to it.
-    """
-
-    wanted: Tensor
-    asked: Tensor
-    key: Tensor
-    larger: Tensor
-    count: Tensor
-
-
-def _keys_of_orders(passes: Backend, keys: Tensor, plan: SamplePlan) -> _Found:
-    """The keys at the three orders of every group, among its samples in int32 [R, RUN] `keys`."""
+    source.sample(passes, sent(device, tensors), sent(device, runs), keys)
+    # the keys at three orders of the samples of each group, all [G, 3] from here on
+    wanted, unset = sent(device, plan.orders), torch.zeros(1, dtype=torch.int64, device=device)  # samples are finite
     of_group = keys.view(torch.float32).view(-1).split([RUN * count for count in plan.runs])
-    wanted = _sent(keys.device, torch.tensor(plan.orders, dtype=torch.int64, device="cpu"))
-    unset = torch.zeros(1, dtype=torch.int64, device=keys.device)  # samples are finite
     upper = digit_pass(passes, TensorSource([], of_group), list(range(len(of_group))), wanted, None, Ranks(), unset)
     thrice = TensorSource([], [part for part in of_group for _ in range(3)])
     rows, digits, orders = list(range(3 * len(of_group))), upper.digit.view(-1), upper.order.view(-1)
     lower = digit_pass(passes, thrice, rows, orders, digits, Ranks(), unset)
     lower = Digits(*(column.view(-1, 3) for column in (lower.digit, lower.order, lower.asked, lower.count, lower.own)))
-    return _Found(wanted, upper.asked, joined(upper, lower), upper.asked - lower.order, lower.count)
+    key, asked, larger = joined(upper, lower), upper.asked, upper.asked - lower.order
+
+    # If fewer samples have moved than an order asks for, the top is the smallest of them, the bottom the smallest key.
+    top = key[:, 0].masked_fill(asked[:, 0] == 0, 0)
+    top = torch.where(wanted[:, 0] == 0, NONFINITE_KEY, top)
+    centre, bottom = key.masked_fill(asked < wanted, 0)[:, 1:].unbind(1)
+
+    within = larger[:, 2] + lower.count[:, 2] - larger[:, 0]  # samples in the band, its ends included
+    per_sample = [n / (RUN * count) if k and n else 0.0 for k, n, count in zip(plan.wanted, plan.entries, plan.runs)]  # noqa: B905 (of one plan)
+    weights = torch.tensor(per_sample, dtype=torch.float32, device="cpu").to(device, non_blocking=True)
+    crowd = ((within * weights).sum() > plan.room) & (centre > 0)
+    none = sent(device, plan.wanted) == 0
+    low = torch.where(crowd, centre, bottom.clamp(min=1)).masked_fill(none, NONFINITE_KEY)
+    last = torch.where(crowd, centre, top.clamp(max=NONFINITE_KEY - 1)).masked_fill(none, NONFINITE_KEY)
+    return low, torch.maximum(last, low) + 1
+
+
+def sent(device: torch.device, values: Sequence[Any] | Tensor) -> Tensor:
+    """int64 values on the device, copied without waiting."""
+    if not isinstance(values, Tensor):
+        values = torch.tensor(values, dtype=torch.int64, device="cpu")
+    return values.to(device, torch.int64, non_blocking=True)

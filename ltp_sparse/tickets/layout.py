@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ltp_sparse.tickets.bits import bitmap_words, tiles_of
+import torch
+from torch import Tensor
+
+from ltp_sparse.tickets.bits import WORDS_PER_TILE, bitmap_words, tiles_of
 
 
 class Layout:
@@ -31,3 +34,19 @@ class Layout:
     @property
     def words(self) -> int:
         return self.word_offsets[-1]
+
+
+def tiles_in_order(sizes: Sequence[int], word_offsets: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The tensor of every tile and the first word of its bitmap: int64 [T] each, on the CPU.
+
+    Args:
+        sizes: entries of each tensor.
+        word_offsets: the first bitmap word of each tensor.
+    """
+    counts, words = (
+        torch.tensor(of, dtype=torch.int64, device="cpu") for of in (list(map(tiles_of, sizes)), word_offsets)
+    )
+    tensors = torch.repeat_interleave(counts)
+    first_tiles = counts.cumsum(0) - counts
+    numbers = torch.arange(len(tensors), dtype=torch.int64, device="cpu") - first_tiles[tensors]
+    return tensors, words[tensors] + WORDS_PER_TILE * numbers
