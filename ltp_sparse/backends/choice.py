@@ -86,13 +86,9 @@ class Backend:
             run = getattr(module, name, getattr(reference, name))
             is_pass = name in RECORDS and not name.startswith("masked")
             setattr(self, name, partial(_checked, name, run) if is_pass else run)
-        self.decides = getattr(module, "decides", _decides_none)
+        self.decides = getattr(module, "decides", lambda groups: False)
         if hasattr(module, "select_sampled"):
             self.select_sampled = partial(_checked, "select_sampled", module.select_sampled)
-
-
-def _decides_none(groups: int) -> bool:
-    return False
 
 
 def _checked(op: str, run: Callable[[Any], Any], record: Any) -> Any:
@@ -100,9 +96,7 @@ def _checked(op: str, run: Callable[[Any], Any], record: Any) -> Any:
     return run(record)
 
 
-@cache
-def _backend(module: ModuleType) -> Backend:
-    return Backend(module)
+_backend = cache(Backend)
 
 
 def _module(name: str, device: torch.device) -> ModuleType:

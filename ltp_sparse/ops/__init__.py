@@ -226,7 +226,7 @@ def served(table: TileTable, dtype: torch.dtype, op: str = "masked_adamw_") -> t
 def norm_fields(
     op: str,
     params: Tensors,
-    grads: Tensors | Tensor,
+    grads: Sequence[Tensor | None] | Tensor,
     table: TileTable,
     coefficients: Tensor,
     anchor: Tensor | None,
@@ -234,14 +234,7 @@ def norm_fields(
     **state: Tensor | None,
 ) -> dict[str, Any]:
     """The fields of a `Norm` and `state`. Here they are compared with the table; `run` checks the rest."""
-    listed = grads if isinstance(grads, Tensors) else Tensors([grads])
-    packed = listed is not grads
-    count = len(params) if packed else len(listed)
-    if not len(params) == count == len(table.counts):
-        raise ValueError(
-            f"{op}: expected as many gradients and index sets as parameters, got {len(params)} parameters, "
-            f"{count} gradients and a table of {len(table.counts)}"
-        )
+    listed = grads if isinstance(grads, Tensors) else Tensors([grads] if isinstance(grads, Tensor) else grads)
     _refuse_subclasses(op, "tensor of state", (coefficients, anchor, master, *state.values()))
     _check_sizes(op, "parameter", params.sizes, table)
     return {
@@ -249,7 +242,7 @@ def norm_fields(
         "grads": listed,
         "params": params,
         "coefficients": coefficients,
-        "packed": packed,
+        "packed": isinstance(grads, Tensor),
         "master": master,
         "anchor": anchor,
         **state,
@@ -262,10 +255,6 @@ def _index(table: TileTable) -> dict[str, Tensor]:
 
 def _dtype(tensors: Tensors) -> torch.dtype:
     return tensors.present[0].dtype if tensors.present else torch.float32
-
-
-def _listed(grads: Sequence[Tensor | None] | Tensor) -> Tensors | Tensor:
-    return grads if isinstance(grads, Tensor) else Tensors(grads)
 
 
 @torch.no_grad()
@@ -308,7 +297,7 @@ def masked_adamw_(
     listed = Tensors(params)
     table, backend = served(table, _dtype(listed))
     fields = norm_fields(
-        "masked_adamw_", listed, _listed(grads), table, coefficients, anchor, master,
+        "masked_adamw_", listed, grads, table, coefficients, anchor, master,
         exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, scales=scales,
     )  # fmt: skip
     run("masked_adamw_", Update(**fields, stochastic=stochastic), backend)
@@ -339,7 +328,7 @@ def masked_sum_squares(
     """
     listed = Tensors(params)
     table, backend = served(table, _dtype(listed))
-    fields = norm_fields("masked_sum_squares", listed, _listed(grads), table, coefficients, anchor, master)
+    fields = norm_fields("masked_sum_squares", listed, grads, table, coefficients, anchor, master)
     return run("masked_sum_squares", Norm(**fields), backend)
 
 
