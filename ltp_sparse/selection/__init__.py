@@ -134,7 +134,7 @@ def select(
     folder = None if output is None else Path(output).parent
     try:
         if callable(score):
-            device = device_of(base)
+            device = device_of(base.values())
             scored = [score_reader(score, name, base[name].numel(), device) for name in names]
             sets, thresholds = _streamed(StreamSource([], scored, device), groups, ks, progress, folder)
             digests = None

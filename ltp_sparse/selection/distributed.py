@@ -98,30 +98,22 @@ def select_sharded(
         ),
     )
     common = [shards for _, shards, _, _ in reports]
-    device = device_of({name: held.tensor for side in (base, after or {}) for name, held in side.items()})
+    sides = [{name: held.tensor for name, held in side.items()} for side in (base, after or {})]
+    device = device_of(tensor for side in sides for tensor in side.values())
 
     def plan() -> dict[str, Any]:
-        sides = (
-            [name for shards, *_ in reports for name in shards],
-            [name for _, _, names, _ in reports for name in names],
-        )
-        names, alone = names_in_pool(
-            dict.fromkeys(sides[0]),
-            dict.fromkeys(sides[1]),
-            pool,
-            allow_missing,
-            what="select_sharded",
-            scored=score is not None,
-        )
+        here = dict.fromkeys(name for shards, *_ in reports for name in shards)
+        there = dict.fromkeys(name for _, _, names, _ in reports for name in names)
+        scored = score is not None
+        names, alone = names_in_pool(here, there, pool, allow_missing, what="select_sharded", scored=scored)
         shapes = {name: _check_cover(name, [shards[name] for shards in common if name in shards]) for name in names}
-        tensors = [{name: held.tensor for name, held in side.items()} for side in (base, after or {})]
-        check_dtypes(names, *tensors[score is not None :], what="select_sharded")
-        both = [name for name in names if all(name in side for side in tensors)] if score is None else []
-        warn_of_dtypes(both, *tensors)
+        check_dtypes(names, *sides[scored:], what="select_sharded")
+        if not scored:
+            warn_of_dtypes([name for name in names if all(name in side for side in sides)], *sides)
         names, groups, labels, ks = share_out(shapes, budget, density=density, k=k)
         return {
             "names of the pool": names, "left out": alone, "groups": groups, "labels": labels, "k": ks,
-            "score": score is not None, "density": density, "budget": budget, "method": method, "metadata": metadata,
+            "score": scored, "density": density, "budget": budget, "method": method, "metadata": metadata,
         }  # fmt: skip
 
     agreed, plans = team.every(plan, lambda plan: plan)

@@ -12,12 +12,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ltp_sparse.ops.sources import Reader
 from ltp_sparse.tickets.ticket import Pool, in_pool
-from ltp_sparse.weights.checkpoints import CheckpointTensor, Readable, read_piece
+from ltp_sparse.weights.checkpoints import CheckpointTensor, Readable, pairs_of_pieces
 from ltp_sparse.weights.names import Named, parameter_order
 from ltp_sparse.weights.tensors import DTYPE_NAMES, DTYPES, check_plain_tensor
 from ltp_sparse.weights.versions import Missing, Weights, check_sides, open_weights, side_by_side
-
-_PIECE = 1 << 20  # entries compared at a time
 
 ScoreFunction = Callable[[str, int, int], Tensor]
 """(name, start, stop) -> the scores of entries start..stop of a parameter's row-major order."""
@@ -77,14 +75,13 @@ def check_dtypes(names: Iterable[str], *sides: Mapping[str, Readable], what: str
     """
     for name in names:
         check_has_values(name, *sides, what=what)
-        for side in sides:
-            if name in side and is_traceable_wrapper_subclass(side[name]):
+        for tensor in (side[name] for side in sides if name in side):
+            if is_traceable_wrapper_subclass(tensor):
                 raise TypeError(
-                    f"{what}: {name!r} is a {type(side[name]).__name__}, of which this process can hold a part only; "
+                    f"{what}: {name!r} is a {type(tensor).__name__}, of which this process can hold a part only; "
                     "call select_sharded, or pass its full_tensor()"
                 )
-            if name in side and side[name].dtype not in DTYPES:
-                tensor = side[name]
+            if tensor.dtype not in DTYPES:
                 of_file = isinstance(tensor, CheckpointTensor)
                 raise (ValueError if of_file else TypeError)(
                     f"{what}: {name!r} must be {DTYPE_NAMES}, got "
@@ -126,14 +123,13 @@ def warn_of_dtypes(names: Iterable[str], base: Mapping[str, Readable], after: Ma
 
 def equal_infinities(before: Readable, after: Readable) -> int:
     """The number of entries that are the same infinity on both sides, which makes their delta NaN."""
-    n = after.numel()
-    pieces = ([read_piece(t, i, min(i + _PIECE, n)).float() for t in (before, after)] for i in range(0, n, _PIECE))
-    return sum(int((one.isinf() & (one == other)).sum()) for one, other in pieces)
+    floats = ((one.float(), other.float()) for one, other in pairs_of_pieces(before, after))
+    return sum(int((one.isinf() & (one == other)).sum()) for one, other in floats)
 
 
-def device_of(tensors: Mapping[str, Readable]) -> torch.device:
-    """The device of the tensors in memory; the CPU if there are none."""
-    return next((t.device for t in tensors.values() if isinstance(t, Tensor)), torch.device("cpu"))
+def device_of(tensors: Iterable[Readable]) -> torch.device:
+    """The device of the first tensor in memory; the CPU if there is none."""
+    return next((t.device for t in tensors if isinstance(t, Tensor)), torch.device("cpu"))
 
 
 def score_reader(score: ScoreFunction, name: str, n: int, device: torch.device) -> Reader:

@@ -6,6 +6,7 @@ import json
 import mmap
 import os
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ _DTYPES = {
 }  # fmt: skip
 _INDEX = "model.safetensors.index.json"
 VIEW = 1 << 22  # entries read at a time, enough to keep all threads busy
+_PIECE = 1 << 20  # entries compared at a time
 
 
 class _MappedFile:
@@ -187,3 +189,10 @@ Readable = Tensor | CheckpointTensor
 
 def read_piece(tensor: Readable, start: int, stop: int) -> Tensor:
     return tensor.piece(start, stop) if isinstance(tensor, CheckpointTensor) else flat_piece(tensor, start, stop).cpu()
+
+
+def pairs_of_pieces(one: Readable, other: Readable) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pieces of two tensors of one shape, a megabyte or some at a time, on the CPU."""
+    for start in range(0, one.numel(), _PIECE):
+        stop = min(start + _PIECE, one.numel())
+        yield read_piece(one, start, stop), read_piece(other, start, stop)

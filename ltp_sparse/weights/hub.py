@@ -10,7 +10,7 @@ import os
 import re
 import socket
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
@@ -195,6 +195,8 @@ class OnHub:
 
     _kind: ClassVar[str]
     metadata: dict[str, Any]
+    save: Callable[..., None]
+    load: Callable[..., Any]
 
     def push_to_hub(
         self,
@@ -243,15 +245,6 @@ class OnHub:
             FileFormatError: the repository holds something else, or the file is damaged.
         """
         return read_pinned(cls, *download(address, revision))
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the file."""
-        raise NotImplementedError
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Reads the file."""
-        raise NotImplementedError
 
 
 _Held = TypeVar("_Held", bound=OnHub)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ltp_sparse.weights.checkpoints import Readable, open_checkpoint, read_piece
+from ltp_sparse.weights.checkpoints import Readable, open_checkpoint, pairs_of_pieces, read_piece
 from ltp_sparse.weights.names import (
     Named,
     bare_names,
@@ -47,8 +47,6 @@ _OF_QUANTISED = re.compile(
 """Names of tensors that bitsandbytes, GPTQ, AWQ and compressed-tensors store with a quantised weight."""
 
 _WRAPPED_PART = re.compile(r"(^|\.)(module|base_model\.model)(?=\.)")
-
-_PIECE = 1 << 20  # entries compared at a time
 
 Missing = bool | str | Iterable[str]
 """Names that can be on one side only: all, none, or those that match one of the regular expressions."""
@@ -198,12 +196,8 @@ def same_bits(one: Readable, other: Readable) -> bool:
     if sharded := [tensor for tensor in (one, other) if is_sharded(tensor)]:
         cut = Cut.of(sharded[0], "a tensor")
         return everywhere(sharded[0], same_bits(own_block(one, cut), own_block(other, cut)))
-    n = one.numel()
-    pairs = (
-        [read_piece(t, start, min(start + _PIECE, n)).contiguous().view(torch.uint8) for t in (one, other)]
-        for start in range(0, n, _PIECE)
-    )
-    return all(torch.equal(*pair) for pair in pairs)
+    pairs = pairs_of_pieces(one, other)
+    return all(torch.equal(*(piece.contiguous().view(torch.uint8) for piece in pair)) for pair in pairs)
 
 
 def own_block(tensor: Readable, cut: Cut) -> Tensor:
