@@ -241,26 +241,16 @@ class MaskedAdamW(Optimizer):
             placed.setdefault(place, []).append((param, number, index))
         self._launches = []
         for triples in placed.values():
-            params = [param for param, _, _ in triples]
-            self._launches.append(
-                Launch(
-                    params,
-                    numbers=[number for _, number, _ in triples],
-                    group=[index for _, _, index in triples],
-                    sets=[self._parts[param].index_set for param in params],
-                    groups=len(self.param_groups),
-                    precision=self.precision,
-                    origins=self._origins(params),
-                )
-            )
-        for launch in self._launches:
+            params, numbers, group = map(list, zip(*triples, strict=True))
+            sets, origins = [self._parts[param].index_set for param in params], self._origins(params)
+            launch = Launch(params, numbers, group, sets, len(self.param_groups), self.precision, origins)
             if any(group["pull"] for group in self.param_groups):
                 launch.keep_anchor(self.pull_on)
-            for position, param in enumerate(launch.params):
-                state = launch.state(position)
+            for position, param in enumerate(params):
+                self.state[param] = launch.state(position)
                 for key, value in before.get(param, {}).items():
-                    state[key].copy_(value)
-                self.state[param] = state
+                    self.state[param][key].copy_(value)
+            self._launches.append(launch)
         self._set_clips()
         self.update_hyperparameters()
 
@@ -512,7 +502,8 @@ class MaskedAdamW(Optimizer):
                 same `gradients` option.
         """
         self._settle_parameters()
-        saved = {**super().state_dict(), _DIGESTS: {"version": 1, "index_sets": self._digests()}}
+        digests = [digest for group in self.param_groups for digest in group["index_sets"]]
+        saved = {**super().state_dict(), _DIGESTS: {"version": 1, "index_sets": digests}}
         for number, param in enumerate(self._members()):
             if spread(param):
                 from ltp_sparse.optim.sharded_state import to_save  # takes long to import
@@ -535,9 +526,6 @@ class MaskedAdamW(Optimizer):
 
     def _members(self) -> list[nn.Parameter]:
         return [member for group in self.param_groups for member in group["params"]]
-
-    def _digests(self) -> list[str]:
-        return [digest for group in self.param_groups for digest in group["index_sets"]]
 
     def _digests_of(self, group: Mapping[str, Any]) -> list[str]:
         return [self._parts[param].digest for param in group["params"]]
@@ -562,7 +550,9 @@ class MaskedAdamW(Optimizer):
         self._settle_parameters()
         params = self._members()
         saved, groups, gradients = self._checked(state_dict, params)
-        state, own_groups, before = self.state, self.param_groups, self._written()
+        state, own_groups = self.state, self.param_groups
+        states = [launch.state(i) for launch in self._launches for i in range(len(launch.params))]
+        before = [(tensor, tensor.clone()) for own in states for tensor in own.values()]
         try:
             # the base class would cast every tensor to the dtype of its parameter, so it gets the groups alone
             super().load_state_dict({"state": {}, "param_groups": groups})
@@ -580,11 +570,6 @@ class MaskedAdamW(Optimizer):
             self.update_hyperparameters()
             raise
         self._pull_factor = None
-
-    def _written(self) -> list[tuple[Tensor, Tensor]]:
-        """The tensors that loading writes to, each with a copy."""
-        tensors = [t for launch in self._launches for i in range(len(launch.params)) for t in launch.state(i).values()]
-        return [(tensor, tensor.clone()) for tensor in tensors]
 
     def _checked(self, state_dict: Mapping[str, Any], params: list[nn.Parameter]) -> tuple[Any, ...]:
         """(parameter -> state, parameter groups, parameter -> gradient or None), once everything is checked."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -240,8 +239,7 @@ class PackedGradients:
         own = weakref.ref(self)
         _packed.update(dict.fromkeys(self.params, own))
         self._buffer = torch.zeros(table.k, dtype=torch.float32, device=params[0].device)
-        ends = list(itertools.accumulate(table.counts))
-        slots = [self._buffer[end - count : end] for end, count in zip(ends, table.counts, strict=True)]
+        slots = self._buffer.split(table.counts)
         # the directory can be built for the whole table only, not for parts of it
         ranked = backends.resolve(table.tiles.device, dtype=params[0].dtype, density=table.density).needs_ranks
         whole = table.with_ranks() if ranked else table
