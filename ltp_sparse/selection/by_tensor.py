@@ -23,7 +23,7 @@ from ltp_sparse.backends.arguments import Band, Tensors
 from ltp_sparse.ops.digits import digit_pass, joined
 from ltp_sparse.ops.ranks import Ranks
 from ltp_sparse.ops.routes import check_finite
-from ltp_sparse.ops.sources import Chunk, StreamSource
+from ltp_sparse.ops.sources import StreamSource
 from ltp_sparse.tickets.bits import bitmap_words
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.weights.digests import host_blocks
@@ -66,11 +66,10 @@ class Spool:
         # copy on write, because torch warns about read-only buffers
         mapped = mmap.mmap(self._file.fileno(), nbytes, access=mmap.ACCESS_COPY) if nbytes else b""
         for start, dtype, count in self._parts:
-            yield (
-                torch.frombuffer(mapped, dtype=dtype, count=count, offset=start)
-                if count
-                else torch.empty(0, dtype=dtype, device="cpu")
-            )
+            if count:
+                yield torch.frombuffer(mapped, dtype=dtype, count=count, offset=start)
+            else:
+                yield torch.empty(0, dtype=dtype, device="cpu")
 
 
 @torch.no_grad()
@@ -93,77 +92,64 @@ def select_by_tensor(
         NonFiniteDelta: a delta is NaN or infinite.
     """
     ranks, nonfinite = Ranks(), torch.zeros(1, dtype=torch.int64, device=source.device)
-    upper = digit_pass(
-        passes, source, groups, torch.tensor(ks, device=source.device, dtype=torch.int64), None, ranks, nonfinite
-    )
+    wanted = torch.tensor(ks, dtype=torch.int64, device=source.device)
+    upper = digit_pass(passes, source, groups, wanted, None, ranks, nonfinite)
     check_finite(nonfinite, source, ranks)
     lower = digit_pass(passes, source, groups, upper.order, upper.digit, ranks, nonfinite)
     cuts = joined(upper, lower)
-    marker = _Marker(passes, source, groups, cuts, lower.order.tolist())
+    ties = lower.order.tolist()
     sets: list[IndexSet] = []
     kept: Spool | list[Tensor] = [] if spool is None else spool
-    for tensor in range(len(groups)):
-        index_set = marker.marked(tensor).compact()
+    for tensor, group in enumerate(groups):
+        index_set, taken = _marked(passes, source, groups, tensor, cuts, ties[group])
+        ties[group] -= taken
+        index_set = index_set.compact()
         kept.append(index_set.data)
         counts = index_set.tile_counts if spool is None else index_set.tile_counts.cpu()
-        sets.append(
-            replace(index_set, data=torch.empty(0, dtype=index_set.data.dtype, device="cpu"), tile_counts=counts)
-        )
+        nothing = torch.empty(0, dtype=index_set.data.dtype, device="cpu")
+        sets.append(replace(index_set, data=nothing, tile_counts=counts))
     sets = [replace(index_set, data=data) for index_set, data in zip(sets, kept, strict=True)]
     return sets, cuts.to(torch.int32).view(torch.float32)
 
 
-class _Marker:
-    """Marks the entries above the threshold of their group and, as tensors come in order, the earliest ties.
+def _marked(
+    passes: Backend, source: StreamSource, groups: list[int], tensor: int, cuts: Tensor, ties: int
+) -> tuple[IndexSet, int]:
+    """The entries of a tensor above the threshold of its group, and its earliest ones at it, at most `ties`.
 
-    Args:
-        cuts: int64 [G], the threshold of every group, as a key.
-        ties: the number of ties to take from every group.
+    Returns:
+        (the index set, the number of entries at the threshold that it has)
     """
-
-    def __init__(self, passes: Backend, source: StreamSource, groups: list[int], cuts: Tensor, ties: list[int]) -> None:
-        self.passes, self.source, self.groups, self.low, self.open_ties = passes, source, groups, cuts, ties
-
-    def marked(self, tensor: int) -> IndexSet:
-        n = self.source.sizes[tensor]
-        words = torch.empty(bitmap_words(n), dtype=torch.int32, device=self.source.device)
-        counts = []
-        for chunk in self.source.chunks([tensor]):
-            above, inside = self._mark(chunk, words, None)
-            wanted = self.open_ties[self.groups[tensor]]
-            take = torch.minimum((wanted - (inside.cumsum(0) - inside)).clamp(min=0), inside)
-            if taken := int(take.sum()):
-                self._mark(chunk, words, take)
-                self.open_ties[self.groups[tensor]] -= taken
-            counts.append(above + take)
-        if not counts:
-            return IndexSet.from_bitmap(words, n)
-        of_tiles = torch.cat(counts)
-        return IndexSet.of_counted(words, n, of_tiles, int(of_tiles.sum()))
-
-    def _mark(self, chunk: Chunk, words: Tensor, take: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Marks a chunk, with `take` ties per tile. Returns entries above and at the threshold, int64 [tiles] each."""
-        tiles, device = chunk.tiles.stop - chunk.tiles.start, words.device
+    n, first_word, device = source.sizes[tensor], source.layout.word_offsets[tensor], source.device
+    words = torch.empty(bitmap_words(n), dtype=torch.int32, device=device)
+    counts, left = [torch.empty(0, dtype=torch.int64, device=device)], ties
+    for chunk in source.chunks([tensor]):
+        tiles = chunk.tiles.stop - chunk.tiles.start
         above, inside, offsets = (torch.empty(tiles, dtype=torch.int64, device=device) for _ in range(3))
         cursor, nonfinite = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
-        first_word = self.source.layout.word_offsets[chunk.tensors[0]]
         band = Band(
             initial=Tensors(chunk.initial),
             tuned=Tensors(chunk.tuned),
-            groups=[self.groups[tensor] for tensor in chunk.tensors],
-            low=self.low,
-            high=self.low + 1,
+            groups=[groups[tensor]],
+            low=cuts,
+            high=cuts + 1,
             words=words,
             word_offsets=[offset - first_word for offset in chunk.word_offsets],
             above=above,
             inside=inside,
-            take=take,
+            take=None,
             keys=torch.empty(0, dtype=torch.int32, device=device),
             positions=torch.empty(0, dtype=torch.int16, device=device),
             offsets=offsets,
             cursor=cursor,
             nonfinite=nonfinite,
-            digests=chunk.digests if take is None else None,
+            digests=chunk.digests,
         )
-        self.passes.delta_band(band)
-        return above, inside
+        passes.delta_band(band)
+        take = torch.minimum((left - (inside.cumsum(0) - inside)).clamp(min=0), inside)
+        if taken := int(take.sum()):
+            passes.delta_band(replace(band, take=take, digests=None))
+            left -= taken
+        counts.append(above + take)
+    of_tiles = torch.cat(counts)
+    return IndexSet.of_counted(words, n, of_tiles, int(of_tiles.sum())), ties - left
