@@ -17,23 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ltp_sparse.backends.arguments import (
-    Band,
-    Gather,
-    Histogram,
-    Index,
-    Norm,
-    Pack,
-    Pairs,
-    Sampled,
-    Scatter,
-    Swap,
-    Tensors,
-    Tiles,
-    Update,
-    fields_of,
-    tensors_of,
-)
+from ltp_sparse.backends import arguments as records
+from ltp_sparse.backends.arguments import Tensors, fields_of, tensors_of
 from ltp_sparse.tickets.bits import TILE, bitmap_words, popcount, tiles_of
 from ltp_sparse.tickets.index_set import Encoding
 from ltp_sparse.tickets.tile_table import Column, state_blocks
@@ -70,7 +55,7 @@ def _stamp(tensor: Tensor) -> tuple[int, int, int] | None:
     return None if tensor.is_inference() else (tensor.data_ptr(), tensor.numel(), tensor._version)
 
 
-def table_facts(op: str, table: Index) -> TableFacts:
+def table_facts(op: str, table: records.Index) -> TableFacts:
     """The facts of a tile table. Its content is checked unless the table is known.
 
     Raises:
@@ -271,7 +256,7 @@ def _check_apart(op: str, params: Tensors, state: dict[str, Tensor]) -> None:
         )
 
 
-def check_update(op: str, norm: Norm) -> TableFacts:
+def check_update(op: str, norm: records.Norm) -> TableFacts:
     """Checks the arguments of an update, or of the norm of its gradients, once per record.
 
     Raises:
@@ -281,13 +266,13 @@ def check_update(op: str, norm: Norm) -> TableFacts:
         facts = table_facts(op, norm)
         _check_gradients(op, norm, facts)
         vars(norm)["_facts"] = facts
-    if isinstance(norm, Update) and op == "masked_adamw_" and "_state_known" not in vars(norm):
+    if isinstance(norm, records.Update) and op == "masked_adamw_" and "_state_known" not in vars(norm):
         _check_state(op, norm, facts)
         vars(norm)["_state_known"] = True
     return facts
 
 
-def _check_gradients(op: str, norm: Norm, facts: TableFacts) -> None:
+def _check_gradients(op: str, norm: records.Norm, facts: TableFacts) -> None:
     params, grads, device = norm.params, norm.grads, norm.tiles.device
     if len(grads) != (1 if norm.packed else len(params)):
         wanted = "one tensor of packed gradients" if norm.packed else f"{len(params)} gradients, one per parameter,"
@@ -314,7 +299,7 @@ def _check_gradients(op: str, norm: Norm, facts: TableFacts) -> None:
             f"got parameters of {_names(params.dtypes)} and gradients of {_names(grads.dtypes)}; make a call per dtype"
         )
     sizes = {"params": len(params), "k": facts.k}
-    _check_tensors(op, norm, _added(Norm, Tiles), sizes, device)
+    _check_tensors(op, norm, _added(records.Norm, records.Tiles), sizes, device)
 
 
 def _check_extents(op: str, what: str, sizes: Sequence[int], facts: TableFacts, absent: bool = False) -> None:
@@ -328,20 +313,20 @@ def _check_extents(op: str, what: str, sizes: Sequence[int], facts: TableFacts, 
             raise ValueError(f"{op}: {what} {i} has {size} entries, the tile table reaches to {extent}")
 
 
-def _check_state(op: str, update: Update, facts: TableFacts) -> None:
+def _check_state(op: str, update: records.Update, facts: TableFacts) -> None:
     """Checks what only an update has: its moments, and that the tensors it writes share no memory."""
     sizes, coded = {"k": facts.k, "blocks": facts.blocks}, update.scales is not None
-    _check_tensors(op, update, _added(Update, Norm), sizes, update.tiles.device, coded)
+    _check_tensors(op, update, _added(records.Update, records.Norm), sizes, update.tiles.device, coded)
     if update.stochastic and (update.master is not None or not update.params.dtypes <= {torch.bfloat16}):
         raise ValueError(
             f"{op}: stochastic rounding is for bfloat16 parameters without a master; "
             "float16 needs a master, float32 is not rounded"
         )
-    fields = fields_of(Update)
+    fields = fields_of(records.Update)
     _check_apart(op, update.params, {name: t for name, t in tensors_of(update) if fields[name].spec.written})
 
 
-def check_pack(op: str, pack: Pack) -> TableFacts:
+def check_pack(op: str, pack: records.Pack) -> TableFacts:
     """Checks dense gradients of one dtype, None where there is none, and their slots.
 
     Raises:
@@ -359,7 +344,7 @@ def check_pack(op: str, pack: Pack) -> TableFacts:
     return facts
 
 
-def check_copy(op: str, copy: Gather | Scatter | Swap) -> TableFacts:
+def check_copy(op: str, copy: records.Gather | records.Scatter | records.Swap) -> TableFacts:
     """Checks tensors of one dtype, contiguous or not, and slots of the same dtype.
 
     Raises:
@@ -378,7 +363,7 @@ def check_copy(op: str, copy: Gather | Scatter | Swap) -> TableFacts:
         )
     _check_extents(op, "tensor", tensors.sizes, facts)
     _expect(op, "slots", copy.slots, next(iter(tensors.dtypes), copy.slots.dtype), (facts.k,), device)
-    if not isinstance(copy, Gather):
+    if not isinstance(copy, records.Gather):
         _check_apart(op, tensors, {"slots": copy.slots})
     return facts
 
@@ -453,22 +438,22 @@ def check_pass(op: str, record: Any) -> None:
     """
     tensors = dict(tensors_of(record))
     device, sizes = next(reversed(tensors.values())).device, {}
-    if isinstance(record, Histogram):
+    if isinstance(record, records.Histogram):
         sizes["bins"] = 1 << (15 if record.prefixes is None else 16)
         sizes["groups"] = len(record.histogram) if record.histogram.dim() else 0
-    if isinstance(record, Pairs):
+    if isinstance(record, records.Pairs):
         _check_sides(op, record, device)
-    if isinstance(record, Histogram | Band | Sampled):
-        n_groups = sizes["groups"] if isinstance(record, Histogram) else record.low.numel()
+    if isinstance(record, records.Histogram | records.Band | records.Sampled):
+        n_groups = sizes["groups"] if isinstance(record, records.Histogram) else record.low.numel()
         sizes["tiles"] = _check_groups(op, record, record.groups, n_groups)
-    if isinstance(record, Sampled):
+    if isinstance(record, records.Sampled):
         sizes["words"] = sum(map(bitmap_words, record.tuned.sizes))
     _check_tensors(op, record, list(tensors), sizes, device)
-    if isinstance(record, Band):
+    if isinstance(record, records.Band):
         _check_word_offsets(op, record)
 
 
-def _check_sides(op: str, pairs: Pairs, device: torch.device) -> None:
+def _check_sides(op: str, pairs: records.Pairs, device: torch.device) -> None:
     """Two tensors of equal size, or one, in every pair; of any contiguity."""
     if pairs.initial and len(pairs.initial) != len(pairs.tuned):
         raise ValueError(
@@ -482,7 +467,7 @@ def _check_sides(op: str, pairs: Pairs, device: torch.device) -> None:
             raise ValueError(f"{op}: tensor {i} has {before} initial entries, tuned {after}")
 
 
-def _check_groups(op: str, pairs: Pairs, groups: Sequence[int], n_groups: int) -> int:
+def _check_groups(op: str, pairs: records.Pairs, groups: Sequence[int], n_groups: int) -> int:
     """The pairs are contiguous, and of a group each; returns their tiles."""
     if len(groups) != len(pairs.tuned):
         raise ValueError(f"{op}: expected a group for each of {len(pairs.tuned)} tensors, got {len(groups)}")
@@ -499,7 +484,7 @@ def _check_groups(op: str, pairs: Pairs, groups: Sequence[int], n_groups: int) -
     return sum(map(tiles_of, pairs.tuned.sizes))
 
 
-def _check_word_offsets(op: str, band: Band) -> None:
+def _check_word_offsets(op: str, band: records.Band) -> None:
     if len(band.word_offsets) != len(band.tuned):
         raise ValueError(
             f"{op}: expected a word offset for each of {len(band.tuned)} tensors, got {len(band.word_offsets)}"

@@ -14,25 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ltp_sparse.backends import arguments as records
 from ltp_sparse.backends import checks, compiled, cuda, reference, triton
-from ltp_sparse.backends.arguments import (
-    RECORDS,
-    Above,
-    Band,
-    CandidateBins,
-    Gather,
-    Histogram,
-    Norm,
-    Pack,
-    Sample,
-    Sampled,
-    Scatter,
-    Step,
-    Swap,
-    Ties,
-    Total,
-    Update,
-)
+from ltp_sparse.backends.arguments import RECORDS
 
 ENVIRONMENT = "LTP_SPARSE_BACKEND"
 NAMES = ("reference", "compiled", "triton")
@@ -60,21 +44,21 @@ class Backend:
         decides: whether `select_sampled` can be called for that many groups.
     """
 
-    prepare_step: Callable[[Step], None]
-    gradient_norm: Callable[[Norm, Total], None]
-    masked_adamw_: Callable[[Update], None]
-    masked_sum_squares: Callable[[Norm], Tensor]
-    masked_pack_: Callable[[Pack], None]
-    masked_gather_: Callable[[Gather], None]
-    masked_scatter_: Callable[[Scatter], None]
-    masked_swap_: Callable[[Swap], None]
-    delta_histogram: Callable[[Histogram], None]
-    sample_keys: Callable[[Sample], None]
-    delta_band: Callable[[Band], None]
-    candidate_histogram: Callable[[CandidateBins], None]
-    take_above: Callable[[Above], None]
-    take_ties: Callable[[Ties], None]
-    select_sampled: Callable[[Sampled], Tensor]
+    prepare_step: Callable[[records.Step], None]
+    gradient_norm: Callable[[records.Norm, records.Total], None]
+    masked_adamw_: Callable[[records.Update], None]
+    masked_sum_squares: Callable[[records.Norm], Tensor]
+    masked_pack_: Callable[[records.Pack], None]
+    masked_gather_: Callable[[records.Gather], None]
+    masked_scatter_: Callable[[records.Scatter], None]
+    masked_swap_: Callable[[records.Swap], None]
+    delta_histogram: Callable[[records.Histogram], None]
+    sample_keys: Callable[[records.Sample], None]
+    delta_band: Callable[[records.Band], None]
+    candidate_histogram: Callable[[records.CandidateBins], None]
+    take_above: Callable[[records.Above], None]
+    take_ties: Callable[[records.Ties], None]
+    select_sampled: Callable[[records.Sampled], Tensor]
     decides: Callable[[int], bool]
 
     def __init__(self, module: ModuleType) -> None:

@@ -11,30 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ltp_sparse.backends import arguments as records
 from ltp_sparse.backends import digests
-from ltp_sparse.backends.arguments import (
-    RUN,
-    Above,
-    Band,
-    CandidateBins,
-    Candidates,
-    Gather,
-    Histogram,
-    Index,
-    Marks,
-    Norm,
-    Pack,
-    Pairs,
-    Sample,
-    Scatter,
-    Step,
-    Swap,
-    Tensors,
-    Ties,
-    Tiles,
-    Total,
-    Update,
-)
+from ltp_sparse.backends.arguments import RUN, Tensors
 from ltp_sparse.backends.coefficients import Coefficient, write_coefficients
 from ltp_sparse.backends.quantization import dequantize, exact_sqrt, quantize
 from ltp_sparse.backends.rounding import moment_bits, random16, round_stochastically, rounding_keys
@@ -73,7 +52,7 @@ def adamw_update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: Tensor) -> tuple
     return p - (c[Coefficient.DECAY_STEP] * p + c[Coefficient.STEP_SIZE] * (m / denominator)), m, v
 
 
-def prepare_step(step: Step) -> None:
+def prepare_step(step: records.Step) -> None:
     """Counts a step and computes its coefficients."""
     apply = step.has_grad if step.found_inf is None else step.has_grad * (step.found_inf == 0)
     if step.counts:
@@ -89,7 +68,7 @@ def prepare_step(step: Step) -> None:
     )
 
 
-def _tiles(table: Tiles, packed: bool) -> Iterator[tuple[int, list[int], Tensor]]:
+def _tiles(table: records.Tiles, packed: bool) -> Iterator[tuple[int, list[int], Tensor]]:
     """(position in the table, row, flat or packed gradients) of every tile whose parameter has a gradient."""
     for position, tile in enumerate(table.tiles.tolist()):
         grad = table.grads[0 if packed else tile[Column.PARAM]]
@@ -102,7 +81,7 @@ def _slots(tile: list[int]) -> slice:
 
 
 def _values_and_gradients(
-    norm: Norm, tile: list[int], grad: Tensor, indices: Tensor, clip: Tensor | None = None
+    norm: records.Norm, tile: list[int], grad: Tensor, indices: Tensor, clip: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The active entries in the precision of the update, and their effective gradients."""
     param, slots = norm.params[tile[Column.PARAM]], _slots(tile)
@@ -118,7 +97,7 @@ def _values_and_gradients(
     return values, g
 
 
-def masked_adamw_(update: Update) -> None:
+def masked_adamw_(update: records.Update) -> None:
     """`adamw_update` of the active entries."""
     exp_avg, exp_avg_sq, scales, master = update.exp_avg, update.exp_avg_sq, update.scales, update.master
     for _, tile, grad in _tiles(update, update.packed):
@@ -150,7 +129,7 @@ def masked_adamw_(update: Update) -> None:
             target[where] = torch.where(apply, values, target[where])
 
 
-def masked_sum_squares(norm: Norm) -> Tensor:
+def masked_sum_squares(norm: records.Norm) -> Tensor:
     """float64 [T]: per tile, the sum of squares of the active gradient entries as `masked_adamw_` would see them."""
     sums = torch.zeros(norm.tiles.shape[0], dtype=torch.float64, device=norm.tiles.device)
     for position, tile, grad in _tiles(norm, norm.packed):
@@ -159,12 +138,12 @@ def masked_sum_squares(norm: Norm) -> Tensor:
     return sums
 
 
-def gradient_norm(norm: Norm, total: Total) -> None:
+def gradient_norm(norm: records.Norm, total: records.Total) -> None:
     """After the last launch of a step: the norm of the gradients, and the factor that clips them."""
     add_sums(masked_sum_squares(norm), total)
 
 
-def add_sums(sums: Tensor, total: Total) -> None:
+def add_sums(sums: Tensor, total: records.Total) -> None:
     """`gradient_norm`, from the sums of squares of a launch."""
     end = total.first + len(sums)
     total.sums[total.first : end] = sums
@@ -173,14 +152,14 @@ def add_sums(sums: Tensor, total: Total) -> None:
         total.clip.copy_((total.max_norm / (total.grad_norm + 1e-6)).clamp(max=1.0))
 
 
-def masked_pack_(pack: Pack) -> None:
+def masked_pack_(pack: records.Pack) -> None:
     """Copies the active entries of the gradients to their slots, or adds them to the slots."""
     for _, tile, grad in _tiles(pack, packed=False):
         values, slots = grad[tile_indices(tile, pack.words, pack.positions)].float(), _slots(tile)
         pack.out[slots] = pack.out[slots] + values if pack.accumulate else values
 
 
-def _copies(entries: Index, tensors: Tensors) -> Iterator[tuple[Tensor, Tensor, slice]]:
+def _copies(entries: records.Index, tensors: Tensors) -> Iterator[tuple[Tensor, Tensor, slice]]:
     """(flat tensor, its active entries, their slots) of every tile."""
     for tile in entries.tiles.tolist():
         tensor = tensors[tile[Column.PARAM]]
@@ -188,19 +167,19 @@ def _copies(entries: Index, tensors: Tensors) -> Iterator[tuple[Tensor, Tensor, 
         yield tensor.view(-1), tile_indices(tile, entries.words, entries.positions), _slots(tile)
 
 
-def masked_gather_(gather: Gather) -> None:
+def masked_gather_(gather: records.Gather) -> None:
     """Copies the active entries to their slots."""
     for tensor, indices, slots in _copies(gather, gather.tensors):
         gather.slots[slots] = tensor[indices]
 
 
-def masked_scatter_(scatter: Scatter) -> None:
+def masked_scatter_(scatter: records.Scatter) -> None:
     """Copies the slots to the active entries."""
     for tensor, indices, slots in _copies(scatter, scatter.tensors):
         tensor[indices] = scatter.slots[slots]
 
 
-def masked_swap_(swap: Swap) -> None:
+def masked_swap_(swap: records.Swap) -> None:
     """Exchanges the active entries and their slots."""
     for tensor, indices, slots in _copies(swap, swap.tensors):
         new = swap.slots[slots].clone()
@@ -219,7 +198,7 @@ def delta_keys(initial: Tensor | None, tuned: Tensor) -> Tensor:
     return delta.abs().view(torch.int32)
 
 
-def _key_pieces(pairs: Pairs) -> Iterator[tuple[int, int, Tensor]]:
+def _key_pieces(pairs: records.Pairs) -> Iterator[tuple[int, int, Tensor]]:
     """(tensor, first entry, keys) over all tensors."""
     for tensor, t in enumerate(pairs.tuned.present):
         before = pairs.initial.present[tensor].view(-1) if pairs.initial else None
@@ -228,7 +207,7 @@ def _key_pieces(pairs: Pairs) -> Iterator[tuple[int, int, Tensor]]:
             yield tensor, start, delta_keys(None if before is None else before[piece], t.view(-1)[piece])
 
 
-def delta_histogram(histogram: Histogram) -> None:
+def delta_histogram(histogram: records.Histogram) -> None:
     """Counts digits of the non-zero keys of each group."""
     prefixes = histogram.prefixes
     for tensor, _, keys in _key_pieces(histogram):
@@ -239,7 +218,7 @@ def delta_histogram(histogram: Histogram) -> None:
         histogram.histogram[group].index_add_(0, digits, counted.long())  # unlike bincount, it waits for no GPU
 
 
-def sample_keys(sample: Sample) -> None:
+def sample_keys(sample: records.Sample) -> None:
     """The keys of some runs of `RUN` neighbouring entries."""
     which, counts = sample.tensors.unique_consecutive(return_counts=True)
     start = 0
@@ -268,7 +247,7 @@ def _runs(tensor: Tensor, runs: Tensor) -> Tensor:
     return tensor[tuple(coordinates)]
 
 
-def delta_band(band: Band) -> None:
+def delta_band(band: records.Band) -> None:
     """Marks and counts the entries above a band of keys, and stores the candidates inside the band."""
     tile, room = 0, band.keys.numel()
     # No key is above 2^31 - 1. A larger bound means the same as 2^31, with which an int32 key cannot be compared.
@@ -296,7 +275,7 @@ def delta_band(band: Band) -> None:
         digests.on_host(band.initial.present, band.digests)
 
 
-def _candidate_pieces(candidates: Candidates) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _candidate_pieces(candidates: records.Candidates) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(tile, key, position in tile) of the candidates of some tiles at a time."""
     offsets, inside = candidates.offsets, candidates.inside
     tiles = (inside > 0).nonzero().view(-1)
@@ -311,7 +290,7 @@ def _candidate_pieces(candidates: Candidates) -> Iterator[tuple[Tensor, Tensor, 
         start, first = stop, last
 
 
-def candidate_histogram(candidates: CandidateBins) -> None:
+def candidate_histogram(candidates: records.CandidateBins) -> None:
     """Counts the candidates low <= key < high of each group into its row of the histogram, by (key - low) >> shift."""
     groups, bins = candidates.histogram.shape
     for tile, piece, _ in _candidate_pieces(candidates):
@@ -323,7 +302,7 @@ def candidate_histogram(candidates: CandidateBins) -> None:
         candidates.histogram.add_(torch.bincount(digits, minlength=groups * bins).view(groups, bins))
 
 
-def take_above(candidates: Above) -> None:
+def take_above(candidates: records.Above) -> None:
     """Sets the bits of the candidates whose key is above the cut of their group, and counts these and the ties."""
     candidates.taken.zero_()
     candidates.ties.zero_()
@@ -335,7 +314,7 @@ def take_above(candidates: Above) -> None:
         candidates.ties.index_add_(0, equal, torch.ones_like(equal))
 
 
-def take_ties(candidates: Ties) -> None:
+def take_ties(candidates: records.Ties) -> None:
     """Sets the bits of each tile's first `take` candidates at the cut of their group."""
     take = candidates.take
     for tile, piece, places in _candidate_pieces(candidates):
@@ -347,7 +326,7 @@ def take_ties(candidates: Ties) -> None:
         _set_bits(candidates, tile[chosen], places[chosen])
 
 
-def _set_bits(marks: Marks, tile: Tensor, positions: Tensor) -> None:
+def _set_bits(marks: records.Marks, tile: Tensor, positions: Tensor) -> None:
     # each bit is set once, so that adding is the same as or
     bits = torch.ones_like(positions, dtype=torch.int32) << (positions & 31).to(torch.int32)
     marks.words.index_add_(0, marks.tile_words[tile] + (positions >> 5), bits)

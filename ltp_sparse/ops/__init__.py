@@ -16,22 +16,9 @@ import torch
 from torch import Tensor
 
 from ltp_sparse import backends
+from ltp_sparse.backends import arguments as records
 from ltp_sparse.backends import checks, reference
-from ltp_sparse.backends.arguments import (
-    RECORDS,
-    Gather,
-    Norm,
-    Pack,
-    Scatter,
-    Step,
-    Swap,
-    Tensors,
-    Total,
-    Update,
-    arguments_of,
-    schema,
-    tensors_of,
-)
+from ltp_sparse.backends.arguments import RECORDS, Tensors, arguments_of, schema, tensors_of
 from ltp_sparse.backends.coefficients import Coefficient, write_coefficients
 from ltp_sparse.backends.rounding import rounding_keys
 from ltp_sparse.ops.routes import Selection, select_topk
@@ -78,7 +65,7 @@ def _contiguous(record: Any) -> Any:
     if all(tensors.contiguous for tensors in lists.values()):
         return record
     copies: dict[str, Any] = {name: tensors.to_contiguous() for name, tensors in lists.items()}
-    if isinstance(record, Norm):  # these rows hold the addresses of the originals
+    if isinstance(record, records.Norm):  # these rows hold the addresses of the originals
         copies["prepared"] = None
     return replace(record, **copies)
 
@@ -154,12 +141,12 @@ def _is_watched() -> bool:
     return torch.compiler.is_compiling() or bool(torch._C._len_torch_dispatch_stack())
 
 
-def prepare_step(step: Step, backend: backends.Backend) -> None:
+def prepare_step(step: records.Step, backend: backends.Backend) -> None:
     """Counts a step and computes its coefficients."""
     (reference.prepare_step if _is_watched() else backend.prepare_step)(step)
 
 
-def gradient_norm(norm: Norm, total: Total, backend: backends.Backend) -> None:
+def gradient_norm(norm: records.Norm, total: records.Total, backend: backends.Backend) -> None:
     """After the last launch of a step: the norm of the gradients, and the factor that clips them."""
     if _is_watched():
         reference.add_sums(run("masked_sum_squares", norm, backend), total)
@@ -300,7 +287,7 @@ def masked_adamw_(
         "masked_adamw_", listed, grads, table, coefficients, anchor, master,
         exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, scales=scales,
     )  # fmt: skip
-    run("masked_adamw_", Update(**fields, stochastic=stochastic), backend)
+    run("masked_adamw_", records.Update(**fields, stochastic=stochastic), backend)
 
 
 @torch.no_grad()
@@ -329,7 +316,7 @@ def masked_sum_squares(
     listed = Tensors(params)
     table, backend = served(table, _dtype(listed))
     fields = norm_fields("masked_sum_squares", listed, grads, table, coefficients, anchor, master)
-    return run("masked_sum_squares", Norm(**fields), backend)
+    return run("masked_sum_squares", records.Norm(**fields), backend)
 
 
 @torch.no_grad()
@@ -350,7 +337,7 @@ def masked_pack_(grads: Sequence[Tensor | None], out: Tensor, table: TileTable, 
     _refuse_subclasses("masked_pack_", "tensor", [*listed, out])
     _check_sizes("masked_pack_", "gradient", [None if grad is None else grad.numel() for grad in listed], table)
     table, backend = served(table, _dtype(listed))
-    run("masked_pack_", Pack(**_index(table), grads=listed, out=out, accumulate=accumulate), backend)
+    run("masked_pack_", records.Pack(**_index(table), grads=listed, out=out, accumulate=accumulate), backend)
 
 
 @torch.no_grad()
@@ -370,7 +357,7 @@ def masked_gather(tensors: Sequence[Tensor], table: TileTable, *, out: Tensor | 
     """
     dtype = tensors[0].dtype if tensors else torch.float32
     slots = torch.empty(table.k, dtype=dtype, device=table.tiles.device) if out is None else out
-    _run_copy("masked_gather_", Gather, tensors, slots, table)
+    _run_copy("masked_gather_", records.Gather, tensors, slots, table)
     return slots
 
 
@@ -386,7 +373,7 @@ def masked_scatter_(tensors: Sequence[Tensor], slots: Tensor, table: TileTable) 
     Raises:
         TypeError, ValueError: dtypes, sizes or devices do not fit, or tensors share memory.
     """
-    _run_copy("masked_scatter_", Scatter, tensors, slots, table)
+    _run_copy("masked_scatter_", records.Scatter, tensors, slots, table)
 
 
 @torch.no_grad()
@@ -395,7 +382,7 @@ def masked_swap_(tensors: Sequence[Tensor], slots: Tensor, table: TileTable) -> 
 
     Arguments and errors are those of `masked_scatter_`; the slots are written too.
     """
-    _run_copy("masked_swap_", Swap, tensors, slots, table)
+    _run_copy("masked_swap_", records.Swap, tensors, slots, table)
 
 
 def _run_copy(op: str, kind: type, tensors: Sequence[Tensor], slots: Tensor, table: TileTable) -> None:
