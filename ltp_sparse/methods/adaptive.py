@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from ltp_sparse.deltas.delta import SparseDelta
 from ltp_sparse.methods.base import Settings, Setup, Tune, nothing
-from ltp_sparse.methods.fine_tuning import ClassifierMethod
+from ltp_sparse.methods.fine_tuning import TASK_SFT, ClassifierMethod
 from ltp_sparse.models import SoftMasks
 from ltp_sparse.tickets.counts import entries_for
 from ltp_sparse.tickets.ticket import Ticket
@@ -33,9 +33,7 @@ class AdaSFT(ClassifierMethod):
 
     key = "ada-sft"
     name = "Ada-SFT"
-    settings: Settings = field(
-        default_factory=lambda: Settings(max_length=128, schedule="linear", eval_steps=625, seeds=(42,))
-    )
+    settings: Settings = TASK_SFT
     init: float = 4.0
     mask_learning_rate: float = 1e-2
     keep: float | None = None

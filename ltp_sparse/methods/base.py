@@ -164,7 +164,7 @@ class Method(ABC):
     backbone: ClassVar[str] = "masked"
     inputs: ClassVar[tuple[str, ...]] = ("pair",)
     picks: ClassVar[str | None] = None
-    settings: Settings = field(default_factory=Settings)
+    settings: Settings = Settings()
 
     @property
     def scores_words(self) -> bool:
@@ -176,12 +176,11 @@ class Method(ABC):
         """Whether the LM head must share the word embedding. Otherwise it may have a frozen copy."""
         return False
 
-    @abstractmethod
-    def prepare(self, language_model: PreTrainedModel) -> None:
-        """Brings the LM head, in place, into the state that the method trains with.
+    def prepare(self, language_model: PreTrainedModel) -> None:  # noqa: B027
+        """Checks that the method can train this model. Methods that cannot train every model override it.
 
         Raises:
-            ValueError: the head of this model cannot be brought into that state.
+            ValueError: the method cannot train it.
         """
 
     @abstractmethod
@@ -216,8 +215,9 @@ class Method(ABC):
             )
         return self._ticket(language_model, given, seed)
 
-    @abstractmethod
-    def _ticket(self, language_model: PreTrainedModel, given: Ticket | None, seed: int) -> Ticket: ...
+    def _ticket(self, language_model: PreTrainedModel, given: Ticket | None, seed: int) -> Ticket:
+        """By default, no entry: the language model is frozen."""
+        return nothing()
 
     def choose(self, setup: Setup, ticket: Ticket, tune: Tune) -> tuple[Setup, Ticket]:
         """Setup and ticket of the last phase. Methods that find these by training override it."""

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ltp_sparse.methods.base import Context, Encode, Method, Settings, Setup, nothing
+from ltp_sparse.methods.base import Context, Encode, Method, Settings, Setup
 from ltp_sparse.methods.fine_tuning import encode_for_classifier
 from ltp_sparse.models import DeepPrompt, SequenceClassifier, collator
 from ltp_sparse.models.masked_prompt import PromptedMaskedLM
 from ltp_sparse.prompting import cloze_template, kind_of
 from ltp_sparse.prompting import collator as prompt_collator
-from ltp_sparse.tickets.ticket import Ticket
 
 if TYPE_CHECKING:
     from transformers import XLMRobertaForMaskedLM
@@ -38,7 +37,7 @@ class DeepPromptTuning(Method):
     key = "deep-prompt"
     name = "deep prompt"
     inputs = ("pair", "text")
-    settings: Settings = field(default_factory=lambda: Settings(learning_rate=5e-3, epochs=100))
+    settings: Settings = Settings(learning_rate=5e-3, epochs=100)
     n: int = 128
     head: str = "classifier"
     projection: int | None = None
@@ -51,12 +50,6 @@ class DeepPromptTuning(Method):
     @property
     def scores_words(self) -> bool:
         return self.head == "mlm"
-
-    def prepare(self, language_model: XLMRobertaForMaskedLM) -> None:
-        """Nothing to do: a frozen head gives the same logits whether tied or decoupled."""
-
-    def _ticket(self, language_model: XLMRobertaForMaskedLM, given: Ticket | None, seed: int) -> Ticket:
-        return nothing()
 
     def build(self, language_model: XLMRobertaForMaskedLM, context: Context, *, baked: bool = False) -> Setup:
         config, tokenizer, facts = language_model.config, context.tokenizer, {}

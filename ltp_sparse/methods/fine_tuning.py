@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ltp_sparse.deltas.delta import SparseDelta
-from ltp_sparse.methods.base import Context, Encode, Method, Settings, Setup, Tune, nothing
+from ltp_sparse.methods.base import Context, Encode, Method, Settings, Setup, Tune
 from ltp_sparse.models import SequenceClassifier, collator, encode_pairs, encode_texts
 from ltp_sparse.prompting import kind_of
 from ltp_sparse.selection import pools, select
@@ -30,6 +30,9 @@ K_LANGUAGE = 7_667_712
 """Entries of a language SFT of XLM-R-base, 13 x 768^2."""
 
 _MASKABLE = 277_414_656
+
+TASK_SFT = Settings(max_length=128, schedule="linear", eval_steps=625, seeds=(42,))
+"""Settings of task SFTs, and of the methods that are compared with them."""
 
 SHARES: dict[str, dict[str, float]] = {
     "nli": {"embeddings": 0.02, "layer -2": 0.02, "layer -1": 0.02, "other layers": 0.94},
@@ -57,9 +60,6 @@ class ClassifierMethod(Method):
 
     inputs = ("pair", "text")
 
-    def prepare(self, language_model: XLMRobertaForMaskedLM) -> None:
-        """Nothing to do: the LM head is not used."""
-
     def build(self, language_model: XLMRobertaForMaskedLM, context: Context, *, baked: bool = False) -> Setup:
         with torch.random.fork_rng():
             torch.manual_seed(context.seed)
@@ -78,7 +78,7 @@ class FineTuning(ClassifierMethod):
 
     key = "fine-tuning"
     name = "FT"
-    settings: Settings = field(default_factory=lambda: Settings(learning_rate=1e-5, epochs=50, max_grad_norm=0.0))
+    settings: Settings = Settings(learning_rate=1e-5, epochs=50, max_grad_norm=0.0)
 
     def _ticket(self, language_model: XLMRobertaForMaskedLM, given: Ticket | None, seed: int) -> Ticket:
         return Ticket.full(language_model, pool=in_base_model)
@@ -90,14 +90,10 @@ class BitFit(ClassifierMethod):
 
     key = "bitfit"
     name = "BitFit"
-    settings: Settings = field(default_factory=lambda: Settings(learning_rate=1e-3, max_length=128, schedule="linear"))
+    settings: Settings = Settings(learning_rate=1e-3, max_length=128, schedule="linear")
 
     def _ticket(self, language_model: XLMRobertaForMaskedLM, given: Ticket | None, seed: int) -> Ticket:
         return Ticket.full(language_model, pool=lambda name: in_base_model(name) and "bias" in name)
-
-
-def _task_sft() -> Settings:
-    return Settings(max_length=128, schedule="linear", eval_steps=625, seeds=(42,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +102,7 @@ class HeadOnly(ClassifierMethod):
 
     key = "head-only"
     name = "head only"
-    settings: Settings = field(default_factory=lambda: Settings(learning_rate=5e-3, max_length=128, schedule="linear"))
-
-    def _ticket(self, language_model: XLMRobertaForMaskedLM, given: Ticket | None, seed: int) -> Ticket:
-        return nothing()
+    settings: Settings = Settings(learning_rate=5e-3, max_length=128, schedule="linear")
 
 
 SCOPES: dict[str, Callable[[str], bool]] = {
@@ -130,7 +123,7 @@ class TaskSFT(ClassifierMethod):
         of: which entries `density` is a share of: all maskable ones ("model"), or those in scope ("pool").
     """
 
-    settings: Settings = field(default_factory=_task_sft)
+    settings: Settings = TASK_SFT
     k: int = K_TASK
     density: float | None = None
     scope: str = "all"

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from ltp_sparse.methods.base import Context, Settings, Setup, nothing
-from ltp_sparse.methods.fine_tuning import ClassifierMethod
+from ltp_sparse.methods.base import Context, Settings, Setup
+from ltp_sparse.methods.fine_tuning import TASK_SFT, ClassifierMethod
 from ltp_sparse.models import Adapter, AdapterStack
-from ltp_sparse.tickets.ticket import Ticket
 
 if TYPE_CHECKING:
     from transformers import XLMRobertaForMaskedLM
@@ -29,15 +28,10 @@ class MADX(ClassifierMethod):
 
     key = "mad-x"
     name = "MAD-X"
-    settings: Settings = field(
-        default_factory=lambda: Settings(max_length=128, schedule="linear", eval_steps=625, seeds=(42,))
-    )
+    settings: Settings = TASK_SFT
     reduction: int = 16
     drop_last: bool = True
     language_adapter: str | None = None
-
-    def _ticket(self, language_model: XLMRobertaForMaskedLM, given: Ticket | None, seed: int) -> Ticket:
-        return nothing()
 
     def build(self, language_model: XLMRobertaForMaskedLM, context: Context, *, baked: bool = False) -> Setup:
         setup = super().build(language_model, context, baked=baked)

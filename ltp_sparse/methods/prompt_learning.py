@@ -7,13 +7,13 @@ with the prompt among the dense tensors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ltp_sparse.methods.base import Context, Method, Settings, Setup, nothing
+from ltp_sparse.methods.base import Context, Method, Settings, Setup
 from ltp_sparse.models.backbone import is_decoupled
 from ltp_sparse.models.masked_prompt import PromptedMaskedLM
 from ltp_sparse.models.prompt_encoder import PromptEncoder, vocabulary_rows
@@ -53,15 +53,11 @@ class PromptSettings(Settings):
             raise ValueError(f"PromptSettings: init must be normal or vocabulary, got {self.init!r}")
 
 
-def _zhao_schutze() -> PromptSettings:
-    return PromptSettings(learning_rate=1e-5, epochs=50, l2=0.01)
-
-
 @dataclass(frozen=True, kw_only=True)
 class PromptMethod(Method):
     """A method with a template (by default the soft one) that trains its prompt and entries of the language model."""
 
-    settings: PromptSettings = field(default_factory=PromptSettings)
+    settings: PromptSettings = PromptSettings()
 
     inputs = ("pair", "text")
     freezes_words: ClassVar[bool] = False
@@ -115,15 +111,13 @@ class LTP(PromptMethod):
     """Lottery Ticket Prompt-learning: the ticket's entries and the prompt encoder train, from the initial weights.
 
     LayerNorms and the LM head are frozen, and so are the rows of the decoupled output embedding that score the words.
+    These rows are copied, so the head may share the word embedding.
     """
 
     key = "ltp"
     name = "LTP"
     needs_ticket = True
     freezes_words = True
-
-    def prepare(self, language_model: XLMRobertaForMaskedLM) -> None:
-        """Nothing to do: the rows of the label words are copied, so that the head may share the word embedding."""
 
     def _ticket(self, language_model: XLMRobertaForMaskedLM, given: Ticket | None, seed: int) -> Ticket:
         assert given is not None  # checked in `ticket`
@@ -179,7 +173,7 @@ class SoftPrompt(PromptMethod):
 
     key = "soft-prompt"
     name = "SP"
-    settings: PromptSettings = field(default_factory=_zhao_schutze)
+    settings: PromptSettings = PromptSettings(learning_rate=1e-5, epochs=50, l2=0.01)
 
     @property
     def tied(self) -> bool:
@@ -224,13 +218,7 @@ class PromptOnly(PromptMethod):
 
     key = "prompt-only"
     name = "PT-frozen"
-    settings: PromptSettings = field(default_factory=lambda: PromptSettings(learning_rate=5e-3))
-
-    def prepare(self, language_model: XLMRobertaForMaskedLM) -> None:
-        """Nothing to do: a frozen head gives the same logits whether tied or decoupled."""
-
-    def _ticket(self, language_model: XLMRobertaForMaskedLM, given: Ticket | None, seed: int) -> Ticket:
-        return nothing()
+    settings: PromptSettings = PromptSettings(learning_rate=5e-3)
 
 
 def prompt_encoder(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -26,12 +26,6 @@ if TYPE_CHECKING:
     from transformers import BloomForCausalLM, XGLMForCausalLM
 
 
-def _spt() -> Settings:
-    return Settings(
-        learning_rate=5e-3, epochs=20, batch_size=8, schedule="linear", warmup=0.1, max_length=128, seeds=(0, 1, 2, 3)
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class SPT(Method):
     """Soft prompt tuning of a causal language model. The token after the prompt is the word of the class.
@@ -52,7 +46,9 @@ class SPT(Method):
     backbone = "causal"
     inputs = ("text",)
     picks = "loss"
-    settings: Settings = field(default_factory=_spt)
+    settings: Settings = Settings(
+        learning_rate=5e-3, epochs=20, batch_size=8, schedule="linear", warmup=0.1, max_length=128, seeds=(0, 1, 2, 3)
+    )
     n: int = 10
     bottleneck: int | None = None
     frozen: bool = True
