@@ -45,6 +45,7 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
 
     It is None if the kind is unknown or the path does not exist.
     """
+    from ltp_sparse.tasks.files import suffix_of
     from ltp_sparse.weights.file_shards import index_of, kind_said
 
     path = index_of(path) or Path(path)
@@ -52,8 +53,7 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
         return next((kind for name, kind in _BY_CONTENT.items() if (path / name).is_file()), None)
     if not path.is_file():
         return None
-    suffix = path.name.removesuffix(".gz").rpartition(".")[2].lower()
-    if suffix in _BY_SUFFIX:
+    if (suffix := suffix_of(path)) in _BY_SUFFIX:
         return _BY_SUFFIX[suffix]
     said = kind_said(path)
     return "file of weights" if said == "" else said if said in _BELONGS else None

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
-from ltp_sparse.tasks import read_hub_text, read_text
-from ltp_sparse.tasks.generated import generated_text
+from ltp_sparse.tasks import TASKS, read_hub_text, read_text
+from ltp_sparse.tasks.own import texts_of
 
 _WIKIPEDIA = "wikimedia/wikipedia"
 _SNAPSHOT = "20231101"
@@ -50,7 +49,9 @@ def corpus(language: str, lines: int, data: Path | None, *, text: str | None = N
         StandIn: The nearest text is taken for a missing corpus.
     """
     if text == "generated":
-        return Corpus(tuple(generated_text(lines, language)), "generated sentences")
+        from ltp_sparse.tasks.generated.inference import sentences
+
+        return Corpus(tuple(sentences(lines, language)), "generated sentences")
     if text == "hub" or (text is None and data is None):
         config = f"{_SNAPSHOT}.{_WIKIPEDIAS.get(language, language)}"
         texts = read_hub_text(_WIKIPEDIA, config, max_lines=lines, seed=seed, sentences=True)
@@ -101,16 +102,7 @@ _STAND_INS = {"en": ("wikipedia_en/wikitext-2",), "zh": ("multilingual_text/comm
 
 def _of_a_task(language: str, data: Path) -> tuple[Sequence[str], str]:
     """Sentences that a task has in a language, labels left out: its training set, else its dev set."""
-    from ltp_sparse.tasks import TASKS
-
-    found: dict[str, Callable[[Any], Sequence[str]]] = {
-        "smsa": lambda example: (example.text,),
-        "nusax": lambda example: (example.text,),
-        "mnli-9k": lambda pair: (pair.premise, pair.hypothesis),
-        "americasnli": lambda pair: (pair.premise, pair.hypothesis),
-        "americasnli-first": lambda pair: (pair.premise, pair.hypothesis),
-    }
-    for name, sentences in found.items():
+    for name in ("smsa", "nusax", "mnli-9k", "americasnli", "americasnli-first"):
         task = TASKS[name]
         if language in task.languages:
             split = "dev" if name.startswith("americasnli") else "train"
@@ -118,6 +110,6 @@ def _of_a_task(language: str, data: Path) -> tuple[Sequence[str], str]:
                 examples = task.load(split, language, data=data)
             except FileNotFoundError:
                 continue
-            texts = dict.fromkeys(text for example in examples for text in sentences(example))
+            texts = dict.fromkeys(text for example in examples for text in texts_of(example))
             return list(texts), f"{name} {split}, unlabelled"
     return [], ""

@@ -34,6 +34,11 @@ def existing(path: Path) -> Path:
     return path if path.is_file() else packed
 
 
+def suffix_of(path: Path) -> str:
+    """The suffix of a file, or of what a .gz holds, in small letters and without its dot."""
+    return path.name.removesuffix(".gz").rpartition(".")[2].lower()
+
+
 def folder_of(data: Path, *names: str) -> Path:
     """`data`, or its subfolder of one of these names if it holds several data sets."""
     return next((data / name for name in names if (data / name).is_dir()), data)
@@ -110,6 +115,16 @@ def read_table(
         raise FileFormatError(path, f"the column {twice[0]!r} occurs twice; rename one", "header")
     for where, cells in rows:
         yield where, _row(where, cells, header)
+
+
+def read_rows(
+    path: Path, columns: Sequence[str] = (), *, quoted: bool = False
+) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """(place, row) of JSON lines (.jsonl) or a table; `columns` are required in a table. A .csv is always quoted."""
+    suffix = suffix_of(path)
+    if suffix == "jsonl":
+        return read_jsonl(path)
+    return read_table(path, columns, quoted=quoted or suffix == "csv", comma=suffix == "csv")
 
 
 @reader("JSON lines")

@@ -6,12 +6,13 @@ import os
 import random
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.tasks.files import read_jsonl, read_table, text_in
+from ltp_sparse.tasks.files import read_rows, suffix_of, text_in
 from ltp_sparse.tasks.hub import load_hub, rows_with_names
 from ltp_sparse.tasks.pairs import Pair
 from ltp_sparse.tasks.texts import Text
@@ -80,17 +81,16 @@ def read_own(
     if len(set(names)) < len(names):
         raise ValueError(f"columns: expected different columns, got {', '.join(names)}")
     examples: list[Any] = []
-    for place, row in _rows(str(source), names, columns.quoted, split, config):
+    for where, row in _rows(str(source), names, columns.quoted, split, config):
         if missing := [name for name in names if name not in row]:
-            raise FileFormatError(source, f"expected a column {missing[0]!r}, got {', '.join(map(str, row))}", place)
-        where = Place(source, place)
+            raise where.error(f"expected a column {missing[0]!r}, got {', '.join(map(str, row))}")
         for name in (columns.text, columns.pair):
             if name is not None:
                 text_in(row, name, where)
-        label = _label(row[columns.label], source, columns.label, place) if labelled else None
+        label = _label(row[columns.label], columns.label, where) if labelled else None
         of_row = language if columns.language is None else row[columns.language]
         if not isinstance(of_row, str) or not of_row.strip():
-            raise FileFormatError(source, f"expected a language in column {columns.language!r}, got {of_row!r}", place)
+            raise where.error(f"expected a language in column {columns.language!r}, got {of_row!r}")
         if columns.pair is None:
             examples.append(Text(row[columns.text], label, of_row))
         else:
@@ -107,17 +107,9 @@ def columns_of(path: str | os.PathLike[str]) -> list[str]:
     Raises:
         FileFormatError: the file has no row.
     """
-    path = Path(path)
-    suffix = path.name.removesuffix(".gz").rpartition(".")[2].lower()
-    if suffix == "parquet":
-        row: Mapping[str, Any] | None = next((row for _, row in _parquet_rows(path)), None)
-    elif suffix == "jsonl":
-        row = next((row for _, row in read_jsonl(path)), None)
-    else:
-        row = next((row for _, row in read_table(path, quoted=suffix == "csv", comma=suffix == "csv")), None)
-    if row is None:
-        raise FileFormatError(path, "expected rows below a header, got none")
-    return list(row)
+    for _, row in _file_rows(Path(path)):
+        return list(row)
+    raise FileFormatError(path, "expected rows below a header, got none")
 
 
 def split_dev(examples: Sequence[Any], share: float) -> tuple[list[Any], list[Any]]:
@@ -149,9 +141,7 @@ def classes_of(examples: Sequence[Any], words: Mapping[str, Any] | None = None) 
     Raises:
         ValueError: a class has no word, a word has no class, or there is a single class.
     """
-    counts: dict[str, int] = {}
-    for example in examples:
-        counts[example.label] = counts.get(example.label, 0) + 1
+    counts = Counter(example.label for example in examples)
     numbers = all(label.removeprefix("-").isdecimal() for label in counts)
     found = sorted(counts, key=int) if numbers else sorted(counts)
     shown = _counts({label: counts[label] for label in found})
@@ -170,29 +160,26 @@ def classes_of(examples: Sequence[Any], words: Mapping[str, Any] | None = None) 
 
 def _rows(
     source: str, names: Sequence[str], quoted: bool, split: str, config: str | None
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
+) -> Iterator[tuple[Place, Mapping[str, Any]]]:
     """(place, row) of a file or a data set."""
     path = Path(source).expanduser()
-    suffix = path.name.removesuffix(".gz").rpartition(".")[2].lower()
-    if suffix not in FORMATS and not path.is_file():
-        yield from _hub_rows(source, split, config)
-        return
+    known = suffix_of(path) in FORMATS
+    if not known and not path.is_file():
+        return _hub_rows(source, split, config)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected examples with the columns {', '.join(names)}")
     if config is not None:
         raise ValueError(f"expected no configuration of a Hub data set for the file {path}, got {config!r}")
-    if suffix == "parquet":
-        yield from _parquet_rows(path)
-    elif suffix == "jsonl":
-        yield from ((where.at, row) for where, row in read_jsonl(path))
-    elif suffix in ("tsv", "csv"):
-        table = read_table(path, names, quoted=quoted or suffix == "csv", comma=suffix == "csv")
-        yield from ((where.at, row) for where, row in table)
-    else:
+    if not known:
         raise ValueError(f"{path}: expected a file that ends in .{', .'.join(FORMATS)}, or the name of a Hub data set")
+    return _file_rows(path, names, quoted)
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _file_rows(
+    path: Path, names: Sequence[str] = (), quoted: bool = False
+) -> Iterator[tuple[Place, Mapping[str, Any]]]:
+    if suffix_of(path) != "parquet":
+        return read_rows(path, names, quoted=quoted)
     import pyarrow
     import pyarrow.parquet
     from datasets import Dataset
@@ -201,10 +188,10 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         data = Dataset(pyarrow.parquet.read_table(path))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise FileFormatError(path, f"not a readable parquet file ({str(error).splitlines()[0]})") from error
-    yield from _placed(data)
+    return _placed(data, path)
 
 
-def _hub_rows(source: str, split: str, config: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _hub_rows(source: str, split: str, config: str | None) -> Iterator[tuple[Place, Mapping[str, Any]]]:
     name, _, named = source.partition("@")
     folder = Path(name).expanduser()
     if not folder.is_dir() and not _HUB_NAME.fullmatch(name):
@@ -218,28 +205,25 @@ def _hub_rows(source: str, split: str, config: str | None) -> Iterator[tuple[str
         raise ValueError(
             f"{source}: expected a file, or a Hub data set with the split {named or split!r}: {reason}"
         ) from error
-    yield from _placed(data)
+    return _placed(data, source)
 
 
-def _placed(data: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    return ((f"row {number}", row) for number, row in enumerate(rows_with_names(data), 1))
+def _placed(data: Any, source: str | Path) -> Iterator[tuple[Place, Mapping[str, Any]]]:
+    return ((Place(source, f"row {number}"), row) for number, row in enumerate(rows_with_names(data), 1))
 
 
-def _label(value: Any, source: str | os.PathLike[str], column: str, place: str) -> str:
+def _label(value: Any, column: str, where: Place) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():  # as in a table with missing numbers
         value = int(value)
     if isinstance(value, int) or (isinstance(value, str) and value.strip()):
         return str(value).strip()  # blanks around a label would make it another class
-    raise FileFormatError(
-        source, f"expected a label in column {column!r}, a string or an integer, got {value!r}", place
-    )
+    raise where.error(f"expected a label in column {column!r}, a string or an integer, got {value!r}")
 
 
 def _warn_of_quotes(source: str | os.PathLike[str], columns: Columns, examples: Sequence[Any]) -> None:
-    name = str(source).removesuffix(".gz")
-    if columns.quoted or not name.endswith(".tsv"):
+    if columns.quoted or suffix_of(Path(source)) != "tsv":
         return
     texts = [text for example in examples for text in texts_of(example)]
     if quoted := sum(len(text) > 1 and text[0] == text[-1] == '"' for text in texts):
@@ -264,13 +248,12 @@ def warn_of_gaps(examples: Sequence[Any], labels: Sequence[str] | None, what: st
         labels: the classes of the task; None if unknown.
         what: the name of the examples, for messages.
     """
-    counts = dict.fromkeys(labels or (), 0)
-    blank: dict[str, int] = {}
+    counts, blank = Counter(dict.fromkeys(labels or (), 0)), Counter[str]()
     for example in examples:
         label = str(getattr(example, "label", None))
-        counts[label] = counts.get(label, 0) + 1
+        counts[label] += 1
         if any(not text.strip() for text in texts_of(example)):
-            blank[label] = blank.get(label, 0) + 1
+            blank[label] += 1
     problems = []
     if missing := [label for label in labels or () if counts[label] == 0]:
         problems.append(f"no example of {', '.join(missing)} ({_counts(counts)})")

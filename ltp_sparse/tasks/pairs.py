@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.tasks.files import read_jsonl, read_table, text_in
+from ltp_sparse.tasks.files import read_rows, suffix_of, text_in
 from ltp_sparse.weights.reading import FileFormatError, Place, reader
 
 LABELS = ("entailment", "neutral", "contradiction")
@@ -76,14 +76,12 @@ def read_pairs(path: str | os.PathLike[str], language: str = "") -> list[Pair]:
             unknown; file and row are named.
     """
     path = Path(path)
-    suffix = path.name.removesuffix(".gz").rsplit(".", 1)[-1]
-    if suffix not in ("tsv", "csv", "jsonl"):
-        raise ValueError(f"{path}: expected a .tsv, .csv or .jsonl file, got .{suffix}")
+    if suffix_of(path) not in ("tsv", "csv", "jsonl"):
+        raise ValueError(f"{path}: expected a .tsv, .csv or .jsonl file, got .{suffix_of(path)}")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected pairs with the columns premise and hypothesis")
-    rows = read_jsonl(path) if suffix == "jsonl" else read_table(path, quoted=suffix == "csv", comma=suffix == "csv")
     pairs = []
-    for where, row in rows:
+    for where, row in read_rows(path):
         label = row.get("label")
         label = None if label in (None, "") else checked_label(label, where)
         pairs.append(pair_in(row, where, language, label))

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.tasks.files import read_jsonl, read_lines, text_in
+from ltp_sparse.tasks.files import read_jsonl, read_lines, suffix_of, text_in
 from ltp_sparse.tasks.hub import load_hub
 from ltp_sparse.weights.reading import FileFormatError, Place
 
@@ -89,26 +89,22 @@ def split_sentences(paragraph: str) -> list[str]:
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if _suffix(p) in _SUFFIXES and p.is_file())
+        found = sorted(p for p in path.rglob("*") if suffix_of(p) in _SUFFIXES and p.is_file())
         if not found:
             raise FileNotFoundError(f"{path}: no .txt, .tsv or .jsonl file (or .gz of one) in this folder")
         return found
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such text file or folder")
-    if _suffix(path) not in _SUFFIXES:
+    if suffix_of(path) not in _SUFFIXES:
         raise ValueError(f"{path}: expected a .txt, .tsv or .jsonl file (or .gz of one), or a folder")
     return [path]
 
 
-def _suffix(path: Path) -> str:
-    return path.name.removesuffix(".gz").rsplit(".", 1)[-1]
-
-
 def _lines(path: Path) -> Iterator[str]:
-    if _suffix(path) == "jsonl":
+    if suffix_of(path) == "jsonl":
         return _texts(read_jsonl(path, ("text",)), "text", str(path))
     lines = read_lines(path)
-    return (line.split("\t", 1)[0] for line in lines) if _suffix(path) == "tsv" else lines
+    return (line.split("\t", 1)[0] for line in lines) if suffix_of(path) == "tsv" else lines
 
 
 def _texts(rows: Iterable[tuple[Place, dict[str, Any]]], column: str, source: str) -> Iterator[str]:

@@ -22,10 +22,3 @@ def generated(split: str, language: str, data: Path | None, shots: int | None, s
     if split == "test":
         return pairs(3 * _TEST_PER_CLASS, "test", language)
     return pairs(3 * (shots or _SHOTS), split, language, seed)
-
-
-def generated_text(lines: int, language: str) -> list[str]:
-    """Plain sentences of the same world."""
-    from ltp_sparse.tasks.generated.inference import sentences
-
-    return sentences(lines, language)
