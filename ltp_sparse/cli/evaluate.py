@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ltp_sparse.cli.kinds import expect, expect_source
 from ltp_sparse.cli.options import CommandError, add_computing, add_data, at_least_one, check_writable, need, quieten
-from ltp_sparse.cli.own import SOURCE, add_columns, add_metric, by_language, given_columns, own_options
+from ltp_sparse.cli.own import SOURCE, add_columns, add_metric, by_language, given_columns, refuse_own
 from ltp_sparse.cli.tables import TASK_NAMES, TEST_TASKS
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     need(options, "folder")
-    if options.task is not None and (given := own_options(options)):
-        raise CommandError(f"evaluate: {given[0]} is for your own data, --task for a known task; leave one out")
+    if options.task is not None:
+        refuse_own(options, why="is for your own data, --task for a known task; leave one out")
     expect(options, "folder", "run of ltp-sparse train")
     expect_source(options, "test")
     from ltp_sparse.cli.runs import Run, finished_seeds, load_seed
@@ -147,8 +147,7 @@ def _task_examples(options: argparse.Namespace, run: Run) -> tuple[str, str, dic
     """(name, metric, language -> examples) of a known task."""
     from ltp_sparse.tasks import task
 
-    if given := own_options(options):
-        raise CommandError(f"evaluate: {given[0]} is for your own data; pass its file, --test")
+    refuse_own(options, why="is for your own data; pass its file, --test")
     of = task(options.task or TEST_TASKS.get(run.task or "", run.task or ""))
     if of.kind != run.kind or set(of.labels) != set(run.labels):
         raise CommandError(

@@ -31,12 +31,12 @@ def run(options: argparse.Namespace) -> None:
     expect(options, "folder", "run of ltp-sparse train")
     if options.output.is_dir() and any(options.output.iterdir()):
         raise CommandError(f"export: --output {options.output} is not empty; choose a new or empty folder")
-    from ltp_sparse.cli.runs import BAKED, Run, finished_seeds
+    from ltp_sparse.cli.runs import BAKED, Run, first_seed
     from ltp_sparse.tasks.own import UNDETERMINED
 
     made = Run.load(options.folder)
     made.check_model("export")
-    seed = finished_seeds(options.folder, None if options.seed is None else [options.seed])[0]
+    seed = first_seed(options.folder, options.seed)
     check_writable("export", options.output, folder=True)
     from ltp_sparse.training.export import SCRIPT, export
 

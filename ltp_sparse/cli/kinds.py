@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from ltp_sparse.cli.options import CommandError
+from ltp_sparse.cli.options import CommandError, shown
 
 _BELONGS = {
     "ticket": "pass it to --ticket of ltp-sparse train, or to ltp-sparse inspect or push",
@@ -71,9 +71,8 @@ def expect(options: argparse.Namespace, name: str, *kinds: str) -> None:
     for path in given if isinstance(given, list) else [given]:
         if path is None:
             continue
-        shown = name.upper() if name in options.positional else f"--{name.replace('_', '-')}"
         found, wanted = kind_of(path), " or a ".join(kinds)
-        where = f"{options.command}: {shown}"
+        where = f"{options.command}: {shown(options, name)}"
         made = "; " + _MADE_BY[kinds[0]] if kinds[0] in _MADE_BY else ""
         if found is not None and found not in kinds:
             raise CommandError(f"{where} expects a {wanted}, but {path} is a {found}: {_BELONGS[found]}{made}")

@@ -172,12 +172,25 @@ def _converted(action: argparse.Action, value: Any, where: str) -> Any:
     return found if several else found[0]
 
 
+def shown(options: argparse.Namespace, name: str) -> str:
+    """An option as users know it: "--max-steps", or "FOLDER" for one without a flag."""
+    return name.upper() if name in options.positional else f"--{name.replace('_', '-')}"
+
+
 def need(options: argparse.Namespace, *names: str) -> None:
     """Raises CommandError for required options that are given by neither flags nor the file."""
     for name in names:
         if getattr(options, name) in (None, []):
-            shown = name.upper() if name in options.positional else f"--{name.replace('_', '-')}"
-            raise CommandError(f"{options.command}: {shown} is needed; see ltp-sparse {options.command} --help")
+            command = options.command
+            raise CommandError(f"{command}: {shown(options, name)} is needed; see ltp-sparse {command} --help")
+
+
+def refuse(options: argparse.Namespace, *names: str, why: str) -> None:
+    """Raises CommandError if one of these options is given, e.g. "train: --dev is for your own data"."""
+    for name in names:
+        value = getattr(options, name, None)
+        if value is not None and value is not False:
+            raise CommandError(f"{options.command}: {shown(options, name)} {why}")
 
 
 def at_least_one(text: str) -> int:

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ltp_sparse.cli.options import CommandError
+from ltp_sparse.cli.options import CommandError, refuse
 from ltp_sparse.cli.tables import METRIC_NAMES
 
 if TYPE_CHECKING:
@@ -55,10 +55,10 @@ def given_columns(options: argparse.Namespace, run: Run | None = None) -> Column
     return replace(columns, quoted=True) if options.quoted else columns
 
 
-def own_options(options: argparse.Namespace) -> list[str]:
-    """The flags for your own data that are given, without sources."""
-    names = [*(f"{name}_column" for name in _COLUMNS), "quoted", "hub_config", "metric", "dev", "test"]
-    return [f"--{name.replace('_', '-')}" for name in names if getattr(options, name, None)]
+def refuse_own(options: argparse.Namespace, *more: str, why: str) -> None:
+    """`refuse` for the options for your own data, except its source, and for `more`."""
+    columns = (f"{name}_column" for name in _COLUMNS)
+    refuse(options, *columns, "quoted", "hub_config", "metric", "dev", "test", *more, why=why)
 
 
 def words_of(texts: list[str] | None) -> dict[str, list[str]] | None:

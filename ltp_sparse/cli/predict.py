@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
         raise CommandError(f"predict: --output must end in {' or '.join(_SUFFIXES)}, got {options.output}")
     expect(options, "folder", "run of ltp-sparse train")
     expect_source(options, "examples")
-    from ltp_sparse.cli.runs import Run, finished_seeds, load_seed
+    from ltp_sparse.cli.runs import Run, first_seed, load_seed
     from ltp_sparse.tasks.own import read_own, texts_of, warn_of_gaps
     from ltp_sparse.weights.files import atomic_path
 
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
     warn_of_gaps(examples, None, options.examples)
     if options.output is not None:
         check_writable("predict", options.output)
-    seed = finished_seeds(options.folder, None if options.seed is None else [options.seed])[0]
+    seed = first_seed(options.folder, options.seed)
     import torch
     from tqdm.auto import tqdm
 

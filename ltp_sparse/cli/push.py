@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ltp_sparse.cli.kinds import expect, kind_of
-from ltp_sparse.cli.options import CommandError, need
+from ltp_sparse.cli.options import need, refuse
 
 HELP = "upload a ticket, a delta, the delta of a run or an exported folder to the Hub, with a card"
 EXAMPLES = """\
@@ -33,13 +33,10 @@ def run(options: argparse.Namespace) -> None:
     need(options, "source", "name")
     expect(options, "source", "ticket", "delta", "run of ltp-sparse train", "model")
     kind = kind_of(options.source)
-    if kind != "run of ltp-sparse train" and options.seed is not None:
-        raise CommandError("push: --seed is for a run; leave it out")
+    if kind != "run of ltp-sparse train":
+        refuse(options, "seed", why="is for a run; leave it out")
     if kind == "model":
-        if given := [name for name in ("base", "data") if getattr(options, name) is not None]:
-            raise CommandError(
-                f"push: --{given[0]} is not for an exported folder, which already has a card; leave it out"
-            )
+        refuse(options, "base", "data", why="is not for an exported folder, which already has a card; leave it out")
         from ltp_sparse.training.export import push_to_hub
 
         address = push_to_hub(options.source, options.name, private=options.private)
@@ -54,10 +51,10 @@ def _push_file(options: argparse.Namespace, kind: str | None) -> str:
     path = options.source
     if kind == "run of ltp-sparse train":
         from ltp_sparse.cli.export import data_and_scores
-        from ltp_sparse.cli.runs import BAKED, Run, finished_seeds
+        from ltp_sparse.cli.runs import BAKED, Run, first_seed
 
         made = Run.load(path)
-        seed = finished_seeds(path, None if options.seed is None else [options.seed])[0]
+        seed = first_seed(path, options.seed)
         facts = {"base": made.model, **data_and_scores(made, path, seed)}
         path = path / f"seed-{seed}" / BAKED
     import ltp_sparse as ls

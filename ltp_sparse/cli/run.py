@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ltp_sparse.cli.kinds import expect_model
-from ltp_sparse.cli.options import CommandError, add_computing, add_data, add_report_to, check_writable, need
+from ltp_sparse.cli.options import CommandError, add_computing, add_data, add_report_to, check_writable, need, refuse
 from ltp_sparse.weights.reading import FileFormatError, parse_yaml
 
 if TYPE_CHECKING:
@@ -91,8 +91,8 @@ def run(options: argparse.Namespace) -> int:
     need(options, "output")
     recipe = _with_rates(recipe, options.rates)
     _check_model(options, recipe)
-    if options.on is None and options.gpus_per_cell is not None:
-        raise CommandError("run: --gpus-per-cell needs --on; without it, cells run one after the other")
+    if options.on is None:
+        refuse(options, "gpus_per_cell", why="needs --on; without it, cells run one after the other")
     check_writable("run", options.output, folder=True)
     from ltp_sparse.recipes.cache import Cache, default_cache
     from ltp_sparse.recipes.engines import Here, engine_on

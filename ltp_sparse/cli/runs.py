@@ -136,6 +136,11 @@ def finished_seeds(folder: Path, wanted: Sequence[int] | None = None) -> list[in
     return seeds if wanted is None else list(wanted)
 
 
+def first_seed(folder: Path, wanted: int | None = None) -> int:
+    """The first finished seed, or the wanted one; see `finished_seeds`."""
+    return finished_seeds(folder, None if wanted is None else [wanted])[0]
+
+
 def check_same_training(finished: Path, method: Method, ticket: Ticket | None) -> None:
     """Raises CommandError if a finished seed was trained with other settings or, with LTP, on another ticket."""
     import ltp_sparse as ls
@@ -181,13 +186,12 @@ def record(folder: Path, names: Sequence[str]) -> None:
         lock.unlink(missing_ok=True)
 
 
-def load_seed(run: Run, folder: Path, seed: int | None) -> tuple[Setup, SparseDelta]:
-    """(setup with the trained model, delta) of one seed; None: of the first."""
+def load_seed(run: Run, folder: Path, seed: int) -> tuple[Setup, SparseDelta]:
+    """(setup with the trained model, delta) of a finished seed."""
     import ltp_sparse as ls
     from ltp_sparse.models.backbone import load_backbone
     from ltp_sparse.training.method import load_trained
 
-    seed = finished_seeds(folder, None if seed is None else [seed])[0]
     delta = ls.SparseDelta.load(folder / f"seed-{seed}" / BAKED)
     language_model, tokenizer = load_backbone(run.model, decoupled=False, tokenizer=run.tokenizer)
     return load_trained(language_model, tokenizer, delta), delta

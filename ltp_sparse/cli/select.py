@@ -17,6 +17,7 @@ from ltp_sparse.cli.options import (
     check_writable,
     need,
     quieten,
+    refuse,
     share,
 )
 
@@ -97,11 +98,9 @@ def run(options: argparse.Namespace) -> None:
     if (options.initial is None) != (options.tuned is None):
         raise CommandError("select: --initial and --tuned go together")
     if options.initial is None:
-        for name in ("allow_missing", "compare_in"):
-            if getattr(options, name) is not None:
-                raise CommandError(f"select: --{name.replace('_', '-')} goes with --initial and --tuned")
-    if options.intersect and options.segment is None:
-        raise CommandError("select: --intersect needs a --segment to cut the global ticket to")
+        refuse(options, "allow_missing", "compare_in", why="goes with --initial and --tuned")
+    if options.segment is None:
+        refuse(options, "intersect", why="needs a --segment to cut the global ticket to")
     check_writable("select", options.output)
     if options.initial is not None:
         ticket = _from_checkpoints(options)
@@ -115,12 +114,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _from_checkpoints(options: argparse.Namespace):  # type: ignore[no-untyped-def]
+    why = "is for tuning and not for a comparison of --initial and --tuned, which selects from all parameters"
     of_tuning = ("text", "text_column", "hub_text", "model", "strategy", "segment", "run_dir")
-    if given := [name for name in of_tuning if getattr(options, name) is not None]:
-        raise CommandError(
-            f"select: --{given[0].replace('_', '-')} is for tuning and not for a comparison of --initial and --tuned, "
-            "which selects from all parameters; leave it out"
-        )
+    refuse(options, *of_tuning, why=f"{why}; leave it out")
     for name in ("initial", "tuned"):
         expect(options, name, "file of weights", "model")
     import torch
@@ -143,8 +139,8 @@ def _from_text(options: argparse.Namespace):  # type: ignore[no-untyped-def]
     need(options, "model")
     if (options.text is None) == (options.hub_text is None):
         raise CommandError("select: pass either --text FILES or --hub-text NAME")
-    if options.text_column is not None and options.text is None:
-        raise CommandError("select: --text-column is for --text; use --hub-column for a Hub data set")
+    if options.text is None:
+        refuse(options, "text_column", why="is for --text; use --hub-column for a Hub data set")
     if (options.resume or options.save_every) and options.run_dir is None:
         raise CommandError("select: --save-every and --resume need a --run-dir")
     if options.report_to in ("tensorboard", "all") and options.run_dir is None:

@@ -21,9 +21,10 @@ from ltp_sparse.cli.options import (
     check_writable,
     need,
     quieten,
+    refuse,
     share,
 )
-from ltp_sparse.cli.own import SOURCE, add_columns, add_metric, given_columns, own_options, words_of
+from ltp_sparse.cli.own import SOURCE, add_columns, add_metric, given_columns, refuse_own, words_of
 from ltp_sparse.cli.tables import MASKED_METHOD_NAMES, PROMPT_METHODS, TASK_NAMES, TICKET_METHODS
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def run(options: argparse.Namespace) -> None:
     language = options.language or _usual_language(options)
     verbalizer_language = options.verbalizer or language
     data = _own_data(options, words, language) if options.train else None
-    labels = task(_task_name(options)).labels if data is None else data.labels
+    labels = task(options.task).labels if data is None else data.labels
     if words is None and options.method in PROMPT_METHODS:
         _check_words_are_known(options, labels, verbalizer_language)
     if words is not None and set(words) != set(labels):
@@ -166,7 +167,7 @@ def run(options: argparse.Namespace) -> None:
         model=options.model,
         tokenizer=options.tokenizer,
         method=method.name,
-        task=None if options.train else _task_name(options),
+        task=options.task,
         shots=options.shots,
         language=language,
         verbalizer=verbalizer_language,
@@ -175,7 +176,7 @@ def run(options: argparse.Namespace) -> None:
         metric=data.metric,
         train=options.train,
         dev=options.dev,
-        dev_share=_dev_share(options) if options.train and options.dev is None else None,
+        dev_share=options.dev_share,
         test=options.test,
         hub_config=options.hub_config,
         columns=data.columns,
@@ -236,33 +237,27 @@ def run(options: argparse.Namespace) -> None:
     print(f"next: {_next(options)}")
 
 
-def _task_name(options: argparse.Namespace) -> str:
-    return options.task or "xnli-fewshot"
-
-
 def _usual_language(options: argparse.Namespace) -> str:
     from ltp_sparse.tasks import task
     from ltp_sparse.tasks.own import UNDETERMINED
 
     if options.train is not None:
         return UNDETERMINED
-    known = task(_task_name(options)).languages
+    known = task(options.task).languages
     return known[0] if len(known) == 1 else "en"
 
 
-def _dev_share(options: argparse.Namespace) -> float:
-    return 0.1 if options.dev_share is None else options.dev_share
-
-
 def _check_source(options: argparse.Namespace) -> None:
-    """Raises CommandError for options that do not fit the source, a task or your own data."""
+    """Raises CommandError for options that do not fit the source, a task or your own data, and sets its defaults."""
     if options.train is None:
-        if given := own_options(options) + ["--dev-share"] * (options.dev_share is not None):
-            raise CommandError(f"train: {given[0]} is for your own data; pass its file, --train")
-    elif given := [f"--{name}" for name in ("task", "data") if getattr(options, name) is not None]:
-        raise CommandError(f"train: {given[0]} is for a known task, --train for your own data; leave one of them out")
-    elif options.dev is not None and options.dev_share is not None:
-        raise CommandError("train: --dev-share is for data without --dev; leave one of them out")
+        refuse_own(options, "dev_share", why="is for your own data; pass its file, --train")
+        options.task = options.task or "xnli-fewshot"
+        return
+    refuse(options, "task", "data", why="is for a known task, --train for your own data; leave one of them out")
+    if options.dev is not None:
+        refuse(options, "dev_share", why="is for data without --dev; leave one of them out")
+    elif options.dev_share is None:
+        options.dev_share = 0.1
 
 
 def _check_method(options: argparse.Namespace) -> None:
@@ -270,13 +265,13 @@ def _check_method(options: argparse.Namespace) -> None:
     method = options.method
     if method in TICKET_METHODS and options.ticket is None:
         raise CommandError(f"train: --ticket is needed for {method}; make one with ltp-sparse select")
-    if method not in TICKET_METHODS and options.ticket is not None:
-        raise CommandError(f"train: --ticket is for {' and '.join(TICKET_METHODS)}, not for {method}; leave it out")
-    if options.match is not None and method != "random-ticket":
-        raise CommandError(f"train: --match is for random-ticket, not for {method}; leave it out")
-    for name in ("n_prompt", "encoder"):
-        if getattr(options, name) is not None and method not in PROMPT_METHODS:
-            raise CommandError(f"train: --{name.replace('_', '-')} is for soft prompts, not for {method}; leave it out")
+    unfit = f"not for {method}; leave it out"
+    if method not in TICKET_METHODS:
+        refuse(options, "ticket", why=f"is for {' and '.join(TICKET_METHODS)}, {unfit}")
+    if method != "random-ticket":
+        refuse(options, "match", why=f"is for random-ticket, {unfit}")
+    if method not in PROMPT_METHODS:
+        refuse(options, "n_prompt", "encoder", why=f"is for soft prompts, {unfit}")
 
 
 def _check_words_are_known(options: argparse.Namespace, labels: tuple[str, ...], language: str) -> None:
@@ -298,7 +293,7 @@ def _check_words_are_known(options: argparse.Namespace, labels: tuple[str, ...],
 def _task_data(options: argparse.Namespace, language: str) -> _Data:
     from ltp_sparse.tasks import task
 
-    of = task(_task_name(options))
+    of = task(options.task)
     train, dev = (of.load(split, language, shots=options.shots, data=options.data) for split in ("train", "dev"))
     if of.kind == "text" and options.shots is not None:
         print(f"the {options.shots} examples per class are one draw, the same for all seeds")
@@ -327,8 +322,8 @@ def _own_data(options: argparse.Namespace, words: dict[str, list[str]] | None, l
     if words is None and set(labels) == set(CLASSES):
         labels = CLASSES  # inference, for which words are known
     if options.dev is None:
-        train, dev = split_dev(train, _dev_share(options))
-        print(f"dev: {len(dev)} of the examples of {options.train}, {_dev_share(options):.4g} of each class; one draw")
+        train, dev = split_dev(train, options.dev_share)
+        print(f"dev: {len(dev)} of the examples of {options.train}, {options.dev_share:.4g} of each class; one draw")
     if options.shots is not None:
         train = few_shot(train, "train", labels, options.shots, 0)
         print(f"the {options.shots} examples per class are one draw, the same for all seeds")
@@ -341,8 +336,7 @@ def _next(options: argparse.Namespace) -> str:
 
     command = ["ltp-sparse", "evaluate", str(options.output)]
     if options.train is None:
-        name = _task_name(options)
-        command += ["--task", TEST_TASKS.get(name, name)]
+        command += ["--task", TEST_TASKS.get(options.task, options.task)]
         command += [] if options.data is None else ["--data", str(options.data)]
         return shlex.join(command)
     return shlex.join(command) + ("" if options.test is not None else " --test FILE")

@@ -267,7 +267,7 @@ def test_predict_and_the_exported_folder_agree(files, trained, tmp_path, capsys)
     )  # fmt: skip
     scores = [json.loads(line) for line in done.stdout.splitlines()]
     assert [max(score, key=score.get) for score in scores] == labels
-    setup, _ = load_seed(Run.load(trained), trained, None)
+    setup, _ = load_seed(Run.load(trained), trained, 1)
     batch = setup.collate(setup.encode(pairs))
     expected = setup.model(**{key: value for key, value in batch.items() if key != "labels"})["logits"].softmax(-1)
     torch.testing.assert_close(torch.tensor([[s[c] for c in CLASSES] for s in scores]), expected, atol=1e-5, rtol=1e-4)

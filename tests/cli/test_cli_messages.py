@@ -400,7 +400,7 @@ def test_reporters_are_those_of_transformers():
 
 
 def test_what_to_do_next_names_the_task_and_its_data():
-    from ltp_sparse.cli.train import _next
+    from ltp_sparse.cli.train import _check_source, _next
 
     for given, expected in (
         (["--data", "my data", "--shots", "4"], "--task xnli --data 'my data'"),
@@ -408,6 +408,7 @@ def test_what_to_do_next_names_the_task_and_its_data():
         (["--task", "smsa"], "--task nusax"),
     ):
         options = build_parser().parse(["train", "--output", "runs/a", *given])
+        _check_source(options)
         assert _next(options) == f"ltp-sparse evaluate runs/a {expected}"
 
 

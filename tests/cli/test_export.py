@@ -39,7 +39,7 @@ def labels_of(made):
 
 def expected(made, texts):
     """Probabilities by `predict`'s own route."""
-    setup, _ = load_seed(Run.load(made), made, None)
+    setup, _ = load_seed(Run.load(made), made, 1)
     write_tsv(made / "texts.tsv", [{"says": text} for text in texts], ["says"])
     examples = setup.encode(read_own(made / "texts.tsv", Columns(text="says"), labelled=False))
     batch = {key: value for key, value in setup.collate(examples).items() if key != "labels"}

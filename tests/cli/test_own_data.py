@@ -305,7 +305,7 @@ def test_probabilities_are_those_of_the_logits(own_files, own_run):
     from ltp_sparse.cli.runs import Run, load_seed
     from ltp_sparse.training.evaluation import class_logits, predict
 
-    setup, _ = load_seed(Run.load(own_run), own_run, None)
+    setup, _ = load_seed(Run.load(own_run), own_run, 1)
     examples = setup.encode(read_own(own_files / "test.tsv", Columns(text="says", label="class")))
     batch = {key: value for key, value in setup.collate(examples).items() if key != "labels"}
     logits = class_logits(setup.model, examples, setup.collate, batch_size=5)
