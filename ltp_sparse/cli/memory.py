@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ltp_sparse.cli.kinds import expect_model
 from ltp_sparse.cli.memory_of_decoders import DTYPES, SHAPES, decoder_config, is_decoder, sharded_table
-from ltp_sparse.cli.options import CommandError, at_least_one, need, share
+from ltp_sparse.cli.options import CommandError, at_least_one, need, refuse, share
 from ltp_sparse.weights.locating import SIZES
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ EXAMPLES = """\
 
 _OF_XLMR = ("stage", "batch", "length", "device")
 _OF_DECODERS = ("ranks", "states", "gradients", "no_master")
+_KNOWN = ", ".join([*SIZES, *SHAPES])
 _LORA_RANK = 8
 _MASKED = 0.15  # of the tokens of stage 1
 _DESCRIPTIONS = {
@@ -39,8 +40,7 @@ _DESCRIPTIONS = {
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    known = ", ".join([*SIZES, *SHAPES])
-    parser.add_argument("--model", help=f"{known}, a folder with a config or its config.json, or a Hub name")
+    parser.add_argument("--model", help=f"{_KNOWN}, a folder with a config or its config.json, or a Hub name")
     parser.add_argument(
         "--density",
         type=share,
@@ -73,7 +73,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     of_decoder.add_argument(
         "--no-master",
         action="store_true",
-        default=None,
         help="stochastic rounding in place of a float32 master; 8-bit states always have it",
     )
 
@@ -85,10 +84,7 @@ def run(options: argparse.Namespace) -> None:
     config = _config(options.model)
     is_decoder = config.model_type != "xlm-roberta"
     kind, others = ("decoders", _OF_XLMR) if is_decoder else ("an XLM-R", _OF_DECODERS)
-    if wrong := [name for name in others if getattr(options, name) is not None]:
-        raise CommandError(
-            f"memory: --{wrong[0].replace('_', '-')} is not for {kind} such as {options.model}; leave it out"
-        )
+    refuse(options, *others, why=f"is not for {kind} such as {options.model}; leave it out")
     (_print_sharded if is_decoder else _print_stage)(options, config)
 
 
@@ -293,26 +289,18 @@ def _add_lora(model: Any) -> list[Any]:
 
 
 def _config(name: str) -> Any:
-    from transformers import AutoConfig, XLMRobertaConfig
+    from transformers import AutoConfig
 
     from ltp_sparse.models.backbone import load_config
 
-    last = name.rpartition("/")[2]
-    if not Path(name).exists():
-        if last in SHAPES:
-            return decoder_config(last)
-        if last in SIZES:
-            hidden, layers, heads, inner = SIZES[last]
-            return XLMRobertaConfig(
-                vocab_size=250002, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-                intermediate_size=inner, max_position_embeddings=514, type_vocab_size=1, pad_token_id=1,
-            )  # fmt: skip
+    path = Path(name)
+    if path.name in SHAPES and not path.exists():
+        return decoder_config(path.name)
     try:
-        config = AutoConfig.from_pretrained(name) if Path(name).is_file() else load_config("memory", name)
+        config = AutoConfig.from_pretrained(name) if path.is_file() else load_config("memory", name)
     except (OSError, ValueError) as error:
-        known = ", ".join([*SIZES, *SHAPES])
         raise CommandError(
-            f"memory: no config in {name!r}; pass {known}, a config.json, its folder, or a Hub name"
+            f"memory: no config in {name!r}; pass {_KNOWN}, a config.json, its folder, or a Hub name"
         ) from error
     if config.model_type != "xlm-roberta" and not is_decoder(config):
         raise CommandError(

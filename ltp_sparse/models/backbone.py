@@ -6,13 +6,14 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ltp_sparse.models.bert import xlm_roberta_config, xlm_roberta_tensors
-from ltp_sparse.weights.locating import _SHIPPED, locate  # noqa: F401 (`_SHIPPED` by its place before)
+from ltp_sparse.weights.locating import _SHIPPED, SIZES, locate  # noqa: F401 (`_SHIPPED` by its place before)
 from ltp_sparse.weights.names import canonical_parameters
 from ltp_sparse.weights.reading import FileFormatError, reader
 
@@ -265,10 +266,18 @@ def load_config(what: str, name_or_path: str | os.PathLike[str]) -> Any:
 
     Args:
         what: the caller's name, for messages.
-        name_or_path: a folder or a Hub name. For a BERT, the configuration is that of the equal XLM-R.
+        name_or_path: a folder or a Hub name. For a BERT, the configuration is that of the equal XLM-R. Those of XLM-R
+            (`SIZES`) are known without a download.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, XLMRobertaConfig
 
+    path = Path(name_or_path)
+    if path.name in SIZES and not path.exists():
+        hidden, layers, heads, inner = SIZES[path.name]
+        return XLMRobertaConfig(
+            vocab_size=250002, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+            intermediate_size=inner, max_position_embeddings=514, type_vocab_size=1,
+        )  # fmt: skip
     source, local = locate(name_or_path)
     with _loading(what, source):
         config = AutoConfig.from_pretrained(source, local_files_only=local)

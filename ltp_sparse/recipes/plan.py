@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ from ltp_sparse.tickets.counts import entries_for
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.training.language import ADAPTER_SETTINGS, LANGUAGE_SETTINGS
 from ltp_sparse.training.mlm import MLMSettings
-from ltp_sparse.weights.locating import SIZES
 from ltp_sparse.weights.names import canonical_parameters, layer_of
 
 _GPU_FLOPS = 1e14
@@ -115,19 +113,15 @@ def estimate(cell: Cell, model: Any) -> Estimate:
 def _active(cell: Cell, method: Method, model: Any) -> tuple[int, int]:
     """(active entries of the language model, entries of its pool)"""
     if isinstance(method, LTP) and method.needs_ticket:
-        maskable = sum(p.numel() for name, p in canonical_parameters(model).items() if pools.maskable(name))
-        if cell["ticket.segment"] is not None:
-            layers = len({layer_of(name) for name in canonical_parameters(model)} - {"embeddings", "other"})
-            in_segment = pools.segment(cell["ticket.segment"], layers)
-            maskable = sum(p.numel() for name, p in canonical_parameters(model).items() if in_segment(name))
-        density = cell["ticket.density"] or 0.2
+        named = canonical_parameters(model)
+        pool: Callable[[str], bool] = pools.maskable
         if cell["ticket.of"] == "pool":
-            maskable = sum(
-                p.numel()
-                for name, p in canonical_parameters(model).items()
-                if STRATEGIES[cell["ticket.strategy"] or "decoupled"](name)
-            )
-        return entries_for(maskable, density=density), maskable
+            pool = STRATEGIES[cell["ticket.strategy"] or "decoupled"]
+        elif cell["ticket.segment"] is not None:
+            layers = len({layer_of(name) for name in named} - {"embeddings", "other"})
+            pool = pools.segment(cell["ticket.segment"], layers)
+        n = sum(p.numel() for name, p in named.items() if pool(name))
+        return entries_for(n, density=cell["ticket.density"] or 0.2), n
     if isinstance(method, TaskSFT):  # random entries are not drawn to be counted
         return method.budget(model), Ticket.full(model, SCOPES[method.scope]).n
     ticket = method.ticket(model)
@@ -162,18 +156,10 @@ def _body(model: Any) -> int:
 
 
 def _meta_model(name: str) -> Any:
-    """The base model without weights: from its folder or the Hub, or from the known sizes of XLM-R."""
-    from transformers import AutoModelForCausalLM, XLMRobertaConfig
+    """The base model without weights."""
+    from transformers import AutoModelForCausalLM
 
-    size = SIZES.get(name.rpartition("/")[2])
-    if size is not None and not Path(name).is_dir():
-        hidden, layers, heads, inner = size
-        config = XLMRobertaConfig(
-            vocab_size=250002, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-            intermediate_size=inner, max_position_embeddings=514, type_vocab_size=1,
-        )  # fmt: skip
-    else:
-        config = load_config("run", name)
+    config = load_config("run", name)
     with torch.device("meta"):
         if config.model_type == "xlm-roberta":
             return backbone_from_config(config, decoupled=False)
