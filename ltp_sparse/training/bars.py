@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer
 
 _TIMES = ("runtime", "per_second")
 
@@ -17,14 +17,7 @@ class LatestFigures(ProgressCallback):
         super().__init__()
         self.figures: dict[str, str] = {}
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         for name, value in (logs or {}).items():
             if name == "loss" or (name.startswith("eval_") and not name.endswith(_TIMES)):
                 self.figures[name.replace("eval_", "dev ")] = f"{value:.4g}"

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +23,7 @@ from ltp_sparse.prompting.inputs import IGNORED_LABEL
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.training.bars import show_progress
 from ltp_sparse.training.evaluation import METRICS
-from ltp_sparse.training.run_folder import alone, begin
+from ltp_sparse.training.run_folder import begin, locked
 from ltp_sparse.training.trainer import KeepBest, SparseTrainer
 
 
@@ -126,10 +124,7 @@ def fit(
             f"train_method: the ticket was selected on other initial weights than these: {moved[0]!r} differs "
             f"({len(moved)} tensors in all); load the initial weights again, or revert the deltas applied to them"
         )
-    with ExitStack() as stack:
-        folder = os.fspath(options.output_dir or stack.enter_context(tempfile.TemporaryDirectory()))
-        stack.enter_context(alone(folder))
-        Path(folder).mkdir(parents=True, exist_ok=True)
+    with locked(options.output_dir) as folder:
         keep_best = KeepBest(options.metric, on_disk=options.output_dir is not None, last=options.keep_last)
         trainer = SparseTrainer(
             model,
@@ -193,9 +188,7 @@ class _SaveEvery(TrainerCallback):
     def __init__(self, epochs: int) -> None:
         self.epochs = epochs
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if round(state.epoch or 0) % self.epochs:
             control.should_save = False
 

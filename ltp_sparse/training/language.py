@@ -69,9 +69,7 @@ def train_language(
         tuned.reset()
         maskable = sum(s.numel() for name, s in moved.ticket.shapes.items() if pools.maskable(name))
         budget = scaled_budget(k, maskable) if density is None else entries_for(maskable, density=density)
-        shares: Mapping[str, float] | None = None
-        if kind == "sc-sft":
-            shares = group_shares("language", moved.ticket.names)
+        shares = group_shares("language", moved.ticket.names) if kind == "sc-sft" else None
         ticket = most_changed(moved, None, budget, shares)
     tuned = tune_mlm(model, tokenizer, texts, settings, ticket=ticket, **_phase(2, options))
     delta = tuned.delta()

@@ -82,14 +82,9 @@ class MaskedTexts(Dataset):
             blocks = len(self.tokens) // length
             self.offsets = np.arange(blocks + 1, dtype=np.int64) * length
         if len(self) == 0:
-            raise ValueError(
-                f"{len(self.tokens)} tokens give no example"
-                + (
-                    f" of {length} tokens; give more text or line_by_line=True"
-                    if packed
-                    else "; give texts that are not empty"
-                )
-            )
+            per_block = f" of {length} tokens; give more text or line_by_line=True"
+            wanted = per_block if packed else "; give texts that are not empty"
+            raise ValueError(f"{len(self.tokens)} tokens give no example{wanted}")
         self.probability, self.seed = probability, seed
         self.vocabulary, self.mask_id = len(tokenizer), tokenizer.mask_token_id
         self.special = np.unique(

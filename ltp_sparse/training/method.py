@@ -67,9 +67,7 @@ class Trained:
 
     def release(self) -> None:
         """Restores the initial bits of the language model and detaches the method's modules. Idempotent."""
-        if _is_applied(self.delta, self.model):
-            self.delta.revert(self.model)
-        self.setup.undo()
+        _release(self.setup, self.delta)
 
 
 def train_method(
@@ -117,7 +115,7 @@ def train_method(
         digests = {name: digest for name, digest in ticket.fingerprint.items() if name in active.sets}
         active = Ticket(active.sets, active.shapes, active.metadata, {**digests, **active.fingerprint})
     context = Context(tokenizer=tokenizer, labels=labels, language=language, verbalizer=verbalizer, seed=run.seed)
-    setup = method.build(language_model, context)
+    setup, delta = method.build(language_model, context), None
     try:
         encoded = setup.encode(train), setup.encode(dev)
         phases: list[Fit] = []
@@ -131,10 +129,6 @@ def train_method(
         setup, active = method.choose(setup, active, tune)
         last = fit(setup, method.settings, active, *encoded, run)
         delta, *rest = _finished(method, setup, last, run, labels=labels, language=language)
-    except BaseException:
-        setup.undo()
-        raise
-    try:
         delta.apply(setup.model, digests=last.digests)
         setup.model.eval()
         dense = delta.dense if setup.bake is None else setup.bake()
@@ -151,9 +145,7 @@ def train_method(
         _trained[language_model] = delta
         return result
     except BaseException:
-        if _is_applied(delta, setup.model):
-            delta.revert(setup.model)
-        setup.undo()
+        _release(setup, delta)
         raise
 
 
@@ -177,6 +169,12 @@ def _finished(
     return method.finish(
         setup, *(SparseDelta(d.ticket, d.values, d.originals, d.dense, {**metadata, **facts}) for d, facts in kept)
     )
+
+
+def _release(setup: Setup, delta: SparseDelta | None) -> None:
+    if delta is not None and _is_applied(delta, setup.model):
+        delta.revert(setup.model)
+    setup.undo()
 
 
 def _is_applied(delta: SparseDelta, model: nn.Module) -> bool:

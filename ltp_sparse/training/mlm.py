@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +28,7 @@ from ltp_sparse.selection.ltp import STRATEGIES, find_ticket  # noqa: F401 (its 
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.training.bars import show_progress
 from ltp_sparse.training.masked_texts import MaskedTexts, PadRight, split_texts, text_hash
-from ltp_sparse.training.run_folder import alone, begin
+from ltp_sparse.training.run_folder import begin, locked
 from ltp_sparse.training.trainer import KeepBest, SparseTrainer
 from ltp_sparse.weights.names import canonical_parameters
 
@@ -185,21 +183,10 @@ def tune_mlm(
     else:
         members = {id(parameter) for parameter in dense.parameters()}
         head = {name: parameter for name, parameter in parameters.items() if id(parameter) in members}
-
-    def dataset(part: Sequence[str], seed: int) -> MaskedTexts:
-        return MaskedTexts(
-            part,
-            tokenizer,
-            length=settings.length,
-            packed=not settings.line_by_line,
-            probability=settings.mask_probability,
-            seed=seed,
-            progress=progress,
-        )
-
     try:
         training, validation = split_texts(texts, settings.validation, settings.seed)
-        train_dataset, eval_dataset = dataset(training, settings.seed), dataset(validation, settings.seed + 1)
+        train_dataset = _masked(training, tokenizer, settings, settings.seed, progress)
+        eval_dataset = _masked(validation, tokenizer, settings, settings.seed + 1, progress)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     room = longest_input(model.config)
@@ -208,9 +195,7 @@ def tune_mlm(
             f"tune_mlm: the model has positions for {room} tokens, got {longest}; pass length={room} or less"
         )
     device = next(model.parameters()).device
-    with ExitStack() as stack:
-        folder = os.fspath(output_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="ltp_sparse-mlm-")))
-        stack.enter_context(alone(folder))
+    with locked(output_dir) as folder:
         trainer = MLMTrainer(
             model,
             _training_arguments(settings, len(train_dataset), folder, progress, arguments),
@@ -257,14 +242,7 @@ def mlm_losses(
         settings: its settings; if `max_steps` is positive, there are at most so many batches.
     """
     training, _ = split_texts(texts, settings.validation, settings.seed)
-    dataset = MaskedTexts(
-        training,
-        tokenizer,
-        length=settings.length,
-        packed=not settings.line_by_line,
-        probability=settings.mask_probability,
-        seed=settings.seed,
-    )
+    dataset = _masked(training, tokenizer, settings, settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     order = torch.randperm(len(dataset), generator=generator, dtype=torch.int64, device="cpu").tolist()
     if settings.max_steps > 0:
@@ -281,6 +259,20 @@ def mlm_losses(
                 yield masked_token_loss(model(**batch), labels)
     finally:
         model.train(was_training)
+
+
+def _masked(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, settings: MLMSettings, seed: int, progress: bool = False
+) -> MaskedTexts:
+    return MaskedTexts(
+        texts,
+        tokenizer,
+        length=settings.length,
+        packed=not settings.line_by_line,
+        probability=settings.mask_probability,
+        seed=seed,
+        progress=progress,
+    )
 
 
 def _check(model: nn.Module, settings: MLMSettings, output_dir: str | os.PathLike[str] | None, resume: bool) -> None:
@@ -382,15 +374,13 @@ class _Epochs(TrainerCallback):
     def __init__(self, dataset: MaskedTexts) -> None:
         self.dataset = dataset
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.dataset.begin_epoch(int(state.epoch or 0))
 
 
 class _EvaluateAtEnd(TrainerCallback):
     """Evaluates after the last update, so that the last weights can be the best ones."""
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_evaluate = True

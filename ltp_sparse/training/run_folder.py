@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,16 @@ def begin(folder: str | os.PathLike[str], facts: Mapping[str, Any], *, what: str
             temporary.write_text(json.dumps(facts, indent=1))
         sweep(path.parent)
     return checkpoint
+
+
+@contextmanager
+def locked(folder: str | os.PathLike[str] | None) -> Iterator[str]:
+    """The output folder of a run, made if it is missing and locked against other runs; None: a temporary one."""
+    with ExitStack() as stack:
+        place = os.fspath(folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="ltp_sparse-")))
+        stack.enter_context(alone(place))
+        Path(place).mkdir(parents=True, exist_ok=True)
+        yield place
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.trainer_callback import TrainerState
 
 from ltp_sparse.deltas.delta import SparseDelta
 from ltp_sparse.optim import MaskedAdamW
@@ -287,7 +287,7 @@ class _Complete(TrainerCallback):
     def __init__(self, trainer: SparseTrainer) -> None:
         self.trainer = weakref.proxy(trainer)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.trainer.accelerator.wait_for_everyone()
         if not state.is_world_process_zero:
             return
@@ -355,9 +355,7 @@ class KeepBest(TrainerCallback):
         elif self.best is not None:
             _link(self.path, folder / BEST_FILE)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         # The best of an earlier run, or of steps that are trained again, must not count.
         self.best, self._delta, self._training = None, None, True
         saved = None if self.trainer.resumed_from is None else self.trainer.resumed_from / BEST_FILE
@@ -372,12 +370,7 @@ class KeepBest(TrainerCallback):
             self.path.unlink(missing_ok=True)
 
     def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: Mapping[str, float] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, metrics: Mapping[str, float] | None = None, **kwargs: Any
     ) -> None:
         metrics = metrics or {}
         self._seen |= set(metrics)
@@ -394,9 +387,7 @@ class KeepBest(TrainerCallback):
         elif state.is_world_process_zero:
             delta.save(self.path, max_shard_size=None)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._training = False
         if self._keeps_last:
             self.last = self.trainer.delta({"step": state.global_step, "epoch": state.epoch})
