@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _report(error, f"{package} is not installed; pip install {wanted}")
         return 2
     except CommandError as error:
-        return _refused(error)
+        return _refused(error, command=getattr(options, "command", None))
     except (ValueError, TypeError, OSError) as error:
         return _refused(error, {} if parser is None or options is None else flags_of(parser.commands[options.command]))
     except Exception as error:
@@ -69,12 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _refused(error: Exception, flags: Mapping[str, argparse.Action] | None = None) -> int:
+def _refused(error: Exception, flags: Mapping[str, argparse.Action] | None = None, command: str | None = None) -> int:
     """Reports a mistake of the user in terms of flags, without the name of the function that found it."""
     message = _with_flags(str(error), flags or {})
     for name in {name for frame, _ in traceback.walk_tb(error.__traceback__) for name in _names(frame.f_code)}:
         message = message.removeprefix(f"{name}: ").replace(f": {name}: ", ": ")
-    _report(error, message)
+    _report(error, message if command is None else f"{command}: {message}")
     return 2
 
 

@@ -20,7 +20,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    check_writable("demo", options.output, folder=True)
+    check_writable(options.output, folder=True)
     from transformers.utils import logging
 
     from ltp_sparse.demo import demo

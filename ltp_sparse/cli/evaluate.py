@@ -53,10 +53,10 @@ def run(options: argparse.Namespace) -> None:
     from ltp_sparse.recipes import results
 
     made = Run.load(options.folder)
-    made.check_model("evaluate")
-    check_writable("evaluate", options.folder / results.RESULTS, option="results")
+    made.check_model()
+    check_writable(options.folder / results.RESULTS, option="results")
     if options.plot is not None:
-        check_writable("evaluate", options.plot, option="--plot")
+        check_writable(options.plot, option="--plot")
     seeds = finished_seeds(options.folder, options.seeds)
     if options.test is not None or (made.task is None and options.task is None):
         name, metric, examples = _own_examples(options, made)
@@ -121,10 +121,10 @@ def _own_examples(options: argparse.Namespace, run: Run) -> tuple[str, str, dict
 
     source = options.test or run.test
     if source is None:
-        raise CommandError("evaluate: the run was trained without --test; pass a file to test on, --test FILE")
+        raise CommandError("the run was trained without --test; pass a file to test on, --test FILE")
     if options.data is not None or options.split != "test":
         option = "--split" if options.data is None else "--data"
-        raise CommandError(f"evaluate: {option} is for a known task, not for your own data; leave it out")
+        raise CommandError(f"{option} is for a known task, not for your own data; leave it out")
     examples = read_own(
         source,
         given_columns(options, run),
@@ -134,12 +134,12 @@ def _own_examples(options: argparse.Namespace, run: Run) -> tuple[str, str, dict
     )
     if foreign := [example.label for example in examples if example.label not in run.labels]:
         raise CommandError(
-            f"evaluate: {source} has the class {foreign[0]!r} ({len(foreign)} examples of unknown classes); the "
+            f"{source} has the class {foreign[0]!r} ({len(foreign)} examples of unknown classes); the "
             f"run was trained on {', '.join(run.labels)}"
         )
     found = by_language(examples)
     if unknown := [language for language in options.languages or () if language not in found]:
-        raise CommandError(f"evaluate: {source} has no example of language {unknown[0]!r}, only {', '.join(found)}")
+        raise CommandError(f"{source} has no example of language {unknown[0]!r}, only {', '.join(found)}")
     return source, options.metric or run.metric, {name: found[name] for name in options.languages or found}
 
 
@@ -151,7 +151,7 @@ def _task_examples(options: argparse.Namespace, run: Run) -> tuple[str, str, dic
     of = task(options.task or TEST_TASKS.get(run.task or "", run.task or ""))
     if of.kind != run.kind or set(of.labels) != set(run.labels):
         raise CommandError(
-            f"evaluate: the run was trained on {run.kind}s of the classes {', '.join(run.labels)}, but "
+            f"the run was trained on {run.kind}s of the classes {', '.join(run.labels)}, but "
             f"--task {of.name} has {of.kind}s of the classes {', '.join(of.labels)}"
         )
     languages = options.languages or of.languages

@@ -30,14 +30,14 @@ def run(options: argparse.Namespace) -> None:
     need(options, "folder", "output")
     expect(options, "folder", "run of ltp-sparse train")
     if options.output.is_dir() and any(options.output.iterdir()):
-        raise CommandError(f"export: --output {options.output} is not empty; choose a new or empty folder")
+        raise CommandError(f"--output {options.output} is not empty; choose a new or empty folder")
     from ltp_sparse.cli.runs import BAKED, Run, first_seed
     from ltp_sparse.tasks.own import UNDETERMINED
 
     made = Run.load(options.folder)
-    made.check_model("export")
+    made.check_model()
     seed = first_seed(options.folder, options.seed)
-    check_writable("export", options.output, folder=True)
+    check_writable(options.output, folder=True)
     from ltp_sparse.training.export import SCRIPT, export
 
     known = made.columns is None or (made.columns.language is None and made.language != UNDETERMINED)

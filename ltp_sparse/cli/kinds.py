@@ -72,7 +72,7 @@ def expect(options: argparse.Namespace, name: str, *kinds: str) -> None:
         if path is None:
             continue
         found, wanted = kind_of(path), " or a ".join(kinds)
-        where = f"{options.command}: {shown(options, name)}"
+        where = shown(options, name)
         made = "; " + _MADE_BY[kinds[0]] if kinds[0] in _MADE_BY else ""
         if found is not None and found not in kinds:
             raise CommandError(f"{where} expects a {wanted}, but {path} is a {found}: {_BELONGS[found]}{made}")
@@ -101,4 +101,4 @@ def expect_model(options: argparse.Namespace) -> None:
         try:
             locate(given)
         except ValueError as error:
-            raise CommandError(f"{options.command}: --{name}: {error}") from None
+            raise CommandError(f"--{name}: {error}") from None

@@ -114,12 +114,10 @@ def _print_stage(options: argparse.Namespace, config: Any) -> None:
     device, dtype = options.device or "cuda", options.dtype or "float32"
     (density, *more) = options.density or (0.2,)
     if more:
-        raise CommandError(
-            f"memory: expected one --density for an XLM-R, got {len(more) + 1}; several are for decoders"
-        )
+        raise CommandError(f"expected one --density for an XLM-R, got {len(more) + 1}; several are for decoders")
     longest = longest_input(config)
     if not 1 <= length <= longest:
-        raise CommandError(f"memory: --length must be in [1, {longest}] for {options.model}, got {length}")
+        raise CommandError(f"--length must be in [1, {longest}] for {options.model}, got {length}")
     rows = table(config, stage, density=density, batch=batch, length=length, dtype=dtype, device=device)
     print(f"{options.model}, {dtype} weights, on {'a CPU' if device == 'cpu' else 'a GPU'};")
     print(_DESCRIPTIONS[stage].format(density=density), end=" ")
@@ -299,11 +297,9 @@ def _config(name: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(name) if path.is_file() else load_config("memory", name)
     except (OSError, ValueError) as error:
-        raise CommandError(
-            f"memory: no config in {name!r}; pass {_KNOWN}, a config.json, its folder, or a Hub name"
-        ) from error
+        raise CommandError(f"no config in {name!r}; pass {_KNOWN}, a config.json, its folder, or a Hub name") from error
     if config.model_type != "xlm-roberta" and not is_decoder(config):
         raise CommandError(
-            f"memory: expected an XLM-R or a causal language model, but {name!r} is of type {config.model_type!r}"
+            f"expected an XLM-R or a causal language model, but {name!r} is of type {config.model_type!r}"
         )
     return config

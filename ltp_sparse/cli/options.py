@@ -32,7 +32,7 @@ _REPORTER_PACKAGES = {
 
 
 class CommandError(Exception):
-    """A mistake in the options."""
+    """A mistake in the options. `main` puts the name of the command in front of its message."""
 
 
 class _ArgumentParser(argparse.ArgumentParser):
@@ -181,16 +181,15 @@ def need(options: argparse.Namespace, *names: str) -> None:
     """Raises CommandError for required options that are given by neither flags nor the file."""
     for name in names:
         if getattr(options, name) in (None, []):
-            command = options.command
-            raise CommandError(f"{command}: {shown(options, name)} is needed; see ltp-sparse {command} --help")
+            raise CommandError(f"{shown(options, name)} is needed; see ltp-sparse {options.command} --help")
 
 
 def refuse(options: argparse.Namespace, *names: str, why: str) -> None:
-    """Raises CommandError if one of these options is given, e.g. "train: --dev is for your own data"."""
+    """Raises CommandError if one of these options is given, e.g. "--dev is for your own data"."""
     for name in names:
         value = getattr(options, name, None)
         if value is not None and value is not False:
-            raise CommandError(f"{options.command}: {shown(options, name)} {why}")
+            raise CommandError(f"{shown(options, name)} {why}")
 
 
 def at_least_one(text: str) -> int:
@@ -207,24 +206,24 @@ def share(text: str) -> float:
     return number
 
 
-def check_writable(command: str, path: Path, *, folder: bool = False, option: str = "--output") -> None:
+def check_writable(path: Path, *, folder: bool = False, option: str = "--output") -> None:
     """Raises CommandError unless a file, or files in a folder, can be written. Call it before hours of work."""
     from ltp_sparse.weights import files
 
     if os.path.isdir(path) != folder and os.path.exists(path):
-        raise CommandError(f"{command}: {option} must be a {'folder' if folder else 'file'}, but {path} is not")
+        raise CommandError(f"{option} must be a {'folder' if folder else 'file'}, but {path} is not")
     try:
         files.check_writable(path, folder=folder)
     except OSError as error:
         why = (error.strerror or str(error)).removeprefix("cannot be written: ")
-        raise CommandError(f"{command}: {option} {path} cannot be written: {why}") from error
+        raise CommandError(f"{option} {path} cannot be written: {why}") from error
 
 
-def check_starts_anew(command: str, folder: Path, option: str) -> None:
+def check_starts_anew(folder: Path, option: str) -> None:
     """Raises CommandError if a folder has checkpoints of an interrupted run, which a new run would remove."""
     if any(folder.rglob("checkpoint-*")):
         raise CommandError(
-            f"{command}: {folder} has checkpoints of an interrupted run; pass --resume to continue, or another {option}"
+            f"{folder} has checkpoints of an interrupted run; pass --resume to continue, or another {option}"
         )
 
 

@@ -49,9 +49,7 @@ def given_columns(options: argparse.Namespace, run: Run | None = None) -> Column
     named = {name: getattr(options, f"{name}_column") for name in _COLUMNS}
     columns = replace(base, **{name: value for name, value in named.items() if value is not None})
     if run is not None and columns.kind != run.kind:
-        raise CommandError(
-            f"{options.command}: --pair-column is for pairs, but the run was trained on single texts; leave it out"
-        )
+        raise CommandError("--pair-column is for pairs, but the run was trained on single texts; leave it out")
     return replace(columns, quoted=True) if options.quoted else columns
 
 
@@ -69,11 +67,9 @@ def words_of(texts: list[str] | None) -> dict[str, list[str]] | None:
     for text in texts:
         label, equals, words = text.rpartition("=")
         if not equals or not label or not all(words.split(",")):
-            raise CommandError(f"train: --words expects CLASS=WORD, e.g. positive=good, got {text!r}")
+            raise CommandError(f"--words expects CLASS=WORD, e.g. positive=good, got {text!r}")
         if label in found:
-            raise CommandError(
-                f"train: --words has two entries for {label!r}; write several words of a class as {label}=a,b"
-            )
+            raise CommandError(f"--words has two entries for {label!r}; write several words of a class as {label}=a,b")
         found[label] = words.split(",")
     return found
 

@@ -38,7 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     need(options, "folder", "examples")
     if options.output is not None and options.output.suffix not in _SUFFIXES:
-        raise CommandError(f"predict: --output must end in {' or '.join(_SUFFIXES)}, got {options.output}")
+        raise CommandError(f"--output must end in {' or '.join(_SUFFIXES)}, got {options.output}")
     expect(options, "folder", "run of ltp-sparse train")
     expect_source(options, "examples")
     from ltp_sparse.cli.runs import Run, first_seed, load_seed
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
     from ltp_sparse.weights.files import atomic_path
 
     made = Run.load(options.folder)
-    made.check_model("predict")
+    made.check_model()
     columns = given_columns(options, made)
     examples = read_own(
         options.examples,
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
     )
     warn_of_gaps(examples, None, options.examples)
     if options.output is not None:
-        check_writable("predict", options.output)
+        check_writable(options.output)
     seed = first_seed(options.folder, options.seed)
     import torch
     from tqdm.auto import tqdm

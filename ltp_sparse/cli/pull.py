@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> None:
     folder, address = download(options.name)
     kind = kind_held(files_in(folder), address)
     if kind in ("ticket", "delta"):
-        check_writable("pull", options.output)
+        check_writable(options.output)
         import ltp_sparse as ls
         from ltp_sparse.weights.hub import read_pinned
 

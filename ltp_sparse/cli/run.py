@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
     _check_model(options, recipe)
     if options.on is None:
         refuse(options, "gpus_per_cell", why="needs --on; without it, cells run one after the other")
-    check_writable("run", options.output, folder=True)
+    check_writable(options.output, folder=True)
     from ltp_sparse.recipes.cache import Cache, default_cache
     from ltp_sparse.recipes.engines import Here, engine_on
     from ltp_sparse.recipes.run import run_recipe, unfinished
@@ -133,10 +133,10 @@ def _with_rates(recipe: Recipe, folder: Path | None) -> Recipe:
     if recipe.rates is None and folder is None:
         return recipe
     if recipe.rates is None:
-        raise CommandError(f"run: {recipe.name} has learning rates of its own; leave --rates out")
+        raise CommandError(f"{recipe.name} has learning rates of its own; leave --rates out")
     if folder is None:
         raise CommandError(
-            f"run: {recipe.name} takes its learning rates from results of {recipe.rates}; run that recipe first, and "
+            f"{recipe.name} takes its learning rates from results of {recipe.rates}; run that recipe first, and "
             "pass its folder by --rates"
         )
     from ltp_sparse.recipes import results
@@ -149,7 +149,7 @@ def _check_model(options: argparse.Namespace, recipe: Recipe) -> None:
     """Raises CommandError if all cells have one model, which is unavailable. Of several models, only cells fail."""
     models = {cell["model"] for cell in recipe.cells}
     if len(models) == 1:
-        expect_model(argparse.Namespace(command="run", model=models.pop(), tokenizer=options.tokenizer, positional=()))
+        expect_model(argparse.Namespace(model=models.pop(), tokenizer=options.tokenizer, positional=()))
 
 
 def overrides(options: argparse.Namespace) -> list[tuple[str, Any]]:
@@ -161,8 +161,8 @@ def overrides(options: argparse.Namespace) -> list[tuple[str, Any]]:
 def _pair(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise CommandError(f"run: expected KEY=VALUE, e.g. settings.epochs=1 or shots=[1,2,4], got {text!r}")
+        raise CommandError(f"expected KEY=VALUE, e.g. settings.epochs=1 or shots=[1,2,4], got {text!r}")
     try:
         return key, parse_yaml(value, text)
     except FileFormatError as error:
-        raise CommandError(f"run: {text!r}: the value is not YAML ({error.problem})") from None
+        raise CommandError(f"{text!r}: the value is not YAML ({error.problem})") from None

@@ -88,7 +88,7 @@ class Run:
         except (AttributeError, TypeError, ValueError) as error:
             raise FileFormatError(path, f"damaged, or of another version of ltp_sparse ({error})") from error
 
-    def check_model(self, command: str) -> None:
+    def check_model(self) -> None:
         """Raises CommandError if the model or the tokenizer is no longer available."""
         from ltp_sparse.weights.locating import locate
 
@@ -96,7 +96,7 @@ class Run:
             for name in filter(None, (self.model, self.tokenizer)):
                 locate(name)
         except ValueError as error:
-            raise CommandError(f"{command}: the model of the run was not found: {error}") from None
+            raise CommandError(f"the model of the run was not found: {error}") from None
 
     def check_continues(self, folder: Path) -> None:
         """Raises CommandError if the folder has seeds of another run, which would count as seeds of this one."""
@@ -107,7 +107,7 @@ class Run:
             old, new = getattr(before, field.name), getattr(self, field.name)
             if old != new and field.name != "test":
                 raise CommandError(
-                    f"train: {folder} holds seeds of a run with {field.name.replace('_', ' ')} {old!r}, but this one "
+                    f"{folder} holds seeds of a run with {field.name.replace('_', ' ')} {old!r}, but this one "
                     f"has {new!r}; choose another --output"
                 )
 
@@ -150,11 +150,9 @@ def check_same_training(finished: Path, method: Method, ticket: Ticket | None) -
         for key, new in wanted[part].items():
             old = delta.metadata[part].get(key)
             if key != "seeds" and old != new:
-                raise CommandError(
-                    f"train: {finished} was trained with {key} {old}, not {new}; choose another --output"
-                )
+                raise CommandError(f"{finished} was trained with {key} {old}, not {new}; choose another --output")
     if method.key == "ltp" and delta.ticket != ticket:
-        raise CommandError(f"train: {finished} was trained on another ticket than --ticket; choose another --output")
+        raise CommandError(f"{finished} was trained on another ticket than --ticket; choose another --output")
 
 
 def seeds_to_train(folder: Path, seeds: Sequence[int]) -> Iterator[int]:

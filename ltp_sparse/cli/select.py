@@ -96,12 +96,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     need(options, "output")
     if (options.initial is None) != (options.tuned is None):
-        raise CommandError("select: --initial and --tuned go together")
+        raise CommandError("--initial and --tuned go together")
     if options.initial is None:
         refuse(options, "allow_missing", "compare_in", why="goes with --initial and --tuned")
     if options.segment is None:
         refuse(options, "intersect", why="needs a --segment to cut the global ticket to")
-    check_writable("select", options.output)
+    check_writable(options.output)
     if options.initial is not None:
         ticket = _from_checkpoints(options)
     else:
@@ -138,15 +138,15 @@ def _from_checkpoints(options: argparse.Namespace):  # type: ignore[no-untyped-d
 def _from_text(options: argparse.Namespace):  # type: ignore[no-untyped-def]
     need(options, "model")
     if (options.text is None) == (options.hub_text is None):
-        raise CommandError("select: pass either --text FILES or --hub-text NAME")
+        raise CommandError("pass either --text FILES or --hub-text NAME")
     if options.text is None:
         refuse(options, "text_column", why="is for --text; use --hub-column for a Hub data set")
     if (options.resume or options.save_every) and options.run_dir is None:
-        raise CommandError("select: --save-every and --resume need a --run-dir")
+        raise CommandError("--save-every and --resume need a --run-dir")
     if options.report_to in ("tensorboard", "all") and options.run_dir is None:
-        raise CommandError(f"select: --report-to {options.report_to} needs a --run-dir, where its logs are kept")
+        raise CommandError(f"--report-to {options.report_to} needs a --run-dir, where its logs are kept")
     if options.run_dir is not None and not options.resume:
-        check_starts_anew("select", options.run_dir, "--run-dir")
+        check_starts_anew(options.run_dir, "--run-dir")
     expect_model(options)
     expect(options, "text", "text", "table")
     strategy = options.strategy or "decoupled"
@@ -231,13 +231,9 @@ def _only_column(paths: list[Path]) -> str | None:
         elif "text" in names or len(names) == 1:
             found.add("text" if "text" in names else names[0])
         else:
-            raise CommandError(
-                f"select: {path} has the columns {', '.join(names)}; name the one with the text, --text-column"
-            )
+            raise CommandError(f"{path} has the columns {', '.join(names)}; name the one with the text, --text-column")
     if len(found) > 1:
-        raise CommandError(
-            "select: the files of --text have different columns; name the one with the text, --text-column"
-        )
+        raise CommandError("the files of --text have different columns; name the one with the text, --text-column")
     return found.pop()
 
 

@@ -136,11 +136,11 @@ def run(options: argparse.Namespace) -> None:
     wanted = finished if options.seeds is None else {f"seed-{seed}" for seed in options.seeds}
     if finished & wanted and not options.resume:
         raise CommandError(
-            f"train: {options.output} already holds trained seeds; pass --resume to keep them, or another --output"
+            f"{options.output} already holds trained seeds; pass --resume to keep them, or another --output"
         )
     for folder in [options.output] if options.seeds is None else [options.output / name for name in wanted]:
         if not options.resume:
-            check_starts_anew("train", folder, "--output")
+            check_starts_anew(folder, "--output")
     language = options.language or _usual_language(options)
     verbalizer_language = options.verbalizer or language
     data = _own_data(options, words, language) if options.train else None
@@ -148,9 +148,9 @@ def run(options: argparse.Namespace) -> None:
     if words is None and options.method in PROMPT_METHODS:
         _check_words_are_known(options, labels, verbalizer_language)
     if words is not None and set(words) != set(labels):
-        raise CommandError(f"train: --words must be for the classes {', '.join(labels)}, got {', '.join(words)}")
+        raise CommandError(f"--words must be for the classes {', '.join(labels)}, got {', '.join(words)}")
     data = data or _task_data(options, language)
-    check_writable("train", options.output, folder=True)
+    check_writable(options.output, folder=True)
 
     import ltp_sparse as ls
     from ltp_sparse.models.backbone import load_backbone, longest_input
@@ -264,7 +264,7 @@ def _check_method(options: argparse.Namespace) -> None:
     """Raises CommandError for options that the method does not have, and for a missing ticket."""
     method = options.method
     if method in TICKET_METHODS and options.ticket is None:
-        raise CommandError(f"train: --ticket is needed for {method}; make one with ltp-sparse select")
+        raise CommandError(f"--ticket is needed for {method}; make one with ltp-sparse select")
     unfit = f"not for {method}; leave it out"
     if method not in TICKET_METHODS:
         refuse(options, "ticket", why=f"is for {' and '.join(TICKET_METHODS)}, {unfit}")
@@ -280,12 +280,12 @@ def _check_words_are_known(options: argparse.Namespace, labels: tuple[str, ...],
 
     if labels != CLASSES:
         raise CommandError(
-            f"train: {options.method} needs a word for each class: --words "
+            f"{options.method} needs a word for each class: --words "
             + " ".join(f"{shlex.quote(label)}=WORD" for label in labels)
         )
     if language not in LANGUAGES:
         raise CommandError(
-            f"train: no label words are known for {language!r}; pass --verbalizer, one of {', '.join(LANGUAGES)}, or "
+            f"no label words are known for {language!r}; pass --verbalizer, one of {', '.join(LANGUAGES)}, or "
             "your own words, --words"
         )
 
@@ -316,7 +316,7 @@ def _own_data(options: argparse.Namespace, words: dict[str, list[str]] | None, l
     labels = classes_of([*train, *dev], words)
     if foreign := sorted({example.label for example in test} - set(labels)):
         raise CommandError(
-            f"train: --test {options.test} has the class {foreign[0]!r}, which no training example has; classes: "
+            f"--test {options.test} has the class {foreign[0]!r}, which no training example has; classes: "
             f"{', '.join(labels)}"
         )
     if words is None and set(labels) == set(CLASSES):
