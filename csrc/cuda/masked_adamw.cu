@@ -34,20 +34,16 @@ void cuda_prepare_step(const Step& step, const uint64_t* params, const uint64_t*
             addresses.param[i] = params[addresses.first + i];
             addresses.grad[i] = grads[addresses.first + i];
         }
-        prepare_kernel<<<(addresses.count + kThreads - 1) / kThreads, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-            step, addresses, prepared);
+        const Grid grid = {(addresses.count + kThreads - 1) / kThreads, kThreads};
+        launch("prepare_step", prepare_kernel, grid, stream, step, addresses, prepared);
     }
-    check("prepare_step");
 }
 
 void cuda_masked_adamw_(const DeviceUpdate& update, void* stream) {
-    if (update.n_items == 0) return;
     if (update.state.scales != nullptr) return cuda_masked_adamw_8bit_(update, stream);
-    const unsigned grid = blocks_of(update.n_items, "masked_adamw_");
     with_variant(update, [&](auto variant) {
-        update_kernel<decltype(variant)><<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(update);
+        launch("masked_adamw_", update_kernel<decltype(variant)>, {update.n_items, kThreads}, stream, update);
     });
-    check("masked_adamw_");
 }
 
 }  // namespace ltp

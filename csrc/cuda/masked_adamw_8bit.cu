@@ -17,11 +17,9 @@ __global__ void __launch_bounds__(kThreads, V::kAnchor ? 5 : 6)
 }  // namespace
 
 void cuda_masked_adamw_8bit_(const DeviceUpdate& update, void* stream) {
-    const unsigned grid = blocks_of(update.n_items, "masked_adamw_");
     with_variant(update, [&](auto variant) {
-        update_coded_kernel<decltype(variant)><<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(update);
+        launch("masked_adamw_", update_coded_kernel<decltype(variant)>, {update.n_items, kThreads}, stream, update);
     });
-    check("masked_adamw_");
 }
 
 }  // namespace ltp

@@ -26,24 +26,19 @@ __global__ void __launch_bounds__(kThreads, ACCUMULATE ? 10 : 0)
 }  // namespace
 
 void cuda_masked_sum_squares(const DeviceUpdate& update, const Total& total, void* stream) {
-    if (update.n_items == 0) return;
-    const unsigned grid = blocks_of(update.n_items, "masked_sum_squares");
     with_norm_variant(update, [&](auto variant) {
-        sum_squares_kernel<decltype(variant)><<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(update, total);
+        const auto kernel = sum_squares_kernel<decltype(variant)>;
+        launch("masked_sum_squares", kernel, {update.n_items, kThreads}, stream, update, total);
     });
-    check("masked_sum_squares");
 }
 
 void cuda_masked_pack_(const DeviceUpdate& update, float* out, bool accumulate, void* stream) {
-    if (update.n_items == 0) return;
-    const unsigned grid = blocks_of(update.n_items, "masked_pack_");
-    const auto on = static_cast<cudaStream_t>(stream);
     with_storage_type(update.grad_dtype, [&](auto grad) {
         with_flag(accumulate, [&](auto accumulated) {
-            pack_kernel<decltype(grad), decltype(accumulated)::value><<<grid, kThreads, 0, on>>>(update, out);
+            const auto kernel = pack_kernel<decltype(grad), decltype(accumulated)::value>;
+            launch("masked_pack_", kernel, {update.n_items, kThreads}, stream, update, out);
         });
     });
-    check("masked_pack_");
 }
 
 }  // namespace ltp

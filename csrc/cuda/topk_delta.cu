@@ -1,10 +1,7 @@
-#include <cuda_runtime.h>
-
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 
 #include "device_threads.cuh"
+#include "launch.cuh"
 #include "topk_delta_search.cuh"
 
 namespace ltp {
@@ -73,19 +70,6 @@ __global__ void __launch_bounds__(kBandThreads, 4)
     take_last_block<Initial, Tuned>(pairs, candidates, marks, band, search, blockIdx.x, collected, threads);
 }
 
-void check(cudaError_t status, const char* op) {
-    if (status != cudaSuccess) {
-        throw std::runtime_error(std::string(op) + ": CUDA error, " + cudaGetErrorString(status));
-    }
-}
-
-unsigned grid_of(int64_t blocks, const char* op) {
-    if (blocks > 0x7FFFFFFF) {
-        throw std::invalid_argument(std::string(op) + ": " + std::to_string(blocks) + " thread blocks are too many");
-    }
-    return unsigned(blocks);
-}
-
 int attribute_of_device(cudaDeviceAttr attribute, const char* op) {
     int device = 0, value = 0;
     check(cudaGetDevice(&device), op);
@@ -94,25 +78,23 @@ int attribute_of_device(cudaDeviceAttr attribute, const char* op) {
 }
 
 // A thread has several samples, and a processor at most one thread block.
-unsigned sample_grid(const Bracket& bracket, const char* op) {
+Grid sample_grid(const Bracket& bracket, const char* op) {
     const int64_t enough = (bracket.runs * kRun + 4 * kSampleThreads - 1) / (4 * kSampleThreads);
-    return unsigned(std::min<int64_t>(attribute_of_device(cudaDevAttrMultiProcessorCount, op), enough));
+    return {std::min<int64_t>(attribute_of_device(cudaDevAttrMultiProcessorCount, op), enough), kSampleThreads};
 }
 
 // A warp for each tile, up to two thread blocks per processor.
-unsigned candidate_grid(const Candidates& candidates, const char* op) {
+Grid candidate_grid(const Candidates& candidates, const char* op) {
     const int64_t enough = (candidates.n_tiles + kCandidateThreads / 32 - 1) / (kCandidateThreads / 32);
-    return unsigned(std::min<int64_t>(2 * attribute_of_device(cudaDevAttrMultiProcessorCount, op), enough));
+    return {std::min<int64_t>(2 * attribute_of_device(cudaDevAttrMultiProcessorCount, op), enough), kCandidateThreads};
 }
 
 }  // namespace
 
 void cuda_delta_histogram(const DevicePairs& pairs, const Histogram& histogram, void* stream) {
     const char* const op = "delta_histogram";
-    if (pairs.n_tiles == 0) return;
     const int processors = attribute_of_device(cudaDevAttrMultiProcessorCount, op);
     const int shared = attribute_of_device(cudaDevAttrMaxSharedMemoryPerBlockOptin, op);
-    const unsigned grid = unsigned(std::min<int64_t>(processors, pairs.n_tiles));
     BinRange range = {};
     range.row = histogram.prefixes == nullptr ? 32768 : 65536;
     range.shift = histogram.prefixes == nullptr ? 16 : 0;
@@ -120,80 +102,59 @@ void cuda_delta_histogram(const DevicePairs& pairs, const Histogram& histogram, 
     while (range.count * int(sizeof(uint32_t)) + 1024 > shared)
         range.count /= 2;  // 1024 bytes for scratch and the system
     const int bytes = range.count * int(sizeof(uint32_t));
+    const Grid grid = {std::min<int64_t>(processors, pairs.n_tiles), kHistogramThreads, bytes};
     with_pair_types(pairs, [&](auto initial, auto tuned) {
         const auto kernel = histogram_kernel<decltype(initial), decltype(tuned)>;
         check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), op);
         for (range.first = 0; range.first < range.row; range.first += range.count) {
-            kernel<<<grid, kHistogramThreads, bytes, static_cast<cudaStream_t>(stream)>>>(pairs, histogram, range);
-            check(cudaGetLastError(), op);
+            launch(op, kernel, grid, stream, pairs, histogram, range);
         }
     });
 }
 
 void cuda_delta_band(const DevicePairs& pairs, const Band& band, const Search& search, int64_t bins, void* stream) {
-    const char* const op = "delta_band";
-    if (pairs.n_tiles == 0) return;
-    const unsigned grid = grid_of(pairs.n_tiles, op);
     with_pair_types(pairs, [&](auto initial, auto tuned) {
-        band_kernel<decltype(initial), decltype(tuned)>
-            <<<grid, kBandThreads, 0, static_cast<cudaStream_t>(stream)>>>(pairs, band, search, bins);
+        launch("delta_band", band_kernel<decltype(initial), decltype(tuned)>, {pairs.n_tiles, kBandThreads}, stream,
+               pairs, band, search, bins);
     });
-    check(cudaGetLastError(), op);
 }
 
 void cuda_sample_upper(const DevicePairs& pairs, const Bracket& bracket, void* stream) {
     const char* const op = "sample_bracket";
-    const unsigned grid = sample_grid(bracket, op);
-    sample_upper_kernel<<<grid, kSampleThreads, 0, static_cast<cudaStream_t>(stream)>>>(pairs, bracket);
-    check(cudaGetLastError(), op);
+    launch(op, sample_upper_kernel, sample_grid(bracket, op), stream, pairs, bracket);
 }
 
 void cuda_sample_lower(const Bracket& bracket, void* stream) {
     const char* const op = "sample_bracket";
-    const unsigned grid = sample_grid(bracket, op);
-    sample_lower_kernel<<<grid, kSampleThreads, 0, static_cast<cudaStream_t>(stream)>>>(bracket);
-    check(cudaGetLastError(), op);
+    launch(op, sample_lower_kernel, sample_grid(bracket, op), stream, bracket);
 }
 
 void cuda_candidate_histogram(const Candidates& candidates, const CandidateBins& bands, const Search& search, int round,
                               void* stream) {
     const char* const op = "candidate_histogram";
-    if (candidates.n_tiles == 0) return;
-    const unsigned grid = candidate_grid(candidates, op);
-    const int bytes = int(bands.bins * int64_t(sizeof(uint32_t)));
-    check(cudaFuncSetAttribute(candidate_histogram_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), op);
-    candidate_histogram_kernel<<<grid, kCandidateThreads, bytes, static_cast<cudaStream_t>(stream)>>>(candidates, bands,
-                                                                                                      search, round);
-    check(cudaGetLastError(), op);
+    const auto kernel = candidate_histogram_kernel;
+    Grid grid = candidate_grid(candidates, op);
+    grid.bytes = int(bands.bins * int64_t(sizeof(uint32_t)));
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.bytes), op);
+    launch(op, kernel, grid, stream, candidates, bands, search, round);
 }
 
 void cuda_take_above(const Candidates& candidates, const Above& marks, const Search& search, const int64_t* above,
                      int rounds, void* stream) {
     const char* const op = "take_above";
-    if (candidates.n_tiles == 0) return;
-    const unsigned grid = candidate_grid(candidates, op);
-    take_above_kernel<<<grid, kCandidateThreads, 0, static_cast<cudaStream_t>(stream)>>>(candidates, marks, search,
-                                                                                         above, rounds);
-    check(cudaGetLastError(), op);
+    launch(op, take_above_kernel, candidate_grid(candidates, op), stream, candidates, marks, search, above, rounds);
 }
 
 void cuda_take_ties(const Candidates& candidates, const Ties& marks, void* stream) {
-    const char* const op = "take_ties";
-    if (candidates.n_tiles == 0) return;
-    const unsigned grid = grid_of(candidates.n_tiles, op);
-    take_ties_kernel<<<grid, kTieThreads, 0, static_cast<cudaStream_t>(stream)>>>(candidates, marks);
-    check(cudaGetLastError(), op);
+    launch("take_ties", take_ties_kernel, {candidates.n_tiles, kTieThreads}, stream, candidates, marks);
 }
 
 void cuda_take_last(const DevicePairs& pairs, const Candidates& candidates, const Ties& marks, const Band& band,
                     const Search& search, void* stream) {
-    const char* const op = "take_ties";
-    const unsigned grid = grid_of(pairs.n_tiles, op);
     with_pair_types(pairs, [&](auto initial, auto tuned) {
-        take_last_kernel<decltype(initial), decltype(tuned)>
-            <<<grid, kBandThreads, 0, static_cast<cudaStream_t>(stream)>>>(pairs, candidates, marks, band, search);
+        launch("take_ties", take_last_kernel<decltype(initial), decltype(tuned)>, {pairs.n_tiles, kBandThreads}, stream,
+               pairs, candidates, marks, band, search);
     });
-    check(cudaGetLastError(), op);
 }
 
 }  // namespace ltp

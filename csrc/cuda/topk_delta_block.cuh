@@ -38,24 +38,11 @@ void with_pair_types(const DevicePairs& pairs, Body&& body) {
     });
 }
 
-template <class T>
-LTP_HD float widened(T value) {
-    return to_float32(value);
-}
-
-#if defined(__CUDA_ARCH__)
-__device__ __forceinline__ float widened(Float16 value) {  // one instruction, also exact
-    float result;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
-    return result;
-}
-#endif
-
 LTP_HD float delta_of(Zeros, float tuned) { return tuned; }
 
 template <class Initial>
 LTP_HD float delta_of(Initial initial, float tuned) {
-    return tuned - widened(initial);
+    return tuned - to_float32(initial);
 }
 
 template <class T, int N>
@@ -75,8 +62,8 @@ LTP_HD Vector<T, N> load_vector(const T* from) {
 }
 
 template <class T>
-LTP_HD float load_widened(const T* from) {
-    return widened(load_vector<T, 1>(from).item[0]);
+LTP_HD float load_float32(const T* from) {
+    return to_float32(load_vector<T, 1>(from).item[0]);
 }
 
 LTP_HD bool is_served(const DevicePairs& pairs, const DeltaPair& pair) {
@@ -103,9 +90,9 @@ struct PairTile {
     }
 
     LTP_HD int32_t key(int entry) const {
-        const float after = load_widened(tuned + entry);
+        const float after = load_float32(tuned + entry);
         if constexpr (kHasInitial) {
-            return delta_key(after - load_widened(initial + entry));
+            return delta_key(after - load_float32(initial + entry));
         } else {
             return delta_key(after);
         }
@@ -119,7 +106,7 @@ struct PairTile {
             Vector<Initial, kVector> before = {};
             if constexpr (kHasInitial) before = load_vector<Initial, kVector>(initial + entry);
             const auto after = load_vector<Tuned, kVector>(tuned + entry);
-            for (int j = 0; j < kVector; ++j) out[j] = delta_key(delta_of(before.item[j], widened(after.item[j])));
+            for (int j = 0; j < kVector; ++j) out[j] = delta_key(delta_of(before.item[j], to_float32(after.item[j])));
         } else {
             for (int j = 0; j < kVector; ++j) out[j] = entry + j < length ? key(entry + j) : 0;
         }

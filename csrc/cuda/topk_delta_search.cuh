@@ -97,13 +97,13 @@ LTP_HD int64_t group_of_run(const Bracket& bracket, int64_t run) {
 LTP_HD float value_at(int64_t address, int64_t dtype, int64_t entry) {
     switch (Dtype(dtype)) {
         case Dtype::kBFloat16:
-            return load_widened(reinterpret_cast<const BFloat16*>(address) + entry);
+            return load_float32(reinterpret_cast<const BFloat16*>(address) + entry);
         case Dtype::kFloat16:
-            return load_widened(reinterpret_cast<const Float16*>(address) + entry);
+            return load_float32(reinterpret_cast<const Float16*>(address) + entry);
         case Dtype::kFloat32:
             break;
     }
-    return load_widened(reinterpret_cast<const float*>(address) + entry);
+    return load_float32(reinterpret_cast<const float*>(address) + entry);
 }
 
 // The shared memory of sample_upper_block.
