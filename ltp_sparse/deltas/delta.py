@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ltp_sparse.deltas.entries import Entries, entries_of, gather, gather_all, same_places, scatter_
 from ltp_sparse.deltas.ranks import gather_from_ranks, hold, own_entries
-from ltp_sparse.deltas.restoring import Exchange, Held, restoring
+from ltp_sparse.deltas.restoring import Exchange, copies, restoring
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Ticket, checked_fingerprint, pack_sets, unpack_sets
 from ltp_sparse.weights import file_shards, files
@@ -301,7 +301,8 @@ class SparseDelta(OnHub):
         entry = Applied(self, {}, {name: tensors[name].clone() for name in found.dense}, mine.ticket.sets, sets)
         places = self._places({name: tensors[name] for name in found.names}, sets)
         exchanges = [Exchange(entries, tensors, own.values) for entries in places]
-        with torch.no_grad(), restoring([*exchanges, *_held(entry.dense, tensors)], stack):
+        undo = [*(exchange.put_back for exchange in exchanges), *copies(entry.dense, tensors)]
+        with torch.no_grad(), restoring(undo, stack):
             for exchange in exchanges:
                 exchange.run()
                 entry.displaced |= exchange.entries.split(exchange.displaced)
@@ -525,7 +526,8 @@ class SparseDelta(OnHub):
         places = self._places({name: written[name] for name in entry.displaced}, entry.own)
         exchanges = [Exchange(entries, written, entry.displaced) for entries in places]
         now = {name: written[name].clone() for name in entry.dense}
-        with torch.no_grad(), restoring([*exchanges, *_held(now, written)], stack):
+        undo = [*(exchange.put_back for exchange in exchanges), *copies(now, written)]
+        with torch.no_grad(), restoring(undo, stack):
             for exchange in exchanges:
                 exchange.run()
             for name, tensor in entry.dense.items():
@@ -592,10 +594,6 @@ def applied_deltas(model: nn.Module) -> list[Applied]:
     model = unwrapped(model)
     base = getattr(model, getattr(model, "base_model_prefix", "") or "roberta", model)
     return _applied.setdefault(base if isinstance(base, nn.Module) else model, [])
-
-
-def _held(values: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[Held]:
-    return [Held(tensors[name], held) for name, held in values.items()]
 
 
 def base_fingerprint(

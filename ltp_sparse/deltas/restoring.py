@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,32 +12,8 @@ from torch import Tensor
 from ltp_sparse.deltas.entries import Entries
 from ltp_sparse.weights.tensors import bits
 
-
-class Change(Protocol):
-    """A change that can be undone, even after an interruption in its middle."""
-
-    def put_back(self) -> None: ...
-
-
-class Held(NamedTuple):
-    """The previous values of a whole tensor."""
-
-    tensor: Tensor
-    values: Tensor
-
-    def put_back(self) -> None:
-        self.tensor.detach().copy_(self.values)
-
-
-class HeldEntries(NamedTuple):
-    """The previous values of active entries: [entries.table.k]."""
-
-    entries: Entries
-    tensors: Mapping[str, Tensor]
-    values: Tensor
-
-    def put_back(self) -> None:
-        self.entries.scatter_(self.tensors, self.values)
+Write = Callable[[], object]
+"""Writes values into the model. To undo a change, it must also work after an interruption in the middle of it."""
 
 
 class Exchange:
@@ -71,38 +47,43 @@ class Exchange:
         self.entries.scatter_(self._tensors, self.displaced)
 
 
+def copies(values: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[Write]:
+    """The writes of whole tensors, by name."""
+    return [partial(tensors[name].detach().copy_, held) for name, held in values.items()]
+
+
 @contextmanager
-def restoring(changes: Iterable[Change], *lists: list) -> Iterator[None]:
+def restoring(undo: Iterable[Write], *lists: list) -> Iterator[None]:
     """Restores tensors and lists if the body raises an exception, KeyboardInterrupt included.
 
     Args:
-        changes: changes of tensors that the body makes.
+        undo: writes the previous values of the tensors that the body changes.
         lists: Python lists that the body changes.
     """
-    changes, contents = list(changes), [list(each) for each in lists]
+    undo, contents = list(undo), [list(each) for each in lists]
     try:
         yield
     except BaseException:
-        put_back(changes)
+        put_back(undo)
         for each, content in zip(lists, contents, strict=True):
             each[:] = content
         raise
 
 
 @torch.no_grad()
-def put_back(changes: Iterable[Change]) -> None:
-    """Writes the previous values back. A failing write is tried twice; an interrupt is raised at the end.
+def put_back(writes: Iterable[Write]) -> None:
+    """Writes previous values back. A failing write is tried twice; an interrupt is raised at the end.
 
     Raises:
         RuntimeError: a tensor could not be written.
     """
     interrupt: KeyboardInterrupt | None = None
     failed: Exception | None = None
-    for change in changes:
+    for write in writes:
         tries = 0
         while True:
             try:
-                change.put_back()
+                write()
                 break
             except KeyboardInterrupt as error:
                 interrupt = error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -169,7 +170,7 @@ class TicketSwitcher:
         if name == self.active:
             return
         pair = self._pair_of(self.active, name)
-        with torch.no_grad(), restoring([_Written(self, pair, name, self.active)], self._active):
+        with torch.no_grad(), restoring([partial(self._write, pair, name, self.active)], self._active):
             self._write(pair, self.active, name)
             self._active[:] = [name]
 
@@ -226,19 +227,6 @@ class TicketSwitcher:
                 f"TicketSwitcher: {stack[-1].delta!r} is applied to the model; revert it first, since the "
                 "switcher needs the base"
             )
-
-
-@dataclass
-class _Written:
-    """A switch from `old` to `new`, which can be undone."""
-
-    switcher: TicketSwitcher
-    pair: _Pair
-    new: str | None
-    old: str | None
-
-    def put_back(self) -> None:
-        self.switcher._write(self.pair, self.new, self.old)
 
 
 def _version(fitted: Fitted) -> _Version:

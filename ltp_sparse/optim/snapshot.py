@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ltp_sparse.deltas.delta import SparseDelta, base_fingerprint, read_entries
 from ltp_sparse.deltas.entries import entries_of, scatter_
 from ltp_sparse.deltas.ranks import own_entries
-from ltp_sparse.deltas.restoring import Change, Held, HeldEntries, put_back, restoring
+from ltp_sparse.deltas.restoring import Write, copies, put_back, restoring
 from ltp_sparse.optim.frozen import check_unchanged
 from ltp_sparse.optim.members import ParameterHome, dense_parameters, ticket_for
 from ltp_sparse.tickets.index_set import IndexSet
@@ -131,14 +132,14 @@ class Snapshot:
                 f"{self._what}: expected the dense parameters {sorted(self.dense)}, but the saved run has "
                 f"{sorted(delta.dense)}; resume with those of the interrupted run"
             )
-        with restoring(self._changes(*self._now())):
-            for change in self._changes(delta.values, delta.dense):
-                change.put_back()
+        with restoring(self._writes(*self._now())):
+            for write in self._writes(delta.values, delta.dense):
+                write()
 
     def put_back(self) -> None:
         """Writes the initial values into the model. An interrupt is raised only after all of them are written."""
         self._settle()
-        put_back(self._changes(self.originals, self.dense))
+        put_back(self._writes(self.originals, self.dense))
 
     def check_frozen(self) -> dict[str, str]:
         """Compares everything that a run must not change with the digests from before; call it after `put_back`.
@@ -177,15 +178,15 @@ class Snapshot:
     def _cut(self, name: str) -> Cut:
         return Cut.of(self.parameters[name], f"{self._what}: {name!r}")
 
-    def _changes(self, entries: Mapping[str, Tensor], dense: Mapping[str, Tensor]) -> list[Change]:
-        """The changes that write values into the model."""
+    def _writes(self, entries: Mapping[str, Tensor], dense: Mapping[str, Tensor]) -> list[Write]:
+        """The writes of these values into the model."""
         held = {name: local(self.parameters[name]) for name in [*entries, *dense]}
         own = {name: self._own(name) for name in entries}
         places = entries_of({name: held[name] for name in entries}, {name: part for name, (part, _) in own.items()})
         values = {name: entries[name][slots] for name, (_, slots) in own.items()}
         return [
-            *(HeldEntries(each, held, each.join(values)) for each in places),
-            *(Held(held[name], self._cut(name).taken_from(tensor)) for name, tensor in dense.items()),
+            *(partial(each.scatter_, held, each.join(values)) for each in places),
+            *copies({name: self._cut(name).taken_from(tensor) for name, tensor in dense.items()}, held),
         ]
 
     def _now(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Size, Tensor, nn
 
 from ltp_sparse.deltas.entries import entries_of
-from ltp_sparse.deltas.restoring import HeldEntries, restoring
+from ltp_sparse.deltas.restoring import restoring
 from ltp_sparse.optim.masked_adamw import MaskedAdamW
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.weights.names import Named, canonical_parameters, canonical_tensors, homes_of
@@ -151,6 +152,6 @@ class ActiveEntries:
     def scatter_(self, slots: Sequence[Tensor], before: Sequence[Tensor]) -> None:
         """Writes the slots of all groups. After an interruption, all groups have the values of `before`."""
         new, old = ([v.to(g.device) for g, v in zip(self.groups, side, strict=True)] for side in (slots, before))
-        with restoring([HeldEntries(g, self._tensors, v) for g, v in zip(self.groups, old, strict=True)]):
+        with restoring(partial(g.scatter_, self._tensors, v) for g, v in zip(self.groups, old, strict=True)):
             for group, values in zip(self.groups, new, strict=True):
                 group.scatter_(self._tensors, values)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,6 @@ pytest.importorskip("transformers")
 from transformers import TrainerCallback, TrainingArguments, XLMRobertaConfig, XLMRobertaForSequenceClassification
 
 from ltp_sparse import FileFormatError, SparseDelta, Ticket, canonical_parameters
-from ltp_sparse.deltas import restoring
 from ltp_sparse.selection import pools
 from ltp_sparse.training.run_folder import begin, last_checkpoint
 from ltp_sparse.training.trainer import BEST_FILE, DELTA_FILE, KeepBest, SparseTrainer
@@ -383,18 +383,15 @@ def test_restoring_is_all_or_nothing(at, tmp_path, monkeypatch):
             parameter.add_(1)
     moved, calls = weights(trainer.model), []
 
-    def stopped(put_back):
-        def write(change):
-            calls.append(change)
-            if len(calls) == at:
-                raise KeyboardInterrupt
-            put_back(change)
+    def stopped(write):
+        calls.append(write)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        write()
 
-        return write
-
+    writes = trainer.base._writes
     with monkeypatch.context() as patched:
-        for kind in (restoring.Held, restoring.HeldEntries):
-            patched.setattr(kind, "put_back", stopped(kind.put_back))
+        patched.setattr(trainer.base, "_writes", lambda *values: [partial(stopped, one) for one in writes(*values)])
         with pytest.raises(KeyboardInterrupt):
             trainer.base.restore(delta)
     assert_same(weights(trainer.model), moved)

@@ -17,7 +17,7 @@ import torch
 
 import ltp_sparse as ls
 from ltp_sparse import FileFormatError, SparseDelta, Ticket
-from ltp_sparse.deltas.restoring import Held, put_back, restoring
+from ltp_sparse.deltas.restoring import copies, put_back, restoring
 from ltp_sparse.recipes import results
 from ltp_sparse.weights import files, manifest
 
@@ -446,15 +446,14 @@ def test_an_interrupt_while_putting_back_waits(monkeypatch):
             raise KeyboardInterrupt
         return copy(*args)
 
-    held = [Held(a, torch.ones(3)), Held(b, torch.ones(3))]
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "copy_", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            put_back(held)
+            put_back(copies({"a": torch.ones(3), "b": torch.ones(3)}, {"a": a, "b": b}))
     assert a.sum() == b.sum() == 3
 
     names = ["x"]
-    with pytest.raises(ZeroDivisionError), restoring([Held(a, a.clone())], names):
+    with pytest.raises(ZeroDivisionError), restoring(copies({"a": a.clone()}, {"a": a}), names):
         a.zero_()
         names.append("y")
         1 / 0  # noqa: B018
@@ -470,7 +469,7 @@ def test_a_tensor_that_cannot_be_put_back_is_told(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "copy_", broken)
         with pytest.raises(RuntimeError, match="could not be restored; load the model again"):
-            put_back([Held(a, torch.ones(3))])
+            put_back(copies({"a": torch.ones(3)}, {"a": a}))
 
 
 # --- processes ---
