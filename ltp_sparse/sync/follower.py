@@ -110,7 +110,7 @@ class Follower:
         self._active.scatter_(slots, before)
         nbytes = sum(marker.nbytes(CHANGES) for marker in chain) + (anchor.nbytes(ANCHOR) if anchor else 0)
         base, self._marker = self.version, newest
-        return Version.of(newest.version, base, nbytes, self._active, slots, before)
+        return Version(newest.version, base, nbytes, self._active, slots, before)
 
     def _check_run(self, newest: Marker) -> None:
         """Raises ValueError if the store no longer has the present version of the model, but that of another run."""

@@ -24,7 +24,7 @@ from ltp_sparse.sync.local import (
     model_of,
     weights_of,
 )
-from ltp_sparse.sync.records import ANCHOR, CHANGES, Group, Marker, PartFile, Range
+from ltp_sparse.sync.records import ANCHOR, CHANGES, Marker, PartFile, Range
 from ltp_sparse.sync.stores import Store, open_store
 from ltp_sparse.sync.version import Version
 from ltp_sparse.tickets.ticket import Ticket
@@ -204,7 +204,7 @@ class Publisher:
                 self._store.remove(name)
         mine = written[0 if self._team is None else self._team.rank]
         nbytes = sum(part.nbytes for part in (*mine[1], *mine[2]))
-        return Version.of(number, base, nbytes, self._active, slots, earlier)
+        return Version(number, base, nbytes, self._active, slots, earlier)
 
     def _check(self, number: int) -> None:
         newest = max(records.versions(self._store.names()), default=None) if self._first else self.version
@@ -231,7 +231,7 @@ class Publisher:
             )
 
     def _write(self, number: int, slots: list[Tensor], anchor: bool) -> tuple[list[PartFile], list[PartFile]]:
-        groups = [Group(ranges, values) for ranges, values in zip(self._ranges, slots, strict=True)]
+        groups = list(zip(self._ranges, slots, strict=True))
         rank = 0 if self._team is None else self._team.rank
         changes, anchors = [], []
         if self._earlier is not None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -160,18 +160,11 @@ def read_ticket(store: Store, digest: str) -> Ticket:
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
-class Group(NamedTuple):
-    """Slots of several parameters of one dtype."""
-
-    ranges: list[Range]
-    slots: Tensor
-
-
 def write_part(
     store: Store,
     name: str,
     names: Sequence[str],
-    groups: Sequence[Group],
+    groups: Sequence[tuple[Sequence[Range], Tensor]],
     earlier: Sequence[Tensor] | None,
     base: Mapping[str, Any] | None = None,
     digests: Sequence[str] = (),
@@ -182,7 +175,7 @@ def write_part(
         store: the store.
         name: the name of the file.
         names: the ticket's active parameters. A range is stored with the position of its name in this list.
-        groups: the slots of this process.
+        groups: for each dtype, the ranges of this process and their slots.
         earlier: for each group, the slots of the version before; None for an anchor.
         base: for an anchor, the description of the base model (JSON values, see `sync.base.described`).
         digests: the digests that belong to `base`.
@@ -197,12 +190,10 @@ def write_part(
         planes, how = encode(slots, None if earlier is None else earlier[number])
         tensors |= {f"{number}.{key}": plane for key, plane in planes.items()}
         facts.append({"dtype": str(slots.dtype).removeprefix("torch."), "ranges": len(ranges), **how})
-    everything = [one for group in groups for one in group.ranges]
-    tensors["ranges"] = torch.tensor(
-        [(place[r.name], r.first, r.k) for r in everything], dtype=torch.int64, device="cpu"
-    )
-    tensors["ranges"] = tensors["ranges"].view(-1, 3)
-    tensors["digests"] = _packed([digest_of(part) for group in groups for part in _cut(group)])
+    rows = [(place[one.name], one.first, one.k) for ranges, _ in groups for one in ranges]
+    tensors["ranges"] = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 3)
+    pieces = [piece for ranges, slots in groups for piece in slots.split([one.k for one in ranges])]
+    tensors["digests"] = _packed(map(digest_of, pieces))
     if base is not None:
         tensors["base"] = _packed(digests)
     content = files.to_bytes("part of a version", tensors, {"groups": facts, "base": base})
@@ -323,15 +314,9 @@ def digest_of(slots: Tensor) -> str:
     return Hash().update(slots).digest()
 
 
-def _cut(group: Group) -> tuple[Tensor, ...]:
-    return group.slots.split([one.k for one in group.ranges])
-
-
-def _packed(digests: Sequence[str]) -> Tensor:
+def _packed(digests: Iterable[str]) -> Tensor:
     raw = b"".join(bytes.fromhex(digest.rpartition(":")[2]) for digest in digests)
-    return (
-        torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8, device="cpu")
-    )
+    return torch.tensor(list(raw), dtype=torch.uint8, device="cpu")
 
 
 def _unpacked(packed: Tensor) -> list[str]:

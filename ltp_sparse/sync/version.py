@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -45,30 +45,17 @@ class Version:
     base: int | None
     nbytes: int
     _active: ActiveEntries = field(repr=False)
-    _slots: Mapping[str, Tensor] = field(repr=False)
-    _earlier: Mapping[str, Tensor] | None = field(repr=False)
-
-    @classmethod
-    def of(
-        cls,
-        number: int,
-        base: int | None,
-        nbytes: int,
-        active: ActiveEntries,
-        slots: Sequence[Tensor],
-        earlier: Sequence[Tensor] | None,
-    ) -> Version:
-        """Makes a version from the slots of the groups of `active`, and from those of the version before."""
-        return cls(
-            number, base, nbytes, active, active.named(slots), None if earlier is None else active.named(earlier)
-        )
+    _slots: Sequence[Tensor] = field(repr=False)  # of the groups of `_active`
+    _earlier: Sequence[Tensor] | None = field(repr=False)  # of the version before
 
     def changes(self) -> Iterator[Change]:
         """Yields the entries whose bits differ, by parameter; for a sharded model, those of this process."""
+        now = self._active.named(self._slots)
+        earlier = None if self._earlier is None else self._active.named(self._earlier)
         for name, part in self._active.parts.items():
-            slots, indices = self._slots[name], self._active.sets[name].indices().cpu().add_(part.start)
-            if self._earlier is not None:
-                differ = as_integers(slots) != as_integers(self._earlier[name])
+            slots, indices = now[name], self._active.sets[name].indices().cpu().add_(part.start)
+            if earlier is not None:
+                differ = as_integers(slots) != as_integers(earlier[name])
                 at = torch.from_numpy(differ.nonzero()[0])
                 indices, slots = indices[at], slots[at]
             if indices.numel():
