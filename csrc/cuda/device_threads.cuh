@@ -39,60 +39,47 @@ class DeviceThreads {
             Part parts[kParts];
             for (int i = 0; i < kParts; ++i) parts[i] = load(reinterpret_cast<const Part*>(from) + i);
             memcpy(&item, parts, sizeof parts);
-        } else if constexpr (sizeof(T) == 16) {
-            uint4 bits;
-            asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
-                         : "l"(at));
-            memcpy(&item, &bits, 16);
-        } else if constexpr (sizeof(T) == 8) {
-            uint2 bits;
-            asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(bits.x), "=r"(bits.y) : "l"(at));
-            memcpy(&item, &bits, 8);
-        } else if constexpr (sizeof(T) == 4) {
-            uint32_t bits;
-            asm volatile("ld.global.u32 %0, [%1];" : "=r"(bits) : "l"(at));
-            memcpy(&item, &bits, 4);
-        } else if constexpr (sizeof(T) == 2) {
-            uint16_t bits;
-            asm volatile("ld.global.u16 %0, [%1];" : "=h"(bits) : "l"(at));
-            memcpy(&item, &bits, 2);
-        } else {
-            static_assert(sizeof(T) == 1, "1, 2, 4, 8 or 16 bytes");
-            uint32_t bits;
-            asm volatile("ld.global.u8 %0, [%1];" : "=r"(bits) : "l"(at));
-            const uint8_t byte = uint8_t(bits);
-            memcpy(&item, &byte, 1);
+            return item;
         }
+        uint32_t bits[4];
+        if constexpr (sizeof(T) == 16) {
+            asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(bits[0]), "=r"(bits[1]), "=r"(bits[2]), "=r"(bits[3])
+                         : "l"(at));
+        } else if constexpr (sizeof(T) == 8) {
+            asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(bits[0]), "=r"(bits[1]) : "l"(at));
+        } else if constexpr (sizeof(T) == 4) {
+            asm volatile("ld.global.u32 %0, [%1];" : "=r"(bits[0]) : "l"(at));
+        } else if constexpr (sizeof(T) == 2) {
+            uint16_t half;
+            asm volatile("ld.global.u16 %0, [%1];" : "=h"(half) : "l"(at));
+            memcpy(bits, &half, 2);
+        } else if constexpr (sizeof(T) == 1) {
+            asm volatile("ld.global.u8 %0, [%1];" : "=r"(bits[0]) : "l"(at));
+        }
+        if constexpr (sizeof(T) <= 16) memcpy(&item, bits, sizeof item);
         return item;
     }
 
     template <class T>
     __device__ void store(T* to, const T& item) const {
+        static_assert(sizeof(T) <= 16, "1, 2, 4, 8 or 16 bytes");
         const size_t at = __cvta_generic_to_global(to);
+        uint32_t bits[4] = {};
+        memcpy(bits, &item, sizeof item);
         if constexpr (sizeof(T) == 16) {
-            uint4 bits;
-            memcpy(&bits, &item, 16);
-            asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(bits.x), "r"(bits.y), "r"(bits.z),
-                         "r"(bits.w)
+            asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(bits[0]), "r"(bits[1]), "r"(bits[2]),
+                         "r"(bits[3])
                          : "memory");
         } else if constexpr (sizeof(T) == 8) {
-            uint2 bits;
-            memcpy(&bits, &item, 8);
-            asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(at), "r"(bits.x), "r"(bits.y) : "memory");
+            asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(at), "r"(bits[0]), "r"(bits[1]) : "memory");
         } else if constexpr (sizeof(T) == 4) {
-            uint32_t bits;
-            memcpy(&bits, &item, 4);
-            asm volatile("st.global.u32 [%0], %1;" ::"l"(at), "r"(bits) : "memory");
+            asm volatile("st.global.u32 [%0], %1;" ::"l"(at), "r"(bits[0]) : "memory");
         } else if constexpr (sizeof(T) == 2) {
-            uint16_t bits;
-            memcpy(&bits, &item, 2);
-            asm volatile("st.global.u16 [%0], %1;" ::"l"(at), "h"(bits) : "memory");
+            asm volatile("st.global.u16 [%0], %1;" ::"l"(at), "h"(uint16_t(bits[0])) : "memory");
         } else {
-            static_assert(sizeof(T) == 1, "1, 2, 4, 8 or 16 bytes");
-            uint8_t byte;
-            memcpy(&byte, &item, 1);
-            asm volatile("st.global.u8 [%0], %1;" ::"l"(at), "r"(uint32_t(byte)) : "memory");
+            static_assert(sizeof(T) == 1);
+            asm volatile("st.global.u8 [%0], %1;" ::"l"(at), "r"(bits[0]) : "memory");
         }
     }
 
