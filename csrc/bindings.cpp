@@ -44,7 +44,7 @@ void gradient_norm(py::handle norm, py::handle total, int64_t threads) {
 
 void masked_sum_squares(py::handle norm, py::handle out, int64_t threads) {
     const ltp::HostUpdate arguments = ltp::host_update(Record(norm), ltp::read_norm<Record>);
-    double* const sums = reinterpret_cast<double*>(out.attr("data_ptr")().cast<uintptr_t>());
+    double* const sums = ltp::address_of<double>(out);
     run(threads, [&](int64_t n) { ltp::masked_sum_squares(arguments, sums, n); });
 }
 
@@ -88,32 +88,19 @@ void delta_band(py::handle band, int64_t threads) {
     run(threads, [&](int64_t n) { ltp::delta_band(pairs, groups, word_offsets, arguments, n); });
 }
 
-void candidate_histogram(py::handle candidates, int64_t threads) {
+// Arguments: what the record holds beside the stored candidates.
+template <class Arguments, void (*RUN)(const ltp::Candidates&, const Arguments&, int64_t)>
+void of_candidates(py::handle candidates, int64_t threads) {
     const Record record(candidates);
-    const ltp::Candidates stored(record, "low");
-    const ltp::CandidateBins bins(record);
-    run(threads, [&](int64_t n) { ltp::candidate_histogram(stored, bins, n); });
-}
-
-void take_above(py::handle candidates, int64_t threads) {
-    const Record record(candidates);
-    const ltp::Candidates stored(record, "cut");
-    const ltp::Above marks(record);
-    run(threads, [&](int64_t n) { ltp::take_above(stored, marks, n); });
-}
-
-void take_ties(py::handle candidates, int64_t threads) {
-    const Record record(candidates);
-    const ltp::Candidates stored(record, "cut");
-    const ltp::Ties marks(record);
-    run(threads, [&](int64_t n) { ltp::take_ties(stored, marks, n); });
+    const ltp::Candidates stored(record, Arguments::kPerGroup);
+    const Arguments arguments(record);
+    run(threads, [&](int64_t n) { RUN(stored, arguments, n); });
 }
 
 void list_positions(py::handle words, py::handle positions) {
-    const auto address = [](py::handle tensor) { return tensor.attr("data_ptr")().cast<uintptr_t>(); };
     const auto entries = [](py::handle tensor) { return tensor.attr("numel")().cast<int64_t>(); };
-    const auto* const from = reinterpret_cast<const uint32_t*>(address(words));
-    auto* const to = reinterpret_cast<uint16_t*>(address(positions));
+    const auto* const from = ltp::address_of<const uint32_t>(words);
+    auto* const to = ltp::address_of<uint16_t>(positions);
     const int64_t n_words = entries(words), k = entries(positions);
     const py::gil_scoped_release release;
     ltp::list_positions(from, n_words, to, k);
@@ -139,9 +126,10 @@ PYBIND11_MODULE(_C, module) {
     module.def("delta_histogram", delta_histogram, arg("histogram"), arg("threads"));
     module.def("sample_keys", sample_keys, arg("sample"), arg("threads"));
     module.def("delta_band", delta_band, arg("band"), arg("threads"));
-    module.def("candidate_histogram", candidate_histogram, arg("candidates"), arg("threads"));
-    module.def("take_above", take_above, arg("candidates"), arg("threads"));
-    module.def("take_ties", take_ties, arg("candidates"), arg("threads"));
+    module.def("candidate_histogram", of_candidates<ltp::CandidateBins, ltp::candidate_histogram>, arg("candidates"),
+               arg("threads"));
+    module.def("take_above", of_candidates<ltp::Above, ltp::take_above>, arg("candidates"), arg("threads"));
+    module.def("take_ties", of_candidates<ltp::Ties, ltp::take_ties>, arg("candidates"), arg("threads"));
     module.def(
         "use_openmp", ltp::use_openmp, arg("gomp_parallel"),
         "Runs kernels on the threads of the OpenMP runtime whose GOMP_parallel is at this address; 0: on own threads.");

@@ -7,14 +7,10 @@
 #include "record.h"
 
 namespace py = pybind11;
+using ltp::address_of;
 using ltp::Record;
 
 namespace {
-
-template <class T>
-T* at(py::handle tensor) {
-    return reinterpret_cast<T*>(tensor.attr("data_ptr")().cast<uintptr_t>());
-}
 
 void* stream_at(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
@@ -51,11 +47,11 @@ void prepare_pack(py::handle record, py::handle prepared, uintptr_t stream) {
     const std::vector<uintptr_t> grads = Record(record).addresses("grads");
     ltp::Step step = {};
     step.n_params = int64_t(grads.size());
-    prepare(step, {}, grads, false, at<ltp::Prepared>(prepared), stream);
+    prepare(step, {}, grads, false, address_of<ltp::Prepared>(prepared), stream);
 }
 
 void read_items(py::handle items, ltp::DeviceUpdate& to) {
-    to.items = at<const ltp::WorkItem>(items);
+    to.items = address_of<const ltp::WorkItem>(items);
     to.n_items = int64_t(py::len(items));
 }
 
@@ -76,7 +72,7 @@ void masked_adamw_(py::handle update, py::handle items, uintptr_t stream) {
 
 void masked_sum_squares(py::handle norm, py::handle items, py::handle out, uintptr_t stream) {
     ltp::Total total = {};
-    total.sums = at<double>(out);
+    total.sums = address_of<double>(out);
     ltp::cuda_masked_sum_squares(device_update(norm, items, ltp::read_norm<Record>), total, stream_at(stream));
 }
 
@@ -95,13 +91,13 @@ void masked_pack_(py::handle pack, py::handle prepared, py::handle items, uintpt
     if (prepared.is_none()) {
         update.grad = record.addresses("grads").at(0);
     } else {
-        update.prepared = at<const ltp::Prepared>(prepared);
+        update.prepared = address_of<const ltp::Prepared>(prepared);
     }
     ltp::cuda_masked_pack_(update, out, record.flag("accumulate"), stream_at(stream));
 }
 
 ltp::PairTable table_of(py::handle table, int64_t n_pairs, int64_t n_tiles) {
-    return {n_pairs, n_tiles, at<const int64_t>(table)};
+    return {n_pairs, n_tiles, address_of<const int64_t>(table)};
 }
 
 void delta_histogram(py::handle record, py::handle table, int64_t n_pairs, int64_t n_tiles, const ltp::Kinds& kinds,
@@ -123,7 +119,7 @@ void delta_band(py::handle record, py::handle table, int64_t n_pairs, int64_t n_
 void select_sampled(py::handle record, py::handle table, int64_t n_pairs, int64_t n_tiles, const ltp::Kinds& kinds,
                     int digit_bits, py::handle zeros, uintptr_t stream) {
     const ltp::PairTable pairs = table_of(table, n_pairs, n_tiles);
-    ltp::SampledSelection(Record(record), pairs, kinds, digit_bits, at<char>(zeros)).launch(stream_at(stream));
+    ltp::SampledSelection(Record(record), pairs, kinds, digit_bits, address_of<char>(zeros)).launch(stream_at(stream));
 }
 
 void candidate_histogram(py::handle candidates, uintptr_t stream) {

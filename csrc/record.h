@@ -12,6 +12,12 @@
 
 namespace ltp {
 
+// The address of a tensor.
+template <class T>
+T* address_of(pybind11::handle tensor) {
+    return reinterpret_cast<T*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+}
+
 class Record {
   public:
     explicit Record(pybind11::handle record) : record_(record) {}
@@ -30,7 +36,7 @@ class Record {
     template <class T>
     T* at(const char* name) const {
         const pybind11::object tensor = field(name);
-        return tensor.is_none() ? nullptr : reinterpret_cast<T*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+        return tensor.is_none() ? nullptr : address_of<T>(tensor);
     }
 
     int64_t entries(const char* name) const {

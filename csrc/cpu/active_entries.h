@@ -76,14 +76,14 @@ class Walk {
         uint16_t decoded[kTile + 64];
         if (tile.encoding == Encoding::kBitmap && (random || !lanes)) decode_tile(tile, decoded);
         const uint16_t* const positions = listed ? tile.positions : decoded;
-        if (tile.encoding == Encoding::kFull) {
-            for_each_full_piece<ACCESS>(tile, body);
-        } else if (listed || !lanes) {
-            for_each_listed_piece<ACCESS>(tile, positions, body);
-        } else if (ACCESS == Access::kUpdate && tile.scales != nullptr) {
-            for_each_packed_piece<ACCESS, true>(tile, positions, body);
-        } else {
-            for_each_packed_piece<ACCESS, false>(tile, positions, body);
+        if (tile.encoding == Encoding::kFull) return for_each_full_piece<ACCESS>(tile, body);
+        if (listed || !lanes) return for_each_listed_piece<ACCESS>(tile, positions, body);
+        if constexpr (kPacksBoth) {
+            if (ACCESS == Access::kUpdate && tile.scales != nullptr) {
+                for_each_packed_piece<ACCESS, true>(tile, positions, body);
+            } else {
+                for_each_packed_piece<ACCESS, false>(tile, positions, body);
+            }
         }
     }
 

@@ -12,13 +12,7 @@ namespace ltp {
 namespace {
 
 constexpr bool kPacksLanes = true;
-
-// 16-bit items are always gathered by position.
-constexpr bool kPacksHalf = false;
-template <class Half>
-inline void pack(const Half*, uint64_t, Half*) {}
-template <class Half>
-inline void unpack(const Half*, uint64_t, Half*) {}
+constexpr bool kPacksHalf = false;  // 16-bit items are always gathered by position
 
 inline int64_t count_bits(uint64_t bits) { return __builtin_popcountll(bits); }
 

@@ -12,15 +12,7 @@ namespace {
 
 // Without a vector instruction that packs lanes, bitmaps are always decoded to positions.
 constexpr bool kPacksLanes = false;
-inline void pack(const float*, uint64_t, float*) {}
-inline void unpack(const float*, uint64_t, float*) {}
-
-// 16-bit items are always gathered by position.
-constexpr bool kPacksHalf = false;
-template <class Half>
-inline void pack(const Half*, uint64_t, Half*) {}
-template <class Half>
-inline void unpack(const Half*, uint64_t, Half*) {}
+constexpr bool kPacksHalf = false;  // 16-bit items are always gathered by position
 
 inline int64_t count_bits(uint64_t bits) {
     bits -= (bits >> 1) & 0x5555555555555555u;

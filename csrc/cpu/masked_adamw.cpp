@@ -38,11 +38,7 @@ void queue_tiles(const HostUpdate& update, TileQueue& queue) {
 
 // Which entries of the tile are active.
 TileIndex resolve_index(const HostUpdate& update, const TileRow& row) {
-    TileIndex tile = {};
-    tile.encoding = row.encoding;
-    tile.start = row.start;
-    tile.length = row.length;
-    tile.active = row.active;
+    TileIndex tile = {row.encoding, row.start, row.length, row.active, nullptr, nullptr};
     if (row.encoding == Encoding::kBitmap) tile.words = update.words + row.index;
     if (row.encoding == Encoding::kList16) tile.positions = update.positions + row.index;
     return tile;
@@ -77,16 +73,14 @@ void for_each_tile(const HostUpdate& update, int64_t threads, Body body) {
     const auto fits = kernels().fits;
     std::atomic<int64_t> wrong{-1};
     run_parallel(queue.split(threads), [&](int64_t worker) {
-        for (int64_t begin, end; queue.take(worker, begin, end);) {
-            for (int64_t t = begin; t < end; ++t) {
-                const TileRow row = update.tiles[t];
-                if (fits(resolve_index(update, row))) {
-                    body(t, row);
-                } else {
-                    wrong = t;
-                }
+        queue.for_each(worker, [&](int64_t t) {
+            const TileRow row = update.tiles[t];
+            if (fits(resolve_index(update, row))) {
+                body(t, row);
+            } else {
+                wrong = t;
             }
-        }
+        });
     });
     if (wrong >= 0) {
         throw std::invalid_argument("row " + std::to_string(wrong) +

@@ -20,7 +20,9 @@ class EntryCopy {
     void run() const {
         if (tile_.encoding == Encoding::kFull) return move_range<HOW>(items_, slots_, tile_.length);
         if (tile_.encoding == Encoding::kList16) return move_listed<HOW>(tile_.positions);
-        if (kLanes && kSparse * tile_.active > tile_.length) return move_groups<HOW>();
+        if constexpr (kLanes) {
+            if (kSparse * tile_.active > tile_.length) return move_groups<HOW>();
+        }
         uint16_t positions[kTile + 64];
         decode_tile(tile_, positions);
         move_listed<HOW>(positions);

@@ -33,6 +33,14 @@ class TileQueue {
         return workers;
     }
 
+    // Calls body(tile) for the tiles that a worker takes, until none is left.
+    template <class Body>
+    void for_each(int64_t worker, Body body) {
+        for (int64_t begin, end; take(worker, begin, end);) {
+            for (int64_t t = begin; t < end; ++t) body(t);
+        }
+    }
+
     // Takes the next group for a worker, tiles [begin, end); false when none is left.
     bool take(int64_t worker, int64_t& begin, int64_t& end) {
         const int64_t workers = int64_t(ranges_.size());

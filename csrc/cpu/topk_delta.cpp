@@ -64,12 +64,10 @@ class PairTiles {
     // Calls body(number, pair, start, tile) for tiles that this worker takes, until none is left.
     template <class Body>
     void for_each(int64_t worker, Body body) {
-        for (int64_t begin, end; queue_.take(worker, begin, end);) {
-            for (int64_t t = begin; t < end; ++t) {
-                const Place& at = tiles_[t];
-                body(t, at.pair, at.start, tile_of(pairs_, at.pair, at.start, kTile));
-            }
-        }
+        queue_.for_each(worker, [&](int64_t t) {
+            const Place& at = tiles_[t];
+            body(t, at.pair, at.start, tile_of(pairs_, at.pair, at.start, kTile));
+        });
     }
 
   private:
@@ -140,20 +138,17 @@ void for_each_tile(const char* op, const Candidates& candidates, const Marks* ma
     }
     std::atomic<int64_t> wrong{-1};
     run_parallel(queue.split(threads), [&](int64_t worker) {
-        for (int64_t begin, end; queue.take(worker, begin, end);) {
-            for (int64_t t = begin; t < end; ++t) {
-                const int64_t count = candidates.inside[t], offset = candidates.offsets[t],
-                              group = candidates.groups[t];
-                if (count == 0) continue;
-                const uint16_t* positions = candidates.positions + offset;
-                if (count < 0 || count > kTile || offset < 0 || offset > candidates.capacity - count || group < 0 ||
-                    group >= candidates.n_groups || (marks != nullptr && !lie_in_words(*marks, t, positions, count))) {
-                    wrong = t;
-                } else {
-                    body(worker, t, candidates.keys + offset, positions);
-                }
+        queue.for_each(worker, [&](int64_t t) {
+            const int64_t count = candidates.inside[t], offset = candidates.offsets[t], group = candidates.groups[t];
+            if (count == 0) return;
+            const uint16_t* positions = candidates.positions + offset;
+            if (count < 0 || count > kTile || offset < 0 || offset > candidates.capacity - count || group < 0 ||
+                group >= candidates.n_groups || (marks != nullptr && !lie_in_words(*marks, t, positions, count))) {
+                wrong = t;
+            } else {
+                body(worker, t, candidates.keys + offset, positions);
             }
-        }
+        });
     });
     require(wrong < 0, std::string(op) + ": the numbers of tile " + std::to_string(wrong) +
                            " lead out of its candidates, groups or words");
@@ -207,20 +202,18 @@ void sample_keys(const HostPairs& pairs, const Sample& sample, int64_t threads) 
     TileQueue queue;
     for (int64_t r = 0; r < count; ++r) queue.add(64 * kRun);  // a run costs as much as this, since it waits for memory
     run_parallel(queue.split(threads), [&](int64_t worker) {
-        for (int64_t begin, end; queue.take(worker, begin, end);) {
-            for (int64_t r = begin; r < end; ++r) {
-                if (r + kAhead < count) {
-                    const DeltaTile later = tile_of(pairs, tensors[r + kAhead], kRun * runs[r + kAhead], kRun);
-                    __builtin_prefetch(later.initial);
-                    __builtin_prefetch(later.tuned);
-                }
-                int32_t* const out = sample.keys + r * kRun;
-                const DeltaTile tile = tile_of(pairs, tensors[r], kRun * runs[r], kRun);
-                kernel.all_keys(tile, out);
-                for (int64_t i = 0; i < tile.length; ++i) out[i] = std::min(out[i], kFirstNonfinite - 1);
-                std::fill(out + tile.length, out + kRun, 0);
+        queue.for_each(worker, [&](int64_t r) {
+            if (r + kAhead < count) {
+                const DeltaTile later = tile_of(pairs, tensors[r + kAhead], kRun * runs[r + kAhead], kRun);
+                __builtin_prefetch(later.initial);
+                __builtin_prefetch(later.tuned);
             }
-        }
+            int32_t* const out = sample.keys + r * kRun;
+            const DeltaTile tile = tile_of(pairs, tensors[r], kRun * runs[r], kRun);
+            kernel.all_keys(tile, out);
+            for (int64_t i = 0; i < tile.length; ++i) out[i] = std::min(out[i], kFirstNonfinite - 1);
+            std::fill(out + tile.length, out + kRun, 0);
+        });
     });
 }
 
