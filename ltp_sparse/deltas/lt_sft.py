@@ -24,7 +24,7 @@ from ltp_sparse.deltas.entries import gather_all
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.weights.files import atomic_path
-from ltp_sparse.weights.names import canonical_parameters, match_names, strip_wrappers
+from ltp_sparse.weights.names import Named, canonical_parameters, match_names, strip_wrappers
 from ltp_sparse.weights.reading import FileFormatError, Place, reader
 
 FILE = "pytorch_diff.bin"
@@ -58,16 +58,14 @@ def read_lt_sft(path: str | os.PathLike[str], model: nn.Module) -> SparseDelta:
         raise FileFormatError(
             path, f"expected a dict with 'diffs' and 'abs' as LT-SFT writes it, got {type(content).__name__}"
         )
-    twins = _twins(model)
-    parts = {part: _named(content.get(part), twins, path, part) for part in ("diffs", "abs")}
+    parameters = canonical_parameters(model)
+    parts = {part: _named(content.get(part), parameters, path, part) for part in ("diffs", "abs")}
     if twice := [name for name in parts["diffs"] if name in parts["abs"]]:
         raise FileFormatError(path, "it has both a difference and a whole tensor", f"{twice[0]!r}")
-    parameters = canonical_parameters(model)
-    if parts["diffs"]:
-        try:
-            match_names(parts["diffs"], parameters, what="read_lt_sft", where="the model")
-        except ValueError as error:
-            raise FileFormatError(path, str(error)) from error
+    try:
+        match_names(parts["diffs"], parameters, what="read_lt_sft", where="the model")
+    except ValueError as error:
+        raise FileFormatError(path, str(error)) from error
     sets, shapes, moved = {}, {}, {}
     for name in (name for name in parameters if name in parts["diffs"]):  # in canonical order
         where = Place(path, repr(name))
@@ -112,20 +110,14 @@ def write_lt_sft(delta: SparseDelta, path: str | os.PathLike[str]) -> None:
         torch.save({"diffs": diffs, "abs": dict(delta.dense)}, temporary)
 
 
-def _twins(model: nn.Module) -> dict[str, str]:
-    """Every name of a parameter -> its canonical name; a file can use any name of a tied parameter."""
-    canonical = {id(parameter): name for name, parameter in canonical_parameters(model).items()}
-    return {strip_wrappers(n): canonical[id(p)] for n, p in model.named_parameters(remove_duplicate=False)}
-
-
-def _named(part: Any, twins: Mapping[str, str], path: Path, key: str) -> dict[str, Any]:
-    """A part of the file under canonical names."""
+def _named(part: Any, parameters: Named[nn.Parameter], path: Path, key: str) -> dict[str, Any]:
+    """A part of the file under canonical names; it can use any name of a tied parameter."""
     if not isinstance(part, dict | None) or not all(isinstance(name, str) for name in part or ()):
         raise FileFormatError(path, f"expected a dict of names, got {type(part).__name__}", repr(key))
     named: dict[str, Any] = {}
     for name, value in (part or {}).items():
         stripped = strip_wrappers(name)
-        if (canonical := twins.get(stripped, stripped)) in named:
+        if (canonical := parameters.called(stripped) or stripped) in named:
             raise FileFormatError(path, f"a second name of {canonical!r}", f"{name!r}")
         named[canonical] = value
     return named
@@ -274,12 +266,9 @@ def _tensor(tensor: Any, where: Place) -> Tensor:
 
 def _transposed(indices: Tensor, size: Size) -> Tensor:
     """Flat row-major indices of a shape -> indices of the same entries with the first dimension running fastest."""
-    result, stride = torch.zeros_like(indices), 1
-    rest, strides = indices, []
-    for n in size:
-        strides.append(stride)
-        stride *= n
-    for n, step in zip(reversed(size), reversed(strides), strict=True):
-        result += rest % n * step
-        rest = rest // n
+    result, stride = torch.zeros_like(indices), math.prod(size)
+    for n in reversed(size):
+        stride //= max(n, 1)
+        result += indices % n * stride
+        indices = indices // n
     return result

@@ -66,17 +66,15 @@ def encode_prompted(
         )
     # Embeddings of slots are overwritten, so any id will do.
     end = [tokenizer.eos_token_id] * (n_prompt + 1)
-    examples = []
-    for text, ids in zip(texts, token_ids(tokenizer, [text.text for text in texts]), strict=True):
-        length = min(len(ids), room)
-        examples.append(
-            PromptedText(
-                input_ids=ids[:length] + end,
-                prompt_positions=list(range(length, length + n_prompt)),
-                labels=label_index(text.label, classes),
-            )
+    cut = [ids[:room] for ids in token_ids(tokenizer, [text.text for text in texts])]
+    return [
+        PromptedText(
+            input_ids=ids + end,
+            prompt_positions=list(range(len(ids), len(ids) + n_prompt)),
+            labels=label_index(text.label, classes),
         )
-    return examples
+        for text, ids in zip(texts, cut, strict=True)
+    ]
 
 
 def word_tokens(

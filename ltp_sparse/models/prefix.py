@@ -52,11 +52,7 @@ class DeepPrompt(Attachment):
                 f"{n}, {projection} and {position_offset}"
             )
         self.n, self.position_offset = n, offset
-        self.layers, self.heads, self.hidden = (
-            config.num_hidden_layers,
-            config.num_attention_heads,
-            config.hidden_size,
-        )
+        self.layers, self.heads, self.hidden = _sizes(config)
         width = 2 * self.layers * self.hidden
         shape = (n, width if projection is None else self.hidden)
         if rows is not None and (projection is not None or rows.shape != shape):
@@ -92,9 +88,7 @@ class DeepPrompt(Attachment):
         return rows.reshape(self.n, 2, self.heads, -1).permute(1, 2, 0, 3)
 
     def _check(self, roberta: Any) -> None:
-        config = roberta.config
-        sizes = (config.num_hidden_layers, config.num_attention_heads, config.hidden_size)
-        if sizes != (self.layers, self.heads, self.hidden):
+        if (sizes := _sizes(roberta.config)) != (self.layers, self.heads, self.hidden):
             raise ValueError(
                 f"DeepPrompt: expected a model of {self.layers} layers, {self.heads} heads and hidden size "
                 f"{self.hidden}, got {', '.join(map(str, sizes))}; make the prompt from this model's config"
@@ -148,3 +142,7 @@ class DeepPrompt(Attachment):
                 f"{self.position_offset}, got {ids.shape[1]}; give a smaller max_length, or position_offset=0"
             )
         return (ids + self.position_offset * (ids != padding),)
+
+
+def _sizes(config: XLMRobertaConfig) -> tuple[int, int, int]:
+    return config.num_hidden_layers, config.num_attention_heads, config.hidden_size

@@ -120,10 +120,6 @@ def local_part(name: str, tensor: Any, what: str) -> Local | None:
 class ActiveEntries:
     """The active entries of parts of tensors, read and written by one launch per device and dtype.
 
-    Args:
-        parts: the parts.
-        sets: name -> active entries of the part.
-
     Attributes:
         parts: name -> part.
         sets: name -> active entries of the part.

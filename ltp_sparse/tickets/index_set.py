@@ -4,8 +4,7 @@
 * ``BITMAP`` one bit per entry,
 * ``LIST16`` a uint16 position inside its 65,536-entry tile per active entry.
 
-All code is plain torch and works on any device. int16 tensors hold uint16 bits, since torch supports few operations in
-uint16.
+All code is plain torch and works on any device.
 """
 
 from __future__ import annotations
@@ -357,7 +356,3 @@ class IndexSet:
         by = start % TILE  # positions wrap around as those of the tiles do
         positions = self.data[first:last] - (by - TILE if by >= TILE // 2 else by)
         return IndexSet(n, Encoding.LIST16, positions, slots.diff(), last - first)
-
-    def rows(self, start: int, stop: int, row: int) -> IndexSet:
-        """The active entries in rows start..stop, as a set over these rows. `row`: entries of a row."""
-        return self.entries(start * row, stop * row).compact()

@@ -255,13 +255,13 @@ class Ticket(OnHub):
 
     def rows(self, name: str, start: int, stop: int) -> IndexSet:
         """The active entries inside rows start..stop of a parameter, for row-sharded parameters."""
-        index_set, shape = self._set(name), self.shapes[name]
-        rows = shape[:1].numel()
+        index_set = self._set(name)
+        rows, row = self.shapes[name][:1].numel(), self.shapes[name][1:].numel()
         if not 0 <= start <= stop <= rows:
             raise ValueError(
                 f"Ticket.rows: {name!r} has {rows} rows, expected 0 <= start <= stop, got {start} to {stop}"
             )
-        return index_set.rows(start, stop, shape[1:].numel())
+        return index_set.entries(start * row, stop * row).compact()
 
     def entries(self, name: str, start: int, stop: int) -> IndexSet:
         """The active entries among entries start..stop of a parameter's row-major order, for flat shards."""
@@ -275,10 +275,9 @@ class Ticket(OnHub):
 
     def counts(self, by: str = "layer") -> dict[str, tuple[int, int]]:
         """(active entries, entries) by "layer", "module" (attention, feed-forward, ...) or "parameter"."""
-        if by not in ("layer", "module", "parameter"):
-            raise ValueError(f"Ticket.counts: by must be layer, module or parameter, got {by!r}")
         groups: dict[str, Callable[[str], str]] = {"layer": layer_of, "module": module_of, "parameter": str}
-        group = groups[by]
+        if (group := groups.get(by)) is None:
+            raise ValueError(f"Ticket.counts: by must be layer, module or parameter, got {by!r}")
         counts: dict[str, tuple[int, int]] = {}
         for name, index_set in self.sets.items():
             k, n = counts.get(group(name), (0, 0))

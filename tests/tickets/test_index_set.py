@@ -158,7 +158,7 @@ def test_algebra_is_that_of_sets(case):
         assert x.combine(y, operation).indices().tolist() == sorted(expected)
     assert x.complement().combine(x, "^").k == n
     start, stop = sorted((n // 3, 2 * n // 3))
-    rows = x.rows(start, stop, 1)
+    rows = x.entries(start, stop).compact()
     assert rows.n == stop - start and rows.indices().tolist() == sorted(i - start for i in a if start <= i < stop)
 
 
