@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -51,7 +52,7 @@ def save(
         ValueError: `max_shard_size` cannot be understood.
         OSError: a file cannot be written.
     """
-    parts = _split(tensors, None if max_shard_size is None else _bytes_of(max_shard_size))
+    parts = _split(tensors, math.inf if max_shard_size is None else _bytes_of(max_shard_size))
     target = files.destination(path)
     index = target.with_name(target.name + _INDEX)
     files.check_writable(target)
@@ -194,16 +195,15 @@ def _shard_of(kind: str) -> str:
     return f"shard of a {kind}"
 
 
-def _split(tensors: Mapping[str, Tensor], limit: int | None) -> list[dict[str, Tensor]]:
+def _split(tensors: Mapping[str, Tensor], limit: float) -> list[dict[str, Tensor]]:
     """The tensors in their order, divided into shards of at most `limit` bytes."""
     parts: list[dict[str, Tensor]] = [{}]
     room = limit
     for name, tensor in tensors.items():
-        if room is not None and limit is not None:
-            if tensor.nbytes > room and parts[-1]:
-                parts.append({})
-                room = limit
-            room -= tensor.nbytes
+        if tensor.nbytes > room and parts[-1]:
+            parts.append({})
+            room = limit
+        room -= tensor.nbytes
         parts[-1][name] = tensor
     return parts
 

@@ -262,19 +262,16 @@ def _naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
         raise OSError(number or errno.EIO, problem, str(path)) from error
 
 
-def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], like: str | None = None) -> str:
+def checksum_of(
+    metadata: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None, like: str | None = None
+) -> str:
+    """The checksum of JSON values and tensors; `like` as for `digests.Hash`."""
     from ltp_sparse.weights.digests import Hash
 
     found = Hash(like).update(json.dumps(metadata, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
+    for name, tensor in sorted((tensors or {}).items()):
         found.update(_said_of(name, tensor)).update(tensor)
     return found.digest()
-
-
-def checksum_of(described: Mapping[str, Any], like: str | None = None) -> str:
-    """The checksum of JSON values."""
-    return _checksum({}, described, like)
 
 
 def _said_of(name: str, tensor: Tensor) -> bytes:
@@ -293,7 +290,7 @@ def verify(path: str | os.PathLike[str]) -> str:
             metadata = json.loads((file.metadata() or {})[KEY])
             checksum = str(metadata.pop("checksum"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            found = _checksum(tensors, metadata, like=checksum)
+            found = checksum_of(metadata, tensors, checksum)
     except (SafetensorError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise FileFormatError(Path(path), f"not a readable file of ltp_sparse ({error}); copy it again") from error
     if found != checksum:
@@ -319,7 +316,7 @@ def ready(kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any])
     """(contiguous tensors on the host, header, checksum in this header), ready for `write`."""
     metadata = {**metadata, "kind": kind, "format": FORMAT_VERSION}
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    checksum = _checksum(contiguous, metadata)
+    checksum = checksum_of(metadata, contiguous)
     return contiguous, json.dumps({**metadata, "checksum": checksum}, sort_keys=True), checksum
 
 
@@ -381,7 +378,7 @@ def from_bytes(content: bytes, path: str | os.PathLike[str], kind: str) -> tuple
         tensors = load_bytes(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
     metadata, checksum = _described(header.get(KEY), path, kind)
-    _check_found(path, kind, metadata, _checksum(tensors, metadata, like=checksum) == checksum)
+    _check_found(path, kind, metadata, checksum_of(metadata, tensors, checksum) == checksum)
     return tensors, metadata
 
 

@@ -241,8 +241,8 @@ def check_sides(
         raise ValueError(f"{what}: the models share no parameter; {name!r} is closest to {closest(name, one)}")
     alone = [[name for name in one if name not in there], [name for name in other if name not in here]]
     if allow_missing is not True:
-        patterns = [] if allow_missing is False else [allow_missing] if isinstance(allow_missing, str) else None
-        patterns = list(allow_missing) if patterns is None else patterns  # type: ignore[arg-type]
+        given = [] if allow_missing is False else allow_missing
+        patterns = [given] if isinstance(given, str) else list(given)
         unexpected = [[name for name in names if not matches(name, patterns)] for names in alone]
         phrases = [
             f"{len(names)} of {len(of)} parameters of the {side} are not in the other, e.g. {names[0]!r} "
