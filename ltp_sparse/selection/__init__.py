@@ -14,25 +14,13 @@ from torch import Tensor
 from ltp_sparse import backends, ops
 from ltp_sparse.ops.routes import NonFiniteDelta, sampling_pays, select_topk
 from ltp_sparse.ops.sources import Reader, StreamSource, TensorSource
-from ltp_sparse.selection import pools, scores
+from ltp_sparse.selection import pools, scores, sources
 from ltp_sparse.selection.budgets import Budget, share_out
 from ltp_sparse.selection.by_tensor import PASSES, Spool, select_by_tensor
 from ltp_sparse.selection.distributed import select_sharded
 from ltp_sparse.selection.outcome import ShortTicket, describe
 from ltp_sparse.selection.shards import Shard, TicketShard
-from ltp_sparse.selection.sources import (
-    MixedDtypes,
-    Score,
-    Sides,
-    check_dtypes,
-    check_has_values,
-    check_shape,
-    device_of,
-    equal_infinities,
-    names_in_pool,
-    score_reader,
-    warn_of_dtypes,
-)
+from ltp_sparse.selection.sources import MixedDtypes, Score, Sides
 from ltp_sparse.tickets.bits import bitmap_words, tiles_of
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Pool, Ticket
@@ -122,20 +110,20 @@ def select(
         files.check_writable(output)
     sides = Sides.of(initial, tuned, score)
     base, after = sides.base, sides.after
-    names, alone = names_in_pool(base, after, pool, allow_missing, what="select", scored=score is not None)
+    names, alone = sources.names_in_pool(base, after, pool, allow_missing, what="select", scored=score is not None)
     for name in names:
-        check_shape(name, base[name].shape, after[name].shape)
+        sources.check_shape(name, base[name].shape, after[name].shape)
         if score is not None:
-            check_has_values(name, base, what="select")  # needed for its digest
+            sources.check_has_values(name, base, what="select")  # needed for its digest
     names, groups, labels, ks = share_out({name: base[name].shape for name in names}, budget, density=density, k=k)
-    check_dtypes(names, after, *([base] if score is None else []), what="select")
-    noted = warn_of_dtypes(names, base, after) if score is None and compare_in is None else {}
+    sources.check_dtypes(names, after, *([base] if score is None else []), what="select")
+    noted = sources.warn_of_dtypes(names, base, after) if score is None and compare_in is None else {}
     before = [base[name] for name in names] if score is None else []
     folder = None if output is None else Path(output).parent
     try:
         if callable(score):
-            device = device_of(base.values())
-            scored = [score_reader(score, name, base[name].numel(), device) for name in names]
+            device = sources.device_of(base.values())
+            scored = [sources.score_reader(score, name, base[name].numel(), device) for name in names]
             sets, thresholds = _streamed(StreamSource([], scored, device), groups, ks, progress, folder)
             digests = None
         else:
@@ -144,7 +132,7 @@ def select(
             )
     except NonFiniteDelta as error:
         name = names[error.tensor]
-        alike = equal_infinities(base[name], after[name]) if score is None else 0
+        alike = sources.equal_infinities(base[name], after[name]) if score is None else 0
         raise NonFiniteDelta(error.tensor, repr(name), alike) from None
     ticket = Ticket(dict(zip(names, sets, strict=True)), {name: base[name].shape for name in names})
     if digests is None:

@@ -12,19 +12,11 @@ from torch import Size, Tensor, distributed
 from ltp_sparse import backends
 from ltp_sparse.ops.routes import NonFiniteDelta, select_topk
 from ltp_sparse.ops.sources import Reader, Source, StreamSource, TensorSource
+from ltp_sparse.selection import sources
 from ltp_sparse.selection.budgets import Budget, share_out
 from ltp_sparse.selection.outcome import describe
 from ltp_sparse.selection.shards import Part, Shard, TicketShard, assembled, whole_digest
-from ltp_sparse.selection.sources import (
-    Score,
-    Sides,
-    check_dtypes,
-    check_shape,
-    device_of,
-    names_in_pool,
-    score_reader,
-    warn_of_dtypes,
-)
+from ltp_sparse.selection.sources import Score, Sides
 from ltp_sparse.selection.team import GuardedSource, Team, TeamRanks
 from ltp_sparse.tickets.bits import TILE, bitmap_words, tiles_of
 from ltp_sparse.tickets.index_set import IndexSet
@@ -99,17 +91,17 @@ def select_sharded(
     )
     common = [shards for _, shards, _, _ in reports]
     sides = [{name: held.tensor for name, held in side.items()} for side in (base, after or {})]
-    device = device_of(tensor for side in sides for tensor in side.values())
+    device = sources.device_of(tensor for side in sides for tensor in side.values())
 
     def plan() -> dict[str, Any]:
         here = dict.fromkeys(name for shards, *_ in reports for name in shards)
         there = dict.fromkeys(name for _, _, names, _ in reports for name in names)
         scored = score is not None
-        names, alone = names_in_pool(here, there, pool, allow_missing, what="select_sharded", scored=scored)
+        names, alone = sources.names_in_pool(here, there, pool, allow_missing, what="select_sharded", scored=scored)
         shapes = {name: _check_cover(name, [shards[name] for shards in common if name in shards]) for name in names}
-        check_dtypes(names, *sides[scored:], what="select_sharded")
+        sources.check_dtypes(names, *sides[scored:], what="select_sharded")
         if not scored:
-            warn_of_dtypes([name for name in names if all(name in side for side in sides)], *sides)
+            sources.warn_of_dtypes([name for name in names if all(name in side for side in sides)], *sides)
         names, groups, labels, ks = share_out(shapes, budget, density=density, k=k)
         return {
             "names of the pool": names, "left out": alone, "groups": groups, "labels": labels, "k": ks,
@@ -185,10 +177,15 @@ def _sides(
     return held(sides.base), None if callable(score) else held(sides.after), sides.quantised
 
 
-def _held(name: str, tensor: Readable, shards: Mapping[str, Shard]) -> _Held:
+def _held(name: str, tensor: Any, shards: Mapping[str, Shard]) -> _Held:
     if is_sharded(tensor):
-        shard = _rows(name, tensor)
-        tensor = local(tensor).detach()
+        cut = Cut.of(tensor, f"select_sharded: {name!r}")
+        if not cut.by_rows:
+            raise ValueError(
+                f"select_sharded: {name!r} is placed as {tensor.placements} over its mesh; expected DTensors that are "
+                "sharded by rows, Shard(0), or replicated; redistribute() it first"
+            )
+        shard, tensor = Shard(*cut.entries, tensor.shape), local(tensor).detach()
     elif name in shards and isinstance(tensor, Tensor) and tensor.shape != Size(shards[name].shape):
         shard = shards[name]
     else:
@@ -202,17 +199,6 @@ def _held(name: str, tensor: Readable, shards: Mapping[str, Shard]) -> _Held:
     return _Held(shard, tensor)
 
 
-def _rows(name: str, tensor: Any) -> Shard:
-    """The row-major range of entries that a DTensor holds locally."""
-    cut = Cut.of(tensor, f"select_sharded: {name!r}")
-    if not cut.by_rows:
-        raise ValueError(
-            f"select_sharded: {name!r} is placed as {tensor.placements} over its mesh; expected DTensors that are "
-            "sharded by rows, Shard(0), or replicated; redistribute() it first"
-        )
-    return Shard(*cut.entries, tensor.shape)
-
-
 def _common(base: dict[str, _Held], after: dict[str, _Held] | None) -> dict[str, Shard]:
     """The shards that this rank has on both sides."""
     if after is None:
@@ -221,7 +207,7 @@ def _common(base: dict[str, _Held], after: dict[str, _Held] | None) -> dict[str,
     for name in base:
         if name in after:
             one, other = base[name].shard, after[name].shard
-            check_shape(name, one.shape, other.shape)
+            sources.check_shape(name, one.shape, other.shape)
             start = max(one.start, other.start)
             common[name] = Shard(start, max(start, min(one.stop, other.stop)), one.shape)
     return common
@@ -284,7 +270,7 @@ def _source(
 
     if after is None:
         assert callable(score)
-        whole = {name: score_reader(score, name, stop, device) for name, (_, stop) in pieces.items()}
+        whole = {name: sources.score_reader(score, name, stop, device) for name, (_, stop) in pieces.items()}
         return StreamSource([], [whole[name].part(*piece) for name, piece in pieces.items()], device)
     initial, tuned = readers(base) if score is None else [], readers(after)
     if any(reader.copies or reader.release or reader.device != device for reader in (*initial, *tuned)):
