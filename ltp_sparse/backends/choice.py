@@ -70,9 +70,13 @@ class Backend:
             run = getattr(module, name, getattr(reference, name))
             is_pass = name in RECORDS and not name.startswith("masked")
             setattr(self, name, partial(_checked, name, run) if is_pass else run)
-        self.decides = getattr(module, "decides", lambda groups: False)
+        self.decides = getattr(module, "decides", _decides_none)
         if hasattr(module, "select_sampled"):
             self.select_sampled = partial(_checked, "select_sampled", module.select_sampled)
+
+
+def _decides_none(groups: int) -> bool:  # no lambda, as backends are pickled with an optimizer
+    return False
 
 
 def _checked(op: str, run: Callable[[Any], Any], record: Any) -> Any:
