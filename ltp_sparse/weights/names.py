@@ -71,7 +71,8 @@ class Named(dict[str, T]):
 
     Args:
         tensors: canonical name -> tensor, in any order.
-        aliases: other name -> canonical name, for ties and for names with wrapping modules.
+        aliases: other name -> canonical name, for ties and for names with wrapping modules. Those of absent tensors are
+            left out.
         buffers: names of known buffers.
         quantised: names of tensors that do not hold one number per weight.
         tied_by_memory: whether ties were found by shared memory, and not declared.
@@ -86,7 +87,7 @@ class Named(dict[str, T]):
         tied_by_memory: bool = False,
     ) -> None:
         super().__init__((name, tensors[name]) for name in parameter_order(tensors))
-        self.aliases = {other: name for other, name in (aliases or {}).items() if other not in self}
+        self.aliases = {other: name for other, name in (aliases or {}).items() if name in self and other not in self}
         self.buffers, self.quantised = frozenset(buffers), frozenset(quantised)
         self.tied_by_memory = tied_by_memory
 

@@ -89,7 +89,7 @@ def _of_module(model: nn.Module) -> Named[Readable]:
     unsaved = getattr(unwrapped(model), "_keys_to_ignore_on_save", None) or ()
     buffers = named.buffers | {name for name in map(named.called, unsaved) if name is not None}
     kept = {name: p.detach() for name, p in named.items() if name not in quantised and name not in buffers}
-    return Named(kept, _of_kept(named.aliases, kept), buffers, quantised)
+    return Named(kept, named.aliases, buffers, quantised)
 
 
 def _is_quantised(tensor: Tensor) -> bool:
@@ -111,13 +111,7 @@ def _of_mapping(tensors: Mapping[str, Any]) -> Named[Any]:
     beside = {name for name in named if stems and name.startswith(stems) and _OF_QUANTISED.search(name)} - quantised
     buffers = named.buffers | {name for name in named if BUFFERS.search(name)} | (integers - quantised) | beside
     kept = {name: tensor for name, tensor in named.items() if name not in buffers and name not in quantised}
-    return Named(
-        kept, _of_kept(named.aliases, kept), buffers, quantised | named.quantised, tied_by_memory=named.tied_by_memory
-    )
-
-
-def _of_kept(aliases: Mapping[str, str], kept: Mapping[str, Any]) -> dict[str, str]:
-    return {other: name for other, name in aliases.items() if name in kept}
+    return Named(kept, named.aliases, buffers, quantised | named.quantised, tied_by_memory=named.tied_by_memory)
 
 
 def _tied_by_memory(tensors: Mapping[str, Any]) -> Named[Any]:
@@ -180,7 +174,7 @@ def _renamed(side: Named[Readable], by: Named[Readable]) -> Named[Readable]:
             UserWarning,
             stacklevel=4,
         )
-    return Named(kept, _of_kept(aliases, kept), side.buffers, side.quantised, side.tied_by_memory)
+    return Named(kept, aliases, side.buffers, side.quantised, side.tied_by_memory)
 
 
 def _untied(side: Named[Readable], by: Named[Readable]) -> Named[Readable]:
