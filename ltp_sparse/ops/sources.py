@@ -221,7 +221,7 @@ class StreamSource:
             size = _STAGED if elsewhere else _PIECE if any(reader.copies for reader in pair) else VIEW
             n = self.sizes[tensor]
             pieces += [(tensor, start, min(start + size, n)) for start in range(0, n, size)]
-        release = self._release if self.nbytes > _KEPT else _nothing
+        release = self._release if self.nbytes > _KEPT else lambda *_: None
         read = (
             Piece(partial(_read, pairs[tensor], start, stop), partial(release, tensor, start, stop))
             for tensor, start, stop in pieces
@@ -256,10 +256,6 @@ class StreamSource:
 
 def _read(pair: Sequence[Reader], start: int, stop: int) -> list[Tensor]:
     return [reader.read(start, stop) for reader in pair]
-
-
-def _nothing(*_: int) -> None:
-    pass
 
 
 def _in_place(pieces: Iterable[Piece]) -> Iterator[list[Tensor]]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -159,14 +159,13 @@ class Launch:
         self.clip: Tensor | None = None
         self._look_anew()
 
-        starts = list(itertools.accumulate(self.table.counts, initial=0))
-        self.slots = [slice(a, b) for a, b in zip(starts[:-1], starts[1:], strict=True)]
-        tiles = self.table.tiles[:, [Column.PARAM, Column.ACTIVE]].tolist()
         self.active: list[list[int]] = [[] for _ in params]  # of every tile of each parameter
-        for position, active in tiles:
+        for position, active in self.table.tiles[:, [Column.PARAM, Column.ACTIVE]].tolist():
             self.active[position].append(active)
-        ends = list(itertools.accumulate((sum(map(state_blocks, active)) for active in self.active), initial=0))
-        self.blocks = [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        blocks = (sum(map(state_blocks, active)) for active in self.active)
+        self.slots, self.blocks = (
+            [slice(*ends) for ends in pairwise(accumulate(counts, initial=0))] for counts in (self.table.counts, blocks)
+        )
 
     def _held(self) -> list[Any]:
         """The parameters, or this rank's shards of them."""

@@ -58,11 +58,6 @@ class Part:
         assert isinstance(slots, slice)
         return cls(own, slots.start, whole.k, _blocks(whole, *cut.entries), cut.entries[0], whole.digest())
 
-    @property
-    def slots(self) -> slice:
-        """The slots of this part among those of the whole parameter."""
-        return slice(self.first, self.first + self.index_set.k)
-
 
 def _blocks(whole: IndexSet, start: int, stop: int) -> tuple[int, int] | None:
     of_tiles = state_blocks(whole.tile_counts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -36,9 +36,10 @@ def whole_fingerprint(tensors: Mapping[str, Tensor | Pieces], like: Mapping[str,
 def _digest(name: str, tensor: Tensor, like: str | None) -> str:
     cut, held = Cut.of(tensor, f"fingerprint: {name!r}"), local(tensor).detach()
     check_plain_tensor(held, f"fingerprint: {name!r}")
+    tiles = -(-tensor.numel() // TILE)
     if is_old(like) or not cut.by_rows:
-        return digest(tensor.dtype, tensor.shape, _pieces(tensor, cut), like)
-    tiles, (start, stop) = -(-tensor.numel() // TILE), cut.entries
+        return digest(tensor.dtype, tensor.shape, (_piece(tensor, cut, tile) for tile in range(tiles)), like)
+    start, stop = cut.entries
     digests = torch.zeros(tiles, BYTES, dtype=torch.uint8, device=held.device)
     first, last = -(-start // TILE), tiles if stop == tensor.numel() else stop // TILE
     if first < last:
@@ -51,11 +52,6 @@ def _digest(name: str, tensor: Tensor, like: str | None) -> str:
         bits = tile_digests_anywhere(_piece(tensor, cut, tile))
         digests[tile] = torch.frombuffer(bytearray(bits), dtype=torch.uint8)
     return of_tiles({name: tensor}, digests)[name]
-
-
-def _pieces(tensor: Tensor, cut: Cut) -> Iterator[Tensor]:
-    for tile in range(-(-tensor.numel() // TILE)):
-        yield _piece(tensor, cut, tile)
 
 
 def _piece(tensor: Tensor, cut: Cut, tile: int) -> Tensor:

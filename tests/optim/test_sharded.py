@@ -137,7 +137,8 @@ class Pair:
         """What this rank holds of the state is its part of that of the whole parameter."""
         members = [[p for group in o.param_groups for p in group["params"]] for o in (self.own, self.optimizer)]
         for twin, param in zip(*members, strict=True):
-            slots = self.optimizer._parts[param].slots
+            part = self.optimizer._parts[param]
+            slots = slice(part.first, part.first + part.index_set.k)
             for key, values in self.optimizer.state[param].items():
                 expected = self.own.state[twin][key]
                 assert torch.equal(values, expected[slots] if expected.dim() else expected), key
