@@ -221,7 +221,14 @@ def norm_fields(
     **state: Tensor | None,
 ) -> dict[str, Any]:
     """The fields of a `Norm` and `state`. Here they are compared with the table; `run` checks the rest."""
+    packed = isinstance(grads, Tensor)
     listed = grads if isinstance(grads, Tensors) else Tensors([grads] if isinstance(grads, Tensor) else grads)
+    count = len(params) if packed else len(listed)
+    if not len(params) == count == len(table.counts):
+        raise ValueError(
+            f"{op}: expected as many gradients and index sets as parameters, got {len(params)} parameters, "
+            f"{count} gradients and a table of {len(table.counts)}"
+        )
     _refuse_subclasses(op, "tensor of state", (coefficients, anchor, master, *state.values()))
     _check_sizes(op, "parameter", params.sizes, table)
     return {
@@ -229,7 +236,7 @@ def norm_fields(
         "grads": listed,
         "params": params,
         "coefficients": coefficients,
-        "packed": isinstance(grads, Tensor),
+        "packed": packed,
         "master": master,
         "anchor": anchor,
         **state,
