@@ -5,14 +5,7 @@ them on CPU tensors (TRITON_INTERPRET=1).
 """
 
 from .digests import tile_digests
-from .masked_adamw import (
-    gradient_norm,
-    masked_adamw_,
-    masked_pack_,
-    masked_sum_squares,
-    prepare_step,
-    prepared_of,
-)
+from .masked_adamw import gradient_norm, masked_adamw_, masked_pack_, masked_sum_squares, prepare_step, prepared_of
 from .masked_copy import masked_gather_, masked_scatter_, masked_swap_
 from .topk_delta import candidate_histogram, delta_band, sample_keys, take_above, take_ties
 

@@ -183,10 +183,7 @@ def _collect(
     tl.store(position_ptr + rank, position.to(tl.int16), mask)
 
 
-@triton.jit(
-    do_not_specialize=["n_tiles", "capacity"],
-    do_not_specialize_on_alignment=_READ_SINGLY,
-)
+@triton.jit(do_not_specialize=["n_tiles", "capacity"], do_not_specialize_on_alignment=_READ_SINGLY)
 def _delta_band_kernel(
     row_ptr, n_tiles, low_ptr, high_ptr, words_ptr, above_ptr, inside_ptr, take_ptr, key_ptr, position_ptr, capacity,
     offset_ptr, cursor_ptr, nonfinite_ptr, inside_words_ptr, before_ptr,

@@ -18,15 +18,7 @@ import torch
 from torch import Tensor
 
 from ltp_sparse.backends import addresses, capability, digests
-from ltp_sparse.backends.arguments import (
-    Band,
-    Candidates,
-    Histogram,
-    Norm,
-    Pack,
-    Sampled,
-    Step,
-)
+from ltp_sparse.backends.arguments import Band, Candidates, Histogram, Norm, Pack, Sampled, Step
 from ltp_sparse.backends.work_items import WORK_ITEM, work_items
 from ltp_sparse.tickets.bits import TILE, bitmap_words, tiles_of
 

@@ -461,13 +461,8 @@ class MaskedAdamW(Optimizer):
 
     def _on_all_ranks(self, found_inf: Tensor) -> Tensor:
         """A found_inf that is the same on all ranks which share parameters, so that all of them skip the step."""
-        spreads = {launch.spread for launch in self._launches if launch.spread}
-        if not spreads:
-            return found_inf
-        found_inf = found_inf.clone()
-        for one in spreads:
-            sum_over(one, found_inf)
-        return found_inf
+        pairs = [pair for spread in dict.fromkeys(launch.spread for launch in self._launches) for pair in spread]
+        return sum_over(pairs, found_inf.clone()) if pairs else found_inf
 
     def _warn_without_gradients(self) -> None:
         if self._warned:

@@ -54,14 +54,8 @@ def to_save(state: dict[str, Tensor], param: Any, part: Part) -> dict[str, Tenso
         first, count = _range(key, part)
         slots = Slots([values], [(first, *(0,) * (values.dim() - 1))])
         shape = Size((count, *values.shape[1:]))
-        return DTensor.from_local(
-            slots,
-            param.device_mesh,
-            placements,
-            run_check=False,
-            shape=shape,
-            stride=torch.empty(shape, dtype=values.dtype, device="meta").stride(),
-        )
+        stride = torch.empty(shape, dtype=values.dtype, device="meta").stride()
+        return DTensor.from_local(slots, param.device_mesh, placements, run_check=False, shape=shape, stride=stride)
 
     return {key: of(key, values) for key, values in state.items()}
 

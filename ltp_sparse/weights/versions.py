@@ -94,13 +94,7 @@ def _of_module(model: nn.Module) -> Named[Readable]:
 
 def _is_quantised(tensor: Tensor) -> bool:
     """Whether a parameter does not hold one number per weight (bitsandbytes, torchao)."""
-    if not is_floating(tensor):
-        return True
-    if not is_traceable_wrapper_subclass(tensor):
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return not isinstance(tensor, DTensor)
+    return not is_floating(tensor) or (is_traceable_wrapper_subclass(tensor) and not is_sharded(tensor))
 
 
 def _of_mapping(tensors: Mapping[str, Any]) -> Named[Any]:
