@@ -461,7 +461,7 @@ class MaskedAdamW(Optimizer):
 
     def _on_all_ranks(self, found_inf: Tensor) -> Tensor:
         """A found_inf that is the same on all ranks which share parameters, so that all of them skip the step."""
-        pairs = [pair for spread in dict.fromkeys(launch.spread for launch in self._launches) for pair in spread]
+        pairs = [pair for over in dict.fromkeys(launch.spread for launch in self._launches) for pair in over]
         return sum_over(pairs, found_inf.clone()) if pairs else found_inf
 
     def _warn_without_gradients(self) -> None:

@@ -285,16 +285,13 @@ def verify(path: str | os.PathLike[str]) -> str:
     Raises:
         FileFormatError: the checksum differs, or `save` did not write the file.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {})[KEY])
-            checksum = str(metadata.pop("checksum"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            found = checksum_of(metadata, tensors, checksum)
-    except (SafetensorError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise FileFormatError(Path(path), f"not a readable file of ltp_sparse ({error}); copy it again") from error
+    path = Path(path)
+    with _reading(path), safe_open(path, framework="pt") as file:
+        metadata, checksum = _described((file.metadata() or {}).get(KEY), path, "file with a checksum")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        found = checksum_of(metadata, tensors, checksum)
     if found != checksum:
-        raise FileFormatError(Path(path), "the checksum does not match its content; the file is damaged")
+        raise FileFormatError(path, "the checksum does not match its content; the file is damaged")
     return checksum
 
 
