@@ -176,27 +176,23 @@ def _topk(
     The digests are those of the tiles of the initial tensors, int64 [T, 2]. They are None if the initial tensors are
     not read, or are rounded first.
     """
-    tiles = sum(tiles_of(tensor.numel()) for tensor in initial)
-
-    def room(device: torch.device | str) -> Tensor | None:
-        if not initial or compare_in is not None:
-            return None
-        return torch.empty(tiles, 2, dtype=torch.int64, device=device)
-
-    before = [t for t in initial if isinstance(t, Tensor)]
-    after = [t for t in tuned if isinstance(t, Tensor)]
-    if compare_in is None and len(before) == len(initial) and len(after) == len(tuned):
-        in_memory = TensorSource(before, after, room(after[0].device))
-        selection = ops.select_from(in_memory, groups, ks)
-        return ops.index_sets(selection, in_memory.sizes), selection.thresholds, in_memory.digests
-    if device is None and after and compare_in is not None:
+    before, after = ([tensor for tensor in side if isinstance(tensor, Tensor)] for side in (initial, tuned))
+    in_memory = compare_in is None and (len(before), len(after)) == (len(initial), len(tuned))
+    if in_memory or (device is None and after and compare_in is not None):
         device = after[0].device
-    if device is None:
+    elif device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    digests = None
+    if initial and compare_in is None:
+        tiles = sum(tiles_of(tensor.numel()) for tensor in initial)
+        digests = torch.empty(tiles, 2, dtype=torch.int64, device=device)
+    if in_memory:
+        selection = ops.select_from(TensorSource(before, after, digests), groups, ks)
+        return ops.index_sets(selection, [tensor.numel() for tensor in after]), selection.thresholds, digests
     sides = [[Reader.of(tensor).rounded(compare_in) for tensor in side] for side in (initial, tuned)]
-    source = StreamSource(sides[0], sides[1], device, digests=room(device))
+    source = StreamSource(sides[0], sides[1], device, digests=digests)
     sets, thresholds = _streamed(source, groups, ks, progress, folder)
-    return [index_set.to("cpu") for index_set in sets], thresholds, source.digests
+    return [index_set.to("cpu") for index_set in sets], thresholds, digests
 
 
 @torch.no_grad()
