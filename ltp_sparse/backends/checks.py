@@ -202,20 +202,21 @@ def _names(dtypes: set[torch.dtype]) -> str:
     return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) or "none"
 
 
-def _check_dense(op: str, what: str, tensors: Tensors, device: torch.device) -> None:
+def _check_dense(op: str, what: str, tensors: Tensors, device: torch.device, any_dtype: bool = False) -> None:
     """Checks that tensors are dense, of a dtype in `DTYPES`, on the device and in memory. The error names the first."""
-    if tensors.dtypes <= DTYPES.keys() and all_plain(tensors.present) and _all_there(tensors, device):
+    known = tensors.dtypes <= DTYPES.keys() or (any_dtype and not any(t.is_quantized for t in tensors.present))
+    if known and all_plain(tensors.present) and _all_there(tensors, device):
         return
     for i, tensor in enumerate(tensors):
         if tensor is None:
             continue
-        if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
+        if not any_dtype and (tensor.dtype not in DTYPES or tensor.layout != torch.strided):
             raise TypeError(
                 f"{op}: {what} {i} must be a dense {DTYPE_NAMES} tensor, got {tensor.dtype} ({tensor.layout})"
             )
+        check_plain_tensor(tensor, f"{op}: {what} {i}")
         if tensor.device != device:
             raise ValueError(f"{op}: {what} {i} is on {tensor.device}, expected it on {device}")
-        check_plain_tensor(tensor, f"{op}: {what} {i}")
 
 
 def _all_there(tensors: Tensors, device: torch.device) -> bool:
@@ -352,10 +353,7 @@ def check_copy(op: str, copy: records.Gather | records.Scatter | records.Swap) -
             memory.
     """
     facts, device, tensors = table_facts(op, copy), copy.tiles.device, copy.tensors
-    for i, tensor in enumerate(tensors.present):
-        check_plain_tensor(tensor, f"{op}: tensor {i}")
-        if tensor.device != device:
-            raise ValueError(f"{op}: tensor {i} is on {tensor.device}, expected it on {device}")
+    _check_dense(op, "tensor", tensors, device, any_dtype=True)
     if len(tensors.dtypes) > 1 or (tensors.present and tensors.present[0].element_size() > 8):
         raise TypeError(
             f"{op}: expected tensors of one dtype of at most 8 bytes an entry, got {_names(tensors.dtypes)}; make a "

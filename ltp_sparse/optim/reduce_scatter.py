@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -200,8 +200,7 @@ class _Block:
         if param.fsdp_placement.dim != 0:  # cut by columns, the same number for every rank
             return cls(size.numel() // ranks, [IndexSet.full(size.numel() // ranks)] * ranks)
         rows, row = -(-size[0] // ranks), size[1:].numel()
-        bounds = [min(rank * rows, size[0]) for rank in range(ranks + 1)]
-        cuts = list(zip(bounds[:-1], bounds[1:], strict=True))
+        cuts = list(pairwise(min(rank * rows, size[0]) for rank in range(ranks + 1)))
         by_rows = all(type(p) is Shard or p.is_replicate() for p in param.sharded_param.placements)
         if name is None or not by_rows or size != ticket.shapes[name]:
             return cls(rows * row, [IndexSet.full((stop - start) * row) for start, stop in cuts])

@@ -27,8 +27,7 @@ from torch import Size, Tensor
 from ltp_sparse.weights.tensors import TILE, check_plain_tensor, flat_piece
 
 _TAG = "xxh3:"
-_UNTAGGED = re.compile("[0-9a-f]{32}|[0-9a-f]{64}")
-_TAGGED = re.compile(_TAG + "[0-9a-f]{32}")
+_KNOWN = re.compile(f"({_TAG})?[0-9a-f]{{32}}|[0-9a-f]{{64}}")
 _BLOCK = 1024  # bytes; a tile is filled up to whole ones
 _SPAN = 32 * TILE  # entries that a thread digests at a time
 
@@ -62,7 +61,7 @@ class Pieces(Protocol):
 
 def is_known(digest: object) -> bool:
     """Whether it is a digest that this version can compare."""
-    return isinstance(digest, str) and bool(_TAGGED.fullmatch(digest) or _UNTAGGED.fullmatch(digest))
+    return isinstance(digest, str) and _KNOWN.fullmatch(digest) is not None
 
 
 def is_old(digest: str | None) -> bool:

@@ -115,9 +115,8 @@ def destination(path: str | os.PathLike[str]) -> Path:
         os.lstat(place)  # fails for a name that is too long and for a folder without access
     for _ in range(_MOST_LINKS):
         place = os.path.join(os.path.realpath(os.path.dirname(place)), os.path.basename(place))
-        if place.startswith("/proc/") and os.path.lexists(
-            place
-        ):  # e.g. /dev/stdout, to which other processes can write
+        # e.g. /dev/stdout, to which other processes can write
+        if place.startswith("/proc/") and os.path.lexists(place):
             raise OSError(errno.EINVAL, "expected a regular file to write to, but this is an open stream", str(path))
         if not os.path.islink(place):
             break
