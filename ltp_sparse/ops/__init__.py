@@ -415,7 +415,7 @@ def _check_sizes(op: str, what: str, found: Sequence[int | None], table: TileTab
 
 def _refuse_subclasses(op: str, what: str, tensors: Sequence[Tensor | None]) -> None:
     """Refuses subclasses of tensors with a clear error, before torch hands the call to them. None passes."""
-    if all_plain(tensors, None) or torch._guards.detect_fake_mode() is not None:
+    if all_plain(tensors) or torch._guards.detect_fake_mode() is not None:
         return
     for i, tensor in enumerate(tensors):
         if tensor is not None:

@@ -139,7 +139,10 @@ class Launch:
         self.packed: PackedGradients | None = None
         self.device, self.dtype = params[0].device, params[0].dtype
         self.table = TileTable.build(sets, device=self.device, ranks=self.device.type != "cpu")
-        self.exp_avg, self.exp_avg_sq, self.scales = self._zero_moments(precision.states == "8bit")
+        coded = precision.states == "8bit"
+        k, dtypes = self.table.k, (torch.int8, torch.uint8) if coded else (torch.float32, torch.float32)
+        self.exp_avg, self.exp_avg_sq = (torch.zeros(k, dtype=dtype, device=self.device) for dtype in dtypes)
+        self.scales = torch.zeros(self.table.blocks, 2, dtype=torch.float32, device=self.device) if coded else None
         self.stochastic = precision.is_stochastic(self.dtype)
         self.seed = precision.seed
         self.master = self.values() if precision.keeps_master(self.dtype) else None
@@ -170,16 +173,6 @@ class Launch:
     def _held(self) -> list[Any]:
         """The parameters, or this rank's shards of them."""
         return [local(param) for param in self.params] if self._sharded else self.params
-
-    def _zero_moments(self, coded: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=self.device)
-
-        k = self.table.k
-        if coded:
-            scales = zeros(torch.float32, self.table.blocks, 2)
-            return zeros(torch.int8, k), zeros(torch.uint8, k), scales
-        return zeros(torch.float32, k), zeros(torch.float32, k), None
 
     def values(self) -> Tensor:
         """float32 [K], the active entries of the parameters."""

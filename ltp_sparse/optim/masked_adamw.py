@@ -7,7 +7,7 @@ import math
 import operator
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -208,7 +208,12 @@ class MaskedAdamW(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_group(group, self.precision)
+            _check_options(group)
+            for param in group["params"]:
+                check_ordinary(local(param), what="MaskedAdamW")
+                if param.dtype not in DTYPES:
+                    raise TypeError(f"MaskedAdamW: parameters must be {DTYPE_NAMES}, got {param.dtype}")
+                self.precision.is_stochastic(param.dtype)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -242,7 +247,9 @@ class MaskedAdamW(Optimizer):
         self._launches = []
         for triples in placed.values():
             params, numbers, group = map(list, zip(*triples, strict=True))
-            sets, origins = [self._parts[param].index_set for param in params], self._origins(params)
+            sets = [self._parts[param].index_set for param in params]
+            keyed = self._is_keyed(params[0])  # then random bits depend on where each shard begins
+            origins = tuple(self._parts[param].start or 0 for param in params) if keyed else ()
             launch = Launch(params, numbers, group, sets, len(self.param_groups), self.precision, origins)
             if any(group["pull"] for group in self.param_groups):
                 launch.keep_anchor(self.pull_on)
@@ -454,10 +461,6 @@ class MaskedAdamW(Optimizer):
     def _is_keyed(self, param: nn.Parameter) -> bool:
         """Whether a parameter is sharded and its update needs random bits, which depend on the entry of the whole."""
         return bool(spread(param)) and (self.precision.states == "8bit" or self.precision.is_stochastic(param.dtype))
-
-    def _origins(self, params: Sequence[nn.Parameter]) -> tuple[int, ...]:
-        """The origin of each shard if random bits depend on it, else nothing."""
-        return tuple(self._parts[param].start or 0 for param in params) if self._is_keyed(params[0]) else ()
 
     def _on_all_ranks(self, found_inf: Tensor) -> Tensor:
         """A found_inf that is the same on all ranks which share parameters, so that all of them skip the step."""
@@ -811,12 +814,3 @@ def _check_options(group: Mapping[str, Any]) -> None:
     ):
         if not valid:
             raise ValueError(f"MaskedAdamW: {what}, got {value}")
-
-
-def _check_group(group: dict[str, Any], precision: Precision) -> None:
-    _check_options(group)
-    for param in group["params"]:
-        check_ordinary(local(param), what="MaskedAdamW")
-        if param.dtype not in DTYPES:
-            raise TypeError(f"MaskedAdamW: parameters must be {DTYPE_NAMES}, got {param.dtype}")
-        precision.is_stochastic(param.dtype)

@@ -16,6 +16,7 @@ DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 """Their names, for messages."""
 
 _PLAIN = {Tensor, nn.Parameter}
+_PLAIN_OR_NONE = {*_PLAIN, type(None)}
 LOWEST_ADDRESS = 1 << 40
 """The address of a view whose storage was freed is its offset, which is below this number; few valid ones are."""
 
@@ -61,14 +62,9 @@ def check_plain_tensor(tensor: Tensor, what: str) -> None:
         raise TypeError(f"{what} has {tensor.numel()} entries, but its memory was freed; gather or reload it first")
 
 
-def all_plain(tensors: Iterable[object], *others: object) -> bool:
-    """Whether no tensor is of a subclass: a quick test before `check_plain_tensor` is called for each.
-
-    Args:
-        tensors: the tensors.
-        others: objects whose types are allowed as well.
-    """
-    return {*map(type, tensors)} <= _PLAIN.union(map(type, others))
+def all_plain(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether no tensor is of a subclass: a quick test before `check_plain_tensor` is called for each. None passes."""
+    return {*map(type, tensors)} <= _PLAIN_OR_NONE
 
 
 def has_memory(tensor: Tensor) -> bool:
