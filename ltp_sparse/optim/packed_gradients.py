@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ltp_sparse import backends, ops
+from ltp_sparse import ops
 from ltp_sparse.deltas.entries import gather
 from ltp_sparse.optim.gradient_view import GradientView, PackedTensor
 from ltp_sparse.optim.small_gradients import SmallGradients, parts_of
@@ -241,8 +241,7 @@ class PackedGradients:
         self._buffer = torch.zeros(table.k, dtype=torch.float32, device=params[0].device)
         slots = self._buffer.split(table.counts)
         # the directory can be built for the whole table only, not for parts of it
-        ranked = backends.resolve(table.tiles.device, dtype=params[0].dtype, density=table.density).needs_ranks
-        whole = table.with_ranks() if ranked else table
+        whole, _ = ops.served(table, params[0].dtype)
         tables = parts_of(whole, [range(number, number + 1) for number in range(len(params))])
         # other optimizers read the carriers at any time, so nothing can wait
         self._small = SmallGradients(params if carriers is None else (), self._buffer, whole)
