@@ -134,7 +134,6 @@ class MaskedAdamW(Optimizer):
         gradients: str = "dense",
     ) -> None:
         named, parts = trainable_parts(model, ticket, what="MaskedAdamW", mappings=True)
-        ticketed = {name: named[name] for name in parts}
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"MaskedAdamW: max_grad_norm must be above 0 or None, got {max_grad_norm}")
         if pull_on not in ("device", "host"):
@@ -150,18 +149,19 @@ class MaskedAdamW(Optimizer):
         self._launches: list[Launch] = []
         self._removed = self._warned = self._compared = False
         self._pull_factor: Tensor | None = None
-        self._ticketed = set(ticketed.values())
+        self._ticketed = set(self._parts)
         in_full = dense_groups(dense, what="MaskedAdamW")
         self._packs: set[nn.Parameter] = set()
         self._watch: Any = None
         if gradients == "packed":
             if not isinstance(model, nn.Module):
                 raise ValueError('MaskedAdamW: gradients="packed" needs the module, not a mapping of its parameters')
+            ticketed = {name: named[name] for name in parts}
             check_packable(ticketed, (p for group in in_full for p in group["params"]), what="MaskedAdamW")
-            self._packs = set(ticketed.values())
+            self._packs = set(self._parts)
         elif gradients != "dense":
             raise ValueError(f'MaskedAdamW: gradients must be "dense" or "packed", got {gradients!r}')
-        groups: list[dict[str, Any]] = [{"params": list(ticketed.values()), "pull": pull}] if parts else []
+        groups: list[dict[str, Any]] = [{"params": [named[name] for name in parts], "pull": pull}] if parts else []
         groups += in_full
         if not groups:
             raise ValueError(

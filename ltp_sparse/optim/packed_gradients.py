@@ -271,9 +271,8 @@ class PackedGradients:
         named = model.named_parameters(remove_duplicate=False)
         ignored = [name for name, param in named if param in numbers]
         setattr(model, _IGNORED, [*getattr(model, _IGNORED, []), *ignored])
-        handles.append(
-            model.register_forward_pre_hook(WeakHook(self._before_forward, _CopiedHook, ignored, embeddings))
-        )
+        hook = WeakHook(self._before_forward, _CopiedHook, ignored, embeddings)
+        handles.append(model.register_forward_pre_hook(hook))
         for number, param in enumerate(params):
             handles.append(param.register_post_accumulate_grad_hook(self._hook(number)))
         self._embeddings = [weakref.ref(embedding) for embedding in embeddings]
@@ -494,7 +493,7 @@ class _CopiedHook:
 class _CopiedSparse:
     """The hook on a copy of an embedding that was set to `sparse=True`, until its first forward.
 
-    Nobody packs the gradient of the copy, so it becomes dense. Before, `sparse` may not be copied yet.
+    Nobody packs the gradient of the copy, so it becomes dense; not earlier, as `sparse` can be copied after the hook.
     """
 
     def __call__(self, module: nn.Module, *_: object) -> None:
