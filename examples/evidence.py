@@ -23,7 +23,7 @@ from ltp_sparse.report.pages import write_report
 from ltp_sparse.report.paired import MARGIN, Comparison, compare, pool
 from ltp_sparse.report.stage_1 import stage_1_sheet
 from ltp_sparse.report.tables import AVERAGE, make_table
-from ltp_sparse.weights.files import atomic_path
+from ltp_sparse.weights.files import atomic_path, write_text
 
 FOLDER = Path(__file__).parents[1] / "docs" / "evidence"
 BEGIN, END = "<!-- from rows: begin -->", "<!-- from rows: end -->"
@@ -75,8 +75,7 @@ def fill_in(page: Path, text: str) -> None:
     _, ended, after = rest.partition(END)
     if not (found and ended):
         raise ValueError(f"{page}: expected the lines {BEGIN} and {END}, between which the summary stands")
-    with atomic_path(page) as temporary:
-        temporary.write_text(f"{before}{BEGIN}\n{text}{END}{after}", encoding="utf-8")
+    write_text(page, f"{before}{BEGIN}\n{text}{END}{after}")
 
 
 def summary(evidence: Path) -> str:

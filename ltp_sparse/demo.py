@@ -22,7 +22,7 @@ from ltp_sparse.tasks.generated.languages import LANGUAGES
 from ltp_sparse.training.evaluation import evaluate, largest_class, result_row
 from ltp_sparse.training.method import Trained, train_method
 from ltp_sparse.training.mlm import MLMSettings, tune_mlm
-from ltp_sparse.weights.files import atomic_path
+from ltp_sparse.weights.files import write_text
 from ltp_sparse.weights.locating import MINI_XLMR
 from ltp_sparse.weights.names import canonical_parameters
 
@@ -120,8 +120,7 @@ def _demo(output: Path, settings: DemoSettings, progress: bool, report_to: str) 
 
     table = make_table(rows, ("method", "shots"))
     report = _report(table, facts, ticket, model, settings, time.perf_counter() - start)
-    with atomic_path(output / "report.md") as temporary:
-        temporary.write_text(report, encoding="utf-8")
+    write_text(output / "report.md", report)
     plot_accuracy(
         table.means(),
         output / "accuracy.png",

@@ -20,7 +20,7 @@ from ltp_sparse.tasks import task
 from ltp_sparse.tasks.own import Columns
 from ltp_sparse.tasks.pairs import CLASSES
 from ltp_sparse.weights import manifest
-from ltp_sparse.weights.files import atomic_path
+from ltp_sparse.weights.files import write_text
 from ltp_sparse.weights.reading import FileFormatError, read_json
 
 if TYPE_CHECKING:
@@ -66,8 +66,7 @@ class Run:
         return task(self.task).kind if self.task is not None else self.columns.kind  # type: ignore[union-attr]
 
     def save(self, folder: Path) -> None:
-        with atomic_path(folder / _DESCRIPTION) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(folder / _DESCRIPTION, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
         record(folder, [_DESCRIPTION])
 
     @classmethod

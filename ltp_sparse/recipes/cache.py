@@ -15,7 +15,6 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ltp_sparse.weights import files
-from ltp_sparse.weights.files import atomic_path
 from ltp_sparse.weights.reading import FileFormatError, read_json
 
 
@@ -69,8 +68,7 @@ class Cache:
             files.sweep(self.folder)
             make(path)
             about = {"kind": kind, "facts": facts, "made": time.time(), "checksum": files.verify(path)}
-            with atomic_path(described) as temporary:
-                temporary.write_text(json.dumps(about, indent=2), encoding="utf-8")
+            files.write_text(described, json.dumps(about, indent=2))
         return path
 
     @staticmethod

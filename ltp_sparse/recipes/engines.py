@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from ltp_sparse.recipes.jobs import Job, Outcome
-from ltp_sparse.weights.files import atomic_path
+from ltp_sparse.weights.files import write_text
 
 _FORMS = "local:0,1 (GPUs), ray://HOST:PORT, ray:auto or slurm:partition=NAME,time=MINUTES"
 
@@ -276,8 +276,7 @@ class Slurm:
             theirs = self._executor.job_class(self._folder, record.read_text())
         else:
             theirs = self._executor.submit(job)
-            with atomic_path(record) as temporary:
-                temporary.write_text(theirs.job_id)
+            write_text(record, theirs.job_id)
         self._jobs[job.id] = job, theirs
 
     def wait(self) -> Sequence[tuple[Job, Outcome]]:

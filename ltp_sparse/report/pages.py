@@ -19,7 +19,7 @@ from ltp_sparse.report.paired import MARGIN, compare, comparison_sheet, pool
 from ltp_sparse.report.plots import PLOTS
 from ltp_sparse.report.stage_1 import stage_1_sheet
 from ltp_sparse.report.tables import Table, latex, make_table, markdown, to_csv
-from ltp_sparse.weights.files import atomic_path
+from ltp_sparse.weights.files import write_text
 from ltp_sparse.weights.reading import read_yaml
 
 
@@ -63,8 +63,7 @@ def write_report(recipe: Recipe, rows: Sequence[Mapping[str, Any]], folder: Path
         "table.tex": latex(table),
     }
     for name, text in written.items():
-        with atomic_path(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
     return [*(folder / name for name in written), *drawn]
 
 

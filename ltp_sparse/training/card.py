@@ -11,7 +11,7 @@ from ltp_sparse import __version__
 from ltp_sparse.deltas.delta import SparseDelta
 from ltp_sparse.methods import METHODS
 from ltp_sparse.weights.card import cell, front_matter, score_lines
-from ltp_sparse.weights.files import atomic_path
+from ltp_sparse.weights.files import write_text
 
 
 def write_card(path: Path, base: str, trained: SparseDelta, kind: str, facts: Mapping[str, Any]) -> None:
@@ -61,8 +61,7 @@ def write_card(path: Path, base: str, trained: SparseDelta, kind: str, facts: Ma
         *_how(prompted),
         "",
     ]
-    with atomic_path(path) as temporary:
-        temporary.write_text("\n".join(lines), encoding="utf-8")
+    write_text(path, "\n".join(lines))
 
 
 def _how(prompted: bool) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ltp_sparse.weights import manifest
-from ltp_sparse.weights.files import atomic_path, sweep
+from ltp_sparse.weights.files import sweep, write_text
 from ltp_sparse.weights.reading import FileFormatError, read_json
 
 DELTA_FILE = "delta.safetensors"
@@ -95,8 +95,7 @@ def begin(folder: str | os.PathLike[str], facts: Mapping[str, Any], *, what: str
         if not resume:
             for old in checkpoints(Path(folder)):
                 shutil.rmtree(old)
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(facts, indent=1))
+        write_text(path, json.dumps(facts, indent=1))
         sweep(path.parent)
     return checkpoint
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.weights.files import atomic_path, sync
+from ltp_sparse.weights.files import sync, write_text
 from ltp_sparse.weights.reading import FileFormatError, read_json, reader
 
 MANIFEST = "manifest.json"
@@ -85,8 +85,7 @@ def _describe(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 def _write(folder: Path, files: Mapping[str, Any], *, finished: bool) -> None:
     content = {"kind": _KIND, "finished": finished, "files": files}
-    with atomic_path(folder / MANIFEST) as temporary:
-        temporary.write_text(json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / MANIFEST, json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n")
 
 
 def _read(folder: Path) -> dict[str, dict[str, Any]]:
