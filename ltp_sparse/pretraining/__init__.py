@@ -1,4 +1,4 @@
-"""Pre-training of small multilingual masked language models: tokenizer, mixture of texts, training loop."""
+"""Pre-training of small multilingual masked language models: tokenizer, sources of text, training loop."""
 
 from ltp_sparse.pretraining.embeddings import parallel_embeddings, start_from
 from ltp_sparse.pretraining.model import mini_xlmr

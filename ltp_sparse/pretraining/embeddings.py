@@ -1,4 +1,4 @@
-"""Initial word embeddings from parallel sentences: pieces of all languages that occur in the same rows are similar."""
+"""Initial word embeddings from parallel sentences: pieces that occur in the same rows get similar vectors."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM
 
 _ROUNDS = 5
-_SPARE = 16  # dimensions worked with beyond those kept
+_SPARE = 16  # further dimensions, which make the kept ones more accurate
 
 
 def parallel_embeddings(
     rows: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase, hidden: int, *, seed: int = 0
 ) -> Tensor:
-    """float32 [pieces, hidden]: a unit vector for each piece, zeros for pieces that occur in no row.
+    """A vector for each piece of the tokenizer, by latent semantic indexing across languages.
 
-    All translations of a row are one document (cross-language latent semantic indexing: Dumais et al., AAAI Spring
-    Symposium 1997). The counts are weighted as in correspondence analysis, count / sqrt(piece's total * row's total),
-    and reduced to the largest singular vectors by subspace iteration. The weight of a row is its number of pairs of
-    languages, since rows in many languages connect these better.
+    A row with all its translations is one document (Dumais et al., AAAI Spring Symposium 1997). Counts of pieces in
+    rows are divided by sqrt(total of the piece * total of the row), as in correspondence analysis. Subspace iteration
+    finds the largest singular vectors. A row weighs as much as it has pairs of languages, because rows in many
+    languages connect these better.
 
     Args:
-        rows: language -> sentence.
-        tokenizer: of the model.
-        hidden: dimensions.
-        seed: of the initial subspace.
+        rows: each row: language -> sentence.
+        tokenizer: the model's tokenizer.
+        hidden: number of dimensions.
+        seed: seed of the initial subspace.
+
+    Returns:
+        float32 [pieces, hidden]: unit vectors, and zeros for pieces that occur in no row.
 
     Raises:
         ValueError: there are fewer rows than dimensions.
@@ -69,7 +72,12 @@ def parallel_embeddings(
 
 @torch.no_grad()
 def start_from(model: XLMRobertaForMaskedLM, embeddings: Tensor) -> None:
-    """Initialises word embeddings with these vectors, scaled to the length of random ones; zeros are skipped."""
+    """Writes vectors into the word embeddings of a model. Pieces with a zero vector keep their embedding.
+
+    Args:
+        model: a model with random weights.
+        embeddings: float32 [pieces, hidden] of `parallel_embeddings`. They are scaled to the length of random ones.
+    """
     words = model.roberta.embeddings.word_embeddings.weight
     length = model.config.initializer_range * embeddings.shape[1] ** 0.5
     words.copy_(torch.where(embeddings.any(1, keepdim=True), length * embeddings.to(words.device), words))

@@ -13,7 +13,15 @@ if TYPE_CHECKING:
 def mini_xlmr(
     vocabulary: int, *, hidden: int = 192, layers: int = 4, positions: int = 128, seed: int = 0
 ) -> XLMRobertaForMaskedLM:
-    """A small XLM-R with random weights: heads of size 32, inner size 4 * `hidden`, no dropout."""
+    """A small XLM-R with random weights. Heads have size 32, the inner size is 4 * `hidden`, and there is no dropout.
+
+    Args:
+        vocabulary: number of pieces.
+        hidden: hidden size, a multiple of 32.
+        layers: number of layers.
+        positions: tokens of the longest input.
+        seed: seed of the weights. It becomes torch's global seed.
+    """
     from transformers import XLMRobertaConfig
 
     from ltp_sparse.models.backbone import backbone_from_config

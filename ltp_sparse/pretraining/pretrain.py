@@ -1,4 +1,4 @@
-"""Masked-language-model pre-training of a small model, with checkpoints that resume to the same bits."""
+"""Pre-training of a small masked language model. A run that resumes from a checkpoint ends with the same bits."""
 
 from __future__ import annotations
 
@@ -28,12 +28,16 @@ class PretrainSettings:
     """Settings of pre-training.
 
     Attributes:
-        steps: updates
-        tokens: tokens per update without padding
-        warm_up: updates of linear warm-up, followed by linear decay to zero
-        word_rate: learning rate of the word embeddings, relative to the others'
-        bf16: compute under bfloat16 autocast; weights stay float32
-        save_steps: updates between checkpoints
+        steps: number of updates.
+        tokens: tokens per update, without padding.
+        learning_rate: the highest learning rate.
+        word_rate: learning rate of the word embeddings, relative to that of the other weights.
+        warm_up: updates in which the learning rate rises from 0. After them it decays linearly to 0.
+        weight_decay: decoupled weight decay of AdamW.
+        max_grad_norm: norm to which the gradients are clipped.
+        bf16: compute under bfloat16 autocast; weights stay float32.
+        seed: seed of the batches.
+        save_steps: updates between checkpoints.
     """
 
     steps: int
@@ -56,16 +60,16 @@ def pretrain(
     checkpoint: Path | None = None,
     progress: bool = True,
 ) -> None:
-    """Trains `model` in place, all that takes a gradient.
+    """Trains all parameters of a model that require a gradient, in place.
 
-    Batches depend on (seed, step) alone, so a resumed run ends with the bits of an uninterrupted one.
+    A batch depends on (seed, step) only. So a run that resumes ends with the bits of an uninterrupted one.
 
     Args:
         model: the model.
-        sources: (weight, source); each update draws one of them by weight.
-        settings: of the run.
-        checkpoint: a file to write, and to resume from if it exists; the caller removes it at the end.
-        progress: show a bar.
+        sources: (weight, source). Each update draws its batch from one source, chosen by weight.
+        settings: settings of the run.
+        checkpoint: a file to write, and to resume from if it exists. The caller removes it after the run.
+        progress: show a progress bar.
 
     Raises:
         ValueError: the checkpoint has other settings.
@@ -114,7 +118,7 @@ def pretrain(
 
 
 def token_loss(model: XLMRobertaForMaskedLM, batch: Batch) -> Tensor:
-    """Cross-entropy of each chosen token, float32 [chosen]; the LM head runs at these positions only."""
+    """Cross-entropy of each chosen token, float32 [chosen]. The LM head computes logits at these positions only."""
     device = next(model.parameters()).device
     tokens, seen, chosen = (t.to(device) for t in (batch.tokens, batch.seen, batch.chosen))
     attended = (tokens != model.config.pad_token_id).long()
@@ -132,10 +136,21 @@ def held_out_losses(
     length: int = 64,
     tokens: int = 1 << 15,
 ) -> dict[str, tuple[float, float]]:
-    """Language -> mean loss, in nats, of masked tokens in held-out text, of the model and of a unigram model.
+    """Compares a model with unigram models on masked tokens of held-out text.
 
-    The unigram model has the frequencies of the language's training text, with add-one smoothing. Both predict the same
-    tokens.
+    The unigram model of a language has the frequencies of its training text, with add-one smoothing. Both predict the
+    same tokens.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        training: language -> training sentences.
+        held_out: language -> sentences to predict.
+        length: tokens of a block.
+        tokens: about how many tokens of each language are read.
+
+    Returns:
+        Language -> (mean loss of the model, mean loss of the unigram model), in nats.
     """
     was_training = model.training
     model.eval()

@@ -1,4 +1,4 @@
-"""Training data of pre-training: batches of masked tokens, each a function of a random generator alone."""
+"""Sources of text for pre-training. They give batches of masked tokens, which depend on a random generator only."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from ltp_sparse.tasks.generated.inference import Document
 
 _MASKED = 0.15
-_WHOLE = 0.8  # share of the answered documents in which only the answer is masked
-_POWER = 0.5  # of a language's number of tokens
-_FIRST_WORD = 4  # ids below are special tokens
+_WHOLE = 0.8  # share of the documents with an answer in which only the answer is masked
+_POWER = 0.5  # the probability of a language grows with this power of its number of tokens
+_FIRST_WORD = 4  # smaller ids are special tokens
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Batch:
     """A batch of masked tokens.
 
     Attributes:
-        tokens: int64 [B, L], the original tokens
-        seen: int64 [B, L], the input of the model
-        chosen: bool [B, L], the tokens to predict
+        tokens: int64 [B, L], the original tokens.
+        seen: int64 [B, L], the input of the model.
+        chosen: bool [B, L], True at the tokens to predict.
     """
 
     tokens: Tensor
@@ -37,24 +37,24 @@ class Batch:
 
 
 class Source(Protocol):
-    """Something to draw batches from."""
+    """Texts from which batches are drawn."""
 
     def draw(self, rng: np.random.Generator, tokens: int) -> Batch:
-        """A batch of about this many tokens."""
+        """Draws a batch of about this many tokens."""
 
 
 class Sentences:
-    """Blocks of a language's sentences, masked at 15 % as XLM-R's: 80 % `<mask>`, 10 % a random token, 10 % kept.
+    """Blocks of sentences of one language. 15 % of the tokens are masked, see `masked`.
 
-    A block begins at a random sentence, continues with the following ones (shuffled once) and is cut at `length`
-    tokens. As in XLM-R (arXiv 1911.02116, section 3.1), languages are drawn with a probability proportional to a power
-    of their number of tokens, which favours small corpora.
+    The sentences of a language are shuffled once. A block begins at a random one, continues with the next ones, and is
+    cut at `length` tokens. The probability of a language is proportional to a power of its number of tokens, as for
+    XLM-R (arXiv 1911.02116, section 3.1), which favours small corpora.
 
     Args:
         texts: language -> sentences.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         length: tokens of a block.
-        summarise: each `<s>` also predicts a piece; see `summarised`.
+        summarise: `<s>` also predicts a piece, see `summarised`.
     """
 
     def __init__(
@@ -84,22 +84,21 @@ class Sentences:
             start = rng.choice(self._starts[language])
             rows.append(self._tokens[language][start : start + self.length])
         ids = np.stack(rows)
-        chosen = (rng.random(ids.shape) < _MASKED) & (ids >= _FIRST_WORD)
-        batch = masked(ids, chosen, rng, self.vocabulary, self.mask_id)
+        batch = masked(ids, _chosen(ids, rng), rng, self.vocabulary, self.mask_id)
         return batch if self.begin_id is None else summarised(batch, self.begin_id)
 
 
 class Translations:
-    """A sentence and its translation, `<s> A </s></s> B </s>`, masked as `Sentences`.
+    """Pairs of a sentence and its translation, `<s> A </s></s> B </s>`. 15 % of the tokens are masked, see `masked`.
 
-    Translation language modelling (arXiv 1901.07291, section 3.3): a masked word of one language can be read in the
-    other, which aligns the languages.
+    This is translation language modelling (arXiv 1901.07291, section 3.3). A word that is masked in one language may
+    stand in the other, so that the model learns to align the languages.
 
     Args:
-        rows: language -> sentence, each in at least two languages.
-        tokenizer: of the model.
+        rows: each row: language -> sentence, in at least two languages.
+        tokenizer: the model's tokenizer.
         length: tokens of a pair.
-        summarise: each `<s>` also predicts a piece; see `summarised`.
+        summarise: `<s>` also predicts a piece, see `summarised`.
     """
 
     def __init__(
@@ -127,24 +126,26 @@ class Translations:
         for row in rng.integers(len(self._rows), size=max(1, int(tokens / self._mean))):
             one, two = rng.choice(len(self._rows[row]), 2, replace=False)
             pairs.append([begin, *self._rows[row][one], end, end, *self._rows[row][two], end])
-        ids = np.full((len(pairs), max(map(len, pairs))), self.pad_id, dtype=np.int64)
-        for padded, pair in zip(ids, pairs, strict=True):
-            padded[: len(pair)] = pair
-        chosen = (rng.random(ids.shape) < _MASKED) & (ids >= _FIRST_WORD)
-        batch = masked(ids, chosen, rng, self.vocabulary, self.mask_id)
+        ids = _padded(pairs, self.pad_id)
+        batch = masked(ids, _chosen(ids, rng), rng, self.vocabulary, self.mask_id)
         return summarised(batch, begin) if self._summarise else batch
 
 
 class Documents:
-    """Generated documents, one per row. The answer to a question is always masked, and mostly nothing else."""
+    """Generated documents, one per row. Answers to questions are always masked.
+
+    In most documents with an answer nothing else is masked, because the model could then often only guess the answer.
+
+    Args:
+        documents: the documents.
+        tokenizer: the model's tokenizer.
+    """
 
     def __init__(self, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> None:
-        self.vocabulary, self.mask_id, self.pad_id = len(tokenizer), tokenizer.mask_token_id, tokenizer.pad_token_id
+        self.vocabulary, self.mask_id = len(tokenizer), tokenizer.mask_token_id
         encoded = tokenizer([document.text for document in documents])["input_ids"]
         self._lengths = np.array([len(ids) for ids in encoded])
-        self._ids = np.full((len(encoded), self._lengths.max()), self.pad_id, dtype=np.int64)
-        for row, ids in zip(self._ids, encoded, strict=True):
-            row[: len(ids)] = ids
+        self._ids = _padded(encoded, tokenizer.pad_token_id)
         # a document with an answer ends with the answer, a full stop and </s>
         answered = np.array([document.answer is not None for document in documents])
         self._answers = np.where(answered, self._lengths - 3, -1)
@@ -152,9 +153,8 @@ class Documents:
     def draw(self, rng: np.random.Generator, tokens: int) -> Batch:
         rows = rng.integers(len(self._ids), size=int(tokens / self._lengths.mean()))
         ids, answers = self._ids[rows, : self._lengths[rows].max()], self._answers[rows]
-        chosen = (rng.random(ids.shape) < _MASKED) & (ids >= _FIRST_WORD)
-        asks = answers >= 0
-        chosen[asks & (rng.random(len(ids)) < _WHOLE)] = False  # else the answer could often only be guessed
+        chosen, asks = _chosen(ids, rng), answers >= 0
+        chosen[asks & (rng.random(len(ids)) < _WHOLE)] = False
         batch = masked(ids, chosen, rng, self.vocabulary, self.mask_id)
         at = torch.from_numpy(asks.nonzero()[0]), torch.from_numpy(answers[asks])
         batch.chosen[at] = True
@@ -162,8 +162,21 @@ class Documents:
         return batch
 
 
+def _padded(rows: Sequence[Sequence[int]], pad_id: int) -> np.ndarray:
+    """int64 [rows, longest]"""
+    ids = np.full((len(rows), max(map(len, rows))), pad_id, dtype=np.int64)
+    for padded, row in zip(ids, rows, strict=True):
+        padded[: len(row)] = row
+    return ids
+
+
+def _chosen(ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """15 % of the tokens that are not special."""
+    return (rng.random(ids.shape) < _MASKED) & (ids >= _FIRST_WORD)
+
+
 def masked(ids: np.ndarray, chosen: np.ndarray, rng: np.random.Generator, vocabulary: int, mask_id: int) -> Batch:
-    """80 % of the chosen tokens become `<mask>`, 10 % a random one, 10 % stay."""
+    """The batch in which, of the chosen tokens, 80 % become `<mask>`, 10 % become a random token, and 10 % stay."""
     kind = rng.random(ids.shape)
     other = rng.integers(_FIRST_WORD, vocabulary - 1, size=ids.shape)
     seen = np.where(chosen & (kind < 0.8), mask_id, np.where(chosen & (kind < 0.9), other, ids))
@@ -171,17 +184,15 @@ def masked(ids: np.ndarray, chosen: np.ndarray, rng: np.random.Generator, vocabu
 
 
 def summarised(batch: Batch, begin_id: int) -> Batch:
-    """The batch with another target for `<s>`: the rarest masked piece of its text.
+    """The batch in which `<s>` predicts the rarest masked piece of its text. The input does not change.
 
-    Otherwise nothing trains the output at `<s>`, which classification heads read. Ids of pieces ascend as frequencies
-    fall, so the rarest piece has the highest id. `seen` does not change: the model still sees `<s>`.
+    Nothing else trains the output at `<s>`, which classification heads read. The tokenizer sorts its pieces by
+    frequency, so the rarest piece has the highest id.
     """
     begins = batch.tokens == begin_id
     text = begins.cumsum(1)
     pieces = torch.where(batch.chosen, batch.tokens, 0)
-    rarest = torch.zeros(len(text), int(text.max()) + 1, dtype=torch.int64, device="cpu").scatter_reduce(
-        1, text, pieces, "amax"
-    )
-    rarest = rarest.gather(1, text)
+    of_text = torch.zeros(len(text), int(text.max()) + 1, dtype=torch.int64, device="cpu")
+    rarest = of_text.scatter_reduce(1, text, pieces, "amax").gather(1, text)
     asked = begins & (rarest > 0)
     return Batch(torch.where(asked, rarest, batch.tokens), batch.seen, batch.chosen | asked)

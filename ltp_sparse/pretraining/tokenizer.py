@@ -12,29 +12,32 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
-"""Ids 0 to 3, as in XLM-R; `<mask>` has the last id."""
+"""Tokens 0 to 3, as in XLM-R. `<mask>` is the last token."""
 
 _PUNCTUATION = (
     '[.,:;?!¿¡"()\u00ab\u00bb\u201e\u201c\u201d\u2026\u2013\u2014\u3001\u3002\u300a\u300b'
     "\u060c\u061b\u061f\u06d4\u0964]"
 )
 _VOWEL_MARKS = "[\u064b-\u0652\u0670\u0640]"
-_WHOLE = 1e-4  # the lowest probability of a word that must be one piece
-_RARE = 5  # a character that occurs less often may become <unk>
+_WHOLE = 1e-4  # the least probability of a word that must be one piece
+_RARE = 5  # characters that occur less often may become <unk>
 
 
 def train_tokenizer(texts: Iterable[str], size: int, whole: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-    """A Unigram tokenizer of at most `size` pieces from byte-pair merges, scored by their log frequency.
+    """Trains a Unigram tokenizer. Byte-pair merges give its pieces; the score of a piece is its log frequency.
 
-    Merges keep frequent words whole also in languages with little text; a Unigram trainer would split them.
+    Merges keep the frequent words of a language whole even if it has little text. A Unigram trainer would split them.
 
-    Text is NFKC-normalised and lower-cased, and Arabic loses its vowel marks. Words keep their `▁`. Punctuation is a
-    separate word and an apostrophe ends a word, so "." is the same piece after a word and alone, as in templates.
+    Text is NFKC-normalised and lower-cased, and Arabic loses its vowel marks. Each word begins with `▁`. A punctuation
+    mark is a word, and an apostrophe ends a word. So "." is the same piece after a word as alone in a template.
 
     Args:
-        texts: to train on.
-        size: pieces.
-        whole: words that must be one piece, such as those of a verbalizer.
+        texts: training texts.
+        size: the most pieces.
+        whole: words that must be one piece, e.g. those of a verbalizer.
+
+    Raises:
+        ValueError: no text has a word.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, processors, trainers
     from transformers import PreTrainedTokenizerFast
