@@ -1,4 +1,4 @@
-"""From texts to token ids, and from encoded examples to batches."""
+"""Turns texts into token ids, and encoded examples into batches."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED_LABEL = -100
-"""The label of an example without one; losses leave it out."""
+"""Stands for a missing label. Losses ignore such examples."""
 
 SIDES = ("right", "left")
 
 
 def collator(pad_token_id: int, side: str = "right") -> Callable[[Sequence[Any]], dict[str, Tensor]]:
-    """A function that pads encoded examples into one batch.
+    """Makes the function that pads encoded examples and joins them into one batch.
 
     Args:
-        pad_token_id: the padding token.
-        side: where the padding goes, "right" or "left"; the models give the same logits for both.
+        pad_token_id: id of the padding token.
+        side: side of the padding, "right" or "left". Models give the same logits for both.
 
     Returns:
-        A function that returns int64 tensors: input_ids and attention_mask [B, L], labels [B] and, if the examples have
-        them, prompt_positions [B, n] and mask_positions [B].
+        A function from examples to int64 tensors: input_ids and attention_mask [B, L], labels [B], and, if the examples
+        have them, prompt_positions [B, n] and mask_positions [B].
     """
     if side not in SIDES:
         raise ValueError(f"collator: side must be one of {', '.join(SIDES)}, got {side!r}")
@@ -55,7 +55,7 @@ def collator(pad_token_id: int, side: str = "right") -> Callable[[Sequence[Any]]
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts, without special tokens: one spelled out in a text ("</s>") becomes the unknown token."""
+    """Token ids of texts, without special tokens. Where a text spells one out ("</s>"), it gets the unknown token."""
     if not texts:
         return []
     special = set(tokenizer.all_special_ids)

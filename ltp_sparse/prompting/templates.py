@@ -1,6 +1,6 @@
-"""Templates: from a sentence pair or a text to token ids with prompt slots and one `<mask>`.
+"""Templates, which turn a pair or a text into token ids with prompt slots and one `<mask>`.
 
-The text preparation and the order of the parts follow Zhao & Schütze (2021).
+Texts are prepared, and parts are ordered, as by Zhao & Schütze (2021).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_LENGTH = 256
-"""Tokens of an input, `<s>` and `</s>` included."""
+"""The most tokens of an input, with `<s>` and `</s>`."""
 
 PREMISE, HYPOTHESIS, TEXT, PROMPT, MASK = "{premise}", "{hypothesis}", "{text}", "{prompt}", "{mask}"
 
@@ -28,10 +28,10 @@ class Example(TypedDict):
     """One encoded pair or text.
 
     Attributes:
-        input_ids: token ids, `<s>` and `</s>` included, not padded
-        prompt_positions: the n positions whose embeddings the prompt replaces, ascending
-        mask_positions: the position of `<mask>`
-        labels: index of the class, or `IGNORED_LABEL`
+        input_ids: token ids with `<s>` and `</s>`, without padding.
+        prompt_positions: the n positions of the prompt slots, ascending. The prompt replaces their embeddings.
+        mask_positions: the position of `<mask>`.
+        labels: index of the class, or `IGNORED_LABEL`.
     """
 
     input_ids: list[int]
@@ -42,12 +42,12 @@ class Example(TypedDict):
 
 @dataclass(frozen=True)
 class Template:
-    """A cloze pattern: a list of parts, each encoded on its own and joined between `<s>` and `</s>`.
+    """A cloze pattern. Its parts are encoded one by one and joined between `<s>` and `</s>`.
 
     Attributes:
-        parts: `{premise}` and `{hypothesis}`, or `{text}`; `{prompt}` (the prompt slots), `{mask}`; fixed text. Each
-            placeholder occurs once
-        n_prompt: prompt slots
+        parts: fixed texts and placeholders. `{mask}` occurs once, and so do `{premise}` and `{hypothesis}`, or
+            `{text}`. `{prompt}` occurs once if there are prompt slots.
+        n_prompt: number of prompt slots.
     """
 
     parts: tuple[str, ...]
@@ -76,15 +76,15 @@ class Template:
         """Encodes pairs (`Pair`) or texts (`Text`).
 
         Args:
-            tokenizer: of the model.
-            examples: pairs or texts, as the template has them.
-            classes: of the task, in the order of the logits.
-            max_length: longer inputs are cut at the end of their texts only.
-            truncation: "longest_first" takes each token from the longer text (of equally long ones, the hypothesis);
-                "hypothesis_first" empties the hypothesis before it cuts the premise, as the original does.
+            tokenizer: the model's tokenizer.
+            examples: pairs or texts, whichever the template has placeholders for.
+            classes: classes of the task, in the order of the logits.
+            max_length: the most tokens of an input. Longer ones lose tokens at the end of their texts.
+            truncation: "longest_first" takes each token from the longer text, or from the hypothesis if both have the
+                same length. "hypothesis_first" empties the hypothesis before it cuts the premise, as the original does.
 
         Raises:
-            ValueError: an unknown label or truncation, or the fixed parts alone do not fit.
+            ValueError: a label or the truncation is unknown, or the fixed parts leave no room for the texts.
         """
         if truncation not in _TRUNCATIONS:
             raise ValueError(
@@ -116,7 +116,7 @@ class Template:
         if part == MASK:
             return [tokenizer.mask_token_id]
         if part == PROMPT:
-            # Embeddings of slots are overwritten, so any id but those of padding and mask will do.
+            # any id except those of padding and mask, since the prompt replaces the embeddings
             return [tokenizer.unk_token_id] * self.n_prompt
         return tokenizer(part, add_special_tokens=False)["input_ids"]
 
@@ -152,7 +152,7 @@ QUESTIONS: dict[str, tuple[str, str]] = {
     "vi": ("Câu hỏi:", "Câu trả lời:"),
     "zh": ("问题：", "答案："),
 }
-"""Language -> words before the hypothesis and before the answer (Zhao & Schütze 2021)."""
+"""Language -> the words before the hypothesis and before the answer (Zhao & Schütze 2021)."""
 
 
 def kind_of(example: Any) -> str:
@@ -161,21 +161,26 @@ def kind_of(example: Any) -> str:
 
 
 def cloze_template(kind: str = "pair") -> Template:
-    """`P . H ? <mask> .`, or `T . <mask> .` for a text: the soft template without prompt slots."""
+    """The soft template without prompt slots: `P . H ? <mask> .`, or `T . <mask> .` for a text."""
     return soft_template(0, kind)
 
 
 def soft_template(n_prompt: int = 4, kind: str = "pair") -> Template:
-    """`P . H ? p1..pn <mask> .`, or `T . p1..pn <mask> .` for a text: the input of SP and LTP."""
+    """The template of SP and LTP: `P . H ? p1..pn <mask> .`, or `T . p1..pn <mask> .` for a text."""
     texts = (PREMISE, ".", HYPOTHESIS, "?") if kind == "pair" else (TEXT, ".")
     prompt = (PROMPT,) if n_prompt else ()
     return Template((*texts, *prompt, MASK, "."), n_prompt)
 
 
 def discrete_template(language: str = "en", n_prompt: int = 0, kind: str = "pair") -> Template:
-    """`P . Question: H ? Answer: <mask> .` (DP), with `p1..pn` before the mask where n_prompt > 0 (MP).
+    """The template of DP, `P . Question: H ? Answer: <mask> .`, and of MP, with `p1..pn` before the mask.
 
-    For a text `T . Answer: <mask> .`; the papers have no pattern for texts.
+    For a text it is `T . Answer: <mask> .`; the papers have no pattern for texts.
+
+    Args:
+        language: language of the words, a key of `QUESTIONS`.
+        n_prompt: number of prompt slots; 0 for DP.
+        kind: kind of the examples, "pair" or "text".
 
     Raises:
         ValueError: `QUESTIONS` has no words for the language.
@@ -191,15 +196,15 @@ def discrete_template(language: str = "en", n_prompt: int = 0, kind: str = "pair
 
 
 def strip_punctuation(text: str) -> str:
-    """The text without trailing ASCII punctuation, unless nothing would remain."""
+    """The text without the ASCII punctuation at its end. A text of punctuation only stays as it is."""
     return text.rstrip(string.punctuation) or text
 
 
 def label_index(label: str | None, classes: Sequence[str] = CLASSES) -> int:
-    """Index of a class; `IGNORED_LABEL` for None.
+    """The index of a class, or `IGNORED_LABEL` for None.
 
     Raises:
-        ValueError: the label is unknown.
+        ValueError: the label is not one of the classes.
     """
     if label is None:
         return IGNORED_LABEL
@@ -209,7 +214,7 @@ def label_index(label: str | None, classes: Sequence[str] = CLASSES) -> int:
 
 
 def _truncated(lengths: Sequence[int], room: int, truncation: str) -> tuple[int, ...]:
-    """The lengths of a text, or of premise and hypothesis, that fit into `room` tokens."""
+    """The lengths to which a text, or premise and hypothesis, are cut to fit into `room` tokens."""
     if len(lengths) == 1 or sum(lengths) <= room:
         return tuple(min(length, room) for length in lengths)
     premise, hypothesis = lengths

@@ -1,4 +1,4 @@
-"""Verbalizers: the word of each class at `<mask>`."""
+"""Verbalizers: the words that stand for the classes at `<mask>`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _WORD_START = "\u2581"
-"""SentencePiece's mark of a word-initial piece."""
+"""Begins a piece of SentencePiece that begins a word."""
 
 WORDS: dict[str, tuple[str, str, str]] = {
     "ar": ("لا", "نعم", "يمكن"),
@@ -32,12 +32,12 @@ WORDS: dict[str, tuple[str, str, str]] = {
     "vi": ("Không", "dạ", "lẽ"),
     "zh": ("否", "是", "也许"),
 }
-"""Language -> words of `CLASSES` (Zhao & Schütze 2021, with the Latin N of its Greek word)."""
+"""Language -> words of `CLASSES` (Zhao & Schütze 2021; the Greek "Nαί" has a Latin N there as well)."""
 
 
 @dataclass(frozen=True)
 class Verbalizer:
-    """Token ids of the words of each class, in the order of the logits. A class scores the mean logit of its words."""
+    """Token ids of the words of each class, in the order of the logits. The score of a class is their mean logit."""
 
     token_ids: tuple[tuple[int, ...], ...]
 
@@ -47,11 +47,15 @@ class Verbalizer:
 
     @classmethod
     def for_language(cls, tokenizer: PreTrainedTokenizerBase, language: str = "en") -> Verbalizer:
-        """The verbalizer of one of the 15 languages of XNLI.
+        """The verbalizer of inference in one of the 15 languages of XNLI.
+
+        Args:
+            tokenizer: the model's tokenizer.
+            language: a key of `WORDS`.
 
         Raises:
-            ValueError: another language (use `from_words`), or an English word is not a single piece, which means that
-                the tokenizer is not XLM-R's.
+            ValueError: no words are known for the language (use `from_words`), or an English word is not one piece, as
+                it is for XLM-R's tokenizer.
         """
         if language not in WORDS:
             raise ValueError(
@@ -70,32 +74,31 @@ class Verbalizer:
         *,
         strict: bool = False,
     ) -> Verbalizer:
-        """A verbalizer from class -> word or words.
+        """The verbalizer of your own words.
 
-        A word should be one word-initial piece of the tokenizer. For other words the last piece is used, as by Zhao &
-        Schütze.
+        A word should be one piece of the tokenizer that begins a word. Of other words the last piece is used, as by
+        Zhao & Schütze.
 
         Args:
-            tokenizer: of the model.
-            words: class -> word or words.
-            classes: of the task, in the order of the logits.
-            strict: words of several pieces are errors.
+            tokenizer: the model's tokenizer.
+            words: class -> its word or words.
+            classes: classes of the task, in the order of the logits.
+            strict: whether a word of several pieces is an error.
 
         Warns:
             UserWarning: a word is not one piece.
 
         Raises:
-            ValueError: a class is missing, a word is unknown, or two words are the same token.
+            ValueError: a class has no words, the tokenizer does not know a word, or two words are the same token.
         """
         if set(words) != set(classes):
             raise ValueError(
                 f"Verbalizer.from_words: expected words for {', '.join(classes)}, got {', '.join(words) or 'none'}"
             )
-        ids: list[tuple[int, ...]] = []
+        ids: dict[str, list[int]] = {label: [] for label in classes}
         word_of: dict[int, str] = {}
         for label in classes:
             given = words[label]
-            of_label = []
             for word in [given] if isinstance(given, str) else given:
                 token = _word_id(tokenizer, word, label, strict)
                 if token in word_of:
@@ -104,9 +107,8 @@ class Verbalizer:
                         f"{tokenizer.convert_ids_to_tokens([token])[0]!r}; choose other words"
                     )
                 word_of[token] = word
-                of_label.append(token)
-            ids.append(tuple(of_label))
-        return cls(tuple(ids))
+                ids[label].append(token)
+        return cls(tuple(map(tuple, ids.values())))
 
 
 def _word_id(tokenizer: PreTrainedTokenizerBase, word: str, label: str, strict: bool) -> int:
@@ -132,7 +134,7 @@ def _word_id(tokenizer: PreTrainedTokenizerBase, word: str, label: str, strict: 
 
 
 def _instead(tokenizer: PreTrainedTokenizerBase, word: str) -> str:
-    """A phrase that suggests a spelling of the word that is one piece, if there is one."""
+    """A phrase with a spelling of the word that is one piece, or "" if there is none."""
     spellings = dict.fromkeys((word.strip(), word.lower(), word.capitalize(), word.title().replace(" ", "")))
     known = [s for s in spellings if s != word and len(s.split()) == 1 and _is_a_piece(tokenizer, s)]
     return f", e.g. {known[0]!r}" if known else ""
