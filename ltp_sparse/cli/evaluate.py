@@ -26,19 +26,18 @@ EXAMPLES = """\
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", nargs="?", type=Path, help="a run of ltp-sparse train")
-    parser.add_argument("--task", choices=TASK_NAMES, help="a known task to test on (default: that of the run)")
-    parser.add_argument("--split", default="test", help="split of the task")
-    parser.add_argument("--languages", nargs="+", help="languages to test on (default: all of the task or file)")
-    parser.add_argument("--test", metavar="FILE", help=f"your own data to test on: {SOURCE}")
+    add = parser.add_argument
+    add("folder", nargs="?", type=Path, help="a run of ltp-sparse train")
+    add("--task", choices=TASK_NAMES, help="a known task to test on (default: that of the run)")
+    add("--split", default="test", help="split of the task")
+    add("--languages", nargs="+", help="languages to test on (default: all of the task or file)")
+    add("--test", metavar="FILE", help=f"your own data to test on: {SOURCE}")
     add_columns(parser, default="; default: as the run was trained")
     add_metric(parser)
-    parser.add_argument(
-        "--limit", type=at_least_one, help="evaluate only the first examples of each language, this many"
-    )
-    parser.add_argument("--seeds", nargs="+", type=int, help="seeds to evaluate (default: all that are trained)")
-    parser.add_argument("--batch-size", type=at_least_one, default=64, help="examples per forward pass")
-    parser.add_argument("--plot", type=Path, help="also draw bars per language")
+    add("--limit", type=at_least_one, help="evaluate only the first examples of each language, this many")
+    add("--seeds", nargs="+", type=int, help="seeds to evaluate (default: all that are trained)")
+    add("--batch-size", type=at_least_one, default=64, help="examples per forward pass")
+    add("--plot", type=Path, help="also draw bars per language")
     add_data(parser)
     add_computing(parser)
 

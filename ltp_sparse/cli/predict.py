@@ -26,12 +26,13 @@ _SUFFIXES = (".tsv", ".jsonl")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", nargs="?", type=Path, help="a run of ltp-sparse train")
-    parser.add_argument("examples", nargs="?", help=f"examples to label, without classes: {SOURCE}")
+    add = parser.add_argument
+    add("folder", nargs="?", type=Path, help="a run of ltp-sparse train")
+    add("examples", nargs="?", help=f"examples to label, without classes: {SOURCE}")
     add_columns(parser, default="; default: as the run was trained")
-    parser.add_argument("--seed", type=int, help="seed to label with (default: the first that is trained)")
-    parser.add_argument("--batch-size", type=at_least_one, default=64, help="examples per forward pass")
-    parser.add_argument("--output", type=Path, help="a .tsv or .jsonl file (default: the screen, as .tsv)")
+    add("--seed", type=int, help="seed to label with (default: the first that is trained)")
+    add("--batch-size", type=at_least_one, default=64, help="examples per forward pass")
+    add("--output", type=Path, help="a .tsv or .jsonl file (default: the screen, as .tsv)")
     add_computing(parser)
 
 
@@ -49,12 +50,7 @@ def run(options: argparse.Namespace) -> None:
     made.check_model()
     columns = given_columns(options, made)
     examples = read_own(
-        options.examples,
-        columns,
-        language=made.language,
-        labelled=False,
-        split="test",
-        config=options.hub_config,
+        options.examples, columns, language=made.language, labelled=False, split="test", config=options.hub_config
     )
     warn_of_gaps(examples, None, options.examples)
     if options.output is not None:

@@ -21,12 +21,13 @@ EXAMPLES = """\
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", nargs="?", type=Path, help="a ticket, a delta, a run, or a folder of export")
-    parser.add_argument("name", nargs="?", help="the repository, owner/name; it is created if it is missing")
-    parser.add_argument("--base", metavar="MODEL", help="for the card: Hub name of the base model (default: the run's)")
-    parser.add_argument("--data", metavar="TEXT", help="for the card: the data of selection or training")
-    parser.add_argument("--seed", type=int, help="the seed of a run to upload (default: the first that is trained)")
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    add = parser.add_argument
+    add("source", nargs="?", type=Path, help="a ticket, a delta, a run, or a folder of export")
+    add("name", nargs="?", help="the repository, owner/name; it is created if it is missing")
+    add("--base", metavar="MODEL", help="for the card: Hub name of the base model (default: the run's)")
+    add("--data", metavar="TEXT", help="for the card: the data of selection or training")
+    add("--seed", type=int, help="the seed of a run to upload (default: the first that is trained)")
+    add("--private", action="store_true", help="make a new repository private")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -32,35 +32,28 @@ EXAMPLES = """\
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", nargs="?", help="name of a recipe, or a .yaml file")
-    parser.add_argument("--list", action="store_true", help="list the recipes that come with the library")
-    parser.add_argument("--dry-run", action="store_true", help="print cells, memory and time without training")
-    parser.add_argument("--model", help="folder or Hub name of the base model, instead of the recipe's")
-    parser.add_argument("--tokenizer", help="folder or Hub name of the tokenizer, if it is not with the model")
-    parser.add_argument("--allow-plugins", action="store_true", help="run the Python files that the recipe names")
+    add = parser.add_argument
+    add("recipe", nargs="?", help="name of a recipe, or a .yaml file")
+    add("--list", action="store_true", help="list the recipes that come with the library")
+    add("--dry-run", action="store_true", help="print cells, memory and time without training")
+    add("--model", help="folder or Hub name of the base model, instead of the recipe's")
+    add("--tokenizer", help="folder or Hub name of the tokenizer, if it is not with the model")
+    add("--allow-plugins", action="store_true", help="run the Python files that the recipe names")
     add_data(parser)
-    parser.add_argument("--output", type=Path, help="folder of the results; finished cells in it are not run again")
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="change values of all cells, e.g. settings.epochs=1"
-    )
-    parser.add_argument("--only", nargs="+", default=[], metavar="KEY=VALUE", help="run only cells with these values")
-    parser.add_argument("--cache", type=Path, help="folder of shared artefacts (see ltp-sparse cache)")
-    parser.add_argument(
-        "--rates", type=Path, help="folder of results of the recipe that chooses the learning rates of this one"
-    )
-    parser.add_argument(
+    add("--output", type=Path, help="folder of the results; finished cells in it are not run again")
+    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="change values of all cells, e.g. settings.epochs=1")
+    add("--only", nargs="+", default=[], metavar="KEY=VALUE", help="run only cells with these values")
+    add("--cache", type=Path, help="folder of shared artefacts (see ltp-sparse cache)")
+    add("--rates", type=Path, help="folder of results of the recipe that chooses the learning rates of this one")
+    add(
         "--on",
         metavar="WHERE",
         help="where to run: local:0,1 (GPUs), ray://HOST:PORT, ray:auto or slurm:partition=NAME,time=MINUTES",
     )
-    parser.add_argument(
-        "--gpus-per-cell", type=float, help="share of a GPU for each cell, e.g. 0.5 (default: 1 if there are GPUs)"
-    )
-    parser.add_argument(
-        "--retries", type=_at_least_zero, default=3, help="further attempts at a cell whose worker died"
-    )
-    parser.add_argument("--save-every", type=int, help="epochs between checkpoints inside a cell")
-    parser.add_argument("--micro-batch-size", type=int, help="examples per forward pass, to save memory")
+    add("--gpus-per-cell", type=float, help="share of a GPU for each cell, e.g. 0.5 (default: 1 if there are GPUs)")
+    add("--retries", type=_at_least_zero, default=3, help="further attempts at a cell whose worker died")
+    add("--save-every", type=int, help="epochs between checkpoints inside a cell")
+    add("--micro-batch-size", type=int, help="examples per forward pass, to save memory")
     add_report_to(parser)
     add_computing(parser)
 

@@ -33,62 +33,49 @@ EXAMPLES = """\
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add_model(parser)
-    parser.add_argument(
-        "--text", nargs="+", type=Path, help="text files (.txt, .tsv, .jsonl, also .gz) or folders of them"
-    )
-    parser.add_argument(
-        "--text-column", metavar="NAME", help="take --text from this column of .tsv, .csv, .jsonl or .parquet files"
-    )
-    parser.add_argument("--hub-text", help="Hub data set to take the text from")
-    parser.add_argument("--hub-config", help="configuration of the Hub data set")
-    parser.add_argument("--hub-column", default="text", help="its column (default: text)")
-    parser.add_argument("--max-lines", type=at_least_one, help="take at most this many lines, drawn with --seed")
-    parser.add_argument("--initial", type=Path, help="instead of tuning: checkpoint of the initial weights")
-    parser.add_argument("--tuned", type=Path, help="checkpoint of the tuned weights")
-    parser.add_argument(
+    add("--text", nargs="+", type=Path, help="text files (.txt, .tsv, .jsonl, also .gz) or folders of them")
+    add("--text-column", metavar="NAME", help="take --text from this column of .tsv, .csv, .jsonl or .parquet files")
+    add("--hub-text", help="Hub data set to take the text from")
+    add("--hub-config", help="configuration of the Hub data set")
+    add("--hub-column", default="text", help="its column (default: text)")
+    add("--max-lines", type=at_least_one, help="take at most this many lines, drawn with --seed")
+    add("--initial", type=Path, help="instead of tuning: checkpoint of the initial weights")
+    add("--tuned", type=Path, help="checkpoint of the tuned weights")
+    add(
         "--allow-missing",
         nargs="*",
         metavar="EXPRESSION",
         help="leave out parameters that are in one checkpoint only and match; without an expression: any",
     )
-    parser.add_argument(
+    add(
         "--compare-in",
         choices=("bfloat16", "float16"),
         help="round both checkpoints to this dtype first; if their dtypes differ, choose the coarser one",
     )
-    parser.add_argument("--density", type=share, default=0.2, help="share of the maskable weights (default: 0.2)")
-    parser.add_argument(
-        "--budget", choices=("global", "layer", "tensor"), default="global", help="how the entries are divided"
-    )
-    parser.add_argument(
+    add("--density", type=share, default=0.2, help="share of the maskable weights (default: 0.2)")
+    add("--budget", choices=("global", "layer", "tensor"), default="global", help="how the entries are divided")
+    add(
         "--strategy",
         choices=("decoupled", "vanilla", "frozen_embedding"),
         help="trained embeddings: the input embedding only (decoupled, the default), both tied ones, or none",
     )
-    parser.add_argument(
-        "--segment", choices=("lower", "middle", "upper"), help="select in one third of the layers only"
-    )
-    parser.add_argument("--intersect", action="store_true", help="with --segment: cut the global ticket instead")
-    parser.add_argument("--epochs", type=float, default=3.0, help="passes over the text")
-    parser.add_argument("--max-steps", type=int, default=-1, help="stop after this many updates (default: never)")
-    parser.add_argument("--batch-size", type=at_least_one, default=32, help="blocks or lines per update")
-    parser.add_argument("--learning-rate", type=float, default=5e-5, help="learning rate of tuning")
-    parser.add_argument(
-        "--length", type=at_least_one, help="tokens of a block (default: 256, or the longest input of the model)"
-    )
-    parser.add_argument("--line-by-line", action="store_true", help="one line per example instead of packed blocks")
-    parser.add_argument(
-        "--eval-steps", type=at_least_one, default=1000, help="updates between evaluations (default: 1000)"
-    )
-    parser.add_argument("--states", choices=("float32", "8bit"), default="float32", help="precision of the moments")
-    parser.add_argument(
-        "--seed", type=int, default=42, help="seed of the order of examples, the masks and the drawn lines"
-    )
-    parser.add_argument("--run-dir", type=Path, help="folder for checkpoints; needed for --save-every and --resume")
-    parser.add_argument("--save-every", type=at_least_one, help="updates between checkpoints")
-    parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint in --run-dir")
-    parser.add_argument("--output", type=Path, help="the ticket, a .safetensors file")
+    add("--segment", choices=("lower", "middle", "upper"), help="select in one third of the layers only")
+    add("--intersect", action="store_true", help="with --segment: cut the global ticket instead")
+    add("--epochs", type=float, default=3.0, help="passes over the text")
+    add("--max-steps", type=int, default=-1, help="stop after this many updates (default: never)")
+    add("--batch-size", type=at_least_one, default=32, help="blocks or lines per update")
+    add("--learning-rate", type=float, default=5e-5, help="learning rate of tuning")
+    add("--length", type=at_least_one, help="tokens of a block (default: 256, or the longest input of the model)")
+    add("--line-by-line", action="store_true", help="one line per example instead of packed blocks")
+    add("--eval-steps", type=at_least_one, default=1000, help="updates between evaluations (default: 1000)")
+    add("--states", choices=("float32", "8bit"), default="float32", help="precision of the moments")
+    add("--seed", type=int, default=42, help="seed of the order of examples, the masks and the drawn lines")
+    add("--run-dir", type=Path, help="folder for checkpoints; needed for --save-every and --resume")
+    add("--save-every", type=at_least_one, help="updates between checkpoints")
+    add("--resume", action="store_true", help="continue from the latest checkpoint in --run-dir")
+    add("--output", type=Path, help="the ticket, a .safetensors file")
     add_report_to(parser)
     add_computing(parser)
 

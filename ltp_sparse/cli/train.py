@@ -51,61 +51,48 @@ EXAMPLES = """\
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add_model(parser)
-    parser.add_argument("--method", choices=MASKED_METHOD_NAMES, default="ltp", help="the method")
-    parser.add_argument(
+    add("--method", choices=MASKED_METHOD_NAMES, default="ltp", help="the method")
+    add(
         "--match",
         choices=("pool", "layers"),
         help="for random-ticket: draw as many entries as the ticket has in the pool, or in each tensor (default: pool)",
     )
-    parser.add_argument(
-        "--ticket", type=Path, help="the ticket of ltp-sparse select (needed for ltp and random-ticket)"
-    )
-    parser.add_argument("--task", choices=TASK_NAMES, help="a known task to train on (default: xnli-fewshot)")
+    add("--ticket", type=Path, help="the ticket of ltp-sparse select (needed for ltp and random-ticket)")
+    add("--task", choices=TASK_NAMES, help="a known task to train on (default: xnli-fewshot)")
     add_data(parser)
-    parser.add_argument("--train", metavar="FILE", help=f"instead of a task, your own data: {SOURCE}")
-    parser.add_argument(
-        "--dev", metavar="FILE", help="your own dev data, which picks the epoch (default: a part of --train)"
-    )
-    parser.add_argument(
-        "--dev-share", type=share, help="without --dev: the share of each class that becomes dev data (default: 0.1)"
-    )
-    parser.add_argument("--test", metavar="FILE", help="your own test data, for ltp-sparse evaluate")
+    add("--train", metavar="FILE", help=f"instead of a task, your own data: {SOURCE}")
+    add("--dev", metavar="FILE", help="your own dev data, which picks the epoch (default: a part of --train)")
+    add("--dev-share", type=share, help="without --dev: the share of each class that becomes dev data (default: 0.1)")
+    add("--test", metavar="FILE", help="your own test data, for ltp-sparse evaluate")
     add_columns(parser)
     add_metric(parser)
-    parser.add_argument(
-        "--words", nargs="+", metavar="CLASS=WORD", help="the word of each class at the mask, e.g. positive=good"
-    )
-    parser.add_argument("--verbalizer", help="language of the label words of inference (default: that of the examples)")
-    parser.add_argument("--shots", type=at_least_one, help="examples per class (default: all; xnli-fewshot needs it)")
-    parser.add_argument(
+    add("--words", nargs="+", metavar="CLASS=WORD", help="the word of each class at the mask, e.g. positive=good")
+    add("--verbalizer", help="language of the label words of inference (default: that of the examples)")
+    add("--shots", type=at_least_one, help="examples per class (default: all; xnli-fewshot needs it)")
+    add(
         "--language",
         help="language of the training examples (default: en, or the only one of the task; und for your own data)",
     )
-    parser.add_argument(
-        "--seeds", nargs="+", type=int, help="seeds to train (default: those of the method; LTP: 1 2 3 4 5)"
-    )
-    parser.add_argument("--epochs", type=at_least_one, help="epochs (default: those of the method; LTP: 70)")
-    parser.add_argument("--learning-rate", type=float, help="learning rate (default: that of the method; LTP: 2e-5)")
-    parser.add_argument("--batch-size", type=at_least_one, help="examples per update (default: 32)")
-    parser.add_argument("--micro-batch-size", type=at_least_one, help="examples per forward pass, to save memory")
-    parser.add_argument("--states", choices=("float32", "8bit"), default="float32", help="precision of the moments")
-    parser.add_argument(
-        "--gradients", choices=("packed", "dense"), default="packed", help="dense keeps whole gradients"
-    )
-    parser.add_argument(
+    add("--seeds", nargs="+", type=int, help="seeds to train (default: those of the method; LTP: 1 2 3 4 5)")
+    add("--epochs", type=at_least_one, help="epochs (default: those of the method; LTP: 70)")
+    add("--learning-rate", type=float, help="learning rate (default: that of the method; LTP: 2e-5)")
+    add("--batch-size", type=at_least_one, help="examples per update (default: 32)")
+    add("--micro-batch-size", type=at_least_one, help="examples per forward pass, to save memory")
+    add("--states", choices=("float32", "8bit"), default="float32", help="precision of the moments")
+    add("--gradients", choices=("packed", "dense"), default="packed", help="dense keeps whole gradients")
+    add(
         "--max-length",
         type=at_least_one,
         help="tokens of an input (default: that of the method, 256 or 128, or the longest input of the model)",
     )
-    parser.add_argument("--n-prompt", type=at_least_one, help="prompt embeddings (default: 4)")
-    parser.add_argument("--encoder", choices=("bilstm", "mlp", "none"), help="prompt encoder (default: bilstm)")
-    parser.add_argument(
-        "--save-every", type=at_least_one, help="epochs between checkpoints of the whole training state"
-    )
-    parser.add_argument("--resume", action="store_true", help="skip finished seeds, continue from the last checkpoint")
+    add("--n-prompt", type=at_least_one, help="prompt embeddings (default: 4)")
+    add("--encoder", choices=("bilstm", "mlp", "none"), help="prompt encoder (default: bilstm)")
+    add("--save-every", type=at_least_one, help="epochs between checkpoints of the whole training state")
+    add("--resume", action="store_true", help="skip finished seeds, continue from the last checkpoint")
     add_report_to(parser)
-    parser.add_argument("--output", type=Path, help="folder of the run")
+    add("--output", type=Path, help="folder of the run")
     add_computing(parser)
 
 
