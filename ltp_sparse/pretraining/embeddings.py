@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM
+from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM
 
 _ROUNDS = 5
 _SPARE = 16  # further dimensions, which make the kept ones more accurate

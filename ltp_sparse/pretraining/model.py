@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
+from transformers import XLMRobertaConfig, XLMRobertaForMaskedLM
 
-if TYPE_CHECKING:
-    from transformers import XLMRobertaForMaskedLM
+from ltp_sparse.models.backbone import backbone_from_config
 
 
 def mini_xlmr(
@@ -22,10 +20,6 @@ def mini_xlmr(
         positions: tokens of the longest input.
         seed: seed of the weights. It becomes torch's global seed.
     """
-    from transformers import XLMRobertaConfig
-
-    from ltp_sparse.models.backbone import backbone_from_config
-
     config = XLMRobertaConfig(
         vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=hidden // 32,
         intermediate_size=4 * hidden, max_position_embeddings=positions + 2, type_vocab_size=1, layer_norm_eps=1e-5,

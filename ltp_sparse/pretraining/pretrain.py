@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM
 
 from ltp_sparse.pretraining.sources import Batch, Sentences, Source
 from ltp_sparse.weights import files
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM
 
 _KIND = "pretraining"
 _REPORT = 50

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from ltp_sparse.tasks.generated.inference import Document
+from ltp_sparse.tasks.generated.inference import Document
 
 _MASKED = 0.15
 _WHOLE = 0.8  # share of the documents with an answer in which only the answer is masked

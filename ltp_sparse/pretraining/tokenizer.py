@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from tokenizers import normalizers, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 """Tokens 0 to 3, as in XLM-R. `<mask>` is the last token."""
@@ -39,9 +37,6 @@ def train_tokenizer(texts: Iterable[str], size: int, whole: Sequence[str] = ()) 
     Raises:
         ValueError: no text has a word.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
     normalizer, pre_tokenizer = _normalizer(), _pre_tokenizer()
     lines = [normalizer.normalize_str(text) for text in texts]
     if not any(lines):
@@ -91,16 +86,12 @@ def train_tokenizer(texts: Iterable[str], size: int, whole: Sequence[str] = ()) 
 
 
 def _normalizer() -> normalizers.Sequence:
-    from tokenizers import Regex, normalizers
-
     return normalizers.Sequence(
         [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(_VOWEL_MARKS), "")]
     )
 
 
 def _pre_tokenizer() -> pre_tokenizers.Sequence:
-    from tokenizers import Regex, pre_tokenizers
-
     return pre_tokenizers.Sequence(
         [
             pre_tokenizers.WhitespaceSplit(),

@@ -11,10 +11,17 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    XLMRobertaForMaskedLM,
+    XLMRobertaForSequenceClassification,
+)
 
 from ltp_sparse.deltas.delta import SparseDelta
 from ltp_sparse.methods import METHODS
@@ -28,9 +35,6 @@ from ltp_sparse.weights.files import atomic_folder
 from ltp_sparse.weights.hub import EXPORT, files_in, kind_held, upload
 from ltp_sparse.weights.locating import locate
 from ltp_sparse.weights.reading import FileFormatError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SCRIPT = "predict.py"
 
@@ -119,8 +123,6 @@ def push_to_hub(folder: str | os.PathLike[str], name: str, *, private: bool = Fa
 
 
 def _classifier(language_model: Any, ready: SequenceClassifier, names: Mapping[str, Any]) -> PreTrainedModel:
-    from transformers import XLMRobertaForSequenceClassification
-
     config = _config(language_model, **names, problem_type="single_label_classification")
     plain = XLMRobertaForSequenceClassification(config)
     plain.load_state_dict({k: v for k, v in ready.state_dict().items() if k.startswith(("roberta.", "classifier."))})
@@ -129,8 +131,6 @@ def _classifier(language_model: Any, ready: SequenceClassifier, names: Mapping[s
 
 def _masked(language_model: Any, ready: PromptedMaskedLM, facts: dict[str, Any]) -> PreTrainedModel:
     """The masked language model, with rows for prompt and label words at the end of its tied embedding."""
-    from transformers import XLMRobertaForMaskedLM
-
     embedding, head = language_model.get_input_embeddings().weight.detach(), language_model.lm_head
     encoder, ids = ready.prompt_encoder, ready.word_ids
     prompt = embedding[:0] if encoder is None else encoder.bake().to(embedding)
@@ -177,8 +177,6 @@ def _prompt(trained: SparseDelta, kind: str) -> dict[str, Any]:
 
 def _read_pairs_as_trained(tokenizer: PreTrainedTokenizerBase) -> None:
     """Makes the tokenizer encode a pair as `<s> A </s></s> B </s>`, as `encode_pairs` does."""
-    from tokenizers.processors import TemplateProcessing
-
     start, end = tokenizer.cls_token, tokenizer.sep_token
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{start} $A {end}",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM
 
 from ltp_sparse.deltas.delta import SparseDelta
 from ltp_sparse.methods.base import nothing
@@ -17,9 +18,6 @@ from ltp_sparse.tickets.counts import entries_for
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.training.mlm import MLMSettings, tune_mlm
 from ltp_sparse.weights.names import in_base_model
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM
 
 LANGUAGE_SETTINGS = MLMSettings(batch_size=8, epochs=100, step_bounds=(10_000, 100_000), validation=0.05)
 """Settings of both phases."""

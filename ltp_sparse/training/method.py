@@ -7,9 +7,10 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ltp_sparse.deltas.delta import SparseDelta, applied_deltas
 from ltp_sparse.methods import METHODS
@@ -19,9 +20,6 @@ from ltp_sparse.prompting import CLASSES, Verbalizer, kind_of
 from ltp_sparse.tasks.own import warn_of_gaps
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.training.fit import Fit, Options, fit
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, XLMRobertaForMaskedLM
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from ltp_sparse.deltas.delta import SparseDelta
@@ -31,9 +31,6 @@ from ltp_sparse.training.masked_texts import MaskedTexts, PadRight, split_texts,
 from ltp_sparse.training.run_folder import begin, locked
 from ltp_sparse.training.trainer import KeepBest, SparseTrainer
 from ltp_sparse.weights.names import canonical_parameters
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM
 
 
 @dataclass(frozen=True)
