@@ -150,4 +150,4 @@ _MAKERS: dict[str, Callable[[Cell, Workbench, Any], Path]] = {
 def _facts(bench: Workbench, text: Corpus, settings: Any) -> dict[str, Any]:
     """What an artefact was made from, by which the cache finds it again."""
     data = text_hash(text.texts)
-    return {"base": bench.digest(), "data": data, "settings": asdict(settings), "source": text.source}
+    return {"base": bench.digest, "data": data, "settings": asdict(settings), "source": text.source}

@@ -144,7 +144,7 @@ def run_cell(
         "notes": [*notes, *(f"{cell['label']}: {note}" for note in stuck)],
         "seconds": round(time.perf_counter() - start, 2),
         "provenance": {
-            "base": bench.digest(),
+            "base": bench.digest,
             "data": _data_hash([train, dev, *tests.values()]),
             "settings": method.describe(),
             "ltp_sparse": __version__,
@@ -270,9 +270,6 @@ def active_by_layer(ticket: Ticket) -> dict[str, list[int]]:
 
 def _training_task(cell: Cell, bench: Workbench, notes: list[str]) -> Task:
     """The training task; if its files are not in the data folder, the substitute that the recipe names."""
-    for name in (cell["train.task"], cell["test.task"]):
-        if name not in TASKS:
-            raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
     name, stand_in = cell["train.task"], cell["train.stand_in"]
     if bench.data is None or stand_in is None:
         return TASKS[name]

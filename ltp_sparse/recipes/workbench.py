@@ -36,6 +36,7 @@ class Workbench:
         batch_size: Examples of a forward pass in evaluation.
         report_to: Logging integration of transformers, of the training of a cell.
         progress: Show bars of training and evaluation.
+        digest: Of the base model loaded last.
     """
 
     data: Path | None
@@ -45,10 +46,10 @@ class Workbench:
     batch_size: int = 64
     report_to: str = "none"
     progress: bool = False
+    digest: str = field(default="", init=False)
     _key: tuple[Any, ...] = ()
     _model: Any = None
     _tokenizer: Any = None
-    _digest: str = ""
     _corpora: dict[tuple[Any, ...], Corpus] = field(default_factory=dict)
     _examples: dict[tuple[Any, ...], Sequence[Any]] = field(default_factory=dict)
 
@@ -79,7 +80,7 @@ class Workbench:
             parameters.pop("lm_head.decoder.weight", None)
             # of the kind of earlier versions, whose artefacts are then found again
             found = fingerprint(parameters, like=dict.fromkeys(parameters, EARLIER))
-            self._digest, self._key = hashlib.sha256(repr(found).encode()).hexdigest()[:32], key
+            self.digest, self._key = hashlib.sha256(repr(found).encode()).hexdigest()[:32], key
         return self._model, self._tokenizer
 
     def forget(self) -> None:
@@ -104,10 +105,6 @@ class Workbench:
         if key not in self._corpora:
             self._corpora[key] = corpus(*key[:2], self.data, text=key[2])
         return self._corpora[key]
-
-    def digest(self) -> str:
-        """Of the base model loaded last."""
-        return self._digest
 
 
 @functools.lru_cache(maxsize=1)
