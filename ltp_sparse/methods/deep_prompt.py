@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from ltp_sparse.methods.base import Context, Encode, Method, Settings, Setup
 from ltp_sparse.methods.fine_tuning import encode_for_classifier
-from ltp_sparse.models import DeepPrompt, SequenceClassifier, collator
+from ltp_sparse.models import DeepPrompt, SequenceClassifier
 from ltp_sparse.models.masked_prompt import PromptedMaskedLM
-from ltp_sparse.prompting import cloze_template, kind_of
-from ltp_sparse.prompting import collator as prompt_collator
+from ltp_sparse.prompting import cloze_template, collator, kind_of
 
 if TYPE_CHECKING:
     from transformers import XLMRobertaForMaskedLM
@@ -52,15 +51,22 @@ class DeepPromptTuning(Method):
         return self.head == "mlm"
 
     def build(self, language_model: XLMRobertaForMaskedLM, context: Context, *, baked: bool = False) -> Setup:
-        config, tokenizer, facts = language_model.config, context.tokenizer, {}
+        config, tokenizer, max_length = language_model.config, context.tokenizer, self.settings.max_length
+        facts: dict[str, Any] = {}
+
+        def encode_cloze(examples: Sequence[Any]) -> list[Any]:
+            template = cloze_template(kind_of(examples[0]) if examples else "pair")
+            return template.encode(tokenizer, examples, classes=context.labels, max_length=max_length)
+
         with torch.random.fork_rng():
             torch.manual_seed(context.seed)
             if self.head == "classifier":
                 model: nn.Module = SequenceClassifier(language_model, len(context.labels), linear=True)
+                encode: Encode = encode_for_classifier(tokenizer, context.labels, max_length)
             else:
                 verbalizer = context.words()
                 facts = {"verbalizer": [list(tokens) for tokens in verbalizer.token_ids]}
-                model = PromptedMaskedLM(language_model, None, verbalizer)
+                model, encode = PromptedMaskedLM(language_model, None, verbalizer), encode_cloze
             prompt = DeepPrompt(
                 config, self.n, projection=None if baked else self.projection, position_offset=self.position_offset
             )
@@ -73,17 +79,12 @@ class DeepPromptTuning(Method):
             }
             return {f"{prompt.key}.rows": prompt.bake().cpu(), **head}
 
-        if self.head == "classifier":
-            encode: Encode = encode_for_classifier(tokenizer, context.labels, self.settings.max_length)
-            collate = collator(config.pad_token_id)
-        else:
-
-            def encode(examples: Sequence[Any]) -> list[Any]:
-                template = cloze_template(kind_of(examples[0]) if examples else "pair")
-                return template.encode(tokenizer, examples, classes=context.labels, max_length=self.settings.max_length)
-
-            collate = prompt_collator(config.pad_token_id)
         return Setup(
-            model=model, encode=encode, collate=collate, dense=(prompt, *classifier), bake=bake, facts=facts,
+            model=model,
+            encode=encode,
+            collate=collator(config.pad_token_id),
+            dense=(prompt, *classifier),
+            bake=bake,
+            facts=facts,
             undo=prompt.remove,
-        )  # fmt: skip
+        )

@@ -13,11 +13,6 @@ from ltp_sparse.selection.scores import SCORES
 from ltp_sparse.training.mlm import MLMSettings
 from ltp_sparse.weights.reading import closest
 
-_TICKET_KEYS = (
-    "strategy", "density", "of", "budget", "segment", "intersect", "order", "score", "seeds", "language", "lines",
-    "text", "mlm",
-)  # fmt: skip
-
 
 def check_cell(cell: Cell) -> None:
     """Raises ValueError for options, settings, or settings of a stage that are unknown or of another kind."""
@@ -49,9 +44,7 @@ def method_of(cell: Cell) -> Method:
 
 def strategy_and_score(cell: Cell) -> tuple[str, str]:
     """Of the ticket of a cell: which parameters may be in it, and what ranks their entries."""
-    spec = cell["ticket"]
-    _refuse_unknown(spec, _TICKET_KEYS, "ticket")
-    strategy, score = spec.get("strategy", "decoupled"), spec.get("score", "change")
+    strategy, score = cell["ticket.strategy"] or "decoupled", cell["ticket.score"] or "change"
     if strategy not in STRATEGIES:
         raise ValueError(f"ticket: strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
     if score not in ("change", "magnitude", *SCORES):

@@ -129,23 +129,18 @@ def _active(cell: Cell, method: Method, model: Any) -> tuple[int, int]:
 
 
 def _making(artefact: Artefact, model: Any) -> float:
-    """Operations of making an artefact."""
+    """Operations of making an artefact, in each phase the tuning of a masked language model."""
     cell, stage = artefact.cell, artefact.stage
     settings = {"ticket": MLMSettings(), "language_sft": LANGUAGE_SETTINGS, "adapters": ADAPTER_SETTINGS}[stage]
     phases = 2 if stage == "language_sft" and cell[f"{stage}.kind"] in (None, "lt-sft", "sc-sft") else 1
     settings = replace(settings, **(cell[f"{stage}.mlm"] or {}))
-    return phases * _tuning(model, settings, cell[f"{stage}.lines"] or LINES[stage])
-
-
-def _tuning(model: Any, settings: MLMSettings, lines: int) -> float:
-    """Operations of tuning as a masked language model on so many sentences."""
-    updates = settings.max_steps
+    lines, updates = cell[f"{stage}.lines"] or LINES[stage], settings.max_steps
     if updates <= 0:
         updates = math.ceil(settings.epochs * lines * _SENTENCE / (settings.batch_size * settings.length))
         if settings.step_bounds is not None:
             updates = min(max(updates, settings.step_bounds[0]), settings.step_bounds[1])
     decoder = settings.mask_probability * model.get_input_embeddings().weight.numel()
-    return 6.0 * (_body(model) + decoder) * updates * settings.batch_size * settings.length
+    return 6.0 * phases * (_body(model) + decoder) * updates * settings.batch_size * settings.length
 
 
 @cache

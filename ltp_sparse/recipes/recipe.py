@@ -35,13 +35,14 @@ from pathlib import Path
 from typing import Any
 
 from ltp_sparse.recipes.schema import CELL, GRID, RECIPE, check
-from ltp_sparse.weights.reading import FileFormatError, closest, read_yaml, reader
+from ltp_sparse.weights.reading import FileFormatError, read_yaml, reader
 
 FOLDER = Path(__file__).parent
 _STAGES = ("ticket", "language_sft", "adapters")
 _LISTS = ("test.languages", "ticket.seeds")
 """Facts that are lists themselves."""
 
+_OF_REPORT = ("by", "paper", "compare", "margin", "chance", "kinship", "rates", "plots", "notes")
 _MOST_CELLS = 100_000
 
 
@@ -150,25 +151,11 @@ def load_recipe(name: str, overrides: Sequence[tuple[str, Any]] = (), *, allow_p
     elif len(different) != len(cells):
         raise FileFormatError(path, "some cells are equal but for their label; every cell is run once")
     _check_names(cells, path)
-    return Recipe(
-        name=name,
-        title=str(source.get("title") or name),
-        cells=tuple(cells),
-        by=tuple(source.get("by") or ["label"]),
-        paper=source.get("paper"),
-        compare=_listed(source.get("compare")),
-        margin=source.get("margin"),
-        chance=source.get("chance"),
-        kinship=bool(source.get("kinship")),
-        rates=source.get("rates"),
-        plots=tuple(source.get("plots") or ()),
-        notes=source.get("notes") or "",
-        plugins=plugins,
-    )
-
-
-def _listed(value: Any) -> tuple[str, ...]:
-    return tuple(value) if isinstance(value, list) else () if value is None else (value,)
+    of_report = {key: value for key, value in source.items() if key in _OF_REPORT and value not in (None, [])}
+    if not isinstance(compare := of_report.get("compare", []), list):
+        of_report["compare"] = [compare]
+    of_report = {key: tuple(value) if isinstance(value, list) else value for key, value in of_report.items()}
+    return Recipe(name, str(source.get("title") or name), tuple(cells), plugins=plugins, **of_report)
 
 
 def _plugin(recipe: Path, name: str, allowed: bool) -> Path:
@@ -233,10 +220,6 @@ def _expand(source: Mapping[str, Any], overrides: Sequence[tuple[str, Any]], pat
                 grid[dotted] = value
             else:
                 _set(facts, dotted, value)
-        if unknown := [key for key in (*facts, *(p.split(".")[0] for p in grid)) if key not in CELL]:
-            raise FileFormatError(
-                path, f"unknown key {unknown[0]!r} in a cell, closest: {closest(unknown[0], CELL)}", f"cell {number}"
-            )
         total += math.prod(map(len, grid.values()))
         if total > _MOST_CELLS:
             raise FileFormatError(path, f"more than {_MOST_CELLS:,} cells; make the grid smaller", f"cell {number}")

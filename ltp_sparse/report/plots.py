@@ -5,17 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ltp_sparse.recipes.recipe import look_up
+from ltp_sparse.recipes.recipe import Recipe, look_up
 from ltp_sparse.report.escaping import for_plot
 from ltp_sparse.report.tables import AVERAGE, Table, make_table
+from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.weights.files import atomic_path
 from ltp_sparse.weights.names import natural_key
-
-if TYPE_CHECKING:
-    from ltp_sparse.recipes.recipe import Recipe
-    from ltp_sparse.tickets.ticket import Ticket
 
 
 def plot_ticket(ticket: Ticket, path: str | os.PathLike[str], *, by: str = "layer") -> Path:

@@ -13,6 +13,13 @@ from ltp_sparse.methods import METHODS
 from ltp_sparse.weights.card import cell, front_matter, score_lines
 from ltp_sparse.weights.files import write_text
 
+_HOW = (
+    "",
+    "The classes are words at `<mask>` in a template with learned prompt embeddings, which transformers cannot",
+    "build by itself: `predict.py` does. Prompt and label words are the last rows of the vocabulary. There is no",
+    "classification head; `classifier_dropout` is -1 in `config.json`, so that loading one fails.",
+)
+
 
 def write_card(path: Path, base: str, trained: SparseDelta, kind: str, facts: Mapping[str, Any]) -> None:
     """Writes a card with the model, its training data, its scores, and an example of use.
@@ -58,18 +65,7 @@ def write_card(path: Path, base: str, trained: SparseDelta, kind: str, facts: Ma
         f"or `python predict.py TEXT{' SECOND' if kind == 'pair' else ''}`. "
         f"Inputs have at most {about['settings']['max_length']} tokens"
         + ("; longer ones are cut." if prompted else ": pass `truncation=True` for longer ones."),
-        *_how(prompted),
+        *(_HOW if prompted else ()),
         "",
     ]
     write_text(path, "\n".join(lines))
-
-
-def _how(prompted: bool) -> list[str]:
-    if not prompted:
-        return []
-    return [
-        "",
-        "The classes are words at `<mask>` in a template with learned prompt embeddings, which transformers cannot",
-        "build by itself: `predict.py` does. Prompt and label words are the last rows of the vocabulary. There is no",
-        "classification head; `classifier_dropout` is -1 in `config.json`, so that loading one fails.",
-    ]

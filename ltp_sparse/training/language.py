@@ -72,9 +72,8 @@ def train_language(
     tuned = tune_mlm(model, tokenizer, texts, settings, ticket=ticket, **_phase(2, options))
     delta = tuned.delta()
     tuned.reset()
-    return SparseDelta(
-        delta.ticket, delta.values, delta.originals, {}, {**delta.metadata, "method": f"{kind} language"}
-    )
+    delta.dense, delta.metadata["method"] = {}, f"{kind} language"
+    return delta
 
 
 def train_language_adapter(

@@ -56,11 +56,8 @@ def _warn_skipped(skipped: Iterable[FileFormatError], consequence: str) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The folders of checkpoints of this library, complete or not."""
-    return [path for path in folder.glob("checkpoint-*") if _is_ours(path)]
-
-
-def _is_ours(path: Path) -> bool:
-    return (path / manifest.MANIFEST).is_file() or (path / DELTA_FILE).is_file()
+    ours = (manifest.MANIFEST, DELTA_FILE)
+    return [path for path in folder.glob("checkpoint-*") if any((path / name).is_file() for name in ours)]
 
 
 def begin(folder: str | os.PathLike[str], facts: Mapping[str, Any], *, what: str, resume: bool) -> Path | None:
