@@ -10,6 +10,8 @@ from ltp_sparse.cli.kinds import expect, expect_source
 from ltp_sparse.cli.options import CommandError, add_computing, add_data, at_least_one, check_writable, need, quieten
 from ltp_sparse.cli.own import SOURCE, add_columns, add_metric, by_language, given_columns, refuse_own
 from ltp_sparse.cli.tables import TASK_NAMES, TEST_TASKS
+from ltp_sparse.tasks import task
+from ltp_sparse.tasks.own import read_own
 
 if TYPE_CHECKING:
     from ltp_sparse.cli.runs import Run
@@ -116,8 +118,6 @@ def run(options: argparse.Namespace) -> None:
 
 def _own_examples(options: argparse.Namespace, run: Run) -> tuple[str, str, dict[str, list[Any]]]:
     """(name, metric, language -> examples) of your own data."""
-    from ltp_sparse.tasks.own import read_own
-
     source = options.test or run.test
     if source is None:
         raise CommandError("the run was trained without --test; pass a file to test on, --test FILE")
@@ -144,8 +144,6 @@ def _own_examples(options: argparse.Namespace, run: Run) -> tuple[str, str, dict
 
 def _task_examples(options: argparse.Namespace, run: Run) -> tuple[str, str, dict[str, list[Any]]]:
     """(name, metric, language -> examples) of a known task."""
-    from ltp_sparse.tasks import task
-
     refuse_own(options, why="is for your own data; pass its file, --test")
     of = task(options.task or TEST_TASKS.get(run.task or "", run.task or ""))
     if of.kind != run.kind or set(of.labels) != set(run.labels):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ltp_sparse.cli.kinds import expect
 from ltp_sparse.cli.options import CommandError, check_writable, need
+from ltp_sparse.tasks.own import UNDETERMINED
 
 if TYPE_CHECKING:
     from ltp_sparse.cli.runs import Run
@@ -32,7 +33,6 @@ def run(options: argparse.Namespace) -> None:
     if options.output.is_dir() and any(options.output.iterdir()):
         raise CommandError(f"--output {options.output} is not empty; choose a new or empty folder")
     from ltp_sparse.cli.runs import BAKED, Run, first_seed
-    from ltp_sparse.tasks.own import UNDETERMINED
 
     made = Run.load(options.folder)
     made.check_model()

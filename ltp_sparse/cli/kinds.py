@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 
 from ltp_sparse.cli.options import CommandError, shown
+from ltp_sparse.tasks.files import suffix_of
+from ltp_sparse.weights.locating import locate
 
 _BELONGS = {
     "ticket": "pass it to --ticket of ltp-sparse train, or to ltp-sparse inspect or push",
@@ -45,7 +47,6 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
 
     It is None if the kind is unknown or the path does not exist.
     """
-    from ltp_sparse.tasks.files import suffix_of
     from ltp_sparse.weights.file_shards import index_of, kind_said
 
     path = index_of(path) or Path(path)
@@ -89,8 +90,6 @@ def expect_source(options: argparse.Namespace, name: str) -> None:
 
 def expect_model(options: argparse.Namespace) -> None:
     """`expect` for --model and --tokenizer. A name must be on the Hub or in its cache."""
-    from ltp_sparse.weights.locating import locate
-
     for name in ("model", "tokenizer"):
         if (given := getattr(options, name, None)) is None:
             continue

@@ -255,12 +255,9 @@ def _prompted(config: Any, batch: int, length: int) -> tuple[Any, Any, Any]:
     encoder = PromptEncoder(n_prompt, config.hidden_size)
     verbalizer = Verbalizer(tuple((word,) for word in words))
     model = PromptedMaskedLM(XLMRobertaForMaskedLM(config), encoder, verbalizer, frozen_words=True).train()
-    ids = torch.zeros(batch, length, dtype=torch.long, device="cpu")
-    mask, labels = torch.ones_like(ids), torch.zeros(batch, dtype=torch.long, device="cpu")
-    positions, at = (
-        torch.zeros(batch, n_prompt, dtype=torch.long, device="cpu"),
-        torch.zeros(batch, dtype=torch.long, device="cpu"),
-    )
+    zeros = partial(torch.zeros, dtype=torch.long, device="cpu")
+    ids, positions, at, labels = zeros(batch, length), zeros(batch, n_prompt), zeros(batch), zeros(batch)
+    mask = torch.ones_like(ids)
 
     def loss() -> torch.Tensor:
         return F.cross_entropy(model(ids, mask, positions, at)["logits"], labels)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from ltp_sparse.cli.options import CommandError, refuse
 from ltp_sparse.cli.tables import METRIC_NAMES
+from ltp_sparse.tasks.own import Columns
 
 if TYPE_CHECKING:
     from ltp_sparse.cli.runs import Run
-    from ltp_sparse.tasks.own import Columns
 
 SOURCE = "a .tsv, .csv, .jsonl or .parquet file, or a Hub data set as NAME or NAME@SPLIT"
 
@@ -38,8 +38,6 @@ def add_metric(parser: argparse.ArgumentParser) -> None:
 
 def given_columns(options: argparse.Namespace, run: Run | None = None) -> Columns:
     """The columns that the options name. Others are those of the run, or have their usual names."""
-    from ltp_sparse.tasks.own import Columns
-
     if run is not None and run.columns is not None:
         base = run.columns
     elif (options.pair_column is not None) if run is None else run.kind == "pair":

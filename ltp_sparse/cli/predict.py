@@ -12,6 +12,7 @@ from typing import IO, Any
 from ltp_sparse.cli.kinds import expect, expect_source
 from ltp_sparse.cli.options import CommandError, add_computing, at_least_one, check_writable, need, quieten
 from ltp_sparse.cli.own import SOURCE, add_columns, given_columns
+from ltp_sparse.tasks.own import read_own, texts_of, warn_of_gaps
 
 HELP = "label the texts or pairs of a file with a trained run, with the probability of each class"
 EXAMPLES = """\
@@ -43,7 +44,6 @@ def run(options: argparse.Namespace) -> None:
     expect(options, "folder", "run of ltp-sparse train")
     expect_source(options, "examples")
     from ltp_sparse.cli.runs import Run, first_seed, load_seed
-    from ltp_sparse.tasks.own import read_own, texts_of, warn_of_gaps
     from ltp_sparse.weights.files import atomic_path
 
     made = Run.load(options.folder)

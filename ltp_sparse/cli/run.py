@@ -6,14 +6,12 @@ import argparse
 import shlex
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ltp_sparse.cli.kinds import expect_model
 from ltp_sparse.cli.options import CommandError, add_computing, add_data, add_report_to, check_writable, need, refuse
+from ltp_sparse.recipes import Recipe, load_recipe, recipe_names
 from ltp_sparse.weights.reading import FileFormatError, parse_yaml
-
-if TYPE_CHECKING:
-    from ltp_sparse.recipes import Recipe
 
 HELP = "run a recipe: all cells of a table or figure of the papers, or of your own YAML file"
 EXAMPLES = """\
@@ -65,8 +63,6 @@ def _at_least_zero(text: str) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    from ltp_sparse.recipes import load_recipe, recipe_names
-
     if options.list:
         for name in recipe_names():
             recipe = load_recipe(name)

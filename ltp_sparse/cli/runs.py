@@ -21,6 +21,7 @@ from ltp_sparse.tasks.own import Columns
 from ltp_sparse.tasks.pairs import CLASSES
 from ltp_sparse.weights import manifest
 from ltp_sparse.weights.files import write_text
+from ltp_sparse.weights.locating import locate
 from ltp_sparse.weights.reading import FileFormatError, read_json
 
 if TYPE_CHECKING:
@@ -89,8 +90,6 @@ class Run:
 
     def check_model(self) -> None:
         """Raises CommandError if the model or the tokenizer is no longer available."""
-        from ltp_sparse.weights.locating import locate
-
         try:
             for name in filter(None, (self.model, self.tokenizer)):
                 locate(name)

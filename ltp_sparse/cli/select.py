@@ -20,6 +20,7 @@ from ltp_sparse.cli.options import (
     refuse,
     share,
 )
+from ltp_sparse.tasks.own import Columns, columns_of, read_own
 
 HELP = "select a ticket: tune a masked language model on text, or compare two checkpoints"
 EXAMPLES = """\
@@ -203,8 +204,6 @@ def _only_column(paths: list[Path]) -> str | None:
     It is None if `read_text` reads the files, i.e. if they are plain text, a .tsv of one column without a header, or
     JSON lines with the key "text".
     """
-    from ltp_sparse.tasks.own import columns_of
-
     found: set[str | None] = set()
     for path in paths:
         if kind_of(path) != "table":
@@ -226,8 +225,6 @@ def _only_column(paths: list[Path]) -> str | None:
 
 def _column(options: argparse.Namespace, column: str) -> list[str]:
     """A column of labelled files, at most --max-lines of it."""
-    from ltp_sparse.tasks.own import Columns, read_own
-
     columns = Columns(text=column)
     if options.text_column is None:
         print(f"text: the column {column!r} of {', '.join(map(str, options.text))}")

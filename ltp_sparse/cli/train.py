@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ltp_sparse.cli.kinds import expect, expect_model, expect_source
 from ltp_sparse.cli.options import (
@@ -25,10 +25,12 @@ from ltp_sparse.cli.options import (
     share,
 )
 from ltp_sparse.cli.own import SOURCE, add_columns, add_metric, given_columns, refuse_own, words_of
-from ltp_sparse.cli.tables import MASKED_METHOD_NAMES, PROMPT_METHODS, TASK_NAMES, TICKET_METHODS
-
-if TYPE_CHECKING:
-    from ltp_sparse.tasks.own import Columns
+from ltp_sparse.cli.tables import MASKED_METHOD_NAMES, PROMPT_METHODS, TASK_NAMES, TEST_TASKS, TICKET_METHODS
+from ltp_sparse.tasks import task
+from ltp_sparse.tasks.own import UNDETERMINED, Columns, classes_of, read_own, split_dev
+from ltp_sparse.tasks.pairs import CLASSES
+from ltp_sparse.tasks.texts import few_shot
+from ltp_sparse.tasks.xnli import LANGUAGES  # those with known words
 
 HELP = "train LTP or one of its controls on labelled texts or pairs, and keep the best epoch"
 EXAMPLES = """\
@@ -117,7 +119,6 @@ def run(options: argparse.Namespace) -> None:
     for name in ("train", "dev", "test"):
         expect_source(options, name)
     from ltp_sparse.cli.runs import BAKED, TRAINED, Run, check_same_training, record, seeds_to_train
-    from ltp_sparse.tasks import task
 
     finished = {file.parent.name for file in options.output.glob(f"seed-*/{BAKED}")}
     wanted = finished if options.seeds is None else {f"seed-{seed}" for seed in options.seeds}
@@ -225,9 +226,6 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _usual_language(options: argparse.Namespace) -> str:
-    from ltp_sparse.tasks import task
-    from ltp_sparse.tasks.own import UNDETERMINED
-
     if options.train is not None:
         return UNDETERMINED
     known = task(options.task).languages
@@ -262,9 +260,6 @@ def _check_method(options: argparse.Namespace) -> None:
 
 
 def _check_words_are_known(options: argparse.Namespace, labels: tuple[str, ...], language: str) -> None:
-    from ltp_sparse.tasks.pairs import CLASSES
-    from ltp_sparse.tasks.xnli import LANGUAGES  # those with known words
-
     if labels != CLASSES:
         raise CommandError(
             f"{options.method} needs a word for each class: --words "
@@ -278,8 +273,6 @@ def _check_words_are_known(options: argparse.Namespace, labels: tuple[str, ...],
 
 
 def _task_data(options: argparse.Namespace, language: str) -> _Data:
-    from ltp_sparse.tasks import task
-
     of = task(options.task)
     train, dev = (of.load(split, language, shots=options.shots, data=options.data) for split in ("train", "dev"))
     if of.kind == "text" and options.shots is not None:
@@ -288,10 +281,6 @@ def _task_data(options: argparse.Namespace, language: str) -> _Data:
 
 
 def _own_data(options: argparse.Namespace, words: dict[str, list[str]] | None, language: str) -> _Data:
-    from ltp_sparse.tasks.own import classes_of, read_own, split_dev
-    from ltp_sparse.tasks.pairs import CLASSES
-    from ltp_sparse.tasks.texts import few_shot
-
     columns = given_columns(options)
 
     def read(source: str, split: str) -> list[Any]:
@@ -319,8 +308,6 @@ def _own_data(options: argparse.Namespace, words: dict[str, list[str]] | None, l
 
 def _next(options: argparse.Namespace) -> str:
     """The command that evaluates the run."""
-    from ltp_sparse.cli.tables import TEST_TASKS
-
     command = ["ltp-sparse", "evaluate", str(options.output)]
     if options.train is None:
         command += ["--task", TEST_TASKS.get(options.task, options.task)]
