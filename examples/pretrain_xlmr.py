@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import html
+import itertools
 import json
 import math
 import random
@@ -169,12 +170,11 @@ def make_tokenizer(
     sample = generated[:20_000]
     for language, lines in training.items():
         wanted, used = int((characters[language] * most) ** 0.5), 0
-        while used < wanted:
-            for line in lines:
-                sample.append(line)
-                used += len(line)
-                if used >= wanted:
-                    break
+        for line in itertools.cycle(lines):
+            if used >= wanted:
+                break
+            sample.append(line)
+            used += len(line)
     answers = [word for language in LANGUAGES.values() for word in language.answers.values()]
     tokenizer = train_tokenizer(sample, pieces, answers)
     tokenizer.save_pretrained(folder)

@@ -25,6 +25,7 @@ from ltp_sparse.training.mlm import MLMSettings, tune_mlm
 from ltp_sparse.weights.files import write_text
 from ltp_sparse.weights.locating import MINI_XLMR
 from ltp_sparse.weights.names import canonical_parameters
+from ltp_sparse.weights.tensors import bits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM
@@ -209,15 +210,13 @@ def _compared(result: Trained, model: XLMRobertaForMaskedLM, before: dict[str, t
     """Compares every weight with its value before training, bit for bit."""
     frozen = changed = trained = 0
     for name, parameter in canonical_parameters(model).items():
-        index_set = result.delta.ticket.sets.get(name)
-        outside = torch.ones(parameter.shape, dtype=torch.bool, device="cpu")
-        if index_set is not None:
-            outside = ~index_set.mask().view(parameter.shape)
-        moved = parameter.detach().view(torch.int32) != before[name].view(torch.int32)
-        frozen += int(outside.sum())
-        changed += int((moved & outside).sum())
-        trained += int((~outside).sum())
-    return _Fact(trained, result.optimizer_bytes, frozen, changed)
+        moved = bits(parameter) != bits(before[name])
+        if (index_set := result.delta.ticket.sets.get(name)) is not None:
+            moved &= ~index_set.mask().view(parameter.shape)
+            trained += index_set.k
+        changed += int(moved.sum())
+        frozen += parameter.numel()
+    return _Fact(trained, result.optimizer_bytes, frozen - trained, changed)
 
 
 def _report(

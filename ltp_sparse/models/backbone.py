@@ -19,7 +19,6 @@ from ltp_sparse.weights.reading import FileFormatError, reader
 
 if TYPE_CHECKING:
     from transformers import (
-        BertForMaskedLM,
         BloomForCausalLM,
         PreTrainedTokenizerBase,
         XGLMForCausalLM,
@@ -70,7 +69,10 @@ def load_backbone(
     target = xlm_roberta_config(config) if kind == "bert" else config
     model = _complete("load_backbone", kinds[kind], source, config=config, dtype=dtype, local_files_only=local)
     if kind == "bert":
-        model = _as_xlm_roberta(model, target)
+        weights = xlm_roberta_tensors(model.state_dict(), target.pad_token_id)
+        model = backbone_from_config(target, decoupled=False, dtype=model.dtype)
+        model.load_state_dict(weights)
+        del weights
     if decoupled or not config.tie_word_embeddings:
         decouple(model)
     loaded = _load_tokenizer("load_backbone", name_or_path if tokenizer is None else tokenizer)
@@ -145,12 +147,6 @@ def decouple(model: XLMRobertaForMaskedLM) -> XLMRobertaForMaskedLM:
     if not getattr(model, "saves_both_biases", False):
         model.register_state_dict_post_hook(_save_both_biases)
         model.saves_both_biases = True
-    return model
-
-
-def _as_xlm_roberta(bert: BertForMaskedLM, config: XLMRobertaConfig) -> XLMRobertaForMaskedLM:
-    model = backbone_from_config(config, decoupled=False, dtype=bert.dtype)
-    model.load_state_dict(xlm_roberta_tensors(bert.state_dict(), config.pad_token_id))
     return model
 
 

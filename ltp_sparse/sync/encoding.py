@@ -3,8 +3,7 @@
 The smaller of two forms is used:
 
 * `VALUES`   the bits of every slot
-* `CHANGES`  for every slot that differs, the number of equal slots before it, and the exclusive or with its earlier
-bits
+* `CHANGES`  for every slot that differs, the number of equal slots before it, and its exclusive or with the earlier one
 
 Integers are split into planes (all first bytes, all second bytes and so on), because a plane of upper bytes is nearly
 all zeros. Planes of zeros are left out. Others are deflated with run lengths and Huffman codes only (`zlib.Z_RLE`):

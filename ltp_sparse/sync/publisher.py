@@ -84,6 +84,7 @@ class Publisher:
         source = model_of(model)
         weights = weights_of(source, "Publisher")
         self._team = Team(group, "Publisher", "") if any(map(is_sharded, weights.values())) else None
+        self._rank = 0 if self._team is None else self._team.rank
         ticket = Ticket.full(weights) if ticket is None else ticket.named_as(weights)
         if self._team is None:
             match_names(ticket.active_names, weights, what="Publisher", where="the model")
@@ -124,10 +125,6 @@ class Publisher:
         """The results of `work` on all processes. An error on one is raised on all of them."""
         return [work()] if self._team is None else self._team.every(work, lambda result: result)[1]
 
-    @property
-    def _first(self) -> bool:
-        return self._team is None or self._team.rank == 0
-
     def _open(self) -> tuple[int | None, str]:
         """Removes the leftovers of a killed publisher. Returns (newest version, its run or a new one)."""
         names = self._store.names()
@@ -140,7 +137,7 @@ class Publisher:
                     f"Publisher: {self._store!r} has versions of another ticket ({newest.ticket}, this one is "
                     f"{self._digest}); publish to a new store"
                 )
-        if self._first:
+        if self._rank == 0:
             for name in records.outdated(names, self._keep):
                 self._store.remove(name)
             records.write_ticket(self._store, self._ticket)
@@ -191,7 +188,7 @@ class Publisher:
                     f"Publisher: the processes have {found:,} of the {self._ticket.k:,} entries of the ticket; but "
                     "for replicas, each must be on exactly one process"
                 )
-            if self._first:
+            if self._rank == 0:
                 self._check_parts(marker)
                 records.write_marker(self._store, marker)
 
@@ -199,15 +196,15 @@ class Publisher:
         earlier, self._earlier = self._earlier, slots
         base, self.version = marker.base, number
         self._since = 0 if anchor else self._since + 1
-        if anchor and self._first:
+        if anchor and self._rank == 0:
             for name in records.outdated(self._store.names(), self._keep):
                 self._store.remove(name)
-        mine = written[0 if self._team is None else self._team.rank]
-        nbytes = sum(part.nbytes for part in (*mine[1], *mine[2]))
+        _, changes, anchors = written[self._rank]
+        nbytes = sum(part.nbytes for part in (*changes, *anchors))
         return Version(number, base, nbytes, self._active, slots, earlier)
 
     def _check(self, number: int) -> None:
-        newest = max(records.versions(self._store.names()), default=None) if self._first else self.version
+        newest = max(records.versions(self._store.names()), default=None) if self._rank == 0 else self.version
         if newest != self.version:
             raise ValueError(
                 f"Publisher: the newest version in {self._store!r} is {newest}, but this publisher's is "
@@ -232,10 +229,9 @@ class Publisher:
 
     def _write(self, number: int, slots: list[Tensor], anchor: bool) -> tuple[list[PartFile], list[PartFile]]:
         groups = list(zip(self._ranges, slots, strict=True))
-        rank = 0 if self._team is None else self._team.rank
         changes, anchors = [], []
         if self._earlier is not None:
-            name = records.part_name(number, CHANGES, rank)
+            name = records.part_name(number, CHANGES, self._rank)
             changes.append(records.write_part(self._store, name, self._names, groups, self._earlier))
         if anchor:
             inactive = inactive_digests(self._parts, self._ticket)
@@ -245,7 +241,7 @@ class Publisher:
                     "all), which followers would not see; publish ticket | Ticket.full(model, pool=...)"
                 )
             base, digests = described(self._parts, inactive)
-            name = records.part_name(number, ANCHOR, rank)
+            name = records.part_name(number, ANCHOR, self._rank)
             anchors.append(records.write_part(self._store, name, self._names, groups, None, base, digests))
         return changes, anchors
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -21,11 +22,8 @@ class Layout:
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self.sizes = list(sizes)
-        self.tile_offsets = [0]
-        self.word_offsets = [0]
-        for n in sizes:
-            self.tile_offsets.append(self.tile_offsets[-1] + tiles_of(n))
-            self.word_offsets.append(self.word_offsets[-1] + bitmap_words(n))
+        self.tile_offsets = [0, *accumulate(map(tiles_of, self.sizes))]
+        self.word_offsets = [0, *accumulate(map(bitmap_words, self.sizes))]
 
     @property
     def tiles(self) -> int:
