@@ -105,8 +105,7 @@ def environment(name: str, python: str, *requirements: object) -> Path:
     folder = WORK / name
     shutil.rmtree(folder, ignore_errors=True)
     run(python, "-m", "venv", folder)
-    if requirements:
-        pip_install(folder / "bin" / "python", *requirements)
+    pip_install(folder / "bin" / "python", *requirements)
     return folder / "bin" / "python"
 
 
@@ -189,8 +188,7 @@ def check_contents(wheel: Path) -> None:
 
 def check_installed(wheel: Path, python: str, torch: list[str], tests: bool) -> str:
     """Runs what can run of the installed wheel; what has run."""
-    own = environment(f"check-{version_of(wheel)}", python)
-    pip_install(own, "--no-deps", wheel)
+    own = environment(f"check-{version_of(wheel)}", python, "--no-deps", wheel)
     print(" ", run(own, "-I", "-c", WITHOUT_TORCH).strip())
     # warnings of the compiler are errors: a later Python may refuse what this one only warns of
     (installed,) = own.parents[1].glob("lib/python*/site-packages/ltp_sparse")
