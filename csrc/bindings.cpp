@@ -20,9 +20,9 @@ void run(int64_t threads, Run run_on) {
     run_on(threads);
 }
 
-ltp::HostPairs pairs_of(const Record& record) {
-    return {record.addresses("initial"), record.addresses("tuned"), record.dtypes("initial"), record.dtypes("tuned"),
-            record.sizes("tuned")};
+ltp::HostPairs pairs_of(const Record& record, std::vector<int64_t> groups) {
+    return {record.addresses("initial"), record.addresses("tuned"), record.dtypes("initial"),
+            record.dtypes("tuned"),      record.sizes("tuned"),     std::move(groups)};
 }
 
 void masked_adamw_(py::handle update, int64_t threads) {
@@ -67,34 +67,35 @@ void masked_copy(py::handle entries, int64_t threads) {
 
 void delta_histogram(py::handle histogram, int64_t threads) {
     const Record record(histogram);
-    const ltp::HostPairs pairs = pairs_of(record);
-    const std::vector<int64_t> groups = record.numbers("groups");
+    const ltp::HostPairs pairs = pairs_of(record, record.numbers("groups"));
     const ltp::Histogram arguments(record);
-    run(threads, [&](int64_t n) { ltp::delta_histogram(pairs, groups, arguments, n); });
+    run(threads, [&](int64_t n) { ltp::delta_histogram(pairs, arguments, n); });
 }
 
 void sample_keys(py::handle sample, int64_t threads) {
     const Record record(sample);
-    const ltp::HostPairs pairs = pairs_of(record);
+    const ltp::HostPairs pairs = pairs_of(record, {});
     const ltp::Sample arguments(record);
     run(threads, [&](int64_t n) { ltp::sample_keys(pairs, arguments, n); });
 }
 
 void delta_band(py::handle band, int64_t threads) {
     const Record record(band);
-    const ltp::HostPairs pairs = pairs_of(record);
-    const std::vector<int64_t> groups = record.numbers("groups"), word_offsets = record.numbers("word_offsets");
+    const ltp::HostPairs pairs = pairs_of(record, record.numbers("groups"));
+    const std::vector<int64_t> word_offsets = record.numbers("word_offsets");
     const ltp::Band arguments(record);
-    run(threads, [&](int64_t n) { ltp::delta_band(pairs, groups, word_offsets, arguments, n); });
+    run(threads, [&](int64_t n) { ltp::delta_band(pairs, word_offsets, arguments, n); });
 }
 
-// Arguments: what the record holds beside the stored candidates.
-template <class Arguments, void (*RUN)(const ltp::Candidates&, const Arguments&, int64_t)>
-void of_candidates(py::handle candidates, int64_t threads) {
-    const Record record(candidates);
-    const ltp::Candidates stored(record, Arguments::kPerGroup);
-    const Arguments arguments(record);
-    run(threads, [&](int64_t n) { RUN(stored, arguments, n); });
+// A pass over the stored candidates. per_group: a field with an item for each group.
+template <class Arguments>
+auto over_candidates(void (*pass)(const ltp::Candidates&, const Arguments&, int64_t), const char* per_group) {
+    return [=](py::handle candidates, int64_t threads) {
+        const Record record(candidates);
+        const ltp::Candidates stored(record, per_group);
+        const Arguments arguments(record);
+        run(threads, [&](int64_t n) { pass(stored, arguments, n); });
+    };
 }
 
 void list_positions(py::handle words, py::handle positions) {
@@ -126,10 +127,10 @@ PYBIND11_MODULE(_C, module) {
     module.def("delta_histogram", delta_histogram, arg("histogram"), arg("threads"));
     module.def("sample_keys", sample_keys, arg("sample"), arg("threads"));
     module.def("delta_band", delta_band, arg("band"), arg("threads"));
-    module.def("candidate_histogram", of_candidates<ltp::CandidateBins, ltp::candidate_histogram>, arg("candidates"),
+    module.def("candidate_histogram", over_candidates(ltp::candidate_histogram, "low"), arg("candidates"),
                arg("threads"));
-    module.def("take_above", of_candidates<ltp::Above, ltp::take_above>, arg("candidates"), arg("threads"));
-    module.def("take_ties", of_candidates<ltp::Ties, ltp::take_ties>, arg("candidates"), arg("threads"));
+    module.def("take_above", over_candidates(ltp::take_above, "cut"), arg("candidates"), arg("threads"));
+    module.def("take_ties", over_candidates(ltp::take_ties, "cut"), arg("candidates"), arg("threads"));
     module.def(
         "use_openmp", ltp::use_openmp, arg("gomp_parallel"),
         "Runs kernels on the threads of the OpenMP runtime whose GOMP_parallel is at this address; 0: on own threads.");

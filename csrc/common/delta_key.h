@@ -12,4 +12,7 @@ constexpr int64_t kRun = 16;  // neighbouring entries that are sampled together
 
 LTP_HD int32_t delta_key(float delta) { return int32_t(bits_of_float(delta) & 0x7FFFFFFF); }
 
+// The largest key below a bound. No key is above 2^31 - 1, so any larger bound means the same as 2^31.
+LTP_HD int32_t key_below(int64_t bound) { return int32_t(bound - 1 < INT32_MAX ? bound - 1 : INT32_MAX); }
+
 }  // namespace ltp

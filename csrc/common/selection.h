@@ -81,7 +81,7 @@ struct Candidates {
 
     Candidates() = default;
 
-    // per_group: see CandidateBins
+    // per_group: a field with an item for each group
     template <class Record>
     Candidates(const Record& record, const char* per_group)
         : keys(record.template at<const int32_t>("keys")),
@@ -95,8 +95,6 @@ struct Candidates {
 };
 
 struct CandidateBins {
-    static constexpr const char* kPerGroup = "low";  // a field with an item for each group
-
     const int64_t *low, *high, *shift;  // [n_groups]: counted are low <= key < high, by (key - low) >> shift
     int64_t* histogram;                 // [n_groups, bins], added to; what is beyond the bins is left out
     int64_t bins;
@@ -113,8 +111,6 @@ struct CandidateBins {
 };
 
 struct Marks {
-    static constexpr const char* kPerGroup = "cut";
-
     const int64_t* cut;  // [n_groups]
     int32_t* words;      // bitmaps as the band pass writes them
     int64_t n_words;

@@ -18,16 +18,6 @@ void require(bool holds, const std::string& message) {
     if (!holds) throw std::invalid_argument(message);
 }
 
-void check(const char* op, const HostPairs& pairs, const std::vector<int64_t>& groups, int64_t n_groups) {
-    const std::string name(op);
-    require(groups.size() == pairs.tuned.size(),
-            name + ": expected a group for each of the " + std::to_string(pairs.tuned.size()) + " tensors");
-    for (const int64_t group : groups) {
-        require(group >= 0 && group < n_groups,
-                name + ": group " + std::to_string(group) + " of " + std::to_string(n_groups));
-    }
-}
-
 // At most `length` entries of a pair, from `start` on.
 DeltaTile tile_of(const HostPairs& pairs, int64_t pair, int64_t start, int64_t length) {
     const auto address = [&](uintptr_t base, int dtype) {
@@ -47,9 +37,13 @@ DeltaTile tile_of(const HostPairs& pairs, int64_t pair, int64_t start, int64_t l
 // The tiles of the pairs, checked and queued.
 class PairTiles {
   public:
-    PairTiles(const char* op, const HostPairs& pairs, const std::vector<int64_t>& groups, int64_t n_groups)
-        : pairs_(pairs) {
-        check(op, pairs, groups, n_groups);
+    PairTiles(const std::string& op, const HostPairs& pairs, int64_t n_groups) : pairs_(pairs) {
+        require(pairs.groups.size() == pairs.tuned.size(),
+                op + ": expected a group for each of the " + std::to_string(pairs.tuned.size()) + " tensors");
+        for (const int64_t group : pairs.groups) {
+            require(group >= 0 && group < n_groups,
+                    op + ": group " + std::to_string(group) + " of " + std::to_string(n_groups));
+        }
         for (size_t i = 0; i < pairs.sizes.size(); ++i) {
             for (int64_t start = 0; start < pairs.sizes[i]; start += kTile) {
                 tiles_.push_back({int64_t(i), start});
@@ -58,7 +52,6 @@ class PairTiles {
         }
     }
 
-    int64_t size() const { return int64_t(tiles_.size()); }
     int64_t split(int64_t workers) { return queue_.split(workers); }
 
     // Calls body(number, pair, start, tile) for tiles that this worker takes, until none is left.
@@ -156,14 +149,13 @@ void for_each_tile(const char* op, const Candidates& candidates, const Marks* ma
 
 }  // namespace
 
-void delta_histogram(const HostPairs& pairs, const std::vector<int64_t>& groups, const Histogram& histogram,
-                     int64_t threads) {
+void delta_histogram(const HostPairs& pairs, const Histogram& histogram, int64_t threads) {
     const int64_t* const prefixes = histogram.prefixes;
     for (int64_t g = 0; prefixes != nullptr && g < histogram.n_groups; ++g) {
         require(prefixes[g] >= 0 && prefixes[g] < 32768,
                 "delta_histogram: prefix must be in [0, 32768), got " + std::to_string(prefixes[g]));
     }
-    PairTiles tiles("delta_histogram", pairs, groups, histogram.n_groups);
+    PairTiles tiles("delta_histogram", pairs, histogram.n_groups);
     const Kernels& kernel = kernels();
     const int64_t workers = tiles.split(threads);
     std::vector<ThreadBins> thread_bins(std::max<int64_t>(workers, 1),
@@ -172,7 +164,7 @@ void delta_histogram(const HostPairs& pairs, const std::vector<int64_t>& groups,
     run_parallel(workers, [&](int64_t worker) {
         ThreadBins& own = thread_bins[worker];
         tiles.for_each(worker, [&](int64_t, int64_t pair, int64_t, const DeltaTile& tile) {
-            const int64_t group = groups[pair];
+            const int64_t group = pairs.groups[pair];
             uint32_t* bins = own.bins(group, tile.length);
             const int32_t largest = prefixes == nullptr ? kernel.histogram_high(tile, bins)
                                                         : kernel.histogram_low(tile, int32_t(prefixes[group]), bins);
@@ -217,25 +209,23 @@ void sample_keys(const HostPairs& pairs, const Sample& sample, int64_t threads) 
     });
 }
 
-void delta_band(const HostPairs& pairs, const std::vector<int64_t>& groups, const std::vector<int64_t>& word_offsets,
-                const Band& band, int64_t threads) {
+void delta_band(const HostPairs& pairs, const std::vector<int64_t>& word_offsets, const Band& band, int64_t threads) {
     for (int64_t g = 0; g < band.n_groups; ++g) {
         require(1 <= band.low[g] && band.low[g] <= band.high[g], "delta_band: expected 1 <= low <= high, got " +
                                                                      std::to_string(band.low[g]) + " and " +
                                                                      std::to_string(band.high[g]));
     }
     require(band.digests == nullptr || !pairs.initial.empty(), "delta_band: digests are of the initial tensors");
-    PairTiles tiles("delta_band", pairs, groups, band.n_groups);
+    PairTiles tiles("delta_band", pairs, band.n_groups);
     const Kernels& kernel = kernels();
     std::atomic<bool> nonfinite{false};
     run_parallel(tiles.split(threads), [&](int64_t worker) {
         uint64_t inside[kTile / 64];
         tiles.for_each(worker, [&](int64_t t, int64_t pair, int64_t start, const DeltaTile& tile) {
-            const int64_t group = groups[pair];
+            const int64_t group = pairs.groups[pair];
             int32_t* words = band.words + word_offsets[pair] + start / 32;
-            // No key is above 2^31 - 1, so any larger bound means the same as 2^31.
-            const auto bound = [](int64_t key) { return int32_t(std::min<int64_t>(key - 1, INT32_MAX)); };
-            const BandCounts counts = kernel.band(tile, bound(band.low[group]), bound(band.high[group]), words, inside);
+            const BandCounts counts =
+                kernel.band(tile, key_below(band.low[group]), key_below(band.high[group]), words, inside);
             band.above[t] = counts.above;
             band.inside[t] = counts.inside;
             if (counts.largest >= kFirstNonfinite) nonfinite = true;

@@ -1,6 +1,5 @@
 // The passes of topk_delta over pairs of tensors, and over the candidates that the band pass stores. common/delta_key.h
-// defines the key of an entry. Keys of 0 are never counted and never selected. T is the number of tiles: 65,536 entries
-// each, in order, the last tile of a tensor may be shorter.
+// defines the key of an entry. Keys of 0 are never counted and never selected.
 #pragma once
 
 #include <cstdint>
@@ -16,18 +15,16 @@ struct HostPairs {
     std::vector<uintptr_t> tuned;                   // M addresses
     std::vector<int> initial_dtypes, tuned_dtypes;  // codes of Dtype
     std::vector<int64_t> sizes;                     // entries
+    std::vector<int64_t> groups;                    // budget groups; empty for samples
 };
 
-// groups: the budget group of each pair.
-void delta_histogram(const HostPairs& pairs, const std::vector<int64_t>& groups, const Histogram& histogram,
-                     int64_t threads);
+void delta_histogram(const HostPairs& pairs, const Histogram& histogram, int64_t threads);
 
 void sample_keys(const HostPairs& pairs, const Sample& sample, int64_t threads);
 
 // word_offsets: per pair, the first of its 2 * ceil(n / 64) words. Writes every out field; a key that is NaN or inf
 // counts as >= high.
-void delta_band(const HostPairs& pairs, const std::vector<int64_t>& groups, const std::vector<int64_t>& word_offsets,
-                const Band& band, int64_t threads);
+void delta_band(const HostPairs& pairs, const std::vector<int64_t>& word_offsets, const Band& band, int64_t threads);
 
 // These three throw std::invalid_argument for a tile that leads outside the memory of the call. The bins are unchanged
 // then, and bits have been set for all other tiles.

@@ -12,8 +12,7 @@
 //                              over all; synchronises
 //   scan_lanes(v, t)           replaces a number of each thread by the sum over earlier lanes of its warp; t: over all
 //   last(c, n)                 whether this is the last of n thread blocks to call it; its threads then see all that
-//   the
-//                              other blocks have written. The counter c is 0 before and after; synchronises
+//                              the other blocks have written. The counter c is 0 before and after; synchronises
 //   from_lane_xor(v, mask, r)  sets r of every thread to v of the lane whose number differs in the bits of mask
 //   count(c), add(c, v)        atomically adds 1 in shared memory, or v in global memory and returns the old value
 //   set_bits(w, b)             atomically sets bits of a word

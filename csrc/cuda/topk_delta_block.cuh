@@ -238,9 +238,7 @@ LTP_HD void band_block(const DevicePairs& pairs, const Band& band, int64_t numbe
     const Tile tile(pair, number);
     const int n_words = 2 * ((tile.length + 63) / 64);
     int32_t* const words = band.words + pair.word + (number - pair.tile) * kWordsPerTile;
-    // No key is above 2^31 - 1, so any larger bound means the same as 2^31.
-    const auto bound = [](int64_t key) { return int32_t(key - 1 < INT32_MAX ? key - 1 : INT32_MAX); };
-    const int32_t lower = bound(band.low[pair.group]), upper = bound(band.high[pair.group]);
+    const int32_t lower = key_below(band.low[pair.group]), upper = key_below(band.high[pair.group]);
 
     typename Threads::template PerThread<uint32_t> marked, between;
     typename Threads::template PerThread<int32_t> largest;
