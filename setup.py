@@ -80,14 +80,14 @@ class BuildExtension(build_ext):
             folder.mkdir(parents=True, exist_ok=True)
 
             def compile_cuda(source):
-                target = folder / f"{source.stem}.cu.o"
-                nvcc = [str(home / "bin" / "nvcc"), "--threads=0", *NVCC_FLAGS, *code, f"-frandom-seed={source.stem}"]
-                command = [*nvcc, "-c", str(source.relative_to(ROOT)), "-o", str(target)]
+                name = Path(source).stem
+                target = str(folder / f"{name}.cu.o")
+                nvcc = [str(home / "bin" / "nvcc"), "--threads=0", *NVCC_FLAGS, *code, f"-frandom-seed={name}"]
                 try:
-                    subprocess.run(command, check=True)
+                    subprocess.run([*nvcc, "-c", source, "-o", target], check=True)
                 except (OSError, subprocess.CalledProcessError) as error:
-                    raise CompileError(f"nvcc failed on {source.name}: {error}") from error
-                return str(target)
+                    raise CompileError(f"nvcc failed on {name}.cu: {error}") from error
+                return target
 
             with ThreadPoolExecutor() as executor:
                 ext.extra_objects += executor.map(compile_cuda, found_in("csrc/cuda", "*.cu"))
@@ -121,7 +121,7 @@ spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 def found_in(folder, pattern):
     """The sources there, of which there must be some: a package without them would build a module without its code."""
-    found = sorted((ROOT / folder).glob(pattern))
+    found = sorted(str(path.relative_to(ROOT)) for path in (ROOT / folder).glob(pattern))
     if not found:
         sys.exit(
             f"no {pattern} in {folder}: these sources are not complete; take all of the repository, or an sdist of it"
@@ -138,12 +138,12 @@ def extensions():
     home = cuda_home()
     if wanted.startswith("cuda") and home is None:
         sys.exit(f"LTP_SPARSE_EXT={wanted}: no CUDA toolkit; put nvcc on the PATH, or its folder into CUDA_HOME")
-    sources = [str(path.relative_to(ROOT)) for path in found_in("csrc/cpu", "*.cpp")]
+    sources = found_in("csrc/cpu", "*.cpp")
     found = [
         Pybind11Extension(
             "ltp_sparse._C",
             ["csrc/bindings.cpp", *(s for s in sources if X86 or Path(s).stem not in ISA_FLAGS)],
-            depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")),
+            depends=found_in("csrc", "**/*.h"),
             cxx_std=17,
             extra_compile_args=FLAGS + (SANITIZE_FLAGS if SANITIZE else []),
             extra_link_args=["-pthread"] + (SANITIZE_FLAGS if SANITIZE else []),
@@ -155,17 +155,16 @@ def extensions():
         found.clear()
     if home is not None and wanted != "cpu":
         found_in("csrc/cuda", "*.cu")
-        library = home / "lib64"
         found.append(
             Pybind11Extension(
                 "ltp_sparse._C_cuda",
                 ["csrc/bindings_cuda.cpp", "csrc/cuda/probe.cpp"],
                 include_dirs=[str(home / "include")],
-                depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*h")),
+                depends=found_in("csrc", "**/*.*h"),
                 cxx_std=17,
                 # the static runtime: one module serves every torch, and imports where there is no driver
                 # and without symbols: among them are names of nvcc's temporary files
-                extra_link_args=["-Wl,-s", f"-L{library}", "-lcudart_static", "-ldl", "-lrt", "-pthread"],
+                extra_link_args=["-Wl,-s", f"-L{home / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-pthread"],
                 optional=wanted == "auto",
             )
         )
