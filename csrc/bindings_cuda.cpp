@@ -20,8 +20,7 @@ void prepare(const ltp::Step& step, std::vector<uintptr_t> params, std::vector<u
     if (packed) grads.assign(params.size(), grads.at(0));
     params.resize(size_t(step.n_params));  // addresses of 0 are not read
     if (grads.size() != params.size()) throw std::invalid_argument("expected a gradient, or 0, for each parameter");
-    const std::vector<uint64_t> of_params(params.begin(), params.end()), of_grads(grads.begin(), grads.end());
-    ltp::cuda_prepare_step(step, of_params.data(), of_grads.data(), prepared, stream_at(stream));
+    ltp::cuda_prepare_step(step, params.data(), grads.data(), prepared, stream_at(stream));
 }
 
 void prepare_step(py::handle record, uintptr_t stream) {

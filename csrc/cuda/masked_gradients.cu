@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(kThreads)
     sum_squares_block<V>(update, total, blockIdx.x, listed, threads);
 }
 
-// What is added to needs more registers in flight than ptxas gives of its own.
+// Adding needs more registers in flight than ptxas chooses by itself.
 template <class Grad, bool ACCUMULATE>
 __global__ void __launch_bounds__(kThreads, ACCUMULATE ? 10 : 0)
     pack_kernel(const __grid_constant__ DeviceUpdate update, float* out) {
