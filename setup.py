@@ -68,7 +68,7 @@ class BuildExtension(build_ext):
     """Compiles the kernels of each instruction set with its own flags, and CUDA sources with nvcc."""
 
     def build_extensions(self):
-        # A Python with a shared library of its own has modules search its folder, which a module has no use for.
+        # A Python that is built as a shared library puts its folder on the search path of modules, which need none.
         for name in ("linker_so", "linker_so_cxx"):
             command = getattr(self.compiler, name, None) or []
             setattr(self.compiler, name, [part for part in command if not part.startswith("-Wl,-rpath")])

@@ -55,7 +55,7 @@ HELD_OUT = 300  # sentences a language
 SHORTEST = 12  # characters
 GENERATED = 0.25  # of the updates
 TRANSLATED = 0.4  # of the updates, where there are translations
-WORD_RATE = 0.1  # of the learning rate, where words start beside their translations: else they part again
+WORD_RATE = 0.1  # of the learning rate, where words start beside their translations, so that they stay there
 SEED = 0
 
 

