@@ -57,9 +57,8 @@ def run_cell(
     stuck: list[str] = []  # of a test whose predictions are all one class
     train_task, language = _training_task(cell, bench, notes), cell["train.language"]
     draw = {"shots": cell["shots"], "seed": cell["seed"]}
-    train, dev = (bench.examples(train_task.name, split, language, **draw) for split in ("train", "dev"))
-    if (limit := cell["train.limit"]) is not None:
-        train, dev = _sample(train, limit), _sample(dev, limit)
+    drawn = (bench.examples(train_task.name, split, language, **draw) for split in ("train", "dev"))
+    train, dev = (_sample(examples, cell["train.limit"]) for examples in drawn)
     tests = test_examples(cell, bench)
     ticket, of_stage_1 = ticket_of(cell, bench, notes)
     sft = LanguageDeltas(cell, bench, notes)
@@ -159,18 +158,16 @@ def run_cell(
 
 def test_examples(cell: Cell, bench: Workbench) -> dict[str, Sequence[Any]]:
     """Language -> test examples: all, or `test.limit` random ones, the same for every cell."""
-    task = TASKS[cell["test.task"]]
-    tests = {}
-    for language in tested(task.name, cell["test.languages"], cell["train.language"]):
-        examples = bench.examples(task.name, cell["test.split"] or "test", language)
-        limit = cell["test.limit"]
-        tests[language] = examples if limit is None else _sample(examples, limit)
-    return tests
+    task, split, limit = cell["test.task"], cell["test.split"] or "test", cell["test.limit"]
+    languages = tested(task, cell["test.languages"], cell["train.language"])
+    return {language: _sample(bench.examples(task, split, language), limit) for language in languages}
 
 
-def _sample(examples: Sequence[Any], limit: int) -> Sequence[Any]:
+def _sample(examples: Sequence[Any], limit: int | None) -> Sequence[Any]:
     """At most `limit` random examples, the same ones for every cell and, where they are parallel, every language."""
-    return examples if limit >= len(examples) else random.Random(0).sample(list(examples), limit)
+    if limit is None or limit >= len(examples):
+        return examples
+    return random.Random(0).sample(list(examples), limit)
 
 
 def ticket_of(cell: Cell, bench: Workbench, notes: list[str]) -> tuple[Ticket | None, dict[str, Any] | None]:

@@ -70,9 +70,8 @@ def class_logits(
             for start in range(0, len(order), batch_size):
                 batch = collate([examples[i] for i in order[start : start + batch_size]])
                 batch.pop("labels", None)
-                logits = model(**{name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()})[
-                    "logits"
-                ]
+                inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+                logits = model(**inputs)["logits"]
                 found.append(logits.float())
                 if progress is not None:
                     progress(len(logits))

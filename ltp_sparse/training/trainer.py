@@ -158,18 +158,17 @@ class SparseTrainer(Trainer):
         The order matters: the optimizer first copies its anchor from the base weights, and its state is loaded last.
         """
         args = self.args
+        adam: dict[str, Any] = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        adam |= {"lr": args.learning_rate, "max_grad_norm": self.clip}
         if self.optimizer is None and self.l2:
-            self.optimizer = self._adam_l2()
+            self.optimizer = self._adam_l2(adam)
         elif self.optimizer is None:
             self.optimizer = MaskedAdamW(
                 self.model,
                 self.ticket,
-                lr=args.learning_rate,
-                betas=(args.adam_beta1, args.adam_beta2),
-                eps=args.adam_epsilon,
+                **adam,
                 weight_decay=args.weight_decay,
                 dense=self.dense,
-                max_grad_norm=self.clip,
                 pull=self.pull,
                 freeze=True,
                 **self.optimizer_options,
@@ -179,19 +178,12 @@ class SparseTrainer(Trainer):
             self.base.restore(SparseDelta.load(self.resumed_from / DELTA_FILE))
         return self.optimizer
 
-    def _adam_l2(self) -> AdamL2:
-        args, base = self.args, self.base
+    def _adam_l2(self, adam: Mapping[str, Any]) -> AdamL2:
+        base = self.base
         parameters = {name: p for name, p in base.parameters.items() if name in base.originals or name in base.dense}
         for parameter in self.model.parameters():
             parameter.requires_grad_(any(parameter is other for other in parameters.values()))
-        return AdamL2(
-            parameters,
-            l2=self.l2,
-            max_grad_norm=self.clip,
-            lr=args.learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
-        )
+        return AdamL2(parameters, l2=self.l2, **adam)
 
     def _unwrapped_optimizer(self) -> MaskedAdamW | AdamL2 | None:
         return getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
