@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ltp_sparse.cli.options import COMMANDS, CommandError, build_parser, flags_of
+from ltp_sparse.cli.checks import CommandError
+from ltp_sparse.cli.options import COMMANDS, build_parser, flags_of
 
 _HINTS_AFTER_INTERRUPT = {
     "select": "with --run-dir and --save-every, run the same command with --resume to continue",

@@ -7,7 +7,8 @@ import shlex
 from collections.abc import Iterable
 from typing import Any
 
-from ltp_sparse.cli.options import COMMANDS, Parser, build_parser, flags_of, need
+from ltp_sparse.cli.checks import need
+from ltp_sparse.cli.options import COMMANDS, Parser, build_parser, flags_of
 
 HELP = "print the script that completes commands, options and choices in bash or zsh"
 EXAMPLES = """\

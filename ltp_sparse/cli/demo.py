@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ltp_sparse.cli.options import add_report_to, check_writable
+from ltp_sparse.cli.checks import check_writable
+from ltp_sparse.cli.options import add_report_to
 
 HELP = "run the whole job on generated data and the small model of the package: ticket, LTP, controls, report"
 EXAMPLES = """\

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ltp_sparse.cli.checks import CommandError, check_writable, need
 from ltp_sparse.cli.kinds import expect, expect_source
-from ltp_sparse.cli.options import CommandError, add_computing, add_data, at_least_one, check_writable, need, quieten
+from ltp_sparse.cli.options import add_computing, add_data, at_least_one, quieten
 from ltp_sparse.cli.own import SOURCE, add_columns, add_metric, by_language, given_columns, refuse_own
 from ltp_sparse.cli.tables import TASK_NAMES, TEST_TASKS
 from ltp_sparse.tasks import task

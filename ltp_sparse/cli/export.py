@@ -7,8 +7,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ltp_sparse.cli.checks import CommandError, check_writable, need
 from ltp_sparse.cli.kinds import expect
-from ltp_sparse.cli.options import CommandError, check_writable, need
 from ltp_sparse.tasks.own import UNDETERMINED
 
 if TYPE_CHECKING:

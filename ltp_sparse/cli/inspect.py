@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ltp_sparse.cli.checks import check_writable, need
 from ltp_sparse.cli.kinds import expect
-from ltp_sparse.cli.options import check_writable, need
 
 HELP = "show how a ticket is distributed over layers and module types, as a plot, and its overlap with another ticket"
 EXAMPLES = """\

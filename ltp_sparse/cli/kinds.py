@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from ltp_sparse.cli.options import CommandError, shown
+from ltp_sparse.cli.checks import CommandError, shown
 from ltp_sparse.tasks.files import suffix_of
 from ltp_sparse.weights.locating import locate
 

@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ltp_sparse.cli.checks import CommandError, need, refuse
 from ltp_sparse.cli.kinds import expect_model
 from ltp_sparse.cli.memory_of_decoders import DTYPES, SHAPES, decoder_config, is_decoder, sharded_table
-from ltp_sparse.cli.options import CommandError, at_least_one, need, refuse, share
+from ltp_sparse.cli.options import at_least_one, share
 from ltp_sparse.weights.locating import SIZES
 
 if TYPE_CHECKING:

@@ -6,12 +6,12 @@ import argparse
 import difflib
 import importlib
 import importlib.util
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ltp_sparse import __version__
+from ltp_sparse.cli.checks import CommandError
 from ltp_sparse.weights.reading import FileFormatError, read_yaml
 
 COMMANDS = (
@@ -29,10 +29,6 @@ _REPORTER_PACKAGES = {
     "azure_ml": ("azureml",),
     "flyte": ("flytekit",),
 }
-
-
-class CommandError(Exception):
-    """A mistake in the options. `main` puts the name of the command in front of its message."""
 
 
 class _ArgumentParser(argparse.ArgumentParser):
@@ -172,26 +168,6 @@ def _converted(action: argparse.Action, value: Any, where: str) -> Any:
     return found if several else found[0]
 
 
-def shown(options: argparse.Namespace, name: str) -> str:
-    """An option as users know it: "--max-steps", or "FOLDER" for one without a flag."""
-    return name.upper() if name in options.positional else f"--{name.replace('_', '-')}"
-
-
-def need(options: argparse.Namespace, *names: str) -> None:
-    """Raises CommandError for required options that are given by neither flags nor the file."""
-    for name in names:
-        if getattr(options, name) in (None, []):
-            raise CommandError(f"{shown(options, name)} is needed; see ltp-sparse {options.command} --help")
-
-
-def refuse(options: argparse.Namespace, *names: str, why: str) -> None:
-    """Raises CommandError if one of these options is given, e.g. "--dev is for your own data"."""
-    for name in names:
-        value = getattr(options, name, None)
-        if value is not None and value is not False:
-            raise CommandError(f"{shown(options, name)} {why}")
-
-
 def at_least_one(text: str) -> int:
     """The type of options that are counts."""
     if (number := int(text)) < 1:
@@ -204,27 +180,6 @@ def share(text: str) -> float:
     if not 0 < (number := float(text)) <= 1:
         raise argparse.ArgumentTypeError(f"must be in (0, 1], got {text}")
     return number
-
-
-def check_writable(path: Path, *, folder: bool = False, option: str = "--output") -> None:
-    """Raises CommandError unless a file, or files in a folder, can be written. Call it before hours of work."""
-    from ltp_sparse.weights import files
-
-    if os.path.isdir(path) != folder and os.path.exists(path):
-        raise CommandError(f"{option} must be a {'folder' if folder else 'file'}, but {path} is not")
-    try:
-        files.check_writable(path, folder=folder)
-    except OSError as error:
-        why = (error.strerror or str(error)).removeprefix("cannot be written: ")
-        raise CommandError(f"{option} {path} cannot be written: {why}") from error
-
-
-def check_starts_anew(folder: Path, option: str) -> None:
-    """Raises CommandError if a folder has checkpoints of an interrupted run, which a new run would remove."""
-    if any(folder.rglob("checkpoint-*")):
-        raise CommandError(
-            f"{folder} has checkpoints of an interrupted run; pass --resume to continue, or another {option}"
-        )
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

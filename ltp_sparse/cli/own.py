@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ltp_sparse.cli.options import CommandError, refuse
+from ltp_sparse.cli.checks import CommandError, refuse
 from ltp_sparse.cli.tables import METRIC_NAMES
 from ltp_sparse.tasks.own import Columns
 

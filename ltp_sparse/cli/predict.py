@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
+from ltp_sparse.cli.checks import CommandError, check_writable, need
 from ltp_sparse.cli.kinds import expect, expect_source
-from ltp_sparse.cli.options import CommandError, add_computing, at_least_one, check_writable, need, quieten
+from ltp_sparse.cli.options import add_computing, at_least_one, quieten
 from ltp_sparse.cli.own import SOURCE, add_columns, given_columns
 from ltp_sparse.tasks.own import read_own, texts_of, warn_of_gaps
 

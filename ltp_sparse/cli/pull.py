@@ -6,7 +6,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from ltp_sparse.cli.options import check_writable, need
+from ltp_sparse.cli.checks import check_writable, need
 
 HELP = "download and verify a ticket, a delta or an exported model from the Hub, and print its commit"
 EXAMPLES = """\

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ltp_sparse.cli.checks import need, refuse
 from ltp_sparse.cli.kinds import expect, kind_of
-from ltp_sparse.cli.options import need, refuse
 
 HELP = "upload a ticket, a delta, the delta of a run or an exported folder to the Hub, with a card"
 EXAMPLES = """\

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ltp_sparse.cli.checks import check_writable, need
 from ltp_sparse.cli.kinds import expect
-from ltp_sparse.cli.options import check_writable, need
 
 HELP = "turn the results of a recipe into tables next to the paper's figures, plots and an HTML page"
 EXAMPLES = """\

@@ -8,8 +8,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from ltp_sparse.cli.checks import CommandError, check_writable, need, refuse
 from ltp_sparse.cli.kinds import expect_model
-from ltp_sparse.cli.options import CommandError, add_computing, add_data, add_report_to, check_writable, need, refuse
+from ltp_sparse.cli.options import add_computing, add_data, add_report_to
 from ltp_sparse.recipes import Recipe, load_recipe, recipe_names
 from ltp_sparse.weights.reading import FileFormatError, parse_yaml
 

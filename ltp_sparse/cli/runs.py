@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ltp_sparse.cli.options import CommandError
+from ltp_sparse.cli.checks import CommandError
 from ltp_sparse.tasks import task
 from ltp_sparse.tasks.own import Columns
 from ltp_sparse.tasks.pairs import CLASSES

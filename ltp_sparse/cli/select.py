@@ -6,20 +6,9 @@ import argparse
 import random
 from pathlib import Path
 
+from ltp_sparse.cli.checks import CommandError, check_starts_anew, check_writable, need, refuse
 from ltp_sparse.cli.kinds import expect, expect_model, kind_of
-from ltp_sparse.cli.options import (
-    CommandError,
-    add_computing,
-    add_model,
-    add_report_to,
-    at_least_one,
-    check_starts_anew,
-    check_writable,
-    need,
-    quieten,
-    refuse,
-    share,
-)
+from ltp_sparse.cli.options import add_computing, add_model, add_report_to, at_least_one, quieten, share
 from ltp_sparse.tasks.own import Columns, columns_of, read_own
 
 HELP = "select a ticket: tune a masked language model on text, or compare two checkpoints"

@@ -9,21 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ltp_sparse.cli.checks import CommandError, check_starts_anew, check_writable, need, refuse
 from ltp_sparse.cli.kinds import expect, expect_model, expect_source
-from ltp_sparse.cli.options import (
-    CommandError,
-    add_computing,
-    add_data,
-    add_model,
-    add_report_to,
-    at_least_one,
-    check_starts_anew,
-    check_writable,
-    need,
-    quieten,
-    refuse,
-    share,
-)
+from ltp_sparse.cli.options import add_computing, add_data, add_model, add_report_to, at_least_one, quieten, share
 from ltp_sparse.cli.own import SOURCE, add_columns, add_metric, given_columns, refuse_own, words_of
 from ltp_sparse.cli.tables import MASKED_METHOD_NAMES, PROMPT_METHODS, TASK_NAMES, TEST_TASKS, TICKET_METHODS
 from ltp_sparse.tasks import task

@@ -1,0 +1,52 @@
+"""Checks of options, before a command does anything."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+
+class CommandError(Exception):
+    """A mistake in the options. `main` puts the name of the command in front of its message."""
+
+
+def shown(options: argparse.Namespace, name: str) -> str:
+    """An option as users know it: "--max-steps", or "FOLDER" for one without a flag."""
+    return name.upper() if name in options.positional else f"--{name.replace('_', '-')}"
+
+
+def need(options: argparse.Namespace, *names: str) -> None:
+    """Raises CommandError for required options that are given by neither flags nor the file."""
+    for name in names:
+        if getattr(options, name) in (None, []):
+            raise CommandError(f"{shown(options, name)} is needed; see ltp-sparse {options.command} --help")
+
+
+def refuse(options: argparse.Namespace, *names: str, why: str) -> None:
+    """Raises CommandError if one of these options is given, e.g. "--dev is for your own data"."""
+    for name in names:
+        value = getattr(options, name, None)
+        if value is not None and value is not False:
+            raise CommandError(f"{shown(options, name)} {why}")
+
+
+def check_writable(path: Path, *, folder: bool = False, option: str = "--output") -> None:
+    """Raises CommandError unless a file, or files in a folder, can be written. Call it before hours of work."""
+    from ltp_sparse.weights import files
+
+    if os.path.isdir(path) != folder and os.path.exists(path):
+        raise CommandError(f"{option} must be a {'folder' if folder else 'file'}, but {path} is not")
+    try:
+        files.check_writable(path, folder=folder)
+    except OSError as error:
+        why = (error.strerror or str(error)).removeprefix("cannot be written: ")
+        raise CommandError(f"{option} {path} cannot be written: {why}") from error
+
+
+def check_starts_anew(folder: Path, option: str) -> None:
+    """Raises CommandError if a folder has checkpoints of an interrupted run, which a new run would remove."""
+    if any(folder.rglob("checkpoint-*")):
+        raise CommandError(
+            f"{folder} has checkpoints of an interrupted run; pass --resume to continue, or another {option}"
+        )
