@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,9 +51,7 @@ class DemoSettings:
     test: int = 300
     density: float = 0.2
     seeds: tuple[int, ...] = (1, 2)
-    prompt: PromptSettings = field(
-        default_factory=lambda: PromptSettings(learning_rate=1e-3, epochs=10, max_length=64, encoder="mlp")
-    )
+    prompt: PromptSettings = PromptSettings(learning_rate=1e-3, epochs=10, max_length=64, encoder="mlp")
     prompt_only_learning_rate: float = 5e-3
 
 

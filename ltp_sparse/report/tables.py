@@ -143,11 +143,7 @@ def markdown(table: Table, *, bold: bool = True) -> str:
     best = table.best if bold else set()
     out: list[list[str]] = [[*table.by, "runs", *table.columns]]
     for line in table.lines:
-        cells = []
-        for column in table.columns:
-            text = _number(line.values.get(column))
-            cells.append(Bold(text) if (line.facts, column) in best else text)
-        out.append([*map(plain, line.facts), str(line.runs), *cells])
+        out.append([*map(plain, line.facts), str(line.runs), *_means(table, line, best)])
         if line.paper:
             out.append(["↳ paper", *[""] * len(table.by), *(figure(line.paper.get(c)) for c in table.columns)])
             out.append(["↳ difference", *[""] * len(table.by), *(_difference(line, c) for c in table.columns)])
@@ -178,11 +174,8 @@ def latex(table: Table) -> str:
     head = [for_latex(name) for name in (*table.by, *table.columns)]
     body = []
     for line in table.lines:
-        cells = []
-        for column in table.columns:
-            text = _number(line.values.get(column)).replace("±", r"$\pm$")
-            cells.append(rf"\textbf{{{text}}}" if (line.facts, column) in best else text)
-        body.append([*map(for_latex, line.facts), *cells])
+        cells = [rf"\textbf{{{text}}}" if isinstance(text, Bold) else text for text in _means(table, line, best)]
+        body.append([*map(for_latex, line.facts), *(text.replace("±", r"$\pm$") for text in cells)])
         if line.paper:
             body.append(["paper", *[""] * (len(table.by) - 1), *(figure(line.paper.get(c)) for c in table.columns)])
     lines = [rf"\begin{{tabular}}{{{'l' * len(table.by)}{'r' * len(table.columns)}}}", r"\toprule"]
@@ -193,6 +186,12 @@ def latex(table: Table) -> str:
 
 def _deviation(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else float("nan")
+
+
+def _means(table: Table, line: Line, best: set[tuple[tuple[Any, ...], str]]) -> list[str]:
+    """The means and deviations of a line, the best ones as `Bold`."""
+    texts = {column: _number(line.values.get(column)) for column in table.columns}
+    return [Bold(text) if (line.facts, column) in best else text for column, text in texts.items()]
 
 
 def _number(value: tuple[float, float] | None) -> str:
