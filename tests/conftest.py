@@ -5,7 +5,7 @@ import gc
 import importlib.util
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,16 @@ if importlib.util.find_spec("hypothesis"):  # the tests that `make gpu` runs do 
     settings.load_profile("ltp_sparse")
 
 SEED = 20_240_611
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Imports all test modules, whose million objects are no garbage, without a collection in between."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 @pytest.hookimpl(trylast=True)
