@@ -1,13 +1,20 @@
-"""`sbatch`, `srun`, `sacct` and `scancel` for one machine: jobs start at once, as processes that outlive the driver."""
+"""`sbatch`, `srun`, `sacct` and `scancel` for one machine, whose jobs start at once and outlive their driver."""
 
+import json
 import os
+import runpy
+import shlex
 import signal
-import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(sys.argv[0]).parent
 STATES = {"0": "COMPLETED", "cancelled": "CANCELLED"}
+POLL = 0.02
 
 
 def install(folder: Path) -> None:
@@ -18,26 +25,73 @@ def install(folder: Path) -> None:
         (folder / name).chmod(0o755)
 
 
+@contextmanager
+def machine(folder: Path) -> Iterator[None]:
+    """Starts what the commands in a folder submit, as forks of a process that has imported what is slow to import."""
+    from helpers.ranks import forks
+
+    install(folder)
+    closed, running = threading.Event(), {}
+
+    def serve() -> None:
+        while not closed.wait(POLL):
+            for asked in set(folder.glob("*.job")) - {*running}:
+                running[asked] = forks().Process(target=_job, args=(asked,))
+                running[asked].start()
+                _write(asked.with_suffix(".pid"), running[asked].pid)
+            for asked, process in running.items():
+                if process.exitcode is not None and not (end := asked.with_suffix(".end")).exists():
+                    _write(end, process.exitcode)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield
+    finally:
+        closed.set()
+        thread.join()
+        for process in running.values():
+            process.kill()
+            process.join()
+
+
+def _job(asked: Path) -> None:
+    os.setsid()
+    job = json.loads(asked.read_text())
+    os.environ.update(job["environment"])
+    os.chdir(job["folder"])
+    (command,) = (line for line in job["script"].splitlines() if line.startswith("srun "))
+    srun(*shlex.split(command)[1:])
+
+
+def _write(path: Path, content: object) -> None:
+    """At once, for readers that wait for the file."""
+    path.with_suffix(".part").write_text(str(content))
+    path.with_suffix(".part").rename(path)
+
+
 def sbatch(script: str) -> None:
-    number = len(list(ROOT.glob("*.pid"))) + 1
-    code = f"bash {script}; echo $? > {ROOT}/{number}.end"
+    number = len(list(ROOT.glob("*.job"))) + 1
     environment = {**os.environ, "SLURM_JOB_ID": str(number), "SUBMITIT_EXECUTOR": "slurm"}
-    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(["bash", "-c", code], env=environment, start_new_session=True, **quiet)
-    (ROOT / f"{number}.pid").write_text(str(process.pid))
+    job = {"script": Path(script).read_text(), "environment": environment, "folder": os.getcwd()}
+    _write(ROOT / f"{number}.job", json.dumps(job))
+    while not (ROOT / f"{number}.pid").exists():
+        time.sleep(POLL)
     print(f"Submitted batch job {number}")
 
 
 def srun(*arguments: str) -> None:
-    at = next(i for i, word in enumerate(arguments) if Path(word).name.startswith("python"))
+    """Runs `python -m module ...` in this process."""
     names = {"%j": os.environ["SLURM_JOB_ID"], "%t": "0"}
-    files = []
-    for option in ("--output", "--error"):
+    for option, stream in (("--output", sys.stdout), ("--error", sys.stderr)):
         path = arguments[arguments.index(option) + 1]
         for mark, value in names.items():
             path = path.replace(mark, value)
-        files.append(open(path, "a"))  # noqa: SIM115
-    sys.exit(subprocess.call(arguments[at:], stdout=files[0], stderr=files[1]))
+        with open(path, "a") as file:
+            os.dup2(file.fileno(), stream.fileno())
+    _, module, *rest = arguments[arguments.index("-m") :]
+    sys.argv = [module, *rest]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def sacct(*arguments: str) -> None:
@@ -49,8 +103,8 @@ def sacct(*arguments: str) -> None:
 
 
 def scancel(number: str) -> None:
+    _write(ROOT / f"{number}.end", "cancelled")
     os.killpg(int((ROOT / f"{number}.pid").read_text()), signal.SIGKILL)
-    (ROOT / f"{number}.end").write_text("cancelled")
 
 
 if __name__ == "__main__":

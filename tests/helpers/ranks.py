@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable
 from multiprocessing import get_context
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
@@ -13,6 +14,13 @@ IMPORTED = [
     "ltp_sparse.deltas", "ltp_sparse.selection", "ltp_sparse.sync", "ltp_sparse.training.trainer",
 ]  # fmt: skip
 """Once for all processes of a test process: each would take seconds for them."""
+
+
+def forks() -> BaseContext:
+    """The context of such processes; where there is a GPU, which does not survive a fork, of ones that start anew."""
+    context = get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    return context
 
 
 def start(rank: Callable[..., Any], arguments: tuple[Any, ...], size: int) -> None:

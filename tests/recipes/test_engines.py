@@ -212,10 +212,10 @@ def test_an_interrupt_ends_all_and_another_engine_goes_on(grid):
 def test_jobs_of_slurm_outlive_their_driver(grid, tmp_path, monkeypatch):
     """The next driver takes the outcome of what goes on meanwhile: no cell is done twice."""
     pytest.importorskip("submitit", reason="needs the extra slurm")
-    fake_slurm.install(tmp_path / "bin")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
     options = ("--on", "slurm:partition=gpu,time=30,jobs=2", "--gpus-per-cell", "0")
-    started = killed_and_continued(grid, "slurm", *options)
+    with fake_slurm.machine(tmp_path / "bin"):
+        started = killed_and_continued(grid, "slurm", *options)
     assert started.count("die") == 2 and started.count("driver") == 1
     left = {file.suffix for file in (grid.folder / "slurm" / "jobs").iterdir()}
     assert ".id" not in left and ".pkl" in left  # of the job whose process died
