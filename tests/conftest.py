@@ -121,6 +121,14 @@ def once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
     return once
 
 
+@pytest.fixture(scope="session")
+def xlmr_tokenizer(shared_data):
+    """The real one, of 250,002 pieces, which takes seconds to load."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "xlm_roberta_base")
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     from helpers.tiny_nli import tiny_tokenizer

@@ -32,13 +32,6 @@ from ltp_sparse.training import evaluation
 from ltp_sparse.weights.names import canonical_parameters
 
 
-@pytest.fixture(scope="module")
-def xlmr_tokenizer(shared_data):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "xlm_roberta_base")
-
-
 def prompted(tokenizer, *, decoupled=True, kind="bilstm", n=4, seed=0) -> PromptedMaskedLM:
     language_model = tiny_language_model(len(tokenizer), decoupled=decoupled, seed=seed)
     with torch.random.fork_rng():
