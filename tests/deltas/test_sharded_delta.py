@@ -220,9 +220,8 @@ def _rank(rank, folder):
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    start(_rank, (folder,), WORLD)
+def outcomes(once):
+    folder = once("sharded-delta", lambda folder: start(_rank, (folder,), WORLD))
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(WORLD)]
 
 

@@ -785,9 +785,9 @@ def _rank(rank, folder, cases):
     leave_group()
 
 
-def run(folder, cases):
+def run(once, name, cases):
     """[(case, ranks)] -> what each rank of them says, by case; "" is good."""
-    start(_rank, (folder, cases), WORLD)
+    folder = once(name, lambda folder: start(_rank, (folder, cases), WORLD))
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(WORLD)]
 
 
@@ -811,13 +811,13 @@ THIN = [
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("thin"), THIN)
+def outcomes(once):
+    return run(once, "sharded", THIN)
 
 
 @pytest.fixture(scope="module")
-def all_outcomes(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("all"), ALL)
+def all_outcomes(once):
+    return run(once, "sharded-all", ALL)
 
 
 def check(outcomes, key, size):
