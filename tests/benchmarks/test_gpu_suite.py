@@ -17,7 +17,7 @@ from ltp_sparse.backends import compiled
 
 ROOT = Path(__file__).parents[2]
 SUITE = ROOT / "benchmarks" / "gpu"
-CRASH, HANG, DEAD = "exit status -6", "no answer for 12 s", "RuntimeError: an illegal memory access was encountered"
+CRASH, HANG, DEAD = "exit status -6", "no answer for 60 s", "RuntimeError: an illegal memory access was encountered"
 
 
 def make_gpu(folder, *options, faults=(), device="cpu"):
@@ -110,7 +110,7 @@ def test_failures_cost_their_own_rows_and_a_second_command_goes_on(tmp_path):
         ("selection", "float32", "topk_delta (compiled)", "eager"): DEAD,
     }
 
-    run = make_gpu(tmp_path, "--patience", "12", faults=[*faults, cut], device="faulty_device")
+    run = make_gpu(tmp_path, "--patience", "60", faults=[*faults, cut], device="faulty_device")
     assert run.returncode == -signal.SIGKILL, run.stdout + run.stderr
     first = rows_in(tmp_path / "rows.csv")
     assert [names_of(row) for row in first].count(("step", "float32", ours, "fresh")) == 1
@@ -121,7 +121,7 @@ def test_failures_cost_their_own_rows_and_a_second_command_goes_on(tmp_path):
     child = int((tmp_path / "log.txt").read_text().partition("sleeping beside ")[2].split()[0])
     assert not running(child)
 
-    run = make_gpu(tmp_path, "--full", "--patience", "12", faults=faults, device="faulty_device")
+    run = make_gpu(tmp_path, "--full", "--patience", "60", faults=faults, device="faulty_device")
     assert run.returncode == 1, run.stdout + run.stderr
     rows = rows_in(tmp_path / "rows.csv")
     assert rows[: len(first)] == first and len({names_of(row) for row in rows}) == len(rows)

@@ -5,7 +5,7 @@ FAULTS is a JSON list of objects with the `fault` and the columns of the rows th
 * exception: preparing the run raises;
 * wrong: the run does nothing;
 * crash: the process aborts;
-* hang: the process sleeps and ignores interrupts, with a child that keeps the output open;
+* hang: the process sleeps and ignores interrupts, with a child that keeps the output open; as if it had for long;
 * dead_from_now_on: the device fails for the rest of the process;
 * cut: the machine is lost, together with the process of the suite.
 """
@@ -53,6 +53,7 @@ class Device(device.Device):
         child = subprocess.Popen(["sleep", "600"])
         print(f"sleeping beside {child.pid}", flush=True)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        os.utime(rows.current(), (0, time.time() - 600))
         time.sleep(600)
 
     def dead_from_now_on(self, run: device.Run) -> Any:
