@@ -125,6 +125,8 @@ def row(backend: str, operation: str, variant: str, kernel: str, s: dict[str, in
     instructions = 32 * s["warp_instructions"] / entries
     moved = 32 * (s["sectors_read"] + s["sectors_written"]) / entries
     at_scale = ENTRIES / BYTES_PER_MS
+    if "prepare" in kernel:
+        floor = None  # its records are those of parameters, not of entries
     return {
         "operation": operation,
         "variant": variant,
@@ -169,8 +171,7 @@ def rows(gpu: EmulatedGpu, backend: str) -> Iterator[dict[str, Any]]:
         variant = f"{dtype} {mode}{' packed' if packed else ''} {encoding} {density:.0%}"
         floor = update_floor(encoding, density, dtype, grad, mode, packed)
         for kernel, found in gpu.run(_update, backend, density, dtype, grad, mode, packed).items():
-            own = None if "prepare" in kernel else floor  # its records are those of parameters, not of entries
-            yield row(backend, "masked_adamw_", variant, kernel, found, entries, own)
+            yield row(backend, "masked_adamw_", variant, kernel, found, entries, floor)
     for encoding, density in (("list16", 0.05), ("bitmap", 0.2), ("full", 1.0)):
         floor, variant = touched(density, 4) + index_bytes(encoding, density), f"f32 {encoding} {density:.0%}"
         for operation, run, more in (("masked_sum_squares", _norm, 0), ("masked_pack_", _pack, 4 * density)):

@@ -57,9 +57,8 @@ def _print_device(device: torch.device) -> None:
 
 def main() -> None:
     print(f"ltp_sparse {__version__}, Python {platform.python_version()}, {torch.get_num_threads()} threads")
-    print(
-        ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton", "transformers", "datasets", "safetensors"))
-    )
+    others = ("triton", "transformers", "datasets", "safetensors")
+    print(f"torch {torch.__version__}", *(f"{name} {_version(name)}" for name in others), sep=", ")
     if isa := backends.isa():
         print(f"compiled for {isa} on this processor")
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:

@@ -128,7 +128,7 @@ def test_an_error_survives_pickling_and_names_file_and_place():
         ("[" * 100_000, "nested more than 100 deep"),
         ("[" * 200 + "]" * 200, "nested more than 100 deep"),
         ('{"a": 1, "b": 2, "a": 3}', "the key 'a' occurs twice"),
-        ('{\n"a": 1,\n}', "line 3: not JSON"),
+        ('{\n"a": 1,\n}', "line [23]: not JSON"),  # Python 3.13 names the line of the comma
         ('{"a": ' + "9" * 10_000 + "}", "not JSON"),
         ("[1]", "expected an object, a JSON object, got .1."),
         ('{"b": 1}', "it has no 'a'"),
