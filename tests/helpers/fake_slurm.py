@@ -38,7 +38,6 @@ def machine(folder: Path) -> Iterator[None]:
             for asked in set(folder.glob("*.job")) - {*running}:
                 running[asked] = forks().Process(target=_job, args=(asked,))
                 running[asked].start()
-                _write(asked.with_suffix(".pid"), running[asked].pid)
             for asked, process in running.items():
                 if process.exitcode is not None and not (end := asked.with_suffix(".end")).exists():
                     _write(end, process.exitcode)
@@ -57,6 +56,7 @@ def machine(folder: Path) -> Iterator[None]:
 
 def _job(asked: Path) -> None:
     os.setsid()
+    _write(asked.with_suffix(".pid"), os.getpid())
     job = json.loads(asked.read_text())
     os.environ.update(job["environment"])
     os.chdir(job["folder"])
@@ -66,8 +66,9 @@ def _job(asked: Path) -> None:
 
 def _write(path: Path, content: object) -> None:
     """At once, for readers that wait for the file."""
-    path.with_suffix(".part").write_text(str(content))
-    path.with_suffix(".part").rename(path)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(str(content))
+    part.rename(path)
 
 
 def sbatch(script: str) -> None:
