@@ -111,11 +111,11 @@ def main() -> int:
         options.output / "models", AutoTokenizer.from_pretrained(options.data / TOKENIZER), thin=options.thin
     )
     gc.freeze()  # accelerate collects garbage after each run: not among imported modules
+    bench = Workbench(data=options.data, cache=Cache(options.output / "cache"))
     failed, start = 0, time.perf_counter()
     for name in options.recipes:
         began = time.perf_counter()
         recipe = small(name, folders, thin=options.thin)
-        bench = Workbench(data=options.data, cache=Cache(options.output / "cache"))
         failed += run_recipe(recipe, options.output / name, bench)
         rows = results.read(options.output / name / results.RESULTS)
         write_report(recipe, rows, options.output / name)
