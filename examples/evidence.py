@@ -103,7 +103,7 @@ def summary(evidence: Path) -> str:
 
 def progress(rows: Mapping[str, Rows], evidence: Path) -> str:
     """How much of the study is done, by recipe."""
-    out = [["recipe", "cells done", "of", "failed", "hours"]]
+    out = [["recipe", "cells done", "of", "failed", "hours of cells"]]
     for name, done in rows.items():
         finished = {row["id"] for row in done}
         failed = {row["id"] for row in results.read(evidence / name / results.FAILURES)} - finished
