@@ -60,6 +60,9 @@ def run(options: argparse.Namespace) -> None:
     if options.plot is not None:
         check_writable(options.plot, option="--plot")
     seeds = finished_seeds(options.folder, options.seeds)
+    begun = {path.name.removeprefix("seed-") for path in options.folder.glob("seed-*") if path.is_dir()}
+    if options.seeds is None and (open_seeds := sorted(begun - set(map(str, seeds)))):
+        print(f"not finished, so left out: seed {', '.join(open_seeds)}; ltp-sparse train --resume goes on with it")
     if options.test is not None or (made.task is None and options.task is None):
         name, metric, examples = _own_examples(options, made)
     else:

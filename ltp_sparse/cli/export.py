@@ -58,9 +58,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def data_and_scores(run: Run, folder: Path, seed: int) -> dict[str, Any]:
-    """Facts for a card: the training data of a run, and the latest scores of a seed on each task."""
+    """Facts for a card: the training data of a run, and the latest scores of a seed on each whole set of examples."""
     from ltp_sparse.recipes import results
 
-    latest = {row["task"]: row for row in results.read(folder / results.RESULTS) if row["seed"] == seed}
+    rows = [row for row in results.read(folder / results.RESULTS) if row["seed"] == seed and row.get("limit") is None]
+    latest = {(row["task"], row.get("split"), row.get("metric"), *sorted(row["scores"])): row for row in rows}
     data = run.train or f"{run.task}" + ("" if run.shots is None else f", {run.shots} examples per class")
     return {"data": data, "scores": list(latest.values())}

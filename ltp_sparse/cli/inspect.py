@@ -57,6 +57,11 @@ def run(options: argparse.Namespace) -> None:
 
 def _load(path: Path):  # type: ignore[no-untyped-def]
     import ltp_sparse as ls
+    from ltp_sparse.weights.files import WrongKind
 
-    held = ls.load(path)
-    return held.ticket if isinstance(held, ls.SparseDelta) else held
+    try:
+        return ls.Ticket.load(path)
+    except WrongKind as error:
+        if error.found != "delta":
+            raise
+        return ls.SparseDelta.load(path).ticket

@@ -18,7 +18,7 @@ _BELONGS = {
     "run of ltp-sparse train": "pass it to ltp-sparse evaluate, predict, export or push",
     "folder of results": "pass it to ltp-sparse report",
     "table": "pass it to --train, --dev or --test, or to --text of ltp-sparse select",
-    "text": "pass it to --text of ltp-sparse select",
+    "text": "pass it to --text of ltp-sparse select; as a table it needs a header, such as text, and a name in .tsv",
     "YAML file": "pass a recipe to ltp-sparse run or report, and options to --config",
 }
 """Kind -> the options and commands that accept it."""

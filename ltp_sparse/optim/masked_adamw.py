@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import operator
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +22,7 @@ from ltp_sparse.optim.launch import Launch, Precision
 from ltp_sparse.optim.members import (
     ParameterHome,
     check_engine,
+    check_not_in_both,
     check_ordinary,
     dense_groups,
     dense_parameters,
@@ -28,7 +30,7 @@ from ltp_sparse.optim.members import (
     parts_of,
     trainable_parts,
 )
-from ltp_sparse.optim.packed_gradients import PackedGradients, WeakHook, check_packable
+from ltp_sparse.optim.packed_gradients import PackedGradients, WeakHook, check_unpacked
 from ltp_sparse.selection.shards import Part, TicketShard
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Ticket
@@ -153,15 +155,17 @@ class MaskedAdamW(Optimizer):
         in_full = dense_groups(dense, what="MaskedAdamW")
         self._packs: set[nn.Parameter] = set()
         self._watch: Any = None
+        ticketed = {name: named[name] for name in parts}
+        check_not_in_both(ticketed, (p for group in in_full for p in group["params"]), what="MaskedAdamW")
         if gradients == "packed":
             if not isinstance(model, nn.Module):
                 raise ValueError('MaskedAdamW: gradients="packed" needs the module, not a mapping of its parameters')
-            ticketed = {name: named[name] for name in parts}
-            check_packable(ticketed, (p for group in in_full for p in group["params"]), what="MaskedAdamW")
+            for name, param in ticketed.items():
+                check_unpacked(name, param, what="MaskedAdamW")
             self._packs = set(self._parts)
         elif gradients != "dense":
             raise ValueError(f'MaskedAdamW: gradients must be "dense" or "packed", got {gradients!r}')
-        groups: list[dict[str, Any]] = [{"params": [named[name] for name in parts], "pull": pull}] if parts else []
+        groups: list[dict[str, Any]] = [{"params": [*ticketed.values()], "pull": pull}] if parts else []
         groups += in_full
         if not groups:
             raise ValueError(
@@ -484,7 +488,7 @@ class MaskedAdamW(Optimizer):
             "that is attached to the model that the optimizer was made for? A copy of it, a model made anew, or one "
             "whose parameters were replaced has other parameters: make the optimizer for that",
             NoGradients,
-            stacklevel=4,
+            stacklevel=_outside_torch(),
         )
 
     def state_dict(self, *, include_gradients: bool = False) -> dict[str, Any]:
@@ -798,6 +802,14 @@ def _tell_accelerate(optimizer: Optimizer, found_inf: Tensor) -> None:
         inspect.getclosurevars(patched).nonlocals["accelerated_optimizer"]._accelerate_step_called = False
 
 
+def _outside_torch() -> int:
+    """The level of the stack, for a warning of the calling function, that is neither torch's nor this module's."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "ltp_sparse"):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 def _check_options(group: Mapping[str, Any]) -> None:
     """Raises ValueError unless every hyperparameter is in its range."""
 
@@ -813,4 +825,5 @@ def _check_options(group: Mapping[str, Any]) -> None:
         *((f"{key} must be at least 0", group[key], number(group[key]) and group[key] >= 0) for key in _AT_LEAST_0),
     ):
         if not valid:
-            raise ValueError(f"MaskedAdamW: {what}, got {value}")
+            kind = ", a text; pass a number" if isinstance(value, str) else ""
+            raise ValueError(f"MaskedAdamW: {what}, got {value}{kind}")

@@ -236,6 +236,17 @@ def _parts_of_shard(named: Mapping[str, nn.Parameter], ticket: TicketShard, *, w
     return parts
 
 
+def check_not_in_both(ticketed: Mapping[str, nn.Parameter], dense: Iterable[nn.Parameter], *, what: str) -> None:
+    """Raises ValueError if a parameter of the ticket is also in `dense`, as with tied embeddings."""
+    in_full = set(map(id, dense))
+    for name, param in ticketed.items():
+        if id(param) in in_full:
+            raise ValueError(
+                f"{what}: {name!r} is both in the ticket and in dense, in more than one parameter group; leave it, or "
+                "what is tied to it, out of one of them"
+            )
+
+
 def dense_groups(dense: nn.Module | Iterable[Any], *, what: str) -> list[dict[str, Any]]:
     """Parameter groups from a module, parameters, or parameter groups.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,15 +31,6 @@ _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 # DDP leaves the parameters named here alone; it has no public name for it.
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
-
-
-def check_packable(named: Mapping[str, nn.Parameter], dense: Iterable[nn.Parameter], *, what: str) -> None:
-    """Raises ValueError if a parameter is also in `dense`, or if its gradient is packed already."""
-    in_full = set(map(id, dense))
-    for name, param in named.items():
-        if id(param) in in_full:
-            raise ValueError(f"{what}: {name!r} is both in the ticket and in dense; leave it out of one of them")
-        check_unpacked(name, param, what=what)
 
 
 def check_unpacked(name: str, param: nn.Parameter, *, what: str) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ltp_sparse.deltas.entries import entries_of
-from ltp_sparse.optim.members import ParameterHome, dense_parameters, trainable_parts
-from ltp_sparse.optim.packed_gradients import PackedGradients, WeakHook, check_packable
+from ltp_sparse.optim.members import ParameterHome, check_not_in_both, dense_parameters, trainable_parts
+from ltp_sparse.optim.packed_gradients import PackedGradients, WeakHook, check_unpacked
 from ltp_sparse.selection.shards import TicketShard
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.tickets.tile_table import TileTable
@@ -61,7 +61,9 @@ class PackedParameters:
             raise ValueError("PackedParameters: expected a ticket with active entries, but this one has none")
         self._params = {name: named[name] for name in parts}
         self._dense = dense_parameters(dense, what="PackedParameters")
-        check_packable(self._params, self._dense, what="PackedParameters")
+        check_not_in_both(self._params, self._dense, what="PackedParameters")
+        for name, param in self._params.items():
+            check_unpacked(name, param, what="PackedParameters")
         devices = {param.device for param in self._params.values()}
         if len(devices) > 1:
             raise ValueError(f"PackedParameters: expected the model on one device, got {', '.join(map(str, devices))}")

@@ -44,7 +44,8 @@ def method_of(cell: Cell) -> Method:
 
 def strategy_and_score(cell: Cell) -> tuple[str, str]:
     """Of the ticket of a cell: which parameters may be in it, and what ranks their entries."""
-    strategy, score = cell["ticket.strategy"] or "decoupled", cell["ticket.score"] or "change"
+    spec = cell["ticket"]
+    strategy, score = spec.get("strategy", "decoupled"), spec.get("score", "change")
     if strategy not in STRATEGIES:
         raise ValueError(f"ticket: strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
     if score not in ("change", "magnitude", *SCORES):

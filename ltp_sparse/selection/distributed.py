@@ -91,7 +91,7 @@ def select_sharded(
     )
     common = [shards for _, shards, _, _ in reports]
     sides = [{name: held.tensor for name, held in side.items()} for side in (base, after or {})]
-    device = sources.device_of(tensor for side in sides for tensor in side.values())
+    device = sources.device_of({**sides[0], **sides[1]}.values())  # that of the tuned weights, where there are two
 
     def plan() -> dict[str, Any]:
         here = dict.fromkeys(name for shards, *_ in reports for name in shards)

@@ -276,7 +276,7 @@ class Ticket(OnHub):
     def counts(self, by: str = "layer") -> dict[str, tuple[int, int]]:
         """(active entries, entries) by "layer", "module" (attention, feed-forward, ...) or "parameter"."""
         groups: dict[str, Callable[[str], str]] = {"layer": layer_of, "module": module_of, "parameter": str}
-        if (group := groups.get(by)) is None:
+        if (group := groups.get(by) if isinstance(by, str) else None) is None:
             raise ValueError(f"Ticket.counts: by must be layer, module or parameter, got {by!r}")
         counts: dict[str, tuple[int, int]] = {}
         for name, index_set in self.sets.items():

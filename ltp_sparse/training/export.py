@@ -93,6 +93,8 @@ def export(
     pieces.model_max_length = trained.metadata["settings"]["max_length"]
     with atomic_folder(output) as folder:
         plain.save_pretrained(folder)
+        for weights in folder.glob("*.safetensors"):  # safetensors makes its files private, whatever the umask
+            weights.chmod((folder / "config.json").stat().st_mode)
         pieces.save_pretrained(folder)
         shutil.copyfile(Path(__file__).with_name("standalone.py"), folder / SCRIPT)
         write_card(folder / "README.md", str(model), trained, kind, dict(facts or {}))

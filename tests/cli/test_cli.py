@@ -80,6 +80,9 @@ def test_a_delta_is_inspected_by_its_ticket_and_nothing_else_is(files, ticket, t
 
     assert run("inspect", trained / "seed-1" / "trained.safetensors") == 0
     assert repr(ls.Ticket.load(ticket)).split(",")[0] in capsys.readouterr().out
+    shutil.copy(ticket, tmp_path / "ticket.safetensors")
+    shutil.copy(trained / "seed-1" / "trained.safetensors", tmp_path / "delta.safetensors")
+    assert run("inspect", tmp_path) == 0 and "Ticket(" in capsys.readouterr().out
     own.save(tmp_path / "a", "adapter", {}, {})
     assert run("inspect", tmp_path / "a") == 2
     assert "expected a ticket, got an adapter" in capsys.readouterr().err

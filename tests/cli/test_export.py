@@ -87,6 +87,7 @@ def test_the_folder_is_complete_and_no_larger_than_its_model(exported, own_files
     own, base = ((at / "model.safetensors").stat().st_size for at in (folder, own_files / "model"))
     rows_and_head = 4 * 32 * (8 + 32 + 4) + 4096  # prompt, words or a head of 32 x 32; names in the header
     assert own < base + rows_and_head
+    assert len({path.stat().st_mode for path in folder.glob("*.*")}) == 1
     card = (folder / "README.md").read_text()
     assert f"| classes | {', '.join(labels_of(made))} |" in card and "train.tsv" in card
     assert ("trust_remote_code=True" in card) == (method != "fine-tuning")
@@ -126,3 +127,16 @@ def test_what_transformers_has_no_model_for_is_refused(own_files, tmp_path, caps
     assert run("export", tmp_path / "run", "--output", tmp_path / "exported") == 2
     assert "which attaches modules" in capsys.readouterr().err
     assert list((tmp_path / "exported").iterdir()) == []
+
+
+def test_the_card_has_scores_of_whole_files_only(own_run, own_files, tmp_path, capsys):
+    (own_run / "seed-2").mkdir()
+    assert run("evaluate", own_run, "--quiet") == 0
+    assert "not finished, so left out: seed 2" in capsys.readouterr().out
+    (own_run / "seed-2").rmdir()
+    whole = results.read(own_run / results.RESULTS)[-1]
+    assert run("evaluate", own_run, "--limit", 1, "--quiet") == 0
+    assert run("export", own_run, "--output", tmp_path / "exported") == 0
+    card = (tmp_path / "exported" / "README.md").read_text()
+    lines = [line.split(" | ") for line in card.splitlines() if line.startswith(f"| {whole['task']} |")]
+    assert {line[2]: line[3] for line in lines} == {name: f"{score:.4f}" for name, score in whole["scores"].items()}
