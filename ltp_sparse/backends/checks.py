@@ -198,6 +198,11 @@ def _expect(
         check_plain_tensor(tensor, f"{op}: {what}")
 
 
+def _check_there(op: str, what: str, tensor: Tensor | None) -> None:
+    if tensor is None:
+        raise TypeError(f"{op}: {what} must be a tensor, got None")
+
+
 def _names(dtypes: set[torch.dtype]) -> str:
     return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) or "none"
 
@@ -362,6 +367,7 @@ def check_copy(op: str, copy: records.Gather | records.Scatter | records.Swap) -
             "call, and a table, per dtype"
         )
     _check_extents(op, "tensor", tensors.sizes, facts)
+    _check_there(op, "slots", copy.slots)
     _expect(op, "slots", copy.slots, next(iter(tensors.dtypes), copy.slots.dtype), (facts.k,), device)
     if not isinstance(copy, records.Gather):
         _check_apart(op, tensors, {"slots": copy.slots})
@@ -382,8 +388,9 @@ def _check_tensors(
     fields = fields_of(record.__class__)
     for name in names:
         tensor, spec = getattr(record, name), fields[name].spec
-        if tensor is None:
+        if tensor is None and fields[name].optional:
             continue
+        _check_there(op, name, tensor)
         for size, found in zip(spec.shape, tensor.shape, strict=False):
             if isinstance(size, str):
                 sizes.setdefault(size, found)

@@ -311,6 +311,7 @@ MISTAKES = {
     "sparse-gradient": (lambda p: with_grad(p, p.grads[0].to_sparse()), TypeError, "gradient 0.*sparse"),
     "gradient-shape": (lambda p: with_grad(p, p.grads[0].t()), ValueError, r"gradient 0 has shape \[7, 40\]"),
     "gradient-device": (lambda p: with_grad(p, p.grads[0].to("meta")), ValueError, "gradient 0 is on meta"),
+    "no-moments": (lambda p: setattr(p, "exp_avg", None), TypeError, "exp_avg must be a tensor, got None"),
     "moments": (lambda p: setattr(p, "exp_avg", torch.zeros(3)), ValueError, r"exp_avg must be torch.float32 \[84\]"),
     "coefficients": (
         lambda p: setattr(p, "coefficients", torch.zeros(1, 11)),

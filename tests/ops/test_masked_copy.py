@@ -114,12 +114,14 @@ def test_bad_arguments_change_nothing():
         (tensors[:-1], "expected 7 tensors"),
         ([*tensors[:-1], tensors[-1][:-1]], "tensor 6 has 70000 entries"),
         ([*tensors[:-1], torch.zeros(1).expand(70_001)], "expanded"),
+        ([*tensors[:-1], tensors[-1].to("meta")], "tensor 6 is on the meta device and has no values"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             masked_scatter_(bad, slots, table)
     for bad, message in (
         (slots[:-1], "slots must be"),
         (slots.double(), "slots must be"),
+        (None, "slots must be a tensor, got None"),
         (tensors[-1].view(-1)[: table.k], "share memory"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):

@@ -144,6 +144,12 @@ def test_index_sets_whose_counts_are_wrong_do_not_get_through():
         ops.masked_pack_([torch.ones(1000)], torch.zeros(400), table)
 
 
+def test_a_missing_output_is_refused():
+    table = TileTable.build([IndexSet.from_mask(torch.arange(1000) % 2 == 0)])
+    with pytest.raises(TypeError, match="masked_pack_: out must be a tensor, got None"):
+        ops.masked_pack_([torch.ones(1000)], None, table)
+
+
 def test_memory_that_is_written_twice_is_refused():
     for first, second in (("exp_avg", "exp_avg_sq"), ("exp_avg", "master"), ("master", "exp_avg_sq")):
         arguments = Call().arguments("masked_adamw_")
