@@ -21,7 +21,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install --no-compile
 BASE := $(VENV)/.installed-torch
 TRAIN := $(VENV)/.installed-train
 TEST := $(VENV)/.installed-test
-PYTEST := $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+# Half as many processes again as cores, at most 8: many tests wait for others that they have started.
+WORKERS ?= $(shell n=$$(($$(nproc) * 3 / 2)); echo $$((n > 8 ? 8 : n)))
+PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal
 CPP := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 CPP_OF_TESTS := $(wildcard tests/*/*.cpp tests/*/*/*.cpp tests/*/*/*.h)
 
