@@ -1,7 +1,6 @@
 """Writes an XLM-R of random weights with a real tokenizer: to try everything without downloading a model.
 
-python examples/random_xlmr.py --tokenizer DATA/tokenizers/xlm_roberta_base --size small --output
-small-xlmr
+python examples/random_xlmr.py --tokenizer DATA/tokenizers/xlm_roberta_base --size small --output small-xlmr
 """
 
 from __future__ import annotations

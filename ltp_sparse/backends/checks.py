@@ -219,7 +219,7 @@ def _check_dense(op: str, what: str, tensors: Tensors, device: torch.device, any
             raise TypeError(
                 f"{op}: {what} {i} must be a dense {DTYPE_NAMES} tensor, got {tensor.dtype} ({tensor.layout})"
             )
-        if any_dtype:
+        if any_dtype:  # here the device is that of the table: a model without values is told first
             check_plain_tensor(tensor, f"{op}: {what} {i}")
         if tensor.device != device:
             raise ValueError(f"{op}: {what} {i} is on {tensor.device}, expected it on {device}")
