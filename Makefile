@@ -23,7 +23,7 @@ TRAIN := $(VENV)/.installed-train
 TEST := $(VENV)/.installed-test
 # Half as many processes again as cores, at most 8: many tests wait for others that they have started.
 WORKERS ?= $(shell n=$$(($$(nproc) * 3 / 2)); echo $$((n > 8 ? 8 : n)))
-PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist worksteal
+PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 CPP := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 CPP_OF_TESTS := $(wildcard tests/*/*.cpp tests/*/*/*.cpp tests/*/*/*.h)
 
