@@ -20,7 +20,7 @@ from study import STEPS
 from ltp_sparse.recipes import load_recipe, results
 from ltp_sparse.report.escaping import Bold, Sheet
 from ltp_sparse.report.pages import write_report
-from ltp_sparse.report.paired import MARGIN, Comparison, compare, pool
+from ltp_sparse.report.paired import MARGIN, Comparison, combine, compare, pool
 from ltp_sparse.report.stage_1 import stage_1_sheet
 from ltp_sparse.report.tables import AVERAGE, make_table
 from ltp_sparse.weights.files import atomic_path, write_text
@@ -29,6 +29,7 @@ FOLDER = Path(__file__).parents[1] / "docs" / "evidence"
 BEGIN, END = "<!-- from rows: begin -->", "<!-- from rows: end -->"
 TICKETS, LEVELS = "study-tickets", ("study-backbone", "study-baselines")
 CLAIMS = ("study-zero-shot", "study-in-language", "study-sft", "study-nusax")
+TOGETHER = CLAIMS[:2]  # with the same reference
 FIGURE = "differences.png"
 NAMES = {"ticket.density": "density", "options.density": "density", "ticket.mlm.max_steps": "updates"}
 """Facts, as the page calls them."""
@@ -82,7 +83,11 @@ def summary(evidence: Path) -> str:
     """What the rows of the study say, in Markdown; draws the figure beside them."""
     rows = {name: results.read(evidence / name / results.RESULTS) for name in dict.fromkeys(name for name, _ in STEPS)}
     parts = [progress(rows, evidence)]
-    found = [(name, *each) for name in CLAIMS for each in differences(name, rows[name])]
+    studies = {name: differences(name, rows[name]) for name in CLAIMS}
+    together = combine([[of for _, of in studies[name]] for name in TOGETHER])
+    where = " and ".join(name.removeprefix("study-") for name in TOGETHER)
+    found = [(TOGETHER[0], where, of) for of in together]
+    found += [(name, *each) for name in CLAIMS for each in studies[name]]
     parts.append("### Selected weights against others\n")
     if found:
         parts.append(claims_sheet(found).markdown())

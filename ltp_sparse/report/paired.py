@@ -26,10 +26,11 @@ class Comparison:
     Attributes:
         label: the label.
         facts: what both have in common besides the seed (shots, ...); empty for pooled comparisons.
-        runs: the number of pairs, one per seed.
+        runs: the number of pairs, one per seed of a study.
         mean: the mean difference.
         interval: the 95 % interval of the mean (Student's t); infinite for a single pair.
-        p_value: two-sided p-value of the sign-flip permutation test: exact up to 20 pairs, else by Student's t.
+        p_value: two-sided p-value of the sign-flip permutation test: exact up to 20 pairs of one study, else by
+            Student's t.
         adjusted: the p-value after Holm's correction for all comparisons that were made with this one.
         equal_p: p-value of two one-sided t tests: small if the difference is within the margin.
     """
@@ -92,6 +93,41 @@ def pool(
         if len(groups) > 1 and seeds:
             means = {seed: statistics.fmean(group[seed] for group in groups) for seed in seeds}
             found.append(_comparison(label, (), means, margin))
+    return _holm(found)
+
+
+def combine(studies: Iterable[Sequence[Comparison]], *, margin: float = MARGIN) -> list[Comparison]:
+    """One comparison of each label over studies that have no run in common, if several have it.
+
+    A study counts as much as any other, by its pooled comparison or its only one. Intervals and p-values are Student's
+    t with the degrees of freedom of Welch and Satterthwaite.
+
+    Args:
+        studies: the comparisons of each study with the same reference, by `pool` and `compare`.
+        margin: the margin of `Comparison.equal_p`, in points.
+    """
+    from scipy.special import stdtrit
+
+    labels: dict[str, list[Comparison]] = {}
+    for study in studies:
+        for label in dict.fromkeys(of.label for of in study):
+            mine = [of for of in study if of.label == label]
+            (one, *others) = [of for of in mine if not of.facts] or mine
+            if not others and one.runs > 1:
+                labels.setdefault(label, []).append(one)
+    found = []
+    for label, parts in labels.items():
+        if len(parts) > 1:
+            mean, n = statistics.fmean(of.mean for of in parts), len(parts)
+            shares = [((of.interval[1] - of.mean) / float(stdtrit(of.runs - 1, 0.975)) / n) ** 2 for of in parts]
+            error = math.sqrt(sum(shares))
+            spread = sum(share**2 / (of.runs - 1) for share, of in zip(shares, parts, strict=True))
+            freedom = sum(shares) ** 2 / spread if spread else 1.0
+            half = float(stdtrit(freedom, 0.975)) * error
+            p_value = min(1.0, 2 * _above(abs(mean), error, freedom))
+            equal = max(_above(mean + margin, error, freedom), _above(margin - mean, error, freedom))
+            runs = sum(of.runs for of in parts)
+            found.append(Comparison(label, (), runs, mean, (mean - half, mean + half), p_value, p_value, equal))
     return _holm(found)
 
 
@@ -164,7 +200,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
         return mean, (-math.inf, math.inf)
     from scipy.special import stdtrit  # the quantile of Student's t, without the half second that scipy.stats takes
 
-    half = float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / math.sqrt(n)
+    half = float(stdtrit(n - 1, 0.975)) * _error(values)
     return mean, (mean - half, mean + half)
 
 
@@ -173,24 +209,29 @@ def _equivalence(values: Sequence[float], margin: float) -> float:
     n, mean = len(values), statistics.fmean(values)
     if n == 1:
         return 1.0
-    return max(_above(n, mean + margin, values), _above(n, margin - mean, values))
+    error = _error(values)
+    return max(_above(mean + margin, error, n - 1), _above(margin - mean, error, n - 1))
 
 
-def _above(n: int, distance: float, values: Sequence[float]) -> float:
-    """One-sided p-value (Student's t) of a mean that is this far above a bound."""
+def _error(values: Sequence[float]) -> float:
+    """The standard error of the mean."""
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _above(distance: float, error: float, freedom: float) -> float:
+    """One-sided p-value (Student's t) of a mean with this standard error that is this far above a bound."""
     from scipy.special import stdtr
 
-    error = statistics.stdev(values) / math.sqrt(n)
     if error == 0:
         return float(distance <= 0)
-    return float(stdtr(n - 1, -distance / error))
+    return float(stdtr(freedom, -distance / error))
 
 
 def _sign_flips(differences: Sequence[float]) -> float:
     """Share of sign patterns whose sum is at least as far from 0."""
     total = abs(math.fsum(differences))
-    if len(differences) > _EXACT:
-        return min(1.0, 2 * _above(len(differences), total / len(differences), differences))
+    if (n := len(differences)) > _EXACT:
+        return min(1.0, 2 * _above(total / n, _error(differences), n - 1))
     sums = np.zeros(1)
     for difference in differences:
         sums = np.concatenate([sums + difference, sums - difference])

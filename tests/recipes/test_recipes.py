@@ -637,6 +637,35 @@ def test_pooled_comparisons_and_those_of_the_last_update():
     assert pool(rows, "ref", ["label"]) == []
 
 
+def test_studies_without_a_run_in_common_are_combined():
+    from scipy import stats
+
+    from ltp_sparse.report.paired import MARGIN, combine, compare, pool
+
+    rng = np.random.default_rng(1)
+    one, other = rng.normal(0.01, 0.02, 9), rng.normal(0.0, 0.05, 6)
+    studies = []
+    for values in (one, other):
+        rows = [_row("ref", seed, 0.5) for seed in range(len(values))]
+        rows += [_row("up", seed, 0.5 + value) for seed, value in enumerate(values)]
+        studies.append(compare(rows, "ref", ["label", "shots"]))
+    (found,) = combine(studies)
+    # the mean of two means is half the difference of one and the other's negative
+    test = stats.ttest_ind(100 * one, -100 * other, equal_var=False)
+    interval = test.confidence_interval()
+    assert found.mean == pytest.approx(50 * (one.mean() + other.mean())) and found.runs == 15
+    assert found.interval == pytest.approx((interval.low / 2, interval.high / 2))
+    assert found.p_value == pytest.approx(test.pvalue) and found.adjusted == found.p_value
+    below = stats.ttest_ind(100 * one, -100 * other - 2 * MARGIN, equal_var=False, alternative="greater").pvalue
+    above = stats.ttest_ind(100 * one, -100 * other + 2 * MARGIN, equal_var=False, alternative="less").pvalue
+    assert found.equal_p == pytest.approx(max(below, above))
+    rows = [_row(label, seed, 0.5, shots=shots) for label in ("ref", "up") for seed in (1, 2) for shots in (1, 4)]
+    pooled = [*pool(rows, "ref", ["label", "shots"]), *compare(rows, "ref", ["label", "shots"])]
+    (found,) = combine([pooled, pooled])  # by the pooled ones
+    assert (found.runs, found.mean, found.verdict()) == (4, 0, "equal within 1.5") and found.equal_p == 0
+    assert combine([pooled]) == combine([pooled, pooled[1:]]) == []  # one study, or several comparisons without a pool
+
+
 def test_holm_equivalence_and_verdicts_are_those_of_scipy():
     from scipy import stats
 
