@@ -35,7 +35,7 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
     with path.open("a+b", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         before = file.seek(0, os.SEEK_END)
-        if before and not _ends_with_newline(file):
+        if before and os.pread(file.fileno(), 1, before - 1) != b"\n":
             line = "\n" + line
         try:
             rest = memoryview(line.encode())
@@ -97,8 +97,3 @@ def _is_hash_of_the_rest(row: Mapping[str, Any], key: str) -> bool:
     """Whether the damaged part of a line is the key of its hash."""
     value = row[key]
     return isinstance(value, str) and len(value) == 64 and value == _digest({k: row[k] for k in row if k != key})
-
-
-def _ends_with_newline(file: Any) -> bool:
-    file.seek(-1, os.SEEK_END)
-    return bool(file.read(1) == b"\n")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.weights.reading import FileFormatError, closest
+from ltp_sparse.weights.reading import FileFormatError, closest, shown
 
 
 @dataclass(frozen=True)
@@ -109,16 +109,11 @@ def check(value: Any, schema: Mapping[str, Any] | Kind, path: Path, place: str, 
         return
     if isinstance(schema, Kind):
         if not schema.holds(value):
-            raise FileFormatError(path, f"expected {schema.name}, got {_shown(value)}", place)
+            raise FileFormatError(path, f"expected {schema.name}, got {shown(value)}", place)
         return
     if not isinstance(value, Mapping):
-        raise FileFormatError(path, f"expected {', '.join(schema)} with values, got {_shown(value)}", place)
+        raise FileFormatError(path, f"expected {', '.join(schema)} with values, got {shown(value)}", place)
     for key, inside in value.items():
         if key not in schema:
             raise FileFormatError(path, f"unknown key {key!r}{where}, closest: {closest(str(key), schema)}", place)
         check(inside, schema[key], path, f"{place}, {key}" if place else key)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -82,8 +82,7 @@ def save(
     with _locked(target.parent):
         for name, (contiguous, header, _) in zip(names, ready, strict=True):
             files.write(target.with_name(name), contiguous, header)
-        with files.atomic_path(index) as temporary:
-            temporary.write_text(json.dumps(described, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        files.write_text(index, json.dumps(described, indent=1, sort_keys=True) + "\n")
         target.unlink(missing_ok=True)
         _remove_shards(target, kept=names)
 

@@ -37,13 +37,7 @@ _MOST_LINKS = 40
 _LONGEST_NAME = 200  # bytes, of the 255 that file systems allow
 _PIECE = 1 << 20  # bytes that stay in the cache between copying and digesting
 _FULL = 1 << 16  # bytes; a disk with less free space counts as full
-_KINDS = (
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-    (stat.S_ISFIFO, "a pipe"),
-    (stat.S_ISSOCK, "a socket"),
-)
+_KINDS = {"d": "a folder", "c": "a device", "b": "a device", "p": "a pipe", "s": "a socket"}  # by `stat.filemode`
 
 
 class WrongKind(FileFormatError):
@@ -134,7 +128,7 @@ def destination(path: str | os.PathLike[str]) -> Path:
     except FileNotFoundError:
         return Path(place)
     if not stat.S_ISREG(mode):
-        kind = next((name for test, name in _KINDS if test(mode)), "something else")
+        kind = _KINDS.get(stat.filemode(mode)[0], "something else")
         number = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
         raise OSError(number, f"expected a regular file to write to, but this is {kind}", str(path))
     return Path(place)

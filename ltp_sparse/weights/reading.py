@@ -169,9 +169,9 @@ def read_json(path: str | os.PathLike[str], expected: str, keys: Sequence[str] =
     """
     value = parse_json(decoded(read_whole(path, expected, LARGEST_JSON), path), path)
     if not isinstance(value, dict):
-        raise FileFormatError(path, f"expected {expected}, a JSON object, got {_shown(value)}")
+        raise FileFormatError(path, f"expected {expected}, a JSON object, got {shown(value)}")
     if missing := [key for key in keys if key not in value]:
-        raise FileFormatError(path, f"expected {expected}, but it has no {missing[0]!r}, only {_shown(list(value))}")
+        raise FileFormatError(path, f"expected {expected}, but it has no {missing[0]!r}, only {shown(list(value))}")
     return value
 
 
@@ -193,7 +193,7 @@ def read_yaml(path: str | os.PathLike[str], expected: str) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise FileFormatError(path, f"expected {expected}, a mapping of names to values, got {_shown(value)}")
+        raise FileFormatError(path, f"expected {expected}, a mapping of names to values, got {shown(value)}")
     return value
 
 
@@ -253,7 +253,7 @@ def _weigh(node: Any, path: str | os.PathLike[str], known: dict[int, int | None]
         for key, value in node.value:
             merged = key.tag.endswith(":merge")
             if not isinstance(key, yaml.ScalarNode) or not (merged or key.tag.endswith(":str")):
-                raise wrong(f"expected a string as a key, got {_shown(key.value)}; put it in quotes", key)
+                raise wrong(f"expected a string as a key, got {shown(key.value)}; put it in quotes", key)
             if key.value in names and not merged:
                 raise wrong(f"the key {key.value!r} occurs twice", key)
             names.add(key.value)
@@ -266,6 +266,7 @@ def _weigh(node: Any, path: str | os.PathLike[str], known: dict[int, int | None]
     return total
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value in a message: its repr, cut to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
