@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -53,8 +51,7 @@ class Artefact:
         """A digest of what it depends on: cells that share an artefact name it alike."""
         facts = {path: self.cell[path] for path in ("model", "tokenizer")}
         facts |= {name: self.cell[f"{self.stage}.{name}"] for name in _FACTS[self.stage]}
-        text = json.dumps([self.stage, self.of, facts], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return files.sha256_of([self.stage, self.of, facts])[:16]
 
     def __str__(self) -> str:
         return f"{self.stage} of {'seed ' if self.stage == 'ticket' else ''}{self.of}"

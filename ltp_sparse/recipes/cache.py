@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -55,13 +54,12 @@ class Cache:
         Raises:
             FileFormatError: The artefact, or its description, is damaged.
         """
-        text = json.dumps(facts, sort_keys=True)
-        path = self.folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
+        path = self.folder / f"{kind}-{files.sha256_of(facts)[:24]}.safetensors"
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             described = path.with_suffix(".json")
             if path.is_file() and described.is_file():
-                self._check(path, kind, json.loads(text))
+                self._check(path, kind, json.loads(json.dumps(facts)))
                 return path
             if path.is_file():
                 warnings.warn(f"{path} has no description next to it; it is made again", stacklevel=2)

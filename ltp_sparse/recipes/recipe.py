@@ -23,10 +23,8 @@ cells:
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib.util
 import itertools
-import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from ltp_sparse.recipes.schema import CELL, GRID, RECIPE, check
+from ltp_sparse.weights.files import sha256_of
 from ltp_sparse.weights.reading import FileFormatError, read_yaml, reader
 
 FOLDER = Path(__file__).parent
@@ -55,8 +54,7 @@ class Cell:
     @property
     def id(self) -> str:
         """A digest of the facts: the same cell has the same one in every recipe."""
-        text = json.dumps({k: v for k, v in self.facts.items() if k != "label"}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return sha256_of({key: value for key, value in self.facts.items() if key != "label"})[:16]
 
     def __getitem__(self, path: str) -> Any:
         return look_up(self.facts, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import warnings
@@ -11,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.weights.files import destination, sync_folder
+from ltp_sparse.weights.files import destination, sha256_of, sync_folder
 from ltp_sparse.weights.reading import FileFormatError, reader
 
 RESULTS = "results.jsonl"
@@ -29,7 +28,7 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
     if HASH in row:
         raise ValueError(f"results: expected a row without the key {HASH!r}, which is that of its hash")
     row = json.loads(json.dumps(row))  # as it will be read: keys are strings
-    line = json.dumps({**row, HASH: _digest(row)}, ensure_ascii=False, sort_keys=True) + "\n"
+    line = json.dumps({**row, HASH: sha256_of(row)}, ensure_ascii=False, sort_keys=True) + "\n"
     path = destination(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b", buffering=0) as file:
@@ -75,7 +74,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         known = row.pop(HASH, None)
         if known is None and not any(_is_hash_of_the_rest(row, key) for key in row):
             bare.append(number)
-        elif known != _digest(row):
+        elif known != sha256_of(row):
             raise FileFormatError(
                 path, "the hash does not match the row: it is damaged; delete the line and repeat its run", place
             )
@@ -89,11 +88,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _digest(row: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()
-
-
 def _is_hash_of_the_rest(row: Mapping[str, Any], key: str) -> bool:
     """Whether the damaged part of a line is the key of its hash."""
     value = row[key]
-    return isinstance(value, str) and len(value) == 64 and value == _digest({k: row[k] for k in row if k != key})
+    return isinstance(value, str) and len(value) == 64 and value == sha256_of({k: row[k] for k in row if k != key})

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.weights.files import sync, write_text
+from ltp_sparse.weights.files import sha256_of, sync, write_text
 from ltp_sparse.weights.reading import FileFormatError, read_json, reader
 
 MANIFEST = "manifest.json"
@@ -85,7 +85,7 @@ def _describe(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 def _write(folder: Path, files: Mapping[str, Any], *, finished: bool) -> None:
     content = {"kind": _KIND, "finished": finished, "files": files}
-    write_text(folder / MANIFEST, json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n")
+    write_text(folder / MANIFEST, json.dumps({**content, "sha256": sha256_of(content)}, indent=1) + "\n")
 
 
 def _read(folder: Path) -> dict[str, dict[str, Any]]:
@@ -95,15 +95,11 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
             folder, f"has no {MANIFEST}: it is incomplete, or a version of ltp_sparse without manifests wrote it"
         )
     content = read_json(path, "the manifest of a folder", ("files", "finished", "kind", "sha256"))
-    if content.pop("sha256") != _digest(content) or content["kind"] != _KIND:
+    if content.pop("sha256") != sha256_of(content) or content["kind"] != _KIND:
         raise FileFormatError(path, "damaged: its content does not match its own checksum")
     if not content["finished"]:
         raise Unfinished(folder, "its writing was interrupted")
     return dict(content["files"])
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:
