@@ -24,13 +24,12 @@ from ltp_sparse.sync.encoding import decode, encode
 from ltp_sparse.sync.stores import Store
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.weights import files
-from ltp_sparse.weights.digests import Hash, is_known
+from ltp_sparse.weights.digests import BYTES, Hash, is_known
 from ltp_sparse.weights.reading import FileFormatError, decoded, parse_json, reader
 
 _KIND = "version of ltp_sparse"
 _MARKER = re.compile(r"v(\d{12})\.json")
 _PART = re.compile(r"v(\d{12})-(changes|anchor)-\d+\.safetensors")
-_DIGEST = 16  # bytes
 
 CHANGES, ANCHOR = "changes", "anchor"
 
@@ -115,12 +114,7 @@ def outdated(names: set[str], keep: int) -> list[str]:
 
 def write_marker(store: Store, marker: Marker) -> None:
     facts = {"kind": _KIND, **asdict(marker)}
-    store.write(marker_name(marker.version), json.dumps({**facts, "checksum": checksum(facts)}).encode())
-
-
-def checksum(facts: Mapping[str, Any]) -> str:
-    """The checksum of the facts of a marker."""
-    return Hash().update(json.dumps(facts, sort_keys=True).encode()).digest()
+    store.write(marker_name(marker.version), json.dumps({**facts, "checksum": files.checksum_of(facts)}).encode())
 
 
 @reader("marker of a version")
@@ -134,7 +128,7 @@ def read_marker(store: Store, version: int) -> Marker:
     name = marker_name(version)
     facts = parse_json(decoded(store.read(name), name), name)
     with files.understanding(name, _KIND):
-        if facts.pop("checksum") != checksum(facts) or facts.pop("kind") != _KIND:
+        if facts.pop("checksum") != files.checksum_of(facts) or facts.pop("kind") != _KIND:
             raise FileFormatError(name, "damaged: its content does not match its own checksum")
         changes, anchor = (tuple(PartFile(**part) for part in facts.pop(kind)) for kind in (CHANGES, ANCHOR))
         marker = Marker(**facts, changes=changes, anchor=anchor)
@@ -321,6 +315,6 @@ def _packed(digests: Iterable[str]) -> Tensor:
 
 def _unpacked(packed: Tensor) -> list[str]:
     raw = packed.numpy().tobytes()
-    if len(raw) % _DIGEST:
+    if len(raw) % BYTES:
         raise ValueError(f"digests of {len(raw)} bytes")
-    return ["xxh3:" + raw[at : at + _DIGEST].hex() for at in range(0, len(raw), _DIGEST)]
+    return ["xxh3:" + raw[at : at + BYTES].hex() for at in range(0, len(raw), BYTES)]

@@ -265,10 +265,9 @@ class IndexSet:
             return IndexSet(self.n, Encoding.BITMAP, self.bitmap(), self.tile_counts, self.k)
         positions = torch.empty(self.k, dtype=torch.int16, device=self.data.device)
         fill = listed.get(self.data.device.type) if self.encoding is Encoding.BITMAP else None
-        if fill is not None and fill(self.data, positions):
-            return IndexSet(self.n, Encoding.LIST16, positions, self.tile_counts, self.k)
-        for slot, indices in self.chunks():
-            positions[slot : slot + indices.numel()] = to_uint16_bits(indices)
+        if fill is None or not fill(self.data, positions):
+            for slot, indices in self.chunks():
+                positions[slot : slot + indices.numel()] = to_uint16_bits(indices)
         return IndexSet(self.n, Encoding.LIST16, positions, self.tile_counts, self.k)
 
     def compact(self) -> IndexSet:

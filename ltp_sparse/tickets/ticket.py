@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +14,7 @@ from ltp_sparse.tickets.counts import as_share
 from ltp_sparse.tickets.index_set import Encoding, IndexSet
 from ltp_sparse.tickets.random_sets import random_sets
 from ltp_sparse.weights import file_shards, files
-from ltp_sparse.weights.digests import Hash, fingerprint, is_known
+from ltp_sparse.weights.digests import fingerprint, is_known
 from ltp_sparse.weights.hub import OnHub
 from ltp_sparse.weights.names import (
     Named,
@@ -287,7 +286,7 @@ class Ticket(OnHub):
     def digest(self) -> str:
         """A hash of the active entries and shapes, independent of the encoding."""
         content = {name: [list(self.shapes[name]), s.digest()] for name, s in self.sets.items() if s.k}
-        return Hash().update(json.dumps(content, sort_keys=True).encode()).digest()
+        return files.checksum_of(content)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Ticket) and self.digest() == other.digest()

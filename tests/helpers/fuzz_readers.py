@@ -490,7 +490,7 @@ def cases(folder: Path) -> list[Case]:
         try:
             facts = mutated(json.loads(of_store(records.marker_name(1))), chance)
             facts.pop("checksum", None)
-            return json.dumps({**facts, "checksum": records.checksum(facts)}).encode()
+            return json.dumps({**facts, "checksum": files.checksum_of(facts)}).encode()
         except (AttributeError, TypeError, UnicodeEncodeError, ValueError, RecursionError):
             return b"[]"
 
