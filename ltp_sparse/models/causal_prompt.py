@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ltp_sparse.prompting.inputs import IGNORED_LABEL, token_ids
+from ltp_sparse.prompting.inputs import IGNORED_LABEL, PromptedText, token_ids
 from ltp_sparse.prompting.templates import label_index
 from ltp_sparse.tasks.sib200 import LABELS as TOPICS
 from ltp_sparse.tasks.texts import Text
@@ -30,20 +30,6 @@ TOPIC_WORDS: dict[str, dict[str, str]] = {
     "bloom": dict(zip(TOPICS, ("science", "travel", "government", "play", "health", "fun", "earth"), strict=True)),
 }
 """Model type -> topic -> English word, for all languages."""
-
-
-class PromptedText(TypedDict):
-    """One encoded text.
-
-    Attributes:
-        input_ids: token ids, prompt slots and `</s>` included, not padded
-        prompt_positions: positions of the n prompt slots, ascending
-        labels: index into the classes, or `IGNORED_LABEL`
-    """
-
-    input_ids: list[int]
-    prompt_positions: list[int]
-    labels: int
 
 
 def encode_prompted(

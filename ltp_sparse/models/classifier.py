@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ltp_sparse.prompting.inputs import IGNORED_LABEL, token_ids
+from ltp_sparse.prompting.inputs import IGNORED_LABEL, Encoded, token_ids
 from ltp_sparse.prompting.templates import MAX_LENGTH, label_index
 from ltp_sparse.tasks.pairs import CLASSES, Pair
 from ltp_sparse.tasks.texts import Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM, XLMRobertaModel
-
-
-class Encoded(TypedDict):
-    """One encoded example.
-
-    Attributes:
-        input_ids: token ids, special tokens included, not padded
-        labels: index into the classes, or `IGNORED_LABEL`
-    """
-
-    input_ids: list[int]
-    labels: int
 
 
 def encode_pairs(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -15,6 +15,24 @@ IGNORED_LABEL = -100
 """Stands for a missing label. Losses ignore such examples."""
 
 SIDES = ("right", "left")
+
+
+class Encoded(TypedDict):
+    """One encoded example.
+
+    Attributes:
+        input_ids: token ids with the special tokens, without padding.
+        labels: index of the class, or `IGNORED_LABEL`.
+    """
+
+    input_ids: list[int]
+    labels: int
+
+
+class PromptedText(Encoded):
+    """One with prompt slots, at the ascending `prompt_positions`. The prompt replaces the embeddings there."""
+
+    prompt_positions: list[int]
 
 
 def collator(pad_token_id: int, side: str = "right") -> Callable[[Sequence[Any]], dict[str, Tensor]]:

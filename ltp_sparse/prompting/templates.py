@@ -8,9 +8,9 @@ from __future__ import annotations
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
-from ltp_sparse.prompting.inputs import IGNORED_LABEL, token_ids
+from ltp_sparse.prompting.inputs import IGNORED_LABEL, PromptedText, token_ids
 from ltp_sparse.tasks.pairs import CLASSES
 
 if TYPE_CHECKING:
@@ -24,20 +24,10 @@ PREMISE, HYPOTHESIS, TEXT, PROMPT, MASK = "{premise}", "{hypothesis}", "{text}",
 _TRUNCATIONS = ("longest_first", "hypothesis_first")
 
 
-class Example(TypedDict):
-    """One encoded pair or text.
+class Example(PromptedText):
+    """One encoded pair or text. `mask_positions` is the position of `<mask>`."""
 
-    Attributes:
-        input_ids: token ids with `<s>` and `</s>`, without padding.
-        prompt_positions: the n positions of the prompt slots, ascending. The prompt replaces their embeddings.
-        mask_positions: the position of `<mask>`.
-        labels: index of the class, or `IGNORED_LABEL`.
-    """
-
-    input_ids: list[int]
-    prompt_positions: list[int]
     mask_positions: int
-    labels: int
 
 
 @dataclass(frozen=True)
