@@ -19,9 +19,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -42,6 +40,7 @@ from ltp_sparse.pretraining import (
 from ltp_sparse.tasks import TASKS, read_text
 from ltp_sparse.tasks.generated.inference import documents
 from ltp_sparse.tasks.generated.languages import LANGUAGES
+from ltp_sparse.tasks.own import texts_of
 
 CODES = ("ar", "bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh")
 FLORES = {
@@ -145,15 +144,11 @@ def translations(data: Path) -> list[dict[str, str]]:
     for name, split in PARALLEL:
         codes_of = FLORES | ISLANDS if name == "sib200" else {"ind": "id", "eng": "en"}
         languages = list(codes_of) if name == "sib200" else TASKS[name].languages
-        columns = [list(sentences_of(TASKS[name].load(split, language, data=data))) for language in languages]
+        examples = (TASKS[name].load(split, language, data=data) for language in languages)
+        columns = [[text for example in of_language for text in texts_of(example)] for of_language in examples]
         codes = [codes_of.get(language, language) for language in languages]
         rows += [dict(zip(codes, texts, strict=True)) for texts in zip(*columns, strict=True)]
     return rows
-
-
-def sentences_of(examples: Iterable[Any]) -> Iterable[str]:
-    for example in examples:
-        yield from (example.premise, example.hypothesis) if hasattr(example, "premise") else (example.text,)
 
 
 def make_tokenizer(

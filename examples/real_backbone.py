@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pretrain_xlmr import CODES, FLORES, HELD_OUT, ISLANDS, SEED, plain_text, sentences_of, wikipedia
+from pretrain_xlmr import CODES, FLORES, HELD_OUT, ISLANDS, SEED, plain_text, wikipedia
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerBase, XLMRobertaForMaskedLM
@@ -38,6 +38,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokeniz
 from ltp_sparse.models.bert import xlm_roberta_config, xlm_roberta_tensors
 from ltp_sparse.pretraining import PretrainSettings, Sentences, held_out_losses, pretrain
 from ltp_sparse.tasks import TASKS
+from ltp_sparse.tasks.own import texts_of
 from ltp_sparse.training.masked_texts import MaskedTexts, PadRight
 
 OTHERS = (
@@ -256,7 +257,7 @@ def task_texts(data: Path) -> Iterator[str]:
                     examples = task.load(split, language, data=data)
                 except (FileNotFoundError, ValueError):
                     continue  # a task without this split, or one that is not in DATA
-                yield from sentences_of(examples)
+                yield from (text for example in examples for text in texts_of(example))
 
 
 def pieces_used(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch: int = 2000) -> set[int]:

@@ -143,8 +143,8 @@ def gpu_hint() -> str | None:
     return f"note: of the kernels for this GPU some are missing ({'; '.join(missing)})" if missing else None
 
 
-def _say(*words: str) -> None:
-    print("\n" + " ".join(words), flush=True)
+def _say(text: str) -> None:
+    print(f"\n{text}", flush=True)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,17 @@ def train_tokenizer(texts: Iterable[str], size: int, whole: Sequence[str] = ()) 
     Raises:
         ValueError: no text has a word.
     """
-    normalizer, pre_tokenizer = _normalizer(), _pre_tokenizer()
+    normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(_VOWEL_MARKS), "")]
+    )
+    pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Split(Regex(_PUNCTUATION), "isolated"),
+            pre_tokenizers.Split(Regex("['\u2019]"), "merged_with_previous"),
+            pre_tokenizers.Metaspace(prepend_scheme="always", split=False),
+        ]
+    )
     lines = [normalizer.normalize_str(text) for text in texts]
     if not any(lines):
         raise ValueError(
@@ -83,20 +93,3 @@ def train_tokenizer(texts: Iterable[str], size: int, whole: Sequence[str] = ()) 
         tokenizer_object=backend, bos_token="<s>", cls_token="<s>", eos_token="</s>", sep_token="</s>",
         pad_token="<pad>", unk_token="<unk>", mask_token="<mask>", model_max_length=512, padding_side="right",
     )  # fmt: skip
-
-
-def _normalizer() -> normalizers.Sequence:
-    return normalizers.Sequence(
-        [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(_VOWEL_MARKS), "")]
-    )
-
-
-def _pre_tokenizer() -> pre_tokenizers.Sequence:
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.WhitespaceSplit(),
-            pre_tokenizers.Split(Regex(_PUNCTUATION), "isolated"),
-            pre_tokenizers.Split(Regex("['\u2019]"), "merged_with_previous"),
-            pre_tokenizers.Metaspace(prepend_scheme="always", split=False),
-        ]
-    )

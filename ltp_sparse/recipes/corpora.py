@@ -13,8 +13,10 @@ from ltp_sparse.tasks.own import texts_of
 
 _WIKIPEDIA = "wikimedia/wikipedia"
 _SNAPSHOT = "20231101"
-_WIKIPEDIAS = {"aym": "ay", "quy": "qu", "jav": "jv", "sun": "su", "bbc": "bbc", "ind": "id", "eng": "en"}
+_WIKIPEDIAS = {"aym": "ay", "quy": "qu", "jav": "jv", "sun": "su", "ind": "id", "eng": "en"}
 """Language of a task -> Wikipedia's code, where they differ."""
+_STAND_INS = {"en": "wikipedia_en/wikitext-2", "zh": "multilingual_text/common_voice/zh-CN"}
+"""Language -> folder of the text that stands in for a corpus, where it is not that of the other languages."""
 
 
 class StandIn(UserWarning):
@@ -39,14 +41,14 @@ def corpus(language: str, lines: int, data: Path | None, *, text: str | None = N
     """At most `lines` random sentences of a language.
 
     Args:
-        text: "hub" takes Wikipedia from the Hub, cut into sentences, and "generated" the demo's sentences; a path in
-            the data folder, such as "wikipedia_en", the lines there; None a corpus.
-        data: None takes Wikipedia from the Hub. Otherwise a folder: `corpora/{language}` (.txt files or a folder of
-            them) is taken; where it is missing, the nearest text there: WikiText for English, Common Voice sentences or
-            the Bible, and at last the training or dev sentences of a task in that language, without their labels.
+        data: the data folder. Its `corpora/{language}` (a .txt file, or a folder of them) is the corpus. If it is
+            missing, another text there stands in: WikiText for English, Common Voice for other languages, else the
+            training or dev sentences of a task in this language, without labels. None: Wikipedia from the Hub.
+        text: "hub" for Wikipedia from the Hub, cut into sentences; "generated" for sentences of the demo; or a path in
+            the data folder, such as "wikipedia_en"; None: the corpus of `data`.
 
     Warns:
-        StandIn: The nearest text is taken for a missing corpus.
+        StandIn: another text stands in for a missing corpus.
     """
     if text == "generated":
         from ltp_sparse.tasks.generated.inference import sentences
@@ -67,7 +69,11 @@ def corpus(language: str, lines: int, data: Path | None, *, text: str | None = N
     for name in (language, f"{language}.txt", f"{language}.txt.gz"):
         if (own := data / "corpora" / name).exists():
             return Corpus(tuple(read_text([own], max_lines=lines, seed=seed)), f"corpora/{name}")
-    nearest, source = _nearest(language, lines, data, seed)
+    source = _STAND_INS.get(language, f"multilingual_text/common_voice/{language}")
+    if (data / source).is_dir():
+        nearest = read_text([data / source], max_lines=lines, seed=seed)
+    else:
+        nearest, source = _of_a_task(language, lines, data)
     cure = f"put one sentence a line into {data / 'corpora' / (language + '.txt')}, or set text: hub"
     if not nearest:
         raise FileNotFoundError(f"no text in {language!r}: {cure}")
@@ -77,14 +83,6 @@ def corpus(language: str, lines: int, data: Path | None, *, text: str | None = N
         stacklevel=2,
     )
     return Corpus(tuple(nearest), source, stand_in=True)
-
-
-def _nearest(language: str, lines: int, data: Path, seed: int) -> tuple[Sequence[str], str]:
-    for folder in _STAND_INS.get(language, (f"multilingual_text/common_voice/{language}",)):
-        if (data / folder).is_dir():
-            return read_text([data / folder], max_lines=lines, seed=seed), folder
-    sentences, source = _of_a_task(language, data)
-    return sentences[:lines], source
 
 
 def mixture(corpora: Sequence[Corpus]) -> Corpus:
@@ -97,11 +95,8 @@ def mixture(corpora: Sequence[Corpus]) -> Corpus:
     )
 
 
-_STAND_INS = {"en": ("wikipedia_en/wikitext-2",), "zh": ("multilingual_text/common_voice/zh-CN",)}
-
-
-def _of_a_task(language: str, data: Path) -> tuple[Sequence[str], str]:
-    """Sentences that a task has in a language, labels left out: its training set, else its dev set."""
+def _of_a_task(language: str, lines: int, data: Path) -> tuple[list[str], str]:
+    """At most `lines` sentences that a task has in a language, labels left out: its training set, else its dev set."""
     for name in ("smsa", "nusax", "mnli-9k", "americasnli", "americasnli-first"):
         task = TASKS[name]
         if language in task.languages:
@@ -111,5 +106,5 @@ def _of_a_task(language: str, data: Path) -> tuple[Sequence[str], str]:
             except FileNotFoundError:
                 continue
             texts = dict.fromkeys(text for example in examples for text in texts_of(example))
-            return list(texts), f"{name} {split}, unlabelled"
+            return list(texts)[:lines], f"{name} {split}, unlabelled"
     return [], ""
