@@ -18,7 +18,7 @@ from typing import Any
 from study import STEPS
 
 from ltp_sparse.recipes import load_recipe, results
-from ltp_sparse.report.escaping import Bold, Sheet
+from ltp_sparse.report.escaping import Sheet
 from ltp_sparse.report.pages import write_report
 from ltp_sparse.report.paired import MARGIN, Comparison, combine, compare, pool
 from ltp_sparse.report.stage_1 import stage_1_sheet
@@ -139,12 +139,9 @@ def claims_sheet(found: Sequence[tuple[str, str, Comparison]]) -> Sheet:
     """The table of the page: every label minus the reference of its recipe, in points."""
     out = [["where", "trained instead", "minus", "pairs", "points", "95 % interval", "p, Holm", "finding"]]
     for name, where, of in found:
-        (reference,), (low, high) = load_recipe(name).compare, of.interval
-        mean = f"{of.mean:+.2f}"
-        points = Bold(mean) if low > 0 or high < 0 else mean
-        interval = "" if of.runs == 1 else f"{low:+.2f} to {high:+.2f}"
-        p_value, finding = f"{of.adjusted:.3f}", of.verdict(MARGIN)
-        out.append([where, of.label, reference, str(of.runs), points, interval, p_value, finding])
+        (reference,) = load_recipe(name).compare
+        cells = [str(of.runs), *of.cells(), f"{of.adjusted:.3f}", of.verdict()]
+        out.append([where, of.label, reference, *cells])
     return Sheet(out, [False, False, False, True, True, True, True, False])
 
 

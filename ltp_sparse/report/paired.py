@@ -47,10 +47,16 @@ class Comparison:
     def verdict(self, margin: float = MARGIN) -> str:
         """What the interval shows: equal within the margin, different, or neither."""
         low, high = self.interval
-        equal, differs = -margin < low and high < margin, low > 0 or high < 0
-        if equal:
+        differs = low > 0 or high < 0
+        if -margin < low and high < margin:
             return f"equal within {margin:g}" + (", not the same" if differs else "")
         return "different" if differs else "not shown"
+
+    def cells(self) -> tuple[str, str]:
+        """The mean, bold if its interval leaves out 0, and the interval, which a single pair does not have."""
+        (low, high), mean = self.interval, f"{self.mean:+.2f}"
+        interval = "" if math.isinf(high) else f"{low:+.2f} to {high:+.2f}"
+        return Bold(mean) if low > 0 or high < 0 else mean, interval
 
 
 def compare(
@@ -125,7 +131,7 @@ def combine(studies: Iterable[Sequence[Comparison]], *, margin: float = MARGIN) 
             freedom = sum(shares) ** 2 / spread if spread else 1.0
             half = float(stdtrit(freedom, 0.975)) * error
             p_value = min(1.0, 2 * _above(abs(mean), error, freedom))
-            equal = max(_above(mean + margin, error, freedom), _above(margin - mean, error, freedom))
+            equal = _equivalence(mean, margin, error, freedom)
             runs = sum(of.runs for of in parts)
             found.append(Comparison(label, (), runs, mean, (mean - half, mean + half), p_value, p_value, equal))
     return _holm(found)
@@ -159,8 +165,9 @@ def _differences(
 
 def _comparison(label: str, facts: tuple[Any, ...], differences: Mapping[Any, float], margin: float) -> Comparison:
     values = list(differences.values())
-    p_value = _sign_flips(values)
-    return Comparison(label, facts, len(values), *mean_interval(values), p_value, p_value, _equivalence(values, margin))
+    n, (mean, interval), p_value = len(values), mean_interval(values), _sign_flips(values)
+    equal_p = 1.0 if n == 1 else _equivalence(mean, margin, _error(values), n - 1)
+    return Comparison(label, facts, n, mean, interval, p_value, p_value, equal_p)
 
 
 def _holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
@@ -182,14 +189,10 @@ def comparison_sheet(
         ["label", *paths, "pairs", f"minus {reference}", "95 % interval", "p", "p, Holm", f"p, {margin:g}", "finding"]
     ]
     for found in comparisons:
-        low, high = found.interval
-        mean = f"{found.mean:+.2f}"
-        text = "" if math.isinf(high) else f"{low:+.2f} to {high:+.2f}"
-        clear = low > 0 or high < 0
-        cells = [Bold(mean) if clear else mean, text, *(f"{p:.3f}" for p in (found.p_value, found.adjusted))]
         facts = found.facts or ("all",) * len(paths)
-        equal = "" if found.runs == 1 else f"{found.equal_p:.3f}"
-        out.append([found.label, *map(plain, facts), str(found.runs), *cells, equal, found.verdict(margin)])
+        p_values = [f"{p:.3f}" for p in (found.p_value, found.adjusted)]
+        cells = [*found.cells(), *p_values, "" if found.runs == 1 else f"{found.equal_p:.3f}"]
+        out.append([found.label, *map(plain, facts), str(found.runs), *cells, found.verdict(margin)])
     return Sheet(out, [False] * (1 + len(paths)) + [True] * 6 + [False])
 
 
@@ -204,13 +207,9 @@ def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
     return mean, (mean - half, mean + half)
 
 
-def _equivalence(values: Sequence[float], margin: float) -> float:
+def _equivalence(mean: float, margin: float, error: float, freedom: float) -> float:
     """The larger p-value of two one-sided t tests: of a mean of at most -margin, and of at least margin."""
-    n, mean = len(values), statistics.fmean(values)
-    if n == 1:
-        return 1.0
-    error = _error(values)
-    return max(_above(mean + margin, error, n - 1), _above(margin - mean, error, n - 1))
+    return max(_above(mean + margin, error, freedom), _above(margin - mean, error, freedom))
 
 
 def _error(values: Sequence[float]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -103,9 +104,13 @@ def make_table(rows: Iterable[Mapping[str, Any]], by: Sequence[str], paper: Mapp
         samples[AVERAGE] = [100 * statistics.fmean(scores.values()) for scores in by_seed.values()]
         columns |= dict.fromkeys(languages)
         notes = dict.fromkeys(note for row in members for note in row.get("notes", ()))
-        values = {name: (statistics.fmean(v), _deviation(v)) for name, v in samples.items()}
+        values = {
+            name: (statistics.fmean(of), statistics.stdev(of) if len(of) > 1 else math.nan)
+            for name, of in samples.items()
+        }
         lines.append(Line(facts, values, len(by_seed), printed.get(facts, {}), tuple(notes)))
-    lines.sort(key=lambda line: [_order(fact) for fact in reversed(line.facts)])
+    # numbers in their order, then all else as it came
+    lines.sort(key=lambda line: [(0, x) if isinstance(x, int | float) else (1, 0) for x in reversed(line.facts)])
     columns.pop(AVERAGE, None)
     return Table(tuple(by), (*columns, AVERAGE), lines, _largest_class(rows))
 
@@ -184,10 +189,6 @@ def latex(table: Table) -> str:
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
-def _deviation(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else float("nan")
-
-
 def _means(table: Table, line: Line, best: set[tuple[tuple[Any, ...], str]]) -> list[str]:
     """The means and deviations of a line, the best ones as `Bold`."""
     texts = {column: _number(line.values.get(column)) for column in table.columns}
@@ -214,7 +215,3 @@ def _difference(line: Line, column: str) -> str:
 
 def _plain(fact: Any) -> Any:
     return str(fact) if isinstance(fact, Mapping | list) else fact
-
-
-def _order(fact: Any) -> tuple[int, Any]:
-    return (0, fact) if isinstance(fact, int | float) else (1, "")
