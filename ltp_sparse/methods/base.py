@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ltp_sparse.deltas.delta import SparseDelta
@@ -238,6 +240,14 @@ class Method(ABC):
         """The method of this class that `describe` has described."""
         settings = type(cls().settings)(**description["settings"])
         return cls(**description["options"], settings=settings)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Sets the seed of torch's global generators, whose states are afterwards as before."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
 
 def nothing() -> Ticket:

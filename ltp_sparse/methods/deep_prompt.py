@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from ltp_sparse.methods.base import Context, Encode, Method, Settings, Setup
+from ltp_sparse.methods.base import Context, Encode, Method, Settings, Setup, seeded
 from ltp_sparse.methods.fine_tuning import encode_for_classifier
 from ltp_sparse.models import DeepPrompt, SequenceClassifier
 from ltp_sparse.models.masked_prompt import PromptedMaskedLM
@@ -58,8 +57,7 @@ class DeepPromptTuning(Method):
             template = cloze_template(kind_of(examples[0]) if examples else "pair")
             return template.encode(tokenizer, examples, classes=context.labels, max_length=max_length)
 
-        with torch.random.fork_rng():
-            torch.manual_seed(context.seed)
+        with seeded(context.seed):
             if self.head == "classifier":
                 model: nn.Module = SequenceClassifier(language_model, len(context.labels), linear=True)
                 encode: Encode = encode_for_classifier(tokenizer, context.labels, max_length)

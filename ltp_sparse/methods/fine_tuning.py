@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ltp_sparse.deltas.delta import SparseDelta
-from ltp_sparse.methods.base import Context, Encode, Method, Settings, Setup, Tune
+from ltp_sparse.methods.base import Context, Encode, Method, Settings, Setup, Tune, seeded
 from ltp_sparse.models import SequenceClassifier, collator, encode_pairs, encode_texts
 from ltp_sparse.prompting import kind_of
 from ltp_sparse.selection import pools, select
@@ -61,8 +61,7 @@ class ClassifierMethod(Method):
     inputs = ("pair", "text")
 
     def build(self, language_model: XLMRobertaForMaskedLM, context: Context, *, baked: bool = False) -> Setup:
-        with torch.random.fork_rng():
-            torch.manual_seed(context.seed)
+        with seeded(context.seed):
             model = SequenceClassifier(language_model, len(context.labels))
         return Setup(
             model=model,

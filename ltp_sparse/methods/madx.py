@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import torch
-
-from ltp_sparse.methods.base import Context, Settings, Setup
+from ltp_sparse.methods.base import Context, Settings, Setup, seeded
 from ltp_sparse.methods.fine_tuning import TASK_SFT, ClassifierMethod
 from ltp_sparse.models import Adapter, AdapterStack
 
@@ -36,8 +34,7 @@ class MADX(ClassifierMethod):
     def build(self, language_model: XLMRobertaForMaskedLM, context: Context, *, baked: bool = False) -> Setup:
         setup = super().build(language_model, context, baked=baked)
         language = None if self.language_adapter is None else Adapter.load(self.language_adapter)
-        with torch.random.fork_rng():
-            torch.manual_seed(context.seed)
+        with seeded(context.seed):
             task = Adapter.for_task(language_model.config, self.reduction, drop_last=self.drop_last)
         stack = AdapterStack(language, task, drop_last=self.drop_last).to(language_model.device).attach(setup.model)
         return replace(setup, dense=(task, *setup.dense), undo=stack.remove)

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from ltp_sparse.methods.base import Context, Method, Settings, Setup
+from ltp_sparse.methods.base import Context, Method, Settings, Setup, seeded
 from ltp_sparse.models.backbone import is_decoupled
 from ltp_sparse.models.masked_prompt import PromptedMaskedLM
 from ltp_sparse.models.prompt_encoder import PromptEncoder, vocabulary_rows
@@ -229,6 +228,5 @@ def prompt_encoder(
     rows = None
     if settings.init == "vocabulary":
         rows = vocabulary_rows(embedding, settings.n_prompt, seed, exclude=tuple(tokenizer.all_special_ids)).cpu()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         return PromptEncoder(settings.n_prompt, embedding.shape[1], settings.encoder, rows=rows)

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
-
-from ltp_sparse.methods.base import Context, Method, Settings, Setup, nothing
+from ltp_sparse.methods.base import Context, Method, Settings, Setup, nothing, seeded
 from ltp_sparse.models import (
     TOPIC_WORDS,
     CausalPrompt,
@@ -68,8 +66,7 @@ class SPT(Method):
         self, language_model: XGLMForCausalLM | BloomForCausalLM, context: Context, *, baked: bool = False
     ) -> Setup:
         config, tokenizer = language_model.config, context.tokenizer
-        with torch.random.fork_rng():
-            torch.manual_seed(context.seed)
+        with seeded(context.seed):
             prompt = CausalPrompt(
                 self.n, config.hidden_size, None if baked else self.bottleneck, compat=self.compat
             ).to(language_model.device)

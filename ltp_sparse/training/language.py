@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM
 
 from ltp_sparse.deltas.delta import SparseDelta
-from ltp_sparse.methods.base import nothing
+from ltp_sparse.methods.base import nothing, seeded
 from ltp_sparse.methods.fine_tuning import K_LANGUAGE, group_shares, most_changed, scaled_budget
 from ltp_sparse.models import Adapter, AdapterStack
 from ltp_sparse.selection import pools
@@ -92,8 +91,7 @@ def train_language_adapter(
         settings: the settings of training.
         options: further arguments of `tune_mlm`.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
+    with seeded(settings.seed):
         adapter = Adapter.for_language(model.config)
     stack = AdapterStack(adapter, drop_last=False).to(model.device).attach(model)
     try:
