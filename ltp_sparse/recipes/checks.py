@@ -21,8 +21,7 @@ def check_cell(cell: Cell) -> None:
         strategy_and_score(cell)
     for stage in ("ticket", "language_sft", "adapters"):
         if cell[f"{stage}.mlm"]:
-            _refuse_unknown(cell[f"{stage}.mlm"], [f.name for f in fields(MLMSettings)], f"{stage}, mlm")
-            _refuse_texts(cell[f"{stage}.mlm"], MLMSettings(), f"{stage}, mlm")
+            _check_settings(cell[f"{stage}.mlm"], MLMSettings(), f"{stage}, mlm")
 
 
 def method_of(cell: Cell) -> Method:
@@ -33,8 +32,7 @@ def method_of(cell: Cell) -> Method:
     default = kind()
     known = [f.name for f in fields(default) if f.name != "settings"]
     _refuse_unknown(cell["options"], known, f"options of {cell['method']}")
-    _refuse_unknown(cell["settings"], [f.name for f in fields(default.settings)], f"settings of {cell['method']}")
-    _refuse_texts(cell["settings"], default.settings, f"settings of {cell['method']}")
+    _check_settings(cell["settings"], default.settings, f"settings of {cell['method']}")
     settings: Settings = replace(default.settings, **(cell["settings"] or {}))
     try:
         return kind(settings=settings, **(cell["options"] or {}))
@@ -53,7 +51,8 @@ def strategy_and_score(cell: Cell) -> tuple[str, str]:
     return strategy, score
 
 
-def _refuse_texts(given: Mapping[str, Any] | None, defaults: Any, what: str) -> None:
+def _check_settings(given: Mapping[str, Any] | None, defaults: Any, what: str) -> None:
+    _refuse_unknown(given, [f.name for f in fields(defaults)], what)
     for key, value in (given or {}).items():
         if type(getattr(defaults, key)) in (int, float) and type(value) not in (int, float):
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -110,6 +111,7 @@ def _save(figure: Any, path: str | os.PathLike[str]) -> Path:
 
 
 Rows = Sequence[Mapping[str, Any]]
+_NOTHING = (math.nan, math.nan)
 
 
 def plot_density(rows: Rows, path: Path, recipe: Recipe) -> Path | None:
@@ -144,7 +146,7 @@ def plot_labels(rows: Rows, path: Path, recipe: Recipe) -> Path | None:
 def plot_languages(rows: Rows, path: Path, recipe: Recipe) -> Path | None:
     """A heat map: lines of the table by language."""
     table = make_table(rows, recipe.by)
-    grid = [[line.values.get(column, (float("nan"), 0.0))[0] for column in table.columns] for line in table.lines]
+    grid = [[line.values.get(column, _NOTHING)[0] for column in table.columns] for line in table.lines]
     return _heat_map([line.facts for line in table.lines], table.columns, grid, path, "score (%)", "{:.0f}")
 
 
@@ -160,14 +162,9 @@ def plot_relative_change(rows: Rows, path: Path, recipe: Recipe) -> Path | None:
         return None
     grid = []
     for line in changed:
-        before = plain[line.facts[:-1]].values
-        both = [column in line.values and before.get(column, (0.0, 0.0))[0] > 0 for column in table.columns]
-        grid.append(
-            [
-                100 * (line.values[column][0] / before[column][0] - 1) if there else float("nan")
-                for column, there in zip(table.columns, both, strict=True)
-            ]
-        )
+        sides = (line.values, plain[line.facts[:-1]].values)
+        means = ([side.get(column, _NOTHING)[0] for side in sides] for column in table.columns)
+        grid.append([100 * (after / before - 1) if before > 0 else math.nan for after, before in means])
     return _heat_map([line.facts for line in changed], table.columns, grid, path, "change of the score (%)", "{:+.0f}")
 
 
