@@ -14,6 +14,7 @@ from ltp_sparse.methods import LTP, PromptMethod, PromptOnly, PromptSettings, Ra
 from ltp_sparse.models.backbone import load_backbone
 from ltp_sparse.prompting import CLASSES, Verbalizer
 from ltp_sparse.recipes import results
+from ltp_sparse.report.escaping import Sheet
 from ltp_sparse.report.plots import plot_accuracy, plot_ticket
 from ltp_sparse.report.tables import Table, make_table, markdown
 from ltp_sparse.selection.ltp import find_ticket
@@ -109,16 +110,16 @@ def _demo(output: Path, settings: DemoSettings, progress: bool, report_to: str) 
         (PromptOnly(settings=replace(shared, learning_rate=settings.prompt_only_learning_rate)), None),
     ]
     rows: list[dict[str, Any]] = []
-    facts = {}
+    costs = {}
     logs = None if report_to == "none" else output / "runs"
     for method, given in methods:
-        of_method, facts[method.name] = _run_method(method, given, settings, progress, report_to, logs)
+        of_method, costs[method.name] = _run_method(method, given, settings, progress, report_to, logs)
         rows += of_method
     for row in rows:
         results.append(output / results.RESULTS, row)
 
     table = make_table(rows, ("method", "shots"))
-    report = _report(table, facts, ticket, model, settings, time.perf_counter() - start)
+    report = _report(table, costs, ticket, model, settings, time.perf_counter() - start)
     write_text(output / "report.md", report)
     plot_accuracy(
         table.means(),
@@ -147,23 +148,6 @@ def _say(text: str) -> None:
     print(f"\n{text}", flush=True)
 
 
-@dataclass(frozen=True)
-class _Fact:
-    """Figures of a method in the report.
-
-    Attributes:
-        trained: weights of the language model that train
-        state: bytes of optimizer state, with that of the prompt encoder
-        frozen: weights that do not train
-        changed: frozen weights whose bits changed
-    """
-
-    trained: int
-    state: int
-    frozen: int
-    changed: int
-
-
 def _run_method(
     method: PromptMethod,
     ticket: Ticket | None,
@@ -171,8 +155,8 @@ def _run_method(
     progress: bool,
     report_to: str,
     logs: Path | None,
-) -> tuple[list[dict[str, Any]], _Fact]:
-    """Result rows over seeds, and the facts of the last seed."""
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Result rows over seeds, and the costs of the last seed."""
     train, dev = (pairs(3 * settings.shots, split, "en") for split in ("train", "dev"))
     tests = {language: pairs(settings.test, "test", language) for language in LANGUAGES}
     rows = []
@@ -196,7 +180,7 @@ def _run_method(
         facts = {"method": method.name, "shots": settings.shots, "seed": seed, "largest_class": largest_class(tests)}
         rows.append(result_row(accuracies, **facts))
         print(f"{method.name}, seed {seed}: {rows[-1]['mean']:.1%} over {len(tests)} languages", flush=True)
-    return rows, _compared(result, model, before)
+    return rows, _costs(result, model, before)
 
 
 def new_words(tokenizer: PreTrainedTokenizerBase) -> Verbalizer:
@@ -204,8 +188,8 @@ def new_words(tokenizer: PreTrainedTokenizerBase) -> Verbalizer:
     return Verbalizer.from_words(tokenizer, WORDS, strict=True)
 
 
-def _compared(result: Trained, model: XLMRobertaForMaskedLM, before: dict[str, torch.Tensor]) -> _Fact:
-    """Compares every weight with its value before training, bit for bit."""
+def _costs(result: Trained, model: XLMRobertaForMaskedLM, before: dict[str, torch.Tensor]) -> list[str]:
+    """Cells of the report: trained weights, optimizer state, frozen weights, and those of them whose bits changed."""
     frozen = changed = trained = 0
     for name, parameter in canonical_parameters(model).items():
         moved = bits(parameter) != bits(before[name])
@@ -214,22 +198,30 @@ def _compared(result: Trained, model: XLMRobertaForMaskedLM, before: dict[str, t
             trained += index_set.k
         changed += int(moved.sum())
         frozen += parameter.numel()
-    return _Fact(trained, result.optimizer_bytes, frozen - trained, changed)
+    state, dense = result.optimizer_bytes, 8 * _encoder_size(model)
+    return [f"{trained:,}", f"{state:,}", f"{state / dense:.1%}", f"{frozen - trained:,}", str(changed)]
+
+
+def _encoder_size(model: XLMRobertaForMaskedLM) -> int:
+    return sum(p.numel() for p in model.roberta.parameters())
 
 
 def _report(
     table: Table,
-    facts: dict[str, _Fact],
+    costs: dict[str, list[str]],
     ticket: Ticket,
     model: XLMRobertaForMaskedLM,
     settings: DemoSettings,
     seconds: float,
 ) -> str:
-    dense = 8 * sum(p.numel() for p in model.roberta.parameters())
+    size = _encoder_size(model)
+    head = ("method", "weights trained", "optimizer state, bytes", "of dense AdamW's", "frozen weights")
+    rows = [[*head, "of them changed"], *([name, *cells] for name, cells in costs.items())]
+    parts = [[place, f"{k:,}", f"{n:,}", f"{k / n:.1%}"] for place, (k, n) in ticket.counts("layer").items()]
     lines = [
         "# ltp_sparse demo",
         "",
-        f"mini-xlmr, {sum(p.numel() for p in model.roberta.parameters()):,} parameters (encoder); {settings.shots} "
+        f"mini-xlmr, {size:,} parameters (encoder); {settings.shots} "
         f"English training examples per class, {settings.test} test examples per language, "
         f"seeds {', '.join(map(str, settings.seeds))}, {seconds:.0f} s in all. Chance is 33.33 %.",
         "",
@@ -245,26 +237,15 @@ def _report(
         "",
         "## Cost and frozen weights",
         "",
-        "| method | weights trained | optimizer state, bytes | of dense AdamW's | frozen weights | of them changed |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    lines += [
-        f"| {name} | {f.trained:,} | {f.state:,} | {f.state / dense:.1%} | {f.frozen:,} | {f.changed} |"
-        for name, f in facts.items()
-    ]
-    lines += [
-        "",
-        f"Dense AdamW over the encoder holds {dense:,} bytes. The states above include that of the prompt encoder "
+        Sheet(rows, [False] + [True] * 5).markdown(),
+        f"Dense AdamW over the encoder holds {8 * size:,} bytes. The states above include that of the prompt encoder "
         "(8 bytes per parameter). Frozen weights are compared bit for bit with their values before training.",
         "",
         "## Where the active entries are",
         "",
         f"{ticket}",
         "",
-        "| part | active | of | density |",
-        "| --- | ---: | ---: | ---: |",
-        *(f"| {place} | {k:,} | {n:,} | {k / n:.1%} |" for place, (k, n) in ticket.counts("layer").items()),
-        "",
+        Sheet([["part", "active", "of", "density"], *parts], [False] + [True] * 3).markdown(),
         "![accuracy per language](accuracy.png)",
         "![share of active entries per layer](ticket.png)",
         "",

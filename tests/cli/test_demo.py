@@ -155,7 +155,7 @@ def test_the_demo_draws_whiskers_over_seeds(tmp_path, monkeypatch):
             {"method": method.name, "shots": 1, "seed": seed, "scores": scores[method.name, seed], "mean": 0.5}
             for seed in settings.seeds
         ]
-        return rows, module._Fact(1, 1, 1, 0)
+        return rows, ["1", "1", "1", "1", "0"]
 
     monkeypatch.setattr(module, "_run_method", run_method)
     demo(tmp_path, DemoSettings(sentences=60), progress=False)
