@@ -154,7 +154,7 @@ def train(store: str, client: Client, steps: int, samples: int) -> None:
     ticket = ls.Ticket.random(model, density=0.2, seed=0, pool=LINEAR)
     optimizer = ls.MaskedAdamW(model, ticket, lr=1e-2, weight_decay=0.0, max_grad_norm=1.0, gradients="packed")
     publisher = ls.sync.Publisher(optimizer, ticket, store)
-    published = publisher.publish(0)
+    publisher.publish(0)
     for step in range(1, steps + 1):
         answer = client.at(step - 1, prompts=PROMPTS.tolist(), samples=samples)
         sequences = torch.tensor(answer["sequences"])

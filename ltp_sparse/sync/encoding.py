@@ -52,7 +52,8 @@ def encode(slots: Tensor, earlier: Tensor | None) -> Encoded:
         return _planes(VALUES, {"value": new})
     at, flips = _changes(new, as_integers(earlier))
     gaps = np.diff(at, prepend=-1) - 1
-    found = [_planes(CHANGES, {"gap": gaps.astype(_holding(int(gaps.max(initial=0)))), "flip": flips})]
+    smallest = np.min_scalar_type(int(gaps.max(initial=0)))  # unsigned, since no gap is negative
+    found = [_planes(CHANGES, {"gap": gaps.astype(smallest), "flip": flips})]
     if at.size > _HALF * new.size:
         found.append(_planes(VALUES, {"value": new}))
     return min(found, key=lambda encoded: sum(plane.numel() for plane in encoded[0].values()))
@@ -103,11 +104,6 @@ def _changes(new: np.ndarray, old: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         places.append(at + start)
         flips.append(flipped[at])
     return np.concatenate(places), np.concatenate(flips)
-
-
-def _holding(largest: int) -> np.dtype:
-    """The smallest unsigned dtype for a number."""
-    return next(dtype for size, dtype in _UNSIGNED.items() if largest < 1 << 8 * size)
 
 
 def _planes(form: str, integers: Mapping[str, np.ndarray]) -> Encoded:
