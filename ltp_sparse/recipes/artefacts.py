@@ -1,4 +1,4 @@
-"""What several cells share and is made once: tuned weights or scores of stage 1, language SFTs, language adapters."""
+"""Artefacts, which several cells share: tuned weights or scores of stage 1, language SFTs, language adapters."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from ltp_sparse.weights import files
 from ltp_sparse.weights.names import canonical_parameters
 
 LINES = {"ticket": 300_000, "language_sft": 1_000_000, "adapters": 1_000_000}
-"""Stage of a cell -> sentences of text, where the recipe does not say."""
+"""Stage of a cell -> number of sentences, if the recipe gives none."""
 
 _FACTS = {
     "ticket": ("strategy", "score", "language", "text", "lines", "mlm"),
     "language_sft": ("kind", "k", "density", "text", "lines", "mlm"),
     "adapters": ("text", "lines", "mlm"),
 }
-"""Stage -> what its artefact depends on, of the facts of a cell."""
+"""Stage -> the facts of a cell on which its artefact depends."""
 
 
 @dataclass(frozen=True)
 class Artefact:
-    """One thing to make.
+    """One artefact.
 
     Attributes:
-        stage: What it is for: ticket, language_sft or adapters.
-        of: The seed of stage 1, or the language.
-        cell: One of the cells that need it.
+        stage: ticket, language_sft or adapters.
+        of: the seed of stage 1, or the language.
+        cell: one of the cells that need it.
     """
 
     stage: str
@@ -48,7 +48,7 @@ class Artefact:
 
     @property
     def id(self) -> str:
-        """A digest of what it depends on: cells that share an artefact name it alike."""
+        """A digest of what it depends on, and so the same for all cells that share it."""
         facts = {path: self.cell[path] for path in ("model", "tokenizer")}
         facts |= {name: self.cell[f"{self.stage}.{name}"] for name in _FACTS[self.stage]}
         return files.sha256_of([self.stage, self.of, facts])[:16]
@@ -57,12 +57,12 @@ class Artefact:
         return f"{self.stage} of {'seed ' if self.stage == 'ticket' else ''}{self.of}"
 
     def file(self, bench: Workbench) -> Path:
-        """Its file in the cache; made, if it is not there."""
+        """Its file in the cache, which is made if it is missing."""
         return _MAKERS[self.stage](self.cell, bench, self.of)
 
 
 def needed(cell: Cell) -> list[Artefact]:
-    """What must be in the cache before a cell runs."""
+    """The artefacts that a cell needs."""
     found = []
     if cell["ticket"] is not None and strategy_and_score(cell)[1] != "magnitude":
         found += [Artefact("ticket", seed, cell) for seed in stage_1_seeds(cell)]
@@ -76,14 +76,14 @@ def needed(cell: Cell) -> list[Artefact]:
 
 
 def stage_1_seeds(cell: Cell) -> list[int]:
-    """The seed of a cell's ticket, and, where there are several to take turns, the next one, to compare with."""
+    """The seed of a cell's ticket and, if the recipe has several, the next one, for comparison."""
     seeds = cell["ticket.seeds"] or [(cell["ticket.mlm"] or {}).get("seed", MLMSettings().seed)]
     turn = cell["seed"] - 1
     return [seeds[(turn + i) % len(seeds)] for i in range(min(len(seeds), 2))]
 
 
 def text_of(cell: Cell, bench: Workbench, stage: str, language: Any = None) -> Corpus:
-    """The text that a stage learns from, of a language, or of the one or those that it names."""
+    """The text of a stage, in a language, or in those that the stage names."""
     return bench.corpus(language or cell[f"{stage}.language"] or "en", cell[stage], LINES[stage])
 
 
@@ -145,6 +145,6 @@ _MAKERS: dict[str, Callable[[Cell, Workbench, Any], Path]] = {
 
 
 def _facts(bench: Workbench, text: Corpus, settings: Any) -> dict[str, Any]:
-    """What an artefact was made from, by which the cache finds it again."""
+    """What an artefact is made from, which is its key in the cache."""
     data = text_hash(text.texts)
     return {"base": bench.digest, "data": data, "settings": asdict(settings), "source": text.source}

@@ -37,8 +37,8 @@ class Entry:
 class Cache:
     """A folder of artefacts, each named by a digest of what it was made from: base model, data and settings.
 
-    Each has a description next to it, written after it and read before it: what it is, and its checksum. An
-    artefact without one was not written to its end.
+    A description next to each artefact says what it is, with its checksum. It is written last: an artefact without a
+    description is incomplete.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -52,7 +52,7 @@ class Cache:
         """The file of an artefact; `make` writes it (`files.save`) if it is not there. Other processes wait meanwhile.
 
         Raises:
-            FileFormatError: The artefact, or its description, is damaged.
+            FileFormatError: the artefact, or its description, is damaged.
         """
         path = self.folder / f"{kind}-{files.sha256_of(facts)[:24]}.safetensors"
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -43,13 +43,13 @@ def run_cell(
     """Trains and evaluates a cell; the base model ends at its initial bits.
 
     Args:
-        cell: What to run.
-        bench: Where data and artefacts are, and how to compute.
-        folder: For the checkpoints of an interrupted run; None keeps none.
-        save_every: Epochs between checkpoints.
+        cell: the cell.
+        bench: where data and artefacts are, and how to compute.
+        folder: for checkpoints, from which an interrupted run resumes; None: there are none.
+        save_every: epochs between checkpoints.
 
     Returns:
-        The row: the cell's facts, scores by language and their mean, what was trained, and where all came from.
+        The row: the cell's facts, scores by language and their mean, what was trained, and the provenance.
     """
     start = time.perf_counter()
     method = method_of(cell)
@@ -98,7 +98,7 @@ def run_cell(
         trained.release()
 
     def scores_of(delta: SparseDelta) -> dict[str, float]:
-        """With the language SFT or adapter of each test language, where the cell has some."""
+        """Scores with the language SFT or adapter of each test language, if the cell has them."""
         scores: dict[str, float] = {}
         for test_language in tests:
             if source is not None:
@@ -171,11 +171,10 @@ def _sample(examples: Sequence[Any], limit: int | None) -> Sequence[Any]:
 
 
 def ticket_of(cell: Cell, bench: Workbench, notes: list[str]) -> tuple[Ticket | None, dict[str, Any] | None]:
-    """The ticket of stage 1 that a cell asks for, and the facts about it that rows of results keep.
+    """The ticket of stage 1 that a cell asks for, and facts about it for the row of results.
 
-    The facts are: where the text is from, updates and their tokens, the validation loss of the weights that were kept;
-    and, where there are several seeds of stage 1, which one it is, and the share of entries that it has in common with
-    the ticket of the next one, next to what chance would give tickets with as many entries in each parameter.
+    The facts are its seed, the source of the text, updates and their tokens, the validation loss of the kept weights
+    and, if the recipe has several seeds of stage 1, the `overlap` with the ticket of the next one.
     """
     spec = cell["ticket"]
     if spec is None:
@@ -210,9 +209,7 @@ def ticket_of(cell: Cell, bench: Workbench, notes: list[str]) -> tuple[Ticket | 
 
 
 def overlap(ticket: Ticket, other: Ticket) -> dict[str, float]:
-    """The share of a ticket's entries that are in another, and what is expected of two random ones with as many
-    entries in each parameter.
-    """
+    """The share of a ticket's entries that are in another one, and that which chance gives tickets of these counts."""
     expected = sum(ticket.sets[name].k * other.sets[name].k / ticket.sets[name].n for name in ticket.active_names)
     return {"share": round((ticket & other).k / ticket.k, 4), "chance": round(expected / ticket.k, 4)}
 
@@ -221,7 +218,7 @@ class LanguageDeltas:
     """The language SFTs that a cell composes with.
 
     Attributes:
-        active: Language -> where the entries of its SFT lie, of those used so far.
+        active: language -> active entries of its SFT by layer, for the SFTs used so far.
     """
 
     def __init__(self, cell: Cell, bench: Workbench, notes: list[str]) -> None:
@@ -230,7 +227,7 @@ class LanguageDeltas:
 
     @contextmanager
     def applied(self, language: str | None, model: Any) -> Iterator[None]:
-        """The model with a language's SFT below everything else; None: as it is."""
+        """Applies the SFT of a language to the model within this context; None: changes nothing."""
         if language is None:
             yield
             return
@@ -243,7 +240,7 @@ class LanguageDeltas:
             delta.revert(model)
 
     def _delta(self, language: str, model: Any) -> SparseDelta:
-        """The file that the recipe provides (`files`), of ours or of LT-SFT's authors; or the one in the cache."""
+        """The SFT in the file that the recipe names (`files`; LT-SFT's format can be read, too), else in the cache."""
         if (provided := self.cell["language_sft.files"]) is None:
             _note(text_of(self.cell, self.bench, "language_sft", language), self.notes)
             return SparseDelta.load(language_sft(self.cell, self.bench, language))
@@ -266,7 +263,7 @@ def active_by_layer(ticket: Ticket) -> dict[str, list[int]]:
 
 
 def _training_task(cell: Cell, bench: Workbench, notes: list[str]) -> Task:
-    """The training task; if its files are not in the data folder, the substitute that the recipe names."""
+    """The training task, or the substitute that the recipe names if the files are not in the data folder."""
     name, stand_in = cell["train.task"], cell["train.stand_in"]
     if bench.data is None or stand_in is None:
         return TASKS[name]

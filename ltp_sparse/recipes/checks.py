@@ -1,4 +1,4 @@
-"""The method, and the choices of stage 1, that the facts of a cell name; all of them checked before anything runs."""
+"""Checks before anything runs: the method of a cell with its options and settings, and the choices of stage 1."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_cell(cell: Cell) -> None:
 
 
 def method_of(cell: Cell) -> Method:
-    """The method of a cell, with its options and settings; a ValueError names what it does not know."""
+    """The method of a cell, with its options and settings. Raises ValueError for unknown ones."""
     if cell["method"] not in METHODS:
         raise ValueError(f"unknown method {cell['method']!r}; known: {', '.join(METHODS)}")
     kind = METHODS[cell["method"]]
@@ -41,7 +41,7 @@ def method_of(cell: Cell) -> Method:
 
 
 def strategy_and_score(cell: Cell) -> tuple[str, str]:
-    """Of the ticket of a cell: which parameters may be in it, and what ranks their entries."""
+    """(which parameters the ticket of a cell can have, which score ranks their entries)"""
     spec = cell["ticket"]
     strategy, score = spec.get("strategy", "decoupled"), spec.get("score", "change")
     if strategy not in STRATEGIES:

@@ -1,4 +1,4 @@
-"""Plain text for stage 1, language SFTs and language adapters: a corpus by language, and what stands in for it."""
+"""Plain text for stage 1, language SFTs and language adapters: corpora by language, and what stands in for them."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Corpus:
     """Sentences of a language.
 
     Attributes:
-        source: Where they come from.
-        stand_in: Whether this is not the corpus that was asked for; rows of results say so.
+        source: where they come from.
+        stand_in: whether they stand in for the corpus of the recipe, which rows of results then note.
     """
 
     texts: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What runs jobs: this process, workers on this machine, a Ray cluster, or SLURM."""
+"""Engines run jobs: in this process, in workers on this machine, on a Ray cluster, or by SLURM."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Engine(Protocol):
     """Runs jobs elsewhere, several at once.
 
     Attributes:
-        room: How many jobs it takes at once.
+        room: how many jobs it takes at once.
     """
 
     room: int
@@ -49,11 +49,11 @@ def engine_on(where: str, folder: Path, gpus: float | None = None) -> Engine:
 
     Args:
         where: `local:0,1`, `ray://host:10001`, `ray:auto`, `ray:host:6379` or `slurm:partition=gpu,time=60`.
-        folder: For the files of an engine, if it has any; all machines must see it.
-        gpus: GPUs a cell, such as 0.5; None: 1 where there are any.
+        folder: for files of the engine; all machines must see it.
+        gpus: GPUs per cell, such as 0.5; None: 1 if there are any.
 
     Raises:
-        ValueError: Another form, or a package that is not installed.
+        ValueError: the name has another form, or a package is not installed.
     """
     name, _, rest = where.partition(":")
     if gpus is not None and gpus != 0 and not 0.01 <= gpus <= 1:
@@ -79,7 +79,7 @@ def engine_on(where: str, folder: Path, gpus: float | None = None) -> Engine:
 
 
 class Here:
-    """This process: a job at a time."""
+    """This process, which runs one job at a time."""
 
     room = 1
 
@@ -98,11 +98,11 @@ class Here:
 
 
 class Local:
-    """Worker processes on this machine, some for each GPU, which is the only one that they see.
+    """Worker processes on this machine, each of which sees one GPU only.
 
     Args:
         devices: GPUs, as in CUDA_VISIBLE_DEVICES.
-        each: Workers for each.
+        each: workers per GPU.
     """
 
     def __init__(self, devices: Sequence[str], each: int = 1) -> None:
@@ -125,7 +125,7 @@ class Local:
 
 
 class _Worker:
-    """A process, started for its first job, and anew for the next one after it has died."""
+    """A process that is started for its first job, and again for the next job after it has died."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -160,7 +160,7 @@ class _Worker:
 
 
 def _work(device: str, pipe: Connection) -> None:
-    """A worker: does the jobs that come through the pipe until that is closed."""
+    """Runs the jobs that arrive through a pipe until it is closed."""
     os.environ["CUDA_VISIBLE_DEVICES"] = device
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the driver ends its workers
     threading.Thread(target=_end_with_driver, daemon=True).start()
@@ -188,7 +188,7 @@ class Ray:
 
     Args:
         address: `ray://host:10001` from outside, `auto` or `host:6379` on a machine of the cluster.
-        gpus: Share of a GPU for each job; None: one, or none where the cluster has none now.
+        gpus: share of a GPU for each job; None: one, or none if the cluster has no GPU now.
     """
 
     room = 10_000  # Ray queues them
@@ -236,16 +236,16 @@ def _run(job: Job) -> Outcome:
 
 
 class Slurm:
-    """Jobs of SLURM, by submitit. Those of a driver that was killed go on, and the next driver takes their outcomes.
+    """Jobs of SLURM, by submitit. They go on if the driver is killed, and the next driver takes their outcomes.
 
     Args:
-        folder: For submitted jobs, their outcomes and logs; all machines must see it.
-        options: Of `sbatch`, such as partition, time (minutes), mem, account; `jobs`: how many at once, 100 by default.
+        folder: for submitted jobs, their outcomes and logs; all machines must see it.
+        options: of `sbatch`, such as partition, time (minutes), mem, account; `jobs`: how many at once, 100 by default.
         gpus: 0 or 1 for each job; None: 1.
-        executor: The class of submitit.
+        executor: the class of submitit.
 
     Raises:
-        ValueError: No submitit, no SLURM here, or options that submitit refuses.
+        ValueError: there is no submitit or no SLURM here, or submitit refuses the options.
     """
 
     def __init__(
@@ -288,14 +288,14 @@ class Slurm:
         self._record(job).unlink(missing_ok=True)
         try:
             outcome: Outcome = theirs.result()
-        except Exception:  # of submitit, as a job that has raised returns an outcome, too
+        except Exception:  # of submitit: a job that raises returns an outcome as well
             return job, Outcome(error=f"state {theirs.state}, log {theirs.paths.stderr}", died=True)
         for path in self._folder.glob(f"{theirs.job_id}_*"):
             path.unlink()
         return job, outcome
 
     def _record(self, job: Job) -> Path:
-        """Holds the number that SLURM gave to a job."""
+        """The file with the number that SLURM gave to a job."""
         return self._folder / f"{job.digest}.id"
 
     def close(self) -> None:

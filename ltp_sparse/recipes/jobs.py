@@ -1,4 +1,4 @@
-"""What a worker does: a job is one cell, or one artefact that cells share, and all that is needed to do it anywhere."""
+"""Jobs: a cell, or an artefact that cells share, with all that a worker needs to do it anywhere."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Outcome:
     """How a job ended.
 
     Attributes:
-        row: Of a cell.
-        seconds: How long it took.
-        error: What was raised, or why the worker died; None: the job is done.
-        trace: Where it was raised.
-        died: The worker died before the job's end: another may do it.
-        attempts: Workers that tried; the driver counts them.
+        row: the row of results of a cell.
+        seconds: how long it took.
+        error: what was raised, or why the worker died; None: the job is done.
+        trace: the traceback of the error.
+        died: whether the worker died before the job ended, so that another one can try.
+        attempts: number of workers that tried, counted by the driver.
     """
 
     row: Mapping[str, Any] | None = None
@@ -44,12 +44,12 @@ class Job:
     """One unit of work. It can be pickled, writes nothing but artefacts and checkpoints, and returns its outcome.
 
     Attributes:
-        work: A cell to run, or an artefact to make.
-        bench: Where data and artefacts are, and how to compute.
-        folder: The driver's working directory, from which relative paths lead.
+        work: a cell to run, or an artefact to make.
+        bench: where data and artefacts are, and how to compute.
+        folder: the driver's working directory, from which relative paths lead.
         plugins: Python files to run first.
-        scratch: Folder for the checkpoints of an interrupted cell; None keeps none.
-        save_every: Epochs between checkpoints.
+        scratch: folder for checkpoints, from which an interrupted cell resumes; None: there are none.
+        save_every: epochs between checkpoints.
     """
 
     work: Cell | Artefact
@@ -65,13 +65,13 @@ class Job:
 
     @property
     def digest(self) -> str:
-        """Of all that the outcome may depend on."""
+        """A digest of all that the outcome can depend on."""
         parts = self.id, self.bench.settings(), self.folder, self.plugins, self.scratch, self.save_every
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     @property
     def needs(self) -> list[str]:
-        """Ids of the jobs that come first."""
+        """Ids of the jobs that must be done before."""
         return [artefact.id for artefact in needed(self.work)] if isinstance(self.work, Cell) else []
 
     def __str__(self) -> str:
@@ -97,7 +97,7 @@ class Job:
 def jobs_of(
     recipe: Recipe, cells: Iterable[Cell], bench: Workbench, scratch: Path, save_every: int | None
 ) -> list[Job]:
-    """A job for each cell, and before the first cell that needs it, one for each artefact."""
+    """A job for each cell, and one for each artefact, before the first cell that needs it."""
     here = Path.cwd()
     found: dict[str, Job] = {}
     for cell in cells:

@@ -1,4 +1,4 @@
-"""What a recipe would do: cells, trained entries, memory and time, before anything is trained."""
+"""What a recipe takes, estimated before anything is trained: cells, trained entries, memory and time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ltp_sparse.training.mlm import MLMSettings
 from ltp_sparse.weights.names import canonical_parameters, layer_of
 
 _GPU_FLOPS = 1e14
-"""Assumed of a data-centre GPU in bfloat16: a quarter to a tenth of its printed peak."""
+"""Assumed for a data-centre GPU in bfloat16, a tenth to a quarter of its printed peak."""
 
 _TRAINING = {"multinli": 392_702, "mnli-9k": 8_100, "smsa": 10_617, "smsa-full": 11_000}
 _TEST = {
@@ -45,7 +45,7 @@ _SENTENCE = 27
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one cell: active entries of the language model, bytes of optimizer state for them, updates, operations."""
+    """Of one cell: active entries of the language model, bytes of their optimizer state, updates, operations."""
 
     active: int
     state: int
@@ -93,7 +93,7 @@ def plan(recipe: Recipe) -> str:
 
 
 def estimate(cell: Cell, model: Any) -> Estimate:
-    """What a cell costs, given its base model without weights."""
+    """What a cell takes, given its base model without weights."""
     method = method_of(cell)
     active, n = _active(cell, method, model)
     examples = _TRAINING.get(cell["train.task"], len(task(cell["train.task"]).labels) * (cell["shots"] or 1))
@@ -129,7 +129,7 @@ def _active(cell: Cell, method: Method, model: Any) -> tuple[int, int]:
 
 
 def _making(artefact: Artefact, model: Any) -> float:
-    """Operations of making an artefact, in each phase the tuning of a masked language model."""
+    """Operations that make an artefact: each of its phases tunes a masked language model."""
     cell, stage = artefact.cell, artefact.stage
     settings = {"ticket": MLMSettings(), "language_sft": LANGUAGE_SETTINGS, "adapters": ADAPTER_SETTINGS}[stage]
     phases = 2 if stage == "language_sft" and cell[f"{stage}.kind"] in (None, "lt-sft", "sc-sft") else 1
@@ -162,7 +162,7 @@ def _meta_model(name: str) -> Any:
 
 
 def _flops_here(size: int = 1024) -> float:
-    """Of the fastest of some matrix products: others may be at work on this machine now."""
+    """Operations per second, of the fastest of some matrix products, as other programs can slow them."""
     matrix = torch.randn(size, size, dtype=torch.float32, device="cpu")
     seconds = []
     for _ in range(16):

@@ -1,4 +1,4 @@
-"""Learning rates that were chosen on dev data: of another recipe's rows, into the cells of this one."""
+"""Learning rates for the cells of a recipe, chosen on dev data by the rows of another recipe."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def best_rates(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[Any, ...], float
 
 
 def with_rates(recipe: Recipe, rows: Iterable[Mapping[str, Any]]) -> Recipe:
-    """The recipe with the best rate of rows in every cell that has none of its own.
+    """The recipe with the best rate of some rows in every cell that has no rate of its own.
 
     Args:
-        rows: Of a recipe with the same labels and densities, with other seeds.
+        rows: those of a recipe with the same labels and densities, with other seeds.
 
     Raises:
-        ValueError: A cell has no rate, and no row gives one.
+        ValueError: a cell has no rate, and no row gives one.
     """
     rates = best_rates(rows)
     cells = []

@@ -70,14 +70,14 @@ class Recipe:
     """A titled list of cells, and how their results become a table.
 
     Attributes:
-        by: Facts (dotted paths) that make a row of the table.
-        paper: Key of printed figures in `papers.yaml`.
-        compare: Labels that the report compares every other one with, in pairs of equal seeds.
-        margin: Points within which the comparison counts labels as equal.
-        chance: Score of a guess; the report names the languages above it.
-        kinship: The report also gives scores by kinship with the training language.
-        rates: Name of the recipe whose rows choose the learning rates of this one (`recipes.rates`).
-        plots: Names of plots in `ltp_sparse.report`.
+        by: facts (dotted paths) that make a row of the table.
+        paper: key of printed figures in `papers.yaml`.
+        compare: labels with which the report compares every other one, in pairs of equal seeds.
+        margin: points within which the comparison counts labels as equal.
+        chance: score of a guess; the report names the languages above it.
+        kinship: whether the report also gives scores by kinship with the training language.
+        rates: name of the recipe whose rows choose the learning rates of this one (`recipes.rates`).
+        plots: names of plots in `ltp_sparse.report`.
         plugins: Python files of methods of one's own, which have run.
     """
 
@@ -114,19 +114,18 @@ def recipe_names() -> list[str]:
 
 @reader("recipe")
 def load_recipe(name: str, overrides: Sequence[tuple[str, Any]] = (), *, allow_plugins: bool = False) -> Recipe:
-    """A recipe by the name of one that comes with the library, or from a YAML file of one's own.
+    """A recipe of the library by its name, or your own recipe from a YAML file.
 
     Args:
-        overrides: (dotted path, value) set in every cell, such as ("settings.epochs", 1) or ("model", "folder"); a list
-            as the value becomes a dimension of the grid. Those of a stage ("ticket.density") are for the cells that
-            have it.
-        allow_plugins: Run the Python files that the recipe names (`plugins`); they lie in its folder.
+        overrides: (dotted path, value) to set in every cell, such as ("settings.epochs", 1) or ("model", "folder"); a
+            list becomes a dimension of the grid. Those of a stage ("ticket.density") are for the cells that have it.
+        allow_plugins: whether to run the Python files that the recipe names (`plugins`).
 
     Raises:
-        FileNotFoundError: There is no such file.
-        FileFormatError: An unknown key, method or task, with the known ones; a value of another kind; too many cells;
-            or plugins that are not allowed.
-        ValueError: An unknown recipe, with the known ones.
+        FileNotFoundError: there is no such file.
+        FileFormatError: a key, method or task is unknown, a value is of another kind, there are too many cells, or
+            plugins that are not allowed.
+        ValueError: the recipe is unknown.
     """
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
@@ -157,7 +156,7 @@ def load_recipe(name: str, overrides: Sequence[tuple[str, Any]] = (), *, allow_p
 
 
 def _plugin(recipe: Path, name: str, allowed: bool) -> Path:
-    """A Python file, which must lie in the recipe's folder itself: a link that leads elsewhere is another file."""
+    """A Python file, which must lie in the recipe's folder; a link that leads elsewhere does not."""
     folder = recipe.parent.resolve()
     path = (folder / name).resolve()
     if path.parent != folder or path.suffix != ".py":
@@ -184,7 +183,7 @@ def run_plugin(path: Path) -> None:
 
 
 def _check_names(cells: Sequence[Cell], path: Path) -> None:
-    """Methods and tasks must be known, and every cell must have them: before hours of work, not after them."""
+    """Raises FileFormatError unless every cell has a known method and known tasks: before hours of work."""
     from ltp_sparse.methods import METHODS
     from ltp_sparse.tasks import TASKS
 

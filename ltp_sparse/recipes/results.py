@@ -1,4 +1,4 @@
-"""Files of JSON lines, a row per result, each with its hash: safe to append to from several processes, after a kill."""
+"""Results: a row of JSON with its hash per line. Several processes can append to a file, also after a kill."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
 
 @reader("results")
 def read(path: Path) -> list[dict[str, Any]]:
-    """All rows; an unfinished line is left out with a warning. No file: no rows.
+    """All rows, none if there is no file. An unfinished line is left out with a warning.
 
     Rows without a hash, which earlier versions wrote, are taken as they are, and a warning counts them.
 
     Raises:
-        FileFormatError: A line is not what was written.
+        FileFormatError: a line is not what was written.
     """
     rows, bare = [], []
     for number, line in enumerate(path.read_bytes().split(b"\n") if path.is_file() else [], 1):

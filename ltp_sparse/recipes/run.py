@@ -1,4 +1,4 @@
-"""The driver: runs a recipe, and alone writes its results. Finished cells are kept, interrupted ones resume."""
+"""The driver of a recipe, which alone writes results. Finished cells are kept, and interrupted ones resume."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ def run_recipe(
     """Runs the cells that have no row yet, and adds their rows to `results.jsonl` in the folder.
 
     Args:
-        recipe: What to run.
-        folder: Of the results. One run at a time may write there.
-        bench: Where data and artefacts are, and how to compute.
-        engine: What runs cells and makes artefacts; None: this process, one after the other.
-        retries: How often a job is tried again whose worker died. A cell that raises is not tried again.
-        save_every: Epochs between checkpoints inside a cell; None: an interrupted cell starts anew.
-        progress: Show a bar, and finished cells.
+        recipe: the recipe.
+        folder: the folder of the results. One run at a time can write there.
+        bench: where data and artefacts are, and how to compute.
+        engine: runs cells and makes artefacts; None: this process, one after the other.
+        retries: how often a job is tried again if its worker dies. A cell that raises is not tried again.
+        save_every: epochs between checkpoints inside a cell; None: an interrupted cell starts again.
+        progress: show a bar, and finished cells.
 
     Returns:
         The number of cells that failed; each is listed in `failures.jsonl` with its error.
 
     Raises:
-        ValueError: A cell has options or settings that are unknown, or another run writes into the folder.
+        ValueError: a cell has unknown options or settings, or another run writes into the folder.
     """
     failed, scratch = 0, folder / "cells"
     with alone(folder):
@@ -90,13 +90,13 @@ def run_jobs(
     """Runs jobs in their order, each after those that it needs, as many at once as the engine has room for.
 
     Args:
-        jobs: What to run.
-        engine: What runs them.
-        retries: How often a job is tried again whose worker died.
-        report: Takes a text that names the jobs at work, whenever these change.
+        jobs: the jobs.
+        engine: runs them.
+        retries: how often a job is tried again if its worker dies.
+        report: is called with the names of the running jobs whenever these change.
 
     Yields:
-        Jobs as they end, with their outcomes. A job that needs one that failed fails like this, without an attempt.
+        Jobs as they end, with their outcomes. A job that needs a failed one fails with its error, without an attempt.
     """
     needs = {job.id: job.needs for job in jobs}
     waiting, running = list(jobs), dict[str, Job]()

@@ -1,4 +1,4 @@
-"""What a recipe may say: its keys, and the kind of value of each, checked before anything is done."""
+"""The keys of a recipe and the kinds of their values, which are checked before anything is done."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ CELL: dict[str, Any] = {
     "model": TEXT,
     "tokenizer": TEXT,
 }  # fmt: skip
-"""Keys of a cell: label in the table; method with its fields (options) and those of its settings; training examples per
-class; whether the weights of the last update are scored, too; the tasks; label words; the stages below (text, tuning);
-folder or Hub name of model and tokenizer."""
+"""Keys of a cell: its label in the table; the method, its options and settings; training examples per class; whether
+the weights of the last update are scored as well; tasks; label words; the stages before, with text and tuning; folder
+or Hub name of model and tokenizer."""
 
 RECIPE: dict[str, Any] = {
     "title": NAME,
@@ -101,8 +101,8 @@ def check(value: Any, schema: Mapping[str, Any] | Kind, path: Path, place: str, 
     """Raises FileFormatError for an unknown key, with the closest known ones, or a value of another kind.
 
     Args:
-        value: What the recipe says; None is what is left out.
-        place: Its dotted path in the recipe, for the message.
+        value: what the recipe says; None: it is left out.
+        place: its place in the recipe, for the message.
         where: " in a cell", for the message of an unknown key.
     """
     if value is None:

@@ -1,4 +1,4 @@
-"""What the cells of a run share: where data and artefacts are, how to compute, and the base model last used."""
+"""`Workbench`: what the cells of a run share."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from ltp_sparse.weights.names import canonical_parameters
 
 @dataclass
 class Workbench:
-    """What the cells of a run share, and the base model, data and text last used.
+    """Where data and artefacts are, how to compute, and the base model, data and text that were used last.
 
-    A copy in another process has the settings alone. All equal copies there are one object: what one cell has loaded
-    serves the next.
+    A copy in another process has only the settings. Equal copies there are one object, so that a cell finds what the
+    one before has loaded.
 
     Attributes:
-        data: Folder of the data sets' original files; None: the Hub.
-        cache: Of what cells share.
-        bf16: Compute in bfloat16 under autocast.
-        micro_batch_size: Examples per forward pass; None: the whole batch.
-        batch_size: Examples of a forward pass in evaluation.
-        report_to: Logging integration of transformers, of the training of a cell.
-        progress: Show bars of training and evaluation.
-        digest: Of the base model loaded last.
+        data: folder of the data sets' original files; None: the Hub.
+        cache: the cache of artefacts.
+        bf16: compute in bfloat16 under autocast.
+        micro_batch_size: examples per forward pass; None: the whole batch.
+        batch_size: examples per forward pass in evaluation.
+        report_to: logging integration of transformers for the training of a cell.
+        progress: show bars of training and evaluation.
+        digest: the digest of the base model that was loaded last.
     """
 
     data: Path | None
@@ -54,7 +54,7 @@ class Workbench:
     _examples: dict[tuple[Any, ...], Sequence[Any]] = field(default_factory=dict)
 
     def settings(self) -> tuple[Any, ...]:
-        """Everything but what was loaded, in the order of the constructor; the cache by its folder."""
+        """All but what was loaded, in the order of the constructor, with the folder of the cache."""
         computing = self.bf16, self.micro_batch_size, self.batch_size, self.report_to, self.progress
         return self.data, self.cache.folder, *computing
 
@@ -62,7 +62,7 @@ class Workbench:
         return _only_one, self.settings()
 
     def model(self, cell: Cell, method: Method, *, tied: bool | None = None) -> tuple[Any, Any]:
-        """The base model of a cell at its initial weights, and its tokenizer; the same objects while they serve."""
+        """The base model of a cell at its initial weights, and its tokenizer: those of the last call, if they fit."""
         tied = method.tied if tied is None else tied
         key = (cell["model"], cell["tokenizer"], method.backbone, tied)
         if key != self._key:
@@ -84,20 +84,20 @@ class Workbench:
         return self._model, self._tokenizer
 
     def forget(self) -> None:
-        """Drops the base model: the next cell loads it anew."""
+        """Drops the base model, so that the next cell loads it again."""
         self._key, self._model = (), None
 
     def examples(
         self, task: str, split: str, language: str, *, shots: int | None = None, seed: int = 0
     ) -> Sequence[Any]:
-        """Examples of a task; read once for all cells."""
+        """Examples of a task, which are read once for all cells."""
         key = (task, split, language, shots, seed)
         if key not in self._examples:
             self._examples[key] = TASKS[task].load(split, language, shots=shots, data=self.data, seed=seed)
         return self._examples[key]
 
     def corpus(self, language: str | Sequence[str], spec: Mapping[str, Any], lines: int) -> Corpus:
-        """The text that a stage (`spec`) asks for, in a language, or equal shares of several; read once for all."""
+        """The text of a stage (`spec`) in a language, or in equal shares of several; it is read once for all cells."""
         lines = spec.get("lines", lines)
         if not isinstance(language, str):
             return mixture([self.corpus(one, {**spec, "lines": lines // len(language)}, lines) for one in language])
