@@ -91,13 +91,12 @@ class Context:
         """
         if self.verbalizer is None and self.labels == CLASSES:
             return Verbalizer.for_language(self.tokenizer, "en")
-        found = None if self.verbalizer is None else len(self.verbalizer.token_ids)
-        if found != len(self.labels):
+        if self.verbalizer is None or len(self.verbalizer.token_ids) != len(self.labels):
+            found = "none" if self.verbalizer is None else len(self.verbalizer.token_ids)
             raise ValueError(
-                f"expected a verbalizer with words for {', '.join(self.labels)}, got {found or 'none'}; pass "
+                f"expected a verbalizer with words for {', '.join(self.labels)}, got {found}; pass "
                 "Verbalizer.from_words(tokenizer, {class: word, ...}, classes)"
             )
-        assert self.verbalizer is not None
         return self.verbalizer
 
 

@@ -164,20 +164,16 @@ class LTSFT(TaskSFT):
         return Ticket.full(language_model, pool=SCOPES[self.scope])
 
     def choose(self, setup: Setup, ticket: Ticket, tune: Tune) -> tuple[Setup, Ticket]:
-        k, chosen = self.budget(setup.model), None
-        for iteration in range(self.iterations):
-            found = tune(setup, chosen) if chosen is not None else None
-            if found is not None:
-                found.apply(setup.model)
+        k, shares = self.budget(setup.model), self.shares(ticket)
+        chosen = most_changed(tune(setup, ticket), None, k // self.iterations, shares)
+        for iteration in range(2, self.iterations + 1):
+            found = tune(setup, chosen)
+            found.apply(setup.model)
             try:
                 tuned = tune(setup, ticket)
             finally:
-                if found is not None:
-                    found.revert(setup.model)
-            share = k * (iteration + 1) // self.iterations - (0 if chosen is None else chosen.k)
-            more = most_changed(tuned, chosen, share, self.shares(ticket))
-            chosen = more if chosen is None else chosen | more
-        assert chosen is not None
+                found.revert(setup.model)
+            chosen |= most_changed(tuned, chosen, k * iteration // self.iterations - chosen.k, shares)
         chosen.metadata = {"method": self.key, "k": chosen.k, "requested_k": k}
         return setup, chosen
 

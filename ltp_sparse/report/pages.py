@@ -43,8 +43,7 @@ def write_report(recipe: Recipe, rows: Sequence[Mapping[str, Any]], folder: Path
     table = make_table(rows, recipe.by, paper_of(recipe))
     if unknown := [name for name in recipe.plots if name not in PLOTS]:
         raise ValueError(f"recipe {recipe.name}: unknown plot {unknown[0]!r}; known: {', '.join(PLOTS)}")
-    plots = [PLOTS[name](rows, folder / f"{name}.png", recipe) for name in recipe.plots]
-    drawn = [path for path in plots if path is not None]
+    drawn = list(filter(None, (PLOTS[name](rows, folder / f"{name}.png", recipe) for name in recipe.plots)))
     facts = _facts(recipe, rows)
     tests: dict[str, Sheet] = {}
     for reference in recipe.compare:

@@ -80,21 +80,17 @@ def read_own(
     names = [name for name in wanted if name is not None]
     if len(set(names)) < len(names):
         raise ValueError(f"columns: expected different columns, got {', '.join(names)}")
+    make: Any = Text if columns.pair is None else Pair
     examples: list[Any] = []
     for where, row in _rows(str(source), names, columns.quoted, split, config):
         if missing := [name for name in names if name not in row]:
             raise where.error(f"expected a column {missing[0]!r}, got {', '.join(map(str, row))}")
-        for name in (columns.text, columns.pair):
-            if name is not None:
-                text_in(row, name, where)
+        texts = [text_in(row, name, where) for name in wanted[:2] if name is not None]
         label = _label(row[columns.label], columns.label, where) if labelled else None
         of_row = language if columns.language is None else row[columns.language]
         if not isinstance(of_row, str) or not of_row.strip():
             raise where.error(f"expected a language in column {columns.language!r}, got {of_row!r}")
-        if columns.pair is None:
-            examples.append(Text(row[columns.text], label, of_row))
-        else:
-            examples.append(Pair(row[columns.text], row[columns.pair], label, of_row))
+        examples.append(make(*texts, label, of_row))
     if not examples:
         raise FileFormatError(source, f"expected rows with the columns {', '.join(names)}, got none")
     _warn_of_quotes(source, columns, examples)
