@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import random
 import statistics
@@ -31,6 +30,7 @@ from ltp_sparse.selection.scores import magnitude
 from ltp_sparse.tasks import TASKS, Task, tested
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.training.evaluation import evaluate, largest_class
+from ltp_sparse.training.masked_texts import text_hash
 from ltp_sparse.training.method import load_trained, train_method
 from ltp_sparse.training.mlm import MLMSettings
 from ltp_sparse.weights import files
@@ -144,7 +144,7 @@ def run_cell(
         "seconds": round(time.perf_counter() - start, 2),
         "provenance": {
             "base": bench.digest,
-            "data": _data_hash([train, dev, *tests.values()]),
+            "data": text_hash(repr(example) for part in (train, dev, *tests.values()) for example in part),
             "settings": method.describe(),
             "ltp_sparse": __version__,
             "torch": torch.__version__,
@@ -307,11 +307,3 @@ def _note(text: Corpus, notes: list[str]) -> None:
     note = f"text: {text.source} stands in, {len(text.texts):,} lines"
     if text.stand_in and note not in notes:
         notes.append(note)
-
-
-def _data_hash(parts: Sequence[Sequence[Any]]) -> str:
-    sha = hashlib.sha256()
-    for examples in parts:
-        for example in examples:
-            sha.update(repr(example).encode() + b"\n")
-    return sha.hexdigest()[:32]
