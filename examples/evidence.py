@@ -1,8 +1,8 @@
-"""Writes every figure of docs/evidence.md anew from rows: the page's summary, and a report for each folder of results.
+"""Writes the figures of docs/evidence.md from rows: the page's summary, and a report for each folder of results.
 
     python examples/evidence.py                        # all
     python examples/evidence.py study-zero-shot        # the summary, and some reports
-    python examples/evidence.py --from study           # takes the rows of a study (examples/study.py) over first
+    python examples/evidence.py --from study           # copies the rows of a study (examples/study.py) first
 
 A folder of docs/evidence holds the results of one `ltp-sparse run`; its rows name their recipe.
 """
@@ -32,7 +32,7 @@ CLAIMS = ("study-zero-shot", "study-in-language", "study-sft", "study-nusax")
 TOGETHER = CLAIMS[:2]  # with the same reference
 FIGURE = "differences.png"
 NAMES = {"ticket.density": "density", "options.density": "density", "ticket.mlm.max_steps": "updates"}
-"""Facts, as the page calls them."""
+"""Fact -> its name on the page."""
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def take_over(study: Path, evidence: Path) -> None:
-    """Copies rows and failures of every recipe; the rows that stand there already must be among them."""
+    """Copies rows and failures of every recipe. They must include the rows that are there already."""
     for source in sorted(study.glob(f"*/{results.RESULTS}")):
         target = evidence / source.parent.name / results.RESULTS
         known = {row["id"] for row in results.read(target)}
@@ -80,7 +80,7 @@ def fill_in(page: Path, text: str) -> None:
 
 
 def summary(evidence: Path) -> str:
-    """What the rows of the study say, in Markdown; draws the figure beside them."""
+    """The summary of the rows of the study, in Markdown, with its figure as a file next to them."""
     rows = {name: results.read(evidence / name / results.RESULTS) for name in dict.fromkeys(name for name, _ in STEPS)}
     parts = [progress(rows, evidence)]
     studies = {name: differences(name, rows[name]) for name in CLAIMS}
@@ -107,7 +107,7 @@ def summary(evidence: Path) -> str:
 
 
 def progress(rows: Mapping[str, Rows], evidence: Path) -> str:
-    """How much of the study is done, by recipe."""
+    """The finished part of the study, by recipe."""
     out = [["recipe", "cells done", "of", "failed", "hours of cells"]]
     for name, done in rows.items():
         finished = {row["id"] for row in done}

@@ -1,4 +1,4 @@
-"""XLM-R-base in full size with random weights through both stages of LTP: counts, bytes, memory, seconds (about 14 GB).
+"""Both stages of LTP on XLM-R-base in full size with random weights: counts, bytes, memory (about 14 GB), seconds.
 
     python examples/full_size.py --data DATA --output full-size.md
 
@@ -28,7 +28,7 @@ from ltp_sparse.weights.names import canonical_parameters
 
 
 class Table:
-    """Rows of what was seen, with seconds since the row before and the peak of resident memory."""
+    """Rows of observations, with the seconds since the last row and the peak of resident memory."""
 
     def __init__(self) -> None:
         self.lines = ["| what | seen | seconds | peak resident memory |", "| --- | ---: | ---: | ---: |"]

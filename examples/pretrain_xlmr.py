@@ -5,8 +5,8 @@ python examples/pretrain_xlmr.py --data DATA --output study_xlmr --corpus study 
 python examples/pretrain_xlmr.py --data DATA --output random_xlmr --steps 0      # its control: random weights
 
 DATA holds `multilingual_text/` (the CC0 sentences of Common Voice in 14 languages, and the Swahili New Testament) and,
-for the study, the data sets of the tasks: of these the text alone is read, test sets never. An interrupted run goes on
-where it was when the same command is given again.
+for the study, the data sets of the tasks. Of these only texts are read, and no test sets. The same command resumes an
+interrupted run.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def main() -> None:
 
 
 def plain_text(data: Path, language: str) -> list[str]:
-    """Different CC0 sentences of a language."""
+    """CC0 sentences of a language, each once."""
     folder = data / "multilingual_text"
     if language == "sw":
         with gzip.open(folder / "bible-corpus" / "Swahili-NT.xml.gz", "rt", encoding="utf-8") as file:
@@ -128,7 +128,7 @@ def plain_text(data: Path, language: str) -> list[str]:
 
 
 def wikipedia(data: Path) -> list[str]:
-    """Different sentences of the English Wikipedia."""
+    """Sentences of the English Wikipedia, each once."""
     lines = read_text([data / "wikipedia_en" / "wiki-split"])
     for paragraph in read_text([data / "wikipedia_en" / "wikitext-2"]):
         lines += paragraph.replace(" @-@ ", "-").replace(" @.@ ", ".").replace(" @,@ ", ",").split(" . ")
@@ -136,9 +136,9 @@ def wikipedia(data: Path) -> list[str]:
 
 
 def translations(data: Path) -> list[dict[str, str]]:
-    """Language -> the same sentence, from what the tasks have in parallel; labels are not read.
+    """Rows of language -> sentence, with one meaning each, from the parallel data of the tasks; labels are not read.
 
-    Of SIB-200's 205 languages those of XNLI and NusaX: the others stay unseen.
+    Of the 205 languages of SIB-200, only those of XNLI and NusaX are read.
     """
     rows = []
     for name, split in PARALLEL:
@@ -154,9 +154,10 @@ def translations(data: Path) -> list[dict[str, str]]:
 def make_tokenizer(
     folder: Path, pieces: int, training: dict[str, list[str]], generated: list[str]
 ) -> PreTrainedTokenizerBase:
-    """That of the folder, or one trained on generated text and on each language's, repeated until it has its share.
+    """The tokenizer of the folder, or a new one, trained on generated text and on text of each language.
 
-    A language counts by the square root of its characters, as in the training of the model.
+    The share of a language grows with the square root of its characters, as in the training of the model. Lines of
+    small languages are repeated.
     """
     if (folder / "tokenizer.json").exists():
         return AutoTokenizer.from_pretrained(folder)

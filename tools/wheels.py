@@ -1,7 +1,7 @@
-"""`make wheels` puts sdist and wheels of the commit into dist/, for every Python of this machine, and checks them.
+"""`make wheels` puts sdist and wheels of the commit into dist/, a wheel for every Python here, and checks them.
 
-The same commit gives the same bytes: the sources come from git, times from SOURCE_DATE_EPOCH (by default the
-commit's), and the first wheel is built twice, in two folders. `--check WHEEL...` checks wheels built elsewhere.
+The same commit gives the same bytes: sources come from git, times from SOURCE_DATE_EPOCH (by default that of the
+commit), and the first wheel is built twice, in two folders. `--check WHEEL...` checks wheels that were built elsewhere.
 
 Each wheel is installed in an empty environment of its Python, with the first torch of --torch that the package sources
 have for it; there an update and a selection are compared with the reference. `--tests 3.11` runs the fast tests against
@@ -76,7 +76,7 @@ class Failed(Exception):
 
 
 def run(*command: object, **options: object) -> str:
-    """Its standard output and errors."""
+    """Runs a command and returns its output and errors."""
     done = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
     if done.returncode:
         raise Failed(f"{done.stdout}\nfailed: {' '.join(map(str, command))}")
@@ -84,7 +84,7 @@ def run(*command: object, **options: object) -> str:
 
 
 def pythons() -> dict[str, str]:
-    """Version -> an interpreter of it: on the PATH, or one of pyenv's."""
+    """Version -> an interpreter of it, on the PATH or from pyenv."""
     found = {}
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
     for version in VERSIONS:
@@ -131,7 +131,7 @@ def unpack_commit(folder: Path) -> Path:
 
 
 def make_sdist(python: Path, epoch: int) -> Path:
-    """The sdist of HEAD, with one time, owner and order for all that is in it."""
+    """The sdist of HEAD, whose members have one time and owner, and are sorted."""
     source, made = unpack_commit(WORK / "source"), WORK / "sdist"
     shutil.rmtree(made, ignore_errors=True)
     call = f"from setuptools import build_meta; build_meta.build_sdist({str(made)!r})"
@@ -152,7 +152,7 @@ def make_sdist(python: Path, epoch: int) -> Path:
 
 
 def make_wheel(python: Path, sdist: Path, folder: Path, **settings: str) -> Path:
-    """A wheel for manylinux: only system libraries, of which auditwheel reads how old they may be."""
+    """A wheel for manylinux, which needs system libraries only; auditwheel determines how old they can be."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with tarfile.open(sdist) as archive:
@@ -172,7 +172,7 @@ def with_tools(python: Path) -> dict[str, str]:
 
 
 def check_contents(wheel: Path) -> None:
-    """No path of a machine is in a module, none that the loader would search, and none of the time of the build."""
+    """Checks that modules hold no paths of this machine and bring no libraries along."""
     places = {str(ROOT), str(Path.home()), "/tmp/", sys.prefix, sys.base_prefix} - {"/", "/usr"}
     with zipfile.ZipFile(wheel) as archive:
         modules = [name for name in archive.namelist() if name.endswith(".so")]
@@ -187,7 +187,7 @@ def check_contents(wheel: Path) -> None:
 
 
 def check_installed(wheel: Path, python: str, torch: list[str], tests: bool) -> str:
-    """Runs what can run of the installed wheel; what has run."""
+    """Installs a wheel and runs what can run of it. Returns what has run."""
     own = environment(f"check-{version_of(wheel)}", python, "--no-deps", wheel)
     print(" ", run(own, "-I", "-c", WITHOUT_TORCH).strip())
     # warnings of the compiler are errors: a later Python may refuse what this one only warns of
@@ -212,7 +212,7 @@ def check_installed(wheel: Path, python: str, torch: list[str], tests: bool) -> 
 
 
 def run_tests(own: Path, wheel: Path) -> str:
-    """The fast tests against the wheel installed in an environment, in a folder without the package; pytest's count."""
+    """Runs the fast tests against an installed wheel, in a folder without the package. Returns pytest's last line."""
     pip_install(own, "--constraint", CONSTRAINTS, f"{wheel}[train,triton,test]")
     tree, report = unpack_commit(WORK / "tests"), WORK / "tests.log"
     for folder in ("ltp_sparse", "kernels"):

@@ -25,7 +25,7 @@ def encode_pairs(
     *,
     max_length: int = MAX_LENGTH,
 ) -> list[Encoded]:
-    """`<s> P </s></s> H </s>`, the input of fine-tuning.
+    """Encodes pairs as `<s> P </s></s> H </s>`, the input of fine-tuning.
 
     A pair over `max_length` loses tokens at the end of its longer text, one by one (of equally long ones, the
     hypothesis).
@@ -52,7 +52,7 @@ def encode_pairs(
 def encode_texts(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], classes: Sequence[str], *, max_length: int = MAX_LENGTH
 ) -> list[Encoded]:
-    """`<s> T </s>`; a text over `max_length` loses tokens at its end.
+    """Encodes texts as `<s> T </s>`. A text over `max_length` loses tokens at its end.
 
     Raises:
         ValueError: a label is unknown, or `max_length` leaves no room.

@@ -32,15 +32,15 @@ _BLOCK = 1024  # bytes; a tile is filled up to whole ones
 _SPAN = 32 * TILE  # entries that a thread digests at a time
 
 EARLIER = "0" * 32
-"""Stands for a digest of an earlier version, as `like`: for file names that must not change between versions."""
+"""Any digest of an earlier version, to be passed as `like` for file names that must not change between versions."""
 
 BYTES = 16
 """Size of the digest of a tile: two little-endian words of 64 bits, the lower one first."""
 
 on_device: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {}
-"""Type of a device -> what takes the digests of the tiles of contiguous tensors there, int64 [T, 2].
+"""Type of a device -> function that computes the digests of the tiles of contiguous tensors there, int64 [T, 2].
 
-`ltp_sparse.backends` enters what it has; tensors on other devices are copied to the host.
+`ltp_sparse.backends` adds its functions; tensors on other devices are copied to the host.
 """
 
 
@@ -60,12 +60,12 @@ class Pieces(Protocol):
 
 
 def is_known(digest: object) -> bool:
-    """Whether it is a digest that this version can compare."""
+    """Whether this is a digest that this version can compare."""
     return isinstance(digest, str) and _KNOWN.fullmatch(digest) is not None
 
 
 def is_old(digest: str | None) -> bool:
-    """Whether it is of an earlier version."""
+    """Whether the digest is of an earlier version."""
     if digest is not None and not is_known(digest):
         raise ValueError(f"{digest!r} is no digest that this version of ltp_sparse knows; update it")
     return digest is not None and not digest.startswith(_TAG)
@@ -83,7 +83,7 @@ class Hash:
         self._hash: Any = xxhash.xxh3_128() if self._kept is None else hashlib.sha256()
 
     def update(self, data: bytes | Tensor) -> Hash:
-        """data: of a tensor, the bits in row-major order; dtype and shape are the caller's."""
+        """Adds bytes, or the bits of a tensor in row-major order; its dtype and shape are not included."""
         for block in [data] if isinstance(data, bytes) else host_blocks(data):
             self._hash.update(block)
         return self
@@ -93,7 +93,7 @@ class Hash:
 
 
 def host_blocks(tensor: Tensor) -> Iterator[memoryview]:
-    """The bits of a tensor, row-major, some megabytes at a time; a block is good until the next is asked for."""
+    """The bits of a tensor in row-major order, some megabytes at a time. Each block is valid until the next one."""
     check_plain_tensor(tensor, "a tensor that is read bit by bit")
     tensor = tensor.detach().resolve_conj().resolve_neg()
     for start in range(0, tensor.numel(), 16 * TILE):
@@ -102,7 +102,7 @@ def host_blocks(tensor: Tensor) -> Iterator[memoryview]:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """Of a contiguous tensor on the CPU, which must live as long."""
+    """The memory of a contiguous tensor on the CPU, which must outlive it."""
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
@@ -116,7 +116,7 @@ def tile_digests(tensor: Tensor) -> bytes:
 
 
 def tile_digests_anywhere(tensor: Tensor) -> bytes:
-    """`tile_digests` of a tensor on any device: there if it can do so, else on all threads of torch."""
+    """`tile_digests` of a tensor on any device: computed there if possible, else on all threads of torch."""
     plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
     if plain.device.type in on_device:
         return bytes(_bytes_of(on_device[plain.device.type]([plain]).cpu()))
