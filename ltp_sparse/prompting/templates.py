@@ -90,13 +90,12 @@ class Template:
                 f"Template.encode: max_length must be at least {max_length - room + least} for this template (one "
                 f"token of {names} each), got {max_length}"
             )
-        texts = {
-            mark: token_ids(tokenizer, [strip_punctuation(getattr(example, mark.strip("{}"))) for example in examples])
+        texts = [
+            token_ids(tokenizer, [strip_punctuation(getattr(example, mark.strip("{}"))) for example in examples])
             for mark in self.texts
-        }
+        ]
         encoded = []
-        for row, example in enumerate(examples):
-            ids = [texts[mark][row] for mark in self.texts]
+        for example, *ids in zip(examples, *texts, strict=True):
             lengths = _truncated([len(tokens) for tokens in ids], room, truncation)
             kept = {mark: tokens[:n] for mark, tokens, n in zip(self.texts, ids, lengths, strict=True)}
             encoded.append(self._assemble(tokenizer, {**fixed, **kept}, label_index(example.label, classes)))
