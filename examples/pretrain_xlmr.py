@@ -41,8 +41,8 @@ from ltp_sparse.tasks import TASKS, read_text
 from ltp_sparse.tasks.generated.inference import documents
 from ltp_sparse.tasks.generated.languages import LANGUAGES
 from ltp_sparse.tasks.own import texts_of
+from ltp_sparse.tasks.xnli import LANGUAGES as CODES
 
-CODES = ("ar", "bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh")
 FLORES = {
     "arb_Arab": "ar", "bul_Cyrl": "bg", "deu_Latn": "de", "ell_Grek": "el", "eng_Latn": "en", "spa_Latn": "es",
     "fra_Latn": "fr", "hin_Deva": "hi", "rus_Cyrl": "ru", "swh_Latn": "sw", "tha_Thai": "th", "tur_Latn": "tr",
