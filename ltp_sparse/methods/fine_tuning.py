@@ -157,8 +157,10 @@ class LTSFT(TaskSFT):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.iterations < 1:
-            raise ValueError(f"{type(self).__name__}: iterations must be at least 1, got {self.iterations}")
+        if not isinstance(self.iterations, int) or self.iterations < 1:
+            raise ValueError(
+                f"{type(self).__name__}: iterations must be a whole number of at least 1, got {self.iterations!r}"
+            )
 
     def _ticket(self, language_model: XLMRobertaForMaskedLM, given: Ticket | None, seed: int) -> Ticket:
         return Ticket.full(language_model, pool=SCOPES[self.scope])

@@ -244,7 +244,8 @@ def test_single_texts_train_too(tokenizer):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LTSFT(iterations=0), "LTSFT: iterations must be at least 1, got 0"),
+        (lambda: LTSFT(iterations=0), "LTSFT: iterations must be a whole number of at least 1, got 0"),
+        (lambda: LTSFT(iterations=2.0), "iterations must be a whole number of at least 1, got 2.0"),
         (lambda: SCSFT(groups="ner"), "groups must be one of nli, sentiment, language"),
         (lambda: RandSFT(scope="keys"), "scope must be one of all, no-embeddings, query-value, got 'keys'"),
         (lambda: Settings(schedule="cosine"), "schedule must be constant or linear"),
