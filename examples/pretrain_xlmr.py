@@ -136,7 +136,7 @@ def wikipedia(data: Path) -> list[str]:
 
 
 def translations(data: Path) -> list[dict[str, str]]:
-    """Rows of language -> sentence, with one meaning each, from the parallel data of the tasks; labels are not read.
+    """Translations of a sentence, language -> text, from the parallel data of the tasks; labels are not read.
 
     Of the 205 languages of SIB-200, only those of XNLI and NusaX are read.
     """

@@ -1,4 +1,4 @@
-"""Writes an XLM-R of random weights with a real tokenizer, to try everything without the download of a model.
+"""Writes an XLM-R of random weights with a real tokenizer, to try everything without downloading a model.
 
 python examples/random_xlmr.py --tokenizer DATA/tokenizers/xlm_roberta_base --size small --output small-xlmr
 """

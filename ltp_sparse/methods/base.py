@@ -243,7 +243,7 @@ class Method(ABC):
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Sets the seed of torch's global generators, whose states are afterwards as before."""
+    """Sets the seed of torch's global generators, and restores their states at the end."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield

@@ -40,7 +40,7 @@ def encode_prompted(
     *,
     max_length: int = MAX_LENGTH,
 ) -> list[PromptedText]:
-    """Encodes texts, each with `n_prompt` slots and `</s>` behind it; long texts are cut at the end.
+    """Encodes texts as `T p1..pn </s>`, without other special tokens. A text over `max_length` loses tokens at its end.
 
     Raises:
         ValueError: a label is unknown, or `max_length` leaves no room for a token of the text.

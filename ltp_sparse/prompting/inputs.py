@@ -30,7 +30,11 @@ class Encoded(TypedDict):
 
 
 class PromptedText(Encoded):
-    """One with prompt slots, at the ascending `prompt_positions`. The prompt replaces the embeddings there."""
+    """One encoded example with prompt slots.
+
+    Attributes:
+        prompt_positions: positions of the slots, ascending. The prompt replaces the embeddings there.
+    """
 
     prompt_positions: list[int]
 

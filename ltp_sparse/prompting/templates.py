@@ -25,7 +25,11 @@ _TRUNCATIONS = ("longest_first", "hypothesis_first")
 
 
 class Example(PromptedText):
-    """One encoded pair or text. `mask_positions` is the position of `<mask>`."""
+    """One encoded pair or text.
+
+    Attributes:
+        mask_positions: the position of `<mask>`.
+    """
 
     mask_positions: int
 

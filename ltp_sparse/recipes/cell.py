@@ -209,7 +209,7 @@ def ticket_of(cell: Cell, bench: Workbench, notes: list[str]) -> tuple[Ticket | 
 
 
 def overlap(ticket: Ticket, other: Ticket) -> dict[str, float]:
-    """The share of a ticket's entries that are in another one, and that which chance gives tickets of these counts."""
+    """The share of a ticket's entries that are in another one, and the share that chance gives for these counts."""
     expected = sum(ticket.sets[name].k * other.sets[name].k / ticket.sets[name].n for name in ticket.active_names)
     return {"share": round((ticket & other).k / ticket.k, 4), "chance": round(expected / ticket.k, 4)}
 

@@ -41,7 +41,7 @@ def method_of(cell: Cell) -> Method:
 
 
 def strategy_and_score(cell: Cell) -> tuple[str, str]:
-    """(which parameters the ticket of a cell can have, which score ranks their entries)"""
+    """(strategy of the ticket of a cell, score that ranks its entries)"""
     spec = cell["ticket"]
     strategy, score = spec.get("strategy", "decoupled"), spec.get("score", "change")
     if strategy not in STRATEGIES:

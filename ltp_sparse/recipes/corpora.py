@@ -16,7 +16,7 @@ _SNAPSHOT = "20231101"
 _WIKIPEDIAS = {"aym": "ay", "quy": "qu", "jav": "jv", "sun": "su", "ind": "id", "eng": "en"}
 """Language of a task -> Wikipedia's code, where they differ."""
 _STAND_INS = {"en": "wikipedia_en/wikitext-2", "zh": "multilingual_text/common_voice/zh-CN"}
-"""Language -> folder of the text that stands in for a corpus, where it is not that of the other languages."""
+"""Language -> folder of the text that stands in for a corpus. Other languages have the Common Voice of their code."""
 
 
 class StandIn(UserWarning):

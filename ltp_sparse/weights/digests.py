@@ -102,7 +102,7 @@ def host_blocks(tensor: Tensor) -> Iterator[memoryview]:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU, which must outlive it."""
+    """A view of the bytes of a contiguous tensor on the CPU. The tensor must outlive the view."""
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 

@@ -37,7 +37,8 @@ _MOST_LINKS = 40
 _LONGEST_NAME = 200  # bytes, of the 255 that file systems allow
 _PIECE = 1 << 20  # bytes that stay in the cache between copying and digesting
 _FULL = 1 << 16  # bytes; a disk with less free space counts as full
-_KINDS = {"d": "a folder", "c": "a device", "b": "a device", "p": "a pipe", "s": "a socket"}  # by `stat.filemode`
+_KINDS = {"d": "a folder", "c": "a device", "b": "a device", "p": "a pipe", "s": "a socket"}
+"""First letter of `stat.filemode` -> kind."""
 
 
 class WrongKind(FileFormatError):
@@ -274,7 +275,7 @@ def checksum_of(
 
 
 def sha256_of(content: Any) -> str:
-    """The SHA-256 of a JSON value, 64 hexadecimal digits: for ids, and files of JSON alone."""
+    """The SHA-256 of a JSON value, 64 hexadecimal digits: for ids and for files without tensors."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

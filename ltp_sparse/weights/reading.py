@@ -1,4 +1,4 @@
-"""Common parts of all readers of files: their exception, their list, limits, and readers of JSON and YAML.
+"""Common parts of all readers of files: the exception, the list of readers, limits, and JSON and YAML.
 
 Files are not trusted. The memory that a file requests is limited before it is allocated, and a file that cannot be read
 raises a `FileFormatError` with file and place, and no other exception.

@@ -28,7 +28,7 @@ from ltp_sparse.recipes.run import run_jobs, run_recipe
 from ltp_sparse.recipes.workbench import Workbench
 from ltp_sparse.training.run_folder import alone
 
-# Ray's workers are nice by 15 otherwise, and get hardly any time beside other tests.
+# Ray's workers have a niceness of 15 by default, and then get hardly any time beside other tests.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "RAY_worker_niceness": "0"}
 pytestmark = pytest.mark.timeout(900)
 
