@@ -85,7 +85,7 @@ def read_own(
     for where, row in _rows(str(source), names, columns.quoted, split, config):
         if missing := [name for name in names if name not in row]:
             raise where.error(f"expected a column {missing[0]!r}, got {', '.join(map(str, row))}")
-        texts = [text_in(row, name, where) for name in wanted[:2] if name is not None]
+        texts = [text_in(row, name, where) for name in (columns.text, columns.pair) if name is not None]
         label = _label(row[columns.label], columns.label, where) if labelled else None
         of_row = language if columns.language is None else row[columns.language]
         if not isinstance(of_row, str) or not of_row.strip():
