@@ -15,13 +15,21 @@ from ltp_sparse.weights.reading import closest
 
 
 def check_cell(cell: Cell) -> None:
-    """Raises ValueError for options, settings, or settings of a stage that are unknown or of another kind."""
-    method_of(cell)
+    """Raises ValueError for options, settings or stages that are unknown, of another kind, or without effect."""
+    method = method_of(cell)
     if cell["ticket"] is not None:
         strategy_and_score(cell)
     for stage in ("ticket", "language_sft", "adapters"):
         if cell[f"{stage}.mlm"]:
             _check_settings(cell[f"{stage}.mlm"], MLMSettings(), f"{stage}, mlm")
+    if method.needs_ticket != (cell["ticket"] is not None):
+        expected = "its stage 1, such as {density: 0.2}" if method.needs_ticket else "none, as no stage 1 is needed"
+        raise ValueError(f"ticket: expected {expected}; got {cell['method']} and {cell['ticket']}")
+    if cell["adapters"] is not None and not (cell["adapters.source"] and hasattr(method, "language_adapter")):
+        raise ValueError(
+            "adapters: expected the method mad-x and a source, the language that it trains in, such as "
+            f"{{source: en}}; got {cell['method']} and {cell['adapters']}"
+        )
 
 
 def method_of(cell: Cell) -> Method:

@@ -25,7 +25,7 @@ from ltp_sparse.methods import METHODS
 from ltp_sparse.recipes import load_recipe, recipe_names, results
 from ltp_sparse.recipes.cache import Cache
 from ltp_sparse.recipes.cell import overlap, run_cell, ticket_of
-from ltp_sparse.recipes.checks import method_of
+from ltp_sparse.recipes.checks import check_cell, method_of
 from ltp_sparse.recipes.rates import with_rates
 from ltp_sparse.recipes.run import run_recipe, unfinished
 from ltp_sparse.recipes.workbench import Workbench
@@ -112,6 +112,20 @@ def test_unknown_recipes_methods_and_settings(recipe_file):
     cell = load_recipe(str(recipe_file), [("options", {"matching": 1})]).cells[0]
     with pytest.raises(ValueError, match="options of soft-prompt: unknown 'matching'"):
         method_of(cell)
+
+
+@pytest.mark.parametrize(("method", "adapters"), [("mad-x", {"lines": 9}), ("bitfit", {"source": "en"})])
+def test_adapters_that_nothing_would_use_are_refused(recipe_file, method, adapters):
+    (cell, *_) = load_recipe(str(recipe_file)).cells
+    with pytest.raises(ValueError, match=f"adapters: expected the method mad-x and a source.*got {method} and"):
+        check_cell(replace(cell, facts={**cell.facts, "settings": None, "method": method, "adapters": adapters}))
+
+
+@pytest.mark.parametrize(("method", "ticket"), [("ltp", None), ("bitfit", {"density": 0.2})])
+def test_a_ticket_that_is_missing_or_not_used_is_told_before_anything_runs(recipe_file, method, ticket):
+    (cell, *_) = load_recipe(str(recipe_file)).cells
+    with pytest.raises(ValueError, match=f"ticket: expected .*; got {method} and {ticket}".replace("{", "[{]")):
+        check_cell(replace(cell, facts={**cell.facts, "settings": None, "method": method, "ticket": ticket}))
 
 
 @pytest.mark.parametrize("name", recipe_names())
