@@ -20,6 +20,7 @@ from ltp_sparse.training.masked_texts import text_hash
 from ltp_sparse.training.mlm import MLMSettings, mlm_losses, tune_mlm
 from ltp_sparse.weights import files
 from ltp_sparse.weights.names import canonical_parameters
+from ltp_sparse.weights.reading import sha256_of
 
 LINES = {"ticket": 300_000, "language_sft": 1_000_000, "adapters": 1_000_000}
 """Stage of a cell -> number of sentences, if the recipe gives none."""
@@ -51,7 +52,7 @@ class Artefact:
         """A digest of what it depends on, and so the same for all cells that share it."""
         facts = {path: self.cell[path] for path in ("model", "tokenizer")}
         facts |= {name: self.cell[f"{self.stage}.{name}"] for name in _FACTS[self.stage]}
-        return files.sha256_of([self.stage, self.of, facts])[:16]
+        return sha256_of([self.stage, self.of, facts])[:16]
 
     def __str__(self) -> str:
         return f"{self.stage} of {'seed ' if self.stage == 'ticket' else ''}{self.of}"

@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ltp_sparse.weights import files
-from ltp_sparse.weights.reading import FileFormatError, read_json
+from ltp_sparse.weights.reading import FileFormatError, read_json, sha256_of
 
 
 def default_cache() -> Path:
@@ -54,7 +54,7 @@ class Cache:
         Raises:
             FileFormatError: the artefact, or its description, is damaged.
         """
-        path = self.folder / f"{kind}-{files.sha256_of(facts)[:24]}.safetensors"
+        path = self.folder / f"{kind}-{sha256_of(facts)[:24]}.safetensors"
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             described = path.with_suffix(".json")

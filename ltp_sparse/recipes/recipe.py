@@ -33,8 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from ltp_sparse.recipes.schema import CELL, GRID, RECIPE, check
-from ltp_sparse.weights.files import sha256_of
-from ltp_sparse.weights.reading import FileFormatError, read_yaml, reader
+from ltp_sparse.weights.reading import FileFormatError, read_yaml, reader, sha256_of
 
 FOLDER = Path(__file__).parent
 _STAGES = ("ticket", "language_sft", "adapters")

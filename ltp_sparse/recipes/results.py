@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.weights.files import destination, sha256_of, sync_folder
-from ltp_sparse.weights.reading import FileFormatError, reader
+from ltp_sparse.weights.files import destination, sync_folder
+from ltp_sparse.weights.reading import FileFormatError, reader, sha256_of
 
 RESULTS = "results.jsonl"
 FAILURES = "failures.jsonl"

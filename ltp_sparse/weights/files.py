@@ -274,11 +274,6 @@ def checksum_of(
     return found.digest()
 
 
-def sha256_of(content: Any) -> str:
-    """The SHA-256 of a JSON value, 64 hexadecimal digits: for ids and for files without tensors."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def _said_of(name: str, tensor: Tensor) -> bytes:
     """The description of a tensor that goes into a checksum with its bits."""
     return f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode()

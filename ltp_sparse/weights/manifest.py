@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.weights.files import sha256_of, sync, write_text
-from ltp_sparse.weights.reading import FileFormatError, read_json, reader
+from ltp_sparse.weights.files import sync, write_text
+from ltp_sparse.weights.reading import FileFormatError, read_json, reader, sha256_of
 
 MANIFEST = "manifest.json"
 _KIND = "manifest of ltp_sparse"

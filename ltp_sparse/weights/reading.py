@@ -1,4 +1,4 @@
-"""Common parts of all readers of files: the exception, the list of readers, limits, and JSON and YAML.
+"""Common parts of all readers of files: the exception, the list of readers, limits, JSON and YAML.
 
 Files are not trusted. The memory that a file requests is limited before it is allocated, and a file that cannot be read
 raises a `FileFormatError` with file and place, and no other exception.
@@ -7,6 +7,7 @@ raises a `FileFormatError` with file and place, and no other exception.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -270,3 +271,8 @@ def shown(value: Any) -> str:
     """A value in a message: its repr, cut to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def sha256_of(content: Any) -> str:
+    """The SHA-256 of a JSON value, 64 hexadecimal digits: for ids and for files without tensors."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
