@@ -111,6 +111,10 @@ def combine(studies: Iterable[Sequence[Comparison]], *, margin: float = MARGIN) 
     Args:
         studies: the comparisons of each study with the same reference, by `pool` and `compare`.
         margin: the margin of `Comparison.equal_p`, in points.
+
+    Returns:
+        The comparisons, with Holm's correction over labels. A study is left out for a label of which it has a single
+        pair, or several comparisons and no pooled one; a label needs two studies.
     """
     from scipy.special import stdtrit
 
