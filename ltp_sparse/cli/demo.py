@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ltp_sparse.cli.checks import check_writable
-from ltp_sparse.cli.options import add_report_to
+from ltp_sparse.cli.options import add_quiet, add_report_to
 
 HELP = "run the whole job on generated data and the small model of the package: ticket, LTP, controls, report"
 EXAMPLES = """\
@@ -17,7 +17,7 @@ EXAMPLES = """\
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("demo-report"), help="folder (default: demo-report)")
     add_report_to(parser)
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_quiet(parser)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ltp_sparse.cli.checks import CommandError, check_writable, need
 from ltp_sparse.cli.kinds import expect
+from ltp_sparse.cli.options import add_quiet, quieten
 from ltp_sparse.tasks.own import UNDETERMINED
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", nargs="?", type=Path, help="a run of ltp-sparse train")
     parser.add_argument("--seed", type=int, help="seed to export (default: the first that is trained)")
     parser.add_argument("--output", type=Path, help="the folder to write")
+    add_quiet(parser)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -38,6 +40,7 @@ def run(options: argparse.Namespace) -> None:
     made.check_model()
     seed = first_seed(options.folder, options.seed)
     check_writable(options.output, folder=True)
+    quieten(options)
     from ltp_sparse.training.export import SCRIPT, export
 
     known = made.columns is None or (made.columns.language is None and made.language != UNDETERMINED)

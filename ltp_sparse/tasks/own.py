@@ -82,6 +82,7 @@ def read_own(
         raise ValueError(f"columns: expected different columns, got {', '.join(names)}")
     make: Any = Text if columns.pair is None else Pair
     examples: list[Any] = []
+    unread = Counter[str]()  # languages in a column that nobody named
     for where, row in _rows(str(source), names, columns.quoted, split, config):
         if missing := [name for name in names if name not in row]:
             raise where.error(f"expected a column {missing[0]!r}, got {', '.join(map(str, row))}")
@@ -91,9 +92,13 @@ def read_own(
         if not isinstance(of_row, str) or not of_row.strip():
             raise where.error(f"expected a language in column {columns.language!r}, got {of_row!r}")
         examples.append(make(*texts, label, of_row))
+        if columns.language is None and "language" not in names:
+            unread[str(row.get("language", language))] += 1
     if not examples:
         raise FileFormatError(source, f"expected rows with the columns {', '.join(names)}, got none")
     _warn_of_quotes(source, columns, examples)
+    if labelled:
+        _warn_of_languages(source, language, unread)
     return examples
 
 
@@ -226,6 +231,16 @@ def _warn_of_quotes(source: str | os.PathLike[str], columns: Columns, examples: 
         warnings.warn(
             f"{source}: {quoted} of {len(texts)} texts begin and end with a double quote, which is kept as part of the "
             "text; pass --quoted if the file quotes cells, as a .csv does",
+            stacklevel=3,
+        )
+
+
+def _warn_of_languages(source: str | os.PathLike[str], language: str, unread: Mapping[str, int]) -> None:
+    if others := {name: rows for name, rows in unread.items() if name != language}:
+        named = ", ".join(sorted(others)[:5]) + ", ..." * (len(others) > 5)
+        warnings.warn(
+            f"{source}: {sum(others.values())} of {sum(unread.values())} rows have another language ({named}) in the "
+            f"column 'language' and count as {language!r}; pass --language-column language for scores per language",
             stacklevel=3,
         )
 

@@ -410,8 +410,12 @@ def test_memory_knows_the_model_of_the_package():
 @pytest.mark.slow
 def test_quiet_shows_no_bar(files, trained, tmp_path):
     (tmp_path / "pairs.tsv").write_text("premise\thypothesis\nword1\tword2\n")
-    command = [sys.executable, "-m", "ltp_sparse.cli", "predict", trained, tmp_path / "pairs.tsv", "--quiet"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    script = f"""
+from ltp_sparse.cli import main
+assert main(["predict", {str(trained)!r}, {str(tmp_path / "pairs.tsv")!r}, "--quiet"]) == 0
+assert main(["export", {str(trained)!r}, "--output", {str(tmp_path / "exported")!r}, "--quiet"]) == 0
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
     told = [
         line for line in done.stderr.splitlines() if "kernels-community" not in line
     ]  # bitsandbytes, if it is there

@@ -174,6 +174,17 @@ def test_quotes_around_cells_of_a_tsv_are_told(tmp_path):
     assert read_own(path, Columns(quoted=True))[0].text == 'one "two"'
 
 
+def test_languages_that_nobody_named_are_told(tmp_path, recwarn):
+    path = tmp_path / "a.tsv"
+    path.write_text("text\tlabel\tlanguage\none\ta\tsw\ntwo\tb\tquy\nthree\tb\tsw\n")
+    with pytest.warns(UserWarning, match=r"1 of 3 rows .*\(quy\).*count as 'sw'.*--language-column"):
+        assert {example.language for example in read_own(path, Columns(), language="sw")} == {"sw"}
+    assert [example.language for example in read_own(path, Columns(language="language"))] == ["sw", "quy", "sw"]
+    read_own(path, Columns(), labelled=False)  # to predict, where a language changes nothing
+    read_own(path, Columns(text="language"))
+    assert not recwarn.list
+
+
 def texts(*labels, text="t"):
     return [Text(text, label, "en") for label in labels]
 
