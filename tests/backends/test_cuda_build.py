@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers.builds import built
-from helpers.emulated_gpu import cuda_home, cuda_module, missing
+from helpers.emulated_gpu import cuda_home, missing, ptx
 
 pytestmark = pytest.mark.slow
 
@@ -38,20 +38,20 @@ def figures() -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "benchmarks")
         import static_cuda
-    module = cuda_module()
+    texts = [ptx(source, int(target.removeprefix("sm_"))) for source, target in COMPILED]
 
     def count_all(folder: Path) -> None:
-        def count(source: str, target: str) -> None:
-            ptx, cubin = module / f"{source}.{target.replace('sm', 'compute')}.ptx", folder / f"{source}-{target}.cubin"
-            command = [cuda_home() / "bin" / "ptxas", "-v", f"-arch={target}", "--generate-line-info", "-o", cubin, ptx]
-            run = subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
+        def count(text: Path, source: str, target: str) -> None:
+            cubin = folder / f"{source}-{target}.cubin"
+            ptxas = [cuda_home() / "bin" / "ptxas", "-v", f"-arch={target}", "--generate-line-info"]
+            run = subprocess.run([*ptxas, "-o", cubin, text], check=True, stderr=subprocess.PIPE, text=True)
             cubin.with_suffix(".log").write_text(run.stderr)
             cubin.with_suffix(".json").write_text(json.dumps(list(static_cuda.kernels(cubin, target))))
 
         with ThreadPoolExecutor(os.cpu_count()) as executor:
-            list(executor.map(count, *zip(*COMPILED, strict=True)))
+            list(executor.map(count, texts, *zip(*COMPILED, strict=True)))
 
-    return built("cuda-figures", count_all, [*module.glob("*.ptx"), Path(static_cuda.__file__)], COMPILED)
+    return built("cuda-figures", count_all, [*texts, Path(static_cuda.__file__)], COMPILED)
 
 
 def rows_of(figures: Path, source: str, target: str) -> list[dict]:

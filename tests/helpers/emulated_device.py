@@ -8,7 +8,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,9 +50,7 @@ def start(emulator: Path, cuda: Path | None) -> None:
     for name in ("frombuffer", "from_numpy"):  # memory of others: a copy to the device follows
         setattr(torch, name, _copying(getattr(torch, name)))
     if cuda is not None:
-        _cuda_ptx[:] = [path.read_text() for path in sorted(cuda.glob("*.compute_*.ptx"))]
-        for text in _cuda_ptx:
-            load(text)
+        load_cuda(sorted(cuda.glob("*.ptx")))
         spec = importlib.util.spec_from_file_location("_C_cuda", cuda / "_C_cuda.so")
         sys.modules["ltp_sparse._C_cuda"] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -83,6 +81,14 @@ def load(ptx: str) -> int:
     if number < 0:
         raise RuntimeError(_library.ptx_error().decode())
     return number
+
+
+def load_cuda(files: Iterable[Path]) -> None:
+    """The PTX of the CUDA kernels, for one architecture."""
+    texts = [path.read_text() for path in files]
+    _cuda_ptx.extend(texts)
+    for text in texts:
+        load(text)
 
 
 def launch(kernel: int, grid: tuple[int, ...], block: tuple[int, ...], shared: int, values: list[int]) -> None:

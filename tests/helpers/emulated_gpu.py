@@ -29,7 +29,8 @@ from helpers.builds import CACHE, built
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "tests" / "ptx" / "emulator"
-ARCHITECTURES = (90, 80)
+SM = emulated_device.DEFAULTS["sm"]
+ARCHITECTURES = (SM, 80)
 
 
 @cache
@@ -67,9 +68,13 @@ class EmulatedGpu:
     def __init__(self) -> None:
         self._folders = _emulator(), None if missing("compiled") else cuda_module()
         self._process: ProcessPoolExecutor | None = None
+        self._loaded = {SM}
 
     def run(self, function: Callable[..., Any], *arguments: Any, **settings: int) -> Any:
         """What the function, which lies in a module, returns there. settings: fields of `emulated_device.Config`."""
+        texts: list[Path] = []
+        if (sm := settings.get("sm", SM)) not in self._loaded and not missing("compiled"):
+            texts = [ptx(path.stem, sm) for path in _cuda_sources()]
         if self._process is None:
             self._process = ProcessPoolExecutor(
                 1, multiprocessing.get_context("spawn"), emulated_device.start, self._folders
@@ -81,11 +86,14 @@ class EmulatedGpu:
             "CUDA_VISIBLE_DEVICES": "",
         }
         with mock.patch.dict(os.environ, environment):  # the process starts with the call
+            if texts:
+                self._process.submit(emulated_device.load_cuda, texts).result()
             future = self._process.submit(emulated_device.run, function, arguments, settings)
+        self._loaded.add(sm)
         try:
             return future.result()
         except BrokenProcessPool:
-            self._process = None
+            self._process, self._loaded = None, {SM}
             raise
 
     def close(self) -> None:
@@ -113,26 +121,45 @@ def _emulator() -> Path:
     return built("emulator", make, sources, flags)
 
 
+def _cuda_sources() -> list[Path]:
+    return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+
+
+def _depends() -> list[Path]:
+    """What the module is compiled from."""
+    return [path for path in (ROOT / "csrc").rglob("*") if path.is_file() and path.parent.name != "cpu"]
+
+
+def ptx(source: str, sm: int) -> Path:
+    """The PTX of a CUDA source for an architecture, a file."""
+    if sm == SM:
+        return cuda_module() / f"{source}.ptx"
+    nvcc, flags = cuda_home() / "bin" / "nvcc", [*_setup()["NVCC_FLAGS"], f"-arch=compute_{sm}"]
+
+    def make(folder: Path) -> None:
+        command = [nvcc, *flags, "--ptx", ROOT / "csrc" / "cuda" / f"{source}.cu", "-o", folder / f"{source}.ptx"]
+        subprocess.run(command, check=True)
+
+    return built(f"ptx-{source}", make, _depends(), nvcc, flags) / f"{source}.ptx"
+
+
 def cuda_module() -> Path:
-    """The module of setup.py, with PTX alone for machine code and the emulator's runtime; the PTX lies beside it."""
+    """The module of setup.py, with PTX of SM for machine code and the emulator's runtime; the PTX lies beside it."""
     import pybind11
 
-    home, flags = cuda_home(), list(_setup()["NVCC_FLAGS"])
-    flags += [f"-gencode=arch=compute_{sm},code=compute_{sm}" for sm in ARCHITECTURES]
+    home, flags = cuda_home(), [*_setup()["NVCC_FLAGS"], f"-gencode=arch=compute_{SM},code=compute_{SM}"]
 
     def compiled(source: Path, folder: Path) -> Path:
         kept = folder / source.stem  # of its own: all sources have files of some names
         kept.mkdir()
         command = [home / "bin" / "nvcc", *flags, "--keep", f"--keep-dir={kept}", "-c", source, "-o", kept / "out.o"]
         subprocess.run(command, check=True)
-        for ptx in kept.glob("*.ptx"):
-            ptx.rename(folder / ptx.name)
+        (kept / f"{source.stem}.ptx").rename(folder / f"{source.stem}.ptx")
         return kept / "out.o"
 
     def make(folder: Path) -> None:
         with ThreadPoolExecutor(os.cpu_count()) as executor:
-            cuda = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-            objects = list(executor.map(compiled, cuda, itertools.repeat(folder)))
+            objects = list(executor.map(compiled, _cuda_sources(), itertools.repeat(folder)))
         includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"], home / "include"]
         command = [*_CXX, "-Wno-attributes", *(f"-isystem{include}" for include in includes)]
         command += [ROOT / "csrc" / "bindings_cuda.cpp", *(ROOT / "csrc" / "cuda").glob("*.cpp")]
@@ -144,5 +171,4 @@ def cuda_module() -> Path:
         for kept in filter(Path.is_dir, folder.iterdir()):
             shutil.rmtree(kept)
 
-    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file() and path.parent.name != "cpu"]
-    return built("cuda", make, [*sources, SOURCES / "cudart.cpp"], home, flags, pybind11.__version__)
+    return built("cuda", make, [*_depends(), SOURCES / "cudart.cpp"], home, flags, pybind11.__version__)
