@@ -155,6 +155,7 @@ def suite(gpu, tmp_path, monkeypatch):
     return run.Suite(folder, tmp_path, seconds=1, patience=0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script",
     ["while :; do echo busy; sleep 0.05; done", "sleep 600", "trap '' INT TERM; sleep 600 & sleep 600; sleep 600"],

@@ -59,6 +59,7 @@ def applied(model, delta):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ltp_sparse.selection.outcome.ShortTicket")
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_every_switch_gives_the_bits_of_apply(model, dtype):

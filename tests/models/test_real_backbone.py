@@ -171,6 +171,7 @@ def test_masked_tokens_are_those_of_the_texts(example, tmp_path):
     assert set(targets.tolist()) <= example.pieces_used(tokenizer, lines)
 
 
+@pytest.mark.slow
 def test_the_head_is_fitted_and_nothing_else(example, tmp_path, monkeypatch):
     """Where the encoder tells the token, the loss falls to a part of that of the frequencies."""
     tokenizer = unigram_tokenizer(tmp_path / "tokenizer")
@@ -199,6 +200,7 @@ def test_the_head_is_fitted_and_nothing_else(example, tmp_path, monkeypatch):
     assert torch.equal(again.lm_head.bias, model.lm_head.bias)
 
 
+@pytest.mark.slow
 def test_layers_and_head_are_tuned_and_the_word_embeddings_are_not(example, tmp_path):
     """To the same bits behind a checkpoint; and masked tokens are told better than by their frequencies."""
     tokenizer = unigram_tokenizer(tmp_path / "tokenizer")

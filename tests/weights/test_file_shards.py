@@ -70,6 +70,7 @@ class Stop(BaseException):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [LIMIT, None], ids=["shards", "one file"])
 @pytest.mark.parametrize("now", [LIMIT, None], ids=["to shards", "to one file"])
 def test_an_interrupted_save_leaves_the_old_or_the_new(before, now, tmp_path, monkeypatch):

@@ -347,6 +347,7 @@ def test_manifests(tmp_path):
         manifest.check(folder, ("c",))
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_of_a_manifest_is_found(tmp_path):
     folder = a_folder(tmp_path / "f")
     manifest.finish(folder)
