@@ -32,6 +32,7 @@ DENSITY, SCORE = "ticket.density", "ticket.score"
 RATE, UPDATES = "ticket.mlm.learning_rate", "ticket.mlm.max_steps"
 CLAIM = [("label", "LTP"), ("label", "random")]
 GRADIENT = ("label", "gradient")
+SAME_RATE = [("label", "LTP at 0.01")]
 TICKETS = [*CLAIM, ("label", "least moved"), GRADIENT]
 PROMPTS = [("label", "SP"), ("label", "DP")]
 OTHERS = [*PROMPTS, *(("label", name) for name in ("FT", "BitFit", "head only", "prompt only"))]
@@ -45,10 +46,10 @@ STEPS: list[tuple[str, Sequence[tuple[str, Any]]]] = [
     ("study-in-language", [("shots", 4), *CLAIM]),
     ("study-zero-shot", [(DENSITY, 0.01), (UPDATES, 125), *CLAIM]),
     ("study-in-language", [("shots", 4)]),
+    ("study-zero-shot", [(DENSITY, 0.01), (UPDATES, 500), *CLAIM, *SAME_RATE]),
     ("study-rates", [(DENSITY, 0.01), GRADIENT]),
     ("study-zero-shot", [(DENSITY, 0.01), GRADIENT]),
     ("study-tickets", [(SCORE, "gradient")]),
-    ("study-zero-shot", [(DENSITY, 0.01), (UPDATES, 500), *CLAIM]),
     ("study-rates", [(DENSITY, 0.05), *CLAIM]),
     ("study-zero-shot", [(DENSITY, 0.05), *CLAIM]),
     ("study-rates", [(DENSITY, 0.05), (DENSITY, 0.01), *TICKETS]),
