@@ -32,7 +32,7 @@ DENSITY, SCORE = "ticket.density", "ticket.score"
 RATE, UPDATES = "ticket.mlm.learning_rate", "ticket.mlm.max_steps"
 CLAIM = [("label", "LTP"), ("label", "random")]
 GRADIENT = ("label", "gradient")
-SAME_RATE = [("label", "LTP at 0.01")]
+SWAPPED = [("label", "LTP at 0.01"), ("label", "random at 0.03")]
 TICKETS = [*CLAIM, ("label", "least moved"), GRADIENT]
 PROMPTS = [("label", "SP"), ("label", "DP")]
 OTHERS = [*PROMPTS, *(("label", name) for name in ("FT", "BitFit", "head only", "prompt only"))]
@@ -46,7 +46,7 @@ STEPS: list[tuple[str, Sequence[tuple[str, Any]]]] = [
     ("study-in-language", [("shots", 4), *CLAIM]),
     ("study-zero-shot", [(DENSITY, 0.01), (UPDATES, 125), *CLAIM]),
     ("study-in-language", [("shots", 4)]),
-    ("study-zero-shot", [(DENSITY, 0.01), (UPDATES, 500), *CLAIM, *SAME_RATE]),
+    ("study-zero-shot", [(DENSITY, 0.01), (UPDATES, 500), *CLAIM, *SWAPPED]),
     ("study-rates", [(DENSITY, 0.01), GRADIENT]),
     ("study-zero-shot", [(DENSITY, 0.01), GRADIENT]),
     ("study-tickets", [(SCORE, "gradient")]),

@@ -830,7 +830,7 @@ def test_the_summary_comes_from_rows(evidence, tmp_path):
     evidence.fill_in(page, evidence.summary(folder))
     text = page.read_text()
     assert text.startswith("# Before\n") and text.endswith(f"{evidence.END}\n\nafter\n") and "old" not in text
-    assert "| [study-zero-shot](evidence/study-zero-shot/report.md) | 20 | 315 | 0 | 2.0 |" in text
+    assert "| [study-zero-shot](evidence/study-zero-shot/report.md) | 20 | 330 | 0 | 2.0 |" in text
     assert "| [study-tickets](evidence/study-tickets/report.md) | 3 | 36 | 1 | 0.0 |" in text
     assert "| study-rates | 0 | 78 | 0 | 0.0 |" in text and "\n\nNo run yet.\n" in text
     assert "| zero-shot, density 0.05, updates 500 | random | LTP | 5 | **-1.00** | -1.00 to -1.00 | 0.125 |" in text
