@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ltp_sparse.cli.checks import CommandError, check_starts_anew, check_writable, need, refuse
 from ltp_sparse.cli.kinds import expect, expect_model, expect_source
@@ -19,6 +19,11 @@ from ltp_sparse.tasks.own import UNDETERMINED, Columns, classes_of, read_own, sp
 from ltp_sparse.tasks.pairs import CLASSES
 from ltp_sparse.tasks.texts import few_shot
 from ltp_sparse.tasks.xnli import LANGUAGES  # those with known words
+
+if TYPE_CHECKING:
+    from ltp_sparse.cli.runs import Run
+    from ltp_sparse.methods import Method
+    from ltp_sparse.prompting import Verbalizer
 
 HELP = "train LTP or one of its controls on labelled texts or pairs, and keep the best epoch"
 EXAMPLES = """\
@@ -106,31 +111,16 @@ def run(options: argparse.Namespace) -> None:
     expect(options, "ticket", "ticket")
     for name in ("train", "dev", "test"):
         expect_source(options, name)
-    from ltp_sparse.cli.runs import BAKED, TRAINED, Run, check_same_training, record, seeds_to_train
+    from ltp_sparse.cli.runs import BAKED, TRAINED, check_same_training, record, seeds_to_train
 
-    finished = {file.parent.name for file in options.output.glob(f"seed-*/{BAKED}")}
-    wanted = finished if options.seeds is None else {f"seed-{seed}" for seed in options.seeds}
-    if finished & wanted and not options.resume:
-        raise CommandError(
-            f"{options.output} already holds trained seeds; pass --resume to keep them, or another --output"
-        )
-    for folder in [options.output] if options.seeds is None else [options.output / name for name in wanted]:
-        if not options.resume:
-            check_starts_anew(folder, "--output")
+    finished = _finished(options)
     language = options.language or _usual_language(options)
-    verbalizer_language = options.verbalizer or language
-    data = _own_data(options, words, language) if options.train else None
-    labels = task(options.task).labels if data is None else data.labels
-    if words is None and options.method in PROMPT_METHODS:
-        _check_words_are_known(options, labels, verbalizer_language)
-    if words is not None and set(words) != set(labels):
-        raise CommandError(f"--words must be for the classes {', '.join(labels)}, got {', '.join(words)}")
-    data = data or _task_data(options, language)
+    data = _data(options, words, language)
     check_writable(options.output, folder=True)
 
     import ltp_sparse as ls
-    from ltp_sparse.models.backbone import load_backbone, longest_input
-    from ltp_sparse.prompting import Verbalizer, kind_of
+    from ltp_sparse.models.backbone import load_backbone
+    from ltp_sparse.prompting import kind_of
     from ltp_sparse.prompting.templates import QUESTIONS
     from ltp_sparse.training.method import train_method
 
@@ -139,39 +129,15 @@ def run(options: argparse.Namespace) -> None:
     ticket = ls.Ticket.load(options.ticket) if options.ticket is not None else None
     seeds = options.seeds or list(method.settings.seeds)
     todo = [s for s in seeds if f"seed-{s}" not in finished]
-    run = Run(
-        model=options.model,
-        tokenizer=options.tokenizer,
-        method=method.name,
-        task=options.task,
-        shots=options.shots,
-        language=language,
-        verbalizer=verbalizer_language,
-        words=words,
-        labels=data.labels,
-        metric=data.metric,
-        train=options.train,
-        dev=options.dev,
-        dev_share=options.dev_share,
-        test=options.test,
-        hub_config=options.hub_config,
-        columns=data.columns,
-    )
+    run = _run_of(options, method.name, words, language, data)
     run.check_continues(options.output)
     model, tokenizer = load_backbone(options.model, decoupled=False, tokenizer=options.tokenizer)
-    if options.max_length is None and method.settings.max_length > (longest := longest_input(model.config)):
-        print(f"inputs have at most {longest} tokens, the number of positions of the model")
-        method = replace(method, settings=replace(method.settings, max_length=longest))
+    if options.max_length is None:
+        method = _fitted_to_positions(method, model.config)
     if len(todo) < len(seeds):
         done = next(seed for seed in seeds if seed not in todo)
         check_same_training(options.output / f"seed-{done}" / BAKED, method, ticket)
-    verbalizer = None
-    if method.scores_words and words is not None:
-        verbalizer = Verbalizer.from_words(tokenizer, words, data.labels)
-    elif method.scores_words:
-        verbalizer = Verbalizer.for_language(tokenizer, verbalizer_language)
-    elif words is not None:
-        print(f"--words has no effect: {options.method} scores classes by a head")
+    verbalizer = _verbalizer(method, tokenizer, run)
     if options.method in ("discrete-prompt", "mixed-prompt") and language not in QUESTIONS:
         print(f"the words of the pattern are English, because none are known for {language!r}")
     run.save(options.output)
@@ -211,6 +177,22 @@ def run(options: argparse.Namespace) -> None:
             f"{result.optimizer_bytes:,} bytes of optimizer state, every other weight bitwise unchanged"
         )
     print(f"next: {_next(options)}")
+
+
+def _finished(options: argparse.Namespace) -> set[str]:
+    """The folders of the seeds that are trained. Raises CommandError if the run would overwrite any."""
+    from ltp_sparse.cli.runs import BAKED
+
+    finished = {file.parent.name for file in options.output.glob(f"seed-*/{BAKED}")}
+    wanted = finished if options.seeds is None else {f"seed-{seed}" for seed in options.seeds}
+    if finished & wanted and not options.resume:
+        raise CommandError(
+            f"{options.output} already holds trained seeds; pass --resume to keep them, or another --output"
+        )
+    if not options.resume:
+        for folder in [options.output] if options.seeds is None else [options.output / name for name in wanted]:
+            check_starts_anew(folder, "--output")
+    return finished
 
 
 def _usual_language(options: argparse.Namespace) -> str:
@@ -260,6 +242,17 @@ def _check_words_are_known(options: argparse.Namespace, labels: tuple[str, ...],
         )
 
 
+def _data(options: argparse.Namespace, words: dict[str, list[str]] | None, language: str) -> _Data:
+    """The data of the run. Words are checked before a task is loaded, because that can be a download."""
+    own = _own_data(options, words, language) if options.train else None
+    labels = task(options.task).labels if own is None else own.labels
+    if words is None and options.method in PROMPT_METHODS:
+        _check_words_are_known(options, labels, options.verbalizer or language)
+    if words is not None and set(words) != set(labels):
+        raise CommandError(f"--words must be for the classes {', '.join(labels)}, got {', '.join(words)}")
+    return own or _task_data(options, language)
+
+
 def _task_data(options: argparse.Namespace, language: str) -> _Data:
     of = task(options.task)
     train, dev = (of.load(split, language, shots=options.shots, data=options.data) for split in ("train", "dev"))
@@ -294,6 +287,45 @@ def _own_data(options: argparse.Namespace, words: dict[str, list[str]] | None, l
     return _Data(train, dev, labels, options.metric or "accuracy", columns)
 
 
+def _run_of(
+    options: argparse.Namespace, method: str, words: dict[str, list[str]] | None, language: str, data: _Data
+) -> Run:
+    """What the folder of the run says about it."""
+    from ltp_sparse.cli.runs import Run
+
+    return Run(
+        model=options.model,
+        tokenizer=options.tokenizer,
+        method=method,
+        task=options.task,
+        shots=options.shots,
+        language=language,
+        verbalizer=options.verbalizer or language,
+        words=words,
+        labels=data.labels,
+        metric=data.metric,
+        train=options.train,
+        dev=options.dev,
+        dev_share=options.dev_share,
+        test=options.test,
+        hub_config=options.hub_config,
+        columns=data.columns,
+    )
+
+
+def _verbalizer(method: Method, tokenizer: Any, run: Run) -> Verbalizer | None:
+    """The words of the run, or those that are known for its language; None for a method with a head."""
+    from ltp_sparse.prompting import Verbalizer
+
+    if not method.scores_words:
+        if run.words is not None:
+            print(f"--words has no effect: {method.key} scores classes by a head")
+        return None
+    if run.words is not None:
+        return Verbalizer.from_words(tokenizer, run.words, run.labels)
+    return Verbalizer.for_language(tokenizer, run.verbalizer)
+
+
 def _next(options: argparse.Namespace) -> str:
     """The command that evaluates the run."""
     command = ["ltp-sparse", "evaluate", str(options.output)]
@@ -304,7 +336,18 @@ def _next(options: argparse.Namespace) -> str:
     return shlex.join(command) + ("" if options.test is not None else " --test FILE")
 
 
-def _method(options: argparse.Namespace) -> Any:
+def _fitted_to_positions(method: Method, config: Any) -> Method:
+    """The method with inputs that are no longer than the model has positions."""
+    from ltp_sparse.models.backbone import longest_input
+
+    longest = longest_input(config)
+    if method.settings.max_length <= longest:
+        return method
+    print(f"inputs have at most {longest} tokens, the number of positions of the model")
+    return replace(method, settings=replace(method.settings, max_length=longest))
+
+
+def _method(options: argparse.Namespace) -> Method:
     """The method with the given settings."""
     from ltp_sparse.methods import METHODS
 
