@@ -16,6 +16,8 @@ from ltp_sparse.tasks.own import read_own
 
 if TYPE_CHECKING:
     from ltp_sparse.cli.runs import Run
+    from ltp_sparse.deltas.delta import SparseDelta
+    from ltp_sparse.methods import Setup
 
 HELP = "evaluate a trained run per language: mean and standard deviation over its seeds, as a table"
 EXAMPLES = """\
@@ -68,39 +70,13 @@ def run(options: argparse.Namespace) -> None:
     else:
         name, metric, examples = _task_examples(options, made)
     examples = {language: of[: options.limit] for language, of in examples.items()}
-    import torch
-
     from ltp_sparse.report.tables import make_table, markdown
-    from ltp_sparse.training.evaluation import evaluate, largest_class, result_row
 
     quieten(options)
     rows = []
     for seed in seeds:
-        notes: list[str] = []
         setup, delta = load_seed(made, options.folder, seed)
-        scores = evaluate(
-            setup,
-            examples,
-            metric=metric,
-            labels=made.labels,
-            batch_size=options.batch_size,
-            dtype=torch.bfloat16 if options.bf16 else None,
-            progress=not options.quiet,
-            notes=notes,
-        )
-        facts = {
-            "method": made.method,
-            "shots": made.shots,
-            "language": made.language,
-            "seed": seed,
-            "task": name,
-            "metric": metric,
-            "examples": {language: len(of) for language, of in examples.items()},
-            "largest_class": largest_class(examples, metric),
-            "notes": notes,
-        }
-        facts |= {"split": options.split, "limit": options.limit, "epoch": delta.metadata["epoch"], "k": delta.ticket.k}
-        rows.append(result_row(scores, **facts))
+        rows.append(_row(options, made, seed, setup, delta, name, metric, examples))
         results.append(options.folder / results.RESULTS, rows[-1])
     table = make_table(rows, ("method", "shots"))
     print(f"{metric} in percent on {name}, {sum(map(len, examples.values()))} examples\n")
@@ -118,6 +94,50 @@ def run(options: argparse.Namespace) -> None:
             metric=metric,
         )
         print(f"plot written to {path}")
+
+
+def _row(
+    options: argparse.Namespace,
+    run: Run,
+    seed: int,
+    setup: Setup,
+    delta: SparseDelta,
+    name: str,
+    metric: str,
+    examples: dict[str, list[Any]],
+) -> dict[str, Any]:
+    """The row of results of one seed: its scores by language on the examples of `name`, and the facts of the run."""
+    import torch
+
+    from ltp_sparse.training.evaluation import evaluate, largest_class, result_row
+
+    notes: list[str] = []
+    scores = evaluate(
+        setup,
+        examples,
+        metric=metric,
+        labels=run.labels,
+        batch_size=options.batch_size,
+        dtype=torch.bfloat16 if options.bf16 else None,
+        progress=not options.quiet,
+        notes=notes,
+    )
+    return result_row(
+        scores,
+        method=run.method,
+        shots=run.shots,
+        language=run.language,
+        seed=seed,
+        task=name,
+        metric=metric,
+        examples={language: len(of) for language, of in examples.items()},
+        largest_class=largest_class(examples, metric),
+        notes=notes,
+        split=options.split,
+        limit=options.limit,
+        epoch=delta.metadata["epoch"],
+        k=delta.ticket.k,
+    )
 
 
 def _own_examples(options: argparse.Namespace, run: Run) -> tuple[str, str, dict[str, list[Any]]]:
