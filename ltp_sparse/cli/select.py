@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ltp_sparse.cli.checks import CommandError, check_starts_anew, check_writable, need, refuse
 from ltp_sparse.cli.kinds import expect, expect_model, kind_of
 from ltp_sparse.cli.options import add_computing, add_model, add_report_to, at_least_one, quieten, share
 from ltp_sparse.tasks.own import Columns, columns_of, read_own
+
+if TYPE_CHECKING:
+    from ltp_sparse.tickets.ticket import Ticket
 
 HELP = "select a ticket: tune a masked language model on text, or compare two checkpoints"
 EXAMPLES = """\
@@ -90,7 +95,7 @@ def run(options: argparse.Namespace) -> None:
     print(f"written to {options.output}; inspect it with: ltp-sparse inspect {options.output}")
 
 
-def _from_checkpoints(options: argparse.Namespace):  # type: ignore[no-untyped-def]
+def _from_checkpoints(options: argparse.Namespace) -> Ticket:
     why = "is for tuning and not for a comparison of --initial and --tuned, which selects from all parameters"
     of_tuning = ("text", "text_column", "hub_text", "model", "strategy", "segment", "run_dir")
     refuse(options, *of_tuning, why=f"{why}; leave it out")
@@ -112,35 +117,11 @@ def _from_checkpoints(options: argparse.Namespace):  # type: ignore[no-untyped-d
     )
 
 
-def _from_text(options: argparse.Namespace):  # type: ignore[no-untyped-def]
-    need(options, "model")
-    if (options.text is None) == (options.hub_text is None):
-        raise CommandError("pass either --text FILES or --hub-text NAME")
-    if options.text is None:
-        refuse(options, "text_column", why="is for --text; use --hub-column for a Hub data set")
-    if (options.resume or options.save_every) and options.run_dir is None:
-        raise CommandError("--save-every and --resume need a --run-dir")
-    if options.report_to in ("tensorboard", "all") and options.run_dir is None:
-        raise CommandError(f"--report-to {options.report_to} needs a --run-dir, where its logs are kept")
-    if options.run_dir is not None and not options.resume:
-        check_starts_anew(options.run_dir, "--run-dir")
-    expect_model(options)
-    expect(options, "text", "text", "table")
+def _from_text(options: argparse.Namespace) -> Ticket:
+    """The ticket of stage 1. All options are checked before the text is read, which can be a download."""
+    _check_tuning(options)
     strategy = options.strategy or "decoupled"
-    from ltp_sparse.tasks import read_hub_text, read_text
-
-    if options.text is None:
-        texts = read_hub_text(
-            options.hub_text,
-            options.hub_config,
-            column=options.hub_column,
-            max_lines=options.max_lines,
-            seed=options.seed,
-        )
-    elif (column := options.text_column or _only_column(options.text)) is not None:
-        texts = _column(options, column)
-    else:
-        texts = read_text(options.text, max_lines=options.max_lines, seed=options.seed)
+    texts = _texts(options)
     from ltp_sparse.models.backbone import load_backbone, longest_input
     from ltp_sparse.selection.ltp import find_ticket
     from ltp_sparse.training.mlm import MLMSettings, tune_mlm
@@ -185,6 +166,39 @@ def _from_text(options: argparse.Namespace):  # type: ignore[no-untyped-def]
         intersect=options.intersect,
         metadata=result.metadata,
     )
+
+
+def _check_tuning(options: argparse.Namespace) -> None:
+    """Raises CommandError for options of tuning that are missing, do not go together, or name nothing usable."""
+    need(options, "model")
+    if (options.text is None) == (options.hub_text is None):
+        raise CommandError("pass either --text FILES or --hub-text NAME")
+    if options.text is None:
+        refuse(options, "text_column", why="is for --text; use --hub-column for a Hub data set")
+    if (options.resume or options.save_every) and options.run_dir is None:
+        raise CommandError("--save-every and --resume need a --run-dir")
+    if options.report_to in ("tensorboard", "all") and options.run_dir is None:
+        raise CommandError(f"--report-to {options.report_to} needs a --run-dir, where its logs are kept")
+    if options.run_dir is not None and not options.resume:
+        check_starts_anew(options.run_dir, "--run-dir")
+    expect_model(options)
+    expect(options, "text", "text", "table")
+
+
+def _texts(options: argparse.Namespace) -> Sequence[str]:
+    from ltp_sparse.tasks import read_hub_text, read_text
+
+    if options.text is None:
+        return read_hub_text(
+            options.hub_text,
+            options.hub_config,
+            column=options.hub_column,
+            max_lines=options.max_lines,
+            seed=options.seed,
+        )
+    if (column := options.text_column or _only_column(options.text)) is not None:
+        return _column(options, column)
+    return read_text(options.text, max_lines=options.max_lines, seed=options.seed)
 
 
 def _only_column(paths: list[Path]) -> str | None:
