@@ -575,25 +575,7 @@ class MaskedAdamW(Optimizer):
 
     def _checked(self, state_dict: Mapping[str, Any], params: list[nn.Parameter]) -> tuple[Any, ...]:
         """(parameter -> state, parameter groups, parameter -> gradient or None), once everything is checked."""
-        for key, kind in (("state", Mapping), ("param_groups", list)):
-            if key not in state_dict:
-                raise ValueError(f"MaskedAdamW: the state has no {key!r}; expected what state_dict() gave")
-            if not isinstance(state_dict[key], kind):
-                raise ValueError(f"MaskedAdamW: {key!r} is a {type(state_dict[key]).__name__}, no {kind.__name__}")
-        extra, groups = state_dict.get(_DIGESTS, {"version": 1}), state_dict["param_groups"]
-        if not isinstance(extra, Mapping) or "version" not in extra:
-            raise ValueError(f"MaskedAdamW: {_DIGESTS!r} in the state must be a mapping with a version, got {extra!r}")
-        for number, group in enumerate(groups):
-            if not isinstance(group, Mapping) or not isinstance(group.get("params"), list):
-                raise ValueError(f"MaskedAdamW: parameter group {number} of the state has no list of 'params'")
-        if extra["version"] != 1:
-            raise ValueError(
-                f"MaskedAdamW: state of version {extra['version']}, this one reads version 1; update ltp_sparse"
-            )
-        if _DIGESTS not in state_dict and not all("index_sets" in group for group in groups):
-            raise ValueError(
-                "MaskedAdamW: the state was not saved by MaskedAdamW; its moments cannot be matched to a ticket"
-            )
+        extra, groups = _checked_form(state_dict)
         sizes = [len(group["params"]) for group in groups], [len(group["params"]) for group in self.param_groups]
         digests = extra.get("index_sets", [digest for group in groups for digest in group.get("index_sets", [])])
         if sizes[0] != sizes[1]:
@@ -758,6 +740,30 @@ class MaskedAdamW(Optimizer):
             options = ", ".join(f"{k}={v}" for k, v in group.items() if k not in ("params", "index_sets"))
             lines.append(f"  group {index}: {len(group['params'])} parameters, {options}")
         return "\n".join([*lines, ")"])
+
+
+def _checked_form(state_dict: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[Mapping[str, Any]]]:
+    """(version and digests, parameter groups) of a state. Raises ValueError if `state_dict` cannot have made it."""
+    for key, kind in (("state", Mapping), ("param_groups", list)):
+        if key not in state_dict:
+            raise ValueError(f"MaskedAdamW: the state has no {key!r}; expected what state_dict() gave")
+        if not isinstance(state_dict[key], kind):
+            raise ValueError(f"MaskedAdamW: {key!r} is a {type(state_dict[key]).__name__}, no {kind.__name__}")
+    extra, groups = state_dict.get(_DIGESTS, {"version": 1}), state_dict["param_groups"]
+    if not isinstance(extra, Mapping) or "version" not in extra:
+        raise ValueError(f"MaskedAdamW: {_DIGESTS!r} in the state must be a mapping with a version, got {extra!r}")
+    for number, group in enumerate(groups):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), list):
+            raise ValueError(f"MaskedAdamW: parameter group {number} of the state has no list of 'params'")
+    if extra["version"] != 1:
+        raise ValueError(
+            f"MaskedAdamW: state of version {extra['version']}, this one reads version 1; update ltp_sparse"
+        )
+    if _DIGESTS not in state_dict and not all("index_sets" in group for group in groups):
+        raise ValueError(
+            "MaskedAdamW: the state was not saved by MaskedAdamW; its moments cannot be matched to a ticket"
+        )
+    return extra, groups
 
 
 def _are_same(some: list[nn.Parameter], others: list[nn.Parameter]) -> bool:
