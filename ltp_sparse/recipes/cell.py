@@ -7,13 +7,14 @@ import random
 import statistics
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ltp_sparse import __version__
 from ltp_sparse.deltas.delta import SparseDelta
@@ -29,7 +30,7 @@ from ltp_sparse.selection.ltp import find_ticket
 from ltp_sparse.selection.scores import magnitude
 from ltp_sparse.tasks import TASKS, Task, tested
 from ltp_sparse.tickets.ticket import Ticket
-from ltp_sparse.training.evaluation import evaluate, largest_class
+from ltp_sparse.training.evaluation import Ready, evaluate, largest_class
 from ltp_sparse.training.masked_texts import text_hash
 from ltp_sparse.training.method import load_trained, train_method
 from ltp_sparse.training.mlm import MLMSettings
@@ -54,24 +55,17 @@ def run_cell(
     start = time.perf_counter()
     method = method_of(cell)
     notes: list[str] = []
-    stuck: list[str] = []  # of a test whose predictions are all one class
-    train_task, language = _training_task(cell, bench, notes), cell["train.language"]
+    task, language = _training_task(cell, bench, notes), cell["train.language"]
     draw = {"shots": cell["shots"], "seed": cell["seed"]}
-    drawn = (bench.examples(train_task.name, split, language, **draw) for split in ("train", "dev"))
+    drawn = (bench.examples(task.name, split, language, **draw) for split in ("train", "dev"))
     train, dev = (_sample(examples, cell["train.limit"]) for examples in drawn)
-    tests = test_examples(cell, bench)
+    tests = _Tests(cell, bench, task, test_examples(cell, bench), notes)
     ticket, of_stage_1 = ticket_of(cell, bench, notes)
-    sft = LanguageDeltas(cell, bench, notes)
-
-    def adapter_of(of_language: str) -> str:
-        _note(text_of(cell, bench, "adapters", of_language), notes)
-        return str(adapter(cell, bench, of_language))
-
-    source = cell["adapters.source"]
-    if source is not None:
-        method = replace(method, language_adapter=adapter_of(source))  # type: ignore[call-arg]
+    if tests.adapts:
+        source = tests.adapter(cell["adapters.source"])
+        method = replace(method, language_adapter=source)  # type: ignore[call-arg]
     model, tokenizer = bench.model(cell, method)
-    with sft.applied(cell["language_sft.source"], model):
+    with tests.sft.applied(cell["language_sft.source"], model):
         trained = train_method(
             method,
             model,
@@ -79,11 +73,11 @@ def run_cell(
             train,
             dev,
             ticket=ticket,
-            labels=train_task.labels,
+            labels=task.labels,
             language=language if language in WORDS else "en",
-            verbalizer=_verbalizer(cell, method, train_task, tokenizer),
+            verbalizer=_verbalizer(cell, method, task, tokenizer),
             seed=cell["seed"],
-            metric=train_task.metric,
+            metric=task.metric,
             output_dir=folder,
             save_every=save_every,
             resume=folder is not None,
@@ -93,67 +87,125 @@ def run_cell(
             progress=bench.progress,
             arguments={"report_to": bench.report_to},
         )
-        composed = cell["language_sft"] is not None or source is not None
-        scores = {} if composed else _scores(trained, tests, train_task, bench, stuck)
+        # without language SFTs and adapters, the trained model itself is tested, which need not be built again
+        scores = {} if tests.composes else tests.scores(trained, tests.examples)
         trained.release()
-
-    def scores_of(delta: SparseDelta) -> dict[str, float]:
-        """Scores with the language SFT or adapter of each test language, if the cell has them."""
-        scores: dict[str, float] = {}
-        for test_language in tests:
-            if source is not None:
-                options = {**delta.metadata["options"], "language_adapter": adapter_of(test_language)}
-                facts = {**delta.metadata, "options": options}
-                delta = SparseDelta(delta.ticket, delta.values, delta.originals, delta.dense, facts)
-            with sft.applied(test_language if cell["language_sft"] else None, model):
-                setup = load_trained(model, tokenizer, delta)
-                try:
-                    scores |= _scores(setup, {test_language: tests[test_language]}, train_task, bench, stuck)
-                finally:
-                    delta.revert(setup.model)
-                    setup.undo()
-        return scores
-
-    if composed:
-        scores = scores_of(trained.delta)
+    if tests.composes:
+        scores = tests.scores_of(trained.delta, model, tokenizer)
     last = {}
     if trained.last is not None:
         epoch = trained.last.metadata["epoch"]
-        of_last = scores if epoch == trained.best_epoch else scores_of(trained.last)
+        of_last = scores if epoch == trained.best_epoch else tests.scores_of(trained.last, model, tokenizer)
         last["last_update"] = {"epoch": epoch, "scores": of_last, "mean": statistics.fmean(of_last.values())}
+    counts = {"train": len(train), "dev": len(dev), "test": {name: len(of) for name, of in tests.examples.items()}}
     return {
         "id": cell.id,
         **cell.facts,
         "name": method.name,
-        "metric": train_task.metric,
+        "metric": task.metric,
         "scores": scores,
         "mean": sum(scores.values()) / len(scores),
         **last,
-        "largest_class": largest_class(tests, train_task.metric),
+        "largest_class": largest_class(tests.examples, task.metric),
         "dev_score": max(trained.dev_scores) if method.picks != "loss" else min(trained.dev_scores),
         "dev_scores": list(trained.dev_scores),
         "epoch": trained.best_epoch,
         "k": trained.delta.ticket.k,
         "active": active_by_layer(trained.delta.ticket),
         **({} if of_stage_1 is None else {"stage_1": of_stage_1}),
-        "language_active": sft.active,
+        "language_active": tests.sft.active,
         "dense_parameters": sum(tensor.numel() for tensor in trained.delta.dense.values()),
         "optimizer_bytes": trained.optimizer_bytes,
-        "examples": {"train": len(train), "dev": len(dev), "test": {name: len(of) for name, of in tests.items()}},
-        "notes": [*notes, *(f"{cell['label']}: {note}" for note in stuck)],
+        "examples": counts,
+        "notes": [*notes, *(f"{cell['label']}: {note}" for note in tests.stuck)],
         "seconds": round(time.perf_counter() - start, 2),
-        "provenance": {
-            "base": bench.digest,
-            "data": text_hash(repr(example) for part in (train, dev, *tests.values()) for example in part),
-            "settings": method.describe(),
-            "ltp_sparse": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "host": platform.node(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        },
+        "provenance": _provenance(bench, method, (train, dev, *tests.examples.values())),
     }
+
+
+def _provenance(bench: Workbench, method: Method, examples: Iterable[Sequence[Any]]) -> dict[str, Any]:
+    """What a row was made from, and where."""
+    return {
+        "base": bench.digest,
+        "data": text_hash(repr(example) for part in examples for example in part),
+        "settings": method.describe(),
+        "ltp_sparse": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "host": platform.node(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+class _Tests:
+    """How a cell tests a result: examples by language, with the language SFT or adapter of each if it has them.
+
+    Args:
+        cell: the cell.
+        bench: where artefacts are, and how to compute.
+        task: the task of training, whose classes and metric are those of the tests.
+        examples: language -> examples.
+        notes: the row's notes; a note is added for each text that stands in for another.
+
+    Attributes:
+        sft: the language SFTs.
+        stuck: notes on tests in which all predictions are of one class.
+    """
+
+    def __init__(
+        self, cell: Cell, bench: Workbench, task: Task, examples: Mapping[str, Sequence[Any]], notes: list[str]
+    ) -> None:
+        self.cell, self.bench, self.task, self.examples, self.notes = cell, bench, task, examples, notes
+        self.sft = LanguageDeltas(cell, bench, notes)
+        self.stuck: list[str] = []
+
+    @property
+    def adapts(self) -> bool:
+        """Whether each language has its adapter."""
+        return self.cell["adapters.source"] is not None
+
+    @property
+    def composes(self) -> bool:
+        """Whether the model differs between test languages."""
+        return self.adapts or self.cell["language_sft"] is not None
+
+    def adapter(self, language: str) -> str:
+        """The path of a language's adapter."""
+        _note(text_of(self.cell, self.bench, "adapters", language), self.notes)
+        return str(adapter(self.cell, self.bench, language))
+
+    def scores(self, ready: Ready, examples: Mapping[str, Sequence[Any]]) -> dict[str, float]:
+        """Scores of a model as it is."""
+        return evaluate(
+            ready,
+            examples,
+            metric=self.task.metric,
+            labels=self.task.labels,
+            batch_size=self.bench.batch_size,
+            dtype=torch.bfloat16 if self.bench.bf16 else None,
+            progress=self.bench.progress,
+            notes=self.stuck,
+        )
+
+    def scores_of(
+        self, delta: SparseDelta, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> dict[str, float]:
+        """Scores of a delta on a model at its initial bits, which are restored after each language."""
+        scores: dict[str, float] = {}
+        for language, examples in self.examples.items():
+            if self.adapts:
+                options = {**delta.metadata["options"], "language_adapter": self.adapter(language)}
+                facts = {**delta.metadata, "options": options}
+                delta = SparseDelta(delta.ticket, delta.values, delta.originals, delta.dense, facts)
+            with self.sft.applied(language if self.cell["language_sft"] else None, model):
+                setup = load_trained(model, tokenizer, delta)
+                try:
+                    scores |= self.scores(setup, {language: examples})
+                finally:
+                    delta.revert(setup.model)
+                    setup.undo()
+        return scores
 
 
 def test_examples(cell: Cell, bench: Workbench) -> dict[str, Sequence[Any]]:
@@ -286,21 +338,6 @@ def _verbalizer(cell: Cell, method: Method, task: Task, tokenizer: Any) -> Verba
         raise ValueError(f"a prompt for {task.name} needs the words of its classes: verbalizer: {{class: word, ...}}")
     language = words or cell["train.language"]
     return Verbalizer.for_language(tokenizer, language if language in WORDS else "en")
-
-
-def _scores(
-    ready: Any, tests: Mapping[str, Sequence[Any]], task: Task, bench: Workbench, notes: list[str]
-) -> dict[str, float]:
-    return evaluate(
-        ready,
-        tests,
-        metric=task.metric,
-        labels=task.labels,
-        batch_size=bench.batch_size,
-        dtype=torch.bfloat16 if bench.bf16 else None,
-        progress=bench.progress,
-        notes=notes,
-    )
 
 
 def _note(text: Corpus, notes: list[str]) -> None:
