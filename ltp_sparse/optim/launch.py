@@ -33,6 +33,10 @@ PACKED = ("exp_avg", "exp_avg_sq", "scales", "master", "anchor")
 PIECE = 1 << 24
 """Slots of an anchor kept on the host that are copied to a GPU at a time: 64 MiB."""
 
+_MOST_STEPS = 2**53  # float64 counts up to this number without gaps
+_UNDERFLOW = 1e-15
+"""First moments up to this size can have a second moment that is 0 in float32."""
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -54,6 +58,7 @@ class Precision:
             raise ValueError(f"MaskedAdamW: seed must be in [0, 2^63), got {self.seed}")
 
     def keeps_master(self, dtype: torch.dtype) -> bool:
+        """Whether parameters of this dtype get a float32 master."""
         if dtype == torch.float32:
             return False
         return self.rounding == "nearest" if self.master is None else self.master
@@ -64,6 +69,11 @@ class Precision:
         return moments + 4 * self.keeps_master(dtype)
 
     def is_stochastic(self, dtype: torch.dtype) -> bool:
+        """Whether parameters of this dtype are rounded stochastically.
+
+        Raises:
+            TypeError: they are float16, for which there is no stochastic rounding.
+        """
         if self.rounding == "stochastic" and dtype == torch.float16:
             raise TypeError(
                 "MaskedAdamW: stochastic rounding is for bfloat16 parameters, got float16; use master=True for these"
@@ -84,11 +94,6 @@ class Piece:
     blocks: slice
 
 
-_MOST_STEPS = 2**53
-_UNDERFLOW = 1e-15
-"""First moments up to this size can have a second moment that is 0 in float32."""
-
-
 class Launch:
     """The parameters of one device, dtype and sharding, in the order of the parameter groups.
 
@@ -96,7 +101,7 @@ class Launch:
 
     Args:
         params: the P parameters.
-        numbers: a number per parameter, which distinguishes it in random bits.
+        numbers: a number per parameter, so that no two parameters get the same random bits.
         group: the parameter group of each parameter.
         sets: the active entries of each parameter, K together.
         groups: the number G of parameter groups.
@@ -281,17 +286,18 @@ class Launch:
         buffers = {key: getattr(self, key) for key in PACKED}
         return {key: None if buffer is None else buffer[parts[key]] for key, buffer in buffers.items()}
 
-    def check(self, position: int, saved: Mapping[str, Any], name: str, group: Mapping[str, Any]) -> None:
-        """Checks that `load` accepts a state.
+    def check_state(self, position: int, saved: Mapping[str, Any], name: str, group: Mapping[str, Any]) -> None:
+        """Checks that `load` can take a saved state.
 
         Args:
-            position: of the parameter in this launch.
+            position: the position of the parameter in this launch.
             saved: its state.
-            name: of the parameter, for messages.
+            name: the name of the parameter, for messages.
             group: its hyperparameters in the saved state.
 
         Raises:
-            ValueError: it does not; the message names key and parameter.
+            ValueError: a tensor is missing, unknown, or has a wrong shape, dtype or value. The message names it and the
+                parameter.
         """
         if not isinstance(saved, Mapping):
             raise ValueError(f"MaskedAdamW: the state of {name!r} must be a mapping, got {type(saved).__name__}")
@@ -378,14 +384,14 @@ class Launch:
         if grad is None or self.packed is None:
             param.grad = None if grad is None else grad.to(param.device, copy=True)
         else:
-            self.packed.shares[position].buffer.copy_(grad)
+            self.packed.gradients[position].buffer.copy_(grad)
             self.packed.show(position)
 
     def gradient(self, position: int) -> Tensor | None:
         """The gradient that one parameter has accumulated, packed or dense as in this optimizer, or None."""
         if not self.present()[position]:
             return None
-        return self.params[position].grad if self.packed is None else self.packed.shares[position].buffer
+        return self.params[position].grad if self.packed is None else self.packed.gradients[position].buffer
 
     def _converted(self, saved: Mapping[str, Tensor], active: Sequence[int]) -> dict[str, Tensor]:
         """The moments of a saved state that have another precision or older codes, converted to this launch's."""
@@ -444,6 +450,7 @@ class Launch:
         return self.seen.devices != {-1 if self.device.type == "cpu" else self.device.index}
 
     def check_dtypes(self) -> None:
+        """Raises TypeError if a parameter has been cast since construction."""
         if other := self.seen.dtypes - {self.dtype}:
             raise TypeError(
                 f"MaskedAdamW: a parameter of {self.dtype} has become {other.pop()}; "
@@ -455,10 +462,11 @@ class Launch:
         if self.packed is None:
             return [param.grad is not None for param in self.params]
         self.packed.settle()
-        return [share.present for share in self.packed.shares]
+        return [gradient.present for gradient in self.packed.gradients]
 
     def having_gradients(self) -> Iterator[nn.Parameter]:
-        if self.packed is None:  # lazy, since the caller stops at the first
+        """Yields the parameters that have a gradient, one by one: the caller stops at the first."""
+        if self.packed is None:
             return (param for param in self.params if param.grad is not None)
         return self.packed.having_gradients()
 
@@ -480,7 +488,14 @@ class Launch:
     def begin_step(
         self, found_inf: Tensor | None, grad_scale: Tensor | None, pull_factor: Tensor | None, counts: bool = True
     ) -> None:
-        """Computes the coefficients of a step on the device and, with `counts`, counts the step."""
+        """Computes the coefficients of a step on the device.
+
+        Args:
+            found_inf: one number; the step is skipped unless it is 0. None: there is no GradScaler.
+            grad_scale: one number, the loss scale that the gradients contain, or None.
+            pull_factor: one number that multiplies the pull, or None.
+            counts: whether this is a step, to be counted, and not only a measurement of the norm.
+        """
         if self.backend.needs_prepared and self.prepared is None:
             self.prepared = torch.empty(len(self.params), 8, dtype=torch.int64, device=self.device)
         scalars = found_inf, grad_scale, pull_factor
@@ -507,6 +522,7 @@ class Launch:
         )  # fmt: skip
 
     def scale_gradients(self, factor: Tensor) -> None:
+        """Multiplies all gradients, in place, by a factor on the device."""
         if self.packed is not None:
             self.packed.buffer.mul_(factor)
             return
@@ -515,6 +531,7 @@ class Launch:
                 grad *= factor
 
     def update(self) -> None:
+        """Updates the active entries. Packed gradients are consumed."""
         for update, backend in self.runs():
             ops.run("masked_adamw_", update, backend)
         self.forget()

@@ -150,11 +150,11 @@ class MaskedAdamW(Optimizer):
         self._home = ParameterHome(model, named) if isinstance(model, nn.Module) else None
         self._launches: list[Launch] = []
         self._removed = self._warned = self._compared = False
-        self._pull_factor: Tensor | None = None
+        self._pull_factor: Tensor | None = None  # by which `clip_grad_norm_` has clipped the pull of the next step
         self._ticketed = set(self._parts)
         in_full = dense_groups(dense, what="MaskedAdamW")
-        self._packs: set[nn.Parameter] = set()
-        self._watch: Any = None
+        self._packs: set[nn.Parameter] = set()  # whose gradients are packed
+        self._watch: Any = None  # the handle of the hook `_before_forward`
         ticketed = {name: named[name] for name in parts}
         check_not_in_both(ticketed, (p for group in in_full for p in group["params"]), what="MaskedAdamW")
         if gradients == "packed":
@@ -573,7 +573,9 @@ class MaskedAdamW(Optimizer):
             raise
         self._pull_factor = None
 
-    def _checked(self, state_dict: Mapping[str, Any], params: list[nn.Parameter]) -> tuple[Any, ...]:
+    def _checked(
+        self, state_dict: Mapping[str, Any], params: list[nn.Parameter]
+    ) -> tuple[dict[nn.Parameter, Any], list[dict[str, Any]], dict[nn.Parameter, Any] | None]:
         """(parameter -> state, parameter groups, parameter -> gradient or None), once everything is checked."""
         extra, groups = _checked_form(state_dict)
         sizes = [len(group["params"]) for group in groups], [len(group["params"]) for group in self.param_groups]
@@ -617,7 +619,7 @@ class MaskedAdamW(Optimizer):
             for position, param in enumerate(launch.params):
                 name = names[param]
                 if saved:
-                    launch.check(position, saved.get(param, {}), name, of_param[param])
+                    launch.check_state(position, saved.get(param, {}), name, of_param[param])
                 if gradients is not None:
                     launch.check_gradient(position, gradients[param], name)
         return saved, loaded, gradients

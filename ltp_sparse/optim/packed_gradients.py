@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ltp_sparse import ops
 from ltp_sparse.deltas.entries import gather
 from ltp_sparse.optim.gradient_view import GradientView, PackedTensor
-from ltp_sparse.optim.small_gradients import SmallGradients, parts_of
+from ltp_sparse.optim.small_gradients import SmallGradients, subtables
 from ltp_sparse.tickets.bits import unpack_bits
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.tile_table import TileTable
@@ -92,7 +92,7 @@ class _Rows:
                 out.index_put_((slots,), added, accumulate=True)
 
 
-class Share:
+class PackedGradient:
     """The packed gradient of one parameter: its slots of the flat buffer, and the packing of dense gradients.
 
     Args:
@@ -139,8 +139,9 @@ class Share:
             self.carrier.grad = self._slots if there else None
 
     def values(self) -> Tensor:
+        """float32 [k], the gradient that the next step uses; zeros if the carrier's optimizer has cleared it."""
         self.settle()
-        if self.carrier is not None and not self.present:  # its optimizer has cleared it
+        if self.carrier is not None and not self.present:
             self.buffer.zero_()
         return self.buffer
 
@@ -153,6 +154,12 @@ class Share:
 
     @torch.no_grad()
     def pack_(self, grad: Tensor, *, accumulate: bool) -> None:
+        """Packs a gradient.
+
+        Args:
+            grad: the gradient in the parameter's shape: dense, sparse by rows, or a view of a packed one.
+            accumulate: whether to add it to a gradient that is present, instead of replacing that.
+        """
         self.settle()
         fresh = not (accumulate and self.present)
         if isinstance(grad, PackedTensor):
@@ -170,29 +177,30 @@ class Share:
 
 
 class Shown:
-    """The values behind the views of one gradient: the buffer, or a copy once the buffer holds the next gradient.
+    """What the views of one gradient show: the buffer, or a copy of it once the buffer holds the next gradient.
 
-    So a reference to a gradient (`first = p.grad; opt.zero_grad(); ...`) stays valid after the next backward.
+    With the copy, a reference to an old gradient (`first = p.grad; opt.zero_grad(); ...`) stays valid after the next
+    backward.
     """
 
-    def __init__(self, share: Share) -> None:
-        self.share, self.index_set = share, share.index_set
+    def __init__(self, packed: PackedGradient) -> None:
+        self.packed, self.index_set = packed, packed.index_set
         self._kept: Tensor | None = None
 
     def values(self) -> Tensor:
-        return self.share.values() if self._kept is None else self._kept
+        return self.packed.values() if self._kept is None else self._kept
 
     @torch.no_grad()
     def pack_(self, grad: Tensor, *, accumulate: bool) -> None:
         if self._kept is None:
-            self.share.pack_(grad, accumulate=accumulate)
+            self.packed.pack_(grad, accumulate=accumulate)
         else:
             values = gather(grad.to_dense() if grad.is_sparse else grad, self.index_set).float()
             self._kept.copy_(self._kept + values if accumulate else values)
 
     def keep(self) -> None:
         """Makes the views show a copy of the buffer from now on."""
-        self._kept = self.share.buffer.clone()
+        self._kept = self.packed.buffer.clone()
 
 
 class PackedGradients:
@@ -233,13 +241,13 @@ class PackedGradients:
         slots = self._buffer.split(table.counts)
         # the directory can be built for the whole table only, not for parts of it
         whole, _ = ops.served(table, params[0].dtype)
-        tables = parts_of(whole, [range(number, number + 1) for number in range(len(params))])
+        tables = subtables(whole, [range(number, number + 1) for number in range(len(params))])
         # other optimizers read the carriers at any time, so nothing can wait
         self._small = SmallGradients(params if carriers is None else (), self._buffer, whole)
         stand_ins: Sequence[nn.Parameter | None] = carriers or [None] * len(slots)
         parts = zip(sets, slots, tables, stand_ins, strict=True)
-        self.shares = [
-            Share(number, index_set, held, part, self._small, carrier)
+        self.gradients = [
+            PackedGradient(number, index_set, held, part, self._small, carrier)
             for number, (index_set, held, part, carrier) in enumerate(parts)
         ]
         self._carried = carriers is not None
@@ -258,7 +266,7 @@ class PackedGradients:
                     module.sparse = True
                     embeddings.append(module)
                     handles.append(module.register_forward_pre_hook(WeakHook(None, _CopiedSparse)))
-                self.shares[numbers[weight]].rows = _Rows(sets[numbers[weight]], weight.shape[1], weight.device)
+                self.gradients[numbers[weight]].rows = _Rows(sets[numbers[weight]], weight.shape[1], weight.device)
         named = model.named_parameters(remove_duplicate=False)
         ignored = [name for name, param in named if param in numbers]
         setattr(model, _IGNORED, [*getattr(model, _IGNORED, []), *ignored])
@@ -289,12 +297,12 @@ class PackedGradients:
 
     def _pack(self, number: int, param: Tensor) -> None:
         """Packs a gradient of backward, unless autograd has already added it to the view."""
-        share, grad = self.shares[number], own_gradient(param)
+        packed, grad = self.gradients[number], own_gradient(param)
         assert grad is not None
         self._hide_used()
         if not self._is_shown(number, grad):
             self._let_go(number)
-            share.pack_(grad, accumulate=False)
+            packed.pack_(grad, accumulate=False)
         self._show(number)
         if torch._C._current_graph_task_id() < 0:  # the hook was called by hand, after a backward
             self._small.pack_()
@@ -307,10 +315,10 @@ class PackedGradients:
         return isinstance(grad, GradientView) and shown is not None and grad.source is shown()
 
     def _show(self, number: int) -> None:
-        param, share = self.params[number], self.shares[number]
-        share.shown = True
+        param, packed = self.params[number], self.gradients[number]
+        packed.shown = True
         if not self._is_shown(number, param.grad):
-            shown = Shown(share)
+            shown = Shown(packed)
             self._shown[number] = weakref.ref(shown)
             held = local(param)
             param.grad = like(param, GradientView(shown, held.shape, held.dtype, held.device))
@@ -325,45 +333,45 @@ class PackedGradients:
         """Sets `.grad` to None where it still shows a gradient that a step has consumed."""
         if self._used:
             self._used = False
-            for number, (param, share) in enumerate(zip(self.params, self.shares, strict=True)):
-                if not share.present:
+            for number, (param, packed) in enumerate(zip(self.params, self.gradients, strict=True)):
+                if not packed.present:
                     if self._is_shown(number, param.grad):
                         param.grad = None
-                    share.shown = False
+                    packed.shown = False
 
     def settle(self) -> None:
         """Takes over any `.grad` that other code has set: None, or a tensor."""
-        for number, (param, share) in enumerate(zip(self.params, self.shares, strict=True)):
+        for number, (param, packed) in enumerate(zip(self.params, self.gradients, strict=True)):
             grad, shown = param.grad, self._shown[number]
             # in most steps all are as backward left them, which is seen without a call of Python
-            as_left = share.shown and type(grad) is GradientView and shown is not None and grad.source is shown()
+            as_left = packed.shown and type(grad) is GradientView and shown is not None and grad.source is shown()
             if self._carried or not as_left:
                 self._settle(number, param)
         self._small.pack_()
 
     def having_gradients(self) -> Iterator[nn.Parameter]:
         """The parameters with a gradient; each is settled when its turn comes."""
-        for number, (param, share) in enumerate(zip(self.params, self.shares, strict=True)):
+        for number, (param, packed) in enumerate(zip(self.params, self.gradients, strict=True)):
             self._settle(number, param)
-            if share.present:
+            if packed.present:
                 yield param
 
     def _settle(self, number: int, param: nn.Parameter) -> None:
-        share, grad = self.shares[number], own_gradient(param)
+        packed, grad = self.gradients[number], own_gradient(param)
         if grad is None:
-            if share.shown:
-                share.present = share.shown = False
+            if packed.shown:
+                packed.present = packed.shown = False
         elif not self._is_shown(number, grad):
             self._let_go(number)
-            share.pack_(grad, accumulate=False)
+            packed.pack_(grad, accumulate=False)
             self.show(number)
-        elif not share.shown:  # somebody has put a view back
+        elif not packed.shown:  # somebody has put a view back
             self.show(number)
-        share.settle()
+        packed.settle()
 
     def show(self, number: int) -> None:
         """Makes the content of the buffer the gradient of a parameter."""
-        self.shares[number].present = True
+        self.gradients[number].present = True
         self._show(number)
 
     def _before_forward(self, *_: object) -> None:
@@ -374,17 +382,16 @@ class PackedGradients:
         for embedding in (ref() for ref in self._embeddings):
             if embedding is not None and id(embedding.weight) not in own:
                 embedding.sparse = False  # its weight has been sharded
-        self._used = self._used or any(share.carrier is not None for share in self.shares)
+        self._used = self._used or any(packed.carrier is not None for packed in self.gradients)
         self._hide_used()
         ddp = DistributedDataParallel._get_active_ddp_module()
         self._ddp = None if ddp is None else weakref.ref(ddp)  # it must not outlive its process group
         self._ending = False  # a backward that failed may have left it set
-        if ddp is not None:
-            if any(id(param) in own for param in ddp._module_parameters):
-                raise ValueError(
-                    'MaskedAdamW: gradients="packed" must be set up before the model is wrapped in '
-                    "DistributedDataParallel; make the optimizer first"
-                )
+        if ddp is not None and any(id(param) in own for param in ddp._module_parameters):
+            raise ValueError(
+                'MaskedAdamW: gradients="packed" must be set up before the model is wrapped in '
+                "DistributedDataParallel; make the optimizer first"
+            )
 
     def _end_backward(self) -> None:
         self._ending = False
@@ -401,7 +408,7 @@ class PackedGradients:
             ValueError: on all ranks, in the first call: they have different tickets.
         """
         if not self._compared:
-            digests = str([share.index_set.digest() for share in self.shares])
+            digests = str([packed.index_set.digest() for packed in self.gradients])
             if not is_same(digests, [group], self._buffer.device):
                 raise ValueError(
                     "MaskedAdamW: expected the same ticket on all ranks that average gradients, got others; load "
@@ -411,32 +418,34 @@ class PackedGradients:
         self.settle()
         self._hide_used()
         self.clear_absent()
-        present = torch.tensor([share.present for share in self.shares], dtype=torch.int32, device="cpu")
+        present = torch.tensor([packed.present for packed in self.gradients], dtype=torch.int32, device="cpu")
         present = present.to(self.buffer.device)
         torch.distributed.all_reduce(present, torch.distributed.ReduceOp.MAX, group)
         self.buffer.div_(torch.distributed.get_world_size(group))
         torch.distributed.all_reduce(self.buffer, group=group)
         for number, there in enumerate(present.tolist()):
-            if there and not self.shares[number].present:
+            if there and not self.gradients[number].present:
                 self.show(number)
 
     def clear_absent(self) -> None:
         """Zeros the slots of parameters without a gradient, so that a norm does not count values of earlier steps."""
-        for number, share in enumerate(self.shares):
-            if not share.present:
+        for number, packed in enumerate(self.gradients):
+            if not packed.present:
                 if not self._is_shown(number, self.params[number].grad):
                     self._let_go(number)
-                share.buffer.zero_()
+                packed.buffer.zero_()
 
     def index_tensors(self) -> list[Tensor]:
         """The tensors that locate the active entries of embedding rows."""
-        return [t for share in self.shares if share.rows is not None for t in (share.rows.words, share.rows.starts)]
+        return [
+            t for packed in self.gradients if packed.rows is not None for t in (packed.rows.words, packed.rows.starts)
+        ]
 
     def consume(self) -> None:
         """Marks the gradients consumed; the next backward starts from zero."""
         self._used = True
-        for share in self.shares:
-            share.present = False
+        for packed in self.gradients:
+            packed.present = False
 
     def remove(self) -> None:
         """Removes the hooks and makes the embeddings dense again. A second call does nothing."""

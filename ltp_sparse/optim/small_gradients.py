@@ -58,7 +58,7 @@ class SmallGradients:
         self._dtype = params[0].dtype if params else None
         small = [param.nbytes <= WAITING and not is_sharded(param) for param in params]
         ranges = list(_ranges([param.nbytes if waits else 0 for param, waits in zip(params, small, strict=True)]))
-        for numbers, part in zip(ranges, parts_of(table, ranges), strict=True):
+        for numbers, part in zip(ranges, subtables(table, ranges), strict=True):
             slot = sum(table.counts[: numbers.start])
             batch = _Batch(part, buffer[slot : slot + part.k])
             members = [number for number in numbers if small[number]]
@@ -110,6 +110,7 @@ class SmallGradients:
 
     @property
     def waits(self) -> bool:
+        """Whether any gradient waits."""
         return bool(self._waiting)
 
     def pack_(self) -> None:
@@ -138,12 +139,17 @@ def _ranges(sizes: Sequence[int]) -> Iterator[range]:
         yield range(first, len(sizes))
 
 
-def parts_of(table: TileTable, ranges: Sequence[range]) -> Iterator[TileTable]:
-    """A table for each range of parameters, over the shared index. Parameters and slots count from the first."""
-    of = table.tiles[:, Column.PARAM].contiguous().cpu()
+def subtables(table: TileTable, ranges: Sequence[range]) -> Iterator[TileTable]:
+    """Yields a table for each range of parameters. Its parameters and slots are numbered from 0; the index is shared.
+
+    Args:
+        table: the tiles of all parameters, those of one parameter next to each other.
+        ranges: ranges of parameter numbers.
+    """
+    param_of_tile = table.tiles[:, Column.PARAM].contiguous().cpu()
     for numbers in ranges:
-        bounds = torch.tensor([numbers.start, numbers.stop], dtype=of.dtype, device="cpu")
-        low, high = torch.searchsorted(of, bounds).tolist()
+        bounds = torch.tensor([numbers.start, numbers.stop], dtype=param_of_tile.dtype, device="cpu")
+        low, high = torch.searchsorted(param_of_tile, bounds).tolist()
         tiles = table.tiles[low:high].clone()
         tiles[:, Column.PARAM] -= numbers.start
         tiles[:, Column.SLOT] -= sum(table.counts[: numbers.start])

@@ -289,7 +289,7 @@ def test_all_that_the_optimizer_holds_is_predicted(states, density):
     assert on_cpu.held - on_cpu.weights == pytest.approx(sum(held.values()), rel=0.002)
 
     (launch,) = opt._launches
-    tables = [launch.table, *(share.table for share in launch.packed.shares)]
+    tables = [launch.table, *(gradient.table for gradient in launch.packed.gradients)]
     items = sum(work_items(table).nbytes for table in tables)
     ranks = launch.table.with_ranks().ranks.nbytes
     assert on_gpu.held - on_cpu.held == pytest.approx(items + ranks + 64 * len(ticket.sets), rel=0.05)
