@@ -81,7 +81,16 @@ def verify_frozen(
 
 
 def check_unchanged(before: Mapping[str, str], after: Mapping[str, str], *, what: str) -> None:
-    """Raises RuntimeError, which names the first, if digests of parameters differ. `what`: the caller, for messages."""
+    """Compares digests of parameters.
+
+    Args:
+        before: name -> digest before training.
+        after: name -> digest now.
+        what: the caller, for messages.
+
+    Raises:
+        RuntimeError: digests differ; the message names the first parameter.
+    """
     if changed := [name for name, found in after.items() if found != before[name]]:
         raise RuntimeError(
             f"{what}: entries of {changed[0]!r} that must not train have changed ({len(changed)} parameters in all)"

@@ -60,13 +60,20 @@ class PackedTensor(Tensor):
 
     @staticmethod
     def __new__(cls, index_set: IndexSet, values: Tensor, fill: Tensor, shape: Any) -> PackedTensor:
-        """values: [k], in any dtype; fill: 0-dim, the value of all other entries, whose dtype is the tensor's."""
+        """Makes a tensor of k stored entries.
+
+        Args:
+            index_set: the stored entries.
+            values: [k], their values, in any dtype.
+            fill: 0-dim, the value of all other entries; its dtype is that of the tensor.
+            shape: the shape of the tensor.
+        """
         made = Tensor._make_wrapper_subclass(cls, shape, dtype=fill.dtype, device=values.device)
         made.index_set, made.packed_values, made.fill = index_set, values, fill
         return made
 
     def values_now(self) -> Tensor:
-        """[k]"""
+        """[k], the values of the stored entries: the tensor itself, not a copy."""
         return self.packed_values
 
     def dense(self) -> Tensor:

@@ -48,8 +48,9 @@ def check_ordinary(param: Tensor, *, what: str, name: str = "") -> None:
         raise TypeError(f"{what}: expected parameters, {called}a {type(param).__name__}")
     if type(param).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise TypeError(
-            f"{what}: {called}a {type(param).__name__}, which is not supported yet: expected ordinary parameters. For "
-            "sharded models (FSDP2, tensor parallelism) train without sharding, or by DistributedDataParallel"
+            f"{what}: {called}a {type(param).__name__}, a tensor with operations of its own; expected an ordinary "
+            "parameter, or one that FSDP2 or tensor parallelism has sharded. If it is quantised, leave it out or "
+            "dequantise it"
         )
     check_plain_tensor(param, f"{what}: {name!r}" if name else f"{what}: a parameter")
 
@@ -76,7 +77,7 @@ def trainable_parts(
     """(`named_parameters`, `parts_of` the ticket), after checks that these can be trained.
 
     Raises:
-        ValueError, TypeError: as the two functions, or a parameter of the ticket cannot be trained.
+        ValueError, TypeError: as in `named_parameters` and `parts_of`, or a parameter of the ticket cannot be trained.
     """
     if isinstance(model, nn.Module):
         check_engine(model, what=what)

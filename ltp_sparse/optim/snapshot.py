@@ -1,4 +1,4 @@
-"""`Snapshot`: the state of a model before a training run: its trained entries, and digests of the base."""
+"""`Snapshot`: what a model was before a training run: the entries that train, and digests of the base."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Snapshot:
 
     It takes O(k) memory on the host, one pass over the names of the model, and one digest per parameter. It belongs to
     the present parameters of the model, also after they are sharded; if others replace them, a new snapshot is needed.
-    Of a sharded model each rank holds all values of the ticket's entries and writes those of its own shards; all ranks
-    call what compares, reads or writes the model.
+    For a sharded model, each rank holds the values of all entries of the ticket and writes those of its own shards. All
+    ranks must make the same calls.
 
     Args:
         model: a model at its initial weights, which may include deltas of earlier runs.
@@ -85,7 +85,7 @@ class Snapshot:
         return list(dict.fromkeys(name_of[id(parameter)] for parameter in wanted))
 
     def share(self, held: Mapping[nn.Parameter, Tensor]) -> None:
-        """Uses an optimizer's initial values in place of its own where these are on the host and have the same bits.
+        """Drops its own initial values where an optimizer holds the same bits on the host, and uses those.
 
         Otherwise the host would hold them twice.
 
@@ -110,7 +110,7 @@ class Snapshot:
         return SparseDelta(self.ticket, entries, self.originals if originals else None, dense, metadata)
 
     def restore(self, delta: SparseDelta) -> None:
-        """Writes a delta of the same run into the model, over the present values, and either completely or not at all.
+        """Writes a delta of the same run over the present values of the model, completely or not at all.
 
         Args:
             delta: an earlier result of `delta`.
@@ -156,7 +156,7 @@ class Snapshot:
         return after
 
     def _settle(self) -> None:
-        """Finds the parameters again if the model was sharded since; ValueError if others have taken their place."""
+        """Finds the parameters again if the model was sharded meanwhile. Raises ValueError if others replaced them."""
         if self._home.sharded(self._model, what=self._what):
             self.parameters = canonical_parameters(self._model)
             trained = {name: self.parameters[name] for name in [*self.originals, *self.dense]}
