@@ -12,7 +12,7 @@ from ltp_sparse.deltas.delta import SparseDelta
 from ltp_sparse.deltas.lt_sft import read_lt_sft
 from ltp_sparse.deltas.shira import read_shira
 from ltp_sparse.tickets.ticket import Ticket
-from ltp_sparse.weights.file_shards import index_of, kind_said
+from ltp_sparse.weights.file_shards import claimed_kind, index_of
 from ltp_sparse.weights.hub import EXPORT, HELD, download, files_in, kind_held, read_pinned
 from ltp_sparse.weights.reading import FileFormatError
 
@@ -52,7 +52,7 @@ def load(
         )
     if path.is_file():
         kinds: dict[str | None, type[Ticket | SparseDelta]] = {"delta": SparseDelta}
-        return kinds.get(kind_said(path), Ticket).load(path)
+        return kinds.get(claimed_kind(path), Ticket).load(path)
     pinned = None
     if path.is_dir():
         folder = path

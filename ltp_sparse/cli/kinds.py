@@ -47,7 +47,7 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
 
     It is None if the kind is unknown or the path does not exist.
     """
-    from ltp_sparse.weights.file_shards import index_of, kind_said
+    from ltp_sparse.weights.file_shards import claimed_kind, index_of
 
     path = index_of(path) or Path(path)
     if path.is_dir():
@@ -56,7 +56,7 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
         return None
     if (suffix := suffix_of(path)) in _BY_SUFFIX:
         return _BY_SUFFIX[suffix]
-    said = kind_said(path)
+    said = claimed_kind(path)
     return "file of weights" if said == "" else said if said in _BELONGS else None
 
 

@@ -79,6 +79,7 @@ class CheckpointTensor:
         self._file, self._bytes, self._start = file, file.bytes, file.start + entry["data_offsets"][0]
 
     def numel(self) -> int:
+        """The number of entries."""
         return self.shape.numel()
 
     def piece(self, start: int, stop: int) -> Tensor:
@@ -188,11 +189,12 @@ Readable = Tensor | CheckpointTensor
 
 
 def read_piece(tensor: Readable, start: int, stop: int) -> Tensor:
+    """Entries start..stop of the row-major order, contiguous, on the CPU."""
     return tensor.piece(start, stop) if isinstance(tensor, CheckpointTensor) else flat_piece(tensor, start, stop).cpu()
 
 
 def pairs_of_pieces(one: Readable, other: Readable) -> Iterator[tuple[Tensor, Tensor]]:
-    """The pieces of two tensors of one shape, a megabyte or some at a time, on the CPU."""
+    """Yields the pieces of two tensors of one shape, some megabytes at a time, on the CPU."""
     for start in range(0, one.numel(), _PIECE):
         stop = min(start + _PIECE, one.numel())
         yield read_piece(one, start, stop), read_piece(other, start, stop)

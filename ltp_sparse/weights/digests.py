@@ -89,16 +89,22 @@ class Hash:
         return self
 
     def digest(self) -> str:
+        """The digest of everything added so far."""
         return _TAG + self._hash.hexdigest() if self._kept is None else self._hash.hexdigest()[: self._kept]
 
 
 def host_blocks(tensor: Tensor) -> Iterator[memoryview]:
     """The bits of a tensor in row-major order, some megabytes at a time. Each block is valid until the next one."""
     check_plain_tensor(tensor, "a tensor that is read bit by bit")
-    tensor = tensor.detach().resolve_conj().resolve_neg()
+    tensor = _resolved(tensor)
     for start in range(0, tensor.numel(), 16 * TILE):
         piece = flat_piece(tensor, start, min(start + 16 * TILE, tensor.numel())).cpu()
         yield _bytes_of(piece)
+
+
+def _resolved(tensor: Tensor) -> Tensor:
+    """The tensor with its conjugation and sign in its bits, where torch may only have marked them."""
+    return tensor.detach().resolve_conj().resolve_neg()
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -108,7 +114,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 def tile_digests(tensor: Tensor) -> bytes:
     """The digests of the tiles of a contiguous tensor on the CPU, `BYTES` each."""
-    tensor = tensor.detach().resolve_conj().resolve_neg()
+    tensor = _resolved(tensor)
     if not tensor.numel():
         return b""
     bits, step = _bytes_of(tensor), TILE * tensor.itemsize
@@ -117,7 +123,7 @@ def tile_digests(tensor: Tensor) -> bytes:
 
 def tile_digests_anywhere(tensor: Tensor) -> bytes:
     """`tile_digests` of a tensor on any device: computed there if possible, else on all threads of torch."""
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    plain = _resolved(tensor).contiguous()
     if plain.device.type in on_device:
         return bytes(_bytes_of(on_device[plain.device.type]([plain]).cpu()))
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -189,8 +195,8 @@ def fingerprint(tensors: Mapping[str, Tensor | Pieces], like: Mapping[str, str] 
     found = _found_on_device({name: tensor for name, tensor in tensors.items() if name not in old})
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         shas = {
-            name: pool.submit(digest, tensors[name].dtype, tensors[name].shape, _pieces_of(tensors[name]), kind)
-            for name, kind in old.items()
+            name: pool.submit(digest, tensors[name].dtype, tensors[name].shape, _pieces_of(tensors[name]), earlier)
+            for name, earlier in old.items()
         }
         tiles = {
             name: [pool.submit(_tiles_of, tensor, *span) for span in _spans(tensor)]
@@ -209,8 +215,7 @@ def _found_on_device(tensors: Mapping[str, Tensor | Pieces]) -> dict[str, str]:
     placed: dict[torch.device, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if isinstance(tensor, Tensor) and tensor.device.type in on_device:
-            plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
-            placed.setdefault(tensor.device, {})[name] = plain
+            placed.setdefault(tensor.device, {})[name] = _resolved(tensor).contiguous()
     found: dict[str, str] = {}
     for device, there in placed.items():
         found |= of_tiles(there, on_device[device.type](list(there.values())))

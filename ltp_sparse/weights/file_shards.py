@@ -134,10 +134,10 @@ def index_of(path: str | os.PathLike[str]) -> Path | None:
     return index if index.is_file() else None
 
 
-def kind_said(path: str | os.PathLike[str]) -> str | None:
-    """The kind that a file or an index claims to have, unverified, as `files.kind_said`."""
+def claimed_kind(path: str | os.PathLike[str]) -> str | None:
+    """The kind that a file or an index claims to have, unverified, as `files.claimed_kind`."""
     if not str(path).endswith(_INDEX):
-        return files.kind_said(path)
+        return files.claimed_kind(path)
     try:
         return str(read_json(path, "an index of shards", (files.KEY,))[files.KEY]["kind"])
     except (OSError, FileFormatError, LookupError, TypeError):
@@ -148,7 +148,7 @@ def _located(path: Path, kind: str) -> Path:
     """The file or index to read for a path."""
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir() if entry.name.endswith((_SUFFIX, _INDEX)))
-        found = [path / name for name in names if kind_said(path / name) == kind]
+        found = [path / name for name in names if claimed_kind(path / name) == kind]
         if not found:
             raise FileNotFoundError(errno.ENOENT, f"no {kind} in this folder, neither a file nor an index", str(path))
         if len(found) > 1:

@@ -270,11 +270,11 @@ def checksum_of(
 
     found = Hash(like).update(json.dumps(metadata, sort_keys=True).encode())
     for name, tensor in sorted((tensors or {}).items()):
-        found.update(_said_of(name, tensor)).update(tensor)
+        found.update(_tensor_line(name, tensor)).update(tensor)
     return found.digest()
 
 
-def _said_of(name: str, tensor: Tensor) -> bytes:
+def _tensor_line(name: str, tensor: Tensor) -> bytes:
     """The description of a tensor that goes into a checksum with its bits."""
     return f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode()
 
@@ -325,7 +325,7 @@ def write(path: str | os.PathLike[str], contiguous: dict[str, Tensor], header: s
         save_file(contiguous, temporary, metadata={KEY: header})
 
 
-def kind_said(path: str | os.PathLike[str]) -> str | None:
+def claimed_kind(path: str | os.PathLike[str]) -> str | None:
     """The kind that the header of a safetensors file claims, unverified; "" for files of other programs.
 
     It is None for a file that cannot be read, so that the loader can report the reason.
@@ -425,7 +425,7 @@ def check_format(path: Path, described: object) -> None:
 def _copied(name: str, mapped: Tensor, content: Hash) -> Tensor:
     """A copy of a mapped tensor: a view would change, or fault, when the file is replaced."""
     own = mapped.new_empty(mapped.shape)
-    content.update(_said_of(name, own))
+    content.update(_tensor_line(name, own))
     size = max(1, _PIECE // own.element_size())
     for to, piece in zip(own.view(-1).split(size), mapped.view(-1).split(size), strict=True):
         content.update(to.copy_(piece))

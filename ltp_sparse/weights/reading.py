@@ -65,6 +65,7 @@ class Place:
         return f"{self.source}, {self.at}"
 
     def error(self, problem: str) -> FileFormatError:
+        """The error to raise for a problem at this place."""
         return FileFormatError(self.source, problem, self.at)
 
 
