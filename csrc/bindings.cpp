@@ -122,8 +122,9 @@ PYBIND11_MODULE(_C, module) {
     module.def("masked_gather_", masked_copy<ltp::Copy::kGather>, arg("entries"), arg("threads"));
     module.def("masked_scatter_", masked_copy<ltp::Copy::kScatter>, arg("entries"), arg("threads"));
     module.def("masked_swap_", masked_copy<ltp::Copy::kSwap>, arg("entries"), arg("threads"));
-    module.def("list_positions", list_positions, arg("words"), arg("positions"),
-               "Fills positions with those of the set bits of a bitmap, as many.");
+    module.def(
+        "list_positions", list_positions, arg("words"), arg("positions"),
+        "Writes the positions of the set bits of a bitmap, ascending; the bits must be as many as the positions.");
     module.def("delta_histogram", delta_histogram, arg("histogram"), arg("threads"));
     module.def("sample_keys", sample_keys, arg("sample"), arg("threads"));
     module.def("delta_band", delta_band, arg("band"), arg("threads"));

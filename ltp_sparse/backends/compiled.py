@@ -65,7 +65,7 @@ def describe(tensors: list[Any]) -> tuple[bytes, tuple[int, ...]] | None:
 
 
 def list_positions(words: Tensor, positions: Tensor) -> bool:
-    """As `tickets.bits.listed` expects; False without the extension."""
+    """See `tickets.bits.position_listers`. Returns False without the extension."""
     found = extension()
     if isinstance(found, str):
         return False
@@ -73,7 +73,7 @@ def list_positions(words: Tensor, positions: Tensor) -> bool:
     return True
 
 
-bits.listed["cpu"] = list_positions
+bits.position_listers["cpu"] = list_positions
 
 
 def _run(name: str, *arguments: Any) -> None:

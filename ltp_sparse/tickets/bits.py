@@ -15,10 +15,11 @@ from ltp_sparse.weights.tensors import TILE
 
 WORDS_PER_TILE = TILE // 32
 
-listed: dict[str, Callable[[Tensor, Tensor], bool]] = {}
-"""Type of a device -> function that fills int16 [k] with the positions of the k set bits of a bitmap, if it can.
+position_listers: dict[str, Callable[[Tensor, Tensor], bool]] = {}
+"""Type of a device -> function (bitmap, int16 [k]) that writes the positions of the k set bits of the bitmap.
 
-`ltp_sparse.backends` adds its functions. In torch, finding positions takes a byte per bit.
+It returns False if it wrote nothing, and torch does the work, which takes a byte per bit. `ltp_sparse.backends` adds
+its functions.
 """
 
 
@@ -76,4 +77,5 @@ def to_uint16_bits(numbers: Tensor) -> Tensor:
 
 
 def from_uint16_bits(positions: Tensor) -> Tensor:
+    """int16 tensors with uint16 bits -> int64, 0 to 65,535."""
     return positions.to(torch.int64) & 0xFFFF

@@ -21,9 +21,9 @@ from ltp_sparse.tickets.bits import (
     WORDS_PER_TILE,
     bitmap_words,
     from_uint16_bits,
-    listed,
     pack_bits,
     popcount,
+    position_listers,
     shifted_words,
     tiles_of,
     to_uint16_bits,
@@ -38,6 +38,8 @@ _CHUNK = 16 * TILE  # entries decoded at a time, which limits temporaries to a f
 
 
 class Encoding(IntEnum):
+    """How an index set is stored; the numbers are those of the ENCODING column of a tile table."""
+
     FULL = 0
     BITMAP = 1
     LIST16 = 2
@@ -71,9 +73,9 @@ class IndexSet:
         n: entries of the parameter.
         encoding: the encoding of `data`.
         data: FULL: empty. BITMAP: int32 [bitmap_words(n)], bit j of word w is entry 32 w + j, bits past n are zero.
-            LIST16: int16 [k] with uint16 bits, positions inside their tiles, ascending
-        tile_counts: int64 [ceil(n / TILE)], active entries of every tile
-        k: active entries
+            LIST16: int16 [k] with uint16 bits, positions inside their tiles, ascending.
+        tile_counts: int64 [ceil(n / TILE)], active entries of every tile.
+        k: active entries.
     """
 
     n: int
@@ -84,6 +86,7 @@ class IndexSet:
 
     @classmethod
     def full(cls, n: int, device: torch.device | str = "cpu") -> IndexSet:
+        """The set of all n entries of a parameter."""
         counts = torch.full((tiles_of(n),), TILE, dtype=torch.int64, device=device)
         if n % TILE:
             counts[-1] = n % TILE
@@ -91,6 +94,7 @@ class IndexSet:
 
     @classmethod
     def empty(cls, n: int, device: torch.device | str = "cpu") -> IndexSet:
+        """The set of no entry of a parameter with n entries."""
         if n == 0:
             return cls.full(0, device)
         counts = torch.zeros(tiles_of(n), dtype=torch.int64, device=device)
@@ -199,6 +203,7 @@ class IndexSet:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of index and counts."""
         return self.data.nbytes + self.tile_counts.nbytes
 
     def __repr__(self) -> str:
@@ -230,7 +235,7 @@ class IndexSet:
             slot += indices.numel()
 
     def mask(self) -> Tensor:
-        """bool [n]."""
+        """bool [n], True for active entries."""
         if self.encoding is Encoding.FULL:
             return torch.ones(self.n, dtype=torch.bool, device=self.data.device)
         mask = torch.zeros(self.n, dtype=torch.bool, device=self.data.device)
@@ -243,7 +248,7 @@ class IndexSet:
         return mask
 
     def bitmap(self) -> Tensor:
-        """int32 [bitmap_words(n)]."""
+        """int32 [bitmap_words(n)], a bit per entry; not a copy if the set is stored as a bitmap."""
         if self.encoding is Encoding.BITMAP:
             return self.data
         words = torch.zeros(bitmap_words(self.n), dtype=torch.int32, device=self.data.device)
@@ -264,7 +269,7 @@ class IndexSet:
         if encoding is Encoding.BITMAP:
             return IndexSet(self.n, Encoding.BITMAP, self.bitmap(), self.tile_counts, self.k)
         positions = torch.empty(self.k, dtype=torch.int16, device=self.data.device)
-        fill = listed.get(self.data.device.type) if self.encoding is Encoding.BITMAP else None
+        fill = position_listers.get(self.data.device.type) if self.encoding is Encoding.BITMAP else None
         if fill is None or not fill(self.data, positions):
             for slot, indices in self.chunks():
                 positions[slot : slot + indices.numel()] = to_uint16_bits(indices)
@@ -275,6 +280,7 @@ class IndexSet:
         return self.encoded(smallest_encoding(self.n, self.k))
 
     def to(self, device: torch.device | str) -> IndexSet:
+        """The same set on a device."""
         return replace(self, data=self.data.to(device), tile_counts=self.tile_counts.to(device))
 
     def digest(self, like: str | None = None) -> str:
@@ -295,6 +301,7 @@ class IndexSet:
         return IndexSet.from_bitmap(words, self.n).compact()
 
     def complement(self) -> IndexSet:
+        """The entries that are not in this set."""
         return IndexSet.full(self.n, self.data.device).combine(self, "-")
 
     def slots_at(self, entries: Tensor) -> Tensor:
@@ -331,9 +338,9 @@ class IndexSet:
         n = stop - start
         if self.encoding is Encoding.FULL or n == 0:
             return IndexSet.full(n, self.data.device)
-        return self._listed(start, n) if self.encoding is Encoding.LIST16 else self._cut(start, n)
+        return self._cut_list(start, n) if self.encoding is Encoding.LIST16 else self._cut_bitmap(start, n)
 
-    def _cut(self, start: int, n: int) -> IndexSet:
+    def _cut_bitmap(self, start: int, n: int) -> IndexSet:
         """The set over `n` entries of a bitmap from `start` on."""
         first, shift = divmod(start, 32)
         words = self.data[first : -(-(start + n) // 32)]
@@ -345,7 +352,7 @@ class IndexSet:
             cut[n // 32] &= (1 << n % 32) - 1
         return IndexSet.from_bitmap(cut, n)
 
-    def _listed(self, start: int, n: int) -> IndexSet:
+    def _cut_list(self, start: int, n: int) -> IndexSet:
         """The set over `n` entries of a list from `start` on."""
         bounds = start + TILE * torch.arange(tiles_of(n) + 1, dtype=torch.int64, device=self.data.device)
         slots = self.slots_at(bounds.clamp(max=start + n))

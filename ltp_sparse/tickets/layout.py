@@ -27,10 +27,12 @@ class Layout:
 
     @property
     def tiles(self) -> int:
+        """Tiles of all tensors."""
         return self.tile_offsets[-1]
 
     @property
     def words(self) -> int:
+        """Bitmap words of all tensors."""
         return self.word_offsets[-1]
 
 

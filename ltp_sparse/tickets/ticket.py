@@ -232,6 +232,7 @@ class Ticket(OnHub):
 
     @property
     def density(self) -> float:
+        """Active share of the pool, 0 to 1."""
         return self.k / self.n if self.n else 0.0
 
     @property

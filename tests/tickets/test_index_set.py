@@ -49,8 +49,7 @@ def test_lists_of_bitmaps_are_those_of_torch(density, compiled, monkeypatch):
     """Compiled code writes them, by which a bitmap is read once."""
     index_set = IndexSet.from_mask(random_mask(3 * TILE + 77, density, seed=2))
     found = index_set.encoded(Encoding.LIST16)
-    monkeypatch.setattr("ltp_sparse.tickets.bits.listed", {})
-    monkeypatch.setattr("ltp_sparse.tickets.index_set.listed", {})
+    monkeypatch.setattr("ltp_sparse.tickets.index_set.position_listers", {})
     assert torch.equal(found.data, index_set.encoded(Encoding.LIST16).data)
     for k in {max(0, index_set.k - 1), index_set.k + 1} - {index_set.k}:
         with pytest.raises(ValueError, match="bits set than expected"):
