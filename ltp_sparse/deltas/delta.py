@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ltp_sparse.deltas.entries import Entries, entries_of, gather, gather_all, same_places, scatter_
-from ltp_sparse.deltas.ranks import gather_from_ranks, hold, own_entries
+from ltp_sparse.deltas.ranks import entries_equal, gather_from_ranks, own_entries
 from ltp_sparse.deltas.restoring import Exchange, copies, restoring
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Ticket, checked_fingerprint, pack_sets, unpack_sets
@@ -323,7 +323,17 @@ class SparseDelta(OnHub):
         dense: bool = True,
         digests: Mapping[str, str] | None = None,
     ) -> Fitted:
-        """Finds the tensors of the delta in a model and compares the base. Arguments and errors as for `apply`."""
+        """Finds the tensors of the delta in a model and compares the base. Writes nothing.
+
+        Args:
+            model, dtype, strict, dense, digests: as for `apply`.
+
+        Returns:
+            The delta under the model's names, and the tensors that it changes.
+
+        Raises:
+            ValueError: as for `apply`.
+        """
         if dtype not in ("same", "cast"):
             raise ValueError(f'SparseDelta.apply: dtype must be "same" or "cast", got {dtype!r}')
         reshard(model)
@@ -434,7 +444,7 @@ class SparseDelta(OnHub):
             before = _before(name, tensor, stack)
             if cast:
                 # fingerprints are of one dtype, so only the original values can be compared
-                same = hold(before, self.ticket.sets[name], self.originals[name].to(before.dtype))
+                same = entries_equal(before, self.ticket.sets[name], self.originals[name].to(before.dtype))
             else:
                 found = digests if before is tensor else whole_fingerprint({name: before}, like=wanted)
                 same = name not in wanted or found[name] == wanted[name]
@@ -480,7 +490,7 @@ class SparseDelta(OnHub):
         found |= base_fingerprint(model, others, parameters, like=wanted)
         for name, tensor in now.items():
             originals = mine.originals[name]
-            if tensor.dtype != originals.dtype or not hold(tensor, mine.ticket.sets[name], originals):
+            if tensor.dtype != originals.dtype or not entries_equal(tensor, mine.ticket.sets[name], originals):
                 found[name] = "other entries"
             if name in found and found[name] != wanted.get(name):
                 raise ValueError(

@@ -29,6 +29,7 @@ class Entries:
 
     @property
     def device(self) -> torch.device:
+        """The device of the tensors."""
         return self.table.tiles.device
 
     def gather(self, tensors: Mapping[str, Tensor], out: Tensor | None = None) -> Tensor:

@@ -36,8 +36,11 @@ def gather_from_ranks(tensor: Any, index_set: IndexSet) -> Tensor:
     return found
 
 
-def hold(tensor: Tensor, index_set: IndexSet, values: Tensor) -> bool:
-    """Whether the active entries of a whole tensor have the bits of `values` [k], on all ranks. All must call it."""
+def entries_equal(tensor: Tensor, index_set: IndexSet, values: Tensor) -> bool:
+    """Whether the active entries of a whole tensor have the bits of `values`, [k]. All ranks must call it.
+
+    The answer is that of all ranks together.
+    """
     own, slots = own_entries(index_set, Cut.of(tensor, "a tensor"))
     held = local(tensor).detach()
     return everywhere(tensor, torch.equal(bits(gather(held, own)), bits(values[slots].to(held.device))))

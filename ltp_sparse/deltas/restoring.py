@@ -34,10 +34,12 @@ class Exchange:
         self._done = False
 
     def run(self) -> None:
+        """Writes the new values, and keeps the previous ones."""
         self.entries.swap_(self._tensors, self.displaced)
         self._done = True
 
     def put_back(self) -> None:
+        """Writes the previous values back, also after a `run` that was interrupted."""
         if not self._done:
             # A swap stores the old value of an entry in its slot before it changes the entry. So a slot without the new
             # value has the old one. If a slot has the new value, either the entry is unchanged or both are equal.

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ltp_sparse.deltas.delta import SparseDelta, base_fingerprint, gather
+from ltp_sparse.deltas.delta import SparseDelta, base_fingerprint
+from ltp_sparse.deltas.entries import gather
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.weights.checkpoints import open_checkpoint, read_piece
