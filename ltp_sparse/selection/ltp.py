@@ -85,8 +85,8 @@ def find_ticket(
         raise ValueError("find_ticket: intersect=True keeps the part inside a segment; pass segment= as well")
     sides = Sides.of(initial, tuned, score, what="find_ticket")
     sizes = [{name: tensor.numel() for name, tensor in side.items()} for side in (sides.base, sides.after)]
-    maskable = max(sum(n for name, n in of.items() if pools.maskable(name)) for of in sizes)
-    num_layers = len({layer_of(name) for of in sizes for name in of} - {"embeddings", "other"})
+    maskable = max(sum(n for name, n in side.items() if pools.maskable(name)) for side in sizes)
+    num_layers = len({layer_of(name) for side in sizes for name in side} - {"embeddings", "other"})
     in_segment = None if segment is None else pools.segment(segment, num_layers)
     pool = STRATEGIES[strategy] if in_segment is None or intersect else in_segment
     of_model = budget == "global" and of == "model" and pool is not in_segment

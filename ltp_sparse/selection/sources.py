@@ -149,6 +149,7 @@ def score_reader(score: ScoreFunction, name: str, n: int, device: torch.device) 
 
 
 def check_shape(name: str, initial: Sequence[int], other: Sequence[int]) -> None:
+    """Raises ValueError if the two sides have a parameter in different shapes."""
     if Size(initial) != Size(other):
         raise ValueError(
             f"select: {name!r} has shape {list(initial)} in the initial model and {list(other)} in the other; "

@@ -73,10 +73,11 @@ class Team:
         return result, [reported for _, reported in outcomes]
 
     def send(self, tensor: Tensor, to: int) -> None:
+        """Sends a tensor to a rank, which must call `receive`."""
         distributed.send(tensor.to(self.device), group=self.group, group_dst=to)
 
     def receive(self, nbytes: int, source: int) -> Tensor:
-        """uint8 [nbytes]."""
+        """uint8 [nbytes], what the rank `source` sends."""
         received = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         distributed.recv(received, group=self.group, group_src=source)
         return received
@@ -101,6 +102,7 @@ class GuardedSource:
         raise RuntimeError("several ranks select by the histogram route, which draws no samples")
 
     def check(self) -> None:
+        """Raises the error of this rank, if there was one."""
         if self.error is not None:
             raise self.error
 
