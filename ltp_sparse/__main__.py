@@ -1,4 +1,4 @@
-"""`python -m ltp_sparse`: versions and backends, with the reason where one is missing, and what `auto` goes by."""
+"""`python -m ltp_sparse`: versions, backends (with the reason where one is missing), and the choices of `auto`."""
 
 from __future__ import annotations
 

@@ -41,10 +41,13 @@ class DemoSettings:
     """Sizes of the demo; the defaults take about two minutes on two cores.
 
     Attributes:
-        sentences: of text for stage 1
-        shots: English examples per class for training, and as many for dev
-        test: test examples per language
-        density: share of the maskable weights in the ticket
+        sentences: sentences of text for stage 1.
+        shots: English examples per class for training, and as many for dev.
+        test: test examples per language.
+        density: share of the maskable weights in the ticket.
+        seeds: seeds of stage 2; the table has means over them.
+        prompt: settings of all methods.
+        prompt_only_learning_rate: its learning rate; a prompt alone needs a larger one.
     """
 
     sentences: int = 2000

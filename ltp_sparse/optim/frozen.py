@@ -98,16 +98,22 @@ def check_unchanged(before: Mapping[str, str], after: Mapping[str, str], *, what
 
 
 class Inactive:
-    """A tensor that is read in pieces with its active entries set to zero."""
+    """A tensor that is read in pieces (`weights.digests.Pieces`) with its active entries set to zero.
+
+    Args:
+        tensor: the tensor, on any device.
+        index_set: its active entries.
+    """
 
     def __init__(self, tensor: Tensor, index_set: IndexSet) -> None:
         self.dtype, self.shape = tensor.dtype, tensor.shape
         self._tensor, self._words = tensor, index_set.bitmap()
 
     def piece(self, start: int, stop: int) -> Tensor:
+        """Entries start..stop of the row-major order, on the CPU; `start` is the first of a tile."""
         piece = flat_piece(self._tensor, start, stop).cpu().clone()
         active = unpack_bits(self._words[start // 32 :][: bitmap_words(stop - start)])
         return piece.masked_fill_(active[: stop - start], 0)
 
     def release(self, start: int, stop: int) -> None:
-        pass
+        """Does nothing: a tensor in memory stays there."""
