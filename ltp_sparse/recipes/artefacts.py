@@ -83,7 +83,7 @@ def stage_1_seeds(cell: Cell) -> list[int]:
     return [seeds[(turn + i) % len(seeds)] for i in range(min(len(seeds), 2))]
 
 
-def text_of(cell: Cell, bench: Workbench, stage: str, language: Any = None) -> Corpus:
+def text_of(cell: Cell, bench: Workbench, stage: str, language: str | None = None) -> Corpus:
     """The text of a stage, in a language, or in those that the stage names."""
     return bench.corpus(language or cell[f"{stage}.language"] or "en", cell[stage], LINES[stage])
 
@@ -101,13 +101,13 @@ def stage_1(cell: Cell, bench: Workbench, seed: int) -> Path:
         files.save(path, "tuned weights", tuned, {"metadata": result.metadata})
         result.reset()
 
-    def rate(path: Path) -> None:
+    def score_entries(path: Path) -> None:
         batches = mlm_losses(model, tokenizer, text.texts, settings)
         files.save(path, "scores", SCORES[score](model, batches, STRATEGIES[strategy]), {"metadata": {}})
 
     if score == "change":
         return bench.cache.get("tuned", _facts(bench, text, settings), tune)
-    return bench.cache.get("scores", {**_facts(bench, text, settings), "score": score}, rate)
+    return bench.cache.get("scores", {**_facts(bench, text, settings), "score": score}, score_entries)
 
 
 def language_sft(cell: Cell, bench: Workbench, language: str) -> Path:

@@ -49,7 +49,15 @@ class Cache:
         return f"Cache({str(self.folder)!r}, {len(entries)} artefacts, {sum(e.nbytes for e in entries):,} bytes)"
 
     def get(self, kind: str, facts: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
-        """The file of an artefact; `make` writes it (`files.save`) if it is not there. Other processes wait meanwhile.
+        """The file of an artefact, which is made if it is not there. Other processes wait meanwhile.
+
+        Args:
+            kind: the kind of artefact, e.g. "tuned"; a part of the file's name.
+            facts: everything that the artefact depends on, JSON values. Equal facts give the same file.
+            make: writes the artefact to a path, by `files.save`.
+
+        Returns:
+            The file.
 
         Raises:
             FileFormatError: the artefact, or its description, is damaged.

@@ -157,7 +157,7 @@ class _Tests:
         self, cell: Cell, bench: Workbench, task: Task, examples: Mapping[str, Sequence[Any]], notes: list[str]
     ) -> None:
         self.cell, self.bench, self.task, self.examples, self.notes = cell, bench, task, examples, notes
-        self.sft = LanguageDeltas(cell, bench, notes)
+        self.sft = _LanguageSFTs(cell, bench, notes)
         self.stuck: list[str] = []
 
     @property
@@ -239,13 +239,13 @@ def ticket_of(cell: Cell, bench: Workbench, notes: list[str]) -> tuple[Ticket | 
     text = text_of(cell, bench, "ticket")
     _note(text, notes)
 
-    def found(path: Path) -> Ticket:
+    def selected(path: Path) -> Ticket:
         if score == "change":
             return find_ticket(model, path, strategy=strategy, **options)
         return find_ticket(model, None, score=files.load(path, "scores")[0], strategy=strategy, **options)
 
     seed, *others = stage_1_seeds(cell)
-    ticket = found(path := stage_1(cell, bench, seed))
+    ticket = selected(path := stage_1(cell, bench, seed))
     if ticket.k < (requested := ticket.metadata.get("requested_k", ticket.k)):
         notes.append(f"ticket: {ticket.k:,} of the {requested:,} entries asked for have moved")
     settings = MLMSettings(**{**(cell["ticket.mlm"] or {}), "seed": seed})
@@ -256,7 +256,7 @@ def ticket_of(cell: Cell, bench: Workbench, notes: list[str]) -> tuple[Ticket | 
         facts |= {"updates": tuned["steps"], "tokens": tokens, "kept_update": tuned["step"]}
         facts["validation_loss"] = round(tuned["validation_loss"], 4)
     for other in others:
-        facts["overlap"] = {"seed": other, **overlap(ticket, found(stage_1(cell, bench, other)))}
+        facts["overlap"] = {"seed": other, **overlap(ticket, selected(stage_1(cell, bench, other)))}
     return ticket, facts
 
 
@@ -266,8 +266,13 @@ def overlap(ticket: Ticket, other: Ticket) -> dict[str, float]:
     return {"share": round((ticket & other).k / ticket.k, 4), "chance": round(expected / ticket.k, 4)}
 
 
-class LanguageDeltas:
+class _LanguageSFTs:
     """The language SFTs that a cell composes with.
+
+    Args:
+        cell: the cell.
+        bench: where artefacts are.
+        notes: the row's notes; a note is added for each text that stands in for another.
 
     Attributes:
         active: language -> active entries of its SFT by layer, for the SFTs used so far.

@@ -28,6 +28,7 @@ class Corpus:
     """Sentences of a language.
 
     Attributes:
+        texts: the sentences.
         source: where they come from.
         stand_in: whether they stand in for the corpus of the recipe, which rows of results then note.
     """
@@ -41,14 +42,23 @@ def corpus(language: str, lines: int, data: Path | None, *, text: str | None = N
     """At most `lines` random sentences of a language.
 
     Args:
+        language: its code, as tasks name it.
+        lines: the most sentences.
         data: the data folder. Its `corpora/{language}` (a .txt file, or a folder of them) is the corpus. If it is
             missing, another text there stands in: WikiText for English, Common Voice for other languages, else the
             training or dev sentences of a task in this language, without labels. None: Wikipedia from the Hub.
         text: "hub" for Wikipedia from the Hub, cut into sentences; "generated" for sentences of the demo; or a path in
             the data folder, such as "wikipedia_en"; None: the corpus of `data`.
+        seed: seed of the draw.
+
+    Returns:
+        The sentences and their source.
 
     Warns:
         StandIn: another text stands in for a missing corpus.
+
+    Raises:
+        FileNotFoundError: there is no text in this language, or no such file or folder.
     """
     if text == "generated":
         from ltp_sparse.tasks.generated.inference import sentences

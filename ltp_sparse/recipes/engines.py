@@ -170,6 +170,7 @@ def _work(device: str, pipe: Connection) -> None:
 
 
 def _end_with_driver() -> None:
+    """Ends this worker when the driver has ended, even if a job is running."""
     driver = multiprocessing.parent_process()
     assert driver is not None
     driver.join()
@@ -177,6 +178,7 @@ def _end_with_driver() -> None:
 
 
 def _ended(status: int) -> str:
+    """How a process ended, from its exit code; a negative one is a signal."""
     try:
         return f"ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
     except ValueError:
@@ -203,7 +205,10 @@ class Ray:
         self._jobs: dict[Any, Job] = {}
 
     def _connect(self, address: str, tries: int = 5) -> None:
-        """Ray forks a server for each client, which may die at its start: seen with 2.60 on a busy machine."""
+        """Connects, with some tries: Ray forks a server for each client, which can die at its start.
+
+        It was seen with Ray 2.60 on a busy machine.
+        """
         try:
             self._ray.init(address=address, log_to_driver=False, logging_level="warning")
         except ConnectionAbortedError:
@@ -232,6 +237,7 @@ class Ray:
 
 
 def _run(job: Job) -> Outcome:
+    """Runs a job. Ray makes remote functions of functions only, and a job is an object."""
     return job()
 
 
@@ -305,6 +311,7 @@ class Slurm:
 
 
 def _package(name: str, extra: str | None = None) -> Any:
+    """The module of an optional package. Raises ValueError, with the extra to install, if it is missing."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError:

@@ -39,13 +39,23 @@ _TEST = {
     "smsa": 492,
     "generated": 300,
 }
+_TRAINED, _TESTED = 6, 2
+"""Operations per token and weight: a product and a sum forward, and twice as many backward."""
+
 _SENTENCE = 27
 """Tokens: 300,000 sentences of Wikipedia make about 1,000 updates of 32 x 256 tokens."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one cell: active entries of the language model, bytes of their optimizer state, updates, operations."""
+    """What a cell takes.
+
+    Attributes:
+        active: active entries of the language model.
+        state: bytes of their optimizer state.
+        updates: updates of all phases.
+        flops: floating-point operations of training and evaluation.
+    """
 
     active: int
     state: int
@@ -71,7 +81,7 @@ def plan(recipe: Recipe) -> str:
         of_cell = estimate(cell, model)
         total += of_cell.flops
         groups.setdefault((cell["label"], cell["method"]), []).append(of_cell)
-        shared |= {artefact.id: _making(artefact, model) for artefact in needed(cell)}
+        shared |= {artefact.id: _flops_to_make(artefact, model) for artefact in needed(cell)}
     for (label, method), members in groups.items():
         active, state, updates = (sorted({getattr(e, f) for e in members}) for f in ("active", "state", "updates"))
         lines.append(
@@ -105,9 +115,10 @@ def estimate(cell: Cell, model: Any) -> Estimate:
     languages = tested(cell["test.task"], cell["test.languages"], cell["train.language"])
     most = min(cell["test.limit"] or 10**9, _TEST.get(cell["test.task"], 5000))
     tests = len(languages) * most
-    tokens = 6 * updates * settings.batch_size * length + 2 * tests * length
+    trained, tested_tokens = updates * settings.batch_size * length, tests * length
+    flops = (_TRAINED * trained + _TESTED * tested_tokens) * _body(model)
     index = min(n / 8, 2 * active) if 0 < active < n else 0
-    return Estimate(active, int(8 * active + index), updates, tokens * _body(model))
+    return Estimate(active, int(8 * active + index), updates, flops)
 
 
 def _active(cell: Cell, method: Method, model: Any) -> tuple[int, int]:
@@ -128,7 +139,7 @@ def _active(cell: Cell, method: Method, model: Any) -> tuple[int, int]:
     return ticket.k, max(ticket.n, 1)
 
 
-def _making(artefact: Artefact, model: Any) -> float:
+def _flops_to_make(artefact: Artefact, model: Any) -> float:
     """Operations that make an artefact: each of its phases tunes a masked language model."""
     cell, stage = artefact.cell, artefact.stage
     settings = {"ticket": MLMSettings(), "language_sft": LANGUAGE_SETTINGS, "adapters": ADAPTER_SETTINGS}[stage]
@@ -140,7 +151,7 @@ def _making(artefact: Artefact, model: Any) -> float:
         if settings.step_bounds is not None:
             updates = min(max(updates, settings.step_bounds[0]), settings.step_bounds[1])
     decoder = settings.mask_probability * model.get_input_embeddings().weight.numel()
-    return 6.0 * phases * (_body(model) + decoder) * updates * settings.batch_size * settings.length
+    return _TRAINED * phases * (_body(model) + decoder) * updates * settings.batch_size * settings.length
 
 
 @cache

@@ -30,6 +30,7 @@ def with_rates(recipe: Recipe, rows: Iterable[Mapping[str, Any]]) -> Recipe:
     """The recipe with the best rate of some rows in every cell that has no rate of its own.
 
     Args:
+        recipe: the recipe.
         rows: those of a recipe with the same labels and densities, with other seeds.
 
     Raises:

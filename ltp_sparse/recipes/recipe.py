@@ -69,6 +69,9 @@ class Recipe:
     """A titled list of cells, and how their results become a table.
 
     Attributes:
+        name: its name, which rows of results note.
+        title: the title of its report.
+        cells: the cells, in the order in which they run.
         by: facts (dotted paths) that make a row of the table.
         paper: key of printed figures in `papers.yaml`.
         compare: labels with which the report compares every other one, in pairs of equal seeds.
@@ -77,6 +80,7 @@ class Recipe:
         kinship: whether the report also gives scores by kinship with the training language.
         rates: name of the recipe whose rows choose the learning rates of this one (`recipes.rates`).
         plots: names of plots in `ltp_sparse.report`.
+        notes: text for the report.
         plugins: Python files of methods of one's own, which have run.
     """
 
@@ -116,6 +120,7 @@ def load_recipe(name: str, overrides: Sequence[tuple[str, Any]] = (), *, allow_p
     """A recipe of the library by its name, or your own recipe from a YAML file.
 
     Args:
+        name: one of `recipe_names`, or the path of a .yaml file.
         overrides: (dotted path, value) to set in every cell, such as ("settings.epochs", 1) or ("model", "folder"); a
             list becomes a dimension of the grid. Those of a stage ("ticket.density") are for the cells that have it.
         allow_plugins: whether to run the Python files that the recipe names (`plugins`).

@@ -499,7 +499,7 @@ def test_dry_runs_count_the_text_and_the_updates_asked_for():
         changed = cell
         for path, value in facts.items():
             changed = type(cell)(with_fact(changed.facts, f"ticket.{path.replace('__', '.')}", value))
-        return [plan._making(artefact, model) for artefact in needed(changed)]
+        return [plan._flops_to_make(artefact, model) for artefact in needed(changed)]
 
     (whole,) = cost()
     tokens = 3 * 1000 * 32 * 256
@@ -510,7 +510,7 @@ def test_dry_runs_count_the_text_and_the_updates_asked_for():
     assert cost(mlm={"max_steps": 30}, seeds=[1, 2, 3]) == 2 * cost(mlm={"max_steps": 30})  # its own and the next
     assert cost(score="magnitude") == []
     sfts = load_recipe("sc-sft-table-1").only([("label", "LT-SFT")]).cells[0]
-    made = [plan._making(artefact, model) for artefact in needed(sfts)]
+    made = [plan._flops_to_make(artefact, model) for artefact in needed(sfts)]
     assert len(made) == 11 and len(set(made)) == 1  # English and ten languages: 100,000 updates at most
     assert made[0] == pytest.approx(2 * whole / tokens * 100_000 * 8 * 256, rel=0.02)
     assert needed(type(sfts)(with_fact(sfts.facts, "language_sft.files", "x/{language}"))) == []
