@@ -10,6 +10,7 @@ A folder of docs/evidence holds the results of one `ltp-sparse run`; its rows na
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -150,7 +151,7 @@ def levels_sheet(rows: Rows) -> Sheet:
     out = [["recipe", "method", "runs", "accuracy", "worst", "best"]]
     for line in make_table(rows, ("recipe", "label")).lines:
         mean, spread = line.values.pop(AVERAGE)
-        shown = f"{mean:.1f}" if spread != spread else f"{mean:.1f} ± {spread:.1f}"
+        shown = f"{mean:.1f}" if math.isnan(spread) else f"{mean:.1f} ± {spread:.1f}"
         order = sorted(line.values, key=line.values.__getitem__)
         ends = [f"{language} {line.values[language][0]:.1f}" for language in (order[0], order[-1])]
         out.append([*map(str, line.facts), str(line.runs), shown, *ends])

@@ -116,8 +116,6 @@ def combine(studies: Iterable[Sequence[Comparison]], *, margin: float = MARGIN) 
         The comparisons, with Holm's correction over labels. A study is left out for a label of which it has a single
         pair, or several comparisons and no pooled one; a label needs two studies.
     """
-    from scipy.special import stdtrit
-
     labels: dict[str, list[Comparison]] = {}
     for study in studies:
         for label in dict.fromkeys(of.label for of in study):
@@ -125,20 +123,24 @@ def combine(studies: Iterable[Sequence[Comparison]], *, margin: float = MARGIN) 
             (one, *others) = [of for of in mine if not of.facts] or mine
             if not others and one.runs > 1:
                 labels.setdefault(label, []).append(one)
-    found = []
-    for label, parts in labels.items():
-        if len(parts) > 1:
-            mean, n = statistics.fmean(of.mean for of in parts), len(parts)
-            shares = [((of.interval[1] - of.mean) / float(stdtrit(of.runs - 1, 0.975)) / n) ** 2 for of in parts]
-            error = math.sqrt(sum(shares))
-            spread = sum(share**2 / (of.runs - 1) for share, of in zip(shares, parts, strict=True))
-            freedom = sum(shares) ** 2 / spread if spread else 1.0
-            half = float(stdtrit(freedom, 0.975)) * error
-            p_value = min(1.0, 2 * _above(abs(mean), error, freedom))
-            equal = _equivalence(mean, margin, error, freedom)
-            runs = sum(of.runs for of in parts)
-            found.append(Comparison(label, (), runs, mean, (mean - half, mean + half), p_value, p_value, equal))
-    return _holm(found)
+    return _holm([_welch(label, parts, margin) for label, parts in labels.items() if len(parts) > 1])
+
+
+def _welch(label: str, parts: Sequence[Comparison], margin: float) -> Comparison:
+    """The mean of the comparisons of several studies, with the degrees of freedom of Welch and Satterthwaite."""
+    from scipy.special import stdtrit
+
+    mean, n = statistics.fmean(part.mean for part in parts), len(parts)
+    # what each study adds to the variance of the mean, from its interval
+    variances = [((part.interval[1] - part.mean) / float(stdtrit(part.runs - 1, 0.975)) / n) ** 2 for part in parts]
+    error = math.sqrt(sum(variances))
+    weighted = sum(variance**2 / (part.runs - 1) for variance, part in zip(variances, parts, strict=True))
+    freedom = sum(variances) ** 2 / weighted if weighted else 1.0
+    half = float(stdtrit(freedom, 0.975)) * error
+    p_value = min(1.0, 2 * _above(abs(mean), error, freedom))
+    equal_p = _equivalence(mean, margin, error, freedom)
+    runs = sum(part.runs for part in parts)
+    return Comparison(label, (), runs, mean, (mean - half, mean + half), p_value, p_value, equal_p)
 
 
 def _differences(

@@ -139,7 +139,7 @@ def plot_labels(rows: Rows, path: Path, recipe: Recipe) -> Path | None:
         label, shots = str(line.facts[0]), str(line.facts[1])
         mean, deviation = line.values[AVERAGE]
         scores.setdefault(label, {})[shots] = mean / 100
-        errors.setdefault(label, {})[shots] = 0.0 if deviation != deviation else deviation
+        errors.setdefault(label, {})[shots] = 0.0 if math.isnan(deviation) else deviation
     return plot_accuracy(scores, path, errors=errors, title="average over languages, by examples per class")
 
 
@@ -179,7 +179,7 @@ def _heat_map(
     axes.set_yticks(range(len(names)), names, fontsize=7)
     for y, line_of_values in enumerate(grid):
         for x, value in enumerate(line_of_values):
-            if value == value:
+            if not math.isnan(value):
                 axes.text(x, y, form.format(value), ha="center", va="center", fontsize=6, color="white")
     figure.colorbar(image, label=label)
     return _save(figure, path)
@@ -259,7 +259,7 @@ def _lines(
     for line in table.lines:
         if line.facts[0] is not None:
             mean, deviation = line.values[AVERAGE]
-            spread = 0.0 if deviation != deviation else deviation
+            spread = 0.0 if math.isnan(deviation) else deviation
             points.setdefault(line.facts[1], []).append((x_of(line.facts[0]), mean, spread))
     if not points:
         return None

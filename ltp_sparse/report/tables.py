@@ -75,7 +75,7 @@ class Table:
     def deviations(self) -> dict[str, dict[str, float]]:
         """The same for the standard deviations over seeds; lines with one run have none."""
         return {
-            str(line.facts[0]): {name: spread / 100 for name, (_, spread) in line.values.items() if spread == spread}
+            str(line.facts[0]): {name: sd / 100 for name, (_, sd) in line.values.items() if not math.isnan(sd)}
             for line in self.lines
         }
 
@@ -167,7 +167,7 @@ def to_csv(table: Table) -> str:
         for column in table.columns:
             if column in line.values:
                 mean, deviation = line.values[column]
-                spread = "" if deviation != deviation else f"{deviation:.4f}"
+                spread = "" if math.isnan(deviation) else f"{deviation:.4f}"
                 figures = [f"{mean:.4f}", spread, line.runs, figure(line.paper.get(column))]
                 writer.writerow([*map(for_csv, (*line.facts, column)), *figures])
     return out.getvalue()
@@ -199,7 +199,7 @@ def _number(value: tuple[float, float] | None) -> str:
     if value is None:
         return ""
     mean, deviation = value
-    return f"{mean:.2f}" if deviation != deviation else f"{mean:.2f} ± {deviation:.2f}"
+    return f"{mean:.2f}" if math.isnan(deviation) else f"{mean:.2f} ± {deviation:.2f}"
 
 
 def figure(value: float | None) -> str:
