@@ -133,6 +133,7 @@ class Setup:
     undo: Callable[[], None] = lambda: None
 
     def dense_parameters(self) -> list[nn.Parameter]:
+        """The parameters of `dense`, in its order."""
         found: list[nn.Parameter] = []
         for item in self.dense:
             found += item.parameters() if isinstance(item, nn.Module) else [item]

@@ -184,14 +184,21 @@ class LTSFT(TaskSFT):
         return None
 
 
-def most_changed(tuned: SparseDelta, but: Ticket | None, k: int, shares: Mapping[str, float] | None) -> Ticket:
-    """The k entries that moved most, of those not in the ticket `but`."""
+def most_changed(tuned: SparseDelta, known: Ticket | None, k: int, shares: Mapping[str, float] | None) -> Ticket:
+    """The k entries that moved most, without those of the ticket `known`.
+
+    Args:
+        tuned: a delta of a tuning of whole parameters.
+        known: entries that were found before; None: there are none.
+        k: number of entries to find.
+        shares: regular expression over names -> share of k; None: one budget over all.
+    """
     shapes = tuned.ticket.shapes
     initial = {name: values.view(shapes[name]) for name, values in tuned.originals.items()}
     after = {name: values.view(shapes[name]) for name, values in tuned.values.items()}
-    if but is not None:
+    if known is not None:
         after = {
-            name: torch.where(but.mask(name), initial[name], values) if name in but.sets else values
+            name: torch.where(known.mask(name), initial[name], values) if name in known.sets else values
             for name, values in after.items()
         }
     ticket = select(initial, after, k=k, budget="global" if shares is None else shares)

@@ -114,7 +114,7 @@ def find_ticket(
 
 
 def _least_changed(most: Ticket, sides: Sides) -> Ticket:
-    """The entries that moved, but least, in every tensor as many as `most` has there."""
+    """In every tensor, the entries that moved least but did move, as many of them as `most` has there."""
     sets = dict(most.sets)
     for name in most.active_names:
         base, after = {name: sides.base[name]}, {name: sides.after[name]}

@@ -84,7 +84,8 @@ class Fit:
     Attributes:
         delta: ticket entries and dense parameters at the best evaluation.
         scores: the metric at every evaluation.
-        best_epoch: epoch of the best evaluation, counted from 1, with a fraction within an epoch; the first of equals.
+        best_epoch: epoch of the best evaluation (of the first one, if several are equal), counted from 1, with a
+            fraction within an epoch.
         seconds: wall-clock time since the last resume, with evaluations on dev.
         optimizer_bytes: bytes of moments and index.
         digests: name -> digest of the model's parameters; empty if `check_frozen` is off.
@@ -103,7 +104,9 @@ class Fit:
 def fit(
     setup: Setup, settings: Settings, ticket: Ticket, train: Sequence[Any], dev: Sequence[Any], options: Options
 ) -> Fit:
-    """Trains the ticket's entries and `setup.dense`, and keeps the best evaluation on `dev`, the first of equals.
+    """Trains the ticket's entries and `setup.dense`, and keeps the weights of the best evaluation on `dev`.
+
+    If several evaluations are equally good, the first one counts.
 
     Args:
         setup: the model and its parameters that train in full.
@@ -162,7 +165,13 @@ def fit(
 
 
 def class_loss(outputs: Mapping[str, Tensor], labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy over the classes. `num_items_in_batch`: examples of the whole batch, of a part of it."""
+    """Mean cross-entropy over the classes.
+
+    Args:
+        outputs: "logits" [B, C].
+        labels: int64 [B], class indices or `IGNORED_LABEL`.
+        num_items_in_batch: labelled examples in the whole batch, if `outputs` is a part of it.
+    """
     if num_items_in_batch is None:
         return F.cross_entropy(outputs["logits"], labels, ignore_index=IGNORED_LABEL)
     total = F.cross_entropy(outputs["logits"], labels, ignore_index=IGNORED_LABEL, reduction="sum")
@@ -170,7 +179,7 @@ def class_loss(outputs: Mapping[str, Tensor], labels: Tensor, num_items_in_batch
 
 
 def _metrics(prediction: EvalPrediction) -> dict[str, float]:
-    logits = prediction.predictions  # of several outputs the first
+    logits = prediction.predictions  # a tuple if the model has several outputs; the logits come first
     predicted = np.asarray(logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
     return {name: metric(predicted, np.asarray(prediction.label_ids)) for name, metric in METRICS.items()}
 

@@ -100,6 +100,7 @@ class MaskedTexts(Dataset):
         return int(np.diff(self.offsets).max())
 
     def begin_epoch(self, epoch: int) -> None:
+        """Draws other masks for an epoch, in worker processes too. The same epoch always has the same masks."""
         self.epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:

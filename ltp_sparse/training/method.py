@@ -34,9 +34,9 @@ class Trained:
     Attributes:
         setup: the model with the best weights, and its encoding of examples.
         delta: ticket entries and dense parameters at the best evaluation on dev, applied to `model`.
-        baked: the same delta for inference, with a prompt in place of its encoder; the input of `load_trained`.
+        baked: the same delta for inference, with a prompt in place of its encoder. `load_trained` takes either.
         dev_scores: the score of every evaluation, 0 to 1 (losses if the metric is "loss").
-        best_epoch: the best epoch, counted from 1; the first of equally good ones.
+        best_epoch: the best epoch (the first one, if several are equal), counted from 1.
         seconds: wall-clock time of training in all phases.
         optimizer_bytes: bytes of the optimizer's moments and index in the last phase.
         last: the delta at the last update, if it is kept (`Options.keep_last`).
@@ -53,14 +53,17 @@ class Trained:
 
     @property
     def model(self) -> nn.Module:
+        """The model with the best weights, in evaluation mode."""
         return self.setup.model
 
     @property
     def encode(self) -> Encode:
+        """Turns examples of the task into inputs of the model."""
         return self.setup.encode
 
     @property
     def collate(self) -> Collate:
+        """Turns inputs into one batch."""
         return self.setup.collate
 
     def release(self) -> None:
@@ -89,7 +92,7 @@ def train_method(
             and ends with the best weights.
         tokenizer: its tokenizer.
         train: labelled examples of a task.
-        dev: labelled examples whose score decides which weights are kept, the first of equals.
+        dev: labelled examples whose score decides which weights are kept; of equal scores, the first.
         ticket: the ticket of stage 1 for methods that need one, selected from the same initial weights.
         labels: classes of the task, in the order of the logits.
         language: language of the training examples, for the words of a pattern.
@@ -180,7 +183,7 @@ def _is_applied(delta: SparseDelta, model: nn.Module) -> bool:
 
 
 def load_trained(language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, delta: SparseDelta) -> Setup:
-    """Builds the model of a result of `train_method`, and its encoding of examples.
+    """Builds the trained model from a saved result of `train_method`, and its encoding of examples.
 
     Args:
         language_model: a model at the initial weights of that run, with the same language deltas applied. The delta is

@@ -53,6 +53,7 @@ class MLMSettings:
         eval_steps: updates between evaluations on these; there is one more at the end.
         max_steps: if positive, the number of updates, instead of epochs.
         step_bounds: the fewest and the most updates, which limit those of the epochs (LT-SFT: 10,000 and 100,000).
+        seed: seed of the held-out texts, the masks, the order of the sequences and dropout.
         bf16: computes under bfloat16 autocast; weights stay float32.
         states: "float32" or "8bit" moments, see `MaskedAdamW`.
         save_steps: updates between checkpoints for resuming; 0 writes none. All weights train here: a checkpoint of
@@ -175,8 +176,8 @@ def tune_mlm(
     parameters = canonical_parameters(model)
     pull = settings.l1 / sum(parameter.numel() for parameter in parameters.values())
     if dense is None:
-        is_head = lambda name: name.startswith("lm_head.") and name != "lm_head.decoder.weight"  # noqa: E731
-        head = {name: parameter for name, parameter in parameters.items() if is_head(name)}
+        head = {name: parameter for name, parameter in parameters.items() if name.startswith("lm_head.")}
+        head.pop("lm_head.decoder.weight", None)  # a decoupled output embedding is frozen
     else:
         members = {id(parameter) for parameter in dense.parameters()}
         head = {name: parameter for name, parameter in parameters.items() if id(parameter) in members}
@@ -235,8 +236,8 @@ def mlm_losses(
     Args:
         model: the model.
         tokenizer: its tokenizer.
-        texts: the texts of `tune_mlm`.
-        settings: its settings; if `max_steps` is positive, there are at most so many batches.
+        texts: the texts that `tune_mlm` would get.
+        settings: the settings of `tune_mlm`; a positive `max_steps` is the largest number of batches.
     """
     training, _ = split_texts(texts, settings.validation, settings.seed)
     dataset = _masked(training, tokenizer, settings, settings.seed)

@@ -7,6 +7,7 @@ instead of the model, and the best evaluation is a `SparseDelta`.
 from __future__ import annotations
 
 import copy
+import math
 import os
 import shutil
 import warnings
@@ -293,7 +294,7 @@ class _Complete(TrainerCallback):
 
 
 class KeepBest(TrainerCallback):
-    """Keeps the delta of the best evaluation, the first of equals, and applies it when training ends.
+    """Keeps the delta of the best evaluation (the first one, if several are equal), and applies it after training.
 
     Args:
         metric: name of an evaluation metric, with or without "eval_".
@@ -370,7 +371,7 @@ class KeepBest(TrainerCallback):
             return
         value = float(metrics[self.metric])
         sign = 1 if self.greater_is_better else -1
-        if value != value or (self.best is not None and not sign * value > sign * self.best["value"]):
+        if math.isnan(value) or (self.best is not None and not sign * value > sign * self.best["value"]):
             return
         self.best = {"metric": self.metric, "value": value, "step": state.global_step, "epoch": state.epoch}
         delta = self.trainer.delta(self.best)  # by all processes, as each may have a part of the model
