@@ -35,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments without the name of the program; None: those of this process.
 
     Returns:
-        0; 1 for a fault of the library or the machine, 2 for a mistake of the user, 130 after an interrupt. Errors are
-        one line on stderr.
+        0; 1 for a fault of the library or the machine, 2 for a mistake of the user, 130 after an interrupt, 141 if the
+        reader of the output has ended. Errors are one line on stderr.
     """
     options, parser = None, None
     try:

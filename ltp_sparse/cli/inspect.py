@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ltp_sparse.cli.checks import check_writable, need
 from ltp_sparse.cli.kinds import expect
+
+if TYPE_CHECKING:
+    from ltp_sparse import Ticket
 
 HELP = "show how a ticket is distributed over layers and module types, as a plot, and its overlap with another ticket"
 EXAMPLES = """\
@@ -55,7 +59,8 @@ def run(options: argparse.Namespace) -> None:
         print(f"\nplot written to {plot_ticket(ticket, options.plot)}")
 
 
-def _load(path: Path):  # type: ignore[no-untyped-def]
+def _load(path: Path) -> Ticket:
+    """A ticket, or the one that a delta was trained on."""
     import ltp_sparse as ls
     from ltp_sparse.weights.files import WrongKind
 

@@ -56,8 +56,8 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
         return None
     if (suffix := suffix_of(path)) in _BY_SUFFIX:
         return _BY_SUFFIX[suffix]
-    said = claimed_kind(path)
-    return "file of weights" if said == "" else said if said in _BELONGS else None
+    claimed = claimed_kind(path)
+    return "file of weights" if claimed == "" else claimed if claimed in _BELONGS else None
 
 
 def expect(options: argparse.Namespace, name: str, *kinds: str) -> None:

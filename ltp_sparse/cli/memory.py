@@ -33,7 +33,7 @@ _OF_XLMR = ("stage", "batch", "length", "device")
 _OF_DECODERS = ("ranks", "states", "gradients", "no_master")
 _KNOWN = ", ".join([*SIZES, *SHAPES])
 _LORA_RANK = 8
-_MASKED = 0.15  # of the tokens of stage 1
+_MASKED = 0.15  # share of the tokens that stage 1 predicts
 _DESCRIPTIONS = {
     1: "masked-language-model tuning of all maskable weights",
     2: "prompt-learning with {density:.2%} of the maskable weights active",
@@ -83,10 +83,10 @@ def run(options: argparse.Namespace) -> None:
     if options.model.rpartition("/")[2] not in {*SIZES, *SHAPES}:
         expect_model(options)
     config = _config(options.model)
-    is_decoder = config.model_type != "xlm-roberta"
-    kind, others = ("decoders", _OF_XLMR) if is_decoder else ("an XLM-R", _OF_DECODERS)
+    is_xlmr = config.model_type == "xlm-roberta"
+    kind, others = ("an XLM-R", _OF_DECODERS) if is_xlmr else ("decoders", _OF_XLMR)
     refuse(options, *others, why=f"is not for {kind} such as {options.model}; leave it out")
-    (_print_sharded if is_decoder else _print_stage)(options, config)
+    (_print_stage if is_xlmr else _print_sharded)(options, config)
 
 
 def _print_sharded(options: argparse.Namespace, config: Any) -> None:

@@ -23,11 +23,11 @@ SHAPES = {  # hidden, layers, heads, heads of keys and values, inner size
 
 _VOCABULARY = 128256
 _LORA_RANK = 16
-_NF4 = 0.5
-_NF4_SCALES = 1 / 64 + 4 / (64 * 256)
-_NF4_TABLES = 4 * (16 + 256)
-"""Bytes for NF4: of an entry (4 bits); of its share of scales (8 bits for 64 entries, and 32 bits for 256 scales); of a
-layer's tables for entries and scales. Scales and tables are not parameters, so every process holds all of them."""
+
+# Bytes of NF4 weights. Scales and tables are not parameters, so every process holds all of them.
+_NF4 = 0.5  # per entry
+_NF4_SCALES = 1 / 64 + 4 / (64 * 256)  # per entry: a byte per 64 entries, 4 bytes per 256 of those bytes
+_NF4_TABLES = 4 * (16 + 256)  # per layer: float32 values of the codes of entries and of scales
 
 
 def decoder_config(name: str) -> Any:
@@ -58,7 +58,17 @@ def sharded_table(
     master: bool,
     dtype: str,
 ) -> dict[str, MemoryReport]:
-    """For each way to train, the bytes on the process that holds most."""
+    """Way to train -> the bytes on the process that holds most.
+
+    Args:
+        config: the configuration of a causal language model.
+        densities: active shares of the tickets.
+        ranks: number of processes over which FSDP2 shards the model.
+        states: "float32" and "8bit", for the moments of the tickets.
+        gradients: "packed" or "dense", for the tickets.
+        master: keep float32 masters where the moments are float32 and the weights are not.
+        dtype: dtype of the weights.
+    """
     import torch
 
     from ltp_sparse.optim.memory import memory_report
