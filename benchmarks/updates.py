@@ -32,13 +32,13 @@ class Tolerance:
     """The allowed difference of a weight from the float64 result, relative to max(|p|, steps * lr).
 
     Attributes:
-        each: of any entry
-        mean: of all compared entries, on average
-
-    On average, no update at all is off by 0.12, a learning rate twice too high by 0.12 and one 10 % too high by 0.012;
-    moments without bias correction by 0.31, ones that forget the earlier steps by 0.013; no second moment by 0.09 or
-    more, no first moment by 0.023.
+        each: limit for any single entry.
+        mean: limit for the mean of all compared entries.
     """
+
+    # Means of wrong updates, for comparison: no update at all 0.12; a learning rate twice too high 0.12, 10 % too high
+    # 0.012; moments without bias correction 0.31, ones that forget the earlier steps 0.013; no second moment 0.09 or
+    # more; no first moment 0.023.
 
     each: float = float("inf")
     mean: float = float("inf")
@@ -51,12 +51,12 @@ EIGHT_BITS = Tolerance(mean=0.01)  # 0.0008 in float32; 0.0035 for stochasticall
 
 
 def tolerance_of(dtype: torch.dtype) -> Tolerance:
-    """For weights of this dtype, and moments of at least its precision."""
+    """The tolerance for weights of this dtype, and moments of at least its precision."""
     return {torch.float32: EXACT, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}[dtype]
 
 
 def touched_lines(ticket: ls.Ticket, entries: int) -> int:
-    """Of the lines of that many entries, those with an active one."""
+    """How many lines of `entries` neighbouring entries have an active one."""
     bits = {8: torch.int8, 16: torch.int16, 32: torch.int32}[entries]
     return sum(
         -(-s.n // entries) if s.k == s.n else int(s.bitmap().view(bits).count_nonzero()) for s in ticket.sets.values()
@@ -119,10 +119,10 @@ class Problem:
         """Compares the weights with the expected ones after `take_steps`.
 
         Args:
-            name: of the provider.
-            active: "all": all entries must be updated; "ticket": those of the ticket, others are not compared; "only":
-                those of the ticket, and others must have their initial bits.
-            tolerance: of the provider's precision.
+            name: name of the provider, for the message.
+            active: which entries must be updated: "all"; "ticket", those of the ticket, without a look at others; or
+                "only", those of the ticket, while others keep their initial bits.
+            tolerance: tolerance of the provider's precision.
         """
         bits = torch.int32 if self.dtype == torch.float32 else torch.int16
         total, seen, size = 0.0, 0, CHUNK[self.device.type]
@@ -198,8 +198,8 @@ def compacted(problem: Problem, name: str, optimizer_of: Callable[[nn.Module], l
     """`MaskedAdamW` with packed gradients: the work of its hooks in backward, and the step.
 
     Args:
-        problem: the weights.
-        name: of the provider.
+        problem: the weights and gradients.
+        name: name of the provider.
         optimizer_of: makes the optimizer, for a module with the problem's weights.
     """
     params = {parameter: nn.Parameter(param.detach()) for parameter, param in problem.params.items()}

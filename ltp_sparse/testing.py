@@ -64,8 +64,8 @@ def tuned_weights(
 
     Args:
         initial: weights before tuning.
-        seed: of the deltas.
-        scale: their standard deviation.
+        seed: seed of the deltas.
+        scale: standard deviation of the deltas.
         untouched_rows: share of the rows of every embedding matrix that keep their values, as for absent words.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -80,7 +80,19 @@ def tuned_weights(
 
 @dataclass
 class UpdateProblem:
-    """The arguments of one `masked_adamw_` call with zero moments, and its ticket."""
+    """The arguments of one `masked_adamw_` call with zero moments, and its ticket.
+
+    Attributes:
+        ticket: the active entries.
+        params: the weights, in the order of the ticket.
+        grads: their gradients.
+        exp_avg, exp_avg_sq: moments of the k active entries, float32 [k], or codes of 8 bits if there are `scales`.
+        table: the tiles of the ticket.
+        coefficients: float64, as from `adamw_coefficients`.
+        scales: float32 [blocks, 2], the scales of 8-bit moments.
+        master: float32 [k], the masters of the active entries.
+        stochastic: whether weights are rounded stochastically.
+    """
 
     ticket: Ticket
     params: list[Tensor]
@@ -94,6 +106,7 @@ class UpdateProblem:
     stochastic: bool = False
 
     def args(self) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, TileTable, Tensor]:
+        """The positional arguments of `masked_adamw_`."""
         return self.params, self.grads, self.exp_avg, self.exp_avg_sq, self.table, self.coefficients
 
     def step(self, coefficients: Tensor | None = None, anchor: Tensor | None = None) -> None:
@@ -132,11 +145,11 @@ def update_problem(
     Args:
         shapes: name -> shape of the parameters.
         density: active share.
-        seed: of weights, gradients and ticket.
+        seed: seed of weights, gradients and ticket.
         lr: learning rate.
         weight_decay: decoupled weight decay.
-        dtype: of the weights.
-        grad_dtype: of the gradients; None: as dtype.
+        dtype: dtype of the weights.
+        grad_dtype: dtype of the gradients; None: that of the weights.
         states, master, stochastic: as in `MaskedAdamW`.
     """
     ticket = Ticket.full(shapes) if density == 1 else Ticket.random(shapes, density=density, seed=seed)

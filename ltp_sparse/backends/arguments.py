@@ -52,13 +52,15 @@ class Tensors(list["Tensor | None"]):
     """
 
     origins: tuple[int, ...] = ()
-    """Of parts of larger tensors: the entry of the whole that each begins with. Empty: they are whole.
+    """The first entry of each tensor in a larger, whole tensor that it is a part of. Empty: the tensors are whole.
 
-    Tiles, addresses and sizes are then those of the wholes, so that random bits go by the entry of the whole.
+    For parts, tiles, addresses and sizes are those of the whole tensors, so that the random bits of an entry do not
+    depend on how its tensor is cut.
     """
 
     @classmethod
     def of_parts(cls, tensors: Iterable[Tensor | None], origins: tuple[int, ...]) -> Tensors:
+        """A list of tensors that begin at these entries of whole tensors; no origins: they are whole."""
         made = cls(tensors)
         made.origins = origins
         return made
@@ -75,6 +77,7 @@ class Tensors(list["Tensor | None"]):
 
     @cached_property
     def present(self) -> list[Tensor]:
+        """The tensors that are there."""
         return [tensor for tensor in self if tensor is not None]
 
     @cached_property
@@ -88,20 +91,20 @@ class Tensors(list["Tensor | None"]):
         return self._from_origins(self._each(Tensor.numel))
 
     def _from_origins(self, numbers: tuple[int, ...], sign: int = 1) -> tuple[int, ...]:
-        """Sizes, or with -1 addresses, of the wholes; what has no entries stays as it is."""
+        """Turns sizes (or addresses, with sign -1) of parts into those of the wholes. Empty parts keep theirs."""
         if not self.origins or not self:
             return numbers
         units = [0 if t is None or not t.numel() else 1 if sign > 0 else -t.element_size() for t in self]
         return tuple(number + unit * at for number, unit, at in zip(numbers, units, self.origins, strict=True))
 
     def memory(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Addresses and numbers of entries of what is there."""
+        """Addresses and numbers of entries of the parts themselves, for checks of overlap."""
         if not self.origins:
             return self.addresses, self.sizes
         return self._each(Tensor.data_ptr), self._each(Tensor.numel)
 
     def inside(self, number: int, indices: Tensor) -> Tensor:
-        """Entries of a whole as entries of its part."""
+        """Indices into the whole tensor `number` as indices into its part."""
         return indices - self.origins[number] if self.origins else indices
 
     def _each(self, read: Callable[[Tensor], int]) -> tuple[int, ...]:
@@ -111,6 +114,7 @@ class Tensors(list["Tensor | None"]):
 
     @cached_property
     def dtypes(self) -> set[torch.dtype]:
+        """The dtypes that occur."""
         return {*map(_dtype_of, self.present)}
 
     @cached_property
@@ -120,6 +124,7 @@ class Tensors(list["Tensor | None"]):
 
     @cached_property
     def contiguous(self) -> bool:
+        """Whether all are contiguous."""
         return all(map(Tensor.is_contiguous, self.present))
 
     @property
@@ -133,6 +138,7 @@ class Tensors(list["Tensor | None"]):
         return [DTYPES[tensor.dtype] for tensor in self.present]
 
     def to_contiguous(self) -> Tensors:
+        """This list, or a new one with contiguous copies of the tensors that are not."""
         if self.contiguous:
             return self
         return Tensors.of_parts((None if t is None else t.contiguous() for t in self), self.origins)
@@ -197,7 +203,7 @@ class Update(Norm):
 
     Attributes:
         exp_avg, exp_avg_sq: float32 moments, or their codes if there are scales.
-        scales: of 8-bit moments.
+        scales: the two scales of each block of 8-bit moments.
         clip: a float64 factor for GRAD_FACTOR and PULL; None stands for 1.
     """
 
@@ -268,7 +274,7 @@ class Total:
 
 
 NORM_GROUP = 64
-"""How many tiles' sums a kernel on a GPU adds to one, as in csrc/cuda/masked_adamw.h."""
+"""The number of tiles whose sums a GPU kernel adds up to one number, as in csrc/cuda/masked_adamw.h."""
 
 
 # --- copies of active entries; tensors and slots are of one dtype, any whose items have 1, 2, 4 or 8 bytes ---

@@ -70,7 +70,7 @@ class Adapter(nn.Module):
         (14,174,208).
 
         Args:
-            config: of the model.
+            config: the model's configuration.
             reduction: 1 gives about the budget of a task SFT.
             drop_last: no bottleneck in the last layer.
         """

@@ -13,7 +13,7 @@ class Attachment(nn.Module):
     """A module that takes part in the forward pass of an XLM-R. The model's parameters keep their names and values.
 
     Attributes:
-        key: name of the submodule in the model while attached; its parameters are "<key>.*" there
+        key: name of the submodule in the model while attached; its parameters are "<key>.*" there.
     """
 
     key: ClassVar[str]

@@ -71,9 +71,9 @@ def word_tokens(
     A word should be one token; for other words the last piece is used, as in the source.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         words: class -> word, such as `TOPIC_WORDS[config.model_type]`.
-        classes: of the task.
+        classes: the classes of the task.
 
     Warns:
         UserWarning: a word is not one token.
@@ -140,7 +140,7 @@ class PromptedCausalLM(nn.Module):
 
     Args:
         language_model: an XGLM or BLOOM.
-        prompt: of its hidden size.
+        prompt: a prompt of the same hidden size.
         word_ids: the token of each class, see `word_tokens`.
     """
 
@@ -232,7 +232,7 @@ def vocabulary_loss(
     """Cross-entropy of the label's word over the whole vocabulary, averaged over the labelled texts of the batch.
 
     Args:
-        outputs: of `PromptedCausalLM`.
+        outputs: the outputs of `PromptedCausalLM`.
         labels: int64 [B], class indices or `IGNORED_LABEL`.
         num_items_in_batch: labelled texts in the whole batch, if `outputs` is a part of it.
     """

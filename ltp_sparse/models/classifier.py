@@ -75,7 +75,7 @@ class SequenceClassifier(nn.Module):
     `XLMRobertaForSequenceClassification`. The head is drawn from torch's global generator.
 
     Args:
-        language_model: with or without an LM head.
+        language_model: an XLM-R with or without an LM head.
         classes: number of classes.
         linear: a single linear layer (with dropout before it) instead of dense, tanh and out_proj.
     """

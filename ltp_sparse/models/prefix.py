@@ -23,11 +23,11 @@ class DeepPrompt(Attachment):
     returns no attention weights.
 
     Args:
-        config: of the model.
-        n: rows of the prompt.
+        config: the model's configuration.
+        n: number of keys and of values per layer and head.
         projection: None, or the inner width d (512 in the source) of an MLP H -> d -> 2 L H with tanh that is applied
             to rows [n, H] (n=4, d=512: 9,852,416 parameters).
-        dropout: of keys and values, drawn for each example.
+        dropout: probability with which an entry of the keys and values is dropped, drawn for each example.
         position_offset: shift of the tokens' positions; None: n, as if the prompt took the first positions.
         rows: initial rows of a prompt without projection, as from `bake`.
     """

@@ -57,10 +57,16 @@ def vocabulary_rows(embedding: Tensor, n: int, seed: int, exclude: tuple[int, ..
     """Initial prompt rows [n, H]: n different rows of the word embedding [V, H].
 
     Args:
-        embedding: the word embedding.
-        n: rows to draw.
-        seed: of a separate generator.
+        embedding: the word embedding, of any floating dtype.
+        n: number of rows to draw.
+        seed: seed of the draw, which leaves torch's global generator alone.
         exclude: token ids that are never drawn (the special tokens).
+
+    Returns:
+        A float32 copy on the device of the embedding.
+
+    Raises:
+        ValueError: the vocabulary has fewer than n such rows.
     """
     allowed = torch.ones(embedding.shape[0], dtype=torch.bool, device="cpu")
     allowed[list(exclude)] = False

@@ -91,7 +91,7 @@ class MaskedAdamW(Optimizer):
             unnoticed.
         rounding: "nearest", or "stochastic" for bfloat16 parameters without a master: up or down with probabilities
             that make the mean exact, so that small updates are not lost.
-        seed: of the random bits that round weights and 8-bit moments. They depend on nothing but (seed, step,
+        seed: seed of the random bits that round weights and 8-bit moments. They depend on nothing but (seed, step,
             parameter, index).
         gradients: "dense" reads the `.grad` of the parameters. "packed" keeps only the active entries of each gradient,
             as soon as backward has computed it: 4 bytes per active entry, and at most one dense gradient at a time

@@ -42,10 +42,10 @@ class MemoryReport:
     """Bytes that a training step needs.
 
     Attributes:
-        weights: of all parameters, frozen ones included.
+        weights: all parameters, frozen ones included.
         states: moments, masters and the initial values of a pull.
         index: bitmaps or lists of the ticket, tiles, rows of embeddings, numbers per parameter, work items on a GPU.
-        gradients: held between backward and step.
+        gradients: the gradients that are held between backward and step.
         passing: the peak of activations, logits and gradients in forward and backward.
     """
 

@@ -49,7 +49,7 @@ def engine_on(where: str, folder: Path, gpus: float | None = None) -> Engine:
 
     Args:
         where: `local:0,1`, `ray://host:10001`, `ray:auto`, `ray:host:6379` or `slurm:partition=gpu,time=60`.
-        folder: for files of the engine; all machines must see it.
+        folder: folder for files of the engine; all machines must see it.
         gpus: GPUs per cell, such as 0.5; None: 1 if there are any.
 
     Raises:
@@ -245,10 +245,11 @@ class Slurm:
     """Jobs of SLURM, by submitit. They go on if the driver is killed, and the next driver takes their outcomes.
 
     Args:
-        folder: for submitted jobs, their outcomes and logs; all machines must see it.
-        options: of `sbatch`, such as partition, time (minutes), mem, account; `jobs`: how many at once, 100 by default.
-        gpus: 0 or 1 for each job; None: 1.
-        executor: the class of submitit.
+        folder: folder for submitted jobs, their outcomes and logs; all machines must see it.
+        options: options of `sbatch`, such as partition, time (minutes), mem, account, and `jobs`, the largest number of
+            jobs at a time (default: 100).
+        gpus: GPUs per job, 0 or 1; None: 1.
+        executor: name of submitit's executor class.
 
     Raises:
         ValueError: there is no submitit or no SLURM here, or submitit refuses the options.

@@ -54,7 +54,7 @@ class Sheet:
 
     Attributes:
         rows: the head, then the lines.
-        right: for each column, whether it has numbers.
+        right: for each column, whether it holds numbers, which are aligned at the right.
     """
 
     rows: Sequence[Sequence[str]]

@@ -86,9 +86,9 @@ def fact_pairs(count: int, split: str, seed: int = 0) -> list[FactPair]:
     """`count` different examples of a split, labels in turn.
 
     Args:
-        count: examples.
+        count: number of examples.
         split: "train", "dev", "test" or "text" (the examples of the pre-training text).
-        seed: of the draw.
+        seed: seed of the draw.
 
     Raises:
         ValueError: the split is unknown, or has fewer examples.
