@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ltp_sparse.cli.checks import CommandError
-from ltp_sparse.cli.options import COMMANDS, build_parser, flags_of
+from ltp_sparse.cli.options import COMMANDS, Parser, flags_of
 
 _HINTS_AFTER_INTERRUPT = {
     "select": "with --run-dir and --save-every, run the same command with --resume to continue",
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options, parser = None, None
     try:
-        parser = build_parser()
+        parser = Parser()
         if not (sys.argv[1:] if argv is None else argv):
             parser.parser.print_help()
             return 0

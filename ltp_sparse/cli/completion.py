@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ltp_sparse.cli.checks import need
-from ltp_sparse.cli.options import COMMANDS, Parser, build_parser, flags_of
+from ltp_sparse.cli.options import COMMANDS, Parser, flags_of
 
 HELP = "print the script that completes commands, options and choices in bash or zsh"
 EXAMPLES = """\
@@ -41,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     need(options, "shell")
-    print((_FOR_ZSH if options.shell == "zsh" else "") + script(build_parser()), end="")
+    print((_FOR_ZSH if options.shell == "zsh" else "") + script(Parser()), end="")
 
 
 def script(parser: Parser) -> str:

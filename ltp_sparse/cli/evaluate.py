@@ -39,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--test", metavar="FILE", help=f"your own data to test on: {SOURCE}")
     add_columns(parser, default="; default: as the run was trained")
     add_metric(parser)
-    add("--limit", type=at_least_one, help="evaluate only the first examples of each language, this many")
+    add("--limit", type=at_least_one, help="evaluate only this many examples of each language, the first ones")
     add("--seeds", nargs="+", type=int, help="seeds to evaluate (default: all that are trained)")
     add("--batch-size", type=at_least_one, default=64, help="examples per forward pass")
     add("--plot", type=Path, help="also draw bars per language")
@@ -56,8 +56,8 @@ def run(options: argparse.Namespace) -> None:
     from ltp_sparse.cli.runs import Run, finished_seeds, load_seed
     from ltp_sparse.recipes import results
 
-    made = Run.load(options.folder)
-    made.check_model()
+    trained = Run.load(options.folder)
+    trained.check_model()
     check_writable(options.folder / results.RESULTS, option="results")
     if options.plot is not None:
         check_writable(options.plot, option="--plot")
@@ -65,18 +65,18 @@ def run(options: argparse.Namespace) -> None:
     begun = {path.name.removeprefix("seed-") for path in options.folder.glob("seed-*") if path.is_dir()}
     if options.seeds is None and (open_seeds := sorted(begun - set(map(str, seeds)))):
         print(f"not finished, so left out: seed {', '.join(open_seeds)}; ltp-sparse train --resume goes on with it")
-    if options.test is not None or (made.task is None and options.task is None):
-        name, metric, examples = _own_examples(options, made)
+    if options.test is not None or (trained.task is None and options.task is None):
+        name, metric, examples = _own_examples(options, trained)
     else:
-        name, metric, examples = _task_examples(options, made)
-    examples = {language: of[: options.limit] for language, of in examples.items()}
+        name, metric, examples = _task_examples(options, trained)
+    examples = {language: tested[: options.limit] for language, tested in examples.items()}
     from ltp_sparse.report.tables import make_table, markdown
 
     quieten(options)
     rows = []
     for seed in seeds:
-        setup, delta = load_seed(made, options.folder, seed)
-        rows.append(_row(options, made, seed, setup, delta, name, metric, examples))
+        setup, delta = load_seed(trained, options.folder, seed)
+        rows.append(_row(options, trained, seed, setup, delta, name, metric, examples))
         results.append(options.folder / results.RESULTS, rows[-1])
     table = make_table(rows, ("method", "shots"))
     print(f"{metric} in percent on {name}, {sum(map(len, examples.values()))} examples\n")
@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> None:
             table.means(),
             options.plot,
             errors=table.deviations(),
-            chance=1 / len(made.labels) if metric == "accuracy" else None,
+            chance=1 / len(trained.labels) if metric == "accuracy" else None,
             title=f"{name}; whiskers: standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else name,
             metric=metric,
         )
@@ -130,7 +130,7 @@ def _row(
         seed=seed,
         task=name,
         metric=metric,
-        examples={language: len(of) for language, of in examples.items()},
+        examples={language: len(tested) for language, tested in examples.items()},
         largest_class=largest_class(examples, metric),
         notes=notes,
         split=options.split,
@@ -169,11 +169,12 @@ def _own_examples(options: argparse.Namespace, run: Run) -> tuple[str, str, dict
 def _task_examples(options: argparse.Namespace, run: Run) -> tuple[str, str, dict[str, list[Any]]]:
     """(name, metric, language -> examples) of a known task."""
     refuse_own(options, why="is for your own data; pass its file, --test")
-    of = task(options.task or TEST_TASKS.get(run.task or "", run.task or ""))
-    if of.kind != run.kind or set(of.labels) != set(run.labels):
+    known = task(options.task or TEST_TASKS.get(run.task or "", run.task or ""))
+    if known.kind != run.kind or set(known.labels) != set(run.labels):
         raise CommandError(
             f"the run was trained on {run.kind}s of the classes {', '.join(run.labels)}, but "
-            f"--task {of.name} has {of.kind}s of the classes {', '.join(of.labels)}"
+            f"--task {known.name} has {known.kind}s of the classes {', '.join(known.labels)}"
         )
-    languages = options.languages or of.languages
-    return of.name, of.metric, {name: list(of.load(options.split, name, data=options.data)) for name in languages}
+    languages = options.languages or known.languages
+    examples = {language: list(known.load(options.split, language, data=options.data)) for language in languages}
+    return known.name, known.metric, examples

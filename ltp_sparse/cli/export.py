@@ -36,26 +36,26 @@ def run(options: argparse.Namespace) -> None:
         raise CommandError(f"--output {options.output} is not empty; choose a new or empty folder")
     from ltp_sparse.cli.runs import BAKED, Run, first_seed
 
-    made = Run.load(options.folder)
-    made.check_model()
+    trained = Run.load(options.folder)
+    trained.check_model()
     seed = first_seed(options.folder, options.seed)
     check_writable(options.output, folder=True)
     quieten(options)
     from ltp_sparse.training.export import SCRIPT, export
 
-    known = made.columns is None or (made.columns.language is None and made.language != UNDETERMINED)
-    language = made.language if known else None  # with a language per row, the card has scores by language
+    known = trained.columns is None or (trained.columns.language is None and trained.language != UNDETERMINED)
+    language = trained.language if known else None  # with a language per row, the card has scores by language
     export(
-        made.model,
+        trained.model,
         options.folder / f"seed-{seed}" / BAKED,
         options.output,
-        tokenizer=made.tokenizer,
-        kind=made.kind,
-        facts={**data_and_scores(made, options.folder, seed), "language": language},
+        tokenizer=trained.tokenizer,
+        kind=trained.kind,
+        facts={**data_and_scores(trained, options.folder, seed), "language": language},
     )
-    texts = "PREMISE HYPOTHESIS" if made.kind == "pair" else "TEXT"
+    texts = "PREMISE HYPOTHESIS" if trained.kind == "pair" else "TEXT"
     print(
-        f"seed {seed} of {made.method} written to {options.output}; "
+        f"seed {seed} of {trained.method} written to {options.output}; "
         f"try: python {shlex.quote(str(options.output / SCRIPT))} {texts}"
     )
 

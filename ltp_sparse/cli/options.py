@@ -112,10 +112,6 @@ class Parser:
         return options
 
 
-def build_parser() -> Parser:
-    return Parser()
-
-
 def flags_of(command: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     """Long option -> its action, without hidden ones."""
     shown = (action for action in command._actions if action.help != argparse.SUPPRESS)
@@ -209,7 +205,11 @@ def add_report_to(parser: argparse.ArgumentParser) -> None:
 def _reporter(text: str) -> str:
     """The type of --report-to. Its package must be installed, which transformers would notice much later."""
     packages = _REPORTER_PACKAGES.get(text, (text,))
-    if text in REPORTERS[2:] and not any(importlib.util.find_spec(package) for package in packages):
+    if (
+        text in REPORTERS
+        and text not in ("none", "all")
+        and not any(importlib.util.find_spec(package) for package in packages)
+    ):
         raise argparse.ArgumentTypeError(f"{text} needs a package that is not installed; pip install {packages[0]}")
     return text
 

@@ -47,11 +47,11 @@ def run(options: argparse.Namespace) -> None:
     from ltp_sparse.cli.runs import Run, first_seed, load_seed
     from ltp_sparse.weights.files import atomic_path
 
-    made = Run.load(options.folder)
-    made.check_model()
-    columns = given_columns(options, made)
+    trained = Run.load(options.folder)
+    trained.check_model()
+    columns = given_columns(options, trained)
     examples = read_own(
-        options.examples, columns, language=made.language, labelled=False, split="test", config=options.hub_config
+        options.examples, columns, language=trained.language, labelled=False, split="test", config=options.hub_config
     )
     warn_of_gaps(examples, None, options.examples)
     if options.output is not None:
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
     from ltp_sparse.training.evaluation import class_logits
 
     quieten(options)
-    setup, _ = load_seed(made, options.folder, seed)
+    setup, _ = load_seed(trained, options.folder, seed)
     dtype = torch.bfloat16 if options.bf16 else None
     with tqdm(total=len(examples), unit="example", disable=options.quiet) as bar:
         inputs = setup.encode(examples)
@@ -77,8 +77,8 @@ def run(options: argparse.Namespace) -> None:
         row: dict[str, Any] = dict(zip(names, texts_of(example), strict=True))
         if columns.language is not None:
             row[columns.language] = example.language
-        row[columns.label] = made.labels[of_class.index(max(of_class))]
-        row["probabilities"] = dict(zip(made.labels, of_class, strict=True))
+        row[columns.label] = trained.labels[of_class.index(max(of_class))]
+        row["probabilities"] = dict(zip(trained.labels, of_class, strict=True))
         rows.append(row)
     if options.output is None:
         _write_tsv(sys.stdout, rows)

@@ -54,9 +54,9 @@ def _push_file(options: argparse.Namespace, kind: str | None) -> str:
         from ltp_sparse.cli.export import data_and_scores
         from ltp_sparse.cli.runs import BAKED, Run, first_seed
 
-        made = Run.load(path)
+        trained = Run.load(path)
         seed = first_seed(path, options.seed)
-        facts = {"base": made.model, **data_and_scores(made, path, seed)}
+        facts = {"base": trained.model, **data_and_scores(trained, path, seed)}
         path = path / f"seed-{seed}" / BAKED
     import ltp_sparse as ls
 

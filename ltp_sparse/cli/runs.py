@@ -39,9 +39,20 @@ class Run:
     """The description of a run, with paths and names as given on the command line.
 
     Attributes:
+        model: folder or Hub name of the base model.
+        tokenizer: folder or Hub name of the tokenizer, if it is not with the model.
+        method: name of the method in tables.
         task: the name of a known task; None for your own data in `train`, `dev` and `test`, with `columns`.
+        shots: training examples per class; None: all.
+        language: language of the training examples.
+        verbalizer: language of the label words.
         words: class -> label words; None: the words of the language `verbalizer`.
         labels: the classes, in the order of the logits.
+        metric: "accuracy" or "macro_f1".
+        train, dev, test: your own data: files, or data sets of the Hub.
+        dev_share: share of `train` that is held out as dev, instead of `dev`.
+        hub_config: configuration of a Hub data set.
+        columns: names of the columns of your own data.
     """
 
     model: str
@@ -67,11 +78,18 @@ class Run:
         return task(self.task).kind if self.task is not None else self.columns.kind  # type: ignore[union-attr]
 
     def save(self, folder: Path) -> None:
+        """Writes the description into the folder of the run."""
         write_text(folder / _DESCRIPTION, json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n")
         record(folder, [_DESCRIPTION])
 
     @classmethod
     def load(cls, folder: Path) -> Run:
+        """Reads the description of the run in a folder.
+
+        Raises:
+            CommandError: the folder has none.
+            FileFormatError: it is damaged, or of another version.
+        """
         path = folder / _DESCRIPTION
         if not path.is_file():
             raise CommandError(f"{folder}: not a run of ltp-sparse train (it has no {_DESCRIPTION})")

@@ -2,17 +2,18 @@
 
 from ltp_sparse.tasks import TASKS
 
-METHOD_NAMES = (
+PROMPT_METHODS = (
     "ltp", "all-active", "random-ticket", "discrete-prompt", "soft-prompt", "mixed-prompt", "prompt-only",
-    "deep-prompt", "fine-tuning", "bitfit", "head-only", "lt-sft", "sc-sft", "rand-sft", "ada-sft", "mad-x",
-    "spt",
+)  # fmt: skip
+"""Methods that score classes by words at the mask, with `--n-prompt` embeddings from an `--encoder`."""
+
+METHOD_NAMES = (
+    *PROMPT_METHODS, "deep-prompt", "fine-tuning", "bitfit", "head-only", "lt-sft", "sc-sft", "rand-sft", "ada-sft",
+    "mad-x", "spt",
 )  # fmt: skip
 
 MASKED_METHOD_NAMES = tuple(name for name in METHOD_NAMES if name != "spt")
 """Methods of `ltp-sparse train`, for XLM-R."""
-
-PROMPT_METHODS = METHOD_NAMES[:7]
-"""Methods that score classes by words at the mask, with `--n-prompt` embeddings from an `--encoder`."""
 
 TICKET_METHODS = ("ltp", "random-ticket")
 """Methods that need a ticket."""

@@ -432,7 +432,7 @@ def test_help_teaches_by_example(capsys):
 
 @pytest.mark.slow
 def test_help_imports_no_transformers():
-    script = "import sys; from ltp_sparse.cli import build_parser; build_parser(); print('transformers' in sys.modules)"
+    script = "import sys; from ltp_sparse.cli import Parser; Parser(); print('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "False\n"
 
 

@@ -16,7 +16,7 @@ import ltp_sparse as ls
 import ltp_sparse.demo  # noqa: F401  what binds the names that are replaced below must have bound them before
 import ltp_sparse.training.export  # noqa: F401
 from ltp_sparse.cli import main
-from ltp_sparse.cli.options import COMMANDS, build_parser
+from ltp_sparse.cli.options import COMMANDS, Parser
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -61,7 +61,7 @@ def arguments_of(command: str) -> list[str]:
 
 @pytest.mark.parametrize(("where", "command"), [*HELP, *WRITTEN])
 def test_examples_parse(where, command):
-    assert build_parser().parse(arguments_of(command)).command == arguments_of(command)[0]
+    assert Parser().parse(arguments_of(command)).command == arguments_of(command)[0]
 
 
 def test_there_are_examples_everywhere():
