@@ -78,8 +78,8 @@ def bars(rows: Rows) -> str:
                 faster = float(other["p50"]) / float(mine["p50"])
                 found, met = (1 / faster, 1 / faster <= bar) if slower else (faster, faster >= bar)
                 required = f"at most {bar:g}x slower" if slower else f"at least {bar:g}x its speed"
-                of = density if dtype == "float32" else f"{density}, {dtype}"
-                what = f"{mine['provider']} against {other['provider']}, {of}"
+                case = density if dtype == "float32" else f"{density}, {dtype}"
+                what = f"{mine['provider']} against {other['provider']}, {case}"
                 lines.append(f"| {what} | {int(n):,} | {required} | {found:.2f}x | {'met' if met else '**missed**'} |")
 
     compare("topk_delta", "20 %", "topk_delta, sampled", "abs + torch.topk", 20)
@@ -105,8 +105,8 @@ def bars(rows: Rows) -> str:
             lines.append(limit(f"optimizer state, {row['provider']}, 20 %", row, STATE_BYTES[row["provider"]]))
         if row["metric"] == "temporary memory" and row["provider"].startswith("topk_delta"):
             per_entry, constant = SELECTION_BYTES
-            of = share(row) if row["dtype"] == "float32" else f"{share(row)}, {row['dtype']}"
-            what = f"temporary memory, {row['provider'].partition(', ')[2]}, {of}"
+            case = share(row) if row["dtype"] == "float32" else f"{share(row)}, {row['dtype']}"
+            what = f"temporary memory, {row['provider'].partition(', ')[2]}, {case}"
             lines.append(limit(what, row, per_entry + constant / int(row["n"])))
         published = row["op"], row["provider"], row["metric"]
         if published == ("sync of a step, lr 3e-06", "ls.sync, a ticket", "size") and share(row) in VERSION_MEGABYTES:

@@ -132,7 +132,7 @@ def rows(module: Any, counters: ctypes.CDLL) -> list[dict[str, object]]:
     tuned = [torch.randn(n, generator=generator) for n in SIZES]
     for budgets in (1, len(tuned)):
         groups = [number % budgets for number in range(len(tuned))]
-        pools = [sum(n for n, of in zip(SIZES, groups, strict=True) if of == group) for group in range(budgets)]
+        pools = [sum(n for n, own in zip(SIZES, groups, strict=True) if own == group) for group in range(budgets)]
         ks = [pool // 5 for pool in pools]
         for route, decides in (("kernels", True), ("torch, sampled", False), ("torch, histogram", False)):
             with emulated(module) as passes, mock.patch.object(samples, "SAMPLES", 4000):

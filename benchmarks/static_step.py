@@ -42,7 +42,7 @@ OPTIONS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
 
 
 class Idle:
-    """A compiled module whose functions do nothing, but for what is said of tensors."""
+    """A compiled module whose kernels are counted but not run. Only `describe`, which reads no data, still works."""
 
     def __init__(self, module: Any) -> None:
         self.module, self.launches = module, 0

@@ -85,14 +85,14 @@ def summary(evidence: Path) -> str:
     rows = {name: results.read(evidence / name / results.RESULTS) for name in dict.fromkeys(name for name, _ in STEPS)}
     parts = [progress(rows, evidence)]
     studies = {name: differences(name, rows[name]) for name in CLAIMS}
-    together = combine([[of for _, of in studies[name]] for name in TOGETHER])
+    together = combine([[comparison for _, comparison in studies[name]] for name in TOGETHER])
     where = " and ".join(name.removeprefix("study-") for name in TOGETHER)
-    found = [(TOGETHER[0], where, of) for of in together]
+    found = [(TOGETHER[0], where, comparison) for comparison in together]
     found += [(name, *each) for name in CLAIMS for each in studies[name]]
     parts.append("### Selected weights against others\n")
     if found:
         parts.append(claims_sheet(found).markdown())
-        shown = [(f"{where}: {of.label}", of) for _, where, of in found if of.runs > 1]
+        shown = [(f"{where}: {claim.label}", claim) for _, where, claim in found if claim.runs > 1]
         if shown:
             draw(shown, evidence / FIGURE)
             parts.append(f"![Differences, with intervals]({evidence.name}/{FIGURE})\n")
@@ -130,19 +130,20 @@ def differences(name: str, rows: Rows) -> list[tuple[str, Comparison]]:
     paths = [NAMES.get(path, path) for path in recipe.by if path != "label"]
     found = []
     for make in (pool, compare):
-        for of in make(rows, reference, recipe.by, last=last):
-            facts = zip(paths, of.facts, strict=True) if of.facts else [("pooled over", " and ".join(paths))]
-            found.append((", ".join([name.removeprefix("study-"), *(f"{path} {fact}" for path, fact in facts)]), of))
+        for made in make(rows, reference, recipe.by, last=last):
+            facts = zip(paths, made.facts, strict=True) if made.facts else [("pooled over", " and ".join(paths))]
+            where = ", ".join([name.removeprefix("study-"), *(f"{path} {fact}" for path, fact in facts)])
+            found.append((where, made))
     return found
 
 
 def claims_sheet(found: Sequence[tuple[str, str, Comparison]]) -> Sheet:
     """The table of the page: every label minus the reference of its recipe, in points."""
     out = [["where", "trained instead", "minus", "pairs", "points", "95 % interval", "p, Holm", "finding"]]
-    for name, where, of in found:
+    for name, where, claim in found:
         (reference,) = load_recipe(name).compare
-        cells = [str(of.runs), *of.cells(), f"{of.adjusted:.3f}", of.verdict()]
-        out.append([where, of.label, reference, *cells])
+        cells = [str(claim.runs), *claim.cells(), f"{claim.adjusted:.3f}", claim.verdict()]
+        out.append([where, claim.label, reference, *cells])
     return Sheet(out, [False, False, False, True, True, True, True, False])
 
 

@@ -161,11 +161,11 @@ class TicketSwitcher:
         if name not in self._versions:
             raise ValueError(f"TicketSwitcher: there is no delta {name!r}; closest: {closest(str(name), self.names)}")
         self._check_stack()
-        for held, key, of in self._homes:
+        for held, key, parameter in self._homes:
             tensor = held.get(key)
-            if tensor is not self._tensors[of] or (tensor.device, tensor.dtype) != self._places[of]:
+            if tensor is not self._tensors[parameter] or (tensor.device, tensor.dtype) != self._places[parameter]:
                 raise ValueError(
-                    f"TicketSwitcher: {of!r} was replaced or moved since the switcher was made; make a new one"
+                    f"TicketSwitcher: {parameter!r} was replaced or moved since the switcher was made; make a new one"
                 )
         if name == self.active:
             return

@@ -74,7 +74,8 @@ class SamplePlan:
 
     def places(self) -> tuple[Tensor, Tensor]:
         """The tensor of every run, and its number there: int64 [R] on the CPU. As `sampled_key` in csrc/cuda."""
-        sizes, groups = (torch.tensor(of, dtype=torch.int64, device="cpu") for of in (self.sizes, self.groups))
+        sizes = torch.tensor(self.sizes, dtype=torch.int64, device="cpu")
+        groups = torch.tensor(self.groups, dtype=torch.int64, device="cpu")
         order = groups.argsort(stable=True)  # tensors, group after group
         starts = sizes[order].cumsum(0) - sizes[order]
         places, first_run, first_entry = [], 0, 0

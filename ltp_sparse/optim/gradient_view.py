@@ -167,8 +167,7 @@ class PackedTensor(Tensor):
             return None
         values, others = self.values_now(), self.numel() - self.index_set.k
         options = {key: value for key, value in options.items() if key in ("ord", "dtype")}
-        of = {"mean": aten.sum.default}.get(name, func)
-        kept = of(values, **options)
+        kept = (aten.sum.default if name == "mean" else func)(values, **options)
         if others:
             fill = self.fill.to(kept.dtype)
             if name in ("sum", "mean"):
@@ -245,10 +244,10 @@ def _have_one_index_set(args: Any, kwargs: dict[str, Any]) -> bool:
 
 def _one_by_one(name: str, args: Any, kwargs: dict[str, Any]) -> Any:
     """`torch._foreach_<name>` as a loop, so that there is at most one dense copy at a time."""
-    of = aten.linalg_vector_norm if name == "norm" else getattr(aten, name)
+    operation = aten.linalg_vector_norm if name == "norm" else getattr(aten, name)
     first, *rest = args
     made = [
-        of(tensor, *(other[i] if isinstance(other, list | tuple) else other for other in rest), **kwargs)
+        operation(tensor, *(other[i] if isinstance(other, list | tuple) else other for other in rest), **kwargs)
         for i, tensor in enumerate(first)
     ]
     return None if name.endswith("_") else made

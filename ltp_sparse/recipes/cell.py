@@ -97,7 +97,11 @@ def run_cell(
         epoch = trained.last.metadata["epoch"]
         of_last = scores if epoch == trained.best_epoch else tests.scores_of(trained.last, model, tokenizer)
         last["last_update"] = {"epoch": epoch, "scores": of_last, "mean": statistics.fmean(of_last.values())}
-    counts = {"train": len(train), "dev": len(dev), "test": {name: len(of) for name, of in tests.examples.items()}}
+    counts = {
+        "train": len(train),
+        "dev": len(dev),
+        "test": {language: len(tested) for language, tested in tests.examples.items()},
+    }
     return {
         "id": cell.id,
         **cell.facts,

@@ -14,16 +14,19 @@ _RATE = "settings.learning_rate"
 
 
 def best_rates(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[Any, ...], float]:
-    """(label, density of its ticket or SFT) -> the rate of the best mean score over seeds; of equal ones the smallest.
+    """(label, density of its ticket or SFT) -> the learning rate with the best mean score over seeds.
 
-    Scores are those of the last update, where rows have them.
+    Of equally good rates, the smallest. Scores are those of the last update, where rows have them.
     """
     scores: dict[tuple[Any, ...], dict[float, list[float]]] = {}
     for row in rows:
         group = scores.setdefault(tuple(look_up(row, path) for path in _GROUP), {})
         group.setdefault(look_up(row, _RATE), []).append(row.get("last_update", row)["mean"])
-    means = {group: {rate: statistics.fmean(of[rate]) for rate in sorted(of)} for group, of in scores.items()}
-    return {group: max(of_group, key=of_group.__getitem__) for group, of_group in means.items()}
+    best = {}
+    for label_and_density, by_rate in scores.items():
+        means = {rate: statistics.fmean(by_rate[rate]) for rate in sorted(by_rate)}
+        best[label_and_density] = max(means, key=means.__getitem__)
+    return best
 
 
 def with_rates(recipe: Recipe, rows: Iterable[Mapping[str, Any]]) -> Recipe:

@@ -118,9 +118,10 @@ def combine(studies: Iterable[Sequence[Comparison]], *, margin: float = MARGIN) 
     """
     labels: dict[str, list[Comparison]] = {}
     for study in studies:
-        for label in dict.fromkeys(of.label for of in study):
-            mine = [of for of in study if of.label == label]
-            (one, *others) = [of for of in mine if not of.facts] or mine
+        for label in dict.fromkeys(comparison.label for comparison in study):
+            mine = [comparison for comparison in study if comparison.label == label]
+            pooled = [comparison for comparison in mine if not comparison.facts]
+            one, *others = pooled or mine
             if not others and one.runs > 1:
                 labels.setdefault(label, []).append(one)
     return _holm([_welch(label, parts, margin) for label, parts in labels.items() if len(parts) > 1])

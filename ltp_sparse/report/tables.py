@@ -105,8 +105,8 @@ def make_table(rows: Iterable[Mapping[str, Any]], by: Sequence[str], paper: Mapp
         columns |= dict.fromkeys(languages)
         notes = dict.fromkeys(note for row in members for note in row.get("notes", ()))
         values = {
-            name: (statistics.fmean(of), statistics.stdev(of) if len(of) > 1 else math.nan)
-            for name, of in samples.items()
+            name: (statistics.fmean(sample), statistics.stdev(sample) if len(sample) > 1 else math.nan)
+            for name, sample in samples.items()
         }
         lines.append(Line(facts, values, len(by_seed), printed.get(facts, {}), tuple(notes)))
     # numbers in their order, then all else as it came

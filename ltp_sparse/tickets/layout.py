@@ -43,9 +43,8 @@ def tiles_in_order(sizes: Sequence[int], word_offsets: Sequence[int]) -> tuple[T
         sizes: entries of each tensor.
         word_offsets: the first bitmap word of each tensor.
     """
-    counts, words = (
-        torch.tensor(of, dtype=torch.int64, device="cpu") for of in (list(map(tiles_of, sizes)), word_offsets)
-    )
+    counts = torch.tensor(list(map(tiles_of, sizes)), dtype=torch.int64, device="cpu")
+    words = torch.tensor(word_offsets, dtype=torch.int64, device="cpu")
     tensors = torch.repeat_interleave(counts)
     first_tiles = counts.cumsum(0) - counts
     numbers = torch.arange(len(tensors), dtype=torch.int64, device="cpu") - first_tiles[tensors]

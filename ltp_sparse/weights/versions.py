@@ -233,9 +233,9 @@ def check_sides(
         patterns = [given] if isinstance(given, str) else list(given)
         unexpected = [[name for name in names if not matches(name, patterns)] for names in alone]
         phrases = [
-            f"{len(names)} of {len(of)} parameters of the {side} are not in the other, e.g. {names[0]!r} "
-            f"(closest there: {closest(names[0], to, 2)})"
-            for names, of, to, side in zip(unexpected, (one, other), (other, one), sides, strict=True)
+            f"{len(names)} of {len(side_names)} parameters of the {side} are not in the other, e.g. {names[0]!r} "
+            f"(closest there: {closest(names[0], others, 2)})"
+            for names, side_names, others, side in zip(unexpected, (one, other), (other, one), sides, strict=True)
             if names
         ]
         if phrases:

@@ -38,6 +38,7 @@ class FactPair:
     label: str
 
     def say(self, language: str) -> Pair:
+        """The pair in words of a language."""
         return Pair(sentence(self.premise, language), sentence(self.hypothesis, language), self.label, language)
 
     @property
@@ -122,8 +123,8 @@ class Document:
     """A line of pre-training text.
 
     Attributes:
-        text: the line
-        answer: the last word, if it answers a question
+        text: the line.
+        answer: the last word, if it answers a question.
     """
 
     text: str

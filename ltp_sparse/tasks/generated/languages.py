@@ -20,10 +20,10 @@ class Language:
     """A language of the demo.
 
     Attributes:
-        phrases: concept (agent, action, thing or place) -> phrase
-        order: the slots of a `Fact`, in the order of words
-        answers: label -> the word that answers "is that so?"
-        asked: patterns of a question with its answer, with `{hypothesis}` and `{answer}`
+        phrases: concept (agent, action, thing or place) -> phrase.
+        order: the slots of a `Fact`, in the order of words.
+        answers: label -> the word that answers "is that so?".
+        asked: patterns of a question with its answer, with `{hypothesis}` and `{answer}`.
     """
 
     phrases: Mapping[str, str]
@@ -53,9 +53,9 @@ LANGUAGES: dict[str, Language] = _read()
 
 def clause(fact: Fact, language: str) -> str:
     """The fact in a language, without capital letter and full stop."""
-    of = LANGUAGES[language]
-    concepts = (getattr(fact, slot) for slot in of.order)
-    return " ".join(of.phrases[concept] for concept in concepts if concept is not None)
+    grammar = LANGUAGES[language]
+    concepts = (getattr(fact, slot) for slot in grammar.order)
+    return " ".join(grammar.phrases[concept] for concept in concepts if concept is not None)
 
 
 def capitalised(text: str) -> str:
