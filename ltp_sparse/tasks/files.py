@@ -16,7 +16,7 @@ from ltp_sparse.weights.reading import FileFormatError, Place, decoded, parse_js
 
 LONGEST_LINE = 16 << 20
 _MOST_LINES = 20_000  # of a quoted cell; more means that a quote is not closed
-_UNPACKED, _RATIO = 4 << 20, 50  # a .gz can have this many bytes unpacked, plus this many times its size
+_UNPACKED, _RATIO = 4 << 20, 50  # a .gz file may unpack to `_UNPACKED` bytes plus `_RATIO` times its size
 
 
 def existing(path: Path) -> Path:
@@ -35,7 +35,7 @@ def existing(path: Path) -> Path:
 
 
 def suffix_of(path: Path) -> str:
-    """The suffix of a file, or of what a .gz holds, in small letters and without its dot."""
+    """The suffix of a file in small letters and without its dot; for `a.tsv.gz` it is `tsv`."""
     return path.name.removesuffix(".gz").rpartition(".")[2].lower()
 
 
@@ -142,7 +142,11 @@ def read_jsonl(path: Path, keys: Sequence[str] = ()) -> Iterator[tuple[Place, di
 
 
 def text_in(row: Mapping[str, Any], column: str, where: Place) -> str:
-    """The text in a column of a row, checked to be a text."""
+    """The text in a column of a row.
+
+    Raises:
+        FileFormatError: there is no such column, or its value is not a text that can be encoded.
+    """
     value = row.get(column)
     if not isinstance(value, str):
         got = "null" if value is None else f"a value of type {type(value).__name__}"
@@ -178,34 +182,42 @@ def _rows(path: Path, delimiter: str, *, quoted: bool, first: int) -> Iterator[t
         if not line.strip(" "):
             continue
         where = Place(path, f"row {number}" if number else "header")
-        if not quoted:
-            yield where, line.split(delimiter)
-            continue
-        cells, at, size = [], 0, 0
-        while True:
-            if not line.startswith('"', at):
-                stop = line.find(delimiter, at)
-                cells.append(line[at:] if stop < 0 else line[at:stop])
-                at = len(line) if stop < 0 else stop
-            else:
-                parts, at = [], at + 1
-                while (stop := line.find('"', at)) < 0 or line.startswith('"', stop + 1):
-                    if stop >= 0:  # a doubled quote
-                        parts.append(line[at : stop + 1])
-                        at = stop + 2
-                        continue
-                    parts += [line[at:], "\n"]
-                    size += len(line)
-                    if size > LONGEST_LINE or len(parts) > _MOST_LINES or (following := next(lines, None)) is None:
-                        raise where.error("a quote that is opened here is not closed")
-                    line, at = following, 0
-                cells.append("".join([*parts, line[at:stop]]))
-                at = stop + 1
-                if at < len(line) and not line.startswith(delimiter, at):
-                    raise where.error(
-                        f"text after the closing quote of column {len(cells)}; double a quote inside a quoted cell"
-                    )
-            if at >= len(line):
-                break
-            at += len(delimiter)
-        yield where, cells
+        yield where, _quoted_cells(line, lines, delimiter, where) if quoted else line.split(delimiter)
+
+
+def _quoted_cells(line: str, following: Iterator[str], delimiter: str, where: Place) -> list[str]:
+    """The cells of a row. Those in double quotes can contain delimiters, doubled quotes and line breaks.
+
+    Args:
+        line: the first line of the row.
+        following: the lines after it, where a quoted cell with line breaks continues.
+        delimiter: the character between cells.
+        where: the place of the row, for errors.
+    """
+    cells, at, size = [], 0, 0
+    while True:
+        if not line.startswith('"', at):
+            stop = line.find(delimiter, at)
+            cells.append(line[at:] if stop < 0 else line[at:stop])
+            at = len(line) if stop < 0 else stop
+        else:
+            parts, at = [], at + 1
+            while (stop := line.find('"', at)) < 0 or line.startswith('"', stop + 1):
+                if stop >= 0:  # a doubled quote
+                    parts.append(line[at : stop + 1])
+                    at = stop + 2
+                    continue
+                parts += [line[at:], "\n"]
+                size += len(line)
+                if size > LONGEST_LINE or len(parts) > _MOST_LINES or (more := next(following, None)) is None:
+                    raise where.error("a quote that is opened here is not closed")
+                line, at = more, 0
+            cells.append("".join([*parts, line[at:stop]]))
+            at = stop + 1
+            if at < len(line) and not line.startswith(delimiter, at):
+                raise where.error(
+                    f"text after the closing quote of column {len(cells)}; double a quote inside a quoted cell"
+                )
+        if at >= len(line):
+            return cells
+        at += len(delimiter)

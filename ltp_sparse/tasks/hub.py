@@ -52,7 +52,7 @@ def hub_rows(
     """(place, row) of one split of a data set.
 
     Args:
-        name: on the Hub, or a folder that `datasets.load_dataset` reads.
+        name: name of the data set on the Hub, or a folder that `datasets.load_dataset` reads.
         config: its configuration.
         split: its split; "dev" is called "validation" there.
         columns: required columns.

@@ -31,7 +31,13 @@ _SPLITS = {"train": "train", "dev": "valid", "test": "test"}
 
 
 def nusax(split: str, language: str, data: Path | None, *_: Any) -> list[Text]:
-    """500, 100 or 400 texts of a language. `data`: the folder with `acehnese/train.csv`, ...; None: the Hub."""
+    """500, 100 or 400 texts of a language.
+
+    Args:
+        split: "train", "dev" or "test".
+        language: a key of `FOLDERS`.
+        data: the folder with `acehnese/train.csv`, ...; None: the Hub.
+    """
     if split not in _SPLITS:
         raise ValueError(f"nusax: split must be one of {', '.join(_SPLITS)}, got {split!r}")
     if data is None:

@@ -48,6 +48,7 @@ class Columns:
 
     @property
     def kind(self) -> str:
+        """The kind of the examples: "pair" or "text"."""
         return "text" if self.pair is None else "pair"
 
 
@@ -82,7 +83,7 @@ def read_own(
         raise ValueError(f"columns: expected different columns, got {', '.join(names)}")
     make: Any = Text if columns.pair is None else Pair
     examples: list[Any] = []
-    unread = Counter[str]()  # languages in a column that nobody named
+    unread = Counter[str]()  # languages in a column "language" that `columns` does not name
     for where, row in _rows(str(source), names, columns.quoted, split, config):
         if missing := [name for name in names if name not in row]:
             raise where.error(f"expected a column {missing[0]!r}, got {', '.join(map(str, row))}")
@@ -114,7 +115,9 @@ def columns_of(path: str | os.PathLike[str]) -> list[str]:
 
 
 def split_dev(examples: Sequence[Any], share: float) -> tuple[list[Any], list[Any]]:
-    """(training, dev): a share of every class, at least one example, goes to dev. The draw is always the same.
+    """(training, dev): a share of every class, but at least one example, goes to dev. The draw is always the same.
+
+    A class with a single example stays in training.
 
     Raises:
         ValueError: no class has two examples.

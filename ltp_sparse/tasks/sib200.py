@@ -43,9 +43,12 @@ _SPLITS = ("train", "dev", "test")
 
 
 def sib200(split: str, language: str, data: Path | None, *_: Any) -> list[Text]:
-    """701, 99 or 204 sentences of a language (a FLORES-200 code), the same ones in every language.
+    """701, 99 or 204 sentences of a language, the same ones in every language.
 
-    `data`: the folder with `eng_Latn/train.tsv`, ...; None: the Hub.
+    Args:
+        split: "train", "dev" or "test".
+        language: a FLORES-200 code.
+        data: the folder with `eng_Latn/train.tsv`, ...; None: the Hub.
     """
     if split not in _SPLITS:
         raise ValueError(f"sib200: split must be one of {', '.join(_SPLITS)}, got {split!r}")

@@ -1,4 +1,4 @@
-"""Plain text for masked-language-model tuning, from local files or the Hub."""
+"""Plain text for masked-language-model tuning, from local files or the Hub. Labelled texts are in `texts.py`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from ltp_sparse.tasks.hub import load_hub
 from ltp_sparse.weights.reading import FileFormatError, Place
 
 _SUFFIXES = ("txt", "tsv", "jsonl")
+# The end of a sentence: a mark, closing quotes and a space; after Chinese and Japanese marks no space is needed.
 _END = re.compile(r"([.!?۔؟।॥։።፧။][\"'»”’)\]]*)\s+|([。！？][」』”’）]*)\s*")
+# A paragraph that ends like a sentence, which a heading does not.
 _ENDED = re.compile(r"[.!?۔؟।॥։።፧။。！？…:;][\"'»”’)\]」』）]*$")
+# A full stop that ends an initial or an abbreviation, not the sentence.
 _ABBREVIATED = re.compile(r"(?:^|[\s(])(?:\w|Mr|Mrs|Ms|Dr|Prof|St|vs|etc|e\.g|i\.e|No|Jr|Sr)\.$")
-_SHORTEST_LINE = 60  # characters of a line without an end that is no heading
+_SHORTEST_LINE = 60  # characters; a shorter line that does not end like a sentence is a heading
 
 
 class PassedOver(UserWarning):
@@ -55,10 +58,23 @@ def read_hub_text(
     seed: int = 0,
     sentences: bool = False,
 ) -> list[str]:
-    """Non-blank lines of a column of a streamed Hub data set; arguments as in `read_text`.
+    """Non-blank lines of a column of a streamed Hub data set.
 
     Args:
-        sentences: cut the lines into sentences (`split_sentences`): articles hold paragraphs and headings.
+        name: name of the data set.
+        config: its configuration.
+        column: the column of the texts.
+        split: its split.
+        max_lines: draw at most this many lines at random, in the order of the rows.
+        seed: seed of the draw.
+        sentences: cut the lines into sentences (`split_sentences`), for articles with paragraphs and headings.
+
+    Warns:
+        PassedOver: rows with null in the column are skipped.
+
+    Raises:
+        ValueError: the data set cannot be reached or has no such column.
+        FileFormatError: it has no text, or a value is not a string.
     """
     rows = load_hub(name, config, split=split, streaming=True)
     if rows.column_names is not None and column not in rows.column_names:
@@ -71,7 +87,7 @@ def read_hub_text(
 
 
 def split_sentences(paragraph: str) -> list[str]:
-    """The sentences of a paragraph. A heading, which is a short line without the end of a sentence, has none.
+    """The sentences of a paragraph. A heading, a short line that does not end like a sentence, has none.
 
     A sentence ends with a full stop, question or exclamation mark of any script, if a space and no small letter
     follows. Chinese and Japanese need no space. In scripts without such marks (Thai), a paragraph is one sentence.

@@ -1,4 +1,4 @@
-"""Labelled texts, and what their readers share."""
+"""Labelled texts, and the functions that their readers share. Plain text for tuning is in `text.py`."""
 
 from __future__ import annotations
 
@@ -42,12 +42,20 @@ def labelled_text(
 
 
 def few_shot(texts: Sequence[Text], split: str, labels: Sequence[str], shots: int, seed: int) -> list[Text]:
-    """`shots` texts per class of "train", or a quarter of it, rounded up, of "dev" (fewer if its smallest class is).
+    """Draws the same number of texts from each class.
 
-    For data sets that are parallel and in the same order, every language gives the same texts.
+    If the languages of a data set are parallel and in the same order, the same texts are drawn from each.
+
+    Args:
+        texts: labelled texts.
+        split: "train" takes `shots` texts per class; "dev" takes a quarter of that, rounded up, or the size of its
+            smallest class if that is less.
+        labels: the classes.
+        shots: training texts per class.
+        seed: seed of the draw.
 
     Raises:
-        ValueError: a class of "train" is smaller.
+        ValueError: a class has no text, or a class of "train" fewer than `shots`.
     """
     by_label = {label: [i for i, text in enumerate(texts) if text.label == label] for label in labels}
     smallest = min(map(len, by_label.values()))

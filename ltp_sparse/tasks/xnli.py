@@ -66,7 +66,13 @@ def few_shot(split: str, language: str, data: Path | None, shots: int | None, *_
 
 
 def xnli(split: str, language: str, data: Path | None, *_: Any) -> list[Pair]:
-    """XNLI dev or test of one language. `data`: the folder of `dev/`, `test/`, `test-labels.tsv`; None: the Hub."""
+    """XNLI dev (2,490 pairs) or test (5,010) of one language.
+
+    Args:
+        split: "dev" or "test".
+        language: one of `LANGUAGES`.
+        data: the folder with `dev/`, `test/` and `test-labels.tsv`; None: the Hub.
+    """
     if split not in _ROWS:
         raise ValueError(f"xnli: split must be dev or test, got {split!r}; train on xnli-fewshot")
     if data is None:
