@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import ltp_sparse as ls
 from ltp_sparse.deltas import entries
+from ltp_sparse.deltas.delta import applied_deltas
 from ltp_sparse.ops import masked_gather, masked_scatter_, masked_swap_
 from ltp_sparse.tickets.tile_table import TileTable
 from ltp_sparse.weights.tensors import DTYPES, bits
@@ -107,91 +108,112 @@ def copies(model: nn.Module, delta: ls.SparseDelta) -> Iterator[list[Provider]]:
     yield [plain, provider("masked_swap_", lambda: masked_swap_(tensors, twin, table), written + item * k)]
 
 
-def apply_and_revert(model: nn.Module, delta: ls.SparseDelta) -> list[list[Provider]]:
-    """`apply` with and without comparison of the base, and `revert`, beside a copy of the model and peers."""
-    parameters = dict(ls.canonical_parameters(model).items())
-    base = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    spare = {name: torch.empty_like(tensor) for name, tensor in base.items()}
-    nbytes = 2 * sum(tensor.nbytes for tensor in base.values())
-    tuned = {name: tensor.clone() for name, tensor in base.items()}
-    for name, tensor in tuned.items():
-        tensor[delta.ticket.mask(name)] = delta.values[name]
-    where = {name: index_set.indices() for name, index_set in delta.ticket.sets.items()}
-    moved = {name: delta.values[name] - delta.originals[name] for name in delta.values}
+class Application:
+    """A delta and its model, with the weights that the model must have before and after `apply`.
 
-    def is_now(wanted: dict[str, Tensor], what: str) -> None:
-        expect(all(same(parameters[name], tensor) for name, tensor in wanted.items()), what)
+    Peers write into `spare` instead of the model.
+    """
 
-    def reset() -> None:
-        if entries_applied(model):
-            delta.revert(model)
+    def __init__(self, model: nn.Module, delta: ls.SparseDelta) -> None:
+        self.model, self.delta = model, delta
+        self.parameters = dict(ls.canonical_parameters(model).items())
+        self.base = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self.spare = {name: torch.empty_like(tensor) for name, tensor in self.base.items()}
+        self.tuned = {name: tensor.clone() for name, tensor in self.base.items()}
+        for name, tensor in self.tuned.items():
+            tensor[delta.ticket.mask(name)] = delta.values[name]
+        self.indices = {name: index_set.indices() for name, index_set in delta.ticket.sets.items()}
+        self.moved = {name: delta.values[name] - delta.originals[name] for name in delta.values}
+        self.nbytes = 2 * sum(tensor.nbytes for tensor in self.base.values())
 
-    def ready() -> None:
-        if not entries_applied(model):
-            apply(strict=True)
-
-    def apply(strict: bool) -> None:
+    def apply(self, strict: bool = True) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            delta.apply(model, strict=strict)
+            self.delta.apply(self.model, strict=strict)
 
-    def model_copy() -> None:
-        for name, tensor in base.items():
-            spare[name].copy_(tensor)
+    def revert(self) -> None:
+        self.delta.revert(self.model)
 
-    def dense_sum() -> None:
-        for name, parameter in parameters.items():
+    def ensure_applied(self) -> None:
+        if not is_applied(self.model):
+            self.apply()
+
+    def ensure_reverted(self) -> None:
+        if is_applied(self.model):
+            self.revert()
+
+    def expect_weights(self, wanted: dict[str, Tensor], what: str) -> None:
+        expect(all(same(self.parameters[name], tensor) for name, tensor in wanted.items()), what)
+
+    def copy_base(self) -> None:
+        for name, tensor in self.base.items():
+            self.spare[name].copy_(tensor)
+
+    def sum_densely(self) -> None:
+        for name, parameter in self.parameters.items():
             difference = torch.zeros_like(parameter)
-            difference.view(-1).index_put_((where[name],), moved[name])
-            spare[name].copy_(parameter.detach()).add_(difference.detach())
+            difference.view(-1).index_put_((self.indices[name],), self.moved[name])
+            self.spare[name].copy_(parameter.detach()).add_(difference.detach())
 
-    def put() -> None:
-        for name, tensor in spare.items():
-            tensor.view(-1).index_put_((where[name],), delta.values[name])
+    def put(self) -> None:
+        for name, tensor in self.spare.items():
+            tensor.view(-1).index_put_((self.indices[name],), self.delta.values[name])
 
-    def applied(name: str, run: Callable[[], object]) -> Provider:
+    def apply_provider(self, name: str, *, strict: bool) -> Provider:
+        """`apply` with or without a comparison of the base."""
+
         def verify() -> None:
-            reset()
-            run()
-            is_now(tuned, name)
-            delta.revert(model)
-            is_now(base, f"{name}, reverted")
+            self.ensure_reverted()
+            self.apply(strict)
+            self.expect_weights(self.tuned, name)
+            self.revert()
+            self.expect_weights(self.base, f"{name}, reverted")
 
-        return Provider(name, run, verify, nbytes, before=reset)
+        return Provider(name, lambda: self.apply(strict), verify, self.nbytes, before=self.ensure_reverted)
 
-    def reverted() -> None:
-        ready()
-        delta.revert(model)
-        is_now(base, "revert")
+    def revert_provider(self) -> Provider:
+        """`revert`."""
 
-    def peer(name: str, run: Callable[[], object], close: bool) -> Provider:
         def verify() -> None:
-            reset()
-            model_copy()
+            self.ensure_applied()
+            self.revert()
+            self.expect_weights(self.base, "revert")
+
+        return Provider("revert", self.revert, verify, self.nbytes, before=self.ensure_applied)
+
+    def peer(self, name: str, run: Callable[[], object], *, exact: bool) -> Provider:
+        """Another way to the tuned weights, which must have their bits or, if it rounds, be close to them."""
+
+        def verify() -> None:
+            self.ensure_reverted()
+            self.copy_base()
             run()
-            for each, tensor in tuned.items():
-                fits = torch.allclose(spare[each], tensor, rtol=1e-2, atol=1e-3) if close else same(spare[each], tensor)
-                expect(fits, name)
+            for key, wanted in self.tuned.items():
+                found = self.spare[key]
+                expect(same(found, wanted) if exact else torch.allclose(found, wanted, rtol=1e-2, atol=1e-3), name)
 
-        return Provider(name, run, verify, nbytes, before=reset)
+        return Provider(name, run, verify, self.nbytes, before=self.ensure_reverted)
 
-    copied = Provider("copy of the model", model_copy, lambda: None, nbytes)
+
+def apply_and_revert(model: nn.Module, delta: ls.SparseDelta) -> list[list[Provider]]:
+    """`apply` with and without comparison of the base, and `revert`, beside a copy of the model and peers."""
+    application = Application(model, delta)
+    copied = Provider("copy of the model", application.copy_base, lambda: None, application.nbytes)
     return [
         [
             copied,
-            applied("apply", lambda: apply(True)),
-            applied("apply, strict=False", lambda: apply(False)),
-            peer("index_put_, no check and no way back", put, False),
-            peer("sum with a dense difference (LT-SFT)", dense_sum, True),
+            application.apply_provider("apply", strict=True),
+            application.apply_provider("apply, strict=False", strict=False),
+            application.peer("index_put_, no check and no way back", application.put, exact=True),
+            application.peer("sum with a dense difference (LT-SFT)", application.sum_densely, exact=False),
             shira(model, delta.ticket.density),
         ],
-        [copied, Provider("revert", lambda: delta.revert(model), reverted, nbytes, before=ready)],
+        [copied, application.revert_provider()],
     ]
 
 
-def entries_applied(model: nn.Module) -> bool:
-    from ltp_sparse.deltas.delta import applied_deltas
-
+def is_applied(model: nn.Module) -> bool:
+    """Whether a delta is applied to the model."""
     return bool(applied_deltas(model))
 
 
@@ -242,6 +264,9 @@ def switches(model: nn.Module, density: float) -> tuple[list[list[Provider]], ls
         expect(all(same(one, other) for one, other in pairs), "switch")
         deltas["b"].revert(plain)
 
+    def nothing() -> None:
+        pass
+
     def set_adapter() -> None:
         lora.set_adapter("second" if lora.active_adapter == "first" else "first")
 
@@ -251,7 +276,6 @@ def switches(model: nn.Module, density: float) -> tuple[list[list[Provider]], ls
         return module(request)
 
     copied = Provider("copy of the model", model_copy, lambda: None, nbytes)
-    nothing = lambda: None  # noqa: E731
     return [
         [
             copied,
@@ -303,7 +327,7 @@ def measure(model_name: str, dtype: str, density: float, rounds: int) -> list[Ro
         rows += time_rows(providers[1].name, providers, rounds=rounds, baseline=providers[0].name, **cell)
     for op, providers in zip(("apply", "revert"), apply_and_revert(model, delta), strict=True):
         rows += time_rows(op, providers, rounds=rounds, baseline="copy of the model", **cell)
-    if entries_applied(model):
+    if is_applied(model):
         delta.revert(model)
     timed, switcher = switches(model, density)
     for op, providers in zip(("switch", "request"), timed, strict=True):

@@ -1,13 +1,14 @@
 """What a rank of FSDP2 holds and exchanges, counted, with no timings: `python benchmarks/bench_sharded.py`.
 
 A small decoder trains on processes of this machine, by a ticket, by torch's AdamW, by LoRA (peft) and by QLoRA (peft
-and bitsandbytes). Counted are, of the rank with the most, in bytes:
+and bitsandbytes). A row has the bytes of the rank that holds most:
 
-* weights, gradients, states: held between backward and step; states with the index of a ticket, weights with the scales
-  of quantized ones, which are no parameters: FSDP2 does not shard them
-* predicted: what `ltp-sparse memory` says of their sum
-* all_gather: gathered parameters of a step, for forward and backward
-* reduce_scatter: gradients that a rank gives, those for the other ranks and its own; all_reduce: other numbers
+* weights, gradients, states: held between backward and step. States include the index of a ticket. Weights include the
+  scales of quantized ones, which are not parameters, so that FSDP2 does not shard them.
+* predicted: the sum of these by `ltp-sparse memory`.
+* all_gather: parameters that are gathered in a step, for forward and backward.
+* reduce_scatter: gradients that a rank contributes, for other ranks and for itself.
+* all_reduce: all other reductions.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ _COLLECTIVES = {
     "c10d._reduce_scatter_base_": ("reduce_scatter", 1),
     "c10d.allreduce_": ("all_reduce", 0),
 }
-"""Operator -> its column, and which of its arguments holds what all ranks have together."""
+"""Operator -> its column, and the position of the argument that is as large as the data of all ranks together."""
 
 
 class Exchanged(TorchDispatchMode):
@@ -110,7 +111,7 @@ def lora(mesh: Any, quantized: bool) -> tuple[nn.Module, Any]:
 
 
 def quantize(model: Any) -> None:
-    """Puts 4-bit layers in the place of those that adapters lie beside, in the dtype that FSDP2 shards the rest in."""
+    """Replaces the layers that get adapters by 4-bit ones, stored in the dtype of the other weights, as FSDP2 needs."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     options: dict[str, Any] = {"quant_type": "nf4", "quant_storage": torch.bfloat16}
@@ -128,7 +129,7 @@ Way = Callable[[Any], tuple[nn.Module, Any]]
 
 
 def ways() -> dict[str, Way]:
-    """Row -> how it trains. Those that `ltp-sparse memory` knows are called as there."""
+    """Name of a row -> its way to train. The names are those of `ltp-sparse memory`, where it has that way."""
     found: dict[str, Way] = {}
     for density in DENSITIES:
         name = f"ticket {100 * density:.4g} %, packed, float32 states, master"
@@ -142,7 +143,7 @@ def ways() -> dict[str, Way]:
 
 
 def count(way: Way, mesh: Any) -> dict[str, int]:
-    """What this rank holds and exchanges in the second step, which is as all later ones."""
+    """The bytes that this rank holds and exchanges in the second step. Later steps are like it."""
     model, optimizer = way(mesh)
     ids = torch.randint(0, CONFIG.vocab_size, (2, 16), generator=torch.Generator().manual_seed(mesh.get_rank()))
     for _ in range(2):
@@ -158,13 +159,13 @@ def count(way: Way, mesh: Any) -> dict[str, int]:
 
 
 def local_bytes(tensor: Tensor) -> int:
-    """With the unused rows of the last ranks, for which FSDP2 has memory."""
+    """Bytes of a tensor on this rank, including the padding that FSDP2 allocates on the last ranks."""
     own = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return own.untyped_storage().nbytes()
 
 
 def scale_bytes(model: nn.Module) -> int:
-    """Of what bitsandbytes keeps beside quantized weights."""
+    """Bytes of scales and tables that bitsandbytes keeps beside quantized weights."""
     quantized = [state for module in model.modules() if (state := getattr(module, "quant_state", None)) is not None]
     tensors = [t for state in quantized for t in state.as_dict().values() if isinstance(t, Tensor)]
     places = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}  # layers share tables
@@ -209,7 +210,7 @@ def predictions(ranks: int) -> dict[str, int]:
 
 
 def rows(ranks: int, names: Iterable[str] | None = None) -> list[dict[str, object]]:
-    """The rows of so many ranks, of all ways to train or of some."""
+    """The rows for this number of ranks, of all ways to train or of the named ones."""
     names = list(ways() if names is None else names)
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(run_rank, args=(ranks, names, Path(folder)), nprocs=ranks)

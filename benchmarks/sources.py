@@ -13,8 +13,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 def code() -> str:
     """A digest of the sources that affect our measurements."""
     digest = hashlib.sha256()
-    rooms = ("backends", "ops", "optim", "selection", "tickets")
-    folders = [ROOT / "csrc", ROOT / "kernels", *(ROOT / "ltp_sparse" / room for room in rooms)]
+    packages = ("backends", "ops", "optim", "selection", "tickets")
+    folders = [ROOT / "csrc", ROOT / "kernels", *(ROOT / "ltp_sparse" / package for package in packages)]
     for path in sorted(path for folder in folders for path in folder.rglob("*")):
         if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"):
             digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())

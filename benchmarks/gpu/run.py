@@ -90,11 +90,13 @@ class Suite:
         tempfile.tempdir = str(scratch)
 
     def say(self, text: str) -> None:
+        """Writes a line to the log and to the screen."""
         with self.log.open("a") as log:
             log.write(f"== {text}\n")
         self.show()
 
     def show(self) -> None:
+        """Prints the new part of the log."""
         with self.log.open("rb") as log:
             log.seek(self.shown)
             sys.stdout.write(log.read().decode(errors="replace"))
@@ -102,20 +104,23 @@ class Suite:
         sys.stdout.flush()
 
     def run(self, phase: Phase) -> None:
+        """Runs a phase to its end. After a crash or a hang, a new process continues with the next provider."""
         start = time.monotonic()
         end = min(start + phase.seconds, self.deadline)
         while True:
             before = self.size()
             how = TIME_IS_UP if time.monotonic() >= end else self.watch(phase, end)
-            if phase.measures and how not in ("", TIME_IS_UP):
+            crashed = phase.measures and how not in ("", TIME_IS_UP)
+            if crashed:
                 self.blame(how)
-            if not (phase.measures and how not in ("", TIME_IS_UP) and self.size() > before):
+            if not crashed or self.size() == before:  # without a new row, another process would crash at the same place
                 break
         self.say(f"{phase.name}: {how or 'ok'}, {time.monotonic() - start:.0f} s")
         if how:
             (self.cut if how == TIME_IS_UP else self.failed).append(phase.name)
 
     def size(self) -> int:
+        """Bytes of the measured rows so far."""
         path = self.folder / rows.MEASURED_CSV
         return path.stat().st_size if path.exists() else 0
 

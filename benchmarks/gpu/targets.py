@@ -50,6 +50,7 @@ class Floors:
                 self.scattered[row["dtype"] == "float32", float(row["density"])] = rate
 
     def ms(self, row: Mapping[str, str]) -> float | None:
+        """Milliseconds for the bytes of a row; None if they are unknown or no copy was measured."""
         if self.copy is None or not row["bytes"]:
             return None
         in_sectors = float(row["sector_bytes"] or 0)
@@ -60,6 +61,7 @@ class Floors:
         return in_sectors / rates[nearest] + (float(row["bytes"]) - in_sectors) / self.copy
 
     def share(self, row: Mapping[str, str]) -> float | None:
+        """The floor of a row divided by its measured time."""
         floor = self.ms(row)
         return None if floor is None else floor / float(row["p50_ms"])
 
@@ -68,7 +70,7 @@ class Results(NamedTuple):
     rows: Rows
     floors: Floors
     launches: Mapping[tuple[str, str], Rows]
-    """(scene, backend) -> what ran in it"""
+    """(scene, backend) -> the launches and waits in it"""
 
     def best(self, provider: str, density: float = 0.2, precision: str = "float32", **cell: str) -> Mapping[str, str]:
         """The fastest row of the providers with this prefix; {} if there is none with times."""
@@ -112,7 +114,7 @@ Value = Callable[[Results], float | None]
 
 
 class Target(NamedTuple):
-    """A target; `bar` is the smallest, or with `at_most` the largest, accepted value in `unit`."""
+    """A target: `value` must be at least `bar`, or with `at_most` at most `bar`, in `unit`."""
 
     what: str
     bar: float
@@ -121,15 +123,20 @@ class Target(NamedTuple):
     at_most: bool = False
 
 
-def flash(results: Results) -> float | None:
+def against_flash(results: Results) -> float | None:
+    """How many times faster than FlashAdamW, or than the time that it needs at least, where it is not installed."""
     measured = results.faster(OURS, FLASH, precision=CODED)
     ours = results.number(OURS, precision=CODED)
     return measured or (FLASH_FLOOR_MS / ours if ours else None)
 
 
-def overhead(results: Results) -> float | None:
+def select_overhead(results: Results) -> float | None:
+    """The time of `ls.select` divided by that of its passes."""
     whole, passes = results.number(SELECT), results.number(SELECTED)
     return whole / passes if whole and passes else None
+
+
+# Values of targets, by the methods of `Results` with the same names.
 
 
 def number(provider: str, column: str = "p50_ms", **cell: object) -> Value:
@@ -140,6 +147,14 @@ def faster(ours: str, peer: str, **cell: object) -> Value:
     return lambda results: results.faster(ours, peer, **cell)
 
 
+def share(density: float) -> Value:
+    return lambda results: results.share(density)
+
+
+def counts(scene: str, *, waits: bool) -> Value:
+    return lambda results: results.counts(scene, waits)
+
+
 def targets() -> Iterator[Target]:
     for density, bars in FASTER.items():
         for peer, bar in zip((FUSED, MULTIPLIED, GATHERED), bars, strict=True):
@@ -147,12 +162,12 @@ def targets() -> Iterator[Target]:
             yield Target(what, bar, "x", faster(OURS, peer, density=density))
     for density, bar in SHARES.items():
         what = f"step, float32, {100 * density:g} %: share of the measured floor"
-        yield Target(what, bar, "", lambda results, at=density: results.share(at))
+        yield Target(what, bar, "", share(density))
     yield Target("step, bfloat16, 20 %", 0.7, " ms", number(OURS, precision=BF16), at_most=True)
     yield Target(f"step, bfloat16, 20 %: against {FUSED}", 1.35, "x", faster(OURS, FUSED, precision=BF16))
     yield Target("step, bfloat16, 8-bit states, 20 %", 0.55, " ms", number(OURS, precision=CODED), at_most=True)
     what = f"step, bfloat16, 8-bit states, 20 %: against {FLASH}, or {FLASH_FLOOR_MS} ms without it"
-    yield Target(what, 1.5, "x", flash)
+    yield Target(what, 1.5, "x", against_flash)
     for precision, bar in (("float32", 1.76), (CODED, 0.56)):
         value = number(OURS, "memory_per_entry", precision=precision)
         yield Target(f"state, {precision}, 20 %", bar, " bytes/entry", value, at_most=True)
@@ -162,7 +177,7 @@ def targets() -> Iterator[Target]:
         yield Target(f"selection, float32, 20 %: against {peer}", bar, "x", faster(SELECTED, peer))
     temporary = number(SELECTED, "memory_per_entry")
     yield Target("selection, float32, 20 %: temporary memory", TEMPORARY, " bytes/entry", temporary, at_most=True)
-    yield Target("ls.select, float32, 20 %: against topk_delta alone", 1.3, "x", overhead, at_most=True)
+    yield Target("ls.select, float32, 20 %: against topk_delta alone", 1.3, "x", select_overhead, at_most=True)
     yield Target("selection, 7B, bfloat16, 20 %", 20, " ms", number(SELECTED, precision=BF16, model="7b"), at_most=True)
     for operation, bar in COPIES.items():
         yield Target(f"{operation}, float32, 20 %: against {COPY}", bar, "x", faster(operation, COPY))
@@ -172,10 +187,9 @@ def targets() -> Iterator[Target]:
         ("clipped", "step, float32, 20 %, clipped"),
         ("topk_delta", "topk_delta, float32, 20 %"),
     ):
-        count = lambda results, scene=scene: results.counts(scene, waits=False)  # noqa: E731
-        yield Target(f"{scene}: launches", LAUNCHES[what], "", count, at_most=True)
-    waits = lambda results: results.counts("topk_delta, float32, 20 %", waits=True)  # noqa: E731
-    yield Target("topk_delta, float32, 20 %: waits", 1, "", waits, at_most=True)
+        yield Target(f"{scene}: launches", LAUNCHES[what], "", counts(scene, waits=False), at_most=True)
+    scene = "topk_delta, float32, 20 %"
+    yield Target(f"{scene}: waits", 1, "", counts(scene, waits=True), at_most=True)
 
 
 def table(results: Results) -> str:
