@@ -27,6 +27,14 @@ def xlmr_shapes(
     """Canonical name -> shape of the maskable parameters (docs/papers.md): base model, no LayerNorms, no pooler.
 
     The defaults are XLM-R-base: 147 tensors of 277,414,656 entries, 85,017,600 of them outside the embeddings.
+
+    Args:
+        layers: number of layers.
+        hidden: hidden size.
+        intermediate: inner size of the feed-forward part.
+        vocabulary: rows of the word embedding.
+        positions: rows of the position embedding.
+        embeddings: whether the embeddings are included.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     if embeddings:

@@ -403,7 +403,14 @@ def _check_tensors(
 def check_selection(
     op: str, initial: Sequence[Tensor], tuned: Sequence[Tensor], groups: Sequence[int], ks: Sequence[int]
 ) -> None:
-    """Checks pairs of tensors to rank, the group of each, and the number of entries wanted from every group.
+    """Checks the arguments of a selection.
+
+    Args:
+        op: the operation, for messages.
+        initial: tensors before tuning; empty for zeros.
+        tuned: tensors after it.
+        groups: the group of each pair.
+        ks: the number of entries wanted from each group.
 
     Raises:
         TypeError, ValueError: dtypes, shapes, devices or counts do not fit, or a tensor is not plain.

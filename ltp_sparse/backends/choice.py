@@ -113,7 +113,17 @@ def _orders(device_type: str, op: str, dtype: torch.dtype) -> list[tuple[float, 
 
 
 def preferred(device_type: str, op: str, dtype: torch.dtype, density: float) -> tuple[str, ...]:
-    """The backends in the order in which `auto` tries them: those of the nearest density, then the reference."""
+    """The backends in the order in which `auto` tries them.
+
+    Args:
+        device_type: "cpu" or "cuda".
+        op: name of the operation.
+        dtype: dtype of the weights.
+        density: active share. The order of the nearest measured density counts.
+
+    Returns:
+        The measured backends, the fastest first, and then "reference".
+    """
     if device_type not in choices():
         return ("reference",)
     at = math.log(max(density, 1e-9))

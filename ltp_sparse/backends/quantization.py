@@ -89,9 +89,15 @@ def quantize_tiles(exp_avg: Tensor, exp_avg_sq: Tensor, active: Sequence[int]) -
 def dequantize_tiles(
     exp_avg: Tensor, exp_avg_sq: Tensor, scales: Tensor, active: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """`dequantize` over consecutive tiles with these numbers of active entries.
+    """`dequantize` over consecutive tiles.
 
-    Scales of bfloat16 are those of older states, whose codes were companded by softsign and square root.
+    Args:
+        exp_avg, exp_avg_sq: the codes of all tiles, int8 and uint8 [k].
+        scales: float32 [blocks, 2]; bfloat16 in older states, whose codes were companded by softsign and square root.
+        active: the number of active entries of each tile.
+
+    Returns:
+        exp_avg and exp_avg_sq, float32 [k].
     """
     decode = _dequantize_companded if scales.dtype == torch.bfloat16 else dequantize
     blocks = [state_blocks(count) for count in active]

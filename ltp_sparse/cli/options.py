@@ -90,6 +90,7 @@ class Parser:
             self.commands[name] = command
 
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """The options of a command, from its flags, its `--config` file and its defaults, in this order."""
         options = self._parse(argv)
         if options.config is None:
             return options
@@ -179,6 +180,7 @@ def share(text: str) -> float:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds --model and --tokenizer."""
     parser.add_argument(
         "--model", help="the base model: a folder, a Hub name, e.g. xlm-roberta-base, or mini-xlmr (in the package)"
     )
@@ -186,12 +188,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
+    """Adds --data, the folder of original files."""
     parser.add_argument(
         "--data", type=Path, help="folder of the task's original files (default: download from the Hub)"
     )
 
 
 def add_report_to(parser: argparse.ArgumentParser) -> None:
+    """Adds --report-to."""
     parser.add_argument(
         "--report-to",
         type=_reporter,
@@ -215,11 +219,13 @@ def _reporter(text: str) -> str:
 
 
 def add_computing(parser: argparse.ArgumentParser) -> None:
+    """Adds --bf16 and --quiet."""
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 under autocast; weights stay float32")
     add_quiet(parser)
 
 
 def add_quiet(parser: argparse.ArgumentParser) -> None:
+    """Adds --quiet."""
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 

@@ -24,6 +24,7 @@ _COLUMNS = {
 
 
 def add_columns(parser: argparse.ArgumentParser, *, default: str = "") -> None:
+    """Adds --text-column and the other options that describe a file. `default` is added to their help."""
     for name, description in _COLUMNS.items():
         parser.add_argument(f"--{name}-column", metavar="NAME", help=description + default)
     parser.add_argument(
@@ -33,6 +34,7 @@ def add_columns(parser: argparse.ArgumentParser, *, default: str = "") -> None:
 
 
 def add_metric(parser: argparse.ArgumentParser) -> None:
+    """Adds --metric."""
     parser.add_argument("--metric", choices=METRIC_NAMES, help="for your own data (default: accuracy)")
 
 

@@ -40,7 +40,14 @@ def encode_prompted(
     *,
     max_length: int = MAX_LENGTH,
 ) -> list[PromptedText]:
-    """Encodes texts as `T p1..pn </s>`, without other special tokens. A text over `max_length` loses tokens at its end.
+    """Encodes texts as `T p1..pn </s>`, without other special tokens.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        texts: texts to encode; those without a label get `IGNORED_LABEL`.
+        classes: classes of the task, in the order of the logits.
+        n_prompt: number of prompt slots.
+        max_length: the most tokens of an input. A longer text loses tokens at its end.
 
     Raises:
         ValueError: a label is unknown, or `max_length` leaves no room for a token of the text.

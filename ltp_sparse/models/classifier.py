@@ -27,8 +27,12 @@ def encode_pairs(
 ) -> list[Encoded]:
     """Encodes pairs as `<s> P </s></s> H </s>`, the input of fine-tuning.
 
-    A pair over `max_length` loses tokens at the end of its longer text, one by one (of equally long ones, the
-    hypothesis).
+    Args:
+        tokenizer: the model's tokenizer.
+        pairs: pairs to encode; those without a label get `IGNORED_LABEL`.
+        classes: classes of the task, in the order of the logits.
+        max_length: the most tokens of an input. A longer pair loses tokens at the end of its longer text, one by one
+            (of equally long ones, the hypothesis).
 
     Raises:
         ValueError: a label is unknown, or `max_length` leaves no room.
@@ -52,7 +56,13 @@ def encode_pairs(
 def encode_texts(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], classes: Sequence[str], *, max_length: int = MAX_LENGTH
 ) -> list[Encoded]:
-    """Encodes texts as `<s> T </s>`. A text over `max_length` loses tokens at its end.
+    """Encodes texts as `<s> T </s>`.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        texts: texts to encode; those without a label get `IGNORED_LABEL`.
+        classes: classes of the task, in the order of the logits.
+        max_length: the most tokens of an input. A longer text loses tokens at its end.
 
     Raises:
         ValueError: a label is unknown, or `max_length` leaves no room.
@@ -117,7 +127,13 @@ class SequenceClassifier(nn.Module):
 
 
 class ClassificationHead(nn.Module):
-    """Dropout, dense, tanh, dropout, out_proj (H=768, 3 classes: 592,899 parameters), or dropout and out_proj alone."""
+    """Dropout, dense, tanh, dropout, out_proj (H=768, 3 classes: 592,899 parameters), or dropout and out_proj alone.
+
+    Args:
+        config: the configuration of the encoder, whose sizes, dropout and initialisation are used.
+        classes: number of classes.
+        linear: dropout and out_proj alone.
+    """
 
     def __init__(self, config: Any, classes: int, *, linear: bool = False) -> None:
         super().__init__()

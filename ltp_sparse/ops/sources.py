@@ -41,15 +41,33 @@ class Chunk:
 
 
 class Source(Protocol):
-    """Pairs of tensors to select from."""
+    """Pairs of tensors to select from.
+
+    Attributes:
+        sizes: the number of entries of each pair.
+        device: where the passes run.
+    """
 
     sizes: list[int]
     device: torch.device
 
     @property
-    def can_sample(self) -> bool: ...
-    def chunks(self, tensors: Sequence[int]) -> Iterator[Chunk]: ...
-    def sample(self, passes: Backend, tensors: Tensor, runs: Tensor, keys: Tensor) -> None: ...
+    def can_sample(self) -> bool:
+        """Whether `sample` works, so that a selection may begin with a sample."""
+        ...
+
+    def chunks(self, tensors: Sequence[int]) -> Iterator[Chunk]:
+        """Yields the given tensors, or pieces of them, for the calls of one pass. `tensors` is ascending."""
+        ...
+
+    def sample(self, passes: Backend, tensors: Tensor, runs: Tensor, keys: Tensor) -> None:
+        """Writes the keys of runs of neighbouring entries.
+
+        Args:
+            passes: the backend.
+            tensors, runs, keys: as in the record `Sample` of `backends/arguments.py`.
+        """
+        ...
 
 
 class TensorSource:

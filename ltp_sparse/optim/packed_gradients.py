@@ -188,10 +188,12 @@ class Shown:
         self._kept: Tensor | None = None
 
     def values(self) -> Tensor:
+        """[k], the values to show."""
         return self.packed.values() if self._kept is None else self._kept
 
     @torch.no_grad()
     def pack_(self, grad: Tensor, *, accumulate: bool) -> None:
+        """Writes the active entries of a dense or sparse gradient to the shown values, or adds them."""
         if self._kept is None:
             self.packed.pack_(grad, accumulate=accumulate)
         else:

@@ -84,7 +84,14 @@ def stage_1_seeds(cell: Cell) -> list[int]:
 
 
 def text_of(cell: Cell, bench: Workbench, stage: str, language: str | None = None) -> Corpus:
-    """The text of a stage, in a language, or in those that the stage names."""
+    """The text of a stage.
+
+    Args:
+        cell: the cell.
+        bench: where corpora are read.
+        stage: the part of the cell that names the text, a key of `LINES`.
+        language: its language; None: those that the stage names, else English.
+    """
     return bench.corpus(language or cell[f"{stage}.language"] or "en", cell[stage], LINES[stage])
 
 

@@ -97,7 +97,15 @@ class Job:
 def jobs_of(
     recipe: Recipe, cells: Iterable[Cell], bench: Workbench, scratch: Path, save_every: int | None
 ) -> list[Job]:
-    """A job for each cell, and one for each artefact, before the first cell that needs it."""
+    """A job for each cell, and one for each artefact, before the first cell that needs it.
+
+    Args:
+        recipe: the recipe.
+        cells: those of its cells that are to run.
+        bench: data, cache and options of the cells.
+        scratch: folder for the checkpoints of cells.
+        save_every: epochs between checkpoints; None: none are written.
+    """
     here = Path.cwd()
     found: dict[str, Job] = {}
     for cell in cells:

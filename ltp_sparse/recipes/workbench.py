@@ -90,7 +90,7 @@ class Workbench:
     def examples(
         self, task: str, split: str, language: str, *, shots: int | None = None, seed: int = 0
     ) -> Sequence[Any]:
-        """Examples of a task, which are read once for all cells."""
+        """Examples of a task, which are read once for all cells. The arguments are those of `Task.load`."""
         key = (task, split, language, shots, seed)
         if key not in self._examples:
             self._examples[key] = TASKS[task].load(split, language, shots=shots, data=self.data, seed=seed)

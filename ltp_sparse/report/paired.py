@@ -86,9 +86,15 @@ def compare(
 def pool(
     rows: Iterable[Mapping[str, Any]], reference: str, by: Sequence[str], *, margin: float = MARGIN, last: bool = False
 ) -> list[Comparison]:
-    """One comparison of each label over all sets of facts, if there are several; arguments as in `compare`.
+    """One comparison of each label over all sets of facts, if there are several.
 
     The difference of a seed is its mean over these sets; seeds that lack one of them are left out.
+
+    Args:
+        rows, reference, by, margin, last: as in `compare`.
+
+    Returns:
+        The comparisons; labels with a single set of facts, or without a common seed, have none.
     """
     labels: dict[str, list[Mapping[Any, float]]] = {}
     for (label, _), differences in _differences(rows, reference, by, last).items():
@@ -190,7 +196,14 @@ def _holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
 def comparison_sheet(
     comparisons: Sequence[Comparison], reference: str, by: Sequence[str], margin: float = MARGIN
 ) -> Sheet:
-    """Comparisons as a table; differences are bold if their interval leaves out 0."""
+    """Comparisons as a table; differences are bold if their interval leaves out 0.
+
+    Args:
+        comparisons: the results of `compare` or `pool`.
+        reference: the label that they are compared with.
+        by: dotted paths of the facts, as in `compare`.
+        margin: the margin of `Comparison.equal_p`, in points.
+    """
     paths = [path for path in by if path != "label"]
     out = [
         ["label", *paths, "pairs", f"minus {reference}", "95 % interval", "p", "p, Holm", f"p, {margin:g}", "finding"]

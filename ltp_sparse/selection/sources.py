@@ -55,7 +55,17 @@ class Sides:
 def names_in_pool(
     base: Iterable[str], after: Iterable[str], pool: Pool, allow_missing: Missing, *, what: str, scored: bool
 ) -> tuple[list[str], dict[str, int]]:
-    """(names of the pool that are on both sides, in canonical order; side -> number of names on this side only).
+    """The names of the pool that are on both sides.
+
+    Args:
+        base, after: the names of each side.
+        pool: which names may be selected.
+        allow_missing: names that may be on one side only.
+        what: the caller, for messages.
+        scored: whether the second side has scores instead of tuned weights, for messages.
+
+    Returns:
+        The names in canonical order, and side -> number of names on this side only.
 
     Raises:
         ValueError: the pool is empty, or one of its names is on one side only and `allow_missing` does not cover it.

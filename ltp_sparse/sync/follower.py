@@ -62,6 +62,7 @@ class Follower:
 
     @property
     def version(self) -> int | None:
+        """The number of the version that the model has; None before the first `follow`."""
         return None if self._marker is None else self._marker.version
 
     def __repr__(self) -> str:

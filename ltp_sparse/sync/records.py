@@ -1,4 +1,4 @@
-"""The files of a store, which are verified when they are read.
+"""The files of a store. Each is verified when it is read.
 
     ticket-DIGEST.safetensors       the ticket, once
     v000000000012-changes-0.safetensors   a process's part of version 12: the changes since the version before
@@ -44,7 +44,13 @@ class Range(NamedTuple):
 
 @dataclass(frozen=True)
 class PartFile:
-    """A file of a version, as listed in its marker."""
+    """A file of a version, as listed in its marker.
+
+    Attributes:
+        name: its name in the store.
+        nbytes: its size.
+        digest: the digest of its content.
+    """
 
     name: str
     nbytes: int
@@ -72,6 +78,7 @@ class Marker:
     run: str = ""
 
     def nbytes(self, kind: str) -> int:
+        """Bytes of the files of its `CHANGES` or of its `ANCHOR`."""
         return sum(part.nbytes for part in (self.changes if kind == CHANGES else self.anchor))
 
 
@@ -79,14 +86,17 @@ class Marker:
 
 
 def marker_name(version: int) -> str:
+    """The name of a version's marker."""
     return f"v{version:012d}.json"
 
 
 def part_name(version: int, kind: str, rank: int) -> str:
+    """The name of the file with the `CHANGES` or the `ANCHOR` of one process."""
     return f"v{version:012d}-{kind}-{rank}.safetensors"
 
 
 def ticket_name(digest: str) -> str:
+    """The name of the ticket with this digest."""
     return f"ticket-{digest.rpartition(':')[2]}.safetensors"
 
 
@@ -113,6 +123,7 @@ def outdated(names: set[str], keep: int) -> list[str]:
 
 
 def write_marker(store: Store, marker: Marker) -> None:
+    """Commits a version, whose parts must be in the store."""
     facts = {"kind": _KIND, **asdict(marker)}
     store.write(marker_name(marker.version), json.dumps({**facts, "checksum": files.checksum_of(facts)}).encode())
 
@@ -138,12 +149,19 @@ def read_marker(store: Store, version: int) -> Marker:
 
 
 def write_ticket(store: Store, ticket: Ticket) -> None:
+    """Writes a ticket unless the store has it."""
     if (name := ticket_name(ticket.digest())) not in store.names():
         store.write(name, ticket.to_bytes())
 
 
 @reader("ticket of a store")
 def read_ticket(store: Store, digest: str) -> Ticket:
+    """The ticket with this digest.
+
+    Raises:
+        FileNotFoundError: the store has none.
+        FileFormatError: its file is damaged or holds another ticket.
+    """
     name = ticket_name(digest)
     ticket = Ticket.from_bytes(store.read(name), name)
     if ticket.digest() != digest:

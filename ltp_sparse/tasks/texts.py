@@ -26,7 +26,14 @@ class Text:
 def hub_texts(
     name: str, config: str | None, split: str, language: str, labels: Sequence[str], *, label: str = "label"
 ) -> list[Text]:
-    """One split of a Hub data set with the column text and a column of labels, named `label`; see `hub_rows`."""
+    """One split of a Hub data set with a column "text" and a column of labels.
+
+    Args:
+        name, config, split: as in `hub_rows`.
+        language: language of the texts.
+        labels: the classes.
+        label: name of the column of labels.
+    """
     rows = hub_rows(name, config, split, ("text", label))
     return [labelled_text(row, where, labels, language, label) for where, row in rows]
 

@@ -100,7 +100,13 @@ def random_sets(
     per_parameter: Mapping[str, int] | None = None,
     bernoulli: bool = False,
 ) -> dict[str, IndexSet]:
-    """Random index sets over parameters of the given shapes; see `Ticket.random`."""
+    """Random index sets over parameters of the given shapes.
+
+    Args:
+        shapes: name -> shape.
+        density, k, seed, bernoulli: as in `Ticket.random`.
+        per_parameter: name -> number of entries, instead of one number over all.
+    """
     sizes = {name: shape.numel() for name, shape in shapes.items()}
     random = _RandomBits(seed)
     if bernoulli:

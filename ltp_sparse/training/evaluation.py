@@ -105,11 +105,19 @@ class Ready(Protocol):
     """A model to evaluate: the result of `train_method` or `load_trained`."""
 
     @property
-    def model(self) -> nn.Module: ...
+    def model(self) -> nn.Module:
+        """The model."""
+        ...
+
     @property
-    def encode(self) -> Encode: ...
+    def encode(self) -> Encode:
+        """Turns examples into inputs of the model."""
+        ...
+
     @property
-    def collate(self) -> Collate: ...
+    def collate(self) -> Collate:
+        """Turns inputs into one batch."""
+        ...
 
 
 def evaluate(

@@ -296,7 +296,14 @@ def verify(path: str | os.PathLike[str]) -> str:
 
 
 def save(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Writes `tensors` and `metadata` (JSON values) as a file of the given kind, e.g. "ticket"."""
+    """Writes a checksummed safetensors file, atomically.
+
+    Args:
+        path: the file.
+        kind: the kind of the file, such as "ticket", which `load` compares.
+        tensors: name -> tensor.
+        metadata: JSON values.
+    """
     contiguous, header, _ = ready(kind, tensors, metadata)
     write(path, contiguous, header)
 

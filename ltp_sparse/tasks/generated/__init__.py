@@ -14,7 +14,15 @@ _TEST_PER_CLASS = 100
 
 
 def generated(split: str, language: str, data: Path | None, shots: int | None, seed: int) -> list[Pair]:
-    """`shots` examples per class (default 32) drawn with `seed`, or the fixed test set; `data` is ignored."""
+    """Generated pairs in one language.
+
+    Args:
+        split: "train", "dev" or "test". The test set is always the same.
+        language: one of `LANGUAGES`.
+        data: ignored, as nothing is read.
+        shots: pairs per class of "train" and "dev"; None: 32.
+        seed: seed of their draw.
+    """
     from ltp_sparse.tasks.generated.inference import pairs
 
     if split not in _SPLITS:
