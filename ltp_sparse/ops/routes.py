@@ -317,6 +317,7 @@ def _by_samples(passes: Backend, source: Source, plan: SamplePlan) -> Selection 
 
 
 def _by_histogram(passes: Backend, source: Source, groups: list[int], ks: list[int], ranks: Ranks) -> Selection:
+    """The histogram route, or the ties route if the candidates have no room."""
     wanted = sent(source.device, ks)
     band = _Band(passes, source, Layout(source.sizes), groups, wanted, ranks)
     upper = digit_pass(passes, source, groups, wanted, None, ranks, band.nonfinite)
@@ -337,11 +338,12 @@ def _by_histogram(passes: Backend, source: Source, groups: list[int], ks: list[i
 
 def _has_entries(source: Source, ranks: Ranks | None) -> bool:
     """Whether any process has an entry in its pieces."""
-    own = any(source.sizes)
-    return own if ranks is None else bool(ranks.sum(torch.tensor([int(own)], dtype=torch.int64, device="cpu")))
+    here = any(source.sizes)
+    return here if ranks is None else bool(ranks.sum(torch.tensor([int(here)], dtype=torch.int64, device="cpu")))
 
 
 def _none_selected(source: Source, groups: int) -> Selection:
+    """The result for a source without entries, or without groups."""
     layout, device = Layout(source.sizes), source.device
     words = torch.zeros(layout.words, dtype=torch.int32, device=device)
     counts = torch.zeros(layout.tiles, dtype=torch.int64, device=device)

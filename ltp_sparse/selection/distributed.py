@@ -42,6 +42,22 @@ class _Held(NamedTuple):
         return Reader.of(self.tensor).part(start - self.shard.start, stop - self.shard.start)
 
 
+class _Report(NamedTuple):
+    """What a rank tells the others about its tensors.
+
+    Attributes:
+        initial: name -> shard and dtype of its initial tensors.
+        common: name -> the shard that it has on both sides.
+        after: the names of its tuned tensors or scores.
+        quantised: its number of quantised tensors, which are left out.
+    """
+
+    initial: dict[str, tuple[Shard, torch.dtype]]
+    common: dict[str, Shard]
+    after: list[str]
+    quantised: int
+
+
 def select_sharded(
     initial: Weights,
     tuned: Weights | None = None,
@@ -81,38 +97,20 @@ def select_sharded(
     """
     team = Team(group)
     (base, after, _), reports = team.every(
-        lambda: _sides(initial, tuned, score, shards or {}),
-        lambda sides: (
-            {name: (held.shard, held.tensor.dtype) for name, held in sides[0].items()},
-            _common(*sides[:2]),
-            list(sides[1] or sides[0]),
-            sides[2],
-        ),
+        lambda: _sides(initial, tuned, score, shards or {}), lambda held: _report(*held)
     )
-    common = [shards for _, shards, _, _ in reports]
     sides = [{name: held.tensor for name, held in side.items()} for side in (base, after or {})]
     device = sources.device_of({**sides[0], **sides[1]}.values())  # that of the tuned weights, where there are two
-
-    def plan() -> dict[str, Any]:
-        here = dict.fromkeys(name for shards, *_ in reports for name in shards)
-        there = dict.fromkeys(name for _, _, names, _ in reports for name in names)
-        scored = score is not None
-        names, alone = sources.names_in_pool(here, there, pool, allow_missing, what="select_sharded", scored=scored)
-        shapes = {name: _check_cover(name, [shards[name] for shards in common if name in shards]) for name in names}
-        sources.check_dtypes(names, *sides[scored:], what="select_sharded")
-        if not scored:
-            sources.warn_of_dtypes([name for name in names if all(name in side for side in sides)], *sides)
-        names, groups, labels, ks = share_out(shapes, budget, density=density, k=k)
-        return {
-            "names of the pool": names, "left out": alone, "groups": groups, "labels": labels, "k": ks,
-            "score": scored, "density": density, "budget": budget, "method": method, "metadata": metadata,
-        }  # fmt: skip
-
-    agreed, plans = team.every(plan, lambda plan: plan)
+    options = {"density": density, "budget": budget, "method": method, "metadata": metadata}
+    agreed, plans = team.every(
+        lambda: {**_plan(reports, sides, score is not None, pool, allow_missing, budget, density, k), **options},
+        lambda plan: plan,
+    )
     _check_equal(plans)
     passes, _ = team.every(lambda: backends.resolve(device, "topk_delta"))
     names, groups, ks = agreed["names of the pool"], agreed["groups"], agreed["k"]
 
+    common = [report.common for report in reports]
     shapes = {name: next(shards[name].shape for shards in common if name in shards) for name in names}
     held = {name: [shards.get(name, Shard(0, 0, shapes[name])) for shards in common] for name in names}
     work = {name: _shared_out(parts) for name, parts in held.items()}
@@ -140,7 +138,7 @@ def select_sharded(
         density=density,
         budget=budget,
         method=method,
-        left_out={**agreed["left out"], "quantised": max(count for *_, count in reports)},
+        left_out={**agreed["left out"], "quantised": max(report.quantised for report in reports)},
         metadata=metadata,
     )
     gives = frozenset(name for name in local_sets if _ranges(held[name]).index(held[name][team.rank][:2]) == team.rank)
@@ -153,7 +151,7 @@ def select_sharded(
         {name: shards[team.rank] for name, shards in held.items()},
         _parts(team, local_sets, held, gives, counts),
         description,
-        _fingerprint(team, [name for name in names if counts[name]], base, [shards for shards, *_ in reports]),
+        _fingerprint(team, [name for name in names if counts[name]], base, [report.initial for report in reports]),
         team,
         gives,
         frozenset(n for n in names if len(set(_ranges(held[n]))) == 1 and all(n in shards for shards in common)),
@@ -175,6 +173,43 @@ def _sides(
         return {name: _held(name, tensor, known) for name, tensor in side.items()}
 
     return held(sides.base), None if callable(score) else held(sides.after), sides.quantised
+
+
+def _report(base: dict[str, _Held], after: dict[str, _Held] | None, quantised: int) -> _Report:
+    initial = {name: (held.shard, held.tensor.dtype) for name, held in base.items()}
+    return _Report(initial, _common(base, after), list(after or base), quantised)
+
+
+def _plan(
+    reports: Sequence[_Report],
+    sides: Sequence[Mapping[str, Readable]],
+    scored: bool,
+    pool: Pool,
+    allow_missing: Missing,
+    budget: Budget,
+    density: float | None,
+    k: int | None,
+) -> dict[str, Any]:
+    """What the ranks select from, and how much. Every rank makes the same plan from the reports of all.
+
+    Args:
+        reports: the report of every rank.
+        sides: this rank's initial tensors, and its tuned tensors or scores.
+        scored: whether the second side has scores.
+        pool, allow_missing, budget, density, k: as in `select`.
+    """
+    here = dict.fromkeys(name for report in reports for name in report.initial)
+    there = dict.fromkeys(name for report in reports for name in report.after)
+    names, alone = sources.names_in_pool(here, there, pool, allow_missing, what="select_sharded", scored=scored)
+    shards = {name: [report.common[name] for report in reports if name in report.common] for name in names}
+    shapes = {name: _check_cover(name, held) for name, held in shards.items()}
+    sources.check_dtypes(names, *sides[scored:], what="select_sharded")
+    if not scored:
+        sources.warn_of_dtypes([name for name in names if all(name in side for side in sides)], *sides)
+    names, groups, labels, ks = share_out(shapes, budget, density=density, k=k)
+    return {
+        "names of the pool": names, "left out": alone, "groups": groups, "labels": labels, "k": ks, "score": scored,
+    }  # fmt: skip
 
 
 def _held(name: str, tensor: Any, shards: Mapping[str, Shard]) -> _Held:
