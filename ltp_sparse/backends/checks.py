@@ -75,17 +75,40 @@ def table_facts(op: str, table: records.Index) -> TableFacts:
 def _read_table(
     op: str, tiles: Tensor, words: Tensor, ranks: Tensor, positions: Tensor, stamps: tuple[Any, ...]
 ) -> TableFacts:
+    """Checks the content of a table, and returns its facts."""
     device = tiles.device
     _expect(op, "tiles", tiles, torch.int64, (len(tiles) if tiles.dim() else 0, len(Column)), device)
     _expect(op, "words", words, torch.int32, (words.numel() // 2 * 2,), device)
     _expect(op, "ranks", ranks, torch.int16, (words.numel() // 2 if ranks.numel() else 0,), device)
     _expect(op, "positions", positions, torch.int16, (positions.numel(),), device)
     rows = tiles.detach().cpu()
+    _check_rows(rows, partial(_refuse, op, rows, torch.arange(len(rows), dtype=torch.int64, device="cpu")))
+    param, start, length, active, _, _, encoding, block = rows.unbind(1)
+    for kind, index in ((Encoding.BITMAP, words), (Encoding.LIST16, positions)):
+        numbers = (encoding == kind).nonzero().view(-1)
+        own, refuse = rows[numbers], partial(_refuse, op, rows, numbers)
+        _check_places(own, kind, index.numel(), refuse)
+        if kind is Encoding.BITMAP:
+            _read_bitmaps(own, words, ranks, refuse)
+        else:
+            _read_lists(own, positions, refuse)
+    extents = torch.zeros(int(param[-1]) + 1 if len(rows) else 0, dtype=torch.int64, device="cpu")
+    extents.scatter_reduce_(0, param, start + length, "amax")
+    return TableFacts(
+        int(active.sum()),
+        int(block[:1].sum() + state_blocks(active).sum()),
+        tuple(extents.tolist()),
+        (words, ranks, positions),
+        stamps,
+    )
+
+
+def _check_rows(rows: Tensor, refuse: Callable[..., None]) -> None:
+    """Checks all columns of the tiles except `INDEX`, each by itself and along the table."""
     param, start, length, active, slot, _, encoding, block = rows.unbind(1)
     last = torch.iinfo(torch.int64).max - TILE  # the sums of smaller numbers below do not overflow
     most = torch.iinfo(torch.int32).max
     known = torch.tensor(list(Encoding), dtype=torch.int64, device="cpu")
-    refuse = partial(_refuse, op, rows, torch.arange(len(rows), dtype=torch.int64, device="cpu"))
     refuse((param < 0) | (param > most), "PARAM must be the number of a parameter")
     refuse((start < 0) | (start > last), "START must be an entry of the parameter")
     refuse((length < 1) | (length > TILE), f"LENGTH must be in [1, {TILE}]")
@@ -99,33 +122,18 @@ def _read_table(
     blocks, first_block = state_blocks(active), block[:1]
     wrong = (block < 0) | (block > last) | (block - first_block != blocks.cumsum(0) - blocks)
     refuse(wrong, "BLOCK must count the blocks of 256 active entries before")
-    for kind, room, what in (
-        (Encoding.BITMAP, words.numel(), "words"),
-        (Encoding.LIST16, positions.numel(), "positions"),
-    ):
-        numbers = (encoding == kind).nonzero().view(-1)
-        own, refuse = rows[numbers], partial(_refuse, op, rows, numbers)
-        index = own[:, Column.INDEX]
-        sizes = 2 * ((own[:, Column.LENGTH] + 63) // 64) if kind is Encoding.BITMAP else own[:, Column.ACTIVE]
-        refuse((index < 0) | (index > room - sizes), f"INDEX must lie in the {room} {what}")
-        if kind is Encoding.BITMAP:
-            refuse(index % 2 != 0, "INDEX of a bitmap must be even")
-        before = sizes.cumsum(0) - sizes
-        refuse(index - index[:1] != before, f"INDEX must follow on that of the tile before in the {what}")
-        if kind is Encoding.BITMAP:
-            _read_bitmaps(own, words, ranks, refuse)
-        else:
-            _read_lists(own, positions, refuse)
 
-    extents = torch.zeros(int(param[-1]) + 1 if len(rows) else 0, dtype=torch.int64, device="cpu")
-    extents.scatter_reduce_(0, param, start + length, "amax")
-    return TableFacts(
-        int(active.sum()),
-        int(first_block.sum() + blocks.sum()),
-        tuple(extents.tolist()),
-        (words, ranks, positions),
-        stamps,
-    )
+
+def _check_places(rows: Tensor, kind: Encoding, room: int, refuse: Callable[..., None]) -> None:
+    """Checks `INDEX` of the tiles of one encoding, whose bitmaps or lists lie in `room` words or positions."""
+    index, is_bitmap = rows[:, Column.INDEX], kind is Encoding.BITMAP
+    what = "words" if is_bitmap else "positions"
+    sizes = 2 * ((rows[:, Column.LENGTH] + 63) // 64) if is_bitmap else rows[:, Column.ACTIVE]
+    refuse((index < 0) | (index > room - sizes), f"INDEX must lie in the {room} {what}")
+    if is_bitmap:
+        refuse(index % 2 != 0, "INDEX of a bitmap must be even")
+    before = sizes.cumsum(0) - sizes
+    refuse(index - index[:1] != before, f"INDEX must follow on that of the tile before in the {what}")
 
 
 def _refuse(op: str, rows: Tensor, numbers: Tensor, wrong: Tensor, problem: str, first: int = 0) -> None:
