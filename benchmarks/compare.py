@@ -75,7 +75,34 @@ def work(entries: int, threads: int) -> None:
         print(time.perf_counter() - start, flush=True)
 
 
+class Checkout:
+    """A checkout and its process, which runs cases by name.
+
+    Args:
+        python: a Python that has the checkout installed.
+        arguments: arguments of this script for the process.
+    """
+
+    def __init__(self, python: str, arguments: list[str]) -> None:
+        self.commit = commit_of(python)
+        command = [python, str(Path(__file__).resolve()), "--work", *arguments]
+        self._worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ms(self, case: str) -> float:
+        """The milliseconds of one run of a case."""
+        assert self._worker.stdin is not None and self._worker.stdout is not None
+        self._worker.stdin.write(case + "\n")
+        self._worker.stdin.flush()
+        return 1e3 * json.loads(self._worker.stdout.readline())
+
+    def close(self) -> None:
+        assert self._worker.stdin is not None
+        self._worker.stdin.close()
+        self._worker.wait()
+
+
 def commit_of(python: str) -> str:
+    """The commit of the checkout that a Python has installed."""
     code = "import pathlib, ltp_sparse; print(pathlib.Path(ltp_sparse.__file__).parents[1])"
     folder = subprocess.run([python, "-c", code], cwd="/", capture_output=True, text=True, check=True).stdout.strip()
     git = ["git", "-C", folder, "describe", "--always", "--dirty"]
@@ -95,45 +122,25 @@ def main() -> None:
         return work(options.entries, options.threads)
     if options.python is None:
         parser.error("expected the Python of the other checkout, e.g. ../before/.venv/bin/python")
-    sides = {"now": sys.executable, "before": options.python}
-    commits = {side: commit_of(python) for side, python in sides.items()}
-    script = [str(Path(__file__).resolve()), "--work"]
-    command = [*script, "--entries", str(options.entries), "--threads", str(options.threads)]
-    workers = {
-        side: subprocess.Popen(
-            [python, *command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for side, python in sides.items()
-    }
-
-    def timed(side: str, case: str) -> float:
-        worker = workers[side]
-        assert worker.stdin is not None and worker.stdout is not None
-        worker.stdin.write(case + "\n")
-        worker.stdin.flush()
-        return 1e3 * json.loads(worker.stdout.readline())
-
+    arguments = ["--entries", str(options.entries), "--threads", str(options.threads)]
+    checkouts = [Checkout(python, arguments) for python in (sys.executable, options.python)]
+    commits = [checkout.commit for checkout in checkouts]
     rows = []
-    print(f"{'milliseconds':44} {'now':>9} {'before':>9}   ratio   ({commits['now']}, {commits['before']})")
+    print(f"{'milliseconds':44} {'now':>9} {'before':>9}   ratio   ({', '.join(commits)})")
     for case in CASES:
-        times: dict[str, list[float]] = {side: [] for side in sides}
+        times: list[list[float]] = [[], []]
         for number in range(options.rounds + 1):
-            for side in list(sides)[:: 1 if number % 2 else -1]:
-                times[side].append(timed(side, case))
-        now, before = (times[side][1:] for side in sides)  # the first round warms up
+            for side in (0, 1) if number % 2 else (1, 0):
+                times[side].append(checkouts[side].ms(case))
+        now, before = (found[1:] for found in times)  # the first round warms up
         ratio = statistics.median(a / b for a, b in zip(now, before, strict=True))
         medians = statistics.median(now), statistics.median(before)
         print(f"{case:44} {medians[0]:9.3f} {medians[1]:9.3f}   {ratio:.3f}", flush=True)
         at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         figures = [f"{value:.4g}" for value in (*medians, ratio)]
-        rows.append([case, options.entries, *figures, options.rounds, options.threads, *commits.values(), at])
-    for worker in workers.values():
-        assert worker.stdin is not None
-        worker.stdin.close()
-        worker.wait()
+        rows.append([case, options.entries, *figures, options.rounds, options.threads, *commits, at])
+    for checkout in checkouts:
+        checkout.close()
     if options.out is not None:
         with options.out.open("w", newline="") as file:
             csv.writer(file).writerows([FIELDS, *rows])

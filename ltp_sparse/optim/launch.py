@@ -40,7 +40,14 @@ _UNDERFLOW = 1e-15
 
 @dataclass(frozen=True)
 class Precision:
-    """How parameters are rounded and moments are stored; the options of `MaskedAdamW`."""
+    """How parameters are rounded and moments are stored; the options of `MaskedAdamW`.
+
+    Attributes:
+        states: "float32" or "8bit" moments.
+        master: whether bfloat16 and float16 parameters have float32 masters; None: if `rounding` is "nearest".
+        rounding: "nearest", or "stochastic" for bfloat16 parameters without masters.
+        seed: seed of the random bits that round weights and 8-bit moments.
+    """
 
     states: str = "float32"
     master: bool | None = None
