@@ -19,7 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-torch.set_num_threads(1)  # small models only lose by more; tests that need them: `helpers.backends.threads`
+torch.set_num_threads(1)  # more would only slow small models down; tests that need more: `helpers.backends.threads`
 
 if importlib.util.find_spec("hypothesis"):  # the tests that `make gpu` runs do without
     from hypothesis import settings
@@ -32,7 +32,7 @@ SEED = 20_240_611
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Imports all test modules, whose million objects are no garbage, without a collection in between."""
+    """Imports all test modules without garbage collections: none of their million objects is garbage."""
     gc.disable()
     try:
         return (yield)
@@ -42,7 +42,7 @@ def pytest_collection() -> Generator[None, object, object]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files whose tests may take longest come first, so that no process has them left when the others are through."""
+    """Runs the files with the slowest tests first, so that no process still has one when the others have finished."""
     longest: dict[Path, float] = {}
     for item in items:
         limit = item.get_closest_marker("timeout")
@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _modules_are_no_garbage() -> None:
-    """Collections, of which accelerate asks for one a run, pass over the million objects of imported modules."""
+    """Excludes the million objects of imported modules from garbage collections; accelerate makes one in every run."""
     gc.collect()
     gc.freeze()
 

@@ -11,7 +11,10 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The bits of a floating-point tensor as integers, so that NaN equals itself and 0 differs from -0."""
+    """The bits of a floating-point tensor as integers, so that NaN equals itself and 0 differs from -0.
+
+    Not that of `weights.tensors`, so that tests do not compare by the code that they test.
+    """
     sizes = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.detach().contiguous().view(sizes[tensor.element_size()])
 

@@ -13,18 +13,18 @@ IMPORTED = [
     "pytest", "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp", "torch.distributed.tensor.parallel",
     "ltp_sparse.deltas", "ltp_sparse.selection", "ltp_sparse.sync", "ltp_sparse.training.trainer",
 ]  # fmt: skip
-"""Once for all processes of a test process: each would take seconds for them."""
+"""Modules that are imported once for all processes of a test process. Each would need seconds to import them."""
 
 
 def forks() -> BaseContext:
-    """The context of such processes; where there is a GPU, which does not survive a fork, of ones that start anew."""
+    """The context for forked processes; with a GPU, which does not survive a fork, for processes that start anew."""
     context = get_context("spawn" if torch.cuda.is_available() else "forkserver")
     context.set_forkserver_preload(IMPORTED)
     return context
 
 
 def start(rank: Callable[..., Any], arguments: tuple[Any, ...], size: int) -> None:
-    """Calls rank(number, *arguments) in so many processes, forks of one that has imported what is slow to import.
+    """Calls rank(number, *arguments) in `size` processes, forked from one that has done the slow imports.
 
     Raises:
         ProcessRaisedException: one of them failed; the others are ended.

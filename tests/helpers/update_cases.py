@@ -28,16 +28,16 @@ CASES = [
     and (dtype == "bf16" or "stochastic" not in mode)
     and (dtype != "f32" or "master" not in mode)
 ]
-"""(dtype of the parameters, of the gradients, mode), by name."""
+"""(dtype of the parameters, dtype of the gradients, mode), by name."""
 
 
 def options_of(dtype: str, grad_dtype: str, mode: str) -> dict:
-    """Of `update_problem`."""
+    """The options of `update_problem` for a case."""
     return {"dtype": DTYPES[dtype], "grad_dtype": DTYPES[grad_dtype], **MODES[mode]}
 
 
 def problem_of(sizes: tuple[int, ...], density: float, **options) -> UpdateProblem:
-    """Gradients of inactive entries are NaN."""
+    """A problem whose gradients of inactive entries are NaN, so that reading one is seen."""
     problem = update_problem({f"p{number}": (n,) for number, n in enumerate(sizes)}, density=density, **options)
     for name, grad in zip(problem.ticket.names, problem.grads, strict=True):
         grad[~problem.ticket.mask(name)] = float("nan")
@@ -45,7 +45,7 @@ def problem_of(sizes: tuple[int, ...], density: float, **options) -> UpdateProbl
 
 
 def rows_of(problem: UpdateProblem, step: int) -> Tensor:
-    """Of a step with weight decay and pull, that leaves the parameter number 2 out."""
+    """The coefficients of a step with weight decay and a pull, in which parameter 2 is not updated."""
     steps = torch.full((len(problem.params),), step)
     rows = adamw_coefficients(steps, lr=1e-2, weight_decay=0.1, pull=0.3)
     rows[:, Coefficient.ROUNDING_KEY] = rounding_keys(3, steps, torch.arange(len(rows)))
