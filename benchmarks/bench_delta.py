@@ -51,7 +51,7 @@ def delta_of(model: nn.Module, density: float, seed: int) -> ls.SparseDelta:
 
 
 def touched(model: nn.Module, ticket: ls.Ticket, size: int) -> int:
-    """Pieces of so many bytes of the weights that have an active entry."""
+    """How many pieces of `size` bytes of the weights have an active entry."""
     item = next(model.parameters()).element_size()
     return sum(int(ticket.mask(name).view(-1, size // item).any(1).sum()) for name in ticket.names)
 

@@ -1,4 +1,4 @@
-"""BERT as XLM-R: the same network, but for where positions are counted from, and other names."""
+"""BERT as XLM-R: the same network with other names, whose positions are counted from 0."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TYPES = "roberta.embeddings.token_type_embeddings.weight"
 def xlm_roberta_config(config: BertConfig) -> XLMRobertaConfig:
     """The configuration of the XLM-R that computes what a BERT computes of a single segment.
 
-    Positions count from behind the padding index there, so that the table has as many rows more.
+    An XLM-R counts positions from `pad_token_id + 1` on, so its table has that many rows more.
 
     Raises:
         ValueError: positions that are not absolute, or another activation than GELU, which an XLM-R cannot have.
@@ -52,8 +52,8 @@ def xlm_roberta_config(config: BertConfig) -> XLMRobertaConfig:
 def xlm_roberta_tensors(tensors: Mapping[str, Tensor], pad_token_id: int) -> dict[str, Tensor]:
     """The weights of a BERT (names of `BertForMaskedLM`) under XLM-R's names.
 
-    The position table begins with `pad_token_id + 1` rows of zeros, which are never read; of the segment types the
-    first one stays, as this package has no second segment.
+    The position table begins with `pad_token_id + 1` rows of zeros, which are never read. Of the segment types only the
+    first is kept, as this package has no second segment.
     """
     renamed = {_renamed(name): tensor for name, tensor in tensors.items()}
     positions = renamed[_POSITIONS]

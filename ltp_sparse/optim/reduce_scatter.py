@@ -97,8 +97,8 @@ def compress_gradients(model: nn.Module, ticket: Ticket) -> CompressedGradients:
     all-reduce between replicas (HSDP) is not compressed.
 
     On two ranks the sums have the bits of the uncompressed ones. On more ranks they have them if the order of summation
-    does not depend on the place in the buffer. With gloo that holds but for entries at the ends of parts of odd length.
-    NCCL promises no order, so results can differ by rounding.
+    does not depend on the place in the buffer. With gloo it does not, except for entries at the ends of parts of odd
+    length. NCCL promises no order, so results can differ by rounding.
 
     Args:
         model: a model on which `fully_shard` was called.

@@ -150,7 +150,7 @@ def load_recipe(name: str, overrides: Sequence[tuple[str, Any]] = (), *, allow_p
     if overrides:  # which may make cells equal: the first one stays
         cells = [cell for cell in cells if different[cell.id] is cell]
     elif len(different) != len(cells):
-        raise FileFormatError(path, "some cells are equal but for their label; every cell is run once")
+        raise FileFormatError(path, "some cells differ in their label only; every cell is run once")
     _check_names(cells, path)
     of_report = {key: value for key, value in source.items() if key in _OF_REPORT and value not in (None, [])}
     if not isinstance(compare := of_report.get("compare", []), list):

@@ -261,7 +261,7 @@ def _check_cover(name: str, shards: Sequence[Shard]) -> Size:
     if [start for start, _ in ranges] != ends[:-1] or ends[-1] != shape.numel():
         raise ValueError(
             f"select_sharded: the shards of {name!r} must cover its {shape.numel()} entries without gaps or overlaps "
-            f"(but for equal shards), got {reprlib.repr(ranges)}"
+            f"(several ranks may hold an equal shard), got {reprlib.repr(ranges)}"
         )
     return shape
 

@@ -93,7 +93,7 @@ def test_grid_defaults_and_overrides(recipe_file):
     [
         ("title: x\ncells: [{metod: ltp}]", "unknown key 'metod' in a cell, closest: 'method'"),
         ("titel: x\ncells: [{method: ltp}]", "unknown key 'titel', closest: 'title'"),
-        ("cells: [{method: ltp, label: a}, {method: ltp, label: b}]", "some cells are equal but for their label"),
+        ("cells: [{method: ltp, label: a}, {method: ltp, label: b}]", "some cells differ in their label only"),
         ("title: x", "expected a mapping with title and cells"),
     ],
 )
