@@ -429,7 +429,12 @@ class Band(Pairs):
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """The candidates of a `delta_band` that had room for all of them, and the group of each tile."""
+    """The candidates of a `delta_band` that had room for all of them.
+
+    Attributes:
+        keys, positions, offsets, inside: as in `Band`.
+        tile_groups: the group of each tile.
+    """
 
     keys: Annotated[Tensor, Spec(torch.int32, ("capacity",))]
     positions: Annotated[Tensor, Spec(torch.int16, ("capacity",))]
@@ -505,7 +510,13 @@ RECORDS: dict[str, type] = {
 
 
 class Field(NamedTuple):
-    """A field of a record; `kind` is Tensor, Tensors, bool or list."""
+    """A field of a record.
+
+    Attributes:
+        kind: Tensor, Tensors, bool, int, float or list.
+        optional: whether it can be None.
+        spec: what its tensors must be.
+    """
 
     kind: type
     optional: bool

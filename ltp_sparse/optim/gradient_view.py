@@ -52,6 +52,11 @@ class PackedTensor(Tensor):
     Element-wise operations and reductions work on the k values. Any other operation gets a temporary dense copy; if it
     writes into a view of a packed gradient, the active entries of the result are kept. Operations that return an alias
     of their input are refused, since writes to a dense alias would be lost.
+
+    Attributes:
+        index_set: the stored entries.
+        packed_values: [k], their values.
+        fill: 0-dim, the value of all other entries.
     """
 
     index_set: IndexSet

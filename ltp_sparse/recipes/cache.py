@@ -25,7 +25,15 @@ def default_cache() -> Path:
 
 @dataclass(frozen=True)
 class Entry:
-    """One artefact: its kind, what it was made from, its file, bytes and time of making (seconds since 1970)."""
+    """One artefact.
+
+    Attributes:
+        kind: the kind of artefact, such as "tuned".
+        facts: base model, data and settings that it was made from.
+        path: its file.
+        nbytes: its size.
+        made: when it was made, in seconds since 1970.
+    """
 
     kind: str
     facts: Mapping[str, Any]

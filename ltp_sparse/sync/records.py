@@ -214,7 +214,17 @@ def write_part(
 
 
 class Part(NamedTuple):
-    """A part that was read, whose slots `fill` decodes. `base` and its digests are those of an anchor."""
+    """A part that was read, whose slots `fill` decodes.
+
+    Attributes:
+        name: the name of its file.
+        groups: for each dtype, the number of ranges and how their slots are encoded.
+        ranges: the ranges of all groups.
+        digests: the digest of each range after decoding.
+        tensors: the encoded slots, by "GROUP.KEY".
+        base: the description of the base model (see `sync.base.described`); None unless the part is an anchor's.
+        base_digests: the digests that belong to `base`.
+    """
 
     name: str
     groups: list[dict[str, Any]]

@@ -35,14 +35,14 @@ def state_blocks(active: Count) -> Count:
 class Column(IntEnum):
     """Columns of `TileTable.tiles`."""
 
-    PARAM = 0
-    START = 1
-    LENGTH = 2
-    ACTIVE = 3
-    SLOT = 4
-    INDEX = 5
-    ENCODING = 6
-    BLOCK = 7
+    PARAM = 0  # number of the parameter
+    START = 1  # its entry that the tile begins with
+    LENGTH = 2  # entries of the tile
+    ACTIVE = 3  # active ones of these
+    SLOT = 4  # slot of the first active entry in the packed buffers, ordered by (parameter, flat index)
+    INDEX = 5  # offset into `words` (BITMAP) or `positions` (LIST16)
+    ENCODING = 6  # an `Encoding`
+    BLOCK = 7  # the first state block
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,8 +51,7 @@ class TileTable:
 
     Attributes:
         tiles: int64 [T, 8], ordered by (parameter, start), with the columns of `Column`. Tiles without active entries
-            are left out. INDEX is an offset into `words` (BITMAP) or `positions` (LIST16); SLOT is the tile's first
-            slot in the packed buffers, which are ordered by (parameter, flat index); BLOCK is its first state block
+            are left out.
         words: int32 [W], the bitmaps.
         ranks: int16 [W / 2] with uint16 bits, the directory: active entries of the tile before each 64-entry group. It
             is empty until `with_ranks` builds it.

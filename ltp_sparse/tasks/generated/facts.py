@@ -28,7 +28,14 @@ DEEDS = ("find", "lose", "buy", "sell", "break", "repair")
 
 @dataclass(frozen=True)
 class Fact:
-    """What one sentence says. None leaves a slot open."""
+    """What one sentence says.
+
+    Attributes:
+        agent: who acts, one of `AGENTS`.
+        action: what is done, one of `actions(agent, thing)`.
+        thing: what it is done to, one of `THINGS`; None: nothing, or not said.
+        place: where, one of `PLACES`; None: not said.
+    """
 
     agent: str
     action: str
