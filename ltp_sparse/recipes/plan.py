@@ -172,8 +172,9 @@ def _meta_model(name: str) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
-def _flops_here(size: int = 1024) -> float:
-    """Operations per second, of the fastest of some matrix products, as other programs can slow them."""
+def _flops_here() -> float:
+    """Operations per second of this CPU: in the fastest of some matrix products, as other programs can slow them."""
+    size = 1024
     matrix = torch.randn(size, size, dtype=torch.float32, device="cpu")
     seconds = []
     for _ in range(16):

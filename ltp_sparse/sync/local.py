@@ -32,6 +32,7 @@ class Local(NamedTuple):
 
     @property
     def stop(self) -> int:
+        """The entry after the last one."""
         return self.start + self.tensor.numel()
 
 
