@@ -136,6 +136,12 @@ def run(op: str, record: Any, backend: backends.Backend) -> Any:
     return getattr(torch.ops.ltp_sparse, op)(**fields, backend=backend.name)
 
 
+def check(op: str, record: Any, backend: backends.Backend) -> None:
+    """Raises what `run` would raise for a record; when torch is tracing, `run` itself will."""
+    if not _is_watched():
+        _serving(op, record, backend)
+
+
 def _is_watched() -> bool:
     """Whether torch is compiling, or a dispatch mode wants to see operators."""
     return torch.compiler.is_compiling() or bool(torch._C._len_torch_dispatch_stack())

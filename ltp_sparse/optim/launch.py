@@ -232,6 +232,8 @@ class Launch:
             self.looks = found, of_grads and of_grads[0], asked
             self.seen, self.seen_grads = (Tensors.of_parts(t, self.origins) for t in (params, grads or []))
             _, self.backend = ops.served(self.table, self.dtype)
+            if self.backend.needs_prepared and self.prepared is None:
+                self.prepared = torch.empty(len(self.params), 8, dtype=torch.int64, device=self.device)
             return True
         self.seen_grads.renew(grads or [], of_grads[1])
         self.changed = False
@@ -251,14 +253,22 @@ class Launch:
         copied._look_anew()
         return vars(copied)
 
+    def check_arguments(self) -> None:
+        """Makes and checks the records of a step after a change, so that a refused step has changed nothing.
+
+        Raises:
+            TypeError, ValueError: as `masked_adamw_`.
+        """
+        self.updates = [(self._update_of(piece, self.backend), self.backend) for piece in self.pieces]
+        for update, backend in self.updates:
+            ops.check("masked_adamw_", update, backend)
+
     def runs(self) -> Iterator[tuple[Update, Backend]]:
         """The launches of a step in order, for norm and update: records, each with its backend.
 
         Pieces of an anchor on the host are copied on the stream of the launches, so that a copy waits for the launch
         that reads the piece before.
         """
-        if not self.updates:
-            self.updates = [(self._update_of(piece, self.backend), self.backend) for piece in self.pieces]
         for piece, (update, backend) in zip(self.pieces, self.updates, strict=True):
             if self.room is not None and self.anchor is not None and update.anchor is not None:
                 update.anchor.copy_(self.anchor[piece.slots], non_blocking=True)
@@ -503,8 +513,6 @@ class Launch:
             pull_factor: one number that multiplies the pull, or None.
             counts: whether this is a step, to be counted, and not only a measurement of the norm.
         """
-        if self.backend.needs_prepared and self.prepared is None:
-            self.prepared = torch.empty(len(self.params), 8, dtype=torch.int64, device=self.device)
         scalars = found_inf, grad_scale, pull_factor
         step = self._step(self._find_gradients(), self.coefficients, *scalars, counts=counts)
         ops.prepare_step(step, self.backend)

@@ -136,8 +136,8 @@ class MaskedAdamW(Optimizer):
         gradients: str = "dense",
     ) -> None:
         named, parts = trainable_parts(model, ticket, what="MaskedAdamW", mappings=True)
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"MaskedAdamW: max_grad_norm must be above 0 or None, got {max_grad_norm}")
+        if max_grad_norm is not None:
+            _check_max_norm(max_grad_norm, ": max_grad_norm must be above 0 or None")
         if pull_on not in ("device", "host"):
             raise ValueError(f'MaskedAdamW: pull_on must be "device" or "host", got {pull_on!r}')
         self.precision = Precision(states, master, rounding, seed)
@@ -309,6 +309,8 @@ class MaskedAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.max_grad_norm is not None:
+            _check_max_norm(self.max_grad_norm, ": max_grad_norm must be above 0 or None")
         if self._clips_by != (self.max_grad_norm is not None):
             self._set_clips()
         changed = [launch for launch in self._launches if launch.look()]
@@ -319,8 +321,9 @@ class MaskedAdamW(Optimizer):
         if any(launch.has_moved() for launch in changed):
             self._refuse_if_packed()
             self._build()
-            for launch in self._launches:
-                launch.look()
+            changed = [launch for launch in self._launches if launch.look()]
+        for launch in changed:
+            launch.check_arguments()
         if (
             any(isinstance(group["lr"], Tensor) for group in self.param_groups)
             or self._hyper_known != self._hyper_key()
@@ -359,13 +362,13 @@ class MaskedAdamW(Optimizer):
         Raises:
             ValueError: `max_norm` is not above 0.
         """
-        if not max_norm > 0:
-            raise ValueError(f"MaskedAdamW.clip_grad_norm_: max_norm must be above 0, got {max_norm}")
+        _check_max_norm(max_norm, ".clip_grad_norm_: max_norm must be above 0")
         self._settle_parameters()
         if self._hyper_known != self._hyper_key():
             self.update_hyperparameters()
         for launch in self._launches:
-            launch.look()
+            if launch.look():
+                launch.check_arguments()
             launch.begin_step(None, None, self._pull_factor, counts=False)
         self.grad_norm = self._norm.measure(max_norm)
         for launch in self._launches:
@@ -492,7 +495,7 @@ class MaskedAdamW(Optimizer):
         )
 
     def state_dict(self, *, include_gradients: bool = False) -> dict[str, Any]:
-        """The packed state and the parameter groups, with a digest of every index set.
+        """The packed state and the parameter groups, with the name and a digest of the index set of every parameter.
 
         The moments are in slot order, which depends on neither backend, device nor encoding. An optimizer with other
         `states` can load them, too. Index sets are not stored, because the optimizer has them from its ticket. The
@@ -505,7 +508,8 @@ class MaskedAdamW(Optimizer):
         """
         self._settle_parameters()
         digests = [digest for group in self.param_groups for digest in group["index_sets"]]
-        saved = {**super().state_dict(), _DIGESTS: {"version": 1, "index_sets": digests}}
+        extra = {"version": 1, "index_sets": digests, "names": list(self.named_members())}
+        saved = {**super().state_dict(), _DIGESTS: extra}
         for number, param in enumerate(self._members()):
             if spread(param):
                 from ltp_sparse.optim.sharded_state import to_save  # takes long to import
@@ -591,6 +595,13 @@ class MaskedAdamW(Optimizer):
                 "MaskedAdamW: the state was saved for another ticket, or for other parameters in another order; "
                 "make the optimizer with the ticket of that run"
             )
+        names = list(self.named_members())
+        for theirs, name in zip(extra.get("names", []), names, strict=False):
+            if theirs != name and theirs in names:  # sets of all entries do not tell parameters of one size apart
+                raise ValueError(
+                    f"MaskedAdamW: the state has {theirs!r} in the place of {name!r}; make the optimizer with "
+                    "the ticket and with `dense` in the order of that run"
+                )
         loaded = []
         for number, (group, own) in enumerate(zip(groups, self.param_groups, strict=True)):
             if missing := [key for key in ("lr", "betas", "eps", "weight_decay") if key not in group]:
@@ -614,10 +625,10 @@ class MaskedAdamW(Optimizer):
         if given is not None and (not isinstance(given, list) or len(given) != len(params)):
             raise ValueError(f"MaskedAdamW: {_GRADIENTS!r} in the state must be a list of {len(params)} gradients")
         gradients = None if given is None else dict(zip(params, given, strict=True))
-        names = {param: self._names.get(param, f"parameter {number}") for number, param in enumerate(params)}
+        name_of = dict(zip(params, names, strict=True))
         for launch in self._launches:
             for position, param in enumerate(launch.params):
-                name = names[param]
+                name = name_of[param]
                 if saved:
                     launch.check_state(position, saved.get(param, {}), name, of_param[param])
                 if gradients is not None:
@@ -818,6 +829,12 @@ def _outside_torch() -> int:
     return level
 
 
+def _check_max_norm(value: Any, expected: str) -> None:
+    """Raises ValueError, with what was expected, unless gradients can be clipped to this norm."""
+    if not isinstance(value, int | float | Tensor) or not value > 0:
+        raise ValueError(f"MaskedAdamW{expected}, got {value!r}")
+
+
 def _check_options(group: Mapping[str, Any]) -> None:
     """Raises ValueError unless every hyperparameter is in its range."""
 
@@ -825,9 +842,11 @@ def _check_options(group: Mapping[str, Any]) -> None:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
     lr, betas = group["lr"], group["betas"]
+    if isinstance(lr, Tensor) and lr.numel() == 1:
+        lr = lr.item()
     pair = isinstance(betas, tuple | list) and len(betas) == 2
     for what, value, valid in (
-        ("lr must be at least 0", lr, (isinstance(lr, Tensor) and lr.numel() == 1) or (number(lr) and lr >= 0)),
+        ("lr must be at least 0", lr, number(lr) and lr >= 0),
         ("maximize must be True or False", group["maximize"], isinstance(group["maximize"], bool)),
         ("betas must be in [0, 1)", betas, pair and all(number(beta) and 0 <= beta < 1 for beta in betas)),
         *((f"{key} must be at least 0", group[key], number(group[key]) and group[key] >= 0) for key in _AT_LEAST_0),

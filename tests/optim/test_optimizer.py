@@ -477,6 +477,37 @@ def test_changed_shape_dtype_or_layout_raises(model, ticket):
             optimizer.step()
 
 
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_a_refused_step_has_changed_nothing(max_norm, model, ticket):
+    """Neither a count nor a launch before the one that is refused: parameters of another dtype come second."""
+    head = nn.Linear(3, 3).bfloat16()
+    optimizer = MaskedAdamW(model, ticket, lr=1e-2, dense=head, max_grad_norm=max_norm)
+    trained = [*ls.canonical_parameters(model).values(), *head.parameters()]
+
+    def everything():
+        return copy.deepcopy([[p.detach() for p in trained], optimizer.state_dict()["state"]])
+
+    def gradients():
+        backward(model, 0)
+        head.weight.grad, head.bias.grad = torch.ones_like(head.weight), torch.ones_like(head.bias)
+
+    gradients()
+    optimizer.step()
+    before = everything()
+    gradients()
+    head.weight.grad = head.weight.grad.to_sparse()
+    with pytest.raises(TypeError, match="must be a dense"):
+        optimizer.step()
+    head.weight.grad = head.weight.grad.to_dense()
+    optimizer.max_grad_norm = 0
+    with pytest.raises(ValueError, match="max_grad_norm must be above 0"):
+        optimizer.step()
+    torch.testing.assert_close(everything(), before, rtol=0, atol=0)
+    optimizer.max_grad_norm = max_norm
+    optimizer.step()
+    assert {int(entry["step"]) for entry in optimizer.state_dict()["state"].values()} == {2}
+
+
 class Recorder(TorchDispatchMode):
     """The operators of a step, but for those inside our own."""
 
@@ -642,6 +673,7 @@ REFUSED = {
     "newer": (lambda s: s["ltp_sparse"].update(version=2), "version 2, this one reads version 1; update"),
     "moment-shape": (lambda s: s["state"][1].update(exp_avg=torch.zeros(3)), r"'exp_avg' of shape \[3\] does not fit"),
     "unknown-state": (lambda s: s["state"][1].update(momentum=torch.zeros(3)), "'momentum' is unknown"),
+    "rate": (lambda s: s["param_groups"][0].update(lr=torch.tensor(float("nan"))), "lr must be at least 0, got nan"),
     "no-anchor-here": (lambda s: s["state"][0].update(anchor=s["state"][0]["exp_avg"]), "'anchor' belongs to a pull"),
     "groups": (lambda s: s["param_groups"].append(s["param_groups"][0]), "parameter groups"),
 }
@@ -671,6 +703,23 @@ def test_another_ticket_is_refused(model, ticket):
     assert other.counts("parameter") == ticket.counts("parameter")
     with pytest.raises(ValueError, match="saved for another ticket"):
         MaskedAdamW(model, other).load_state_dict(state)
+
+
+def test_a_state_of_parameters_in_another_order_is_refused(model, ticket):
+    """Sets of all entries have one digest for all parameters of a size."""
+    twins = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    orders = [twins[0].weight, twins[1].weight], [twins[1].weight, twins[0].weight]
+    ticket = Ticket.full(twins, ["bias"])
+    first, second = (
+        MaskedAdamW(twins, ticket, dense=[{"params": [param]} for param in order], lr=1e-2) for order in orders
+    )
+    with pytest.raises(ValueError, match="'1.weight' in the place of '0.weight'.*in the order of that run"):
+        first.load_state_dict(second.state_dict())
+    older = second.state_dict()
+    del older["ltp_sparse"]["names"]
+    first.load_state_dict(older)
+    renamed = MaskedAdamW({"a": twins[0].weight, "b": twins[1].weight}, Ticket.full({"a": twins[0].weight}))
+    renamed.load_state_dict(MaskedAdamW(twins, Ticket.full(twins, ["0.weight"])).state_dict())
 
 
 def test_old_states_without_newer_options_load(model, ticket):
