@@ -30,13 +30,16 @@ class PackedParameters:
     Optimizers that work entry by entry (SGD, Adam, RMSprop, schedule-free, 8-bit ones, ...) give the active entries
     the values that they would give them in a masked dense tensor. Optimizers that use the shape of a matrix see vectors
     here: Muon, which needs matrices, refuses them, and Adafactor does not factor its moments. The float32 values are
-    masters, which are rounded into a model in bfloat16. For AdamW, `MaskedAdamW` does the same in one pass and without
-    a copy of the values.
+    masters, which are rounded into a model in bfloat16; its checkpoints need them besides the optimizer's state, so
+    save `dict(packed.named_parameters())` and copy them back. For AdamW, `MaskedAdamW` does the same in one pass and
+    without a copy of the values.
 
     The values are written into the model after every step of an attached optimizer. They are also written before a
     forward pass if they have changed, e.g. in a closure that is called several times (LBFGS) or by the `eval()` of a
-    schedule-free optimizer. Call `scatter_()` if the weights are read in any other situation, and `gather_()` after
-    other code has changed the weights. Embeddings of the ticket become `sparse=True` until `remove()`.
+    schedule-free optimizer. Call `scatter_()` if the weights are read in any other situation. If other code changes the
+    weights, e.g. by loading a checkpoint, the next step of an attached optimizer starts from its values; edits in place
+    of their `.data`, which torch does not count, need a `gather_()`. Embeddings of the ticket become `sparse=True`
+    until `remove()`.
 
     If the model is sharded by FSDP2 or tensor parallelism, each rank has the k entries of its shards, and a norm of
     their gradients is that of this rank alone. Shard the model first.
@@ -80,7 +83,7 @@ class PackedParameters:
             model.register_forward_pre_hook(WeakHook(self._before_forward), prepend=True)  # before FSDP2 gathers
         ]
         weakref.finalize(self, _remove, self._handles).atexit = False
-        self._written = self._versions()
+        self._note()
         self._home = ParameterHome(model, self._params)
 
     def __repr__(self) -> str:
@@ -107,15 +110,15 @@ class PackedParameters:
         held = self._held()
         for entries in self._entries:
             entries.scatter_(held, entries.join(self._packed))
-        self._written = self._versions()
+        self._note()
 
     @torch.no_grad()
     def gather_(self) -> None:
-        """Reads the packed values from the model, after other code has changed it."""
-        values = self._gathered()
-        for name, packed in self._packed.items():
-            packed.copy_(values[name])
-        self._written = self._versions()
+        """Reads the values that other code has changed in the model. A packed value that rounds to its weight stays."""
+        for name, weights in self._gathered().items():
+            packed = self._packed[name]
+            packed.copy_(torch.where(packed.to(weights.dtype) == weights, packed, weights.float()))
+        self._note()
 
     def _gathered(self) -> dict[str, Tensor]:
         held, found = self._held(), dict[str, Tensor]()
@@ -123,11 +126,12 @@ class PackedParameters:
             found |= entries.split(entries.gather(held))
         return found
 
-    def _versions(self) -> list[int]:
-        return [packed._version for packed in self._packed.values()]
+    def _note(self) -> None:
+        """Notes that packed values and weights agree."""
+        self._written, self._read = (_versions(of.values()) for of in (self._packed, self._held()))
 
     def _before_forward(self, *_: object) -> None:
-        if self._versions() != self._written:
+        if _versions(self._packed.values()) != self._written:
             self.scatter_()
 
     def attach(self, optimizer: _Optimizer) -> _Optimizer:
@@ -162,12 +166,25 @@ class PackedParameters:
     def _before_step(self) -> None:
         self._reshard()
         self._home.check(what="PackedParameters")
+        if _versions(self._held().values()) != self._read and _versions(self._packed.values()) == self._written:
+            self.gather_()
         self._gradients.settle()
+
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            "PackedParameters hooks into its model and optimizer and cannot be copied; make another for the copy of "
+            "the model, and load the optimizer's state_dict"
+        )
 
     def remove(self) -> None:
         """Removes all hooks. Gradients are dense again, and steps no longer change the model."""
         _remove(self._handles)
         self._gradients.remove()
+
+
+def _versions(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """(address, count of changes in place) of each tensor."""
+    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
 
 
 def _remove(handles: Iterable[Any]) -> None:

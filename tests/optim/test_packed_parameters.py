@@ -89,24 +89,42 @@ def test_equals_dense_training_under_a_mask(model, ticket, name, micro):
     assert sizes == {n: ticket.sets[n].k for n in ticket.active_names}
 
 
-def test_state_dicts_resume_to_the_same_bits(model, ticket):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loaded", ["before", "after"])
+def test_state_dicts_resume_to_the_same_bits(ticket, loaded, dtype):
+    """Weights can be loaded before the parameters are packed, or after. In bfloat16 the masters are copied back."""
+    initial, steps = Net().to(dtype), batches(8)
+
     def run(model, steps, saved=None):
+        if loaded == "before" and saved is not None:
+            model.load_state_dict(saved[0])
         packed = ls.PackedParameters(model, ticket)
         opt = packed.attach(torch.optim.Adam(packed.parameters(), lr=0.01))
         if saved is not None:
-            opt.load_state_dict(saved)
+            opt.load_state_dict(saved[1])
+            with torch.no_grad():
+                for name, values in packed.named_parameters():
+                    values.copy_(saved[2][name])
+            model.load_state_dict(saved[0])
         for ids, labels in steps:
-            F.cross_entropy(model(ids), labels).backward()
+            F.cross_entropy(model(ids).float(), labels).backward()
             opt.step()
             opt.zero_grad()
         packed.remove()
-        return opt.state_dict()
+        return copy.deepcopy((model.state_dict(), opt.state_dict(), dict(packed.named_parameters())))
 
-    whole, steps = copy.deepcopy(model), batches(8)
-    run(whole, steps)
-    run(model, steps[4:], copy.deepcopy(run(model, steps[:4])))
-    for p, q in zip(model.parameters(), whole.parameters(), strict=True):
-        assert torch.equal(p, q)
+    whole = run(copy.deepcopy(initial), steps)[0]
+    resumed = run(Net().to(dtype), steps[4:], run(copy.deepcopy(initial), steps[:4]))[0]
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_weights_that_are_loaded_later_are_taken_over(model, ticket):
+    packed = ls.PackedParameters(model, ticket)
+    opt = packed.attach(torch.optim.SGD(packed.parameters(), lr=0.1))
+    other = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    model.load_state_dict(other)
+    opt.step()  # without gradients
+    assert all(torch.equal(other[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_grad_scaler_skips_a_step_with_inf(model, ticket):
@@ -139,6 +157,9 @@ def test_bfloat16_weights_hold_the_rounding_of_float32_masters(model, ticket):
     model.body.weight.data.fill_(0.5)
     packed.gather_()
     assert (dict(packed.named_parameters())["body.weight"] == 0.5).all()
+    model.body.weight.data = torch.full_like(model.body.weight.data, 0.25)
+    opt.step()
+    assert (dict(packed.named_parameters())["body.weight"] == 0.25).all() and (model.body.weight == 0.25).all()
 
 
 def test_remove_makes_gradients_dense_again(model, ticket):
@@ -280,5 +301,7 @@ def test_mistakes(model, ticket):
     packed = ls.PackedParameters(model, ticket)
     with pytest.raises(ValueError, match="this optimizer has none of the packed parameters"):
         packed.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match="PackedParameters hooks into its model and optimizer and cannot be copied"):
+        copy.deepcopy((model, packed))
     k = sum(s.k for s in ticket.sets.values())
     assert repr(packed) == f"PackedParameters({k:,} entries of 3 parameters)"
