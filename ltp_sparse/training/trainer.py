@@ -215,6 +215,13 @@ class SparseTrainer(Trainer):
             for parameter, flag in zip(self.model.parameters(), flags, strict=True):  # may be sharded by now
                 parameter.requires_grad_(flag)
 
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """Trains an epoch, unless the resumed run had ended in it: the Trainer would then take one more step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**kwargs)
+
     def _checkpoint(self, resume_from_checkpoint: str | os.PathLike[str] | bool | None) -> Path | None:
         if not resume_from_checkpoint:
             return None

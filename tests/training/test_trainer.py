@@ -170,6 +170,17 @@ def test_resumed_run_is_the_uninterrupted_run(tmp_path, save_steps, killed_at, o
     assert histories[0] == histories[1]
 
 
+def test_a_finished_run_that_is_resumed_takes_no_further_step(tmp_path):
+    """It ends within an epoch, of which the Trainer would train a further batch."""
+    options = {"max_steps": STEPS_PER_EPOCH + 2, "save_strategy": "steps", "save_steps": 2}
+    whole, resumed = (build(tmp_path, **options) for _ in range(2))
+    whole.train()
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == whole.state.global_step == STEPS_PER_EPOCH + 2
+    assert whole.keep_best.best == resumed.keep_best.best
+    assert_same(weights(whole.model), weights(resumed.model))
+
+
 def test_checkpoints_hold_what_has_changed_only(tmp_path):
     trainer = build(tmp_path, save_strategy="steps", save_steps=6, save_total_limit=1)
     trainer.train()
