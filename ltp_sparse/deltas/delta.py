@@ -336,6 +336,7 @@ class SparseDelta(OnHub):
         """
         if dtype not in ("same", "cast"):
             raise ValueError(f'SparseDelta.apply: dtype must be "same" or "cast", got {dtype!r}')
+        stack = applied_deltas(model)
         reshard(model)
         parameters = canonical_parameters(model)
         tensors = _everything(model, parameters)
@@ -358,7 +359,7 @@ class SparseDelta(OnHub):
                 )
         if strict:
             current = {name: parameters[name].detach() for name in names}
-            mine._check_base(current, applied_deltas(model), dtype, digests or {})
+            mine._check_base(current, stack, dtype, digests or {})
         else:
             warnings.warn("SparseDelta.apply: strict=False, the base model is not compared", UserWarning, stacklevel=3)
         replaced = {tensors.called(name) or name: tensor for name, tensor in whole.items()}
@@ -601,6 +602,8 @@ def applied_deltas(model: nn.Module) -> list[Applied]:
 
     It is the list itself, not a copy, and shared by all wrappers of one base model. A copy of a model has an empty one.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected the model that deltas are applied to, got a {type(model).__name__}; pass the module")
     model = unwrapped(model)
     base = getattr(model, getattr(model, "base_model_prefix", "") or "roberta", model)
     return _applied.setdefault(base if isinstance(base, nn.Module) else model, [])

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ltp_sparse.ops.sources import Reader
 from ltp_sparse.tickets.ticket import Pool, in_pool
 from ltp_sparse.weights.checkpoints import CheckpointTensor, Readable, pairs_of_pieces
-from ltp_sparse.weights.names import Named, parameter_order
+from ltp_sparse.weights.names import Named, is_floating, parameter_order
 from ltp_sparse.weights.tensors import DTYPE_NAMES, DTYPES, check_plain_tensor
 from ltp_sparse.weights.versions import Missing, Weights, check_sides, open_weights, side_by_side
 
@@ -46,6 +46,11 @@ class Sides:
         """
         if (tuned is None) == (score is None):
             raise ValueError(f"{what}: pass either tuned= or score=")
+        for name, tensor in score.items() if isinstance(score, Mapping) else ():
+            if not is_floating(tensor):
+                raise TypeError(
+                    f"{what}: the scores of {name!r} must be {DTYPE_NAMES}, got {tensor.dtype}; convert them"
+                )
         base = after = open_weights(initial)
         if not callable(score):
             base, after = side_by_side(base, open_weights(tuned if score is None else score))  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -43,6 +44,9 @@ def bare_names(names: Iterable[str], deciding: Iterable[str] | None = None) -> d
     Raises:
         ValueError: two names are equal afterwards.
     """
+    names = list(names)
+    if others := [name for name in names if not isinstance(name, str)]:
+        raise TypeError(f"expected names of tensors, got the key {others[0]!r}")
     bare = {name: _unwrapped_name(name) for name in names}
     judges = list(bare if deciding is None else deciding) or list(bare)
     while prefix := next((w for w in LEADING if judges and all(bare[n].startswith(w) for n in judges)), None):
@@ -240,9 +244,9 @@ def homes_of(
 
 
 def is_floating(tensor: Any) -> bool:
-    """Whether a tensor has floating-point or complex numbers. Objects without a dtype, e.g. shapes, count as such."""
+    """Whether a tensor has floating-point or complex numbers. What is no tensor, e.g. a shape, counts as such."""
     dtype = getattr(tensor, "dtype", None)
-    return dtype is None or dtype.is_floating_point or dtype.is_complex
+    return not isinstance(dtype, torch.dtype) or dtype.is_floating_point or dtype.is_complex
 
 
 def canonical_tensors(source: nn.Module | Mapping[str, Any]) -> Named[Any]:
@@ -326,5 +330,8 @@ def in_base_model(name: str) -> bool:
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether any of the regular expressions is found in the name."""
-    return any(re.search(pattern, name) for pattern in patterns)
+    """Whether any of the regular expressions is found in the name. Raises ValueError for one that is none."""
+    try:
+        return any(re.search(pattern, name) for pattern in patterns)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"expected regular expressions for names, got {patterns!r} ({error})") from error

@@ -112,6 +112,13 @@ def _tied_by_memory(tensors: Mapping[str, Any]) -> Named[Any]:
     """Like `canonical_tensors` of a mapping, but tensors that share their memory are tied, as in a state dict."""
     if not isinstance(tensors, Mapping):
         return canonical_tensors(tensors)  # raises the error
+    tensors = {name: t for name, t in tensors.items() if not str(name).endswith("_extra_state")}  # of no parameter
+    for name, tensor in tensors.items():
+        if not isinstance(getattr(tensor, "dtype", None), torch.dtype):
+            inside = f"; if it is the state dict, pass that alone: ...[{name!r}]" if isinstance(tensor, Mapping) else ""
+            raise TypeError(
+                f"expected a mapping from names to tensors, got a {type(tensor).__name__} for {name!r}{inside}"
+            )
     bare = bare_names(tensors, [name for name, tensor in tensors.items() if is_floating(tensor)])
     seen: dict[tuple[Any, ...], Any] = {}
     named = canonical_group(((name, seen.setdefault(_place(t), t)) for name, t in tensors.items()), bare)
@@ -120,7 +127,8 @@ def _tied_by_memory(tensors: Mapping[str, Any]) -> Named[Any]:
 
 
 def _place(tensor: Any) -> tuple[Any, ...]:
-    if type(tensor) in (Tensor, nn.Parameter) and tensor.numel() and tensor.device.type != "meta":
+    dense = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    if dense and tensor.numel() and tensor.device.type != "meta":
         return tensor.data_ptr(), tensor.dtype, tensor.device, tuple(tensor.shape), tensor.stride()
     return (id(tensor),)
 

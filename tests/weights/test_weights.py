@@ -498,6 +498,26 @@ def test_an_index_may_write_a_name_in_several_ways(sharded):
     }  # fmt: skip
 
 
+def test_the_index_stands_for_its_folder(sharded):
+    folder, weight_map = sharded
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    assert set(open_checkpoint(folder / INDEX)) == {"v", "w"}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_other_kinds_of_files_are_known(tmp_path, legacy):
+    torch.save({"w": torch.zeros(3)}, tmp_path / "model.bin", _use_new_zipfile_serialization=not legacy)
+    (tmp_path / "lfs.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    for name, cure in (("model.bin", "it is pickled: pass what torch.load"), ("lfs.safetensors", "by git lfs pull")):
+        with pytest.raises(FileFormatError, match=f"{name}: not a readable safetensors file.*{cure}"):
+            open_checkpoint(tmp_path / name)
+
+
+def test_extra_state_of_modules_is_left_out():
+    one, two = ({"w": torch.full((3,), x), "layer._extra_state": None} for x in (0.0, 1.0))
+    assert ls.select(one, two, k=2).indices("w").tolist() == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
