@@ -2,7 +2,7 @@
 
 For each linear layer, `adapter_model.safetensors` has "base_model.model.LAYER.shira_indices", int32 [2, k] rows and
 columns, and "...shira_weight", float32 [k] differences, which PEFT adds to the weight. In every layer
-k = r * (rows + columns), with r from `adapter_config.json`.
+k = r * (rows + columns), with r from `adapter_config.json`. A head in `modules_to_save` is stored whole.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def read_shira(folder: str | os.PathLike[str], model: nn.Module) -> SparseDelta:
             differences only; values and originals of the delta are computed from these weights.
 
     Returns:
-        The delta, whose values have the bits of PEFT's merged weights.
+        The delta, whose values have the bits of PEFT's merged weights. Whole tensors of the adapter become its `dense`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -51,13 +51,19 @@ def read_shira(folder: str | os.PathLike[str], model: nn.Module) -> SparseDelta:
         raise FileFormatError(folder / CONFIG, f"expected an adapter of the type SHIRA, got {config['peft_type']!r}")
     path = folder / WEIGHTS
     stored = {name: read_piece(t, 0, t.numel()).view(t.shape) for name, t in open_checkpoint(path).items()}
-    layers = sorted({name.removesuffix(_INDICES).removesuffix(_DIFFERENCES) for name in stored})
+    sparse = {name for name in stored if name.endswith((_INDICES, _DIFFERENCES))}
+    layers = sorted({name.removesuffix(_INDICES).removesuffix(_DIFFERENCES) for name in sparse})
     parameters = canonical_parameters(model)
     names = {layer: f"{layer.removeprefix(_PREFIX)}.weight" for layer in layers}
+    dense = {name.removeprefix(_PREFIX): tensor.clone() for name, tensor in stored.items() if name not in sparse}
     try:
-        match_names(names.values(), parameters, what="read_shira", where="the model")
+        match_names([*names.values(), *dense], parameters, what="read_shira", where="the model")
     except ValueError as error:
         raise FileFormatError(path, str(error)) from error
+    for name, tensor in dense.items():
+        if tensor.shape != parameters[name].shape:
+            found = f"{list(tensor.shape)}, in the model {list(parameters[name].shape)}"
+            raise FileFormatError(path, f"has shape {found}", repr(name))
     sets, originals, values = {}, {}, {}
     for layer, alias in names.items():
         name = parameters.called(alias) or alias
@@ -68,14 +74,14 @@ def read_shira(folder: str | os.PathLike[str], model: nn.Module) -> SparseDelta:
         values[name] = (originals[name].float() + differences).to(originals[name].dtype)
     shapes = {name: parameters[name].shape for name in sets}
     facts = {"method": "shira", "source": folder.name}
-    return SparseDelta(Ticket(sets, shapes, facts, base_fingerprint(model, sets)), values, originals, None, facts)
+    return SparseDelta(Ticket(sets, shapes, facts, base_fingerprint(model, sets)), values, originals, dense, facts)
 
 
 def _entries(stored: Mapping[str, Tensor], layer: str, shape: torch.Size, place: Place) -> tuple[Tensor, Tensor]:
     """(flat indices, ascending; their float32 differences). Like PEFT, adds up the differences of repeated indices."""
     indices, differences = stored.get(layer + _INDICES), stored.get(layer + _DIFFERENCES)
     if indices is None or differences is None:
-        raise place.error("expected its shira_indices and shira_weight, and no other tensor")
+        raise place.error("expected its shira_indices and shira_weight, but one is missing")
     k = differences.numel()
     if indices.dtype not in (torch.int32, torch.int64, torch.float32) or not differences.is_floating_point():
         raise place.error(f"expected int32 indices and float differences, got {indices.dtype}, {differences.dtype}")

@@ -51,7 +51,7 @@ class _MappedFile:
             # copy on write, because torch warns about read-only buffers
             self.bytes = mmap.mmap(self._file, 0, access=mmap.ACCESS_COPY)
         except (SafetensorError, OSError) as error:
-            raise FileFormatError(path, f"not a readable safetensors file ({error}); {_cure(path)}") from error
+            raise FileFormatError(path, f"not a readable safetensors file ({error}); {files.cure(path)}") from error
         self._state = self._stat()
         self.start = 8 + int.from_bytes(self.bytes[:8], "little")
         self.tensors: dict[str, dict[str, Any]] = json.loads(self.bytes[8 : self.start])
@@ -66,20 +66,6 @@ class _MappedFile:
         """Raises a FileFormatError if the file has changed since it was opened."""
         if self._stat() != self._state:
             raise FileFormatError(self.path, "was changed while it was read; try again when it is complete")
-
-
-def _cure(path: Path) -> str:
-    """What to do about a file that is no safetensors file, by its first bytes."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(32)
-    except OSError:
-        return "copy it again"
-    if start.startswith((b"PK\3\4", b"\x80\2\x8a")):
-        return "it is pickled: pass what torch.load(..., weights_only=True) gives, or convert it to safetensors"
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a pointer of Git LFS: fetch the file by git lfs pull"
-    return "copy it again"
 
 
 class CheckpointTensor:

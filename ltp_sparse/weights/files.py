@@ -410,9 +410,21 @@ def _reading(path: Path) -> Iterator[None]:
     except FileFormatError:
         raise
     except (SafetensorError, ValueError, RuntimeError, OSError, LookupError, TypeError, MemoryError) as error:
-        raise FileFormatError(
-            path, f"not a readable safetensors file ({error}); it may be truncated, copy it again"
-        ) from error
+        raise FileFormatError(path, f"not a readable safetensors file ({error}); {cure(path)}") from error
+
+
+def cure(path: Path) -> str:
+    """What to do about a file that is no safetensors file, by its first bytes."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(32)
+    except OSError:
+        start = b""
+    if start.startswith((b"PK\3\4", b"\x80\2\x8a")):
+        return "it is pickled: pass what torch.load(..., weights_only=True) gives, or convert it to safetensors"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS: fetch the file by git lfs pull"
+    return "it may be truncated, copy it again"
 
 
 def check_format(path: Path, described: object) -> None:

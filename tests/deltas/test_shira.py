@@ -59,8 +59,11 @@ def test_what_is_written_is_read_again(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_peft_writes_is_read_to_the_bits_of_its_merge(dtype, tmp_path):
-    config = peft.ShiraConfig(r=2, target_modules=["0", "2"], init_weights=False, random_seed=3)
+    """And the LayerNorm that it saves as a whole, as it does with a classifier."""
+    config = peft.ShiraConfig(r=2, target_modules=["0", "2"], modules_to_save=["1"], init_weights=False, random_seed=3)
     wrapped = peft.get_peft_model(base(dtype), config)
+    with torch.no_grad():
+        wrapped.base_model.model[1].modules_to_save["default"].bias.add_(1)
     wrapped.save_pretrained(tmp_path / "a")
     merged = weights(wrapped.merge_and_unload())
     model = base(dtype)
@@ -100,7 +103,7 @@ def test_what_no_adapter_holds_is_refused(pool, density, message, tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("harm", ["kind", "config", "outside", "sizes", "extra", "model", "cut", "gone"])
+@pytest.mark.parametrize("harm", ["kind", "config", "outside", "sizes", "extra", "whole", "model", "cut", "gone"])
 def test_foreign_and_damaged_adapters_are_one_error(harm, tmp_path):
     folder = tmp_path / "a"
     write_shira(delta_of(base()), folder)
@@ -119,6 +122,8 @@ def test_foreign_and_damaged_adapters_are_one_error(harm, tmp_path):
             stored[indices][0, 0] = 10_000
         elif harm == "sizes":
             stored[indices] = stored[indices][:, :-1].contiguous()
+        elif harm == "whole":
+            stored["base_model.model.1.weight"] = torch.zeros(2)
         else:
             stored["base_model.model.0.lora_A.weight"] = torch.zeros(2)
         save_file(stored, folder / WEIGHTS)
