@@ -419,13 +419,12 @@ class SparseDelta(OnHub):
         self, tensors: Mapping[str, Tensor], stack: list[Applied], dtype: str, digests: Mapping[str, str]
     ) -> None:
         """Raises ValueError unless the model without its applied deltas is the base of this one."""
-        wanted = self.ticket.fingerprint
-        displaced = {name for applied in stack for name in applied.displaced}
+        wanted, changed = self.ticket.fingerprint, _changed(stack)
         unread = {
             name: tensor
             for name, tensor in tensors.items()
             if wanted.get(name) not in (None, digests.get(name))
-            and name not in displaced
+            and name not in changed
             and tensor.dtype == self.values[name].dtype
         }
         digests = {**digests, **whole_fingerprint(unread, like=wanted)}
@@ -498,7 +497,7 @@ class SparseDelta(OnHub):
                     f"SparseDelta.advance: {name!r} is not the tensor that this delta was made from; apply the deltas "
                     "of a chain in their order, each once"
                 )
-        if lower := [n for n in names if n not in first.values and any(n in each.displaced for each in stack[:-1])]:
+        if lower := [n for n in names if n not in first.values and n in _changed(stack[:-1])]:
             # for these, only this delta has a fingerprint, and that of weights with the lower deltas of the stack
             digests = {**both.ticket.fingerprint, **base_fingerprint(model, lower, parameters, like=wanted)}
             both.ticket = Ticket(both.ticket.sets, both.ticket.shapes, both.ticket.metadata, digests)
@@ -525,7 +524,7 @@ class SparseDelta(OnHub):
         entry = stack[at]
         for later in stack[at + 1 :]:
             shared = [n for n in entry.displaced if _touches(later, n, entry.sets[n])]
-            shared += [name for name in entry.dense if name in later.dense]
+            shared += [name for name in entry.dense if name in _changed([later])]
             if shared:
                 raise ValueError(
                     f"SparseDelta.revert: {later.delta!r} was applied later and overlaps in {shared[0]!r}; "
@@ -629,10 +628,15 @@ def base_fingerprint(
     if parameters is None:
         reshard(model)
     parameters = canonical_parameters(model) if parameters is None else parameters
-    displaced = {name for applied in stack for name in applied.displaced}
-    taken = {name: known[name] for name in names if name in known and name not in displaced}
+    changed = _changed(stack)
+    taken = {name: known[name] for name in names if name in known and name not in changed}
     rest = {name: _before(name, parameters[name].detach(), stack) for name in names if name not in taken}
     return {**taken, **whole_fingerprint(rest, like)}
+
+
+def _changed(stack: list[Applied]) -> set[str]:
+    """The names of all tensors that the deltas of the stack have changed."""
+    return {name for applied in stack for name in (*applied.displaced, *applied.dense)}
 
 
 def _before(name: str, tensor: Tensor, stack: list[Applied]) -> Tensor:
@@ -641,11 +645,15 @@ def _before(name: str, tensor: Tensor, stack: list[Applied]) -> Tensor:
         if name in applied.displaced:
             tensor = tensor.clone()
             scatter_(local(tensor), applied.own[name], applied.displaced[name])
+        if name in applied.dense:
+            tensor = tensor.clone()
+            local(tensor).copy_(applied.dense[name])
     return tensor
 
 
 def _touches(applied: Applied, name: str, index_set: IndexSet) -> bool:
-    return name in applied.displaced and applied.sets[name].combine(index_set, "&").k > 0
+    entries = name in applied.displaced and applied.sets[name].combine(index_set, "&").k > 0
+    return entries or name in applied.dense
 
 
 def read_entries(tensors: Mapping[str, Readable], ticket: Ticket, names: Iterable[str]) -> dict[str, Tensor]:

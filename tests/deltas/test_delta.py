@@ -267,6 +267,29 @@ def test_dense_tensors_of_two_deltas_come_off_in_order(model):
     assert unchanged(model, base)
 
 
+@pytest.mark.parametrize("whole_first", [False, True])
+def test_entries_and_a_whole_tensor_of_one_parameter_come_off_in_order(model, whole_first):
+    base, wanted = weights(model), tuned_copy(model, TASK)
+    entries = delta_of(model, LANGUAGE)
+    whole = SparseDelta.between(model, wanted, Ticket({}, {}), dense={DENSE: weights(wanted)[DENSE]})
+    first, second = (whole, entries) if whole_first else (entries, whole)
+    first.apply(model)
+    second.apply(model)  # on the same base, without the first
+    both = weights(model)
+    for name in entries.ticket.active_names:
+        moved = entries.ticket.mask(name) & (both[name] != (weights(wanted) if name == DENSE else base)[name])
+        assert moved.any() == (whole_first or name != DENSE)
+    with pytest.raises(ValueError, match=f"overlaps in '{DENSE}'"):
+        first.revert(model)
+    assert unchanged(model, both)
+    second.revert(model)
+    first.revert(model)
+    assert unchanged(model, base)
+    whole.apply(model)
+    with pytest.raises(ValueError, match=f"overlaps another one in '{DENSE}' and was made without originals"):
+        SparseDelta(entries.ticket, entries.values).apply(model)
+
+
 # --- what does not fit is refused before anything changes ---
 
 
