@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ltp_sparse.cli.checks import CommandError
+from ltp_sparse.cli.checks import CommandError, check_apart
 from ltp_sparse.cli.options import COMMANDS, Parser, flags_of
 
 _HINTS_AFTER_INTERRUPT = {
@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.parser.print_help()
             return 0
         options = parser.parse(argv)
+        check_apart(options)
         with _warnings_as_notes():
             return int(options.run(options) or 0)
     except BrokenPipeError:  # the reader of the output has ended

@@ -44,6 +44,23 @@ def check_writable(path: Path, *, folder: bool = False, option: str = "--output"
         raise CommandError(f"{option} {path} cannot be written: {why}") from error
 
 
+def check_apart(options: argparse.Namespace) -> None:
+    """Raises CommandError if a file to write is one of the files to read."""
+    for name in ("output", "plot"):
+        target = getattr(options, name, None)
+        if target is None or not os.path.isfile(target):
+            continue
+        for other, value in vars(options).items():
+            for path in value if isinstance(value, list) else [value]:
+                if other == name or not isinstance(path, str | Path) or not os.path.isfile(path):
+                    continue
+                if os.path.samefile(path, target):
+                    raise CommandError(
+                        f"{shown(options, name)} {target} is also {shown(options, other)}, which would be overwritten; "
+                        "choose another name"
+                    )
+
+
 def check_starts_anew(folder: Path, option: str) -> None:
     """Raises CommandError if a folder has checkpoints of an interrupted run, which a new run would remove."""
     if any(folder.rglob("checkpoint-*")):

@@ -110,6 +110,9 @@ def select(
         files.check_writable(output)
     sides = Sides.of(initial, tuned, score)
     base, after = sides.base, sides.after
+    read = [tensor for tensor in (*base.values(), *after.values()) if isinstance(tensor, CheckpointTensor)]
+    if output is not None and any(tensor.is_in(output) for tensor in read):
+        raise ValueError(f"select: output={str(output)!r} is a file that is read; choose another name")
     names, alone = sources.names_in_pool(base, after, pool, allow_missing, what="select", scored=score is not None)
     for name in names:
         sources.check_shape(name, base[name].shape, after[name].shape)

@@ -82,6 +82,10 @@ class CheckpointTensor:
         """The number of entries."""
         return self.shape.numel()
 
+    def is_in(self, path: str | os.PathLike[str]) -> bool:
+        """Whether this file holds the tensor."""
+        return os.path.exists(path) and os.path.samefile(self._file.path, path)
+
     def piece(self, start: int, stop: int) -> Tensor:
         """Entries start..stop of the row-major order, as a view of the file."""
         self.check()

@@ -37,6 +37,8 @@ TABLE = [
     ("evaluate runs --task foo", ["argument --task: invalid choice: 'foo'", "americasnli"]),
     ("train --method foo", ["argument --method: invalid choice: 'foo'", "lt-sft"]),
     ("train --metric f1", ["invalid choice: 'f1'", "macro_f1"]),
+    ("predict runs t.tsv --output t.tsv", ["--output t.tsv is also EXAMPLES", "would be overwritten; choose another"]),
+    ("select --model mini-xlmr --text u.tsv t.tsv --output ./t.tsv", ["--output t.tsv is also --text"]),
     ("predict runs t.tsv --output a.xlsx", ["--output must end in .tsv or .jsonl, got a.xlsx"]),
     # data of one's own
     ([*TRAIN, "--train", "t.tsv", "--task", "xnli"], ["--task is for a known task, --train for your own data"]),

@@ -316,6 +316,14 @@ def test_checkpoints_give_the_ticket_of_the_tensors_in_memory(backend, dtype, ve
             assert ticket.metadata == expected.metadata
 
 
+def test_a_checkpoint_that_is_read_is_not_overwritten(tmp_path):
+    folder = save_sharded({"a": torch.zeros(4), "b": torch.zeros(4)}, tmp_path / "base", shards=2)
+    before = (folder / "model-0.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="is a file that is read; choose another name"):
+        ls.select(folder, {"a": torch.ones(4), "b": torch.ones(4)}, k=3, output=folder / "model-0.safetensors")
+    assert (folder / "model-0.safetensors").read_bytes() == before
+
+
 def test_scores_and_scalars_from_disk(tmp_path):
     score = {"scale": torch.tensor(5.0), "weight": torch.tensor([[1.0, -7.0], [0.0, 2.0]])}
     save_file(score, tmp_path / "score.safetensors")
