@@ -26,7 +26,7 @@ from ltp_sparse.recipes import load_recipe, recipe_names, results
 from ltp_sparse.recipes.cache import Cache
 from ltp_sparse.recipes.cell import overlap, run_cell, ticket_of
 from ltp_sparse.recipes.checks import check_cell, method_of
-from ltp_sparse.recipes.rates import with_rates
+from ltp_sparse.recipes.rates import UncertainRate, with_rates
 from ltp_sparse.recipes.run import run_recipe, unfinished
 from ltp_sparse.recipes.workbench import Workbench
 from ltp_sparse.report import plots
@@ -160,7 +160,12 @@ def test_learning_rates_of_another_recipe(recipe_file, tmp_path, capsys):
     rows = [row("LTP", 0.2, 1e-3, 1, 0.6), row("LTP", 0.2, 1e-3, 2, 0.4), row("LTP", 0.2, 1e-2, 1, 0.5)]
     rows += [row("LTP", 0.2, 1e-2, 2, 0.5), row("LTP", 0.2, 1e-1, 1, 0.3), row("LTP dense", 0.5, 0.5, 1, 0.1)]
     rows += [row("SP", None, 1e-4, 1, 0.1), row("SP", None, 1e-5, 1, 0.2)]
-    chosen = with_rates(recipe, rows)
+    with pytest.warns(UncertainRate) as told:
+        chosen = with_rates(recipe, rows)
+    (told,) = [str(warning.message) for warning in told if warning.category is UncertainRate]
+    assert "0.001 for label LTP, ticket.density 0.2 (the smallest of 3)" in told
+    assert "0.5 for label LTP dense, ticket.density 0.5 (by one run)" in told
+    assert "1e-05 for label SP (by one run, the smallest of 2)" in told
     rates = {(cell["label"], cell["settings.learning_rate"]) for cell in chosen.cells}
     assert rates == {("LTP", 1e-3), ("LTP dense", 0.5), ("SP", 1e-5)}
     assert all(cell["settings.epochs"] == 2 for cell in chosen.cells)
