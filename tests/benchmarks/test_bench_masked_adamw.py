@@ -24,6 +24,7 @@ def updates(bench):
     return updates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "density, masks",
     [

@@ -47,6 +47,7 @@ def expected(made, texts):
         return setup.model(**batch)["logits"].softmax(-1)
 
 
+@pytest.mark.slow
 def test_the_pipeline_answers_as_predict(exported):
     from transformers import pipeline
 
@@ -107,6 +108,7 @@ def test_the_script_needs_transformers_alone(exported):
     assert list(found.values()) == sorted(found.values(), reverse=True)
 
 
+@pytest.mark.slow
 def test_scores_stand_in_the_card(own_files, own_run, tmp_path, capsys):
     """Beside those of naming the largest class always, and with what evaluation had to note."""
     assert run("evaluate", own_run, "--quiet") == 0

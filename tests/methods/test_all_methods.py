@@ -69,6 +69,7 @@ def setting(key, options, tmp_path, causal="bloom"):
     return dataclasses.replace(method, settings=quick), model, tokenizer, examples, examples[:6], more
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "options"),
     [

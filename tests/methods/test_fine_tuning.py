@@ -188,6 +188,7 @@ def test_a_killed_search_resumes_with_its_ticket(tokenizer, tmp_path):
         assert torch.equal(values, resumed.delta.values[name]), name
 
 
+@pytest.mark.slow
 def test_a_task_sft_composes_with_a_language_sft(tokenizer):
     """base + language(target) + task, where the task was learnt on base + language(source)."""
     model = tiny_language_model(len(tokenizer))
@@ -261,6 +262,7 @@ def counts(ticket):
     return {name: ticket.sets[name].k for name in ticket.active_names}
 
 
+@pytest.mark.slow
 def test_random_entries_of_the_shape_that_lt_sft_finds(tokenizer):
     """As many in every parameter, drawn with the seed of the run, without the embeddings."""
     model = tiny_language_model(len(tokenizer))

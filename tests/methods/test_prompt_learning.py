@@ -47,6 +47,7 @@ def test_ltp_learns_the_toy_task_and_transfers(tokenizer):
     assert result.seconds > 0
 
 
+@pytest.mark.slow
 def test_one_update_per_batch_and_epoch(tokenizer):
     """70 updates for 24 pairs or fewer, 140 for 48."""
     for pairs, per_epoch in ((24, 1), (32, 1), (33, 2), (48, 2)):
@@ -87,6 +88,7 @@ def test_dev_scores_is_that_of_the_kept_model(tokenizer):
     assert result.dev_scores.index(max(result.dev_scores)) == result.best_epoch - 1
 
 
+@pytest.mark.slow
 def test_same_seed_same_bits_and_another_seed_others(tokenizer):
     first, second, other = (run(tokenizer, dropout=0.1, seed=seed) for seed in (1, 1, 2))
     assert_same_bits(first.delta, second.delta)
@@ -138,6 +140,7 @@ def test_a_run_is_not_resumed_with_other_settings(tokenizer, tmp_path):
     run(tokenizer, output_dir=tmp_path, save_every=1, resume=True)
 
 
+@pytest.mark.slow
 def test_checkpoints_come_every_so_many_epochs_and_the_latest_is_kept(tokenizer, tmp_path):
     seen = []
 

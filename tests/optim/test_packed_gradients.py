@@ -691,6 +691,7 @@ class OneOfTwo(nn.Module):
         return (self.b if second else self.a)(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_a_norm_counts_no_pull_of_parameters_without_a_gradient(backend):
     torch.manual_seed(0)

@@ -578,6 +578,7 @@ class Seen(html.parser.HTMLParser):
         self.texts.append(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_any_text_comes_through_a_report_as_it_is(seed):
     """As a heading, a paragraph and a cell: no text makes a tag, and none loses a character."""

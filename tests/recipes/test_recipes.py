@@ -192,6 +192,7 @@ def test_rates_of_the_study_are_chosen_for_all_its_cells():
             assert seeds.isdisjoint(cell["seed"] for cell in chosen)
 
 
+@pytest.mark.slow
 def test_steps_of_the_study_hold_all_its_cells(monkeypatch, tmp_path):
     """In one order: a step never needs a rate that no step before it has found."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")

@@ -327,6 +327,7 @@ def test_what_moves_and_what_is_reset(strategy, tokenizer, texts):
     assert_same(weights(model), before)
 
 
+@pytest.mark.slow
 def test_it_learns_and_ends_at_its_best(tokenizer, texts):
     class Watch(TrainerCallback):
         """Notes every evaluation, and spoils the model late in the run."""

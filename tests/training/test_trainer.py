@@ -133,6 +133,7 @@ def test_nan_gradients_of_inactive_entries_do_not_spread(tmp_path):
             assert torch.equal(parameter[~ticket.mask(name)], before[name][~ticket.mask(name)]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("save_steps", "killed_at", "options"),
     [
@@ -325,6 +326,7 @@ def whole_run(tmp_path_factory):
     return folder, weights(trainer.model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", [_remove, _flip], ids=["missing", "damaged"])
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_checkpoint_never_changes_the_result(name, harm, whole_run, tmp_path):
@@ -348,6 +350,7 @@ def test_a_damaged_checkpoint_never_changes_the_result(name, harm, whole_run, tm
     assert_same(weights(last.model), before)
 
 
+@pytest.mark.slow
 def test_the_checkpoint_of_before_stays_until_the_new_one_is_complete(tmp_path, monkeypatch):
     """A limit of one, and a kill between the files of the second and its manifest."""
     options = {"save_strategy": "steps", "save_steps": 6, "save_total_limit": 1}

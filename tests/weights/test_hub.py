@@ -76,6 +76,7 @@ def test_a_delta_gives_the_tuned_bits_on_another_machine(hub, delta, model):
     assert all(torch.equal(p, wanted[name]) for name, p in model.named_parameters())
 
 
+@pytest.mark.slow
 def test_shards_load_and_travel_as_one_file_does(hub, ticket, delta, tmp_path, monkeypatch):
     for held, name in ((ticket, "ticket.safetensors"), (delta, "delta.safetensors")):
         monkeypatch.setattr(type(held), "save", partialmethod(type(held).save, max_shard_size=1))
@@ -98,6 +99,7 @@ def test_a_revision_of_what_is_here_is_refused(ticket, tmp_path, monkeypatch):
         ls.load("owner/en", revision="v1")
 
 
+@pytest.mark.slow
 def test_revisions(hub, model, ticket):
     first = ticket.push_to_hub("owner/en")
     other = ls.Ticket.random(model, density=0.1, seed=1)
