@@ -9,6 +9,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -831,7 +832,7 @@ def _outside_torch() -> int:
 
 def _check_max_norm(value: Any, expected: str) -> None:
     """Raises ValueError, with what was expected, unless gradients can be clipped to this norm."""
-    if not isinstance(value, int | float | Tensor) or not value > 0:
+    if not isinstance(value, Real | Tensor) or not value > 0:
         raise ValueError(f"MaskedAdamW{expected}, got {value!r}")
 
 
