@@ -2,8 +2,10 @@
 
 import copy
 import io
+import math
 import pickle
 
+import numpy
 import pytest
 import torch
 from helpers.backends import BACKENDS, using
@@ -353,6 +355,10 @@ def test_misfits_are_clear_errors(model, ticket):
         MaskedAdamW(TiedModel().double(), ticket)
     with pytest.raises(ValueError, match="max_grad_norm must be above 0 or None, got 0"):
         MaskedAdamW(model, ticket, max_grad_norm=0)
+    for wrong in ("1", numpy.float32(0), math.nan):
+        with pytest.raises(ValueError, match="max_grad_norm must be above 0 or None"):
+            MaskedAdamW(model, ticket, max_grad_norm=wrong)
+    assert MaskedAdamW(model, ticket, max_grad_norm=numpy.float32(0.5)).max_grad_norm == 0.5
     with pytest.raises(ValueError, match="freeze=True needs the module"):
         MaskedAdamW(ls.canonical_parameters(model), ticket, freeze=True)
     with pytest.raises(TypeError, match="not a mixture"):
