@@ -832,7 +832,7 @@ def _outside_torch() -> int:
 
 def _check_max_norm(value: Any, expected: str) -> None:
     """Raises ValueError, with what was expected, unless gradients can be clipped to this norm."""
-    if not isinstance(value, Real | Tensor) or not value > 0:
+    if not (isinstance(value, Real | Tensor) and float(value) > 0):
         raise ValueError(f"MaskedAdamW{expected}, got {value!r}")
 
 
