@@ -28,11 +28,14 @@ from ltp_sparse.weights.files import atomic_path, write_text
 
 FOLDER = Path(__file__).parents[1] / "docs" / "evidence"
 BEGIN, END = "<!-- from rows: begin -->", "<!-- from rows: end -->"
-TICKETS, LEVELS = "study-tickets", ("study-backbone", "study-baselines")
+TICKETS, CURVE, LEVELS = "study-tickets", "study-rate-curve", ("study-backbone", "study-baselines")
 CLAIMS = ("study-zero-shot", "study-in-language", "study-sft", "study-nusax")
 TOGETHER = CLAIMS[:2]  # with the same reference
 FIGURE = "differences.png"
-NAMES = {"ticket.density": "density", "options.density": "density", "ticket.mlm.max_steps": "updates"}
+NAMES = {
+    "ticket.density": "density", "options.density": "density", "ticket.mlm.max_steps": "updates",
+    "settings.learning_rate": "learning rate", "label": "method",
+}  # fmt: skip
 """Fact -> its name on the page."""
 
 Rows = Sequence[Mapping[str, Any]]
@@ -101,9 +104,13 @@ def summary(evidence: Path) -> str:
     parts.append("### How far two seeds of stage 1 agree\n")
     tickets = stage_1_sheet(rows[TICKETS], load_recipe(TICKETS).by) if rows[TICKETS] else None
     parts.append("No ticket yet.\n" if tickets is None else tickets.markdown())
-    parts.append("### What the backbone reaches\n")
     levels = [row for name in LEVELS for row in rows[name]]
-    parts.append(levels_sheet(levels).markdown() if levels else "No run yet.\n")
+    for title, by, shown in [
+        ("Accuracy by learning rate", ("label", "settings.learning_rate"), rows[CURVE]),
+        ("What the backbone reaches", ("recipe", "label"), levels),
+    ]:
+        parts.append(f"### {title}\n")
+        parts.append(levels_sheet(shown, by).markdown() if shown else "No run yet.\n")
     return "\n".join(parts)
 
 
@@ -147,10 +154,10 @@ def claims_sheet(found: Sequence[tuple[str, str, Comparison]]) -> Sheet:
     return Sheet(out, [False, False, False, True, True, True, True, False])
 
 
-def levels_sheet(rows: Rows) -> Sheet:
-    """Mean accuracy of methods, in percent, with the worst and the best language."""
-    out = [["recipe", "method", "runs", "accuracy", "worst", "best"]]
-    for line in make_table(rows, ("recipe", "label")).lines:
+def levels_sheet(rows: Rows, by: Sequence[str]) -> Sheet:
+    """Mean accuracy by some facts, in percent, with the worst and the best language."""
+    out = [[*(NAMES.get(path, path) for path in by), "runs", "accuracy", "worst", "best"]]
+    for line in sorted(make_table(rows, by).lines, key=lambda line: line.facts):
         mean, spread = line.values.pop(AVERAGE)
         shown = f"{mean:.1f}" if math.isnan(spread) else f"{mean:.1f} ± {spread:.1f}"
         order = sorted(line.values, key=line.values.__getitem__)

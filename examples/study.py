@@ -31,9 +31,7 @@ from ltp_sparse.report.pages import write_report
 DENSITY, SCORE = "ticket.density", "ticket.score"
 RATE, UPDATES = "ticket.mlm.learning_rate", "ticket.mlm.max_steps"
 CLAIM = [("label", "LTP"), ("label", "random")]
-GRADIENT = ("label", "gradient")
 SWAPPED = [("label", "LTP at 0.01"), ("label", "random at 0.03")]
-TICKETS = [*CLAIM, ("label", "least moved"), GRADIENT]
 PROMPTS = [("label", "SP"), ("label", "DP")]
 OTHERS = [*PROMPTS, *(("label", name) for name in ("FT", "BitFit", "head only", "prompt only"))]
 SFT = [("label", "LT-SFT"), ("label", "Rand-SFT")]
@@ -47,12 +45,12 @@ STEPS: list[tuple[str, Sequence[tuple[str, Any]]]] = [
     ("study-zero-shot", [(DENSITY, 0.01), (UPDATES, 125), *CLAIM]),
     ("study-in-language", [("shots", 4)]),
     ("study-zero-shot", [(DENSITY, 0.01), (UPDATES, 500), *CLAIM, *SWAPPED]),
-    ("study-rates", [(DENSITY, 0.01), GRADIENT]),
-    ("study-zero-shot", [(DENSITY, 0.01), GRADIENT]),
+    ("study-rate-curve", []),
+    ("study-zero-shot", [(DENSITY, 0.01)]),
+    ("study-nusax", [(DENSITY, 0.01)]),
     ("study-tickets", [(SCORE, "gradient")]),
     ("study-rates", [(DENSITY, 0.05), *CLAIM]),
     ("study-zero-shot", [(DENSITY, 0.05), *CLAIM]),
-    ("study-rates", [(DENSITY, 0.05), (DENSITY, 0.01), *TICKETS]),
     ("study-zero-shot", [(DENSITY, 0.05), (DENSITY, 0.01)]),
     ("study-tickets", [(RATE, 5e-4), (UPDATES, 1000)]),
     ("study-in-language", []),

@@ -827,6 +827,9 @@ def rows_of_a_study(folder: Path) -> None:
         row = {"id": cell.id, **cell.facts, "recipe": "study-tickets", "seconds": 1.0, "scores": {"eng_Latn": 0.1}}
         results.append(folder / "study-tickets" / results.RESULTS, row | {"stage_1": told})
     results.append(folder / "study-tickets" / results.FAILURES, {"id": "another"})
+    for cell in load_recipe("study-rate-curve").only([("seed", 101), ("label", "random")]).cells:
+        row = {"id": cell.id, **cell.facts, "recipe": "study-rate-curve", "metric": "accuracy", "seconds": 1.0}
+        results.append(folder / "study-rate-curve" / results.RESULTS, row | {"scores": {"jav_Latn": 0.5}, "mean": 0.5})
 
 
 def test_the_summary_comes_from_rows(evidence, tmp_path):
@@ -838,7 +841,8 @@ def test_the_summary_comes_from_rows(evidence, tmp_path):
     assert text.startswith("# Before\n") and text.endswith(f"{evidence.END}\n\nafter\n") and "old" not in text
     assert "| [study-zero-shot](evidence/study-zero-shot/report.md) | 20 | 330 | 0 | 2.0 |" in text
     assert "| [study-tickets](evidence/study-tickets/report.md) | 3 | 36 | 1 | 0.0 |" in text
-    assert "| study-rates | 0 | 78 | 0 | 0.0 |" in text and "\n\nNo run yet.\n" in text
+    assert "| study-rates | 0 | 66 | 0 | 0.0 |" in text and "\n\nNo run yet.\n" in text
+    assert "| random | 0.003 | 1 | 50.0 | jav_Latn 50.0 | jav_Latn 50.0 |\n| random | 0.01 | 1 |" in text
     assert "| zero-shot, density 0.05, updates 500 | random | LTP | 5 | **-1.00** | -1.00 to -1.00 | 0.125 |" in text
     assert "| zero-shot, pooled over density and updates | random | LTP | 5 | **-0.50** |" in text
     for line in ("17 | change | 17 | 6.500", "125 | change | 125 | 6.500", "125 | gradient |  | "):
