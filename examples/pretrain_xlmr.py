@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="at its highest (default: 1.5e-3)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--float32", action="store_true", help="not bfloat16, which few processors are fast at")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
@@ -101,7 +102,9 @@ def main() -> None:
     print(f"{model.num_parameters():,} parameters; {len(tokenizer):,} pieces; text: {shares}")
 
     rate, word_rate = options.learning_rate, WORD_RATE if rows else 1.0
-    settings = PretrainSettings(options.steps, learning_rate=rate, word_rate=word_rate, seed=SEED)
+    settings = PretrainSettings(
+        options.steps, learning_rate=rate, word_rate=word_rate, seed=SEED, bf16=not options.float32
+    )
     checkpoint = options.output / "checkpoint.safetensors"
     pretrain(model, sources, settings, checkpoint=checkpoint)
     losses = held_out_losses(model, tokenizer, training, held_out)

@@ -72,12 +72,13 @@ def main() -> int:
     parser.add_argument("--model", required=True, help="folder of the backbone, or a Hub name")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--float32", action="store_true", help="not bfloat16, which few processors are fast at")
     parser.add_argument("--workers", type=int, default=1, help="processes on the CPU (default: this one, or its GPU)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # of workers
     engine = Local([""], options.workers) if options.workers > 1 else Here()
-    bench = Workbench(data=options.data, cache=Cache(options.output / "cache"), bf16=True)
+    bench = Workbench(data=options.data, cache=Cache(options.output / "cache"), bf16=not options.float32)
     failed = 0
     for name, wanted in STEPS:
         folder = options.output / name

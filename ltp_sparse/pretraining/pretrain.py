@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM
 
 from ltp_sparse.pretraining.sources import Batch, Sentences, Source
+from ltp_sparse.training.autocast import autocast
 from ltp_sparse.weights import files
 
 _KIND = "pretraining"
@@ -99,7 +100,7 @@ def pretrain(
         rate = min((step + 1) / settings.warm_up, (settings.steps - step) / max(1, settings.steps - settings.warm_up))
         for group in optimizer.param_groups:
             group["lr"] = group["share"] * settings.learning_rate * min(1.0, rate)
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
+        with autocast(device, torch.bfloat16 if settings.bf16 else None):
             loss = token_loss(model, source.draw(rng, settings.tokens)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)

@@ -131,6 +131,7 @@ def _provenance(bench: Workbench, method: Method, examples: Iterable[Sequence[An
     """What a row was made from, and where."""
     return {
         "base": bench.digest,
+        "bf16": bench.bf16,
         "data": text_hash(repr(example) for part in examples for example in part),
         "settings": method.describe(),
         "ltp_sparse": __version__,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -50,11 +51,14 @@ def run_recipe(
         The number of cells that failed; each is listed in `failures.jsonl` with its error.
 
     Raises:
-        ValueError: a cell has unknown options or settings, or another run writes into the folder.
+        ValueError: a cell has unknown options or settings, another run writes into the folder, or its rows are of
+            other weights of the base model or of another `bf16`.
     """
     failed, scratch = 0, folder / "cells"
     with alone(folder):
-        cells = unfinished(recipe, folder)
+        cells, rows = unfinished(recipe, folder), results.read(folder / results.RESULTS)
+        for model in {cell["model"] for cell in cells}:
+            _check_same(rows, model, "bf16", bench.bf16, folder)
         for cell in cells:
             check_cell(cell)
         jobs = jobs_of(recipe, cells, bench, scratch, save_every)
@@ -68,10 +72,22 @@ def run_recipe(
                 if isinstance(job.work, Cell):
                     bar.update()
                     failed += outcome.error is not None
+                    if outcome.row is not None:
+                        _check_same(rows, job.work["model"], "base", outcome.row["provenance"]["base"], folder)
                     _write(job.work, outcome, recipe, folder)
                     if outcome.error is None:
                         shutil.rmtree(scratch / job.id, ignore_errors=True)
     return failed
+
+
+def _check_same(rows: Iterable[Mapping[str, Any]], model: str, what: str, found: object, folder: Path) -> None:
+    """Raises ValueError if rows of the model differ in a fact of their provenance. Rows of earlier versions lack some."""
+    known = {row.get("provenance", {}).get(what) for row in rows if row["model"] == model} - {None}
+    if known - {found}:
+        raise ValueError(
+            f"{folder}: expected {what} {', '.join(map(str, known))}, as its rows of the model {model!r} have, got "
+            f"{found}; results of both do not compare, take another --output"
+        )
 
 
 def _write(cell: Cell, outcome: Outcome, recipe: Recipe, folder: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ltp_sparse.methods.base import Collate, Encode
 from ltp_sparse.prompting.inputs import IGNORED_LABEL
 from ltp_sparse.tasks.own import warn_of_gaps
+from ltp_sparse.training.autocast import autocast
 
 
 def accuracy(predicted: Any, labels: Any) -> float:
@@ -66,7 +67,7 @@ def class_logits(
     model.eval()
     found = []
     try:
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        with autocast(device, dtype):
             for start in range(0, len(order), batch_size):
                 batch = collate([examples[i] for i in order[start : start + batch_size]])
                 batch.pop("labels", None)

@@ -26,6 +26,7 @@ from ltp_sparse.optim.snapshot import Snapshot
 from ltp_sparse.prompting.templates import IGNORED_LABEL
 from ltp_sparse.selection.ltp import STRATEGIES, find_ticket  # noqa: F401 (its name before it moved, until 0.3)
 from ltp_sparse.tickets.ticket import Ticket
+from ltp_sparse.training.autocast import autocast
 from ltp_sparse.training.bars import show_progress
 from ltp_sparse.training.masked_texts import MaskedTexts, PadRight, split_texts, text_hash
 from ltp_sparse.training.run_folder import begin, locked
@@ -253,7 +254,7 @@ def mlm_losses(
             batch = collate([dataset[i] for i in order[start : start + settings.batch_size]])
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             labels = batch.pop("labels")
-            with token_losses(model, labels), torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
+            with token_losses(model, labels), autocast(device, torch.bfloat16 if settings.bf16 else None):
                 yield masked_token_loss(model(**batch), labels)
     finally:
         model.train(was_training)

@@ -28,6 +28,7 @@ from ltp_sparse.optim.adam_l2 import AdamL2
 from ltp_sparse.optim.members import dense_groups
 from ltp_sparse.optim.snapshot import Snapshot
 from ltp_sparse.tickets.ticket import Ticket
+from ltp_sparse.training.autocast import check_speed
 from ltp_sparse.training.run_folder import DELTA_FILE, checkpoints, last_checkpoint
 from ltp_sparse.weights import manifest
 from ltp_sparse.weights.files import atomic_path
@@ -93,6 +94,7 @@ class SparseTrainer(Trainer):
         if args.data_seed is None:
             args.data_seed = args.seed  # else the order of examples depends on the last seed of torch
         super().__init__(model=model, args=args, **kwargs)
+        check_speed(args.device, torch.bfloat16 if args.bf16 else None)
         self._prepare_engine()
         # Even without clipping the Trainer multiplies all gradients by a factor of their norm, which would spread a NaN
         # of an inactive entry. Our norm is known after the step only; `log` adds it.

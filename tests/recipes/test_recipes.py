@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.bits import weights
+from safetensors.torch import load_file, save_file
 
 from ltp_sparse.cli import main
 from ltp_sparse.deltas.delta import SparseDelta
@@ -424,6 +425,29 @@ def test_finished_cells_are_skipped_and_failures_told(world, recipe_file, tmp_pa
         assert run_recipe(recipe, out, bench(world, tmp_path), progress=False) == 0
         rows = results.read(out / results.RESULTS)
     assert len(rows) == 4 and len({row["id"] for row in rows}) == 4
+
+
+@pytest.mark.slow
+def test_rows_of_other_weights_are_refused(world, recipe_file, tmp_path):
+    """And of another dtype, before a cell runs."""
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(world / "model", model)
+    recipe = load_recipe(str(recipe_file), [("model", str(model))]).only([("method", "soft-prompt"), ("seed", 1)])
+    first, second = (recipe.only([("shots", shots)]) for shots in (1, 2))
+    assert run_recipe(first, out, bench(world, tmp_path), progress=False) == 0
+    (row,) = results.read(out / results.RESULTS)
+    assert row["provenance"]["bf16"] is False
+    low = Workbench(data=world / "data", cache=Cache(tmp_path / "nothing"), bf16=True)
+    with pytest.raises(
+        ValueError, match="expected bf16 False, as its rows of the model .* have, got True; .* --output"
+    ):
+        run_recipe(second, out, low, progress=False)
+    assert not (tmp_path / "nothing").exists()
+    tensors = load_file(model / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"expected base {row['provenance']['base']}, as its rows"):
+        run_recipe(second, out, bench(world, tmp_path), progress=False)
+    assert results.read(out / results.RESULTS) == [row]
 
 
 @pytest.mark.slow

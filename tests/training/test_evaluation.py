@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ltp_sparse.report.tables import make_table, markdown
+from ltp_sparse.training.autocast import SlowBfloat16
 from ltp_sparse.training.evaluation import evaluate, largest_class, predict, result_row
 
 
@@ -83,3 +84,21 @@ def test_the_largest_class_stands_under_the_scores():
     assert "| always the largest class |  |  | 100.00 |  |" in markdown(make_table([*rows, other], ("method",)))
     old = result_row(scores, method="SP", seed=1)
     assert "always" not in markdown(make_table([old], ("method",)))
+
+
+@pytest.mark.parametrize(
+    ("processor", "dtype", "told"),
+    [
+        ("AVX2", torch.bfloat16, True),
+        ("AVX512", torch.bfloat16, False),
+        ("AVX2", None, False),
+        ("AVX2", torch.float16, False),
+    ],
+)
+def test_a_processor_that_is_slow_at_bfloat16_is_told(monkeypatch, processor, dtype, told):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
+    examples = [{"input_ids": [1], "labels": 1}]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert predict(FirstToken(), examples, collate, dtype=dtype).tolist() == [1]
+    assert [one.category for one in caught] == [SlowBfloat16] * told
