@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from study import STEPS
+from study import SMALL, STEPS
 
 from ltp_sparse.recipes import load_recipe, results
 from ltp_sparse.report.escaping import Sheet
@@ -102,15 +102,14 @@ def summary(evidence: Path) -> str:
     else:
         parts.append("No pair of runs yet.\n")
     parts.append("### How far two seeds of stage 1 agree\n")
-    tickets = stage_1_sheet(rows[TICKETS], load_recipe(TICKETS).by) if rows[TICKETS] else None
+    tickets = stage_1_sheet(rows[TICKETS] + rows[SMALL], ("model", *load_recipe(TICKETS).by))
     parts.append("No ticket yet.\n" if tickets is None else tickets.markdown())
+    if rows[CURVE]:
+        parts.append("### Accuracy by learning rate\n")
+        parts.append(levels_sheet(rows[CURVE], ("label", "settings.learning_rate")).markdown())
+    parts.append("### What the backbone reaches\n")
     levels = [row for name in LEVELS for row in rows[name]]
-    for title, by, shown in [
-        ("Accuracy by learning rate", ("label", "settings.learning_rate"), rows[CURVE]),
-        ("What the backbone reaches", ("recipe", "label"), levels),
-    ]:
-        parts.append(f"### {title}\n")
-        parts.append(levels_sheet(shown, by).markdown() if shown else "No run yet.\n")
+    parts.append(levels_sheet(levels, ("recipe", "label")).markdown() if levels else "No run yet.\n")
     return "\n".join(parts)
 
 

@@ -870,7 +870,7 @@ def test_the_summary_comes_from_rows(evidence, tmp_path):
     assert "| zero-shot, density 0.05, updates 500 | random | LTP | 5 | **-1.00** | -1.00 to -1.00 | 0.125 |" in text
     assert "| zero-shot, pooled over density and updates | random | LTP | 5 | **-0.50** |" in text
     for line in ("17 | change | 17 | 6.500", "125 | change | 125 | 6.500", "125 | gradient |  | "):
-        assert f"| 0.05 | 0.0005 | {line} | 1 | 20.0% | 5.0% | 4.00 |" in text
+        assert f"| real-xlmr | 0.05 | 0.0005 | {line} | 1 | 20.0% | 5.0% | 4.00 |" in text
     assert f"](evidence/{evidence.FIGURE})" in text and (folder / evidence.FIGURE).stat().st_size > 1000
     evidence.fill_in(page, evidence.summary(folder))
     assert page.read_text() == text
