@@ -81,7 +81,7 @@ def run_recipe(
 
 
 def _check_same(rows: Iterable[Mapping[str, Any]], model: str, what: str, found: object, folder: Path) -> None:
-    """Raises ValueError if rows of the model differ in a fact of their provenance. Rows of earlier versions lack some."""
+    """Raises ValueError if rows of the model differ in a fact of their provenance, which rows of 0.1.0 may lack."""
     known = {row.get("provenance", {}).get(what) for row in rows if row["model"] == model} - {None}
     if known - {found}:
         raise ValueError(
