@@ -220,7 +220,9 @@ def _reporter(text: str) -> str:
 
 def add_computing(parser: argparse.ArgumentParser) -> None:
     """Adds --bf16 and --quiet."""
-    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16, weights in float32; slow on CPUs without AVX-512")
+    parser.add_argument(
+        "--bf16", action="store_true", help="compute in bfloat16, weights in float32; slow on CPUs without AVX-512"
+    )
     add_quiet(parser)
 
 
