@@ -186,8 +186,7 @@ class MaskedAdamW(Optimizer):
         """Puts the hooks of packed gradients on the model."""
         for launch in self._launches:
             if launch.params[0] in self._packs:
-                assert self._model is not None
-                model = self._model()
+                model = self.model
                 assert model is not None
                 launch.packed = PackedGradients(model, launch.params, launch.sets, launch.table)
                 if self._watch is None:
@@ -196,16 +195,13 @@ class MaskedAdamW(Optimizer):
 
     def _before_forward(self, model: nn.Module, *_: object) -> None:
         """Adopts parameters that were sharded after construction early enough to pack their first gradients."""
-        if not torch.is_grad_enabled() or self._home is None or not self._home.awaits_sharded():
-            return
-        if not fsdp_modules(model):
-            return
 
         def settle(*_: object) -> None:  # FSDP2 has its own parameters in the model until the forward pass has ended
             handle.remove()
             self._settle_parameters()
 
-        handle = model.register_forward_hook(settle)
+        if torch.is_grad_enabled() and self._home is not None and self._home.awaits_sharded() and fsdp_modules(model):
+            handle = model.register_forward_hook(settle)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters that are updated in full."""
@@ -412,15 +408,12 @@ class MaskedAdamW(Optimizer):
         }
         for old, part in parts.items():
             self._check_part(moved[old], part, self._names[old])
-        for old, part in parts.items():
-            del self._parts[old]
-            self._parts[moved[old]] = part
+        self._parts = {moved.get(param, param): parts.get(param, part) for param, part in self._parts.items()}
         self._compared = False
         self._names = {moved.get(param, param): name for param, name in self._names.items()}
         self._home = ParameterHome(model, {name: param for param, name in self._names.items()})
-        for params in (self._ticketed, self._packs):
-            params.update([moved[param] for param in params & moved.keys()])
-            params.difference_update(moved)
+        self._ticketed = {moved.get(param, param) for param in self._ticketed}
+        self._packs = {moved.get(param, param) for param in self._packs}
         for group in self.param_groups:
             group["params"] = [moved.get(param, param) for param in group["params"]]
             group["index_sets"] = self._digests_of(group)
@@ -479,9 +472,8 @@ class MaskedAdamW(Optimizer):
         if self._warned:
             return
         ticketed = self._ticketed or set(self._members())
-        for launch in self._launches:
-            if any(p in ticketed for p in launch.having_gradients()):
-                return
+        if any(param in ticketed for launch in self._launches for param in launch.having_gradients()):
+            return
         if (model := self.model) is not None:
             check_engine(model, what="MaskedAdamW")
         self._warned = True
