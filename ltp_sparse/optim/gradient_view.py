@@ -211,9 +211,8 @@ class GradientView(PackedTensor):
 
     def _accumulates(self, grad: Any, kwargs: dict[str, Any]) -> bool:
         """Adds a further gradient of autograd to the packed one; False if this one cannot be added."""
-        if not isinstance(grad, Tensor) or isinstance(grad, PackedTensor) or grad.shape != self.shape or kwargs:
-            return False
-        if grad.dtype != self.dtype:
+        alike = isinstance(grad, Tensor) and (grad.shape, grad.dtype) == (self.shape, self.dtype)
+        if not alike or isinstance(grad, PackedTensor) or kwargs:
             return False
         self.source.pack_(grad, accumulate=True)
         return True
@@ -228,9 +227,7 @@ def _fill_of(leaf: Any) -> Any:
 
 
 def _is_elementwise(func: Any, name: str) -> bool:
-    if name in _COPIES:
-        return True
-    return torch.Tag.pointwise in func.tags and torch.Tag.nondeterministic_seeded not in func.tags
+    return name in _COPIES or (torch.Tag.pointwise in func.tags and torch.Tag.nondeterministic_seeded not in func.tags)
 
 
 def _have_one_index_set(args: Any, kwargs: dict[str, Any]) -> bool:
