@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -23,9 +22,9 @@ from ltp_sparse.optim.packed_gradients import PackedGradients
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.tile_table import STATE_BLOCK, Column, TileTable, state_blocks
 from ltp_sparse.weights.sharding import is_sharded, local, own_gradient, spread
-from ltp_sparse.weights.tensors import check_plain_tensor
+from ltp_sparse.weights.tensors import check_plain_tensor, edits_of
 
-_version = operator.attrgetter("_version")
+_Scalars = tuple[Tensor | None, Tensor | None, Tensor | None]  # `found_inf`, `grad_scale` and `pull_factor` of `Step`
 
 PACKED = ("exp_avg", "exp_avg_sq", "scales", "master", "anchor")
 """The packed buffers of a `Launch`, by the names that checkpoints and the fields of `Update` have for them."""
@@ -158,7 +157,7 @@ class Launch:
         self.stochastic = precision.is_stochastic(self.dtype)
         self.seed = precision.seed
         self.master = self.values() if precision.keeps_master(self.dtype) else None
-        self.master_of = self._places()
+        self.master_of = edits_of(self._held())
         self.anchor: Tensor | None = None
         self.room: Tensor | None = None
         self.origins = origins
@@ -427,23 +426,22 @@ class Launch:
         if self.dtype == torch.float32 or self.master is not None or self.stochastic:
             return 0
         rows = torch.empty_like(self.coefficients)
-        prepare_step(self._step(torch.ones_like(self.steps), rows, counts=False))
+        prepare_step(self._step(torch.ones_like(self.steps), rows, (None, None, None), counts=False))
         rows = rows.float()
         rows[:, [Coefficient.ONE_MINUS_BETA1, Coefficient.ONE_MINUS_BETA2]] = 0  # the moments stay
         rows[:, Coefficient.BETA2] = 1
         count = 0
         for position, (param, index_set) in enumerate(zip(self._held(), self.sets, strict=True)):
             state, c = self.state(position), rows[position]
-            if self.scales is not None and self.active[position]:
-                moments = state["exp_avg"], state["exp_avg_sq"]
-                decoded = dequantize_tiles(*moments, state["scales"], self.active[position])
-                state |= dict(zip(("exp_avg", "exp_avg_sq"), decoded, strict=True))
             if c[Coefficient.STEP_SIZE] == 0:  # at a learning rate of 0 no weight is meant to change
                 continue
+            exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
+            if self.scales is not None and self.active[position]:
+                exp_avg, exp_avg_sq = dequantize_tiles(exp_avg, exp_avg_sq, state["scales"], self.active[position])
             flat = param.detach().reshape(-1)
             for slot, indices in index_set.to(self.device).chunks():
                 here = slice(slot, slot + indices.numel())
-                first, second, values = state["exp_avg"][here], state["exp_avg_sq"][here], flat[indices]
+                first, second, values = exp_avg[here], exp_avg_sq[here], flat[indices]
                 exact, _, _ = adamw_update(values.float(), first, first, second, c)
                 count += int(((exact.to(self.dtype) == values) & (first != 0)).sum())
         return count
@@ -513,26 +511,17 @@ class Launch:
             pull_factor: one number that multiplies the pull, or None.
             counts: whether this is a step, to be counted, and not only a measurement of the norm.
         """
-        scalars = found_inf, grad_scale, pull_factor
-        step = self._step(self._find_gradients(), self.coefficients, *scalars, counts=counts)
-        ops.prepare_step(step, self.backend)
-
-    def _step(
-        self,
-        has_grad: Tensor,
-        coefficients: Tensor,
-        found_inf: Tensor | None = None,
-        grad_scale: Tensor | None = None,
-        pull_factor: Tensor | None = None,
-        *,
-        counts: bool,
-    ) -> Step:
-        return Step(
-            self.seen, self.seen_grads if self.packed is None else Tensors([self.packed.buffer]),
-            self.packed is not None, self.hyper, self.group, self.numbers, has_grad, self.steps, counts,
+        scalars = (
             None if found_inf is None else found_inf.to(self.device, torch.float32),
             None if grad_scale is None else grad_scale.to(self.device, torch.float32),
             None if pull_factor is None else pull_factor.to(self.device),
+        )
+        ops.prepare_step(self._step(self._find_gradients(), self.coefficients, scalars, counts), self.backend)
+
+    def _step(self, has_grad: Tensor, coefficients: Tensor, scalars: _Scalars, counts: bool) -> Step:
+        return Step(
+            self.seen, self.seen_grads if self.packed is None else Tensors([self.packed.buffer]),
+            self.packed is not None, self.hyper, self.group, self.numbers, has_grad, self.steps, counts, *scalars,
             self.seed, coefficients, self.prepared,
         )  # fmt: skip
 
@@ -551,7 +540,7 @@ class Launch:
             ops.run("masked_adamw_", update, backend)
         self.forget()
         if self.master is not None:
-            self.master_of = self._places()
+            self.master_of = edits_of(self._held())
         if self.packed is not None:
             self.packed.consume()
 
@@ -565,18 +554,13 @@ class Launch:
         An entry whose weight still equals its rounded master keeps the master: loading a checkpoint writes weights for
         which the loaded masters have the exact values.
         """
-        if self.master is None or (places := self._places()) == self.master_of:
+        if self.master is None or (edits := edits_of(self._held())) == self.master_of:
             return
         for position, param in enumerate(self._held()):
-            if places[position] != self.master_of[position]:
+            if edits[position] != self.master_of[position]:
                 masters = self.master[self.slots[position]]
                 weights = gather(param, self.sets[position]).to(masters.device)  # they can have moved
                 masters.copy_(torch.where(masters.to(self.dtype) == weights, masters, weights.float()))
-
-    def _places(self) -> list[tuple[int, int]]:
-        """(address, count of in-place edits) of each parameter."""
-        held = self._held()
-        return list(zip(map(Tensor.data_ptr, held), map(_version, held), strict=True))
 
     def tensors(self) -> list[Tensor]:
         """The tensors on the device besides weights, gradients, and a few numbers per parameter and tile."""

@@ -16,6 +16,7 @@ from ltp_sparse.selection.shards import TicketShard
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.tickets.tile_table import TileTable
 from ltp_sparse.weights.sharding import is_sharded, local, reshard
+from ltp_sparse.weights.tensors import edits_of
 
 _Optimizer = TypeVar("_Optimizer", bound=torch.optim.Optimizer)
 
@@ -128,10 +129,10 @@ class PackedParameters:
 
     def _note(self) -> None:
         """Notes that packed values and weights agree."""
-        self._written, self._read = (_versions(of.values()) for of in (self._packed, self._held()))
+        self._written, self._read = (edits_of(of.values()) for of in (self._packed, self._held()))
 
     def _before_forward(self, *_: object) -> None:
-        if _versions(self._packed.values()) != self._written:
+        if edits_of(self._packed.values()) != self._written:
             self.scatter_()
 
     def attach(self, optimizer: _Optimizer) -> _Optimizer:
@@ -166,7 +167,7 @@ class PackedParameters:
     def _before_step(self) -> None:
         self._reshard()
         self._home.check(what="PackedParameters")
-        if _versions(self._held().values()) != self._read and _versions(self._packed.values()) == self._written:
+        if edits_of(self._held().values()) != self._read and edits_of(self._packed.values()) == self._written:
             self.gather_()
         self._gradients.settle()
 
@@ -180,11 +181,6 @@ class PackedParameters:
         """Removes all hooks. Gradients are dense again, and steps no longer change the model."""
         _remove(self._handles)
         self._gradients.remove()
-
-
-def _versions(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """(address, count of changes in place) of each tensor."""
-    return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
 
 
 def _remove(handles: Iterable[Any]) -> None:

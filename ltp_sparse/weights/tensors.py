@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ _PLAIN = {Tensor, nn.Parameter}
 _PLAIN_OR_NONE = {*_PLAIN, type(None)}
 LOWEST_ADDRESS = 1 << 40
 """The address of a view whose storage was freed is its offset, which is below this number; few valid ones are."""
+
+_version = attrgetter("_version")
 
 _ADVICE = {
     "DTensor": "pass this rank's part, `.to_local()`, or the whole, `.full_tensor()`",
@@ -73,6 +76,11 @@ def has_memory(tensor: Tensor) -> bool:
         return True
     extent = 1 + sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
     return tensor.untyped_storage().nbytes() >= (tensor.storage_offset() + extent) * tensor.element_size()
+
+
+def edits_of(tensors: Collection[Tensor]) -> list[tuple[int, int]]:
+    """(address, count of in-place edits) of each tensor, to notice that other code has written to it or replaced it."""
+    return list(zip(map(Tensor.data_ptr, tensors), map(_version, tensors), strict=True))
 
 
 def bits(tensor: Tensor) -> Tensor:
