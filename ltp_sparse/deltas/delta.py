@@ -20,14 +20,7 @@ from ltp_sparse.tickets.ticket import Ticket, checked_fingerprint, pack_sets, un
 from ltp_sparse.weights import file_shards, files
 from ltp_sparse.weights.checkpoints import Readable, read_piece
 from ltp_sparse.weights.hub import OnHub
-from ltp_sparse.weights.names import (
-    Named,
-    bare_names,
-    canonical_buffers,
-    canonical_parameters,
-    match_names,
-    unwrapped,
-)
+from ltp_sparse.weights.names import Named, bare_names, canonical_buffers, canonical_parameters, match_names, unwrapped
 from ltp_sparse.weights.reading import closest, reader
 from ltp_sparse.weights.sharded_digests import whole_fingerprint
 from ltp_sparse.weights.sharding import Cut, is_sharded, local, reshard, spread, sum_over, whole

@@ -465,11 +465,7 @@ def adamw_coefficients(
 
 @torch.no_grad()
 def topk_delta(
-    initial: Sequence[Tensor],
-    tuned: Sequence[Tensor],
-    k: int | Sequence[int],
-    *,
-    groups: Sequence[int] | None = None,
+    initial: Sequence[Tensor], tuned: Sequence[Tensor], k: int | Sequence[int], *, groups: Sequence[int] | None = None
 ) -> tuple[list[IndexSet], Tensor]:
     """The k entries of largest |tuned - initial| over all tensors, exactly. Of ties, the earliest (tensor, index) wins.
 

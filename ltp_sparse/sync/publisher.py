@@ -14,16 +14,7 @@ from ltp_sparse.optim.masked_adamw import MaskedAdamW
 from ltp_sparse.selection.team import Team
 from ltp_sparse.sync import records
 from ltp_sparse.sync.base import described, inactive_digests
-from ltp_sparse.sync.local import (
-    ActiveEntries,
-    Homes,
-    Local,
-    Model,
-    have_moved,
-    local_part,
-    model_of,
-    weights_of,
-)
+from ltp_sparse.sync.local import ActiveEntries, Homes, Local, Model, have_moved, local_part, model_of, weights_of
 from ltp_sparse.sync.records import ANCHOR, CHANGES, Marker, PartFile, Range
 from ltp_sparse.sync.stores import Store, open_store
 from ltp_sparse.sync.version import Version

@@ -425,11 +425,7 @@ def pack_sets(sets: Mapping[str, IndexSet], shapes: Mapping[str, Size]) -> tuple
     tensors, description = {}, {}
     for name, index_set in sets.items():
         index_set = index_set.compact()
-        description[name] = {
-            "shape": list(shapes[name]),
-            "encoding": index_set.encoding.name.lower(),
-            "k": index_set.k,
-        }
+        description[name] = {"shape": list(shapes[name]), "encoding": index_set.encoding.name.lower(), "k": index_set.k}
         if index_set.encoding is Encoding.BITMAP:
             tensors[f"{name}.bitmap"] = index_set.data
         elif index_set.encoding is Encoding.LIST16 and index_set.k:
