@@ -143,8 +143,7 @@ def _prepare_kernel(
     number_ptr = prepared_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
     for column in tl.static_range(1, 10):
         tl.store(value_ptr + (column - 1), tl.load(row_ptr + column, mask, 0.0).to(tl.float32), mask)
-    key = tl.load(row_ptr + 10, mask, 0.0).to(tl.int64).to(tl.int32)
-    tl.store(number_ptr + _ROUNDING_KEY, key, mask)
+    tl.store(number_ptr + _ROUNDING_KEY, tl.load(row_ptr + 10, mask, 0.0).to(tl.int64).to(tl.int32), mask)
     tl.store(number_ptr + _APPLIES, (tl.load(row_ptr, mask, 0.0) != 0).to(tl.int32), mask)
     tl.store(prepared_ptr + _PARAM_ADDRESS, tl.load(address_ptr + 2 * param, mask, 0), mask)
     tl.store(prepared_ptr + _GRAD_ADDRESS, tl.load(address_ptr + 2 * param + 1, mask, 0), mask)

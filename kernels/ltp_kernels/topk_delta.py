@@ -269,8 +269,7 @@ def delta_band(band: Any) -> None:
     kinds: dict[tuple[torch.dtype | None, torch.dtype, bool], list[list[int]]] = {}
     columns = zip(band.word_offsets, band.tuned.sizes, band.groups, first_tiles)  # noqa: B905 (a last tile more)
     for addresses, dtypes, rest in zip(_addresses(band), _dtypes(band), columns, strict=True):
-        kind = (*dtypes, all(a % 16 == 0 for a in addresses))
-        kinds.setdefault(kind, []).append([*addresses, *rest])
+        kinds.setdefault((*dtypes, all(a % 16 == 0 for a in addresses)), []).append([*addresses, *rest])
 
     for (initial_dtype, tuned_dtype, aligned), tensors in kinds.items():
         rows = _tile_rows(tensors, initial_dtype, tuned_dtype).to(words.device, non_blocking=True)

@@ -107,9 +107,8 @@ def _check_rows(rows: Tensor, refuse: Callable[..., None]) -> None:
     """Checks all columns of the tiles except `INDEX`, each by itself and along the table."""
     param, start, length, active, slot, _, encoding, block = rows.unbind(1)
     last = torch.iinfo(torch.int64).max - TILE  # the sums of smaller numbers below do not overflow
-    most = torch.iinfo(torch.int32).max
     known = torch.tensor(list(Encoding), dtype=torch.int64, device="cpu")
-    refuse((param < 0) | (param > most), "PARAM must be the number of a parameter")
+    refuse((param < 0) | (param > torch.iinfo(torch.int32).max), "PARAM must be the number of a parameter")
     refuse((start < 0) | (start > last), "START must be an entry of the parameter")
     refuse((length < 1) | (length > TILE), f"LENGTH must be in [1, {TILE}]")
     refuse((active < 1) | (active > length), "ACTIVE must be in [1, LENGTH]")
@@ -132,16 +131,14 @@ def _check_places(rows: Tensor, kind: Encoding, room: int, refuse: Callable[...,
     refuse((index < 0) | (index > room - sizes), f"INDEX must lie in the {room} {what}")
     if is_bitmap:
         refuse(index % 2 != 0, "INDEX of a bitmap must be even")
-    before = sizes.cumsum(0) - sizes
-    refuse(index - index[:1] != before, f"INDEX must follow on that of the tile before in the {what}")
+    refuse(index - index[:1] != sizes.cumsum(0) - sizes, f"INDEX must follow on that of the tile before in the {what}")
 
 
 def _refuse(op: str, rows: Tensor, numbers: Tensor, wrong: Tensor, problem: str, first: int = 0) -> None:
     """Raises for the first wrong tile among those with these numbers, from number `first` of them on."""
     if bool(wrong.any()):
         row = int(numbers[first + int(wrong.nonzero()[0])])
-        values = zip(Column, rows[row].tolist(), strict=True)
-        found = ", ".join(f"{column.name} {value}" for column, value in values)
+        found = ", ".join(f"{column.name} {value}" for column, value in zip(Column, rows[row].tolist(), strict=True))
         raise ValueError(f"{op}: row {row} of the tile table: {problem}, got {found}; make it with TileTable.build")
 
 
@@ -301,8 +298,7 @@ def _check_gradients(op: str, norm: records.Norm, facts: TableFacts) -> None:
         _expect(op, "packed gradients", grads[0], torch.float32, (facts.k,), device)
     else:
         _check_dense(op, "gradient", grads, device)
-        whole = len(grads.present) == len(grads)
-        if not (whole and all(map(Tensor.is_same_size, params.present, grads.present))):
+        if len(grads.present) != len(grads) or not all(map(Tensor.is_same_size, params.present, grads.present)):
             for i, (param, grad) in enumerate(zip(params.present, grads, strict=True)):
                 if grad is not None and grad.shape != param.shape:
                     raise ValueError(
@@ -314,8 +310,7 @@ def _check_gradients(op: str, norm: records.Norm, facts: TableFacts) -> None:
             f"{op}: expected parameters of one dtype, and gradients of that dtype or of float32, "
             f"got parameters of {_names(params.dtypes)} and gradients of {_names(grads.dtypes)}; make a call per dtype"
         )
-    sizes = {"params": len(params), "k": facts.k}
-    _check_tensors(op, norm, _added(records.Norm, records.Tiles), sizes, device)
+    _check_tensors(op, norm, _added(records.Norm, records.Tiles), {"params": len(params), "k": facts.k}, device)
 
 
 def _check_extents(op: str, what: str, sizes: Sequence[int], facts: TableFacts, absent: bool = False) -> None:

@@ -183,8 +183,7 @@ def resolve(
     """
     name = chosen()
     if name == "auto":
-        order = preferred(device.type, op, dtype, density)
-        name = next(n for n in order if unavailable_reason(n, device) is None)
+        name = next(n for n in preferred(device.type, op, dtype, density) if unavailable_reason(n, device) is None)
     elif reason := unavailable_reason(name, device):
         raise BackendUnavailable(
             f'the backend {name} was asked for and cannot serve {device}: {reason}. use_backend("auto") falls back'

@@ -101,9 +101,8 @@ def _launch_pairs(name: str, pairs: Any, word_offsets: Sequence[int], *arguments
     """Launches a pass over pairs, unless they are empty. Most kernels are launched once for each pair of dtypes."""
     if not (tiles := sum(map(tiles_of, pairs.tuned.sizes))):
         return
-    device = pairs.tuned.present[0].device
     kinds = sorted({*zip(pairs.initial.codes or [-1] * len(pairs.tuned), pairs.tuned.codes, strict=True)})
-    table = addresses.of_pairs(pairs, pairs.groups, word_offsets, device)
+    table = addresses.of_pairs(pairs, pairs.groups, word_offsets, pairs.tuned.present[0].device)
     _launch(name, table, pairs, table, len(pairs.tuned), tiles, kinds, *arguments)
 
 

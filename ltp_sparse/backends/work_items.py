@@ -53,5 +53,4 @@ def _made(tiles: Tensor, words: Tensor) -> Tensor:
         places = torch.stack([first, last]) + before[start]
         groups = torch.searchsorted(before, places, right=True) - 1 - start
         groups[1] += 1
-    rows = torch.stack([tile, first, *torch.where(is_bitmap, groups, 0)], 1)
-    return rows.to(torch.int32)
+    return torch.stack([tile, first, *torch.where(is_bitmap, groups, 0)], 1).to(torch.int32)

@@ -116,9 +116,8 @@ def _register(op: str, returns: str) -> None:
     @torch.library.register_fake(f"ltp_sparse::{op}", lib=_library)
     def _(*arguments: Any) -> Any:
         record, _ = _record(op, arguments)
-        device = record.tiles.device
         lists = {what: getattr(record, name).present for name, what in _LISTS.items() if hasattr(record, name)}
-        _check_devices(op, device, **lists, **dict(tensors_of(record)))
+        _check_devices(op, record.tiles.device, **lists, **dict(tensors_of(record)))
         return record.tiles.new_empty(record.tiles.shape[:1], dtype=torch.float64) if returns == "Tensor" else None
 
 
@@ -172,8 +171,7 @@ def select_from(source: TensorSource, groups: list[int], ks: list[int]) -> Selec
     initial, tuned = source.initial, source.tuned
     checks.check_selection("topk_delta", initial, tuned, groups, ks)
     dtype, density = tuned[0].dtype if tuned else torch.float32, sum(ks) / max(1, sum(source.sizes))
-    backend = backends.resolve(source.device, "topk_delta", dtype, density)
-    return select_topk(backend, source, groups, ks)
+    return select_topk(backends.resolve(source.device, "topk_delta", dtype, density), source, groups, ks)
 
 
 def _check_devices(op: str, device: torch.device, **arguments: Sequence[Tensor] | Tensor) -> None:
@@ -458,8 +456,7 @@ def adamw_coefficients(
 
     rows = torch.zeros(step.numel(), Coefficient.COUNT, dtype=torch.float64, device=step.device)
     hyper = torch.stack([column(value) for value in (lr, *betas, eps, weight_decay, 1.0, pull)], 1)
-    keys = rounding_keys(seed, step, numbers)
-    write_coefficients(rows, hyper=hyper, apply=column(1.0), steps=step, keys=keys)
+    write_coefficients(rows, hyper=hyper, apply=column(1.0), steps=step, keys=rounding_keys(seed, step, numbers))
     return rows
 
 

@@ -134,8 +134,7 @@ class _Band:
 
     def per_group(self, per_tile: Tensor) -> Tensor:
         """int64 [G]: the sums of a count over the tiles of every group."""
-        sums = torch.zeros_like(self.wanted)
-        return self.ranks.sum(sums.index_add_(0, self.tile_group, per_tile))
+        return self.ranks.sum(torch.zeros_like(self.wanted).index_add_(0, self.tile_group, per_tile))
 
     def missing(self) -> Tensor:
         """int64 [G]: how many entries of its band each group still has to take.
@@ -305,8 +304,7 @@ def _decided_on_device(passes: Backend, source: Source, plan: SamplePlan) -> Sel
 def _by_samples(passes: Backend, source: Source, plan: SamplePlan) -> Selection | None:
     """The sampled route. None if the samples misled it."""
     low, high = sampled_bracket(passes, source, plan)
-    wanted = sent(source.device, plan.wanted)
-    band = _Band(passes, source, Layout(source.sizes), plan.groups, wanted, Ranks())
+    band = _Band(passes, source, Layout(source.sizes), plan.groups, sent(source.device, plan.wanted), Ranks())
     band.run(low, high)
     nonfinite, holds, stored, one_key = band.outcome()
     if nonfinite:

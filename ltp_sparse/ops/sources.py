@@ -180,8 +180,7 @@ class Reader:
         n, itemsize = tensor.numel(), tensor.dtype.itemsize
         if isinstance(tensor, CheckpointTensor):
             return cls(n, tensor.piece, torch.device("cpu"), False, tensor.release, itemsize)
-        read = partial(flat_piece, tensor)
-        return cls(n, read, tensor.device, not tensor.is_contiguous(), None, itemsize)
+        return cls(n, partial(flat_piece, tensor), tensor.device, not tensor.is_contiguous(), None, itemsize)
 
     def rounded(self, dtype: torch.dtype | None) -> Reader:
         """A reader of the same entries rounded to a dtype; None leaves them as they are."""
