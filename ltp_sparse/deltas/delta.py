@@ -170,9 +170,8 @@ class SparseDelta(OnHub):
                 stacklevel=2,
             )
         bare = bare_names(dense or ())
-        carrier = Ticket(ticket.sets, ticket.shapes, ticket.metadata, digests)
         return cls(
-            carrier,
+            Ticket(ticket.sets, ticket.shapes, ticket.metadata, digests),
             read_entries(after, ticket, names),
             read_entries(base, ticket, names) if originals else None,
             {bare[name]: whole(tensor).detach().cpu().clone() for name, tensor in (dense or {}).items()},
@@ -351,8 +350,7 @@ class SparseDelta(OnHub):
                     'pass dtype="cast" to convert it'
                 )
         if strict:
-            current = {name: parameters[name].detach() for name in names}
-            mine._check_base(current, stack, dtype, digests or {})
+            mine._check_base({name: parameters[name].detach() for name in names}, stack, dtype, digests or {})
         else:
             warnings.warn("SparseDelta.apply: strict=False, the base model is not compared", UserWarning, stacklevel=3)
         replaced = {tensors.called(name) or name: tensor for name, tensor in whole.items()}
@@ -425,9 +423,8 @@ class SparseDelta(OnHub):
             cast = tensor.dtype != self.values[name].dtype
             if cast and dtype == "same":
                 raise ValueError(
-                    f"SparseDelta.apply: {name!r} is {tensor.dtype} in the model, "
-                    f"{self.values[name].dtype} in the delta; "
-                    'pass dtype="cast" if it is the same base in another dtype'
+                    f"SparseDelta.apply: {name!r} is {tensor.dtype} in the model, {self.values[name].dtype} in the "
+                    'delta; pass dtype="cast" if it is the same base in another dtype'
                 )
             if cast and name not in self.originals:
                 raise ValueError(
@@ -657,8 +654,7 @@ def read_entries(tensors: Mapping[str, Readable], ticket: Ticket, names: Iterabl
         if is_sharded(tensors[name]):
             found[name] = gather_from_ranks(tensors[name], ticket.sets[name]).cpu()
         elif name not in held:
-            whole = read_piece(tensors[name], 0, tensors[name].numel())
-            found[name] = gather(whole, ticket.sets[name])
+            found[name] = gather(read_piece(tensors[name], 0, tensors[name].numel()), ticket.sets[name])
     return {name: found[name] for name in names}
 
 

@@ -36,8 +36,7 @@ class ClippedNorm:
         sums, arrived = self._scratch(backend, device)
         for launch in self._launches:
             for update, _ in launch.runs():
-                total = Total(first, self._tiles, max_norm, sums, arrived, grad_norm, clip)
-                ops.gradient_norm(update, total, backend)
+                ops.gradient_norm(update, Total(first, self._tiles, max_norm, sums, arrived, grad_norm, clip), backend)
                 first += len(update.tiles)
         return grad_norm
 

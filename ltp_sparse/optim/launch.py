@@ -581,9 +581,8 @@ def pieces_of(table: TileTable, most: int) -> Iterator[Piece]:
     while start < len(ends):
         slot, block = int(first_slots[start]), int(first_blocks[start])
         stop = max(start + 1, int(torch.searchsorted(ends, slot + most, right=True)))
-        last = stop == len(ends)
         slots = slice(slot, int(ends[stop - 1]))
-        blocks = slice(block, table.blocks if last else int(first_blocks[stop]))
+        blocks = slice(block, table.blocks if stop == len(ends) else int(first_blocks[stop]))
         tiles = table.tiles[start:stop].clone()
         tiles[:, Column.SLOT] -= slot
         tiles[:, Column.BLOCK] -= block

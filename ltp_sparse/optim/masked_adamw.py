@@ -547,8 +547,7 @@ class MaskedAdamW(Optimizer):
                 missing or impossible, such as a negative second moment. Nothing has changed then.
         """
         self._settle_parameters()
-        params = self._members()
-        saved, groups, gradients = self._checked(state_dict, params)
+        saved, groups, gradients = self._checked(state_dict, self._members())
         state, own_groups = self.state, self.param_groups
         states = [launch.state(i) for launch in self._launches for i in range(len(launch.params))]
         before = [(tensor, tensor.clone()) for own in states for tensor in own.values()]

@@ -163,8 +163,7 @@ class PackedGradient:
         self.settle()
         fresh = not (accumulate and self.present)
         if isinstance(grad, PackedTensor):
-            same = grad.index_set is self.index_set
-            values = grad.values_now() if same else gather(grad.dense(), self.index_set)
+            values = grad.values_now() if grad.index_set is self.index_set else gather(grad.dense(), self.index_set)
             self.buffer.copy_(values if fresh else self.buffer + values)
         elif grad.is_sparse and self.rows is not None:
             if fresh:
@@ -247,10 +246,9 @@ class PackedGradients:
         # other optimizers read the carriers at any time, so nothing can wait
         self._small = SmallGradients(params if carriers is None else (), self._buffer, whole)
         stand_ins: Sequence[nn.Parameter | None] = carriers or [None] * len(slots)
-        parts = zip(sets, slots, tables, stand_ins, strict=True)
         self.gradients = [
             PackedGradient(number, index_set, held, part, self._small, carrier)
-            for number, (index_set, held, part, carrier) in enumerate(parts)
+            for number, (index_set, held, part, carrier) in enumerate(zip(sets, slots, tables, stand_ins, strict=True))
         ]
         self._carried = carriers is not None
         self._shown: list[weakref.ref[Shown] | None] = [None] * len(slots)  # alive while somebody holds a view
@@ -269,8 +267,7 @@ class PackedGradients:
                     embeddings.append(module)
                     handles.append(module.register_forward_pre_hook(WeakHook(None, _CopiedSparse)))
                 self.gradients[numbers[weight]].rows = _Rows(sets[numbers[weight]], weight.shape[1], weight.device)
-        named = model.named_parameters(remove_duplicate=False)
-        ignored = [name for name, param in named if param in numbers]
+        ignored = [name for name, param in model.named_parameters(remove_duplicate=False) if param in numbers]
         setattr(model, _IGNORED, [*getattr(model, _IGNORED, []), *ignored])
         hook = WeakHook(self._before_forward, _CopiedHook, ignored, embeddings)
         handles.append(model.register_forward_pre_hook(hook))

@@ -130,8 +130,7 @@ def least_changed(before: Mapping[str, Readable], after: Mapping[str, Readable])
     """
 
     def score(name: str, start: int, stop: int) -> Tensor:
-        pieces = (read_piece(tensors[name], start, stop) for tensors in (before, after))
-        keys = delta_keys(*pieces)
+        keys = delta_keys(*(read_piece(tensors[name], start, stop) for tensors in (before, after)))
         return torch.where(keys > 0, _LARGEST_KEY - keys, 0).view(torch.float32)
 
     return score

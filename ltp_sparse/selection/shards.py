@@ -116,8 +116,7 @@ class TicketShard:
                 continue
             part = self.local.sets[name].bitmap() if name in self._gives else None
             sets[name] = assembled(self._team, part, shard)
-        shapes = {name: shard.shape for name, shard in self.shards.items()}
-        return Ticket(sets, shapes, self.metadata, self.fingerprint)
+        return Ticket(sets, {name: shard.shape for name, shard in self.shards.items()}, self.metadata, self.fingerprint)
 
 
 def assembled(team: Team, words: Tensor | None, shard: Shard) -> IndexSet:

@@ -97,8 +97,7 @@ def check_dtypes(names: Iterable[str], *sides: Mapping[str, Readable], what: str
                     "call select_sharded, or pass its full_tensor()"
                 )
             if tensor.dtype not in DTYPES:
-                of_file = isinstance(tensor, CheckpointTensor)
-                raise (ValueError if of_file else TypeError)(
+                raise (ValueError if isinstance(tensor, CheckpointTensor) else TypeError)(
                     f"{what}: {name!r} must be {DTYPE_NAMES}, got "
                     f"{getattr(tensor, 'stored', tensor.dtype)}; convert it, or leave it out with pool="
                 )

@@ -206,9 +206,8 @@ class Follower:
 
 def _check_cover(parts: Sequence[Part], ticket: Ticket) -> None:
     """Raises FileFormatError unless the parts have every slot exactly once."""
-    ranges = sorted((one for part in parts for one in part.ranges), key=lambda one: (one.name, one.first))
     at = dict.fromkeys(ticket.active_names, 0)
-    for one in ranges:
+    for one in sorted((one for part in parts for one in part.ranges), key=lambda one: (one.name, one.first)):
         if one.first != at[one.name]:
             raise FileFormatError(parts[0].name, f"slots of {one.name!r} are missing or come twice at {at[one.name]}")
         at[one.name] += one.k

@@ -191,16 +191,14 @@ class Publisher:
             for name in records.outdated(self._store.names(), self._keep):
                 self._store.remove(name)
         _, changes, anchors = written[self._rank]
-        nbytes = sum(part.nbytes for part in (*changes, *anchors))
-        return Version(number, base, nbytes, self._active, slots, earlier)
+        return Version(number, base, sum(part.nbytes for part in (*changes, *anchors)), self._active, slots, earlier)
 
     def _check(self, number: int) -> None:
         newest = max(records.versions(self._store.names()), default=None) if self._rank == 0 else self.version
         if newest != self.version:
             raise ValueError(
-                f"Publisher: the newest version in {self._store!r} is {newest}, but this publisher's is "
-                f"{self.version}: another one has written to the store, or the last call was interrupted; make "
-                "a new Publisher"
+                f"Publisher: the newest version in {self._store!r} is {newest}, but this publisher's is {self.version}"
+                ": another one has written to the store, or the last call was interrupted; make a new Publisher"
             )
         if not 0 <= number < 10**12 or (newest is not None and number <= newest):
             raise ValueError(

@@ -46,6 +46,5 @@ def tiles_in_order(sizes: Sequence[int], word_offsets: Sequence[int]) -> tuple[T
     counts = torch.tensor(list(map(tiles_of, sizes)), dtype=torch.int64, device="cpu")
     words = torch.tensor(word_offsets, dtype=torch.int64, device="cpu")
     tensors = torch.repeat_interleave(counts)
-    first_tiles = counts.cumsum(0) - counts
-    numbers = torch.arange(len(tensors), dtype=torch.int64, device="cpu") - first_tiles[tensors]
+    numbers = torch.arange(len(tensors), dtype=torch.int64, device="cpu") - (counts.cumsum(0) - counts)[tensors]
     return tensors, words[tensors] + WORDS_PER_TILE * numbers

@@ -122,8 +122,7 @@ def random_sets(
     elif per_parameter is not None:
         bitmaps = [_exactly([n], per_parameter[name], random)[0] for name, n in sizes.items()]
     else:
-        wanted = entries_for(sum(sizes.values()), density=density, k=k)
-        bitmaps = _exactly(list(sizes.values()), wanted, random)
+        bitmaps = _exactly(list(sizes.values()), entries_for(sum(sizes.values()), density=density, k=k), random)
     return {
         name: IndexSet.from_bitmap(words, sizes[name]).compact() for name, words in zip(sizes, bitmaps, strict=True)
     }

@@ -286,8 +286,7 @@ class Ticket(OnHub):
 
     def digest(self) -> str:
         """A hash of the active entries and shapes, independent of the encoding."""
-        content = {name: [list(self.shapes[name]), s.digest()] for name, s in self.sets.items() if s.k}
-        return files.checksum_of(content)
+        return files.checksum_of({name: [list(self.shapes[name]), s.digest()] for name, s in self.sets.items() if s.k})
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Ticket) and self.digest() == other.digest()

@@ -144,8 +144,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Named[CheckpointTensor]:
     }
     tensors = {name: CheckpointTensor(file, name) for name, file in members.items()}
     try:
-        floating = [name for name, tensor in tensors.items() if is_floating(tensor)]
-        bare = bare_names([*tensors, *ties], floating)
+        bare = bare_names([*tensors, *ties], [name for name, tensor in tensors.items() if is_floating(tensor)])
     except ValueError as error:
         raise FileFormatError(path, str(error)) from error
     return canonical_group([*((n, t) for n, t in tensors.items()), *((o, tensors[s]) for o, s in ties.items())], bare)

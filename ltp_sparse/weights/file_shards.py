@@ -109,8 +109,7 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
         except files.WrongKind as error:
             if error.found != _shard_of(kind):
                 raise
-            problem = f"is one of several shards of a {kind}; pass their folder or index"
-            raise FileFormatError(found, problem) from error
+            raise FileFormatError(found, f"is one of several shards of a {kind}; pass their folder or index") from error
     weight_map, metadata, checksums = _read_index(found, kind)
     with _threads(len(checksums)) as pool:
         shards = dict(zip(checksums, pool.map(lambda name: _read_shard(found, name, kind), checksums), strict=True))

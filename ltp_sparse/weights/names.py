@@ -258,8 +258,7 @@ def canonical_tensors(source: nn.Module | Mapping[str, Any]) -> Named[Any]:
     """
     if isinstance(source, nn.Module):
         named = canonical_parameters(source)
-        detached = {name: parameter.detach() for name, parameter in named.items()}
-        return Named(detached, named.aliases, named.buffers)
+        return Named({name: parameter.detach() for name, parameter in named.items()}, named.aliases, named.buffers)
     if isinstance(source, Named):
         return source
     if not isinstance(source, Mapping):

@@ -116,8 +116,7 @@ class Cut:
             (bool [m], whether each entry is in the block; int64, the row-major indices in the block of those that are)
         """
         inside, places = torch.ones_like(indices, dtype=torch.bool), torch.zeros_like(indices)
-        coordinates = torch.unravel_index(indices, self.shape)
-        for coordinate, (start, stop) in zip(coordinates, self.block, strict=True):
+        for coordinate, (start, stop) in zip(torch.unravel_index(indices, self.shape), self.block, strict=True):
             inside &= (start <= coordinate) & (coordinate < stop)
             places = places * (stop - start) + coordinate - start
         return inside, places[inside]
