@@ -71,6 +71,19 @@ _PREPARED_AT_ONCE = 128
 
 
 @triton.jit
+def read_tile(tile_ptr):
+    """The columns of a row from START to ENCODING; LENGTH and ACTIVE in 32 bits."""
+    return (
+        tl.load(tile_ptr + _START),
+        tl.load(tile_ptr + _LENGTH).to(tl.int32),
+        tl.load(tile_ptr + _ACTIVE).to(tl.int32),
+        tl.load(tile_ptr + _SLOT),
+        tl.load(tile_ptr + _INDEX),
+        tl.load(tile_ptr + _ENCODING),
+    )
+
+
+@triton.jit
 def _power(base, exponent):
     """base ** exponent in float64, by squaring, for an int64 exponent below 2^53."""
     power = tl.full(base.shape, 1.0, tl.float64)
@@ -314,12 +327,7 @@ def _masked_adamw_kernel(
     if (grad_address == 0) | (tl.load(number_ptr + _APPLIES) == 0):
         return
     coefficients = _coefficients(prepared_ptr, coefficient_ptr + param * _COEFFICIENTS, clip_ptr, HAS_CLIP)
-    start = tl.load(tile_ptr + _START)
-    length = tl.load(tile_ptr + _LENGTH).to(tl.int32)
-    active = tl.load(tile_ptr + _ACTIVE).to(tl.int32)
-    slot = tl.load(tile_ptr + _SLOT)
-    index = tl.load(tile_ptr + _INDEX)
-    encoding = tl.load(tile_ptr + _ENCODING)
+    start, length, active, slot, index, encoding = read_tile(tile_ptr)
     param_address += PARAM_SIZE * start
     grad_address += GRAD_SIZE * (slot if PACKED else start)
     key = tile_key(tl.load(number_ptr + _ROUNDING_KEY), start) if STOCHASTIC or CODED else 0
@@ -460,12 +468,7 @@ def _masked_sum_squares_kernel(
     value_ptr = prepared_ptr.to(tl.pointer_type(tl.float32), bitcast=True)
     grad_factor = tl.load(value_ptr)
     pull = tl.load(value_ptr + 8)
-    start = tl.load(tile_ptr + _START)
-    length = tl.load(tile_ptr + _LENGTH).to(tl.int32)
-    active = tl.load(tile_ptr + _ACTIVE).to(tl.int32)
-    slot = tl.load(tile_ptr + _SLOT)
-    index = tl.load(tile_ptr + _INDEX)
-    encoding = tl.load(tile_ptr + _ENCODING)
+    start, length, active, slot, index, encoding = read_tile(tile_ptr)
     anchor_ptr += slot
     master_ptr += slot
     param_ptr = (param_address + PARAM_SIZE * start).to(tl.pointer_type(PARAM))
@@ -512,12 +515,9 @@ def _masked_pack_kernel(
     grad_address = single_address if SINGLE else tl.load(address_ptr + tl.load(tile_ptr + _PARAM))
     if grad_address == 0:
         return
-    length = tl.load(tile_ptr + _LENGTH).to(tl.int32)
-    active = tl.load(tile_ptr + _ACTIVE).to(tl.int32)
-    index = tl.load(tile_ptr + _INDEX)
-    encoding = tl.load(tile_ptr + _ENCODING)
-    out_ptr += tl.load(tile_ptr + _SLOT)
-    grad_ptr = (grad_address + GRAD_SIZE * tl.load(tile_ptr + _START)).to(tl.pointer_type(GRAD))
+    start, length, active, slot, index, encoding = read_tile(tile_ptr)
+    out_ptr += slot
+    grad_ptr = (grad_address + GRAD_SIZE * start).to(tl.pointer_type(GRAD))
     first = part * BLOCK
     if encoding == _BITMAP:
         while first < length:

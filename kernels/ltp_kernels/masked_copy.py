@@ -15,20 +15,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .masked_adamw import (
-    _ACTIVE,
     _BITMAP,
-    _ENCODING,
-    _INDEX,
-    _LENGTH,
     _LIST16,
     _PARAM,
     _PARTS,
-    _SLOT,
-    _START,
     _TILE_COLUMNS,
     _bitmap_block,
     _list_block,
     launch_per_tile,
+    read_tile,
 )
 
 ITEMS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -54,13 +49,9 @@ def _masked_copy_kernel(
     SIZE: tl.constexpr = slot_ptr.dtype.element_ty.primitive_bitwidth // 8
     part = tl.program_id(0) % _PARTS
     tile_ptr += (tl.program_id(0) // _PARTS).to(tl.int64) * _TILE_COLUMNS
-    length = tl.load(tile_ptr + _LENGTH).to(tl.int32)
-    active = tl.load(tile_ptr + _ACTIVE).to(tl.int32)
-    index = tl.load(tile_ptr + _INDEX)
-    encoding = tl.load(tile_ptr + _ENCODING)
-    slot_ptr += tl.load(tile_ptr + _SLOT)
-    address = tl.load(address_ptr + tl.load(tile_ptr + _PARAM)) + SIZE * tl.load(tile_ptr + _START)
-    item_ptr = address.to(slot_ptr.dtype)
+    start, length, active, slot, index, encoding = read_tile(tile_ptr)
+    slot_ptr += slot
+    item_ptr = (tl.load(address_ptr + tl.load(tile_ptr + _PARAM)) + SIZE * start).to(slot_ptr.dtype)
     first = part * BLOCK
     if encoding == _BITMAP:
         while first < length:
