@@ -20,9 +20,10 @@ void run(int64_t threads, Run run_on) {
     run_on(threads);
 }
 
-ltp::HostPairs pairs_of(const Record& record, std::vector<int64_t> groups) {
-    return {record.addresses("initial"), record.addresses("tuned"), record.dtypes("initial"),
-            record.dtypes("tuned"),      record.sizes("tuned"),     std::move(groups)};
+ltp::HostPairs pairs_of(const Record& record) {
+    return {record.addresses("initial"),   record.addresses("tuned"), record.dtypes("initial"),
+            record.dtypes("tuned"),        record.sizes("tuned"),     record.numbers("groups"),
+            record.numbers("word_offsets")};
 }
 
 void masked_adamw_(py::handle update, int64_t threads) {
@@ -65,26 +66,15 @@ void masked_copy(py::handle entries, int64_t threads) {
     run(threads, [&](int64_t n) { ltp::masked_copy(arguments, slots, item_bytes, HOW, n); });
 }
 
-void delta_histogram(py::handle histogram, int64_t threads) {
-    const Record record(histogram);
-    const ltp::HostPairs pairs = pairs_of(record, record.numbers("groups"));
-    const ltp::Histogram arguments(record);
-    run(threads, [&](int64_t n) { ltp::delta_histogram(pairs, arguments, n); });
-}
-
-void sample_keys(py::handle sample, int64_t threads) {
-    const Record record(sample);
-    const ltp::HostPairs pairs = pairs_of(record, {});
-    const ltp::Sample arguments(record);
-    run(threads, [&](int64_t n) { ltp::sample_keys(pairs, arguments, n); });
-}
-
-void delta_band(py::handle band, int64_t threads) {
-    const Record record(band);
-    const ltp::HostPairs pairs = pairs_of(record, record.numbers("groups"));
-    const std::vector<int64_t> word_offsets = record.numbers("word_offsets");
-    const ltp::Band arguments(record);
-    run(threads, [&](int64_t n) { ltp::delta_band(pairs, word_offsets, arguments, n); });
+// A pass over pairs of tensors.
+template <class Arguments>
+auto over_pairs(void (*pass)(const ltp::HostPairs&, const Arguments&, int64_t)) {
+    return [=](py::handle tensors, int64_t threads) {
+        const Record record(tensors);
+        const ltp::HostPairs pairs = pairs_of(record);
+        const Arguments arguments(record);
+        run(threads, [&](int64_t n) { pass(pairs, arguments, n); });
+    };
 }
 
 // A pass over the stored candidates. per_group: a field with an item for each group.
@@ -125,9 +115,9 @@ PYBIND11_MODULE(_C, module) {
     module.def(
         "list_positions", list_positions, arg("words"), arg("positions"),
         "Writes the positions of the set bits of a bitmap, ascending; the bits must be as many as the positions.");
-    module.def("delta_histogram", delta_histogram, arg("histogram"), arg("threads"));
-    module.def("sample_keys", sample_keys, arg("sample"), arg("threads"));
-    module.def("delta_band", delta_band, arg("band"), arg("threads"));
+    module.def("delta_histogram", over_pairs(ltp::delta_histogram), arg("histogram"), arg("threads"));
+    module.def("sample_keys", over_pairs(ltp::sample_keys), arg("sample"), arg("threads"));
+    module.def("delta_band", over_pairs(ltp::delta_band), arg("band"), arg("threads"));
     module.def("candidate_histogram", over_candidates(ltp::candidate_histogram, "low"), arg("candidates"),
                arg("threads"));
     module.def("take_above", over_candidates(ltp::take_above, "cut"), arg("candidates"), arg("threads"));

@@ -30,7 +30,10 @@ class Record {
 
     double real(const char* name) const { return field(name).cast<double>(); }
 
-    std::vector<int64_t> numbers(const char* name) const { return field(name).cast<std::vector<int64_t>>(); }
+    // A list of numbers; empty if the record has no such field.
+    std::vector<int64_t> numbers(const char* name) const {
+        return pybind11::getattr(record_, name, pybind11::list()).cast<std::vector<int64_t>>();
+    }
 
     // The address of a tensor; null if it has no entries or is None.
     template <class T>

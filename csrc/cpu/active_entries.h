@@ -145,10 +145,6 @@ class Walk {
         for (int64_t i = 0; i < count; ++i) to[i] = to_float32(from[i]);
     }
 
-    static void round_all(const float* values, int64_t count, Param* to) {
-        for (int64_t i = 0; i < count; ++i) round_to(values[i], to[i]);
-    }
-
     // Rounds the values of a piece; position(i) is the position of the i-th value in the tile.
     template <class Position>
     static void round_piece(const AdamWTile& tile, const float* values, int64_t count, Position position, Param* to) {
@@ -160,7 +156,7 @@ class Walk {
                 return;
             }
         }
-        round_all(values, count, to);
+        for (int64_t i = 0; i < count; ++i) round_to(values[i], to[i]);
     }
 
     template <Access ACCESS, class Body>

@@ -209,7 +209,7 @@ void sample_keys(const HostPairs& pairs, const Sample& sample, int64_t threads) 
     });
 }
 
-void delta_band(const HostPairs& pairs, const std::vector<int64_t>& word_offsets, const Band& band, int64_t threads) {
+void delta_band(const HostPairs& pairs, const Band& band, int64_t threads) {
     for (int64_t g = 0; g < band.n_groups; ++g) {
         require(1 <= band.low[g] && band.low[g] <= band.high[g], "delta_band: expected 1 <= low <= high, got " +
                                                                      std::to_string(band.low[g]) + " and " +
@@ -223,7 +223,7 @@ void delta_band(const HostPairs& pairs, const std::vector<int64_t>& word_offsets
         uint64_t inside[kTile / 64];
         tiles.for_each(worker, [&](int64_t t, int64_t pair, int64_t start, const DeltaTile& tile) {
             const int64_t group = pairs.groups[pair];
-            int32_t* words = band.words + word_offsets[pair] + start / 32;
+            int32_t* words = band.words + pairs.word_offsets[pair] + start / 32;
             const BandCounts counts =
                 kernel.band(tile, key_below(band.low[group]), key_below(band.high[group]), words, inside);
             band.above[t] = counts.above;

@@ -16,15 +16,15 @@ struct HostPairs {
     std::vector<int> initial_dtypes, tuned_dtypes;  // codes of Dtype
     std::vector<int64_t> sizes;                     // entries
     std::vector<int64_t> groups;                    // budget groups; empty for samples
+    std::vector<int64_t> word_offsets;              // for the band pass, the first of the 2 * ceil(n / 64) words
 };
 
 void delta_histogram(const HostPairs& pairs, const Histogram& histogram, int64_t threads);
 
 void sample_keys(const HostPairs& pairs, const Sample& sample, int64_t threads);
 
-// word_offsets: per pair, the first of its 2 * ceil(n / 64) words. Writes every out field; a key that is NaN or inf
-// counts as >= high.
-void delta_band(const HostPairs& pairs, const std::vector<int64_t>& word_offsets, const Band& band, int64_t threads);
+// Writes every out field; a key that is NaN or inf counts as >= high.
+void delta_band(const HostPairs& pairs, const Band& band, int64_t threads);
 
 // These three throw std::invalid_argument for a tile that leads outside the memory of the call. The bins are unchanged
 // then, and bits have been set for all other tiles.
