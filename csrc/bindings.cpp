@@ -51,7 +51,7 @@ void masked_sum_squares(py::handle norm, py::handle out, int64_t threads) {
 
 void masked_pack_(py::handle pack, int64_t threads) {
     const Record record(pack);
-    ltp::HostUpdate arguments = ltp::host_pack(record);
+    ltp::HostUpdate arguments = ltp::host_tensors(record, "grads", ltp::read_tiles<Record>);
     float* const out = ltp::read_slots<float>(record, "out", arguments.room);
     const bool accumulate = record.flag("accumulate");
     run(threads, [&](int64_t n) { ltp::masked_pack_(arguments, out, accumulate, n); });
@@ -60,7 +60,7 @@ void masked_pack_(py::handle pack, int64_t threads) {
 template <ltp::Copy HOW>
 void masked_copy(py::handle entries, int64_t threads) {
     const Record record(entries);
-    ltp::HostUpdate arguments = ltp::host_entries(record);
+    ltp::HostUpdate arguments = ltp::host_tensors(record, "tensors", ltp::read_index<Record>);
     void* const slots = ltp::read_slots<void>(record, "slots", arguments.room);
     const int64_t item_bytes = record.item_bytes("slots");
     run(threads, [&](int64_t n) { ltp::masked_copy(arguments, slots, item_bytes, HOW, n); });

@@ -27,9 +27,6 @@ bool runs_avx512() {
            __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
            __builtin_cpu_supports("avx512vpopcntdq");
 }
-#else
-constexpr bool runs_avx2() { return false; }
-constexpr bool runs_avx512() { return false; }
 #endif
 
 const Kernels* newest() {

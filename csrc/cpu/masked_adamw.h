@@ -19,23 +19,14 @@ struct HostUpdate : Update {
     std::vector<int64_t> sizes;     // P times numel
 };
 
+// The listed tensors take the place of the gradients. read: read_tiles, or read_index for tensors of any one dtype
 template <class Record>
-HostUpdate host_pack(const Record& record) {
+HostUpdate host_tensors(const Record& record, const char* name, void (*read)(const Record&, int64_t, Update&)) {
     HostUpdate update = {};
-    update.grads = record.addresses("grads");
-    update.sizes = record.sizes("grads");
-    read_tiles(record, int64_t(update.grads.size()), update);
+    update.grads = record.addresses(name);
+    update.sizes = record.sizes(name);
+    read(record, int64_t(update.grads.size()), update);
     return update;
-}
-
-// Tensors of any one dtype take the place of the gradients.
-template <class Record>
-HostUpdate host_entries(const Record& record) {
-    HostUpdate entries = {};
-    entries.grads = record.addresses("tensors");
-    entries.sizes = record.sizes("tensors");
-    read_index(record, int64_t(entries.grads.size()), entries);
-    return entries;
 }
 
 // read: read_norm or read_update

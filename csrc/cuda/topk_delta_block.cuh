@@ -90,12 +90,9 @@ struct PairTile {
     }
 
     LTP_HD int32_t key(int entry) const {
-        const float after = load_float32(tuned + entry);
-        if constexpr (kHasInitial) {
-            return delta_key(after - load_float32(initial + entry));
-        } else {
-            return delta_key(after);
-        }
+        float delta = load_float32(tuned + entry);
+        if constexpr (kHasInitial) delta -= load_float32(initial + entry);
+        return delta_key(delta);
     }
 
     // The keys of kVector entries from `entry` on, a multiple of kVector; 0 beyond the end. With WHOLE, none is beyond
