@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
+
 TILE = 65_536
 
 _BLOCK = tl.constexpr(1024)  # bytes
@@ -142,5 +144,4 @@ def tile_digests(tensors: Sequence[Tensor], out: Tensor) -> None:
     if not rows:
         return
     table = torch.tensor(rows, dtype=torch.int64, device="cpu").to(out.device, non_blocking=True)
-    with torch.cuda.device_of(out):
-        _tile_digests_kernel[(len(rows),)](table, _words(out.device), out, BLOCKS=_BLOCKS, num_warps=_NUM_WARPS)
+    launch(_tile_digests_kernel, len(rows), out, table, _words(out.device), out, BLOCKS=_BLOCKS, num_warps=_NUM_WARPS)

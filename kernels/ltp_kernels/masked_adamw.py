@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .bits import bit_of_rank, popcount
+from .launch import launch
 from .precision import (
     TYPES,
     block_scale,
@@ -559,48 +560,46 @@ def prepared_of(norm: Any, addresses: Tensor) -> Tensor:
 
 
 def _prepare(coefficients: Tensor, prepared: Tensor, addresses: Tensor, step: Any) -> None:
-    if not len(prepared):
-        return
     nothing = coefficients.new_empty(0)
     tensors = [nothing] * 8
     if step is not None:
         tensors = [step.hyper, step.group, step.numbers, step.has_grad, step.steps]
         scalars = (step.found_inf, step.grad_scale, step.pull_factor)
         tensors += [nothing if scalar is None else scalar for scalar in scalars]
-    with torch.cuda.device_of(coefficients):
-        _prepare_kernel[(triton.cdiv(len(prepared), _PREPARED_AT_ONCE),)](
-            addresses,
-            coefficients,
-            prepared,
-            len(prepared),
-            *tensors,
-            0 if step is None else step.seed,
-            IS_STEP=step is not None,
-            COUNTS=step is not None and step.counts,
-            HAS_FOUND_INF=step is not None and step.found_inf is not None,
-            HAS_GRAD_SCALE=step is not None and step.grad_scale is not None,
-            HAS_PULL_FACTOR=step is not None and step.pull_factor is not None,
-            BLOCK=_PREPARED_AT_ONCE,
-            num_warps=_PREPARED_AT_ONCE // 32,
-            enable_fp_fusion=False,
-        )
+    launch(
+        _prepare_kernel,
+        triton.cdiv(len(prepared), _PREPARED_AT_ONCE),
+        coefficients,
+        addresses,
+        coefficients,
+        prepared,
+        len(prepared),
+        *tensors,
+        0 if step is None else step.seed,
+        IS_STEP=step is not None,
+        COUNTS=step is not None and step.counts,
+        HAS_FOUND_INF=step is not None and step.found_inf is not None,
+        HAS_GRAD_SCALE=step is not None and step.grad_scale is not None,
+        HAS_PULL_FACTOR=step is not None and step.pull_factor is not None,
+        BLOCK=_PREPARED_AT_ONCE,
+        num_warps=_PREPARED_AT_ONCE // 32,
+    )
 
 
 def launch_per_tile(kernel: Any, table: Any, **arguments: Any) -> None:
     """Launches `_PARTS` programs for each tile. A table with a bitmap needs its directory (`TileTable.with_ranks`)."""
-    if not len(table.tiles):
-        return
-    with torch.cuda.device_of(table.tiles):
-        kernel[(len(table.tiles) * _PARTS.value,)](
-            tile_ptr=table.tiles,
-            group_ptr=table.words.view(torch.int64),
-            rank_ptr=table.ranks,
-            position_ptr=table.positions,
-            **arguments,
-            BLOCK=_BLOCK,
-            num_warps=_NUM_WARPS,
-            enable_fp_fusion=False,
-        )
+    launch(
+        kernel,
+        len(table.tiles) * _PARTS.value,
+        table.tiles,
+        tile_ptr=table.tiles,
+        group_ptr=table.words.view(torch.int64),
+        rank_ptr=table.ranks,
+        position_ptr=table.positions,
+        **arguments,
+        BLOCK=_BLOCK,
+        num_warps=_NUM_WARPS,
+    )
 
 
 def _of_entries(norm: Any) -> dict[str, Any]:

@@ -47,12 +47,11 @@ def _masked_copy_kernel(
 ):  # fmt: skip
     """`_PARTS` programs per tile. READS: slots take the entries; WRITES: entries take the slots."""
     SIZE: tl.constexpr = slot_ptr.dtype.element_ty.primitive_bitwidth // 8
-    part = tl.program_id(0) % _PARTS
     tile_ptr += (tl.program_id(0) // _PARTS).to(tl.int64) * _TILE_COLUMNS
     start, length, active, slot, index, encoding = read_tile(tile_ptr)
     slot_ptr += slot
     item_ptr = (tl.load(address_ptr + tl.load(tile_ptr + _PARAM)) + SIZE * start).to(slot_ptr.dtype)
-    first = part * BLOCK
+    first = tl.program_id(0) % _PARTS * BLOCK
     if encoding == _BITMAP:
         while first < length:
             rank, mask = _bitmap_block(

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .bits import bit_of_rank, popcount
 from .digests import tile_digests
+from .launch import launch
 from .precision import TYPES
 
 TILE = 65_536
@@ -123,19 +124,16 @@ def sample_keys(sample: Any) -> None:
     table = torch.tensor(rows, dtype=torch.int64, device="cpu").to(keys.device, non_blocking=True)
 
     for (initial_dtype, tuned_dtype), kind in kinds.items():
-        with torch.cuda.device_of(keys):
-            _sample_keys_kernel[(triton.cdiv(len(runs), _RUNS.value),)](
-                table,
-                kind,
-                tensors,
-                runs,
-                len(runs),
-                keys,
-                INITIAL=TYPES.get(initial_dtype),
-                TUNED=TYPES[tuned_dtype],
-                num_warps=_SAMPLE_WARPS,
-                enable_fp_fusion=False,
-            )
+        arguments = table, kind, tensors, runs, len(runs), keys
+        launch(
+            _sample_keys_kernel,
+            triton.cdiv(len(runs), _RUNS.value),
+            keys,
+            *arguments,
+            INITIAL=TYPES.get(initial_dtype),
+            TUNED=TYPES[tuned_dtype],
+            num_warps=_SAMPLE_WARPS,
+        )
 
 
 @triton.jit
@@ -273,45 +271,35 @@ def delta_band(band: Any) -> None:
 
     for (initial_dtype, tuned_dtype, aligned), tensors in kinds.items():
         rows = _tile_rows(tensors, initial_dtype, tuned_dtype).to(words.device, non_blocking=True)
-        if not len(rows):
-            continue
         programs = min(len(rows), _resident_programs(words.device))
-        with torch.cuda.device_of(words):
-            _delta_band_kernel[(programs,)](
-                rows,
-                len(rows),
-                band.low,
-                band.high,
-                words,
-                band.above,
-                band.inside,
-                band.take,
-                keys,
-                band.positions,
-                keys.numel(),
-                band.offsets,
-                band.cursor,
-                band.nonfinite,
-                torch.empty(programs, _WORDS.value, dtype=torch.int32, device=words.device),
-                torch.empty(programs, _WORDS.value, dtype=torch.int16, device=words.device),
-                INITIAL=TYPES.get(initial_dtype),
-                TUNED=TYPES[tuned_dtype],
-                ALIGNED=aligned,
-                HAS_TAKE=band.take is not None,
-                ROWS=_ROWS,
-                num_warps=_NUM_WARPS,
-                enable_fp_fusion=False,
-            )
+        marks = band.low, band.high, words, band.above, band.inside, band.take
+        candidates = keys, band.positions, keys.numel(), band.offsets, band.cursor, band.nonfinite
+        launch(
+            _delta_band_kernel,
+            programs,
+            words,
+            rows,
+            len(rows),
+            *marks,
+            *candidates,
+            torch.empty(programs, _WORDS.value, dtype=torch.int32, device=words.device),
+            torch.empty(programs, _WORDS.value, dtype=torch.int16, device=words.device),
+            INITIAL=TYPES.get(initial_dtype),
+            TUNED=TYPES[tuned_dtype],
+            ALIGNED=aligned,
+            HAS_TAKE=band.take is not None,
+            ROWS=_ROWS,
+            num_warps=_NUM_WARPS,
+        )
 
 
 def _tile_rows(tensors: list[list[int]], initial_dtype: torch.dtype | None, tuned_dtype: torch.dtype) -> Tensor:
     """int64 [T, 6]: a row for each tile, from `tensors`, which has the same columns for whole tensors."""
     whole = torch.tensor(tensors, dtype=torch.int64, device="cpu")
     counts = (whole[:, _LENGTH.value] + TILE - 1) // TILE
-    rows = whole.repeat_interleave(counts, 0)
-    number = torch.arange(len(rows), dtype=torch.int64, device="cpu") - (counts.cumsum(0) - counts).repeat_interleave(
-        counts
-    )
+    tensor = torch.repeat_interleave(counts)
+    rows = whole[tensor]
+    number = torch.arange(len(rows), dtype=torch.int64, device="cpu") - (counts.cumsum(0) - counts)[tensor]
     initial, tuned, word, length, _, tile = rows.unbind(1)
     if initial_dtype is not None:
         initial += number * TILE * initial_dtype.itemsize
@@ -345,9 +333,7 @@ def _set_bits(tile_words_ptr, position_ptr, place, mask):
 
 
 def _launch_per_tile(kernel: Any, offsets: Tensor, *arguments: Tensor | int) -> None:
-    if len(offsets):
-        with torch.cuda.device_of(offsets):
-            kernel[(len(offsets),)](*arguments, num_warps=_CANDIDATE_WARPS, enable_fp_fusion=False)
+    launch(kernel, len(offsets), offsets, *arguments, num_warps=_CANDIDATE_WARPS)
 
 
 @triton.jit(do_not_specialize=["bins"], do_not_specialize_on_alignment=_READ_SINGLY)
