@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -82,11 +82,17 @@ def same_places(known: list[Entries], tensors: Mapping[str, Tensor]) -> bool:
     return places == {name: (tensor.device, tensor.dtype) for name, tensor in tensors.items()}
 
 
+def gathered(places: Iterable[Entries], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name -> [k] values of all of these entries, in slot order, on the device of the tensor."""
+    found: dict[str, Tensor] = {}
+    for entries in places:
+        found |= entries.split(entries.gather(tensors))
+    return found
+
+
 def gather_all(tensors: Mapping[str, Tensor], sets: Mapping[str, IndexSet]) -> dict[str, Tensor]:
     """Name -> [k] values of the active entries, in slot order, on the device of the tensor."""
-    found: dict[str, Tensor] = {}
-    for entries in entries_of(tensors, sets):
-        found |= entries.split(entries.gather(tensors))
+    found = gathered(entries_of(tensors, sets), tensors)
     return {name: found[name] for name in tensors}
 
 

@@ -204,7 +204,7 @@ def _decoded(diff: Any, where: Place) -> tuple[Tensor, Tensor, Size]:
     size = Size(_integers(diff["size"], where).tolist())
     if any(n < 0 for n in size) or (total := math.prod(size)) >= 2**63:  # numel() would wrap around
         raise where.error(f"cannot have the shape {list(size)}")
-    steps, deltas = _integers(diff["index_steps"], where), _floats(diff["values"], where)
+    steps, deltas = _integers(diff["index_steps"], where), _flat(diff["values"], np.float32, where).float()
     if steps.numel() != deltas.numel():
         raise where.error(f"{steps.numel():,} indices and {deltas.numel():,} values; the numbers must be equal")
     columns = steps.cumsum(0)
@@ -219,25 +219,20 @@ def _decoded(diff: Any, where: Place) -> tuple[Tensor, Tensor, Size]:
     return indices[order], deltas[order], size
 
 
-def _integers(numbers: Any, where: Place) -> Tensor:
-    """int64 [k] from a list (LT-SFT's, whose first item is a numpy number), an array or a tensor."""
+def _flat(numbers: Any, dtype: Any, where: Place) -> Tensor:
+    """[k] from a tensor, an array, or a list (LT-SFT's, whose first item is a numpy number), which becomes `dtype`."""
     if isinstance(numbers, Tensor):
-        found = _tensor(numbers, where).reshape(-1)
-        whole = not found.is_floating_point() and not found.is_complex() and found.dtype != torch.bool
-    else:
-        array = numbers.values if isinstance(numbers, _Array) else _listed(numbers, np.int64, where)
-        whole, found = array.dtype.kind in "iu", torch.from_numpy(array.astype(np.int64))
-    if not whole:
+        return _tensor(numbers, where).reshape(-1)
+    array = numbers.values if isinstance(numbers, _Array) else _listed(numbers, dtype, where)
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+
+
+def _integers(numbers: Any, where: Place) -> Tensor:
+    """int64 [k]"""
+    found = _flat(numbers, np.int64, where)
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
         raise where.error(f"expected whole numbers, got {type(numbers).__name__}")
     return found.to(torch.int64)
-
-
-def _floats(numbers: Any, where: Place) -> Tensor:
-    """float32 [k] from a tensor, an array or a list."""
-    if isinstance(numbers, Tensor):
-        return _tensor(numbers, where).reshape(-1).float()
-    array = numbers.values if isinstance(numbers, _Array) else _listed(numbers, np.float32, where)
-    return torch.from_numpy(array.astype(np.float32))
 
 
 def _listed(numbers: Any, dtype: Any, where: Place) -> np.ndarray:

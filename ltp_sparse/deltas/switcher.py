@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ltp_sparse.deltas.delta import Fitted, SparseDelta, applied_deltas
-from ltp_sparse.deltas.entries import Entries, entries_of, gather, gather_all
+from ltp_sparse.deltas.entries import Entries, entries_of, gather, gather_all, gathered
 from ltp_sparse.deltas.restoring import restoring
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.weights.digests import fingerprint
@@ -232,10 +232,7 @@ class TicketSwitcher:
 def _version(fitted: Fitted) -> _Version:
     sets = {name: fitted.delta.ticket.sets[name] for name in parameter_order(fitted.names)}
     entries = entries_of({name: fitted.tensors[name] for name in sets}, sets)
-    held: dict[str, Tensor] = {}
-    for each in entries:
-        held |= each.split(each.gather(fitted.tensors))
-    values = fitted.delta.values_over(held)
+    values = fitted.delta.values_over(gathered(entries, fitted.tensors))
     dense = {name: tensor.to(fitted.tensors[name], copy=True) for name, tensor in fitted.dense.items()}
     return _Version(sets, {_place(each): each.join(values) for each in entries}, dense)
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ltp_sparse.deltas.entries import entries_of
+from ltp_sparse.deltas.entries import entries_of, gathered
 from ltp_sparse.optim.members import ParameterHome, check_not_in_both, dense_parameters, trainable_parts
 from ltp_sparse.optim.packed_gradients import PackedGradients, WeakHook, check_unpacked
 from ltp_sparse.selection.shards import TicketShard
@@ -75,7 +75,7 @@ class PackedParameters:
         self._model = weakref.ref(model)
         self._sets = {name: part.index_set.to(device) for name, part in parts.items()}
         self._entries = entries_of(self._held(), self._sets)
-        held = self._gathered()
+        held = gathered(self._entries, self._held())
         self._packed = {name: nn.Parameter(held[name].to(torch.float32, copy=True)) for name in parts}
         table = TileTable.build(list(self._sets.values()), device=device, ranks=device.type != "cpu")
         members = list(self._params.values()), list(self._sets.values()), table, list(self._packed.values())
@@ -116,16 +116,10 @@ class PackedParameters:
     @torch.no_grad()
     def gather_(self) -> None:
         """Reads the values that other code has changed in the model. A packed value that rounds to its weight stays."""
-        for name, weights in self._gathered().items():
+        for name, weights in gathered(self._entries, self._held()).items():
             packed = self._packed[name]
             packed.copy_(torch.where(packed.to(weights.dtype) == weights, packed, weights.float()))
         self._note()
-
-    def _gathered(self) -> dict[str, Tensor]:
-        held, found = self._held(), dict[str, Tensor]()
-        for entries in self._entries:
-            found |= entries.split(entries.gather(held))
-        return found
 
     def _note(self) -> None:
         """Notes that packed values and weights agree."""
