@@ -105,6 +105,13 @@ class _Band:
         self.keys = torch.empty(capacity, dtype=torch.int32, device=device)
         self.positions = torch.empty(capacity, dtype=torch.int16, device=device)
         self.nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
+        self._candidates = {  # the fields of `Candidates`
+            "keys": self.keys,
+            "positions": self.positions,
+            "offsets": self.offsets,
+            "inside": self.inside,
+            "tile_groups": self.tile_group,
+        }
 
     def run(self, low: Tensor, high: Tensor, take: Tensor | None = None, store: bool = True) -> None:
         """The band pass over low <= key < high, int64 [G] each: marks, counts and collects."""
@@ -158,17 +165,6 @@ class _Band:
         one_key = (self.high - self.low == 1).all()
         nonfinite, *rest = torch.stack([self.nonfinite[0] > 0, holds, stored, one_key]).tolist()
         return (nonfinite, *rest)
-
-    @property
-    def _candidates(self) -> dict[str, Tensor]:
-        """The fields of `Candidates`."""
-        return {
-            "keys": self.keys,
-            "positions": self.positions,
-            "offsets": self.offsets,
-            "inside": self.inside,
-            "tile_groups": self.tile_group,
-        }
 
     def thresholds(self, order: Tensor) -> Tensor:
         """int64 [G]: the key of each group's candidate at an order from 1 for the largest, found digit by digit."""

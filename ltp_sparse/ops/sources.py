@@ -46,15 +46,12 @@ class Source(Protocol):
     Attributes:
         sizes: the number of entries of each pair.
         device: where the passes run.
+        can_sample: whether `sample` works, so that a selection may begin with a sample.
     """
 
     sizes: list[int]
     device: torch.device
-
-    @property
-    def can_sample(self) -> bool:
-        """Whether `sample` works, so that a selection may begin with a sample."""
-        ...
+    can_sample: bool
 
     def chunks(self, tensors: Sequence[int]) -> Iterator[Chunk]:
         """Yields the given tensors, or pieces of them, for the calls of one pass. `tensors` is ascending."""
@@ -77,6 +74,9 @@ class TensorSource:
         initial: tensors before tuning; empty for zeros.
         tuned: tensors after it.
         digests: int64 [T, 2], which the band pass fills with the digests of the tiles of `initial`, or None.
+
+    Attributes:
+        contiguous: whether every tensor is contiguous.
     """
 
     PIECE = 8 * TILE
@@ -87,6 +87,7 @@ class TensorSource:
         self.sizes = [t.numel() for t in tuned]
         self.device = tuned[0].device if tuned else torch.device("cpu")
         self.layout, self.digests = Layout(self.sizes), digests
+        self.contiguous = all(map(Tensor.is_contiguous, (*initial, *tuned)))
 
     def chunks(self, tensors: Sequence[int]) -> Iterator[Chunk]:
         """The given tensors in ascending order: contiguous neighbours together, strided tensors in pieces."""
@@ -122,11 +123,6 @@ class TensorSource:
             initial = [flat_piece(self.initial[tensor], start, stop)] if self.initial else []
             tuned = flat_piece(self.tuned[tensor], start, stop)
             yield _piece_of(self.layout, tensor, start, initial, tuned, self.digests)
-
-    @property
-    def contiguous(self) -> bool:
-        """Whether every tensor is contiguous."""
-        return all(map(Tensor.is_contiguous, self.initial)) and all(map(Tensor.is_contiguous, self.tuned))
 
     def sample(self, passes: Backend, tensors: Tensor, runs: Tensor, keys: Tensor) -> None:
         """`sample_keys` by the backend, or by the reference if a tensor is not contiguous."""
@@ -209,6 +205,10 @@ class StreamSource:
         device: where the passes run. Entries read elsewhere are copied there, one piece ahead.
         progress: an object whose `update` is called with the number of bytes read.
         digests: as in `TensorSource`, on `device`.
+
+    Attributes:
+        nbytes: bytes of one pass.
+        can_sample: whether single entries can be read in place.
     """
 
     def __init__(
@@ -224,11 +224,9 @@ class StreamSource:
         self.device = torch.device(device)
         self.layout = Layout(self.sizes)
         self.progress, self.digests = progress, digests
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one pass."""
-        return sum(reader.n * reader.itemsize for reader in (*self.initial, *self.tuned))
+        readers = (*self.initial, *self.tuned)
+        self.nbytes = sum(reader.n * reader.itemsize for reader in readers)
+        self.can_sample = not any(reader.copies or reader.device != self.device for reader in readers)
 
     def chunks(self, tensors: Sequence[int]) -> Iterator[Chunk]:
         pairs = {t: [side[t] for side in (self.initial, self.tuned) if side] for t in tensors}
@@ -249,11 +247,6 @@ class StreamSource:
             yield _piece_of(self.layout, tensor, start, initial, tuned, self.digests)
             if self.progress is not None:
                 self.progress.update(sum(t.nbytes for t in (*initial, tuned)))
-
-    @property
-    def can_sample(self) -> bool:
-        """Whether single entries can be read in place."""
-        return not any(reader.copies or reader.device != self.device for reader in (*self.initial, *self.tuned))
 
     def sample(self, passes: Backend, tensors: Tensor, runs: Tensor, keys: Tensor) -> None:
         sides = [Tensors(reader.read(0, reader.n) for reader in side) for side in (self.initial, self.tuned)]

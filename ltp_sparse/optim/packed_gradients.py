@@ -305,7 +305,7 @@ class PackedGradients:
         self._show(number)
         if torch._C._current_graph_task_id() < 0:  # the hook was called by hand, after a backward
             self._small.pack_()
-        elif not self._ending and (self._small.waits or self._ddp is not None):
+        elif not self._ending and (self._small.waiting or self._ddp is not None):
             self._ending = True
             Variable._execution_engine.queue_callback(self._end_backward)
 

@@ -213,6 +213,7 @@ class _Layout:
     Attributes:
         n: entries of the output.
         room: packed values that a rank receives: the count of the rank with the most, rounded up.
+        nbytes: bytes of the index.
     """
 
     def __init__(self, blocks: Sequence[_Block], rank: int, ranks: int, device: torch.device) -> None:
@@ -239,10 +240,7 @@ class _Layout:
         self._all = TileTable.build(sets, device=device, ranks=ranked)
         self._mine = TileTable.build([index_set for _, index_set in placed(rank)], device=device, ranks=ranked)
         self._own = [(start, index_set.n) for start, index_set in placed(rank)]
-
-    @property
-    def nbytes(self) -> int:
-        return self._all.nbytes + self._mine.nbytes
+        self.nbytes = self._all.nbytes + self._mine.nbytes
 
     def objection(self, buffer: Tensor) -> str:
         """The reason to send a buffer whole, or an empty string."""

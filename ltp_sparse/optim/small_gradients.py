@@ -51,6 +51,9 @@ class SmallGradients:
         params: the parameters of the table, or none if no gradient is to wait.
         buffer: float32 [table.k], the flat buffer.
         table: the tiles of the parameters.
+
+    Attributes:
+        waiting: the batches with waiting gradients, as the keys.
     """
 
     def __init__(self, params: Sequence[Tensor], buffer: Tensor, table: TileTable) -> None:
@@ -64,7 +67,7 @@ class SmallGradients:
             members = [number for number in numbers if small[number]]
             if len(members) > 1:
                 self._batches |= {number: (batch, number - numbers.start) for number in members}
-        self._waiting: dict[_Batch, None] = {}  # a set in the order of arrival
+        self.waiting: dict[_Batch, None] = {}  # a set in the order of arrival
         self._bytes = 0
         self._stream: torch.cuda.Stream | None = None
 
@@ -93,7 +96,7 @@ class SmallGradients:
         if grad.is_cuda and not self._is_on_stream(torch.cuda.current_stream(grad.device)):
             return False
         (batch.added if add else batch.copied)[place] = grad if own else grad.clone()
-        self._waiting[batch] = None
+        self.waiting[batch] = None
         self._bytes += size
         if self._bytes > WAITING:
             self.pack_()
@@ -108,16 +111,11 @@ class SmallGradients:
             self._stream = stream
         return True
 
-    @property
-    def waits(self) -> bool:
-        """Whether any gradient waits."""
-        return bool(self._waiting)
-
     def pack_(self) -> None:
         """Packs all waiting gradients on the stream that has computed them; the current stream waits for it."""
-        if not self._waiting:
+        if not self.waiting:
             return
-        waiting, self._waiting, self._bytes = self._waiting, {}, 0
+        waiting, self.waiting, self._bytes = self.waiting, {}, 0
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             for batch in waiting:
                 batch.pack_()

@@ -18,22 +18,14 @@ class Layout:
         sizes: entries of each tensor.
         tile_offsets: the first tile of each tensor, and at the end the number of tiles.
         word_offsets: the first bitmap word of each tensor, and at the end the number of words.
+        tiles, words: the numbers of all tiles and words.
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self.sizes = list(sizes)
         self.tile_offsets = [0, *accumulate(map(tiles_of, self.sizes))]
         self.word_offsets = [0, *accumulate(map(bitmap_words, self.sizes))]
-
-    @property
-    def tiles(self) -> int:
-        """Tiles of all tensors."""
-        return self.tile_offsets[-1]
-
-    @property
-    def words(self) -> int:
-        """Bitmap words of all tensors."""
-        return self.word_offsets[-1]
+        self.tiles, self.words = self.tile_offsets[-1], self.word_offsets[-1]
 
 
 def tiles_in_order(sizes: Sequence[int], word_offsets: Sequence[int]) -> tuple[Tensor, Tensor]:
