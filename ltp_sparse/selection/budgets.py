@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 
 from torch import Size
@@ -14,6 +14,9 @@ from ltp_sparse.weights.names import layer_of
 
 Budget = str | Mapping[str, float]
 """The division of k: "global", "layer", "tensor", or shares of k by regular expression over names."""
+
+_LABELS: dict[str, Callable[[str], str]] = {"global": lambda name: "all", "layer": layer_of, "tensor": str}
+"""Division -> the label of a parameter's group."""
 
 
 def share_out(
@@ -48,12 +51,8 @@ def share_out(
             raise ValueError("budget: expected shares by regular expression, got an empty mapping")
         if sum(shares.values()) > 1 + 1e-9:
             raise ValueError(f"budget: the shares must not exceed 1, got {sum(budget.values())}")
-    elif budget == "global":
-        label_of = dict.fromkeys(sizes, "all")
-    elif budget == "layer":
-        label_of = {name: layer_of(name) for name in sizes}
-    elif budget == "tensor":
-        label_of = {name: name for name in sizes}
+    elif isinstance(budget, str) and budget in _LABELS:
+        label_of = {name: _LABELS[budget](name) for name in sizes}
     else:
         raise ValueError(f"budget must be global, layer, tensor or shares by expression, got {budget!r}")
 

@@ -24,10 +24,8 @@ def inactive_digests(weights: Sequence[Local], ticket: Ticket) -> dict[tuple[str
         if index_set is not None and index_set.k == index_set.n:
             continue
         flat = local.tensor.reshape(-1)
-        if index_set is None or not index_set.k:
-            piece: Tensor | Inactive = flat
-        else:
-            piece = Inactive(flat, ticket.entries(local.name, local.start, local.stop))
+        has_active = index_set is not None and index_set.k > 0
+        piece = Inactive(flat, ticket.entries(local.name, local.start, local.stop)) if has_active else flat
         keys.append((local.name, local.start))
         pieces[f"{local.name} from {local.start}"] = piece
     return dict(zip(keys, fingerprint(pieces).values(), strict=True))

@@ -87,11 +87,8 @@ class Homes:
 
 def have_moved(weights: Mapping[str, Any], parts: Iterable[Local]) -> bool:
     """Whether weights have moved in memory since their parts were taken, e.g. by `model.to(...)`."""
-    for name, tensor, *_ in parts:
-        now = local(weights[name])
-        if now.data_ptr() != tensor.data_ptr() or now.device != tensor.device or now.dtype != tensor.dtype:
-            return True
-    return False
+    then_and_now = ((part.tensor, local(weights[part.name])) for part in parts)
+    return any((t.data_ptr(), t.device, t.dtype) != (n.data_ptr(), n.device, n.dtype) for t, n in then_and_now)
 
 
 def local_part(name: str, tensor: Any, what: str) -> Local | None:
