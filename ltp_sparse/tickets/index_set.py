@@ -45,13 +45,6 @@ class Encoding(IntEnum):
     LIST16 = 2
 
 
-def smallest_encoding(n: int, k: int) -> Encoding:
-    """The smallest encoding for `k` active of `n` entries."""
-    if k == n:
-        return Encoding.FULL
-    return Encoding.LIST16 if k <= LIST16_MAX_DENSITY * n else Encoding.BITMAP
-
-
 def _tile_counts(words: Tensor, n: int) -> Tensor:
     """int64 [tiles_of(n)]: set bits of each tile of a bitmap."""
     counts = torch.zeros(tiles_of(n), dtype=torch.int64, device=words.device)
@@ -277,7 +270,8 @@ class IndexSet:
 
     def compact(self) -> IndexSet:
         """The same set in its smallest encoding."""
-        return self.encoded(smallest_encoding(self.n, self.k))
+        smallest = Encoding.LIST16 if self.k <= LIST16_MAX_DENSITY * self.n else Encoding.BITMAP
+        return self.encoded(Encoding.FULL if self.k == self.n else smallest)
 
     def to(self, device: torch.device | str) -> IndexSet:
         """The same set on a device."""
