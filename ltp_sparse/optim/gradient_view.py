@@ -39,11 +39,9 @@ class Source(Protocol):
 
     def values(self) -> Tensor:
         """float32 [k], the gradient itself, not a copy."""
-        ...
 
     def pack_(self, grad: Tensor, *, accumulate: bool) -> None:
         """Takes the active entries of a dense or row-sparse gradient in the parameter's shape."""
-        ...
 
 
 class PackedTensor(Tensor):

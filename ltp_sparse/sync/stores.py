@@ -16,19 +16,15 @@ class Store(Protocol):
 
     def names(self) -> set[str]:
         """All present names."""
-        ...
 
     def read(self, name: str) -> bytes:
         """The content. Raises FileNotFoundError if there is no such name."""
-        ...
 
     def write(self, name: str, content: bytes) -> None:
         """Adds a name, or replaces its content."""
-        ...
 
     def remove(self, name: str) -> None:
         """Removes a name. Does nothing if there is no such name."""
-        ...
 
 
 class FolderStore:

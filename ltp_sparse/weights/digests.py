@@ -52,11 +52,9 @@ class Pieces(Protocol):
 
     def piece(self, start: int, stop: int) -> Tensor:
         """Entries start..stop of the row-major order, contiguous."""
-        ...
 
     def release(self, start: int, stop: int) -> None:
         """Called when the originals are no longer needed; raises if they were changed meanwhile."""
-        ...
 
 
 def is_known(digest: object) -> bool:
