@@ -18,7 +18,7 @@ from ltp_sparse.deltas.restoring import Exchange, copies, restoring
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Ticket, checked_fingerprint, pack_sets, unpack_sets
 from ltp_sparse.weights import file_shards, files
-from ltp_sparse.weights.checkpoints import Readable, read_piece
+from ltp_sparse.weights.checkpoints import Readable, pairs_of_pieces, read_piece
 from ltp_sparse.weights.hub import OnHub
 from ltp_sparse.weights.names import Named, bare_names, canonical_buffers, canonical_parameters, match_names, unwrapped
 from ltp_sparse.weights.reading import closest, reader
@@ -27,7 +27,6 @@ from ltp_sparse.weights.sharding import Cut, is_sharded, local, reshard, spread,
 from ltp_sparse.weights.tensors import bits, check_plain_tensor
 from ltp_sparse.weights.versions import Weights, open_weights, own_block, side_by_side
 
-_PIECE = 1 << 20  # entries compared at a time
 _PARTS = ("values", "originals", "dense")  # in a file their tensors are called part/name, next to those of the ticket
 
 
@@ -58,14 +57,13 @@ class Fitted(NamedTuple):
     Attributes:
         delta: the delta under the canonical names of the model.
         own: this rank's part of the delta; the same if the model is not sharded.
-        names: names of the parameters with active entries.
-        tensors: name -> parameter or buffer, detached, for `names` and `dense`; if sharded, what this rank holds of it.
+        tensors: name -> parameter or buffer, detached, for active parameters and `dense`; if sharded, what this rank
+            holds of it.
         dense: name -> this rank's block of a whole tensor that replaces the model's.
     """
 
     delta: SparseDelta
     own: SparseDelta
-    names: list[str]
     tensors: dict[str, Tensor]
     dense: dict[str, Tensor]
 
@@ -283,7 +281,7 @@ class SparseDelta(OnHub):
         """
         found = self.fitted_to(model, dtype=dtype, strict=strict, dense=dense, digests=digests)
         mine, own, tensors, stack = found.delta, found.own, found.tensors, applied_deltas(model)
-        without = [name for name in found.names if name not in mine.originals]
+        without = [name for name in mine.ticket.active_names if name not in mine.originals]
         if clash := [name for name in without if any(_touches(a, name, mine.ticket.sets[name]) for a in stack)]:
             raise ValueError(
                 f"SparseDelta.apply: this delta overlaps another one in {clash[0]!r} and was made without originals; "
@@ -291,7 +289,7 @@ class SparseDelta(OnHub):
             )
         sets = own.ticket.sets
         entry = Applied(self, {}, {name: tensors[name].clone() for name in found.dense}, mine.ticket.sets, sets)
-        places = self._places({name: tensors[name] for name in found.names}, sets)
+        places = self._places({name: tensors[name] for name in mine.ticket.active_names}, sets)
         exchanges = [Exchange(entries, tensors, own.values) for entries in places]
         undo = [*(exchange.put_back for exchange in exchanges), *copies(entry.dense, tensors)]
         with torch.no_grad(), restoring(undo, stack):
@@ -356,7 +354,7 @@ class SparseDelta(OnHub):
         replaced = {tensors.called(name) or name: tensor for name, tensor in whole.items()}
         blocks = {name: own_block(tensor, Cut.of(tensors[name], f"{name!r}")) for name, tensor in replaced.items()}
         held = {name: local(tensors[name]).detach() for name in [*names, *replaced]}
-        return Fitted(mine, mine._own_part(parameters), names, held, blocks)
+        return Fitted(mine, mine._own_part(parameters), held, blocks)
 
     def _own_part(self, tensors: Mapping[str, Tensor]) -> SparseDelta:
         """The part of the delta that lies in this rank's shards."""
@@ -383,10 +381,7 @@ class SparseDelta(OnHub):
         Returns:
             `values[name]` itself where all current bits are the original ones.
         """
-        return {
-            name: self.values[name] if self._is_base(name, held) else self._added_to(name, held)
-            for name, held in current.items()
-        }
+        return {name: self._over(name, held) for name, held in current.items()}
 
     def _places(self, tensors: Mapping[str, Tensor], sets: Mapping[str, IndexSet]) -> list[Entries]:
         """The active entries in a model. They are reused for models with the same devices and dtypes."""
@@ -394,17 +389,17 @@ class SparseDelta(OnHub):
             self._known, self._known_sets = entries_of(tensors, sets), sets
         return self._known
 
-    def _is_base(self, name: str, current: Tensor) -> bool:
-        """Whether the entries have the original bits; True if these are not known."""
-        if name not in self.originals:
-            return True
-        return torch.equal(bits(current), bits(self.originals[name].to(current.device, current.dtype)))
-
-    def _added_to(self, name: str, current: Tensor) -> Tensor:
+    def _over(self, name: str, current: Tensor) -> Tensor:
         """[k] the tuned bits where the current bits are the original ones, else the current value plus the delta."""
-        values, originals = (each[name].to(current.device) for each in (self.values, self.originals))
+        if name not in self.originals:
+            return self.values[name]
+        originals = self.originals[name].to(current.device)
+        now, base = bits(current), bits(originals.to(current.dtype))
+        if torch.equal(now, base):
+            return self.values[name]
+        values = self.values[name].to(current.device)
         added = (current.float() + (values.float() - originals.float())).to(current.dtype)
-        return torch.where(bits(current) == bits(originals.to(current.dtype)), values.to(current.dtype), added)
+        return torch.where(now == base, values.to(current.dtype), added)
 
     def _check_base(
         self, tensors: Mapping[str, Tensor], stack: list[Applied], dtype: str, digests: Mapping[str, str]
@@ -669,13 +664,13 @@ def _flipped_zeros(base: Readable, after: Readable, index_set: IndexSet) -> int:
         found = _flipped_zeros(own_block(base, cut), own_block(after, cut), own)
         count = torch.tensor([found], dtype=torch.int64, device=local(sharded).device)
         return int(sum_over(spread(sharded), count))
-    found = 0
-    for start in range(0, index_set.n, _PIECE):
-        stop = min(start + _PIECE, index_set.n)
-        one, other = (read_piece(tensor, start, stop) for tensor in (base, after))
+    found = start = 0
+    for one, other in pairs_of_pieces(base, after):
+        stop = start + one.numel()
         flipped = (one == other) & (bits(one) != bits(other))
         if bool(flipped.any()):
             found += int((flipped & ~index_set.entries(start, stop).mask().cpu()).sum())
+        start = stop
     return found
 
 

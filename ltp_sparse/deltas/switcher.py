@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,7 @@ from ltp_sparse.weights.sharding import is_sharded
 Place = tuple[torch.device, torch.dtype]
 
 
-@dataclass
-class _Version:
+class _Version(NamedTuple):
     """The content of the model for one delta: its active entries and whole tensors. Those of the base are empty."""
 
     sets: dict[str, IndexSet]
@@ -31,8 +30,7 @@ class _Version:
     dense: dict[str, Tensor]
 
 
-@dataclass
-class _Pair:
+class _Pair(NamedTuple):
     """The index for switching between two versions.
 
     Attributes:
@@ -230,7 +228,7 @@ class TicketSwitcher:
 
 
 def _version(fitted: Fitted) -> _Version:
-    sets = {name: fitted.delta.ticket.sets[name] for name in parameter_order(fitted.names)}
+    sets = {name: fitted.delta.ticket.sets[name] for name in fitted.delta.ticket.active_names}
     entries = entries_of({name: fitted.tensors[name] for name in sets}, sets)
     values = fitted.delta.values_over(gathered(entries, fitted.tensors))
     dense = {name: tensor.to(fitted.tensors[name], copy=True) for name, tensor in fitted.dense.items()}
