@@ -66,14 +66,10 @@ class Tensors(list["Tensor | None"]):
         return made
 
     def renew(self, tensors: Iterable[Tensor | None], addresses: tuple[int, ...]) -> None:
-        """Takes other tensors, which differ from the present ones in their addresses only."""
+        """Takes other tensors, which differ from the present ones in their addresses only, or none for a while."""
         self[:] = tensors
         vars(self).pop("present", None)
         vars(self)["addresses"] = self._from_origins(addresses, -1)
-
-    def let_go(self) -> None:
-        """Drops the tensors, so that they can be freed, until `renew`."""
-        self.renew((), ())
 
     @cached_property
     def present(self) -> list[Tensor]:

@@ -65,9 +65,7 @@ class Precision:
 
     def keeps_master(self, dtype: torch.dtype) -> bool:
         """Whether parameters of this dtype get a float32 master."""
-        if dtype == torch.float32:
-            return False
-        return self.rounding == "nearest" if self.master is None else self.master
+        return dtype != torch.float32 and (self.rounding == "nearest" if self.master is None else self.master)
 
     def bytes_per_entry(self, dtype: torch.dtype) -> float:
         """Bytes of packed state per active entry of a parameter of this dtype, without the anchor."""
@@ -546,7 +544,7 @@ class Launch:
 
     def forget(self) -> None:
         """Drops the references to gradients that `look` has noted, so that they can be freed."""
-        self.seen_grads.let_go()
+        self.seen_grads.renew((), ())
 
     def refresh_masters(self) -> None:
         """Updates masters of weights that other code has changed since the last update (torch counts in-place edits).

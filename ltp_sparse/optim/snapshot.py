@@ -94,9 +94,7 @@ class Snapshot:
         """
         for name, own in self.originals.items():
             other = held.get(self.parameters[name])
-            if other is None or not other.is_cpu or other.dtype != own.dtype:
-                continue
-            if torch.equal(bits(other), bits(own)):
+            if other is not None and other.is_cpu and other.dtype == own.dtype and torch.equal(bits(other), bits(own)):
                 self.originals[name] = other
 
     def delta(self, metadata: Mapping[str, Any] | None = None, *, originals: bool = True) -> SparseDelta:
