@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,7 @@ _MOST = 64
 """How many tables are kept."""
 
 
-@dataclass(frozen=True)
-class _Table:
+class _Table(NamedTuple):
     """A table on a device, the stream that copied it there, and the event after the copy."""
 
     data: Tensor

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ltp_sparse.backends.arguments import Norm, Step, Total
+from ltp_sparse.backends.arguments import Norm, Step
 from ltp_sparse.tickets import bits
 from ltp_sparse.weights.tensors import LOWEST_ADDRESS
 
@@ -84,16 +84,13 @@ def prepare_step(step: Step) -> None:
     extension().prepare_step(step)  # type: ignore[union-attr]
 
 
-def gradient_norm(norm: Norm, total: Total) -> None:
-    _run("gradient_norm", norm, total)
-
-
 def masked_sum_squares(norm: Norm) -> Tensor:
     out = torch.zeros(norm.tiles.shape[0], dtype=torch.float64, device="cpu")
     _run("masked_sum_squares", norm, out)
     return out
 
 
+gradient_norm = partial(_run, "gradient_norm")
 masked_adamw_ = partial(_run, "masked_adamw_")
 masked_pack_ = partial(_run, "masked_pack_")
 masked_gather_ = partial(_run, "masked_gather_")

@@ -10,10 +10,8 @@ from torch.nn.functional import pad
 
 from ltp_sparse.tickets.tile_table import STATE_BLOCK, state_blocks
 
-_FIRST_TOP, _SECOND_TOP = (
-    torch.tensor(float(code), dtype=torch.float32, device="cpu").pow(4).item() for code in (127, 255)
-)
-"""Fourth powers of the largest codes: of the first moment, and of the root of the second."""
+_FIRST_TOP, _SECOND_TOP = 260144640.0, 4228250624.0
+"""Fourth powers of the largest codes, 127 of the first moment and 255 of the root of the second, in float32."""
 
 
 def _block_scale(values: Tensor) -> Tensor:

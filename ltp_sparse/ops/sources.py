@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,8 +19,7 @@ from ltp_sparse.weights.checkpoints import VIEW, CheckpointTensor, Readable
 from ltp_sparse.weights.tensors import flat_piece
 
 
-@dataclass
-class Chunk:
+class Chunk(NamedTuple):
     """Whole tiles of consecutive tensors that are in memory at the same time.
 
     Attributes:
@@ -55,7 +54,6 @@ class Source(Protocol):
 
     def chunks(self, tensors: Sequence[int]) -> Iterator[Chunk]:
         """Yields the given tensors, or pieces of them, for the calls of one pass. `tensors` is ascending."""
-        ...
 
     def sample(self, passes: Backend, tensors: Tensor, runs: Tensor, keys: Tensor) -> None:
         """Writes the keys of runs of neighbouring entries.
@@ -64,7 +62,6 @@ class Source(Protocol):
             passes: the backend.
             tensors, runs, keys: as in the record `Sample` of `backends/arguments.py`.
         """
-        ...
 
 
 class TensorSource:
