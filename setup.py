@@ -138,11 +138,10 @@ def extensions():
     home = cuda_home()
     if wanted.startswith("cuda") and home is None:
         sys.exit(f"LTP_SPARSE_EXT={wanted}: no CUDA toolkit; put nvcc on the PATH, or its folder into CUDA_HOME")
-    sources = found_in("csrc/cpu", "*.cpp")
     found = [
         Pybind11Extension(
             "ltp_sparse._C",
-            ["csrc/bindings.cpp", *(s for s in sources if X86 or Path(s).stem not in ISA_FLAGS)],
+            ["csrc/bindings.cpp", *(s for s in found_in("csrc/cpu", "*.cpp") if X86 or Path(s).stem not in ISA_FLAGS)],
             depends=found_in("csrc", "**/*.h"),
             cxx_std=17,
             extra_compile_args=FLAGS + (SANITIZE_FLAGS if SANITIZE else []),

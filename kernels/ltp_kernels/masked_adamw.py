@@ -511,7 +511,6 @@ def _masked_pack_kernel(
     GRAD: tl.constexpr, SINGLE: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     GRAD_SIZE: tl.constexpr = GRAD.primitive_bitwidth // 8
-    part = tl.program_id(0) % _PARTS
     tile_ptr += (tl.program_id(0) // _PARTS).to(tl.int64) * _TILE_COLUMNS
     grad_address = single_address if SINGLE else tl.load(address_ptr + tl.load(tile_ptr + _PARAM))
     if grad_address == 0:
@@ -519,7 +518,7 @@ def _masked_pack_kernel(
     start, length, active, slot, index, encoding = read_tile(tile_ptr)
     out_ptr += slot
     grad_ptr = (grad_address + GRAD_SIZE * start).to(tl.pointer_type(GRAD))
-    first = part * BLOCK
+    first = tl.program_id(0) % _PARTS * BLOCK
     if encoding == _BITMAP:
         while first < length:
             rank, mask = _bitmap_block(

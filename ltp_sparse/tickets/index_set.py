@@ -125,9 +125,7 @@ class IndexSet:
             counts: int64 [tiles_of(n)], active entries of each tile.
             k: their sum.
         """
-        if k == n:
-            return cls.full(n, words.device)
-        return cls(n, Encoding.BITMAP, words, counts, k)
+        return cls.full(n, words.device) if k == n else cls(n, Encoding.BITMAP, words, counts, k)
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> IndexSet:

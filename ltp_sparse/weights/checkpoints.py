@@ -101,10 +101,9 @@ class CheckpointTensor:
     def release(self, start: int, stop: int) -> None:
         """Frees the memory of these entries; the next access reads them again. Raises the errors of `check`."""
         self.check()
-        first = self._start + start * self.dtype.itemsize
-        last = self._start + stop * self.dtype.itemsize
-        first = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
-        last = last // mmap.PAGESIZE * mmap.PAGESIZE
+        size = self.dtype.itemsize
+        first = -(-(self._start + start * size) // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = (self._start + stop * size) // mmap.PAGESIZE * mmap.PAGESIZE
         if first < last:
             self._bytes.madvise(mmap.MADV_DONTNEED, first, last - first)
 

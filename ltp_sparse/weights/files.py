@@ -153,8 +153,7 @@ def check_writable(path: str | os.PathLike[str], *, folder: bool = False) -> Non
         place = destination(path).parent
     with _naming(Path(path)):
         place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=place):
-            pass
+        tempfile.TemporaryFile(dir=place).close()
 
 
 def sweep(folder: Path, name: str | None = None) -> None:
