@@ -433,7 +433,7 @@ def refused(ranks, name):
     keyed = [{"states": "8bit"}, {**BF16, "rounding": "stochastic"}]
     shards = [(keyed[0], Shard(0), "cut inside of one"), *((options, Shard(1), "cut by columns") for options in keyed)]
     for options, cut, told in shards:
-        model = nn.Linear(64, 64, bias=False, dtype=options.get("dtype"))
+        model = nn.Linear(48, 64, bias=False, dtype=options.get("dtype"))
         options = {key: value for key, value in options.items() if key != "dtype"}
         ticket = Ticket.random(model, density=0.2)
         optimizer = MaskedAdamW(model, ticket, **options)
