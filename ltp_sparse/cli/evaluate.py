@@ -16,8 +16,6 @@ from ltp_sparse.tasks.own import read_own
 
 if TYPE_CHECKING:
     from ltp_sparse.cli.runs import Run
-    from ltp_sparse.deltas.delta import SparseDelta
-    from ltp_sparse.methods import Setup
 
 HELP = "evaluate a trained run per language: mean and standard deviation over its seeds, as a table"
 EXAMPLES = """\
@@ -53,7 +51,7 @@ def run(options: argparse.Namespace) -> None:
         refuse_own(options, why="is for your own data, --task for a known task; leave one out")
     expect(options, "folder", "run of ltp-sparse train")
     expect_source(options, "test")
-    from ltp_sparse.cli.runs import Run, finished_seeds, load_seed
+    from ltp_sparse.cli.runs import Run, finished_seeds
     from ltp_sparse.recipes import results
 
     trained = Run.load(options.folder)
@@ -75,8 +73,7 @@ def run(options: argparse.Namespace) -> None:
     quieten(options)
     rows = []
     for seed in seeds:
-        setup, delta = load_seed(trained, options.folder, seed)
-        rows.append(_row(options, trained, seed, setup, delta, name, metric, examples))
+        rows.append(_row(options, trained, seed, name, metric, examples))
         results.append(options.folder / results.RESULTS, rows[-1])
     table = make_table(rows, ("method", "shots"))
     print(f"{metric} in percent on {name}, {sum(map(len, examples.values()))} examples\n")
@@ -97,20 +94,15 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _row(
-    options: argparse.Namespace,
-    run: Run,
-    seed: int,
-    setup: Setup,
-    delta: SparseDelta,
-    name: str,
-    metric: str,
-    examples: dict[str, list[Any]],
+    options: argparse.Namespace, run: Run, seed: int, name: str, metric: str, examples: dict[str, list[Any]]
 ) -> dict[str, Any]:
     """The row of results of one seed: its scores by language on the examples of `name`, and the facts of the run."""
     import torch
 
+    from ltp_sparse.cli.runs import load_seed
     from ltp_sparse.training.evaluation import evaluate, largest_class, result_row
 
+    setup, delta = load_seed(run, options.folder, seed)
     notes: list[str] = []
     scores = evaluate(
         setup,
