@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import Any
 
 
 class CommandError(Exception):
@@ -14,6 +15,16 @@ class CommandError(Exception):
 def shown(options: argparse.Namespace, name: str) -> str:
     """An option as users know it: "--max-steps", or "FOLDER" for one without a flag."""
     return name.upper() if name in options.positional else f"--{name.replace('_', '-')}"
+
+
+def values_of(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Option -> its value, for a function whose arguments have the names of options."""
+    return {name: getattr(options, name) for name in names}
+
+
+def given_of(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """`values_of` for those of the options that are given."""
+    return {name: value for name, value in values_of(options, *names).items() if value is not None}
 
 
 def need(options: argparse.Namespace, *names: str) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.cli.checks import need, refuse
+from ltp_sparse.cli.checks import given_of, need, refuse
 from ltp_sparse.cli.kinds import expect, kind_of
 
 HELP = "upload a ticket, a delta, the delta of a run or an exported folder to the Hub, with a card"
@@ -60,6 +60,6 @@ def _push_file(options: argparse.Namespace, kind: str | None) -> str:
         path = path / f"seed-{seed}" / BAKED
     import ltp_sparse as ls
 
-    facts |= {key: getattr(options, key) for key in ("base", "data") if getattr(options, key) is not None}
+    facts |= given_of(options, "base", "data")
     held: Any = ls.load(path)
     return held.push_to_hub(options.name, private=options.private, **facts)

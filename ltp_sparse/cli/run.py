@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from ltp_sparse.cli.checks import CommandError, check_writable, need, refuse
+from ltp_sparse.cli.checks import CommandError, check_writable, given_of, need, refuse, values_of
 from ltp_sparse.cli.kinds import expect_model
 from ltp_sparse.cli.options import add_computing, add_data, add_report_to
 from ltp_sparse.recipes import Recipe, load_recipe, recipe_names
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
     need(options, "recipe")
     recipe = load_recipe(options.recipe, overrides(options), allow_plugins=options.allow_plugins)
     if options.only:
-        recipe = recipe.only([_pair(text) for text in options.only])
+        recipe = recipe.only(map(_pair, options.only))
     if options.dry_run:
         from ltp_sparse.recipes.plan import plan
 
@@ -90,11 +90,8 @@ def run(options: argparse.Namespace) -> int:
     from ltp_sparse.recipes.workbench import Workbench
 
     bench = Workbench(
-        data=options.data,
         cache=Cache(options.cache or default_cache()),
-        bf16=options.bf16,
-        micro_batch_size=options.micro_batch_size,
-        report_to=options.report_to,
+        **values_of(options, "data", "bf16", "micro_batch_size", "report_to"),
     )
     left = len(unfinished(recipe, options.output))
     print(f"{recipe.title}: {len(recipe.cells)} cells, {len(recipe.cells) - left} of them finished before")
@@ -107,9 +104,8 @@ def run(options: argparse.Namespace) -> int:
             options.output,
             bench,
             engine=engine,
-            retries=options.retries,
-            save_every=options.save_every,
             progress=not options.quiet,
+            **values_of(options, "retries", "save_every"),
         )
     if failed:
         print(f"{failed} cells failed, see {options.output / 'failures.jsonl'}; run the same command to try them again")
@@ -144,8 +140,7 @@ def _check_model(options: argparse.Namespace, recipe: Recipe) -> None:
 
 def overrides(options: argparse.Namespace) -> list[tuple[str, Any]]:
     """--model, --tokenizer and --set as (dotted path, value)."""
-    given = [(key, getattr(options, key)) for key in ("model", "tokenizer") if getattr(options, key) is not None]
-    return [*given, *(_pair(text) for text in options.set)]
+    return [*given_of(options, "model", "tokenizer").items(), *map(_pair, options.set)]
 
 
 def _pair(text: str) -> tuple[str, Any]:

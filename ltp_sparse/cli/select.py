@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ltp_sparse.cli.checks import CommandError, check_starts_anew, check_writable, need, refuse
+from ltp_sparse.cli.checks import CommandError, check_starts_anew, check_writable, need, refuse, values_of
 from ltp_sparse.cli.kinds import expect, expect_model, kind_of
 from ltp_sparse.cli.options import add_computing, add_model, add_report_to, at_least_one, quieten, share
 from ltp_sparse.tasks.own import Columns, columns_of, read_own
@@ -108,12 +108,10 @@ def _from_checkpoints(options: argparse.Namespace) -> Ticket:
     return ls.select(
         options.initial,
         options.tuned,
-        density=options.density,
-        budget=options.budget,
         allow_missing=False if options.allow_missing is None else options.allow_missing or True,
         compare_in=None if options.compare_in is None else getattr(torch, options.compare_in),
         progress=not options.quiet,
-        output=options.output,
+        **values_of(options, "density", "budget", "output"),
     )
 
 
@@ -128,19 +126,12 @@ def _from_text(options: argparse.Namespace) -> Ticket:
 
     quieten(options)
     model, tokenizer = load_backbone(options.model, decoupled=strategy == "decoupled", tokenizer=options.tokenizer)
+    of_tuning = ("epochs", "max_steps", "batch_size", "learning_rate", "line_by_line", "eval_steps", "states", "seed")
     settings = MLMSettings(
         strategy=strategy,
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
         length=min(256, longest_input(model.config)) if options.length is None else options.length,
-        line_by_line=options.line_by_line,
-        eval_steps=options.eval_steps,
-        max_steps=options.max_steps,
-        seed=options.seed,
-        bf16=options.bf16,
-        states=options.states,
         save_steps=options.save_every or 0,
+        **values_of(options, *of_tuning, "bf16"),
     )
     result = tune_mlm(
         model,
@@ -148,10 +139,9 @@ def _from_text(options: argparse.Namespace) -> Ticket:
         texts,
         settings,
         output_dir=options.run_dir,
-        resume=options.resume,
         progress=not options.quiet,
         source=options.hub_text or ", ".join(map(str, options.text)),
-        report_to=options.report_to,
+        **values_of(options, "resume", "report_to"),
     )
     print(
         f"tuned for {result.metadata['steps']} updates, best validation loss {result.metadata['validation_loss']:.4f}"
@@ -160,11 +150,8 @@ def _from_text(options: argparse.Namespace) -> Ticket:
         result.initial,
         result.model,
         strategy=strategy,
-        density=options.density,
-        budget=options.budget,
-        segment=options.segment,
-        intersect=options.intersect,
         metadata=result.metadata,
+        **values_of(options, "density", "budget", "segment", "intersect"),
     )
 
 
@@ -188,17 +175,12 @@ def _check_tuning(options: argparse.Namespace) -> None:
 def _texts(options: argparse.Namespace) -> Sequence[str]:
     from ltp_sparse.tasks import read_hub_text, read_text
 
+    drawn = values_of(options, "max_lines", "seed")
     if options.text is None:
-        return read_hub_text(
-            options.hub_text,
-            options.hub_config,
-            column=options.hub_column,
-            max_lines=options.max_lines,
-            seed=options.seed,
-        )
+        return read_hub_text(options.hub_text, options.hub_config, column=options.hub_column, **drawn)
     if (column := options.text_column or _only_column(options.text)) is not None:
         return _column(options, column)
-    return read_text(options.text, max_lines=options.max_lines, seed=options.seed)
+    return read_text(options.text, **drawn)
 
 
 def _only_column(paths: list[Path]) -> str | None:
@@ -207,23 +189,23 @@ def _only_column(paths: list[Path]) -> str | None:
     It is None if `read_text` reads the files, i.e. if they are plain text, a .tsv of one column without a header, or
     JSON lines with the key "text".
     """
-    found: set[str | None] = set()
-    for path in paths:
-        if kind_of(path) != "table":
-            found.add(None)
-            continue
-        names, name = columns_of(path), path.name.removesuffix(".gz")
-        if name.endswith(".jsonl") and "text" in names:
-            found.add(None)
-        elif name.endswith(".tsv") and len(names) == 1 and names != ["text"]:
-            found.add(None)
-        elif "text" in names or len(names) == 1:
-            found.add("text" if "text" in names else names[0])
-        else:
-            raise CommandError(f"{path} has the columns {', '.join(names)}; name the one with the text, --text-column")
+    found = {_usual_column(path) for path in paths}
     if len(found) > 1:
         raise CommandError("the files of --text have different columns; name the one with the text, --text-column")
     return found.pop()
+
+
+def _usual_column(path: Path) -> str | None:
+    if kind_of(path) != "table":
+        return None
+    names, name = columns_of(path), path.name.removesuffix(".gz")
+    if name.endswith(".jsonl") and "text" in names:
+        return None
+    if name.endswith(".tsv") and len(names) == 1 and names != ["text"]:
+        return None
+    if "text" not in names and len(names) != 1:
+        raise CommandError(f"{path} has the columns {', '.join(names)}; name the one with the text, --text-column")
+    return "text" if "text" in names else names[0]
 
 
 def _column(options: argparse.Namespace, column: str) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ltp_sparse.cli.checks import CommandError, check_starts_anew, check_writable, need, refuse
+from ltp_sparse.cli.checks import CommandError, check_starts_anew, check_writable, given_of, need, refuse, values_of
 from ltp_sparse.cli.kinds import expect, expect_model, expect_source
 from ltp_sparse.cli.options import add_computing, add_data, add_model, add_report_to, at_least_one, quieten, share
 from ltp_sparse.cli.own import SOURCE, add_columns, add_metric, given_columns, refuse_own, words_of
@@ -158,14 +158,9 @@ def run(options: argparse.Namespace) -> None:
             verbalizer=verbalizer,
             seed=seed,
             output_dir=folder,
-            save_every=options.save_every,
-            resume=options.resume,
-            micro_batch_size=options.micro_batch_size,
-            bf16=options.bf16,
-            states=options.states,
-            gradients=options.gradients,
             progress=not options.quiet,
             arguments={"report_to": options.report_to},
+            **values_of(options, "save_every", "resume", "micro_batch_size", "bf16", "states", "gradients"),
         )
         result.delta.save(folder / TRAINED, max_shard_size=None)  # the files that the manifest names
         result.baked.save(folder / BAKED, max_shard_size=None)
@@ -293,23 +288,16 @@ def _run_of(
     """What the folder of the run says about it."""
     from ltp_sparse.cli.runs import Run
 
+    as_given = ("model", "tokenizer", "task", "shots", "train", "dev", "dev_share", "test", "hub_config")
     return Run(
-        model=options.model,
-        tokenizer=options.tokenizer,
         method=method,
-        task=options.task,
-        shots=options.shots,
         language=language,
         verbalizer=options.verbalizer or language,
         words=words,
         labels=data.labels,
         metric=data.metric,
-        train=options.train,
-        dev=options.dev,
-        dev_share=options.dev_share,
-        test=options.test,
-        hub_config=options.hub_config,
         columns=data.columns,
+        **values_of(options, *as_given),
     )
 
 
@@ -353,6 +341,5 @@ def _method(options: argparse.Namespace) -> Method:
 
     kind: Any = METHODS[options.method]
     method = kind(match=options.match or "pool") if options.method == "random-ticket" else kind()
-    names = ("epochs", "learning_rate", "batch_size", "max_length", "n_prompt", "encoder")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    given = given_of(options, "epochs", "learning_rate", "batch_size", "max_length", "n_prompt", "encoder")
     return replace(method, settings=replace(method.settings, **given))
