@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments
@@ -24,7 +23,7 @@ from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.training.bars import show_progress
 from ltp_sparse.training.evaluation import METRICS
 from ltp_sparse.training.run_folder import begin, locked
-from ltp_sparse.training.trainer import KeepBest, SparseTrainer
+from ltp_sparse.training.trainer import KeepBest, SparseTrainer, training_arguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,17 +211,9 @@ def _arguments(settings: Settings, folder: str, options: Options) -> TrainingArg
         )
     by_steps = settings.eval_steps > 0
     values: dict[str, Any] = {
-        "output_dir": folder,
-        "learning_rate": settings.learning_rate,
         "lr_scheduler_type": settings.schedule,
         "warmup_steps": settings.warmup,
-        "weight_decay": settings.weight_decay,
-        "max_grad_norm": settings.max_grad_norm,
-        "num_train_epochs": settings.epochs,
         "max_steps": settings.max_steps or -1,
-        "per_device_train_batch_size": micro,
-        "per_device_eval_batch_size": micro,
-        "gradient_accumulation_steps": settings.batch_size // (micro * processes),
         "eval_strategy": "steps" if by_steps else "epoch",
         "eval_steps": settings.eval_steps or None,
         "logging_strategy": "steps" if by_steps else "epoch",
@@ -231,11 +222,8 @@ def _arguments(settings: Settings, folder: str, options: Options) -> TrainingArg
         "save_total_limit": 1,
         "seed": options.seed,
         "bf16": options.bf16,
-        "use_cpu": not torch.cuda.is_available(),
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "remove_unused_columns": False,
         "label_names": ["labels"],
-        "report_to": "none",
-        "disable_tqdm": not options.progress,
+        **options.arguments,
     }
-    return TrainingArguments(**{**values, **options.arguments})
+    accumulation = settings.batch_size // (micro * processes)
+    return training_arguments(settings, folder, micro, accumulation, options.progress, **values)

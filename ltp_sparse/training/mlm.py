@@ -30,7 +30,7 @@ from ltp_sparse.training.autocast import autocast
 from ltp_sparse.training.bars import show_progress
 from ltp_sparse.training.masked_texts import MaskedTexts, PadRight, split_texts, text_hash
 from ltp_sparse.training.run_folder import begin, locked
-from ltp_sparse.training.trainer import KeepBest, SparseTrainer
+from ltp_sparse.training.trainer import KeepBest, SparseTrainer, training_arguments
 from ltp_sparse.weights.names import canonical_parameters
 
 
@@ -307,15 +307,7 @@ def _training_arguments(
             f"accumulation steps on {processes} processes; take a multiple of {settings.accumulation * processes}"
         )
     options: dict[str, Any] = {
-        "output_dir": folder,
-        "num_train_epochs": settings.epochs,
         "max_steps": max_steps,
-        "per_device_train_batch_size": per_device,
-        "per_device_eval_batch_size": per_device,
-        "gradient_accumulation_steps": settings.accumulation,
-        "learning_rate": settings.learning_rate,
-        "weight_decay": settings.weight_decay,
-        "max_grad_norm": settings.max_grad_norm,
         "lr_scheduler_type": "linear",
         "eval_strategy": "steps",
         "eval_steps": settings.eval_steps,
@@ -325,13 +317,9 @@ def _training_arguments(
         "save_total_limit": settings.save_total_limit,
         "seed": settings.seed,
         "bf16": settings.bf16,
-        "use_cpu": not torch.cuda.is_available(),
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "report_to": [],
-        "disable_tqdm": not progress,
+        **more,
     }
-    return TrainingArguments(**{**options, **more})
+    return training_arguments(settings, folder, per_device, settings.accumulation, progress, **options)
 
 
 class MLMTrainer(SparseTrainer):

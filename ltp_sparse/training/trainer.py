@@ -283,6 +283,37 @@ class SparseTrainer(Trainer):
         """Does nothing, because `create_optimizer` writes the weights of a checkpoint into the model."""
 
 
+def training_arguments(
+    settings: Any, folder: str, per_device: int, accumulation: int, progress: bool, /, **others: Any
+) -> TrainingArguments:
+    """Arguments of the Trainer with what all settings have.
+
+    Args:
+        settings: `Settings` of a method, or `MLMSettings`.
+        folder: the output folder.
+        per_device: examples per forward pass and device.
+        accumulation: forward passes per update.
+        progress: show a progress bar.
+        others: further arguments, which count if they are also among these.
+    """
+    values: dict[str, Any] = {
+        "output_dir": folder,
+        "learning_rate": settings.learning_rate,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "num_train_epochs": settings.epochs,
+        "per_device_train_batch_size": per_device,
+        "per_device_eval_batch_size": per_device,
+        "gradient_accumulation_steps": accumulation,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "disable_tqdm": not progress,
+    }
+    return TrainingArguments(**{**values, **others})
+
+
 class _Complete(TrainerCallback):
     """Writes the manifest of a checkpoint after all processes have written their files, then removes older ones."""
 
