@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ltp_sparse.prompting.inputs import IGNORED_LABEL, Encoded, token_ids
-from ltp_sparse.prompting.templates import MAX_LENGTH, label_index
+from ltp_sparse.prompting.templates import MAX_LENGTH, label_index, truncated
 from ltp_sparse.tasks.pairs import CLASSES, Pair
 from ltp_sparse.tasks.texts import Text
 
@@ -45,10 +45,8 @@ def encode_pairs(
     hypotheses = token_ids(tokenizer, [pair.hypothesis for pair in pairs])
     examples = []
     for pair, premise, hypothesis in zip(pairs, premises, hypotheses, strict=True):
-        if len(premise) + len(hypothesis) > room:
-            hypothesis = hypothesis[: max(room // 2, room - len(premise))]
-            premise = premise[: room - len(hypothesis)]
-        ids = [start, *premise, end, end, *hypothesis, end]
+        first, second = truncated((len(premise), len(hypothesis)), room)
+        ids = [start, *premise[:first], end, end, *hypothesis[:second], end]
         examples.append(Encoded(input_ids=ids, labels=label_index(pair.label, classes)))
     return examples
 

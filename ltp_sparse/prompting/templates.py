@@ -100,7 +100,7 @@ class Template:
         ]
         encoded = []
         for example, *ids in zip(examples, *texts, strict=True):
-            lengths = _truncated([len(tokens) for tokens in ids], room, truncation)
+            lengths = truncated([len(tokens) for tokens in ids], room, truncation)
             kept = {mark: tokens[:n] for mark, tokens, n in zip(self.texts, ids, lengths, strict=True)}
             encoded.append(self._assemble(tokenizer, {**fixed, **kept}, label_index(example.label, classes)))
         return encoded
@@ -206,15 +206,12 @@ def label_index(label: str | None, classes: Sequence[str] = CLASSES) -> int:
     return list(classes).index(label)
 
 
-def _truncated(lengths: Sequence[int], room: int, truncation: str) -> tuple[int, ...]:
+def truncated(lengths: Sequence[int], room: int, truncation: str = "longest_first") -> tuple[int, ...]:
     """The lengths to which a text, or premise and hypothesis, are cut to fit into `room` tokens."""
     if len(lengths) == 1 or sum(lengths) <= room:
         return tuple(min(length, room) for length in lengths)
     premise, hypothesis = lengths
     if truncation == "hypothesis_first":
         return min(premise, room), max(room - premise, 0)
-    if hypothesis <= room // 2:
-        return room - hypothesis, hypothesis
-    if premise <= room - room // 2:
-        return premise, room - premise
-    return room - room // 2, room // 2
+    hypothesis = min(hypothesis, max(room // 2, room - premise))
+    return min(premise, room - hypothesis), hypothesis
