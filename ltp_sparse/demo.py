@@ -87,6 +87,7 @@ def _demo(output: Path, settings: DemoSettings, progress: bool, report_to: str) 
     output.mkdir(parents=True, exist_ok=True)
     (output / "results.jsonl").unlink(missing_ok=True)
 
+    logs = None if report_to == "none" else output / "runs"
     _say(f"1. Stage 1: tune mini-xlmr on English text, keep the {settings.density:.0%} of its weights that moved most")
     model, tokenizer = load_backbone(MINI_XLMR, decoupled=True)
     tuned = tune_mlm(
@@ -94,7 +95,7 @@ def _demo(output: Path, settings: DemoSettings, progress: bool, report_to: str) 
         tokenizer,
         sentences(settings.sentences, "en"),
         MLMSettings(epochs=1, learning_rate=5e-4, length=32, eval_steps=50),
-        output_dir=None if report_to == "none" else output / "runs" / "stage-1",
+        output_dir=None if logs is None else logs / "stage-1",
         progress=progress,
         report_to=report_to,
     )
@@ -114,9 +115,9 @@ def _demo(output: Path, settings: DemoSettings, progress: bool, report_to: str) 
     ]
     rows: list[dict[str, Any]] = []
     costs = {}
-    logs = None if report_to == "none" else output / "runs"
+    options = {"progress": progress, "arguments": {"report_to": report_to}}
     for method, given in methods:
-        of_method, costs[method.name] = _run_method(method, given, settings, progress, report_to, logs)
+        of_method, costs[method.name] = _run_method(method, given, settings, logs, options)
         rows += of_method
     for row in rows:
         results.append(output / results.RESULTS, row)
@@ -152,12 +153,7 @@ def _say(text: str) -> None:
 
 
 def _run_method(
-    method: PromptMethod,
-    ticket: Ticket | None,
-    settings: DemoSettings,
-    progress: bool,
-    report_to: str,
-    logs: Path | None,
+    method: PromptMethod, ticket: Ticket | None, settings: DemoSettings, logs: Path | None, options: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Result rows over seeds, and the costs of the last seed."""
     train, dev = (pairs(3 * settings.shots, split, "en") for split in ("train", "dev"))
@@ -176,8 +172,7 @@ def _run_method(
             verbalizer=new_words(tokenizer),
             seed=seed,
             output_dir=None if logs is None else logs / f"{method.name}-{seed}",
-            progress=progress,
-            arguments={"report_to": report_to},
+            **options,
         )
         accuracies = evaluate(result, tests, labels=CLASSES, progress=False)
         facts = {"method": method.name, "shots": settings.shots, "seed": seed, "largest_class": largest_class(tests)}

@@ -70,10 +70,12 @@ def sharded_table(
         dtype: dtype of the weights.
     """
     import torch
+    from transformers import AutoModelForCausalLM
 
-    from ltp_sparse.optim.memory import memory_report
+    from ltp_sparse.optim.memory import MemoryReport, memory_report
 
-    model = _without_memory(config, dtype)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     rows = {}
     for density in densities:
         for moments in states:
@@ -83,26 +85,13 @@ def sharded_table(
                 model, density, states=moments, gradients=gradients, master=keeps, device="cuda", ranks=ranks
             )
     for name in ("float32", "bfloat16"):
-        rows[f"AdamW, all {name}"] = _in_full(model.to(getattr(torch, name)), ranks)
+        model.to(getattr(torch, name))
+        held = memory_report(model, 0.0, dense=model.parameters(), gradients="dense", master=False, ranks=ranks)
+        rows[f"AdamW, all {name}"] = MemoryReport(held.weights, 2 * held.weights, 0, held.gradients)
     model.to(getattr(torch, dtype))
     rows[f"LoRA, rank {_LORA_RANK}, {dtype} weights"] = _with_adapters(model, ranks)
     rows[f"QLoRA, rank {_LORA_RANK}, nf4 weights"] = _with_adapters(model.to(torch.bfloat16), ranks, quantized=True)
     return rows
-
-
-def _without_memory(config: Any, dtype: str) -> nn.Module:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-
-
-def _in_full(model: nn.Module, ranks: int) -> MemoryReport:
-    from ltp_sparse.optim.memory import MemoryReport, memory_report
-
-    held = memory_report(model, 0.0, dense=model.parameters(), gradients="dense", master=False, ranks=ranks)
-    return MemoryReport(held.weights, 2 * held.weights, 0, held.gradients)
 
 
 def _with_adapters(model: nn.Module, ranks: int, *, quantized: bool = False) -> MemoryReport:
