@@ -103,8 +103,7 @@ def version_of(wheel: Path) -> str:
 def environment(name: str, python: str, *requirements: object) -> Path:
     """The Python of a new environment. requirements: arguments of `pip install`."""
     folder = WORK / name
-    shutil.rmtree(folder, ignore_errors=True)
-    run(python, "-m", "venv", folder)
+    run(python, "-m", "venv", "--clear", folder)
     pip_install(folder / "bin" / "python", *requirements)
     return folder / "bin" / "python"
 
@@ -233,8 +232,7 @@ def build(found: dict[str, str]) -> list[Path]:
     epoch = int(os.environ.setdefault("SOURCE_DATE_EPOCH", run("git", "log", "-1", "--format=%ct", cwd=ROOT).strip()))
     os.environ.setdefault("LTP_SPARSE_EXT", "cpu")
     shutil.rmtree(DIST, ignore_errors=True)
-    for folder in (DIST, WORK):
-        folder.mkdir(parents=True, exist_ok=True)
+    DIST.mkdir()
     wheels, sdist = [], None
     for version, python in found.items():
         tools = environment(f"build-{version}", python, "--require-hashes", "--no-deps", "-r", hashed(TOOLS))
