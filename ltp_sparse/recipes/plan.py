@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -67,7 +67,7 @@ def plan(recipe: Recipe) -> str:
     """A table of the recipe's cells by label, and the time they take here and on a GPU."""
     head = f"{'label':<36} {'method':<16} {'cells':>6} {'active entries':>15} {'state':>10} {'updates':>9}"
     lines = [f"{recipe.title}\n", head]
-    models: dict[Any, Any] = {}
+    model_of = cache(_meta_model)
     shared: dict[str, float] = {}
     total = 0.0
     groups: dict[tuple[str, str], list[Estimate]] = {}
@@ -75,9 +75,7 @@ def plan(recipe: Recipe) -> str:
         check_cell(cell)
         if not isinstance(name := cell["model"], str):
             raise ValueError(f"{cell}: expected a model, got {name}; name a folder or one of the Hub by --model")
-        if name not in models:
-            models[name] = _meta_model(name)
-        model = models[name]
+        model = model_of(name)
         of_cell = estimate(cell, model)
         total += of_cell.flops
         groups.setdefault((cell["label"], cell["method"]), []).append(of_cell)
@@ -176,12 +174,7 @@ def _flops_here() -> float:
     """Operations per second of this CPU: in the fastest of some matrix products, as other programs can slow them."""
     size = 1024
     matrix = torch.randn(size, size, dtype=torch.float32, device="cpu")
-    seconds = []
-    for _ in range(16):
-        start = time.perf_counter()
-        matrix @ matrix
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
+    return 2 * size**3 / min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=16))
 
 
 def _span(values: list[Any], text: Callable[[Any], str]) -> str:
