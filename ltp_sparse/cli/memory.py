@@ -41,37 +41,30 @@ _DESCRIPTIONS = {
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help=f"{_KNOWN}, a folder with a config or its config.json, or a Hub name")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--model", help=f"{_KNOWN}, a folder with a config or its config.json, or a Hub name")
+    add(
         "--density",
         type=share,
         nargs="+",
         help="share of active weights: one for stage 2 of an XLM-R (default: 0.2), one or several for a decoder "
         "(default: 0.01 0.05 0.2)",
     )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="dtype of the weights (default: float32 for an XLM-R, bfloat16 for a decoder)"
-    )
-    of_xlmr = parser.add_argument_group("for an XLM-R")
-    of_xlmr.add_argument(
-        "--stage", type=int, choices=(1, 2), help="1: the tuning that finds the ticket; 2: prompt-learning (default)"
-    )
-    of_xlmr.add_argument("--batch", type=at_least_one, help="examples per forward pass (default: 32)")
-    of_xlmr.add_argument("--length", type=int, help="tokens per example (default: 256)")
-    of_xlmr.add_argument(
+    add("--dtype", choices=DTYPES, help="dtype of the weights (default: float32 for an XLM-R, bfloat16 for a decoder)")
+    add = parser.add_argument_group("for an XLM-R").add_argument
+    add("--stage", type=int, choices=(1, 2), help="1: the tuning that finds the ticket; 2: prompt-learning (default)")
+    add("--batch", type=at_least_one, help="examples per forward pass (default: 32)")
+    add("--length", type=int, help="tokens per example (default: 256)")
+    add(
         "--device",
         choices=("cuda", "cpu"),
         help="where training will run; attention and dropout need less on a GPU (default: cuda; none is needed here)",
     )
-    of_decoder = parser.add_argument_group("for a decoder")
-    of_decoder.add_argument("--ranks", type=at_least_one, help="number of GPUs over which FSDP2 shards it (default: 1)")
-    of_decoder.add_argument(
-        "--states", choices=("float32", "8bit"), help="precision of the ticket's moments (default: both)"
-    )
-    of_decoder.add_argument(
-        "--gradients", choices=("packed", "dense"), help="gradients of the ticket (default: packed)"
-    )
-    of_decoder.add_argument(
+    add = parser.add_argument_group("for a decoder").add_argument
+    add("--ranks", type=at_least_one, help="number of GPUs over which FSDP2 shards it (default: 1)")
+    add("--states", choices=("float32", "8bit"), help="precision of the ticket's moments (default: both)")
+    add("--gradients", choices=("packed", "dense"), help="gradients of the ticket (default: packed)")
+    add(
         "--no-master",
         action="store_true",
         help="stochastic rounding in place of a float32 master; 8-bit states always have it",
@@ -226,12 +219,8 @@ def _prompt_learning(config: Any, density: float, batch: int, length: int, devic
     for name, forward in (("full fine-tuning, AdamW, all logits", all_logits), ("full fine-tuning, AdamW", loss)):
         # torch's AdamW keeps moments in the dtype of the weights
         rows[name] = adamw = replace(dense(dense=everything, loss=forward), states=2 * size * n, index=0)
-    rows["LT-SFT: dense gradients and states, a mask"] = MemoryReport(
-        adamw.weights, adamw.states, n, adamw.gradients, adamw.passing
-    )
-    rows["FlashAdamW (7 bytes a parameter)"] = MemoryReport(
-        2 * n, 3 * n, 0, 2 * n, adamw.passing - (size - 2) * n if size > 2 else adamw.passing
-    )
+    rows["LT-SFT: dense gradients and states, a mask"] = replace(adamw, index=n)
+    rows["FlashAdamW (7 bytes a parameter)"] = MemoryReport(2 * n, 3 * n, 0, 2 * n, adamw.passing - (size - 2) * n)
     for name, parameter in named.items():
         parameter.requires_grad_(pools.maskable(name) or any(parameter is p for p in encoder))
     ticket = partial(memory_report, model, density, dense=encoder, device=device)
