@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,15 +58,10 @@ def collator(pad_token_id: int, side: str = "right") -> Callable[[Sequence[Any]]
         def column(key: str) -> Tensor:
             return torch.tensor([example[key] for example in examples], dtype=torch.int64, device="cpu")
 
-        sizes = [len(example["input_ids"]) for example in examples]
-        length = max(sizes)
-        shifts = [length - size if side == "left" else 0 for size in sizes]
-        starts = torch.tensor(shifts, dtype=torch.int64, device="cpu")
-        input_ids = torch.full((len(examples), length), pad_token_id, dtype=torch.int64, device="cpu")
-        attention_mask = torch.zeros_like(input_ids)
-        for row, (example, start, size) in enumerate(zip(examples, shifts, sizes, strict=True)):
-            input_ids[row, start : start + size] = torch.tensor(example["input_ids"], dtype=torch.int64, device="cpu")
-            attention_mask[row, start : start + size] = 1
+        rows = [torch.tensor(example["input_ids"], dtype=torch.int64, device="cpu") for example in examples]
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id, padding_side=side)
+        attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
+        starts = attention_mask.argmax(1)  # of equal maxima the first
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": column("labels")}
         if "prompt_positions" in examples[0]:
             batch["prompt_positions"] = column("prompt_positions") + starts[:, None]
