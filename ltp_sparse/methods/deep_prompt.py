@@ -72,9 +72,8 @@ class DeepPromptTuning(Method):
         classifier = [model.classifier] if isinstance(model, SequenceClassifier) else []
 
         def bake() -> dict[str, Tensor]:
-            head = {
-                f"classifier.{name}": p.detach().cpu().clone() for m in classifier for name, p in m.named_parameters()
-            }
+            named = model.named_parameters()
+            head = {name: p.detach().cpu().clone() for name, p in named if name.startswith("classifier.")}
             return {f"{prompt.key}.rows": prompt.bake().cpu(), **head}
 
         return Setup(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 KIND = "adapter"
 _STD = 0.02
+_HEADER = ("hidden", "layers", "reduction", "invertible", "metadata")
 
 
 class Adapter(nn.Module):
@@ -96,13 +97,7 @@ class Adapter(nn.Module):
             if not 0 < header["layers"] <= len(tensors):
                 raise ValueError(f"{header['layers']} layers in {len(tensors)} tensors")
             with torch.device("meta"):  # so that forged sizes take no memory
-                adapter = cls(
-                    header["hidden"],
-                    header["layers"],
-                    header["reduction"],
-                    invertible=header["invertible"],
-                    metadata=header["metadata"],
-                )
+                adapter = cls(**{name: header[name] for name in _HEADER})
             adapter.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
         return adapter
 
@@ -181,9 +176,7 @@ class AdapterStack(Attachment):
         config = roberta.config
         total = config.num_hidden_layers
         used = total - self.drop_last
-        for adapter in (self.language, self.task):
-            if adapter is None:
-                continue
+        for adapter in filter(None, (self.language, self.task)):
             if adapter.hidden != config.hidden_size or not used <= len(adapter.layers) <= total:
                 raise ValueError(
                     f"AdapterStack: expected adapters of hidden size {config.hidden_size} with {used} to {total} "
@@ -204,9 +197,8 @@ class AdapterStack(Attachment):
     def _adapt(self, index: int, norm: nn.LayerNorm, args: tuple[Tensor]) -> tuple[Tensor]:
         # s = x + r suffices: a(x) + r = s + U ReLU(D LN(s)). Calling forward directly skips this hook.
         (s,) = args
-        for adapter in (self.language, self.task):
-            if adapter is not None:
-                s = s + adapter.layers[index](norm.forward(s))
+        for adapter in filter(None, (self.language, self.task)):
+            s = s + adapter.layers[index](norm.forward(s))
         return (s,)
 
     def _into(self, embeddings: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:

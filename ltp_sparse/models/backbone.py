@@ -55,11 +55,9 @@ def load_backbone(
             files lack a weight, hold one of another shape, or hold weights without a place in the model (no LM head,
             names with a prefix); a weight is NaN or infinite; the tokenizer is empty or does not fit the model.
     """
-    from transformers import AutoConfig, BertForMaskedLM, XLMRobertaForMaskedLM
+    from transformers import BertForMaskedLM, XLMRobertaForMaskedLM
 
-    source, local = locate(name_or_path)
-    with _loading("load_backbone", source):
-        config = AutoConfig.from_pretrained(source, local_files_only=local)
+    source, local, config = _read_config("load_backbone", name_or_path)
     kinds = {"xlm-roberta": XLMRobertaForMaskedLM, "bert": BertForMaskedLM}
     if (kind := config.model_type) not in kinds:
         raise ValueError(
@@ -97,11 +95,9 @@ def load_causal(
     Raises:
         ValueError: as in `load_backbone`.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    source, local = locate(name_or_path)
-    with _loading("load_causal", source):
-        config = AutoConfig.from_pretrained(source, local_files_only=local)
+    source, local, config = _read_config("load_causal", name_or_path)
     if config.model_type not in ("xglm", "bloom"):
         raise ValueError(
             f"load_causal: expected a model of type xglm or bloom, got {config.model_type!r} in {source!r}; pass a "
@@ -212,6 +208,15 @@ def _complete(what: str, cls: Any, source: str, **options: Any) -> Any:
     return model
 
 
+def _read_config(what: str, name_or_path: str | os.PathLike[str]) -> tuple[str, bool, Any]:
+    """(source, whether it is a folder, configuration)"""
+    from transformers import AutoConfig
+
+    source, local = locate(name_or_path)
+    with _loading(what, source):
+        return source, local, AutoConfig.from_pretrained(source, local_files_only=local)
+
+
 @contextmanager
 def _loading(what: str, source: str) -> Iterator[None]:
     """Turns any exception of `from_pretrained` for missing and damaged files into an error of one line."""
@@ -265,7 +270,7 @@ def load_config(what: str, name_or_path: str | os.PathLike[str]) -> Any:
         name_or_path: a folder or a Hub name. For a BERT, the configuration is that of the equal XLM-R. Those of XLM-R
             (`SIZES`) are known without a download.
     """
-    from transformers import AutoConfig, XLMRobertaConfig
+    from transformers import XLMRobertaConfig
 
     path = Path(name_or_path)
     if path.name in SIZES and not path.exists():
@@ -274,7 +279,5 @@ def load_config(what: str, name_or_path: str | os.PathLike[str]) -> Any:
             vocab_size=250002, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
             intermediate_size=inner, max_position_embeddings=514, type_vocab_size=1,
         )  # fmt: skip
-    source, local = locate(name_or_path)
-    with _loading(what, source):
-        config = AutoConfig.from_pretrained(source, local_files_only=local)
+    _, _, config = _read_config(what, name_or_path)
     return xlm_roberta_config(config) if config.model_type == "bert" else config

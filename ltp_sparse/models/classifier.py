@@ -139,10 +139,9 @@ class ClassificationHead(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
         self.dense = None if linear else nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, classes)
-        for layer in (self.dense, self.out_proj):
-            if layer is not None:
-                nn.init.normal_(layer.weight, std=config.initializer_range)
-                nn.init.zeros_(layer.bias)
+        for layer in filter(None, (self.dense, self.out_proj)):
+            nn.init.normal_(layer.weight, std=config.initializer_range)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: [B, H] at `<s>`. Returns logits [B, classes]."""
