@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ltp_sparse.recipes.recipe import look_up
 from ltp_sparse.report.escaping import Sheet, plain
 from ltp_sparse.report.paired import mean_interval
+from ltp_sparse.report.tables import grouped
 
 
 def chance_sheet(rows: Sequence[Mapping[str, Any]], by: Sequence[str], chance: float) -> Sheet:
@@ -21,13 +21,10 @@ def chance_sheet(rows: Sequence[Mapping[str, Any]], by: Sequence[str], chance: f
         by: dotted paths of the facts that make a group.
         chance: the score of guessing, in [0, 1], such as 1 / 3.
     """
-    groups: dict[tuple[Any, ...], dict[str, list[float]]] = {}
-    for row in rows:
-        group = groups.setdefault(tuple(look_up(row, path) for path in by), {})
-        for language, score in row["scores"].items():
-            group.setdefault(language, []).append(score)
     out = [[*by, "seeds", f"above {100 * chance:.1f} %", "not shown to be"]]
-    for facts, scores in groups.items():
+    for facts, members in grouped(rows, by).items():
+        languages = dict.fromkeys(language for row in members for language in row["scores"])
+        scores = {name: [row["scores"][name] for row in members if name in row["scores"]] for name in languages}
         repeated = {language: values for language, values in scores.items() if len(values) > 1}
         if not repeated:
             continue

@@ -8,6 +8,7 @@ from typing import Any
 
 from ltp_sparse.recipes.recipe import look_up
 from ltp_sparse.report.escaping import Sheet, plain
+from ltp_sparse.report.tables import figure, grouped
 
 _FAMILIES = {
     "Indo-European, Germanic": "deu eng nld",
@@ -63,17 +64,16 @@ def kinship_sheet(rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> Sheet
         rows: results, with "scores" by language and "train.language".
         by: dotted paths of the facts that make a group.
     """
-    groups: dict[tuple[Any, ...], dict[str, list[float]]] = {}
-    for row in rows:
-        group = groups.setdefault(tuple(look_up(row, path) for path in by), {})
-        for language, score in row["scores"].items():
-            if (degree := kinship(look_up(row, "train.language"), language)) is not None:
-                group.setdefault(degree, []).append(score)
     out = [[*by, *DEGREES, "others / related"]]
-    for facts, scores in groups.items():
+    for facts, members in grouped(rows, by).items():
+        scores: dict[str, list[float]] = {}
+        for row in members:
+            for language, score in row["scores"].items():
+                if (degree := kinship(look_up(row, "train.language"), language)) is not None:
+                    scores.setdefault(degree, []).append(score)
         means = {degree: statistics.fmean(values) for degree, values in scores.items()}
         related = [value for degree in DEGREES[:2] for value in scores.get(degree, ())]
         shown = [f"{100 * means[degree]:.2f}" if degree in means else "" for degree in DEGREES]
         share = means[DEGREES[2]] / statistics.fmean(related) if related and DEGREES[2] in means else None
-        out.append([*map(plain, facts), *shown, "" if share is None else f"{share:.3f}"])
+        out.append([*map(plain, facts), *shown, figure(share, "{:.3f}")])
     return Sheet(out, [False] * len(by) + [True] * 4)

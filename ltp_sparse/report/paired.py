@@ -76,11 +76,8 @@ def compare(
     Returns:
         The comparisons; labels without a pair have none.
     """
-    found = [
-        _comparison(label, facts, differences, margin)
-        for (label, facts), differences in _differences(rows, reference, by, last).items()
-    ]
-    return _holm(found)
+    groups = _differences(rows, reference, by, last).items()
+    return _holm([_comparison(label, facts, differences, margin) for (label, facts), differences in groups])
 
 
 def pool(

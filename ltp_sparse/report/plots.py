@@ -10,7 +10,7 @@ from typing import Any
 
 from ltp_sparse.recipes.recipe import Recipe, look_up
 from ltp_sparse.report.escaping import for_plot
-from ltp_sparse.report.tables import AVERAGE, Table, make_table
+from ltp_sparse.report.tables import AVERAGE, make_table
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.weights.files import atomic_path
 from ltp_sparse.weights.names import natural_key
@@ -116,18 +116,17 @@ _NOTHING = (math.nan, math.nan)
 
 def plot_density(rows: Rows, path: Path, recipe: Recipe) -> Path | None:
     """Average score against the ticket's density, a line per number of shots (LTP, figure 2b)."""
-    table = make_table(rows, ("ticket.density", "shots"))
-    return _lines(table, path, "density of the ticket (%)", lambda density: 100 * float(density), "shots")
+    return _lines(rows, path, ("ticket.density", "shots"), "density of the ticket (%)", group="shots", factor=100)
 
 
 def plot_shots(rows: Rows, path: Path, recipe: Recipe) -> Path | None:
     """Average score against the number of shots, a line per label."""
-    return _lines(make_table(rows, ("shots", "label")), path, "examples per class", float, "", log=True)
+    return _lines(rows, path, ("shots", "label"), "examples per class", log=True)
 
 
 def plot_prompt_length(rows: Rows, path: Path, recipe: Recipe) -> Path | None:
     """Average score against the length of the prompt, a line per label (SPT, figure 4)."""
-    return _lines(make_table(rows, ("options.n", "label")), path, "prompt embeddings", float, "", log=True)
+    return _lines(rows, path, ("options.n", "label"), "prompt embeddings", log=True)
 
 
 def plot_labels(rows: Rows, path: Path, recipe: Recipe) -> Path | None:
@@ -231,9 +230,7 @@ def plot_overlap(rows: Rows, path: Path, recipe: Recipe) -> Path | None:
         label, color = f"{100 * density:g} %, rate {rate:g}", f"C{position}"
         axes.plot(updates, shared, marker="o", markersize=3, color=color, label=label)
         axes.plot(updates, chance, linestyle="--", linewidth=0.8, color=color)
-    axes.set_xscale("log")
-    axes.set_xlabel("updates of stage 1")
-    axes.set_ylabel("shared by two seeds (%); dashed: chance")
+    axes.set(xscale="log", xlabel="updates of stage 1", ylabel="shared by two seeds (%); dashed: chance")
     axes.legend(fontsize=7)
     return _save(figure, path)
 
@@ -252,15 +249,15 @@ PLOTS: dict[str, Callable[[Rows, Path, Recipe], Path | None]] = {
 
 
 def _lines(
-    table: Table, path: Path, x_label: str, x_of: Callable[[Any], float], group: str, *, log: bool = False
+    rows: Rows, path: Path, by: tuple[str, str], x_label: str, *, group: str = "", factor: float = 1, log: bool = False
 ) -> Path | None:
-    """Average score (y) against the first fact (x), a line per second fact."""
+    """Average score (y) against the first fact (x) times a factor, a line per second fact."""
     points: dict[Any, list[tuple[float, float, float]]] = {}
-    for line in table.lines:
+    for line in make_table(rows, by).lines:
         if line.facts[0] is not None:
             mean, deviation = line.values[AVERAGE]
             spread = 0.0 if math.isnan(deviation) else deviation
-            points.setdefault(line.facts[1], []).append((x_of(line.facts[0]), mean, spread))
+            points.setdefault(line.facts[1], []).append((factor * float(line.facts[0]), mean, spread))
     if not points:
         return None
     figure, axes = _figure(8)
@@ -271,7 +268,6 @@ def _lines(
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted({x for of_line in points.values() for x, _, _ in of_line}))
         axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel(x_label)
-    axes.set_ylabel("average over languages (%)")
+    axes.set(xlabel=x_label, ylabel="average over languages (%)")
     axes.legend(fontsize=7)
     return _save(figure, path)

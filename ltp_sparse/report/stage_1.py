@@ -8,6 +8,7 @@ from typing import Any
 
 from ltp_sparse.recipes.recipe import look_up
 from ltp_sparse.report.escaping import Sheet, plain
+from ltp_sparse.report.tables import figure, grouped
 
 
 def stage_1_sheet(rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> Sheet | None:
@@ -23,26 +24,23 @@ def stage_1_sheet(rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> Sheet
     Returns:
         The table; None if no row has a ticket of stage 1.
     """
-    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        if row.get("stage_1"):
-            group = *(look_up(row, path) for path in by), row["stage_1"]["score"]
-            groups.setdefault(group, []).append(row["stage_1"])
+    groups = grouped([row for row in rows if row.get("stage_1")], [*by, "stage_1.score"])
     if not groups:
         return None
     out = [[*by, "score", "updates", "validation loss", "seeds", "shared", "chance", "times chance"]]
-    for (*facts, score), members in groups.items():
+    for (*facts, score), of_group in groups.items():
+        members = [row["stage_1"] for row in of_group]
         shared, chance = (_mean(members, f"overlap.{key}") for key in ("share", "chance"))
         out.append(
             [
                 *map(plain, facts),
                 score,
                 ", ".join(dict.fromkeys(str(m["updates"]) for m in members if "updates" in m)),
-                _shown(_mean(members, "validation_loss"), "{:.3f}"),
+                figure(_mean(members, "validation_loss"), "{:.3f}"),
                 str(len({member.get("seed") for member in members})),
-                _shown(shared, "{:.1%}"),
-                _shown(chance, "{:.1%}"),
-                _shown(shared / chance if shared is not None and chance else None, "{:.2f}"),
+                figure(shared, "{:.1%}"),
+                figure(chance, "{:.1%}"),
+                figure(shared / chance if shared is not None and chance else None),
             ]
         )
     return Sheet(out, [False] * (len(by) + 1) + [True] * 6)
@@ -51,7 +49,3 @@ def stage_1_sheet(rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> Sheet
 def _mean(members: Sequence[Mapping[str, Any]], path: str) -> float | None:
     values = [value for member in members if (value := look_up(member, path)) is not None]
     return statistics.fmean(values) if values else None
-
-
-def _shown(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)

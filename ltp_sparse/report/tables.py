@@ -90,12 +90,9 @@ def make_table(rows: Iterable[Mapping[str, Any]], by: Sequence[str], paper: Mapp
         paper: an entry of `papers.yaml`.
     """
     rows = list(rows)
-    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(tuple(_plain(look_up(row, path)) for path in by), []).append(row)
     printed = paper_figures(paper)
     lines, columns = [], dict.fromkeys((paper or {}).get("columns", []))
-    for facts, members in groups.items():
+    for facts, members in grouped(rows, by).items():
         by_seed: dict[Any, dict[str, float]] = {}
         for row in members:
             by_seed.setdefault(row["seed"], {}).update(row["scores"])
@@ -113,6 +110,15 @@ def make_table(rows: Iterable[Mapping[str, Any]], by: Sequence[str], paper: Mapp
     lines.sort(key=lambda line: [(0, x) if isinstance(x, int | float) else (1, 0) for x in reversed(line.facts)])
     columns.pop(AVERAGE, None)
     return Table(tuple(by), (*columns, AVERAGE), lines, _largest_class(rows))
+
+
+def grouped(rows: Iterable[Mapping[str, Any]], by: Sequence[str]) -> dict[tuple[Any, ...], list[Mapping[str, Any]]]:
+    """Facts (dotted paths `by`) -> the rows that have them, in the order in which these first occur."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        facts = (look_up(row, path) for path in by)
+        groups.setdefault(tuple(str(f) if isinstance(f, Mapping | list) else f for f in facts), []).append(row)
+    return groups
 
 
 def _largest_class(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
@@ -202,16 +208,12 @@ def _number(value: tuple[float, float] | None) -> str:
     return f"{mean:.2f}" if math.isnan(deviation) else f"{mean:.2f} ± {deviation:.2f}"
 
 
-def figure(value: float | None) -> str:
-    """A figure in percent as a text; None is nothing."""
-    return "" if value is None else f"{value:.2f}"
+def figure(value: float | None, form: str = "{:.2f}") -> str:
+    """A figure as a text; None is nothing."""
+    return "" if value is None else form.format(value)
 
 
 def _difference(line: Line, column: str) -> str:
     if column not in line.paper or column not in line.values:
         return ""
     return f"{line.values[column][0] - line.paper[column]:+.2f}"
-
-
-def _plain(fact: Any) -> Any:
-    return str(fact) if isinstance(fact, Mapping | list) else fact
