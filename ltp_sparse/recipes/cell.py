@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ltp_sparse import __version__
 from ltp_sparse.deltas.delta import SparseDelta
 from ltp_sparse.deltas.lt_sft import read_lt_sft
-from ltp_sparse.methods import METHODS, Method
+from ltp_sparse.methods import METHODS, Method, Setup
 from ltp_sparse.prompting import CLASSES, WORDS, Verbalizer
 from ltp_sparse.recipes.artefacts import adapter, language_sft, stage_1, stage_1_seeds, text_of
 from ltp_sparse.recipes.checks import method_of, strategy_and_score
@@ -30,9 +30,9 @@ from ltp_sparse.selection.ltp import find_ticket
 from ltp_sparse.selection.scores import magnitude
 from ltp_sparse.tasks import TASKS, Task, tested
 from ltp_sparse.tickets.ticket import Ticket
-from ltp_sparse.training.evaluation import Ready, evaluate, largest_class
+from ltp_sparse.training.evaluation import evaluate, largest_class
 from ltp_sparse.training.masked_texts import text_hash
-from ltp_sparse.training.method import load_trained, train_method
+from ltp_sparse.training.method import Trained, load_trained, train_method
 from ltp_sparse.training.mlm import MLMSettings
 from ltp_sparse.weights import files
 from ltp_sparse.weights.names import layer_of, module_of
@@ -65,7 +65,7 @@ def run_cell(
         source = tests.adapter(cell["adapters.source"])
         method = replace(method, language_adapter=source)  # type: ignore[call-arg]
     model, tokenizer = bench.model(cell, method)
-    with tests.sft.applied(cell["language_sft.source"], model):
+    with tests.applied(cell["language_sft.source"], model):
         trained = train_method(
             method,
             model,
@@ -117,7 +117,7 @@ def run_cell(
         "k": trained.delta.ticket.k,
         "active": active_by_layer(trained.delta.ticket),
         **({} if of_stage_1 is None else {"stage_1": of_stage_1}),
-        "language_active": tests.sft.active,
+        "language_active": tests.active,
         "dense_parameters": sum(tensor.numel() for tensor in trained.delta.dense.values()),
         "optimizer_bytes": trained.optimizer_bytes,
         "examples": counts,
@@ -154,7 +154,7 @@ class _Tests:
         notes: the row's notes; a note is added for each text that stands in for another.
 
     Attributes:
-        sft: the language SFTs.
+        active: language -> active entries of its SFT by layer, for the SFTs used so far.
         stuck: notes on tests in which all predictions are of one class.
     """
 
@@ -162,7 +162,7 @@ class _Tests:
         self, cell: Cell, bench: Workbench, task: Task, examples: Mapping[str, Sequence[Any]], notes: list[str]
     ) -> None:
         self.cell, self.bench, self.task, self.examples, self.notes = cell, bench, task, examples, notes
-        self.sft = _LanguageSFTs(cell, bench, notes)
+        self.active: dict[str, dict[str, list[int]]] = {}
         self.stuck: list[str] = []
 
     @property
@@ -180,7 +180,7 @@ class _Tests:
         _note(text_of(self.cell, self.bench, "adapters", language), self.notes)
         return str(adapter(self.cell, self.bench, language))
 
-    def scores(self, ready: Ready, examples: Mapping[str, Sequence[Any]]) -> dict[str, float]:
+    def scores(self, ready: Setup | Trained, examples: Mapping[str, Sequence[Any]]) -> dict[str, float]:
         """Scores of a model as it is."""
         return evaluate(
             ready,
@@ -203,7 +203,7 @@ class _Tests:
                 options = {**delta.metadata["options"], "language_adapter": self.adapter(language)}
                 facts = {**delta.metadata, "options": options}
                 delta = SparseDelta(delta.ticket, delta.values, delta.originals, delta.dense, facts)
-            with self.sft.applied(language if self.cell["language_sft"] else None, model):
+            with self.applied(language if self.cell["language_sft"] else None, model):
                 setup = load_trained(model, tokenizer, delta)
                 try:
                     scores |= self.scores(setup, {language: examples})
@@ -211,6 +211,33 @@ class _Tests:
                     delta.revert(setup.model)
                     setup.undo()
         return scores
+
+    @contextmanager
+    def applied(self, language: str | None, model: Any) -> Iterator[None]:
+        """Applies the SFT of a language to the model within this context; None: changes nothing."""
+        if language is None:
+            yield
+            return
+        delta = self._delta(language, model)
+        self.active[language] = active_by_layer(delta.ticket)
+        delta.apply(model)
+        try:
+            yield
+        finally:
+            delta.revert(model)
+
+    def _delta(self, language: str, model: Any) -> SparseDelta:
+        """The SFT in the file that the recipe names (`files`; LT-SFT's format can be read, too), else in the cache."""
+        if (provided := self.cell["language_sft.files"]) is None:
+            _note(text_of(self.cell, self.bench, "language_sft", language), self.notes)
+            return SparseDelta.load(language_sft(self.cell, self.bench, language))
+        path = Path(provided.format(language=language)).expanduser()
+        if not path.exists():
+            raise FileNotFoundError(f"language_sft, files: no {path}; expected the language SFT of {language!r} there")
+        if path.suffix == ".safetensors":
+            return SparseDelta.load(path)
+        delta = read_lt_sft(path, model)
+        return SparseDelta(delta.ticket, delta.values, delta.originals, {}, delta.metadata)  # without a head
 
 
 def test_examples(cell: Cell, bench: Workbench) -> dict[str, Sequence[Any]]:
@@ -269,50 +296,6 @@ def overlap(ticket: Ticket, other: Ticket) -> dict[str, float]:
     """The share of a ticket's entries that are in another one, and the share that chance gives for these counts."""
     expected = sum(ticket.sets[name].k * other.sets[name].k / ticket.sets[name].n for name in ticket.active_names)
     return {"share": round((ticket & other).k / ticket.k, 4), "chance": round(expected / ticket.k, 4)}
-
-
-class _LanguageSFTs:
-    """The language SFTs that a cell composes with.
-
-    Args:
-        cell: the cell.
-        bench: where artefacts are.
-        notes: the row's notes; a note is added for each text that stands in for another.
-
-    Attributes:
-        active: language -> active entries of its SFT by layer, for the SFTs used so far.
-    """
-
-    def __init__(self, cell: Cell, bench: Workbench, notes: list[str]) -> None:
-        self.cell, self.bench, self.notes = cell, bench, notes
-        self.active: dict[str, dict[str, list[int]]] = {}
-
-    @contextmanager
-    def applied(self, language: str | None, model: Any) -> Iterator[None]:
-        """Applies the SFT of a language to the model within this context; None: changes nothing."""
-        if language is None:
-            yield
-            return
-        delta = self._delta(language, model)
-        self.active[language] = active_by_layer(delta.ticket)
-        delta.apply(model)
-        try:
-            yield
-        finally:
-            delta.revert(model)
-
-    def _delta(self, language: str, model: Any) -> SparseDelta:
-        """The SFT in the file that the recipe names (`files`; LT-SFT's format can be read, too), else in the cache."""
-        if (provided := self.cell["language_sft.files"]) is None:
-            _note(text_of(self.cell, self.bench, "language_sft", language), self.notes)
-            return SparseDelta.load(language_sft(self.cell, self.bench, language))
-        path = Path(provided.format(language=language)).expanduser()
-        if not path.exists():
-            raise FileNotFoundError(f"language_sft, files: no {path}; expected the language SFT of {language!r} there")
-        if path.suffix == ".safetensors":
-            return SparseDelta.load(path)
-        delta = read_lt_sft(path, model)
-        return SparseDelta(delta.ticket, delta.values, delta.originals, {}, delta.metadata)  # without a head
 
 
 def active_by_layer(ticket: Ticket) -> dict[str, list[int]]:

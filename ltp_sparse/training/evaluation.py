@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import statistics
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ltp_sparse.methods.base import Collate, Encode
+from ltp_sparse.methods.base import Collate, Setup
 from ltp_sparse.prompting.inputs import IGNORED_LABEL
 from ltp_sparse.tasks.own import warn_of_gaps
 from ltp_sparse.training.autocast import autocast
+
+if TYPE_CHECKING:
+    from ltp_sparse.training.method import Trained
 
 
 def accuracy(predicted: Any, labels: Any) -> float:
@@ -97,32 +99,12 @@ def largest_class(examples: Mapping[str, Sequence[Any]], metric: str = "accuracy
     found = {}
     for language, of_language in examples.items():
         labels = np.asarray([example.label for example in of_language])
-        largest = Counter(labels.tolist()).most_common(1)[0][0]
-        found[language] = METRICS[metric](np.full_like(labels, largest), labels)
+        found[language] = METRICS[metric](np.full_like(labels, statistics.mode(labels.tolist())), labels)
     return found
 
 
-class Ready(Protocol):
-    """A model to evaluate: the result of `train_method` or `load_trained`."""
-
-    @property
-    def model(self) -> nn.Module:
-        """The model."""
-        ...
-
-    @property
-    def encode(self) -> Encode:
-        """Turns examples into inputs of the model."""
-        ...
-
-    @property
-    def collate(self) -> Collate:
-        """Turns inputs into one batch."""
-        ...
-
-
 def evaluate(
-    trained: Ready,
+    trained: Setup | Trained,
     examples: Mapping[str, Sequence[Any]],
     *,
     metric: str = "accuracy",
@@ -135,7 +117,7 @@ def evaluate(
     """Language -> score, 0 to 1.
 
     Args:
-        trained: the model to evaluate, with its encoding of examples.
+        trained: the model to evaluate, with its encoding of examples: the result of `train_method` or `load_trained`.
         examples: language -> labelled examples.
         metric: one of `METRICS`.
         labels: classes of the task. Classes without examples cause a warning.
