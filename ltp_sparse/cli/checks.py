@@ -63,9 +63,8 @@ def check_apart(options: argparse.Namespace) -> None:
             continue
         for other, value in vars(options).items():
             for path in value if isinstance(value, list) else [value]:
-                if other == name or not isinstance(path, str | Path) or not os.path.isfile(path):
-                    continue
-                if os.path.samefile(path, target):
+                is_file = isinstance(path, str | Path) and os.path.isfile(path)
+                if other != name and is_file and os.path.samefile(path, target):
                     raise CommandError(
                         f"{shown(options, name)} {target} is also {shown(options, other)}, which would be overwritten; "
                         "choose another name"

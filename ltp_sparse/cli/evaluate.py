@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ltp_sparse.cli.checks import CommandError, check_writable, need
 from ltp_sparse.cli.kinds import expect, expect_source
 from ltp_sparse.cli.options import add_computing, add_data, at_least_one, quieten
-from ltp_sparse.cli.own import SOURCE, add_columns, add_metric, by_language, given_columns, refuse_own
+from ltp_sparse.cli.own import SOURCE, add_columns, add_metric, given_columns, refuse_own
 from ltp_sparse.cli.tables import TASK_NAMES, TEST_TASKS
 from ltp_sparse.tasks import task
 from ltp_sparse.tasks.own import read_own
@@ -152,7 +152,9 @@ def _own_examples(options: argparse.Namespace, run: Run) -> tuple[str, str, dict
             f"{source} has the class {foreign[0]!r} ({len(foreign)} examples of unknown classes); the "
             f"run was trained on {', '.join(run.labels)}"
         )
-    found = by_language(examples)
+    found: dict[str, list[Any]] = {}
+    for example in examples:
+        found.setdefault(example.language, []).append(example)
     if unknown := [language for language in options.languages or () if language not in found]:
         raise CommandError(f"{source} has no example of language {unknown[0]!r}, only {', '.join(found)}")
     return source, options.metric or run.metric, {name: found[name] for name in options.languages or found}

@@ -19,11 +19,12 @@ COMMANDS = (
     *("push", "pull", "completion"),
 )
 
-REPORTERS = (
-    *("none", "all", "tensorboard", "wandb", "trackio", "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub"),
-    *("dvclive", "flyte", "kubeflow", "mlflow", "neptune", "swanlab"),
+_SERVICES = (
+    *("tensorboard", "wandb", "trackio", "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive"),
+    *("flyte", "kubeflow", "mlflow", "neptune", "swanlab"),
 )
 """Services to which the Trainer of transformers can log."""
+REPORTERS = ("none", "all", *_SERVICES)
 _REPORTER_PACKAGES = {
     "tensorboard": ("tensorboard", "tensorboardX"),
     "azure_ml": ("azureml",),
@@ -209,11 +210,7 @@ def add_report_to(parser: argparse.ArgumentParser) -> None:
 def _reporter(text: str) -> str:
     """The type of --report-to. Its package must be installed, which transformers would notice much later."""
     packages = _REPORTER_PACKAGES.get(text, (text,))
-    if (
-        text in REPORTERS
-        and text not in ("none", "all")
-        and not any(importlib.util.find_spec(package) for package in packages)
-    ):
+    if text in _SERVICES and not any(map(importlib.util.find_spec, packages)):
         raise argparse.ArgumentTypeError(f"{text} needs a package that is not installed; pip install {packages[0]}")
     return text
 

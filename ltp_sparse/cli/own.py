@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ltp_sparse.cli.checks import CommandError, refuse
 from ltp_sparse.cli.tables import METRIC_NAMES
@@ -71,12 +71,4 @@ def words_of(texts: list[str] | None) -> dict[str, list[str]] | None:
         if label in found:
             raise CommandError(f"--words has two entries for {label!r}; write several words of a class as {label}=a,b")
         found[label] = words.split(",")
-    return found
-
-
-def by_language(examples: list[Any]) -> dict[str, list[Any]]:
-    """Language -> its examples, in the order in which languages first occur."""
-    found: dict[str, list[Any]] = {}
-    for example in examples:
-        found.setdefault(example.language, []).append(example)
     return found
