@@ -42,10 +42,12 @@ def refuse(options: argparse.Namespace, *names: str, why: str) -> None:
             raise CommandError(f"{shown(options, name)} {why}")
 
 
-def check_writable(path: Path, *, folder: bool = False, option: str = "--output") -> None:
-    """Raises CommandError unless a file, or files in a folder, can be written. Call it before hours of work."""
+def check_writable(path: Path | None, *, folder: bool = False, option: str = "--output") -> None:
+    """Raises CommandError if a file, or files in a folder, cannot be written. Call it before hours of work."""
     from ltp_sparse.weights import files
 
+    if path is None:
+        return
     if os.path.isdir(path) != folder and os.path.exists(path):
         raise CommandError(f"{option} must be a {'folder' if folder else 'file'}, but {path} is not")
     try:

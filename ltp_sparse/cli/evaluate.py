@@ -57,8 +57,7 @@ def run(options: argparse.Namespace) -> None:
     trained = Run.load(options.folder)
     trained.check_model()
     check_writable(options.folder / results.RESULTS, option="results")
-    if options.plot is not None:
-        check_writable(options.plot, option="--plot")
+    check_writable(options.plot, option="--plot")
     seeds = finished_seeds(options.folder, options.seeds)
     begun = {path.name.removeprefix("seed-") for path in options.folder.glob("seed-*") if path.is_dir()}
     if options.seeds is None and (open_seeds := sorted(begun - set(map(str, seeds)))):

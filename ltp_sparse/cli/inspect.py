@@ -34,8 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     need(options, "ticket")
-    if options.plot is not None:
-        check_writable(options.plot, option="--plot")
+    check_writable(options.plot, option="--plot")
     for name in ("ticket", "compare"):
         expect(options, name, "ticket", "delta")
     from ltp_sparse.report.plots import plot_ticket

@@ -54,8 +54,7 @@ def run(options: argparse.Namespace) -> None:
         options.examples, columns, language=trained.language, labelled=False, split="test", config=options.hub_config
     )
     warn_of_gaps(examples, None, options.examples)
-    if options.output is not None:
-        check_writable(options.output)
+    check_writable(options.output)
     seed = first_seed(options.folder, options.seed)
     import torch
     from tqdm.auto import tqdm

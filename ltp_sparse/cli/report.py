@@ -23,8 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     need(options, "recipe", "results")
-    if options.output is not None:
-        check_writable(options.output, folder=True)
+    check_writable(options.output, folder=True)
     expect(options, "results", "folder of results")
     from ltp_sparse.recipes import load_recipe, results
 

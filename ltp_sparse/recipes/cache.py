@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
+from ltp_sparse.training.run_folder import try_lock
 from ltp_sparse.weights import files
 from ltp_sparse.weights.reading import FileFormatError, read_json, sha256_of
 
@@ -113,14 +114,13 @@ class Cache:
         """Removes all artefacts except those in use at the moment; returns how many bytes that frees."""
         freed = 0
         for path in self.folder.glob("*.safetensors"):
-            lock = path.with_suffix(".lock")
-            try:
-                with FileLock(lock, blocking=False):
-                    freed += path.stat().st_size
-                    for each in (path, path.with_suffix(".json"), lock):
-                        each.unlink(missing_ok=True)
-            except Timeout:
-                warnings.warn(f"{path} is in use and stays", stacklevel=2)
+            with try_lock(path.with_suffix(".lock")) as acquired:
+                if not acquired:
+                    warnings.warn(f"{path} is in use and stays", stacklevel=2)
+                    continue
+                freed += path.stat().st_size
+                path.unlink(missing_ok=True)
+                path.with_suffix(".json").unlink(missing_ok=True)
         files.sweep(self.folder)
         return freed
 
