@@ -79,13 +79,10 @@ def xnli(split: str, language: str, data: Path | None, *_: Any) -> list[Pair]:
         return hub_pairs(HUB_NAME, language, split, language)
     data = folder_of(data, "xnli")
     path = existing(data / split / f"{split}-{language}.tsv")
-    if split == "dev":
-        rows = list(read_columns(path, ("premise", "hypothesis", "label")))
-        labels = [checked_label(row["label"], where) for where, row in rows]
-    else:
-        rows = list(read_columns(path, ("premise", "hypothesis")))
-        labels_path = existing(data / "test-labels.tsv")
-        labels = [checked_label(row["label"], where) for where, row in read_table(labels_path, ("label",))]
+    columns = ("premise", "hypothesis", "label") if split == "dev" else ("premise", "hypothesis")
+    rows = list(read_columns(path, columns))
+    labelled = rows if split == "dev" else read_table(existing(data / "test-labels.tsv"), ("label",))
+    labels = [checked_label(row["label"], where) for where, row in labelled]
     if not len(rows) == len(labels) == _ROWS[split]:
         raise FileFormatError(path, f"expected {_ROWS[split]} pairs and labels, got {len(rows)} and {len(labels)}")
     pairs = zip(rows, labels, strict=True)
