@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM
 
 from ltp_sparse.backends import available_backends
 from ltp_sparse.methods import LTP, PromptMethod, PromptOnly, PromptSettings, RandomTicket, SoftPrompt
@@ -20,6 +21,7 @@ from ltp_sparse.report.tables import Table, make_table, markdown
 from ltp_sparse.selection.ltp import find_ticket
 from ltp_sparse.tasks.generated.inference import pairs, sentences
 from ltp_sparse.tasks.generated.languages import LANGUAGES
+from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.training.evaluation import evaluate, largest_class, result_row
 from ltp_sparse.training.method import Trained, train_method
 from ltp_sparse.training.mlm import MLMSettings, tune_mlm
@@ -27,11 +29,6 @@ from ltp_sparse.weights.files import write_text
 from ltp_sparse.weights.locating import MINI_XLMR
 from ltp_sparse.weights.names import canonical_parameters
 from ltp_sparse.weights.tensors import bits
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM
-
-    from ltp_sparse.tickets.ticket import Ticket
 
 WORDS = {"entailment": "yes", "contradiction": "no", "neutral": "perhaps"}
 

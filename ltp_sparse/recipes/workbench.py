@@ -67,12 +67,9 @@ class Workbench:
         key = (cell["model"], cell["tokenizer"], method.backbone, tied)
         if key != self._key:
             self.forget()
-            if method.backbone == "causal":
-                self._model, self._tokenizer = load_causal(cell["model"], tokenizer=cell["tokenizer"])
-            else:
-                self._model, self._tokenizer = load_backbone(
-                    cell["model"], decoupled=not tied, tokenizer=cell["tokenizer"]
-                )
+            masked: Any = functools.partial(load_backbone, decoupled=not tied)
+            load = load_causal if method.backbone == "causal" else masked
+            self._model, self._tokenizer = load(cell["model"], tokenizer=cell["tokenizer"])
             if torch.cuda.is_available():
                 self._model.to("cuda")
             parameters = {name: p.detach() for name, p in canonical_parameters(self._model).items()}

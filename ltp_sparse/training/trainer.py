@@ -228,8 +228,7 @@ class SparseTrainer(Trainer):
         if not resume_from_checkpoint:
             return None
         if resume_from_checkpoint is True:
-            latest = last_checkpoint(self.args.output_dir)
-            if latest is None:
+            if (latest := last_checkpoint(self.args.output_dir)) is None:
                 raise ValueError(f"SparseTrainer: no complete checkpoint in {self.args.output_dir!r} to resume from")
             folder = latest
         else:
