@@ -62,10 +62,8 @@ def run(options: argparse.Namespace) -> None:
     begun = {path.name.removeprefix("seed-") for path in options.folder.glob("seed-*") if path.is_dir()}
     if options.seeds is None and (open_seeds := sorted(begun - set(map(str, seeds)))):
         print(f"not finished, so left out: seed {', '.join(open_seeds)}; ltp-sparse train --resume goes on with it")
-    if options.test is not None or (trained.task is None and options.task is None):
-        name, metric, examples = _own_examples(options, trained)
-    else:
-        name, metric, examples = _task_examples(options, trained)
+    on_own = options.test is not None or (trained.task is None and options.task is None)
+    name, metric, examples = (_own_examples if on_own else _task_examples)(options, trained)
     examples = {language: tested[: options.limit] for language, tested in examples.items()}
     from ltp_sparse.report.tables import make_table, markdown
 

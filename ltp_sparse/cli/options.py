@@ -180,11 +180,12 @@ def share(text: str) -> float:
     return number
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+_MODEL = "the base model: a folder, a Hub name, e.g. xlm-roberta-base, or mini-xlmr (in the package)"
+
+
+def add_model(parser: argparse.ArgumentParser, description: str = _MODEL) -> None:
     """Adds --model and --tokenizer."""
-    parser.add_argument(
-        "--model", help="the base model: a folder, a Hub name, e.g. xlm-roberta-base, or mini-xlmr (in the package)"
-    )
+    parser.add_argument("--model", help=description)
     parser.add_argument("--tokenizer", help="folder or Hub name of the tokenizer, if it is not with the model")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ltp_sparse.cli.checks import CommandError, check_writable, given_of, need, refuse, values_of
 from ltp_sparse.cli.kinds import expect_model
-from ltp_sparse.cli.options import add_computing, add_data, add_report_to
+from ltp_sparse.cli.options import add_computing, add_data, add_model, add_report_to
 from ltp_sparse.recipes import Recipe, load_recipe, recipe_names
 from ltp_sparse.weights.reading import FileFormatError, parse_yaml
 
@@ -35,8 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("recipe", nargs="?", help="name of a recipe, or a .yaml file")
     add("--list", action="store_true", help="list the recipes that come with the library")
     add("--dry-run", action="store_true", help="print cells, memory and time without training")
-    add("--model", help="folder or Hub name of the base model, instead of the recipe's")
-    add("--tokenizer", help="folder or Hub name of the tokenizer, if it is not with the model")
+    add_model(parser, "folder or Hub name of the base model, instead of the recipe's")
     add("--allow-plugins", action="store_true", help="run the Python files that the recipe names")
     add_data(parser)
     add("--output", type=Path, help="folder of the results; finished cells in it are not run again")
