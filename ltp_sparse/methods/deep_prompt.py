@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,8 @@ from ltp_sparse.methods.base import Context, Encode, Method, Settings, Setup, se
 from ltp_sparse.methods.fine_tuning import encode_for_classifier
 from ltp_sparse.models import DeepPrompt, SequenceClassifier
 from ltp_sparse.models.masked_prompt import PromptedMaskedLM
-from ltp_sparse.prompting import cloze_template, collator, kind_of
+from ltp_sparse.prompting import cloze_template, collator
+from ltp_sparse.prompting.templates import encoder_by_kind
 
 if TYPE_CHECKING:
     from transformers import XLMRobertaForMaskedLM
@@ -52,11 +52,6 @@ class DeepPromptTuning(Method):
     def build(self, language_model: XLMRobertaForMaskedLM, context: Context, *, baked: bool = False) -> Setup:
         config, tokenizer, max_length = language_model.config, context.tokenizer, self.settings.max_length
         facts: dict[str, Any] = {}
-
-        def encode_cloze(examples: Sequence[Any]) -> list[Any]:
-            template = cloze_template(kind_of(examples[0]) if examples else "pair")
-            return template.encode(tokenizer, examples, classes=context.labels, max_length=max_length)
-
         with seeded(context.seed):
             if self.head == "classifier":
                 model: nn.Module = SequenceClassifier(language_model, len(context.labels), linear=True)
@@ -64,7 +59,8 @@ class DeepPromptTuning(Method):
             else:
                 verbalizer = context.words()
                 facts = {"verbalizer": [list(tokens) for tokens in verbalizer.token_ids]}
-                model, encode = PromptedMaskedLM(language_model, None, verbalizer), encode_cloze
+                model = PromptedMaskedLM(language_model, None, verbalizer)
+                encode = encoder_by_kind(cloze_template, tokenizer, classes=context.labels, max_length=max_length)
             prompt = DeepPrompt(
                 config, self.n, projection=None if baked else self.projection, position_offset=self.position_offset
             )

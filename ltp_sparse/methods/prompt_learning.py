@@ -6,7 +6,6 @@ with the prompt among the dense tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,7 +15,8 @@ from ltp_sparse.methods.base import Context, Method, Settings, Setup, seeded
 from ltp_sparse.models.backbone import is_decoupled
 from ltp_sparse.models.masked_prompt import PromptedMaskedLM
 from ltp_sparse.models.prompt_encoder import PromptEncoder, vocabulary_rows
-from ltp_sparse.prompting import Template, collator, discrete_template, kind_of, soft_template
+from ltp_sparse.prompting import Template, collator, discrete_template, soft_template
+from ltp_sparse.prompting.templates import encoder_by_kind
 from ltp_sparse.selection import pools
 from ltp_sparse.tickets.ticket import Ticket
 from ltp_sparse.weights.names import canonical_parameters
@@ -82,19 +82,10 @@ class PromptMethod(Method):
         if encoder is not None:
             encoder.to(language_model.device)
         verbalizer = context.words()
-
-        def encode(examples: Sequence[Any]) -> list[Any]:
-            return templates[kind_of(examples[0]) if examples else "pair"].encode(
-                tokenizer,
-                examples,
-                classes=context.labels,
-                max_length=settings.max_length,
-                truncation=settings.truncation,
-            )
-
+        options = {"classes": context.labels, "max_length": settings.max_length, "truncation": settings.truncation}
         return Setup(
             model=PromptedMaskedLM(language_model, encoder, verbalizer, frozen_words=self.freezes_words),
-            encode=encode,
+            encode=encoder_by_kind(templates.__getitem__, tokenizer, **options),
             collate=collator(language_model.config.pad_token_id),
             dense=() if encoder is None else (encoder,),
             bake=None if encoder is None else lambda: {BAKED_PROMPT: encoder.bake().cpu()},

@@ -6,7 +6,7 @@ Texts are prepared, and parts are ordered, as by Zhao & Schütze (2021).
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -151,6 +151,17 @@ QUESTIONS: dict[str, tuple[str, str]] = {
 def kind_of(example: Any) -> str:
     """The kind of an example: "pair" or "text"."""
     return "pair" if hasattr(example, "premise") else "text"
+
+
+def encoder_by_kind(
+    template_of: Callable[[str], Template], tokenizer: PreTrainedTokenizerBase, **options: Any
+) -> Callable[[Sequence[Any]], list[Any]]:
+    """A function that encodes examples by the template of their kind; options as for `Template.encode`."""
+
+    def encode(examples: Sequence[Any]) -> list[Any]:
+        return template_of(kind_of(examples[0]) if examples else "pair").encode(tokenizer, examples, **options)
+
+    return encode
 
 
 def cloze_template(kind: str = "pair") -> Template:
