@@ -192,10 +192,8 @@ def record(folder: Path, names: Sequence[str]) -> None:
     lock = folder / "manifest.lock"
     with FileLock(lock):
         if not (folder / manifest.MANIFEST).exists():  # new, or of an earlier version
-            manifest.finish(
-                folder,
-                [str(path.relative_to(folder)) for path in folder.glob("seed-*/*") if path.name in (TRAINED, BAKED)],
-            )
+            trained = (path for path in folder.glob("seed-*/*") if path.name in (TRAINED, BAKED))
+            manifest.finish(folder, [str(path.relative_to(folder)) for path in trained])
         manifest.add(folder, names)
         lock.unlink(missing_ok=True)
 

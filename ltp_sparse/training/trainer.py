@@ -106,7 +106,6 @@ class SparseTrainer(Trainer):
                 warnings.warn(
                     f"SparseTrainer: the ticket was selected on another base model than this one ({moved[0]!r} "
                     f"differs, {len(moved)} tensors in all); load the initial weights unless this is intended",
-                    UserWarning,
                     stacklevel=2,
                 )
         ticket = base.ticket
