@@ -43,9 +43,7 @@ def xlmr_shapes(
         shapes["roberta.embeddings.token_type_embeddings.weight"] = (1, hidden)
     for layer in range(layers):
         linears = {
-            "attention.self.query": (hidden, hidden),
-            "attention.self.key": (hidden, hidden),
-            "attention.self.value": (hidden, hidden),
+            **dict.fromkeys(("attention.self.query", "attention.self.key", "attention.self.value"), (hidden, hidden)),
             "attention.output.dense": (hidden, hidden),
             "intermediate.dense": (intermediate, hidden),
             "output.dense": (hidden, intermediate),

@@ -85,17 +85,11 @@ def train_tokenizer(texts: Iterable[str], size: int, whole: Sequence[str] = ()) 
 def _merged_pieces(lines: Sequence[str], size: int) -> Counter[str]:
     """Piece -> how often it occurs in the lines (plus 1), for at most `size` pieces by byte-pair merges."""
     characters = Counter(character for line in lines for character in line)
+    frequent = sum(count >= _RARE for count in characters.values())
     merged = Tokenizer(models.BPE())
     merged.pre_tokenizer = _SPLITTER
-    merged.train_from_iterator(
-        lines,
-        trainers.BpeTrainer(
-            vocab_size=size,
-            limit_alphabet=sum(count >= _RARE for count in characters.values()),
-            show_progress=False,
-        ),
-        length=len(lines),
-    )
+    trainer = trainers.BpeTrainer(vocab_size=size, limit_alphabet=frequent, show_progress=False)
+    merged.train_from_iterator(lines, trainer, length=len(lines))
     counts = Counter(dict.fromkeys(merged.get_vocab(), 1))
     for encoding in merged.encode_batch(lines):
         counts.update(encoding.tokens)
