@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -30,8 +30,7 @@ def masked_token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor |
     return losses.sum() / count.clamp(min=1).to(losses.device)
 
 
-@contextmanager
-def token_losses(model: nn.Module, labels: Tensor) -> Iterator[None]:
+def token_losses(model: nn.Module, labels: Tensor) -> AbstractContextManager[None]:
     """Within this context `model(...).logits` is the cross-entropy of every masked token, float32 [masked tokens].
 
     Args:
@@ -44,8 +43,7 @@ def token_losses(model: nn.Module, labels: Tensor) -> Iterator[None]:
     """
     flat = labels.reshape(-1)
     positions = (flat != IGNORED_LABEL).nonzero()[:, 0]
-    with losses_at(model, positions, flat[positions]):
-        yield
+    return losses_at(model, positions, flat[positions])
 
 
 @contextmanager
