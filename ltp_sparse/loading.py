@@ -51,8 +51,7 @@ def load(
             f"{source}: it is a local file or folder, which has no revision {revision!r}; leave revision= out"
         )
     if path.is_file():
-        kinds: dict[str | None, type[Ticket | SparseDelta]] = {"delta": SparseDelta}
-        return kinds.get(claimed_kind(path), Ticket).load(path)
+        return (SparseDelta if claimed_kind(path) == "delta" else Ticket).load(path)
     pinned = None
     if path.is_dir():
         folder = path

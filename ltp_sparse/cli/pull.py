@@ -23,14 +23,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     need(options, "name", "output")
     from ltp_sparse.weights.files import atomic_folder
-    from ltp_sparse.weights.hub import HELD, download, files_in, kind_held
+    from ltp_sparse.weights.hub import HELD, download, files_in, kind_held, read_pinned
 
     folder, address = download(options.name)
     kind = kind_held(files_in(folder), address)
     if kind in ("ticket", "delta"):
         check_writable(options.output)
         import ltp_sparse as ls
-        from ltp_sparse.weights.hub import read_pinned
 
         held = read_pinned(ls.Ticket if kind == "ticket" else ls.SparseDelta, folder, address)
         held.save(options.output)

@@ -97,11 +97,7 @@ def run_cell(
         epoch = trained.last.metadata["epoch"]
         of_last = scores if epoch == trained.best_epoch else tests.scores_of(trained.last, model, tokenizer)
         last["last_update"] = {"epoch": epoch, "scores": of_last, "mean": statistics.fmean(of_last.values())}
-    counts = {
-        "train": len(train),
-        "dev": len(dev),
-        "test": {language: len(tested) for language, tested in tests.examples.items()},
-    }
+    sizes = {language: len(examples) for language, examples in tests.examples.items()}
     return {
         "id": cell.id,
         **cell.facts,
@@ -120,7 +116,7 @@ def run_cell(
         "language_active": tests.active,
         "dense_parameters": sum(tensor.numel() for tensor in trained.delta.dense.values()),
         "optimizer_bytes": trained.optimizer_bytes,
-        "examples": counts,
+        "examples": {"train": len(train), "dev": len(dev), "test": sizes},
         "notes": [*notes, *(f"{cell['label']}: {note}" for note in tests.stuck)],
         "seconds": round(time.perf_counter() - start, 2),
         "provenance": _provenance(bench, method, (train, dev, *tests.examples.values())),
