@@ -73,7 +73,6 @@ def vocabulary_rows(embedding: Tensor, n: int, seed: int, exclude: tuple[int, ..
     candidates = allowed.nonzero().squeeze(1)
     if n > len(candidates):
         raise ValueError(f"vocabulary_rows: n must be in [1, {len(candidates)}] for this vocabulary, got {n}")
-    order = torch.randperm(
-        len(candidates), generator=torch.Generator().manual_seed(seed), dtype=torch.int64, device="cpu"
-    )
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(candidates), generator=generator, dtype=torch.int64, device="cpu")
     return embedding.detach()[candidates[order[:n]].to(embedding.device)].float().clone()

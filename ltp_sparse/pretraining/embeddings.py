@@ -53,9 +53,8 @@ def parallel_embeddings(
     )
     across = table.t().coalesce()
     table = table.coalesce()
-    basis = torch.randn(
-        len(tokenizer), kept, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu"
-    )
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.randn(len(tokenizer), kept, generator=generator, dtype=torch.float32, device="cpu")
     for _ in range(_ROUNDS):
         basis = torch.linalg.qr(table @ (across @ basis)).Q
     projected = across @ basis

@@ -108,10 +108,8 @@ class Translations:
         summarise: bool = False,
     ) -> None:
         self.vocabulary, self.mask_id, self.pad_id = len(tokenizer), tokenizer.mask_token_id, tokenizer.pad_token_id
-        half = length // 2 - 2
-        flat = tokenizer(
-            [text for row in rows for text in row.values()], add_special_tokens=False, truncation=True, max_length=half
-        )["input_ids"]
+        texts, half = [text for row in rows for text in row.values()], length // 2 - 2
+        flat = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=half)["input_ids"]
         encoded = iter(flat)
         self._rows = [[next(encoded) for _ in row] for row in rows]
         self._ends = tokenizer.bos_token_id, tokenizer.eos_token_id
