@@ -91,13 +91,11 @@ def expect_source(options: argparse.Namespace, name: str) -> None:
 def expect_model(options: argparse.Namespace) -> None:
     """`expect` for --model and --tokenizer. A name must be on the Hub or in its cache."""
     for name in ("model", "tokenizer"):
-        if (given := getattr(options, name, None)) is None:
-            continue
-        if os.path.exists(given):
-            if kind_of(given) is not None:
-                expect(options, name, "model")
-            continue
-        try:
-            locate(given)
-        except ValueError as error:
-            raise CommandError(f"--{name}: {error}") from None
+        given = getattr(options, name, None)
+        if given is not None and os.path.exists(given):
+            expect(options, name, "model")
+        elif given is not None:
+            try:
+                locate(given)
+            except ValueError as error:
+                raise CommandError(f"--{name}: {error}") from None
