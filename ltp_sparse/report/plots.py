@@ -138,7 +138,7 @@ def plot_labels(rows: Rows, path: Path, recipe: Recipe) -> Path | None:
         label, shots = str(line.facts[0]), str(line.facts[1])
         mean, deviation = line.values[AVERAGE]
         scores.setdefault(label, {})[shots] = mean / 100
-        errors.setdefault(label, {})[shots] = 0.0 if math.isnan(deviation) else deviation
+        errors.setdefault(label, {})[shots] = 0.0 if math.isnan(deviation) else deviation / 100
     return plot_accuracy(scores, path, errors=errors, title="average over languages, by examples per class")
 
 

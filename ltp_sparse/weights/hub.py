@@ -16,7 +16,6 @@ from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from ltp_sparse.weights.card import write_up
 from ltp_sparse.weights.reading import FileFormatError
@@ -40,6 +39,8 @@ _PATIENCE = 3.0  # seconds for the Hub to answer
 
 def hub_answers() -> bool:
     """Whether the Hub can be reached. It is tried in a thread, because a name lookup has no time limit."""
+    from urllib.request import getproxies
+
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:

@@ -824,6 +824,18 @@ def test_reports_hold_paired_comparisons(world, tmp_path):
     assert "<h2>Languages related to that of training</h2>" in page and "<h2>Languages above chance</h2>" in page
 
 
+def test_whiskers_are_standard_deviations_in_percent(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    rows = [
+        {"label": "LTP", "shots": 4, "seed": seed, "scores": {"en": seed / 10}, "mean": seed / 10} for seed in (5, 7)
+    ]
+    plots.plot_labels([{**row, "metric": "accuracy", "notes": []} for row in rows], tmp_path / "labels.png", None)
+    (bar,), whiskers = figures[0].axes[0].containers[1], figures[0].axes[0].containers[0]
+    ((_, low), (_, high)) = whiskers.lines[2][0].get_segments()[0]
+    assert bar.get_height() == pytest.approx(60) and high - low == pytest.approx(2 * statistics.stdev([50, 70]))
+
+
 @pytest.fixture
 def evidence(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
