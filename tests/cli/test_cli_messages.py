@@ -245,7 +245,7 @@ def test_a_mistyped_model_does_not_wait_for_the_hub(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
-    monkeypatch.setattr(hub, "getproxies", dict)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
     with pytest.raises(ValueError, match="no model 'owner/name'.*the Hub cannot be reached"):
         locating.locate("owner/name")
     with pytest.raises(ValueError, match="no data set 'owner/name': .* the Hub cannot be reached"):

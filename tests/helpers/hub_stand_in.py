@@ -213,5 +213,5 @@ def here(monkeypatch, cache):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr("ltp_sparse.weights.hub.getproxies", dict)
+        monkeypatch.setattr("urllib.request.getproxies", dict)
         yield hub
