@@ -101,8 +101,11 @@ def summary(evidence: Path) -> str:
             parts.append(f"![Differences, with intervals]({evidence.name}/{FIGURE})\n")
     else:
         parts.append("No pair of runs yet.\n")
+    if rows[SMALL[1]]:
+        parts.append("### The same for a small model\n")
+        parts.append(claims_sheet([(SMALL[1], *each) for each in differences(SMALL[1], rows[SMALL[1]])]).markdown())
     parts.append("### How far two seeds of stage 1 agree\n")
-    tickets = stage_1_sheet(rows[TICKETS] + rows[SMALL], ("model", *load_recipe(TICKETS).by))
+    tickets = stage_1_sheet(rows[TICKETS] + rows[SMALL[0]], ("model", *load_recipe(TICKETS).by))
     parts.append("No ticket yet.\n" if tickets is None else tickets.markdown())
     if rows[CURVE]:
         parts.append("### Accuracy by learning rate\n")

@@ -35,7 +35,7 @@ SWAPPED = [("label", "LTP at 0.01"), ("label", "random at 0.03")]
 PROMPTS = [("label", "SP"), ("label", "DP")]
 OTHERS = [*PROMPTS, *(("label", name) for name in ("FT", "BitFit", "head only", "prompt only"))]
 SFT = [("label", "LT-SFT"), ("label", "Rand-SFT")]
-SMALL = "study-tickets-small"  # of the model that the library ships
+SMALL = ("study-tickets-small", "study-small")  # of the model that the library ships
 STEPS: list[tuple[str, Sequence[tuple[str, Any]]]] = [
     ("study-backbone", []),
     ("study-tickets", [(RATE, 5e-4), (UPDATES, 17), (UPDATES, 125), (UPDATES, 500), (SCORE, None)]),
@@ -54,7 +54,7 @@ STEPS: list[tuple[str, Sequence[tuple[str, Any]]]] = [
     ("study-zero-shot", [(DENSITY, 0.05), *CLAIM]),
     ("study-zero-shot", [(DENSITY, 0.05), (DENSITY, 0.01)]),
     ("study-tickets", [(RATE, 5e-4), (UPDATES, 1000)]),
-    (SMALL, []),
+    *((name, []) for name in SMALL),
     ("study-in-language", []),
     ("study-rates", OTHERS),
     ("study-baselines", []),
@@ -95,7 +95,7 @@ def main() -> int:
 
 def step(name: str, wanted: Sequence[tuple[str, Any]], model: str, output: Path) -> Recipe:
     """Some cells of a recipe with the chosen rates, in the order of their seeds, so that pairs are complete early."""
-    recipe = load_recipe(name, [] if name == SMALL else [("model", model)])
+    recipe = load_recipe(name, [] if name in SMALL else [("model", model)])
     if wanted:
         recipe = recipe.only(wanted)
     if recipe.rates is not None:
