@@ -57,6 +57,18 @@ def check_writable(path: Path | None, *, folder: bool = False, option: str = "--
         raise CommandError(f"{option} {path} cannot be written: {why}") from error
 
 
+def check_plot(path: Path | None) -> None:
+    """`check_writable` for --plot, whose ending is the format of the picture."""
+    if path is None:
+        return
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix.removeprefix(".") not in {"", *known}:
+        raise CommandError(f"--plot must end in .{', .'.join(known)}, got {path}")
+    check_writable(path, option="--plot")
+
+
 def check_apart(options: argparse.Namespace) -> None:
     """Raises CommandError if a file to write is one of the files to read."""
     for name in ("output", "plot"):

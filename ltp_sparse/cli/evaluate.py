@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ltp_sparse.cli.checks import CommandError, check_writable, need
+from ltp_sparse.cli.checks import CommandError, check_plot, check_writable, need
 from ltp_sparse.cli.kinds import expect, expect_source
 from ltp_sparse.cli.options import add_computing, add_data, at_least_one, quieten
 from ltp_sparse.cli.own import SOURCE, add_columns, add_metric, given_columns, refuse_own
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
     trained = Run.load(options.folder)
     trained.check_model()
     check_writable(options.folder / results.RESULTS, option="results")
-    check_writable(options.plot, option="--plot")
+    check_plot(options.plot)
     seeds = finished_seeds(options.folder, options.seeds)
     begun = {path.name.removeprefix("seed-") for path in options.folder.glob("seed-*") if path.is_dir()}
     if options.seeds is None and (open_seeds := sorted(begun - set(map(str, seeds)))):

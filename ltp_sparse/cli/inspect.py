@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ltp_sparse.cli.checks import check_writable, need
+from ltp_sparse.cli.checks import check_plot, need
 from ltp_sparse.cli.kinds import expect
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     need(options, "ticket")
-    check_writable(options.plot, option="--plot")
+    check_plot(options.plot)
     for name in ("ticket", "compare"):
         expect(options, name, "ticket", "delta")
     from ltp_sparse.report.plots import plot_ticket

@@ -54,7 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("for an XLM-R").add_argument
     add("--stage", type=int, choices=(1, 2), help="1: the tuning that finds the ticket; 2: prompt-learning (default)")
     add("--batch", type=at_least_one, help="examples per forward pass (default: 32)")
-    add("--length", type=int, help="tokens per example (default: 256)")
+    add("--length", type=int, help="tokens per example (default: 256, or what the model has positions for)")
     add(
         "--device",
         choices=("cuda", "cpu"),
@@ -104,12 +104,13 @@ def _print_sharded(options: argparse.Namespace, config: Any) -> None:
 def _print_stage(options: argparse.Namespace, config: Any) -> None:
     from ltp_sparse.models.backbone import longest_input
 
-    stage, batch, length = options.stage or 2, options.batch or 32, 256 if options.length is None else options.length
+    longest = longest_input(config)
+    length = min(256, longest) if options.length is None else options.length
+    stage, batch = options.stage or 2, options.batch or 32
     device, dtype = options.device or "cuda", options.dtype or "float32"
     (density, *more) = options.density or (0.2,)
     if more:
         raise CommandError(f"expected one --density for an XLM-R, got {len(more) + 1}; several are for decoders")
-    longest = longest_input(config)
     if not 1 <= length <= longest:
         raise CommandError(f"--length must be in [1, {longest}] for {options.model}, got {length}")
     rows = table(config, stage, density=density, batch=batch, length=length, dtype=dtype, device=device)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,7 +16,7 @@ from ltp_sparse.cli.checks import CommandError, check_writable, need
 from ltp_sparse.cli.kinds import expect, expect_source
 from ltp_sparse.cli.options import add_computing, at_least_one, quieten
 from ltp_sparse.cli.own import SOURCE, add_columns, given_columns
-from ltp_sparse.tasks.own import read_own, texts_of, warn_of_gaps
+from ltp_sparse.tasks.own import columns_of, read_own, texts_of, warn_of_gaps
 
 HELP = "label the texts or pairs of a file with a trained run, with the probability of each class"
 EXAMPLES = """\
@@ -50,6 +53,10 @@ def run(options: argparse.Namespace) -> None:
     trained = Run.load(options.folder)
     trained.check_model()
     columns = given_columns(options, trained)
+    if options.language_column is None and columns.language is not None and os.path.isfile(options.examples):
+        if columns.language not in columns_of(options.examples):
+            warnings.warn(f"no column {columns.language!r}: the texts are labelled without it", stacklevel=2)
+            columns = replace(columns, language=None)
     examples = read_own(
         options.examples, columns, language=trained.language, labelled=False, split="test", config=options.hub_config
     )

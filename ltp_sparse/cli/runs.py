@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 TRAINED = "trained.safetensors"
 BAKED = "baked.safetensors"
 _DESCRIPTION = "run.json"
+_LOCK = "train.lock"  # of a seed
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Run:
 
     def check_continues(self, folder: Path) -> None:
         """Raises CommandError if the folder has seeds of another run, which would count as seeds of this one."""
-        if not (folder / _DESCRIPTION).is_file() or not any(folder.glob("seed-*")):
+        if not (folder / _DESCRIPTION).is_file() or not any(map(_begun, folder.glob("seed-*"))):
             return
         before = Run.load(folder)
         for field in fields(self):
@@ -171,12 +172,22 @@ def check_same_training(finished: Path, method: Method, ticket: Ticket | None) -
         raise CommandError(f"{finished} was trained on another ticket than --ticket; choose another --output")
 
 
+def _begun(seed: Path) -> bool:
+    """Whether the folder of a seed has files of its training, or another process trains it now."""
+    from ltp_sparse.training.run_folder import try_lock
+
+    if any(path.name != _LOCK for path in seed.iterdir()):
+        return True
+    with try_lock(seed / _LOCK) as acquired:
+        return not acquired
+
+
 def seeds_to_train(folder: Path, seeds: Sequence[int]) -> Iterator[int]:
     """Yields the seeds that no other process trains or has trained. Each is locked until the next is requested."""
     from ltp_sparse.training.run_folder import try_lock
 
     for seed in seeds:
-        with try_lock(folder / f"seed-{seed}" / "train.lock") as acquired:
+        with try_lock(folder / f"seed-{seed}" / _LOCK) as acquired:
             if not acquired:
                 print(f"seed {seed}: skipped, another process is training it")
             elif (folder / f"seed-{seed}" / BAKED).is_file():

@@ -19,7 +19,7 @@ from ltp_sparse.prompting import Template, collator, discrete_template, soft_tem
 from ltp_sparse.prompting.templates import encoder_by_kind
 from ltp_sparse.selection import pools
 from ltp_sparse.tickets.ticket import Ticket
-from ltp_sparse.weights.names import canonical_parameters
+from ltp_sparse.weights.names import canonical_parameters, match_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, XLMRobertaForMaskedLM
@@ -111,7 +111,8 @@ class LTP(PromptMethod):
 
     def _ticket(self, language_model: XLMRobertaForMaskedLM, given: Ticket | None, seed: int) -> Ticket:
         assert given is not None  # checked in `ticket`
-        if outside := [name for name in given.active_names if not pools.maskable(name)]:
+        names = match_names(given.active_names, canonical_parameters(language_model), what=self.name, where="the model")
+        if outside := [name for name in names if not pools.maskable(name)]:
             raise ValueError(
                 f"{self.name}: expected a ticket over the base model without LayerNorm, got active entries in "
                 f"{outside[0]!r}; select with pool=ltp_sparse.selection.pools.maskable"

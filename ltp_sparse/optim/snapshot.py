@@ -14,10 +14,10 @@ from ltp_sparse.deltas.entries import entries_of, scatter_
 from ltp_sparse.deltas.ranks import own_entries
 from ltp_sparse.deltas.restoring import Write, copies, put_back, restoring
 from ltp_sparse.optim.frozen import check_unchanged
-from ltp_sparse.optim.members import ParameterHome, dense_parameters, ticket_for
+from ltp_sparse.optim.members import ParameterHome, active_names, dense_parameters, ticket_for
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.ticket import Ticket
-from ltp_sparse.weights.names import canonical_parameters, match_names
+from ltp_sparse.weights.names import canonical_parameters
 from ltp_sparse.weights.sharded_digests import whole_fingerprint
 from ltp_sparse.weights.sharding import Cut, local, reshard, whole
 from ltp_sparse.weights.tensors import bits
@@ -46,7 +46,8 @@ class Snapshot:
         dense: name -> values of the parameters that train in full, on the CPU.
 
     Raises:
-        ValueError: the model lacks a parameter of the ticket or of `dense`, or one of them has no gradient.
+        ValueError: a parameter of the ticket or of `dense` is not in the model, has another shape, or no gradient.
+        TypeError: a parameter of the ticket is quantised.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Snapshot:
         reshard(model)
         self.parameters = parameters = canonical_parameters(model)
         ticket = ticket_for(parameters, ticket, what=what)
-        names = match_names(ticket.active_names, parameters, what=what, where="the model")
+        names = active_names(parameters, ticket, what=what)
         in_full = self._names_of(dense_parameters(dense, what=what))
         if untrained := [name for name in [*names, *in_full] if not parameters[name].requires_grad]:
             raise ValueError(

@@ -92,12 +92,19 @@ def plan(recipe: Recipe) -> str:
     lines += [
         "",
         f"{len(recipe.cells)} cells, and {len(shared)} artefacts that they share (tuned weights, language SFTs, ...).",
-        f"About {total / 1e15:,.1f} PFLOP: {hours:,.1f} hours on a GPU at {_GPU_FLOPS / 1e12:.0f} TFLOP/s, "
-        f"{hours_here:,.0f} hours on this machine's CPU",
+        f"About {total / 1e15:,.2f} PFLOP: {_time(hours)} on a GPU at {_GPU_FLOPS / 1e12:.0f} TFLOP/s, "
+        f"{_time(hours_here)} on this machine's CPU",
         f"at {here / 1e12:.2f} TFLOP/s (matrix products, measured now). Inputs count at half of their greatest length.",
         "State is that of the active entries: 8 bytes each, and their index; prompts and heads come on top.",
     ]
     return "\n".join(lines)
+
+
+def _time(hours: float) -> str:
+    number, unit = (
+        (hours, "hours") if hours >= 1 else (60 * hours, "minutes") if 60 * hours >= 1 else (3600 * hours, "seconds")
+    )
+    return f"{number:,.{0 if number >= 10 else 1}f} {unit}"
 
 
 def estimate(cell: Cell, model: Any) -> Estimate:

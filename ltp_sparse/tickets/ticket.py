@@ -28,7 +28,7 @@ from ltp_sparse.weights.names import (
 )
 from ltp_sparse.weights.reading import closest, reader
 from ltp_sparse.weights.tensors import check_plain_tensor
-from ltp_sparse.weights.versions import open_weights
+from ltp_sparse.weights.versions import Weights, open_weights
 
 _MOST_ENTRIES = 1 << 40  # of all parameters in a file: a larger number is an error, not an allocation
 
@@ -85,11 +85,11 @@ class Ticket(OnHub):
                 )
 
     @classmethod
-    def full(cls, model: nn.Module | Mapping[str, Any], pool: Pool = None) -> Ticket:
+    def full(cls, model: Weights, pool: Pool = None) -> Ticket:
         """A ticket of all entries of the pool.
 
         Args:
-            model: a module, or a mapping from names to tensors or shapes.
+            model: a module, a file or folder of a checkpoint, or a mapping from names to tensors or shapes.
             pool: the parameters to include.
         """
         shapes = _shapes(model, pool)
@@ -148,7 +148,7 @@ class Ticket(OnHub):
     @classmethod
     def random(
         cls,
-        model: nn.Module | Mapping[str, Any],
+        model: Weights,
         *,
         density: float | None = None,
         k: int | None = None,
@@ -160,7 +160,7 @@ class Ticket(OnHub):
         """A random ticket of exactly k entries, uniform over the pool.
 
         Args:
-            model: a module, or a mapping from names to tensors or shapes.
+            model: a module, a file or folder of a checkpoint, or a mapping from names to tensors or shapes.
             density: active share of the pool.
             k: number of active entries, instead of `density`.
             like: a ticket with the counts per parameter to use, instead of `density` (the layer-matched control).
@@ -411,12 +411,13 @@ class Ticket(OnHub):
             return ticket
 
 
-def _shapes(model: nn.Module | Mapping[str, Any], pool: Pool) -> dict[str, Size]:
+def _shapes(model: Weights, pool: Pool) -> dict[str, Size]:
     """Shapes of the weights of the pool."""
-    if isinstance(model, nn.Module) or isinstance(next(iter(model.values()), None), Tensor):
+    if not isinstance(model, Mapping) or isinstance(next(iter(model.values()), None), Tensor):
         weights = open_weights(model)
         return {name: weights[name].shape for name in in_pool(weights, pool)}
-    return {name: Size(getattr(model[name], "shape", model[name])) for name in in_pool(model, pool)}
+    shapes: Mapping[str, Any] = model
+    return {name: Size(getattr(shapes[name], "shape", shapes[name])) for name in in_pool(shapes, pool)}
 
 
 def pack_sets(sets: Mapping[str, IndexSet], shapes: Mapping[str, Size]) -> tuple[dict[str, Tensor], dict[str, Any]]:

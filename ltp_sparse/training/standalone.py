@@ -19,7 +19,7 @@ def encode(tokenizer, prompt, texts):
     for part in prompt["parts"]:
         if part not in parts:
             parts[part] = tokenizer(part, add_special_tokens=False)["input_ids"]
-    marks = [mark for mark in ("{premise}", "{hypothesis}", "{text}") if mark in prompt["parts"]]
+    marks = marks_of(prompt)
     if len(texts) != len(marks):
         raise ValueError(f"expected {len(marks)} texts ({' and '.join(marks)}), got {len(texts)}")
     for mark, text in zip(marks, texts, strict=True):
@@ -31,6 +31,11 @@ def encode(tokenizer, prompt, texts):
         (second if cut_second else first).pop()
     ids = [token for part in prompt["parts"] for token in parts[part]]
     return [tokenizer.cls_token_id, *ids, tokenizer.sep_token_id]
+
+
+def marks_of(prompt):
+    """The places of texts in the template."""
+    return [mark for mark in ("{premise}", "{hypothesis}", "{text}") if mark in prompt["parts"]]
 
 
 class PromptPipeline(Pipeline):
@@ -76,5 +81,10 @@ if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
     given = dict(zip(("text", "text_pair"), sys.argv[1:], strict=False))
-    for score in load(Path(__file__).resolve().parent)(given, top_k=None):
+    labeller = load(Path(__file__).resolve().parent)
+    if isinstance(labeller, PromptPipeline):
+        marks = marks_of(labeller.model.config.prompt)
+        if len(given) != len(marks):
+            sys.exit(f"expected {len(marks)} texts ({' and '.join(marks)}), got {len(given)}, for one example")
+    for score in labeller(given, top_k=None):
         print(f"{score['label']}\t{score['score']:.4f}")

@@ -10,10 +10,12 @@ import sys
 
 import pytest
 import torch
+from filelock import FileLock
 from helpers.tiny_nli import WORDS, tiny_language_model, tiny_tokenizer, toy_pairs
 
 import ltp_sparse as ls
 from ltp_sparse.cli import main
+from ltp_sparse.cli.checks import CommandError
 from ltp_sparse.cli.runs import Run, finished_seeds, load_seed, record, seeds_to_train
 from ltp_sparse.prompting import CLASSES
 
@@ -219,6 +221,22 @@ def test_seeds_of_another_run_are_not_joined(files, ticket, trained, tmp_path, c
         error = capsys.readouterr().err
         assert message in error and "choose another --output" in error
     assert not (trained / "seed-3").exists() and (trained / "run.json").read_bytes() == before
+
+
+def test_a_folder_in_which_no_seed_has_begun_is_free(tmp_path):
+    """The lock of a seed that failed is left; while a process holds it, the folder is that process's."""
+    facts = {"tokenizer": None, "method": "LTP", "task": "xnli", "shots": 4, "language": "en", "verbalizer": "en"}
+    lock = tmp_path / "seed-1" / "train.lock"
+    lock.parent.mkdir()
+    lock.touch()
+    first, second = (Run(model, **facts) for model in "ab")
+    first.save(tmp_path)
+    second.check_continues(tmp_path)
+    with FileLock(lock), pytest.raises(CommandError, match="holds seeds of a run with model 'a', but this one has 'b'"):
+        second.check_continues(tmp_path)
+    lock.with_name("baked.safetensors").touch()
+    with pytest.raises(CommandError, match="choose another --output"):
+        second.check_continues(tmp_path)
 
 
 @pytest.mark.parametrize("method", ["random-ticket", "soft-prompt", "prompt-only"])

@@ -106,6 +106,10 @@ def test_the_script_needs_transformers_alone(exported):
     of_class = expected(made, ["word4"])[0].tolist()
     assert found == pytest.approx(dict(zip(labels_of(made), of_class, strict=True)), abs=1e-3)
     assert list(found.values()) == sorted(found.values(), reverse=True)
+    if method == "ltp":
+        run = subprocess.run([*command, "word5"], capture_output=True, text=True, timeout=300)
+        assert run.returncode == 1 and "Traceback" not in run.stderr
+        assert run.stderr.endswith("expected 1 texts ({text}), got 2, for one example\n")
 
 
 @pytest.mark.slow

@@ -45,6 +45,21 @@ def test_labelled_files_are_read_back_with_the_same_columns(own_files, own_run, 
     assert json.loads((own_run / "results.jsonl").read_text().splitlines()[-1])["mean"] == 1.0
 
 
+def test_texts_without_their_language_are_labelled_too(own_files, own_run, tmp_path, capsys):
+    header, *lines = (own_files / "test.tsv").read_text().splitlines()
+    at = header.split("\t").index("lang")
+    kept = [[cell for i, cell in enumerate(line.split("\t")) if i != at] for line in (header, *lines)]
+    (tmp_path / "bare.tsv").write_text("".join("\t".join(line) + "\n" for line in kept))
+    assert run("predict", own_run, own_files / "test.tsv", "--quiet", "--output", tmp_path / "with.jsonl") == 0
+    with pytest.warns(UserWarning, match="no column 'lang': the texts are labelled without it"):
+        assert run("predict", own_run, tmp_path / "bare.tsv", "--quiet", "--output", tmp_path / "without.jsonl") == 0
+    found = [[json.loads(line) for line in (tmp_path / f"{name}.jsonl").open()] for name in ("with", "without")]
+    assert [row["probabilities"] for row in found[0]] == [row["probabilities"] for row in found[1]]
+    assert run("predict", own_run, tmp_path / "bare.tsv", "--language-column", "lang", "--quiet") == 2
+    assert run("evaluate", own_run, "--test", own_files / "test.tsv", "--plot", tmp_path / "a.xyz") == 2
+    assert "--plot must end in " in capsys.readouterr().err
+
+
 def test_a_run_resumes_only_with_the_same_data(own_files, own_run, capsys):
     data = ["--train", own_files / "train.tsv", "--dev", own_files / "dev.tsv", *COLUMNS, *WORDS_GIVEN, *QUICK]
     model = ["--model", own_files / "model", "--ticket", own_files / "ticket.safetensors"]

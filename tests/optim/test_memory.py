@@ -353,6 +353,11 @@ def test_the_command_needs_no_download(capsys):
     assert "--density: must be in (0, 1]" in capsys.readouterr().err
 
 
+def test_inputs_are_as_long_as_the_model_takes(capsys):
+    assert main(["memory", "--model", "mini-xlmr"]) == 0
+    assert "on batches of 32 x 128 tokens" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -51,6 +51,15 @@ def test_a_run_passes_over_the_names_three_times_and_reads_the_weights_twice(mon
     assert sum(hashed) <= 2 * sum(p.numel() for p in model.parameters())
 
 
+def test_a_ticket_of_another_model_is_refused_by_name(model):
+    name = "roberta.encoder.layer.0.output.dense.weight"
+    longer = Ticket.random({name: torch.Size([3, 64])}, k=5)
+    with pytest.raises(ValueError, match=rf"Snapshot: '{name}' has shape .* in the model and \[3, 64\] in the ticket"):
+        Snapshot(model, longer)
+    with pytest.raises(ValueError, match="LTP: no name of the ticket is in the model; '0.weight' is missing"):
+        METHODS["ltp"]().ticket(model, Ticket.random({"0.weight": torch.Size([3, 64])}, k=5))
+
+
 def test_values_come_back_whatever_others_wrote(model):
     before, ticket = weights(model), ticket_of(model)
     snapshot = Snapshot(model, ticket, [model.lm_head.layer_norm.weight], frozen=True)

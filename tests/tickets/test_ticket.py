@@ -474,3 +474,11 @@ def test_entries_of_any_range(density, rng):
     assert torch.equal(torch.cat(parts), mask)
     with pytest.raises(ValueError, match=f"'a' has {n} entries, expected 0 <= start <= stop, got 3 to 2"):
         ticket.entries("a", 3, 2)
+
+
+def test_a_checkpoint_has_the_tickets_of_its_model(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 9), torch.nn.Linear(9, 7))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    for path in (tmp_path, str(tmp_path / "model.safetensors")):
+        assert Ticket.random(path, density=0.3, seed=1) == Ticket.random(model, density=0.3, seed=1)
+        assert Ticket.full(path) == Ticket.full(model)
