@@ -111,8 +111,8 @@ class LTP(PromptMethod):
 
     def _ticket(self, language_model: XLMRobertaForMaskedLM, given: Ticket | None, seed: int) -> Ticket:
         assert given is not None  # checked in `ticket`
-        names = match_names(given.active_names, canonical_parameters(language_model), what=self.name, where="the model")
-        if outside := [name for name in names if not pools.maskable(name)]:
+        if outside := [name for name in given.active_names if not pools.maskable(name)]:
+            match_names(given.active_names, canonical_parameters(language_model), what=self.name, where="the model")
             raise ValueError(
                 f"{self.name}: expected a ticket over the base model without LayerNorm, got active entries in "
                 f"{outside[0]!r}; select with pool=ltp_sparse.selection.pools.maskable"
