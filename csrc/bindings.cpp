@@ -21,9 +21,13 @@ void run(int64_t threads, Run run_on) {
 }
 
 ltp::HostPairs pairs_of(const Record& record) {
-    return {record.addresses("initial"),   record.addresses("tuned"), record.dtypes("initial"),
-            record.dtypes("tuned"),        record.sizes("tuned"),     record.numbers("groups"),
-            record.numbers("word_offsets")};
+    return {record.addresses("initial"),
+            record.addresses("tuned"),
+            record.dtypes("initial"),
+            record.dtypes("tuned"),
+            record.sizes("tuned"),
+            record.optional_numbers("groups"),
+            record.optional_numbers("word_offsets")};
 }
 
 void masked_adamw_(py::handle update, int64_t threads) {

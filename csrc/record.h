@@ -30,8 +30,10 @@ class Record {
 
     double real(const char* name) const { return field(name).cast<double>(); }
 
-    // A list of numbers; empty if the record has no such field.
-    std::vector<int64_t> numbers(const char* name) const {
+    std::vector<int64_t> numbers(const char* name) const { return field(name).cast<std::vector<int64_t>>(); }
+
+    // Empty if the record has no such field.
+    std::vector<int64_t> optional_numbers(const char* name) const {
         return pybind11::getattr(record_, name, pybind11::list()).cast<std::vector<int64_t>>();
     }
 
