@@ -64,7 +64,7 @@ def check_plot(path: Path | None) -> None:
     from matplotlib.backend_bases import FigureCanvasBase
 
     known = sorted(FigureCanvasBase.get_supported_filetypes())
-    if path.suffix.removeprefix(".") not in {"", *known}:
+    if path.suffix.removeprefix(".").lower() not in {"", *known}:
         raise CommandError(f"--plot must end in .{', .'.join(known)}, got {path}")
     check_writable(path, option="--plot")
 

@@ -196,6 +196,7 @@ def _only_column(paths: list[Path]) -> str | None:
 
 
 def _usual_column(path: Path) -> str | None:
+    """`_only_column` of one file."""
     if kind_of(path) != "table":
         return None
     names, name = columns_of(path), path.name.removesuffix(".gz")

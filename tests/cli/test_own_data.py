@@ -56,8 +56,11 @@ def test_texts_without_their_language_are_labelled_too(own_files, own_run, tmp_p
     found = [[json.loads(line) for line in (tmp_path / f"{name}.jsonl").open()] for name in ("with", "without")]
     assert [row["probabilities"] for row in found[0]] == [row["probabilities"] for row in found[1]]
     assert run("predict", own_run, tmp_path / "bare.tsv", "--language-column", "lang", "--quiet") == 2
+    before = (own_run / "results.jsonl").read_bytes()
     assert run("evaluate", own_run, "--test", own_files / "test.tsv", "--plot", tmp_path / "a.xyz") == 2
-    assert "--plot must end in " in capsys.readouterr().err
+    assert "--plot must end in " in capsys.readouterr().err and (own_run / "results.jsonl").read_bytes() == before
+    assert run("evaluate", own_run, "--test", own_files / "test.tsv", "--quiet", "--plot", tmp_path / "a.PNG") == 0
+    assert (tmp_path / "a.PNG").read_bytes()[1:4] == b"PNG"
 
 
 def test_a_run_resumes_only_with_the_same_data(own_files, own_run, capsys):
