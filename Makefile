@@ -77,7 +77,7 @@ soak: $(TEST)  ## 1,000 published versions, trainer and follower killed 20 times
 	$(BIN)/pytest -s -m "faults or not faults" tests/sync/test_sync_soak.py -k long $(ARGS)
 
 ptx: $(TEST)  ## the kernels' compiled PTX in an emulated GPU: every kernel, dtype, encoding, sm_80 and sm_90
-	$(PYTEST) -m "ptx or not ptx" --timeout 3600 tests/ptx $(ARGS)
+	$(PYTEST) -m "ptx or not ptx" --timeout 3600 tests/ptx tests/backends/test_cuda_build.py $(ARGS)
 
 ranks: $(TEST)  ## sharded training on 2, 3 and 4 ranks: every sharding, option and checkpoint
 	$(BIN)/pytest -m ranks tests/optim/test_sharded.py $(ARGS)

@@ -82,6 +82,7 @@ class Measurement:
         if not left:
             return
         print(f"{cell.op}: {cell.model}, density {cell.density:g}, {cell.precision}, {cell.kind}", flush=True)
+        gc.freeze()  # what is imported by now is no garbage, and takes .2 s to look through
         clocks = self.device.warm()
         problem = self.guarded({**known, "provider": "weights"}, op.Problem, cell, self.device)
         if problem is None:

@@ -6,7 +6,8 @@ import re
 import runpy
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,11 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 UPDATES = ("masked_adamw", "masked_adamw_8bit", "masked_gradients")
-COMPILED = (("topk_delta", "sm_90"), ("topk_delta", "sm_80"), *((source, "sm_90") for source in UPDATES))
+SELECTIONS = ("sm_90", pytest.param("sm_80", marks=pytest.mark.ptx))  # the second costs 14 s of compiling
+COMPILED = (
+    *((source, "sm_90") for source in ("topk_delta", *UPDATES)),
+    pytest.param("topk_delta", "sm_80", marks=pytest.mark.ptx),
+)
 # kernels of a source: of the update, 3 x 8 storage types with a master or without, and one with stochastic rounding for
 # each gradient of bfloat16, all that with an anchor or without, and the one that prepares a step; sums by gradients
 # alone, and with an anchor also by values; packing, 3 gradients, added or not; 4 x 3 for either pass over the weights
@@ -30,55 +35,49 @@ candidates) find room."""
 
 
 @pytest.fixture(scope="module")
-def figures() -> Path:
-    """A folder with what ptxas says of each source and target of COMPILED (.log), and a row per kernel (.json)."""
+def figures() -> Callable[[str, str], tuple[str, list[dict]]]:
+    """(source, target) -> what ptxas says of it, and a row per kernel."""
     pytest.importorskip("triton")  # brings the disassembler
     if (reason := missing("compiled")) is not None:
         pytest.skip(reason)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "benchmarks")
         import static_cuda
-    texts = [ptx(source, int(target.removeprefix("sm_"))) for source, target in COMPILED]
 
-    def count_all(folder: Path) -> None:
-        def count(text: Path, source: str, target: str) -> None:
-            cubin = folder / f"{source}-{target}.cubin"
+    @cache
+    def figures(source: str, target: str) -> tuple[str, list[dict]]:
+        def count(folder: Path) -> None:
             ptxas = [cuda_home() / "bin" / "ptxas", "-v", f"-arch={target}", "--generate-line-info"]
-            run = subprocess.run([*ptxas, "-o", cubin, text], check=True, stderr=subprocess.PIPE, text=True)
-            cubin.with_suffix(".log").write_text(run.stderr)
-            cubin.with_suffix(".json").write_text(json.dumps(list(static_cuda.kernels(cubin, target))))
+            command = [*ptxas, "-o", folder / "cubin", text]
+            run = subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
+            (folder / "log").write_text(run.stderr)
+            (folder / "rows.json").write_text(json.dumps(list(static_cuda.kernels(folder / "cubin", target))))
 
-        with ThreadPoolExecutor(os.cpu_count()) as executor:
-            list(executor.map(count, texts, *zip(*COMPILED, strict=True)))
+        text = ptx(source, int(target.removeprefix("sm_")))
+        folder = built(f"cuda-figures-{source}", count, [text, Path(static_cuda.__file__)], target)
+        return (folder / "log").read_text(), json.loads((folder / "rows.json").read_text())
 
-    return built("cuda-figures", count_all, [*texts, Path(static_cuda.__file__)], COMPILED)
-
-
-def rows_of(figures: Path, source: str, target: str) -> list[dict]:
-    return json.loads((figures / f"{source}-{target}.json").read_text())
+    return figures
 
 
 @pytest.mark.parametrize(("source", "target"), COMPILED)
 def test_kernels_do_not_spill(figures, source, target):
     """Nor do they search at run time for the kind of memory that an address is in."""
-    log = (figures / f"{source}-{target}.log").read_text()
+    log, rows = figures(source, target)
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", log)]
     spills = [int(count) for count in re.findall(r"(\d+) bytes spill", log)]
     stacks = [int(count) for count in re.findall(r"(\d+) bytes stack frame", log)]
-    assert len(registers) == KERNELS[source]
+    assert len(registers) == len(rows) == KERNELS[source]
     assert max(registers) <= REGISTERS[source]
     assert spills and set(spills) == set(stacks) == {0}
-    assert {row["generic"] for row in rows_of(figures, source, target)} == {0}
+    assert {row["generic"] for row in rows} == {0}
 
 
-def test_selection_is_bound_by_memory(figures):
+@pytest.mark.parametrize("target", SELECTIONS)
+def test_selection_is_bound_by_memory(figures, target):
     """By the static figures: instructions take less time than bytes, entries are loaded as vectors."""
-    rows = []
-    for source, target in COMPILED:
-        found = rows_of(figures, source, target)
-        assert len(found) == KERNELS[source]
-        rows += [row for row in found if row["kernel"].startswith("delta_")]
-    assert len(rows) == 2 * 2 * 4 * 3
+    rows = [row for row in figures("topk_delta", target)[1] if row["kernel"].startswith("delta_")]
+    assert len(rows) == 2 * 4 * 3
     for row in rows:
         assert row["spills"] == 0 and row["loads_128"] >= 2, row
         if "alone" not in row["types"]:
@@ -88,7 +87,7 @@ def test_selection_is_bound_by_memory(figures):
 @pytest.mark.parametrize("source", UPDATES)
 def test_updates_wait_once_for_a_batch(figures, source):
     """All loads of a batch are on the way before the first is waited for; those of whole tiles are vectors of four."""
-    rows = [row for row in rows_of(figures, source, "sm_90") if row["list_in_flight"]]
+    rows = [row for row in figures(source, "sm_90")[1] if row["list_in_flight"]]
     assert len(rows) == KERNELS[source] - (source == "masked_adamw")  # but for that which prepares a step
     for row in rows:
         moments, coded, summed = (
