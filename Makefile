@@ -71,7 +71,7 @@ asan tsan: $(TEST)
 		-q -p no:cacheprovider --timeout 1200 $(SANITIZER_TESTS) $(ARGS)
 
 faults: $(TEST)  ## full disks, low memory, two writers, kills at random moments: the long version
-	$(BIN)/pytest -m "faults or not faults" tests/project/test_faults.py $(ARGS)
+	$(BIN)/pytest -m faults $(ARGS)
 
 soak: $(TEST)  ## 1,000 published versions, trainer and follower killed 20 times each, every followed bit compared
 	$(BIN)/pytest -s -m "faults or not faults" tests/sync/test_sync_soak.py -k long $(ARGS)

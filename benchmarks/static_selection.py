@@ -42,7 +42,7 @@ from ltp_sparse.ops.sources import TensorSource
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "static" / "selection.csv"
 # without forced inlining, which makes every variant of a kernel long to compile
-FLAGS = ["-std=c++17", "-O1", "-DLTP_HD=inline", "-Wall", "-Wextra", "-Werror", "-Wno-attributes", "-ffp-contract=off"]
+FLAGS = ["-std=c++17", "-Og", "-DLTP_HD=inline", "-Wall", "-Wextra", "-Werror", "-Wno-attributes", "-ffp-contract=off"]
 # what a GPU refuses ends the process
 FLAGS += ["-fsanitize=alignment,shift", "-fsanitize-undefined-trap-on-error", "-shared", "-fPIC"]
 

@@ -140,12 +140,12 @@ def test_candidates_of_the_reference(gpu, backend):
 
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
 def test_selections_of_the_reference(gpu, backend):
-    gpu.run(_selections, backend, range(4))
+    gpu.run(_selections, backend, range(2))
 
 
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
 def test_schedules_of_a_selection(gpu, backend):
-    for seed, burst in SHUFFLED:
+    for seed, burst in SHUFFLED[1:]:
         settings = {"random": 1, "seed": seed, "burst": burst, "resident": 1 + seed, "processors": 1 + seed}
         gpu.run(_band, backend, "bf16", "f32", SMALL, BANDS["ties"], **settings)
         gpu.run(_candidates, backend, SMALL, **settings)

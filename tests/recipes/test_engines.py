@@ -184,15 +184,20 @@ def killed_and_continued(grid: Grid, output: str, *on: str) -> list[str]:
     return grid.started()
 
 
-@pytest.mark.slow
-def test_workers_of_this_machine(grid, capsys):
+def run_with_a_death(grid: Grid, output: str, *on: str) -> None:
+    """Kills a worker; the driver, which is this process, starts its cell again."""
     (grid.folder / "started").unlink()
     (grid.folder / "die").touch()
-    grid.run("local", "--on", "local:0,1")
+    grid.run(output, *on)
+    check_same(grid, output)
+    assert sorted(grid.started()) == ["die", "die", "driver", "raise"]
+
+
+@pytest.mark.slow
+def test_workers_of_this_machine(grid, capsys):
+    run_with_a_death(grid, "local", "--on", "local:0,1")
     told = capsys.readouterr().out
     assert "on 2 workers on this machine" in told and "its worker died (ended by SIGKILL), attempt 2 follows" in told
-    check_same(grid, "local")
-    assert sorted(grid.started()) == ["die", "die", "driver", "raise"]
 
 
 @pytest.mark.faults
@@ -257,7 +262,13 @@ def cluster(*hosts: tuple[str, ...]):
 @pytest.mark.slow
 def test_a_ray_cluster(grid):
     with cluster(("127.0.0.1", ())) as (port, _):
-        started = killed_and_continued(grid, "ray", "--on", f"ray:127.0.0.1:{port}")
+        run_with_a_death(grid, "ray", "--on", f"ray:127.0.0.1:{port}")
+
+
+@pytest.mark.faults
+def test_a_ray_cluster_loses_its_driver(grid):
+    with cluster(("127.0.0.1", ())) as (port, _):
+        started = killed_and_continued(grid, "ray-killed", "--on", f"ray:127.0.0.1:{port}")
     assert started.count("die") == 2 and started.count("driver") == 2
 
 
