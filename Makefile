@@ -23,7 +23,7 @@ TRAIN := $(VENV)/.installed-train
 TEST := $(VENV)/.installed-test
 # Half as many processes again as cores, at most 8: many tests wait for others that they have started.
 WORKERS ?= $(shell n=$$(($$(nproc) * 3 / 2)); echo $$((n > 8 ? 8 : n)))
-PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST = $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 CPP := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 CPP_OF_TESTS := $(wildcard tests/*/*.cpp tests/*/*/*.cpp tests/*/*/*.h)
 
@@ -41,6 +41,7 @@ test: $(TEST)  ## all tests, on all cores (narrow them with ARGS="-k name"; ARGS
 check: $(TEST)  ## for daily work: linters, types and the fast tests
 	$(MAKE) --jobs --output-sync=target lint test-fast
 
+test-fast: WORKERS := $(shell n=$$(nproc); echo $$((n > 8 ? 8 : n)))  # none of these waits for others
 test-fast: $(TEST)
 	$(PYTEST) -q -m "not slow and not faults and not ptx and not ranks" $(ARGS)
 

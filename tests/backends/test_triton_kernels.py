@@ -172,6 +172,7 @@ def test_update_of_zero_moments_and_gradients(rng):
         assert_same_bits(actual, expected, "zeros")
 
 
+@pytest.mark.slow
 def test_update_follows_gradients_that_move(rng):
     p = problem(rng)
     for _ in range(2):
@@ -371,6 +372,7 @@ def test_band_of_scores(rng):
     check_band(run_band([], tuned, GROUPS, *BOUNDS), [], tuned, GROUPS, *BOUNDS)
 
 
+@pytest.mark.slow
 def test_band_of_several_dtypes_and_alignments(rng):
     kinds = [torch.float32, torch.float16, torch.float32, torch.bfloat16, torch.float32]
     initial, tuned = weights(rng, torch.float32, torch.float32)

@@ -433,6 +433,7 @@ def test_targets_name_what_is_measured(gpu):
     assert [*gpu("report").BASELINES] == ["step", "selection", "copy"]
 
 
+@pytest.mark.slow
 def test_the_report_is_made_again_with_plots(gpu, tmp_path):
     pytest.importorskip("matplotlib")
     rows, report = gpu("rows"), gpu("report")

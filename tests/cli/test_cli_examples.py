@@ -140,6 +140,7 @@ def test_examples_of_help_get_to_where_the_work_begins(command, stand_ins, monke
         main(words)
 
 
+@pytest.mark.slow
 def test_the_page_on_own_data_runs(own_files, tmp_path, monkeypatch, capsys):
     """Its commands as they stand, but for the model, the words it knows, and how long they train."""
     found = [

@@ -213,6 +213,7 @@ def answers(tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("call", "message"), MISTAKES)
 def test_mistakes_in_names_and_files_are_told_before_torch_is_imported(call, message, answers):
     status, told, heavy = answers[call]

@@ -34,6 +34,7 @@ def label_of(premise: Fact, hypothesis: Fact) -> str:
     return "entailment" if all(h is None or h in chain(p) for p, h in says) else "neutral"
 
 
+@pytest.mark.slow
 def test_labels_follow_from_the_facts(examples):
     for split in examples:
         for pair in examples[split]:

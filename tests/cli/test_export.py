@@ -135,6 +135,7 @@ def test_what_transformers_has_no_model_for_is_refused(own_files, tmp_path, caps
     assert list((tmp_path / "exported").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_card_has_scores_of_whole_files_only(own_run, own_files, tmp_path, capsys):
     (own_run / "seed-2").mkdir()
     assert run("evaluate", own_run, "--quiet") == 0

@@ -13,6 +13,7 @@ from ltp_sparse.tasks.own import Columns, classes_of, read_own, split_dev, warn_
 from ltp_sparse.tasks.texts import Text
 
 
+@pytest.mark.slow
 def test_from_a_file_to_scores_per_language(own_files, own_run, capsys):
     """Columns, words and classes are remembered; a label 0 is a label; each language of the file has its score."""
     assert run("evaluate", own_run, "--quiet", "--plot", own_files / "languages.png") == 0

@@ -127,6 +127,7 @@ def test_exactly_the_right_entries_move(tokenizer, name):
     assert all(torch.equal(p, before[n]) for n, p in canonical_parameters(model).items())
 
 
+@pytest.mark.slow
 def test_lt_sft_trains_what_full_tuning_moved_most(tokenizer):
     """The ticket equals a selection by hand; then everything, the head too, restarts from its initial values."""
     model = tiny_language_model(len(tokenizer))

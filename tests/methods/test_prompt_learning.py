@@ -125,6 +125,7 @@ def test_a_run_that_starts_anew_is_not_resumed_from_an_earlier_one(tokenizer, tm
     assert_same_bits(resumed.delta, run(tokenizer, slow).delta)
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_with_other_settings(tokenizer, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tokenizer, output_dir=tmp_path, save_every=1, callbacks=[StopAfter(2)])

@@ -190,6 +190,7 @@ def test_gradients_of_a_running_optimizer_are_not_mixed_with_the_trial():
     assert ls.memory_report(model, ticket, loss=model).passing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("states", ["float32", "8bit"])
 def test_predictions_of_stage_1_hold_within_five_percent(states):
     """All maskable weights and the head, drawn to their initial values, which the host holds once."""
@@ -353,6 +354,7 @@ def test_the_command_needs_no_download(capsys):
     assert "--density: must be in (0, 1]" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_inputs_are_as_long_as_the_model_takes(capsys):
     assert main(["memory", "--model", "mini-xlmr"]) == 0
     assert "on batches of 32 x 128 tokens" in capsys.readouterr().out

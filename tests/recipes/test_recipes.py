@@ -681,6 +681,7 @@ def test_pooled_comparisons_and_those_of_the_last_update():
     assert pool(rows, "ref", ["label"]) == []
 
 
+@pytest.mark.slow
 def test_studies_without_a_run_in_common_are_combined():
     from scipy import stats
 
@@ -868,6 +869,7 @@ def rows_of_a_study(folder: Path) -> None:
         results.append(folder / "study-rate-curve" / results.RESULTS, row | {"scores": {"jav_Latn": 0.5}, "mean": 0.5})
 
 
+@pytest.mark.slow
 def test_the_summary_comes_from_rows(evidence, tmp_path):
     folder, page = tmp_path / "evidence", tmp_path / "evidence.md"
     rows_of_a_study(folder)
@@ -891,6 +893,7 @@ def test_the_summary_comes_from_rows(evidence, tmp_path):
         evidence.fill_in(page, "")
 
 
+@pytest.mark.slow
 def test_the_page_tells_what_its_rows_do(evidence, tmp_path):
     shutil.copytree(evidence.FOLDER, tmp_path / "evidence", ignore=shutil.ignore_patterns("*.png"))
     page = evidence.FOLDER.with_suffix(".md").read_text()
