@@ -7,8 +7,8 @@ The first is multilingual-e5-small (12 layers of 384; MIT) in 4 bits, from the p
 vocabulary that occur in DATA. The second is all-MiniLM-L6-v2 (6 layers of 384; Apache-2.0, its package MIT). Both are
 sentence encoders without an LM head. An LM head is fitted to plain text of DATA, first with a frozen encoder, then
 together with the layers of the encoder. The result is written with a card: perplexity of masked tokens, compared with a
-unigram model, and, for several languages, retrieval of translations. This takes less than an hour on one core with fast
-bfloat16. The same command resumes after the last finished step.
+unigram model, and, for several languages, retrieval of translations. This takes less than an hour on one core, with
+--float32 on one whose bfloat16 is slow. The same command resumes after the last finished step.
 """
 
 from __future__ import annotations

@@ -1,13 +1,11 @@
-"""Prompt-learning on the tiny model, in one process or, as a program, in the processes of torchrun."""
+"""Prompt-learning on the tiny model, in one process or as one of several ranks."""
 
 from __future__ import annotations
-
-import os
-import sys
 
 import torch
 
 import ltp_sparse as ls
+from helpers.ranks import tell
 from helpers.tiny_nli import ticket_of, tiny_language_model, tiny_tokenizer, toy_pairs
 from ltp_sparse.methods import LTP, PromptSettings, SoftPrompt
 from ltp_sparse.training.method import train_method
@@ -29,13 +27,10 @@ def delta_bits(delta: ls.SparseDelta) -> dict[str, torch.Tensor]:
     return {f"{part}/{n}": t for part in ("values", "dense") for n, t in getattr(delta, part).items()}
 
 
-def main() -> None:
+def rank(number: int, size: int, port: int, path: str) -> None:
     """Trains as one process of several; the first one saves the result."""
     torch.set_num_threads(1)
+    tell(number, size, port)
     result = run(tiny_tokenizer(), train=toy_pairs(32))
-    if os.environ["RANK"] == "0":
-        torch.save({**delta_bits(result.delta), "dev": torch.tensor(result.dev_scores)}, sys.argv[1])
-
-
-if __name__ == "__main__":
-    main()
+    if number == 0:
+        torch.save({**delta_bits(result.delta), "dev": torch.tensor(result.dev_scores)}, path)

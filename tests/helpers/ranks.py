@@ -1,6 +1,8 @@
 """Processes of one group."""
 
 import gc
+import os
+import socket
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.context import BaseContext
@@ -31,6 +33,21 @@ def start(rank: Callable[..., Any], arguments: tuple[Any, ...], size: int) -> No
     """
     get_context("forkserver").set_forkserver_preload(IMPORTED)
     multiprocessing.start_processes(rank, arguments, nprocs=size, start_method="forkserver")
+
+
+def free_port() -> int:
+    """A port of this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def tell(rank: int, size: int, port: int) -> None:
+    """Tells this process what torchrun tells a rank."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }  # fmt: skip
 
 
 def leave_group():

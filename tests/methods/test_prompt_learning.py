@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from helpers.bits import weights
 from helpers.interruptions import StopAfter
-from helpers.prompt_runs import SHORT, delta_bits, run
+from helpers.prompt_runs import SHORT, delta_bits, rank, run
+from helpers.ranks import free_port, start
 from helpers.tiny_nli import TinyPair, ticket_of, tiny_language_model, toy_pairs
 from transformers import TrainerCallback
 
@@ -24,8 +22,6 @@ from ltp_sparse.training import fit
 from ltp_sparse.training.evaluation import evaluate
 from ltp_sparse.training.method import load_trained
 from ltp_sparse.weights.names import canonical_parameters
-
-TESTS = Path(__file__).parents[1]
 
 
 def assert_same_bits(one: ls.SparseDelta, other: ls.SparseDelta) -> None:
@@ -361,9 +357,7 @@ def test_own_words_and_further_arguments(tokenizer, tmp_path):
 @pytest.mark.slow
 def test_two_processes_give_the_result_of_one(tokenizer, tmp_path):
     """DDP on gloo: each rank takes half of the batch, and clipping sees the whole gradient."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "helpers.prompt_runs", str(tmp_path / "two.pt")]
-    subprocess.run(command, cwd=TESTS, check=True, capture_output=True)
+    start(rank, (2, free_port(), str(tmp_path / "two.pt")), 2)
     two = torch.load(tmp_path / "two.pt")
     one = run(tokenizer, train=toy_pairs(32))
     assert two.pop("dev").tolist() == pytest.approx(one.dev_scores)

@@ -4,9 +4,6 @@ Everywhere the same is asked: only active and dense entries move, as torch.optim
 clipping saw is that of their gradients; a step with an infinite gradient is skipped as a whole.
 """
 
-import os
-import socket
-
 import pytest
 import torch
 from helpers.bits import assert_same, weights
@@ -29,7 +26,7 @@ from helpers.framework_runs import (
     trained_mask,
     training_arguments,
 )
-from helpers.ranks import leave_group, start
+from helpers.ranks import free_port, leave_group, start, tell
 from torch import nn
 
 from ltp_sparse import SparseDelta, canonical_parameters
@@ -279,10 +276,7 @@ def test_ddp(tmp_path):
 def _ddp_trainer(rank, folder, port):
     """A run of two epochs, and the same run stopped after one epoch and resumed, on two ranks."""
     torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }  # fmt: skip
+    tell(rank, 2, port)
     from transformers import TrainerCallback
 
     from ltp_sparse.training.trainer import KeepBest, SparseTrainer
@@ -319,10 +313,7 @@ def _ddp_trainer(rank, folder, port):
 @pytest.mark.slow
 def test_sparse_trainer_on_two_ranks(tmp_path):
     pytest.importorskip("transformers")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    start(_ddp_trainer, (str(tmp_path), port), 2)
+    start(_ddp_trainer, (str(tmp_path), free_port()), 2)
     results = [torch.load(tmp_path / f"result-{rank}.pt", weights_only=True) for rank in (0, 1)]
     whole = results[0]["whole"]
     assert len(whole["norms"]) == 2 * STEPS

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import resumed_run
 from helpers.ranks import leave_group, start
 from helpers.sharded_model import loss_of, net, shard_columns, shard_rows, shard_tensors, whole
 from torch import distributed, nn
@@ -841,20 +842,17 @@ def test_all_on_ranks(all_outcomes, key, size):
 @pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_bits(tmp_path):
     """torchrun starts all ranks again after one was killed, and only then; they go on from the last checkpoint."""
-    found = []
-    for killed in (0, 3):
-        folder = tmp_path / str(killed)
-        folder.mkdir()
-        command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        script = Path(__file__).with_name("resumed_run.py")
-        run = subprocess.run(
-            [*command, f"--max-restarts={int(killed > 0)}", str(script), str(folder), str(killed)],
-            capture_output=True, text=True, timeout=200,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        )  # fmt: skip
-        assert run.returncode == 0, run.stderr[-3000:]
-        found.append(torch.load(folder / "final.pt"))
-    straight, resumed = found
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    whole.mkdir(), torn.mkdir()
+    start(resumed_run.train, (2, whole), 2)
+    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run = subprocess.run(
+        [*torchrun, "--max-restarts=1", resumed_run.__file__, str(torn), "3"],
+        capture_output=True, text=True, timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    straight, resumed = (torch.load(folder / "final.pt") for folder in (whole, torn))
     assert (straight["restarts"], resumed["restarts"], resumed["started at"]) == (0, 1, 2)
     for name, param in straight["model"].items():
         assert torch.equal(resumed["model"][name], param), name

@@ -1,7 +1,7 @@
-"""A sharded run under torchrun that saves itself after every step and goes on where it was; see test_sharded.py.
+"""A sharded run that saves itself after every step and goes on where it was; see test_sharded.py.
 
-python -m torch.distributed.run ... resumed_run.py FOLDER KILLED: one rank dies in the middle of step KILLED (0: none),
-in the first attempt.
+python -m torch.distributed.run ... resumed_run.py FOLDER KILLED: one rank dies in the middle of step KILLED, in the
+first attempt.
 """
 
 import os
@@ -18,15 +18,13 @@ from torch.distributed.device_mesh import init_device_mesh
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers.ranks import leave_group
 from helpers.sharded_model import loss_of, net, shard_rows, whole
-
 from ltp_sparse import MaskedAdamW, Ticket
 
 STEPS = 4
 
 
-def main(folder, killed):
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]  # gloo finds the dead ranks in torchrun's own store
+def train(rank, world, folder, killed=0, attempt="0"):
+    torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store-{attempt}", rank=rank, world_size=world)
     model = net(torch.bfloat16)
     ticket = Ticket.random(model, density=0.2)
@@ -48,8 +46,9 @@ def main(folder, killed):
     if rank == 0:
         torch.save({"model": found, "restarts": int(attempt), "started at": done}, folder / "final.pt")
     distributed.barrier()
+    leave_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
-    leave_group()
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]  # gloo finds the dead ranks in torchrun's own store
+    train(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), Path(sys.argv[1]), int(sys.argv[2]), attempt)
