@@ -128,7 +128,7 @@ class SparseDelta(OnHub):
         Args:
             initial: the base: a module, a mapping from names to tensors, or a safetensors checkpoint. If deltas are
                 applied to a module, the delta starts from its present values, and the fingerprint is that of the model
-                without them.
+                without them, or of the present values where the ticket was selected on these.
             tuned: the tuned version, in any of these forms.
             ticket: the entries to keep. Other changes are ignored.
             dense: whole tensors to include, e.g. a task head or a prompt.
@@ -152,12 +152,11 @@ class SparseDelta(OnHub):
         for side, tensors in (("the initial model", base), ("the tuned model", after)):
             match_names(names, tensors, what="SparseDelta.between", where=side)
             _check_shapes(ticket, tensors, side)
-        digests = ticket.fingerprint
-        if any(name not in digests for name in names):
-            if isinstance(initial, nn.Module):
-                digests = base_fingerprint(initial, names)
-            else:
-                digests = whole_fingerprint({name: base[name] for name in names})
+        recorded = ticket.fingerprint  # of the base on which the ticket was selected, which may be another one
+        digests = whole_fingerprint({name: base[name] for name in names}, like=recorded)
+        if isinstance(initial, nn.Module):
+            others = [name for name in names if digests[name] != recorded.get(name)]
+            digests |= base_fingerprint(initial, others, digests=digests, like=recorded)
         if flipped := sum(
             _flipped_zeros(base[n], after[n], s) for n, s in ticket.sets.items() if n in base and n in after
         ):

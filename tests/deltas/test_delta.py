@@ -362,6 +362,22 @@ def test_a_delta_made_on_top_of_another_does_not_fit_the_base(model):
     assert unchanged(model, base)
 
 
+@pytest.mark.parametrize("form", ["module", "mapping"])
+def test_the_base_is_that_of_the_delta_not_of_its_ticket(model, form, tmp_path):
+    """A ticket can be selected on one version and used for the training of a later one."""
+    later, last = tuned_copy(model, LANGUAGE), tuned_copy(model, TASK)
+    ticket = ticket_of(model, last)
+    pair = (later, last) if form == "module" else (weights(later), weights(last))
+    delta = SparseDelta.between(*pair, ticket)
+    delta.save(tmp_path / "delta.safetensors")
+    for found in (delta, SparseDelta.load(tmp_path / "delta.safetensors")):
+        with pytest.raises(ValueError, match="is not the tensor this delta was made from"):
+            found.apply(model)
+        found.apply(later)
+        assert torch.equal(later.embedding.weight[ticket.mask(EMBEDDING)], last.embedding.weight[ticket.mask(EMBEDDING)])
+        found.revert(later)
+
+
 def test_between_refuses_models_that_do_not_fit_the_ticket(model):
     ticket = Ticket.full(model, [DENSE])
     shrunk = TiedModel(hidden=8)
