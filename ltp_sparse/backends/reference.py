@@ -122,7 +122,8 @@ def masked_adamw_(update: records.Update) -> None:
         stored = p.to(param.dtype)
         if update.stochastic:
             stored = round_stochastically(p, random16(row[Coefficient.ROUNDING_KEY], indices))
-        written.append((param.view(-1), update.params.inside(tile[Column.PARAM], indices), stored))
+        flat = param.data.view(-1)  # .data: the caller tells torch which parameters have changed, for every backend
+        written.append((flat, update.params.inside(tile[Column.PARAM], indices), stored))
         # no branch on the host, which would wait for a flag on a GPU
         apply = row[Coefficient.APPLY] != 0
         for target, where, values in written:

@@ -57,6 +57,11 @@ def run(options: argparse.Namespace) -> None:
         if columns.language not in columns_of(options.examples):
             warnings.warn(f"no column {columns.language!r}: the texts are labelled without it", stacklevel=2)
             columns = replace(columns, language=None)
+    of_result = columns.label, "probabilities"
+    if taken := [name for name in (columns.text, columns.pair, columns.language) if name in of_result]:
+        raise CommandError(
+            f"{options.examples}: the column {taken[0]!r} has the name of a column of the result; rename it in the file"
+        )
     examples = read_own(
         options.examples, columns, language=trained.language, labelled=False, split="test", config=options.hub_config
     )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ltp_sparse.cli.checks import CommandError, check_starts_anew, check_writable, need, refuse, values_of
 from ltp_sparse.cli.kinds import expect, expect_model, kind_of
 from ltp_sparse.cli.options import add_computing, add_model, add_report_to, at_least_one, quieten, share
+from ltp_sparse.tasks.files import FileFormatError, suffix_of
 from ltp_sparse.tasks.own import Columns, columns_of, read_own
 
 if TYPE_CHECKING:
@@ -174,22 +176,32 @@ def _check_tuning(options: argparse.Namespace) -> None:
 
 def _texts(options: argparse.Namespace) -> Sequence[str]:
     from ltp_sparse.tasks import read_hub_text, read_text
+    from ltp_sparse.tasks.text import text_files
 
     drawn = values_of(options, "max_lines", "seed")
     if options.text is None:
         return read_hub_text(options.hub_text, options.hub_config, column=options.hub_column, **drawn)
-    if (column := options.text_column or _only_column(options.text)) is not None:
-        return _column(options, column)
+    named = [path for path in options.text if not path.is_dir()]
+    inside = [file for path in options.text if path.is_dir() for file in text_files(path)]
+    if (column := options.text_column or _only_column(named, inside)) is not None:
+        return _column(options, [*named, *inside], column)
+    if any(suffix_of(path) == "tsv" for path in inside):
+        print(f"text: the first column of every .tsv in {', '.join(str(p) for p in options.text if p.is_dir())}")
     return read_text(options.text, **drawn)
 
 
-def _only_column(paths: list[Path]) -> str | None:
+def _only_column(named: list[Path], inside: list[Path]) -> str | None:
     """The column with the text if none is named: "text", or the only one.
 
-    It is None if `read_text` reads the files, i.e. if they are plain text, a .tsv of one column without a header, or
-    JSON lines with the key "text".
+    It is None if `read_text` reads the files, i.e. if they are plain text, a .tsv of one column without a header, JSON
+    lines with the key "text", or in a folder (`inside`) a .tsv that names no column "text".
     """
-    found = {_usual_column(path) for path in paths}
+    found = {_usual_column(path) for path in named}
+    for path in inside:
+        is_table = False
+        with suppress(FileFormatError):  # of its first line, which is no header then
+            is_table = suffix_of(path) == "tsv" and "text" in columns_of(path)
+        found.add("text" if is_table else None)
     if len(found) > 1:
         raise CommandError("the files of --text have different columns; name the one with the text, --text-column")
     return found.pop()
@@ -199,22 +211,22 @@ def _usual_column(path: Path) -> str | None:
     """`_only_column` of one file."""
     if kind_of(path) != "table":
         return None
-    names, name = columns_of(path), path.name.removesuffix(".gz")
-    if name.endswith(".jsonl") and "text" in names:
+    names = columns_of(path)
+    if suffix_of(path) == "jsonl" and "text" in names:
         return None
-    if name.endswith(".tsv") and len(names) == 1 and names != ["text"]:
+    if suffix_of(path) == "tsv" and len(names) == 1 and names != ["text"]:
         return None
     if "text" not in names and len(names) != 1:
         raise CommandError(f"{path} has the columns {', '.join(names)}; name the one with the text, --text-column")
     return "text" if "text" in names else names[0]
 
 
-def _column(options: argparse.Namespace, column: str) -> list[str]:
+def _column(options: argparse.Namespace, files: Sequence[Path], column: str) -> list[str]:
     """A column of labelled files, at most --max-lines of it."""
     columns = Columns(text=column)
     if options.text_column is None:
         print(f"text: the column {column!r} of {', '.join(map(str, options.text))}")
-    texts = [example.text for path in options.text for example in read_own(path, columns, labelled=False)]
+    texts = [example.text for path in files for example in read_own(path, columns, labelled=False)]
     texts = [text for text in texts if text.strip()]
     if options.max_lines is None or options.max_lines >= len(texts):
         return texts

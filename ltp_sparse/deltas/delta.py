@@ -410,16 +410,17 @@ class SparseDelta(OnHub):
             for name, tensor in tensors.items()
             if wanted.get(name) not in (None, digests.get(name))
             and name not in changed
-            and tensor.dtype == self.values[name].dtype
+            and tensor.dtype == self._dtype_of_base(name)
         }
         digests = {**digests, **whole_fingerprint(unread, like=wanted)}
         for name, tensor in tensors.items():
-            cast = tensor.dtype != self.values[name].dtype
-            if cast and dtype == "same":
+            own = self.values[name].dtype, self._dtype_of_base(name)
+            if dtype == "same" and (other := [each for each in own if each != tensor.dtype]):
                 raise ValueError(
-                    f"SparseDelta.apply: {name!r} is {tensor.dtype} in the model, {self.values[name].dtype} in the "
+                    f"SparseDelta.apply: {name!r} is {tensor.dtype} in the model, {other[0]} in the "
                     'delta; pass dtype="cast" if it is the same base in another dtype'
                 )
+            cast = tensor.dtype != self._dtype_of_base(name)
             if cast and name not in self.originals:
                 raise ValueError(
                     f"SparseDelta.apply: {name!r} in {tensor.dtype} cannot be compared with the base of this delta, "
@@ -437,6 +438,10 @@ class SparseDelta(OnHub):
                     f"SparseDelta.apply: {name!r} is not the tensor this delta was made from. Load the base model; "
                     'dtype="cast" accepts it in another dtype, strict=False any model'
                 )
+
+    def _dtype_of_base(self, name: str) -> torch.dtype:
+        """The dtype of a parameter of the base; without originals that of the values, which is mostly the same."""
+        return self.originals.get(name, self.values[name]).dtype
 
     def advance(self, model: nn.Module) -> SparseDelta:
         """Applies this delta on top of the latest one of a model and joins the two, so that chains build no stack.

@@ -26,7 +26,7 @@ from ltp_sparse.ops.sources import TensorSource
 from ltp_sparse.tickets.bits import bitmap_words, tiles_of
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.tile_table import TileTable
-from ltp_sparse.weights.tensors import all_plain, check_plain_tensor
+from ltp_sparse.weights.tensors import all_plain, check_plain_tensor, count_edit
 
 _library = torch.library.Library("ltp_sparse", "DEF")  # noqa: TOR901 (kept for the life of the process)
 _library.define("topk_delta(Tensor[] initial, Tensor[] tuned, int[] groups, int[] k) -> (Tensor, Tensor, Tensor)")
@@ -49,8 +49,12 @@ def _run(op: str, record: Any, backend: backends.Backend | None) -> Any:
         for tensor, copy in zip(_first_list(record).present, _first_list(contiguous).present, strict=True):
             if tensor is not copy:
                 tensor.copy_(copy)
-    if op in ("masked_scatter_", "masked_swap_"):  # they write by address, so torch must be told of the change
-        torch.autograd.graph.increment_version(t for t in record.tensors.present if not t.is_inference())
+    if op in ("masked_scatter_", "masked_swap_"):
+        count_edit(record.tensors.present)
+    elif op == "masked_adamw_" and not record.packed:  # which have packed gradients, only the caller knows
+        params, grads = record.params, record.grads
+        absent = 0 in grads.addresses
+        count_edit([p for p, grad in zip(params, grads, strict=True) if grad is not None] if absent else params)
     return result
 
 
@@ -298,7 +302,10 @@ def masked_adamw_(
         "masked_adamw_", listed, grads, table, coefficients, anchor, master,
         exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, scales=scales,
     )  # fmt: skip
-    run("masked_adamw_", records.Update(**fields, stochastic=stochastic), backend)
+    update = records.Update(**fields, stochastic=stochastic)
+    run("masked_adamw_", update, backend)
+    if update.packed:
+        count_edit(update.params.present)
 
 
 @torch.no_grad()

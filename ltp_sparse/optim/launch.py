@@ -22,7 +22,7 @@ from ltp_sparse.optim.packed_gradients import PackedGradients
 from ltp_sparse.tickets.index_set import IndexSet
 from ltp_sparse.tickets.tile_table import STATE_BLOCK, Column, TileTable, state_blocks
 from ltp_sparse.weights.sharding import is_sharded, local, own_gradient, spread
-from ltp_sparse.weights.tensors import check_plain_tensor, edits_of
+from ltp_sparse.weights.tensors import check_plain_tensor, count_edit, edits_of
 
 _Scalars = tuple[Tensor | None, Tensor | None, Tensor | None]  # `found_inf`, `grad_scale` and `pull_factor` of `Step`
 
@@ -391,6 +391,7 @@ class Launch:
         own = self.state(position)
         for key in saved.keys() & own.keys():
             own[key].copy_(torch.as_tensor(saved[key], dtype=own[key].dtype, device=own[key].device))
+        self.master_of[position] = (0, -1)  # of whatever weights: they are compared when the masters are next used
 
     def put_gradient(self, position: int, grad: Tensor | None) -> None:
         """Sets a gradient that `gradient` has returned."""
@@ -456,7 +457,7 @@ class Launch:
         self.hyper.copy_(torch.tensor(rows, dtype=torch.float64, device="cpu"))
         for index, group in enumerate(groups):
             if isinstance(group["lr"], Tensor):
-                self.hyper[index, HYPER.index("lr")].copy_(group["lr"])
+                self.hyper[index, HYPER.index("lr")].copy_(group["lr"].reshape(()))
 
     def has_moved(self) -> bool:
         """Whether a parameter is on another device now."""
@@ -536,6 +537,9 @@ class Launch:
         """Updates the active entries. Packed gradients are consumed."""
         for update, backend in self.runs():
             ops.run("masked_adamw_", update, backend)
+        if self.packed is not None:
+            pairs = zip(self._held(), self.packed.gradients, strict=True)
+            count_edit([param for param, gradient in pairs if gradient.present])
         self.forget()
         if self.master is not None:
             self.master_of = edits_of(self._held())
@@ -559,6 +563,7 @@ class Launch:
                 masters = self.master[self.slots[position]]
                 weights = gather(param, self.sets[position]).to(masters.device)  # they can have moved
                 masters.copy_(torch.where(masters.to(self.dtype) == weights, masters, weights.float()))
+        self.master_of = edits
 
     def tensors(self) -> list[Tensor]:
         """The tensors on the device besides weights, gradients, and a few numbers per parameter and tile."""

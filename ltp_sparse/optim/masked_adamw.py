@@ -292,8 +292,9 @@ class MaskedAdamW(Optimizer):
 
         Raises:
             RuntimeError: `remove` was called.
-            ValueError: a gradient is sparse or of another dtype, a parameter changed its shape or dtype, or parameters
-                of the model were replaced since construction by anything other than sharding.
+            ValueError: a gradient is sparse or of another dtype, a parameter changed its shape or dtype, or a module
+                has other parameters than at construction, by anything other than sharding. A module that was replaced
+                as a whole is not noticed.
 
         Warns:
             NoGradients: no entry of the ticket has a gradient; once per optimizer.
@@ -500,6 +501,8 @@ class MaskedAdamW(Optimizer):
                 same `gradients` option.
         """
         self._settle_parameters()
+        for launch in self._launches:
+            launch.refresh_masters()
         digests = [digest for group in self.param_groups for digest in group["index_sets"]]
         extra = {"version": 1, "index_sets": digests, "names": list(self.named_members())}
         saved = {**super().state_dict(), _DIGESTS: extra}
@@ -831,7 +834,7 @@ def _check_options(group: Mapping[str, Any]) -> None:
     """Raises ValueError unless every hyperparameter is in its range."""
 
     def number(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
     lr, betas = group["lr"], group["betas"]
     if isinstance(lr, Tensor) and lr.numel() == 1:

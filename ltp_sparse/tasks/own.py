@@ -92,9 +92,9 @@ def read_own(
         of_row = language if columns.language is None else row[columns.language]
         if not isinstance(of_row, str) or not of_row.strip():
             raise where.error(f"expected a language in column {columns.language!r}, got {of_row!r}")
-        examples.append(make(*texts, label, of_row))
+        examples.append(make(*texts, label, of_row.strip()))  # blanks would make it another language
         if columns.language is None and "language" not in names:
-            unread[str(row.get("language", language))] += 1
+            unread[str(row.get("language", language)).strip()] += 1
     if not examples:
         raise FileFormatError(source, f"expected rows with the columns {', '.join(names)}, got none")
     _warn_of_quotes(source, columns, examples)

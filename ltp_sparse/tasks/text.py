@@ -44,7 +44,7 @@ def read_text(paths: Sequence[str | os.PathLike[str]], *, max_lines: int | None 
         FileNotFoundError: a file or folder does not exist, or a folder has no such file.
         FileFormatError: a file cannot be read, has no text, or has a value that is not a string (the line is named).
     """
-    files = [file for path in paths for file in _files(Path(path))]
+    files = [file for path in paths for file in text_files(Path(path))]
     return _sample((line for file in files for line in _lines(file)), max_lines, seed, ", ".join(map(str, paths)))
 
 
@@ -103,7 +103,8 @@ def split_sentences(paragraph: str) -> list[str]:
     return sentences
 
 
-def _files(path: Path) -> list[Path]:
+def text_files(path: Path) -> list[Path]:
+    """The file, or all text files of the folder and its folders, by name. Raises what `read_text` raises."""
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if suffix_of(p) in _SUFFIXES and p.is_file())
         if not found:

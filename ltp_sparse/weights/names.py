@@ -106,9 +106,10 @@ class Named(dict[str, T]):
 
 
 @lru_cache(1 << 16)  # names are sorted several times in every call that takes a model
-def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
-    """Sorts "layer.2" before "layer.10"."""
-    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part)
+def natural_key(name: str) -> tuple[tuple[tuple[int, int | str], ...], str]:
+    """Sorts "layer.2" before "layer.10", and "layer.02" before "layer.2"."""
+    parts = tuple((0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part)
+    return parts, name
 
 
 def parameter_order(names: Iterable[str]) -> list[str]:

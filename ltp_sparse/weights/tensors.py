@@ -83,6 +83,14 @@ def edits_of(tensors: Collection[Tensor]) -> list[tuple[int, int]]:
     return list(zip(map(Tensor.data_ptr, tensors), map(_version, tensors), strict=True))
 
 
+def count_edit(tensors: Collection[Tensor]) -> None:
+    """Tells torch that tensors were written by address: autograd then refuses a backward that needs the old values."""
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except RuntimeError:  # edits of inference tensors are not counted
+        torch.autograd.graph.increment_version(tensor for tensor in tensors if not tensor.is_inference())
+
+
 def bits(tensor: Tensor) -> Tensor:
     """The bits of a tensor as integers of the same shape, so that NaN equals itself and 0 differs from -0."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -410,6 +410,15 @@ def test_predictions_are_read_as_they_were_written(files, trained, tmp_path):
     assert (pair.premise, pair.hypothesis) == ('word1 "word2"', "word3 word4 word5") and pair.label in CLASSES
 
 
+def test_predictions_do_not_overwrite_a_column(files, trained, tmp_path, capsys):
+    for name in ("label", "probabilities"):
+        (tmp_path / "pairs.tsv").write_text(f"{name}\thypothesis\nword1\tword2\n")
+        command = ("predict", trained, tmp_path / "pairs.tsv", "--text-column", name, "--pair-column", "hypothesis")
+        assert run(*command, "--output", tmp_path / "out.jsonl", "--quiet") == 2
+        assert f"the column '{name}' has the name of a column of the result" in capsys.readouterr().err
+        assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_an_export_does_not_overwrite_its_model(files, trained, tmp_path, capsys):
     before = {path.name: path.read_bytes() for path in (files / "model").iterdir()}
     assert run("export", trained, "--output", files / "model" / ".." / "model") == 2

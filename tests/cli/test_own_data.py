@@ -319,6 +319,7 @@ def test_text_for_a_ticket_without_a_named_column(own_files, tmp_path, monkeypat
         ("c.jsonl", '{"text": "one\\ntwo"}\n{"text": "three"}\n', ["one", "two", "three"]),
         ("d.tsv", "one\ntwo\n", ["one", "two"]),
         ("e.tsv", "text\none\n", ["one"]),
+        ("F.TSV", "one\ntwo\n", ["one", "two"]),
     ):
         (tmp_path / name).write_text(content)
         arguments = ["--model", own_files / "model", "--text", tmp_path / name, "--quiet", "--output", tmp_path / "t"]
@@ -329,6 +330,42 @@ def test_text_for_a_ticket_without_a_named_column(own_files, tmp_path, monkeypat
     arguments = ["--text", tmp_path / "a.tsv", tmp_path / "b.csv", "--output", tmp_path / "t"]
     assert run("select", "--model", own_files / "model", *arguments) == 2
     assert "the files of --text have different columns" in capsys.readouterr().err
+
+
+def test_text_for_a_ticket_in_a_folder(own_files, tmp_path, monkeypatch, capsys):
+    """Its tables are read as they would be one by one; without a column called text, the first one, which is told."""
+    from ltp_sparse.training import mlm
+
+    seen = []
+    monkeypatch.setattr(mlm, "tune_mlm", lambda model, tokenizer, texts, *_, **more: seen.append(texts) or 1 / 0)
+    for content, texts, told in (
+        ("class\ttext\nx\tone\ny\ttwo\n", ["one", "two"], "text: the column 'text' of"),
+        ("one\tx\ntwo\ty\n", ["one", "two"], "text: the first column of every .tsv in"),
+        ("one\tone\ntwo\ty\n", ["one", "two"], "text: the first column of every .tsv in"),
+    ):
+        (tmp_path / "texts").mkdir(exist_ok=True)
+        (tmp_path / "texts" / "a.tsv").write_text(content)
+        arguments = [
+            "--model",
+            own_files / "model",
+            "--text",
+            tmp_path / "texts",
+            "--quiet",
+            "--output",
+            tmp_path / "t",
+        ]
+        assert run("select", *arguments) == 1
+        assert seen.pop() == texts and told in capsys.readouterr().out
+    (tmp_path / "texts" / "a.tsv").write_text("class\ttext\nx\tone\n")
+    (tmp_path / "texts" / "b.txt").write_text("two\n")
+    assert run("select", *arguments) == 2
+    assert "the files of --text have different columns" in capsys.readouterr().err
+
+
+def test_blanks_around_labels_and_languages_are_no_part_of_them(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label,language\ngood,pos,en\nbad, neg, en\nnice,pos,en \n")
+    found = read_own(tmp_path / "a.csv", Columns(language="language"))
+    assert [(each.label, each.language) for each in found] == [("pos", "en"), ("neg", "en"), ("pos", "en")]
 
 
 def test_probabilities_are_those_of_the_logits(own_files, own_run):

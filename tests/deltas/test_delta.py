@@ -374,7 +374,9 @@ def test_the_base_is_that_of_the_delta_not_of_its_ticket(model, form, tmp_path):
         with pytest.raises(ValueError, match="is not the tensor this delta was made from"):
             found.apply(model)
         found.apply(later)
-        assert torch.equal(later.embedding.weight[ticket.mask(EMBEDDING)], last.embedding.weight[ticket.mask(EMBEDDING)])
+        assert torch.equal(
+            later.embedding.weight[ticket.mask(EMBEDDING)], last.embedding.weight[ticket.mask(EMBEDDING)]
+        )
         found.revert(later)
 
 
@@ -414,6 +416,23 @@ def test_the_same_base_in_another_dtype_is_accepted_by_cast(model, dtype):
     assert unchanged(cast, before)
     with pytest.raises(ValueError, match='must be "same" or "cast", got \'half\''):
         delta.apply(cast, dtype="half")
+
+
+def test_cast_of_a_base_that_was_tuned_in_another_dtype(model):
+    """From a bfloat16 base to a float32 version: neither dtype is that of base and values, so both need a cast."""
+    half = copy.deepcopy(model).bfloat16()
+    tuned = tuned_copy(copy.deepcopy(half).float(), TASK)
+    delta = SparseDelta.between(half, tuned, Ticket.full(tuned))
+    for base in (half, copy.deepcopy(half).float()):
+        before = weights(base)
+        with pytest.raises(ValueError, match='pass dtype="cast" if it is the same base in another dtype'):
+            delta.apply(base)
+        delta.apply(base, dtype="cast")
+        assert unchanged(base, {name: t.to(base.embedding.weight.dtype) for name, t in weights(tuned).items()})
+        delta.revert(base)
+        assert unchanged(base, before)
+    with pytest.raises(ValueError, match="is not the tensor this delta was made from"):
+        delta.apply(TiedModel(), dtype="cast")
 
 
 @pytest.mark.parametrize("originals", [True, False], ids=["originals", "values-only"])

@@ -8,7 +8,7 @@ import pickle
 import numpy
 import pytest
 import torch
-from helpers.backends import BACKENDS, using
+from helpers.backends import ALL_BACKENDS, BACKENDS, using
 from helpers.bits import same_bits, weights
 from helpers.tied_model import DENSE, EMBEDDING, TiedModel
 from torch import nn
@@ -359,6 +359,14 @@ def test_misfits_are_clear_errors(model, ticket):
         with pytest.raises(ValueError, match="max_grad_norm must be above 0 or None"):
             MaskedAdamW(model, ticket, max_grad_norm=wrong)
     assert MaskedAdamW(model, ticket, max_grad_norm=numpy.float32(0.5)).max_grad_norm == 0.5
+    for rate in (numpy.float32(0.5), torch.tensor(0.5), torch.tensor([0.5])):  # all of which torch takes
+        optimizer, same = (MaskedAdamW(one, ticket, lr=lr) for one, lr in ((model, rate), (copy.deepcopy(model), 0.5)))
+        optimizer.load_state_dict(optimizer.state_dict())
+        for each in (optimizer, same):
+            for param in each.named_members().values():
+                param.grad = torch.ones_like(param)
+            each.step()
+        assert all(map(same_bits, optimizer.named_members().values(), same.named_members().values()))
     with pytest.raises(ValueError, match="freeze=True needs the module"):
         MaskedAdamW(ls.canonical_parameters(model), ticket, freeze=True)
     with pytest.raises(TypeError, match="not a mixture"):
@@ -758,3 +766,27 @@ def test_copies_of_model_and_optimizer_go_on_alone(copied, model, ticket):
         optimizer.step()
     assert same_state(model, twin)
     torch.testing.assert_close(other.state_dict()["state"], optimizer.state_dict()["state"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("gradients", ["dense", "packed"])
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+def test_a_backward_that_needs_the_old_weights_is_refused(backend, gradients):
+    """As after a step of torch's optimizers. A parameter without a gradient has not changed."""
+    one, other = nn.Linear(3, 3), nn.Linear(3, 3)
+    model = nn.Sequential(one, nn.Tanh(), other)
+    with using(backend):
+        optimizer = MaskedAdamW(model, Ticket.full(model), gradients=gradients)
+        before = [param._version for param in model.parameters()]
+        inner, outer = one(torch.ones(1, 3)).sum(), model(torch.ones(1, 3)).sum()
+        inner.backward(retain_graph=True)
+        optimizer.step()
+        assert [now - old > 0 for now, old in zip((p._version for p in model.parameters()), before, strict=True)] == (
+            [True, True, False, False]
+        )
+        outer.backward()  # of `one` it needs no weights, and `other` has not changed
+        optimizer.step()
+        later = model(torch.ones(1, 3)).sum()
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            later.backward()

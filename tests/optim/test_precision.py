@@ -355,6 +355,51 @@ def test_masters_follow_edits_of_the_weights():
     assert same_bits(optimizer.state[model.embedding.weight]["master"], kept), "and the others keep their exact values"
 
 
+@pytest.mark.parametrize("order", ["model first", "optimizer first"])
+def test_a_saved_state_has_masters_of_the_saved_weights(order):
+    """Contract 7: the best weights are restored, then model and optimizer are saved and resumed, in either order."""
+    torch.manual_seed(0)
+    model = TiedModel().bfloat16()
+    ticket = Ticket.random(model, density=0.5, seed=1)
+    _, optimizer = train(model, ticket, 3)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.mul_(1.5)
+    saved, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    resumed = TiedModel().bfloat16()
+    other = MaskedAdamW(resumed, ticket)
+    steps = [lambda: resumed.load_state_dict(saved), lambda: other.load_state_dict(state)]
+    for step in steps if order == "model first" else reversed(steps):
+        step()
+    for one in (model, resumed):
+        for param in one.parameters():
+            param.grad = torch.full_like(param, 0.01)
+    optimizer.step(), other.step()
+    assert all(map(same_bits, resumed.parameters(), model.parameters()))
+    for name, param in optimizer.named_members().items():
+        assert same_bits(other.state[other.named_members()[name]]["master"], optimizer.state[param]["master"])
+
+
+def test_a_state_does_not_bring_back_the_weights_of_its_run():
+    torch.manual_seed(0)
+    model = TiedModel().bfloat16()
+    ticket = Ticket.random(model, density=0.5, seed=1)
+    _, optimizer = train(model, ticket, 3)
+    state = copy.deepcopy(optimizer.state_dict())
+    with torch.no_grad():
+        for param in model.parameters():
+            param.mul_(2)
+    before = [param.detach().clone() for param in model.parameters()]
+    other = MaskedAdamW(model, ticket)
+    other.load_state_dict(state)
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    for group in other.param_groups:
+        group["lr"] = 0.0
+    other.step()
+    assert all(map(same_bits, model.parameters(), before))
+
+
 def test_masters_follow_edits_before_a_new_layout():
     """Contract 7: a further group lays the state out anew, which must not bring back what the weights were."""
     torch.manual_seed(0)

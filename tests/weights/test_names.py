@@ -85,6 +85,10 @@ def test_order_is_natural_and_does_not_depend_on_registration():
     mixed = ["layer.10.weight", "layer.2.weight", "layer.2.bias", "embeddings", "layer.1.weight"]
     expected = ["embeddings", "layer.1.weight", "layer.2.bias", "layer.2.weight", "layer.10.weight"]
     assert names.parameter_order(mixed) == names.parameter_order(reversed(mixed)) == expected
+    zeros = ["layer.02", "layer.2", "layer.002"]  # equal numbers: without a rule of its own, sets of names decide
+    assert (
+        names.parameter_order(zeros) == names.parameter_order(reversed(zeros)) == ["layer.002", "layer.02", "layer.2"]
+    )
 
 
 def test_two_names_that_become_one_are_an_error_that_names_both():
