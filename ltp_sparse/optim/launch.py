@@ -35,6 +35,8 @@ PIECE = 1 << 24
 _MOST_STEPS = 2**53  # float64 counts up to this number without gaps
 _UNDERFLOW = 1e-15
 """First moments up to this size can have a second moment that is 0 in float32."""
+_LOADED = (0, -1)
+"""In place of the address and count of edits of a weight: its master was loaded, and has yet to be compared with it."""
 
 
 @dataclass(frozen=True)
@@ -391,7 +393,7 @@ class Launch:
         own = self.state(position)
         for key in saved.keys() & own.keys():
             own[key].copy_(torch.as_tensor(saved[key], dtype=own[key].dtype, device=own[key].device))
-        self.master_of[position] = (0, -1)  # of whatever weights: they are compared when the masters are next used
+        self.master_of[position] = _LOADED
 
     def put_gradient(self, position: int, grad: Tensor | None) -> None:
         """Sets a gradient that `gradient` has returned."""
@@ -550,20 +552,24 @@ class Launch:
         """Drops the references to gradients that `look` has noted, so that they can be freed."""
         self.seen_grads.renew((), ())
 
-    def refresh_masters(self) -> None:
+    def refresh_masters(self, *, loaded: bool = True) -> None:
         """Updates masters of weights that other code has changed since the last update (torch counts in-place edits).
 
         An entry whose weight still equals its rounded master keeps the master: loading a checkpoint writes weights for
         which the loaded masters have the exact values.
+
+        Args:
+            loaded: also compares masters that were loaded since the last update. Their weights may be yet to come.
         """
         if self.master is None or (edits := edits_of(self._held())) == self.master_of:
             return
         for position, param in enumerate(self._held()):
-            if edits[position] != self.master_of[position]:
+            known = self.master_of[position]
+            if edits[position] != known and (loaded or known != _LOADED):
                 masters = self.master[self.slots[position]]
                 weights = gather(param, self.sets[position]).to(masters.device)  # they can have moved
                 masters.copy_(torch.where(masters.to(self.dtype) == weights, masters, weights.float()))
-        self.master_of = edits
+                self.master_of[position] = edits[position]
 
     def tensors(self) -> list[Tensor]:
         """The tensors on the device besides weights, gradients, and a few numbers per parameter and tile."""

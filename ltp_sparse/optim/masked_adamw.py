@@ -502,7 +502,7 @@ class MaskedAdamW(Optimizer):
         """
         self._settle_parameters()
         for launch in self._launches:
-            launch.refresh_masters()
+            launch.refresh_masters(loaded=False)
         digests = [digest for group in self.param_groups for digest in group["index_sets"]]
         extra = {"version": 1, "index_sets": digests, "names": list(self.named_members())}
         saved = {**super().state_dict(), _DIGESTS: extra}

@@ -371,6 +371,7 @@ def test_a_saved_state_has_masters_of_the_saved_weights(order):
     steps = [lambda: resumed.load_state_dict(saved), lambda: other.load_state_dict(state)]
     for step in steps if order == "model first" else reversed(steps):
         step()
+        copy.deepcopy(other).state_dict(), other.state_dict()  # which change nothing
     for one in (model, resumed):
         for param in one.parameters():
             param.grad = torch.full_like(param, 0.01)

@@ -180,7 +180,7 @@ def test_copies_of_the_reference(gpu, backend, dtype):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("backend", GPU_BACKENDS)
 def test_clipped_steps_of_the_reference(gpu, backend, name):
-    gpu.run(_clipped_steps, backend, (700, 4097, 65_700), name)
+    gpu.run(_clipped_steps, backend, (700, 4097, 65_700 if name == "f32" else 9000), name)
     gpu.run(_clipped_steps, backend, SMALL, name, random=1, seed=2, burst=5)
 
 
