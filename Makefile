@@ -41,7 +41,8 @@ test: $(TEST)  ## all tests, on all cores (narrow them with ARGS="-k name"; ARGS
 check: $(TEST)  ## for daily work: linters, types and the fast tests
 	$(MAKE) --jobs --output-sync=target lint test-fast
 
-test-fast: WORKERS := $(shell n=$$(nproc); echo $$((n > 8 ? 8 : n)))  # none of these waits for others
+# None of these waits for others.
+test-fast: WORKERS := $(shell n=$$(nproc); echo $$((n > 8 ? 8 : n)))
 test-fast: $(TEST)
 	$(PYTEST) -q -m "not slow and not faults and not ptx and not ranks" $(ARGS)
 

@@ -181,9 +181,12 @@ def _texts(options: argparse.Namespace) -> Sequence[str]:
     drawn = values_of(options, "max_lines", "seed")
     if options.text is None:
         return read_hub_text(options.hub_text, options.hub_config, column=options.hub_column, **drawn)
+    if options.text_column is not None:
+        return _column(options, options.text, options.text_column)
     named = [path for path in options.text if not path.is_dir()]
     inside = [file for path in options.text if path.is_dir() for file in text_files(path)]
-    if (column := options.text_column or _only_column(named, inside)) is not None:
+    if (column := _only_column(named, inside)) is not None:
+        print(f"text: the column {column!r} of {', '.join(map(str, options.text))}")
         return _column(options, [*named, *inside], column)
     if any(suffix_of(path) == "tsv" for path in inside):
         print(f"text: the first column of every .tsv in {', '.join(str(p) for p in options.text if p.is_dir())}")
@@ -224,8 +227,6 @@ def _usual_column(path: Path) -> str | None:
 def _column(options: argparse.Namespace, files: Sequence[Path], column: str) -> list[str]:
     """A column of labelled files, at most --max-lines of it."""
     columns = Columns(text=column)
-    if options.text_column is None:
-        print(f"text: the column {column!r} of {', '.join(map(str, options.text))}")
     texts = [example.text for path in files for example in read_own(path, columns, labelled=False)]
     texts = [text for text in texts if text.strip()]
     if options.max_lines is None or options.max_lines >= len(texts):

@@ -356,6 +356,12 @@ def test_text_for_a_ticket_in_a_folder(own_files, tmp_path, monkeypatch, capsys)
         ]
         assert run("select", *arguments) == 1
         assert seen.pop() == texts and told in capsys.readouterr().out
+    (tmp_path / "set").mkdir()  # as `datasets` finds it on the Hub
+    write(tmp_path / "set" / "train.parquet", rows(3))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    named = ["--text", tmp_path / "set", "--text-column", "says", "--output", tmp_path / "t"]
+    assert run("select", "--model", own_files / "model", *named) == 1
+    assert seen.pop() == [row["says"] for row in rows(3)]
     (tmp_path / "texts" / "a.tsv").write_text("class\ttext\nx\tone\n")
     (tmp_path / "texts" / "b.txt").write_text("two\n")
     assert run("select", *arguments) == 2

@@ -1,6 +1,6 @@
 """Faults from outside: full disks, read-only folders, low memory, two writers, kills at random moments.
 
-A thin version runs always; `pytest -m faults` (or `make faults`) runs all.
+A thin version runs always; `make faults` (`pytest -m faults`) runs the long one.
 """
 
 import json
